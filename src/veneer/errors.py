@@ -1,0 +1,48 @@
+"""Every error that Veneer raises on purpose: one tree, each with a message for a person.
+
+An error says what is wrong, where, and what to do. The command line prints it without a traceback
+and exits with 2; a program catches `VeneerError`, or `ValueError` where the input was at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class VeneerError(Exception):
+    """Anything that Veneer refuses or cannot do."""
+
+
+class ConfigError(VeneerError, ValueError):
+    """A setting is out of its range, or two settings contradict each other."""
+
+
+class TargetError(VeneerError, ValueError):
+    """A target, layer range or pattern matches nothing in the model."""
+
+
+class ModelError(VeneerError, ValueError):
+    """A base model cannot be found, read or used."""
+
+
+class AdapterError(VeneerError, ValueError):
+    """An adapter is damaged, of an unknown format, or belongs to another base."""
+
+
+class DataError(VeneerError, ValueError):
+    """Training data has faults; `problems` holds one line for each."""
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class TrainingError(VeneerError, RuntimeError):
+    """Training cannot go on; what was saved is kept."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the known name nearest to `word`, or nothing."""
+    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
