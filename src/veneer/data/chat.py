@@ -1,0 +1,162 @@
+"""Conversations as the text that the model reads, and where in that text the answers stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from veneer.data.rows import Message
+from veneer.data.spans import Span
+from veneer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# For a tokenizer that has no chat template: turns joined by newlines, answers closed by the end
+# token. Roles show in nothing else, as a model without a template knows no names for them.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n' }}{% endif %}"
+)
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Return the text after which the model writes its answer to `messages`.
+
+    It holds its special tokens already: tokenise it with `add_special_tokens=False`.
+    Raises DataError where the template refuses the messages.
+    """
+    return Chat(tokenizer).render(messages, prompt=True)
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that the tokenizer itself puts before any text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    start = encoded["special_tokens_mask"].index(0)
+    return list(encoded["input_ids"][:start])
+
+
+class Chat:
+    """A tokenizer's way to write conversations: its chat template, or else `PLAIN_TEMPLATE`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.plain = tokenizer.chat_template is None
+        start = start_tokens(tokenizer) if self.plain else []
+        self._start = "".join(tokenizer.convert_ids_to_tokens(start))
+        self._eos = tokenizer.eos_token or ""
+        added = tokenizer.added_tokens_decoder.values()
+        special = {self._eos, *(token.content for token in added if token.special)} - {""}
+        self._special = tuple(special)
+        either = "|".join(map(re.escape, special)) or "(?!)"
+        self._ending = re.compile(rf"\s*(?:{either})")
+        self._endings = re.compile(rf"\s*(?:{either})+")
+
+    def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        """Return the messages as text, with the opening of an answer behind them if `prompt`.
+
+        Raises DataError where the template refuses the messages.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.content} for message in messages],
+                chat_template=PLAIN_TEMPLATE if self.plain else None,
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            raise DataError(f"the model's chat template refuses the messages: {error}") from error
+        assert isinstance(text, str)
+        return self._start + text
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """Return a conversation as text, and the spans of it that are to be learnt.
+
+        A span is what the model has to write after the prompt: an answer and the token that ends
+        its turn, without the white space that the template puts behind it. Where the template
+        ends an answer with no special token, the end token is put in. Turns behind the last
+        answer teach nothing and are left out.
+        Raises DataError where the template refuses the messages or rewrites an answer.
+        """
+        answers = [i for i, m in enumerate(messages) if m.role == "assistant" and m.learn]
+        messages = messages[: answers[-1] + 1]
+        text = self.render(messages)
+        return self._closed(text, [self._span(messages, i, text) for i in answers])
+
+    def _span(self, messages: Sequence[Message], i: int, text: str) -> Span:
+        """Return where in `text`, the rendering of all `messages`, the answer `messages[i]` stands.
+
+        As a rule `text` begins with the rendering up to this answer, and that begins with the
+        prompt for it: what lies between the two ends is the answer.
+        """
+        prompt = self.render(messages[:i], prompt=True) if i > 0 else ""
+        if prompt:
+            until = text if i + 1 == len(messages) else self.render(messages[: i + 1])
+            # Its last line, as a template may lay out anew the reasoning before it.
+            said = messages[i].content.strip().splitlines()[-1] in until[len(prompt) :]
+            if said and text.startswith(until) and until.startswith(prompt):
+                return len(prompt), self._turn_end(until, len(prompt))
+        return self._marked_span(messages, i, text, prompt)
+
+    def _marked_span(self, messages: Sequence[Message], i: int, text: str, prompt: str) -> Span:
+        """Return the same for a template that writes a turn otherwise once others follow it.
+
+        (Reasoning models drop the thoughts of earlier turns, or open one in the prompt that no
+        later rendering shows.) Put a mark in the answer's place: all around it stays as it was.
+        """
+        mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in text)
+        marked = [*messages[:i], replace(messages[i], content=mark), *messages[i + 1 :]]
+        before, found, after = self.render(marked).partition(mark)
+        behind = len(text) - len(after)
+        answer = text[len(before) : behind].rstrip()
+        around = found and text.startswith(before) and text.endswith(after)
+        if not around or answer.strip() != messages[i].content.strip():
+            raise DataError(
+                f"the model's chat template drops or rewrites the answer in message {i + 1}, so "
+                "what is to be learnt cannot be told from the rest; give each row one answer, "
+                "without its reasoning"
+            )
+        start = len(prompt) if prompt and before.startswith(prompt) else len(before)
+        end = len(before) + len(answer)
+        # Special tokens behind the answer end it as far as they stand there without the next turn.
+        alone = self.render(marked[: i + 1]).partition(mark)[2]
+        shared = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(after, alone, strict=False))
+        )
+        limit = behind + shared
+        ending = self._endings.match(text, end, limit) or self._ending.match(text, end)
+        return start, ending.end() if ending else end
+
+    def _turn_end(self, text: str, start: int) -> int:
+        """Return where the turn that begins at `start` and ends `text` is over for the model.
+
+        That is behind its last special token, or the one before where white space parts the two:
+        some templates close the whole conversation with another.
+        """
+        end = at = len(text.rstrip())
+        while token := next((t for t in self._special if text.endswith(t, start, at)), None):
+            closed, at = at - len(token), len(text[: at - len(token)].rstrip())
+            if at < closed and text.endswith(self._special, start, at):
+                end = at
+        return end
+
+    def _closed(self, text: str, spans: Sequence[Span]) -> tuple[str, list[Span]]:
+        """Put the end token behind every span that ends with no special token."""
+        pieces: list[str] = []
+        closed: list[Span] = []
+        taken = added = 0
+        for start, end in spans:
+            more = "" if text.endswith(self._special, start, end) else self._eos
+            pieces += [text[taken:end], more]
+            closed.append((start + added, end + added + len(more)))
+            taken, added = end, added + len(more)
+        return "".join([*pieces, text[taken:]]), closed

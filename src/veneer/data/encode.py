@@ -1,0 +1,212 @@
+"""Rows to tokens and labels: what the model reads, and which of it the model is to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from veneer.data.chat import PLAIN_TEMPLATE, Chat, prompt_text, start_tokens
+from veneer.data.rows import Sourced, Text
+from veneer.data.spans import Span, tokens_in_spans
+from veneer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "UNLABELLED",
+    "Encoder",
+    "Example",
+    "Summary",
+    "encode_rows",
+    "prompt_text",
+    "summarize",
+]
+
+UNLABELLED = -100  # what torch.nn.functional.cross_entropy ignores
+
+# Offsets weigh far more than tokens, so only those of so many rows are held at a time.
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as tokens. `labels[i]` is `tokens[i]` where that is learnt, else -100.
+
+    The first token follows nothing, so it is never learnt. `truncated` counts the tokens that
+    were cut off at the end.
+    """
+
+    tokens: list[int]
+    labels: list[int]
+    where: str
+    truncated: int
+
+    @property
+    def label_tokens(self) -> int:
+        """How many tokens of the row are learnt."""
+        return len(self.labels) - self.labels.count(UNLABELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A row as text, with the spans of it that are learnt. `whole`: it is not a conversation."""
+
+    text: str
+    spans: list[Span]
+    where: str
+    whole: bool
+
+
+class Encoder:
+    """Turns rows into examples of at most `max_length` tokens, the first ones of each row.
+
+    A conversation is written with the model's chat template, or with `PLAIN_TEMPLATE` where it
+    has none (`uses_plain_template`); its answers are learnt, each with the token that ends it.
+    A text is learnt whole, with the tokenizer's end token behind it.
+    Raises DataError for a tokenizer that cannot say where in the text its tokens stand.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
+        assert max_length > 0
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"{type(tokenizer).__name__} does not say where in a text its tokens stand; "
+                "use a fast tokenizer (a model with a tokenizer.json)"
+            )
+        self._tokenizer = tokenizer
+        self._chat = Chat(tokenizer)
+        self._start = start_tokens(tokenizer)
+        self._eos: int | None = tokenizer.eos_token_id
+        self._continues = _continues(tokenizer)
+        self._max_length = max_length
+        self.uses_plain_template = self._chat.plain
+
+    def encode(self, sourced: Sourced) -> Example:
+        """Return one row as an example. Raises DataError, naming the row."""
+        return self.tokenise([self.render(sourced)])[0]
+
+    def render(self, sourced: Sourced) -> Rendered:
+        """Return one row as text. Raises DataError, naming the row."""
+        row, where = sourced.row, sourced.where
+        if isinstance(row, Text):
+            return Rendered(row.text, [(0, len(row.text))], where, whole=True)
+        try:
+            text, spans = self._chat.conversation(row.messages)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        return Rendered(text, spans, where, whole=False)
+
+    def tokenise(self, rendered: Sequence[Rendered]) -> list[Example]:
+        """Return the examples of rendered rows, tokenised in one call."""
+        parts = [self._parts(row) for row in rendered]
+        encoded = self._tokenizer(
+            [row.text[a:b] for row, cuts in zip(rendered, parts, strict=True) for a, b in cuts],
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        pieces = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [
+            self._example(row, cuts, list(islice(pieces, len(cuts))))
+            for row, cuts in zip(rendered, parts, strict=True)
+        ]
+
+    def _parts(self, row: Rendered) -> list[Span]:
+        """Return the parts of a row that are tokenised apart: each answer begins one.
+
+        When the model answers, its prompt was tokenised without the answer, so it is here too:
+        the white space in which they meet may be other tokens when it is read as one.
+        """
+        starts = [start for start, _ in row.spans if start > 0] if self._continues else []
+        return list(pairwise([0, *starts, len(row.text)]))
+
+    def _example(
+        self, row: Rendered, parts: list[Span], pieces: list[tuple[list[int], list[Span]]]
+    ) -> Example:
+        tokens: list[int] = []
+        offsets: list[Span] = []
+        for (at, _), (ids, spans) in zip(parts, pieces, strict=True):
+            tokens += ids
+            offsets += [(start + at, end + at) for start, end in spans]
+        learnt = tokens_in_spans(offsets, row.spans)
+        labels = np.where(learnt, tokens, UNLABELLED).tolist()
+        if row.whole:
+            end = [] if self._eos is None or tokens[-1:] == [self._eos] else [self._eos]
+            tokens = [*self._start, *tokens, *end]
+            labels = [*[UNLABELLED] * len(self._start), *labels, *end]
+        labels[:1] = [UNLABELLED] * len(labels[:1])
+        return Example(
+            tokens[: self._max_length],
+            labels[: self._max_length],
+            row.where,
+            truncated=max(0, len(tokens) - self._max_length),
+        )
+
+
+def encode_rows(encoder: Encoder, rows: Sequence[Sourced]) -> tuple[list[Example], list[str]]:
+    """Return the rows as examples, and the problems of those that cannot be learnt from."""
+    rendered: list[Rendered] = []
+    problems: list[str] = []
+    for sourced in rows:
+        try:
+            rendered.append(encoder.render(sourced))
+        except DataError as error:
+            problems.append(str(error))
+    examples: list[Example] = []
+    for first in range(0, len(rendered), _ROWS_AT_ONCE):
+        for example in encoder.tokenise(rendered[first : first + _ROWS_AT_ONCE]):
+            if example.label_tokens:
+                examples.append(example)
+            else:
+                problems.append(f"{example.where}: {_why_no_label(example)}")
+    return examples, problems
+
+
+def _why_no_label(example: Example) -> str:
+    if example.truncated:
+        total = len(example.tokens) + example.truncated
+        return (
+            f"no token to learn: its first answer begins beyond the {len(example.tokens)} tokens "
+            f"that are kept of {total}; raise --max-length"
+        )
+    return "no token to learn: the row is a single token"
+
+
+def _continues(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether texts tokenised apart join seamlessly (SentencePiece puts "▁" between)."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in "ab"]
+    joined = tokenizer.decode([*ids[0], *ids[1]], clean_up_tokenization_spaces=False)
+    return bool(joined == "ab")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a data set amounts to, in rows and tokens."""
+
+    rows: int
+    tokens: int
+    label_tokens: int
+    truncated: int
+    longest: int
+
+
+def summarize(examples: Sequence[Example]) -> Summary:
+    """Count rows and tokens; `truncated` is in rows, `longest` in tokens."""
+    lengths = [len(example.tokens) for example in examples]
+    return Summary(
+        rows=len(examples),
+        tokens=sum(lengths),
+        label_tokens=sum(example.label_tokens for example in examples),
+        truncated=sum(example.truncated > 0 for example in examples),
+        longest=max(lengths, default=0),
+    )
