@@ -1,0 +1,1 @@
+"""The mathematics of low-rank adaptation: tensors in, tensors out."""

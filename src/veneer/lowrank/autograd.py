@@ -1,0 +1,61 @@
+"""The fused low-rank product: one function, forward and backward, that keeps x once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + (x ∘ keep) Aᵀ Bᵀ, with W and b frozen and B already scaled.
+
+    Plain autograd would keep x for W, x again (dropped out) for A, and both factors' outputs. Here
+    x is kept once, together with x Aᵀ (tokens, rank), and no gradient is ever formed for W:
+
+        dh = dy B        dA = dhᵀ (x ∘ keep)        dB = dyᵀ h        dx = dy W + (dh A) ∘ keep
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (..., in)
+        weight: Tensor,  # (out, in), frozen
+        bias: Tensor | None,  # (out,), frozen
+        A: Tensor,  # (rank, in), x's dtype
+        B: Tensor,  # (out, rank), x's dtype, scaled
+        keep: Tensor | None,  # x's shape: 0 or 1 / (1 - dropout)
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        if keep is not None:
+            keep = keep.reshape(flat.shape)
+        h = (flat if keep is None else flat * keep) @ A.T  # (tokens, rank)
+        y = F.linear(flat, weight, bias)  # (tokens, out)
+        y.addmm_(h, B.T)
+        ctx.save_for_backward(flat, weight, A, B, h, keep)
+        ctx.x_shape = x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, A, B, h, keep = ctx.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1])  # (tokens, out)
+        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        dh = dy @ B if needs_x or needs_A else None  # (tokens, rank)
+        dx = dA = dB = None
+        if needs_B:
+            dB = dy.T @ h  # (out, rank)
+        if needs_A:
+            assert dh is not None
+            dA = dh.T @ (flat if keep is None else flat * keep)  # (rank, in)
+        if needs_x:
+            assert dh is not None
+            dx = dy @ weight  # (tokens, in)
+            if keep is None:
+                dx.addmm_(dh, A)
+            else:
+                dx += (dh @ A) * keep
+            dx = dx.view(ctx.x_shape)
+        return dx, None, None, dA, dB, None

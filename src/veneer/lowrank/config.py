@@ -1,0 +1,112 @@
+"""The description of an adapter: a frozen, validated value that imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, get_args
+
+from veneer.errors import ConfigError
+
+Init = Literal["auto", "kaiming", "gaussian"]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """How a low-rank adapter is laid over a base: y = W x + scaling · B (A x).
+
+    `scaling` is alpha / rank, or alpha / √rank with `rslora` (Kalajdzievski, arXiv 2312.03732).
+    Patterns map a regular expression that matches the end of a layer's path to a rank or an alpha
+    of its own; the first that matches wins.
+
+    Raises ConfigError, which lists everything that is wrong at once.
+    """
+
+    rank: int = 8
+    """Rank of the update: each adapted layer gets A (rank, in) and B (out, rank)."""
+    alpha: float | None = None
+    """Strength of the update; scaling is alpha / rank. Twice the rank unless given."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs that are zeroed at random while training."""
+    targets: str | Sequence[str] = "attention"
+    """Layers to adapt: attention, qv, mlp, all, or names, suffixes and re:patterns."""
+    layers: str | None = None
+    """Blocks to adapt, as slices: 0:12, or -4: (the last four), or 3,5,8:; all unless given."""
+    rslora: bool = False
+    """Scale by alpha / √rank, which keeps high ranks stable."""
+    init: Init = "auto"
+    """Start of A: kaiming (uniform, a = √5) or gaussian (0.01 · N(0, 1)); auto is gaussian for
+    MiniGPT and kaiming elsewhere. B starts at 0."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of single layers, as a pattern of the path's end to a rank."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Alphas of single layers, as a pattern of the path's end to an alpha."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            names = tuple(part.strip() for part in _split(self.targets) if part.strip())
+        else:
+            names = tuple(self.targets)
+        object.__setattr__(self, "targets", names)
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2 * self.rank)
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError("This adapter cannot be: " + "; ".join(problems) + ".")
+
+    def _problems(self) -> list[str]:
+        problems = []
+        for name, rank in {"rank": self.rank, **_named("rank_pattern", self.rank_pattern)}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                problems.append(f"{name} is {rank!r}, but must be a whole number of at least 1")
+        for name, alpha in {
+            "alpha": self.alpha,
+            **_named("alpha_pattern", self.alpha_pattern),
+        }.items():
+            if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+                problems.append(f"{name} is {alpha!r}, but must be a number above 0")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout is {self.dropout!r}, but must be at least 0 and below 1")
+        if not self.targets:
+            problems.append("targets is empty; name layers or a preset such as attention")
+        if self.init not in get_args(Init):
+            problems.append(f"init is {self.init!r}, but must be auto, kaiming or gaussian")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"the pattern {pattern!r} is no regular expression ({error})")
+        return problems
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank for the layer at `path`."""
+        return _first_match(self.rank_pattern, path, self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """Return the alpha for the layer at `path`."""
+        assert self.alpha is not None
+        return _first_match(self.alpha_pattern, path, self.alpha)
+
+    def scaling_of(self, path: str) -> float:
+        """Return alpha / rank, or alpha / √rank with rsLoRA, for the layer at `path`."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (rank**0.5 if self.rslora else rank)
+
+
+def _split(targets: str) -> list[str]:
+    # A comma may stand inside a pattern ("re:q{1,2}"), so a pattern is never split.
+    return [targets] if targets.startswith("re:") else targets.split(",")
+
+
+def _named(field_name: str, pattern: Mapping[str, Value]) -> dict[str, Value]:
+    return {f"{field_name}[{key!r}]": value for key, value in pattern.items()}
+
+
+def _first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
+    # PEFT's rule (get_pattern_key in peft/utils/other.py): the end of the path, first key wins.
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default

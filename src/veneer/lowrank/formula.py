@@ -1,0 +1,33 @@
+"""The formulas of low-rank adaptation, as pure functions of tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from veneer.lowrank.config import Init
+
+
+def new_A(rank: int, in_features: int, init: Init, generator: torch.Generator | None) -> Tensor:
+    """Return A (rank, in), float32: small and random.
+
+    kaiming: uniform in ±1/√in, what `kaiming_uniform_(a=√5)` comes to (loralib's layers.py, PEFT).
+    gaussian: 0.01 · N(0, 1).
+    """
+    if init == "gaussian":
+        return 0.01 * torch.randn(rank, in_features, generator=generator)
+    bound = 1 / math.sqrt(in_features)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+
+
+def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Return scaling · B A (out, in), in float32 or wider."""
+    wide = torch.promote_types(A.dtype, torch.float32)
+    return scaling * (B.to(wide) @ A.to(wide))
+
+
+def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    """Return W + delta, added in float32 or wider and rounded once to W's dtype."""
+    return (weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
