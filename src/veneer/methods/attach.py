@@ -1,0 +1,110 @@
+"""Put adapters on a base, choose which act, take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from veneer.errors import AdapterError
+from veneer.lowrank.adapter import Adapter, Route
+from veneer.lowrank.config import LoRA
+from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
+from veneer.methods.targets import resolve
+
+
+def attach(
+    model: nn.Module, config: LoRA, *, name: str = "default", seed: int | None = None
+) -> nn.Module:
+    """Lay a fresh adapter called `name` over `model`, in place, and let it act and train.
+
+    The model's outputs stay exactly as they were, since B starts at zero. Everything but the new
+    adapter is frozen. A `seed` makes the random start of A repeatable without touching torch's own.
+    Returns the model. Raises TargetError for targets that match nothing, AdapterError for a name
+    that is taken.
+    """
+    if name in adapters(model):
+        raise AdapterError(f"An adapter called {name!r} is attached already; detach it first.")
+    if config.init == "auto":
+        is_minigpt = getattr(getattr(model, "config", None), "model_type", None) == "minigpt"
+        config = replace(config, init="gaussian" if is_minigpt else "kaiming")
+    targets = resolve(model, config)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for target in targets:
+        adapted_layer(model, target.path).add(name, config, target.path, generator)
+    _route(model).configs[name] = config
+    use(model, name)
+    return model
+
+
+def use(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
+    """Let adapters act: one by its name, several as a mapping to weights, or none with None.
+
+    Raises AdapterError for a name that is not attached.
+    """
+    _route(model).use(which)
+
+
+def adapters(model: nn.Module) -> dict[str, LoRA]:
+    """Return the attached adapters, by name, with their configurations."""
+    return dict(_route(model).configs)
+
+
+def in_use(model: nn.Module) -> dict[str, float]:
+    """Return the names of the adapters that act, with their weights."""
+    return dict(_route(model).weights)
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take one adapter, or all of them, off the model, in place; its own layers come back.
+
+    Returns the model. Raises AdapterError for a name that is not attached.
+    """
+    route = _route(model)
+    gone = set(route.configs) if name is None else {name}
+    if unknown := gone - set(route.configs):
+        raise AdapterError(f"No adapter is called {', '.join(sorted(unknown))}.")
+    for path, layer in list(lora_layers(model)):
+        for each in gone & set(layer.adapters):
+            del layer.adapters[each]
+        if not layer.adapters:
+            model.set_submodule(path, layer.original)
+    for each in gone:
+        del route.configs[each]
+        route.weights.pop(each, None)
+    return model
+
+
+def put(model: nn.Module, name: str, config: LoRA, parts: Mapping[str, Adapter]) -> None:
+    """Lay a stored adapter, given as {path: Adapter}, over the model and let it act, frozen."""
+    for path, part in parts.items():
+        adapted_layer(model, path).put(name, part.requires_grad_(False))
+    _route(model).configs[name] = config
+    use(model, name)
+
+
+def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
+    """Return the adapted layer at `path`, wrapping the base's own layer there if need be."""
+    module = model.get_submodule(path)
+    if isinstance(module, AdaptedLayer):
+        return module
+    route = _route(model)
+    layer: AdaptedLayer
+    if isinstance(module, nn.Embedding):
+        layer = LoRAEmbedding(module, route)
+    else:
+        layer = LoRALinear(module, route, transposed=isinstance(module, Conv1D))
+    model.set_submodule(path, layer)
+    return layer
+
+
+def _route(model: nn.Module) -> Route:
+    route = getattr(model, "veneer_route", None)
+    if route is None:
+        route = Route()
+        model.veneer_route = route  # type: ignore[assignment]
+    return route

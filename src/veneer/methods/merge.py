@@ -1,0 +1,51 @@
+"""Bake the acting adapters into a plain model."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.lowrank.layers import LoRAEmbedding, lora_layers
+from veneer.methods.vocabulary import bake_words, new_words
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def merge(model: Model) -> Model:
+    """Return a plain model with W + scaling · B A in place of W, for the adapters in use.
+
+    The given model is not touched, so that going back is using it: the result shares with it every
+    tensor that no adapter changes. Sums are made in float32 and rounded once.
+    """
+    shared = [*model.parameters(), *model.buffers()]
+    plain = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    words = new_words(plain)
+    for path, layer in list(lora_layers(plain)):
+        plain.set_submodule(path, layer.fuse())
+        if isinstance(layer, LoRAEmbedding) and words is None:
+            # The head keeps the rows that the embedding had, so the two are no longer tied.
+            plain.config.tie_word_embeddings = False
+    if words is not None:
+        bake_words(plain, words)
+    if hasattr(plain, "veneer_route"):
+        del plain.veneer_route
+    return plain
+
+
+def rounded_away(model: nn.Module, plain: nn.Module) -> float:
+    """Return the part of the acting adapters' change that rounding took from the merged weights.
+
+    ‖merged − (W + ΔW)‖ / ‖ΔW‖ over all adapted layers: 0 is a perfect merge, and at 1 the merged
+    model is as far from what was learnt as the base is.
+    """
+    error = change = 0.0
+    for path, layer in lora_layers(model):
+        weight = layer.frozen_weight.float()
+        delta = layer.delta()
+        merged = layer.oriented(plain.get_submodule(path).weight).float()  # type: ignore[arg-type]
+        error += float((merged - (weight + delta)).square().sum())
+        change += float(delta.square().sum())
+    return (error / change) ** 0.5 if change else 0.0

@@ -1,0 +1,57 @@
+"""What would train, counted before anything does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from veneer.lowrank.config import LoRA
+from veneer.methods.targets import resolve
+from veneer.models.fingerprint import base_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLine:
+    """One adapted layer: W is `out` × `in_`, and A and B together hold `trained` parameters."""
+
+    path: str
+    out: int
+    in_: int
+    rank: int
+    trained: int
+
+    @property
+    def share(self) -> float:
+        """Trained parameters as a part of the frozen weight's own."""
+        return self.trained / (self.out * self.in_)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetReport:
+    """All adapted layers, and the parameters of the base as a whole."""
+
+    lines: list[TargetLine]
+    base_parameters: int
+
+    @property
+    def trained(self) -> int:
+        return sum(line.trained for line in self.lines)
+
+    @property
+    def share(self) -> float:
+        return self.trained / self.base_parameters
+
+
+def report_targets(model: nn.Module, config: LoRA) -> TargetReport:
+    """Return what `config` would train over `model`, which may stand on the meta device.
+
+    Raises TargetError for targets that match nothing.
+    """
+    lines = []
+    for layer in resolve(model, config):
+        out, in_ = layer.shape
+        rank = config.rank_of(layer.path)
+        lines.append(TargetLine(layer.path, out, in_, rank, rank * (out + in_)))
+    total = sum(weight.numel() for weight in base_parameters(model).values())
+    return TargetReport(lines, total)

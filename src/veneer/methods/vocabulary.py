@@ -1,0 +1,192 @@
+"""Words that the base does not know: found, added to the tokenizer, and given rows that train.
+
+Only the new rows are trained and saved. The base's own rows are never copied and never change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.errors import ConfigError, ModelError
+from veneer.lowrank.layers import Wrapper
+
+
+class NewWordEmbedding(Wrapper):
+    """Return the new row for ids from `start` on, and the original's row for every other id."""
+
+    def __init__(
+        self, original: nn.Module, rows: nn.Parameter, start: int, words: tuple[str, ...]
+    ) -> None:
+        super().__init__(original)
+        self.rows = rows  # (new, dim), float32
+        self.start = start
+        self.words = words
+
+    def forward(self, ids: Tensor) -> Tensor:
+        known = self.original(ids.clamp(max=self.original.weight.shape[0] - 1))  # type: ignore[index]
+        local = ids - self.start
+        is_new = (local >= 0) & (local < len(self.rows))
+        new = F.embedding(local.clamp(0, len(self.rows) - 1), self.rows)
+        new = new.to(known.dtype) * getattr(self.original, "embed_scale", 1.0)
+        return torch.where(is_new.unsqueeze(-1), new, known)
+
+
+class NewWordHead(Wrapper):
+    """Return the original's logits with those of the new rows in the places from `start` on."""
+
+    def __init__(self, original: nn.Module, rows: nn.Parameter, start: int) -> None:
+        super().__init__(original)
+        self.rows = rows  # (new, dim), float32
+        self.start = start
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.original(x)  # (..., words)
+        new = F.linear(x, self.rows.to(x.dtype))  # (..., new)
+        end = self.start + len(self.rows)
+        return torch.cat([logits[..., : self.start], new, logits[..., end:]], dim=-1)
+
+
+@dataclass(frozen=True)
+class NewWords:
+    """The layers of a model that carry new rows."""
+
+    embedding: NewWordEmbedding
+    head: NewWordHead
+
+    @property
+    def tied(self) -> bool:
+        return self.embedding.rows is self.head.rows
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.embedding.rows] if self.tied else [self.embedding.rows, self.head.rows]
+
+
+def find_words(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pieces: int = 4,
+    times: int = 3,
+    most: int = 64,
+) -> list[str]:
+    """Return words of the texts that fall into many pieces, the most frequent first.
+
+    A word counts if it occurs at least `times` times and its tokens number at least `pieces`.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(re.findall(r"[^\W\d_]{4,}", text))
+    frequent = [word for word, count in counts.most_common() if count >= times]
+    return [word for word in frequent if len(_pieces(word, tokenizer)) >= pieces][:most]
+
+
+def add_words(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]
+) -> NewWords:
+    """Add words to the tokenizer, and a trained row for each to the model, in place.
+
+    A new row starts as the mean of the rows of the pieces that the word fell into. Raises
+    ConfigError for words that cannot be tokens, ModelError for a model without embeddings.
+    """
+    problems = []
+    known = tokenizer.get_vocab()
+    for word in words:
+        if not word or any(character.isspace() for character in word):
+            problems.append(f"{word!r} is empty or has a space in it")
+        elif word in known or len(_pieces(word, tokenizer)) < 2:
+            problems.append(f"{word!r} is a token already")
+    if len(set(words)) < len(words):
+        problems.append("some are named twice")
+    if problems:
+        raise ConfigError(f"These new words cannot be added: {'; '.join(problems)}.")
+    pieces = [_pieces(word, tokenizer) for word in words]
+    start = len(tokenizer)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is None or head is None or start > len(embedding.weight):  # type: ignore[arg-type]
+        raise ModelError("New words need a model with an embedding and a head for every token.")
+    rows = _mean_rows(embedding.weight, pieces)  # type: ignore[arg-type]
+    head_rows = None if head.weight is embedding.weight else _mean_rows(head.weight, pieces)
+    extend_tokenizer(tokenizer, words)
+    return put_rows(model, words, rows, head_rows, start=start)
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:
+    """Add words as tokens that stand for whole words alone, exactly as they are written."""
+    tokens = [AddedToken(word, single_word=True, normalized=False) for word in words]
+    tokenizer.add_tokens(tokens)
+
+
+def put_rows(
+    model: PreTrainedModel,
+    words: Sequence[str],
+    rows: Tensor,
+    head_rows: Tensor | None,
+    *,
+    start: int,
+) -> NewWords:
+    """Lay new rows (new, dim) over the model's embedding and head; one set for both when tied."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embedding is not None
+    assert head is not None
+    shared = nn.Parameter(rows.to(torch.float32))
+    own = shared if head_rows is None else nn.Parameter(head_rows.to(torch.float32))
+    laid = NewWords(
+        NewWordEmbedding(embedding, shared, start, tuple(words)), NewWordHead(head, own, start)
+    )
+    model.set_input_embeddings(laid.embedding)
+    model.set_output_embeddings(laid.head)
+    model.config.vocab_size = max(len(embedding.weight), start + len(rows))  # type: ignore[arg-type]
+    return laid
+
+
+def new_words(model: nn.Module) -> NewWords | None:
+    """Return the layers of `model` that carry new rows, or None."""
+    found = [m for m in model.modules() if isinstance(m, NewWordEmbedding | NewWordHead)]
+    embedding = next((m for m in found if isinstance(m, NewWordEmbedding)), None)
+    head = next((m for m in found if isinstance(m, NewWordHead)), None)
+    return NewWords(embedding, head) if embedding and head else None
+
+
+def bake_words(model: PreTrainedModel, words: NewWords) -> None:
+    """Replace the layers that carry new rows by plain, larger ones, in place."""
+    embedding, head = words.embedding.original, words.head.original
+    _grow(embedding, words.embedding)
+    embedding.num_embeddings = len(embedding.weight)  # type: ignore[arg-type, assignment]
+    if words.tied:
+        head.weight = embedding.weight
+    else:
+        _grow(head, words.head)
+    if getattr(head, "bias", None) is not None:
+        grown = len(head.weight) - len(head.bias)  # type: ignore[arg-type]
+        head.bias = nn.Parameter(F.pad(head.bias, (0, grown)), requires_grad=False)  # type: ignore[arg-type]
+    head.out_features = len(head.weight)  # type: ignore[arg-type, assignment]
+    model.set_input_embeddings(embedding)
+    model.set_output_embeddings(head)
+
+
+def _grow(layer: nn.Module, words: NewWordEmbedding | NewWordHead) -> None:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    end = words.start + len(words.rows)
+    rows = words.rows.detach().to(weight.dtype)
+    grown = torch.cat([weight[: words.start], rows, weight[end:]])
+    layer.weight = nn.Parameter(grown, requires_grad=False)
+
+
+def _pieces(word: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # In running text a word follows a space, which many tokenizers make part of its first piece.
+    bare = tokenizer.encode(word, add_special_tokens=False)
+    spaced = tokenizer.encode(f" {word}", add_special_tokens=False)
+    return min(bare, spaced, key=len)
+
+
+def _mean_rows(weight: Tensor, pieces: list[list[int]]) -> Tensor:
+    return torch.stack([weight[ids].to(torch.float32).mean(dim=0) for ids in pieces])
