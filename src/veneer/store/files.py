@@ -1,0 +1,136 @@
+"""Writing that cannot leave half a file: to a temporary name, to the disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from veneer.errors import AdapterError, VeneerError
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there takes its place at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _settle(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: Path, *, marker: str) -> Iterator[Path]:
+    """Yield an empty temporary directory; it takes the place of `path` as a whole at the end.
+
+    A directory that stands there is replaced only if it holds the file `marker`, or nothing: what
+    somebody else put there is never deleted. Raises VeneerError otherwise.
+    """
+    if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
+        raise VeneerError(f"{path} holds other things (no {marker}); name another place.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _settle(file)
+        temporary.chmod(0o777 & ~_umask())
+        _sync(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one piece."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file for people to read, in one piece."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises AdapterError if it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a .pt or a .safetensors file, by the name's end, in one piece."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with new_file(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(plain, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(plain, temporary)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a .pt (tensors only, nothing is executed) or a .safetensors file.
+
+    Raises AdapterError for a file that is damaged or holds anything but named tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, KeyError) as error:
+        raise AdapterError(f"{path} cannot be read as tensors ({error}).") from error
+    except Exception as error:  # torch's unpickler has errors of many kinds for damaged files
+        raise AdapterError(f"{path} is damaged or holds more than tensors ({error}).") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise AdapterError(f"{path} must hold named tensors and nothing else.")
+    return tensors
+
+
+def _settle(path: Path) -> None:
+    # Neither torch nor safetensors syncs, and safetensors writes with mode 0600.
+    path.chmod(0o666 & ~_umask())
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

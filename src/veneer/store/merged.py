@@ -1,0 +1,27 @@
+"""Plain models on disk, with no trace of low-rank logic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.store.files import new_directory, write_tensors
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """Write a plain model, all of it at once.
+
+    A MiniGPT becomes config.json, model.pt and tokenizer.json; every other model a transformers
+    directory.
+    """
+    with new_directory(directory, marker="config.json") as new:
+        if model.config.model_type == "minigpt":
+            model.config.to_json_file(new / "config.json")
+            write_tensors(new / "model.pt", model.state_dict())
+            tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
+        else:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)

@@ -1,0 +1,99 @@
+"""Veneer's own adapter directory: lora_weights.pt, embedding_weights.pt, lora_config.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from veneer.errors import AdapterError, ConfigError, nearest
+from veneer.lowrank.config import LoRA
+from veneer.store.files import new_directory, read_json, read_tensors, write_json, write_tensors
+from veneer.store.state import AdapterState, Rows
+
+CONFIG, WEIGHTS, ROWS = "lora_config.json", "lora_weights.pt", "embedding_weights.pt"
+FORMAT = 1
+
+
+def config_of(state: AdapterState) -> dict[str, Any]:
+    """Return what lora_config.json says of an adapter."""
+    config = asdict(state.config)
+    config["targets"] = list(config["targets"])
+    rows = state.rows
+    return {
+        "format": FORMAT,
+        "veneer_version": version("veneer"),
+        **config,
+        "base": {"name": state.base_name, "fingerprint": dict(state.base_fingerprint)},
+        "new_words": list(rows.words) if rows else [],
+        "new_words_start": rows.start if rows else None,
+    }
+
+
+def state_of(
+    config: dict[str, Any], tensors: dict[str, Tensor], rows: dict[str, Tensor]
+) -> AdapterState:
+    """Return the adapter that a configuration and its tensors describe.
+
+    Raises AdapterError for a configuration that is of a later format, lacks something, or has
+    settings that this version does not know.
+    """
+    if config.get("format") != FORMAT:
+        raise AdapterError(
+            f"its format is {config.get('format')!r}, but this version of Veneer reads {FORMAT}"
+        )
+    names = {f.name for f in fields(LoRA)}
+    around = {"format", "veneer_version", "base", "new_words", "new_words_start"}
+    unknown = sorted(set(config) - names - around)
+    missing = sorted((names | around) - set(config))
+    if unknown or missing:
+        problems = [f"{key!r} is unknown{nearest(key, names)}" for key in unknown]
+        problems += [f"{key!r} is missing" for key in missing]
+        raise AdapterError("; ".join(problems))
+    try:
+        lora = LoRA(**{key: config[key] for key in names})
+    except (ConfigError, TypeError) as error:
+        raise AdapterError(str(error)) from error
+    words, start, base = config["new_words"], config["new_words_start"], config["base"]
+    if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), dict):
+        raise AdapterError("'base' must say the base's name and fingerprint")
+    new = None
+    if words or rows:
+        embedding = rows.get("input_embeddings")
+        if embedding is None or len(embedding) != len(words) or not isinstance(start, int):
+            raise AdapterError(
+                f"{ROWS} must hold one row of input_embeddings for each of {len(words)} new words"
+            )
+        new = Rows(tuple(words), start, embedding, rows.get("output_embeddings"))
+    return AdapterState(lora, tensors, new, str(base.get("name", "")), base["fingerprint"])
+
+
+def write(
+    state: AdapterState, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Write an adapter directory, all of it at once."""
+    with new_directory(directory, marker=CONFIG) as new:
+        write_tensors(new / WEIGHTS, state.tensors)
+        if state.rows is not None:
+            rows = {"input_embeddings": state.rows.embedding}
+            if state.rows.head is not None:
+                rows["output_embeddings"] = state.rows.head
+            write_tensors(new / ROWS, rows)
+        if tokenizer is not None:
+            tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
+        write_json(new / CONFIG, config_of(state))
+
+
+def read(directory: Path) -> AdapterState:
+    """Read an adapter directory. Raises AdapterError, naming the directory."""
+    config = read_json(directory / CONFIG)
+    tensors = read_tensors(directory / WEIGHTS)
+    rows = read_tensors(directory / ROWS) if (directory / ROWS).exists() else {}
+    try:
+        return state_of(config, tensors, rows)
+    except AdapterError as error:
+        raise AdapterError(f"The adapter in {directory} cannot be used: {error}.") from error

@@ -1,0 +1,154 @@
+"""PEFT's adapter directory: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from veneer.errors import AdapterError, ConfigError
+from veneer.lowrank.config import LoRA
+from veneer.store.files import new_directory, read_json, read_tensors, write_json, write_tensors
+from veneer.store.state import EMBEDDING, LINEAR, AdapterState
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Our tensor's name: how PEFT's key ends. Embeddings have no `.weight` there.
+ENDINGS = {name: f"{name}.weight" for name in LINEAR} | {name: name for name in EMBEDDING}
+# Parts of PEFT's LoRA that change what an adapter computes and that are not read yet.
+NOT_READ = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "exclude_modules",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+
+
+def config_of(state: AdapterState) -> dict[str, Any]:
+    """Return what adapter_config.json says of an adapter.
+
+    Ranks and alphas of single layers are keyed by whole paths: PEFT sorts patterns on saving, and
+    the first that matches wins, so that any pattern that overlaps another could change its meaning.
+    """
+    config = state.config
+    paths = [path for path, *_ in state.layers()]
+    ranks = {path: config.rank_of(path) for path in paths}
+    alphas = {path: _number(config.alpha_of(path)) for path in paths}
+    alpha = _number(float(config.alpha or 0))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": state.base_name or None,
+        "r": config.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.targets),
+        "use_rslora": config.rslora,
+        "rank_pattern": {path: r for path, r in ranks.items() if r != config.rank},
+        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def tensors_of(state: AdapterState) -> dict[str, Tensor]:
+    """Return an adapter's tensors under PEFT's keys.
+
+    Raises AdapterError for an adapter with new words, whose rows this format cannot carry yet.
+    """
+    if state.rows is not None:
+        raise AdapterError(
+            "An adapter with new words cannot be written for PEFT; merge it, or write it natively."
+        )
+    renamed = {}
+    for key, tensor in state.tensors.items():
+        path, _, name = key.rpartition(".")
+        renamed[f"{PREFIX}{path}.{ENDINGS[name]}"] = tensor
+    return renamed
+
+
+def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
+    """Return the adapter that PEFT's configuration and tensors describe.
+
+    Raises AdapterError, listing every part that cannot be honoured and every key that is unknown.
+    """
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"its peft_type is {config.get('peft_type')!r}, and only LORA is read")
+    problems += [f"{name} is not read" for name in NOT_READ if config.get(name)]
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias is {config['bias']!r}, and only 'none' is read")
+    found, base_weights = {}, {}
+    for key, tensor in tensors.items():
+        plain = key.removeprefix(PREFIX)
+        ours = next((n for n, end in ENDINGS.items() if plain.endswith(f".{end}")), None)
+        if ours is not None and plain != key:
+            found[plain.removesuffix(ENDINGS[ours]) + ours] = tensor
+        elif plain != key and plain.endswith(".weight"):
+            # PEFT saves an adapted embedding's own weight along with the adapter.
+            base_weights[plain.replace(".base_layer.weight", ".weight")] = tensor
+        else:
+            problems.append(f"the key {key!r} is unknown")
+    try:
+        lora = _lora(config)
+    except (ConfigError, TypeError, KeyError) as error:
+        problems.append(f"adapter_config.json does not describe a LoRA ({error})")
+    if problems:
+        raise AdapterError("; ".join(problems))
+    base = config.get("base_model_name_or_path") or ""
+    return AdapterState(lora, found, base_name=str(base), base_weights=base_weights)
+
+
+def write(state: AdapterState, directory: Path) -> None:
+    """Write a directory that PEFT, and what reads its format, loads; all of it at once."""
+    tensors = tensors_of(state)
+    with new_directory(directory, marker=CONFIG) as new:
+        write_tensors(new / WEIGHTS, tensors)
+        write_json(new / CONFIG, config_of(state))
+
+
+def read(directory: Path) -> AdapterState:
+    """Read a directory that PEFT wrote. Raises AdapterError, naming the directory."""
+    config = read_json(directory / CONFIG)
+    try:
+        return state_of(config, read_tensors(directory / WEIGHTS))
+    except AdapterError as error:
+        raise AdapterError(f"The PEFT adapter in {directory} cannot be used: {error}.") from error
+
+
+def _lora(config: dict[str, Any]) -> LoRA:
+    wanted = config["target_modules"]
+    if isinstance(wanted, str):
+        # PEFT matches a string against the whole path.
+        targets = ["all"] if wanted == "all-linear" else [f"re:^(?:{wanted})$"]
+    else:
+        targets = sorted(wanted)
+    blocks = config.get("layers_to_transform")
+    layers = None
+    if blocks is not None:
+        layers = ",".join(str(b) for b in (blocks if isinstance(blocks, list) else [blocks]))
+    return LoRA(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        targets=targets,
+        layers=layers,
+        rslora=bool(config.get("use_rslora", False)),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+    )
+
+
+def _number(alpha: float) -> int | float:
+    # Readers such as vLLM and llama.cpp expect an integer where the alpha is one.
+    return int(alpha) if float(alpha).is_integer() else alpha
