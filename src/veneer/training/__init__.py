@@ -1,0 +1,1 @@
+"""Training: the loop yields events, whoever asked for it shows them."""

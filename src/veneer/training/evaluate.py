@@ -1,0 +1,37 @@
+"""The loss on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from veneer.data.encode import Example
+from veneer.data.packing import StepOrder, pack
+from veneer.training.forward import Forward
+
+
+def evaluate(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    forward: Forward,
+    *,
+    tokens_per_batch: int = 2048,
+) -> float:
+    """Return the mean loss over the label tokens of all examples, in nats."""
+    lengths = [len(example.tokens) for example in examples]
+    order = StepOrder(lengths, tokens_per_batch, tokens_per_batch, seed=0)
+    training = model.training
+    model.eval()
+    total, labels = 0.0, 0
+    try:
+        with torch.no_grad():
+            for step in order.epoch(0):
+                for indices in step:
+                    batch = pack(examples, indices)
+                    total += float(forward(model, batch))
+                    labels += int((batch.labels >= 0).sum())
+    finally:
+        model.train(training)
+    return total / labels

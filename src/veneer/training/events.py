@@ -1,0 +1,114 @@
+"""What a run tells whoever follows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from veneer.data.encode import Summary
+    from veneer.methods.report import TargetReport
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Anything that happens in a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice(Event):
+    """Something that a person should know: a fallback, a choice made for them."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class DataReady(Event):
+    """The rows are read and encoded; `example` is one of them, in pieces, trained or not."""
+
+    summary: Summary
+    held_out: Summary | None
+    skipped: int
+    example: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReady(Event):
+    """The base is loaded and the adapter attached."""
+
+    targets: TargetReport
+    new_words: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started(Event):
+    """Training begins, or goes on after `done` steps."""
+
+    steps: int
+    done: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Event):
+    """One optimizer step. `loss` is the mean over its label tokens; `tokens` are real ones."""
+
+    step: int
+    loss: float
+    lr: float
+    tokens: int
+    label_tokens: int
+    seconds: float
+    rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped(Event):
+    """A step whose loss or gradient was not finite; the weights were left as they were."""
+
+    step: int
+    rows: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated(Event):
+    """Held-out rows were measured: mean loss over their label tokens."""
+
+    step: int
+    eval_loss: float
+    perplexity: float
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointed(Event):
+    """The run's state is on the disk."""
+
+    step: int
+    place: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped(Event):
+    """Training ended before its last step; `reason` is "interrupted" or "patience"."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trained(Event):
+    """Training ended; the model holds the weights of step `kept`."""
+
+    step: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written(Event):
+    """A result is on the disk."""
+
+    what: str
+    place: Path
+    bytes: int

@@ -1,0 +1,151 @@
+"""The loss of a packed batch, by the fastest way that provably equals the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from veneer.data.encode import Example
+from veneer.data.packing import Batch, pack
+from veneer.kernels.attention import NAME, Packing, packed_attention
+from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy
+
+PROBE_LENGTHS = (7, 19, 12)
+# How far a shortcut's loss may be from the model's own, relatively: rounding, not meaning.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Two shortcuts, each taken or not: packing without padding, and the head on labelled rows."""
+
+    packed: bool
+    labelled_head: bool
+
+    def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Return the sum of the label tokens' losses, a float32 scalar with a gradient."""
+        device = model.device
+        tokens = torch.from_numpy(batch.tokens).to(device)  # (tokens,)
+        labels = torch.from_numpy(batch.labels).to(device)
+        positions = torch.from_numpy(batch.positions).to(device)
+        lengths = batch.lengths.tolist()
+        inputs: dict[str, Any]
+        if self.packed:
+            packing = Packing(lengths, device)
+            inputs = {
+                "input_ids": tokens[None],
+                "position_ids": positions[None],
+                "packing": packing,
+            }
+            with _attention(model, NAME):
+                return self._loss(model, inputs, labels, None)
+        rows = pad_sequence(list(tokens.split(lengths)), batch_first=True)  # (rows, longest)
+        mask = pad_sequence([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
+        mask = mask.to(device)
+        inputs = {"input_ids": rows, "attention_mask": mask}
+        return self._loss(model, inputs, labels, mask.bool())
+
+    def _loss(
+        self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        if self.labelled_head:
+            hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+            hidden = hidden[0] if mask is None else hidden[mask]  # (tokens, dim)
+            head = model.get_output_embeddings()
+            assert isinstance(head, nn.Module)
+            return labelled_cross_entropy(hidden, labels, head)
+        logits = model(**inputs, use_cache=False).logits
+        logits = logits[0] if mask is None else logits[mask]  # (tokens, words)
+        return _full_loss(logits, labels)
+
+
+def choose_forward(
+    model: PreTrainedModel, examples: Sequence[Example]
+) -> tuple[Forward, list[str]]:
+    """Return the fastest Forward that gives this model's own loss, and what had to be given up.
+
+    A few short rows are computed by the model alone, one by one, and compared.
+    """
+    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+    rows = [
+        Example(tokens, tokens, "probe", 0)
+        for row, length in zip(_cycle(examples), PROBE_LENGTHS, strict=False)
+        if len(tokens := row.tokens[:length]) > 1
+    ]
+    batch = pack(rows, range(len(rows)))
+    training = model.training
+    model.eval()  # dropout would make any two passes differ
+    try:
+        with torch.no_grad():
+            own = sum(float(_own_loss(model, row)) for row in rows)
+            reasons: list[str] = []
+            for forward in (
+                Forward(packed=True, labelled_head=True),
+                Forward(packed=True, labelled_head=False),
+                Forward(packed=False, labelled_head=True),
+            ):
+                reason = _why_not(forward, model, batch, own)
+                if reason is None:
+                    return forward, _notices(forward, reasons)
+                reasons.append(reason)
+    finally:
+        model.train(training)
+    forward = Forward(packed=False, labelled_head=False)
+    return forward, _notices(forward, reasons)
+
+
+def _cycle(examples: Sequence[Example]) -> Iterator[Example]:
+    while True:
+        yield from examples
+
+
+def _why_not(forward: Forward, model: PreTrainedModel, batch: Batch, own: float) -> str | None:
+    try:
+        loss = float(forward(model, batch))
+    except Exception as error:  # whatever a foreign architecture raises, the slower way is open
+        return f"{type(error).__name__}: {error}"
+    if abs(loss - own) <= TOLERANCE.get(model.dtype, 1e-4) * abs(own):
+        return None
+    return f"its loss of {loss:.6g} differs from the model's own {own:.6g}"
+
+
+def _notices(forward: Forward, reasons: list[str]) -> list[str]:
+    notices = []
+    if not forward.packed:
+        notices.append(f"Rows are padded, since packing does not suit this model ({reasons[0]}).")
+    if not forward.labelled_head:
+        notices.append(
+            f"Logits are made for all rows, since the labelled ones alone do not suit this model "
+            f"({reasons[-1]})."
+        )
+    return notices
+
+
+def _own_loss(model: PreTrainedModel, row: Example) -> Tensor:
+    tokens = torch.tensor([row.tokens], device=model.device)
+    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    return _full_loss(logits, tokens[0, 1:])
+
+
+def _full_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,272 @@
+"""The training loop: it yields what happens and prints nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.data.encode import Example
+from veneer.data.packing import StepOrder, pack
+from veneer.errors import TrainingError
+from veneer.store import checkpoint as checkpoints
+from veneer.store.checkpoint import Checkpoint
+from veneer.training.config import TrainConfig
+from veneer.training.evaluate import evaluate
+from veneer.training.events import (
+    Checkpointed,
+    Evaluated,
+    Event,
+    Notice,
+    Skipped,
+    Started,
+    Step,
+    Stopped,
+    Trained,
+)
+from veneer.training.forward import Forward, choose_forward
+
+SKIPS_IN_A_ROW = 3  # steps without a finite loss after which going on makes no sense
+
+
+def train(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    *,
+    held_out: Sequence[Example] = (),
+    directory: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train whatever of `model` requires a gradient on `examples`, and yield events.
+
+    With a `directory`, checkpoints go there, and `resume` goes on from the newest, to the bit. It
+    must have the same `identity`: what else decides the run's course. With `held_out` examples the
+    model ends with the weights that were best on them, otherwise with the last.
+
+    Raises TrainingError after three steps in a row without a finite loss, and where a checkpoint
+    does not belong to this run.
+    """
+    run = _Run(model, examples, config, held_out, directory, dict(identity or {}))
+    if resume:
+        run.restore()
+    forward, notices = choose_forward(model, examples)
+    yield from map(Notice, notices)
+    model.train()
+    try:
+        yield Started(run.steps, run.step)
+        yield from run.go(forward, should_stop)
+    finally:
+        model.eval()
+
+
+class _Run:
+    """The state of a run between two steps: all that a checkpoint must hold."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Example],
+        config: TrainConfig,
+        held_out: Sequence[Example],
+        directory: Path | None,
+        identity: dict[str, Any],
+    ) -> None:
+        self.model, self.examples, self.config = model, examples, config
+        self.held_out, self.directory, self.identity = held_out, directory, identity
+        self.weights: dict[str, Tensor] = {
+            name: weight for name, weight in model.named_parameters() if weight.requires_grad
+        }
+        if not self.weights:
+            raise TrainingError("Nothing in this model trains; attach an adapter first.")
+        self.order = StepOrder(
+            [len(example.tokens) for example in examples],
+            config.tokens_per_step,
+            config.batch_tokens,
+            config.seed,
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.step, self.epoch, self.step_in_epoch = 0, 0, 0
+        self.skips, self.evaluations_since_best = 0, 0
+        self.best_loss, self.best_step = math.inf, 0
+        self.best_weights: dict[str, Tensor] | None = None
+        self.steps_of_epoch = self.order.epoch(0)
+        self.steps = config.steps or self._steps_in(config.epochs)
+        torch.manual_seed(config.seed)
+
+    def _steps_in(self, epochs: float) -> int:
+        whole = sum(len(self.order.epoch(epoch)) for epoch in range(int(epochs)))
+        part = epochs - int(epochs)
+        rest = math.ceil(part * len(self.order.epoch(int(epochs)))) if part else 0
+        return max(1, whole + rest)
+
+    def go(self, forward: Forward, should_stop: Callable[[], bool]) -> Iterator[Event]:
+        """Yield the events of all steps that are left."""
+        config = self.config
+        while self.step < self.steps:
+            yield self._one_step(forward)
+            at_end = self.step == self.steps or self.step_in_epoch == 0
+            if self.held_out and (at_end or _due(self.step, config.eval_every)):
+                yield self._evaluate(forward)
+            stopping = should_stop()
+            patience = config.patience is not None and self.evaluations_since_best
+            out_of_patience = bool(patience and patience >= (config.patience or 0))
+            if self.directory and (
+                at_end or stopping or out_of_patience or _due(self.step, config.save_every)
+            ):
+                yield self._save()
+            if stopping and self.step < self.steps:
+                yield Stopped(self.step, "interrupted")
+                return
+            if out_of_patience:
+                yield Stopped(self.step, "patience")
+                break
+        if self.best_weights is not None and self.best_step != self.step:
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    weight.copy_(self.best_weights[name])
+            yield Trained(self.step, self.best_step)
+        else:
+            yield Trained(self.step, self.step)
+
+    def _one_step(self, forward: Forward) -> Event:
+        start = time.perf_counter()
+        batches = [pack(self.examples, i) for i in self.steps_of_epoch[self.step_in_epoch]]
+        self.step += 1
+        self.step_in_epoch += 1
+        if self.step_in_epoch == len(self.steps_of_epoch):
+            self.epoch, self.step_in_epoch = self.epoch + 1, 0
+            self.steps_of_epoch = self.order.epoch(self.epoch)
+        lr = self.config.lr_at(self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            loss = forward(self.model, batch)
+            total += float(loss.detach())
+            (loss / labels).backward()
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip or math.inf)
+        finite = math.isfinite(total) and bool(torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not finite:
+            return self._skip([i for batch in batches for i in batch.rows.tolist()])
+        self.skips = 0
+        tokens = sum(len(batch.tokens) for batch in batches)
+        seconds = time.perf_counter() - start
+        return Step(self.step, total / labels, lr, tokens, labels, seconds, rss_bytes())
+
+    def _skip(self, rows: list[int]) -> Event:
+        self.skips += 1
+        named = tuple(self.examples[i].where for i in rows)
+        if self.skips == SKIPS_IN_A_ROW:
+            kept = (
+                f" The last good checkpoint is kept in {self.directory}." if self.directory else ""
+            )
+            raise TrainingError(
+                f"Loss or gradient was not finite in {SKIPS_IN_A_ROW} steps in a row, up to step "
+                f"{self.step} (its rows: {', '.join(named[:5])}). A lower --lr, or cleaner rows, "
+                f"may help.{kept}"
+            )
+        return Skipped(self.step, named)
+
+    def _evaluate(self, forward: Forward) -> Evaluated:
+        tokens = self.config.batch_tokens
+        loss = evaluate(self.model, self.held_out, forward, tokens_per_batch=tokens)
+        best = loss < self.best_loss
+        if best:
+            self.best_loss, self.best_step = loss, self.step
+            self.best_weights = {n: w.detach().clone() for n, w in self.weights.items()}
+        self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
+        perplexity = math.exp(min(loss, 700.0))
+        return Evaluated(self.step, loss, perplexity, best)
+
+    def _save(self) -> Checkpointed:
+        assert self.directory is not None
+        tensors = {f"weights/{n}": w for n, w in self.weights.items()}
+        for name, weight in self.weights.items():
+            for key, value in self.optimizer.state[weight].items():
+                tensors[f"{key}/{name}"] = value
+        for name, weight in (self.best_weights or {}).items():
+            tensors[f"best/{name}"] = weight
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        progress = {
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "skips": self.skips,
+            "evaluations_since_best": self.evaluations_since_best,
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "best_step": self.best_step,
+            "identity": self.identity,
+        }
+        keep = {"best": self.best_step} if self.best_weights else {}
+        saved = Checkpoint(self.step, tensors, progress)
+        return Checkpointed(self.step, checkpoints.write(saved, self.directory, keep=keep))
+
+    def restore(self) -> None:
+        """Go back to where the newest checkpoint was, if there is one."""
+        found = checkpoints.newest(self.directory) if self.directory else None
+        if found is None:
+            return
+        progress, tensors = found.progress, found.tensors
+        theirs = progress["identity"]
+        differing = [
+            f"{key} ({theirs.get(key)!r} there, {self.identity.get(key)!r} here)"
+            for key in sorted({*theirs, *self.identity})
+            if theirs.get(key) != self.identity.get(key)
+        ]
+        if differing:
+            raise TrainingError(
+                f"The checkpoint in {self.directory} belongs to another run: "
+                f"{'; '.join(differing)}. Resume with the same settings, or start anew elsewhere."
+            )
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors[f"weights/{name}"])
+                state = {
+                    key: tensors[f"{key}/{name}"].clone()
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}/{name}" in tensors
+                }
+                if state:
+                    self.optimizer.state[weight] = state
+        best = {n: tensors[f"best/{n}"] for n in self.weights if f"best/{n}" in tensors}
+        self.best_weights = best or None
+        self.step = found.step
+        self.epoch, self.step_in_epoch = progress["epoch"], progress["step_in_epoch"]
+        self.skips = progress["skips"]
+        self.evaluations_since_best = progress["evaluations_since_best"]
+        self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+        self.best_step = progress["best_step"]
+        self.steps_of_epoch = self.order.epoch(self.epoch)
+        torch.set_rng_state(tensors["rng/cpu"])
+        if torch.cuda.is_available() and "rng/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def rss_bytes() -> int:
+    """Return the resident memory of this process in bytes (0 where /proc is absent)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,47 @@
+"""MiniGPT from nothing: tokenizer, model and text are all made here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from veneer.data.encode import Encoder, encode_rows, summarize
+from veneer.data.preview import preview
+from veneer.data.rows import Sourced, texts_of
+from veneer.data.world import world_text
+from veneer.models.minigpt import (
+    MiniGPTConfig,
+    MiniGPTForCausalLM,
+    register,
+    train_tokenizer,
+    wrap_tokenizer,
+)
+from veneer.store.merged import write_model
+from veneer.training.config import TrainConfig
+from veneer.training.events import DataReady, Event, Written
+from veneer.training.loop import train
+
+DOCUMENTS = 12_000
+TOKENS_PER_STEP = 2048
+
+
+def pretrain(out: Path, *, steps: int = 1000, seed: int = 0) -> Iterator[Event]:
+    """Train a MiniGPT on a small world of general knowledge, write it to `out`, yield events."""
+    register()
+    rows = [Sourced(row, f"world:{n}") for n, row in enumerate(world_text(seed, DOCUMENTS), 1)]
+    tokenizer = wrap_tokenizer(train_tokenizer(text for row in rows for text in texts_of(row)))
+    torch.manual_seed(seed)
+    model = MiniGPTForCausalLM(MiniGPTConfig(vocab_size=len(tokenizer)))
+    encoder = Encoder(tokenizer, max_length=model.config.context)
+    examples, problems = encode_rows(encoder, rows)
+    assert not problems, problems
+    yield DataReady(summarize(examples), None, 0, preview(examples[0], tokenizer))
+    course = TrainConfig(
+        steps=steps, lr=3e-3, weight_decay=0.01, tokens_per_step=TOKENS_PER_STEP, seed=seed
+    )
+    yield from train(model, examples, course)
+    write_model(model, tokenizer, out)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    yield Written("MiniGPT", out, size)

@@ -1,0 +1,68 @@
+"""A whole run as one value: what `veneer tune` takes and recipe.yaml keeps. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from veneer.errors import ConfigError
+from veneer.lowrank.config import LoRA
+from veneer.training.config import TrainConfig
+
+DType = Literal["auto", "float32", "bf16"]
+OUT = Path("dist/finetuning_results")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows to train on. Raises ConfigError for settings that cannot be."""
+
+    limit: int | None = None
+    """Use only the first rows, so many."""
+    max_length: int = 1024
+    """Longest row in tokens; the rest of a longer one is cut off and counted."""
+    eval_rows: int = 0
+    """Rows to hold out for evaluation, drawn at random."""
+    eval_data: Path | None = None
+    """File of rows to evaluate on, instead of held-out ones."""
+    skip_bad_rows: bool = False
+    """Leave out rows with faults, counting them, instead of refusing the data."""
+    new_words: str | None = None
+    """Words to add to the vocabulary, comma-separated; auto: those that fall into many pieces."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.limit is not None and self.limit < 1:
+            problems.append(f"limit is {self.limit}, but must be at least 1")
+        if self.max_length < 2:
+            problems.append(f"max_length is {self.max_length}, but must be at least 2")
+        if self.eval_rows < 0:
+            problems.append(f"eval_rows is {self.eval_rows}, but must be at least 0")
+        if self.eval_rows and self.eval_data:
+            problems.append("eval_rows and eval_data exclude each other")
+        if problems:
+            raise ConfigError("This data cannot be used so: " + "; ".join(problems) + ".")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a run's course and where its result goes."""
+
+    model: str
+    data: Path
+    lora: LoRA = field(default_factory=LoRA)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    rows: DataConfig = field(default_factory=DataConfig)
+    dtype: DType = "auto"
+    out: Path = OUT
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting under its flag's name, as plain values for YAML and JSON."""
+        flat: dict[str, Any] = {"model": self.model, "data": str(self.data)}
+        for part in (self.lora, self.training, self.rows):
+            flat.update(asdict(part))
+        flat["targets"] = list(flat["targets"])
+        flat["eval_data"] = flat["eval_data"] and str(flat["eval_data"])
+        flat |= {"dtype": self.dtype, "out": str(self.out)}
+        return flat

@@ -1,0 +1,179 @@
+"""The main job from end to end: a base and data in, an adapter and a merged model out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from veneer.data.encode import Encoder, Example, summarize
+from veneer.data.load import load_examples
+from veneer.data.packing import split_held_out
+from veneer.data.preview import preview
+from veneer.data.rows import texts_of
+from veneer.data.sources import read_rows
+from veneer.errors import ConfigError
+from veneer.methods.attach import attach
+from veneer.methods.merge import merge, rounded_away
+from veneer.methods.report import report_targets
+from veneer.methods.vocabulary import add_words, find_words, new_words
+from veneer.models.fingerprint import fingerprint
+from veneer.models.load import Base, load_base
+from veneer.store import adapters, checkpoint, merged
+from veneer.store.files import write_text
+from veneer.training import metrics
+from veneer.training.events import DataReady, Event, ModelReady, Notice, Stopped, Written
+from veneer.training.loop import train
+from veneer.training.recipe import Recipe
+
+ADAPTER, MERGED, CHECKPOINTS = "lora_adapter", "lora_merged", "checkpoints"
+METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
+# Settings of which the course of the weights does not depend.
+BESIDE_THE_POINT = ("out", "save_every")
+
+
+def tune(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train as the recipe says, write both results below `recipe.out`, and yield what happens.
+
+    `resume` goes on from the newest checkpoint there; `force` replaces an earlier run's results.
+    Raises VeneerError of the kind that fits for anything that cannot be: see each room.
+    """
+    out = recipe.out
+    if not resume and not force:
+        _refuse_to_replace(out)
+    base = load_base(recipe.model, dtype=recipe.dtype)
+    words = _new_words(recipe, base)
+    if words:
+        add_words(base.model, base.tokenizer, words)
+    examples, held_out, ready = _data(recipe, base.tokenizer)
+    yield ready
+    if Encoder(base.tokenizer, max_length=recipe.rows.max_length).uses_plain_template:
+        yield Notice("The tokenizer has no chat template; turns are written as plain lines.")
+    targets = report_targets(base.model, recipe.lora)
+    attach(base.model, recipe.lora, seed=recipe.training.seed)
+    _train_new_rows(base)
+    yield ModelReady(targets, words, str(base.model.dtype).removeprefix("torch."))
+
+    if not resume:
+        _clear(out)
+    write_text(out / RECIPE, yaml.safe_dump(recipe.settings(), sort_keys=False))
+    events = train(
+        base.model,
+        examples,
+        recipe.training,
+        held_out=held_out,
+        directory=out / CHECKPOINTS,
+        identity=_identity(recipe, base, examples, held_out),
+        resume=resume,
+        should_stop=should_stop,
+    )
+    for event in metrics.record(events, out / METRICS):
+        yield event
+        if isinstance(event, Stopped) and event.reason == "interrupted":
+            return
+
+    adapters.save(base.model, out / ADAPTER, tokenizer=base.tokenizer)
+    yield Written("adapter", out / ADAPTER, size_of(out / ADAPTER))
+    plain = merge(base.model)
+    lost = rounded_away(base.model, plain)
+    if lost > 0.01:
+        yield Notice(
+            f"Merging rounded {lost:.0%} of the adapter's change away in {base.model.dtype}; "
+            "the adapter itself holds all of it."
+        )
+    merged.write_model(plain, base.tokenizer, out / MERGED)
+    yield Written("merged model", out / MERGED, size_of(out / MERGED))
+
+
+def size_of(directory: Path) -> int:
+    """Return the bytes of all files below a directory."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def _refuse_to_replace(out: Path) -> None:
+    earlier = [name for name in (ADAPTER, MERGED, CHECKPOINTS) if (out / name).exists()]
+    if earlier:
+        raise ConfigError(
+            f"{out} holds an earlier run ({', '.join(earlier)}). Go on with it by --resume, "
+            "replace it by --force, or name another place by --out."
+        )
+
+
+def _clear(out: Path) -> None:
+    """Make way for a new run, once everything about it has proved right."""
+    for name in (METRICS, RECIPE):
+        (out / name).unlink(missing_ok=True)
+    checkpoint.remove_all(out / CHECKPOINTS)
+
+
+def _data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[Example], DataReady]:
+    rows = recipe.rows
+    examples, skipped = load_examples(
+        recipe.data,
+        tokenizer,
+        max_length=rows.max_length,
+        limit=rows.limit,
+        skip_bad_rows=rows.skip_bad_rows,
+    )
+    held_out: list[Example] = []
+    if rows.eval_data is not None:
+        held_out, more = load_examples(
+            rows.eval_data,
+            tokenizer,
+            max_length=rows.max_length,
+            skip_bad_rows=rows.skip_bad_rows,
+        )
+        skipped += more
+    elif rows.eval_rows:
+        training, aside = split_held_out(
+            len(examples), eval_rows=rows.eval_rows, seed=recipe.training.seed
+        )
+        held_out = [examples[i] for i in aside]
+        examples = [examples[i] for i in training]
+    held_out_summary = summarize(held_out) if held_out else None
+    shown = preview(examples[0], tokenizer)
+    return examples, held_out, DataReady(summarize(examples), held_out_summary, skipped, shown)
+
+
+def _new_words(recipe: Recipe, base: Base) -> tuple[str, ...]:
+    asked = recipe.rows.new_words
+    if not asked:
+        return ()
+    if asked != "auto":
+        return tuple(word.strip() for word in asked.split(",") if word.strip())
+    rows, _ = read_rows(recipe.data, limit=recipe.rows.limit)
+    texts = (text for row in rows for text in texts_of(row))
+    return tuple(find_words(texts, base.tokenizer))
+
+
+def _train_new_rows(base: Base) -> None:
+    words = new_words(base.model)
+    for rows in words.parameters() if words else ():
+        rows.requires_grad_(True)
+
+
+def _identity(
+    recipe: Recipe, base: Base, examples: list[Example], held_out: list[Example]
+) -> dict[str, Any]:
+    tokens = [(row.tokens, row.labels) for row in (*examples, *held_out)]
+    settings = {k: v for k, v in recipe.settings().items() if k not in BESIDE_THE_POINT}
+    identity = {
+        **settings,
+        "dtype": str(base.model.dtype),
+        "data": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
+        "base": fingerprint(base.model, base.tokenizer),
+    }
+    return json.loads(json.dumps(identity))
