@@ -1,0 +1,171 @@
+"""The commands and their flags. What a command does is imported when it runs, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+from veneer.cli.console import ERRORS, show_error
+from veneer.cli.recipes import from_recipe
+from veneer.errors import VeneerError
+from veneer.generate.sampling import Sampling
+from veneer.lowrank.config import LoRA
+from veneer.training.config import TrainConfig
+from veneer.training.recipe import OUT, DataConfig, DType
+
+app = App(
+    name="veneer",
+    help="Teach a frozen language model something new with thin low-rank layers.",
+    help_format="plaintext",
+)
+Flat = Parameter(name="*")
+Model = Annotated[
+    str, Parameter(help="Built-in name, local directory, .gguf file, or hub name of the base.")
+]
+Prompt = Annotated[str, Parameter(help="What to ask the model.")]
+AdapterDir = Annotated[
+    Path | None, Parameter(name="--adapter", help="Adapter directory to lay over the base.")
+]
+Force = Annotated[
+    bool,
+    Parameter(negative="", help="Use the adapter over this base even if it was made on another."),
+]
+DTypeFlag = Annotated[
+    DType, Parameter(help="Number format to compute in; auto takes the faster one here.")
+]
+
+
+@app.command(config=from_recipe)
+def tune(
+    model: Model,
+    data: Annotated[
+        Path, Parameter(help="Rows to learn: .jsonl, .json, .csv, .parquet, .txt, or a directory.")
+    ],
+    /,
+    *,
+    lora: Annotated[LoRA | None, Flat] = None,
+    training: Annotated[TrainConfig | None, Flat] = None,
+    rows: Annotated[DataConfig | None, Flat] = None,
+    dtype: DTypeFlag = "auto",
+    out: Annotated[Path, Parameter(help="Directory for the results.")] = OUT,
+    config: Annotated[
+        Path | None, Parameter(help="Recipe of an earlier run; flags given here override it.")
+    ] = None,
+    resume: Annotated[
+        bool, Parameter(negative="", help="Go on from the newest checkpoint in --out.")
+    ] = False,
+    force: Annotated[
+        bool, Parameter(negative="", help="Replace the results of an earlier run in --out.")
+    ] = False,
+    tensorboard: Annotated[
+        bool, Parameter(negative="", help="Write curves for TensorBoard too, below --out.")
+    ] = False,
+    quiet: Annotated[bool, Parameter(negative="", help="Print only errors.")] = False,
+) -> int:
+    """Train an adapter over MODEL on DATA, and keep it two ways: alone, and merged."""
+    from veneer.cli.tune import run_tune
+    from veneer.training.recipe import Recipe
+
+    recipe = Recipe(
+        model=model,
+        data=data,
+        lora=lora or LoRA(),
+        training=training or TrainConfig(),
+        rows=rows or DataConfig(),
+        dtype=dtype,
+        out=out,
+    )
+    return run_tune(recipe, resume=resume, force=force, tensorboard=tensorboard, quiet=quiet)
+
+
+@app.command
+def inspect(
+    model: Model,
+    /,
+    *,
+    lora: Annotated[LoRA | None, Flat] = None,
+) -> None:
+    """Show which layers of MODEL would train, and how many parameters, before anything does."""
+    from veneer.cli.commands import run_inspect
+
+    run_inspect(model, lora or LoRA())
+
+
+@app.command
+def pretrain(
+    out: Annotated[Path, Parameter(help="Directory for the model.")] = Path("dist/minigpt"),
+    /,
+    *,
+    steps: Annotated[int, Parameter(help="Optimizer steps.")] = 1000,
+    seed: Annotated[int, Parameter(help="Decides the text and the model's start.")] = 0,
+) -> None:
+    """Train MiniGPT from nothing, in about a minute, on a small world of general knowledge."""
+    from veneer.cli.commands import run_pretrain
+
+    run_pretrain(out, steps=steps, seed=seed)
+
+
+@app.command
+def merge(
+    base: Model,
+    adapter: Annotated[Path, Parameter(help="Adapter directory.")],
+    out: Annotated[Path, Parameter(help="Directory for the merged model.")],
+    /,
+    *,
+    dtype: DTypeFlag = "auto",
+    force: Force = False,
+) -> None:
+    """Bake ADAPTER into BASE and write a plain model to OUT."""
+    from veneer.cli.commands import run_merge
+
+    run_merge(base, adapter, out, dtype=dtype, force=force)
+
+
+@app.command
+def generate(
+    model: Model,
+    prompt: Prompt,
+    /,
+    *,
+    adapter: AdapterDir = None,
+    sampling: Annotated[Sampling | None, Flat] = None,
+    dtype: DTypeFlag = "auto",
+    force: Force = False,
+) -> None:
+    """Print MODEL's answer to PROMPT."""
+    from veneer.cli.commands import run_generate
+
+    run_generate(model, prompt, adapter, sampling or Sampling(), dtype=dtype, force=force)
+
+
+@app.command
+def chat(
+    model: Model,
+    /,
+    *,
+    adapter: AdapterDir = None,
+    sampling: Annotated[Sampling | None, Flat] = None,
+    dtype: DTypeFlag = "auto",
+    force: Force = False,
+) -> None:
+    """Talk with MODEL; an empty line or Ctrl-D ends it."""
+    from veneer.cli.commands import run_chat
+
+    run_chat(model, adapter, sampling or Sampling(), dtype=dtype, force=force)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        code = app(arguments, exit_on_error=False, error_console=ERRORS)
+    except CycloptsError:
+        return 2  # cyclopts has said what is wrong
+    except VeneerError as error:
+        show_error(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code or 0

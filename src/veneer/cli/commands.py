@@ -1,0 +1,83 @@
+"""The shorter commands: inspect, pretrain, merge, generate, chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import veneer
+from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries
+from veneer.cli.progress import RunDisplay
+from veneer.cli.tables import target_summary, target_table
+from veneer.data.rows import Message
+from veneer.generate.sampling import Sampling
+from veneer.lowrank.config import LoRA
+from veneer.methods.merge import rounded_away
+from veneer.methods.report import report_targets
+from veneer.models.load import Base, load_skeleton
+from veneer.training.pretrain import pretrain
+from veneer.training.tune import size_of
+
+
+def run_inspect(model: str, lora: LoRA) -> None:
+    quieten_libraries()
+    report = report_targets(load_skeleton(model), lora)
+    OUTPUT.print(target_table(report))
+    OUTPUT.print(target_summary(report))
+
+
+def run_pretrain(out: Path, *, steps: int, seed: int) -> None:
+    quieten_libraries()
+    with RunDisplay() as display:
+        for event in pretrain(out, steps=steps, seed=seed):
+            display.show(event)
+
+
+def run_merge(base: str, adapter: Path, out: Path, *, dtype: str, force: bool) -> None:
+    loaded = _load(base, adapter, dtype=dtype, force=force)
+    plain = veneer.merge(loaded.model)
+    veneer.write_model(plain, loaded.tokenizer, out)
+    lost = rounded_away(loaded.model, plain)
+    OUTPUT.print(
+        f"Merged model: {out} ({bytes_text(size_of(out))}); rounding to {loaded.model.dtype} took "
+        f"{lost:.2%} of the adapter's change"
+    )
+
+
+def run_generate(
+    model: str, prompt: str, adapter: Path | None, sampling: Sampling, *, dtype: str, force: bool
+) -> None:
+    base = _load(model, adapter, dtype=dtype, force=force)
+    _print_stream(base, [Message("user", prompt)], sampling)
+
+
+def run_chat(
+    model: str, adapter: Path | None, sampling: Sampling, *, dtype: str, force: bool
+) -> None:
+    base = _load(model, adapter, dtype=dtype, force=force)
+    messages: list[Message] = []
+    while True:
+        try:
+            question = OUTPUT.input("[bold]You:[/] ").strip()
+        except EOFError:
+            question = ""
+        if not question:
+            return
+        messages.append(Message("user", question))
+        messages.append(Message("assistant", _print_stream(base, messages, sampling)))
+
+
+def _load(model: str, adapter: Path | None, *, dtype: str, force: bool) -> Base:
+    quieten_libraries()
+    base = veneer.load_base(model, dtype=dtype)
+    if adapter is not None:
+        veneer.load(base.model, adapter, tokenizer=base.tokenizer, force=force)
+    return base
+
+
+def _print_stream(base: Base, messages: list[Message], sampling: Sampling) -> str:
+    pieces = []
+    for piece in veneer.stream(base.model, base.tokenizer, messages, sampling=sampling):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    return "".join(pieces)

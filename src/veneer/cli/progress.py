@@ -1,0 +1,161 @@
+"""A run's events on the terminal: data, plan, a live bar, and where the results are."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from veneer.cli.console import OUTPUT, bytes_text
+from veneer.cli.tables import target_summary
+from veneer.training.events import (
+    Checkpointed,
+    DataReady,
+    Evaluated,
+    Event,
+    ModelReady,
+    Notice,
+    Skipped,
+    Started,
+    Step,
+    Stopped,
+    Trained,
+    Written,
+)
+
+LINES = 20  # progress lines of a whole run where there is no terminal for a live bar
+SHOWN_EXAMPLE = 1200  # characters of the example that are shown
+
+
+class RunDisplay:
+    """Shows events one by one; use as a context, so that the live bar is taken down."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("  step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("{task.fields[memory]}"),
+            TimeRemainingColumn(),
+            console=OUTPUT,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+        self.steps = 0
+        self.recent: deque[Step] = deque(maxlen=20)
+        self.began = time.monotonic()
+
+    def __enter__(self) -> RunDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._take_down()
+
+    def show(self, event: Event) -> None:
+        """Print what a person wants to know of `event`."""
+        match event:
+            case Notice(text):
+                OUTPUT.print(f"  [yellow]note[/] {text}")
+            case DataReady():
+                self._data(event)
+            case ModelReady():
+                OUTPUT.print(f"[bold]Model[/]   {target_summary(event.targets)}, in {event.dtype}")
+                if event.new_words:
+                    OUTPUT.print(
+                        f"  {len(event.new_words)} new words: {', '.join(event.new_words)}"
+                    )
+            case Started(steps, done):
+                self._start(steps, done)
+            case Step():
+                self._step(event)
+            case Evaluated(step, loss, perplexity, best):
+                mark = ", the best so far" if best else ""
+                OUTPUT.print(
+                    f"  step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}{mark}"
+                )
+            case Skipped(step, rows):
+                OUTPUT.print(
+                    f"  [red]step {step} skipped[/]: loss or gradient not finite; rows "
+                    f"{', '.join(rows[:8])}"
+                )
+            case Stopped(step, reason):
+                self._take_down()
+                why = "no better evaluation" if reason == "patience" else "interrupted"
+                OUTPUT.print(f"[bold]Stopped[/] after step {step}: {why}")
+            case Trained(step, kept):
+                self._take_down()
+                took = _duration(time.monotonic() - self.began)
+                which = (
+                    "" if kept == step else f"; the weights of step {kept} were best and are kept"
+                )
+                OUTPUT.print(f"[bold]Trained[/] {step} steps in {took}{which}")
+            case Written(what, place, size):
+                OUTPUT.print(f"[bold]Saved[/]   {what}: {place} ({bytes_text(size)})")
+            case Checkpointed():
+                pass
+            case _:
+                raise AssertionError(event)
+
+    def _data(self, event: DataReady) -> None:
+        summary = event.summary
+        counts = [
+            f"{summary.rows:,} rows",
+            f"{summary.tokens:,} tokens",
+            f"{summary.label_tokens:,} of them trained",
+            f"longest row {summary.longest:,}",
+        ]
+        if summary.truncated:
+            counts.append(f"[yellow]{summary.truncated:,} cut off[/]")
+        if event.skipped:
+            counts.append(f"[yellow]{event.skipped:,} bad rows left out[/]")
+        if event.held_out:
+            counts.append(f"{event.held_out.rows:,} rows held out")
+        OUTPUT.print(f"[bold]Data[/]    {', '.join(counts)}")
+        OUTPUT.print("  The first row as the model sees it, [green]trained tokens in green[/]:")
+        shown = Text()
+        for piece, trained in event.example:
+            shown.append(piece, style="bold green" if trained else "dim")
+        if len(shown) > SHOWN_EXAMPLE:
+            shown = shown[:SHOWN_EXAMPLE] + Text(" ...")
+        OUTPUT.print(Text("\n").join(Text("  | ") + line for line in shown.split("\n")))
+
+    def _start(self, steps: int, done: int) -> None:
+        self.steps, self.began = steps, time.monotonic()
+        if done:
+            OUTPUT.print(f"  going on after step {done} of {steps}")
+        if OUTPUT.is_terminal:
+            self.task = self.progress.add_task(
+                "", total=steps, completed=done, loss="-", speed="-", memory=""
+            )
+            self.progress.start()
+
+    def _take_down(self) -> None:
+        if self.task is not None:
+            self.progress.stop()
+
+    def _step(self, event: Step) -> None:
+        self.recent.append(event)
+        speed = sum(e.tokens for e in self.recent) / sum(e.seconds for e in self.recent)
+        if self.task is not None:
+            self.progress.update(
+                self.task,
+                completed=event.step,
+                loss=f"{event.loss:.3f}",
+                speed=f"{speed:,.0f}",
+                memory=bytes_text(event.rss_bytes),
+            )
+        elif event.step % max(1, self.steps // LINES) == 0 or event.step in (1, self.steps):
+            mean = sum(e.seconds for e in self.recent) / len(self.recent)
+            left = _duration(mean * (self.steps - event.step))
+            OUTPUT.print(
+                f"  step {event.step}/{self.steps}  loss {event.loss:.3f}  {speed:,.0f} tokens/s  "
+                f"{bytes_text(event.rss_bytes)}  {left} left"
+            )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,1 @@
+"""Decoding: from a conversation to an answer."""

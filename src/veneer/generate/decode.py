@@ -1,0 +1,106 @@
+"""Answers to conversations, one as it is made or many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from threading import Thread
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+
+from veneer.data.chat import prompt_text
+from veneer.data.rows import Message
+from veneer.generate.sampling import Sampling
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str | Sequence[Message],
+    *,
+    sampling: Sampling | None = None,
+) -> str:
+    """Return the model's answer to a question or a conversation."""
+    return "".join(stream(model, tokenizer, question, sampling=sampling))
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    sampling: Sampling | None = None,
+    batch: int = 32,
+) -> list[str]:
+    """Return the model's answers to many questions, `batch` of them at a time."""
+    sampling = sampling or Sampling()
+    _seed(sampling)
+    texts = [prompt_text(tokenizer, [Message("user", question)]) for question in questions]
+    found: list[str] = []
+    for first in range(0, len(texts), batch):
+        inputs = _encode(model, tokenizer, texts[first : first + batch])
+        tokens = model.generate(**inputs, **sampling.options(), **_padding(tokenizer))  # type: ignore[operator]
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        found += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return found
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str | Sequence[Message],
+    *,
+    sampling: Sampling | None = None,
+) -> Iterator[str]:
+    """Yield the answer to a question or a conversation, piece by piece as it is made."""
+    sampling = sampling or Sampling()
+    _seed(sampling)
+    messages = [Message("user", question)] if isinstance(question, str) else question
+    inputs = _encode(model, tokenizer, [prompt_text(tokenizer, messages)])
+    streamer = TextIteratorStreamer(
+        tokenizer,
+        skip_prompt=True,
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            model.generate(  # type: ignore[operator]
+                **inputs, **sampling.options(), **_padding(tokenizer), streamer=streamer
+            )
+        except BaseException as error:
+            failures.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> dict[str, torch.Tensor]:
+    """Tokenise prompts, padded on the left, where generation does not go on."""
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    longest = max(map(len, encoded))
+    pad = _padding(tokenizer)["pad_token_id"]
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded])
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    for pad in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if pad is not None:
+            return {"pad_token_id": int(pad)}
+    return {"pad_token_id": 0}
+
+
+def _seed(sampling: Sampling) -> None:
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
