@@ -5,13 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-# A shared machine may pause at any moment: no test is judged by the clock.
-settings.register_profile("no-clock", deadline=None)
-settings.load_profile("no-clock")
 
 SPECIAL = [
     "<s>",

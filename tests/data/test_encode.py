@@ -296,8 +296,8 @@ def test_a_summary_counts_rows_and_tokens():
 
 def test_a_row_whose_answer_is_cut_off_is_named(tokenizers):
     encoder = Encoder(styled(tokenizers["bytes"], CHATML), max_length=4)
-    examples, problems = encode_rows(encoder, [Sourced(conversation("q" * 9, "a"), "f:7")])
+    examples, problems = encode_rows(encoder, [conversation("q" * 9, "a")])
     assert examples == []
     assert len(problems) == 1
-    assert problems[0].startswith("f:7: no token to learn")
+    assert problems[0].startswith("f:1: no token to learn")
     assert "--max-length" in problems[0]

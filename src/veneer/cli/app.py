@@ -44,7 +44,6 @@ def tune(
     data: Annotated[
         Path, Parameter(help="Rows to learn: .jsonl, .json, .csv, .parquet, .txt, or a directory.")
     ],
-    /,
     *,
     lora: Annotated[LoRA | None, Flat] = None,
     training: Annotated[TrainConfig | None, Flat] = None,

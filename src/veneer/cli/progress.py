@@ -62,7 +62,7 @@ class RunDisplay:
             case DataReady():
                 self._data(event)
             case ModelReady():
-                OUTPUT.print(f"[bold]Model[/]   {target_summary(event.targets)}, in {event.dtype}")
+                OUTPUT.print(f"[bold]Model[/]   {target_summary(event.targets)}; {event.dtype}")
                 if event.new_words:
                     OUTPUT.print(
                         f"  {len(event.new_words)} new words: {', '.join(event.new_words)}"

@@ -14,8 +14,8 @@ from veneer.methods.report import TargetLine, TargetReport
 def target_summary(report: TargetReport) -> str:
     """Return one line: how many layers and parameters train, and what part that is."""
     return (
-        f"{len(report.lines)} layers adapted, {report.trained:,} parameters train, "
-        f"{report.share:.3%} of {report.base_parameters:,}"
+        f"{len(report.lines)} layers adapted; {report.trained:,} of {report.base_parameters:,} "
+        f"parameters train ({report.share:.2%})"
     )
 
 

@@ -39,9 +39,9 @@ class LoRA:
     init: Init = "auto"
     """Start of A: kaiming (uniform, a = √5) or gaussian (0.01 · N(0, 1)); auto is gaussian for
     MiniGPT and kaiming elsewhere. B starts at 0."""
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of single layers, as a pattern of the path's end to a rank."""
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas of single layers, as a pattern of the path's end to an alpha."""
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class LoRA:
             names = tuple(self.targets)
         object.__setattr__(self, "targets", names)
         if self.alpha is None:
-            object.__setattr__(self, "alpha", 2 * self.rank)
+            object.__setattr__(self, "alpha", 2.0 * self.rank)
         problems = list(self._problems())
         if problems:
             raise ConfigError("This adapter cannot be: " + "; ".join(problems) + ".")

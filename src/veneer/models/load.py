@@ -134,4 +134,5 @@ def _reading(source: Path | str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:
-        raise ModelError(f"{source} cannot be read as a causal language model: {error}") from error
+        where = source if isinstance(source, Path) else f"{source} (no such directory; a hub name)"
+        raise ModelError(f"{where} cannot be read as a causal language model: {error}") from error

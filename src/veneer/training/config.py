@@ -15,7 +15,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 class TrainConfig:
     """The course of a training run. Raises ConfigError, which lists everything that is wrong."""
 
-    epochs: float = 1
+    epochs: float = 1.0
     """Passes over the rows."""
     steps: int | None = None
     """Optimizer steps, whatever the epochs."""
