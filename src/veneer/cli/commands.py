@@ -38,7 +38,7 @@ def run_merge(base: str, adapter: Path, out: Path, *, dtype: str, force: bool) -
     veneer.write_model(plain, loaded.tokenizer, out)
     lost = rounded_away(loaded.model, plain)
     OUTPUT.print(
-        f"Merged model: {out} ({bytes_text(size_of(out))}); rounding to {loaded.model.dtype} took "
+        f"Merged model: {out} ({bytes_text(size_of(out))}); rounding to {plain.dtype} took "
         f"{lost:.2%} of the adapter's change"
     )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from rich.console import Console
 from rich.markup import escape
 
@@ -18,10 +16,13 @@ def show_error(error: Exception) -> None:
 
 def quieten_libraries() -> None:
     """Keep the libraries' own progress bars and advice out of our output; errors still show."""
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # The reader of GGUF files has a bar of its own, which does not heed that switch.
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]
 
 
 def bytes_text(count: float) -> str:
@@ -31,7 +32,3 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
-
-
-def is_terminal() -> bool:
-    return sys.stdout.isatty()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -120,7 +121,7 @@ class RunDisplay:
             shown.append(piece, style="bold green" if trained else "dim")
         if len(shown) > SHOWN_EXAMPLE:
             shown = shown[:SHOWN_EXAMPLE] + Text(" ...")
-        OUTPUT.print(Text("\n").join(Text("  | ") + line for line in shown.split("\n")))
+        OUTPUT.print(Padding(shown, (0, 0, 0, 4)))
 
     def _start(self, steps: int, done: int) -> None:
         self.steps, self.began = steps, time.monotonic()

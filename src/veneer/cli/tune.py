@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
-from veneer.cli.console import ERRORS, quieten_libraries
+from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries
 from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
 from veneer.errors import VeneerError
@@ -24,6 +24,8 @@ def run_tune(recipe: Recipe, *, resume: bool, force: bool, tensorboard: bool, qu
     """Run a recipe to its end and return the exit code: 0, or 130 when it was interrupted."""
     quieten_libraries()
     display = None if quiet else RunDisplay()
+    if display:
+        OUTPUT.print(f"[bold]Base[/]    {recipe.model}")
     with interruptible() as asked, display or nullcontext():
         events = tune(recipe, resume=resume, force=force, should_stop=asked)
         for event in curves(events, recipe.out / CURVES) if tensorboard else events:

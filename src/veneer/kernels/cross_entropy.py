@@ -21,7 +21,7 @@ def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> T
     """
     labelled = (labels != IGNORED).nonzero().squeeze(1)  # (rows,)
     rows, targets = hidden[labelled], labels[labelled]
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
     return _ChunkedLoss.apply(rows, targets, head, *trained)
 
 

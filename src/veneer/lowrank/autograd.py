@@ -21,27 +21,25 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # (..., in)
+        x: Tensor,  # (tokens, in)
         weight: Tensor,  # (out, in), frozen
         bias: Tensor | None,  # (out,), frozen
         A: Tensor,  # (rank, in), x's dtype
         B: Tensor,  # (out, rank), x's dtype, scaled
-        keep: Tensor | None,  # x's shape: 0 or 1 / (1 - dropout)
+        keep: Tensor | None,  # (tokens, in): 0 or 1 / (1 - dropout)
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        if keep is not None:
-            keep = keep.reshape(flat.shape)
-        h = (flat if keep is None else flat * keep) @ A.T  # (tokens, rank)
-        y = F.linear(flat, weight, bias)  # (tokens, out)
+        h = (x if keep is None else x * keep) @ A.T  # (tokens, rank)
+        y = F.linear(x, weight, bias)  # (tokens, out)
         y.addmm_(h, B.T)
-        ctx.save_for_backward(flat, weight, A, B, h, keep)
-        ctx.x_shape = x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.save_for_backward(x, weight, A, B, h, keep)
+        # Never a view, for what follows may add to it in place (Falcon does), and autograd forbids
+        # that for views that are made in here.
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, A, B, h, keep = ctx.saved_tensors
-        dy = grads[0].reshape(-1, grads[0].shape[-1])  # (tokens, out)
+        x, weight, A, B, h, keep = ctx.saved_tensors
+        dy = grads[0]  # (tokens, out)
         needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         dh = dy @ B if needs_x or needs_A else None  # (tokens, rank)
         dx = dA = dB = None
@@ -49,7 +47,7 @@ class LowRankLinear(torch.autograd.Function):
             dB = dy.T @ h  # (out, rank)
         if needs_A:
             assert dh is not None
-            dA = dh.T @ (flat if keep is None else flat * keep)  # (rank, in)
+            dA = dh.T @ (x if keep is None else x * keep)  # (rank, in)
         if needs_x:
             assert dh is not None
             dx = dy @ weight  # (tokens, in)
@@ -57,5 +55,4 @@ class LowRankLinear(torch.autograd.Function):
                 dx.addmm_(dh, A)
             else:
                 dx += (dh @ A) * keep
-            dx = dx.view(ctx.x_shape)
         return dx, None, None, dA, dB, None

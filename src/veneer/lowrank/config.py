@@ -57,7 +57,25 @@ class LoRA:
             raise ConfigError("This adapter cannot be: " + "; ".join(problems) + ".")
 
     def _problems(self) -> list[str]:
-        problems = []
+        # Only files can bring values of the wrong kind; nothing else can be said of those.
+        problems = [
+            f"{name} is {value!r}, but must be {rule}"
+            for name, value, good, rule in (
+                ("rank_pattern", self.rank_pattern, isinstance(self.rank_pattern, dict), "a map"),
+                (
+                    "alpha_pattern",
+                    self.alpha_pattern,
+                    isinstance(self.alpha_pattern, dict),
+                    "a map",
+                ),
+                ("targets", self.targets, all(isinstance(t, str) for t in self.targets), "names"),
+                ("layers", self.layers, isinstance(self.layers, str | None), "slices"),
+                ("dropout", self.dropout, isinstance(self.dropout, int | float), "a number"),
+            )
+            if not good
+        ]
+        if problems:
+            return problems
         for name, rank in {"rank": self.rank, **_named("rank_pattern", self.rank_pattern)}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 problems.append(f"{name} is {rank!r}, but must be a whole number of at least 1")

@@ -22,6 +22,7 @@ class Wrapper(nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original.requires_grad_(False)
+        self.training = original.training
 
     def __getattr__(self, name: str) -> Any:
         # Model code reads attributes of the layer that it knows (weight, in_features, nf).
@@ -119,11 +120,14 @@ class LoRALinear(AdaptedLayer):
         together = [pair for pair in active if pair not in dropped]
         first = together or [dropped.pop(0)]
         p = first[0][0].dropout if self.training else 0.0
-        keep = F.dropout(torch.ones_like(x), p) if p else None
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        keep = F.dropout(torch.ones_like(flat), p) if p else None
         A, B = _stack(first, x.dtype)
         weight = self.frozen_weight.to(x.dtype)
         bias: Tensor | None = self.original.bias  # type: ignore[assignment]
-        y = LowRankLinear.apply(x, weight, None if bias is None else bias.to(x.dtype), A, B, keep)
+        bias = None if bias is None else bias.to(x.dtype)
+        y = LowRankLinear.apply(flat, weight, bias, A, B, keep)  # (tokens, out)
+        y = y.view(*x.shape[:-1], y.shape[-1])
         for pair in dropped:
             A, B = _stack([pair], x.dtype)
             y = y + F.linear(F.linear(F.dropout(x, pair[0].dropout), A), B)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import TargetError, nearest
 from veneer.lowrank.config import LoRA
-from veneer.lowrank.layers import AdaptedLayer
+from veneer.lowrank.layers import AdaptedLayer, Wrapper
 
 PRESETS = ("attention", "qv", "mlp", "all")
 # Names of projections that make queries or values, alone (q_proj, query, wv) or as one fused layer
@@ -54,12 +54,12 @@ def adaptable_layers(model: nn.Module) -> list[Layer]:
     ]
     layers = []
     for path, module in model.named_modules():
-        inside = path.rpartition(".")[0]
-        if path.endswith(".original") and isinstance(model.get_submodule(inside), AdaptedLayer):
+        owner = path.rpartition(".")[0]
+        if path.endswith(".original") and isinstance(model.get_submodule(owner), Wrapper):
             continue
         base = module.original if isinstance(module, AdaptedLayer) else module
         if isinstance(base, nn.Linear | Conv1D | nn.Embedding):
-            attention = any(path.startswith(f"{owner}.") for owner in attentions)
+            attention = any(path.startswith(f"{outer}.") for outer in attentions)
             layers.append(Layer(path, base, blocks.get(path), attention, module is head))
     return layers
 

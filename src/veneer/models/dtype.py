@@ -28,16 +28,18 @@ def fastest_dtype() -> torch.dtype:
     """Return bfloat16 or float32, whichever multiplies faster here; takes about 50 ms."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    seconds = {dtype: _product_time(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return min(seconds, key=seconds.__getitem__)
-
-
-def _product_time(dtype: torch.dtype) -> float:
-    x, weight = torch.ones(512, 512, dtype=dtype), torch.ones(1024, 512, dtype=dtype)
-    F.linear(x, weight)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        F.linear(x, weight)
-        best = min(best, time.perf_counter() - start)
-    return best
+    x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
+    inputs = {dtype: (x.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    best = dict.fromkeys(inputs, float("inf"))
+    # On one thread, in turns, and the best of each: other work on the machine decides nothing.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            for dtype, factors in inputs.items():
+                start = time.perf_counter()
+                F.linear(*factors)
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return min(best, key=best.__getitem__)

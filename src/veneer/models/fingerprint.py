@@ -35,10 +35,13 @@ def fingerprint(
     return marks
 
 
-def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the base's own parameters under the base's own paths, whatever lies over them."""
+def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, Tensor]:
+    """Return the base's own parameters under the base's own paths, whatever lies over them.
+
+    A tied weight stands there under its first path, or with `every_name` under each.
+    """
     found = {}
-    for path, parameter in model.named_parameters():
+    for path, parameter in model.named_parameters(remove_duplicate=not every_name):
         parts = path.split(".")
         if "adapters" in parts or parts[-1] == "rows":
             continue

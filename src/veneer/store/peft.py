@@ -137,6 +137,8 @@ def _lora(config: dict[str, Any]) -> LoRA:
     layers = None
     if blocks is not None:
         layers = ",".join(str(b) for b in (blocks if isinstance(blocks, list) else [blocks]))
+    if config["lora_alpha"] is None:
+        raise TypeError("lora_alpha is None")
     return LoRA(
         rank=config["r"],
         alpha=config["lora_alpha"],

@@ -188,7 +188,7 @@ def _misfits(model: nn.Module, state: AdapterState) -> list[str]:
             f"{path} has weights, but is not among the targets"
             for path in sorted(complete - wanted)
         ]
-    own = base_parameters(model)
+    own = base_parameters(model, every_name=True)
     for path, weight in state.base_weights.items():
         base = own.get(path)
         if (

@@ -52,7 +52,8 @@ def tune(
     out = recipe.out
     if not resume and not force:
         _refuse_to_replace(out)
-    base = load_base(recipe.model, dtype=recipe.dtype)
+    base = load_base(recipe.model, dtype=_dtype_of(recipe, resume=resume))
+    dtype = str(base.model.dtype).removeprefix("torch.")
     words = _new_words(recipe, base)
     if words:
         add_words(base.model, base.tokenizer, words)
@@ -63,7 +64,7 @@ def tune(
     targets = report_targets(base.model, recipe.lora)
     attach(base.model, recipe.lora, seed=recipe.training.seed)
     _train_new_rows(base)
-    yield ModelReady(targets, words, str(base.model.dtype).removeprefix("torch."))
+    yield ModelReady(targets, words, dtype)
 
     if not resume:
         _clear(out)
@@ -74,7 +75,7 @@ def tune(
         recipe.training,
         held_out=held_out,
         directory=out / CHECKPOINTS,
-        identity=_identity(recipe, base, examples, held_out),
+        identity={"computed_in": dtype, **_identity(recipe, base, [*examples, *held_out])},
         resume=resume,
         should_stop=should_stop,
     )
@@ -89,7 +90,7 @@ def tune(
     lost = rounded_away(base.model, plain)
     if lost > 0.01:
         yield Notice(
-            f"Merging rounded {lost:.0%} of the adapter's change away in {base.model.dtype}; "
+            f"Merging rounded {lost:.0%} of the adapter's change away in {dtype}; "
             "the adapter itself holds all of it."
         )
     merged.write_model(plain, base.tokenizer, out / MERGED)
@@ -108,6 +109,14 @@ def _refuse_to_replace(out: Path) -> None:
             f"{out} holds an earlier run ({', '.join(earlier)}). Go on with it by --resume, "
             "replace it by --force, or name another place by --out."
         )
+
+
+def _dtype_of(recipe: Recipe, *, resume: bool) -> str:
+    """Return the dtype to load in: a run that goes on keeps the one that `auto` chose for it."""
+    found = checkpoint.newest(recipe.out / CHECKPOINTS) if resume else None
+    if found is None or recipe.dtype != "auto":
+        return recipe.dtype
+    return str(found.progress["identity"]["computed_in"])
 
 
 def _clear(out: Path) -> None:
@@ -165,14 +174,11 @@ def _train_new_rows(base: Base) -> None:
         rows.requires_grad_(True)
 
 
-def _identity(
-    recipe: Recipe, base: Base, examples: list[Example], held_out: list[Example]
-) -> dict[str, Any]:
-    tokens = [(row.tokens, row.labels) for row in (*examples, *held_out)]
+def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
+    tokens = [(row.tokens, row.labels) for row in examples]
     settings = {k: v for k, v in recipe.settings().items() if k not in BESIDE_THE_POINT}
     identity = {
         **settings,
-        "dtype": str(base.model.dtype),
         "data": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
         "base": fingerprint(base.model, base.tokenizer),
     }
