@@ -40,6 +40,11 @@ class Route:
         self.configs: dict[str, LoRA] = {}
         self.weights: dict[str, float] = {}
 
+    @property
+    def idle(self) -> bool:
+        """Whether there are adapters, none of which acts."""
+        return bool(self.configs) and not self.weights
+
     def use(self, which: str | Mapping[str, float] | None) -> None:
         """Let `which` act: a name, a mapping of names to weights, or None for the base alone.
 

@@ -37,8 +37,7 @@ class LoRA:
     rslora: bool = False
     """Scale by alpha / √rank, which keeps high ranks stable."""
     init: Init = "auto"
-    """Start of A: kaiming (uniform, a = √5) or gaussian (0.01 · N(0, 1)); auto is gaussian for
-    MiniGPT and kaiming elsewhere. B starts at 0."""
+    """Start of A: kaiming, gaussian (0.01 · N(0, 1)), or auto: gaussian for MiniGPT alone."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of single layers, as a pattern of the path's end to a rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -50,11 +49,11 @@ class LoRA:
         else:
             names = tuple(self.targets)
         object.__setattr__(self, "targets", names)
-        if self.alpha is None:
-            object.__setattr__(self, "alpha", 2.0 * self.rank)
-        problems = list(self._problems())
+        problems = self._problems()
         if problems:
             raise ConfigError("This adapter cannot be: " + "; ".join(problems) + ".")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2.0 * self.rank)
 
     def _problems(self) -> list[str]:
         # Only files can bring values of the wrong kind; nothing else can be said of those.
@@ -71,6 +70,7 @@ class LoRA:
                 ("targets", self.targets, all(isinstance(t, str) for t in self.targets), "names"),
                 ("layers", self.layers, isinstance(self.layers, str | None), "slices"),
                 ("dropout", self.dropout, isinstance(self.dropout, int | float), "a number"),
+                ("rslora", self.rslora, isinstance(self.rslora, bool), "true or false"),
             )
             if not good
         ]
@@ -79,10 +79,10 @@ class LoRA:
         for name, rank in {"rank": self.rank, **_named("rank_pattern", self.rank_pattern)}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 problems.append(f"{name} is {rank!r}, but must be a whole number of at least 1")
-        for name, alpha in {
-            "alpha": self.alpha,
-            **_named("alpha_pattern", self.alpha_pattern),
-        }.items():
+        alphas = _named("alpha_pattern", self.alpha_pattern)
+        if self.alpha is not None:
+            alphas["alpha"] = self.alpha
+        for name, alpha in alphas.items():
             if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
                 problems.append(f"{name} is {alpha!r}, but must be a number above 0")
         if not 0 <= self.dropout < 1:

@@ -10,10 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import AdapterError
-from veneer.lowrank.adapter import Adapter, Route
+from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
+from veneer.methods.route import route_of
 from veneer.methods.targets import resolve
+from veneer.methods.vocabulary import remove_words
 
 
 def attach(
@@ -26,8 +28,7 @@ def attach(
     Returns the model. Raises TargetError for targets that match nothing, AdapterError for a name
     that is taken.
     """
-    if name in adapters(model):
-        raise AdapterError(f"An adapter called {name!r} is attached already; detach it first.")
+    check_name(model, name)
     if config.init == "auto":
         is_minigpt = getattr(getattr(model, "config", None), "model_type", None) == "minigpt"
         config = replace(config, init="gaussian" if is_minigpt else "kaiming")
@@ -36,7 +37,7 @@ def attach(
     model.requires_grad_(False)
     for target in targets:
         adapted_layer(model, target.path).add(name, config, target.path, generator)
-    _route(model).configs[name] = config
+    route_of(model).configs[name] = config
     use(model, name)
     return model
 
@@ -46,25 +47,26 @@ def use(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
 
     Raises AdapterError for a name that is not attached.
     """
-    _route(model).use(which)
+    route_of(model).use(which)
 
 
 def adapters(model: nn.Module) -> dict[str, LoRA]:
     """Return the attached adapters, by name, with their configurations."""
-    return dict(_route(model).configs)
+    return dict(route_of(model).configs)
 
 
 def in_use(model: nn.Module) -> dict[str, float]:
     """Return the names of the adapters that act, with their weights."""
-    return dict(_route(model).weights)
+    return dict(route_of(model).weights)
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take one adapter, or all of them, off the model, in place; its own layers come back.
 
-    Returns the model. Raises AdapterError for a name that is not attached.
+    New words go with the last adapter, from the model though not from the tokenizer. Returns the
+    model. Raises AdapterError for a name that is not attached.
     """
-    route = _route(model)
+    route = route_of(model)
     gone = set(route.configs) if name is None else {name}
     if unknown := gone - set(route.configs):
         raise AdapterError(f"No adapter is called {', '.join(sorted(unknown))}.")
@@ -76,6 +78,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in gone:
         del route.configs[each]
         route.weights.pop(each, None)
+    if not route.configs:
+        remove_words(model)
     return model
 
 
@@ -83,8 +87,16 @@ def put(model: nn.Module, name: str, config: LoRA, parts: Mapping[str, Adapter])
     """Lay a stored adapter, given as {path: Adapter}, over the model and let it act, frozen."""
     for path, part in parts.items():
         adapted_layer(model, path).put(name, part.requires_grad_(False))
-    _route(model).configs[name] = config
+    route_of(model).configs[name] = config
     use(model, name)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise AdapterError if `name` is taken, or cannot be part of a parameter's path."""
+    if name in adapters(model):
+        raise AdapterError(f"An adapter called {name!r} is attached already; detach it first.")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise AdapterError(f"An adapter cannot be called {name!r}; choose another name.")
 
 
 def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
@@ -92,7 +104,7 @@ def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
     module = model.get_submodule(path)
     if isinstance(module, AdaptedLayer):
         return module
-    route = _route(model)
+    route = route_of(model)
     layer: AdaptedLayer
     if isinstance(module, nn.Embedding):
         layer = LoRAEmbedding(module, route)
@@ -100,11 +112,3 @@ def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
         layer = LoRALinear(module, route, transposed=isinstance(module, Conv1D))
     model.set_submodule(path, layer)
     return layer
-
-
-def _route(model: nn.Module) -> Route:
-    route = getattr(model, "veneer_route", None)
-    if route is None:
-        route = Route()
-        model.veneer_route = route  # type: ignore[assignment]
-    return route

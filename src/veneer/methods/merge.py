@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.lowrank.layers import LoRAEmbedding, lora_layers
+from veneer.lowrank.layers import lora_layers
 from veneer.methods.vocabulary import bake_words, new_words
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -24,12 +24,13 @@ def merge(model: Model) -> Model:
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     words = new_words(plain)
     for path, layer in list(lora_layers(plain)):
-        plain.set_submodule(path, layer.fuse())
-        if isinstance(layer, LoRAEmbedding) and words is None:
-            # The head keeps the rows that the embedding had, so the two are no longer tied.
-            plain.config.tie_word_embeddings = False
+        plain.set_submodule(path, layer.fuse() if layer.active() else layer.original)
     if words is not None:
         bake_words(plain, words)
+    embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if embedding is not None and head is not None and embedding.weight is not head.weight:
+        # An adapter of one leaves the other as it was, so the two are no longer tied.
+        plain.config.tie_word_embeddings = False
     if hasattr(plain, "veneer_route"):
         del plain.veneer_route
     return plain
@@ -46,6 +47,7 @@ def rounded_away(model: nn.Module, plain: nn.Module) -> float:
         weight = layer.frozen_weight.float()
         delta = layer.delta()
         merged = layer.oriented(plain.get_submodule(path).weight).float()  # type: ignore[arg-type]
-        error += float((merged - (weight + delta)).square().sum())
+        # Not merged - (weight + delta), a sum in which float32 itself may lose the delta.
+        error += float(((merged - weight) - delta).square().sum())
         change += float(delta.square().sum())
     return (error / change) ** 0.5 if change else 0.0

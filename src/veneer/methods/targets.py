@@ -133,11 +133,11 @@ def _why_nothing(target: str, layers: list[Layer], modules: dict[str, nn.Module]
 def _block_range(text: str, depth: int, problems: list[str]) -> set[int]:
     wanted: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d*)\s*(:?)\s*(-?\d*)\s*", part)
+        match = re.fullmatch(r"\s*(-?\d+)?\s*(:?)\s*(-?\d+)?\s*", part)
         if not match or not any(match.groups()) or (match[3] and not match[2]):
             problems.append(f"layers has {part!r}, but takes slices such as 0:12, -4: or 7")
             continue
-        first = int(match[1]) if match[1] not in ("", "-") else 0
+        first = int(match[1] or 0)
         if match[2]:
             last = int(match[3]) if match[3] else depth
             found = set(range(depth)[first:last])

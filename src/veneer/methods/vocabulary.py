@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import ConfigError, ModelError
+from veneer.lowrank.adapter import Route
 from veneer.lowrank.layers import Wrapper
+from veneer.methods.route import route_of
 
 
 class NewWordEmbedding(Wrapper):
@@ -41,16 +43,22 @@ class NewWordEmbedding(Wrapper):
 
 
 class NewWordHead(Wrapper):
-    """Return the original's logits with those of the new rows in the places from `start` on."""
+    """Return the original's logits with those of the new rows in the places from `start` on.
 
-    def __init__(self, original: nn.Module, rows: nn.Parameter, start: int) -> None:
+    While the route lets no adapter act, the base speaks alone, and no new word is ever likely.
+    """
+
+    def __init__(self, original: nn.Module, rows: nn.Parameter, start: int, route: Route) -> None:
         super().__init__(original)
         self.rows = rows  # (new, dim), float32
         self.start = start
+        self.route = route
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.original(x)  # (..., words)
         new = F.linear(x, self.rows.to(x.dtype))  # (..., new)
+        if self.route.idle:
+            new = torch.full_like(new, -torch.inf)
         end = self.start + len(self.rows)
         return torch.cat([logits[..., : self.start], new, logits[..., end:]], dim=-1)
 
@@ -113,6 +121,8 @@ def add_words(
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or start > len(embedding.weight):  # type: ignore[arg-type]
         raise ModelError("New words need a model with an embedding and a head for every token.")
+    if isinstance(embedding, Wrapper) or isinstance(head, Wrapper):
+        raise ModelError("New words are added once, and before adapters of embedding and head.")
     rows = _mean_rows(embedding.weight, pieces)  # type: ignore[arg-type]
     head_rows = None if head.weight is embedding.weight else _mean_rows(head.weight, pieces)
     extend_tokenizer(tokenizer, words)
@@ -140,7 +150,8 @@ def put_rows(
     shared = nn.Parameter(rows.to(torch.float32))
     own = shared if head_rows is None else nn.Parameter(head_rows.to(torch.float32))
     laid = NewWords(
-        NewWordEmbedding(embedding, shared, start, tuple(words)), NewWordHead(head, own, start)
+        NewWordEmbedding(embedding, shared, start, tuple(words)),
+        NewWordHead(head, own, start, route_of(model)),
     )
     model.set_input_embeddings(laid.embedding)
     model.set_output_embeddings(laid.head)
@@ -156,6 +167,17 @@ def new_words(model: nn.Module) -> NewWords | None:
     return NewWords(embedding, head) if embedding and head else None
 
 
+def remove_words(model: nn.Module) -> None:
+    """Give the model its own embedding and head back, if new rows lie over them, in place."""
+    words = new_words(model)
+    if words is not None:
+        assert isinstance(model, PreTrainedModel)
+        embedding = words.embedding.original
+        model.set_input_embeddings(embedding)
+        model.set_output_embeddings(words.head.original)
+        model.config.vocab_size = len(embedding.weight)  # type: ignore[arg-type]
+
+
 def bake_words(model: PreTrainedModel, words: NewWords) -> None:
     """Replace the layers that carry new rows by plain, larger ones, in place."""
     embedding, head = words.embedding.original, words.head.original
@@ -165,20 +187,21 @@ def bake_words(model: PreTrainedModel, words: NewWords) -> None:
         head.weight = embedding.weight
     else:
         _grow(head, words.head)
-    if getattr(head, "bias", None) is not None:
-        grown = len(head.weight) - len(head.bias)  # type: ignore[arg-type]
-        head.bias = nn.Parameter(F.pad(head.bias, (0, grown)), requires_grad=False)  # type: ignore[arg-type]
+    if isinstance(head.bias, Tensor):
+        none = torch.zeros(len(words.head.rows), device=head.bias.device)
+        head.bias = nn.Parameter(_grown(head.bias, words.head.start, none), requires_grad=False)
     head.out_features = len(head.weight)  # type: ignore[arg-type, assignment]
     model.set_input_embeddings(embedding)
     model.set_output_embeddings(head)
 
 
 def _grow(layer: nn.Module, words: NewWordEmbedding | NewWordHead) -> None:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    end = words.start + len(words.rows)
-    rows = words.rows.detach().to(weight.dtype)
-    grown = torch.cat([weight[: words.start], rows, weight[end:]])
-    layer.weight = nn.Parameter(grown, requires_grad=False)
+    weight = _grown(layer.weight, words.start, words.rows.detach())  # type: ignore[arg-type]
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _grown(values: Tensor, start: int, new: Tensor) -> Tensor:
+    return torch.cat([values[:start], new.to(values.dtype), values[start + len(new) :]])
 
 
 def _pieces(word: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
