@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from veneer.store.merged import write_model
     from veneer.training.config import TrainConfig
     from veneer.training.loop import train
+    from veneer.training.pretrain import pretrain
     from veneer.training.recipe import DataConfig, Recipe
     from veneer.training.tune import tune
 
@@ -57,6 +58,7 @@ _HOMES = {
     "load_base": "models.load",
     "load_examples": "data.load",
     "merge": "methods.merge",
+    "pretrain": "training.pretrain",
     "save": "store.adapters",
     "stream": "generate.decode",
     "train": "training.loop",
@@ -90,6 +92,7 @@ __all__ = [
     "load_base",
     "load_examples",
     "merge",
+    "pretrain",
     "save",
     "stream",
     "train",

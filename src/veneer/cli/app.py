@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-from veneer.cli.console import ERRORS, show_error
+from veneer.cli.console import show_error
 from veneer.cli.recipes import from_recipe
 from veneer.errors import VeneerError
 from veneer.generate.sampling import Sampling
@@ -20,6 +20,7 @@ app = App(
     name="veneer",
     help="Teach a frozen language model something new with thin low-rank layers.",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # run() says what becomes of it
 )
 Flat = Parameter(name="*")
 Model = Annotated[
@@ -159,10 +160,8 @@ def chat(
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     try:
-        code = app(arguments, exit_on_error=False, error_console=ERRORS)
-    except CycloptsError:
-        return 2  # cyclopts has said what is wrong
-    except VeneerError as error:
+        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (VeneerError, CycloptsError, OSError) as error:  # OSError: a full disk, for example
         show_error(error)
         return 2
     except KeyboardInterrupt:

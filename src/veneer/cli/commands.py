@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.markup import escape
+
 import veneer
 from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.progress import RunDisplay
 from veneer.cli.tables import target_summary, target_table
 from veneer.data.rows import Message
+from veneer.errors import VeneerError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
 from veneer.methods.merge import rounded_away
@@ -33,13 +36,15 @@ def run_pretrain(out: Path, *, steps: int, seed: int) -> None:
 
 
 def run_merge(base: str, adapter: Path, out: Path, *, dtype: str, force: bool) -> None:
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise VeneerError(f"{out} holds something already; name another place.")
     loaded = _load(base, adapter, dtype=dtype, force=force)
     plain = veneer.merge(loaded.model)
     veneer.write_model(plain, loaded.tokenizer, out)
     lost = rounded_away(loaded.model, plain)
     OUTPUT.print(
-        f"Merged model: {out} ({bytes_text(size_of(out))}); rounding to {plain.dtype} took "
-        f"{lost:.2%} of the adapter's change"
+        f"Merged model: {escape(str(out))} ({bytes_text(size_of(out))}); "
+        f"rounding to {plain.dtype} took {lost:.2%} of the adapter's change"
     )
 
 

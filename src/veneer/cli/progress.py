@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
+from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -59,15 +60,15 @@ class RunDisplay:
         """Print what a person wants to know of `event`."""
         match event:
             case Notice(text):
-                OUTPUT.print(f"  [yellow]note[/] {text}")
+                OUTPUT.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True)
             case DataReady():
                 self._data(event)
             case ModelReady():
-                OUTPUT.print(f"[bold]Model[/]   {target_summary(event.targets)}; {event.dtype}")
+                summary = f"{target_summary(event.targets)}; {event.dtype}"
+                OUTPUT.print(f"[bold]Model[/]   {summary}", soft_wrap=True)
                 if event.new_words:
-                    OUTPUT.print(
-                        f"  {len(event.new_words)} new words: {', '.join(event.new_words)}"
-                    )
+                    words = escape(", ".join(event.new_words))
+                    OUTPUT.print(f"  {len(event.new_words)} new words: {words}")
             case Started(steps, done):
                 self._start(steps, done)
             case Step():
@@ -80,7 +81,7 @@ class RunDisplay:
             case Skipped(step, rows):
                 OUTPUT.print(
                     f"  [red]step {step} skipped[/]: loss or gradient not finite; rows "
-                    f"{', '.join(rows[:8])}"
+                    f"{escape(', '.join(rows[:8]))}"
                 )
             case Stopped(step, reason):
                 self._take_down()
@@ -94,7 +95,8 @@ class RunDisplay:
                 )
                 OUTPUT.print(f"[bold]Trained[/] {step} steps in {took}{which}")
             case Written(what, place, size):
-                OUTPUT.print(f"[bold]Saved[/]   {what}: {place} ({bytes_text(size)})")
+                where = f"{what}: {escape(str(place))}"
+                OUTPUT.print(f"[bold]Saved[/]   {where} ({bytes_text(size)})", soft_wrap=True)
             case Checkpointed():
                 pass
             case _:

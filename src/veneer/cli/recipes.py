@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from cyclopts import App, ArgumentCollection
-from cyclopts.config import Yaml
+from cyclopts.config import Dict
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, nearest
 
 
 def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fill in what --config names, in cyclopts's protocol for sources of configuration."""
+    """Fill in what --config names, in cyclopts's protocol for sources of configuration.
+
+    Then raises ConfigError, with the problems of all groups of settings at once, if there are any.
+    """
     (argument,) = [argument for argument in arguments if "--config" in argument.names]
-    if not argument.tokens:
-        return
-    path = Path(argument.tokens[-1].value)
-    if not path.is_file():
-        raise ConfigError(f"There is no recipe {path}.")
-    source: Any = Yaml(path, use_commands_as_keys=False, must_exist=True)
-    source(app, commands, arguments)
+    if argument.tokens:
+        path = Path(argument.tokens[-1].value)
+        names = {name.removeprefix("--") for each in arguments for name in each.names}
+        settings = _read(path, names - {"config"})
+        Dict(settings, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+    problems = []
+    for argument in arguments:
+        try:
+            argument.convert()
+        except ConfigError as error:
+            problems.append(str(error))
+        except Exception:  # cyclopts finds it again, and says where it stands
+            continue
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _read(path: Path, names: set[str]) -> dict[str, Any]:
+    """Return a recipe's settings, each as its flag would take it."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no recipe {path}.") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"The recipe {path} cannot be read as YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"The recipe {path} must hold settings, one a line, as in rank: 8.")
+    known = {name.replace("-", "_") for name in names}
+    unknown = [key for key in map(str, settings) if key.replace("-", "_") not in known]
+    if unknown:
+        named = "; ".join(f"{key!r} is unknown{nearest(key, known)}" for key in unknown)
+        raise ConfigError(f"The recipe {path} cannot be followed: {named}.")
+    # A pattern may hold dots, which cyclopts would take for deeper levels, but not within JSON.
+    return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in settings.items()}

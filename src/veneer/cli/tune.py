@@ -8,6 +8,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
+from rich.markup import escape
+
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries
 from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
@@ -25,19 +27,20 @@ def run_tune(recipe: Recipe, *, resume: bool, force: bool, tensorboard: bool, qu
     quieten_libraries()
     display = None if quiet else RunDisplay()
     if display:
-        OUTPUT.print(f"[bold]Base[/]    {recipe.model}")
+        OUTPUT.print(f"[bold]Base[/]    {escape(recipe.model)}")
     with interruptible() as asked, display or nullcontext():
         events = tune(recipe, resume=resume, force=force, should_stop=asked)
         for event in curves(events, recipe.out / CURVES) if tensorboard else events:
             if display:
                 display.show(event)
             if isinstance(event, Stopped) and event.reason == "interrupted":
-                ERRORS.print(f"Go on with the same command and --resume (results in {recipe.out}).")
+                out = escape(str(recipe.out))
+                ERRORS.print(f"Go on with the same command and --resume (results in {out}).")
                 return 130
     try:
         draw_losses(metrics.read(recipe.out / METRICS), recipe.out / PICTURE)
     except VeneerError as error:
-        ERRORS.print(f"  note {error}")
+        ERRORS.print(f"  note {escape(str(error))}")
     return 0
 
 

@@ -33,6 +33,7 @@ def load_examples(
 
 
 def _place(problem: str) -> tuple[str, int]:
-    file, _, rest = problem.partition(":")
-    number = re.search(r"\d+", rest.partition(":")[0])
-    return file, int(number[0]) if number else 0
+    # The name of the file may itself hold a colon.
+    place = re.match(r"(.*?):(?:row )?(\d+): ", problem, re.DOTALL)
+    assert place is not None, problem
+    return place[1], int(place[2])

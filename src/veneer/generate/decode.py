@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from threading import Thread
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from veneer.data.chat import prompt_text
 from veneer.data.rows import Message
+from veneer.errors import ConfigError
 from veneer.generate.sampling import Sampling
 
 
@@ -20,7 +22,10 @@ def answer(
     *,
     sampling: Sampling | None = None,
 ) -> str:
-    """Return the model's answer to a question or a conversation."""
+    """Return the model's answer to a question or a conversation.
+
+    Raises ConfigError for a prompt that leaves no room for an answer in the model's context.
+    """
     return "".join(stream(model, tokenizer, question, sampling=sampling))
 
 
@@ -39,9 +44,12 @@ def answers(
     found: list[str] = []
     for first in range(0, len(texts), batch):
         inputs = _encode(model, tokenizer, texts[first : first + batch])
-        tokens = model.generate(**inputs, **sampling.options(), **_padding(tokenizer))  # type: ignore[operator]
+        options = _options(model, tokenizer, sampling, inputs)
+        tokens = model.generate(**inputs, **options)  # type: ignore[operator]
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        found += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        found += tokenizer.batch_decode(
+            new, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
     return found
 
 
@@ -63,13 +71,12 @@ def stream(
         skip_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
+    options = _options(model, tokenizer, sampling, inputs)
     failures: list[BaseException] = []
 
     def work() -> None:
         try:
-            model.generate(  # type: ignore[operator]
-                **inputs, **sampling.options(), **_padding(tokenizer), streamer=streamer
-            )
+            model.generate(**inputs, **options, streamer=streamer)  # type: ignore[operator]
         except BaseException as error:
             failures.append(error)
             streamer.end()
@@ -92,6 +99,26 @@ def _encode(
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded])
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def _options(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    inputs: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """Return the arguments of `generate`. An answer ends where the model's context does."""
+    options = {**sampling.options(), **_padding(tokenizer)}
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None:
+        longest = inputs["input_ids"].shape[1]
+        if longest >= context:
+            raise ConfigError(
+                f"The prompt has {longest:,} tokens, which leaves no room for an answer in the "
+                f"model's context of {context:,}."
+            )
+        options["max_new_tokens"] = min(sampling.max_new_tokens, context - longest)
+    return options
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

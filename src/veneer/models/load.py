@@ -43,7 +43,9 @@ def load_base(name: str | Path, *, dtype: str = "auto") -> Base:
     source = locate(name)
     if isinstance(source, Path) and minigpt.is_minigpt(source):
         model, tokenizer = _reading(source, lambda: minigpt.load(source))
-        return _base(name, model, tokenizer)
+        # So small a model gains nothing from a shorter format.
+        wanted = resolve_dtype("float32" if dtype == "auto" else dtype)
+        return _base(name, model.to(wanted), tokenizer)
     wanted = resolve_dtype(dtype)
     if isinstance(source, Path) and source.suffix == ".gguf":
         model = gguf.load_model(source, dtype=wanted)
@@ -92,7 +94,7 @@ def locate(name: str | Path) -> Path | str:
         )
     if text == "smollm2-135m":
         return _packaged_smollm2()
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.suffix:
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return text
     raise ModelError(
         f"{text!r} is no model here: no such directory or .gguf file, no built-in name "

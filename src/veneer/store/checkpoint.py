@@ -45,6 +45,8 @@ def write(checkpoint: Checkpoint, directory: Path, *, keep: Mapping[str, int]) -
 def read(place: Path) -> Checkpoint:
     """Read one checkpoint. Raises AdapterError if it is damaged."""
     progress = read_json(place / STATE)
+    if not isinstance(progress.get("step"), int):
+        raise AdapterError(f"{place / STATE} does not say which step it holds.")
     return Checkpoint(progress.pop("step"), read_tensors(place / TENSORS), progress)
 
 

@@ -42,8 +42,7 @@ def new_directory(path: Path, *, marker: str) -> Iterator[Path]:
     A directory that stands there is replaced only if it holds the file `marker`, or nothing: what
     somebody else put there is never deleted. Raises VeneerError otherwise.
     """
-    if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
-        raise VeneerError(f"{path} holds other things (no {marker}); name another place.")
+    check_replaceable(path, marker=marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     old = temporary.with_name(temporary.name + ".old")
@@ -59,8 +58,16 @@ def new_directory(path: Path, *, marker: str) -> Iterator[Path]:
         temporary.rename(path)
         _sync(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)  # the new one could not take its place
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(path: Path, *, marker: str) -> None:
+    """Raise VeneerError if `path` holds something, but not the file that marks it as ours."""
+    if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
+        raise VeneerError(f"{path} holds other things (no {marker}); name another place.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,11 +17,20 @@ def write_model(
     A MiniGPT becomes config.json, model.pt and tokenizer.json; every other model a transformers
     directory.
     """
-    with new_directory(directory, marker="config.json") as new:
-        if model.config.model_type == "minigpt":
+    with new_directory(directory, marker=marker_of(model)) as new:
+        if _is_minigpt(model):
             model.config.to_json_file(new / "config.json")
             write_tensors(new / "model.pt", model.state_dict())
             tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
         else:
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
+
+
+def marker_of(model: PreTrainedModel) -> str:
+    """Return the file by which a directory is known to hold a model such as this one."""
+    return "model.pt" if _is_minigpt(model) else "config.json"
+
+
+def _is_minigpt(model: PreTrainedModel) -> bool:
+    return model.config.model_type == "minigpt"

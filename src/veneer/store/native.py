@@ -62,6 +62,8 @@ def state_of(
     if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), dict):
         raise AdapterError("'base' must say the base's name and fingerprint")
     new = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise AdapterError(f"'new_words' is {words!r}, but must be a list of words")
     if words or rows:
         embedding = rows.get("input_embeddings")
         if embedding is None or len(embedding) != len(words) or not isinstance(start, int):

@@ -13,7 +13,7 @@ from veneer.errors import AdapterError, nearest
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import LoRAEmbedding, lora_layers
-from veneer.methods.attach import adapters, in_use, put
+from veneer.methods.attach import adapters, check_name, in_use, put
 from veneer.methods.targets import Layer, adaptable_layers, resolve
 from veneer.methods.vocabulary import extend_tokenizer, new_words, put_rows
 from veneer.models.fingerprint import base_parameters, fingerprint
@@ -109,12 +109,11 @@ def install(
     Raises AdapterError, which lists everything that is wrong at once: a foreign base (unless
     `force`), keys that are missing or belong nowhere, wrong shapes, values that are not finite.
     """
-    if name in adapters(model):
-        raise AdapterError(f"An adapter called {name!r} is attached already; detach it first.")
+    check_name(model, name)
     problems = [] if force else _foreign(model, state, tokenizer)
     problems += _misfits(model, state)
-    if state.rows is not None and new_words(model) is not None:
-        problems.append("the model has new words already, and this adapter brings its own")
+    if state.rows is not None:
+        problems += _misfit_rows(model, state.rows, tokenizer)
     if problems:
         raise AdapterError("This adapter does not fit the model: " + "; ".join(problems) + ".")
     parts = {
@@ -173,8 +172,8 @@ def _misfits(model: nn.Module, state: AdapterState) -> list[str]:
         path = key.rpartition(".")[0]
         if path not in complete:
             problems.append(f"{key} stands alone, without its other half")
-        if not torch.isfinite(tensor).all():
-            problems.append(f"{key} has values that are not finite")
+        if not _is_finite(tensor):
+            problems.append(f"{key} has values that are not finite numbers")
     try:
         wanted = {layer.path for layer in resolve(model, state.config)}
     except ValueError as error:
@@ -198,6 +197,46 @@ def _misfits(model: nn.Module, state: AdapterState) -> list[str]:
         ):
             problems.append(f"it brings a {path} of its own that differs from the base's")
     return problems
+
+
+def _misfit_rows(
+    model: PreTrainedModel, rows: Rows, tokenizer: PreTrainedTokenizerBase | None
+) -> list[str]:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if new_words(model) is not None:
+        return ["the model has new words already, and this adapter brings its own"]
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        return ["it brings new words, which need a base whose embedding and head are not adapted"]
+    problems = []
+    known, dim = embedding.weight.shape
+    if not 0 <= rows.start <= known:
+        problems.append(f"its new words start at {rows.start}, but the base has {known} words")
+    if (rows.head is None) != (head.weight is embedding.weight):
+        problems.append("the base and it differ in whether embedding and head are tied")
+    for part, values in (("embedding", rows.embedding), ("head", rows.head)):
+        if values is None:
+            continue
+        if tuple(values.shape) != (len(rows.words), dim):
+            problems.append(
+                f"its new rows of the {part} are {tuple(values.shape)}, "
+                f"but must be {(len(rows.words), dim)}"
+            )
+        if not _is_finite(values):
+            problems.append(f"its new rows of the {part} have values that are not finite numbers")
+    if tokenizer is not None:
+        vocabulary = tokenizer.get_vocab()
+        found = [vocabulary.get(word) for word in rows.words]
+        there = list(range(rows.start, rows.start + len(rows.words)))
+        if found != there and (any(i is not None for i in found) or len(tokenizer) != rows.start):
+            problems.append(
+                f"the tokenizer has other tokens where its new words start ({rows.start})"
+            )
+    return problems
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
+    return plain and bool(torch.isfinite(tensor.to(torch.float32)).all())
 
 
 def _shortest_names(paths: set[str], layers: list[Layer]) -> tuple[str, ...]:

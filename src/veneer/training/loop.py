@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder, pack
-from veneer.errors import TrainingError
+from veneer.errors import DataError, TrainingError
 from veneer.store import checkpoint as checkpoints
 from veneer.store.checkpoint import Checkpoint
 from veneer.training.config import TrainConfig
@@ -54,11 +54,11 @@ def train(
     model ends with the weights that were best on them, otherwise with the last.
 
     Raises TrainingError after three steps in a row without a finite loss, and where a checkpoint
-    does not belong to this run.
+    does not belong to this run; DataError where there is nothing to learn from.
     """
     run = _Run(model, examples, config, held_out, directory, dict(identity or {}))
-    if resume:
-        run.restore()
+    if resume and not run.restore():
+        yield Notice(f"There is no checkpoint in {directory} to go on from; this is a new start.")
     forward, notices = choose_forward(model, examples)
     yield from map(Notice, notices)
     model.train()
@@ -88,6 +88,11 @@ class _Run:
         }
         if not self.weights:
             raise TrainingError("Nothing in this model trains; attach an adapter first.")
+        if not examples:
+            raise DataError("There are no rows to train on.")
+        empty = [example.where for example in (*examples, *held_out) if not example.label_tokens]
+        if empty:
+            raise DataError(f"No token is learnt in {len(empty)} rows: {', '.join(empty[:5])}.")
         self.order = StepOrder(
             [len(example.tokens) for example in examples],
             config.tokens_per_step,
@@ -115,23 +120,21 @@ class _Run:
         """Yield the events of all steps that are left."""
         config = self.config
         while self.step < self.steps:
+            if self._out_of_patience():
+                yield Stopped(self.step, "patience")
+                break
             yield self._one_step(forward)
             at_end = self.step == self.steps or self.step_in_epoch == 0
             if self.held_out and (at_end or _due(self.step, config.eval_every)):
                 yield self._evaluate(forward)
             stopping = should_stop()
-            patience = config.patience is not None and self.evaluations_since_best
-            out_of_patience = bool(patience and patience >= (config.patience or 0))
             if self.directory and (
-                at_end or stopping or out_of_patience or _due(self.step, config.save_every)
+                at_end or stopping or self._out_of_patience() or _due(self.step, config.save_every)
             ):
                 yield self._save()
             if stopping and self.step < self.steps:
                 yield Stopped(self.step, "interrupted")
                 return
-            if out_of_patience:
-                yield Stopped(self.step, "patience")
-                break
         if self.best_weights is not None and self.best_step != self.step:
             with torch.no_grad():
                 for name, weight in self.weights.items():
@@ -139,6 +142,10 @@ class _Run:
             yield Trained(self.step, self.best_step)
         else:
             yield Trained(self.step, self.step)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.evaluations_since_best >= patience
 
     def _one_step(self, forward: Forward) -> Event:
         start = time.perf_counter()
@@ -218,18 +225,20 @@ class _Run:
         saved = Checkpoint(self.step, tensors, progress)
         return Checkpointed(self.step, checkpoints.write(saved, self.directory, keep=keep))
 
-    def restore(self) -> None:
-        """Go back to where the newest checkpoint was, if there is one."""
+    def restore(self) -> bool:
+        """Go back to where the newest checkpoint was, and say whether there is one."""
         found = checkpoints.newest(self.directory) if self.directory else None
         if found is None:
-            return
+            return False
         progress, tensors = found.progress, found.tensors
-        theirs = progress["identity"]
-        differing = [
-            f"{key} ({theirs.get(key)!r} there, {self.identity.get(key)!r} here)"
-            for key in sorted({*theirs, *self.identity})
-            if theirs.get(key) != self.identity.get(key)
-        ]
+        differing = _differences(progress["identity"], self.identity)
+        stored = {
+            name.removeprefix("weights/"): list(tensor.shape)
+            for name, tensor in tensors.items()
+            if name.startswith("weights/")
+        }
+        shapes = {name: list(weight.shape) for name, weight in self.weights.items()}
+        differing += _differences(stored, shapes)[:5]
         if differing:
             raise TrainingError(
                 f"The checkpoint in {self.directory} belongs to another run: "
@@ -257,6 +266,7 @@ class _Run:
         torch.set_rng_state(tensors["rng/cpu"])
         if torch.cuda.is_available() and "rng/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng/cuda"])
+        return True
 
 
 def rss_bytes() -> int:
@@ -266,6 +276,14 @@ def rss_bytes() -> int:
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
 
 
 def _due(step: int, every: int | None) -> bool:

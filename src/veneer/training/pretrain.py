@@ -18,6 +18,7 @@ from veneer.models.minigpt import (
     train_tokenizer,
     wrap_tokenizer,
 )
+from veneer.store.files import check_replaceable
 from veneer.store.merged import write_model
 from veneer.training.config import TrainConfig
 from veneer.training.events import DataReady, Event, Written
@@ -30,6 +31,7 @@ TOKENS_PER_STEP = 2048
 def pretrain(out: Path, *, steps: int = 1000, seed: int = 0) -> Iterator[Event]:
     """Train a MiniGPT on a small world of general knowledge, write it to `out`, yield events."""
     register()
+    check_replaceable(out, marker="model.pt")
     rows = [Sourced(row, f"world:{n}") for n, row in enumerate(world_text(seed, DOCUMENTS), 1)]
     tokenizer = wrap_tokenizer(train_tokenizer(text for row in rows for text in texts_of(row)))
     torch.manual_seed(seed)

@@ -47,7 +47,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a run's course and where its result goes."""
+    """All that decides a run's course and where its result goes.
+
+    Raises ConfigError for settings of evaluation without rows to evaluate on.
+    """
 
     model: str
     data: Path
@@ -56,6 +59,16 @@ class Recipe:
     rows: DataConfig = field(default_factory=DataConfig)
     dtype: DType = "auto"
     out: Path = OUT
+
+    def __post_init__(self) -> None:
+        if self.rows.eval_rows or self.rows.eval_data:
+            return
+        idle = [n for n in ("eval_every", "patience") if getattr(self.training, n) is not None]
+        if idle:
+            raise ConfigError(
+                f"{' and '.join(idle)} would do nothing without rows to evaluate on; "
+                "give eval_rows or eval_data too."
+            )
 
     def settings(self) -> dict[str, Any]:
         """Return every setting under its flag's name, as plain values for YAML and JSON."""

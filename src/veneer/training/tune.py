@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from veneer.data.encode import Encoder, Example, summarize
 from veneer.data.load import load_examples
@@ -24,10 +23,18 @@ from veneer.methods.report import report_targets
 from veneer.methods.vocabulary import add_words, find_words, new_words
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
-from veneer.store import adapters, checkpoint, merged
-from veneer.store.files import write_text
+from veneer.store import adapters, checkpoint, merged, native
+from veneer.store.files import check_replaceable, write_text
 from veneer.training import metrics
-from veneer.training.events import DataReady, Event, ModelReady, Notice, Stopped, Written
+from veneer.training.events import (
+    DataReady,
+    Event,
+    ModelReady,
+    Notice,
+    Started,
+    Stopped,
+    Written,
+)
 from veneer.training.loop import train
 from veneer.training.recipe import Recipe
 
@@ -50,14 +57,18 @@ def tune(
     Raises VeneerError of the kind that fits for anything that cannot be: see each room.
     """
     out = recipe.out
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, but --out must name a directory.")
     if not resume and not force:
         _refuse_to_replace(out)
     base = load_base(recipe.model, dtype=_dtype_of(recipe, resume=resume))
+    check_replaceable(out / ADAPTER, marker=native.CONFIG)
+    check_replaceable(out / MERGED, marker=merged.marker_of(base.model))
     dtype = str(base.model.dtype).removeprefix("torch.")
     words = _new_words(recipe, base)
     if words:
         add_words(base.model, base.tokenizer, words)
-    examples, held_out, ready = _data(recipe, base.tokenizer)
+    examples, held_out, ready = _data(recipe, base)
     yield ready
     if Encoder(base.tokenizer, max_length=recipe.rows.max_length).uses_plain_template:
         yield Notice("The tokenizer has no chat template; turns are written as plain lines.")
@@ -68,7 +79,6 @@ def tune(
 
     if not resume:
         _clear(out)
-    write_text(out / RECIPE, yaml.safe_dump(recipe.settings(), sort_keys=False))
     events = train(
         base.model,
         examples,
@@ -80,6 +90,8 @@ def tune(
         should_stop=should_stop,
     )
     for event in metrics.record(events, out / METRICS):
+        if isinstance(event, Started):  # so the checkpoint, if there is one, belongs to this run
+            write_text(out / RECIPE, yaml.safe_dump(recipe.settings(), sort_keys=False))
         yield event
         if isinstance(event, Stopped) and event.reason == "interrupted":
             return
@@ -126,14 +138,15 @@ def _clear(out: Path) -> None:
     checkpoint.remove_all(out / CHECKPOINTS)
 
 
-def _data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], list[Example], DataReady]:
-    rows = recipe.rows
+def _data(recipe: Recipe, base: Base) -> tuple[list[Example], list[Example], DataReady]:
+    rows, tokenizer = recipe.rows, base.tokenizer
+    # A model may have no position beyond its context at all.
+    context = getattr(base.model.config, "max_position_embeddings", None)
+    max_length = min(rows.max_length, context or rows.max_length)
     examples, skipped = load_examples(
         recipe.data,
         tokenizer,
-        max_length=rows.max_length,
+        max_length=max_length,
         limit=rows.limit,
         skip_bad_rows=rows.skip_bad_rows,
     )
@@ -142,7 +155,7 @@ def _data(
         held_out, more = load_examples(
             rows.eval_data,
             tokenizer,
-            max_length=rows.max_length,
+            max_length=max_length,
             skip_bad_rows=rows.skip_bad_rows,
         )
         skipped += more
