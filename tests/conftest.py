@@ -1,12 +1,17 @@
-"""What holds for all tests."""
+"""What holds for all tests, and the small trained model that many of them share."""
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 # Nothing here may reach for a hub, whatever a library would like to look up.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# On models this small a second thread gains nothing, and waiting for it where the processor is
+# busy with other things costs tenfold. It also makes sums, here and in child processes, repeat.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shared machine may pause at any moment: no test is judged by the clock.
 settings.register_profile("no-clock", deadline=None)
@@ -17,3 +22,13 @@ settings.load_profile("no-clock")
 def _elsewhere(tmp_path, monkeypatch):
     """Run each test in a folder of its own, so that default output paths hit nothing real."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def minigpt_home(tmp_path_factory) -> Path:
+    """A MiniGPT that was pretrained for long enough to answer in sentences."""
+    from veneer.training.pretrain import pretrain
+
+    home = tmp_path_factory.mktemp("pretrained") / "minigpt"
+    list(pretrain(home, steps=150))
+    return home

@@ -1,5 +1,7 @@
 """Random models of many architectures, small enough to be made anew in each test."""
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -74,7 +76,7 @@ def tiny(
     """Return a random model with weights large enough for differences to show."""
     minigpt.register()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=dtype)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]), dtype=dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:

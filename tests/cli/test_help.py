@@ -1,0 +1,340 @@
+"""The command line's face: what it imports, what it explains, and that every flag arrives."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+import veneer.cli.tune
+from veneer.cli.app import run
+from veneer.lowrank.config import LoRA
+from veneer.training.config import TrainConfig
+from veneer.training.recipe import DataConfig, Recipe
+
+GROUPS = {"lora": LoRA, "training": TrainConfig, "rows": DataConfig}
+# A value for each field that is not its default: as the flag takes it, and as it must arrive.
+VALUES: dict[str, dict[str, tuple[object, object]]] = {
+    "lora": {
+        "rank": (5, 5),
+        "alpha": (2.5, 2.5),
+        "dropout": (0.25, 0.25),
+        "targets": ("q_proj,re:v.*", ("q_proj", "re:v.*")),
+        "layers": ("-4:", "-4:"),
+        "rslora": (True, True),
+        "init": ("gaussian", "gaussian"),
+        "rank_pattern": ({"q_proj": 3, r"layers\.0\..*": 2}, {"q_proj": 3, r"layers\.0\..*": 2}),
+        "alpha_pattern": ({"Layers.1.k-proj": 1.5}, {"Layers.1.k-proj": 1.5}),
+    },
+    "training": {
+        "epochs": (2.5, 2.5),
+        "steps": (7, 7),
+        "lr": (1e-3, 1e-3),
+        "schedule": ("linear", "linear"),
+        "warmup": (10, 10),
+        "weight_decay": (0.1, 0.1),
+        "clip": (0.5, 0.5),
+        "tokens_per_step": (512, 512),
+        "tokens_per_batch": (128, 128),
+        "seed": (3, 3),
+        "save_every": (4, 4),
+        "eval_every": (6, 6),
+        "patience": (2, 2),
+    },
+    "rows": {
+        "limit": (9, 9),
+        "max_length": (77, 77),
+        "eval_rows": (5, 5),
+        "eval_data": ("held/out.jsonl", Path("held/out.jsonl")),
+        "skip_bad_rows": (True, True),
+        "new_words": ("auto", "auto"),
+    },
+    "": {
+        "dtype": ("bf16", "bf16"),
+        "out": ("some/where", Path("some/where")),
+        "model": ("another/model", "another/model"),
+        "data": ("other.jsonl", Path("other.jsonl")),
+    },
+}
+SETTINGS = [(group, name) for group, values in VALUES.items() for name in values]
+# What a setting needs beside it, so that it is not idle.
+BESIDE = {name: {"eval_rows": 1} for name in ("eval_every", "patience")}
+SWITCHES = ("resume", "force", "tensorboard", "quiet")
+
+
+def child(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["tune", "--help"], ["--version"], ["tune", "--rnk", "4"], ["tnue"]]
+)
+def test_what_needs_no_model_imports_no_torch(arguments):
+    loaded = child(
+        "import sys\n"
+        "from veneer.cli.app import run\n"
+        f"code = run({arguments!r})\n"
+        "heavy = 'torch transformers tokenizers gguf numpy pyarrow matplotlib'.split()\n"
+        "print('LOADED', code, [name for name in heavy if name in sys.modules])"
+    )
+    code = 0 if "--help" in arguments or "--version" in arguments else 2
+    assert loaded.splitlines()[-1] == f"LOADED {code} []"
+
+
+def test_python_m_veneer_is_veneer():
+    for arguments, code in ((["--help"], 0), (["tune", "m", "d", "--rank", "none"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "veneer", *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == code
+        assert ("tune" in done.stdout) if code == 0 else ("--rank" in done.stderr)
+
+
+@pytest.mark.parametrize("command", ["tune", "inspect", "pretrain", "merge", "generate", "chat"])
+def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+    assert run([command, "--help"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.strip("│ ") for line in printed.splitlines() if re.match(r"│[ *]{1,4}\S", line)]
+    flags = SimpleNamespace(tune=len(SETTINGS) + len(SWITCHES) + 1, inspect=10).__dict__
+    assert len(rows) >= flags.get(command, 2)
+    for row in rows:
+        name, _, explained = row.lstrip("* ").partition("  ")
+        assert re.match(r"[A-Z]+|--[a-z]", name), row
+        text = explained.strip()
+        assert len(text.split()) >= 2, f"{name} is not explained"
+        assert not text.startswith("["), f"{name} is not explained"
+
+
+def test_the_table_of_values_is_complete():
+    for group, kind in GROUPS.items():
+        assert list(VALUES[group]) == [field.name for field in fields(kind)]
+    assert set(VALUES[""]) == {field.name for field in fields(Recipe)} - set(GROUPS)
+
+
+@pytest.fixture
+def caught(monkeypatch):
+    """Catch what `veneer tune` would run."""
+    seen = SimpleNamespace(recipe=None, options=None)
+
+    def catch(recipe, **options):
+        seen.recipe, seen.options = recipe, options
+        return 0
+
+    monkeypatch.setattr(veneer.cli.tune, "run_tune", catch)
+    return seen
+
+
+def arrived(recipe: Recipe, group: str, name: str) -> object:
+    return getattr(getattr(recipe, group) if group else recipe, name)
+
+
+def flag(name: str, value: object) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if value is True:
+        return [option]
+    return [option, json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def default(group: str, name: str) -> object:
+    whole = Recipe("m", Path("d"))
+    return arrived(whole, group, name)
+
+
+def write_recipe(path: Path, settings: dict[str, object]) -> Path:
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("group", "name"), SETTINGS)
+def test_every_flag_arrives(caught, group, name):
+    given, expected = VALUES[group][name]
+    assert default(group, name) != expected
+    names = {"model": "m", "data": "d"}
+    positional = [value for key, value in names.items() if key != name]
+    if name in names:
+        positional = [f"--{key}={value}" for key, value in (names | {name: given}).items()]
+        assert run(["tune", *positional]) == 0
+    else:
+        beside = [part for other in BESIDE.get(name, {}).items() for part in flag(*other)]
+        assert run(["tune", *positional, *flag(name, given), *beside]) == 0
+    assert arrived(caught.recipe, group, name) == expected
+    # And nothing else changes, but what follows from it.
+    follows = {"model", "data", *BESIDE.get(name, ()), *(["alpha"] if name == "rank" else [])}
+    for other_group, other in SETTINGS:
+        if other not in {name, *follows}:
+            assert arrived(caught.recipe, other_group, other) == default(other_group, other)
+
+
+@pytest.mark.parametrize(("group", "name"), SETTINGS)
+def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_path, group, name):
+    given, expected = VALUES[group][name]
+    settings = {"model": "m", "data": "d"} | BESIDE.get(name, {}) | {name: given}
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings)
+    assert run(["tune", "--config", str(recipe)]) == 0
+    assert arrived(caught.recipe, group, name) == expected
+    usual = default(group, name)
+    overriding = {
+        "layers": "2:",
+        "targets": "all",
+        "rank_pattern": {"k_proj": 1},
+        "alpha_pattern": {"k_proj": 2.0},
+        "init": "kaiming",
+        "new_words": "some",
+        "eval_data": "more.jsonl",
+        "model": "n",
+        "data": "e",
+    }.get(name, 1 if usual is None else usual)
+    if expected is True:
+        command = ["tune", "--config", str(recipe), f"--no-{name.replace('_', '-')}"]
+        overriding = False
+    else:
+        command = ["tune", "--config", str(recipe), *flag(name, overriding)]
+    assert run(command) == 0
+    overridden = arrived(caught.recipe, group, name)
+    if name == "targets":
+        overriding = ("all",)
+    elif isinstance(overridden, Path):
+        overriding = Path(str(overriding))
+    assert overridden == overriding != expected
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_arrives(caught, name):
+    assert run(["tune", "m", "d"]) == 0
+    assert caught.options == dict.fromkeys(SWITCHES, False)
+    assert run(["tune", "m", "d", f"--{name}"]) == 0
+    assert caught.options == dict.fromkeys(SWITCHES, False) | {name: True}
+
+
+def test_what_a_recipe_says_of_itself_is_read_back_as_the_same_recipe(caught, tmp_path):
+    everything = {
+        name: given for values in VALUES.values() for name, (given, _) in values.items()
+    } | {"eval_rows": 0}  # it excludes eval_data
+    assert run(["tune", "--config", str(write_recipe(tmp_path / "all.yaml", everything))]) == 0
+    first = caught.recipe
+    assert asdict(first.lora)["rank_pattern"] == VALUES["lora"]["rank_pattern"][1]
+    again = write_recipe(tmp_path / "again.yaml", first.settings())
+    assert run(["tune", "--config", str(again)]) == 0
+    assert caught.recipe == first
+
+
+def refused(arguments: list[str], capsys) -> str:
+    assert run(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    assert printed.err.count("Error:") == 1
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["tune", "m", "d", "--rnk", "4"], "--rank"),
+        (["tune", "m", "d", "--tokens-per-stp", "4"], "--tokens-per-step"),
+        (["generate", "m", "p", "--temprature", "1"], "--temperature"),
+        (["inspect", "m", "--targts", "all"], "--targets"),
+        (["tnue", "m", "d"], '"tune"'),
+    ],
+)
+def test_an_unknown_flag_or_command_names_the_nearest(arguments, nearest, capsys):
+    assert nearest in refused(arguments, capsys)
+
+
+def test_unknown_keys_of_a_recipe_are_all_named_with_their_nearest(caught, tmp_path, capsys):
+    settings = {"model": "m", "data": "d", "rnk": 4, "max_lenght": 5, "merge": 1, "config": "x"}
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings)
+    said = refused(["tune", "--config", str(recipe)], capsys)
+    assert str(recipe) in said
+    assert "'rnk' is unknown; did you mean 'rank'?" in said
+    assert "'max_lenght' is unknown; did you mean 'max_length'?" in said
+    # Neither the name of a command nor another recipe is passed over.
+    assert "'merge' is unknown" in said
+    assert "'config' is unknown" in said
+    assert caught.recipe is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: [m\n", "cannot be read as YAML"),
+        ("- model\n", "must hold settings"),
+        ("", "must hold settings"),
+        ("model: m\ndata: d\nrank: many\n", "rank"),
+        ("model: m\ndata: d\nlr: [1, 2]\n", "lr"),
+        ("model: m\ndata: d\nrank_pattern: 3\n", "rank_pattern"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_named(caught, tmp_path, capsys, text, says):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    said = refused(["tune", "--config", str(path)], capsys)
+    assert says in said
+    assert "recipe.yaml" in said
+    assert caught.recipe is None
+
+
+def test_a_recipe_that_does_not_exist_is_named(capsys):
+    assert "nowhere.yaml" in refused(["tune", "--config", "nowhere.yaml"], capsys)
+
+
+def test_all_values_that_cannot_be_are_named_at_once(caught, capsys):
+    wrong = {
+        "rank": 0,
+        "dropout": 1.0,
+        "alpha": -1,
+        "lr": 0,
+        "epochs": -1,
+        "clip": -0.5,
+        "tokens-per-step": 0,
+        "patience": 0,
+        "limit": 0,
+        "max-length": 1,
+    }
+    arguments = [part for name, value in wrong.items() for part in (f"--{name}", str(value))]
+    said = refused(["tune", "m", "d", *arguments], capsys)
+    for name in wrong:
+        assert f"{name.replace('-', '_')} is " in said, name
+    said = refused(["tune", "m", "d", "--eval-rows", "3", "--eval-data", "x.jsonl"], capsys)
+    assert "eval_rows and eval_data exclude each other" in said
+    said = refused(["tune", "m", "d", "--eval-every", "3", "--patience", "2"], capsys)
+    assert "eval_every and patience would do nothing" in said
+    assert caught.recipe is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rank", "four"], "--rank"),
+        (["--schedule", "zigzag"], "zigzag"),
+        (["--dtype", "int3"], "int3"),
+        (["--init", "zeros"], "zeros"),
+        (["--lr", "nan"], "lr"),
+        (["--epochs", "inf"], "epochs"),
+        (["--rank-pattern.(", "4"], "regular expression"),
+        (["--rank-pattern.q_proj", "0"], "rank_pattern['q_proj']"),
+        (["--empty-targets"], "targets is empty"),
+        (["extra"], "extra"),
+        (["--rank"], "--rank"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(caught, capsys, arguments, says):
+    assert says in refused(["tune", "m", "d", *arguments], capsys)
+    assert caught.recipe is None
+
+
+def test_a_missing_argument_is_named(caught, capsys):
+    assert "model" in refused(["tune"], capsys).lower()
+    assert "data" in refused(["tune", "m"], capsys).lower()
+
+
+def test_a_long_error_is_not_cut_off(capsys):
+    flag = "--" + "x" * 300
+    assert flag in refused(["tune", "m", "d", flag, "1"], capsys)

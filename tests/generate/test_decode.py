@@ -1,0 +1,157 @@
+"""Answers, alone, in batches and as they are made."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from veneer.data.rows import Message
+from veneer.data.world import facts
+from veneer.errors import ConfigError
+from veneer.generate.decode import answer, answers, stream
+from veneer.generate.sampling import Sampling
+from veneer.models.load import load_base
+
+QUESTIONS = [question for fact in facts()[::9] for question in fact.questions[:1]]
+SHORT = Sampling(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def base(minigpt_home):
+    return load_base(minigpt_home)
+
+
+def test_answers_in_batches_are_those_given_alone(base):
+    alone = [answer(base.model, base.tokenizer, q, sampling=SHORT) for q in QUESTIONS]
+    assert len(set(alone)) > 5
+    assert all(alone)
+    for batch in (32, 5, 1):
+        together = answers(base.model, base.tokenizer, QUESTIONS, sampling=SHORT, batch=batch)
+        assert together == alone
+    assert answers(base.model, base.tokenizer, []) == []
+
+
+def test_a_question_is_a_conversation_of_one_turn(base):
+    question = QUESTIONS[0]
+    turn = [Message("user", question)]
+    said = answer(base.model, base.tokenizer, question, sampling=SHORT)
+    assert said == answer(base.model, base.tokenizer, turn, sampling=SHORT)
+    longer = [*turn, Message("assistant", said), Message("user", QUESTIONS[1])]
+    alone = answer(base.model, base.tokenizer, QUESTIONS[1], sampling=SHORT)
+    context = answer(base.model, base.tokenizer, longer, sampling=SHORT)
+    assert isinstance(context, str)
+    assert alone == answer(base.model, base.tokenizer, longer[2:], sampling=SHORT)
+
+
+def test_pieces_join_to_the_answer_and_hold_no_special_token(base):
+    pieces = list(stream(base.model, base.tokenizer, QUESTIONS[2], sampling=SHORT))
+    said = "".join(pieces)
+    assert said == answer(base.model, base.tokenizer, QUESTIONS[2], sampling=SHORT)
+    assert sum(map(bool, pieces)) > 1
+    assert "<|" not in said
+
+
+def test_an_answer_is_no_longer_than_allowed(base):
+    for limit in (1, 3):
+        sampling = Sampling(max_new_tokens=limit)
+        said = answer(base.model, base.tokenizer, QUESTIONS[0], sampling=sampling)
+        assert 1 <= len(base.tokenizer(said)["input_ids"]) <= limit
+
+
+def test_draws_repeat_with_a_seed_and_differ_without(base):
+    def drawn(seed: int | None, ask=answer) -> list[str]:
+        sampling = Sampling(max_new_tokens=12, temperature=1.5, seed=seed)
+        return [ask(base.model, base.tokenizer, q, sampling=sampling) for q in QUESTIONS[:4]]
+
+    assert drawn(7) == drawn(7)
+    assert drawn(7) != drawn(8)
+    assert drawn(None) != drawn(None)
+    sampling = Sampling(max_new_tokens=12, temperature=1.5, seed=7)
+    first = answers(base.model, base.tokenizer, QUESTIONS, sampling=sampling)
+    assert first == answers(base.model, base.tokenizer, QUESTIONS, sampling=sampling)
+
+
+def test_a_tiny_share_of_probability_leaves_only_the_likeliest_token(base):
+    sampling = Sampling(max_new_tokens=24, temperature=2.0, top_p=1e-6)
+    drawn = answers(base.model, base.tokenizer, QUESTIONS, sampling=sampling)
+    assert drawn == answers(base.model, base.tokenizer, QUESTIONS, sampling=SHORT)
+
+
+def test_faults_of_sampling_are_named_all_at_once():
+    with pytest.raises(ConfigError) as caught:
+        Sampling(max_new_tokens=0, temperature=-1.0, top_p=0.0)
+    for name in ("max_new_tokens", "temperature", "top_p"):
+        assert f"{name} is " in str(caught.value)
+    for wrong in (
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 1.01},
+        {"top_p": float("nan")},
+    ):
+        with pytest.raises(ConfigError):
+            Sampling(**wrong)
+    assert Sampling(temperature=0.0).options()["do_sample"] is False
+    assert Sampling(temperature=0.7).options()["do_sample"] is True
+
+
+class Scripted:
+    """Stands for a model that always says the same tokens, then fails if it is to."""
+
+    def __init__(self, tokens: list[int], failure: BaseException | None = None) -> None:
+        self.tokens, self.failure = tokens, failure
+        self.device, self.config = torch.device("cpu"), SimpleNamespace()
+
+    def generate(self, *, input_ids, streamer=None, **options):
+        if streamer is not None:
+            streamer.put(input_ids[0])
+            for token in self.tokens:
+                streamer.put(torch.tensor([token]))
+        if self.failure is not None:
+            raise self.failure
+        if streamer is not None:
+            streamer.end()
+        new = torch.tensor([self.tokens]).expand(len(input_ids), -1)
+        return torch.cat([input_ids, new], dim=1)
+
+
+@pytest.mark.parametrize(
+    "text", ["  indented\n    more\n\n", " a , b 's", "été 漢字 👩‍👩‍👧", "plain", "\n\nlate  "]
+)
+def test_the_text_is_just_what_the_tokens_say(base, text):
+    tokens = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    model = Scripted([*tokens, base.tokenizer.eos_token_id])
+    assert answer(model, base.tokenizer, "Hm?") == text
+    assert answers(model, base.tokenizer, ["Hm?", "And this one?"]) == [text, text]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_what_goes_wrong_in_generation_reaches_the_caller(base, failure):
+    words = base.tokenizer(" so far so good")["input_ids"]
+    pieces: list[str] = []
+    with pytest.raises(type(failure)) as caught:
+        pieces.extend(stream(Scripted(words, failure), base.tokenizer, "Hm?"))
+    assert caught.value is failure
+    assert "".join(pieces).startswith(" so far")
+    with pytest.raises(type(failure)):
+        answers(Scripted(words, failure), base.tokenizer, ["Hm?"])
+
+
+def test_an_answer_ends_where_the_context_does(base):
+    context = base.model.config.context
+    endless = Sampling(max_new_tokens=10 * context, temperature=5.0, seed=1)
+    said = answer(base.model, base.tokenizer, "Go on.", sampling=endless)
+    assert said
+    prompt = "A dog says woof. " * context
+    for ask in (answer, lambda m, t, q: answers(m, t, [q])):
+        with pytest.raises(ConfigError, match=f"context of {context}"):
+            ask(base.model, base.tokenizer, prompt)
+
+
+def test_generation_leaves_the_model_as_it_was(base):
+    before = {name: weight.clone() for name, weight in base.model.state_dict().items()}
+    config = base.model.generation_config.to_dict()
+    answers(base.model, base.tokenizer, QUESTIONS[:2], sampling=SHORT)
+    after = base.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert base.model.generation_config.to_dict() == config
+    assert not base.model.training

@@ -1,0 +1,258 @@
+"""Law 6: a resumed run equals the uninterrupted one, bit for bit."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import veneer
+from adapted import examples, same, tokenizer, trained_weights, with_words
+from tiny import tiny
+from veneer.store import checkpoint
+from veneer.training import metrics
+from veneer.training.events import (
+    Checkpointed,
+    Evaluated,
+    Event,
+    Skipped,
+    Started,
+    Step,
+    Stopped,
+    Trained,
+)
+
+ROWS = examples([11, 7, 16, 9, 13, 8, 12, 10, 15, 6])
+HELD_OUT = examples([9, 14, 7], seed=1)
+COURSE = veneer.TrainConfig(
+    epochs=2.5, lr=0.02, tokens_per_step=40, tokens_per_batch=20, eval_every=2, save_every=1
+)
+COURSES: dict[str, veneer.TrainConfig] = {
+    "accumulation": COURSE,
+    "constant": replace(COURSE, schedule="constant", warmup=2, weight_decay=0.1, clip=0),
+    "seldom saved": replace(COURSE, save_every=3, eval_every=None),
+    "patience": replace(COURSE, lr=1.0, eval_every=1, patience=2, epochs=9),
+}
+
+
+def new_model(words: bool = False) -> Any:
+    model = tiny("llama")
+    if words:
+        with_words(model, tokenizer())
+    veneer.attach(model, veneer.LoRA(rank=2, dropout=0.3, targets="qv"), seed=0)
+    if words:
+        model.model.embed_tokens.rows.requires_grad_(True)
+    return model
+
+
+class Run:
+    """A run in pieces: each piece has a model of its own, as a process of its own would have."""
+
+    def __init__(self, place: Path, course: veneer.TrainConfig, **options: Any) -> None:
+        self.place, self.course, self.options = place, course, options
+        self.words = options.pop("words", False)
+        self.events: list[Event] = []
+        self.weights: dict[str, Tensor] = {}
+
+    def go(self, *, resume: bool, stop_at: int = 0, leave: Any = lambda event: False) -> None:
+        """Train until the end, until `stop_at` asks for it, or until the process dies."""
+        model = new_model(self.words)
+        step = 0
+        events = veneer.train(
+            model,
+            ROWS,
+            self.course,
+            directory=self.place / "checkpoints",
+            resume=resume,
+            should_stop=lambda: step == stop_at,
+            **({"held_out": HELD_OUT} | self.options),
+        )
+        for event in (recorded := metrics.record(events, self.place / "metrics.jsonl")):
+            step = getattr(event, "step", step)
+            self.events.append(event)
+            if leave(event):
+                recorded.close()
+                events.close()
+                break
+        self.weights = trained_weights(model)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        lines = metrics.read(self.place / "metrics.jsonl")
+        return [
+            {key: value for key, value in line.items() if key not in ("seconds", "rss_bytes")}
+            for line in lines
+        ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, Run]:
+    runs = {}
+    for name, course in COURSES.items():
+        runs[name] = Run(tmp_path_factory.mktemp("whole"), course)
+        runs[name].go(resume=False)
+    return runs
+
+
+def assert_equal(run: Run, whole: Run) -> None:
+    assert same(run.weights, whole.weights)
+    assert run.metrics() == whole.metrics()
+    ends = [e for e in whole.events if isinstance(e, Trained | Stopped)]
+    assert run.events[-len(ends) :] == ends
+
+
+def steps_of(run: Run) -> int:
+    return max(event.step for event in run.events if isinstance(event, Step))
+
+
+def test_the_courses_hold_what_they_should(whole):
+    for run in whole.values():
+        assert {Step, Evaluated, Checkpointed, Trained} <= {type(event) for event in run.events}
+        started = run.events[0]
+        assert isinstance(started, Started)
+    assert Stopped(steps_of(whole["patience"]), "patience") in whole["patience"].events
+    assert steps_of(whole["patience"]) < whole["patience"].events[0].steps
+    last = whole["patience"].events[-1]
+    assert isinstance(last, Trained)
+    assert last.kept < last.step
+    assert steps_of(whole["accumulation"]) >= 8
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_stopped_at_any_step(course, whole, tmp_path):
+    for step in range(1, steps_of(whole[course]) + 1):
+        run = Run(tmp_path / str(step), COURSES[course])
+        run.go(resume=False, stop_at=step)
+        run.go(resume=True)
+        assert_equal(run, whole[course])
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_dead_after_any_checkpoint(course, whole, tmp_path):
+    saved = [event.step for event in whole[course].events if isinstance(event, Checkpointed)]
+    for step in saved:
+        run = Run(tmp_path / str(step), COURSES[course])
+        run.go(resume=False, leave=lambda e, s=step: isinstance(e, Checkpointed) and e.step == s)
+        run.go(resume=True)
+        assert_equal(run, whole[course])
+
+
+@pytest.mark.parametrize("course", ["seldom saved", "patience"])
+def test_dead_after_any_step_or_evaluation(course, whole, tmp_path):
+    for number, event in enumerate(whole[course].events):
+        if isinstance(event, Step | Evaluated):
+            run = Run(tmp_path / str(number), COURSES[course])
+            run.go(resume=False, leave=lambda e, s=event: type(e) is type(s) and e.step == s.step)
+            run.go(resume=True)
+            assert_equal(run, whole[course])
+
+
+@pytest.mark.parametrize("course", ["accumulation", "patience"])
+def test_stopped_at_every_step(course, whole, tmp_path):
+    run = Run(tmp_path, COURSES[course])
+    for step in range(1, steps_of(whole[course]) + 1):
+        run.go(resume=step > 1, stop_at=step)
+    run.go(resume=True)
+    assert same(run.weights, whole[course].weights)
+    assert run.metrics() == whole[course].metrics()
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_resuming_what_is_done_changes_nothing(course, whole, tmp_path):
+    shutil.copytree(whole[course].place, tmp_path / "run")
+    run = Run(tmp_path / "run", COURSES[course])
+    run.go(resume=True)
+    assert_equal(run, whole[course])
+    assert not any(isinstance(event, Step) for event in run.events)
+
+
+def test_new_words_go_on_too(tmp_path):
+    whole, run = (Run(tmp_path / name, COURSE, words=True) for name in ("whole", "run"))
+    whole.go(resume=False)
+    run.go(resume=False, stop_at=4)
+    run.go(resume=True)
+    assert "model.embed_tokens.rows" in whole.weights
+    assert_equal(run, whole)
+
+
+def test_without_evaluation(tmp_path):
+    whole, run = (Run(tmp_path / name, COURSE, held_out=()) for name in ("whole", "run"))
+    whole.go(resume=False)
+    run.go(resume=False, stop_at=5)
+    run.go(resume=True)
+    assert_equal(run, whole)
+    assert sorted(checkpoint.steps(run.place / "checkpoints")) == [steps_of(whole)]
+
+
+def test_steps_that_were_skipped_in_a_row_are_remembered(tmp_path, monkeypatch):
+    from veneer.training.forward import Forward
+
+    def spoilt(self: Forward, model: Any, batch: Any, call: Any = Forward.__call__) -> Tensor:
+        loss = call(self, model, batch)
+        return loss * float("nan") if model.training else loss
+
+    monkeypatch.setattr(Forward, "__call__", spoilt)
+    run = Run(tmp_path, COURSE, held_out=())
+    run.go(resume=False, stop_at=2)
+    assert [type(event) for event in run.events[1::2]] == [Skipped, Skipped, Stopped]
+    with pytest.raises(veneer.TrainingError, match="in 3 steps in a row, up to step 3"):
+        run.go(resume=True)
+
+
+def test_nothing_to_resume_is_a_new_run(whole, tmp_path):
+    run = Run(tmp_path, COURSE)
+    run.go(resume=True)
+    assert_equal(run, whole["accumulation"])
+
+
+def test_best_and_last_are_kept(whole):
+    for course in ("accumulation", "patience"):
+        run = whole[course]
+        best = [event.step for event in run.events if isinstance(event, Evaluated) and event.best]
+        kept = checkpoint.steps(run.place / "checkpoints")
+        assert sorted(kept) == sorted({best[-1], steps_of(run)})
+
+
+@pytest.mark.parametrize("file", [checkpoint.STATE, checkpoint.TENSORS])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(file, whole, tmp_path):
+    best = [e.step for e in whole["patience"].events if isinstance(e, Evaluated) and e.best]
+    run = Run(tmp_path, COURSES["patience"])
+    run.go(resume=False, stop_at=best[-1] + 1)
+    places = checkpoint.steps(tmp_path / "checkpoints")
+    assert sorted(places) == [best[-1], best[-1] + 1]
+    spoilt = places[best[-1] + 1] / file
+    spoilt.write_bytes(spoilt.read_bytes()[:-20])
+    run.go(resume=True)
+    started = [event for event in run.events if isinstance(event, Started)]
+    assert started[-1].done == best[-1]
+    assert_equal(run, whole["patience"])
+
+
+def test_another_run_is_refused(tmp_path):
+    identity = {"data": "abc", "rank": 4, "base": "x"}
+    run = Run(tmp_path, COURSE, identity=identity)
+    run.go(resume=False, stop_at=2)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    other = Run(tmp_path, COURSE, identity={"data": "abd", "rank": 4, "words": "y"})
+    with pytest.raises(veneer.TrainingError) as caught:
+        other.go(resume=True)
+    said = str(caught.value)
+    for key in ("data", "base", "words"):
+        assert key in said
+    assert "'abc' there, 'abd' here" in said
+    assert "rank" not in said
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    run.go(resume=True)
+
+
+@pytest.mark.parametrize("rank", [3, 2])
+def test_another_adapter_is_refused(rank, tmp_path):
+    Run(tmp_path, COURSE).go(resume=False, stop_at=2)
+    model = tiny("llama")
+    targets = "qv" if rank == 3 else "mlp"
+    veneer.attach(model, veneer.LoRA(rank=rank, targets=targets), seed=0)
+    before = trained_weights(model)
+    with pytest.raises(veneer.TrainingError, match="another"):
+        list(veneer.train(model, ROWS, COURSE, directory=tmp_path / "checkpoints", resume=True))
+    assert same(trained_weights(model), before)

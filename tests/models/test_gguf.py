@@ -1,0 +1,192 @@
+"""GGUF files: dense weights as the file says, and token ids as llama.cpp's."""
+
+import json
+import urllib.request
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import gguf as gguf_format
+import numpy as np
+import pytest
+import torch
+from mixed_text import SPECIAL, mixed_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from veneer.errors import ModelError
+from veneer.models import gguf
+from veneer.models.load import load_skeleton, locate
+
+Post = Callable[[str, dict], dict]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    try:
+        return locate("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return gguf.load_tokenizer(smollm2)
+
+
+@pytest.fixture(scope="module")
+def model(smollm2) -> PreTrainedModel:
+    return gguf.load_model(smollm2, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(smollm2) -> Post:
+    """llama.cpp's own server over the same file, on the loopback interface."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(smollm2)
+    params.hostnames, params.port = ["127.0.0.1"], 0
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 1024, 1, False, -1
+    server = xllamacpp.Server(params)
+
+    def post(path: str, body: dict) -> dict:
+        request = urllib.request.Request(
+            server.listening_address + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.load(reply)
+
+    return post
+
+
+def llama_ids(post: Post, text: str) -> list[int]:
+    # No token of its own around the text, but special tokens that stand in it are such, which is
+    # what a tokenizer of transformers does without add_special_tokens.
+    body = {"content": text, "add_special": False, "parse_special": True}
+    return post("/tokenize", body)["tokens"]
+
+
+def test_ids_equal_those_of_llama_cpp_line_by_line(tokenizer, llama_cpp):
+    lines = mixed_lines(3000)
+    assert len(set(lines)) > 2900
+    assert sum(any(token in line for token in SPECIAL) for line in lines) > 300
+    ours = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    differing = [
+        (line, ids, theirs)
+        for line, ids in zip(lines, ours, strict=True)
+        if ids != (theirs := llama_ids(llama_cpp, line))
+    ]
+    assert differing[:3] == []
+
+
+def test_the_lines_tell_a_wrong_tokenizer_from_a_right_one(smollm2, tokenizer):
+    lines = mixed_lines(300)
+    without = AutoTokenizer.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name)
+    ours, theirs = (t(lines, add_special_tokens=False)["input_ids"] for t in (tokenizer, without))
+    assert sum(map(list.__ne__, ours, theirs)) > 50
+
+
+def test_chat_prompts_are_tokenised_as_by_llama_cpp(tokenizer, llama_cpp):
+    messages = [{"role": "user", "content": "What is 12 × 345?\n\n   Show  your\twork."}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text.startswith("<|im_start|>system\n")
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert list(ids) == llama_ids(llama_cpp, text)
+
+
+def test_every_line_comes_back_from_its_ids(tokenizer):
+    for line in mixed_lines(300, seed=1):
+        ids = tokenizer(line, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == line
+
+
+def test_the_next_token_is_as_likely_as_llama_cpp_says(model, tokenizer, llama_cpp):
+    # llama.cpp rounds what flows between its layers to 8 bits, so its numbers are near ours only.
+    for prompt in ("The capital of France is", "Water boils at", "def add(a, b):\n    return"):
+        with torch.no_grad():
+            logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
+        ours = logits.log_softmax(0)
+        body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": 5}
+        (reply,) = llama_cpp("/completion", body)["completion_probabilities"]
+        assert ours.argmax() == reply["id"]
+        for theirs in reply["top_logprobs"]:
+            assert float(ours[theirs["id"]]) == pytest.approx(theirs["logprob"], abs=0.6)
+
+
+def original(tensor: gguf_format.ReaderTensor, model: PreTrainedModel) -> np.ndarray:
+    """Return a tensor of the file as the model keeps it: q and k in halves, not in pairs."""
+    weight = gguf_format.quants.dequantize(tensor.data, tensor.tensor_type)
+    heads = {
+        "attn_q": model.config.num_attention_heads,
+        "attn_k": model.config.num_key_value_heads,
+    }.get(tensor.name.split(".")[-2])
+    if heads is None:
+        return weight
+    rows, columns = weight.shape
+    # llama.cpp rotates neighbouring rows of a head, transformers those half a head apart.
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def test_weights_are_the_file_s_own_dequantised(smollm2, model):
+    names = {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    parameters = dict(model.named_parameters())
+    tensors = gguf_format.GGUFReader(smollm2).tensors
+    assert len(tensors) == len(parameters)
+    for tensor in tensors:
+        *block, name, _ = tensor.name.split(".")
+        path = (f"model.layers.{block[1]}." if block else "") + names[name] + ".weight"
+        expected = torch.from_numpy(np.array(original(tensor, model)))
+        assert torch.equal(parameters[path], expected), tensor.name
+
+
+def test_the_model_is_dense_and_can_be_saved(model, tmp_path):
+    assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert getattr(model, "hf_quantizer", None) is None or not model.is_quantized
+    model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert "quantization_config" not in config
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    saved = dict(again.named_parameters())
+    assert all(torch.equal(saved[n], w) for n, w in model.named_parameters())
+
+
+def test_the_skeleton_has_the_same_shapes(model):
+    skeleton = load_skeleton("smollm2-135m")
+    assert skeleton.config.model_type == model.config.model_type == "llama"
+    shapes = {path: weight.shape for path, weight in model.named_parameters()}
+    assert {path: weight.shape for path, weight in skeleton.named_parameters()} == shapes
+    assert {weight.device.type for weight in skeleton.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("load", "damage"),
+    [
+        *product(
+            (gguf.load_model, gguf.load_tokenizer, gguf.load_config),
+            ("empty", "garbage", "header"),
+        ),
+        (gguf.load_model, "half"),  # its first half holds all that the others read
+    ],
+)
+def test_a_damaged_file_is_a_model_error_that_names_it(smollm2, tmp_path, load, damage):
+    path = tmp_path / "damaged.gguf"
+    size = {"empty": 0, "header": 2000, "half": smollm2.stat().st_size // 2}.get(damage, 0)
+    with smollm2.open("rb") as file:
+        path.write_bytes(bytes(range(256)) * 40 if damage == "garbage" else file.read(size))
+    with pytest.raises(ModelError, match=r"damaged\.gguf"):
+        load(path)
