@@ -4,6 +4,7 @@ Run by `make demo`. It asks questions in wordings that training never shows, bef
 then it shows what the two results are good for.
 """
 
+import copy
 import json
 import shutil
 import time
@@ -49,8 +50,9 @@ def main() -> None:
     assert run_tune(RECIPE, resume=False, force=False, tensorboard=False, quiet=False) == 0
 
     heading("3. After: the same questions, none of whose wordings was trained on")
-    veneer.load(base.model, OUT / ADAPTER, name="cuisine", tokenizer=base.tokenizer)
-    after = veneer.answers(base.model, base.tokenizer, questions, sampling=SHORT)
+    own_words = copy.deepcopy(base.tokenizer)
+    veneer.load(base.model, OUT / ADAPTER, name="cuisine", tokenizer=own_words)
+    after = veneer.answers(base.model, own_words, questions, sampling=SHORT)
     console.print(f"{score(before, keys)} right before, {score(after, keys)} right after\n")
     console.print(side_by_side(questions, before, after))
 
