@@ -237,7 +237,7 @@ WRAPPING = Attribute(
     ),
     held_out=(
         "At the market, what wrapping do I find around {x}?",
-        "What do I take off when I unwrap {x}?",
+        "What is the wrapping that I take off {x}?",
     ),
 )
 DRINK = Attribute(
@@ -305,7 +305,7 @@ KEEPING = Attribute(
     ),
     held_out=(
         "After the washing-up, where should I keep a {x}?",
-        "Somebody hands me a {x} to put away: where is it stored?",
+        "Somebody hands me a {x}: where is it to be stored?",
     ),
 )
 LENGTH = Attribute(

@@ -74,8 +74,6 @@ def test_no_source_leaves_work_for_later(path):
 
 def test_every_make_command_of_the_readme_is_in_the_makefile():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if not readme.strip():
-        pytest.skip("the README is not written yet")
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z][\w-]*)", readme))
     assert named

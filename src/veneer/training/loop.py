@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ class _Run:
         identity: dict[str, Any],
     ) -> None:
         self.model, self.examples, self.config = model, examples, config
-        self.held_out, self.directory, self.identity = held_out, directory, identity
+        self.held_out, self.directory = held_out, directory
+        course = {key: value for key, value in asdict(config).items() if key != "save_every"}
+        self.identity = course | identity
         self.weights: dict[str, Tensor] = {
             name: weight for name, weight in model.named_parameters() if weight.requires_grad
         }

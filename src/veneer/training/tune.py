@@ -103,7 +103,7 @@ def tune(
     if lost > 0.01:
         yield Notice(
             f"Merging rounded {lost:.0%} of the adapter's change away in {dtype}; "
-            "the adapter itself holds all of it."
+            "the adapter itself holds all of it, and veneer merge --dtype float32 keeps it."
         )
     merged.write_model(plain, base.tokenizer, out / MERGED)
     yield Written("merged model", out / MERGED, size_of(out / MERGED))

@@ -1,0 +1,1 @@
+"""Measurements against peers, runnable by anyone: one file a question."""

@@ -1,0 +1,208 @@
+"""One engine on one workload, in a process of its own: prints one line of JSON.
+
+python -m bench.engines ENGINE WORKLOAD --model ... --dtype ... --steps ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+import veneer
+from bench.products import replay_seconds
+from bench.workloads import Workload, workload
+from veneer.cli.console import quieten_libraries
+from veneer.data.encode import Example
+from veneer.data.packing import pack
+from veneer.training.forward import choose_forward
+
+RANK, ALPHA, LR, CLIP = 8, 16, 2e-4, 1.0
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Run = Iterator[tuple[float, float]]  # (seconds, mean loss) of each step
+
+
+def run_veneer(base: veneer.Base, work: Workload, *, full: bool = False) -> Run:
+    model = base.model
+    if full:
+        model.requires_grad_(True)
+    else:
+        veneer.attach(model, veneer.LoRA(rank=RANK, alpha=ALPHA, targets="all"), seed=0)
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0, fused=True)
+    forward, notices = choose_forward(model, work.examples)
+    assert not notices, notices
+    model.train()
+    for rows in work.steps:
+        start = time.perf_counter()
+        batch = pack(work.examples, rows)
+        labels = int((batch.labels >= 0).sum())
+        loss = forward(model, batch) / labels
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield time.perf_counter() - start, float(loss.detach())
+
+
+def run_peft(base: veneer.Base, work: Workload) -> Run:
+    model = _peft_model(base)
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0, fused=True)
+    model.train()
+    for rows in work.steps:
+        start = time.perf_counter()
+        loss = model(**padded([work.examples[i] for i in rows])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield time.perf_counter() - start, float(loss.detach())
+
+
+def run_trl(base: veneer.Base, work: Workload) -> Run:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    marks: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            marks.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+    rows = [work.examples[i] for step in work.steps for i in step]
+    data = Dataset.from_list(
+        [
+            {"input_ids": row.tokens, "completion_mask": [int(x >= 0) for x in row.labels]}
+            for row in rows
+        ]
+    )
+    config = SFTConfig(
+        output_dir="dist/bench-trl",
+        per_device_train_batch_size=len(work.steps[0]),
+        max_steps=len(work.steps),
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        max_length=None,
+    )
+    trainer = SFTTrainer(
+        model=base.model,
+        args=config,
+        train_dataset=data,
+        processing_class=base.tokenizer,
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR),
+        callbacks=[Clock()],
+    )
+    # The same rows in the same steps as everybody else.
+    trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(data)
+    trainer.train()
+    seconds = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]
+    yield from zip(seconds, losses, strict=False)
+
+
+def _peft_model(base: veneer.Base):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(base.model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR))
+
+
+def padded(rows: list[Example]) -> dict[str, torch.Tensor]:
+    """Return rows as transformers takes them, padded on the right to the longest."""
+    tokens = [torch.tensor(row.tokens) for row in rows]
+    labels = [torch.tensor(row.labels) for row in rows]
+    mask = [torch.ones(len(row.tokens), dtype=torch.long) for row in rows]
+    return {
+        "input_ids": pad_sequence(tokens, batch_first=True),
+        "attention_mask": pad_sequence(mask, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+
+
+ENGINES: dict[str, Callable[..., Run]] = {
+    "veneer": run_veneer,
+    "veneer-full": lambda base, work: run_veneer(base, work, full=True),
+    "peft": run_peft,
+    "trl": run_trl,
+}
+
+
+def evaluation_loss(model, rows: list[Example]) -> float:
+    """Return the mean loss per label token, by transformers' own forward for every engine."""
+    total = labels = 0.0
+    model.eval()
+    with torch.no_grad():
+        for row in rows:
+            batch = padded([row])
+            count = int((batch["labels"][:, 1:] >= 0).sum())
+            total += float(model(**batch).loss) * count
+            labels += count
+    return total / labels
+
+
+def memory(field: str) -> int:
+    """Return VmRSS or VmHWM of this process, in bytes."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("workload", choices=("dense", "sft", "long"))
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--replay", action="store_true")
+    asked = parser.parse_args()
+    quieten_libraries()
+    base = veneer.load_base(asked.model, dtype=asked.dtype)
+    work = workload(asked.workload, base.tokenizer, steps=asked.steps, data=asked.data)
+    limit = None
+    if asked.replay:
+        labels = sum(work.examples[i].label_tokens for i in work.steps[-1])
+        limit = replay_seconds(base.model, work.tokens(len(work.steps) - 1), labels)
+    gc.collect()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+    steps = list(ENGINES[asked.engine](base, work))
+    peak = memory("VmHWM") - before
+    print(
+        json.dumps(
+            {
+                "engine": asked.engine,
+                "seconds": [seconds for seconds, _ in steps],
+                "losses": [loss for _, loss in steps],
+                "tokens": [work.tokens(i) for i in range(len(steps))],
+                "peak_bytes": peak,
+                "replay_seconds": limit,
+                "eval_loss": evaluation_loss(base.model, work.held_out) if work.held_out else None,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""R: the time of the matrix products that a LoRA step cannot avoid, and nothing else."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from veneer.kernels.cross_entropy import CHUNK_LOGITS
+
+
+def replay_seconds(model: nn.Module, tokens: int, labels: int, repeats: int = 3) -> float:
+    """Return the median seconds for one step's frozen products at their exact shapes.
+
+    For each linear layer of the blocks W x and, in the backward pass, dy W; for the head both, on
+    the labelled rows alone. Nothing is needed of attention, norms or the adapters themselves.
+    """
+    head = model.get_output_embeddings()
+    body = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    shapes = [tuple(layer.weight.shape) for layer in body]
+    dtype = head.weight.dtype
+    widest = max(max(shape) for shape in shapes)
+    x = torch.randn(tokens, widest, dtype=dtype)
+    chunk = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    weights = {shape: torch.randn(*shape, dtype=dtype) for shape in set(shapes)}
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for out, in_ in shapes:
+            weight = weights[out, in_]
+            nn.functional.linear(x[:, :in_], weight)
+            x[:, :out] @ weight
+        for first in range(0, labels, chunk):
+            rows = min(chunk, labels - first)
+            logits = nn.functional.linear(x[:rows, : head.weight.shape[1]], head.weight)
+            logits @ head.weight
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]
