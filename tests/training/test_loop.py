@@ -258,7 +258,8 @@ def test_evaluations_of_a_run():
 def test_the_best_weights_are_kept():
     held_out = examples([12, 5, 9], seed=8)
     model = new_model(rank=8)
-    course = replace(COURSE, epochs=6, lr=0.1, eval_every=1, schedule="constant")
+    # At this rate the run clearly overfits: from its best of 4.70 to 5.14 in the end.
+    course = replace(COURSE, epochs=6, lr=0.03, eval_every=1, schedule="constant")
     seen: dict[int, tuple[float, dict[str, Tensor]]] = {}
     events = []
     for event in veneer.train(model, ROWS, course, held_out=held_out):
@@ -270,6 +271,7 @@ def test_the_best_weights_are_kept():
     best = min(seen, key=lambda step: seen[step][0])
     last = max(seen)
     assert events[-1] == Trained(last, best)
+    assert best < last
     assert same(trained_weights(model), seen[best][1])
     with torch.no_grad():
         assert abs(float(plain_mean(model, held_out)) - seen[best][0]) < 1e-5 * seen[best][0]
