@@ -5,6 +5,9 @@ Reading goes through transformers; what transformers gets wrong is put right her
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +54,27 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
     return _read(AutoModelForCausalLM, path, quantization_config=quantization, **options)
 
 
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Parse each file, and map each architecture's names, once while the context lasts.
+
+    transformers does both anew for configuration, weights, tokenizer and every submodule; a
+    vocabulary of 49 thousand words takes more than a second each time.
+    """
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in before.items():
+        setattr(gguf, name, cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Read a GGUF file's tokenizer, with the splitting that `tokenizer.ggml.pre` asks for."""
     tokenizer = _read(AutoTokenizer, path)
-    field = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
+    field = gguf.GGUFReader(str(path)).get_field("tokenizer.ggml.pre")
     splitting = PRE_TOKENIZERS.get(field.contents() if field else "")
     if splitting is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = splitting()

@@ -48,8 +48,9 @@ def load_base(name: str | Path, *, dtype: str = "auto") -> Base:
         return _base(name, model.to(wanted), tokenizer)
     wanted = resolve_dtype(dtype)
     if isinstance(source, Path) and source.suffix == ".gguf":
-        model = gguf.load_model(source, dtype=wanted)
-        tokenizer = gguf.load_tokenizer(source)
+        with gguf.read_once():
+            model = gguf.load_model(source, dtype=wanted)
+            tokenizer = gguf.load_tokenizer(source)
     else:
         model = _reading(source, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=wanted))
         tokenizer = _reading(source, lambda: AutoTokenizer.from_pretrained(source))
