@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.kernels.native import kernel
+
 NAME = "veneer_packed"  # under which transformers' AttentionInterface knows it
 # Sequences share a product when the shortest has at least this part of the longest's length.
 LIKE_LENGTH = 0.75
-# Up to this length whole products beat the flash kernel. Measured forward and backward together, on
-# a CPU in bfloat16, 9 heads over 3: 18 × 59 tokens 17.4 → 5.0 ms, 8 × 128 13.1 → 6.8 ms, but
-# 8 × 256 31.3 → 33.1 ms and 4 × 512 53 → 60 ms.
-SHORT = 192
+# Groups are as long as a multiple of this, so that products of the same shapes come again.
+LENGTH_STEP = 16
+# Queries whose scores the backward pass holds at a time: smaller blocks leave out more of the keys
+# that no query of theirs sees, larger ones make better products.
+QUERY_BLOCK = 256
 
 
 class Packing:
@@ -34,19 +39,40 @@ class Packing:
         gather: list[Tensor] = []
         for i in order:
             if not self.groups or lengths[i] < LIKE_LENGTH * self.groups[-1][1]:
-                self.groups.append((0, lengths[i]))
+                self.groups.append((0, -(-lengths[i] // LENGTH_STEP) * LENGTH_STEP))
             count, longest = self.groups[-1]
             self.groups[-1] = (count + 1, longest)
             rows = torch.full((longest,), -1)
             rows[: lengths[i]] = torch.arange(starts[i], starts[i + 1])
             gather.append(rows)
         padded = torch.cat(gather)
-        self.padding = (padded < 0).nonzero().squeeze(1).to(device)
-        self.to_groups = padded.clamp(min=0).to(device)  # (padded tokens,)
+        self._padding = (padded < 0).nonzero().squeeze(1).to(device)
+        self._to_groups = padded.clamp(min=0).to(device)  # (padded tokens,)
         from_groups = torch.empty(self.tokens, dtype=torch.long)
         from_groups[padded[padded >= 0]] = (padded >= 0).nonzero().squeeze(1)
-        self.from_groups = from_groups.to(device)  # (tokens,)
+        self._from_groups = from_groups.to(device)  # (tokens,)
         self.is_identity = torch.equal(padded, torch.arange(self.tokens))
+
+    def to_groups(self, x: Tensor) -> Tensor:
+        """Lay packed rows (tokens, ...) out as padded groups; padding repeats the first row."""
+        return x if self.is_identity else x.index_select(0, self._to_groups)
+
+    def gradient_to_groups(self, dy: Tensor) -> Tensor:
+        """Lay the rows of a gradient out as padded groups, with 0 for padding."""
+        if self.is_identity:
+            return dy
+        return dy.index_select(0, self._to_groups).index_fill_(0, self._padding, 0)
+
+    def from_groups(self, groups: list[Tensor]) -> Tensor:
+        """Return the packed rows (tokens, ...) of groups (sequences, padded length, ...)."""
+        rows = [group.flatten(0, 1) for group in groups]
+        padded = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return padded if self.is_identity else padded.index_select(0, self._from_groups)
+
+    def split(self, padded: Tensor) -> list[Tensor]:
+        """Return padded rows as one (sequences, padded length, ...) for each group."""
+        parts = padded.split([count * length for count, length in self.groups])
+        return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
 
 
 class UnsupportedAttention(NotImplementedError):
@@ -77,110 +103,192 @@ def packed_attention(
     if packing is None or attention_mask is not None or refused:
         raise UnsupportedAttention(", ".join(refused) or "the packing does not reach attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (_ToGroups.apply(x[0].transpose(0, 1), packing) for x in (query, key, value))
-    outputs, start = [], 0
-    for count, length in packing.groups:
-        part = slice(start, start + count * length)
-        start = part.stop
-        shape = (count, length, -1, query.shape[-1])
-        heads = [x[part].view(shape).transpose(1, 2) for x in (q, k, v)]
-        window = sliding_window if sliding_window and length > sliding_window else None
-        if length <= SHORT and not dropout:
-            y = _ShortAttention.apply(*heads, scale, window)
-        else:
-            y = F.scaled_dot_product_attention(
-                heads[0],
-                heads[1],
-                heads[2],
-                attn_mask=None if window is None else _visible(length, window, q.device),
-                is_causal=window is None,
-                dropout_p=dropout,
-                scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )  # (count, heads, length, head_dim)
-        outputs.append(y.transpose(1, 2).reshape(count * length, *q.shape[1:2], -1))
-    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _FromGroups.apply(together, packing).unsqueeze(0), None
+    attention = Attention(packing, scale, sliding_window or None)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if dropout or q.device.type != "cpu":
+        y = attention.composed(q, k, v, dropout)
+    else:
+        y = _PackedAttention.apply(q, k, v, attention)
+    return y.unsqueeze(0), None
 
 
-class _ShortAttention(torch.autograd.Function):
-    """softmax(q kᵀ · scale) v by whole products, for sequences too short for blocks to pay.
+@dataclass(frozen=True)
+class Attention:
+    """softmax(q kᵀ · scale) v within each sequence of a packed batch: every query sees the keys up
+    to its own place, and of those the last `window`.
 
-    The queries of all heads that share a key head are rows of one product. Nothing is kept but q, k
-    and v: probabilities are made again in the backward pass, where
-
-        dv = pᵀ dy    dp = dy vᵀ    ds = scale · p ∘ (dp − Σ p ∘ dp)    dq = ds k    dk = dsᵀ q
+    q and y (tokens, heads, head_dim); k and v (tokens, kv_heads, head_dim).
     """
 
+    packing: Packing
+    scale: float
+    window: int | None = None
+
+    def composed(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+        """Return y by torch's own differentiable operations, on any device."""
+        outputs = []
+        for query, key, value in self._groups(q, k, v):
+            mask = self._mask(query)
+            y = F.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=self.scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            outputs.append(y.transpose(1, 2))
+        return self.packing.from_groups(outputs)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return y, and of each group log Σ exp of the scores (sequences, heads, length)."""
+        if q.device.type != "cpu":
+            return self.composed(q, k, v), []
+        outputs, log_sums = [], []
+        for query, key, value in self._groups(q, k, v):
+            mask = self._mask(query)
+            shared = q.shape[1] // k.shape[1]
+            y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query.transpose(1, 2),
+                key.repeat_interleave(shared, 2).transpose(1, 2),
+                value.repeat_interleave(shared, 2).transpose(1, 2),
+                is_causal=mask is None,
+                attn_mask=mask,
+                scale=self.scale,
+            )
+            outputs.append(y.transpose(1, 2))
+            log_sums.append(log_sum.contiguous())
+        return self.packing.from_groups(outputs), log_sums
+
+    def backward(
+        self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sums: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v from y's and from what `forward` took and gave."""
+        if q.device.type != "cpu":
+            with torch.enable_grad():
+                q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+                dq, dk, dv = torch.autograd.grad(self.composed(q, k, v), (q, k, v), dy)
+            return dq, dk, dv
+        packing = self.packing
+        gradients = zip(
+            packing.split(packing.gradient_to_groups(dy)),
+            packing.split(packing.gradient_to_groups(_row_dots(dy, y))),
+            log_sums,
+            strict=True,
+        )
+        groups = [
+            self._backward(*gradient, *tensors)
+            for gradient, tensors in zip(gradients, self._groups(q, k, v), strict=True)
+        ]
+        dq, dk, dv = (packing.from_groups(list(part)) for part in zip(*groups, strict=True))
+        return dq, dk, dv
+
+    def _backward(
+        self, dy: Tensor, delta: Tensor, log_sum: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk, dv of one group, (sequences, length, heads, head_dim) as q, k and v are.
+
+        The queries of all heads that share a key head are rows of one product. Probabilities p are
+        made again, one block of queries at a time, from which
+
+            dv = pᵀ dy    dp = dy vᵀ    ds = scale · p ∘ (dp − delta)    dq = ds k    dk = dsᵀ q
+
+        with delta = Σ dy ∘ y, (sequences, length, heads). The mean key is taken off k: that changes
+        neither p nor dq, as Σ ds = 0, and keeps scores small, which are rounded to k's dtype here
+        (keys may share a large offset, as Qwen2's biases give them).
+        """
+        length, kv_heads = k.shape[1:3]
+        q_rows, dy_rows = _by_key_head(q, kv_heads), _by_key_head(dy, kv_heads)
+        k_rows, v_rows = (_by_key_head(x, kv_heads).squeeze(1) for x in (k, v))
+        delta = delta.transpose(1, 2).contiguous()  # (sequences, heads, length)
+        wide = delta.dtype
+        mean_key = k_rows.mean(1, keepdim=True, dtype=wide)  # (sequences · kv_heads, 1, dim)
+        k_rows = (k_rows - mean_key).to(k.dtype)
+        shift = q_rows.to(wide).flatten(1, 2) @ mean_key.transpose(1, 2)
+        log_sum = log_sum - self.scale * shift.view(log_sum.shape)
+        dq_rows = torch.empty_like(q_rows)  # (sequences · kv_heads, shared, length, dim)
+        dk_rows, dv_rows = (torch.zeros_like(x, dtype=wide) for x in (k_rows, v_rows))
+        for start in range(0, length, QUERY_BLOCK):
+            queries = slice(start, min(length, start + QUERY_BLOCK))
+            first = 0 if self.window is None else max(0, start + 1 - self.window)
+            keys = slice(first, queries.stop)
+            some_q, some_dy = (x[:, :, queries].flatten(1, 2) for x in (q_rows, dy_rows))
+            scores = some_q @ k_rows[:, keys].transpose(1, 2)  # (…, shared · queries, keys)
+            dp = some_dy @ v_rows[:, keys].transpose(1, 2)
+            p, ds = self._gradient(scores, dp, log_sum, delta, start, first)
+            dq_rows[:, :, queries] = (ds @ k_rows[:, keys]).unflatten(1, (q_rows.shape[1], -1))
+            dk_rows[:, keys] += ds.transpose(1, 2) @ some_q
+            dv_rows[:, keys] += p.transpose(1, 2) @ some_dy
+        dk, dv = (x.to(k.dtype).unflatten(0, (-1, kv_heads)) for x in (dk_rows, dv_rows))
+        dq = dq_rows.unflatten(0, (-1, kv_heads)).flatten(1, 2)  # (sequences, heads, length, dim)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    def _gradient(
+        self, scores: Tensor, dp: Tensor, log_sum: Tensor, delta: Tensor, start: int, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return p and ds, in the places of scores and dp."""
+        sequences, heads, length = delta.shape
+        queries, keys = scores.shape[0] * scores.shape[1] // (sequences * heads), scores.shape[2]
+        native = kernel("attention_gradient", scores)
+        if native is not None:
+            shape = (sequences * heads, queries, keys, length, start, first, self.window or length)
+            native(scores, dp, log_sum, delta, float(self.scale), *shape)
+            return scores, dp
+        seen = _visible(length, self.window, scores.device)
+        seen = seen[start : start + queries, first : first + keys]
+        rows = (sequences, heads, queries, keys)
+        at = (slice(None), slice(None), slice(start, start + queries), None)
+        p = (scores.view(rows) * self.scale - log_sum[at]).exp().masked_fill(~seen, 0.0)
+        ds = p * (dp.view(rows) - delta[at]) * self.scale
+        return p.to(scores.dtype).view(scores.shape), ds.to(dp.dtype).view(dp.shape)
+
+    def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        packing = self.packing
+        parts = (packing.split(packing.to_groups(x)) for x in (q, k, v))
+        yield from zip(*parts, strict=True)
+
+    def _mask(self, query: Tensor) -> Tensor | None:
+        """Return what to add to the scores where a window cuts into a group, (length, length)."""
+        length = query.shape[1]
+        if self.window is None or length <= self.window:
+            return None
+        seen = _visible(length, self.window, query.device)
+        bias = torch.zeros(length, length, dtype=query.dtype, device=query.device)
+        return bias.masked_fill_(~seen, -torch.inf)
+
+
+class _PackedAttention(torch.autograd.Function):
+    """`Attention`, which keeps q, k, v and y, and of the scores one number a row."""
+
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        q, k, v = _rows(query, key), _rows(key, key), _rows(value, key)
-        y = _probabilities(q, k, scale, window) @ v  # (count · kv_heads, group · length, head_dim)
-        ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.window, ctx.shapes = scale, window, (query.shape, key.shape)
-        return y.view(query.shape)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+        y, log_sums = attention.forward(q, k, v)
+        ctx.save_for_backward(q, k, v, y, *log_sums)
+        ctx.attention = attention
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        query_shape, key_shape = ctx.shapes
-        dy = grads[0].reshape(q.shape)
-        p = _probabilities(q, k, ctx.scale, ctx.window)
-        dv = p.transpose(1, 2) @ dy
-        dp = dy @ v.transpose(1, 2)
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
-        dq = (ds @ k).view(query_shape)
-        dk = (ds.transpose(1, 2) @ q).view(key_shape)
-        return dq, dk, dv.view(key_shape), None, None
+        q, k, v, y, *log_sums = ctx.saved_tensors
+        return *ctx.attention.backward(grads[0], q, k, v, y, log_sums), None
 
 
-def _rows(x: Tensor, key: Tensor) -> Tensor:
-    """Return (count, heads, length, head_dim) as (count · kv_heads, group · length, head_dim)."""
-    count, kv_heads, _, head_dim = key.shape
-    return x.reshape(count * kv_heads, -1, head_dim)
+def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
+    """Return (sequences, length, heads, dim) as (sequences · kv_heads, shared, length, dim)."""
+    return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
-    length = k.shape[1]
-    hidden = ~_visible(length, window, k.device)
-    mask = torch.zeros(length, length, dtype=q.dtype, device=q.device)
-    mask = mask.masked_fill_(hidden, -torch.inf).repeat(q.shape[1] // length, 1)
-    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)
-
-
-class _ToGroups(torch.autograd.Function):
-    """Lay packed rows (tokens, ...) out as padded groups. Each token goes to one place, so that the
-    backward pass is a plain lookup too, where autograd would add row by row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return x if packing.is_identity else x.index_select(0, packing.to_groups)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        packing = ctx.packing
-        dy = grads[0]
-        return (dy if packing.is_identity else dy.index_select(0, packing.from_groups)), None
-
-
-class _FromGroups(torch.autograd.Function):
-    """The way back from padded groups to packed rows; padding gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return x if packing.is_identity else x.index_select(0, packing.from_groups)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        packing = ctx.packing
-        if packing.is_identity:
-            return grads[0], None
-        dx = grads[0].index_select(0, packing.to_groups)
-        return dx.index_fill_(0, packing.padding, 0), None
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return Σ a ∘ b over the last dimension, in float32 or wider."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    native = kernel("row_dots", a)
+    if native is None:
+        return (a.to(wide) * b.to(wide)).sum(-1)
+    out = torch.empty(a.shape[:-1], dtype=wide)
+    native(a.contiguous(), b.contiguous(), out, out.numel(), a.shape[-1])
+    return out
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from veneer.kernels.native import kernel
 
 IGNORED = -100  # the label of a token that is not trained, as in torch and transformers
-CHUNK_LOGITS = 2**23  # logits held at a time: 32 MB in float32
+CHUNK_LOGITS = 2**24  # logits held at a time: 32 MB in bfloat16
+# Words in one product. The processor's matrix units want their operand laid out anew, and a copy of
+# the whole head would be the largest thing in memory; from here on smaller ones cost time.
+BLOCK_WORDS = 2**14
 
 
 def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
@@ -33,28 +38,40 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, rows: Tensor, targets: Tensor, head: nn.Module, *trained: Tensor
     ) -> Tensor:
         needs_rows = ctx.needs_input_grad[0]
-        wants_gradients = needs_rows or bool(trained)
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         d_rows = torch.empty_like(rows) if needs_rows else None
         d_trained = [torch.zeros_like(parameter) for parameter in trained]
-        words = head.weight.shape[0]  # type: ignore[index]
+        weight: Tensor = head.weight  # type: ignore[assignment]
+        words = weight.shape[0]
         step = max(1, CHUNK_LOGITS // words)
+        plain = (
+            type(head) is nn.Linear
+            and not trained
+            and weight.dtype == rows.dtype
+            and not torch.is_autocast_enabled(rows.device.type)
+        )
+        room = rows.new_empty(min(step, len(rows)), words) if plain else rows  # for one chunk
         for first in range(0, len(rows), step):
-            chunk = rows[first : first + step].detach().requires_grad_(needs_rows)
-            with torch.set_grad_enabled(wants_gradients):
-                logits = head(chunk)  # (chunk, words)
-                wide = torch.promote_types(logits.dtype, torch.float32)
-                loss = F.cross_entropy(
-                    logits.to(wide), targets[first : first + step], reduction="sum"
-                )
-            total += loss.detach()
-            if wants_gradients:
-                inputs = [chunk, *trained] if needs_rows else list(trained)
-                grads = list(torch.autograd.grad(loss, inputs))
+            part = slice(first, first + step)
+            if plain:
+                logits = room[: len(rows[part])]
+                _write_logits(rows[part], head, logits)
+                loss, gradient = cross_entropy(logits, targets[part], logits)
                 if d_rows is not None:
-                    d_rows[first : first + step] = grads.pop(0)
+                    d_rows[part] = _through(gradient, weight)
+            else:
+                chunk = rows[part].detach().requires_grad_(needs_rows)
+                inputs = [chunk, *trained] if needs_rows else list(trained)
+                with torch.set_grad_enabled(bool(inputs)):
+                    logits = head(chunk)
+                values = logits.detach()
+                loss, gradient = cross_entropy(values, targets[part], torch.empty_like(values))
+                grads = list(torch.autograd.grad(logits, inputs, gradient)) if inputs else []
+                if d_rows is not None:
+                    d_rows[part] = grads.pop(0)
                 for sum_, grad in zip(d_trained, grads, strict=True):
                     sum_ += grad
+            total += loss
         ctx.save_for_backward(d_rows, *d_trained)
         return total
 
@@ -64,3 +81,49 @@ class _ChunkedLoss(torch.autograd.Function):
         scale = grads[0]
         first = None if d_rows is None else d_rows * scale.to(d_rows.dtype)
         return first, None, None, *(grad * scale for grad in d_trained)
+
+
+def _write_logits(rows: Tensor, head: nn.Module, logits: Tensor) -> None:
+    """Write rows Wᵀ + b to `logits` (rows, words)."""
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    bias: Tensor | None = head.bias  # type: ignore[assignment]
+    for words in _blocks(weight):
+        torch.mm(rows, weight[words].T, out=logits[:, words])
+    if bias is not None:
+        logits += bias
+
+
+def _through(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return gradient W, (rows, dim), summed in float32 or wider."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    total = torch.zeros(len(gradient), weight.shape[1], dtype=wide, device=weight.device)
+    for words in _blocks(weight):
+        total += gradient[:, words] @ weight[words]
+    return total
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    for first in range(0, len(weight), BLOCK_WORDS):
+        yield slice(first, first + BLOCK_WORDS)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ −log softmax(logits)[target], and its gradient with respect to logits, in `out`.
+
+    logits, out (rows, words), which may be one tensor; targets (rows,). Raises IndexError for a
+    target that is no word.
+    """
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise IndexError(f"A label is none of the {logits.shape[1]} words that the head knows.")
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    native = kernel("cross_entropy", logits)
+    if native is not None:
+        losses = torch.empty(len(logits), dtype=wide)
+        native(logits.contiguous(), targets, losses, out, *logits.shape)
+        return losses.sum(), out
+    log_p = logits.to(wide).log_softmax(-1)
+    rows = torch.arange(len(logits), device=logits.device)
+    loss = -log_p[rows, targets].sum()
+    gradient = log_p.exp_()
+    gradient[rows, targets] -= 1
+    return loss, out.copy_(gradient)

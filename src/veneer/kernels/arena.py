@@ -1,0 +1,58 @@
+"""Memory for what a forward pass keeps, used again as soon as nothing refers to it any more."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections import deque
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+
+class Arena:
+    """Hands out tensors of shape (rows, columns) on the CPU.
+
+    What one step keeps for its backward pass has the shapes of what the next one keeps. Taken from
+    the common heap, it would lie between what is let go at once, and leave holes that nothing fits
+    into. A block is free again when the last tensor over it is gone, whatever the reason.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, deque[mmap.mmap]] = {}  # by bytes of a row
+        self._idle = _references(deque([_block(1)]))
+
+    def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """Return an uninitialised tensor in the dtype of `like`, on its device."""
+        row_bytes = columns * like.element_size()
+        if like.device.type != "cpu" or not rows * row_bytes:
+            return like.new_empty(rows, columns)
+        block = self._take(row_bytes, rows * row_bytes)
+        return torch.frombuffer(block, dtype=like.dtype, count=rows * columns).view(rows, columns)
+
+    def _take(self, row_bytes: int, size: int) -> mmap.mmap:
+        ring = self._blocks.setdefault(row_bytes, deque())
+        for _ in range(len(ring)):
+            ring.rotate(-1)  # the one that was taken longest ago is the likeliest to be free
+            if _references(ring) == self._idle:
+                if len(ring[-1]) >= size:
+                    return ring[-1]
+                ring.pop()  # too small now that steps have become longer
+                break
+        ring.append(_block(size))
+        return ring[-1]
+
+
+def _block(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer and larger pages to map, where the system has them
+        with suppress(OSError):
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+def _references(ring: deque[mmap.mmap]) -> int:
+    return sys.getrefcount(ring[-1])

@@ -1,0 +1,258 @@
+// The elementwise parts of a training step, each in one pass over memory.
+//
+// Compiled for this very processor when first needed (native.py), called through ctypes, and held
+// to the formulas in torch beside each caller by tests. Rows are shared out among OpenMP's threads
+// and each is computed by one of them, so that results do not depend on how many there are.
+// Numbers are stored as bfloat16, float32 or float64 and computed in float32 (or float64).
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+using Size = std::int64_t;
+
+namespace {
+
+constexpr Size kWorthSharing = 1 << 14;  // elements below which waking a thread costs more
+
+enum class BFloat16 : std::uint16_t {};  // a scalar to the compiler, which structs are not
+
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline float load(BFloat16 x) { return std::bit_cast<float>(std::uint32_t(x) << 16); }
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+
+template <class T>
+inline T store(Wide<T> x) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        const auto bits = std::bit_cast<std::uint32_t>(x);
+        const std::uint32_t even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        return BFloat16(x != x ? 0x7fc0u : even);  // rounding must not turn NaN into 0
+    } else {
+        return x;
+    }
+}
+
+// exp by 2^n · polynomial (Cephes' coefficients), to 2 units in the last place; vectorises. The
+// bounds keep it, and a number divided by it, out of the denormals, which are a hundred times slower.
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 80.0f ? 80.0f : x;
+    const float n = std::floor(x * 1.44269504f + 0.5f);
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const float y = p * r * r + r + 1.0f;
+    return y * std::bit_cast<float>((std::int32_t(n) + 127) << 23);
+}
+inline double exponential(double x) { return std::exp(x); }
+
+// n = w · (x · rstd), rstd = 1 / sqrt(mean(x²) + eps); rounded before w as transformers does.
+template <class T>
+void rms_norm(const T* x, const T* w, double eps, T* n, Wide<T>* rstd, Size rows, Size cols) {
+    using F = Wide<T>;
+#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
+    for (Size row = 0; row < rows; ++row) {
+        const T* a = x + row * cols;
+        T* y = n + row * cols;
+        F squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (Size i = 0; i < cols; ++i) squares += load(a[i]) * load(a[i]);
+        const F r = F(1) / std::sqrt(squares / F(cols) + F(eps));
+        rstd[row] = r;
+#pragma omp simd
+        for (Size i = 0; i < cols; ++i) y[i] = store<T>(load(w[i]) * load(store<T>(load(a[i]) * r)));
+    }
+}
+
+// dx = residual + rstd · (g − x̂ · mean(g · x̂)), with g = dn · w and x̂ = x · rstd.
+template <class T>
+void rms_norm_backward(const T* dn, const T* x, const T* w, const Wide<T>* rstd, const T* residual,
+                       T* dx, Size rows, Size cols) {
+    using F = Wide<T>;
+#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
+    for (Size row = 0; row < rows; ++row) {
+        const T *d = dn + row * cols, *a = x + row * cols, *res = residual + row * cols;
+        T* out = dx + row * cols;
+        const F r = rstd[row];
+        F dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (Size i = 0; i < cols; ++i) dot += load(d[i]) * load(w[i]) * load(a[i]);
+        const F mean = dot * r / F(cols);
+#pragma omp simd
+        for (Size i = 0; i < cols; ++i)
+            out[i] = store<T>(load(res[i]) + r * (load(d[i]) * load(w[i]) - load(a[i]) * r * mean));
+    }
+}
+
+// In place: (x1, x2) → (x1 cos − x2 sin, x2 cos + x1 sin) on the halves of each head.
+template <class T>
+void rotate(T* x, const T* cos, const T* sin, double sign, Size tokens, Size heads, Size dim) {
+    using F = Wide<T>;
+    const Size half = dim / 2;
+#pragma omp parallel for schedule(static) if (tokens * heads * dim > kWorthSharing)
+    for (Size t = 0; t < tokens; ++t) {
+        const T *c = cos + t * dim, *s = sin + t * dim;
+        for (Size h = 0; h < heads; ++h) {
+            T* a = x + (t * heads + h) * dim;
+#pragma omp simd
+            for (Size i = 0; i < half; ++i) {
+                const F x1 = load(a[i]), x2 = load(a[i + half]);
+                const F ci = load(c[i]), si = F(sign) * load(s[i]);
+                a[i] = store<T>(x1 * ci - x2 * si);
+                a[i + half] = store<T>(x2 * ci + x1 * si);
+            }
+        }
+    }
+}
+
+// silu(gate) · up
+template <class T>
+void swiglu(const T* gate, const T* up, T* y, Size rows, Size cols) {
+    using F = Wide<T>;
+#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
+    for (Size row = 0; row < rows; ++row) {
+#pragma omp simd
+        for (Size i = row * cols; i < (row + 1) * cols; ++i) {
+            const F g = load(gate[i]);
+            const F sigmoid = F(1) / (F(1) + exponential(-g));
+            y[i] = store<T>(g * sigmoid * load(up[i]));
+        }
+    }
+}
+
+template <class T>
+void swiglu_backward(const T* dy, const T* gate, const T* up, T* d_gate, T* d_up, T* y,
+                     Size rows, Size cols) {
+    using F = Wide<T>;
+#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
+    for (Size row = 0; row < rows; ++row) {
+#pragma omp simd
+        for (Size i = row * cols; i < (row + 1) * cols; ++i) {
+            const F g = load(gate[i]), u = load(up[i]), d = load(dy[i]);
+            const F sigmoid = F(1) / (F(1) + exponential(-g));
+            const F silu = g * sigmoid;
+            d_gate[i] = store<T>(d * u * sigmoid * (F(1) + g - silu));
+            d_up[i] = store<T>(d * silu);
+            y[i] = store<T>(silu * u);
+        }
+    }
+}
+
+// loss = log Σ exp(logits) − logits[target]; its gradient softmax(logits) − onehot(target) goes to
+// `gradient`, which may be `logits` itself, or is null.
+template <class T>
+void cross_entropy(const T* logits, const Size* targets, Wide<T>* losses, T* gradient, Size rows,
+                   Size words) {
+    using F = Wide<T>;
+#pragma omp parallel for schedule(static)
+    for (Size row = 0; row < rows; ++row) {
+        const T* a = logits + row * words;
+        F highest = load(a[0]);
+#pragma omp simd reduction(max : highest)
+        for (Size i = 0; i < words; ++i) highest = load(a[i]) > highest ? load(a[i]) : highest;
+        F sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (Size i = 0; i < words; ++i) sum += exponential(load(a[i]) - highest);
+        const Size target = targets[row];
+        const F log_sum = highest + std::log(sum), hit = load(a[target]);
+        losses[row] = log_sum - hit;
+        if (!gradient) continue;
+        T* d = gradient + row * words;
+#pragma omp simd
+        for (Size i = 0; i < words; ++i) d[i] = store<T>(exponential(load(a[i]) - log_sum));
+        d[target] = store<T>(std::exp(hit - log_sum) - F(1));
+    }
+}
+
+// out = Σ a · b over each row.
+template <class T>
+void row_dots(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {
+    using F = Wide<T>;
+#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
+    for (Size row = 0; row < rows; ++row) {
+        const T *x = a + row * cols, *y = b + row * cols;
+        F dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (Size i = 0; i < cols; ++i) dot += load(x[i]) * load(y[i]);
+        out[row] = dot;
+    }
+}
+
+// For a block of queries that begins at `first_query` of sequences of `length`, over the keys from
+// `first_key` on: scores become probabilities p = exp(scale · s − lse), and dp becomes
+// ds = scale · p · (dp − delta); both 0 where a query does not see the key.
+template <class T>
+void attention_gradient(T* scores, T* dp, const Wide<T>* lse, const Wide<T>* delta, double scale,
+                        Size heads, Size queries, Size keys, Size length, Size first_query,
+                        Size first_key, Size window) {
+    using F = Wide<T>;
+    const F by = F(scale);
+#pragma omp parallel for schedule(static) collapse(2) if (heads * queries * keys > kWorthSharing)
+    for (Size head = 0; head < heads; ++head) {
+        for (Size query = 0; query < queries; ++query) {
+            const Size position = first_query + query;
+            T* s = scores + (head * queries + query) * keys;
+            T* d = dp + (head * queries + query) * keys;
+            const F l = lse[head * length + position], m = delta[head * length + position];
+            const Size begin = position - window + 1 - first_key, end = position + 1 - first_key;
+            const Size low = begin < 0 ? 0 : begin, high = end > keys ? keys : end;
+            for (Size i = 0; i < low; ++i) s[i] = d[i] = store<T>(0);
+#pragma omp simd
+            for (Size i = low; i < high; ++i) {
+                const F p = exponential(load(s[i]) * by - l);
+                s[i] = store<T>(p);
+                d[i] = store<T>(p * (load(d[i]) - m) * by);
+            }
+            for (Size i = high; i < keys; ++i) s[i] = d[i] = store<T>(0);
+        }
+    }
+}
+
+}  // namespace
+
+#define FOR_EACH_DTYPE(DEFINE) DEFINE(bfloat16, BFloat16) DEFINE(float32, float) DEFINE(float64, double)
+
+#define EXPORTED(name, T)                                                                          \
+    extern "C" void rms_norm_##name(const T* x, const T* w, double eps, T* n, Wide<T>* rstd,       \
+                                    Size rows, Size cols) {                                        \
+        rms_norm(x, w, eps, n, rstd, rows, cols);                                                  \
+    }                                                                                              \
+    extern "C" void rms_norm_backward_##name(const T* dn, const T* x, const T* w,                  \
+                                             const Wide<T>* rstd, const T* residual, T* dx,        \
+                                             Size rows, Size cols) {                               \
+        rms_norm_backward(dn, x, w, rstd, residual, dx, rows, cols);                               \
+    }                                                                                              \
+    extern "C" void rotate_##name(T* x, const T* cos, const T* sin, double sign, Size tokens,      \
+                                  Size heads, Size dim) {                                          \
+        rotate(x, cos, sin, sign, tokens, heads, dim);                                             \
+    }                                                                                              \
+    extern "C" void swiglu_##name(const T* gate, const T* up, T* y, Size rows, Size cols) {        \
+        swiglu(gate, up, y, rows, cols);                                                                \
+    }                                                                                              \
+    extern "C" void swiglu_backward_##name(const T* dy, const T* gate, const T* up, T* d_gate,     \
+                                           T* d_up, T* y, Size rows, Size cols) {                            \
+        swiglu_backward(dy, gate, up, d_gate, d_up, y, rows, cols);                                     \
+    }                                                                                              \
+    extern "C" void cross_entropy_##name(const T* logits, const Size* targets, Wide<T>* losses,    \
+                                         T* gradient, Size rows, Size words) {                     \
+        cross_entropy(logits, targets, losses, gradient, rows, words);                             \
+    }                                                                                              \
+    extern "C" void row_dots_##name(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {  \
+        row_dots(a, b, out, rows, cols);                                                           \
+    }                                                                                              \
+    extern "C" void attention_gradient_##name(                                                     \
+        T* scores, T* dp, const Wide<T>* lse, const Wide<T>* delta, double scale, Size heads,      \
+        Size queries, Size keys, Size length, Size first_query, Size first_key, Size window) {     \
+        attention_gradient(scores, dp, lse, delta, scale, heads, queries, keys, length,            \
+                           first_query, first_key, window);                                        \
+    }
+
+FOR_EACH_DTYPE(EXPORTED)

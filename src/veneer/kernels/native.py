@@ -1,0 +1,131 @@
+"""The elementwise kernels of native.cpp, compiled once for this processor, called through ctypes.
+
+Everything here has a formula in torch beside its caller, which takes over on other devices, for
+other dtypes, and where no compiler is at hand. Compiling takes about a second; the result is kept
+in the user's cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.cpp")
+COMPILERS = ("g++", "c++", "clang++")
+COMMON = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+# The first that this compiler and processor take: x86, ARM, anything.
+TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-mcpu=native",), ())
+MARKS = ("flags", "model name", "Features", "CPU ")  # lines of /proc/cpuinfo, on x86 and ARM
+NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
+
+
+def kernel(name: str, like: Tensor) -> Callable[..., None] | None:
+    """Return a compiled function for tensors such as `like`, or None where torch has to do it.
+
+    It takes contiguous tensors, integers, floats and None (a null pointer), as native.cpp does.
+    """
+    if like.device.type != "cpu" or like.dtype not in NAMES:
+        return None
+    return _kernel(f"{name}_{NAMES[like.dtype]}")
+
+
+@functools.cache
+def _kernel(symbol: str) -> Callable[..., None] | None:
+    library, _ = load()
+    if library is None:
+        return None
+    function = getattr(library, symbol)
+    function.restype = None
+
+    def call(*arguments: Tensor | float | None) -> None:
+        function(*map(_as_c, arguments))
+
+    return call
+
+
+def _as_c(argument: Tensor | float | None) -> object:
+    if isinstance(argument, Tensor):
+        if not argument.is_contiguous():
+            raise ValueError(f"a compiled kernel takes no tensor of strides {argument.stride()}")
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    return argument if argument is None else ctypes.c_int64(argument)
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library, compiled if need be, or None; and what is not as it should be."""
+    if os.name != "posix":
+        return None, "the compiled kernels are for Linux and macOS"
+    problem = f"no C++ compiler was found ({', '.join(COMPILERS)} or $CXX)"
+    # The threads must be torch's own: a second OpenMP runtime would fight it for the cores.
+    threads = [("-fopenmp",)] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else []
+    for compiler in filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
+        for parallel in (*threads, ("-fopenmp-simd",)):
+            for tuning in TUNINGS:
+                try:
+                    library = ctypes.CDLL(str(_built(compiler, (*tuning, *parallel))))
+                except subprocess.CalledProcessError as error:
+                    said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+                    problem = f"{compiler} failed: {said[0]}"
+                except OSError as error:
+                    problem = str(error)
+                else:
+                    alone = "the compiled kernels use one core, for want of torch's OpenMP"
+                    return library, "" if parallel in threads else alone
+    return None, problem
+
+
+def _built(compiler: str, options: tuple[str, ...]) -> Path:
+    """Return the shared library, from the cache or made anew."""
+    command = [compiler, *COMMON, *options]
+    key = hashlib.sha256()
+    for part in (SOURCE.read_text(encoding="utf-8"), *command, _processor()):
+        key.update(part.encode() + b"\0")
+    for directory in _caches():
+        library = directory / f"kernels-{key.hexdigest()[:20]}.so"
+        if library.exists():
+            return library
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                made = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+                _run([*command, "-c", str(SOURCE), "-o", str(made[0])])
+                # Not linked with -fopenmp, which would bring a runtime of its own.
+                _run([compiler, "-shared", str(made[0]), "-o", str(made[1])])
+                made[1].replace(library)
+        except OSError:
+            continue
+        return library
+    raise OSError("there is no folder to compile in")
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _caches() -> Iterator[Path]:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    yield Path(home) / "veneer"
+    yield Path(tempfile.mkdtemp(prefix="veneer-"))  # nobody else's, for what is in it is run
+
+
+def _processor() -> str:
+    """Return what tells this processor from others that the cache may be shared with."""
+    described = Path("/proc/cpuinfo")
+    if not described.exists():
+        return platform.processor() + platform.machine()
+    lines = described.read_text(encoding="utf-8").splitlines()
+    return "".join(sorted({line for line in lines if line.startswith(MARKS)}))

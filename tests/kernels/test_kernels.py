@@ -1,0 +1,204 @@
+"""The compiled kernels equal the formulas in torch that stand beside them."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.kernels import attention, cross_entropy, gated, native, norm, rotary
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+# Of one number, in units of its own size: two roundings of the narrower dtypes.
+CLOSE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+ROOMS = (attention, cross_entropy, gated, norm, rotary)
+
+
+@pytest.fixture
+def formulas(monkeypatch):
+    """Return a function that computes something by the formulas in torch alone."""
+
+    def alone(work):
+        with monkeypatch.context() as patch:
+            for room in ROOMS:
+                patch.setattr(room, "kernel", lambda name, like: None)
+            return work()
+
+    return alone
+
+
+def assert_equal(found, wanted, dtype: torch.dtype) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def test_there_is_a_compiler():
+    library, why_not = native.load()
+    if library is None:
+        pytest.skip(f"the compiled kernels are not tested: {why_not}")
+    assert native.kernel("rms_norm", torch.zeros(1, dtype=torch.bfloat16)) is not None
+    assert native.kernel("rms_norm", torch.zeros(1, dtype=torch.float16)) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (64, 576), (600, 33)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(shape, dtype, formulas):
+    torch.manual_seed(0)
+    x, dn, residual = (random(*shape, dtype=dtype) for _ in range(3))
+    weight = random(shape[1], dtype=dtype)
+
+    def work():
+        normed, rstd = norm.rms_norm(x, weight, 1e-5)
+        return normed, rstd, norm.rms_norm_backward(dn, x, weight, rstd, residual)
+
+    assert_equal(work(), formulas(work), dtype)
+    if dtype == torch.float64:
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(work()[0], F.rms_norm(leaf, shape[1:], weight, 1e-5))
+        F.rms_norm(leaf, shape[1:], weight, 1e-5).backward(dn)
+        torch.testing.assert_close(work()[2] - residual, leaf.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("back", [False, True])
+def test_rotation_and_its_way_back(back, dtype, formulas):
+    torch.manual_seed(0)
+    x, half = random(30, 3, 8, dtype=dtype), torch.rand(30, 4)
+    angles = torch.cat([half, half], dim=1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def work():
+        return [rotary.rotate_(x.clone(), cos, sin, back=back)]
+
+    assert_equal(work(), formulas(work), dtype)
+    there_and_back = rotary.rotate_(work()[0], cos, sin, back=not back)
+    torch.testing.assert_close(there_and_back, x, rtol=4e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 37), (80, 512)])
+@pytest.mark.parametrize("size", [1.0, 60.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(dtype, size, shape, formulas):
+    torch.manual_seed(0)
+    gate, up, dy = (random(*shape, dtype=dtype) for _ in range(3))
+    gate *= size
+
+    def work():
+        return [gated.swiglu(gate, up), *gated.swiglu_backward(dy, gate, up)]
+
+    scale = max(float(x.abs().max()) for x in work())
+    assert_equal([x / scale for x in work()], [x / scale for x in formulas(work)], dtype)
+    assert_equal(work()[:1], work()[3:], dtype)
+
+
+@pytest.mark.parametrize("words", [1, 5, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(dtype, words, formulas):
+    torch.manual_seed(0)
+    logits, targets = 5 * random(9, words, dtype=dtype), torch.randint(0, words, (9,))
+
+    def work():
+        return cross_entropy.cross_entropy(logits, targets, torch.empty_like(logits))
+
+    assert_equal(work(), formulas(work), dtype)
+    in_place = logits.clone()
+    assert torch.equal(cross_entropy.cross_entropy(in_place, targets, in_place)[1], work()[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_so(dtype, bad):
+    logits, targets = random(4, 50, dtype=dtype), torch.zeros(4, dtype=torch.long)
+    logits[2, 7] = bad
+    loss, _ = cross_entropy.cross_entropy(logits, targets, torch.empty_like(logits))
+    assert not torch.isfinite(loss)
+    gate = random(4, 50, dtype=dtype)
+    gate[1, 3] = float("nan")
+    assert torch.isnan(gated.swiglu(gate, gate)[1, 3])
+    normed, _ = norm.rms_norm(gate, torch.ones(50, dtype=dtype), 1e-5)
+    assert torch.isnan(normed[1]).all()
+    assert torch.isfinite(normed[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("window", "lengths"), itertools.product([None, 1, 7, 40], [[1], [5, 40, 39, 3], [33] * 4])
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_in_blocks(dtype, window, lengths, formulas, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 16)  # several blocks in these short rows
+    tokens = sum(lengths)
+    q, dy = (random(tokens, 4, 8, dtype=dtype) for _ in range(2))
+    k, v = (random(tokens, 2, 8, dtype=dtype) for _ in range(2))
+    packed = attention.Attention(attention.Packing(lengths), 0.3, window)
+
+    def work():
+        y, log_sums = packed.forward(q, k, v)
+        return [y, *packed.backward(dy, q, k, v, y, log_sums)]
+
+    found = work()
+    assert_equal(found, formulas(work), dtype)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    y = packed.composed(*leaves)
+    wanted = [y, *torch.autograd.grad(y, leaves, dy.double())]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(
+            one.double(), other, rtol=0, atol=2 * CLOSE[dtype] * max(1.0, float(other.abs().max()))
+        )
+
+
+def test_keys_with_a_large_common_offset():
+    """Scores are rounded to bfloat16 on the way back; what all keys share must not matter."""
+    torch.manual_seed(0)
+    packed = attention.Attention(attention.Packing([40, 24]), 0.125)
+    q, dy = (random(64, 4, 64, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (random(64, 2, 64, dtype=torch.bfloat16) for _ in range(2))
+    errors = []
+    for offset in (0.0, 30.0):
+        keys = (k + offset * torch.randn(1, 2, 64)).to(torch.bfloat16)
+        y, log_sums = packed.forward(q, keys, v)
+        found = packed.backward(dy, q, keys, v, y, log_sums)
+        leaves = [x.double().requires_grad_() for x in (q, keys, v)]
+        wanted = torch.autograd.grad(packed.composed(*leaves), leaves, dy.double())
+        errors.append(
+            max(
+                float(torch.dist(a.double(), b) / b.norm())
+                for a, b in zip(found, wanted, strict=True)
+            )
+        )
+    assert errors[0] < 0.02
+    assert errors[1] < 0.05
+
+
+def test_whole_numbers_where_fractions_are_meant():
+    torch.manual_seed(0)
+    x, weight = random(3, 4, dtype=torch.float32), torch.ones(4)
+    torch.testing.assert_close(norm.rms_norm(x, weight, 1), norm.rms_norm(x, weight, 1.0))
+    q = random(9, 2, 4, dtype=torch.float32)
+    found = []
+    for scale in (1, 1.0):
+        packed = attention.Attention(attention.Packing([9]), scale)
+        y, log_sums = packed.forward(q, q, q)
+        found.append(packed.backward(q, q, q, q, y, log_sums))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("label", [-1, 50])
+def test_a_label_that_is_no_word(label):
+    logits = random(2, 50, dtype=torch.float32)
+    with pytest.raises(IndexError, match="50 words"):
+        cross_entropy.cross_entropy(logits, torch.tensor([0, label]), logits)
+
+
+def test_kernels_take_no_strided_tensors():
+    kernel = native.kernel("swiglu", torch.empty(0))
+    if kernel is None:
+        pytest.skip("there is no compiler here")
+    x = torch.randn(4, 6).T
+    with pytest.raises(ValueError, match="strides"):
+        kernel(x, x, x, *x.shape)
