@@ -41,6 +41,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "clip": (0.5, 0.5),
         "tokens_per_step": (512, 512),
         "tokens_per_batch": (128, 128),
+        "recompute": ("selective", "selective"),
         "seed": (3, 3),
         "save_every": (4, 4),
         "eval_every": (6, 6),

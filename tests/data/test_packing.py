@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.data.encode import UNLABELLED, Example
-from veneer.data.packing import StepOrder, pack, split_held_out
+from veneer.data.packing import StepOrder, filled_up, pack, split_held_out
 from veneer.errors import DataError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -97,3 +97,19 @@ def test_held_out_rows_and_training_rows_are_all_rows(n, seed, data):
 def test_holding_out_everything_is_refused():
     with pytest.raises(DataError, match="hold out fewer"):
         split_held_out(5, eval_rows=5, seed=0)
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), multiple=st.integers(1, 16))
+def test_filled_up_with_one_row_that_teaches_nothing(lengths, multiple):
+    batch = pack(examples_of(lengths), range(len(lengths)))
+    full = filled_up(batch, multiple)
+    tokens = len(batch.tokens)
+    assert len(full.tokens) % multiple == 0
+    assert len(full.tokens) - tokens < multiple
+    for name in ("tokens", "labels", "positions"):
+        assert getattr(full, name)[:tokens].tolist() == getattr(batch, name).tolist()
+    assert (full.labels[tokens:] == UNLABELLED).all()
+    assert full.positions.max() == batch.positions.max()
+    assert sum(full.lengths) == len(full.tokens)
+    assert min(full.lengths) > 0
+    assert full.rows.tolist() == batch.rows.tolist()

@@ -256,3 +256,27 @@ def test_another_adapter_is_refused(rank, tmp_path):
     with pytest.raises(veneer.TrainingError, match="another"):
         list(veneer.train(model, ROWS, COURSE, directory=tmp_path / "checkpoints", resume=True))
     assert same(trained_weights(model), before)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_resumed_with_less_memory(recompute, tmp_path):
+    """Layers as two functions, and what they compute again, change no bit either."""
+
+    def go(course: veneer.TrainConfig, place: Path, *, resume: bool, stop_at: int = 0) -> Any:
+        model = veneer.attach(tiny("llama"), veneer.LoRA(rank=2, targets="all"), seed=0)
+        done: list[Event] = []
+        for event in veneer.train(
+            model,
+            ROWS,
+            course,
+            directory=place,
+            resume=resume,
+            should_stop=lambda: sum(isinstance(e, Step) for e in done) == stop_at,
+        ):
+            done.append(event)
+        return trained_weights(model)
+
+    whole = go(COURSE, tmp_path / "whole", resume=False)
+    go(COURSE, tmp_path / "parts", resume=False, stop_at=3)
+    rest = go(replace(COURSE, recompute=recompute), tmp_path / "parts", resume=True)
+    assert same(rest, whole)

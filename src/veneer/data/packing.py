@@ -48,6 +48,23 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
     )
 
 
+def filled_up(batch: Batch, multiple: int) -> Batch:
+    """Return the batch with one more row that nothing is learnt from, of as many tokens as make the
+    whole a multiple of `multiple`. It is no example: `rows` stays as it is."""
+    missing = -len(batch.tokens) % multiple
+    if not missing:
+        return batch
+    nothing = np.zeros(missing, dtype=np.int64)
+    return Batch(
+        tokens=np.concatenate([batch.tokens, nothing]),
+        labels=np.concatenate([batch.labels, nothing + UNLABELLED]),
+        # None beyond those that the rows reach, which a model may not know.
+        positions=np.concatenate([batch.positions, np.arange(missing) % batch.lengths.max()]),
+        lengths=np.concatenate([batch.lengths, [missing]]),
+        rows=batch.rows,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class StepOrder:
     """The order in which an epoch goes through the rows, a function of `seed` and epoch alone.

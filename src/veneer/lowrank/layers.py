@@ -14,6 +14,7 @@ from veneer.lowrank.adapter import Adapter, Route
 from veneer.lowrank.autograd import LowRankLinear
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.formula import delta_weight, merged_weight, new_A
+from veneer.lowrank.projection import Projection
 
 
 class Wrapper(nn.Module):
@@ -108,6 +109,15 @@ class LoRALinear(AdaptedLayer):
         scaling = config.scaling_of(path)
         self.put(name, Adapter(A, B, scaling=scaling, dropout=config.dropout))
 
+    def projection(self) -> Projection | None:
+        """Return the layer as it acts now, or None where it cannot be had as one product."""
+        active = self.active()
+        if self.training and any(adapter.dropout for adapter, _ in active):
+            return None
+        masters = [(adapter.lora_A, adapter.lora_B, scaling) for adapter, scaling in active]
+        bias: Tensor | None = self.original.bias  # type: ignore[assignment]
+        return Projection.of(self.frozen_weight, bias, masters)
+
     def forward(self, x: Tensor) -> Tensor:
         active = self.active()
         if not active:
@@ -172,3 +182,12 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
             yield path, module
+
+
+def idle_adapters(model: nn.Module) -> Iterator[Adapter]:
+    """Yield the adapters that are attached but do not act."""
+    for _, layer in lora_layers(model):
+        for name, adapter in layer.adapters.items():
+            if name not in layer.route.weights:
+                assert isinstance(adapter, Adapter)
+                yield adapter

@@ -9,6 +9,7 @@ from typing import Literal
 from veneer.errors import ConfigError
 
 Schedule = Literal["constant", "cosine", "linear"]
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class TrainConfig:
     """Real tokens in an optimizer step, at most."""
     tokens_per_batch: int | None = None
     """Real tokens in one forward and backward pass, at most; smaller needs less memory."""
+    recompute: Recompute = "none"
+    """What is computed again in the backward pass instead of kept: nothing, each layer's inner
+    projections, or whole layers. Less memory, more time, the same result."""
     seed: int = 0
     """Decides the start of A, the order of rows and dropout."""
     save_every: int | None = None
@@ -64,6 +68,12 @@ class TrainConfig:
                     self.schedule,
                     self.schedule in ("constant", "cosine", "linear"),
                     "constant, cosine or linear",
+                ),
+                (
+                    "recompute",
+                    self.recompute,
+                    self.recompute in ("none", "selective", "full"),
+                    "none, selective or full",
                 ),
                 *(
                     (name, value, value is None or value > 0, "above 0")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,44 +15,73 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.data.encode import Example
-from veneer.data.packing import Batch, pack
+from veneer.data.packing import Batch, filled_up, pack
+from veneer.kernels import native
+from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
 from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy
+from veneer.methods.fast_layers import (
+    TOLERANCE,
+    FusedLayer,
+    attention,
+    checkpointed,
+    decoder_layers,
+    fused,
+    fused_layers,
+)
+from veneer.training.config import Recompute
 
 PROBE_LENGTHS = (7, 19, 12)
-# How far a shortcut's loss may be from the model's own, relatively: rounding, not meaning.
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Packed batches are filled up to a multiple of this many tokens: matrix products are prepared for
+# each new shape, which costs about as much as forty tokens for a 135M model.
+TOKENS_STEP = 64
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Two shortcuts, each taken or not: packing without padding, and the head on labelled rows."""
+    """Shortcuts, each taken or not: packing without padding, the head on labelled rows, decoder
+    layers as two functions; and what is computed again instead of kept."""
 
     packed: bool
     labelled_head: bool
+    layers: tuple[FusedLayer, ...] = ()
+    recompute: Recompute = "none"
+    arena: Arena = field(default_factory=Arena, compare=False)
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Return the sum of the label tokens' losses, a float32 scalar with a gradient."""
         device = model.device
+        if self.packed:
+            batch = filled_up(batch, TOKENS_STEP)
         tokens = torch.from_numpy(batch.tokens).to(device)  # (tokens,)
         labels = torch.from_numpy(batch.labels).to(device)
         positions = torch.from_numpy(batch.positions).to(device)
         lengths = batch.lengths.tolist()
-        inputs: dict[str, Any]
-        if self.packed:
-            packing = Packing(lengths, device)
-            inputs = {
-                "input_ids": tokens[None],
-                "position_ids": positions[None],
-                "packing": packing,
-            }
-            with _attention(model, NAME):
+        with self._ways(model):
+            if self.packed:
+                inputs: dict[str, Any] = {
+                    "input_ids": tokens[None],
+                    "position_ids": positions[None],
+                    "packing": Packing(lengths, device),
+                }
                 return self._loss(model, inputs, labels, None)
-        rows = pad_sequence(list(tokens.split(lengths)), batch_first=True)  # (rows, longest)
-        mask = pad_sequence([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
-        mask = mask.to(device)
-        inputs = {"input_ids": rows, "attention_mask": mask}
-        return self._loss(model, inputs, labels, mask.bool())
+            rows = pad_sequence(list(tokens.split(lengths)), batch_first=True)  # (rows, longest)
+            ones = [torch.ones(n, dtype=torch.long) for n in lengths]
+            mask = pad_sequence(ones, batch_first=True).to(device)
+            return self._loss(
+                model, {"input_ids": rows, "attention_mask": mask}, labels, mask.bool()
+            )
+
+    @contextmanager
+    def _ways(self, model: PreTrainedModel) -> Iterator[None]:
+        with ExitStack() as ways:
+            if self.packed:
+                ways.enter_context(attention(model, NAME))
+                sparing = self.recompute == "selective"
+                ways.enter_context(fused(self.layers, self.arena, sparing=sparing))
+            if self.recompute == "full" and torch.is_grad_enabled():
+                ways.enter_context(checkpointed(model, model.config._attn_implementation))
+            yield
 
     def _loss(
         self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor, mask: Tensor | None
@@ -69,12 +98,13 @@ class Forward:
 
 
 def choose_forward(
-    model: PreTrainedModel, examples: Sequence[Example]
+    model: PreTrainedModel, examples: Sequence[Example], *, recompute: Recompute = "none"
 ) -> tuple[Forward, list[str]]:
     """Return the fastest Forward that gives this model's own loss, and what had to be given up.
 
     A few short rows are computed by the model alone, one by one, and compared.
     """
+    layers: tuple[FusedLayer, ...] = ()
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
     rows = [
         Example(tokens, tokens, "probe", 0)
@@ -88,6 +118,8 @@ def choose_forward(
             why_not_head = _why_not_labelled_head(model, rows[0])
             labelled_head = why_not_head is None
             why_not_packed = _why_not_packed(Forward(True, labelled_head), model, rows)
+            if not why_not_packed:
+                layers = _fused_layers(model, rows[-1])
     finally:
         model.train(training)
     notices = []
@@ -98,7 +130,25 @@ def choose_forward(
             f"Logits are made for all rows, since labelled ones alone do not suit this model: "
             f"{why_not_head}"
         )
-    return Forward(why_not_packed is None, labelled_head), notices
+    if model.device.type == "cpu" and (why := native.load()[1]):
+        notices.append(f"Norms, activations and attention take a slower way: {why}.")
+    known = decoder_layers(model)
+    if recompute == "selective" and sum(layer.applies() for layer in layers) < len(known or [None]):
+        recompute = "full"
+        notices.append(
+            "Selective recomputation does not suit this model; its layers are computed whole again."
+        )
+    if recompute == "full" and known is None:
+        recompute = "none"
+        notices.append("The layers of this model are not known; nothing is computed again.")
+    return Forward(why_not_packed is None, labelled_head, layers, recompute), notices
+
+
+def _fused_layers(model: PreTrainedModel, row: Example) -> tuple[FusedLayer, ...]:
+    try:
+        return fused_layers(model, torch.tensor([row.tokens], device=model.device))
+    except Exception:  # whatever a foreign architecture raises, its own layers are as good
+        return ()
 
 
 def _cycle(examples: Sequence[Example]) -> Iterator[Example]:
@@ -147,14 +197,3 @@ def _own_loss(model: PreTrainedModel, row: Example) -> Tensor:
 
 def _full_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

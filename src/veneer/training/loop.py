@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder, pack
 from veneer.errors import DataError, TrainingError
+from veneer.kernels.heap import kept_heap
+from veneer.lowrank.layers import idle_adapters
 from veneer.store import checkpoint as checkpoints
 from veneer.store.checkpoint import Checkpoint
 from veneer.training.config import TrainConfig
@@ -33,6 +35,7 @@ from veneer.training.events import (
     Trained,
 )
 from veneer.training.forward import Forward, choose_forward
+from veneer.training.optimizer import FlatAdamW
 
 SKIPS_IN_A_ROW = 3  # steps without a finite loss after which going on makes no sense
 
@@ -58,15 +61,17 @@ def train(
     does not belong to this run; DataError where there is nothing to learn from.
     """
     run = _Run(model, examples, config, held_out, directory, dict(identity or {}))
-    if resume and not run.restore():
-        yield Notice(f"There is no checkpoint in {directory} to go on from; this is a new start.")
-    forward, notices = choose_forward(model, examples)
-    yield from map(Notice, notices)
-    model.train()
     try:
-        yield Started(run.steps, run.step)
-        yield from run.go(forward, should_stop)
+        if resume and not run.restore():
+            yield Notice(f"There is no checkpoint in {directory} to go on from; a new start.")
+        model.train()
+        forward, notices = choose_forward(model, examples, recompute=config.recompute)
+        yield from map(Notice, notices)
+        with kept_heap():
+            yield Started(run.steps, run.step)
+            yield from run.go(forward, should_stop)
     finally:
+        run.optimizer.release()
         model.eval()
 
 
@@ -84,10 +89,13 @@ class _Run:
     ) -> None:
         self.model, self.examples, self.config = model, examples, config
         self.held_out, self.directory = held_out, directory
-        course = {key: value for key, value in asdict(config).items() if key != "save_every"}
+        course = {k: v for k, v in asdict(config).items() if k not in ("save_every", "recompute")}
         self.identity = course | identity
-        self.weights: dict[str, Tensor] = {
-            name: weight for name, weight in model.named_parameters() if weight.requires_grad
+        idle = {id(weight) for adapter in idle_adapters(model) for weight in adapter.parameters()}
+        self.weights: dict[str, nn.Parameter] = {
+            name: weight
+            for name, weight in model.named_parameters()
+            if weight.requires_grad and id(weight) not in idle
         }
         if not self.weights:
             raise TrainingError("Nothing in this model trains; attach an adapter first.")
@@ -102,9 +110,6 @@ class _Run:
             config.batch_tokens,
             config.seed,
         )
-        self.optimizer = torch.optim.AdamW(
-            self.weights.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
         self.step, self.epoch, self.step_in_epoch = 0, 0, 0
         self.skips, self.evaluations_since_best = 0, 0
         self.best_loss, self.best_step = math.inf, 0
@@ -112,6 +117,8 @@ class _Run:
         self.steps_of_epoch = self.order.epoch(0)
         self.steps = config.steps or self._steps_in(config.epochs)
         torch.manual_seed(config.seed)
+        # Last, for until it is released the weights are views of its buffers.
+        self.optimizer = FlatAdamW(self.weights, lr=config.lr, weight_decay=config.weight_decay)
 
     def _steps_in(self, epochs: float) -> int:
         whole = sum(len(self.order.epoch(epoch)) for epoch in range(int(epochs)))
@@ -159,20 +166,14 @@ class _Run:
             self.epoch, self.step_in_epoch = self.epoch + 1, 0
             self.steps_of_epoch = self.order.epoch(self.epoch)
         lr = self.config.lr_at(self.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
         total = 0.0
         for batch in batches:
             loss = forward(self.model, batch)
             total += float(loss.detach())
             (loss / labels).backward()
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip or math.inf)
-        finite = math.isfinite(total) and bool(torch.isfinite(norm))
-        if finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if not finite:
+        if not (math.isfinite(total) and self.optimizer.step(lr=lr, clip=self.config.clip)):
+            self.optimizer.forget()
             return self._skip([i for batch in batches for i in batch.rows.tolist()])
         self.skips = 0
         tokens = sum(len(batch.tokens) for batch in batches)
@@ -206,10 +207,8 @@ class _Run:
 
     def _save(self) -> Checkpointed:
         assert self.directory is not None
-        tensors = {f"weights/{n}": w for n, w in self.weights.items()}
-        for name, weight in self.weights.items():
-            for key, value in self.optimizer.state[weight].items():
-                tensors[f"{key}/{name}"] = value
+        tensors = {f"weights/{n}": w.detach().clone() for n, w in self.weights.items()}
+        tensors |= self.optimizer.state()
         for name, weight in (self.best_weights or {}).items():
             tensors[f"best/{name}"] = weight
         tensors["rng/cpu"] = torch.get_rng_state()
@@ -242,6 +241,8 @@ class _Run:
         }
         shapes = {name: list(weight.shape) for name, weight in self.weights.items()}
         differing += _differences(stored, shapes)[:5]
+        if "step" not in tensors:
+            differing.append("it was written by another version of Veneer")
         if differing:
             raise TrainingError(
                 f"The checkpoint in {self.directory} belongs to another run: "
@@ -250,13 +251,7 @@ class _Run:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(tensors[f"weights/{name}"])
-                state = {
-                    key: tensors[f"{key}/{name}"].clone()
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{key}/{name}" in tensors
-                }
-                if state:
-                    self.optimizer.state[weight] = state
+        self.optimizer.load(tensors)
         best = {n: tensors[f"best/{n}"] for n in self.weights if f"best/{n}" in tensors}
         self.best_weights = best or None
         self.step = found.step

@@ -41,7 +41,7 @@ from veneer.training.recipe import Recipe
 ADAPTER, MERGED, CHECKPOINTS = "lora_adapter", "lora_merged", "checkpoints"
 METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
 # Settings of which the course of the weights does not depend.
-BESIDE_THE_POINT = ("out", "save_every")
+BESIDE_THE_POINT = ("out", "save_every", "recompute")
 
 
 def tune(

@@ -1,0 +1,176 @@
+"""The two halves of a LLaMA-like decoder layer, each one function, forward and backward.
+
+    x + o(attention(rotary(q, k), v))        with q, k, v of RMSNorm(x)
+    x + down(silu(gate) · up)                with gate, up of RMSNorm(x)
+
+Autograd would keep each operation's inputs. These keep the residual stream, the projections and
+what attention gave; norms and products of activations are cheap and made again. Everything frozen
+but the adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.arena import Arena
+from veneer.kernels.attention import Attention
+from veneer.kernels.gated import swiglu, swiglu_backward
+from veneer.kernels.norm import rms_norm, rms_norm_backward
+from veneer.kernels.rotary import rotate_
+from veneer.lowrank.projection import (
+    Projection,
+    gradient_of_h,
+    gradient_of_x,
+    gradients_of_masters,
+    project,
+    project_onto,
+)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm's weight (dim,) and eps."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """The first half. cos, sin (tokens, head_dim): angles of the tokens' positions.
+
+    With `sparing`, q, k and v are not kept but made again in the backward pass.
+    """
+
+    norm: Norm
+    inputs: tuple[Projection, Projection, Projection]  # q, k, v
+    output: Projection
+    attention: Attention
+    cos: Tensor
+    sin: Tensor
+    arena: Arena
+    sparing: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x (tokens, dim) after this half."""
+        return _SelfAttention.apply(x, self, *_trained(*self.inputs, self.output))
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        """Return q, k, v (tokens, heads, head_dim), turned, and the low-rank A x of all."""
+        *outputs, h = _room(x, self.inputs, self.arena)
+        normed, _ = rms_norm(x, self.norm.weight, self.norm.eps)
+        project(normed, self.inputs, outputs, h)
+        q, k, v = (y.unflatten(1, (-1, self.cos.shape[1])) for y in outputs)
+        return [rotate_(q, self.cos, self.sin), rotate_(k, self.cos, self.sin), v, h]
+
+
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, half: SelfAttention, *trained: Tensor) -> Tensor:
+        out, h_out = _room(x, [half.output], half.arena)
+        q, k, v, h = half.project(x)
+        y, log_sums = half.attention.forward(q, k, v)
+        flat = half.arena.empty(len(x), y[0].numel(), x)  # (tokens, heads · head_dim)
+        flat.copy_(y.flatten(1))
+        project_onto(x, flat, half.output, out, h_out)
+        ctx.half = half
+        ctx.save_for_backward(x, flat, h_out, *(() if half.sparing else (q, k, v, h)), *log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        half: SelfAttention = ctx.half
+        needs_x = ctx.needs_input_grad[0]
+        dy = grads[0]  # (tokens, dim)
+        x, flat, h_out, *rest = ctx.saved_tensors
+        q, k, v, h = half.project(x) if half.sparing else rest[:4]
+        log_sums = rest if half.sparing else rest[4:]
+        out, inputs, norm = [half.output], half.inputs, half.norm
+        dh_out = gradient_of_h([dy], out)
+        d_out = gradients_of_masters([dy], dh_out, flat, h_out, out)
+        if not needs_x and not any(p.rank for p in inputs):
+            return None, None, *d_out
+        d_flat = gradient_of_x([dy], dh_out, out)
+        dq, dk, dv = half.attention.backward(
+            d_flat.view(q.shape), q, k, v, flat.view(q.shape), log_sums
+        )
+        dq = rotate_(dq.contiguous(), half.cos, half.sin, back=True)
+        dk = rotate_(dk.contiguous(), half.cos, half.sin, back=True)
+        d_inputs = [d.flatten(1) for d in (dq, dk, dv)]
+        normed, rstd = rms_norm(x, norm.weight, norm.eps)
+        dh = gradient_of_h(d_inputs, inputs)
+        found = gradients_of_masters(d_inputs, dh, normed, h, inputs)
+        dx = None
+        if needs_x:
+            d_normed = gradient_of_x(d_inputs, dh, inputs)
+            dx = rms_norm_backward(d_normed, x, norm.weight, rstd, dy)
+        return dx, None, *found, *d_out
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The second half. With `sparing`, gate and up are made again in the backward pass."""
+
+    norm: Norm
+    inputs: tuple[Projection, Projection]  # gate, up
+    output: Projection
+    arena: Arena
+    sparing: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x (tokens, dim) after this half."""
+        return _FeedForward.apply(x, self, *_trained(*self.inputs, self.output))
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        """Return gate and up (tokens, inner), and the low-rank A x of both."""
+        *outputs, h = made = _room(x, self.inputs, self.arena)
+        normed, _ = rms_norm(x, self.norm.weight, self.norm.eps)
+        project(normed, self.inputs, outputs, h)
+        return made
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, half: FeedForward, *trained: Tensor) -> Tensor:
+        out, h_out = _room(x, [half.output], half.arena)
+        gate, up, h = half.project(x)
+        project_onto(x, swiglu(gate, up), half.output, out, h_out)
+        ctx.half = half
+        ctx.save_for_backward(x, h_out, *(() if half.sparing else (gate, up, h)))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        half: FeedForward = ctx.half
+        needs_x = ctx.needs_input_grad[0]
+        dy = grads[0]  # (tokens, dim)
+        x, h_out, *kept = ctx.saved_tensors
+        gate, up, h = half.project(x) if half.sparing else kept
+        out, inputs, norm = [half.output], half.inputs, half.norm
+        dh_out = gradient_of_h([dy], out)
+        d_inner = gradient_of_x([dy], dh_out, out)
+        *d_inputs, inner = swiglu_backward(d_inner, gate, up)
+        d_out = gradients_of_masters([dy], dh_out, inner, h_out, out)
+        normed, rstd = rms_norm(x, norm.weight, norm.eps)
+        dh = gradient_of_h(d_inputs, inputs)
+        found = gradients_of_masters(d_inputs, dh, normed, h, inputs)
+        dx = None
+        if needs_x:
+            d_normed = gradient_of_x(d_inputs, dh, inputs)
+            dx = rms_norm_backward(d_normed, x, norm.weight, rstd, dy)
+        return dx, None, *found, *d_out
+
+
+def _trained(*projections: Projection) -> list[Tensor]:
+    return [tensor for projection in projections for tensor in projection.trained()]
+
+
+def _room(x: Tensor, group: Sequence[Projection], arena: Arena) -> list[Tensor]:
+    """Return empty tensors for the outputs of `group` and for its A x."""
+    columns = (*(p.out_features for p in group), sum(p.rank for p in group))
+    return [arena.empty(len(x), n, x) for n in columns]

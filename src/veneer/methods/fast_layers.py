@@ -1,0 +1,261 @@
+"""Which decoder layers can be computed as the two functions of `lowrank/block.py`, and doing it.
+
+A layer is known by its parts' names (those of LLaMA, Mistral, Qwen2 and their like) and then proven
+by numbers: its own forward, with whatever scaling, window or multiplier it brings, must give what
+the two functions give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from veneer.kernels.arena import Arena
+from veneer.kernels.attention import NAME, Attention, Packing, packed_attention
+from veneer.lowrank.block import FeedForward, Norm, SelfAttention
+from veneer.lowrank.layers import LoRALinear
+from veneer.lowrank.projection import Projection
+
+PARTS = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+
+
+# How far a shortcut may be from the model's own way, relatively: rounding, not meaning.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A decoder layer of this model that may be computed as two functions."""
+
+    layer: nn.Module
+    scale: float
+    window: int | None
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (1, tokens, dim)
+        *,
+        position_embeddings: tuple[Tensor, Tensor],  # cos and sin, (1, tokens, head_dim)
+        packing: Packing,
+        arena: Arena,
+        sparing: bool = False,
+    ) -> Tensor | None:
+        """Return the layer's output, or None where its adapters need the general way."""
+        layer: Any = self.layer
+        dtype = hidden_states.dtype
+        found = self._projections()
+        if found is None or torch.is_autocast_enabled(hidden_states.device.type):
+            return None
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        if {part.weight.dtype for part in (*found, *norms)} != {dtype}:
+            return None
+        q, k, v, o, gate, up, down = found
+        cos, sin = (x[0].to(dtype).contiguous() for x in position_embeddings)
+        first = SelfAttention(
+            norm=_norm(layer.input_layernorm),
+            inputs=(q, k, v),
+            output=o,
+            attention=Attention(packing, self.scale, self.window),
+            cos=cos,
+            sin=sin,
+            arena=arena,
+            sparing=sparing,
+        )
+        norm = _norm(layer.post_attention_layernorm)
+        second = FeedForward(norm, (gate, up), down, arena, sparing)
+        return second(first(hidden_states[0])).unsqueeze(0)
+
+    def applies(self) -> bool:
+        """Return whether the layer's adapters, as they act now, allow for it."""
+        return self._projections() is not None
+
+    def _projections(self) -> list[Projection] | None:
+        layer: Any = self.layer
+        attend, mlp = layer.self_attn, layer.mlp
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        if any(norm.weight.requires_grad for norm in norms):
+            return None
+        linears = [attend.q_proj, attend.k_proj, attend.v_proj, attend.o_proj]
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        found = [projection for layer in linears if (projection := _projection(layer)) is not None]
+        return found if len(found) == len(linears) else None
+
+
+def fused_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, ...]:
+    """Return the layers of `model` that the two functions compute rightly.
+
+    tokens (1, tokens): a short text to prove it on. The model is in evaluation mode, and takes
+    packed rows.
+    """
+    likely = [layer for layer in model.modules() if _is_likely(layer)]
+    if not likely:
+        return ()
+    packing, arena = Packing([tokens.shape[1]], model.device), Arena()
+    decoder: Any = model.get_decoder()
+    with torch.no_grad(), _watched(model, likely) as (calls, options):
+        decoder(input_ids=tokens, packing=packing, use_cache=False)
+        proven = []
+        for layer, (inputs, angles, wanted) in calls.items():
+            asked = options.get(layer.self_attn, {})
+            scale, head_dim = asked.get("scaling"), layer.self_attn.head_dim
+            if scale is None or angles[0].shape[-1] != head_dim:
+                continue
+            found = FusedLayer(layer, scale, asked.get("sliding_window") or None)
+            ours = found.forward(inputs, position_embeddings=angles, packing=packing, arena=arena)
+            if ours is not None and _is_near(ours, wanted, inputs):
+                proven.append(found)
+    return tuple(proven)
+
+
+@contextmanager
+def fused(layers: Sequence[FusedLayer], arena: Arena, *, sparing: bool = False) -> Iterator[None]:
+    """Compute `layers` as two functions each while the context lasts.
+
+    A layer that something else than a plain adapter acts on takes its own forward as before.
+    """
+    with _overridden({found.layer: _as_two(found, arena, sparing) for found in layers}):
+        yield
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Keep of each decoder layer only its input while the context lasts, and compute it again in
+    the backward pass, with the attention that transformers knows as `name`."""
+
+    def twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(
+            checkpoint,
+            forward,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), attention(model, name)),
+        )
+
+    with _overridden({layer: twice(layer.forward) for layer in decoder_layers(model) or ()}):
+        yield
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """Return the model's list of decoder layers, or None where it has no such list."""
+    decoder: Any = model.get_decoder()
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
+    return next((found for found in lists if len(found) == count), None)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let `model` attend by the implementation that transformers knows as `name`."""
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _as_two(fused_layer: FusedLayer, arena: Arena, sparing: bool) -> Callable[..., Tensor]:
+    own: Callable[..., Tensor] = fused_layer.layer.forward
+
+    def forward(hidden_states: Tensor, **options: Any) -> Tensor:
+        found = fused_layer.forward(
+            hidden_states,
+            position_embeddings=options["position_embeddings"],
+            packing=options["packing"],
+            arena=arena,
+            sparing=sparing,
+        )
+        return own(hidden_states, **options) if found is None else found
+
+    return forward
+
+
+@contextmanager
+def _overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    before = {layer: layer.__dict__.get("forward") for layer in forwards}
+    for layer, new in forwards.items():
+        layer.forward = new
+    try:
+        yield
+    finally:
+        for layer, old in before.items():
+            del layer.forward
+            if old is not None:
+                layer.forward = old
+
+
+@contextmanager
+def _watched(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[tuple[dict, dict]]:
+    """Note each layer's input, angles and output, and what its attention is asked for."""
+    calls: dict[nn.Module, tuple[Tensor, tuple[Tensor, Tensor], Tensor]] = {}
+    options: dict[nn.Module, dict[str, Any]] = {}
+
+    def note_call(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        if args and "position_embeddings" in kwargs and isinstance(output, Tensor):
+            calls[layer] = (args[0], kwargs["position_embeddings"], output)
+
+    def note_options(module: nn.Module, *args: Any, **asked: Any) -> tuple[Tensor, None]:
+        options[module] = asked
+        return packed_attention(module, *args, **asked)
+
+    ALL_ATTENTION_FUNCTIONS.register(f"{NAME}_watched", note_options)
+    hooks = [layer.register_forward_hook(note_call, with_kwargs=True) for layer in layers]
+    try:
+        with attention(model, f"{NAME}_watched"):
+            yield calls, options
+    finally:
+        for hook in hooks:
+            hook.remove()
+        options.clear()  # the registry keeps `note_options`, which must not keep the model
+
+
+def _is_likely(layer: nn.Module) -> bool:
+    for path, names in PARTS.items():
+        part = getattr(layer, path, None) if path else layer
+        if part is None or {name for name, _ in part.named_children()} != names:
+            return False
+    norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
+    if not all(isinstance(getattr(n, "weight", None), Tensor) and _eps(n) for n in norms):
+        return False
+    attend: Any = layer.self_attn
+    return hasattr(attend, "head_dim") and not getattr(attend, "attention_dropout", 0.0)
+
+
+def _is_near(found: Tensor, wanted: Tensor, inputs: Tensor) -> bool:
+    """Return whether the layer's change of every token is near what it should be, but for the
+    rounding of the sum. Token by token: one large row must not hide the others."""
+    dtype = wanted.dtype
+    found, wanted, inputs = found.double(), wanted.double(), inputs.double()
+    allowed = TOLERANCE[dtype] * (wanted - inputs).norm(dim=-1)
+    allowed += torch.finfo(dtype).eps * wanted.norm(dim=-1)
+    return bool(((found - wanted).norm(dim=-1) <= allowed).all())
+
+
+def _projection(layer: nn.Module) -> Projection | None:
+    if isinstance(layer, LoRALinear):
+        return layer.projection()
+    if type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters()):
+        return Projection.of(layer.weight, layer.bias, ())
+    return None
+
+
+def _norm(layer: Any) -> Norm:
+    return Norm(layer.weight, _eps(layer))
+
+
+def _eps(layer: Any) -> float:
+    """Return an RMSNorm's eps, by either name; 0 where it has none."""
+    return float(getattr(layer, "variance_epsilon", None) or getattr(layer, "eps", None) or 0.0)

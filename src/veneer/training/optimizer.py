@@ -1,0 +1,117 @@
+"""AdamW over weights that lie end to end in one buffer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class _Buffer:
+    """The weights of one dtype and device. Everything is made at once, so that nothing that lasts
+    lands between what a step makes and lets go."""
+
+    weights: dict[str, nn.Parameter]
+    flat: nn.Parameter  # (numbers of all weights,)
+
+    @classmethod
+    def of(cls, weights: dict[str, nn.Parameter]) -> _Buffer:
+        flat = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights.values()]))
+        flat.grad = torch.zeros_like(flat)
+        buffer = cls(weights, flat)
+        for name, values in buffer.views(flat.detach()):
+            weights[name].data = values
+        for name, values in buffer.views(flat.grad):
+            weights[name].grad = values
+        return buffer
+
+    def holds_the_gradients(self) -> bool:
+        """Return whether gradients still add up in here (`zero_grad` of a model ends that)."""
+        assert self.flat.grad is not None
+        first = next(iter(self.weights.values())).grad
+        return first is not None and first.data_ptr() == self.flat.grad.data_ptr()
+
+    def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight's part of a tensor that is laid out as `flat`, in its shape."""
+        parts = flat.split([weight.numel() for weight in self.weights.values()])
+        for (name, weight), part in zip(self.weights.items(), parts, strict=True):
+            yield name, part.view(weight.shape)
+
+
+class FlatAdamW:
+    """AdamW (Loshchilov and Hutter 2019) with clipping, one operation for hundreds of weights.
+
+    While it lives, the weights and their gradients are views of its buffers; gradients add up until
+    `step`, and one that never came counts as zero. `release` gives the weights memory of their own
+    again.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float
+    ) -> None:
+        alike: dict[tuple[torch.dtype, torch.device], dict[str, nn.Parameter]] = {}
+        for name, weight in weights.items():
+            alike.setdefault((weight.dtype, weight.device), {})[name] = weight
+        self._buffers = [_Buffer.of(some) for some in alike.values()]
+        self._adamw = torch.optim.AdamW(self._flats, lr=lr, weight_decay=weight_decay, fused=True)
+        for flat in self._flats:
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            step = torch.zeros((), dtype=torch.float32, device=flat.device)
+            self._adamw.state[flat] = {"step": step, **moments}
+
+    @property
+    def _flats(self) -> list[nn.Parameter]:
+        return [buffer.flat for buffer in self._buffers]
+
+    def step(self, *, lr: float, clip: float) -> bool:
+        """Clip the gradients to a norm of `clip` (0: not at all), update the weights, and forget
+        the gradients. Return whether they were finite; if not, the weights stay as they are."""
+        for buffer in self._buffers:
+            assert buffer.holds_the_gradients(), "the weights' gradients were taken away"
+        norm = nn.utils.clip_grad_norm_(self._flats, clip or math.inf)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            for group in self._adamw.param_groups:
+                group["lr"] = lr
+            self._adamw.step()
+        self.forget()
+        return finite
+
+    def forget(self) -> None:
+        """Set all gradients to zero."""
+        for flat in self._flats:
+            assert flat.grad is not None
+            flat.grad.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the moments as `exp_avg/<weight>`, `exp_avg_sq/<weight>`, and the steps done."""
+        tensors = {}
+        for buffer in self._buffers:
+            state = self._adamw.state[buffer.flat]
+            tensors["step"] = state["step"].clone()
+            for key in MOMENTS:
+                for name, part in buffer.views(state[key]):
+                    tensors[f"{key}/{name}"] = part.clone()
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        for buffer in self._buffers:
+            state = self._adamw.state[buffer.flat]
+            state["step"].copy_(tensors["step"])
+            for key in MOMENTS:
+                for name, part in buffer.views(state[key]):
+                    part.copy_(tensors[f"{key}/{name}"])
+
+    def release(self) -> None:
+        """Let the weights own their memory again, without gradients."""
+        for buffer in self._buffers:
+            for weight in buffer.weights.values():
+                weight.data = weight.detach().clone()
+                weight.grad = None
