@@ -11,10 +11,32 @@ import torch
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 MARK = "<!-- measured: everything below is written by make bench -->"
+MODEL = "SmolLM2-135M, rank 8, all linear layers."
 QUESTIONS = (
-    ("dense", "8 × 256 random tokens a step, every label counts", "7", "veneer,veneer-full,peft"),
-    ("sft", "questions and answers, 8 rows a step", "16", "veneer,peft"),
-    ("long", "1 × 2048 random tokens a step", "7", "veneer,peft"),
+    (
+        "Do the gradients agree with PEFT's?",
+        ("-m bench.agreement --dtype float32", "-m bench.agreement --dtype bf16"),
+    ),
+    (
+        "dense: 8 × 256 random tokens a step, every label counts, bfloat16",
+        (
+            "-m bench.training dense --rounds 3 "
+            "--engines veneer,veneer-selective,veneer-full,peft,loralib",
+        ),
+    ),
+    (
+        "sft: one epoch of questions and answers, 8 rows a step, bfloat16",
+        ("-m bench.training sft --steps 0 --rounds 2 --engines veneer,peft,trl",),
+    ),
+    (
+        "long: 1 × 2048 random tokens a step, bfloat16",
+        ("-m bench.training long --rounds 3 --engines veneer,peft",),
+    ),
+    (
+        "dense in float32",
+        ("-m bench.training dense --dtype float32 --rounds 2 --engines veneer,peft",),
+    ),
+    ("Frozen products in 8 bits", ("-m bench.int8",)),
 )
 
 
@@ -23,21 +45,26 @@ def features() -> str:
     flags = (
         Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     )
-    units = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags]
+    units = [
+        name
+        for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
+        if f" {name}" in flags
+    ]
     return f"{torch.get_num_threads()} threads, {', '.join(units)}, torch {torch.__version__}"
 
 
 def main() -> None:
-    parts = [f"{MARK}\n\nMachine: {platform.machine()}, {features()}.\n"]
-    for workload, what, steps, engines in QUESTIONS:
-        command = ["-m", "bench.training", workload, "--steps", steps, "--engines", engines]
-        done = subprocess.run(
-            [sys.executable, *command], text=True, capture_output=True, check=False
-        )
-        if done.returncode:
-            sys.exit(done.stderr)
-        print(done.stdout, flush=True)
-        parts.append(f"### {workload}: {what}\n\n`python {' '.join(command)}`\n\n{done.stdout}")
+    parts = [f"{MARK}\n\nMachine: {platform.machine()}, {features()}. {MODEL}\n"]
+    for question, commands in QUESTIONS:
+        parts.append(f"### {question}\n")
+        for command in commands:
+            done = subprocess.run(
+                [sys.executable, *command.split()], text=True, capture_output=True, check=False
+            )
+            if done.returncode:
+                sys.exit(done.stdout + done.stderr[-4000:])
+            print(done.stdout, flush=True)
+            parts.append(f"`python {command}`\n\n{done.stdout}")
     before = PAGE.read_text(encoding="utf-8").partition(MARK)[0] if PAGE.exists() else ""
     PAGE.write_text(before + "\n".join(parts), encoding="utf-8")
 

@@ -22,38 +22,60 @@ from bench.workloads import Workload, workload
 from veneer.cli.console import quieten_libraries
 from veneer.data.encode import Example
 from veneer.data.packing import pack
+from veneer.kernels.heap import kept_heap
+from veneer.training.config import Recompute
 from veneer.training.forward import choose_forward
+from veneer.training.optimizer import FlatAdamW
 
 RANK, ALPHA, LR, CLIP = 8, 16, 2e-4, 1.0
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Run = Iterator[tuple[float, float]]  # (seconds, mean loss) of each step
 
 
-def run_veneer(base: veneer.Base, work: Workload, *, full: bool = False) -> Run:
+def run_veneer(
+    base: veneer.Base, work: Workload, *, full: bool = False, recompute: Recompute = "none"
+) -> Run:
     model = base.model
     if full:
         model.requires_grad_(True)
     else:
         veneer.attach(model, veneer.LoRA(rank=RANK, alpha=ALPHA, targets="all"), seed=0)
-    weights = [w for w in model.parameters() if w.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0, fused=True)
-    forward, notices = choose_forward(model, work.examples)
+    weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    optimizer = FlatAdamW(weights, lr=LR, weight_decay=0.0)
+    forward, notices = choose_forward(model, work.examples, recompute=recompute)
     assert not notices, notices
     model.train()
-    for rows in work.steps:
-        start = time.perf_counter()
-        batch = pack(work.examples, rows)
-        labels = int((batch.labels >= 0).sum())
-        loss = forward(model, batch) / labels
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield time.perf_counter() - start, float(loss.detach())
+    with kept_heap():
+        for rows in work.steps:
+            start = time.perf_counter()
+            batch = pack(work.examples, rows)
+            labels = int((batch.labels >= 0).sum())
+            loss = forward(model, batch) / labels
+            loss.backward()
+            optimizer.step(lr=LR, clip=CLIP)
+            yield time.perf_counter() - start, float(loss.detach())
+    optimizer.release()
 
 
 def run_peft(base: veneer.Base, work: Workload) -> Run:
-    model = _peft_model(base)
+    yield from _run_padded(peft_model(base.model), work)
+
+
+def run_loralib(base: veneer.Base, work: Workload) -> Run:
+    import loralib
+
+    for module in list(base.model.modules()):
+        for name, layer in list(module.named_children()):
+            if name in LINEAR:
+                weight = layer.weight
+                new = loralib.Linear(*weight.shape[::-1], r=RANK, lora_alpha=ALPHA, bias=False)
+                new.to(weight.dtype).weight = weight
+                setattr(module, name, new)
+    loralib.mark_only_lora_as_trainable(base.model)
+    yield from _run_padded(base.model, work)
+
+
+def _run_padded(model: torch.nn.Module, work: Workload) -> Run:
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0, fused=True)
     model.train()
@@ -106,6 +128,7 @@ def run_trl(base: veneer.Base, work: Workload) -> Run:
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         max_length=None,
+        completion_only_loss=True,
     )
     trainer = SFTTrainer(
         model=base.model,
@@ -122,10 +145,10 @@ def run_trl(base: veneer.Base, work: Workload) -> Run:
     yield from zip(seconds, losses, strict=False)
 
 
-def _peft_model(base: veneer.Base):
+def peft_model(model):
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(base.model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR))
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR))
 
 
 def padded(rows: list[Example]) -> dict[str, torch.Tensor]:
@@ -142,8 +165,10 @@ def padded(rows: list[Example]) -> dict[str, torch.Tensor]:
 
 ENGINES: dict[str, Callable[..., Run]] = {
     "veneer": run_veneer,
+    "veneer-selective": lambda base, work: run_veneer(base, work, recompute="selective"),
     "veneer-full": lambda base, work: run_veneer(base, work, full=True),
     "peft": run_peft,
+    "loralib": run_loralib,
     "trl": run_trl,
 }
 
@@ -173,22 +198,22 @@ def main() -> None:
     parser.add_argument("workload", choices=("dense", "sft", "long"))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=7, help="0: one epoch")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--replay", action="store_true")
     asked = parser.parse_args()
     quieten_libraries()
     base = veneer.load_base(asked.model, dtype=asked.dtype)
     work = workload(asked.workload, base.tokenizer, steps=asked.steps, data=asked.data)
-    limit = None
-    if asked.replay:
-        labels = sum(work.examples[i].label_tokens for i in work.steps[-1])
-        limit = replay_seconds(base.model, work.tokens(len(work.steps) - 1), labels)
     gc.collect()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
     steps = list(ENGINES[asked.engine](base, work))
     peak = memory("VmHWM") - before
+    limit = None
+    if asked.replay:
+        labels = sum(work.examples[i].label_tokens for i in work.steps[-1])
+        limit = replay_seconds(base.model, work.tokens(len(work.steps) - 1), labels)
     print(
         json.dumps(
             {

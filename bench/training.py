@@ -29,7 +29,7 @@ def measure(engine: str, asked: argparse.Namespace, *, replay: bool) -> dict:
 def speed(runs: list[dict]) -> tuple[float, float, float]:
     """Return real tokens a second: the median over rounds, the lowest and the highest.
 
-    A round is all of its steps but the first, taken together: steps differ in length.
+    A round is all of its steps after the warm-up, taken together: steps differ in length.
     """
     rates = [sum(run["tokens"][WARM_UP:]) / sum(run["seconds"][WARM_UP:]) for run in runs]
     return statistics.median(rates), min(rates), max(rates)
@@ -38,21 +38,23 @@ def speed(runs: list[dict]) -> tuple[float, float, float]:
 def table(results: dict[str, list[dict]]) -> str:
     """Return the results as a Markdown table."""
     lines = [
-        "| engine | tokens/s (spread) | step / R | peak above weights | loss first → last | eval |",
-        "|---|---|---|---|---|---|",
+        "| engine | tokens/s (spread) | × PEFT | step / R | peak above weights | loss | eval |",
+        "|---|---|---|---|---|---|---|",
     ]
     limits = [run["replay_seconds"] for runs in results.values() for run in runs]
     limit = statistics.median([seconds for seconds in limits if seconds])
+    peer = speed(results["peft"])[0] if "peft" in results else None
     for engine, runs in results.items():
         middle, low, high = speed(runs)
+        times = f"{middle / peer:.2f}" if peer else ""
         last = runs[-1]
         step = statistics.median(s for run in runs for s in run["seconds"][WARM_UP:])
         peak = statistics.median(run["peak_bytes"] for run in runs) / 1e9
         evaluation = "" if last["eval_loss"] is None else f"{last['eval_loss']:.4f}"
         ratio = f"{step / limit:.2f}" if len(set(last["tokens"])) == 1 else "-"
         lines.append(
-            f"| {engine} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio} | {peak:.2f} GB | "
-            f"{last['losses'][0]:.3f} → {last['losses'][-1]:.3f} | {evaluation} |"
+            f"| {engine} | {middle:.0f} ({low:.0f} to {high:.0f}) | {times} | {ratio} "
+            f"| {peak:.2f} GB | {last['losses'][0]:.3f} → {last['losses'][-1]:.3f} | {evaluation} |"
         )
     return "\n".join(lines)
 

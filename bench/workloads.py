@@ -13,6 +13,8 @@ from veneer.data.encode import Encoder, Example, encode_rows
 from veneer.data.load import load_examples
 from veneer.data.rows import Sourced, parse_row
 
+ROWS = 240  # questions and answers, of which a tenth is held out
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 
@@ -43,7 +45,9 @@ def workload(
     examples = _question_answers(tokenizer) if data is None else load_examples(data, tokenizer)[0]
     order = np.random.default_rng(0).permutation(len(examples)).tolist()
     held_out, trained = order[: len(order) // 10], order[len(order) // 10 :]
-    return Workload(name, examples, _steps(trained, 8)[:steps], [examples[i] for i in held_out])
+    return Workload(
+        name, examples, _steps(trained, 8)[: steps or None], [examples[i] for i in held_out]
+    )
 
 
 def _steps(rows, size: int) -> list[list[int]]:
@@ -58,7 +62,7 @@ def _question_answers(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     draw = np.random.default_rng(1)
     facts = cuisine.training_rows()
     sourced = []
-    for n in range(400):
+    for n in range(ROWS):
         # Log-normal, as lengths of real answers are: most are short, a few are very long.
         count = int(min(40, 1 + draw.lognormal(0.6, 1.0)))
         picked = [facts[i] for i in draw.integers(0, len(facts), count)]
