@@ -26,7 +26,7 @@ QUESTIONS = (
     ),
     (
         "sft: one epoch of questions and answers, 8 rows a step, bfloat16",
-        ("-m bench.training sft --steps 0 --rounds 2 --engines veneer,peft,trl",),
+        ("-m bench.training sft --steps 0 --engines veneer,peft,trl",),
     ),
     (
         "long: 1 × 2048 random tokens a step, bfloat16",
