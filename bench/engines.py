@@ -50,6 +50,7 @@ def run_veneer(
             start = time.perf_counter()
             batch = pack(work.examples, rows)
             labels = int((batch.labels >= 0).sum())
+            optimizer.begin()
             loss = forward(model, batch) / labels
             loss.backward()
             optimizer.step(lr=LR, clip=CLIP)

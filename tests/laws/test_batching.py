@@ -229,7 +229,7 @@ COURSE = veneer.TrainConfig(steps=1, lr=0.01, warmup=0, tokens_per_step=1000, cl
 
 def lopsided() -> list[Example]:
     """Return rows of which some are learnt whole and some at one token."""
-    rows = examples([20, 6, 15, 30, 9, 12], learnt=0.0)
+    rows = examples([20, 6, 15, 30, 9, 12], seed=5, learnt=0.0)
     return [
         replace(row, labels=[UNLABELLED, *row.tokens[1:]]) if i % 2 else row
         for i, row in enumerate(rows)
@@ -257,7 +257,7 @@ def test_accumulation_equals_the_large_batch(architecture):
             # AdamW's first step has the size of the learning rate whatever the gradient, and
             # where a gradient is all but nothing, rounding decides its sign.
             apart = (its_weights[name] - weight).abs() > 1e-6
-            assert float(apart.float().mean()) < 0.02, name
+            assert float(apart.float().mean()) < 0.01, name
             assert moved.norm() > 0
 
 
@@ -266,7 +266,8 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(architecture, monk
     rows, found = lopsided(), []
 
     def keep(weights: Any, norm: float) -> Tensor:
-        found.append(torch.cat([weight.grad for weight in weights]))
+        (flat,) = weights
+        found.append(flat.grad.clone())
         return torch.zeros(())
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
@@ -275,10 +276,11 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(architecture, monk
         list(veneer.train(new_model(architecture), rows, course))
     model = new_model(architecture)
     mean = one_by_one(model, rows) / sum(row.label_tokens for row in rows)
-    found.append(torch.cat([grad.flatten() for grad in gradients(model, mean).values()]))
-    large, *others = found
-    for other in others:
-        assert distance(large, other) < 1e-5
+    whole = [grad.flatten() for grad in gradients(model, mean).values()]
+    large, *others = [flat.split([len(grad) for grad in whole]) for flat in found]
+    for other in (*others, whole):
+        for a, b in zip(large, other, strict=True):
+            assert distance(a, b) < 1e-5
 
 
 def test_steps_and_notices_of_a_run_that_falls_back():

@@ -332,7 +332,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(value, monkeypatch):
     for event in veneer.train(model, ROWS, replace(COURSE, steps=3, schedule="constant")):
         events.append(event)
         weights.append(trained_weights(model))
-        assert not any(w.grad is not None and w.grad.any() for w in model.parameters())
+        assert all(weight.grad is None for weight in model.parameters())
     assert [type(event) for event in events[1:4]] == [Step, Skipped, Step]
     assert same(weights[1], weights[2])
     assert not same(weights[2], weights[3])

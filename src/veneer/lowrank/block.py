@@ -62,9 +62,7 @@ class SelfAttention:
 
     def project(self, x: Tensor) -> list[Tensor]:
         """Return q, k, v (tokens, heads, head_dim), turned, and the low-rank A x of all."""
-        *outputs, h = _room(x, self.inputs, self.arena)
-        normed, _ = rms_norm(x, self.norm.weight, self.norm.eps)
-        project(normed, self.inputs, outputs, h)
+        *outputs, h = _project_normed(x, self)
         q, k, v = (y.unflatten(1, (-1, self.cos.shape[1])) for y in outputs)
         return [rotate_(q, self.cos, self.sin), rotate_(k, self.cos, self.sin), v, h]
 
@@ -90,10 +88,10 @@ class _SelfAttention(torch.autograd.Function):
         x, flat, h_out, *rest = ctx.saved_tensors
         q, k, v, h = half.project(x) if half.sparing else rest[:4]
         log_sums = rest if half.sparing else rest[4:]
-        out, inputs, norm = [half.output], half.inputs, half.norm
+        out = [half.output]
         dh_out = gradient_of_h([dy], out)
         d_out = gradients_of_masters([dy], dh_out, flat, h_out, out)
-        if not needs_x and not any(p.rank for p in inputs):
+        if not needs_x and not any(p.rank for p in half.inputs):
             return None, None, *d_out
         d_flat = gradient_of_x([dy], dh_out, out)
         dq, dk, dv = half.attention.backward(
@@ -102,13 +100,7 @@ class _SelfAttention(torch.autograd.Function):
         dq = rotate_(dq.contiguous(), half.cos, half.sin, back=True)
         dk = rotate_(dk.contiguous(), half.cos, half.sin, back=True)
         d_inputs = [d.flatten(1) for d in (dq, dk, dv)]
-        normed, rstd = rms_norm(x, norm.weight, norm.eps)
-        dh = gradient_of_h(d_inputs, inputs)
-        found = gradients_of_masters(d_inputs, dh, normed, h, inputs)
-        dx = None
-        if needs_x:
-            d_normed = gradient_of_x(d_inputs, dh, inputs)
-            dx = rms_norm_backward(d_normed, x, norm.weight, rstd, dy)
+        dx, found = _back_to_x(dy, d_inputs, x, h, half, needs_x=needs_x)
         return dx, None, *found, *d_out
 
 
@@ -128,10 +120,7 @@ class FeedForward:
 
     def project(self, x: Tensor) -> list[Tensor]:
         """Return gate and up (tokens, inner), and the low-rank A x of both."""
-        *outputs, h = made = _room(x, self.inputs, self.arena)
-        normed, _ = rms_norm(x, self.norm.weight, self.norm.eps)
-        project(normed, self.inputs, outputs, h)
-        return made
+        return _project_normed(x, self)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -151,23 +140,45 @@ class _FeedForward(torch.autograd.Function):
         dy = grads[0]  # (tokens, dim)
         x, h_out, *kept = ctx.saved_tensors
         gate, up, h = half.project(x) if half.sparing else kept
-        out, inputs, norm = [half.output], half.inputs, half.norm
+        out = [half.output]
         dh_out = gradient_of_h([dy], out)
         d_inner = gradient_of_x([dy], dh_out, out)
         *d_inputs, inner = swiglu_backward(d_inner, gate, up)
         d_out = gradients_of_masters([dy], dh_out, inner, h_out, out)
-        normed, rstd = rms_norm(x, norm.weight, norm.eps)
-        dh = gradient_of_h(d_inputs, inputs)
-        found = gradients_of_masters(d_inputs, dh, normed, h, inputs)
-        dx = None
-        if needs_x:
-            d_normed = gradient_of_x(d_inputs, dh, inputs)
-            dx = rms_norm_backward(d_normed, x, norm.weight, rstd, dy)
+        dx, found = _back_to_x(dy, d_inputs, x, h, half, needs_x=needs_x)
         return dx, None, *found, *d_out
 
 
 def _trained(*projections: Projection) -> list[Tensor]:
     return [tensor for projection in projections for tensor in projection.trained()]
+
+
+def _project_normed(x: Tensor, half: SelfAttention | FeedForward) -> list[Tensor]:
+    """Return the outputs of `half.inputs` over RMSNorm(x), and the low-rank A x of all."""
+    *outputs, h = made = _room(x, half.inputs, half.arena)
+    normed, _ = rms_norm(x, half.norm.weight, half.norm.eps)
+    project(normed, half.inputs, outputs, h)
+    return made
+
+
+def _back_to_x(
+    dy: Tensor,
+    d_inputs: Sequence[Tensor],
+    x: Tensor,
+    h: Tensor,
+    half: SelfAttention | FeedForward,
+    *,
+    needs_x: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Return the gradients of x, where needed, and of `half.inputs`' masters, from those of the
+    half's output, which x reaches beside everything, and of what `_project_normed` gave."""
+    normed, rstd = rms_norm(x, half.norm.weight, half.norm.eps)
+    dh = gradient_of_h(d_inputs, half.inputs)
+    found = gradients_of_masters(d_inputs, dh, normed, h, half.inputs)
+    if not needs_x:
+        return None, found
+    d_normed = gradient_of_x(d_inputs, dh, half.inputs)
+    return rms_norm_backward(d_normed, x, half.norm.weight, rstd, dy), found
 
 
 def _room(x: Tensor, group: Sequence[Projection], arena: Arena) -> list[Tensor]:

@@ -168,6 +168,7 @@ class _Run:
         lr = self.config.lr_at(self.step, self.steps)
         labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
         total = 0.0
+        self.optimizer.begin()
         for batch in batches:
             loss = forward(self.model, batch)
             total += float(loss.detach())

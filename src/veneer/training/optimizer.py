@@ -27,15 +27,7 @@ class _Buffer:
         buffer = cls(weights, flat)
         for name, values in buffer.views(flat.detach()):
             weights[name].data = values
-        for name, values in buffer.views(flat.grad):
-            weights[name].grad = values
         return buffer
-
-    def holds_the_gradients(self) -> bool:
-        """Return whether gradients still add up in here (`zero_grad` of a model ends that)."""
-        assert self.flat.grad is not None
-        first = next(iter(self.weights.values())).grad
-        return first is not None and first.data_ptr() == self.flat.grad.data_ptr()
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield each weight's part of a tensor that is laid out as `flat`, in its shape."""
@@ -47,9 +39,9 @@ class _Buffer:
 class FlatAdamW:
     """AdamW (Loshchilov and Hutter 2019) with clipping, one operation for hundreds of weights.
 
-    While it lives, the weights and their gradients are views of its buffers; gradients add up until
-    `step`, and one that never came counts as zero. `release` gives the weights memory of their own
-    again.
+    While it lives, the weights are views of its buffers, and from `begin` to `step` their gradients
+    are too, where they add up; one that never came counts as zero. `release` gives the weights
+    memory of their own again.
     """
 
     def __init__(
@@ -69,11 +61,16 @@ class FlatAdamW:
     def _flats(self) -> list[nn.Parameter]:
         return [buffer.flat for buffer in self._buffers]
 
+    def begin(self) -> None:
+        """Let the weights' gradients add up in the buffers from here on."""
+        for buffer in self._buffers:
+            assert buffer.flat.grad is not None
+            for name, values in buffer.views(buffer.flat.grad):
+                buffer.weights[name].grad = values
+
     def step(self, *, lr: float, clip: float) -> bool:
         """Clip the gradients to a norm of `clip` (0: not at all), update the weights, and forget
         the gradients. Return whether they were finite; if not, the weights stay as they are."""
-        for buffer in self._buffers:
-            assert buffer.holds_the_gradients(), "the weights' gradients were taken away"
         norm = nn.utils.clip_grad_norm_(self._flats, clip or math.inf)
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -84,10 +81,12 @@ class FlatAdamW:
         return finite
 
     def forget(self) -> None:
-        """Set all gradients to zero."""
-        for flat in self._flats:
-            assert flat.grad is not None
-            flat.grad.zero_()
+        """Let all gradients go."""
+        for buffer in self._buffers:
+            assert buffer.flat.grad is not None
+            buffer.flat.grad.zero_()
+            for weight in buffer.weights.values():
+                weight.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Return the moments as `exp_avg/<weight>`, `exp_avg_sq/<weight>`, and the steps done."""
