@@ -1,0 +1,76 @@
+"""What is planned: a frozen, validated value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from veneer.errors import ConfigError
+
+MethodName = Literal["full", "freeze", "lora", "dora", "qlora", "prefix", "prompt"]
+Bits = Literal[4, 8, 16, 32]
+Recompute = Literal["none", "selective", "full"]
+ADAPTING = ("lora", "dora", "qlora")  # methods that lay low-rank adapters over layers
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """How a model would train. Raises ConfigError, which lists everything that is wrong."""
+
+    method: MethodName = "lora"
+    """What trains: all, the last blocks, adapters (qlora over 4 bits), or virtual tokens."""
+    bits: Bits | None = None
+    """Bits a number in the frozen linear layers, 4 for qlora and 16 unless given; 32 is float32."""
+    tokens_per_batch: int = 2048
+    """Real tokens in one forward and backward pass."""
+    max_length: int | None = None
+    """Longest row in tokens, which is never cut in two; as long as a pass unless given."""
+    recompute: Recompute = "none"
+    """What is computed again instead of kept: nothing, inner projections, or whole layers."""
+    trained_blocks: int = 2
+    """Blocks that freeze trains, the last ones (as many as LLaMA-Factory does)."""
+    virtual_tokens: int = 20
+    """Virtual tokens of prefix and prompt."""
+    mapped: bool = False
+    """Count the weights as mapped from a directory that veneer quantize wrote: on the disk."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {value!r}, but must be {', '.join(map(str, get_args(kind)))}"
+            for name, value, kind in (
+                ("method", self.method, MethodName),
+                ("bits", self.bits, Bits),
+                ("recompute", self.recompute, Recompute),
+            )
+            if value is not None and value not in get_args(kind)
+        ]
+        problems += [
+            f"{name} is {value!r}, but must be at least 1"
+            for name in ("tokens_per_batch", "max_length", "trained_blocks", "virtual_tokens")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        if self.method in ("full", "freeze") and self.bits in (4, 8):
+            problems.append(
+                f"{self.method} trains weights, which cannot be held in {self.bits} bits"
+            )
+        if self.method == "qlora" and self.bits in (16, 32):
+            problems.append(f"qlora holds the base in 4 or 8 bits; with {self.bits}, it is lora")
+        if self.mapped and self.base_bits not in (4, 8):
+            problems.append("mapped needs a base in 4 or 8 bits")
+        if problems:
+            raise ConfigError("This cannot be planned: " + "; ".join(problems) + ".")
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return self.max_length or self.tokens_per_batch
+
+    @property
+    def base_bits(self) -> int:
+        """Bits a number in the frozen linear layers."""
+        return self.bits or (4 if self.method == "qlora" else 16)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the dtype of computing."""
+        return 4 if self.base_bits == 32 else 2

@@ -1,0 +1,126 @@
+"""Whether a plan fits a machine's memory, and the gentlest settings with which it would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from veneer.plan.activations import is_fused
+from veneer.plan.config import Bits, PlanConfig, Recompute
+from veneer.plan.plan import Plan, replanned
+
+# How much longer a step takes, as docs/performance.md measures it: 1,521 against 1,389 tokens/s for
+# selective; a second forward pass beside one forward and one backward pass for full.
+SLOWER: dict[Recompute, float] = {"none": 1.0, "selective": 1.09, "full": 1.33}
+# What a pass costs whatever its length, in tokens: 0.30 s at 256, 1.15 s at 2,048 tokens (there).
+PASS_TOKENS = 400
+LEAST_TOKENS = 64  # below, a pass is little but overhead
+LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+def free_bytes(root: Path = Path("/")) -> int | None:
+    """Return the memory that this process may still take, or None where nobody says.
+
+    The least of what the system has available (/proc/meminfo) and of what each control group above
+    the process leaves (cgroup 1 and 2), where pages of files that can be let go count as free.
+    """
+    found = [_available(root / "proc/meminfo")]
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        mount = root / "sys/fs/cgroup"
+        names = ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            if "memory" not in controllers.split(","):
+                continue
+            mount /= "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        # Within a container, its own group is mounted at the top.
+        group = mount / path.lstrip("/")
+        for directory in (group, *group.parents):
+            found.append(_left(directory, *names))
+            if directory == mount:
+                break
+    known = [each for each in found if each is not None]
+    return min(known) if known else None
+
+
+def gentlest(plan: Plan, free: int) -> Plan | None:
+    """Return the plan that costs least among those that fit `free` bytes, or None."""
+    changed = (replanned(plan, config) for config in alternatives(plan))
+    return next((one for one in changed if one.memory.peak <= free), None)
+
+
+def alternatives(plan: Plan) -> Iterator[PlanConfig]:
+    """Yield the plan's settings and gentle changes to them, from what costs least to the last.
+
+    First what costs time alone, ordered by how much longer a token takes: smaller passes, and
+    computing again. None of it changes what is learnt; fewer bits do, so these come after: a base
+    in 8 bits, in 4, and one that is mapped from the disk.
+    """
+    config = plan.config
+    levels = LEVELS[LEVELS.index(config.recompute) :]
+    if not is_fused(plan.shape, plan.trained):  # selective would be full
+        levels = tuple(level for level in levels if level in (config.recompute, "full"))
+    for bits, mapped in _bases(config):
+        changed = [
+            replace(config, bits=bits, mapped=mapped, tokens_per_batch=tokens, recompute=level)
+            for tokens in _fewer(config)
+            for level in levels
+        ]
+        yield from sorted(changed, key=_seconds)
+
+
+def flags(before: PlanConfig, after: PlanConfig) -> str:
+    """Return what to add to a command line to come from one to the other."""
+    found = []
+    for name in ("recompute", "tokens_per_batch", "bits"):
+        value = getattr(after, name)
+        if value != getattr(before, name):
+            found.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(found + ["--mapped"] * (after.mapped and not before.mapped))
+
+
+def _bases(config: PlanConfig) -> Iterator[tuple[Bits | None, bool]]:
+    yield config.bits, config.mapped
+    smaller: tuple[Bits, ...] = () if config.method in ("full", "freeze") else (8, 4)
+    for bits in smaller:
+        if bits < config.base_bits:
+            yield bits, config.mapped
+    if not config.mapped and smaller:
+        yield 4, True
+
+
+def _fewer(config: PlanConfig) -> Iterator[int]:
+    tokens, least = config.tokens_per_batch, max(LEAST_TOKENS, config.max_length or 0)
+    yield tokens
+    while tokens > least:
+        tokens = max(least, tokens // 2)
+        yield tokens
+
+
+def _seconds(config: PlanConfig) -> float:
+    """Return the time that a token takes, as a multiple of the least."""
+    return SLOWER[config.recompute] * (1 + PASS_TOKENS / config.tokens_per_batch)
+
+
+def _available(meminfo: Path) -> int | None:
+    for line in _text(meminfo).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _left(group: Path, limit: str, usage: str, inactive: str) -> int | None:
+    most, used = _text(group / limit).strip(), _text(group / usage).strip()
+    if not (most.isdigit() and used.isdigit()):  # "max", or no such file
+        return None
+    stat = dict(line.split() for line in _text(group / "memory.stat").splitlines())
+    return max(0, int(most) - int(used) + int(stat.get(inactive, 0)))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:
+        return ""

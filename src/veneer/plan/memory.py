@@ -1,0 +1,124 @@
+"""The memory of a training run, line by line, each with its formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veneer.plan.activations import FLOAT32, holes, kept
+from veneer.plan.amounts import Amount, Term, amount
+from veneer.plan.config import PlanConfig
+from veneer.plan.methods import Trained
+from veneer.plan.shapes import ModelShape
+from veneer.plan.workspace import workspace
+
+# Bits of a number in NF4: its code, 8 bits a block of 64 for the scale, and 32 bits for each 256 of
+# those (Dettmers et al. 2023, section 3).
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+# Resident besides all that is planned, on Linux: 350 MB once Veneer, torch and transformers are
+# imported, 85 MB more once a model and its tokenizer are read, and 85 MB from the first step on
+# (threads, products prepared by oneDNN). `python -m bench.planned` prints the first two.
+RUNTIME = 520_000_000
+GROWTH = 170_000_000  # of it, what comes after the imports
+FLOAT32_MOMENTS = 4  # bytes of each of Adam's two numbers, as most frameworks keep them
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs at its peak, in bytes. `on_disk` is mapped from there and not counted."""
+
+    weights: Amount
+    adapters: Amount
+    gradients: Amount
+    optimizer: Amount
+    activations: Amount
+    workspace: Amount
+    runtime: Amount
+    on_disk: Amount
+
+    @property
+    def amounts(self) -> tuple[Amount, ...]:
+        """All that counts, in the order of a table."""
+        return (
+            self.weights,
+            self.adapters,
+            self.gradients,
+            self.optimizer,
+            self.activations,
+            self.workspace,
+            self.runtime,
+        )
+
+    @property
+    def peak(self) -> int:
+        return sum(each.value for each in self.amounts)
+
+
+def plan_memory(
+    config: PlanConfig,
+    shape: ModelShape,
+    trained: Trained,
+    *,
+    runtime: int = RUNTIME,
+    moment_width: int | None = None,
+) -> MemoryPlan:
+    """Return the memory that training `trained` of a model needs.
+
+    runtime: bytes that are resident before any model is. moment_width: bytes of each of Adam's two
+    numbers; Veneer keeps them in the dtype of what trains, others often in float32.
+    """
+    width, count = config.width, trained.count
+    own = bool(trained.weights)  # trained in their own dtype; whatever is new is float32
+    trained_width = width if own else FLOAT32
+    weights = _weights(config, shape)
+    copies = Term.of(count, "parameters", width, "bytes", note="in the dtype of computing")
+    return MemoryPlan(
+        weights=amount("weights", *([] if config.mapped else weights)),
+        adapters=amount(
+            "adapters",
+            *(
+                []
+                if own
+                else [Term.of(count, "parameters", FLOAT32, "bytes", note="float32"), copies]
+            ),
+        ),
+        gradients=amount("gradients", Term.of(count, "parameters", trained_width, "bytes")),
+        optimizer=amount(
+            "optimizer",
+            Term.of(
+                *(2, "moments", count, "parameters", moment_width or trained_width, "bytes"),
+                note="AdamW",
+            ),
+        ),
+        activations=amount(
+            "activations", *kept(config, shape, trained), holes(config, shape, trained)
+        ),
+        workspace=workspace(config, shape, trained),
+        runtime=amount(
+            "runtime", Term.of(runtime, "bytes", note="libraries, threads, what loading leaves")
+        ),
+        on_disk=amount("on disk, mapped", *(weights if config.mapped else [])),
+    )
+
+
+def _weights(config: PlanConfig, shape: ModelShape) -> list[Term]:
+    """Return the bytes of all weights: linear layers in the blocks in few bits where asked, and
+    everything else in the dtype of computing."""
+    width = config.width
+    if config.base_bits >= 16:
+        return [Term.of(shape.parameters, "parameters", width, "bytes")]
+    packed = sum(part.out * part.in_ for part in shape.quantizable)
+    rest = Term.of(
+        *(shape.parameters - packed, "parameters", width, "bytes"),
+        note="embeddings, norms, biases, head",
+    )
+    if config.base_bits == 4:
+        return [
+            Term.of(packed, "numbers", NF4_BITS / 8, "bytes", note=f"NF4: {NF4_BITS:.3f} bits"),
+            rest,
+        ]
+    rows = sum(part.out for part in shape.quantizable)
+    return [
+        Term.of(packed, "numbers", 1, "byte", note="8-bit codes"),
+        Term.of(rows, "rows", FLOAT32, "bytes", note="a scale each"),
+        rest,
+    ]

@@ -1,0 +1,78 @@
+"""A plan: what would train of a model, and the memory that it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from veneer.plan.config import ADAPTING, PlanConfig
+from veneer.plan.memory import FLOAT32_MOMENTS, RUNTIME, MemoryPlan, plan_memory
+from veneer.plan.methods import Adapted, Trained, trained_by
+from veneer.plan.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings, and what follows from them for a model. `adapted`: the layers that adapters would
+    lie on; methods without adapters leave them alone."""
+
+    config: PlanConfig
+    shape: ModelShape
+    adapted: tuple[Adapted, ...]
+    trained: Trained
+    memory: MemoryPlan
+    runtime: int
+
+    @property
+    def share(self) -> float:
+        """Trained parameters as a part of the base's."""
+        return self.trained.count / self.shape.parameters
+
+
+def make_plan(
+    config: PlanConfig,
+    shape: ModelShape,
+    adapted: tuple[Adapted, ...] = (),
+    *,
+    runtime: int = RUNTIME,
+) -> Plan:
+    """Return the plan of training a model as `config` says, in a process of which `runtime` bytes
+    are resident before any model is. Raises ConfigError for what cannot be."""
+    trained = trained_by(config, shape, adapted)
+    memory = plan_memory(config, shape, trained, runtime=runtime)
+    return Plan(config, shape, adapted, trained, memory, runtime)
+
+
+def replanned(plan: Plan, config: PlanConfig) -> Plan:
+    """Return the plan for the same model with other settings."""
+    return make_plan(config, plan.shape, plan.adapted, runtime=plan.runtime)
+
+
+def comparison(plan: Plan) -> list[tuple[str, Plan]]:
+    """Return a plan for each method, with the plan's other settings, under a title.
+
+    The first is full training as textbooks have it: Adam's numbers in float32 beside 16-bit
+    weights. Veneer keeps them in 16 bits too, as the second says. Methods that adapt layers are
+    there only if the plan names layers.
+    """
+    settings = plan.config
+    plain = replace(settings, bits=32 if settings.base_bits == 32 else None, mapped=False)
+    full = replanned(plan, replace(plain, method="full"))
+    textbook = replace(
+        full,
+        memory=plan_memory(
+            full.config,
+            full.shape,
+            full.trained,
+            runtime=full.runtime,
+            moment_width=FLOAT32_MOMENTS,
+        ),
+    )
+    titled = [("full, textbook", textbook), ("full", full)]
+    blocks = min(settings.trained_blocks, plan.shape.depth)
+    freeze = replace(plain, method="freeze", trained_blocks=blocks)
+    titled.append((f"freeze, last {blocks}", replanned(plan, freeze)))
+    for method in ("lora", "dora", "qlora", "prefix", "prompt"):
+        if plan.adapted or method not in ADAPTING:
+            other = replace(plain, method=method, bits=None if method == "qlora" else plain.bits)
+            titled.append((method, replanned(plan, other)))
+    return titled

@@ -1,0 +1,142 @@
+"""`veneer plan`: what it prints, what it refuses, and what it does not import."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import veneer.cli.plan
+from veneer.cli.app import run
+from veneer.errors import ModelError
+from veneer.plan.find import find_shape
+from veneer.plan.presets import PRESETS
+from veneer.plan.shapes import ARCHITECTURES, shape_of
+
+LLAMA = PRESETS["smollm2-135m"]
+
+
+def printed(capsys, *arguments, free=24 * 10**9, monkeypatch=None):
+    if monkeypatch is not None:
+        monkeypatch.setattr(veneer.cli.plan, "free_bytes", lambda: free)
+    assert run(["plan", *arguments]) == 0
+    return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+def test_planning_imports_no_torch():
+    code = (
+        "import sys\n"
+        "from veneer.cli.app import run\n"
+        "code = run(['plan', 'llama-2-70b', '--formulas'])\n"
+        "heavy = 'torch transformers tokenizers gguf numpy'.split()\n"
+        "print('LOADED', code, [name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED 0 []"
+
+
+def test_a_plan_shows_parts_methods_memory_and_what_fits(capsys, monkeypatch):
+    text = printed(capsys, "llama-2-70b", "--rank", "16", monkeypatch=monkeypatch)
+    assert "lora: 65,536,000 of 68,976,648,192 parameters train (0.095%)" in text
+    assert "self_attn.k_proj 80 1,024 × 8,192 8,388,608 671,088,640 11,796,480 1.76%" in text
+    assert "83,886,080 parameters instead of 65,536,000" in text
+    for method in ("full, textbook", "full", "freeze, last 2", "lora", "dora", "qlora", "prompt"):
+        assert f" {method} " in text
+    assert "138.0 GB 138.0 GB 551.8 GB" in text
+    assert "24.0 GB are free here: it does not fit." in text
+    assert "With --recompute" in text
+    assert "on the disk that veneer quantize wrote" in text
+
+
+def test_a_plan_that_fits_says_so_and_one_that_never_does_too(capsys, monkeypatch):
+    for free, said in (
+        (10**12, "1000.0 GB are free here: it fits."),
+        (10**6, "it does not fit, whatever its settings."),
+        (None, "this system does not say"),
+    ):
+        text = printed(capsys, "gpt2", free=free, monkeypatch=monkeypatch)
+        assert said in text
+
+
+def test_formulas_are_shown_when_asked_for(capsys):
+    formula = "30 layers × 2,048 tokens × 3,072 numbers × 2 bytes (gate and up)"
+    assert formula in printed(capsys, "smollm2-135m", "--formulas")
+    assert formula not in printed(capsys, "smollm2-135m")
+    less = printed(capsys, "smollm2-135m", "--formulas", "--tokens", "256")
+    assert formula.replace("2,048", "256") in less
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--method", method] for method in ("full", "freeze", "dora", "qlora", "prefix", "prompt")]
+    + [["--bits", "8"], ["--bits", "4", "--mapped"], ["--targets", "all", "--layers", "0:2"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("name", ["llama-2-70b", "gpt-3", "gpt2", "qwen2.5-72b"])
+def test_every_plan_keeps_to_100_columns(capsys, name, arguments):
+    assert run(["plan", name, "--formulas", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert "…" not in out
+
+
+def test_a_directory_or_a_config_is_planned_as_well_as_a_preset(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert find_shape(name) == shape_of(LLAMA)
+        assert "134,515,008" in printed(capsys, str(name))
+
+
+def test_every_flag_is_explained(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+    assert run(["plan", "--help"]) == 0
+    rows = [line.strip("│ ") for line in capsys.readouterr().out.splitlines() if "--" in line]
+    flags = ("method", "bits", "tokens", "tokens-per-batch", "recompute", "mapped", "formulas")
+    for flag in flags:
+        (row,) = [row for row in rows if re.match(rf"--{flag}\s", row)]
+        assert len(row.split()) > 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lama-2-70b"], ["no such preset", "did you mean 'llama-2-70b'", "gpt-3"]),
+        (["some.gguf"], [".gguf file", "config.json"]),
+        (["gpt2", "--targets", "q_proj"], ["'q_proj' matches no layer"]),
+        (["gpt2", "--method", "full", "--bits", "4"], ["full trains weights"]),
+        (["gpt2", "--method", "lor"], ["lor"]),
+        (["gpt2", "--tokens", "0"], ["tokens_per_batch is 0"]),
+    ],
+)
+def test_what_cannot_be_planned_ends_with_2_and_says_why(capsys, arguments, said):
+    assert run(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    for words in said:
+        assert words in error
+
+
+def test_an_unknown_model_type_names_the_known_ones():
+    with pytest.raises(ModelError) as error:
+        shape_of({"model_type": "lama"})
+    assert "did you mean 'llama'?" in str(error.value)
+    for name in ARCHITECTURES:
+        assert name in str(error.value)
+
+
+def test_all_that_a_config_lacks_is_said_at_once_by_its_own_names():
+    with pytest.raises(ModelError) as error:
+        shape_of({"model_type": "gpt2", "n_embd": "wide", "n_layer": 0, "vocab_size": 10})
+    for words in ("n_embd is 'wide'", "n_layer is 0", "n_head is missing", "n_positions is"):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", b"\xff\xfe"])
+def test_a_damaged_config_is_one_clear_error(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ModelError, match=r"config\.json"):
+        find_shape(path)
+    with pytest.raises(ModelError, match="neither a config"):
+        find_shape(tmp_path.parent)

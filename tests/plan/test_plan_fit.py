@@ -1,0 +1,132 @@
+"""What fits: free memory as the system tells it, and the gentlest settings that fit."""
+
+from pathlib import Path
+
+import pytest
+
+from veneer import LoRA
+from veneer.plan.config import PlanConfig
+from veneer.plan.fit import _seconds, alternatives, flags, free_bytes, gentlest
+from veneer.plan.methods import adapted_layers
+from veneer.plan.plan import make_plan, replanned
+from veneer.plan.presets import PRESETS
+from veneer.plan.shapes import shape_of
+
+GB = 10**9
+
+
+def plan_of(name, **settings):
+    shape = shape_of(PRESETS[name])
+    return make_plan(PlanConfig(**settings), shape, adapted_layers(shape, LoRA(targets="all")))
+
+
+@pytest.mark.parametrize("free", [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 30])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama-2-7b", {}),
+        ("llama-2-7b", {"max_length": 512, "recompute": "selective"}),
+        ("llama-2-7b", {"method": "qlora"}),
+        ("gpt2-xl", {"method": "full"}),
+    ],
+)
+def test_the_proposal_fits_and_nothing_that_costs_less_does(name, settings, free):
+    plan = plan_of(name, **settings)
+    found = gentlest(plan, free * GB)
+    for config in alternatives(plan):
+        if found is not None and config == found.config:
+            assert found.memory.peak <= free * GB
+            return
+        assert replanned(plan, config).memory.peak > free * GB
+    assert found is None
+
+
+def test_a_plan_that_fits_is_left_alone():
+    plan = plan_of("llama-2-7b")
+    assert gentlest(plan, 100 * GB) == plan
+    assert flags(plan.config, plan.config) == ""
+
+
+def test_what_costs_time_alone_is_tried_before_fewer_bits():
+    plan = plan_of("llama-2-7b")
+    tried = list(alternatives(plan))
+    assert tried[0] == plan.config
+    bases = [(config.bits, config.mapped) for config in tried]
+    assert list(dict.fromkeys(bases)) == [(None, False), (8, False), (4, False), (4, True)]
+    first = [config for config in tried if config.bits is None]
+    assert [_seconds(config) for config in first] == sorted(map(_seconds, first))
+    assert flags(tried[0], tried[1]) == "--recompute selective"
+
+
+def test_full_training_is_never_offered_bits_or_what_would_not_apply():
+    tried = list(alternatives(plan_of("gpt2-xl", method="full")))
+    assert {config.bits for config in tried} == {None}
+    assert {config.recompute for config in tried} == {"none", "full"}
+
+
+def test_passes_are_not_made_shorter_than_a_row():
+    tried = alternatives(plan_of("llama-2-7b", max_length=512))
+    assert min(config.tokens_per_batch for config in tried) == 512
+
+
+def test_flags_name_what_changed():
+    after = PlanConfig(recompute="full", tokens_per_batch=512, bits=4, mapped=True)
+    expected = "--recompute full --tokens-per-batch 512 --bits 4 --mapped"
+    assert flags(PlanConfig(), after) == expected
+
+
+def machine(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="ascii")
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, None),
+        (MEMINFO, 8000 * 1024),
+        (
+            MEMINFO
+            | {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/b/memory.current": "10\n",
+                "sys/fs/cgroup/a/memory.max": "5000\n",
+                "sys/fs/cgroup/a/memory.current": "3000\n",
+                "sys/fs/cgroup/a/memory.stat": "anon 5\ninactive_file 700\n",
+            },
+            2700,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,memory:/x\n3:cpuset:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "6000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n",
+                "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 1\n",
+            },
+            5001,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "10\n",
+                "sys/fs/cgroup/memory.current": "20\n",
+            },
+            0,
+        ),
+    ],
+    ids=["nothing", "system", "cgroup 2", "cgroup 1", "over its limit"],
+)
+def test_free_memory_is_the_least_that_anybody_leaves(tmp_path, files, free):
+    assert free_bytes(machine(tmp_path, files)) == free
+
+
+def test_free_memory_of_this_machine():
+    if Path("/proc/meminfo").exists():
+        assert free_bytes() > 0
