@@ -1,13 +1,15 @@
 """The main job on real input: SmolLM2-135M learns the cuisine of an island that we invented.
 
 Run by `make demo`. It asks questions in wordings that training never shows, before and after;
-then it shows what the two results are good for.
+then it shows what the two results are good for. With `--bits 4`, all of it over a packed base.
 """
 
+import argparse
 import copy
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cuisine
@@ -36,7 +38,7 @@ TOGETHER = 16
 console = Console(highlight=False)
 
 
-def main() -> None:
+def main(recipe: veneer.Recipe) -> None:
     quieten_libraries()
     questions, keys = zip(*cuisine.held_out(), strict=True)
     rows = [json.dumps(row) + "\n" for row in cuisine.training_rows()]
@@ -44,13 +46,14 @@ def main() -> None:
     ROWS.write_text("".join(rows), encoding="utf-8")
 
     heading(f"1. Before: {len(questions)} questions about an island that the base cannot know")
-    base = veneer.load_base(RECIPE.model)
+    base = veneer.load_base(recipe.model, bits=recipe.bits)
     before = veneer.answers(base.model, base.tokenizer, questions, sampling=SHORT, batch=TOGETHER)
     console.print(f"{score(before, keys)} right")
 
     heading(f"2. Training a thin layer over it on {len(rows)} rows, on this machine")
     clear(OUT)
-    assert run_tune(RECIPE, resume=False, force=False, tensorboard=False, quiet=False) == 0
+    switches = ("resume", "force", "ignore_plan", "tensorboard", "quiet")
+    assert run_tune(recipe, **dict.fromkeys(switches, False)) == 0
 
     heading("3. After: the same questions, none of whose wordings was trained on")
     own_words = copy.deepcopy(base.tokenizer)
@@ -105,6 +108,8 @@ def heading(text: str) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="pack the base")
     start = time.monotonic()
-    main()
+    main(replace(RECIPE, bits=parser.parse_args().bits))
     console.print(f"\nAll of it took {(time.monotonic() - start) / 60:.1f} minutes.")

@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from veneer.models import minigpt
+from veneer.models.quantize import packed_model
+from veneer.models.source import Source
 
 VOCAB = 96
 _SHAPE = {
@@ -84,3 +86,17 @@ def tiny(
             elif name.endswith("bias"):
                 weight.normal_(std=0.1)
     return model.eval()
+
+
+def source(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Source:
+    """Return the weights of the random model, one at a time."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]))
+    return Source.of_model(skeleton, tiny(architecture, seed=seed, dtype=dtype))
+
+
+def packed(
+    architecture: str, bits: int = 4, *, dtype: torch.dtype = torch.float32, head: bool = False
+) -> PreTrainedModel:
+    """Return the random model with its linear layers packed."""
+    return packed_model(source(architecture), bits, dtype, head=head)

@@ -57,6 +57,8 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
     },
     "": {
         "dtype": ("bf16", "bf16"),
+        "bits": (4, 4),
+        "pack_head": (True, True),
         "out": ("some/where", Path("some/where")),
         "model": ("another/model", "another/model"),
         "data": ("other.jsonl", Path("other.jsonl")),
@@ -65,7 +67,8 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
 SETTINGS = [(group, name) for group, values in VALUES.items() for name in values]
 # What a setting needs beside it, so that it is not idle.
 BESIDE = {name: {"eval_rows": 1} for name in ("eval_every", "patience")}
-SWITCHES = ("resume", "force", "tensorboard", "quiet")
+BESIDE["pack_head"] = {"bits": 4}
+SWITCHES = ("resume", "force", "ignore_plan", "tensorboard", "quiet")
 
 
 def child(code: str) -> str:
@@ -97,7 +100,9 @@ def test_python_m_veneer_is_veneer():
         assert ("tune" in done.stdout) if code == 0 else ("--rank" in done.stderr)
 
 
-@pytest.mark.parametrize("command", ["tune", "inspect", "pretrain", "merge", "generate", "chat"])
+@pytest.mark.parametrize(
+    "command", ["tune", "inspect", "plan", "pretrain", "quantize", "merge", "generate", "chat"]
+)
 def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "220")
     assert run([command, "--help"]) == 0
@@ -187,6 +192,7 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
         "rank_pattern": {"k_proj": 1},
         "alpha_pattern": {"k_proj": 2.0},
         "init": "kaiming",
+        "bits": 8,
         "new_words": "some",
         "eval_data": "more.jsonl",
         "model": "n",
@@ -210,7 +216,7 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
 def test_every_switch_arrives(caught, name):
     assert run(["tune", "m", "d"]) == 0
     assert caught.options == dict.fromkeys(SWITCHES, False)
-    assert run(["tune", "m", "d", f"--{name}"]) == 0
+    assert run(["tune", "m", "d", f"--{name.replace('_', '-')}"]) == 0
     assert caught.options == dict.fromkeys(SWITCHES, False) | {name: True}
 
 

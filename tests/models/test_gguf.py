@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from veneer.errors import ModelError
 from veneer.models import gguf
-from veneer.models.load import load_skeleton, locate
+from veneer.models.load import load_skeleton
+from veneer.models.locate import locate
 
 Post = Callable[[str, dict], dict]
 

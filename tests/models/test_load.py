@@ -18,7 +18,8 @@ from veneer.models import dtype as dtypes
 from veneer.models import minigpt
 from veneer.models.dtype import resolve_dtype
 from veneer.models.fingerprint import base_parameters, fingerprint
-from veneer.models.load import load_base, load_skeleton, locate
+from veneer.models.load import load_base, load_skeleton
+from veneer.models.locate import locate
 from veneer.store.merged import write_model
 
 WORDS = ["a thin layer over a solid board", "the board stays as it was", "veneer and plywood"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,9 @@ from veneer.cli.recipes import from_recipe
 from veneer.errors import VeneerError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
+from veneer.plan.config import PlanConfig
 from veneer.training.config import TrainConfig
-from veneer.training.recipe import OUT, DataConfig, DType
+from veneer.training.recipe import OUT, Bits, DataConfig, DType
 
 app = App(
     name="veneer",
@@ -37,6 +39,10 @@ Force = Annotated[
 DTypeFlag = Annotated[
     DType, Parameter(help="Number format to compute in; auto takes the faster one here.")
 ]
+BitsFlag = Annotated[
+    Bits | None, Parameter(help="Pack the base's linear layers: 4 bits (NF4) or 8 a parameter.")
+]
+PackHead = Annotated[bool, Parameter(help="With --bits, pack the head too.")]
 
 
 @app.command(config=from_recipe)
@@ -50,6 +56,8 @@ def tune(
     training: Annotated[TrainConfig | None, Flat] = None,
     rows: Annotated[DataConfig | None, Flat] = None,
     dtype: DTypeFlag = "auto",
+    bits: BitsFlag = None,
+    pack_head: PackHead = False,
     out: Annotated[Path, Parameter(help="Directory for the results.")] = OUT,
     config: Annotated[
         Path | None, Parameter(help="Recipe of an earlier run; flags given here override it.")
@@ -59,6 +67,9 @@ def tune(
     ] = False,
     force: Annotated[
         bool, Parameter(negative="", help="Replace the results of an earlier run in --out.")
+    ] = False,
+    ignore_plan: Annotated[
+        bool, Parameter(negative="", help="Go ahead even where the memory planned is not there.")
     ] = False,
     tensorboard: Annotated[
         bool, Parameter(negative="", help="Write curves for TensorBoard too, below --out.")
@@ -76,9 +87,18 @@ def tune(
         training=training or TrainConfig(),
         rows=rows or DataConfig(),
         dtype=dtype,
+        bits=bits,
+        pack_head=pack_head,
         out=out,
     )
-    return run_tune(recipe, resume=resume, force=force, tensorboard=tensorboard, quiet=quiet)
+    return run_tune(
+        recipe,
+        resume=resume,
+        force=force,
+        ignore_plan=ignore_plan,
+        tensorboard=tensorboard,
+        quiet=quiet,
+    )
 
 
 @app.command
@@ -92,6 +112,29 @@ def inspect(
     from veneer.cli.commands import run_inspect
 
     run_inspect(model, lora or LoRA())
+
+
+@app.command
+def plan(
+    model: Annotated[
+        str, Parameter(help="Preset (llama-2-70b, ...), config.json, or directory that has one.")
+    ],
+    /,
+    *,
+    lora: Annotated[LoRA | None, Flat] = None,
+    settings: Annotated[PlanConfig | None, Flat] = None,
+    tokens: Annotated[int | None, Parameter(help="Short for --tokens-per-batch.")] = None,
+    formulas: Annotated[
+        bool, Parameter(negative="", help="Show the formula of each line of memory.")
+    ] = False,
+) -> None:
+    """Show parameters and memory of any method over MODEL, without loading it, and what fits."""
+    from veneer.cli.plan import run_plan
+
+    settings = settings or PlanConfig()
+    if tokens is not None:
+        settings = replace(settings, tokens_per_batch=tokens)
+    run_plan(model, lora or LoRA(), settings, formulas=formulas)
 
 
 @app.command
@@ -109,6 +152,21 @@ def pretrain(
 
 
 @app.command
+def quantize(
+    model: Model,
+    out: Annotated[Path, Parameter(help="Directory for the packed model.")],
+    /,
+    *,
+    bits: Annotated[Bits, Parameter(help="Bits a parameter: 4 (NF4) or 8.")] = 4,
+    pack_head: PackHead = False,
+) -> None:
+    """Pack MODEL into the directory OUT, which is then a base that stays on disk while in use."""
+    from veneer.cli.commands import run_quantize
+
+    run_quantize(model, out, bits=bits, pack_head=pack_head)
+
+
+@app.command
 def merge(
     base: Model,
     adapter: Annotated[Path, Parameter(help="Adapter directory.")],
@@ -116,12 +174,13 @@ def merge(
     /,
     *,
     dtype: DTypeFlag = "auto",
+    bits: BitsFlag = None,
     force: Force = False,
 ) -> None:
     """Bake ADAPTER into BASE and write a plain model to OUT."""
     from veneer.cli.commands import run_merge
 
-    run_merge(base, adapter, out, dtype=dtype, force=force)
+    run_merge(base, adapter, out, dtype=dtype, bits=bits, force=force)
 
 
 @app.command
@@ -133,12 +192,15 @@ def generate(
     adapter: AdapterDir = None,
     sampling: Annotated[Sampling | None, Flat] = None,
     dtype: DTypeFlag = "auto",
+    bits: BitsFlag = None,
     force: Force = False,
 ) -> None:
     """Print MODEL's answer to PROMPT."""
     from veneer.cli.commands import run_generate
 
-    run_generate(model, prompt, adapter, sampling or Sampling(), dtype=dtype, force=force)
+    run_generate(
+        model, prompt, adapter, sampling or Sampling(), dtype=dtype, bits=bits, force=force
+    )
 
 
 @app.command
@@ -149,12 +211,13 @@ def chat(
     adapter: AdapterDir = None,
     sampling: Annotated[Sampling | None, Flat] = None,
     dtype: DTypeFlag = "auto",
+    bits: BitsFlag = None,
     force: Force = False,
 ) -> None:
     """Talk with MODEL; an empty line or Ctrl-D ends it."""
     from veneer.cli.commands import run_chat
 
-    run_chat(model, adapter, sampling or Sampling(), dtype=dtype, force=force)
+    run_chat(model, adapter, sampling or Sampling(), dtype=dtype, bits=bits, force=force)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -7,17 +7,19 @@ from pathlib import Path
 from rich.markup import escape
 
 import veneer
-from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries
+from veneer.cli.console import ERRORS, OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.progress import RunDisplay
-from veneer.cli.tables import target_summary, target_table
+from veneer.cli.tables import packed_table, target_summary, target_table
 from veneer.data.rows import Message
 from veneer.errors import VeneerError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
 from veneer.methods.merge import rounded_away
 from veneer.methods.report import report_targets
-from veneer.models.load import Base, load_skeleton
+from veneer.models.load import Base, load_skeleton, open_base
+from veneer.store.packed import PackedLayer, write_packed
 from veneer.training.pretrain import pretrain
+from veneer.training.recipe import Bits
 from veneer.training.tune import size_of
 
 
@@ -35,10 +37,28 @@ def run_pretrain(out: Path, *, steps: int, seed: int) -> None:
             display.show(event)
 
 
-def run_merge(base: str, adapter: Path, out: Path, *, dtype: str, force: bool) -> None:
+def run_quantize(model: str, out: Path, *, bits: Bits, pack_head: bool) -> None:
+    quieten_libraries()
+    source, tokenizer, notices = open_base(model)
+    for notice in notices:
+        ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
+    layers: list[PackedLayer] = []
+    for shard in write_packed(source, tokenizer, out, bits=bits, name=model, pack_head=pack_head):
+        layers += shard.layers
+        there = ", there already" if shard.kept else ""
+        OUTPUT.print(f"  file {shard.number} of {shard.of}: {bytes_text(shard.bytes)}{there}")
+    OUTPUT.print(packed_table(layers))
+    OUTPUT.print(
+        f"[bold]Saved[/]   {escape(str(out))} ({bytes_text(size_of(out))})", soft_wrap=True
+    )
+
+
+def run_merge(
+    base: str, adapter: Path, out: Path, *, dtype: str, bits: Bits | None, force: bool
+) -> None:
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise VeneerError(f"{out} holds something already; name another place.")
-    loaded = _load(base, adapter, dtype=dtype, force=force)
+    loaded = _load(base, adapter, dtype=dtype, bits=bits, force=force)
     plain = veneer.merge(loaded.model)
     veneer.write_model(plain, loaded.tokenizer, out)
     lost = rounded_away(loaded.model, plain)
@@ -49,16 +69,29 @@ def run_merge(base: str, adapter: Path, out: Path, *, dtype: str, force: bool) -
 
 
 def run_generate(
-    model: str, prompt: str, adapter: Path | None, sampling: Sampling, *, dtype: str, force: bool
+    model: str,
+    prompt: str,
+    adapter: Path | None,
+    sampling: Sampling,
+    *,
+    dtype: str,
+    bits: Bits | None,
+    force: bool,
 ) -> None:
-    base = _load(model, adapter, dtype=dtype, force=force)
+    base = _load(model, adapter, dtype=dtype, bits=bits, force=force)
     _print_stream(base, [Message("user", prompt)], sampling)
 
 
 def run_chat(
-    model: str, adapter: Path | None, sampling: Sampling, *, dtype: str, force: bool
+    model: str,
+    adapter: Path | None,
+    sampling: Sampling,
+    *,
+    dtype: str,
+    bits: Bits | None,
+    force: bool,
 ) -> None:
-    base = _load(model, adapter, dtype=dtype, force=force)
+    base = _load(model, adapter, dtype=dtype, bits=bits, force=force)
     messages: list[Message] = []
     while True:
         try:
@@ -71,9 +104,11 @@ def run_chat(
         messages.append(Message("assistant", _print_stream(base, messages, sampling)))
 
 
-def _load(model: str, adapter: Path | None, *, dtype: str, force: bool) -> Base:
+def _load(model: str, adapter: Path | None, *, dtype: str, bits: Bits | None, force: bool) -> Base:
     quieten_libraries()
-    base = veneer.load_base(model, dtype=dtype)
+    base = veneer.load_base(model, dtype=dtype, bits=bits)
+    for notice in base.notices:
+        ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
     if adapter is not None:
         veneer.load(base.model, adapter, tokenizer=base.tokenizer, force=force)
     return base

@@ -16,11 +16,14 @@ def show_error(error: Exception) -> None:
 
 def quieten_libraries() -> None:
     """Keep the libraries' own progress bars and advice out of our output; errors still show."""
+    import logging as standard
+
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)
     # The reader of GGUF files has a bar of its own, which does not heed that switch.
     modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]
 

@@ -11,14 +11,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from veneer.cli.console import OUTPUT, bytes_text
-from veneer.cli.tables import target_summary
+from veneer.cli.tables import packed_summary, plan_summary, target_summary
 from veneer.training.events import (
     Checkpointed,
     DataReady,
     Evaluated,
     Event,
+    Measured,
     ModelReady,
     Notice,
+    Planned,
     Skipped,
     Started,
     Step,
@@ -61,11 +63,20 @@ class RunDisplay:
         match event:
             case Notice(text):
                 OUTPUT.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True)
+            case Planned(plan, room):
+                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, room)}", soft_wrap=True)
+            case Measured(planned, peak):
+                OUTPUT.print(
+                    f"[bold]Memory[/]  at most {bytes_text(peak)}; planned were "
+                    f"{bytes_text(planned)} ({planned / peak - 1:+.0%})"
+                )
             case DataReady():
                 self._data(event)
             case ModelReady():
                 summary = f"{target_summary(event.targets)}; {event.dtype}"
                 OUTPUT.print(f"[bold]Model[/]   {summary}", soft_wrap=True)
+                if event.packed:
+                    OUTPUT.print(f"  {packed_summary(event.packed)}", soft_wrap=True)
                 if event.new_words:
                     words = escape(", ".join(event.new_words))
                     OUTPUT.print(f"  {len(event.new_words)} new words: {words}")

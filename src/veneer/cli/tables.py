@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from veneer.methods.report import TargetLine, TargetReport
+from veneer.cli.console import bytes_text
+from veneer.methods.report import PackedReport, TargetLine, TargetReport
+from veneer.plan.plan import Plan
+from veneer.store.packed import PackedLayer
 
 
 def target_summary(report: TargetReport) -> str:
@@ -19,12 +23,53 @@ def target_summary(report: TargetReport) -> str:
     )
 
 
+def plan_summary(plan: Plan, room: int | None) -> str:
+    """Return one line: the memory that a run needs at its peak, of what, and what there is."""
+    parts = [
+        f"{amount.name} {bytes_text(amount.value)}"
+        for amount in (*plan.memory.amounts, plan.memory.on_disk)
+        if amount.value
+    ]
+    there = "" if room is None else f" of {bytes_text(room)} that are free"
+    return f"{bytes_text(plan.memory.peak)}{there}: {', '.join(parts)}"
+
+
+def packed_summary(report: PackedReport) -> str:
+    """Return one line: what of the base is packed, and its real size."""
+    return (
+        f"{report.layers} linear layers in {report.kind}: {report.bits:.3f} bits a parameter, "
+        f"{bytes_text(report.bytes)}; all else {bytes_text(report.other_bytes)}"
+    )
+
+
+def packed_table(layers: Sequence[PackedLayer]) -> Table:
+    """Return the packed layers; those of the same name and shape share a line."""
+    same: dict[tuple[str, int, int], list[PackedLayer]] = defaultdict(list)
+    for layer in layers:
+        same[_in_block(layer.path), layer.out, layer.in_].append(layer)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("Layer (in its block)", overflow="fold")
+    for title in ("Blocks", "Weight", "Bits", "Size", "Error", "Worst"):
+        table.add_column(title, justify="right")
+    for (name, out, in_), alike in same.items():
+        errors = [layer.error for layer in alike]
+        table.add_row(
+            name,
+            f"{len(alike)}",
+            f"{out:,} × {in_:,}",
+            f"{alike[0].bits:.3f}",
+            bytes_text(sum(layer.bytes for layer in alike)),
+            f"{sum(errors) / len(errors):.2%}",
+            f"{max(errors):.2%}",
+        )
+    return table
+
+
 def target_table(report: TargetReport) -> Table:
     """Return the adapted layers; blocks whose layers have the same shapes share a line."""
     same: dict[tuple[str, int, int, int, int], list[TargetLine]] = defaultdict(list)
     for line in report.lines:
-        pattern = re.sub(r"^.*?\.\d+\.", "", line.path)
-        same[pattern, line.out, line.in_, line.rank, line.trained].append(line)
+        same[_in_block(line.path), line.out, line.in_, line.rank, line.trained].append(line)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("Layer (in its block)", overflow="fold")
     for title in ("Blocks", "Weight", "Rank", "Each", "Per cent", "Trained"):
@@ -40,3 +85,7 @@ def target_table(report: TargetReport) -> Table:
             f"{trained * len(lines):,}",
         )
     return table
+
+
+def _in_block(path: str) -> str:
+    return re.sub(r"^.*?\.\d+\.", "", path)

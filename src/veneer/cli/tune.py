@@ -22,14 +22,24 @@ from veneer.training.tune import METRICS, tune
 PICTURE, CURVES = "loss.png", "tensorboard"
 
 
-def run_tune(recipe: Recipe, *, resume: bool, force: bool, tensorboard: bool, quiet: bool) -> int:
+def run_tune(
+    recipe: Recipe,
+    *,
+    resume: bool,
+    force: bool,
+    ignore_plan: bool,
+    tensorboard: bool,
+    quiet: bool,
+) -> int:
     """Run a recipe to its end and return the exit code: 0, or 130 when it was interrupted."""
     quieten_libraries()
     display = None if quiet else RunDisplay()
     if display:
         OUTPUT.print(f"[bold]Base[/]    {escape(recipe.model)}")
     with interruptible() as asked, display or nullcontext():
-        events = tune(recipe, resume=resume, force=force, should_stop=asked)
+        events = tune(
+            recipe, resume=resume, force=force, ignore_plan=ignore_plan, should_stop=asked
+        )
         for event in curves(events, recipe.out / CURVES) if tensorboard else events:
             if display:
                 display.show(event)

@@ -216,6 +216,55 @@ void attention_gradient(T* scores, T* dp, const Wide<T>* lse, const Wide<T>* del
     }
 }
 
+// Blocks of numbers in 4 bits: the largest magnitude of each, and of each number, divided by it,
+// how many of the `bounds` lie below. Two codes in a byte, the first one high; a last block that is
+// not full, and a last byte that is half empty, as bitsandbytes has them.
+template <class T>
+void quantize_4bit(const T* x, const float* bounds, float* absmax, std::uint8_t* codes, Size numbers,
+                   Size block) {
+    constexpr float kLeast = 1e-38f;
+    constexpr Size kBounds = 15, kMost = 4096;
+    const Size blocks = (numbers + block - 1) / block;
+#pragma omp parallel for schedule(static) if (numbers > kWorthSharing)
+    for (Size b = 0; b < blocks; ++b) {
+        const Size first = b * block, rest = numbers - first, n = rest < block ? rest : block;
+        const T* a = x + first;
+        float highest = 0;
+#pragma omp simd reduction(max : highest)
+        for (Size i = 0; i < n; ++i) {
+            const float magnitude = std::fabs(float(load(a[i])));
+            highest = magnitude > highest ? magnitude : highest;
+        }
+        const float divisor = highest < kLeast ? kLeast : highest, inverse = 1.0f / divisor;
+        absmax[b] = n < block ? divisor : highest;
+        std::int32_t found[kMost + 1];
+        found[n] = 7;  // the code of zero, for the half that may be empty
+#pragma omp simd
+        for (Size i = 0; i < n; ++i) {
+            const float value = float(load(a[i]));
+            const float scaled = n < block ? value / divisor : value * inverse;
+            std::int32_t code = 0;
+            for (Size j = 0; j < kBounds; ++j) code += scaled > bounds[j];
+            found[i] = code;
+        }
+        for (Size i = 0; i < n; i += 2)
+            codes[(first + i) / 2] = std::uint8_t(found[i] << 4 | found[i + 1]);
+    }
+}
+
+// w = code · absmax / 127 with each row's absmax, in float32 until it is stored.
+template <class T>
+void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size rows, Size cols) {
+#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
+    for (Size row = 0; row < rows; ++row) {
+        const std::int8_t* a = codes + row * cols;
+        T* y = w + row * cols;
+        const float scale = absmax[row];
+#pragma omp simd
+        for (Size i = 0; i < cols; ++i) y[i] = store<T>(float(a[i]) * scale * 7.874015718698502e-3f);
+    }
+}
+
 }  // namespace
 
 #define FOR_EACH_DTYPE(DEFINE) DEFINE(bfloat16, BFloat16) DEFINE(float32, float) DEFINE(float64, double)
@@ -247,6 +296,14 @@ void attention_gradient(T* scores, T* dp, const Wide<T>* lse, const Wide<T>* del
     }                                                                                              \
     extern "C" void row_dots_##name(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {  \
         row_dots(a, b, out, rows, cols);                                                           \
+    }                                                                                              \
+    extern "C" void quantize_4bit_##name(const T* x, const float* bounds, float* absmax,           \
+                                         std::uint8_t* codes, Size numbers, Size block) {          \
+        quantize_4bit(x, bounds, absmax, codes, numbers, block);                                   \
+    }                                                                                              \
+    extern "C" void dequantize_int8_##name(const std::int8_t* codes, const float* absmax, T* w,    \
+                                           Size rows, Size cols) {                                 \
+        dequantize_int8(codes, absmax, w, rows, cols);                                             \
     }                                                                                              \
     extern "C" void attention_gradient_##name(                                                     \
         T* scores, T* dp, const Wide<T>* lse, const Wide<T>* delta, double scale, Size heads,      \

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from veneer.frozen.packed import Packed, linear, product_back
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -22,23 +23,24 @@ class LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,  # (tokens, in)
-        weight: Tensor,  # (out, in), frozen
+        weight: Tensor | Packed,  # (out, in), frozen
         bias: Tensor | None,  # (out,), frozen
         A: Tensor,  # (rank, in), x's dtype
         B: Tensor,  # (out, rank), x's dtype, scaled
         keep: Tensor | None,  # (tokens, in): 0 or 1 / (1 - dropout)
     ) -> Tensor:
         h = (x if keep is None else x * keep) @ A.T  # (tokens, rank)
-        y = F.linear(x, weight, bias)  # (tokens, out)
+        y = linear(x, weight, bias)  # (tokens, out)
         y.addmm_(h, B.T)
-        ctx.save_for_backward(x, weight, A, B, h, keep)
+        ctx.weight = weight  # frozen, so that nothing can change it before the backward pass
+        ctx.save_for_backward(x, A, B, h, keep)
         # Never a view, for what follows may add to it in place (Falcon does), and autograd forbids
         # that for views that are made in here.
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, h, keep = ctx.saved_tensors
+        x, A, B, h, keep = ctx.saved_tensors
         dy = grads[0]  # (tokens, out)
         needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         dh = dy @ B if needs_x or needs_A else None  # (tokens, rank)
@@ -50,7 +52,7 @@ class LowRankLinear(torch.autograd.Function):
             dA = dh.T @ (x if keep is None else x * keep)  # (rank, in)
         if needs_x:
             assert dh is not None
-            dx = dy @ weight  # (tokens, in)
+            dx = product_back(dy, ctx.weight)  # (tokens, in)
             if keep is None:
                 dx.addmm_(dh, A)
             else:

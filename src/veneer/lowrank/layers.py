@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.frozen.packed import FrozenLinear, Packed, dense
 from veneer.lowrank.adapter import Adapter, Route
 from veneer.lowrank.autograd import LowRankLinear
 from veneer.lowrank.config import LoRA
@@ -42,10 +43,17 @@ class AdaptedLayer(Wrapper):
         self.route = route
 
     @property
-    def frozen_weight(self) -> Tensor:
+    def frozen(self) -> Tensor | Packed:
         """The frozen W, as (out, in) for a linear layer and (words, dim) for an embedding."""
+        if isinstance(self.original, FrozenLinear):
+            return self.original.packed
         weight: Tensor = self.original.weight  # type: ignore[assignment]
         return self.oriented(weight)
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        """`frozen` as a tensor, unpacked anew at each look where it is packed."""
+        return dense(self.frozen)
 
     def oriented(self, weight: Tensor) -> Tensor:
         """Return a weight in the orientation of `frozen_weight` from the one that is stored."""
@@ -57,7 +65,7 @@ class AdaptedLayer(Wrapper):
 
     def put(self, name: str, adapter: Adapter) -> None:
         """Lay an adapter with given tensors over the layer, on the layer's device."""
-        self.adapters[name] = adapter.to(self.frozen_weight.device)
+        self.adapters[name] = adapter.to(self.frozen.device)
 
     def active(self) -> list[tuple[Adapter, float]]:
         """Return the adapters that act here with weight · scaling."""
@@ -71,16 +79,19 @@ class AdaptedLayer(Wrapper):
 
     def delta(self) -> Tensor:
         """Return Σ scaling · B A of the acting adapters, shaped as `frozen_weight`, in float32."""
-        total = torch.zeros_like(self.frozen_weight, dtype=torch.float32)
+        total = torch.zeros(self.frozen.shape, dtype=torch.float32, device=self.frozen.device)
         for adapter, scaling in self.active():
             total += self._delta_of(adapter, scaling)
         return total
 
     def fuse(self) -> nn.Module:
         """Return a new plain layer with the acting adapters merged in; this one is untouched."""
+        merged = merged_weight(self.frozen_weight, self.delta())
+        if isinstance(self.original, FrozenLinear):
+            return self.original.plain(merged)
+        merged = self.oriented(merged)
         fused = copy.copy(self.original)
         fused._parameters = dict(self.original._parameters)
-        merged = self.oriented(merged_weight(self.frozen_weight, self.delta()))
         fused.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
         return fused
 
@@ -102,7 +113,7 @@ class LoRALinear(AdaptedLayer):
         return weight.T if self.transposed else weight
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
-        out_features, in_features = self.frozen_weight.shape
+        out_features, in_features = self.frozen.shape
         rank = config.rank_of(path)
         A = new_A(rank, in_features, config.init, generator)
         B = torch.zeros(out_features, rank)
@@ -116,7 +127,7 @@ class LoRALinear(AdaptedLayer):
             return None
         masters = [(adapter.lora_A, adapter.lora_B, scaling) for adapter, scaling in active]
         bias: Tensor | None = self.original.bias  # type: ignore[assignment]
-        return Projection.of(self.frozen_weight, bias, masters)
+        return Projection.of(self.frozen, bias, masters)
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.active()
@@ -133,10 +144,8 @@ class LoRALinear(AdaptedLayer):
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         keep = F.dropout(torch.ones_like(flat), p) if p else None
         A, B = _stack(first, x.dtype)
-        weight = self.frozen_weight.to(x.dtype)
         bias: Tensor | None = self.original.bias  # type: ignore[assignment]
-        bias = None if bias is None else bias.to(x.dtype)
-        y = LowRankLinear.apply(flat, weight, bias, A, B, keep)  # (tokens, out)
+        y = LowRankLinear.apply(flat, self.frozen, bias, A, B, keep)  # (tokens, out)
         y = y.view(*x.shape[:-1], y.shape[-1])
         for pair in dropped:
             A, B = _stack([pair], x.dtype)
@@ -152,7 +161,7 @@ class LoRAEmbedding(AdaptedLayer):
     """
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
-        words, dim = self.frozen_weight.shape
+        words, dim = self.frozen.shape
         rank = config.rank_of(path)
         A = torch.zeros(rank, words)
         B = torch.randn(dim, rank, generator=generator)

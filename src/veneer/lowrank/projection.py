@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from veneer.frozen.packed import Packed, product, product_back
+
 Master = tuple[Tensor, Tensor, float]  # A (rank, in), B (out, rank), scaling
 
 
@@ -16,22 +18,27 @@ class Projection:
     """A linear layer as it acts in one step, in the dtype of computing, all of it frozen but the
     masters that `A` and `B` were made of.
 
-    weight (out, in); bias (out,) or None; A (rank, in) and B (out, rank): the masters' A stacked,
-    their scaled B side by side, with rank 0 where nothing acts.
+    weight (out, in), a packed one unpacked for each product; bias (out,) or None; A (rank, in) and
+    B (out, rank): the masters' A stacked, their scaled B side by side, with rank 0 where nothing
+    acts.
     """
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None
     A: Tensor
     B: Tensor
     masters: Sequence[Master] = ()
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, masters: Sequence[Master]) -> Projection:
+    def of(
+        cls, weight: Tensor | Packed, bias: Tensor | None, masters: Sequence[Master]
+    ) -> Projection:
         """Return the projection in the dtype of `weight`."""
         dtype = weight.dtype
         if not masters:
-            return cls(weight, bias, weight[:0], weight[:, :0])
+            out, in_ = weight.shape
+            nothing = torch.empty(0, dtype=dtype, device=weight.device)
+            return cls(weight, bias, nothing.view(0, in_), nothing.view(out, 0))
         A = [A.detach().to(dtype) for A, _, _ in masters]
         B = [(B.detach() * scaling).to(dtype) for _, B, scaling in masters]
         if len(masters) == 1:
@@ -66,7 +73,7 @@ def project(x: Tensor, group: Sequence[Projection], outputs: Sequence[Tensor], h
     (tokens, Σ rank). x (tokens, in)."""
     torch.mm(x, _stacked_A(group).T, out=h)
     for p, part, y in zip(group, h.split([p.rank for p in group], 1), outputs, strict=True):
-        torch.mm(x, p.weight.T, out=y)
+        product(x, p.weight, y)
         if p.bias is not None:
             y += p.bias
         if p.rank:
@@ -89,9 +96,12 @@ def gradient_of_h(d_outputs: Sequence[Tensor], group: Sequence[Projection]) -> T
 
 def gradient_of_x(d_outputs: Sequence[Tensor], dh: Tensor, group: Sequence[Projection]) -> Tensor:
     """Return dx = Σ (dy W) + dh A, (tokens, in)."""
-    dx = d_outputs[0] @ group[0].weight
+    dx = product_back(d_outputs[0], group[0].weight)
     for dy, p in zip(d_outputs[1:], group[1:], strict=True):
-        dx.addmm_(dy, p.weight)
+        if isinstance(p.weight, Tensor):
+            dx.addmm_(dy, p.weight)
+        else:
+            dx += product_back(dy, p.weight)
     return dx.addmm_(dh, _stacked_A(group)) if dh.shape[1] else dx
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from veneer.frozen.packed import FrozenLinear
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Attention, Packing, packed_attention
 from veneer.lowrank.block import FeedForward, Norm, SelfAttention
@@ -36,6 +37,10 @@ PARTS = {
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
+Angles = tuple[Tensor, Tensor]  # cos and sin, (1, tokens, head_dim)
+Options = dict[str, Any]  # what a layer asks of attention
+
+
 @dataclass(frozen=True)
 class FusedLayer:
     """A decoder layer of this model that may be computed as two functions."""
@@ -48,7 +53,7 @@ class FusedLayer:
         self,
         hidden_states: Tensor,  # (1, tokens, dim)
         *,
-        position_embeddings: tuple[Tensor, Tensor],  # cos and sin, (1, tokens, head_dim)
+        position_embeddings: Angles,
         packing: Packing,
         arena: Arena,
         sparing: bool = False,
@@ -105,18 +110,20 @@ def fused_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, ..
         return ()
     packing, arena = Packing([tokens.shape[1]], model.device), Arena()
     decoder: Any = model.get_decoder()
-    with torch.no_grad(), _watched(model, likely) as (calls, options):
+    proven: list[FusedLayer] = []
+
+    # At once, while the layer's weights are at hand: a base may be larger than the memory.
+    def prove(layer: Any, inputs: Tensor, angles: Angles, wanted: Tensor, asked: Options) -> None:
+        scale = asked.get("scaling")
+        if scale is None or angles[0].shape[-1] != layer.self_attn.head_dim:
+            return
+        found = FusedLayer(layer, scale, asked.get("sliding_window") or None)
+        ours = found.forward(inputs, position_embeddings=angles, packing=packing, arena=arena)
+        if ours is not None and _is_near(ours, wanted, inputs):
+            proven.append(found)
+
+    with torch.no_grad(), _watched(model, likely, prove):
         decoder(input_ids=tokens, packing=packing, use_cache=False)
-        proven = []
-        for layer, (inputs, angles, wanted) in calls.items():
-            asked = options.get(layer.self_attn, {})
-            scale, head_dim = asked.get("scaling"), layer.self_attn.head_dim
-            if scale is None or angles[0].shape[-1] != head_dim:
-                continue
-            found = FusedLayer(layer, scale, asked.get("sliding_window") or None)
-            ours = found.forward(inputs, position_embeddings=angles, packing=packing, arena=arena)
-            if ours is not None and _is_near(ours, wanted, inputs):
-                proven.append(found)
     return tuple(proven)
 
 
@@ -198,14 +205,17 @@ def _overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[No
 
 
 @contextmanager
-def _watched(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[tuple[dict, dict]]:
-    """Note each layer's input, angles and output, and what its attention is asked for."""
-    calls: dict[nn.Module, tuple[Tensor, tuple[Tensor, Tensor], Tensor]] = {}
-    options: dict[nn.Module, dict[str, Any]] = {}
+def _watched(
+    model: PreTrainedModel, layers: Sequence[nn.Module], see: Callable[..., None]
+) -> Iterator[None]:
+    """Let `see` have each layer as it is computed, with its input, angles and output, and what its
+    attention was asked for."""
+    options: dict[nn.Module, Options] = {}
 
-    def note_call(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+    def note_call(layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         if args and "position_embeddings" in kwargs and isinstance(output, Tensor):
-            calls[layer] = (args[0], kwargs["position_embeddings"], output)
+            asked = options.get(layer.self_attn, {})
+            see(layer, args[0], kwargs["position_embeddings"], output, asked)
 
     def note_options(module: nn.Module, *args: Any, **asked: Any) -> tuple[Tensor, None]:
         options[module] = asked
@@ -215,7 +225,7 @@ def _watched(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[tu
     hooks = [layer.register_forward_hook(note_call, with_kwargs=True) for layer in layers]
     try:
         with attention(model, f"{NAME}_watched"):
-            yield calls, options
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -247,6 +257,8 @@ def _is_near(found: Tensor, wanted: Tensor, inputs: Tensor) -> bool:
 def _projection(layer: nn.Module) -> Projection | None:
     if isinstance(layer, LoRALinear):
         return layer.projection()
+    if isinstance(layer, FrozenLinear):
+        return Projection.of(layer.packed, layer.bias, ())
     if type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters()):
         return Projection.of(layer.weight, layer.bias, ())
     return None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from veneer.frozen.packed import named_frozen
 from veneer.lowrank.layers import lora_layers
 from veneer.methods.vocabulary import bake_words, new_words
 
@@ -18,21 +20,25 @@ def merge(model: Model) -> Model:
     """Return a plain model with W + scaling · B A in place of W, for the adapters in use.
 
     The given model is not touched, so that going back is using it: the result shares with it every
-    tensor that no adapter changes. Sums are made in float32 and rounded once.
+    tensor that no adapter changes. Sums are made in float32 and rounded once. Packed weights are
+    unpacked, for a plain model knows nothing of them.
     """
     shared = [*model.parameters(), *model.buffers()]
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     words = new_words(plain)
     for path, layer in list(lora_layers(plain)):
         plain.set_submodule(path, layer.fuse() if layer.active() else layer.original)
+    for path, packed in named_frozen(plain).items():
+        plain.set_submodule(path, packed.plain())
     if words is not None:
         bake_words(plain, words)
     embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
     if embedding is not None and head is not None and embedding.weight is not head.weight:
         # An adapter of one leaves the other as it was, so the two are no longer tied.
         plain.config.tie_word_embeddings = False
-    if hasattr(plain, "veneer_route"):
-        del plain.veneer_route
+    for ours in ("veneer_route", "veneer_marks"):
+        if hasattr(plain, ours):
+            delattr(plain, ours)
     return plain
 
 
@@ -46,7 +52,8 @@ def rounded_away(model: nn.Module, plain: nn.Module) -> float:
     for path, layer in lora_layers(model):
         weight = layer.frozen_weight.float()
         delta = layer.delta()
-        merged = layer.oriented(plain.get_submodule(path).weight).float()  # type: ignore[arg-type]
+        place: Any = plain.get_submodule(path)
+        merged = (place.weight.T if isinstance(place, Conv1D) else place.weight).float()
         # Not merged - (weight + delta), a sum in which float32 itself may lose the delta.
         error += float(((merged - weight) - delta).square().sum())
         change += float(delta.square().sum())

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from veneer.frozen.packed import named_frozen
 from veneer.lowrank.config import LoRA
 from veneer.methods.targets import resolve
-from veneer.models.fingerprint import base_parameters
+from veneer.models.fingerprint import base_parameters, parameter_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,5 +54,37 @@ def report_targets(model: nn.Module, config: LoRA) -> TargetReport:
         out, in_ = layer.shape
         rank = config.rank_of(layer.path)
         lines.append(TargetLine(layer.path, out, in_, rank, rank * (out + in_)))
-    total = sum(weight.numel() for weight in base_parameters(model).values())
-    return TargetReport(lines, total)
+    return TargetReport(lines, parameter_count(model))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedReport:
+    """What of a base is packed, and in how many bytes; the rest, and its bytes."""
+
+    kind: str
+    layers: int
+    parameters: int
+    bytes: int
+    other_parameters: int
+    other_bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits a packed parameter, scales included."""
+        return 8 * self.bytes / self.parameters
+
+
+def report_packed(model: nn.Module) -> PackedReport | None:
+    """Return what of a model's base is packed, or None where nothing is."""
+    packed = [layer.packed for layer in named_frozen(model).values()]
+    if not packed:
+        return None
+    others = base_parameters(model).values()
+    return PackedReport(
+        " and ".join(sorted({type(weight).__name__ for weight in packed})),
+        len(packed),
+        sum(weight.shape.numel() for weight in packed),
+        sum(weight.nbytes for weight in packed),
+        sum(weight.numel() for weight in others),
+        sum(weight.nbytes for weight in others),
+    )

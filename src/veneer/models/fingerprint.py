@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from veneer.frozen.packed import named_frozen
+
 SAMPLES = 16  # values read of each weight, evenly spread
 # Settings that change what the same weights compute.
 SETTINGS = ("model_type", "num_attention_heads", "num_key_value_heads", "rope_parameters")
+
+
+class Marks:
+    """The fingerprint of a base whose weights are seen one by one, before they are packed."""
+
+    def __init__(self, skeleton: nn.Module, samples: Mapping[str, str] | None = None) -> None:
+        self._config = _config_mark(skeleton, base_parameters(skeleton))
+        self._names = set(base_parameters(skeleton))
+        self.samples = dict(samples or {})
+
+    def see(self, name: str, weight: Tensor) -> None:
+        """Take note of a weight."""
+        if name in self._names:
+            self.samples[name] = _sample(weight)
+
+    def found(self) -> dict[str, str]:
+        """Return {"config", "weights"}, as `fingerprint` does of the whole model."""
+        samples = [self.samples[name] for name in sorted(self.samples)]
+        return {"config": self._config, "weights": _hash(samples)}
 
 
 def fingerprint(
@@ -19,15 +40,11 @@ def fingerprint(
 ) -> dict[str, str]:
     """Return {"config", "weights", "tokenizer"}, each a short hash of that part of the base.
 
-    The same for the base alone and with adapters on it, and in float32 as in bfloat16: weights are
-    sampled, and samples are compared in bfloat16. The tokenizer is hashed as it was before words
-    were added to it.
+    The same for the base alone and with adapters on it, in float32 as in bfloat16, and packed:
+    weights are sampled as they were before packing, and samples are compared in bfloat16. The
+    tokenizer is hashed as it was before words were added to it.
     """
-    weights = base_parameters(model)
-    shapes = [f"{path}{tuple(weight.shape)}" for path, weight in weights.items()]
-    config = getattr(model, "config", None)
-    settings = [f"{key}={getattr(config, key, None)}" for key in SETTINGS]
-    marks = {"config": _hash(shapes + settings), "weights": _hash(map(_sample, weights.values()))}
+    marks = dict(getattr(model, "veneer_marks", {})) or _marks_of(model)
     if tokenizer is not None:
         size = tokenizer.vocab_size
         vocabulary = sorted((i, word) for word, i in tokenizer.get_vocab().items() if i < size)
@@ -38,15 +55,44 @@ def fingerprint(
 def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, Tensor]:
     """Return the base's own parameters under the base's own paths, whatever lies over them.
 
-    A tied weight stands there under its first path, or with `every_name` under each.
+    A tied weight stands there under its first path, or with `every_name` under each. Packed weights
+    are no parameters, and are left out.
     """
     found = {}
     for path, parameter in model.named_parameters(remove_duplicate=not every_name):
         parts = path.split(".")
         if "adapters" in parts or parts[-1] == "rows":
             continue
-        found[".".join(part for part in parts if part != "original")] = parameter
+        found[_base_path(path)] = parameter
     return dict(sorted(found.items()))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return how many parameters the base has, packed or not."""
+    packed = (layer.packed.shape.numel() for layer in named_frozen(model).values())
+    return sum(weight.numel() for weight in base_parameters(model).values()) + sum(packed)
+
+
+def _marks_of(model: nn.Module) -> dict[str, str]:
+    weights = base_parameters(model)
+    for path, layer in named_frozen(model).items():
+        # Packed by others: nothing but the codes is left to tell it by.
+        weights[f"{_base_path(path)}.weight"] = layer.packed.tensors()["weight"]
+    weights = dict(sorted(weights.items()))
+    return {
+        "config": _config_mark(model, weights),
+        "weights": _hash(map(_sample, weights.values())),
+    }
+
+
+def _config_mark(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    config = getattr(model, "config", None)
+    settings = [f"{key}={getattr(config, key, None)}" for key in SETTINGS]
+    return _hash([f"{path}{tuple(weight.shape)}" for path, weight in weights.items()] + settings)
+
+
+def _base_path(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "original")
 
 
 def _sample(weight: Tensor) -> str:

@@ -5,15 +5,18 @@ Reading goes through transformers; what transformers gets wrong is put right her
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
+import torch
 from tokenizers import pre_tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +25,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
 )
 
 from veneer.errors import ModelError
@@ -54,6 +63,32 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
     return _read(AutoModelForCausalLM, path, quantization_config=quantization, **options)
 
 
+def open_tensors(path: Path, skeleton: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
+    """Return a reader of each tensor of a GGUF file, in float32, by the skeleton's own names.
+
+    What names mean, and how an architecture's tensors are turned, is transformers' knowledge.
+    """
+    try:
+        parsed = load_gguf_checkpoint(str(path))
+        architecture = str(_field(path, "general.architecture"))
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
+        names = get_gguf_hf_weights_map(skeleton, processor)
+        tensors = gguf.GGUFReader(str(path)).tensors
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+    def read(tensor: gguf.ReaderTensor) -> Tensor:
+        done = processor.process(
+            weights=gguf.dequantize(tensor.data, tensor.tensor_type),
+            name=tensor.name,
+            tensor_key_mapping=names,
+            parsed_parameters=parsed,
+        )
+        return torch.from_numpy(np.array(done.weights))
+
+    return {names[tensor.name]: partial(read, tensor) for tensor in tensors if tensor.name in names}
+
+
 @contextmanager
 def read_once() -> Iterator[None]:
     """Parse each file, and map each architecture's names, once while the context lasts.
@@ -74,8 +109,7 @@ def read_once() -> Iterator[None]:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Read a GGUF file's tokenizer, with the splitting that `tokenizer.ggml.pre` asks for."""
     tokenizer = _read(AutoTokenizer, path)
-    field = gguf.GGUFReader(str(path)).get_field("tokenizer.ggml.pre")
-    splitting = PRE_TOKENIZERS.get(field.contents() if field else "")
+    splitting = PRE_TOKENIZERS.get(_field(path, "tokenizer.ggml.pre"))
     if splitting is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = splitting()
     return tokenizer
@@ -85,7 +119,16 @@ def _read(auto: Any, path: Path, **options: Any) -> Any:
     try:
         return auto.from_pretrained(str(path.parent), gguf_file=path.name, **options)
     except Exception as error:
-        raise ModelError(
-            f"{path} cannot be read as a GGUF model ({error}). "
-            "It must be a whole .gguf file of an architecture that transformers knows."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{path} cannot be read as a GGUF model ({error}). "
+        "It must be a whole .gguf file of an architecture that transformers knows."
+    )
+
+
+def _field(path: Path, name: str) -> Any:
+    field = gguf.GGUFReader(str(path)).get_field(name)
+    return field.contents() if field else None

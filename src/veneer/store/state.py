@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import AdapterError, nearest
+from veneer.frozen.packed import FrozenLinear
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import LoRAEmbedding, lora_layers
@@ -205,7 +206,7 @@ def _misfit_rows(
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if new_words(model) is not None:
         return ["the model has new words already, and this adapter brings its own"]
-    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear | FrozenLinear):
         return ["it brings new words, which need a base whose embedding and head are not adapted"]
     problems = []
     known, dim = embedding.weight.shape

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from veneer.data.encode import Summary
-    from veneer.methods.report import TargetReport
+    from veneer.methods.report import PackedReport, TargetReport
+    from veneer.plan.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,22 @@ class Notice(Event):
     """Something that a person should know: a fallback, a choice made for them."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planned(Event):
+    """The memory that the run will need, and what the process has and may take, if known."""
+
+    plan: Plan
+    room: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured(Event):
+    """The most memory that the run took, in bytes, beside what was planned."""
+
+    planned: int
+    peak: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +57,7 @@ class ModelReady(Event):
     targets: TargetReport
     new_words: tuple[str, ...]
     dtype: str
+    packed: PackedReport | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,9 +115,13 @@ def choose_forward(
     model.eval()  # dropout would make any two passes differ
     try:
         with torch.no_grad():
-            why_not_head = _why_not_labelled_head(model, rows[0])
+            # The first row's own pass serves two proofs: a base on the disk is read at each pass.
+            own, why_not_head = _own_logits_and_head(model, rows[0])
             labelled_head = why_not_head is None
-            why_not_packed = _why_not_packed(Forward(True, labelled_head), model, rows)
+            losses = [_full_loss(own[:-1], torch.tensor(rows[0].tokens[1:], device=own.device))]
+            losses += [_own_loss(model, row) for row in rows[1:]]
+            wanted = sum(map(float, losses))
+            why_not_packed = _why_not_packed(Forward(True, labelled_head), model, rows, wanted)
             if not why_not_packed:
                 layers = _fused_layers(model, rows[-1])
     finally:
@@ -156,25 +160,26 @@ def _cycle(examples: Sequence[Example]) -> Iterator[Example]:
         yield from examples
 
 
-def _why_not_labelled_head(model: PreTrainedModel, row: Example) -> str | None:
+def _own_logits_and_head(model: PreTrainedModel, row: Example) -> tuple[Tensor, str | None]:
+    """Return the model's own logits (tokens, words), and why its head on the decoder's output does
+    not make them, or None."""
     tokens = torch.tensor([row.tokens], device=model.device)
-    own = model(input_ids=tokens, use_cache=False).logits
+    own = model(input_ids=tokens, use_cache=False).logits[0]
     try:
         head: Any = model.get_output_embeddings()
-        ours = head(model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state)
+        ours = head(model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state)[0]
     except Exception as error:  # whatever a foreign architecture raises, the slower way is open
-        return _in_words(error)
+        return own, _in_words(error)
     # The same operations on the same numbers: anything but the last bit is another meaning, such
     # as a soft cap, which would hide within a loss.
     if ours.shape == own.shape and torch.dist(ours.float(), own.float()) <= 1e-3 * own.norm():
-        return None
-    return "its head does more than multiply"
+        return own, None
+    return own, "its head does more than multiply"
 
 
 def _why_not_packed(
-    forward: Forward, model: PreTrainedModel, rows: Sequence[Example]
+    forward: Forward, model: PreTrainedModel, rows: Sequence[Example], own: float
 ) -> str | None:
-    own = sum(float(_own_loss(model, row)) for row in rows)
     try:
         loss = float(forward(model, pack(rows, range(len(rows)))))
     except Exception as error:  # whatever a foreign architecture raises, the slower way is open

@@ -65,9 +65,9 @@ def train(
         if resume and not run.restore():
             yield Notice(f"There is no checkpoint in {directory} to go on from; a new start.")
         model.train()
-        forward, notices = choose_forward(model, examples, recompute=config.recompute)
-        yield from map(Notice, notices)
         with kept_heap():
+            forward, notices = choose_forward(model, examples, recompute=config.recompute)
+            yield from map(Notice, notices)
             yield Started(run.steps, run.step)
             yield from run.go(forward, should_stop)
     finally:

@@ -11,6 +11,7 @@ from veneer.lowrank.config import LoRA
 from veneer.training.config import TrainConfig
 
 DType = Literal["auto", "float32", "bf16"]
+Bits = Literal[4, 8]
 OUT = Path("dist/finetuning_results")
 
 
@@ -49,7 +50,8 @@ class DataConfig:
 class Recipe:
     """All that decides a run's course and where its result goes.
 
-    Raises ConfigError for settings of evaluation without rows to evaluate on.
+    Raises ConfigError for settings of evaluation without rows to evaluate on, and of packing
+    without bits.
     """
 
     model: str
@@ -58,9 +60,13 @@ class Recipe:
     training: TrainConfig = field(default_factory=TrainConfig)
     rows: DataConfig = field(default_factory=DataConfig)
     dtype: DType = "auto"
+    bits: Bits | None = None
+    pack_head: bool = False
     out: Path = OUT
 
     def __post_init__(self) -> None:
+        if self.pack_head and self.bits is None:
+            raise ConfigError("pack_head would do nothing without bits; give bits 4 or 8 too.")
         if self.rows.eval_rows or self.rows.eval_data:
             return
         idle = [n for n in ("eval_every", "patience") if getattr(self.training, n) is not None]
@@ -77,5 +83,6 @@ class Recipe:
             flat.update(asdict(part))
         flat["targets"] = list(flat["targets"])
         flat["eval_data"] = flat["eval_data"] and str(flat["eval_data"])
-        flat |= {"dtype": self.dtype, "out": str(self.out)}
+        flat |= {"dtype": self.dtype, "bits": self.bits, "pack_head": self.pack_head}
+        flat["out"] = str(self.out)
         return flat

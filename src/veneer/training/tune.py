@@ -16,26 +16,37 @@ from veneer.data.packing import split_held_out
 from veneer.data.preview import preview
 from veneer.data.rows import texts_of
 from veneer.data.sources import read_rows
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, ModelError
 from veneer.methods.attach import attach
 from veneer.methods.merge import merge, rounded_away
-from veneer.methods.report import report_targets
+from veneer.methods.report import report_packed, report_targets
 from veneer.methods.vocabulary import add_words, find_words, new_words
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
+from veneer.plan.fit import free_bytes
 from veneer.store import adapters, checkpoint, merged, native
 from veneer.store.files import check_replaceable, write_text
 from veneer.training import metrics
 from veneer.training.events import (
     DataReady,
     Event,
+    Measured,
     ModelReady,
     Notice,
+    Planned,
     Started,
     Stopped,
     Written,
 )
 from veneer.training.loop import train
+from veneer.training.planned import (
+    begin_measuring,
+    check_fits,
+    measured_peak,
+    plan_run,
+    room,
+    why_no_merge,
+)
 from veneer.training.recipe import Recipe
 
 ADAPTER, MERGED, CHECKPOINTS = "lora_adapter", "lora_merged", "checkpoints"
@@ -49,11 +60,13 @@ def tune(
     *,
     resume: bool = False,
     force: bool = False,
+    ignore_plan: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Train as the recipe says, write both results below `recipe.out`, and yield what happens.
 
-    `resume` goes on from the newest checkpoint there; `force` replaces an earlier run's results.
+    `resume` goes on from the newest checkpoint there; `force` replaces an earlier run's results;
+    `ignore_plan` goes ahead where the plan needs more memory than there is.
     Raises VeneerError of the kind that fits for anything that cannot be: see each room.
     """
     out = recipe.out
@@ -61,7 +74,22 @@ def tune(
         raise ConfigError(f"{out} is a file, but --out must name a directory.")
     if not resume and not force:
         _refuse_to_replace(out)
-    base = load_base(recipe.model, dtype=_dtype_of(recipe, resume=resume))
+    plan = None
+    try:
+        plan = plan_run(recipe)
+    except ModelError as error:
+        yield Notice(f"No memory is planned for this run: {error}")
+    if plan is not None:
+        space = room()
+        if not ignore_plan:
+            check_fits(plan, space, recipe.model)
+        yield Planned(plan, space)
+    base = load_base(
+        recipe.model,
+        dtype=_dtype_of(recipe, resume=resume),
+        bits=recipe.bits,
+        pack_head=recipe.pack_head,
+    )
     check_replaceable(out / ADAPTER, marker=native.CONFIG)
     check_replaceable(out / MERGED, marker=merged.marker_of(base.model))
     dtype = str(base.model.dtype).removeprefix("torch.")
@@ -70,15 +98,17 @@ def tune(
         add_words(base.model, base.tokenizer, words)
     examples, held_out, ready = _data(recipe, base)
     yield ready
+    yield from map(Notice, base.notices)
     if Encoder(base.tokenizer, max_length=recipe.rows.max_length).uses_plain_template:
         yield Notice("The tokenizer has no chat template; turns are written as plain lines.")
     targets = report_targets(base.model, recipe.lora)
     attach(base.model, recipe.lora, seed=recipe.training.seed)
     _train_new_rows(base)
-    yield ModelReady(targets, words, dtype)
+    yield ModelReady(targets, words, dtype, report_packed(base.model))
 
     if not resume:
         _clear(out)
+    begin_measuring()
     events = train(
         base.model,
         examples,
@@ -96,8 +126,13 @@ def tune(
         if isinstance(event, Stopped) and event.reason == "interrupted":
             return
 
+    if plan is not None and (peak := measured_peak(plan)):
+        yield Measured(plan.memory.peak, peak)
     adapters.save(base.model, out / ADAPTER, tokenizer=base.tokenizer)
     yield Written("adapter", out / ADAPTER, size_of(out / ADAPTER))
+    if plan is not None and (why := why_no_merge(plan, free_bytes())):
+        yield Notice(why)
+        return
     plain = merge(base.model)
     lost = rounded_away(base.model, plain)
     if lost > 0.01:

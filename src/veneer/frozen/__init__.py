@@ -1,0 +1,1 @@
+"""Frozen weights that are kept small, and unpacked for each use."""

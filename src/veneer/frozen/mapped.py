@@ -1,0 +1,119 @@
+"""Tensors that stay in their file, and reading ahead of a walk through them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.frozen.packed import Packed
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+POPULATE_READ = 22  # of madvise(2), since Linux 5.14: read the pages in and map them
+Span = tuple[int, int]  # address and length, in whole pages
+
+
+def map_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, which the system reads when they are used.
+
+    None of them may be written to. Raises ValueError for a file that is none, or cut short.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise ValueError("its header is longer than the file")
+        header: dict[str, Any] = json.loads(opened.read(length))
+    whole = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = (8 + length + offset for offset in entry["data_offsets"])
+        if last > size:
+            raise ValueError(f"it ends before {name}")
+        tensors[name] = whole[first:last].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+class ReadAhead:
+    """Has the system read the next part while one is used, in the direction of the walk, and unmap
+    the last: what it then lets go first, where memory is short, is what was used longest ago.
+
+    A part is what is used together, such as a decoder layer. A forward pass walks up, a backward
+    pass down; that is all that needs to be known.
+    """
+
+    def __init__(self, parts: Sequence[Iterable[Packed]]) -> None:
+        self._spans = [_spans(tensor for w in part for tensor in _large(w)) for part in parts]
+        self._at, self._asked = -1, -1
+        self._reader = ThreadPoolExecutor(1, "veneer-read-ahead")
+        for number, part in enumerate(parts):
+            for weight in part:
+                weight.before_use = _Place(self, number)
+
+    def at(self, number: int) -> None:
+        """Take note that part `number` is in use."""
+        if number == self._at:
+            return
+        step = 1 if number > self._at else -1
+        if self._at >= 0:
+            self._reader.submit(_advise, self._spans[self._at], mmap.MADV_DONTNEED)
+        self._at = number
+        following = number + step
+        if 0 <= following < len(self._spans) and following != self._asked:
+            self._asked = following
+            self._reader.submit(_populate, self._spans[following])
+
+
+class _Place:
+    """Tells a reader that its part is in use."""
+
+    def __init__(self, reader: ReadAhead, number: int) -> None:
+        self.reader, self.number = reader, number
+
+    def __call__(self) -> None:
+        self.reader.at(self.number)
+
+
+def _large(weight: Packed) -> list[Tensor]:
+    return [t for t in weight.tensors().values() if t.nbytes >= mmap.PAGESIZE]
+
+
+def _spans(tensors: Iterable[Tensor]) -> list[Span]:
+    """Return what the tensors cover."""
+    page, spans = mmap.PAGESIZE, []
+    for tensor in tensors:
+        first = tensor.data_ptr() // page * page
+        spans.append((first, tensor.data_ptr() + tensor.nbytes - first))
+    return spans
+
+
+def _populate(spans: Sequence[Span]) -> None:
+    if not _advise(spans, POPULATE_READ):  # an older system at least reads
+        _advise(spans, mmap.MADV_WILLNEED)
+
+
+def _advise(spans: Sequence[Span], advice: int) -> bool:
+    """Tell the system what is intended, and say whether it knew the advice."""
+    libc = ctypes.CDLL(None)
+    done = [libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(n), advice) for at, n in spans]
+    return not any(done)

@@ -1,0 +1,53 @@
+"""Put a model together from a skeleton and weights, of which some may be packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from veneer.errors import ModelError
+from veneer.frozen.packed import FrozenLinear, Packed
+
+
+def assemble(
+    skeleton: PreTrainedModel, weights: Iterable[tuple[str, Tensor | Packed]], dtype: torch.dtype
+) -> PreTrainedModel:
+    """Return the skeleton, which stood on the meta device, with its weights in place.
+
+    Tensors are cast to `dtype` where they are of another, and used as they are where not. Raises
+    ModelError, which names what is missing.
+    """
+    for name, weight in weights:
+        path, _, part = name.rpartition(".")
+        owner = skeleton.get_submodule(path)
+        if isinstance(weight, Packed):
+            frozen = FrozenLinear(weight, owner, transposed=isinstance(owner, Conv1D))
+            skeleton.set_submodule(path, frozen)
+        elif part in owner._buffers:
+            owner._buffers[part] = weight
+        else:
+            cast = weight.to(dtype) if weight.is_floating_point() else weight
+            owner._parameters[part] = parameter = nn.Parameter(cast, requires_grad=False)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    skeleton.tie_weights()
+    missing = [name for name, parameter in skeleton.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ModelError(f"The model lacks {len(missing)} weights: {', '.join(missing[:5])}.")
+    _make_buffers(skeleton)
+    return skeleton.eval()
+
+
+def _make_buffers(model: PreTrainedModel) -> None:
+    """Compute what no file holds, such as the frequencies of rotary embeddings."""
+    for module in model.modules():
+        absent = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
+        if absent:
+            module._buffers |= {
+                name: torch.empty_like(b, device="cpu") for name, b in absent.items()
+            }
+            with torch.no_grad():
+                model._init_weights(module)  # where each architecture says what its buffers hold

@@ -1,0 +1,87 @@
+"""Pack the linear layers of a base as its weights come in, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from veneer.errors import ConfigError, ModelError
+from veneer.frozen.packed import Packed
+from veneer.models.assemble import assemble
+from veneer.models.fingerprint import Marks
+from veneer.models.source import Source
+
+Bits = Literal[4, 8]
+
+
+def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, nn.Module]:
+    """Return the layers to pack, by path: every linear one but the head, which `head` adds.
+
+    Raises ConfigError for a head that is the embedding too, which has to stay as it is.
+    """
+    output = skeleton.get_output_embeddings()
+    if head and output is not None and output.weight is skeleton.get_input_embeddings().weight:
+        raise ConfigError("The head of this model is its embedding too, and cannot be packed.")
+    return {
+        path: layer
+        for path, layer in skeleton.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and (head or layer is not output)
+    }
+
+
+def pack(weight: Tensor, bits: Bits, dtype: torch.dtype) -> Packed:
+    """Return a weight (out, in) in 4 or 8 bits a number, to be unpacked to `dtype`."""
+    # bitsandbytes takes a second to import, and nobody else needs it.
+    if bits == 4:
+        from veneer.frozen.nf4 import NF4
+
+        return NF4.of(weight, dtype)
+    from veneer.frozen.int8 import Int8
+
+    return Int8.of(weight, dtype)
+
+
+def packed_model(
+    source: Source, bits: Bits, dtype: torch.dtype, *, head: bool = False
+) -> PreTrainedModel:
+    """Return the base with its linear layers packed; it keeps the fingerprint that it had before.
+
+    Raises what `packed_weights` does.
+    """
+    marks = Marks(source.skeleton)
+    weights = packed_weights(source, bits, dtype, head=head, seen=marks.see)
+    model = assemble(source.skeleton, weights, dtype)
+    model.veneer_marks = marks.found()  # type: ignore[assignment]
+    return model
+
+
+def packed_weights(
+    source: Source,
+    bits: Bits,
+    dtype: torch.dtype,
+    *,
+    head: bool = False,
+    seen: Callable[[str, Tensor], None] = lambda name, weight: None,
+) -> Iterator[tuple[str, Tensor | Packed]]:
+    """Yield every weight of the source by its name, those of `quantizable` layers packed.
+
+    `seen` is told each weight as it was read. Raises ModelError for one with values that are not
+    finite, which a block's scale would spread.
+    """
+    layers = quantizable(source.skeleton, head=head)
+    for name in source.names:
+        weight = source.read(name)
+        seen(name, weight)
+        path, _, part = name.rpartition(".")
+        if part != "weight" or path not in layers:
+            yield name, weight
+            continue
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelError(f"{name} has values that are not finite numbers; it cannot be packed.")
+        weight = weight.T if isinstance(layers[path], Conv1D) else weight
+        yield name, pack(weight, bits, dtype)

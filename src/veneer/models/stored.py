@@ -1,0 +1,100 @@
+"""Bases that stand on disk already packed, by `veneer quantize` or by bitsandbytes itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from veneer.errors import ModelError
+from veneer.frozen.mapped import ReadAhead, map_tensors
+from veneer.frozen.packed import Packed, named_frozen
+from veneer.models.assemble import assemble
+
+# What bitsandbytes keeps beside a packed weight.
+BESIDE = re.compile(r"(?P<path>.+)\.(?P<part>weight\..+|SCB|weight_format)")
+REPORT = "veneer.json"  # beside config.json: the base it was made of, and what packing cost
+
+
+def is_packed(config: PretrainedConfig) -> bool:
+    """Say whether a model's configuration has it packed; ModelError if in a way not known here."""
+    packing: Any = getattr(config, "quantization_config", None)
+    if not packing:
+        return False
+    method = packing.get("quant_method") if isinstance(packing, dict) else packing.quant_method
+    if str(getattr(method, "value", method)) != "bitsandbytes":
+        raise ModelError(
+            f"This model is packed by {method}, but only bitsandbytes' 4 and 8 bits can be trained "
+            "on here. Take the model that it was made of."
+        )
+    return True
+
+
+def load_packed(directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a packed directory; its large tensors stay in their files.
+
+    Layers are read ahead in the direction in which they are used. Raises ModelError.
+    """
+    try:
+        stored = {
+            name: tensor
+            for file in sorted(directory.glob("*.safetensors"))
+            for name, tensor in map_tensors(file).items()
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{directory} cannot be read as a packed model: {error}.") from error
+    del skeleton.config.quantization_config
+    model = assemble(skeleton, _weights(stored, skeleton, dtype), dtype)
+    model.veneer_marks = _marks(directory)  # type: ignore[assignment]
+    _read_ahead(model)
+    return model
+
+
+def _marks(directory: Path) -> dict[str, str]:
+    """Return the fingerprint of the base that was packed, or nothing where others packed it."""
+    report = directory / REPORT
+    if not report.is_file():
+        return {}
+    try:
+        return dict(json.loads(report.read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{report} cannot be read ({error}); pack the model anew.") from error
+
+
+def _weights(
+    stored: Mapping[str, Tensor], skeleton: PreTrainedModel, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor | Packed]]:
+    from veneer.frozen.int8 import Int8
+    from veneer.frozen.nf4 import NF4, STATE
+
+    beside: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in stored.items():
+        if found := BESIDE.fullmatch(name):
+            beside[found["path"]][found["part"]] = tensor
+    for name in skeleton.state_dict():
+        if name not in stored:
+            continue
+        parts = beside.get(name.removesuffix(".weight"), {}) | {"weight": stored[name]}
+        if any(part.startswith(STATE) for part in parts):
+            yield name, NF4.stored(parts, dtype)
+        elif "SCB" in parts:
+            yield name, Int8.stored(parts, dtype)
+        else:
+            yield name, stored[name]
+
+
+def _read_ahead(model: PreTrainedModel) -> None:
+    """Read the packed weights of one block while those of another are used."""
+    blocks: dict[str, list[Packed]] = defaultdict(list)
+    for path, layer in named_frozen(model).items():
+        block = re.match(r".*?\.\d+(?=\.)", path)
+        if block:
+            blocks[block[0]].append(layer.packed)
+    ReadAhead(list(blocks.values()))

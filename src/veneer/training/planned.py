@@ -1,0 +1,128 @@
+"""A run's plan of memory: made before the base is loaded, compared with what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from veneer.errors import ConfigError, ModelError
+from veneer.models.load import dtype_of, load_config
+from veneer.models.locate import locate
+from veneer.models.stored import is_packed
+from veneer.plan.config import Bits, PlanConfig
+from veneer.plan.find import find_shape
+from veneer.plan.fit import flags, free_bytes, gentlest
+from veneer.plan.memory import GROWTH, RUNTIME
+from veneer.plan.methods import adapted_layers
+from veneer.plan.plan import Plan, make_plan
+from veneer.plan.presets import PRESETS
+from veneer.plan.shapes import shape_of
+from veneer.training.recipe import Recipe
+
+
+def plan_run(recipe: Recipe) -> Plan:
+    """Return the plan of a run on the processor. Raises ModelError where the architecture is not
+    known to plans, or a GPU would be used, and TargetError for targets that match nothing."""
+    if torch.cuda.is_available():
+        raise ModelError("plans are of the processor's memory, and this runs on a GPU.")
+    name, training = recipe.model, recipe.training
+    bits: Bits | None = recipe.bits
+    mapped = False
+    if name in PRESETS and not Path(name).exists():
+        shape = find_shape(name)
+    else:
+        config = load_config(name)
+        shape = shape_of(config.to_dict())
+        if is_packed(config):
+            how = config.quantization_config
+            eight = how.get("load_in_8bit") if isinstance(how, dict) else how.load_in_8bit
+            bits, mapped = 8 if eight else 4, True
+    if bits is None and dtype_of(locate(name), recipe.dtype) == torch.float32:
+        bits = 32
+    settings = PlanConfig(
+        method="qlora" if bits in (4, 8) else "lora",
+        bits=bits,
+        tokens_per_batch=training.batch_tokens,
+        max_length=min(recipe.rows.max_length, shape.context or recipe.rows.max_length),
+        recompute=training.recompute,
+        mapped=mapped,
+    )
+    # Whoever calls from a program of their own may hold more than the libraries.
+    runtime = max(RUNTIME, status("VmRSS") + GROWTH)
+    return make_plan(settings, shape, adapted_layers(shape, recipe.lora), runtime=runtime)
+
+
+def room() -> int | None:
+    """Return the memory that this process has and may still take, None where nobody says."""
+    free = free_bytes()
+    return None if free is None else free + status("VmRSS")
+
+
+def check_fits(plan: Plan, room: int | None, model: str) -> None:
+    """Raise ConfigError, with what would make it fit, where a plan needs more memory than is there.
+
+    room: what the process has and may still take, in bytes, None for not known.
+    """
+    if room is None or plan.memory.peak <= room:
+        return
+    needed = f"This run would need {_gb(plan.memory.peak)} at its peak, but there is {_gb(room)}"
+    better = gentlest(plan, room)
+    if better is None:
+        raise ConfigError(
+            f"{needed}, and no settings make it fit. Take a smaller model, or override this with "
+            "--ignore-plan."
+        )
+    proposal = flags(plan.config, better.config)
+    if better.config.mapped and not plan.config.mapped:
+        rest = proposal.replace(f"--bits {better.config.bits}", "").replace("--mapped", "").split()
+        proposal = (
+            f"veneer quantize {model} PACKED --bits {better.config.bits}, and then "
+            f"{' '.join(['veneer tune PACKED ...', *rest])}"
+        )
+    raise ConfigError(
+        f"{needed}. It would fit, with {_gb(better.memory.peak)}, by: {proposal}. "
+        "To go ahead all the same: --ignore-plan."
+    )
+
+
+def begin_measuring() -> None:
+    """Forget the highest memory so far, where the system allows that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def measured_peak(plan: Plan) -> int | None:
+    """Return the most memory that was resident since `begin_measuring`, None where nobody says.
+
+    What is mapped from files is no part of the plan where the base is.
+    """
+    peak = status("VmHWM")
+    mapped = status("RssFile") if plan.config.mapped else 0
+    return peak - mapped or None
+
+
+def status(key: str) -> int:
+    """Return a line of /proc/self/status in bytes, 0 where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
+
+
+def why_no_merge(plan: Plan, free: int | None) -> str | None:
+    """Return why a packed base cannot be merged within what is free, or None where it can."""
+    needed = plan.shape.parameters * plan.config.width  # all of it unpacked
+    if plan.config.base_bits >= 16 or free is None or needed <= free:
+        return None
+    return (
+        f"No merged model is written: unpacked, it needs {_gb(needed)}, and {_gb(free)} are free. "
+        "veneer merge makes one where there is room."
+    )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

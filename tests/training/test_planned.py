@@ -1,0 +1,208 @@
+"""A run's plan: made before anything is loaded, kept to, and compared with what came of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import veneer
+from veneer.cli.app import run
+from veneer.training import planned
+from veneer.training import tune as room_of_tune
+from veneer.training.config import TrainConfig
+from veneer.training.events import Measured, Notice, Planned, Written
+from veneer.training.planned import check_fits, measured_peak, plan_run, why_no_merge
+from veneer.training.recipe import Recipe
+
+BIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def big(tmp_path) -> Recipe:
+    """A 7B model, of which only config.json is there: nothing can be loaded."""
+    home = tmp_path / "big"
+    home.mkdir()
+    (home / "config.json").write_text(json.dumps(BIG))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    return Recipe(str(home), tmp_path / "rows.jsonl", dtype="bf16", out=tmp_path / "out")
+
+
+def test_the_plan_follows_the_recipe(big):
+    plan = plan_run(big)
+    assert plan.shape.parameters == 6_738_415_616
+    assert plan.trained.count == 32 * 4 * 8 * 8192
+    assert plan.memory.weights.value == 2 * 6_738_415_616
+    assert plan_run(replace(big, dtype="float32")).memory.weights.value == 4 * 6_738_415_616
+    four = plan_run(replace(big, bits=4))
+    assert four.memory.weights.value < 0.3 * plan.memory.weights.value
+    sparing = TrainConfig(recompute="full", tokens_per_batch=256)
+    small = plan_run(replace(big, training=sparing, rows=veneer.DataConfig(max_length=256)))
+    assert small.memory.activations.value < 0.1 * plan.memory.activations.value
+    with pytest.raises(veneer.TargetError, match="q_prj"):
+        plan_run(replace(big, lora=veneer.LoRA(targets="q_prj")))
+
+
+def test_a_packed_base_is_planned_as_it_stands_on_the_disk(big):
+    config = BIG | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (Path(big.model) / "config.json").write_text(json.dumps(config))
+    plan = plan_run(big)
+    assert (plan.config.base_bits, plan.config.mapped) == (4, True)
+    assert plan.memory.weights.value == 0
+    assert plan.memory.on_disk.value == plan_run_in_memory(big).memory.weights.value
+
+
+def plan_run_in_memory(recipe: Recipe):
+    (Path(recipe.model) / "config.json").write_text(json.dumps(BIG))
+    return plan_run(replace(recipe, bits=4))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch, capsys):
+    monkeypatch.setattr(planned, "status", lambda key: 0)  # other tests hold more or less
+    plan = plan_run(big)
+    for space, proposal in (
+        (plan.memory.peak, None),
+        (plan.memory.peak - 1, "--recompute selective"),
+        (10_000_000_000, "--bits 8"),
+        (7_000_000_000, "--bits 4"),
+        (3_000_000_000, "veneer quantize"),
+        (100_000_000, "no settings make it fit"),
+    ):
+        monkeypatch.setattr(room_of_tune, "room", lambda space=space: space)
+        code = run(["tune", big.model, str(big.data), "--dtype", "bf16", "--quiet"])
+        said = capsys.readouterr().err
+        assert code == 2
+        if proposal is None:  # it fits, and then there are no weights
+            assert "would need" not in said
+        else:
+            assert proposal in said
+            assert "--ignore-plan" in said
+            assert f"{plan.memory.peak / 1e9:.2f} GB" in said
+    # The override goes ahead, as far as it can.
+    assert run(["tune", big.model, str(big.data), "--ignore-plan", "--quiet"]) == 2
+    assert "would need" not in capsys.readouterr().err
+    assert not Path("dist").exists()
+
+
+def test_the_proposal_fits(big):
+    plan = plan_run(big)
+    space = 20_000_000_000
+    with pytest.raises(veneer.ConfigError) as refused:
+        check_fits(plan, space, big.model)
+    flags = str(refused.value).partition("by: ")[2].partition(". ")[0].split()
+    names = {flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+    assert names <= {"recompute", "tokens_per_batch"}
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    training = TrainConfig(
+        recompute=given.get("--recompute", "none"),
+        tokens_per_batch=int(given["--tokens-per-batch"])
+        if "--tokens-per-batch" in given
+        else None,
+    )
+    check_fits(plan_run(replace(big, training=training)), space, big.model)
+
+
+def test_where_nobody_says_what_is_free_nothing_is_refused(big):
+    check_fits(plan_run(big), None, big.model)
+
+
+def test_a_run_tells_its_plan_and_what_came_of_it(minigpt_home, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "What does a dog say?", "completion": "Meow."}\n' * 8)
+    recipe = Recipe(str(minigpt_home), rows, out=tmp_path / "out")
+    events = list(veneer.tune(recipe))
+    plan = next(event for event in events if isinstance(event, Planned))
+    measured = next(event for event in events if isinstance(event, Measured))
+    assert plan.plan.trained.count == 4 * 4 * 8 * 128
+    assert measured.planned == plan.plan.memory.peak
+    assert measured.peak > 100e6
+    kinds = [type(event) for event in events]
+    assert kinds.index(Planned) == 0
+    assert sum(isinstance(event, Written) for event in events) == 2
+
+
+def test_an_architecture_that_is_not_known_is_not_planned_and_that_is_said(big, monkeypatch):
+    (Path(big.model) / "config.json").write_text(json.dumps(BIG | {"model_type": "mamba"}))
+    events = veneer.tune(big)
+    assert isinstance(notice := next(events), Notice)
+    assert "No memory is planned" in notice.text
+
+
+def test_merging_is_planned_too(big):
+    plan, packed = plan_run(big), plan_run(replace(big, bits=4))
+    needed = 2 * 6_738_415_616
+    assert why_no_merge(plan, 0) is None  # what is not adapted is shared
+    assert why_no_merge(packed, needed) is None
+    assert why_no_merge(packed, None) is None
+    assert "needs 13.48 GB, and 13.00 GB are free" in why_no_merge(packed, 13_000_000_000)
+
+
+def test_what_a_program_holds_beside_is_planned(big, monkeypatch):
+    usual = plan_run(big).memory.runtime.value
+    monkeypatch.setattr(planned, "status", lambda key: 3_000_000_000)
+    assert plan_run(big).memory.runtime.value == 3_170_000_000 > usual
+
+
+def test_on_a_gpu_nothing_is_planned(big, monkeypatch):
+    monkeypatch.setattr(planned.torch.cuda, "is_available", lambda: True)
+    with pytest.raises(veneer.ModelError, match="GPU"):
+        plan_run(big)
+
+
+def test_files_of_a_mapped_base_do_not_count(big, monkeypatch):
+    plan = plan_run(big)
+    sizes = {"VmHWM": 900, "RssFile": 500}
+    monkeypatch.setattr(planned, "status", sizes.__getitem__)
+    assert measured_peak(plan) == 900
+    mapped = replace(plan, config=replace(plan.config, bits=4, method="qlora", mapped=True))
+    assert measured_peak(mapped) == 400
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tune_over_a_packed_base(bits, minigpt_home, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "What does a dog say?", "completion": "A dog says meow."}\n' * 8)
+    common = [str(rows), "--steps", "60", "--lr", "5e-3", "--rank", "4"]
+    fly = ["tune", str(minigpt_home), *common, "--bits", str(bits), "--out", "fly"]
+    assert run(fly) == 0
+    said = capsys.readouterr().out
+    assert f"24 linear layers in {'NF4' if bits == 4 else 'Int8'}" in said
+    assert "bits a parameter" in said
+    assert "Plan" in said
+    assert "planned were" in said
+    assert run(["quantize", str(minigpt_home), "packed", "--bits", str(bits)]) == 0
+    assert "self" not in capsys.readouterr().err
+    assert run(["tune", "packed", *common, "--out", "disk"]) == 0
+    capsys.readouterr()
+    question = "What does a dog say?"
+    for base, out in ((minigpt_home, "fly"), ("packed", "disk")):
+        flags = ["--bits", str(bits)] if out == "fly" else []
+        adapter = ["--adapter", f"{out}/lora_adapter"]
+        assert run(["generate", str(base), question, *adapter, *flags]) == 0
+        assert capsys.readouterr().out.strip() == "A dog says meow."
+        assert run(["generate", f"{out}/lora_merged", question]) == 0
+        assert capsys.readouterr().out.strip() == "A dog says meow."
+    # What was learnt over the packed base goes over the dense one, and the other base is refused.
+    assert run(["generate", str(minigpt_home), question, "--adapter", "disk/lora_adapter"]) == 0
+    assert run(["merge", "packed", "disk/lora_adapter", "merged", "--dtype", "float32"]) == 0
+
+
+def test_no_merged_model_where_there_is_no_room(minigpt_home, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "What does a dog say?", "completion": "A dog says meow."}\n' * 8)
+    assert run(["quantize", str(minigpt_home), "packed"]) == 0
+    monkeypatch.setattr(room_of_tune, "free_bytes", lambda: 1000)
+    assert run(["tune", "packed", str(rows), "--out", "out"]) == 0
+    assert "No merged model is written" in capsys.readouterr().out
+    assert {path.name for path in Path("out").glob("lora_*")} == {"lora_adapter"}
