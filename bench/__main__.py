@@ -25,6 +25,11 @@ QUESTIONS = (
         ),
     ),
     (
+        "dense over a base in 4 bits (NF4), beside PEFT over bitsandbytes",
+        ("-m bench.training dense --rounds 3 --engines veneer,veneer-nf4,veneer-int8,peft-nf4",),
+    ),
+    ("Does a run take the memory that was planned for it?", ("-m bench.planned",)),
+    (
         "sft: one epoch of questions and answers, 8 rows a step, bfloat16",
         ("-m bench.training sft --steps 0 --engines veneer,peft,trl",),
     ),

@@ -9,12 +9,14 @@ import argparse
 import gc
 import json
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
 
 import veneer
 from bench.products import replay_seconds
@@ -23,6 +25,9 @@ from veneer.cli.console import quieten_libraries
 from veneer.data.encode import Example
 from veneer.data.packing import pack
 from veneer.kernels.heap import kept_heap
+from veneer.models.load import open_base
+from veneer.models.quantize import Bits
+from veneer.store.packed import write_packed
 from veneer.training.config import Recompute
 from veneer.training.forward import choose_forward
 from veneer.training.optimizer import FlatAdamW
@@ -42,10 +47,10 @@ def run_veneer(
         veneer.attach(model, veneer.LoRA(rank=RANK, alpha=ALPHA, targets="all"), seed=0)
     weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
     optimizer = FlatAdamW(weights, lr=LR, weight_decay=0.0)
-    forward, notices = choose_forward(model, work.examples, recompute=recompute)
-    assert not notices, notices
-    model.train()
     with kept_heap():
+        forward, notices = choose_forward(model, work.examples, recompute=recompute)
+        assert not notices, notices
+        model.train()
         for rows in work.steps:
             start = time.perf_counter()
             batch = pack(work.examples, rows)
@@ -167,11 +172,31 @@ def padded(rows: list[Example]) -> dict[str, torch.Tensor]:
 ENGINES: dict[str, Callable[..., Run]] = {
     "veneer": run_veneer,
     "veneer-selective": lambda base, work: run_veneer(base, work, recompute="selective"),
+    "veneer-nf4": run_veneer,
+    "veneer-int8": run_veneer,
     "veneer-full": lambda base, work: run_veneer(base, work, full=True),
     "peft": run_peft,
+    "peft-nf4": run_peft,
     "loralib": run_loralib,
     "trl": run_trl,
 }
+
+
+BITS: dict[str, Bits] = {"veneer-nf4": 4, "veneer-int8": 8}
+
+
+def load(engine: str, model: str, dtype: str) -> veneer.Base:
+    """Return the base as the engine would have it."""
+    if engine != "peft-nf4":
+        return veneer.load_base(model, dtype=dtype, bits=BITS.get(engine))
+    # bitsandbytes' layers within transformers, with the very codes that ours has.
+    source, tokenizer, _ = open_base(model)
+    with tempfile.TemporaryDirectory() as place:
+        list(write_packed(source, tokenizer, Path(place) / "nf4", bits=4, name=model))
+        theirs = AutoModelForCausalLM.from_pretrained(
+            f"{place}/nf4", dtype={"bf16": torch.bfloat16, "float32": torch.float32}[dtype]
+        )
+    return veneer.Base(model, theirs, tokenizer)
 
 
 def evaluation_loss(model, rows: list[Example]) -> float:
@@ -204,7 +229,7 @@ def main() -> None:
     parser.add_argument("--replay", action="store_true")
     asked = parser.parse_args()
     quieten_libraries()
-    base = veneer.load_base(asked.model, dtype=asked.dtype)
+    base = load(asked.engine, asked.model, asked.dtype)
     work = workload(asked.workload, base.tokenizer, steps=asked.steps, data=asked.data)
     gc.collect()
     before = memory("VmRSS")

@@ -43,7 +43,7 @@ def table(results: dict[str, list[dict]]) -> str:
     ]
     limits = [run["replay_seconds"] for runs in results.values() for run in runs]
     limit = statistics.median([seconds for seconds in limits if seconds])
-    peer = speed(results["peft"])[0] if "peft" in results else None
+    peer = next((speed(runs)[0] for name, runs in results.items() if "peft" in name), None)
     for engine, runs in results.items():
         middle, low, high = speed(runs)
         times = f"{middle / peer:.2f}" if peer else ""

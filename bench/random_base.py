@@ -1,0 +1,95 @@
+"""A packed base of any shape with random weights, written straight to disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from veneer.frozen.nf4 import BLOCK, BLOCK_OF_SCALES, NF4
+from veneer.models.quantize import quantizable
+from veneer.store.files import write_tensors
+
+MAGNITUDE = 0.02  # the largest number of a block: such that a layer's output stays about its input
+
+
+def write_random_base(directory: Path, config: PretrainedConfig) -> int:
+    """Write a base with random NF4 codes and scales, a file a block, and return its bytes."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    layers = quantizable(skeleton)
+    noise = _Noise()
+    directory.mkdir(parents=True)
+    files: dict[str, dict[str, Tensor]] = {}
+    written = 0
+    for name, weight in [*skeleton.state_dict().items(), ("", torch.empty(0))]:
+        parts = name.split(".")
+        block = next((part for part in parts if part.isdigit()), parts[-2] if name else "")
+        if files and block not in files:  # the last block is complete
+            ((last, tensors),) = files.items()
+            file = directory / f"model-{last.zfill(5)}.safetensors"
+            write_tensors(file, tensors)
+            written += file.stat().st_size
+            files = {}
+        if not name:
+            break
+        path = name.removesuffix(".weight")
+        tensors = files.setdefault(block, {})
+        if path in layers and name != path:
+            tensors |= {f"{path}.{n}": t for n, t in noise.packed(weight.shape).items()}
+        elif weight.ndim == 1:
+            tensors[name] = torch.ones(weight.shape, dtype=torch.bfloat16)
+        else:
+            tensors[name] = noise.dense(weight.shape)
+    settings = config.to_dict() | {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    }
+    (directory / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return written
+
+
+class _Noise:
+    """Random bytes, drawn once, of which each weight takes a stretch that begins elsewhere."""
+
+    def __init__(self, size: int = 2**27) -> None:
+        self.draw = np.random.default_rng(0)
+        self.bytes = torch.from_numpy(self.draw.integers(0, 256, size, dtype=np.uint8))
+        self.pattern = NF4.of(torch.randn(BLOCK, BLOCK_OF_SCALES), torch.bfloat16)
+
+    def _stretch(self, count: int) -> Tensor:
+        first = int(self.draw.integers(0, 2**20))
+        room = self.bytes[first:]
+        return room.repeat(-(count // -len(room)))[:count].clone()  # files hold no shared memory
+
+    def packed(self, shape: torch.Size) -> dict[str, Tensor]:
+        import bitsandbytes.functional as bnb
+
+        numbers = shape.numel()
+        blocks = -(numbers // -BLOCK)
+        like = self.pattern.state
+        scales = torch.full((-(blocks // -BLOCK_OF_SCALES),), MAGNITUDE / 4)
+        state = bnb.QuantState(
+            absmax=self._stretch(blocks),
+            shape=shape,
+            code=like.code,
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=torch.bfloat16,
+            offset=torch.tensor(MAGNITUDE),
+            state2=bnb.QuantState(
+                absmax=scales,
+                blocksize=BLOCK_OF_SCALES,
+                code=like.state2.code.clone(),
+                dtype=torch.float32,
+            ),
+        )
+        codes = self._stretch(numbers // 2).view(-1, 1)
+        return NF4(codes, state, torch.bfloat16).tensors()
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        values = self._stretch(shape.numel()).to(torch.int8).to(torch.bfloat16)
+        return (values * (MAGNITUDE / 128)).view(shape)
