@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,11 +25,12 @@ from veneer.data.encode import Example
 from veneer.data.packing import pack
 from veneer.kernels.heap import kept_heap
 from veneer.models.load import open_base
-from veneer.models.quantize import Bits
+from veneer.plan.config import PackedBits
 from veneer.store.packed import write_packed
 from veneer.training.config import Recompute
 from veneer.training.forward import choose_forward
 from veneer.training.optimizer import FlatAdamW
+from veneer.training.planned import begin_measuring, status
 
 RANK, ALPHA, LR, CLIP = 8, 16, 2e-4, 1.0
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -182,7 +182,7 @@ ENGINES: dict[str, Callable[..., Run]] = {
 }
 
 
-BITS: dict[str, Bits] = {"veneer-nf4": 4, "veneer-int8": 8}
+BITS: dict[str, PackedBits] = {"veneer-nf4": 4, "veneer-int8": 8}
 
 
 def load(engine: str, model: str, dtype: str) -> veneer.Base:
@@ -212,12 +212,6 @@ def evaluation_loss(model, rows: list[Example]) -> float:
     return total / labels
 
 
-def memory(field: str) -> int:
-    """Return VmRSS or VmHWM of this process, in bytes."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("engine", choices=ENGINES)
@@ -232,10 +226,10 @@ def main() -> None:
     base = load(asked.engine, asked.model, asked.dtype)
     work = workload(asked.workload, base.tokenizer, steps=asked.steps, data=asked.data)
     gc.collect()
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+    before = status("VmRSS")
+    begin_measuring()
     steps = list(ENGINES[asked.engine](base, work))
-    peak = memory("VmHWM") - before
+    peak = status("VmHWM") - before
     limit = None
     if asked.replay:
         labels = sum(work.examples[i].label_tokens for i in work.steps[-1])

@@ -14,12 +14,15 @@ CGROUPS = Path("/sys/fs/cgroup")
 def limited(limit: int) -> Iterator[tuple[Callable[[], None], Callable[[], int]]]:
     """Yield what a new process calls to come under a memory limit, and what reads its peak."""
     old = (CGROUPS / "memory").is_dir()  # version 1
-    group = (CGROUPS / "memory" if old else CGROUPS) / "veneer-bench"
+    group = (CGROUPS / "memory" if old else CGROUPS) / f"veneer-bench-{os.getpid()}"
     group.mkdir()
     try:
         most = "memory.limit_in_bytes" if old else "memory.max"
         peak = "memory.max_usage_in_bytes" if old else "memory.peak"
         (group / most).write_text(str(limit))
+        swap = group / ("memory.memsw.limit_in_bytes" if old else "memory.swap.max")
+        if swap.exists():
+            swap.write_text(str(limit if old else 0))
         yield (
             lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None,
             lambda: int((group / peak).read_text()),

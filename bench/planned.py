@@ -10,12 +10,11 @@ import gc
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.engines import RANK, memory, run_veneer
+from bench.engines import RANK, run_veneer
 from bench.workloads import Workload
 from veneer.data.encode import Example
 from veneer.lowrank.config import LoRA
@@ -24,6 +23,7 @@ from veneer.plan.find import find_shape
 from veneer.plan.memory import RUNTIME
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, make_plan
+from veneer.training.planned import begin_measuring, status
 
 MODEL = "smollm2-135m"
 # Rows a step, their length, and settings that differ from a plan's usual ones.
@@ -54,7 +54,7 @@ def measure(kind: str, steps: int) -> dict[str, int]:
 
     quieten_libraries()
     native.load()
-    runtime = memory("VmRSS")
+    runtime = status("VmRSS")
     rows, length, _ = KINDS[kind]
     config = planned(kind).config
     bits = {"bits": config.base_bits} if config.base_bits < 16 else {}
@@ -65,11 +65,11 @@ def measure(kind: str, steps: int) -> dict[str, int]:
     order = [list(range(i, i + rows)) for i in range(0, rows * steps, rows)]
     work = Workload(kind, examples, order, [])
     gc.collect()
-    loaded = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+    loaded = status("VmRSS")
+    begin_measuring()
     for _ in run_veneer(base, work, full=config.method == "full", recompute=config.recompute):
         pass
-    return {"runtime": runtime, "loaded": loaded, "peak": memory("VmHWM")}
+    return {"runtime": runtime, "loaded": loaded, "peak": status("VmHWM")}
 
 
 def main() -> None:

@@ -27,14 +27,7 @@ from veneer.lowrank import projection
 from veneer.models.load import load_skeleton
 from veneer.models.stored import load_packed
 from veneer.training.events import Started, Step
-
-
-def status(key: str) -> int:
-    """Return a line of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    return 0
+from veneer.training.planned import status
 
 
 def bytes_read() -> int:

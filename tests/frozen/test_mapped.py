@@ -71,14 +71,16 @@ def advice(monkeypatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(mapped, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(
-        mapped, "_advise", lambda spans, what: told.extend((at, what) for at, _ in spans) or True
+        mapped,
+        "_advise",
+        lambda tensors, what: told.extend((t.data_ptr(), what) for t in tensors) or True,
     )
     return told
 
 
 def test_the_next_part_is_read_in_the_direction_of_the_walk(advice):
     weights = [Int8.of(torch.randn(64, 256), torch.float32) for _ in range(4)]
-    pages = [weight.codes.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE for weight in weights]
+    pages = [weight.codes.data_ptr() for weight in weights]
     ReadAhead([[weight] for weight in weights])
 
     def told(number: int) -> list[tuple[int, int]]:
@@ -92,8 +94,14 @@ def test_the_next_part_is_read_in_the_direction_of_the_walk(advice):
     assert told(2) == [(1, mmap.MADV_DONTNEED), (3, mapped.POPULATE_READ)]
     assert told(3) == [(2, mmap.MADV_DONTNEED)]
     assert told(2) == [(3, mmap.MADV_DONTNEED), (1, mapped.POPULATE_READ)]
+    advice.clear()
     list(weights[2].blocks())
+    assert advice == []
     assert told(1) == [(2, mmap.MADV_DONTNEED), (0, mapped.POPULATE_READ)]
+    # Generation walks up again and again.
+    for number in (2, 3):
+        told(number)
+    assert told(0) == [(3, mmap.MADV_DONTNEED), (1, mapped.POPULATE_READ)]
 
 
 def test_a_system_without_the_newer_advice_is_asked_the_older(monkeypatch):
@@ -101,15 +109,16 @@ def test_a_system_without_the_newer_advice_is_asked_the_older(monkeypatch):
     monkeypatch.setattr(
         mapped, "_advise", lambda spans, what: told.append(what) or what == mmap.MADV_WILLNEED
     )
-    mapped._populate([(0, mmap.PAGESIZE)])
+    mapped._populate([torch.zeros(1)])
     assert told == [mapped.POPULATE_READ, mmap.MADV_WILLNEED]
 
 
-def test_advice_reaches_the_system():
+def test_advice_reaches_the_system(tmp_path):
     if not hasattr(ctypes.CDLL(None), "madvise"):
         pytest.skip("madvise is not here")
-    room = torch.zeros(4 * mmap.PAGESIZE, dtype=torch.uint8)
-    spans = mapped._spans([room])
-    assert spans[0][0] % mmap.PAGESIZE == 0
-    assert mapped._advise(spans, mmap.MADV_WILLNEED) in (True, False)
-    assert not mapped._advise(spans, 12345)
+    save_file({"a": torch.zeros(2**20)}, tmp_path / "x.safetensors")
+    tensors = list(map_tensors(tmp_path / "x.safetensors").values())
+    assert mapped._advise(tensors, mmap.MADV_WILLNEED)
+    assert mapped._advise(tensors, mmap.MADV_DONTNEED)
+    assert float(tensors[0].sum()) == 0
+    assert not mapped._advise(tensors, 12345)

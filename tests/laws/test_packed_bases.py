@@ -19,7 +19,7 @@ from veneer.lowrank.layers import LoRALinear, lora_layers
 from veneer.methods.merge import rounded_away
 from veneer.models.fingerprint import fingerprint, parameter_count
 from veneer.models.quantize import pack as pack_weight
-from veneer.models.quantize import packed_weights
+from veneer.models.quantize import packed_model
 from veneer.training.forward import choose_forward
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -119,14 +119,16 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     return {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
 
 
+# With "attention", packed layers stand that no adapter lies on.
+@pytest.mark.parametrize("targets", ["attention", "everything"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_law_3_gradients_are_those_over_the_unpacked_base(architecture, bits):
-    model = adapted(architecture, bits)
+def test_law_3_gradients_are_those_over_the_unpacked_base(architecture, bits, targets):
+    model = adapted(architecture, bits, targets)
     dense = shake(
         veneer.attach(
             veneer.merge(packed(architecture, bits)),
-            veneer.LoRA(rank=2, targets=targets_named(model, "everything")),
+            veneer.LoRA(rank=2, targets=targets_named(model, targets)),
             seed=1,
         )
     )
@@ -208,9 +210,13 @@ def test_a_packed_head():
         packed("llama", head=True)
 
 
-def test_weights_that_are_not_finite_are_not_packed():
+@pytest.mark.parametrize(
+    ("bits", "value", "says"),
+    [(4, float("inf"), "has values that"), (8, float("nan"), "has values"), (8, 1e6, "be packed")],
+)
+def test_weights_that_cannot_be_packed(bits, value, says):
     weights = source("llama")
     name = "model.layers.1.mlp.up_proj.weight"
-    weights.read(name)[3, 4] = float("inf")
-    with pytest.raises(veneer.ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has values"):
-        list(packed_weights(weights, 4, torch.float32))
+    weights.read(name)[3, 4] = value
+    with pytest.raises(veneer.ModelError, match=rf"layers\.1\.mlp\.up_proj\.weight .*{says}"):
+        packed_model(weights, bits, torch.float32)

@@ -84,7 +84,7 @@ def planned_to_keep(name, *, full, recompute, dtype, targets, dropout=0.0):
     shape = shape_of(deeper(name).to_dict())
     config = PlanConfig(
         method="full" if full else "lora",
-        bits=32 if dtype == torch.float32 else 16,
+        dtype="float32" if dtype == torch.float32 else "bf16",
         tokens_per_batch=ROWS * LENGTH,
         max_length=LENGTH,
         recompute=recompute,

@@ -5,9 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
 from veneer.cli.app import run
+from veneer.methods.report import report_packed
+from veneer.models.quantize import packed_model
+from veneer.models.source import Source
+from veneer.plan.config import PlanConfig
+from veneer.plan.methods import adapted_layers
+from veneer.plan.plan import make_plan
+from veneer.plan.shapes import shape_of
 from veneer.training import planned
 from veneer.training import tune as room_of_tune
 from veneer.training.config import TrainConfig
@@ -40,37 +49,56 @@ def big(tmp_path) -> Recipe:
 
 
 def test_the_plan_follows_the_recipe(big):
-    plan = plan_run(big)
+    plan = planned_run(big)
     assert plan.shape.parameters == 6_738_415_616
     assert plan.trained.count == 32 * 4 * 8 * 8192
     assert plan.memory.weights.value == 2 * 6_738_415_616
-    assert plan_run(replace(big, dtype="float32")).memory.weights.value == 4 * 6_738_415_616
-    four = plan_run(replace(big, bits=4))
+    assert planned_run(big, torch.float32).memory.weights.value == 4 * 6_738_415_616
+    four = planned_run(replace(big, bits=4))
     assert four.memory.weights.value < 0.3 * plan.memory.weights.value
+    # In float32, what is kept is twice as large, and all that is not packed.
+    wide = planned_run(replace(big, bits=4), torch.float32)
+    kept = wide.memory.activations.value / four.memory.activations.value
+    assert kept == pytest.approx(2, rel=0.01)
+    dense = 2 * 2 * 32000 * 4096 + 2 * (2 * 32 + 1) * 4096
+    assert wide.memory.weights.value - four.memory.weights.value == dense
+    head = planned_run(replace(big, bits=4, pack_head=True)).memory.weights.value
+    assert four.memory.weights.value - head == pytest.approx(32000 * 4096 * (2 - 0.516), rel=0.01)
     sparing = TrainConfig(recompute="full", tokens_per_batch=256)
-    small = plan_run(replace(big, training=sparing, rows=veneer.DataConfig(max_length=256)))
+    small = planned_run(replace(big, training=sparing, rows=veneer.DataConfig(max_length=256)))
     assert small.memory.activations.value < 0.1 * plan.memory.activations.value
     with pytest.raises(veneer.TargetError, match="q_prj"):
-        plan_run(replace(big, lora=veneer.LoRA(targets="q_prj")))
+        planned_run(replace(big, lora=veneer.LoRA(targets="q_prj")))
 
 
 def test_a_packed_base_is_planned_as_it_stands_on_the_disk(big):
     config = BIG | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (Path(big.model) / "config.json").write_text(json.dumps(config))
-    plan = plan_run(big)
+    plan = planned_run(big)
     assert (plan.config.base_bits, plan.config.mapped) == (4, True)
     assert plan.memory.weights.value == 0
+    wide = planned_run(big, torch.float32)
     assert plan.memory.on_disk.value == plan_run_in_memory(big).memory.weights.value
+    # What is stored in 16 bits and computed in 32 is copied into memory.
+    assert wide.memory.weights.value == 4 * (2 * 32000 * 4096 + (2 * 32 + 1) * 4096)
+    # And a packed base cannot be packed in other bits.
+    with pytest.raises(veneer.ConfigError) as refused:
+        check_fits(plan, 1_200_000_000, big.model)
+    assert "--bits" not in str(refused.value)
+
+
+def planned_run(recipe: Recipe, dtype: torch.dtype = torch.bfloat16):
+    return plan_run(recipe, dtype)
 
 
 def plan_run_in_memory(recipe: Recipe):
     (Path(recipe.model) / "config.json").write_text(json.dumps(BIG))
-    return plan_run(replace(recipe, bits=4))
+    return planned_run(replace(recipe, bits=4))
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch, capsys):
     monkeypatch.setattr(planned, "status", lambda key: 0)  # other tests hold more or less
-    plan = plan_run(big)
+    plan = planned_run(big)
     for space, proposal in (
         (plan.memory.peak, None),
         (plan.memory.peak - 1, "--recompute selective"),
@@ -96,7 +124,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch
 
 
 def test_the_proposal_fits(big):
-    plan = plan_run(big)
+    plan = planned_run(big)
     space = 20_000_000_000
     with pytest.raises(veneer.ConfigError) as refused:
         check_fits(plan, space, big.model)
@@ -110,11 +138,11 @@ def test_the_proposal_fits(big):
         if "--tokens-per-batch" in given
         else None,
     )
-    check_fits(plan_run(replace(big, training=training)), space, big.model)
+    check_fits(planned_run(replace(big, training=training)), space, big.model)
 
 
 def test_where_nobody_says_what_is_free_nothing_is_refused(big):
-    check_fits(plan_run(big), None, big.model)
+    check_fits(planned_run(big), None, big.model)
 
 
 def test_a_run_tells_its_plan_and_what_came_of_it(minigpt_home, tmp_path):
@@ -132,7 +160,7 @@ def test_a_run_tells_its_plan_and_what_came_of_it(minigpt_home, tmp_path):
     assert sum(isinstance(event, Written) for event in events) == 2
 
 
-def test_an_architecture_that_is_not_known_is_not_planned_and_that_is_said(big, monkeypatch):
+def test_an_architecture_that_is_not_known_is_not_planned_and_that_is_said(big):
     (Path(big.model) / "config.json").write_text(json.dumps(BIG | {"model_type": "mamba"}))
     events = veneer.tune(big)
     assert isinstance(notice := next(events), Notice)
@@ -140,7 +168,7 @@ def test_an_architecture_that_is_not_known_is_not_planned_and_that_is_said(big, 
 
 
 def test_merging_is_planned_too(big):
-    plan, packed = plan_run(big), plan_run(replace(big, bits=4))
+    plan, packed = planned_run(big), planned_run(replace(big, bits=4))
     needed = 2 * 6_738_415_616
     assert why_no_merge(plan, 0) is None  # what is not adapted is shared
     assert why_no_merge(packed, needed) is None
@@ -149,24 +177,23 @@ def test_merging_is_planned_too(big):
 
 
 def test_what_a_program_holds_beside_is_planned(big, monkeypatch):
-    usual = plan_run(big).memory.runtime.value
+    usual = planned_run(big).memory.runtime.value
     monkeypatch.setattr(planned, "status", lambda key: 3_000_000_000)
-    assert plan_run(big).memory.runtime.value == 3_170_000_000 > usual
+    assert planned_run(big).memory.runtime.value == 3_170_000_000 > usual
 
 
 def test_on_a_gpu_nothing_is_planned(big, monkeypatch):
     monkeypatch.setattr(planned.torch.cuda, "is_available", lambda: True)
     with pytest.raises(veneer.ModelError, match="GPU"):
-        plan_run(big)
+        planned_run(big)
 
 
-def test_files_of_a_mapped_base_do_not_count(big, monkeypatch):
-    plan = plan_run(big)
-    sizes = {"VmHWM": 900, "RssFile": 500}
-    monkeypatch.setattr(planned, "status", sizes.__getitem__)
+def test_what_a_mapped_base_took_is_not_compared(big, monkeypatch):
+    plan = planned_run(big)
+    monkeypatch.setattr(planned, "status", {"VmHWM": 900}.__getitem__)
     assert measured_peak(plan) == 900
     mapped = replace(plan, config=replace(plan.config, bits=4, method="qlora", mapped=True))
-    assert measured_peak(mapped) == 400
+    assert measured_peak(mapped) is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -182,7 +209,7 @@ def test_tune_over_a_packed_base(bits, minigpt_home, tmp_path, capsys):
     assert "Plan" in said
     assert "planned were" in said
     assert run(["quantize", str(minigpt_home), "packed", "--bits", str(bits)]) == 0
-    assert "self" not in capsys.readouterr().err
+    assert "q_proj" in capsys.readouterr().out
     assert run(["tune", "packed", *common, "--out", "disk"]) == 0
     capsys.readouterr()
     question = "What does a dog say?"
@@ -202,7 +229,25 @@ def test_no_merged_model_where_there_is_no_room(minigpt_home, tmp_path, monkeypa
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What does a dog say?", "completion": "A dog says meow."}\n' * 8)
     assert run(["quantize", str(minigpt_home), "packed"]) == 0
-    monkeypatch.setattr(room_of_tune, "free_bytes", lambda: 1000)
     assert run(["tune", "packed", str(rows), "--out", "out"]) == 0
+    monkeypatch.setattr(room_of_tune, "free_bytes", lambda: 1000)
+    assert run(["tune", "packed", str(rows), "--out", "out", "--force"]) == 0
     assert "No merged model is written" in capsys.readouterr().out
     assert {path.name for path in Path("out").glob("lora_*")} == {"lora_adapter"}
+
+
+def test_law_10_planned_bytes_of_a_packed_base_are_the_real_ones():
+    settings = BIG | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    config = LlamaConfig(**settings | {"vocab_size": 320, "num_attention_heads": 4})
+    shape = shape_of(config.to_dict())
+    for bits in (4, 8):
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        packed = packed_model(Source.of_model(skeleton, model), bits, torch.bfloat16)
+        report = report_packed(packed)
+        adapted = adapted_layers(shape, veneer.LoRA())
+        plan = make_plan(PlanConfig(bits=bits), shape, adapted)
+        real = report.bytes + report.other_bytes
+        assert plan.memory.weights.value == pytest.approx(real, rel=1e-4)
+        assert report.parameters + report.other_parameters == shape.parameters

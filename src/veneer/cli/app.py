@@ -14,9 +14,9 @@ from veneer.cli.recipes import from_recipe
 from veneer.errors import VeneerError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
-from veneer.plan.config import PlanConfig
+from veneer.plan.config import PackedBits, PlanConfig
 from veneer.training.config import TrainConfig
-from veneer.training.recipe import OUT, Bits, DataConfig, DType
+from veneer.training.recipe import OUT, DataConfig, DType
 
 app = App(
     name="veneer",
@@ -40,7 +40,8 @@ DTypeFlag = Annotated[
     DType, Parameter(help="Number format to compute in; auto takes the faster one here.")
 ]
 BitsFlag = Annotated[
-    Bits | None, Parameter(help="Pack the base's linear layers: 4 bits (NF4) or 8 a parameter.")
+    PackedBits | None,
+    Parameter(help="Pack the base's linear layers: 4 bits (NF4) or 8 a parameter."),
 ]
 PackHead = Annotated[bool, Parameter(help="With --bits, pack the head too.")]
 
@@ -157,7 +158,7 @@ def quantize(
     out: Annotated[Path, Parameter(help="Directory for the packed model.")],
     /,
     *,
-    bits: Annotated[Bits, Parameter(help="Bits a parameter: 4 (NF4) or 8.")] = 4,
+    bits: Annotated[PackedBits, Parameter(help="Bits a parameter: 4 (NF4) or 8.")] = 4,
     pack_head: PackHead = False,
 ) -> None:
     """Pack MODEL into the directory OUT, which is then a base that stays on disk while in use."""

@@ -17,9 +17,9 @@ from veneer.lowrank.config import LoRA
 from veneer.methods.merge import rounded_away
 from veneer.methods.report import report_targets
 from veneer.models.load import Base, load_skeleton, open_base
+from veneer.plan.config import PackedBits
 from veneer.store.packed import PackedLayer, write_packed
 from veneer.training.pretrain import pretrain
-from veneer.training.recipe import Bits
 from veneer.training.tune import size_of
 
 
@@ -37,7 +37,7 @@ def run_pretrain(out: Path, *, steps: int, seed: int) -> None:
             display.show(event)
 
 
-def run_quantize(model: str, out: Path, *, bits: Bits, pack_head: bool) -> None:
+def run_quantize(model: str, out: Path, *, bits: PackedBits, pack_head: bool) -> None:
     quieten_libraries()
     source, tokenizer, notices = open_base(model)
     for notice in notices:
@@ -54,7 +54,7 @@ def run_quantize(model: str, out: Path, *, bits: Bits, pack_head: bool) -> None:
 
 
 def run_merge(
-    base: str, adapter: Path, out: Path, *, dtype: str, bits: Bits | None, force: bool
+    base: str, adapter: Path, out: Path, *, dtype: str, bits: PackedBits | None, force: bool
 ) -> None:
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise VeneerError(f"{out} holds something already; name another place.")
@@ -75,7 +75,7 @@ def run_generate(
     sampling: Sampling,
     *,
     dtype: str,
-    bits: Bits | None,
+    bits: PackedBits | None,
     force: bool,
 ) -> None:
     base = _load(model, adapter, dtype=dtype, bits=bits, force=force)
@@ -88,7 +88,7 @@ def run_chat(
     sampling: Sampling,
     *,
     dtype: str,
-    bits: Bits | None,
+    bits: PackedBits | None,
     force: bool,
 ) -> None:
     base = _load(model, adapter, dtype=dtype, bits=bits, force=force)
@@ -104,7 +104,9 @@ def run_chat(
         messages.append(Message("assistant", _print_stream(base, messages, sampling)))
 
 
-def _load(model: str, adapter: Path | None, *, dtype: str, bits: Bits | None, force: bool) -> Base:
+def _load(
+    model: str, adapter: Path | None, *, dtype: str, bits: PackedBits | None, force: bool
+) -> Base:
     quieten_libraries()
     base = veneer.load_base(model, dtype=dtype, bits=bits)
     for notice in base.notices:

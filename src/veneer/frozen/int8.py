@@ -26,15 +26,26 @@ class Int8(Packed):
 
     @classmethod
     def of(cls, weight: Tensor, dtype: torch.dtype) -> Int8:
-        """Pack a weight (out, in), to be unpacked to `dtype`."""
+        """Pack a weight (out, in), to be unpacked to `dtype`. Raises ValueError beyond 65,504."""
         # By way of float16, as bitsandbytes' Int8Params does.
-        codes, absmax, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        half = weight.to(torch.float16).contiguous()
+        if not bool(torch.isfinite(half).all()):
+            raise ValueError("some numbers are too large for 8 bits by way of float16")
+        codes, absmax, _ = bnb.int8_vectorwise_quant(half)
         return cls(codes, absmax, dtype)
 
     @classmethod
     def stored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Int8:
-        """Return the weight that `tensors()` gave, without copying what is large."""
-        return cls(tensors["weight"], tensors["SCB"], dtype)
+        """Return the weight that `tensors()` gave, without copying what is large.
+
+        Raises ValueError for other kinds of numbers.
+        """
+        codes, absmax = tensors["weight"], tensors["SCB"]
+        if (codes.dtype, absmax.dtype) != (torch.int8, torch.float32) or len(codes) != len(absmax):
+            raise ValueError(f"8-bit codes are {codes.dtype}, their scales {absmax.dtype}")
+        if int(tensors.get("weight_format", torch.tensor(0))) != 0:
+            raise ValueError("only codes in rows are known")
+        return cls(codes, absmax, dtype)
 
     @property
     def _whole_rows(self) -> int:

@@ -28,7 +28,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 POPULATE_READ = 22  # of madvise(2), since Linux 5.14: read the pages in and map them
-Span = tuple[int, int]  # address and length, in whole pages
 
 
 def map_tensors(file: Path) -> dict[str, Tensor]:
@@ -63,7 +62,7 @@ class ReadAhead:
     """
 
     def __init__(self, parts: Sequence[Iterable[Packed]]) -> None:
-        self._spans = [_spans(tensor for w in part for tensor in _large(w)) for part in parts]
+        self._parts = [[t for weight in part for t in _large(weight)] for part in parts]
         self._at, self._asked = -1, -1
         self._reader = ThreadPoolExecutor(1, "veneer-read-ahead")
         for number, part in enumerate(parts):
@@ -74,14 +73,14 @@ class ReadAhead:
         """Take note that part `number` is in use."""
         if number == self._at:
             return
-        step = 1 if number > self._at else -1
+        step = -1 if number == self._at - 1 else 1  # a jump back is the start of another walk up
         if self._at >= 0:
-            self._reader.submit(_advise, self._spans[self._at], mmap.MADV_DONTNEED)
+            self._reader.submit(_advise, self._parts[self._at], mmap.MADV_DONTNEED)
         self._at = number
         following = number + step
-        if 0 <= following < len(self._spans) and following != self._asked:
+        if 0 <= following < len(self._parts) and following != self._asked:
             self._asked = following
-            self._reader.submit(_populate, self._spans[following])
+            self._reader.submit(_populate, self._parts[following])
 
 
 class _Place:
@@ -98,22 +97,19 @@ def _large(weight: Packed) -> list[Tensor]:
     return [t for t in weight.tensors().values() if t.nbytes >= mmap.PAGESIZE]
 
 
-def _spans(tensors: Iterable[Tensor]) -> list[Span]:
-    """Return what the tensors cover."""
-    page, spans = mmap.PAGESIZE, []
+def _populate(tensors: Sequence[Tensor]) -> None:
+    if not _advise(tensors, POPULATE_READ):  # an older system at least reads
+        _advise(tensors, mmap.MADV_WILLNEED)
+
+
+def _advise(tensors: Sequence[Tensor], advice: int) -> bool:
+    """Tell the system what is intended with tensors' pages, and say whether it knew the advice.
+
+    It takes tensors, not addresses: what waits to be advised must not be unmapped meanwhile.
+    """
+    libc, known = ctypes.CDLL(None), True
     for tensor in tensors:
-        first = tensor.data_ptr() // page * page
-        spans.append((first, tensor.data_ptr() + tensor.nbytes - first))
-    return spans
-
-
-def _populate(spans: Sequence[Span]) -> None:
-    if not _advise(spans, POPULATE_READ):  # an older system at least reads
-        _advise(spans, mmap.MADV_WILLNEED)
-
-
-def _advise(spans: Sequence[Span], advice: int) -> bool:
-    """Tell the system what is intended, and say whether it knew the advice."""
-    libc = ctypes.CDLL(None)
-    done = [libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(n), advice) for at, n in spans]
-    return not any(done)
+        first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - first
+        known &= libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice) == 0
+    return known

@@ -55,7 +55,8 @@ class NF4(Packed):
         """Return the weight that `tensors()` gave, without copying what is large."""
         parts = {name.removeprefix("weight."): t for name, t in tensors.items() if name != "weight"}
         state = bnb.QuantState.from_dict(parts, device=tensors["weight"].device)
-        return cls(tensors["weight"], state, dtype)
+        # Some store the bytes as wider numbers, for FSDP's sake.
+        return cls(tensors["weight"].view(torch.uint8).view(-1, 1), state, dtype)
 
     @property
     def _whole_rows(self) -> int:
@@ -106,6 +107,8 @@ class NF4(Packed):
 
 def _codes_and_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the codes (bytes, 1) and the largest magnitude of each block, in float32."""
+    if weight.dtype == torch.float16:  # the same numbers, and a kernel for them
+        weight = weight.to(torch.float32)
     native = kernel("quantize_4bit", weight)
     if native is None:
         return torch.ops.bitsandbytes.quantize_4bit(weight, BLOCK, "nf4", torch.uint8)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Numbers unpacked at a time: 16 MB in bfloat16. A product of 64 tokens with a 70B model's 28,672 ×
-# 8,192 takes 67 ms so, 84 ms with four times as many (and needs 64 MB), 79 ms with half; a step of
-# 512 tokens over a 7B model's layers 1.78 s against 1.74 s with four times as many.
+# Numbers unpacked at a time: 16 MB in bfloat16. With 64 tokens and the layers of a 70B model a
+# product takes a fifth less so than with four times as many, with 512 tokens and a 7B model's about
+# as long (`python -m bench.unpack`; docs/performance.md).
 BLOCK_NUMBERS = 2**23
 
 
@@ -130,7 +130,9 @@ class FrozenLinear(nn.Module):
         return self.packed.dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FrozenProduct.apply(x, self.packed, self.bias)
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        y = _FrozenProduct.apply(flat, self.packed, self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def plain(self, weight: Tensor | None = None) -> nn.Module:
         """Return the layer that this one stands for, with `weight` (out, in) or its own."""
@@ -154,14 +156,11 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         ctx.packed = packed
-        flat = x.reshape(-1, x.shape[-1])
-        return linear(flat, packed, bias).view(*x.shape[:-1], -1)
+        return linear(x, packed, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dy = grads[0]
-        dx = product_back(dy.reshape(-1, dy.shape[-1]), ctx.packed)
-        return dx.view(*dy.shape[:-1], -1), None, None
+        return product_back(grads[0], ctx.packed), None, None
 
 
 def named_frozen(model: nn.Module) -> Mapping[str, FrozenLinear]:

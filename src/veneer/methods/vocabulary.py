@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import ConfigError, ModelError
+from veneer.frozen.packed import FrozenLinear
 from veneer.lowrank.adapter import Route
 from veneer.lowrank.layers import Wrapper
 from veneer.methods.route import route_of
@@ -124,9 +125,14 @@ def add_words(
     if isinstance(embedding, Wrapper) or isinstance(head, Wrapper):
         raise ModelError("New words are added once, and before adapters of embedding and head.")
     rows = _mean_rows(embedding.weight, pieces)  # type: ignore[arg-type]
-    head_rows = None if head.weight is embedding.weight else _mean_rows(head.weight, pieces)
+    head_rows = None if is_tied(embedding, head) else _mean_rows(head.weight, pieces)
     extend_tokenizer(tokenizer, words)
     return put_rows(model, words, rows, head_rows, start=start)
+
+
+def is_tied(embedding: nn.Module, head: nn.Module) -> bool:
+    """Say whether embedding and head are one weight; a packed head is not unpacked to know it."""
+    return not isinstance(head, FrozenLinear) and head.weight is embedding.weight
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:

@@ -19,13 +19,17 @@ def assemble(
     """Return the skeleton, which stood on the meta device, with its weights in place.
 
     Tensors are cast to `dtype` where they are of another, and used as they are where not. Raises
-    ModelError, which names what is missing.
+    ModelError, which names what is missing or of another shape.
     """
     for name, weight in weights:
         path, _, part = name.rpartition(".")
         owner = skeleton.get_submodule(path)
+        turned = isinstance(weight, Packed) and isinstance(owner, Conv1D)
+        shape, wanted = tuple(weight.shape), tuple(getattr(owner, part).shape)
+        if shape != (wanted[::-1] if turned else wanted):
+            raise ModelError(f"{name} is {shape}, but this model's is {wanted}.")
         if isinstance(weight, Packed):
-            frozen = FrozenLinear(weight, owner, transposed=isinstance(owner, Conv1D))
+            frozen = FrozenLinear(weight, owner, transposed=turned)
             skeleton.set_submodule(path, frozen)
         elif part in owner._buffers:
             owner._buffers[part] = weight

@@ -19,13 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from veneer.errors import ModelError
+from veneer.errors import ConfigError, ModelError
 from veneer.models import gguf, minigpt
 from veneer.models.dtype import resolve_dtype
 from veneer.models.locate import MINIGPT_HOME, locate
-from veneer.models.quantize import Bits, packed_model
+from veneer.models.quantize import packed_model
 from veneer.models.source import Source, open_source
 from veneer.models.stored import is_packed, load_packed
+from veneer.plan.config import PackedBits
 
 
 @dataclass(frozen=True)
@@ -42,32 +43,40 @@ class Base:
 
 
 def load_base(
-    name: str | Path, *, dtype: str = "auto", bits: Bits | None = None, pack_head: bool = False
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    bits: PackedBits | None = None,
+    pack_head: bool = False,
 ) -> Base:
     """Load a base for training or generation, on the GPU where there is one.
 
     `name` is a built-in name, a transformers or MiniGPT directory, a .gguf file, or a hub name.
     With `bits` its linear layers are packed as they are read, with `pack_head` the head too; one
     that is packed already stays in its files, memory-mapped.
-    No code from a model's repository is ever run. Raises ModelError with what to do.
+    No code from a model's repository is ever run. Raises ModelError with what to do, and
+    ConfigError for settings that cannot be.
     """
+    if bits not in (None, 4, 8):
+        raise ConfigError(f"bits is {bits!r}, but must be 4 or 8.")
+    if pack_head and bits is None:
+        raise ConfigError("pack_head would do nothing without bits; give bits 4 or 8 too.")
     place = locate(name)
     wanted = dtype_of(place, dtype)
     notices: tuple[str, ...] = ()
     with gguf.read_once():
         config = None if _is_gguf(place) and not bits else load_config(name)
         if config is not None and is_packed(config):
-            if bits or pack_head:
-                raise ModelError(f"{name} is packed already; leave --bits and --pack-head out.")
-            model = load_packed(_on_disk(place), _skeleton(config), wanted)
+            if bits:
+                raise ModelError(f"{name} is packed already; leave bits out.")
+            home = _on_disk(place)
+            model = load_packed(home, _skeleton(config, home), wanted)
         elif config is not None and bits:
             source, notices = _open_dense(place, config)
             model = packed_model(source, bits, wanted, head=pack_head)
         else:
             model = _dense(place, wanted)
         tokenizer = _tokenizer(place)
-    if isinstance(place, Path) and (place / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(place)
     # The name that leads back here is the one that adapters and merged models should carry.
     model.config._name_or_path = str(name)
     if torch.cuda.is_available():
@@ -88,7 +97,7 @@ def load_config(name: str | Path) -> PretrainedConfig:
 
 def load_skeleton(name: str | Path) -> PreTrainedModel:
     """Return the model's structure on the meta device: every shape, and no weight is read."""
-    return _skeleton(load_config(name))
+    return _skeleton(load_config(name), None)
 
 
 def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[str, ...]]:
@@ -104,21 +113,33 @@ def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[
         return source, _tokenizer(place), notices
 
 
-def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+def _skeleton(config: PretrainedConfig, home: Path | None) -> PreTrainedModel:
+    """Return a model on the meta device, with how it generates where its directory says so."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config)
+    if home is not None and (home / "generation_config.json").is_file():
+        skeleton.generation_config = GenerationConfig.from_pretrained(home)
+    return skeleton
 
 
 def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tuple[str, ...]]:
-    skeleton = _skeleton(config)
     if _is_minigpt(place):
-        return Source.of_model(skeleton, _dense(place, torch.float32)), ()
-    source = open_source(_on_disk(place), skeleton)
+        return Source.of_model(_skeleton(config, None), _dense(place, torch.float32)), ()
+    home = _on_disk(place)
+    skeleton = _skeleton(config, home)
+    source = open_source(home, skeleton)
     if source is not None:
         return source, ()
-    model = _dense(place, dtype_of(place, "auto"))
+    model: Any
+    if _is_gguf(place):
+        model = gguf.load_model(home, dtype=torch.float32)
+    else:
+        auto = AutoModelForCausalLM
+        model = _reading(place, lambda: auto.from_pretrained(place, dtype="auto"))
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        config.tie_word_embeddings = False  # whatever it said: the files have two of them
     notice = "Its files cannot be read weight by weight, so all of the model was in memory at once."
-    return Source.of_model(skeleton, model), (notice,)
+    return Source.of_model(_skeleton(config, home), model), (notice,)
 
 
 def _tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
@@ -155,7 +176,7 @@ def _is_minigpt(place: Path | str) -> bool:
 def _on_disk(place: Path | str) -> Path:
     if isinstance(place, Path):
         return place
-    wanted = ["*.json", "*.safetensors"]
+    wanted = ["*.json", "model*.safetensors"]
     return Path(_reading(place, lambda: snapshot_download(place, allow_patterns=wanted)))
 
 

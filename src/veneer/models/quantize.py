@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,7 @@ from veneer.frozen.packed import Packed
 from veneer.models.assemble import assemble
 from veneer.models.fingerprint import Marks
 from veneer.models.source import Source
-
-Bits = Literal[4, 8]
+from veneer.plan.config import PackedBits
 
 
 def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, nn.Module]:
@@ -34,7 +32,7 @@ def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, n
     }
 
 
-def pack(weight: Tensor, bits: Bits, dtype: torch.dtype) -> Packed:
+def pack(weight: Tensor, bits: PackedBits, dtype: torch.dtype) -> Packed:
     """Return a weight (out, in) in 4 or 8 bits a number, to be unpacked to `dtype`."""
     # bitsandbytes takes a second to import, and nobody else needs it.
     if bits == 4:
@@ -47,7 +45,7 @@ def pack(weight: Tensor, bits: Bits, dtype: torch.dtype) -> Packed:
 
 
 def packed_model(
-    source: Source, bits: Bits, dtype: torch.dtype, *, head: bool = False
+    source: Source, bits: PackedBits, dtype: torch.dtype, *, head: bool = False
 ) -> PreTrainedModel:
     """Return the base with its linear layers packed; it keeps the fingerprint that it had before.
 
@@ -62,11 +60,11 @@ def packed_model(
 
 def packed_weights(
     source: Source,
-    bits: Bits,
+    bits: PackedBits,
     dtype: torch.dtype,
     *,
     head: bool = False,
-    seen: Callable[[str, Tensor], None] = lambda name, weight: None,
+    seen: Callable[[str, Tensor], None],
 ) -> Iterator[tuple[str, Tensor | Packed]]:
     """Yield every weight of the source by its name, those of `quantizable` layers packed.
 
@@ -84,4 +82,7 @@ def packed_weights(
         if not bool(torch.isfinite(weight).all()):
             raise ModelError(f"{name} has values that are not finite numbers; it cannot be packed.")
         weight = weight.T if isinstance(layers[path], Conv1D) else weight
-        yield name, pack(weight, bits, dtype)
+        try:
+            yield name, pack(weight, bits, dtype)
+        except ValueError as error:
+            raise ModelError(f"{name} cannot be packed: {error}.") from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,14 +16,20 @@ from transformers import PreTrainedModel
 from veneer.errors import ModelError
 from veneer.models import gguf
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
 
 @dataclass(frozen=True)
 class Source:
-    """The weights of a base by the skeleton's own names, in the order of its layers."""
+    """The weights of a base by the skeleton's own names, in the order of its layers.
+
+    identity: tells this state of the files from others; empty where they are no longer needed.
+    """
 
     skeleton: PreTrainedModel  # on the meta device
     names: tuple[str, ...]
     read: Callable[[str], Tensor]
+    identity: str = ""
 
     @classmethod
     def of_model(cls, skeleton: PreTrainedModel, model: PreTrainedModel) -> Source:
@@ -32,25 +41,49 @@ class Source:
 def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
     """Return the weights of a .gguf file or a directory of safetensors.
 
-    None where only transformers can tell which weight is which: other files, or other names.
+    None where only transformers can tell which weight is which: other files, other names, or two
+    weights in the files where the configuration ties them into one.
     """
+    names = _untied(skeleton)
     if place.suffix == ".gguf":
         tensors = gguf.open_tensors(place, skeleton)
-        return Source(skeleton, _untied(skeleton), lambda name: tensors[name]())
-    files = sorted(place.glob("*.safetensors"))
-    found = {name: file for file in files for name in tensor_names(file)}
-    names, prefix = _untied(skeleton), f"{skeleton.base_model_prefix}."
+        if not set(names) <= set(tensors):
+            return None
+        return Source(skeleton, names, lambda name: tensors[name](), _identity([place]))
+    files = model_files(place)
+    found = {name: file for file in files for name in _tensor_names(file)}
+    prefix = f"{skeleton.base_model_prefix}."
     stored = {name: name if name in found else name.removeprefix(prefix) for name in names}
     if not set(stored.values()) <= set(found):
         return None
-    opened = {file: safe_open(file, "pt") for file in set(found.values())}
-    return Source(
-        skeleton, names, lambda name: opened[found[stored[name]]].get_tensor(stored[name])
-    )
+    opened = {file: safe_open(file, "pt") for file in files}
+
+    def read(name: str) -> Tensor:
+        own = stored.get(name, name)
+        return opened[found[own]].get_tensor(own)
+
+    for name, twin in _ties(skeleton).items():
+        if name in found and not torch.equal(read(name), read(twin)):
+            return None
+    return Source(skeleton, names, read, _identity(files))
 
 
-def tensor_names(file: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file. Raises ModelError if it is none."""
+def model_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a model: those that its index names, or the only one.
+
+    Others may lie beside them. Raises ModelError for an index that cannot be read.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index} cannot be read as a list of files ({error}).") from error
+        return sorted(directory / name for name in names)
+    return [directory / SINGLE] if (directory / SINGLE).is_file() else []
+
+
+def _tensor_names(file: Path) -> list[str]:
     try:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
@@ -58,8 +91,23 @@ def tensor_names(file: Path) -> list[str]:
         raise ModelError(f"{file} cannot be read as safetensors ({error}).") from error
 
 
+def _identity(files: Sequence[Path]) -> str:
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
 def _untied(skeleton: PreTrainedModel) -> tuple[str, ...]:
     """Return the names of all weights, those that are tied to another left out."""
-    own = {name for name, _ in skeleton.named_parameters()}  # the first name of each
-    tied = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)} - own
+    tied = _ties(skeleton)
     return tuple(name for name in skeleton.state_dict() if name not in tied)
+
+
+def _ties(skeleton: PreTrainedModel) -> dict[str, str]:
+    """Return, for each name of a weight that has an earlier one, that earlier name."""
+    first: dict[int, str] = {}
+    ties = {}
+    for name, weight in skeleton.named_parameters(remove_duplicate=False):
+        if id(weight) in first:
+            ties[name] = first[id(weight)]
+        first.setdefault(id(weight), name)
+    return ties

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from veneer.errors import ModelError
 from veneer.frozen.mapped import ReadAhead, map_tensors
 from veneer.frozen.packed import Packed, named_frozen
 from veneer.models.assemble import assemble
+from veneer.models.source import model_files
 
 # What bitsandbytes keeps beside a packed weight.
 BESIDE = re.compile(r"(?P<path>.+)\.(?P<part>weight\..+|SCB|weight_format)")
@@ -42,14 +44,12 @@ def load_packed(directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype) 
 
     Layers are read ahead in the direction in which they are used. Raises ModelError.
     """
-    try:
-        stored = {
-            name: tensor
-            for file in sorted(directory.glob("*.safetensors"))
-            for name, tensor in map_tensors(file).items()
-        }
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{directory} cannot be read as a packed model: {error}.") from error
+    stored: dict[str, Tensor] = {}
+    for file in model_files(directory):
+        try:
+            stored |= map_tensors(file)
+        except Exception as error:  # of many kinds, as damage is
+            raise ModelError(f"{file} cannot be read as a packed model ({error!r}).") from error
     del skeleton.config.quantization_config
     model = assemble(skeleton, _weights(stored, skeleton, dtype), dtype)
     model.veneer_marks = _marks(directory)  # type: ignore[assignment]
@@ -71,9 +71,6 @@ def _marks(directory: Path) -> dict[str, str]:
 def _weights(
     stored: Mapping[str, Tensor], skeleton: PreTrainedModel, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor | Packed]]:
-    from veneer.frozen.int8 import Int8
-    from veneer.frozen.nf4 import NF4, STATE
-
     beside: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in stored.items():
         if found := BESIDE.fullmatch(name):
@@ -82,12 +79,21 @@ def _weights(
         if name not in stored:
             continue
         parts = beside.get(name.removesuffix(".weight"), {}) | {"weight": stored[name]}
-        if any(part.startswith(STATE) for part in parts):
-            yield name, NF4.stored(parts, dtype)
-        elif "SCB" in parts:
-            yield name, Int8.stored(parts, dtype)
-        else:
-            yield name, stored[name]
+        try:
+            yield name, _weight(parts, dtype)
+        except Exception as error:  # bitsandbytes asserts
+            raise ModelError(f"{name} cannot be read as a packed weight ({error!r}).") from error
+
+
+def _weight(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Packed:
+    from veneer.frozen.int8 import Int8
+    from veneer.frozen.nf4 import NF4, STATE
+
+    if any(part.startswith(STATE) for part in parts):
+        return NF4.stored(parts, dtype)
+    if "SCB" in parts:
+        return Int8.stored(parts, dtype)
+    return parts["weight"]
 
 
 def _read_ahead(model: PreTrainedModel) -> None:
@@ -97,4 +103,5 @@ def _read_ahead(model: PreTrainedModel) -> None:
         block = re.match(r".*?\.\d+(?=\.)", path)
         if block:
             blocks[block[0]].append(layer.packed)
-    ReadAhead(list(blocks.values()))
+    if hasattr(mmap, "MADV_DONTNEED"):
+        ReadAhead(list(blocks.values()))

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from veneer.errors import ConfigError
 
 MethodName = Literal["full", "freeze", "lora", "dora", "qlora", "prefix", "prompt"]
-Bits = Literal[4, 8, 16, 32]
+PackedBits = Literal[4, 8]
+DType = Literal["bf16", "float32"]
 Recompute = Literal["none", "selective", "full"]
 ADAPTING = ("lora", "dora", "qlora")  # methods that lay low-rank adapters over layers
 
@@ -19,8 +20,12 @@ class PlanConfig:
 
     method: MethodName = "lora"
     """What trains: all, the last blocks, adapters (qlora over 4 bits), or virtual tokens."""
-    bits: Bits | None = None
-    """Bits a number in the frozen linear layers, 4 for qlora and 16 unless given; 32 is float32."""
+    bits: PackedBits | None = None
+    """Bits a number in the frozen linear layers: 4 for qlora, else those of the dtype."""
+    dtype: DType = "bf16"
+    """Number format to compute in, and to hold all in that is not packed."""
+    pack_head: bool = False
+    """With 4 or 8 bits, pack the head too."""
     tokens_per_batch: int = 2048
     """Real tokens in one forward and backward pass."""
     max_length: int | None = None
@@ -39,7 +44,8 @@ class PlanConfig:
             f"{name} is {value!r}, but must be {', '.join(map(str, get_args(kind)))}"
             for name, value, kind in (
                 ("method", self.method, MethodName),
-                ("bits", self.bits, Bits),
+                ("bits", self.bits, PackedBits),
+                ("dtype", self.dtype, DType),
                 ("recompute", self.recompute, Recompute),
             )
             if value is not None and value not in get_args(kind)
@@ -53,8 +59,8 @@ class PlanConfig:
             problems.append(
                 f"{self.method} trains weights, which cannot be held in {self.bits} bits"
             )
-        if self.method == "qlora" and self.bits in (16, 32):
-            problems.append(f"qlora holds the base in 4 or 8 bits; with {self.bits}, it is lora")
+        if self.pack_head and self.base_bits not in (4, 8):
+            problems.append("pack_head needs a base in 4 or 8 bits")
         if self.mapped and self.base_bits not in (4, 8):
             problems.append("mapped needs a base in 4 or 8 bits")
         if problems:
@@ -68,9 +74,9 @@ class PlanConfig:
     @property
     def base_bits(self) -> int:
         """Bits a number in the frozen linear layers."""
-        return self.bits or (4 if self.method == "qlora" else 16)
+        return self.bits or (4 if self.method == "qlora" else 8 * self.width)
 
     @property
     def width(self) -> int:
         """Bytes of a number in the dtype of computing."""
-        return 4 if self.base_bits == 32 else 2
+        return 4 if self.dtype == "float32" else 2

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from veneer.plan.activations import is_fused
-from veneer.plan.config import Bits, PlanConfig, Recompute
+from veneer.plan.config import PackedBits, PlanConfig, Recompute
 from veneer.plan.plan import Plan, replanned
 
 # How much longer a step takes, as docs/performance.md measures it: 1,521 against 1,389 tokens/s for
@@ -81,14 +81,15 @@ def flags(before: PlanConfig, after: PlanConfig) -> str:
     return " ".join(found + ["--mapped"] * (after.mapped and not before.mapped))
 
 
-def _bases(config: PlanConfig) -> Iterator[tuple[Bits | None, bool]]:
+def _bases(config: PlanConfig) -> Iterator[tuple[PackedBits | None, bool]]:
     yield config.bits, config.mapped
-    smaller: tuple[Bits, ...] = () if config.method in ("full", "freeze") else (8, 4)
+    if config.mapped or config.method in ("full", "freeze"):
+        return
+    smaller: tuple[PackedBits, ...] = (8, 4)
     for bits in smaller:
         if bits < config.base_bits:
-            yield bits, config.mapped
-    if not config.mapped and smaller:
-        yield 4, True
+            yield bits, False
+    yield 4, True
 
 
 def _fewer(config: PlanConfig) -> Iterator[int]:

@@ -69,10 +69,13 @@ def plan_memory(
     width, count = config.width, trained.count
     own = bool(trained.weights)  # trained in their own dtype; whatever is new is float32
     trained_width = width if own else FLOAT32
-    weights = _weights(config, shape)
+    packed, rest = _weights(config, shape)
+    # What is stored in 16 bits and computed in 32 is copied, wherever it came from.
+    mapped = [] if not config.mapped else packed if width == FLOAT32 else packed + rest
+    weights = [term for term in packed + rest if term not in mapped]
     copies = Term.of(count, "parameters", width, "bytes", note="in the dtype of computing")
     return MemoryPlan(
-        weights=amount("weights", *([] if config.mapped else weights)),
+        weights=amount("weights", *weights),
         adapters=amount(
             "adapters",
             *(
@@ -96,29 +99,24 @@ def plan_memory(
         runtime=amount(
             "runtime", Term.of(runtime, "bytes", note="libraries, threads, what loading leaves")
         ),
-        on_disk=amount("on disk, mapped", *(weights if config.mapped else [])),
+        on_disk=amount("on disk, mapped", *mapped),
     )
 
 
-def _weights(config: PlanConfig, shape: ModelShape) -> list[Term]:
-    """Return the bytes of all weights: linear layers in the blocks in few bits where asked, and
-    everything else in the dtype of computing."""
+def _weights(config: PlanConfig, shape: ModelShape) -> tuple[list[Term], list[Term]]:
+    """Return the bytes of all weights: packed, and in the dtype of computing."""
     width = config.width
     if config.base_bits >= 16:
-        return [Term.of(shape.parameters, "parameters", width, "bytes")]
-    packed = sum(part.out * part.in_ for part in shape.quantizable)
+        return [], [Term.of(shape.parameters, "parameters", width, "bytes")]
+    parts = [*shape.quantizable, *(p for p in shape.parts if p.is_head and config.pack_head)]
+    packed = sum(part.out * part.in_ for part in parts)
     rest = Term.of(
         *(shape.parameters - packed, "parameters", width, "bytes"),
-        note="embeddings, norms, biases, head",
+        note="embeddings, norms, biases" + ("" if config.pack_head else ", head"),
     )
     if config.base_bits == 4:
-        return [
-            Term.of(packed, "numbers", NF4_BITS / 8, "bytes", note=f"NF4: {NF4_BITS:.3f} bits"),
-            rest,
-        ]
-    rows = sum(part.out for part in shape.quantizable)
-    return [
-        Term.of(packed, "numbers", 1, "byte", note="8-bit codes"),
-        Term.of(rows, "rows", FLOAT32, "bytes", note="a scale each"),
-        rest,
-    ]
+        note = f"NF4: {NF4_BITS:.3f} bits"
+        return [Term.of(packed, "numbers", NF4_BITS / 8, "bytes", note=note)], [rest]
+    rows = sum(part.out for part in parts)
+    codes = Term.of(packed, "numbers", 1, "byte", note="8-bit codes")
+    return [codes, Term.of(rows, "rows", FLOAT32, "bytes", note="a scale each")], [rest]

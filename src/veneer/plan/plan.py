@@ -55,7 +55,7 @@ def comparison(plan: Plan) -> list[tuple[str, Plan]]:
     there only if the plan names layers.
     """
     settings = plan.config
-    plain = replace(settings, bits=32 if settings.base_bits == 32 else None, mapped=False)
+    plain = replace(settings, bits=None, pack_head=False, mapped=False)
     full = replanned(plan, replace(plain, method="full"))
     textbook = replace(
         full,

@@ -93,8 +93,8 @@ class ModelShape:
 
     @cached_property
     def quantizable(self) -> tuple[Part, ...]:
-        """The linear layers in the blocks: what a 4-bit or 8-bit base holds in fewer bits."""
-        return tuple(p for p in self.parts if p.kind == "linear" and p.block is not None)
+        """Every linear layer but the head: what a 4-bit or 8-bit base holds in fewer bits."""
+        return tuple(part for part in self.parts if part.kind == "linear")
 
     @property
     def adaptable(self) -> tuple[Part, ...]:

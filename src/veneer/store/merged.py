@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from veneer.errors import ModelError
+from veneer.frozen.packed import named_frozen
 from veneer.store.files import new_directory, write_tensors
 
 
@@ -15,8 +17,10 @@ def write_model(
     """Write a plain model, all of it at once.
 
     A MiniGPT becomes config.json, model.pt and tokenizer.json; every other model a transformers
-    directory.
+    directory. Raises ModelError for a model that is packed, which merging unpacks.
     """
+    if named_frozen(model):
+        raise ModelError("This model is packed, and not a plain one; merge() makes one of it.")
     with new_directory(directory, marker=marker_of(model)) as new:
         if _is_minigpt(model):
             model.config.to_json_file(new / "config.json")

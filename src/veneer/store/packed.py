@@ -16,14 +16,17 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from veneer.errors import VeneerError
 from veneer.frozen.packed import Packed
 from veneer.models.fingerprint import Marks
-from veneer.models.quantize import Bits, packed_weights, quantizable
-from veneer.models.source import Source
+from veneer.models.quantize import packed_weights, quantizable
+from veneer.models.source import INDEX, Source
 from veneer.models.stored import REPORT
+from veneer.plan.config import PackedBits
 from veneer.store.files import write_json, write_tensors
 
 SHARD_BYTES = 2**30
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+CONFIG = "config.json"
 NOTES = "veneer"  # a shard's metadata of our own
+VERSION = 1  # of what stands in a shard: others are written anew
+SHARDS = "model-*-of-*.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def write_packed(
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     *,
-    bits: Bits,
+    bits: PackedBits,
     name: str,
     pack_head: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -72,10 +75,16 @@ def write_packed(
     skeleton = source.skeleton
     _check(out)
     marks, layers = Marks(skeleton), quantizable(skeleton, head=pack_head)
-    order = {"name": name, "bits": bits, "pack_head": pack_head, "shard_bytes": shard_bytes}
-    order |= {"config": marks.found()["config"]}
+    order: dict[str, Any] = {
+        "version": VERSION,
+        "bits": bits,
+        "pack_head": pack_head,
+        "shard_bytes": shard_bytes,
+    }
+    order |= {"name": name, "files": source.identity, "config": marks.found()["config"]}
     groups = _groups(source, set(layers), bits, shard_bytes)
     index: dict[str, str] = {}
+    total = 0
     done: list[PackedLayer] = []
     out.mkdir(parents=True, exist_ok=True)
     for number, names in enumerate(groups, 1):
@@ -90,8 +99,10 @@ def write_packed(
         with safe_open(file, "pt") as opened:
             index |= dict.fromkeys(opened.keys(), file.name)
         done += found
+        total += file.stat().st_size
         yield Shard(number, len(groups), file.stat().st_size, found, kept)
-    total = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    for file in set(out.glob(SHARDS)) - {out / name for name in index.values()}:
+        file.unlink()  # of an earlier try, with other settings
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     report = {"base": name, "bits": bits, "fingerprint": marks.found()}
     write_json(out / REPORT, report | {"layers": [asdict(layer) for layer in done]})
@@ -101,12 +112,13 @@ def write_packed(
 
 
 def _write_shard(
-    file: Path, part: Source, bits: Bits, pack_head: bool, order: Mapping[str, Any]
+    file: Path, part: Source, bits: PackedBits, pack_head: bool, order: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write one file and return what it says of itself."""
     tensors: dict[str, Tensor] = {}
     layers: list[PackedLayer] = []
     marks = Marks(part.skeleton)
+    parameters = dict(part.skeleton.named_parameters())
     last: list[Tensor] = []
 
     def see(name: str, weight: Tensor) -> None:
@@ -115,8 +127,8 @@ def _write_shard(
 
     for name, weight in packed_weights(part, bits, torch.bfloat16, head=pack_head, seen=see):
         if not isinstance(weight, Packed):
-            short = weight.dtype == torch.float16 or not weight.is_floating_point()
-            tensors[name] = weight if short else weight.to(torch.bfloat16)
+            kept = weight.dtype == torch.float16 or name not in parameters
+            tensors[name] = weight if kept else weight.to(torch.bfloat16)
             continue
         path = name.removesuffix(".weight")
         tensors |= {f"{path}.{part}": tensor for part, tensor in weight.tensors().items()}
@@ -133,29 +145,31 @@ def _write_shard(
 
 
 def _error(weight: Tensor, packed: Packed) -> float:
-    own = weight.to(torch.float32)
-    own = own if own.shape == packed.shape else own.T
-    size = float(own.norm())
-    return float((packed.dense() - own).norm()) / size if size else 0.0
+    own = weight if weight.shape == packed.shape else weight.T
+    lost = whole = 0.0
+    for rows, values in packed.blocks():  # some rows at a time, as all of packing's memory
+        wanted = own[rows].to(torch.float32)
+        lost += float((values - wanted).square().sum())
+        whole += float(wanted.square().sum())
+    return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def _notes(file: Path, order: Mapping[str, Any], part: Source) -> Any:
     """Return what a whole file of the same order says of itself, None where there is none."""
     if not file.is_file():
         return None
+    first, now = part.names[0], Marks(part.skeleton)
+    now.see(first, part.read(first))
     try:
         with safe_open(file, "pt") as opened:
             notes = json.loads((opened.metadata() or {})[NOTES])
+        same = notes["samples"].get(first) == now.samples.get(first)
+        return notes if notes["order"] == order and same else None
     except Exception:  # whatever it is, it is written anew
         return None
-    first = part.names[0]
-    now = Marks(part.skeleton)
-    now.see(first, part.read(first))
-    same = notes["samples"].get(first) == now.samples.get(first)
-    return notes if notes["order"] == order and same else None
 
 
-def _groups(source: Source, packed: set[str], bits: Bits, most: int) -> list[list[str]]:
+def _groups(source: Source, packed: set[str], bits: PackedBits, most: int) -> list[list[str]]:
     """Return the names of each file's weights: in order, `most` bytes together, or one alone."""
     sizes = source.skeleton.state_dict()
     groups: list[list[str]] = [[]]
@@ -172,7 +186,7 @@ def _groups(source: Source, packed: set[str], bits: Bits, most: int) -> list[lis
 
 
 def _write_config(
-    skeleton: PreTrainedModel, packed: Mapping[str, Any], out: Path, bits: Bits
+    skeleton: PreTrainedModel, packed: Mapping[str, Any], out: Path, bits: PackedBits
 ) -> None:
     head = skeleton.get_output_embeddings()
     whole = [path for path, m in skeleton.named_modules() if m is head and path not in packed]
@@ -195,8 +209,18 @@ def _write_config(
 
 
 def _check(out: Path) -> None:
+    """Raise VeneerError if `out` holds anything but an earlier try of ours, and tidy up after that:
+    a process that was killed leaves a file half-written, under a name of its own."""
     if (out / CONFIG).exists():
         raise VeneerError(f"{out} holds a model already; name another place.")
-    others = [f.name for f in out.glob("*") if f.suffix != ".safetensors"] if out.exists() else []
-    if out.is_file() or (others and not (out / REPORT).exists() and not (out / INDEX).exists()):
+    if out.is_file() or (out.exists() and not all(map(_is_ours, out.iterdir()))):
         raise VeneerError(f"{out} holds other things; name another place.")
+    for leftover in out.glob(".model*.*"):
+        leftover.unlink()
+
+
+def _is_ours(file: Path) -> bool:
+    half_written = file.name.startswith((".model-", ".model.", f".{REPORT}", f".{CONFIG}"))
+    # What comes last is written once all shards are there.
+    complete = (file.parent / INDEX).exists() or file.name == INDEX
+    return half_written or file.match(SHARDS) or complete

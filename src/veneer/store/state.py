@@ -16,7 +16,7 @@ from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import LoRAEmbedding, lora_layers
 from veneer.methods.attach import adapters, check_name, in_use, put
 from veneer.methods.targets import Layer, adaptable_layers, resolve
-from veneer.methods.vocabulary import extend_tokenizer, new_words, put_rows
+from veneer.methods.vocabulary import extend_tokenizer, is_tied, new_words, put_rows
 from veneer.models.fingerprint import base_parameters, fingerprint
 
 LINEAR, EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
@@ -212,7 +212,7 @@ def _misfit_rows(
     known, dim = embedding.weight.shape
     if not 0 <= rows.start <= known:
         problems.append(f"its new words start at {rows.start}, but the base has {known} words")
-    if (rows.head is None) != (head.weight is embedding.weight):
+    if (rows.head is None) != is_tied(embedding, head):
         problems.append("the base and it differ in whether embedding and head are tied")
     for part, values in (("embedding", rows.embedding), ("head", rows.head)):
         if values is None:

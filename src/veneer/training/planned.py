@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from veneer.errors import ConfigError, ModelError
-from veneer.models.load import dtype_of, load_config
-from veneer.models.locate import locate
+from veneer.models.load import load_config
 from veneer.models.stored import is_packed
-from veneer.plan.config import Bits, PlanConfig
+from veneer.plan.config import PackedBits, PlanConfig
 from veneer.plan.find import find_shape
 from veneer.plan.fit import flags, free_bytes, gentlest
 from veneer.plan.memory import GROWTH, RUNTIME
@@ -21,13 +21,16 @@ from veneer.plan.shapes import shape_of
 from veneer.training.recipe import Recipe
 
 
-def plan_run(recipe: Recipe) -> Plan:
-    """Return the plan of a run on the processor. Raises ModelError where the architecture is not
-    known to plans, or a GPU would be used, and TargetError for targets that match nothing."""
+def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
+    """Return the plan of a run that computes in `dtype` on the processor.
+
+    Raises ModelError where the architecture is not known to plans, or a GPU would be used, and
+    TargetError for targets that match nothing.
+    """
     if torch.cuda.is_available():
         raise ModelError("plans are of the processor's memory, and this runs on a GPU.")
     name, training = recipe.model, recipe.training
-    bits: Bits | None = recipe.bits
+    bits: PackedBits | None = recipe.bits
     mapped = False
     if name in PRESETS and not Path(name).exists():
         shape = find_shape(name)
@@ -38,11 +41,11 @@ def plan_run(recipe: Recipe) -> Plan:
             how = config.quantization_config
             eight = how.get("load_in_8bit") if isinstance(how, dict) else how.load_in_8bit
             bits, mapped = 8 if eight else 4, True
-    if bits is None and dtype_of(locate(name), recipe.dtype) == torch.float32:
-        bits = 32
     settings = PlanConfig(
-        method="qlora" if bits in (4, 8) else "lora",
+        method="qlora" if bits else "lora",
         bits=bits,
+        dtype="float32" if dtype == torch.float32 else "bf16",
+        pack_head=recipe.pack_head,
         tokens_per_batch=training.batch_tokens,
         max_length=min(recipe.rows.max_length, shape.context or recipe.rows.max_length),
         recompute=training.recompute,
@@ -88,20 +91,16 @@ def check_fits(plan: Plan, room: int | None, model: str) -> None:
 
 def begin_measuring() -> None:
     """Forget the highest memory so far, where the system allows that."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
 
 
 def measured_peak(plan: Plan) -> int | None:
     """Return the most memory that was resident since `begin_measuring`, None where nobody says.
 
-    What is mapped from files is no part of the plan where the base is.
+    Nor does anybody where the base is mapped: its pages count as resident, and are not planned.
     """
-    peak = status("VmHWM")
-    mapped = status("RssFile") if plan.config.mapped else 0
-    return peak - mapped or None
+    return None if plan.config.mapped else status("VmHWM") or None
 
 
 def status(key: str) -> int:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from veneer.errors import ConfigError
 from veneer.lowrank.config import LoRA
+from veneer.plan.config import PackedBits
 from veneer.training.config import TrainConfig
 
 DType = Literal["auto", "float32", "bf16"]
-Bits = Literal[4, 8]
 OUT = Path("dist/finetuning_results")
 
 
@@ -60,7 +60,7 @@ class Recipe:
     training: TrainConfig = field(default_factory=TrainConfig)
     rows: DataConfig = field(default_factory=DataConfig)
     dtype: DType = "auto"
-    bits: Bits | None = None
+    bits: PackedBits | None = None
     pack_head: bool = False
     out: Path = OUT
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from veneer.data.encode import Encoder, Example, summarize
@@ -22,7 +24,8 @@ from veneer.methods.merge import merge, rounded_away
 from veneer.methods.report import report_packed, report_targets
 from veneer.methods.vocabulary import add_words, find_words, new_words
 from veneer.models.fingerprint import fingerprint
-from veneer.models.load import Base, load_base
+from veneer.models.load import Base, dtype_of, load_base
+from veneer.models.locate import locate
 from veneer.plan.fit import free_bytes
 from veneer.store import adapters, checkpoint, merged, native
 from veneer.store.files import check_replaceable, write_text
@@ -74,9 +77,11 @@ def tune(
         raise ConfigError(f"{out} is a file, but --out must name a directory.")
     if not resume and not force:
         _refuse_to_replace(out)
+    # Once, for two measurements of what is faster may differ.
+    dtype = dtype_of(locate(recipe.model), _dtype_of(recipe, resume=resume))
     plan = None
     try:
-        plan = plan_run(recipe)
+        plan = plan_run(recipe, dtype)
     except ModelError as error:
         yield Notice(f"No memory is planned for this run: {error}")
     if plan is not None:
@@ -86,13 +91,12 @@ def tune(
         yield Planned(plan, space)
     base = load_base(
         recipe.model,
-        dtype=_dtype_of(recipe, resume=resume),
+        dtype=_name_of(dtype),
         bits=recipe.bits,
         pack_head=recipe.pack_head,
     )
     check_replaceable(out / ADAPTER, marker=native.CONFIG)
     check_replaceable(out / MERGED, marker=merged.marker_of(base.model))
-    dtype = str(base.model.dtype).removeprefix("torch.")
     words = _new_words(recipe, base)
     if words:
         add_words(base.model, base.tokenizer, words)
@@ -104,7 +108,7 @@ def tune(
     targets = report_targets(base.model, recipe.lora)
     attach(base.model, recipe.lora, seed=recipe.training.seed)
     _train_new_rows(base)
-    yield ModelReady(targets, words, dtype, report_packed(base.model))
+    yield ModelReady(targets, words, _name_of(dtype), report_packed(base.model))
 
     if not resume:
         _clear(out)
@@ -115,7 +119,10 @@ def tune(
         recipe.training,
         held_out=held_out,
         directory=out / CHECKPOINTS,
-        identity={"computed_in": dtype, **_identity(recipe, base, [*examples, *held_out])},
+        identity={
+            "computed_in": _name_of(dtype),
+            **_identity(recipe, base, [*examples, *held_out]),
+        },
         resume=resume,
         should_stop=should_stop,
     )
@@ -132,12 +139,13 @@ def tune(
     yield Written("adapter", out / ADAPTER, size_of(out / ADAPTER))
     if plan is not None and (why := why_no_merge(plan, free_bytes())):
         yield Notice(why)
+        shutil.rmtree(out / MERGED, ignore_errors=True)  # an earlier run's, with --force
         return
     plain = merge(base.model)
     lost = rounded_away(base.model, plain)
     if lost > 0.01:
         yield Notice(
-            f"Merging rounded {lost:.0%} of the adapter's change away in {dtype}; "
+            f"Merging rounded {lost:.0%} of the adapter's change away in {_name_of(dtype)}; "
             "the adapter itself holds all of it, and veneer merge --dtype float32 keeps it."
         )
     merged.write_model(plain, base.tokenizer, out / MERGED)
@@ -164,6 +172,10 @@ def _dtype_of(recipe: Recipe, *, resume: bool) -> str:
     if found is None or recipe.dtype != "auto":
         return recipe.dtype
     return str(found.progress["identity"]["computed_in"])
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _clear(out: Path) -> None:
@@ -225,6 +237,8 @@ def _train_new_rows(base: Base) -> None:
 def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
     tokens = [(row.tokens, row.labels) for row in examples]
     settings = {k: v for k, v in recipe.settings().items() if k not in BESIDE_THE_POINT}
+    if recipe.bits is None:  # as checkpoints have it that are older than packing
+        del settings["bits"], settings["pack_head"]
     identity = {
         **settings,
         "data": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],

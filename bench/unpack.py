@@ -1,0 +1,56 @@
+"""How many rows of a packed weight should be unpacked at a time?
+
+python -m bench.unpack
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from veneer.frozen import packed
+from veneer.frozen.nf4 import NF4
+from veneer.kernels.heap import kept_heap
+
+# Tokens in a pass, and the layer's out and in: of a 70B and of a 7B model.
+CASES = ((64, 28672, 8192), (64, 8192, 28672), (512, 11008, 4096), (512, 4096, 11008))
+SIZES = (21, 22, 23, 24, 25, 28)
+
+
+def best(run: Callable[[], object], times: int = 5) -> float:
+    """Return the least milliseconds of several runs."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * min(seconds)
+
+
+def times(tokens: int, out: int, in_: int) -> list[str]:
+    """Return forward and backward milliseconds: over a dense weight, and for each size."""
+    weight = NF4.of(0.02 * torch.randn(out, in_), torch.bfloat16)
+    x = torch.randn(tokens, in_, dtype=torch.bfloat16)
+    y = torch.empty(tokens, out, dtype=torch.bfloat16)
+    dense = weight.dense()
+    found = [(best(lambda: torch.mm(x, dense.T, out=y)), best(lambda: y @ dense))]
+    for size in SIZES:
+        packed.BLOCK_NUMBERS = 2**size
+        forward = best(lambda: packed.product(x, weight, y))
+        found.append((forward, best(lambda: packed.product_back(y, weight))))
+    return [f"{forward:.0f} + {back:.0f} ms" for forward, back in found]
+
+
+def main() -> None:
+    print("| tokens, out × in | dense | " + " | ".join(f"2^{size}" for size in SIZES) + " |")
+    print("|---" * (2 + len(SIZES)) + "|")
+    with kept_heap():
+        for tokens, out, in_ in CASES:
+            cells = " | ".join(times(tokens, out, in_))
+            print(f"| {tokens}, {out} × {in_} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
