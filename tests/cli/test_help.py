@@ -35,6 +35,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "epochs": (2.5, 2.5),
         "steps": (7, 7),
         "lr": (1e-3, 1e-3),
+        "lora_plus_ratio": (8.0, 8.0),
         "schedule": ("linear", "linear"),
         "warmup": (10, 10),
         "weight_decay": (0.1, 0.1),

@@ -18,10 +18,12 @@ def weights(*dtypes: torch.dtype) -> dict[str, nn.Parameter]:
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float64, torch.float32)])
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_equals_torch(clip, dtypes):
+@pytest.mark.parametrize("ratios", [{}, {"1": 16.0, "3": 0.25}])
+def test_equals_torch(ratios, clip, dtypes):
     ours, theirs = weights(*dtypes), weights(*dtypes)
-    flat = FlatAdamW(ours, lr=1.0, weight_decay=0.1)
-    adamw = torch.optim.AdamW(theirs.values(), lr=0.01, weight_decay=0.1, fused=True)
+    flat = FlatAdamW(ours, lr=1.0, weight_decay=0.1, ratios=ratios)
+    groups = [{"params": [w], "lr": 0.01 * ratios.get(n, 1.0)} for n, w in theirs.items()]
+    adamw = torch.optim.AdamW(groups, weight_decay=0.1, fused=True)
     for step in range(4):
         flat.begin()
         for name, weight in ours.items():

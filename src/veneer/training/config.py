@@ -22,6 +22,8 @@ class TrainConfig:
     """Optimizer steps, whatever the epochs."""
     lr: float = 2e-4
     """Peak learning rate of AdamW."""
+    lora_plus_ratio: float | None = None
+    """LoRA+: B's learning rate as a multiple of A's; 4 to 16 are usual."""
     schedule: Schedule = "cosine"
     """Course of the learning rate after warm-up: constant, or falling to zero."""
     warmup: float = 0.03
@@ -53,6 +55,12 @@ class TrainConfig:
                 ("epochs", self.epochs, 0 < self.epochs < math.inf, "above 0"),
                 ("steps", self.steps, self.steps is None or self.steps > 0, "above 0"),
                 ("lr", self.lr, 0 < self.lr < math.inf, "above 0"),
+                (
+                    "lora_plus_ratio",
+                    self.lora_plus_ratio,
+                    self.lora_plus_ratio is None or 0 < self.lora_plus_ratio < math.inf,
+                    "above 0",
+                ),
                 ("warmup", self.warmup, 0 <= self.warmup < math.inf, "at least 0"),
                 (
                     "weight_decay",

@@ -19,6 +19,7 @@ from veneer.data.packing import StepOrder, pack
 from veneer.errors import DataError, TrainingError
 from veneer.kernels.heap import kept_heap
 from veneer.lowrank.layers import idle_adapters
+from veneer.methods.lora_plus import lr_ratios
 from veneer.store import checkpoint as checkpoints
 from veneer.store.checkpoint import Checkpoint
 from veneer.training.config import TrainConfig
@@ -118,7 +119,11 @@ class _Run:
         self.steps = config.steps or self._steps_in(config.epochs)
         torch.manual_seed(config.seed)
         # Last, for until it is released the weights are views of its buffers.
-        self.optimizer = FlatAdamW(self.weights, lr=config.lr, weight_decay=config.weight_decay)
+        ratio, lr = config.lora_plus_ratio, config.lr
+        ratios = None if ratio is None else lr_ratios(model, ratio=ratio, lr=lr)
+        self.optimizer = FlatAdamW(
+            self.weights, lr=lr, weight_decay=config.weight_decay, ratios=ratios
+        )
 
     def _steps_in(self, epochs: float) -> int:
         whole = sum(len(self.order.epoch(epoch)) for epoch in range(int(epochs)))

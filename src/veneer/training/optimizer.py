@@ -14,17 +14,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class _Buffer:
-    """The weights of one dtype and device. Everything is made at once, so that nothing that lasts
-    lands between what a step makes and lets go."""
+    """The weights of one dtype, device and learning rate. Everything is made at once, so that
+    nothing that lasts lands between what a step makes and lets go."""
 
     weights: dict[str, nn.Parameter]
     flat: nn.Parameter  # (numbers of all weights,)
+    ratio: float  # of their learning rate to the optimizer's
 
     @classmethod
-    def of(cls, weights: dict[str, nn.Parameter]) -> _Buffer:
+    def of(cls, weights: dict[str, nn.Parameter], ratio: float) -> _Buffer:
         flat = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights.values()]))
         flat.grad = torch.zeros_like(flat)
-        buffer = cls(weights, flat)
+        buffer = cls(weights, flat, ratio)
         for name, values in buffer.views(flat.detach()):
             weights[name].data = values
         return buffer
@@ -41,17 +42,24 @@ class FlatAdamW:
 
     While it lives, the weights are views of its buffers, and from `begin` to `step` their gradients
     are too, where they add up; one that never came counts as zero. `release` gives the weights
-    memory of their own again.
+    memory of their own again. `ratios` multiply the learning rate of the weights that they name.
     """
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float
+        self,
+        weights: Mapping[str, nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        ratios: Mapping[str, float] | None = None,
     ) -> None:
-        alike: dict[tuple[torch.dtype, torch.device], dict[str, nn.Parameter]] = {}
+        alike: dict[tuple[torch.dtype, torch.device, float], dict[str, nn.Parameter]] = {}
         for name, weight in weights.items():
-            alike.setdefault((weight.dtype, weight.device), {})[name] = weight
-        self._buffers = [_Buffer.of(some) for some in alike.values()]
-        self._adamw = torch.optim.AdamW(self._flats, lr=lr, weight_decay=weight_decay, fused=True)
+            ratio = (ratios or {}).get(name, 1.0)
+            alike.setdefault((weight.dtype, weight.device, ratio), {})[name] = weight
+        self._buffers = [_Buffer.of(some, ratio) for (_, _, ratio), some in alike.items()]
+        groups = [{"params": [buffer.flat], "ratio": buffer.ratio} for buffer in self._buffers]
+        self._adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
         for flat in self._flats:
             moments = {key: torch.zeros_like(flat) for key in MOMENTS}
             step = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -75,7 +83,7 @@ class FlatAdamW:
         finite = bool(torch.isfinite(norm))
         if finite:
             for group in self._adamw.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["ratio"]
             self._adamw.step()
         self.forget()
         return finite
