@@ -140,3 +140,23 @@ def test_a_damaged_config_is_one_clear_error(tmp_path, text):
         find_shape(path)
     with pytest.raises(ModelError, match="neither a config"):
         find_shape(tmp_path.parent)
+
+
+@pytest.mark.parametrize(
+    ("how", "bits"), [("load_in_4bit", "NF4"), ("load_in_8bit", "8-bit codes")]
+)
+def test_a_packed_directory_is_planned_as_it_stands(how, bits, tmp_path, capsys):
+    packing = {"quant_method": "bitsandbytes", how: True}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": packing}))
+    text = printed(capsys, str(tmp_path), "--formulas")
+    assert "Memory of qlora" in text
+    assert "on disk, mapped" in text
+    assert bits in text
+    # What is asked for goes before what stands there.
+    assert "Memory of full" in printed(capsys, str(tmp_path), "--method", "full")
+
+
+def test_two_names_of_one_flag_are_not_given_together(capsys):
+    flags = ["--tokens", "64", "--tokens-per-batch", "128"]
+    assert run(["plan", "gpt2", *flags]) == 2
+    assert "give one of them" in capsys.readouterr().err

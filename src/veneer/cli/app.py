@@ -11,7 +11,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from veneer.cli.console import show_error
 from veneer.cli.recipes import from_recipe
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
 from veneer.plan.config import PackedBits, PlanConfig
@@ -134,6 +134,8 @@ def plan(
 
     settings = settings or PlanConfig()
     if tokens is not None:
+        if settings.tokens_per_batch != PlanConfig().tokens_per_batch:
+            raise ConfigError("--tokens is short for --tokens-per-batch; give one of them.")
         settings = replace(settings, tokens_per_batch=tokens)
     run_plan(model, lora or LoRA(), settings, formulas=formulas)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,11 +14,11 @@ from rich.table import Table
 from veneer.cli.console import bytes_text
 from veneer.lowrank.config import LoRA
 from veneer.plan.config import ADAPTING, PlanConfig
-from veneer.plan.find import find_shape
+from veneer.plan.find import find_config, packed_bits
 from veneer.plan.fit import flags, free_bytes, gentlest
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, comparison, make_plan
-from veneer.plan.shapes import ModelShape, Part
+from veneer.plan.shapes import ModelShape, Part, shape_of
 
 # Columns of the output, whatever the terminal's: in fewer, numbers would be cut off or broken.
 WIDTH = 100
@@ -25,7 +26,10 @@ WIDTH = 100
 
 def run_plan(model: str, lora: LoRA, config: PlanConfig, *, formulas: bool) -> None:
     """Print the plan of training `model`, beside other methods and what is free here."""
-    shape = find_shape(model)
+    found = find_config(model)
+    shape, packed = shape_of(found), packed_bits(found)
+    if packed and config.bits is None and config.method == "lora":  # as it stands on the disk
+        config = replace(config, method="qlora", bits=packed, mapped=True)
     plan, free = make_plan(config, shape, adapted_layers(shape, lora)), free_bytes()
     output = Console(highlight=False, width=WIDTH)
     output.print(f"[bold]{escape(model)}[/]  {description(shape)}\n")

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from veneer.errors import ModelError, nearest
+from veneer.plan.config import PackedBits
 from veneer.plan.presets import PRESETS
 from veneer.plan.shapes import ModelShape, shape_of
 
 
 def find_shape(name: str | Path) -> ModelShape:
     """Return the shape of a preset, or of the config.json that `name` is or holds.
+
+    Raises ModelError with what to do.
+    """
+    return shape_of(find_config(name))
+
+
+def packed_bits(config: Mapping[str, Any]) -> PackedBits | None:
+    """Return the bits in which bitsandbytes has packed a model, or None for one that is dense."""
+    how = config.get("quantization_config")
+    if not how:
+        return None
+    return 8 if how.get("load_in_8bit") else 4
+
+
+def find_config(name: str | Path) -> Mapping[str, Any]:
+    """Return the configuration of a preset, or the config.json that `name` is or holds.
 
     What stands on the disk goes before a preset of the same name. Raises ModelError with what to
     do.
@@ -20,9 +39,9 @@ def find_shape(name: str | Path) -> ModelShape:
     if path.is_dir() and (path / "config.json").is_file():
         path /= "config.json"
     if path.is_file() and path.suffix == ".json":
-        return shape_of(_read(path))
+        return _read(path)
     if str(name) in PRESETS:
-        return shape_of(PRESETS[str(name)])
+        return PRESETS[str(name)]
     if path.suffix == ".gguf":
         raise ModelError(
             f"{path} is a .gguf file, whose shapes cannot be planned; name the config.json of the "
@@ -36,7 +55,7 @@ def find_shape(name: str | Path) -> ModelShape:
     )
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

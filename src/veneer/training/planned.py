@@ -11,7 +11,7 @@ from veneer.errors import ConfigError, ModelError
 from veneer.models.load import load_config
 from veneer.models.stored import is_packed
 from veneer.plan.config import PackedBits, PlanConfig
-from veneer.plan.find import find_shape
+from veneer.plan.find import find_shape, packed_bits
 from veneer.plan.fit import flags, free_bytes, gentlest
 from veneer.plan.memory import GROWTH, RUNTIME
 from veneer.plan.methods import adapted_layers
@@ -38,9 +38,7 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
         config = load_config(name)
         shape = shape_of(config.to_dict())
         if is_packed(config):
-            how = config.quantization_config
-            eight = how.get("load_in_8bit") if isinstance(how, dict) else how.load_in_8bit
-            bits, mapped = 8 if eight else 4, True
+            bits, mapped = packed_bits(config.to_dict()), True
     settings = PlanConfig(
         method="qlora" if bits else "lora",
         bits=bits,
