@@ -73,7 +73,7 @@ def advice(monkeypatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(
         mapped,
         "_advise",
-        lambda tensors, what: told.extend((t.data_ptr(), what) for t in tensors) or True,
+        lambda tensors, what, **_: told.extend((t.data_ptr(), what) for t in tensors) or True,
     )
     return told
 
@@ -119,6 +119,26 @@ def test_advice_reaches_the_system(tmp_path):
     save_file({"a": torch.zeros(2**20)}, tmp_path / "x.safetensors")
     tensors = list(map_tensors(tmp_path / "x.safetensors").values())
     assert mapped._advise(tensors, mmap.MADV_WILLNEED)
-    assert mapped._advise(tensors, mmap.MADV_DONTNEED)
+    mapped._let_go(tensors)
     assert float(tensors[0].sum()) == 0
     assert not mapped._advise(tensors, 12345)
+
+
+def test_pages_that_others_share_stay(tmp_path):
+    save_file({"a": torch.ones(2**16), "b": torch.ones(16)}, tmp_path / "x.safetensors")
+    tensors = map_tensors(tmp_path / "x.safetensors")
+    tensors["b"] += 1  # in memory alone: the file is not written to
+    mapped._let_go([tensors["a"]])
+    assert tensors["b"].unique().tolist() == [2.0]
+    assert float(tensors["a"].sum()) == 2**16
+
+
+def test_two_parts(advice):
+    weights = [Int8.of(torch.randn(64, 256), torch.float32) for _ in range(2)]
+    ReadAhead([[weight] for weight in weights])
+    weights[0].dense()
+    assert advice == [(weights[1].codes.data_ptr(), mapped.POPULATE_READ)]
+    weights[1].dense()
+    advice.clear()
+    weights[0].dense()  # back, as in a backward pass: there is nothing below
+    assert [what for _, what in advice] == [mmap.MADV_DONTNEED]

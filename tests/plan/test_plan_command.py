@@ -10,7 +10,11 @@ import pytest
 import veneer.cli.plan
 from veneer.cli.app import run
 from veneer.errors import ModelError
+from veneer.lowrank.config import LoRA
+from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_shape
+from veneer.plan.methods import adapted_layers
+from veneer.plan.plan import comparison, make_plan
 from veneer.plan.presets import PRESETS
 from veneer.plan.shapes import ARCHITECTURES, shape_of
 
@@ -160,3 +164,28 @@ def test_two_names_of_one_flag_are_not_given_together(capsys):
     flags = ["--tokens", "64", "--tokens-per-batch", "128"]
     assert run(["plan", "gpt2", *flags]) == 2
     assert "give one of them" in capsys.readouterr().err
+
+
+def test_the_plans_own_row_is_the_plan():
+    shape = find_shape("smollm2-135m")
+    adapted = adapted_layers(shape, LoRA())
+    for settings in ({"bits": 8}, {"method": "qlora", "bits": 8, "mapped": True}, {}):
+        plan = make_plan(PlanConfig(**settings), shape, adapted)
+        rows = dict(comparison(plan))
+        assert rows[plan.config.method] is plan
+        assert len(rows) == 8
+
+
+@pytest.mark.parametrize("packing", [{"quant_method": "gptq", "bits": 4}, "int4"])
+def test_what_others_packed_is_not_planned(packing, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": packing}))
+    assert run(["plan", str(tmp_path)]) == 2
+    assert "bitsandbytes" in capsys.readouterr().err
+
+
+def test_a_packed_head_is_seen(tmp_path, capsys):
+    packing = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": []}
+    config = PRESETS["llama-2-7b"] | {"quantization_config": packing}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = printed(capsys, str(tmp_path), "--formulas")
+    assert "(embeddings, norms, biases)" in text

@@ -61,11 +61,13 @@ def test_what_is_written_is_what_is_packed_in_memory(architecture, bits, tmp_pat
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_errors_that_are_told(bits, tmp_path):
-    (shard,) = write("llama", tmp_path / "q", bits)
-    own, found = tiny("llama"), values(load_base(tmp_path / "q", **DTYPE).model)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_errors_that_are_told(architecture, bits, tmp_path):
+    (shard,) = write(architecture, tmp_path / "q", bits)
+    own, found = tiny(architecture), values(load_base(tmp_path / "q", **DTYPE).model)
     for layer in shard.layers:
         weight = own.get_submodule(layer.path).weight.detach()
+        weight = weight.T if architecture == "gpt2" else weight
         error = float((found[layer.path] - weight).norm() / weight.norm())
         assert layer.error == pytest.approx(error, rel=0.1)  # ours is of what bfloat16 makes of it
         assert (layer.out, layer.in_) == tuple(weight.shape)
@@ -95,7 +97,7 @@ def test_it_goes_on_after_the_last_whole_file(tmp_path):
         return weights.read(name)
 
     def start() -> Any:
-        slow = Source(weights.skeleton, weights.names, counted)
+        slow = Source(weights.skeleton, weights.names, counted, weights.identity)
         options = {"bits": 4, "name": "a base", "shard_bytes": 4000}
         return write_packed(slow, tokenizer(), tmp_path / "q", **options)
 
@@ -161,20 +163,24 @@ def test_what_a_killed_process_leaves_is_no_hindrance(tmp_path):
     out.mkdir()
     leftover = out / ".model-00001-of-00001.safetensors.k3x1"
     leftover.write_bytes(b"half a file")
-    (out / "model-00001-of-00001.safetensors").write_bytes(b"not whole either")
     write("llama", out)
     assert not leftover.exists()
     assert equal(values(load_base(out, **DTYPE).model), values(packed("llama")))
 
 
-@pytest.mark.parametrize("what", ["model", "other", "adapter", "file"])
+@pytest.mark.parametrize("what", ["model", "other", "adapter", "shard", "index", "file"])
 def test_what_stands_there_is_never_touched(what, tmp_path):
     out = tmp_path / "q"
     if what == "file":
         out.write_text("mine")
     else:
         out.mkdir()
-        name = {"model": "config.json", "adapter": "adapter_model.safetensors"}.get(what, "notes")
+        name = {
+            "model": "config.json",
+            "adapter": "adapter_model.safetensors",
+            "shard": "model-00001-of-00002.safetensors",
+            "index": "model.safetensors.index.json",
+        }.get(what, "notes")
         (out / name).write_text("mine")
     with pytest.raises(veneer.VeneerError, match=r"holds (a model already|other things)"):
         write("llama", out)

@@ -14,7 +14,7 @@ from rich.table import Table
 from veneer.cli.console import bytes_text
 from veneer.lowrank.config import LoRA
 from veneer.plan.config import ADAPTING, PlanConfig
-from veneer.plan.find import find_config, packed_bits
+from veneer.plan.find import find_config, packing_of
 from veneer.plan.fit import flags, free_bytes, gentlest
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, comparison, make_plan
@@ -27,9 +27,12 @@ WIDTH = 100
 def run_plan(model: str, lora: LoRA, config: PlanConfig, *, formulas: bool) -> None:
     """Print the plan of training `model`, beside other methods and what is free here."""
     found = find_config(model)
-    shape, packed = shape_of(found), packed_bits(found)
-    if packed and config.bits is None and config.method == "lora":  # as it stands on the disk
-        config = replace(config, method="qlora", bits=packed, mapped=True)
+    shape, packed = shape_of(found), packing_of(found)
+    if packed and config.bits is None and config.method in ("lora", "qlora"):
+        # As it stands on the disk.
+        config = replace(
+            config, method="qlora", bits=packed.bits, pack_head=packed.head, mapped=True
+        )
     plan, free = make_plan(config, shape, adapted_layers(shape, lora)), free_bytes()
     output = Console(highlight=False, width=WIDTH)
     output.print(f"[bold]{escape(model)}[/]  {description(shape)}\n")

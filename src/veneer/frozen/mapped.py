@@ -75,7 +75,9 @@ class ReadAhead:
             return
         step = -1 if number == self._at - 1 else 1  # a jump back is the start of another walk up
         if self._at >= 0:
-            self._reader.submit(_advise, self._parts[self._at], mmap.MADV_DONTNEED)
+            self._reader.submit(_let_go, self._parts[self._at])
+            if self._asked == self._at:
+                self._asked = -1  # it may be asked for again
         self._at = number
         following = number + step
         if 0 <= following < len(self._parts) and following != self._asked:
@@ -102,14 +104,23 @@ def _populate(tensors: Sequence[Tensor]) -> None:
         _advise(tensors, mmap.MADV_WILLNEED)
 
 
-def _advise(tensors: Sequence[Tensor], advice: int) -> bool:
+def _let_go(tensors: Sequence[Tensor]) -> None:
+    """Unmap the pages that hold nothing but these tensors, which stay in their file."""
+    _advise(tensors, mmap.MADV_DONTNEED, whole=True)
+
+
+def _advise(tensors: Sequence[Tensor], advice: int, *, whole: bool = False) -> bool:
     """Tell the system what is intended with tensors' pages, and say whether it knew the advice.
 
-    It takes tensors, not addresses: what waits to be advised must not be unmapped meanwhile.
+    `whole` leaves pages out that tensors share with others. It takes tensors, not addresses: what
+    waits to be advised must not be unmapped meanwhile.
     """
-    libc, known = ctypes.CDLL(None), True
+    libc, known, page = ctypes.CDLL(None), True, mmap.PAGESIZE
     for tensor in tensors:
-        first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        length = tensor.data_ptr() + tensor.nbytes - first
-        known &= libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice) == 0
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        first = -(first // -page) * page if whole else first // page * page
+        last = last // page * page if whole else last
+        if last > first:
+            length = ctypes.c_size_t(last - first)
+            known &= libc.madvise(ctypes.c_void_p(first), length, advice) == 0
     return known

@@ -115,22 +115,24 @@ def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[
 
 def _skeleton(config: PretrainedConfig, home: Path | None) -> PreTrainedModel:
     """Return a model on the meta device, with how it generates where its directory says so."""
+    place = home or config.name_or_path or "This model"
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = _reading(place, lambda: AutoModelForCausalLM.from_config(config))
     if home is not None and (home / "generation_config.json").is_file():
-        skeleton.generation_config = GenerationConfig.from_pretrained(home)
+        skeleton.generation_config = _reading(home, lambda: GenerationConfig.from_pretrained(home))
     return skeleton
 
 
 def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tuple[str, ...]]:
+    model: Any
     if _is_minigpt(place):
-        return Source.of_model(_skeleton(config, None), _dense(place, torch.float32)), ()
+        model = _dense(place, torch.float32)
+        return Source.of_model(_skeleton(config, None), model, Path(place)), ()
     home = _on_disk(place)
     skeleton = _skeleton(config, home)
     source = open_source(home, skeleton)
     if source is not None:
         return source, ()
-    model: Any
     if _is_gguf(place):
         model = gguf.load_model(home, dtype=torch.float32)
     else:
@@ -139,7 +141,7 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         config.tie_word_embeddings = False  # whatever it said: the files have two of them
     notice = "Its files cannot be read weight by weight, so all of the model was in memory at once."
-    return Source.of_model(_skeleton(config, home), model), (notice,)
+    return Source.of_model(_skeleton(config, home), model, home), (notice,)
 
 
 def _tokenizer(place: Path | str) -> PreTrainedTokenizerBase:

@@ -23,19 +23,22 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 class Source:
     """The weights of a base by the skeleton's own names, in the order of its layers.
 
-    identity: tells this state of the files from others; empty where they are no longer needed.
+    identity: tells this state of the files from others.
     """
 
     skeleton: PreTrainedModel  # on the meta device
     names: tuple[str, ...]
     read: Callable[[str], Tensor]
-    identity: str = ""
+    identity: str
 
     @classmethod
-    def of_model(cls, skeleton: PreTrainedModel, model: PreTrainedModel) -> Source:
-        """Return the weights of a model that stands in memory."""
+    def of_model(
+        cls, skeleton: PreTrainedModel, model: PreTrainedModel, place: Path | None = None
+    ) -> Source:
+        """Return the weights of a model that stands in memory, and was read from `place`."""
         state = model.state_dict()
-        return cls(skeleton, _untied(skeleton), state.__getitem__)
+        files = [] if place is None else [place] if place.is_file() else list(place.glob("*.*"))
+        return cls(skeleton, _untied(skeleton), state.__getitem__, _identity(files))
 
 
 def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
@@ -63,24 +66,29 @@ def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
         return opened[found[own]].get_tensor(own)
 
     for name, twin in _ties(skeleton).items():
-        if name in found and not torch.equal(read(name), read(twin)):
-            return None
+        if name in found:
+            one, other = read(name), read(twin)
+            if one.dtype != other.dtype or not torch.equal(one, other):
+                return None
     return Source(skeleton, names, read, _identity(files))
 
 
 def model_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a model: those that its index names, or the only one.
+    """Return the safetensors files of a model: the only one, or those that its index names.
 
-    Others may lie beside them. Raises ModelError for an index that cannot be read.
+    Others may lie beside them; the order is transformers'. Raises ModelError for an index that
+    cannot be read.
     """
     index = directory / INDEX
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} cannot be read as a list of files ({error}).") from error
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if not index.is_file():
+        return []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return sorted(directory / name for name in names)
-    return [directory / SINGLE] if (directory / SINGLE).is_file() else []
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} cannot be read as a list of files ({error}).") from error
 
 
 def _tensor_names(file: Path) -> list[str]:
@@ -92,7 +100,7 @@ def _tensor_names(file: Path) -> list[str]:
 
 
 def _identity(files: Sequence[Path]) -> str:
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 

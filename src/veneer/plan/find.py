@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,25 @@ def find_shape(name: str | Path) -> ModelShape:
     return shape_of(find_config(name))
 
 
-def packed_bits(config: Mapping[str, Any]) -> PackedBits | None:
-    """Return the bits in which bitsandbytes has packed a model, or None for one that is dense."""
+@dataclass(frozen=True)
+class Packing:
+    """How bitsandbytes has packed a model."""
+
+    bits: PackedBits
+    head: bool
+
+
+def packing_of(config: Mapping[str, Any]) -> Packing | None:
+    """Return how a model is packed, or None for one that is dense. Raises ModelError for what
+    bitsandbytes did not pack."""
     how = config.get("quantization_config")
     if not how:
         return None
-    return 8 if how.get("load_in_8bit") else 4
+    if not isinstance(how, Mapping) or how.get("quant_method") != "bitsandbytes":
+        raise ModelError("Of packed models, only those that bitsandbytes packed can be planned.")
+    # Nothing is left out where the head is packed too, which a tied one never is.
+    head = how.get("llm_int8_skip_modules") == [] and not config.get("tie_word_embeddings")
+    return Packing(8 if how.get("load_in_8bit") else 4, head)
 
 
 def find_config(name: str | Path) -> Mapping[str, Any]:

@@ -122,6 +122,6 @@ def _left(group: Path, limit: str, usage: str, inactive: str) -> int | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="ascii")
+        return path.read_text(encoding="ascii", errors="replace")
     except OSError:
         return ""

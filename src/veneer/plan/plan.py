@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from veneer.plan.config import ADAPTING, PlanConfig
+from veneer.plan.config import ADAPTING, MethodName, PlanConfig
 from veneer.plan.memory import FLOAT32_MOMENTS, RUNTIME, MemoryPlan, plan_memory
 from veneer.plan.methods import Adapted, Trained, trained_by
 from veneer.plan.shapes import ModelShape
@@ -48,7 +48,8 @@ def replanned(plan: Plan, config: PlanConfig) -> Plan:
 
 
 def comparison(plan: Plan) -> list[tuple[str, Plan]]:
-    """Return a plan for each method, with the plan's other settings, under a title.
+    """Return a plan for each method under a title: the plan itself, and what others would need over
+    a base that is dense (for qlora in 4 bits), with the plan's other settings.
 
     The first is full training as textbooks have it: Adam's numbers in float32 beside 16-bit
     weights. Veneer keeps them in 16 bits too, as the second says. Methods that adapt layers are
@@ -56,7 +57,14 @@ def comparison(plan: Plan) -> list[tuple[str, Plan]]:
     """
     settings = plan.config
     plain = replace(settings, bits=None, pack_head=False, mapped=False)
-    full = replanned(plan, replace(plain, method="full"))
+    blocks = min(settings.trained_blocks, plan.shape.depth)
+
+    def of(method: MethodName) -> Plan:
+        if method == settings.method:
+            return plan
+        return replanned(plan, replace(plain, method=method, trained_blocks=blocks))
+
+    full = of("full")
     textbook = replace(
         full,
         memory=plan_memory(
@@ -68,11 +76,7 @@ def comparison(plan: Plan) -> list[tuple[str, Plan]]:
         ),
     )
     titled = [("full, textbook", textbook), ("full", full)]
-    blocks = min(settings.trained_blocks, plan.shape.depth)
-    freeze = replace(plain, method="freeze", trained_blocks=blocks)
-    titled.append((f"freeze, last {blocks}", replanned(plan, freeze)))
-    for method in ("lora", "dora", "qlora", "prefix", "prompt"):
-        if plan.adapted or method not in ADAPTING:
-            other = replace(plain, method=method, bits=None if method == "qlora" else plain.bits)
-            titled.append((method, replanned(plan, other)))
+    titled.append((f"freeze, last {blocks}", of("freeze")))
+    others: tuple[MethodName, ...] = ("lora", "dora", "qlora", "prefix", "prompt")
+    titled += [(name, of(name)) for name in others if plan.adapted or name not in ADAPTING]
     return titled

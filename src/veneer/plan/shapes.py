@@ -112,12 +112,12 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     Raises ModelError for an unknown model type, and for settings that are missing or cannot be,
     all of them at once.
     """
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ModelError(
             f"The model type {model_type!r} is not one that can be planned"
-            f"{nearest(str(model_type), ARCHITECTURES)}. Known are {known}."
+            f"{nearest(model_type, ARCHITECTURES)}. Known are {known}."
         )
     kind = ARCHITECTURES[model_type]
     values = dict(kind.defaults)
@@ -125,7 +125,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     values |= {kind.names.get(k, k): v for k, v in config.items() if v is not None}
     rows = (*kind.before, *kind.block, *kind.after)
     needed = list(NEEDED)
-    if any(row.in_ == "positions" for row in rows):
+    if any(row.in_ == "positions" for row in rows) or "max_position_embeddings" in values:
         needed.append("max_position_embeddings")
     _check(values, needed, kind)
     values |= kind.settled(values)

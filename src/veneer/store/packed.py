@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import VeneerError
 from veneer.frozen.packed import Packed
@@ -89,7 +90,7 @@ def write_packed(
     out.mkdir(parents=True, exist_ok=True)
     for number, names in enumerate(groups, 1):
         file = out / f"model-{number:05}-of-{len(groups):05}.safetensors"
-        part = Source(skeleton, tuple(names), source.read)
+        part = Source(skeleton, tuple(names), source.read, source.identity)
         notes = _notes(file, order, part)
         kept = notes is not None
         if notes is None:
@@ -102,7 +103,7 @@ def write_packed(
         total += file.stat().st_size
         yield Shard(number, len(groups), file.stat().st_size, found, kept)
     for file in set(out.glob(SHARDS)) - {out / name for name in index.values()}:
-        file.unlink()  # of an earlier try, with other settings
+        file.unlink()  # of an earlier try, with other settings: `_check` has seen that it is ours
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     report = {"base": name, "bits": bits, "fingerprint": marks.found()}
     write_json(out / REPORT, report | {"layers": [asdict(layer) for layer in done]})
@@ -132,7 +133,8 @@ def _write_shard(
             continue
         path = name.removesuffix(".weight")
         tensors |= {f"{path}.{part}": tensor for part, tensor in weight.tensors().items()}
-        error = _error(last[0], weight)
+        turned = isinstance(part.skeleton.get_submodule(path), Conv1D)
+        error = _error(last[0].T if turned else last[0], weight)
         out, in_ = weight.shape
         layers.append(PackedLayer(path, out, in_, weight.nbytes, error))
     notes = {
@@ -145,10 +147,9 @@ def _write_shard(
 
 
 def _error(weight: Tensor, packed: Packed) -> float:
-    own = weight if weight.shape == packed.shape else weight.T
     lost = whole = 0.0
     for rows, values in packed.blocks():  # some rows at a time, as all of packing's memory
-        wanted = own[rows].to(torch.float32)
+        wanted = weight[rows].to(torch.float32)
         lost += float((values - wanted).square().sum())
         whole += float(wanted.square().sum())
     return (lost / whole) ** 0.5 if whole else 0.0
@@ -215,12 +216,27 @@ def _check(out: Path) -> None:
         raise VeneerError(f"{out} holds a model already; name another place.")
     if out.is_file() or (out.exists() and not all(map(_is_ours, out.iterdir()))):
         raise VeneerError(f"{out} holds other things; name another place.")
-    for leftover in out.glob(".model*.*"):
+    for leftover in filter(_is_half_written, out.glob(".*")):
         leftover.unlink()
 
 
 def _is_ours(file: Path) -> bool:
-    half_written = file.name.startswith((".model-", ".model.", f".{REPORT}", f".{CONFIG}"))
-    # What comes last is written once all shards are there.
-    complete = (file.parent / INDEX).exists() or file.name == INDEX
-    return half_written or file.match(SHARDS) or complete
+    """Say whether a file is of an earlier try: by what a shard says of itself, for others name
+    theirs alike, and for the few that come after all shards by these."""
+    if file.match(SHARDS):
+        return _says_ours(file)
+    shards = list(file.parent.glob(SHARDS))
+    return _is_half_written(file) or (bool(shards) and all(map(_says_ours, shards)))
+
+
+def _says_ours(shard: Path) -> bool:
+    try:
+        with safe_open(shard, "pt") as opened:
+            return NOTES in (opened.metadata() or {})
+    except Exception:  # whatever it is
+        return False
+
+
+def _is_half_written(file: Path) -> bool:
+    names = ("model-", INDEX, REPORT, CONFIG)
+    return file.name.startswith(tuple(f".{name}" for name in names))

@@ -11,7 +11,7 @@ from veneer.errors import ConfigError, ModelError
 from veneer.models.load import load_config
 from veneer.models.stored import is_packed
 from veneer.plan.config import PackedBits, PlanConfig
-from veneer.plan.find import find_shape, packed_bits
+from veneer.plan.find import find_shape, packing_of
 from veneer.plan.fit import flags, free_bytes, gentlest
 from veneer.plan.memory import GROWTH, RUNTIME
 from veneer.plan.methods import adapted_layers
@@ -31,19 +31,19 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
         raise ModelError("plans are of the processor's memory, and this runs on a GPU.")
     name, training = recipe.model, recipe.training
     bits: PackedBits | None = recipe.bits
-    mapped = False
+    head, mapped = recipe.pack_head, False
     if name in PRESETS and not Path(name).exists():
         shape = find_shape(name)
     else:
         config = load_config(name)
         shape = shape_of(config.to_dict())
-        if is_packed(config):
-            bits, mapped = packed_bits(config.to_dict()), True
+        if is_packed(config) and (packing := packing_of(config.to_dict())):
+            bits, head, mapped = packing.bits, packing.head, True
     settings = PlanConfig(
         method="qlora" if bits else "lora",
         bits=bits,
         dtype="float32" if dtype == torch.float32 else "bf16",
-        pack_head=recipe.pack_head,
+        pack_head=head,
         tokens_per_batch=training.batch_tokens,
         max_length=min(recipe.rows.max_length, shape.context or recipe.rows.max_length),
         recompute=training.recompute,
@@ -78,7 +78,8 @@ def check_fits(plan: Plan, room: int | None, model: str) -> None:
     if better.config.mapped and not plan.config.mapped:
         rest = proposal.replace(f"--bits {better.config.bits}", "").replace("--mapped", "").split()
         proposal = (
-            f"veneer quantize {model} PACKED --bits {better.config.bits}, and then "
+            f"veneer quantize {model} PACKED --bits {better.config.bits}"
+            f"{' --pack-head' if better.config.pack_head else ''}, and then, without --bits, "
             f"{' '.join(['veneer tune PACKED ...', *rest])}"
         )
     raise ConfigError(

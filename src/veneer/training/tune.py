@@ -139,7 +139,8 @@ def tune(
     yield Written("adapter", out / ADAPTER, size_of(out / ADAPTER))
     if plan is not None and (why := why_no_merge(plan, free_bytes())):
         yield Notice(why)
-        shutil.rmtree(out / MERGED, ignore_errors=True)  # an earlier run's, with --force
+        if not resume:  # then it is an earlier run's, which --force replaces
+            shutil.rmtree(out / MERGED, ignore_errors=True)
         return
     plain = merge(base.model)
     lost = rounded_away(base.model, plain)
@@ -237,8 +238,8 @@ def _train_new_rows(base: Base) -> None:
 def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
     tokens = [(row.tokens, row.labels) for row in examples]
     settings = {k: v for k, v in recipe.settings().items() if k not in BESIDE_THE_POINT}
-    if recipe.bits is None:  # as checkpoints have it that are older than packing
-        del settings["bits"], settings["pack_head"]
+    if not recipe.pack_head:  # as checkpoints have it that are older than packing
+        del settings["pack_head"]
     identity = {
         **settings,
         "data": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
