@@ -13,7 +13,7 @@ import veneer
 from adapted import distance, examples, ids, logits, shake, snapshot, targets_named
 from tiny import ARCHITECTURES, packed, source, tiny
 from veneer.data.packing import pack
-from veneer.frozen.packed import FrozenLinear, named_frozen
+from veneer.frozen.packed import FrozenLinear, Packed, named_frozen
 from veneer.lowrank.adapter import Route
 from veneer.lowrank.layers import LoRALinear, lora_layers
 from veneer.methods.merge import rounded_away
@@ -220,3 +220,14 @@ def test_weights_that_cannot_be_packed(bits, value, says):
     weights.read(name)[3, 4] = value
     with pytest.raises(veneer.ModelError, match=rf"layers\.1\.mlp\.up_proj\.weight .*{says}"):
         packed_model(weights, bits, torch.float32)
+
+
+def test_a_packed_head_is_unpacked_for_its_products_alone(monkeypatch):
+    model = packed("qwen2", head=True)
+    veneer.attach(model, veneer.LoRA(rank=2), seed=1)
+    chosen, _ = choose_forward(shake(model), ROWS)
+    whole = []
+    unpack = type(model.lm_head.packed).dense
+    monkeypatch.setattr(Packed, "dense", lambda self: whole.append(self) or unpack(self))
+    chosen(model, pack(ROWS, range(len(ROWS)))).backward()
+    assert not whole  # products take some rows at a time

@@ -41,13 +41,13 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         d_rows = torch.empty_like(rows) if needs_rows else None
         d_trained = [torch.zeros_like(parameter) for parameter in trained]
-        weight: Tensor = head.weight  # type: ignore[assignment]
-        words = weight.shape[0]
+        # Asked of the layer where it says so: a packed weight would be unpacked to be looked at.
+        words = int(getattr(head, "out_features", 0) or head.weight.shape[0])  # type: ignore[index]
         step = max(1, CHUNK_LOGITS // words)
         plain = (
             type(head) is nn.Linear
             and not trained
-            and weight.dtype == rows.dtype
+            and head.weight.dtype == rows.dtype
             and not torch.is_autocast_enabled(rows.device.type)
         )
         room = rows.new_empty(min(step, len(rows)), words) if plain else rows  # for one chunk
@@ -58,7 +58,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 _write_logits(rows[part], head, logits)
                 loss, gradient = cross_entropy(logits, targets[part], logits)
                 if d_rows is not None:
-                    d_rows[part] = _through(gradient, weight)
+                    d_rows[part] = _through(gradient, head.weight)  # type: ignore[arg-type]
             else:
                 chunk = rows[part].detach().requires_grad_(needs_rows)
                 inputs = [chunk, *trained] if needs_rows else list(trained)

@@ -25,8 +25,9 @@ from veneer.models.dtype import resolve_dtype
 from veneer.models.locate import MINIGPT_HOME, locate
 from veneer.models.quantize import packed_model
 from veneer.models.source import Source, open_source
-from veneer.models.stored import is_packed, load_packed
+from veneer.models.stored import load_packed
 from veneer.plan.config import PackedBits
+from veneer.plan.find import packing_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def load_base(
     notices: tuple[str, ...] = ()
     with gguf.read_once():
         config = None if _is_gguf(place) and not bits else load_config(name)
-        if config is not None and is_packed(config):
+        if config is not None and packing_of(config.to_dict()):
             if bits:
                 raise ModelError(f"{name} is packed already; leave bits out.")
             home = _on_disk(place)
@@ -107,7 +108,7 @@ def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[
     """
     with gguf.read_once():
         place, config = locate(name), load_config(name)
-        if is_packed(config):
+        if packing_of(config.to_dict()):
             raise ModelError(f"{name} is packed already.")
         source, notices = _open_dense(place, config)
         return source, _tokenizer(place), notices

@@ -8,11 +8,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from veneer.errors import ModelError
 from veneer.frozen.mapped import ReadAhead, map_tensors
@@ -23,20 +22,6 @@ from veneer.models.source import model_files
 # What bitsandbytes keeps beside a packed weight.
 BESIDE = re.compile(r"(?P<path>.+)\.(?P<part>weight\..+|SCB|weight_format)")
 REPORT = "veneer.json"  # beside config.json: the base it was made of, and what packing cost
-
-
-def is_packed(config: PretrainedConfig) -> bool:
-    """Say whether a model's configuration has it packed; ModelError if in a way not known here."""
-    packing: Any = getattr(config, "quantization_config", None)
-    if not packing:
-        return False
-    method = packing.get("quant_method") if isinstance(packing, dict) else packing.quant_method
-    if str(getattr(method, "value", method)) != "bitsandbytes":
-        raise ModelError(
-            f"This model is packed by {method}, but only bitsandbytes' 4 and 8 bits can be trained "
-            "on here. Take the model that it was made of."
-        )
-    return True
 
 
 def load_packed(directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -36,8 +36,12 @@ def packing_of(config: Mapping[str, Any]) -> Packing | None:
     how = config.get("quantization_config")
     if not how:
         return None
-    if not isinstance(how, Mapping) or how.get("quant_method") != "bitsandbytes":
-        raise ModelError("Of packed models, only those that bitsandbytes packed can be planned.")
+    method = how.get("quant_method", "an unknown method") if isinstance(how, Mapping) else how
+    if method != "bitsandbytes":
+        raise ModelError(
+            f"This model is packed by {method}, but only bitsandbytes' 4 and 8 bits can be trained "
+            "on here. Take the model that it was made of."
+        )
     # Nothing is left out where the head is packed too, which a tied one never is.
     head = how.get("llm_int8_skip_modules") == [] and not config.get("tie_word_embeddings")
     return Packing(8 if how.get("load_in_8bit") else 4, head)

@@ -9,7 +9,6 @@ import torch
 
 from veneer.errors import ConfigError, ModelError
 from veneer.models.load import load_config
-from veneer.models.stored import is_packed
 from veneer.plan.config import PackedBits, PlanConfig
 from veneer.plan.find import find_shape, packing_of
 from veneer.plan.fit import flags, free_bytes, gentlest
@@ -37,7 +36,7 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
     else:
         config = load_config(name)
         shape = shape_of(config.to_dict())
-        if is_packed(config) and (packing := packing_of(config.to_dict())):
+        if packing := packing_of(config.to_dict()):
             bits, head, mapped = packing.bits, packing.head, True
     settings = PlanConfig(
         method="qlora" if bits else "lora",
