@@ -19,7 +19,7 @@ from rich.table import Table
 import veneer
 from veneer.cli.console import bytes_text, quieten_libraries
 from veneer.cli.tune import run_tune
-from veneer.training.tune import ADAPTER, MERGED, size_of
+from veneer.training.tune import size_of
 
 OUT = Path("dist/finetuning_results")
 ROWS = Path("dist/cuisine.jsonl")
@@ -57,7 +57,7 @@ def main(recipe: veneer.Recipe) -> None:
 
     heading("3. After: the same questions, none of whose wordings was trained on")
     own_words = copy.deepcopy(base.tokenizer)
-    veneer.load(base.model, OUT / ADAPTER, name="cuisine", tokenizer=own_words)
+    veneer.load(base.model, RECIPE.adapter, name="cuisine", tokenizer=own_words)
     after = veneer.answers(base.model, own_words, questions, sampling=SHORT)
     console.print(f"{score(before, keys)} right before, {score(after, keys)} right after\n")
     console.print(side_by_side(questions, before, after))
@@ -68,13 +68,13 @@ def main(recipe: veneer.Recipe) -> None:
     console.print(f"{same(again, before)} answers are the base's own again")
 
     heading("5. The merged model is a plain model that says the same")
-    merged = veneer.load_base(OUT / MERGED)
+    merged = veneer.load_base(RECIPE.merged)
     plain = veneer.answers(merged.model, merged.tokenizer, questions, sampling=SHORT)
     console.print(f"{score(plain, keys)} right; {same(plain, after)} answers are the same words")
 
     heading("6. What there is to keep")
-    for name, what in ((ADAPTER, "swap it over the base"), (MERGED, "use it alone")):
-        console.print(f"{bytes_text(size_of(OUT / name)):>9}  {OUT / name}: {what}")
+    for place, what in ((RECIPE.adapter, "swap it over the base"), (RECIPE.merged, "use it alone")):
+        console.print(f"{bytes_text(size_of(place)):>9}  {place}: {what}")
     console.print(f"           {OUT / 'loss.png'}: how training went")
 
 
@@ -99,7 +99,7 @@ def side_by_side(questions: tuple[str, ...], before: list[str], after: list[str]
 
 def clear(out: Path) -> None:
     """Take an earlier demo's results away, so that what stands there in the end is this one's."""
-    if (out / ADAPTER).exists() or not out.exists():
+    if RECIPE.adapter.exists() or not out.exists():
         shutil.rmtree(out, ignore_errors=True)
 
 

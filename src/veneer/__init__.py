@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from veneer.generate.sampling import Sampling
     from veneer.lowrank.config import LoRA
     from veneer.methods.attach import adapters, attach, detach, in_use, use
+    from veneer.methods.config import Method
     from veneer.methods.merge import merge
     from veneer.methods.vocabulary import add_words
     from veneer.models.load import Base, load_base
@@ -40,6 +41,7 @@ _HOMES = {
     "DataConfig": "training.recipe",
     "DataError": "errors",
     "LoRA": "lowrank.config",
+    "Method": "methods.config",
     "ModelError": "errors",
     "Recipe": "training.recipe",
     "Sampling": "generate.sampling",
@@ -74,6 +76,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "LoRA",
+    "Method",
     "ModelError",
     "Recipe",
     "Sampling",

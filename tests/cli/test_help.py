@@ -14,12 +14,22 @@ import yaml
 import veneer.cli.tune
 from veneer.cli.app import run
 from veneer.lowrank.config import LoRA
+from veneer.methods.config import Method
 from veneer.training.config import TrainConfig
 from veneer.training.recipe import DataConfig, Recipe
 
-GROUPS = {"lora": LoRA, "training": TrainConfig, "rows": DataConfig}
+GROUPS = {"method": Method, "lora": LoRA, "training": TrainConfig, "rows": DataConfig}
 # A value for each field that is not its default: as the flag takes it, and as it must arrive.
 VALUES: dict[str, dict[str, tuple[object, object]]] = {
+    "method": {
+        "method": ("full", "full"),
+        "trained_blocks": (3, 3),
+        "train_head": (True, True),
+        "train_norms": (True, True),
+        "virtual_tokens": (7, 7),
+        "prefix_mlp": (16, 16),
+        "prompt_text": ("Say it:", "Say it:"),
+    },
     "lora": {
         "rank": (5, 5),
         "alpha": (2.5, 2.5),
@@ -69,6 +79,13 @@ SETTINGS = [(group, name) for group, values in VALUES.items() for name in values
 # What a setting needs beside it, so that it is not idle.
 BESIDE = {name: {"eval_rows": 1} for name in ("eval_every", "patience")}
 BESIDE["pack_head"] = {"bits": 4}
+BESIDE |= {n: {"method": "freeze"} for n in ("trained_blocks", "train_head", "train_norms")}
+BESIDE |= {n: {"method": "prefix"} for n in ("virtual_tokens", "prefix_mlp")}
+BESIDE["prompt_text"] = {"method": "prompt"}
+# What follows from a setting that is left as it is.
+FOLLOWS = {"rank": ["alpha"], "method": ["lr"]}
+FOLLOWS |= {n: ["method", "lr", "trained_blocks"] for n in BESIDE if n.startswith("train")}
+FOLLOWS |= {n: ["lr", "virtual_tokens"] for n in ("virtual_tokens", "prefix_mlp", "prompt_text")}
 SWITCHES = ("resume", "force", "ignore_plan", "tensorboard", "quiet")
 
 
@@ -173,7 +190,7 @@ def test_every_flag_arrives(caught, group, name):
         assert run(["tune", *positional, *flag(name, given), *beside]) == 0
     assert arrived(caught.recipe, group, name) == expected
     # And nothing else changes, but what follows from it.
-    follows = {"model", "data", *BESIDE.get(name, ()), *(["alpha"] if name == "rank" else [])}
+    follows = {"model", "data", *BESIDE.get(name, ()), *FOLLOWS.get(name, ())}
     for other_group, other in SETTINGS:
         if other not in {name, *follows}:
             assert arrived(caught.recipe, other_group, other) == default(other_group, other)
@@ -193,6 +210,8 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
         "rank_pattern": {"k_proj": 1},
         "alpha_pattern": {"k_proj": 2.0},
         "init": "kaiming",
+        "method": "lora",
+        "prompt_text": "Other:",
         "bits": 8,
         "new_words": "some",
         "eval_data": "more.jsonl",
@@ -221,13 +240,23 @@ def test_every_switch_arrives(caught, name):
     assert caught.options == dict.fromkeys(SWITCHES, False) | {name: True}
 
 
-def test_what_a_recipe_says_of_itself_is_read_back_as_the_same_recipe(caught, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "full", "freeze", "prefix", "prompt"])
+def test_what_a_recipe_says_of_itself_is_read_back_as_the_same_recipe(caught, tmp_path, method):
+    foreign = {n for n, beside in BESIDE.items() if beside.get("method", method) != method}
+    if method == "prompt":
+        foreign.remove("virtual_tokens")
+    if method != "lora":
+        foreign |= {*VALUES["lora"], "lora_plus_ratio"}
+    if method in ("full", "freeze"):
+        foreign |= {"bits", "pack_head"}
     everything = {
         name: given for values in VALUES.values() for name, (given, _) in values.items()
-    } | {"eval_rows": 0}  # it excludes eval_data
-    assert run(["tune", "--config", str(write_recipe(tmp_path / "all.yaml", everything))]) == 0
+    } | {"eval_rows": 0, "method": method}  # eval_rows excludes eval_data
+    given = {name: value for name, value in everything.items() if name not in foreign}
+    assert run(["tune", "--config", str(write_recipe(tmp_path / "all.yaml", given))]) == 0
     first = caught.recipe
-    assert asdict(first.lora)["rank_pattern"] == VALUES["lora"]["rank_pattern"][1]
+    if method == "lora":
+        assert asdict(first.lora)["rank_pattern"] == VALUES["lora"]["rank_pattern"][1]
     again = write_recipe(tmp_path / "again.yaml", first.settings())
     assert run(["tune", "--config", str(again)]) == 0
     assert caught.recipe == first

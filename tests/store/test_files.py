@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import veneer
 from adapted import examples, logits, same, shake, snapshot, tokenizer, with_words
 from tiny import tiny
-from veneer.store import checkpoint, files, native
+from veneer.store import checkpoint, files
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.files import (
     new_directory,
@@ -194,7 +194,7 @@ def test_an_empty_directory_is_taken_and_an_own_one_replaced(tmp_path):
     veneer.save(model, tmp_path / "a", tokenizer=tokenizer())
     assert (tmp_path / "a" / "tokenizer.json").exists()
     veneer.save(model, tmp_path / "a")
-    assert sorted(tree(tmp_path)) == [f"a/{native.CONFIG}", f"a/{native.WEIGHTS}"]
+    assert sorted(tree(tmp_path)) == [f"a/{'lora_config.json'}", f"a/{'lora_weights.pt'}"]
 
 
 def test_formats_do_not_replace_each_other(tmp_path):
@@ -242,12 +242,12 @@ class Trap:
 
 @pytest.mark.parametrize("old_style", [False, True])
 def test_nothing_in_a_pt_file_is_executed(old_style, tmp_path):
-    sprung, path = tmp_path / "sprung", tmp_path / native.WEIGHTS
+    sprung, path = tmp_path / "sprung", tmp_path / "lora_weights.pt"
     torch.save({"a": Trap(sprung)}, path, _use_new_zipfile_serialization=not old_style)
-    with pytest.raises(veneer.AdapterError, match=native.WEIGHTS):
+    with pytest.raises(veneer.AdapterError, match="lora_weights.pt"):
         read_tensors(path)
     path.write_bytes(pickle.dumps(Trap(sprung)))
-    with pytest.raises(veneer.AdapterError, match=native.WEIGHTS):
+    with pytest.raises(veneer.AdapterError, match="lora_weights.pt"):
         read_tensors(path)
     assert not sprung.exists()
     pickle.loads(path.read_bytes())
@@ -321,7 +321,7 @@ def test_a_damaged_adapter_loads_or_is_refused(homes, tmp_path_factory, data):
 
 
 def test_a_pt_file_in_which_a_member_is_missing(homes, tmp_path):
-    source = homes["native"] / native.WEIGHTS
+    source = homes["native"] / "lora_weights.pt"
     with zipfile.ZipFile(source) as archive:
         members = archive.namelist()
         values = [name for name in members if name.endswith("data.pkl") or "/data/" in name]

@@ -39,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "everything": {"targets": "everything", "dropout": 0.5},
 }
 
+CONFIG, WEIGHTS = "lora_config.json", "lora_weights.pt"
+
 
 def adapted(architecture: str, case: str, *, seed: int = 1):
     model = tiny(architecture)
@@ -77,11 +79,11 @@ def test_round_trip(architecture, case, tmp_path):
     assert not any(weight.requires_grad for weight in again.parameters())
     assert equal(capture(again), capture(model))
     veneer.save(again, tmp_path / "b")
-    for name in (native.CONFIG, native.WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
-        native.CONFIG,
-        native.WEIGHTS,
+        CONFIG,
+        WEIGHTS,
     ]
 
 
@@ -292,14 +294,14 @@ def refusal(place: Path, architecture: str = "llama", **options: Any) -> str:
 
 
 def edit(place: Path, changes: dict[str, Any]) -> None:
-    config = json.loads((place / native.CONFIG).read_text())
-    (place / native.CONFIG).write_text(json.dumps(config | changes))
+    config = json.loads((place / CONFIG).read_text())
+    (place / CONFIG).write_text(json.dumps(config | changes))
 
 
 def rewrite(place: Path, change: Any) -> None:
-    tensors = torch.load(place / native.WEIGHTS)
+    tensors = torch.load(place / WEIGHTS)
     change(tensors)
-    torch.save(tensors, place / native.WEIGHTS)
+    torch.save(tensors, place / WEIGHTS)
 
 
 @pytest.mark.parametrize("other", ["weights", "settings", "tokenizer"])
@@ -422,9 +424,9 @@ def test_settings_that_cannot_be(changes, said, place):
 
 @pytest.mark.parametrize("key", ["rank", "alpha", "targets", "base", "rslora", "new_words"])
 def test_a_setting_that_is_missing(key, place):
-    config = json.loads((place / native.CONFIG).read_text())
+    config = json.loads((place / CONFIG).read_text())
     del config[key]
-    (place / native.CONFIG).write_text(json.dumps(config))
+    (place / CONFIG).write_text(json.dumps(config))
     assert f"{key!r} is missing" in refusal(place)
 
 

@@ -14,6 +14,7 @@ from veneer.cli.recipes import from_recipe
 from veneer.errors import ConfigError, VeneerError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
+from veneer.methods.config import Method
 from veneer.plan.config import PackedBits, PlanConfig
 from veneer.training.config import TrainConfig
 from veneer.training.recipe import OUT, DataConfig, DType
@@ -53,6 +54,7 @@ def tune(
         Path, Parameter(help="Rows to learn: .jsonl, .json, .csv, .parquet, .txt, or a directory.")
     ],
     *,
+    method: Annotated[Method | None, Flat] = None,
     lora: Annotated[LoRA | None, Flat] = None,
     training: Annotated[TrainConfig | None, Flat] = None,
     rows: Annotated[DataConfig | None, Flat] = None,
@@ -84,6 +86,7 @@ def tune(
     recipe = Recipe(
         model=model,
         data=data,
+        method=method or Method(),
         lora=lora or LoRA(),
         training=training or TrainConfig(),
         rows=rows or DataConfig(),

@@ -16,9 +16,9 @@ from veneer.store.packed import PackedLayer
 
 
 def target_summary(report: TargetReport) -> str:
-    """Return one line: how many layers and parameters train, and what part that is."""
+    """Return one line: what trains, how many parameters, and what part that is."""
     return (
-        f"{len(report.lines)} layers adapted; {report.trained:,} of {report.base_parameters:,} "
+        f"{report.what}; {report.trained:,} of {report.base_parameters:,} "
         f"parameters train ({report.share:.2%})"
     )
 

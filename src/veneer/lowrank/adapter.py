@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from veneer.errors import AdapterError, nearest
-from veneer.lowrank.config import LoRA
 
 
 class Adapter(nn.Module):
@@ -37,7 +37,7 @@ class Route:
     """
 
     def __init__(self) -> None:
-        self.configs: dict[str, LoRA] = {}
+        self.configs: dict[str, Any] = {}  # by name, what each adapter is
         self.weights: dict[str, float] = {}
 
     @property

@@ -7,28 +7,37 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import AdapterError
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
+from veneer.methods.config import Method
 from veneer.methods.route import route_of
 from veneer.methods.targets import resolve
+from veneer.methods.unfreeze import unfreeze
 from veneer.methods.vocabulary import remove_words
 
 
 def attach(
-    model: nn.Module, config: LoRA, *, name: str = "default", seed: int | None = None
+    model: nn.Module, config: LoRA | Method, *, name: str = "default", seed: int | None = None
 ) -> nn.Module:
     """Lay a fresh adapter called `name` over `model`, in place, and let it act and train.
 
     The model's outputs stay exactly as they were, since B starts at zero. Everything but the new
     adapter is frozen. A `seed` makes the random start of A repeatable without touching torch's own.
+    A `Method` trains something else: weights of the base, or virtual tokens.
     Returns the model. Raises TargetError for targets that match nothing, AdapterError for a name
     that is taken.
     """
     check_name(model, name)
+    if isinstance(config, Method):
+        assert isinstance(model, PreTrainedModel)
+        unfreeze(model, config)
+        put_method(model, name, config)
+        return model
     if config.init == "auto":
         is_minigpt = getattr(getattr(model, "config", None), "model_type", None) == "minigpt"
         config = replace(config, init="gaussian" if is_minigpt else "kaiming")
@@ -45,12 +54,21 @@ def attach(
 def use(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
     """Let adapters act: one by its name, several as a mapping to weights, or none with None.
 
-    Raises AdapterError for a name that is not attached.
+    Raises AdapterError for a name that is not attached, and where something acts that cannot be
+    put aside, for it replaced the base's own weights.
     """
-    route_of(model).use(which)
+    route = route_of(model)
+    before = dict(route.weights)
+    route.use(which)
+    if stuck := [name for name in _replacing(model) if route.weights.get(name) != 1.0]:
+        route.weights = before
+        raise AdapterError(
+            f"{', '.join(stuck)} replaced weights of the base, and acts as long as the model does; "
+            "load the base anew."
+        )
 
 
-def adapters(model: nn.Module) -> dict[str, LoRA]:
+def adapters(model: nn.Module) -> dict[str, LoRA | Method]:
     """Return the attached adapters, by name, with their configurations."""
     return dict(route_of(model).configs)
 
@@ -70,6 +88,11 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     gone = set(route.configs) if name is None else {name}
     if unknown := gone - set(route.configs):
         raise AdapterError(f"No adapter is called {', '.join(sorted(unknown))}.")
+    if stuck := gone.intersection(_replacing(model)):
+        raise AdapterError(
+            f"{', '.join(sorted(stuck))} replaced weights of the base, and cannot be taken off; "
+            "load the base anew."
+        )
     for path, layer in list(lora_layers(model)):
         for each in gone & set(layer.adapters):
             del layer.adapters[each]
@@ -83,6 +106,11 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
+def _replacing(model: nn.Module) -> list[str]:
+    configs = adapters(model).items()
+    return [name for name, each in configs if isinstance(each, Method) and each.replaces_weights]
+
+
 def put(model: nn.Module, name: str, config: LoRA, parts: Mapping[str, Adapter]) -> None:
     """Lay a stored adapter, given as {path: Adapter}, over the model and let it act, frozen."""
     for path, part in parts.items():
@@ -91,8 +119,19 @@ def put(model: nn.Module, name: str, config: LoRA, parts: Mapping[str, Adapter])
     use(model, name)
 
 
+def put_method(model: nn.Module, name: str, config: Method) -> None:
+    """Note that `config`, called `name`, is what acts on the model now."""
+    route_of(model).configs[name] = config
+    use(model, name)
+
+
 def check_name(model: nn.Module, name: str) -> None:
-    """Raise AdapterError if `name` is taken, or cannot be part of a parameter's path."""
+    """Raise AdapterError if `name` is taken, cannot be part of a parameter's path, or would lie
+    over a base that is no longer itself."""
+    if replacing := _replacing(model):
+        raise AdapterError(
+            f"{replacing[0]} replaced weights of the base; merge() it, or load anew."
+        )
     if name in adapters(model):
         raise AdapterError(f"An adapter called {name!r} is attached already; detach it first.")
     if not name or "." in name or hasattr(nn.ModuleDict(), name):

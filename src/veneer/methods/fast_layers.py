@@ -25,6 +25,7 @@ from veneer.kernels.attention import NAME, Attention, Packing, packed_attention
 from veneer.lowrank.block import FeedForward, Norm, SelfAttention
 from veneer.lowrank.layers import LoRALinear
 from veneer.lowrank.projection import Projection
+from veneer.methods.blocks import decoder_layers
 
 PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
@@ -152,14 +153,6 @@ def checkpointed(model: PreTrainedModel, name: str) -> Iterator[None]:
 
     with _overridden({layer: twice(layer.forward) for layer in decoder_layers(model) or ()}):
         yield
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """Return the model's list of decoder layers, or None where it has no such list."""
-    decoder: Any = model.get_decoder()
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
-    return next((found for found in lists if len(found) == count), None)
 
 
 @contextmanager

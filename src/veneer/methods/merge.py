@@ -9,8 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from veneer.errors import AdapterError
 from veneer.frozen.packed import named_frozen
 from veneer.lowrank.layers import lora_layers
+from veneer.methods.attach import adapters, in_use
+from veneer.methods.config import Method
 from veneer.methods.vocabulary import bake_words, new_words
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -19,10 +22,14 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def merge(model: Model) -> Model:
     """Return a plain model with W + scaling · B A in place of W, for the adapters in use.
 
+    Raises AdapterError where what acts is no weight.
+
     The given model is not touched, so that going back is using it: the result shares with it every
     tensor that no adapter changes. Sums are made in float32 and rounded once. Packed weights are
     unpacked, for a plain model knows nothing of them.
     """
+    if why := why_not_mergeable(model):
+        raise AdapterError(f"This model cannot be merged: {why}")
     shared = [*model.parameters(), *model.buffers()]
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     words = new_words(plain)
@@ -40,6 +47,15 @@ def merge(model: Model) -> Model:
         if hasattr(plain, ours):
             delattr(plain, ours)
     return plain
+
+
+def why_not_mergeable(model: nn.Module) -> str | None:
+    """Return why what acts on the model cannot become part of its weights, or None if it can."""
+    for name, config in adapters(model).items():
+        virtual = isinstance(config, Method) and not config.replaces_weights
+        if virtual and name in in_use(model):
+            return f"the virtual tokens of {name!r} are no weights."
+    return None
 
 
 def rounded_away(model: nn.Module, plain: nn.Module) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from veneer.frozen.packed import named_frozen
 from veneer.lowrank.config import LoRA
+from veneer.methods.config import Method, in_words
 from veneer.methods.targets import resolve
 from veneer.models.fingerprint import base_parameters, parameter_count
 
@@ -30,14 +32,12 @@ class TargetLine:
 
 @dataclass(frozen=True, slots=True)
 class TargetReport:
-    """All adapted layers, and the parameters of the base as a whole."""
+    """What trains in words, its parameters and those of the base; the adapted layers, if any."""
 
-    lines: list[TargetLine]
+    what: str
+    trained: int
     base_parameters: int
-
-    @property
-    def trained(self) -> int:
-        return sum(line.trained for line in self.lines)
+    lines: Sequence[TargetLine] = ()
 
     @property
     def share(self) -> float:
@@ -54,7 +54,16 @@ def report_targets(model: nn.Module, config: LoRA) -> TargetReport:
         out, in_ = layer.shape
         rank = config.rank_of(layer.path)
         lines.append(TargetLine(layer.path, out, in_, rank, rank * (out + in_)))
-    return TargetReport(lines, parameter_count(model))
+    trained = sum(line.trained for line in lines)
+    return TargetReport(f"{len(lines)} layers adapted", trained, parameter_count(model), lines)
+
+
+def report_trained(model: nn.Module, config: LoRA | Method) -> TargetReport:
+    """Return what `config`, which is attached, trains of `model` or beside it."""
+    if isinstance(config, LoRA):
+        return report_targets(model, config)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return TargetReport(in_words(config), trained, parameter_count(model))
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,13 +55,13 @@ def load(
 
 def read(directory: Path) -> AdapterState:
     """Read an adapter of any known format. Raises AdapterError if the directory holds none."""
-    if (directory / native.CONFIG).is_file():
-        return native.read(directory)
+    if method := native.found_method(directory):
+        return native.read(directory, method)
     if (directory / peft.CONFIG).is_file() and (directory / peft.WEIGHTS).is_file():
         return peft.read(directory)
     if not directory.is_dir():
         raise AdapterError(f"There is no adapter directory {directory}.")
     raise AdapterError(
-        f"{directory} holds no adapter: neither {native.CONFIG} nor {peft.CONFIG} with "
-        f"{peft.WEIGHTS}."
+        f"{directory} holds no adapter: neither {native.config_name('lora')} nor "
+        f"{peft.CONFIG} with {peft.WEIGHTS}."
     )

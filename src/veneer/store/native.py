@@ -1,28 +1,44 @@
-"""Veneer's own adapter directory: lora_weights.pt, embedding_weights.pt, lora_config.json."""
+"""Veneer's own adapter directory: lora_weights.pt, embedding_weights.pt, lora_config.json.
+
+Those of other methods are named after them: freeze_weights.pt, freeze_config.json.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import AdapterError, ConfigError, nearest
 from veneer.lowrank.config import LoRA
+from veneer.methods.config import Method, MethodName
 from veneer.store.files import new_directory, read_json, read_tensors, write_json, write_tensors
 from veneer.store.state import AdapterState, Rows
 
-CONFIG, WEIGHTS, ROWS = "lora_config.json", "lora_weights.pt", "embedding_weights.pt"
+ROWS = "embedding_weights.pt"
 FORMAT = 1
 
 
+def config_name(method: MethodName) -> str:
+    """Return the name of the file that says what an adapter of this method is."""
+    return f"{method}_config.json"
+
+
+def found_method(directory: Path) -> MethodName | None:
+    """Return the method whose adapter a directory holds, or None if it holds none of ours."""
+    methods: tuple[MethodName, ...] = get_args(MethodName)
+    return next((m for m in methods if (directory / config_name(m)).is_file()), None)
+
+
 def config_of(state: AdapterState) -> dict[str, Any]:
-    """Return what lora_config.json says of an adapter."""
+    """Return what the configuration's file says of an adapter."""
     config = asdict(state.config)
-    config["targets"] = list(config["targets"])
+    if isinstance(state.config, LoRA):
+        config["targets"] = list(config["targets"])
     rows = state.rows
     return {
         "format": FORMAT,
@@ -46,7 +62,8 @@ def state_of(
         raise AdapterError(
             f"its format is {config.get('format')!r}, but this version of Veneer reads {FORMAT}"
         )
-    names = {f.name for f in fields(LoRA)}
+    kind = Method if "method" in config else LoRA
+    names = {f.name for f in fields(kind)}
     around = {"format", "veneer_version", "base", "new_words", "new_words_start"}
     unknown = sorted(set(config) - names - around)
     missing = sorted((names | around) - set(config))
@@ -55,7 +72,7 @@ def state_of(
         problems += [f"{key!r} is missing" for key in missing]
         raise AdapterError("; ".join(problems))
     try:
-        lora = LoRA(**{key: config[key] for key in names})
+        what = kind(**{key: config[key] for key in names})
     except (ConfigError, TypeError) as error:
         raise AdapterError(str(error)) from error
     words, start, base = config["new_words"], config["new_words_start"], config["base"]
@@ -71,15 +88,16 @@ def state_of(
                 f"{ROWS} must hold one row of input_embeddings for each of {len(words)} new words"
             )
         new = Rows(tuple(words), start, embedding, rows.get("output_embeddings"))
-    return AdapterState(lora, tensors, new, str(base.get("name", "")), base["fingerprint"])
+    return AdapterState(what, tensors, new, str(base.get("name", "")), base["fingerprint"])
 
 
 def write(
     state: AdapterState, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Write an adapter directory, all of it at once."""
-    with new_directory(directory, marker=CONFIG) as new:
-        write_tensors(new / WEIGHTS, state.tensors)
+    method = "lora" if isinstance(state.config, LoRA) else state.config.method
+    with new_directory(directory, marker=config_name(method)) as new:
+        write_tensors(new / _weights_name(method), state.tensors)
         if state.rows is not None:
             rows = {"input_embeddings": state.rows.embedding}
             if state.rows.head is not None:
@@ -87,15 +105,19 @@ def write(
             write_tensors(new / ROWS, rows)
         if tokenizer is not None:
             tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
-        write_json(new / CONFIG, config_of(state))
+        write_json(new / config_name(method), config_of(state))
 
 
-def read(directory: Path) -> AdapterState:
+def read(directory: Path, method: MethodName) -> AdapterState:
     """Read an adapter directory. Raises AdapterError, naming the directory."""
-    config = read_json(directory / CONFIG)
-    tensors = read_tensors(directory / WEIGHTS)
+    config = read_json(directory / config_name(method))
+    tensors = read_tensors(directory / _weights_name(method))
     rows = read_tensors(directory / ROWS) if (directory / ROWS).exists() else {}
     try:
         return state_of(config, tensors, rows)
     except AdapterError as error:
         raise AdapterError(f"The adapter in {directory} cannot be used: {error}.") from error
+
+
+def _weights_name(method: MethodName) -> str:
+    return f"{method}_weights.pt"

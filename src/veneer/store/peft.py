@@ -38,7 +38,7 @@ def config_of(state: AdapterState) -> dict[str, Any]:
     Ranks and alphas of single layers are keyed by whole paths: PEFT sorts patterns on saving, and
     the first that matches wins, so that any pattern that overlaps another could change its meaning.
     """
-    config = state.config
+    config = _lora_of(state)
     paths = [path for path, *_ in state.layers()]
     ranks = {path: config.rank_of(path) for path in paths}
     alphas = {path: _number(config.alpha_of(path)) for path in paths}
@@ -109,12 +109,18 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     return AdapterState(lora, found, base_name=str(base), base_weights=base_weights)
 
 
+def _lora_of(state: AdapterState) -> LoRA:
+    if not isinstance(state.config, LoRA):
+        raise AdapterError(f"PEFT has no format for {state.config.method}; write it natively.")
+    return state.config
+
+
 def write(state: AdapterState, directory: Path) -> None:
     """Write a directory that PEFT, and what reads its format, loads; all of it at once."""
-    tensors = tensors_of(state)
+    tensors, config = tensors_of(state), config_of(state)
     with new_directory(directory, marker=CONFIG) as new:
         write_tensors(new / WEIGHTS, tensors)
-        write_json(new / CONFIG, config_of(state))
+        write_json(new / CONFIG, config)
 
 
 def read(directory: Path) -> AdapterState:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import AdapterError, nearest
+from veneer.errors import AdapterError, ConfigError, nearest
 from veneer.frozen.packed import FrozenLinear
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import LoRAEmbedding, lora_layers
-from veneer.methods.attach import adapters, check_name, in_use, put
+from veneer.methods.attach import adapters, check_name, in_use, put, put_method
+from veneer.methods.config import Method
 from veneer.methods.targets import Layer, adaptable_layers, resolve
+from veneer.methods.unfreeze import replaced_weights, unfreeze
 from veneer.methods.vocabulary import extend_tokenizer, is_tied, new_words, put_rows
 from veneer.models.fingerprint import base_parameters, fingerprint
 
@@ -38,10 +40,10 @@ class AdapterState:
 
     `tensors` are keyed by the base's own paths: `<path>.lora_A` (rank, in) and `<path>.lora_B`
     (out, rank) for linear layers, `<path>.lora_embedding_A` (rank, words) and `_B` (dim, rank) for
-    embeddings.
+    embeddings. Of freeze and full they are the weights themselves.
     """
 
-    config: LoRA
+    config: LoRA | Method
     tensors: dict[str, Tensor]
     rows: Rows | None = None
     base_name: str = ""
@@ -75,24 +77,20 @@ def capture(
         name = acting[0]
     if name not in attached:
         raise AdapterError(f"No adapter is called {name!r}{nearest(name, attached)}.")
-    tensors: dict[str, Tensor] = {}
-    for path, layer in lora_layers(model):
-        if name in layer.adapters:
-            part = layer.adapters[name]
-            assert isinstance(part, Adapter)
-            keys = EMBEDDING if isinstance(layer, LoRAEmbedding) else LINEAR
-            tensors[f"{path}.{keys[0]}"] = part.lora_A.detach().clone()
-            tensors[f"{path}.{keys[1]}"] = part.lora_B.detach().clone()
+    config = attached[name]
+    if isinstance(config, Method):
+        tensors = {key: w.detach().clone() for key, w in replaced_weights(model, config).items()}
+    else:
+        tensors = _factors(model, name)
+        paths = {key.rpartition(".")[0] for key in tensors}
+        targets = _shortest_names(paths, adaptable_layers(model))
+        config = replace(config, targets=targets, layers=None)
     words = new_words(model)
     rows = None
     if words is not None:
         head = None if words.tied else words.head.rows.detach().clone()
         embedding = words.embedding
         rows = Rows(embedding.words, embedding.start, embedding.rows.detach().clone(), head)
-    paths = {key.rpartition(".")[0] for key in tensors}
-    config = replace(
-        attached[name], targets=_shortest_names(paths, adaptable_layers(model)), layers=None
-    )
     marks = fingerprint(model, tokenizer)
     return AdapterState(config, tensors, rows, model.config._name_or_path, marks)
 
@@ -112,28 +110,71 @@ def install(
     """
     check_name(model, name)
     problems = [] if force else _foreign(model, state, tokenizer)
-    problems += _misfits(model, state)
+    if isinstance(state.config, LoRA):
+        problems += _misfits(model, state, state.config)
+    else:
+        problems += _misfit_weights(model, state, state.config)
     if state.rows is not None:
         problems += _misfit_rows(model, state.rows, tokenizer)
     if problems:
         raise AdapterError("This adapter does not fit the model: " + "; ".join(problems) + ".")
-    parts = {
-        path: Adapter(
-            A.to(torch.float32),
-            B.to(torch.float32),
-            scaling=state.config.scaling_of(path),
-            dropout=0.0 if embedding else state.config.dropout,
-        )
-        for path, A, B, embedding in state.layers()
-    }
+    if isinstance(state.config, LoRA):
+        put(model, name, state.config, _parts(state, state.config))
+    else:
+        unfreeze(model, state.config)
+        with torch.no_grad():
+            for key, weight in replaced_weights(model, state.config).items():
+                weight.copy_(state.tensors[key])
+        put_method(model, name, state.config)
     model.requires_grad_(False)
-    put(model, name, state.config, parts)
     if state.rows is not None:
         rows = state.rows
         put_rows(model, rows.words, rows.embedding, rows.head, start=rows.start)
         model.requires_grad_(False)
         if tokenizer is not None:
             extend_tokenizer(tokenizer, rows.words)
+
+
+def _factors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return A and B of each layer that the adapter called `name` lies on."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in lora_layers(model):
+        if name in layer.adapters:
+            part = layer.adapters[name]
+            assert isinstance(part, Adapter)
+            keys = EMBEDDING if isinstance(layer, LoRAEmbedding) else LINEAR
+            tensors[f"{path}.{keys[0]}"] = part.lora_A.detach().clone()
+            tensors[f"{path}.{keys[1]}"] = part.lora_B.detach().clone()
+    return tensors
+
+
+def _parts(state: AdapterState, config: LoRA) -> dict[str, Adapter]:
+    return {
+        path: Adapter(
+            A.to(torch.float32),
+            B.to(torch.float32),
+            scaling=config.scaling_of(path),
+            dropout=0.0 if embedding else config.dropout,
+        )
+        for path, A, B, embedding in state.layers()
+    }
+
+
+def _misfit_weights(model: PreTrainedModel, state: AdapterState, config: Method) -> list[str]:
+    try:
+        wanted = replaced_weights(model, config)
+    except ConfigError as error:
+        return [str(error).rstrip(".")]
+    problems = [f"{key} is missing" for key in wanted if key not in state.tensors]
+    for key, tensor in state.tensors.items():
+        if key not in wanted:
+            problems.append(f"{key} is none of the weights that train{nearest(key, wanted)}")
+        elif tensor.shape != wanted[key].shape:
+            there, here = tuple(tensor.shape), tuple(wanted[key].shape)
+            problems.append(f"{key} is {there}, but the base's is {here}")
+        elif not _is_finite(tensor):
+            problems.append(f"{key} has values that are not finite numbers")
+    return problems
 
 
 def _foreign(
@@ -151,7 +192,7 @@ def _foreign(
     ]
 
 
-def _misfits(model: nn.Module, state: AdapterState) -> list[str]:
+def _misfits(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
     problems = []
     places = {layer.path: layer for layer in adaptable_layers(model)}
     complete: set[str] = set()
@@ -163,7 +204,7 @@ def _misfits(model: nn.Module, state: AdapterState) -> list[str]:
         elif layer.is_linear == embedding:
             problems.append(f"{path} is a {type(layer.module).__name__}, of the other kind")
         else:
-            rank, (out, in_) = state.config.rank_of(path), layer.shape
+            rank, (out, in_) = config.rank_of(path), layer.shape
             if tuple(A.shape) != (rank, in_) or tuple(B.shape) != (out, rank):
                 problems.append(
                     f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}, "
@@ -176,7 +217,7 @@ def _misfits(model: nn.Module, state: AdapterState) -> list[str]:
         if not _is_finite(tensor):
             problems.append(f"{key} has values that are not finite numbers")
     try:
-        wanted = {layer.path for layer in resolve(model, state.config)}
+        wanted = {layer.path for layer in resolve(model, config)}
     except ValueError as error:
         problems.append(str(error).rstrip("."))
     else:

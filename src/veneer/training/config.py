@@ -20,8 +20,8 @@ class TrainConfig:
     """Passes over the rows."""
     steps: int | None = None
     """Optimizer steps, whatever the epochs."""
-    lr: float = 2e-4
-    """Peak learning rate of AdamW."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; what suits the method unless given (2e-4 for LoRA)."""
     lora_plus_ratio: float | None = None
     """LoRA+: B's learning rate as a multiple of A's; 4 to 16 are usual."""
     schedule: Schedule = "cosine"
@@ -54,7 +54,7 @@ class TrainConfig:
             for name, value, good, rule in (
                 ("epochs", self.epochs, 0 < self.epochs < math.inf, "above 0"),
                 ("steps", self.steps, self.steps is None or self.steps > 0, "above 0"),
-                ("lr", self.lr, 0 < self.lr < math.inf, "above 0"),
+                ("lr", self.lr, self.lr is None or 0 < self.lr < math.inf, "above 0"),
                 (
                     "lora_plus_ratio",
                     self.lora_plus_ratio,
@@ -105,6 +105,7 @@ class TrainConfig:
 
     def lr_at(self, step: int, steps: int) -> float:
         """Return the learning rate of `step` (from 1) of `steps`: warm-up, then the schedule."""
+        assert self.lr is not None
         rise = self.warmup if self.warmup >= 1 else round(self.warmup * steps)
         if step <= rise:
             return self.lr * step / rise

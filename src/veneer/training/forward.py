@@ -20,12 +20,12 @@ from veneer.kernels import native
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
 from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy
+from veneer.methods.blocks import decoder_layers
 from veneer.methods.fast_layers import (
     TOLERANCE,
     FusedLayer,
     attention,
     checkpointed,
-    decoder_layers,
     fused,
     fused_layers,
 )

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from veneer.data.packing import StepOrder, pack
 from veneer.errors import DataError, TrainingError
 from veneer.kernels.heap import kept_heap
 from veneer.lowrank.layers import idle_adapters
+from veneer.methods.attach import adapters, in_use
+from veneer.methods.config import LEARNING_RATES, Method
 from veneer.methods.lora_plus import lr_ratios
 from veneer.store import checkpoint as checkpoints
 from veneer.store.checkpoint import Checkpoint
@@ -88,6 +90,11 @@ class _Run:
         directory: Path | None,
         identity: dict[str, Any],
     ) -> None:
+        if config.lr is None:
+            acting = (c for n, c in adapters(model).items() if n in in_use(model))
+            others = [c.method for c in acting if isinstance(c, Method)]
+            config = replace(config, lr=LEARNING_RATES[others[0] if others else "lora"])
+        assert config.lr is not None
         self.model, self.examples, self.config = model, examples, config
         self.held_out, self.directory = held_out, directory
         course = {k: v for k, v in asdict(config).items() if k not in ("save_every", "recompute")}

@@ -1,4 +1,4 @@
-"""AdamW over weights that lie end to end in one buffer."""
+"""AdamW over weights that lie end to end in one buffer, in float32 whatever the weights are."""
 
 from __future__ import annotations
 
@@ -15,26 +15,37 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 @dataclass
 class _Buffer:
     """The weights of one dtype, device and learning rate. Everything is made at once, so that
-    nothing that lasts lands between what a step makes and lets go."""
+    nothing that lasts lands between what a step makes and lets go.
+
+    Weights of 16 bits have masters in float32, or most of a step's change would be rounded away
+    (Micikevicius et al. 2018, section 3.1).
+    """
 
     weights: dict[str, nn.Parameter]
-    flat: nn.Parameter  # (numbers of all weights,)
+    values: Tensor  # (numbers of all weights,), which they are views of
+    gradient: Tensor  # as `values`, which their gradients are views of
+    master: nn.Parameter  # (numbers,), float32 or wider; `values` itself where these are
     ratio: float  # of their learning rate to the optimizer's
 
     @classmethod
     def of(cls, weights: dict[str, nn.Parameter], ratio: float) -> _Buffer:
-        flat = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights.values()]))
-        flat.grad = torch.zeros_like(flat)
-        buffer = cls(weights, flat, ratio)
-        for name, values in buffer.views(flat.detach()):
-            weights[name].data = values
+        values = torch.cat([weight.detach().flatten() for weight in weights.values()])
+        wide = torch.promote_types(values.dtype, torch.float32)
+        master = nn.Parameter(values.to(wide))
+        buffer = cls(weights, values, torch.zeros_like(values), master, ratio)
+        for name, part in buffer.views(values):
+            weights[name].data = part
         return buffer
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield each weight's part of a tensor that is laid out as `flat`, in its shape."""
+        """Yield each weight's part of a tensor that is laid out as `values`, in its shape."""
         parts = flat.split([weight.numel() for weight in self.weights.values()])
         for (name, weight), part in zip(self.weights.items(), parts, strict=True):
             yield name, part.view(weight.shape)
+
+    @property
+    def has_masters(self) -> bool:
+        return self.master.dtype != self.values.dtype
 
 
 class FlatAdamW:
@@ -58,63 +69,63 @@ class FlatAdamW:
             ratio = (ratios or {}).get(name, 1.0)
             alike.setdefault((weight.dtype, weight.device, ratio), {})[name] = weight
         self._buffers = [_Buffer.of(some, ratio) for (_, _, ratio), some in alike.items()]
-        groups = [{"params": [buffer.flat], "ratio": buffer.ratio} for buffer in self._buffers]
+        groups = [{"params": [buffer.master], "ratio": buffer.ratio} for buffer in self._buffers]
         self._adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
-        for flat in self._flats:
-            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-            step = torch.zeros((), dtype=torch.float32, device=flat.device)
-            self._adamw.state[flat] = {"step": step, **moments}
-
-    @property
-    def _flats(self) -> list[nn.Parameter]:
-        return [buffer.flat for buffer in self._buffers]
+        for buffer in self._buffers:
+            moments = {key: torch.zeros_like(buffer.master) for key in MOMENTS}
+            step = torch.zeros((), dtype=torch.float32, device=buffer.master.device)
+            self._adamw.state[buffer.master] = {"step": step, **moments}
 
     def begin(self) -> None:
         """Let the weights' gradients add up in the buffers from here on."""
         for buffer in self._buffers:
-            assert buffer.flat.grad is not None
-            for name, values in buffer.views(buffer.flat.grad):
-                buffer.weights[name].grad = values
+            for name, part in buffer.views(buffer.gradient):
+                buffer.weights[name].grad = part
 
     def step(self, *, lr: float, clip: float) -> bool:
         """Clip the gradients to a norm of `clip` (0: not at all), update the weights, and forget
         the gradients. Return whether they were finite; if not, the weights stay as they are."""
-        norm = nn.utils.clip_grad_norm_(self._flats, clip or math.inf)
+        for buffer in self._buffers:
+            # Where there are masters this is a copy, which goes with the step.
+            buffer.master.grad = buffer.gradient.to(buffer.master.dtype)
+        masters = [buffer.master for buffer in self._buffers]
+        norm = nn.utils.clip_grad_norm_(masters, clip or math.inf)
         finite = bool(torch.isfinite(norm))
         if finite:
             for group in self._adamw.param_groups:
                 group["lr"] = lr * group["ratio"]
             self._adamw.step()
+            self._to_weights()
         self.forget()
         return finite
 
     def forget(self) -> None:
         """Let all gradients go."""
         for buffer in self._buffers:
-            assert buffer.flat.grad is not None
-            buffer.flat.grad.zero_()
+            buffer.master.grad = None
+            buffer.gradient.zero_()
             for weight in buffer.weights.values():
                 weight.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return the moments as `exp_avg/<weight>`, `exp_avg_sq/<weight>`, and the steps done."""
+        """Return the moments as `exp_avg/<weight>`, `exp_avg_sq/<weight>`, masters, where there are
+        some, as `master/<weight>`, and the steps done."""
         tensors = {}
         for buffer in self._buffers:
-            state = self._adamw.state[buffer.flat]
-            tensors["step"] = state["step"].clone()
-            for key in MOMENTS:
-                for name, part in buffer.views(state[key]):
+            tensors["step"] = self._adamw.state[buffer.master]["step"].clone()
+            for key, flat in self._parts(buffer).items():
+                for name, part in buffer.views(flat):
                     tensors[f"{key}/{name}"] = part.clone()
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned."""
         for buffer in self._buffers:
-            state = self._adamw.state[buffer.flat]
-            state["step"].copy_(tensors["step"])
-            for key in MOMENTS:
-                for name, part in buffer.views(state[key]):
+            self._adamw.state[buffer.master]["step"].copy_(tensors["step"])
+            for key, flat in self._parts(buffer).items():
+                for name, part in buffer.views(flat):
                     part.copy_(tensors[f"{key}/{name}"])
+        self._to_weights()
 
     def release(self) -> None:
         """Let the weights own their memory again, without gradients."""
@@ -122,3 +133,14 @@ class FlatAdamW:
             for weight in buffer.weights.values():
                 weight.data = weight.detach().clone()
                 weight.grad = None
+
+    def _parts(self, buffer: _Buffer) -> dict[str, Tensor]:
+        state = self._adamw.state[buffer.master]
+        parts: dict[str, Tensor] = {key: state[key] for key in MOMENTS}
+        return parts | ({"master": buffer.master.detach()} if buffer.has_masters else {})
+
+    @torch.no_grad()
+    def _to_weights(self) -> None:
+        for buffer in self._buffers:
+            if buffer.has_masters:
+                buffer.values.copy_(buffer.master)

@@ -9,6 +9,7 @@ import torch
 
 from veneer.errors import ConfigError, ModelError
 from veneer.models.load import load_config
+from veneer.plan.config import MethodName as PlannedMethod
 from veneer.plan.config import PackedBits, PlanConfig
 from veneer.plan.find import find_shape, packing_of
 from veneer.plan.fit import flags, free_bytes, gentlest
@@ -38,8 +39,9 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
         shape = shape_of(config.to_dict())
         if packing := packing_of(config.to_dict()):
             bits, head, mapped = packing.bits, packing.head, True
+    method = recipe.method
     settings = PlanConfig(
-        method="qlora" if bits else "lora",
+        method=_planned_method(recipe, bits),
         bits=bits,
         dtype="float32" if dtype == torch.float32 else "bf16",
         pack_head=head,
@@ -47,10 +49,19 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
         max_length=min(recipe.rows.max_length, shape.context or recipe.rows.max_length),
         recompute=training.recompute,
         mapped=mapped,
+        trained_blocks=method.trained_blocks or PlanConfig.trained_blocks,
+        virtual_tokens=method.virtual_tokens or PlanConfig.virtual_tokens,
     )
     # Whoever calls from a program of their own may hold more than the libraries.
     runtime = max(RUNTIME, status("VmRSS") + GROWTH)
-    return make_plan(settings, shape, adapted_layers(shape, recipe.lora), runtime=runtime)
+    adapted = adapted_layers(shape, recipe.lora) if method.method == "lora" else ()
+    return make_plan(settings, shape, adapted, runtime=runtime)
+
+
+def _planned_method(recipe: Recipe, bits: PackedBits | None) -> PlannedMethod:
+    if recipe.method.method != "lora":
+        return recipe.method.method
+    return "qlora" if bits else "lora"
 
 
 def room() -> int | None:
@@ -116,7 +127,7 @@ def why_no_merge(plan: Plan, free: int | None) -> str | None:
     if plan.config.base_bits >= 16 or free is None or needed <= free:
         return None
     return (
-        f"No merged model is written: unpacked, it needs {_gb(needed)}, and {_gb(free)} are free. "
+        f"unpacked, it needs {_gb(needed)}, and {_gb(free)} are free. "
         "veneer merge makes one where there is room."
     )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from veneer.errors import ConfigError
 from veneer.lowrank.config import LoRA
+from veneer.methods.config import LEARNING_RATES, Method
 from veneer.plan.config import PackedBits
 from veneer.training.config import TrainConfig
 
@@ -50,12 +51,13 @@ class DataConfig:
 class Recipe:
     """All that decides a run's course and where its result goes.
 
-    Raises ConfigError for settings of evaluation without rows to evaluate on, and of packing
-    without bits.
+    Raises ConfigError, which lists all settings that would do nothing: of evaluation without rows
+    to evaluate on, of packing without bits, of adapters with a method that has none.
     """
 
     model: str
     data: Path
+    method: Method = field(default_factory=Method)
     lora: LoRA = field(default_factory=LoRA)
     training: TrainConfig = field(default_factory=TrainConfig)
     rows: DataConfig = field(default_factory=DataConfig)
@@ -65,21 +67,50 @@ class Recipe:
     out: Path = OUT
 
     def __post_init__(self) -> None:
+        name, problems = self.method.method, []
         if self.pack_head and self.bits is None:
-            raise ConfigError("pack_head would do nothing without bits; give bits 4 or 8 too.")
-        if self.rows.eval_rows or self.rows.eval_data:
-            return
+            problems.append("pack_head would do nothing without bits; give bits 4 or 8 too")
+        if self.method.replaces_weights and self.bits is not None:
+            problems.append(f"{name} trains weights, which cannot be in {self.bits} bits")
         idle = [n for n in ("eval_every", "patience") if getattr(self.training, n) is not None]
-        if idle:
-            raise ConfigError(
+        if idle and not (self.rows.eval_rows or self.rows.eval_data):
+            problems.append(
                 f"{' and '.join(idle)} would do nothing without rows to evaluate on; "
-                "give eval_rows or eval_data too."
+                "give eval_rows or eval_data too"
             )
+        if name != "lora":
+            usual = LoRA()
+            idle = [
+                f.name for f in fields(LoRA) if getattr(self.lora, f.name) != getattr(usual, f.name)
+            ]
+            idle += ["lora_plus_ratio"] * (self.training.lora_plus_ratio is not None)
+            if idle:
+                problems.append(f"{', '.join(idle)} would do nothing with {name}")
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")
+        if self.training.lr is None:
+            training = replace(self.training, lr=LEARNING_RATES[name])
+            object.__setattr__(self, "training", training)
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter alone goes, such as lora_adapter below `out`."""
+        return self.out / f"{self.method.method}_adapter"
+
+    @property
+    def merged(self) -> Path:
+        """Where the merged model goes, such as lora_merged below `out`."""
+        return self.out / f"{self.method.method}_merged"
+
+    @property
+    def what_trains(self) -> LoRA | Method:
+        """The adapter, or the method that has none."""
+        return self.lora if self.method.method == "lora" else self.method
 
     def settings(self) -> dict[str, Any]:
         """Return every setting under its flag's name, as plain values for YAML and JSON."""
         flat: dict[str, Any] = {"model": self.model, "data": str(self.data)}
-        for part in (self.lora, self.training, self.rows):
+        for part in (self.method, self.lora, self.training, self.rows):
             flat.update(asdict(part))
         flat["targets"] = list(flat["targets"])
         flat["eval_data"] = flat["eval_data"] and str(flat["eval_data"])

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -20,8 +20,9 @@ from veneer.data.rows import texts_of
 from veneer.data.sources import read_rows
 from veneer.errors import ConfigError, ModelError
 from veneer.methods.attach import attach
-from veneer.methods.merge import merge, rounded_away
-from veneer.methods.report import report_packed, report_targets
+from veneer.methods.config import MethodName
+from veneer.methods.merge import merge, rounded_away, why_not_mergeable
+from veneer.methods.report import report_packed, report_trained
 from veneer.methods.vocabulary import add_words, find_words, new_words
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, dtype_of, load_base
@@ -52,7 +53,7 @@ from veneer.training.planned import (
 )
 from veneer.training.recipe import Recipe
 
-ADAPTER, MERGED, CHECKPOINTS = "lora_adapter", "lora_merged", "checkpoints"
+CHECKPOINTS = "checkpoints"
 METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
 # Settings of which the course of the weights does not depend.
 BESIDE_THE_POINT = ("out", "save_every", "recompute")
@@ -72,7 +73,7 @@ def tune(
     `ignore_plan` goes ahead where the plan needs more memory than there is.
     Raises VeneerError of the kind that fits for anything that cannot be: see each room.
     """
-    out = recipe.out
+    out, method = recipe.out, recipe.method.method
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, but --out must name a directory.")
     if not resume and not force:
@@ -95,8 +96,8 @@ def tune(
         bits=recipe.bits,
         pack_head=recipe.pack_head,
     )
-    check_replaceable(out / ADAPTER, marker=native.CONFIG)
-    check_replaceable(out / MERGED, marker=merged.marker_of(base.model))
+    check_replaceable(recipe.adapter, marker=native.config_name(method))
+    check_replaceable(recipe.merged, marker=merged.marker_of(base.model))
     words = _new_words(recipe, base)
     if words:
         add_words(base.model, base.tokenizer, words)
@@ -105,10 +106,10 @@ def tune(
     yield from map(Notice, base.notices)
     if Encoder(base.tokenizer, max_length=recipe.rows.max_length).uses_plain_template:
         yield Notice("The tokenizer has no chat template; turns are written as plain lines.")
-    targets = report_targets(base.model, recipe.lora)
-    attach(base.model, recipe.lora, seed=recipe.training.seed)
+    attach(base.model, recipe.what_trains, seed=recipe.training.seed)
+    report = report_trained(base.model, recipe.what_trains)
     _train_new_rows(base)
-    yield ModelReady(targets, words, _name_of(dtype), report_packed(base.model))
+    yield ModelReady(report, words, _name_of(dtype), report_packed(base.model))
 
     if not resume:
         _clear(out)
@@ -135,12 +136,14 @@ def tune(
 
     if plan is not None and (peak := measured_peak(plan)):
         yield Measured(plan.memory.peak, peak)
-    adapters.save(base.model, out / ADAPTER, tokenizer=base.tokenizer)
-    yield Written("adapter", out / ADAPTER, size_of(out / ADAPTER))
-    if plan is not None and (why := why_no_merge(plan, free_bytes())):
-        yield Notice(why)
+    if method != "full":  # whose adapter would be the merged model again
+        adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer)
+        yield Written("adapter", recipe.adapter, size_of(recipe.adapter))
+    why = why_not_mergeable(base.model) or (plan and why_no_merge(plan, free_bytes()))
+    if why:
+        yield Notice(f"No merged model is written: {why}")
         if not resume:  # then it is an earlier run's, which --force replaces
-            shutil.rmtree(out / MERGED, ignore_errors=True)
+            shutil.rmtree(recipe.merged, ignore_errors=True)
         return
     plain = merge(base.model)
     lost = rounded_away(base.model, plain)
@@ -149,8 +152,8 @@ def tune(
             f"Merging rounded {lost:.0%} of the adapter's change away in {_name_of(dtype)}; "
             "the adapter itself holds all of it, and veneer merge --dtype float32 keeps it."
         )
-    merged.write_model(plain, base.tokenizer, out / MERGED)
-    yield Written("merged model", out / MERGED, size_of(out / MERGED))
+    merged.write_model(plain, base.tokenizer, recipe.merged)
+    yield Written("merged model", recipe.merged, size_of(recipe.merged))
 
 
 def size_of(directory: Path) -> int:
@@ -159,7 +162,8 @@ def size_of(directory: Path) -> int:
 
 
 def _refuse_to_replace(out: Path) -> None:
-    earlier = [name for name in (ADAPTER, MERGED, CHECKPOINTS) if (out / name).exists()]
+    results = [f"{m}_{what}" for m in get_args(MethodName) for what in ("adapter", "merged")]
+    earlier = [name for name in (*results, CHECKPOINTS) if (out / name).exists()]
     if earlier:
         raise ConfigError(
             f"{out} holds an earlier run ({', '.join(earlier)}). Go on with it by --resume, "

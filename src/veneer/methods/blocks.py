@@ -1,0 +1,16 @@
+"""Where the blocks of a model stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """Return the model's list of decoder layers, or None where it has no such list."""
+    decoder: Any = model.get_decoder()
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
+    return next((found for found in lists if len(found) == count), None)
