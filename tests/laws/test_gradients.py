@@ -62,8 +62,8 @@ def lora_linear(
 
 def plain(layer: LoRALinear, x: Tensor) -> Tensor:
     y = F.linear(x, layer.frozen_weight, layer.original.bias)
-    for part, scaling in layer.active():
-        y = y + scaling * F.linear(F.linear(x, part.lora_A), part.lora_B)
+    for part, weight in layer.active():
+        y = y + weight * part.scaling * F.linear(F.linear(x, part.lora_A), part.lora_B)
     return y
 
 

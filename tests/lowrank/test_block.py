@@ -1,6 +1,7 @@
 """Law 3 for the halves of a decoder layer: each equals the plain operations, both ways."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,43 +24,48 @@ ADAPTED = {
     "output": (0, 0, 0, 1),
     "none": (0,) * 4,
 }
+# Which projections have a gain, if an adapter acts on them.
+DORA = {
+    "none": (False,) * 4,
+    "all": (True,) * 4,
+    "some": (True, False, True, False),
+    "others": (False, True, False, True),
+}
 
 
-def projection(in_: int, out: int, adapters: int, *, bias: bool) -> Projection:
-    masters = [
-        (
-            torch.randn(rank, in_, **DOUBLE, requires_grad=True),
-            torch.randn(out, rank, **DOUBLE, requires_grad=True),
-            0.5 + rank,
-        )
-        for rank in range(1, adapters + 1)
-    ]
-    weight = torch.randn(out, in_, **DOUBLE)
-    return Projection.of(weight, torch.randn(out, **DOUBLE) if bias else None, masters)
+def projection(in_: int, out: int, adapters: int, *, bias: bool, dora: bool = False) -> Projection:
+    rank = adapters * (adapters + 1) // 2  # of adapters of rank 1, 2, ...
+    return Projection(
+        torch.randn(out, in_, **DOUBLE),
+        torch.randn(out, **DOUBLE) if bias else None,
+        torch.randn(rank, in_, **DOUBLE, requires_grad=True),
+        torch.randn(out, rank, **DOUBLE, requires_grad=True),
+        torch.randn(out, **DOUBLE, requires_grad=True) if dora and rank else None,
+    )
 
 
 def plain(p: Projection, x: Tensor) -> Tensor:
-    y = F.linear(x, p.weight, p.bias)
-    for A, B, scaling in p.masters:
-        y = y + scaling * F.linear(F.linear(x, A), B)
-    return y
+    y = F.linear(x, p.weight) + F.linear(F.linear(x, p.A), p.B)
+    y = y if p.gain is None else y * p.gain
+    return y if p.bias is None else y + p.bias
 
 
 def norm(x: Tensor, half: SelfAttention | FeedForward) -> Tensor:
     return F.rms_norm(x, (DIM,), half.norm.weight, half.norm.eps)
 
 
-def self_attention(adapted: str, *, bias: bool, sparing: bool) -> SelfAttention:
+def self_attention(adapted: str, *, bias: bool, sparing: bool, dora: str = "none") -> SelfAttention:
     torch.manual_seed(0)
-    counts = ADAPTED[adapted]
+    counts, gains = ADAPTED[adapted], DORA[dora]
     outs = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
     angles = torch.rand(TOKENS, HEAD_DIM // 2, **DOUBLE).repeat(1, 2)
     return SelfAttention(
         norm=Norm(torch.randn(DIM, **DOUBLE), 1e-5),
         inputs=tuple(
-            projection(DIM, out, n, bias=bias) for out, n in zip(outs, counts[:3], strict=True)
+            projection(DIM, out, n, bias=bias, dora=gain)
+            for out, n, gain in zip(outs, counts, gains, strict=False)
         ),
-        output=projection(HEADS * HEAD_DIM, DIM, counts[3], bias=bias),
+        output=projection(HEADS * HEAD_DIM, DIM, counts[3], bias=bias, dora=gains[3]),
         attention=Attention(Packing(LENGTHS), 0.4),
         cos=angles.cos(),
         sin=angles.sin(),
@@ -79,13 +85,13 @@ def plain_attention(half: SelfAttention, x: Tensor) -> Tensor:
     return x + plain(half.output, y.flatten(1))
 
 
-def feed_forward(adapted: str, *, bias: bool, sparing: bool) -> FeedForward:
+def feed_forward(adapted: str, *, bias: bool, sparing: bool, dora: str = "none") -> FeedForward:
     torch.manual_seed(0)
-    counts = ADAPTED[adapted]
+    counts, gains = ADAPTED[adapted], DORA[dora]
     return FeedForward(
         norm=Norm(torch.randn(DIM, **DOUBLE), 1e-5),
-        inputs=tuple(projection(DIM, INNER, n, bias=bias) for n in counts[:2]),
-        output=projection(INNER, DIM, counts[3], bias=bias),
+        inputs=tuple(projection(DIM, INNER, counts[i], bias=bias, dora=gains[i]) for i in range(2)),
+        output=projection(INNER, DIM, counts[3], bias=bias, dora=gains[3]),
         arena=Arena(),
         sparing=sparing,
     )
@@ -100,17 +106,17 @@ HALVES = {
     "attention": (self_attention, plain_attention),
     "feed-forward": (feed_forward, plain_feed_forward),
 }
-CASES = list(itertools.product(HALVES, ADAPTED, [True, False], [True, False]))
+CASES = list(itertools.product(HALVES, ADAPTED, DORA, [True, False], [True, False]))
 
 
 def trained(half: SelfAttention | FeedForward) -> list[Tensor]:
     return [tensor for p in (*half.inputs, half.output) for tensor in p.trained()]
 
 
-@pytest.mark.parametrize(("which", "adapted", "bias", "sparing"), CASES)
-def test_equals_the_plain_operations(which, adapted, bias, sparing):
+@pytest.mark.parametrize(("which", "adapted", "dora", "bias", "sparing"), CASES)
+def test_equals_the_plain_operations(which, adapted, dora, bias, sparing):
     make, reference = HALVES[which]
-    half = make(adapted, bias=bias, sparing=sparing)
+    half = make(adapted, bias=bias, sparing=sparing, dora=dora)
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
     dy = torch.randn(TOKENS, DIM, **DOUBLE)
     inputs = [x, *trained(half)]
@@ -121,20 +127,19 @@ def test_equals_the_plain_operations(which, adapted, bias, sparing):
     )
 
 
+@pytest.mark.parametrize("dora", ["none", "all"])
 @pytest.mark.parametrize("which", HALVES)
-def test_passes_gradcheck(which):
-    half = HALVES[which][0]("all", bias=True, sparing=False)
+def test_passes_gradcheck(which, dora):
+    half = HALVES[which][0]("all", bias=True, sparing=False, dora=dora)
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
 
-    def forward(x: Tensor, *masters: Tensor) -> Tensor:
-        # The masters were cast when the half was made; make it anew from these.
-        pairs = iter(zip(masters[::2], masters[1::2], strict=True))
+    def forward(x: Tensor, *tensors: Tensor) -> Tensor:
+        given = iter(tensors)
         fresh = [
-            Projection.of(p.weight, p.bias, [(*next(pairs), s) for _, _, s in p.masters])
+            replace(p, A=next(given), B=next(given), gain=p.gain if p.gain is None else next(given))
             for p in (*half.inputs, half.output)
         ]
-        fields = vars(half) | {"inputs": tuple(fresh[:-1]), "output": fresh[-1]}
-        return type(half)(**fields)(x)
+        return replace(half, inputs=tuple(fresh[:-1]), output=fresh[-1])(x)
 
     assert torch.autograd.gradcheck(forward, (x, *trained(half)), fast_mode=False)
 
@@ -162,6 +167,17 @@ def test_two_passes_before_the_first_way_back(which, sparing):
     losses = [half(x).square().sum() for x in xs]
     for loss, wanted in zip(losses, alone, strict=True):
         torch.testing.assert_close(torch.autograd.grad(loss, trained(half)), wanted)
+
+
+@pytest.mark.parametrize("dora", DORA)
+@pytest.mark.parametrize("which", HALVES)
+def test_what_is_kept_is_left_as_it_was(which, dora):
+    """The way back can be gone twice."""
+    half = HALVES[which][0]("all", bias=True, sparing=False, dora=dora)
+    x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
+    loss = half(x).square().sum()
+    first = torch.autograd.grad(loss, [x, *trained(half)], retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, [x, *trained(half)]), first)
 
 
 def test_rotation_is_in_place():

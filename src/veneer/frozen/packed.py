@@ -108,6 +108,15 @@ def product_back(dy: Tensor, weight: Tensor | Packed) -> Tensor:
     return total.to(dy.dtype)
 
 
+def row_squares(weight: Tensor | Packed) -> Tensor:
+    """Return ‖w‖² of each row w of a weight (out, in), (out,), in float32 or wider."""
+    if isinstance(weight, Packed):
+        return torch.cat([row_squares(values) for _, values in weight.blocks()])
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    step = max(1, BLOCK_NUMBERS // weight.shape[1])  # a wide copy of all would be the largest thing
+    return torch.cat([rows.to(wide).square().sum(1) for rows in weight.split(step)])
+
+
 class FrozenLinear(nn.Module):
     """y = x Ŵᵀ + b, with Ŵ unpacked in the forward pass, and again in the backward pass.
 

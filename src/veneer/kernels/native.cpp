@@ -186,6 +186,52 @@ void row_dots(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {
     }
 }
 
+// z = gain · (z − bias) + bias, column by column, exactly z where the gain is 1.
+template <class T>
+void apply_gain(T* z, const Wide<T>* gain, const T* bias, Size rows, Size cols) {
+#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
+    for (Size row = 0; row < rows; ++row) {
+        T* y = z + row * cols;
+        if (bias) {
+#pragma omp simd
+            for (Size i = 0; i < cols; ++i) y[i] = store<T>(gain[i] * load(y[i]) + load(bias[i]) * (1 - gain[i]));
+        } else {
+#pragma omp simd
+            for (Size i = 0; i < cols; ++i) y[i] = store<T>(gain[i] * load(y[i]));
+        }
+    }
+}
+
+// dz = gain · dy, and dots = Σ dy · (y − bias) over the rows. Threads share the columns out, so that
+// each sum is one thread's.
+template <class T>
+void gain_backward(const T* dy, const T* y, const Wide<T>* gain, const T* bias, T* dz,
+                   Wide<T>* dots, Size rows, Size cols) {
+    using F = Wide<T>;
+    constexpr Size kColumns = 64;  // a thread's at a time: a few cache lines of each row
+    const Size blocks = (cols + kColumns - 1) / kColumns;
+#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
+    for (Size block = 0; block < blocks; ++block) {
+        const Size first = block * kColumns;
+        const Size count = cols - first < kColumns ? cols - first : kColumns;
+        const F* g = gain + first;
+        F sums[kColumns] = {}, offset[kColumns] = {};
+        if (bias)
+            for (Size i = 0; i < count; ++i) offset[i] = load(bias[first + i]);
+        for (Size row = 0; row < rows; ++row) {
+            const T *d = dy + row * cols + first, *z = y + row * cols + first;
+            T* out = dz + row * cols + first;
+#pragma omp simd
+            for (Size i = 0; i < count; ++i) {
+                const F one = load(d[i]);
+                sums[i] += one * (load(z[i]) - offset[i]);
+                out[i] = store<T>(g[i] * one);
+            }
+        }
+        for (Size i = 0; i < count; ++i) dots[first + i] = sums[i];
+    }
+}
+
 // For a block of queries that begins at `first_query` of sequences of `length`, over the keys from
 // `first_key` on: scores become probabilities p = exp(scale · s − lse), and dp becomes
 // ds = scale · p · (dp − delta); both 0 where a query does not see the key.
@@ -296,6 +342,15 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
     }                                                                                              \
     extern "C" void row_dots_##name(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {  \
         row_dots(a, b, out, rows, cols);                                                           \
+    }                                                                                              \
+    extern "C" void apply_gain_##name(T* z, const Wide<T>* gain, const T* bias, Size rows,         \
+                                      Size cols) {                                                 \
+        apply_gain(z, gain, bias, rows, cols);                                                     \
+    }                                                                                              \
+    extern "C" void gain_backward_##name(const T* dy, const T* y, const Wide<T>* gain,             \
+                                         const T* bias, T* dz, Wide<T>* dots, Size rows,           \
+                                         Size cols) {                                              \
+        gain_backward(dy, y, gain, bias, dz, dots, rows, cols);                                    \
     }                                                                                              \
     extern "C" void quantize_4bit_##name(const T* x, const float* bounds, float* absmax,           \
                                          std::uint8_t* codes, Size numbers, Size block) {          \

@@ -5,28 +5,70 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.errors import AdapterError, nearest
 
+Factors = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
+
 
 class Adapter(nn.Module):
-    """A (rank, in) and B (out, rank) over one layer, float32 masters, with their scaling."""
+    """A (rank, in) and B (out, rank) over one layer, float32 masters, with their scaling.
 
-    def __init__(self, A: Tensor, B: Tensor, *, scaling: float, dropout: float = 0.0) -> None:
+    magnitude (out,): DoRA's, the length of each row of the adapted weight; None for plain LoRA.
+    start: A₀ and B₀ for an adapter whose factors are not zero at the start (PiSSA and its like): it
+    then adds B A − B₀ A₀, so that the base need not be changed.
+    """
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        magnitude: Tensor | None = None,
+        start: Factors | None = None,
+    ) -> None:
         super().__init__()
         assert A.shape[0] == B.shape[1], (A.shape, B.shape)
         self.lora_A = nn.Parameter(A)  # (rank, in)
         self.lora_B = nn.Parameter(B)  # (out, rank)
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)  # (out,)
+        self.start_A: Tensor | None
+        self.start_B: Tensor | None
+        self.register_buffer("start_A", None if start is None else start[0])
+        self.register_buffer("start_B", None if start is None else start[1])
         self.scaling = scaling
         self.dropout = dropout
+        self.kept_norms: tuple[object, Tensor] | None = None  # while nothing can change them
 
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
+    @property
+    def start(self) -> Factors | None:
+        """A₀ and B₀, or None where they are no more than zero."""
+        if self.start_A is None or self.start_B is None:
+            return None
+        return self.start_A, self.start_B
+
+    def factors(self) -> Factors:
+        """Return A and B as they act, differentiably: twice the rank where there is a start.
+
+        B A − B₀ A₀ = (B − B₀) A + B₀ (A − A₀), which is zero to the bit at the start.
+        """
+        A, B = self.lora_A, self.lora_B
+        if self.start is None:
+            return A, B
+        A0, B0 = self.start
+        return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        kind = "" if self.magnitude is None else ", DoRA"
+        return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}{kind}"
 
 
 class Route:

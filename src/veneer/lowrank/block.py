@@ -26,9 +26,9 @@ from veneer.lowrank.projection import (
     Projection,
     gradient_of_h,
     gradient_of_x,
-    gradients_of_masters,
+    gradients_of_trained,
     project,
-    project_onto,
+    through_gains,
 )
 
 
@@ -66,18 +66,25 @@ class SelfAttention:
         q, k, v = (y.unflatten(1, (-1, self.cos.shape[1])) for y in outputs)
         return [rotate_(q, self.cos, self.sin), rotate_(k, self.cos, self.sin), v, h]
 
+    def unturned(self, y: Tensor, projection: Projection) -> Tensor:
+        """Return q or k (tokens, heads · head_dim) as it was projected, if somebody needs it so."""
+        if projection.gain is not None:
+            y = rotate_(y.clone(), self.cos, self.sin, back=True)
+        return y.flatten(1)
+
 
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, half: SelfAttention, *trained: Tensor) -> Tensor:
-        out, h_out = _room(x, [half.output], half.arena)
+        out, y_out, h_out = _room_onto(x, half.output, half.arena)
         q, k, v, h = half.project(x)
         y, log_sums = half.attention.forward(q, k, v)
         flat = half.arena.empty(len(x), y[0].numel(), x)  # (tokens, heads · head_dim)
         flat.copy_(y.flatten(1))
-        project_onto(x, flat, half.output, out, h_out)
+        _project_onto(x, flat, half.output, out, y_out, h_out)
         ctx.half = half
-        ctx.save_for_backward(x, flat, h_out, *(() if half.sparing else (q, k, v, h)), *log_sums)
+        kept = () if half.sparing else (q, k, v, h)
+        ctx.save_for_backward(x, flat, y_out, h_out, *kept, *log_sums)
         return out
 
     @staticmethod
@@ -85,22 +92,25 @@ class _SelfAttention(torch.autograd.Function):
         half: SelfAttention = ctx.half
         needs_x = ctx.needs_input_grad[0]
         dy = grads[0]  # (tokens, dim)
-        x, flat, h_out, *rest = ctx.saved_tensors
+        x, flat, y_out, h_out, *rest = ctx.saved_tensors
         q, k, v, h = half.project(x) if half.sparing else rest[:4]
         log_sums = rest if half.sparing else rest[4:]
         out = [half.output]
-        dh_out = gradient_of_h([dy], out)
-        d_out = gradients_of_masters([dy], dh_out, flat, h_out, out)
+        dz, d_gains = through_gains([dy], [y_out], out)
+        dh_out = gradient_of_h(dz, out)
+        d_out = gradients_of_trained(dz, d_gains, dh_out, flat, h_out, out)
         if not needs_x and not any(p.rank for p in half.inputs):
             return None, None, *d_out
-        d_flat = gradient_of_x([dy], dh_out, out)
+        d_flat = gradient_of_x(dz, dh_out, out)
         dq, dk, dv = half.attention.backward(
             d_flat.view(q.shape), q, k, v, flat.view(q.shape), log_sums
         )
         dq = rotate_(dq.contiguous(), half.cos, half.sin, back=True)
         dk = rotate_(dk.contiguous(), half.cos, half.sin, back=True)
         d_inputs = [d.flatten(1) for d in (dq, dk, dv)]
-        dx, found = _back_to_x(dy, d_inputs, x, h, half, needs_x=needs_x)
+        outputs = [half.unturned(y, p) for y, p in zip((q, k), half.inputs, strict=False)]
+        outputs.append(v.flatten(1))
+        dx, found = _back_to_x(dy, d_inputs, outputs, x, h, half, needs_x=needs_x)
         return dx, None, *found, *d_out
 
 
@@ -126,11 +136,11 @@ class FeedForward:
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, half: FeedForward, *trained: Tensor) -> Tensor:
-        out, h_out = _room(x, [half.output], half.arena)
+        out, y_out, h_out = _room_onto(x, half.output, half.arena)
         gate, up, h = half.project(x)
-        project_onto(x, swiglu(gate, up), half.output, out, h_out)
+        _project_onto(x, swiglu(gate, up), half.output, out, y_out, h_out)
         ctx.half = half
-        ctx.save_for_backward(x, h_out, *(() if half.sparing else (gate, up, h)))
+        ctx.save_for_backward(x, y_out, h_out, *(() if half.sparing else (gate, up, h)))
         return out
 
     @staticmethod
@@ -138,14 +148,15 @@ class _FeedForward(torch.autograd.Function):
         half: FeedForward = ctx.half
         needs_x = ctx.needs_input_grad[0]
         dy = grads[0]  # (tokens, dim)
-        x, h_out, *kept = ctx.saved_tensors
+        x, y_out, h_out, *kept = ctx.saved_tensors
         gate, up, h = half.project(x) if half.sparing else kept
         out = [half.output]
-        dh_out = gradient_of_h([dy], out)
-        d_inner = gradient_of_x([dy], dh_out, out)
+        dz, d_gains = through_gains([dy], [y_out], out)
+        dh_out = gradient_of_h(dz, out)
+        d_inner = gradient_of_x(dz, dh_out, out)
         *d_inputs, inner = swiglu_backward(d_inner, gate, up)
-        d_out = gradients_of_masters([dy], dh_out, inner, h_out, out)
-        dx, found = _back_to_x(dy, d_inputs, x, h, half, needs_x=needs_x)
+        d_out = gradients_of_trained(dz, d_gains, dh_out, inner, h_out, out)
+        dx, found = _back_to_x(dy, d_inputs, [gate, up], x, h, half, needs_x=needs_x)
         return dx, None, *found, *d_out
 
 
@@ -164,21 +175,47 @@ def _project_normed(x: Tensor, half: SelfAttention | FeedForward) -> list[Tensor
 def _back_to_x(
     dy: Tensor,
     d_inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
     x: Tensor,
     h: Tensor,
     half: SelfAttention | FeedForward,
     *,
     needs_x: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradients of x, where needed, and of `half.inputs`' masters, from those of the
-    half's output, which x reaches beside everything, and of what `_project_normed` gave."""
+    """Return the gradients of x, where needed, and of what trains in `half.inputs`, from those of
+    the half's output, which x reaches beside everything, and of `outputs`, which `_project_normed`
+    gave."""
     normed, rstd = rms_norm(x, half.norm.weight, half.norm.eps)
-    dh = gradient_of_h(d_inputs, half.inputs)
-    found = gradients_of_masters(d_inputs, dh, normed, h, half.inputs)
+    dz, d_gains = through_gains(d_inputs, outputs, half.inputs)
+    dh = gradient_of_h(dz, half.inputs)
+    found = gradients_of_trained(dz, d_gains, dh, normed, h, half.inputs)
     if not needs_x:
         return None, found
-    d_normed = gradient_of_x(d_inputs, dh, half.inputs)
+    d_normed = gradient_of_x(dz, dh, half.inputs)
     return rms_norm_backward(d_normed, x, half.norm.weight, rstd, dy), found
+
+
+def _project_onto(
+    residual: Tensor, x: Tensor, p: Projection, out: Tensor, y: Tensor | None, h: Tensor
+) -> None:
+    """Write residual + the projection of x to `out`, the projection alone to `y`, where that is
+    needed, and A x to `h`.
+
+    The residual comes last: it is much the largest, and every sum with it is rounded at its size.
+    """
+    if y is None:
+        project(x, [p], [out], h)
+        out += residual
+    else:
+        project(x, [p], [y], h)
+        torch.add(y, residual, out=out)
+
+
+def _room_onto(x: Tensor, p: Projection, arena: Arena) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return empty tensors for what `_project_onto` writes."""
+    out, h = _room(x, [p], arena)
+    y = None if p.gain is None else arena.empty(len(x), p.out_features, x)
+    return out, y, h
 
 
 def _room(x: Tensor, group: Sequence[Projection], arena: Arena) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar, get_args
 
 from veneer.errors import ConfigError
 
-Init = Literal["auto", "kaiming", "gaussian"]
+Init = Literal["auto", "kaiming", "gaussian", "pissa", "olora", "lora_ga", "loftq"]
 Value = TypeVar("Value")
 
 
@@ -37,7 +37,12 @@ class LoRA:
     rslora: bool = False
     """Scale by alpha / √rank, which keeps high ranks stable."""
     init: Init = "auto"
-    """Start of A: kaiming, gaussian (0.01 · N(0, 1)), or auto: gaussian for MiniGPT alone."""
+    """Start of A: kaiming, gaussian (0.01 · N(0, 1)), or auto: gaussian for MiniGPT alone. Of A and
+    B: pissa, olora (from W), lora_ga (its gradient), loftq (what --bits rounded away)."""
+    dora: bool = False
+    """DoRA: train the length of each row of W + B A beside its direction."""
+    lora_fa: bool = False
+    """LoRA-FA: leave A as it starts, and train B alone."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of single layers, as a pattern of the path's end to a rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -90,13 +95,20 @@ class LoRA:
         if not self.targets:
             problems.append("targets is empty; name layers or a preset such as attention")
         if self.init not in get_args(Init):
-            problems.append(f"init is {self.init!r}, but must be auto, kaiming or gaussian")
+            problems.append(
+                f"init is {self.init!r}, but must be one of {', '.join(get_args(Init))}"
+            )
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(pattern)
             except re.error as error:
                 problems.append(f"the pattern {pattern!r} is no regular expression ({error})")
         return problems
+
+    @property
+    def has_start(self) -> bool:
+        """Whether A and B start elsewhere than at zero, so that B A − B₀ A₀ is what is added."""
+        return self.init in ("pissa", "olora", "lora_ga")
 
     def rank_of(self, path: str) -> int:
         """Return the rank for the layer at `path`."""

@@ -22,10 +22,28 @@ def new_A(rank: int, in_features: int, init: Init, generator: torch.Generator | 
     return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
 
 
+def updated_norms(squares: Tensor, AW: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return ‖w + b A‖ for each row w of W and b of B, (out,), without W + B A.
+
+    √(‖w‖² + 2 b · (A w) + b (A Aᵀ) bᵀ), with squares (out,): ‖w‖²; AW (rank, out): A Wᵀ; A (rank,
+    in); B (out, rank), scaled. It is √squares to the bit where B is zero.
+    """
+    cross = (B * AW.T).sum(1)
+    quadratic = ((B @ (A @ A.T)) * B).sum(1)
+    return (squares + 2 * cross + quadratic).clamp(min=0).sqrt()
+
+
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return scaling · B A (out, in), in float32 or wider."""
     wide = torch.promote_types(A.dtype, torch.float32)
     return scaling * (B.to(wide) @ A.to(wide))
+
+
+def rescaled(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """Return m ∘ V / ‖V‖ row by row; rows of zeros stay. weight V (out, in), magnitude m (out,)."""
+    norms = weight.norm(dim=1)
+    gain = torch.where(norms > 0, magnitude / norms.clamp(min=torch.finfo(norms.dtype).tiny), 1.0)
+    return weight * gain[:, None]
 
 
 def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:

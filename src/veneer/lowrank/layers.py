@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.frozen.packed import FrozenLinear, Packed, dense
+from veneer.frozen.packed import FrozenLinear, Packed, dense, linear, row_squares
 from veneer.lowrank.adapter import Adapter, Route
 from veneer.lowrank.autograd import LowRankLinear
 from veneer.lowrank.config import LoRA
-from veneer.lowrank.formula import delta_weight, merged_weight, new_A
+from veneer.lowrank.formula import delta_weight, merged_weight, new_A, rescaled, updated_norms
+from veneer.lowrank.initial import start_factors
 from veneer.lowrank.projection import Projection
 
 
@@ -34,13 +36,32 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("original"), name)
 
 
+@dataclass(frozen=True)
+class Acting:
+    """All adapters that act on a layer as one: gain ∘ (W x + B A x) + b.
+
+    A (rank, in) and B (out, rank), scaled, in the dtype of computing; gain (out,) in float32 or
+    wider, or None for 1.
+    """
+
+    A: Tensor
+    B: Tensor
+    gain: Tensor | None
+
+
 class AdaptedLayer(Wrapper):
-    """A frozen `original` with named adapters over it; `route` says which of them act."""
+    """A frozen `original` with named adapters over it; `route` says which of them act.
+
+    Those of weights w are summed: W + Σ w ΔW with ΔW = s B A, or of DoRA (Liu et al. 2024, section
+    4) ΔW = g ∘ (W + s B A) − W, where g = m / ‖W + s B A‖ for each row. The norm counts as a
+    constant on the way back (section 4.3).
+    """
 
     def __init__(self, original: nn.Module, route: Route) -> None:
         super().__init__(original)
         self.adapters = nn.ModuleDict()
         self.route = route
+        self.kept_squares: Tensor | None = None
 
     @property
     def frozen(self) -> Tensor | Packed:
@@ -59,6 +80,14 @@ class AdaptedLayer(Wrapper):
         """Return a weight in the orientation of `frozen_weight` from the one that is stored."""
         return weight
 
+    def by_outputs(self, weight: Tensor) -> Tensor:
+        """Return a weight as (out, in) from the orientation of `frozen_weight`, and back."""
+        return weight
+
+    def times_frozen(self, A: Tensor) -> Tensor:
+        """Return A Wᵀ (rank, out) for A (rank, in)."""
+        raise NotImplementedError
+
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
         """Add a fresh adapter, which leaves the layer's output as it is."""
         raise NotImplementedError
@@ -68,21 +97,90 @@ class AdaptedLayer(Wrapper):
         self.adapters[name] = adapter.to(self.frozen.device)
 
     def active(self) -> list[tuple[Adapter, float]]:
-        """Return the adapters that act here with weight · scaling."""
+        """Return the adapters that act here, with their weights."""
         pairs = []
         for name, weight in self.route.weights.items():
             if name in self.adapters:
                 adapter = self.adapters[name]
                 assert isinstance(adapter, Adapter)
-                pairs.append((adapter, weight * adapter.scaling))
+                pairs.append((adapter, weight))
         return pairs
 
+    def acting(self, pairs: list[tuple[Adapter, float]], dtype: torch.dtype) -> Acting:
+        """Return adapters with their weights as one, differentiably."""
+        gain, shares = self._gains(pairs)
+        As, Bs = [], []
+        for (adapter, weight), share in zip(pairs, shares, strict=True):
+            A, B = adapter.factors()
+            As.append(A)
+            Bs.append(B * (weight * adapter.scaling))
+            if share is not None:
+                Bs[-1] = Bs[-1] * share[:, None]
+        return Acting(_joined(As, 0).to(dtype), _joined(Bs, 1).to(dtype), gain)
+
+    def _gains(
+        self, pairs: list[tuple[Adapter, float]]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return the gain of W, (out,), and of each adapter's B A beside it, or None for 1.
+
+        W + Σ w ΔW = G ∘ (W + Σ w (g / G) ∘ s B A) with G = 1 + Σ w (g − 1), g = 1 for plain LoRA.
+        """
+        if all(adapter.magnitude is None for adapter, _ in pairs):
+            return None, [None] * len(pairs)
+        if len(pairs) == 1 and pairs[0][1] == 1.0:
+            return self._gain(pairs[0][0]), [None]
+        gains = [self._gain(adapter) for adapter, _ in pairs]
+        parts = [w * (gain - 1.0) for (_, w), gain in zip(pairs, gains, strict=True)]
+        total = 1.0 + torch.stack(parts).sum(0)
+        return total, [gain / total for gain in gains]
+
+    def _gain(self, adapter: Adapter) -> Tensor:
+        """Return g = m / ‖W + s B A‖ of an adapter, (out,): 1 without m, or without length."""
+        norms = self._norms(adapter)
+        if adapter.magnitude is None:
+            return torch.ones_like(norms)
+        least = torch.finfo(norms.dtype).tiny
+        return torch.where(norms > 0, adapter.magnitude / norms.clamp(min=least), 1.0)
+
+    @torch.no_grad()
+    def _norms(self, adapter: Adapter) -> Tensor:
+        """Return ‖W + s B A‖ of each row, (out,), which is kept as long as nobody trains A or B."""
+        weights = (adapter.lora_A, adapter.lora_B)
+        state = [(w._version, w.device, w.requires_grad) for w in weights]
+        if adapter.kept_norms is not None and adapter.kept_norms[0] == state:
+            return adapter.kept_norms[1]
+        squares = self._squares()
+        A, B = adapter.factors()
+        A = A.to(self.frozen.dtype)
+        AW = self.times_frozen(A).to(squares.dtype)
+        scaled = adapter.scaling * B.to(squares.dtype)
+        norms = updated_norms(squares, AW, A.to(squares.dtype), scaled)
+        if not any(w.requires_grad for w in weights):
+            adapter.kept_norms = (state, norms)
+        return norms
+
+    @torch.no_grad()
+    def _squares(self) -> Tensor:
+        """Return ‖W‖² of each row of W (out, in), in float32 or wider."""
+        if self.kept_squares is None or self.kept_squares.device != self.frozen.device:
+            frozen = self.frozen
+            weight = frozen if isinstance(frozen, Packed) else self.by_outputs(frozen)
+            self.kept_squares = row_squares(weight)
+        return self.kept_squares
+
     def delta(self) -> Tensor:
-        """Return Σ scaling · B A of the acting adapters, shaped as `frozen_weight`, in float32."""
-        total = torch.zeros(self.frozen.shape, dtype=torch.float32, device=self.frozen.device)
-        for adapter, scaling in self.active():
-            total += self._delta_of(adapter, scaling)
-        return total
+        """Return Σ w ΔW of the acting adapters, shaped as `frozen_weight`, in float32."""
+        frozen = self.frozen
+        total = torch.zeros(frozen.shape, dtype=torch.float32, device=frozen.device)
+        total = self.by_outputs(total)
+        for adapter, weight in self.active():
+            A, B = (factor.detach() for factor in adapter.factors())
+            change = delta_weight(A, B, adapter.scaling)
+            if adapter.magnitude is not None:
+                own = self.by_outputs(self.frozen_weight).to(change.dtype)
+                change = rescaled(own + change, adapter.magnitude.detach()) - own
+            total += weight * change
+        return self.by_outputs(total)
 
     def fuse(self) -> nn.Module:
         """Return a new plain layer with the acting adapters merged in; this one is untouched."""
@@ -95,12 +193,9 @@ class AdaptedLayer(Wrapper):
         fused.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
         return fused
 
-    def _delta_of(self, adapter: Adapter, scaling: float) -> Tensor:
-        return delta_weight(adapter.lora_A.detach(), adapter.lora_B.detach(), scaling)
-
 
 class LoRALinear(AdaptedLayer):
-    """Return W x + b + Σ scaling · B (A x).
+    """Return gain ∘ (W x + Σ scaling · B (A x)) + b.
 
     `transposed` says that the original keeps its weight as (in, out), as transformers' Conv1D does.
     """
@@ -112,22 +207,39 @@ class LoRALinear(AdaptedLayer):
     def oriented(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight
 
+    def times_frozen(self, A: Tensor) -> Tensor:
+        return linear(A, self.frozen, None)
+
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
         out_features, in_features = self.frozen.shape
-        rank = config.rank_of(path)
-        A = new_A(rank, in_features, config.init, generator)
-        B = torch.zeros(out_features, rank)
-        scaling = config.scaling_of(path)
-        self.put(name, Adapter(A, B, scaling=scaling, dropout=config.dropout))
+        rank, scaling = config.rank_of(path), config.scaling_of(path)
+        start = start_factors(self.frozen, rank, scaling, config.init, generator)
+        if start is None:
+            A = new_A(rank, in_features, config.init, generator)
+            B = torch.zeros(out_features, rank)
+        else:
+            A, B = (factor.clone() for factor in start)
+        adapter = Adapter(
+            A,
+            B,
+            scaling=scaling,
+            dropout=config.dropout,
+            magnitude=self._squares().sqrt() if config.dora else None,
+            start=start,
+        )
+        adapter.lora_A.requires_grad_(not config.lora_fa)
+        self.put(name, adapter)
 
     def projection(self) -> Projection | None:
         """Return the layer as it acts now, or None where it cannot be had as one product."""
         active = self.active()
         if self.training and any(adapter.dropout for adapter, _ in active):
             return None
-        masters = [(adapter.lora_A, adapter.lora_B, scaling) for adapter, scaling in active]
         bias: Tensor | None = self.original.bias  # type: ignore[assignment]
-        return Projection.of(self.frozen, bias, masters)
+        if not active:
+            return Projection.plain(self.frozen, bias)
+        one = self.acting(active, self.frozen.dtype)
+        return Projection(self.frozen, bias, one.A, one.B, one.gain)
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.active()
@@ -143,47 +255,59 @@ class LoRALinear(AdaptedLayer):
         p = first[0][0].dropout if self.training else 0.0
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         keep = F.dropout(torch.ones_like(flat), p) if p else None
-        A, B = _stack(first, x.dtype)
+        one = self.acting([*first, *dropped], x.dtype)
+        ranks = [sum(_rank(a) for a, _ in first), *(_rank(a) for a, _ in dropped)]
+        (A, *As), (B, *Bs) = one.A.split(ranks), one.B.split(ranks, 1)
         bias: Tensor | None = self.original.bias  # type: ignore[assignment]
         y = LowRankLinear.apply(flat, self.frozen, bias, A, B, keep)  # (tokens, out)
         y = y.view(*x.shape[:-1], y.shape[-1])
-        for pair in dropped:
-            A, B = _stack([pair], x.dtype)
-            y = y + F.linear(F.linear(F.dropout(x, pair[0].dropout), A), B)
-        return y
+        for (adapter, _), A, B in zip(dropped, As, Bs, strict=True):
+            y = y + F.linear(F.linear(F.dropout(x, adapter.dropout), A), B)
+        if one.gain is not None:
+            # A bias is not scaled; said like this, a gain of 1 changes no bit.
+            y = y * one.gain if bias is None else y * one.gain + bias * (1 - one.gain)
+        return y.to(x.dtype)
 
 
 class LoRAEmbedding(AdaptedLayer):
-    """Return E[ids] + Σ scaling · B A[:, ids], over nn.Embedding.
+    """Return gain ∘ (E[ids] + Σ scaling · B A[:, ids]), over nn.Embedding.
 
     Here A (rank, words) starts at zero and B (dim, rank) is random, as in loralib: the rows of
-    words that the data never shows then stay exactly where they were.
+    words that the data never shows then stay exactly where they were. As W, E is (dim, words).
     """
+
+    def by_outputs(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def times_frozen(self, A: Tensor) -> Tensor:
+        return A @ self.frozen_weight
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
         words, dim = self.frozen.shape
         rank = config.rank_of(path)
         A = torch.zeros(rank, words)
         B = torch.randn(dim, rank, generator=generator)
-        self.put(name, Adapter(A, B, scaling=config.scaling_of(path)))
+        magnitude = self._squares().sqrt() if config.dora else None
+        self.put(name, Adapter(A, B, scaling=config.scaling_of(path), magnitude=magnitude))
 
     def forward(self, ids: Tensor) -> Tensor:
         y = self.original(ids)
-        for adapter, scaling in self.active():
-            rows = F.embedding(ids, adapter.lora_A.T)  # (..., rank)
-            delta = F.linear(rows, scaling * adapter.lora_B)  # (..., dim)
-            y = y + delta.to(y.dtype) * getattr(self.original, "embed_scale", 1.0)
-        return y
+        active = self.active()
+        if not active:
+            return y
+        one = self.acting(active, active[0][0].lora_A.dtype)
+        delta = F.linear(F.embedding(ids, one.A.T), one.B)  # (..., dim)
+        y = y + delta.to(y.dtype) * getattr(self.original, "embed_scale", 1.0)
+        return y if one.gain is None else (y * one.gain).to(y.dtype)
 
-    def _delta_of(self, adapter: Adapter, scaling: float) -> Tensor:
-        return super()._delta_of(adapter, scaling).T  # (words, dim)
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
-def _stack(pairs: list[tuple[Adapter, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return A (Σ rank, in) and scaled B (out, Σ rank) in the computing dtype, differentiably."""
-    A = torch.cat([adapter.lora_A for adapter, _ in pairs])
-    B = torch.cat([adapter.lora_B * scaling for adapter, scaling in pairs], dim=1)
-    return A.to(dtype), B.to(dtype)
+def _rank(adapter: Adapter) -> int:
+    """Return the rank of the factors as they act."""
+    return adapter.rank if adapter.start is None else 2 * adapter.rank
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

@@ -251,9 +251,9 @@ def _projection(layer: nn.Module) -> Projection | None:
     if isinstance(layer, LoRALinear):
         return layer.projection()
     if isinstance(layer, FrozenLinear):
-        return Projection.of(layer.packed, layer.bias, ())
+        return Projection.plain(layer.packed, layer.bias)
     if type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters()):
-        return Projection.of(layer.weight, layer.bias, ())
+        return Projection.plain(layer.weight, layer.bias)
     return None
 
 

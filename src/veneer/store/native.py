@@ -21,6 +21,7 @@ from veneer.store.state import AdapterState, Rows
 
 ROWS = "embedding_weights.pt"
 FORMAT = 1
+LATER = {"dora", "lora_fa"}  # settings that came after the format; written where they are set
 
 
 def config_name(method: MethodName) -> str:
@@ -39,6 +40,9 @@ def config_of(state: AdapterState) -> dict[str, Any]:
     config = asdict(state.config)
     if isinstance(state.config, LoRA):
         config["targets"] = list(config["targets"])
+        for name in LATER:  # so that earlier versions read what they can
+            if not config[name]:
+                del config[name]
     rows = state.rows
     return {
         "format": FORMAT,
@@ -66,13 +70,13 @@ def state_of(
     names = {f.name for f in fields(kind)}
     around = {"format", "veneer_version", "base", "new_words", "new_words_start"}
     unknown = sorted(set(config) - names - around)
-    missing = sorted((names | around) - set(config))
+    missing = sorted((names | around) - set(config) - LATER)
     if unknown or missing:
         problems = [f"{key!r} is unknown{nearest(key, names)}" for key in unknown]
         problems += [f"{key!r} is missing" for key in missing]
         raise AdapterError("; ".join(problems))
     try:
-        what = kind(**{key: config[key] for key in names})
+        what = kind(**{key: config[key] for key in names if key in config})
     except (ConfigError, TypeError) as error:
         raise AdapterError(str(error)) from error
     words, start, base = config["new_words"], config["new_words_start"], config["base"]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from veneer.errors import AdapterError, ConfigError
+from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.store.files import new_directory, read_json, read_tensors, write_json, write_tensors
-from veneer.store.state import EMBEDDING, LINEAR, AdapterState
+from veneer.store.state import EMBEDDING, LINEAR, MAGNITUDE, AdapterState
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Our tensor's name: how PEFT's key ends. Embeddings have no `.weight` there.
+# Our tensor's name: how PEFT's key ends. Embeddings and magnitudes have no `.weight` there.
 ENDINGS = {name: f"{name}.weight" for name in LINEAR} | {name: name for name in EMBEDDING}
+ENDINGS[MAGNITUDE] = "lora_magnitude_vector"
 # Parts of PEFT's LoRA that change what an adapter computes and that are not read yet.
 NOT_READ = (
     "alora_invocation_tokens",
@@ -27,7 +31,6 @@ NOT_READ = (
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
 )
 
@@ -39,7 +42,7 @@ def config_of(state: AdapterState) -> dict[str, Any]:
     the first that matches wins, so that any pattern that overlaps another could change its meaning.
     """
     config = _lora_of(state)
-    paths = [path for path, *_ in state.layers()]
+    paths = [layer.path for layer in state.layers()]
     ranks = {path: config.rank_of(path) for path in paths}
     alphas = {path: _number(config.alpha_of(path)) for path in paths}
     alpha = _number(float(config.alpha or 0))
@@ -52,6 +55,7 @@ def config_of(state: AdapterState) -> dict[str, Any]:
         "lora_dropout": config.dropout,
         "target_modules": list(config.targets),
         "use_rslora": config.rslora,
+        "use_dora": config.dora,
         "rank_pattern": {path: r for path, r in ranks.items() if r != config.rank},
         "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
         "bias": "none",
@@ -109,6 +113,37 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     return AdapterState(lora, found, base_name=str(base), base_weights=base_weights)
 
 
+def without_start(state: AdapterState) -> AdapterState:
+    """Return the same adapter as a plain one, of twice the rank where A and B did not start at
+    zero: B A − B₀ A₀ is one product of that rank."""
+    config = _lora_of(state)
+    if not any(layer.start for layer in state.layers()):
+        return state
+    tensors = {}
+    for layer in state.layers():
+        names = EMBEDDING if layer.is_embedding else LINEAR
+        one = Adapter(layer.A, layer.B, scaling=1.0, start=layer.start)
+        # An embedding has no start; zeros bring it to the same rank.
+        A, B = (factor.detach() for factor in one.factors())
+        wide = 2 * config.rank_of(layer.path) - len(A)
+        tensors[f"{layer.path}.{names[0]}"] = F.pad(A, (0, 0, 0, wide))
+        tensors[f"{layer.path}.{names[1]}"] = F.pad(B, (0, wide))
+        if layer.magnitude is not None:
+            tensors[f"{layer.path}.{MAGNITUDE}"] = layer.magnitude
+    # scaling is alpha / rank, or alpha / √rank, and stays as it was.
+    stronger = 2**0.5 if config.rslora else 2
+    assert config.alpha is not None
+    plain = replace(
+        config,
+        rank=2 * config.rank,
+        alpha=stronger * config.alpha,
+        rank_pattern={path: 2 * rank for path, rank in config.rank_pattern.items()},
+        alpha_pattern={path: stronger * alpha for path, alpha in config.alpha_pattern.items()},
+        init="auto",
+    )
+    return replace(state, config=plain, tensors=tensors)
+
+
 def _lora_of(state: AdapterState) -> LoRA:
     if not isinstance(state.config, LoRA):
         raise AdapterError(f"PEFT has no format for {state.config.method}; write it natively.")
@@ -117,6 +152,7 @@ def _lora_of(state: AdapterState) -> LoRA:
 
 def write(state: AdapterState, directory: Path) -> None:
     """Write a directory that PEFT, and what reads its format, loads; all of it at once."""
+    state = without_start(state)
     tensors, config = tensors_of(state), config_of(state)
     with new_directory(directory, marker=CONFIG) as new:
         write_tensors(new / WEIGHTS, tensors)
@@ -152,6 +188,7 @@ def _lora(config: dict[str, Any]) -> LoRA:
         targets=targets,
         layers=layers,
         rslora=bool(config.get("use_rslora", False)),
+        dora=bool(config.get("use_dora", False)),
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
     )

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import AdapterError, ConfigError, nearest
 from veneer.frozen.packed import FrozenLinear
-from veneer.lowrank.adapter import Adapter
+from veneer.lowrank.adapter import Adapter, Factors
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import LoRAEmbedding, lora_layers
 from veneer.methods.attach import adapters, check_name, in_use, put, put_method
@@ -22,6 +22,7 @@ from veneer.methods.vocabulary import extend_tokenizer, is_tied, new_words, put_
 from veneer.models.fingerprint import base_parameters, fingerprint
 
 LINEAR, EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE, START = "magnitude", ("start_A", "start_B")
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,25 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class StoredLayer:
+    """What an adapter has over one layer: see lowrank/adapter.py's Adapter."""
+
+    path: str
+    A: Tensor
+    B: Tensor
+    is_embedding: bool
+    magnitude: Tensor | None
+    start: Factors | None
+
+
+@dataclass(frozen=True)
 class AdapterState:
     """An adapter apart from any model and any file.
 
     `tensors` are keyed by the base's own paths: `<path>.lora_A` (rank, in) and `<path>.lora_B`
     (out, rank) for linear layers, `<path>.lora_embedding_A` (rank, words) and `_B` (dim, rank) for
-    embeddings. Of freeze and full they are the weights themselves.
+    embeddings; with DoRA `<path>.magnitude` (out,); where A and B did not start at zero, where they
+    did, `<path>.start_A` and `.start_B`. Of freeze and full they are the weights themselves.
     """
 
     config: LoRA | Method
@@ -51,13 +65,17 @@ class AdapterState:
     # Base weights that came along in the file; they must be the base's own.
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def layers(self) -> Iterator[tuple[str, Tensor, Tensor, bool]]:
-        """Yield (path, A, B, whether an embedding) for each layer that has both."""
+    def layers(self) -> Iterator[StoredLayer]:
+        """Yield each layer that has both factors."""
+        found = self.tensors.get
         for names in (LINEAR, EMBEDDING):
             for key, A in self.tensors.items():
                 path, _, kind = key.rpartition(".")
-                if kind == names[0] and (B := self.tensors.get(f"{path}.{names[1]}")) is not None:
-                    yield path, A, B, names is EMBEDDING
+                if kind == names[0] and (B := found(f"{path}.{names[1]}")) is not None:
+                    A0, B0 = (found(f"{path}.{name}") for name in START)
+                    start = None if A0 is None or B0 is None else (A0, B0)
+                    magnitude = found(f"{path}.{MAGNITUDE}")
+                    yield StoredLayer(path, A, B, names is EMBEDDING, magnitude, start)
 
 
 def capture(
@@ -143,21 +161,32 @@ def _factors(model: nn.Module, name: str) -> dict[str, Tensor]:
             part = layer.adapters[name]
             assert isinstance(part, Adapter)
             keys = EMBEDDING if isinstance(layer, LoRAEmbedding) else LINEAR
-            tensors[f"{path}.{keys[0]}"] = part.lora_A.detach().clone()
-            tensors[f"{path}.{keys[1]}"] = part.lora_B.detach().clone()
+            values = zip(keys, (part.lora_A, part.lora_B), strict=True)
+            optional = zip((MAGNITUDE, *START), (part.magnitude, *(part.start or ())), strict=False)
+            for key, tensor in (*values, *optional):
+                if tensor is not None:
+                    tensors[f"{path}.{key}"] = tensor.detach().clone()
     return tensors
 
 
 def _parts(state: AdapterState, config: LoRA) -> dict[str, Adapter]:
-    return {
-        path: Adapter(
-            A.to(torch.float32),
-            B.to(torch.float32),
-            scaling=config.scaling_of(path),
-            dropout=0.0 if embedding else config.dropout,
+    parts = {}
+    for layer in state.layers():
+        A, B, magnitude, A0, B0 = (
+            None if tensor is None else tensor.to(torch.float32)
+            for tensor in (layer.A, layer.B, layer.magnitude, *(layer.start or (None, None)))
         )
-        for path, A, B, embedding in state.layers()
-    }
+        assert A is not None
+        assert B is not None
+        parts[layer.path] = Adapter(
+            A,
+            B,
+            scaling=config.scaling_of(layer.path),
+            dropout=0.0 if layer.is_embedding else config.dropout,
+            magnitude=magnitude,
+            start=None if A0 is None or B0 is None else (A0, B0),
+        )
+    return parts
 
 
 def _misfit_weights(model: PreTrainedModel, state: AdapterState, config: Method) -> list[str]:
@@ -196,20 +225,16 @@ def _misfits(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
     problems = []
     places = {layer.path: layer for layer in adaptable_layers(model)}
     complete: set[str] = set()
-    for path, A, B, embedding in state.layers():
+    for stored in state.layers():
+        path = stored.path
         complete.add(path)
         layer = places.get(path)
         if layer is None:
             problems.append(f"{path} is no layer of this model{nearest(path, places)}")
-        elif layer.is_linear == embedding:
+        elif layer.is_linear == stored.is_embedding:
             problems.append(f"{path} is a {type(layer.module).__name__}, of the other kind")
         else:
-            rank, (out, in_) = config.rank_of(path), layer.shape
-            if tuple(A.shape) != (rank, in_) or tuple(B.shape) != (out, rank):
-                problems.append(
-                    f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}, "
-                    f"but needs {(rank, in_)} and {(out, rank)}"
-                )
+            problems += _misshapen(stored, config, layer.shape)
     for key, tensor in state.tensors.items():
         path = key.rpartition(".")[0]
         if path not in complete:
@@ -238,6 +263,30 @@ def _misfits(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
             or not torch.equal(base.detach().cpu().to(torch.bfloat16), weight.to(torch.bfloat16))
         ):
             problems.append(f"it brings a {path} of its own that differs from the base's")
+    return problems
+
+
+def _misshapen(stored: StoredLayer, config: LoRA, shape: tuple[int, int]) -> list[str]:
+    """Return what of one layer's tensors is missing, too much, or of the wrong shape."""
+    path, rank, (out, in_) = stored.path, config.rank_of(stored.path), shape
+    needed = ((rank, in_), (out, rank))
+    problems = []
+    if (tuple(stored.A.shape), tuple(stored.B.shape)) != needed:
+        problems.append(
+            f"{path} has A {tuple(stored.A.shape)} and B {tuple(stored.B.shape)}, "
+            f"but needs {needed[0]} and {needed[1]}"
+        )
+    if config.dora != (stored.magnitude is not None):
+        problems.append(f"{path} has {'no' if config.dora else 'a'} magnitude, unlike its settings")
+    elif stored.magnitude is not None and tuple(stored.magnitude.shape) != (out,):
+        problems.append(
+            f"{path} has a magnitude {tuple(stored.magnitude.shape)}, but needs {(out,)}"
+        )
+    if stored.start is not None and tuple(tuple(t.shape) for t in stored.start) != needed:
+        shapes = " and ".join(str(tuple(t.shape)) for t in stored.start)
+        problems.append(f"{path} started at {shapes}, but needs {needed[0]} and {needed[1]}")
+    if config.has_start and stored.start is None and not stored.is_embedding:
+        problems.append(f"{path} does not say where it started")
     return problems
 
 

@@ -1,0 +1,64 @@
+"""Where factors start that are not zero: from the weight itself, or from its gradient.
+
+The base is never changed: an adapter that starts at A₀ and B₀ adds B A − B₀ A₀.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.frozen.packed import Packed, dense
+from veneer.lowrank.adapter import Factors
+from veneer.lowrank.config import Init
+
+ITERATIONS, MORE = 30, 16  # of the subspace; directions beside those asked for
+GAMMA = 16.0  # LoRA-GA's stable scale (Wang et al. 2024, section 3.3)
+
+
+def start_factors(
+    weight: Tensor | Packed,
+    rank: int,
+    scaling: float,
+    init: Init,
+    generator: torch.Generator | None,
+) -> Factors | None:
+    """Return A₀ (rank, in) and B₀ (out, rank), float32, or None where B starts at zero.
+
+    pissa: the main directions of W, s B₀ A₀ = U Σ Vᵀ cut off at the rank (Meng et al. 2024, section
+    3). olora: the first columns of Q and rows of R of W = Q R (Büyükakyüz 2024, section 3).
+    """
+    if init == "pissa":
+        U, S, V = leading(dense(weight), rank, generator)
+        root = (S / scaling).sqrt()
+        return root[:, None] * V.T, U * root
+    if init == "olora":
+        W = dense(weight).to(torch.float32)
+        Q, _ = torch.linalg.qr(W[:, :rank])  # the first columns of Q need no others of W
+        return Q.T @ W, Q
+    return None
+
+
+def from_gradient(gradient: Tensor, rank: int, scaling: float) -> Factors:
+    """Return A₀ and B₀ with which the first step is nearest to one of full training.
+
+    With the gradient's directions U Σ Vᵀ, B₀ has the first `rank` of U and A₀ the next `rank` of V,
+    at a size that keeps outputs stable (LoRA-GA, Wang et al. 2024, sections 3.2 and 3.3).
+    """
+    U, _, V = leading(gradient, 2 * rank, torch.Generator().manual_seed(0))
+    size = gradient.shape[0] ** 0.25 / GAMMA**0.5 / scaling**0.5
+    return size * V[:, rank:].T, size * U[:, :rank]
+
+
+def leading(
+    weight: Tensor, rank: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest singular values (rank,) of a weight (out, in) between their directions
+    U (out, rank) and V (in, rank), by subspace iteration in float32."""
+    W = weight.to(torch.float32)
+    count = min(rank + MORE, *W.shape)
+    basis = torch.randn(W.shape[1], count, generator=generator).to(W.device)
+    for _ in range(ITERATIONS):
+        basis, _ = torch.linalg.qr(W.T @ (W @ basis))
+    U, S, V = torch.linalg.svd(W @ basis, full_matrices=False)
+    return U[:, :rank], S[:rank], (basis @ V.T)[:, :rank]

@@ -1,0 +1,342 @@
+"""DoRA: the paper's formula, PEFT's numbers, and no dense product."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import veneer
+from adapted import distance, ids, logits, targets_named
+from tiny import ARCHITECTURES, VOCAB, packed, tiny
+from veneer.frozen.nf4 import NF4
+from veneer.frozen.packed import FrozenLinear
+from veneer.kernels.gain import apply_gain_, gain_backward
+from veneer.lowrank.adapter import Adapter, Route
+from veneer.lowrank.config import LoRA
+from veneer.lowrank.formula import updated_norms
+from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
+from veneer.models.quantize import packed_model
+from veneer.models.source import Source
+
+IN, OUT = 64, 8
+DOUBLE = {"dtype": torch.float64}
+MIXES = [{"a": 1.0}, {"a": 0.5}, {"a": 1.0, "b": 1.0, "plain": 1.0}, {"a": -0.3, "plain": 2.0}]
+
+
+def adapter(rows: int, columns: int, rank: int, *, plain: bool, dropout: float = 0.0) -> Adapter:
+    A, B = torch.randn(rank, columns, **DOUBLE), torch.randn(rows, rank, **DOUBLE)
+    magnitude = None if plain else 1 + torch.rand(rows, **DOUBLE)
+    return Adapter(A, B, scaling=0.5 * rank, dropout=dropout, magnitude=magnitude)
+
+
+def with_adapters(layer: AdaptedLayer, weights: dict[str, float], dropout: float = 0.0) -> Any:
+    rows, columns = layer.by_outputs(layer.frozen_weight).shape
+    for rank, name in enumerate(weights, 1):
+        one = adapter(rows, columns, rank, plain=name == "plain", dropout=dropout)
+        layer.put(name, one)
+        layer.route.configs[name] = LoRA()
+    layer.route.use(weights)
+    return layer
+
+
+def linear(kind: str, *, bias: bool) -> LoRALinear:
+    torch.manual_seed(0)
+    original: nn.Module = nn.Linear(IN, OUT, bias=bias, **DOUBLE)
+    if kind == "conv1d":
+        original = Conv1D(OUT, IN).double()
+        original.bias = nn.Parameter(torch.randn(OUT, **DOUBLE)) if bias else None
+    if kind == "nf4":
+        original = FrozenLinear(NF4.of(original.weight.float(), torch.float32), original)
+    return LoRALinear(original, Route(), transposed=kind == "conv1d")
+
+
+def change(layer: AdaptedLayer) -> Tensor:
+    """Return Σ w ΔW by the formula, through which gradients go but for the norms."""
+    W = layer.by_outputs(layer.frozen_weight).double()
+    total = torch.zeros_like(W)
+    for part, weight in layer.active():
+        V = W + part.scaling * part.lora_B @ part.lora_A
+        if part.magnitude is None:
+            total = total + weight * (V - W)
+        else:
+            gain = part.magnitude / V.norm(dim=1).detach()
+            total = total + weight * (gain[:, None] * V - W)
+    return total
+
+
+KINDS = list(itertools.product(["linear", "conv1d", "nf4"], [True, False], MIXES))
+
+
+@pytest.mark.parametrize(("kind", "bias", "weights"), KINDS)
+def test_linear_layers_equal_the_formula_both_ways(kind, bias, weights):
+    layer = with_adapters(linear(kind, bias=bias), weights)
+    dtype = torch.float32 if kind == "nf4" else torch.float64
+    x = torch.randn(2, 3, IN, dtype=dtype, requires_grad=True)
+    W = layer.frozen_weight.double() + change(layer)
+    wanted = F.linear(x.double(), W, layer.original.bias)
+    found = layer(x)
+    inputs = [x, *(weight for weight in layer.parameters() if weight.requires_grad)]
+    dy = torch.randn(2, 3, OUT, dtype=dtype)
+    got = torch.autograd.grad(found, inputs, dy)
+    right = torch.autograd.grad(wanted, inputs, dy.double())
+    for a, b in zip((found, *got), (wanted, *right), strict=True):
+        assert distance(a.double(), b) < (1e-5 if kind == "nf4" else 1e-12)
+
+
+@pytest.mark.parametrize("weights", MIXES)
+def test_embeddings_equal_the_formula_both_ways(weights):
+    torch.manual_seed(0)
+    layer = with_adapters(LoRAEmbedding(nn.Embedding(20, 6, **DOUBLE), Route()), weights)
+    tokens = torch.randint(20, (3, 4))
+    wanted = F.embedding(tokens, layer.frozen_weight + change(layer).T)
+    found = layer(tokens)
+    inputs = [weight for weight in layer.parameters() if weight.requires_grad]
+    dy = torch.randn(3, 4, 6, **DOUBLE)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, dy), torch.autograd.grad(wanted, inputs, dy)
+    )
+
+
+@pytest.mark.parametrize("weights", MIXES)
+def test_dropped_inputs_concern_the_low_rank_part_alone(weights):
+    layer = with_adapters(linear("linear", bias=True), weights, dropout=0.5)
+    x = torch.randn(4000, IN, **DOUBLE)
+    mean = torch.stack([layer.train()(x[:4]) for _ in range(4000)]).mean(0)
+    assert distance(mean, layer.eval()(x[:4])) < 0.05
+    off = dict.fromkeys(weights, 0.0)
+    layer.route.use(off)
+    torch.testing.assert_close(layer.train()(x), layer.original(x))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_norms_of_the_sum_without_the_sum(rank):
+    torch.manual_seed(0)
+    W, A, B = (torch.randn(s, **DOUBLE) for s in ((5, 7), (rank, 7), (5, rank)))
+    found = updated_norms(W.square().sum(1), A @ W.T, A, B)
+    torch.testing.assert_close(found, (W + B @ A).norm(dim=1))
+    fresh = updated_norms(W.square().sum(1), A @ W.T, A, torch.zeros_like(B))
+    assert torch.equal(fresh, W.square().sum(1).sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 130, 700])
+@pytest.mark.parametrize("columns", [1, 63, 200])
+def test_gain_kernels_equal_torch(rows, columns, bias, dtype):
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    z, dy = (torch.randn(rows, columns).to(dtype) for _ in range(2))
+    b = torch.randn(columns).to(dtype) if bias else None
+    gain = 1 + torch.rand(columns).to(wide)
+    z64 = z.double().requires_grad_()
+    g64 = gain.double().requires_grad_()
+    offset = 0 if b is None else b.double()
+    wanted = (z64 - offset) * g64 + offset
+    y = apply_gain_(z.clone(), gain, b)
+    dz, d_gain = gain_backward(dy, y, gain, b)
+    right = torch.autograd.grad(wanted, (z64, g64), dy.double())
+    near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for a, c in zip((y, dz, d_gain), (wanted, *right), strict=True):
+        assert distance(a.double(), c) < near
+
+
+def test_a_gain_of_zero_and_a_row_of_zeros_give_numbers():
+    y = apply_gain_(torch.ones(3, 2), torch.tensor([0.0, 2.0]), None)
+    _, d_gain = gain_backward(torch.ones(3, 2), y, torch.tensor([0.0, 2.0]), None)
+    assert torch.equal(d_gain, torch.tensor([0.0, 3.0]))
+    layer = linear("linear", bias=False)
+    with torch.no_grad():
+        layer.original.weight[2] = 0
+    layer.add("a", LoRA(rank=2, dora=True), "q", None)
+    layer.route.configs["a"] = LoRA()
+    layer.route.use("a")
+    x = torch.randn(3, IN, **DOUBLE)
+    assert torch.equal(layer.double()(x), layer.original(x))
+    layer(x).sum().backward()
+    assert all(w.grad.isfinite().all() for w in layer.adapters.parameters())
+
+
+def dora(model: Any, targets: str = "all", **options: Any) -> Any:
+    config = LoRA(rank=3, dora=True, targets=targets_named(model, targets), **options)
+    return veneer.attach(model, config, seed=0)
+
+
+def shaken(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Adapter):
+                for weight in (module.lora_A, module.lora_B):
+                    weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+                if module.magnitude is not None:
+                    stretch = torch.rand(module.magnitude.shape, generator=generator)
+                    module.magnitude.mul_(0.8 + 0.4 * stretch)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", ["attention", "everything"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_fresh_one_changes_no_bit(architecture, targets, dtype):
+    base = logits(tiny(architecture, dtype=dtype))
+    model = tiny(architecture, dtype=dtype)
+    fresh = logits(dora(model, targets))
+    assert torch.equal(fresh, base)
+    assert torch.equal(logits(dora(packed("llama"))), logits(packed("llama")))
+
+
+@pytest.mark.parametrize("targets", ["all", "everything"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_merged_equals_unmerged(architecture, targets):
+    model = shaken(dora(tiny(architecture), targets))
+    said = logits(model)
+    assert distance(said, logits(tiny(architecture))) > 1e-2
+    torch.testing.assert_close(logits(veneer.merge(model)), said, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_equals_unmerged_over_four_bits_and_in_a_mix():
+    model = dora(packed("llama"))
+    veneer.attach(model, LoRA(rank=2, targets="mlp"), name="other")
+    veneer.use(model, {"default": 0.7, "other": -1.3})
+    shaken(model)
+    torch.testing.assert_close(logits(veneer.merge(model)), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def peft_gradients(model: Any) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("base_model.model.")
+        .replace(".default", "")
+        .replace("lora_A.weight", "lora_A")
+        .replace("lora_B.weight", "lora_B")
+        .replace("lora_magnitude_vector.weight", "magnitude")
+        .replace("lora_embedding_", "lora_"): weight.grad
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
+
+
+def our_gradients(model: Any) -> dict[str, Tensor]:
+    return {
+        name.replace(".adapters.default", ""): weight.grad
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
+
+
+def pair(base: str, _: Path) -> tuple[Any, Any]:
+    return tiny(base), tiny(base)
+
+
+def in_four_bits(_: str, place: Path) -> tuple[Any, Any]:
+    """Return one base, packed by us and by bitsandbytes, whose rows are long enough for it."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = LlamaConfig(**shape, vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(config)
+    dense.save_pretrained(place / "base")
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = LlamaForCausalLM.from_pretrained(
+        place / "base", quantization_config=four, dtype=torch.float32
+    )
+    ours = packed_model(Source.of_model(skeleton, dense), 4, torch.float32)
+    return ours, theirs
+
+
+CASES = [
+    ("llama", "all"),
+    ("qwen2", "all"),
+    ("gpt2", "all"),
+    ("llama", "embedding"),
+    ("gpt2", "everything"),
+    ("nf4", "all"),
+]
+
+
+@pytest.mark.parametrize(("base", "targets"), CASES)
+def test_logits_and_gradients_are_pefts(base, targets, tmp_path):
+    """Linear with and without bias, Conv1D, embedding, and over a base in four bits."""
+    ours, plain = (in_four_bits if base == "nf4" else pair)(base, tmp_path)
+    shaken(dora(ours, targets))
+    veneer.save(ours, tmp_path / "adapter", format="peft")
+    # Training: in evaluation bitsandbytes computes in bfloat16 on a CPU, whatever it is told.
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True).train()
+    tokens, said = ids(), []
+    for model in (ours, theirs):
+        output = model(tokens, labels=tokens, use_cache=False)
+        said.append(output.logits.detach())
+        output.loss.backward()
+    torch.testing.assert_close(*said, rtol=1e-5, atol=1e-5)
+    found, wanted = our_gradients(ours), peft_gradients(theirs)
+    assert found.keys() == wanted.keys()
+    assert sum("magnitude" in name for name in found) == sum("lora_A" in name for name in found)
+    for name, gradient in wanted.items():
+        assert distance(found[name], gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize("format", ["native", "peft"])
+@pytest.mark.parametrize("targets", ["all", "everything"])
+def test_what_is_saved_loads(targets, format, tmp_path):
+    model = shaken(dora(tiny("qwen2"), targets))
+    veneer.save(model, tmp_path / "a", format=format)
+    again = veneer.load(tiny("qwen2"), tmp_path / "a")
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    assert veneer.adapters(again)["default"].dora
+
+
+class Seen(TorchDispatchMode):
+    """Notes the shapes of all that is made, but for views of one tensor."""
+
+    def __init__(self, known: Tensor) -> None:
+        super().__init__()
+        self.known = known.untyped_storage().data_ptr()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() != self.known:
+            self.shapes.add(tuple(out.shape))
+        return out
+
+
+def test_nothing_as_large_as_the_weight_is_made():
+    layer = linear("linear", bias=False)
+    layer.add("a", LoRA(rank=2, dora=True), "q", None)
+    layer.route.configs["a"] = LoRA()
+    layer.route.use("a")
+    layer.double()
+    with Seen(layer.original.weight) as seen:
+        layer(torch.randn(5, IN, **DOUBLE)).sum().backward()
+    assert (2, OUT) in seen.shapes  # A Wᵀ
+    assert not {(OUT, IN), (IN, OUT)} & seen.shapes
+    with Seen(layer.original.weight) as seen:
+        layer.delta()
+    assert (OUT, IN) in seen.shapes
+
+
+def test_norms_of_a_frozen_adapter_are_made_once(tmp_path):
+    model = shaken(dora(tiny("llama")))
+    veneer.save(model, tmp_path / "a")
+    loaded = veneer.load(tiny("llama"), tmp_path / "a")
+    said = logits(loaded)
+    _, layer = next(lora_layers(loaded))
+    (part, _), *_ = layer.active()
+    assert part.kept_norms is not None
+    with torch.no_grad():
+        part.lora_B.mul_(2)
+    assert not torch.equal(logits(loaded), said)
