@@ -38,13 +38,16 @@ Run = Iterator[tuple[float, float]]  # (seconds, mean loss) of each step
 
 
 def run_veneer(
-    base: veneer.Base, work: Workload, *, full: bool = False, recompute: Recompute = "none"
+    base: veneer.Base,
+    work: Workload,
+    *,
+    full: bool = False,
+    dora: bool = False,
+    recompute: Recompute = "none",
 ) -> Run:
     model = base.model
-    if full:
-        model.requires_grad_(True)
-    else:
-        veneer.attach(model, veneer.LoRA(rank=RANK, alpha=ALPHA, targets="all"), seed=0)
+    lora = veneer.LoRA(rank=RANK, alpha=ALPHA, targets="all", dora=dora)
+    veneer.attach(model, veneer.Method("full") if full else lora, seed=0)
     weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
     optimizer = FlatAdamW(weights, lr=LR, weight_decay=0.0)
     with kept_heap():
@@ -63,8 +66,8 @@ def run_veneer(
     optimizer.release()
 
 
-def run_peft(base: veneer.Base, work: Workload) -> Run:
-    yield from _run_padded(peft_model(base.model), work)
+def run_peft(base: veneer.Base, work: Workload, *, dora: bool = False) -> Run:
+    yield from _run_padded(peft_model(base.model, dora=dora), work)
 
 
 def run_loralib(base: veneer.Base, work: Workload) -> Run:
@@ -151,10 +154,11 @@ def run_trl(base: veneer.Base, work: Workload) -> Run:
     yield from zip(seconds, losses, strict=False)
 
 
-def peft_model(model):
+def peft_model(model, *, dora: bool = False):
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR))
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR, use_dora=dora)
+    return get_peft_model(model, config)
 
 
 def padded(rows: list[Example]) -> dict[str, torch.Tensor]:
@@ -172,17 +176,20 @@ def padded(rows: list[Example]) -> dict[str, torch.Tensor]:
 ENGINES: dict[str, Callable[..., Run]] = {
     "veneer": run_veneer,
     "veneer-selective": lambda base, work: run_veneer(base, work, recompute="selective"),
+    "veneer-dora": lambda base, work: run_veneer(base, work, dora=True),
     "veneer-nf4": run_veneer,
+    "veneer-nf4-dora": lambda base, work: run_veneer(base, work, dora=True),
     "veneer-int8": run_veneer,
     "veneer-full": lambda base, work: run_veneer(base, work, full=True),
     "peft": run_peft,
+    "peft-dora": lambda base, work: run_peft(base, work, dora=True),
     "peft-nf4": run_peft,
     "loralib": run_loralib,
     "trl": run_trl,
 }
 
 
-BITS: dict[str, PackedBits] = {"veneer-nf4": 4, "veneer-int8": 8}
+BITS: dict[str, PackedBits] = {"veneer-nf4": 4, "veneer-nf4-dora": 4, "veneer-int8": 8}
 
 
 def load(engine: str, model: str, dtype: str) -> veneer.Base:

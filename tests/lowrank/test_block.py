@@ -109,6 +109,11 @@ HALVES = {
 CASES = list(itertools.product(HALVES, ADAPTED, DORA, [True, False], [True, False]))
 
 
+def after(half: SelfAttention | FeedForward, x: Tensor) -> Tensor:
+    found = half(x)
+    return found if isinstance(found, Tensor) else found[0]
+
+
 def trained(half: SelfAttention | FeedForward) -> list[Tensor]:
     return [tensor for p in (*half.inputs, half.output) for tensor in p.trained()]
 
@@ -120,7 +125,7 @@ def test_equals_the_plain_operations(which, adapted, dora, bias, sparing):
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
     dy = torch.randn(TOKENS, DIM, **DOUBLE)
     inputs = [x, *trained(half)]
-    found, wanted = half(x), reference(half, x)
+    found, wanted = after(half, x), reference(half, x)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(
         torch.autograd.grad(found, inputs, dy), torch.autograd.grad(wanted, inputs, dy)
@@ -139,7 +144,8 @@ def test_passes_gradcheck(which, dora):
             replace(p, A=next(given), B=next(given), gain=p.gain if p.gain is None else next(given))
             for p in (*half.inputs, half.output)
         ]
-        return replace(half, inputs=tuple(fresh[:-1]), output=fresh[-1])(x)
+        half_of_these = replace(half, inputs=tuple(fresh[:-1]), output=fresh[-1])
+        return after(half_of_these, x)
 
     assert torch.autograd.gradcheck(forward, (x, *trained(half)), fast_mode=False)
 
@@ -148,11 +154,11 @@ def test_passes_gradcheck(which, dora):
 def test_no_gradient_below_the_lowest_adapter(which):
     half = HALVES[which][0]("all", bias=False, sparing=False)
     x = torch.randn(TOKENS, DIM, **DOUBLE)
-    half(x).sum().backward()
+    after(half, x).sum().backward()
     assert x.grad is None
     assert all(tensor.grad is not None for tensor in trained(half))
     nothing = HALVES[which][0]("none", bias=False, sparing=False)
-    assert not nothing(x).requires_grad
+    assert not after(nothing, x).requires_grad
 
 
 @pytest.mark.parametrize("which", HALVES)
@@ -163,8 +169,8 @@ def test_two_passes_before_the_first_way_back(which, sparing):
     xs = [torch.randn(TOKENS, DIM, **DOUBLE) for _ in range(2)]
     alone = []
     for x in xs:
-        alone.append(torch.autograd.grad(half(x).square().sum(), trained(half)))
-    losses = [half(x).square().sum() for x in xs]
+        alone.append(torch.autograd.grad(after(half, x).square().sum(), trained(half)))
+    losses = [after(half, x).square().sum() for x in xs]
     for loss, wanted in zip(losses, alone, strict=True):
         torch.testing.assert_close(torch.autograd.grad(loss, trained(half)), wanted)
 
@@ -175,9 +181,34 @@ def test_what_is_kept_is_left_as_it_was(which, dora):
     """The way back can be gone twice."""
     half = HALVES[which][0]("all", bias=True, sparing=False, dora=dora)
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
-    loss = half(x).square().sum()
+    loss = after(half, x).square().sum()
     first = torch.autograd.grad(loss, [x, *trained(half)], retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, [x, *trained(half)]), first)
+
+
+@pytest.mark.parametrize("adapted", ["all", "output", "none"])
+def test_the_second_half_needs_no_copy_of_a_sum_that_is_known(adapted):
+    first = self_attention(adapted, bias=True, sparing=False, dora="all")
+    second = feed_forward("all", bias=True, sparing=False, dora="all")
+    x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
+
+    def both(*, knowing: bool) -> list[Tensor]:
+        middle, known = first(x)
+        assert (known is None) == (adapted == "none")
+        half = replace(second, known=known if knowing else None)
+        kept: list[int] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = half(middle)
+        assert (middle.data_ptr() in kept) == (half.known is None)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *trained(first), *trained(second)])]
+
+    for found, wanted in zip(both(knowing=True), both(knowing=False), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_rotation_is_in_place():

@@ -55,6 +55,13 @@ class Adapter(nn.Module):
             return None
         return self.start_A, self.start_B
 
+    @torch.no_grad()
+    def begin_at(self, A: Tensor, B: Tensor) -> None:
+        """Let A and B start at these values, in place; nothing is added yet."""
+        self.start_A, self.start_B = A.to(self.lora_A), B.to(self.lora_B)
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+
     def factors(self) -> Factors:
         """Return A and B as they act, differentiably: twice the rank where there is a start.
 

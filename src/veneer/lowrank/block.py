@@ -31,6 +31,8 @@ from veneer.lowrank.projection import (
     through_gains,
 )
 
+Sum = tuple[Tensor, Tensor]  # two tensors (tokens, dim) of which something is the sum
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -56,9 +58,10 @@ class SelfAttention:
     arena: Arena
     sparing: bool = False
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return x (tokens, dim) after this half."""
-        return _SelfAttention.apply(x, self, *_trained(*self.inputs, self.output))
+    def __call__(self, x: Tensor) -> tuple[Tensor, Sum | None]:
+        """Return x (tokens, dim) after this half, and what it is the sum of, if that is kept."""
+        out, y = _SelfAttention.apply(x, self, *_trained(*self.inputs, self.output))
+        return out, None if y is None else (x.detach(), y)
 
     def project(self, x: Tensor) -> list[Tensor]:
         """Return q, k, v (tokens, heads, head_dim), turned, and the low-rank A x of all."""
@@ -75,7 +78,9 @@ class SelfAttention:
 
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: SelfAttention, *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, half: SelfAttention, *trained: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         out, y_out, h_out = _room_onto(x, half.output, half.arena)
         q, k, v, h = half.project(x)
         y, log_sums = half.attention.forward(q, k, v)
@@ -85,7 +90,9 @@ class _SelfAttention(torch.autograd.Function):
         ctx.half = half
         kept = () if half.sparing else (q, k, v, h)
         ctx.save_for_backward(x, flat, y_out, h_out, *kept, *log_sums)
-        return out
+        if y_out is not None:
+            ctx.mark_non_differentiable(y_out)
+        return out, y_out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,13 +123,17 @@ class _SelfAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The second half. With `sparing`, gate and up are made again in the backward pass."""
+    """The second half. With `sparing`, gate and up are made again in the backward pass.
+
+    known: x as a sum of two tensors that are kept anyway, from which it comes back to the bit.
+    """
 
     norm: Norm
     inputs: tuple[Projection, Projection]  # gate, up
     output: Projection
     arena: Arena
     sparing: bool = False
+    known: Sum | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x (tokens, dim) after this half."""
@@ -140,7 +151,8 @@ class _FeedForward(torch.autograd.Function):
         gate, up, h = half.project(x)
         _project_onto(x, swiglu(gate, up), half.output, out, y_out, h_out)
         ctx.half = half
-        ctx.save_for_backward(x, y_out, h_out, *(() if half.sparing else (gate, up, h)))
+        kept = () if half.sparing else (gate, up, h)
+        ctx.save_for_backward(x if half.known is None else None, y_out, h_out, *kept)
         return out
 
     @staticmethod
@@ -149,6 +161,7 @@ class _FeedForward(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[0]
         dy = grads[0]  # (tokens, dim)
         x, y_out, h_out, *kept = ctx.saved_tensors
+        x = x if half.known is None else _sum(half.known)
         gate, up, h = half.project(x) if half.sparing else kept
         out = [half.output]
         dz, d_gains = through_gains([dy], [y_out], out)
@@ -208,7 +221,12 @@ def _project_onto(
         out += residual
     else:
         project(x, [p], [y], h)
-        torch.add(y, residual, out=out)
+        _sum((residual, y), out=out)
+
+
+def _sum(parts: Sum, out: Tensor | None = None) -> Tensor:
+    """Return the sum of a residual and what is added to it, always in the same order."""
+    return torch.add(*parts, out=out)
 
 
 def _room_onto(x: Tensor, p: Projection, arena: Arena) -> tuple[Tensor, Tensor | None, Tensor]:

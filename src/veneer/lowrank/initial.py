@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.errors import ConfigError
 from veneer.frozen.packed import Packed, dense
 from veneer.lowrank.adapter import Factors
 from veneer.lowrank.config import Init
@@ -27,16 +28,30 @@ def start_factors(
 
     pissa: the main directions of W, s B₀ A₀ = U Σ Vᵀ cut off at the rank (Meng et al. 2024, section
     3). olora: the first columns of Q and rows of R of W = Q R (Büyükakyüz 2024, section 3).
+    Raises ConfigError where the weight has not so many directions.
     """
+    needed = {"pissa": rank, "olora": rank, "lora_ga": 2 * rank}.get(init, 0)
+    if needed > min(weight.shape):
+        raise ConfigError(
+            f"{init} with rank {rank} needs {needed} directions of a weight, but one of "
+            f"{tuple(weight.shape)} has {min(weight.shape)}."
+        )
     if init == "pissa":
-        U, S, V = leading(dense(weight), rank, generator)
-        root = (S / scaling).sqrt()
-        return root[:, None] * V.T, U * root
+        return nearest_factors(dense(weight), rank, scaling, generator)
     if init == "olora":
         W = dense(weight).to(torch.float32)
         Q, _ = torch.linalg.qr(W[:, :rank])  # the first columns of Q need no others of W
         return Q.T @ W, Q
     return None
+
+
+def nearest_factors(
+    weight: Tensor, rank: int, scaling: float, generator: torch.Generator | None = None
+) -> Factors:
+    """Return A (rank, in) and B (out, rank) with which s B A is nearest to a weight (out, in)."""
+    U, S, V = leading(weight, rank, generator)
+    root = (S / scaling).sqrt()
+    return root[:, None] * V.T, U * root
 
 
 def from_gradient(gradient: Tensor, rank: int, scaling: float) -> Factors:

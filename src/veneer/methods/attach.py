@@ -16,6 +16,7 @@ from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
 from veneer.methods.config import Method
 from veneer.methods.route import route_of
+from veneer.methods.start import start_from_rounding
 from veneer.methods.targets import resolve
 from veneer.methods.unfreeze import unfreeze
 from veneer.methods.vocabulary import remove_words
@@ -46,6 +47,9 @@ def attach(
     model.requires_grad_(False)
     for target in targets:
         adapted_layer(model, target.path).add(name, config, target.path, generator)
+    if config.init == "loftq":
+        assert isinstance(model, PreTrainedModel)
+        start_from_rounding(model, name)
     route_of(model).configs[name] = config
     use(model, name)
     return model

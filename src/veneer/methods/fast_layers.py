@@ -81,8 +81,8 @@ class FusedLayer:
             sparing=sparing,
         )
         norm = _norm(layer.post_attention_layernorm)
-        second = FeedForward(norm, (gate, up), down, arena, sparing)
-        return second(first(hidden_states[0])).unsqueeze(0)
+        x, known = first(hidden_states[0])
+        return FeedForward(norm, (gate, up), down, arena, sparing, known)(x).unsqueeze(0)
 
     def applies(self) -> bool:
         """Return whether the layer's adapters, as they act now, allow for it."""

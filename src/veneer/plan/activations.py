@@ -111,6 +111,8 @@ def _by_two_functions(
     sizes = [(2 * shape.dim, "input of both halves"), (shape.q, "what attention gave")]
     if not sparing:
         sizes += [(shape.q + 2 * shape.kv, "q, k, v"), (2 * shape.inner, "gate and up")]
+    if config.method == "dora" and any(x.part.name == "down_proj" for x in trained.adapted):
+        sizes.append((shape.dim, "what down_proj gave, for its magnitude"))
     terms = [
         Term.of(
             *(layers, "layers", tokens, "tokens", size, "numbers", width, "bytes"),
@@ -154,6 +156,9 @@ def _by_autograd(
         # What leads out of attention reads what attention keeps anyway.
         if part.path in touched and not (part.in_attention and part.name in OUTPUTS):
             inputs[part.in_attention or shared, part.in_] = part.in_
+    # DoRA's gain multiplies what each adapted layer gives, which is kept for the magnitude.
+    dora = config.method == "dora"
+    gained = sum(x.part.out for x in trained.adapted if dora and x.part in parts)
     masks = sum(x.part.in_ for x in trained.adapted if x.dropout and x.part in parts)
     if any(part.name in ("gate_proj", "gate_up_proj") for part in parts):
         times = 3  # the activation's input, and both sides of its product with the other half
@@ -171,6 +176,7 @@ def _by_autograd(
             note="inputs of linear layers",
         ),
         Term.of(*per_layer, masks, "numbers", width, "bytes", note="masks of dropout"),
+        Term.of(*per_layer, gained, "numbers", width, "bytes", note="what magnitudes multiply"),
         Term.of(
             *(*per_layer, 2 * shape.q + 2 * shape.kv + turned, "numbers", width, "bytes"),
             note="q, k, v and what attention gave",

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.data.encode import Example
-from veneer.data.packing import StepOrder, pack
+from veneer.data.packing import Batch, StepOrder, pack
 from veneer.errors import DataError, TrainingError
 from veneer.kernels.heap import kept_heap
 from veneer.lowrank.layers import idle_adapters
 from veneer.methods.attach import adapters, in_use
 from veneer.methods.config import LEARNING_RATES, Method
 from veneer.methods.lora_plus import lr_ratios
+from veneer.methods.start import start_from_gradients
 from veneer.store import checkpoint as checkpoints
 from veneer.store.checkpoint import Checkpoint
 from veneer.training.config import TrainConfig
@@ -65,12 +66,16 @@ def train(
     """
     run = _Run(model, examples, config, held_out, directory, dict(identity or {}))
     try:
-        if resume and not run.restore():
-            yield Notice(f"There is no checkpoint in {directory} to go on from; a new start.")
-        model.train()
         with kept_heap():
             forward, notices = choose_forward(model, examples, recompute=config.recompute)
             yield from map(Notice, notices)
+            # By the layers' own forward, and before restoring: to start is to be at the base still.
+            start_from_gradients(
+                model, lambda: replace(forward, layers=())(model, run.first_batch())
+            )
+            if resume and not run.restore():
+                yield Notice(f"There is no checkpoint in {directory} to go on from; a new start.")
+            model.train()
             yield Started(run.steps, run.step)
             yield from run.go(forward, should_stop)
     finally:
@@ -131,6 +136,10 @@ class _Run:
         self.optimizer = FlatAdamW(
             self.weights, lr=lr, weight_decay=config.weight_decay, ratios=ratios
         )
+
+    def first_batch(self) -> Batch:
+        """Return the batch that the run begins with."""
+        return pack(self.examples, self.order.epoch(0)[0][0])
 
     def _steps_in(self, epochs: float) -> int:
         whole = sum(len(self.order.epoch(epoch)) for epoch in range(int(epochs)))

@@ -61,6 +61,8 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
 def _planned_method(recipe: Recipe, bits: PackedBits | None) -> PlannedMethod:
     if recipe.method.method != "lora":
         return recipe.method.method
+    if recipe.lora.dora:
+        return "dora"
     return "qlora" if bits else "lora"
 
 

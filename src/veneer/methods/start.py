@@ -1,0 +1,85 @@
+"""Starts that take more than the weight: its gradient, or what packing took from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.errors import ConfigError
+from veneer.frozen.packed import named_frozen
+from veneer.lowrank.adapter import Adapter, Factors
+from veneer.lowrank.initial import from_gradient, nearest_factors
+from veneer.lowrank.layers import LoRALinear, lora_layers
+from veneer.methods.route import route_of
+from veneer.models.load import open_base
+
+
+def start_from_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """Start the acting adapters that ask for `lora_ga` from the gradient of `loss()`, in place.
+
+    The model still says what the base does. `loss` must compute each adapted layer by the layer's
+    own forward. One gradient of a whole weight is held at a time.
+    """
+    waiting = dict(_waiting(model))
+    if not waiting:
+        return
+
+    def note(layer: LoRALinear, args: tuple[Tensor], y: Tensor) -> None:
+        x = args[0].detach().flatten(0, -2)  # (tokens, in)
+        y.register_hook(lambda dy: find(layer, dy.flatten(0, -2).T @ x))
+
+    def find(layer: LoRALinear, gradient: Tensor) -> None:
+        for adapter in waiting[layer]:
+            found[adapter] = from_gradient(gradient, adapter.rank, adapter.scaling)
+
+    found: dict[Adapter, Factors] = {}
+
+    hooks = [layer.register_forward_hook(note) for layer in waiting]
+    try:
+        total = loss()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    torch.autograd.grad(total, trained, allow_unused=True)
+    for adapter, (A, B) in found.items():  # not before, for the way back looked at them
+        adapter.begin_at(A, B)
+
+
+def start_from_rounding(model: PreTrainedModel, name: str) -> None:
+    """Start the adapter called `name` as what packing took from the base, as far as its rank can
+    hold it, in place: W ≈ Ŵ + s B A (LoftQ, Li et al. 2023, section 3, with Ŵ as it is).
+
+    The base's own weights are read again, one at a time. Raises ConfigError for a base that is not
+    packed, ModelError for one that cannot be found again.
+    """
+    packed = named_frozen(model)
+    if not packed:
+        raise ConfigError("loftq makes up for what packing takes; give bits 4 or 8 too.")
+    source, _, _ = open_base(model.config._name_or_path)
+    for path, layer in lora_layers(model):
+        if name not in layer.adapters or f"{path}.original" not in packed:
+            continue
+        weight = source.read(f"{path}.weight").to(torch.float32)
+        own = weight.T if packed[f"{path}.original"].transposed else weight
+        adapter: Any = layer.adapters[name]
+        lost = own - layer.frozen_weight.to(torch.float32)
+        A, B = nearest_factors(lost, adapter.rank, adapter.scaling)
+        with torch.no_grad():
+            adapter.lora_A.copy_(A)
+            adapter.lora_B.copy_(B)
+
+
+def _waiting(model: nn.Module) -> Iterator[tuple[LoRALinear, list[Adapter]]]:
+    """Yield layers with those of their acting adapters that have yet to start from a gradient."""
+    configs = route_of(model).configs
+    names = [name for name in route_of(model).weights if configs[name].init == "lora_ga"]
+    for _, layer in lora_layers(model):
+        parts = [layer.adapters[name] for name in names if name in layer.adapters]
+        found = [part for part in parts if isinstance(part, Adapter) and part.start is None]
+        if found and isinstance(layer, LoRALinear):
+            yield layer, found

@@ -1,0 +1,266 @@
+"""Factors that start from the weight or its gradient: the base stays, and adapters compose."""
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import veneer
+from adapted import (
+    distance,
+    examples,
+    ids,
+    logits,
+    same,
+    snapshot,
+    targets_named,
+    tokenizer,
+    trained_weights,
+)
+from tiny import ARCHITECTURES, packed, tiny
+from veneer.lowrank.config import LoRA
+from veneer.lowrank.initial import from_gradient, leading, nearest_factors
+from veneer.lowrank.layers import LoRALinear, lora_layers
+from veneer.methods.start import start_from_gradients
+from veneer.store.merged import write_model
+from veneer.training.config import TrainConfig
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+ROWS = examples([9, 14, 6, 11])
+STARTS = ["pissa", "olora", "lora_ga"]
+
+
+def attached(model: Any, init: str, **options: Any) -> Any:
+    config = LoRA(**({"rank": 3, "targets": "all", "init": init} | options))
+    return veneer.attach(model, config, seed=0)
+
+
+def trained(model: Any, steps: int = 3, **options: Any) -> Any:
+    for _ in veneer.train(model, ROWS, TrainConfig(steps=steps, lr=1e-2, **options)):
+        pass
+    return model
+
+
+def parts(model: Any) -> dict[str, Any]:
+    return {path: layer.adapters["default"] for path, layer in lora_layers(model)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_fresh_one_changes_no_bit(architecture, init, dora, dtype):
+    model = tiny(architecture, dtype=dtype)
+    attached(model, init, dora=dora)
+    assert all(part.lora_B.any() for part in parts(model).values())
+    assert torch.equal(logits(model), logits(tiny(architecture, dtype=dtype)))
+
+
+@pytest.mark.parametrize("init", STARTS)
+@pytest.mark.parametrize("base", ["llama", "qwen2", "gpt2", "packed"])
+def test_the_base_never_changes_and_the_adapter_composes(base, init):
+    def fresh() -> Any:
+        return packed("llama") if base == "packed" else tiny(base)
+
+    model = trained(attached(fresh(), init))
+    assert not torch.equal(logits(model), logits(fresh()))
+    veneer.attach(model, LoRA(rank=2), name="other")
+    veneer.use(model, {"default": 0.5, "other": 1.0})
+    torch.testing.assert_close(logits(veneer.merge(model)), logits(model), rtol=1e-4, atol=1e-4)
+    veneer.use(model, None)
+    assert torch.equal(logits(model), logits(fresh()))
+    veneer.detach(model)
+    assert same(snapshot(model), snapshot(fresh()))
+
+
+def theirs(init: str) -> dict[str, Any]:
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules="all-linear", init_lora_weights=init, lora_dropout=0.0
+    )
+    model = peft.get_peft_model(tiny("llama"), config)
+    return {
+        path.removeprefix("base_model.model."): module
+        for path, module in model.named_modules()
+        if hasattr(module, "lora_A") and "default" in module.lora_A
+    }
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_factors_are_pefts(init):
+    model = attached(tiny("llama"), init)
+    wanted = theirs(init)
+    for path, part in parts(model).items():
+        A, B = (getattr(wanted[path], f"lora_{x}")["default"].weight for x in "AB")
+        assert distance(part.lora_B @ part.lora_A, B @ A) < 1e-3, path
+        if init == "olora":
+            torch.testing.assert_close(part.lora_A, A, **CLOSE)
+            torch.testing.assert_close(part.lora_B, B, **CLOSE)
+    assert parts(model).keys() <= wanted.keys()
+
+
+@pytest.mark.parametrize("rank", [1, 4, 12])
+def test_leading_directions_are_those_of_the_whole_decomposition(rank):
+    torch.manual_seed(0)
+    W = torch.randn(40, 28)
+    U, S, V = leading(W, rank, torch.Generator().manual_seed(1))
+    right = torch.linalg.svd(W, full_matrices=False)
+    torch.testing.assert_close(S, right.S[:rank], rtol=1e-3, atol=1e-3)
+    best = right.U[:, :rank] * right.S[:rank] @ right.Vh[:rank]
+    assert distance(U * S @ V.T, best) < 2e-2
+    A, B = nearest_factors(W, rank, 0.5, torch.Generator().manual_seed(1))
+    assert distance(0.5 * B @ A, best) < 2e-2
+
+
+def test_gradients_are_those_of_the_difference():
+    model = attached(tiny("qwen2"), "pissa")
+    with torch.no_grad():
+        for part in parts(model).values():
+            part.lora_A.add_(0.05 * torch.randn(part.lora_A.shape))
+            part.lora_B.add_(0.05 * torch.randn(part.lora_B.shape))
+    tokens = ids()
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    for path, part in parts(model).items():
+        other = tiny("qwen2")
+        A, B = (w.detach().clone().requires_grad_() for w in (part.lora_A, part.lora_B))
+        A0, B0 = part.start
+        layer: nn.Linear = other.get_submodule(path)
+        base = tiny_deltas(model, other, but=path)
+        change = part.scaling * (B @ A - B0 @ A0)
+        loss = torch.func.functional_call(
+            other, base | {f"{path}.weight": layer.weight + change}, (tokens,), {"labels": tokens}
+        ).loss
+        dA, dB = torch.autograd.grad(loss, (A, B))
+        assert distance(part.lora_A.grad, dA) < 1e-4, path
+        assert distance(part.lora_B.grad, dB) < 1e-4, path
+
+
+def tiny_deltas(model: Any, plain: Any, *, but: str) -> dict[str, torch.Tensor]:
+    """Return the merged weights of all layers but one."""
+    return {
+        f"{path}.weight": plain.get_submodule(path).weight + layer.delta()
+        for path, layer in lora_layers(model)
+        if path != but
+    }
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+@pytest.mark.parametrize("dora", [True, False])
+@pytest.mark.parametrize("init", STARTS)
+def test_saved_it_loads_here_and_as_plain_lora_in_peft(init, dora, rslora, tmp_path):
+    options = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5.0}}
+    model = attached(tiny("qwen2"), init, dora=dora, rslora=rslora, alpha=4.0, **options)
+    said = logits(trained(model))
+    veneer.save(model, tmp_path / "native")
+    again = veneer.load(tiny("qwen2"), tmp_path / "native")
+    assert torch.equal(logits(again), said)
+    veneer.save(model, tmp_path / "peft", format="peft")
+    plain = veneer.load(tiny("qwen2"), tmp_path / "peft")
+    torch.testing.assert_close(logits(plain), said, **CLOSE)
+    assert veneer.adapters(plain)["default"].rank == 6
+    other = peft.PeftModel.from_pretrained(tiny("qwen2"), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(other), said, **CLOSE)
+
+
+def test_an_embedding_beside_it_is_exported_at_the_same_rank(tmp_path):
+    model = tiny("qwen2")
+    attached(model, "olora", targets=targets_named(model, "everything"))
+    said = logits(trained(model))
+    veneer.save(model, tmp_path / "peft", format="peft")
+    other = peft.PeftModel.from_pretrained(tiny("qwen2"), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(other), said, **CLOSE)
+
+
+def test_a_start_that_is_missing_is_named(tmp_path):
+    veneer.save(trained(attached(tiny("llama"), "pissa")), tmp_path / "a")
+    path = tmp_path / "a" / "lora_weights.pt"
+    tensors = torch.load(path)
+    key = next(key for key in tensors if key.endswith("start_A"))
+    torch.save({k: v for k, v in tensors.items() if k != key}, path)
+    with pytest.raises(veneer.AdapterError, match="where it started"):
+        veneer.load(tiny("llama"), tmp_path / "a")
+
+
+def test_lora_ga_starts_at_the_gradient_of_the_weight():
+    model = attached(tiny("llama"), "lora_ga")
+    tokens, plain = ids(), tiny("llama")
+    start_from_gradients(model, lambda: model(tokens, labels=tokens, use_cache=False).loss)
+    plain(tokens, labels=tokens, use_cache=False).loss.backward()
+    for path, part in parts(model).items():
+        gradient = plain.get_submodule(path).weight.grad
+        A, B = from_gradient(gradient, 3, part.scaling)
+        assert distance(part.lora_B @ part.lora_A, B @ A) < 1e-3, path
+        U, _, Vh = torch.linalg.svd(gradient)
+        first, second = part.lora_B / part.lora_B.norm(dim=0), part.lora_A / part.lora_A.norm()
+        assert (U[:, :3].T @ first).norm() > 0.98 * 3**0.5
+        assert (Vh[3:6] @ second.T).norm() > 0.9 * second.norm()
+    assert torch.equal(logits(model), logits(plain))
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_lora_ga_resumes_to_the_bit(tmp_path):
+    def run(where: str, steps: int, *, stop: int | None = None, resume: bool = False) -> Any:
+        model = attached(tiny("llama"), "lora_ga")
+        seen = iter(range(1, steps + 1))
+        events = veneer.train(
+            model,
+            ROWS,
+            TrainConfig(steps=steps, lr=1e-2, tokens_per_step=16, save_every=1),
+            directory=tmp_path / where,
+            resume=resume,
+            should_stop=lambda: next(seen, None) == stop,
+        )
+        for _ in events:
+            pass
+        return trained_weights(model)
+
+    whole = run("whole", 4)
+    run("parts", 4, stop=2)
+    assert same(run("parts", 4, resume=True), whole)
+
+
+def test_loftq_makes_up_for_what_packing_took(tmp_path):
+    dense = tiny("llama")
+    write_model(dense, tokenizer(), tmp_path / "base")
+    base = veneer.load_base(tmp_path / "base", dtype="float32", bits=4)
+    before = {path: layer.weight for path, layer in linears(base.model).items()}
+    attached(base.model, "loftq", rank=4)
+    for path, layer in lora_layers(base.model):
+        assert isinstance(layer, LoRALinear)
+        lost = dense.get_submodule(path).weight - before[path]
+        assert torch.equal(layer.frozen_weight, before[path])
+        S = torch.linalg.svdvals(lost)
+        left = (lost - layer.delta()).norm()
+        assert left <= 1.01 * S[4:].norm(), path
+    tokens = ids()
+    packed_alone = copy.deepcopy(base.model)
+    veneer.use(packed_alone, None)
+    wanted = logits(dense, tokens)
+    assert distance(logits(base.model, tokens), wanted) < distance(
+        logits(packed_alone, tokens), wanted
+    )
+
+
+def linears(model: Any) -> dict[str, Any]:
+    from veneer.frozen.packed import named_frozen
+
+    return dict(named_frozen(model))
+
+
+def test_what_cannot_start_is_refused():
+    with pytest.raises(veneer.ConfigError, match="give bits"):
+        attached(tiny("llama"), "loftq")
+    for init, rank in (("pissa", 33), ("olora", 17), ("lora_ga", 9)):
+        with pytest.raises(veneer.ConfigError, match="directions"):
+            attached(tiny("llama"), init, rank=rank)
+
+
+def test_lora_fa_leaves_A_as_it_starts():
+    model = attached(tiny("llama"), "kaiming", lora_fa=True)
+    before = {path: part.lora_A.detach().clone() for path, part in parts(model).items()}
+    trained(model)
+    for path, part in parts(model).items():
+        assert torch.equal(part.lora_A, before[path])
+        assert part.lora_B.any()
