@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from veneer.errors import ConfigError
 from veneer.frozen.packed import named_frozen
 from veneer.lowrank.adapter import Adapter, Factors
+from veneer.lowrank.config import LoRA
 from veneer.lowrank.initial import from_gradient, nearest_factors
 from veneer.lowrank.layers import LoRALinear, lora_layers
 from veneer.methods.route import route_of
@@ -76,8 +77,9 @@ def start_from_rounding(model: PreTrainedModel, name: str) -> None:
 
 def _waiting(model: nn.Module) -> Iterator[tuple[LoRALinear, list[Adapter]]]:
     """Yield layers with those of their acting adapters that have yet to start from a gradient."""
-    configs = route_of(model).configs
-    names = [name for name in route_of(model).weights if configs[name].init == "lora_ga"]
+    route = route_of(model)
+    acting = {name: route.configs[name] for name in route.weights}
+    names = [n for n, c in acting.items() if isinstance(c, LoRA) and c.init == "lora_ga"]
     for _, layer in lora_layers(model):
         parts = [layer.adapters[name] for name in names if name in layer.adapters]
         found = [part for part in parts if isinstance(part, Adapter) and part.start is None]

@@ -19,7 +19,6 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 # (threads, products prepared by oneDNN). `python -m bench.planned` prints the first two.
 RUNTIME = 520_000_000
 GROWTH = 170_000_000  # of it, what comes after the imports
-FLOAT32_MOMENTS = 4  # bytes of each of Adam's two numbers, as most frameworks keep them
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,12 @@ def plan_memory(
     trained: Trained,
     *,
     runtime: int = RUNTIME,
-    moment_width: int | None = None,
+    masters: bool = True,
 ) -> MemoryPlan:
     """Return the memory that training `trained` of a model needs.
 
-    runtime: bytes that are resident before any model is. moment_width: bytes of each of Adam's two
-    numbers; Veneer keeps them in the dtype of what trains, others often in float32.
+    runtime: bytes that are resident before any model is. masters: whether weights of 16 bits that
+    train have float32 ones, to which the steps are added (Micikevicius et al. 2018, section 3.1).
     """
     width, count = config.width, trained.count
     own = bool(trained.weights)  # trained in their own dtype; whatever is new is float32
@@ -74,6 +73,9 @@ def plan_memory(
     mapped = [] if not config.mapped else packed if width == FLOAT32 else packed + rest
     weights = [term for term in packed + rest if term not in mapped]
     copies = Term.of(count, "parameters", width, "bytes", note="in the dtype of computing")
+    optimizer = [Term.of(2, "moments", count, "parameters", FLOAT32, "bytes", note="AdamW")]
+    if own and masters and width < FLOAT32:
+        optimizer.append(Term.of(count, "masters", FLOAT32, "bytes", note="float32"))
     return MemoryPlan(
         weights=amount("weights", *weights),
         adapters=amount(
@@ -85,13 +87,7 @@ def plan_memory(
             ),
         ),
         gradients=amount("gradients", Term.of(count, "parameters", trained_width, "bytes")),
-        optimizer=amount(
-            "optimizer",
-            Term.of(
-                *(2, "moments", count, "parameters", moment_width or trained_width, "bytes"),
-                note="AdamW",
-            ),
-        ),
+        optimizer=amount("optimizer", *optimizer),
         activations=amount(
             "activations", *kept(config, shape, trained), holes(config, shape, trained)
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from veneer.plan.config import ADAPTING, MethodName, PlanConfig
-from veneer.plan.memory import FLOAT32_MOMENTS, RUNTIME, MemoryPlan, plan_memory
+from veneer.plan.memory import RUNTIME, MemoryPlan, plan_memory
 from veneer.plan.methods import Adapted, Trained, trained_by
 from veneer.plan.shapes import ModelShape
 
@@ -51,9 +51,9 @@ def comparison(plan: Plan) -> list[tuple[str, Plan]]:
     """Return a plan for each method under a title: the plan itself, and what others would need over
     a base that is dense (for qlora in 4 bits), with the plan's other settings.
 
-    The first is full training as textbooks have it: Adam's numbers in float32 beside 16-bit
-    weights. Veneer keeps them in 16 bits too, as the second says. Methods that adapt layers are
-    there only if the plan names layers.
+    The first is full training as textbooks count it: 16-bit weights and gradients, Adam's numbers
+    in float32. The second is Veneer's, which keeps float32 masters of the weights too. Methods that
+    adapt layers are there only if the plan names layers.
     """
     settings = plan.config
     plain = replace(settings, bits=None, pack_head=False, mapped=False)
@@ -72,7 +72,7 @@ def comparison(plan: Plan) -> list[tuple[str, Plan]]:
             full.shape,
             full.trained,
             runtime=full.runtime,
-            moment_width=FLOAT32_MOMENTS,
+            masters=False,
         ),
     )
     titled = [("full, textbook", textbook), ("full", full)]
