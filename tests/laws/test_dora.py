@@ -27,6 +27,7 @@ from veneer.models.quantize import packed_model
 from veneer.models.source import Source
 
 IN, OUT = 64, 8
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 DOUBLE = {"dtype": torch.float64}
 MIXES = [{"a": 1.0}, {"a": 0.5}, {"a": 1.0, "b": 1.0, "plain": 1.0}, {"a": -0.3, "plain": 2.0}]
 
@@ -287,6 +288,27 @@ def test_logits_and_gradients_are_pefts(base, targets, tmp_path):
     assert sum("magnitude" in name for name in found) == sum("lora_A" in name for name in found)
     for name, gradient in wanted.items():
         assert distance(found[name], gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize(("base", "targets"), [("qwen2", "all"), ("gpt2", "everything")])
+def test_what_peft_wrote_is_read(base, targets, tmp_path):
+    model = tiny(base)
+    names = sorted({path.rpartition(".")[2] for path in paths(base, targets)})
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=names, use_dora=True)
+    theirs = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if "lora_magnitude" in name:
+                weight.mul_(0.8 + 0.4 * torch.rand(weight.shape))
+            elif "lora_" in name:
+                weight.copy_(0.1 * torch.randn(weight.shape))
+    said = logits(theirs.eval())
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(veneer.load(tiny(base), tmp_path)), said, **CLOSE)
+
+
+def paths(base: str, targets: str) -> list[str]:
+    return [path for path, _ in lora_layers(dora(tiny(base), targets))]
 
 
 @pytest.mark.parametrize("format", ["native", "peft"])

@@ -195,7 +195,6 @@ def refusal(place: Path) -> str:
 
 
 NOT_READ: dict[str, Any] = {
-    "use_dora": True,
     "modules_to_save": ["lm_head"],
     "bias": "all",
     "trainable_token_indices": [1, 2],
@@ -207,6 +206,11 @@ NOT_READ: dict[str, Any] = {
     "use_qalora": True,
     "peft_type": "LOHA",
 }
+
+
+def test_dora_without_magnitudes_is_refused(place):
+    edit(place, {"use_dora": True})
+    assert "has no magnitude, unlike its settings" in refusal(place)
 
 
 @pytest.mark.parametrize("name", NOT_READ)
