@@ -48,12 +48,14 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
     )
 
 
-def filled_up(batch: Batch, multiple: int) -> Batch:
+def filled_up(batch: Batch, multiple: int, in_front: int = 0) -> Batch:
     """Return the batch with one more row that nothing is learnt from, of as many tokens as make the
-    whole a multiple of `multiple`. It is no example: `rows` stays as it is."""
-    missing = -len(batch.tokens) % multiple
-    if not missing:
+    whole a multiple of `multiple`, counting those that come in front of each row. It is no example:
+    `rows` stays as it is."""
+    tokens = len(batch.tokens) + in_front * len(batch.lengths)
+    if tokens % multiple == 0:
         return batch
+    missing = -(tokens + in_front) % multiple or multiple
     nothing = np.zeros(missing, dtype=np.int64)
     return Batch(
         tokens=np.concatenate([batch.tokens, nothing]),
