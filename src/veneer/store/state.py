@@ -18,6 +18,7 @@ from veneer.methods.attach import adapters, check_name, in_use, put, put_method
 from veneer.methods.config import Method
 from veneer.methods.targets import Layer, adaptable_layers, resolve
 from veneer.methods.unfreeze import replaced_weights, unfreeze
+from veneer.methods.virtual import shape_of, stored, virtual_tokens
 from veneer.methods.vocabulary import extend_tokenizer, is_tied, new_words, put_rows
 from veneer.models.fingerprint import base_parameters, fingerprint
 
@@ -40,7 +41,8 @@ class AdapterState:
 
     `tensors` are keyed by the base's own paths: `<path>.lora_A` (rank, in) and `<path>.lora_B`
     (out, rank) for linear layers, `<path>.lora_embedding_A` (rank, words) and `_B` (dim, rank) for
-    embeddings. Of freeze and full they are the weights themselves.
+    embeddings. Of freeze and full they are the weights themselves; of prefix and prompt one tensor,
+    under the method's name: (layers, 2, kv_heads, virtual, head_dim) and (virtual, dim).
     """
 
     config: LoRA | Method
@@ -78,7 +80,14 @@ def capture(
     if name not in attached:
         raise AdapterError(f"No adapter is called {name!r}{nearest(name, attached)}.")
     config = attached[name]
-    if isinstance(config, Method):
+    tensors: dict[str, Tensor]
+    if isinstance(config, Method) and not config.replaces_weights:
+        home = virtual_tokens(model)
+        assert home is not None
+        with torch.no_grad():
+            tensors = {config.method: home.adapters[name]().clone().contiguous()}
+        config = replace(config, prefix_mlp=None)  # what it makes is what is kept
+    elif isinstance(config, Method):
         tensors = {key: w.detach().clone() for key, w in replaced_weights(model, config).items()}
     else:
         tensors = _factors(model, name)
@@ -112,14 +121,18 @@ def install(
     problems = [] if force else _foreign(model, state, tokenizer)
     if isinstance(state.config, LoRA):
         problems += _misfits(model, state, state.config)
-    else:
+    elif state.config.replaces_weights:
         problems += _misfit_weights(model, state, state.config)
+    else:
+        problems += _misfit_virtual(model, state, state.config)
     if state.rows is not None:
         problems += _misfit_rows(model, state.rows, tokenizer)
     if problems:
         raise AdapterError("This adapter does not fit the model: " + "; ".join(problems) + ".")
     if isinstance(state.config, LoRA):
         put(model, name, state.config, _parts(state, state.config))
+    elif not state.config.replaces_weights:
+        put_method(model, name, state.config, stored(state.config, state.tensors))
     else:
         unfreeze(model, state.config)
         with torch.no_grad():
@@ -165,14 +178,27 @@ def _misfit_weights(model: PreTrainedModel, state: AdapterState, config: Method)
         wanted = replaced_weights(model, config)
     except ConfigError as error:
         return [str(error).rstrip(".")]
+    return _misshapen(state, {key: tuple(weight.shape) for key, weight in wanted.items()})
+
+
+def _misfit_virtual(model: PreTrainedModel, state: AdapterState, config: Method) -> list[str]:
+    try:
+        return _misshapen(state, {config.method: shape_of(model, config)})
+    except ConfigError as error:
+        return [str(error).rstrip(".")]
+
+
+def _misshapen(state: AdapterState, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return what differs from tensors of these names and shapes."""
     problems = [f"{key} is missing" for key in wanted if key not in state.tensors]
     for key, tensor in state.tensors.items():
         if key not in wanted:
             problems.append(f"{key} is none of the weights that train{nearest(key, wanted)}")
-        elif tensor.shape != wanted[key].shape:
-            there, here = tuple(tensor.shape), tuple(wanted[key].shape)
-            problems.append(f"{key} is {there}, but the base's is {here}")
-        elif not _is_finite(tensor):
+            continue
+        if tuple(tensor.shape) != wanted[key]:
+            there = tuple(tensor.shape)
+            problems.append(f"{key} is {there}, but needs to be {wanted[key]}")
+        if not _is_finite(tensor):
             problems.append(f"{key} has values that are not finite numbers")
     return problems
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder, pack
+from veneer.methods.virtual import tokens_in_front
 from veneer.training.forward import Forward
 
 
@@ -20,7 +21,8 @@ def evaluate(
     tokens_per_batch: int = 2048,
 ) -> float:
     """Return the mean loss over the label tokens of all examples, in nats."""
-    lengths = [len(example.tokens) for example in examples]
+    in_front = tokens_in_front(model)
+    lengths = [in_front + len(example.tokens) for example in examples]
     order = StepOrder(lengths, tokens_per_batch, tokens_per_batch, seed=0)
     training = model.training
     model.eval()

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from veneer.lowrank.layers import idle_adapters
 from veneer.methods.attach import adapters, in_use
 from veneer.methods.config import LEARNING_RATES, Method
 from veneer.methods.lora_plus import lr_ratios
+from veneer.methods.virtual import idle_virtual, tokens_in_front
 from veneer.store import checkpoint as checkpoints
 from veneer.store.checkpoint import Checkpoint
 from veneer.training.config import TrainConfig
@@ -99,7 +101,8 @@ class _Run:
         self.held_out, self.directory = held_out, directory
         course = {k: v for k, v in asdict(config).items() if k not in ("save_every", "recompute")}
         self.identity = course | identity
-        idle = {id(weight) for adapter in idle_adapters(model) for weight in adapter.parameters()}
+        aside = chain(idle_adapters(model), idle_virtual(model))
+        idle = {id(weight) for adapter in aside for weight in adapter.parameters()}
         self.weights: dict[str, nn.Parameter] = {
             name: weight
             for name, weight in model.named_parameters()
@@ -112,8 +115,9 @@ class _Run:
         empty = [example.where for example in (*examples, *held_out) if not example.label_tokens]
         if empty:
             raise DataError(f"No token is learnt in {len(empty)} rows: {', '.join(empty[:5])}.")
+        in_front = tokens_in_front(model)  # which a pass takes as it does a row's own
         self.order = StepOrder(
-            [len(example.tokens) for example in examples],
+            [in_front + len(example.tokens) for example in examples],
             config.tokens_per_step,
             config.batch_tokens,
             config.seed,
