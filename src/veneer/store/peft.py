@@ -9,6 +9,8 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, ConfigError
 from veneer.lowrank.config import LoRA
+from veneer.methods.config import Method
+from veneer.store import peft_virtual
 from veneer.store.files import new_directory, read_json, read_tensors, write_json, write_tensors
 from veneer.store.state import EMBEDDING, LINEAR, AdapterState
 
@@ -38,7 +40,9 @@ def config_of(state: AdapterState) -> dict[str, Any]:
     Ranks and alphas of single layers are keyed by whole paths: PEFT sorts patterns on saving, and
     the first that matches wins, so that any pattern that overlaps another could change its meaning.
     """
-    config = _lora_of(state)
+    if isinstance(state.config, Method):
+        return peft_virtual.config_of(state, _virtual_of(state.config))
+    config = state.config
     paths = [path for path, *_ in state.layers()]
     ranks = {path: config.rank_of(path) for path in paths}
     alphas = {path: _number(config.alpha_of(path)) for path in paths}
@@ -70,6 +74,8 @@ def tensors_of(state: AdapterState) -> dict[str, Tensor]:
         raise AdapterError(
             "An adapter with new words cannot be written for PEFT; merge it, or write it natively."
         )
+    if isinstance(state.config, Method):
+        return peft_virtual.tensors_of(state, _virtual_of(state.config))
     renamed = {}
     for key, tensor in state.tensors.items():
         path, _, name = key.rpartition(".")
@@ -82,9 +88,12 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
 
     Raises AdapterError, listing every part that cannot be honoured and every key that is unknown.
     """
+    if config.get("peft_type") in peft_virtual.TYPES:
+        return peft_virtual.state_of(config, tensors)
     problems = []
     if config.get("peft_type") != "LORA":
-        problems.append(f"its peft_type is {config.get('peft_type')!r}, and only LORA is read")
+        known = ", ".join(("LORA", *peft_virtual.TYPES))
+        problems.append(f"its peft_type is {config.get('peft_type')!r}, and only {known} are read")
     problems += [f"{name} is not read" for name in NOT_READ if config.get(name)]
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}, and only 'none' is read")
@@ -109,10 +118,10 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     return AdapterState(lora, found, base_name=str(base), base_weights=base_weights)
 
 
-def _lora_of(state: AdapterState) -> LoRA:
-    if not isinstance(state.config, LoRA):
-        raise AdapterError(f"PEFT has no format for {state.config.method}; write it natively.")
-    return state.config
+def _virtual_of(config: Method) -> Method:
+    if config.replaces_weights:
+        raise AdapterError(f"PEFT has no format for {config.method}; write it natively.")
+    return config
 
 
 def write(state: AdapterState, directory: Path) -> None:
