@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tiny import VOCAB
 from veneer.data.encode import UNLABELLED, Example
 from veneer.lowrank.adapter import Adapter
+from veneer.methods.virtual import Prefix, PrefixMLP, Prompt
 from veneer.methods.vocabulary import NewWords, add_words
 
 WORDS = ("veneer", "lacquer", "walnut")
@@ -25,13 +26,17 @@ def logits(model: nn.Module, tokens: Tensor | None = None) -> Tensor:
 
 
 def shake(model: PreTrainedModel, *, seed: int = 1, size: float = 0.1) -> PreTrainedModel:
-    """Give A and B of every adapter random values, so that it changes what the model says."""
+    """Give A and B of every adapter random values, so that it changes what the model says, and
+    virtual tokens values that are no words'."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, Adapter):
                 for weight in (module.lora_A, module.lora_B):
                     weight.copy_(size * torch.randn(weight.shape, generator=generator))
+            elif isinstance(module, Prefix | PrefixMLP | Prompt):
+                for weight in module.parameters():
+                    weight.add_(3 * size * torch.randn(weight.shape, generator=generator))
     return model
 
 

@@ -323,6 +323,59 @@ def test_chat_keeps_the_conversation(minigpt_home, taught, monkeypatch, capsys):
     assert seen[1] == [("user", "one"), ("assistant", "an answer"), ("user", "two")]
 
 
+@pytest.mark.parametrize(
+    ("method", "shape", "flags"),
+    [
+        ("prefix", (4, 2, 4, 6, 16), ("--prefix-mlp", 32)),
+        ("prefix", (4, 2, 4, 6, 16), ("--lr", 0.05)),
+        ("prompt", (6, 64), ("--prompt-text", "Say it the other way round.", "--lr", 0.05)),
+    ],
+    ids=["prefix by an MLP", "prefix", "prompt"],
+)
+def test_virtual_tokens_from_end_to_end(tune, minigpt_home, tmp_path, capsys, method, shape, flags):
+    out = tmp_path / "out"
+    flags = ("--method", method, "--virtual-tokens", 6, *flags, "--out", out)
+    assert tune(*flags, "--steps", 15) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "No merged model is written: the virtual tokens of 'default' are no weights." in printed
+    assert "6 virtual tokens" in printed
+    kept = {f"{method}_adapter", "metrics.jsonl", "loss.png", "recipe.yaml", "checkpoints"}
+    assert names(out) == kept
+    adapter = out / f"{method}_adapter"
+    assert names(adapter) == {f"{method}_weights.pt", f"{method}_config.json", "tokenizer.json"}
+    tensors = torch.load(adapter / f"{method}_weights.pt", weights_only=True)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {method: shape}
+    losses = [line["loss"] for line in metrics(out)]
+    assert losses[-1] < losses[0]
+
+    question = FACTS[0][0]
+    assert run(["generate", str(minigpt_home), question, "--adapter", str(adapter)]) == 0
+    said = capsys.readouterr().out.strip()
+    base = veneer.load_base(minigpt_home)
+    plain = veneer.answer(base.model, base.tokenizer, question)
+    veneer.load(base.model, adapter, tokenizer=base.tokenizer)
+    assert veneer.answer(base.model, base.tokenizer, question) == said != plain
+    veneer.use(base.model, None)
+    assert veneer.answer(base.model, base.tokenizer, question) == plain
+
+    assert tune(*flags, "--steps", 15, "--resume") == 0
+    assert run(["merge", str(minigpt_home), str(adapter), str(tmp_path / "merged")]) == 2
+    assert "are no weights" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_virtual_tokens_leave_that_much_less_of_the_context(tune, minigpt_home, tmp_path, capsys):
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"text": "A dog says woof. " * 200}) + "\n")
+    flags = ("--method", "prompt", "--virtual-tokens")
+    arguments = ("tune", str(minigpt_home), str(data), "--steps", "1", *flags)
+    assert run([*arguments, "56", "--out", str(tmp_path / "out")]) == 0
+    assert "longest row 200" in capsys.readouterr().out.replace("\n", " ")
+    assert tune("--steps", 1, *flags, 255, "--out", tmp_path / "none") == 2
+    assert "255 virtual tokens leave no room" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_words_asked_for_become_tokens_with_rows_of_their_own(tune, minigpt_home, data, tmp_path):
     out = tmp_path / "out"
     write_rows(data, [*FACTS, ("Who are you?", "A veneer of plywood, since Sawday.")])

@@ -1,5 +1,7 @@
 """Every row once an epoch, within the limits, in an order that seed and epoch decide."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -113,3 +115,14 @@ def test_filled_up_with_one_row_that_teaches_nothing(lengths, multiple):
     assert sum(full.lengths) == len(full.tokens)
     assert min(full.lengths) > 0
     assert full.rows.tolist() == batch.rows.tolist()
+
+
+def test_what_stands_in_front_of_rows_counts_in_a_pass_and_not_in_a_step():
+    lengths = [10] * 24
+    plain = StepOrder(lengths, 60, 60, seed=0)
+    behind = StepOrder(lengths, 60, 60, seed=0, in_front=20)
+    for epoch in range(2):
+        steps, others = plain.epoch(epoch), behind.epoch(epoch)
+        assert [sorted(chain(*step)) for step in others] == [sorted(chain(*s)) for s in steps]
+        assert {len(batch) for step in steps for batch in step} == {6}
+        assert {len(batch) for step in others for batch in step} == {2}

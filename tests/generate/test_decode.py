@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import veneer
+from adapted import tokenizer as characters
+from tiny import tiny
 from veneer.data.rows import Message
 from veneer.data.world import facts
 from veneer.errors import ConfigError
@@ -145,6 +148,34 @@ def test_an_answer_ends_where_the_context_does(base):
     for ask in (answer, lambda m, t, q: answers(m, t, [q])):
         with pytest.raises(ConfigError, match=f"context of {context}"):
             ask(base.model, base.tokenizer, prompt)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_virtual_tokens_take_places_of_the_context(minigpt_home, method):
+    base = load_base(minigpt_home)
+    context, tokenizer = base.model.config.context, base.tokenizer
+    plain = answers(base.model, tokenizer, QUESTIONS[:5], sampling=SHORT)
+    method = veneer.Method(method, virtual_tokens=context - 40)
+    veneer.attach(base.model, method, seed=0)
+    endless = Sampling(max_new_tokens=10 * context, temperature=5.0, seed=1)
+    assert answer(base.model, tokenizer, "Go on.", sampling=endless)
+    with pytest.raises(ConfigError, match=f"and {context - 40} virtual ones"):
+        answer(base.model, tokenizer, "A dog says woof. " * 20)
+    alone = [answer(base.model, tokenizer, q, sampling=SHORT) for q in QUESTIONS[:5]]
+    assert answers(base.model, tokenizer, QUESTIONS[:5], sampling=SHORT) == alone
+    assert alone != plain
+    veneer.use(base.model, None)
+    assert answers(base.model, tokenizer, QUESTIONS[:5], sampling=SHORT) == plain
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_a_window_that_padding_would_fill_is_asked_one_by_one(method):
+    model, tokens = tiny("mistral"), characters()
+    tokens.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    veneer.attach(model, veneer.Method(method, virtual_tokens=5), seed=0)
+    questions, short = ["what?", "who then is it?", "x"], Sampling(max_new_tokens=6)
+    alone = [answer(model, tokens, question, sampling=short) for question in questions]
+    assert answers(model, tokens, questions, sampling=short) == alone
 
 
 def test_generation_leaves_the_model_as_it_was(base):

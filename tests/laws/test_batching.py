@@ -99,6 +99,79 @@ def test_packed_padded_and_one_by_one(architecture):
         assert_same(gradients(model, alone), reference)
 
 
+def behind_virtual_tokens(architecture: str, method: str, **options: Any) -> Any:
+    model = tiny(architecture)
+    config = veneer.Method(method, virtual_tokens=5, **options)  # type: ignore[arg-type]
+    return shake(veneer.attach(model, config, seed=3))
+
+
+VIRTUAL: dict[str, dict[str, Any]] = {
+    "prefix": {"method": "prefix"},
+    "prefix by an MLP": {"method": "prefix", "prefix_mlp": 6},
+    "prompt": {"method": "prompt"},
+}
+
+
+@pytest.mark.parametrize("case", VIRTUAL)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_virtual_tokens(architecture, case):
+    model = behind_virtual_tokens(architecture, **VIRTUAL[case])
+    chosen, _ = choose_forward(model, ROWS)
+    falls_back = architecture == "falcon"
+    assert taken(chosen) == (not falls_back, True)
+    ways = accepted(model)
+    assert set(ways) == {way for way in EVERY_WAY if not (falls_back and way.packed)}
+    # A prefix is none of what the two functions know.
+    assert bool(chosen.layers) == (architecture in FUSED and case == "prompt")
+    for how in ("selective", "full"):
+        sparing, notices = choose_forward(model, ROWS, recompute=how)
+        assert any("Selective" in notice for notice in notices) == (
+            how == "selective" and not chosen.layers
+        )
+        ways.append(sparing)
+    ways.append(chosen)
+    if architecture == "falcon":
+        ways.append(replace(EVERY_WAY[2], recompute="full"))
+
+    wanted = one_by_one(model, ROWS)
+    reference = gradients(model, wanted)
+    assert all(name.startswith("veneer_virtual.") for name in reference)
+    for way in ways:
+        together = way(model, pack(ROWS, range(len(ROWS))))
+        torch.testing.assert_close(together, wanted, rtol=1e-5, atol=0)
+        assert_same(gradients(model, together), reference, 2e-5)
+        alone = sum(way(model, pack(ROWS, [i])) for i in range(len(ROWS)))
+        torch.testing.assert_close(alone, wanted, rtol=1e-5, atol=0)
+        assert_same(gradients(model, alone), reference, 2e-5)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_virtual_tokens_in_float64(method):
+    model = behind_virtual_tokens("mistral", method).double()
+    wanted = one_by_one(model, ROWS)
+    reference = gradients(model, wanted)
+    choose_forward(model, ROWS)  # which makes the packed attention known
+    for way in EVERY_WAY:
+        loss = way(model, pack(ROWS, range(len(ROWS))))
+        torch.testing.assert_close(loss.double(), wanted.double(), rtol=1e-6, atol=0)
+        assert_same(gradients(model, loss), reference, 1e-6)
+
+
+def test_a_pass_holds_virtual_tokens_too():
+    seen: list[int] = []
+    model = behind_virtual_tokens("llama", "prompt")
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    course = veneer.TrainConfig(
+        steps=3, lr=0.01, tokens_per_step=64, tokens_per_batch=64, recompute="full"
+    )
+    rows = examples([5] * 24)
+    list(veneer.train(model, rows, course, held_out=rows[:9]))
+    assert seen
+    # Filled up with one row of nothing, which has virtual tokens of its own.
+    assert max(seen) <= 2 * 64
+    assert {tokens % 64 for tokens in seen if tokens > 30} == {0}
+
+
 def test_the_sliding_window_matters_here():
     model = new_model("mistral")
     assert max(len(row.tokens) for row in ROWS) > 2 * model.config.sliding_window
@@ -260,6 +333,21 @@ def test_accumulation_equals_the_large_batch(architecture):
             apart = (its_weights[name] - weight).abs() > 1e-6
             assert float(apart.float().mean()) < 0.01, name
             assert moved.norm() > 0
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_accumulation_behind_virtual_tokens(method):
+    found = []
+    for tokens_per_batch in (None, 40, 1):
+        model = behind_virtual_tokens("gpt2", method)
+        course = replace(COURSE, tokens_per_batch=tokens_per_batch)
+        steps = [e for e in veneer.train(model, lopsided(), course) if isinstance(e, Step)]
+        found.append((steps[0], trained_weights(model)))
+    (large, weights), *others = found
+    for step, its_weights in others:
+        assert abs(step.loss - large.loss) < 1e-6 * large.loss
+        for name, weight in weights.items():
+            assert float(((its_weights[name] - weight).abs() > 1e-6).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -37,8 +37,10 @@ COURSES: dict[str, veneer.TrainConfig] = {
 }
 
 
-def new_model(words: bool = False) -> Any:
+def new_model(words: bool = False, method: veneer.Method | None = None) -> Any:
     model = tiny("llama")
+    if method is not None:
+        return veneer.attach(model, method, seed=0)
     if words:
         with_words(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2, dropout=0.3, targets="qv"), seed=0)
@@ -52,13 +54,13 @@ class Run:
 
     def __init__(self, place: Path, course: veneer.TrainConfig, **options: Any) -> None:
         self.place, self.course, self.options = place, course, options
-        self.words = options.pop("words", False)
+        self.words, self.method = options.pop("words", False), options.pop("method", None)
         self.events: list[Event] = []
         self.weights: dict[str, Tensor] = {}
 
     def go(self, *, resume: bool, stop_at: int = 0, leave: Any = lambda event: False) -> None:
         """Train until the end, until `stop_at` asks for it, or until the process dies."""
-        model = new_model(self.words)
+        model = new_model(self.words, self.method)
         step = 0
         events = veneer.train(
             model,
@@ -165,6 +167,25 @@ def test_resuming_what_is_done_changes_nothing(course, whole, tmp_path):
     run.go(resume=True)
     assert_equal(run, whole[course])
     assert not any(isinstance(event, Step) for event in run.events)
+
+
+METHODS = (
+    veneer.Method("prefix", virtual_tokens=3),
+    veneer.Method("prefix", virtual_tokens=3, prefix_mlp=5),
+    veneer.Method("prompt", virtual_tokens=3),
+)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["prefix", "prefix by an MLP", "prompt"])
+def test_virtual_tokens_go_on_too(method, tmp_path):
+    whole, run = (Run(tmp_path / name, COURSE, method=method) for name in ("whole", "run"))
+    whole.go(resume=False)
+    assert len(whole.weights) == (5 if method.prefix_mlp else 1)
+    for step in (2, 5, 6):
+        run.go(resume=step > 2, stop_at=step)
+    run.go(resume=True)
+    assert same(run.weights, whole.weights)
+    assert run.metrics() == whole.metrics()
 
 
 def test_new_words_go_on_too(tmp_path):

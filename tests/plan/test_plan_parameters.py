@@ -164,6 +164,10 @@ def test_prefix_tuning_trains_what_peft_trains(name):
         known = {"token_dim": 8 * heads, "num_attention_heads": heads}
     theirs = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7, **known)
     assert trained(name, method="prefix", virtual_tokens=7) == peft_count(name, theirs)
+    made = {"prefix_projection": True, "encoder_hidden_size": 9}
+    theirs = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7, **known, **made)
+    planned = trained(name, method="prefix", virtual_tokens=7, prefix_mlp=9)
+    assert planned == peft_count(name, theirs)
 
 
 @pytest.mark.parametrize(

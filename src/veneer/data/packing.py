@@ -48,12 +48,14 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
     )
 
 
-def filled_up(batch: Batch, multiple: int) -> Batch:
+def filled_up(batch: Batch, multiple: int, in_front: int = 0) -> Batch:
     """Return the batch with one more row that nothing is learnt from, of as many tokens as make the
-    whole a multiple of `multiple`. It is no example: `rows` stays as it is."""
-    missing = -len(batch.tokens) % multiple
-    if not missing:
+    whole a multiple of `multiple`, counting those that come in front of each row. It is no example:
+    `rows` stays as it is."""
+    tokens = len(batch.tokens) + in_front * len(batch.lengths)
+    if tokens % multiple == 0:
         return batch
+    missing = -(tokens + in_front) % multiple or multiple
     nothing = np.zeros(missing, dtype=np.int64)
     return Batch(
         tokens=np.concatenate([batch.tokens, nothing]),
@@ -72,6 +74,7 @@ class StepOrder:
     lengths          tokens of each row
     tokens_per_step  what one optimizer step takes at most (real tokens: there is no padding)
     tokens_per_batch what one forward and backward pass takes at most
+    in_front         tokens that a pass takes before each row, beside those of the data
     A single row longer than a limit stands alone.
     """
 
@@ -79,6 +82,7 @@ class StepOrder:
     tokens_per_step: int
     tokens_per_batch: int
     seed: int
+    in_front: int = 0
 
     def epoch(self, epoch: int) -> list[list[list[int]]]:
         """Return steps, each of batches, each of row indices; every row stands there once.
@@ -98,7 +102,7 @@ class StepOrder:
         self, step: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> list[NDArray[np.int64]]:
         longest_first = step[np.argsort(-lengths[step], kind="stable")]
-        return _groups(longest_first, lengths, self.tokens_per_batch)
+        return _groups(longest_first, lengths + self.in_front, self.tokens_per_batch)
 
 
 def split_held_out(n: int, *, eval_rows: int, seed: int) -> tuple[list[int], list[int]]:

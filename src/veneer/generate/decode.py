@@ -13,6 +13,7 @@ from veneer.data.chat import prompt_text
 from veneer.data.rows import Message
 from veneer.errors import ConfigError
 from veneer.generate.sampling import Sampling
+from veneer.methods.virtual import takes_padding, virtual_count
 
 
 def answer(
@@ -42,6 +43,7 @@ def answers(
     _seed(sampling)
     texts = [prompt_text(tokenizer, [Message("user", question)]) for question in questions]
     found: list[str] = []
+    batch = batch if takes_padding(model) else 1
     for first in range(0, len(texts), batch):
         inputs = _encode(model, tokenizer, texts[first : first + batch])
         options = _options(model, tokenizer, sampling, inputs)
@@ -111,13 +113,15 @@ def _options(
     options = {**sampling.options(), **_padding(tokenizer)}
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None:
-        longest = inputs["input_ids"].shape[1]
-        if longest >= context:
+        longest, virtual = inputs["input_ids"].shape[1], virtual_count(model)
+        room = context - virtual - longest
+        if room <= 0:
+            beside = f" and {virtual:,} virtual ones before them" if virtual else ""
             raise ConfigError(
-                f"The prompt has {longest:,} tokens, which leaves no room for an answer in the "
-                f"model's context of {context:,}."
+                f"The prompt has {longest:,} tokens{beside}, which leaves no room for an answer in "
+                f"the model's context of {context:,}."
             )
-        options["max_new_tokens"] = min(sampling.max_new_tokens, context - longest)
+        options["max_new_tokens"] = min(sampling.max_new_tokens, room)
     return options
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,14 @@ class Packing:
     """Where the sequences of a packed batch lie, grouped by like length for attention.
 
     lengths: of the sequences, in their order; they sum to the batch's tokens. Computed once a
-    batch and used by every layer.
+    batch and used by every layer. `prefix`: for each layer what all sequences see before their own,
+    or None.
     """
 
+    prefix: Sequence[Tensor] | None = None  # keys and values, (2, kv_heads, virtual, head_dim)
+
     def __init__(self, lengths: list[int], device: torch.device | None = None) -> None:
+        self.lengths = lengths
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
@@ -52,6 +57,12 @@ class Packing:
         from_groups[padded[padded >= 0]] = (padded >= 0).nonzero().squeeze(1)
         self._from_groups = from_groups.to(device)  # (tokens,)
         self.is_identity = torch.equal(padded, torch.arange(self.tokens))
+
+    def behind(self, prefix: Sequence[Tensor]) -> Packing:
+        """Return the same packing, whose sequences see a prefix before their own."""
+        packing = copy.copy(self)
+        packing.prefix = prefix
+        return packing
 
     def to_groups(self, x: Tensor) -> Tensor:
         """Lay packed rows (tokens, ...) out as padded groups; padding repeats the first row."""
@@ -105,7 +116,10 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attention = Attention(packing, scale, sliding_window or None)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if dropout or q.device.type != "cpu":
+    if packing.prefix is not None:
+        layer: Any = module
+        y = attention.composed(q, k, v, dropout, packing.prefix[layer.layer_idx])
+    elif dropout or q.device.type != "cpu":
         y = attention.composed(q, k, v, dropout)
     else:
         y = _PackedAttention.apply(q, k, v, attention)
@@ -124,11 +138,24 @@ class Attention:
     scale: float
     window: int | None = None
 
-    def composed(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-        """Return y by torch's own differentiable operations, on any device."""
+    def composed(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, prefix: Tensor | None = None
+    ) -> Tensor:
+        """Return y by torch's own differentiable operations, on any device.
+
+        prefix (2, kv_heads, virtual, head_dim): keys and values of tokens right before each
+        sequence, which its queries see too.
+        """
         outputs = []
         for query, key, value in self._groups(q, k, v):
-            mask = self._mask(query)
+            before = 0
+            if prefix is not None:
+                before = prefix.shape[2]
+                key, value = (
+                    torch.cat([x.transpose(0, 1).expand(len(own), -1, -1, -1), own], dim=1)
+                    for x, own in zip(prefix, (key, value), strict=True)
+                )  # (sequences, virtual + length, kv_heads, head_dim)
+            mask = self._mask(query, before)
             y = F.scaled_dot_product_attention(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
@@ -249,13 +276,14 @@ class Attention:
         parts = (packing.split(packing.to_groups(x)) for x in (q, k, v))
         yield from zip(*parts, strict=True)
 
-    def _mask(self, query: Tensor) -> Tensor | None:
-        """Return what to add to the scores where a window cuts into a group, (length, length)."""
+    def _mask(self, query: Tensor, before: int = 0) -> Tensor | None:
+        """Return what to add to the scores, (length, before + length), where a window cuts into a
+        group or keys stand before it; None where every query sees the keys up to its own place."""
         length = query.shape[1]
-        if self.window is None or length <= self.window:
+        if not before and (self.window is None or length <= self.window):
             return None
-        seen = _visible(length, self.window, query.device)
-        bias = torch.zeros(length, length, dtype=query.dtype, device=query.device)
+        seen = _visible(length, self.window, query.device, before)
+        bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
         return bias.masked_fill_(~seen, -torch.inf)
 
 
@@ -291,8 +319,9 @@ def _row_dots(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Return which keys (columns) each query (row) sees: itself and what is at most so far back."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < (window or length))
+def _visible(length: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
+    """Return which keys (columns) each query (row) sees: itself and what is at most so far back;
+    the first `before` keys stand before the first query."""
+    position = torch.arange(before + length, device=device)
+    distance = position[before:, None] - position[None, :]
+    return (distance >= 0) & (distance < (window or before + length))

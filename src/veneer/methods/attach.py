@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import AdapterError
@@ -19,25 +19,38 @@ from veneer.methods.route import route_of
 from veneer.methods.start import start_from_rounding
 from veneer.methods.targets import resolve
 from veneer.methods.unfreeze import unfreeze
+from veneer.methods.virtual import fresh, put_virtual, take_virtual
 from veneer.methods.vocabulary import remove_words
 
 
 def attach(
-    model: nn.Module, config: LoRA | Method, *, name: str = "default", seed: int | None = None
+    model: nn.Module,
+    config: LoRA | Method,
+    *,
+    name: str = "default",
+    seed: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> nn.Module:
     """Lay a fresh adapter called `name` over `model`, in place, and let it act and train.
 
     The model's outputs stay exactly as they were, since B starts at zero. Everything but the new
     adapter is frozen. A `seed` makes the random start of A repeatable without touching torch's own.
-    A `Method` trains something else: weights of the base, or virtual tokens.
+    A `Method` trains something else: weights of the base, or virtual tokens. These change what the
+    model says from the start, as if the words they start from stood in front of every text; the
+    `tokenizer` is for a `prompt_text`.
     Returns the model. Raises TargetError for targets that match nothing, AdapterError for a name
-    that is taken.
+    that is taken, ConfigError for a method that does not suit the model.
     """
     check_name(model, name)
     if isinstance(config, Method):
         assert isinstance(model, PreTrainedModel)
-        unfreeze(model, config)
-        put_method(model, name, config)
+        if config.replaces_weights:
+            unfreeze(model, config)
+            put_method(model, name, config)
+        else:
+            part = fresh(model, config, seed=seed, tokenizer=tokenizer)
+            model.requires_grad_(False)
+            put_method(model, name, config, part)
         return model
     if config.init == "auto":
         is_minigpt = getattr(getattr(model, "config", None), "model_type", None) == "minigpt"
@@ -58,12 +71,20 @@ def attach(
 def use(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
     """Let adapters act: one by its name, several as a mapping to weights, or none with None.
 
-    Raises AdapterError for a name that is not attached, and where something acts that cannot be
-    put aside, for it replaced the base's own weights.
+    Raises AdapterError for a name that is not attached, for virtual tokens that would not act alone
+    and whole, and where something acts that cannot be put aside, for it replaced the base's own
+    weights.
     """
     route = route_of(model)
     before = dict(route.weights)
     route.use(which)
+    virtual = [name for name in route.weights if _is_virtual(route.configs[name])]
+    if virtual and route.weights != {virtual[0]: 1.0}:
+        route.weights = before
+        raise AdapterError(
+            f"{', '.join(virtual)} {'has' if len(virtual) == 1 else 'have'} virtual tokens, which "
+            "act alone or not at all, and cannot be mixed."
+        )
     if stuck := [name for name in _replacing(model) if route.weights.get(name) != 1.0]:
         route.weights = before
         raise AdapterError(
@@ -102,6 +123,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             del layer.adapters[each]
         if not layer.adapters:
             model.set_submodule(path, layer.original)
+    take_virtual(model, gone)
     for each in gone:
         del route.configs[each]
         route.weights.pop(each, None)
@@ -115,6 +137,10 @@ def _replacing(model: nn.Module) -> list[str]:
     return [name for name, each in configs if isinstance(each, Method) and each.replaces_weights]
 
 
+def _is_virtual(config: LoRA | Method) -> bool:
+    return isinstance(config, Method) and not config.replaces_weights
+
+
 def put(model: nn.Module, name: str, config: LoRA, parts: Mapping[str, Adapter]) -> None:
     """Lay a stored adapter, given as {path: Adapter}, over the model and let it act, frozen."""
     for path, part in parts.items():
@@ -123,8 +149,12 @@ def put(model: nn.Module, name: str, config: LoRA, parts: Mapping[str, Adapter])
     use(model, name)
 
 
-def put_method(model: nn.Module, name: str, config: Method) -> None:
-    """Note that `config`, called `name`, is what acts on the model now."""
+def put_method(
+    model: PreTrainedModel, name: str, config: Method, part: nn.Module | None = None
+) -> None:
+    """Let `config`, called `name`, be what acts on the model now; `part` are its virtual tokens."""
+    if part is not None:
+        put_virtual(model, name, part)
     route_of(model).configs[name] = config
     use(model, name)
 

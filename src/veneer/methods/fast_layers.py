@@ -39,7 +39,7 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, tor
 
 
 Angles = tuple[Tensor, Tensor]  # cos and sin, (1, tokens, head_dim)
-Options = dict[str, Any]  # what a layer asks of attention
+Options = dict[str, Any]  # what a layer is given, or asks of attention
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ class FusedLayer:
         arena: Arena,
         sparing: bool = False,
     ) -> Tensor | None:
-        """Return the layer's output, or None where its adapters need the general way."""
+        """Return the layer's output, or None where adapters or a prefix need the general way."""
         layer: Any = self.layer
         dtype = hidden_states.dtype
         found = self._projections()
-        if found is None or torch.is_autocast_enabled(hidden_states.device.type):
+        autocast = torch.is_autocast_enabled(hidden_states.device.type)
+        if found is None or packing.prefix is not None or autocast:
             return None
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         if {part.weight.dtype for part in (*found, *norms)} != {dtype}:
@@ -114,17 +115,20 @@ def fused_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, ..
     proven: list[FusedLayer] = []
 
     # At once, while the layer's weights are at hand: a base may be larger than the memory.
-    def prove(layer: Any, inputs: Tensor, angles: Angles, wanted: Tensor, asked: Options) -> None:
-        scale = asked.get("scaling")
+    def prove(layer: Any, inputs: Tensor, given: Options, wanted: Tensor, asked: Options) -> None:
+        scale, angles = asked.get("scaling"), given["position_embeddings"]
         if scale is None or angles[0].shape[-1] != layer.self_attn.head_dim:
             return
         found = FusedLayer(layer, scale, asked.get("sliding_window") or None)
-        ours = found.forward(inputs, position_embeddings=angles, packing=packing, arena=arena)
+        # The packing that reached the layer: virtual tokens may have joined it.
+        own = given["packing"]
+        ours = found.forward(inputs, position_embeddings=angles, packing=own, arena=arena)
         if ours is not None and _is_near(ours, wanted, inputs):
             proven.append(found)
 
     with torch.no_grad(), _watched(model, likely, prove):
-        decoder(input_ids=tokens, packing=packing, use_cache=False)
+        places = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        decoder(input_ids=tokens, position_ids=places, packing=packing, use_cache=False)
     return tuple(proven)
 
 
@@ -201,14 +205,14 @@ def _overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[No
 def _watched(
     model: PreTrainedModel, layers: Sequence[nn.Module], see: Callable[..., None]
 ) -> Iterator[None]:
-    """Let `see` have each layer as it is computed, with its input, angles and output, and what its
+    """Let `see` have each layer as it is computed, with its input, options and output, and what its
     attention was asked for."""
     options: dict[nn.Module, Options] = {}
 
     def note_call(layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        if args and "position_embeddings" in kwargs and isinstance(output, Tensor):
-            asked = options.get(layer.self_attn, {})
-            see(layer, args[0], kwargs["position_embeddings"], output, asked)
+        passed = "position_embeddings" in kwargs and "packing" in kwargs
+        if args and passed and isinstance(output, Tensor):
+            see(layer, args[0], kwargs, output, options.get(layer.self_attn, {}))
 
     def note_options(module: nn.Module, *args: Any, **asked: Any) -> tuple[Tensor, None]:
         options[module] = asked

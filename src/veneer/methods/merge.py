@@ -14,6 +14,7 @@ from veneer.frozen.packed import named_frozen
 from veneer.lowrank.layers import lora_layers
 from veneer.methods.attach import adapters, in_use
 from veneer.methods.config import Method
+from veneer.methods.virtual import take_virtual
 from veneer.methods.vocabulary import bake_words, new_words
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -33,6 +34,7 @@ def merge(model: Model) -> Model:
     shared = [*model.parameters(), *model.buffers()]
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     words = new_words(plain)
+    take_virtual(plain, set(adapters(plain)))
     for path, layer in list(lora_layers(plain)):
         plain.set_submodule(path, layer.fuse() if layer.active() else layer.original)
     for path, packed in named_frozen(plain).items():

@@ -13,6 +13,7 @@ from veneer.frozen.packed import named_frozen
 from veneer.lowrank.layers import lora_layers
 from veneer.methods.blocks import decoder_layers
 from veneer.methods.config import Method
+from veneer.methods.virtual import virtual_tokens
 from veneer.models.fingerprint import base_parameters, fingerprint
 
 
@@ -26,7 +27,7 @@ def unfreeze(model: PreTrainedModel, config: Method) -> None:
         raise ConfigError(
             f"{config.method} trains weights, and packed ones cannot; leave bits out."
         )
-    if next(lora_layers(model), None) is not None:
+    if next(lora_layers(model), None) is not None or virtual_tokens(model) is not None:
         raise AdapterError(
             f"{config.method} would change the base of the adapters that lie over it."
         )

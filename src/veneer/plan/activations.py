@@ -31,7 +31,7 @@ def tokens_of(config: PlanConfig) -> int:
 def is_fused(shape: ModelShape, trained: Trained) -> bool:
     """Say whether the blocks are computed as the two functions of lowrank/block.py."""
     dropout = any(each.dropout for each in trained.adapted)
-    return shape.fused and not trained.weights and not dropout
+    return shape.fused and not (trained.weights or dropout or trained.prefix)
 
 
 def recompute_of(config: PlanConfig, shape: ModelShape, trained: Trained) -> str:

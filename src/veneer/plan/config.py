@@ -36,6 +36,8 @@ class PlanConfig:
     """Blocks that freeze trains, the last ones (as many as LLaMA-Factory does)."""
     virtual_tokens: int = 20
     """Virtual tokens of prefix and prompt."""
+    prefix_mlp: int | None = None
+    """With prefix, the width of an MLP that makes the keys and values while training."""
     mapped: bool = False
     """Count the weights as mapped from a directory that veneer quantize wrote: on the disk."""
 
@@ -52,7 +54,13 @@ class PlanConfig:
         ]
         problems += [
             f"{name} is {value!r}, but must be at least 1"
-            for name in ("tokens_per_batch", "max_length", "trained_blocks", "virtual_tokens")
+            for name in (
+                "tokens_per_batch",
+                "max_length",
+                "trained_blocks",
+                "virtual_tokens",
+                "prefix_mlp",
+            )
             if (value := getattr(self, name)) is not None and value < 1
         ]
         if self.method in ("full", "freeze") and self.bits in (4, 8):

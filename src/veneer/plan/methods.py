@@ -31,13 +31,15 @@ class Trained:
     """What trains of a model, or beside it.
 
     weights: the model's own layers that train. adapted: layers under adapters. first_block: the
-    lowest block that a gradient must reach, `depth` for none; nothing below it is kept.
+    lowest block that a gradient must reach, `depth` for none; nothing below it is kept. prefix:
+    whether keys and values of virtual tokens, which attention sees before a text's own.
     """
 
     parameters: Amount
     weights: tuple[Part, ...] = ()
     adapted: tuple[Adapted, ...] = ()
     first_block: int = 0
+    prefix: bool = False
 
     @property
     def count(self) -> int:
@@ -87,8 +89,8 @@ def trained_by(config: PlanConfig, shape: ModelShape, adapted: tuple[Adapted, ..
 
     full: all parameters. freeze: the last `trained_blocks` blocks. lora: rank · (in + out) a layer
     (Hu et al. 2021, section 4.1). dora: the same and `out` magnitudes (Liu et al. 2024, section
-    4.1). prefix: keys and values of virtual tokens in each layer (Li and Liang 2021, without their
-    reparametrisation). prompt: virtual tokens' embeddings (Lester et al. 2021).
+    4.1). prefix: keys and values of virtual tokens in each layer, or the MLP that makes them (Li
+    and Liang 2021, section 4.3). prompt: virtual tokens' embeddings (Lester et al. 2021).
 
     Raises ConfigError where a method trains nothing of this model.
     """
@@ -98,10 +100,7 @@ def trained_by(config: PlanConfig, shape: ModelShape, adapted: tuple[Adapted, ..
             raise ConfigError(f"{config.method} needs layers to adapt.")
         return _adapting(shape, adapted, magnitudes=config.method == "dora")
     if config.method == "prefix":
-        term = Term.of(
-            shape.depth, "layers", 2, "keys and values", tokens, "virtual tokens", shape.kv, "wide"
-        )
-        return Trained(amount("prefix", term))
+        return Trained(amount("prefix", *_prefix(config, shape)), prefix=True)
     if config.method == "prompt":
         width = shape.parts[0].out  # of the embedding of words
         return Trained(amount("prompt", Term.of(tokens, "virtual tokens", width, "wide")))
@@ -117,6 +116,20 @@ def trained_by(config: PlanConfig, shape: ModelShape, adapted: tuple[Adapted, ..
         return Trained(amount("blocks", term), weights, first_block=first)
     term = Term.of(shape.parameters, "parameters")
     return Trained(amount("all", term), shape.parts)
+
+
+def _prefix(config: PlanConfig, shape: ModelShape) -> list[Term]:
+    tokens, width = config.virtual_tokens, config.prefix_mlp
+    made = (shape.depth, "layers", 2, "keys and values")
+    if width is None:
+        return [Term.of(*made, tokens, "virtual tokens", shape.kv, "wide")]
+    return [
+        Term.of(tokens, "virtual tokens", shape.kv, "wide", note="embeddings"),
+        Term.of(width, "wide", shape.kv + 1, "inputs and bias", note="the MLP's first layer"),
+        Term.of(
+            *(*made, shape.kv, "wide", width + 1, "inputs and bias"), note="the MLP's second layer"
+        ),
+    ]
 
 
 def _adapting(shape: ModelShape, adapted: tuple[Adapted, ...], *, magnitudes: bool) -> Trained:

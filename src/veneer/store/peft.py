@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from veneer.errors import AdapterError, ConfigError
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
+from veneer.methods.config import Method
+from veneer.store import peft_virtual
 from veneer.store.files import new_directory, read_json, read_tensors, write_json, write_tensors
 from veneer.store.state import EMBEDDING, LINEAR, MAGNITUDE, AdapterState
 
@@ -41,7 +43,9 @@ def config_of(state: AdapterState) -> dict[str, Any]:
     Ranks and alphas of single layers are keyed by whole paths: PEFT sorts patterns on saving, and
     the first that matches wins, so that any pattern that overlaps another could change its meaning.
     """
-    config = _lora_of(state)
+    if isinstance(state.config, Method):
+        return peft_virtual.config_of(state, _virtual_of(state.config))
+    config = state.config
     paths = [layer.path for layer in state.layers()]
     ranks = {path: config.rank_of(path) for path in paths}
     alphas = {path: _number(config.alpha_of(path)) for path in paths}
@@ -74,6 +78,8 @@ def tensors_of(state: AdapterState) -> dict[str, Tensor]:
         raise AdapterError(
             "An adapter with new words cannot be written for PEFT; merge it, or write it natively."
         )
+    if isinstance(state.config, Method):
+        return peft_virtual.tensors_of(state, _virtual_of(state.config))
     renamed = {}
     for key, tensor in state.tensors.items():
         path, _, name = key.rpartition(".")
@@ -86,9 +92,12 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
 
     Raises AdapterError, listing every part that cannot be honoured and every key that is unknown.
     """
+    if config.get("peft_type") in peft_virtual.TYPES:
+        return peft_virtual.state_of(config, tensors)
     problems = []
     if config.get("peft_type") != "LORA":
-        problems.append(f"its peft_type is {config.get('peft_type')!r}, and only LORA is read")
+        known = ", ".join(("LORA", *peft_virtual.TYPES))
+        problems.append(f"its peft_type is {config.get('peft_type')!r}, and only {known} are read")
     problems += [f"{name} is not read" for name in NOT_READ if config.get(name)]
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}, and only 'none' is read")
@@ -116,8 +125,8 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
 def without_start(state: AdapterState) -> AdapterState:
     """Return the same adapter as a plain one, of twice the rank where A and B did not start at
     zero: B A − B₀ A₀ is one product of that rank."""
-    config = _lora_of(state)
-    if not any(layer.start for layer in state.layers()):
+    config = state.config
+    if not isinstance(config, LoRA) or not any(layer.start for layer in state.layers()):
         return state
     tensors = {}
     for layer in state.layers():
@@ -144,10 +153,10 @@ def without_start(state: AdapterState) -> AdapterState:
     return replace(state, config=plain, tensors=tensors)
 
 
-def _lora_of(state: AdapterState) -> LoRA:
-    if not isinstance(state.config, LoRA):
-        raise AdapterError(f"PEFT has no format for {state.config.method}; write it natively.")
-    return state.config
+def _virtual_of(config: Method) -> Method:
+    if config.replaces_weights:
+        raise AdapterError(f"PEFT has no format for {config.method}; write it natively.")
+    return config
 
 
 def write(state: AdapterState, directory: Path) -> None:

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import AdapterError, ConfigError, nearest
-from veneer.frozen.packed import FrozenLinear
+from veneer.errors import AdapterError, nearest
 from veneer.lowrank.adapter import Adapter, Factors
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import LoRAEmbedding, lora_layers
 from veneer.methods.attach import adapters, check_name, in_use, put, put_method
 from veneer.methods.config import Method
-from veneer.methods.targets import Layer, adaptable_layers, resolve
+from veneer.methods.targets import Layer, adaptable_layers
 from veneer.methods.unfreeze import replaced_weights, unfreeze
-from veneer.methods.vocabulary import extend_tokenizer, is_tied, new_words, put_rows
-from veneer.models.fingerprint import base_parameters, fingerprint
+from veneer.methods.virtual import stored, virtual_tokens
+from veneer.methods.vocabulary import extend_tokenizer, new_words, put_rows
+from veneer.models.fingerprint import fingerprint
+from veneer.store.misfits import misfits
 
 LINEAR, EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE, START = "magnitude", ("start_A", "start_B")
@@ -54,7 +55,9 @@ class AdapterState:
     `tensors` are keyed by the base's own paths: `<path>.lora_A` (rank, in) and `<path>.lora_B`
     (out, rank) for linear layers, `<path>.lora_embedding_A` (rank, words) and `_B` (dim, rank) for
     embeddings; with DoRA `<path>.magnitude` (out,); where A and B did not start at zero, where they
-    did, `<path>.start_A` and `.start_B`. Of freeze and full they are the weights themselves.
+    did, `<path>.start_A` and `.start_B`. Of freeze and full they are the weights themselves; of
+    prefix and prompt one tensor, under the method's name: (layers, 2, kv_heads, virtual, head_dim)
+    and (virtual, dim).
     """
 
     config: LoRA | Method
@@ -96,7 +99,14 @@ def capture(
     if name not in attached:
         raise AdapterError(f"No adapter is called {name!r}{nearest(name, attached)}.")
     config = attached[name]
-    if isinstance(config, Method):
+    tensors: dict[str, Tensor]
+    if isinstance(config, Method) and not config.replaces_weights:
+        home = virtual_tokens(model)
+        assert home is not None
+        with torch.no_grad():
+            tensors = {config.method: home.adapters[name]().clone().contiguous()}
+        config = replace(config, prefix_mlp=None)  # what it makes is what is kept
+    elif isinstance(config, Method):
         tensors = {key: w.detach().clone() for key, w in replaced_weights(model, config).items()}
     else:
         tensors = _factors(model, name)
@@ -127,17 +137,13 @@ def install(
     `force`), keys that are missing or belong nowhere, wrong shapes, values that are not finite.
     """
     check_name(model, name)
-    problems = [] if force else _foreign(model, state, tokenizer)
-    if isinstance(state.config, LoRA):
-        problems += _misfits(model, state, state.config)
-    else:
-        problems += _misfit_weights(model, state, state.config)
-    if state.rows is not None:
-        problems += _misfit_rows(model, state.rows, tokenizer)
+    problems = misfits(model, state, tokenizer, force=force)
     if problems:
         raise AdapterError("This adapter does not fit the model: " + "; ".join(problems) + ".")
     if isinstance(state.config, LoRA):
         put(model, name, state.config, _parts(state, state.config))
+    elif not state.config.replaces_weights:
+        put_method(model, name, state.config, stored(state.config, state.tensors))
     else:
         unfreeze(model, state.config)
         with torch.no_grad():
@@ -187,147 +193,6 @@ def _parts(state: AdapterState, config: LoRA) -> dict[str, Adapter]:
             start=None if A0 is None or B0 is None else (A0, B0),
         )
     return parts
-
-
-def _misfit_weights(model: PreTrainedModel, state: AdapterState, config: Method) -> list[str]:
-    try:
-        wanted = replaced_weights(model, config)
-    except ConfigError as error:
-        return [str(error).rstrip(".")]
-    problems = [f"{key} is missing" for key in wanted if key not in state.tensors]
-    for key, tensor in state.tensors.items():
-        if key not in wanted:
-            problems.append(f"{key} is none of the weights that train{nearest(key, wanted)}")
-        elif tensor.shape != wanted[key].shape:
-            there, here = tuple(tensor.shape), tuple(wanted[key].shape)
-            problems.append(f"{key} is {there}, but the base's is {here}")
-        elif not _is_finite(tensor):
-            problems.append(f"{key} has values that are not finite numbers")
-    return problems
-
-
-def _foreign(
-    model: PreTrainedModel, state: AdapterState, tokenizer: PreTrainedTokenizerBase | None
-) -> list[str]:
-    here = fingerprint(model, tokenizer)
-    differing = [
-        part for part, mark in state.base_fingerprint.items() if here.get(part, mark) != mark
-    ]
-    if not differing:
-        return []
-    return [
-        f"it was trained on another base ({state.base_name or 'unnamed'}: its "
-        f"{' and '.join(differing)} differ; force overrides this)"
-    ]
-
-
-def _misfits(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
-    problems = []
-    places = {layer.path: layer for layer in adaptable_layers(model)}
-    complete: set[str] = set()
-    for stored in state.layers():
-        path = stored.path
-        complete.add(path)
-        layer = places.get(path)
-        if layer is None:
-            problems.append(f"{path} is no layer of this model{nearest(path, places)}")
-        elif layer.is_linear == stored.is_embedding:
-            problems.append(f"{path} is a {type(layer.module).__name__}, of the other kind")
-        else:
-            problems += _misshapen(stored, config, layer.shape)
-    for key, tensor in state.tensors.items():
-        path = key.rpartition(".")[0]
-        if path not in complete:
-            problems.append(f"{key} stands alone, without its other half")
-        if not _is_finite(tensor):
-            problems.append(f"{key} has values that are not finite numbers")
-    try:
-        wanted = {layer.path for layer in resolve(model, config)}
-    except ValueError as error:
-        problems.append(str(error).rstrip("."))
-    else:
-        missing = sorted(wanted - complete)
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            problems.append(f"weights are missing for {', '.join(missing[:3])}{more}")
-        problems += [
-            f"{path} has weights, but is not among the targets"
-            for path in sorted(complete - wanted)
-        ]
-    own = base_parameters(model, every_name=True)
-    for path, weight in state.base_weights.items():
-        base = own.get(path)
-        if (
-            base is None
-            or base.shape != weight.shape
-            or not torch.equal(base.detach().cpu().to(torch.bfloat16), weight.to(torch.bfloat16))
-        ):
-            problems.append(f"it brings a {path} of its own that differs from the base's")
-    return problems
-
-
-def _misshapen(stored: StoredLayer, config: LoRA, shape: tuple[int, int]) -> list[str]:
-    """Return what of one layer's tensors is missing, too much, or of the wrong shape."""
-    path, rank, (out, in_) = stored.path, config.rank_of(stored.path), shape
-    needed = ((rank, in_), (out, rank))
-    problems = []
-    if (tuple(stored.A.shape), tuple(stored.B.shape)) != needed:
-        problems.append(
-            f"{path} has A {tuple(stored.A.shape)} and B {tuple(stored.B.shape)}, "
-            f"but needs {needed[0]} and {needed[1]}"
-        )
-    if config.dora != (stored.magnitude is not None):
-        problems.append(f"{path} has {'no' if config.dora else 'a'} magnitude, unlike its settings")
-    elif stored.magnitude is not None and tuple(stored.magnitude.shape) != (out,):
-        problems.append(
-            f"{path} has a magnitude {tuple(stored.magnitude.shape)}, but needs {(out,)}"
-        )
-    if stored.start is not None and tuple(tuple(t.shape) for t in stored.start) != needed:
-        shapes = " and ".join(str(tuple(t.shape)) for t in stored.start)
-        problems.append(f"{path} started at {shapes}, but needs {needed[0]} and {needed[1]}")
-    if config.has_start and stored.start is None and not stored.is_embedding:
-        problems.append(f"{path} does not say where it started")
-    return problems
-
-
-def _misfit_rows(
-    model: PreTrainedModel, rows: Rows, tokenizer: PreTrainedTokenizerBase | None
-) -> list[str]:
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if new_words(model) is not None:
-        return ["the model has new words already, and this adapter brings its own"]
-    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear | FrozenLinear):
-        return ["it brings new words, which need a base whose embedding and head are not adapted"]
-    problems = []
-    known, dim = embedding.weight.shape
-    if not 0 <= rows.start <= known:
-        problems.append(f"its new words start at {rows.start}, but the base has {known} words")
-    if (rows.head is None) != is_tied(embedding, head):
-        problems.append("the base and it differ in whether embedding and head are tied")
-    for part, values in (("embedding", rows.embedding), ("head", rows.head)):
-        if values is None:
-            continue
-        if tuple(values.shape) != (len(rows.words), dim):
-            problems.append(
-                f"its new rows of the {part} are {tuple(values.shape)}, "
-                f"but must be {(len(rows.words), dim)}"
-            )
-        if not _is_finite(values):
-            problems.append(f"its new rows of the {part} have values that are not finite numbers")
-    if tokenizer is not None:
-        vocabulary = tokenizer.get_vocab()
-        found = [vocabulary.get(word) for word in rows.words]
-        there = list(range(rows.start, rows.start + len(rows.words)))
-        if found != there and (any(i is not None for i in found) or len(tokenizer) != rows.start):
-            problems.append(
-                f"the tokenizer has other tokens where its new words start ({rows.start})"
-            )
-    return problems
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
-    return plain and bool(torch.isfinite(tensor.to(torch.float32)).all())
 
 
 def _shortest_names(paths: set[str], layers: list[Layer]) -> tuple[str, ...]:

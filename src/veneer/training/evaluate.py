@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder, pack
+from veneer.methods.virtual import tokens_in_front
 from veneer.training.forward import Forward
 
 
@@ -21,7 +22,7 @@ def evaluate(
 ) -> float:
     """Return the mean loss over the label tokens of all examples, in nats."""
     lengths = [len(example.tokens) for example in examples]
-    order = StepOrder(lengths, tokens_per_batch, tokens_per_batch, seed=0)
+    order = StepOrder(lengths, tokens_per_batch, tokens_per_batch, 0, tokens_in_front(model))
     training = model.training
     model.eval()
     total, labels = 0.0, 0

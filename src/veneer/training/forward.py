@@ -29,6 +29,7 @@ from veneer.methods.fast_layers import (
     fused,
     fused_layers,
 )
+from veneer.methods.virtual import tokens_in_front
 from veneer.training.config import Recompute
 
 PROBE_LENGTHS = (7, 19, 12)
@@ -52,7 +53,7 @@ class Forward:
         """Return the sum of the label tokens' losses, a float32 scalar with a gradient."""
         device = model.device
         if self.packed:
-            batch = filled_up(batch, TOKENS_STEP)
+            batch = filled_up(batch, TOKENS_STEP, tokens_in_front(model))
         tokens = torch.from_numpy(batch.tokens).to(device)  # (tokens,)
         labels = torch.from_numpy(batch.labels).to(device)
         positions = torch.from_numpy(batch.positions).to(device)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from veneer.methods.attach import adapters, in_use
 from veneer.methods.config import LEARNING_RATES, Method
 from veneer.methods.lora_plus import lr_ratios
 from veneer.methods.start import start_from_gradients
+from veneer.methods.virtual import idle_virtual, tokens_in_front
 from veneer.store import checkpoint as checkpoints
 from veneer.store.checkpoint import Checkpoint
 from veneer.training.config import TrainConfig
@@ -104,7 +106,8 @@ class _Run:
         self.held_out, self.directory = held_out, directory
         course = {k: v for k, v in asdict(config).items() if k not in ("save_every", "recompute")}
         self.identity = course | identity
-        idle = {id(weight) for adapter in idle_adapters(model) for weight in adapter.parameters()}
+        aside = chain(idle_adapters(model), idle_virtual(model))
+        idle = {id(weight) for adapter in aside for weight in adapter.parameters()}
         self.weights: dict[str, nn.Parameter] = {
             name: weight
             for name, weight in model.named_parameters()
@@ -122,6 +125,7 @@ class _Run:
             config.tokens_per_step,
             config.batch_tokens,
             config.seed,
+            tokens_in_front(model),
         )
         self.step, self.epoch, self.step_in_epoch = 0, 0, 0
         self.skips, self.evaluations_since_best = 0, 0

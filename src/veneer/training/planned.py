@@ -51,6 +51,7 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
         mapped=mapped,
         trained_blocks=method.trained_blocks or PlanConfig.trained_blocks,
         virtual_tokens=method.virtual_tokens or PlanConfig.virtual_tokens,
+        prefix_mlp=method.prefix_mlp,
     )
     # Whoever calls from a program of their own may hold more than the libraries.
     runtime = max(RUNTIME, status("VmRSS") + GROWTH)

@@ -23,6 +23,7 @@ from veneer.methods.attach import attach
 from veneer.methods.config import MethodName
 from veneer.methods.merge import merge, rounded_away, why_not_mergeable
 from veneer.methods.report import report_packed, report_trained
+from veneer.methods.virtual import context_left
 from veneer.methods.vocabulary import add_words, find_words, new_words
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, dtype_of, load_base
@@ -106,7 +107,8 @@ def tune(
     yield from map(Notice, base.notices)
     if Encoder(base.tokenizer, max_length=recipe.rows.max_length).uses_plain_template:
         yield Notice("The tokenizer has no chat template; turns are written as plain lines.")
-    attach(base.model, recipe.what_trains, seed=recipe.training.seed)
+    seed = recipe.training.seed
+    attach(base.model, recipe.what_trains, seed=seed, tokenizer=base.tokenizer)
     report = report_trained(base.model, recipe.what_trains)
     _train_new_rows(base)
     yield ModelReady(report, words, _name_of(dtype), report_packed(base.model))
@@ -193,7 +195,7 @@ def _clear(out: Path) -> None:
 def _data(recipe: Recipe, base: Base) -> tuple[list[Example], list[Example], DataReady]:
     rows, tokenizer = recipe.rows, base.tokenizer
     # A model may have no position beyond its context at all.
-    context = getattr(base.model.config, "max_position_embeddings", None)
+    context = context_left(base.model, recipe.method.virtual_tokens or 0)
     max_length = min(rows.max_length, context or rows.max_length)
     examples, skipped = load_examples(
         recipe.data,
