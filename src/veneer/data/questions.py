@@ -55,7 +55,9 @@ def _parse(value: object) -> tuple[tuple[Message, ...], list[str]]:
     if isinstance(row, Text):
         raise ValueError("a text asks nothing; give a prompt with its completion or references")
     last = max(i for i, turn in enumerate(row.messages) if turn.role == "assistant" and turn.learn)
-    return row.messages[:last], [row.messages[last].content]
+    # Whether a turn would be learnt makes no difference here.
+    turns = tuple(Message(turn.role, turn.content) for turn in row.messages[:last])
+    return turns, [row.messages[last].content]
 
 
 def _is_said(text: object) -> bool:
