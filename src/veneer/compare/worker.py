@@ -33,6 +33,7 @@ from veneer.errors import AdapterError, VeneerError
 from veneer.frozen.packed import named_frozen
 from veneer.generate.decode import answers
 from veneer.generate.sampling import Sampling
+from veneer.kernels.heap import kept_heap
 from veneer.lowrank.config import LoRA
 from veneer.methods.attach import attach, use
 from veneer.methods.config import Method
@@ -98,10 +99,12 @@ def work(job: Job, tell: Tell) -> Result:
         attach(model, recipe.what_trains, seed=job.seed)
         found |= _train(model, rows.training, recipe.training, tell)
     tell({"doing": "evaluating"})
-    forward, notices = choose_forward(model, rows.held_out)
-    found["eval_loss"] = evaluate(model, rows.held_out, forward)
+    with kept_heap():
+        forward, notices = choose_forward(model, rows.held_out)
+        found["eval_loss"] = evaluate(model, rows.held_out, forward)
+        if job.kind != "trial":
+            found["general_loss"] = evaluate(model, rows.general, forward)
     if job.kind != "trial":
-        found["general_loss"] = evaluate(model, rows.general, forward)
         if job.test is not None:
             tell({"doing": "answering"})
             found |= _answers(job, base)
