@@ -11,12 +11,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from matplotlib import pyplot
+from rich.console import Console
 
 import veneer
+from compared import job
+from veneer.cli import compare as showing
 from veneer.cli.app import run
 from veneer.compare import run as comparing
+from veneer.compare.events import JobDone, JobFailed, JobStep, Laid
 from veneer.compare.job import Result
-from veneer.compare.worker import base_digests
+from veneer.compare.labels import LABELS
+from veneer.compare.picture import name_points
+from veneer.compare.process import why
+from veneer.compare.worker import GENERAL, base_digests
+from veneer.data.sources import read_rows
 from veneer.data.world import facts
 
 QUICK = ("--budget", "steps:4", "--tokens-per-step", "256", "--max-new-tokens", "8")
@@ -289,3 +298,57 @@ def test_deviations_over_seeds_are_shown(asked_for, tmp_path, monkeypatch):
     found = compared(tmp_path, "lora", "--seeds", "3")
     assert found["rows"][1]["eval_loss"] == {"mean": 2.0, "deviation": 1.0}
     assert "| 2.0000 ± 1.0000 |" in Path("out/comparison.md").read_text(encoding="utf-8")
+
+
+def test_a_process_that_ends_without_a_word_is_explained(tmp_path):
+    log = tmp_path / "lora.log"
+    log.write_text("Traceback (most recent call last):\n  ...\nRuntimeError: no room\n\n")
+    assert why(1, log) == f"RuntimeError: no room (all of it: {log})"
+    assert "memory" in why(-signal.SIGKILL, log)
+    assert "SIGSEGV" in why(-signal.SIGSEGV, log)
+
+
+def test_on_a_terminal_one_table_shows_how_each_run_stands(monkeypatch):
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100)
+    monkeypatch.setattr(showing, "OUTPUT", terminal)
+    first, second, third = (job(name=n, label=LABELS[n], steps=9) for n in ("lora", "full", "dora"))
+    result = Result({}, 10, "float32", 5, 2, 100.0, 1.25, exact=50.0)
+    with showing.CompareDisplay() as display:
+        display.show(Laid(("lora", "full", "dora", "prefix"), (0,)))
+        display.show(JobDone(first, result, False))
+        display.show(JobStep(second, 3, 2.5, 1234.0, 2_000_000_000))
+        display.show(JobFailed(third, "no [luck]"))
+        terminal.print(display._table())
+    lines = [line for line in shown.getvalue().splitlines() if line.strip()]
+    (lora,) = (line for line in lines if line.startswith("lora "))
+    (full,) = (line for line in lines if line.startswith("full "))
+    assert "seed 0: done" in lora
+    assert "1.2500" in lora
+    assert "50.0" in lora
+    assert all(text in full for text in ("seed 0: step 3/9", "2.500", "1,234", "2.0 GB"))
+    assert any(line.startswith("dora ") and "failed" in line for line in lines)
+    assert any(line.startswith("prefix ") and "waiting" in line for line in lines)
+
+
+def test_the_names_in_the_picture_cover_neither_points_nor_each_other():
+    figure, axes = pyplot.subplots(figsize=(5, 4))
+    places = [(1.0, 1.0)] * 4 + [(1.01, 1.0), (1.0, 1.02), (3.0, 4.0)]
+    for x, y in places:
+        axes.plot(x, y, "o")
+    axes.margins(0.2)
+    figure.draw_without_rendering()
+    name_points([(axes, x, y, f"name {i}") for i, (x, y) in enumerate(places)], axes, figure)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == len(places)
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+        assert not any(box.contains(*axes.transData.transform(place)) for place in places)
+    pyplot.close(figure)
+
+
+def test_the_sample_of_general_english_ships():
+    rows, problems = read_rows(GENERAL)
+    assert not problems
+    assert len(rows) == 60
+    assert 2000 < sum(len(row.row.text.split()) for row in rows) < 3000

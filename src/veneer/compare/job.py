@@ -112,4 +112,9 @@ def kept_result(path: Path, job: Job) -> Result | None:
             f"{path} belongs to another comparison: {'; '.join(differing)}. Resume with the same "
             "settings, or start anew by --force or another --out."
         )
-    return Result(**kept["result"])
+    try:
+        return Result(**kept["result"])
+    except TypeError as error:
+        raise ConfigError(
+            f"{path} was written by another version of Veneer; start anew by --force."
+        ) from error

@@ -94,12 +94,12 @@ def draw(comparison: Comparison, path: Path) -> None:
         )
     figure.draw_without_rendering()
     for axes in all_axes:
-        _name([point for point in points if point[0] is axes], axes, figure)
+        name_points([point for point in points if point[0] is axes], axes, figure)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def _name(points: Sequence[tuple[Any, float, float, str]], axes: Any, figure: Any) -> None:
+def name_points(points: Sequence[tuple[Any, float, float, str]], axes: Any, figure: Any) -> None:
     """Write each point's name beside it, at the first place where it covers nothing."""
     renderer = figure.canvas.get_renderer()
     taken = [_around(axes.transData.transform((x, y)), 9) for _, x, y, _ in points]

@@ -23,7 +23,8 @@ def do_job(job: Job, runs: Path) -> Generator[Event, None, Result | str]:
     runs.mkdir(parents=True, exist_ok=True)
     order, log = runs / f"{job.name}{JOB}", runs / f"{job.name}{LOG}"
     job.write(order)
-    error = None
+    error: str | None = None
+    told = True
     try:
         with log.open("w", encoding="utf-8") as complaints:
             # A session of its own: Ctrl-C reaches this process alone, which then ends the other.
@@ -47,14 +48,13 @@ def do_job(job: Job, runs: Path) -> Generator[Event, None, Result | str]:
         if code == 0:
             result = kept_result(runs / f"{job.name}{RESULT}", job)
             assert result is not None
-            log.unlink()
             return result
-        if error is not None:
-            log.unlink()
-            return str(error)
-        return _why(code, log)
+        told = error is not None
+        return error if error is not None else why(code, log)
     finally:
         order.unlink(missing_ok=True)
+        if told:
+            log.unlink(missing_ok=True)
 
 
 def _parse(line: str) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _end(process: subprocess.Popen[str]) -> None:
             process.wait()
 
 
-def _why(code: int, log: Path) -> str:
+def why(code: int, log: Path) -> str:
     """Return why a process ended with nothing said, as far as can be told."""
     if code == -signal.SIGKILL:
         return "its process was killed, as happens where memory runs out"

@@ -105,8 +105,10 @@ class _Run:
         if problems:
             raise ConfigError("\n".join(problems))
         # Labels that train alike share their runs.
-        self.labels = tuple({x.run: x for x in reversed((*config.labels, *config.swept))}.values())
-        self.labels = self.labels[::-1]
+        found: dict[str, Label] = {}
+        for label in (*config.labels, *config.swept):
+            found.setdefault(label.run, label)
+        self.labels = tuple(found.values())
         self.names = tuple(label.run for label in self.labels)
         self.seeds = tuple(range(config.seed, config.seed + config.seeds))
 
