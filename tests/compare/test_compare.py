@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from matplotlib import pyplot
+from matplotlib.transforms import Bbox
 from rich.console import Console
 
 import veneer
@@ -22,7 +23,7 @@ from veneer.compare import run as comparing
 from veneer.compare.events import JobDone, JobFailed, JobStep, Laid
 from veneer.compare.job import Result
 from veneer.compare.labels import LABELS
-from veneer.compare.picture import name_points
+from veneer.compare.picture import extents, name_points
 from veneer.compare.process import why
 from veneer.compare.worker import GENERAL, base_digests
 from veneer.data.sources import read_rows
@@ -321,8 +322,8 @@ def test_on_a_terminal_one_table_shows_how_each_run_stands(monkeypatch):
         display.show(JobFailed(third, "no [luck]"))
         terminal.print(display._table())
     lines = [line for line in shown.getvalue().splitlines() if line.strip()]
-    (lora,) = (line for line in lines if line.startswith("lora "))
-    (full,) = (line for line in lines if line.startswith("full "))
+    *_, lora = (line for line in lines if line.startswith("lora "))
+    *_, full = (line for line in lines if line.startswith("full "))
     assert "seed 0: done" in lora
     assert "1.2500" in lora
     assert "50.0" in lora
@@ -339,7 +340,7 @@ def test_the_names_in_the_picture_cover_neither_points_nor_each_other():
     axes.margins(0.2)
     figure.draw_without_rendering()
     name_points([(axes, x, y, f"name {i}") for i, (x, y) in enumerate(places)], axes, figure)
-    boxes = [text.get_window_extent() for text in axes.texts]
+    boxes = [Bbox.from_extents(extents(t, figure.canvas.get_renderer())) for t in axes.texts]
     assert len(boxes) == len(places)
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[i + 1 :])

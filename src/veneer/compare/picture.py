@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from itertools import product
+from math import dist
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from veneer.errors import VeneerError
 
 PICTURE = "comparison.png"
 MARKERS = "osD^vPX*<>"
-LARGEST, SMALLER, SMALLEST = 13.0, 0.9, 6.0  # later points are smaller, to show what they cover
+LARGEST, SMALLER, SMALLEST = 13.0, 0.7, 7.0  # later points are smaller, to show what they cover
 # From dark to light, so that they differ in grey too (Okabe and Ito's, by luminance).
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")
 # Where a name may stand, seen from its point: angles' unit vectors, at growing distances.
 SIDES = ((1, 0), (1, 0.8), (1, -0.8), (0, 1), (0, -1), (-1, 0), (-1, 0.8), (-1, -0.8))
-DISTANCES = (11, 18, 28, 40, 54)
+DISTANCES = (11, 24, 36, 50, 66)
+CROWD = 30  # pixels between points
 
 
 def draw(comparison: Comparison, path: Path) -> None:
@@ -62,8 +65,10 @@ def draw(comparison: Comparison, path: Path) -> None:
             axes.plot(
                 x,
                 y,
-                MARKERS[i % len(MARKERS)],
+                marker=MARKERS[i % len(MARKERS)],
                 color=COLOURS[i % len(COLOURS)],
+                linestyle="None",
+                label=row.label.name,
                 markeredgecolor="black",
                 markersize=max(SMALLEST, LARGEST - SMALLER * i),
                 zorder=3,
@@ -78,7 +83,9 @@ def draw(comparison: Comparison, path: Path) -> None:
         axes.grid(alpha=0.25)
     figure.suptitle(f"{comparison.model}: {comparison.config.allowed} for each method", fontsize=11)
     all_axes[0].set_xscale("log")
-    all_axes[0].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    low, high = all_axes[0].get_xlim()
+    between = (1.0, 2.0, 5.0) if high < 50 * low else (1.0,)
+    all_axes[0].xaxis.set_major_locator(ticker.LogLocator(subs=between))
     all_axes[0].xaxis.set_major_formatter(ticker.EngFormatter())
     all_axes[0].xaxis.set_minor_formatter(ticker.NullFormatter())
     all_axes[0].set_ylabel(f"{title}, {better} is better")
@@ -92,6 +99,18 @@ def draw(comparison: Comparison, path: Path) -> None:
             color="#5a5a5a",
             fontsize=8.5,
         )
+    drawn = [line for line in all_axes[0].get_lines() if line.get_linestyle() == "None"]
+    key = [copy(line) for line in drawn]
+    for line in key:
+        line.set_markersize(8)
+    figure.legend(
+        key,
+        [line.get_label() for line in drawn],
+        loc="outside lower center",
+        ncols=len(key),
+        frameon=False,
+        fontsize=9.5,
+    )
     figure.draw_without_rendering()
     for axes in all_axes:
         name_points([point for point in points if point[0] is axes], axes, figure)
@@ -103,14 +122,19 @@ def name_points(points: Sequence[tuple[Any, float, float, str]], axes: Any, figu
     """Write each point's name beside it, at the first place where it covers nothing."""
     renderer = figure.canvas.get_renderer()
     taken = [_around(axes.transData.transform((x, y)), 9) for _, x, y, _ in points]
-    taken += [text.get_window_extent(renderer).extents for text in axes.texts]
+    taken += [extents(text, renderer) for text in axes.texts]
     for line in axes.get_lines():
         if line.get_linestyle() != "None":  # the base's, across the panel
             x0, _, x1, _ = axes.bbox.extents
             y = axes.transData.transform((0.5, line.get_ydata()[0]))[1]
             taken.append((x0, y - 2, x1, y + 2))
-    for _, x, y, name in sorted(points, key=lambda point: (point[1], point[2])):
-        for distance, (right, up) in product(DISTANCES, SIDES):
+    centres = [axes.transData.transform((x, y)) for _, x, y, _ in points]
+    for i in sorted(range(len(points)), key=lambda i: points[i][1:3]):
+        _, x, y, name = points[i]
+        # Among others a name stands apart, on a line that says which point it means.
+        near = [dist(centres[i], other) < CROWD for j, other in enumerate(centres) if j != i]
+        distances = DISTANCES[1:] if any(near) else DISTANCES
+        for distance, (right, up) in product(distances, SIDES):
             text = axes.annotate(
                 name,
                 (x, y),
@@ -124,7 +148,7 @@ def name_points(points: Sequence[tuple[Any, float, float, str]], axes: Any, figu
                 else None,
                 zorder=4,
             )
-            box = text.get_window_extent(renderer).extents
+            box = extents(text, renderer)
             if not any(_overlap(box, other) for other in taken) and _within(box, axes):
                 break
             text.remove()
@@ -134,6 +158,15 @@ def name_points(points: Sequence[tuple[Any, float, float, str]], axes: Any, figu
             )
             continue
         taken.append(box)
+
+
+def extents(text: Any, renderer: Any) -> tuple[float, float, float, float]:
+    """Return where a text stands, in pixels, without the line that leads to it."""
+    from matplotlib.text import Text
+
+    text.update_positions(renderer)
+    left, bottom, right, top = Text.get_window_extent(text, renderer).extents
+    return float(left), float(bottom), float(right), float(top)
 
 
 def _around(place: Sequence[float], half: float) -> tuple[float, float, float, float]:
