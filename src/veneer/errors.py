@@ -6,8 +6,9 @@ and exits with 2; a program catches `VeneerError`, or `ValueError` where the inp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 class VeneerError(Exception):
@@ -46,3 +47,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the known name nearest to `word`, or nothing."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return "key (a there, b here)" for each setting in which two runs differ."""
+    return [
+        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]

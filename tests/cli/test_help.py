@@ -4,15 +4,17 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+import veneer.cli.compare
 import veneer.cli.tune
 from veneer.cli.app import run
+from veneer.compare.config import CompareConfig
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method
 from veneer.training.config import TrainConfig
@@ -97,7 +99,16 @@ def child(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["tune", "--help"], ["--version"], ["tune", "--rnk", "4"], ["tnue"]]
+    "arguments",
+    [
+        ["--help"],
+        ["tune", "--help"],
+        ["compare", "--help"],
+        ["--version"],
+        ["tune", "--rnk", "4"],
+        ["compare", "m", "no.jsonl"],
+        ["tnue"],
+    ],
 )
 def test_what_needs_no_model_imports_no_torch(arguments):
     loaded = child(
@@ -121,14 +132,19 @@ def test_python_m_veneer_is_veneer():
 
 
 @pytest.mark.parametrize(
-    "command", ["tune", "inspect", "plan", "pretrain", "quantize", "merge", "generate", "chat"]
+    "command",
+    ["tune", "compare", "inspect", "plan", "pretrain", "quantize", "merge", "generate", "chat"],
 )
 def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "220")
     assert run([command, "--help"]) == 0
     printed = capsys.readouterr().out
     rows = [line.strip("│ ") for line in printed.splitlines() if re.match(r"│[ *]{1,4}\S", line)]
-    flags = SimpleNamespace(tune=len(SETTINGS) + len(SWITCHES) + 1, inspect=10).__dict__
+    compared = len(fields(CompareConfig)) + len(
+        ("model", "data", "out", "resume", "force", "quiet")
+    )
+    tuned = len(SETTINGS) + len(SWITCHES) + 1
+    flags = SimpleNamespace(tune=tuned, compare=compared, inspect=10).__dict__
     assert len(rows) >= flags.get(command, 2)
     for row in rows:
         name, _, explained = row.lstrip("* ").partition("  ")
@@ -377,3 +393,49 @@ def test_a_missing_argument_is_named(caught, capsys):
 def test_a_long_error_is_not_cut_off(capsys):
     flag = "--" + "x" * 300
     assert flag in refused(["tune", "m", "d", flag, "1"], capsys)
+
+
+COMPARED: dict[str, tuple[str, object]] = {
+    "methods": ("lora,full", ("lora", "full")),
+    "ranks": ("1,4", (1, 4)),
+    "target_sets": ("qv,all", ("qv", "all")),
+    "budget": ("minutes:5", "minutes:5"),
+    "seeds": ("3", 3),
+    "seed": ("7", 7),
+    "test": ("test.jsonl", Path("test.jsonl")),
+    "test_rows": ("9", 9),
+    "max_new_tokens": ("12", 12),
+    "general": ("general.txt", Path("general.txt")),
+    "eval_rows": ("5", 5),
+    "limit": ("50", 50),
+    "max_length": ("77", 77),
+    "tokens_per_step": ("512", 512),
+    "lr": ("", {"lora+": 2e-4}),
+    "range_test": ("", True),
+    "dtype": ("bf16", "bf16"),
+}
+
+
+def test_every_flag_of_compare_arrives(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        veneer.cli.compare, "run_compare", lambda *given, **options: seen.append((given, options))
+    )
+    assert list(COMPARED) == [field.name for field in fields(CompareConfig)]
+    assert run(["compare", "m", "d.jsonl"]) == 0
+    (model, data, config), options = seen.pop()
+    assert (model, data, config) == ("m", Path("d.jsonl"), CompareConfig())
+    switches = {"resume": False, "force": False, "quiet": False}
+    assert options == {"out": Path("dist/comparison"), **switches}
+    for name, (given, arrived) in COMPARED.items():
+        assert getattr(config, name) != arrived
+        option = f"--{name.replace('_', '-')}"
+        flags = {"lr": ["--lr.lora+", "2e-4"], "range_test": [option]}.get(name, [option, given])
+        beside = ["--test", "t"] if name == "test_rows" else []
+        assert run(["compare", "m", "d.jsonl", *flags, *beside]) == 0
+        (_, _, found), _ = seen.pop()
+        usual = CompareConfig(test=Path("t")) if beside else CompareConfig()
+        assert found == replace(usual, **{name: arrived})
+    for name in switches:
+        assert run(["compare", "m", "d.jsonl", f"--{name}", "--out", "o"]) == 0
+        assert seen.pop()[1] == {"out": Path("o"), **switches, name: True}

@@ -34,6 +34,14 @@ def test_answers_in_batches_are_those_given_alone(base):
     assert answers(base.model, base.tokenizer, []) == []
 
 
+def test_answers_come_in_the_order_of_the_questions_whatever_their_lengths(base):
+    long = [*[Message("user", q) for q in QUESTIONS[:3]], Message("user", QUESTIONS[3])]
+    asked = [long, QUESTIONS[3], [Message("user", QUESTIONS[-1])], QUESTIONS[5], long[1:]]
+    alone = [answer(base.model, base.tokenizer, question, sampling=SHORT) for question in asked]
+    assert len(set(alone)) > 2
+    assert answers(base.model, base.tokenizer, asked, sampling=SHORT, batch=2) == alone
+
+
 def test_a_question_is_a_conversation_of_one_turn(base):
     question = QUESTIONS[0]
     turn = [Message("user", question)]

@@ -11,6 +11,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from veneer.cli.console import show_error
 from veneer.cli.recipes import from_recipe
+from veneer.compare.config import CompareConfig
 from veneer.errors import ConfigError, VeneerError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
@@ -101,6 +102,36 @@ def tune(
         force=force,
         ignore_plan=ignore_plan,
         tensorboard=tensorboard,
+        quiet=quiet,
+    )
+
+
+@app.command
+def compare(
+    model: Model,
+    data: Annotated[Path, Parameter(help="Rows to learn, in any form that veneer tune takes.")],
+    /,
+    *,
+    settings: Annotated[CompareConfig | None, Flat] = None,
+    out: Annotated[Path, Parameter(help="Directory for the results.")] = Path("dist/comparison"),
+    resume: Annotated[
+        bool, Parameter(negative="", help="Go on: runs that ended in --out are not done again.")
+    ] = False,
+    force: Annotated[
+        bool, Parameter(negative="", help="Replace an earlier comparison in --out.")
+    ] = False,
+    quiet: Annotated[bool, Parameter(negative="", help="Print only errors.")] = False,
+) -> int:
+    """Train MODEL on DATA by several methods, with an equal budget, and lay them side by side."""
+    from veneer.cli.compare import run_compare
+
+    return run_compare(
+        model,
+        data,
+        settings or CompareConfig(),
+        out=out,
+        resume=resume,
+        force=force,
         quiet=quiet,
     )
 

@@ -23,9 +23,9 @@ def read_rows(path: Path, *, limit: int | None = None) -> tuple[list[Sourced], l
     """
     rows: list[Sourced] = []
     problems: list[str] = []
-    for file in _files(path):
+    for file in files_of(path):
         empty = True
-        for where, value in _values(file):
+        for where, value in values_of(file):
             if len(rows) == limit:
                 return rows, problems
             empty = False
@@ -57,7 +57,7 @@ def check(rows: list[Row], problems: Sequence[str], *, skip_bad_rows: bool) -> l
     return rows
 
 
-def _values(file: Path) -> Iterator[tuple[str, object]]:
+def values_of(file: Path) -> Iterator[tuple[str, object]]:
     """Yield what stands in a file, each with the file's name before its place."""
     try:
         for place, value in READERS[file.suffix.lower()](file):
@@ -66,7 +66,11 @@ def _values(file: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """Return the file of rows that `path` is, or all of them in a directory.
+
+    Raises DataError where it is missing, or of an unknown kind.
+    """
     known = ", ".join(READERS)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)

@@ -33,25 +33,32 @@ def answer(
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
+    questions: Sequence[str | Sequence[Message]],
     *,
     sampling: Sampling | None = None,
     batch: int = 32,
 ) -> list[str]:
-    """Return the model's answers to many questions, `batch` of them at a time."""
+    """Return the model's answers to many questions or conversations, `batch` of them at a time.
+
+    Those of like length share a batch, for padding is computed like anything else.
+    """
     sampling = sampling or Sampling()
     _seed(sampling)
-    texts = [prompt_text(tokenizer, [Message("user", question)]) for question in questions]
-    found: list[str] = []
+    prompts = [_encode(tokenizer, question) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batch = batch if takes_padding(model) else 1
-    for first in range(0, len(texts), batch):
-        inputs = _encode(model, tokenizer, texts[first : first + batch])
+    found = [""] * len(prompts)
+    for first in range(0, len(order), batch):
+        indices = order[first : first + batch]
+        inputs = _padded(model, tokenizer, [prompts[i] for i in indices])
         options = _options(model, tokenizer, sampling, inputs)
         tokens = model.generate(**inputs, **options)  # type: ignore[operator]
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        found += tokenizer.batch_decode(
+        said = tokenizer.batch_decode(
             new, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        for i, text in zip(indices, said, strict=True):
+            found[i] = text
     return found
 
 
@@ -65,8 +72,7 @@ def stream(
     """Yield the answer to a question or a conversation, piece by piece as it is made."""
     sampling = sampling or Sampling()
     _seed(sampling)
-    messages = [Message("user", question)] if isinstance(question, str) else question
-    inputs = _encode(model, tokenizer, [prompt_text(tokenizer, messages)])
+    inputs = _padded(model, tokenizer, [_encode(tokenizer, question)])
     streamer = TextIteratorStreamer(
         tokenizer,
         skip_prompt=True,
@@ -91,15 +97,21 @@ def stream(
         raise failures[0]
 
 
-def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+def _encode(tokenizer: PreTrainedTokenizerBase, question: str | Sequence[Message]) -> list[int]:
+    """Return the tokens after which the model answers."""
+    messages = [Message("user", question)] if isinstance(question, str) else question
+    text = prompt_text(tokenizer, messages)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _padded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
 ) -> dict[str, torch.Tensor]:
-    """Tokenise prompts, padded on the left, where generation does not go on."""
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    longest = max(map(len, encoded))
+    """Return prompts as one batch, padded on the left, where generation does not go on."""
+    longest = max(map(len, prompts))
     pad = _padding(tokenizer)["pad_token_id"]
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded])
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 

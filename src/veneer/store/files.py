@@ -9,14 +9,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterError, VeneerError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -99,6 +97,9 @@ def write_tensors(
 
     `metadata` goes into the header of a .safetensors file.
     """
+    import torch  # here, as who writes text alone has no need of it
+    from safetensors.torch import save_file
+
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with new_file(path) as temporary:
         if path.suffix == ".safetensors":
@@ -112,6 +113,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises AdapterError for a file that is damaged or holds anything but named tensors.
     """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
@@ -122,7 +127,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch's unpickler has errors of many kinds for damaged files
         raise AdapterError(f"{path} is damaged or holds more than tensors ({error}).") from error
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in tensors.items()
     ):
         raise AdapterError(f"{path} must hold named tensors and nothing else.")
     return tensors

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, pack
-from veneer.errors import DataError, TrainingError
+from veneer.errors import DataError, TrainingError, differences
 from veneer.kernels.heap import kept_heap
 from veneer.lowrank.layers import idle_adapters
 from veneer.methods.attach import adapters, in_use
@@ -259,14 +259,14 @@ class _Run:
         if found is None:
             return False
         progress, tensors = found.progress, found.tensors
-        differing = _differences(progress["identity"], self.identity)
+        differing = differences(progress["identity"], self.identity)
         stored = {
             name.removeprefix("weights/"): list(tensor.shape)
             for name, tensor in tensors.items()
             if name.startswith("weights/")
         }
         shapes = {name: list(weight.shape) for name, weight in self.weights.items()}
-        differing += _differences(stored, shapes)[:5]
+        differing += differences(stored, shapes)[:5]
         if "step" not in tensors:
             differing.append("it was written by another version of Veneer")
         if differing:
@@ -300,14 +300,6 @@ def rss_bytes() -> int:
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)"
-        for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key)
-    ]
 
 
 def _due(step: int, every: int | None) -> bool:

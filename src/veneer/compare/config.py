@@ -1,0 +1,132 @@
+"""What is compared and how: a frozen, validated value that imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from veneer.compare.budget import Budget, parse_budget
+from veneer.compare.labels import LABELS, Label, swept
+from veneer.errors import ConfigError, nearest
+from veneer.training.recipe import DType
+
+METHODS = ",".join(LABELS)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared and how. Raises ConfigError, which lists everything that is wrong."""
+
+    methods: str | Sequence[str] = METHODS
+    """Methods to compare, of full, freeze, lora, qlora, dora, lora+, rslora, prefix, prompt."""
+    ranks: str | Sequence[int] | None = None
+    """For a second table, ranks of LoRA on all layers, as in 1,4,8,16,64; alpha is twice each."""
+    target_sets: str | Sequence[str] | None = None
+    """For the second table too, targets of LoRA of rank 8, as in qv,attention,mlp,all."""
+    budget: str = "steps:100"
+    """What each method gets: steps:N, tokens:N or minutes:N (of training, by its own speed)."""
+    seeds: int = 1
+    """Runs of each method; with several, losses come with their standard deviation."""
+    seed: int = 0
+    """Decides the start of what trains and the order of rows; further seeds count up from it."""
+    test: Path | None = None
+    """File of questions to answer: prompts with completions or lists of references."""
+    test_rows: int | None = None
+    """Ask only the first questions, so many."""
+    max_new_tokens: int = 96
+    """Longest answer, in tokens."""
+    general: Path | None = None
+    """Text on which to measure forgetting, instead of the sample that ships with Veneer."""
+    eval_rows: int | None = None
+    """Rows to hold out for the evaluation loss; a tenth unless given, at most 200."""
+    limit: int | None = None
+    """Use only the first rows of DATA, so many."""
+    max_length: int = 1024
+    """Longest row in tokens; the rest of a longer one is cut off."""
+    tokens_per_step: int = 1024
+    """Real tokens in an optimizer step, at most."""
+    lr: dict[str, float] = field(default_factory=dict)
+    """Learning rates of single methods, as in --lr.lora 5e-4, instead of Veneer's own."""
+    range_test: bool = False
+    """First try a third of each rate, the rate and three times it, for a tenth of the budget."""
+    dtype: DType = "auto"
+    """Number format to compute in; auto takes the faster one here, the same for all."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("methods", "ranks", "target_sets"):
+            given = getattr(self, name)
+            parts = given.split(",") if isinstance(given, str) else list(given or ())
+            parts = [part.strip() if isinstance(part, str) else part for part in parts]
+            object.__setattr__(self, name, tuple(dict.fromkeys(p for p in parts if p != "")))
+        if not self.methods:
+            problems.append("methods is empty; name at least one")
+        for name in self.methods:
+            if name not in LABELS:
+                problems.append(f"the method {name!r} is unknown{nearest(str(name), LABELS)}")
+        ranks = [_whole(rank) for rank in self.ranks or ()]
+        if None in ranks:
+            problems.append(
+                f"ranks is {', '.join(map(str, self.ranks or ()))}, but must be whole numbers, "
+                "each at least 1"
+            )
+        object.__setattr__(self, "ranks", tuple(rank for rank in ranks if rank))
+        try:
+            parse_budget(self.budget)
+        except ConfigError as error:
+            problems.append(str(error))
+        for name, least in (
+            ("seeds", 1),
+            ("seed", 0),
+            ("test_rows", 1),
+            ("max_new_tokens", 1),
+            ("eval_rows", 1),
+            ("limit", 2),
+            ("max_length", 2),
+            ("tokens_per_step", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                problems.append(f"{name} is {value}, but must be at least {least}")
+        for name, rate in self.lr.items():
+            if name not in LABELS:
+                problems.append(
+                    f"lr is given for {name!r}, which is unknown{nearest(name, LABELS)}"
+                )
+            elif not 0 < rate < float("inf"):
+                problems.append(f"lr of {name} is {rate}, but must be above 0")
+        if self.test_rows is not None and self.test is None:
+            problems.append("test_rows would do nothing without test")
+        if self.dtype not in get_args(DType):
+            problems.append(f"dtype is {self.dtype!r}, but must be auto, float32 or bf16")
+        if problems:
+            raise ConfigError("Nothing can be compared so: " + "; ".join(problems) + ".")
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """The rows of the first table."""
+        return tuple(LABELS[name] for name in self.methods)
+
+    @property
+    def swept(self) -> tuple[Label, ...]:
+        """The rows of the second table, if any."""
+        return swept([int(rank) for rank in self.ranks or ()], self.target_sets or ())
+
+    @property
+    def allowed(self) -> Budget:
+        """What every method gets."""
+        return parse_budget(self.budget)
+
+    def rate_of(self, label: Label) -> float:
+        """Return the learning rate at which a label trains, or from which a range test starts."""
+        return self.lr.get("lora" if label in self.swept else label.name, label.rate)
+
+
+def _whole(rank: object) -> int | None:
+    try:
+        found = int(str(rank))
+    except ValueError:
+        return None
+    return found if found >= 1 else None

@@ -1,0 +1,128 @@
+"""What is compared, as data: a label, what it changes in a recipe, and one sentence about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from veneer.methods.config import LEARNING_RATES, Method
+from veneer.plan.config import PackedBits
+
+
+@dataclass(frozen=True)
+class Label:
+    """One row of a comparison: what it trains and how.
+
+    name      as it is shown
+    explained one sentence for whoever reads the table
+    lr        its learning rate; what suits the method unless given
+    method    settings of `Method` that differ from the usual, `lora` of `LoRA`
+    run       name of its runs, which labels that train alike share
+    """
+
+    name: str
+    explained: str
+    lr: float | None = None
+    method: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    bits: PackedBits | None = None
+    lora_plus_ratio: float | None = None
+    run: str = ""
+
+    def __post_init__(self) -> None:
+        if self.lr is None:
+            object.__setattr__(self, "lr", LEARNING_RATES[Method(**self.method).method])
+        if not self.run:
+            object.__setattr__(self, "run", self.name)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, which is always known."""
+        assert self.lr is not None
+        return self.lr
+
+
+# Learning rates are for the short budgets of a comparison and a base of some hundred million
+# parameters, where LoRA wants more than its usual 2e-4; --range-test looks for better ones.
+_ALL = (
+    Label(
+        "full",
+        "Every weight of the base trains, and each task is a whole model of its own.",
+        lr=5e-5,
+        method={"method": "full"},
+    ),
+    Label(
+        "freeze",
+        "The last two blocks train, as the base's own weights; all below them stays.",
+        lr=1e-4,
+        method={"method": "freeze", "trained_blocks": 2},
+    ),
+    Label(
+        "lora",
+        "LoRA of rank 8 on all linear layers: W stays, and B A beside it trains.",
+        lr=1e-3,
+        lora={"rank": 8, "targets": "all"},
+    ),
+    Label(
+        "qlora",
+        "The same LoRA over a base whose linear layers are packed into 4 bits (NF4).",
+        lr=1e-3,
+        lora={"rank": 8, "targets": "all"},
+        bits=4,
+    ),
+    Label(
+        "dora",
+        "LoRA for the direction of each row of W, and a trained magnitude beside it.",
+        lr=1e-3,
+        lora={"rank": 8, "targets": "all", "dora": True},
+    ),
+    Label(
+        "lora+",
+        "The same LoRA, in which B learns eight times as fast as A.",
+        lr=4e-4,
+        lora={"rank": 8, "targets": "all"},
+        lora_plus_ratio=8.0,
+    ),
+    Label(
+        "rslora",
+        "The same LoRA, scaled by alpha / √rank instead of alpha / rank: 2.8 times as much here.",
+        lr=5e-4,
+        lora={"rank": 8, "targets": "all", "rslora": True},
+    ),
+    Label(
+        "prefix",
+        "Keys and values of 20 virtual tokens train in every layer; the base reads them first.",
+        method={"method": "prefix"},
+    ),
+    Label(
+        "prompt",
+        "Embeddings of 20 virtual tokens train; the base reads them before every row.",
+        method={"method": "prompt"},
+    ),
+)
+LABELS: dict[str, Label] = {label.name: label for label in _ALL}
+BASE = Label("base", "The base as it is, without training.")
+
+
+def swept(ranks: Sequence[int], target_sets: Sequence[str]) -> tuple[Label, ...]:
+    """Return LoRA of each rank on all layers, and of rank 8 on each set of targets.
+
+    Scaling stays 2, as alpha is twice the rank. What is asked for twice stands there once.
+    """
+    asked = [(rank, "all") for rank in ranks] + [(8, targets) for targets in target_sets]
+    return tuple(_lora(rank, targets) for rank, targets in dict.fromkeys(asked))
+
+
+def _lora(rank: int, targets: str) -> Label:
+    where = "all linear layers" if targets == "all" else targets
+    settings = {"rank": rank, "targets": targets}
+    usual = LABELS["lora"]
+    name = f"rank {rank}, {targets}"
+    return replace(
+        usual,
+        name=name,
+        explained=f"LoRA of rank {rank} (alpha {2 * rank}) on {where}.",
+        lora=settings,
+        run=usual.run if settings == usual.lora else name,
+    )

@@ -1,0 +1,147 @@
+"""comparison.md and comparison.json: what was found, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from veneer.compare.quality import TITLES, Measure
+from veneer.compare.summary import Comparison, Row
+from veneer.store.files import write_json, write_text
+
+KINDS: dict[Measure, str] = {"exact": "exact match", "bleu": "BLEU"}
+TABLE, NUMBERS = "comparison.md", "comparison.json"
+
+
+def write_report(comparison: Comparison, out: Path) -> None:
+    """Write comparison.md and comparison.json below `out`."""
+    write_text(out / TABLE, markdown(comparison))
+    write_json(out / NUMBERS, comparison.as_json())
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return the tables and a sentence about each row."""
+    parts = [
+        "# Methods side by side",
+        settings_line(comparison),
+        _table(comparison, "Method", comparison.rows),
+        _explained(comparison, comparison.rows),
+    ]
+    if comparison.swept:
+        parts += [
+            "## Ranks and targets of LoRA",
+            _table(comparison, "LoRA", comparison.swept),
+            _explained(comparison, comparison.swept),
+        ]
+    return "\n\n".join(part for part in [*parts, _columns(comparison)] if part) + "\n"
+
+
+def settings_line(comparison: Comparison) -> str:
+    """Return one line: what was compared, over which rows, and with how much for each."""
+    config, base = comparison.config, comparison.base
+    budget = config.allowed
+    parts = [
+        f"{comparison.model} in {base.dtype}",
+        f"{base.rows:,} rows of {comparison.data.name} to train on and {base.held_out:,} held out",
+        f"{budget} for each, of {base.tokens_a_step:,.0f} tokens a step",
+    ]
+    counts = {run.tokens for by_seed in comparison.results.values() for run in by_seed.values()}
+    if len(counts) == 1:
+        parts[-1] += f" ({counts.pop():,} in all)"
+    last = config.seed + config.seeds - 1
+    parts.append(f"seed {config.seed}" if config.seeds == 1 else f"seeds {config.seed} to {last}")
+    if comparison.measure and config.test:
+        asked = f"{len(base.answers):,} questions of {config.test.name}"
+        how = f" (sacrebleu {base.signature})" if base.signature else ""
+        parts.append(f"{KINDS[comparison.measure]} over {asked}{how}")
+    return "; ".join(parts) + "."
+
+
+def cells(comparison: Comparison, row: Row) -> list[str]:
+    """Return a row of the table as text, under `titles`."""
+    shown = [
+        row.label.name,
+        "" if row.trained is None else f"{row.trained:,}",
+        "" if row.share is None else f"{row.share:.3%}".removesuffix("%"),
+        "" if row.peak is None else f"{row.peak / 1e9:.2f}",
+        "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+        "" if row.minutes is None else f"{row.minutes:.2f}",
+        "" if row.eval_loss is None else row.eval_loss.text(4),
+        "" if row.quality is None else row.quality.text(1),
+        "" if row.general is None else row.general.text(4, signed=True),
+        "" if row.kept is None else f"{row.kept / 1e6:.3g}",
+        _yes(row.base_unchanged),
+        _yes(row.swappable),
+    ]
+    if not row.seeds and row.errors:
+        shown[1] = "failed"
+    if comparison.measure is None:
+        del shown[7]
+    return shown
+
+
+def titles(comparison: Comparison, first: str) -> list[str]:
+    """Return the table's head."""
+    found = [
+        first,
+        "Trained parameters",
+        "%",
+        "Peak memory (GB)",
+        "tokens/s",
+        "Minutes",
+        "Evaluation loss",
+        "",
+        "General loss",
+        "Kept per task (MB)",
+        "Base unchanged",
+        "Swappable",
+    ]
+    if comparison.measure is None:
+        del found[7]
+    else:
+        found[7] = TITLES[comparison.measure]
+    return found
+
+
+def _table(comparison: Comparison, first: str, rows: Sequence[Row]) -> str:
+    head = titles(comparison, first)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(cells(comparison, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _explained(comparison: Comparison, rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        line = f"- **{row.label.name}**: {row.label.explained}"
+        if row.lr is not None:
+            line += f" Learning rate {row.lr:g}, {row.steps:,} steps"
+            if tried := comparison.trials.get(row.label.run):
+                found = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tried.items())
+                line += f" (evaluation loss after a tenth of them at {found})"
+            line += "."
+        lines += [line, *(f"  Failed: {_one_line(error)}" for error in row.errors)]
+    return "\n".join(lines)
+
+
+def _columns(comparison: Comparison) -> str:
+    text = (
+        "Peak memory is the whole process's while training, libraries and base included; tokens/s "
+        "are medians of steps, and minutes those of training alone. General loss is the change of "
+        "the mean loss a token on text that training does not show: what was forgotten. Whether "
+        "the base is unchanged was measured by a hash of all its weights before and after."
+    )
+    if comparison.config.allowed.unit == "minutes":
+        text += (
+            " Each method's steps were chosen by its speed, measured first, to fill its minutes."
+        )
+    if comparison.config.seeds > 1:
+        text += " ± is the standard deviation over seeds."
+    return text
+
+
+def _yes(value: bool | None) -> str:
+    return {None: "", True: "yes", False: "no"}[value]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

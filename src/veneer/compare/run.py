@@ -1,0 +1,214 @@
+"""A comparison from end to end: jobs one after another, each in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import shutil
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from veneer.compare.config import CompareConfig
+from veneer.compare.events import JobDone, JobFailed, JobStarted, Laid
+from veneer.compare.job import RESULT, Job, Kind, Result, kept_result
+from veneer.compare.labels import BASE, Label
+from veneer.compare.process import do_job
+from veneer.compare.quality import Measure, measure_of
+from veneer.compare.summary import Comparison
+from veneer.data.questions import read_questions
+from veneer.data.sources import files_of
+from veneer.errors import ConfigError, DataError, VeneerError
+from veneer.training.events import Event
+
+RUNS = "runs"
+TIMED = 2 + 5  # steps of a trial that measures speed: to warm up, and to take the median of
+RANGE = (1 / 3, 1.0, 3.0)  # learning rates that a range test tries, as multiples
+SHORT = 10  # a range test's trials have the budget's part of so many
+
+
+def compare(
+    model: str,
+    data: Path,
+    config: CompareConfig,
+    *,
+    out: Path,
+    resume: bool = False,
+    force: bool = False,
+) -> Generator[Event, None, Comparison]:
+    """Do all jobs, yield what happens, and return what was found, failures included.
+
+    What finished jobs found stays below `out`/runs: `resume` takes it from there, and `force`
+    puts it away. Raises VeneerError where nothing can be compared at all: data with faults, a
+    base that cannot be loaded, runs of another comparison.
+    """
+    run = _Run(model, data, config, out / RUNS)
+    if not resume:
+        _make_way(out, force=force)
+    yield Laid(run.names, run.seeds)
+    base = yield from run.result(run.job("base", "base", BASE))
+    if base is None:
+        raise VeneerError(run.errors["base"][-1].removeprefix("base: "))
+    run.base = base
+    courses: dict[str, tuple[int, float] | None] = {}
+    for seed in run.seeds:
+        for label in run.labels:
+            if label.run not in courses:
+                courses[label.run] = yield from run.course(label)
+            if course := courses[label.run]:
+                steps, lr = course
+                job = run.job(
+                    f"{label.run}-seed{seed}", "run", label, seed=seed, steps=steps, lr=lr
+                )
+                if result := (yield from run.result(job)):
+                    run.results.setdefault(label.run, {})[seed] = result
+    return Comparison(
+        model=model,
+        data=data,
+        config=config,
+        measure=run.measure,
+        base=base,
+        courses={name: course for name, course in courses.items() if course},
+        results=run.results,
+        errors={name: errors for name, errors in run.errors.items() if name != "base"},
+        trials=run.trials,
+    )
+
+
+@dataclass
+class _Run:
+    """What stays the same from job to job, and what they have found so far."""
+
+    model: str
+    data: Path
+    config: CompareConfig
+    runs: Path
+    measure: Measure | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    base: Result | None = None
+    results: dict[str, dict[int, Result]] = field(default_factory=dict)
+    errors: dict[str, list[str]] = field(default_factory=dict)
+    trials: dict[str, dict[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config, problems = self.config, []
+        for name, path in (("data", self.data), ("test", config.test), ("general", config.general)):
+            try:
+                if path is not None:
+                    self.files[name] = _hash(path)
+                if name == "test" and path is not None:
+                    questions = read_questions(path, limit=config.test_rows)
+                    self.measure = measure_of(questions)
+            except (DataError, ConfigError) as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
+        # Labels that train alike share their runs.
+        found: dict[str, Label] = {}
+        for label in (*config.labels, *config.swept):
+            found.setdefault(label.run, label)
+        self.labels = tuple(found.values())
+        self.names = tuple(label.run for label in self.labels)
+        self.seeds = tuple(range(config.seed, config.seed + config.seeds))
+
+    def job(
+        self,
+        name: str,
+        kind: Kind,
+        label: Label,
+        *,
+        seed: int | None = None,
+        steps: int = 1,
+        lr: float = 1.0,
+    ) -> Job:
+        config = self.config
+        return Job(
+            name=re.sub(r"[^\w.+]+", "-", name),
+            kind=kind,
+            label=label,
+            model=self.model,
+            data=str(self.data),
+            test=None if config.test is None else str(config.test),
+            general=None if config.general is None else str(config.general),
+            files=self.files,
+            test_rows=config.test_rows,
+            max_new_tokens=config.max_new_tokens,
+            eval_rows=config.eval_rows,
+            limit=config.limit,
+            max_length=config.max_length,
+            tokens_per_step=config.tokens_per_step,
+            # Once, for two measurements of what is faster may differ.
+            dtype=self.base.dtype if self.base else config.dtype,
+            split_seed=config.seed,
+            seed=config.seed if seed is None else seed,
+            steps=steps,
+            lr=lr,
+        )
+
+    def course(self, label: Label) -> Generator[Event, None, tuple[int, float] | None]:
+        """Return the steps of a label's runs and their learning rate, after trials where needed."""
+        assert self.base is not None
+        budget, lr, seconds = self.config.allowed, self.config.rate_of(label), math.nan
+        if budget.unit == "minutes":
+            # So that the learning rate falls to its end just when the time is over.
+            job = self.job(f"{label.run}-timing", "trial", label, steps=TIMED, lr=lr)
+            timing = yield from self.result(job)
+            if timing is None:
+                return None
+            seconds = timing.seconds_a_step
+        steps = budget.steps(tokens_a_step=self.base.tokens_a_step, seconds_a_step=seconds)
+        if not self.config.range_test:
+            return steps, lr
+        short, losses = max(1, steps // SHORT), {}
+        for factor in RANGE:
+            tried = float(f"{lr * factor:.3g}")
+            job = self.job(f"{label.run}-lr-{tried:g}", "trial", label, steps=short, lr=tried)
+            if trial := (yield from self.result(job)):
+                losses[tried] = trial.eval_loss
+        if not losses:
+            return None
+        # A rate at which a run diverges is an answer, and no failure.
+        self.errors.pop(label.run, None)
+        self.trials[label.run] = losses
+        return steps, min(losses, key=losses.__getitem__)
+
+    def result(self, job: Job) -> Generator[Event, None, Result | None]:
+        """Return what a job finds, or found earlier; None where it fails, which is noted."""
+        found: Result | str | None = kept_result(self.runs / f"{job.name}{RESULT}", job)
+        kept = found is not None
+        if found is None:
+            yield JobStarted(job)
+            found = yield from do_job(job, self.runs)
+        if isinstance(found, str):
+            self.errors.setdefault(job.label.run, []).append(f"{job.name}: {found}")
+            yield JobFailed(job, found)
+            return None
+        if self.base is not None and found.base != self.base.base:
+            raise ConfigError(
+                f"{job.name} stands over another base than the runs that {self.runs} holds. "
+                "Start anew by --force or another --out."
+            )
+        yield JobDone(job, found, kept)
+        return found
+
+
+def _make_way(out: Path, *, force: bool) -> None:
+    """Put the runs of an earlier comparison away, if they may be."""
+    runs = out / RUNS
+    if out.is_file():
+        raise ConfigError(f"{out} is a file, but --out must name a directory.")
+    if runs.exists() and not force:
+        raise ConfigError(
+            f"{out} holds an earlier comparison. Go on with it by --resume, replace it by --force, "
+            "or name another place by --out."
+        )
+    shutil.rmtree(runs, ignore_errors=True)
+
+
+def _hash(path: Path) -> str:
+    """Return a short hash of what a file holds, or all files of rows in a directory."""
+    found = hashlib.sha256()
+    for file in files_of(path):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]

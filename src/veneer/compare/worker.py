@@ -1,0 +1,284 @@
+"""One job in a process of its own, so that its memory is its own: python -m veneer.compare.worker.
+
+Reads NAME.job.json, says on its standard output how it goes, one JSON object a line, and leaves
+NAME.json beside the job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from veneer.compare.job import JOB, RESULT, Job, Result, write_result
+from veneer.compare.quality import bleu, exact, measure_of
+from veneer.data.encode import Encoder, Example, encode_rows
+from veneer.data.load import load_examples
+from veneer.data.packing import StepOrder, split_held_out
+from veneer.data.questions import read_questions
+from veneer.data.rows import Sourced, Text, texts_of
+from veneer.data.sources import check, read_rows
+from veneer.data.world import world_text
+from veneer.errors import AdapterError, VeneerError
+from veneer.frozen.packed import named_frozen
+from veneer.generate.decode import answers
+from veneer.generate.sampling import Sampling
+from veneer.kernels.heap import kept_heap
+from veneer.lowrank.config import LoRA
+from veneer.methods.attach import attach, use
+from veneer.methods.config import Method
+from veneer.methods.merge import merge
+from veneer.methods.virtual import context_left
+from veneer.models.fingerprint import base_parameters, fingerprint, parameter_count
+from veneer.models.load import Base, load_base
+from veneer.store import adapters, merged
+from veneer.training.config import TrainConfig
+from veneer.training.evaluate import evaluate
+from veneer.training.events import Notice, Step
+from veneer.training.forward import choose_forward
+from veneer.training.loop import train
+from veneer.training.planned import begin_measuring, status
+from veneer.training.recipe import DataConfig, DType, Recipe
+
+GENERAL = Path(__file__).parent.parent / "data" / "general.txt"
+# MiniGPT knows nothing but its world, so that is what it can forget. Its pretraining has seed 0.
+WORLD_SEED, WORLD_ROWS = 10_007, 200
+WARM_UP = 2  # steps that prepare what all later ones use again
+ANSWERS_AT_ONCE = 64
+# In a smaller model a second thread gains nothing, and waiting for it where the processor is busy
+# with other things costs tenfold.
+SMALL = 5_000_000
+# What a directory holds for the tokenizer, which tasks share.
+SHARED = ("tokenizer", "chat_template")
+
+Tell = Callable[[Mapping[str, Any]], None]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do the job that a file describes. Returns 1, having said why, where it cannot be done."""
+    (path,) = map(Path, arguments)
+    job = Job.read(path)
+    try:
+        result = work(job, _tell)
+    except VeneerError as error:
+        _tell({"error": str(error)})
+        return 1
+    write_result(path.with_name(path.name.removesuffix(JOB) + RESULT), job, result)
+    return 0
+
+
+def work(job: Job, tell: Tell) -> Result:
+    """Do a job and return what it measured. Raises VeneerError of the kind that fits."""
+    tell({"doing": "loading"})
+    recipe = recipe_of(job)
+    base = load_base(job.model, dtype=job.dtype, bits=recipe.bits)
+    model = base.model
+    if parameter_count(model) < SMALL:
+        torch.set_num_threads(1)
+    rows = _rows(job, recipe, base)
+    marks = fingerprint(model, base.tokenizer)
+    before = base_digests(model) if job.kind == "run" else {}
+    found: dict[str, Any] = {
+        "base": marks,
+        "base_parameters": parameter_count(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "rows": len(rows.training),
+        "held_out": len(rows.held_out),
+        "tokens_a_step": rows.tokens_a_step,
+    }
+    if job.kind != "base":
+        attach(model, recipe.what_trains, seed=job.seed)
+        found |= _train(model, rows.training, recipe.training, tell)
+    tell({"doing": "evaluating"})
+    with kept_heap():
+        forward, notices = choose_forward(model, rows.held_out)
+        found["eval_loss"] = evaluate(model, rows.held_out, forward)
+        if job.kind != "trial":
+            found["general_loss"] = evaluate(model, rows.general, forward)
+    if job.kind != "trial":
+        if job.test is not None:
+            tell({"doing": "answering"})
+            found |= _answers(job, base)
+        found["notices"] = list(dict.fromkeys([*base.notices, *notices]))
+    if job.kind == "run":
+        tell({"doing": "measuring"})
+        found["kept"] = _kept_bytes(base, recipe)
+        after = base_digests(model)
+        found["base_unchanged"] = all(after.get(name) == mark for name, mark in before.items())
+        found["swappable"] = _swappable(model)
+    return Result(**found)
+
+
+def recipe_of(job: Job) -> Recipe:
+    """Return what a job trains as a recipe. Raises ConfigError for what cannot be."""
+    label = job.label
+    return Recipe(
+        model=job.model,
+        data=Path(job.data),
+        method=Method(**label.method),
+        lora=LoRA(**label.lora),
+        training=TrainConfig(
+            steps=job.steps,
+            lr=job.lr,
+            lora_plus_ratio=label.lora_plus_ratio,
+            tokens_per_step=job.tokens_per_step,
+            seed=job.seed,
+        ),
+        rows=DataConfig(limit=job.limit, max_length=job.max_length),
+        dtype=cast(DType, job.dtype),
+        bits=label.bits,
+    )
+
+
+def base_digests(model: PreTrainedModel) -> dict[str, str]:
+    """Return a hash of every number of each of the base's weights, packed or not, by its path."""
+    tensors = base_parameters(model)
+    for path, layer in named_frozen(model).items():
+        place = ".".join(part for part in path.split(".") if part != "original")
+        tensors |= {f"{place}.{name}": t for name, t in layer.packed.tensors().items()}
+    return {
+        name: hashlib.sha256(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        ).hexdigest()
+        for name, tensor in tensors.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Rows:
+    training: list[Example]
+    held_out: list[Example]
+    general: list[Example]
+    tokens_a_step: float
+
+
+def _rows(job: Job, recipe: Recipe, base: Base) -> _Rows:
+    context = context_left(base.model, recipe.method.virtual_tokens or 0)
+    max_length = min(job.max_length, context or job.max_length)
+    examples, _ = load_examples(recipe.data, base.tokenizer, max_length=max_length, limit=job.limit)
+    aside = job.eval_rows or min(200, max(1, len(examples) // 10))
+    # The same for all seeds, or their losses would differ by the rows that they are of.
+    kept, held_out = split_held_out(len(examples), eval_rows=aside, seed=job.split_seed)
+    training = [examples[i] for i in kept]
+    order = StepOrder(
+        [len(row.tokens) for row in training], job.tokens_per_step, job.tokens_per_step, job.seed
+    )
+    tokens = sum(len(row.tokens) for row in training)
+    return _Rows(
+        training,
+        [examples[i] for i in held_out],
+        _general(job, base, max_length),
+        tokens / len(order.epoch(0)),
+    )
+
+
+def _general(job: Job, base: Base, max_length: int) -> list[Example]:
+    """Return the text on which forgetting is measured, all of it as labels."""
+    if job.general is not None:
+        rows, problems = read_rows(Path(job.general))
+        rows = check(rows, problems, skip_bad_rows=False)
+    elif base.model.config.model_type == "minigpt":
+        world = world_text(WORLD_SEED, WORLD_ROWS)
+        rows = [Sourced(row, f"world:{n}") for n, row in enumerate(world, 1)]
+    else:
+        rows, _ = read_rows(GENERAL)
+    texts = [Sourced(Text("\n".join(texts_of(row))), row.where) for row in rows]
+    examples, problems = encode_rows(Encoder(base.tokenizer, max_length=max_length), texts)
+    return check(examples, problems, skip_bad_rows=False)
+
+
+def _train(
+    model: PreTrainedModel, rows: list[Example], course: TrainConfig, tell: Tell
+) -> dict[str, Any]:
+    """Train, and return what it took. Evaluation comes later, so that nothing else counts."""
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    _begin_measuring()
+    steps: list[Step] = []
+    for event in train(model, rows, course):
+        if isinstance(event, Notice):
+            tell({"notice": event.text})
+        elif isinstance(event, Step):
+            steps.append(event)
+            speed = event.tokens / event.seconds
+            tell({"step": event.step, "loss": event.loss, "speed": speed, "rss": event.rss_bytes})
+    peak = _peak()
+    warm = steps[WARM_UP:] or steps
+    losses = [step.loss for step in steps]
+    return {
+        "trained": trained,
+        "tokens": sum(step.tokens for step in steps),
+        "seconds": sum(step.seconds for step in steps),
+        "seconds_a_step": median(step.seconds for step in warm),
+        "tokens_per_second": median(step.tokens / step.seconds for step in warm),
+        "train_loss": mean(losses[-math.ceil(len(losses) / 10) :]),
+        "losses": losses,
+        "peak": peak,
+    }
+
+
+def _begin_measuring() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    begin_measuring()
+
+
+def _peak() -> int | None:
+    """Return the most memory since: the GPU's where there is one, else all of the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return status("VmHWM") or None
+
+
+def _answers(job: Job, base: Base) -> dict[str, Any]:
+    assert job.test is not None
+    questions = read_questions(Path(job.test), limit=job.test_rows)
+    said = answers(
+        base.model,
+        base.tokenizer,
+        [question.turns for question in questions],
+        sampling=Sampling(max_new_tokens=job.max_new_tokens),
+        batch=ANSWERS_AT_ONCE,
+    )
+    found: dict[str, Any] = {"answers": said, "exact": exact(said, questions)}
+    if measure_of(questions) == "bleu":
+        found["bleu"], found["signature"] = bleu(said, questions)
+    return found
+
+
+def _kept_bytes(base: Base, recipe: Recipe) -> int:
+    """Return the bytes that this task alone needs on the disk, as `veneer tune` would write it."""
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place) / "kept"
+        if recipe.method.method == "full":
+            merged.write_model(merge(base.model), base.tokenizer, home)
+        else:
+            adapters.save(base.model, home)
+        files = [file for file in home.rglob("*") if file.is_file()]
+        return sum(file.stat().st_size for file in files if not file.name.startswith(SHARED))
+
+
+def _swappable(model: PreTrainedModel) -> bool:
+    """Return whether what was trained can be put aside, so that another task takes its place."""
+    try:
+        use(model, None)
+    except AdapterError:
+        return False
+    return True
+
+
+def _tell(what: Mapping[str, Any]) -> None:
+    print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""What is compared, as data: labels, budgets, and every fault of the settings at once."""
+
+import pytest
+
+from compared import job
+from veneer.compare.budget import parse_budget
+from veneer.compare.config import CompareConfig
+from veneer.compare.job import Job
+from veneer.compare.labels import LABELS, swept
+from veneer.errors import ConfigError
+from veneer.lowrank.config import LoRA
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_every_label_makes_a_recipe_that_can_be(name):
+    from veneer.compare.worker import recipe_of
+
+    label = LABELS[name]
+    recipe = recipe_of(job(label=label, lr=label.rate))
+    assert recipe.training.lr == label.rate
+    assert recipe.training.steps == 3
+    assert label.explained.endswith(".")
+
+
+def test_a_job_is_read_back_as_it_was_written(tmp_path):
+    for label in LABELS.values():
+        written = job(label=label, seed=4, files={"data": "aa", "test": "bb"})
+        written.write(tmp_path / "job.json")
+        assert Job.read(tmp_path / "job.json").settings() == written.settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "said"),
+    [
+        ("steps:200", 200, "200 steps"),
+        ("tokens:100000", 200, "100,000 tokens"),
+        ("tokens:1", 1, "1 token"),
+        ("minutes:0.5", 15, "0.5 minutes"),
+        ("minutes:1", 30, "1 minute"),
+    ],
+)
+def test_a_budget_is_so_many_steps(text, steps, said):
+    budget = parse_budget(text)
+    assert budget.steps(tokens_a_step=500, seconds_a_step=2.0) == steps
+    assert str(budget) == said
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["200", "steps", "steps:", "steps:0", "steps:1.5", "tokens:-3", "hours:1", "minutes:inf"],
+)
+def test_a_budget_that_cannot_be_is_named(text):
+    with pytest.raises(ConfigError, match="steps:N, tokens:N or minutes:N"):
+        parse_budget(text)
+
+
+def test_faults_are_named_all_at_once():
+    with pytest.raises(ConfigError) as caught:
+        CompareConfig(
+            methods="lora,loar",
+            ranks="1,x",
+            budget="steps:none",
+            seeds=0,
+            eval_rows=0,
+            lr={"fulll": 1e-3, "lora": -1.0},
+            test_rows=3,
+        )
+    said = str(caught.value)
+    for part in (
+        "'loar' is unknown; did you mean 'lora'?",
+        "ranks is 1, x",
+        "budget is 'steps:none'",
+        "seeds is 0",
+        "eval_rows is 0",
+        "'fulll', which is unknown; did you mean 'full'?",
+        "lr of lora is -1.0",
+        "test_rows would do nothing without test",
+    ):
+        assert part in said
+
+
+def test_what_is_swept_keeps_its_scaling_and_shares_runs_with_lora():
+    labels = swept([1, 8, 64], ["qv", "all"])
+    assert [label.name for label in labels] == [
+        "rank 1, all",
+        "rank 8, all",
+        "rank 64, all",
+        "rank 8, qv",
+    ]
+    assert {LoRA(**label.lora).scaling_of("x") for label in labels} == {2.0}
+    assert [label.run for label in labels] == ["rank 1, all", "lora", "rank 64, all", "rank 8, qv"]
+    config = CompareConfig(ranks="8", lr={"lora": 0.5})
+    assert config.rate_of(config.swept[0]) == config.rate_of(LABELS["lora"]) == 0.5
+    assert config.rate_of(LABELS["rslora"]) == LABELS["rslora"].lr
