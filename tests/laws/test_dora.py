@@ -18,7 +18,9 @@ from adapted import distance, ids, logits, targets_named
 from tiny import ARCHITECTURES, VOCAB, packed, tiny
 from veneer.frozen.nf4 import NF4
 from veneer.frozen.packed import FrozenLinear
-from veneer.kernels.gain import apply_gain_, gain_backward
+from veneer.kernels.gain import apply_gain_, gain_backward, swiglu_gain_backward
+from veneer.kernels.gated import swiglu_backward
+from veneer.lowrank import formula
 from veneer.lowrank.adapter import Adapter, Route
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.formula import updated_norms
@@ -32,16 +34,17 @@ DOUBLE = {"dtype": torch.float64}
 MIXES = [{"a": 1.0}, {"a": 0.5}, {"a": 1.0, "b": 1.0, "plain": 1.0}, {"a": -0.3, "plain": 2.0}]
 
 
-def adapter(rows: int, columns: int, rank: int, *, plain: bool, dropout: float = 0.0) -> Adapter:
-    A, B = torch.randn(rank, columns, **DOUBLE), torch.randn(rows, rank, **DOUBLE)
-    magnitude = None if plain else 1 + torch.rand(rows, **DOUBLE)
+def adapter(W: Tensor, rank: int, *, plain: bool, dropout: float = 0.0) -> Adapter:
+    A, B = torch.randn(rank, W.shape[1], **DOUBLE), torch.randn(W.shape[0], rank, **DOUBLE)
+    lengths = (W + 0.5 * rank * B @ A).norm(dim=1)
+    magnitude = None if plain else lengths * (0.5 + torch.rand(W.shape[0], **DOUBLE))
     return Adapter(A, B, scaling=0.5 * rank, dropout=dropout, magnitude=magnitude)
 
 
 def with_adapters(layer: AdaptedLayer, weights: dict[str, float], dropout: float = 0.0) -> Any:
-    rows, columns = layer.by_outputs(layer.frozen_weight).shape
+    W = layer.by_outputs(layer.frozen_weight).double()
     for rank, name in enumerate(weights, 1):
-        one = adapter(rows, columns, rank, plain=name == "plain", dropout=dropout)
+        one = adapter(W, rank, plain=name == "plain", dropout=dropout)
         layer.put(name, one)
         layer.route.configs[name] = LoRA()
     layer.route.use(weights)
@@ -118,14 +121,25 @@ def test_dropped_inputs_concern_the_low_rank_part_alone(weights):
     torch.testing.assert_close(layer.train()(x), layer.original(x))
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-def test_norms_of_the_sum_without_the_sum(rank):
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_norms_of_the_sum_without_the_sum(rank, dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(formula, "kernel", lambda name, like: None)
     torch.manual_seed(0)
-    W, A, B = (torch.randn(s, **DOUBLE) for s in ((5, 7), (rank, 7), (5, rank)))
-    found = updated_norms(W.square().sum(1), A @ W.T, A, B)
-    torch.testing.assert_close(found, (W + B @ A).norm(dim=1))
-    fresh = updated_norms(W.square().sum(1), A @ W.T, A, torch.zeros_like(B))
-    assert torch.equal(fresh, W.square().sum(1).sqrt())
+    wide = torch.promote_types(dtype, torch.float32)
+    W, A, B = (torch.randn(*s).to(dtype) for s in ((50, 70), (rank, 70), (50, rank)))
+    squares = W.to(wide).square().sum(1)
+    found = updated_norms(squares, W @ A.T, A.to(wide), B.to(wide), 0.3)
+    wanted = (W.double() + 0.3 * B.double() @ A.double()).norm(dim=1)
+    near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found.double(), wanted, rtol=near, atol=0)
+    nothing = torch.zeros(50, rank, dtype=wide)
+    fresh = updated_norms(squares, W @ A.T, A.to(wide), nothing, 0.3)
+    torch.testing.assert_close(fresh, squares.sqrt(), rtol=1e-6, atol=0)
+    none = updated_norms(0 * squares, 0 * W @ A.T, A.to(wide), nothing, 0.3)
+    assert torch.equal(none, torch.ones_like(none))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -144,10 +158,33 @@ def test_gain_kernels_equal_torch(rows, columns, bias, dtype):
     wanted = (z64 - offset) * g64 + offset
     y = apply_gain_(z.clone(), gain, b)
     dz, d_gain = gain_backward(dy, y, gain, b)
+    again = dy.clone()
+    assert gain_backward(again, y, gain, b, in_place=True)[0] is again
+    assert torch.equal(again, dz)
     right = torch.autograd.grad(wanted, (z64, g64), dy.double())
     near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     for a, c in zip((y, dz, d_gain), (wanted, *right), strict=True):
         assert distance(a.double(), c) < near
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("rows", [1, 130, 700])
+def test_gains_within_swiglu_equal_both_apart(rows, biased, dtype):
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    dy, gate, up = (torch.randn(rows, 63).to(dtype) for _ in range(3))
+    gains = tuple(0.5 + torch.rand(63).to(wide) for _ in range(2))
+    biases = tuple(torch.randn(63).to(dtype) if b else None for b in biased)
+    dz, d_gains, inner = swiglu_gain_backward(dy, gate, up, gains, biases)
+    *d_inputs, wanted = swiglu_backward(dy.double(), gate.double(), up.double())
+    near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert distance(inner.double(), wanted) < near
+    for i, (d, y) in enumerate(zip(d_inputs, (gate, up), strict=True)):
+        bias = None if biases[i] is None else biases[i].double()
+        right = gain_backward(d, y.double(), gains[i].double(), bias)
+        assert distance(dz[i].double(), right[0]) < near
+        assert distance(d_gains[i].double(), right[1]) < near
 
 
 def test_a_gain_of_zero_and_a_row_of_zeros_give_numbers():
@@ -344,7 +381,7 @@ def test_nothing_as_large_as_the_weight_is_made():
     layer.double()
     with Seen(layer.original.weight) as seen:
         layer(torch.randn(5, IN, **DOUBLE)).sum().backward()
-    assert (2, OUT) in seen.shapes  # A Wᵀ
+    assert (OUT, 2) in seen.shapes  # W Aᵀ
     assert not {(OUT, IN), (IN, OUT)} & seen.shapes
     with Seen(layer.original.weight) as seen:
         layer.delta()

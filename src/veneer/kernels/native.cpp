@@ -186,6 +186,28 @@ void row_dots(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {
     }
 }
 
+// The length of each row w + s b A, or 1 for 0, from ‖w‖², w Aᵀ and A Aᵀ.
+template <class T>
+void updated_norms(const Wide<T>* squares, const T* products, const Wide<T>* gram,
+                   const Wide<T>* factor, double scaling, Wide<T>* norms, Size rows, Size rank) {
+    using F = Wide<T>;
+    const F s = F(scaling);
+#pragma omp parallel for schedule(static) if (rows * rank * rank > kWorthSharing)
+    for (Size row = 0; row < rows; ++row) {
+        const T* p = products + row * rank;
+        const F* b = factor + row * rank;
+        F sum = 0;
+        for (Size i = 0; i < rank; ++i) {
+            F dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (Size j = 0; j < rank; ++j) dot += gram[i * rank + j] * b[j];
+            sum += b[i] * (F(2) * load(p[i]) + s * dot);
+        }
+        const F square = squares[row] + s * sum;
+        norms[row] = square > 0 ? std::sqrt(square) : F(1);
+    }
+}
+
 // z = gain · (z − bias) + bias, column by column, exactly z where the gain is 1.
 template <class T>
 void apply_gain(T* z, const Wide<T>* gain, const T* bias, Size rows, Size cols) {
@@ -202,33 +224,57 @@ void apply_gain(T* z, const Wide<T>* gain, const T* bias, Size rows, Size cols) 
     }
 }
 
-// dz = gain · dy, and dots = Σ dy · (y − bias) over the rows. Threads share the columns out, so that
-// each sum is one thread's.
+// dz = gain · dy, which may take dy's place, and of each block of rows Σ dy · (y − bias), as a row of
+// `sums`. Blocks are the same however many threads there are, and so is what they add up to.
 template <class T>
 void gain_backward(const T* dy, const T* y, const Wide<T>* gain, const T* bias, T* dz,
-                   Wide<T>* dots, Size rows, Size cols) {
+                   Wide<T>* sums, Size rows, Size cols, Size block) {
     using F = Wide<T>;
-    constexpr Size kColumns = 64;  // a thread's at a time: a few cache lines of each row
-    const Size blocks = (cols + kColumns - 1) / kColumns;
 #pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
-    for (Size block = 0; block < blocks; ++block) {
-        const Size first = block * kColumns;
-        const Size count = cols - first < kColumns ? cols - first : kColumns;
-        const F* g = gain + first;
-        F sums[kColumns] = {}, offset[kColumns] = {};
-        if (bias)
-            for (Size i = 0; i < count; ++i) offset[i] = load(bias[first + i]);
-        for (Size row = 0; row < rows; ++row) {
-            const T *d = dy + row * cols + first, *z = y + row * cols + first;
-            T* out = dz + row * cols + first;
+    for (Size first = 0; first < rows; first += block) {
+        const Size last = first + block < rows ? first + block : rows;
+        F* sum = sums + first / block * cols;
+        for (Size i = 0; i < cols; ++i) sum[i] = 0;
+        for (Size row = first; row < last; ++row) {
+            const T *d = dy + row * cols, *z = y + row * cols;
+            T* out = dz + row * cols;
 #pragma omp simd
-            for (Size i = 0; i < count; ++i) {
+            for (Size i = 0; i < cols; ++i) {
                 const F one = load(d[i]);
-                sums[i] += one * (load(z[i]) - offset[i]);
-                out[i] = store<T>(g[i] * one);
+                sum[i] += one * (load(z[i]) - (bias ? load(bias[i]) : F(0)));
+                out[i] = store<T>(gain[i] * one);
             }
         }
-        for (Size i = 0; i < count; ++i) dots[first + i] = sums[i];
+    }
+}
+
+// swiglu_backward and gain_backward of both its inputs at once.
+template <class T>
+void swiglu_gain_backward(const T* dy, const T* gate, const T* up, const Wide<T>* gate_gain,
+                          const Wide<T>* up_gain, const T* gate_bias, const T* up_bias, T* d_gate,
+                          T* d_up, T* y, Wide<T>* gate_sums, Wide<T>* up_sums, Size rows,
+                          Size cols, Size block) {
+    using F = Wide<T>;
+#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
+    for (Size first = 0; first < rows; first += block) {
+        const Size last = first + block < rows ? first + block : rows;
+        F *gate_sum = gate_sums + first / block * cols, *up_sum = up_sums + first / block * cols;
+        for (Size i = 0; i < cols; ++i) gate_sum[i] = up_sum[i] = 0;
+        for (Size row = first; row < last; ++row) {
+            const Size at = row * cols;
+#pragma omp simd
+            for (Size i = 0; i < cols; ++i) {
+                const F g = load(gate[at + i]), u = load(up[at + i]), d = load(dy[at + i]);
+                const F sigmoid = F(1) / (F(1) + exponential(-g));
+                const F silu = g * sigmoid;
+                const F dg = d * u * sigmoid * (F(1) + g - silu), du = d * silu;
+                gate_sum[i] += dg * (g - (gate_bias ? load(gate_bias[i]) : F(0)));
+                up_sum[i] += du * (u - (up_bias ? load(up_bias[i]) : F(0)));
+                d_gate[at + i] = store<T>(gate_gain[i] * dg);
+                d_up[at + i] = store<T>(up_gain[i] * du);
+                y[at + i] = store<T>(silu * u);
+            }
+        }
     }
 }
 
@@ -343,14 +389,26 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
     extern "C" void row_dots_##name(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {  \
         row_dots(a, b, out, rows, cols);                                                           \
     }                                                                                              \
+    extern "C" void updated_norms_##name(                                                          \
+        const Wide<T>* squares, const T* products, const Wide<T>* gram, const Wide<T>* factor,     \
+        double scaling, Wide<T>* norms, Size rows, Size rank) {                                    \
+        updated_norms<T>(squares, products, gram, factor, scaling, norms, rows, rank);             \
+    }                                                                                              \
     extern "C" void apply_gain_##name(T* z, const Wide<T>* gain, const T* bias, Size rows,         \
                                       Size cols) {                                                 \
         apply_gain(z, gain, bias, rows, cols);                                                     \
     }                                                                                              \
     extern "C" void gain_backward_##name(const T* dy, const T* y, const Wide<T>* gain,             \
-                                         const T* bias, T* dz, Wide<T>* dots, Size rows,           \
-                                         Size cols) {                                              \
-        gain_backward(dy, y, gain, bias, dz, dots, rows, cols);                                    \
+                                         const T* bias, T* dz, Wide<T>* sums, Size rows,           \
+                                         Size cols, Size block) {                                  \
+        gain_backward(dy, y, gain, bias, dz, sums, rows, cols, block);                             \
+    }                                                                                              \
+    extern "C" void swiglu_gain_backward_##name(                                                   \
+        const T* dy, const T* gate, const T* up, const Wide<T>* gate_gain,                         \
+        const Wide<T>* up_gain, const T* gate_bias, const T* up_bias, T* d_gate, T* d_up, T* y,    \
+        Wide<T>* gate_sums, Wide<T>* up_sums, Size rows, Size cols, Size block) {                  \
+        swiglu_gain_backward(dy, gate, up, gate_gain, up_gain, gate_bias, up_bias, d_gate, d_up,   \
+                             y, gate_sums, up_sums, rows, cols, block);                            \
     }                                                                                              \
     extern "C" void quantize_4bit_##name(const T* x, const float* bounds, float* absmax,           \
                                          std::uint8_t* codes, Size numbers, Size block) {          \

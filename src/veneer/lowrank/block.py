@@ -11,7 +11,7 @@ but the adapters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention
+from veneer.kernels.gain import swiglu_gain_backward
 from veneer.kernels.gated import swiglu, swiglu_backward
 from veneer.kernels.norm import rms_norm, rms_norm_backward
 from veneer.kernels.rotary import rotate_
@@ -103,7 +104,7 @@ class _SelfAttention(torch.autograd.Function):
         q, k, v, h = half.project(x) if half.sparing else rest[:4]
         log_sums = rest if half.sparing else rest[4:]
         out = [half.output]
-        dz, d_gains = through_gains([dy], [y_out], out)
+        dz, d_gains = through_gains([dy], [y_out], out, in_place=False)
         dh_out = gradient_of_h(dz, out)
         d_out = gradients_of_trained(dz, d_gains, dh_out, flat, h_out, out)
         if not needs_x and not any(p.rank for p in half.inputs):
@@ -117,7 +118,8 @@ class _SelfAttention(torch.autograd.Function):
         d_inputs = [d.flatten(1) for d in (dq, dk, dv)]
         outputs = [half.unturned(y, p) for y, p in zip((q, k), half.inputs, strict=False)]
         outputs.append(v.flatten(1))
-        dx, found = _back_to_x(dy, d_inputs, outputs, x, h, half, needs_x=needs_x)
+        dz, d_gains = through_gains(d_inputs, outputs, half.inputs, in_place=True)
+        dx, found = _back_to_x(dy, dz, d_gains, x, h, half, needs_x=needs_x)
         return dx, None, *found, *d_out
 
 
@@ -143,6 +145,17 @@ class FeedForward:
         """Return gate and up (tokens, inner), and the low-rank A x of both."""
         return _project_normed(x, self)
 
+    def through_inner(
+        self, dy: Tensor, gate: Tensor, up: Tensor
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Tensor]:
+        """Return what `through_gains` does of gate and up, and silu(gate) · up, (tokens, inner)."""
+        first, second = self.inputs
+        if first.gain is not None and second.gain is not None:
+            gains, biases = (first.gain, second.gain), (first.bias, second.bias)
+            return swiglu_gain_backward(dy, gate, up, gains, biases)
+        *d_inputs, inner = swiglu_backward(dy, gate, up)
+        return *through_gains(d_inputs, [gate, up], self.inputs, in_place=True), inner
+
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
@@ -150,9 +163,9 @@ class _FeedForward(torch.autograd.Function):
         out, y_out, h_out = _room_onto(x, half.output, half.arena)
         gate, up, h = half.project(x)
         _project_onto(x, swiglu(gate, up), half.output, out, y_out, h_out)
-        ctx.half = half
         kept = () if half.sparing else (gate, up, h)
-        ctx.save_for_backward(x if half.known is None else None, y_out, h_out, *kept)
+        ctx.save_for_backward(*(half.known or (x, None)), y_out, h_out, *kept)
+        ctx.half = replace(half, known=None)  # or it would be held beyond the backward pass
         return out
 
     @staticmethod
@@ -160,16 +173,16 @@ class _FeedForward(torch.autograd.Function):
         half: FeedForward = ctx.half
         needs_x = ctx.needs_input_grad[0]
         dy = grads[0]  # (tokens, dim)
-        x, y_out, h_out, *kept = ctx.saved_tensors
-        x = x if half.known is None else _sum(half.known)
+        x, added, y_out, h_out, *kept = ctx.saved_tensors
+        x = x if added is None else _sum((x, added))
         gate, up, h = half.project(x) if half.sparing else kept
         out = [half.output]
-        dz, d_gains = through_gains([dy], [y_out], out)
+        dz, d_gains = through_gains([dy], [y_out], out, in_place=False)
         dh_out = gradient_of_h(dz, out)
         d_inner = gradient_of_x(dz, dh_out, out)
-        *d_inputs, inner = swiglu_backward(d_inner, gate, up)
+        d_both, both_gains, inner = half.through_inner(d_inner, gate, up)
         d_out = gradients_of_trained(dz, d_gains, dh_out, inner, h_out, out)
-        dx, found = _back_to_x(dy, d_inputs, [gate, up], x, h, half, needs_x=needs_x)
+        dx, found = _back_to_x(dy, d_both, both_gains, x, h, half, needs_x=needs_x)
         return dx, None, *found, *d_out
 
 
@@ -187,8 +200,8 @@ def _project_normed(x: Tensor, half: SelfAttention | FeedForward) -> list[Tensor
 
 def _back_to_x(
     dy: Tensor,
-    d_inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
+    dz: Sequence[Tensor],
+    d_gains: Sequence[Tensor | None],
     x: Tensor,
     h: Tensor,
     half: SelfAttention | FeedForward,
@@ -196,10 +209,8 @@ def _back_to_x(
     needs_x: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Return the gradients of x, where needed, and of what trains in `half.inputs`, from those of
-    the half's output, which x reaches beside everything, and of `outputs`, which `_project_normed`
-    gave."""
+    the half's output, which x reaches beside everything, and from what `through_gains` gave."""
     normed, rstd = rms_norm(x, half.norm.weight, half.norm.eps)
-    dz, d_gains = through_gains(d_inputs, outputs, half.inputs)
     dh = gradient_of_h(dz, half.inputs)
     found = gradients_of_trained(dz, d_gains, dh, normed, h, half.inputs)
     if not needs_x:

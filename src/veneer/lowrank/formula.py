@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from veneer.kernels.native import kernel
 from veneer.lowrank.config import Init
 
 
@@ -22,15 +23,22 @@ def new_A(rank: int, in_features: int, init: Init, generator: torch.Generator | 
     return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
 
 
-def updated_norms(squares: Tensor, AW: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Return ‖w + b A‖ for each row w of W and b of B, (out,), without W + B A.
+def updated_norms(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Return ‖w + s b A‖ for each row w of W and b of B, (out,), without W + s B A; 1 for 0.
 
-    √(‖w‖² + 2 b · (A w) + b (A Aᵀ) bᵀ), with squares (out,): ‖w‖²; AW (rank, out): A Wᵀ; A (rank,
-    in); B (out, rank), scaled. It is √squares to the bit where B is zero.
+    √(‖w‖² + 2 s b · (A w) + s² b (A Aᵀ) bᵀ), with squares (out,): ‖w‖²; WA (out, rank): W Aᵀ; A
+    (rank, in); B (out, rank).
     """
-    cross = (B * AW.T).sum(1)
-    quadratic = ((B @ (A @ A.T)) * B).sum(1)
-    return (squares + 2 * cross + quadratic).clamp(min=0).sqrt()
+    gram = A @ A.T  # (rank, rank)
+    native = kernel("updated_norms", WA)
+    if native is not None:
+        norms = torch.empty_like(squares)
+        native(squares, WA.contiguous(), gram, B.contiguous(), float(scaling), norms, *B.shape)
+        return norms
+    b = scaling * B
+    cross, quadratic = (b * WA.to(b.dtype)).sum(1), ((b @ gram) * b).sum(1)
+    norms = (squares + (2 * cross + quadratic)).clamp(min=0).sqrt()
+    return norms.masked_fill(norms == 0, 1.0)
 
 
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -42,8 +50,7 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
 def rescaled(weight: Tensor, magnitude: Tensor) -> Tensor:
     """Return m ∘ V / ‖V‖ row by row; rows of zeros stay. weight V (out, in), magnitude m (out,)."""
     norms = weight.norm(dim=1)
-    gain = torch.where(norms > 0, magnitude / norms.clamp(min=torch.finfo(norms.dtype).tiny), 1.0)
-    return weight * gain[:, None]
+    return weight * (magnitude / norms.masked_fill(norms == 0, 1.0))[:, None]
 
 
 def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:

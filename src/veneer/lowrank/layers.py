@@ -84,8 +84,8 @@ class AdaptedLayer(Wrapper):
         """Return a weight as (out, in) from the orientation of `frozen_weight`, and back."""
         return weight
 
-    def times_frozen(self, A: Tensor) -> Tensor:
-        """Return A Wᵀ (rank, out) for A (rank, in)."""
+    def frozen_times(self, A: Tensor) -> Tensor:
+        """Return W Aᵀ (out, rank) for A (rank, in), in W's dtype."""
         raise NotImplementedError
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
@@ -95,6 +95,14 @@ class AdaptedLayer(Wrapper):
     def put(self, name: str, adapter: Adapter) -> None:
         """Lay an adapter with given tensors over the layer, on the layer's device."""
         self.adapters[name] = adapter.to(self.frozen.device)
+
+    def _put_fresh(self, name: str, adapter: Adapter, config: LoRA) -> None:
+        """Lay an adapter that adds nothing yet over the layer, with W's own lengths for DoRA."""
+        self.put(name, adapter)
+        if config.dora:
+            # By the very function that they are divided by later: 1 has to be 1 to the bit.
+            norms = self._norms(adapter, adapter.factors()[0])
+            adapter.magnitude = nn.Parameter(norms.masked_fill(self._squares() == 0, 0.0))
 
     def active(self) -> list[tuple[Adapter, float]]:
         """Return the adapters that act here, with their weights."""
@@ -108,18 +116,17 @@ class AdaptedLayer(Wrapper):
 
     def acting(self, pairs: list[tuple[Adapter, float]], dtype: torch.dtype) -> Acting:
         """Return adapters with their weights as one, differentiably."""
-        gain, shares = self._gains(pairs)
-        As, Bs = [], []
-        for (adapter, weight), share in zip(pairs, shares, strict=True):
-            A, B = adapter.factors()
-            As.append(A)
-            Bs.append(B * (weight * adapter.scaling))
-            if share is not None:
-                Bs[-1] = Bs[-1] * share[:, None]
-        return Acting(_joined(As, 0).to(dtype), _joined(Bs, 1).to(dtype), gain)
+        factors = [adapter.factors() for adapter, _ in pairs]
+        As = [A.to(dtype) for A, _ in factors]
+        gain, shares = self._gains(pairs, As)
+        Bs = []
+        for (adapter, weight), (_, B), share in zip(pairs, factors, shares, strict=True):
+            scaled = B * (weight * adapter.scaling)
+            Bs.append(scaled if share is None else scaled * share[:, None])
+        return Acting(_joined(As, 0), _joined(Bs, 1).to(dtype), gain)
 
     def _gains(
-        self, pairs: list[tuple[Adapter, float]]
+        self, pairs: list[tuple[Adapter, float]], As: list[Tensor]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Return the gain of W, (out,), and of each adapter's B A beside it, or None for 1.
 
@@ -127,34 +134,29 @@ class AdaptedLayer(Wrapper):
         """
         if all(adapter.magnitude is None for adapter, _ in pairs):
             return None, [None] * len(pairs)
+        gains = [
+            None if adapter.magnitude is None else adapter.magnitude / self._norms(adapter, A)
+            for (adapter, _), A in zip(pairs, As, strict=True)
+        ]
         if len(pairs) == 1 and pairs[0][1] == 1.0:
-            return self._gain(pairs[0][0]), [None]
-        gains = [self._gain(adapter) for adapter, _ in pairs]
-        parts = [w * (gain - 1.0) for (_, w), gain in zip(pairs, gains, strict=True)]
+            return gains[0], [None]
+        parts = [w * (g - 1.0) for (_, w), g in zip(pairs, gains, strict=True) if g is not None]
         total = 1.0 + torch.stack(parts).sum(0)
-        return total, [gain / total for gain in gains]
-
-    def _gain(self, adapter: Adapter) -> Tensor:
-        """Return g = m / ‖W + s B A‖ of an adapter, (out,): 1 without m, or without length."""
-        norms = self._norms(adapter)
-        if adapter.magnitude is None:
-            return torch.ones_like(norms)
-        least = torch.finfo(norms.dtype).tiny
-        return torch.where(norms > 0, adapter.magnitude / norms.clamp(min=least), 1.0)
+        return total, [(1.0 if gain is None else gain) / total for gain in gains]
 
     @torch.no_grad()
-    def _norms(self, adapter: Adapter) -> Tensor:
-        """Return ‖W + s B A‖ of each row, (out,), which is kept as long as nobody trains A or B."""
+    def _norms(self, adapter: Adapter, A: Tensor) -> Tensor:
+        """Return ‖W + s B A‖ of each row, (out,), or 1 for a row of zeros.
+
+        A: the adapter's, in the dtype of computing. Norms are kept while nobody trains A or B.
+        """
         weights = (adapter.lora_A, adapter.lora_B)
         state = [(w._version, w.device, w.requires_grad) for w in weights]
         if adapter.kept_norms is not None and adapter.kept_norms[0] == state:
             return adapter.kept_norms[1]
         squares = self._squares()
-        A, B = adapter.factors()
-        A = A.to(self.frozen.dtype)
-        AW = self.times_frozen(A).to(squares.dtype)
-        scaled = adapter.scaling * B.to(squares.dtype)
-        norms = updated_norms(squares, AW, A.to(squares.dtype), scaled)
+        wide, B = (factor.to(squares.dtype) for factor in adapter.factors())
+        norms = updated_norms(squares, self.frozen_times(A), wide, B, adapter.scaling)
         if not any(w.requires_grad for w in weights):
             adapter.kept_norms = (state, norms)
         return norms
@@ -207,8 +209,11 @@ class LoRALinear(AdaptedLayer):
     def oriented(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight
 
-    def times_frozen(self, A: Tensor) -> Tensor:
-        return linear(A, self.frozen, None)
+    def frozen_times(self, A: Tensor) -> Tensor:
+        frozen = self.frozen
+        A = A.to(frozen.dtype)
+        # A dense W is taken as it lies; as a layer's weight it would be laid out anew for few rows.
+        return frozen @ A.T if isinstance(frozen, Tensor) else linear(A, frozen, None).T
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
         out_features, in_features = self.frozen.shape
@@ -219,16 +224,9 @@ class LoRALinear(AdaptedLayer):
             B = torch.zeros(out_features, rank)
         else:
             A, B = (factor.clone() for factor in start)
-        adapter = Adapter(
-            A,
-            B,
-            scaling=scaling,
-            dropout=config.dropout,
-            magnitude=self._squares().sqrt() if config.dora else None,
-            start=start,
-        )
+        adapter = Adapter(A, B, scaling=scaling, dropout=config.dropout, start=start)
         adapter.lora_A.requires_grad_(not config.lora_fa)
-        self.put(name, adapter)
+        self._put_fresh(name, adapter, config)
 
     def projection(self) -> Projection | None:
         """Return the layer as it acts now, or None where it cannot be had as one product."""
@@ -279,16 +277,16 @@ class LoRAEmbedding(AdaptedLayer):
     def by_outputs(self, weight: Tensor) -> Tensor:
         return weight.T
 
-    def times_frozen(self, A: Tensor) -> Tensor:
-        return A @ self.frozen_weight
+    def frozen_times(self, A: Tensor) -> Tensor:
+        frozen = self.frozen_weight
+        return frozen.T @ A.to(frozen.dtype).T
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
         words, dim = self.frozen.shape
         rank = config.rank_of(path)
         A = torch.zeros(rank, words)
         B = torch.randn(dim, rank, generator=generator)
-        magnitude = self._squares().sqrt() if config.dora else None
-        self.put(name, Adapter(A, B, scaling=config.scaling_of(path), magnitude=magnitude))
+        self._put_fresh(name, Adapter(A, B, scaling=config.scaling_of(path)), config)
 
     def forward(self, ids: Tensor) -> Tensor:
         y = self.original(ids)

@@ -64,14 +64,19 @@ def project(x: Tensor, group: Sequence[Projection], outputs: Sequence[Tensor], h
 
 
 def through_gains(
-    d_outputs: Sequence[Tensor], outputs: Sequence[Tensor], group: Sequence[Projection]
+    d_outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    group: Sequence[Projection],
+    *,
+    in_place: bool,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the gradients of what each gain is a factor of, (tokens, out), and of the gains.
+    """Return the gradients of what each gain is a factor of, (tokens, out), in the place of those
+    of the outputs if that is allowed, and of the gains.
 
     outputs: what `project` wrote; looked at only where there is a gain.
     """
     found = [
-        (dy, None) if p.gain is None else gain_backward(dy, y, p.gain, p.bias)
+        (dy, None) if p.gain is None else gain_backward(dy, y, p.gain, p.bias, in_place=in_place)
         for dy, y, p in zip(d_outputs, outputs, group, strict=True)
     ]
     return [dz for dz, _ in found], [d_gain for _, d_gain in found]
