@@ -8,13 +8,13 @@ from typing import Literal, get_args
 from veneer.errors import ConfigError
 
 MethodName = Literal["lora", "full", "freeze", "prefix", "prompt"]
-# Peak learning rates of AdamW that suit each method, as docs/comparison.md measures them.
+# Peak learning rates of AdamW for a whole run, as the methods' papers and PEFT's guides have them.
 LEARNING_RATES: dict[MethodName, float] = {
     "lora": 2e-4,
     "full": 2e-5,
     "freeze": 1e-4,
     "prefix": 1e-2,
-    "prompt": 1e-2,
+    "prompt": 3e-2,
 }
 # Settings that belong to a method, and what they are unless given.
 OWN: dict[str, dict[str, object]] = {
