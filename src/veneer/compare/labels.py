@@ -43,9 +43,9 @@ class Label:
         return self.lr
 
 
-# Learning rates are for the short budgets of a comparison, which want more than a whole run does: of
-# three rates each the best after 24 steps of a 135M base on E2E (docs/comparison.md). --range-test
-# looks for those of another base.
+# Learning rates are for the short budgets of a comparison, which want more than a whole run does:
+# of three rates each the best after 24 steps of a 135M base on E2E (docs/comparison.md).
+# --range-test looks for those of another base.
 _ALL = (
     Label(
         "full",
