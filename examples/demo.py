@@ -32,9 +32,6 @@ RECIPE = veneer.Recipe(
     out=OUT,
 )
 SHORT = veneer.Sampling(max_new_tokens=32)
-# Questions answered at a time. In bfloat16 the last bit of a product depends on how many rows it
-# has, so only the same batch can give the same words.
-TOGETHER = 16
 console = Console(highlight=False)
 
 
@@ -47,7 +44,7 @@ def main(recipe: veneer.Recipe) -> None:
 
     heading(f"1. Before: {len(questions)} questions about an island that the base cannot know")
     base = veneer.load_base(recipe.model, bits=recipe.bits)
-    before = veneer.answers(base.model, base.tokenizer, questions, sampling=SHORT, batch=TOGETHER)
+    before = veneer.answers(base.model, base.tokenizer, questions, sampling=SHORT)
     console.print(f"{score(before, keys)} right")
 
     heading(f"2. Training a thin layer over it on {len(rows)} rows, on this machine")
@@ -64,7 +61,8 @@ def main(recipe: veneer.Recipe) -> None:
 
     heading("4. The adapter comes off again")
     veneer.use(base.model, None)
-    again = veneer.answers(base.model, base.tokenizer, questions[:TOGETHER], sampling=SHORT)
+    # All of them: in bfloat16 only the same batch gives the same bits.
+    again = veneer.answers(base.model, base.tokenizer, questions, sampling=SHORT)
     console.print(f"{same(again, before)} answers are the base's own again")
 
     heading("5. The merged model is a plain model that says the same")
