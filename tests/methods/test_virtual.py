@@ -1,6 +1,5 @@
 """Prefix and prompt: virtual tokens in front of every text, in plain calls and in generation."""
 
-import inspect
 from typing import Any
 
 import pytest
@@ -90,18 +89,18 @@ def test_fresh_tokens_say_what_the_words_that_they_start_from_would_say(architec
     assert distance(model.get_output_embeddings()(by_place), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("options", [{}, {"position_ids": None}], ids=["positions", "none"])
 @each_method
 @each_model
-def test_padding_is_not_seen(architecture, method):
+def test_padding_is_not_seen(architecture, method, options):
     model = of_a_wide_window(new_model(architecture, method))
     long, short = ids(2, 11)[:1], ids(2, 7, seed=2)[:1]
     left = torch.cat([torch.zeros(1, 4, dtype=torch.long), short], dim=1)
     mask = torch.tensor([[1] * 11, [0] * 4 + [1] * 7])
     places = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        found = model(
-            torch.cat([long, left]), attention_mask=mask, position_ids=places, use_cache=False
-        ).logits
+        given = {"attention_mask": mask, "position_ids": places} | options
+        found = model(torch.cat([long, left]), **given, use_cache=False).logits
     torch.testing.assert_close(found[:1], logits(model, long), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[1:, 4:], logits(model, short), rtol=1e-4, atol=1e-4)
 
@@ -401,28 +400,3 @@ def test_a_mask_of_scores_is_refused(method):
     model = new_model("llama", method)
     with pytest.raises(veneer.AdapterError, match="mask"):
         model(ids(), attention_mask=torch.zeros(2, 1, 12, 12))
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@each_method
-def test_a_decoder_that_calls_its_cache_by_the_older_name(architecture, method, monkeypatch):
-    """transformers before 5.24: the same decoder, whose argument is `past_key_values`."""
-    wanted = logits(new_model(architecture, method))
-    kind = type(tiny(architecture).get_decoder())
-    own, names = kind.forward, inspect.signature(kind.forward)
-
-    def forward(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        assert "cache" not in kwargs
-        return own(self, *args, cache=past_key_values, **kwargs)
-
-    renamed = [
-        p.replace(name="past_key_values") if p.name == "cache" else p
-        for p in names.parameters.values()
-    ]
-    forward.__signature__ = names.replace(parameters=renamed)  # type: ignore[attr-defined]
-    monkeypatch.setattr(kind, "forward", forward)
-    model = tiny(architecture)
-    shake(veneer.attach(model, virtual(method), seed=3))
-    with torch.no_grad():
-        found = model.get_output_embeddings()(model.get_decoder()(ids()).last_hidden_state)
-    assert distance(found, wanted) < 1e-5

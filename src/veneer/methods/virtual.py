@@ -89,7 +89,6 @@ class VirtualTokens(nn.Module):
         self.adapters = nn.ModuleDict()
         self.route = route
         self._names = tuple(inspect.signature(decoder.forward).parameters)
-        self._cache = cache_name(decoder)
         self._own: slice | Tensor | None = None  # where the text's tokens are in the output
         self._hooks = (
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -132,12 +131,12 @@ class VirtualTokens(nn.Module):
             given["position_ids"] = given["position_ids"] + count
             return
         _move_on(decoder, given, count)
-        cache = given.get(self._cache)
+        cache = given.get("cache")
         if cache is None:
             kept = given.get("use_cache")
             kept = decoder.config.use_cache if kept is None else kept
             cache = (DynamicCache if kept else _Standing)(config=decoder.config)
-            given[self._cache] = cache
+            given["cache"] = cache
         if not cache.get_seq_length():
             text = given.get("input_ids")
             rows = len(given["inputs_embeds"] if text is None else text)
@@ -147,7 +146,7 @@ class VirtualTokens(nn.Module):
     def _embed(self, decoder: Any, given: Arguments, prompt: Tensor) -> None:
         """Put embeddings (virtual, dim) in front of those of the text."""
         count = len(prompt)
-        cache = given.get(self._cache)
+        cache = given.get("cache")
         if cache is not None and cache.get_seq_length():
             _move_on(decoder, given, count)  # the prompt is in the cache
             return
@@ -202,6 +201,11 @@ def _move_on(decoder: Any, given: Arguments, count: int) -> None:
                 "time."
             )
         given["attention_mask"] = F.pad(mask, (count, 0), value=1)
+        if given.get("position_ids") is None and not bool(mask.all()):
+            # By place, padded rows would stand farther from their virtual tokens than alone.
+            text = given.get("inputs_embeds")
+            tokens = (given["input_ids"] if text is None else text).shape[1]
+            given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
     if (positions := given.get("position_ids")) is not None:
         given["position_ids"] = positions + count
 
@@ -266,11 +270,11 @@ def keys_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """
     route, decoder = route_of(model), model.get_decoder()
     cache = DynamicCache()  # without a config it keeps all, whatever a window would let go
-    given = {cache_name(decoder): cache}
+    _check_cache(decoder)
     acting, route.weights = route.weights, {}
     try:
         with torch.no_grad():
-            decoder(input_ids=ids[None].to(model.device), use_cache=True, **given)
+            decoder(input_ids=ids[None].to(model.device), use_cache=True, cache=cache)
     finally:
         route.weights = acting
     layers: list[Any] = cache.layers
@@ -281,19 +285,6 @@ def keys_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
             "prefix needs a model that keeps keys and values of one shape in all layers."
         )
     return torch.cat(kept).unflatten(0, (-1, 2))
-
-
-def cache_name(decoder: nn.Module) -> str:
-    """Return what a decoder calls its cache of keys and values. Raises ConfigError where a layer
-    has none."""
-    names = inspect.signature(decoder.forward).parameters
-    config: Any = decoder.config
-    # It was called past_key_values before transformers 5.24.
-    found = [name for name in ("cache", "past_key_values") if name in names]
-    layers = DynamicCache(config=config).layers
-    if not found or not all(hasattr(layer, "keys") for layer in layers):
-        raise ConfigError("Virtual tokens need a model with keys and values in every layer.")
-    return found[0]
 
 
 def put_virtual(model: PreTrainedModel, name: str, part: nn.Module) -> None:
@@ -339,9 +330,10 @@ def virtual_count(model: nn.Module) -> int:
     return sum(each.virtual_tokens or 0 for each in acting if isinstance(each, Method))
 
 
-def takes_padding(model: nn.Module) -> bool:
-    """Return whether texts of any lengths may be padded on the left to stand in one batch."""
-    return not (virtual_count(model) and _window(model))
+def takes_padding(model: nn.Module, longest: int) -> bool:
+    """Return whether texts may be padded on the left to `longest` tokens to stand in one batch."""
+    count, window = virtual_count(model), _window(model)
+    return not (count and window and count + longest > window)
 
 
 def context_left(model: nn.Module, count: int) -> int | None:
@@ -361,8 +353,17 @@ def _window(model: Any) -> int | None:
     return getattr(model.config, "sliding_window", None)
 
 
+def _check_cache(decoder: nn.Module) -> None:
+    """Raise ConfigError where a layer of a decoder has no cache of keys and values."""
+    config: Any = decoder.config
+    layers = DynamicCache(config=config).layers
+    named = "cache" in inspect.signature(decoder.forward).parameters
+    if not named or not all(hasattr(layer, "keys") for layer in layers):
+        raise ConfigError("Virtual tokens need a model with keys and values in every layer.")
+
+
 def _checked_count(model: PreTrainedModel, config: Method) -> int:
-    cache_name(model.get_decoder())
+    _check_cache(model.get_decoder())
     assert config.virtual_tokens is not None
     context_left(model, config.virtual_tokens)
     return config.virtual_tokens
