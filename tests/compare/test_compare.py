@@ -3,10 +3,13 @@
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +34,7 @@ from veneer.data.world import facts
 
 QUICK = ("--budget", "steps:4", "--tokens-per-step", "256", "--max-new-tokens", "8")
 ROWS = [(question, fact.answer) for fact in facts()[::5] for question in fact.questions]
-TRAINED = ("lora", "full")
+TRAINED = ("lora", "prefix", "full")
 
 
 def write_rows(path: Path, pairs) -> Path:
@@ -42,9 +45,11 @@ def write_rows(path: Path, pairs) -> Path:
 
 @pytest.fixture(scope="module")
 def done(minigpt_home, tmp_path_factory):
-    """A comparison of two methods, in which one run of a second table fails."""
+    """A comparison of three methods, in which one run of a second table fails."""
     home = tmp_path_factory.mktemp("compared")
-    data = write_rows(home / "rows.jsonl", ROWS)
+    # One of them fills the context, of which virtual tokens take a part.
+    long = " ".join([ROWS[0][1]] * 100)
+    data = write_rows(home / "rows.jsonl", [*ROWS, (ROWS[0][0], long)])
     test = write_rows(home / "test.jsonl", ROWS[:6])
     arguments = ["compare", str(minigpt_home), str(data), "--test", str(test), *QUICK]
     arguments += ["--methods", ",".join(TRAINED), "--target-sets", "all,nowhere"]
@@ -69,23 +74,22 @@ def test_every_method_gets_the_same_tokens_in_the_same_order(done):
     assert set(done.runs) == set(TRAINED)
     assert len({run["tokens"] for run in done.runs.values()}) == 1
     assert all(0 < run["tokens"] <= 4 * 256 for run in done.runs.values())
-    # Before its first step every method is the base, so that equal losses mean equal rows.
-    first = [run["losses"][0] for run in done.runs.values()]
-    assert first == pytest.approx([first[0]] * 2, rel=1e-5)
+    # Before their first step two of them are the base, so that equal losses mean equal rows.
+    assert done.runs["lora"]["losses"][0] == pytest.approx(done.runs["full"]["losses"][0], rel=1e-5)
     assert all(len(run["losses"]) == 4 for run in done.runs.values())
 
 
 def test_rows_say_what_was_measured(done):
     rows = done.rows
     assert list(rows) == ["base", *TRAINED]
-    assert [rows[name]["base_unchanged"] for name in rows] == [None, True, False]
-    assert [rows[name]["swappable"] for name in rows] == [None, True, False]
+    assert [rows[name]["base_unchanged"] for name in rows] == [None, True, True, False]
+    assert [rows[name]["swappable"] for name in rows] == [None, True, True, False]
     assert rows["full"]["share"] == 1.0
     assert rows["lora"]["trained"] < rows["full"]["trained"]
     assert rows["lora"]["kept"] < rows["full"]["kept"]
     for name in TRAINED:
         assert rows[name]["eval_loss"]["mean"] != rows["base"]["eval_loss"]["mean"]
-        assert rows[name]["general"]["mean"] != 0
+        assert rows[name]["forgotten"]["mean"] != 0
         assert 0 <= rows[name]["quality"]["mean"] <= 100
         assert rows[name]["eval_loss"]["deviation"] is None
         assert rows[name]["peak"] > 50e6  # Python with torch
@@ -114,7 +118,8 @@ def test_what_is_left_is_for_people_and_for_programs(done):
     assert names == {"comparison.md", "comparison.json", "comparison.png", "runs"}
     assert (done.out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     kept = {f"{name}-seed0.json" for name in TRAINED}
-    assert {path.name for path in (done.out / "runs").iterdir()} == kept | {"base.json"}
+    beside = {"base.json", "about.txt"}
+    assert {path.name for path in (done.out / "runs").iterdir()} == kept | beside
     table = (done.out / "comparison.md").read_text(encoding="utf-8")
     for name in ("base", *TRAINED):
         assert f"\n| {name} | " in table
@@ -173,6 +178,45 @@ def test_resuming_with_other_settings_or_other_data_is_refused(done, asked_for, 
     assert asked_for == []
 
 
+def test_what_is_not_ours_is_never_put_away(asked_for, tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    theirs = tmp_path / "out" / "runs" / "events.tfevents"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("curves")
+    flags = ["compare", "m", str(data), "--out", str(tmp_path / "out"), "--methods", "lora"]
+    for switch in ([], ["--force"], ["--resume"]):
+        assert run([*flags, *switch]) == 2
+        assert "holds other things" in capsys.readouterr().err
+    assert theirs.read_text() == "curves"
+    assert asked_for == []
+
+
+def test_earlier_runs_are_put_away_only_for_those_that_begin(done, monkeypatch, capsys):
+    def fails(job, runs):
+        yield from ()
+        return "there is no such base"
+
+    before = {path: path.read_bytes() for path in (done.out / "runs").iterdir()}
+    monkeypatch.setattr(comparing, "do_job", fails)
+    assert run([*done.arguments, "--force"]) == 2
+    assert "no such base" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (done.out / "runs").iterdir()} == before
+    names = {path.name for path in done.out.iterdir()}
+    assert names == {"comparison.md", "comparison.json", "comparison.png", "runs"}
+
+
+def test_a_base_that_changed_is_refused(done, asked_for, capsys):
+    weights = Path(done.arguments[1]) / "model.pt"
+    before = weights.stat()
+    try:
+        os.utime(weights, (before.st_atime, before.st_mtime + 1))
+        assert run([*done.arguments, "--resume"]) == 2
+    finally:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "files (" in capsys.readouterr().err
+    assert asked_for == []
+
+
 def compared(tmp_path, *flags: str) -> dict:
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     assert run(["compare", "m", str(data), "--out", "out", "--quiet", "--methods", *flags]) == 0
@@ -201,6 +245,26 @@ def test_a_range_test_takes_the_rate_with_the_lowest_loss(asked_for, tmp_path):
     ]
     assert found["rows"][1]["lr"] == 2e-3
     assert found["trials"]["lora"]["0.002"] == 0.0
+
+
+def test_a_rate_that_diverges_is_an_answer_and_a_trial_that_fails_is_none(tmp_path, monkeypatch):
+    def do_job(job, runs):
+        yield from ()
+        if job.kind == "trial" and job.label.name == "lora+":
+            return "its process was killed"
+        loss = math.inf if job.kind == "trial" and job.lr > 1e-2 else job.lr
+        return Result({}, 10, "float32", 5, 2, 100.0, eval_loss=loss, trained=3)
+
+    monkeypatch.setattr(comparing, "do_job", do_job)
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags = ["--range-test", "--methods", "lora,lora+", "--lr.lora", "6e-3", "--out", "out"]
+    assert run(["compare", "m", str(data), *flags, "--quiet"]) == 1
+    found = json.loads(Path("out/comparison.json").read_text(encoding="utf-8"))
+    assert found["trials"]["lora"] == {"0.002": 2e-3, "0.006": 6e-3, "0.018": None}
+    table = Path("out/comparison.md").read_text(encoding="utf-8")
+    assert "0.018: diverged" in table
+    assert "| lora+ | failed |" in table
+    assert "was killed" in table
 
 
 def test_minutes_become_steps_by_each_methods_own_speed(asked_for, tmp_path, monkeypatch):
@@ -254,7 +318,8 @@ def test_the_hash_of_the_base_sees_one_changed_number_and_no_adapter(minigpt_hom
     assert base_digests(packed) != before
 
 
-def test_ctrl_c_ends_the_worker_and_says_how_to_go_on(minigpt_home, tmp_path):
+def begun(minigpt_home: Path, tmp_path: Path) -> subprocess.Popen[str]:
+    """Return a comparison that has begun to train, and would not end soon."""
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     flags = ["--methods", "lora", "--budget", "steps:100000", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
@@ -268,25 +333,43 @@ def test_ctrl_c_ends_the_worker_and_says_how_to_go_on(minigpt_home, tmp_path):
     for line in process.stdout:
         if "lora-seed0 ..." in line:
             break
+    wait_until(lambda: workers(tmp_path))
+    return process
+
+
+def test_ctrl_c_ends_the_worker_and_says_how_to_go_on(minigpt_home, tmp_path):
+    process = begun(minigpt_home, tmp_path)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "--resume" in said
     assert "Traceback" not in said
     assert {path.name for path in (tmp_path / "out" / "runs").glob("*.json")} == {"base.json"}
-    mine = [
-        place
-        for place in Path("/proc").glob("[0-9]*/cmdline")
-        if str(tmp_path).encode() in _bytes(place)
-    ]
-    assert mine == []
+    assert not workers(tmp_path)
 
 
-def _bytes(place: Path) -> bytes:
-    try:
-        return place.read_bytes()
-    except OSError:
-        return b""
+def test_a_worker_ends_with_whoever_asked_for_it(minigpt_home, tmp_path):
+    process = begun(minigpt_home, tmp_path)
+    process.kill()
+    process.communicate(timeout=120)
+    wait_until(lambda: not workers(tmp_path))
+
+
+def workers(home: Path) -> list[bytes]:
+    """Return the command lines of the processes that do jobs below `home`."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(place.read_bytes())
+    return [line for line in found if b"compare.worker" in line and str(home).encode() in line]
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    for _ in range(600):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError("a minute was not enough")
 
 
 def test_deviations_over_seeds_are_shown(asked_for, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ def test_rows_that_ask_the_same_are_one_question(tmp_path):
         {"prompt": "a", "references": ["1", "2"]},
         {"prompt": "b", "completion": "3"},
         {"prompt": "a", "completion": "4"},
-        {"question": "b", "answer": "3"},
+        {"question": "b", "answer": "3", "references": None},
     ]
     found = read_questions(written(tmp_path / "q.jsonl", rows))
     asked = {question.turns[0].content: question.references for question in found}
@@ -42,8 +42,9 @@ def test_faults_are_named_all_at_once(tmp_path):
         {"references": ["fine"]},
         {"prompt": "good", "completion": "good"},
         {"prompt": "a"},
+        {"prompt": "a", "references": ["half \ud800"]},
     ]
     with pytest.raises(DataError) as caught:
         read_questions(written(tmp_path / "q.jsonl", rows))
     places = [problem.split(": ")[0].rsplit(":", 1)[1] for problem in caught.value.problems]
-    assert places == ["1", "2", "3", "4", "6"]
+    assert places == ["1", "2", "3", "4", "6", "7"]

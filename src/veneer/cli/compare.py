@@ -19,15 +19,14 @@ from veneer.compare.config import CompareConfig
 from veneer.compare.events import JobDone, JobFailed, JobPhase, JobStarted, JobStep, Laid
 from veneer.compare.job import Job
 from veneer.compare.picture import PICTURE, draw
-from veneer.compare.quality import Measure
+from veneer.compare.quality import TITLES
 from veneer.compare.report import NUMBERS, TABLE, settings_line, write_report
-from veneer.compare.run import compare
+from veneer.compare.run import TIMED, compare
 from veneer.compare.summary import Comparison, Row
 from veneer.errors import VeneerError
 from veneer.training.events import Event, Notice
 
 WIDTH = 100  # columns of the tables where there is no terminal: in fewer, numbers would be broken
-SHORT: dict[Measure, str] = {"exact": "Exact (%)", "bleu": "BLEU"}
 
 
 def run_compare(
@@ -62,6 +61,7 @@ def run_compare(
         return 130
     write_report(found, out)
     names = [TABLE, NUMBERS]
+    (out / PICTURE).unlink(missing_ok=True)  # an earlier one, where this one cannot be drawn
     try:
         draw(found, out / PICTURE)
         names.append(PICTURE)
@@ -110,7 +110,8 @@ class CompareDisplay:
             case Laid(runs, seeds):
                 self.lines = {name: _Line() for name in ("base", *runs)}
                 of = f", {len(seeds)} seeds each" if len(seeds) > 1 else ""
-                OUTPUT.print(f"[bold]Runs[/]    {', '.join(('base', *runs))}{of}", soft_wrap=True)
+                names = escape(", ".join(("base", *runs)))
+                OUTPUT.print(f"[bold]Runs[/]    {names}{of}", soft_wrap=True)
             case Notice(text):
                 OUTPUT.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True)
             case JobStarted(job):
@@ -164,7 +165,7 @@ class CompareDisplay:
             table.add_column(title, justify="right")
         for name, line in self.lines.items():
             numbers = (line.loss, line.speed, line.memory, line.eval_loss, line.quality)
-            table.add_row(name, line.doing, *numbers)
+            table.add_row(escape(name), line.doing, *numbers)
         minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
         table.caption = f"{minutes} min {seconds} s"
         return table
@@ -175,7 +176,7 @@ def _part(job: Job) -> str:
     if job.kind == "base":
         return ""
     if job.kind == "trial":
-        return f"trying {job.name.removeprefix(f'{job.label.run}-')}: "
+        return "timing: " if job.steps == TIMED else f"trying rate {job.lr:g}: "
     return f"seed {job.seed}: "
 
 
@@ -191,7 +192,7 @@ def _result_table(found: Comparison, first: str, rows: list[Row]) -> Table:
     """Return the numbers that fit on a terminal; all of them are in comparison.md."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column(first)
-    quality = [SHORT[found.measure]] if found.measure else []
+    quality = [TITLES[found.measure]] if found.measure else []
     for title in ("Trained", "Memory", "tokens/s", "Eval loss", *quality, "General", "Kept"):
         table.add_column(title, justify="right")
     for row in rows:
@@ -204,10 +205,10 @@ def _result_table(found: Comparison, first: str, rows: list[Row]) -> Table:
         if found.measure:
             numbers.append("" if row.quality is None else row.quality.text(1))
         numbers += [
-            "" if row.general is None else row.general.text(4, signed=True),
+            "" if row.forgotten is None else row.forgotten.text(4, signed=True),
             "" if row.kept is None else bytes_text(row.kept),
         ]
         if not row.seeds and row.errors:
             numbers[0] = "[red]failed[/]"
-        table.add_row(row.label.name, *numbers)
+        table.add_row(escape(row.label.name), *numbers)
     return table

@@ -10,6 +10,7 @@ from typing import get_args
 from veneer.compare.budget import Budget, parse_budget
 from veneer.compare.labels import LABELS, Label, swept
 from veneer.errors import ConfigError, nearest
+from veneer.lowrank.config import split_names
 from veneer.training.recipe import DType
 
 METHODS = ",".join(LABELS)
@@ -58,7 +59,7 @@ class CompareConfig:
         problems = []
         for name in ("methods", "ranks", "target_sets"):
             given = getattr(self, name)
-            parts = given.split(",") if isinstance(given, str) else list(given or ())
+            parts = split_names(given) if isinstance(given, str) else list(given or ())
             parts = [part.strip() if isinstance(part, str) else part for part in parts]
             object.__setattr__(self, name, tuple(dict.fromkeys(p for p in parts if p != "")))
         if not self.methods:
@@ -95,6 +96,8 @@ class CompareConfig:
                 problems.append(
                     f"lr is given for {name!r}, which is unknown{nearest(name, LABELS)}"
                 )
+            elif name not in self.methods and not (name == "lora" and self.swept):
+                problems.append(f"lr of {name} would do nothing, for {name} is not compared")
             elif not 0 < rate < float("inf"):
                 problems.append(f"lr of {name} is {rate}, but must be above 0")
         if self.test_rows is not None and self.test is None:
@@ -121,7 +124,7 @@ class CompareConfig:
 
     def rate_of(self, label: Label) -> float:
         """Return the learning rate at which a label trains, or from which a range test starts."""
-        return self.lr.get("lora" if label in self.swept else label.name, label.rate)
+        return self.lr.get("lora" if label in self.swept else label.name, label.lr)
 
 
 def _whole(rank: object) -> int | None:

@@ -11,7 +11,8 @@ from veneer.errors import ConfigError, differences
 from veneer.store.files import read_json, write_json
 
 Kind = Literal["base", "trial", "run"]
-JOB, RESULT = ".job.json", ".json"  # how the names of their files end
+# How the names of their files end, and of the directory of what a task keeps, while it is weighed.
+JOB, RESULT, KEPT = ".job.json", ".json", ".kept"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Result:
     rows: int  # to train on
     held_out: int
     tokens_a_step: float  # mean of the first epoch
-    eval_loss: float
+    eval_loss: float  # of a trial that diverged, infinite
+    device: str = "cpu"
     general_loss: float | None = None
     exact: float | None = None  # per cent of the answers that are right to the word
     bleu: float | None = None
@@ -87,6 +89,7 @@ class Result:
     tokens_per_second: float = 0.0
     train_loss: float | None = None  # mean of the last tenth of the steps
     losses: list[float] = field(default_factory=list)
+    skipped: int = 0  # steps whose loss or gradient was not finite, and that changed nothing
     peak: int | None = None
     kept: int | None = None
     base_unchanged: bool | None = None

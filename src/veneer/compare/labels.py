@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from veneer.methods.config import LEARNING_RATES, Method
+from veneer.methods.config import Method
 from veneer.plan.config import PackedBits
 
 
@@ -16,14 +16,14 @@ class Label:
 
     name      as it is shown
     explained one sentence for whoever reads the table
-    lr        its learning rate; what suits the method unless given
+    lr        its learning rate
     method    settings of `Method` that differ from the usual, `lora` of `LoRA`
     run       name of its runs, which labels that train alike share
     """
 
     name: str
     explained: str
-    lr: float | None = None
+    lr: float = 0.0
     method: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] = field(default_factory=dict)
     bits: PackedBits | None = None
@@ -31,21 +31,12 @@ class Label:
     run: str = ""
 
     def __post_init__(self) -> None:
-        if self.lr is None:
-            object.__setattr__(self, "lr", LEARNING_RATES[Method(**self.method).method])
         if not self.run:
             object.__setattr__(self, "run", self.name)
 
-    @property
-    def rate(self) -> float:
-        """The learning rate, which is always known."""
-        assert self.lr is not None
-        return self.lr
 
-
-# Learning rates are for the short budgets of a comparison, which want more than a whole run does:
-# of three rates each the best after 24 steps of a 135M base on E2E (docs/comparison.md).
-# --range-test looks for those of another base.
+# Learning rates are for the short budgets of a comparison, which want more than a whole run does.
+# Each was the best of three on a 135M base; --range-test looks for those of another base.
 _ALL = (
     Label(
         "full",
@@ -105,6 +96,8 @@ _ALL = (
     ),
 )
 LABELS: dict[str, Label] = {label.name: label for label in _ALL}
+# The most virtual tokens that any of them puts in front of a row.
+MOST_VIRTUAL = max(Method(**label.method).virtual_tokens or 0 for label in _ALL)
 BASE = Label("base", "The base as it is, without training.")
 
 

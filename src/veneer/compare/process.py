@@ -1,8 +1,13 @@
-"""A job's process: started, listened to, and ended with whoever asked for it."""
+"""A job's process: started, listened to, and ended with whoever asked for it.
+
+It holds the other end of a pipe to its standard input, and ends where that is closed, however this
+process ended.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.compare.events import JobPhase, JobStep
-from veneer.compare.job import JOB, RESULT, Job, Result, kept_result
+from veneer.compare.job import JOB, KEPT, RESULT, Job, Result, kept_result
 from veneer.training.events import Event, Notice
 
 LOG = ".log"
@@ -29,11 +34,14 @@ def do_job(job: Job, runs: Path) -> Generator[Event, None, Result | str]:
         with log.open("w", encoding="utf-8") as complaints:
             # A session of its own: Ctrl-C reaches this process alone, which then ends the other.
             process = subprocess.Popen(
-                [sys.executable, "-m", "veneer.compare.worker", str(order)],
+                # -P: no module comes from where the user happens to be.
+                [sys.executable, "-P", "-m", "veneer.compare.worker", str(order)],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
                 text=True,
                 encoding="utf-8",
+                errors="replace",
                 start_new_session=True,
             )
             assert process.stdout is not None
@@ -53,6 +61,7 @@ def do_job(job: Job, runs: Path) -> Generator[Event, None, Result | str]:
         return error if error is not None else why(code, log)
     finally:
         order.unlink(missing_ok=True)
+        shutil.rmtree(runs / f"{job.name}{KEPT}", ignore_errors=True)
         if told:
             log.unlink(missing_ok=True)
 

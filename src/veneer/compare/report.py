@@ -57,55 +57,34 @@ def settings_line(comparison: Comparison) -> str:
     return "; ".join(parts) + "."
 
 
-def cells(comparison: Comparison, row: Row) -> list[str]:
-    """Return a row of the table as text, under `titles`."""
-    shown = [
-        row.label.name,
-        "" if row.trained is None else f"{row.trained:,}",
-        "" if row.share is None else f"{row.share:.3%}".removesuffix("%"),
-        "" if row.peak is None else f"{row.peak / 1e9:.2f}",
-        "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-        "" if row.minutes is None else f"{row.minutes:.2f}",
-        "" if row.eval_loss is None else row.eval_loss.text(4),
-        "" if row.quality is None else row.quality.text(1),
-        "" if row.general is None else row.general.text(4, signed=True),
-        "" if row.kept is None else f"{row.kept / 1e6:.3g}",
-        _yes(row.base_unchanged),
-        _yes(row.swappable),
-    ]
-    if not row.seeds and row.errors:
-        shown[1] = "failed"
-    if comparison.measure is None:
-        del shown[7]
-    return shown
-
-
-def titles(comparison: Comparison, first: str) -> list[str]:
-    """Return the table's head."""
-    found = [
-        first,
-        "Trained parameters",
-        "%",
-        "Peak memory (GB)",
-        "tokens/s",
-        "Minutes",
-        "Evaluation loss",
-        "",
-        "General loss",
-        "Kept per task (MB)",
-        "Base unchanged",
-        "Swappable",
-    ]
-    if comparison.measure is None:
-        del found[7]
-    else:
-        found[7] = TITLES[comparison.measure]
-    return found
+def cells(comparison: Comparison, row: Row) -> dict[str, str]:
+    """Return a row of the table as text, by the titles of its columns."""
+    trained = "" if row.trained is None else f"{row.trained:,}"
+    quality = {}
+    if comparison.measure:
+        shown = "" if row.quality is None else row.quality.text(1)
+        quality = {TITLES[comparison.measure]: shown}
+    speed = row.tokens_per_second
+    return {
+        "Trained parameters": "failed" if row.errors and not row.seeds else trained,
+        "%": "" if row.share is None else f"{row.share:.3%}".removesuffix("%"),
+        "Peak memory (GB)": "" if row.peak is None else f"{row.peak / 1e9:.2f}",
+        "tokens/s": "" if speed is None else f"{speed:,.0f}",
+        "Minutes": "" if row.minutes is None else f"{row.minutes:.2f}",
+        "Evaluation loss": "" if row.eval_loss is None else row.eval_loss.text(4),
+        **quality,
+        "General loss, change": "" if row.forgotten is None else row.forgotten.text(4, signed=True),
+        "Kept per task (MB)": "" if row.kept is None else _megabytes(row.kept),
+        "Base unchanged": _yes(row.base_unchanged),
+        "Swappable": _yes(row.swappable),
+    }
 
 
 def _table(comparison: Comparison, first: str, rows: Sequence[Row]) -> str:
-    head = titles(comparison, first)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(cells(comparison, row) for row in rows)]
+    shown = [cells(comparison, row) for row in rows]
+    names = [row.label.name.replace("|", "\\|") for row in rows]
+    lines = [[first, *shown[0]], ["---", *["---:"] * len(shown[0])]]
+    lines += [[name, *each.values()] for name, each in zip(names, shown, strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -116,19 +95,28 @@ def _explained(comparison: Comparison, rows: Sequence[Row]) -> str:
         if row.lr is not None:
             line += f" Learning rate {row.lr:g}, {row.steps:,} steps"
             if tried := comparison.trials.get(row.label.run):
-                found = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tried.items())
+                found = ", ".join(f"{lr:g}: {_loss(loss)}" for lr, loss in tried.items())
                 line += f" (evaluation loss after a tenth of them at {found})"
             line += "."
         lines += [line, *(f"  Failed: {_one_line(error)}" for error in row.errors)]
+        runs = comparison.results.get(row.label.run, {}).values()
+        if skipped := sum(run.skipped for run in runs):
+            lines.append(f"  {skipped} steps had no finite loss or gradient, and changed nothing.")
+        noticed = dict.fromkeys(notice for run in runs for notice in run.notices)
+        lines += [f"  Note: {_one_line(notice)}" for notice in noticed]
     return "\n".join(lines)
 
 
 def _columns(comparison: Comparison) -> str:
+    whose = {
+        "cpu": "the whole process's, libraries and base included, mapped files too",
+        "cuda": "what was allocated on the GPU",
+    }[comparison.base.device]
     text = (
-        "Peak memory is the whole process's while training, libraries and base included; tokens/s "
-        "are medians of steps, and minutes those of training alone. General loss is the change of "
-        "the mean loss a token on text that training does not show: what was forgotten. Whether "
-        "the base is unchanged was measured by a hash of all its weights before and after."
+        f"Peak memory while training is {whose}; tokens/s are medians of steps, and minutes those "
+        "of training alone. The change of the general loss is that of the mean loss a token on "
+        "text that training does not show: what was forgotten. Whether the base is unchanged was "
+        "measured by a hash of all its weights before and after."
     )
     if comparison.config.allowed.unit == "minutes":
         text += (
@@ -137,6 +125,15 @@ def _columns(comparison: Comparison) -> str:
     if comparison.config.seeds > 1:
         text += " ± is the standard deviation over seeds."
     return text
+
+
+def _megabytes(count: int) -> str:
+    """Return bytes in MB, to three digits or the whole number."""
+    return f"{count / 1e6:,.0f}" if count >= 1e8 else f"{count / 1e6:.3g}"
+
+
+def _loss(loss: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.4f}"
 
 
 def _yes(value: bool | None) -> str:

@@ -6,7 +6,8 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from veneer.compare.summary import Comparison
 from veneer.data.questions import read_questions
 from veneer.data.sources import files_of
 from veneer.errors import ConfigError, DataError, VeneerError
-from veneer.training.events import Event
+from veneer.store.files import check_replaceable, write_text
+from veneer.training.events import Event, Notice
 
 RUNS = "runs"
+MARKER = "about.txt"  # by which a directory of runs is known to be one
+ABOUT = "What the runs of `veneer compare` measured. --resume takes it from here.\n"
 TIMED = 2 + 5  # steps of a trial that measures speed: to warm up, and to take the median of
 RANGE = (1 / 3, 1.0, 3.0)  # learning rates that a range test tries, as multiples
 SHORT = 10  # a range test's trials have the budget's part of so many
@@ -44,12 +48,15 @@ def compare(
     base that cannot be loaded, runs of another comparison.
     """
     run = _Run(model, data, config, out / RUNS)
-    if not resume:
-        _make_way(out, force=force)
+    _check_place(out, resume=resume, force=force)
     yield Laid(run.names, run.seeds)
-    base = yield from run.result(run.job("base", "base", BASE))
-    if base is None:
-        raise VeneerError(run.errors["base"][-1].removeprefix("base: "))
+    if resume and not run.runs.exists():
+        yield Notice(f"{out} holds no earlier runs; all of them begin now")
+    with nullcontext() if resume else _aside(run.runs):
+        write_text(run.runs / MARKER, ABOUT)
+        base = yield from run.result(run.job("base", "base", BASE))
+        if base is None:
+            raise VeneerError(run.errors["base"][-1].removeprefix("base: "))
     run.base = base
     courses: dict[str, tuple[int, float] | None] = {}
     for seed in run.seeds:
@@ -71,7 +78,7 @@ def compare(
         base=base,
         courses={name: course for name, course in courses.items() if course},
         results=run.results,
-        errors={name: errors for name, errors in run.errors.items() if name != "base"},
+        errors=run.errors,
         trials=run.trials,
     )
 
@@ -89,10 +96,12 @@ class _Run:
     base: Result | None = None
     results: dict[str, dict[int, Result]] = field(default_factory=dict)
     errors: dict[str, list[str]] = field(default_factory=dict)
-    trials: dict[str, dict[float, float]] = field(default_factory=dict)
+    trials: dict[str, dict[float, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config, problems = self.config, []
+        if (base := Path(self.model)).exists():
+            self.files["model"] = _state(base)
         for name, path in (("data", self.data), ("test", config.test), ("general", config.general)):
             try:
                 if path is not None:
@@ -160,18 +169,17 @@ class _Run:
         steps = budget.steps(tokens_a_step=self.base.tokens_a_step, seconds_a_step=seconds)
         if not self.config.range_test:
             return steps, lr
-        short, losses = max(1, steps // SHORT), {}
+        short = max(1, steps // SHORT)
+        losses: dict[float, float | None] = {}
         for factor in RANGE:
             tried = float(f"{lr * factor:.3g}")
             job = self.job(f"{label.run}-lr-{tried:g}", "trial", label, steps=short, lr=tried)
             if trial := (yield from self.result(job)):
-                losses[tried] = trial.eval_loss
-        if not losses:
-            return None
-        # A rate at which a run diverges is an answer, and no failure.
-        self.errors.pop(label.run, None)
+                losses[tried] = trial.eval_loss if math.isfinite(trial.eval_loss) else None
         self.trials[label.run] = losses
-        return steps, min(losses, key=losses.__getitem__)
+        # A rate at which a run diverges is an answer: that it is none of them.
+        found = {rate: loss for rate, loss in losses.items() if loss is not None}
+        return (steps, min(found, key=found.__getitem__)) if found else None
 
     def result(self, job: Job) -> Generator[Event, None, Result | None]:
         """Return what a job finds, or found earlier; None where it fails, which is noted."""
@@ -193,17 +201,34 @@ class _Run:
         return found
 
 
-def _make_way(out: Path, *, force: bool) -> None:
-    """Put the runs of an earlier comparison away, if they may be."""
+def _check_place(out: Path, *, resume: bool, force: bool) -> None:
+    """Raise VeneerError where runs may not stand in `out`."""
     runs = out / RUNS
     if out.is_file():
         raise ConfigError(f"{out} is a file, but --out must name a directory.")
-    if runs.exists() and not force:
+    check_replaceable(runs, marker=MARKER)
+    if any(runs.glob(f"*{RESULT}")) and not (force or resume):
         raise ConfigError(
             f"{out} holds an earlier comparison. Go on with it by --resume, replace it by --force, "
             "or name another place by --out."
         )
-    shutil.rmtree(runs, ignore_errors=True)
+
+
+@contextmanager
+def _aside(runs: Path) -> Iterator[None]:
+    """Put earlier runs aside; they come back where what is to take their place cannot begin."""
+    earlier = runs.with_name(f".{runs.name}.earlier")
+    if runs.exists():
+        runs.rename(earlier)
+    try:
+        yield
+    except BaseException:
+        if earlier.exists():
+            shutil.rmtree(runs, ignore_errors=True)
+            earlier.rename(runs)
+        raise
+    if earlier.exists():
+        shutil.rmtree(earlier)
 
 
 def _hash(path: Path) -> str:
@@ -212,3 +237,11 @@ def _hash(path: Path) -> str:
     for file in files_of(path):
         found.update(file.read_bytes())
     return found.hexdigest()[:16]
+
+
+def _state(path: Path) -> str:
+    """Return a short mark of a model's files: their sizes and when they were last written."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    states = [(file.name, file.stat()) for file in files if file.is_file()]
+    marks = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]

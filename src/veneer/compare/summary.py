@@ -37,7 +37,7 @@ class Row:
     """One line of the table. None: not measured, or not for this row.
 
     peak      bytes at most while training, the process's own (a GPU's where there is one)
-    general   change of the loss on the general sample, against the base as it is
+    forgotten change of the loss on the general sample, against the base as it is
     kept      bytes on the disk that this task alone needs
     errors    of runs that failed; a row may have both these and numbers
     """
@@ -55,7 +55,7 @@ class Row:
     train_loss: Spread | None = None
     eval_loss: Spread | None = None
     quality: Spread | None = None
-    general: Spread | None = None
+    forgotten: Spread | None = None
     kept: int | None = None
     base_unchanged: bool | None = None
     swappable: bool | None = None
@@ -67,7 +67,7 @@ class Comparison:
     """All that a comparison found.
 
     courses: steps and learning rate of each run. trials: evaluation losses by learning rate, where
-    a range test was asked for. errors: of the runs that failed.
+    a range test was asked for, None where it diverged. errors: of the runs that failed.
     """
 
     model: str
@@ -78,7 +78,7 @@ class Comparison:
     courses: dict[str, tuple[int, float]]
     results: dict[str, dict[int, Result]]
     errors: dict[str, list[str]]
-    trials: dict[str, dict[float, float]]
+    trials: dict[str, dict[float, float | None]]
 
     @property
     def failed(self) -> bool:
@@ -124,7 +124,7 @@ class Comparison:
             BASE,
             eval_loss=Spread(self.base.eval_loss, None),
             quality=self._quality([self.base]),
-            general=Spread(0.0, None) if self.base.general_loss is not None else None,
+            forgotten=Spread(0.0, None) if self.base.general_loss is not None else None,
         )
 
     def _row(self, label: Label) -> Row:
@@ -139,7 +139,7 @@ class Comparison:
             values = [found for run in runs if (found := value(run)) is not None]
             return Spread.of(values) if values else None
 
-        def general(run: Result) -> float | None:
+        def forgotten(run: Result) -> float | None:
             after = run.general_loss
             return None if after is None or before is None else after - before
 
@@ -157,7 +157,7 @@ class Comparison:
             train_loss=spread(lambda run: run.train_loss),
             eval_loss=spread(lambda run: run.eval_loss),
             quality=self._quality(runs),
-            general=spread(general),
+            forgotten=spread(forgotten),
             kept=runs[0].kept,
             base_unchanged=all(run.base_unchanged for run in runs),
             swappable=all(run.swappable for run in runs),

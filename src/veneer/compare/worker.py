@@ -9,29 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from threading import Thread
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from veneer.compare.job import JOB, RESULT, Job, Result, write_result
+from veneer.compare.job import JOB, KEPT, RESULT, Job, Result, write_result
+from veneer.compare.labels import MOST_VIRTUAL
 from veneer.compare.quality import bleu, exact, measure_of
 from veneer.data.encode import Encoder, Example, encode_rows
 from veneer.data.load import load_examples
 from veneer.data.packing import StepOrder, split_held_out
 from veneer.data.questions import read_questions
-from veneer.data.rows import Sourced, Text, texts_of
+from veneer.data.rows import Message, Sourced, Text, texts_of
 from veneer.data.sources import check, read_rows
 from veneer.data.world import world_text
-from veneer.errors import AdapterError, VeneerError
+from veneer.errors import AdapterError, TrainingError, VeneerError
 from veneer.frozen.packed import named_frozen
-from veneer.generate.decode import answers
+from veneer.generate.decode import answers, check_prompts
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
 from veneer.lowrank.config import LoRA
@@ -44,7 +46,7 @@ from veneer.models.load import Base, load_base
 from veneer.store import adapters, merged
 from veneer.training.config import TrainConfig
 from veneer.training.evaluate import evaluate
-from veneer.training.events import Notice, Step
+from veneer.training.events import Notice, Skipped, Step
 from veneer.training.forward import choose_forward
 from veneer.training.loop import train
 from veneer.training.planned import begin_measuring, status
@@ -68,8 +70,9 @@ def main(arguments: Sequence[str]) -> int:
     """Do the job that a file describes. Returns 1, having said why, where it cannot be done."""
     (path,) = map(Path, arguments)
     job = Job.read(path)
+    Thread(target=_end_with_parent, daemon=True).start()
     try:
-        result = work(job, _tell)
+        result = work(job, path.parent, _tell)
     except VeneerError as error:
         _tell({"error": str(error)})
         return 1
@@ -77,12 +80,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def work(job: Job, tell: Tell) -> Result:
-    """Do a job and return what it measured. Raises VeneerError of the kind that fits."""
+def work(job: Job, runs: Path, tell: Tell) -> Result:
+    """Do a job, whose place is `runs`, and return what it measured. Raises VeneerError of the kind
+    that fits."""
     tell({"doing": "loading"})
     recipe = recipe_of(job)
     base = load_base(job.model, dtype=job.dtype, bits=recipe.bits)
     model = base.model
+    for notice in base.notices:
+        tell({"notice": notice})
     if parameter_count(model) < SMALL:
         torch.set_num_threads(1)
     rows = _rows(job, recipe, base)
@@ -92,13 +98,20 @@ def work(job: Job, tell: Tell) -> Result:
         "base": marks,
         "base_parameters": parameter_count(model),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "rows": len(rows.training),
         "held_out": len(rows.held_out),
         "tokens_a_step": rows.tokens_a_step,
     }
     if job.kind != "base":
         attach(model, recipe.what_trains, seed=job.seed)
-        found |= _train(model, rows.training, recipe.training, tell)
+        try:
+            found |= _train(model, rows.training, recipe.training, tell)
+        except TrainingError as error:
+            if job.kind != "trial":
+                raise
+            tell({"notice": str(error)})
+            return Result(**found, eval_loss=math.inf)
     tell({"doing": "evaluating"})
     with kept_heap():
         forward, notices = choose_forward(model, rows.held_out)
@@ -112,7 +125,7 @@ def work(job: Job, tell: Tell) -> Result:
         found["notices"] = list(dict.fromkeys([*base.notices, *notices]))
     if job.kind == "run":
         tell({"doing": "measuring"})
-        found["kept"] = _kept_bytes(base, recipe)
+        found["kept"] = _kept_bytes(base, recipe, runs / f"{job.name}{KEPT}")
         after = base_digests(model)
         found["base_unchanged"] = all(after.get(name) == mark for name, mark in before.items())
         found["swappable"] = _swappable(model)
@@ -163,8 +176,11 @@ class _Rows:
 
 
 def _rows(job: Job, recipe: Recipe, base: Base) -> _Rows:
-    context = context_left(base.model, recipe.method.virtual_tokens or 0)
+    # As many as any method needs, or long rows would not be the same for all.
+    context = context_left(base.model, MOST_VIRTUAL)
     max_length = min(job.max_length, context or job.max_length)
+    if job.test is not None:
+        check_prompts(base.model, base.tokenizer, _asked(job), virtual=MOST_VIRTUAL)
     examples, _ = load_examples(recipe.data, base.tokenizer, max_length=max_length, limit=job.limit)
     aside = job.eval_rows or min(200, max(1, len(examples) // 10))
     # The same for all seeds, or their losses would differ by the rows that they are of.
@@ -204,14 +220,20 @@ def _train(
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     _begin_measuring()
     steps: list[Step] = []
+    skipped = 0
     for event in train(model, rows, course):
         if isinstance(event, Notice):
             tell({"notice": event.text})
+        elif isinstance(event, Skipped):
+            skipped += 1
+            tell({"notice": f"step {event.step} skipped: loss or gradient not finite"})
         elif isinstance(event, Step):
             steps.append(event)
             speed = event.tokens / event.seconds
             tell({"step": event.step, "loss": event.loss, "speed": speed, "rss": event.rss_bytes})
     peak = _peak()
+    if not steps:
+        raise TrainingError("No step had a finite loss and gradient; a lower rate may help.")
     warm = steps[WARM_UP:] or steps
     losses = [step.loss for step in steps]
     return {
@@ -222,6 +244,7 @@ def _train(
         "tokens_per_second": median(step.tokens / step.seconds for step in warm),
         "train_loss": mean(losses[-math.ceil(len(losses) / 10) :]),
         "losses": losses,
+        "skipped": skipped,
         "peak": peak,
     }
 
@@ -239,13 +262,19 @@ def _peak() -> int | None:
     return status("VmHWM") or None
 
 
+def _asked(job: Job) -> list[Sequence[Message]]:
+    """Return the conversations of the test, each up to its answer."""
+    assert job.test is not None
+    return [asked.turns for asked in read_questions(Path(job.test), limit=job.test_rows)]
+
+
 def _answers(job: Job, base: Base) -> dict[str, Any]:
     assert job.test is not None
     questions = read_questions(Path(job.test), limit=job.test_rows)
     said = answers(
         base.model,
         base.tokenizer,
-        [question.turns for question in questions],
+        _asked(job),
         sampling=Sampling(max_new_tokens=job.max_new_tokens),
         batch=ANSWERS_AT_ONCE,
     )
@@ -255,16 +284,17 @@ def _answers(job: Job, base: Base) -> dict[str, Any]:
     return found
 
 
-def _kept_bytes(base: Base, recipe: Recipe) -> int:
-    """Return the bytes that this task alone needs on the disk, as `veneer tune` would write it."""
-    with tempfile.TemporaryDirectory() as place:
-        home = Path(place) / "kept"
-        if recipe.method.method == "full":
-            merged.write_model(merge(base.model), base.tokenizer, home)
-        else:
-            adapters.save(base.model, home)
-        files = [file for file in home.rglob("*") if file.is_file()]
-        return sum(file.stat().st_size for file in files if not file.name.startswith(SHARED))
+def _kept_bytes(base: Base, recipe: Recipe, home: Path) -> int:
+    """Return the bytes that this task alone needs on the disk, as `veneer tune` would write it.
+
+    It is written to `home`, which whoever asked for the job takes away.
+    """
+    if recipe.method.method == "full":
+        merged.write_model(merge(base.model), base.tokenizer, home)
+    else:
+        adapters.save(base.model, home)
+    files = [file for file in home.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files if not file.name.startswith(SHARED))
 
 
 def _swappable(model: PreTrainedModel) -> bool:
@@ -274,6 +304,12 @@ def _swappable(model: PreTrainedModel) -> bool:
     except AdapterError:
         return False
     return True
+
+
+def _end_with_parent() -> None:
+    """End where the other end of standard input is closed, as it is when the parent ends."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def _tell(what: Mapping[str, Any]) -> None:

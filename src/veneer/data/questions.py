@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.data.readers import Fault
-from veneer.data.rows import Message, Text, parse_row
+from veneer.data.rows import Message, Text, parse_row, said
 from veneer.data.sources import check, files_of, values_of
 
 
@@ -44,13 +44,12 @@ def read_questions(path: Path, *, limit: int | None = None) -> list[Question]:
 def _parse(value: object) -> tuple[tuple[Message, ...], list[str]]:
     if isinstance(value, Fault):
         raise ValueError(value.what)
-    if isinstance(value, Mapping) and "references" in value:
-        prompt, references = value.get("prompt"), value["references"]
-        good = isinstance(references, list) and references and all(map(_is_said, references))
-        if not (_is_said(prompt) and good):
-            raise ValueError("'prompt' must be a text and 'references' a list of texts, none blank")
-        assert isinstance(prompt, str)
-        return (Message("user", prompt),), references
+    references = value.get("references") if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping) and references is not None:
+        if not isinstance(references, list) or not references:
+            raise ValueError("'references' must be a list of texts")
+        prompt = said(value.get("prompt"), "'prompt'")
+        return (Message("user", prompt),), [said(text, "'references'") for text in references]
     row = parse_row(value)
     if isinstance(row, Text):
         raise ValueError("a text asks nothing; give a prompt with its completion or references")
@@ -58,7 +57,3 @@ def _parse(value: object) -> tuple[tuple[Message, ...], list[str]]:
     # Whether a turn would be learnt makes no difference here.
     turns = tuple(Message(turn.role, turn.content) for turn in row.messages[:last])
     return turns, [row.messages[last].content]
-
-
-def _is_said(text: object) -> bool:
-    return isinstance(text, str) and bool(text.strip())

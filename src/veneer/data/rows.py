@@ -101,7 +101,7 @@ def _question_answer(row: Mapping[str, object]) -> Conversation:
 
 
 def _text(row: Mapping[str, object]) -> Text:
-    return Text(_not_blank(_string(row["text"], "'text'"), "'text'"))
+    return Text(said(row["text"], "'text'"))
 
 
 _SHAPES: tuple[
@@ -151,7 +151,7 @@ def _user(row: Mapping[str, object], key: str) -> Message:
 
 
 def _assistant(row: Mapping[str, object], key: str) -> Message:
-    return Message("assistant", _not_blank(_string(row[key], repr(key)), repr(key)))
+    return Message("assistant", said(row[key], repr(key)))
 
 
 def _turns(
@@ -196,6 +196,11 @@ def _string(value: object, name: str) -> str:
             f"at position {error.start + 1}"
         ) from None
     return value
+
+
+def said(value: object, name: str) -> str:
+    """Return `value` if it is text that says something. Raises ValueError, with its name."""
+    return _not_blank(_string(value, name), name)
 
 
 def _not_blank(value: str, name: str) -> str:

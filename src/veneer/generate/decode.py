@@ -46,7 +46,8 @@ def answers(
     _seed(sampling)
     prompts = [_encode(tokenizer, question) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batch = batch if takes_padding(model) else 1
+    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    batch = batch if takes_padding(model, longest) else 1
     found = [""] * len(prompts)
     for first in range(0, len(order), batch):
         indices = order[first : first + batch]
@@ -60,6 +61,18 @@ def answers(
         for i, text in zip(indices, said, strict=True):
             found[i] = text
     return found
+
+
+def check_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str | Sequence[Message]],
+    *,
+    virtual: int,
+) -> None:
+    """Raise ConfigError where a prompt behind `virtual` tokens leaves no room for an answer."""
+    longest = max((len(_encode(tokenizer, question)) for question in questions), default=0)
+    _room(model, longest, virtual)
 
 
 def stream(
@@ -123,18 +136,25 @@ def _options(
 ) -> dict[str, Any]:
     """Return the arguments of `generate`. An answer ends where the model's context does."""
     options = {**sampling.options(), **_padding(tokenizer)}
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None:
-        longest, virtual = inputs["input_ids"].shape[1], virtual_count(model)
-        room = context - virtual - longest
-        if room <= 0:
-            beside = f" and {virtual:,} virtual ones before them" if virtual else ""
-            raise ConfigError(
-                f"The prompt has {longest:,} tokens{beside}, which leaves no room for an answer in "
-                f"the model's context of {context:,}."
-            )
+    room = _room(model, inputs["input_ids"].shape[1], virtual_count(model))
+    if room is not None:
         options["max_new_tokens"] = min(sampling.max_new_tokens, room)
     return options
+
+
+def _room(model: PreTrainedModel, longest: int, virtual: int) -> int | None:
+    """Return how many tokens an answer may have, None where the model's context has no end."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return None
+    room: int = context - virtual - longest
+    if room <= 0:
+        beside = f" and {virtual:,} virtual ones before them" if virtual else ""
+        raise ConfigError(
+            f"The prompt has {longest:,} tokens{beside}, which leaves no room for an answer in "
+            f"the model's context of {context:,}."
+        )
+    return room
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -42,7 +42,7 @@ class LoRA:
     dora: bool = False
     """DoRA: train the length of each row of W + B A beside its direction."""
     lora_fa: bool = False
-    """LoRA-FA: leave A as it starts, and train B alone."""
+    """LoRA-FA: leave the random factor, A (B of an embedding), as it starts; train the other."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of single layers, as a pattern of the path's end to a rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
-            names = tuple(part.strip() for part in _split(self.targets) if part.strip())
+            names = tuple(part.strip() for part in split_names(self.targets) if part.strip())
         else:
             names = tuple(self.targets)
         object.__setattr__(self, "targets", names)
@@ -75,7 +75,11 @@ class LoRA:
                 ("targets", self.targets, all(isinstance(t, str) for t in self.targets), "names"),
                 ("layers", self.layers, isinstance(self.layers, str | None), "slices"),
                 ("dropout", self.dropout, isinstance(self.dropout, int | float), "a number"),
-                ("rslora", self.rslora, isinstance(self.rslora, bool), "true or false"),
+                *(
+                    (name, value, isinstance(value, bool), "true or false")
+                    for name in ("rslora", "dora", "lora_fa")
+                    for value in [getattr(self, name)]
+                ),
             )
             if not good
         ]
@@ -125,8 +129,8 @@ class LoRA:
         return self.alpha_of(path) / (rank**0.5 if self.rslora else rank)
 
 
-def _split(targets: str) -> list[str]:
-    # A comma may stand inside a pattern ("re:q{1,2}"), so a pattern is never split.
+def split_names(targets: str) -> list[str]:
+    """Return names that stand between commas; a pattern, as in re:q{1,2}, is one."""
     return [targets] if targets.startswith("re:") else targets.split(",")
 
 
