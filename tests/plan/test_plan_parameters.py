@@ -9,7 +9,7 @@ from architectures import ALL, VARIANTS
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from veneer import LoRA, TargetError
+from veneer import LoRA, Method, TargetError
 from veneer.methods.attach import attach
 from veneer.methods.report import report_targets
 from veneer.methods.targets import adaptable_layers, resolve
@@ -92,6 +92,15 @@ def test_freeze_trains_the_last_blocks(name, blocks):
     assert trained(name, method="freeze", trained_blocks=blocks) == numbers(real)
 
 
+@pytest.mark.parametrize("beside", ["train_head", "train_norms"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_freeze_trains_head_and_norms_too(name, beside):
+    model = skeleton(name).to_empty(device="cpu")
+    attach(model, Method("freeze", trained_blocks=1, **{beside: True}))
+    real = numbers(w for w in model.parameters() if w.requires_grad)
+    assert trained(name, method="freeze", trained_blocks=1, **{beside: True}) == real
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -101,6 +110,8 @@ def test_freeze_trains_the_last_blocks(name, blocks):
         {"targets": "all", "layers": "-1:"},
         {"targets": "all", "rank": 2, "rank_pattern": {r".*\.1\..*": 5}},
         {"targets": r"re:\.0\..*(proj|dense|attn|query)"},
+        {"targets": "all", "lora_fa": True, "rank": 2},
+        {"targets": "qv", "init": "olora", "rank": 3},
     ],
     ids=lambda settings: str(settings["targets"]),
 )

@@ -122,7 +122,7 @@ def _by_two_functions(
     ]
     share = layers / max(1, shape.depth - trained.first_block)
     again = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") if sparing else ()
-    ranks = sum(x.rank for x in trained.adapted if x.part.name not in again) * share
+    ranks = sum(x.acting_rank for x in trained.adapted if x.part.name not in again) * share
     terms += [
         Term.of(ranks, "ranks", tokens, "tokens", width, "bytes", note="A x"),
         _log_sums(shape, layers, tokens),

@@ -34,6 +34,10 @@ class PlanConfig:
     """What is computed again instead of kept: nothing, inner projections, or whole layers."""
     trained_blocks: int = 2
     """Blocks that freeze trains, the last ones (as many as LLaMA-Factory does)."""
+    train_head: bool = False
+    """With freeze, train the output head too, and the embedding where the two are one weight."""
+    train_norms: bool = False
+    """With freeze, train the norms of all blocks too, and the last one."""
     virtual_tokens: int = 20
     """Virtual tokens of prefix and prompt."""
     prefix_mlp: int | None = None

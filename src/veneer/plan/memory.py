@@ -72,10 +72,22 @@ def plan_memory(
     # What is stored in 16 bits and computed in 32 is copied, wherever it came from.
     mapped = [] if not config.mapped else packed if width == FLOAT32 else packed + rest
     weights = [term for term in packed + rest if term not in mapped]
-    copies = Term.of(count, "parameters", width, "bytes", note="in the dtype of computing")
+    numbers = count + trained.beside
+    copies = Term.of(numbers, "parameters", width, "bytes", note="in the dtype of computing")
     optimizer = [Term.of(2, "moments", count, "parameters", FLOAT32, "bytes", note="AdamW")]
     if own and masters and width < FLOAT32:
         optimizer.append(Term.of(count, "masters", FLOAT32, "bytes", note="float32"))
+    activations = amount(
+        "activations", *kept(config, shape, trained), holes(config, shape, trained)
+    )
+    passing = workspace(config, shape, trained)
+    if len(optimizer) > 1:
+        stepping = Term.of(
+            *(count, "parameters", FLOAT32, "bytes"),
+            note="gradients in float32 while the optimizer steps, when no activations are there",
+        )
+        if stepping.value > activations.value + passing.value:
+            activations, passing = amount("activations"), amount("workspace", stepping)
     return MemoryPlan(
         weights=amount("weights", *weights),
         adapters=amount(
@@ -83,15 +95,13 @@ def plan_memory(
             *(
                 []
                 if own
-                else [Term.of(count, "parameters", FLOAT32, "bytes", note="float32"), copies]
+                else [Term.of(numbers, "parameters", FLOAT32, "bytes", note="float32"), copies]
             ),
         ),
         gradients=amount("gradients", Term.of(count, "parameters", trained_width, "bytes")),
         optimizer=amount("optimizer", *optimizer),
-        activations=amount(
-            "activations", *kept(config, shape, trained), holes(config, shape, trained)
-        ),
-        workspace=workspace(config, shape, trained),
+        activations=activations,
+        workspace=passing,
         runtime=amount(
             "runtime", Term.of(runtime, "bytes", note="libraries, threads, what loading leaves")
         ),

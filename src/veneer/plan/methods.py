@@ -18,12 +18,34 @@ from veneer.plan.targets import choose
 class Adapted:
     """A layer under a low-rank adapter: A (rank, in) and B (out, rank).
 
-    `dropout` says whether inputs of the adapter are dropped out, whose mask is kept too.
+    dropout: whether inputs of the adapter are dropped out, whose mask is kept too. half: whether
+    one factor alone trains, and the one that is random at the start does not (LoRA-FA). started:
+    whether A₀ and B₀ are kept, and what acts has twice the rank.
     """
 
     part: Part
     rank: int
     dropout: bool = False
+    half: bool = False
+    started: bool = False
+
+    @property
+    def trained(self) -> tuple[int, str]:
+        """Parameters that train for each of its ranks, and what they are."""
+        out, in_ = self.part.shape
+        if not self.half:
+            return in_ + out, "in + out"
+        return (out, "out") if self.part.is_linear else (in_, "words")
+
+    @property
+    def beside(self) -> int:
+        """Numbers that lie beside the model, but do not train."""
+        each = sum(self.part.shape)
+        return self.rank * (each - self.trained[0] + each * self.started)
+
+    @property
+    def acting_rank(self) -> int:
+        return self.rank * (1 + self.started)
 
 
 @dataclass(frozen=True)
@@ -32,7 +54,8 @@ class Trained:
 
     weights: the model's own layers that train. adapted: layers under adapters. first_block: the
     lowest block that a gradient must reach, `depth` for none; nothing below it is kept. prefix:
-    whether keys and values of virtual tokens, which attention sees before a text's own.
+    whether keys and values of virtual tokens, which attention sees before a text's own. beside:
+    numbers that lie beside the model without training.
     """
 
     parameters: Amount
@@ -40,6 +63,7 @@ class Trained:
     adapted: tuple[Adapted, ...] = ()
     first_block: int = 0
     prefix: bool = False
+    beside: int = 0
 
     @property
     def count(self) -> int:
@@ -48,7 +72,7 @@ class Trained:
     @property
     def ranks(self) -> int:
         """Sum of the ranks of all adapters."""
-        return sum(each.rank for each in self.adapted)
+        return sum(each.acting_rank for each in self.adapted)
 
 
 class Adapters(Protocol):
@@ -60,6 +84,10 @@ class Adapters(Protocol):
     def layers(self) -> str | None: ...
     @property
     def dropout(self) -> float: ...
+    @property
+    def lora_fa(self) -> bool: ...
+    @property
+    def has_start(self) -> bool: ...
     @property
     def rank_pattern(self) -> Mapping[str, int]: ...
     @property
@@ -80,17 +108,26 @@ def adapted_layers(shape: ModelShape, adapters: Adapters) -> tuple[Adapted, ...]
         patterns=(*adapters.rank_pattern, *adapters.alpha_pattern),
         others={part.path: "norm" for part in shape.parts if part.kind == "norm"},
     )
-    dropout = adapters.dropout > 0
-    return tuple(Adapted(part, adapters.rank_of(part.path), dropout) for part in found)
+    return tuple(
+        Adapted(
+            part,
+            adapters.rank_of(part.path),
+            dropout=adapters.dropout > 0,
+            half=adapters.lora_fa,
+            started=adapters.has_start and part.is_linear,
+        )
+        for part in found
+    )
 
 
 def trained_by(config: PlanConfig, shape: ModelShape, adapted: tuple[Adapted, ...] = ()) -> Trained:
     """Return what `config.method` trains; `adapted` are the layers under adapters, if any.
 
-    full: all parameters. freeze: the last `trained_blocks` blocks. lora: rank · (in + out) a layer
-    (Hu et al. 2021, section 4.1). dora: the same and `out` magnitudes (Liu et al. 2024, section
-    4.1). prefix: keys and values of virtual tokens in each layer, or the MLP that makes them (Li
-    and Liang 2021, section 4.3). prompt: virtual tokens' embeddings (Lester et al. 2021).
+    full: all parameters. freeze: the last `trained_blocks` blocks, and norms and head where asked
+    for. lora: rank · (in + out) a layer (Hu et al. 2021, section 4.1). dora: the same and `out`
+    magnitudes (Liu et al. 2024, section 4.1). prefix: keys and values of virtual tokens in each
+    layer, or the MLP that makes them (Li and Liang 2021, section 4.3). prompt: virtual tokens'
+    embeddings (Lester et al. 2021).
 
     Raises ConfigError where a method trains nothing of this model.
     """
@@ -105,17 +142,32 @@ def trained_by(config: PlanConfig, shape: ModelShape, adapted: tuple[Adapted, ..
         width = shape.parts[0].out  # of the embedding of words
         return Trained(amount("prompt", Term.of(tokens, "virtual tokens", width, "wide")))
     if config.method == "freeze":
-        if config.trained_blocks > shape.depth:
-            raise ConfigError(
-                f"trained_blocks is {config.trained_blocks}, but there are {shape.depth} blocks."
-            )
-        first = shape.depth - config.trained_blocks
-        weights = tuple(p for p in shape.parts if p.block is not None and p.block >= first)
-        each = sum(part.parameters for part in shape.in_block(first))
-        term = Term.of(config.trained_blocks, "blocks", each, "parameters")
-        return Trained(amount("blocks", term), weights, first_block=first)
+        return _freezing(config, shape)
     term = Term.of(shape.parameters, "parameters")
     return Trained(amount("all", term), shape.parts)
+
+
+def _freezing(config: PlanConfig, shape: ModelShape) -> Trained:
+    if config.trained_blocks > shape.depth:
+        raise ConfigError(
+            f"trained_blocks is {config.trained_blocks}, but there are {shape.depth} blocks."
+        )
+    first = shape.depth - config.trained_blocks
+    blocks = [part for part in shape.parts if part.block is not None and part.block >= first]
+    norms = [part for part in shape.parts if part.kind == "norm" and part not in blocks]
+    head = [part for part in shape.parts if part.is_head]
+    tied = bool(head) and head[0].tied
+    if tied:  # then what trains is the embedding of words
+        head += shape.parts[:1]
+    each = sum(part.parameters for part in shape.in_block(first))
+    terms = [Term.of(config.trained_blocks, "blocks", each, "parameters")]
+    others = [*norms * config.train_norms, *head * config.train_head]
+    if others:
+        rest = sum(part.parameters for part in others)
+        terms.append(Term.of(rest, "parameters", note="norms and head"))
+    # Below the blocks, a gradient must reach the lowest norm, or the embedding.
+    lowest = 0 if config.train_norms or (config.train_head and tied) else first
+    return Trained(amount("blocks", *terms), (*blocks, *others), first_block=lowest)
 
 
 def _prefix(config: PlanConfig, shape: ModelShape) -> list[Term]:
@@ -133,10 +185,10 @@ def _prefix(config: PlanConfig, shape: ModelShape) -> list[Term]:
 
 
 def _adapting(shape: ModelShape, adapted: tuple[Adapted, ...], *, magnitudes: bool) -> Trained:
-    alike = Counter((each.part.name, each.rank, each.part.shape) for each in adapted)
+    alike = Counter((each.part.name, each.rank, each.trained) for each in adapted)
     terms = []
-    for (name, rank, (out, in_)), count in alike.items():
-        terms.append(Term.of(count, "layers", rank, "rank", in_ + out, "in + out", note=name))
+    for (name, rank, numbers), count in alike.items():
+        terms.append(Term.of(count, "layers", rank, "rank", *numbers, note=name))
     if magnitudes:
         total = sum(each.part.out for each in adapted)
         terms.append(Term.of(total, "magnitudes", note="one for each output"))
@@ -145,4 +197,5 @@ def _adapting(shape: ModelShape, adapted: tuple[Adapted, ...], *, magnitudes: bo
         shape.depth if each.part.is_head else 0 if each.part.block is None else each.part.block
         for each in adapted
     )
-    return Trained(amount("adapters", *terms), adapted=adapted, first_block=first)
+    beside = sum(each.beside for each in adapted)
+    return Trained(amount("adapters", *terms), adapted=adapted, first_block=first, beside=beside)
