@@ -26,14 +26,17 @@ def logits(model: nn.Module, tokens: Tensor | None = None) -> Tensor:
 
 
 def shake(model: PreTrainedModel, *, seed: int = 1, size: float = 0.1) -> PreTrainedModel:
-    """Give A and B of every adapter random values, so that it changes what the model says, and
-    virtual tokens values that are no words'."""
+    """Give A and B of every adapter random values, so that it changes what the model says (and its
+    magnitudes others than at the start), and virtual tokens values that are no words'."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, Adapter):
                 for weight in (module.lora_A, module.lora_B):
                     weight.copy_(size * torch.randn(weight.shape, generator=generator))
+                if module.magnitude is not None:
+                    noise = torch.randn(module.magnitude.shape, generator=generator)
+                    module.magnitude.mul_(1 + size * noise)
             elif isinstance(module, Prefix | PrefixMLP | Prompt):
                 for weight in module.parameters():
                     weight.add_(3 * size * torch.randn(weight.shape, generator=generator))

@@ -75,9 +75,17 @@ def accepted(model: Any) -> list[Forward]:
         return [way for way in EVERY_WAY if room._why_not_packed(way, model, rows, own) is None]
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"dora": True},
+    "pissa": {"init": "pissa"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_padded_and_one_by_one(architecture):
-    model = new_model(architecture)
+def test_packed_padded_and_one_by_one(architecture, kind):
+    model = new_model(architecture, **KINDS[kind])
     chosen, notices = choose_forward(model, ROWS)
     falls_back = architecture == "falcon"
     assert taken(chosen) == (not falls_back, True)

@@ -37,10 +37,12 @@ COURSES: dict[str, veneer.TrainConfig] = {
 }
 
 
-def new_model(words: bool = False, method: veneer.Method | None = None) -> Any:
+def new_model(
+    words: bool = False, method: veneer.Method | veneer.LoRA | None = None, seed: int | None = 0
+) -> Any:
     model = tiny("llama")
     if method is not None:
-        return veneer.attach(model, method, seed=0)
+        return veneer.attach(model, method, seed=seed)
     if words:
         with_words(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2, dropout=0.3, targets="qv"), seed=0)
@@ -54,13 +56,14 @@ class Run:
 
     def __init__(self, place: Path, course: veneer.TrainConfig, **options: Any) -> None:
         self.place, self.course, self.options = place, course, options
-        self.words, self.method = options.pop("words", False), options.pop("method", None)
+        new = {key: options.pop(key) for key in ("words", "method", "seed") if key in options}
+        self.model = lambda: new_model(**new)
         self.events: list[Event] = []
         self.weights: dict[str, Tensor] = {}
 
     def go(self, *, resume: bool, stop_at: int = 0, leave: Any = lambda event: False) -> None:
         """Train until the end, until `stop_at` asks for it, or until the process dies."""
-        model = new_model(self.words, self.method)
+        model = self.model()
         step = 0
         events = veneer.train(
             model,
@@ -186,6 +189,21 @@ def test_virtual_tokens_go_on_too(method, tmp_path):
     run.go(resume=True)
     assert same(run.weights, whole.weights)
     assert run.metrics() == whole.metrics()
+
+
+@pytest.mark.parametrize("init", ["auto", "pissa", "lora_ga"])
+@pytest.mark.parametrize("dora", [True, False])
+def test_adapters_of_every_kind_go_on_too(dora, init, tmp_path):
+    """The process that goes on starts with other random numbers: all must come from the files."""
+    kind = veneer.LoRA(rank=2, dora=dora, init=init, targets="qv")
+    course = replace(COURSE, save_every=2, eval_every=None)
+    whole, run = (Run(tmp_path / n, course, method=kind, seed=s) for n, s in (("a", 0), ("b", 0)))
+    whole.go(resume=False)
+    run.go(resume=False, stop_at=3)
+    rest = Run(tmp_path / "b", course, method=kind, seed=7)
+    rest.go(resume=True)
+    assert same(rest.weights, whole.weights)
+    assert rest.metrics() == whole.metrics()
 
 
 def test_new_words_go_on_too(tmp_path):

@@ -226,7 +226,10 @@ def test_loftq_makes_up_for_what_packing_took(tmp_path):
     write_model(dense, tokenizer(), tmp_path / "base")
     base = veneer.load_base(tmp_path / "base", dtype="float32", bits=4)
     before = {path: layer.weight for path, layer in linears(base.model).items()}
-    attached(base.model, "loftq", rank=4)
+    again = veneer.load_base(tmp_path / "base", dtype="float32", bits=4).model
+    assert torch.equal(
+        logits(attached(base.model, "loftq", rank=4)), logits(attached(again, "loftq", rank=4))
+    )
     for path, layer in lora_layers(base.model):
         assert isinstance(layer, LoRALinear)
         lost = dense.get_submodule(path).weight - before[path]
@@ -255,6 +258,17 @@ def test_what_cannot_start_is_refused():
     for init, rank in (("pissa", 33), ("olora", 17), ("lora_ga", 9)):
         with pytest.raises(veneer.ConfigError, match="directions"):
             attached(tiny("llama"), init, rank=rank)
+
+
+def test_what_cannot_start_leaves_nothing_behind():
+    for model, init, rank in ((tiny("llama"), "pissa", 33), (packed("llama"), "loftq", 4)):
+        before, said = snapshot(model), logits(model)
+        with pytest.raises(veneer.ConfigError):
+            attached(model, init, rank=rank)
+        assert same(snapshot(model), before)
+        assert not list(lora_layers(model))
+        assert torch.equal(logits(model), said)
+        assert torch.equal(logits(veneer.attach(model, LoRA(rank=2))), said)
 
 
 def test_lora_fa_leaves_A_as_it_starts():

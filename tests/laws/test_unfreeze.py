@@ -1,6 +1,7 @@
 """Full fine-tuning and layer freezing: only what is named trains, and it is saved like the rest."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -38,6 +39,9 @@ def trained(model: Any, steps: int = 2, **options: Any) -> Any:
     return model
 
 
+NORMS = r"norm|\bln_|layernorm"
+
+
 def named(which: str, model: Any) -> set[str]:
     """Return the weights that should train, found by their names and kinds alone."""
     own = base_parameters(model)
@@ -46,11 +50,10 @@ def named(which: str, model: Any) -> set[str]:
     last = model.config.get_text_config().num_hidden_layers - 1
     found = {name for name in own if f".{last}." in name}
     if which == "blocks and norms":
-        norms = [p for p, m in model.named_modules() if "norm" in type(m).__name__.lower()]
-        found |= {name for name in own if name.rpartition(".")[0] in norms}
+        found |= {name for name in own if re.search(NORMS, name)}
     if which == "blocks and head":
-        head = {id(weight) for weight in model.get_output_embeddings().parameters()}
-        found |= {name for name, weight in own.items() if id(weight) in head}
+        head = {name for name in own if name.startswith(("lm_head.", "embed_out."))}
+        found |= head or {name for name in own if re.search(r"(embed_tokens|wte|word_emb)", name)}
     return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.errors import ConfigError
 from veneer.frozen.packed import Packed, dense
 from veneer.lowrank.adapter import Factors
 from veneer.lowrank.config import Init
@@ -28,14 +27,8 @@ def start_factors(
 
     pissa: the main directions of W, s B₀ A₀ = U Σ Vᵀ cut off at the rank (Meng et al. 2024, section
     3). olora: the first columns of Q and rows of R of W = Q R (Büyükakyüz 2024, section 3).
-    Raises ConfigError where the weight has not so many directions.
     """
-    needed = {"pissa": rank, "olora": rank, "lora_ga": 2 * rank}.get(init, 0)
-    if needed > min(weight.shape):
-        raise ConfigError(
-            f"{init} with rank {rank} needs {needed} directions of a weight, but one of "
-            f"{tuple(weight.shape)} has {min(weight.shape)}."
-        )
+    assert directions(init, rank) <= min(weight.shape)
     if init == "pissa":
         return nearest_factors(dense(weight), rank, scaling, generator)
     if init == "olora":
@@ -43,6 +36,11 @@ def start_factors(
         Q, _ = torch.linalg.qr(W[:, :rank])  # the first columns of Q need no others of W
         return Q.T @ W, Q
     return None
+
+
+def directions(init: Init, rank: int) -> int:
+    """Return how many directions a weight must have, so that factors can start from it."""
+    return {"pissa": rank, "olora": rank, "lora_ga": 2 * rank}.get(init, 0)
 
 
 def nearest_factors(

@@ -100,9 +100,13 @@ class AdaptedLayer(Wrapper):
         """Lay an adapter that adds nothing yet over the layer, with W's own lengths for DoRA."""
         self.put(name, adapter)
         if config.dora:
-            # By the very function that they are divided by later: 1 has to be 1 to the bit.
-            norms = self._norms(adapter, adapter.factors()[0])
-            adapter.magnitude = nn.Parameter(norms.masked_fill(self._squares() == 0, 0.0))
+            self.begin_magnitude(adapter)
+
+    def begin_magnitude(self, adapter: Adapter) -> None:
+        """Let an adapter's magnitudes start as the lengths of the rows of W + s B A."""
+        # By the very function that they are divided by later: 1 has to be 1 to the bit.
+        norms = self._norms(adapter, adapter.factors()[0])
+        adapter.magnitude = nn.Parameter(norms.masked_fill(self._squares() == 0, 0.0))
 
     def active(self) -> list[tuple[Adapter, float]]:
         """Return the adapters that act here, with their weights."""
@@ -142,6 +146,8 @@ class AdaptedLayer(Wrapper):
             return gains[0], [None]
         parts = [w * (g - 1.0) for (_, w), g in zip(pairs, gains, strict=True) if g is not None]
         total = 1.0 + torch.stack(parts).sum(0)
+        # Where nothing of W is left, the others are left still. A power of two rounds nothing.
+        total = total.masked_fill(total == 0, 2.0**-20)
         return total, [(1.0 if gain is None else gain) / total for gain in gains]
 
     @torch.no_grad()
@@ -151,14 +157,16 @@ class AdaptedLayer(Wrapper):
         A: the adapter's, in the dtype of computing. Norms are kept while nobody trains A or B.
         """
         weights = (adapter.lora_A, adapter.lora_B)
-        state = [(w._version, w.device, w.requires_grad) for w in weights]
-        if adapter.kept_norms is not None and adapter.kept_norms[0] == state:
+        state = [(w._version, w.device) for w in weights]
+        trains = any(w.requires_grad for w in weights)
+        if not trains and adapter.kept_norms is not None and adapter.kept_norms[0] == state:
             return adapter.kept_norms[1]
-        squares = self._squares()
-        wide, B = (factor.to(squares.dtype) for factor in adapter.factors())
-        norms = updated_norms(squares, self.frozen_times(A), wide, B, adapter.scaling)
-        if not any(w.requires_grad for w in weights):
-            adapter.kept_norms = (state, norms)
+        with torch.autocast(A.device.type, enabled=False):
+            squares = self._squares()
+            wide, B = (factor.to(squares.dtype) for factor in adapter.factors())
+            norms = updated_norms(squares, self.frozen_times(A), wide, B, adapter.scaling)
+        # An optimizer may write where versions are not counted.
+        adapter.kept_norms = None if trains else (state, norms)
         return norms
 
     @torch.no_grad()
@@ -286,7 +294,9 @@ class LoRAEmbedding(AdaptedLayer):
         rank = config.rank_of(path)
         A = torch.zeros(rank, words)
         B = torch.randn(dim, rank, generator=generator)
-        self._put_fresh(name, Adapter(A, B, scaling=config.scaling_of(path)), config)
+        adapter = Adapter(A, B, scaling=config.scaling_of(path))
+        adapter.lora_B.requires_grad_(not config.lora_fa)
+        self._put_fresh(name, adapter, config)
 
     def forward(self, ids: Tensor) -> Tensor:
         y = self.original(ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,14 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, ConfigError
+from veneer.frozen.packed import named_frozen
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
+from veneer.lowrank.initial import directions
 from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
-from veneer.methods.config import Method
+from veneer.methods.config import Method, is_virtual
 from veneer.methods.route import route_of
 from veneer.methods.start import start_from_rounding
-from veneer.methods.targets import resolve
+from veneer.methods.targets import Layer, resolve
 from veneer.methods.unfreeze import unfreeze
 from veneer.methods.virtual import fresh, put_virtual, take_virtual
 from veneer.methods.vocabulary import remove_words
@@ -33,15 +35,20 @@ def attach(
 ) -> nn.Module:
     """Lay a fresh adapter called `name` over `model`, in place, and let it act and train.
 
-    The model's outputs stay exactly as they were, since B starts at zero. Everything but the new
-    adapter is frozen. A `seed` makes the random start of A repeatable without touching torch's own.
+    The model's outputs stay exactly as they were, as long as B A is what it started at (zero, most
+    often); only loftq, which makes up for what packing took, moves them nearer to the base's.
+    Everything but the new adapter is frozen. A `seed` makes the random start of A repeatable
+    without touching torch's own.
     A `Method` trains something else: weights of the base, or virtual tokens. These change what the
     model says from the start, as if the words they start from stood in front of every text; the
     `tokenizer` is for a `prompt_text`.
     Returns the model. Raises TargetError for targets that match nothing, AdapterError for a name
-    that is taken, ConfigError for a method that does not suit the model.
+    that is taken, ConfigError for a method or a start that does not suit the model, ModelError
+    where loftq finds no weights from before packing.
     """
     check_name(model, name)
+    if isinstance(config, Method) and config.method == "lora":
+        raise ConfigError("The method lora is laid over a model by a LoRA, which says how.")
     if isinstance(config, Method):
         assert isinstance(model, PreTrainedModel)
         if config.replaces_weights:
@@ -56,13 +63,18 @@ def attach(
         is_minigpt = getattr(getattr(model, "config", None), "model_type", None) == "minigpt"
         config = replace(config, init="gaussian" if is_minigpt else "kaiming")
     targets = resolve(model, config)
+    _check_start(model, config, targets)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
-    for target in targets:
-        adapted_layer(model, target.path).add(name, config, target.path, generator)
-    if config.init == "loftq":
-        assert isinstance(model, PreTrainedModel)
-        start_from_rounding(model, name)
+    try:
+        for target in targets:
+            adapted_layer(model, target.path).add(name, config, target.path, generator)
+        if config.init == "loftq":
+            assert isinstance(model, PreTrainedModel)
+            start_from_rounding(model, name, generator)
+    except BaseException:
+        _take_off_layers(model, {name})
+        raise
     route_of(model).configs[name] = config
     use(model, name)
     return model
@@ -78,7 +90,7 @@ def use(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
     route = route_of(model)
     before = dict(route.weights)
     route.use(which)
-    virtual = [name for name in route.weights if _is_virtual(route.configs[name])]
+    virtual = [name for name in route.weights if is_virtual(route.configs[name])]
     if virtual and route.weights != {virtual[0]: 1.0}:
         route.weights = before
         raise AdapterError(
@@ -118,11 +130,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             f"{', '.join(sorted(stuck))} replaced weights of the base, and cannot be taken off; "
             "load the base anew."
         )
-    for path, layer in list(lora_layers(model)):
-        for each in gone & set(layer.adapters):
-            del layer.adapters[each]
-        if not layer.adapters:
-            model.set_submodule(path, layer.original)
+    _take_off_layers(model, gone)
     take_virtual(model, gone)
     for each in gone:
         del route.configs[each]
@@ -132,13 +140,35 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
+def _check_start(model: nn.Module, config: LoRA, targets: Sequence[Layer]) -> None:
+    """Raise ConfigError where factors cannot start as `config` says, naming each such layer."""
+    if config.init == "loftq" and not named_frozen(model):
+        raise ConfigError("loftq makes up for what packing takes; give bits 4 or 8 too.")
+    problems = [
+        f"{target.path} {target.shape} has {min(target.shape)} of the {needed} that rank "
+        f"{config.rank_of(target.path)} needs"
+        for target in targets
+        if target.is_linear
+        and (needed := directions(config.init, config.rank_of(target.path))) > min(target.shape)
+    ]
+    if problems:
+        raise ConfigError(
+            f"{config.init} starts from a weight's directions: {'; '.join(problems)}."
+        )
+
+
+def _take_off_layers(model: nn.Module, names: set[str]) -> None:
+    """Take adapters off all layers; those that have none left are the base's own again."""
+    for path, layer in list(lora_layers(model)):
+        for each in names & set(layer.adapters):
+            del layer.adapters[each]
+        if not layer.adapters:
+            model.set_submodule(path, layer.original)
+
+
 def _replacing(model: nn.Module) -> list[str]:
     configs = adapters(model).items()
     return [name for name, each in configs if isinstance(each, Method) and each.replaces_weights]
-
-
-def _is_virtual(config: LoRA | Method) -> bool:
-    return isinstance(config, Method) and not config.replaces_weights
 
 
 def put(model: nn.Module, name: str, config: LoRA, parts: Mapping[str, Adapter]) -> None:

@@ -51,8 +51,14 @@ class Method:
         own = OWN.get(self.method, {})
         for name in ("trained_blocks", "virtual_tokens", "prefix_mlp"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= 1):
                 problems.append(f"{name} is {value!r}, but must be a whole number of at least 1")
+        for name in ("train_head", "train_norms"):
+            if not isinstance(value := getattr(self, name), bool):
+                problems.append(f"{name} is {value!r}, but must be true or false")
+        if not isinstance(self.prompt_text, str | None):
+            problems.append(f"prompt_text is {self.prompt_text!r}, but must be a text")
         for settings in OWN.values():
             for name in settings:
                 if getattr(self, name) and name not in own:
@@ -67,6 +73,11 @@ class Method:
     def replaces_weights(self) -> bool:
         """Whether the base's own weights train, so that they are the base's no longer."""
         return self.method in ("full", "freeze")
+
+
+def is_virtual(config: object) -> bool:
+    """Return whether a configuration is of virtual tokens, which are no weights of the base."""
+    return isinstance(config, Method) and config.method in ("prefix", "prompt")
 
 
 def in_words(config: Method) -> str:

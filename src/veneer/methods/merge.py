@@ -13,7 +13,7 @@ from veneer.errors import AdapterError
 from veneer.frozen.packed import named_frozen
 from veneer.lowrank.layers import lora_layers
 from veneer.methods.attach import adapters, in_use
-from veneer.methods.config import Method
+from veneer.methods.config import is_virtual
 from veneer.methods.virtual import take_virtual
 from veneer.methods.vocabulary import bake_words, new_words
 
@@ -54,8 +54,7 @@ def merge(model: Model) -> Model:
 def why_not_mergeable(model: nn.Module) -> str | None:
     """Return why what acts on the model cannot become part of its weights, or None if it can."""
     for name, config in adapters(model).items():
-        virtual = isinstance(config, Method) and not config.replaces_weights
-        if virtual and name in in_use(model):
+        if is_virtual(config) and name in in_use(model):
             return f"the virtual tokens of {name!r} are no weights."
     return None
 

@@ -16,7 +16,7 @@ from veneer.models.fingerprint import base_parameters, parameter_count
 
 @dataclass(frozen=True, slots=True)
 class TargetLine:
-    """One adapted layer: W is `out` × `in_`, and A and B together hold `trained` parameters."""
+    """One adapted layer: W is `out` × `in_`, and `trained` parameters over it train."""
 
     path: str
     out: int
@@ -53,7 +53,12 @@ def report_targets(model: nn.Module, config: LoRA) -> TargetReport:
     for layer in resolve(model, config):
         out, in_ = layer.shape
         rank = config.rank_of(layer.path)
-        lines.append(TargetLine(layer.path, out, in_, rank, rank * (out + in_)))
+        factors = (rank * in_, rank * out)
+        trained = sum(factors)
+        if config.lora_fa:  # without the factor that is random at the start
+            trained = factors[1] if layer.is_linear else factors[0]
+        trained += out * config.dora
+        lines.append(TargetLine(layer.path, out, in_, rank, trained))
     trained = sum(line.trained for line in lines)
     return TargetReport(f"{len(lines)} layers adapted", trained, parameter_count(model), lines)
 

@@ -10,6 +10,8 @@ from veneer.errors import ModelError
 from veneer.frozen.packed import named_frozen
 from veneer.store.files import new_directory, write_tensors
 
+MARKERS = ("model.pt", "config.json")  # a MiniGPT's, and every other model's
+
 
 def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
@@ -33,7 +35,7 @@ def write_model(
 
 def marker_of(model: PreTrainedModel) -> str:
     """Return the file by which a directory is known to hold a model such as this one."""
-    return "model.pt" if _is_minigpt(model) else "config.json"
+    return MARKERS[0] if _is_minigpt(model) else MARKERS[1]
 
 
 def _is_minigpt(model: PreTrainedModel) -> bool:

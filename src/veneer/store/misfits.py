@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import ConfigError, nearest
-from veneer.frozen.packed import FrozenLinear
+from veneer.frozen.packed import FrozenLinear, named_frozen
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method
 from veneer.methods.targets import adaptable_layers, resolve
@@ -45,6 +45,8 @@ def misfits(
 
 
 def _misfit_weights(model: PreTrainedModel, state: AdapterState, config: Method) -> list[str]:
+    if named_frozen(model):
+        return [f"{config.method} replaces weights, and those of this base are packed"]
     try:
         wanted = replaced_weights(model, config)
     except ConfigError as error:
@@ -61,10 +63,16 @@ def _misfit_virtual(model: PreTrainedModel, state: AdapterState, config: Method)
 
 def _differing(state: AdapterState, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Return what differs from tensors of these names and shapes."""
-    problems = [f"{key} is missing" for key in wanted if key not in state.tensors]
+    problems = []
+    if missing := [key for key in wanted if key not in state.tensors]:
+        problems.append(f"weights are missing: {_first(missing)}")
+    if foreign := [key for key in state.tensors if key not in wanted]:
+        likely = nearest(foreign[0], wanted)
+        problems.append(
+            f"what it brings is none of the weights that train: {_first(foreign)}{likely}"
+        )
     for key, tensor in state.tensors.items():
         if key not in wanted:
-            problems.append(f"{key} is none of the weights that train{nearest(key, wanted)}")
             continue
         if tuple(tensor.shape) != wanted[key]:
             there = tuple(tensor.shape)
@@ -114,10 +122,8 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
     except ValueError as error:
         problems.append(str(error).rstrip("."))
     else:
-        missing = sorted(wanted - complete)
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            problems.append(f"weights are missing for {', '.join(missing[:3])}{more}")
+        if missing := sorted(wanted - complete):
+            problems.append(f"weights are missing for {_first(missing)}")
         problems += [
             f"{path} has weights, but is not among the targets"
             for path in sorted(complete - wanted)
@@ -191,6 +197,11 @@ def _misfit_rows(
                 f"the tokenizer has other tokens where its new words start ({rows.start})"
             )
     return problems
+
+
+def _first(names: list[str]) -> str:
+    """Return the first names of a list that may be long."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _is_finite(tensor: Tensor) -> bool:

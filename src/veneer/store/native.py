@@ -79,6 +79,8 @@ def state_of(
         what = kind(**{key: config[key] for key in names if key in config})
     except (ConfigError, TypeError) as error:
         raise AdapterError(str(error)) from error
+    if isinstance(what, Method) and what.method == "lora":
+        raise AdapterError("its method is 'lora', but it has the settings of another")
     words, start, base = config["new_words"], config["new_words_start"], config["base"]
     if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), dict):
         raise AdapterError("'base' must say the base's name and fingerprint")

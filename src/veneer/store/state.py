@@ -14,7 +14,7 @@ from veneer.lowrank.adapter import Adapter, Factors
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import LoRAEmbedding, lora_layers
 from veneer.methods.attach import adapters, check_name, in_use, put, put_method
-from veneer.methods.config import Method
+from veneer.methods.config import Method, is_virtual
 from veneer.methods.targets import Layer, adaptable_layers
 from veneer.methods.unfreeze import replaced_weights, unfreeze
 from veneer.methods.virtual import stored, virtual_tokens
@@ -100,7 +100,7 @@ def capture(
         raise AdapterError(f"No adapter is called {name!r}{nearest(name, attached)}.")
     config = attached[name]
     tensors: dict[str, Tensor]
-    if isinstance(config, Method) and not config.replaces_weights:
+    if isinstance(config, Method) and is_virtual(config):
         home = virtual_tokens(model)
         assert home is not None
         with torch.no_grad():
@@ -110,6 +110,8 @@ def capture(
         tensors = {key: w.detach().clone() for key, w in replaced_weights(model, config).items()}
     else:
         tensors = _factors(model, name)
+        if config.init == "lora_ga" and not any(key.endswith(START[0]) for key in tensors):
+            config = replace(config, init="kaiming")  # no gradient has come, and it started so
         paths = {key.rpartition(".")[0] for key in tensors}
         targets = _shortest_names(paths, adaptable_layers(model))
         config = replace(config, targets=targets, layers=None)

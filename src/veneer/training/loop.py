@@ -19,6 +19,7 @@ from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, pack
 from veneer.errors import DataError, TrainingError, differences
 from veneer.kernels.heap import kept_heap
+from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.layers import idle_adapters
 from veneer.methods.attach import adapters, in_use
 from veneer.methods.config import LEARNING_RATES, Method
@@ -27,7 +28,7 @@ from veneer.methods.start import start_from_gradients
 from veneer.methods.virtual import idle_virtual, tokens_in_front
 from veneer.store import checkpoint as checkpoints
 from veneer.store.checkpoint import Checkpoint
-from veneer.training.config import TrainConfig
+from veneer.training.config import Recompute, TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
     Checkpointed,
@@ -71,12 +72,14 @@ def train(
         with kept_heap():
             forward, notices = choose_forward(model, examples, recompute=config.recompute)
             yield from map(Notice, notices)
-            # By the layers' own forward, and before restoring: to start is to be at the base still.
-            start_from_gradients(
-                model, lambda: replace(forward, layers=())(model, run.first_batch())
-            )
-            if resume and not run.restore():
+            restored = resume and run.restore()
+            if resume and not restored:
                 yield Notice(f"There is no checkpoint in {directory} to go on from; a new start.")
+            if not restored:
+                # By the layers' own forward, which knows whole layers to compute again, or nothing.
+                again: Recompute = "none" if forward.recompute == "none" else "full"
+                plain = replace(forward, layers=(), recompute=again)
+                start_from_gradients(model, lambda: plain(model, run.first_batch()))
             model.train()
             yield Started(run.steps, run.step)
             yield from run.go(forward, should_stop)
@@ -112,6 +115,12 @@ class _Run:
             name: weight
             for name, weight in model.named_parameters()
             if weight.requires_grad and id(weight) not in idle
+        }
+        # Adapters that started elsewhere than at zero add what they have become since.
+        self.starting = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, Adapter) and id(module.lora_B) not in idle
         }
         if not self.weights:
             raise TrainingError("Nothing in this model trains; attach an adapter first.")
@@ -234,6 +243,8 @@ class _Run:
     def _save(self) -> Checkpointed:
         assert self.directory is not None
         tensors = {f"weights/{n}": w.detach().clone() for n, w in self.weights.items()}
+        for name, adapter in self.starting.items():
+            tensors |= {f"{key}/{name}": w for key, w in adapter.named_buffers()}
         tensors |= self.optimizer.state()
         for name, weight in (self.best_weights or {}).items():
             tensors[f"best/{name}"] = weight
@@ -277,6 +288,10 @@ class _Run:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(tensors[f"weights/{name}"])
+        for name, adapter in self.starting.items():
+            for key in ("start_A", "start_B"):
+                if (start := tensors.get(f"{key}/{name}")) is not None:
+                    setattr(adapter, key, start.to(adapter.lora_A))
         self.optimizer.load(tensors)
         best = {n: tensors[f"best/{n}"] for n in self.weights if f"best/{n}" in tensors}
         self.best_weights = best or None

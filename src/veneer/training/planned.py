@@ -50,6 +50,8 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
         recompute=training.recompute,
         mapped=mapped,
         trained_blocks=method.trained_blocks or PlanConfig.trained_blocks,
+        train_head=method.train_head,
+        train_norms=method.train_norms,
         virtual_tokens=method.virtual_tokens or PlanConfig.virtual_tokens,
         prefix_mlp=method.prefix_mlp,
     )

@@ -70,6 +70,8 @@ class Recipe:
         name, problems = self.method.method, []
         if self.pack_head and self.bits is None:
             problems.append("pack_head would do nothing without bits; give bits 4 or 8 too")
+        if self.lora.init == "loftq" and self.bits is None:
+            problems.append("init loftq makes up for what packing takes; give bits 4 or 8 too")
         if self.method.replaces_weights and self.bits is not None:
             problems.append(f"{name} trains weights, which cannot be in {self.bits} bits")
         idle = [n for n in ("eval_every", "patience") if getattr(self.training, n) is not None]

@@ -58,6 +58,15 @@ CHECKPOINTS = "checkpoints"
 METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
 # Settings of which the course of the weights does not depend.
 BESIDE_THE_POINT = ("out", "save_every", "recompute")
+# Settings that came later than checkpoints did, as these have them by not having them.
+LATER = {
+    "pack_head": False,
+    "method": "lora",
+    "train_head": False,
+    "train_norms": False,
+    "dora": False,
+    "lora_fa": False,
+}
 
 
 def tune(
@@ -138,14 +147,14 @@ def tune(
 
     if plan is not None and (peak := measured_peak(plan)):
         yield Measured(plan.memory.peak, peak)
+    if not resume:
+        _clear_results(out)
     if method != "full":  # whose adapter would be the merged model again
         adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer)
         yield Written("adapter", recipe.adapter, size_of(recipe.adapter))
     why = why_not_mergeable(base.model) or (plan and why_no_merge(plan, free_bytes()))
     if why:
         yield Notice(f"No merged model is written: {why}")
-        if not resume:  # then it is an earlier run's, which --force replaces
-            shutil.rmtree(recipe.merged, ignore_errors=True)
         return
     plain = merge(base.model)
     lost = rounded_away(base.model, plain)
@@ -190,6 +199,17 @@ def _clear(out: Path) -> None:
     for name in (METRICS, RECIPE):
         (out / name).unlink(missing_ok=True)
     checkpoint.remove_all(out / CHECKPOINTS)
+
+
+def _clear_results(out: Path) -> None:
+    """Remove what an earlier run left as its results, of whatever method, and nothing else."""
+    for method in get_args(MethodName):
+        for place, markers in (
+            (out / f"{method}_adapter", (native.config_name(method),)),
+            (out / f"{method}_merged", merged.MARKERS),
+        ):
+            if any((place / marker).is_file() for marker in markers):
+                shutil.rmtree(place)
 
 
 def _data(recipe: Recipe, base: Base) -> tuple[list[Example], list[Example], DataReady]:
@@ -244,8 +264,9 @@ def _train_new_rows(base: Base) -> None:
 def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
     tokens = [(row.tokens, row.labels) for row in examples]
     settings = {k: v for k, v in recipe.settings().items() if k not in BESIDE_THE_POINT}
-    if not recipe.pack_head:  # as checkpoints have it that are older than packing
-        del settings["pack_head"]
+    for name, usual in LATER.items():
+        if settings[name] == usual:
+            del settings[name]
     identity = {
         **settings,
         "data": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
