@@ -7,6 +7,7 @@ import time
 import torch
 from torch import nn
 
+from veneer.frozen.packed import FrozenLinear
 from veneer.kernels.cross_entropy import CHUNK_LOGITS
 
 
@@ -17,8 +18,8 @@ def replay_seconds(model: nn.Module, tokens: int, labels: int, repeats: int = 3)
     the labelled rows alone. Nothing is needed of attention, norms or the adapters themselves.
     """
     head = model.get_output_embeddings()
-    body = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    shapes = [tuple(layer.weight.shape) for layer in body]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | FrozenLinear)]
+    shapes = [tuple(shape_of(layer)) for layer in layers if layer is not head]
     dtype = head.weight.dtype
     widest = max(max(shape) for shape in shapes)
     x = torch.randn(tokens, widest, dtype=dtype)
@@ -37,3 +38,7 @@ def replay_seconds(model: nn.Module, tokens: int, labels: int, repeats: int = 3)
             logits @ head.weight
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[len(seconds) // 2]
+
+
+def shape_of(layer: nn.Linear | FrozenLinear) -> torch.Size:
+    return layer.packed.shape if isinstance(layer, FrozenLinear) else layer.weight.shape

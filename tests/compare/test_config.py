@@ -16,8 +16,8 @@ def test_every_label_makes_a_recipe_that_can_be(name):
     from veneer.compare.worker import recipe_of
 
     label = LABELS[name]
-    recipe = recipe_of(job(label=label, lr=label.rate))
-    assert recipe.training.lr == label.rate
+    recipe = recipe_of(job(label=label, lr=label.lr))
+    assert recipe.training.lr == label.lr
     assert recipe.training.steps == 3
     assert label.explained.endswith(".")
 

@@ -308,7 +308,8 @@ def _swappable(model: PreTrainedModel) -> bool:
 
 def _end_with_parent() -> None:
     """End where the other end of standard input is closed, as it is when the parent ends."""
-    sys.stdin.buffer.read()
+    # Not through sys.stdin, whose lock a thread would hold while the interpreter ends.
+    os.read(0, 1)
     os._exit(1)
 
 
