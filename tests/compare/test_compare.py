@@ -277,7 +277,7 @@ def test_minutes_become_steps_by_each_methods_own_speed(asked_for, tmp_path, mon
     monkeypatch.setattr(comparing, "do_job", do_job)
     compared(tmp_path, "lora,lora+", "--budget", "minutes:1", "--lr.lora+", "1e-4")
     runs = [(job.name, job.steps, job.lr) for job in asked_for if job.kind == "run"]
-    assert runs == [("lora-seed0", 120, 1e-3), ("lora+-seed0", 40, 1e-4)]
+    assert runs == [("lora-seed0", 120, 2e-3), ("lora+-seed0", 40, 1e-4)]
 
 
 def test_faults_of_all_files_are_named_at_once_before_anything_starts(asked_for, tmp_path, capsys):

@@ -444,6 +444,6 @@ def test_a_row_of_zeros_in_a_mix_is_what_the_others_make_of_it():
     for weights in ({"a": 1.0, "b": 1.0}, {"a": 1.0}, {"a": 0.5, "b": -2.0}):
         layer.route.configs.update(dict.fromkeys(weights, LoRA()))
         layer.route.use(weights)
-        x = torch.randn(5, IN)
+        x = torch.randn(5, IN, **DOUBLE)
         found = layer(x)
         assert distance(found, x @ (layer.frozen_weight + layer.delta()).T) < 1e-5

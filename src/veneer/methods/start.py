@@ -83,9 +83,12 @@ def start_from_rounding(
     """Start the adapter called `name` as what packing took from the base, as far as its rank can
     hold it, in place: W ≈ Ŵ + s B A (LoftQ, Li et al. 2023, section 3, with Ŵ as it is).
 
-    The base's own weights are read again, one at a time. Raises ModelError where there are none.
+    The base's own weights are read again, one at a time. Raises ConfigError where the model names
+    no place that they came from, ModelError where there are none.
     """
     packed = named_frozen(model)
+    if not model.config._name_or_path:
+        raise ConfigError("loftq reads the base as it was before packing: load it from a place.")
     source, _, _ = open_base(model.config._name_or_path)
     for path, layer in lora_layers(model):
         if name not in layer.adapters or f"{path}.original" not in packed:

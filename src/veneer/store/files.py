@@ -119,7 +119,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         if path.suffix == ".safetensors":
-            tensors = load_file(path)
+            # Copied out of the mapped file, which may be replaced, and in which they lie at places
+            # that are not aligned: products would take another way there, and round otherwise.
+            tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         else:
             tensors = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, KeyError) as error:
