@@ -38,7 +38,7 @@ def factors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
             A = part.lora_A
             if isinstance(layer, LoRAConv2d):
                 window = layer.original.weight.shape[1:]  # type: ignore[index]
-                A = A.unflatten(1, window)  # type: ignore[assignment]
+                A = A.unflatten(1, window)
             values = (A, part.lora_B, part.magnitude, part.lora_bias, *(part.start or ()))
             keys = (*_names(layer), MAGNITUDE, BIAS, *START)
             for key, tensor in zip(keys, values, strict=False):
@@ -48,13 +48,13 @@ def factors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def saved_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Return the live weights that an adapter has in the place of the base's own, by their paths."""
+    """Return the live weights that an adapter has in the place of the base's, by their paths."""
     return route_of(model).saved.get(name, {})
 
 
 def tokens_of(model: nn.Module, name: str) -> dict[str, TrainedTokens]:
-    """Return the live rows of single words, by the path of the embedding or head; those that embedding
-    and head share, by the first."""
+    """Return the live rows of single words, by the path of the embedding or head; those that both
+    share, by the first."""
     found: dict[str, TrainedTokens] = {}
     for path, layer in lora_layers(model):
         if name in layer.tokens:

@@ -19,7 +19,7 @@ from veneer.methods.route import route_of
 from veneer.methods.targets import Layer, adaptable_layers
 from veneer.methods.unfreeze import replaced_weights, unfreeze
 from veneer.methods.virtual import stored, virtual_tokens
-from veneer.methods.vocabulary import extend_tokenizer, new_words, put_rows
+from veneer.methods.vocabulary import NewWords, extend_tokenizer, new_words, put_rows
 from veneer.models.fingerprint import fingerprint
 from veneer.store.misfits import misfits
 from veneer.store.parts import (
@@ -52,6 +52,8 @@ class Rows:
     start: int  # the id of the first
     embedding: Tensor  # (new, dim)
     head: Tensor | None = None  # (new, dim)
+    # Paths of embedding and head, where the base has rows for these words that nobody uses.
+    places: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ class AdapterState:
                 if name == names[0] and (B := found(f"{path}.{names[1]}")) is not None:
                     A0, B0 = (found(f"{path}.{name}") for name in START)
                     start = None if A0 is None or B0 is None else (A0, B0)
-                    more = (found(f"{path}.{name}") for name in (MAGNITUDE, BIAS))
-                    yield StoredLayer(path, A, B, kind, *more, start)
+                    magnitude, bias = (found(f"{path}.{name}") for name in (MAGNITUDE, BIAS))
+                    yield StoredLayer(path, A, B, kind, magnitude, bias, start)
 
 
 def capture(
@@ -173,7 +175,8 @@ def capture(
     if words is not None:
         head = None if words.tied else words.head.rows.detach().clone()
         embedding = words.embedding
-        rows = Rows(embedding.words, embedding.start, embedding.rows.detach().clone(), head)
+        own = embedding.rows.detach().clone()
+        rows = Rows(embedding.words, embedding.start, own, head, _places(model, words))
     return AdapterState(
         config,
         tensors,
@@ -232,6 +235,16 @@ def install(
         model.requires_grad_(False)
         if tokenizer is not None:
             extend_tokenizer(tokenizer, rows.words)
+
+
+def _places(model: PreTrainedModel, words: NewWords) -> tuple[str, ...]:
+    """Return the paths of embedding and head, if the base has rows where the new words are."""
+    known = words.embedding.original.weight.shape[0]  # type: ignore[index]
+    bias = getattr(words.head.original, "bias", None)
+    if words.embedding.start + len(words.embedding.words) > known or bias is not None:
+        return ()
+    paths = {id(module): path for path, module in model.named_modules()}
+    return tuple(paths[id(layer)] for layer in (words.embedding, words.head))
 
 
 def task_of(model: nn.Module) -> str:
