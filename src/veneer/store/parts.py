@@ -114,6 +114,8 @@ def tokens_from(model: PreTrainedModel, tokens: Mapping[str, Tokens]) -> dict[st
 
 def shared_tokens(model: PreTrainedModel, tokens: Mapping[str, Tokens]) -> dict[str, str]:
     """Return the head's path to the embedding's, where its rows are those of the embedding."""
+    if not tokens:
+        return {}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or not is_tied(embedding, head):
         return {}

@@ -143,6 +143,7 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     rows: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
     base_weights: dict[str, Tensor] = {}
+    tied = config.get("ensure_weight_tying") and config.get("modules_to_save")
     for key, tensor in tensors.items():
         plain = key.removeprefix(PREFIX)
         ours = next((n for n, end in ENDINGS.items() if plain.endswith(f".{end}")), None)
@@ -159,7 +160,11 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
         elif ".modules_to_save." in plain:
             # bias='all' saves the biases of saved modules a second time.
             saved.setdefault(plain.replace(".modules_to_save.", "."), tensor)
-        elif is_saved(config, own) or (config.get("bias", "none") != "none" and _is_bias(plain)):
+        elif (
+            is_saved(config, own)
+            or (_is_bias(plain) and config.get("bias", "none") != "none")
+            or (tied and BELOW not in plain)  # the head, saved with the embedding
+        ):
             saved[own] = tensor
         elif plain.endswith(".weight"):
             # PEFT saves an adapted embedding's own weight along with the adapter.
@@ -295,8 +300,8 @@ def _levels(state: AdapterState) -> dict[str, str]:
                 f"PEFT could not tell whose tensors are whose of {owner}: {', '.join(unknown)}; "
                 "merge the adapter, or write it natively."
             )
-        names.sort(key=lambda name: ORDER.index(name) if len(names) > 1 else 0, reverse=True)
-        for level, name in enumerate(names):
+        in_order = sorted(names, key=lambda name: [*ORDER, name].index(name), reverse=True)
+        for level, name in enumerate(in_order):
             places[f"{owner}.{name}"] = owner + BELOW * level
     return places
 

@@ -76,11 +76,13 @@ def targets_of(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     """Return the targets that mean the modules which PEFT's settings name.
 
     paths: of the modules that there are tensors for, which take the place of settings that have no
-    pattern (all-linear with exceptions).
+    pattern (all-linear with exceptions, the head that is tied to an embedding).
     """
     wanted = config["target_modules"]
     if wanted is None and config.get("target_parameters"):
         wanted = []
+    if config.get("ensure_weight_tying"):
+        return sorted(paths)  # among which is the head, where the embedding is adapted
     excluded = _excluded(config)
     if isinstance(wanted, str):
         # PEFT matches a string against the whole path.
@@ -140,8 +142,8 @@ def named_parameters(
         unknown = [name for name in names if name not in ORDER]
         if len(names) != len(levels):
             problems.append(
-                f"target_parameters names {len(names)} parameters of {owner}, but there are tensors "
-                f"for {len(levels)}"
+                f"target_parameters names {len(names)} parameters of {owner}, but there are "
+                f"tensors for {len(levels)}"
             )
         elif len(names) > 1 and unknown:
             problems.append(

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import AdapterError, nearest
-from veneer.lowrank.adapter import Factors
+from veneer.lowrank.adapter import Adapter, Factors
 from veneer.lowrank.config import LoRA
+from veneer.lowrank.tokens import TrainedTokens
 from veneer.methods.attach import adapters, check_name, in_use, put, put_method
 from veneer.methods.config import Method, is_virtual
 from veneer.methods.route import route_of
-from veneer.methods.targets import Layer, adaptable_layers
 from veneer.methods.unfreeze import replaced_weights, unfreeze
 from veneer.methods.virtual import stored, virtual_tokens
 from veneer.methods.vocabulary import NewWords, extend_tokenizer, new_words, put_rows
@@ -168,7 +168,7 @@ def capture(
             config = replace(config, init="kaiming")  # no gradient has come, and it started so
         paths = {key.rpartition(".")[0] for key in tensors}
         if paths:
-            targets = _shortest_names(paths, adaptable_layers(model))
+            targets = _shortest_names(paths, model)
             config = replace(config, targets=targets, layers=None)
     words = new_words(model)
     rows = None
@@ -260,8 +260,15 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
 
-def _shortest_names(paths: set[str], layers: list[Layer]) -> tuple[str, ...]:
-    """Return last names where these say exactly which layers are meant, and whole paths if not."""
+def _shortest_names(paths: set[str], model: nn.Module) -> tuple[str, ...]:
+    """Return last names where these say exactly which layers are meant, and whole paths if not.
+
+    Other formats' readers look at every module, of whatever kind, that bears a name.
+    """
     names = {path.rpartition(".")[2] for path in paths}
-    same = {layer.path for layer in layers if layer.name in names}
+    same = {
+        path
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in names and not isinstance(module, Adapter | TrainedTokens)
+    }
     return tuple(sorted(names if same == paths else paths))
