@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from veneer.methods.config import is_virtual
 from veneer.methods.route import route_of
 from veneer.methods.saved import home
 from veneer.methods.virtual import take_virtual
-from veneer.methods.vocabulary import bake_words, new_words
+from veneer.methods.vocabulary import bake_words, is_tied, new_words
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -39,6 +40,8 @@ def merge(model: Model) -> Model:
     shared = [*model.parameters(), *model.buffers(), *saved]
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     words = new_words(plain)
+    embedding, head = _ends(plain)
+    tied = embedding is not None and head is not None and is_tied(embedding, head)
     take_virtual(plain, set(adapters(plain)))
     for path, layer in list(lora_layers(plain)):
         layer.take_off(plain, path, merged=layer.acts)
@@ -50,14 +53,25 @@ def merge(model: Model) -> Model:
         owner, leaf = home(plain, path)
         weight: Any = owner._parameters[leaf]
         owner._parameters[leaf] = nn.Parameter(weight.detach().clone(), False)
-    embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    embedding, head = _ends(plain)
     if embedding is not None and head is not None and embedding.weight is not head.weight:
-        # An adapter of one leaves the other as it was, so the two are no longer tied.
-        plain.config.tie_word_embeddings = False
+        if tied and torch.equal(embedding.weight, head.weight):  # rows of both have changed alike
+            head.weight = embedding.weight
+        else:
+            # An adapter of one leaves the other as it was, so the two are no longer tied.
+            plain.config.tie_word_embeddings = False
     for ours in ("veneer_route", "veneer_marks"):
         if hasattr(plain, ours):
             delattr(plain, ours)
     return plain
+
+
+def _ends(model: PreTrainedModel) -> tuple[Any, Any]:
+    """Return the embedding and the head of a model, or None for what it does not have."""
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # as transformers has it for models that read no words
+        return None, None
 
 
 def why_not_mergeable(model: nn.Module) -> str | None:

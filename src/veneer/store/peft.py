@@ -32,6 +32,8 @@ from veneer.store.peft_rules import (
     experts_together,
     is_saved,
     layers_of,
+    left_out_by,
+    malformed,
     named_parameters,
     targets_of,
     tokens_named,
@@ -132,13 +134,12 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     """
     if config.get("peft_type") in peft_virtual.TYPES:
         return peft_virtual.state_of(config, tensors)
-    problems = []
+    if problems := malformed(config):
+        raise AdapterError("; ".join(problems))
     if config.get("peft_type") != "LORA":
         known = ", ".join(("LORA", *peft_virtual.TYPES))
         problems.append(f"its peft_type is {config.get('peft_type')!r}, and only {known} are read")
     problems += unreadable(config)
-    if problems:
-        raise AdapterError("; ".join(problems))
     found: dict[str, dict[str, Tensor]] = {}  # by module as in the file, and our name
     rows: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
@@ -325,6 +326,8 @@ def _missing(
     """Return which settings speak of tensors that are not there, and the other way round."""
     problems = []
     for module, parts in found.items():
+        if setting := left_out_by(config, module):
+            problems.append(f"{setting} leaves out {module}, of which there are tensors")
         if LINEAR[1] in parts and (BIAS in parts) != bool(config.get("lora_bias")):
             there = "has one" if BIAS in parts else "has none"
             problems.append(f"lora_bias is {config.get('lora_bias')!r}, but {module} {there}")

@@ -61,15 +61,22 @@ def unreadable(config: Mapping[str, Any]) -> list[str]:
         )
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         problems.append(f"bias is {config['bias']!r}, and only none, all and lora_only are read")
-    for name in ("modules_to_save", "target_parameters"):
-        if not _are_names(config.get(name)):
-            problems.append(f"{name} is {config[name]!r}, but must be a list of names")
-    for name in ("exclude_modules", "layers_pattern"):
-        if not isinstance(config.get(name), str) and not _are_names(config.get(name)):
-            problems.append(f"{name} is {config[name]!r}, but must be a name or a list of names")
-    if not problems:
-        problems += _no_patterns(config)
     return problems
+
+
+def malformed(config: Mapping[str, Any]) -> list[str]:
+    """Return what of PEFT's settings is of a kind that none of its rules could be followed by."""
+    problems = [
+        f"{name} is {config[name]!r}, but must be a list of names"
+        for name in ("modules_to_save", "target_parameters")
+        if not _are_names(config.get(name))
+    ]
+    problems += [
+        f"{name} is {config[name]!r}, but must be a name or a list of names"
+        for name in ("exclude_modules", "layers_pattern")
+        if not isinstance(config.get(name), str) and not _are_names(config.get(name))
+    ]
+    return problems or _no_patterns(config)
 
 
 def targets_of(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
@@ -101,6 +108,14 @@ def layers_of(config: Mapping[str, Any]) -> str | None:
     if blocks is None or blocks == [] or config.get("layers_pattern"):
         return None
     return ",".join(str(b) for b in (blocks if isinstance(blocks, list) else [blocks]))
+
+
+def left_out_by(config: Mapping[str, Any], path: str) -> str | None:
+    """Return the setting that keeps a module from being adapted, or None."""
+    for name in ("exclude_modules", "modules_to_save"):
+        if not re.match(_excluded({name: config.get(name)}), path):
+            return name
+    return None
 
 
 def is_saved(config: Mapping[str, Any], path: str) -> bool:
