@@ -14,7 +14,7 @@ from veneer.errors import AdapterError, ConfigError
 from veneer.frozen.packed import named_frozen
 from veneer.lowrank.adapter import Adapter, Route
 from veneer.lowrank.config import LoRA
-from veneer.lowrank.conv import LoRAConv2d
+from veneer.lowrank.conv import LoRAConv2d, why_not_adaptable
 from veneer.lowrank.initial import directions
 from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
 from veneer.lowrank.parameters import AdaptedParameter, LoRAParameters
@@ -169,6 +169,12 @@ def _check_start(model: nn.Module, config: LoRA, targets: Sequence[Layer]) -> No
         raise ConfigError(
             f"{config.init} starts from a weight's directions: {'; '.join(problems)}."
         )
+    for target in targets:
+        if target.kind == "parameter" and (config.dora or config.dropout):
+            what = "DoRA" if config.dora else "dropout"
+            raise ConfigError(f"{what} cannot be over {target.path}, a parameter of its module.")
+        if isinstance(target.module, nn.Conv2d) and (why := why_not_adaptable(target.module)):
+            raise ConfigError(f"{target.path} cannot be adapted: {why}.")
 
 
 def _take_off_layers(model: nn.Module, names: set[str]) -> None:
