@@ -196,7 +196,7 @@ def refusal(place: Path) -> str:
 
 NOT_READ: dict[str, Any] = {
     "modules_to_save": ["lm_head"],
-    "bias": "all",
+    "bias": "some",
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 1]],
     "lora_bias": True,
@@ -204,6 +204,14 @@ NOT_READ: dict[str, Any] = {
     "target_parameters": ["experts"],
     "alora_invocation_tokens": [3],
     "use_qalora": True,
+    "arrow_config": {"top_k": 2},
+    "use_bdlora": {"nblocks": 2},
+    "kasa_config": {"beta": 1.0},
+    "monteclora_config": {"num_samples": 2},
+    "velora_config": {"group": 2},
+    "megatron_config": {"tensor_model_parallel_size": 2},
+    "init_lora_weights": "pissa_niter_4",
+    "a_setting_to_come": True,
     "peft_type": "LOHA",
 }
 

@@ -38,6 +38,10 @@ Force = Annotated[
     bool,
     Parameter(negative="", help="Use the adapter over this base even if it was made on another."),
 ]
+AllowBin = Annotated[
+    bool,
+    Parameter(negative="", help="Read PEFT's adapter_model.bin too, of which only tensors."),
+]
 DTypeFlag = Annotated[
     DType, Parameter(help="Number format to compute in; auto takes the faster one here.")
 ]
@@ -213,11 +217,12 @@ def merge(
     dtype: DTypeFlag = "auto",
     bits: BitsFlag = None,
     force: Force = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Bake ADAPTER into BASE and write a plain model to OUT."""
     from veneer.cli.commands import run_merge
 
-    run_merge(base, adapter, out, dtype=dtype, bits=bits, force=force)
+    run_merge(base, adapter, out, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
 
 
 @app.command
@@ -231,12 +236,20 @@ def generate(
     dtype: DTypeFlag = "auto",
     bits: BitsFlag = None,
     force: Force = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Print MODEL's answer to PROMPT."""
     from veneer.cli.commands import run_generate
 
     run_generate(
-        model, prompt, adapter, sampling or Sampling(), dtype=dtype, bits=bits, force=force
+        model,
+        prompt,
+        adapter,
+        sampling or Sampling(),
+        dtype=dtype,
+        bits=bits,
+        force=force,
+        allow_bin=allow_bin,
     )
 
 
@@ -250,11 +263,20 @@ def chat(
     dtype: DTypeFlag = "auto",
     bits: BitsFlag = None,
     force: Force = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Talk with MODEL; an empty line or Ctrl-D ends it."""
     from veneer.cli.commands import run_chat
 
-    run_chat(model, adapter, sampling or Sampling(), dtype=dtype, bits=bits, force=force)
+    run_chat(
+        model,
+        adapter,
+        sampling or Sampling(),
+        dtype=dtype,
+        bits=bits,
+        force=force,
+        allow_bin=allow_bin,
+    )
 
 
 def run(arguments: Sequence[str]) -> int:

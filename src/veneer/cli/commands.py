@@ -54,11 +54,18 @@ def run_quantize(model: str, out: Path, *, bits: PackedBits, pack_head: bool) ->
 
 
 def run_merge(
-    base: str, adapter: Path, out: Path, *, dtype: str, bits: PackedBits | None, force: bool
+    base: str,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: str,
+    bits: PackedBits | None,
+    force: bool,
+    allow_bin: bool,
 ) -> None:
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise VeneerError(f"{out} holds something already; name another place.")
-    loaded = _load(base, adapter, dtype=dtype, bits=bits, force=force)
+    loaded = _load(base, adapter, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
     plain = veneer.merge(loaded.model)
     veneer.write_model(plain, loaded.tokenizer, out)
     lost = rounded_away(loaded.model, plain)
@@ -77,8 +84,9 @@ def run_generate(
     dtype: str,
     bits: PackedBits | None,
     force: bool,
+    allow_bin: bool,
 ) -> None:
-    base = _load(model, adapter, dtype=dtype, bits=bits, force=force)
+    base = _load(model, adapter, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
     _print_stream(base, [Message("user", prompt)], sampling)
 
 
@@ -90,8 +98,9 @@ def run_chat(
     dtype: str,
     bits: PackedBits | None,
     force: bool,
+    allow_bin: bool,
 ) -> None:
-    base = _load(model, adapter, dtype=dtype, bits=bits, force=force)
+    base = _load(model, adapter, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
     messages: list[Message] = []
     while True:
         try:
@@ -105,14 +114,20 @@ def run_chat(
 
 
 def _load(
-    model: str, adapter: Path | None, *, dtype: str, bits: PackedBits | None, force: bool
+    model: str,
+    adapter: Path | None,
+    *,
+    dtype: str,
+    bits: PackedBits | None,
+    force: bool,
+    allow_bin: bool,
 ) -> Base:
     quieten_libraries()
     base = veneer.load_base(model, dtype=dtype, bits=bits)
     for notice in base.notices:
         ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
     if adapter is not None:
-        veneer.load(base.model, adapter, tokenizer=base.tokenizer, force=force)
+        veneer.load(base.model, adapter, tokenizer=base.tokenizer, force=force, allow_bin=allow_bin)
     return base
 
 

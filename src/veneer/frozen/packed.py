@@ -169,7 +169,9 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return product_back(grads[0], ctx.packed), None, None
+        dy = grads[0]
+        d_bias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        return product_back(dy, ctx.packed), None, d_bias
 
 
 def named_frozen(model: nn.Module) -> Mapping[str, FrozenLinear]:

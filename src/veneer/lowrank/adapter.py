@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from veneer.errors import AdapterError, nearest
 
 Factors = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
+Saved = dict[str, nn.Parameter]  # by path, what stands in the place of weights of the base
 
 
 class Adapter(nn.Module):
     """A (rank, in) and B (out, rank) over one layer, float32 masters, with their scaling.
 
+    Over a stack of experts, A (experts, rank, in) and B (experts, out, rank).
     magnitude (out,): DoRA's, the length of each row of the adapted weight; None for plain LoRA.
+    bias (out,): what is added to B (A x), and scaled with it, as PEFT's lora_bias; None for zero.
     start: A₀ and B₀ for an adapter whose factors are not zero at the start (PiSSA and its like): it
     then adds B A − B₀ A₀, so that the base need not be changed.
     """
@@ -29,13 +32,15 @@ class Adapter(nn.Module):
         scaling: float,
         dropout: float = 0.0,
         magnitude: Tensor | None = None,
+        bias: Tensor | None = None,
         start: Factors | None = None,
     ) -> None:
         super().__init__()
-        assert A.shape[0] == B.shape[1], (A.shape, B.shape)
+        assert A.shape[-2] == B.shape[-1], (A.shape, B.shape)
         self.lora_A = nn.Parameter(A)  # (rank, in)
         self.lora_B = nn.Parameter(B)  # (out, rank)
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)  # (out,)
+        self.lora_bias = None if bias is None else nn.Parameter(bias)  # (out,)
         self.start_A: Tensor | None
         self.start_B: Tensor | None
         self.register_buffer("start_A", None if start is None else start[0])
@@ -46,7 +51,7 @@ class Adapter(nn.Module):
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-2]
 
     @property
     def start(self) -> Factors | None:
@@ -88,6 +93,11 @@ class Route:
     def __init__(self) -> None:
         self.configs: dict[str, Any] = {}  # by name, what each adapter is
         self.weights: dict[str, float] = {}
+        # What adapters have in the place of the base's own weights (methods/saved.py), and the
+        # base's own, where something else stands in their place now.
+        self.saved: dict[str, Saved] = {}
+        self.base: Saved = {}
+        self.notes: dict[str, Mapping[str, Any]] = {}  # by name, how an adapter was trained
 
     @property
     def idle(self) -> bool:

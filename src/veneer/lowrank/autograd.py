@@ -11,12 +11,14 @@ from veneer.frozen.packed import Packed, linear, product_back
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + (x ∘ keep) Aᵀ Bᵀ, with W and b frozen and B already scaled.
+    """y = x Wᵀ + b + (x ∘ keep) Aᵀ Bᵀ, with W frozen and B already scaled.
 
     Plain autograd would keep x for W, x again (dropped out) for A, and both factors' outputs. Here
     x is kept once, together with x Aᵀ (tokens, rank), and no gradient is ever formed for W:
 
         dh = dy B        dA = dhᵀ (x ∘ keep)        dB = dyᵀ h        dx = dy W + (dh A) ∘ keep
+
+    and db = Σ dy where a bias trains.
     """
 
     @staticmethod
@@ -24,7 +26,7 @@ class LowRankLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,  # (tokens, in)
         weight: Tensor | Packed,  # (out, in), frozen
-        bias: Tensor | None,  # (out,), frozen
+        bias: Tensor | None,  # (out,)
         A: Tensor,  # (rank, in), x's dtype
         B: Tensor,  # (out, rank), x's dtype, scaled
         keep: Tensor | None,  # (tokens, in): 0 or 1 / (1 - dropout)
@@ -42,7 +44,7 @@ class LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h, keep = ctx.saved_tensors
         dy = grads[0]  # (tokens, out)
-        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        needs_x, _, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
         dh = dy @ B if needs_x or needs_A else None  # (tokens, rank)
         dx = dA = dB = None
         if needs_B:
@@ -57,4 +59,4 @@ class LowRankLinear(torch.autograd.Function):
                 dx.addmm_(dh, A)
             else:
                 dx += (dh @ A) * keep
-        return dx, None, None, dA, dB, None
+        return dx, None, dy.sum(0) if needs_bias else None, dA, dB, None

@@ -18,6 +18,7 @@ from veneer.lowrank.config import LoRA
 from veneer.lowrank.formula import delta_weight, merged_weight, new_A, rescaled, updated_norms
 from veneer.lowrank.initial import start_factors
 from veneer.lowrank.projection import Projection
+from veneer.lowrank.tokens import TrainedTokens
 
 
 class Wrapper(nn.Module):
@@ -52,6 +53,8 @@ class Acting:
 class AdaptedLayer(Wrapper):
     """A frozen `original` with named adapters over it; `route` says which of them act.
 
+    tokens: by adapter, rows of single words, where the original is an embedding or a head.
+
     Those of weights w are summed: W + Σ w ΔW with ΔW = s B A, or of DoRA (Liu et al. 2024, section
     4) ΔW = g ∘ (W + s B A) − W, where g = m / ‖W + s B A‖ for each row. The norm counts as a
     constant on the way back (section 4.3).
@@ -60,6 +63,7 @@ class AdaptedLayer(Wrapper):
     def __init__(self, original: nn.Module, route: Route) -> None:
         super().__init__(original)
         self.adapters = nn.ModuleDict()
+        self.tokens = nn.ModuleDict()
         self.route = route
         self.kept_squares: Tensor | None = None
 
@@ -79,6 +83,10 @@ class AdaptedLayer(Wrapper):
     def oriented(self, weight: Tensor) -> Tensor:
         """Return a weight in the orientation of `frozen_weight` from the one that is stored."""
         return weight
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """Return a weight as it is stored from the orientation of `frozen_weight`."""
+        return self.oriented(weight)
 
     def by_outputs(self, weight: Tensor) -> Tensor:
         """Return a weight as (out, in) from the orientation of `frozen_weight`, and back."""
@@ -107,6 +115,43 @@ class AdaptedLayer(Wrapper):
         # By the very function that they are divided by later: 1 has to be 1 to the bit.
         norms = self._norms(adapter, adapter.factors()[0])
         adapter.magnitude = nn.Parameter(norms.masked_fill(self._squares() == 0, 0.0))
+
+    def put_tokens(self, name: str, tokens: TrainedTokens) -> None:
+        """Lay rows of single words over the layer, on the layer's device."""
+        self.tokens[name] = tokens.to(self.frozen.device)
+
+    @property
+    def bare(self) -> bool:
+        """Whether nothing lies over the layer any more."""
+        return not self.adapters and not self.tokens
+
+    @property
+    def acts(self) -> bool:
+        """Whether something that acts lies over the layer."""
+        return bool(self.active() or self.acting_tokens())
+
+    def acting_tokens(self) -> list[tuple[TrainedTokens, float]]:
+        """Return the rows of single words that act here, with their weights."""
+        pairs = []
+        for name, weight in self.route.weights.items():
+            if name in self.tokens:
+                tokens = self.tokens[name]
+                assert isinstance(tokens, TrainedTokens)
+                pairs.append((tokens, weight))
+        return pairs
+
+    def acting_bias(self, pairs: list[tuple[Adapter, float]]) -> Tensor | None:
+        """Return b + Σ w s b_B, (out,), the original's own b where no adapter has a bias."""
+        own: Tensor | None = getattr(self.original, "bias", None)
+        parts = [
+            adapter.lora_bias * (weight * adapter.scaling)
+            for adapter, weight in pairs
+            if adapter.lora_bias is not None
+        ]
+        if not parts:
+            return own
+        total = torch.stack(parts).sum(0)
+        return (total if own is None else total + own).to(self.frozen.dtype)
 
     def active(self) -> list[tuple[Adapter, float]]:
         """Return the adapters that act here, with their weights."""
@@ -190,18 +235,40 @@ class AdaptedLayer(Wrapper):
                 own = self.by_outputs(self.frozen_weight).to(change.dtype)
                 change = rescaled(own + change, adapter.magnitude.detach()) - own
             total += weight * change
-        return self.by_outputs(total)
+        total = self.by_outputs(total)
+        for tokens, weight in self.acting_tokens():
+            total[tokens.ids] += weight * tokens.change().detach()
+        return total
 
     def fuse(self) -> nn.Module:
         """Return a new plain layer with the acting adapters merged in; this one is untouched."""
         merged = merged_weight(self.frozen_weight, self.delta())
         if isinstance(self.original, FrozenLinear):
-            return self.original.plain(merged)
-        merged = self.oriented(merged)
-        fused = copy.copy(self.original)
-        fused._parameters = dict(self.original._parameters)
-        fused.weight = nn.Parameter(merged.contiguous(), requires_grad=False)
+            fused = self.original.plain(merged)
+        else:
+            fused = copy.copy(self.original)
+            fused._parameters = dict(self.original._parameters)
+            fused.weight = nn.Parameter(self.stored(merged).contiguous(), requires_grad=False)
+        bias = self.acting_bias(self.active())
+        if bias is not getattr(self.original, "bias", None):
+            assert bias is not None
+            fused.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return fused
+
+    def path_in_base(self, path: str) -> str:
+        """Return where the base has what this layer adapts, from the layer's own path."""
+        return path
+
+    def take_off(self, model: nn.Module, path: str, *, merged: bool = False) -> None:
+        """Let the original stand in `model` at `path` again, or one with what acts merged in."""
+        model.set_submodule(path, self.fuse() if merged else self.original)
+
+    def weight_in(self, plain: nn.Module, path: str) -> Tensor:
+        """Return the weight that `plain` has at `path`, in the orientation of `frozen_weight`."""
+        weight: Tensor = plain.get_submodule(path).weight  # type: ignore[assignment]
+        if isinstance(self.original, FrozenLinear):
+            return weight.T if self.original.transposed else weight
+        return self.oriented(weight)
 
 
 class LoRALinear(AdaptedLayer):
@@ -241,13 +308,21 @@ class LoRALinear(AdaptedLayer):
         active = self.active()
         if self.training and any(adapter.dropout for adapter, _ in active):
             return None
-        bias: Tensor | None = self.original.bias  # type: ignore[assignment]
+        bias = self.acting_bias(active)
+        if (bias is not None and bias.requires_grad) or self.acting_tokens():
+            return None
         if not active:
             return Projection.plain(self.frozen, bias)
         one = self.acting(active, self.frozen.dtype)
         return Projection(self.frozen, bias, one.A, one.B, one.gain)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self._adapted(x)
+        for tokens, weight in self.acting_tokens():
+            y = tokens.onto_logits(y, x, weight)
+        return y
+
+    def _adapted(self, x: Tensor) -> Tensor:
         active = self.active()
         if not active:
             return self.original(x)
@@ -264,7 +339,7 @@ class LoRALinear(AdaptedLayer):
         one = self.acting([*first, *dropped], x.dtype)
         ranks = [sum(_rank(a) for a, _ in first), *(_rank(a) for a, _ in dropped)]
         (A, *As), (B, *Bs) = one.A.split(ranks), one.B.split(ranks, 1)
-        bias: Tensor | None = self.original.bias  # type: ignore[assignment]
+        bias = self.acting_bias(active)
         y = LowRankLinear.apply(flat, self.frozen, bias, A, B, keep)  # (tokens, out)
         y = y.view(*x.shape[:-1], y.shape[-1])
         for (adapter, _), A, B in zip(dropped, As, Bs, strict=True):
@@ -299,6 +374,15 @@ class LoRAEmbedding(AdaptedLayer):
         self._put_fresh(name, adapter, config)
 
     def forward(self, ids: Tensor) -> Tensor:
+        y = self._adapted(ids)
+        for tokens, weight in self.acting_tokens():
+            padding: int | None = self.original.padding_idx  # type: ignore[assignment]
+            change = tokens.of_words(ids, padding=padding)  # (..., dim)
+            scale = weight * getattr(self.original, "embed_scale", 1.0)
+            y = (y + change * scale).to(y.dtype)
+        return y
+
+    def _adapted(self, ids: Tensor) -> Tensor:
         y = self.original(ids)
         active = self.active()
         if not active:
@@ -319,10 +403,10 @@ def _rank(adapter: Adapter) -> int:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Yield (path in the base, layer) of every adapted layer."""
+    """Yield (path in the base, layer) of every adapted layer or parameter."""
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
-            yield path, module
+            yield module.path_in_base(path), module
 
 
 def idle_adapters(model: nn.Module) -> Iterator[Adapter]:

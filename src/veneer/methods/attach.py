@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import AdapterError, ConfigError
 from veneer.frozen.packed import named_frozen
-from veneer.lowrank.adapter import Adapter
+from veneer.lowrank.adapter import Adapter, Route
 from veneer.lowrank.config import LoRA
+from veneer.lowrank.conv import LoRAConv2d, why_not_adaptable
 from veneer.lowrank.initial import directions
 from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
+from veneer.lowrank.parameters import AdaptedParameter, LoRAParameters
+from veneer.lowrank.tokens import TrainedTokens
 from veneer.methods.config import Method, is_virtual
 from veneer.methods.route import route_of
+from veneer.methods.saved import base_in_place, home, place_saved, put_saved, take_saved
 from veneer.methods.start import start_from_rounding
 from veneer.methods.targets import Layer, resolve
 from veneer.methods.unfreeze import unfreeze
@@ -67,11 +71,12 @@ def attach(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     try:
-        for target in targets:
-            adapted_layer(model, target.path).add(name, config, target.path, generator)
-        if config.init == "loftq":
-            assert isinstance(model, PreTrainedModel)
-            start_from_rounding(model, name, generator)
+        with base_in_place(model):
+            for target in targets:
+                adapted_layer(model, target.path).add(name, config, target.path, generator)
+            if config.init == "loftq":
+                assert isinstance(model, PreTrainedModel)
+                start_from_rounding(model, name, generator)
     except BaseException:
         _take_off_layers(model, {name})
         raise
@@ -103,6 +108,11 @@ def use(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
             f"{', '.join(stuck)} replaced weights of the base, and acts as long as the model does; "
             "load the base anew."
         )
+    try:
+        place_saved(model)
+    except AdapterError:
+        route.weights = before
+        raise
 
 
 def adapters(model: nn.Module) -> dict[str, LoRA | Method]:
@@ -130,11 +140,15 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             f"{', '.join(sorted(stuck))} replaced weights of the base, and cannot be taken off; "
             "load the base anew."
         )
+    for each in gone:
+        route.weights.pop(each, None)
+    place_saved(model)
+    take_saved(model, gone)
     _take_off_layers(model, gone)
     take_virtual(model, gone)
     for each in gone:
         del route.configs[each]
-        route.weights.pop(each, None)
+        route.notes.pop(each, None)
     if not route.configs:
         remove_words(model)
     return model
@@ -155,15 +169,22 @@ def _check_start(model: nn.Module, config: LoRA, targets: Sequence[Layer]) -> No
         raise ConfigError(
             f"{config.init} starts from a weight's directions: {'; '.join(problems)}."
         )
+    for target in targets:
+        if target.kind == "parameter" and (config.dora or config.dropout):
+            what = "DoRA" if config.dora else "dropout"
+            raise ConfigError(f"{what} cannot be over {target.path}, a parameter of its module.")
+        if isinstance(target.module, nn.Conv2d) and (why := why_not_adaptable(target.module)):
+            raise ConfigError(f"{target.path} cannot be adapted: {why}.")
 
 
 def _take_off_layers(model: nn.Module, names: set[str]) -> None:
     """Take adapters off all layers; those that have none left are the base's own again."""
     for path, layer in list(lora_layers(model)):
-        for each in names & set(layer.adapters):
-            del layer.adapters[each]
-        if not layer.adapters:
-            model.set_submodule(path, layer.original)
+        for kept in (layer.adapters, layer.tokens):
+            for each in names & set(kept):
+                del kept[each]
+        if layer.bare:
+            layer.take_off(model, path)
 
 
 def _replacing(model: nn.Module) -> list[str]:
@@ -171,10 +192,26 @@ def _replacing(model: nn.Module) -> list[str]:
     return [name for name, each in configs if isinstance(each, Method) and each.replaces_weights]
 
 
-def put(model: nn.Module, name: str, config: LoRA, parts: Mapping[str, Adapter]) -> None:
-    """Lay a stored adapter, given as {path: Adapter}, over the model and let it act, frozen."""
-    for path, part in parts.items():
-        adapted_layer(model, path).put(name, part.requires_grad_(False))
+def put(
+    model: nn.Module,
+    name: str,
+    config: LoRA,
+    parts: Mapping[str, Adapter],
+    *,
+    tokens: Mapping[str, TrainedTokens] | None = None,
+    saved: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Lay a stored adapter over the model and let it act, frozen.
+
+    parts: adapters by the paths of layers and parameters; tokens: rows of single words by the paths
+    of embedding and head; saved: weights in the place of the base's own, by their paths.
+    """
+    with base_in_place(model):
+        for path, part in parts.items():
+            adapted_layer(model, path).put(name, part.requires_grad_(False))
+        for path, rows in (tokens or {}).items():
+            adapted_layer(model, path).put_tokens(name, rows.requires_grad_(False))
+        put_saved(model, name, saved or {})
     route_of(model).configs[name] = config
     use(model, name)
 
@@ -203,15 +240,33 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
-    """Return the adapted layer at `path`, wrapping the base's own layer there if need be."""
+    """Return the adapted layer, or parameter, at a path, wrapping the base's own if need be."""
+    route = route_of(model)
+    owner, name = home(model, path)
+    if name in owner._parameters:
+        return _adapted_parameter(model, path, route)
     module = model.get_submodule(path)
     if isinstance(module, AdaptedLayer):
         return module
-    route = route_of(model)
     layer: AdaptedLayer
     if isinstance(module, nn.Embedding):
         layer = LoRAEmbedding(module, route)
+    elif isinstance(module, nn.Conv2d):
+        layer = LoRAConv2d(module, route)
     else:
         layer = LoRALinear(module, route, transposed=isinstance(module, Conv1D))
     model.set_submodule(path, layer)
     return layer
+
+
+def _adapted_parameter(model: nn.Module, path: str, route: Route) -> AdaptedParameter:
+    place, _, name = path.rpartition(".")
+    module = model.get_submodule(place)
+    if not isinstance(module, LoRAParameters):
+        module = LoRAParameters(module)
+        model.set_submodule(place, module)
+    if name not in module.parts:
+        module.parts[name] = AdaptedParameter(module.original, name, route)
+    part = module.parts[name]
+    assert isinstance(part, AdaptedParameter)
+    return part

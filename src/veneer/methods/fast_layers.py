@@ -254,9 +254,11 @@ def _is_near(found: Tensor, wanted: Tensor, inputs: Tensor) -> bool:
 def _projection(layer: nn.Module) -> Projection | None:
     if isinstance(layer, LoRALinear):
         return layer.projection()
+    if any(p.requires_grad for p in layer.parameters()):
+        return None
     if isinstance(layer, FrozenLinear):
         return Projection.plain(layer.packed, layer.bias)
-    if type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters()):
+    if type(layer) is nn.Linear:
         return Projection.plain(layer.weight, layer.bias)
     return None
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import AdapterError
 from veneer.frozen.packed import named_frozen
 from veneer.lowrank.layers import lora_layers
 from veneer.methods.attach import adapters, in_use
 from veneer.methods.config import is_virtual
+from veneer.methods.route import route_of
+from veneer.methods.saved import home
 from veneer.methods.virtual import take_virtual
-from veneer.methods.vocabulary import bake_words, new_words
+from veneer.methods.vocabulary import bake_words, is_tied, new_words
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -31,24 +33,45 @@ def merge(model: Model) -> Model:
     """
     if why := why_not_mergeable(model):
         raise AdapterError(f"This model cannot be merged: {why}")
-    shared = [*model.parameters(), *model.buffers()]
+    route = route_of(model)
+    saved = [
+        weight for weights in (route.base, *route.saved.values()) for weight in weights.values()
+    ]
+    shared = [*model.parameters(), *model.buffers(), *saved]
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     words = new_words(plain)
+    embedding, head = _ends(plain)
+    tied = embedding is not None and head is not None and is_tied(embedding, head)
     take_virtual(plain, set(adapters(plain)))
     for path, layer in list(lora_layers(plain)):
-        plain.set_submodule(path, layer.fuse() if layer.active() else layer.original)
+        layer.take_off(plain, path, merged=layer.acts)
     for path, packed in named_frozen(plain).items():
         plain.set_submodule(path, packed.plain())
     if words is not None:
         bake_words(plain, words)
-    embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    for path in route.base:  # saved weights are the adapter's, which may train on
+        owner, leaf = home(plain, path)
+        weight: Any = owner._parameters[leaf]
+        owner._parameters[leaf] = nn.Parameter(weight.detach().clone(), False)
+    embedding, head = _ends(plain)
     if embedding is not None and head is not None and embedding.weight is not head.weight:
-        # An adapter of one leaves the other as it was, so the two are no longer tied.
-        plain.config.tie_word_embeddings = False
+        if tied and torch.equal(embedding.weight, head.weight):  # rows of both have changed alike
+            head.weight = embedding.weight
+        else:
+            # An adapter of one leaves the other as it was, so the two are no longer tied.
+            plain.config.tie_word_embeddings = False
     for ours in ("veneer_route", "veneer_marks"):
         if hasattr(plain, ours):
             delattr(plain, ours)
     return plain
+
+
+def _ends(model: PreTrainedModel) -> tuple[Any, Any]:
+    """Return the embedding and the head of a model, or None for what it does not have."""
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # as transformers has it for models that read no words
+        return None, None
 
 
 def why_not_mergeable(model: nn.Module) -> str | None:
@@ -56,6 +79,10 @@ def why_not_mergeable(model: nn.Module) -> str | None:
     for name, config in adapters(model).items():
         if is_virtual(config) and name in in_use(model):
             return f"the virtual tokens of {name!r} are no weights."
+    for path, layer in lora_layers(model):
+        biases = [adapter.lora_bias is not None for adapter, _ in layer.active()]
+        if any(biases) and getattr(layer.original, "bias", None) is None:
+            return f"its adapter has a bias over {path}, and the model's own has no place for one."
     return None
 
 
@@ -69,8 +96,7 @@ def rounded_away(model: nn.Module, plain: nn.Module) -> float:
     for path, layer in lora_layers(model):
         weight = layer.frozen_weight.float()
         delta = layer.delta()
-        place: Any = plain.get_submodule(path)
-        merged = (place.weight.T if isinstance(place, Conv1D) else place.weight).float()
+        merged = layer.weight_in(plain, path).float()
         # Not merged - (weight + delta), a sum in which float32 itself may lose the delta.
         error += float(((merged - weight) - delta).square().sum())
         change += float(delta.square().sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,10 +54,10 @@ def report_targets(model: nn.Module, config: LoRA) -> TargetReport:
     for layer in resolve(model, config):
         out, in_ = layer.shape
         rank = config.rank_of(layer.path)
-        factors = (rank * in_, rank * out)
+        factors = tuple(map(math.prod, layer.factor_shapes(rank)))
         trained = sum(factors)
         if config.lora_fa:  # without the factor that is random at the start
-            trained = factors[1] if layer.is_linear else factors[0]
+            trained = factors[0] if layer.kind == "embedding" else factors[1]
         trained += out * config.dora
         lines.append(TargetLine(layer.path, out, in_, rank, trained))
     trained = sum(line.trained for line in lines)

@@ -2,50 +2,98 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.frozen.packed import FrozenLinear
+from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import AdaptedLayer, Wrapper
+from veneer.lowrank.parameters import AdaptedParameter, LoRAParameters
+from veneer.lowrank.tokens import TrainedTokens
 from veneer.plan.targets import choose
 
 LINEAR = (nn.Linear, Conv1D, FrozenLinear)
+# Whose parameters are a layer's weight, or ours.
+NO_OWNERS = (
+    *LINEAR,
+    nn.Embedding,
+    nn.modules.conv._ConvNd,
+    Wrapper,
+    Adapter,
+    TrainedTokens,
+    nn.ParameterDict,
+)
+
+
+Kind = Literal["linear", "embedding", "conv", "parameter"]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer that can be adapted, and where it stands."""
+    """A layer that can be adapted, and where it stands; or a parameter of its `module`."""
 
     path: str
     module: nn.Module
     block: int | None  # index of the transformer block, None outside of the blocks
     in_attention: bool
     is_head: bool
+    parameter: str | None = None
 
     @property
     def name(self) -> str:
         return self.path.rpartition(".")[2]
 
     @property
+    def kind(self) -> Kind:
+        if self.parameter is not None:
+            return "parameter"
+        if isinstance(self.module, nn.Conv2d):
+            return "conv"
+        return "linear" if isinstance(self.module, LINEAR) else "embedding"
+
+    @property
     def is_linear(self) -> bool:
-        return isinstance(self.module, LINEAR)
+        return self.kind == "linear"
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of a linear layer, (dim, words) of an embedding."""
+        """(out, in) of a linear layer, a convolution or a parameter, (dim, words) of an embedding.
+
+        Experts are counted as outputs, the window of a convolution as inputs.
+        """
         if isinstance(self.module, FrozenLinear):
             return self.module.out_features, self.module.in_features
+        if self.kind in ("conv", "parameter"):
+            (*experts, out, _), A = self.factor_shapes(1)[::-1]
+            return math.prod((*experts, out)), math.prod(A[len(experts) :])
         rows, columns = self.module.weight.shape  # type: ignore[misc]
         stored_as_out_in = isinstance(self.module, nn.Linear)
         return (rows, columns) if stored_as_out_in else (columns, rows)
 
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B: with one dimension more for experts, and A of a
+        convolution (rank, in, height, width)."""
+        if self.kind == "conv":
+            out, *window = self.module.weight.shape  # type: ignore[misc]
+            return (rank, *window), (out, rank)
+        if self.parameter is not None:
+            *experts, out, in_ = self.module._parameters[self.parameter].shape  # type: ignore[union-attr]
+            if experts and getattr(self.module, "is_transposed", False):
+                out, in_ = in_, out
+            return (*experts, rank, in_), (*experts, out, rank)
+        out, in_ = self.shape
+        return (rank, in_), (out, rank)
+
 
 def adaptable_layers(model: nn.Module) -> list[Layer]:
-    """Return every linear layer, Conv1D and embedding of a model, adapted or not, in its order."""
+    """Return every linear layer, Conv1D, embedding and Conv2d of a model, adapted or not, in its
+    order."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     blocks = dict(_blocks(model))
     attentions = [
@@ -56,20 +104,47 @@ def adaptable_layers(model: nn.Module) -> list[Layer]:
         owner = path.rpartition(".")[0]
         if path.endswith(".original") and isinstance(model.get_submodule(owner), Wrapper):
             continue
+        if isinstance(module, AdaptedParameter):
+            continue
         base = module.original if isinstance(module, AdaptedLayer) else module
-        if isinstance(base, (*LINEAR, nn.Embedding)):
+        if isinstance(base, (*LINEAR, nn.Embedding, nn.Conv2d)):
             attention = any(path.startswith(f"{outer}.") for outer in attentions)
             layers.append(Layer(path, base, blocks.get(path), attention, module is head))
     return layers
 
 
+def adaptable_parameters(model: nn.Module) -> list[Layer]:
+    """Return what is multiplied with, but by no layer of its own: stacks of experts, routers.
+
+    They are adapted where they are named; no preset and no pattern means them.
+    """
+    blocks = dict(_blocks(model))
+    found = []
+    for path, module in model.named_modules():
+        owner: nn.Module = module
+        if isinstance(module, LoRAParameters):
+            owner = module.original
+        elif path.endswith(".original") or isinstance(owner, NO_OWNERS):
+            continue
+        for name, weight in owner._parameters.items():
+            if isinstance(weight, Tensor) and weight.ndim in (2, 3):
+                full = f"{path}.{name}" if path else name
+                found.append(Layer(full, owner, blocks.get(path), False, False, name))
+    return found
+
+
 def resolve(model: nn.Module, config: LoRA) -> list[Layer]:
-    """Return the layers that `config` names in `model`.
+    """Return the layers that `config` names in `model`, and parameters named by their own names.
 
     Raises TargetError, which lists every target, layer range and pattern that matches nothing.
     """
+    named = [
+        parameter
+        for parameter in adaptable_parameters(model)
+        if any(f".{parameter.path}".endswith(f".{target}") for target in config.targets)
+    ]
     return choose(
-        adaptable_layers(model),
+        [*adaptable_layers(model), *named],
         config.targets,
         blocks=config.layers,
         patterns=(*config.rank_pattern, *config.alpha_pattern),

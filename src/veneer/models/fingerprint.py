@@ -58,12 +58,19 @@ def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, 
     A tied weight stands there under its first path, or with `every_name` under each. Packed weights
     are no parameters, and are left out.
     """
-    found = {}
-    for path, parameter in model.named_parameters(remove_duplicate=not every_name):
+    route = getattr(model, "veneer_route", None)
+    own = {} if route is None else route.base  # where an adapter's weights stand in their place
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, parameter in model.named_parameters(remove_duplicate=False):
         parts = path.split(".")
         if "adapters" in parts or parts[-1] == "rows":
             continue
-        found[_base_path(path)] = parameter
+        plain = _base_path(path)
+        parameter = own.get(plain, parameter)
+        if every_name or id(parameter) not in seen:
+            found[plain] = parameter
+        seen.add(id(parameter))
     return dict(sorted(found.items()))
 
 

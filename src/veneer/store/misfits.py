@@ -12,12 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.errors import ConfigError, nearest
 from veneer.frozen.packed import FrozenLinear, named_frozen
 from veneer.lowrank.config import LoRA
+from veneer.lowrank.conv import why_not_adaptable
 from veneer.methods.config import Method
-from veneer.methods.targets import adaptable_layers, resolve
+from veneer.methods.targets import Layer, adaptable_layers, adaptable_parameters, resolve
 from veneer.methods.unfreeze import replaced_weights
 from veneer.methods.virtual import shape_of
 from veneer.methods.vocabulary import is_tied, new_words
 from veneer.models.fingerprint import base_parameters, fingerprint
+from veneer.store.parts import shared_tokens
 
 if TYPE_CHECKING:
     from veneer.store.state import AdapterState, Rows, StoredLayer
@@ -35,6 +37,8 @@ def misfits(
     problems = [] if force else _foreign(model, state, tokenizer)
     if isinstance(state.config, LoRA):
         problems += _misfit_factors(model, state, state.config)
+        problems += _misfit_saved(model, state)
+        problems += _misfit_tokens(model, state)
     elif state.config.replaces_weights:
         problems += _misfit_weights(model, state, state.config)
     else:
@@ -99,18 +103,21 @@ def _foreign(
 
 def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
     problems = []
-    places = {layer.path: layer for layer in adaptable_layers(model)}
+    layers = [*adaptable_layers(model), *adaptable_parameters(model)]
+    places = {layer.path: layer for layer in layers}
     complete: set[str] = set()
     for stored in state.layers():
         path = stored.path
         complete.add(path)
         layer = places.get(path)
         if layer is None:
-            problems.append(f"{path} is no layer of this model{nearest(path, places)}")
-        elif layer.is_linear == stored.is_embedding:
+            problems.append(_why_no_layer(model, path, places))
+        elif stored.kind != ("linear" if layer.kind == "conv" else layer.kind):
             problems.append(f"{path} is a {type(layer.module).__name__}, of the other kind")
+        elif isinstance(layer.module, nn.Conv2d) and (why := why_not_adaptable(layer.module)):
+            problems.append(f"{path} is a convolution that cannot be adapted: {why}")
         else:
-            problems += _misshapen(stored, config, layer.shape)
+            problems += _misshapen(stored, config, layer)
     for key, tensor in state.tensors.items():
         path = key.rpartition(".")[0]
         if path not in complete:
@@ -140,10 +147,17 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
     return problems
 
 
-def _misshapen(stored: StoredLayer, config: LoRA, shape: tuple[int, int]) -> list[str]:
+def _why_no_layer(model: nn.Module, path: str, places: Mapping[str, Layer]) -> str:
+    there = dict(model.named_modules()).get(path)
+    if there is None:
+        return f"{path} is no layer of this model{nearest(path, places)}"
+    return f"{path} is a {type(there).__name__}, which cannot be adapted"
+
+
+def _misshapen(stored: StoredLayer, config: LoRA, layer: Layer) -> list[str]:
     """Return what of one layer's tensors is missing, too much, or of the wrong shape."""
-    path, rank, (out, in_) = stored.path, config.rank_of(stored.path), shape
-    needed = ((rank, in_), (out, rank))
+    path, out = stored.path, layer.shape[0]
+    needed = layer.factor_shapes(config.rank_of(path))
     problems = []
     if (tuple(stored.A.shape), tuple(stored.B.shape)) != needed:
         problems.append(
@@ -156,11 +170,70 @@ def _misshapen(stored: StoredLayer, config: LoRA, shape: tuple[int, int]) -> lis
         problems.append(
             f"{path} has a magnitude {tuple(stored.magnitude.shape)}, but needs {(out,)}"
         )
+    elif stored.magnitude is not None and stored.kind == "parameter":
+        problems.append(f"{path} is a parameter, over which there is no DoRA")
+    if stored.bias is not None and stored.kind != "linear":
+        problems.append(f"{path} has a lora_bias, but is no linear layer or convolution")
+    elif stored.bias is not None and tuple(stored.bias.shape) != (out,):
+        problems.append(f"{path} has a lora_bias {tuple(stored.bias.shape)}, but needs {(out,)}")
     if stored.start is not None and tuple(tuple(t.shape) for t in stored.start) != needed:
         shapes = " and ".join(str(tuple(t.shape)) for t in stored.start)
         problems.append(f"{path} started at {shapes}, but needs {needed[0]} and {needed[1]}")
-    if config.has_start and stored.start is None and not stored.is_embedding:
+    if config.has_start and stored.start is None and layer.is_linear:
         problems.append(f"{path} does not say where it started")
+    return problems
+
+
+def _misfit_saved(model: nn.Module, state: AdapterState) -> list[str]:
+    """Return what is wrong with weights that are to stand in the place of the base's own."""
+    problems = []
+    own = base_parameters(model, every_name=True)
+    adapted = {layer.path for layer in state.layers()}
+    for path, weight in state.saved.items():
+        base, layer = own.get(path), path.removesuffix(".weight")
+        if f"{layer}.original" in named_frozen(model) or layer in named_frozen(model):
+            problems.append(f"it replaces {path}, which this base has packed; load it without bits")
+        elif base is None:
+            problems.append(f"it replaces {path}, which the base does not have{nearest(path, own)}")
+        elif base.shape != weight.shape:
+            problems.append(f"{path} is {tuple(weight.shape)}, but needs to be {tuple(base.shape)}")
+        if path in adapted or layer in adapted:
+            problems.append(f"it both replaces {path} and adapts it")
+        if not _is_finite(weight):
+            problems.append(f"{path} has values that are not finite numbers")
+    return problems
+
+
+def _misfit_tokens(model: PreTrainedModel, state: AdapterState) -> list[str]:
+    """Return what is wrong with rows of single words."""
+    problems = []
+    places = {layer.path: layer for layer in adaptable_layers(model)}
+    adapted = {layer.path for layer in state.layers()}
+    tied = shared_tokens(model, state.tokens)
+    for path, tokens in state.tokens.items():
+        layer, count = places.get(path), len(tokens.ids)
+        if layer is None or not (layer.kind == "embedding" or layer.is_head):
+            problems.append(f"{path}, of which it has rows, is no embedding or head of this model")
+            continue
+        words, dim = layer.shape if layer.is_linear else layer.shape[::-1]
+        if beyond := [i for i in tokens.ids if not 0 <= i < words]:
+            problems.append(
+                f"it has rows for words {_first([str(i) for i in beyond])} of {path}, but the base "
+                f"has {words}; resize its embedding before loading"
+            )
+        if len(set(tokens.ids)) < count:
+            problems.append(f"it has more than one row of {path} for some words")
+        if tokens.rows is None and path not in tied:
+            problems.append(f"rows of {path} are missing, and this base has no other for them")
+        if tokens.rows is not None and tuple(tokens.rows.shape) != (count, dim):
+            there = tuple(tokens.rows.shape)
+            problems.append(f"its rows of {path} are {there}, but need to be {(count, dim)}")
+        if tokens.rows is not None and not _is_finite(tokens.rows):
+            problems.append(f"its rows of {path} have values that are not finite numbers")
+        if path in adapted or f"{path}.weight" in state.saved:
+            problems.append(f"it has rows of {path}, and changes all of it as well")
+        if layer.is_head and getattr(layer.module, "bias", None) is not None:
+            problems.append(f"{path} has a bias, which PEFT leaves out where single rows train")
     return problems
 
 

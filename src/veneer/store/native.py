@@ -1,5 +1,8 @@
 """Veneer's own adapter directory: lora_weights.pt, embedding_weights.pt, lora_config.json.
 
+What an adapter has in the place of the base's own weights is in saved_weights.pt, and how it came
+about, where that is known, in training.json.
+
 Those of other methods are named after them: freeze_weights.pt, freeze_config.json.
 """
 
@@ -17,11 +20,16 @@ from veneer.errors import AdapterError, ConfigError, nearest
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method, MethodName
 from veneer.store.files import new_directory, read_json, read_tensors, write_json, write_tensors
-from veneer.store.state import AdapterState, Rows
+from veneer.store.parts import BIAS, TOKENS
+from veneer.store.state import CAUSAL, AdapterState, Rows, Tokens
 
 ROWS = "embedding_weights.pt"
+SAVED = "saved_weights.pt"
+TRAINING = "training.json"
 FORMAT = 1
 LATER = {"dora", "lora_fa"}  # settings that came after the format; written where they are set
+# Parts that came after it: earlier versions refuse what they do not know of.
+LATER_PARTS = {"saved", "tokens", "parts", "task"}
 
 
 def config_name(method: MethodName) -> str:
@@ -44,6 +52,15 @@ def config_of(state: AdapterState) -> dict[str, Any]:
             if not config[name]:
                 del config[name]
     rows = state.rows
+    later: dict[str, Any] = {}
+    if state.saved:
+        later["saved"] = sorted(state.saved)
+    if state.tokens:
+        later["tokens"] = {path: list(tokens.ids) for path, tokens in state.tokens.items()}
+    if any(layer.bias is not None for layer in state.layers()):
+        later["parts"] = [BIAS]
+    if state.task != CAUSAL:
+        later["task"] = state.task
     return {
         "format": FORMAT,
         "veneer_version": version("veneer"),
@@ -51,11 +68,16 @@ def config_of(state: AdapterState) -> dict[str, Any]:
         "base": {"name": state.base_name, "fingerprint": dict(state.base_fingerprint)},
         "new_words": list(rows.words) if rows else [],
         "new_words_start": rows.start if rows else None,
+        **later,
     }
 
 
 def state_of(
-    config: dict[str, Any], tensors: dict[str, Tensor], rows: dict[str, Tensor]
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    rows: dict[str, Tensor],
+    saved: dict[str, Tensor] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> AdapterState:
     """Return the adapter that a configuration and its tensors describe.
 
@@ -69,7 +91,7 @@ def state_of(
     kind = Method if "method" in config else LoRA
     names = {f.name for f in fields(kind)}
     around = {"format", "veneer_version", "base", "new_words", "new_words_start"}
-    unknown = sorted(set(config) - names - around)
+    unknown = sorted(set(config) - names - around - LATER_PARTS)
     missing = sorted((names | around) - set(config) - LATER)
     if unknown or missing:
         problems = [f"{key!r} is unknown{nearest(key, names)}" for key in unknown]
@@ -94,7 +116,38 @@ def state_of(
                 f"{ROWS} must hold one row of input_embeddings for each of {len(words)} new words"
             )
         new = Rows(tuple(words), start, embedding, rows.get("output_embeddings"))
-    return AdapterState(what, tensors, new, str(base.get("name", "")), base["fingerprint"])
+    kept, tokens = _apart(config, saved or {})
+    return AdapterState(
+        what,
+        tensors,
+        new,
+        str(base.get("name", "")),
+        base["fingerprint"],
+        saved=kept,
+        tokens=tokens,
+        task=str(config.get("task", CAUSAL)),
+        training=training or {},
+    )
+
+
+def _apart(
+    config: dict[str, Any], saved: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tokens]]:
+    """Return weights in the place of the base's own, and rows of single words."""
+    paths, ids = config.get("saved", []), config.get("tokens", {})
+    if not isinstance(paths, list) or not isinstance(ids, dict):
+        raise AdapterError("'saved' must be a list of paths, and 'tokens' a map")
+    if any(not isinstance(i, list) or any(type(n) is not int for n in i) for i in ids.values()):
+        raise AdapterError(f"'tokens' is {ids!r}, but must be lists of numbers")
+    tokens = {
+        path: Tokens(tuple(words), saved.get(f"{path}.{TOKENS}")) for path, words in ids.items()
+    }
+    kept = {path: tensor for path, tensor in saved.items() if not path.endswith(f".{TOKENS}")}
+    if {*kept} != {*paths} or len(saved) != len(kept) + sum(
+        one.rows is not None for one in tokens.values()
+    ):
+        raise AdapterError(f"{SAVED} does not hold what 'saved' and 'tokens' name")
+    return kept, tokens
 
 
 def write(
@@ -109,6 +162,15 @@ def write(
             if state.rows.head is not None:
                 rows["output_embeddings"] = state.rows.head
             write_tensors(new / ROWS, rows)
+        saved = dict(state.saved) | {
+            f"{path}.{TOKENS}": tokens.rows
+            for path, tokens in state.tokens.items()
+            if tokens.rows is not None
+        }
+        if saved:
+            write_tensors(new / SAVED, saved)
+        if state.training:
+            write_json(new / TRAINING, state.training)
         if tokenizer is not None:
             tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
         write_json(new / config_name(method), config_of(state))
@@ -118,9 +180,13 @@ def read(directory: Path, method: MethodName) -> AdapterState:
     """Read an adapter directory. Raises AdapterError, naming the directory."""
     config = read_json(directory / config_name(method))
     tensors = read_tensors(directory / _weights_name(method))
-    rows = read_tensors(directory / ROWS) if (directory / ROWS).exists() else {}
+    rows, saved = (
+        read_tensors(directory / name) if (directory / name).exists() else {}
+        for name in (ROWS, SAVED)
+    )
+    training = read_json(directory / TRAINING) if (directory / TRAINING).exists() else {}
     try:
-        return state_of(config, tensors, rows)
+        return state_of(config, tensors, rows, saved, training)
     except AdapterError as error:
         raise AdapterError(f"The adapter in {directory} cannot be used: {error}.") from error
 

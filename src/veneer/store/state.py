@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +13,35 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.errors import AdapterError, nearest
 from veneer.lowrank.adapter import Adapter, Factors
 from veneer.lowrank.config import LoRA
-from veneer.lowrank.layers import LoRAEmbedding, lora_layers
+from veneer.lowrank.tokens import TrainedTokens
 from veneer.methods.attach import adapters, check_name, in_use, put, put_method
 from veneer.methods.config import Method, is_virtual
-from veneer.methods.targets import Layer, adaptable_layers
+from veneer.methods.route import route_of
 from veneer.methods.unfreeze import replaced_weights, unfreeze
 from veneer.methods.virtual import stored, virtual_tokens
-from veneer.methods.vocabulary import extend_tokenizer, new_words, put_rows
+from veneer.methods.vocabulary import NewWords, extend_tokenizer, new_words, put_rows
 from veneer.models.fingerprint import fingerprint
 from veneer.store.misfits import misfits
+from veneer.store.parts import (
+    BIAS,
+    EMBEDDING,
+    LINEAR,
+    MAGNITUDE,
+    PARAMETER,
+    START,
+    adapters_from,
+    factors_of,
+    saved_of,
+    tokens_from,
+    tokens_of,
+)
 
-LINEAR, EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
-MAGNITUDE, START = "magnitude", ("start_A", "start_B")
+CAUSAL = "CAUSAL_LM"
+KINDS: dict[Any, tuple[str, str]] = {
+    "linear": LINEAR,
+    "embedding": EMBEDDING,
+    "parameter": PARAMETER,
+}
 
 
 @dataclass(frozen=True)
@@ -34,18 +52,34 @@ class Rows:
     start: int  # the id of the first
     embedding: Tensor  # (new, dim)
     head: Tensor | None = None  # (new, dim)
+    # Paths of embedding and head, where the base has rows for these words that nobody uses.
+    places: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Words that the base has, with rows in the place of its own; None where embedding and head are
+    one weight, and the other of them says which."""
+
+    ids: tuple[int, ...]
+    rows: Tensor | None  # (rows, dim)
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """What an adapter has over one layer: see lowrank/adapter.py's Adapter."""
+    """What an adapter has over one layer, or one parameter: see lowrank/adapter.py's Adapter."""
 
     path: str
     A: Tensor
     B: Tensor
-    is_embedding: bool
+    kind: Literal["linear", "embedding", "parameter"]  # a convolution is linear, with a window
     magnitude: Tensor | None
+    bias: Tensor | None
     start: Factors | None
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.kind == "embedding"
 
 
 @dataclass(frozen=True)
@@ -53,11 +87,13 @@ class AdapterState:
     """An adapter apart from any model and any file.
 
     `tensors` are keyed by the base's own paths: `<path>.lora_A` (rank, in) and `<path>.lora_B`
-    (out, rank) for linear layers, `<path>.lora_embedding_A` (rank, words) and `_B` (dim, rank) for
-    embeddings; with DoRA `<path>.magnitude` (out,); where A and B did not start at zero, where they
-    did, `<path>.start_A` and `.start_B`. Of freeze and full they are the weights themselves; of
-    prefix and prompt one tensor, under the method's name: (layers, 2, kv_heads, virtual, head_dim)
-    and (virtual, dim).
+    (out, rank) for linear layers, A (rank, in, height, width) for convolutions,
+    `<path>.lora_embedding_A` (rank, words) and `_B` (dim, rank) for embeddings,
+    `<path>.lora_parameter_A` (experts, rank, in) and `_B` (experts, out, rank) for a parameter, or
+    without the first dimension; with DoRA `<path>.magnitude` (out,); with a bias of B's
+    `<path>.lora_bias` (out,); where A and B did not start at zero, where they did, `<path>.start_A`
+    and `.start_B`. Of freeze and full they are the weights themselves; of prefix and prompt one
+    tensor, under the method's name: (layers, 2, kv_heads, virtual, head_dim) and (virtual, dim).
     """
 
     config: LoRA | Method
@@ -67,18 +103,36 @@ class AdapterState:
     base_fingerprint: Mapping[str, str] = field(default_factory=dict)
     # Base weights that came along in the file; they must be the base's own.
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    # By the path of the base's weight, what stands in its place while the adapter acts.
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Mapping[str, Tokens] = field(default_factory=dict)  # by the path of embedding or head
+    task: str = CAUSAL  # as PEFT names it
+    training: Mapping[str, Any] = field(default_factory=dict)  # how it came about, where known
+
+    def beyond_factors(self) -> list[str]:
+        """Return in words what the adapter has beside A, B and magnitudes of layers: what a format
+        that knows no more than these must refuse."""
+        kinds = {
+            "new words": self.rows is not None,
+            "biases of its own (lora_bias)": any(layer.bias is not None for layer in self.layers()),
+            "windows of convolutions": any(layer.A.ndim == 4 for layer in self.layers()),
+            "stacks of experts": any(layer.kind == "parameter" for layer in self.layers()),
+            "weights in the place of the base's own": bool(self.saved),
+            "rows of single words": bool(self.tokens),
+        }
+        return [words for words, has in kinds.items() if has]
 
     def layers(self) -> Iterator[StoredLayer]:
         """Yield each layer that has both factors."""
         found = self.tensors.get
-        for names in (LINEAR, EMBEDDING):
+        for kind, names in KINDS.items():
             for key, A in self.tensors.items():
-                path, _, kind = key.rpartition(".")
-                if kind == names[0] and (B := found(f"{path}.{names[1]}")) is not None:
+                path, _, name = key.rpartition(".")
+                if name == names[0] and (B := found(f"{path}.{names[1]}")) is not None:
                     A0, B0 = (found(f"{path}.{name}") for name in START)
                     start = None if A0 is None or B0 is None else (A0, B0)
-                    magnitude = found(f"{path}.{MAGNITUDE}")
-                    yield StoredLayer(path, A, B, names is EMBEDDING, magnitude, start)
+                    magnitude, bias = (found(f"{path}.{name}") for name in (MAGNITUDE, BIAS))
+                    yield StoredLayer(path, A, B, kind, magnitude, bias, start)
 
 
 def capture(
@@ -109,20 +163,34 @@ def capture(
     elif isinstance(config, Method):
         tensors = {key: w.detach().clone() for key, w in replaced_weights(model, config).items()}
     else:
-        tensors = _factors(model, name)
+        tensors = _copies(factors_of(model, name))
         if config.init == "lora_ga" and not any(key.endswith(START[0]) for key in tensors):
             config = replace(config, init="kaiming")  # no gradient has come, and it started so
         paths = {key.rpartition(".")[0] for key in tensors}
-        targets = _shortest_names(paths, adaptable_layers(model))
-        config = replace(config, targets=targets, layers=None)
+        if paths:
+            targets = _shortest_names(paths, model)
+            config = replace(config, targets=targets, layers=None)
     words = new_words(model)
     rows = None
     if words is not None:
         head = None if words.tied else words.head.rows.detach().clone()
         embedding = words.embedding
-        rows = Rows(embedding.words, embedding.start, embedding.rows.detach().clone(), head)
-    marks = fingerprint(model, tokenizer)
-    return AdapterState(config, tensors, rows, model.config._name_or_path, marks)
+        own = embedding.rows.detach().clone()
+        rows = Rows(embedding.words, embedding.start, own, head, _places(model, words))
+    return AdapterState(
+        config,
+        tensors,
+        rows,
+        model.config._name_or_path,
+        fingerprint(model, tokenizer),
+        saved=_copies(saved_of(model, name)),
+        tokens={
+            path: Tokens(tuple(tokens.ids.tolist()), tokens.rows.detach().clone())
+            for path, tokens in tokens_of(model, name).items()
+        },
+        task=task_of(model),
+        training=route_of(model).notes.get(name, {}),
+    )
 
 
 def install(
@@ -143,7 +211,14 @@ def install(
     if problems:
         raise AdapterError("This adapter does not fit the model: " + "; ".join(problems) + ".")
     if isinstance(state.config, LoRA):
-        put(model, name, state.config, _parts(state, state.config))
+        put(
+            model,
+            name,
+            state.config,
+            adapters_from(state, state.config),
+            tokens=tokens_from(model, state.tokens),
+            saved=state.saved,
+        )
     elif not state.config.replaces_weights:
         put_method(model, name, state.config, stored(state.config, state.tensors))
     else:
@@ -152,6 +227,7 @@ def install(
             for key, weight in replaced_weights(model, state.config).items():
                 weight.copy_(state.tensors[key])
         put_method(model, name, state.config)
+    route_of(model).notes[name] = state.training
     model.requires_grad_(False)
     if state.rows is not None:
         rows = state.rows
@@ -161,44 +237,38 @@ def install(
             extend_tokenizer(tokenizer, rows.words)
 
 
-def _factors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return A and B of each layer that the adapter called `name` lies on."""
-    tensors: dict[str, Tensor] = {}
-    for path, layer in lora_layers(model):
-        if name in layer.adapters:
-            part = layer.adapters[name]
-            assert isinstance(part, Adapter)
-            keys = EMBEDDING if isinstance(layer, LoRAEmbedding) else LINEAR
-            values = zip(keys, (part.lora_A, part.lora_B), strict=True)
-            optional = zip((MAGNITUDE, *START), (part.magnitude, *(part.start or ())), strict=False)
-            for key, tensor in (*values, *optional):
-                if tensor is not None:
-                    tensors[f"{path}.{key}"] = tensor.detach().clone()
-    return tensors
+def _places(model: PreTrainedModel, words: NewWords) -> tuple[str, ...]:
+    """Return the paths of embedding and head, if the base has rows where the new words are."""
+    known = words.embedding.original.weight.shape[0]  # type: ignore[index]
+    bias = getattr(words.head.original, "bias", None)
+    if words.embedding.start + len(words.embedding.words) > known or bias is not None:
+        return ()
+    paths = {id(module): path for path, module in model.named_modules()}
+    return tuple(paths[id(layer)] for layer in (words.embedding, words.head))
 
 
-def _parts(state: AdapterState, config: LoRA) -> dict[str, Adapter]:
-    parts = {}
-    for layer in state.layers():
-        A, B, magnitude, A0, B0 = (
-            None if tensor is None else tensor.to(torch.float32)
-            for tensor in (layer.A, layer.B, layer.magnitude, *(layer.start or (None, None)))
-        )
-        assert A is not None
-        assert B is not None
-        parts[layer.path] = Adapter(
-            A,
-            B,
-            scaling=config.scaling_of(layer.path),
-            dropout=0.0 if layer.is_embedding else config.dropout,
-            magnitude=magnitude,
-            start=None if A0 is None or B0 is None else (A0, B0),
-        )
-    return parts
+def task_of(model: nn.Module) -> str:
+    """Return what PEFT would call the task of a model, or nothing where it has no name for it."""
+    name = type(model).__name__
+    if name.endswith("ForConditionalGeneration") and model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        return "SEQ_2_SEQ_LM"
+    can = getattr(model, "can_generate", lambda: False)()
+    return CAUSAL if name.endswith(("ForCausalLM", "LMHeadModel")) or can else ""
 
 
-def _shortest_names(paths: set[str], layers: list[Layer]) -> tuple[str, ...]:
-    """Return last names where these say exactly which layers are meant, and whole paths if not."""
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
+def _shortest_names(paths: set[str], model: nn.Module) -> tuple[str, ...]:
+    """Return last names where these say exactly which layers are meant, and whole paths if not.
+
+    Other formats' readers look at every module, of whatever kind, that bears a name.
+    """
     names = {path.rpartition(".")[2] for path in paths}
-    same = {layer.path for layer in layers if layer.name in names}
+    same = {
+        path
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in names and not isinstance(module, Adapter | TrainedTokens)
+    }
     return tuple(sorted(names if same == paths else paths))

@@ -150,7 +150,8 @@ def tune(
     if not resume:
         _clear_results(out)
     if method != "full":  # whose adapter would be the merged model again
-        adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer)
+        told = _told(recipe, base, [*examples, *held_out])
+        adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer, training=told)
         yield Written("adapter", recipe.adapter, size_of(recipe.adapter))
     why = why_not_mergeable(base.model) or (plan and why_no_merge(plan, free_bytes()))
     if why:
@@ -259,6 +260,15 @@ def _train_new_rows(base: Base) -> None:
     words = new_words(base.model)
     for rows in words.parameters() if words else ():
         rows.requires_grad_(True)
+
+
+def _told(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
+    """Return what an adapter says of its training: a hash of the data, and the settings without the
+    places on this machine."""
+    identity = _identity(recipe, base, examples)
+    places = {"data", "eval_data", "base", "model"}
+    settings = {name: value for name, value in identity.items() if name not in places}
+    return {"data": identity["data"], "recipe": settings}
 
 
 def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:

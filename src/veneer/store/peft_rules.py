@@ -1,0 +1,256 @@
+"""PEFT's rules: which layers its settings name, and what a key in its file belongs to.
+
+Patterns are PEFT's own regular expressions, matched as it matches them (check_target_module_exists
+in peft/tuners/tuners_utils.py, set_additional_trainable_modules in peft/utils/other.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Settings that change what an adapter computes, or what its base is, and that are not read.
+NOT_READ = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "enable_lora",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+# Settings that are read, or that no longer matter once an adapter is trained.
+READ = (
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config"),
+    *("ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
+    *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha"),
+    *("lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "merge_weights"),
+    *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
+    *("revision", "runtime_config", "target_modules", "target_parameters", "task_type"),
+    *("trainable_token_indices", "use_dora", "use_rslora"),
+)
+# Starts by which PEFT takes something off the base's own weights, each time that it loads them.
+OTHER_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Parameters of one module are nested in PEFT's file in the order in which the module has them; this
+# is the order in all of transformers' stacks of experts.
+ORDER = (
+    *("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "up_proj_bias"),
+    *("down_proj", "down_proj_bias"),
+)
+
+
+def unreadable(config: Mapping[str, Any]) -> list[str]:
+    """Return what of PEFT's settings cannot be honoured, each by its name."""
+    problems = [f"{name} is not read" for name in NOT_READ if config.get(name)]
+    problems += [
+        f"{name} is a setting that is not known"
+        for name, value in config.items()
+        if value and name not in READ and name not in NOT_READ
+    ]
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(OTHER_BASES):
+        problems.append(
+            f"init_lora_weights is {start!r}, so that it belongs to a base with other weights; "
+            "save it in PEFT with path_initial_model_for_weight_conversion"
+        )
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        problems.append(f"bias is {config['bias']!r}, and only none, all and lora_only are read")
+    return problems
+
+
+def malformed(config: Mapping[str, Any]) -> list[str]:
+    """Return what of PEFT's settings is of a kind that none of its rules could be followed by."""
+    problems = [
+        f"{name} is {config[name]!r}, but must be a list of names"
+        for name in ("modules_to_save", "target_parameters")
+        if not _are_names(config.get(name))
+    ]
+    problems += [
+        f"{name} is {config[name]!r}, but must be a name or a list of names"
+        for name in ("exclude_modules", "layers_pattern")
+        if not isinstance(config.get(name), str) and not _are_names(config.get(name))
+    ]
+    return problems or _no_patterns(config)
+
+
+def targets_of(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
+    """Return the targets that mean the modules which PEFT's settings name.
+
+    paths: of the modules that there are tensors for, which take the place of settings that have no
+    pattern (all-linear with exceptions, the head that is tied to an embedding).
+    """
+    wanted = config["target_modules"]
+    if wanted is None and config.get("target_parameters"):
+        wanted = []
+    if config.get("ensure_weight_tying"):
+        return sorted(paths)  # among which is the head, where the embedding is adapted
+    excluded = _excluded(config)
+    if isinstance(wanted, str):
+        # PEFT matches a string against the whole path.
+        if wanted == "all-linear":
+            return sorted(paths) if excluded else ["all"]
+        return [f"re:^{excluded}(?:{wanted})$"]
+    if not excluded and not config.get("layers_pattern"):
+        return sorted(wanted)
+    names = "|".join(map(re.escape, sorted(wanted)))
+    return [f"re:^{excluded}{_in_layers(config)}(?:.*\\.)?(?:{names})$"] if names else []
+
+
+def layers_of(config: Mapping[str, Any]) -> str | None:
+    """Return the slices of blocks that PEFT's settings name, or None where a pattern says it."""
+    blocks = config.get("layers_to_transform")
+    if blocks is None or blocks == [] or config.get("layers_pattern"):
+        return None
+    return ",".join(str(b) for b in (blocks if isinstance(blocks, list) else [blocks]))
+
+
+def left_out_by(config: Mapping[str, Any], path: str) -> str | None:
+    """Return the setting that keeps a module from being adapted, or None."""
+    for name in ("exclude_modules", "modules_to_save"):
+        if not re.match(_excluded({name: config.get(name)}), path):
+            return name
+    return None
+
+
+def is_saved(config: Mapping[str, Any], path: str) -> bool:
+    """Return whether a weight belongs to a module that modules_to_save names."""
+    parts = path.split(".")[:-1]
+    modules = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    names = config.get("modules_to_save") or []
+    return any(module.endswith(name) for module in modules for name in names)
+
+
+def parameters_at(config: Mapping[str, Any], owner: str) -> list[str]:
+    """Return the names of the parameters of `owner` that target_parameters names, in order."""
+    names = {
+        leaf
+        for target in config.get("target_parameters") or []
+        if f".{owner}.{(leaf := target.rpartition('.')[2])}".endswith(f".{target}")
+    }
+    return sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else -1, name))
+
+
+def named_parameters(
+    config: Mapping[str, Any], modules: Sequence[str], problems: list[str]
+) -> dict[str, str]:
+    """Return the path of the parameter that each module's tensors belong to, for those that
+    target_parameters names.
+
+    modules: as in the file, where `experts.base_layer` is what lies below `experts`. The last
+    parameter is the outermost.
+    """
+    found: dict[str, str] = {}
+    owners = {
+        module.removesuffix(".base_layer" * module.count(".base_layer")) for module in modules
+    }
+    for owner in sorted(owners):
+        levels = [module for module in modules if module.replace(".base_layer", "") == owner]
+        names = parameters_at(config, owner)
+        if not names or (len(levels) == 1 and _targets_module(config, owner)):
+            continue
+        unknown = [name for name in names if name not in ORDER]
+        if len(names) != len(levels):
+            problems.append(
+                f"target_parameters names {len(names)} parameters of {owner}, but there are "
+                f"tensors for {len(levels)}"
+            )
+        elif len(names) > 1 and unknown:
+            problems.append(
+                f"target_parameters names {' and '.join(names)} of {owner}, and which tensors are "
+                "whose cannot be told"
+            )
+        else:
+            levels.sort(key=len)
+            found |= {level: f"{owner}.{n}" for level, n in zip(levels, names[::-1], strict=True)}
+    for target in config.get("target_parameters") or []:
+        if not any(f".{path}".endswith(f".{target}") for path in found.values()):
+            problems.append(f"target_parameters names {target!r}, for which there are no tensors")
+    return found
+
+
+def tokens_named(config: Mapping[str, Any]) -> dict[str, list[int]] | list[int]:
+    """Return the words with rows of their own: for each name of a layer, or for the embedding.
+
+    Raises TypeError where the setting is neither.
+    """
+    indices = config.get("trainable_token_indices") or []
+    lists = list(indices.values()) if isinstance(indices, dict) else [indices]
+    for ids in lists:
+        if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+            raise TypeError(f"trainable_token_indices is {indices!r}, but must be lists of numbers")
+    return indices
+
+
+def _targets_module(config: Mapping[str, Any], path: str) -> bool:
+    wanted = config.get("target_modules") or []
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, path) is not None
+    return any(f".{path}".endswith(f".{name}") for name in wanted)
+
+
+def _excluded(config: Mapping[str, Any]) -> str:
+    """Return a pattern that fails in front of paths which PEFT leaves out."""
+    exclude, saved = config.get("exclude_modules"), config.get("modules_to_save")
+    pattern = ""
+    if isinstance(exclude, str) and exclude:
+        pattern += f"(?!(?:{exclude})$)"
+    elif exclude:
+        pattern += f"(?!(?:.*\\.)?(?:{'|'.join(map(re.escape, sorted(exclude)))})$)"
+    if saved:  # PEFT takes these names as patterns here
+        pattern += f"(?!(?:.*\\.)?(?:{'|'.join(saved)})(?:\\..*)?$)"
+    return pattern
+
+
+def _in_layers(config: Mapping[str, Any]) -> str:
+    """Return a pattern that fails in front of paths in other blocks than layers_to_transform has.
+
+    The first number behind the layers' name counts, and behind the first name that is there.
+    """
+    blocks, names = config.get("layers_to_transform"), config.get("layers_pattern")
+    if not names or blocks is None or blocks == []:
+        return ""
+    names = [names] if isinstance(names, str) else names
+    first = "|".join(rf"(?:|.*?\.){name}\.(?=\d+\.)" for name in names)
+    numbers = "|".join(str(b) for b in (blocks if isinstance(blocks, list) else [blocks]))
+    return rf"(?=(?>{first})(?:{numbers})\.)"
+
+
+def _no_patterns(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name in ("exclude_modules", "layers_pattern", "modules_to_save"):
+        value = config.get(name)
+        # Lists of excluded names are taken to the letter.
+        patterns = [value] if isinstance(value, str) else (value or [])
+        for pattern in [] if name == "exclude_modules" and not isinstance(value, str) else patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"{name} has {pattern!r}, which is no regular expression ({error})")
+    return problems
+
+
+def _are_names(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+def experts_apart(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (experts, rank, in) and B (experts, out, rank) from PEFT's A (experts · rank, in)
+    and B (out, rank · experts); of a matrix, A (rank, in) and B (out, rank) as they are."""
+    experts = len(A) // rank
+    if A.ndim != 2 or B.ndim != 2 or experts < 2 or len(A) % rank or B.shape[1] != len(A):
+        return A, B  # a matrix, or misshapen, which is seen later
+    B = B.view(len(B), rank, experts).permute(2, 0, 1)
+    return A.view(experts, rank, -1), B.contiguous()
+
+
+def experts_together(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A and B as PEFT keeps them: the inverse of `experts_apart`."""
+    if A.ndim == 2:
+        return A, B
+    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)

@@ -1,0 +1,167 @@
+"""What replaces weights of the base, or lies over experts and windows, keeps the laws that A and B
+keep: merged equals unmerged, a mix is the mix of the changes, and the base stays as it was."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import veneer
+from adapted import copy_of, same, snapshot
+from peft_cases import CASES, base, logits, theirs, written
+from veneer.lowrank.layers import Wrapper
+
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+NO_PLACE = {"lora_bias alone"}  # in the base, for a bias
+
+
+def loaded(case: str, place: Path) -> nn.Module:
+    kind, options = CASES[case]
+    written(theirs(kind, options), place)
+    return veneer.load(base(kind), place)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in NO_PLACE])
+def test_merged_equals_unmerged(case, tmp_path):
+    kind, _ = CASES[case]
+    model = loaded(case, tmp_path)
+    before, wanted = snapshot(model), logits(model, kind)
+    plain = veneer.merge(model)
+    assert not any(isinstance(module, Wrapper) for module in plain.modules())
+    torch.testing.assert_close(logits(plain, kind), wanted, **CLOSE)
+    adapter = {
+        id(weight) for saved in model.veneer_route.saved.values() for weight in saved.values()
+    }
+    assert not adapter & {id(weight) for weight in plain.parameters()}
+    with torch.no_grad():
+        for weight in plain.parameters():
+            if not any(weight is own for own in base_weights(model)):
+                weight.zero_()
+    assert same(before, snapshot(model))
+    assert torch.equal(logits(model, kind), wanted)
+
+
+def base_weights(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.veneer_route.base.values()]
+
+
+def test_a_bias_without_a_place_is_not_merged(tmp_path):
+    with pytest.raises(veneer.AdapterError, match=r"has a bias over model\.layers\.0"):
+        veneer.merge(loaded("lora_bias alone", tmp_path))
+
+
+def test_tied_rows_stay_tied_when_merged(tmp_path):
+    plain = veneer.merge(loaded("tokens, tied", tmp_path))
+    assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
+    assert plain.config.tie_word_embeddings
+
+
+PAIRS = [
+    ("saved norms and an mlp", "linear"),
+    ("saved norms and an mlp", "saved head, tied"),
+    ("tokens, tied", "embedding, tied"),
+    ("tokens, tied", "tokens of both, tied no more"),
+    ("bias lora_only", "both biases"),
+    ("tokens of both", "all at once"),
+    ("experts", "one stack of experts"),
+    ("Conv2d", "bias, Conv2d"),
+    ("saved classifier", "lora_bias, Conv2d"),
+]
+
+
+@pytest.mark.parametrize("cases", PAIRS, ids=" and ".join)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -2.0)])
+def test_a_mix_is_the_mix_of_the_changes(cases, weights, tmp_path):
+    (kind, _), (other, _) = (CASES[case] for case in cases)
+    assert kind == other
+    model = base(kind)
+    own = snapshot(model)
+    names = ("a", "b")
+    total = {key: weight.double() for key, weight in own.items()}
+    for case, name, share in zip(cases, names, weights, strict=True):
+        written(theirs(kind, CASES[case][1]), tmp_path / name)
+        veneer.load(model, tmp_path / name, name=name)
+        alone = snapshot(veneer.merge(veneer.load(base(kind), tmp_path / name)))
+        for key in total:
+            total[key] += share * (alone[key].double() - own[key].double())
+    veneer.use(model, dict(zip(names, weights, strict=True)))
+    wanted = untied(kind)
+    wanted.load_state_dict({key: weight.float() for key, weight in total.items()})
+    torch.testing.assert_close(logits(model, kind), logits(wanted, kind), rtol=1e-4, atol=1e-4)
+    plain = veneer.merge(model)
+    torch.testing.assert_close(logits(plain, kind), logits(model, kind), rtol=1e-4, atol=1e-4)
+
+
+def untied(kind: str) -> nn.Module:
+    """Return the base with a head of its own."""
+    model = base(kind)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    return model
+
+
+def test_a_layer_that_one_replaces_and_another_adapts_cannot_be_mixed(tmp_path):
+    written(theirs("qwen2", CASES["saved head"][1]), tmp_path / "saved")
+    model = veneer.load(base("qwen2"), tmp_path / "saved", name="saved")
+    said = logits(model, "qwen2")
+    veneer.attach(model, veneer.LoRA(rank=2, targets=["lm_head"]), name="head")
+    assert torch.equal(logits(model, "qwen2"), logits(base("qwen2"), "qwen2"))
+    with pytest.raises(veneer.AdapterError, match=r"mixed.*lm_head\.weight"):
+        veneer.use(model, {"saved": 1.0, "head": 1.0})
+    assert veneer.in_use(model) == {"head": 1.0}
+    veneer.use(model, "saved")
+    assert torch.equal(logits(model, "qwen2"), said)
+
+
+def test_a_fresh_adapter_starts_from_the_base_whatever_acts(tmp_path):
+    """PiSSA starts from W, which is not what stands there while another adapter replaces it."""
+    model = loaded("saved norms and an mlp", tmp_path)
+    config = veneer.LoRA(rank=2, targets=["gate_proj"], init="pissa", dora=True)
+    veneer.attach(model, config, name="fresh", seed=0)
+    alone = veneer.attach(base("llama"), config, name="fresh", seed=0)
+    assert torch.equal(logits(model, "llama"), logits(alone, "llama"))
+    veneer.detach(model, "fresh")
+    veneer.use(model, "default")
+    assert torch.equal(
+        logits(model, "llama"), logits(loaded("saved norms and an mlp", tmp_path), "llama")
+    )
+
+
+@pytest.mark.parametrize("case", ["saved as one", "bias all", "tokens, tied", "experts", "Conv2d"])
+def test_many_swaps_leave_the_base_as_it_was(case, tmp_path):
+    kind, _ = CASES[case]
+    untouched = base(kind)
+    model = loaded(case, tmp_path)
+    said = logits(model, kind)
+    for _ in range(100):
+        veneer.use(model, None)
+        veneer.use(model, "default")
+    assert torch.equal(logits(model, kind), said)
+    assert veneer.models.fingerprint.fingerprint(model) == veneer.models.fingerprint.fingerprint(
+        untouched
+    )
+    veneer.detach(model)
+    assert same(snapshot(model), snapshot(untouched))
+    assert repr(model) == repr(untouched)
+
+
+def test_a_16_bit_base_keeps_what_was_trained(tmp_path):
+    """Saved weights and rows are computed with in the base's dtype, and kept in their own."""
+    kind, options = CASES["all at once"]
+    written(theirs(kind, options), tmp_path / "a")
+    model = veneer.load(base(kind).to(torch.bfloat16), tmp_path / "a", force=True)
+    veneer.save(model, tmp_path / "b", format="peft")
+    again = veneer.load(base(kind), tmp_path / "b")
+    wanted = veneer.load(base(kind), tmp_path / "a")
+    assert torch.equal(logits(again, kind), logits(wanted, kind))
+
+
+def test_copies_are_apart(tmp_path):
+    model = loaded("saved norms and an mlp", tmp_path)
+    said = logits(model, "llama")
+    twin = copy_of(model)
+    veneer.use(twin, None)
+    assert torch.equal(logits(model, "llama"), said)
+    assert torch.equal(logits(twin, "llama"), logits(base("llama"), "llama"))
