@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import AdapterError
-from veneer.store import native, peft
+from veneer.store import formats
+from veneer.store.given import Given
+from veneer.store.known_base import KnownBase
+from veneer.store.names import FormatName
 from veneer.store.state import AdapterState, capture, install
-
-Format = Literal["native", "peft"]
 
 
 def save(
@@ -19,20 +18,18 @@ def save(
     directory: str | Path,
     *,
     name: str | None = None,
-    format: Format = "native",
+    format: FormatName = "native",
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
+) -> list[str]:
     """Write the adapter called `name` (by default the one in use) to a directory, all at once.
 
     `tokenizer`, if given, is kept with a native adapter and ties it to the base's vocabulary.
+    Returns notes: what was folded for a format that says less. Raises AdapterError for what the
+    format cannot express.
     """
     state = capture(model, name, tokenizer)
-    if format == "native":
-        native.write(state, Path(directory), tokenizer)
-    elif format == "peft":
-        peft.write(state, Path(directory))
-    else:
-        raise AdapterError(f"{format!r} is no format to write; native and peft are.")
+    given = Given(KnownBase.of(model), tokenizer=tokenizer)
+    return formats.write(state, Path(directory), format, given)
 
 
 def load(
@@ -42,26 +39,21 @@ def load(
     name: str = "default",
     tokenizer: PreTrainedTokenizerBase | None = None,
     force: bool = False,
+    alpha: float | None = None,
+    enable_lora: tuple[bool, ...] | None = None,
 ) -> PreTrainedModel:
     """Lay the adapter in a directory over `model`, frozen and in use, and return the model.
 
     The format is recognised by content. New words that the adapter brings are added to
-    `tokenizer`. Raises AdapterError for a damaged adapter or a foreign base (unless `force`).
+    `tokenizer`. `alpha` and `enable_lora` are for loralib's files, which do not say them. Raises
+    AdapterError for a damaged adapter or a foreign base (unless `force`).
     """
-    state = read(Path(directory))
-    install(model, state, name=name, tokenizer=tokenizer, force=force)
+    path = Path(directory)
+    given = Given(KnownBase.of(model), alpha=alpha, enable_lora=enable_lora)
+    install(model, formats.read(path, given), name=name, tokenizer=tokenizer, force=force)
     return model
 
 
 def read(directory: Path) -> AdapterState:
-    """Read an adapter of any known format. Raises AdapterError if the directory holds none."""
-    if method := native.found_method(directory):
-        return native.read(directory, method)
-    if (directory / peft.CONFIG).is_file() and (directory / peft.WEIGHTS).is_file():
-        return peft.read(directory)
-    if not directory.is_dir():
-        raise AdapterError(f"There is no adapter directory {directory}.")
-    raise AdapterError(
-        f"{directory} holds no adapter: neither {native.config_name('lora')} nor "
-        f"{peft.CONFIG} with {peft.WEIGHTS}."
-    )
+    """Read an adapter of any known format that needs no base to be understood."""
+    return formats.read(directory, Given())
