@@ -54,10 +54,9 @@ def convert(
     if out.exists() and not force and (out.is_file() or any(out.iterdir())):
         raise VeneerError(f"{out} holds something already; name another place, or use --force.")
     known = KnownBase.of(base) if base is not None else None
-    # A loralib file is read with enable_lora; into any other format it is meant for writing.
-    read_parts, written_parts = (
-        (enable_lora, None) if kind == "loralib" and to != "loralib" else (None, enable_lora)
-    )
+    # A loralib file is read with enable_lora; for every other adapter it is meant for writing.
+    read_parts = enable_lora if kind == "loralib" and source.is_file() else None
+    written_parts = enable_lora if read_parts is None or to == "loralib" else None
     state = formats.read(source, Given(known, alpha=alpha, enable_lora=read_parts))
     assert kind is not None
     if base is not None:

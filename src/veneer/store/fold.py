@@ -67,8 +67,7 @@ def same_scale(
 
     measure: by path, a number to which what a layer adds is proportional, such as its scaling.
     """
-    counted = Counter(measure.values())
-    common = max(counted, key=lambda value: (counted[value], -value))
+    common = Counter(measure.values()).most_common(1)[0][0]
     factors = {path: value / common for path, value in measure.items() if value != common}
     if not factors:
         return state, common, []

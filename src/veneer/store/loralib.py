@@ -13,7 +13,7 @@ the weights we write loralib_config.json, which does; without it they must be gi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from veneer.store.state import EMBEDDING, LINEAR, AdapterState, shortest_names
 
 CONFIG, WEIGHTS = "loralib_config.json", "lora_weights.pt"
 FORMAT = 1
+KINDS = ("Linear", "Embedding", "MergedLinear")
 
 
 def found(path: Path) -> bool:
@@ -124,7 +125,6 @@ def state_of(said: dict[str, Any], tensors: dict[str, Tensor], given: Given) -> 
         problems.append(f"{CONFIG} says alpha and enable_lora; do not give them")
     if not said and given.alpha is None:
         problems.append("the file does not say the alpha of its layers; give it (--alpha)")
-    layers = said.get("layers", {}) if isinstance(said.get("layers", {}), dict) else {}
     for key in tensors:
         if key.endswith("bias"):
             problems.append(f"{key} is a trained bias, which is not read")
@@ -135,28 +135,28 @@ def state_of(said: dict[str, Any], tensors: dict[str, Tensor], given: Given) -> 
     alphas: dict[str, float] = {}
     for path in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
         A, B = (tensors.get(f"{path}.{name}") for name in LINEAR)
-        if A is None or B is None or A.ndim != 2 or B.ndim != 2:
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or not B.shape[1]:
             problems.append(f"{path} needs lora_A and lora_B, each of two dimensions")
             continue
-        told = layers.get(path, {})
         try:
-            embedding = _is_embedding(path, told, given.base)
-            enabled = None if embedding else _enabled(path, A, B, told, given)
-            alpha = float(told["lora_alpha"] if said else given.alpha or 0)
-        except (AdapterError, KeyError, TypeError, ValueError) as error:
-            problems.append(str(error).rstrip("."))
+            told = _told(path, said) if said else _guessed(path, A, B, given)
+        except AdapterError as error:
+            problems.append(str(error))
             continue
-        if enabled is not None:
-            B = _unblocked(B, enabled)
-            alpha *= sum(enabled)  # the factor stays alpha / r, while the rank is r · enabled
-        names = EMBEDDING if embedding else LINEAR
+        alpha = told.alpha
+        if told.enabled is not None:
+            B = _unblocked(B, told.enabled)
+            alpha *= sum(told.enabled)  # the factor stays alpha / r, and the rank is r · enabled
+        names = EMBEDDING if told.is_embedding else LINEAR
         ours[f"{path}.{names[0]}"], ours[f"{path}.{names[1]}"] = A, B
         ranks[path], alphas[path] = len(A), alpha
-    try:
-        lora = _lora(ranks, alphas, said.get("lora_dropout", 0.0), given.base)
-    except (ConfigError, ValueError) as error:
-        problems.append(str(error).rstrip("."))
-    if problems:
+    lora = None
+    if not problems:
+        try:
+            lora = _lora(ranks, alphas, said.get("lora_dropout", 0.0), given.base)
+        except ConfigError as error:
+            problems.append(str(error).rstrip("."))
+    if lora is None:
         raise AdapterError("; ".join(problems))
     return AdapterState(lora, ours, base_name=str(said.get("base") or ""))
 
@@ -166,7 +166,7 @@ def _lora(
 ) -> LoRA:
     """Return the configuration of layers with these ranks and alphas."""
     if not ranks:
-        raise ConfigError("it holds no factors")
+        raise ConfigError("It holds no factors.")
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     paths = set(ranks)
     return LoRA(
@@ -179,44 +179,60 @@ def _lora(
     )
 
 
-def _is_embedding(path: str, told: dict[str, Any], base: KnownBase | None) -> bool:
-    """Return whether factors belong to an embedding, which their names and shapes do not tell."""
-    if told:
-        return bool(told["layer"] == "Embedding")
-    if base is not None:
-        return path in base.layers and not base.layers[path].is_linear
-    if not any(part.isdigit() for part in path.split(".")):
-        raise AdapterError(f"{path} may be an embedding or a linear layer; name the base (--base)")
-    return False
+class Told(NamedTuple):
+    """What is known of a layer beside its factors; `enabled` of a MergedLinear alone."""
+
+    is_embedding: bool
+    alpha: float
+    enabled: tuple[bool, ...] | None = None
 
 
-def _enabled(
-    path: str, A: Tensor, B: Tensor, told: dict[str, Any], given: Given
-) -> tuple[bool, ...] | None:
-    """Return which parts of a MergedLinear have factors, or None for a Linear.
+def _told(path: str, said: dict[str, Any]) -> Told:
+    """Return what loralib_config.json says of a layer."""
+    layers = said.get("layers")
+    told = layers.get(path) if isinstance(layers, dict) else None
+    if not isinstance(told, dict):
+        raise AdapterError(f"{CONFIG} does not say what {path} is")
+    kind, alpha, enabled = told.get("layer"), told.get("lora_alpha"), told.get("enable_lora")
+    parts = isinstance(enabled, list) and all(isinstance(on, bool) for on in enabled)
+    if (
+        kind not in KINDS
+        or not isinstance(alpha, int | float)
+        or (kind == "MergedLinear" and not (parts and any(enabled or ())))
+    ):
+        raise AdapterError(
+            f"{CONFIG} says {told} of {path}, but must say a layer ({', '.join(KINDS)}), its "
+            "lora_alpha, and of a MergedLinear enable_lora"
+        )
+    merged = tuple(enabled or ()) if kind == "MergedLinear" else None
+    return Told(kind == "Embedding", float(alpha), merged)
 
-    Of `enabled` parts in all of `parts`, A has r · enabled rows, and B out · enabled / parts.
+
+def _guessed(path: str, A: Tensor, B: Tensor, given: Given) -> Told:
+    """Return what a layer must be, by the shapes of its factors and the base.
+
+    Of a MergedLinear A has r · enabled rows, and B out · enabled / parts.
     """
-    if told:
-        return tuple(told["enable_lora"]) if told["layer"] == "MergedLinear" else None
     layer = given.base.layers.get(path) if given.base else None
+    alpha = given.alpha or 0.0
+    if given.base is None and not any(part.isdigit() for part in path.split(".")):
+        raise AdapterError(f"{path} may be an embedding or a linear layer; name the base (--base)")
+    if layer is not None and not layer.is_linear:
+        return Told(True, alpha)
     count, rest = divmod(len(A), B.shape[1])
     if rest or not count:
         raise AdapterError(
             f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}, which no layer of loralib has"
         )
-    whole = len(B) == layer.shape[0] if layer else count == 1
-    if whole and count == 1:
-        return None
-    if whole:  # every part has factors
-        return (True,) * count
-    enabled = given.enable_lora
-    if enabled is None or sum(enabled) != count:
+    whole = count == 1 if layer is None else len(B) == layer.shape[0]
+    if whole:  # all parts have factors, if there is more than one
+        return Told(False, alpha, (True,) * count if count > 1 else None)
+    if given.enable_lora is None or sum(given.enable_lora) != count:
         raise AdapterError(
             f"{path} is a MergedLinear with factors for {count} of its parts, and the file does "
             "not say which; give them (--enable-lora 101 for the first and the last of three)"
         )
-    return enabled
+    return Told(False, alpha, given.enable_lora)
 
 
 def _unblocked(B: Tensor, enabled: tuple[bool, ...]) -> Tensor:

@@ -24,7 +24,7 @@ from veneer.store.known_base import KnownBase
 from veneer.store.state import EMBEDDING, LINEAR, MAGNITUDE, AdapterState, shortest_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
-TYPES = {"lora": False, "dora": True}  # fine_tune_type: whether layers are DoRA's
+TYPES = ("lora", "dora")  # what fine_tune_type says of adapters; full is none
 ENDINGS = ("lora_a", "lora_b", "m")
 PLAIN_PATHS = "model.layers."  # where paths need no base to be understood
 # Where mlx-lm's own models put what transformers puts elsewhere, by model_type (mlx_lm/models/).
@@ -34,7 +34,7 @@ MOVED: dict[str, dict[str, str]] = {
     "gpt_neox": {
         "gpt_neox.layers.": "model.h.",
         "gpt_neox.": "model.",
-        "embed_out": "model.embed_out",
+        "lm_head": "model.embed_out",
     },
 }
 
@@ -143,7 +143,7 @@ def state_of(
         path = places[there] = _moved(there, base, back=True)
         a, b = EMBEDDING if path in embeddings else LINEAR
         name = {"lora_a": a, "lora_b": b, "m": MAGNITUDE}.get(end, end)
-        ours[f"{path}.{name}"] = tensor if end == "m" else tensor.T.contiguous()
+        ours[f"{path}.{name}"] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
     if base is not None and base.tied and base.embedding in places.values():
         problems.append(f"it adapts {base.embedding}, which is the head too, in both of its uses")
     if kind == "dora" and embeddings & set(places.values()):
@@ -160,7 +160,7 @@ def state_of(
             alpha=scale * rank,
             dropout=settings.get("dropout", 0.0),
             targets=shortest_names(paths, list(base.layers.values())) if base else sorted(paths),
-            dora=TYPES.get(kind, False),
+            dora=kind == "dora",
         )
     except (ConfigError, TypeError) as error:
         problems.append(f"{CONFIG} does not describe a LoRA ({error})")
