@@ -155,8 +155,9 @@ def run_convert(
     for note in done.notes:
         OUTPUT.print(f"  [yellow]note[/] {escape(note)}", soft_wrap=True)
     size = out.stat().st_size if out.is_file() else size_of(out)
+    layers = f"{done.layers} layer{'' if done.layers == 1 else 's'}"
     OUTPUT.print(
-        f"[bold]Saved[/]   {escape(str(out))} ({to}, {done.layers} layers, {bytes_text(size)}; "
+        f"[bold]Saved[/]   {escape(str(out))} ({to}, {layers}, {bytes_text(size)}; "
         f"from {done.source})",
         soft_wrap=True,
     )
