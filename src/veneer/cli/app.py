@@ -256,7 +256,7 @@ def convert(
     ] = False,
 ) -> None:
     """Write ADAPTER in another format, and say exactly what was folded or approximated for it."""
-    from veneer.cli.commands import run_convert
+    from veneer.cli.convert import run_convert
 
     run_convert(
         adapter,

@@ -20,9 +20,10 @@ def run_check(adapter: Path, runtime: RuntimeName) -> int:
     checked = check(adapter, runtime)
     OUTPUT.print(findings_table(checked))
     verdict = "will load, as it is or as said above" if checked.loads else "will not load as it is"
+    read = checked.runtime
+    proof = "run in our tests too" if read.run else "not run"
     OUTPUT.print(
-        f"[bold]{checked.runtime.title}[/]: {verdict}. Read in its source, not run: "
-        f"{escape(checked.runtime.read_in)}",
+        f"[bold]{read.title}[/]: {verdict}. Read in its source, {proof}: {escape(read.read_in)}",
         soft_wrap=True,
     )
     return 0 if checked.loads else 1

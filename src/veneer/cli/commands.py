@@ -1,4 +1,4 @@
-"""The shorter commands: inspect, pretrain, merge, convert, generate, chat."""
+"""The shorter commands: inspect, pretrain, merge, generate, chat."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from veneer.cli.console import ERRORS, OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.progress import RunDisplay
 from veneer.cli.tables import packed_table, target_summary, target_table
 from veneer.data.rows import Message
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import VeneerError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
 from veneer.methods.merge import rounded_away
 from veneer.methods.report import report_targets
 from veneer.models.load import Base, load_skeleton, open_base
 from veneer.plan.config import PackedBits
-from veneer.store.convert import convert
-from veneer.store.names import FormatName
 from veneer.store.packed import PackedLayer, write_packed
 from veneer.training.pretrain import pretrain
 from veneer.training.tune import size_of
@@ -125,50 +123,3 @@ def _print_stream(base: Base, messages: list[Message], sampling: Sampling) -> st
         print(piece, end="", flush=True)
     print()
     return "".join(pieces)
-
-
-def run_convert(
-    adapter: Path,
-    out: Path,
-    *,
-    to: FormatName,
-    base: str | None,
-    alpha: float | None,
-    enable_lora: str | None,
-    rank: int | None,
-    approximate: bool,
-    force: bool,
-) -> None:
-    quieten_libraries()
-    done = convert(
-        adapter,
-        out,
-        to=to,
-        base=load_skeleton(base) if base else None,
-        base_name=base or "",
-        alpha=alpha,
-        enable_lora=_parts(enable_lora),
-        rank=rank,
-        approximate=approximate,
-        force=force,
-    )
-    for note in done.notes:
-        OUTPUT.print(f"  [yellow]note[/] {escape(note)}", soft_wrap=True)
-    size = out.stat().st_size if out.is_file() else size_of(out)
-    layers = f"{done.layers} layer{'' if done.layers == 1 else 's'}"
-    OUTPUT.print(
-        f"[bold]Saved[/]   {escape(str(out))} ({to}, {layers}, {bytes_text(size)}; "
-        f"from {done.source})",
-        soft_wrap=True,
-    )
-
-
-def _parts(text: str | None) -> tuple[bool, ...] | None:
-    """Return which parts of a fused layer have factors, of a text such as 101."""
-    if text is None:
-        return None
-    if not set(text) <= {"0", "1"} or "1" not in text:
-        raise ConfigError(
-            f"--enable-lora is {text!r}, but takes a 1 or a 0 for each part, such as 101."
-        )
-    return tuple(digit == "1" for digit in text)

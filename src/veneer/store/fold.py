@@ -20,8 +20,11 @@ from veneer.store.peft import start_notes, without_start
 from veneer.store.state import EMBEDDING, LINEAR, MAGNITUDE, START, AdapterState, StoredLayer
 
 # What a format of plain factors carries, or can leave out without a change in what the adapter
-# does: base_weights are the base's own.
-PLAIN = {"config", "tensors", "base_name", "base_fingerprint", "base_weights"}
+# does: base_weights are the base's own, task and training say where it came from.
+PLAIN = {
+    *("config", "tensors", "base_name", "base_fingerprint", "base_weights"),
+    *("task", "training"),
+}
 
 
 class PlainLoRA(NamedTuple):
@@ -48,6 +51,7 @@ def plain_lora(state: AdapterState, format: str, *, dora: bool) -> PlainLoRA:
     ]
     known = {*LINEAR, *EMBEDDING, *START, MAGNITUDE}
     problems += [key for key in state.tensors if key.rpartition(".")[2] not in known]
+    problems += [f"{layer.path}, no matrix" for layer in state.layers() if layer.A.ndim != 2]
     if config.dora and not dora:
         problems.append("DoRA's magnitudes")
     if problems:
@@ -86,8 +90,10 @@ def same_scale(
 def same_rank(state: AdapterState, rank: int | None = None) -> tuple[AdapterState, int, list[str]]:
     """Give all layers one rank, `rank` or the highest, by rows and columns of zeros.
 
-    Raises AdapterError if `rank` is less than that of some layer.
+    Raises AdapterError if `rank` is less than that of some layer, or a layer has no matrices.
     """
+    if others := [layer.path for layer in state.layers() if layer.A.ndim != 2]:
+        raise AdapterError(f"One rank for all can be given to matrices alone: {listed(others)}.")
     ranks = {layer.path: len(layer.A) for layer in state.layers()}
     highest = max(ranks.values())
     wanted = highest if rank is None else rank

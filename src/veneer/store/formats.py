@@ -41,7 +41,9 @@ def _gguf() -> Any:
 
 
 def _config(given: Given) -> Any:
-    return given.base.config if given.base else None
+    if given.base is None:
+        raise AdapterError("What llama.cpp calls a layer depends on the base; name it (--base).")
+    return given.base.config
 
 
 FORMATS: dict[FormatName, Format] = {

@@ -39,6 +39,7 @@ RUNTIME = Runtime(
     title="llama.cpp",
     read_in="src/llama-adapter.cpp, llama-adapter.h",
     formats=("gguf",),
+    run=True,
     rules={
         "gguf": (
             always("needs", "serving", "by a flag", "--lora FILE.gguf"),

@@ -35,6 +35,7 @@ class Runtime:
     read_in: str  # its files
     formats: tuple[FormatName, ...]
     rules: dict[FormatName, tuple[Rule, ...]]
+    run: bool = False  # whether our tests run it too
 
 
 MERGE = "merge it: veneer merge BASE ADAPTER OUT"
