@@ -16,7 +16,7 @@ from veneer.store.given import Given
 from veneer.store.known_base import KnownBase
 from veneer.store.misfits import misfits
 from veneer.store.names import FormatName
-from veneer.store.state import AdapterState, shortest_names
+from veneer.store.state import AdapterState
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def by_path(state: AdapterState, base: KnownBase | None = None) -> AdapterState:
         return state
     paths = {layer.path for layer in state.layers()}
     if base is not None:
-        targets = shortest_names(paths, list(base.layers.values()))
+        targets = base.short_names(paths)
     elif config.layers or any(t in PRESETS or t.startswith("re:") for t in config.targets):
         targets = tuple(sorted(paths))
     else:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from veneer.errors import AdapterError
 from veneer.lowrank.config import LoRA
-from veneer.store.peft import start_notes, without_start
+from veneer.store.peft import without_start
 from veneer.store.state import EMBEDDING, LINEAR, MAGNITUDE, START, AdapterState, StoredLayer
 
 # What a format of plain factors carries, or can leave out without a change in what the adapter
@@ -62,6 +62,17 @@ def plain_lora(state: AdapterState, format: str, *, dora: bool) -> PlainLoRA:
     plain = without_start(state)
     assert isinstance(plain.config, LoRA)
     return PlainLoRA(plain.config, plain, start_notes(state))
+
+
+def start_notes(state: AdapterState) -> list[str]:
+    """Return the note on what `without_start` does to an adapter, if it does anything."""
+    config = state.config
+    if not isinstance(config, LoRA) or not any(layer.start for layer in state.layers()):
+        return []
+    return [
+        f"A₀ and B₀, where {config.init} started, are folded into the factors: a plain LoRA of "
+        f"rank {2 * config.rank} in place of {config.rank}."
+    ]
 
 
 def same_scale(

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from veneer.errors import AdapterError
 from veneer.store import loralib, mlx, native, peft
+from veneer.store.fold import start_notes
 from veneer.store.given import Given
 from veneer.store.names import FormatName
 from veneer.store.state import AdapterState
@@ -46,18 +47,34 @@ def _config(given: Given) -> Any:
     return given.base.config
 
 
+def _write_native(state: AdapterState, path: Path, given: Given) -> list[str]:
+    native.write(state, path, given.tokenizer)
+    if state.base_fingerprint:
+        return []
+    return ["It does not know its base's fingerprint, so no other base of its shape is refused."]
+
+
+def _found_peft(path: Path) -> bool:
+    return (path / peft.CONFIG).is_file() and (path / peft.WEIGHTS).is_file()
+
+
+def _write_peft(state: AdapterState, path: Path, given: Given) -> list[str]:
+    peft.write(state, path)
+    return start_notes(state)
+
+
 FORMATS: dict[FormatName, Format] = {
     "native": Format(
         found=lambda path: native.found_method(path) is not None,
         read=lambda path, given: native.read(path, native.found_method(path) or "lora"),
-        write=lambda state, path, given: native.write(state, path, given.tokenizer),
+        write=_write_native,
         holds=native.config_name("lora"),
         on_writing=frozenset({"tokenizer"}),
     ),
     "peft": Format(
-        found=peft.found,
+        found=_found_peft,
         read=lambda path, given: peft.read(path),
-        write=lambda state, path, given: peft.write(state, path),
+        write=_write_peft,
         holds=f"{peft.CONFIG} with {peft.WEIGHTS}",
     ),
     "mlx": Format(

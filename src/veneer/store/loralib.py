@@ -24,7 +24,7 @@ from veneer.store.files import new_directory, read_json, read_tensors, write_jso
 from veneer.store.fold import listed, plain_lora, same_scale
 from veneer.store.given import Given
 from veneer.store.known_base import KnownBase
-from veneer.store.state import EMBEDDING, LINEAR, AdapterState, shortest_names
+from veneer.store.state import EMBEDDING, LINEAR, AdapterState
 
 CONFIG, WEIGHTS = "loralib_config.json", "lora_weights.pt"
 FORMAT = 1
@@ -173,7 +173,7 @@ def _lora(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
-        targets=shortest_names(paths, list(base.layers.values())) if base else sorted(paths),
+        targets=base.short_names(paths) if base else sorted(paths),
         rank_pattern={path: own for path, own in ranks.items() if own != rank},
         alpha_pattern={path: own for path, own in alphas.items() if own != alpha},
     )

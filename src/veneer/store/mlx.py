@@ -21,7 +21,7 @@ from veneer.store.files import new_directory, read_json, read_tensors, write_jso
 from veneer.store.fold import listed, plain_lora, uniform
 from veneer.store.given import Given
 from veneer.store.known_base import KnownBase
-from veneer.store.state import EMBEDDING, LINEAR, MAGNITUDE, AdapterState, shortest_names
+from veneer.store.state import EMBEDDING, LINEAR, MAGNITUDE, AdapterState
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 TYPES = ("lora", "dora")  # what fine_tune_type says of adapters; full is none
@@ -159,7 +159,7 @@ def state_of(
             rank=rank,
             alpha=scale * rank,
             dropout=settings.get("dropout", 0.0),
-            targets=shortest_names(paths, list(base.layers.values())) if base else sorted(paths),
+            targets=base.short_names(paths) if base else sorted(paths),
             dora=kind == "dora",
         )
     except (ConfigError, TypeError) as error:

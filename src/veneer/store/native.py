@@ -99,8 +99,8 @@ def state_of(
 
 def write(
     state: AdapterState, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None
-) -> list[str]:
-    """Write an adapter directory, all of it at once. Returns notes on what it does not know."""
+) -> None:
+    """Write an adapter directory, all of it at once."""
     method = "lora" if isinstance(state.config, LoRA) else state.config.method
     with new_directory(directory, marker=config_name(method)) as new:
         write_tensors(new / _weights_name(method), state.tensors)
@@ -112,9 +112,6 @@ def write(
         if tokenizer is not None:
             tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
         write_json(new / config_name(method), config_of(state))
-    if state.base_fingerprint:
-        return []
-    return ["It does not know its base's fingerprint, so no other base of its shape is refused."]
 
 
 def read(directory: Path, method: MethodName) -> AdapterState:

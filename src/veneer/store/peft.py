@@ -153,40 +153,19 @@ def without_start(state: AdapterState) -> AdapterState:
     return replace(state, config=plain, tensors=tensors)
 
 
-def start_notes(state: AdapterState) -> list[str]:
-    """Return the note on what `without_start` does to an adapter, if it does anything."""
-    config = state.config
-    if not isinstance(config, LoRA) or not any(layer.start for layer in state.layers()):
-        return []
-    return [
-        f"A₀ and B₀, where {config.init} started, are folded into the factors: a plain LoRA of "
-        f"rank {2 * config.rank} in place of {config.rank}."
-    ]
-
-
 def _virtual_of(config: Method) -> Method:
     if config.replaces_weights:
         raise AdapterError(f"PEFT has no format for {config.method}; write it natively.")
     return config
 
 
-def write(state: AdapterState, directory: Path) -> list[str]:
-    """Write a directory that PEFT, and what reads its format, loads; all of it at once.
-
-    Returns notes on what was folded.
-    """
-    notes = start_notes(state)
+def write(state: AdapterState, directory: Path) -> None:
+    """Write a directory that PEFT, and what reads its format, loads; all of it at once."""
     state = without_start(state)
     tensors, config = tensors_of(state), config_of(state)
     with new_directory(directory, marker=CONFIG) as new:
         write_tensors(new / WEIGHTS, tensors)
         write_json(new / CONFIG, config)
-    return notes
-
-
-def found(directory: Path) -> bool:
-    """Return whether a directory holds an adapter in PEFT's format."""
-    return (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file()
 
 
 def read(directory: Path) -> AdapterState:
