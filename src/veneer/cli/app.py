@@ -17,6 +17,7 @@ from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method
 from veneer.plan.config import PackedBits, PlanConfig
+from veneer.store.names import FormatName, RuntimeName
 from veneer.training.config import TrainConfig
 from veneer.training.recipe import OUT, DataConfig, DType
 
@@ -33,6 +34,9 @@ Model = Annotated[
 Prompt = Annotated[str, Parameter(help="What to ask the model.")]
 AdapterDir = Annotated[
     Path | None, Parameter(name="--adapter", help="Adapter directory to lay over the base.")
+]
+AnyAdapter = Annotated[
+    Path, Parameter(help="Adapter of any format: a directory, a .gguf file, a .pt file of loralib.")
 ]
 Force = Annotated[
     bool,
@@ -223,6 +227,68 @@ def merge(
     from veneer.cli.commands import run_merge
 
     run_merge(base, adapter, out, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
+
+
+@app.command
+def convert(
+    adapter: AnyAdapter,
+    out: Annotated[Path, Parameter(help="Directory for the adapter; with gguf, a file.")],
+    /,
+    *,
+    to: Annotated[FormatName, Parameter(help="Format to write.")],
+    base: Annotated[
+        str | None,
+        Parameter(help="The adapter's base, where a format must know it; no weight of it is read."),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        Parameter(help="Alpha of all layers, which a .pt file of loralib's leaves out."),
+    ] = None,
+    enable_lora: Annotated[
+        str | None,
+        Parameter(help="Parts of loralib's fused layers that have factors: 101, first and last."),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        Parameter(help="Give every layer this rank, filled up with zeros, and one scaling."),
+    ] = None,
+    approximate: Annotated[
+        bool,
+        Parameter(negative="", help="Write what a format cannot express as near as it can."),
+    ] = False,
+    force: Annotated[
+        bool, Parameter(negative="", help="Replace the adapter that stands in OUT.")
+    ] = False,
+    allow_bin: AllowBin = False,
+) -> None:
+    """Write ADAPTER in another format, and say exactly what was folded or approximated for it."""
+    from veneer.cli.convert import run_convert
+
+    run_convert(
+        adapter,
+        out,
+        to=to,
+        base=base,
+        alpha=alpha,
+        enable_lora=enable_lora,
+        rank=rank,
+        approximate=approximate,
+        force=force,
+        allow_bin=allow_bin,
+    )
+
+
+@app.command
+def check(
+    adapter: AnyAdapter,
+    /,
+    *,
+    for_: Annotated[RuntimeName, Parameter(name="--for", help="The runtime that is to load it.")],
+) -> int:
+    """Read ADAPTER as another runtime would, and say what it needs there: 0 if it will load."""
+    from veneer.cli.check import run_check
+
+    return run_check(adapter, for_)
 
 
 @app.command

@@ -1,0 +1,8 @@
+"""What formats and runtimes are called. Imports nothing, so that the command line may."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FormatName = Literal["native", "peft", "gguf", "mlx", "loralib"]
+RuntimeName = Literal["vllm", "sglang", "tgi", "ollama", "llama.cpp", "peft", "mlx"]

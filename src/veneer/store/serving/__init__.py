@@ -1,0 +1,1 @@
+"""What other runtimes make of an adapter's files: their rules, as one table each."""
