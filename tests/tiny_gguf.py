@@ -36,7 +36,8 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_GEMMA = _SHAPE | {"head_dim": 16}
+# What transformers takes for granted of some architectures, as it does not read it from the file.
+_GEMMA = _SHAPE | {"head_dim": 256}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "attention_dropout": 0.0, "embd_pdrop": 0.0}
 # llama.cpp's name of the architecture, and a configuration.
 CONFIGS: dict[str, tuple[str, PretrainedConfig]] = {
@@ -44,10 +45,10 @@ CONFIGS: dict[str, tuple[str, PretrainedConfig]] = {
     "llama, tied": ("llama", LlamaConfig(**_SHAPE, tie_word_embeddings=True)),
     "mistral": ("llama", MistralConfig(**_SHAPE, sliding_window=None)),
     "qwen2": ("qwen2", Qwen2Config(**_SHAPE)),
-    "qwen3": ("qwen3", Qwen3Config(**_SHAPE, head_dim=16)),
+    "qwen3": ("qwen3", Qwen3Config(**_SHAPE, head_dim=128)),
     "gemma": ("gemma", GemmaConfig(**_GEMMA)),
-    "gemma2": ("gemma2", Gemma2Config(**_GEMMA, query_pre_attn_scalar=16)),
-    "gemma3": ("gemma3", Gemma3TextConfig(**_GEMMA, query_pre_attn_scalar=16)),
+    "gemma2": ("gemma2", Gemma2Config(**_GEMMA, query_pre_attn_scalar=256)),
+    "gemma3": ("gemma3", Gemma3TextConfig(**_GEMMA, query_pre_attn_scalar=256)),
     "phi": ("phi2", PhiConfig(**_SHAPE | {"num_key_value_heads": 4}, **_NO_DROPOUT)),
     "phi3": ("phi3", Phi3Config(**_SHAPE, **_NO_DROPOUT)),
     "gpt2": (
@@ -57,7 +58,7 @@ CONFIGS: dict[str, tuple[str, PretrainedConfig]] = {
             n_embd=64,
             n_layer=2,
             n_head=4,
-            n_positions=64,
+            n_positions=1024,
             bos_token_id=1,
             eos_token_id=2,
             attn_pdrop=0.0,

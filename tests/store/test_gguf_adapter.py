@@ -30,7 +30,7 @@ PATTERNS = {
     "targets": "all",
     "rslora": True,
     "rank_pattern": {r"layers?\.1\..*|h\.1\..*": 2},
-    "alpha_pattern": {"q_proj|qkv_proj|c_attn": 3, "(down|dense|c)_proj": 11.5},
+    "alpha_pattern": {"q_proj|qkv_proj|c_attn": 3, "down_proj|dense|c_proj": 11.5},
 }
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"rank": 3, "targets": "all"},

@@ -21,8 +21,9 @@ from veneer.models import gguf as reading
 from veneer.store.gguf_model import MergedTensor, kind_for, write_merged
 from veneer.store.state import Rows, capture
 
-# transformers reads no GGUF of Gemma 1 and Phi 2.
-READ = [name for name in CONFIGS if name not in ("gemma", "phi", "mistral")]
+# transformers reads no GGUF of Gemma 1 and Phi 2, none of Phi 3 with so small a vocabulary, and
+# Mistral's as Llama's.
+READ = [name for name in CONFIGS if name not in ("gemma", "phi", "phi3", "mistral")]
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 Kind = gguf.GGMLQuantizationType
 

@@ -167,7 +167,7 @@ def _tensors(
         kind, shape = origin.tensor_type, tuple(int(n) for n in reversed(origin.shape))
         path, layer = changes.get(name, ("", None))
         if layer is not None:
-            kind = wanted or kind_for(kind)
+            kind = kind_for(kind) if wanted is None else wanted
         new = _new_rows(rows, name, shape)
         if rows is not None and new is not None:
             shape = (max(shape[0], rows.start + len(new)), *shape[1:])
