@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,16 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == struct.pack("<I", gguf.GGUF_MAGIC)
 
 
-def single_values(path: Path) -> dict[str, Any]:
-    """Return the metadata of a GGUF file that are single values, having walked the whole header.
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself: single values by key (no lists), and its tensors' names."""
+
+    values: dict[str, Any]
+    tensors: tuple[str, ...]
+
+
+def read_header(path: Path) -> Header:
+    """Return what a GGUF file says of itself, having walked the whole header.
 
     Raises ValueError where the file is no GGUF, is of a version or byte order that is not read, or
     says something that its own size contradicts: afterwards it is safe to read it with gguf.
@@ -47,14 +56,14 @@ def single_values(path: Path) -> dict[str, Any]:
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Walk(data).values()
+            return _Walk(data).header()
 
 
 class _Walk:
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at, self.size = data, 0, len(data)
 
-    def values(self) -> dict[str, Any]:
+    def header(self) -> Header:
         if self.one("<I") != gguf.GGUF_MAGIC:
             raise ValueError("it does not start as a GGUF file does")
         version = self.one("<I")
@@ -67,17 +76,18 @@ class _Walk:
             if key in found:
                 raise ValueError(f"it says {key!r} twice")
             found[key] = self.value(GGUFValueType(self.one("<I")))
-        ends = [self.tensor() for _ in range(tensors)]
+        placed = [self.tensor() for _ in range(tensors)]
         step = found.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(step, int) or step < 1 or step & (step - 1):
             raise ValueError(f"its alignment is {step!r}, which is no power of two")
         start = -(-self.at // step) * step
-        if any(start + end > self.size for end in ends):
+        if any(start + end > self.size for _, end in placed):
             raise ValueError("it ends before its tensors do")
-        return {key: value for key, value in found.items() if value is not None}
+        single = {key: value for key, value in found.items() if value is not None}
+        return Header(single, tuple(name for name, _ in placed))
 
-    def tensor(self) -> int:
-        """Pass over what is said of a tensor, and return where it ends, counted from the first."""
+    def tensor(self) -> tuple[str, int]:
+        """Return a tensor's name and where it ends, counted from where the first starts."""
         name, dims = self.text(), self.one("<I")
         if not 1 <= dims <= MAX_DIMS:
             raise ValueError(f"{name} has {dims} dimensions")
@@ -88,7 +98,7 @@ class _Walk:
         count = 1
         for length in shape:
             count *= length
-        return int(self.one("<Q")) + count // block * size
+        return name, int(self.one("<Q")) + count // block * size
 
     def value(self, kind: GGUFValueType) -> Any:
         """Return a value, or None for an array, which is passed over."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from veneer.frozen.packed import dense
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.formula import delta_weight, rescaled
 from veneer.lowrank.initial import nearest_factors
-from veneer.models.gguf_header import is_gguf, single_values
+from veneer.models.gguf_header import is_gguf, read_header
 from veneer.models.load import open_base
 from veneer.store.files import new_file
 from veneer.store.gguf_names import HEAD, Naming, naming_of, turned, turned_back
@@ -49,7 +49,7 @@ class Contents:
     alpha: float
     tensors: dict[str, np.ndarray]
     base_name: str = ""
-    base_fingerprint: Mapping[str, str] = ()  # type: ignore[assignment]
+    base_fingerprint: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -185,7 +185,7 @@ def without_dora(
 def found(path: Path) -> bool:
     """Say whether a file is an adapter in GGUF, by its content."""
     try:
-        return is_gguf(path) and single_values(path).get("general.type") == "adapter"
+        return is_gguf(path) and read_header(path).values.get("general.type") == "adapter"
     except (OSError, ValueError):
         return False
 
@@ -299,7 +299,7 @@ def _write_contents(contents: Contents, path: Path, dtype: DTypes) -> None:
 
 
 def _read_contents(path: Path) -> Contents:
-    values = single_values(path)
+    values = read_header(path).values
     problems = []
     for key, wanted in (("general.type", "adapter"), (gguf.Keys.Adapter.TYPE, "lora")):
         if values.get(key) != wanted:

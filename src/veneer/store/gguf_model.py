@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import AdapterError, ModelError
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.formula import delta_weight, rescaled
 from veneer.models.fingerprint import Marks
-from veneer.models.gguf_header import single_values
 from veneer.models.load import load_skeleton
 from veneer.models.source import Source, open_source
 from veneer.store.files import new_file
@@ -71,7 +69,6 @@ def write_merged(
     out: Path,
     *,
     kind: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     force: bool = False,
 ) -> list[MergedTensor]:
     """Write the GGUF file `base` with an adapter merged into it; return what was stored anew.
@@ -82,19 +79,18 @@ def write_merged(
     does not fit (a foreign base unless `force`) or is no LoRA, ModelError for a base that cannot be
     read.
     """
-    try:
-        single_values(base)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{base} cannot be read as GGUF ({error}).") from error
     if not isinstance(state.config, LoRA):
-        raise AdapterError(f"Only lora is merged into GGUF, and this adapter is {state.config}.")
+        raise AdapterError(
+            f"Only lora is merged into GGUF, and this adapter is of the method "
+            f"{state.config.method}; a merged directory takes it, where it is made of weights."
+        )
     wanted = None if kind is None else _kind_called(kind)
     skeleton = load_skeleton(base)
     naming = naming_over(skeleton)
     source = open_source(base, skeleton)
     if source is None:
         raise ModelError(f"{base} lacks tensors that its architecture needs.")
-    _check(source, state, tokenizer, force=force)
+    _check(source, state, force=force)
     state = without_start(state)
     report: list[MergedTensor] = []
     reader = gguf.GGUFReader(base)
@@ -125,13 +121,7 @@ def _kind_called(name: str) -> Kind:
     return known[name.lower()]
 
 
-def _check(
-    source: Source,
-    state: AdapterState,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    force: bool,
-) -> None:
+def _check(source: Source, state: AdapterState, *, force: bool) -> None:
     """Raise AdapterError with all that keeps the adapter from the base whose weights these are."""
     skeleton: Any = source.skeleton
     if not force:
@@ -139,7 +129,7 @@ def _check(
         for name in source.names:
             marks.see(name, source.read(name))
         skeleton.veneer_marks = marks.found()
-    problems = misfits(skeleton, replace(state, base_weights={}), tokenizer, force=force)
+    problems = misfits(skeleton, replace(state, base_weights={}), None, force=force)
     for path, weight in state.base_weights.items():
         own = source.read(path) if path in source.names else None
         if own is None or not torch.equal(own.to(torch.bfloat16), weight.to(torch.bfloat16)):
