@@ -40,6 +40,7 @@ from veneer.store.gguf_model import write_merged  # noqa: E402
 from veneer.store.state import capture  # noqa: E402
 
 TOKENS, TOP = 32, 40  # of an answer at most; likeliest tokens that are kept of each step
+BATCH = 22  # questions at a time, in Veneer
 
 
 def trained(out: Path, *, new_words: str) -> Path:
@@ -71,29 +72,40 @@ class Said:
     def __init__(self, base: veneer.Base, prompts: list[list[int]]) -> None:
         self.prompts, self.tokenizer = prompts, base.tokenizer
         self.end = base.tokenizer.eos_token_id
-        self.answers = [self._answer(base.model, prompt) for prompt in prompts]
+        self.answers: list[Answer] = []
+        for first in range(0, len(prompts), BATCH):
+            self.answers += self._batch(base.model, prompts[first : first + BATCH])
 
-    def _answer(self, model: Any, prompt: list[int]) -> Answer:
+    def _batch(self, model: Any, prompts: list[list[int]]) -> list[Answer]:
+        longest = max(map(len, prompts))
+        pads = [longest - len(prompt) for prompt in prompts]
+        rows = zip(pads, prompts, strict=True)
         done = model.generate(
-            torch.tensor([prompt]),
+            torch.tensor([[self.end] * pad + prompt for pad, prompt in rows]),
+            attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads]),
             do_sample=False,
             max_new_tokens=TOKENS,
             pad_token_id=self.end,
             return_dict_in_generate=True,
             output_logits=True,
         )
-        likely = []
-        for step in done.logits:
-            values, tokens = step[0].log_softmax(-1).topk(TOP)
-            likely.append(dict(zip(tokens.tolist(), values.tolist(), strict=True)))
-        return Answer(done.sequences[0, len(prompt) :].tolist(), likely)
+        found = []
+        for row, tokens in enumerate(done.sequences[:, longest:].tolist()):
+            if self.end in tokens:
+                tokens = tokens[: tokens.index(self.end) + 1]
+            likely = []
+            for step in done.logits[: len(tokens)]:
+                values, words = step[row].log_softmax(-1).topk(TOP)
+                likely.append(dict(zip(words.tolist(), values.tolist(), strict=True)))
+            found.append(Answer(tokens, likely))
+        return found
 
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def theirs(server: LlamaCpp, prompt: list[int], scales: dict[Path, float], end: int) -> Answer:
-    reply = server.complete(prompt, scales, n_predict=TOKENS, n_probs=TOP, return_tokens=True)
+    reply = server.complete(prompt, scales, n_predict=TOKENS, n_probs=TOP, cache_prompt=True)
     steps = reply["completion_probabilities"]
     tokens = [step["id"] for step in steps]
     if len(tokens) < TOKENS and tokens[-1:] != [end]:
