@@ -56,7 +56,7 @@ def test_rslora_with_alpha_patterns_is_as_strong_there(smollm2, tmp_path):
         return torch.stack(rows).log_softmax(-1)
 
     plain = ours()
-    shake(veneer.attach(base.model, config), size=0.02)
+    shake(veneer.attach(base.model, config), size=0.05)
     (note,) = gguf_adapter.write(capture(base.model), tmp_path / "lora.gguf", base.model.config)
     assert "folded into their B" in note
     whole = ours()
@@ -69,10 +69,11 @@ def test_rslora_with_alpha_patterns_is_as_strong_there(smollm2, tmp_path):
 
     # llama.cpp rounds what flows between layers to 8 bits: so much is its own.
     noise, effect = distance(theirs(0.0), plain), distance(whole, plain)
-    assert effect > 5 * noise
-    assert distance(theirs(1.0), whole) < 2 * noise
-    for wrong in (0.5, 8**-0.5, 1.5):  # what llama.cpp's own converter would make of it
-        assert distance(theirs(wrong), whole) > 3 * noise
+    right = distance(theirs(1.0), whole)
+    assert noise < effect / 10
+    assert right < effect / 8
+    for wrong in (0.5, 8**-0.5, 1.5):  # 8**-0.5: what it would be without rsLoRA
+        assert distance(theirs(wrong), whole) > 3 * right
 
 
 def test_a_trained_adapter_answers_there_as_here(smollm2, tmp_path):
@@ -82,7 +83,7 @@ def test_a_trained_adapter_answers_there_as_here(smollm2, tmp_path):
         model="smollm2-135m",
         data=tmp_path / "rows.jsonl",
         lora=veneer.LoRA(rank=8, targets="all"),
-        training=veneer.TrainConfig(steps=6, lr=2e-3, tokens_per_step=256),
+        training=veneer.TrainConfig(steps=12, lr=2e-3, tokens_per_step=256),
         out=tmp_path / "run",
     )
     for _ in veneer.tune(recipe):
