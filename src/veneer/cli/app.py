@@ -215,18 +215,34 @@ def quantize(
 def merge(
     base: Model,
     adapter: Annotated[Path, Parameter(help="Adapter directory.")],
-    out: Annotated[Path, Parameter(help="Directory for the merged model.")],
+    out: Annotated[
+        Path, Parameter(help="Directory for the merged model; or OUT.gguf, where BASE is GGUF too.")
+    ],
     /,
     *,
     dtype: DTypeFlag = "auto",
     bits: BitsFlag = None,
+    gguf_type: Annotated[
+        str | None,
+        Parameter(
+            help="Into OUT.gguf: store changed tensors as q8_0, f16, ...; by default as they were."
+        ),
+    ] = None,
     force: Force = False,
     allow_bin: AllowBin = False,
 ) -> None:
     """Bake ADAPTER into BASE and write a plain model to OUT."""
+    if out.suffix == ".gguf":
+        if dtype != "auto" or bits is not None:
+            raise ConfigError("Into GGUF the base is not computed with: leave --dtype and --bits.")
+        from veneer.cli.commands import run_merge_gguf
+
+        return run_merge_gguf(base, adapter, out, kind=gguf_type, force=force, allow_bin=allow_bin)
+    if gguf_type is not None:
+        raise ConfigError("--gguf-type says how tensors lie in OUT.gguf, and OUT is no .gguf.")
     from veneer.cli.commands import run_merge
 
-    run_merge(base, adapter, out, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
+    return run_merge(base, adapter, out, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
 
 
 @app.command

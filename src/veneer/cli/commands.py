@@ -9,7 +9,7 @@ from rich.markup import escape
 import veneer
 from veneer.cli.console import ERRORS, OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.progress import RunDisplay
-from veneer.cli.tables import packed_table, target_summary, target_table
+from veneer.cli.tables import merged_table, packed_table, target_summary, target_table
 from veneer.data.rows import Message
 from veneer.errors import VeneerError
 from veneer.generate.sampling import Sampling
@@ -17,7 +17,9 @@ from veneer.lowrank.config import LoRA
 from veneer.methods.merge import rounded_away
 from veneer.methods.report import report_targets
 from veneer.models.load import Base, load_skeleton, open_base
+from veneer.models.locate import locate
 from veneer.plan.config import PackedBits
+from veneer.store.gguf_model import write_merged
 from veneer.store.packed import PackedLayer, write_packed
 from veneer.training.pretrain import pretrain
 from veneer.training.tune import size_of
@@ -72,6 +74,23 @@ def run_merge(
     OUTPUT.print(
         f"Merged model: {escape(str(out))} ({bytes_text(size_of(out))}); "
         f"rounding to {plain.dtype} took {lost:.2%} of the adapter's change"
+    )
+
+
+def run_merge_gguf(
+    base: str, adapter: Path, out: Path, *, kind: str | None, force: bool, allow_bin: bool
+) -> None:
+    quieten_libraries()
+    if out.exists():
+        raise VeneerError(f"{out} is there already; name another place.")
+    place = locate(base)
+    if not isinstance(place, Path) or place.suffix != ".gguf":
+        raise VeneerError(f"{out} can be made of a .gguf base only, and {base} is none.")
+    state = read_adapter(adapter, load_skeleton(base), allow_bin=allow_bin)
+    stored = write_merged(place, state, out, kind=kind, force=force)
+    OUTPUT.print(merged_table(stored))
+    OUTPUT.print(
+        f"Merged model: {escape(str(out))} ({bytes_text(out.stat().st_size)})", soft_wrap=True
     )
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from veneer.cli.console import bytes_text
 from veneer.methods.report import PackedReport, TargetLine, TargetReport
 from veneer.plan.plan import Plan
+from veneer.store.gguf_model import MergedTensor
 from veneer.store.packed import PackedLayer
 
 
@@ -61,6 +62,29 @@ def packed_table(layers: Sequence[PackedLayer]) -> Table:
             bytes_text(sum(layer.bytes for layer in alike)),
             f"{sum(errors) / len(errors):.2%}",
             f"{max(errors):.2%}",
+        )
+    return table
+
+
+def merged_table(tensors: Sequence[MergedTensor]) -> Table:
+    """Return what was stored anew; tensors of the same name in their block share a line."""
+    same: dict[tuple[str, str, str], list[MergedTensor]] = defaultdict(list)
+    for tensor in tensors:
+        same[_in_block(tensor.name), tensor.was, tensor.kind].append(tensor)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("Tensor (in its block)", overflow="fold")
+    for title in ("Blocks", "Was", "Is", "Error", "Worst", "Of the change lost"):
+        table.add_column(title, justify="right")
+    for (name, was, kind), alike in same.items():
+        errors = [tensor.error for tensor in alike]
+        table.add_row(
+            name,
+            f"{len(alike)}",
+            was,
+            kind,
+            f"{sum(errors) / len(errors):.3%}",
+            f"{max(errors):.3%}",
+            f"{sum(tensor.lost for tensor in alike) / len(alike):.1%}",
         )
     return table
 

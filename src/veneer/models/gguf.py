@@ -5,6 +5,7 @@ Reading goes through transformers; what transformers gets wrong is put right her
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -34,6 +35,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from veneer.errors import ModelError
+from veneer.models.gguf_header import read_header
 
 
 def _digits_alone() -> PreTokenizer:
@@ -60,7 +62,17 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
     """Read a GGUF file as a dense model, which can be trained and saved."""
     # Left in GGUF's blocks, the weights could be neither trained on nor saved.
     quantization = GgufConfig(dequantize=True)
-    return _read(AutoModelForCausalLM, path, quantization_config=quantization, **options)
+    model, told = _read(
+        AutoModelForCausalLM,
+        path,
+        quantization_config=quantization,
+        output_loading_info=True,
+        **options,
+    )
+    if missing := sorted(told["missing_keys"]):  # transformers would make them up
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise _unreadable(path, ValueError(f"it lacks {', '.join(missing[:3])}{more}"))
+    return model
 
 
 def open_tensors(path: Path, skeleton: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
@@ -69,6 +81,7 @@ def open_tensors(path: Path, skeleton: PreTrainedModel) -> dict[str, Callable[[]
     What names mean, and how an architecture's tensors are turned, is transformers' knowledge.
     """
     try:
+        _check(path)
         parsed = load_gguf_checkpoint(str(path))
         architecture = str(_field(path, "general.architecture"))
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
@@ -117,9 +130,24 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 def _read(auto: Any, path: Path, **options: Any) -> Any:
     try:
+        _check(path)
         return auto.from_pretrained(str(path.parent), gguf_file=path.name, **options)
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _check(path: Path) -> None:
+    """Raise ValueError for a file that contradicts itself, and could keep readers for ever."""
+    header = read_header(path)
+    architecture = header.values.get("general.architecture")
+    blocks = header.values.get(f"{architecture}.block_count", 0)
+    there = {match[1] for name in header.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
+    if (
+        not isinstance(blocks, int)
+        or blocks > len(header.tensors)
+        or (there and blocks != len(there))
+    ):
+        raise ValueError(f"it says {blocks} blocks, and its tensors are of {len(there)}")
 
 
 def _unreadable(path: Path, error: Exception) -> ModelError:

@@ -63,6 +63,9 @@ def load(
     return model
 
 
-def read(directory: Path) -> AdapterState:
-    """Read an adapter of any known format that needs no base to be understood."""
-    return formats.read(directory, Given())
+def read(
+    directory: Path, base: PreTrainedModel | None = None, *, allow_bin: bool = False
+) -> AdapterState:
+    """Read an adapter of any known format; some need the base, or its skeleton, to be understood."""
+    known = None if base is None else KnownBase.of(base)
+    return formats.read(directory, Given(known, allow_bin=allow_bin))

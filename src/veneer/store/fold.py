@@ -45,14 +45,7 @@ def plain_lora(state: AdapterState, format: str, *, dora: bool) -> PlainLoRA:
     config = state.config
     if not isinstance(config, LoRA):
         raise AdapterError(f"{format} has no format for {config.method}; write it natively.")
-    problems = [
-        f"{'new words' if f.name == 'rows' else f.name.replace('_', ' ')}"
-        for f in fields(state)
-        if f.name not in PLAIN and getattr(state, f.name)
-    ]
-    known = {*LINEAR, *EMBEDDING, *START, MAGNITUDE}
-    problems += [key for key in state.tensors if key.rpartition(".")[2] not in known]
-    problems += [f"{layer.path}, no matrix" for layer in state.layers() if layer.A.ndim != 2]
+    problems = beyond_factors(state)
     if config.dora and not dora:
         problems.append("DoRA's magnitudes")
     if problems:
@@ -63,6 +56,18 @@ def plain_lora(state: AdapterState, format: str, *, dora: bool) -> PlainLoRA:
     plain = without_start(state)
     assert isinstance(plain.config, LoRA)
     return PlainLoRA(plain.config, plain, start_notes(state))
+
+
+def beyond_factors(state: AdapterState) -> list[str]:
+    """Return what a LoRA has beside matrices A and B with their starts and DoRA's magnitudes."""
+    parts = [
+        "new words" if f.name == "rows" else f.name.replace("_", " ")
+        for f in fields(state)
+        if f.name not in PLAIN and getattr(state, f.name)
+    ]
+    known = {*LINEAR, *EMBEDDING, *START, MAGNITUDE}
+    parts += [key for key in state.tensors if key.rpartition(".")[2] not in known]
+    return parts + [f"{layer.path}, no matrix" for layer in state.layers() if layer.A.ndim != 2]
 
 
 def start_notes(state: AdapterState) -> list[str]:

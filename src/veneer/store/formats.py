@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 from veneer.errors import AdapterError
-from veneer.store import loralib, mlx, native, peft
+from veneer.store import gguf_adapter, loralib, mlx, native, peft
 from veneer.store.fold import start_notes
 from veneer.store.given import Given
 from veneer.store.names import FormatName
@@ -33,14 +31,6 @@ class Format:
     holds: str  # by which files it is known
     on_reading: frozenset[str] = frozenset()
     on_writing: frozenset[str] = frozenset()
-
-
-def _gguf() -> Any:
-    # The module is imported when it is asked for, since few need the gguf package.
-    name = "veneer.store.gguf_adapter"
-    if find_spec(name) is None:
-        raise AdapterError("This version of Veneer neither reads nor writes GGUF adapters.")
-    return import_module(name)
 
 
 def _config(given: Given) -> Any:
@@ -90,9 +80,9 @@ FORMATS: dict[FormatName, Format] = {
         on_writing=frozenset({"enable_lora"}),
     ),
     "gguf": Format(
-        found=lambda path: path.suffix == ".gguf" and bool(_gguf().found(path)),
-        read=lambda path, given: _gguf().read(path, _config(given)),
-        write=lambda state, path, given: _gguf().write(
+        found=gguf_adapter.found,
+        read=lambda path, given: gguf_adapter.read(path, _config(given)),
+        write=lambda state, path, given: gguf_adapter.write(
             state, path, _config(given), approximate=given.approximate
         ),
         holds="a .gguf file of type adapter",

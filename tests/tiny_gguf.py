@@ -1,0 +1,176 @@
+"""Random models as GGUF files, written as llama.cpp's converter would, and without our own code."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 96
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# What transformers takes for granted of some architectures, as it does not read it from the file.
+_GEMMA = _SHAPE | {"head_dim": 256}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "attention_dropout": 0.0, "embd_pdrop": 0.0}
+# llama.cpp's name of the architecture, and a configuration.
+CONFIGS: dict[str, tuple[str, PretrainedConfig]] = {
+    "llama": ("llama", LlamaConfig(**_SHAPE)),
+    "llama, tied": ("llama", LlamaConfig(**_SHAPE, tie_word_embeddings=True)),
+    "mistral": ("llama", MistralConfig(**_SHAPE, sliding_window=None)),
+    "qwen2": ("qwen2", Qwen2Config(**_SHAPE)),
+    "qwen3": ("qwen3", Qwen3Config(**_SHAPE, head_dim=128)),
+    "gemma": ("gemma", GemmaConfig(**_GEMMA)),
+    "gemma2": ("gemma2", Gemma2Config(**_GEMMA, query_pre_attn_scalar=256)),
+    "gemma3": ("gemma3", Gemma3TextConfig(**_GEMMA, query_pre_attn_scalar=256)),
+    "phi": ("phi2", PhiConfig(**_SHAPE | {"num_key_value_heads": 4}, **_NO_DROPOUT)),
+    "phi3": ("phi3", Phi3Config(**_SHAPE, **_NO_DROPOUT)),
+    "gpt2": (
+        "gpt2",
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=1024,
+            bos_token_id=1,
+            eos_token_id=2,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+        ),
+    ),
+}
+
+
+def random_model(name: str, *, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name][1]), dtype=torch.float32)
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.15)
+            elif path.endswith("bias"):
+                weight.normal_(std=0.1)
+    return model.eval()
+
+
+def write_model(
+    name: str, model: PreTrainedModel, path: Path, *, kind: str = "F32", rows: int | None = None
+) -> Path:
+    """Write a model as GGUF, its matrices as `kind`."""
+    architecture, config = CONFIGS[name][0], model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    _add_settings(writer, architecture, config)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    words = ["<pad>", "<s>", "</s>", "Ġ", *map(chr, range(33, 33 + VOCAB - 4))]
+    writer.add_token_list(words)
+    types = gguf.TokenType
+    writer.add_token_types([types.CONTROL] * 3 + [types.NORMAL] * (VOCAB - 3))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    kept = gguf.GGMLQuantizationType[kind]
+    for tensor, weight in tensors_of(name, model).items():
+        matrix = weight.ndim == 2 and "position" not in tensor
+        as_kind = kept if matrix else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(tensor, gguf.quantize(weight, as_kind), raw_dtype=as_kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tensors_of(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """Return a model's weights under llama.cpp's names, turned as it wants them."""
+    architecture, config = CONFIGS[name][0], model.config
+    kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    found = {}
+    for path, parameter in model.named_parameters():  # a tied head is not named again
+        tensor = names.get_name(path, try_suffixes=(".weight", ".bias"))
+        assert tensor is not None, path
+        weight = parameter.detach().numpy()
+        if architecture == "llama" and ".attn_q." in tensor:
+            weight = in_pairs(weight, config.num_attention_heads)
+        if architecture == "llama" and ".attn_k." in tensor:
+            weight = in_pairs(weight, config.num_key_value_heads)
+        if architecture == "gpt2" and weight.ndim == 2 and "embd" not in tensor:
+            weight = weight.T  # Conv1D
+        if architecture.startswith("gemma") and tensor.endswith("norm.weight"):
+            weight = weight + 1
+        found[tensor] = np.ascontiguousarray(weight)
+    return found
+
+
+def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Return rows with those side by side that rotary embedding turns together, said slowly."""
+    width = len(rows) // heads
+    order = [
+        head * width + half * width // 2 + i
+        for head in range(heads)
+        for i in range(width // 2)
+        for half in (0, 1)
+    ]
+    return rows[order]
+
+
+def _add_settings(writer: gguf.GGUFWriter, architecture: str, config: Any) -> None:
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_vocab_size(VOCAB)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    if architecture == "gpt2":
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    theta = config.rope_parameters
+    theta = theta.get("full_attention", theta)["rope_theta"]
+    writer.add_rope_freq_base(theta)
+    if architecture == "phi2":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_rope_dimension_count(width // 2)
+        return
+    writer.add_rope_dimension_count(width)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if architecture in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
