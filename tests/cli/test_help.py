@@ -107,6 +107,8 @@ def child(code: str) -> str:
         ["--version"],
         ["tune", "--rnk", "4"],
         ["compare", "m", "no.jsonl"],
+        ["extract", "--help"],
+        ["extract", "a", "b", "c", "--rank", "0"],
         ["tnue"],
     ],
 )
@@ -133,7 +135,10 @@ def test_python_m_veneer_is_veneer():
 
 @pytest.mark.parametrize(
     "command",
-    ["tune", "compare", "inspect", "plan", "pretrain", "quantize", "merge", "generate", "chat"],
+    [
+        *("tune", "compare", "inspect", "plan", "pretrain", "quantize", "merge", "generate", "chat"),
+        *("combine", "extract", "diff"),
+    ],
 )
 def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "220")

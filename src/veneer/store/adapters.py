@@ -26,11 +26,21 @@ def save(
 
     `tokenizer`, if given, is kept with a native adapter and ties it to the base's vocabulary.
     """
-    state = capture(model, name, tokenizer)
+    write(capture(model, name, tokenizer), Path(directory), format=format, tokenizer=tokenizer)
+
+
+def write(
+    state: AdapterState,
+    directory: Path,
+    *,
+    format: Format = "native",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write an adapter to a directory, all at once. Raises AdapterError for an unknown format."""
     if format == "native":
-        native.write(state, Path(directory), tokenizer)
+        native.write(state, directory, tokenizer)
     elif format == "peft":
-        peft.write(state, Path(directory))
+        peft.write(state, directory)
     else:
         raise AdapterError(f"{format!r} is no format to write; native and peft are.")
 
@@ -51,6 +61,12 @@ def load(
     state = read(Path(directory))
     install(model, state, name=name, tokenizer=tokenizer, force=force)
     return model
+
+
+def holds_adapter(place: Path) -> bool:
+    """Return whether there is an adapter of a known format at `place`, and no model to load."""
+    is_peft = (place / peft.CONFIG).is_file() and (place / peft.WEIGHTS).is_file()
+    return is_peft or native.found_method(place) is not None
 
 
 def read(directory: Path) -> AdapterState:

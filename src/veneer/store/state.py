@@ -113,7 +113,7 @@ def capture(
         if config.init == "lora_ga" and not any(key.endswith(START[0]) for key in tensors):
             config = replace(config, init="kaiming")  # no gradient has come, and it started so
         paths = {key.rpartition(".")[0] for key in tensors}
-        targets = _shortest_names(paths, adaptable_layers(model))
+        targets = shortest_names(paths, adaptable_layers(model))
         config = replace(config, targets=targets, layers=None)
     words = new_words(model)
     rows = None
@@ -197,7 +197,7 @@ def _parts(state: AdapterState, config: LoRA) -> dict[str, Adapter]:
     return parts
 
 
-def _shortest_names(paths: set[str], layers: list[Layer]) -> tuple[str, ...]:
+def shortest_names(paths: set[str], layers: list[Layer]) -> tuple[str, ...]:
     """Return last names where these say exactly which layers are meant, and whole paths if not."""
     names = {path.rpartition(".")[2] for path in paths}
     same = {layer.path for layer in layers if layer.name in names}
