@@ -7,10 +7,10 @@ import peft
 import pytest
 import torch
 from peft.utils import merge_utils
+from states import assert_close, model_with, states_of, whole
 
 import veneer
-from adapted import logits, targets_named, tokenizer, with_words
-from states import assert_close, model_with, states_of, whole
+from adapted import logits, tokenizer, with_words
 from tiny import tiny
 from veneer.algebra.combine import combine
 from veneer.lowrank.config import LoRA
@@ -199,8 +199,9 @@ def with_peft(configs: tuple[LoRA, ...], states, name: str, **options) -> dict[s
     assert model is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.add_weighted_adapter([str(n) for n in range(len(states))], adapter_name="c",
-                                   combination_type=name, **options)
+        model.add_weighted_adapter(
+            [str(n) for n in range(len(states))], adapter_name="c", combination_type=name, **options
+        )
     return {
         path: layer.get_delta_weight("c").double()
         for path, layer in model.base_model.model.named_modules()
@@ -230,8 +231,15 @@ def test_peft_combines_to_the_same(theirs, method, ours, options):
     states = states_of(model_with("llama", *configs))
     path = "model.layers.0.self_attn.q_proj"
     full = [
-        replace(s, tensors=s.tensors | {f"{p}.{k}": torch.zeros_like(s.tensors[f"{path}.{k}"])
-                for p in ("model.layers.1.self_attn.q_proj",) for k in ("lora_A", "lora_B")})
+        replace(
+            s,
+            tensors=s.tensors
+            | {
+                f"{p}.{k}": torch.zeros_like(s.tensors[f"{path}.{k}"])
+                for p in ("model.layers.1.self_attn.q_proj",)
+                for k in ("lora_A", "lora_B")
+            },
+        )
         for s in states
     ]
     wanted = with_peft(configs, full, theirs, weights=list(weights), **options)[path]

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from states import model_with, states_of, whole
 
 import veneer
-from states import model_with, states_of, whole
 from tiny import tiny
 from veneer.algebra.combine import combine
 from veneer.algebra.measure import diff, inspect, is_dora, total_cosine, total_norm
@@ -50,7 +50,9 @@ def test_norms_and_effective_ranks_are_those_of_the_whole(pair):
         assert layer.largest == pytest.approx(float(values[0]), rel=1e-5)
         assert layer.effective_rank == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-3)
         assert 1 <= layer.effective_rank <= layer.rank + 1e-6
-    assert total_norm(layers) == pytest.approx(sum(float(x.norm()) ** 2 for x in wanted.values()) ** 0.5)
+    assert total_norm(layers) == pytest.approx(
+        sum(float(x.norm()) ** 2 for x in wanted.values()) ** 0.5
+    )
 
 
 def test_cosines_are_those_of_the_whole(pair):

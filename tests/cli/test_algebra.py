@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from states import add_to, model_with, states_of, whole, written
 
 import veneer
 from adapted import copy_of, logits
-from states import add_to, model_with, states_of, whole, written
 from tiny import tiny
 from veneer.cli.app import run
 from veneer.lowrank.config import LoRA
@@ -72,7 +72,9 @@ def test_combine_cuts_to_a_rank_and_says_what_is_kept(adapters, method, tmp_path
 def test_combine_says_what_is_wrong(adapters, tmp_path, capsys):
     a, b = adapters
     assert "then the directory" in refused(["combine", a], capsys)
-    assert "holds something already" in refused(["combine", a, b], capsys)  # no place for the result
+    assert "holds something already" in refused(
+        ["combine", a, b], capsys
+    )  # no place for the result
     assert "2 adapters, but 1 weights" in refused(
         ["combine", a, b, "out", "--weights", "1"], capsys
     )

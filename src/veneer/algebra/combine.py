@@ -1,11 +1,12 @@
-"""Several adapters as one: their weighted sum, exact or cut to a rank, and what TIES and DARE do."""
+"""Several adapters as one: their weighted sum, exact or cut to a rank, and TIES and DARE."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def _sparse(
     least = [0.0] * len(parts)
     if config.method == "ties":
         # The paper trims an adapter as one vector: a layer that changed little may lose everything.
-        least = [threshold(lambda part=part: map(_dense, part.values()), density) for part in parts]
+        least = [threshold(partial(_all_dense, part), density) for part in parts]
     for path, _ in _by_layer(parts):
         generator = torch.Generator().manual_seed(_layer_seed(config.seed, path))
         kept = []
@@ -132,6 +133,10 @@ def _by_layer(parts: Together) -> Iterator[tuple[str, list[Change]]]:
 
 def _dense(change: Change) -> Tensor:
     return delta_weight(change.A, change.B, 1.0)
+
+
+def _all_dense(part: Mapping[str, Change]) -> Iterator[Tensor]:
+    return map(_dense, part.values())
 
 
 def _layer_seed(seed: int, path: str) -> int:

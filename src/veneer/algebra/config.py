@@ -28,9 +28,8 @@ class CombineConfig:
     def __post_init__(self) -> None:
         problems = []
         if self.method not in get_args(CombineMethod):
-            problems.append(
-                f"method is {self.method!r}, but must be one of {', '.join(get_args(CombineMethod))}"
-            )
+            known = ", ".join(get_args(CombineMethod))
+            problems.append(f"method is {self.method!r}, but must be one of {known}")
         elif self.method == "sum" and self.rank is not None:
             problems.append("sum is exact and has the ranks that add up; for a rank, use svd")
         elif self.method != "sum" and self.rank is None:
@@ -38,7 +37,9 @@ class CombineConfig:
         if self.rank is not None and not _is_whole(self.rank):
             problems.append(f"rank is {self.rank!r}, but must be a whole number of at least 1")
         if self.method in SPARSE and self.density is None:
-            problems.append(f"{self.method} needs a density: the share of the entries that it keeps")
+            problems.append(
+                f"{self.method} needs a density: the share of the entries that it keeps"
+            )
         if self.method not in SPARSE and self.density is not None:
             problems.append(f"density would do nothing with {self.method}")
         if self.density is not None and not _is_share(self.density):

@@ -122,7 +122,9 @@ def run_inspect_adapter(place: Path, *, picture: Path | None) -> None:
     if picture is not None:
         panels = [
             Panel("‖ΔW‖", {layer.path: layer.norm for layer in layers}),
-            Panel("effective rank", {layer.path: layer.effective_rank for layer in layers}, "{:.1f}"),
+            Panel(
+                "effective rank", {layer.path: layer.effective_rank for layer in layers}, "{:.1f}"
+            ),
         ]
         draw_heatmaps(panels, picture)
         OUTPUT.print(f"[bold]Picture[/] {escape(str(picture))}", soft_wrap=True)

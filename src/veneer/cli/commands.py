@@ -30,7 +30,8 @@ def run_inspect(model: str, lora: LoRA | None, *, picture: Path | None) -> None:
     if holds_adapter(Path(model)):
         if lora is not None:
             raise ConfigError(f"{model} is an adapter: flags of one that would train do nothing.")
-        return run_inspect_adapter(Path(model), picture=picture)
+        run_inspect_adapter(Path(model), picture=picture)
+        return
     if picture is not None:
         raise ConfigError(f"--picture is of an adapter, and {model} holds none.")
     report = report_targets(load_skeleton(model), lora or LoRA())
