@@ -381,6 +381,31 @@ def test_what_cannot_be_summed_is_refused_all_at_once():
     assert "adapter 1:" not in said
 
 
+def test_tensors_of_other_kinds_and_numbers_that_are_none_are_refused():
+    plain, _ = two()
+    key = "model.layers.0.self_attn.q_proj"
+    broken = replace(
+        plain,
+        tensors=plain.tensors
+        | {f"{key}.lora_bias": torch.ones(32), f"{key}.lora_A": torch.full((2, 32), torch.nan)},
+    )
+    with pytest.raises(veneer.AdapterError) as refused:
+        combine([broken], [1.0])
+    assert "lora_bias is no part of a low-rank layer" in str(refused.value)
+    assert "q_proj.lora_A has values that are not finite" in str(refused.value)
+
+
+def test_base_weights_that_come_along_are_kept_for_whoever_has_the_base():
+    plain, _ = two(targets="embed_tokens")
+    own = tiny("llama").get_input_embeddings().weight.detach()
+    found = combine([replace(plain, base_weights={"model.embed_tokens.weight": own})], [0.5])
+    assert "embed_tokens.weight" in found.notices[0]
+    install(tiny("llama"), found.state)
+    other = combine([replace(plain, base_weights={"model.embed_tokens.weight": own + 1})], [0.5])
+    with pytest.raises(veneer.AdapterError, match="differs from the base's"):
+        install(tiny("llama"), other.state)
+
+
 def test_layers_of_other_shapes_are_refused():
     one, _ = two()
     other = replace(

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from veneer.lowrank.adapter import Factors
 from veneer.lowrank.config import LoRA
+from veneer.store.misfits import is_finite
 from veneer.store.peft import without_start
-from veneer.store.state import EMBEDDING, LINEAR, AdapterState
+from veneer.store.state import EMBEDDING, LINEAR, MAGNITUDE, START, AdapterState
+
+KINDS = (*LINEAR, *EMBEDDING, MAGNITUDE, *START)
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,16 @@ def unfit(state: AdapterState) -> list[str]:
                 f"{layer.path} has A {tuple(A.shape)} and B {tuple(B.shape)}, but rank {rank}"
             )
     for key, tensor in state.tensors.items():
-        if (path := key.rpartition(".")[0]) not in complete:
+        path, _, kind = key.rpartition(".")
+        if kind not in KINDS:
+            problems.append(f"{key} is no part of a low-rank layer")
+        elif path not in complete:
             problems.append(f"{key} stands alone, without its other half")
-        elif not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{path} has values that are not finite numbers")
+        elif not is_finite(tensor):
+            problems.append(f"{key} has values that are not finite numbers")
     if not complete:
         problems.append("it has no layers")
-    return list(dict.fromkeys(problems))
+    return problems
 
 
 def changes_of(state: AdapterState) -> dict[str, Change]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -79,7 +79,10 @@ def combine(
         base_name=next((s.base_name for s in states if s.base_name), ""),
         base_fingerprint={part: mark for s in states for part, mark in s.base_fingerprint.items()},
     )
-    return Combined(state, tuple(fit for _, fit in made.values()), _notices(states))
+    # They must be the base's own, which is seen where the adapter is laid over one.
+    brought = {name: weight for s in states for name, weight in s.base_weights.items()}
+    state = replace(state, base_weights=brought)
+    return Combined(state, tuple(fit for _, fit in made.values()), tuple(_notices(states)))
 
 
 def _summed(parts: Together, rank: int | None) -> Iterator[tuple[str, tuple[Change, LayerFit]]]:
@@ -202,12 +205,16 @@ def _check_shapes(parts: Together) -> None:
         )
 
 
-def _notices(states: Sequence[AdapterState]) -> tuple[str, ...]:
-    unmarked = [n for n, state in enumerate(states, 1) if not state.base_fingerprint]
+def _notices(states: Sequence[AdapterState]) -> Iterator[str]:
     names = sorted({state.base_name for state in states if state.base_name})
-    if not unmarked or len(names) < 2:
-        return ()
-    return (
-        f"Nothing but shapes tells whether these adapters belong to one base: they name "
-        f"{', '.join(names)}.",
-    )
+    if len(names) > 1 and not all(state.base_fingerprint for state in states):
+        yield (
+            f"Nothing but shapes tells whether these adapters belong to one base: they name "
+            f"{', '.join(names)}."
+        )
+    for n, state in enumerate(states, 1):
+        if state.base_weights:
+            yield (
+                f"Adapter {n} brings weights of its base along ({', '.join(state.base_weights)}); "
+                "they are taken to be the base's own, and are not part of the sum."
+            )

@@ -42,10 +42,10 @@ def run_combine(
     _show_notices(found.notices)
     if config.method != "sum":
         _print(_fit_table(found.layers))
-    ranks = sorted({fit.rank for fit in found.layers})
+    count = "1 adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
     OUTPUT.print(
-        f"{_count(len(adapters), 'adapter')} by {config.method}: {_count(len(ranks), 'rank')} "
-        f"({_span(ranks)}) over {len(found.layers)} layers, {found.energy:.2%} of the change kept",
+        f"{count} by {config.method}: rank {_span([fit.rank for fit in found.layers])} over "
+        f"{len(found.layers)} layers, {found.energy:.2%} of the change kept",
         soft_wrap=True,
     )
     _say_saved(out)
@@ -84,7 +84,7 @@ def run_diff(one: Path, other: Path, *, picture: Path | None) -> None:
     _print(
         grid_table(
             "Cosine",
-            {path: "" if cosine is None else f"{cosine:+.3f}" for path, cosine in cosines.items()},
+            {path: "" if cosine is None else f"{cosine:+z.3f}" for path, cosine in cosines.items()},
         )
     )
     both = sum(pair.one is not None and pair.other is not None for pair in pairs)
@@ -97,11 +97,16 @@ def run_diff(one: Path, other: Path, *, picture: Path | None) -> None:
     )
     if picture is not None:
         known = {path: cosine for path, cosine in cosines.items() if cosine is not None}
+        most = max(layer.norm for side in sides for layer in side if layer)
         norms = [
-            Panel(f"‖ΔW‖ of {place.name}", {each.path: each.norm for each in side if each})
+            Panel(
+                f"‖ΔW‖ of {place.name}",
+                {each.path: each.norm for each in side if each},
+                span=(0.0, most),
+            )
             for place, side in zip((one, other), sides, strict=True)
         ]
-        draw_heatmaps([*norms, Panel("cosine", known, "{:+.2f}", (-1.0, 1.0))], picture)
+        draw_heatmaps([*norms, Panel("cosine", known, "{:+z.2f}", (-1.0, 1.0))], picture)
         OUTPUT.print(f"[bold]Picture[/] {escape(str(picture))}", soft_wrap=True)
 
 
@@ -191,10 +196,6 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"weights are {text!r}, but must be numbers such as 0.7,-0.3.") from error
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _span(numbers: Sequence[int]) -> str:

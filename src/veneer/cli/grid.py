@@ -34,7 +34,7 @@ class Panel:
 
     title: str
     values: Mapping[str, float]
-    text: str = "{:.2f}"
+    text: str = "{:.3g}"
     span: tuple[float | None, float | None] = (0.0, None)
 
 

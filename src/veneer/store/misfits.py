@@ -77,7 +77,7 @@ def _differing(state: AdapterState, wanted: Mapping[str, tuple[int, ...]]) -> li
         if tuple(tensor.shape) != wanted[key]:
             there = tuple(tensor.shape)
             problems.append(f"{key} is {there}, but needs to be {wanted[key]}")
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             problems.append(f"{key} has values that are not finite numbers")
     return problems
 
@@ -115,7 +115,7 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
         path = key.rpartition(".")[0]
         if path not in complete:
             problems.append(f"{key} stands alone, without its other half")
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             problems.append(f"{key} has values that are not finite numbers")
     try:
         wanted = {layer.path for layer in resolve(model, config)}
@@ -186,7 +186,7 @@ def _misfit_rows(
                 f"its new rows of the {part} are {tuple(values.shape)}, "
                 f"but must be {(len(rows.words), dim)}"
             )
-        if not _is_finite(values):
+        if not is_finite(values):
             problems.append(f"its new rows of the {part} have values that are not finite numbers")
     if tokenizer is not None:
         vocabulary = tokenizer.get_vocab()
@@ -204,6 +204,7 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor is a plain one of numbers, all of them finite."""
     plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
     return plain and bool(torch.isfinite(tensor.to(torch.float32)).all())
