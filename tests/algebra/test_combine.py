@@ -7,10 +7,10 @@ import peft
 import pytest
 import torch
 from peft.utils import merge_utils
-from states import assert_close, model_with, states_of, whole
 
 import veneer
 from adapted import logits, tokenizer, with_words
+from states import assert_close, model_with, states_of, whole
 from tiny import tiny
 from veneer.algebra.combine import combine
 from veneer.lowrank.config import LoRA
@@ -249,6 +249,20 @@ def test_peft_combines_to_the_same(theirs, method, ours, options):
     torch.testing.assert_close(found[path], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_adapters_of_some_blocks_alone_keep_to_them(tmp_path):
+    some, other = states_of(
+        model_with("llama", LoRA(rank=2, targets="v_proj", layers="1"), LoRA(rank=3))
+    )
+    # As PEFT's layers_to_transform are read: names, and the blocks beside them.
+    some = replace(some, config=replace(some.config, targets="v_proj", layers="1"))
+    for states, wanted in (([some], 1), ([some, some], 1), ([some, other], 8)):
+        weights = [0.5] * len(states)
+        found = combine(states, weights).state
+        assert len(list(found.layers())) == wanted
+        install(tiny("llama"), found)
+        assert_close(whole(found), mixture(states, weights))
+
+
 def test_magnitude_prune_keeps_the_largest_of_each_layer():
     states, weights = two(), (0.7, -0.3)
     found = combine(states, weights, method="magnitude_prune", rank=ALL, density=0.25)
@@ -301,6 +315,13 @@ def test_dare_draws_for_each_adapter_and_layer_by_the_seed_alone():
         tensors={k: x for k, x in states[0].tensors.items() if "q_proj" in k},
     )
     assert_close(dare([alone]), {p: x for p, x in once.items() if "q_proj" in p})
+
+
+def test_layers_of_one_shape_draw_apart():
+    (one, _), settings = two(), {"method": "dare", "rank": ALL, "density": 0.5}
+    found = whole(combine([one], [1.0], **settings).state)
+    masks = [found[f"model.layers.{n}.self_attn.q_proj"].abs() > 1e-6 for n in (0, 1)]
+    assert not torch.equal(*masks)
 
 
 def test_with_all_entries_kept_dare_is_the_sum_and_dare_ties_is_ties():
