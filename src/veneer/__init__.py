@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from veneer.algebra.combine import combine
+    from veneer.algebra.extract import extract
     from veneer.data.load import load_examples
     from veneer.errors import (
         AdapterError,
@@ -54,7 +56,9 @@ _HOMES = {
     "answer": "generate.decode",
     "answers": "generate.decode",
     "attach": "methods.attach",
+    "combine": "algebra.combine",
     "detach": "methods.attach",
+    "extract": "algebra.extract",
     "in_use": "methods.attach",
     "load": "store.adapters",
     "load_base": "models.load",
@@ -89,7 +93,9 @@ __all__ = [
     "answer",
     "answers",
     "attach",
+    "combine",
     "detach",
+    "extract",
     "in_use",
     "load",
     "load_base",

@@ -107,6 +107,8 @@ def child(code: str) -> str:
         ["--version"],
         ["tune", "--rnk", "4"],
         ["compare", "m", "no.jsonl"],
+        ["extract", "--help"],
+        ["extract", "a", "b", "c", "--rank", "0"],
         ["tnue"],
     ],
 )
@@ -145,6 +147,9 @@ def test_python_m_veneer_is_veneer():
         "check",
         "generate",
         "chat",
+        "combine",
+        "extract",
+        "diff",
     ],
 )
 def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
@@ -156,7 +161,7 @@ def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
         ("model", "data", "out", "resume", "force", "quiet")
     )
     tuned = len(SETTINGS) + len(SWITCHES) + 1
-    flags = SimpleNamespace(tune=tuned, compare=compared, inspect=10).__dict__
+    flags = {"tune": tuned, "compare": compared, "inspect": 13, "combine": 7, "extract": 7}
     assert len(rows) >= flags.get(command, 2)
     for row in rows:
         name, _, explained = row.lstrip("* ").partition("  ")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
+from veneer.algebra.config import CombineConfig, ExtractConfig
 from veneer.cli.console import show_error
 from veneer.cli.recipes import from_recipe
 from veneer.compare.config import CompareConfig
@@ -53,6 +54,10 @@ BitsFlag = Annotated[
     PackedBits | None,
     Parameter(help="Pack the base's linear layers: 4 bits (NF4) or 8 a parameter."),
 ]
+Picture = Annotated[
+    Path | None, Parameter(help="Draw it too, as a heat map of blocks and kinds of layers.")
+]
+AdapterFormat = Annotated[Literal["native", "peft"], Parameter(help="Format of the adapter.")]
 PackHead = Annotated[bool, Parameter(help="With --bits, pack the head too.")]
 
 
@@ -150,11 +155,65 @@ def inspect(
     /,
     *,
     lora: Annotated[LoRA | None, Flat] = None,
+    picture: Picture = None,
 ) -> None:
-    """Show which layers of MODEL would train, and how many parameters, before anything does."""
+    """Show which layers of MODEL would train, before anything does; or, of an adapter's directory,
+    the size and effective rank of each of its changes."""
     from veneer.cli.commands import run_inspect
 
-    run_inspect(model, lora or LoRA())
+    run_inspect(model, lora, picture=picture)
+
+
+@app.command
+def diff(
+    one: Annotated[Path, Parameter(help="Adapter directory.")],
+    other: Annotated[Path, Parameter(help="Adapter directory, over the same base.")],
+    /,
+    *,
+    picture: Picture = None,
+) -> None:
+    """Lay two adapters side by side: norms, effective ranks and cosine, layer by layer."""
+    from veneer.cli.algebra import run_diff
+
+    run_diff(one, other, picture=picture)
+
+
+@app.command
+def combine(
+    *places: Annotated[
+        Path, Parameter(help="Adapter directories, and last the directory for the result.")
+    ],
+    weights: Annotated[
+        str | None,
+        Parameter(help="A factor for each, such as 0.7,-0.3; 1 for all unless given."),
+    ] = None,
+    settings: Annotated[CombineConfig | None, Flat] = None,
+    format: AdapterFormat = "native",
+) -> None:
+    """Make one adapter of several: a weighted sum, TIES, DARE; a negative weight takes one away."""
+    from veneer.cli.algebra import run_combine
+
+    run_combine(places, weights, settings or CombineConfig(), format=format)
+
+
+@app.command
+def extract(
+    base: Model,
+    tuned: Annotated[str, Parameter(help="The same model after full fine-tuning, by any name.")],
+    out: Annotated[Path, Parameter(help="Directory for the adapter.")],
+    /,
+    *,
+    settings: Annotated[ExtractConfig | None, Flat] = None,
+    format: AdapterFormat = "native",
+    force: Annotated[
+        bool, Parameter(negative="", help="Go on even if TUNED does not look like a tuned BASE.")
+    ] = False,
+) -> None:
+    """Find the adapter that lies in a full fine-tune: the change of each layer, cut to a rank."""
+    from veneer.cli.algebra import run_extract
+
+    # Without a rank or an energy, this says so.
+    run_extract(base, tuned, out, settings or ExtractConfig(), format=format, force=force)
 
 
 @app.command

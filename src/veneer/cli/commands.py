@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.markup import escape
 
 import veneer
+from veneer.cli.algebra import run_inspect_adapter
 from veneer.cli.console import ERRORS, OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.progress import RunDisplay
 from veneer.cli.tables import merged_table, packed_table, target_summary, target_table
 from veneer.data.rows import Message
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
 from veneer.methods.merge import rounded_away
@@ -19,15 +20,24 @@ from veneer.methods.report import report_targets
 from veneer.models.load import Base, load_skeleton, open_base
 from veneer.models.locate import locate
 from veneer.plan.config import PackedBits
+from veneer.store.adapters import holds_adapter
+from veneer.store.adapters import read as read_adapter
 from veneer.store.gguf_model import write_merged
 from veneer.store.packed import PackedLayer, write_packed
 from veneer.training.pretrain import pretrain
 from veneer.training.tune import size_of
 
 
-def run_inspect(model: str, lora: LoRA) -> None:
+def run_inspect(model: str, lora: LoRA | None, *, picture: Path | None) -> None:
     quieten_libraries()
-    report = report_targets(load_skeleton(model), lora)
+    if holds_adapter(Path(model)):
+        if lora is not None:
+            raise ConfigError(f"{model} is an adapter: flags of one that would train do nothing.")
+        run_inspect_adapter(Path(model), picture=picture)
+        return
+    if picture is not None:
+        raise ConfigError(f"--picture is of an adapter, and {model} holds none.")
+    report = report_targets(load_skeleton(model), lora or LoRA())
     OUTPUT.print(target_table(report))
     OUTPUT.print(target_summary(report))
 

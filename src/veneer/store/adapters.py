@@ -63,9 +63,19 @@ def load(
     return model
 
 
+def holds_adapter(place: Path) -> bool:
+    """Return whether there is an adapter of a known format at `place`, and no model to load."""
+    return formats.found(place) is not None
+
+
 def read(
     directory: Path, base: PreTrainedModel | None = None, *, allow_bin: bool = False
 ) -> AdapterState:
-    """Read an adapter of any known format; some need the base, or its skeleton, to be understood."""
+    """Read an adapter of any known format; some need the base, or its skeleton, to be known."""
     known = None if base is None else KnownBase.of(base)
     return formats.read(directory, Given(known, allow_bin=allow_bin))
+
+
+def write(state: AdapterState, directory: Path, *, format: FormatName = "native") -> list[str]:
+    """Write an adapter without its model, all at once, and return notes as `save` does."""
+    return formats.write(state, directory, format, Given())

@@ -81,7 +81,7 @@ def _differing(state: AdapterState, wanted: Mapping[str, tuple[int, ...]]) -> li
         if tuple(tensor.shape) != wanted[key]:
             there = tuple(tensor.shape)
             problems.append(f"{key} is {there}, but needs to be {wanted[key]}")
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             problems.append(f"{key} has values that are not finite numbers")
     return problems
 
@@ -122,7 +122,7 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
         path = key.rpartition(".")[0]
         if path not in complete:
             problems.append(f"{key} stands alone, without its other half")
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             problems.append(f"{key} has values that are not finite numbers")
     try:
         wanted = {layer.path for layer in resolve(model, config)}
@@ -199,7 +199,7 @@ def _misfit_saved(model: nn.Module, state: AdapterState) -> list[str]:
             problems.append(f"{path} is {tuple(weight.shape)}, but needs to be {tuple(base.shape)}")
         if path in adapted or layer in adapted:
             problems.append(f"it both replaces {path} and adapts it")
-        if not _is_finite(weight):
+        if not is_finite(weight):
             problems.append(f"{path} has values that are not finite numbers")
     return problems
 
@@ -228,7 +228,7 @@ def _misfit_tokens(model: PreTrainedModel, state: AdapterState) -> list[str]:
         if tokens.rows is not None and tuple(tokens.rows.shape) != (count, dim):
             there = tuple(tokens.rows.shape)
             problems.append(f"its rows of {path} are {there}, but need to be {(count, dim)}")
-        if tokens.rows is not None and not _is_finite(tokens.rows):
+        if tokens.rows is not None and not is_finite(tokens.rows):
             problems.append(f"its rows of {path} have values that are not finite numbers")
         if path in adapted or f"{path}.weight" in state.saved:
             problems.append(f"it has rows of {path}, and changes all of it as well")
@@ -259,7 +259,7 @@ def _misfit_rows(
                 f"its new rows of the {part} are {tuple(values.shape)}, "
                 f"but must be {(len(rows.words), dim)}"
             )
-        if not _is_finite(values):
+        if not is_finite(values):
             problems.append(f"its new rows of the {part} have values that are not finite numbers")
     if tokenizer is not None:
         vocabulary = tokenizer.get_vocab()
@@ -277,6 +277,7 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor is a plain one of numbers, all of them finite."""
     plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
     return plain and bool(torch.isfinite(tensor.to(torch.float32)).all())

@@ -168,7 +168,7 @@ def capture(
             config = replace(config, init="kaiming")  # no gradient has come, and it started so
         paths = {key.rpartition(".")[0] for key in tensors}
         if paths:
-            targets = _shortest_names(paths, model)
+            targets = shortest_names(paths, model)
             config = replace(config, targets=targets, layers=None)
     words = new_words(model)
     rows = None
@@ -260,7 +260,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
 
-def _shortest_names(paths: set[str], model: nn.Module) -> tuple[str, ...]:
+def shortest_names(paths: set[str], model: nn.Module) -> tuple[str, ...]:
     """Return last names where these say exactly which layers are meant, and whole paths if not.
 
     Other formats' readers look at every module, of whatever kind, that bears a name.

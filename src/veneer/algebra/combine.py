@@ -1,0 +1,222 @@
+"""Several adapters as one: their weighted sum, exact or cut to a rank, and TIES and DARE."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from veneer.algebra.change import Change, LayerFit, changes_of, energy_of, state_of, unfit
+from veneer.algebra.config import CombineConfig, CombineMethod
+from veneer.errors import AdapterError, ConfigError
+from veneer.lowrank.config import LoRA
+from veneer.lowrank.formula import delta_weight
+from veneer.lowrank.sparse import agreed, dropped, pruned, threshold, trimmed
+from veneer.lowrank.spectrum import balanced, inner, kept_energy, product_directions, truncated
+from veneer.store.state import AdapterState
+
+Together = list[dict[str, Change]]  # each adapter's changes, its weight within B
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One adapter made of several, how much of the whole it holds, and what to know of it."""
+
+    state: AdapterState
+    layers: tuple[LayerFit, ...]
+    notices: tuple[str, ...] = ()
+
+    @property
+    def energy(self) -> float:
+        """The share of ‖ΔW‖² over all layers that the rank holds; 1 of an exact sum."""
+        return energy_of(self.layers)
+
+
+def combine(
+    states: Sequence[AdapterState],
+    weights: Sequence[float],
+    *,
+    method: CombineMethod = "sum",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> Combined:
+    """Return Σ w ΔW of several adapters over one base as one adapter; a negative w takes one away.
+
+    sum: exact, A stacked and B side by side, so that ranks add up.
+    svd: the nearest to the sum of a rank, from the factors alone.
+    All others work on w ΔW itself, made for one layer at a time, and cut what comes out to a rank:
+    ties: each keeps the largest `density` of all its entries; then, entry by entry, the mean of
+    those that have the sign of the total (Yadav et al. 2023, section 3).
+    dare: each keeps a random `density` of its entries, divided by it; then the sum (Yu et al. 2023,
+    section 3.2). dare_ties: the same, then the mean of those that agree, as in ties.
+    magnitude_prune: each keeps the largest `density` of each layer's entries; then the sum.
+
+    A layer that one of them lacks counts as zero there. Raises ConfigError for settings that cannot
+    be, and AdapterError, listing everything at once, for adapters of different bases, of other
+    methods or with new words, and for DoRA.
+    """
+    config = CombineConfig(method, rank, density, seed)
+    _check_weights(weights, len(states))
+    _check_states(states)
+    parts = [
+        {path: Change(c.A, weight * c.B, c.is_embedding) for path, c in changes_of(state).items()}
+        for state, weight in zip(states, weights, strict=True)
+    ]
+    _check_shapes(parts)
+    if method in ("sum", "svd"):
+        made = dict(_summed(parts, config.rank))
+    else:
+        made = dict(_sparse(parts, config))
+    state = state_of(
+        {path: change for path, (change, _) in made.items()},
+        targets=_targets(states, list(made)),
+        base_name=next((s.base_name for s in states if s.base_name), ""),
+        base_fingerprint={part: mark for s in states for part, mark in s.base_fingerprint.items()},
+    )
+    # They must be the base's own, which is seen where the adapter is laid over one.
+    brought = {name: weight for s in states for name, weight in s.base_weights.items()}
+    state = replace(state, base_weights=brought)
+    return Combined(state, tuple(fit for _, fit in made.values()), tuple(_notices(states)))
+
+
+def _summed(parts: Together, rank: int | None) -> Iterator[tuple[str, tuple[Change, LayerFit]]]:
+    """Yield the sum of each layer's changes, cut to a rank if there is one."""
+    for path, changes in _by_layer(parts):
+        A = torch.cat([change.A for change in changes])  # (Σ rank, in)
+        B = torch.cat([change.B for change in changes], dim=1)  # (out, Σ rank)
+        energy, norm = 1.0, math.sqrt(max(0.0, inner((A, B), (A, B))))
+        if rank is not None:
+            U, S, V = product_directions(A, B)
+            A, B = balanced(U, S, V, rank)
+            energy = kept_energy(S[:rank], float(S.square().sum()))
+        one = Change(A, B, changes[0].is_embedding)
+        yield path, (one, LayerFit(path, len(A), norm, energy))
+
+
+def _sparse(
+    parts: Together, config: CombineConfig
+) -> Iterator[tuple[str, tuple[Change, LayerFit]]]:
+    """Yield what is left of each layer's changes, cut to the rank."""
+    density = config.density
+    assert density is not None
+    least = [0.0] * len(parts)
+    if config.method == "ties":
+        # The paper trims an adapter as one vector: a layer that changed little may lose everything.
+        least = [threshold(partial(_all_dense, part), density) for part in parts]
+    for path, _ in _by_layer(parts):
+        generator = torch.Generator().manual_seed(_layer_seed(config.seed, path))
+        kept = []
+        for part, smallest in zip(parts, least, strict=True):
+            if path not in part:
+                continue
+            change = _dense(part[path])
+            if config.method == "ties":
+                kept.append(trimmed(change, smallest))
+            elif config.method == "magnitude_prune":
+                kept.append(pruned(change, density))
+            else:
+                kept.append(dropped(change, density, generator))
+        one = agreed(kept) if config.method in ("ties", "dare_ties") else torch.stack(kept).sum(0)
+        factors, energy = truncated(one, rank=config.rank)
+        is_embedding = next(part[path].is_embedding for part in parts if path in part)
+        fit = LayerFit(path, len(factors[0]), float(one.norm()), energy)
+        yield path, (Change(*factors, is_embedding), fit)
+
+
+def _by_layer(parts: Together) -> Iterator[tuple[str, list[Change]]]:
+    for path in dict.fromkeys(path for part in parts for path in part):
+        yield path, [part[path] for part in parts if path in part]
+
+
+def _dense(change: Change) -> Tensor:
+    return delta_weight(change.A, change.B, 1.0)
+
+
+def _all_dense(part: Mapping[str, Change]) -> Iterator[Tensor]:
+    return map(_dense, part.values())
+
+
+def _layer_seed(seed: int, path: str) -> int:
+    """Return a seed of the layer's own, so that its draw hangs on no other layer."""
+    return int(hashlib.sha256(f"{seed} {path}".encode()).hexdigest()[:15], 16)
+
+
+def _targets(states: Sequence[AdapterState], paths: list[str]) -> list[str]:
+    """Return targets that name the layers of all adapters, and no others."""
+    configs = [state.config for state in states if isinstance(state.config, LoRA)]
+    if any(config.layers is not None for config in configs):
+        return paths
+    return list(dict.fromkeys(target for config in configs for target in config.targets))
+
+
+def _check_weights(weights: Sequence[float], count: int) -> None:
+    problems = [
+        f"weight {n} is {weight!r}, but must be a finite number other than 0"
+        for n, weight in enumerate(weights, 1)
+        if not weight or not math.isfinite(weight)
+    ]
+    if len(weights) != count:
+        problems.append(f"there are {count} adapters, but {len(weights)} weights")
+    if not count:
+        problems.append("there is no adapter")
+    if problems:
+        raise ConfigError("Adapters cannot be combined so: " + "; ".join(problems) + ".")
+
+
+def _check_states(states: Sequence[AdapterState]) -> None:
+    """Raise AdapterError for adapters that are no sums of B A, or lie over different bases."""
+    problems = []
+    marks: dict[str, tuple[int, str]] = {}
+    for n, state in enumerate(states, 1):
+        own = unfit(state)
+        if isinstance(state.config, LoRA) and state.config.dora:
+            own.append(
+                "it is DoRA, whose change m ∘ (W + B A) / ‖W + B A‖ − W hangs on the base and is "
+                "of full rank, so that no factors hold it (merge it, and extract an adapter "
+                "from the merged model)"
+            )
+        if state.rows is not None:
+            own.append("it has new words, whose rows belong to its own tokenizer")
+        if state.saved or state.tokens:
+            own.append("it has weights or rows in the place of the base's, which are no B A")
+        for part, mark in state.base_fingerprint.items():
+            first, known = marks.setdefault(part, (n, mark))
+            if known != mark:
+                own.append(f"it was made on another base than adapter {first} (its {part} differ)")
+        problems += [f"adapter {n}: {problem}" for problem in own]
+    if problems:
+        raise AdapterError("These adapters cannot be combined: " + "; ".join(problems) + ".")
+
+
+def _check_shapes(parts: Together) -> None:
+    problems = []
+    for path, changes in _by_layer(parts):
+        kinds = {(change.shape, change.is_embedding) for change in changes}
+        if len(kinds) > 1:
+            shapes = " and ".join(str(change.shape) for change in changes)
+            problems.append(f"{path} is {shapes}")
+    if problems:
+        raise AdapterError(
+            "These adapters belong to bases of different shapes: " + "; ".join(problems) + "."
+        )
+
+
+def _notices(states: Sequence[AdapterState]) -> Iterator[str]:
+    names = sorted({state.base_name for state in states if state.base_name})
+    if len(names) > 1 and not all(state.base_fingerprint for state in states):
+        yield (
+            f"Nothing but shapes tells whether these adapters belong to one base: they name "
+            f"{', '.join(names)}."
+        )
+    for n, state in enumerate(states, 1):
+        if state.base_weights:
+            yield (
+                f"Adapter {n} brings weights of its base along ({', '.join(state.base_weights)}); "
+                "they are taken to be the base's own, and are not part of the sum."
+            )

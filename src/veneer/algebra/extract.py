@@ -1,0 +1,193 @@
+"""The adapter that lies in somebody's full fine-tune: the change of each weight, cut to a rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from veneer.algebra.change import Change, LayerFit, energy_of, state_of
+from veneer.algebra.config import ExtractConfig
+from veneer.errors import AdapterError, ModelError
+from veneer.lowrank.spectrum import truncated
+from veneer.methods.targets import adaptable_layers
+from veneer.models.fingerprint import Marks, fingerprint
+from veneer.models.load import open_base
+from veneer.models.source import Source
+from veneer.store.state import AdapterState, shortest_names
+
+# A fine-tune moves weights by some per cent of their size; two models that were trained apart
+# differ by more than the size itself.
+FOREIGN = 0.5
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight that changed, and that no factors over a linear layer can hold."""
+
+    name: str
+    norm: float  # ‖ΔW‖
+    relative: float  # ‖ΔW‖ / ‖W‖
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """An adapter found in a fine-tune, how much of it that is, and what to know of it."""
+
+    state: AdapterState
+    layers: tuple[LayerFit, ...]
+    left_out: tuple[LeftOut, ...]
+    relative: float  # ‖ΔW‖ / ‖W‖ over all weights
+    notices: tuple[str, ...] = ()
+
+    @property
+    def energy(self) -> float:
+        """The share of ‖ΔW‖² over the linear layers that changed which the adapter holds."""
+        return energy_of(self.layers)
+
+    @property
+    def left_out_share(self) -> float:
+        """The share of ‖ΔW‖² over all weights that lies in those left out."""
+        out = sum(each.norm**2 for each in self.left_out)
+        whole = out + sum(fit.norm**2 for fit in self.layers)
+        return out / whole if whole else 0.0
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    force: bool = False,
+) -> Extracted:
+    """Return the adapter over `base` that is nearest to what made it `tuned`, layer by layer.
+
+    s B A is W_tuned − W_base cut to a rank, or to the smallest rank that keeps a share `energy` of
+    ‖ΔW‖² in each layer. Only linear layers can have one; other weights that changed are reported.
+    Weights are read one by one. A base of a wider dtype is rounded to the tuned one's first, as it
+    was when tuning began: that rounding is none of what was learnt.
+
+    Raises ConfigError for settings that cannot be, ModelError for models that cannot be read or
+    whose weights are not of the same names and shapes, and AdapterError where `tuned` is no
+    fine-tune of `base` (`force` overrides what is judged, not measured) or changed no layer.
+    """
+    config = ExtractConfig(rank, energy)
+    before, tokenizer, notices = open_base(base)
+    after, their_tokenizer, more = open_base(tuned)
+    _check_shapes(before, after)
+    if not force:
+        _check_settings(before, after, tokenizer, their_tokenizer)
+    skeleton, marks = before.skeleton, Marks(before.skeleton)
+    layers = {
+        f"{layer.path}.weight": layer for layer in adaptable_layers(skeleton) if layer.is_linear
+    }
+    found: dict[str, Change] = {}
+    fits: list[LayerFit] = []
+    left_out: list[LeftOut] = []
+    changed = size = 0.0
+    rounded = False
+    for name in before.names:
+        old, new = before.read(name), after.read(name)
+        marks.see(name, old)
+        if not new.is_floating_point():
+            continue  # a mask, or another constant of the architecture
+        rounded |= _is_wider(old, new)
+        old = (old.to(new.dtype) if _is_wider(old, new) else old).to(torch.float32)
+        delta = new.to(torch.float32) - old
+        norm, own_size = float(delta.norm()), float(old.norm())
+        changed, size = changed + norm**2, size + own_size**2
+        if not math.isfinite(norm):
+            raise ModelError(f"{name} has values that are not finite numbers.")
+        if not norm:
+            continue
+        if (layer := layers.get(name)) is None:
+            left_out.append(LeftOut(name, norm, norm / own_size if own_size else math.inf))
+            continue
+        change = delta.T if isinstance(layer.module, Conv1D) else delta  # (out, in)
+        factors, kept = truncated(change, rank=config.rank, energy=config.energy)
+        found[layer.path] = Change(*factors)
+        fits.append(LayerFit(layer.path, len(factors[0]), norm, kept))
+    relative = (changed / size) ** 0.5 if size else 0.0
+    if relative > FOREIGN and not force:
+        raise AdapterError(
+            f"The weights of {tuned} differ from those of {base} by {relative:.0%} of their size, "
+            "as those of models that were trained apart do: this is no fine-tune of that base "
+            "(force overrides this)."
+        )
+    if not found:
+        raise AdapterError(
+            f"No linear layer of {tuned} differs from that of {base}: there is nothing to extract."
+        )
+    skeleton.veneer_marks = marks.found()  # type: ignore[assignment]
+    state = state_of(
+        found,
+        targets=shortest_names(set(found), skeleton),
+        base_name=str(base),
+        base_fingerprint=fingerprint(skeleton, tokenizer),
+    )
+    said = (f"The weights of {base} were rounded to the dtype of {tuned} before comparing.",)
+    return Extracted(
+        state,
+        tuple(fits),
+        tuple(left_out),
+        relative,
+        (*notices, *more, *(said if rounded else ())),
+    )
+
+
+def _is_wider(old: Tensor, new: Tensor) -> bool:
+    return torch.finfo(old.dtype).bits > torch.finfo(new.dtype).bits
+
+
+def _check_shapes(before: Source, after: Source) -> None:
+    """Raise ModelError, listing each weight that only one has, or that is of another shape."""
+    ours, theirs = (dict(_shapes(source)) for source in (before, after))
+    problems = [
+        f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} in the base"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ModelError(
+            f"The weights of the two models do not match: {'; '.join(problems[:5])}{more}."
+        )
+
+
+def _shapes(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
+    state = source.skeleton.state_dict()
+    for name in source.names:
+        yield name, tuple(state[name].shape)
+
+
+def _check_settings(
+    before: Source,
+    after: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    their_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raise AdapterError where the same weights and texts mean something else to the two."""
+    parts = {"settings": "config", "vocabularies": "tokenizer"}
+    ours, theirs = (
+        fingerprint(_marked(source), tokens)
+        for source, tokens in ((before, tokenizer), (after, their_tokenizer))
+    )
+    differing = [words for words, part in parts.items() if ours[part] != theirs[part]]
+    if differing:
+        raise AdapterError(
+            f"The {' and '.join(differing)} of the two models differ: this is no fine-tune of that "
+            "base (force overrides this)."
+        )
+
+
+def _marked(source: Source) -> PreTrainedModel:
+    """Return the skeleton, which tells its settings' mark though it has no weights."""
+    source.skeleton.veneer_marks = Marks(source.skeleton).found()  # type: ignore[assignment]
+    return source.skeleton

@@ -1,0 +1,119 @@
+"""How large an adapter's changes are, how many directions they have, and how two of them lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from veneer.algebra.change import Change, changes_of, unfit
+from veneer.errors import AdapterError
+from veneer.lowrank.config import LoRA
+from veneer.lowrank.spectrum import effective_rank, inner, product_directions
+from veneer.store.state import AdapterState
+
+
+@dataclass(frozen=True)
+class Measured:
+    """ΔW = s B A of one layer (out, in): ‖ΔW‖, its largest singular value, and effective rank."""
+
+    path: str
+    out: int
+    in_: int
+    rank: int
+    norm: float
+    largest: float
+    effective_rank: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One layer of two adapters; None for one that lacks it.
+
+    inner: ⟨ΔW, ΔW'⟩, 0 where one of them is nothing.
+    """
+
+    path: str
+    one: Measured | None
+    other: Measured | None
+    inner: float
+
+    @property
+    def cosine(self) -> float | None:
+        """⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖), or None where one of them is nothing."""
+        if self.one is None or self.other is None:
+            return None
+        return cosine(self.inner, self.one.norm, self.other.norm)
+
+
+def inspect(state: AdapterState) -> list[Measured]:
+    """Return what an adapter adds to each layer, from its factors alone.
+
+    Of DoRA, which rescales W + B A row by row, B A alone is measured. Raises AdapterError for an
+    adapter that has no low-rank factors.
+    """
+    return [_measured(path, change) for path, change in _changes(state, "it").items()]
+
+
+def diff(one: AdapterState, other: AdapterState) -> list[Pair]:
+    """Return the layers of two adapters side by side, with the angles between their changes.
+
+    Nothing as large as ΔW is made. Raises AdapterError for adapters that have no low-rank factors,
+    or layers of different shapes.
+    """
+    left, right = _changes(one, "the first"), _changes(other, "the second")
+    problems = [
+        f"{path} is {left[path].shape} and {right[path].shape}"
+        for path in left
+        if path in right and left[path].shape != right[path].shape
+    ]
+    if problems:
+        raise AdapterError(
+            "These adapters belong to bases of different shapes: " + "; ".join(problems) + "."
+        )
+    return [
+        Pair(
+            path,
+            _measured(path, left[path]) if path in left else None,
+            _measured(path, right[path]) if path in right else None,
+            inner(left[path].factors, right[path].factors)
+            if path in left and path in right
+            else 0.0,
+        )
+        for path in dict.fromkeys([*left, *right])
+    ]
+
+
+def total_norm(layers: Iterable[Measured | None]) -> float:
+    """Return ‖ΔW‖ over all layers."""
+    return sum(layer.norm**2 for layer in layers if layer is not None) ** 0.5
+
+
+def total_cosine(pairs: list[Pair]) -> float | None:
+    """Return the cosine of two adapters as vectors over all layers, None if one is nothing."""
+    sizes = total_norm(pair.one for pair in pairs), total_norm(pair.other for pair in pairs)
+    return cosine(sum(pair.inner for pair in pairs), *sizes)
+
+
+def cosine(product: float, one: float, other: float) -> float | None:
+    """Return product / (one · other), kept within ±1, or None where that is 0 / 0."""
+    if not one or not other:
+        return None
+    return max(-1.0, min(1.0, product / (one * other)))
+
+
+def _changes(state: AdapterState, which: str) -> dict[str, Change]:
+    if problems := unfit(state):
+        raise AdapterError(f"This adapter cannot be measured: {which}: {'; '.join(problems)}.")
+    return changes_of(state)
+
+
+def _measured(path: str, change: Change) -> Measured:
+    _, S, _ = product_directions(change.A, change.B)
+    return Measured(
+        path, *change.shape, len(change.A), float(S.norm()), float(S[0]), effective_rank(S)
+    )
+
+
+def is_dora(state: AdapterState) -> bool:
+    """Return whether B A is only a part of what an adapter does."""
+    return isinstance(state.config, LoRA) and state.config.dora

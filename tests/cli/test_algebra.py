@@ -1,0 +1,176 @@
+"""`veneer combine`, `extract`, `diff` and `inspect` of an adapter, from the flags to the files."""
+
+import re
+
+import pytest
+import torch
+
+import veneer
+from adapted import copy_of, logits
+from states import add_to, model_with, states_of, whole, written
+from tiny import tiny
+from veneer.cli.app import run
+from veneer.lowrank.config import LoRA
+from veneer.store.adapters import read, write
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Two adapters over one base, on disk: one in our own format, one in PEFT's."""
+    model = model_with("llama", LoRA(rank=2, targets="attention"), LoRA(rank=3, targets="all"))
+    places = tmp_path / "a", tmp_path / "b"
+    for state, place, format in zip(states_of(model), places, ("native", "peft"), strict=True):
+        write(state, place, format=format)
+    return places
+
+
+def refused(arguments, capsys) -> str:
+    capsys.readouterr()
+    assert run([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    assert printed.err.count("Error:") == 1
+    return " ".join(printed.err.split())
+
+
+def shown(arguments, capsys) -> str:
+    capsys.readouterr()
+    assert run([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", [["--weights", "0.7,-0.3"], ["--weights=-0.3,0.7"], []])
+def test_combine_writes_the_weighted_sum(adapters, weights, tmp_path, capsys):
+    for format in ("native", "peft"):
+        out = tmp_path / "out" / format
+        said = shown(["combine", *adapters, out, *weights, "--format", format], capsys)
+        assert "2 adapters by sum" in said
+        assert "100.00% of the change kept" in said
+        assert str(out) in said
+        factors = [float(x) for x in weights[-1].split("=")[-1].split(",")] if weights else [1, 1]
+        model = tiny("llama")
+        veneer.load(model, out)
+        mixed = tiny("llama")
+        for name, place in zip("ab", adapters, strict=True):
+            veneer.load(mixed, place, name=name)
+        veneer.use(mixed, dict(zip("ab", factors, strict=True)))
+        torch.testing.assert_close(logits(model), logits(mixed), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["svd", "ties", "dare", "dare_ties", "magnitude_prune"])
+def test_combine_cuts_to_a_rank_and_says_what_is_kept(adapters, method, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--method", method, "--rank", 2] + (["--density", 0.5] if method != "svd" else [])
+    said = shown(["combine", *adapters, out, *flags], capsys)
+    assert re.search(r"\b2: \d+\.\d%", said)
+    assert {len(layer.A) for layer in read(out).layers()} == {2}
+    kept = re.search(r"([\d.]+)% of the change kept", said)
+    assert kept
+    assert 20 < float(kept[1]) < 100
+
+
+def test_combine_says_what_is_wrong(adapters, tmp_path, capsys):
+    a, b = adapters
+    assert "then the directory" in refused(["combine", a], capsys)
+    assert "holds something already" in refused(
+        ["combine", a, b], capsys
+    )  # no place for the result
+    assert "2 adapters, but 1 weights" in refused(
+        ["combine", a, b, "out", "--weights", "1"], capsys
+    )
+    assert "numbers such as" in refused(["combine", a, b, "out", "--weights", "1;2"], capsys)
+    assert "needs a rank" in refused(["combine", a, b, "out", "--method", "ties"], capsys)
+    assert "--method" in refused(["combine", a, b, "out", "--method", "tie"], capsys)
+    assert "no adapter directory" in refused(["combine", a, "nowhere", "out"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def models(tmp_path):
+    base = tiny("llama")
+    generator = torch.Generator().manual_seed(0)
+    change = {
+        "model.layers.0.self_attn.q_proj.weight": 0.02 * torch.randn(32, 32, generator=generator),
+        "model.layers.1.self_attn.q_proj.weight": 0.02 * torch.ones(32, 32),
+        "model.norm.weight": 0.1 * torch.ones(32),
+    }
+    return written(base, tmp_path / "base"), written(
+        add_to(copy_of(base), change), tmp_path / "tuned"
+    )
+
+
+def test_extract_writes_the_adapter_and_says_what_it_keeps(models, tmp_path, capsys):
+    out = tmp_path / "out"
+    said = shown(["extract", *models, out, "--energy", "0.8"], capsys)
+    assert re.search(r"1: 100\.0%", said)
+    assert "model.norm.weight, changed by 10.00% of its size" in said
+    assert "2 linear layers have an adapter, of rank 1 to" in said
+    state = read(out)
+    assert state.config.rank_of("model.layers.1.self_attn.q_proj") == 1
+    base = veneer.load_base(models[0], dtype="float32")
+    veneer.load(base.model, out, tokenizer=base.tokenizer)
+    said = shown(["extract", *models, tmp_path / "p", "--rank", "4", "--format", "peft"], capsys)
+    assert "of rank 4," in said
+    assert (tmp_path / "p" / "adapter_config.json").is_file()
+
+
+def test_extract_says_what_is_wrong(models, tmp_path, capsys):
+    base, tuned = models
+    assert "a rank or an energy" in refused(["extract", base, tuned, "out"], capsys)
+    assert "nothing to extract" in refused(["extract", base, base, "out", "--rank", 2], capsys)
+    assert "holds something" in refused(["extract", base, tuned, base, "--rank", 2], capsys)
+    assert "no such directory" in refused(["extract", base, "none", "out", "--rank", 2], capsys)
+    other = written(tiny("llama", seed=1), tmp_path / "other")
+    assert "force" in refused(["extract", base, other, "out", "--rank", 2], capsys)
+    assert shown(["extract", base, other, "out", "--rank", 2, "--force"], capsys)
+
+
+def test_inspect_tells_an_adapter_from_a_model(adapters, models, tmp_path, capsys):
+    for place, rank in zip(adapters, (2, 3), strict=True):
+        said = shown(["inspect", place], capsys)
+        layers = list(whole(read(place)).values())
+        assert f"{len(layers)} layers of" in said
+        assert f"rank {rank}," in said
+        total = sum(float(x.norm()) ** 2 for x in layers) ** 0.5
+        assert f"‖ΔW‖ {total:.4g} over all" in said
+        assert "q_proj" in said
+        assert f"{float(layers[0].norm()):.3g} (" in said
+    assert "parameters train" in shown(["inspect", models[0], "--targets", "all"], capsys)
+    assert "is an adapter" in refused(["inspect", adapters[0], "--rank", 4], capsys)
+    assert "--picture" in refused(["inspect", models[0], "--picture", "x.png"], capsys)
+    assert "no such directory" in refused(["inspect", tmp_path / "none"], capsys)
+
+
+def test_diff_shows_angles_and_lengths(adapters, capsys):
+    a, b = adapters
+    said = shown(["diff", a, a], capsys)
+    assert "+1.000" in said
+    assert "cosine +1.0000 over all" in said
+    said = shown(["diff", a, b], capsys)
+    assert "14 layers, 8 of them in both" in said
+    assert str(a) in said.replace("\n", "")
+    assert "no adapter directory" in refused(["diff", a, "nowhere"], capsys)
+
+
+def test_pictures_are_drawn_and_other_names_refused(adapters, tmp_path, capsys):
+    matplotlib = pytest.importorskip("matplotlib.image")
+    for arguments in (["inspect", adapters[0]], ["diff", *adapters]):
+        picture = tmp_path / "deep" / f"{arguments[0]}.png"
+        assert str(picture) in shown([*arguments, "--picture", picture], capsys)
+        pixels = matplotlib.imread(picture)[..., :3]
+        assert pixels.shape[0] > 100
+        # Fields differ in grey too, for who has no colours.
+        assert pixels.mean(-1).std() > 0.1
+        assert ".png" in refused([*arguments, "--picture", tmp_path / "x.txt"], capsys)
+
+
+def test_dora_and_brackets_are_shown_as_they_are(tmp_path, capsys):
+    (state,) = states_of(model_with("llama", LoRA(rank=2, dora=True)))
+    place = tmp_path / "[bold]"
+    write(state, place)
+    capsys.readouterr()
+    assert run(["inspect", str(place)]) == 0
+    printed = capsys.readouterr()
+    assert "[bold]" in printed.out
+    assert "DoRA: B A is measured" in printed.err
+    assert "of full rank" in refused(["combine", place, place, "out"], capsys)
