@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         AdapterError,
         ConfigError,
         DataError,
+        MergeError,
         ModelError,
         TargetError,
         TrainingError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from veneer.generate.sampling import Sampling
     from veneer.lowrank.config import LoRA
     from veneer.methods.attach import adapters, attach, detach, in_use, use
+    from veneer.methods.certify import MergeReport, certify
     from veneer.methods.config import Method
     from veneer.methods.merge import merge
     from veneer.methods.vocabulary import add_words
@@ -41,6 +43,8 @@ _HOMES = {
     "DataConfig": "training.recipe",
     "DataError": "errors",
     "LoRA": "lowrank.config",
+    "MergeError": "errors",
+    "MergeReport": "methods.certify",
     "Method": "methods.config",
     "ModelError": "errors",
     "Recipe": "training.recipe",
@@ -54,6 +58,7 @@ _HOMES = {
     "answer": "generate.decode",
     "answers": "generate.decode",
     "attach": "methods.attach",
+    "certify": "methods.certify",
     "detach": "methods.attach",
     "in_use": "methods.attach",
     "load": "store.adapters",
@@ -76,6 +81,8 @@ __all__ = [
     "DataConfig",
     "DataError",
     "LoRA",
+    "MergeError",
+    "MergeReport",
     "Method",
     "ModelError",
     "Recipe",
@@ -89,6 +96,7 @@ __all__ = [
     "answer",
     "answers",
     "attach",
+    "certify",
     "detach",
     "in_use",
     "load",

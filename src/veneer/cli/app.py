@@ -212,12 +212,27 @@ def merge(
     *,
     dtype: DTypeFlag = "auto",
     bits: BitsFlag = None,
+    probe: Annotated[
+        Path | None, Parameter(help="Rows to compare merged and unmerged by, not a sample of ours.")
+    ] = None,
+    accept_loss: Annotated[
+        bool, Parameter(negative="", help="Write the model even where merging loses too much.")
+    ] = False,
     force: Force = False,
 ) -> None:
-    """Bake ADAPTER into BASE and write a plain model to OUT."""
-    from veneer.cli.commands import run_merge
+    """Bake ADAPTER into BASE, compare, and write a plain model to OUT."""
+    from veneer.cli.merge import run_merge
 
-    run_merge(base, adapter, out, dtype=dtype, bits=bits, force=force)
+    run_merge(
+        base,
+        adapter,
+        out,
+        dtype=dtype,
+        bits=bits,
+        probe=probe,
+        accept_loss=accept_loss,
+        force=force,
+    )
 
 
 @app.command

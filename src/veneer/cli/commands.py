@@ -1,4 +1,4 @@
-"""The shorter commands: inspect, pretrain, merge, generate, chat."""
+"""The shorter commands: inspect, pretrain, quantize, generate, chat."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from veneer.cli.console import ERRORS, OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.progress import RunDisplay
 from veneer.cli.tables import packed_table, target_summary, target_table
 from veneer.data.rows import Message
-from veneer.errors import VeneerError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
-from veneer.methods.merge import rounded_away
 from veneer.methods.report import report_targets
 from veneer.models.load import Base, load_skeleton, open_base
 from veneer.plan.config import PackedBits
@@ -53,21 +51,6 @@ def run_quantize(model: str, out: Path, *, bits: PackedBits, pack_head: bool) ->
     )
 
 
-def run_merge(
-    base: str, adapter: Path, out: Path, *, dtype: str, bits: PackedBits | None, force: bool
-) -> None:
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise VeneerError(f"{out} holds something already; name another place.")
-    loaded = _load(base, adapter, dtype=dtype, bits=bits, force=force)
-    plain = veneer.merge(loaded.model)
-    veneer.write_model(plain, loaded.tokenizer, out)
-    lost = rounded_away(loaded.model, plain)
-    OUTPUT.print(
-        f"Merged model: {escape(str(out))} ({bytes_text(size_of(out))}); "
-        f"rounding to {plain.dtype} took {lost:.2%} of the adapter's change"
-    )
-
-
 def run_generate(
     model: str,
     prompt: str,
@@ -78,7 +61,7 @@ def run_generate(
     bits: PackedBits | None,
     force: bool,
 ) -> None:
-    base = _load(model, adapter, dtype=dtype, bits=bits, force=force)
+    base = load_adapted(model, adapter, dtype=dtype, bits=bits, force=force)
     _print_stream(base, [Message("user", prompt)], sampling)
 
 
@@ -91,7 +74,7 @@ def run_chat(
     bits: PackedBits | None,
     force: bool,
 ) -> None:
-    base = _load(model, adapter, dtype=dtype, bits=bits, force=force)
+    base = load_adapted(model, adapter, dtype=dtype, bits=bits, force=force)
     messages: list[Message] = []
     while True:
         try:
@@ -104,7 +87,7 @@ def run_chat(
         messages.append(Message("assistant", _print_stream(base, messages, sampling)))
 
 
-def _load(
+def load_adapted(
     model: str, adapter: Path | None, *, dtype: str, bits: PackedBits | None, force: bool
 ) -> Base:
     quieten_libraries()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import MOST, ConfigError, nearest, shortened
 from veneer.frozen.packed import FrozenLinear, named_frozen
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method
@@ -98,7 +98,7 @@ def _foreign(
 
 
 def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
-    problems = []
+    problems: list[str] = []
     places = {layer.path: layer for layer in adaptable_layers(model)}
     complete: set[str] = set()
     for stored in state.layers():
@@ -106,11 +106,15 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
         complete.add(path)
         layer = places.get(path)
         if layer is None:
-            problems.append(f"{path} is no layer of this model{nearest(path, places)}")
+            likely = nearest(path, places) if len(problems) < MOST else ""
+            problems.append(f"{shortened(path)} is no layer of this model{likely}")
         elif layer.is_linear == stored.is_embedding:
             problems.append(f"{path} is a {type(layer.module).__name__}, of the other kind")
         else:
-            problems += _misshapen(stored, config, layer.shape)
+            try:
+                problems += _misshapen(stored, config, layer.shape)
+            except ConfigError as error:  # a pattern without end, and the next would be too
+                return [*problems, str(error)]
     for key, tensor in state.tensors.items():
         path = key.rpartition(".")[0]
         if path not in complete:
@@ -141,8 +145,12 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
 
 
 def _misshapen(stored: StoredLayer, config: LoRA, shape: tuple[int, int]) -> list[str]:
-    """Return what of one layer's tensors is missing, too much, or of the wrong shape."""
-    path, rank, (out, in_) = stored.path, config.rank_of(stored.path), shape
+    """Return what of one layer's tensors is missing, too much, or of the wrong shape.
+
+    Raises ConfigError where the patterns of the settings take too long to match.
+    """
+    path, (out, in_) = stored.path, shape
+    rank, _ = config.rank_of(path), config.scaling_of(path)
     needed = ((rank, in_), (out, rank))
     problems = []
     if (tuple(stored.A.shape), tuple(stored.B.shape)) != needed:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from veneer.errors import AdapterError, ConfigError, nearest
+from veneer.errors import AdapterError, ConfigError, listed, nearest
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method, MethodName
 from veneer.store.files import new_directory, read_json, read_tensors, write_json, write_tensors
@@ -74,7 +74,7 @@ def state_of(
     if unknown or missing:
         problems = [f"{key!r} is unknown{nearest(key, names)}" for key in unknown]
         problems += [f"{key!r} is missing" for key in missing]
-        raise AdapterError("; ".join(problems))
+        raise AdapterError(listed(problems))
     try:
         what = kind(**{key: config[key] for key in names if key in config})
     except (ConfigError, TypeError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, listed
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method
@@ -92,7 +92,7 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
 
     Raises AdapterError, listing every part that cannot be honoured and every key that is unknown.
     """
-    if config.get("peft_type") in peft_virtual.TYPES:
+    if str(config.get("peft_type")) in peft_virtual.TYPES:
         return peft_virtual.state_of(config, tensors)
     problems = []
     if config.get("peft_type") != "LORA":
@@ -117,7 +117,7 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     except (ConfigError, TypeError, KeyError) as error:
         problems.append(f"adapter_config.json does not describe a LoRA ({error})")
     if problems:
-        raise AdapterError("; ".join(problems))
+        raise AdapterError(listed(problems))
     base = config.get("base_model_name_or_path") or ""
     return AdapterState(lora, found, base_name=str(base), base_weights=base_weights)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import AdapterError, nearest
+from veneer.errors import AdapterError, listed, nearest
 from veneer.lowrank.adapter import Adapter, Factors
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.layers import LoRAEmbedding, lora_layers
@@ -141,7 +141,7 @@ def install(
     check_name(model, name)
     problems = misfits(model, state, tokenizer, force=force)
     if problems:
-        raise AdapterError("This adapter does not fit the model: " + "; ".join(problems) + ".")
+        raise AdapterError(f"This adapter does not fit the model: {listed(problems)}.")
     if isinstance(state.config, LoRA):
         put(model, name, state.config, _parts(state, state.config))
     elif not state.config.replaces_weights:
