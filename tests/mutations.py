@@ -182,6 +182,7 @@ def safetensors(content: bytes, random: Random) -> bytes:
             {random.choice(("x", "𝕏" * 50, "a." * 5000, "\x00", "")): header.pop(name)}
         ),
         lambda: header.update(__metadata__=random.choice(HOSTILE)),
+        lambda: data.__setitem__(slice(0, 4), struct.pack("<f", 0.25)),
         lambda: data.__setitem__(slice(0, 4), struct.pack("<f", float("nan"))),
         lambda: data.__setitem__(slice(4, 8), struct.pack("<f", float("-inf"))),
         lambda: header.update({f"x{i}": entry for i in range(2000)}),

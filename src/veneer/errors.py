@@ -54,12 +54,12 @@ MOST = 50
 def listed(problems: Sequence[str]) -> str:
     """Return problems in a row: all of them, or the first and how many more there are."""
     more = f"; and {len(problems) - MOST:,} more" if len(problems) > MOST else ""
-    return "; ".join(problems[:MOST]) + more
+    return "; ".join(shortened(problem, 400) for problem in problems[:MOST]) + more
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, most: int = 200) -> str:
     """Return a text, or its beginning where it is too long for a message."""
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

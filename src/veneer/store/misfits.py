@@ -214,4 +214,6 @@ def _first(names: list[str]) -> str:
 
 def _is_finite(tensor: Tensor) -> bool:
     plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
+    if tensor.ndim > 64:  # a file can have more dimensions than torch can compute with
+        return False
     return plain and bool(torch.isfinite(tensor.to(torch.float32)).all())

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from veneer.errors import AdapterError, ConfigError, listed, nearest
+from veneer.errors import AdapterError, ConfigError, listed, nearest, shortened
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method, MethodName
 from veneer.store.files import new_directory, read_json, read_tensors, write_json, write_tensors
@@ -122,7 +122,8 @@ def read(directory: Path, method: MethodName) -> AdapterState:
     try:
         return state_of(config, tensors, rows)
     except AdapterError as error:
-        raise AdapterError(f"The adapter in {directory} cannot be used: {error}.") from error
+        why = shortened(str(error), 20_000)
+        raise AdapterError(f"The adapter in {directory} cannot be used: {why}.") from error
 
 
 def _weights_name(method: MethodName) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.errors import AdapterError, ConfigError, listed
+from veneer.errors import AdapterError, ConfigError, listed, shortened
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method
@@ -174,7 +174,8 @@ def read(directory: Path) -> AdapterState:
     try:
         return state_of(config, read_tensors(directory / WEIGHTS))
     except AdapterError as error:
-        raise AdapterError(f"The PEFT adapter in {directory} cannot be used: {error}.") from error
+        why = shortened(str(error), 20_000)
+        raise AdapterError(f"The PEFT adapter in {directory} cannot be used: {why}.") from error
 
 
 def _lora(config: dict[str, Any]) -> LoRA:
