@@ -141,7 +141,14 @@ def write_gguf(place: Path) -> None:
     place.mkdir()
     writer = gguf.GGUFWriter(place / "model.gguf", "llama")
     width, inner, heads, layers = 32, 64, 2, 2
-    tokens = ["<unk>", "<s>", "</s>", *(chr(0x100 + i) for i in range(5)), *map(chr, range(33, 127)), "ab"]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(chr(0x100 + i) for i in range(5)),
+        *map(chr, range(33, 127)),
+        "ab",
+    ]
     writer.add_context_length(64)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)

@@ -122,4 +122,6 @@ def share(errors: Iterable[float], losses: Sequence[LayerLoss]) -> float:
 
 
 def _norm(matrix: Tensor) -> float:
-    return float(matrix.norm())
+    """Return ‖matrix‖, infinite where something in it is no number."""
+    norm = float(matrix.norm())
+    return math.inf if math.isnan(norm) else norm

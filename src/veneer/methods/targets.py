@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -47,29 +47,28 @@ class Layer:
 def adaptable_layers(model: nn.Module) -> list[Layer]:
     """Return every linear layer, Conv1D and embedding of a model, adapted or not, in its order."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    blocks = dict(_blocks(model))
-    attentions = [
-        path for path, module in model.named_modules() if _is_attention(module) and path in blocks
-    ]
+    modules = dict(model.named_modules())  # once, for a walk takes milliseconds
+    stacks = {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
+    attentions = {path for path, module in modules.items() if _is_attention(module)}
     layers = []
-    for path, module in model.named_modules():
-        owner = path.rpartition(".")[0]
-        if path.endswith(".original") and isinstance(model.get_submodule(owner), Wrapper):
+    for path, module in modules.items():
+        owner, _, name = path.rpartition(".")
+        if name == "original" and isinstance(modules[owner], Wrapper):
             continue
         base = module.original if isinstance(module, AdaptedLayer) else module
         if isinstance(base, (*LINEAR, nn.Embedding)):
-            attention = any(path.startswith(f"{outer}.") for outer in attentions)
-            layers.append(Layer(path, base, blocks.get(path), attention, module is head))
+            block, in_attention = _place(path, stacks, attentions)
+            layers.append(Layer(path, base, block, in_attention, module is head))
     return layers
 
 
-def resolve(model: nn.Module, config: LoRA) -> list[Layer]:
-    """Return the layers that `config` names in `model`.
+def resolve(model: nn.Module, config: LoRA, layers: Sequence[Layer] | None = None) -> list[Layer]:
+    """Return the layers that `config` names in `model`, whose adaptable `layers` may be known.
 
     Raises TargetError, which lists every target, layer range and pattern that matches nothing.
     """
     return choose(
-        adaptable_layers(model),
+        adaptable_layers(model) if layers is None else layers,
         config.targets,
         blocks=config.layers,
         patterns=(*config.rank_pattern, *config.alpha_pattern),
@@ -77,16 +76,16 @@ def resolve(model: nn.Module, config: LoRA) -> list[Layer]:
     )
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield (path, index of its block) for every module inside a stack of transformer blocks."""
-    stacks: list[str] = []
-    for path, module in model.named_modules():
-        nested = any(path.startswith(f"{stack}.") for stack in stacks)
-        if isinstance(module, nn.ModuleList) and not nested:
-            stacks.append(path)
-            for index, block in enumerate(module):
-                for inner, _ in block.named_modules():
-                    yield ".".join(filter(None, (path, str(index), inner))), index
+def _place(path: str, stacks: set[str], attentions: set[str]) -> tuple[int | None, bool]:
+    """Return in which block of the outermost stack a module stands, and if in its attention."""
+    block, parent = None, ""
+    for name in path.split("."):
+        if block is None and parent in stacks:
+            block = int(name)
+        elif block is not None and parent in attentions:
+            return block, True
+        parent = f"{parent}.{name}" if parent else name
+    return block, False
 
 
 def _is_attention(module: nn.Module) -> bool:

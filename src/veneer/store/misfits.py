@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import MOST, ConfigError, nearest, shortened
@@ -115,14 +116,15 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
                 problems += _misshapen(stored, config, layer.shape)
             except ConfigError as error:  # a pattern without end, and the next would be too
                 return [*problems, str(error)]
+    finite = _are_finite(state.tensors.values())
     for key, tensor in state.tensors.items():
         path = key.rpartition(".")[0]
         if path not in complete:
             problems.append(f"{key} stands alone, without its other half")
-        if not _is_finite(tensor):
+        if not (finite or _is_finite(tensor)):
             problems.append(f"{key} has values that are not finite numbers")
     try:
-        wanted = {layer.path for layer in resolve(model, config)}
+        wanted = {layer.path for layer in resolve(model, config, list(places.values()))}
     except ValueError as error:
         problems.append(str(error).rstrip("."))
     else:
@@ -132,7 +134,7 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
             f"{path} has weights, but is not among the targets"
             for path in sorted(complete - wanted)
         ]
-    own = base_parameters(model, every_name=True)
+    own = base_parameters(model, every_name=True) if state.base_weights else {}
     for path, weight in state.base_weights.items():
         base = own.get(path)
         if (
@@ -210,6 +212,17 @@ def _misfit_rows(
 def _first(names: list[str]) -> str:
     """Return the first names of a list that may be long."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _are_finite(tensors: Collection[Tensor]) -> bool:
+    """Return whether all tensors are what _is_finite asks for, in a pass over all of them; False
+    also where that cannot be told."""
+    kinds = {(t.dtype, t.layout, t.device.type) for t in tensors}
+    if kinds != {(torch.float32, torch.strided, "cpu")}:
+        return False
+    if any(t.ndim > 2 or not t.numel() for t in tensors):
+        return False
+    return bool(torch.isfinite(get_total_norm(list(tensors), torch.inf)))
 
 
 def _is_finite(tensor: Tensor) -> bool:
