@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         AdapterError,
         ConfigError,
         DataError,
+        MergeError,
         ModelError,
         TargetError,
         TrainingError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from veneer.generate.sampling import Sampling
     from veneer.lowrank.config import LoRA
     from veneer.methods.attach import adapters, attach, detach, in_use, use
+    from veneer.methods.certify import MergeReport, certify
     from veneer.methods.config import Method
     from veneer.methods.merge import merge
     from veneer.methods.vocabulary import add_words
@@ -43,6 +45,8 @@ _HOMES = {
     "DataConfig": "training.recipe",
     "DataError": "errors",
     "LoRA": "lowrank.config",
+    "MergeError": "errors",
+    "MergeReport": "methods.certify",
     "Method": "methods.config",
     "ModelError": "errors",
     "Recipe": "training.recipe",
@@ -56,6 +60,7 @@ _HOMES = {
     "answer": "generate.decode",
     "answers": "generate.decode",
     "attach": "methods.attach",
+    "certify": "methods.certify",
     "combine": "algebra.combine",
     "detach": "methods.attach",
     "extract": "algebra.extract",
@@ -80,6 +85,8 @@ __all__ = [
     "DataConfig",
     "DataError",
     "LoRA",
+    "MergeError",
+    "MergeReport",
     "Method",
     "ModelError",
     "Recipe",
@@ -93,6 +100,7 @@ __all__ = [
     "answer",
     "answers",
     "attach",
+    "certify",
     "combine",
     "detach",
     "extract",

@@ -287,21 +287,39 @@ def merge(
             help="Into OUT.gguf: store changed tensors as q8_0, f16, ...; by default as they were."
         ),
     ] = None,
+    probe: Annotated[
+        Path | None, Parameter(help="Rows to compare merged and unmerged by, not a sample of ours.")
+    ] = None,
+    accept_loss: Annotated[
+        bool, Parameter(negative="", help="Write the model even where merging loses too much.")
+    ] = False,
     force: Force = False,
     allow_bin: AllowBin = False,
 ) -> None:
-    """Bake ADAPTER into BASE and write a plain model to OUT."""
+    """Bake ADAPTER into BASE, compare, and write a plain model to OUT."""
     if out.suffix == ".gguf":
         if dtype != "auto" or bits is not None:
             raise ConfigError("Into GGUF the base is not computed with: leave --dtype and --bits.")
-        from veneer.cli.commands import run_merge_gguf
+        if probe is not None or accept_loss:
+            raise ConfigError("Into GGUF nothing is probed: leave --probe and --accept-loss.")
+        from veneer.cli.merge import run_merge_gguf
 
         return run_merge_gguf(base, adapter, out, kind=gguf_type, force=force, allow_bin=allow_bin)
     if gguf_type is not None:
         raise ConfigError("--gguf-type says how tensors lie in OUT.gguf, and OUT is no .gguf.")
-    from veneer.cli.commands import run_merge
+    from veneer.cli.merge import run_merge
 
-    return run_merge(base, adapter, out, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
+    return run_merge(
+        base,
+        adapter,
+        out,
+        dtype=dtype,
+        bits=bits,
+        probe=probe,
+        accept_loss=accept_loss,
+        force=force,
+        allow_bin=allow_bin,
+    )
 
 
 @app.command

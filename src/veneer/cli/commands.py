@@ -1,4 +1,4 @@
-"""The shorter commands: inspect, pretrain, merge, generate, chat."""
+"""The shorter commands: inspect, pretrain, quantize, generate, chat."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ import veneer
 from veneer.cli.algebra import run_inspect_adapter
 from veneer.cli.console import ERRORS, OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.progress import RunDisplay
-from veneer.cli.tables import merged_table, packed_table, target_summary, target_table
+from veneer.cli.tables import packed_table, target_summary, target_table
 from veneer.data.rows import Message
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError
 from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
-from veneer.methods.merge import rounded_away
 from veneer.methods.report import report_targets
 from veneer.models.load import Base, load_skeleton, open_base
-from veneer.models.locate import locate
 from veneer.plan.config import PackedBits
 from veneer.store.adapters import holds_adapter
-from veneer.store.adapters import read as read_adapter
-from veneer.store.gguf_model import write_merged
 from veneer.store.packed import PackedLayer, write_packed
 from veneer.training.pretrain import pretrain
 from veneer.training.tune import size_of
@@ -65,45 +61,6 @@ def run_quantize(model: str, out: Path, *, bits: PackedBits, pack_head: bool) ->
     )
 
 
-def run_merge(
-    base: str,
-    adapter: Path,
-    out: Path,
-    *,
-    dtype: str,
-    bits: PackedBits | None,
-    force: bool,
-    allow_bin: bool,
-) -> None:
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise VeneerError(f"{out} holds something already; name another place.")
-    loaded = _load(base, adapter, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
-    plain = veneer.merge(loaded.model)
-    veneer.write_model(plain, loaded.tokenizer, out)
-    lost = rounded_away(loaded.model, plain)
-    OUTPUT.print(
-        f"Merged model: {escape(str(out))} ({bytes_text(size_of(out))}); "
-        f"rounding to {plain.dtype} took {lost:.2%} of the adapter's change"
-    )
-
-
-def run_merge_gguf(
-    base: str, adapter: Path, out: Path, *, kind: str | None, force: bool, allow_bin: bool
-) -> None:
-    quieten_libraries()
-    if out.exists():
-        raise VeneerError(f"{out} is there already; name another place.")
-    place = locate(base)
-    if not isinstance(place, Path) or place.suffix != ".gguf":
-        raise VeneerError(f"{out} can be made of a .gguf base only, and {base} is none.")
-    state = read_adapter(adapter, load_skeleton(base), allow_bin=allow_bin)
-    stored = write_merged(place, state, out, kind=kind, force=force)
-    OUTPUT.print(merged_table(stored))
-    OUTPUT.print(
-        f"Merged model: {escape(str(out))} ({bytes_text(out.stat().st_size)})", soft_wrap=True
-    )
-
-
 def run_generate(
     model: str,
     prompt: str,
@@ -115,7 +72,7 @@ def run_generate(
     force: bool,
     allow_bin: bool,
 ) -> None:
-    base = _load(model, adapter, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
+    base = load_adapted(model, adapter, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
     _print_stream(base, [Message("user", prompt)], sampling)
 
 
@@ -129,7 +86,7 @@ def run_chat(
     force: bool,
     allow_bin: bool,
 ) -> None:
-    base = _load(model, adapter, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
+    base = load_adapted(model, adapter, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
     messages: list[Message] = []
     while True:
         try:
@@ -142,7 +99,7 @@ def run_chat(
         messages.append(Message("assistant", _print_stream(base, messages, sampling)))
 
 
-def _load(
+def load_adapted(
     model: str,
     adapter: Path | None,
     *,

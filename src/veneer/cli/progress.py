@@ -11,13 +11,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from veneer.cli.console import OUTPUT, bytes_text
-from veneer.cli.tables import packed_summary, plan_summary, target_summary
+from veneer.cli.tables import merge_lines, packed_summary, plan_summary, target_summary
 from veneer.training.events import (
     Checkpointed,
     DataReady,
     Evaluated,
     Event,
     Measured,
+    Merged,
     ModelReady,
     Notice,
     Planned,
@@ -105,6 +106,9 @@ class RunDisplay:
                     "" if kept == step else f"; the weights of step {kept} were best and are kept"
                 )
                 OUTPUT.print(f"[bold]Trained[/] {step} steps in {took}{which}")
+            case Merged(report):
+                for line in merge_lines(report):
+                    OUTPUT.print(f"[bold]Merged[/]  {line}", soft_wrap=True)
             case Written(what, place, size):
                 where = f"{what}: {escape(str(place))}"
                 OUTPUT.print(f"[bold]Saved[/]   {where} ({bytes_text(size)})", soft_wrap=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from veneer.cli.console import bytes_text
+from veneer.methods.certify import MergeReport
+from veneer.methods.merge import LayerLoss, share
 from veneer.methods.report import PackedReport, TargetLine, TargetReport
 from veneer.plan.plan import Plan
 from veneer.store.gguf_model import MergedTensor
@@ -85,6 +89,49 @@ def merged_table(tensors: Sequence[MergedTensor]) -> Table:
             f"{sum(errors) / len(errors):.3%}",
             f"{max(errors):.3%}",
             f"{sum(tensor.lost for tensor in alike) / len(alike):.1%}",
+        )
+    return table
+
+
+def merge_lines(report: MergeReport) -> list[str]:
+    """Return what a merge kept and lost, a line for each thing to know."""
+    worst = report.worst
+    lines = []
+    if worst is not None:
+        lines.append(
+            f"rounding to {report.dtype} took {report.lost:.2%} of the adapter's change "
+            f"(at most {worst.lost:.1%}, in {escape(worst.path)}); in float32 it would take "
+            f"{report.lost_in_float32:.2%}"
+        )
+    lines.append(
+        f"on {report.tokens:,} tokens merged and unmerged differ by {report.divergence:.2g} nats a "
+        f"token (KL), and by {report.logit_difference:.2g} in the logit that differs most; the "
+        f"adapter itself makes {report.effect:.2g} nats"
+    )
+    if report.lost_packed_again is not None:
+        lines.append(
+            f"the base is packed; the merged model is kept unpacked, in {report.dtype}: packing "
+            f"it again as it was would take {report.lost_packed_again:.1%} of the adapter's change"
+        )
+    return lines
+
+
+def merge_table(report: MergeReport) -> Table:
+    """Return the share of each layer's change that rounding took; blocks share a line."""
+    same: dict[str, list[LayerLoss]] = defaultdict(list)
+    for layer in report.layers:
+        same[_in_block(layer.path)].append(layer)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("Layer (in its block)", overflow="fold")
+    for title in ("Blocks", "‖ΔW‖", "Lost", "Worst"):
+        table.add_column(title, justify="right")
+    for name, alike in same.items():
+        table.add_row(
+            name,
+            f"{len(alike)}",
+            f"{math.hypot(*(layer.change for layer in alike)):.3g}",
+            f"{share((layer.rounded for layer in alike), alike):.2%}",
+            f"{max(layer.lost for layer in alike):.2%}",
         )
     return table
 

@@ -27,6 +27,7 @@ from veneer.compare.quality import bleu, exact, measure_of
 from veneer.data.encode import Encoder, Example, encode_rows
 from veneer.data.load import load_examples
 from veneer.data.packing import StepOrder, split_held_out
+from veneer.data.probe import GENERAL
 from veneer.data.questions import read_questions
 from veneer.data.rows import Message, Sourced, Text, texts_of
 from veneer.data.sources import check, read_rows
@@ -52,7 +53,6 @@ from veneer.training.loop import train
 from veneer.training.planned import begin_measuring, status
 from veneer.training.recipe import DataConfig, DType, Recipe
 
-GENERAL = Path(__file__).parent.parent / "data" / "general.txt"
 # MiniGPT knows nothing but its world, so that is what it can forget. Its pretraining has seed 0.
 WORLD_SEED, WORLD_ROWS = 10_007, 200
 WARM_UP = 2  # steps that prepare what all later ones use again

@@ -26,6 +26,11 @@ class Packed(ABC):
     # Called before each use: who reads ahead learns by it where the walk through the model is.
     before_use: Callable[[], None] | None = None
 
+    @classmethod
+    @abstractmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype) -> Packed:
+        """Pack a weight (out, in), to be unpacked to `dtype`."""
+
     def dense(self) -> Tensor:
         """Return the weight (out, in) in `dtype`, which the caller lets go after use."""
         if self.before_use is not None:

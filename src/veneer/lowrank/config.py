@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeVar, get_args
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
+from veneer.plan.patterns import ByPath, faults
 
 Init = Literal["auto", "kaiming", "gaussian", "pissa", "olora", "lora_ga", "loftq"]
 Value = TypeVar("Value")
+LARGEST = 2**31  # rank or alpha; a file can name numbers that no arithmetic here holds
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class LoRA:
         object.__setattr__(self, "targets", names)
         problems = self._problems()
         if problems:
-            raise ConfigError("This adapter cannot be: " + "; ".join(problems) + ".")
+            raise ConfigError(f"This adapter cannot be: {listed(problems)}.")
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
 
@@ -88,12 +90,16 @@ class LoRA:
         for name, rank in {"rank": self.rank, **_named("rank_pattern", self.rank_pattern)}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 problems.append(f"{name} is {rank!r}, but must be a whole number of at least 1")
+            elif rank > LARGEST:
+                problems.append(f"{name} is far too large")
         alphas = _named("alpha_pattern", self.alpha_pattern)
         if self.alpha is not None:
             alphas["alpha"] = self.alpha
         for name, alpha in alphas.items():
             if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
                 problems.append(f"{name} is {alpha!r}, but must be a number above 0")
+            elif alpha > LARGEST:
+                problems.append(f"{name} is far too large")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout is {self.dropout!r}, but must be at least 0 and below 1")
         if not self.targets:
@@ -102,12 +108,7 @@ class LoRA:
             problems.append(
                 f"init is {self.init!r}, but must be one of {', '.join(get_args(Init))}"
             )
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                problems.append(f"the pattern {pattern!r} is no regular expression ({error})")
-        return problems
+        return problems + faults((*self.rank_pattern, *self.alpha_pattern))
 
     @property
     def has_start(self) -> bool:
@@ -116,17 +117,25 @@ class LoRA:
 
     def rank_of(self, path: str) -> int:
         """Return the rank for the layer at `path`."""
-        return _first_match(self.rank_pattern, path, self.rank)
+        return self._ranks.of(path)
 
     def alpha_of(self, path: str) -> float:
         """Return the alpha for the layer at `path`."""
-        assert self.alpha is not None
-        return _first_match(self.alpha_pattern, path, self.alpha)
+        return self._alphas.of(path)
 
     def scaling_of(self, path: str) -> float:
         """Return alpha / rank, or alpha / √rank with rsLoRA, for the layer at `path`."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (rank**0.5 if self.rslora else rank)
+
+    @cached_property
+    def _ranks(self) -> ByPath[int]:
+        return ByPath(self.rank_pattern, self.rank)
+
+    @cached_property
+    def _alphas(self) -> ByPath[float]:
+        assert self.alpha is not None
+        return ByPath(self.alpha_pattern, self.alpha)
 
 
 def split_names(targets: str) -> list[str]:
@@ -136,11 +145,3 @@ def split_names(targets: str) -> list[str]:
 
 def _named(field_name: str, pattern: Mapping[str, Value]) -> dict[str, Value]:
     return {f"{field_name}[{key!r}]": value for key, value in pattern.items()}
-
-
-def _first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
-    # PEFT's rule (get_pattern_key in peft/utils/other.py): the end of the path, first key wins.
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default

@@ -102,7 +102,9 @@ class AdaptedLayer(Wrapper):
 
     def put(self, name: str, adapter: Adapter) -> None:
         """Lay an adapter with given tensors over the layer, on the layer's device."""
-        self.adapters[name] = adapter.to(self.frozen.device)
+        device = self.frozen.device
+        # To ask is a hundred times cheaper than to move.
+        self.adapters[name] = adapter if adapter.lora_A.device == device else adapter.to(device)
 
     def _put_fresh(self, name: str, adapter: Adapter, config: LoRA) -> None:
         """Lay an adapter that adds nothing yet over the layer, with W's own lengths for DoRA."""

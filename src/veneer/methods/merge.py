@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.errors import AdapterError
-from veneer.frozen.packed import named_frozen
+from veneer.frozen.packed import Packed, named_frozen
 from veneer.lowrank.layers import lora_layers
 from veneer.methods.attach import adapters, in_use
 from veneer.methods.config import is_virtual
@@ -86,18 +89,64 @@ def why_not_mergeable(model: nn.Module) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerLoss:
+    """What rounding took from the change ΔW of one layer, as Frobenius norms.
+
+    change: ‖ΔW‖. rounded: ‖merged − (W + ΔW)‖, in the merged model's dtype; in_float32: what it
+    would be in that one; packed_again: where W is packed, what it would be packed again as it was.
+    """
+
+    path: str
+    change: float
+    rounded: float
+    in_float32: float
+    packed_again: float | None = None
+
+    @property
+    def lost(self) -> float:
+        """The share of the change that is lost: at 1 the layer is as far from it as the base is."""
+        return self.rounded / self.change if self.change else 0.0
+
+
+def layer_losses(model: nn.Module, plain: nn.Module) -> list[LayerLoss]:
+    """Return what rounding took from each layer that acting adapters change."""
+    losses = []
+    for path, layer in lora_layers(model):
+        if not layer.active():
+            continue
+        weight, delta = layer.frozen_weight.float(), layer.delta()
+        merged = layer.weight_in(plain, path).float()
+        # Not merged - (weight + delta), a sum in which float32 itself may lose the delta.
+        rounded = _norm((merged - weight) - delta)
+        exact = weight + delta
+        again = None
+        if isinstance(layer.frozen, Packed):
+            packed = layer.frozen.of(exact, torch.float32)
+            again = _norm((packed.dense() - weight) - delta)
+        losses.append(
+            LayerLoss(path, _norm(delta), rounded, _norm((exact - weight) - delta), again)
+        )
+    return losses
+
+
 def rounded_away(model: nn.Module, plain: nn.Module) -> float:
     """Return the part of the acting adapters' change that rounding took from the merged weights.
 
     ‖merged − (W + ΔW)‖ / ‖ΔW‖ over all adapted layers: 0 is a perfect merge, and at 1 the merged
     model is as far from what was learnt as the base is.
     """
-    error = change = 0.0
-    for path, layer in lora_layers(model):
-        weight = layer.frozen_weight.float()
-        delta = layer.delta()
-        merged = layer.weight_in(plain, path).float()
-        # Not merged - (weight + delta), a sum in which float32 itself may lose the delta.
-        error += float(((merged - weight) - delta).square().sum())
-        change += float(delta.square().sum())
-    return (error / change) ** 0.5 if change else 0.0
+    losses = layer_losses(model, plain)
+    return share((loss.rounded for loss in losses), losses)
+
+
+def share(errors: Iterable[float], losses: Sequence[LayerLoss]) -> float:
+    """Return ‖errors‖ / ‖ΔW‖, with one error for each layer; 0 where nothing changed."""
+    change = math.hypot(*(loss.change for loss in losses))
+    return math.hypot(*errors) / change if change else 0.0
+
+
+def _norm(matrix: Tensor) -> float:
+    """Return ‖matrix‖, infinite where something in it is no number."""
+    norm = float(matrix.norm())
+    return math.inf if math.isnan(norm) else norm

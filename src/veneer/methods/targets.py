@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,21 +95,20 @@ def adaptable_layers(model: nn.Module) -> list[Layer]:
     """Return every linear layer, Conv1D, embedding and Conv2d of a model, adapted or not, in its
     order."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    blocks = dict(_blocks(model))
-    attentions = [
-        path for path, module in model.named_modules() if _is_attention(module) and path in blocks
-    ]
+    modules = dict(model.named_modules())  # once, for a walk takes milliseconds
+    stacks = {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
+    attentions = {path for path, module in modules.items() if _is_attention(module)}
     layers = []
-    for path, module in model.named_modules():
-        owner = path.rpartition(".")[0]
-        if path.endswith(".original") and isinstance(model.get_submodule(owner), Wrapper):
+    for path, module in modules.items():
+        owner, _, name = path.rpartition(".")
+        if name == "original" and isinstance(modules[owner], Wrapper):
             continue
         if isinstance(module, AdaptedParameter):
             continue
         base = module.original if isinstance(module, AdaptedLayer) else module
         if isinstance(base, (*LINEAR, nn.Embedding, nn.Conv2d)):
-            attention = any(path.startswith(f"{outer}.") for outer in attentions)
-            layers.append(Layer(path, base, blocks.get(path), attention, module is head))
+            block, in_attention = _place(path, stacks, attentions)
+            layers.append(Layer(path, base, block, in_attention, module is head))
     return layers
 
 
@@ -118,9 +117,10 @@ def adaptable_parameters(model: nn.Module) -> list[Layer]:
 
     They are adapted where they are named; no preset and no pattern means them.
     """
-    blocks = dict(_blocks(model))
+    modules = dict(model.named_modules())
+    stacks = {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
     found = []
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         owner: nn.Module = module
         if isinstance(module, LoRAParameters):
             owner = module.original
@@ -129,22 +129,29 @@ def adaptable_parameters(model: nn.Module) -> list[Layer]:
         for name, weight in owner._parameters.items():
             if isinstance(weight, Tensor) and weight.ndim in (2, 3):
                 full = f"{path}.{name}" if path else name
-                found.append(Layer(full, owner, blocks.get(path), False, False, name))
+                block, _ = _place(path, stacks, set())
+                found.append(Layer(full, owner, block, False, False, name))
     return found
 
 
-def resolve(model: nn.Module, config: LoRA) -> list[Layer]:
+def resolve(model: nn.Module, config: LoRA, layers: Sequence[Layer] | None = None) -> list[Layer]:
     """Return the layers that `config` names in `model`, and parameters named by their own names.
+
+    layers: the model's adaptable ones and its parameters, where they are known already.
 
     Raises TargetError, which lists every target, layer range and pattern that matches nothing.
     """
+    if layers is None:
+        layers = [*adaptable_layers(model), *adaptable_parameters(model)]
+    adaptable = [layer for layer in layers if layer.parameter is None]
     named = [
         parameter
-        for parameter in adaptable_parameters(model)
-        if any(f".{parameter.path}".endswith(f".{target}") for target in config.targets)
+        for parameter in layers
+        if parameter.parameter is not None
+        and any(f".{parameter.path}".endswith(f".{target}") for target in config.targets)
     ]
     return choose(
-        [*adaptable_layers(model), *named],
+        [*adaptable, *named],
         config.targets,
         blocks=config.layers,
         patterns=(*config.rank_pattern, *config.alpha_pattern),
@@ -152,16 +159,16 @@ def resolve(model: nn.Module, config: LoRA) -> list[Layer]:
     )
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield (path, index of its block) for every module inside a stack of transformer blocks."""
-    stacks: list[str] = []
-    for path, module in model.named_modules():
-        nested = any(path.startswith(f"{stack}.") for stack in stacks)
-        if isinstance(module, nn.ModuleList) and not nested:
-            stacks.append(path)
-            for index, block in enumerate(module):
-                for inner, _ in block.named_modules():
-                    yield ".".join(filter(None, (path, str(index), inner))), index
+def _place(path: str, stacks: set[str], attentions: set[str]) -> tuple[int | None, bool]:
+    """Return in which block of the outermost stack a module stands, and if in its attention."""
+    block, parent = None, ""
+    for name in path.split("."):
+        if block is None and parent in stacks:
+            block = int(name)
+        elif block is not None and parent in attentions:
+            return block, True
+        parent = f"{parent}.{name}" if parent else name
+    return block, False
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from veneer.frozen.packed import named_frozen
 SAMPLES = 16  # values read of each weight, evenly spread
 # Settings that change what the same weights compute.
 SETTINGS = ("model_type", "num_attention_heads", "num_key_value_heads", "rope_parameters")
+_VOCABULARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
 
 
 class Marks:
@@ -46,9 +48,7 @@ def fingerprint(
     """
     marks = dict(getattr(model, "veneer_marks", {})) or _marks_of(model)
     if tokenizer is not None:
-        size = tokenizer.vocab_size
-        vocabulary = sorted((i, word) for word, i in tokenizer.get_vocab().items() if i < size)
-        marks["tokenizer"] = _hash(f"{i} {word}" for i, word in vocabulary)
+        marks["tokenizer"] = _vocabulary_mark(tokenizer)
     return marks
 
 
@@ -90,6 +90,18 @@ def _marks_of(model: nn.Module) -> dict[str, str]:
         "config": _config_mark(model, weights),
         "weights": _hash(map(_sample, weights.values())),
     }
+
+
+def _vocabulary_mark(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the hash of the words that a tokenizer came with, which is made once: of 50 thousand
+    it takes longer than all else of loading an adapter."""
+    size = tokenizer.vocab_size
+    known, mark = _VOCABULARIES.get(tokenizer, (None, ""))
+    if known != size:
+        vocabulary = sorted((i, word) for word, i in tokenizer.get_vocab().items() if i < size)
+        mark = _hash(f"{i} {word}" for i, word in vocabulary)
+        _VOCABULARIES[tokenizer] = size, mark
+    return mark
 
 
 def _config_mark(model: nn.Module, weights: Mapping[str, Tensor]) -> str:

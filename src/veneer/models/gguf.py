@@ -35,7 +35,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from veneer.errors import ModelError
-from veneer.models.gguf_header import read_header
+from veneer.models.gguf_header import check_header, read_header
 
 
 def _digits_alone() -> PreTokenizer:
@@ -80,6 +80,7 @@ def open_tensors(path: Path, skeleton: PreTrainedModel) -> dict[str, Callable[[]
 
     What names mean, and how an architecture's tensors are turned, is transformers' knowledge.
     """
+    check_header(path)
     try:
         _check(path)
         parsed = load_gguf_checkpoint(str(path))
@@ -129,9 +130,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _read(auto: Any, path: Path, **options: Any) -> Any:
+    check_header(path)
     try:
         _check(path)
-        return auto.from_pretrained(str(path.parent), gguf_file=path.name, **options)
+        return auto.from_pretrained(
+            str(path.parent), gguf_file=path.name, trust_remote_code=False, **options
+        )
     except Exception as error:
         raise _unreadable(path, error) from error
 

@@ -1,133 +1,227 @@
-"""The header of a GGUF file, walked once with every length checked against the file's own size.
+"""Whether a GGUF file holds what its header promises, before anybody reads it on that word.
 
-gguf's reader believes what a file says of itself, and would count to 2⁶⁴ for one that lies.
+gguf's own reader believes every count: an array of 2⁶⁰ numbers in a file of a kilobyte keeps it
+busy for good, and takes all memory. The rules are those of llama.cpp's reader (ggml's gguf.cpp).
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import gguf
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-_FORMATS = {
-    GGUFValueType.UINT8: "<B",
-    GGUFValueType.INT8: "<b",
-    GGUFValueType.UINT16: "<H",
-    GGUFValueType.INT16: "<h",
-    GGUFValueType.UINT32: "<I",
-    GGUFValueType.INT32: "<i",
-    GGUFValueType.FLOAT32: "<f",
-    GGUFValueType.UINT64: "<Q",
-    GGUFValueType.INT64: "<q",
-    GGUFValueType.FLOAT64: "<d",
-    GGUFValueType.BOOL: "<?",
+from veneer.errors import ModelError
+
+FORMATS = {  # of the kinds that have a fixed size
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
 }
-MAX_DIMS = 4  # GGML_MAX_DIMS
-
-
-def is_gguf(path: Path) -> bool:
-    """Say whether a file starts as a GGUF file does, whatever its name."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == struct.pack("<I", gguf.GGUF_MAGIC)
+DIMENSIONS = 4  # GGML_MAX_DIMS
+ALIGNMENT = "general.alignment"
+# Settings by which memory is taken before any weight is looked at. None is larger than the widest
+# of the tensors, and there are no more blocks than tensors.
+WIDTHS = (
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "expert_count",
+    "expert_feed_forward_length",
+    "expert_shared_feed_forward_length",
+    "ssm.inner_size",
+    "ssm.state_size",
+    "ssm.conv_kernel",
+    "ssm.time_step_rank",
+)
+COUNTS = ("block_count", "decoder_block_count")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself: single values by key (no lists), and its tensors' names."""
+    """What a GGUF file says of itself: single values by key, no lists, and its tensors' names."""
 
-    values: dict[str, Any]
+    values: Mapping[str, Any]
     tensors: tuple[str, ...]
+
+
+def is_gguf(path: Path) -> bool:
+    """Say whether a file begins as a GGUF file does, whatever its name."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def read_header(path: Path) -> Header:
     """Return what a GGUF file says of itself, having walked the whole header.
 
-    Raises ValueError where the file is no GGUF, is of a version or byte order that is not read, or
-    says something that its own size contradicts: afterwards it is safe to read it with gguf.
+    Raises ValueError for a file whose header promises more than the file holds, or what cannot be:
+    counts, lengths, kinds, shapes and places.
     """
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            raise ValueError("the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Walk(data).header()
+    found = path.stat()
+    return _read(path, found.st_size, found.st_mtime_ns)
+
+
+def check_header(path: Path) -> None:
+    """Raise ModelError where `read_header` raises ValueError."""
+    try:
+        read_header(path)
+    except (OSError, ValueError) as error:  # also of bytes that are no text
+        raise ModelError(
+            f"{path} cannot be read as a GGUF file ({error}). It must be a whole .gguf file."
+        ) from error
+
+
+@lru_cache(maxsize=16)  # by what tells one state of a file from another
+def _read(path: Path, size: int, changed: int) -> Header:
+    if size < 24:
+        raise ValueError("it ends within its header")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _Walk(data).header()
 
 
 class _Walk:
+    """One walk through a header, from its first byte on."""
+
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at, self.size = data, 0, len(data)
+        self.data, self.at, self.order = data, 0, "<"
+        self.values: dict[str, Any] = {}
 
     def header(self) -> Header:
-        if self.one("<I") != gguf.GGUF_MAGIC:
-            raise ValueError("it does not start as a GGUF file does")
-        version = self.one("<I")
-        if version not in (2, 3):
-            raise ValueError(f"GGUF version {version} is not read; 2 and 3, little-endian, are")
-        tensors, values = self.one("<Q"), self.one("<Q")
-        found: dict[str, Any] = {}
-        for _ in range(values):
+        if self.data[:4] != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        self.at = 4
+        if self.number("I") & 0xFFFF == 0:
+            self.order = ">"  # written on a machine of the other byte order
+        tensors, pairs = self.count(), self.count()
+        keys: set[str] = set()
+        for _ in range(pairs):
             key = self.text()
-            if key in found:
-                raise ValueError(f"it says {key!r} twice")
-            found[key] = self.value(GGUFValueType(self.one("<I")))
-        placed = [self.tensor() for _ in range(tensors)]
-        step = found.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        if not isinstance(step, int) or step < 1 or step & (step - 1):
-            raise ValueError(f"its alignment is {step!r}, which is no power of two")
-        start = -(-self.at // step) * step
-        if any(start + end > self.size for _, end in placed):
-            raise ValueError("it ends before its tensors do")
-        single = {key: value for key, value in found.items() if value is not None}
-        return Header(single, tuple(name for name, _ in placed))
-
-    def tensor(self) -> tuple[str, int]:
-        """Return a tensor's name and where it ends, counted from where the first starts."""
-        name, dims = self.text(), self.one("<I")
-        if not 1 <= dims <= MAX_DIMS:
-            raise ValueError(f"{name} has {dims} dimensions")
-        shape = [self.one("<Q") for _ in range(dims)]
-        block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType(self.one("<I"))]
-        if min(shape) < 1 or shape[0] % block:
-            raise ValueError(f"{name} cannot have the shape {shape}")
-        count = 1
-        for length in shape:
-            count *= length
-        return name, int(self.one("<Q")) + count // block * size
-
-    def value(self, kind: GGUFValueType) -> Any:
-        """Return a value, or None for an array, which is passed over."""
-        if kind == GGUFValueType.STRING:
-            return self.text()
-        if kind != GGUFValueType.ARRAY:
-            return self.one(_FORMATS[kind])
-        inner, length = GGUFValueType(self.one("<I")), self.one("<Q")
-        if inner == GGUFValueType.ARRAY:
-            raise ValueError("it has arrays of arrays, which nothing reads")
-        if inner == GGUFValueType.STRING:
-            for _ in range(length):
-                self.skip(self.one("<Q"))
-        else:
-            self.skip(length * struct.calcsize(_FORMATS[inner]))
-        return None
-
-    def text(self) -> str:
-        length = self.one("<Q")
-        start = self.at
-        self.skip(length)
-        return self.data[start : self.at].decode("utf-8")
+            if key in keys:
+                raise ValueError(f"the key {key[:100]!r} is there twice")
+            keys.add(key)
+            self.value(key, self.kind())
+        shapes = {}
+        for _ in range(tensors):
+            name = self.text()
+            if name in shapes:
+                raise ValueError(f"the tensor {name[:100]!r} is there twice")
+            shapes[name] = self.tensor(name)
+        self.places(shapes)
+        self.widths(shapes)
+        return Header(self.values, tuple(shapes))
 
     def one(self, form: str) -> Any:
-        start = self.at
-        self.skip(struct.calcsize(form))
-        return struct.unpack_from(form, self.data, start)[0]
+        """Read a value of a fixed size."""
+        begin, self.at = self.at, self.at + struct.calcsize(form)
+        if self.at > len(self.data):
+            raise ValueError("it ends within its header")
+        return struct.unpack_from(self.order + form, self.data, begin)[0]
 
-    def skip(self, count: int) -> None:
-        if self.at + count > self.size:
-            raise ValueError("it ends in the middle of its header")
-        self.at += count
+    def number(self, form: str) -> int:
+        """Read a whole number."""
+        return int(self.one(form))
+
+    def skip(self, size: int) -> int:
+        """Step over so many bytes and return where they began."""
+        begin, self.at = self.at, self.at + size
+        if self.at > len(self.data):
+            raise ValueError(f"{size:,} bytes are promised at {begin:,}, beyond its end")
+        return begin
+
+    def count(self, least: int = 1) -> int:
+        """Read how many things follow, of `least` bytes or more each."""
+        number = self.number("Q")
+        if number * least > len(self.data) - self.at:
+            raise ValueError(f"{number:,} things are promised at {self.at:,}, beyond its end")
+        return number
+
+    def text(self) -> str:
+        """Read a length and so many bytes of text."""
+        begin = self.skip(self.count())
+        return str(self.data[begin : self.at], "utf-8")
+
+    def kind(self) -> GGUFValueType:
+        return GGUFValueType(self.number("I"))
+
+    def value(self, key: str, kind: GGUFValueType, depth: int = 0) -> None:
+        """Read a value, and note it unless it stands in an array."""
+        if kind in FORMATS:
+            self.values[key] = self.one(FORMATS[kind])
+        elif kind == GGUFValueType.STRING and depth:
+            self.skip(self.count())
+        elif kind == GGUFValueType.STRING:
+            self.values[key] = self.text()
+        elif depth:
+            raise ValueError(f"{key[:100]!r} has arrays within an array")
+        else:
+            self.array(key, self.kind())
+
+    def array(self, key: str, kind: GGUFValueType) -> None:
+        if kind in FORMATS:
+            size = struct.calcsize(FORMATS[kind])
+            self.skip(self.count(size) * size)
+            return
+        for _ in range(self.count(8)):
+            self.value(key, kind, depth=1)
+
+    def tensor(self, name: str) -> tuple[tuple[int, ...], int, int]:
+        """Read a tensor's shape, its bytes, and its place from where the tensors begin."""
+        dimensions = self.number("I")
+        if not 1 <= dimensions <= DIMENSIONS:
+            raise ValueError(f"{name[:100]!r} has {dimensions:,} dimensions")
+        shape = tuple(self.number("Q") for _ in range(dimensions))
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(self.number("I"))]
+        if min(shape) < 1:
+            raise ValueError(f"{name[:100]!r} cannot have the shape {shape}")
+        if shape[0] % block:
+            raise ValueError(f"{name[:100]!r} has rows of {shape[0]:,}, which are no whole blocks")
+        return shape, math.prod(shape) // block * size, self.number("Q")
+
+    def places(self, tensors: dict[str, tuple[tuple[int, ...], int, int]]) -> None:
+        """Check that the tensors lie one behind the other, within the file."""
+        step = self.values.get(ALIGNMENT, 32)
+        if not isinstance(step, int) or step < 1 or step & (step - 1):
+            raise ValueError(f"{ALIGNMENT} is {step!r}, and no power of two")
+        begin = -(self.at // -step) * step
+        place = end = 0
+        for name, (_, size, offset) in tensors.items():
+            if offset != place:
+                raise ValueError(f"{name[:100]!r} lies at {offset:,}, and not at {place:,}")
+            end = place + size
+            place = -(end // -step) * step
+        if begin + end > len(self.data):
+            raise ValueError(f"its tensors take {end:,} bytes, and {len(self.data):,} are there")
+
+    def widths(self, tensors: dict[str, tuple[tuple[int, ...], int, int]]) -> None:
+        """Check that the settings describe nothing larger than what is there."""
+        widest = max((max(shape) for shape, _, _ in tensors.values()), default=0)
+        limits = dict.fromkeys(WIDTHS, widest) | dict.fromkeys(COUNTS, len(tensors))
+        whole = {key: value for key, value in self.values.items() if isinstance(value, int)}
+        own = {key.partition(".")[2]: number for key, number in whole.items()}
+        for name, limit in limits.items():
+            if not 0 <= own.get(name, 0) <= limit:
+                raise ValueError(f"{name} is {own[name]:,}, but the tensors allow {limit:,}")
+        heads, length = (own.get(f"attention.{name}", 0) for name in ("head_count", "key_length"))
+        if heads * length > widest:
+            raise ValueError(f"{heads:,} heads of {length:,} are more than the tensors have")

@@ -29,6 +29,9 @@ from veneer.models.stored import load_packed
 from veneer.plan.config import PackedBits
 from veneer.plan.find import packing_of
 
+# Left to itself, transformers asks whoever is there whether to run what a model brings along.
+OURS_ALONE: dict[str, Any] = {"trust_remote_code": False}
+
 
 @dataclass(frozen=True)
 class Base:
@@ -93,7 +96,7 @@ def load_config(name: str | Path) -> PretrainedConfig:
     place = locate(name)
     if _is_gguf(place):
         return gguf.load_config(Path(place))
-    return _reading(place, lambda: AutoConfig.from_pretrained(place))
+    return _reading(place, lambda: AutoConfig.from_pretrained(place, **OURS_ALONE))
 
 
 def load_skeleton(name: str | Path) -> PreTrainedModel:
@@ -118,7 +121,7 @@ def _skeleton(config: PretrainedConfig, home: Path | None) -> PreTrainedModel:
     """Return a model on the meta device, with how it generates where its directory says so."""
     place = home or config.name_or_path or "This model"
     with torch.device("meta"):
-        skeleton = _reading(place, lambda: AutoModelForCausalLM.from_config(config))
+        skeleton = _reading(place, lambda: AutoModelForCausalLM.from_config(config, **OURS_ALONE))
     if home is not None and (home / "generation_config.json").is_file():
         skeleton.generation_config = _reading(home, lambda: GenerationConfig.from_pretrained(home))
     return skeleton
@@ -138,7 +141,7 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
         model = gguf.load_model(home, dtype=torch.float32)
     else:
         auto = AutoModelForCausalLM
-        model = _reading(place, lambda: auto.from_pretrained(place, dtype="auto"))
+        model = _reading(place, lambda: auto.from_pretrained(place, dtype="auto", **OURS_ALONE))
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         config.tie_word_embeddings = False  # whatever it said: the files have two of them
     notice = "Its files cannot be read weight by weight, so all of the model was in memory at once."
@@ -151,7 +154,7 @@ def _tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
         return _reading(place, lambda: minigpt.load(Path(place))[1])
     if _is_gguf(place):
         return gguf.load_tokenizer(Path(place))
-    return _reading(place, lambda: AutoTokenizer.from_pretrained(place))
+    return _reading(place, lambda: AutoTokenizer.from_pretrained(place, **OURS_ALONE))
 
 
 def dtype_of(place: Path | str, asked: str) -> torch.dtype:
@@ -165,7 +168,8 @@ def _dense(place: Path | str, dtype: torch.dtype) -> PreTrainedModel:
         return _reading(place, lambda: minigpt.load(Path(place))[0]).to(dtype)
     if _is_gguf(place):
         return gguf.load_model(Path(place), dtype=dtype)
-    return _reading(place, lambda: AutoModelForCausalLM.from_pretrained(place, dtype=dtype))
+    auto = AutoModelForCausalLM
+    return _reading(place, lambda: auto.from_pretrained(place, dtype=dtype, **OURS_ALONE))
 
 
 def _is_gguf(place: Path | str) -> bool:

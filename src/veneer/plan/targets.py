@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from veneer.errors import TargetError, nearest
+from veneer.errors import MOST, ConfigError, TargetError, listed, nearest, shortened
+from veneer.plan.patterns import MOST as MOST_PATTERNS
+from veneer.plan.patterns import Matcher
 
 PRESETS = ("attention", "qv", "mlp", "all")
 # Names of projections that make queries or values, alone (q_proj, query, wv) or as one fused layer
@@ -52,16 +55,24 @@ def choose(
 
     Raises TargetError, which lists every target, slice and pattern that matches nothing.
     """
+    if sum(target.startswith("re:") for target in targets) > MOST_PATTERNS:
+        raise TargetError(f"There are more than {MOST_PATTERNS:,} patterns among the targets.")
     problems: list[str] = []
     chosen: set[str] = set()
-    for target in targets:
-        matched = _match(target, layers)
-        if isinstance(matched, str):
-            problems.append(matched)
-        elif matched:
+    matcher = Matcher()
+    named = _by_name(layers)
+    for target in dict.fromkeys(targets):
+        try:
+            matched = _match(target, layers, named, matcher)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        if matched:
             chosen.update(layer.path for layer in matched)
-        else:
+        elif len(problems) < MOST:
             problems.append(_why_nothing(target, layers, others or {}))
+        else:
+            problems.append(f"{shortened(target)!r} matches no layer")
     if blocks is not None:
         depth = 1 + max((layer.block for layer in layers if layer.block is not None), default=-1)
         wanted = _block_range(blocks, depth, problems)
@@ -70,15 +81,38 @@ def choose(
             problems.append(f"layers {blocks!r} leaves none of the targets")
     picked = [layer for layer in layers if layer.path in chosen]
     for pattern in patterns:
-        if not any(re.match(rf"(.*\.)?({pattern})$", layer.path) for layer in picked):
-            hint = nearest(pattern, {layer.name for layer in picked})
-            problems.append(f"the pattern {pattern!r} matches none of the targets{hint}")
+        try:
+            if any(matcher.at_end(pattern, layer.path) for layer in picked):
+                continue
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        names = {layer.name for layer in picked} if len(problems) < MOST else ()
+        hint = nearest(pattern, names)
+        problems.append(f"the pattern {shortened(pattern)!r} matches none of the targets{hint}")
     if problems:
-        raise TargetError("These targets do not fit the model: " + "; ".join(problems) + ".")
+        raise TargetError(f"These targets do not fit the model: {listed(problems)}.")
     return picked
 
 
-def _match(target: str, layers: Sequence[Layer]) -> list[Layer] | str:
+def _by_name(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Return the layers by each end of their paths: q_proj, self_attn.q_proj, and so on."""
+    named: dict[str, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        end = layer.path
+        while end:
+            named[end].append(layer)
+            end = end.partition(".")[2]
+    return named
+
+
+def _match(
+    target: str, layers: Sequence[Layer], named: Mapping[str, list[Layer]], matcher: Matcher
+) -> list[Layer]:
+    if target.startswith("re:"):
+        return [layer for layer in layers if matcher.within(target, layer.path)]
+    if target not in PRESETS:
+        return named.get(target, [])
     linear = [layer for layer in layers if layer.is_linear and not layer.is_head]
     if target == "all":
         return linear
@@ -86,18 +120,10 @@ def _match(target: str, layers: Sequence[Layer]) -> list[Layer] | str:
         return [layer for layer in linear if layer.in_attention]
     if target == "mlp":
         return [x for x in linear if x.block is not None and not x.in_attention]
-    if target == "qv":
-        attention = [layer for layer in linear if layer.in_attention]
-        named = [layer for layer in attention if QUERY_OR_VALUE.match(layer.name.lower())]
-        # A layer that is wider than its input makes queries, keys and values in one product.
-        return named or [layer for layer in attention if layer.shape[0] > layer.shape[1]]
-    if target.startswith("re:"):
-        try:
-            pattern = re.compile(target[3:])
-        except re.error as error:
-            return f"{target!r} is no regular expression ({error})"
-        return [layer for layer in layers if pattern.search(layer.path)]
-    return [x for x in layers if x.path == target or x.path.endswith(f".{target}")]
+    attention = [layer for layer in linear if layer.in_attention]
+    called = [layer for layer in attention if QUERY_OR_VALUE.match(layer.name.lower())]
+    # A layer that is wider than its input makes queries, keys and values in one product.
+    return called or [layer for layer in attention if layer.shape[0] > layer.shape[1]]
 
 
 def _why_nothing(target: str, layers: Sequence[Layer], others: Mapping[str, str]) -> str:
@@ -107,7 +133,7 @@ def _why_nothing(target: str, layers: Sequence[Layer], others: Mapping[str, str]
         if path == target or path.endswith(f".{target}"):
             return f"{target!r} is a {kind}, but only linear layers and embeddings can be adapted"
     names = {layer.name for layer in layers} | {layer.path for layer in layers} | set(PRESETS)
-    return f"{target!r} matches no layer{nearest(target, names)}"
+    return f"{shortened(target)!r} matches no layer{nearest(target, names)}"
 
 
 def _block_range(text: str, depth: int, problems: list[str]) -> set[int]:

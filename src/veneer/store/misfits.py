@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import MOST, ConfigError, nearest, shortened
 from veneer.frozen.packed import FrozenLinear, named_frozen
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.conv import why_not_adaptable
@@ -102,7 +103,7 @@ def _foreign(
 
 
 def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
-    problems = []
+    problems: list[str] = []
     layers = [*adaptable_layers(model), *adaptable_parameters(model)]
     places = {layer.path: layer for layer in layers}
     complete: set[str] = set()
@@ -111,21 +112,25 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
         complete.add(path)
         layer = places.get(path)
         if layer is None:
-            problems.append(_why_no_layer(model, path, places))
+            problems.append(_why_no_layer(model, path, places, hint=len(problems) < MOST))
         elif stored.kind != ("linear" if layer.kind == "conv" else layer.kind):
             problems.append(f"{path} is a {type(layer.module).__name__}, of the other kind")
         elif isinstance(layer.module, nn.Conv2d) and (why := why_not_adaptable(layer.module)):
             problems.append(f"{path} is a convolution that cannot be adapted: {why}")
         else:
-            problems += _misshapen(stored, config, layer)
+            try:
+                problems += _misshapen(stored, config, layer)
+            except ConfigError as error:  # a pattern without end, and the next would be too
+                return [*problems, str(error)]
+    finite = _are_finite(state.tensors.values())
     for key, tensor in state.tensors.items():
         path = key.rpartition(".")[0]
         if path not in complete:
             problems.append(f"{key} stands alone, without its other half")
-        if not is_finite(tensor):
+        if not (finite or is_finite(tensor)):
             problems.append(f"{key} has values that are not finite numbers")
     try:
-        wanted = {layer.path for layer in resolve(model, config)}
+        wanted = {layer.path for layer in resolve(model, config, list(places.values()))}
     except ValueError as error:
         problems.append(str(error).rstrip("."))
     else:
@@ -135,7 +140,7 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
             f"{path} has weights, but is not among the targets"
             for path in sorted(complete - wanted)
         ]
-    own = base_parameters(model, every_name=True)
+    own = base_parameters(model, every_name=True) if state.base_weights else {}
     for path, weight in state.base_weights.items():
         base = own.get(path)
         if (
@@ -147,17 +152,22 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
     return problems
 
 
-def _why_no_layer(model: nn.Module, path: str, places: Mapping[str, Layer]) -> str:
+def _why_no_layer(model: nn.Module, path: str, places: Mapping[str, Layer], *, hint: bool) -> str:
     there = dict(model.named_modules()).get(path)
     if there is None:
-        return f"{path} is no layer of this model{nearest(path, places)}"
+        likely = nearest(path, places) if hint else ""
+        return f"{shortened(path)} is no layer of this model{likely}"
     return f"{path} is a {type(there).__name__}, which cannot be adapted"
 
 
 def _misshapen(stored: StoredLayer, config: LoRA, layer: Layer) -> list[str]:
-    """Return what of one layer's tensors is missing, too much, or of the wrong shape."""
+    """Return what of one layer's tensors is missing, too much, or of the wrong shape.
+
+    Raises ConfigError where the patterns of the settings take too long to match.
+    """
     path, out = stored.path, layer.shape[0]
-    needed = layer.factor_shapes(config.rank_of(path))
+    rank, _ = config.rank_of(path), config.scaling_of(path)
+    needed = layer.factor_shapes(rank)
     problems = []
     if (tuple(stored.A.shape), tuple(stored.B.shape)) != needed:
         problems.append(
@@ -277,7 +287,20 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def _are_finite(tensors: Collection[Tensor]) -> bool:
+    """Return whether all tensors are what is_finite asks for, in a pass over all of them; False
+    also where that cannot be told."""
+    kinds = {(t.dtype, t.layout, t.device.type) for t in tensors}
+    if kinds != {(torch.float32, torch.strided, "cpu")}:
+        return False
+    if any(t.ndim > 2 or not t.numel() for t in tensors):
+        return False
+    return bool(torch.isfinite(get_total_norm(list(tensors), torch.inf)))
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a tensor is a plain one of numbers, all of them finite."""
     plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
+    if tensor.ndim > 64:  # a file can have more dimensions than torch can compute with
+        return False
     return plain and bool(torch.isfinite(tensor.to(torch.float32)).all())

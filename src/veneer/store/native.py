@@ -16,7 +16,7 @@ from typing import Any, get_args
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from veneer.errors import AdapterError, ConfigError, nearest
+from veneer.errors import AdapterError, ConfigError, listed, nearest, shortened
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method, MethodName
 from veneer.store.files import new_directory, read_json, read_tensors, write_json, write_tensors
@@ -96,7 +96,7 @@ def state_of(
     if unknown or missing:
         problems = [f"{key!r} is unknown{nearest(key, names)}" for key in unknown]
         problems += [f"{key!r} is missing" for key in missing]
-        raise AdapterError("; ".join(problems))
+        raise AdapterError(listed(problems))
     try:
         what = kind(**{key: config[key] for key in names if key in config})
     except (ConfigError, TypeError) as error:
@@ -188,7 +188,8 @@ def read(directory: Path, method: MethodName) -> AdapterState:
     try:
         return state_of(config, tensors, rows, saved, training)
     except AdapterError as error:
-        raise AdapterError(f"The adapter in {directory} cannot be used: {error}.") from error
+        why = shortened(str(error), 20_000)
+        raise AdapterError(f"The adapter in {directory} cannot be used: {why}.") from error
 
 
 def _weights_name(method: MethodName) -> str:

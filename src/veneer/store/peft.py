@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, listed, shortened
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method
+from veneer.plan.patterns import Matcher, faults
 from veneer.store import peft_virtual
 from veneer.store.card import card
 from veneer.store.files import (
@@ -132,10 +132,10 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
 
     Raises AdapterError, listing every part that cannot be honoured and every key that is unknown.
     """
-    if config.get("peft_type") in peft_virtual.TYPES:
+    if str(config.get("peft_type")) in peft_virtual.TYPES:
         return peft_virtual.state_of(config, tensors)
     if problems := malformed(config):
-        raise AdapterError("; ".join(problems))
+        raise AdapterError(listed(problems))
     if config.get("peft_type") != "LORA":
         known = ", ".join(("LORA", *peft_virtual.TYPES))
         problems.append(f"its peft_type is {config.get('peft_type')!r}, and only {known} are read")
@@ -172,15 +172,16 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
             base_weights[own] = tensor
         else:
             problems.append(f"the key {key!r} is unknown")
-    places = named_parameters(config, list(found), problems)
-    problems += _missing(config, found, saved)
     tokens = _tokens(config, rows, problems)
     try:
+        matcher = Matcher()
+        places = named_parameters(config, list(found), problems, matcher)
+        problems += _missing(config, found, saved, matcher)
         lora = _lora(config, found, places)
     except (ConfigError, TypeError, KeyError) as error:
         problems.append(f"adapter_config.json does not describe a LoRA ({error})")
     if problems:
-        raise AdapterError("; ".join(problems))
+        raise AdapterError(listed(problems))
     return AdapterState(
         lora,
         _ours(found, places, lora),
@@ -271,7 +272,8 @@ def read(directory: Path, *, allow_bin: bool = False) -> AdapterState:
     try:
         return state_of(config, read_tensors(weights))
     except AdapterError as error:
-        raise AdapterError(f"The PEFT adapter in {directory} cannot be used: {error}.") from error
+        why = shortened(str(error), 20_000)
+        raise AdapterError(f"The PEFT adapter in {directory} cannot be used: {why}.") from error
 
 
 def is_here(directory: Path) -> bool:
@@ -321,12 +323,15 @@ def _saved_biases(state: AdapterState) -> str:
 
 
 def _missing(
-    config: Mapping[str, Any], found: Mapping[str, dict[str, Tensor]], saved: Mapping[str, Tensor]
+    config: Mapping[str, Any],
+    found: Mapping[str, dict[str, Tensor]],
+    saved: Mapping[str, Tensor],
+    matcher: Matcher,
 ) -> list[str]:
     """Return which settings speak of tensors that are not there, and the other way round."""
     problems = []
     for module, parts in found.items():
-        if setting := left_out_by(config, module):
+        if setting := left_out_by(config, module, matcher):
             problems.append(f"{setting} leaves out {module}, of which there are tensors")
         if LINEAR[1] in parts and (BIAS in parts) != bool(config.get("lora_bias")):
             there = "has one" if BIAS in parts else "has none"
@@ -416,13 +421,14 @@ def _lora(
 
 def _matching(patterns: Any, paths: list[str]) -> Any:
     """Return the patterns that match a path: PEFT passes over the others."""
-    if not isinstance(patterns, dict):
+    if not isinstance(patterns, dict) or faults(list(patterns)):
         return patterns  # which is refused
-    try:
-        compiled = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
-    except re.error:
-        return patterns
-    return {k: v for k, v in patterns.items() if any(compiled[k].match(path) for path in paths)}
+    matcher = Matcher()
+    return {
+        pattern: value
+        for pattern, value in patterns.items()
+        if any(matcher.at_end(pattern, path) for path in paths)
+    }
 
 
 def _is_bias(path: str) -> bool:

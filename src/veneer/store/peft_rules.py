@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer.plan.patterns import ANY_ERROR, Matcher
+
 # Settings that change what an adapter computes, or what its base is, and that are not read.
 NOT_READ = (
     "alora_invocation_tokens",
@@ -110,10 +112,11 @@ def layers_of(config: Mapping[str, Any]) -> str | None:
     return ",".join(str(b) for b in (blocks if isinstance(blocks, list) else [blocks]))
 
 
-def left_out_by(config: Mapping[str, Any], path: str) -> str | None:
+def left_out_by(config: Mapping[str, Any], path: str, matcher: Matcher) -> str | None:
     """Return the setting that keeps a module from being adapted, or None."""
     for name in ("exclude_modules", "modules_to_save"):
-        if not re.match(_excluded({name: config.get(name)}), path):
+        excluded = _excluded({name: config.get(name)})
+        if excluded and not matcher.within(f"re:^{excluded}", path):
             return name
     return None
 
@@ -137,7 +140,7 @@ def parameters_at(config: Mapping[str, Any], owner: str) -> list[str]:
 
 
 def named_parameters(
-    config: Mapping[str, Any], modules: Sequence[str], problems: list[str]
+    config: Mapping[str, Any], modules: Sequence[str], problems: list[str], matcher: Matcher
 ) -> dict[str, str]:
     """Return the path of the parameter that each module's tensors belong to, for those that
     target_parameters names.
@@ -152,7 +155,7 @@ def named_parameters(
     for owner in sorted(owners):
         levels = [module for module in modules if module.replace(".base_layer", "") == owner]
         names = parameters_at(config, owner)
-        if not names or (len(levels) == 1 and _targets_module(config, owner)):
+        if not names or (len(levels) == 1 and _targets_module(config, owner, matcher)):
             continue
         unknown = [name for name in names if name not in ORDER]
         if len(names) != len(levels):
@@ -187,10 +190,10 @@ def tokens_named(config: Mapping[str, Any]) -> dict[str, list[int]] | list[int]:
     return indices
 
 
-def _targets_module(config: Mapping[str, Any], path: str) -> bool:
+def _targets_module(config: Mapping[str, Any], path: str, matcher: Matcher) -> bool:
     wanted = config.get("target_modules") or []
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
+        return matcher.within(f"re:^(?:{wanted})$", path)
     return any(f".{path}".endswith(f".{name}") for name in wanted)
 
 
@@ -230,7 +233,7 @@ def _no_patterns(config: Mapping[str, Any]) -> list[str]:
         for pattern in [] if name == "exclude_modules" and not isinstance(value, str) else patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except ANY_ERROR as error:
                 problems.append(f"{name} has {pattern!r}, which is no regular expression ({error})")
     return problems
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import AdapterError, nearest
+from veneer.errors import AdapterError, listed, nearest
 from veneer.lowrank.adapter import Adapter, Factors
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.tokens import TrainedTokens
@@ -209,7 +209,7 @@ def install(
     check_name(model, name)
     problems = misfits(model, state, tokenizer, force=force)
     if problems:
-        raise AdapterError("This adapter does not fit the model: " + "; ".join(problems) + ".")
+        raise AdapterError(f"This adapter does not fit the model: {listed(problems)}.")
     if isinstance(state.config, LoRA):
         put(
             model,

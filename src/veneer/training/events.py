@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from veneer.data.encode import Summary
+    from veneer.methods.certify import MergeReport
     from veneer.methods.report import PackedReport, TargetReport
     from veneer.plan.plan import Plan
 
@@ -121,6 +122,13 @@ class Trained(Event):
 
     step: int
     kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class Merged(Event):
+    """The adapter is merged; the report says how the merged model differs."""
+
+    report: MergeReport
 
 
 @dataclass(frozen=True, slots=True)

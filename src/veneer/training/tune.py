@@ -20,8 +20,9 @@ from veneer.data.rows import texts_of
 from veneer.data.sources import read_rows
 from veneer.errors import ConfigError, ModelError
 from veneer.methods.attach import attach
+from veneer.methods.certify import certify
 from veneer.methods.config import MethodName
-from veneer.methods.merge import merge, rounded_away, why_not_mergeable
+from veneer.methods.merge import merge, why_not_mergeable
 from veneer.methods.report import report_packed, report_trained
 from veneer.methods.virtual import context_left
 from veneer.methods.vocabulary import add_words, find_words, new_words
@@ -36,6 +37,7 @@ from veneer.training.events import (
     DataReady,
     Event,
     Measured,
+    Merged,
     ModelReady,
     Notice,
     Planned,
@@ -158,12 +160,15 @@ def tune(
         yield Notice(f"No merged model is written: {why}")
         return
     plain = merge(base.model)
-    lost = rounded_away(base.model, plain)
-    if lost > 0.01:
-        yield Notice(
-            f"Merging rounded {lost:.0%} of the adapter's change away in {_name_of(dtype)}; "
-            "the adapter itself holds all of it, and veneer merge --dtype float32 keeps it."
-        )
+    if method == "lora":  # all other weights are taken as they are
+        certificate = certify(base.model, plain, base.tokenizer)
+        yield Merged(certificate)
+        if problems := certificate.problems():
+            # No reason to fail: the run's result is the adapter, and that is kept.
+            yield Notice(
+                f"The merged model is not what was learnt: {'; '.join(problems)}. The adapter "
+                "itself holds all of it; use that, or veneer merge --dtype float32."
+            )
     merged.write_model(plain, base.tokenizer, recipe.merged)
     yield Written("merged model", recipe.merged, size_of(recipe.merged))
 
