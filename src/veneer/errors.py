@@ -31,6 +31,10 @@ class AdapterError(VeneerError, ValueError):
     """An adapter is damaged, of an unknown format, or belongs to another base."""
 
 
+class MergeError(VeneerError, ValueError):
+    """A merged model would lose more of what was learnt than is tolerated."""
+
+
 class DataError(VeneerError, ValueError):
     """Training data has faults; `problems` holds one line for each."""
 
@@ -43,9 +47,25 @@ class TrainingError(VeneerError, RuntimeError):
     """Training cannot go on; what was saved is kept."""
 
 
+# Problems that one message names; a file made to annoy can have a million.
+MOST = 50
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Return problems in a row: all of them, or the first and how many more there are."""
+    more = f"; and {len(problems) - MOST:,} more" if len(problems) > MOST else ""
+    return "; ".join(shortened(problem, 400) for problem in problems[:MOST]) + more
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """Return a text, or its beginning where it is too long for a message."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the known name nearest to `word`, or nothing."""
-    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    # Likeness takes the square of the length, and nobody mistypes so long a name.
+    close = get_close_matches(word, list(known), n=1, cutoff=0.5) if len(word) <= 200 else []
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +31,9 @@ from veneer.store.peft_rules import (
     experts_together,
     is_saved,
     layers_of,
-    left_out_by,
+    left_out,
     malformed,
+    matching,
     named_parameters,
     targets_of,
     tokens_named,
@@ -172,10 +172,11 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
             base_weights[own] = tensor
         else:
             problems.append(f"the key {key!r} is unknown")
-    places = named_parameters(config, list(found), problems)
     problems += _missing(config, found, saved)
     tokens = _tokens(config, rows, problems)
     try:
+        places = named_parameters(config, list(found), problems)
+        problems += left_out(config, [module for module in found if module not in places])
         lora = _lora(config, found, places)
     except (ConfigError, TypeError, KeyError) as error:
         problems.append(f"adapter_config.json does not describe a LoRA ({error})")
@@ -326,8 +327,6 @@ def _missing(
     """Return which settings speak of tensors that are not there, and the other way round."""
     problems = []
     for module, parts in found.items():
-        if setting := left_out_by(config, module):
-            problems.append(f"{setting} leaves out {module}, of which there are tensors")
         if LINEAR[1] in parts and (BIAS in parts) != bool(config.get("lora_bias")):
             there = "has one" if BIAS in parts else "has none"
             problems.append(f"lora_bias is {config.get('lora_bias')!r}, but {module} {there}")
@@ -409,20 +408,9 @@ def _lora(
         layers=layers_of(config),
         rslora=bool(config.get("use_rslora", False)),
         dora=bool(config.get("use_dora", False)),
-        rank_pattern=_matching(config.get("rank_pattern") or {}, paths),
-        alpha_pattern=_matching(config.get("alpha_pattern") or {}, paths),
+        rank_pattern=matching(config.get("rank_pattern") or {}, paths),
+        alpha_pattern=matching(config.get("alpha_pattern") or {}, paths),
     )
-
-
-def _matching(patterns: Any, paths: list[str]) -> Any:
-    """Return the patterns that match a path: PEFT passes over the others."""
-    if not isinstance(patterns, dict):
-        return patterns  # which is refused
-    try:
-        compiled = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
-    except re.error:
-        return patterns
-    return {k: v for k, v in patterns.items() if any(compiled[k].match(path) for path in paths)}
 
 
 def _is_bias(path: str) -> bool:

@@ -1,0 +1,119 @@
+"""Regular expressions that name layers, matched in a time that ends.
+
+They come from files of strangers, and some, such as (a|aa)+b, keep Python's `re` busy for years.
+The package `regex` reads the same language and can be told when to stop.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+import regex
+
+from veneer.errors import ConfigError, shortened
+
+Value = TypeVar("Value")
+# Seconds of the processor for all matches of one Matcher, beyond what an ordinary match may take,
+# which is one or two millionths.
+PATIENCE, ORDINARY = 0.25, 5e-6
+MOST, LONGEST = 1000, 20_000  # expressions of one adapter, and characters of each
+NAMES = re.compile(r"[\w.]+")  # what is no more than a path, and is compared as one
+ANY_ERROR = (re.error, regex.error, RecursionError, OverflowError, MemoryError)
+
+
+class Matcher:
+    """Matches patterns to paths until its time is up.
+
+    Raises ConfigError for a pattern that is none, and from then on when the time is up.
+    """
+
+    def __init__(self) -> None:
+        self._left = PATIENCE
+
+    def at_end(self, pattern: str, path: str) -> bool:
+        """Return whether a pattern matches the end of a path, from one of its names on."""
+        if NAMES.fullmatch(pattern):
+            return _is_end(pattern, path)
+        return self._match(_at_end(pattern).match, path, f"the pattern {shortened(pattern)!r}")
+
+    def within(self, target: str, path: str) -> bool:
+        """Return whether the pattern of a target, re:pattern, matches any part of a path."""
+        pattern, called = target.removeprefix("re:"), repr(shortened(target))
+        return self._match(_compiled(pattern, pattern, called).search, path, called)
+
+    def _match(self, match: Callable[..., object], path: str, called: str) -> bool:
+        found, begin = False, time.thread_time()
+        try:
+            found = self._left > 0 and match(path, timeout=self._left) is not None
+        except (TimeoutError, MemoryError):
+            self._left = 0.0
+        self._left -= max(0.0, time.thread_time() - begin - ORDINARY)
+        if self._left <= 0:
+            raise ConfigError(
+                f"{called} takes too long to match; write it without repeats inside of repeats"
+            )
+        return found
+
+
+class ByPath(Generic[Value]):
+    """For each path the value of the first pattern that matches its end, or the usual one.
+
+    `of` raises ConfigError for patterns that take too long.
+    """
+
+    def __init__(self, patterns: Mapping[str, Value], usual: Value) -> None:
+        self._patterns, self._usual = patterns, usual
+        self._matcher = Matcher()
+        self._found: dict[str, Value] = {}
+
+    def of(self, path: str) -> Value:
+        """Return the value for the layer at `path`."""
+        if path not in self._found:
+            matching = (p for p in self._patterns if self._matcher.at_end(p, path))
+            first = next(matching, None)
+            self._found[path] = self._usual if first is None else self._patterns[first]
+        return self._found[path]
+
+
+def faults(patterns: Sequence[str]) -> list[str]:
+    """Return why each of the patterns that is none of a path's end is none."""
+    expressions = [pattern for pattern in patterns if not NAMES.fullmatch(pattern)]
+    if len(expressions) > MOST:
+        return [f"{len(expressions):,} patterns are more than the {MOST:,} that may be"]
+    problems = []
+    for pattern in expressions:
+        try:
+            _at_end(pattern)
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _is_end(names: str, path: str) -> bool:
+    """Return whether (.*\\.)?(names)$ matches a path; in an expression, a dot is any character."""
+    before = len(path) - len(names) - 1
+    if before < -1 or (before >= 0 and path[before] != "."):
+        return False
+    end = path[before + 1 :]
+    return end == names or all(a in (b, ".") for a, b in zip(names, end, strict=True))
+
+
+def _at_end(pattern: str) -> Any:
+    # PEFT's rule (get_pattern_key in peft/utils/other.py), to the letter: groups may be counted.
+    return _compiled(pattern, rf"(.*\.)?({pattern})$", f"the pattern {shortened(pattern)!r}")
+
+
+@lru_cache(maxsize=4 * MOST)
+def _compiled(pattern: str, whole: str, called: str) -> Any:
+    if len(pattern) > LONGEST:
+        raise ConfigError(f"{called} has more than {LONGEST:,} characters")
+    try:
+        re.compile(pattern)
+        re.compile(whole)  # what only `regex` understands would mean another thing elsewhere
+        return regex.compile(whole)
+    except ANY_ERROR as error:
+        raise ConfigError(f"{called} is no regular expression ({error})") from error
