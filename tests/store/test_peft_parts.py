@@ -223,11 +223,7 @@ NEVER = r"([a-z._0-9]|[a-z._0-9][a-z._0-9])+!"
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"exclude_modules": NEVER},
-        {"rank_pattern": {f"(?!{NEVER}$).*": 3}},
-        {"modules_to_save": [NEVER]},
-    ],
+    [{"exclude_modules": NEVER}, {"modules_to_save": [NEVER]}],
     ids=str,
 )
 @of("linear")
