@@ -14,7 +14,7 @@ from veneer.errors import AdapterError, ConfigError, listed, shortened
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method
-from veneer.plan.patterns import Matcher, faults
+from veneer.plan.patterns import Matcher
 from veneer.store import peft_virtual
 from veneer.store.card import card
 from veneer.store.files import (
@@ -32,8 +32,9 @@ from veneer.store.peft_rules import (
     experts_together,
     is_saved,
     layers_of,
-    left_out_by,
+    left_out,
     malformed,
+    matching,
     named_parameters,
     targets_of,
     tokens_named,
@@ -172,11 +173,11 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
             base_weights[own] = tensor
         else:
             problems.append(f"the key {key!r} is unknown")
+    problems += _missing(config, found, saved)
     tokens = _tokens(config, rows, problems)
     try:
-        matcher = Matcher()
-        places = named_parameters(config, list(found), problems, matcher)
-        problems += _missing(config, found, saved, matcher)
+        places = named_parameters(config, list(found), problems, Matcher())
+        problems += left_out(config, [module for module in found if module not in places])
         lora = _lora(config, found, places)
     except (ConfigError, TypeError, KeyError) as error:
         problems.append(f"adapter_config.json does not describe a LoRA ({error})")
@@ -326,13 +327,10 @@ def _missing(
     config: Mapping[str, Any],
     found: Mapping[str, dict[str, Tensor]],
     saved: Mapping[str, Tensor],
-    matcher: Matcher,
 ) -> list[str]:
     """Return which settings speak of tensors that are not there, and the other way round."""
     problems = []
     for module, parts in found.items():
-        if setting := left_out_by(config, module, matcher):
-            problems.append(f"{setting} leaves out {module}, of which there are tensors")
         if LINEAR[1] in parts and (BIAS in parts) != bool(config.get("lora_bias")):
             there = "has one" if BIAS in parts else "has none"
             problems.append(f"lora_bias is {config.get('lora_bias')!r}, but {module} {there}")
@@ -414,21 +412,9 @@ def _lora(
         layers=layers_of(config),
         rslora=bool(config.get("use_rslora", False)),
         dora=bool(config.get("use_dora", False)),
-        rank_pattern=_matching(config.get("rank_pattern") or {}, paths),
-        alpha_pattern=_matching(config.get("alpha_pattern") or {}, paths),
+        rank_pattern=matching(config.get("rank_pattern") or {}, paths),
+        alpha_pattern=matching(config.get("alpha_pattern") or {}, paths),
     )
-
-
-def _matching(patterns: Any, paths: list[str]) -> Any:
-    """Return the patterns that match a path: PEFT passes over the others."""
-    if not isinstance(patterns, dict) or faults(list(patterns)):
-        return patterns  # which is refused
-    matcher = Matcher()
-    return {
-        pattern: value
-        for pattern, value in patterns.items()
-        if any(matcher.at_end(pattern, path) for path in paths)
-    }
 
 
 def _is_bias(path: str) -> bool:

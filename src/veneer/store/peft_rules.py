@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.plan.patterns import ANY_ERROR, Matcher
+from veneer.plan.patterns import Matcher, faults
 
 # Settings that change what an adapter computes, or what its base is, and that are not read.
 NOT_READ = (
@@ -112,13 +112,35 @@ def layers_of(config: Mapping[str, Any]) -> str | None:
     return ",".join(str(b) for b in (blocks if isinstance(blocks, list) else [blocks]))
 
 
-def left_out_by(config: Mapping[str, Any], path: str, matcher: Matcher) -> str | None:
-    """Return the setting that keeps a module from being adapted, or None."""
+def left_out(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
+    """Return which modules, of which there are tensors, the settings keep from being adapted.
+
+    Raises ConfigError for a pattern that takes too long to match.
+    """
+    problems, matcher = [], Matcher()
     for name in ("exclude_modules", "modules_to_save"):
-        excluded = _excluded({name: config.get(name)})
-        if excluded and not matcher.within(f"re:^{excluded}", path):
-            return name
-    return None
+        if wanted := _excluded({name: config.get(name)}):
+            problems += [
+                f"{name} leaves out {path}, of which there are tensors"
+                for path in paths
+                if not matcher.within(f"re:^{wanted}", path)
+            ]
+    return problems
+
+
+def matching(patterns: Any, paths: Sequence[str]) -> Any:
+    """Return the patterns that match the end of a path: PEFT passes over the others.
+
+    What is no map is returned as it is, to be refused. Raises ConfigError for what is no pattern.
+    """
+    if not isinstance(patterns, dict):
+        return patterns
+    matcher = Matcher()
+    return {
+        pattern: value
+        for pattern, value in patterns.items()
+        if any(matcher.at_end(pattern, path) for path in paths)
+    }
 
 
 def is_saved(config: Mapping[str, Any], path: str) -> bool:
@@ -146,14 +168,14 @@ def named_parameters(
     target_parameters names.
 
     modules: as in the file, where `experts.base_layer` is what lies below `experts`. The last
-    parameter is the outermost.
+    parameter is the outermost. Raises ConfigError for a pattern that takes too long to match.
     """
     found: dict[str, str] = {}
-    owners = {
-        module.removesuffix(".base_layer" * module.count(".base_layer")) for module in modules
-    }
-    for owner in sorted(owners):
-        levels = [module for module in modules if module.replace(".base_layer", "") == owner]
+    matcher = Matcher()
+    owners: dict[str, list[str]] = {}
+    for module in modules if config.get("target_parameters") else []:
+        owners.setdefault(module.replace(".base_layer", ""), []).append(module)
+    for owner, levels in sorted(owners.items()):
         names = parameters_at(config, owner)
         if not names or (len(levels) == 1 and _targets_module(config, owner, matcher)):
             continue
@@ -220,22 +242,22 @@ def _in_layers(config: Mapping[str, Any]) -> str:
         return ""
     names = [names] if isinstance(names, str) else names
     first = "|".join(rf"(?:|.*?\.){name}\.(?=\d+\.)" for name in names)
-    numbers = "|".join(str(b) for b in (blocks if isinstance(blocks, list) else [blocks]))
+    numbers = "|".join(
+        re.escape(str(b)) for b in (blocks if isinstance(blocks, list) else [blocks])
+    )
     return rf"(?=(?>{first})(?:{numbers})\.)"
 
 
 def _no_patterns(config: Mapping[str, Any]) -> list[str]:
-    problems = []
+    """Return which settings that PEFT takes as patterns are none."""
+    patterns = []
     for name in ("exclude_modules", "layers_pattern", "modules_to_save"):
         value = config.get(name)
-        # Lists of excluded names are taken to the letter.
-        patterns = [value] if isinstance(value, str) else (value or [])
-        for pattern in [] if name == "exclude_modules" and not isinstance(value, str) else patterns:
-            try:
-                re.compile(pattern)
-            except ANY_ERROR as error:
-                problems.append(f"{name} has {pattern!r}, which is no regular expression ({error})")
-    return problems
+        if isinstance(value, str):
+            patterns.append(value)
+        elif name != "exclude_modules":  # a list of which is taken to the letter
+            patterns += value or []
+    return faults(patterns)
 
 
 def _are_names(value: object) -> bool:
