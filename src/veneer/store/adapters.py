@@ -28,7 +28,7 @@ def save(
     format cannot express.
     """
     state = capture(model, name, tokenizer)
-    given = Given(KnownBase.of(model), tokenizer=tokenizer)
+    given = Given(KnownBase(model), tokenizer=tokenizer)
     return formats.write(state, Path(directory), format, given)
 
 
@@ -49,7 +49,7 @@ def load(
     AdapterError for a damaged adapter or a foreign base (unless `force`).
     """
     path = Path(directory)
-    given = Given(KnownBase.of(model), alpha=alpha, enable_lora=enable_lora)
+    given = Given(KnownBase(model), alpha=alpha, enable_lora=enable_lora)
     install(model, formats.read(path, given), name=name, tokenizer=tokenizer, force=force)
     return model
 
