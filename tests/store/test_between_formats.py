@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import ConvNextConfig, ConvNextForImageClassification
 
 import veneer
 from adapted import distance, logits, shake, targets_named
@@ -14,6 +15,7 @@ from tiny import tiny
 from veneer.store import formats
 from veneer.store.convert import by_path, convert
 from veneer.store.given import Given
+from veneer.store.known_base import KnownBase
 from veneer.store.state import capture
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -274,3 +276,10 @@ def test_parts_that_a_format_does_not_know_are_refused_by_name(tmp_path):
     for format in ("mlx", "loralib"):
         with pytest.raises(veneer.AdapterError, match=rf"{key}\.bias"):
             formats.write(other, tmp_path / format, format, Given())
+
+
+def test_a_model_that_sees_no_words():
+    settings = ConvNextConfig(num_channels=3, hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)
+    base = KnownBase(ConvNextForImageClassification(settings))
+    assert base.embedding == ""
+    assert "classifier" in base.layers

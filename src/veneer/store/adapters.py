@@ -35,7 +35,7 @@ def save(
     state = capture(model, name, tokenizer)
     if training is not None:
         state = replace(state, training=training)
-    given = Given(KnownBase.of(model), tokenizer=tokenizer)
+    given = Given(KnownBase(model), tokenizer=tokenizer)
     return formats.write(state, Path(directory), format, given)
 
 
@@ -58,7 +58,7 @@ def load(
     Raises AdapterError for a damaged adapter or a foreign base (unless `force`).
     """
     path = Path(directory)
-    given = Given(KnownBase.of(model), alpha=alpha, enable_lora=enable_lora, allow_bin=allow_bin)
+    given = Given(KnownBase(model), alpha=alpha, enable_lora=enable_lora, allow_bin=allow_bin)
     install(model, formats.read(path, given), name=name, tokenizer=tokenizer, force=force)
     return model
 
@@ -72,7 +72,7 @@ def read(
     directory: Path, base: PreTrainedModel | None = None, *, allow_bin: bool = False
 ) -> AdapterState:
     """Read an adapter of any known format; some need the base, or its skeleton, to be known."""
-    known = None if base is None else KnownBase.of(base)
+    known = None if base is None else KnownBase(base)
     return formats.read(directory, Given(known, allow_bin=allow_bin))
 
 

@@ -54,7 +54,7 @@ def convert(
     kind = formats.found(source)
     if out.exists() and not force and (out.is_file() or any(out.iterdir())):
         raise VeneerError(f"{out} holds something already; name another place, or use --force.")
-    known = KnownBase.of(base) if base is not None else None
+    known = KnownBase(base) if base is not None else None
     # A loralib file is read with enable_lora; for every other adapter it is meant for writing.
     read_parts = enable_lora if kind == "loralib" and source.is_file() else None
     written_parts = enable_lora if read_parts is None or to == "loralib" else None

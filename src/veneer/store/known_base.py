@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -12,20 +12,31 @@ from veneer.methods.targets import Layer, adaptable_layers
 
 @dataclass(frozen=True)
 class KnownBase:
-    """A base's configuration, and its layers by path: which are embeddings, and in which block."""
+    """A base, of which the structure alone is asked: one on the meta device tells as much.
 
-    config: PretrainedConfig
-    layers: Mapping[str, Layer]
-    embedding: str  # the input embedding's path
-    modules: frozenset[str]  # the paths of all modules, of whatever kind
+    Nothing is looked up before a format asks for it; most ask for nothing.
+    """
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> KnownBase:
-        """Return what a model tells of itself; one on the meta device tells as much."""
-        embedding, paths = model.get_input_embeddings(), dict(model.named_modules())
-        path = next((path for path, module in paths.items() if module is embedding), "")
-        layers = {layer.path: layer for layer in adaptable_layers(model)}
-        return cls(model.config, layers, path, frozenset(paths))
+    model: PreTrainedModel
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """The layers that can be adapted, by path."""
+        return {layer.path: layer for layer in adaptable_layers(self.model)}
+
+    @cached_property
+    def embedding(self) -> str:
+        """The path of the input embedding; empty where there is none."""
+        try:
+            embedding = self.model.get_input_embeddings()
+        except NotImplementedError:  # a model that sees no words
+            return ""
+        modules = self.model.named_modules()
+        return next((path for path, module in modules if module is embedding), "")
 
     @property
     def tied(self) -> bool:
@@ -44,5 +55,6 @@ class KnownBase:
         Others' readers look at every module that bears a name.
         """
         names = {path.rpartition(".")[2] for path in paths}
-        same = {path for path in self.modules if path.rpartition(".")[2] in names}
+        every = (path for path, _ in self.model.named_modules())
+        same = {path for path in every if path.rpartition(".")[2] in names}
         return tuple(sorted(names if same == paths else paths))
