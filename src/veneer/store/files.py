@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +124,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             # that are not aligned: products would take another way there, and round otherwise.
             tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         else:
+            _check_stored(path)
             tensors = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, KeyError) as error:
         raise AdapterError(f"{path} cannot be read as tensors ({error}).") from error
@@ -134,6 +136,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     ):
         raise AdapterError(f"{path} must hold named tensors and nothing else.")
     return tensors
+
+
+def _check_stored(path: Path) -> None:
+    """Raise ValueError for an archive that would unpack to more than it holds."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        # torch stores without compression, and reads what is compressed all the same.
+        if any(member.file_size != member.compress_size for member in members):
+            raise ValueError("it is compressed")
 
 
 def _settle(path: Path) -> None:

@@ -1,0 +1,95 @@
+"""Law 4, of many: adapters come, act and go, and the base is what it was, to the bit."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import veneer
+from adapted import logits, same, shake, snapshot
+from tiny import packed, tiny
+from veneer.frozen.packed import named_frozen
+
+MANY = 100
+BASES = {
+    "float32": lambda: tiny("llama"),
+    "bf16": lambda: tiny("gpt2", dtype=torch.bfloat16),
+    "nf4": lambda: packed("qwen2"),
+}
+KINDS: list[dict[str, Any]] = [
+    {"rank": 2, "targets": "all"},
+    {"rank": 1, "targets": "attention", "rslora": True},
+    {"rank": 3, "targets": "all", "dora": True},
+    {"rank": 2, "targets": "mlp", "alpha": 7},
+]
+
+
+def bits_of(model: Any) -> dict[str, torch.Tensor]:
+    """Return a copy of all that the base is made of, packed or not."""
+    codes = {
+        f"{path}.{name}": tensor.clone()
+        for path, layer in named_frozen(model).items()
+        for name, tensor in layer.packed.tensors().items()
+    }
+    return snapshot(model) | codes
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory):
+    """Four adapters of different kinds for each base."""
+    place = tmp_path_factory.mktemp("adapters")
+    for base, make in BASES.items():
+        for number, kind in enumerate(KINDS):
+            model = veneer.attach(make(), veneer.LoRA(**kind), seed=number)
+            veneer.save(shake(model, seed=number), place / base / str(number))
+    return place
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_hundred_adapters_in_turn(base, homes):
+    model = BASES[base]()
+    before, alone = bits_of(model), logits(model)
+    said: dict[int, torch.Tensor] = {}
+    for turn in range(MANY):
+        kind = turn % len(KINDS)
+        veneer.load(model, homes / base / str(kind), name=f"turn{turn}")
+        now = logits(model)
+        assert not torch.equal(now, alone)
+        assert torch.equal(said.setdefault(kind, now), now)
+        if turn % 25 == 0:
+            plain = veneer.merge(model)
+            with torch.no_grad():
+                for path, _ in list(named_frozen(model).items())[:1]:
+                    plain.get_submodule(path.removesuffix(".original")).weight.zero_()
+        veneer.detach(model)
+    assert torch.equal(logits(model), alone)
+    after = bits_of(model)
+    assert same(after, before)
+    assert all(after[name].dtype == before[name].dtype for name in before)
+
+
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_a_hundred_adapters_side_by_side(base, homes):
+    model = BASES[base]()
+    alone = logits(model)
+    weights = [w for w in model.parameters()]  # the very tensors, and what is in them
+    before = [w.detach().clone() for w in weights]
+    said = []
+    for kind in range(len(KINDS)):
+        veneer.load(model, homes / base / str(kind), name=f"kind{kind}")
+        said.append(logits(model))
+        veneer.detach(model)
+    for turn in range(MANY):
+        veneer.load(model, homes / base / str(turn % len(KINDS)), name=f"turn{turn}")
+    assert len(veneer.adapters(model)) == MANY
+    generator = torch.Generator().manual_seed(0)
+    for turn in torch.randperm(MANY, generator=generator).tolist():
+        veneer.use(model, f"turn{turn}")
+        assert torch.equal(logits(model), said[turn % len(KINDS)])
+    veneer.use(model, None)
+    assert torch.equal(logits(model), alone)
+    own = {id(w) for w in model.parameters()}
+    assert all(id(w) in own for w in weights)
+    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+    veneer.detach(model)
+    assert torch.equal(logits(model), alone)
