@@ -75,7 +75,7 @@ def unfit(state: AdapterState) -> list[str]:
         elif path not in complete:
             problems.append(f"{key} stands alone, without its other half")
         elif not is_finite(tensor):
-            problems.append(f"{key} has values that are not finite numbers")
+            problems.append(f"{key} has values that are not finite numbers of a sensible size")
     if not complete:
         problems.append("it has no layers")
     return problems

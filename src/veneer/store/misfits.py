@@ -22,6 +22,9 @@ from veneer.methods.vocabulary import is_tied, new_words
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.store.parts import shared_tokens
 
+# No trained weight comes near it, and from there on products of a few overflow.
+LARGEST = 2.0**32
+
 if TYPE_CHECKING:
     from veneer.store.state import AdapterState, Rows, StoredLayer
 
@@ -83,7 +86,7 @@ def _differing(state: AdapterState, wanted: Mapping[str, tuple[int, ...]]) -> li
             there = tuple(tensor.shape)
             problems.append(f"{key} is {there}, but needs to be {wanted[key]}")
         if not is_finite(tensor):
-            problems.append(f"{key} has values that are not finite numbers")
+            problems.append(f"{key} has values that are not finite numbers of a sensible size")
     return problems
 
 
@@ -128,7 +131,7 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
         if path not in complete:
             problems.append(f"{key} stands alone, without its other half")
         if not (finite or is_finite(tensor)):
-            problems.append(f"{key} has values that are not finite numbers")
+            problems.append(f"{key} has values that are not finite numbers of a sensible size")
     try:
         wanted = {layer.path for layer in resolve(model, config, list(places.values()))}
     except ValueError as error:
@@ -210,7 +213,7 @@ def _misfit_saved(model: nn.Module, state: AdapterState) -> list[str]:
         if path in adapted or layer in adapted:
             problems.append(f"it both replaces {path} and adapts it")
         if not is_finite(weight):
-            problems.append(f"{path} has values that are not finite numbers")
+            problems.append(f"{path} has values that are not finite numbers of a sensible size")
     return problems
 
 
@@ -239,7 +242,9 @@ def _misfit_tokens(model: PreTrainedModel, state: AdapterState) -> list[str]:
             there = tuple(tokens.rows.shape)
             problems.append(f"its rows of {path} are {there}, but need to be {(count, dim)}")
         if tokens.rows is not None and not is_finite(tokens.rows):
-            problems.append(f"its rows of {path} have values that are not finite numbers")
+            problems.append(
+                f"its rows of {path} have values that are not finite numbers of a sensible size"
+            )
         if path in adapted or f"{path}.weight" in state.saved:
             problems.append(f"it has rows of {path}, and changes all of it as well")
         if layer.is_head and getattr(layer.module, "bias", None) is not None:
@@ -270,7 +275,9 @@ def _misfit_rows(
                 f"but must be {(len(rows.words), dim)}"
             )
         if not is_finite(values):
-            problems.append(f"its new rows of the {part} have values that are not finite numbers")
+            problems.append(
+                f"its new rows of the {part} have values that are not finite numbers of a sensible size"
+            )
     if tokenizer is not None:
         vocabulary = tokenizer.get_vocab()
         found = [vocabulary.get(word) for word in rows.words]
@@ -295,12 +302,12 @@ def _are_finite(tensors: Collection[Tensor]) -> bool:
         return False
     if any(t.ndim > 2 or not t.numel() for t in tensors):
         return False
-    return bool(torch.isfinite(get_total_norm(list(tensors), torch.inf)))
+    return bool(get_total_norm(list(tensors), torch.inf) <= LARGEST)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor is a plain one of numbers, all of them finite."""
+    """Return whether a tensor is a plain one of numbers, all finite and fit to compute with."""
     plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
     if tensor.ndim > 64:  # a file can have more dimensions than torch can compute with
         return False
-    return plain and bool(torch.isfinite(tensor.to(torch.float32)).all())
+    return plain and bool((tensor.to(torch.float32).abs() <= LARGEST).all())
