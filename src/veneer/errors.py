@@ -43,6 +43,14 @@ class TrainingError(VeneerError, RuntimeError):
     """Training cannot go on; what was saved is kept."""
 
 
+class RequestError(VeneerError, ValueError):
+    """A request names an adapter that is not there, or is too long, or contradicts itself."""
+
+
+class QueueFull(VeneerError, RuntimeError):
+    """As many requests wait as may; come again later."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the known name nearest to `word`, or nothing."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.5)
