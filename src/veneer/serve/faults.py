@@ -11,8 +11,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from veneer.errors import VeneerError
-from veneer.serve.request import QueueFull
+from veneer.errors import QueueFull, VeneerError
 
 RETRY_SECONDS = 2  # about what a slot takes to become free
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}

@@ -10,14 +10,16 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi import Request as Asking
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from veneer.serve.bridge import Stream, events_of
+from veneer.serve.bridge import cancel, events_of
 from veneer.serve.faults import ErrorBody, Fault
 from veneer.serve.counts import Counts
 from veneer.serve.protocol import CHOICES, Asked, ChatRequest, CompletionRequest
 from veneer.serve.replies import ChatReply, Choice, CompletionReply, Reply, usage_of
 from veneer.serve.request import Finished, Request
 from veneer.serve.served import Served, several
+from veneer.serve.stream import Stream
 
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 COMPLETION_TOKENS = 16  # OpenAI's own default of max_tokens for completions
@@ -80,7 +82,7 @@ def routes(served: Served, counts: Counts) -> APIRouter:
             "object": "model",
             "created": int(served.started),
             "owned_by": "veneer",
-            "root": served.root if is_base else str(served.places.get(name, name)),
+            "root": served.root if is_base else str(served.library.info(name).directory),
             "parent": None if is_base else served.name,
             "max_model_len": served.context,
         }
@@ -96,7 +98,7 @@ def routes(served: Served, counts: Counts) -> APIRouter:
         streams, prompts = await asyncio.to_thread(begin)
         if asked.stream:
             chunks = streamed(streams, prompts, reply, usage=asked.usage_in_stream, counts=counts)
-            return StreamingResponse(chunks, media_type="text/event-stream")
+            return Streaming(chunks, streams)
         choices = await unless_gone(collected(streams, counts), asking)
         if choices is None:
             return Response(status_code=499)  # nobody reads it
@@ -106,6 +108,20 @@ def routes(served: Served, counts: Counts) -> APIRouter:
         return JSONResponse(reply.complete(choices, usage_of(ends, prompts)))
 
     return router
+
+
+class Streaming(StreamingResponse):
+    """Server-sent events whose answers end with the response, even one that never began."""
+
+    def __init__(self, chunks: AsyncIterator[str], streams: Sequence[Stream]) -> None:
+        super().__init__(chunks, media_type="text/event-stream")
+        self.streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            cancel(self.streams)
 
 
 async def collected(streams: Sequence[Stream], counts: Counts) -> list[Choice]:

@@ -152,16 +152,20 @@ class CompletionReply(Reply):
             start += len(token.text)
         return {
             "tokens": [token.text for token in tokens],
-            "token_logprobs": [max(LEAST, token.logprob) for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": [
-                {self.text_of(i): max(LEAST, logprob) for i, logprob in token.top}
-                for token in tokens
+                {self.text_of(i): _finite(logprob) for i, logprob in token.top} for token in tokens
             ],
             "text_offset": offsets,
         }
 
 
-def _token(text: str, logprob: float) -> dict[str, Any]:
+def _token(text: str, logprob: float | None) -> dict[str, Any]:
     # A token that is part of a character has no text of its own, and its bytes are not known.
     known = list(text.encode()) if "\ufffd" not in text else None
-    return {"token": text, "logprob": max(LEAST, logprob), "bytes": known}
+    return {"token": text, "logprob": _finite(logprob), "bytes": known}
+
+
+def _finite(logprob: float | None) -> float:
+    assert logprob is not None  # they were asked for
+    return max(LEAST, logprob)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -15,10 +14,12 @@ from veneer.data.chat import prompt_text
 from veneer.data.rows import ROLES, Message
 from veneer.errors import DataError, nearest
 from veneer.generate.sampling import Sampling
-from veneer.serve.bridge import Stream
+from veneer.serve.bridge import cancel
 from veneer.serve.faults import Fault
 from veneer.serve.protocol import Asked, ChatMessage
-from veneer.serve.request import Request
+from veneer.serve.library import Library
+from veneer.serve.request import Request, Stats, Which
+from veneer.serve.stream import Stream
 
 SEEDS = 2**63
 
@@ -28,22 +29,12 @@ class EngineLike(Protocol):
 
     def submit(self, request: Request) -> Stream: ...
 
-    def score(
-        self, tokens: Sequence[int], adapter: str | Mapping[str, float] | None
-    ) -> Sequence[float]: ...
+    def score(self, tokens: Sequence[int], adapter: Which = None) -> Sequence[float]: ...
+
+    def load(self, name: str) -> None: ...
 
     @property
-    def stats(self) -> Any: ...
-
-
-class LibraryLike(Protocol):
-    """What the server needs of a library of adapters."""
-
-    def add(self, name: str, directory: Path) -> None: ...
-
-    def remove(self, name: str) -> None: ...
-
-    def names(self) -> Sequence[str]: ...
+    def stats(self) -> Stats: ...
 
 
 @dataclass
@@ -52,20 +43,18 @@ class Served:
 
     name, root: what requests call the base, and where it came from.
     context: the most tokens that a prompt and its answer may have together, None without an end.
-    places: the directory of each adapter.
     """
 
     engine: EngineLike
-    library: LibraryLike
+    library: Library
     tokenizer: PreTrainedTokenizerBase
     name: str
     root: str
     context: int | None
     vocabulary: int
-    places: dict[str, Path] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
-    def adapter_of(self, asked: Asked) -> str | Mapping[str, float] | None:
+    def adapter_of(self, asked: Asked) -> Which:
         """Return which adapter a request wants. Raises Fault for one that is not here."""
         if asked.adapters is None:
             return self.known(asked.model)
@@ -82,13 +71,9 @@ class Served:
             return None
         names = self.library.names()
         if model not in names:
-            like = nearest(model[:200], [self.name, *names])
-            raise Fault(
-                404,
-                f"The model {model[:200]!r} does not exist here{like or '; GET /v1/models lists all'}.",
-                param=param,
-                code="model_not_found",
-            )
+            like = nearest(model[:200], [self.name, *names]) or "; GET /v1/models lists all"
+            said = f"The model {model[:200]!r} does not exist here{like}."
+            raise Fault(404, said, param=param, code="model_not_found")
         return model
 
     def chat_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -117,13 +102,32 @@ class Served:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return the tokens of a text. Raises Fault for a text that no context could hold."""
-        if self.context is not None and len(text) > (most := self.context * self._longest()):
+        at_least = -(-len(text) // _longest_token(self.tokenizer))
+        if self.context is not None and at_least > self.context:
             # Tokenising a book only to refuse it would keep everybody waiting.
-            at_least = -(-len(text) // self._longest())
-            assert at_least > self.context, most
             raise self._too_long(f"at least {at_least:,}")
         # As a batch, for the tokenizer holds no lock while it works on one.
         return list(self.tokenizer([text], add_special_tokens=special)["input_ids"][0])
+
+    def spans(self, text: str) -> list[tuple[int, str]]:
+        """Return the tokens of a text, each with its part of it; where several make up one
+        character, the first has it and the others have nothing."""
+        self.encode(text, special=False)
+        encoded = self.tokenizer(
+            [text], add_special_tokens=False, return_offsets_mapping=True
+        )
+        found, done = [], 0
+        for token, (_, end) in zip(
+            encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True
+        ):
+            found.append((token, text[done:end]))
+            done = max(done, end)
+        return found
+
+    def check_context(self, tokens: Sequence[int]) -> None:
+        """Raise Fault, with both numbers, for a text that leaves no room for one token more."""
+        if self.context is not None and len(tokens) >= self.context:
+            raise self._too_long(f"{len(tokens):,}")
 
     def request(
         self, tokens: Sequence[int], asked: Asked, *, most: int | None, usual: int | None, **more: Any
@@ -132,9 +136,8 @@ class Served:
 
         Raises Fault, with both numbers, where prompt and answer are longer than the context.
         """
+        self.check_context(tokens)
         if self.context is not None:
-            if len(tokens) >= self.context:
-                raise self._too_long(f"{len(tokens):,}")
             room = self.context - len(tokens)
             if most is not None and most > room:
                 raise Fault(
@@ -160,8 +163,7 @@ class Served:
             for request in requests:
                 streams.append(self.engine.submit(request))
         except BaseException:
-            for stream in streams:
-                stream.cancel()
+            cancel(streams)
             raise
         return streams
 
@@ -176,10 +178,6 @@ class Served:
             "leaves no room for an answer.",
             code="context_length_exceeded",
         )
-
-    def _longest(self) -> int:
-        return _longest_token(self.tokenizer)
-
 
 def several(request: Request, n: int) -> Iterator[Request]:
     """Yield a request `n` times, each time with the next seed where it has one."""
