@@ -17,6 +17,7 @@ from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method
 from veneer.plan.config import PackedBits, PlanConfig
+from veneer.serve.config import ServeConfig
 from veneer.training.config import TrainConfig
 from veneer.training.recipe import OUT, DataConfig, DType
 
@@ -250,11 +251,44 @@ def chat(
     dtype: DTypeFlag = "auto",
     bits: BitsFlag = None,
     force: Force = False,
+    compare: Annotated[
+        list[str] | None,
+        Parameter(
+            negative="",
+            help="NAME=DIRECTORY: ask this adapter too, side by side; one alone, beside the base.",
+        ),
+    ] = None,
 ) -> None:
     """Talk with MODEL; an empty line or Ctrl-D ends it."""
     from veneer.cli.commands import run_chat
+    from veneer.cli.side_by_side import run_compared_chat
 
-    run_chat(model, adapter, sampling or Sampling(), dtype=dtype, bits=bits, force=force)
+    sampling = sampling or Sampling()
+    if not compare:
+        run_chat(model, adapter, sampling, dtype=dtype, bits=bits, force=force)
+        return
+    if adapter is not None:
+        raise ConfigError("--adapter and --compare exclude each other; compare names adapters.")
+    run_compared_chat(model, compare, sampling, dtype=dtype, bits=bits, force=force)
+
+
+@app.command
+def serve(
+    model: Model,
+    /,
+    *,
+    adapter: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="NAME=DIRECTORY: serve this adapter; may be given repeatedly."),
+    ] = None,
+    settings: Annotated[ServeConfig | None, Flat] = None,
+    dtype: DTypeFlag = "auto",
+    bits: BitsFlag = None,
+) -> None:
+    """Serve MODEL and any number of adapters over it: OpenAI's protocol, and a page."""
+    from veneer.cli.serve import run_serve
+
+    run_serve(model, adapter or [], settings or ServeConfig(), dtype=dtype, bits=bits)
 
 
 def run(arguments: Sequence[str]) -> int:

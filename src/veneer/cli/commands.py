@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -104,16 +105,29 @@ def run_chat(
         messages.append(Message("assistant", _print_stream(base, messages, sampling)))
 
 
-def _load(
-    model: str, adapter: Path | None, *, dtype: str, bits: PackedBits | None, force: bool
+def load_named(
+    model: str,
+    adapters: Mapping[str, Path],
+    *,
+    dtype: str,
+    bits: PackedBits | None,
+    force: bool = False,
 ) -> Base:
+    """Return a base with adapters over it by name, and print what a person should know of it."""
     quieten_libraries()
     base = veneer.load_base(model, dtype=dtype, bits=bits)
     for notice in base.notices:
         ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
-    if adapter is not None:
-        veneer.load(base.model, adapter, tokenizer=base.tokenizer, force=force)
+    for name, adapter in adapters.items():
+        veneer.load(base.model, adapter, name=name, tokenizer=base.tokenizer, force=force)
     return base
+
+
+def _load(
+    model: str, adapter: Path | None, *, dtype: str, bits: PackedBits | None, force: bool
+) -> Base:
+    adapters = {} if adapter is None else {"default": adapter}
+    return load_named(model, adapters, dtype=dtype, bits=bits, force=force)
 
 
 def _print_stream(base: Base, messages: list[Message], sampling: Sampling) -> str:

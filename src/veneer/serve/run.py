@@ -36,17 +36,21 @@ class Listening:
 
 
 def serve(
-    base: Base, adapters: Sequence[str], config: ServeConfig, keys: Keys
+    base: Base,
+    adapters: Sequence[str],
+    config: ServeConfig,
+    *,
+    keys: Keys,
+    listener: socket.socket,
 ) -> Iterator[Listening]:
     """Serve a base with adapters (each "name=directory") until SIGTERM or Ctrl-C.
 
     Yields once, when it is about to listen. On the signal no more work is taken; what runs may go
     on for `drain_seconds`, and is then cut.
-    Raises AdapterError for adapters that cannot be, and VeneerError for an address in use.
+    Raises AdapterError for adapters that cannot be.
     """
     name = served_name(base)
     places = find_adapters(adapters, config.adapters_dir, name)
-    listener = _listen(config)
     engine = Engine(
         base.model,
         base.tokenizer,
@@ -141,11 +145,17 @@ def _parsed(given: Sequence[str]) -> list[tuple[str, Path]]:
     return pairs
 
 
-def _listen(config: ServeConfig) -> socket.socket:
-    """Return a socket that listens, so that an address in use is told before anything loads."""
+def listen(config: ServeConfig) -> socket.socket:
+    """Return a socket that is bound, so that an address in use is told before anything loads.
+
+    Raises VeneerError for an address that cannot be had.
+    """
     try:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.host, config.port))
+        return listener
     except OSError as error:
         raise VeneerError(f"Cannot listen on {config.host}:{config.port}: {error}.") from error
 
