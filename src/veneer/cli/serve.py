@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 
 from veneer.cli.commands import load_named
-from veneer.cli.console import OUTPUT
+from veneer.cli.console import ERRORS, OUTPUT
 from veneer.errors import VeneerError
 from veneer.plan.config import PackedBits
 from veneer.serve.config import ServeConfig, read_keys
@@ -35,6 +35,8 @@ def run_serve(
     with listen(config) as listener:
         base = load_named(model, {}, dtype=dtype, bits=bits)
         for at in serve(base, adapters, config, keys=keys, listener=listener):
+            for notice in at.notices:
+                ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
             OUTPUT.print(f"[bold]Base[/]      {escape(at.base)}")
             names = ", ".join(at.adapters[:SHOWN_NAMES]) or "none"
             more = len(at.adapters) - SHOWN_NAMES

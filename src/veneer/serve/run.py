@@ -28,11 +28,12 @@ from veneer.store import native, peft
 
 @dataclass(frozen=True)
 class Listening:
-    """Where a server can be reached, and which adapters it knows."""
+    """Where a server can be reached, which adapters it knows, and what a person should know."""
 
     url: str
     base: str
     adapters: tuple[str, ...]
+    notices: tuple[str, ...]
 
 
 def serve(
@@ -51,12 +52,8 @@ def serve(
     """
     name = served_name(base)
     places = find_adapters(adapters, config.adapters_dir, name)
-    engine = Engine(
-        base.model,
-        base.tokenizer,
-        Library(places),
-        EngineConfig(slots=config.slots, queue=config.queue),
-    )
+    settings = EngineConfig(slots=config.slots, queue=config.queue, context=config.context)
+    engine = Engine(base, Library(places), settings)
     with listener:
         try:
             for each, _ in _parsed(adapters):
@@ -80,8 +77,9 @@ def serve(
             )
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            yield Listening(f"http://{shown}:{port}", name, engine.library.names())
-            settings = uvicorn.Config(
+            url = f"http://{shown}:{port}"
+            yield Listening(url, name, engine.library.names(), engine.notices)
+            listening = uvicorn.Config(
                 app,
                 http=PatientProtocol,
                 ws="none",
@@ -90,7 +88,7 @@ def serve(
                 timeout_keep_alive=5,
             )
             with ending.on_signal():
-                _Server(settings, ending).run(sockets=[listener])
+                _Server(listening, ending).run(sockets=[listener])
         finally:
             engine.close(drain=False)
 

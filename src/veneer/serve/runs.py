@@ -14,11 +14,15 @@ from typing import Any
 import yaml
 
 from veneer.serve.curve import Curve
-from veneer.training.tune import METRICS, RECIPE
+from veneer.errors import AdapterError
+from veneer.store.files import read_json
+from veneer.training.tune import METRICS, PROGRESS, RECIPE
 
 RECENT = 20  # steps over which speed is measured, as on the terminal
 QUIET_SECONDS = 60.0  # without a step for so long, and for five times a step, a run has stopped
 MOST_RUNS = 200
+# What progress.json says of a run's end, and what it is called.
+STATES = {"finished": "finished", "patience": "finished", "interrupted": "stopped"}
 # What of a recipe tells one run from another.
 SETTINGS = ("model", "data", "method", "rank", "alpha", "targets", "lr", "epochs", "bits", "dora")
 
@@ -30,7 +34,6 @@ class Run:
     identity: int = 0
     read: int = 0
     step: int = 0
-    steps: int | None = None
     loss: float | None = None
     losses: Curve = field(default_factory=Curve)
     evaluations: Curve = field(default_factory=Curve)
@@ -44,28 +47,24 @@ class Run:
                 self.evaluations.add(step, float(line["eval_loss"]))
         elif math.isfinite(line["loss"]):
             self.step, self.loss = step, float(line["loss"])
-            self.steps = line.get("of")
             self.losses.add(step, self.loss)
             self.recent.append((int(line["tokens"]), float(line["seconds"])))
 
-    def shown(self, changed: float, now: float) -> dict[str, Any]:
-        """Return the run for the page; its file was last `changed` then."""
+    def shown(self, changed: float, progress: dict[str, Any]) -> dict[str, Any]:
+        """Return the run for the page; its file last `changed` so many seconds ago."""
         seconds = sum(each for _, each in self.recent)
         a_step = seconds / len(self.recent) if self.recent else 0.0
-        state = "running"
-        if self.steps is not None and self.step >= self.steps:
-            state = "finished"
-        elif now - changed > max(QUIET_SECONDS, 5 * a_step):
-            state = "stopped"
-        known = state == "running" and self.steps is not None
-        left = a_step * (self.steps - self.step) if known and self.steps is not None else None
+        steps, ended = progress.get("steps"), progress.get("ended")
+        is_quiet = changed > max(QUIET_SECONDS, 5 * a_step)
+        state = STATES.get(ended, "stopped" if is_quiet else "running")
+        is_known = state == "running" and isinstance(steps, int)
         return {
             "state": state,
             "step": self.step,
-            "steps": self.steps,
+            "steps": steps,
             "loss": self.loss,
             "tokens_per_second": sum(n for n, _ in self.recent) / seconds if seconds else None,
-            "seconds_left": left,
+            "seconds_left": a_step * (steps - self.step) if is_known else None,
             "curve": self.losses.shown(),
             "evaluations": self.evaluations.shown(),
         }
@@ -90,7 +89,8 @@ class Runs:
                     continue  # it went while we looked, or holds something else
                 name = str(place.parent.relative_to(self.root))
                 settings = settings_of(place.parent)
-                found.append({"name": name, "settings": settings, **run.shown(changed, now)})
+                shown = run.shown(now - changed, progress_of(place.parent))
+                found.append({"name": name, "settings": settings, **shown})
         return found
 
     def _newest(self) -> list[tuple[Path, float]]:
@@ -141,3 +141,11 @@ def settings_of(directory: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         return {}
     return {name: recipe[name] for name in SETTINGS if recipe.get(name) is not None}
+
+
+def progress_of(directory: Path) -> dict[str, Any]:
+    """Return what a run's progress.json says; nothing where there is none."""
+    try:
+        return read_json(directory / PROGRESS)
+    except AdapterError:
+        return {}
