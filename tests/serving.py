@@ -92,7 +92,9 @@ class ScriptedEngine:
         return Stats(self.active, self.waiting, self.slots, 0, 0, 0, 0, 0, 0, (), 0, 0)
 
 
-def scripted(adapters: dict[str, Path] | None = None, *, context: int = 4096, **engine: Any) -> Served:
+def scripted(
+    adapters: dict[str, Path] | None = None, *, context: int = 4096, **engine: Any
+) -> Served:
     """Return what a server needs, around an engine that computes nothing."""
     library = Library(adapters or {})
     return Served(
@@ -117,7 +119,9 @@ def running(served: Served, *, patience: float = 10.0, **options: Any) -> Iterat
     """Serve in a thread of this process, on a free port of this machine."""
     protocol = type("Protocol", (PatientProtocol,), {"header_seconds": patience})
     app = create_app(served, **options)
-    config = uvicorn.Config(app, port=0, http=protocol, ws="none", log_level="critical", backlog=2048)
+    config = uvicorn.Config(
+        app, port=0, http=protocol, ws="none", log_level="critical", backlog=2048
+    )
     server = Server(config)
     thread = Thread(target=server.run, daemon=True)
     thread.start()

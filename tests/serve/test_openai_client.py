@@ -132,7 +132,10 @@ def test_completions_of_texts_and_of_tokens(client, server):
 
 def test_a_mix_of_adapters(client, server):
     client.chat.completions.create(
-        model=BASE, messages=HELLO, extra_body={"adapters": {"law": 0.5, "cooking": -1}}, max_tokens=1
+        model=BASE,
+        messages=HELLO,
+        extra_body={"adapters": {"law": 0.5, "cooking": -1}},
+        max_tokens=1,
     )
     assert dict(server.served.engine.requests[-1].adapter) == {"law": 0.5, "cooking": -1}
     for wrong in ({"medicine": 1.0}, {BASE: 1.0}, {}):

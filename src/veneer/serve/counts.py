@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from veneer.serve.bridge import Event
-from veneer.serve.request import Finished
+from veneer.serve.request import Event, Finished
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
@@ -24,22 +23,33 @@ class Counts:
 
     def __init__(self, engine_numbers: Callable[[], Mapping[str, float]]) -> None:
         self.registry = CollectorRegistry()
-        kept = {"registry": self.registry}
         self.responses = Counter(
-            "veneer_http_responses", "Responses, by status.", ["status"], **kept
+            "veneer_http_responses", "Responses, by status.", ["status"], registry=self.registry
         )
-        self.running = Gauge("veneer_answers_running", "Answers that are being made.", **kept)
-        self.ended = Counter("veneer_answers", "Answers that ended, by why.", ["reason"], **kept)
-        self.prompt = Counter("veneer_prompt_tokens", "Tokens of prompts.", **kept)
+        self.running = Gauge(
+            "veneer_answers_running", "Answers that are being made.", registry=self.registry
+        )
+        self.ended = Counter(
+            "veneer_answers", "Answers that ended, by why.", ["reason"], registry=self.registry
+        )
+        self.prompt = Counter("veneer_prompt_tokens", "Tokens of prompts.", registry=self.registry)
         self.cached = Counter(
-            "veneer_prompt_tokens_cached", "Those of them that the cache had.", **kept
+            "veneer_prompt_tokens_cached",
+            "Those of them that the cache had.",
+            registry=self.registry,
         )
-        self.new = Counter("veneer_new_tokens", "Tokens of answers.", **kept)
+        self.new = Counter("veneer_new_tokens", "Tokens of answers.", registry=self.registry)
         self.first = Histogram(
-            "veneer_first_piece_seconds", "Time to a first piece.", buckets=SECONDS, **kept
+            "veneer_first_piece_seconds",
+            "Time to a first piece.",
+            buckets=SECONDS,
+            registry=self.registry,
         )
         self.whole = Histogram(
-            "veneer_answer_seconds", "Time to the end of an answer.", buckets=SECONDS, **kept
+            "veneer_answer_seconds",
+            "Time to the end of an answer.",
+            buckets=SECONDS,
+            registry=self.registry,
         )
         self.registry.register(_Numbers(engine_numbers))
 
@@ -94,6 +104,6 @@ class _Numbers(Collector):
     def __init__(self, numbers: Callable[[], Mapping[str, float]]) -> None:
         self.numbers = numbers
 
-    def collect(self) -> AsyncIterator[GaugeMetricFamily]:  # type: ignore[override]
+    def collect(self) -> Iterable[GaugeMetricFamily]:
         for name, value in self.numbers().items():
             yield GaugeMetricFamily(f"veneer_engine_{name}", name.replace("_", " "), value=value)

@@ -63,17 +63,11 @@ class Guard:
             return
         self.in_flight += 1
         try:
-            try:
-                async with asyncio.timeout(self.limits.body_seconds):
-                    body = await self._read(receive)
-            except Fault as fault:
-                await _refuse(fault, scope, receive, guarded, more=True)
-            except TimeoutError:
-                fault = Fault(408, f"The body took over {self.limits.body_seconds:.0f} s to come.")
-                await _refuse(fault, scope, receive, guarded, more=True)
-            else:
-                if body is not None:  # else whoever asked has gone
-                    await self.app(scope, _replay(body, receive), guarded)
+            body = await self._read(receive)
+            if body is not None:  # else whoever asked has gone
+                await self.app(scope, _replay(body, receive), guarded)
+        except Fault as fault:
+            await _refuse(fault, scope, receive, guarded, more=True)
         finally:
             self.in_flight -= 1
 
@@ -87,14 +81,14 @@ class Guard:
                 "it with an API key to call it otherwise.",
                 code="host_not_allowed",
             )
-        key = headers.get("authorization", "")
-        if path in ADMIN:
-            # Where loading is not enabled there is no admin key, and the route says so.
-            if self.keys.admin is not None and not _same(key, self.keys.admin):
-                raise _wrong_key("the admin key")
-        elif path not in OPEN and not path.startswith(PAGE) and self.keys.api is not None:
-            if not _same(key, self.keys.api):
-                raise _wrong_key("the API key")
+        needed, which = self.keys.api, "the API key"
+        if path in ADMIN and self.keys.admin is not None:  # else the route says that it is off
+            needed, which = self.keys.admin, "the admin key"
+        elif path in OPEN or path.startswith(PAGE):
+            needed = None
+        if needed is not None and not _same(headers.get("authorization", ""), needed):
+            said = f"This needs {which}, as in: Authorization: Bearer KEY."
+            raise Fault(401, said, code="invalid_api_key")
         if method not in ("POST", "PUT", "PATCH"):
             return
         if self.is_draining():
@@ -110,18 +104,23 @@ class Guard:
             raise Fault(429, "Too many requests at once; come again later.", code="too_many")
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """Return the whole body, or None where the connection ended before it."""
+        """Return the whole body, or None where the connection ended before it. Raises Fault."""
         parts, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self.limits.body_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return b"".join(parts)
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return None
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > self.limits.body_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError as error:
+            seconds = f"{self.limits.body_seconds:g}"
+            raise Fault(408, f"The body took over {seconds} s to come.") from error
 
     def _too_large(self) -> Fault:
         return Fault(413, f"The body is larger than {self.limits.body_bytes:,} bytes.")
@@ -195,9 +194,3 @@ def _same(header: str, key: str) -> bool:
     # Digests are equally long, whatever was given.
     ours, theirs = (hashlib.sha256(text.encode()).digest() for text in (key, given.strip()))
     return hmac.compare_digest(ours, theirs) and scheme.lower() == "bearer"
-
-
-def _wrong_key(which: str) -> Fault:
-    return Fault(
-        401, f"This needs {which}, as in: Authorization: Bearer KEY.", code="invalid_api_key"
-    )

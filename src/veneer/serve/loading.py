@@ -53,15 +53,11 @@ def find(root: Path, given: str) -> Path:
         place = (root / given).resolve()
         # Not even its existence is looked up elsewhere.
         inside = place != root and place.is_relative_to(root) and place.is_dir()
-        inside = inside and all(
-            file.resolve().is_relative_to(root) for file in place.iterdir()
-        )
+        inside = inside and all(file.resolve().is_relative_to(root) for file in place.iterdir())
     except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a loop of links
         inside = False
     if not inside:
-        raise Fault(
-            400, "lora_path must name a directory below --adapters-dir.", param="lora_path"
-        )
+        raise Fault(400, "lora_path must name a directory below --adapters-dir.", param="lora_path")
     return place
 
 

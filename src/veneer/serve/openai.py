@@ -13,15 +13,18 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from veneer.serve.bridge import cancel, events_of
-from veneer.serve.faults import ErrorBody, Fault
 from veneer.serve.counts import Counts
+from veneer.serve.faults import ErrorBody, Fault
 from veneer.serve.protocol import CHOICES, Asked, ChatRequest, CompletionRequest
 from veneer.serve.replies import ChatReply, Choice, CompletionReply, Reply, usage_of
 from veneer.serve.request import Finished, Request
 from veneer.serve.served import Served, several
 from veneer.serve.stream import Stream
 
-REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody},
+    "5XX": {"model": ErrorBody},
+}
 COMPLETION_TOKENS = 16  # OpenAI's own default of max_tokens for completions
 
 
@@ -31,7 +34,10 @@ def routes(served: Served, counts: Counts) -> APIRouter:
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_of(n) for n in (served.name, *served.library.names())]}
+        return {
+            "object": "list",
+            "data": [model_of(n) for n in (served.name, *served.library.names())],
+        }
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 CHOICES = 16  # answers to one request, over all prompts
 TOP_CHAT, TOP_COMPLETION = 20, 5  # OpenAI's own limits of likeliest tokens
@@ -32,8 +32,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 # These say who asks, and change no answer.
 WHO_ASKS = ("user", "safety_identifier", "prompt_cache_key")
 
+
+def _whole(text: str) -> str:
+    """Refuse half a character, which JSON can say and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("has half a character (a lone surrogate)") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Weight = Annotated[float, Field(allow_inf_nan=False, ge=-16, le=16)]
 
@@ -74,8 +85,7 @@ class Asked(Strict):
             name: value
             for name, value in given.items()
             if not (
-                name in WHO_ASKS
-                or (name in NEUTRAL and (value is None or value in NEUTRAL[name]))
+                name in WHO_ASKS or (name in NEUTRAL and (value is None or value in NEUTRAL[name]))
             )
         }
 
@@ -94,14 +104,14 @@ class TextPart(Strict):
     """A part of a message; text is the only kind that is served."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
 
     @property
@@ -125,8 +135,8 @@ class CompletionRequest(Asked):
     """POST /v1/completions."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=CHOICES)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=CHOICES)]
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[
             list[Annotated[list[TokenId], Field(min_length=1)]],
@@ -141,8 +151,8 @@ class CompletionRequest(Asked):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
 
 class LoadRequest(Strict):
@@ -165,4 +175,4 @@ class TokensRequest(Strict):
 
     model: Annotated[str, Field(max_length=512)]
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-    answer: Annotated[str, Field(min_length=1)]
+    answer: Annotated[Text, Field(min_length=1)]

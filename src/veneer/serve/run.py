@@ -65,7 +65,7 @@ def serve(
                 name=name,
                 root=base.name,
                 context=engine.context,
-                vocabulary=base.model.get_input_embeddings().num_embeddings,
+                vocabulary=base.model.config.get_text_config().vocab_size,
             )
             ending = Ending(config.drain_seconds, engine)
             app = create_app(
@@ -100,9 +100,7 @@ def served_name(base: Base) -> str:
     return Path(base.name).resolve().name
 
 
-def find_adapters(
-    given: Sequence[str], directory: Path | None, base: str
-) -> dict[str, Path]:
+def find_adapters(given: Sequence[str], directory: Path | None, base: str) -> dict[str, Path]:
     """Return the adapters given as "name=directory", and those that lie in a directory, by name.
 
     There each subdirectory is one, or holds one as lora_adapter, as veneer tune leaves it.
@@ -173,7 +171,7 @@ class Ending:
 
     @contextmanager
     def on_signal(self) -> Iterator[None]:
-        """Within, SIGTERM is the proper way to end. (uvicorn sends itself what it got once more.)"""
+        """Within, SIGTERM is the proper way to end: uvicorn sends itself once more what it got."""
         before = signal.signal(signal.SIGTERM, lambda *_: None)
         try:
             yield

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from veneer.serve.curve import Curve
 from veneer.errors import AdapterError
+from veneer.serve.curve import Curve
 from veneer.store.files import read_json
 from veneer.training.tune import METRICS, PROGRESS, RECIPE
 
@@ -56,15 +56,15 @@ class Run:
         a_step = seconds / len(self.recent) if self.recent else 0.0
         steps, ended = progress.get("steps"), progress.get("ended")
         is_quiet = changed > max(QUIET_SECONDS, 5 * a_step)
-        state = STATES.get(ended, "stopped" if is_quiet else "running")
-        is_known = state == "running" and isinstance(steps, int)
+        state = STATES.get(str(ended), "stopped" if is_quiet else "running")
+        left = a_step * (steps - self.step) if isinstance(steps, int) else None
         return {
             "state": state,
             "step": self.step,
             "steps": steps,
             "loss": self.loss,
             "tokens_per_second": sum(n for n, _ in self.recent) / seconds if seconds else None,
-            "seconds_left": a_step * (steps - self.step) if is_known else None,
+            "seconds_left": left if state == "running" else None,
             "curve": self.losses.shown(),
             "evaluations": self.evaluations.shown(),
         }

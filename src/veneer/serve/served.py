@@ -16,8 +16,8 @@ from veneer.errors import DataError, nearest
 from veneer.generate.sampling import Sampling
 from veneer.serve.bridge import cancel
 from veneer.serve.faults import Fault
-from veneer.serve.protocol import Asked, ChatMessage
 from veneer.serve.library import Library
+from veneer.serve.protocol import Asked, ChatMessage
 from veneer.serve.request import Request, Stats, Which
 from veneer.serve.stream import Stream
 
@@ -113,9 +113,7 @@ class Served:
         """Return the tokens of a text, each with its part of it; where several make up one
         character, the first has it and the others have nothing."""
         self.encode(text, special=False)
-        encoded = self.tokenizer(
-            [text], add_special_tokens=False, return_offsets_mapping=True
-        )
+        encoded = self.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
         found, done = [], 0
         for token, (_, end) in zip(
             encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True
@@ -130,7 +128,13 @@ class Served:
             raise self._too_long(f"{len(tokens):,}")
 
     def request(
-        self, tokens: Sequence[int], asked: Asked, *, most: int | None, usual: int | None, **more: Any
+        self,
+        tokens: Sequence[int],
+        asked: Asked,
+        *,
+        most: int | None,
+        usual: int | None,
+        **more: Any,
     ) -> Request:
         """Return what the engine is asked. `most` new tokens were asked for, else `usual` holds.
 
@@ -169,7 +173,7 @@ class Served:
 
     def text_of(self, token: int) -> str:
         """Return the text of one token by itself."""
-        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
     def _too_long(self, tokens: str) -> Fault:
         return Fault(
@@ -178,6 +182,7 @@ class Served:
             "leaves no room for an answer.",
             code="context_length_exceeded",
         )
+
 
 def several(request: Request, n: int) -> Iterator[Request]:
     """Yield a request `n` times, each time with the next seed where it has one."""
