@@ -32,22 +32,22 @@ MARKS = ("flags", "model name", "Features", "CPU ")  # lines of /proc/cpuinfo, o
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
 
-def kernel(name: str, like: Tensor, source: str = "native") -> Callable[..., None] | None:
+def kernel(name: str, like: Tensor) -> Callable[..., None] | None:
     """Return a compiled function for tensors such as `like`, or None where torch has to do it.
 
-    It takes contiguous tensors, integers, floats and None (a null pointer), as its source does.
+    It takes contiguous tensors, integers, floats and None (a null pointer), as native.cpp does.
     """
     if like.device.type != "cpu" or like.dtype not in NAMES:
         return None
-    return _kernel(f"{name}_{NAMES[like.dtype]}", source)
+    return _kernel(f"{name}_{NAMES[like.dtype]}")
 
 
 @functools.cache
-def _kernel(symbol: str, source: str) -> Callable[..., None] | None:
-    library, _ = load(source)
-    function = None if library is None else getattr(library, symbol, None)
-    if function is None:
+def _kernel(symbol: str) -> Callable[..., None] | None:
+    library, _ = load()
+    if library is None:
         return None
+    function = getattr(library, symbol)
     function.restype = None
 
     def call(*arguments: Tensor | float | None) -> None:
@@ -66,8 +66,13 @@ def _as_c(argument: Tensor | float | None) -> object:
     return argument if argument is None else ctypes.c_int64(argument)
 
 
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library of native.cpp as `library_of` does."""
+    return library_of("native")
+
+
 @functools.cache
-def load(source: str = "native") -> tuple[ctypes.CDLL | None, str]:
+def library_of(source: str) -> tuple[ctypes.CDLL | None, str]:
     """Return a source's library, compiled if need be, or None; and what is not as it should be."""
     if os.name != "posix":
         return None, "the compiled kernels are for Linux and macOS"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class Rows:
     together from it, so that the same value serves many steps.
     """
 
-    parts: Sequence[Mapping[Hashable, Acting]]
+    parts: Sequence[Mapping[Any, Acting]]
     which: tuple[int | None, ...]
     kept: dict[Hashable, Stacked] = field(default_factory=dict)
 

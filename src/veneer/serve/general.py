@@ -111,7 +111,7 @@ class General:
             ]
         )
 
-    def put(self, slot: int, pieces: Sequence[Tensor]) -> None:
+    def put(self, slot: int, pieces: Sequence[Any]) -> None:
         cache = self.own[slot] = DynamicCache()
         for layer, pair in enumerate(torch.cat(list(pieces), 3)):
             cache.update(pair[0][None], pair[1][None], layer)
@@ -125,7 +125,7 @@ class General:
                     assert x is not None
                     x[at] = x[last]
             for of_rows in (self.order, self.lengths):
-                of_rows[at] = of_rows[last]  # type: ignore[index]
+                of_rows[at] = of_rows[last]
                 of_rows.pop()
 
     def _read(self, chunk: Chunk) -> Tensor:
@@ -197,10 +197,10 @@ class General:
         self.lengths.append(length)
         self._make_room(length)
         at, clock = len(self.order) - 1, self.clock
-        for layer, own in zip(self.shared, cache.layers, strict=True):
+        layers: list[Any] = cache.layers
+        for layer, own in zip(self.shared, layers, strict=True):
             for all_, new in ((layer.keys, own.keys), (layer.values, own.values)):
                 assert all_ is not None
-                assert new is not None
                 all_[at, :, clock.at - length : clock.at] = new[0]
 
     def _make_room(self, length: int = 0) -> None:

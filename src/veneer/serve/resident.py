@@ -173,7 +173,7 @@ def _packed(
         assert B is not None
         layers[layer] = Acting(A, B.T, gain)
         content.update(f"{tuple(A.shape)} {A.dtype} {gain is None}\n".encode())
-    content.update(buffer.cpu().numpy())
+    content.update(buffer.cpu().numpy().tobytes())
     return Loaded(content.hexdigest(), layers, buffer.nbytes, names)
 
 

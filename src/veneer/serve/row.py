@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Row:
         """Return what of the prompt is read next: up to the next multiple of `size`, so that what
         is read together never depends on what was in the cache."""
         last = min(self.done // size * size + size, len(self.tokens))
-        wanted = "last" if last == len(self.tokens) else "none"
+        wanted: Literal["last", "none"] = "last" if last == len(self.tokens) else "none"
         return Chunk(
             self.slot, self.tokens[self.done : last], self.done, self.loaded, wanted, False
         )

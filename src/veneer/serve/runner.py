@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Runner(Protocol):
         """Return a copy of what a slot holds of tokens `first` to `last`."""
         ...
 
-    def put(self, slot: int, pieces: Sequence[Kept]) -> None:
+    def put(self, slot: int, pieces: Sequence[Any]) -> None:
         """Fill an empty slot with pieces, end to end."""
         ...
 

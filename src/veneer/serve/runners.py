@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from veneer.serve.compiled import Compiled, Unsuited
 from veneer.serve.general import General
 from veneer.serve.runner import Runner
 
 
 def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner, tuple[str, ...]]:
     """Return a runner for a base, and what a person should know of it."""
-    return General(model, slots), ()
+    try:
+        return Compiled(model, slots, context), ()
+    except Unsuited as why:
+        notice = f"Each step goes through the model's own forward, which is slower, for {why}."
+        return General(model, slots), (notice,)
