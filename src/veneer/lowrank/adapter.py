@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import AdapterError, nearest
+from veneer.lowrank.acting import Rows
 
 Factors = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 
@@ -79,7 +80,7 @@ class Adapter(nn.Module):
 
 
 class Route:
-    """Which adapters act, and how strongly: one, a weighted mix, or none.
+    """Which adapters act, and how strongly: one, a weighted mix, or none; or some on each row.
 
     All adapted layers of a model share one Route, so that switching costs one assignment however
     many layers there are.
@@ -88,6 +89,7 @@ class Route:
     def __init__(self) -> None:
         self.configs: dict[str, Any] = {}  # by name, what each adapter is
         self.weights: dict[str, float] = {}
+        self.rows: Rows | None = None  # while each row of a batch has its own, which then act alone
 
     @property
     def idle(self) -> bool:
@@ -99,6 +101,11 @@ class Route:
 
         Raises AdapterError for a name that is not attached.
         """
+        self.weights = self.checked(which)
+        self.rows = None
+
+    def checked(self, which: str | Mapping[str, float] | None) -> dict[str, float]:
+        """Return names and weights. Raises AdapterError for a name that is not attached."""
         if which is None:
             weights: dict[str, float] = {}
         elif isinstance(which, str):
@@ -112,4 +119,4 @@ class Route:
                 f"No adapter is called {', '.join(map(repr, unknown))} "
                 f"(attached: {attached}){nearest(unknown[0], self.configs)}."
             )
-        self.weights = weights
+        return weights

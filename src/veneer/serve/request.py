@@ -107,12 +107,14 @@ class EngineConfig:
                 ("slots", self.slots, 1),
                 ("context", self.context, 2),
                 ("queue", self.queue, 0),
-                ("chunk", self.chunk, 1),
+                ("chunk", self.chunk, 16),
                 ("cache_bytes", self.cache_bytes, 0),
                 ("adapter_bytes", self.adapter_bytes, 0),
             )
             if value is not None and value < least
         ]
+        if self.chunk % 16:
+            problems.append(f"chunk is {self.chunk}, but must be a multiple of 16")
         if problems:
             raise ConfigError("There can be no such engine: " + "; ".join(problems) + ".")
 

@@ -143,7 +143,7 @@ def install(
     if problems:
         raise AdapterError("This adapter does not fit the model: " + "; ".join(problems) + ".")
     if isinstance(state.config, LoRA):
-        put(model, name, state.config, _parts(state, state.config))
+        put(model, name, state.config, parts(state, state.config))
     elif not state.config.replaces_weights:
         put_method(model, name, state.config, stored(state.config, state.tensors))
     else:
@@ -177,8 +177,9 @@ def _factors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _parts(state: AdapterState, config: LoRA) -> dict[str, Adapter]:
-    parts = {}
+def parts(state: AdapterState, config: LoRA) -> dict[str, Adapter]:
+    """Return what a stored adapter lays over each layer, by the layer's path."""
+    found = {}
     for layer in state.layers():
         A, B, magnitude, A0, B0 = (
             None if tensor is None else tensor.to(torch.float32)
@@ -186,7 +187,7 @@ def _parts(state: AdapterState, config: LoRA) -> dict[str, Adapter]:
         )
         assert A is not None
         assert B is not None
-        parts[layer.path] = Adapter(
+        found[layer.path] = Adapter(
             A,
             B,
             scaling=config.scaling_of(layer.path),
@@ -194,7 +195,7 @@ def _parts(state: AdapterState, config: LoRA) -> dict[str, Adapter]:
             magnitude=magnitude,
             start=None if A0 is None or B0 is None else (A0, B0),
         )
-    return parts
+    return found
 
 
 def _shortest_names(paths: set[str], layers: list[Layer]) -> tuple[str, ...]:
