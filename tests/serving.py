@@ -19,7 +19,7 @@ from tiny import VOCAB
 from veneer.data.chat import prompt_text
 from veneer.errors import QueueFull
 from veneer.serve.app import create_app
-from veneer.serve.http import PatientProtocol
+from veneer.serve.http import AT_A_TIME, PatientProtocol, PatientServer
 from veneer.serve.library import Library
 from veneer.serve.request import Finished, Piece, Request, Stats, Token
 from veneer.serve.served import Served
@@ -108,7 +108,7 @@ def scripted(
     )
 
 
-class Server(uvicorn.Server):
+class Server(PatientServer):
     """A server in a thread, at `url`."""
 
     url = ""
@@ -120,7 +120,7 @@ def running(served: Served, *, patience: float = 10.0, **options: Any) -> Iterat
     protocol = type("Protocol", (PatientProtocol,), {"header_seconds": patience})
     app = create_app(served, **options)
     config = uvicorn.Config(
-        app, port=0, http=protocol, ws="none", log_level="critical", backlog=2048
+        app, port=0, http=protocol, ws="none", log_level="critical", backlog=AT_A_TIME
     )
     server = Server(config)
     thread = Thread(target=server.run, daemon=True)

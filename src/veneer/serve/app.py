@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import Response
+from starlette.types import ASGIApp
 
 from veneer.serve import faults, loading, openai, panel
 from veneer.serve.config import Keys, Limits
@@ -30,7 +31,7 @@ def create_app(
     runs: Path | None = None,
     loading_root: Path | None = None,
     is_draining: Callable[[], bool] = lambda: False,
-) -> FastAPI:
+) -> ASGIApp:
     """Return the application that serves `served`.
 
     runs: the directory whose training runs are shown. loading_root: the directory below which
@@ -63,11 +64,9 @@ def create_app(
         text = await asyncio.to_thread(counts.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    app.add_middleware(
-        Guard, keys=keys or Keys(), limits=limits or Limits(), is_draining=is_draining
-    )
-    app.add_middleware(CountResponses, counts=counts)
-    return app
+    # Outside of the framework, so that what is refused costs least.
+    guard = Guard(app, keys=keys or Keys(), limits=limits or Limits(), is_draining=is_draining)
+    return CountResponses(guard, counts=counts)
 
 
 def _numbers(served: Served) -> Mapping[str, float]:

@@ -4,13 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from collections import deque
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from veneer.serve.faults import Fault
 
 HEADER_SECONDS = 10.0
+BACKLOG = 2048  # connections that the system keeps until they are taken
+AT_A_TIME = 16  # connections that are taken, or heard, in one turn of the event loop
+QUICK = b"GET "  # requests that start so wait for no crowd of others: they cost little
+
+
+class PatientServer(uvicorn.Server):
+    """uvicorn's server, for a `config` whose backlog is AT_A_TIME.
+
+    That is how many connections asyncio takes in one turn; the system keeps more of them waiting.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                socket.socket(fileno=socket.dup(listener.fileno())).listen(BACKLOG)
+
+
+class Line:
+    """Calls that wait for their turn, AT_A_TIME of them in one turn of the event loop.
+
+    Where hundreds of requests come at once, what else there is to do would wait for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._calls = deque[Callable[[], None]]()
+
+    def join(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+        if len(self._calls) == 1:
+            asyncio.get_running_loop().call_soon(self._some)
+
+    def _some(self) -> None:
+        for _ in range(min(AT_A_TIME, len(self._calls))):
+            self._calls.popleft()()
+        if self._calls:
+            asyncio.get_running_loop().call_soon(self._some)
+
+
+_lines: WeakKeyDictionary[asyncio.AbstractEventLoop, Line] = WeakKeyDictionary()
 
 
 class PatientProtocol(H11Protocol):
@@ -23,16 +68,29 @@ class PatientProtocol(H11Protocol):
 
     header_seconds = HEADER_SECONDS
     _end: asyncio.TimerHandle | None = None
+    _unheard = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
+        if not self._unheard and data.startswith(QUICK):
+            super().data_received(data)
+            self._watch()
+            return
+        if not self._unheard:
+            _lines.setdefault(self.loop, Line()).join(self._hear)
+        self._unheard += data
+
+    def _hear(self) -> None:
+        data, self._unheard = self._unheard, b""
+        if data and not self.transport.is_closing():
+            super().data_received(data)
+            self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._unheard = b""
         self._stop()
         super().connection_lost(exc)
 

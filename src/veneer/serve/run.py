@@ -17,9 +17,9 @@ from veneer.errors import AdapterError, ConfigError, VeneerError
 from veneer.models.load import Base
 from veneer.models.locate import locate
 from veneer.serve.app import create_app
-from veneer.serve.config import ADAPTER_NAME, Keys, ServeConfig
+from veneer.serve.config import ADAPTER_NAME, Keys, Limits, ServeConfig
 from veneer.serve.engine import Engine
-from veneer.serve.http import PatientProtocol
+from veneer.serve.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
 from veneer.serve.library import Library
 from veneer.serve.request import EngineConfig
 from veneer.serve.served import Served
@@ -71,12 +71,15 @@ def serve(
             app = create_app(
                 served,
                 keys=keys,
+                # What finds no place is told so before its body is looked at, which costs least.
+                limits=Limits(in_flight=config.slots + config.queue),
                 runs=config.runs,
                 loading_root=config.adapters_dir if config.enable_lora_loading else None,
                 is_draining=lambda: ending.begun,
             )
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
+            listener.listen(BACKLOG)  # who comes as soon as the address is told waits a moment
             url = f"http://{shown}:{port}"
             yield Listening(url, name, engine.library.names(), engine.notices)
             listening = uvicorn.Config(
@@ -85,7 +88,7 @@ def serve(
                 ws="none",
                 log_level="warning",
                 server_header=False,
-                timeout_keep_alive=5,
+                backlog=AT_A_TIME,
             )
             with ending.on_signal():
                 _Server(listening, ending).run(sockets=[listener])
@@ -148,7 +151,8 @@ def listen(config: ServeConfig) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # With its protocol named, or asyncio would leave small packets waiting for each other.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.host, config.port))
         return listener
@@ -180,8 +184,8 @@ class Ending:
             self._cut.cancel()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which tells when it is asked to end."""
+class _Server(PatientServer):
+    """A server that tells when it is asked to end."""
 
     def __init__(self, config: uvicorn.Config, ending: Ending) -> None:
         super().__init__(config)
