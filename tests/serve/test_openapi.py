@@ -31,6 +31,8 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(two, adapte
         operations = [found.ok() for found in schema.get_all_operations()]
         assert len(operations) >= 12
         for operation in operations:
+            if mode is GenerationMode.NEGATIVE and operation.method.upper() == "GET":
+                continue  # takes nothing that could be wrong
             try_out(operation, mode)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
@@ -14,13 +15,15 @@ from veneer.serve.openai import REFUSALS
 from veneer.serve.protocol import LoadRequest, UnloadRequest
 from veneer.serve.served import Served
 
+TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}  # as vLLM answers
+
 
 def routes(served: Served, root: Path | None) -> APIRouter:
     """Return the routes; without a `root`, below which adapters must lie, they only say so."""
     router = APIRouter(prefix="/v1", responses=REFUSALS)
     changing = asyncio.Lock()
 
-    @router.post("/load_lora_adapter", response_class=PlainTextResponse)
+    @router.post("/load_lora_adapter", responses=TEXT)
     async def load(asked: LoadRequest) -> Response:
         place = _enabled(root)
         _check_name(asked.lora_name, served)
@@ -28,7 +31,7 @@ def routes(served: Served, root: Path | None) -> APIRouter:
             await asyncio.to_thread(_load, served, asked, place)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
-    @router.post("/unload_lora_adapter", response_class=PlainTextResponse)
+    @router.post("/unload_lora_adapter", responses=TEXT)
     async def unload(asked: UnloadRequest) -> Response:
         _enabled(root)
         _check_name(asked.lora_name, served)

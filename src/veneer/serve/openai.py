@@ -25,6 +25,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody},
     "5XX": {"model": ErrorBody},
 }
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 COMPLETION_TOKENS = 16  # OpenAI's own default of max_tokens for completions
 
 
@@ -44,7 +45,7 @@ def routes(served: Served, counts: Counts) -> APIRouter:
         served.known(model)
         return model_of(model)
 
-    @router.post("/chat/completions")
+    @router.post("/chat/completions", responses=STREAMED)
     async def chat(asked: ChatRequest, asking: Asking) -> Response:
         top = asked.top_logprobs
         if top and not asked.logprobs:
@@ -60,7 +61,7 @@ def routes(served: Served, counts: Counts) -> APIRouter:
         reply = ChatReply(asked.model, served.text_of, logprobs=bool(asked.logprobs))
         return await respond(asked, prepare, reply, asking)
 
-    @router.post("/completions")
+    @router.post("/completions", responses=STREAMED)
     async def completions(asked: CompletionRequest, asking: Asking) -> Response:
         if len(asked.prompts) * (asked.n or 1) > CHOICES:
             raise Fault(400, f"At most {CHOICES} answers can be asked for at once.", param="n")
