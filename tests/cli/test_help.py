@@ -133,7 +133,18 @@ def test_python_m_veneer_is_veneer():
 
 @pytest.mark.parametrize(
     "command",
-    ["tune", "compare", "inspect", "plan", "pretrain", "quantize", "merge", "generate", "chat"],
+    [
+        "tune",
+        "compare",
+        "inspect",
+        "plan",
+        "pretrain",
+        "quantize",
+        "merge",
+        "generate",
+        "chat",
+        "serve",
+    ],
 )
 def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "220")
