@@ -1,5 +1,6 @@
 """Small bases and adapters on disk, for what serves them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,9 @@ def write_adapters(home: Path, architecture: str = "llama") -> dict[str, Path]:
 
 
 def generated(
-    model: PreTrainedModel, prompt: tuple[int, ...], new: int, home: Path | None = None
-) -> list[int]:
-    """Return what transformers' own generate says."""
-    if home is not None:
-        veneer.load(model, home)
-    out = model.generate(
-        torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=0
-    )
-    if home is not None:
-        veneer.detach(model)
-    return out[0, len(prompt) :].tolist()
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], new: int
+) -> list[list[int]]:
+    """Return what transformers' own generate says after prompts of one length."""
+    tokens = torch.tensor(prompts)
+    out = model.generate(tokens, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    return out[:, tokens.shape[1] :].tolist()
