@@ -98,6 +98,9 @@ class Compiled:
             rows = _wanted(chunks)
             return self._logits(x[rows], [acting[row] for row in rows])
 
+    def prepare(self, loaded: Loaded) -> None:
+        self._patch(loaded)
+
     def keep(self, slot: int, first: int, last: int) -> Piece:
         memory = self.memories[slot]
         assert memory is not None
