@@ -89,21 +89,21 @@ struct Lanes<BFloat16> {
 };
 #endif
 
-// out[m, o] = x[m] · w[o] for M tokens and O rows of a weight, 16 products at most.
+// out[m, o] = x[m] · w[o] for M tokens and O rows of a weight, 16 products at most. Ahead: where the
+// rows begin that come next, to be fetched, for the processor does not guess it; or null.
 template <int M, int O, class T>
 inline void dots(const T* x, Size x_stride, const T* w, Size w_stride, Size n, float* out,
-                 Size out_stride) {
+                 Size out_stride, const T* ahead = nullptr) {
     using L = Lanes<T>;
     static_assert(M * O <= 16);
     __m512 acc[16];
     for (auto& a : acc) a = _mm512_setzero_ps();
     Size i = 0;
-    const T* ahead = w + O * w_stride;  // the rows that come next
     for (; i + L::kStep <= n; i += L::kStep) {
         typename L::Vector b[O];
 #pragma GCC unroll 16
         for (int o = 0; o < O; ++o) b[o] = L::read(w + o * w_stride + i);
-        if constexpr (M == 1)
+        if (ahead)
 #pragma GCC unroll 16
             for (int o = 0; o < O; ++o) __builtin_prefetch(ahead + o * w_stride + i, 0, 2);
 #pragma GCC unroll 16
@@ -132,7 +132,7 @@ inline void dots(const T* x, Size x_stride, const T* w, Size w_stride, Size n, f
 
 template <int M, int O, class T>
 inline void dots(const T* x, Size x_stride, const T* w, Size w_stride, Size n, float* out,
-                 Size out_stride) {
+                 Size out_stride, const T* = nullptr) {
     constexpr Size kLanes = 8;
     for (int m = 0; m < M; ++m) {
         for (int o = 0; o < O; ++o) {
@@ -151,12 +151,17 @@ inline void dots(const T* x, Size x_stride, const T* w, Size w_stride, Size n, f
 
 #endif
 
-// out[o] = x · w[o] for `count` rows of a weight.
+// out[o] = x · w[o] for `count` rows of a weight, after which those at `next` are read.
 template <class T>
-inline void dots_of_one(const T* x, const T* w, Size stride, Size count, Size n, float* out) {
+inline void dots_of_one(const T* x, const T* w, Size stride, Size count, Size n, float* out,
+                        const T* next) {
     Size o = 0;
-    for (; o + 16 <= count; o += 16) dots<1, 16>(x, 0, w + o * stride, stride, n, out + o, 0);
-    for (; o + 8 <= count; o += 8) dots<1, 8>(x, 0, w + o * stride, stride, n, out + o, 0);
+    for (; o + 16 <= count; o += 16)
+        dots<1, 16>(x, 0, w + o * stride, stride, n, out + o, 0,
+                    o + 16 < count ? w + (o + 16) * stride : next);
+    for (; o + 8 <= count; o += 8)
+        dots<1, 8>(x, 0, w + o * stride, stride, n, out + o, 0,
+                   o + 8 < count ? w + (o + 8) * stride : next);
     for (; o < count; ++o) dots<1, 1>(x, 0, w + o * stride, stride, n, out + o, 0);
 }
 
@@ -167,7 +172,9 @@ void tile(const T* x, Size tokens, const T* w, Size count, Size n, float* out) {
     for (Size o = 0; o < count; o += 4) {
         const Size few = count - o;
         for (Size t = 0; t < whole; t += 4) {
-            if (few >= 4)
+            if (few >= 4 && t == 0)
+                dots<4, 4>(x, n, w + o * n, n, n, out + o, kOutputs, w + (o + 4) * n);
+            else if (few >= 4)
                 dots<4, 4>(x + t * n, n, w + o * n, n, n, out + t * kOutputs + o, kOutputs);
             else
                 for (Size i = 0; i < few; ++i)
@@ -175,7 +182,7 @@ void tile(const T* x, Size tokens, const T* w, Size count, Size n, float* out) {
                                kOutputs);
         }
     }
-    for (Size t = whole; t < tokens; ++t) dots_of_one(x + t * n, w, n, count, n, out + t * kOutputs);
+    for (Size t = whole; t < tokens; ++t) dots_of_one(x + t * n, w, n, count, n, out + t * kOutputs, w + count * n);
 }
 
 // ---- weights ----
@@ -287,7 +294,8 @@ struct Step {
     const Shape& shape;
     const Batch& batch;
     const Room& room;
-    int thread, threads;
+    const Layer* layers;
+    int thread;
 
     const Acting* acting(Size token, Size layer, int part) const {
         const Acting* all = batch.acting[token];
@@ -306,13 +314,15 @@ struct Step {
             float* h = room.h + t * batch.ranks;
             for (int before = first; before < part; ++before)
                 h += acting(t, layer, before)->rank;
-            const Size n = parts_in(layer, part);
-            dots_of_one(x + t * n, static_cast<const T*>(one->A), n, one->rank, n, h);
+            const Size n = layers[layer].parts[part].in;
+            const Size next = task + 1;
+            const Acting* other = next < batch.tokens * count
+                                      ? acting(next / count, layer, first + int(next % count))
+                                      : nullptr;
+            dots_of_one(x + t * n, static_cast<const T*>(one->A), n, one->rank, n, h,
+                        other ? static_cast<const T*>(other->A) : nullptr);
         }
     }
-
-    const Layer* layers;
-    Size parts_in(Size layer, int part) const { return layers[layer].parts[part].in; }
 
     // y = gain ∘ (W x + B h) + b of `count` parts that share x, added to `residual` if there is one.
     void expand(const T* x, Size layer, int first, int count, T* const* ys, T* residual) const {
@@ -352,6 +362,7 @@ struct Step {
             for (Size r = 0; r < one->rank; ++r) {
                 const T* b = static_cast<const T*>(one->B) + r * linear.out + o;
                 const float by = h[r];
+                __builtin_prefetch(b + kOutputs);  // for the outputs that this thread computes next
 #pragma omp simd
                 for (Size i = 0; i < count; ++i) sum[i] += by * load(b[i]);
             }
@@ -558,7 +569,7 @@ void step(const Layer* layers, const Shape* shape, const Batch* batch, const Roo
           const T* cos, const T* sin, Size threads) {
 #pragma omp parallel num_threads(int(threads))
     {
-        const Step<T> own{*shape, *batch, *room, thread_number(), int(threads), layers};
+        const Step<T> own{*shape, *batch, *room, layers, thread_number()};
         own.run(x, cos, sin);
     }
 }

@@ -101,6 +101,9 @@ class General:
                 found[chunk.slot] = self._read(chunk)
         return torch.cat([found[chunk.slot] for chunk in chunks])
 
+    def prepare(self, loaded: Loaded) -> None:
+        """Nothing: layers find what acts on them by themselves."""
+
     def keep(self, slot: int, first: int, last: int) -> Tensor:
         """Return keys and values (layers, 2, heads, tokens, head_dim)."""
         layers: list[Any] = self.own[slot].layers

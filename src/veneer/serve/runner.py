@@ -36,6 +36,10 @@ class Runner(Protocol):
         (wanted, words), float32."""
         ...
 
+    def prepare(self, loaded: Loaded) -> None:
+        """Make ready what an adapter needs for its first step, if anything."""
+        ...
+
     def keep(self, slot: int, first: int, last: int) -> Kept:
         """Return a copy of what a slot holds of tokens `first` to `last`."""
         ...
