@@ -46,7 +46,7 @@ def assert_rows_agree(model: Any, close: float) -> None:
     assert route_of(model).rows is None
 
 
-@pytest.mark.parametrize("most", [512, 0], ids=["stacked", "own rows"])
+@pytest.mark.parametrize("most", [1024, 0], ids=["stacked", "own rows"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows(architecture, most, monkeypatch):
     monkeypatch.setattr(layers, "STACKED_RANKS", most)
