@@ -51,11 +51,13 @@ def routes(served: Served, counts: Counts) -> APIRouter:
         if top and not asked.logprobs:
             raise Fault(400, "top_logprobs needs logprobs.", param="top_logprobs")
 
+        adapter = served.adapter_of(asked)
+
         def prepare() -> list[list[Request]]:
             tokens = served.chat_tokens(asked.messages)
             most = asked.max_completion_tokens or asked.max_tokens
             logprobs = (top or 0) if asked.logprobs else None
-            one = served.request(tokens, asked, most=most, usual=None, logprobs=logprobs)
+            one = served.request(tokens, asked, adapter, most=most, usual=None, logprobs=logprobs)
             return [list(several(one, asked.n or 1))]
 
         reply = ChatReply(asked.model, served.text_of, logprobs=bool(asked.logprobs))
@@ -66,12 +68,15 @@ def routes(served: Served, counts: Counts) -> APIRouter:
         if len(asked.prompts) * (asked.n or 1) > CHOICES:
             raise Fault(400, f"At most {CHOICES} answers can be asked for at once.", param="n")
 
+        adapter = served.adapter_of(asked)
+
         def prepare() -> list[list[Request]]:
             rows = []
             for prompt in asked.prompts:
                 one = served.request(
                     served.prompt_tokens(prompt),
                     asked,
+                    adapter,
                     most=asked.max_tokens,
                     usual=COMPLETION_TOKENS,
                     logprobs=asked.logprobs,

@@ -131,6 +131,7 @@ class Served:
         self,
         tokens: Sequence[int],
         asked: Asked,
+        adapter: Which,
         *,
         most: int | None,
         usual: int | None,
@@ -158,7 +159,7 @@ class Served:
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=asked.seed,
         )
-        return Request(tuple(tokens), self.adapter_of(asked), sampling, asked.stops, **more)
+        return Request(tuple(tokens), adapter, sampling, asked.stops, **more)
 
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
         """Give requests to the engine, all of them or none."""

@@ -5,7 +5,7 @@ import { followRuns, method, showAdapters, showRuns } from "./cards.js";
 import { startChat } from "./chat.js";
 import { startCompare } from "./compare.js";
 import { byId, bytes, make, showFault } from "./dom.js";
-import { placeSettings } from "./settings.js";
+import { fitSettings, placeSettings } from "./settings.js";
 
 const VIEWS = ["chat", "compare", "adapters", "runs"];
 let known = { base: { name: "" }, adapters: [] };
@@ -51,6 +51,7 @@ async function refresh() {
     return make("label", {}, box, name === known.base.name ? `${name} (base)` : name);
   }));
   byId("base").textContent = known.base.name;
+  fitSettings(known.base.context);
   showAdapters(known);
 }
 

@@ -30,7 +30,7 @@ async function send(event, isAdapter) {
   const log = byId("log");
   running = new AbortController();
   busy(true);
-  let said = "";
+  let said = "", ended = false;
   try {
     for await (const piece of answer({ model, messages, ...sampling() }, running.signal)) {
       said += piece;
@@ -38,18 +38,20 @@ async function send(event, isAdapter) {
       text.textContent = said;
       if (atEnd) log.scrollTop = log.scrollHeight;
     }
+    ended = true;
   } catch (error) {
     if (error.name !== "AbortError") showFault(error);
   }
   busy(false);
   running = null;
   if (!said) {
-    turn.remove();
+    if (ended) text.append(make("span", { class: "quiet" }, "(an empty answer)"));
+    else turn.remove();
     return;
   }
   turns = [...messages.filter((m) => m.role !== "system"), { role: "assistant", content: said }];
   if (isAdapter(model)) foot.append(tokenButton(turn, model, messages, said));
-  say(`${model} answered: ${said}`);
+  say(`${model} has answered.`); // the words themselves are the log's
 }
 
 function busy(is) {

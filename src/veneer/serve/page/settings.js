@@ -15,6 +15,14 @@ export function placeSettings() {
   }
 }
 
+// Let the longest answer leave room for a question where the context is small.
+export function fitSettings(context) {
+  if (!context) return;
+  for (const input of document.querySelectorAll('[data-settings] [name="max_tokens"]')) {
+    if (input.value === input.defaultValue) input.value = Math.min(Number(input.defaultValue), Math.floor(context / 2));
+  }
+}
+
 const value = (name) => document.querySelector(`[data-settings] [name="${name}"]`).value.trim();
 
 export function sampling() {
