@@ -42,6 +42,8 @@ QUESTIONS = (
         ("-m bench.training dense --dtype float32 --rounds 2 --engines veneer,peft",),
     ),
     ("Frozen products in 8 bits", ("-m bench.int8",)),
+    ("Many adapters over one base, and single answers", ("-m bench.serving",)),
+    ("Adapters of different rows in a layer of their own", ("-m bench.mixed_products",)),
 )
 
 

@@ -47,6 +47,14 @@ class TrainingError(VeneerError, RuntimeError):
     """Training cannot go on; what was saved is kept."""
 
 
+class RequestError(VeneerError, ValueError):
+    """A request names an adapter that is not there, or is too long, or contradicts itself."""
+
+
+class QueueFull(VeneerError, RuntimeError):
+    """As many requests wait as may; come again later."""
+
+
 # Problems that one message names; a file made to annoy can have a million.
 MOST = 50
 

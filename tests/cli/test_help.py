@@ -150,6 +150,7 @@ def test_python_m_veneer_is_veneer():
         "combine",
         "extract",
         "diff",
+        "serve",
     ],
 )
 def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):

@@ -18,6 +18,7 @@ from veneer.generate.sampling import Sampling
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method
 from veneer.plan.config import PackedBits, PlanConfig
+from veneer.serve.config import ServeConfig
 from veneer.store.names import FormatName, RuntimeName
 from veneer.training.config import TrainConfig
 from veneer.training.recipe import OUT, DataConfig, DType
@@ -423,19 +424,54 @@ def chat(
     bits: BitsFlag = None,
     force: Force = False,
     allow_bin: AllowBin = False,
+    compare: Annotated[
+        list[str] | None,
+        Parameter(
+            negative="",
+            help="NAME=DIRECTORY: ask this adapter too, side by side; one alone, beside the base.",
+        ),
+    ] = None,
 ) -> None:
     """Talk with MODEL; an empty line or Ctrl-D ends it."""
     from veneer.cli.commands import run_chat
+    from veneer.cli.side_by_side import run_compared_chat
 
-    run_chat(
-        model,
-        adapter,
-        sampling or Sampling(),
-        dtype=dtype,
-        bits=bits,
-        force=force,
-        allow_bin=allow_bin,
+    sampling = sampling or Sampling()
+    if not compare:
+        run_chat(
+            model,
+            adapter,
+            sampling,
+            dtype=dtype,
+            bits=bits,
+            force=force,
+            allow_bin=allow_bin,
+        )
+        return
+    if adapter is not None:
+        raise ConfigError("--adapter and --compare exclude each other; compare names adapters.")
+    run_compared_chat(
+        model, compare, sampling, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin
     )
+
+
+@app.command
+def serve(
+    model: Model,
+    /,
+    *,
+    adapter: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="NAME=DIRECTORY: serve this adapter; may be given repeatedly."),
+    ] = None,
+    settings: Annotated[ServeConfig | None, Flat] = None,
+    dtype: DTypeFlag = "auto",
+    bits: BitsFlag = None,
+) -> None:
+    """Serve MODEL and any number of adapters over it: OpenAI's protocol, and a page."""
+    from veneer.cli.serve import run_serve
+
+    run_serve(model, adapter or [], settings or ServeConfig(), dtype=dtype, bits=bits)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -99,6 +100,32 @@ def run_chat(
         messages.append(Message("assistant", _print_stream(base, messages, sampling)))
 
 
+def load_named(
+    model: str,
+    adapters: Mapping[str, Path],
+    *,
+    dtype: str,
+    bits: PackedBits | None,
+    force: bool = False,
+    allow_bin: bool = False,
+) -> Base:
+    """Return a base with adapters over it by name, and print what a person should know of it."""
+    quieten_libraries()
+    base = veneer.load_base(model, dtype=dtype, bits=bits)
+    for notice in base.notices:
+        ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
+    for name, adapter in adapters.items():
+        veneer.load(
+            base.model,
+            adapter,
+            name=name,
+            tokenizer=base.tokenizer,
+            force=force,
+            allow_bin=allow_bin,
+        )
+    return base
+
+
 def load_adapted(
     model: str,
     adapter: Path | None,
@@ -108,13 +135,8 @@ def load_adapted(
     force: bool,
     allow_bin: bool,
 ) -> Base:
-    quieten_libraries()
-    base = veneer.load_base(model, dtype=dtype, bits=bits)
-    for notice in base.notices:
-        ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
-    if adapter is not None:
-        veneer.load(base.model, adapter, tokenizer=base.tokenizer, force=force, allow_bin=allow_bin)
-    return base
+    adapters = {} if adapter is None else {"default": adapter}
+    return load_named(model, adapters, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
 
 
 def _print_stream(base: Base, messages: list[Message], sampling: Sampling) -> str:

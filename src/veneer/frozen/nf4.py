@@ -67,14 +67,7 @@ class NF4(Packed):
     def _unpack(self, first: int, last: int) -> Tensor:
         state, block = self.state, self.state.blocksize
         begin, numbers = first * self.shape[1], (last - first) * self.shape[1]
-        absmax = _part(state.absmax, begin // block, -(numbers // -block))
-        if state.nested:
-            wide = state.state2.blocksize
-            scales = _part(state.state2.absmax, begin // block // wide, -(len(absmax) // -wide))
-            absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-                absmax, scales, state.state2.code, wide, torch.float32
-            )
-            absmax += state.offset
+        absmax = self._scales(begin // block, -(numbers // -block))
         # bitsandbytes' kernel for CPUs takes each row for whole blocks, and errs where rows are
         # shorter than one. Blocks do not stop at rows, so it is given blocks for rows.
         whole = numbers % block == 0
@@ -88,6 +81,22 @@ class NF4(Packed):
             self.dtype,
         )
         return values.view(-1)[:numbers].view(last - first, self.shape[1])
+
+    def scales(self) -> Tensor:
+        """Return the largest magnitude of each block of numbers, in float32."""
+        return self._scales(0, -(self.shape.numel() // -self.state.blocksize))
+
+    def _scales(self, first: int, count: int) -> Tensor:
+        state = self.state
+        absmax = _part(state.absmax, first, count)
+        if state.nested:
+            wide = state.state2.blocksize
+            scales = _part(state.state2.absmax, first // wide, -(len(absmax) // -wide))
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+                absmax, scales, state.state2.code, wide, torch.float32
+            )
+            absmax += state.offset
+        return absmax
 
     def tensors(self) -> dict[str, Tensor]:
         parts = {f"weight.{name}": t for name, t in self.state.as_dict(packed=True).items()}

@@ -18,6 +18,8 @@ class Sampling:
     """0 takes the likeliest token each time; 1 draws from the model's own distribution."""
     top_p: float = 1.0
     """Draw only from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Draw only from this many of the likeliest tokens; 0 sets no such bound."""
     seed: int | None = None
     """Makes draws repeatable."""
 
@@ -29,6 +31,8 @@ class Sampling:
             problems.append(f"temperature is {self.temperature}, but must be at least 0")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}, but must be above 0 and at most 1")
+        if self.top_k < 0:
+            problems.append(f"top_k is {self.top_k}, but must be at least 0")
         if problems:
             raise ConfigError("Nothing can be generated so: " + "; ".join(problems) + ".")
 
@@ -49,5 +53,5 @@ class Sampling:
             "do_sample": True,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "top_k": 0,
+            "top_k": self.top_k,
         }

@@ -5,54 +5,11 @@
 // and each is computed by one of them, so that results do not depend on how many there are.
 // Numbers are stored as bfloat16, float32 or float64 and computed in float32 (or float64).
 
-#include <bit>
-#include <cmath>
-#include <cstdint>
-#include <type_traits>
-
-using Size = std::int64_t;
+#include "numbers.h"
 
 namespace {
 
 constexpr Size kWorthSharing = 1 << 14;  // elements below which waking a thread costs more
-
-enum class BFloat16 : std::uint16_t {};  // a scalar to the compiler, which structs are not
-
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-inline float load(BFloat16 x) { return std::bit_cast<float>(std::uint32_t(x) << 16); }
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-
-template <class T>
-inline T store(Wide<T> x) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
-        const auto bits = std::bit_cast<std::uint32_t>(x);
-        const std::uint32_t even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        return BFloat16(x != x ? 0x7fc0u : even);  // rounding must not turn NaN into 0
-    } else {
-        return x;
-    }
-}
-
-// exp by 2^n · polynomial (Cephes' coefficients), to 2 units in the last place; vectorises. The
-// bounds keep it, and a number divided by it, out of the denormals, which are a hundred times slower.
-inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 80.0f ? 80.0f : x;
-    const float n = std::floor(x * 1.44269504f + 0.5f);
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const float y = p * r * r + r + 1.0f;
-    return y * std::bit_cast<float>((std::int32_t(n) + 127) << 23);
-}
-inline double exponential(double x) { return std::exp(x); }
 
 // n = w · (x · rstd), rstd = 1 / sqrt(mean(x²) + eps); rounded before w as transformers does.
 template <class T>

@@ -1,4 +1,5 @@
-"""The elementwise kernels of native.cpp, compiled once for this processor, called through ctypes.
+"""The kernels in C++, compiled once for this processor, called through ctypes: the elementwise
+parts of a training step (native.cpp), and a whole step of many answers (decode.cpp).
 
 Everything here has a formula in torch beside its caller, which takes over on other devices, for
 other dtypes, and where no compiler is at hand. Compiling takes about a second; the result is kept
@@ -21,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.cpp")
+HERE = Path(__file__).parent
+HEADER = HERE / "numbers.h"
 COMPILERS = ("g++", "c++", "clang++")
 COMMON = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # The first that this compiler and processor take: x86, ARM, anything.
@@ -64,9 +66,14 @@ def _as_c(argument: Tensor | float | None) -> object:
     return argument if argument is None else ctypes.c_int64(argument)
 
 
-@functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library, compiled if need be, or None; and what is not as it should be."""
+    """Return the library of native.cpp as `library_of` does."""
+    return library_of("native")
+
+
+@functools.cache
+def library_of(source: str) -> tuple[ctypes.CDLL | None, str]:
+    """Return a source's library, compiled if need be, or None; and what is not as it should be."""
     if os.name != "posix":
         return None, "the compiled kernels are for Linux and macOS"
     problem = f"no C++ compiler was found ({', '.join(COMPILERS)} or $CXX)"
@@ -76,7 +83,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         for parallel in (*threads, ("-fopenmp-simd",)):
             for tuning in TUNINGS:
                 try:
-                    library = ctypes.CDLL(str(_built(compiler, (*tuning, *parallel))))
+                    library = ctypes.CDLL(str(_built(source, compiler, (*tuning, *parallel))))
                 except subprocess.CalledProcessError as error:
                     said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
                     problem = f"{compiler} failed: {said[0]}"
@@ -88,11 +95,12 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return None, problem
 
 
-def _built(compiler: str, options: tuple[str, ...]) -> Path:
+def _built(source: str, compiler: str, options: tuple[str, ...]) -> Path:
     """Return the shared library, from the cache or made anew."""
-    command = [compiler, *COMMON, *options]
+    command, code = [compiler, *COMMON, *options], HERE / f"{source}.cpp"
     key = hashlib.sha256()
-    for part in (SOURCE.read_text(encoding="utf-8"), *command, _processor()):
+    texts = (path.read_text(encoding="utf-8") for path in (HEADER, code))
+    for part in (*texts, *command, _processor()):
         key.update(part.encode() + b"\0")
     for directory in _caches():
         library = directory / f"kernels-{key.hexdigest()[:20]}.so"
@@ -102,7 +110,7 @@ def _built(compiler: str, options: tuple[str, ...]) -> Path:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=directory) as scratch:
                 made = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
-                _run([*command, "-c", str(SOURCE), "-o", str(made[0])])
+                _run([*command, "-c", str(code), "-o", str(made[0])])
                 # Not linked with -fopenmp, which would bring a runtime of its own.
                 _run([compiler, "-shared", str(made[0]), "-o", str(made[1])])
                 made[1].replace(library)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import AdapterError, nearest
+from veneer.lowrank.acting import Rows
 
 Factors = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 Saved = dict[str, nn.Parameter]  # by path, what stands in the place of weights of the base
@@ -84,7 +85,7 @@ class Adapter(nn.Module):
 
 
 class Route:
-    """Which adapters act, and how strongly: one, a weighted mix, or none.
+    """Which adapters act, and how strongly: one, a weighted mix, or none; or some on each row.
 
     All adapted layers of a model share one Route, so that switching costs one assignment however
     many layers there are.
@@ -98,6 +99,7 @@ class Route:
         self.saved: dict[str, Saved] = {}
         self.base: Saved = {}
         self.notes: dict[str, Mapping[str, Any]] = {}  # by name, how an adapter was trained
+        self.rows: Rows | None = None  # while each row of a batch has its own, which then act alone
 
     @property
     def idle(self) -> bool:
@@ -109,6 +111,11 @@ class Route:
 
         Raises AdapterError for a name that is not attached.
         """
+        self.weights = self.checked(which)
+        self.rows = None
+
+    def checked(self, which: str | Mapping[str, float] | None) -> dict[str, float]:
+        """Return names and weights. Raises AdapterError for a name that is not attached."""
         if which is None:
             weights: dict[str, float] = {}
         elif isinstance(which, str):
@@ -122,4 +129,4 @@ class Route:
                 f"No adapter is called {', '.join(map(repr, unknown))} "
                 f"(attached: {attached}){nearest(unknown[0], self.configs)}."
             )
-        self.weights = weights
+        return weights

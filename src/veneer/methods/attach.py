@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import AdapterError, ConfigError
 from veneer.frozen.packed import named_frozen
+from veneer.lowrank.acting import Acting, Rows
 from veneer.lowrank.adapter import Adapter, Route
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.conv import LoRAConv2d, why_not_adaptable
@@ -113,6 +114,45 @@ def use(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
     except AdapterError:
         route.weights = before
         raise
+
+
+def use_rows(model: nn.Module, rows: Sequence[str | Mapping[str, float] | None]) -> None:
+    """Let each row of the next batches have adapters of its own: a name, names with weights, or
+    None for the base alone. `use` ends it. For inference, with (rows, tokens) inputs.
+
+    Raises AdapterError for a name that is not attached, or has no low-rank factors.
+    """
+    route = route_of(model)
+    wanted = [tuple(route.checked(which).items()) for which in rows]
+    named = {name for each in wanted for name, _ in each}
+    if foreign := sorted(name for name in named if _acts_on_batches(model, name)):
+        raise AdapterError(
+            f"{', '.join(foreign)} has more than low-rank factors, and acts on whole batches."
+        )
+    different = list(dict.fromkeys(each for each in wanted if each))
+    parts: list[dict[Hashable, Acting]] = [{} for _ in different]
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            for each, part in zip(different, parts, strict=True):
+                if pairs := layer.named(each):
+                    part[layer] = layer.acting(pairs, layer.computing)
+    numbers = tuple(different.index(each) if each else None for each in wanted)
+    route.rows = Rows(parts, numbers)
+
+
+def _acts_on_batches(model: nn.Module, name: str) -> bool:
+    """Return whether an adapter has anything that single rows of a batch cannot have alone."""
+    route = route_of(model)
+    if isinstance(route.configs[name], Method) or name in route.saved:
+        return True
+    for _, layer in lora_layers(model):
+        if name in layer.tokens:
+            return True
+        if name in layer.adapters:
+            plain = isinstance(layer, LoRALinear | LoRAEmbedding)
+            if not plain or layer.adapters[name].lora_bias is not None:
+                return True
+    return False
 
 
 def adapters(model: nn.Module) -> dict[str, LoRA | Method]:

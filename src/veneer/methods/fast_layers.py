@@ -72,7 +72,7 @@ class FusedLayer:
         q, k, v, o, gate, up, down = found
         cos, sin = (x[0].to(dtype).contiguous() for x in position_embeddings)
         first = SelfAttention(
-            norm=_norm(layer.input_layernorm),
+            norm=norm_of(layer.input_layernorm),
             inputs=(q, k, v),
             output=o,
             attention=Attention(packing, self.scale, self.window),
@@ -81,22 +81,32 @@ class FusedLayer:
             arena=arena,
             sparing=sparing,
         )
-        norm = _norm(layer.post_attention_layernorm)
+        norm = norm_of(layer.post_attention_layernorm)
         x, known = first(hidden_states[0])
         return FeedForward(norm, (gate, up), down, arena, sparing, known)(x).unsqueeze(0)
+
+    def linears(self) -> list[nn.Module]:
+        """Return q, k, v, o, gate, up and down as they are now."""
+        layer: Any = self.layer
+        attend, mlp = layer.self_attn, layer.mlp
+        return [
+            *(attend.q_proj, attend.k_proj, attend.v_proj, attend.o_proj),
+            *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+        ]
+
+    def norms(self) -> tuple[Norm, Norm]:
+        """Return the norms before attention and before the feed-forward part."""
+        layer: Any = self.layer
+        return norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
 
     def applies(self) -> bool:
         """Return whether the layer's adapters, as they act now, allow for it."""
         return self._projections() is not None
 
     def _projections(self) -> list[Projection] | None:
-        layer: Any = self.layer
-        attend, mlp = layer.self_attn, layer.mlp
-        norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        if any(norm.weight.requires_grad for norm in norms):
+        if any(norm.weight.requires_grad for norm in self.norms()):
             return None
-        linears = [attend.q_proj, attend.k_proj, attend.v_proj, attend.o_proj]
-        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        linears = self.linears()
         found = [projection for layer in linears if (projection := _projection(layer)) is not None]
         return found if len(found) == len(linears) else None
 
@@ -263,7 +273,8 @@ def _projection(layer: nn.Module) -> Projection | None:
     return None
 
 
-def _norm(layer: Any) -> Norm:
+def norm_of(layer: Any) -> Norm:
+    """Return an RMSNorm's weight and eps."""
     return Norm(layer.weight, _eps(layer))
 
 

@@ -276,7 +276,8 @@ def _misfit_rows(
             )
         if not is_finite(values):
             problems.append(
-                f"its new rows of the {part} have values that are not finite numbers of a sensible size"
+                f"its new rows of the {part} have values that are not finite numbers of a sensible "
+                "size"
             )
     if tokenizer is not None:
         vocabulary = tokenizer.get_vocab()

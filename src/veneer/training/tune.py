@@ -31,7 +31,7 @@ from veneer.models.load import Base, dtype_of, load_base
 from veneer.models.locate import locate
 from veneer.plan.fit import free_bytes
 from veneer.store import adapters, checkpoint, merged, native
-from veneer.store.files import check_replaceable, write_text
+from veneer.store.files import check_replaceable, write_json, write_text
 from veneer.training import metrics
 from veneer.training.events import (
     DataReady,
@@ -43,6 +43,7 @@ from veneer.training.events import (
     Planned,
     Started,
     Stopped,
+    Trained,
     Written,
 )
 from veneer.training.loop import train
@@ -58,6 +59,7 @@ from veneer.training.recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
 METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
+PROGRESS = "progress.json"  # how many steps the run has, and how it ended: for who looks on
 # Settings of which the course of the weights does not depend.
 BESIDE_THE_POINT = ("out", "save_every", "recompute")
 # Settings that came later than checkpoints did, as these have them by not having them.
@@ -143,6 +145,11 @@ def tune(
     for event in metrics.record(events, out / METRICS):
         if isinstance(event, Started):  # so the checkpoint, if there is one, belongs to this run
             write_text(out / RECIPE, yaml.safe_dump(recipe.settings(), sort_keys=False))
+            steps = event.steps
+            write_json(out / PROGRESS, {"steps": steps, "ended": None})
+        elif isinstance(event, Stopped | Trained):
+            ended = event.reason if isinstance(event, Stopped) else "finished"
+            write_json(out / PROGRESS, {"steps": steps, "ended": ended})
         yield event
         if isinstance(event, Stopped) and event.reason == "interrupted":
             return
@@ -202,7 +209,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 def _clear(out: Path) -> None:
     """Make way for a new run, once everything about it has proved right."""
-    for name in (METRICS, RECIPE):
+    for name in (METRICS, RECIPE, PROGRESS):
         (out / name).unlink(missing_ok=True)
     checkpoint.remove_all(out / CHECKPOINTS)
 

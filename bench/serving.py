@@ -1,0 +1,251 @@
+"""What do many adapters over one base cost, and how fast is one answer? Beside PEFT's
+`adapter_names` and transformers' `generate`, interleaved in one run."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+import veneer
+from bench.engines import ALPHA, LINEAR, RANK
+from veneer.generate.sampling import Sampling
+from veneer.kernels.heap import kept_heap
+from veneer.serve.choose import Chooser, choose
+from veneer.serve.engine import Engine
+from veneer.serve.library import Library
+from veneer.serve.request import EngineConfig, Request
+from veneer.serve.resident import Loaded
+from veneer.serve.runner import Chunk
+
+ROWS, PROMPT, PREFIX = 16, 32, 1000
+WARM_UPS = 2
+Timed = Callable[[], float]  # milliseconds of one round
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--bits", type=int, choices=(4, 8))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=8, help="steps in a round")
+    parser.add_argument("--new", type=int, default=64, help="tokens of a single answer")
+    parser.add_argument("--resident", type=int, default=1000)
+    asked = parser.parse_args()
+    base = veneer.load_base(asked.model, dtype=asked.dtype, bits=asked.bits)
+    theirs = copy.deepcopy(base.model)
+    with tempfile.TemporaryDirectory() as home, kept_heap(), torch.inference_mode():
+        places = write_adapters(base.model, Path(home))
+        names = [f"adapter-{n}" for n in range(max(asked.resident, ROWS))]
+        library = Library({name: places[n % ROWS] for n, name in enumerate(names)})
+        config = EngineConfig(slots=ROWS, adapter_bytes=2**40)
+        engine = Engine(base, library, config)
+        for notice in engine.notices:
+            print(notice)
+        few = [ready(engine, name) for name in names[:ROWS]]
+        print("| decoding | ms | |\n|---|---:|---|")
+        batches(engine, theirs, few, asked.rounds, asked.steps)
+        residents(engine, few, names, asked.rounds, asked.steps)
+        print("\n| one answer | ms | |\n|---|---:|---|")
+        single(engine, theirs, asked.rounds, asked.new)
+        first_token(engine, asked.rounds)
+        engine.close()
+
+
+def batches(engine: Engine, theirs: Any, few: list[Loaded], rounds: int, steps: int) -> None:
+    """16 rows of the base, 16 rows with an adapter each, and the same in PEFT."""
+    found = interleaved(
+        {
+            "base": decoding(engine, [None] * ROWS, steps),
+            "mixed": decoding(engine, few, steps),
+            "transformers": plain_decoding(theirs, None, steps),
+        },
+        rounds,
+    )
+    peft = interleaved(
+        {
+            "peft": plain_decoding(*with_peft(theirs), steps),
+            "mixed": decoding(engine, few, steps),
+        },
+        rounds,
+    )
+    base, mixed = found["base"], found["mixed"]
+    row(f"{ROWS} rows, base alone", base)
+    row(f"{ROWS} rows, {ROWS} adapters", mixed, f"{mixed / base:.2f} × base alone")
+    row(f"{ROWS} rows, transformers, base alone", found["transformers"])
+    ratio = peft["peft"] / peft["mixed"]
+    row(f"{ROWS} rows, {ROWS} adapters, PEFT's adapter_names", peft["peft"], f"{ratio:.1f} × ours")
+
+
+def residents(engine: Engine, few: list[Loaded], names: list[str], rounds: int, steps: int) -> None:
+    """The same with many adapters in memory, of which each round takes others; and a swap."""
+    many = [ready(engine, name) for name in names]
+    turns = iter(range(10**6))
+
+    def others() -> float:
+        at = next(turns) * ROWS % (len(many) - ROWS + 1)
+        return decoding(engine, many[at : at + ROWS], steps)()
+
+    found = interleaved({"few": decoding(engine, few, steps), "many": others}, rounds)
+    ratio = found["many"] / found["few"]
+    resident = engine.stats.resident_bytes / 2**30
+    row(
+        f"{ROWS} of {len(many):,} adapters in memory ({resident:.1f} GB), others each round",
+        found["many"],
+        f"{ratio:.2f} × the same {ROWS}",
+    )
+    swaps = []
+    for name in names[-ROWS:]:
+        start = time.perf_counter()
+        mix = engine._mix(name)
+        engine.runner.prepare(engine.resident.get(mix))
+        swaps.append((time.perf_counter() - start) * 1e3)
+    row("swap to another adapter in memory", statistics.median(swaps))
+
+
+def single(engine: Engine, theirs: Any, rounds: int, new: int) -> None:
+    """One greedy answer after another, through the engine and through `generate`."""
+    prompt = tuple(torch.randint(100, 20000, (PROMPT,)).tolist())
+    ours = Request(prompt, None, Sampling(max_new_tokens=new))
+    tokens = torch.tensor([prompt])
+    theirs.generation_config.eos_token_id = None
+    engine._ends = frozenset()  # both go on to the last token
+
+    def through_engine() -> float:
+        return milliseconds(lambda: engine.submit(ours).result())
+
+    def through_generate() -> float:
+        options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        return milliseconds(lambda: theirs.generate(tokens, **options))
+
+    found = interleaved({"ours": through_engine, "theirs": through_generate}, rounds)
+    row(f"{new} tokens, transformers' generate", found["theirs"])
+    ratio = found["theirs"] / found["ours"]
+    row(f"{new} tokens, engine", found["ours"], f"{ratio:.2f} × as fast")
+
+
+def first_token(engine: Engine, rounds: int) -> None:
+    """Time to the first token behind 1,000 tokens, new and known."""
+    draw = torch.Generator().manual_seed(1)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(100, 20000, (count,), generator=draw).tolist())
+
+    known = tokens(PREFIX)
+    one = Sampling(max_new_tokens=1)
+
+    def ask(beginning: tuple[int, ...]) -> float:
+        request = Request((*beginning, *tokens(8)), None, one)
+        return milliseconds(lambda: engine.submit(request).result())
+
+    found = interleaved({"new": lambda: ask(tokens(PREFIX)), "known": lambda: ask(known)}, rounds)
+    row(f"first token behind {PREFIX:,} new tokens", found["new"])
+    ratio = found["new"] / found["known"]
+    row(f"first token behind {PREFIX:,} known tokens", found["known"], f"1/{ratio:.1f} of it")
+
+
+def decoding(engine: Engine, acting: list[Any], steps: int) -> Timed:
+    """Return a round of greedy steps of one token for each row, behind 32 of its own."""
+    greedy = [Chooser(Sampling(), None, None)] * len(acting)
+
+    def run() -> float:
+        runner = engine.runner
+        for slot, one in enumerate(acting):
+            runner.step([Chunk(slot, range(100, 100 + PROMPT), 0, one, "none", False)])
+        last = [7] * len(acting)
+        start = time.perf_counter()
+        for at in range(steps):
+            chunks = [
+                Chunk(slot, (token,), PROMPT + at, one, "last", True)
+                for slot, (token, one) in enumerate(zip(last, acting, strict=True))
+            ]
+            last = [choice.id for choice in choose(runner.step(chunks), greedy)]
+        spent = (time.perf_counter() - start) * 1e3 / steps
+        for slot in range(len(acting)):
+            runner.free(slot)
+        return spent
+
+    return run
+
+
+def plain_decoding(model: Any, options: dict[str, Any] | None, steps: int) -> Timed:
+    """Return the same through a model's own forward, with transformers' cache."""
+
+    def run() -> float:
+        cache = DynamicCache()
+        prompt = torch.arange(100, 100 + PROMPT).expand(ROWS, -1)
+        model(input_ids=prompt, cache=cache, use_cache=True, logits_to_keep=1, **(options or {}))
+        last = torch.full((ROWS, 1), 7)
+        start = time.perf_counter()
+        for _ in range(steps):
+            out = model(input_ids=last, cache=cache, use_cache=True, **(options or {}))
+            last = out.logits[:, -1:].argmax(-1)
+        return (time.perf_counter() - start) * 1e3 / steps
+
+    return run
+
+
+def with_peft(model: Any) -> tuple[Any, dict[str, Any]]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR, init_lora_weights=False)
+    theirs = get_peft_model(model, config, adapter_name="a0")
+    for n in range(1, ROWS):
+        theirs.add_adapter(f"a{n}", config)
+    theirs.eval()
+    return theirs, {"adapter_names": [f"a{n}" for n in range(ROWS)]}
+
+
+def write_adapters(model: Any, home: Path) -> list[Path]:
+    """Write 16 different adapters of rank 8 for all linear layers."""
+    places = []
+    for n in range(ROWS):
+        with torch.inference_mode(False):
+            veneer.attach(model, veneer.LoRA(rank=RANK, alpha=ALPHA, targets="all"), seed=n)
+            with torch.no_grad():
+                draw = torch.Generator().manual_seed(n)
+                for name, weight in model.named_parameters():
+                    if name.endswith("lora_B"):
+                        weight.copy_(0.01 * torch.randn(weight.shape, generator=draw))
+            veneer.save(model, home / str(n))
+            veneer.detach(model)
+        places.append(home / str(n))
+    return places
+
+
+def ready(engine: Engine, name: str) -> Loaded:
+    return engine.resident.get(engine._mix(name))
+
+
+def interleaved(timed: dict[str, Timed], rounds: int) -> dict[str, float]:
+    """Return the median of each, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for n in range(WARM_UPS + rounds):
+        for name, run in timed.items():
+            spent = run()
+            if n >= WARM_UPS:
+                times[name].append(spent)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def row(what: str, spent: float, beside: str = "") -> None:
+    print(f"| {what} | {spent:.2f} | {beside} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

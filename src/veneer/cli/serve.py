@@ -1,0 +1,46 @@
+"""`veneer serve` on the terminal: load, say where to look, and end properly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from rich.markup import escape
+
+from veneer.cli.commands import load_named
+from veneer.cli.console import ERRORS, OUTPUT
+from veneer.errors import VeneerError
+from veneer.plan.config import PackedBits
+from veneer.serve.config import ServeConfig, read_keys
+
+SHOWN_NAMES = 12
+
+
+def run_serve(
+    model: str,
+    adapters: Sequence[str],
+    config: ServeConfig,
+    *,
+    dtype: str,
+    bits: PackedBits | None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    try:
+        from veneer.serve.run import listen, serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
+            raise
+        raise VeneerError("veneer serve needs: pip install 'veneer[serve]'") from error
+    keys = read_keys(config, os.environ)
+    with listen(config) as listener:
+        base = load_named(model, {}, dtype=dtype, bits=bits)
+        for at in serve(base, adapters, config, keys=keys, listener=listener):
+            for notice in at.notices:
+                ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
+            OUTPUT.print(f"[bold]Base[/]      {escape(at.base)}")
+            names = ", ".join(at.adapters[:SHOWN_NAMES]) or "none"
+            more = len(at.adapters) - SHOWN_NAMES
+            names += f" and {more:,} more" if more > 0 else ""
+            OUTPUT.print(f"[bold]Adapters[/]  {escape(names)}", soft_wrap=True)
+            OUTPUT.print(f"[bold]Serving[/]   {at.url} (the page), {at.url}/v1 (OpenAI's protocol)")
+    OUTPUT.print("Ended.")

@@ -1,0 +1,130 @@
+"""What a server is told when it starts: frozen, validated values that import no torch."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from veneer.errors import ConfigError
+
+# What an adapter may be called in a request: nothing that a path, a header or a page could misread.
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEY = re.compile(r"[!-~]{16,512}")  # visible ASCII, as a header carries it
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Where a server listens and what it shows. Raises ConfigError for what cannot be."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; any but this machine's own (loopback) needs an API key."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    adapters_dir: Path | None = None
+    """Directory whose subdirectories are adapters, each called as its directory is."""
+    runs: Path | None = None
+    """Directory of training runs (each a result of veneer tune), shown as they go."""
+    api_key_file: Path | None = None
+    """File with the key that requests must carry; or set VENEER_API_KEY."""
+    admin_key_file: Path | None = None
+    """File with the key for loading adapters; or set VENEER_ADMIN_KEY."""
+    enable_lora_loading: bool = False
+    """Let holders of the admin key load and unload adapters below --adapters-dir."""
+    slots: int = 16
+    """Requests that are answered at the same time, in one batch."""
+    queue: int = 64
+    """Requests that may wait for a slot; the next one is told to come again (429)."""
+    context: int | None = None
+    """Tokens of a prompt with its answer; the model's own context, at most 4096, unless given."""
+    drain_seconds: float = 30.0
+    """How long running answers may go on after SIGTERM, in seconds, before they are cut."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.port <= 65535:
+            problems.append(f"port is {self.port}, but must be 0 to 65535")
+        for name in ("slots", "queue"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if not 0 <= self.drain_seconds < float("inf"):
+            problems.append(f"drain_seconds is {self.drain_seconds}, but must be at least 0")
+        for name in ("adapters_dir", "runs"):
+            place = getattr(self, name)
+            if place is not None and not place.is_dir():
+                problems.append(f"{name} is {place}, which is no directory")
+        if self.enable_lora_loading and self.adapters_dir is None:
+            problems.append("enable_lora_loading needs adapters_dir, below which adapters lie")
+        if self.admin_key_file is not None and not self.enable_lora_loading:
+            problems.append("admin_key_file would do nothing without enable_lora_loading")
+        if problems:
+            raise ConfigError("Nothing can be served so: " + "; ".join(problems) + ".")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine itself can reach the address."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys that requests must carry. They show in no repr, error or log."""
+
+    api: str | None = field(default=None, repr=False)
+    admin: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take before it is refused."""
+
+    body_bytes: int = 2_000_000
+    """A prompt of 128,000 tokens is well below; a page or a book by mistake is not."""
+    body_seconds: float = 30.0
+    """From the end of the headers to the end of the body."""
+    in_flight: int = 256
+    """Requests with a body that are read or answered at the same time."""
+
+
+def read_keys(config: ServeConfig, environment: Mapping[str, str]) -> Keys:
+    """Return the keys from their files, or else from VENEER_API_KEY and VENEER_ADMIN_KEY.
+
+    Raises ConfigError where one is missing that the settings need, or cannot be one.
+    """
+    api = _key(config.api_key_file, environment.get("VENEER_API_KEY"), "API")
+    admin = None
+    if config.enable_lora_loading:
+        admin = _key(config.admin_key_file, environment.get("VENEER_ADMIN_KEY"), "admin")
+        if admin is None:
+            raise ConfigError(
+                "Loading adapters needs a key of its own: give --admin-key-file, or set "
+                "VENEER_ADMIN_KEY."
+            )
+        if admin == api:
+            raise ConfigError("The admin key must be another than the API key.")
+    if api is None and not config.is_loopback:
+        raise ConfigError(
+            f"{config.host} can be reached from other machines, which needs an API key: give "
+            "--api-key-file, or set VENEER_API_KEY."
+        )
+    return Keys(api, admin)
+
+
+def _key(file: Path | None, given: str | None, what: str) -> str | None:
+    if file is not None:
+        try:
+            given = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"The {what} key cannot be read from {file}: {error}.") from error
+    elif not given:
+        return None
+    if not KEY.fullmatch(given):
+        raise ConfigError(
+            f"The {what} key must be 16 to 512 visible ASCII characters without spaces."
+        )
+    return given

@@ -1,0 +1,132 @@
+"""uvicorn's HTTP/1.1, with an end to its patience and errors in JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections import deque
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from veneer.serve.faults import Fault
+
+HEADER_SECONDS = 10.0
+BACKLOG = 2048  # connections that the system keeps until they are taken
+AT_A_TIME = 16  # connections that are taken, or heard, in one turn of the event loop
+QUICK = b"GET "  # requests that start so wait for no crowd of others: they cost little
+
+
+class PatientServer(uvicorn.Server):
+    """uvicorn's server, for a `config` whose backlog is AT_A_TIME.
+
+    That is how many connections asyncio takes in one turn; the system keeps more of them waiting.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                socket.socket(fileno=socket.dup(listener.fileno())).listen(BACKLOG)
+
+
+class Line:
+    """Calls that wait for their turn, AT_A_TIME of them in one turn of the event loop.
+
+    Where hundreds of requests come at once, what else there is to do would wait for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._calls = deque[Callable[[], None]]()
+
+    def join(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+        if len(self._calls) == 1:
+            asyncio.get_running_loop().call_soon(self._some)
+
+    def _some(self) -> None:
+        for _ in range(min(AT_A_TIME, len(self._calls))):
+            self._calls.popleft()()
+        if self._calls:
+            asyncio.get_running_loop().call_soon(self._some)
+
+
+_lines: WeakKeyDictionary[asyncio.AbstractEventLoop, Line] = WeakKeyDictionary()
+
+
+class PatientProtocol(H11Protocol):
+    """A connection whose headers must come within `header_seconds`.
+
+    uvicorn waits for ever for headers that come slowly, and each such connection takes a file and
+    some memory. The time runs from the connection's opening, or from the first byte of a later
+    request on it; once headers are complete, the guard looks after the body.
+    """
+
+    header_seconds = HEADER_SECONDS
+    _end: asyncio.TimerHandle | None = None
+    _unheard = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._unheard and data.startswith(QUICK):
+            super().data_received(data)
+            self._watch()
+            return
+        if not self._unheard:
+            _lines.setdefault(self.loop, Line()).join(self._hear)
+        self._unheard += data
+
+    def _hear(self) -> None:
+        data, self._unheard = self._unheard, b""
+        if data and not self.transport.is_closing():
+            super().data_received(data)
+            self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unheard = b""
+        self._stop()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._stop()  # from here on uvicorn's own timer for idle connections runs
+
+    def send_400_response(self, msg: str) -> None:
+        self._end_with(Fault(400, msg))
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+        elif self._end is None:
+            self._end = self.loop.call_later(self.header_seconds, self._too_slow)
+
+    def _stop(self) -> None:
+        if self._end is not None:
+            self._end.cancel()
+            self._end = None
+
+    def _too_slow(self) -> None:
+        self._end = None
+        if not self.transport.is_closing():
+            said = f"The headers took over {self.header_seconds:.0f} s to come."
+            self._end_with(Fault(408, said))
+
+    def _end_with(self, fault: Fault) -> None:
+        """Answer what is no request, or none yet, and close."""
+        body = json.dumps(fault.body()).encode()
+        phrase = {400: "Bad Request", 408: "Request Timeout"}[fault.status]
+        head = (
+            f"HTTP/1.1 {fault.status} {phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        if self.cycle is None or self.cycle.response_complete:
+            # By hand, as h11 sends no response where it has seen no request.
+            self.transport.write(head.encode() + body)
+        self.transport.close()

@@ -1,0 +1,38 @@
+// Sampling settings: one form in each view that asks, all of them the same settings.
+
+import { byId } from "./dom.js";
+
+export function placeSettings() {
+  const template = byId("settings");
+  for (const place of document.querySelectorAll("[data-settings]")) {
+    place.append(template.content.cloneNode(true));
+    place.addEventListener("input", ({ target }) => {
+      for (const other of document.querySelectorAll(`[data-settings] [name="${target.name}"]`)) {
+        if (other !== target) other.value = target.value;
+      }
+    });
+    if (window.matchMedia("(max-width: 56rem)").matches) place.querySelector("details").open = false;
+  }
+}
+
+// Let the longest answer leave room for a question where the context is small.
+export function fitSettings(context) {
+  if (!context) return;
+  for (const input of document.querySelectorAll('[data-settings] [name="max_tokens"]')) {
+    if (input.value === input.defaultValue) input.value = Math.min(Number(input.defaultValue), Math.floor(context / 2));
+  }
+}
+
+const value = (name) => document.querySelector(`[data-settings] [name="${name}"]`).value.trim();
+
+export function sampling() {
+  const found = {};
+  for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
+    if (value(name) !== "") found[name] = Number(value(name));
+  }
+  return found;
+}
+
+export function instructions() {
+  return value("system") ? [{ role: "system", content: value("system") }] : [];
+}

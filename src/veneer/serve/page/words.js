@@ -1,0 +1,42 @@
+// Which words of several answers are not in all of them, at their places.
+
+const MOST = 1500; // words of one answer that are compared
+
+export const wordsOf = (text) => text.match(/\s+|\S+/g) ?? [];
+
+// The longest common subsequence of two lists, as the pairs of places that it takes.
+function common(a, b) {
+  const n = Math.min(a.length, MOST), m = Math.min(b.length, MOST);
+  const length = Array.from({ length: n + 1 }, () => new Uint16Array(m + 1));
+  for (let i = n - 1; i >= 0; i--) {
+    for (let j = m - 1; j >= 0; j--) {
+      length[i][j] = a[i] === b[j] ? length[i + 1][j + 1] + 1 : Math.max(length[i + 1][j], length[i][j + 1]);
+    }
+  }
+  const pairs = [];
+  for (let i = 0, j = 0; i < n && j < m; ) {
+    if (a[i] === b[j]) pairs.push([i++, j++]);
+    else if (length[i + 1][j] >= length[i][j + 1]) i++;
+    else j++;
+  }
+  return pairs;
+}
+
+// Return, for each text, its words as {word, differs}; every text is held against the first.
+export function differing(texts) {
+  const lists = texts.map((text) => wordsOf(text).filter((w) => w.trim()));
+  const kept = lists.map(() => new Set());
+  kept[0] = new Set(lists[0].keys());
+  lists.slice(1).forEach((list, k) => {
+    const here = new Set();
+    for (const [i, j] of common(lists[0], list)) {
+      here.add(i);
+      kept[k + 1].add(j);
+    }
+    kept[0] = new Set([...kept[0]].filter((i) => here.has(i)));
+  });
+  return texts.map((text, k) => {
+    let place = 0;
+    return wordsOf(text).map((word) => ({ word, differs: Boolean(word.trim()) && !kept[k].has(place++) }));
+  });
+}

@@ -1,0 +1,71 @@
+"""From tokens to text as they come: whole characters only, and nothing of a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+UNFINISHED = "�"  # what a tokenizer shows for bytes that are no whole character yet
+
+
+class Text:
+    """The text of an answer, which grows by tokens and ends before the first stop text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self.stop = tuple(stop)
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # What a token adds may depend on those before it (spaces between words), so some that were
+        # shown are decoded with it: ids from `_from` to `_shown`, as the text `_before`.
+        self._from = self._shown = 0
+        self._before = ""
+        self._held = ""  # may be the beginning of a stop text
+        self.stopped = False
+
+    def add(self, token: int) -> tuple[str, str]:
+        """Return what the token itself adds, and what is sure by now to belong to the answer."""
+        self._ids.append(token)
+        text = self._decode(self._ids[self._from :])
+        if text.endswith(UNFINISHED) or len(text) <= len(self._before):
+            return "", ""
+        new = text[len(self._before) :]
+        self._move_on()
+        return new, self._released(new)
+
+    def end(self) -> str:
+        """Return what is left of the answer."""
+        if self.stopped:
+            return ""
+        text = self._decode(self._ids[self._from :])
+        released = self._released(text[len(self._before) :])
+        rest, self._held = self._held, ""
+        return released + rest
+
+    def _move_on(self) -> None:
+        self._from, self._shown = self._shown, len(self._ids)
+        self._before = self._decode(self._ids[self._from :])
+
+    def _released(self, new: str) -> str:
+        """Return what of the held text and the new cannot belong to a stop text."""
+        text = self._held + new
+        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self.stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many of the last characters of `text` are the first of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,33 @@
+"""What tests of the server share."""
+
+import pytest
+
+from adapted import shake
+from serving import running, scripted
+from tiny import tiny
+from veneer.lowrank.config import LoRA
+from veneer.methods.attach import attach
+from veneer.store.adapters import save
+
+
+@pytest.fixture(scope="session")
+def adapter_dirs(tmp_path_factory):
+    """Two adapters over the tiny llama, as directories."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("cooking", "law")):
+        model = attach(tiny("llama"), LoRA(rank=2 + seed, targets="attention"))
+        save(shake(model, seed=seed), root / name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def two(adapter_dirs):
+    return {name: adapter_dirs / name for name in ("cooking", "law")}
+
+
+@pytest.fixture
+def server(two):
+    """A server with an engine that computes nothing, and two adapters."""
+    with running(served := scripted(two)) as server:
+        server.served = served
+        yield server

@@ -1,0 +1,280 @@
+"""Requests that nobody should send: refused in OpenAI's shape, and everybody else is served on."""
+
+import http.client
+import json
+import socket
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from serving import BASE, call, chat, running, scripted
+from veneer.serve.config import Keys, Limits
+
+NAMES = [
+    "../../../../etc/passwd",
+    "..",
+    ".",
+    "/etc/passwd",
+    "~/.ssh/id_rsa",
+    "cooking/../../../etc",
+    "..\\..\\windows\\system32",
+    "cooking\x00.txt",
+    "\x00",
+    "",
+    " ",
+    "\n",
+    "cooking\r\nx-injected: yes",
+    "a" * 65,
+    "a" * 400,
+    "-rf",
+    ".hidden",
+    "__proto__",
+    "${jndi:ldap://x}",
+    "$(id)",
+    "`id`",
+    "; rm -rf /",
+    "' OR 1=1 --",
+    "<script>alert(1)</script>",
+    "{{7*7}}",
+    "%2e%2e%2fetc%2fpasswd",
+    "file:///etc/passwd",
+    "http://169.254.169.254/latest",
+    "cooking\ud800",
+    "аdmin",  # its first letter is Cyrillic
+    "\u202egnikooc",
+]
+ADMIN = "an-admin-key-of-its-own"
+AS_ADMIN = {"authorization": f"Bearer {ADMIN}"}
+
+
+def is_refusal(told):
+    error = told["error"]
+    return set(error) == {"message", "type", "param", "code"} and isinstance(error["message"], str)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Every path that is opened while the test runs."""
+    paths, listening = [], True
+
+    def hear(event, arguments):
+        if listening and event == "open" and isinstance(arguments[0], str | bytes | Path):
+            paths.append(str(arguments[0]))
+
+    sys.addaudithook(hear)
+    yield paths
+    listening = False
+
+
+def test_hostile_names_are_refused_and_open_nothing(two, adapter_dirs, tmp_path, opened):
+    assert len(NAMES) >= 30
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "lora_config.json").write_text("{}")
+    keys = Keys(admin=ADMIN)
+    with running(scripted(two), keys=keys, loading_root=adapter_dirs) as server:
+        call(server.url, "/v1/models")
+        opened.clear()
+        for name in NAMES:
+            for path, body, headers in (
+                ("/v1/chat/completions", chat(name), {}),
+                ("/v1/completions", {"model": name, "prompt": "x"}, {}),
+                ("/v1/chat/completions", chat(adapters={name: 1.0}), {}),
+                ("/v1/load_lora_adapter", {"lora_name": name, "lora_path": "law"}, AS_ADMIN),
+                ("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": name}, AS_ADMIN),
+                ("/v1/unload_lora_adapter", {"lora_name": name}, AS_ADMIN),
+                ("/api/tokens", {**chat(name), "answer": "x"}, {}),
+            ):
+                status, told, error = call(server.url, path, body, headers=headers)
+                assert 400 <= status < 500, (name, path, error)
+                assert is_refusal(error)
+                assert "x-injected" not in told
+        for given in (secret, f"../{secret.name}", str(adapter_dirs), "law/..", ""):
+            body = {"lora_name": "new", "lora_path": str(given)}
+            assert call(server.url, "/v1/load_lora_adapter", body, headers=AS_ADMIN)[0] == 400
+        assert server.started
+        # (FastAPI looks its own routes' source up, to name them in the log.)
+        seen = [path for path in map(Path, opened) if path.suffix not in (".py", ".pyc")]
+        assert [path for path in seen if not path.is_relative_to(adapter_dirs)] == []
+        assert call(server.url, "/v1/models")[2]["data"][1]["id"] == "cooking"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe{}",
+        b"\x00" * 100,
+        b"[" * 100_000,
+        b'{"model": ' + b"9" * 10_000 + b"}",
+        b'{"model": NaN}',
+        json.dumps({"model": BASE}).encode("utf-16"),
+        json.dumps(chat(temperature="hot")).encode(),
+        json.dumps(chat(max_tokens=1.5)).encode(),
+        json.dumps(chat(max_tokens=True)).encode(),
+        json.dumps(chat(max_tokens=10**40)).encode(),
+        json.dumps(chat(temperature=float("nan"))).encode(),
+        json.dumps(chat(temperature=float("inf"))).encode(),
+        json.dumps(chat(stop=[""])).encode(),
+        json.dumps(chat(stop=["a"] * 99)).encode(),
+        json.dumps(chat(n=99)).encode(),
+        json.dumps(chat(logit_bias={"5": 100})).encode(),
+        json.dumps(chat(top_logprobs=3)).encode(),
+        json.dumps(chat(text="\ud800")).encode(),
+        json.dumps(chat(**{"\ud800": 1})).encode(),
+        json.dumps({"model": BASE, "messages": []}).encode(),
+        json.dumps({"model": BASE, "messages": [{"role": "tool", "content": "x"}]}).encode(),
+        json.dumps({"model": BASE, "messages": [{"role": "user", "content": [1]}]}).encode(),
+    ],
+    ids=lambda body: repr(body[-24:]),
+)
+def test_bad_bodies_are_refused(server, body):
+    status, _, told = call(server.url, "/v1/chat/completions", body)
+    assert status == 400
+    assert is_refusal(told)
+
+
+def test_bad_prompts_are_refused(server):
+    for prompt in ([], [[]], [96], [-1], [2**40], [1, "a"], "", ["a"] * 17, None, {}):
+        body = {"model": BASE, "prompt": prompt, "max_tokens": 1}
+        status, _, told = call(server.url, "/v1/completions", body)
+        assert (status, is_refusal(told)) == (400, True), prompt
+    for length in (4096, 100_000, 1_500_000):
+        status, _, told = call(server.url, "/v1/chat/completions", chat(text="x " * (length // 2)))
+        assert status == 400
+        assert "4,096 tokens" in told["error"]["message"]
+        assert told["error"]["code"] == "context_length_exceeded"
+
+
+def test_what_is_not_served_is_refused_by_name_and_what_changes_nothing_is_not(server):
+    for name, value in (
+        ("tools", [{"type": "function"}]),
+        ("response_format", {"type": "json_object"}),
+        ("presence_penalty", 0.5),
+        ("logit_bias", {"1": 1}),
+        ("min_p", 0.1),
+    ):
+        status, _, told = call(server.url, "/v1/chat/completions", chat(**{name: value}))
+        assert (status, told["error"]["param"]) == (400, name)
+    harmless = {"presence_penalty": 0, "tools": None, "user": "me", "logit_bias": {}, "n": None}
+    body = chat(max_tokens=1, response_format={"type": "text"}, **harmless)
+    assert call(server.url, "/v1/chat/completions", body)[0] == 200
+
+
+def test_other_paths_methods_and_kinds(server):
+    for path, method, status in (
+        ("/nowhere", "GET", 404),
+        ("/v1/nowhere", "POST", 404),
+        ("/page/../app.py", "GET", 404),
+        ("/page/%2e%2e/app.py", "GET", 404),
+        ("/v1/chat/completions", "GET", 405),
+        ("/v1/models", "POST", 405),
+        ("/health", "DELETE", 405),
+    ):
+        body = "{}" if method == "POST" else None
+        found, _, told = call(server.url, path, body, method=method)
+        assert (found, is_refusal(told)) == (status, True), path
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        headers = {"content-type": kind}
+        found, _, told = call(server.url, "/v1/chat/completions", chat(), headers=headers)
+        assert (found, is_refusal(told)) == (415, True)
+
+
+def test_another_page_cannot_reach_it_by_a_name_of_its_own(server):
+    for host in ("evil.example", "127.0.0.1.evil.example", "", "[", "localhost@evil.example:1"):
+        assert call(server.url, "/v1/models", headers={"host": host})[0] == 403
+    for host in ("localhost", "localhost:123", "[::1]:8000", "127.0.0.1"):
+        assert call(server.url, "/v1/models", headers={"host": host})[0] == 200
+    with running(scripted(), keys=Keys(api="a-key-of-some-length")) as open_to_others:
+        headers = {"host": "models.example", "authorization": "Bearer a-key-of-some-length"}
+        assert call(open_to_others.url, "/v1/models", headers=headers)[0] == 200
+
+
+def test_a_large_body_is_refused_before_it_is_read(server):
+    large = b'{"model": "' + b"x" * 10_000_000 + b'"}'
+    status, told, error = call(server.url, "/v1/chat/completions", large)
+    assert (status, is_refusal(error), told["connection"]) == (413, True, "close")
+    # In pieces that do not say how many they are.
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=20)
+    headers = {"content-type": "application/json", "transfer-encoding": "chunked"}
+    pieces = (b"x" * 100_000 for _ in range(100))
+    connection.request("POST", "/v1/completions", pieces, headers, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    # One who only says that it will be large hears at once.
+    with socket.create_connection(urlsplit(server.url).netloc.split(":"), timeout=20) as raw:
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10000000\r\n\r\n"
+        )
+        assert raw.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_slow_headers_and_bodies_are_ended():
+    limits = Limits(body_seconds=0.3)
+    with running(scripted(), patience=0.3, limits=limits) as server:
+        place = urlsplit(server.url).netloc.split(":")
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+        body = b"content-type: application/json\r\ncontent-length: 50\r\n\r\n{"
+        for sent, answer in (
+            (b"", b"408"),
+            (b"GET / HT", b"408"),
+            (head + b"a: b\r\n", b"408"),
+            (head + body, b"408"),
+        ):
+            with socket.create_connection(place, timeout=20) as raw:
+                raw.sendall(sent)
+                got = b""
+                while more := raw.recv(4096):  # until the server closes
+                    got += more
+                assert got.startswith(b"HTTP/1.1 " + answer), sent
+                assert is_refusal(json.loads(got.partition(b"\r\n\r\n")[2]))
+        # Drop by drop is no quicker, and neither is a second request on the same connection.
+        with socket.create_connection(place, timeout=20) as raw:
+            raw.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+            raw.sendall(b"GET /hea")
+            got = b""
+            while more := raw.recv(4096):
+                got += more
+            assert b"HTTP/1.1 408" in got
+        # Garbage is told so in the same shape.
+        with socket.create_connection(place, timeout=20) as raw:
+            raw.sendall(b"\x16\x03\x01\x02\x00 hello\r\n\r\n")
+            assert raw.recv(4096).startswith(b"HTTP/1.1 400")
+        assert call(server.url, "/health")[0] == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_hangs_up_frees_the_slot(stream):
+    with running(served := scripted(slots=1, pace=0.005)) as server:
+        with socket.create_connection(urlsplit(server.url).netloc.split(":"), timeout=20) as raw:
+            body = json.dumps(chat(stream=stream)).encode()
+            head = (
+                "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            )
+            raw.sendall(head.encode() + body)
+            if stream:
+                assert raw.recv(100).startswith(b"HTTP/1.1 200")
+            while not served.engine.active:
+                time.sleep(0.005)
+        until = time.monotonic() + 20
+        while served.engine.active and time.monotonic() < until:
+            time.sleep(0.005)
+        assert served.engine.cancelled == 1
+        # And what comes next is answered in full.
+        assert call(server.url, "/v1/chat/completions", chat(max_tokens=2))[0] == 200
+
+
+def test_every_response_has_the_headers_that_browsers_heed(server):
+    for path in ("/", "/page/app.js", "/v1/models", "/nowhere"):
+        _, told, _ = call(server.url, path)
+        assert "default-src 'none'" in told["content-security-policy"]
+        assert told["x-content-type-options"] == "nosniff"
+        assert "access-control-allow-origin" not in told

@@ -1,0 +1,206 @@
+"""The page in a real browser: chat, compare, adapters, a live run; and what axe finds."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+import yaml
+
+from serving import running, scripted
+from veneer.serve.config import Keys
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no Chromium here (Debian's package chromium)"
+)
+KEY = "a-key-of-some-length"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Training:
+    """A run of `veneer tune`, as its files say."""
+
+    def __init__(self, place):
+        self.place, self.done = place, 0
+        place.mkdir(parents=True)
+        recipe = {"model": "smollm2-135m", "data": "letters.jsonl", "rank": 8}
+        (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        self.tell(None)
+
+    def tell(self, ended):
+        (self.place / "progress.json").write_text(json.dumps({"steps": 40, "ended": ended}))
+
+    def go(self, steps):
+        with (self.place / "metrics.jsonl").open("a") as file:
+            for _ in range(steps):
+                self.done += 1
+                line = {"step": self.done, "loss": 3.0 / self.done, "tokens": 500, "seconds": 2.0}
+                file.write(json.dumps(line) + "\n")
+            line = {"step": self.done, "eval_loss": 0.5, "perplexity": 1.6}
+            file.write(json.dumps(line) + "\n")
+
+
+@pytest.fixture(scope="module")
+def site(two, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    with running(served := scripted(two, pace=0.005), runs=runs) as server:
+        server.served, server.training = served, Training(runs / "letters")
+        server.training.go(3)
+        yield server
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(browser, site, request):
+    context = browser.new_context(color_scheme=request.param, reduced_motion="reduce")
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    page.faults = []
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.on("console", lambda said: page.faults.append(said.text) if said.type == "error" else None)
+    page.on(
+        "request",
+        lambda asked: page.faults.append(asked.url) if site.url not in asked.url else None,
+    )
+    page.goto(site.url)
+    yield page
+    assert page.faults == []
+    context.close()
+
+
+def serious(page):
+    """Return what axe finds that keeps somebody from using the page."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    return [
+        (each["id"], each["impact"], [node["target"] for node in each["nodes"]])
+        for each in found
+        if each["impact"] in ("serious", "critical", "moderate")
+    ]
+
+
+def ask(page, text, form="chat"):
+    page.locator(f"#{form}-text").fill(text)
+    page.locator(f"#{form}-text").press("Enter")
+
+
+def test_chat(page, site):
+    page.get_by_label("Answered by").first.select_option("cooking")
+    page.get_by_label("Longest answer").first.fill("6")
+    page.get_by_label("Instructions").first.fill("Be short.")
+    ask(page, "What <b>is</b> honey?")
+    answer = page.locator(".turn.assistant .text")
+    answer.filter(has_text="cooking says word 0 word 1 word 2 word 3").wait_for()
+    assert page.locator(".turn.user .text").inner_text() == "What <b>is</b> honey?"
+    page.get_by_role("button", name="Tokens").click()
+    table = page.get_by_role("table", name="What the adapter changed most")
+    assert "times likelier" in table.inner_text()
+    assert page.get_by_role("button", name="Tokens").get_attribute("aria-expanded") == "true"
+    assert serious(page) == []
+    # The second question goes with the first and its answer.
+    ask(page, "And salt?")
+    page.locator(".turn.assistant .text").nth(1).filter(has_text="word 3").wait_for()
+    sent = site.served.tokenizer.decode(site.served.engine.requests[-1].tokens)
+    assert all(text in sent for text in ("Be short.", "honey?", "cooking says word 0", "And salt?"))
+    page.get_by_role("button", name="New").click()
+    assert page.locator(".turn").count() == 0
+    # Stopping frees the slot.
+    page.get_by_label("Longest answer").first.fill("4000")
+    ask(page, "Go on")
+    page.locator(".turn.assistant .text").filter(has_text="word").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    until = time.monotonic() + 20
+    while site.served.engine.active and time.monotonic() < until:
+        page.wait_for_timeout(20)
+    assert site.served.engine.active == 0
+
+
+def test_compare(page):
+    page.get_by_role("link", name="Compare").click()
+    assert page.evaluate("document.activeElement.id") == "title-compare"
+    boxes = page.locator("#compare-models input")
+    assert [box.get_attribute("value") for box in boxes.all()] == ["tiny", "cooking", "law"]
+    page.get_by_label("law").check()
+    page.locator("#view-compare").get_by_label("Longest answer").fill("4")
+    ask(page, "Who are you?", "compare")
+    page.locator("#said").filter(has_text="3 answers; 3 words differ").wait_for(state="attached")
+    cards = page.locator(".answer")
+    assert [card.locator("mark").all_inner_texts() for card in cards.all()] == [
+        ["base"],
+        ["cooking"],
+        ["law"],
+    ]
+    assert cards.nth(1).locator(".text").inner_text() == "cooking says word 0 word 1"
+    assert cards.nth(0).get_by_role("button").count() == 0  # the base changed nothing
+    cards.nth(2).get_by_role("button", name="Tokens").click()
+    cards.nth(2).get_by_role("table").wait_for()
+    assert serious(page) == []
+
+
+def test_adapters(page, two):
+    page.get_by_role("link", name="Adapters").click()
+    card = page.locator("#adapters .card").filter(has_text="cooking")
+    card.wait_for()
+    shown = card.inner_text()
+    assert re.search(r"Rank\s+2\b", shown)
+    assert "k_proj, o_proj, q_proj, v_proj" in shown
+    assert re.search(r"Size\s+\d+ kB", shown)
+    assert serious(page) == []
+
+
+def test_a_run_is_followed_as_it_goes(page, site):
+    page.get_by_role("link", name="Runs").click()
+    card = page.locator(".run")
+    card.filter(has_text=f"{site.training.done} of 40").wait_for()
+    shown = card.inner_text()
+    assert "running" in shown
+    assert "250 tokens/s" in shown
+    assert "letters.jsonl" in shown
+    assert re.search(r"Time left\s+1 min \d+ s", shown)
+    site.training.go(2)
+    card.filter(has_text=f"{site.training.done} of 40").wait_for()
+    told = card.get_by_role("img").get_attribute("aria-label")
+    assert told.startswith("Loss from 3.000 at step 1")
+    assert "evaluation loss 0.500" in told
+    assert serious(page) == []
+
+
+def test_it_works_without_a_mouse_and_on_a_small_screen(page):
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == "#adapters"
+    page.set_viewport_size({"width": 360, "height": 700})
+    for name in ("Chat", "Compare", "Adapters", "Runs"):
+        page.get_by_role("link", name=name).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert serious(page) == []
+
+
+def test_a_key_is_asked_for_once(browser, two):
+    with running(scripted(two), keys=Keys(api=KEY)) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.get_by_label("API key").fill(KEY)
+        assert serious(page) == []
+        page.keyboard.press("Enter")
+        page.get_by_label("Answered by").first.locator("option").nth(2).wait_for(state="attached")
+        page.reload()
+        page.get_by_label("Answered by").first.locator("option").nth(2).wait_for(state="attached")
+        assert not page.get_by_label("API key").is_visible()
+        page.close()
