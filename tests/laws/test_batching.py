@@ -72,7 +72,7 @@ def accepted(model: Any) -> list[Forward]:
     rows = [replace(row, labels=row.tokens) for row in ROWS[:3]]
     with torch.no_grad():
         own = float(one_by_one(model, rows))
-        return [way for way in EVERY_WAY if room._why_not_packed(way, model, rows, own) is None]
+        return [way for way in EVERY_WAY if room._why_not(way, model, rows, own) is None]
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -17,16 +17,22 @@ from veneer.lowrank.autograd import LowRankLinear
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.formula import delta_weight, merged_weight, new_A, rescaled, updated_norms
 from veneer.lowrank.initial import start_factors
+from veneer.lowrank.names import as_the_base_does, as_wrapped
 from veneer.lowrank.projection import Projection
 
 
 class Wrapper(nn.Module):
-    """A frozen `original` with something laid over it."""
+    """A frozen `original` with something laid over it.
+
+    In state dicts its weights keep the names that they have in the base.
+    """
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original.requires_grad_(False)
         self.training = original.training
+        self.register_state_dict_post_hook(as_the_base_does)
+        self.register_load_state_dict_pre_hook(as_wrapped)
 
     def __getattr__(self, name: str) -> Any:
         # Model code reads attributes of the layer that it knows (weight, in_features, nf).
@@ -213,6 +219,26 @@ class LoRALinear(AdaptedLayer):
     def __init__(self, original: nn.Module, route: Route, *, transposed: bool = False) -> None:
         super().__init__(original, route)
         self.transposed = transposed
+        self.only_looked_at = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it acts, gain ∘ (W + B A) as the original stores it, differentiably.
+
+        For model code that computes with a layer's weight instead of calling the layer (Mamba's
+        dt_proj, fused kernels). What is asked for its dtype alone, as `only_looked_at` says, is the
+        original's own. A dropout of adapters' inputs has no place here, and none is made.
+        """
+        active = [] if self.only_looked_at else self.active()
+        if not active:
+            return self.original.weight  # type: ignore[return-value]
+        frozen = self.frozen_weight
+        with torch.autocast(frozen.device.type, enabled=False):
+            one = self.acting(active, frozen.dtype)
+            weight = frozen + one.B @ one.A
+            if one.gain is not None:
+                weight = (weight * one.gain[:, None]).to(frozen.dtype)
+        return self.oriented(weight)
 
     def oriented(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight

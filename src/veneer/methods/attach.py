@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,13 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.frozen.packed import named_frozen
 from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.initial import directions
 from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
 from veneer.methods.config import Method, is_virtual
+from veneer.methods.left_out import left_out
+from veneer.methods.reading import only_looks_at
 from veneer.methods.route import route_of
 from veneer.methods.start import start_from_rounding
 from veneer.methods.targets import Layer, resolve
@@ -42,6 +45,8 @@ def attach(
     A `Method` trains something else: weights of the base, or virtual tokens. These change what the
     model says from the start, as if the words they start from stood in front of every text; the
     `tokenizer` is for a `prompt_text`.
+    Warns (VeneerWarning) of weights that `all` or `mlp` may seem to mean and that no adapter lies
+    over, such as experts that are one parameter.
     Returns the model. Raises TargetError for targets that match nothing, AdapterError for a name
     that is taken, ConfigError for a method or a start that does not suit the model, ModelError
     where loftq finds no weights from before packing.
@@ -77,6 +82,8 @@ def attach(
         raise
     route_of(model).configs[name] = config
     use(model, name)
+    if text := left_out(model, config):
+        warnings.warn(text, VeneerWarning, stacklevel=2)
     return model
 
 
@@ -213,5 +220,7 @@ def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
         layer = LoRAEmbedding(module, route)
     else:
         layer = LoRALinear(module, route, transposed=isinstance(module, Conv1D))
+        owner, _, own_name = path.rpartition(".")
+        layer.only_looked_at = only_looks_at(model.get_submodule(owner), own_name)
     model.set_submodule(path, layer)
     return layer

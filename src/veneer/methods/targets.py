@@ -47,7 +47,7 @@ class Layer:
 def adaptable_layers(model: nn.Module) -> list[Layer]:
     """Return every linear layer, Conv1D and embedding of a model, adapted or not, in its order."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    blocks = dict(_blocks(model))
+    blocks = blocks_of(model)
     attentions = [
         path for path, module in model.named_modules() if _is_attention(module) and path in blocks
     ]
@@ -77,8 +77,12 @@ def resolve(model: nn.Module, config: LoRA) -> list[Layer]:
     )
 
 
+def blocks_of(model: nn.Module) -> dict[str, int]:
+    """Return {path: index of its block} for every module inside a stack of transformer blocks."""
+    return dict(_blocks(model))
+
+
 def _blocks(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield (path, index of its block) for every module inside a stack of transformer blocks."""
     stacks: list[str] = []
     for path, module in model.named_modules():
         nested = any(path.startswith(f"{stack}.") for stack in stacks)

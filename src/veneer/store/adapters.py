@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, VeneerWarning
+from veneer.lowrank.config import LoRA
+from veneer.models.fingerprint import base_parameters
 from veneer.store import native, peft
 from veneer.store.state import AdapterState, capture, install
 
@@ -25,8 +28,18 @@ def save(
     """Write the adapter called `name` (by default the one in use) to a directory, all at once.
 
     `tokenizer`, if given, is kept with a native adapter and ties it to the base's vocabulary.
+    Warns (VeneerWarning) of weights of the base that train too, which are no part of an adapter.
     """
     state = capture(model, name, tokenizer)
+    if isinstance(state.config, LoRA) or not state.config.replaces_weights:
+        own = base_parameters(model)
+        if beside := [path for path, weight in own.items() if weight.requires_grad]:
+            warnings.warn(
+                f"{', '.join(beside)} train too and are no part of the adapter; keep them with "
+                "the model, as merge(model).save_pretrained(...) does.",
+                VeneerWarning,
+                stacklevel=2,
+            )
     if format == "native":
         native.write(state, Path(directory), tokenizer)
     elif format == "peft":

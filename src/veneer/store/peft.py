@@ -52,7 +52,7 @@ def config_of(state: AdapterState) -> dict[str, Any]:
     alpha = _number(float(config.alpha or 0))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": state.task,
         "base_model_name_or_path": state.base_name or None,
         "r": config.rank,
         "lora_alpha": alpha,

@@ -67,6 +67,7 @@ class AdapterState:
     base_fingerprint: Mapping[str, str] = field(default_factory=dict)
     # Base weights that came along in the file; they must be the base's own.
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    task: str | None = "CAUSAL_LM"  # what the base is for, in PEFT's words; None for what it has none
 
     def layers(self) -> Iterator[StoredLayer]:
         """Yield each layer that has both factors."""
@@ -122,7 +123,15 @@ def capture(
         embedding = words.embedding
         rows = Rows(embedding.words, embedding.start, embedding.rows.detach().clone(), head)
     marks = fingerprint(model, tokenizer)
-    return AdapterState(config, tensors, rows, model.config._name_or_path, marks)
+    base_name = model.config._name_or_path
+    return AdapterState(config, tensors, rows, base_name, marks, task=_task_of(model))
+
+
+def _task_of(model: PreTrainedModel) -> str | None:
+    """Return PEFT's word for what a model generates; it has a class of its own for each."""
+    if not model.can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def install(

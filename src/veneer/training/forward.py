@@ -41,12 +41,14 @@ TOKENS_STEP = 64
 @dataclass(frozen=True)
 class Forward:
     """Shortcuts, each taken or not: packing without padding, the head on labelled rows, decoder
-    layers as two functions; and what is computed again instead of kept."""
+    layers as two functions; what is computed again instead of kept; and whether rows are computed
+    one by one, where not even padding is possible."""
 
     packed: bool
     labelled_head: bool
     layers: tuple[FusedLayer, ...] = ()
     recompute: Recompute = "none"
+    alone: bool = False
     arena: Arena = field(default_factory=Arena, compare=False)
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -66,6 +68,10 @@ class Forward:
                     "packing": Packing(lengths, device),
                 }
                 return self._loss(model, inputs, labels, None)
+            if self.alone:
+                pairs = zip(tokens.split(lengths), labels.split(lengths), strict=True)
+                losses = [self._loss(model, {"input_ids": t[None]}, y, None) for t, y in pairs]
+                return torch.stack(losses).sum()
             rows = pad_sequence(list(tokens.split(lengths)), batch_first=True)  # (rows, longest)
             ones = [torch.ones(n, dtype=torch.long) for n in lengths]
             mask = pad_sequence(ones, batch_first=True).to(device)
@@ -122,13 +128,21 @@ def choose_forward(
             losses = [_full_loss(own[:-1], torch.tensor(rows[0].tokens[1:], device=own.device))]
             losses += [_own_loss(model, row) for row in rows[1:]]
             wanted = sum(map(float, losses))
-            why_not_packed = _why_not_packed(Forward(True, labelled_head), model, rows, wanted)
+            why_not_packed = _why_not(Forward(True, labelled_head), model, rows, wanted)
             if not why_not_packed:
                 layers = _fused_layers(model, rows[-1])
+            why_not_padded = why_not_packed and _why_not(
+                Forward(False, labelled_head), model, rows, wanted
+            )
     finally:
         model.train(training)
     notices = []
-    if why_not_packed:
+    if why_not_padded:
+        notices.append(
+            f"Rows are computed one by one, since neither packing nor padding suits this model: "
+            f"packed, {why_not_packed}; padded, {why_not_padded}"
+        )
+    elif why_not_packed:
         notices.append(f"Rows are padded, since packing does not suit this model: {why_not_packed}")
     if why_not_head:
         notices.append(
@@ -146,7 +160,8 @@ def choose_forward(
     if recompute == "full" and known is None:
         recompute = "none"
         notices.append("The layers of this model are not known; nothing is computed again.")
-    return Forward(why_not_packed is None, labelled_head, layers, recompute), notices
+    way = Forward(not why_not_packed, labelled_head, layers, recompute, alone=bool(why_not_padded))
+    return way, notices
 
 
 def _fused_layers(model: PreTrainedModel, row: Example) -> tuple[FusedLayer, ...]:
@@ -178,7 +193,7 @@ def _own_logits_and_head(model: PreTrainedModel, row: Example) -> tuple[Tensor, 
     return own, "its head does more than multiply"
 
 
-def _why_not_packed(
+def _why_not(
     forward: Forward, model: PreTrainedModel, rows: Sequence[Example], own: float
 ) -> str | None:
     try:

@@ -1,0 +1,194 @@
+"""Any transformers model: the same five steps by Veneer's loop and by Trainer, saved, loaded, merged.
+
+What is proven here is written down in docs/models.md; `python tests/models/test_any_model.py`
+writes it anew.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import veneer
+from adapted import same, shake, snapshot
+from courses import (
+    ROWS,
+    Inputs,
+    batches,
+    padded,
+    sft_losses,
+    trainer_losses,
+    veneer_losses,
+)
+from veneer.lowrank.layers import Wrapper
+from veneer.models.fingerprint import base_parameters
+from veneer.training.forward import choose_forward
+from zoo import CAUSAL_NAMES, OTHERS, model_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+BEGIN, END = "<!-- the table: written by its tests -->\n", "<!-- the table ends -->\n"
+LORA = veneer.LoRA(rank=4, targets="all")
+CLOSE = 1e-4  # losses in float32, relatively: two ways of summing, each step built on the last
+NAMES = [*CAUSAL_NAMES, *OTHERS]
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What holds of an architecture, in the words of the table."""
+
+    loop: str
+    notes: tuple[str, ...]
+
+
+def attached(architecture: str, config: veneer.LoRA = LORA) -> tuple[Any, list[str]]:
+    """Return a freshly adapted model, and what attaching it said."""
+    model = model_of(architecture)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", veneer.VeneerWarning)
+        veneer.attach(model, config, seed=0)
+    if architecture in OTHERS and hasattr(model, "classifier"):
+        model.classifier.requires_grad_(True)
+    return model, [str(w.message) for w in said if issubclass(w.category, veneer.VeneerWarning)]
+
+
+def steps_of(architecture: str) -> list[Inputs]:
+    """Return a few batches such as the architecture takes."""
+    steps = batches()
+    generator = torch.Generator().manual_seed(7)
+    if architecture == "bert":
+        for step in steps:
+            step["labels"] = torch.randint(3, (len(step["input_ids"]),), generator=generator)
+    if architecture == "vit":
+        steps = [
+            {
+                "pixel_values": torch.randn(4, 3, 16, 16, generator=generator),
+                "labels": torch.randint(3, (4,), generator=generator),
+            }
+            for _ in steps
+        ]
+    return steps
+
+
+@torch.no_grad()
+def said(model: Any, architecture: str) -> Tensor:
+    inputs = steps_of(architecture)[0]
+    if architecture not in ("t5", "bert", "vit"):
+        inputs = {"input_ids": padded(ROWS[:1])["input_ids"], "use_cache": False}  # type: ignore[dict-item]
+    return model.eval()(**inputs).logits
+
+
+def near(found: list[float], wanted: list[float]) -> bool:
+    return len(found) == len(wanted) and all(
+        abs(a - b) <= CLOSE * abs(b) for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def base_of(model: Any) -> dict[str, Tensor]:
+    """Return the base's weights but for those that train beside the adapter."""
+    own = base_parameters(model)
+    return {path: w.detach().clone() for path, w in own.items() if not path.startswith("classif")}
+
+
+@cache
+def proven(architecture: str) -> Proven:
+    """Prove what the table says of an architecture, and return its words."""
+    model, said_of_it = attached(architecture)
+    base = model_of(architecture)
+    assert torch.equal(said(model, architecture), said(base, architecture))
+    before = base_of(base)
+    loop, notes = "", []
+    if architecture in OTHERS:
+        losses = trainer_losses(model, steps_of(architecture))
+        assert near(losses, by_peft(architecture))
+    else:
+        chosen, events = choose_forward(model, ROWS)
+        ways = "one by one" if chosen.alone else "packed" if chosen.packed else "padded"
+        loop = ways if chosen.labelled_head else f"{ways}, all logits"
+        if chosen.layers:
+            notes.append("layers as two functions")
+        assert bool(events) == (loop != "packed")
+        losses = veneer_losses(model)
+        other, _ = attached(architecture)
+        assert near(trainer_losses(other, steps_of(architecture)), losses)
+        assert near(losses, trainer_losses(attached(architecture)[0], batches()))
+    assert losses[-1] < losses[0]
+    assert same(base_of(model), before)
+    notes += said_of_it
+    kept(model, architecture)
+    return Proven(loop, tuple(notes))
+
+
+def by_peft(architecture: str) -> list[float]:
+    """Return the losses of PEFT in Trainer, from the same start."""
+    fresh, _ = attached(architecture)
+    with TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore", veneer.VeneerWarning)
+        veneer.save(fresh, Path(place) / "adapter", format="peft")
+        theirs = PeftModel.from_pretrained(
+            model_of(architecture), f"{place}/adapter", is_trainable=True
+        )
+    if hasattr(fresh, "classifier"):
+        theirs.base_model.model.classifier.requires_grad_(True)
+    return trainer_losses(theirs, steps_of(architecture))
+
+
+def kept(model: Any, architecture: str) -> None:
+    """Prove that the model is saved and loaded as it is, and merged into what says the same."""
+    wanted = said(shake(model), architecture)
+    plain = veneer.merge(model)
+    assert not any(isinstance(module, Wrapper) for module in plain.modules())
+    torch.testing.assert_close(said(plain, architecture), wanted, rtol=1e-4, atol=1e-4)
+    veneer.use(model, None)
+    assert torch.equal(said(veneer.detach(copied(model)), architecture), said(model, architecture))
+    veneer.use(model, "default")
+    with TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore", veneer.VeneerWarning)
+        plain.save_pretrained(f"{place}/merged")
+        again = type(plain).from_pretrained(f"{place}/merged")
+        assert same(snapshot(again), snapshot(plain))
+        veneer.save(model, f"{place}/native")
+        veneer.save(model, f"{place}/peft", format="peft")
+        for form in ("native", "peft"):
+            fresh = model_of(architecture)
+            if hasattr(fresh, "classifier"):
+                fresh.classifier.load_state_dict(model.classifier.state_dict())
+            veneer.load(fresh, f"{place}/{form}")
+            assert torch.equal(said(fresh, architecture), wanted)
+
+
+def copied(model: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+def test_proven(architecture):
+    proven(architecture)
+
+
+def rows_all_learnt() -> list[Any]:
+    return [replace(row, labels=row.tokens) for row in ROWS]
+
+
+def sft(architecture: str, **options: Any) -> None:
+    model, _ = attached(architecture)
+    before = base_of(model)
+    losses = sft_losses(model, rows_all_learnt(), **options)
+    print(architecture, losses)
+    assert losses[-1] < losses[0]
+    assert same(base_of(model), before)
+
+
+@pytest.mark.parametrize("architecture", CAUSAL_NAMES)
+def test_sft(architecture):
+    sft(architecture)
