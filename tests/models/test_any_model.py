@@ -1,4 +1,4 @@
-"""Any transformers model: the same five steps by Veneer's loop and by Trainer, saved, loaded, merged.
+"""Any transformers model: the same steps by Veneer's loop and by Trainer; saved, loaded, merged.
 
 What is proven here is written down in docs/models.md; `python tests/models/test_any_model.py`
 writes it anew.
@@ -7,7 +7,7 @@ writes it anew.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +19,10 @@ from peft import PeftModel
 from torch import Tensor
 
 import veneer
-from adapted import same, shake, snapshot
+from adapted import examples, same, shake, snapshot
 from courses import (
     ROWS,
+    TOKENS,
     Inputs,
     batches,
     padded,
@@ -29,6 +30,7 @@ from courses import (
     trainer_losses,
     veneer_losses,
 )
+from veneer.data.packing import StepOrder
 from veneer.lowrank.layers import Wrapper
 from veneer.models.fingerprint import base_parameters
 from veneer.training.forward import choose_forward
@@ -68,13 +70,8 @@ def steps_of(architecture: str) -> list[Inputs]:
         for step in steps:
             step["labels"] = torch.randint(3, (len(step["input_ids"]),), generator=generator)
     if architecture == "vit":
-        steps = [
-            {
-                "pixel_values": torch.randn(4, 3, 16, 16, generator=generator),
-                "labels": torch.randint(3, (4,), generator=generator),
-            }
-            for _ in steps
-        ]
+        pictures = torch.randn(4, 3, 16, 16, generator=generator)
+        steps = [{"pixel_values": pictures, "labels": torch.tensor([0, 1, 2, 1])} for _ in steps]
     return steps
 
 
@@ -108,7 +105,8 @@ def proven(architecture: str) -> Proven:
     loop, notes = "", []
     if architecture in OTHERS:
         losses = trainer_losses(model, steps_of(architecture))
-        assert near(losses, by_peft(architecture))
+        theirs = by_peft(architecture)
+        assert near(losses, theirs), (losses, theirs)
     else:
         chosen, events = choose_forward(model, ROWS)
         ways = "one by one" if chosen.alone else "packed" if chosen.packed else "padded"
@@ -119,8 +117,7 @@ def proven(architecture: str) -> Proven:
         losses = veneer_losses(model)
         other, _ = attached(architecture)
         assert near(trainer_losses(other, steps_of(architecture)), losses)
-        assert near(losses, trainer_losses(attached(architecture)[0], batches()))
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0], losses
     assert same(base_of(model), before)
     notes += said_of_it
     kept(model, architecture)
@@ -176,19 +173,40 @@ def test_proven(architecture):
     proven(architecture)
 
 
-def rows_all_learnt() -> list[Any]:
-    return [replace(row, labels=row.tokens) for row in ROWS]
+EVEN = examples([12] * 30, words=6, seed=4, learnt=1.0)  # five in a step
 
 
-def sft(architecture: str, **options: Any) -> None:
+def in_order() -> list[list[int]]:
+    """Return the tokens of EVEN as Veneer's loop goes through them."""
+    steps = StepOrder([len(row.tokens) for row in EVEN], TOKENS, TOKENS, seed=0).epoch(0)
+    rows = [i for step in steps for i in step[0]]
+    assert {len(step[0]) for step in steps} == {5}
+    return [EVEN[i].tokens for i in rows]
+
+
+@cache
+def proven_with_trl(architecture: str) -> bool:
+    """Prove that SFTTrainer has the losses of Veneer's loop, and return whether it may pack."""
+    wanted = veneer_losses(attached(architecture)[0], EVEN)
     model, _ = attached(architecture)
     before = base_of(model)
-    losses = sft_losses(model, rows_all_learnt(), **options)
-    print(architecture, losses)
-    assert losses[-1] < losses[0]
+    # In its own settings, but for those that make other numbers: bfloat16, and for experts a loss
+    # that balances them.
+    exact = {"bf16": False, "router_aux_loss_coef": 0.0}
+    theirs = sft_losses(model, in_order(), per_device_train_batch_size=5, **exact)
+    assert near(theirs, wanted), (theirs, wanted)
     assert same(base_of(model), before)
+    model, _ = attached(architecture)
+    try:
+        packed = sft_losses(model, in_order(), packing=True, max_length=TOKENS, **exact)
+    except ValueError as error:
+        assert "apart" in str(error)
+        return False
+    assert same(base_of(model), before)
+    print(architecture, near(packed, wanted))
+    return near(packed, wanted)
 
 
 @pytest.mark.parametrize("architecture", CAUSAL_NAMES)
-def test_sft(architecture):
-    sft(architecture)
+def test_with_trl(architecture):
+    proven_with_trl(architecture)

@@ -263,9 +263,12 @@ class LoRALinear(AdaptedLayer):
         self._put_fresh(name, adapter, config)
 
     def projection(self) -> Projection | None:
-        """Return the layer as it acts now, or None where it cannot be had as one product."""
+        """Return the layer as it acts now, or None where it cannot be had as one product of a
+        frozen weight."""
         active = self.active()
         if self.training and any(adapter.dropout for adapter, _ in active):
+            return None
+        if any(weight.requires_grad for weight in self.original.parameters()):
             return None
         bias: Tensor | None = self.original.bias  # type: ignore[assignment]
         if not active:

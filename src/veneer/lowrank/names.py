@@ -23,9 +23,7 @@ def as_the_base_does(
         state[prefix + key.removeprefix(inner)] = state.pop(key)
 
 
-def as_wrapped(
-    wrapper: nn.Module, state: dict[str, Any], prefix: str, *_report: object
-) -> None:
+def as_wrapped(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_report: object) -> None:
     """Call what is none of the wrapper's own `original.…` in a state dict that is being loaded."""
     own = {*wrapper._modules, *wrapper._parameters, *wrapper._buffers}
     for key in [key for key in state if key.startswith(prefix)]:

@@ -18,14 +18,13 @@ def only_looks_at(owner: nn.Module, name: str) -> bool:
     T5 asks for the dtype of `wo` at each pass, for which no weight need be made. Where the code
     says nothing, or is not there, somebody else may compute with it.
     """
-    return _only_looks(type(owner), name)
+    mentioned = re.findall(rf"\bself\.{re.escape(name)}\.weight\b({LOOK}?)", _source(type(owner)))
+    return bool(mentioned) and all(mentioned)
 
 
 @cache
-def _only_looks(kind: type[nn.Module], name: str) -> bool:
+def _source(kind: type) -> str:
     try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):
-        return False
-    mentioned = re.findall(rf"\bself\.{re.escape(name)}\.weight\b({LOOK}?)", source)
-    return bool(mentioned) and all(mentioned)
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # made in a notebook, or by a program
+        return ""

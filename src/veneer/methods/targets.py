@@ -47,6 +47,9 @@ class Layer:
 def adaptable_layers(model: nn.Module) -> list[Layer]:
     """Return every linear layer, Conv1D and embedding of a model, adapted or not, in its order."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    # What stands outside of the pretrained body, such as a classifier, is a head as well.
+    body = getattr(model, "base_model", model)
+    inside = {id(module) for module in body.modules()}
     blocks = blocks_of(model)
     attentions = [
         path for path, module in model.named_modules() if _is_attention(module) and path in blocks
@@ -59,7 +62,8 @@ def adaptable_layers(model: nn.Module) -> list[Layer]:
         base = module.original if isinstance(module, AdaptedLayer) else module
         if isinstance(base, (*LINEAR, nn.Embedding)):
             attention = any(path.startswith(f"{outer}.") for outer in attentions)
-            layers.append(Layer(path, base, blocks.get(path), attention, module is head))
+            is_head = module is head or id(module) not in inside
+            layers.append(Layer(path, base, blocks.get(path), attention, is_head))
     return layers
 
 

@@ -153,7 +153,7 @@ class VirtualTokens(nn.Module):
         text = given.get("inputs_embeds")
         if text is None:
             text = decoder.get_input_embeddings()(given["input_ids"])  # (rows, tokens, dim)
-        given["input_ids"] = None
+        given["input_ids"], given["inputs_embeds"] = None, text
         first = torch.arange(count, device=text.device)
         if given.get("packing") is not None:
             lengths = given["packing"].lengths

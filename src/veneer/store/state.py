@@ -67,7 +67,9 @@ class AdapterState:
     base_fingerprint: Mapping[str, str] = field(default_factory=dict)
     # Base weights that came along in the file; they must be the base's own.
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
-    task: str | None = "CAUSAL_LM"  # what the base is for, in PEFT's words; None for what it has none
+    task: str | None = (
+        "CAUSAL_LM"  # what the base is for, in PEFT's words; None for what it has none
+    )
 
     def layers(self) -> Iterator[StoredLayer]:
         """Yield each layer that has both factors."""
