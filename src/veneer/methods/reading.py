@@ -18,7 +18,8 @@ def only_looks_at(owner: nn.Module, name: str) -> bool:
     T5 asks for the dtype of `wo` at each pass, for which no weight need be made. Where the code
     says nothing, or is not there, somebody else may compute with it.
     """
-    mentioned = re.findall(rf"\bself\.{re.escape(name)}\.weight\b({LOOK}?)", _source(type(owner)))
+    source = _source(type(owner))  # type: ignore[arg-type]
+    mentioned = re.findall(rf"\bself\.{re.escape(name)}\.weight\b({LOOK}?)", source)
     return bool(mentioned) and all(mentioned)
 
 

@@ -47,8 +47,8 @@ class Layer:
 def adaptable_layers(model: nn.Module) -> list[Layer]:
     """Return every linear layer, Conv1D and embedding of a model, adapted or not, in its order."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    # What stands outside of the pretrained body, such as a classifier, is a head as well.
-    body = getattr(model, "base_model", model)
+    # Of a model that gives no words, what stands outside of the pretrained body is its head.
+    body = getattr(model, "base_model", model) if head is None else model
     inside = {id(module) for module in body.modules()}
     blocks = blocks_of(model)
     attentions = [
