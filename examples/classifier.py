@@ -20,7 +20,12 @@ import veneer
 
 HERE = Path("dist/classifier")
 COLOURS = ["green", "red", "blue"]
-WORDS = ["[PAD]", "[CLS]", *COLOURS, *"the a lamp harbour mill ship is was old small near".split()]
+WORDS = [
+    "[PAD]",
+    "[CLS]",
+    *COLOURS,
+    *["the", "a", "lamp", "harbour", "mill", "ship", "is", "was", "old", "small", "near"],
+]
 
 
 def sentences(count: int, seed: int) -> list[dict]:

@@ -19,6 +19,7 @@ from veneer.lowrank.formula import delta_weight, merged_weight, new_A, rescaled,
 from veneer.lowrank.initial import start_factors
 from veneer.lowrank.names import as_the_base_does, as_wrapped
 from veneer.lowrank.projection import Projection
+from veneer.lowrank.reading import Place
 
 
 class Wrapper(nn.Module):
@@ -219,18 +220,18 @@ class LoRALinear(AdaptedLayer):
     def __init__(self, original: nn.Module, route: Route, *, transposed: bool = False) -> None:
         super().__init__(original, route)
         self.transposed = transposed
-        self.only_looked_at = False
+        self.place: Place | None = None
 
     @property
     def weight(self) -> Tensor:
         """The weight as it acts, gain ∘ (W + B A) as the original stores it, differentiably.
 
         For model code that computes with a layer's weight instead of calling the layer (Mamba's
-        dt_proj, fused kernels). What is asked for its dtype alone, as `only_looked_at` says, is the
-        original's own. A dropout of adapters' inputs has no place here, and none is made.
+        dt_proj, fused kernels). What is asked for its dtype alone is the original's own. A dropout
+        of adapters' inputs has no place here, and none is made.
         """
-        active = [] if self.only_looked_at else self.active()
-        if not active:
+        active = self.active()
+        if not active or (self.place and self.place.is_looked_at):
             return self.original.weight  # type: ignore[return-value]
         frozen = self.frozen_weight
         with torch.autocast(frozen.device.type, enabled=False):

@@ -17,9 +17,9 @@ from veneer.lowrank.adapter import Adapter
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.initial import directions
 from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
+from veneer.lowrank.reading import Place
 from veneer.methods.config import Method, is_virtual
 from veneer.methods.left_out import left_out
-from veneer.methods.reading import only_looks_at
 from veneer.methods.route import route_of
 from veneer.methods.start import start_from_rounding
 from veneer.methods.targets import Layer, resolve
@@ -221,6 +221,6 @@ def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
     else:
         layer = LoRALinear(module, route, transposed=isinstance(module, Conv1D))
         owner, _, own_name = path.rpartition(".")
-        layer.only_looked_at = only_looks_at(model.get_submodule(owner), own_name)
+        layer.place = Place(type(model.get_submodule(owner)), own_name)
     model.set_submodule(path, layer)
     return layer

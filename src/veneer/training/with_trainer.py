@@ -1,4 +1,4 @@
-"""What transformers' own Trainer, and TRL's trainers that are made of it, need to know of adapters."""
+"""What transformers' own Trainer, and TRL's that are made of it, need to know of adapters."""
 
 from __future__ import annotations
 
