@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         TargetError,
         TrainingError,
         VeneerError,
+        VeneerWarning,
     )
     from veneer.generate.decode import answer, answers, stream
     from veneer.generate.sampling import Sampling
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from veneer.training.pretrain import pretrain
     from veneer.training.recipe import DataConfig, Recipe
     from veneer.training.tune import tune
+    from veneer.training.with_trainer import SaveAdapter
 
 # Where each public name lives. It is imported when it is first asked for, so that importing
 # veneer, and `veneer --help`, cost nothing and load no torch.
@@ -51,10 +53,12 @@ _HOMES = {
     "ModelError": "errors",
     "Recipe": "training.recipe",
     "Sampling": "generate.sampling",
+    "SaveAdapter": "training.with_trainer",
     "TargetError": "errors",
     "TrainConfig": "training.config",
     "TrainingError": "errors",
     "VeneerError": "errors",
+    "VeneerWarning": "errors",
     "adapters": "methods.attach",
     "add_words": "methods.vocabulary",
     "answer": "generate.decode",
@@ -91,10 +95,12 @@ __all__ = [
     "ModelError",
     "Recipe",
     "Sampling",
+    "SaveAdapter",
     "TargetError",
     "TrainConfig",
     "TrainingError",
     "VeneerError",
+    "VeneerWarning",
     "adapters",
     "add_words",
     "answer",

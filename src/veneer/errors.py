@@ -43,6 +43,10 @@ class DataError(VeneerError, ValueError):
         self.problems = tuple(problems)
 
 
+class VeneerWarning(UserWarning):
+    """Something that was done, but perhaps not as a person thinks; a run's Notice says the same."""
+
+
 class TrainingError(VeneerError, RuntimeError):
     """Training cannot go on; what was saved is kept."""
 

@@ -24,6 +24,7 @@ from veneer.data.encode import UNLABELLED, Example
 from veneer.data.packing import pack
 from veneer.training.events import Evaluated, Notice, Step
 from veneer.training.forward import Forward, choose_forward
+from zoo import model_of
 
 ROWS = examples([17, 5, 30, 12, 5, 24, 2])
 FUSED = ("llama", "mistral", "qwen2")  # whose layers are the two functions of lowrank/block.py
@@ -72,7 +73,7 @@ def accepted(model: Any) -> list[Forward]:
     rows = [replace(row, labels=row.tokens) for row in ROWS[:3]]
     with torch.no_grad():
         own = float(one_by_one(model, rows))
-        return [way for way in EVERY_WAY if room._why_not_packed(way, model, rows, own) is None]
+        return [way for way in EVERY_WAY if room._why_not(way, model, rows, own) is None]
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -388,3 +389,41 @@ def test_steps_and_notices_of_a_run_that_falls_back():
     assert [type(event) for event in events[:1]] == [Notice]
     assert sum(isinstance(event, Step) for event in events) == 2
     assert any(isinstance(event, Evaluated) for event in events)
+
+
+def test_rows_that_nothing_may_stand_beside_are_computed_one_by_one():
+    model = new_model("llama")
+
+    class Crowded(torch.nn.Module):
+        """Adds to each place the mean of all places, of its own row and of others."""
+
+        def __init__(self, original: torch.nn.Module) -> None:
+            super().__init__()
+            self.original = original
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.original(x + x.mean((0, 1), keepdim=True))
+
+    block = model.model.layers[0].mlp
+    block.up_proj = Crowded(block.up_proj)
+    chosen, notices = choose_forward(model, ROWS)
+    assert (chosen.packed, chosen.alone, chosen.labelled_head) == (False, True, True)
+    assert len(notices) == 1
+    assert "one by one" in notices[0]
+    wanted = one_by_one(model, ROWS)
+    loss = chosen(model, pack(ROWS, range(len(ROWS))))
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+    assert_same(gradients(model, loss), gradients(model, one_by_one(model, ROWS)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["mamba", "mamba2", "falcon_h1"])
+def test_states_that_pass_from_row_to_row_are_noticed(architecture, dtype):
+    model = model_of(architecture).to(dtype)
+    chosen, notices = choose_forward(model, ROWS)
+    assert not chosen.packed
+    assert "packing does not suit" in notices[0]
+    with torch.no_grad():
+        found = float(chosen(model, pack(ROWS, range(len(ROWS)))))
+        wanted = float(one_by_one(model, ROWS))
+    assert abs(found - wanted) < {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] * wanted

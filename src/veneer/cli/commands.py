@@ -37,6 +37,8 @@ def run_inspect(model: str, lora: LoRA | None, *, picture: Path | None) -> None:
     report = report_targets(load_skeleton(model), lora or LoRA())
     OUTPUT.print(target_table(report))
     OUTPUT.print(target_summary(report))
+    if report.left_out:
+        OUTPUT.print(f"[yellow]note[/] {escape(report.left_out)}", soft_wrap=True)
 
 
 def run_pretrain(out: Path, *, steps: int, seed: int) -> None:

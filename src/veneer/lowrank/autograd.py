@@ -11,21 +11,20 @@ from veneer.frozen.packed import Packed, linear, product_back
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + (x ∘ keep) Aᵀ Bᵀ, with W frozen and B already scaled.
+    """y = x Wᵀ + b + (x ∘ keep) Aᵀ Bᵀ, with B already scaled.
 
     Plain autograd would keep x for W, x again (dropped out) for A, and both factors' outputs. Here
-    x is kept once, together with x Aᵀ (tokens, rank), and no gradient is ever formed for W:
+    x is kept once, together with x Aᵀ (tokens, rank), and W and b, which are frozen unless somebody
+    lets them train beside the adapter, cost nothing:
 
         dh = dy B        dA = dhᵀ (x ∘ keep)        dB = dyᵀ h        dx = dy W + (dh A) ∘ keep
-
-    and db = Σ dy where a bias trains.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,  # (tokens, in)
-        weight: Tensor | Packed,  # (out, in), frozen
+        weight: Tensor | Packed,  # (out, in)
         bias: Tensor | None,  # (out,)
         A: Tensor,  # (rank, in), x's dtype
         B: Tensor,  # (out, rank), x's dtype, scaled
@@ -34,7 +33,7 @@ class LowRankLinear(torch.autograd.Function):
         h = (x if keep is None else x * keep) @ A.T  # (tokens, rank)
         y = linear(x, weight, bias)  # (tokens, out)
         y.addmm_(h, B.T)
-        ctx.weight = weight  # frozen, so that nothing can change it before the backward pass
+        ctx.weight = weight  # no step changes it before the backward pass
         ctx.save_for_backward(x, A, B, h, keep)
         # Never a view, for what follows may add to it in place (Falcon does), and autograd forbids
         # that for views that are made in here.
@@ -44,9 +43,11 @@ class LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h, keep = ctx.saved_tensors
         dy = grads[0]  # (tokens, out)
-        needs_x, _, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
+        needs_x, needs_W, needs_b, needs_A, needs_B, _ = ctx.needs_input_grad
         dh = dy @ B if needs_x or needs_A else None  # (tokens, rank)
         dx = dA = dB = None
+        dW = dy.T @ x if needs_W else None  # (out, in)
+        db = dy.sum(0) if needs_b else None  # (out,)
         if needs_B:
             dB = dy.T @ h  # (out, rank)
         if needs_A:
@@ -59,4 +60,4 @@ class LowRankLinear(torch.autograd.Function):
                 dx.addmm_(dh, A)
             else:
                 dx += (dh @ A) * keep
-        return dx, None, dy.sum(0) if needs_bias else None, dA, dB, None
+        return dx, dW, db, dA, dB, None

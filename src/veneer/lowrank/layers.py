@@ -17,7 +17,9 @@ from veneer.lowrank.autograd import LowRankLinear
 from veneer.lowrank.config import LoRA
 from veneer.lowrank.formula import delta_weight, merged_weight, new_A, rescaled, updated_norms
 from veneer.lowrank.initial import start_factors
+from veneer.lowrank.names import as_the_base_does, as_wrapped
 from veneer.lowrank.projection import Projection
+from veneer.lowrank.reading import Place
 from veneer.lowrank.tokens import TrainedTokens
 
 # Up to so many ranks in all, and tokens, adapters of different rows are stacked and masked; beyond,
@@ -27,12 +29,17 @@ STACKED_RANKS, STACKED_TOKENS = 1024, 64
 
 
 class Wrapper(nn.Module):
-    """A frozen `original` with something laid over it."""
+    """A frozen `original` with something laid over it.
+
+    In state dicts its weights keep the names that they have in the base.
+    """
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original.requires_grad_(False)
         self.training = original.training
+        self.register_state_dict_post_hook(as_the_base_does)
+        self.register_load_state_dict_pre_hook(as_wrapped)
 
     def __getattr__(self, name: str) -> Any:
         # Model code reads attributes of the layer that it knows (weight, in_features, nf).
@@ -272,6 +279,26 @@ class LoRALinear(AdaptedLayer):
     def __init__(self, original: nn.Module, route: Route, *, transposed: bool = False) -> None:
         super().__init__(original, route)
         self.transposed = transposed
+        self.place: Place | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it acts, gain ∘ (W + B A) as the original stores it, differentiably.
+
+        For model code that computes with a layer's weight instead of calling the layer (Mamba's
+        dt_proj, fused kernels). What is asked for its dtype alone is the original's own. A dropout
+        of adapters' inputs has no place here, and none is made.
+        """
+        active = self.active()
+        if not active or (self.place and self.place.is_looked_at):
+            return self.original.weight  # type: ignore[return-value]
+        frozen = self.frozen_weight
+        with torch.autocast(frozen.device.type, enabled=False):
+            one = self.acting(active, frozen.dtype)
+            weight = frozen + one.B @ one.A
+            if one.gain is not None:
+                weight = (weight * one.gain[:, None]).to(frozen.dtype)
+        return self.oriented(weight)
 
     def oriented(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight
@@ -296,12 +323,15 @@ class LoRALinear(AdaptedLayer):
         self._put_fresh(name, adapter, config)
 
     def projection(self) -> Projection | None:
-        """Return the layer as it acts now, or None where it cannot be had as one product."""
+        """Return the layer as it acts now, or None where it cannot be had as one product of a
+        frozen weight."""
         active = self.active()
         if self.training and any(adapter.dropout for adapter, _ in active):
             return None
         bias = self.acting_bias(active)
         if (bias is not None and bias.requires_grad) or self.acting_tokens():
+            return None
+        if any(weight.requires_grad for weight in self.original.parameters()):
             return None
         if not active:
             return Projection.plain(self.frozen, bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.frozen.packed import named_frozen
 from veneer.lowrank.acting import Acting, Rows
 from veneer.lowrank.adapter import Adapter, Route
@@ -19,8 +20,10 @@ from veneer.lowrank.conv import LoRAConv2d, why_not_adaptable
 from veneer.lowrank.initial import directions
 from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
 from veneer.lowrank.parameters import AdaptedParameter, LoRAParameters
+from veneer.lowrank.reading import Place
 from veneer.lowrank.tokens import TrainedTokens
 from veneer.methods.config import Method, is_virtual
+from veneer.methods.left_out import left_out
 from veneer.methods.route import route_of
 from veneer.methods.saved import base_in_place, home, place_saved, put_saved, take_saved
 from veneer.methods.start import start_from_rounding
@@ -47,6 +50,8 @@ def attach(
     A `Method` trains something else: weights of the base, or virtual tokens. These change what the
     model says from the start, as if the words they start from stood in front of every text; the
     `tokenizer` is for a `prompt_text`.
+    Warns (VeneerWarning) of weights that `all` or `mlp` may seem to mean and that no adapter lies
+    over, such as experts that are one parameter.
     Returns the model. Raises TargetError for targets that match nothing, AdapterError for a name
     that is taken, ConfigError for a method or a start that does not suit the model, ModelError
     where loftq finds no weights from before packing.
@@ -83,6 +88,8 @@ def attach(
         raise
     route_of(model).configs[name] = config
     use(model, name)
+    if text := left_out(model, config):
+        warnings.warn(text, VeneerWarning, stacklevel=2)
     return model
 
 
@@ -295,6 +302,7 @@ def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
         layer = LoRAConv2d(module, route)
     else:
         layer = LoRALinear(module, route, transposed=isinstance(module, Conv1D))
+        layer.place = Place(type(owner), name)
     model.set_submodule(path, layer)
     return layer
 

@@ -63,9 +63,10 @@ def merge(model: Model) -> Model:
         else:
             # An adapter of one leaves the other as it was, so the two are no longer tied.
             plain.config.tie_word_embeddings = False
-    for ours in ("veneer_route", "veneer_marks"):
-        if hasattr(plain, ours):
-            delattr(plain, ours)
+    # A trainer may have put a forward of its own on the model (TRL's head, accelerate's autocast),
+    # which would go on computing with the model that it was put on.
+    for ours in ("veneer_route", "veneer_marks", "forward", "_original_forward"):
+        plain.__dict__.pop(ours, None)
     return plain
 
 

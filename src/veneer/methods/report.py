@@ -11,6 +11,7 @@ from torch import nn
 from veneer.frozen.packed import named_frozen
 from veneer.lowrank.config import LoRA
 from veneer.methods.config import Method, in_words
+from veneer.methods.left_out import left_out
 from veneer.methods.targets import resolve
 from veneer.models.fingerprint import base_parameters, parameter_count
 
@@ -33,12 +34,14 @@ class TargetLine:
 
 @dataclass(frozen=True, slots=True)
 class TargetReport:
-    """What trains in words, its parameters and those of the base; the adapted layers, if any."""
+    """What trains in words, its parameters and those of the base; the adapted layers, if any; what
+    `all` or `mlp` cannot reach, in words."""
 
     what: str
     trained: int
     base_parameters: int
     lines: Sequence[TargetLine] = ()
+    left_out: str | None = None
 
     @property
     def share(self) -> float:
@@ -61,7 +64,8 @@ def report_targets(model: nn.Module, config: LoRA) -> TargetReport:
         trained += out * config.dora
         lines.append(TargetLine(layer.path, out, in_, rank, trained))
     trained = sum(line.trained for line in lines)
-    return TargetReport(f"{len(lines)} layers adapted", trained, parameter_count(model), lines)
+    what, whole = f"{len(lines)} layers adapted", parameter_count(model)
+    return TargetReport(what, trained, whole, lines, left_out(model, config))
 
 
 def report_trained(model: nn.Module, config: LoRA | Method) -> TargetReport:

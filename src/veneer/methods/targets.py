@@ -95,6 +95,9 @@ def adaptable_layers(model: nn.Module) -> list[Layer]:
     """Return every linear layer, Conv1D, embedding and Conv2d of a model, adapted or not, in its
     order."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    # Of a model that gives no words, what stands outside of the pretrained body is its head.
+    body = getattr(model, "base_model", model) if head is None else model
+    inside = {id(module) for module in body.modules()}
     modules = dict(model.named_modules())  # once, for a walk takes milliseconds
     stacks = {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
     attentions = {path for path, module in modules.items() if _is_attention(module)}
@@ -108,7 +111,8 @@ def adaptable_layers(model: nn.Module) -> list[Layer]:
         base = module.original if isinstance(module, AdaptedLayer) else module
         if isinstance(base, (*LINEAR, nn.Embedding, nn.Conv2d)):
             block, in_attention = _place(path, stacks, attentions)
-            layers.append(Layer(path, base, block, in_attention, module is head))
+            is_head = module is head or id(module) not in inside
+            layers.append(Layer(path, base, block, in_attention, is_head))
     return layers
 
 
@@ -169,6 +173,14 @@ def _place(path: str, stacks: set[str], attentions: set[str]) -> tuple[int | Non
             return block, True
         parent = f"{parent}.{name}" if parent else name
     return block, False
+
+
+def blocks_of(model: nn.Module) -> dict[str, int]:
+    """Return {path: index of its block} for every module inside a stack of transformer blocks."""
+    modules = dict(model.named_modules())
+    stacks = {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
+    found = ((path, _place(path, stacks, set())[0]) for path in modules)
+    return {path: block for path, block in found if block is not None}
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.deprecation import deprecate_kwarg
@@ -93,7 +94,7 @@ class MiniGPTAttention(nn.Module):
         return self.o_proj(y.reshape(x.shape))
 
 
-class MiniGPTBlock(nn.Module):
+class MiniGPTBlock(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
     def __init__(self, config: MiniGPTConfig, layer_idx: int) -> None:
@@ -113,6 +114,7 @@ class MiniGPTPreTrainedModel(PreTrainedModel):
     config_class = MiniGPTConfig
     base_model_prefix = "model"
     _no_split_modules = ["MiniGPTBlock"]  # noqa: RUF012 (transformers' own protocol)
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
 

@@ -20,7 +20,7 @@ from veneer.lowrank.layers import AdaptedLayer
 from veneer.methods.attach import adapted_layer
 from veneer.serve.library import Entry
 from veneer.store.adapters import read
-from veneer.store.fold import beyond_factors, listed
+from veneer.store.fold import listed
 from veneer.store.misfits import misfits
 from veneer.store.parts import adapters_from
 from veneer.store.state import AdapterState
@@ -135,7 +135,7 @@ def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
             f"it brings {len(state.rows.words)} new words, which a shared base has no place for; "
             "merge it, and serve the merged model"
         )
-    elif beyond := beyond_factors(state):
+    elif beyond := state.beyond_factors():
         problems.append(
             f"it has {listed(beyond)} beside its factors, which act on whole batches; merge it, "
             "and serve the merged model"

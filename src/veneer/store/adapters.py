@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from veneer.errors import VeneerWarning
+from veneer.lowrank.config import LoRA
+from veneer.models.fingerprint import base_parameters
 from veneer.store import formats
 from veneer.store.given import Given
 from veneer.store.known_base import KnownBase
@@ -30,9 +34,20 @@ def save(
     `tokenizer`, if given, is kept with a native adapter and ties it to the base's vocabulary.
     `training` says how the adapter came about, for its model card: {"data": a hash of it, "recipe":
     the settings}; one that was loaded keeps what it brought. Returns notes: what was folded for a
-    format that says less. Raises AdapterError for what the format cannot express.
+    format that says less. Raises AdapterError for what the format cannot express. Warns
+    (VeneerWarning) of weights of the base that train too, which are no part of an adapter.
     """
     state = capture(model, name, tokenizer)
+    if isinstance(state.config, LoRA) or not state.config.replaces_weights:
+        own = base_parameters(model)
+        trained = [path for path, weight in own.items() if weight.requires_grad]
+        if beside := [path for path in trained if path not in state.saved]:
+            warnings.warn(
+                f"{', '.join(beside)} train too and are no part of the adapter; keep them with "
+                "the model, as merge(model).save_pretrained(...) does.",
+                VeneerWarning,
+                stacklevel=2,
+            )
     if training is not None:
         state = replace(state, training=training)
     given = Given(KnownBase(model), tokenizer=tokenizer)

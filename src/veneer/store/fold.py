@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,16 +16,9 @@ from torch.nn import functional as F
 
 from veneer.errors import AdapterError
 from veneer.lowrank.config import LoRA
-from veneer.store.parts import EMBEDDING, LINEAR, MAGNITUDE, START
+from veneer.store.parts import EMBEDDING, LINEAR
 from veneer.store.peft import without_start
 from veneer.store.state import AdapterState, StoredLayer
-
-# What a format of plain factors carries, or can leave out without a change in what the adapter
-# does: base_weights are the base's own, task and training say where it came from.
-PLAIN = {
-    *("config", "tensors", "base_name", "base_fingerprint", "base_weights"),
-    *("task", "training"),
-}
 
 
 class PlainLoRA(NamedTuple):
@@ -45,7 +38,7 @@ def plain_lora(state: AdapterState, format: str, *, dora: bool) -> PlainLoRA:
     config = state.config
     if not isinstance(config, LoRA):
         raise AdapterError(f"{format} has no format for {config.method}; write it natively.")
-    problems = beyond_factors(state)
+    problems = state.beyond_factors()
     if config.dora and not dora:
         problems.append("DoRA's magnitudes")
     if problems:
@@ -56,18 +49,6 @@ def plain_lora(state: AdapterState, format: str, *, dora: bool) -> PlainLoRA:
     plain = without_start(state)
     assert isinstance(plain.config, LoRA)
     return PlainLoRA(plain.config, plain, start_notes(state))
-
-
-def beyond_factors(state: AdapterState) -> list[str]:
-    """Return what a LoRA has beside matrices A and B with their starts and DoRA's magnitudes."""
-    parts = [
-        "new words" if f.name == "rows" else f.name.replace("_", " ")
-        for f in fields(state)
-        if f.name not in PLAIN and getattr(state, f.name)
-    ]
-    known = {*LINEAR, *EMBEDDING, *START, MAGNITUDE}
-    parts += [key for key in state.tensors if key.rpartition(".")[2] not in known]
-    return parts + [f"{layer.path}, no matrix" for layer in state.layers() if layer.A.ndim != 2]
 
 
 def start_notes(state: AdapterState) -> list[str]:

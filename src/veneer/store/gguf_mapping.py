@@ -17,7 +17,7 @@ from torch import Tensor
 from veneer.errors import AdapterError, nearest
 from veneer.lowrank.approximate import nearest_to_dora
 from veneer.lowrank.config import LoRA
-from veneer.store.fold import beyond_factors, listed
+from veneer.store.fold import listed
 from veneer.store.gguf_names import HEAD, Naming, turned, turned_back
 from veneer.store.parts import EMBEDDING, LINEAR, MAGNITUDE
 from veneer.store.state import AdapterState
@@ -180,7 +180,7 @@ def _not_expressed(state: AdapterState, naming: Naming) -> list[str]:
             "DoRA scales W itself; merge it into the model, or ask for the nearest plain LoRA "
             "(approximate)"
         )
-    if beyond := beyond_factors(state):
+    if beyond := state.beyond_factors():
         problems.append(f"it has no place for {listed(beyond)}; merge it into the model")
     for layer in state.layers():
         place = naming.places.get(layer.path)

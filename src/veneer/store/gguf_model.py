@@ -134,6 +134,8 @@ def _check(source: Source, state: AdapterState, *, force: bool) -> None:
         own = source.read(path) if path in source.names else None
         if own is None or not torch.equal(own.to(torch.bfloat16), weight.to(torch.bfloat16)):
             problems.append(f"it brings a {path} of its own that differs from the base's")
+    beyond = [part for part in state.beyond_factors() if part != "new words"]
+    problems += [f"a merged GGUF has no place for {part}" for part in beyond]
     if problems:
         raise AdapterError("This adapter does not fit the base: " + "; ".join(problems) + ".")
 

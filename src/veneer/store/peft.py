@@ -40,7 +40,7 @@ from veneer.store.peft_rules import (
     tokens_named,
     unreadable,
 )
-from veneer.store.state import CAUSAL, KINDS, AdapterState, Tokens
+from veneer.store.state import KINDS, AdapterState, Tokens
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PICKLE = "adapter_model.bin"
@@ -72,7 +72,7 @@ def config_of(state: AdapterState) -> dict[str, Any]:
         targets = [layer.path for layer in layers if layer.kind != "parameter"]
     return {
         "peft_type": "LORA",
-        "task_type": CAUSAL if state.task == CAUSAL else None,
+        "task_type": state.task or None,
         "base_model_name_or_path": state.base_name or None,
         "r": config.rank,
         "lora_alpha": alpha,

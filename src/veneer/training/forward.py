@@ -33,6 +33,9 @@ from veneer.methods.virtual import tokens_in_front
 from veneer.training.config import Recompute
 
 PROBE_LENGTHS = (7, 19, 12)
+# How far the hidden state of a token may be from what it is alone, relatively. In bfloat16 rounding
+# reached 0.01, and what state-space layers carry from one packed row into the next 0.2 to 1.
+FAR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # Packed batches are filled up to a multiple of this many tokens: matrix products are prepared for
 # each new shape, which costs about as much as forty tokens for a 135M model.
 TOKENS_STEP = 64
@@ -41,12 +44,14 @@ TOKENS_STEP = 64
 @dataclass(frozen=True)
 class Forward:
     """Shortcuts, each taken or not: packing without padding, the head on labelled rows, decoder
-    layers as two functions; and what is computed again instead of kept."""
+    layers as two functions; what is computed again instead of kept; and whether rows are computed
+    one by one, where not even padding is possible."""
 
     packed: bool
     labelled_head: bool
     layers: tuple[FusedLayer, ...] = ()
     recompute: Recompute = "none"
+    alone: bool = False
     arena: Arena = field(default_factory=Arena, compare=False)
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -66,6 +71,10 @@ class Forward:
                     "packing": Packing(lengths, device),
                 }
                 return self._loss(model, inputs, labels, None)
+            if self.alone:
+                pairs = zip(tokens.split(lengths), labels.split(lengths), strict=True)
+                losses = [self._loss(model, {"input_ids": t[None]}, y, None) for t, y in pairs]
+                return torch.stack(losses).sum()
             rows = pad_sequence(list(tokens.split(lengths)), batch_first=True)  # (rows, longest)
             ones = [torch.ones(n, dtype=torch.long) for n in lengths]
             mask = pad_sequence(ones, batch_first=True).to(device)
@@ -115,20 +124,34 @@ def choose_forward(
     training = model.training
     model.eval()  # dropout would make any two passes differ
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _hidden_states(model) as seen:
             # The first row's own pass serves two proofs: a base on the disk is read at each pass.
             own, why_not_head = _own_logits_and_head(model, rows[0])
             labelled_head = why_not_head is None
             losses = [_full_loss(own[:-1], torch.tensor(rows[0].tokens[1:], device=own.device))]
+            alone = seen[:1]
+            seen.clear()
             losses += [_own_loss(model, row) for row in rows[1:]]
+            alone += seen
+            seen.clear()
             wanted = sum(map(float, losses))
-            why_not_packed = _why_not_packed(Forward(True, labelled_head), model, rows, wanted)
+            why_not_packed = _why_not(Forward(True, labelled_head), model, rows, wanted)
+            if not why_not_packed and seen:
+                why_not_packed = _why_apart(torch.cat(alone, 1)[0], seen[-1][0])
             if not why_not_packed:
                 layers = _fused_layers(model, rows[-1])
+            why_not_padded = why_not_packed and _why_not(
+                Forward(False, labelled_head), model, rows, wanted
+            )
     finally:
         model.train(training)
     notices = []
-    if why_not_packed:
+    if why_not_padded:
+        notices.append(
+            f"Rows are computed one by one, since neither packing nor padding suits this model: "
+            f"packed, {why_not_packed}; padded, {why_not_padded}"
+        )
+    elif why_not_packed:
         notices.append(f"Rows are padded, since packing does not suit this model: {why_not_packed}")
     if why_not_head:
         notices.append(
@@ -146,7 +169,8 @@ def choose_forward(
     if recompute == "full" and known is None:
         recompute = "none"
         notices.append("The layers of this model are not known; nothing is computed again.")
-    return Forward(why_not_packed is None, labelled_head, layers, recompute), notices
+    way = Forward(not why_not_packed, labelled_head, layers, recompute, alone=bool(why_not_padded))
+    return way, notices
 
 
 def _fused_layers(model: PreTrainedModel, row: Example) -> tuple[FusedLayer, ...]:
@@ -178,7 +202,7 @@ def _own_logits_and_head(model: PreTrainedModel, row: Example) -> tuple[Tensor, 
     return own, "its head does more than multiply"
 
 
-def _why_not_packed(
+def _why_not(
     forward: Forward, model: PreTrainedModel, rows: Sequence[Example], own: float
 ) -> str | None:
     try:
@@ -189,6 +213,35 @@ def _why_not_packed(
     if abs(loss - own) <= TOLERANCE[head.weight.dtype] * abs(own):
         return None
     return f"its loss of {loss:.6g} differs from the model's own {own:.6g}"
+
+
+def _why_apart(alone: Tensor, packed: Tensor) -> str | None:
+    """Return why packed rows are not computed as the same rows alone, or None; (tokens, dim).
+
+    A loss over all of them may hide what passes from one row to the next, this does not.
+    """
+    dtype = alone.dtype
+    alone, packed = alone.double(), packed[: len(alone)].double()
+    distance = float(((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
+    if distance <= FAR[dtype]:
+        return None
+    return f"a token is {distance:.2g} from what it is in its row alone"
+
+
+@contextmanager
+def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Yield a list to which each pass through the decoder adds its output, (rows, tokens, dim)."""
+    seen: list[Tensor] = []
+
+    def note(decoder: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(found := getattr(output, "last_hidden_state", None), Tensor):
+            seen.append(found)
+
+    hook = model.get_decoder().register_forward_hook(note)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def _in_words(error: Exception) -> str:

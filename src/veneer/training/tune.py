@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +19,7 @@ from veneer.data.packing import split_held_out
 from veneer.data.preview import preview
 from veneer.data.rows import texts_of
 from veneer.data.sources import read_rows
-from veneer.errors import ConfigError, ModelError
+from veneer.errors import ConfigError, ModelError, VeneerWarning
 from veneer.methods.attach import attach
 from veneer.methods.certify import certify
 from veneer.methods.config import MethodName
@@ -121,10 +122,14 @@ def tune(
     if Encoder(base.tokenizer, max_length=recipe.rows.max_length).uses_plain_template:
         yield Notice("The tokenizer has no chat template; turns are written as plain lines.")
     seed = recipe.training.seed
-    attach(base.model, recipe.what_trains, seed=seed, tokenizer=base.tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VeneerWarning)  # the report says the same
+        attach(base.model, recipe.what_trains, seed=seed, tokenizer=base.tokenizer)
     report = report_trained(base.model, recipe.what_trains)
     _train_new_rows(base)
     yield ModelReady(report, words, _name_of(dtype), report_packed(base.model))
+    if report.left_out:
+        yield Notice(report.left_out)
 
     if not resume:
         _clear(out)

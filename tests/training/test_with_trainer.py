@@ -1,0 +1,153 @@
+"""transformers' Trainer with an adapted model: what trains, what is written, what resumes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import veneer
+from adapted import logits, same, snapshot, targets_named, trained_weights
+from courses import STEPS, batches, sft_losses, trainer, trainer_losses
+from veneer.training.with_trainer import ADAPTER
+from zoo import model_of
+
+BATCHES = batches()
+
+
+def new_model(architecture: str = "llama", targets: str = "everything", **options: Any) -> Any:
+    model = model_of(architecture)
+    names = targets_named(model, targets)
+    if architecture == "mixtral":
+        names = ["attention"]
+    return veneer.attach(model, veneer.LoRA(rank=2, targets=names, **options), seed=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_a_resumed_run_equals_the_undisturbed_one(architecture):
+    whole = new_model(architecture)
+    trainer(whole, BATCHES, save_strategy="steps", save_steps=3).train()
+    again = new_model(architecture)
+    trainer(again, BATCHES).train(resume_from_checkpoint="trained/checkpoint-3")
+    assert same(trained_weights(again), trained_weights(whole))
+    assert torch.equal(logits(again.eval()), logits(whole.eval()))
+
+
+def test_the_best_checkpoint_comes_back():
+    model = new_model(dora=True)
+    losses = [2.0, 1.0, 3.0]
+    run = trainer(
+        model,
+        BATCHES,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+    )
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
+        kept.append(trained_weights(model))
+        metrics = {"eval_loss": losses[len(kept) - 1]}
+        run.callback_handler.on_evaluate(run.args, run.state, run.control, metrics)
+        return metrics
+
+    run.evaluate = evaluate
+    run.train()
+    assert not same(kept[1], kept[2])
+    assert same(trained_weights(model), kept[1])
+
+
+@pytest.mark.parametrize("form", ["native", "peft"])
+def test_the_adapter_lies_in_each_checkpoint_and_beside_them(form):
+    model = new_model()
+    adapter = veneer.SaveAdapter(format=form)
+    run = trainer(model, BATCHES, callbacks=[adapter], save_strategy="steps", save_steps=2)
+    run.train()
+    assert run.state.global_step == STEPS
+    said = {}
+    for place in ("checkpoint-2", "checkpoint-4", "."):
+        fresh = model_of("llama")
+        veneer.load(fresh, Path("trained", place, ADAPTER))
+        said[place] = logits(fresh)
+    assert torch.equal(said["."], logits(model.eval()))
+    assert not torch.equal(said["checkpoint-2"], said["checkpoint-4"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
+def test_what_trainer_writes_is_the_base_with_the_adapter_beside_it(architecture):
+    model = new_model(architecture)
+    run = trainer(model, BATCHES)
+    run.train()
+    run.save_model("written")
+    read = AutoModelForCausalLM.from_pretrained("written")
+    assert same(snapshot(read), snapshot(model_of(architecture)))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "mamba", "t5"])
+def test_gradient_checkpointing_changes_nothing(architecture, use_reentrant):
+    plain, sparing = new_model(architecture, "all"), new_model(architecture, "all")
+    wanted = trainer_losses(plain, BATCHES)
+    found = trainer_losses(
+        sparing,
+        BATCHES,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+    )
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_accumulated_batches_equal_the_large_one():
+    large, small = new_model(), new_model()
+    whole = dict(BATCHES[0])
+    parts = [{k: v[i : i + 1] for k, v in whole.items()} for i in range(len(whole["labels"]))]
+    trainer(large, [whole], max_steps=1).train()
+    trainer(small, parts, max_steps=1, gradient_accumulation_steps=len(parts)).train()
+    for name, weight in trained_weights(large).items():
+        # AdamW's first step has the size of the learning rate; rounding may decide a sign.
+        apart = (weight - trained_weights(small)[name]).abs() > 1e-6
+        assert float(apart.float().mean()) < 0.01, name
+
+
+@pytest.mark.parametrize("by", ["trainer", "sft"])
+def test_merged_after_a_trainer_put_its_own_forward_on_the_model(by):
+    model = new_model("llama", "all")
+    if by == "trainer":
+        trainer_losses(model, BATCHES, bf16=True)
+    else:  # in its own defaults: bfloat16, gradient checkpointing, and logits by a head of its own
+        rows = [row.tolist() for row in BATCHES[0]["input_ids"]] * 8
+        losses = sft_losses(model, rows, per_device_train_batch_size=4)
+        assert losses[-1] < losses[0]
+    assert "forward" in model.__dict__
+    plain = veneer.merge(model)
+    assert "forward" not in plain.__dict__
+    before = copy.deepcopy(logits(plain))
+    veneer.use(model, None)
+    assert torch.equal(logits(plain), before)
+    assert not torch.equal(logits(model_of("llama")), before)
+
+
+def test_saving_tells_of_what_trains_beside_the_adapter():
+    model = model_of("bert")
+    veneer.attach(model, veneer.LoRA(rank=2), seed=0)
+    veneer.save(model, "silent")
+    model.classifier.requires_grad_(True)
+    with pytest.warns(veneer.VeneerWarning, match="classifier.bias, classifier.weight train too"):
+        veneer.save(model, "told")
+
+
+def test_an_adapter_over_another_classifier_is_refused():
+    model = model_of("bert")
+    veneer.attach(model, veneer.LoRA(rank=2), seed=0)
+    veneer.save(model, "adapter")
+    other = model_of("bert")
+    torch.nn.init.normal_(other.classifier.weight)
+    with pytest.raises(veneer.AdapterError, match="another base"):
+        veneer.load(other, "adapter")
