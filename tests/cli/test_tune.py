@@ -78,7 +78,14 @@ def metrics(out: Path) -> list[dict]:
 def test_a_run_leaves_exactly_what_was_promised(tune, minigpt_home, tmp_path, capsys):
     out = tmp_path / "out"
     assert tune("--out", out, "--steps", 4, "--rank", 4) == 0
-    kept = {"lora_adapter", "lora_merged", "metrics.jsonl", "loss.png", "recipe.yaml"}
+    kept = {
+        "lora_adapter",
+        "lora_merged",
+        "metrics.jsonl",
+        "progress.json",
+        "loss.png",
+        "recipe.yaml",
+    }
     assert names(out) == kept | {"checkpoints"}
     assert names(out / "lora_adapter") == ADAPTER_FILES
     assert names(out / "lora_merged") == MERGED_FILES
@@ -339,7 +346,14 @@ def test_virtual_tokens_from_end_to_end(tune, minigpt_home, tmp_path, capsys, me
     printed = " ".join(capsys.readouterr().out.split())
     assert "No merged model is written: the virtual tokens of 'default' are no weights." in printed
     assert "6 virtual tokens" in printed
-    kept = {f"{method}_adapter", "metrics.jsonl", "loss.png", "recipe.yaml", "checkpoints"}
+    kept = {
+        f"{method}_adapter",
+        "metrics.jsonl",
+        "progress.json",
+        "loss.png",
+        "recipe.yaml",
+        "checkpoints",
+    }
     assert names(out) == kept
     adapter = out / f"{method}_adapter"
     assert names(adapter) == {f"{method}_weights.pt", f"{method}_config.json", "tokenizer.json"}

@@ -201,7 +201,7 @@ class AdaptedLayer(Wrapper):
         A: the adapter's, in the dtype of computing. Norms are kept while nobody trains A or B.
         """
         weights = (adapter.lora_A, adapter.lora_B)
-        state = [(w._version, w.device) for w in weights]
+        state = [(w._version, w.device, w.dtype) for w in weights]
         trains = any(w.requires_grad for w in weights)
         if not trains and adapter.kept_norms is not None and adapter.kept_norms[0] == state:
             return adapter.kept_norms[1]
@@ -216,11 +216,12 @@ class AdaptedLayer(Wrapper):
     @torch.no_grad()
     def _squares(self) -> Tensor:
         """Return ‖W‖² of each row of W (out, in), in float32 or wider."""
-        if self.kept_squares is None or self.kept_squares.device != self.frozen.device:
-            frozen = self.frozen
+        frozen, kept = self.frozen, self.kept_squares
+        wide = torch.promote_types(frozen.dtype, torch.float32)
+        if kept is None or (kept.device, kept.dtype) != (frozen.device, wide):
             weight = frozen if isinstance(frozen, Packed) else self.by_outputs(frozen)
-            self.kept_squares = row_squares(weight)
-        return self.kept_squares
+            self.kept_squares = kept = row_squares(weight)
+        return kept
 
     def delta(self) -> Tensor:
         """Return Σ w ΔW of the acting adapters, shaped as `frozen_weight`, in float32."""

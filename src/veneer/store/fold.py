@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from veneer.errors import AdapterError
 from veneer.lowrank.config import LoRA
-from veneer.store.parts import EMBEDDING, LINEAR
+from veneer.store.parts import BIAS, EMBEDDING, LINEAR, MAGNITUDE, PARAMETER, START
 from veneer.store.peft import without_start
 from veneer.store.state import AdapterState, StoredLayer
 
@@ -38,7 +38,9 @@ def plain_lora(state: AdapterState, format: str, *, dora: bool) -> PlainLoRA:
     config = state.config
     if not isinstance(config, LoRA):
         raise AdapterError(f"{format} has no format for {config.method}; write it natively.")
+    known = {*LINEAR, *EMBEDDING, *PARAMETER, *START, MAGNITUDE, BIAS}
     problems = state.beyond_factors()
+    problems += [key for key in state.tensors if key.rpartition(".")[2] not in known]
     if config.dora and not dora:
         problems.append("DoRA's magnitudes")
     if problems:
