@@ -1,7 +1,6 @@
 """Veneer's own adapter directory: lora_weights.pt, embedding_weights.pt, lora_config.json.
 
-What an adapter has in the place of the base's own weights is in saved_weights.pt, and how it came
-about, where that is known, in training.json.
+What an adapter has in the place of the base's own weights is in saved_weights.pt.
 
 Those of other methods are named after them: freeze_weights.pt, freeze_config.json.
 """
@@ -25,11 +24,10 @@ from veneer.store.state import CAUSAL, AdapterState, Rows, Tokens
 
 ROWS = "embedding_weights.pt"
 SAVED = "saved_weights.pt"
-TRAINING = "training.json"
 FORMAT = 1
 LATER = {"dora", "lora_fa"}  # settings that came after the format; written where they are set
 # Parts that came after it: earlier versions refuse what they do not know of.
-LATER_PARTS = {"saved", "tokens", "parts", "task"}
+LATER_PARTS = {"saved", "tokens", "parts", "task", "training"}
 
 
 def config_name(method: MethodName) -> str:
@@ -61,6 +59,8 @@ def config_of(state: AdapterState) -> dict[str, Any]:
         later["parts"] = [BIAS]
     if state.task != CAUSAL:
         later["task"] = state.task
+    if state.training:
+        later["training"] = dict(state.training)
     return {
         "format": FORMAT,
         "veneer_version": version("veneer"),
@@ -77,7 +77,6 @@ def state_of(
     tensors: dict[str, Tensor],
     rows: dict[str, Tensor],
     saved: dict[str, Tensor] | None = None,
-    training: dict[str, Any] | None = None,
 ) -> AdapterState:
     """Return the adapter that a configuration and its tensors describe.
 
@@ -117,6 +116,9 @@ def state_of(
             )
         new = Rows(tuple(words), start, embedding, rows.get("output_embeddings"))
     kept, tokens = _apart(config, saved or {})
+    training = config.get("training", {})
+    if not isinstance(training, dict):
+        raise AdapterError("'training' must say how the adapter came about, as a map")
     return AdapterState(
         what,
         tensors,
@@ -126,7 +128,7 @@ def state_of(
         saved=kept,
         tokens=tokens,
         task=str(config.get("task", CAUSAL)),
-        training=training or {},
+        training=training,
     )
 
 
@@ -169,8 +171,6 @@ def write(
         }
         if saved:
             write_tensors(new / SAVED, saved)
-        if state.training:
-            write_json(new / TRAINING, state.training)
         if tokenizer is not None:
             tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
         write_json(new / config_name(method), config_of(state))
@@ -184,9 +184,8 @@ def read(directory: Path, method: MethodName) -> AdapterState:
         read_tensors(directory / name) if (directory / name).exists() else {}
         for name in (ROWS, SAVED)
     )
-    training = read_json(directory / TRAINING) if (directory / TRAINING).exists() else {}
     try:
-        return state_of(config, tensors, rows, saved, training)
+        return state_of(config, tensors, rows, saved)
     except AdapterError as error:
         raise AdapterError(f"The adapter in {directory} cannot be used: {error}.") from error
 
