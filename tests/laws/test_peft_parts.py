@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from adapted import copy_of, same, snapshot
-from peft_cases import CASES, base, logits, theirs, written
+from adapted import copy_of, examples, same, snapshot
+from peft_cases import CASES, base, logits, theirs, train_parts, written
+from veneer.data.packing import pack
 from veneer.lowrank.layers import Wrapper
+from veneer.training.forward import Forward, choose_forward
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 NO_PLACE = {"lora_bias alone"}  # in the base, for a bias
@@ -165,3 +167,22 @@ def test_copies_are_apart(tmp_path):
     veneer.use(twin, None)
     assert torch.equal(logits(model, "llama"), said)
     assert torch.equal(logits(twin, "llama"), logits(base("llama"), "llama"))
+
+
+@pytest.mark.parametrize("case", ["all at once", "both biases", "saved norms and an mlp", "tokens"])
+def test_the_loop_gives_the_gradients_of_plain_autograd(case, tmp_path):
+    model = loaded(case, tmp_path)
+    train_parts(model)
+    rows = examples([9, 14, 6])
+    fast, _ = choose_forward(model, rows)
+    assert fast.packed
+    assert fast.labelled_head
+    found = []
+    for forward in (fast, Forward(packed=False, labelled_head=False)):
+        model.zero_grad()
+        loss = forward(model, pack(rows, range(len(rows))))
+        loss.backward()
+        trained = {n: w.grad for n, w in model.named_parameters() if w.requires_grad}
+        found.append({"loss": loss.detach()} | trained)
+    for name, wanted in found[1].items():
+        torch.testing.assert_close(found[0][name], wanted, rtol=1e-4, atol=1e-4, msg=name)

@@ -13,6 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from veneer.plan.patterns import Matcher, faults
+from veneer.store.parts import BIAS, EMBEDDING, LINEAR, MAGNITUDE
+
+PREFIX = "base_model.model."
+# Our tensor's name: how PEFT's key ends. Embeddings and magnitudes have no `.weight` there.
+ENDINGS = {name: f"{name}.weight" for name in LINEAR} | {name: name for name in EMBEDDING}
+ENDINGS |= {MAGNITUDE: "lora_magnitude_vector", BIAS: "lora_B.bias"}
+TOKENS = ".token_adapter.trainable_tokens_delta"
+BELOW = ".base_layer"  # the base's own layer, in an adapted one
 
 # Settings that change what an adapter computes, or what its base is, and that are not read.
 NOT_READ = (
@@ -197,6 +205,11 @@ def named_parameters(
         if not any(f".{path}".endswith(f".{target}") for path in found.values()):
             problems.append(f"target_parameters names {target!r}, for which there are no tensors")
     return found
+
+
+def is_bias(path: str) -> bool:
+    """Return whether a weight is a bias."""
+    return path.rpartition(".")[2] == "bias"
 
 
 def tokens_named(config: Mapping[str, Any]) -> dict[str, list[int]] | list[int]:
