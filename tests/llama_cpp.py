@@ -27,6 +27,7 @@ class LlamaCpp:
         if exact:  # keys and values in 16 bits would be most of what it differs by
             params.cache_type_k = params.cache_type_v = lib.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # What it keeps of earlier prompts it would take for later ones of another strength.
         params.cache_ram_mib = 0
         self.adapters = [str(path) for path in adapters]
         self.server = lib.Server(params)
@@ -39,10 +40,7 @@ class LlamaCpp:
             return json.load(reply)
 
     def complete(self, prompt: Any, scales: dict[Path, float] | None = None, **body: Any) -> Any:
-        """Go on from a text or ids, greedily, with adapters as strong as told, all others off.
-
-        Nothing is taken from the cache, which llama.cpp keeps by tokens, whatever acted on them.
-        """
+        """Go on from a text or ids, greedily, with adapters as strong as told, all others off."""
         lora = [
             {"id": self.adapters.index(str(path)), "scale": s} for path, s in (scales or {}).items()
         ]
