@@ -6,7 +6,8 @@ Trains what the demo trains, without new words, which a LoRA file cannot carry, 
 for the merged file. Then every question that training never showed is asked of Veneer in float32
 and of llama.cpp, greedily. Where the words differ, the first token that differs is shown with its
 margin: by how much our logits prefer our token to theirs. llama.cpp rounds what flows between
-layers to 8 bits; how far its logits are from ours on the same text is measured beside it.
+layers to 8 bits; how far its logits are from ours on the same text is measured beside it. Over the
+same base in a GGUF file of float32 it rounds nothing, and is asked all of it again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +107,7 @@ class Said:
 
 
 def theirs(server: LlamaCpp, prompt: list[int], scales: dict[Path, float], end: int) -> Answer:
-    reply = server.complete(prompt, scales, n_predict=TOKENS, n_probs=TOP, cache_prompt=True)
+    reply = server.complete(prompt, scales, n_predict=TOKENS, n_probs=TOP)
     steps = reply["completion_probabilities"]
     tokens = [step["id"] for step in steps]
     if len(tokens) < TOKENS and tokens[-1:] != [end]:
@@ -154,6 +156,23 @@ def line(
 DIFFERING: list[str] = []
 
 
+def dequantised(base: Path, out: Path) -> Path:
+    """Write a GGUF file with every tensor in float32."""
+    reader = gguf.GGUFReader(base)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind, inner = field.types[0], field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
 def merged(base: Path, adapter: Path, out: Path, kind: str | None, what: str = "") -> LlamaCpp:
     """Return llama.cpp over a merged file."""
     name = kind or "own type"
@@ -191,23 +210,30 @@ def main() -> None:
     whole = Said(base, prompts)
     veneer.use(base.model, {"default": 0.5})
     half = Said(base, prompts)
-    server = LlamaCpp(file, [lora], context=512)
-    line("the base", before, server, {}, keys)
-    line("base + our LoRA file", whole, server, {lora: 1.0}, keys)
-    line("base + half of it", half, server, {lora: 0.5}, keys)
-    line("base + none of it", before, server, {lora: 0.0}, keys)
+    wide = dequantised(file, asked.out / "base.gguf")
+    for running, exact, how in ((file, False, "Q4_1"), (wide, True, "float32")):
+        server = LlamaCpp(running, [lora], context=512, exact=exact)
+        line(f"{how} base + our LoRA file", whole, server, {lora: 1.0}, keys)
+        line(f"{how} base + half of it", half, server, {lora: 0.5}, keys)
+        line(f"{how} base + none of it", before, server, {lora: 0.0}, keys)
+    merged_files(file, plain, asked.out, questions, keys, whole)
+    print("\nWhere they part, with how much our logits prefer our token:")
+    print("\n".join(DIFFERING))
+
+
+def merged_files(
+    file: Path, plain: Path, out: Path, questions: Sequence[str], keys: Sequence[str], whole: Said
+) -> None:
     for kind in (None, "q8_0", "f16"):
-        server = merged(file, plain, asked.out, kind)
+        server = merged(file, plain, out, kind)
         line(f"merged, {kind or 'own type'}", whole, server, {}, keys)
 
-    worded = trained(asked.out / "words", new_words=",".join(cuisine.NEW_WORDS))
+    worded = trained(out / "words", new_words=",".join(cuisine.NEW_WORDS))
     base, prompts = asking(questions, worded)
     said = Said(base, prompts)
     for kind in (None, "q8_0", "f16"):
-        server = merged(file, worded, asked.out, kind, "with new words, ")
+        server = merged(file, worded, out, kind, "with new words, ")
         line(f"with new words, merged, {kind or 'own type'}", said, server, {}, keys)
-    print("\nWhere they part, with how much our logits prefer our token:")
-    print("\n".join(DIFFERING))
 
 
 def asking(

@@ -27,6 +27,8 @@ class LlamaCpp:
         if exact:  # keys and values in 16 bits would be most of what it differs by
             params.cache_type_k = params.cache_type_v = lib.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # What it keeps of earlier prompts it would take for later ones of another strength.
+        params.cache_ram_mib = 0
         self.adapters = [str(path) for path in adapters]
         self.server = lib.Server(params)
 
