@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -99,9 +100,10 @@ def main() -> None:
     found: dict[str, Extracted] = {}
     with TemporaryDirectory() as place:
         veneer.write_model(tuned, base.tokenizer, Path(place) / "tuned")
-        for rank in map(int, asked.ranks.split(",")):
-            name = f"rank {rank}"
-            found[name] = veneer.extract(asked.model, Path(place) / "tuned", rank=rank)
+        for rank, beside in product(map(int, asked.ranks.split(",")), (False, True)):
+            name = f"rank {rank}{', embedding too' if beside else ''}"
+            tuned_home = Path(place) / "tuned"
+            found[name] = veneer.extract(asked.model, tuned_home, rank=rank, embeddings=beside)
             model = fresh()
             install(model, found[name].state, tokenizer=base.tokenizer)
             losses[name] = loss_of(model, questions)

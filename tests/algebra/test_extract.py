@@ -1,5 +1,8 @@
 """The adapter in a fine-tune: a known change is found again, and what cannot be held is said."""
 
+import warnings
+
+import peft
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -128,6 +131,45 @@ def test_what_is_no_linear_layer_is_left_out_with_its_size(tmp_path):
     assert found.left_out_share == pytest.approx(out / whole_change, rel=1e-4)
     size = sum(float(weight.detach().norm()) ** 2 for weight in weights.values())
     assert found.relative == pytest.approx((whole_change / size) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "paths"),
+    [
+        ("llama", {"model.embed_tokens", "lm_head"}),  # one weight
+        ("qwen2", {"model.embed_tokens", "lm_head"}),  # two
+        ("gpt2", {"transformer.wte", "lm_head", "transformer.wpe"}),
+    ],
+)
+def test_embeddings_and_a_head_tied_to_them_can_be_taken_too(architecture, paths, tmp_path):
+    model = tiny(architecture)
+    names = [f"{p}.weight" for p in paths if f"{p}.weight" in dict(model.named_parameters())]
+    change = {}
+    for seed, (name, full) in enumerate(noise(model, *names, size=0.04).items()):
+        directions = torch.randn(4, full.shape[1], generator=torch.Generator().manual_seed(seed))
+        change[name] = full[:, :4] @ directions
+    base, tuned = saved(tmp_path, change, architecture)
+    if architecture == "qwen2":  # whose head is a linear layer like any other
+        assert {fit.path for fit in extract(base, tuned, rank=4).layers} == {"lm_head"}
+    else:
+        with pytest.raises(veneer.AdapterError, match="nothing to extract"):
+            extract(base, tuned, rank=4)
+    found = extract(base, tuned, rank=4, embeddings=True)
+    assert {fit.path for fit in found.layers} == paths
+    assert found.left_out == ()
+    assert found.energy == pytest.approx(1.0, abs=1e-5)
+    wanted = logits(veneer.load_base(tuned, dtype="float32").model)
+    assert float((wanted - logits(model)).abs().max()) > 1e-2
+    for format in ("native", "peft"):
+        write(found.state, tmp_path / format, format=format)
+        again = veneer.load_base(base, dtype="float32").model
+        veneer.load(again, tmp_path / format)
+        torch.testing.assert_close(logits(again), wanted, **CLOSE)
+    plain = veneer.load_base(base, dtype="float32").model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the two were one weight
+        theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(theirs), wanted, **CLOSE)
 
 
 def test_the_targets_name_the_layers_that_changed_and_no_others(tmp_path):

@@ -104,7 +104,7 @@ def test_extract_writes_the_adapter_and_says_what_it_keeps(models, tmp_path, cap
     said = shown(["extract", *models, out, "--energy", "0.8"], capsys)
     assert re.search(r"1: 100\.0%", said)
     assert "model.norm.weight, changed by 10.00% of its size" in said
-    assert "2 linear layers have an adapter, of rank 1 to" in said
+    assert "2 layers have an adapter, of rank 1 to" in said
     state = read(out)
     assert state.config.rank_of("model.layers.1.self_attn.q_proj") == 1
     base = veneer.load_base(models[0], dtype="float32")

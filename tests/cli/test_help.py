@@ -162,7 +162,7 @@ def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
         ("model", "data", "out", "resume", "force", "quiet")
     )
     tuned = len(SETTINGS) + len(SWITCHES) + 1
-    flags = {"tune": tuned, "compare": compared, "inspect": 13, "combine": 7, "extract": 7}
+    flags = {"tune": tuned, "compare": compared, "inspect": 13, "combine": 7, "extract": 8}
     assert len(rows) >= flags.get(command, 2)
     for row in rows:
         name, _, explained = row.lstrip("* ").partition("  ")

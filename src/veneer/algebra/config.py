@@ -56,6 +56,8 @@ class ExtractConfig:
     """Rank of every layer."""
     energy: float | None = None
     """Share of each layer's ‖ΔW‖² to keep, above 0 up to 1; the ranks follow from it."""
+    embeddings: bool = False
+    """Take embeddings too, and a head that is one weight with them; few other runtimes can."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from veneer.algebra.change import Change, LayerFit, energy_of, state_of
 from veneer.algebra.config import ExtractConfig
 from veneer.errors import AdapterError, ModelError
 from veneer.lowrank.spectrum import truncated
-from veneer.methods.targets import adaptable_layers
+from veneer.methods.targets import Layer, adaptable_layers
 from veneer.models.fingerprint import Marks, fingerprint
 from veneer.models.load import open_base
 from veneer.models.source import Source
@@ -29,7 +29,7 @@ FOREIGN = 0.5
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A weight that changed, and that no factors over a linear layer can hold."""
+    """A weight that changed and is not in the adapter, as no layer's factors can hold it."""
 
     name: str
     norm: float  # ‖ΔW‖
@@ -43,20 +43,19 @@ class Extracted:
     state: AdapterState
     layers: tuple[LayerFit, ...]
     left_out: tuple[LeftOut, ...]
+    norm: float  # ‖ΔW‖ over all weights
     relative: float  # ‖ΔW‖ / ‖W‖ over all weights
     notices: tuple[str, ...] = ()
 
     @property
     def energy(self) -> float:
-        """The share of ‖ΔW‖² over the linear layers that changed which the adapter holds."""
+        """The share of ‖ΔW‖² over the layers of the adapter that it holds."""
         return energy_of(self.layers)
 
     @property
     def left_out_share(self) -> float:
         """The share of ‖ΔW‖² over all weights that lies in those left out."""
-        out = sum(each.norm**2 for each in self.left_out)
-        whole = out + sum(fit.norm**2 for fit in self.layers)
-        return out / whole if whole else 0.0
+        return sum(each.norm**2 for each in self.left_out) / self.norm**2
 
 
 def extract(
@@ -65,29 +64,29 @@ def extract(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    embeddings: bool = False,
     force: bool = False,
 ) -> Extracted:
     """Return the adapter over `base` that is nearest to what made it `tuned`, layer by layer.
 
     s B A is W_tuned − W_base cut to a rank, or to the smallest rank that keeps a share `energy` of
-    ‖ΔW‖² in each layer. Only linear layers can have one; other weights that changed are reported.
-    Weights are read one by one. A base of a wider dtype is rounded to the tuned one's first, as it
+    ‖ΔW‖² in each layer. Only linear layers have one, and with `embeddings` those too, with the head
+    where the two are one weight; other weights that changed are reported. Weights are read one by
+    one. A base of a wider dtype is rounded to the tuned one's first, as it
     was when tuning began: that rounding is none of what was learnt.
 
     Raises ConfigError for settings that cannot be, ModelError for models that cannot be read or
     whose weights are not of the same names and shapes, and AdapterError where `tuned` is no
     fine-tune of `base` (`force` overrides what is judged, not measured) or changed no layer.
     """
-    config = ExtractConfig(rank, energy)
+    config = ExtractConfig(rank, energy, embeddings)
     before, tokenizer, notices = open_base(base)
     after, their_tokenizer, more = open_base(tuned)
     _check_shapes(before, after)
     if not force:
         _check_settings(before, after, tokenizer, their_tokenizer)
     skeleton, marks = before.skeleton, Marks(before.skeleton)
-    layers = {
-        f"{layer.path}.weight": layer for layer in adaptable_layers(skeleton) if layer.is_linear
-    }
+    owners = _owners(skeleton, embeddings=config.embeddings)
     found: dict[str, Change] = {}
     fits: list[LayerFit] = []
     left_out: list[LeftOut] = []
@@ -107,13 +106,16 @@ def extract(
             raise ModelError(f"{name} has values that are not finite numbers.")
         if not norm:
             continue
-        if (layer := layers.get(name)) is None:
+        if name not in owners:
             left_out.append(LeftOut(name, norm, norm / own_size if own_size else math.inf))
             continue
-        change = delta.T if isinstance(layer.module, Conv1D) else delta  # (out, in)
-        factors, kept = truncated(change, rank=config.rank, energy=config.energy)
-        found[layer.path] = Change(*factors)
-        fits.append(LayerFit(layer.path, len(factors[0]), norm, kept))
+        (A, B), kept = truncated(delta, rank=config.rank, energy=config.energy)
+        for layer in owners[name]:
+            # Conv1D and embeddings hold their weights as (in, out): there B A is turned.
+            turned = not isinstance(layer.module, nn.Linear)
+            factors = (B.T, A.T) if turned else (A, B)
+            found[layer.path] = Change(*factors, not layer.is_linear)
+            fits.append(LayerFit(layer.path, len(A), norm, kept))
     relative = (changed / size) ** 0.5 if size else 0.0
     if relative > FOREIGN and not force:
         raise AdapterError(
@@ -123,7 +125,8 @@ def extract(
         )
     if not found:
         raise AdapterError(
-            f"No linear layer of {tuned} differs from that of {base}: there is nothing to extract."
+            f"No layer of {tuned} that can have an adapter differs from {base}'s: there is "
+            "nothing to extract."
         )
     skeleton.veneer_marks = marks.found()  # type: ignore[assignment]
     state = state_of(
@@ -137,9 +140,23 @@ def extract(
         state,
         tuple(fits),
         tuple(left_out),
+        changed**0.5,
         relative,
         (*notices, *more, *(said if rounded else ())),
     )
+
+
+def _owners(skeleton: PreTrainedModel, *, embeddings: bool) -> dict[str, list[Layer]]:
+    """Return, by a weight's name, the layers that it belongs to, where all can have an adapter."""
+    names = {id(weight): name for name, weight in skeleton.named_parameters()}
+    owners: dict[str, list[Layer]] = defaultdict(list)
+    for layer in adaptable_layers(skeleton):
+        owners[names[id(layer.module.weight)]].append(layer)
+    return {
+        name: layers
+        for name, layers in owners.items()
+        if embeddings or all(layer.is_linear for layer in layers)
+    }
 
 
 def _is_wider(old: Tensor, new: Tensor) -> bool:

@@ -64,7 +64,7 @@ def run_extract(
     for line in _left_out_lines(found.left_out):
         OUTPUT.print(line, soft_wrap=True)
     OUTPUT.print(
-        f"All weights changed by {found.relative:.2%} of their size. {len(found.layers)} linear "
+        f"All weights changed by {found.relative:.2%} of their size. {len(found.layers)} "
         f"layers have an adapter, of rank {_span([fit.rank for fit in found.layers])}, which keeps "
         f"{found.energy:.2%} of their change; {found.left_out_share:.2%} of all change lies in "
         "weights left out",
@@ -153,7 +153,7 @@ def _left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
     """Return a line for each weight that changed and is left out, the largest changes first."""
     by_size = sorted(left_out, key=lambda each: -each.norm)
     lines = [
-        f"Left out, for it is no linear layer's: {escape(each.name)}, changed by "
+        f"Left out: {escape(each.name)}, changed by "
         f"{each.relative:.2%} of its size (‖ΔW‖ {each.norm:.3g})"
         for each in by_size[:MOST_LEFT_OUT]
     ]
