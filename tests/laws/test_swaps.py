@@ -72,7 +72,7 @@ def test_a_hundred_adapters_in_turn(base, homes):
 def test_a_hundred_adapters_side_by_side(base, homes):
     model = BASES[base]()
     alone = logits(model)
-    weights = [w for w in model.parameters()]  # the very tensors, and what is in them
+    weights = list(model.parameters())  # the very tensors, and what is in them
     before = [w.detach().clone() for w in weights]
     said = []
     for kind in range(len(KINDS)):
