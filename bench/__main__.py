@@ -42,6 +42,7 @@ QUESTIONS = (
         ("-m bench.training dense --dtype float32 --rounds 2 --engines veneer,peft",),
     ),
     ("Frozen products in 8 bits", ("-m bench.int8",)),
+    ("Loading an adapter, and swapping", ("-m bench.loading",)),
 )
 
 
