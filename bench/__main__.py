@@ -44,6 +44,7 @@ QUESTIONS = (
     ("Frozen products in 8 bits", ("-m bench.int8",)),
     ("Many adapters over one base, and single answers", ("-m bench.serving",)),
     ("Adapters of different rows in a layer of their own", ("-m bench.mixed_products",)),
+    ("Loading an adapter, and swapping", ("-m bench.loading",)),
 )
 
 

@@ -72,8 +72,7 @@ def test_patterns_without_end_end(pattern):
     began, matcher = time.process_time(), Matcher()
     for path in PATHS * 50:
         with pytest.raises(ConfigError, match="takes too long to match"):
-            # The shortest paths take a while only together.
-            [matcher.at_end(pattern, "model.layers.0.self_attn.q_proj") for _ in range(20)]
+            matcher.at_end(pattern, PATHS[1])
         with pytest.raises(ConfigError, match="takes too long"):  # from then on at once
             matcher.at_end("(x)", path)
     # Of the processor's time, so that a machine with other things to do counts for nothing.
@@ -109,7 +108,7 @@ def test_endless_patterns_in_every_place(pattern):
         veneer.attach(model, veneer.LoRA(targets="all", alpha_pattern={pattern: 2}))
     config = veneer.LoRA(rank_pattern={pattern: 2})
     with pytest.raises(veneer.ConfigError, match="takes too long"):
-        [config.rank_of(path) for path in PATHS]
+        config.rank_of(PATHS[1])
     assert time.process_time() - began < 3
     assert not veneer.adapters(model)
 
