@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 
 from veneer.cli.commands import load_named
-from veneer.cli.console import ERRORS, OUTPUT
+from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries
 from veneer.errors import VeneerError
 from veneer.plan.config import PackedBits
 from veneer.serve.config import ServeConfig, read_keys
@@ -25,13 +25,14 @@ def run_serve(
     bits: PackedBits | None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C."""
+    keys = read_keys(config, os.environ)
+    quieten_libraries()
     try:
         from veneer.serve.run import listen, serve
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
             raise
         raise VeneerError("veneer serve needs: pip install 'veneer[serve]'") from error
-    keys = read_keys(config, os.environ)
     with listen(config) as listener:
         base = load_named(model, {}, dtype=dtype, bits=bits)
         for at in serve(base, adapters, config, keys=keys, listener=listener):
@@ -42,5 +43,6 @@ def run_serve(
             more = len(at.adapters) - SHOWN_NAMES
             names += f" and {more:,} more" if more > 0 else ""
             OUTPUT.print(f"[bold]Adapters[/]  {escape(names)}", soft_wrap=True)
-            OUTPUT.print(f"[bold]Serving[/]   {at.url} (the page), {at.url}/v1 (OpenAI's protocol)")
+            where = f"{at.url} (the page), {at.url}/v1 (OpenAI's protocol)"
+            OUTPUT.print(f"[bold]Serving[/]   {where}", soft_wrap=True)
     OUTPUT.print("Ended.")
