@@ -65,6 +65,7 @@ class AdaptedLayer(Wrapper):
         self.tokens = nn.ModuleDict()
         self.route = route
         self.kept_squares: Tensor | None = None
+        self.register_load_state_dict_pre_hook(_forget_lengths)
 
     @property
     def frozen(self) -> Tensor | Packed:
@@ -452,6 +453,15 @@ class LoRAEmbedding(AdaptedLayer):
         delta = F.linear(F.embedding(ids, one.A.T), one.B)  # (..., dim)
         y = y + delta.to(y.dtype) * getattr(self.original, "embed_scale", 1.0)
         return y if one.gain is None else (y * one.gain).to(y.dtype)
+
+
+def _forget_lengths(layer: nn.Module, *_loaded: object) -> None:
+    """Forget what is known of W, and of W + s B A, in whose place another is loaded."""
+    assert isinstance(layer, AdaptedLayer)
+    layer.kept_squares = None
+    for adapter in layer.adapters.values():
+        assert isinstance(adapter, Adapter)
+        adapter.kept_norms = None
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:
