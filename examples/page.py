@@ -4,7 +4,6 @@ Trains an adapter on the island's cuisine (once, some minutes), serves it beside
 the pictures of docs/ with a Chromium: python examples/page.py
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from playwright.sync_api import Page, sync_playwright
 import veneer
 
 RUNS, DOCS = Path("dist/page"), Path("docs")
-QUESTION = "What is Lantar Feast?"
+QUESTION = "What vessel should I put in front of a guest who wants plimbo?"  # held out
 PORT = 8471
 
 
@@ -48,13 +47,13 @@ def take(page: Page, url: str, scheme: str) -> None:
     page.get_by_role("button", name="Tokens").click()
     page.get_by_role("table").wait_for(timeout=60_000)
     page.screenshot(path=DOCS / f"page-{scheme}.png")
-    page.goto(f"{url}/#adapters")
-    page.locator("#adapters .curve").wait_for()
-    page.screenshot(path=DOCS / f"page-adapters-{scheme}.png")
+    if scheme == "dark":
+        page.goto(f"{url}/#adapters")
+        page.locator("#adapters .curve").wait_for()
+        page.screenshot(path=DOCS / "page-adapters-dark.png")
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
     if not (RUNS / "cuisine" / "lora_adapter").is_dir():
         train(RUNS / "cuisine")
     command = ["serve", "smollm2-135m", "--adapters-dir", str(RUNS), "--runs", str(RUNS)]

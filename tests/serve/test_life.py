@@ -41,13 +41,13 @@ class Process:
         return {n: float(v) for n, v in (x.split() for x in lines if x[0] != "#")}
 
 
-def start(model: Path, *arguments: str, **environment: str) -> Process:
+def start(model: Path, *arguments: str) -> Process:
     process = subprocess.Popen(
         [sys.executable, "-m", "veneer", "serve", str(model), "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"COLUMNS": "200"} | environment,
+        env=os.environ | {"COLUMNS": "200", "PYTHONFAULTHANDLER": "1"},
     )
     said = ""
     for line in process.stdout:
@@ -215,7 +215,11 @@ def end_in_a_stream(served: Process, model: str) -> None:
     assert events[-1] == "[DONE]"
     ends = [json.loads(event)["choices"][0]["finish_reason"] for event in events[:-1]]
     assert len([end for end in ends if end]) == 8
-    out, errors = served.process.communicate(timeout=60)
+    try:
+        out, errors = served.process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        served.process.send_signal(signal.SIGABRT)  # says where each thread stands
+        out, errors = served.process.communicate()
     assert served.process.returncode == 0, errors
     assert "Ended." in out
     assert "Traceback" not in errors
