@@ -111,7 +111,8 @@ def merge_lines(report: MergeReport) -> list[str]:
     if report.lost_packed_again is not None:
         lines.append(
             f"the base is packed; the merged model is kept unpacked, in {report.dtype}: packing "
-            f"it again as it was would take {report.lost_packed_again:.1%} of the adapter's change"
+            f"it again as it was would take {report.lost_packed_again:.1%} of the adapter's "
+            f"change, and {report.divergence_packed_again:.2g} nats a token"
         )
     return lines
 

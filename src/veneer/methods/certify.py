@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.data.probe import probe_rows
 from veneer.errors import MergeError
+from veneer.frozen.packed import FrozenLinear, named_frozen
 from veneer.lowrank.layers import lora_layers
 from veneer.methods.attach import in_use, use
 from veneer.methods.merge import LayerLoss, layer_losses, share
@@ -36,6 +39,7 @@ class MergeReport:
     dtype: of the merged weights. layers: those that the adapters change. tokens: of the probe.
     logit_difference: the largest |merged − adapted| of any logit of any token; divergence:
     KL(adapted ‖ merged) and effect: KL(adapted ‖ base), means over the probe's tokens, in nats.
+    divergence_packed_again: where the base is packed, KL from the merged model packed as it was.
     """
 
     dtype: str
@@ -44,6 +48,7 @@ class MergeReport:
     logit_difference: float
     divergence: float
     effect: float
+    divergence_packed_again: float | None = None
 
     @property
     def lost(self) -> float:
@@ -111,13 +116,16 @@ def certify(
     models are left as they were. Raises DataError for a `probe` that cannot be read.
     """
     rows = probe_rows(tokenizer, probe, context=context_left(model, 0))
-    difference = divergence = effect = 0.0
+    difference = divergence = effect = packed_again = 0.0
     tokens = sum(map(len, rows))
+    packed = _packed_again(model, plain) if named_frozen(model) else None
     with torch.no_grad(), _evaluating(model), _evaluating(plain):
         for row in rows:
             adapted, merged = _logits(model, row), _logits(plain, row)
             difference = max(difference, _largest(adapted, merged))
             divergence += _divergence(adapted, merged) / tokens
+            if packed is not None:
+                packed_again += _divergence(adapted, _logits(packed, row)) / tokens
             with _base_alone(model) as differs:
                 if differs:
                     effect += _divergence(adapted, _logits(model, row), spoken=True) / tokens
@@ -128,7 +136,21 @@ def certify(
         difference,
         divergence,
         effect,
+        None if packed is None else packed_again,
     )
+
+
+def _packed_again(model: PreTrainedModel, plain: PreTrainedModel) -> PreTrainedModel:
+    """Return the merged model with those layers packed that are so in the base, as they are."""
+    shared = [*plain.parameters(), *plain.buffers()]
+    packed = copy.deepcopy(plain, {id(tensor): tensor for tensor in shared}).eval()
+    for path, layer in named_frozen(model).items():
+        own = path.removesuffix(".original")
+        place: Any = packed.get_submodule(own)
+        weight = place.weight.T if layer.transposed else place.weight
+        codes = layer.packed.of(weight.contiguous(), plain.dtype)
+        packed.set_submodule(own, FrozenLinear(codes, place, transposed=layer.transposed))
+    return packed
 
 
 def _logits(model: PreTrainedModel, row: Sequence[int]) -> Tensor:
