@@ -103,6 +103,7 @@ def trainer(
         model=model,
         args=TrainingArguments(**arguments(**options)),
         train_dataset=list(steps),  # type: ignore[arg-type]
+        eval_dataset=list(steps),  # type: ignore[arg-type]
         data_collator=lambda items: dict(items[0]),
         callbacks=list(callbacks),
     )

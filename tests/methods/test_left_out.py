@@ -71,7 +71,7 @@ def test_a_run_says_it(mixture, tmp_path):
     rows.write_text("a lamp is a lamp\n\nthe mill is old\n")
     recipe = veneer.Recipe(
         model=mixture,
-        data=[str(rows)],
+        data=rows,
         out=tmp_path / "out",
         dtype="float32",
         lora=veneer.LoRA(rank=2, targets="all"),

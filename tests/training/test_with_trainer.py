@@ -48,6 +48,7 @@ def test_the_best_checkpoint_comes_back():
         save_steps=1,
         eval_strategy="steps",
         eval_steps=1,
+        metric_for_best_model="eval_loss",
         load_best_model_at_end=True,
     )
     kept: list[dict[str, torch.Tensor]] = []

@@ -69,6 +69,7 @@ class AdaptedLayer(Wrapper):
         self.adapters = nn.ModuleDict()
         self.route = route
         self.kept_squares: Tensor | None = None
+        self.register_load_state_dict_pre_hook(_forget_lengths)
 
     @property
     def frozen(self) -> Tensor | Packed:
@@ -164,7 +165,7 @@ class AdaptedLayer(Wrapper):
         A: the adapter's, in the dtype of computing. Norms are kept while nobody trains A or B.
         """
         weights = (adapter.lora_A, adapter.lora_B)
-        state = [(w._version, w.device) for w in weights]
+        state = [(w._version, w.device, w.dtype) for w in weights]
         trains = any(w.requires_grad for w in weights)
         if not trains and adapter.kept_norms is not None and adapter.kept_norms[0] == state:
             return adapter.kept_norms[1]
@@ -179,11 +180,12 @@ class AdaptedLayer(Wrapper):
     @torch.no_grad()
     def _squares(self) -> Tensor:
         """Return ‖W‖² of each row of W (out, in), in float32 or wider."""
-        if self.kept_squares is None or self.kept_squares.device != self.frozen.device:
-            frozen = self.frozen
+        frozen, kept = self.frozen, self.kept_squares
+        wide = torch.promote_types(frozen.dtype, torch.float32)
+        if kept is None or (kept.device, kept.dtype) != (frozen.device, wide):
             weight = frozen if isinstance(frozen, Packed) else self.by_outputs(frozen)
-            self.kept_squares = row_squares(weight)
-        return self.kept_squares
+            self.kept_squares = kept = row_squares(weight)
+        return kept
 
     def delta(self) -> Tensor:
         """Return Σ w ΔW of the acting adapters, shaped as `frozen_weight`, in float32."""
@@ -337,6 +339,15 @@ class LoRAEmbedding(AdaptedLayer):
         delta = F.linear(F.embedding(ids, one.A.T), one.B)  # (..., dim)
         y = y + delta.to(y.dtype) * getattr(self.original, "embed_scale", 1.0)
         return y if one.gain is None else (y * one.gain).to(y.dtype)
+
+
+def _forget_lengths(layer: nn.Module, *_loaded: object) -> None:
+    """Forget what is known of W, and of W + s B A, in whose place another is loaded."""
+    assert isinstance(layer, AdaptedLayer)
+    layer.kept_squares = None
+    for adapter in layer.adapters.values():
+        assert isinstance(adapter, Adapter)
+        adapter.kept_norms = None
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:
