@@ -134,7 +134,8 @@ def use_rows(model: nn.Module, rows: Sequence[str | Mapping[str, float] | None])
     named = {name for each in wanted for name, _ in each}
     if foreign := sorted(name for name in named if _acts_on_batches(model, name)):
         raise AdapterError(
-            f"{', '.join(foreign)} has more than low-rank factors, and acts on whole batches."
+            f"{', '.join(foreign)} has no low-rank factors, or more than these, and acts on "
+            "whole batches."
         )
     different = list(dict.fromkeys(each for each in wanted if each))
     parts: list[dict[Hashable, Acting]] = [{} for _ in different]
@@ -292,7 +293,7 @@ def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
     owner, name = home(model, path)
     if name in owner._parameters:
         return _adapted_parameter(model, path, route)
-    module = model.get_submodule(path)
+    module = owner.get_submodule(name)
     if isinstance(module, AdaptedLayer):
         return module
     layer: AdaptedLayer
@@ -303,7 +304,7 @@ def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
     else:
         layer = LoRALinear(module, route, transposed=isinstance(module, Conv1D))
         layer.place = Place(type(owner), name)
-    model.set_submodule(path, layer)
+    owner.set_submodule(name, layer)
     return layer
 
 

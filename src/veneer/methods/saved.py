@@ -39,6 +39,8 @@ def place_saved(model: nn.Module) -> None:
     for name, weight in route.weights.items():
         for path, tensor in route.saved.get(name, {}).items():
             wanted.setdefault(path, []).append((tensor, weight))
+    if not wanted and not route.base:  # as of nearly every adapter: no walk over the model
+        return
     acting = {path for path, layer in lora_layers(model) if layer.acts}
     if clashes := sorted(wanted.keys() & (acting | {f"{path}.weight" for path in acting})):
         raise AdapterError(f"Adapters cannot be mixed where one replaces {clashes[0]}.")

@@ -199,6 +199,8 @@ def _misshapen(stored: StoredLayer, config: LoRA, layer: Layer) -> list[str]:
 
 def _misfit_saved(model: nn.Module, state: AdapterState) -> list[str]:
     """Return what is wrong with weights that are to stand in the place of the base's own."""
+    if not state.saved:
+        return []
     problems = []
     own = base_parameters(model, every_name=True)
     adapted = {layer.path for layer in state.layers()}
@@ -219,6 +221,8 @@ def _misfit_saved(model: nn.Module, state: AdapterState) -> list[str]:
 
 def _misfit_tokens(model: PreTrainedModel, state: AdapterState) -> list[str]:
     """Return what is wrong with rows of single words."""
+    if not state.tokens:
+        return []
     problems = []
     places = {layer.path: layer for layer in adaptable_layers(model)}
     adapted = {layer.path for layer in state.layers()}
