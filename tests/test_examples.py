@@ -14,7 +14,8 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def test_a_classifier_by_transformers_trainer(capsys):
+def test_a_classifier_by_transformers_trainer(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     right = example("classifier").main()
     assert right > 0.9
     assert "parameters train" in capsys.readouterr().out
