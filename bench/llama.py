@@ -38,7 +38,7 @@ from veneer.data.rows import Message  # noqa: E402
 from veneer.models.locate import locate  # noqa: E402
 from veneer.store import gguf_adapter  # noqa: E402
 from veneer.store.adapters import read  # noqa: E402
-from veneer.store.gguf_model import write_merged  # noqa: E402
+from veneer.store.gguf_model import kept_of, write_merged  # noqa: E402
 from veneer.store.state import capture  # noqa: E402
 
 TOKENS, TOP = 32, 40  # of an answer at most; likeliest tokens that are kept of each step
@@ -173,17 +173,15 @@ def dequantised(base: Path, out: Path) -> Path:
     return out
 
 
-def merged(base: Path, adapter: Path, out: Path, kind: str | None, what: str = "") -> LlamaCpp:
+def merged(base: Path, adapter: Path, out: Path, kind: str, what: str = "") -> LlamaCpp:
     """Return llama.cpp over a merged file."""
-    name = kind or "own type"
-    file = out / f"{what or 'plain '}{name}.gguf"
+    file = out / f"{what or 'plain '}{kind}.gguf"
     report = write_merged(base, read(adapter), file, kind=kind)
-    lost = sum(tensor.lost for tensor in report) / len(report)
     error = sum(tensor.error for tensor in report) / len(report)
     size = file.stat().st_size / 1e6
     print(
-        f"note: {what}merged, {name}: {size:.0f} MB; changed tensors are off by {error:.2%} on "
-        f"average, by {lost:.0%} of what the adapter changed"
+        f"note: {what}merged, {kind}: {size:.0f} MB; changed tensors are off by {error:.2%} on "
+        f"average, {kept_of(report):.1%} of the adapter's change is left"
     )
     return LlamaCpp(file, context=512)
 
@@ -224,16 +222,16 @@ def main() -> None:
 def merged_files(
     file: Path, plain: Path, out: Path, questions: Sequence[str], keys: Sequence[str], whole: Said
 ) -> None:
-    for kind in (None, "q8_0", "f16"):
+    for kind in ("q4_1", "q8_0", "f16"):
         server = merged(file, plain, out, kind)
-        line(f"merged, {kind or 'own type'}", whole, server, {}, keys)
+        line(f"merged, {kind}", whole, server, {}, keys)
 
     worded = trained(out / "words", new_words=",".join(cuisine.NEW_WORDS))
     base, prompts = asking(questions, worded)
     said = Said(base, prompts)
-    for kind in (None, "q8_0", "f16"):
+    for kind in ("q4_1", "q8_0", "f16"):
         server = merged(file, worded, out, kind, "with new words, ")
-        line(f"with new words, merged, {kind or 'own type'}", said, server, {}, keys)
+        line(f"with new words, merged, {kind}", said, server, {}, keys)
 
 
 def asking(

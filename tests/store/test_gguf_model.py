@@ -18,7 +18,7 @@ from tiny_gguf import CONFIGS, VOCAB, random_model, tensors_of, write_model
 from veneer.cli.app import run
 from veneer.errors import AdapterError, ModelError
 from veneer.models import gguf as reading
-from veneer.store.gguf_model import MergedTensor, kind_for, write_merged
+from veneer.store.gguf_model import MergedTensor, kept_of, kind_for, write_merged
 from veneer.store.state import Rows, capture
 
 # transformers reads no GGUF of Gemma 1 and Phi 2, none of Phi 3 with so small a vocabulary, and
@@ -109,11 +109,31 @@ def test_changed_tensors_take_another_kind_on_request(tmp_path):
         after = raw(tmp_path / f"{kind}.gguf")
         assert {after[tensor.name][0] for tensor in report} == {kind.upper()}
         assert after["blk.0.attn_q.weight"] == raw(base)["blk.0.attn_q.weight"]
-        errors.append(max(tensor.lost for tensor in report))
+        errors.append(max(tensor.error for tensor in report))
         loaded(tmp_path / f"{kind}.gguf")
-    assert errors[0] > 10 * errors[1] > 10 * errors[2]
+    assert errors[0] > 8 * errors[1] > 80 * errors[2]
     with pytest.raises(ModelError, match=r"cannot write 'q4_k'; it can write q4_0"):
         write_merged(base, state, tmp_path / "no.gguf", kind="q4_k")
+
+
+def test_a_change_that_rounding_would_undo_is_refused_and_may_be_insisted_on(tmp_path):
+    base = write_model("llama", random_model("llama"), tmp_path / "base.gguf", kind="Q4_1")
+    model = veneer.attach(loaded(base), veneer.LoRA(rank=4, targets="all"))
+    state, out = capture(shake(model, size=0.02)), tmp_path / "merged.gguf"
+    with pytest.raises(AdapterError, match=r"Rounded to Q4_1, \d+% of the adapter's change.*q8_0"):
+        write_merged(base, state, out)
+    assert not out.exists()
+    assert kept_of(write_merged(base, state, out, kind="q4_1")) < 0.5
+    assert kept_of(write_merged(base, state, out, kind="q8_0")) > 0.9
+    assert kept_of(write_merged(base, state, out, kind="f16")) == pytest.approx(1, abs=1e-3)
+    # By hand, for one tensor: what is stored lies so far from the base along the change.
+    report = write_merged(base, state, out, kind="q4_1")
+    one = next(tensor for tensor in report if tensor.name == "blk.0.attn_v.weight")
+    path = "model.layers.0.self_attn.v_proj"
+    delta = model.get_submodule(path).delta()
+    moved = loaded(out).get_submodule(path).weight - loaded(base).get_submodule(path).weight
+    assert one.kept == pytest.approx(float((moved * delta).sum() / delta.square().sum()), abs=1e-4)
+    assert one.change == pytest.approx(float(delta.norm()), rel=1e-4)
 
 
 def test_a_kind_that_gguf_cannot_write_becomes_the_next_larger():
@@ -260,7 +280,7 @@ def test_what_makes_no_sense_into_gguf_is_refused(tmp_path, capsys):
 
 
 def test_errors_are_reported_as_they_are():
-    tensor = MergedTensor("blk.0.attn_q.weight", "Q4_K", "Q4_1", 0.05, 0.5)
+    tensor = MergedTensor("blk.0.attn_q.weight", "Q4_K", "Q4_1", 0.05, 0.95, 0.5)
     from veneer.cli.tables import merged_table
 
     assert merged_table([tensor]).row_count == 1

@@ -16,7 +16,7 @@ from veneer.models.load import load_skeleton
 from veneer.models.locate import locate
 from veneer.plan.config import PackedBits
 from veneer.store.adapters import read as read_adapter
-from veneer.store.gguf_model import write_merged
+from veneer.store.gguf_model import kept_of, write_merged
 from veneer.training.tune import size_of
 
 
@@ -65,5 +65,7 @@ def run_merge_gguf(
     stored = write_merged(place, state, out, kind=kind, force=force)
     OUTPUT.print(merged_table(stored))
     OUTPUT.print(
-        f"Merged model: {escape(str(out))} ({bytes_text(out.stat().st_size)})", soft_wrap=True
+        f"Merged model: {escape(str(out))} ({bytes_text(out.stat().st_size)}); "
+        f"{kept_of(stored):.1%} of the adapter's change is left",
+        soft_wrap=True,
     )

@@ -16,7 +16,7 @@ from veneer.methods.certify import MergeReport
 from veneer.methods.merge import LayerLoss, share
 from veneer.methods.report import PackedReport, TargetLine, TargetReport
 from veneer.plan.plan import Plan
-from veneer.store.gguf_model import MergedTensor
+from veneer.store.gguf_model import MergedTensor, kept_of
 from veneer.store.packed import PackedLayer
 
 
@@ -77,7 +77,7 @@ def merged_table(tensors: Sequence[MergedTensor]) -> Table:
         same[_in_block(tensor.name), tensor.was, tensor.kind].append(tensor)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("Tensor (in its block)", overflow="fold")
-    for title in ("Blocks", "Was", "Is", "Error", "Worst", "Of the change lost"):
+    for title in ("Blocks", "Was", "Is", "Error", "Worst", "Change kept"):
         table.add_column(title, justify="right")
     for (name, was, kind), alike in same.items():
         errors = [tensor.error for tensor in alike]
@@ -88,7 +88,7 @@ def merged_table(tensors: Sequence[MergedTensor]) -> Table:
             kind,
             f"{sum(errors) / len(errors):.3%}",
             f"{max(errors):.3%}",
-            f"{sum(tensor.lost for tensor in alike) / len(alike):.1%}",
+            f"{kept_of(alike):.1%}",
         )
     return table
 
