@@ -63,7 +63,7 @@ def main(steps: int = 150) -> float:
         str(HERE / "run"),
         max_steps=steps,
         per_device_train_batch_size=16,
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
