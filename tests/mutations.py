@@ -190,7 +190,9 @@ def safetensors(content: bytes, random: Random) -> bytes:
         lambda: data.__setitem__(slice(0, 4), struct.pack("<f", float("nan"))),
         lambda: data.__setitem__(slice(4, 8), struct.pack("<f", float("-inf"))),
         # Of ordinary entries: of those with 5,000 dimensions it would take hundreds of megabytes.
-        lambda: header.update({f"x{i}": entry for i in range(2000 // len(entry["shape"] or [0]))}),
+        lambda: header.update(
+            {f"x{i}": dict(entry) for i in range(2000 // len(entry["shape"] or [0]))}
+        ),
     ]
     for _ in range(random.choice((1, 1, 2))):
         lists = (entry.get(part) for part in ("shape", "data_offsets"))
