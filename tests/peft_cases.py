@@ -87,7 +87,7 @@ def base(kind: str) -> PreTrainedModel:
     return tiny(kind)
 
 
-def told(kind: str) -> dict[str, Tensor]:
+def inputs_of(kind: str) -> dict[str, Tensor]:
     """Return what a case's base is given."""
     if kind in ("vit", "convnext"):
         generator = torch.Generator().manual_seed(1)
@@ -97,13 +97,19 @@ def told(kind: str) -> dict[str, Tensor]:
 
 def logits(model: nn.Module, kind: str) -> Tensor:
     with torch.no_grad():
-        return model(**told(kind)).logits
+        return _logits(model, kind)
 
 
 def loss(model: nn.Module, kind: str) -> Tensor:
-    found = model(**told(kind)).logits.float().flatten(0, -2)
-    labels = torch.arange(len(found)) % found.shape[-1]
-    return nn.functional.cross_entropy(found, labels)
+    rows = _logits(model, kind).flatten(0, -2)
+    labels = torch.arange(len(rows)) % rows.shape[-1]
+    return nn.functional.cross_entropy(rows, labels)
+
+
+def _logits(model: nn.Module, kind: str) -> Tensor:
+    dtype = next(weight.dtype for weight in model.parameters())
+    inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs_of(kind).items()}
+    return model(**inputs).logits
 
 
 def theirs(kind: str, options: Mapping[str, Any], *, trains: bool = False) -> peft.PeftModel:
