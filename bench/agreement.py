@@ -17,10 +17,10 @@ from torch import Tensor
 import veneer
 from bench.engines import ALPHA, RANK, padded, peft_model
 from bench.workloads import workload
+from veneer.adapter.layers import lora_layers
 from veneer.cli.console import quieten_libraries
 from veneer.data.packing import pack
-from veneer.lowrank.layers import lora_layers
-from veneer.training.forward import choose_forward
+from veneer.fused.forward import choose_forward
 
 BATCHES, ROWS = 3, 4
 FLOAT32_LIMIT = 1e-5  # relative distance, in the mean over loss and all gradients

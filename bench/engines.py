@@ -23,12 +23,12 @@ from bench.workloads import Workload, workload
 from veneer.cli.console import quieten_libraries
 from veneer.data.encode import Example
 from veneer.data.packing import pack
+from veneer.formats.quantized import write_quantized
+from veneer.fused.forward import choose_forward
+from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
 from veneer.models.load import open_base
-from veneer.plan.config import PackedBits
-from veneer.store.packed import write_packed
-from veneer.training.config import Recompute
-from veneer.training.forward import choose_forward
+from veneer.quant.settings import Bits
 from veneer.training.optimizer import FlatAdamW
 from veneer.training.planned import begin_measuring, status
 
@@ -189,7 +189,7 @@ ENGINES: dict[str, Callable[..., Run]] = {
 }
 
 
-BITS: dict[str, PackedBits] = {"veneer-nf4": 4, "veneer-nf4-dora": 4, "veneer-int8": 8}
+BITS: dict[str, Bits] = {"veneer-nf4": 4, "veneer-nf4-dora": 4, "veneer-int8": 8}
 
 
 def load(engine: str, model: str, dtype: str) -> veneer.Base:
@@ -199,7 +199,7 @@ def load(engine: str, model: str, dtype: str) -> veneer.Base:
     # bitsandbytes' layers within transformers, with the very codes that ours has.
     source, tokenizer, _ = open_base(model)
     with tempfile.TemporaryDirectory() as place:
-        list(write_packed(source, tokenizer, Path(place) / "nf4", bits=4, name=model))
+        list(write_quantized(source, tokenizer, Path(place) / "nf4", bits=4, name=model))
         theirs = AutoModelForCausalLM.from_pretrained(
             f"{place}/nf4", dtype={"bf16": torch.bfloat16, "float32": torch.float32}[dtype]
         )

@@ -18,17 +18,17 @@ import torch
 from transformers import PreTrainedModel
 
 import veneer
+from veneer.adapter.targets import adaptable_layers
 from veneer.algebra.extract import Extracted
 from veneer.cli.console import quieten_libraries
 from veneer.compare.labels import LABELS
 from veneer.data.encode import Example
 from veneer.data.packing import split_held_out
+from veneer.formats.state import install
+from veneer.fused.forward import choose_forward
 from veneer.kernels.heap import kept_heap
-from veneer.methods.targets import adaptable_layers
-from veneer.store.state import install
 from veneer.training.evaluate import evaluate
 from veneer.training.events import Step
-from veneer.training.forward import choose_forward
 
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

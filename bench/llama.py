@@ -30,16 +30,16 @@ import cuisine  # noqa: E402
 import demo  # noqa: E402
 
 import veneer  # noqa: E402
-from llama_cpp import LlamaCpp  # noqa: E402
+from support.llama_cpp import LlamaCpp  # noqa: E402
 from veneer.cli.console import quieten_libraries  # noqa: E402
 from veneer.cli.tune import run_tune  # noqa: E402
 from veneer.data.chat import prompt_text  # noqa: E402
 from veneer.data.rows import Message  # noqa: E402
+from veneer.formats.adapters import read  # noqa: E402
+from veneer.formats.gguf import adapter as gguf_adapter  # noqa: E402
+from veneer.formats.gguf.model import kept_of, write_merged  # noqa: E402
+from veneer.formats.state import capture  # noqa: E402
 from veneer.models.locate import locate  # noqa: E402
-from veneer.store import gguf_adapter  # noqa: E402
-from veneer.store.adapters import read  # noqa: E402
-from veneer.store.gguf_model import kept_of, write_merged  # noqa: E402
-from veneer.store.state import capture  # noqa: E402
 
 TOKENS, TOP = 32, 40  # of an answer at most; likeliest tokens that are kept of each step
 BATCH = 22  # questions at a time, in Veneer

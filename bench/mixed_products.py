@@ -8,10 +8,10 @@ import time
 import torch
 from torch import nn
 
-from veneer.lowrank import layers
-from veneer.lowrank.acting import Acting, Rows
-from veneer.lowrank.adapter import Route
-from veneer.lowrank.layers import LoRALinear
+from veneer.adapter import layers
+from veneer.adapter.active import ActiveAdapters
+from veneer.adapter.layers import LoRALinear
+from veneer.lowrank.update import LowRankUpdate, Rows
 
 OUT, IN, ROUNDS, REPEATS = 1536, 576, 9, 20
 
@@ -32,11 +32,11 @@ def main() -> None:
         *((16, count, rank) for count in (4, 16) for rank in (8, 16, 32, 64)),
         *((64, count, rank) for count in (16, 64) for rank in (8, 16, 64)),
     ]:
-        route = Route()
-        layer = LoRALinear(nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16), route)
+        active_adapters = ActiveAdapters()
+        layer = LoRALinear(nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16), active_adapters)
         parts = [
             {
-                layer: Acting(
+                layer: LowRankUpdate(
                     torch.randn(rank, IN, dtype=torch.bfloat16),
                     torch.randn(OUT, rank, dtype=torch.bfloat16),
                     None,
@@ -44,7 +44,7 @@ def main() -> None:
             }
             for _ in range(count)
         ]
-        route.rows = Rows(parts, tuple(row % count for row in range(rows)))
+        active_adapters.rows = Rows(parts, tuple(row % count for row in range(rows)))
         x = torch.randn(rows, 1, IN, dtype=torch.bfloat16)
         times = [(seconds(layer, x, 10**9), seconds(layer, x, 0)) for _ in range(ROUNDS)]
         stacked, own = (statistics.median(each) * 1e6 for each in zip(*times, strict=True))

@@ -16,8 +16,8 @@ import numpy as np
 
 from bench.engines import RANK, run_veneer
 from bench.workloads import Workload
+from veneer.adapter.config import LoRA
 from veneer.data.encode import Example
-from veneer.lowrank.config import LoRA
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_shape
 from veneer.plan.memory import RUNTIME

@@ -7,8 +7,8 @@ import time
 import torch
 from torch import nn
 
-from veneer.frozen.packed import FrozenLinear
 from veneer.kernels.cross_entropy import CHUNK_LOGITS
+from veneer.quant.weight import QuantizedLinear
 
 
 def replay_seconds(model: nn.Module, tokens: int, labels: int, repeats: int = 3) -> float:
@@ -18,7 +18,7 @@ def replay_seconds(model: nn.Module, tokens: int, labels: int, repeats: int = 3)
     the labelled rows alone. Nothing is needed of attention, norms or the adapters themselves.
     """
     head = model.get_output_embeddings()
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | FrozenLinear)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
     shapes = [tuple(shape_of(layer)) for layer in layers if layer is not head]
     dtype = head.weight.dtype
     widest = max(max(shape) for shape in shapes)
@@ -40,5 +40,5 @@ def replay_seconds(model: nn.Module, tokens: int, labels: int, repeats: int = 3)
     return sorted(seconds)[len(seconds) // 2]
 
 
-def shape_of(layer: nn.Linear | FrozenLinear) -> torch.Size:
-    return layer.packed.shape if isinstance(layer, FrozenLinear) else layer.weight.shape
+def shape_of(layer: nn.Linear | QuantizedLinear) -> torch.Size:
+    return layer.packed.shape if isinstance(layer, QuantizedLinear) else layer.weight.shape

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from veneer.frozen.nf4 import BLOCK, BLOCK_OF_SCALES, NF4
+from veneer.files import write_tensors
 from veneer.models.quantize import quantizable
-from veneer.store.files import write_tensors
+from veneer.quant.nf4 import BLOCK, BLOCK_OF_SCALES, NF4
 
 MAGNITUDE = 0.02  # the largest number of a block: such that a layer's output stays about its input
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from veneer.frozen import packed
-from veneer.frozen.nf4 import NF4
 from veneer.kernels.heap import kept_heap
+from veneer.quant import weight as packed
+from veneer.quant.nf4 import NF4
 
 # Tokens in a pass, and the layer's out and in: of a 70B and of a 7B model.
 CASES = ((64, 28672, 8192), (64, 8192, 28672), (512, 11008, 4096), (512, 4096, 11008))

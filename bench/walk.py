@@ -20,12 +20,12 @@ import torch
 
 import veneer
 from veneer.data.encode import Example
-from veneer.frozen import packed
-from veneer.frozen.nf4 import NF4
-from veneer.frozen.packed import named_frozen
 from veneer.lowrank import projection
 from veneer.models.load import load_skeleton
-from veneer.models.stored import load_packed
+from veneer.models.stored import load_quantized
+from veneer.quant import weight as packed
+from veneer.quant.nf4 import NF4
+from veneer.quant.weight import quantized_layers
 from veneer.training.events import Started, Step
 from veneer.training.planned import status
 
@@ -111,7 +111,7 @@ def main() -> None:
     examples = [Example(row, [-100, *row[1:]], "random", 0) for row in ids]
     with watched() as peaks:
         start = time.perf_counter()
-        model = load_packed(asked.base, load_skeleton(asked.base), torch.bfloat16)
+        model = load_quantized(asked.base, load_skeleton(asked.base), torch.bfloat16)
         veneer.attach(model, veneer.LoRA(rank=asked.rank, targets="attention"), seed=0)
         loaded = time.perf_counter() - start
         shares = Shares() if asked.shares else None
@@ -131,7 +131,7 @@ def main() -> None:
             if isinstance(event, Step):
                 steps.append(event)
                 read.append(bytes_read())
-    frozen = [layer.packed for layer in named_frozen(model).values()]
+    frozen = [layer.packed for layer in quantized_layers(model).values()]
     report = {
         "loaded_seconds": loaded,
         "proven_seconds": proven,

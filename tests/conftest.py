@@ -13,6 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # busy with other things costs tenfold. It also makes sums, here and in child processes, repeat.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Tables are as wide here as in any terminal, whatever the tests run in.
+os.environ["COLUMNS"] = "120"
+
 # A shared machine may pause at any moment: no test is judged by the clock.
 settings.register_profile("no-clock", deadline=None)
 settings.load_profile("no-clock")

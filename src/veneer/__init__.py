@@ -6,6 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from veneer.adapter.attach import adapters, attach, detach, in_use, use
+    from veneer.adapter.certify import MergeReport, certify
+    from veneer.adapter.config import LoRA
+    from veneer.adapter.merge import merge
+    from veneer.adapter.method import Method
+    from veneer.adapter.new_tokens import add_tokens, add_words
     from veneer.algebra.combine import combine
     from veneer.algebra.extract import extract
     from veneer.data.load import load_examples
@@ -20,17 +26,11 @@ if TYPE_CHECKING:
         VeneerError,
         VeneerWarning,
     )
+    from veneer.formats.adapters import load, save
+    from veneer.formats.merged import write_model
     from veneer.generate.decode import answer, answers, stream
     from veneer.generate.sampling import Sampling
-    from veneer.lowrank.config import LoRA
-    from veneer.methods.attach import adapters, attach, detach, in_use, use
-    from veneer.methods.certify import MergeReport, certify
-    from veneer.methods.config import Method
-    from veneer.methods.merge import merge
-    from veneer.methods.vocabulary import add_words
     from veneer.models.load import Base, load_base
-    from veneer.store.adapters import load, save
-    from veneer.store.merged import write_model
     from veneer.training.config import TrainConfig
     from veneer.training.loop import train
     from veneer.training.pretrain import pretrain
@@ -46,10 +46,10 @@ _HOMES = {
     "ConfigError": "errors",
     "DataConfig": "training.recipe",
     "DataError": "errors",
-    "LoRA": "lowrank.config",
+    "LoRA": "adapter.config",
     "MergeError": "errors",
-    "MergeReport": "methods.certify",
-    "Method": "methods.config",
+    "MergeReport": "adapter.certify",
+    "Method": "adapter.method",
     "ModelError": "errors",
     "Recipe": "training.recipe",
     "Sampling": "generate.sampling",
@@ -59,27 +59,28 @@ _HOMES = {
     "TrainingError": "errors",
     "VeneerError": "errors",
     "VeneerWarning": "errors",
-    "adapters": "methods.attach",
-    "add_words": "methods.vocabulary",
+    "adapters": "adapter.attach",
+    "add_tokens": "adapter.new_tokens",
+    "add_words": "adapter.new_tokens",
     "answer": "generate.decode",
     "answers": "generate.decode",
-    "attach": "methods.attach",
-    "certify": "methods.certify",
+    "attach": "adapter.attach",
+    "certify": "adapter.certify",
     "combine": "algebra.combine",
-    "detach": "methods.attach",
+    "detach": "adapter.attach",
     "extract": "algebra.extract",
-    "in_use": "methods.attach",
-    "load": "store.adapters",
+    "in_use": "adapter.attach",
+    "load": "formats.adapters",
     "load_base": "models.load",
     "load_examples": "data.load",
-    "merge": "methods.merge",
+    "merge": "adapter.merge",
     "pretrain": "training.pretrain",
-    "save": "store.adapters",
+    "save": "formats.adapters",
     "stream": "generate.decode",
     "train": "training.loop",
     "tune": "training.tune",
-    "use": "methods.attach",
-    "write_model": "store.merged",
+    "use": "adapter.attach",
+    "write_model": "formats.merged",
 }
 
 __all__ = [
@@ -102,6 +103,7 @@ __all__ = [
     "VeneerError",
     "VeneerWarning",
     "adapters",
+    "add_tokens",
     "add_words",
     "answer",
     "answers",

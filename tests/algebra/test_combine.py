@@ -9,13 +9,13 @@ import torch
 from peft.utils import merge_utils
 
 import veneer
-from adapted import logits, tokenizer, with_words
-from states import assert_close, model_with, states_of, whole
-from tiny import tiny
+from support.adapter_states import assert_close, model_with, states_of, whole
+from support.random_adapters import logits, tokenizer, with_words
+from support.tiny_models import tiny
+from veneer.adapter.config import LoRA
 from veneer.algebra.combine import combine
-from veneer.lowrank.config import LoRA
-from veneer.store.adapters import read, write
-from veneer.store.state import capture, install
+from veneer.formats.adapters import read, write
+from veneer.formats.state import capture, install
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 ALL = 99  # a rank that no layer of a tiny model reaches, so that nothing is cut off

@@ -8,13 +8,13 @@ import torch
 from transformers import AutoTokenizer
 
 import veneer
-from adapted import copy_of, logits, shake, tokenizer
-from states import add_to, assert_close, whole, written
-from tiny import tiny
+from support.adapter_states import add_to, assert_close, whole, written
+from support.random_adapters import copy_of, logits, shake, tokenizer
+from support.tiny_models import tiny
+from veneer.adapter.config import LoRA
 from veneer.algebra.extract import extract
-from veneer.lowrank.config import LoRA
-from veneer.store.adapters import write
-from veneer.store.state import capture, install
+from veneer.formats.adapters import write
+from veneer.formats.state import capture, install
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LAYER = "model.layers.0.self_attn.q_proj"

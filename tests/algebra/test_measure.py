@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import veneer
-from states import model_with, states_of, whole
-from tiny import tiny
+from support.adapter_states import model_with, states_of, whole
+from support.tiny_models import tiny
+from veneer.adapter.config import LoRA
 from veneer.algebra.combine import combine
 from veneer.algebra.measure import diff, inspect, is_dora, total_cosine, total_norm
-from veneer.lowrank.config import LoRA
-from veneer.store.state import capture
+from veneer.formats.state import capture
 
 CASES = {
     "llama": ("llama", LoRA(rank=3, targets="all")),

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import veneer
-from adapted import copy_of, logits
-from states import add_to, model_with, states_of, whole, written
-from tiny import tiny
+from support.adapter_states import add_to, model_with, states_of, whole, written
+from support.random_adapters import copy_of, logits
+from support.tiny_models import tiny
+from veneer.adapter.config import LoRA
 from veneer.cli.app import run
-from veneer.lowrank.config import LoRA
-from veneer.store.adapters import read, write
+from veneer.formats.adapters import read, write
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from adapted import shake
-from tiny import tiny
+from support.random_adapters import shake
+from support.tiny_models import tiny
 from veneer.cli.app import run
 from veneer.errors import AdapterError
-from veneer.store.names import RuntimeName
-from veneer.store.serving.check import RUNTIMES, check
+from veneer.formats.names import RuntimeName
+from veneer.formats.runtimes.check import RUNTIMES, check
 
 PEFT_READERS = ("vllm", "sglang", "tgi", "peft")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -259,7 +259,7 @@ def gguf_files(monkeypatch):
     """Recognise GGUF files by their name, whatever reads them."""
     from dataclasses import replace
 
-    from veneer.store import formats
+    from veneer.formats import table as formats
 
     known = replace(formats.FORMATS["gguf"], found=lambda path: path.suffix == ".gguf")
     monkeypatch.setitem(formats.FORMATS, "gguf", known)

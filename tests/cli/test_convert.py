@@ -7,10 +7,10 @@ import loralib
 import torch
 
 import veneer
-from adapted import logits, shake
-from tiny import tiny
+from support.random_adapters import logits, shake
+from support.tiny_models import tiny
 from veneer.cli.app import run
-from veneer.store.adapters import read
+from veneer.formats.adapters import read
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

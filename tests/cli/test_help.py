@@ -13,10 +13,10 @@ import yaml
 
 import veneer.cli.compare
 import veneer.cli.tune
+from veneer.adapter.config import LoRA
+from veneer.adapter.method import Method
 from veneer.cli.app import run
 from veneer.compare.config import CompareConfig
-from veneer.lowrank.config import LoRA
-from veneer.methods.config import Method
 from veneer.training.config import TrainConfig
 from veneer.training.recipe import DataConfig, Recipe
 

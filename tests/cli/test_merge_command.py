@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import veneer
-from adapted import logits, shake, tokenizer
-from tiny import tiny
+from support.random_adapters import logits, shake, tokenizer
+from support.tiny_models import tiny
 from veneer.cli.app import run
 
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 import veneer
-from adapted import shake
+from support.random_adapters import shake
 from veneer.cli import side_by_side
 from veneer.cli.app import run
 from veneer.cli.side_by_side import DIFFERS, marked, table

@@ -19,7 +19,7 @@ from matplotlib.transforms import Bbox
 from rich.console import Console
 
 import veneer
-from compared import job
+from support.comparison_jobs import job
 from veneer.cli import compare as showing
 from veneer.cli.app import run
 from veneer.compare import run as comparing

@@ -2,13 +2,13 @@
 
 import pytest
 
-from compared import job
+from support.comparison_jobs import job
+from veneer.adapter.config import LoRA
 from veneer.compare.budget import parse_budget
 from veneer.compare.config import CompareConfig
 from veneer.compare.job import Job
 from veneer.compare.labels import LABELS, swept
 from veneer.errors import ConfigError
-from veneer.lowrank.config import LoRA
 
 
 @pytest.mark.parametrize("name", LABELS)

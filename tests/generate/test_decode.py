@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import veneer
-from adapted import tokenizer as characters
-from tiny import tiny
+from support.random_adapters import tokenizer as characters
+from support.tiny_models import tiny
 from veneer.data.rows import Message
 from veneer.data.world import facts
 from veneer.errors import ConfigError

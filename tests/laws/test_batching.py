@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import veneer
-from adapted import (
+from support.more_models import model_of
+from support.random_adapters import (
     WORDS,
     distance,
     examples,
@@ -19,15 +20,14 @@ from adapted import (
     trained_weights,
     with_words,
 )
-from tiny import ARCHITECTURES, VOCAB, tiny
+from support.tiny_models import ARCHITECTURES, VOCAB, tiny
 from veneer.data.encode import UNLABELLED, Example
 from veneer.data.packing import pack
+from veneer.fused.forward import Forward, choose_forward
 from veneer.training.events import Evaluated, Notice, Step
-from veneer.training.forward import Forward, choose_forward
-from zoo import model_of
 
 ROWS = examples([17, 5, 30, 12, 5, 24, 2])
-FUSED = ("llama", "mistral", "qwen2")  # whose layers are the two functions of lowrank/block.py
+FUSED = ("llama", "mistral", "qwen2")  # whose layers are the two functions of fused/block.py
 EVERY_WAY = [Forward(packed, head) for packed in (True, False) for head in (True, False)]
 
 
@@ -68,7 +68,7 @@ def taken(way: Forward) -> tuple[bool, bool]:
 
 def accepted(model: Any) -> list[Forward]:
     """Return every way that may be taken of this model, by choose_forward's own measure."""
-    from veneer.training import forward as room
+    from veneer.fused import forward as room
 
     rows = [replace(row, labels=row.tokens) for row in ROWS[:3]]
     with torch.no_grad():

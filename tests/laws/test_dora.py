@@ -14,21 +14,23 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import veneer
-from adapted import distance, examples, ids, logits, shake, targets_named
-from tiny import ARCHITECTURES, VOCAB, packed, tiny
-from veneer.frozen.nf4 import NF4
-from veneer.frozen.packed import FrozenLinear
+from support.random_adapters import distance, examples, ids, logits, shake, targets_named
+from support.tiny_models import ARCHITECTURES, VOCAB, packed, tiny
+from veneer.adapter import layers
+from veneer.adapter.active import ActiveAdapters
+from veneer.adapter.adapter import Adapter
+from veneer.adapter.config import LoRA
+from veneer.adapter.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
 from veneer.kernels import gain, gated
 from veneer.kernels.gain import apply_gain_, gain_backward, swiglu_gain_backward
 from veneer.kernels.gated import swiglu_backward
 from veneer.kernels.native import kernel
-from veneer.lowrank import formula, layers
-from veneer.lowrank.adapter import Adapter, Route
-from veneer.lowrank.config import LoRA
+from veneer.lowrank import formula
 from veneer.lowrank.formula import updated_norms
-from veneer.lowrank.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
-from veneer.models.quantize import packed_model
+from veneer.models.quantize import quantized_model
 from veneer.models.source import Source
+from veneer.quant.nf4 import NF4
+from veneer.quant.weight import QuantizedLinear
 from veneer.training.config import TrainConfig
 
 IN, OUT = 64, 8
@@ -55,8 +57,8 @@ def with_adapters(layer: AdaptedLayer, weights: dict[str, float], dropout: float
     for rank, name in enumerate(weights, 1):
         one = adapter(W, rank, plain=name == "plain", dropout=dropout)
         layer.put(name, one)
-        layer.route.configs[name] = LoRA()
-    layer.route.use(weights)
+        layer.active_adapters.configs[name] = LoRA()
+    layer.active_adapters.use(weights)
     return layer
 
 
@@ -67,8 +69,8 @@ def linear(kind: str, *, bias: bool) -> LoRALinear:
         original = Conv1D(OUT, IN).double()
         original.bias = nn.Parameter(torch.randn(OUT, **DOUBLE)) if bias else None
     if kind == "nf4":
-        original = FrozenLinear(NF4.of(original.weight.float(), torch.float32), original)
-    return LoRALinear(original, Route(), transposed=kind == "conv1d")
+        original = QuantizedLinear(NF4.of(original.weight.float(), torch.float32), original)
+    return LoRALinear(original, ActiveAdapters(), transposed=kind == "conv1d")
 
 
 def change(layer: AdaptedLayer) -> Tensor:
@@ -107,7 +109,7 @@ def test_linear_layers_equal_the_formula_both_ways(kind, bias, weights):
 @pytest.mark.parametrize("weights", MIXES)
 def test_embeddings_equal_the_formula_both_ways(weights):
     torch.manual_seed(0)
-    layer = with_adapters(LoRAEmbedding(nn.Embedding(20, 6, **DOUBLE), Route()), weights)
+    layer = with_adapters(LoRAEmbedding(nn.Embedding(20, 6, **DOUBLE), ActiveAdapters()), weights)
     tokens = torch.randint(20, (3, 4))
     wanted = F.embedding(tokens, layer.frozen_weight + change(layer).T)
     found = layer(tokens)
@@ -126,7 +128,7 @@ def test_dropped_inputs_concern_the_low_rank_part_alone(weights):
     mean = torch.stack([layer.train()(x[:4]) for _ in range(4000)]).mean(0)
     assert distance(mean, layer.eval()(x[:4])) < 0.05
     off = dict.fromkeys(weights, 0.0)
-    layer.route.use(off)
+    layer.active_adapters.use(off)
     torch.testing.assert_close(layer.train()(x), layer.original(x))
 
 
@@ -209,8 +211,8 @@ def test_a_gain_of_zero_and_a_row_of_zeros_give_numbers():
     with torch.no_grad():
         layer.original.weight[2] = 0
     layer.add("a", LoRA(rank=2, dora=True), "q", None)
-    layer.route.configs["a"] = LoRA()
-    layer.route.use("a")
+    layer.active_adapters.configs["a"] = LoRA()
+    layer.active_adapters.use("a")
     x = torch.randn(3, IN, **DOUBLE)
     assert torch.equal(layer.double()(x), layer.original(x))
     layer(x).sum().backward()
@@ -293,7 +295,7 @@ def in_four_bits(_: str, place: Path) -> tuple[Any, Any]:
     theirs = LlamaForCausalLM.from_pretrained(
         place / "base", quantization_config=four, dtype=torch.float32
     )
-    ours = packed_model(Source.of_model(skeleton, dense), 4, torch.float32)
+    ours = quantized_model(Source.of_model(skeleton, dense), 4, torch.float32)
     return ours, theirs
 
 
@@ -377,8 +379,8 @@ class Seen(TorchDispatchMode):
 def test_nothing_as_large_as_the_weight_is_made():
     layer = linear("linear", bias=False)
     layer.add("a", LoRA(rank=2, dora=True), "q", None)
-    layer.route.configs["a"] = LoRA()
-    layer.route.use("a")
+    layer.active_adapters.configs["a"] = LoRA()
+    layer.active_adapters.use("a")
     layer.double()
     with Seen(layer.original.weight) as seen:
         layer(torch.randn(5, IN, **DOUBLE)).sum().backward()
@@ -442,8 +444,8 @@ def test_a_row_of_zeros_in_a_mix_is_what_the_others_make_of_it():
     for part in layer.adapters.values():
         torch.nn.init.normal_(part.lora_B)
     for weights in ({"a": 1.0, "b": 1.0}, {"a": 1.0}, {"a": 0.5, "b": -2.0}):
-        layer.route.configs.update(dict.fromkeys(weights, LoRA()))
-        layer.route.use(weights)
+        layer.active_adapters.configs.update(dict.fromkeys(weights, LoRA()))
+        layer.active_adapters.use(weights)
         x = torch.randn(5, IN, **DOUBLE)
         found = layer(x)
         assert distance(found, x @ (layer.frozen_weight + layer.delta()).T) < 1e-5

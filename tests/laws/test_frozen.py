@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import veneer
-from adapted import examples, same, snapshot, targets_named, tokenizer, with_words
-from tiny import ARCHITECTURES, VOCAB, tiny
+from support.random_adapters import examples, same, snapshot, targets_named, tokenizer, with_words
+from support.tiny_models import ARCHITECTURES, VOCAB, tiny
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.training.events import Step, Trained
 

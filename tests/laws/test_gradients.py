@@ -11,17 +11,18 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from adapted import distance, ids, logits, shake, targets_named
-from tiny import ARCHITECTURES, tiny
+from support.random_adapters import distance, ids, logits, shake, targets_named
+from support.tiny_models import ARCHITECTURES, tiny
+from veneer.adapter.active import ActiveAdapters
+from veneer.adapter.adapter import Adapter
+from veneer.adapter.attach import attach, use
+from veneer.adapter.config import LoRA
+from veneer.adapter.layers import LoRAEmbedding, LoRALinear
+from veneer.adapter.new_tokens import NewTokenHead
 from veneer.kernels import cross_entropy
 from veneer.kernels.attention import Packing, UnsupportedAttention, packed_attention
 from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy
-from veneer.lowrank.adapter import Adapter, Route
 from veneer.lowrank.autograd import LowRankLinear
-from veneer.lowrank.config import LoRA
-from veneer.lowrank.layers import LoRAEmbedding, LoRALinear
-from veneer.methods.attach import attach, use
-from veneer.methods.vocabulary import NewWordHead
 
 IN, OUT, RANK = 5, 4, 2
 DOUBLE = {"dtype": torch.float64}
@@ -50,13 +51,15 @@ def lora_linear(
     weights: dict[str, float], *, bias: bool, transposed: bool, dropout: float
 ) -> LoRALinear:
     torch.manual_seed(0)
-    route = Route()
-    layer = LoRALinear(base_layer(transposed=transposed, bias=bias), route, transposed=transposed)
+    active_adapters = ActiveAdapters()
+    layer = LoRALinear(
+        base_layer(transposed=transposed, bias=bias), active_adapters, transposed=transposed
+    )
     for number, name in enumerate(weights, 1):
         # Of several adapters, every other one drops inputs out, so that all ways are gone.
         layer.put(name, adapter(number + 1, 0.5 + number, dropout * (number % 2)))
-        route.configs[name] = LoRA()
-    route.use(weights)
+        active_adapters.configs[name] = LoRA()
+    active_adapters.use(weights)
     return layer
 
 
@@ -162,13 +165,13 @@ def test_embedding_passes_gradcheck(weights, scale):
     original = nn.Embedding(7, OUT, **DOUBLE)
     if scale is not None:
         original.embed_scale = scale
-    route = Route()
-    layer = LoRAEmbedding(original, route)
+    active_adapters = ActiveAdapters()
+    layer = LoRAEmbedding(original, active_adapters)
     for number, name in enumerate(weights, 1):
         A, B = torch.randn(number, 7, **DOUBLE), torch.randn(OUT, number, **DOUBLE)
         layer.put(name, Adapter(A, B, scaling=0.5 + number))
-        route.configs[name] = LoRA()
-    route.use(weights)
+        active_adapters.configs[name] = LoRA()
+    active_adapters.use(weights)
     tokens = torch.tensor([[0, 3, 3], [6, 0, 1]])
     trained = [weight for weight in layer.parameters() if weight.requires_grad]
     assert torch.autograd.gradcheck(lambda *_: layer(tokens), trained)
@@ -220,18 +223,18 @@ DIM, WORDS = 6, 11
 def heads() -> dict[str, nn.Module]:
     torch.manual_seed(1)
     frozen = nn.Linear(DIM, WORDS, bias=False, **DOUBLE).requires_grad_(False)
-    adapted = LoRALinear(nn.Linear(DIM, WORDS, **DOUBLE), Route())
+    adapted = LoRALinear(nn.Linear(DIM, WORDS, **DOUBLE), ActiveAdapters())
     adapted.put(
         "a", Adapter(torch.randn(2, DIM).double(), torch.randn(WORDS, 2).double(), scaling=2.0)
     )
-    adapted.route.weights = {"a": 1.0}
+    adapted.active_adapters.weights = {"a": 1.0}
     rows = nn.Parameter(torch.randn(3, DIM, **DOUBLE))
     return {
         "frozen": frozen,
         "trained": nn.Linear(DIM, WORDS, **DOUBLE),
         "adapted": adapted,
-        "new words": NewWordHead(
-            nn.Linear(DIM, WORDS - 3, bias=False, **DOUBLE), rows, WORDS - 3, Route()
+        "new words": NewTokenHead(
+            nn.Linear(DIM, WORDS - 3, bias=False, **DOUBLE), rows, WORDS - 3, ActiveAdapters()
         ),
     }
 
@@ -272,7 +275,7 @@ def test_labelled_cross_entropy_without_a_gradient_for_hidden(kind):
 
 def test_labelled_cross_entropy_measures_a_head_whose_adapter_rests():
     head = heads()["adapted"]
-    head.route.weights = {}
+    head.active_adapters.weights = {}
     hidden, labels = torch.randn(5, DIM, **DOUBLE), torch.tensor([1, IGNORED, 4, 9, 0])
     with torch.no_grad():
         found = labelled_cross_entropy(hidden, labels, head)

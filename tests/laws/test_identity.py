@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import veneer
-from adapted import distance, logits, same, shake, snapshot, targets_named
-from tiny import ARCHITECTURES, tiny
-from veneer.lowrank.layers import LoRAEmbedding, lora_layers
+from support.random_adapters import distance, logits, same, shake, snapshot, targets_named
+from support.tiny_models import ARCHITECTURES, tiny
+from veneer.adapter.layers import LoRAEmbedding, lora_layers
 
 TARGETS = ["attention", "qv", "mlp", "all", "embedding", "everything"]
 

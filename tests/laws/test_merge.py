@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import veneer
-from adapted import (
+from support.random_adapters import (
     ids,
     logits,
     same,
@@ -18,9 +18,9 @@ from adapted import (
     tokenizer,
     with_words,
 )
-from tiny import ARCHITECTURES, VOCAB, tiny
-from veneer.lowrank.layers import AdaptedLayer, Wrapper
-from veneer.methods.merge import rounded_away
+from support.tiny_models import ARCHITECTURES, VOCAB, tiny
+from veneer.adapter.layers import AdaptedLayer, Wrapper
+from veneer.adapter.merge import rounded_away
 from veneer.models import minigpt
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

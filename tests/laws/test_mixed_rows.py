@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import veneer
-from adapted import distance, ids, shake, targets_named
-from tiny import ARCHITECTURES, packed, tiny
+from support.random_adapters import distance, ids, shake, targets_named
+from support.tiny_models import ARCHITECTURES, packed, tiny
+from veneer.adapter import layers
+from veneer.adapter.active import active_adapters_of
+from veneer.adapter.attach import use_rows
 from veneer.errors import AdapterError
-from veneer.lowrank import layers
-from veneer.methods.attach import use_rows
-from veneer.methods.route import route_of
 
 # Different ranks, targets and kinds, some of them twice, some mixed, and the base between them.
 ROWS = ["plain", None, "wide", {"plain": 0.7, "dora": -0.4}, "dora", "plain", {"wide": 0.5}]
@@ -43,7 +43,7 @@ def assert_rows_agree(model: Any, close: float) -> None:
     use_rows(model, ROWS)
     assert distance(model(tokens, use_cache=False).logits, wanted) < close
     veneer.use(model, None)
-    assert route_of(model).rows is None
+    assert active_adapters_of(model).rows is None
 
 
 @pytest.mark.parametrize("most", [1024, 0], ids=["stacked", "own rows"])

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import veneer
-from adapted import distance, examples, ids, logits, shake, snapshot, targets_named
-from tiny import ARCHITECTURES, packed, source, tiny
+from support.random_adapters import distance, examples, ids, logits, shake, snapshot, targets_named
+from support.tiny_models import ARCHITECTURES, packed, source, tiny
+from veneer.adapter.active import ActiveAdapters
+from veneer.adapter.layers import LoRALinear, lora_layers
+from veneer.adapter.merge import rounded_away
 from veneer.data.packing import pack
-from veneer.frozen.packed import FrozenLinear, Packed, named_frozen
-from veneer.lowrank.adapter import Route
-from veneer.lowrank.layers import LoRALinear, lora_layers
-from veneer.methods.merge import rounded_away
+from veneer.fused.forward import choose_forward
 from veneer.models.fingerprint import fingerprint, parameter_count
 from veneer.models.quantize import pack as pack_weight
-from veneer.models.quantize import packed_model
-from veneer.training.forward import choose_forward
+from veneer.models.quantize import quantized_model
+from veneer.quant.weight import QuantizedLinear, QuantizedWeight, quantized_layers
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 BITS = [4, 8]
@@ -36,7 +36,7 @@ def adapted(architecture: str, bits: int = 4, targets: str = "everything") -> An
 def codes(model: Any) -> dict[str, Tensor]:
     return {
         f"{path.removesuffix('.original')}.{name}": tensor.clone()
-        for path, layer in named_frozen(model).items()
+        for path, layer in quantized_layers(model).items()
         for name, tensor in layer.packed.tensors().items()
     }
 
@@ -52,7 +52,7 @@ def test_every_linear_layer_but_the_head_is_packed(architecture, bits):
     expected = linear - {head} or {
         p for p, m in own.named_modules() if "FalconLinear" in repr(type(m))
     }
-    assert named_frozen(model).keys() == expected
+    assert quantized_layers(model).keys() == expected
     near = 0.5 if bits == 4 else 0.1
     assert 0 < distance(logits(model), logits(own)) < near
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cpu"}
@@ -91,16 +91,16 @@ def test_law_2_what_is_packed_does_not_change(architecture):
 def test_law_3_a_layer_passes_gradcheck(acting, bits, bias):
     torch.manual_seed(0)
     weight = pack_weight(torch.randn(4, 6), bits, torch.float32)
-    original = FrozenLinear(weight, nn.Linear(6, 4, bias=bias)).double()
-    route = Route()
-    layer = LoRALinear(original, route)
+    original = QuantizedLinear(weight, nn.Linear(6, 4, bias=bias)).double()
+    active_adapters = ActiveAdapters()
+    layer = LoRALinear(original, active_adapters)
     for number, name in enumerate(acting, 2):
         layer.add(name, veneer.LoRA(rank=number), "x", None)
-        route.configs[name] = veneer.LoRA(rank=number)
+        active_adapters.configs[name] = veneer.LoRA(rank=number)
     layer.double()
     for part in layer.parameters():
         torch.nn.init.normal_(part)
-    route.use(acting)
+    active_adapters.use(acting)
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     trained = [part for part in layer.parameters() if part.requires_grad]
     assert len(trained) == 2 * len(acting)
@@ -132,7 +132,7 @@ def test_law_3_gradients_are_those_over_the_unpacked_base(architecture, bits, ta
             seed=1,
         )
     )
-    assert not named_frozen(dense)
+    assert not quantized_layers(dense)
     found, wanted = gradients(model, loss_of(model)), gradients(dense, loss_of(dense))
     assert found.keys() == wanted.keys() != set()
     for name in wanted:
@@ -144,7 +144,7 @@ def test_law_4_merged_equals_unmerged(architecture, bits):
     model = adapted(architecture, bits)
     before, said = codes(model), logits(model)
     plain = veneer.merge(model)
-    assert not named_frozen(plain)
+    assert not quantized_layers(plain)
     assert not list(lora_layers(plain))
     assert [type(m) for m in plain.modules()] == [type(m) for m in tiny(architecture).modules()]
     torch.testing.assert_close(logits(plain), said, **CLOSE)
@@ -199,7 +199,7 @@ def test_law_7_packed_padded_and_one_by_one(architecture, bits):
 
 def test_a_packed_head():
     model = packed("qwen2", head=True)
-    assert "lm_head" in named_frozen(model)
+    assert "lm_head" in quantized_layers(model)
     veneer.attach(model, veneer.LoRA(rank=2, targets=["all", "lm_head"]), seed=1)
     chosen, notices = choose_forward(shake(model), ROWS)
     assert chosen.labelled_head
@@ -219,7 +219,7 @@ def test_weights_that_cannot_be_packed(bits, value, says):
     name = "model.layers.1.mlp.up_proj.weight"
     weights.read(name)[3, 4] = value
     with pytest.raises(veneer.ModelError, match=rf"layers\.1\.mlp\.up_proj\.weight .*{says}"):
-        packed_model(weights, bits, torch.float32)
+        quantized_model(weights, bits, torch.float32)
 
 
 def test_a_packed_head_is_unpacked_for_its_products_alone(monkeypatch):
@@ -228,6 +228,6 @@ def test_a_packed_head_is_unpacked_for_its_products_alone(monkeypatch):
     chosen, _ = choose_forward(shake(model), ROWS)
     whole = []
     unpack = type(model.lm_head.packed).dense
-    monkeypatch.setattr(Packed, "dense", lambda self: whole.append(self) or unpack(self))
+    monkeypatch.setattr(QuantizedWeight, "dense", lambda self: whole.append(self) or unpack(self))
     chosen(model, pack(ROWS, range(len(ROWS)))).backward()
     assert not whole  # products take some rows at a time

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from adapted import copy_of, examples, same, snapshot
-from peft_cases import CASES, base, logits, theirs, train_parts, written
+from support.peft_cases import CASES, base, logits, theirs, train_parts, written
+from support.random_adapters import copy_of, examples, same, snapshot
+from veneer.adapter.layers import Wrapper
 from veneer.data.packing import pack
-from veneer.lowrank.layers import Wrapper
-from veneer.training.forward import Forward, choose_forward
+from veneer.fused.forward import Forward, choose_forward
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 NO_PLACE = {"lora_bias alone"}  # in the base, for a bias
@@ -33,7 +33,9 @@ def test_merged_equals_unmerged(case, tmp_path):
     assert not any(isinstance(module, Wrapper) for module in plain.modules())
     torch.testing.assert_close(logits(plain, kind), wanted, **CLOSE)
     adapter = {
-        id(weight) for saved in model.veneer_route.saved.values() for weight in saved.values()
+        id(weight)
+        for saved in model.veneer_active_adapters.saved.values()
+        for weight in saved.values()
     }
     assert not adapter & {id(weight) for weight in plain.parameters()}
     with torch.no_grad():
@@ -45,7 +47,7 @@ def test_merged_equals_unmerged(case, tmp_path):
 
 
 def base_weights(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.veneer_route.base.values()]
+    return [*model.parameters(), *model.veneer_active_adapters.base.values()]
 
 
 def test_a_bias_without_a_place_is_not_merged(tmp_path):

@@ -9,10 +9,9 @@ import pytest
 from torch import Tensor
 
 import veneer
-from adapted import examples, same, tokenizer, trained_weights, with_words
-from tiny import tiny
-from veneer.store import checkpoint
-from veneer.training import metrics
+from support.random_adapters import examples, same, tokenizer, trained_weights, with_words
+from support.tiny_models import tiny
+from veneer.training import checkpoint, metrics
 from veneer.training.events import (
     Checkpointed,
     Evaluated,
@@ -225,7 +224,7 @@ def test_without_evaluation(tmp_path):
 
 
 def test_steps_that_were_skipped_in_a_row_are_remembered(tmp_path, monkeypatch):
-    from veneer.training.forward import Forward
+    from veneer.fused.forward import Forward
 
     def spoilt(self: Forward, model: Any, batch: Any, call: Any = Forward.__call__) -> Tensor:
         loss = call(self, model, batch)

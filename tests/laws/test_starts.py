@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import veneer
-from adapted import (
+from support.random_adapters import (
     distance,
     examples,
     ids,
@@ -20,12 +20,12 @@ from adapted import (
     tokenizer,
     trained_weights,
 )
-from tiny import ARCHITECTURES, packed, tiny
-from veneer.lowrank.config import LoRA
+from support.tiny_models import ARCHITECTURES, packed, tiny
+from veneer.adapter.config import LoRA
+from veneer.adapter.layers import LoRALinear, lora_layers
+from veneer.adapter.start import start_from_gradients
+from veneer.formats.merged import write_model
 from veneer.lowrank.initial import from_gradient, leading, nearest_factors
-from veneer.lowrank.layers import LoRALinear, lora_layers
-from veneer.methods.start import start_from_gradients
-from veneer.store.merged import write_model
 from veneer.training.config import TrainConfig
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -247,9 +247,9 @@ def test_loftq_makes_up_for_what_packing_took(tmp_path):
 
 
 def linears(model: Any) -> dict[str, Any]:
-    from veneer.frozen.packed import named_frozen
+    from veneer.quant.weight import quantized_layers
 
-    return dict(named_frozen(model))
+    return dict(quantized_layers(model))
 
 
 def test_what_cannot_start_is_refused():

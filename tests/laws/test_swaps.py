@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import veneer
-from adapted import logits, same, shake, snapshot
-from tiny import packed, tiny
-from veneer.frozen.packed import named_frozen
+from support.random_adapters import logits, same, shake, snapshot
+from support.tiny_models import packed, tiny
+from veneer.quant.weight import quantized_layers
 
 MANY = 100
 BASES = {
@@ -28,7 +28,7 @@ def bits_of(model: Any) -> dict[str, torch.Tensor]:
     """Return a copy of all that the base is made of, packed or not."""
     codes = {
         f"{path}.{name}": tensor.clone()
-        for path, layer in named_frozen(model).items()
+        for path, layer in quantized_layers(model).items()
         for name, tensor in layer.packed.tensors().items()
     }
     return snapshot(model) | codes
@@ -59,7 +59,7 @@ def test_a_hundred_adapters_in_turn(base, homes):
         if turn % 25 == 0:
             plain = veneer.merge(model)
             with torch.no_grad():
-                for path, _ in list(named_frozen(model).items())[:1]:
+                for path, _ in list(quantized_layers(model).items())[:1]:
                     plain.get_submodule(path.removesuffix(".original")).weight.zero_()
         veneer.detach(model)
     assert torch.equal(logits(model), alone)

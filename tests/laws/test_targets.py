@@ -21,11 +21,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import veneer
-from adapted import targets_named
-from tiny import ARCHITECTURES, tiny
-from veneer.lowrank.layers import lora_layers
-from veneer.methods.report import report_targets
-from veneer.methods.targets import adaptable_layers, resolve
+from support.random_adapters import targets_named
+from support.tiny_models import ARCHITECTURES, tiny
+from veneer.adapter.layers import lora_layers
+from veneer.adapter.report import report_targets
+from veneer.adapter.targets import adaptable_layers, resolve
 
 SHAPE = {
     "vocab_size": 96,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import veneer
-from adapted import examples, ids, logits, same, snapshot, tokenizer, with_words
-from tiny import ARCHITECTURES, packed, tiny
-from veneer.methods.attach import adapters, in_use
+from support.random_adapters import examples, ids, logits, same, snapshot, tokenizer, with_words
+from support.tiny_models import ARCHITECTURES, packed, tiny
+from veneer.adapter.attach import adapters, in_use
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.training.config import TrainConfig
 
@@ -77,7 +77,7 @@ def test_what_is_saved_loads_and_merges(architecture, which, tmp_path):
     said = logits(model)
     plain = veneer.merge(model)
     assert torch.equal(logits(plain), said)
-    assert not hasattr(plain, "veneer_route")
+    assert not hasattr(plain, "veneer_active_adapters")
     assert not hasattr(plain, "veneer_marks")
     veneer.save(model, tmp_path / "a")
     kind = method(which).method

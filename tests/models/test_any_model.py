@@ -20,8 +20,9 @@ from peft import PeftModel
 from torch import Tensor
 
 import veneer
-from adapted import examples, same, shake, snapshot
-from courses import (
+from support.more_models import CAUSAL_NAMES, OTHERS, model_of
+from support.random_adapters import examples, same, shake, snapshot
+from support.trainers import (
     ROWS,
     TOKENS,
     Inputs,
@@ -31,11 +32,10 @@ from courses import (
     trainer_losses,
     veneer_losses,
 )
+from veneer.adapter.layers import Wrapper
 from veneer.data.packing import StepOrder
-from veneer.lowrank.layers import Wrapper
+from veneer.fused.forward import choose_forward
 from veneer.models.fingerprint import base_parameters
-from veneer.training.forward import choose_forward
-from zoo import CAUSAL_NAMES, OTHERS, model_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- the table: written by its tests -->\n", "<!-- the table ends -->\n"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tiny_gguf import random_model, write_model
+from support.tiny_gguf import random_model, write_model
 from veneer.errors import ModelError
 from veneer.models import gguf
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-import spoilt
+from support import spoilt_files
 from veneer.errors import ModelError
 from veneer.models.gguf_header import check_header
 from veneer.models.locate import locate
@@ -101,7 +101,7 @@ def test_each_state_of_a_file_is_looked_at(tmp_path):
 
 
 def test_what_gguf_writes_and_what_people_use_is_right(tmp_path):
-    spoilt.write_gguf(tmp_path / "good")
+    spoilt_files.write_gguf(tmp_path / "good")
     check_header(tmp_path / "good" / "model.gguf")
     try:
         packaged = locate("smollm2-135m")

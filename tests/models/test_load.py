@@ -9,18 +9,18 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tiny import ARCHITECTURES, tiny
+from support.tiny_models import ARCHITECTURES, tiny
+from veneer.adapter.attach import attach, detach
+from veneer.adapter.config import LoRA
+from veneer.adapter.new_tokens import add_tokens
 from veneer.errors import ConfigError, ModelError
-from veneer.lowrank.config import LoRA
-from veneer.methods.attach import attach, detach
-from veneer.methods.vocabulary import add_words
+from veneer.formats.merged import write_model
 from veneer.models import dtype as dtypes
 from veneer.models import minigpt
 from veneer.models.dtype import resolve_dtype
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.models.load import load_base, load_skeleton
 from veneer.models.locate import locate
-from veneer.store.merged import write_model
 
 WORDS = ["a thin layer over a solid board", "the board stays as it was", "veneer and plywood"]
 
@@ -230,7 +230,7 @@ def test_a_fingerprint_tells_tokenizers_apart_but_not_new_words(home):
     other = small_tokenizer(["quite other words", "for another alphabet of pairs"])
     assert len(other) == len(base.tokenizer) or fingerprint(base.model, other) != mark
     assert fingerprint(base.model, other)["tokenizer"] != mark["tokenizer"]
-    add_words(base.model, base.tokenizer, ["xylophyte", "qarrovin"])
+    add_tokens(base.model, base.tokenizer, ["xylophyte", "qarrovin"])
     attach(base.model, LoRA(rank=2))
     assert fingerprint(base.model, base.tokenizer) == mark
     with torch.no_grad():

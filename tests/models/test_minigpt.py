@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tiny import VOCAB, tiny
-from veneer.lowrank.config import LoRA
-from veneer.methods.report import report_targets
+from support.tiny_models import VOCAB, tiny
+from veneer.adapter.config import LoRA
+from veneer.adapter.report import report_targets
 from veneer.models import minigpt
 from veneer.models.load import load_skeleton
 

@@ -20,7 +20,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from tiny import _ALL_HEADS, _SHAPE, CONFIGS, VOCAB
+from support.tiny_models import _ALL_HEADS, _SHAPE, CONFIGS, VOCAB
 
 _FALCON = {
     "vocab_size": VOCAB,

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 import veneer.cli.plan
+from veneer.adapter.config import LoRA
 from veneer.cli.app import run
 from veneer.errors import ModelError
-from veneer.lowrank.config import LoRA
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_shape
 from veneer.plan.methods import adapted_layers

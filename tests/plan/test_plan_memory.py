@@ -10,12 +10,11 @@ from architectures import ALL
 from transformers import AutoModelForCausalLM
 
 from veneer import LoRA
+from veneer.adapter.attach import attach
 from veneer.data.encode import Example
 from veneer.data.packing import pack
 from veneer.errors import ConfigError
-from veneer.frozen.int8 import Int8
-from veneer.frozen.nf4 import NF4
-from veneer.methods.attach import attach
+from veneer.fused.forward import choose_forward
 from veneer.models import minigpt
 from veneer.plan.activations import kept
 from veneer.plan.amounts import Term
@@ -25,7 +24,8 @@ from veneer.plan.methods import adapted_layers, trained_by
 from veneer.plan.plan import comparison, make_plan, replanned
 from veneer.plan.presets import PRESETS
 from veneer.plan.shapes import shape_of
-from veneer.training.forward import choose_forward
+from veneer.quant.int8 import Int8
+from veneer.quant.nf4 import NF4
 
 ROWS, LENGTH = 4, 64
 METHODS = ("full", "freeze", "lora", "dora", "qlora", "prefix", "prompt")
@@ -228,10 +228,10 @@ def test_everything_that_cannot_be_planned_is_said_at_once():
 
 
 def test_the_constants_are_those_of_what_is_planned():
-    from veneer.frozen import packed
+    from veneer.fused import forward
     from veneer.kernels import attention, cross_entropy
     from veneer.plan import activations, workspace
-    from veneer.training import forward
+    from veneer.quant import weight as packed
 
     assert workspace.CHUNK_LOGITS == cross_entropy.CHUNK_LOGITS
     assert workspace.BLOCK_WORDS == cross_entropy.BLOCK_WORDS

@@ -10,9 +10,9 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from veneer import LoRA, Method, TargetError
-from veneer.methods.attach import attach
-from veneer.methods.report import report_targets
-from veneer.methods.targets import adaptable_layers, resolve
+from veneer.adapter.attach import attach
+from veneer.adapter.report import report_targets
+from veneer.adapter.targets import adaptable_layers, resolve
 from veneer.models import minigpt
 from veneer.plan.config import PlanConfig
 from veneer.plan.methods import adapted_layers, trained_by

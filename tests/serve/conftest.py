@@ -2,12 +2,12 @@
 
 import pytest
 
-from adapted import shake
-from serving import running, scripted
-from tiny import tiny
-from veneer.lowrank.config import LoRA
-from veneer.methods.attach import attach
-from veneer.store.adapters import save
+from support.random_adapters import shake
+from support.server import running, scripted
+from support.tiny_models import tiny
+from veneer.adapter.attach import attach
+from veneer.adapter.config import LoRA
+from veneer.formats.adapters import save
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import veneer
-from adapted import distance, ids
-from served import write_adapters
-from tiny import packed, tiny
+from support.random_adapters import distance, ids
+from support.serving_bases import write_adapters
+from support.tiny_models import packed, tiny
 from veneer.kernels import native
 from veneer.serve.compiled import Compiled, Unsuited
 from veneer.serve.general import General

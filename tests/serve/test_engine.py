@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import veneer
-from adapted import tokenizer
-from served import PROMPT, base_of, generated, write_adapter, write_adapters
-from tiny import tiny
+from support.random_adapters import tokenizer
+from support.serving_bases import PROMPT, base_of, generated, write_adapter, write_adapters
+from support.tiny_models import tiny
 from veneer.errors import AdapterError, ConfigError, QueueFull, RequestError
 from veneer.generate.sampling import Sampling
 from veneer.models.load import load_base
@@ -263,7 +263,7 @@ def test_an_adapter_that_does_not_fit_is_an_error_of_its_requests_alone(homes, t
     homes["virtual"] = tmp_path / "virtual"
     with_words = tiny("llama")
     words = tokenizer()
-    veneer.add_words(with_words, words, ["veneer"])
+    veneer.add_tokens(with_words, words, ["veneer"])
     veneer.save(veneer.attach(with_words, veneer.LoRA(rank=2)), tmp_path / "words", tokenizer=words)
     homes["words"] = tmp_path / "words"
     with Engine(base_of(), Library(homes), SMALL) as engine:

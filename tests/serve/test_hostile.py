@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from serving import BASE, call, chat, running, scripted
+from support.server import BASE, call, chat, running, scripted
 from veneer.serve.config import Keys, Limits
 
 NAMES = [

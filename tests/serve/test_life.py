@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import veneer
-from adapted import shake
-from serving import call, chat
+from support.random_adapters import shake
+from support.server import call, chat
 from veneer.cli.app import run
 from veneer.models import minigpt
 

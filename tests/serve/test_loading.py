@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from serving import BASE, call, chat, running, scripted
+from support.server import BASE, call, chat, running, scripted
 from veneer.serve.config import Keys
 
 ADMIN, API = "an-admin-key-of-its-own", "a-key-of-some-length"

@@ -3,7 +3,7 @@
 import openai
 import pytest
 
-from serving import BASE, running, scripted
+from support.server import BASE, running, scripted
 from veneer.serve.config import Keys
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -11,7 +11,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from serving import running, scripted
+from support.server import running, scripted
 from veneer.serve.config import Keys
 
 ADMIN = "an-admin-key-of-its-own"

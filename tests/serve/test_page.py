@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from serving import running, scripted
+from support.server import running, scripted
 from veneer.serve.config import Keys
 
 CHROMIUM = (

@@ -8,9 +8,9 @@ import time
 import pytest
 
 import veneer
-from adapted import shake, tokenizer
-from serving import call, running, scripted
-from tiny import tiny
+from support.random_adapters import shake, tokenizer
+from support.server import call, running, scripted
+from support.tiny_models import tiny
 from veneer.serve import runs as runs_module
 from veneer.serve.about import about
 from veneer.serve.curve import MOST, Curve

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import veneer
-from adapted import distance, examples, same, shake, trained_weights
-from tiny import ARCHITECTURES, tiny
+from support.random_adapters import distance, examples, same, shake, trained_weights
+from support.tiny_models import ARCHITECTURES, tiny
 from veneer.data.encode import UNLABELLED
 from veneer.data.packing import StepOrder
+from veneer.fused.forward import Forward
 from veneer.training import loop, metrics
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
@@ -29,7 +30,6 @@ from veneer.training.events import (
     Stopped,
     Trained,
 )
-from veneer.training.forward import Forward
 
 ROWS = examples([11, 7, 16, 9, 13, 8])
 COURSE = veneer.TrainConfig(lr=0.01, tokens_per_step=30, warmup=0, clip=0)

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
+from veneer.adapter.report import report_quantized
 from veneer.cli.app import run
-from veneer.methods.report import report_packed
-from veneer.models.quantize import packed_model
+from veneer.models.quantize import quantized_model
 from veneer.models.source import Source
 from veneer.plan.config import PlanConfig
 from veneer.plan.methods import adapted_layers
@@ -246,8 +246,8 @@ def test_law_10_planned_bytes_of_a_packed_base_are_the_real_ones():
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        packed = packed_model(Source.of_model(skeleton, model), bits, torch.bfloat16)
-        report = report_packed(packed)
+        packed = quantized_model(Source.of_model(skeleton, model), bits, torch.bfloat16)
+        report = report_quantized(packed)
         adapted = adapted_layers(shape, veneer.LoRA())
         plan = make_plan(PlanConfig(bits=bits), shape, adapted)
         real = report.bytes + report.other_bytes

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import veneer
-from adapted import logits, same, snapshot, targets_named, trained_weights
-from courses import STEPS, batches, sft_losses, trainer, trainer_losses
+from support.more_models import model_of
+from support.random_adapters import logits, same, snapshot, targets_named, trained_weights
+from support.trainers import STEPS, batches, sft_losses, trainer, trainer_losses
 from veneer.training.with_trainer import ADAPTER
-from zoo import model_of
 
 BATCHES = batches()
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.lowrank.adapter import Factors
-from veneer.lowrank.config import LoRA
-from veneer.store.misfits import is_finite
-from veneer.store.parts import EMBEDDING, LINEAR, MAGNITUDE, START
-from veneer.store.peft import without_start
-from veneer.store.state import AdapterState
+from veneer.adapter.config import LoRA
+from veneer.formats.parts import EMBEDDING, LINEAR, MAGNITUDE, START
+from veneer.formats.peft.directory import without_start
+from veneer.formats.state import AdapterState
+from veneer.formats.validate import is_finite
+from veneer.lowrank.formula import Factors
 
 KINDS = (*LINEAR, *EMBEDDING, MAGNITUDE, *START)
 

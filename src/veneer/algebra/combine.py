@@ -11,14 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from veneer.adapter.config import LoRA
 from veneer.algebra.change import Change, LayerFit, changes_of, energy_of, state_of, unfit
 from veneer.algebra.config import CombineConfig, CombineMethod
 from veneer.errors import AdapterError, ConfigError
-from veneer.lowrank.config import LoRA
+from veneer.formats.state import AdapterState
 from veneer.lowrank.formula import delta_weight
 from veneer.lowrank.sparse import agreed, dropped, pruned, threshold, trimmed
 from veneer.lowrank.spectrum import balanced, inner, kept_energy, product_directions, truncated
-from veneer.store.state import AdapterState
 
 Together = list[dict[str, Change]]  # each adapter's changes, its weight within B
 

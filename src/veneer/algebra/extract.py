@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from veneer.adapter.targets import Layer, adaptable_layers
 from veneer.algebra.change import Change, LayerFit, energy_of, state_of
 from veneer.algebra.config import ExtractConfig
 from veneer.errors import AdapterError, ModelError
+from veneer.formats.state import AdapterState, shortest_names
 from veneer.lowrank.spectrum import truncated
-from veneer.methods.targets import Layer, adaptable_layers
 from veneer.models.fingerprint import Marks, fingerprint
 from veneer.models.load import open_base
 from veneer.models.source import Source
-from veneer.store.state import AdapterState, shortest_names
 
 # A fine-tune moves weights by some per cent of their size; two models that were trained apart
 # differ by more than the size itself.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from veneer.adapter.config import LoRA
 from veneer.algebra.change import Change, changes_of, unfit
 from veneer.errors import AdapterError
-from veneer.lowrank.config import LoRA
+from veneer.formats.state import AdapterState
 from veneer.lowrank.spectrum import effective_rank, inner, product_directions
-from veneer.store.state import AdapterState
 
 
 @dataclass(frozen=True)

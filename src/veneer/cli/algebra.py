@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from veneer.adapter.config import LoRA
 from veneer.algebra.change import LayerFit
 from veneer.algebra.combine import combine
 from veneer.algebra.config import CombineConfig, ExtractConfig
@@ -18,10 +19,9 @@ from veneer.algebra.measure import Measured, diff, inspect, is_dora, total_cosin
 from veneer.cli.console import ERRORS, OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.grid import Panel, draw_heatmaps, grid_table
 from veneer.errors import ConfigError, VeneerError
-from veneer.lowrank.config import LoRA
-from veneer.store.adapters import read, write
-from veneer.store.names import FormatName
-from veneer.store.state import AdapterState
+from veneer.formats.adapters import read, write
+from veneer.formats.names import FormatName
+from veneer.formats.state import AdapterState
 from veneer.training.tune import size_of
 
 WIDTH = 110  # columns of the tables where there is no terminal: in fewer, figures would be broken

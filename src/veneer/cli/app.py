@@ -9,17 +9,18 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
+from veneer.adapter.config import LoRA
+from veneer.adapter.method import Method
 from veneer.algebra.config import CombineConfig, ExtractConfig
 from veneer.cli.console import show_error
 from veneer.cli.recipes import from_recipe
 from veneer.compare.config import CompareConfig
 from veneer.errors import ConfigError, VeneerError
+from veneer.formats.names import FormatName, RuntimeName
 from veneer.generate.sampling import Sampling
-from veneer.lowrank.config import LoRA
-from veneer.methods.config import Method
-from veneer.plan.config import PackedBits, PlanConfig
+from veneer.plan.config import PlanConfig
+from veneer.quant.settings import Bits
 from veneer.serve.config import ServeConfig
-from veneer.store.names import FormatName, RuntimeName
 from veneer.training.config import TrainConfig
 from veneer.training.recipe import OUT, DataConfig, DType
 
@@ -52,7 +53,7 @@ DTypeFlag = Annotated[
     DType, Parameter(help="Number format to compute in; auto takes the faster one here.")
 ]
 BitsFlag = Annotated[
-    PackedBits | None,
+    Bits | None,
     Parameter(help="Pack the base's linear layers: 4 bits (NF4) or 8 a parameter."),
 ]
 Picture = Annotated[
@@ -262,7 +263,7 @@ def quantize(
     out: Annotated[Path, Parameter(help="Directory for the packed model.")],
     /,
     *,
-    bits: Annotated[PackedBits, Parameter(help="Bits a parameter: 4 (NF4) or 8.")] = 4,
+    bits: Annotated[Bits, Parameter(help="Bits a parameter: 4 (NF4) or 8.")] = 4,
     pack_head: PackHead = False,
 ) -> None:
     """Pack MODEL into the directory OUT, which is then a base that stays on disk while in use."""

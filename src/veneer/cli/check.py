@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.cli.console import OUTPUT, quieten_libraries
-from veneer.store.names import RuntimeName
-from veneer.store.serving.check import Checked, check
+from veneer.formats.names import RuntimeName
+from veneer.formats.runtimes.check import Checked, check
 
 COLOURS = {"ok": "green", "needs": "yellow", "no": "red"}
 

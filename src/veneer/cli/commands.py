@@ -8,19 +8,19 @@ from pathlib import Path
 from rich.markup import escape
 
 import veneer
+from veneer.adapter.config import LoRA
+from veneer.adapter.report import report_targets
 from veneer.cli.algebra import run_inspect_adapter
 from veneer.cli.console import ERRORS, OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.progress import RunDisplay
-from veneer.cli.tables import packed_table, target_summary, target_table
+from veneer.cli.tables import quantized_table, target_summary, target_table
 from veneer.data.rows import Message
 from veneer.errors import ConfigError
+from veneer.formats.adapters import holds_adapter
+from veneer.formats.quantized import QuantizedLayer, write_quantized
 from veneer.generate.sampling import Sampling
-from veneer.lowrank.config import LoRA
-from veneer.methods.report import report_targets
 from veneer.models.load import Base, load_skeleton, open_base
-from veneer.plan.config import PackedBits
-from veneer.store.adapters import holds_adapter
-from veneer.store.packed import PackedLayer, write_packed
+from veneer.quant.settings import Bits
 from veneer.training.pretrain import pretrain
 from veneer.training.tune import size_of
 
@@ -37,8 +37,8 @@ def run_inspect(model: str, lora: LoRA | None, *, picture: Path | None) -> None:
     report = report_targets(load_skeleton(model), lora or LoRA())
     OUTPUT.print(target_table(report))
     OUTPUT.print(target_summary(report))
-    if report.left_out:
-        OUTPUT.print(f"[yellow]note[/] {escape(report.left_out)}", soft_wrap=True)
+    if report.uncovered:
+        OUTPUT.print(f"[yellow]note[/] {escape(report.uncovered)}", soft_wrap=True)
 
 
 def run_pretrain(out: Path, *, steps: int, seed: int) -> None:
@@ -48,17 +48,19 @@ def run_pretrain(out: Path, *, steps: int, seed: int) -> None:
             display.show(event)
 
 
-def run_quantize(model: str, out: Path, *, bits: PackedBits, pack_head: bool) -> None:
+def run_quantize(model: str, out: Path, *, bits: Bits, pack_head: bool) -> None:
     quieten_libraries()
     source, tokenizer, notices = open_base(model)
     for notice in notices:
         ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
-    layers: list[PackedLayer] = []
-    for shard in write_packed(source, tokenizer, out, bits=bits, name=model, pack_head=pack_head):
+    layers: list[QuantizedLayer] = []
+    for shard in write_quantized(
+        source, tokenizer, out, bits=bits, name=model, pack_head=pack_head
+    ):
         layers += shard.layers
         there = ", there already" if shard.kept else ""
         OUTPUT.print(f"  file {shard.number} of {shard.of}: {bytes_text(shard.bytes)}{there}")
-    OUTPUT.print(packed_table(layers))
+    OUTPUT.print(quantized_table(layers))
     OUTPUT.print(
         f"[bold]Saved[/]   {escape(str(out))} ({bytes_text(size_of(out))})", soft_wrap=True
     )
@@ -71,7 +73,7 @@ def run_generate(
     sampling: Sampling,
     *,
     dtype: str,
-    bits: PackedBits | None,
+    bits: Bits | None,
     force: bool,
     allow_bin: bool,
 ) -> None:
@@ -85,7 +87,7 @@ def run_chat(
     sampling: Sampling,
     *,
     dtype: str,
-    bits: PackedBits | None,
+    bits: Bits | None,
     force: bool,
     allow_bin: bool,
 ) -> None:
@@ -107,7 +109,7 @@ def load_named(
     adapters: Mapping[str, Path],
     *,
     dtype: str,
-    bits: PackedBits | None,
+    bits: Bits | None,
     force: bool = False,
     allow_bin: bool = False,
 ) -> Base:
@@ -133,7 +135,7 @@ def load_adapted(
     adapter: Path | None,
     *,
     dtype: str,
-    bits: PackedBits | None,
+    bits: Bits | None,
     force: bool,
     allow_bin: bool,
 ) -> Base:

@@ -8,9 +8,9 @@ from rich.markup import escape
 
 from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries
 from veneer.errors import ConfigError
+from veneer.formats.convert import convert
+from veneer.formats.names import FormatName
 from veneer.models.load import load_skeleton
-from veneer.store.convert import convert
-from veneer.store.names import FormatName
 from veneer.training.tune import size_of
 
 

@@ -12,11 +12,11 @@ from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.tables import merge_lines, merge_table, merged_table
 from veneer.data.sources import files_of
 from veneer.errors import MergeError, VeneerError
+from veneer.formats.adapters import read as read_adapter
+from veneer.formats.gguf.model import kept_of, write_merged
 from veneer.models.load import load_skeleton
 from veneer.models.locate import locate
-from veneer.plan.config import PackedBits
-from veneer.store.adapters import read as read_adapter
-from veneer.store.gguf_model import kept_of, write_merged
+from veneer.quant.settings import Bits
 from veneer.training.tune import size_of
 
 
@@ -26,7 +26,7 @@ def run_merge(
     out: Path,
     *,
     dtype: str,
-    bits: PackedBits | None,
+    bits: Bits | None,
     probe: Path | None,
     accept_loss: bool,
     force: bool,

@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from veneer.adapter.config import LoRA
 from veneer.cli.console import bytes_text
-from veneer.lowrank.config import LoRA
 from veneer.plan.config import ADAPTING, PlanConfig
-from veneer.plan.find import find_config, packing_of
+from veneer.plan.find import find_config
 from veneer.plan.fit import flags, free_bytes, gentlest
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, comparison, make_plan
 from veneer.plan.shapes import ModelShape, Part, shape_of
+from veneer.quant.settings import quantization_of
 
 # Columns of the output, whatever the terminal's: in fewer, numbers would be cut off or broken.
 WIDTH = 100
@@ -27,7 +28,7 @@ WIDTH = 100
 def run_plan(model: str, lora: LoRA, config: PlanConfig, *, formulas: bool) -> None:
     """Print the plan of training `model`, beside other methods and what is free here."""
     found = find_config(model)
-    shape, packed = shape_of(found), packing_of(found)
+    shape, packed = shape_of(found), quantization_of(found)
     if packed and config.bits is None and config.method in ("lora", "qlora"):
         # As it stands on the disk.
         config = replace(

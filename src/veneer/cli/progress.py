@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from veneer.cli.console import OUTPUT, bytes_text
-from veneer.cli.tables import merge_lines, packed_summary, plan_summary, target_summary
+from veneer.cli.tables import merge_lines, plan_summary, quantized_summary, target_summary
 from veneer.training.events import (
     Checkpointed,
     DataReady,
@@ -77,7 +77,7 @@ class RunDisplay:
                 summary = f"{target_summary(event.targets)}; {event.dtype}"
                 OUTPUT.print(f"[bold]Model[/]   {summary}", soft_wrap=True)
                 if event.packed:
-                    OUTPUT.print(f"  {packed_summary(event.packed)}", soft_wrap=True)
+                    OUTPUT.print(f"  {quantized_summary(event.packed)}", soft_wrap=True)
                 if event.new_words:
                     words = escape(", ".join(event.new_words))
                     OUTPUT.print(f"  {len(event.new_words)} new words: {words}")

@@ -10,7 +10,7 @@ from rich.markup import escape
 from veneer.cli.commands import load_named
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries
 from veneer.errors import VeneerError
-from veneer.plan.config import PackedBits
+from veneer.quant.settings import Bits
 from veneer.serve.config import ServeConfig, read_keys
 
 SHOWN_NAMES = 12
@@ -22,7 +22,7 @@ def run_serve(
     config: ServeConfig,
     *,
     dtype: str,
-    bits: PackedBits | None,
+    bits: Bits | None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     keys = read_keys(config, os.environ)

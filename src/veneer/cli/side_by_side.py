@@ -17,7 +17,7 @@ from veneer.cli.console import OUTPUT
 from veneer.data.rows import Message
 from veneer.errors import ConfigError
 from veneer.generate.sampling import Sampling
-from veneer.plan.config import PackedBits
+from veneer.quant.settings import Bits
 
 BASE = "base"
 DIFFERS = "bold yellow underline"
@@ -29,7 +29,7 @@ def run_compared_chat(
     sampling: Sampling,
     *,
     dtype: str,
-    bits: PackedBits | None,
+    bits: Bits | None,
     force: bool,
     allow_bin: bool,
 ) -> None:

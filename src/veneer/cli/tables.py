@@ -11,13 +11,13 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from veneer.adapter.certify import MergeReport
+from veneer.adapter.merge import LayerLoss, share
+from veneer.adapter.report import QuantizedReport, TargetLine, TargetReport
 from veneer.cli.console import bytes_text
-from veneer.methods.certify import MergeReport
-from veneer.methods.merge import LayerLoss, share
-from veneer.methods.report import PackedReport, TargetLine, TargetReport
+from veneer.formats.gguf.model import MergedTensor, kept_of
+from veneer.formats.quantized import QuantizedLayer
 from veneer.plan.plan import Plan
-from veneer.store.gguf_model import MergedTensor, kept_of
-from veneer.store.packed import PackedLayer
 
 
 def target_summary(report: TargetReport) -> str:
@@ -39,7 +39,7 @@ def plan_summary(plan: Plan, room: int | None) -> str:
     return f"{bytes_text(plan.memory.peak)}{there}: {', '.join(parts)}"
 
 
-def packed_summary(report: PackedReport) -> str:
+def quantized_summary(report: QuantizedReport) -> str:
     """Return one line: what of the base is packed, and its real size."""
     return (
         f"{report.layers} linear layers in {report.kind}: {report.bits:.3f} bits a parameter, "
@@ -47,9 +47,9 @@ def packed_summary(report: PackedReport) -> str:
     )
 
 
-def packed_table(layers: Sequence[PackedLayer]) -> Table:
+def quantized_table(layers: Sequence[QuantizedLayer]) -> Table:
     """Return the packed layers; those of the same name and shape share a line."""
-    same: dict[tuple[str, int, int], list[PackedLayer]] = defaultdict(list)
+    same: dict[tuple[str, int, int], list[QuantizedLayer]] = defaultdict(list)
     for layer in layers:
         same[_in_block(layer.path), layer.out, layer.in_].append(layer)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")

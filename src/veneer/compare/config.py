@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+from veneer.adapter.config import split_names
 from veneer.compare.budget import Budget, parse_budget
 from veneer.compare.labels import LABELS, Label, swept
 from veneer.errors import ConfigError, nearest
-from veneer.lowrank.config import split_names
 from veneer.training.recipe import DType
 
 METHODS = ",".join(LABELS)

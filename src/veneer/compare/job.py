@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from veneer.compare.labels import Label
 from veneer.errors import ConfigError, differences
-from veneer.store.files import read_json, write_json
+from veneer.files import read_json, write_json
 
 Kind = Literal["base", "trial", "run"]
 # How the names of their files end, and of the directory of what a task keeps, while it is weighed.

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from veneer.methods.config import Method
-from veneer.plan.config import PackedBits
+from veneer.adapter.method import Method
+from veneer.quant.settings import Bits
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Label:
     lr: float = 0.0
     method: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] = field(default_factory=dict)
-    bits: PackedBits | None = None
+    bits: Bits | None = None
     lora_plus_ratio: float | None = None
     run: str = ""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from veneer.compare.quality import TITLES, Measure
 from veneer.compare.summary import Comparison, Row
-from veneer.store.files import write_json, write_text
+from veneer.files import write_json, write_text
 
 KINDS: dict[Measure, str] = {"exact": "exact match", "bleu": "BLEU"}
 TABLE, NUMBERS = "comparison.md", "comparison.json"

@@ -21,7 +21,7 @@ from veneer.compare.summary import Comparison
 from veneer.data.questions import read_questions
 from veneer.data.sources import files_of
 from veneer.errors import ConfigError, DataError, VeneerError
-from veneer.store.files import check_replaceable, write_text
+from veneer.files import check_replaceable, write_text
 from veneer.training.events import Event, Notice
 
 RUNS = "runs"

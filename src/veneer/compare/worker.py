@@ -21,6 +21,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from veneer.adapter.attach import attach, use
+from veneer.adapter.config import LoRA
+from veneer.adapter.merge import merge
+from veneer.adapter.method import Method
+from veneer.adapter.virtual import context_left
 from veneer.compare.job import JOB, KEPT, RESULT, Job, Result, write_result
 from veneer.compare.labels import MOST_VIRTUAL
 from veneer.compare.quality import bleu, exact, measure_of
@@ -33,22 +38,17 @@ from veneer.data.rows import Message, Sourced, Text, texts_of
 from veneer.data.sources import check, read_rows
 from veneer.data.world import world_text
 from veneer.errors import AdapterError, TrainingError, VeneerError
-from veneer.frozen.packed import named_frozen
+from veneer.formats import adapters, merged
+from veneer.fused.forward import choose_forward
 from veneer.generate.decode import answers, check_prompts
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
-from veneer.lowrank.config import LoRA
-from veneer.methods.attach import attach, use
-from veneer.methods.config import Method
-from veneer.methods.merge import merge
-from veneer.methods.virtual import context_left
 from veneer.models.fingerprint import base_parameters, fingerprint, parameter_count
 from veneer.models.load import Base, load_base
-from veneer.store import adapters, merged
+from veneer.quant.weight import quantized_layers
 from veneer.training.config import TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import Notice, Skipped, Step
-from veneer.training.forward import choose_forward
 from veneer.training.loop import train
 from veneer.training.planned import begin_measuring, status
 from veneer.training.recipe import DataConfig, DType, Recipe
@@ -156,7 +156,7 @@ def recipe_of(job: Job) -> Recipe:
 def base_digests(model: PreTrainedModel) -> dict[str, str]:
     """Return a hash of every number of each of the base's weights, packed or not, by its path."""
     tensors = base_parameters(model)
-    for path, layer in named_frozen(model).items():
+    for path, layer in quantized_layers(model).items():
         place = ".".join(part for part in path.split(".") if part != "original")
         tensors |= {f"{place}.{name}": t for name, t in layer.packed.tensors().items()}
     return {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.frozen.packed import Packed, linear, product_back
+from veneer.quant.weight import QuantizedWeight, linear, product_back
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -24,7 +24,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,  # (tokens, in)
-        weight: Tensor | Packed,  # (out, in)
+        weight: Tensor | QuantizedWeight,  # (out, in)
         bias: Tensor | None,  # (out,)
         A: Tensor,  # (rank, in), x's dtype
         B: Tensor,  # (out, rank), x's dtype, scaled

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.native import kernel
-from veneer.lowrank.config import Init
+
+Factors = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 
 
-def new_A(rank: int, in_features: int, init: Init, generator: torch.Generator | None) -> Tensor:
+def new_A(rank: int, in_features: int, init: str, generator: torch.Generator | None) -> Tensor:
     """Return A (rank, in), float32: small and random.
 
     kaiming: uniform in ±1/√in, what `kaiming_uniform_(a=√5)` comes to (loralib's layers.py, PEFT).

@@ -8,19 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.frozen.packed import Packed, dense
-from veneer.lowrank.adapter import Factors
-from veneer.lowrank.config import Init
+from veneer.lowrank.formula import Factors
+from veneer.quant.weight import QuantizedWeight, dense
 
 ITERATIONS, MORE = 30, 16  # of the subspace; directions beside those asked for
 GAMMA = 16.0  # LoRA-GA's stable scale (Wang et al. 2024, section 3.3)
 
 
 def start_factors(
-    weight: Tensor | Packed,
+    weight: Tensor | QuantizedWeight,
     rank: int,
     scaling: float,
-    init: Init,
+    init: str,
     generator: torch.Generator | None,
 ) -> Factors | None:
     """Return A₀ (rank, in) and B₀ (out, rank), float32, or None where B starts at zero.
@@ -38,7 +37,7 @@ def start_factors(
     return None
 
 
-def directions(init: Init, rank: int) -> int:
+def directions(init: str, rank: int) -> int:
     """Return how many directions a weight must have, so that factors can start from it."""
     return {"pissa": rank, "olora": rank, "lora_ga": 2 * rank}.get(init, 0)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.frozen.packed import Packed, product, product_back
 from veneer.kernels.gain import apply_gain_, gain_backward
+from veneer.quant.weight import QuantizedWeight, product, product_back
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Projection:
     nothing acts; gain (out,), float32 or wider: DoRA's factor of each output, or None for 1.
     """
 
-    weight: Tensor | Packed
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None
     A: Tensor
     B: Tensor
     gain: Tensor | None = None
 
     @classmethod
-    def plain(cls, weight: Tensor | Packed, bias: Tensor | None) -> Projection:
+    def plain(cls, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Projection:
         """Return the projection on which no adapter acts."""
         out, in_ = weight.shape
         nothing = torch.empty(0, dtype=weight.dtype, device=weight.device)

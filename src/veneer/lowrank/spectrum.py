@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.lowrank.adapter import Factors
+from veneer.lowrank.formula import Factors
 from veneer.lowrank.initial import leading
 
 Directions = tuple[Tensor, Tensor, Tensor]  # U (out, k), S (k,), V (in, k)

@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import ModelError
-from veneer.frozen.packed import FrozenLinear, Packed
+from veneer.quant.weight import QuantizedLinear, QuantizedWeight
 
 
 def assemble(
-    skeleton: PreTrainedModel, weights: Iterable[tuple[str, Tensor | Packed]], dtype: torch.dtype
+    skeleton: PreTrainedModel,
+    weights: Iterable[tuple[str, Tensor | QuantizedWeight]],
+    dtype: torch.dtype,
 ) -> PreTrainedModel:
     """Return the skeleton, which stood on the meta device, with its weights in place.
 
@@ -24,12 +26,12 @@ def assemble(
     for name, weight in weights:
         path, _, part = name.rpartition(".")
         owner = skeleton.get_submodule(path)
-        turned = isinstance(weight, Packed) and isinstance(owner, Conv1D)
+        turned = isinstance(weight, QuantizedWeight) and isinstance(owner, Conv1D)
         shape, wanted = tuple(weight.shape), tuple(getattr(owner, part).shape)
         if shape != (wanted[::-1] if turned else wanted):
             raise ModelError(f"{name} is {shape}, but this model's is {wanted}.")
-        if isinstance(weight, Packed):
-            frozen = FrozenLinear(weight, owner, transposed=turned)
+        if isinstance(weight, QuantizedWeight):
+            frozen = QuantizedLinear(weight, owner, transposed=turned)
             skeleton.set_submodule(path, frozen)
         elif part in owner._buffers:
             owner._buffers[part] = weight

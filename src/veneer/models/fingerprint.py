@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from veneer.frozen.packed import named_frozen
+from veneer.quant.weight import quantized_layers
 
 SAMPLES = 16  # values read of each weight, evenly spread
 # Settings that change what the same weights compute.
@@ -58,8 +58,10 @@ def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, 
     A tied weight stands there under its first path, or with `every_name` under each. Packed weights
     are no parameters, and are left out.
     """
-    route = getattr(model, "veneer_route", None)
-    own = {} if route is None else route.base  # where an adapter's weights stand in their place
+    active_adapters = getattr(model, "veneer_active_adapters", None)
+    own = (
+        {} if active_adapters is None else active_adapters.base
+    )  # where an adapter's weights stand in their place
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for path, parameter in model.named_parameters(remove_duplicate=False):
@@ -76,13 +78,13 @@ def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, 
 
 def parameter_count(model: nn.Module) -> int:
     """Return how many parameters the base has, packed or not."""
-    packed = (layer.packed.shape.numel() for layer in named_frozen(model).values())
+    packed = (layer.packed.shape.numel() for layer in quantized_layers(model).values())
     return sum(weight.numel() for weight in base_parameters(model).values()) + sum(packed)
 
 
 def _marks_of(model: nn.Module) -> dict[str, str]:
     weights = base_parameters(model)
-    for path, layer in named_frozen(model).items():
+    for path, layer in quantized_layers(model).items():
         # Packed by others: nothing but the codes is left to tell it by.
         weights[f"{_base_path(path)}.weight"] = layer.packed.tensors()["weight"]
     weights = dict(sorted(weights.items()))

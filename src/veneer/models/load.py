@@ -23,11 +23,10 @@ from veneer.errors import ConfigError, ModelError
 from veneer.models import gguf, minigpt
 from veneer.models.dtype import resolve_dtype
 from veneer.models.locate import MINIGPT_HOME, locate
-from veneer.models.quantize import packed_model
+from veneer.models.quantize import quantized_model
 from veneer.models.source import Source, open_source
-from veneer.models.stored import load_packed
-from veneer.plan.config import PackedBits
-from veneer.plan.find import packing_of
+from veneer.models.stored import load_quantized
+from veneer.quant.settings import Bits, quantization_of
 
 # Left to itself, transformers asks whoever is there whether to run what a model brings along.
 OURS_ALONE: dict[str, Any] = {"trust_remote_code": False}
@@ -50,7 +49,7 @@ def load_base(
     name: str | Path,
     *,
     dtype: str = "auto",
-    bits: PackedBits | None = None,
+    bits: Bits | None = None,
     pack_head: bool = False,
 ) -> Base:
     """Load a base for training or generation, on the GPU where there is one.
@@ -70,14 +69,14 @@ def load_base(
     notices: tuple[str, ...] = ()
     with gguf.read_once():
         config = None if _is_gguf(place) and not bits else load_config(name)
-        if config is not None and packing_of(config.to_dict()):
+        if config is not None and quantization_of(config.to_dict()):
             if bits:
                 raise ModelError(f"{name} is packed already; leave bits out.")
             home = _on_disk(place)
-            model = load_packed(home, _skeleton(config, home), wanted)
+            model = load_quantized(home, _skeleton(config, home), wanted)
         elif config is not None and bits:
             source, notices = _open_dense(place, config)
-            model = packed_model(source, bits, wanted, head=pack_head)
+            model = quantized_model(source, bits, wanted, head=pack_head)
         else:
             model = _dense(place, wanted)
         tokenizer = _tokenizer(place)
@@ -111,7 +110,7 @@ def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[
     """
     with gguf.read_once():
         place, config = locate(name), load_config(name)
-        if packing_of(config.to_dict()):
+        if quantization_of(config.to_dict()):
             raise ModelError(f"{name} is packed already.")
         source, notices = _open_dense(place, config)
         return source, _tokenizer(place), notices

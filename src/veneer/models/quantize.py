@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import ConfigError, ModelError
-from veneer.frozen.packed import Packed
 from veneer.models.assemble import assemble
 from veneer.models.fingerprint import Marks
 from veneer.models.source import Source
-from veneer.plan.config import PackedBits
+from veneer.quant.settings import Bits
+from veneer.quant.weight import QuantizedWeight
 
 
 def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, nn.Module]:
@@ -32,40 +32,40 @@ def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, n
     }
 
 
-def pack(weight: Tensor, bits: PackedBits, dtype: torch.dtype) -> Packed:
+def pack(weight: Tensor, bits: Bits, dtype: torch.dtype) -> QuantizedWeight:
     """Return a weight (out, in) in 4 or 8 bits a number, to be unpacked to `dtype`."""
     # bitsandbytes takes a second to import, and nobody else needs it.
     if bits == 4:
-        from veneer.frozen.nf4 import NF4
+        from veneer.quant.nf4 import NF4
 
         return NF4.of(weight, dtype)
-    from veneer.frozen.int8 import Int8
+    from veneer.quant.int8 import Int8
 
     return Int8.of(weight, dtype)
 
 
-def packed_model(
-    source: Source, bits: PackedBits, dtype: torch.dtype, *, head: bool = False
+def quantized_model(
+    source: Source, bits: Bits, dtype: torch.dtype, *, head: bool = False
 ) -> PreTrainedModel:
     """Return the base with its linear layers packed; it keeps the fingerprint that it had before.
 
     Raises what `packed_weights` does.
     """
     marks = Marks(source.skeleton)
-    weights = packed_weights(source, bits, dtype, head=head, seen=marks.see)
+    weights = quantized_weights(source, bits, dtype, head=head, seen=marks.see)
     model = assemble(source.skeleton, weights, dtype)
     model.veneer_marks = marks.found()  # type: ignore[assignment]
     return model
 
 
-def packed_weights(
+def quantized_weights(
     source: Source,
-    bits: PackedBits,
+    bits: Bits,
     dtype: torch.dtype,
     *,
     head: bool = False,
     seen: Callable[[str, Tensor], None],
-) -> Iterator[tuple[str, Tensor | Packed]]:
+) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     """Yield every weight of the source by its name, those of `quantizable` layers packed.
 
     `seen` is told each weight as it was read. Raises ModelError for one with values that are not

@@ -14,17 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.errors import ModelError
-from veneer.frozen.mapped import ReadAhead, map_tensors
-from veneer.frozen.packed import Packed, named_frozen
 from veneer.models.assemble import assemble
 from veneer.models.source import model_files
+from veneer.quant.mapped import ReadAhead, map_tensors
+from veneer.quant.weight import QuantizedWeight, quantized_layers
 
 # What bitsandbytes keeps beside a packed weight.
 BESIDE = re.compile(r"(?P<path>.+)\.(?P<part>weight\..+|SCB|weight_format)")
 REPORT = "veneer.json"  # beside config.json: the base it was made of, and what packing cost
 
 
-def load_packed(directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def load_quantized(
+    directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype
+) -> PreTrainedModel:
     """Return the model of a packed directory; its large tensors stay in their files.
 
     Layers are read ahead in the direction in which they are used. Raises ModelError.
@@ -55,7 +57,7 @@ def _marks(directory: Path) -> dict[str, str]:
 
 def _weights(
     stored: Mapping[str, Tensor], skeleton: PreTrainedModel, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor | Packed]]:
+) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     beside: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in stored.items():
         if found := BESIDE.fullmatch(name):
@@ -70,9 +72,9 @@ def _weights(
             raise ModelError(f"{name} cannot be read as a packed weight ({error!r}).") from error
 
 
-def _weight(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Packed:
-    from veneer.frozen.int8 import Int8
-    from veneer.frozen.nf4 import NF4, STATE
+def _weight(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | QuantizedWeight:
+    from veneer.quant.int8 import Int8
+    from veneer.quant.nf4 import NF4, STATE
 
     if any(part.startswith(STATE) for part in parts):
         return NF4.stored(parts, dtype)
@@ -83,8 +85,8 @@ def _weight(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Packed:
 
 def _read_ahead(model: PreTrainedModel) -> None:
     """Read the packed weights of one block while those of another are used."""
-    blocks: dict[str, list[Packed]] = defaultdict(list)
-    for path, layer in named_frozen(model).items():
+    blocks: dict[str, list[QuantizedWeight]] = defaultdict(list)
+    for path, layer in quantized_layers(model).items():
         block = re.match(r".*?\.\d+(?=\.)", path)
         if block:
             blocks[block[0]].append(layer.packed)

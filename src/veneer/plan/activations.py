@@ -7,7 +7,7 @@ from veneer.plan.config import PlanConfig
 from veneer.plan.methods import Trained
 from veneer.plan.shapes import ModelShape, Part
 
-# Packed batches are filled up to a multiple of this (TOKENS_STEP in training/forward.py).
+# Packed batches are filled up to a multiple of this (TOKENS_STEP in fused/forward.py).
 TOKENS_STEP = 64
 FLOAT32 = 4
 # Layers that lead out of attention: their input is its output, not the residual stream.
@@ -29,14 +29,14 @@ def tokens_of(config: PlanConfig) -> int:
 
 
 def is_fused(shape: ModelShape, trained: Trained) -> bool:
-    """Say whether the blocks are computed as the two functions of lowrank/block.py."""
+    """Say whether the blocks are computed as the two functions of fused/block.py."""
     dropout = any(each.dropout for each in trained.adapted)
     return shape.fused and not (trained.weights or dropout or trained.prefix)
 
 
 def recompute_of(config: PlanConfig, shape: ModelShape, trained: Trained) -> str:
     """Return what is computed again: whole layers for `selective` where the two functions do not
-    suit, as training/forward.py chooses."""
+    suit, as fused/forward.py chooses."""
     if config.recompute == "selective" and not is_fused(shape, trained):
         return "full"
     return config.recompute
@@ -104,7 +104,7 @@ def _by_two_functions(
 ) -> list[Term]:
     """x of both halves, attention's output, q, k, v, gate and up, A x, and attention's sums.
 
-    `selective` makes q, k, v, gate, up and their A x again (save_for_backward in lowrank/block.py).
+    `selective` makes q, k, v, gate, up and their A x again (save_for_backward in fused/block.py).
     """
     tokens, width = tokens_of(config), config.width
     sparing = recompute_of(config, shape, trained) == "selective"

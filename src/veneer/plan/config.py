@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from veneer.errors import ConfigError
+from veneer.fused.recompute import Recompute
+from veneer.quant.settings import Bits
 
 MethodName = Literal["full", "freeze", "lora", "dora", "qlora", "prefix", "prompt"]
-PackedBits = Literal[4, 8]
 DType = Literal["bf16", "float32"]
-Recompute = Literal["none", "selective", "full"]
 ADAPTING = ("lora", "dora", "qlora")  # methods that lay low-rank adapters over layers
 
 
@@ -20,7 +20,7 @@ class PlanConfig:
 
     method: MethodName = "lora"
     """What trains: all, the last blocks, adapters (qlora over 4 bits), or virtual tokens."""
-    bits: PackedBits | None = None
+    bits: Bits | None = None
     """Bits a number in the frozen linear layers: 4 for qlora, else those of the dtype."""
     dtype: DType = "bf16"
     """Number format to compute in, and to hold all in that is not packed."""
@@ -50,7 +50,7 @@ class PlanConfig:
             f"{name} is {value!r}, but must be {', '.join(map(str, get_args(kind)))}"
             for name, value, kind in (
                 ("method", self.method, MethodName),
-                ("bits", self.bits, PackedBits),
+                ("bits", self.bits, Bits),
                 ("dtype", self.dtype, DType),
                 ("recompute", self.recompute, Recompute),
             )

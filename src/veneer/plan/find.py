@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from veneer.errors import ModelError, nearest
-from veneer.plan.config import PackedBits
 from veneer.plan.presets import PRESETS
 from veneer.plan.shapes import ModelShape, shape_of
 
@@ -20,31 +18,6 @@ def find_shape(name: str | Path) -> ModelShape:
     Raises ModelError with what to do.
     """
     return shape_of(find_config(name))
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How bitsandbytes has packed a model."""
-
-    bits: PackedBits
-    head: bool
-
-
-def packing_of(config: Mapping[str, Any]) -> Packing | None:
-    """Return how a model is packed, or None for one that is dense. Raises ModelError for what
-    bitsandbytes did not pack."""
-    how = config.get("quantization_config")
-    if not how:
-        return None
-    method = how.get("quant_method", "an unknown method") if isinstance(how, Mapping) else how
-    if method != "bitsandbytes":
-        raise ModelError(
-            f"This model is packed by {method}, but only bitsandbytes' 4 and 8 bits can be trained "
-            "on here. Take the model that it was made of."
-        )
-    # Nothing is left out where the head is packed too, which a tied one never is.
-    head = how.get("llm_int8_skip_modules") == [] and not config.get("tie_word_embeddings")
-    return Packing(8 if how.get("load_in_8bit") else 4, head)
 
 
 def find_config(name: str | Path) -> Mapping[str, Any]:

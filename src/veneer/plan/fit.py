@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from veneer.fused.recompute import Recompute
 from veneer.plan.activations import is_fused
-from veneer.plan.config import PackedBits, PlanConfig, Recompute
+from veneer.plan.config import PlanConfig
 from veneer.plan.plan import Plan, replanned
+from veneer.quant.settings import Bits
 
 # How much longer a step takes, as docs/performance.md measures it: 1,521 against 1,389 tokens/s for
 # selective; a second forward pass beside one forward and one backward pass for full.
@@ -81,11 +83,11 @@ def flags(before: PlanConfig, after: PlanConfig) -> str:
     return " ".join(found + ["--mapped"] * (after.mapped and not before.mapped))
 
 
-def _bases(config: PlanConfig) -> Iterator[tuple[PackedBits | None, bool]]:
+def _bases(config: PlanConfig) -> Iterator[tuple[Bits | None, bool]]:
     yield config.bits, config.mapped
     if config.mapped or config.method in ("full", "freeze"):
         return
-    smaller: tuple[PackedBits, ...] = (8, 4)
+    smaller: tuple[Bits, ...] = (8, 4)
     for bits in smaller:
         if bits < config.base_bits:
             yield bits, False

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from veneer.adapter.choose import choose
 from veneer.errors import ConfigError
 from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import ADAPTING, PlanConfig
 from veneer.plan.shapes import ModelShape, Part
-from veneer.plan.targets import choose
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Trained:
 
 
 class Adapters(Protocol):
-    """Which layers adapters lie on, and with which ranks: what lowrank/config.py's LoRA says."""
+    """Which layers adapters lie on, and with which ranks: what adapter/config.py's LoRA says."""
 
     @property
     def targets(self) -> str | Sequence[str]: ...

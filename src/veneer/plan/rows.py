@@ -43,7 +43,7 @@ class Architecture:
     names: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     settled: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
-    # Veneer computes its blocks as the two functions of lowrank/block.py.
+    # Veneer computes its blocks as the two functions of fused/block.py.
     fused: bool = False
     # Its norms are written out in Python and keep a float32 copy, as LLaMA's RMSNorm does.
     norms_in_python: bool = True

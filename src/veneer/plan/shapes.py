@@ -79,7 +79,7 @@ class ModelShape:
     depth: int  # blocks
     words: int
     context: int | None
-    fused: bool  # whether Veneer computes its blocks as two functions (lowrank/block.py)
+    fused: bool  # whether Veneer computes its blocks as two functions (fused/block.py)
     norms_in_python: bool
     plain_head: bool  # whether it gives the logits as they are, neither scaled nor capped
     rotary: bool  # whether q and k are turned by positions, rather than positions embedded

@@ -16,7 +16,7 @@ from veneer.plan.shapes import ModelShape
 
 CHUNK_LOGITS = 2**24  # logits held at a time (kernels/cross_entropy.py)
 BLOCK_WORDS = 2**14  # rows of the head that one product lays out anew (kernels/cross_entropy.py)
-BLOCK_NUMBERS = 2**23  # of a packed weight, unpacked at a time (frozen/packed.py)
+BLOCK_NUMBERS = 2**23  # of a packed weight, unpacked at a time (quant/weight.py)
 QUERY_BLOCK = 256  # queries whose scores are held at a time (kernels/attention.py)
 
 

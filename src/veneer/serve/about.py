@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterError
+from veneer.files import read_json
+from veneer.formats import native
+from veneer.formats.peft import directory as peft
 from veneer.serve.runs import follow_file, settings_of
-from veneer.store import native, peft
-from veneer.store.files import read_json
 from veneer.training.tune import METRICS, size_of
 
 NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "use_dora": "dora"}

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.frozen.int8 import Int8
-from veneer.frozen.nf4 import NF4
-from veneer.frozen.packed import FrozenLinear
+from veneer.adapter.active import active_adapters_of
+from veneer.adapter.layers import AdaptedLayer
+from veneer.fused.layers import FusedLayer, fused_layers, norm_of
 from veneer.kernels import decode
 from veneer.kernels.norm import rms_norm
-from veneer.lowrank.acting import Rows
-from veneer.lowrank.layers import AdaptedLayer
-from veneer.methods.blocks import decoder_layers
-from veneer.methods.fast_layers import FusedLayer, fused_layers, norm_of
-from veneer.methods.route import route_of
+from veneer.lowrank.update import Rows
+from veneer.models.blocks import decoder_layers
+from veneer.quant.int8 import Int8
+from veneer.quant.nf4 import NF4
+from veneer.quant.weight import QuantizedLinear
 from veneer.serve.resident import Loaded
 from veneer.serve.runner import Chunk
 
@@ -73,7 +73,7 @@ class Compiled:
             generator=torch.Generator().manual_seed(0),
         )
         self.layers = _proven_layers(model, tokens)
-        self.route = route_of(model)
+        self.active_adapters = active_adapters_of(model)
         self.decoder: Any = model.get_decoder()
         self.angles = _angles(self.decoder, self.layers[0], context, self.dtype)
         self._kept: list[Tensor] = []  # what the tables below point to, beside the model's own
@@ -171,11 +171,11 @@ class Compiled:
             return found
         different = list(dict.fromkeys(each for each in acting if each is not None))
         which = tuple(None if each is None else different.index(each) for each in acting)
-        self.route.rows = Rows([each.layers for each in different], which)
+        self.active_adapters.rows = Rows([each.layers for each in different], which)
         try:
             found = module(x[:, None])[:, 0]
         finally:
-            self.route.rows = None
+            self.active_adapters.rows = None
         return found
 
     def _patch(self, loaded: Loaded) -> tuple[int, int]:
@@ -287,7 +287,7 @@ class Compiled:
             if weight.dtype != self.dtype or not weight.is_contiguous():
                 raise Unsuited("its weights are of different dtypes")
             return decode.Linear(weight.data_ptr(), bias, None, None, *weight.shape, decode.NUMBERS)
-        packed = module.packed if isinstance(module, FrozenLinear) else None
+        packed = module.packed if isinstance(module, QuantizedLinear) else None
         if packed is None or packed.before_use is not None or packed.dtype != self.dtype:
             raise Unsuited(
                 "its weights lie in files, or are of a kind that has no compiled product"

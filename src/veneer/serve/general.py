@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from veneer.adapter.active import active_adapters_of
+from veneer.adapter.virtual import keys_values
 from veneer.errors import ConfigError, ModelError
-from veneer.lowrank.acting import Rows
-from veneer.methods.route import route_of
-from veneer.methods.virtual import keys_values
+from veneer.lowrank.update import Rows
 from veneer.serve.resident import Loaded
 from veneer.serve.runner import Chunk
 
@@ -70,7 +70,7 @@ class General:
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
         self.model, self.slots = model, slots
-        self.route = route_of(model)
+        self.active_adapters = active_adapters_of(model)
         try:
             shape = keys_values(model, torch.zeros(1, dtype=torch.long)).shape
         except ConfigError as error:
@@ -172,12 +172,12 @@ class General:
 
     def _forward(self, acting: Sequence[Loaded | None], *, keep: int, **inputs: Any) -> Tensor:
         """Return the last logits of each row, `keep` of them or, for 0, all: float32."""
-        self.route.rows = self._rows(acting)
+        self.active_adapters.rows = self._rows(acting)
         try:
             with torch.inference_mode():
                 out = self.model(**inputs, use_cache=True, logits_to_keep=keep)
         finally:
-            self.route.rows = None
+            self.active_adapters.rows = None
         return out.logits.float()
 
     def _rows(self, acting: Sequence[Loaded | None]) -> Rows:

@@ -10,10 +10,10 @@ from itertools import count
 from pathlib import Path
 from threading import Lock
 
+from veneer.adapter.config import LoRA
+from veneer.adapter.method import in_words
 from veneer.errors import AdapterError, nearest
-from veneer.lowrank.config import LoRA
-from veneer.methods.config import in_words
-from veneer.store.adapters import read
+from veneer.formats.adapters import read
 
 _versions = count(1)
 

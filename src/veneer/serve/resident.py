@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from veneer.adapter.attach import adapted_layer
+from veneer.adapter.config import LoRA
+from veneer.adapter.layers import AdaptedLayer
 from veneer.errors import AdapterError
-from veneer.lowrank.acting import Acting, mixed
-from veneer.lowrank.config import LoRA
-from veneer.lowrank.layers import AdaptedLayer
-from veneer.methods.attach import adapted_layer
+from veneer.formats.adapters import read
+from veneer.formats.fold import listed
+from veneer.formats.parts import adapters_from
+from veneer.formats.state import AdapterState
+from veneer.formats.validate import validate
+from veneer.lowrank.update import LowRankUpdate, mixed
 from veneer.serve.library import Entry
-from veneer.store.adapters import read
-from veneer.store.fold import listed
-from veneer.store.misfits import misfits
-from veneer.store.parts import adapters_from
-from veneer.store.state import AdapterState
 
 ALIGNED = 64  # bytes, a line of the processor's cache
 
@@ -36,7 +36,7 @@ class Loaded:
     """
 
     content: str
-    layers: Mapping[AdaptedLayer, Acting]
+    layers: Mapping[AdaptedLayer, LowRankUpdate]
     nbytes: int
     names: tuple[str, ...]
 
@@ -114,7 +114,7 @@ def load(model: PreTrainedModel, entry: Entry) -> Loaded:
     """
     state = read(entry.directory, model)
     config = _checked(model, state, entry)
-    acting: dict[AdaptedLayer, Acting] = {}
+    acting: dict[AdaptedLayer, LowRankUpdate] = {}
     paths: list[str] = []
     for path, adapter in adapters_from(state, config).items():
         layer = adapted_layer(model, path)
@@ -140,7 +140,7 @@ def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
             f"it has {listed(beyond)} beside its factors, which act on whole batches; merge it, "
             "and serve the merged model"
         )
-    problems = problems or misfits(model, state, None, force=False)
+    problems = problems or validate(model, state, None, force=False)
     if problems:
         raise AdapterError(
             f"The adapter {entry.name!r} in {entry.directory} cannot be served: "
@@ -164,7 +164,7 @@ def _mixed(each: Sequence[tuple[Loaded, float]]) -> Loaded:
 
 
 def _packed(
-    acting: Mapping[AdaptedLayer, Acting], marks: Sequence[str], names: tuple[str, ...]
+    acting: Mapping[AdaptedLayer, LowRankUpdate], marks: Sequence[str], names: tuple[str, ...]
 ) -> Loaded:
     """Return what acts, with all its tensors in one buffer, B as (rank, out) in memory."""
     tensors = [t for one in acting.values() for t in (one.A, one.B.T, one.gain)]
@@ -172,13 +172,13 @@ def _packed(
     device = next(iter(acting)).frozen.device if acting else None
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     laid = iter([_laid(t, part) for t, part in zip(tensors, buffer.split(sizes), strict=True)])
-    layers: dict[AdaptedLayer, Acting] = {}
+    layers: dict[AdaptedLayer, LowRankUpdate] = {}
     content = hashlib.sha256("\n".join(marks).encode())
     for layer in acting:
         A, B, gain = next(laid), next(laid), next(laid)
         assert A is not None
         assert B is not None
-        layers[layer] = Acting(A, B.T, gain)
+        layers[layer] = LowRankUpdate(A, B.T, gain)
         content.update(f"{tuple(A.shape)} {A.dtype} {gain is None}\n".encode())
     content.update(buffer.cpu().numpy().tobytes())
     return Loaded(content.hexdigest(), layers, buffer.nbytes, names)

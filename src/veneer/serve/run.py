@@ -14,6 +14,8 @@ from types import FrameType
 import uvicorn
 
 from veneer.errors import AdapterError, ConfigError, VeneerError
+from veneer.formats import native
+from veneer.formats.peft import directory as peft
 from veneer.models.load import Base
 from veneer.models.locate import locate
 from veneer.serve.app import create_app
@@ -23,7 +25,6 @@ from veneer.serve.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
 from veneer.serve.library import Library
 from veneer.serve.request import EngineConfig
 from veneer.serve.served import Served
-from veneer.store import native, peft
 
 
 @dataclass(frozen=True)

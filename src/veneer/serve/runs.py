@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from veneer.errors import AdapterError
+from veneer.files import read_json
 from veneer.serve.curve import Curve
-from veneer.store.files import read_json
 from veneer.training.tune import METRICS, PROGRESS, RECIPE
 
 RECENT = 20  # steps over which speed is measured, as on the terminal

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from veneer.errors import ConfigError
+from veneer.fused.recompute import Recompute
 
 Schedule = Literal["constant", "cosine", "linear"]
-Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)

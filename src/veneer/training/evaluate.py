@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from veneer.adapter.virtual import tokens_in_front
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder, pack
-from veneer.methods.virtual import tokens_in_front
-from veneer.training.forward import Forward
+from veneer.fused.forward import Forward
 
 
 def evaluate(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from veneer.adapter.certify import MergeReport
+    from veneer.adapter.report import QuantizedReport, TargetReport
     from veneer.data.encode import Summary
-    from veneer.methods.certify import MergeReport
-    from veneer.methods.report import PackedReport, TargetReport
     from veneer.plan.plan import Plan
 
 
@@ -58,7 +58,7 @@ class ModelReady(Event):
     targets: TargetReport
     new_words: tuple[str, ...]
     dtype: str
-    packed: PackedReport | None
+    packed: QuantizedReport | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,20 +15,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from veneer.adapter.adapter import Adapter
+from veneer.adapter.attach import adapters, in_use
+from veneer.adapter.layers import idle_adapters
+from veneer.adapter.lora_plus import lr_ratios
+from veneer.adapter.method import LEARNING_RATES, Method
+from veneer.adapter.start import start_from_gradients
+from veneer.adapter.virtual import idle_virtual, tokens_in_front
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, pack
 from veneer.errors import DataError, TrainingError, differences
+from veneer.fused.forward import Forward, choose_forward
+from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
-from veneer.lowrank.adapter import Adapter
-from veneer.lowrank.layers import idle_adapters
-from veneer.methods.attach import adapters, in_use
-from veneer.methods.config import LEARNING_RATES, Method
-from veneer.methods.lora_plus import lr_ratios
-from veneer.methods.start import start_from_gradients
-from veneer.methods.virtual import idle_virtual, tokens_in_front
-from veneer.store import checkpoint as checkpoints
-from veneer.store.checkpoint import Checkpoint
-from veneer.training.config import Recompute, TrainConfig
+from veneer.training import checkpoint as checkpoints
+from veneer.training.checkpoint import Checkpoint
+from veneer.training.config import TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
     Checkpointed,
@@ -41,7 +43,6 @@ from veneer.training.events import (
     Stopped,
     Trained,
 )
-from veneer.training.forward import Forward, choose_forward
 from veneer.training.optimizer import FlatAdamW
 
 SKIPS_IN_A_ROW = 3  # steps without a finite loss after which going on makes no sense

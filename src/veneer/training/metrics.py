@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from veneer.store.files import write_text
+from veneer.files import write_text
 from veneer.training.events import Evaluated, Event, Started, Step
 
 

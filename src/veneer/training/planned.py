@@ -10,14 +10,15 @@ import torch
 from veneer.errors import ConfigError, ModelError
 from veneer.models.load import load_config
 from veneer.plan.config import MethodName as PlannedMethod
-from veneer.plan.config import PackedBits, PlanConfig
-from veneer.plan.find import find_shape, packing_of
+from veneer.plan.config import PlanConfig
+from veneer.plan.find import find_shape
 from veneer.plan.fit import flags, free_bytes, gentlest
 from veneer.plan.memory import GROWTH, RUNTIME
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, make_plan
 from veneer.plan.presets import PRESETS
 from veneer.plan.shapes import shape_of
+from veneer.quant.settings import Bits, quantization_of
 from veneer.training.recipe import Recipe
 
 
@@ -30,14 +31,14 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
     if torch.cuda.is_available():
         raise ModelError("plans are of the processor's memory, and this runs on a GPU.")
     name, training = recipe.model, recipe.training
-    bits: PackedBits | None = recipe.bits
+    bits: Bits | None = recipe.bits
     head, mapped = recipe.pack_head, False
     if name in PRESETS and not Path(name).exists():
         shape = find_shape(name)
     else:
         config = load_config(name)
         shape = shape_of(config.to_dict())
-        if packing := packing_of(config.to_dict()):
+        if packing := quantization_of(config.to_dict()):
             bits, head, mapped = packing.bits, packing.head, True
     method = recipe.method
     settings = PlanConfig(
@@ -61,7 +62,7 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
     return make_plan(settings, shape, adapted, runtime=runtime)
 
 
-def _planned_method(recipe: Recipe, bits: PackedBits | None) -> PlannedMethod:
+def _planned_method(recipe: Recipe, bits: Bits | None) -> PlannedMethod:
     if recipe.method.method != "lora":
         return recipe.method.method
     if recipe.lora.dora:

@@ -11,6 +11,8 @@ from veneer.data.encode import Encoder, encode_rows, summarize
 from veneer.data.preview import preview
 from veneer.data.rows import Sourced, texts_of
 from veneer.data.world import world_text
+from veneer.files import check_replaceable
+from veneer.formats.merged import write_model
 from veneer.models.minigpt import (
     MiniGPTConfig,
     MiniGPTForCausalLM,
@@ -18,8 +20,6 @@ from veneer.models.minigpt import (
     train_tokenizer,
     wrap_tokenizer,
 )
-from veneer.store.files import check_replaceable
-from veneer.store.merged import write_model
 from veneer.training.config import TrainConfig
 from veneer.training.events import DataReady, Event, Written
 from veneer.training.loop import train

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from veneer.adapter.config import LoRA
+from veneer.adapter.method import LEARNING_RATES, Method
 from veneer.errors import ConfigError
-from veneer.lowrank.config import LoRA
-from veneer.methods.config import LEARNING_RATES, Method
-from veneer.plan.config import PackedBits
+from veneer.quant.settings import Bits
 from veneer.training.config import TrainConfig
 
 DType = Literal["auto", "float32", "bf16"]
@@ -62,7 +62,7 @@ class Recipe:
     training: TrainConfig = field(default_factory=TrainConfig)
     rows: DataConfig = field(default_factory=DataConfig)
     dtype: DType = "auto"
-    bits: PackedBits | None = None
+    bits: Bits | None = None
     pack_head: bool = False
     out: Path = OUT
 

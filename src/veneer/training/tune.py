@@ -13,6 +13,13 @@ from typing import Any, get_args
 import torch
 import yaml
 
+from veneer.adapter.attach import attach
+from veneer.adapter.certify import certify
+from veneer.adapter.merge import merge, why_not_mergeable
+from veneer.adapter.method import MethodName
+from veneer.adapter.new_tokens import add_tokens, find_new_tokens, new_tokens_of
+from veneer.adapter.report import report_quantized, report_trained
+from veneer.adapter.virtual import context_left
 from veneer.data.encode import Encoder, Example, summarize
 from veneer.data.load import load_examples
 from veneer.data.packing import split_held_out
@@ -20,20 +27,13 @@ from veneer.data.preview import preview
 from veneer.data.rows import texts_of
 from veneer.data.sources import read_rows
 from veneer.errors import ConfigError, ModelError, VeneerWarning
-from veneer.methods.attach import attach
-from veneer.methods.certify import certify
-from veneer.methods.config import MethodName
-from veneer.methods.merge import merge, why_not_mergeable
-from veneer.methods.report import report_packed, report_trained
-from veneer.methods.virtual import context_left
-from veneer.methods.vocabulary import add_words, find_words, new_words
+from veneer.files import check_replaceable, write_json, write_text
+from veneer.formats import adapters, merged, native
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, dtype_of, load_base
 from veneer.models.locate import locate
 from veneer.plan.fit import free_bytes
-from veneer.store import adapters, checkpoint, merged, native
-from veneer.store.files import check_replaceable, write_json, write_text
-from veneer.training import metrics
+from veneer.training import checkpoint, metrics
 from veneer.training.events import (
     DataReady,
     Event,
@@ -115,7 +115,7 @@ def tune(
     check_replaceable(recipe.merged, marker=merged.marker_of(base.model))
     words = _new_words(recipe, base)
     if words:
-        add_words(base.model, base.tokenizer, words)
+        add_tokens(base.model, base.tokenizer, words)
     examples, held_out, ready = _data(recipe, base)
     yield ready
     yield from map(Notice, base.notices)
@@ -127,9 +127,9 @@ def tune(
         attach(base.model, recipe.what_trains, seed=seed, tokenizer=base.tokenizer)
     report = report_trained(base.model, recipe.what_trains)
     _train_new_rows(base)
-    yield ModelReady(report, words, _name_of(dtype), report_packed(base.model))
-    if report.left_out:
-        yield Notice(report.left_out)
+    yield ModelReady(report, words, _name_of(dtype), report_quantized(base.model))
+    if report.uncovered:
+        yield Notice(report.uncovered)
 
     if not resume:
         _clear(out)
@@ -270,11 +270,11 @@ def _new_words(recipe: Recipe, base: Base) -> tuple[str, ...]:
         return tuple(word.strip() for word in asked.split(",") if word.strip())
     rows, _ = read_rows(recipe.data, limit=recipe.rows.limit)
     texts = (text for row in rows for text in texts_of(row))
-    return tuple(find_words(texts, base.tokenizer))
+    return tuple(find_new_tokens(texts, base.tokenizer))
 
 
 def _train_new_rows(base: Base) -> None:
-    words = new_words(base.model)
+    words = new_tokens_of(base.model)
     for rows in words.parameters() if words else ():
         rows.requires_grad_(True)
 

@@ -14,8 +14,8 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from veneer.store.adapters import save
-from veneer.store.names import FormatName
+from veneer.formats.adapters import save
+from veneer.formats.names import FormatName
 
 ADAPTER = "adapter"  # the directory's name, in a checkpoint and in the output directory
 

@@ -1,0 +1,70 @@
+"""Which adapters of a model act, and how strongly: one value that all its adapted layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from veneer.errors import AdapterError, nearest
+from veneer.lowrank.update import Rows
+
+Saved = dict[str, nn.Parameter]  # by path, what stands in the place of weights of the base
+
+
+class ActiveAdapters:
+    """Which adapters act, and how strongly: one, a weighted mix, or none; or some on each row.
+
+    All adapted layers of a model share one of these, so that switching costs one assignment however
+    many layers there are.
+    """
+
+    def __init__(self) -> None:
+        self.configs: dict[str, Any] = {}  # by name, what each adapter is
+        self.weights: dict[str, float] = {}
+        # What adapters have in the place of the base's own weights (modules_to_save.py), and the
+        # base's own, where something else stands in their place now.
+        self.saved: dict[str, Saved] = {}
+        self.base: Saved = {}
+        self.notes: dict[str, Mapping[str, Any]] = {}  # by name, how an adapter was trained
+        self.rows: Rows | None = None  # while each row of a batch has its own, which then act alone
+
+    @property
+    def idle(self) -> bool:
+        """Whether there are adapters, none of which acts."""
+        return bool(self.configs) and not self.weights
+
+    def use(self, which: str | Mapping[str, float] | None) -> None:
+        """Let `which` act: a name, a mapping of names to weights, or None for the base alone.
+
+        Raises AdapterError for a name that is not attached.
+        """
+        self.weights = self.checked(which)
+        self.rows = None
+
+    def checked(self, which: str | Mapping[str, float] | None) -> dict[str, float]:
+        """Return names and weights. Raises AdapterError for a name that is not attached."""
+        if which is None:
+            weights: dict[str, float] = {}
+        elif isinstance(which, str):
+            weights = {which: 1.0}
+        else:
+            weights = {name: float(weight) for name, weight in which.items()}
+        unknown = [name for name in weights if name not in self.configs]
+        if unknown:
+            attached = ", ".join(sorted(self.configs)) or "none"
+            raise AdapterError(
+                f"No adapter is called {', '.join(map(repr, unknown))} "
+                f"(attached: {attached}){nearest(unknown[0], self.configs)}."
+            )
+        return weights
+
+
+def active_adapters_of(model: nn.Module) -> ActiveAdapters:
+    """Return the model's active adapters, a value that is made when it is first asked for."""
+    active_adapters = getattr(model, "veneer_active_adapters", None)
+    if active_adapters is None:
+        active_adapters = ActiveAdapters()
+        model.veneer_active_adapters = active_adapters  # type: ignore[assignment]
+    return active_adapters

@@ -1,0 +1,102 @@
+"""LoRA over a parameter that no layer of its own multiplies with, such as a stack of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from veneer.adapter.active import ActiveAdapters
+from veneer.adapter.adapter import Adapter
+from veneer.adapter.config import LoRA
+from veneer.adapter.layers import AdaptedLayer, Wrapper
+from veneer.lowrank.formula import merged_weight, new_A
+
+PARTS = "parts"
+
+
+class LoRAParameters(Wrapper):
+    """A module some of whose parameters are adapted: it computes with W + Σ scaling · B A.
+
+    The sum is made anew in each forward pass, as large as W itself.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.parts = nn.ModuleDict()  # by the parameter's name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        changed = {
+            name: part.changed()
+            for name, part in self.parts.items()
+            if isinstance(part, AdaptedParameter) and part.active()
+        }
+        if not changed:
+            return self.original(*args, **kwargs)
+        return functional_call(self.original, changed, args, kwargs)
+
+
+class AdaptedParameter(AdaptedLayer):
+    """One parameter W of `owner`, (out, in) or a stack of experts (experts, out, in).
+
+    A module that says `is_transposed` keeps its experts as (experts, in, out).
+    """
+
+    def __init__(self, owner: nn.Module, name: str, active_adapters: ActiveAdapters) -> None:
+        nn.Module.__init__(self)
+        self.adapters = nn.ModuleDict()
+        self.tokens = nn.ModuleDict()
+        self.active_adapters = active_adapters
+        self.kept_squares = None
+        self.name = name
+        self._owner = (owner,)  # in a tuple, for it is no part of this one
+        self.training = owner.training
+
+    @property
+    def frozen(self) -> Tensor:
+        weight = self._owner[0]._parameters[self.name]
+        assert weight is not None
+        return self.oriented(weight)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        stack = weight.ndim == 3 and getattr(self._owner[0], "is_transposed", False)
+        return weight.transpose(-1, -2) if stack else weight
+
+    def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
+        *experts, out, in_ = self.frozen.shape
+        rank = config.rank_of(path)
+        As = [new_A(rank, in_, config.init, generator) for _ in range(experts[0] if experts else 1)]
+        A = torch.stack(As) if experts else As[0]
+        adapter = Adapter(A, torch.zeros(*experts, out, rank), scaling=config.scaling_of(path))
+        adapter.lora_A.requires_grad_(not config.lora_fa)
+        self.put(name, adapter)
+
+    def changed(self) -> Tensor:
+        """Return W + Σ w s B A as the owner keeps it, differentiably, in W's dtype."""
+        total = self.frozen
+        for adapter, weight in self.active():
+            A, B = (factor.to(total.dtype) for factor in adapter.factors())
+            total = total + (weight * adapter.scaling) * (B @ A)
+        return self.stored(total)
+
+    def path_in_base(self, path: str) -> str:
+        owner, _, name = path.rpartition(f".{PARTS}.")
+        return f"{owner}.{name}"
+
+    def take_off(self, model: nn.Module, path: str, *, merged: bool = False) -> None:
+        place, _, name = path.rpartition(".")
+        wrapper: Any = model.get_submodule(place)
+        if merged:
+            weight = self.stored(merged_weight(self.frozen, self.delta()))
+            self._owner[0]._parameters[name] = nn.Parameter(weight.contiguous(), False)
+        del wrapper.parts[name]
+        if not wrapper.parts:
+            model.set_submodule(place, wrapper.original)
+
+    def weight_in(self, plain: nn.Module, path: str) -> Tensor:
+        place, _, name = path.rpartition(".")
+        weight = plain.get_submodule(place)._parameters[name]
+        assert weight is not None
+        return self.oriented(weight)

@@ -1,0 +1,109 @@
+"""What would train, counted before anything does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from veneer.adapter.config import LoRA
+from veneer.adapter.method import Method, in_words
+from veneer.adapter.targets import resolve
+from veneer.adapter.uncovered import uncovered
+from veneer.models.fingerprint import base_parameters, parameter_count
+from veneer.quant.weight import quantized_layers
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLine:
+    """One adapted layer: W is `out` × `in_`, and `trained` parameters over it train."""
+
+    path: str
+    out: int
+    in_: int
+    rank: int
+    trained: int
+
+    @property
+    def share(self) -> float:
+        """Trained parameters as a part of the frozen weight's own."""
+        return self.trained / (self.out * self.in_)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetReport:
+    """What trains in words, its parameters and those of the base; the adapted layers, if any; what
+    `all` or `mlp` cannot reach, in words."""
+
+    what: str
+    trained: int
+    base_parameters: int
+    lines: Sequence[TargetLine] = ()
+    uncovered: str | None = None
+
+    @property
+    def share(self) -> float:
+        return self.trained / self.base_parameters
+
+
+def report_targets(model: nn.Module, config: LoRA) -> TargetReport:
+    """Return what `config` would train over `model`, which may stand on the meta device.
+
+    Raises TargetError for targets that match nothing.
+    """
+    lines = []
+    for layer in resolve(model, config):
+        out, in_ = layer.shape
+        rank = config.rank_of(layer.path)
+        factors = tuple(map(math.prod, layer.factor_shapes(rank)))
+        trained = sum(factors)
+        if config.lora_fa:  # without the factor that is random at the start
+            trained = factors[0] if layer.kind == "embedding" else factors[1]
+        trained += out * config.dora
+        lines.append(TargetLine(layer.path, out, in_, rank, trained))
+    trained = sum(line.trained for line in lines)
+    what, whole = f"{len(lines)} layers adapted", parameter_count(model)
+    return TargetReport(what, trained, whole, lines, uncovered(model, config))
+
+
+def report_trained(model: nn.Module, config: LoRA | Method) -> TargetReport:
+    """Return what `config`, which is attached, trains of `model` or beside it."""
+    if isinstance(config, LoRA):
+        return report_targets(model, config)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return TargetReport(in_words(config), trained, parameter_count(model))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedReport:
+    """What of a base is packed, and in how many bytes; the rest, and its bytes."""
+
+    kind: str
+    layers: int
+    parameters: int
+    bytes: int
+    other_parameters: int
+    other_bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits a packed parameter, scales included."""
+        return 8 * self.bytes / self.parameters
+
+
+def report_quantized(model: nn.Module) -> QuantizedReport | None:
+    """Return what of a model's base is packed, or None where nothing is."""
+    packed = [layer.packed for layer in quantized_layers(model).values()]
+    if not packed:
+        return None
+    others = base_parameters(model).values()
+    return QuantizedReport(
+        " and ".join(sorted({type(weight).__name__ for weight in packed})),
+        len(packed),
+        sum(weight.shape.numel() for weight in packed),
+        sum(weight.nbytes for weight in packed),
+        sum(weight.numel() for weight in others),
+        sum(weight.nbytes for weight in others),
+    )

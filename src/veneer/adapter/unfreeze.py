@@ -1,0 +1,67 @@
+"""Train weights of the base itself: all of them, or the last blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.adapter.layers import lora_layers
+from veneer.adapter.method import Method
+from veneer.adapter.virtual import virtual_tokens
+from veneer.errors import AdapterError, ConfigError
+from veneer.models.blocks import decoder_layers
+from veneer.models.fingerprint import base_parameters, fingerprint
+from veneer.quant.weight import quantized_layers
+
+
+def unfreeze(model: PreTrainedModel, config: Method) -> None:
+    """Let the weights train that `config` names, and no others, in place.
+
+    Raises ConfigError where the model has no such blocks or is packed, AdapterError where adapters
+    lie over it: they would belong to a base that is no more.
+    """
+    if quantized_layers(model):
+        raise ConfigError(
+            f"{config.method} trains weights, and packed ones cannot; leave bits out."
+        )
+    if next(lora_layers(model), None) is not None or virtual_tokens(model) is not None:
+        raise AdapterError(
+            f"{config.method} would change the base of the adapters that lie over it."
+        )
+    trained = replaced_weights(model, config)
+    # The marks of the base as it was: what trains will bear the same name and other values.
+    model.veneer_marks = fingerprint(model)  # type: ignore[assignment]
+    model.requires_grad_(False)
+    for weight in trained.values():
+        weight.requires_grad_(True)
+
+
+def replaced_weights(model: PreTrainedModel, config: Method) -> Mapping[str, Any]:
+    """Return the base's weights that `config` trains, by path.
+
+    freeze: the last blocks; with `train_norms` the norms of all blocks and what is left of the
+    decoder behind them; with `train_head` the head. Raises ConfigError where there are not so many
+    blocks.
+    """
+    own = base_parameters(model)
+    if config.method == "full":
+        return own
+    assert config.trained_blocks is not None
+    blocks = decoder_layers(model)
+    if blocks is None or config.trained_blocks > len(blocks):
+        there = "none that can be told apart" if blocks is None else f"{len(blocks)}"
+        raise ConfigError(f"freeze is to train {config.trained_blocks} blocks of {there}.")
+    parts: list[nn.Module | None] = list(blocks[-config.trained_blocks :])
+    if config.train_norms:
+        parts += [module for module in model.modules() if _is_norm(module)]
+    if config.train_head:
+        parts.append(model.get_output_embeddings())
+    wanted = {id(weight) for part in parts if part is not None for weight in part.parameters()}
+    return {path: weight for path, weight in own.items() if id(weight) in wanted}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()

@@ -1,0 +1,96 @@
+"""Save the adapter of a model, and load one of any known format."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.adapter.config import LoRA
+from veneer.errors import VeneerWarning
+from veneer.formats import table as formats
+from veneer.formats.given import Given
+from veneer.formats.known_base import KnownBase
+from veneer.formats.names import FormatName
+from veneer.formats.state import AdapterState, capture, install
+from veneer.models.fingerprint import base_parameters
+
+
+def save(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    name: str | None = None,
+    format: FormatName = "native",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Write the adapter called `name` (by default the one in use) to a directory, all at once.
+
+    `tokenizer`, if given, is kept with a native adapter and ties it to the base's vocabulary.
+    `training` says how the adapter came about, for its model card: {"data": a hash of it, "recipe":
+    the settings}; one that was loaded keeps what it brought. Returns notes: what was folded for a
+    format that says less. Raises AdapterError for what the format cannot express. Warns
+    (VeneerWarning) of weights of the base that train too, which are no part of an adapter.
+    """
+    state = capture(model, name, tokenizer)
+    if isinstance(state.config, LoRA) or not state.config.replaces_weights:
+        own = base_parameters(model)
+        trained = [path for path, weight in own.items() if weight.requires_grad]
+        if beside := [path for path in trained if path not in state.saved]:
+            warnings.warn(
+                f"{', '.join(beside)} train too and are no part of the adapter; keep them with "
+                "the model, as merge(model).save_pretrained(...) does.",
+                VeneerWarning,
+                stacklevel=2,
+            )
+    if training is not None:
+        state = replace(state, training=training)
+    given = Given(KnownBase(model), tokenizer=tokenizer)
+    return formats.write(state, Path(directory), format, given)
+
+
+def load(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    name: str = "default",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    force: bool = False,
+    allow_bin: bool = False,
+    alpha: float | None = None,
+    enable_lora: tuple[bool, ...] | None = None,
+) -> PreTrainedModel:
+    """Lay the adapter in a directory over `model`, frozen and in use, and return the model.
+
+    The format is recognised by content. New words that the adapter brings are added to
+    `tokenizer`. With `allow_bin`, PEFT's adapter_model.bin, a pickle, is read too, but nothing of
+    it except tensors. `alpha` and `enable_lora` are for loralib's files, which do not say them.
+    Raises AdapterError for a damaged adapter or a foreign base (unless `force`).
+    """
+    path = Path(directory)
+    given = Given(KnownBase(model), alpha=alpha, enable_lora=enable_lora, allow_bin=allow_bin)
+    install(model, formats.read(path, given), name=name, tokenizer=tokenizer, force=force)
+    return model
+
+
+def holds_adapter(place: Path) -> bool:
+    """Return whether there is an adapter of a known format at `place`, and no model to load."""
+    return formats.found(place) is not None
+
+
+def read(
+    directory: Path, base: PreTrainedModel | None = None, *, allow_bin: bool = False
+) -> AdapterState:
+    """Read an adapter of any known format; some need the base, or its skeleton, to be known."""
+    known = None if base is None else KnownBase(base)
+    return formats.read(directory, Given(known, allow_bin=allow_bin))
+
+
+def write(state: AdapterState, directory: Path, *, format: FormatName = "native") -> list[str]:
+    """Write an adapter without its model, all at once, and return notes as `save` does."""
+    return formats.write(state, directory, format, Given())

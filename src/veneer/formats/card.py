@@ -1,0 +1,46 @@
+"""A model card: what an adapter is, for people who find it, with a head that hubs read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from veneer.adapter.config import LoRA
+from veneer.adapter.method import in_words
+from veneer.formats.state import AdapterState
+
+# What hubs call a model's use, by PEFT's name for its task.
+USES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+
+
+def card(state: AdapterState) -> str:
+    """Return README.md of an adapter in PEFT's format: base, tags, data's hash and recipe, as far
+    as they are known."""
+    config = state.config
+    kind = "lora" if isinstance(config, LoRA) else config.method
+    head: dict[str, Any] = {"library_name": "peft", "tags": ["veneer", kind]}
+    if state.base_name:
+        head["base_model"] = state.base_name
+        head["tags"].append(f"base_model:adapter:{state.base_name}")
+    if state.task in USES:
+        head["pipeline_tag"] = USES[state.task]
+    base = state.base_name or "an unnamed base"
+    if isinstance(config, LoRA):
+        name, layers = "DoRA" if config.dora else "LoRA", sum(1 for _ in state.layers())
+        what = f"{name} of rank {config.rank} and alpha {config.alpha:g} over {layers} layers of"
+    else:
+        what = f"{in_words(config).capitalize()} for"
+    lines = ["---", yaml.safe_dump(head, sort_keys=True).rstrip(), "---", ""]
+    lines += [f"# An adapter for {base}", "", f"{what} {base}, trained with Veneer.", ""]
+    lines += [
+        "    from peft import PeftModel",
+        "    PeftModel.from_pretrained(base, directory)",
+        "",
+    ]
+    if data := state.training.get("data"):
+        lines += ["## Data", "", f"Hash of its tokens and labels: `{data}`.", ""]
+    if recipe := state.training.get("recipe"):
+        text = yaml.safe_dump(recipe, sort_keys=False).rstrip()
+        lines += ["## Recipe", "", "```yaml", text, "```", ""]
+    return "\n".join(lines)

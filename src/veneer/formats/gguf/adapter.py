@@ -1,0 +1,133 @@
+"""llama.cpp's LoRA file: one GGUF with `<tensor>.lora_a` and `.lora_b` for each adapted tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from veneer.adapter.config import LoRA
+from veneer.errors import AdapterError
+from veneer.files import new_file
+from veneer.formats.fold import start_notes
+from veneer.formats.gguf.mapping import Contents, contents_of, state_of, without_dora
+from veneer.formats.gguf.names import naming_of
+from veneer.formats.peft.directory import without_start
+from veneer.formats.state import AdapterState
+from veneer.models.gguf_header import is_gguf, read_header
+from veneer.models.load import open_base
+from veneer.quant.weight import dense
+
+MARK = "veneer.base_fingerprint."  # what llama.cpp passes over, and we know the base by
+DTypes = Literal["float32", "float16"]
+
+
+def found(path: Path) -> bool:
+    """Say whether a file is an adapter in GGUF, by its content."""
+    try:
+        return is_gguf(path) and read_header(path).values.get("general.type") == "adapter"
+    except (OSError, ValueError):
+        return False
+
+
+def read(path: Path, model_config: PretrainedConfig) -> AdapterState:
+    """Read a LoRA file for the base of this configuration, from which its layers have their paths.
+
+    Raises AdapterError, naming the file.
+    """
+    try:
+        return state_of(_read_contents(path), naming_of(model_config))
+    except (AdapterError, OSError, ValueError, KeyError, NotImplementedError) as error:
+        why = str(error).rstrip(".")
+        raise AdapterError(f"The GGUF adapter {path} cannot be used: {why}.") from error
+
+
+def write(
+    state: AdapterState,
+    path: Path,
+    model_config: PretrainedConfig,
+    *,
+    approximate: bool = False,
+    dtype: DTypes = "float32",
+) -> list[str]:
+    """Write a LoRA file for llama.cpp; return what was folded or approximated, in words.
+
+    With `approximate`, a DoRA is written as the nearest plain LoRA, for which its base is read by
+    the name that the adapter carries. llama.cpp computes with float32 factors as they are; of
+    float16 it rounds the inputs too, and an adapter is small, so that little is to be gained.
+    Raises AdapterError for what the format cannot express.
+    """
+    naming, notes = naming_of(model_config), start_notes(state)
+    plain = without_start(state)
+    if approximate and isinstance(plain.config, LoRA) and plain.config.dora:
+        plain, said = without_dora(plain, _weights(plain))
+        notes += said
+    contents = contents_of(plain, naming)
+    _write_contents(contents, path, dtype)
+    return [*notes, *contents.notes]
+
+
+def _weights(state: AdapterState) -> Callable[[str], Tensor]:
+    if not state.base_name:
+        raise AdapterError("This adapter does not say which base it belongs to, and DoRA needs it.")
+    source, _, _ = open_base(state.base_name)
+    embeddings = {layer.path for layer in state.layers() if layer.is_embedding}
+
+    def weight_of(path: str) -> Tensor:
+        weight = dense(source.read(f"{path}.weight"))
+        turn = path in embeddings or isinstance(source.skeleton.get_submodule(path), Conv1D)
+        return weight.T if turn else weight
+
+    return weight_of
+
+
+def _write_contents(contents: Contents, path: Path, dtype: DTypes) -> None:
+    kept = np.dtype(dtype)
+    with new_file(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, contents.architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, contents.alpha)
+        kinds = gguf.LlamaFileType
+        writer.add_file_type(kinds.ALL_F32 if dtype == "float32" else kinds.MOSTLY_F16)
+        if contents.base_name:
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, contents.base_name)
+        for part, mark in contents.base_fingerprint.items():
+            writer.add_string(MARK + part, mark)
+        for name, array in contents.tensors.items():
+            with np.errstate(over="ignore"):
+                short = array.astype(kept)
+            if not np.isfinite(short).all():
+                raise AdapterError(f"{name} has values that {dtype} cannot hold.")
+            writer.add_tensor(name, short)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _read_contents(path: Path) -> Contents:
+    values = read_header(path).values
+    problems = []
+    for key, wanted in (("general.type", "adapter"), (gguf.Keys.Adapter.TYPE, "lora")):
+        if values.get(key) != wanted:
+            problems.append(f"its {key} is {values.get(key)!r}, and must be {wanted!r}")
+    reader = gguf.GGUFReader(path)
+    if reader.get_field(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS) is not None:
+        problems.append("it acts only from certain tokens on (aLoRA), which is not read")
+    alpha: Any = values.get(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+    if not isinstance(alpha, float):
+        problems.append(f"its alpha is {alpha!r}, which is no number of 32 bits")
+    if problems:
+        raise AdapterError("; ".join(problems))
+    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    marks = {k.removeprefix(MARK): str(v) for k, v in values.items() if k.startswith(MARK)}
+    name = str(values.get("general.base_model.0.name", ""))
+    return Contents(str(values.get("general.architecture")), alpha, tensors, name, marks)

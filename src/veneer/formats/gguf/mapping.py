@@ -1,0 +1,199 @@
+"""Between an adapter and what llama.cpp's LoRA file says of it, on values alone, without files.
+
+llama.cpp adds (alpha / rank) · B (A x), with one alpha for all of the file and each tensor's own
+rank (llama-adapter.h, get_scale).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.adapter.config import LoRA
+from veneer.errors import AdapterError, nearest
+from veneer.formats.fold import listed
+from veneer.formats.gguf.names import HEAD, Naming, turned, turned_back
+from veneer.formats.parts import EMBEDDING, LINEAR, MAGNITUDE
+from veneer.formats.state import AdapterState
+from veneer.lowrank.approximate import nearest_to_dora
+
+A_END, B_END = ".lora_a", ".lora_b"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a LoRA file says: `alpha` for all of it, and its tensors as numpy has them.
+
+    `<name>.lora_a` (rank, in) and `<name>.lora_b` (out, rank); of the embedding (words, rank) and
+    (dim, rank), since llama.cpp looks up rows of A. notes: what was folded, in words.
+    """
+
+    architecture: str
+    alpha: float
+    tensors: dict[str, np.ndarray]
+    base_name: str = ""
+    base_fingerprint: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def contents_of(state: AdapterState, naming: Naming) -> Contents:
+    """Return what llama.cpp reads of a plain LoRA: the same changes, for its names and rows.
+
+    The file's alpha is such that alpha / rank is the scaling of most layers; what other scalings
+    differ by is folded into B. Raises AdapterError, listing all that the format cannot express.
+    """
+    config = state.config
+    if not isinstance(config, LoRA):
+        raise AdapterError(f"GGUF has no adapters of the method {config.method}; only of lora.")
+    layers = list(state.layers())
+    if problems := _not_expressed(state, naming):
+        raise AdapterError("llama.cpp's LoRA cannot express this: " + "; ".join(problems) + ".")
+    wanted = {layer.path: config.scaling_of(layer.path) * len(layer.A) for layer in layers}
+    alpha = float(np.float32(Counter(wanted.values()).most_common(1)[0][0]))
+    tensors: dict[str, np.ndarray] = {}
+    folded = 0
+    for layer in layers:
+        place = naming.places[layer.path]
+        factor = wanted[layer.path] / alpha
+        A, B = layer.A.to(torch.float32), turned(layer.B.to(torch.float64), place.heads)
+        if abs(factor - 1) > 2**-23:  # float32 cannot tell less apart
+            B, folded = factor * B, folded + 1
+        A = A.T if place.is_embedding else A
+        tensors[place.name + A_END] = np.ascontiguousarray(A.numpy())
+        tensors[place.name + B_END] = np.ascontiguousarray(B.to(torch.float32).numpy())
+    notes = []
+    if folded:
+        notes.append(
+            f"{folded} of {len(layers)} layers scale otherwise than by {alpha:g} / rank; "
+            "the difference is folded into their B"
+        )
+    name, marks = state.base_name, dict(state.base_fingerprint)
+    return Contents(naming.architecture, alpha, tensors, name, marks, tuple(notes))
+
+
+def state_of(contents: Contents, naming: Naming) -> AdapterState:
+    """Return the adapter that a LoRA file describes, over the base that `naming` is of.
+
+    Raises AdapterError, listing all that does not belong to that base.
+    """
+    problems = []
+    if contents.architecture != naming.architecture:
+        problems.append(
+            f"it is for {contents.architecture!r}, and the base is {naming.architecture!r}"
+        )
+    paths = {place.name: place for place in naming.places.values() if place.takes_adapters}
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, array in contents.tensors.items():
+        name, end = key[:-7], key[-7:]
+        if end not in (A_END, B_END):
+            problems.append(f"{key!r} is no half of a LoRA, and not read")
+        elif name not in paths:
+            problems.append(f"the base has no {name!r} to adapt{nearest(name, paths)}")
+        elif array.ndim != 2:
+            problems.append(f"{key!r} is no matrix")
+        else:
+            halves.setdefault(name, {})[end] = torch.from_numpy(np.array(array, dtype=np.float32))
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, half in halves.items():
+        place = paths[name]
+        if set(half) != {A_END, B_END}:
+            problems.append(f"{name!r} has {next(iter(half))} alone, without its other half")
+            continue
+        A, B = half[A_END], half[B_END]
+        if place.heads and len(B) % (2 * place.heads):
+            problems.append(f"{name}{B_END} has {len(B)} rows, not so many for each head")
+            continue
+        names = EMBEDDING if place.is_embedding else LINEAR
+        tensors[f"{place.path}.{names[0]}"] = A.T.contiguous() if place.is_embedding else A
+        tensors[f"{place.path}.{names[1]}"] = turned_back(B, place.heads).contiguous()
+        ranks[place.path] = B.shape[1]
+    if not ranks and not problems:
+        problems.append("it adapts nothing")
+    if not (contents.alpha >= 0 and np.isfinite(contents.alpha)):
+        problems.append(f"its alpha is {contents.alpha}")
+    if problems:
+        raise AdapterError("; ".join(problems))
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: r for path, r in ranks.items() if r != rank}
+    config = LoRA(
+        rank=rank,
+        alpha=contents.alpha or rank,  # where it is 0, llama.cpp does not scale
+        targets=_short_names(set(ranks), naming.places),
+        rank_pattern=others,
+        alpha_pattern={} if contents.alpha else {path: float(r) for path, r in others.items()},
+    )
+    marks = dict(contents.base_fingerprint)
+    return AdapterState(config, tensors, base_name=contents.base_name, base_fingerprint=marks)
+
+
+def without_dora(
+    state: AdapterState, weight_of: Callable[[str], Tensor]
+) -> tuple[AdapterState, tuple[str, ...]]:
+    """Return the plain LoRA of the same ranks that is nearest to a DoRA, and how near it is.
+
+    DoRA changes W to m ∘ (W + s B A) / ‖W + s B A‖; of that change, the largest singular values.
+    `weight_of(path)` returns W as (out, in), an embedding's as (dim, words).
+    """
+    config = state.config
+    assert isinstance(config, LoRA)
+    tensors = {k: t for k, t in state.tensors.items() if not k.endswith(f".{MAGNITUDE}")}
+    generator = torch.Generator().manual_seed(0)
+    errors: dict[str, float] = {}
+    lost = whole = 0.0
+    for layer in state.layers():
+        if layer.magnitude is None:
+            continue
+        A, B, missing, change = nearest_to_dora(
+            weight_of(layer.path),
+            layer.A,
+            layer.B,
+            layer.magnitude,
+            config.scaling_of(layer.path),
+            generator,
+        )
+        names = EMBEDDING if layer.is_embedding else LINEAR
+        tensors |= {f"{layer.path}.{names[0]}": A, f"{layer.path}.{names[1]}": B}
+        lost, whole = lost + missing**2, whole + change**2
+        errors[layer.path] = missing / change if change else 0.0
+    plain = replace(state, config=replace(config, dora=False), tensors=tensors)
+    if not errors:
+        return plain, ()
+    worst = max(errors, key=errors.__getitem__)
+    return plain, (
+        f"DoRA was approximated at its own rank: {(lost / whole) ** 0.5 if whole else 0.0:.1%} of "
+        f"its change is missing ({errors[worst]:.1%} in {worst}); a merged model has all of it",
+    )
+
+
+def _not_expressed(state: AdapterState, naming: Naming) -> list[str]:
+    config = state.config
+    assert isinstance(config, LoRA)
+    problems = []
+    if config.dora:
+        problems.append(
+            "DoRA scales W itself; merge it into the model, or ask for the nearest plain LoRA "
+            "(approximate)"
+        )
+    if beyond := state.beyond_factors():
+        problems.append(f"it has no place for {listed(beyond)}; merge it into the model")
+    for layer in state.layers():
+        place = naming.places.get(layer.path)
+        if place is None or not place.takes_adapters:
+            problems.append(f"{layer.path} is nothing that llama.cpp lays an adapter over")
+        elif naming.tied and (place.is_embedding or place.name == HEAD):
+            # It has one tensor for both, and would lay the adapter of one over the other too.
+            problems.append(f"{layer.path} is embedding and head in one there; merge it")
+    return problems
+
+
+def _short_names(paths: set[str], places: Iterable[str]) -> tuple[str, ...]:
+    """Return last names where these say exactly which layers are meant, and whole paths if not."""
+    names = {path.rpartition(".")[2] for path in paths}
+    same = {path for path in places if path.rpartition(".")[2] in names}
+    return tuple(sorted(names if same == paths else paths))

@@ -1,0 +1,119 @@
+"""What llama.cpp calls the layers of a base, and how it turns their rows."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from veneer.adapter.new_tokens import is_tied
+from veneer.adapter.targets import adaptable_layers
+from veneer.errors import AdapterError
+
+# model_type: llama.cpp's own architecture (convert_hf_to_gguf.py).
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi": "phi2",
+    "phi3": "phi3",
+    "gpt2": "gpt2",
+}
+# Products that llama.cpp takes through build_lora_mm, and rows that it looks up with an adapter
+# (llama-graph.cpp). Over any other tensor, such as GPT-2's positions, it would ignore one.
+ADAPTED = (
+    *("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
+    *("ffn_gate", "ffn_up", "ffn_down"),
+    *("output", "token_embd"),
+)
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer of the base, as llama.cpp knows it.
+
+    name: of its weight in a GGUF file. heads: how many groups of rows are turned, 0 for none.
+    """
+
+    path: str
+    name: str
+    heads: int
+    is_embedding: bool
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether llama.cpp heeds an adapter over this layer."""
+        return self.name.split(".")[-2] in ADAPTED
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The layers of a base by path, for one of llama.cpp's architectures."""
+
+    architecture: str
+    places: dict[str, Place]
+    tied: bool  # whether the head is the embedding
+    has_head: bool  # whether the architecture knows a head of its own
+
+
+def naming_of(config: PretrainedConfig) -> Naming:
+    """Return what llama.cpp calls a base's layers. No weight is read.
+
+    Raises AdapterError for an architecture that is not known here.
+    """
+    if config.model_type not in ARCHITECTURES:
+        raise AdapterError(
+            f"GGUF adapters are for {', '.join(ARCHITECTURES)}, not for {config.model_type}; "
+            "the formats native and peft carry an adapter of any model."
+        )
+    with torch.device("meta"):
+        return naming_over(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
+
+
+def naming_over(skeleton: PreTrainedModel) -> Naming:
+    """Return what llama.cpp calls the layers of a model, which may stand on the meta device."""
+    config = skeleton.config
+    architecture = ARCHITECTURES[config.model_type]
+    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    # Rotary embedding turns neighbouring rows there, and rows half a head apart in transformers.
+    heads = {}
+    if architecture == "llama":
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    places = {}
+    for layer in adaptable_layers(skeleton):
+        name = names.get_name(layer.path)
+        if name is not None:
+            turned_rows = heads.get(name.rpartition(".")[2], 0)
+            place = Place(layer.path, f"{name}.weight", turned_rows, not layer.is_linear)
+            places[layer.path] = place
+    embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    assert embedding is not None
+    assert head is not None
+    has_head = gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[kind]
+    return Naming(architecture, places, is_tied(embedding, head), has_head)
+
+
+def turned(rows: Tensor, heads: int) -> Tensor:
+    """Return rows (out, ...) in llama.cpp's order: in each head, i and i + half side by side."""
+    if not heads:
+        return rows
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def turned_back(rows: Tensor, heads: int) -> Tensor:
+    """Return rows (out, ...) in transformers' order from llama.cpp's."""
+    if not heads:
+        return rows
+    pairs = rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,244 @@
+"""mlx-lm's adapter directory: adapters.safetensors and adapter_config.json.
+
+Both formulas are mlx_lm/tuner/lora.py's and dora.py's (read in 0.32.2), with a (in, rank), b (rank,
+out) and one scale, which is the factor itself, for all layers:
+
+    LoRA   y = W x + scale · (x a) b
+    DoRA   y = (m / ‖W + scale · bᵀ aᵀ‖) ∘ (W x + scale · (x a) b), the norm row by row
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from veneer.adapter.config import LoRA
+from veneer.errors import AdapterError, ConfigError
+from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
+from veneer.formats.fold import listed, plain_lora, uniform
+from veneer.formats.given import Given
+from veneer.formats.known_base import KnownBase
+from veneer.formats.parts import EMBEDDING, LINEAR, MAGNITUDE
+from veneer.formats.state import AdapterState
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+TYPES = ("lora", "dora")  # what fine_tune_type says of adapters; full is none
+ENDINGS = ("lora_a", "lora_b", "m")
+PLAIN_PATHS = "model.layers."  # where paths need no base to be understood
+# Where mlx-lm's own models put what transformers puts elsewhere, by model_type (mlx_lm/models/).
+# The longest beginning counts. Whatever else there is has the same path in both.
+MOVED: dict[str, dict[str, str]] = {
+    "gpt2": {"transformer.": "model."},
+    "gpt_neox": {
+        "gpt_neox.layers.": "model.h.",
+        "gpt_neox.": "model.",
+        "lm_head": "model.embed_out",
+    },
+}
+
+
+def found(path: Path) -> bool:
+    """Return whether a directory holds an adapter of mlx-lm's: the file of weights tells it from
+    PEFT's, whose configuration has the same name."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def read(path: Path, given: Given) -> AdapterState:
+    """Read a directory that mlx-lm wrote. Raises AdapterError, naming the directory."""
+    config = read_json(path / CONFIG)
+    try:
+        return state_of(config, read_tensors(path / WEIGHTS), given.base)
+    except AdapterError as error:
+        raise AdapterError(f"The MLX adapter in {path} cannot be used: {error}.") from error
+
+
+def write(state: AdapterState, path: Path, given: Given) -> list[str]:
+    """Write a directory that mlx-lm loads, all of it at once. Returns notes on what was changed.
+
+    Raises AdapterError for what mlx-lm has no place for or would compute otherwise.
+    """
+    config, tensors, notes = mlx_of(state, given.base)
+    with new_directory(path, marker=WEIGHTS) as new:
+        write_tensors(new / WEIGHTS, tensors)
+        write_json(new / CONFIG, config)
+    return notes
+
+
+def mlx_of(
+    state: AdapterState, base: KnownBase | None
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """Return mlx-lm's configuration and tensors of an adapter, and what was changed for them."""
+    plain = plain_lora(state, "MLX", dora=True)
+    one, folded = uniform(plain.state)
+    config = one.config
+    assert isinstance(config, LoRA)
+    layers = list(one.layers())
+    paths = [layer.path for layer in layers]
+    embeddings = [layer.path for layer in layers if layer.is_embedding]
+    _refuse_unlike(paths, embeddings, config, base)
+    tensors = {}
+    for layer in layers:
+        there = _moved(layer.path, base, back=False)
+        tensors[f"{there}.lora_a"] = layer.A.T  # (in, rank), or (words, rank)
+        tensors[f"{there}.lora_b"] = layer.B.T  # (rank, out), or (rank, dim)
+        if layer.magnitude is not None:
+            tensors[f"{there}.m"] = layer.magnitude
+    count, keys = _keys([_moved(path, base, back=False) for path in paths], base)
+    notes = plain.notes + folded
+    if base is None:
+        notes.append("Paths are taken as they are, since no base was named.")
+    return (
+        {
+            "model": state.base_name or None,
+            "fine_tune_type": "dora" if config.dora else "lora",
+            "num_layers": count,
+            "lora_parameters": {
+                "rank": config.rank,
+                "scale": config.scaling_of(paths[0]),
+                "dropout": config.dropout,
+                "keys": keys,
+            },
+        },
+        tensors,
+        notes,
+    )
+
+
+def state_of(
+    config: dict[str, Any], tensors: dict[str, Tensor], base: KnownBase | None
+) -> AdapterState:
+    """Return the adapter that mlx-lm's configuration and tensors describe.
+
+    Raises AdapterError, listing every part that cannot be honoured and every key that is unknown.
+    """
+    problems = []
+    kind = config.get("fine_tune_type", "lora")  # mlx-lm's own default
+    if kind not in TYPES:
+        problems.append(f"its fine_tune_type is {kind!r}, and only {' and '.join(TYPES)} are read")
+    settings = config.get("lora_parameters")
+    settings = settings if isinstance(settings, dict) else {}
+    rank, scale = settings.get("rank"), settings.get("scale")
+    if "alpha" in settings:
+        problems.append(
+            "lora_parameters has an alpha, by which early versions of mlx-lm multiplied (scale · "
+            "alpha / rank) and later ones do not; take it out, and let scale be the factor meant"
+        )
+    for key, tensor in tensors.items():
+        if key.rpartition(".")[2] not in ENDINGS:
+            problems.append(f"the key {key!r} is unknown")
+        elif tensor.ndim > 2:
+            problems.append(f"{key} is {tuple(tensor.shape)}, of experts, which is not read")
+    places = {key.rpartition(".")[0]: "" for key in tensors}
+    if base is None and (unclear := [p for p in places if not p.startswith(PLAIN_PATHS)]):
+        problems.append(
+            f"{listed(unclear)} may be an embedding or a linear layer, or have another path in "
+            "transformers; name the base"
+        )
+    embeddings = {p for p, layer in (base.layers if base else {}).items() if not layer.is_linear}
+    ours: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        there, _, end = key.rpartition(".")
+        path = places[there] = _moved(there, base, back=True)
+        a, b = EMBEDDING if path in embeddings else LINEAR
+        name = {"lora_a": a, "lora_b": b, "m": MAGNITUDE}.get(end, end)
+        ours[f"{path}.{name}"] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
+    if base is not None and base.tied and base.embedding in places.values():
+        problems.append(f"it adapts {base.embedding}, which is the head too, in both of its uses")
+    if kind == "dora" and embeddings & set(places.values()):
+        problems.append("its embedding's magnitudes are of words, not of dimensions")
+    lora = None
+    try:
+        if not isinstance(scale, int | float) or isinstance(scale, bool):
+            raise TypeError(f"scale is {scale!r}, but must be a number")
+        if not isinstance(rank, int):
+            raise TypeError(f"rank is {rank!r}, but must be a whole number")
+        paths = set(places.values())
+        lora = LoRA(
+            rank=rank,
+            alpha=scale * rank,
+            dropout=settings.get("dropout", 0.0),
+            targets=base.short_names(paths) if base else sorted(paths),
+            dora=kind == "dora",
+        )
+    except (ConfigError, TypeError) as error:
+        problems.append(f"{CONFIG} does not describe a LoRA ({error})")
+    if problems or lora is None:
+        raise AdapterError("; ".join(problems))
+    return AdapterState(lora, ours, base_name=str(config.get("model") or ""))
+
+
+def _refuse_unlike(
+    paths: list[str], embeddings: list[str], config: LoRA, base: KnownBase | None
+) -> None:
+    """Raise AdapterError for what mlx-lm would compute otherwise, or name otherwise."""
+    problems = []
+    if base is None:
+        unclear = [path for path in paths if not path.startswith(PLAIN_PATHS)]
+        if unclear:
+            problems.append(
+                f"what {listed(unclear)} means there depends on the base; name it with --base"
+            )
+    elif base.tied:
+        shared = [
+            p for p in paths if p == base.embedding or (p in base.layers and base.layers[p].is_head)
+        ]
+        if shared:
+            problems.append(
+                f"{listed(shared)} is embedding and head in one weight, and mlx-lm adapts both of "
+                "its uses or none; merge it"
+            )
+    if config.dora and embeddings:
+        problems.append(
+            f"DoRA over {listed(embeddings)}: its magnitudes are of words there, of dimensions here"
+        )
+    if problems:
+        raise AdapterError(f"MLX cannot express this adapter: {'; '.join(problems)}.")
+
+
+def _keys(paths: list[str], base: KnownBase | None) -> tuple[int, list[str]]:
+    """Return num_layers and the keys that name these layers, and in mlx-lm no others.
+
+    A key is a path inside a block, which then counts for the last num_layers blocks (all of them
+    where it is -1), or a whole path.
+    """
+    inside: dict[int, set[str]] = defaultdict(set)
+    outside = []
+    for path in paths:
+        block, rest = _in_block(path)
+        if block is None:
+            outside.append(path)
+        else:
+            inside[block].add(rest)
+    if not inside:
+        return -1, outside
+    first, last = min(inside), max(inside)
+    whole = set(inside) == set(range(first, last + 1))
+    alike = len({frozenset(rests) for rests in inside.values()}) == 1
+    # A layer that mlx-lm adapts but the file does not have stays as it was, since b starts at zero.
+    to_the_end = first == 0 if base is None else last == base.blocks - 1
+    if whole and alike and to_the_end:
+        count = -1 if first == 0 else last + 1 - first
+        return count, sorted(inside[first]) + outside
+    return -1, paths
+
+
+def _in_block(path: str) -> tuple[int | None, str]:
+    """Return the block that a path goes through, and what follows; None outside of the blocks."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return int(part), ".".join(parts[i + 1 :])
+    return None, path
+
+
+def _moved(path: str, base: KnownBase | None, *, back: bool) -> str:
+    """Return a layer's path in mlx-lm's model, or with `back`, its path in transformers'."""
+    moved = MOVED.get(base.config.model_type, {}) if base else {}
+    pairs = [(b, a) if back else (a, b) for a, b in moved.items()]
+    for start, there in sorted(pairs, key=lambda pair: -len(pair[0])):
+        if path.startswith(start):
+            return there + path[len(start) :]
+    return path

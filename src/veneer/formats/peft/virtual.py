@@ -1,0 +1,92 @@
+"""What PEFT's directory says of virtual tokens: prefix tuning and prompt tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from veneer.adapter.method import Method, MethodName
+from veneer.errors import AdapterError, ConfigError
+from veneer.formats.state import AdapterState
+
+KEY = "prompt_embeddings"
+TYPES: dict[str, MethodName] = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+
+
+def config_of(state: AdapterState, config: Method) -> dict[str, Any]:
+    """Return what adapter_config.json says of virtual tokens.
+
+    A prefix tells the shape of the cache: PEFT's token_dim is kv_heads · head_dim there, and its
+    num_attention_heads are those of the keys.
+    """
+    common = {
+        "peft_type": next(name for name, ours in TYPES.items() if ours == config.method),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": state.base_name or None,
+        "num_virtual_tokens": config.virtual_tokens,
+        "num_transformer_submodules": 1,
+        "inference_mode": True,
+    }
+    if config.method == "prompt":
+        dim = state.tensors["prompt"].shape[1]
+        return common | {"token_dim": dim, "prompt_tuning_init": "RANDOM"}
+    layers, _, heads, _, head_dim = state.tensors["prefix"].shape
+    return common | {
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "token_dim": heads * head_dim,
+        "prefix_projection": False,
+    }
+
+
+def tensors_of(state: AdapterState, config: Method) -> dict[str, Tensor]:
+    """Return the one tensor that PEFT keeps of virtual tokens, (virtual, numbers of each)."""
+    tensor = state.tensors[config.method]
+    if config.method == "prefix":
+        tensor = tensor.permute(3, 0, 1, 2, 4).flatten(1)  # layer by layer, keys before values
+    return {KEY: tensor.contiguous()}
+
+
+def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
+    """Return the virtual tokens that PEFT's configuration and tensors describe.
+
+    An MLP that made a prefix (prefix_projection) is folded away in what PEFT saves, as it is here.
+    Raises AdapterError, listing every part that cannot be honoured and every key that is unknown.
+    """
+    problems = []
+    if config.get("modules_to_save"):
+        problems.append("modules_to_save is not read")
+    if config.get("num_transformer_submodules") not in (None, 1):
+        problems.append("num_transformer_submodules is not 1, and only decoders are read")
+    problems += [f"the key {key!r} is unknown" for key in tensors if key != KEY]
+    method = TYPES[config["peft_type"]]
+    text = config.get("prompt_tuning_init_text") if method == "prompt" else None
+    what, found = None, tensors.get(KEY)
+    try:
+        what = Method(method, virtual_tokens=config["num_virtual_tokens"], prompt_text=text or None)
+    except (ConfigError, KeyError) as error:
+        problems.append(f"adapter_config.json does not describe virtual tokens ({error})")
+    if found is None:
+        problems.append(f"{KEY} is missing")
+    elif method == "prefix":
+        names = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
+        sizes: list[Any] = [config.get(name) for name in names]
+        if found.ndim != 2 or not _is_whole(found, sizes):
+            told = ", ".join(f"{name} {size!r}" for name, size in zip(names, sizes, strict=True))
+            problems.append(f"{KEY} is {tuple(found.shape)}, which does not agree with {told}")
+        else:
+            count, layers, heads, _ = sizes
+            found = found.view(count, layers, 2, heads, -1).permute(1, 2, 3, 0, 4).contiguous()
+    if problems or what is None or found is None:
+        raise AdapterError("; ".join(problems))
+    base = config.get("base_model_name_or_path") or ""
+    return AdapterState(what, {method: found}, base_name=str(base))
+
+
+def _is_whole(tensor: Tensor, sizes: list[Any]) -> bool:
+    """Return whether a prefix's tensor is (virtual, layers · 2 · width), of so many heads."""
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return False
+    count, layers, heads, width = sizes
+    return tuple(tensor.shape) == (count, layers * 2 * width) and width % heads == 0

@@ -1,0 +1,242 @@
+"""A base packed on disk, part by part, in the form that bitsandbytes and transformers read too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from veneer.errors import VeneerError
+from veneer.files import write_json, write_tensors
+from veneer.models.fingerprint import Marks
+from veneer.models.quantize import quantizable, quantized_weights
+from veneer.models.source import INDEX, Source
+from veneer.models.stored import REPORT
+from veneer.quant.settings import Bits
+from veneer.quant.weight import QuantizedWeight
+
+SHARD_BYTES = 2**30
+CONFIG = "config.json"
+NOTES = "veneer"  # a shard's metadata of our own
+VERSION = 1  # of what stands in a shard: others are written anew
+SHARDS = "model-*-of-*.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """A packed layer with its error ‖W − Ŵ‖ / ‖W‖ and its size."""
+
+    path: str
+    out: int
+    in_: int
+    bytes: int
+    error: float
+
+    @property
+    def bits(self) -> float:
+        """Bits a parameter, scales included."""
+        return 8 * self.bytes / (self.out * self.in_)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file of a packed model is on the disk; `kept` if it was there from an earlier try."""
+
+    number: int
+    of: int
+    bytes: int
+    layers: list[QuantizedLayer]
+    kept: bool
+
+
+def write_quantized(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    bits: Bits,
+    name: str,
+    pack_head: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Iterator[Shard]:
+    """Pack a base into the directory `out`, file by file, and yield each.
+
+    Memory holds one file at a time. Stopped half-way, it goes on after the last whole file; only
+    with config.json, which is written last, the directory is a model. `name` is what the base was
+    asked for by. Raises VeneerError where `out` holds anything else.
+    """
+    skeleton = source.skeleton
+    _check(out)
+    marks, layers = Marks(skeleton), quantizable(skeleton, head=pack_head)
+    order: dict[str, Any] = {
+        "version": VERSION,
+        "bits": bits,
+        "pack_head": pack_head,
+        "shard_bytes": shard_bytes,
+    }
+    order |= {"name": name, "files": source.identity, "config": marks.found()["config"]}
+    groups = _groups(source, set(layers), bits, shard_bytes)
+    index: dict[str, str] = {}
+    total = 0
+    done: list[QuantizedLayer] = []
+    out.mkdir(parents=True, exist_ok=True)
+    for number, names in enumerate(groups, 1):
+        file = out / f"model-{number:05}-of-{len(groups):05}.safetensors"
+        part = Source(skeleton, tuple(names), source.read, source.identity)
+        notes = _notes(file, order, part)
+        kept = notes is not None
+        if notes is None:
+            notes = _write_shard(file, part, bits, pack_head, order)
+        found = [QuantizedLayer(**layer) for layer in notes["layers"]]
+        marks.samples |= notes["samples"]
+        with safe_open(file, "pt") as opened:
+            index |= dict.fromkeys(opened.keys(), file.name)
+        done += found
+        total += file.stat().st_size
+        yield Shard(number, len(groups), file.stat().st_size, found, kept)
+    for file in set(out.glob(SHARDS)) - {out / name for name in index.values()}:
+        file.unlink()  # of an earlier try, with other settings: `_check` has seen that it is ours
+    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    report = {"base": name, "bits": bits, "fingerprint": marks.found()}
+    write_json(out / REPORT, report | {"layers": [asdict(layer) for layer in done]})
+    tokenizer.save_pretrained(out)
+    skeleton.generation_config.save_pretrained(out)
+    _write_config(skeleton, layers, out, bits)
+
+
+def _write_shard(
+    file: Path, part: Source, bits: Bits, pack_head: bool, order: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write one file and return what it says of itself."""
+    tensors: dict[str, Tensor] = {}
+    layers: list[QuantizedLayer] = []
+    marks = Marks(part.skeleton)
+    parameters = dict(part.skeleton.named_parameters())
+    last: list[Tensor] = []
+
+    def see(name: str, weight: Tensor) -> None:
+        marks.see(name, weight)
+        last[:] = [weight]
+
+    for name, weight in quantized_weights(part, bits, torch.bfloat16, head=pack_head, seen=see):
+        if not isinstance(weight, QuantizedWeight):
+            kept = weight.dtype == torch.float16 or name not in parameters
+            tensors[name] = weight if kept else weight.to(torch.bfloat16)
+            continue
+        path = name.removesuffix(".weight")
+        tensors |= {f"{path}.{part}": tensor for part, tensor in weight.tensors().items()}
+        turned = isinstance(part.skeleton.get_submodule(path), Conv1D)
+        error = _error(last[0].T if turned else last[0], weight)
+        out, in_ = weight.shape
+        layers.append(QuantizedLayer(path, out, in_, weight.nbytes, error))
+    notes = {
+        "order": dict(order),
+        "samples": marks.samples,
+        "layers": [asdict(layer) for layer in layers],
+    }
+    write_tensors(file, tensors, metadata={NOTES: json.dumps(notes)})
+    return notes
+
+
+def _error(weight: Tensor, packed: QuantizedWeight) -> float:
+    lost = whole = 0.0
+    for rows, values in packed.blocks():  # some rows at a time, as all of packing's memory
+        wanted = weight[rows].to(torch.float32)
+        lost += float((values - wanted).square().sum())
+        whole += float(wanted.square().sum())
+    return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def _notes(file: Path, order: Mapping[str, Any], part: Source) -> Any:
+    """Return what a whole file of the same order says of itself, None where there is none."""
+    if not file.is_file():
+        return None
+    first, now = part.names[0], Marks(part.skeleton)
+    now.see(first, part.read(first))
+    try:
+        with safe_open(file, "pt") as opened:
+            notes = json.loads((opened.metadata() or {})[NOTES])
+        same = notes["samples"].get(first) == now.samples.get(first)
+        return notes if notes["order"] == order and same else None
+    except Exception:  # whatever it is, it is written anew
+        return None
+
+
+def _groups(source: Source, packed: set[str], bits: Bits, most: int) -> list[list[str]]:
+    """Return the names of each file's weights: in order, `most` bytes together, or one alone."""
+    sizes = source.skeleton.state_dict()
+    groups: list[list[str]] = [[]]
+    held = 0.0
+    for name in source.names:
+        short = name.removesuffix(".weight") in packed
+        size = sizes[name].numel() * (bits / 8 if short else 2)
+        if groups[-1] and held + size > most:
+            groups.append([])
+            held = 0.0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def _write_config(
+    skeleton: PreTrainedModel, packed: Mapping[str, Any], out: Path, bits: Bits
+) -> None:
+    head = skeleton.get_output_embeddings()
+    whole = [path for path, m in skeleton.named_modules() if m is head and path not in packed]
+    how: dict[str, Any] = {"load_in_8bit": True}
+    if bits == 4:
+        how = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        }
+    config = skeleton.config.to_dict()
+    config.pop("_name_or_path", None)  # a path of this machine
+    config |= {
+        "architectures": [type(skeleton).__name__],
+        "dtype": "bfloat16",
+        "quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=whole, **how).to_dict(),
+    }
+    write_json(out / CONFIG, config)
+
+
+def _check(out: Path) -> None:
+    """Raise VeneerError if `out` holds anything but an earlier try of ours, and tidy up after that:
+    a process that was killed leaves a file half-written, under a name of its own."""
+    if (out / CONFIG).exists():
+        raise VeneerError(f"{out} holds a model already; name another place.")
+    if out.is_file() or (out.exists() and not all(map(_is_ours, out.iterdir()))):
+        raise VeneerError(f"{out} holds other things; name another place.")
+    for leftover in filter(_is_half_written, out.glob(".*")):
+        leftover.unlink()
+
+
+def _is_ours(file: Path) -> bool:
+    """Say whether a file is of an earlier try: by what a shard says of itself, for others name
+    theirs alike, and for the few that come after all shards by these."""
+    if file.match(SHARDS):
+        return _says_ours(file)
+    shards = list(file.parent.glob(SHARDS))
+    return _is_half_written(file) or (bool(shards) and all(map(_says_ours, shards)))
+
+
+def _says_ours(shard: Path) -> bool:
+    try:
+        with safe_open(shard, "pt") as opened:
+            return NOTES in (opened.metadata() or {})
+    except Exception:  # whatever it is
+        return False
+
+
+def _is_half_written(file: Path) -> bool:
+    names = ("model-", INDEX, REPORT, CONFIG)
+    return file.name.startswith(tuple(f".{name}" for name in names))

@@ -1,0 +1,106 @@
+"""What an adapter's files say, as another program would read them: settings, names and shapes.
+
+Nothing is interpreted here, and no tensor's values are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import AdapterError
+from veneer.files import read_json
+from veneer.formats import mlx
+from veneer.formats.names import FormatName
+from veneer.formats.peft import directory as peft
+
+Shapes = dict[str, tuple[int, ...]]
+KEYS = ("general.", "adapter.")  # of GGUF's metadata, what belongs to adapters
+# Settings of which rules look at the parts.
+KINDS = {
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "lora_parameters": dict,
+    "modules_to_save": list,
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Settings by name, shapes by tensor, and the names of the files beside them."""
+
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    files: frozenset[str] = frozenset()
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each layer, by path: the rows of PEFT's lora_A or lora_embedding_A."""
+        found = {}
+        for key, shape in self.shapes.items():
+            match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_A|A\.weight)", key)
+            if match and shape:
+                found[match[1]] = shape[0]
+        return found
+
+    @property
+    def names(self) -> set[str]:
+        """The last names of the layers, such as q_proj."""
+        return {path.rpartition(".")[2] for path in self.ranks}
+
+    @property
+    def embeddings(self) -> set[str]:
+        """The last names of the layers that have factors of embeddings."""
+        ends = (".lora_embedding_A", ".lora_embedding_B")
+        return {key.split(".")[-2] for key in self.shapes if key.endswith(ends)}
+
+    @property
+    def highest(self) -> int:
+        """The highest rank that the settings or the tensors tell."""
+        said = [self.config.get("r"), *(self.config.get("rank_pattern") or {}).values()]
+        whole = [rank for rank in said if isinstance(rank, int)]
+        return max([*whole, *self.ranks.values()], default=0)
+
+
+def facts_of(path: Path, format: FormatName) -> Facts:
+    """Read what the files of a PEFT, MLX or GGUF adapter say. Raises AdapterError for damage."""
+    if format == "gguf":
+        return _gguf(path)
+    config, weights = (mlx.CONFIG, mlx.WEIGHTS) if format == "mlx" else (peft.CONFIG, peft.WEIGHTS)
+    said = read_json(path / config)
+    wrong = [
+        f"{name} is {said[name]!r}, but must be a {kind.__name__}"
+        for name, kind in KINDS.items()
+        if said.get(name) is not None and not isinstance(said[name], kind)
+    ]
+    if wrong:
+        raise AdapterError(f"{path / config} cannot be used: {'; '.join(wrong)}.")
+    files = frozenset(file.name for file in path.iterdir())
+    return Facts(said, _shapes(path / weights), files)
+
+
+def _shapes(path: Path) -> Shapes:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} cannot be read as tensors ({error}).") from error
+
+
+def _gguf(path: Path) -> Facts:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        config = {
+            key: field.contents() for key, field in reader.fields.items() if key.startswith(KEYS)
+        }
+        shapes = {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}
+    except Exception as error:  # the reader has no errors of its own
+        raise AdapterError(f"{path} cannot be read as GGUF ({error}).") from error
+    return Facts(config, shapes)

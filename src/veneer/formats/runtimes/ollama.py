@@ -1,0 +1,69 @@
+"""Ollama: a GGUF file as llama.cpp has it, or a directory of PEFT's that it converts itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from veneer.formats.fold import listed
+from veneer.formats.runtimes.facts import Facts
+from veneer.formats.runtimes.llama_cpp import gguf_header, gguf_pairs
+from veneer.formats.runtimes.rules import (
+    LLAMA_NAMES,
+    TO_GGUF,
+    Finding,
+    Runtime,
+    always,
+    bias,
+    lora_alone,
+    setting,
+)
+
+
+def alpha(facts: Facts) -> Iterator[Finding]:
+    """AdapterParameters.Alpha is a uint32, and Go refuses any other number."""
+    alpha = facts.config.get("lora_alpha")
+    if not isinstance(alpha, int) or isinstance(alpha, bool) or alpha < 0:
+        yield Finding("no", "lora_alpha", f"{alpha!r} is no whole number", TO_GGUF)
+
+
+def qk(facts: Facts) -> Iterator[Finding]:
+    """repack: the permutation of q and k is applied to lora_a."""
+    if facts.names & {"q_proj", "k_proj"}:
+        yield Finding(
+            "no",
+            "q_proj, k_proj",
+            "Ollama's converter permutes their A, where llama.cpp's permutes the rows of their B",
+            TO_GGUF,
+        )
+
+
+def layers(facts: Facts) -> Iterator[Finding]:
+    """Replacements: the names that become llama.cpp's."""
+    if others := sorted(facts.names - LLAMA_NAMES):
+        yield Finding("no", "layers", f"not renamed: {listed(others)}", TO_GGUF)
+
+
+RUNTIME = Runtime(
+    title="Ollama",
+    read_in="convert/convert.go, convert_llama_adapter.go; docs/import.mdx",
+    formats=("gguf", "peft"),
+    rules={
+        "gguf": (
+            always("needs", "serving", "by a Modelfile", "FROM BASE and ADAPTER FILE.gguf"),
+            gguf_header,
+            gguf_pairs,
+        ),
+        "peft": (
+            lora_alone,
+            always("needs", "base", "Llama and Gemma 2 alone are converted by Ollama", TO_GGUF),
+            alpha,
+            qk,
+            layers,
+            setting("use_rslora", "not heeded: the scale is alpha / r", TO_GGUF),
+            setting("alpha_pattern", "not heeded", TO_GGUF),
+            setting("use_dora", "not heeded"),
+            setting("modules_to_save", "not heeded"),
+            bias("not heeded"),
+        ),
+    },
+)

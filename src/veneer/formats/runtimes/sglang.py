@@ -1,0 +1,107 @@
+"""SGLang, read in 0.5.23: a directory of PEFT's, of which it heeds r, lora_alpha and the names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from veneer.formats.fold import listed
+from veneer.formats.runtimes.facts import Facts
+from veneer.formats.runtimes.rules import (
+    FACTORS,
+    LLAMA_NAMES,
+    MERGE,
+    UNIFORM,
+    Finding,
+    Runtime,
+    always,
+    bias,
+    keys,
+    lora_alone,
+    setting,
+)
+
+
+def targets(facts: Facts) -> Iterator[Finding]:
+    """A text as target_modules is none of a list of names (init_lora_shapes)."""
+    targets = facts.config.get("target_modules")
+    if isinstance(targets, str) and targets not in ("all", "all-linear"):
+        yield Finding(
+            "no",
+            "target_modules",
+            f"{targets!r} is a pattern, and a list of names is needed",
+            "veneer convert ADAPTER --to peft OUT",
+        )
+
+
+def stacks(facts: Facts) -> Iterator[Finding]:
+    """q, k, v are stacked, and gate and up, each set as one (normalize_qkv_proj and others)."""
+    paths = set(facts.ranks)
+    lonely = []
+    for path in sorted(paths):
+        block, _, name = path.rpartition(".")
+        needed = {
+            "q_proj": "v_proj",
+            "k_proj": "q_proj",
+            "v_proj": "q_proj",
+            "up_proj": "gate_proj",
+        }
+        beside = needed.get(name)
+        if beside and f"{block}.{beside}" not in paths:
+            lonely.append(f"{path} without {beside}")
+    if lonely:
+        yield Finding("no", "stacked layers", f"not loaded: {listed(lonely)}", MERGE)
+
+
+def rank(facts: Facts) -> Iterator[Finding]:
+    """max_lora_rank is that of the adapters in --lora-paths unless given."""
+    yield Finding(
+        "needs",
+        "rank",
+        f"{facts.highest}; the limit is that of the adapters in --lora-paths, unless given",
+        f"--max-lora-rank {facts.highest}, where the adapter is loaded later",
+    )
+
+
+def names(facts: Facts) -> Iterator[Finding]:
+    """SUPPORTED_LORA_TARGET_MODULES, as far as transformers' models have them."""
+    more = {"qkv_proj", "gate_up_proj", "embed_tokens", "lm_head", "q_a_proj", "q_b_proj"}
+    more |= {"kv_a_proj_with_mqa", "kv_b_proj"}
+    if others := sorted(facts.names - LLAMA_NAMES - more):
+        yield Finding(
+            "needs",
+            "layers",
+            f"{listed(others)}: only over models whose class in SGLang serves them",
+            "try it; if it is refused, merge",
+        )
+
+
+def tokens(facts: Facts) -> Iterator[Finding]:
+    """added_tokens.json makes an adapter one with new words (get_added_tokens_config)."""
+    if "added_tokens.json" in facts.files:
+        yield Finding("no", "added_tokens.json", "adapters with new words are refused", MERGE)
+
+
+RUNTIME = Runtime(
+    title="SGLang 0.5.23",
+    read_in="sglang/srt/lora/lora_config.py, lora.py, lora_manager.py, mem_pool.py, utils.py",
+    formats=("peft",),
+    rules={
+        "peft": (
+            lora_alone,
+            always("needs", "serving", "off unless asked", "--lora-paths NAME=PATH"),
+            rank,
+            setting("use_dora", "refused"),
+            setting("use_rslora", "not heeded: the scale is alpha / r", UNIFORM),
+            setting("alpha_pattern", "not heeded: one alpha counts for all", UNIFORM),
+            setting("rank_pattern", "not heeded: other shapes than r's stop it", UNIFORM),
+            setting("modules_to_save", "not heeded"),
+            setting("lora_bias", "not heeded"),
+            bias("not heeded"),
+            targets,
+            stacks,
+            names,
+            tokens,
+            keys((*FACTORS, r"base_layer\.weight"), "not heeded"),
+        )
+    },
+)

@@ -1,0 +1,98 @@
+"""vLLM, read in 0.33.0: a directory of PEFT's, checked before its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from veneer.formats.fold import listed
+from veneer.formats.runtimes.facts import Facts
+from veneer.formats.runtimes.rules import (
+    FACTORS,
+    MERGE,
+    Finding,
+    Runtime,
+    always,
+    bias,
+    heeded,
+    keys,
+    lora_alone,
+    setting,
+)
+
+
+def rank(facts: Facts) -> Iterator[Finding]:
+    """MaxLoRARanks, and the default of max_lora_rank."""
+    allowed, usual, rank = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16, facts.highest
+    if rank <= usual:
+        yield Finding("ok", "rank", f"{rank}, within the usual limit of {usual}")
+    elif rank <= allowed[-1]:
+        flag = next(limit for limit in allowed if limit >= rank)
+        yield Finding("needs", "rank", f"{rank}, above {usual}", f"--max-lora-rank {flag}")
+    else:
+        yield Finding("no", "rank", f"{rank}, above the highest limit, {allowed[-1]}", MERGE)
+
+
+def init(facts: Facts) -> Iterator[Finding]:
+    """Starts that changed the base are refused by name (_init_is_supported)."""
+    init = facts.config.get("init_lora_weights", True)
+    plain = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+    if isinstance(init, str) and init.lower() not in plain:
+        yield Finding(
+            "no",
+            f"init_lora_weights={init}",
+            "refused, as such a start changed the base's weights",
+            "write it anew: veneer convert ADAPTER --to peft OUT, if its base is the plain one",
+        )
+
+
+def saved_modules(facts: Facts) -> Iterator[Finding]:
+    """Whole modules: classification heads alone."""
+    saved = set(facts.config.get("modules_to_save") or ()) - {"classifier", "score"}
+    if saved:
+        yield Finding("no", "modules_to_save", f"refused: {listed(sorted(saved))}", MERGE)
+
+
+def embeddings(facts: Facts) -> Iterator[Finding]:
+    """Embeddings and heads count where a model's class lists them (embedding_modules)."""
+    if found := sorted(facts.embeddings | (facts.names & {"lm_head", "embed_out"})):
+        yield Finding(
+            "needs",
+            "embeddings",
+            f"{listed(found)}: only over models whose class lists them in embedding_modules",
+            "try it; if it is refused, merge",
+        )
+
+
+RUNTIME = Runtime(
+    title="vLLM 0.33.0",
+    read_in="vllm/lora/peft_helper.py, lora_model.py, utils.py; vllm/config/lora.py",
+    formats=("peft",),
+    rules={
+        "peft": (
+            lora_alone,
+            always(
+                "needs", "serving", "off unless asked", "--enable-lora --lora-modules NAME=PATH"
+            ),
+            rank,
+            setting("use_dora", "refused"),
+            setting("lora_bias", "refused"),
+            setting("alora_invocation_tokens", "refused"),
+            setting("layer_replication", "refused"),
+            setting("use_bdlora", "refused"),
+            setting("use_qalora", "refused"),
+            bias("refused"),
+            saved_modules,
+            init,
+            heeded("use_rslora", "rank_pattern", "alpha_pattern"),
+            keys(
+                (
+                    *FACTORS,
+                    r"(embed_tokens|lm_head)\.base_layer\.weight",
+                    r"(score|classifier)\.(weight|bias)",
+                ),
+                "refused",
+            ),
+            embeddings,
+        )
+    },
+)

@@ -1,0 +1,258 @@
+"""The loss of a packed batch, by the fastest way that provably equals the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from veneer.adapter.virtual import tokens_in_front
+from veneer.data.encode import Example
+from veneer.data.packing import Batch, filled_up, pack
+from veneer.fused.layers import (
+    TOLERANCE,
+    FusedLayer,
+    attention,
+    checkpointed,
+    fused,
+    fused_layers,
+)
+from veneer.fused.recompute import Recompute
+from veneer.kernels import native
+from veneer.kernels.arena import Arena
+from veneer.kernels.attention import NAME, Packing, packed_attention
+from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy
+from veneer.models.blocks import decoder_layers
+
+PROBE_LENGTHS = (7, 19, 12)
+# How far the hidden state of a token may be from what it is alone, relatively. In bfloat16 rounding
+# reached 0.01, and what state-space layers carry from one packed row into the next 0.2 to 1.
+FAR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+# Packed batches are filled up to a multiple of this many tokens: matrix products are prepared for
+# each new shape, which costs about as much as forty tokens for a 135M model.
+TOKENS_STEP = 64
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Shortcuts, each taken or not: packing without padding, the head on labelled rows, decoder
+    layers as two functions; what is computed again instead of kept; and whether rows are computed
+    one by one, where not even padding is possible."""
+
+    packed: bool
+    labelled_head: bool
+    layers: tuple[FusedLayer, ...] = ()
+    recompute: Recompute = "none"
+    alone: bool = False
+    arena: Arena = field(default_factory=Arena, compare=False)
+
+    def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Return the sum of the label tokens' losses, a float32 scalar with a gradient."""
+        device = model.device
+        if self.packed:
+            batch = filled_up(batch, TOKENS_STEP, tokens_in_front(model))
+        tokens = torch.from_numpy(batch.tokens).to(device)  # (tokens,)
+        labels = torch.from_numpy(batch.labels).to(device)
+        positions = torch.from_numpy(batch.positions).to(device)
+        lengths = batch.lengths.tolist()
+        with self._ways(model):
+            if self.packed:
+                inputs: dict[str, Any] = {
+                    "input_ids": tokens[None],
+                    "position_ids": positions[None],
+                    "packing": Packing(lengths, device),
+                }
+                return self._loss(model, inputs, labels, None)
+            if self.alone:
+                pairs = zip(tokens.split(lengths), labels.split(lengths), strict=True)
+                losses = [self._loss(model, {"input_ids": t[None]}, y, None) for t, y in pairs]
+                return torch.stack(losses).sum()
+            rows = pad_sequence(list(tokens.split(lengths)), batch_first=True)  # (rows, longest)
+            ones = [torch.ones(n, dtype=torch.long) for n in lengths]
+            mask = pad_sequence(ones, batch_first=True).to(device)
+            return self._loss(
+                model, {"input_ids": rows, "attention_mask": mask}, labels, mask.bool()
+            )
+
+    @contextmanager
+    def _ways(self, model: PreTrainedModel) -> Iterator[None]:
+        with ExitStack() as ways:
+            if self.packed:
+                ways.enter_context(attention(model, NAME))
+                sparing = self.recompute == "selective"
+                ways.enter_context(fused(self.layers, self.arena, sparing=sparing))
+            if self.recompute == "full" and torch.is_grad_enabled():
+                ways.enter_context(checkpointed(model, model.config._attn_implementation))
+            yield
+
+    def _loss(
+        self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        if self.labelled_head:
+            hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+            hidden = hidden[0] if mask is None else hidden[mask]  # (tokens, dim)
+            head = model.get_output_embeddings()
+            assert isinstance(head, nn.Module)
+            return labelled_cross_entropy(hidden, labels, head)
+        logits = model(**inputs, use_cache=False).logits
+        logits = logits[0] if mask is None else logits[mask]  # (tokens, words)
+        return _full_loss(logits, labels)
+
+
+def choose_forward(
+    model: PreTrainedModel, examples: Sequence[Example], *, recompute: Recompute = "none"
+) -> tuple[Forward, list[str]]:
+    """Return the fastest Forward that gives this model's own loss, and what had to be given up.
+
+    A few short rows are computed by the model alone, one by one, and compared.
+    """
+    layers: tuple[FusedLayer, ...] = ()
+    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+    rows = [
+        Example(tokens, tokens, "probe", 0)
+        for row, length in zip(_cycle(examples), PROBE_LENGTHS, strict=False)
+        if len(tokens := row.tokens[:length]) > 1
+    ]
+    training = model.training
+    model.eval()  # dropout would make any two passes differ
+    try:
+        with torch.no_grad(), _hidden_states(model) as seen:
+            # The first row's own pass serves two proofs: a base on the disk is read at each pass.
+            own, why_not_head = _own_logits_and_head(model, rows[0])
+            labelled_head = why_not_head is None
+            losses = [_full_loss(own[:-1], torch.tensor(rows[0].tokens[1:], device=own.device))]
+            alone = seen[:1]
+            seen.clear()
+            losses += [_own_loss(model, row) for row in rows[1:]]
+            alone += seen
+            seen.clear()
+            wanted = sum(map(float, losses))
+            why_not_packed = _why_not(Forward(True, labelled_head), model, rows, wanted)
+            if not why_not_packed and seen:
+                why_not_packed = _why_apart(torch.cat(alone, 1)[0], seen[-1][0])
+            if not why_not_packed:
+                layers = _fused_layers(model, rows[-1])
+            why_not_padded = why_not_packed and _why_not(
+                Forward(False, labelled_head), model, rows, wanted
+            )
+    finally:
+        model.train(training)
+    notices = []
+    if why_not_padded:
+        notices.append(
+            f"Rows are computed one by one, since neither packing nor padding suits this model: "
+            f"packed, {why_not_packed}; padded, {why_not_padded}"
+        )
+    elif why_not_packed:
+        notices.append(f"Rows are padded, since packing does not suit this model: {why_not_packed}")
+    if why_not_head:
+        notices.append(
+            f"Logits are made for all rows, since labelled ones alone do not suit this model: "
+            f"{why_not_head}"
+        )
+    if model.device.type == "cpu" and (why := native.load()[1]):
+        notices.append(f"Norms, activations and attention take a slower way: {why}.")
+    known = decoder_layers(model)
+    if recompute == "selective" and sum(layer.applies() for layer in layers) < len(known or [None]):
+        recompute = "full"
+        notices.append(
+            "Selective recomputation does not suit this model; its layers are computed whole again."
+        )
+    if recompute == "full" and known is None:
+        recompute = "none"
+        notices.append("The layers of this model are not known; nothing is computed again.")
+    way = Forward(not why_not_packed, labelled_head, layers, recompute, alone=bool(why_not_padded))
+    return way, notices
+
+
+def _fused_layers(model: PreTrainedModel, row: Example) -> tuple[FusedLayer, ...]:
+    try:
+        return fused_layers(model, torch.tensor([row.tokens], device=model.device))
+    except Exception:  # whatever a foreign architecture raises, its own layers are as good
+        return ()
+
+
+def _cycle(examples: Sequence[Example]) -> Iterator[Example]:
+    while True:
+        yield from examples
+
+
+def _own_logits_and_head(model: PreTrainedModel, row: Example) -> tuple[Tensor, str | None]:
+    """Return the model's own logits (tokens, words), and why its head on the decoder's output does
+    not make them, or None."""
+    tokens = torch.tensor([row.tokens], device=model.device)
+    own = model(input_ids=tokens, use_cache=False).logits[0]
+    try:
+        head: Any = model.get_output_embeddings()
+        ours = head(model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state)[0]
+    except Exception as error:  # whatever a foreign architecture raises, the slower way is open
+        return own, _in_words(error)
+    # The same operations on the same numbers: anything but the last bit is another meaning, such
+    # as a soft cap, which would hide within a loss.
+    if ours.shape == own.shape and torch.dist(ours.float(), own.float()) <= 1e-3 * own.norm():
+        return own, None
+    return own, "its head does more than multiply"
+
+
+def _why_not(
+    forward: Forward, model: PreTrainedModel, rows: Sequence[Example], own: float
+) -> str | None:
+    try:
+        loss = float(forward(model, pack(rows, range(len(rows)))))
+    except Exception as error:  # whatever a foreign architecture raises, the slower way is open
+        return _in_words(error)
+    head: Any = model.get_output_embeddings()
+    if abs(loss - own) <= TOLERANCE[head.weight.dtype] * abs(own):
+        return None
+    return f"its loss of {loss:.6g} differs from the model's own {own:.6g}"
+
+
+def _why_apart(alone: Tensor, packed: Tensor) -> str | None:
+    """Return why packed rows are not computed as the same rows alone, or None; (tokens, dim).
+
+    A loss over all of them may hide what passes from one row to the next, this does not.
+    """
+    dtype = alone.dtype
+    alone, packed = alone.double(), packed[: len(alone)].double()
+    distance = float(((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
+    if distance <= FAR[dtype]:
+        return None
+    return f"a token is {distance:.2g} from what it is in its row alone"
+
+
+@contextmanager
+def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Yield a list to which each pass through the decoder adds its output, (rows, tokens, dim)."""
+    seen: list[Tensor] = []
+
+    def note(decoder: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(found := getattr(output, "last_hidden_state", None), Tensor):
+            seen.append(found)
+
+    hook = model.get_decoder().register_forward_hook(note)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _own_loss(model: PreTrainedModel, row: Example) -> Tensor:
+    tokens = torch.tensor([row.tokens], device=model.device)
+    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    return _full_loss(logits, tokens[0, 1:])
+
+
+def _full_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")

@@ -1,0 +1,138 @@
+"""Four bits a number in blocks, as QLoRA has it (Dettmers et al. 2023, section 3).
+
+Each block of 64 numbers is divided by its largest magnitude and rounded to the 16 values of NF4;
+the magnitudes, less their mean, are kept in 8 bits in blocks of 256. That is 4 + 8 / 64 +
+32 / (64 · 256) = 4.127 bits a number. Codes, scales and unpacked values are bitsandbytes' own, and
+so are the names under which they are stored.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Self
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from veneer.kernels.native import kernel
+from veneer.quant.weight import QuantizedWeight
+
+BLOCK, BLOCK_OF_SCALES = 64, 256
+STATE = "weight.quant_state.bitsandbytes__"  # followed by the kind, nf4 or fp4
+
+
+class NF4(QuantizedWeight):
+    """A weight in 4-bit codes (bytes, 1) with bitsandbytes' state of scales, of either kind."""
+
+    def __init__(self, codes: Tensor, state: Any, dtype: torch.dtype) -> None:
+        self.codes, self.state, self.dtype = codes, state, dtype
+        self.shape, self.device = torch.Size(state.shape), codes.device
+
+    @classmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype) -> NF4:
+        """Pack a weight (out, in), to be unpacked to `dtype`."""
+        codes, absmax = _codes_and_absmax(weight.contiguous())
+        offset = absmax.mean()
+        scales, state2 = bnb.quantize_blockwise(absmax - offset, blocksize=BLOCK_OF_SCALES)
+        state = bnb.QuantState(
+            absmax=scales,
+            shape=weight.shape,
+            code=_table(weight.device),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=weight.dtype,
+            offset=offset,
+            state2=state2,
+        )
+        return cls(codes, state, dtype)
+
+    @classmethod
+    def stored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> NF4:
+        """Return the weight that `tensors()` gave, without copying what is large."""
+        parts = {name.removeprefix("weight."): t for name, t in tensors.items() if name != "weight"}
+        state = bnb.QuantState.from_dict(parts, device=tensors["weight"].device)
+        # Some store the bytes as wider numbers, for FSDP's sake.
+        return cls(tensors["weight"].view(torch.uint8).view(-1, 1), state, dtype)
+
+    @property
+    def _whole_rows(self) -> int:
+        state = self.state
+        numbers = state.blocksize * (state.state2.blocksize if state.nested else 1)
+        return numbers // math.gcd(numbers, self.shape[1])
+
+    def _unpack(self, first: int, last: int) -> Tensor:
+        state, block = self.state, self.state.blocksize
+        begin, numbers = first * self.shape[1], (last - first) * self.shape[1]
+        absmax = self._scales(begin // block, -(numbers // -block))
+        # bitsandbytes' kernel for CPUs takes each row for whole blocks, and errs where rows are
+        # shorter than one. Blocks do not stop at rows, so it is given blocks for rows.
+        whole = numbers % block == 0
+        shape = (numbers // block, block) if whole else (1, numbers + numbers % 2)
+        values = torch.ops.bitsandbytes.dequantize_4bit(
+            _part(self.codes, begin // 2, -(numbers // -2)),
+            absmax,
+            block,
+            state.quant_type,
+            shape,
+            self.dtype,
+        )
+        return values.view(-1)[:numbers].view(last - first, self.shape[1])
+
+    def scales(self) -> Tensor:
+        """Return the largest magnitude of each block of numbers, in float32."""
+        return self._scales(0, -(self.shape.numel() // -self.state.blocksize))
+
+    def _scales(self, first: int, count: int) -> Tensor:
+        state = self.state
+        absmax = _part(state.absmax, first, count)
+        if state.nested:
+            wide = state.state2.blocksize
+            scales = _part(state.state2.absmax, first // wide, -(len(absmax) // -wide))
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+                absmax, scales, state.state2.code, wide, torch.float32
+            )
+            absmax += state.offset
+        return absmax
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {f"weight.{name}": t for name, t in self.state.as_dict(packed=True).items()}
+        # All weights share one table here, which files of theirs must not.
+        parts["weight.quant_map"] = parts["weight.quant_map"].clone()
+        return {"weight": self.codes, **parts}
+
+    def to(self, device: torch.device) -> Self:
+        if self.device == device:
+            return self
+        state = copy.copy(self.state)
+        if state.nested:
+            state.state2 = copy.copy(state.state2)
+        state.to(device)
+        return type(self)(self.codes.to(device), state, self.dtype)
+
+
+def _codes_and_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the codes (bytes, 1) and the largest magnitude of each block, in float32."""
+    if weight.dtype == torch.float16:  # the same numbers, and a kernel for them
+        weight = weight.to(torch.float32)
+    native = kernel("quantize_4bit", weight)
+    if native is None:
+        return torch.ops.bitsandbytes.quantize_4bit(weight, BLOCK, "nf4", torch.uint8)
+    # bitsandbytes sorts each number into a table by itself on CPUs: fifty times slower.
+    numbers, table = weight.numel(), _table(weight.device)
+    codes = torch.empty(-(numbers // -2), 1, dtype=torch.uint8)
+    absmax = torch.empty(-(numbers // -BLOCK), dtype=torch.float32)
+    native(weight, (table[:-1] + table[1:]) / 2, absmax, codes, numbers, BLOCK)
+    return codes, absmax
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    return bnb.get_4bit_type("nf4", device=device)
+
+
+def _part(tensor: Tensor, first: int, count: int) -> Tensor:
+    return tensor[first : first + count]

@@ -1,0 +1,81 @@
+"""A training run's state on disk, from which it goes on to the bit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from veneer.errors import AdapterError
+from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
+
+STATE, TENSORS = "state.json", "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that the next step depends on: tensors, and the plain numbers beside them."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    progress: dict[str, Any]
+
+
+def write(checkpoint: Checkpoint, directory: Path, *, keep: Mapping[str, int]) -> Path:
+    """Write a checkpoint below `directory` and remove those that are neither it nor in `keep`.
+
+    The older ones go only once the new one is on the disk.
+    """
+    place = directory / f"step-{checkpoint.step:06d}"
+    with new_directory(place, marker=STATE) as new:
+        write_tensors(new / TENSORS, checkpoint.tensors)
+        write_json(new / STATE, {"step": checkpoint.step, **checkpoint.progress})
+    wanted = {checkpoint.step, *keep.values()}
+    for step, old in steps(directory).items():
+        if step not in wanted:
+            shutil.rmtree(old)
+    return place
+
+
+def read(place: Path) -> Checkpoint:
+    """Read one checkpoint. Raises AdapterError if it is damaged."""
+    progress = read_json(place / STATE)
+    if not isinstance(progress.get("step"), int):
+        raise AdapterError(f"{place / STATE} does not say which step it holds.")
+    return Checkpoint(progress.pop("step"), read_tensors(place / TENSORS), progress)
+
+
+def newest(directory: Path) -> Checkpoint | None:
+    """Return the newest checkpoint below `directory` that can be read, or None if there is none.
+
+    Raises AdapterError if there are some, but all are damaged.
+    """
+    failure: AdapterError | None = None
+    for _, place in sorted(steps(directory).items(), reverse=True):
+        try:
+            return read(place)
+        except AdapterError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return None
+
+
+def remove_all(directory: Path) -> None:
+    """Remove the checkpoints below `directory`, and nothing else that may lie there."""
+    for place in steps(directory).values():
+        shutil.rmtree(place)
+
+
+def steps(directory: Path) -> dict[int, Path]:
+    """Return the checkpoints below `directory`, by step."""
+    return {
+        int(match[1]): place
+        for place in directory.glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", place.name))
+    }

@@ -1,0 +1,87 @@
+"""What `all` and `mlp` cannot reach is said: in Python, by a run, and by inspect."""
+
+import warnings
+
+import pytest
+
+import veneer
+from support import tiny_models
+from support.more_models import model_of
+from veneer.adapter.report import report_targets
+from veneer.adapter.uncovered import uncovered
+from veneer.cli.app import app
+
+EXPERTS = "mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate.weight."
+
+
+@pytest.mark.parametrize("targets", ["all", "attention,mlp"])
+@pytest.mark.parametrize("architecture", ["qwen2_moe"])
+def test_attaching_warns_of_experts_and_routers(architecture, targets):
+    model = model_of(architecture)
+    with pytest.warns(veneer.VeneerWarning) as said:
+        veneer.attach(model, veneer.LoRA(rank=2, targets=targets))
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert str(said[0].message).endswith(EXPERTS)
+    assert report_targets(model, veneer.LoRA(rank=2, targets=targets)).uncovered == str(
+        said[0].message
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [
+        ("qwen2_moe", "attention"),
+        ("mixtral", "q_proj"),
+        *[(a, "all") for a in tiny_models.ARCHITECTURES],
+    ],
+)
+def test_nothing_is_said_where_nothing_is_left_out(architecture, targets):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        veneer.attach(model_of(architecture), veneer.LoRA(rank=2, targets=targets))
+
+
+def test_the_share_is_of_the_adapted_blocks():
+    model = model_of("mixtral")
+    block = model.model.layers[1]
+    left = [w for n, w in block.mlp.named_parameters()]
+    share = sum(w.numel() for w in left) / sum(w.numel() for w in block.parameters())
+    text = uncovered(model, veneer.LoRA(targets="all", layers="1"))
+    assert text is not None
+    assert f" {share:.1%} " in text
+
+
+def test_packed_layers_count_as_what_they_were():
+    assert uncovered(tiny_models.packed("llama"), veneer.LoRA(targets="all")) is None
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    from support.random_adapters import tokenizer
+
+    model_of("mixtral").save_pretrained(tmp_path / "mixture")
+    tokenizer().save_pretrained(tmp_path / "mixture")
+    return str(tmp_path / "mixture")
+
+
+def test_inspect_says_it(mixture, capsys):
+    app(["inspect", mixture, "--targets", "all"], exit_on_error=False, result_action="return_value")
+    assert EXPERTS in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_says_it(mixture, tmp_path):
+    rows = tmp_path / "rows.txt"
+    rows.write_text("a lamp is a lamp\n\nthe mill is old\n")
+    recipe = veneer.Recipe(
+        model=mixture,
+        data=rows,
+        out=tmp_path / "out",
+        dtype="float32",
+        lora=veneer.LoRA(rank=2, targets="all"),
+        training=veneer.TrainConfig(steps=1),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", veneer.VeneerWarning)
+        notes = [e.text for e in veneer.tune(recipe) if type(e).__name__ == "Notice"]
+    assert any(note.endswith(EXPERTS) for note in notes)

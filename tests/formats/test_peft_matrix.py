@@ -1,0 +1,128 @@
+"""Every part of PEFT's LoRA, both ways: its logits, and its gradients after one step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import veneer
+from support.closeness import assert_no_further
+from support.peft_cases import (
+    CASES,
+    base,
+    logits,
+    loss,
+    opened,
+    parts_of,
+    theirs,
+    train_parts,
+    written,
+)
+from support.random_adapters import distance, same, snapshot
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+LR = 0.1
+# What PEFT trains as one, and we, who keep it as two, must step by the sum of both gradients.
+AS_ONE: dict[str, dict[str, str]] = {
+    "embedding and head as one": {
+        "model.embed_tokens.lora_embedding_A": "lm_head.lora_B",
+        "model.embed_tokens.lora_embedding_B": "lm_head.lora_A",
+    },
+    "saved as one": {"model.embed_tokens.weight": "lm_head.weight"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_both_ways(case, tmp_path):
+    kind, options = CASES[case]
+    their_model = theirs(kind, options)
+    written(their_model, tmp_path / "peft")
+    wanted = logits(their_model, kind)
+    model = base(kind)
+    own = logits(model, kind)
+    before = snapshot(model)
+    veneer.load(model, tmp_path / "peft")
+    torch.testing.assert_close(logits(model, kind), wanted, **CLOSE)
+    assert distance(wanted, own) > 0.01
+
+    veneer.save(model, tmp_path / "back", format="peft")
+    torch.testing.assert_close(logits(opened(kind, tmp_path / "back"), kind), wanted, **CLOSE)
+    veneer.save(model, tmp_path / "native")
+    for place in ("back", "native"):
+        again = veneer.load(base(kind), tmp_path / place)
+        assert same(parts_of(again), parts_of(model))
+        torch.testing.assert_close(logits(again, kind), logits(model, kind), **CLOSE)
+
+    veneer.use(model, None)
+    assert torch.equal(logits(model, kind), own)
+    veneer.use(model, "default")
+    torch.testing.assert_close(logits(model, kind), wanted, **CLOSE)
+    veneer.detach(model)
+    assert torch.equal(logits(model, kind), own)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_after_one_step(case, tmp_path):
+    kind, options = CASES[case]
+    peer, reference = theirs(kind, options), in_float64(theirs(kind, options))
+    written(peer, tmp_path / "start")
+    model = veneer.load(base(kind), tmp_path / "start")
+    train_parts(model)
+    for one in (peer, reference, model):
+        loss(one, kind).backward()
+    with gradients_in_place_of_weights(model):
+        ours = {name: part.detach().clone() for name, part in parts_of(model).items()}
+    for first, second in AS_ONE.get(case, {}).items():
+        total = ours[first] + turned(ours[second], ours[first])
+        ours |= {first: total, second: turned(total, ours[second])}
+    gradients = as_an_adapter(peer, kind, tmp_path / "peer")
+    for name, wanted in as_an_adapter(reference, kind, tmp_path / "reference").items():
+        assert wanted.any(), name
+        assert_no_further(ours[name], gradients[name], wanted, name)
+    if case not in AS_ONE:
+        stepped = [step(one, kind) for one in (model, peer, reference)]
+        assert_no_further(*stepped, "logits after a step")
+
+
+def as_an_adapter(model: nn.Module, kind: str, place: Path) -> dict[str, Tensor]:
+    """Return the gradients of PEFT's parameters under our names: written as an adapter's weights,
+    and read as such."""
+    with gradients_in_place_of_weights(model):
+        written(model, place)
+    return parts_of(veneer.load(base(kind), place))
+
+
+@contextmanager
+def gradients_in_place_of_weights(model: nn.Module) -> Iterator[None]:
+    trained = [weight for weight in model.parameters() if weight.grad is not None]
+    weights = [weight.detach().clone() for weight in trained]
+    with torch.no_grad():
+        for weight in trained:  # some are views of others, whose gradients are to be added up
+            weight.zero_()
+        for weight in trained:
+            weight.add_(weight.grad)
+        yield
+        for weight, value in zip(trained, weights, strict=True):
+            weight.copy_(value)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """Return the model in float64, for which grouped products of experts are not made."""
+    if any(name.endswith("experts") for name, _ in model.named_modules()):
+        model.base_model.model.set_experts_implementation("eager")
+    return model.double()
+
+
+def step(model: nn.Module, kind: str) -> Tensor:
+    """Take one step of plain SGD, and return the logits that come of it."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    torch.optim.SGD(trained, lr=LR).step()
+    return logits(model, kind)
+
+
+def turned(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.shape == like.shape else tensor.T

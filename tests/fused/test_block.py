@@ -1,0 +1,217 @@
+"""Law 3 for the halves of a decoder layer: each equals the plain operations, both ways."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.fused.block import FeedForward, Norm, SelfAttention
+from veneer.kernels.arena import Arena
+from veneer.kernels.attention import Attention, Packing
+from veneer.kernels.rotary import rotate_
+from veneer.lowrank.projection import Projection
+
+DOUBLE = {"dtype": torch.float64}
+LENGTHS, DIM, HEADS, KV_HEADS, HEAD_DIM, INNER = [5, 3, 2], 6, 4, 2, 4, 7
+TOKENS = sum(LENGTHS)
+# How many adapters act on each projection, the last of them the output's.
+ADAPTED = {
+    "all": (1, 1, 1, 1),
+    "two on some": (2, 0, 1, 0),
+    "output": (0, 0, 0, 1),
+    "none": (0,) * 4,
+}
+# Which projections have a gain, if an adapter acts on them.
+DORA = {
+    "none": (False,) * 4,
+    "all": (True,) * 4,
+    "some": (True, False, True, False),
+    "others": (False, True, False, True),
+}
+
+
+def projection(in_: int, out: int, adapters: int, *, bias: bool, dora: bool = False) -> Projection:
+    rank = adapters * (adapters + 1) // 2  # of adapters of rank 1, 2, ...
+    return Projection(
+        torch.randn(out, in_, **DOUBLE),
+        torch.randn(out, **DOUBLE) if bias else None,
+        torch.randn(rank, in_, **DOUBLE, requires_grad=True),
+        torch.randn(out, rank, **DOUBLE, requires_grad=True),
+        torch.randn(out, **DOUBLE, requires_grad=True) if dora and rank else None,
+    )
+
+
+def plain(p: Projection, x: Tensor) -> Tensor:
+    y = F.linear(x, p.weight) + F.linear(F.linear(x, p.A), p.B)
+    y = y if p.gain is None else y * p.gain
+    return y if p.bias is None else y + p.bias
+
+
+def norm(x: Tensor, half: SelfAttention | FeedForward) -> Tensor:
+    return F.rms_norm(x, (DIM,), half.norm.weight, half.norm.eps)
+
+
+def self_attention(adapted: str, *, bias: bool, sparing: bool, dora: str = "none") -> SelfAttention:
+    torch.manual_seed(0)
+    counts, gains = ADAPTED[adapted], DORA[dora]
+    outs = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
+    angles = torch.rand(TOKENS, HEAD_DIM // 2, **DOUBLE).repeat(1, 2)
+    return SelfAttention(
+        norm=Norm(torch.randn(DIM, **DOUBLE), 1e-5),
+        inputs=tuple(
+            projection(DIM, out, n, bias=bias, dora=gain)
+            for out, n, gain in zip(outs, counts, gains, strict=False)
+        ),
+        output=projection(HEADS * HEAD_DIM, DIM, counts[3], bias=bias, dora=gains[3]),
+        attention=Attention(Packing(LENGTHS), 0.4),
+        cos=angles.cos(),
+        sin=angles.sin(),
+        arena=Arena(),
+        sparing=sparing,
+    )
+
+
+def plain_attention(half: SelfAttention, x: Tensor) -> Tensor:
+    q, k, v = (plain(p, norm(x, half)).unflatten(1, (-1, HEAD_DIM)) for p in half.inputs)
+
+    def turned(y: Tensor) -> Tensor:
+        first, second = y.chunk(2, -1)
+        return y * half.cos[:, None] + torch.cat([-second, first], -1) * half.sin[:, None]
+
+    y = half.attention.composed(turned(q), turned(k), v)
+    return x + plain(half.output, y.flatten(1))
+
+
+def feed_forward(adapted: str, *, bias: bool, sparing: bool, dora: str = "none") -> FeedForward:
+    torch.manual_seed(0)
+    counts, gains = ADAPTED[adapted], DORA[dora]
+    return FeedForward(
+        norm=Norm(torch.randn(DIM, **DOUBLE), 1e-5),
+        inputs=tuple(projection(DIM, INNER, counts[i], bias=bias, dora=gains[i]) for i in range(2)),
+        output=projection(INNER, DIM, counts[3], bias=bias, dora=gains[3]),
+        arena=Arena(),
+        sparing=sparing,
+    )
+
+
+def plain_feed_forward(half: FeedForward, x: Tensor) -> Tensor:
+    gate, up = (plain(p, norm(x, half)) for p in half.inputs)
+    return x + plain(half.output, F.silu(gate) * up)
+
+
+HALVES = {
+    "attention": (self_attention, plain_attention),
+    "feed-forward": (feed_forward, plain_feed_forward),
+}
+CASES = list(itertools.product(HALVES, ADAPTED, DORA, [True, False], [True, False]))
+
+
+def after(half: SelfAttention | FeedForward, x: Tensor) -> Tensor:
+    found = half(x)
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def trained(half: SelfAttention | FeedForward) -> list[Tensor]:
+    return [tensor for p in (*half.inputs, half.output) for tensor in p.trained()]
+
+
+@pytest.mark.parametrize(("which", "adapted", "dora", "bias", "sparing"), CASES)
+def test_equals_the_plain_operations(which, adapted, dora, bias, sparing):
+    make, reference = HALVES[which]
+    half = make(adapted, bias=bias, sparing=sparing, dora=dora)
+    x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
+    dy = torch.randn(TOKENS, DIM, **DOUBLE)
+    inputs = [x, *trained(half)]
+    found, wanted = after(half, x), reference(half, x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, dy), torch.autograd.grad(wanted, inputs, dy)
+    )
+
+
+@pytest.mark.parametrize("dora", ["none", "all"])
+@pytest.mark.parametrize("which", HALVES)
+def test_passes_gradcheck(which, dora):
+    half = HALVES[which][0]("all", bias=True, sparing=False, dora=dora)
+    x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
+
+    def forward(x: Tensor, *tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        fresh = [
+            replace(p, A=next(given), B=next(given), gain=p.gain if p.gain is None else next(given))
+            for p in (*half.inputs, half.output)
+        ]
+        half_of_these = replace(half, inputs=tuple(fresh[:-1]), output=fresh[-1])
+        return after(half_of_these, x)
+
+    assert torch.autograd.gradcheck(forward, (x, *trained(half)), fast_mode=False)
+
+
+@pytest.mark.parametrize("which", HALVES)
+def test_no_gradient_below_the_lowest_adapter(which):
+    half = HALVES[which][0]("all", bias=False, sparing=False)
+    x = torch.randn(TOKENS, DIM, **DOUBLE)
+    after(half, x).sum().backward()
+    assert x.grad is None
+    assert all(tensor.grad is not None for tensor in trained(half))
+    nothing = HALVES[which][0]("none", bias=False, sparing=False)
+    assert not after(nothing, x).requires_grad
+
+
+@pytest.mark.parametrize("which", HALVES)
+@pytest.mark.parametrize("sparing", [True, False])
+def test_two_passes_before_the_first_way_back(which, sparing):
+    """Memory is never used again while a way back may still need it."""
+    half = HALVES[which][0]("all", bias=False, sparing=sparing)
+    xs = [torch.randn(TOKENS, DIM, **DOUBLE) for _ in range(2)]
+    alone = []
+    for x in xs:
+        alone.append(torch.autograd.grad(after(half, x).square().sum(), trained(half)))
+    losses = [after(half, x).square().sum() for x in xs]
+    for loss, wanted in zip(losses, alone, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(loss, trained(half)), wanted)
+
+
+@pytest.mark.parametrize("dora", DORA)
+@pytest.mark.parametrize("which", HALVES)
+def test_what_is_kept_is_left_as_it_was(which, dora):
+    """The way back can be gone twice."""
+    half = HALVES[which][0]("all", bias=True, sparing=False, dora=dora)
+    x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
+    loss = after(half, x).square().sum()
+    first = torch.autograd.grad(loss, [x, *trained(half)], retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, [x, *trained(half)]), first)
+
+
+@pytest.mark.parametrize("adapted", ["all", "output", "none"])
+def test_the_second_half_needs_no_copy_of_a_sum_that_is_known(adapted):
+    first = self_attention(adapted, bias=True, sparing=False, dora="all")
+    second = feed_forward("all", bias=True, sparing=False, dora="all")
+    x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
+
+    def both(*, knowing: bool) -> list[Tensor]:
+        middle, known = first(x)
+        assert (known is None) == (adapted == "none")
+        half = replace(second, known=known if knowing else None)
+        kept: list[int] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = half(middle)
+        assert (middle.data_ptr() in kept) == (half.known is None)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *trained(first), *trained(second)])]
+
+    for found, wanted in zip(both(knowing=True), both(knowing=False), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_rotation_is_in_place():
+    x = torch.randn(3, 2, 4)
+    angles = torch.rand(3, 2).repeat(1, 2)
+    assert rotate_(x, angles.cos(), angles.sin()) is x

@@ -1,0 +1,1 @@
+"""What tests share: small bases, adapters, servers, damaged files, and how near is near."""

@@ -1,0 +1,168 @@
+"""A server in a thread, an engine that says what it is told to, and calls without a client."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock, Semaphore, Thread
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+
+from support.random_adapters import tokenizer
+from support.tiny_models import VOCAB
+from veneer.data.chat import prompt_text
+from veneer.errors import QueueFull
+from veneer.serve.app import create_app
+from veneer.serve.http import AT_A_TIME, PatientProtocol, PatientServer
+from veneer.serve.library import Library
+from veneer.serve.request import Finished, Piece, Request, Stats, Token
+from veneer.serve.served import Served
+from veneer.serve.stream import Stream
+
+__all__ = ["ScriptedEngine", "Server", "call", "prompt_text", "running", "scripted"]
+BASE = "tiny"
+
+
+class ScriptedEngine:
+    """Answers "NAME says word 1 word 2 ...", a word a token, each after `pace` seconds."""
+
+    def __init__(
+        self, library: Library, *, slots: int = 4, queue: int = 8, pace: float = 0.0
+    ) -> None:
+        self.library, self.pace, self.queue, self.slots = library, pace, queue, slots
+        self.requests: list[Request] = []
+        self.cancelled = self.active = self.waiting = 0
+        self.fail = ""
+        self._free, self._lock = Semaphore(slots), Lock()
+
+    def submit(self, request: Request) -> Stream:
+        with self._lock:
+            if self.waiting >= self.queue + self.slots - self.active:
+                raise QueueFull("too many wait")
+            self.waiting += 1
+            self.requests.append(request)
+        stream = Stream(request)
+        Thread(target=self._answer, args=(request, stream), daemon=True).start()
+        return stream
+
+    def _answer(self, request: Request, stream: Stream) -> None:
+        with self._free:
+            with self._lock:
+                self.waiting, self.active = self.waiting - 1, self.active + 1
+            name = request.adapter if isinstance(request.adapter, str) else "base"
+            words = [name, " says", *(f" word {i}" for i in range(10_000))]
+            reason, made = "length", 0
+            for word in words[: request.sampling.max_new_tokens]:
+                time.sleep(self.pace)
+                if stream.cancelled:
+                    reason = "cancelled"
+                    break
+                if word.strip() in request.stop:
+                    reason = "stop"
+                    break
+                top = tuple((5 + i, -1.0 - i) for i in range(request.logprobs or 0))
+                logprob = None if request.logprobs is None else -0.5
+                stream.put(Piece(word, (Token(4, word, logprob, top),)))
+                made += 1
+            with self._lock:
+                self.active -= 1
+                self.cancelled += reason == "cancelled"
+            error = self.fail
+            end = "error" if error else reason
+            stream.put(Finished(end, len(request.tokens), made, 0, error))
+
+    def score(self, tokens: Any, adapter: Any = None) -> tuple[float | None, ...]:
+        change = 0.0 if adapter is None else 1.0
+        return (None, *(-3.0 + change * (i % 2) for i in range(1, len(tokens))))
+
+    def load(self, name: str) -> None:
+        self.library.info(name)
+
+    def close(self, *, drain: bool = True) -> None:
+        pass
+
+    @property
+    def stats(self) -> Stats:
+        return Stats(self.active, self.waiting, self.slots, 0, 0, 0, 0, 0, 0, (), 0, 0)
+
+
+def scripted(
+    adapters: dict[str, Path] | None = None, *, context: int = 4096, **engine: Any
+) -> Served:
+    """Return what a server needs, around an engine that computes nothing."""
+    library = Library(adapters or {})
+    return Served(
+        engine=ScriptedEngine(library, **engine),
+        library=library,
+        tokenizer=tokenizer(),
+        name=BASE,
+        root="made/of/nothing",
+        context=context,
+        vocabulary=VOCAB,
+    )
+
+
+class Server(PatientServer):
+    """A server in a thread, at `url`."""
+
+    url = ""
+
+
+@contextmanager
+def running(served: Served, *, patience: float = 10.0, **options: Any) -> Iterator[Server]:
+    """Serve in a thread of this process, on a free port of this machine."""
+    protocol = type("Protocol", (PatientProtocol,), {"header_seconds": patience})
+    app = create_app(served, **options)
+    config = uvicorn.Config(
+        app, port=0, http=protocol, ws="none", log_level="critical", backlog=AT_A_TIME
+    )
+    server = Server(config)
+    thread = Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    server.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def call(
+    url: str,
+    path: str,
+    body: Any = None,
+    *,
+    method: str = "",
+    headers: dict[str, str] | None = None,
+    timeout: float = 30.0,
+) -> tuple[int, dict[str, str], Any]:
+    """Return status, headers and what the JSON of the answer says (or its text)."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout)
+    given = dict(headers or {})
+    if body is not None:
+        given.setdefault("content-type", "application/json")
+        body = body if isinstance(body, bytes | str) else json.dumps(body)
+    try:
+        connection.request(method or ("GET" if body is None else "POST"), path, body, given)
+        response = connection.getresponse()
+        told = {name.lower(): value for name, value in response.getheaders()}
+        text = response.read().decode()
+    finally:
+        connection.close()
+    is_json = told.get("content-type", "").startswith("application/json")
+    return response.status, told, json.loads(text) if is_json else text
+
+
+def chat(model: str = BASE, text: str = "Hi", **more: Any) -> dict[str, Any]:
+    """Return the body of a chat request."""
+    return {"model": model, "messages": [{"role": "user", "content": text}], **more}

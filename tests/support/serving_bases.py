@@ -1,0 +1,57 @@
+"""Small bases and adapters on disk, for what serves them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import veneer
+from support.random_adapters import ids, shake, targets_named, tokenizer
+from support.tiny_models import VOCAB, tiny
+from veneer.models.load import Base
+
+PROMPT = tuple(ids(1, 20, seed=3)[0].tolist())
+
+# Of different ranks, targets and kinds, and one that does not start at zero.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"rank": 2, "targets": "all"},
+    "wide": {"rank": 5, "targets": "attention"},
+    "dora": {"rank": 3, "targets": "all", "dora": True},
+    "pissa": {"rank": 2, "targets": "mlp", "init": "pissa"},
+}
+
+
+def base_of(architecture: str = "llama", model: PreTrainedModel | None = None) -> Base:
+    """Return a random base whose answers nothing ends before their length."""
+    model = tiny(architecture) if model is None else model
+    model.generation_config.eos_token_id = None
+    words = tokenizer(VOCAB)
+    words.eos_token = None
+    return Base(architecture, model, words)
+
+
+def write_adapter(home: Path, architecture: str, *, seed: int, **options: Any) -> Path:
+    """Write an adapter that changes what the model says."""
+    model = tiny(architecture)
+    targets = targets_named(model, options.pop("targets", "all"))
+    shake(veneer.attach(model, veneer.LoRA(targets=targets, **options)), seed=seed, size=0.3)
+    veneer.save(model, home, format="peft" if seed % 2 else "native")
+    return home
+
+
+def write_adapters(home: Path, architecture: str = "llama") -> dict[str, Path]:
+    return {
+        name: write_adapter(home / name, architecture, seed=seed, **kind)
+        for seed, (name, kind) in enumerate(KINDS.items())
+    }
+
+
+def generated(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], new: int
+) -> list[list[int]]:
+    """Return what transformers' own generate says after prompts of one length."""
+    tokens = torch.tensor(prompts)
+    out = model.generate(tokens, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    return out[:, tokens.shape[1] :].tolist()
