@@ -19,7 +19,7 @@ from rich.table import Table
 import veneer
 from veneer.cli.console import bytes_text, quieten_libraries
 from veneer.cli.tune import run_tune
-from veneer.training.tune import size_of
+from veneer.files import size_of
 
 OUT = Path("dist/finetuning_results")
 ROWS = Path("dist/cuisine.jsonl")

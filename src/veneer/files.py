@@ -69,6 +69,12 @@ def check_replaceable(path: Path, *, marker: str) -> None:
         raise VeneerError(f"{path} holds other things (no {marker}); name another place.")
 
 
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a directory."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one piece."""
     with new_file(path) as temporary:

@@ -11,7 +11,8 @@ from torch import Tensor
 import veneer
 from support.random_adapters import examples, same, tokenizer, trained_weights, with_words
 from support.tiny_models import tiny
-from veneer.training import checkpoint, metrics
+from veneer.run_directory import RunDirectory
+from veneer.training import checkpoint
 from veneer.training.events import (
     Checkpointed,
     Evaluated,
@@ -22,6 +23,7 @@ from veneer.training.events import (
     Stopped,
     Trained,
 )
+from veneer.training.metrics import record
 
 ROWS = examples([11, 7, 16, 9, 13, 8, 12, 10, 15, 6])
 HELD_OUT = examples([9, 14, 7], seed=1)
@@ -73,7 +75,7 @@ class Run:
             should_stop=lambda: step == stop_at,
             **({"held_out": HELD_OUT} | self.options),
         )
-        for event in (recorded := metrics.record(events, self.place / "metrics.jsonl")):
+        for event in (recorded := record(events, RunDirectory(self.place))):
             step = getattr(event, "step", step)
             self.events.append(event)
             if leave(event):
@@ -83,7 +85,7 @@ class Run:
         self.weights = trained_weights(model)
 
     def metrics(self) -> list[dict[str, Any]]:
-        lines = metrics.read(self.place / "metrics.jsonl")
+        lines = RunDirectory(self.place).read_metrics()
         return [
             {key: value for key, value in line.items() if key not in ("seconds", "rss_bytes")}
             for line in lines

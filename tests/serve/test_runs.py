@@ -11,12 +11,11 @@ import veneer
 from support.random_adapters import shake, tokenizer
 from support.server import call, running, scripted
 from support.tiny_models import tiny
+from veneer.run_directory import METRICS, RunDirectory
 from veneer.serve import runs as runs_module
 from veneer.serve.about import about
 from veneer.serve.curve import MOST, Curve
 from veneer.serve.runs import Runs
-from veneer.training import metrics
-from veneer.training.tune import METRICS, PROGRESS, RECIPE
 
 
 @pytest.mark.parametrize("count", [0, 1, MOST, MOST + 1, 5 * MOST + 3])
@@ -57,8 +56,8 @@ def test_only_what_is_new_is_read(place, tmp_path):
     runs = Runs(tmp_path / "runs")
     assert runs.shown() == []
     write(place, 3)
-    (place / PROGRESS).write_text('{"steps": 10, "ended": null}')
-    (place / RECIPE).write_text("model: tiny\ndata: rows.jsonl\nrank: 4\nseed: 1\n")
+    RunDirectory(place).progress.write_text('{"steps": 10, "ended": null}')
+    RunDirectory(place).recipe.write_text("model: tiny\ndata: rows.jsonl\nrank: 4\nseed: 1\n")
     run = told(runs)
     assert (run["name"], run["state"], run["step"], run["steps"]) == ("deep/one", "running", 3, 10)
     assert run["tokens_per_second"] == 200
@@ -85,7 +84,7 @@ def test_only_what_is_new_is_read(place, tmp_path):
 )
 def test_how_a_run_ended(place, tmp_path, ended, state):
     write(place, 2)
-    (place / PROGRESS).write_text(json.dumps({"steps": 10, "ended": ended}))
+    RunDirectory(place).progress.write_text(json.dumps({"steps": 10, "ended": ended}))
     run = told(Runs(tmp_path / "runs"))
     assert (run["state"], run["seconds_left"]) == (state, None)
 
@@ -110,7 +109,7 @@ def test_what_is_no_run_of_ours_hides_no_other(place, tmp_path):
     ):
         (root / name).mkdir()
         (root / name / METRICS).write_text(text)
-    (root / "d" / RECIPE).write_text("- a list\n")
+    RunDirectory(root / "d").recipe.write_text("- a list\n")
     outside = tmp_path / "outside"
     outside.mkdir()
     write(outside, 5)
@@ -146,7 +145,7 @@ def test_a_real_run_tells_its_steps_and_its_end(tmp_path):
     assert (found["rank"], found["alpha"]) == (8, 16.0)
     assert found["trained"]["data"] == str(tmp_path / "rows.jsonl")
     assert found["trained"]["steps"] == 3
-    lines = metrics.read(recipe.out / METRICS)
+    lines = RunDirectory(recipe.out).read_metrics()
     assert found["eval_loss"] == min(line["eval_loss"] for line in lines if "eval_loss" in line)
     assert [step for step, _ in found["curve"]] == [1, 2, 3]
 

@@ -1,8 +1,7 @@
 """The course of a run: what is learnt, when it is measured and saved, and what stops it."""
 
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from support.tiny_models import ARCHITECTURES, tiny
 from veneer.data.encode import UNLABELLED
 from veneer.data.packing import StepOrder
 from veneer.fused.forward import Forward
-from veneer.training import loop, metrics
+from veneer.training import loop
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
     Checkpointed,
@@ -421,56 +420,3 @@ def test_rows_from_which_nothing_is_learnt():
     for rows, held_out in (([ROWS[0], mute], []), (ROWS, [mute])):
         with pytest.raises(veneer.DataError, match="data:7"):
             run(new_model(), COURSE, rows, held_out=held_out)
-
-
-# metrics.jsonl
-
-
-def some_events(steps: range, done: int) -> list[Event]:
-    events: list[Event] = [Started(10, done)]
-    for step in steps:
-        events.append(Step(step, 1.0 / step, 0.1, 30, 20, 0.5, 100))
-        if step % 2 == 0:
-            events.append(Evaluated(step, 2.0, 7.4, True))
-    return [*events, Trained(steps[-1], steps[-1])]
-
-
-def test_numbers_are_written_as_they_happen(tmp_path):
-    path = tmp_path / "m" / "metrics.jsonl"
-    given = some_events(range(1, 5), 0)
-    written = 0
-    for event, passed in zip(given, metrics.record(given, path), strict=True):
-        assert passed is event
-        written += isinstance(event, Step | Evaluated)
-        assert len(metrics.read(path)) == written
-    lines = metrics.read(path)
-    assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
-    assert lines[0] == asdict(given[1])
-    assert lines[2] == {"step": 2, "eval_loss": 2.0, "perplexity": 7.4}
-
-
-@pytest.mark.parametrize("tail", ["", '{"step": 5, "lo', '{"step": 9}\n{"st', "\n"])
-@pytest.mark.parametrize("done", [0, 3, 4])
-def test_lines_up_to_the_resumed_step_are_kept(done, tail, tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    list(metrics.record(some_events(range(1, 5), 0), path))
-    with path.open("a") as file:
-        file.write(tail)
-    list(metrics.record(some_events(range(done + 1, 7), done), path))
-    whole = tmp_path / "whole.jsonl"
-    list(metrics.record(some_events(range(1, 7), 0), whole))
-    assert path.read_text() == whole.read_text()
-
-
-def test_a_missing_file_has_no_lines(tmp_path):
-    assert metrics.read(tmp_path / "none.jsonl") == []
-
-
-def test_the_file_of_a_run_is_plain_json(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    events = veneer.train(new_model(), ROWS, replace(COURSE, steps=3), held_out=ROWS[:1])
-    list(metrics.record(events, path))
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [set(line) for line in lines if "loss" in line] == [
-        {"step", "loss", "lr", "tokens", "label_tokens", "seconds", "rss_bytes"}
-    ] * 3

@@ -19,10 +19,10 @@ from veneer.algebra.measure import Measured, diff, inspect, is_dora, total_cosin
 from veneer.cli.console import ERRORS, OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.grid import Panel, draw_heatmaps, grid_table
 from veneer.errors import ConfigError, VeneerError
+from veneer.files import size_of
 from veneer.formats.adapters import read, write
 from veneer.formats.names import FormatName
 from veneer.formats.state import AdapterState
-from veneer.training.tune import size_of
 
 WIDTH = 110  # columns of the tables where there is no terminal: in fewer, figures would be broken
 MOST_LEFT_OUT = 8  # weights that are named one by one

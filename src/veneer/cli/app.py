@@ -20,9 +20,10 @@ from veneer.formats.names import FormatName, RuntimeName
 from veneer.generate.sampling import Sampling
 from veneer.plan.config import PlanConfig
 from veneer.quant.settings import Bits
+from veneer.run_directory import DEFAULT_OUT
 from veneer.serve.config import ServeConfig
 from veneer.training.config import TrainConfig
-from veneer.training.recipe import OUT, DataConfig, DType
+from veneer.training.recipe import DataConfig, DType
 
 app = App(
     name="veneer",
@@ -77,7 +78,7 @@ def tune(
     dtype: DTypeFlag = "auto",
     bits: BitsFlag = None,
     pack_head: PackHead = False,
-    out: Annotated[Path, Parameter(help="Directory for the results.")] = OUT,
+    out: Annotated[Path, Parameter(help="Directory for the results.")] = DEFAULT_OUT,
     config: Annotated[
         Path | None, Parameter(help="Recipe of an earlier run; flags given here override it.")
     ] = None,

@@ -16,13 +16,13 @@ from veneer.cli.progress import RunDisplay
 from veneer.cli.tables import quantized_table, target_summary, target_table
 from veneer.data.rows import Message
 from veneer.errors import ConfigError
+from veneer.files import size_of
 from veneer.formats.adapters import holds_adapter
 from veneer.formats.quantized import QuantizedLayer, write_quantized
 from veneer.generate.sampling import Sampling
 from veneer.models.load import Base, load_skeleton, open_base
 from veneer.quant.settings import Bits
 from veneer.training.pretrain import pretrain
-from veneer.training.tune import size_of
 
 
 def run_inspect(model: str, lora: LoRA | None, *, picture: Path | None) -> None:

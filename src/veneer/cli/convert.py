@@ -8,10 +8,10 @@ from rich.markup import escape
 
 from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries
 from veneer.errors import ConfigError
+from veneer.files import size_of
 from veneer.formats.convert import convert
 from veneer.formats.names import FormatName
 from veneer.models.load import load_skeleton
-from veneer.training.tune import size_of
 
 
 def run_convert(
@@ -43,7 +43,7 @@ def run_convert(
     )
     for note in done.notes:
         OUTPUT.print(f"  [yellow]note[/] {escape(note)}", soft_wrap=True)
-    size = out.stat().st_size if out.is_file() else size_of(out)
+    size = size_of(out)
     layers = f"{done.layers} layer{'' if done.layers == 1 else 's'}"
     OUTPUT.print(
         f"[bold]Saved[/]   {escape(str(out))} ({to}, {layers}, {bytes_text(size)}; "

@@ -12,12 +12,12 @@ from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries
 from veneer.cli.tables import merge_lines, merge_table, merged_table
 from veneer.data.sources import files_of
 from veneer.errors import MergeError, VeneerError
+from veneer.files import size_of
 from veneer.formats.adapters import read as read_adapter
 from veneer.formats.gguf.model import kept_of, write_merged
 from veneer.models.load import load_skeleton
 from veneer.models.locate import locate
 from veneer.quant.settings import Bits
-from veneer.training.tune import size_of
 
 
 def run_merge(

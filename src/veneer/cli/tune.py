@@ -14,12 +14,10 @@ from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries
 from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
 from veneer.errors import VeneerError
-from veneer.training import metrics
+from veneer.run_directory import RunDirectory
 from veneer.training.events import Evaluated, Event, Step, Stopped
 from veneer.training.recipe import Recipe
-from veneer.training.tune import METRICS, tune
-
-PICTURE, CURVES = "loss.png", "tensorboard"
+from veneer.training.tune import tune
 
 
 def run_tune(
@@ -34,13 +32,14 @@ def run_tune(
     """Run a recipe to its end and return the exit code: 0, or 130 when it was interrupted."""
     quieten_libraries()
     display = None if quiet else RunDisplay()
+    directory = RunDirectory(recipe.out)
     if display:
         OUTPUT.print(f"[bold]Base[/]    {escape(recipe.model)}")
     with interruptible() as asked, display or nullcontext():
         events = tune(
             recipe, resume=resume, force=force, ignore_plan=ignore_plan, should_stop=asked
         )
-        for event in curves(events, recipe.out / CURVES) if tensorboard else events:
+        for event in curves(events, directory.tensorboard) if tensorboard else events:
             if display:
                 display.show(event)
             if isinstance(event, Stopped) and event.reason == "interrupted":
@@ -48,7 +47,7 @@ def run_tune(
                 ERRORS.print(f"Go on with the same command and --resume (results in {out}).")
                 return 130
     try:
-        draw_losses(metrics.read(recipe.out / METRICS), recipe.out / PICTURE)
+        draw_losses(directory.read_metrics(), directory.picture)
     except VeneerError as error:
         ERRORS.print(f"  note {escape(str(error))}")
     return 0

@@ -11,12 +11,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import yaml
-
-from veneer.errors import AdapterError
-from veneer.files import read_json
+from veneer.run_directory import METRICS, RunDirectory
 from veneer.serve.curve import Curve
-from veneer.training.tune import METRICS, PROGRESS, RECIPE
 
 RECENT = 20  # steps over which speed is measured, as on the terminal
 QUIET_SECONDS = 60.0  # without a step for so long, and for five times a step, a run has stopped
@@ -89,7 +85,7 @@ class Runs:
                     continue  # it went while we looked, or holds something else
                 name = str(place.parent.relative_to(self.root))
                 settings = settings_of(place.parent)
-                shown = run.shown(now - changed, progress_of(place.parent))
+                shown = run.shown(now - changed, RunDirectory(place.parent).read_progress())
                 found.append({"name": name, "settings": settings, **shown})
         return found
 
@@ -134,18 +130,5 @@ def follow_file(place: Path) -> Run:
 
 def settings_of(directory: Path) -> dict[str, Any]:
     """Return what a run's recipe says of it, or nothing where there is none."""
-    try:
-        recipe = yaml.safe_load((directory / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    if not isinstance(recipe, dict):
-        return {}
+    recipe = RunDirectory(directory).read_recipe()
     return {name: recipe[name] for name in SETTINGS if recipe.get(name) is not None}
-
-
-def progress_of(directory: Path) -> dict[str, Any]:
-    """Return what a run's progress.json says; nothing where there is none."""
-    try:
-        return read_json(directory / PROGRESS)
-    except AdapterError:
-        return {}

@@ -1,43 +1,32 @@
-"""metrics.jsonl: a line for each step and each evaluation, written as they happen."""
+"""A run's numbers and its progress, written into its directory as they happen."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-from veneer.files import write_text
-from veneer.training.events import Evaluated, Event, Started, Step
+from veneer.run_directory import RunDirectory
+from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Trained
 
 
-def record(events: Iterable[Event], path: Path) -> Iterator[Event]:
-    """Pass events on, writing those with numbers to `path`.
+def record(events: Iterable[Event], directory: RunDirectory) -> Iterator[Event]:
+    """Pass events on, writing steps and evaluations to the metrics, and the rest to the progress.
 
-    A run that goes on after step n keeps the lines up to n; what a lost piece of it had written
-    beyond that happens again.
+    A run that goes on after step n keeps the lines up to n.
     """
+    steps = 0
     for event in events:
-        if isinstance(event, Started):
-            kept = [line for line in read(path) if line["step"] <= event.done]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        elif isinstance(event, Step | Evaluated):
-            line = asdict(event)
-            line.pop("best", None)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        match event:
+            case Started():
+                steps = event.steps
+                directory.cut_metrics(event.done)
+                directory.write_progress(steps=steps)
+            case Step() | Evaluated():
+                line = asdict(event)
+                line.pop("best", None)
+                directory.append_metrics(line)
+            case Stopped():
+                directory.write_progress(steps=steps, ended=event.reason)
+            case Trained():
+                directory.write_progress(steps=steps, ended="finished")
         yield event
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; a last one that was cut off in writing is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines

@@ -10,10 +10,10 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.method import LEARNING_RATES, Method
 from veneer.errors import ConfigError
 from veneer.quant.settings import Bits
+from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
 
 DType = Literal["auto", "float32", "bf16"]
-OUT = Path("dist/finetuning_results")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Recipe:
     dtype: DType = "auto"
     bits: Bits | None = None
     pack_head: bool = False
-    out: Path = OUT
+    out: Path = DEFAULT_OUT
 
     def __post_init__(self) -> None:
         name, problems = self.method.method, []
@@ -97,12 +97,12 @@ class Recipe:
     @property
     def adapter(self) -> Path:
         """Where the adapter alone goes, such as lora_adapter below `out`."""
-        return self.out / f"{self.method.method}_adapter"
+        return RunDirectory(self.out).adapter(self.method.method)
 
     @property
     def merged(self) -> Path:
         """Where the merged model goes, such as lora_merged below `out`."""
-        return self.out / f"{self.method.method}_merged"
+        return RunDirectory(self.out).merged(self.method.method)
 
     @property
     def what_trains(self) -> LoRA | Method:

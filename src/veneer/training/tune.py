@@ -7,11 +7,9 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import yaml
 
 from veneer.adapter.attach import attach
 from veneer.adapter.certify import certify
@@ -27,13 +25,14 @@ from veneer.data.preview import preview
 from veneer.data.rows import texts_of
 from veneer.data.sources import read_rows
 from veneer.errors import ConfigError, ModelError, VeneerWarning
-from veneer.files import check_replaceable, write_json, write_text
+from veneer.files import check_replaceable, size_of
 from veneer.formats import adapters, merged, native
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, dtype_of, load_base
 from veneer.models.locate import locate
 from veneer.plan.fit import free_bytes
-from veneer.training import checkpoint, metrics
+from veneer.run_directory import RunDirectory
+from veneer.training import checkpoint
 from veneer.training.events import (
     DataReady,
     Event,
@@ -44,10 +43,10 @@ from veneer.training.events import (
     Planned,
     Started,
     Stopped,
-    Trained,
     Written,
 )
 from veneer.training.loop import train
+from veneer.training.metrics import record
 from veneer.training.planned import (
     begin_measuring,
     check_fits,
@@ -58,9 +57,6 @@ from veneer.training.planned import (
 )
 from veneer.training.recipe import Recipe
 
-CHECKPOINTS = "checkpoints"
-METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
-PROGRESS = "progress.json"  # how many steps the run has, and how it ended: for who looks on
 # Settings of which the course of the weights does not depend.
 BESIDE_THE_POINT = ("out", "save_every", "recompute")
 # Settings that came later than checkpoints did, as these have them by not having them.
@@ -88,11 +84,11 @@ def tune(
     `ignore_plan` goes ahead where the plan needs more memory than there is.
     Raises VeneerError of the kind that fits for anything that cannot be: see each room.
     """
-    out, method = recipe.out, recipe.method.method
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file, but --out must name a directory.")
+    directory, method = RunDirectory(recipe.out), recipe.method.method
+    if recipe.out.is_file():
+        raise ConfigError(f"{recipe.out} is a file, but --out must name a directory.")
     if not resume and not force:
-        _refuse_to_replace(out)
+        _refuse_to_replace(directory)
     # Once, for two measurements of what is faster may differ.
     dtype = dtype_of(locate(recipe.model), _dtype_of(recipe, resume=resume))
     plan = None
@@ -132,14 +128,14 @@ def tune(
         yield Notice(report.uncovered)
 
     if not resume:
-        _clear(out)
+        _clear(directory)
     begin_measuring()
     events = train(
         base.model,
         examples,
         recipe.training,
         held_out=held_out,
-        directory=out / CHECKPOINTS,
+        directory=directory.checkpoints,
         identity={
             "computed_in": _name_of(dtype),
             **_identity(recipe, base, [*examples, *held_out]),
@@ -147,14 +143,9 @@ def tune(
         resume=resume,
         should_stop=should_stop,
     )
-    for event in metrics.record(events, out / METRICS):
+    for event in record(events, directory):
         if isinstance(event, Started):  # so the checkpoint, if there is one, belongs to this run
-            write_text(out / RECIPE, yaml.safe_dump(recipe.settings(), sort_keys=False))
-            steps = event.steps
-            write_json(out / PROGRESS, {"steps": steps, "ended": None})
-        elif isinstance(event, Stopped | Trained):
-            ended = event.reason if isinstance(event, Stopped) else "finished"
-            write_json(out / PROGRESS, {"steps": steps, "ended": ended})
+            directory.write_recipe(recipe.settings())
         yield event
         if isinstance(event, Stopped) and event.reason == "interrupted":
             return
@@ -162,7 +153,7 @@ def tune(
     if plan is not None and (peak := measured_peak(plan)):
         yield Measured(plan.memory.peak, peak)
     if not resume:
-        _clear_results(out)
+        _clear_results(directory)
     if method != "full":  # whose adapter would be the merged model again
         told = _told(recipe, base, [*examples, *held_out])
         adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer, training=told)
@@ -185,24 +176,19 @@ def tune(
     yield Written("merged model", recipe.merged, size_of(recipe.merged))
 
 
-def size_of(directory: Path) -> int:
-    """Return the bytes of all files below a directory."""
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-
-
-def _refuse_to_replace(out: Path) -> None:
-    results = [f"{m}_{what}" for m in get_args(MethodName) for what in ("adapter", "merged")]
-    earlier = [name for name in (*results, CHECKPOINTS) if (out / name).exists()]
+def _refuse_to_replace(run: RunDirectory) -> None:
+    results = [place for m in get_args(MethodName) for place in (run.adapter(m), run.merged(m))]
+    earlier = [place.name for place in (*results, run.checkpoints) if place.exists()]
     if earlier:
         raise ConfigError(
-            f"{out} holds an earlier run ({', '.join(earlier)}). Go on with it by --resume, "
+            f"{run.path} holds an earlier run ({', '.join(earlier)}). Go on with it by --resume, "
             "replace it by --force, or name another place by --out."
         )
 
 
 def _dtype_of(recipe: Recipe, *, resume: bool) -> str:
     """Return the dtype to load in: a run that goes on keeps the one that `auto` chose for it."""
-    found = checkpoint.newest(recipe.out / CHECKPOINTS) if resume else None
+    found = checkpoint.newest(RunDirectory(recipe.out).checkpoints) if resume else None
     if found is None or recipe.dtype != "auto":
         return recipe.dtype
     return str(found.progress["identity"]["computed_in"])
@@ -212,19 +198,19 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _clear(out: Path) -> None:
+def _clear(run: RunDirectory) -> None:
     """Make way for a new run, once everything about it has proved right."""
-    for name in (METRICS, RECIPE, PROGRESS):
-        (out / name).unlink(missing_ok=True)
-    checkpoint.remove_all(out / CHECKPOINTS)
+    for file in (run.metrics, run.recipe, run.progress):
+        file.unlink(missing_ok=True)
+    checkpoint.remove_all(run.checkpoints)
 
 
-def _clear_results(out: Path) -> None:
+def _clear_results(run: RunDirectory) -> None:
     """Remove what an earlier run left as its results, of whatever method, and nothing else."""
     for method in get_args(MethodName):
         for place, markers in (
-            (out / f"{method}_adapter", (native.config_name(method),)),
-            (out / f"{method}_merged", merged.MARKERS),
+            (run.adapter(method), (native.config_name(method),)),
+            (run.merged(method), merged.MARKERS),
         ):
             if any((place / marker).is_file() for marker in markers):
                 shutil.rmtree(place)

@@ -1,0 +1,110 @@
+"""The directory of a training run: what its files are called, and what they hold. Without torch.
+
+`veneer tune` writes it, the server and the command line read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from veneer.errors import AdapterError
+from veneer.files import read_json, write_json, write_text
+
+DEFAULT_OUT = Path("dist/finetuning_results")
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run, below `path`. Reading is forgiving: what is not there is empty."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The run's settings, as YAML: `veneer tune --config` takes them."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """A JSON line for each step and each evaluation, written as they happen."""
+        return self.path / METRICS
+
+    @property
+    def progress(self) -> Path:
+        """How many steps the run has, and how it ended."""
+        return self.path / "progress.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def picture(self) -> Path:
+        """The curves of loss, drawn."""
+        return self.path / "loss.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    def adapter(self, method: str = "lora") -> Path:
+        """Where the adapter alone goes."""
+        return self.path / f"{method}_adapter"
+
+    def merged(self, method: str = "lora") -> Path:
+        """Where the merged model goes."""
+        return self.path / f"{method}_merged"
+
+    def write_recipe(self, settings: Mapping[str, Any]) -> None:
+        """Write the settings, in their order."""
+        write_text(self.recipe, yaml.safe_dump(dict(settings), sort_keys=False))
+
+    def read_recipe(self) -> dict[str, Any]:
+        """Return the settings; none where the file is missing or damaged."""
+        try:
+            settings = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return settings if isinstance(settings, dict) else {}
+
+    def write_progress(self, *, steps: int, ended: str | None = None) -> None:
+        """Write how many steps the run has; `ended`: finished, patience or interrupted."""
+        write_json(self.progress, {"steps": steps, "ended": ended})
+
+    def read_progress(self) -> dict[str, Any]:
+        """Return {"steps": ..., "ended": ...}; nothing where the file is missing or damaged."""
+        try:
+            return read_json(self.progress)
+        except AdapterError:
+            return {}
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the metrics."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Keep the lines up to a step: a run that goes on from there repeats what came after."""
+        lines = [line for line in self.read_metrics() if line["step"] <= step]
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of the metrics, up to one that was cut off in writing."""
+        if not self.metrics.exists():
+            return []
+        lines = []
+        for text in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        return lines
