@@ -1,7 +1,8 @@
 """Reads files that are spoilt in many ways, in a process of its own whose memory is bounded.
 
 python tests/support/spoilt_files.py KIND FIRST COUNT prints one line of JSON: how each seed ended,
-the faults, and by how much memory grew. An end is "loaded" (and then it was right) or a VeneerError's name.
+the faults, and by how much memory grew. An end is "loaded" (and then it was right) or the name of a
+VeneerError.
 """
 
 import json
