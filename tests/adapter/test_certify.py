@@ -7,15 +7,15 @@ import torch
 from torch.nn import functional as F
 
 import veneer
-from support.random_adapters import logits, same, shake, snapshot, tokenizer, with_words
-from support.tiny_models import packed, tiny
+from support.random_adapters import logits, same, shake, snapshot, tokenizer, with_new_tokens
+from support.tiny_models import quantized, tiny
 from veneer.adapter.certify import MOST_UNSAID
 from veneer.adapter.merge import rounded_away
 from veneer.data.probe import probe_rows
 
 
 def adapted(size: float = 0.1, *, dtype: torch.dtype = torch.float32, bits: int | None = None):
-    model = packed("llama", bits, dtype=dtype) if bits else tiny("llama", dtype=dtype)
+    model = quantized("llama", bits, dtype=dtype) if bits else tiny("llama", dtype=dtype)
     return shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all"), seed=0), size=size)
 
 
@@ -152,7 +152,7 @@ def test_packing_again_is_measured_and_what_is_packed_is_left(bits):
 
 def test_new_words_are_no_reason_to_refuse():
     model, words = tiny("llama"), tokenizer()
-    with_words(model, words)
+    with_new_tokens(model, words)
     shake(veneer.attach(model, veneer.LoRA(rank=2), seed=0))
     report = veneer.certify(model, veneer.merge(model), words)
     assert 0 < report.effect < math.inf

@@ -17,9 +17,9 @@ from support.random_adapters import (
     targets_named,
     tokenizer,
     trained_weights,
-    with_words,
+    with_new_tokens,
 )
-from support.tiny_models import ARCHITECTURES, packed, tiny
+from support.tiny_models import ARCHITECTURES, quantized, tiny
 from veneer.adapter.lora_plus import EMBEDDING_LR, lr_ratios
 from veneer.training.events import Step
 
@@ -71,7 +71,7 @@ def test_groups_are_the_authors(architecture, ratio):
 
 def test_rows_of_new_words_learn_as_A_does():
     model = tiny("llama")
-    words = with_words(model, tokenizer())
+    words = with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2))
     for rows in words.parameters():
         rows.requires_grad_(True)
@@ -92,7 +92,7 @@ def course(model: Any, ratio: float | None) -> dict[str, torch.Tensor]:
     return trained_weights(model)
 
 
-@pytest.mark.parametrize("base", [tiny, packed])
+@pytest.mark.parametrize("base", [tiny, quantized])
 def test_training_follows_the_ratio(base):
     def new() -> Any:
         return veneer.attach(base("llama"), veneer.LoRA(rank=2), seed=0)

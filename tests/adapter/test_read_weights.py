@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import veneer
 from support import tiny_models
-from support.more_models import model_of
-from support.random_adapters import logits, same, shake, snapshot, tokenizer, with_words
+from support.random_adapters import logits, same, shake, snapshot, tokenizer, with_new_tokens
+from support.tiny_models import tiny
 from veneer.adapter.weight_access import Place
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def layer_of(architecture: str, path: str, **options: Any) -> Any:
-    model = model_of(architecture)
+    model = tiny(architecture)
     veneer.attach(model, veneer.LoRA(rank=2, targets=[path], **options), seed=0)
     return shake(model).get_submodule(path)
 
@@ -55,7 +55,7 @@ def test_using_the_weight_is_calling_the_layer(architecture, kind):
 
 
 def test_the_weight_of_a_packed_layer():
-    model = tiny_models.packed("llama")
+    model = tiny_models.quantized("llama")
     veneer.attach(model, veneer.LoRA(rank=2, targets="up_proj"), seed=0)
     layer = shake(model).get_submodule(LAYERS["llama"])
     torch.testing.assert_close(layer.weight, layer.fuse().weight, rtol=1e-5, atol=1e-6)
@@ -68,7 +68,7 @@ def test_a_weight_on_which_nothing_acts_is_the_original_s_own():
 
 
 def test_a_weight_that_is_only_looked_at_is_not_made():
-    model = model_of("t5")
+    model = tiny("t5")
     veneer.attach(model, veneer.LoRA(rank=2, targets="wo,wi,q"), seed=0)
     shake(model)
     block = model.encoder.block[0].layer[1].DenseReluDense
@@ -91,7 +91,7 @@ def test_which_weights_are_only_looked_at():
 
 def test_mamba_learns_where_it_reads_a_weight():
     """It multiplies by dt_proj's weight, and never calls dt_proj."""
-    model = model_of("mamba")
+    model = tiny("mamba")
     veneer.attach(model, veneer.LoRA(rank=2, targets="dt_proj"), seed=0)
     base = logits(model)
     model(torch.arange(3, 20)[None]).logits.square().mean().backward()
@@ -135,7 +135,7 @@ def test_a_state_dict_has_the_base_s_own_names(targets):
 def test_a_state_dict_with_new_words_under_adapters():
     def extended(seed: int) -> Any:
         model = tiny_models.tiny("llama", seed=seed)
-        with_words(model, tokenizer())
+        with_new_tokens(model, tokenizer())
         return veneer.attach(model, veneer.LoRA(rank=2, targets="all"), seed=seed)
 
     model, other = shake(extended(0)), extended(1)

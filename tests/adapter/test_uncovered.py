@@ -6,7 +6,7 @@ import pytest
 
 import veneer
 from support import tiny_models
-from support.more_models import model_of
+from support.tiny_models import tiny
 from veneer.adapter.report import report_targets
 from veneer.adapter.uncovered import uncovered
 from veneer.cli.app import app
@@ -17,7 +17,7 @@ EXPERTS = "mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate.weight."
 @pytest.mark.parametrize("targets", ["all", "attention,mlp"])
 @pytest.mark.parametrize("architecture", ["qwen2_moe"])
 def test_attaching_warns_of_experts_and_routers(architecture, targets):
-    model = model_of(architecture)
+    model = tiny(architecture)
     with pytest.warns(veneer.VeneerWarning) as said:
         veneer.attach(model, veneer.LoRA(rank=2, targets=targets))
     assert len(said) == 1
@@ -39,11 +39,11 @@ def test_attaching_warns_of_experts_and_routers(architecture, targets):
 def test_nothing_is_said_where_nothing_is_left_out(architecture, targets):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        veneer.attach(model_of(architecture), veneer.LoRA(rank=2, targets=targets))
+        veneer.attach(tiny(architecture), veneer.LoRA(rank=2, targets=targets))
 
 
 def test_the_share_is_of_the_adapted_blocks():
-    model = model_of("mixtral")
+    model = tiny("mixtral")
     block = model.model.layers[1]
     left = [w for n, w in block.mlp.named_parameters()]
     share = sum(w.numel() for w in left) / sum(w.numel() for w in block.parameters())
@@ -53,14 +53,14 @@ def test_the_share_is_of_the_adapted_blocks():
 
 
 def test_packed_layers_count_as_what_they_were():
-    assert uncovered(tiny_models.packed("llama"), veneer.LoRA(targets="all")) is None
+    assert uncovered(tiny_models.quantized("llama"), veneer.LoRA(targets="all")) is None
 
 
 @pytest.fixture
 def mixture(tmp_path):
     from support.random_adapters import tokenizer
 
-    model_of("mixtral").save_pretrained(tmp_path / "mixture")
+    tiny("mixtral").save_pretrained(tmp_path / "mixture")
     tokenizer().save_pretrained(tmp_path / "mixture")
     return str(tmp_path / "mixture")
 

@@ -11,7 +11,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import veneer
 from support.random_adapters import (
-    WORDS,
+    NEW_TOKENS,
     copy_of,
     distance,
     examples,
@@ -21,9 +21,9 @@ from support.random_adapters import (
     shake,
     snapshot,
     tokenizer,
-    with_words,
+    with_new_tokens,
 )
-from support.tiny_models import ARCHITECTURES, VOCAB, packed, tiny
+from support.tiny_models import ARCHITECTURES, VOCAB, quantized, tiny
 from veneer.adapter.virtual import HOME, PrefixMLP
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.training.events import Trained
@@ -324,25 +324,25 @@ def test_an_mlp_makes_what_pefts_makes(architecture):
 @each_method
 def test_new_words_train_beside_them_and_are_saved(method, tmp_path):
     model, tokens = tiny("llama"), tokenizer()
-    rows = with_words(model, tokens).parameters()
+    rows = with_new_tokens(model, tokens).parameters()
     shake(veneer.attach(model, virtual(method), seed=3))
     for weight in rows:
         weight.requires_grad_(True)
     before = [weight.detach().clone() for weight in rows]
-    data = examples([14, 9, 20], words=VOCAB + len(WORDS), seed=2)
+    data = examples([14, 9, 20], vocabulary=VOCAB + len(NEW_TOKENS), seed=2)
     list(veneer.train(model, data, COURSE))
     assert not any(torch.equal(a, b) for a, b in zip(rows, before, strict=True))
     veneer.save(model, tmp_path / "out", tokenizer=tokens)
     fresh, its_tokens = tiny("llama"), tokenizer()
     veneer.load(fresh, tmp_path / "out", tokenizer=its_tokens)
-    text = ids(words=VOCAB + len(WORDS))
+    text = ids(vocabulary=VOCAB + len(NEW_TOKENS))
     assert torch.equal(logits(fresh, text), logits(model, text))
     assert its_tokens.get_vocab() == tokens.get_vocab()
 
 
 @each_method
 def test_over_a_packed_base_and_in_bf16(method):
-    model = packed("llama")
+    model = quantized("llama")
     wanted = logits(model, behind(words_of(3), ids()))[:, COUNT:]
     veneer.attach(model, virtual(method), seed=3)
     assert distance(logits(model), wanted) < 1e-5

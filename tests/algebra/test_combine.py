@@ -10,7 +10,7 @@ from peft.utils import merge_utils
 
 import veneer
 from support.adapter_states import assert_close, model_with, states_of, whole
-from support.random_adapters import logits, tokenizer, with_words
+from support.random_adapters import logits, tokenizer, with_new_tokens
 from support.tiny_models import tiny
 from veneer.adapter.config import LoRA
 from veneer.algebra.combine import combine
@@ -380,7 +380,7 @@ def test_what_cannot_be_summed_is_refused_all_at_once():
     plain, _ = two()
     model = tiny("llama")
     tokens = tokenizer()
-    with_words(model, tokens)
+    with_new_tokens(model, tokens)
     veneer.attach(model, LoRA(rank=2, targets="q_proj", dora=True), seed=0)
     dora = capture(model, tokenizer=tokens)
     prefix = tiny("llama")

@@ -14,7 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import veneer
-from support.random_adapters import examples, logits, same, shake, snapshot, tokenizer, with_words
+from support.random_adapters import (
+    examples,
+    logits,
+    same,
+    shake,
+    snapshot,
+    tokenizer,
+    with_new_tokens,
+)
 from support.tiny_models import tiny
 from veneer import files
 from veneer.files import (
@@ -281,7 +289,7 @@ def homes(tmp_path_factory) -> dict[str, Path]:
     veneer.save(model, home / "native")
     veneer.save(model, home / "peft", format="peft")
     model = tiny("minigpt")
-    with_words(model, tokenizer())
+    with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=1, targets="q_proj", layers="0"))
     veneer.save(model, home / "words", tokenizer=tokenizer())
     return {place.name: place for place in home.iterdir()}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import veneer
 from support.llama_cpp import LlamaCpp
-from support.random_adapters import distance, ids, logits, same, shake, snapshot, with_words
+from support.random_adapters import distance, ids, logits, same, shake, snapshot, with_new_tokens
 from support.random_adapters import tokenizer as characters
 from support.tiny_gguf import CONFIGS, VOCAB, random_model, write_model
 from support.tiny_models import tiny
@@ -214,7 +214,7 @@ def test_what_the_format_cannot_express_is_refused_by_name(case, tmp_path):
 
 def test_new_words_and_dora_are_refused_together(tmp_path):
     model = tiny("llama")
-    with_words(model, characters())
+    with_new_tokens(model, characters())
     veneer.attach(model, veneer.LoRA(dora=True))
     with pytest.raises(AdapterError, match=r"DoRA.*no place for new words"):
         store.write(capture(model), tmp_path / "adapter.gguf", tiny("llama").config)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import veneer
 from support.llama_cpp import LlamaCpp
-from support.random_adapters import WORDS, distance, ids, logits, shake
+from support.random_adapters import NEW_TOKENS, distance, ids, logits, shake
 from support.tiny_gguf import CONFIGS, VOCAB, random_model, tensors_of, write_model
 from veneer.cli.app import run
 from veneer.errors import AdapterError, ModelError
@@ -182,26 +182,29 @@ def test_new_words_go_into_the_list_and_into_rows(name, kind, tmp_path):
     model = loaded(base)
     state = capture(adapted(copy.deepcopy(model), rank=3))
     generator = torch.Generator().manual_seed(4)
-    rows = [0.3 * torch.randn(len(WORDS), 64, generator=generator) for _ in range(2)]
+    rows = [0.3 * torch.randn(len(NEW_TOKENS), 64, generator=generator) for _ in range(2)]
     head = None if "tied" in name else rows[1]
-    state = replace(state, rows=Rows(WORDS, VOCAB, rows[0], head))
+    state = replace(state, rows=Rows(NEW_TOKENS, VOCAB, rows[0], head))
     write_merged(base, state, tmp_path / "merged.gguf")
     reader = gguf.GGUFReader(tmp_path / "merged.gguf")
     words = reader.get_field("tokenizer.ggml.tokens").contents()
-    assert words == [*gguf.GGUFReader(base).get_field("tokenizer.ggml.tokens").contents(), *WORDS]
+    assert words == [
+        *gguf.GGUFReader(base).get_field("tokenizer.ggml.tokens").contents(),
+        *NEW_TOKENS,
+    ]
     types = reader.get_field("tokenizer.ggml.token_type").contents()
-    assert types[VOCAB:] == [gguf.TokenType.USER_DEFINED] * len(WORDS)
-    assert reader.get_field("llama.vocab_size").contents() == VOCAB + len(WORDS)
+    assert types[VOCAB:] == [gguf.TokenType.USER_DEFINED] * len(NEW_TOKENS)
+    assert reader.get_field("llama.vocab_size").contents() == VOCAB + len(NEW_TOKENS)
     before, after = raw(base), raw(tmp_path / "merged.gguf")
     for part in {"token_embd.weight", "output.weight"} & set(before):
         assert after[part][1].startswith(before[part][1])
-        assert len(after[part][1]) == len(before[part][1]) // VOCAB * (VOCAB + len(WORDS))
+        assert len(after[part][1]) == len(before[part][1]) // VOCAB * (VOCAB + len(NEW_TOKENS))
     merged = loaded(tmp_path / "merged.gguf")
     here = merged.get_input_embeddings().weight[VOCAB:]
     torch.testing.assert_close(here, rows[0], rtol=0, atol=1e-6 if kind == "F32" else 0.1)
-    said = logits(merged, ids(2, 9, words=VOCAB + len(WORDS)))
+    said = logits(merged, ids(2, 9, vocabulary=VOCAB + len(NEW_TOKENS)))
     server = LlamaCpp(tmp_path / "merged.gguf", exact=True)
-    got = server.next_token(ids(2, 9, words=VOCAB + len(WORDS)), VOCAB + len(WORDS))
+    got = server.next_token(ids(2, 9, vocabulary=VOCAB + len(NEW_TOKENS)), VOCAB + len(NEW_TOKENS))
     assert distance(got, said[:, -1].log_softmax(-1)) < (2e-3 if kind == "F32" else 0.05)
     asked = {"content": "a walnut,veneer", "add_special": False}
     tokens = server.ask("/tokenize", asked)["tokens"]

@@ -28,7 +28,7 @@ from support.random_adapters import (
     shake,
     snapshot,
     targets_named,
-    with_words,
+    with_new_tokens,
 )
 from support.random_adapters import tokenizer as new_tokenizer
 from support.tiny_models import CONFIGS, tiny
@@ -253,7 +253,7 @@ def test_what_cannot_be_written_is_refused(case, tmp_path):
 
 def test_new_words_are_refused(tmp_path):
     model = tiny("llama")
-    with_words(model, new_tokenizer())
+    with_new_tokens(model, new_tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2))
     with pytest.raises(veneer.AdapterError, match="new words"):
         veneer.save(model, tmp_path / "mlx", format="mlx")

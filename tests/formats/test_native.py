@@ -9,7 +9,7 @@ import torch
 
 import veneer
 from support.random_adapters import (
-    WORDS,
+    NEW_TOKENS,
     ids,
     logits,
     same,
@@ -17,7 +17,7 @@ from support.random_adapters import (
     snapshot,
     targets_named,
     tokenizer,
-    with_words,
+    with_new_tokens,
 )
 from support.tiny_models import ARCHITECTURES, VOCAB, tiny
 from veneer.adapter.new_tokens import new_tokens_of
@@ -138,7 +138,7 @@ def test_which_adapter_is_saved(tmp_path):
 
 # New words.
 
-LONGER = ids(2, 10, words=VOCAB + len(WORDS), seed=4)
+LONGER = ids(2, 10, vocabulary=VOCAB + len(NEW_TOKENS), seed=4)
 LONGER[:, 1:4] = torch.arange(VOCAB, VOCAB + 3)
 
 
@@ -146,14 +146,14 @@ LONGER[:, 1:4] = torch.arange(VOCAB, VOCAB + 3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_new_words_round_trip(architecture, size, tmp_path):
     model, tokens = tiny(architecture), tokenizer(size)
-    words = with_words(model, tokens)
+    words = with_new_tokens(model, tokens)
     assert words.tied == (tiny(architecture).config.tie_word_embeddings is True)
     shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all")))
-    text = f"a {WORDS[0]} over {WORDS[2]}"
+    text = f"a {NEW_TOKENS[0]} over {NEW_TOKENS[2]}"
     encoded = torch.tensor([tokens(text)["input_ids"]])
     assert {size, size + 2} <= set(encoded[0].tolist())
     said = logits(model, encoded)
-    assert said.shape[-1] == max(VOCAB, size + len(WORDS))
+    assert said.shape[-1] == max(VOCAB, size + len(NEW_TOKENS))
     veneer.save(model, tmp_path / "a", tokenizer=tokens)
 
     fresh = tokenizer(size)
@@ -175,19 +175,19 @@ def test_new_words_round_trip(architecture, size, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_merged_new_words_from_the_disk(architecture, tmp_path):
     model, tokens = tiny(architecture), tokenizer()
-    with_words(model, tokens)
+    with_new_tokens(model, tokens)
     shake(veneer.attach(model, veneer.LoRA(rank=2)))
     veneer.write_model(veneer.merge(model), tokens, tmp_path / "plain")
     base = veneer.load_base(str(tmp_path / "plain"), dtype="float32")
     torch.testing.assert_close(
         logits(base.model, LONGER), logits(model, LONGER), rtol=1e-5, atol=1e-5
     )
-    assert base.tokenizer(WORDS[1])["input_ids"] == tokens(WORDS[1])["input_ids"]
+    assert base.tokenizer(NEW_TOKENS[1])["input_ids"] == tokens(NEW_TOKENS[1])["input_ids"]
 
 
 def saved_words(tmp_path: Path, architecture: str = "qwen2") -> Path:
     model, tokens = tiny(architecture), tokenizer()
-    with_words(model, tokens)
+    with_new_tokens(model, tokens)
     veneer.attach(model, veneer.LoRA(rank=2))
     veneer.save(model, tmp_path / "a", tokenizer=tokens)
     return tmp_path / "a"
@@ -195,13 +195,13 @@ def saved_words(tmp_path: Path, architecture: str = "qwen2") -> Path:
 
 def test_a_tokenizer_that_has_the_words_already(tmp_path):
     place, tokens = saved_words(tmp_path), tokenizer()
-    tokens.add_tokens(list(WORDS))
+    tokens.add_tokens(list(NEW_TOKENS))
     before = tokens.get_vocab()
     veneer.load(tiny("qwen2"), place, tokenizer=tokens)
     assert tokens.get_vocab() == before
 
 
-@pytest.mark.parametrize("others", [["other"], [*WORDS[::-1]], [WORDS[1]]])
+@pytest.mark.parametrize("others", [["other"], [*NEW_TOKENS[::-1]], [NEW_TOKENS[1]]])
 def test_a_tokenizer_in_which_the_words_would_get_other_ids(others, tmp_path):
     place, tokens = saved_words(tmp_path), tokenizer()
     tokens.add_tokens(others)
@@ -264,7 +264,7 @@ def test_new_words_come_once_and_before_adapters_of_the_embedding(tmp_path):
         veneer.attach(model, veneer.LoRA(rank=2, targets=target))
         before = tokens.get_vocab()
         with pytest.raises(veneer.VeneerError, match="before"):
-            veneer.add_tokens(model, tokens, WORDS)
+            veneer.add_tokens(model, tokens, NEW_TOKENS)
         assert tokens.get_vocab() == before
         with pytest.raises(veneer.AdapterError):
             veneer.load(model, place, name="b")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import veneer
 from support.random_adapters import distance, ids, logits, shake, tokenizer
-from support.tiny_models import ARCHITECTURES, packed, source, tiny
+from support.tiny_models import ARCHITECTURES, quantized, source, tiny
 from veneer.cli.app import run
 from veneer.formats.merged import write_model
 from veneer.formats.quantized import Shard, write_quantized
@@ -47,7 +47,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_what_is_written_is_what_is_packed_in_memory(architecture, bits, tmp_path):
     shards = write(architecture, tmp_path / "q", bits)
     base = load_base(tmp_path / "q", **DTYPE)
-    memory = packed(architecture, bits)
+    memory = quantized(architecture, bits)
     # Packed for bfloat16 there and for float32 here: the codes are the same.
     stored = {p: m.packed.tensors()["weight"] for p, m in quantized_layers(memory).items()}
     found = {p: m.packed.tensors()["weight"] for p, m in quantized_layers(base.model).items()}
@@ -81,7 +81,7 @@ def test_a_file_holds_no_more_than_was_asked_for(tmp_path):
     assert len(shards) > 3
     whole = sum(shard.bytes for shard in shards)
     assert whole == sum(file.stat().st_size for file in (tmp_path / "q").glob("*.safetensors"))
-    assert equal(values(load_base(tmp_path / "q", **DTYPE).model), values(packed("llama")))
+    assert equal(values(load_base(tmp_path / "q", **DTYPE).model), values(quantized("llama")))
     index = json.loads((tmp_path / "q" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {
         file.name for file in (tmp_path / "q").glob("*.safetensors")
@@ -165,7 +165,7 @@ def test_what_a_killed_process_leaves_is_no_hindrance(tmp_path):
     leftover.write_bytes(b"half a file")
     write("llama", out)
     assert not leftover.exists()
-    assert equal(values(load_base(out, **DTYPE).model), values(packed("llama")))
+    assert equal(values(load_base(out, **DTYPE).model), values(quantized("llama")))
 
 
 @pytest.mark.parametrize("what", ["model", "other", "adapter", "shard", "index", "file"])
@@ -388,7 +388,7 @@ def test_weights_that_only_the_configuration_ties(tmp_path):
 
 def test_a_packed_model_is_not_written_as_a_plain_one(tmp_path):
     with pytest.raises(veneer.ModelError, match="merge"):
-        write_model(packed("llama"), tokenizer(), tmp_path / "x")
+        write_model(quantized("llama"), tokenizer(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

@@ -343,10 +343,10 @@ def test_an_embedding_of_another_base(place):
 
 
 def test_new_words_are_not_written(tmp_path):
-    from support.random_adapters import tokenizer, with_words
+    from support.random_adapters import tokenizer, with_new_tokens
 
     model = tiny("llama")
-    with_words(model, tokenizer())
+    with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2))
     with pytest.raises(veneer.AdapterError, match="new words"):
         veneer.save(model, tmp_path / "peft", format="peft")

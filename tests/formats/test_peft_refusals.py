@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from support.peft_cases import CASES, SEEN, base, logits, opened, parts_of, theirs, written
-from support.random_adapters import same, shake, snapshot, tokenizer, with_words
-from support.tiny_models import packed
+from support.random_adapters import same, shake, snapshot, tokenizer, with_new_tokens
+from support.tiny_models import quantized
 from veneer.formats import native
 from veneer.formats.adapters import read
 from veneer.formats.peft import directory as store
@@ -118,7 +118,7 @@ def test_saved_modules_that_do_not_fit(place):
 
 @of("saved head")
 def test_a_packed_head_is_not_replaced(place):
-    model = packed("qwen2", head=True)
+    model = quantized("qwen2", head=True)
     assert "lm_head.weight, which this base has packed" in refusal(place, model=model, force=True)
 
 
@@ -126,7 +126,7 @@ def test_a_packed_head_is_not_replaced(place):
 def test_over_a_packed_base(place):
     """Biases and whole modules are not packed, and stand in for their own as over a dense base."""
     dense = veneer.load(base("qwen2"), place[1])
-    model = packed("qwen2", 8)
+    model = quantized("qwen2", 8)
     own = logits(model, "qwen2")
     veneer.load(model, place[1], force=True)
     assert (logits(model, "qwen2") - logits(dense, "qwen2")).abs().max() < 0.1
@@ -253,7 +253,7 @@ def test_a_pickle_is_read_on_demand(place):
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])  # tied, and not
 def test_new_words_in_rows_that_the_base_has(kind, tmp_path):
     model = base(kind)
-    with_words(model, tokenizer(90))
+    with_new_tokens(model, tokenizer(90))
     shake(veneer.attach(model, veneer.LoRA(rank=2)))
     veneer.save(model, tmp_path, format="peft")
     asked = json.loads((tmp_path / store.CONFIG).read_text())["trainable_token_indices"]
@@ -270,7 +270,7 @@ def test_new_words_in_rows_that_the_base_has(kind, tmp_path):
 
 def test_new_words_beyond_the_base(tmp_path):
     model = base("llama")
-    with_words(model, tokenizer())
+    with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2))
     with pytest.raises(veneer.AdapterError, match=r"new words.*merge it, or write it natively"):
         veneer.save(model, tmp_path / "peft", format="peft")

@@ -12,8 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
-from support.random_adapters import distance, logits, same, shake, snapshot, tokenizer, with_words
-from support.tiny_models import ARCHITECTURES, packed, tiny
+from support.random_adapters import (
+    distance,
+    logits,
+    same,
+    shake,
+    snapshot,
+    tokenizer,
+    with_new_tokens,
+)
+from support.tiny_models import ARCHITECTURES, quantized, tiny
 from veneer.formats.adapters import read
 from veneer.formats.peft.directory import CONFIG, WEIGHTS
 from veneer.formats.state import capture
@@ -86,9 +94,9 @@ def test_saved_by_name_while_another_acts(method, tmp_path):
 @each_method
 def test_trained_over_a_packed_base_it_belongs_to_the_base(method, tmp_path):
     config = veneer.Method(method, virtual_tokens=COUNT)
-    model = shake(veneer.attach(packed("llama"), config, seed=1))
+    model = shake(veneer.attach(quantized("llama"), config, seed=1))
     veneer.save(model, tmp_path / "out")
-    assert torch.equal(logits(veneer.load(packed("llama"), tmp_path / "out")), logits(model))
+    assert torch.equal(logits(veneer.load(quantized("llama"), tmp_path / "out")), logits(model))
     veneer.load(tiny("llama"), tmp_path / "out")
     with pytest.raises(veneer.AdapterError, match="another base"):
         veneer.load(tiny("llama", seed=1), tmp_path / "out")
@@ -282,7 +290,7 @@ def test_a_prefix_of_another_shape(changes, tmp_path):
 @each_method
 def test_new_words_are_not_written_for_peft(method, tmp_path):
     model = tiny("llama")
-    with_words(model, tokenizer())
+    with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.Method(method, virtual_tokens=2))
     with pytest.raises(veneer.AdapterError, match="new words"):
         veneer.save(model, tmp_path / "peft", format="peft")

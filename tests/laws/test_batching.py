@@ -9,16 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import veneer
-from support.more_models import model_of
 from support.random_adapters import (
-    WORDS,
+    NEW_TOKENS,
     distance,
     examples,
     shake,
     targets_named,
     tokenizer,
     trained_weights,
-    with_words,
+    with_new_tokens,
 )
 from support.tiny_models import ARCHITECTURES, VOCAB, tiny
 from veneer.data.encode import UNLABELLED, Example
@@ -203,11 +202,11 @@ def test_whatever_attention_the_model_came_with(attention):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_new_words(architecture):
     model = tiny(architecture)
-    words = with_words(model, tokenizer())
+    words = with_new_tokens(model, tokenizer())
     shake(veneer.attach(model, veneer.LoRA(rank=2)))
     for weight in words.parameters():
         weight.requires_grad_(True)
-    rows = examples([14, 9, 20], words=VOCAB + len(WORDS), seed=2)
+    rows = examples([14, 9, 20], vocabulary=VOCAB + len(NEW_TOKENS), seed=2)
     assert any(token >= VOCAB for row in rows for token in row.labels)
     wanted = one_by_one(model, rows)
     reference = gradients(model, wanted)
@@ -419,7 +418,7 @@ def test_rows_that_nothing_may_stand_beside_are_computed_one_by_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["mamba", "mamba2", "falcon_h1"])
 def test_states_that_pass_from_row_to_row_are_noticed(architecture, dtype):
-    model = model_of(architecture).to(dtype)
+    model = tiny(architecture).to(dtype)
     chosen, notices = choose_forward(model, ROWS)
     assert not chosen.packed
     assert "packing does not suit" in notices[0]

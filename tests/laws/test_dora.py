@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import veneer
 from support.random_adapters import distance, examples, ids, logits, shake, targets_named
-from support.tiny_models import ARCHITECTURES, VOCAB, packed, tiny
+from support.tiny_models import ARCHITECTURES, VOCAB, quantized, tiny
 from veneer.adapter import layers
 from veneer.adapter.active import ActiveAdapters
 from veneer.adapter.adapter import Adapter
@@ -232,7 +232,7 @@ def test_a_fresh_one_changes_no_bit(architecture, targets, dtype):
     model = tiny(architecture, dtype=dtype)
     fresh = logits(dora(model, targets))
     assert torch.equal(fresh, base)
-    assert torch.equal(logits(dora(packed("llama"))), logits(packed("llama")))
+    assert torch.equal(logits(dora(quantized("llama"))), logits(quantized("llama")))
 
 
 @pytest.mark.parametrize("targets", ["all", "everything"])
@@ -245,7 +245,7 @@ def test_merged_equals_unmerged(architecture, targets):
 
 
 def test_merged_equals_unmerged_over_four_bits_and_in_a_mix():
-    model = dora(packed("llama"))
+    model = dora(quantized("llama"))
     veneer.attach(model, LoRA(rank=2, targets="mlp"), name="other")
     veneer.use(model, {"default": 0.7, "other": -1.3})
     shake(model)

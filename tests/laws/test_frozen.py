@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 import veneer
-from support.random_adapters import examples, same, snapshot, targets_named, tokenizer, with_words
+from support.random_adapters import (
+    examples,
+    same,
+    snapshot,
+    targets_named,
+    tokenizer,
+    with_new_tokens,
+)
 from support.tiny_models import ARCHITECTURES, VOCAB, tiny
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.training.events import Step, Trained
@@ -78,7 +85,7 @@ def test_a_loaded_adapter_is_frozen(tmp_path):
 
 def words_with_rows(architecture: str) -> tuple[Any, list[Any]]:
     model = tiny(architecture)
-    words = with_words(model, tokenizer())
+    words = with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2, targets="qv"))
     for rows in words.parameters():
         rows.requires_grad_(True)

@@ -16,7 +16,7 @@ from support.random_adapters import (
     snapshot,
     targets_named,
     tokenizer,
-    with_words,
+    with_new_tokens,
 )
 from support.tiny_models import ARCHITECTURES, VOCAB, tiny
 from veneer.adapter.layers import AdaptedLayer, Wrapper
@@ -173,7 +173,7 @@ def test_a_merged_model_takes_a_new_adapter():
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_new_words_while_the_base_speaks_alone(architecture):
     model, base = tiny(architecture), tiny(architecture)
-    with_words(model, tokenizer())
+    with_new_tokens(model, tokenizer())
     shake(veneer.attach(model, veneer.LoRA(rank=2)))
     veneer.use(model, None)
     assert torch.equal(logits(model)[..., :VOCAB], logits(base))

@@ -7,7 +7,7 @@ import torch
 
 import veneer
 from support.random_adapters import distance, ids, shake, targets_named
-from support.tiny_models import ARCHITECTURES, packed, tiny
+from support.tiny_models import ARCHITECTURES, quantized, tiny
 from veneer.adapter import layers
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.attach import use_rows
@@ -56,7 +56,7 @@ def test_rows(architecture, most, monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "minigpt"])
 def test_over_packed_weights(architecture, bits):
-    assert_rows_agree(adapted(packed(architecture, bits)), 2e-6)
+    assert_rows_agree(adapted(quantized(architecture, bits)), 2e-6)
 
 
 def test_in_float64_and_bfloat16():

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import veneer
 from support.random_adapters import distance, examples, ids, logits, shake, snapshot, targets_named
-from support.tiny_models import ARCHITECTURES, packed, source, tiny
+from support.tiny_models import ARCHITECTURES, quantized, source, tiny
 from veneer.adapter.active import ActiveAdapters
 from veneer.adapter.layers import LoRALinear, lora_layers
 from veneer.adapter.merge import rounded_away
@@ -28,7 +28,7 @@ ROWS = examples([17, 5, 30, 12, 24])
 
 
 def adapted(architecture: str, bits: int = 4, targets: str = "everything") -> Any:
-    model = packed(architecture, bits)
+    model = quantized(architecture, bits)
     config = veneer.LoRA(rank=2, targets=targets_named(model, targets))
     return shake(veneer.attach(model, config, seed=1))
 
@@ -44,7 +44,7 @@ def codes(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_linear_layer_but_the_head_is_packed(architecture, bits):
-    model, own = packed(architecture, bits), tiny(architecture)
+    model, own = quantized(architecture, bits), tiny(architecture)
     assert parameter_count(model) == parameter_count(own)
     linear = {p for p, m in own.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
     head = next(p for p, m in own.named_modules() if m is own.get_output_embeddings())
@@ -61,7 +61,7 @@ def test_every_linear_layer_but_the_head_is_packed(architecture, bits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_law_1_a_fresh_adapter_is_an_identity(architecture, bits):
-    model = packed(architecture, bits)
+    model = quantized(architecture, bits)
     base = logits(model)
     config = veneer.LoRA(rank=3, targets=targets_named(model, "everything"))
     veneer.attach(model, config)
@@ -127,7 +127,7 @@ def test_law_3_gradients_are_those_over_the_unpacked_base(architecture, bits, ta
     model = adapted(architecture, bits, targets)
     dense = shake(
         veneer.attach(
-            veneer.merge(packed(architecture, bits)),
+            veneer.merge(quantized(architecture, bits)),
             veneer.LoRA(rank=2, targets=targets_named(model, targets)),
             seed=1,
         )
@@ -153,12 +153,12 @@ def test_law_4_merged_equals_unmerged(architecture, bits):
 
     assert torch.equal(logits(model), said)
     veneer.detach(model)
-    assert torch.equal(logits(model), logits(packed(architecture, bits)))
+    assert torch.equal(logits(model), logits(quantized(architecture, bits)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in codes(model).items())
 
 
 def test_law_4_what_rounding_costs_is_told():
-    model = packed("llama", dtype=torch.bfloat16)
+    model = quantized("llama", dtype=torch.bfloat16)
     shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all"), seed=1), size=0.01)
     assert 0.1 < rounded_away(model, veneer.merge(model)) < 1
 
@@ -168,10 +168,10 @@ def test_law_4_what_rounding_costs_is_told():
 def test_law_5_what_is_saved_loads_over_the_packed_and_the_dense_base(bits, format, tmp_path):
     model = adapted("qwen2", bits, "all")
     veneer.save(model, tmp_path / "a", format=format)
-    again = veneer.load(packed("qwen2", bits), tmp_path / "a")
+    again = veneer.load(quantized("qwen2", bits), tmp_path / "a")
     assert torch.equal(logits(again), logits(model))
     # One fingerprint: an adapter that was trained over the packed base goes over the dense one.
-    assert fingerprint(packed("qwen2", bits)) == fingerprint(tiny("qwen2"))
+    assert fingerprint(quantized("qwen2", bits)) == fingerprint(tiny("qwen2"))
     veneer.load(tiny("qwen2"), tmp_path / "a")
     if format == "native":
         with pytest.raises(veneer.AdapterError, match="another base"):
@@ -198,7 +198,7 @@ def test_law_7_packed_padded_and_one_by_one(architecture, bits):
 
 
 def test_a_packed_head():
-    model = packed("qwen2", head=True)
+    model = quantized("qwen2", head=True)
     assert "lm_head" in quantized_layers(model)
     veneer.attach(model, veneer.LoRA(rank=2, targets=["all", "lm_head"]), seed=1)
     chosen, notices = choose_forward(shake(model), ROWS)
@@ -207,7 +207,7 @@ def test_a_packed_head():
     plain = veneer.merge(model)
     torch.testing.assert_close(logits(plain), logits(model), **CLOSE)
     with pytest.raises(veneer.ConfigError, match="embedding too"):
-        packed("llama", head=True)
+        quantized("llama", head=True)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_weights_that_cannot_be_packed(bits, value, says):
 
 
 def test_a_packed_head_is_unpacked_for_its_products_alone(monkeypatch):
-    model = packed("qwen2", head=True)
+    model = quantized("qwen2", head=True)
     veneer.attach(model, veneer.LoRA(rank=2), seed=1)
     chosen, _ = choose_forward(shake(model), ROWS)
     whole = []

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 import veneer
-from support.random_adapters import examples, same, tokenizer, trained_weights, with_words
+from support.random_adapters import examples, same, tokenizer, trained_weights, with_new_tokens
 from support.tiny_models import tiny
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint
@@ -45,7 +45,7 @@ def new_model(
     if method is not None:
         return veneer.attach(model, method, seed=seed)
     if words:
-        with_words(model, tokenizer())
+        with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2, dropout=0.3, targets="qv"), seed=0)
     if words:
         model.model.embed_tokens.rows.requires_grad_(True)

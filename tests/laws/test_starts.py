@@ -20,7 +20,7 @@ from support.random_adapters import (
     tokenizer,
     trained_weights,
 )
-from support.tiny_models import ARCHITECTURES, packed, tiny
+from support.tiny_models import ARCHITECTURES, quantized, tiny
 from veneer.adapter.config import LoRA
 from veneer.adapter.layers import LoRALinear, lora_layers
 from veneer.adapter.start import start_from_gradients
@@ -63,7 +63,7 @@ def test_a_fresh_one_changes_no_bit(architecture, init, dora, dtype):
 @pytest.mark.parametrize("base", ["llama", "qwen2", "gpt2", "packed"])
 def test_the_base_never_changes_and_the_adapter_composes(base, init):
     def fresh() -> Any:
-        return packed("llama") if base == "packed" else tiny(base)
+        return quantized("llama") if base == "packed" else tiny(base)
 
     model = trained(attached(fresh(), init))
     assert not torch.equal(logits(model), logits(fresh()))
@@ -261,7 +261,7 @@ def test_what_cannot_start_is_refused():
 
 
 def test_what_cannot_start_leaves_nothing_behind():
-    for model, init, rank in ((tiny("llama"), "pissa", 33), (packed("llama"), "loftq", 4)):
+    for model, init, rank in ((tiny("llama"), "pissa", 33), (quantized("llama"), "loftq", 4)):
         before, said = snapshot(model), logits(model)
         with pytest.raises(veneer.ConfigError):
             attached(model, init, rank=rank)

@@ -7,14 +7,14 @@ import torch
 
 import veneer
 from support.random_adapters import logits, same, shake, snapshot
-from support.tiny_models import packed, tiny
+from support.tiny_models import quantized, tiny
 from veneer.quant.weight import quantized_layers
 
 MANY = 100
 BASES = {
     "float32": lambda: tiny("llama"),
     "bf16": lambda: tiny("gpt2", dtype=torch.bfloat16),
-    "nf4": lambda: packed("qwen2"),
+    "nf4": lambda: quantized("qwen2"),
 }
 KINDS: list[dict[str, Any]] = [
     {"rank": 2, "targets": "all"},

@@ -8,8 +8,16 @@ import pytest
 import torch
 
 import veneer
-from support.random_adapters import examples, ids, logits, same, snapshot, tokenizer, with_words
-from support.tiny_models import ARCHITECTURES, packed, tiny
+from support.random_adapters import (
+    examples,
+    ids,
+    logits,
+    same,
+    snapshot,
+    tokenizer,
+    with_new_tokens,
+)
+from support.tiny_models import ARCHITECTURES, quantized, tiny
 from veneer.adapter.attach import adapters, in_use
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.training.config import TrainConfig
@@ -132,13 +140,13 @@ def test_steps_too_small_for_bfloat16_add_up():
 
 def test_new_words_train_beside_the_blocks(tmp_path):
     model, words = tiny("qwen2"), tokenizer(90)
-    with_words(model, words)
+    with_new_tokens(model, words)
     veneer.attach(model, method("one block"))
-    said = logits(model, ids(words=90))
+    said = logits(model, ids(vocabulary=90))
     veneer.save(model, tmp_path / "a", tokenizer=words)
     other = tokenizer(90)
     again = veneer.load(tiny("qwen2"), tmp_path / "a", tokenizer=other)
-    assert torch.equal(logits(again, ids(words=90)), said)
+    assert torch.equal(logits(again, ids(vocabulary=90)), said)
     assert len(other) == len(words)
 
 
@@ -173,7 +181,7 @@ def test_what_cannot_be_is_named(tmp_path):
     with pytest.raises(veneer.ConfigError, match="3 blocks of 2"):
         veneer.attach(tiny("llama"), veneer.Method("freeze", trained_blocks=3))
     with pytest.raises(veneer.ConfigError, match="leave bits out"):
-        veneer.attach(packed("llama"), veneer.Method("full"))
+        veneer.attach(quantized("llama"), veneer.Method("full"))
     with pytest.raises(veneer.ConfigError) as error:
         veneer.Method("freeze", trained_blocks=0, virtual_tokens=3, prompt_text="x")
     for part in ("trained_blocks is 0", "virtual_tokens would", "prompt_text would"):

@@ -20,8 +20,8 @@ from peft import PeftModel
 from torch import Tensor
 
 import veneer
-from support.more_models import CAUSAL_NAMES, OTHERS, model_of
 from support.random_adapters import examples, same, shake, snapshot
+from support.tiny_models import CAUSAL, NO_DECODERS, tiny
 from support.trainers import (
     ROWS,
     TOKENS,
@@ -51,7 +51,7 @@ COLUMNS = (
     "merge",
     "notes",
 )
-NAMES = [*CAUSAL_NAMES, *OTHERS]
+NAMES = [*CAUSAL, *NO_DECODERS]
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Proven:
 
 def attached(architecture: str, config: veneer.LoRA = LORA) -> tuple[Any, list[str]]:
     """Return a freshly adapted model, and what attaching it said."""
-    model = model_of(architecture)
+    model = tiny(architecture)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", veneer.VeneerWarning)
         veneer.attach(model, config, seed=0)
-    if architecture in OTHERS and hasattr(model, "classifier"):
+    if architecture in NO_DECODERS and hasattr(model, "classifier"):
         model.classifier.requires_grad_(True)
     return model, [str(w.message) for w in said if issubclass(w.category, veneer.VeneerWarning)]
 
@@ -110,11 +110,11 @@ def base_of(model: Any) -> dict[str, Tensor]:
 def proven(architecture: str) -> Proven:
     """Prove what the table says of an architecture, and return its words."""
     model, said_of_it = attached(architecture)
-    base = model_of(architecture)
+    base = tiny(architecture)
     assert torch.equal(said(model, architecture), said(base, architecture))
     before = base_of(base)
     loop, notes = "", []
-    if architecture in OTHERS:
+    if architecture in NO_DECODERS:
         losses = trainer_losses(model, steps_of(architecture))
         theirs = by_peft(architecture)
         assert near(losses, theirs), (losses, theirs)
@@ -154,7 +154,7 @@ def by_peft(architecture: str) -> list[float]:
         warnings.simplefilter("ignore", veneer.VeneerWarning)
         veneer.save(fresh, Path(place) / "adapter", format="peft")
         theirs = PeftModel.from_pretrained(
-            model_of(architecture), f"{place}/adapter", is_trainable=True
+            tiny(architecture), f"{place}/adapter", is_trainable=True
         )
     if hasattr(fresh, "classifier"):
         theirs.base_model.model.classifier.requires_grad_(True)
@@ -180,14 +180,14 @@ def kept(model: Any, architecture: str) -> None:
         veneer.save(model, f"{place}/native")
         veneer.save(model, f"{place}/peft", format="peft")
         for form in ("native", "peft"):
-            fresh = model_of(architecture)
+            fresh = tiny(architecture)
             if hasattr(fresh, "classifier"):
                 fresh.classifier.load_state_dict(model.classifier.state_dict())
             veneer.load(fresh, f"{place}/{form}")
             assert torch.equal(said(fresh, architecture), wanted)
 
 
-EVEN = examples([12] * 30, words=6, seed=4, learnt=1.0)  # five in a step
+EVEN = examples([12] * 30, vocabulary=6, seed=4, learnt=1.0)  # five in a step
 
 
 def in_order() -> list[list[int]]:
@@ -224,10 +224,10 @@ def proven_with_trl(architecture: str) -> bool:
 def table() -> str:
     """Return the table of docs/models.md, each line of which is proven on the way."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for name in sorted(CAUSAL_NAMES) + list(OTHERS):
+    for name in sorted(CAUSAL) + list(NO_DECODERS):
         found = proven(name)
         trl = "-"
-        if name not in OTHERS:
+        if name not in NO_DECODERS:
             trl = "yes, packed too" if proven_with_trl(name) else "yes, not packed"
         notes = "; ".join(found.notes)
         cells = [f"`{name}`", "yes", found.loop or "-", "yes", trl, "yes", "yes", notes]

@@ -20,7 +20,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from support.tiny_models import _ALL_HEADS, _SHAPE, CONFIGS, VOCAB
+from support.tiny_models import ALL_HEADS, CONFIGS, SHAPE, VOCAB
 
 _FALCON = {
     "vocab_size": VOCAB,
@@ -40,14 +40,14 @@ _OPT = {
     "word_embed_proj_dim": 32,
 }
 ALL: dict[str, PretrainedConfig] = CONFIGS | {
-    "gemma2": Gemma2Config(**_SHAPE, head_dim=8),
-    "gemma3_text": Gemma3TextConfig(**_SHAPE, head_dim=8),
-    "olmo2": Olmo2Config(**_SHAPE),
-    "phi3": Phi3Config(**_SHAPE),
-    "granite": GraniteConfig(**_SHAPE),
-    "cohere": CohereConfig(**_SHAPE),
-    "starcoder2": Starcoder2Config(**_SHAPE),
-    "stablelm": StableLmConfig(**_SHAPE),
+    "gemma2": Gemma2Config(**SHAPE, head_dim=8),
+    "gemma3_text": Gemma3TextConfig(**SHAPE, head_dim=8),
+    "olmo2": Olmo2Config(**SHAPE),
+    "phi3": Phi3Config(**SHAPE),
+    "granite": GraniteConfig(**SHAPE),
+    "cohere": CohereConfig(**SHAPE),
+    "starcoder2": Starcoder2Config(**SHAPE),
+    "stablelm": StableLmConfig(**SHAPE),
     "opt": OPTConfig(**_OPT),
     "roberta": RobertaConfig(
         vocab_size=VOCAB,
@@ -60,22 +60,22 @@ ALL: dict[str, PretrainedConfig] = CONFIGS | {
 }
 VARIANTS: dict[str, PretrainedConfig] = {
     "llama with biases, untied": LlamaConfig(
-        **_SHAPE, head_dim=16, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+        **SHAPE, head_dim=16, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
     ),
-    "qwen2 tied": Qwen2Config(**_SHAPE, tie_word_embeddings=True),
-    "phi with norms of heads": PhiConfig(**_ALL_HEADS, qk_layernorm=True),
-    "cohere with norms of heads": CohereConfig(**_SHAPE, use_qk_norm=True),
+    "qwen2 tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "phi with norms of heads": PhiConfig(**ALL_HEADS, qk_layernorm=True),
+    "cohere with norms of heads": CohereConfig(**SHAPE, use_qk_norm=True),
     "stablelm 2": StableLmConfig(
-        **_SHAPE, qk_layernorm=True, use_parallel_residual=True, use_qkv_bias=True
+        **SHAPE, qk_layernorm=True, use_parallel_residual=True, use_qkv_bias=True
     ),
     "starcoder2 without biases, untied": Starcoder2Config(
-        **_SHAPE, use_bias=False, tie_word_embeddings=False
+        **SHAPE, use_bias=False, tie_word_embeddings=False
     ),
     "gpt2 with its own inner width": GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=40
     ),
     "gpt_neox without biases, tied": GPTNeoXConfig(
-        **_ALL_HEADS, attention_bias=False, tie_word_embeddings=True
+        **ALL_HEADS, attention_bias=False, tie_word_embeddings=True
     ),
     "falcon 40b's": FalconConfig(
         **_FALCON, new_decoder_architecture=True, num_kv_heads=2, bias=True

@@ -8,7 +8,7 @@ import torch
 import veneer
 from support.random_adapters import distance, ids
 from support.serving_bases import write_adapters
-from support.tiny_models import packed, tiny
+from support.tiny_models import quantized, tiny
 from veneer.kernels import native
 from veneer.serve.compiled import Compiled, Unsuited
 from veneer.serve.general import General
@@ -25,8 +25,8 @@ CLOSE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 BASES: dict[str, Any] = {
     "float32": lambda architecture: tiny(architecture),
     "bfloat16": lambda architecture: tiny(architecture, dtype=torch.bfloat16),
-    "nf4": lambda architecture: packed(architecture),
-    "int8": lambda architecture: packed(architecture, 8),
+    "nf4": lambda architecture: quantized(architecture),
+    "int8": lambda architecture: quantized(architecture, 8),
 }
 
 

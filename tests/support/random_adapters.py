@@ -13,11 +13,13 @@ from veneer.adapter.new_tokens import NewTokens, add_tokens
 from veneer.adapter.virtual import Prefix, PrefixMLP, Prompt
 from veneer.data.encode import UNLABELLED, Example
 
-WORDS = ("veneer", "lacquer", "walnut")
+NEW_TOKENS = ("veneer", "lacquer", "walnut")
 
 
-def ids(rows: int = 2, tokens: int = 12, *, words: int = VOCAB, seed: int = 0) -> Tensor:
-    return torch.randint(3, words, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+def ids(rows: int = 2, tokens: int = 12, *, vocabulary: int = VOCAB, seed: int = 0) -> Tensor:
+    return torch.randint(
+        3, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def logits(model: nn.Module, tokens: Tensor | None = None) -> Tensor:
@@ -73,13 +75,13 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def examples(
-    lengths: list[int], *, seed: int = 0, words: int = VOCAB, learnt: float = 0.6
+    lengths: list[int], *, seed: int = 0, vocabulary: int = VOCAB, learnt: float = 0.6
 ) -> list[Example]:
     """Return rows of random tokens, of which a random part is learnt, but at least the last."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for number, length in enumerate(lengths, 1):
-        tokens = torch.randint(3, words, (length,), generator=generator)
+        tokens = torch.randint(3, vocabulary, (length,), generator=generator)
         ignored = torch.rand(length, generator=generator) > learnt
         ignored[0], ignored[-1] = True, length == 1
         labels = tokens.masked_fill(ignored, UNLABELLED)
@@ -99,9 +101,9 @@ def tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
     )
 
 
-def with_words(model: PreTrainedModel, tokens: PreTrainedTokenizerFast) -> NewTokens:
-    """Add WORDS, each with rows of its own that no mean of old rows could be."""
-    words = add_tokens(model, tokens, WORDS)
+def with_new_tokens(model: PreTrainedModel, tokens: PreTrainedTokenizerFast) -> NewTokens:
+    """Add NEW_TOKENS, each with rows of its own that no mean of old rows could be."""
+    words = add_tokens(model, tokens, NEW_TOKENS)
     with torch.no_grad():
         for rows in words.parameters():
             rows.add_(0.3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(5)))

@@ -18,7 +18,7 @@ from veneer.training.events import Step
 STEPS, LR, TOKENS = 5, 2e-2, 60
 # Of three words alone, so that there is something to learn.
 LENGTHS = [17, 5, 30, 12, 21, 24, 9, 14, 26, 11, 19, 8, 28, 13, 16, 22, 7, 18]
-ROWS = examples(LENGTHS, words=6, seed=3)
+ROWS = examples(LENGTHS, vocabulary=6, seed=3)
 
 Inputs = dict[str, Tensor]
 

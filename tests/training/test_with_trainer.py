@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import veneer
-from support.more_models import model_of
 from support.random_adapters import logits, same, snapshot, targets_named, trained_weights
+from support.tiny_models import tiny
 from support.trainers import STEPS, batches, sft_losses, trainer, trainer_losses
 from veneer.training.with_trainer import ADAPTER
 
@@ -20,7 +20,7 @@ BATCHES = batches()
 
 
 def new_model(architecture: str = "llama", targets: str = "everything", **options: Any) -> Any:
-    model = model_of(architecture)
+    model = tiny(architecture)
     names = targets_named(model, targets)
     if architecture == "mixtral":
         names = ["attention"]
@@ -74,7 +74,7 @@ def test_the_adapter_lies_in_each_checkpoint_and_beside_them(form):
     assert run.state.global_step == STEPS
     said = {}
     for place in ("checkpoint-2", "checkpoint-4", "."):
-        fresh = model_of("llama")
+        fresh = tiny("llama")
         veneer.load(fresh, Path("trained", place, ADAPTER))
         said[place] = logits(fresh)
     assert torch.equal(said["."], logits(model.eval()))
@@ -88,7 +88,7 @@ def test_what_trainer_writes_is_the_base_with_the_adapter_beside_it(architecture
     run.train()
     run.save_model("written")
     read = AutoModelForCausalLM.from_pretrained("written")
-    assert same(snapshot(read), snapshot(model_of(architecture)))
+    assert same(snapshot(read), snapshot(tiny(architecture)))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -132,11 +132,11 @@ def test_merged_after_a_trainer_put_its_own_forward_on_the_model(by):
     before = copy.deepcopy(logits(plain))
     veneer.use(model, None)
     assert torch.equal(logits(plain), before)
-    assert not torch.equal(logits(model_of("llama")), before)
+    assert not torch.equal(logits(tiny("llama")), before)
 
 
 def test_saving_tells_of_what_trains_beside_the_adapter():
-    model = model_of("bert")
+    model = tiny("bert")
     veneer.attach(model, veneer.LoRA(rank=2), seed=0)
     veneer.save(model, "silent")
     model.classifier.requires_grad_(True)
@@ -145,10 +145,10 @@ def test_saving_tells_of_what_trains_beside_the_adapter():
 
 
 def test_an_adapter_over_another_classifier_is_refused():
-    model = model_of("bert")
+    model = tiny("bert")
     veneer.attach(model, veneer.LoRA(rank=2), seed=0)
     veneer.save(model, "adapter")
-    other = model_of("bert")
+    other = tiny("bert")
     torch.nn.init.normal_(other.classifier.weight)
     with pytest.raises(veneer.AdapterError, match="another base"):
         veneer.load(other, "adapter")
