@@ -60,13 +60,13 @@ class QueueFull(VeneerError, RuntimeError):
 
 
 # Problems that one message names; a file made to annoy can have a million.
-MOST = 50
+MOST_PROBLEMS = 50
 
 
 def listed(problems: Sequence[str]) -> str:
     """Return problems in a row: all of them, or the first and how many more there are."""
-    more = f"; and {len(problems) - MOST:,} more" if len(problems) > MOST else ""
-    return "; ".join(shortened(problem, 400) for problem in problems[:MOST]) + more
+    more = f"; and {len(problems) - MOST_PROBLEMS:,} more" if len(problems) > MOST_PROBLEMS else ""
+    return "; ".join(shortened(problem, 400) for problem in problems[:MOST_PROBLEMS]) + more
 
 
 def shortened(text: str, most: int = 200) -> str:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import veneer
 from support.tiny_models import tiny
-from veneer.adapter.patterns import LONGEST, MOST, Matcher
+from veneer.adapter.patterns import LONGEST_PATTERN, MOST_PATTERNS, Matcher
 from veneer.adapter.targets import resolve
 from veneer.errors import ConfigError
 
@@ -93,10 +93,10 @@ def test_what_is_no_pattern_is_an_error_that_says_so(pattern):
 
 def test_too_many_and_too_long():
     with pytest.raises(ConfigError, match="1,001 patterns are more than"):
-        veneer.LoRA(rank_pattern={f"x*{i}": 2 for i in range(MOST + 1)})
-    veneer.LoRA(rank_pattern={f"layers.{i}.q_proj": 2 for i in range(3 * MOST)})
+        veneer.LoRA(rank_pattern={f"x*{i}": 2 for i in range(MOST_PATTERNS + 1)})
+    veneer.LoRA(rank_pattern={f"layers.{i}.q_proj": 2 for i in range(3 * MOST_PATTERNS)})
     with pytest.raises(ConfigError, match="more than 20,000 characters"):
-        veneer.LoRA(rank_pattern={"x*" * LONGEST: 2})
+        veneer.LoRA(rank_pattern={"x*" * LONGEST_PATTERN: 2})
 
 
 @pytest.mark.parametrize("pattern", ENDLESS)

@@ -7,9 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from veneer.adapter.patterns import MOST as MOST_PATTERNS
-from veneer.adapter.patterns import Matcher
-from veneer.errors import MOST, ConfigError, TargetError, listed, nearest, shortened
+from veneer.adapter.patterns import MOST_PATTERNS, Matcher
+from veneer.errors import MOST_PROBLEMS, ConfigError, TargetError, listed, nearest, shortened
 
 PRESETS = ("attention", "qv", "mlp", "all")
 # Names of projections that make queries or values, alone (q_proj, query, wv) or as one fused layer
@@ -69,7 +68,7 @@ def choose(
             continue
         if matched:
             chosen.update(layer.path for layer in matched)
-        elif len(problems) < MOST:
+        elif len(problems) < MOST_PROBLEMS:
             problems.append(_why_nothing(target, layers, others or {}))
         else:
             problems.append(f"{shortened(target)!r} matches no layer")
@@ -87,7 +86,7 @@ def choose(
         except ConfigError as error:
             problems.append(str(error))
             continue
-        names = {layer.name for layer in picked} if len(problems) < MOST else ()
+        names = {layer.name for layer in picked} if len(problems) < MOST_PROBLEMS else ()
         hint = nearest(pattern, names)
         problems.append(f"the pattern {shortened(pattern)!r} matches none of the targets{hint}")
     if problems:

@@ -5,14 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
-from veneer.adapter.patterns import ByPath, faults
-from veneer.errors import ConfigError, listed
+from veneer.adapter.patterns import ByPath, pattern_problems
+from veneer.checks import (
+    ABOVE_0,
+    BOOLEAN,
+    NUMBER,
+    Rule,
+    at_least,
+    broken,
+    check_config,
+    one_of,
+    whole_number,
+)
 
 Init = Literal["auto", "kaiming", "gaussian", "pissa", "olora", "lora_ga", "loftq"]
 Value = TypeVar("Value")
-LARGEST = 2**31  # rank or alpha; a file can name numbers that no arithmetic here holds
+LARGEST_RANK_OR_ALPHA = 2**31  # a file can name numbers that no arithmetic here holds
+RANK = whole_number(1, most=LARGEST_RANK_OR_ALPHA)
+ALPHA = Rule(
+    lambda value: ABOVE_0.holds(value) and value <= LARGEST_RANK_OR_ALPHA,
+    f"a number above 0 and at most {LARGEST_RANK_OR_ALPHA}",
+)
+KINDS = {
+    **dict.fromkeys(
+        ("rank_pattern", "alpha_pattern"), Rule(lambda value: isinstance(value, dict), "a map")
+    ),
+    "targets": Rule(lambda value: all(isinstance(name, str) for name in value), "names"),
+    "layers": Rule(lambda value: isinstance(value, str), "slices"),
+    "dropout": NUMBER,
+    **dict.fromkeys(("rslora", "dora", "lora_fa"), BOOLEAN),
+}
 
 
 @dataclass(frozen=True)
@@ -52,63 +76,37 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
-            names = tuple(part.strip() for part in split_names(self.targets) if part.strip())
+            names = tuple(name.strip() for name in split_names(self.targets) if name.strip())
         else:
             names = tuple(self.targets)
         object.__setattr__(self, "targets", names)
-        problems = self._problems()
-        if problems:
-            raise ConfigError(f"This adapter cannot be: {listed(problems)}.")
+        self._check()
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
 
-    def _problems(self) -> list[str]:
-        # Only files can bring values of the wrong kind; nothing else can be said of those.
+    def _check(self) -> None:
+        opening = "This adapter cannot be"
+        # Only files bring values of a wrong kind, of which nothing else can be asked.
+        check_config(self, opening=opening, rules=KINDS)
         problems = [
-            f"{name} is {value!r}, but must be {rule}"
-            for name, value, good, rule in (
-                ("rank_pattern", self.rank_pattern, isinstance(self.rank_pattern, dict), "a map"),
-                (
-                    "alpha_pattern",
-                    self.alpha_pattern,
-                    isinstance(self.alpha_pattern, dict),
-                    "a map",
-                ),
-                ("targets", self.targets, all(isinstance(t, str) for t in self.targets), "names"),
-                ("layers", self.layers, isinstance(self.layers, str | None), "slices"),
-                ("dropout", self.dropout, isinstance(self.dropout, int | float), "a number"),
-                *(
-                    (name, value, isinstance(value, bool), "true or false")
-                    for name in ("rslora", "dora", "lora_fa")
-                    for value in [getattr(self, name)]
-                ),
-            )
-            if not good
+            *broken(RANK, _entries("rank_pattern", self.rank_pattern)),
+            *broken(ALPHA, _entries("alpha_pattern", self.alpha_pattern)),
+            *pattern_problems((*self.rank_pattern, *self.alpha_pattern)),
         ]
-        if problems:
-            return problems
-        for name, rank in {"rank": self.rank, **_named("rank_pattern", self.rank_pattern)}.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                problems.append(f"{name} is {rank!r}, but must be a whole number of at least 1")
-            elif rank > LARGEST:
-                problems.append(f"{name} is far too large")
-        alphas = _named("alpha_pattern", self.alpha_pattern)
-        if self.alpha is not None:
-            alphas["alpha"] = self.alpha
-        for name, alpha in alphas.items():
-            if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
-                problems.append(f"{name} is {alpha!r}, but must be a number above 0")
-            elif alpha > LARGEST:
-                problems.append(f"{name} is far too large")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout is {self.dropout!r}, but must be at least 0 and below 1")
-        if not self.targets:
-            problems.append("targets is empty; name layers or a preset such as attention")
-        if self.init not in get_args(Init):
-            problems.append(
-                f"init is {self.init!r}, but must be one of {', '.join(get_args(Init))}"
-            )
-        return problems + faults((*self.rank_pattern, *self.alpha_pattern))
+        check_config(
+            self,
+            opening=opening,
+            rules={
+                "rank": RANK,
+                "alpha": ALPHA,
+                "dropout": at_least(0, below=1),
+                "init": one_of(Init),
+            },
+            contradictions={
+                "targets is empty; name layers or a preset such as attention": not self.targets
+            },
+            problems=problems,
+        )
 
     @property
     def has_start(self) -> bool:
@@ -143,5 +141,5 @@ def split_names(targets: str) -> list[str]:
     return [targets] if targets.startswith("re:") else targets.split(",")
 
 
-def _named(field_name: str, pattern: Mapping[str, Value]) -> dict[str, Value]:
+def _entries(field_name: str, pattern: Mapping[str, Value]) -> dict[str, Value]:
     return {f"{field_name}[{key!r}]": value for key, value in pattern.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import chain
+from typing import Literal
 
-from veneer.errors import ConfigError
+from veneer.checks import BOOLEAN, TEXT, check_config, one_of, whole_number
 
 MethodName = Literal["lora", "full", "freeze", "prefix", "prompt"]
 # Peak learning rates of AdamW for a whole run, as the methods' papers and PEFT's guides have them.
@@ -16,8 +17,8 @@ LEARNING_RATES: dict[MethodName, float] = {
     "prefix": 1e-2,
     "prompt": 3e-2,
 }
-# Settings that belong to a method, and what they are unless given.
-OWN: dict[str, dict[str, object]] = {
+# Settings that only some methods have, with their defaults.
+METHOD_DEFAULTS: dict[str, dict[str, object]] = {
     "freeze": {"trained_blocks": 2, "train_head": False, "train_norms": False},
     "prefix": {"virtual_tokens": 20, "prefix_mlp": None},
     "prompt": {"virtual_tokens": 20, "prompt_text": None},
@@ -45,26 +46,24 @@ class Method:
     """With prompt, start from this text's embeddings; from words drawn at random unless given."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.method not in get_args(MethodName):
-            problems.append(f"method is {self.method!r}, but must be one of {_names()}")
-        own = OWN.get(self.method, {})
-        for name in ("trained_blocks", "virtual_tokens", "prefix_mlp"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= 1):
-                problems.append(f"{name} is {value!r}, but must be a whole number of at least 1")
-        for name in ("train_head", "train_norms"):
-            if not isinstance(value := getattr(self, name), bool):
-                problems.append(f"{name} is {value!r}, but must be true or false")
-        if not isinstance(self.prompt_text, str | None):
-            problems.append(f"prompt_text is {self.prompt_text!r}, but must be a text")
-        for settings in OWN.values():
-            for name in settings:
-                if getattr(self, name) and name not in own:
-                    problems.append(f"{name} would do nothing with {self.method}")
-        if problems:
-            raise ConfigError("This method cannot be: " + "; ".join(dict.fromkeys(problems)) + ".")
+        own = METHOD_DEFAULTS.get(self.method, {})
+        check_config(
+            self,
+            opening="This method cannot be",
+            rules={
+                "method": one_of(MethodName),
+                **dict.fromkeys(
+                    ("trained_blocks", "virtual_tokens", "prefix_mlp"), whole_number(1)
+                ),
+                **dict.fromkeys(("train_head", "train_norms"), BOOLEAN),
+                "prompt_text": TEXT,
+            },
+            contradictions={
+                f"{name} would do nothing with {self.method}": bool(getattr(self, name))
+                for name in dict.fromkeys(chain(*METHOD_DEFAULTS.values()))
+                if name not in own
+            },
+        )
         for name, usual in own.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, usual)
@@ -92,7 +91,3 @@ def in_words(config: Method) -> str:
             return f"embeddings of {config.virtual_tokens} virtual tokens"
         case _:
             return "all weights"
-
-
-def _names() -> str:
-    return ", ".join(get_args(MethodName))

@@ -19,8 +19,8 @@ from veneer.errors import ConfigError, shortened
 Value = TypeVar("Value")
 # Seconds of the processor for all matches of one Matcher, beyond what an ordinary match may take,
 # which is one or two millionths.
-PATIENCE, ORDINARY = 0.25, 5e-6
-MOST, LONGEST = 1000, 20_000  # expressions of one adapter, and characters of each
+MATCHING_SECONDS, ORDINARY_SECONDS = 0.25, 5e-6
+MOST_PATTERNS, LONGEST_PATTERN = 1000, 20_000  # of one adapter, and characters of each
 NAMES = re.compile(r"[\w.]+")  # what is no more than a path, and is compared as one
 ANY_ERROR = (re.error, regex.error, RecursionError, OverflowError, MemoryError)
 
@@ -32,7 +32,7 @@ class Matcher:
     """
 
     def __init__(self) -> None:
-        self._left = PATIENCE
+        self._left = MATCHING_SECONDS
 
     def at_end(self, pattern: str, path: str) -> bool:
         """Return whether a pattern matches the end of a path, from one of its names on."""
@@ -46,17 +46,17 @@ class Matcher:
         return self._match(_compiled(pattern, pattern, called).search, path, called)
 
     def _match(self, match: Callable[..., object], path: str, called: str) -> bool:
-        found, begin = False, time.thread_time()
+        matches, begin = False, time.thread_time()
         try:
-            found = self._left > 0 and match(path, timeout=self._left) is not None
+            matches = self._left > 0 and match(path, timeout=self._left) is not None
         except (TimeoutError, MemoryError):
             self._left = 0.0
-        self._left -= max(0.0, time.thread_time() - begin - ORDINARY)
+        self._left -= max(0.0, time.thread_time() - begin - ORDINARY_SECONDS)
         if self._left <= 0:
             raise ConfigError(
                 f"{called} takes too long to match; write it without repeats inside of repeats"
             )
-        return found
+        return matches
 
 
 class ByPath(Generic[Value]):
@@ -68,22 +68,24 @@ class ByPath(Generic[Value]):
     def __init__(self, patterns: Mapping[str, Value], usual: Value) -> None:
         self._patterns, self._usual = patterns, usual
         self._matcher = Matcher()
-        self._found: dict[str, Value] = {}
+        self._values: dict[str, Value] = {}
 
     def of(self, path: str) -> Value:
         """Return the value for the layer at `path`."""
-        if path not in self._found:
+        if path not in self._values:
             matching = (p for p in self._patterns if self._matcher.at_end(p, path))
             first = next(matching, None)
-            self._found[path] = self._usual if first is None else self._patterns[first]
-        return self._found[path]
+            self._values[path] = self._usual if first is None else self._patterns[first]
+        return self._values[path]
 
 
-def faults(patterns: Sequence[str]) -> list[str]:
-    """Return why each of the patterns that is none of a path's end is none."""
+def pattern_problems(patterns: Sequence[str]) -> list[str]:
+    """Return a problem for each pattern that is no regular expression for the end of a path."""
     expressions = [pattern for pattern in patterns if not NAMES.fullmatch(pattern)]
-    if len(expressions) > MOST:
-        return [f"{len(expressions):,} patterns are more than the {MOST:,} that may be"]
+    if len(expressions) > MOST_PATTERNS:
+        return [
+            f"{len(expressions):,} patterns are more than the {MOST_PATTERNS:,} that one may have"
+        ]
     problems = []
     for pattern in expressions:
         try:
@@ -107,10 +109,10 @@ def _at_end(pattern: str) -> Any:
     return _compiled(pattern, rf"(.*\.)?({pattern})$", f"the pattern {shortened(pattern)!r}")
 
 
-@lru_cache(maxsize=4 * MOST)
+@lru_cache(maxsize=4 * MOST_PATTERNS)
 def _compiled(pattern: str, whole: str, called: str) -> Any:
-    if len(pattern) > LONGEST:
-        raise ConfigError(f"{called} has more than {LONGEST:,} characters")
+    if len(pattern) > LONGEST_PATTERN:
+        raise ConfigError(f"{called} has more than {LONGEST_PATTERN:,} characters")
     try:
         re.compile(pattern)
         re.compile(whole)  # what only `regex` understands would mean another thing elsewhere

@@ -17,13 +17,13 @@ from veneer.adapter.new_tokens import is_tied, new_tokens_of
 from veneer.adapter.targets import Layer, adaptable_layers, adaptable_parameters, resolve
 from veneer.adapter.unfreeze import replaced_weights
 from veneer.adapter.virtual import shape_of
-from veneer.errors import MOST, ConfigError, nearest, shortened
+from veneer.errors import MOST_PROBLEMS, ConfigError, nearest, shortened
 from veneer.formats.parts import shared_tokens
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.quant.weight import QuantizedLinear, quantized_layers
 
 # No trained weight comes near it, and from there on products of a few overflow.
-LARGEST = 2.0**32
+LARGEST_NUMBER = 2.0**32
 
 if TYPE_CHECKING:
     from veneer.formats.state import AdapterState, Rows, StoredLayer
@@ -115,7 +115,7 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
         complete.add(path)
         layer = places.get(path)
         if layer is None:
-            problems.append(_why_no_layer(model, path, places, hint=len(problems) < MOST))
+            problems.append(_why_no_layer(model, path, places, hint=len(problems) < MOST_PROBLEMS))
         elif stored.kind != ("linear" if layer.kind == "conv" else layer.kind):
             problems.append(f"{path} is a {type(layer.module).__name__}, of the other kind")
         elif isinstance(layer.module, nn.Conv2d) and (why := why_not_adaptable(layer.module)):
@@ -307,7 +307,7 @@ def _are_finite(tensors: Collection[Tensor]) -> bool:
         return False
     if any(t.ndim > 2 or not t.numel() for t in tensors):
         return False
-    return bool(get_total_norm(list(tensors), torch.inf) <= LARGEST)
+    return bool(get_total_norm(list(tensors), torch.inf) <= LARGEST_NUMBER)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -315,4 +315,4 @@ def is_finite(tensor: Tensor) -> bool:
     plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
     if tensor.ndim > 64:  # a file can have more dimensions than torch can compute with
         return False
-    return plain and bool((tensor.to(torch.float32).abs() <= LARGEST).all())
+    return plain and bool((tensor.to(torch.float32).abs() <= LARGEST_NUMBER).all())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.checks import FRACTION, at_least, check_config
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,16 @@ class Sampling:
     """Makes draws repeatable."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.max_new_tokens < 1:
-            problems.append(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(f"temperature is {self.temperature}, but must be at least 0")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p}, but must be above 0 and at most 1")
-        if self.top_k < 0:
-            problems.append(f"top_k is {self.top_k}, but must be at least 0")
-        if problems:
-            raise ConfigError("Nothing can be generated so: " + "; ".join(problems) + ".")
+        check_config(
+            self,
+            opening="Nothing can be generated so",
+            rules={
+                "max_new_tokens": at_least(1),
+                "temperature": at_least(0),
+                "top_p": FRACTION,
+                "top_k": at_least(0),
+            },
+        )
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of transformers' `generate` that say the same."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.adapter.patterns import Matcher, faults
+from veneer.adapter.patterns import Matcher, pattern_problems
 from veneer.formats.parts import BIAS, EMBEDDING, LINEAR, MAGNITUDE
 
 PREFIX = "base_model.model."
@@ -270,7 +270,7 @@ def _no_patterns(config: Mapping[str, Any]) -> list[str]:
             patterns.append(value)
         elif name != "exclude_modules":  # a list of which is taken to the letter
             patterns += value or []
-    return faults(patterns)
+    return pattern_problems(patterns)
 
 
 def _are_names(value: object) -> bool:

@@ -1,0 +1,89 @@
+"""Rules for the fields of a config, and the one way to check a config by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple, get_args
+
+from veneer.errors import ConfigError, listed
+
+
+class Rule(NamedTuple):
+    """What a value must be: a test that takes a value of any kind, and the text for a message."""
+
+    holds: Callable[[Any], bool]
+    text: str  # what follows "must be"
+
+
+def at_least(least: float, *, below: float = math.inf) -> Rule:
+    """A finite number from `least` on, and below `below`."""
+    end = "" if below == math.inf else f" and below {below}"
+    return Rule(
+        lambda value: _is_number(value) and least <= value < below, f"at least {least}{end}"
+    )
+
+
+def whole_number(least: int, *, most: float = math.inf) -> Rule:
+    """A whole number from `least` to `most`; 1.0 is none."""
+    end = "" if most == math.inf else f" and at most {most}"
+    return Rule(
+        lambda value: isinstance(value, int) and _is_number(value) and least <= value <= most,
+        f"a whole number of at least {least}{end}",
+    )
+
+
+def one_of(literal: Any) -> Rule:
+    """One of the values of a typing.Literal."""
+    values = get_args(literal)
+    return Rule(lambda value: value in values, f"one of {', '.join(map(str, values))}")
+
+
+NUMBER = Rule(lambda value: _is_number(value), "a number")
+ABOVE_0 = Rule(lambda value: _is_number(value) and value > 0, "a number above 0")
+FRACTION = Rule(lambda value: _is_number(value) and 0 < value <= 1, "above 0 and at most 1")
+BOOLEAN = Rule(lambda value: isinstance(value, bool), "true or false")
+TEXT = Rule(lambda value: isinstance(value, str), "a text")
+
+
+def check_config(
+    config: Any,
+    *,
+    opening: str,
+    rules: Mapping[str, Rule],
+    contradictions: Mapping[str, bool] | None = None,
+    problems: Sequence[str] = (),
+) -> None:
+    """Raise ConfigError, "`opening`: all problems.", if anything is wrong with a dataclass.
+
+    rules: by the names of fields; a field whose default is None may be None. contradictions: a
+    message for each combination of fields that cannot be, and whether `config` has it. problems:
+    those that the caller has found.
+    """
+    optional = {field.name for field in fields(config) if field.default is None}
+    values = {name: getattr(config, name) for name in rules}
+    all_problems = [
+        problem
+        for name, value in values.items()
+        if not (value is None and name in optional)
+        for problem in broken(rules[name], {name: value})
+    ]
+    all_problems += [message for message, is_so in (contradictions or {}).items() if is_so]
+    all_problems += problems
+    if all_problems:
+        raise ConfigError(f"{opening}: {listed(all_problems)}.")
+
+
+def broken(rule: Rule, values: Mapping[str, Any]) -> list[str]:
+    """Return "NAME is VALUE, but must be ..." for each of the named values that breaks the rule."""
+    return [
+        f"{name} is {value!r}, but must be {rule.text}"
+        for name, value in values.items()
+        if not rule.holds(value)
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    # A bool is an int, and a NaN is a float; neither is meant anywhere.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
