@@ -19,12 +19,12 @@ import veneer
 from bench.engines import ALPHA, LINEAR, RANK
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
-from veneer.serve.choose import Chooser, choose
-from veneer.serve.engine import Engine
-from veneer.serve.library import Library
-from veneer.serve.request import EngineConfig, Request
-from veneer.serve.resident import Loaded
-from veneer.serve.runner import Chunk
+from veneer.serve.engine.adapter_cache import Loaded
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.library import Library
+from veneer.serve.engine.request import EngineConfig, Request
+from veneer.serve.engine.runner import Chunk
+from veneer.serve.engine.sampler import Chooser, choose
 
 ROWS, PROMPT, PREFIX = 16, 32, 1000
 WARM_UPS = 2

@@ -18,12 +18,12 @@ from support.random_adapters import tokenizer
 from support.tiny_models import VOCAB
 from veneer.data.chat import prompt_text
 from veneer.errors import QueueFull
+from veneer.serve.api.http import AT_A_TIME, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
-from veneer.serve.http import AT_A_TIME, PatientProtocol, PatientServer
-from veneer.serve.library import Library
-from veneer.serve.request import Finished, Piece, Request, Stats, Token
-from veneer.serve.served import Served
-from veneer.serve.stream import Stream
+from veneer.serve.engine.library import Library
+from veneer.serve.engine.request import Finished, Piece, Request, Stats, Token
+from veneer.serve.engine.served import Served
+from veneer.serve.engine.stream import Stream
 
 __all__ = ["ScriptedEngine", "Server", "call", "prompt_text", "running", "scripted"]
 BASE = "tiny"

@@ -14,13 +14,15 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.types import ASGIApp
 
-from veneer.serve import faults, loading, openai, panel
+from veneer.serve.api import errors as faults
+from veneer.serve.api import loading, openai
+from veneer.serve.api.errors import Fault
+from veneer.serve.api.guard import Guard
+from veneer.serve.api.metrics import CountResponses, Counts
 from veneer.serve.config import Keys, Limits
-from veneer.serve.counts import CountResponses, Counts
-from veneer.serve.faults import Fault
-from veneer.serve.guard import Guard
-from veneer.serve.runs import Runs
-from veneer.serve.served import Served
+from veneer.serve.engine.served import Served
+from veneer.serve.page import panel
+from veneer.serve.page.runs import Runs
 
 
 def create_app(

@@ -18,13 +18,13 @@ from veneer.formats import native
 from veneer.formats.peft import directory as peft
 from veneer.models.load import Base
 from veneer.models.locate import locate
+from veneer.serve.api.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
 from veneer.serve.config import ADAPTER_NAME, Keys, Limits, ServeConfig
-from veneer.serve.engine import Engine
-from veneer.serve.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
-from veneer.serve.library import Library
-from veneer.serve.request import EngineConfig
-from veneer.serve.served import Served
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.library import Library
+from veneer.serve.engine.request import EngineConfig
+from veneer.serve.engine.served import Served
 
 
 @dataclass(frozen=True)

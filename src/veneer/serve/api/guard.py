@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from veneer.serve.api.errors import Fault
 from veneer.serve.config import Keys, Limits
-from veneer.serve.faults import Fault
 
 OPEN = ("/", "/health", "/ready")  # with the page's own files, all that needs no key
 PAGE = "/page/"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from veneer.serve.choose import Choice, Chooser
-from veneer.serve.prefix import Beginning
-from veneer.serve.request import Finished, Piece, Reason, Request, Token
-from veneer.serve.resident import Loaded, Mix
-from veneer.serve.runner import Chunk
-from veneer.serve.stream import Stream
-from veneer.serve.text import Text
+from veneer.serve.engine.adapter_cache import Loaded, Mix
+from veneer.serve.engine.detokenizer import Text
+from veneer.serve.engine.prefix import Beginning
+from veneer.serve.engine.request import Finished, Piece, Reason, Request, Token
+from veneer.serve.engine.runner import Chunk
+from veneer.serve.engine.sampler import Choice, Chooser
+from veneer.serve.engine.stream import Stream
 
 
 @dataclass(eq=False)

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 
-from veneer.serve.request import Event, Finished
-from veneer.serve.stream import Stream
+from veneer.serve.engine.request import Event, Finished
+from veneer.serve.engine.stream import Stream
 
 
 async def events_of(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event], None]:

@@ -20,8 +20,8 @@ from veneer.adapter.active import active_adapters_of
 from veneer.adapter.virtual import keys_values
 from veneer.errors import ConfigError, ModelError
 from veneer.lowrank.update import Rows
-from veneer.serve.resident import Loaded
-from veneer.serve.runner import Chunk
+from veneer.serve.engine.adapter_cache import Loaded
+from veneer.serve.engine.runner import Chunk
 
 ROOM = 256  # places that are made at a time, at least
 

@@ -172,8 +172,8 @@ def test_other_paths_methods_and_kinds(server):
     for path, method, status in (
         ("/nowhere", "GET", 404),
         ("/v1/nowhere", "POST", 404),
-        ("/page/../app.py", "GET", 404),
-        ("/page/%2e%2e/app.py", "GET", 404),
+        ("/page/../panel.py", "GET", 404),
+        ("/page/%2e%2e/panel.py", "GET", 404),
         ("/v1/chat/completions", "GET", 405),
         ("/v1/models", "POST", 405),
         ("/health", "DELETE", 405),

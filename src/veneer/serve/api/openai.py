@@ -12,14 +12,14 @@ from fastapi import Request as Asking
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from veneer.serve.bridge import cancel, events_of
-from veneer.serve.counts import Counts
-from veneer.serve.faults import ErrorBody, Fault
-from veneer.serve.protocol import CHOICES, Asked, ChatRequest, CompletionRequest
-from veneer.serve.replies import ChatReply, Choice, CompletionReply, Reply, usage_of
-from veneer.serve.request import Finished, Request
-from veneer.serve.served import Served, several
-from veneer.serve.stream import Stream
+from veneer.serve.api.bridge import cancel, events_of
+from veneer.serve.api.errors import ErrorBody, Fault
+from veneer.serve.api.metrics import Counts
+from veneer.serve.api.protocol import CHOICES, Asked, ChatRequest, CompletionRequest
+from veneer.serve.api.replies import ChatReply, Choice, CompletionReply, Reply, usage_of
+from veneer.serve.engine.request import Finished, Request
+from veneer.serve.engine.served import Served, several
+from veneer.serve.engine.stream import Stream
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody},

@@ -14,12 +14,12 @@ from veneer.data.chat import prompt_text
 from veneer.data.rows import ROLES, Message
 from veneer.errors import DataError, nearest
 from veneer.generate.sampling import Sampling
-from veneer.serve.bridge import cancel
-from veneer.serve.faults import Fault
-from veneer.serve.library import Library
-from veneer.serve.protocol import Asked, ChatMessage
-from veneer.serve.request import Request, Stats, Which
-from veneer.serve.stream import Stream
+from veneer.serve.api.bridge import cancel
+from veneer.serve.api.errors import Fault
+from veneer.serve.api.protocol import Asked, ChatMessage
+from veneer.serve.engine.library import Library
+from veneer.serve.engine.request import Request, Stats, Which
+from veneer.serve.engine.stream import Stream
 
 SEEDS = 2**63
 

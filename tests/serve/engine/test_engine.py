@@ -14,10 +14,10 @@ from support.tiny_models import tiny
 from veneer.errors import AdapterError, ConfigError, QueueFull, RequestError
 from veneer.generate.sampling import Sampling
 from veneer.models.load import load_base
-from veneer.serve.engine import Engine
-from veneer.serve.library import Library
-from veneer.serve.request import EngineConfig, Finished, Piece, Request
-from veneer.serve.resident import Resident
+from veneer.serve.engine.adapter_cache import Resident
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.library import Library
+from veneer.serve.engine.request import EngineConfig, Finished, Piece, Request
 
 GREEDY = Sampling(max_new_tokens=12)
 SMALL = EngineConfig(slots=4, chunk=16)

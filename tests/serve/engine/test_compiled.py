@@ -10,12 +10,12 @@ from support.random_adapters import distance, ids
 from support.serving_bases import write_adapters
 from support.tiny_models import quantized, tiny
 from veneer.kernels import native
-from veneer.serve.compiled import Compiled, Unsuited
-from veneer.serve.general import General
-from veneer.serve.library import Library
-from veneer.serve.resident import Loaded, Resident
-from veneer.serve.runner import Chunk
-from veneer.serve.runners import runner_for
+from veneer.serve.engine.adapter_cache import Loaded, Resident
+from veneer.serve.engine.compiled import Compiled, Unsuited
+from veneer.serve.engine.general import General
+from veneer.serve.engine.library import Library
+from veneer.serve.engine.runner import Chunk
+from veneer.serve.engine.runners import runner_for
 
 pytestmark = pytest.mark.skipif(native.library_of("decode")[0] is None, reason="no C++ compiler")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from veneer.serve.compiled import Compiled, Unsuited
-from veneer.serve.general import General
-from veneer.serve.runner import Runner
+from veneer.serve.engine.compiled import Compiled, Unsuited
+from veneer.serve.engine.general import General
+from veneer.serve.engine.runner import Runner
 
 
 def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner, tuple[str, ...]]:

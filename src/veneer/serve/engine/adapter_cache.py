@@ -23,7 +23,7 @@ from veneer.formats.parts import adapters_from
 from veneer.formats.state import AdapterState
 from veneer.formats.validate import validate
 from veneer.lowrank.update import LowRankUpdate, mixed
-from veneer.serve.library import Entry
+from veneer.serve.engine.library import Entry
 
 ALIGNED = 64  # bytes, a line of the processor's cache
 

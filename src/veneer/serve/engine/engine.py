@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import AdapterError, ConfigError, QueueFull, RequestError, VeneerError
 from veneer.models.load import Base
-from veneer.serve.choose import choose
-from veneer.serve.library import Library
-from veneer.serve.prefix import Beginning, PrefixCache
-from veneer.serve.request import EngineConfig, Request, Stats, Which
-from veneer.serve.resident import Mix, Resident
-from veneer.serve.row import Answering, Row, Scoring
-from veneer.serve.runner import Runner
-from veneer.serve.runners import runner_for
-from veneer.serve.stream import Stream
+from veneer.serve.engine.adapter_cache import Mix, Resident
+from veneer.serve.engine.library import Library
+from veneer.serve.engine.prefix import Beginning, PrefixCache
+from veneer.serve.engine.request import EngineConfig, Request, Stats, Which
+from veneer.serve.engine.row import Answering, Row, Scoring
+from veneer.serve.engine.runner import Runner
+from veneer.serve.engine.runners import runner_for
+from veneer.serve.engine.sampler import choose
+from veneer.serve.engine.stream import Stream
 
 LONGEST = 4096  # tokens of a context, where nobody says otherwise
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from threading import Condition
 
-from veneer.serve.request import Event, Finished, Piece, Request, Token
+from veneer.serve.engine.request import Event, Finished, Piece, Request, Token
 
 
 @dataclass(frozen=True)

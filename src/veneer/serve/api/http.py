@@ -13,7 +13,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from veneer.serve.faults import Fault
+from veneer.serve.api.errors import Fault
 
 HEADER_SECONDS = 10.0
 BACKLOG = 2048  # connections that the system keeps until they are taken

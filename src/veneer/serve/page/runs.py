@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 from veneer.run_directory import METRICS, RunDirectory
-from veneer.serve.curve import Curve
+from veneer.serve.page.curve import Curve
 
 RECENT = 20  # steps over which speed is measured, as on the terminal
 QUIET_SECONDS = 60.0  # without a step for so long, and for five times a step, a run has stopped

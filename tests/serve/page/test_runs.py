@@ -12,10 +12,10 @@ from support.random_adapters import shake, tokenizer
 from support.server import call, running, scripted
 from support.tiny_models import tiny
 from veneer.run_directory import METRICS, RunDirectory
-from veneer.serve import runs as runs_module
-from veneer.serve.about import about
-from veneer.serve.curve import MOST, Curve
-from veneer.serve.runs import Runs
+from veneer.serve.page import runs as runs_module
+from veneer.serve.page.about import about
+from veneer.serve.page.curve import MOST, Curve
+from veneer.serve.page.runs import Runs
 
 
 @pytest.mark.parametrize("count", [0, 1, MOST, MOST + 1, 5 * MOST + 3])

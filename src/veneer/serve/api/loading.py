@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 
+from veneer.serve.api.errors import Fault
+from veneer.serve.api.openai import REFUSALS
+from veneer.serve.api.protocol import LoadRequest, UnloadRequest
 from veneer.serve.config import ADAPTER_NAME
-from veneer.serve.faults import Fault
-from veneer.serve.openai import REFUSALS
-from veneer.serve.protocol import LoadRequest, UnloadRequest
-from veneer.serve.served import Served
+from veneer.serve.engine.served import Served
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}  # as vLLM answers
 

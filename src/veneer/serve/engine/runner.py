@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from veneer.serve.prefix import Kept
-from veneer.serve.resident import Loaded
+from veneer.serve.engine.adapter_cache import Loaded
+from veneer.serve.engine.prefix import Kept
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from veneer.files import read_json, size_of
 from veneer.formats import native
 from veneer.formats.peft import directory as peft
 from veneer.run_directory import METRICS
-from veneer.serve.runs import follow_file, settings_of
+from veneer.serve.page.runs import follow_file, settings_of
 
 NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "use_dora": "dora"}
 OURS = ("method", "rank", "alpha", "targets", "layers", "dora", "rslora", "virtual_tokens")

@@ -10,14 +10,14 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from veneer.serve.about import about
-from veneer.serve.faults import Fault
-from veneer.serve.openai import REFUSALS
-from veneer.serve.protocol import TokensRequest
-from veneer.serve.runs import Runs
-from veneer.serve.served import Served
+from veneer.serve.api.errors import Fault
+from veneer.serve.api.openai import REFUSALS
+from veneer.serve.api.protocol import TokensRequest
+from veneer.serve.engine.served import Served
+from veneer.serve.page.about import about
+from veneer.serve.page.runs import Runs
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent / "static"
 
 
 def add_page(app: FastAPI) -> None:

@@ -27,8 +27,8 @@ from veneer.models.blocks import decoder_layers
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
 from veneer.quant.weight import QuantizedLinear
-from veneer.serve.resident import Loaded
-from veneer.serve.runner import Chunk
+from veneer.serve.engine.adapter_cache import Loaded
+from veneer.serve.engine.runner import Chunk
 
 FIRST_PLACES = 256  # that a row's memory begins with; it doubles as it fills
 PROBE = 40  # tokens on which the way is proven, more than a step's block of them

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from veneer.serve.request import Finished, Piece, Token
+from veneer.serve.engine.request import Finished, Piece, Token
 
 TextOf = Callable[[int], str]  # the text of a token by its number
 LEAST = -9999.0  # what OpenAI says for the logarithm of nothing, which JSON cannot
