@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, get_args
 
-from veneer.errors import ConfigError, listed
+from veneer.errors import ConfigError, joined
 
 
 class Rule(NamedTuple):
@@ -72,7 +72,7 @@ def check_config(
     all_problems += [message for message, is_so in (contradictions or {}).items() if is_so]
     all_problems += problems
     if all_problems:
-        raise ConfigError(f"{opening}: {listed(all_problems)}.")
+        raise ConfigError(f"{opening}: {joined(all_problems)}.")
 
 
 def broken(rule: Rule, values: Mapping[str, Any]) -> list[str]:

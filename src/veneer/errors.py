@@ -59,26 +59,38 @@ class QueueFull(VeneerError, RuntimeError):
     """As many requests wait as may; come again later."""
 
 
-# Problems that one message names; a file made to annoy can have a million.
+# Problems that one message lists; a file made to annoy can have a million.
 MOST_PROBLEMS = 50
 
 
-def listed(problems: Sequence[str]) -> str:
-    """Return problems in a row: all of them, or the first and how many more there are."""
-    more = f"; and {len(problems) - MOST_PROBLEMS:,} more" if len(problems) > MOST_PROBLEMS else ""
-    return "; ".join(shortened(problem, 400) for problem in problems[:MOST_PROBLEMS]) + more
+def listed(items: Iterable[str], *, most: int = 3, between: str = ", ") -> str:
+    """Return the first items, and how many more there are: "a, b, c, and 2 more"."""
+    items = list(items)
+    more = [f"and {len(items) - most:,} more"] if len(items) > most else []
+    return between.join([*(shortened(item, 400) for item in items[:most]), *more])
+
+
+def joined(problems: Iterable[str]) -> str:
+    """Return problems as one line: "a; b; c", with the number of those beyond the first 50."""
+    return listed(problems, most=MOST_PROBLEMS, between="; ")
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """Return a text, or its beginning where it is too long for a message."""
+    """Return a text, or its first `most` characters and "..." where it is longer."""
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the known name nearest to `word`, or nothing."""
-    # Likeness takes the square of the length, and nobody mistypes so long a name.
-    close = get_close_matches(word, list(known), n=1, cutoff=0.5) if len(word) <= 200 else []
-    return f"; did you mean {close[0]!r}?" if close else ""
+def closest(name: str, names: Iterable[str], *, likeness: float = 0.5) -> str | None:
+    """Return the one of `names` that is most like `name`, None where none is like it enough."""
+    # The search takes the square of the length, and nobody mistypes so long a name.
+    close = get_close_matches(name, list(names), n=1, cutoff=likeness) if len(name) <= 200 else []
+    return close[0] if close else None
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the one of `names` that is most like `name`, or nothing."""
+    close = closest(name, names)
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

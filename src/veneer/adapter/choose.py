@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from veneer.adapter.patterns import MOST_PATTERNS, Matcher
-from veneer.errors import MOST_PROBLEMS, ConfigError, TargetError, listed, nearest, shortened
+from veneer.errors import MOST_PROBLEMS, ConfigError, TargetError, joined, nearest, shortened
 
 PRESETS = ("attention", "qv", "mlp", "all")
 # Names of projections that make queries or values, alone (q_proj, query, wv) or as one fused layer
@@ -90,7 +90,7 @@ def choose(
         hint = nearest(pattern, names)
         problems.append(f"the pattern {shortened(pattern)!r} matches none of the targets{hint}")
     if problems:
-        raise TargetError(f"These targets do not fit the model: {listed(problems)}.")
+        raise TargetError(f"These targets do not fit the model: {joined(problems)}.")
     return picked
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapter.targets import Layer, adaptable_layers
 from veneer.algebra.change import Change, LayerFit, energy_of, state_of
 from veneer.algebra.config import ExtractConfig
-from veneer.errors import AdapterError, ModelError
+from veneer.errors import AdapterError, ModelError, joined
 from veneer.formats.state import AdapterState, shortest_names
 from veneer.lowrank.spectrum import truncated
 from veneer.models.fingerprint import Marks, fingerprint
@@ -172,10 +172,7 @@ def _check_shapes(before: Source, after: Source) -> None:
         if ours.get(name) != theirs.get(name)
     ]
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(
-            f"The weights of the two models do not match: {'; '.join(problems[:5])}{more}."
-        )
+        raise ModelError(f"The weights of the two models do not match: {joined(problems)}.")
 
 
 def _shapes(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:

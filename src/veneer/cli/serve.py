@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from veneer.cli.commands import load_named
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries
-from veneer.errors import VeneerError
+from veneer.errors import VeneerError, listed
 from veneer.quant.settings import Bits
 from veneer.serve.config import ServeConfig, read_keys
 
@@ -39,9 +39,7 @@ def run_serve(
             for notice in at.notices:
                 ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
             OUTPUT.print(f"[bold]Base[/]      {escape(at.base)}")
-            names = ", ".join(at.adapters[:SHOWN_NAMES]) or "none"
-            more = len(at.adapters) - SHOWN_NAMES
-            names += f" and {more:,} more" if more > 0 else ""
+            names = listed(at.adapters, most=SHOWN_NAMES) or "none"
             OUTPUT.print(f"[bold]Adapters[/]  {escape(names)}", soft_wrap=True)
             where = f"{at.url} (the page), {at.url}/v1 (OpenAI's protocol)"
             OUTPUT.print(f"[bold]Serving[/]   {where}", soft_wrap=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from veneer.compare.labels import Label
-from veneer.errors import ConfigError, differences
+from veneer.errors import ConfigError, differences, joined
 from veneer.files import read_json, write_json
 
 Kind = Literal["base", "trial", "run"]
@@ -112,7 +112,7 @@ def kept_result(path: Path, job: Job) -> Result | None:
     kept = read_json(path)
     if differing := differences(kept["job"], job.settings()):
         raise ConfigError(
-            f"{path} belongs to another comparison: {'; '.join(differing)}. Resume with the same "
+            f"{path} belongs to another comparison: {joined(differing)}. Resume with the same "
             "settings, or start anew by --force or another --out."
         )
     try:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from veneer.errors import DataError
-
-SHOWN = 50
+from veneer.errors import MOST_PROBLEMS, DataError, listed
 
 
 def data_error(heading: str, problems: Sequence[str]) -> DataError:
     """Return the error that lists the first 50 problems and counts the rest."""
-    lines = [heading, *(f"  {problem}" for problem in problems[:SHOWN])]
-    if len(problems) > SHOWN:
-        lines.append(f"  ... and {len(problems) - SHOWN} more")
-    return DataError("\n".join(lines), problems)
+    return DataError(listed([heading, *problems], most=1 + MOST_PROBLEMS, between="\n  "), problems)

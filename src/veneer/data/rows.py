@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
-from veneer.errors import nearest
+from veneer.errors import closest, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +131,8 @@ def _no_shape(row: Mapping[str, object]) -> str:
 
 def _misspelt(key: str, item: Mapping[str, object]) -> str:
     """Return "; is 'contnt' it?" for the key of `item` nearest to `key`, or nothing."""
-    close = get_close_matches(key, list(item), n=1)
-    return f"; is {close[0]!r} it?" if close else ""
+    close = closest(key, item, likeness=0.6)
+    return f"; is {close!r} it?" if close else ""
 
 
 def _shapes() -> str:

@@ -7,7 +7,7 @@ adapter adds to the base stays the same, to float32's rounding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, listed
 from veneer.formats.parts import BIAS, EMBEDDING, LINEAR, MAGNITUDE, PARAMETER, START
 from veneer.formats.peft.directory import without_start
 from veneer.formats.state import AdapterState, StoredLayer
@@ -145,10 +145,3 @@ def uniform(state: AdapterState, rank: int | None = None) -> tuple[AdapterState,
 def names(layer: StoredLayer) -> tuple[str, str]:
     """Return what A and B of a layer are called in a state's tensors."""
     return EMBEDDING if layer.is_embedding else LINEAR
-
-
-def listed(paths: Iterable[str], most: int = 3) -> str:
-    """Return the first of some names, and how many more there are."""
-    every = list(paths)
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(every[:most]) + more

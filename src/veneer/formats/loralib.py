@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, listed
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
-from veneer.formats.fold import listed, plain_lora, same_scale
+from veneer.formats.fold import plain_lora, same_scale
 from veneer.formats.given import Given
 from veneer.formats.known_base import KnownBase
 from veneer.formats.parts import EMBEDDING, LINEAR

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, listed
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
-from veneer.formats.fold import listed, plain_lora, uniform
+from veneer.formats.fold import plain_lora, uniform
 from veneer.formats.given import Given
 from veneer.formats.known_base import KnownBase
 from veneer.formats.parts import EMBEDDING, LINEAR, MAGNITUDE

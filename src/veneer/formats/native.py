@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method, MethodName
-from veneer.errors import AdapterError, ConfigError, listed, nearest, shortened
+from veneer.errors import AdapterError, ConfigError, joined, nearest, shortened
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
 from veneer.formats.parts import BIAS, TOKENS
 from veneer.formats.state import CAUSAL, AdapterState, Rows, Tokens
@@ -95,7 +95,7 @@ def state_of(
     if unknown or missing:
         problems = [f"{key!r} is unknown{nearest(key, names)}" for key in unknown]
         problems += [f"{key!r} is missing" for key in missing]
-        raise AdapterError(listed(problems))
+        raise AdapterError(joined(problems))
     try:
         what = kind(**{key: config[key] for key in names if key in config})
     except (ConfigError, TypeError) as error:

@@ -19,7 +19,7 @@ from veneer.adapter.new_tokens import NewTokens, extend_tokenizer, new_tokens_of
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.unfreeze import replaced_weights, unfreeze
 from veneer.adapter.virtual import stored, virtual_tokens
-from veneer.errors import AdapterError, listed, nearest
+from veneer.errors import AdapterError, joined, nearest
 from veneer.formats.parts import (
     BIAS,
     EMBEDDING,
@@ -210,7 +210,7 @@ def install(
     check_name(model, name)
     problems = validate(model, state, tokenizer, force=force)
     if problems:
-        raise AdapterError(f"This adapter does not fit the model: {listed(problems)}.")
+        raise AdapterError(f"This adapter does not fit the model: {joined(problems)}.")
     if isinstance(state.config, LoRA):
         put(
             model,

@@ -17,7 +17,7 @@ from veneer.adapter.new_tokens import is_tied, new_tokens_of
 from veneer.adapter.targets import Layer, adaptable_layers, adaptable_parameters, resolve
 from veneer.adapter.unfreeze import replaced_weights
 from veneer.adapter.virtual import shape_of
-from veneer.errors import MOST_PROBLEMS, ConfigError, nearest, shortened
+from veneer.errors import MOST_PROBLEMS, ConfigError, listed, nearest, shortened
 from veneer.formats.parts import shared_tokens
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.quant.weight import QuantizedLinear, quantized_layers
@@ -73,11 +73,11 @@ def _differing(state: AdapterState, wanted: Mapping[str, tuple[int, ...]]) -> li
     """Return what differs from tensors of these names and shapes."""
     problems = []
     if missing := [key for key in wanted if key not in state.tensors]:
-        problems.append(f"weights are missing: {_first(missing)}")
+        problems.append(f"weights are missing: {listed(missing)}")
     if foreign := [key for key in state.tensors if key not in wanted]:
         likely = nearest(foreign[0], wanted)
         problems.append(
-            f"what it brings is none of the weights that train: {_first(foreign)}{likely}"
+            f"what it brings is none of the weights that train: {listed(foreign)}{likely}"
         )
     for key, tensor in state.tensors.items():
         if key not in wanted:
@@ -138,7 +138,7 @@ def _misfit_factors(model: nn.Module, state: AdapterState, config: LoRA) -> list
         problems.append(str(error).rstrip("."))
     else:
         if missing := sorted(wanted - complete):
-            problems.append(f"weights are missing for {_first(missing)}")
+            problems.append(f"weights are missing for {listed(missing)}")
         problems += [
             f"{path} has weights, but is not among the targets"
             for path in sorted(complete - wanted)
@@ -235,7 +235,7 @@ def _misfit_tokens(model: PreTrainedModel, state: AdapterState) -> list[str]:
         words, dim = layer.shape if layer.is_linear else layer.shape[::-1]
         if beyond := [i for i in tokens.ids if not 0 <= i < words]:
             problems.append(
-                f"it has rows for words {_first([str(i) for i in beyond])} of {path}, but the base "
+                f"it has rows for words {listed([str(i) for i in beyond])} of {path}, but the base "
                 f"has {words}; resize its embedding before loading"
             )
         if len(set(tokens.ids)) < count:
@@ -292,11 +292,6 @@ def _misfit_rows(
                 f"the tokenizer has other tokens where its new words start ({rows.start})"
             )
     return problems
-
-
-def _first(names: list[str]) -> str:
-    """Return the first names of a list that may be long."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _are_finite(tensors: Collection[Tensor]) -> bool:

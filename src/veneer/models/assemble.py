@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from veneer.errors import ModelError
+from veneer.errors import ModelError, listed
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight
 
 
@@ -42,7 +42,7 @@ def assemble(
     skeleton.tie_weights()
     missing = [name for name, parameter in skeleton.named_parameters() if parameter.is_meta]
     if missing:
-        raise ModelError(f"The model lacks {len(missing)} weights: {', '.join(missing[:5])}.")
+        raise ModelError(f"The model lacks {len(missing)} weights: {listed(missing)}.")
     _make_buffers(skeleton)
     return skeleton.eval()
 

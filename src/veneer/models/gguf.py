@@ -34,7 +34,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from veneer.errors import ModelError
+from veneer.errors import ModelError, listed
 from veneer.models.gguf_header import check_header, read_header
 
 
@@ -70,8 +70,7 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
         **options,
     )
     if missing := sorted(told["missing_keys"]):  # transformers would make them up
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise _unreadable(path, ValueError(f"it lacks {', '.join(missing[:3])}{more}"))
+        raise _unreadable(path, ValueError(f"it lacks {listed(missing)}"))
     return model
 
 

@@ -24,7 +24,7 @@ from veneer.adapter.start import start_from_gradients
 from veneer.adapter.virtual import idle_virtual, tokens_in_front
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, pack
-from veneer.errors import DataError, TrainingError, differences
+from veneer.errors import DataError, TrainingError, differences, joined, listed
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
@@ -129,7 +129,7 @@ class _Run:
             raise DataError("There are no rows to train on.")
         empty = [example.where for example in (*examples, *held_out) if not example.label_tokens]
         if empty:
-            raise DataError(f"No token is learnt in {len(empty)} rows: {', '.join(empty[:5])}.")
+            raise DataError(f"No token is learnt in {len(empty)} rows: {listed(empty)}.")
         self.order = StepOrder(
             [len(example.tokens) for example in examples],
             config.tokens_per_step,
@@ -225,7 +225,7 @@ class _Run:
             )
             raise TrainingError(
                 f"Loss or gradient was not finite in {SKIPS_IN_A_ROW} steps in a row, up to step "
-                f"{self.step} (its rows: {', '.join(named[:5])}). A lower --lr, or cleaner rows, "
+                f"{self.step} (its rows: {listed(named)}). A lower --lr, or cleaner rows, "
                 f"may help.{kept}"
             )
         return Skipped(self.step, named)
@@ -278,13 +278,13 @@ class _Run:
             if name.startswith("weights/")
         }
         shapes = {name: list(weight.shape) for name, weight in self.weights.items()}
-        differing += differences(stored, shapes)[:5]
+        differing += differences(stored, shapes)
         if "step" not in tensors:
             differing.append("it was written by another version of Veneer")
         if differing:
             raise TrainingError(
                 f"The checkpoint in {self.directory} belongs to another run: "
-                f"{'; '.join(differing)}. Resume with the same settings, or start anew elsewhere."
+                f"{joined(differing)}. Resume with the same settings, or start anew elsewhere."
             )
         with torch.no_grad():
             for name, weight in self.weights.items():

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError, nearest
-from veneer.formats.fold import listed
+from veneer.errors import AdapterError, listed, nearest
 from veneer.formats.gguf.names import HEAD, Naming, turned, turned_back
 from veneer.formats.parts import EMBEDDING, LINEAR, MAGNITUDE
 from veneer.formats.state import AdapterState

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.patterns import Matcher
-from veneer.errors import AdapterError, ConfigError, listed
+from veneer.errors import AdapterError, ConfigError, joined
 from veneer.formats.parts import BIAS, LINEAR, MAGNITUDE, PARAMETER
 from veneer.formats.peft import virtual as peft_virtual
 from veneer.formats.peft.rules import (
@@ -40,7 +40,7 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     if str(config.get("peft_type")) in peft_virtual.TYPES:
         return peft_virtual.state_of(config, tensors)
     if problems := malformed(config):
-        raise AdapterError(listed(problems))
+        raise AdapterError(joined(problems))
     if config.get("peft_type") != "LORA":
         known = ", ".join(("LORA", *peft_virtual.TYPES))
         problems.append(f"its peft_type is {config.get('peft_type')!r}, and only {known} are read")
@@ -86,7 +86,7 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     except (ConfigError, TypeError, KeyError) as error:
         problems.append(f"adapter_config.json does not describe a LoRA ({error})")
     if problems:
-        raise AdapterError(listed(problems))
+        raise AdapterError(joined(problems))
     return AdapterState(
         lora,
         _ours(found, places, lora),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from veneer.formats.fold import listed
+from veneer.errors import listed
 from veneer.formats.names import FormatName
 from veneer.formats.runtimes.facts import Facts
 

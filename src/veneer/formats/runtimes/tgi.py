@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from veneer.formats.fold import listed
+from veneer.errors import listed
 from veneer.formats.runtimes.facts import Facts
 from veneer.formats.runtimes.rules import (
     LLAMA_NAMES,

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from veneer.adapter.attach import adapted_layer
 from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, listed
 from veneer.formats.adapters import read
-from veneer.formats.fold import listed
 from veneer.formats.parts import adapters_from
 from veneer.formats.state import AdapterState
 from veneer.formats.validate import validate

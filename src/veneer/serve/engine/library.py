@@ -12,7 +12,7 @@ from threading import Lock
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import in_words
-from veneer.errors import AdapterError, nearest
+from veneer.errors import AdapterError, listed, nearest
 from veneer.formats.adapters import read
 
 _versions = count(1)
@@ -98,5 +98,5 @@ class Library:
 
     def _unknown(self, name: str) -> AdapterError:
         known = sorted(self._entries)
-        some = ", ".join(known[:20]) + (" ..." if len(known) > 20 else "") or "none"
+        some = listed(known, most=20) or "none"
         return AdapterError(f"No adapter is called {name!r} (known: {some}){nearest(name, known)}.")
