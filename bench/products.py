@@ -41,4 +41,6 @@ def replay_seconds(model: nn.Module, tokens: int, labels: int, repeats: int = 3)
 
 
 def shape_of(layer: nn.Linear | QuantizedLinear) -> torch.Size:
-    return layer.packed.shape if isinstance(layer, QuantizedLinear) else layer.weight.shape
+    return (
+        layer.quantized_weight.shape if isinstance(layer, QuantizedLinear) else layer.weight.shape
+    )

@@ -58,7 +58,7 @@ class _Noise:
     def __init__(self, size: int = 2**27) -> None:
         self.draw = np.random.default_rng(0)
         self.bytes = torch.from_numpy(self.draw.integers(0, 256, size, dtype=np.uint8))
-        self.pattern = NF4.of(torch.randn(BLOCK, BLOCK_OF_SCALES), torch.bfloat16)
+        self.pattern = NF4.quantize(torch.randn(BLOCK, BLOCK_OF_SCALES), torch.bfloat16)
 
     def _stretch(self, count: int) -> Tensor:
         first = int(self.draw.integers(0, 2**20))

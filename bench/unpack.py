@@ -31,10 +31,10 @@ def best(run: Callable[[], object], times: int = 5) -> float:
 
 def times(tokens: int, out: int, in_: int) -> list[str]:
     """Return forward and backward milliseconds: over a dense weight, and for each size."""
-    weight = NF4.of(0.02 * torch.randn(out, in_), torch.bfloat16)
+    weight = NF4.quantize(0.02 * torch.randn(out, in_), torch.bfloat16)
     x = torch.randn(tokens, in_, dtype=torch.bfloat16)
     y = torch.empty(tokens, out, dtype=torch.bfloat16)
-    dense = weight.dense()
+    dense = weight.dequantize()
     found = [(best(lambda: torch.mm(x, dense.T, out=y)), best(lambda: y @ dense))]
     for size in SIZES:
         packed.BLOCK_NUMBERS = 2**size

@@ -61,7 +61,7 @@ class Shares:
 
     def __init__(self) -> None:
         self.reading = self.dequantising = self.inside = 0.0
-        NF4._unpack = self._unpack_timed(NF4._unpack)  # type: ignore[method-assign]
+        NF4._dequantize_rows = self._unpack_timed(NF4._dequantize_rows)  # type: ignore[method-assign]
         for room in (projection, packed):
             for name in ("product", "product_back"):
                 setattr(room, name, self._timed(getattr(room, name)))
@@ -131,7 +131,7 @@ def main() -> None:
             if isinstance(event, Step):
                 steps.append(event)
                 read.append(bytes_read())
-    frozen = [layer.packed for layer in quantized_layers(model).values()]
+    frozen = [layer.quantized_weight for layer in quantized_layers(model).values()]
     report = {
         "loaded_seconds": loaded,
         "proven_seconds": proven,

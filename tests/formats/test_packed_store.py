@@ -49,8 +49,12 @@ def test_what_is_written_is_what_is_packed_in_memory(architecture, bits, tmp_pat
     base = load_base(tmp_path / "q", **DTYPE)
     memory = quantized(architecture, bits)
     # Packed for bfloat16 there and for float32 here: the codes are the same.
-    stored = {p: m.packed.tensors()["weight"] for p, m in quantized_layers(memory).items()}
-    found = {p: m.packed.tensors()["weight"] for p, m in quantized_layers(base.model).items()}
+    stored = {
+        p: m.quantized_weight.tensors()["weight"] for p, m in quantized_layers(memory).items()
+    }
+    found = {
+        p: m.quantized_weight.tensors()["weight"] for p, m in quantized_layers(base.model).items()
+    }
     assert equal(found, stored)
     assert equal(values(base.model), values(memory))
     assert fingerprint(base.model) == fingerprint(tiny(architecture))
@@ -274,16 +278,16 @@ def test_the_base_stays_in_its_file(real):
         if line.endswith(".safetensors")
     ]
     for path, layer in quantized_layers(model).items():
-        at = layer.packed.codes.data_ptr()
+        at = layer.quantized_weight.codes.data_ptr()
         assert any(first <= at < last for first, last in spans), path
 
 
 def test_reading_ahead_is_set_up_by_blocks(real):
     model = load_base(real / "q4", **DTYPE).model
-    places = {path: layer.packed.before_use for path, layer in quantized_layers(model).items()}
-    assert len({id(place.reader) for place in places.values()}) == 1
-    for path, place in places.items():
-        assert f".{place.number}." in path
+    hooks = {p: layer.quantized_weight.before_use for p, layer in quantized_layers(model).items()}
+    assert len({id(hook.func.__self__) for hook in hooks.values()}) == 1
+    for path, hook in hooks.items():
+        assert f".{hook.args[0]}." in path
 
 
 @pytest.mark.parametrize(
@@ -316,7 +320,7 @@ def test_a_damaged_base(real, damage, message, tmp_path, capsys):
         tensors = load_file(shard)
         path = "model.layers.0.mlp.up_proj.weight"
         if damage == "shape":
-            other = NF4.of(torch.randn(128, 192), torch.bfloat16).tensors()
+            other = NF4.quantize(torch.randn(128, 192), torch.bfloat16).tensors()
             tensors |= {f"{path.removesuffix('weight')}{name}": t for name, t in other.items()}
         else:
             del tensors[f"{path}.absmax"]

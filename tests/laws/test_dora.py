@@ -69,7 +69,7 @@ def linear(kind: str, *, bias: bool) -> LoRALinear:
         original = Conv1D(OUT, IN).double()
         original.bias = nn.Parameter(torch.randn(OUT, **DOUBLE)) if bias else None
     if kind == "nf4":
-        original = QuantizedLinear(NF4.of(original.weight.float(), torch.float32), original)
+        original = QuantizedLinear(NF4.quantize(original.weight.float(), torch.float32), original)
     return LoRALinear(original, ActiveAdapters(), transposed=kind == "conv1d")
 
 

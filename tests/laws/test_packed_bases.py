@@ -37,7 +37,7 @@ def codes(model: Any) -> dict[str, Tensor]:
     return {
         f"{path.removesuffix('.original')}.{name}": tensor.clone()
         for path, layer in quantized_layers(model).items()
-        for name, tensor in layer.packed.tensors().items()
+        for name, tensor in layer.quantized_weight.tensors().items()
     }
 
 
@@ -222,12 +222,14 @@ def test_weights_that_cannot_be_packed(bits, value, says):
         quantized_model(weights, bits, torch.float32)
 
 
-def test_a_packed_head_is_unpacked_for_its_products_alone(monkeypatch):
+def test_a_quantized_head_is_dequantized_for_its_products_alone(monkeypatch):
     model = quantized("qwen2", head=True)
     veneer.attach(model, veneer.LoRA(rank=2), seed=1)
     chosen, _ = choose_forward(shake(model), ROWS)
     whole = []
-    unpack = type(model.lm_head.packed).dense
-    monkeypatch.setattr(QuantizedWeight, "dense", lambda self: whole.append(self) or unpack(self))
+    dequantize = QuantizedWeight.dequantize
+    monkeypatch.setattr(
+        QuantizedWeight, "dequantize", lambda self: whole.append(self) or dequantize(self)
+    )
     chosen(model, pack(ROWS, range(len(ROWS)))).backward()
     assert not whole  # products take some rows at a time

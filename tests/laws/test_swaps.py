@@ -29,7 +29,7 @@ def bits_of(model: Any) -> dict[str, torch.Tensor]:
     codes = {
         f"{path}.{name}": tensor.clone()
         for path, layer in quantized_layers(model).items()
-        for name, tensor in layer.packed.tensors().items()
+        for name, tensor in layer.quantized_weight.tensors().items()
     }
     return snapshot(model) | codes
 

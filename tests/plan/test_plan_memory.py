@@ -156,7 +156,7 @@ def test_packed_weights_take_the_bytes_that_are_planned(bits, packed):
     parts = plan.shape.quantizable
     torch.manual_seed(0)
     weights = {part.path: torch.randn(part.out, part.in_) for part in parts}
-    real = sum(packed.of(weight, torch.bfloat16).nbytes for weight in weights.values())
+    real = sum(packed.quantize(weight, torch.bfloat16).nbytes for weight in weights.values())
     rest = 2 * (plan.shape.parameters - sum(part.out * part.in_ for part in parts))
     # A block of scales that is not full takes as much as one that is.
     assert plan.memory.weights.value - rest == pytest.approx(real, rel=0.01)

@@ -1,4 +1,4 @@
-"""Tensors that stay in their file, and who reads ahead of their use."""
+"""Tensors that stay in their file, and are read ahead of their use."""
 
 import ctypes
 import mmap
@@ -28,14 +28,14 @@ def file(tmp_path) -> Path:
 
 
 def test_the_same_tensors(file):
-    found = map_tensors(file)
-    assert found.keys() == TENSORS.keys()
+    mapped_tensors = map_tensors(file)
+    assert mapped_tensors.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert mapped_tensors[name].dtype == tensor.dtype
+        assert torch.equal(mapped_tensors[name], tensor)
 
 
-def test_they_lie_in_the_file_and_not_in_memory(tmp_path):
+def test_mapped_tensors_take_no_memory(tmp_path):
     save_file({"large": torch.zeros(2**24)}, tmp_path / "x.safetensors")  # 64 MB
 
     def anonymous() -> int:
@@ -60,8 +60,8 @@ def test_a_file_that_is_cut_short(file, size):
 
 @pytest.fixture
 def advice(monkeypatch) -> list[tuple[int, int]]:
-    """What the system is told, as (address, advice), at once and in order."""
-    told: list[tuple[int, int]] = []
+    """Calls of madvise as (address, advice), made at once and in order."""
+    calls: list[tuple[int, int]] = []
 
     class AtOnce:
         def __init__(self, *_: object) -> None: ...
@@ -73,44 +73,44 @@ def advice(monkeypatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(
         mapped,
         "_advise",
-        lambda tensors, what, **_: told.extend((t.data_ptr(), what) for t in tensors) or True,
+        lambda tensors, what, **_: calls.extend((t.data_ptr(), what) for t in tensors) or True,
     )
-    return told
+    return calls
 
 
-def test_the_next_part_is_read_in_the_direction_of_the_walk(advice):
-    weights = [Int8.of(torch.randn(64, 256), torch.float32) for _ in range(4)]
+def test_the_next_group_is_read_in_the_direction_of_the_walk(advice):
+    weights = [Int8.quantize(torch.randn(64, 256), torch.float32) for _ in range(4)]
     pages = [weight.codes.data_ptr() for weight in weights]
     ReadAhead([[weight] for weight in weights])
 
-    def told(number: int) -> list[tuple[int, int]]:
+    def advice_on_use(number: int) -> list[tuple[int, int]]:
         advice.clear()
-        weights[number].dense()
+        weights[number].dequantize()
         return [(pages.index(at), what) for at, what in advice]
 
-    assert told(0) == [(1, mapped.POPULATE_READ)]
-    assert told(0) == []
-    assert told(1) == [(0, mmap.MADV_DONTNEED), (2, mapped.POPULATE_READ)]
-    assert told(2) == [(1, mmap.MADV_DONTNEED), (3, mapped.POPULATE_READ)]
-    assert told(3) == [(2, mmap.MADV_DONTNEED)]
-    assert told(2) == [(3, mmap.MADV_DONTNEED), (1, mapped.POPULATE_READ)]
+    assert advice_on_use(0) == [(1, mapped.POPULATE_READ)]
+    assert advice_on_use(0) == []
+    assert advice_on_use(1) == [(0, mmap.MADV_DONTNEED), (2, mapped.POPULATE_READ)]
+    assert advice_on_use(2) == [(1, mmap.MADV_DONTNEED), (3, mapped.POPULATE_READ)]
+    assert advice_on_use(3) == [(2, mmap.MADV_DONTNEED)]
+    assert advice_on_use(2) == [(3, mmap.MADV_DONTNEED), (1, mapped.POPULATE_READ)]
     advice.clear()
     list(weights[2].blocks())
     assert advice == []
-    assert told(1) == [(2, mmap.MADV_DONTNEED), (0, mapped.POPULATE_READ)]
-    # Generation walks up again and again.
+    assert advice_on_use(1) == [(2, mmap.MADV_DONTNEED), (0, mapped.POPULATE_READ)]
+    # Generation is one forward pass after another.
     for number in (2, 3):
-        told(number)
-    assert told(0) == [(3, mmap.MADV_DONTNEED), (1, mapped.POPULATE_READ)]
+        advice_on_use(number)
+    assert advice_on_use(0) == [(3, mmap.MADV_DONTNEED), (1, mapped.POPULATE_READ)]
 
 
-def test_a_system_without_the_newer_advice_is_asked_the_older(monkeypatch):
-    told = []
+def test_an_older_kernel_gets_the_older_advice(monkeypatch):
+    calls = []
     monkeypatch.setattr(
-        mapped, "_advise", lambda spans, what: told.append(what) or what == mmap.MADV_WILLNEED
+        mapped, "_advise", lambda _, what: calls.append(what) or what == mmap.MADV_WILLNEED
     )
     mapped._populate([torch.zeros(1)])
-    assert told == [mapped.POPULATE_READ, mmap.MADV_WILLNEED]
+    assert calls == [mapped.POPULATE_READ, mmap.MADV_WILLNEED]
 
 
 def test_advice_reaches_the_system(tmp_path):
@@ -119,26 +119,26 @@ def test_advice_reaches_the_system(tmp_path):
     save_file({"a": torch.zeros(2**20)}, tmp_path / "x.safetensors")
     tensors = list(map_tensors(tmp_path / "x.safetensors").values())
     assert mapped._advise(tensors, mmap.MADV_WILLNEED)
-    mapped._let_go(tensors)
+    mapped._unmap(tensors)
     assert float(tensors[0].sum()) == 0
     assert not mapped._advise(tensors, 12345)
 
 
-def test_pages_that_others_share_stay(tmp_path):
+def test_pages_that_tensors_share_stay_mapped(tmp_path):
     save_file({"a": torch.ones(2**16), "b": torch.ones(16)}, tmp_path / "x.safetensors")
     tensors = map_tensors(tmp_path / "x.safetensors")
     tensors["b"] += 1  # in memory alone: the file is not written to
-    mapped._let_go([tensors["a"]])
+    mapped._unmap([tensors["a"]])
     assert tensors["b"].unique().tolist() == [2.0]
     assert float(tensors["a"].sum()) == 2**16
 
 
-def test_two_parts(advice):
-    weights = [Int8.of(torch.randn(64, 256), torch.float32) for _ in range(2)]
+def test_two_groups(advice):
+    weights = [Int8.quantize(torch.randn(64, 256), torch.float32) for _ in range(2)]
     ReadAhead([[weight] for weight in weights])
-    weights[0].dense()
+    weights[0].dequantize()
     assert advice == [(weights[1].codes.data_ptr(), mapped.POPULATE_READ)]
-    weights[1].dense()
+    weights[1].dequantize()
     advice.clear()
-    weights[0].dense()  # back, as in a backward pass: there is nothing below
+    weights[0].dequantize()  # one back, as in a backward pass: there is nothing below
     assert [what for _, what in advice] == [mmap.MADV_DONTNEED]

@@ -148,7 +148,7 @@ def _packed_again(model: PreTrainedModel, plain: PreTrainedModel) -> PreTrainedM
         own = path.removesuffix(".original")
         place: Any = packed.get_submodule(own)
         weight = place.weight.T if layer.transposed else place.weight
-        codes = layer.packed.of(weight.contiguous(), plain.dtype)
+        codes = layer.quantized_weight.quantize(weight.contiguous(), plain.dtype)
         packed.set_submodule(own, QuantizedLinear(codes, place, transposed=layer.transposed))
     return packed
 

@@ -72,7 +72,7 @@ class AdaptedLayer(Wrapper):
     def frozen(self) -> Tensor | QuantizedWeight:
         """The frozen W, as (out, in) for a linear layer and (words, dim) for an embedding."""
         if isinstance(self.original, QuantizedLinear):
-            return self.original.packed
+            return self.original.quantized_weight
         weight: Tensor = self.original.weight  # type: ignore[assignment]
         return self.oriented(weight)
 
@@ -246,7 +246,7 @@ class AdaptedLayer(Wrapper):
         """Return a new plain layer with the acting adapters merged in; this one is untouched."""
         merged = merged_weight(self.frozen_weight, self.delta())
         if isinstance(self.original, QuantizedLinear):
-            fused = self.original.plain(merged)
+            fused = self.original.to_dense(merged)
         else:
             fused = copy.copy(self.original)
             fused._parameters = dict(self.original._parameters)

@@ -51,7 +51,7 @@ def merge(model: Model) -> Model:
     for path, layer in list(lora_layers(plain)):
         layer.take_off(plain, path, merged=layer.acts)
     for path, packed in quantized_layers(plain).items():
-        plain.set_submodule(path, packed.plain())
+        plain.set_submodule(path, packed.to_dense())
     if words is not None:
         bake_tokens(plain, words)
     for path in active_adapters.base:  # saved weights are the adapter's, which may train on
@@ -125,8 +125,8 @@ def layer_losses(model: nn.Module, plain: nn.Module) -> list[LayerLoss]:
         exact = weight + delta
         again = None
         if isinstance(layer.frozen, QuantizedWeight):
-            packed = layer.frozen.of(exact, torch.float32)
-            again = _norm((packed.dense() - weight) - delta)
+            packed = layer.frozen.quantize(exact, torch.float32)
+            again = _norm((packed.dequantize() - weight) - delta)
         losses.append(
             LayerLoss(path, _norm(delta), rounded, _norm((exact - weight) - delta), again)
         )

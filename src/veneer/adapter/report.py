@@ -95,7 +95,7 @@ class QuantizedReport:
 
 def report_quantized(model: nn.Module) -> QuantizedReport | None:
     """Return what of a model's base is packed, or None where nothing is."""
-    packed = [layer.packed for layer in quantized_layers(model).values()]
+    packed = [layer.quantized_weight for layer in quantized_layers(model).values()]
     if not packed:
         return None
     others = base_parameters(model).values()

@@ -25,7 +25,7 @@ def uncovered(model: nn.Module, config: LoRA) -> str | None:
     known = {layer.path for layer in adaptable_layers(model)}
     adapted = {layer.block for layer in resolve(model, config)}
     total = sum(
-        layer.packed.shape.numel()
+        layer.quantized_weight.shape.numel()
         for path, layer in quantized_layers(model).items()
         if path in blocks and blocks[path] in adapted
     )

@@ -158,7 +158,7 @@ def base_digests(model: PreTrainedModel) -> dict[str, str]:
     tensors = base_parameters(model)
     for path, layer in quantized_layers(model).items():
         place = ".".join(part for part in path.split(".") if part != "original")
-        tensors |= {f"{place}.{name}": t for name, t in layer.packed.tensors().items()}
+        tensors |= {f"{place}.{name}": t for name, t in layer.quantized_weight.tensors().items()}
     return {
         name: hashlib.sha256(
             tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

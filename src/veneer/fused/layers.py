@@ -267,7 +267,7 @@ def _projection(layer: nn.Module) -> Projection | None:
     if any(p.requires_grad for p in layer.parameters()):
         return None
     if isinstance(layer, QuantizedLinear):
-        return Projection.plain(layer.packed, layer.bias)
+        return Projection.plain(layer.quantized_weight, layer.bias)
     if type(layer) is nn.Linear:
         return Projection.plain(layer.weight, layer.bias)
     return None

@@ -78,7 +78,7 @@ def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, 
 
 def parameter_count(model: nn.Module) -> int:
     """Return how many parameters the base has, packed or not."""
-    packed = (layer.packed.shape.numel() for layer in quantized_layers(model).values())
+    packed = (layer.quantized_weight.shape.numel() for layer in quantized_layers(model).values())
     return sum(weight.numel() for weight in base_parameters(model).values()) + sum(packed)
 
 
@@ -86,7 +86,7 @@ def _marks_of(model: nn.Module) -> dict[str, str]:
     weights = base_parameters(model)
     for path, layer in quantized_layers(model).items():
         # Packed by others: nothing but the codes is left to tell it by.
-        weights[f"{_base_path(path)}.weight"] = layer.packed.tensors()["weight"]
+        weights[f"{_base_path(path)}.weight"] = layer.quantized_weight.tensors()["weight"]
     weights = dict(sorted(weights.items()))
     return {
         "config": _config_mark(model, weights),

@@ -38,10 +38,10 @@ def pack(weight: Tensor, bits: Bits, dtype: torch.dtype) -> QuantizedWeight:
     if bits == 4:
         from veneer.quant.nf4 import NF4
 
-        return NF4.of(weight, dtype)
+        return NF4.quantize(weight, dtype)
     from veneer.quant.int8 import Int8
 
-    return Int8.of(weight, dtype)
+    return Int8.quantize(weight, dtype)
 
 
 def quantized_model(

@@ -77,9 +77,9 @@ def _weight(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Quantiz
     from veneer.quant.nf4 import NF4, STATE
 
     if any(part.startswith(STATE) for part in parts):
-        return NF4.stored(parts, dtype)
+        return NF4.from_tensors(parts, dtype)
     if "SCB" in parts:
-        return Int8.stored(parts, dtype)
+        return Int8.from_tensors(parts, dtype)
     return parts["weight"]
 
 
@@ -89,6 +89,6 @@ def _read_ahead(model: PreTrainedModel) -> None:
     for path, layer in quantized_layers(model).items():
         block = re.match(r".*?\.\d+(?=\.)", path)
         if block:
-            blocks[block[0]].append(layer.packed)
+            blocks[block[0]].append(layer.quantized_weight)
     if hasattr(mmap, "MADV_DONTNEED"):
         ReadAhead(list(blocks.values()))

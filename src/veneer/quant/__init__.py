@@ -1,1 +1,1 @@
-"""Frozen weights that are kept small, and unpacked for each use."""
+"""Frozen weights in 8 or 4 bits a number, which are dequantized for each use."""

@@ -1,7 +1,7 @@
 """Eight bits a number, one scale a row, as LLM.int8() keeps weights (Dettmers et al. 2022).
 
-Only the weight is rounded here: what is multiplied by it stays as it is. Codes and scales are
-bitsandbytes' own, and so are the names under which they are stored.
+Only the weight is quantized: the inputs stay as they are. Codes, scales and the
+names in files are bitsandbytes' own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ class Int8(QuantizedWeight):
         self.shape, self.device = codes.shape, codes.device
 
     @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype) -> Int8:
-        """Pack a weight (out, in), to be unpacked to `dtype`. Raises ValueError beyond 65,504."""
+    def quantize(cls, weight: Tensor, dtype: torch.dtype) -> Int8:
+        """Quantize a weight (out, in), to be dequantized to `dtype`.
+
+        Raises ValueError for numbers beyond 65,504.
+        """
         # By way of float16, as bitsandbytes' Int8Params does.
         half = weight.to(torch.float16).contiguous()
         if not bool(torch.isfinite(half).all()):
@@ -35,8 +38,8 @@ class Int8(QuantizedWeight):
         return cls(codes, absmax, dtype)
 
     @classmethod
-    def stored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Int8:
-        """Return the weight that `tensors()` gave, without copying what is large.
+    def from_tensors(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Int8:
+        """Return the weight whose `tensors()` these are, without a copy of the codes.
 
         Raises ValueError for other kinds of numbers.
         """
@@ -48,10 +51,10 @@ class Int8(QuantizedWeight):
         return cls(codes, absmax, dtype)
 
     @property
-    def _whole_rows(self) -> int:
+    def _row_unit(self) -> int:
         return 1
 
-    def _unpack(self, first: int, last: int) -> Tensor:
+    def _dequantize_rows(self, first: int, last: int) -> Tensor:
         codes, absmax = self.codes[first:last], self.absmax[first:last]
         values = torch.empty(codes.shape, dtype=self.dtype, device=self.device)
         native = kernel("dequantize_int8", values)

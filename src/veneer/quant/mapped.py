@@ -1,4 +1,4 @@
-"""Tensors that stay in their file, and reading ahead of a walk through them."""
+"""Tensors that stay in their file, and are read ahead of their use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import mmap
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ POPULATE_READ = 22  # of madvise(2), since Linux 5.14: read the pages in and map
 
 
 def map_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, which the system reads when they are used.
+    """Return the tensors of a safetensors file, which the kernel reads when they are used.
 
     None of them may be written to. Raises ValueError for a file that is none, or cut short.
     """
@@ -54,45 +55,36 @@ def map_tensors(file: Path) -> dict[str, Tensor]:
 
 
 class ReadAhead:
-    """Has the system read the next part while one is used, in the direction of the walk, and unmap
-    the last: what it then lets go first, where memory is short, is what was used longest ago.
+    """Reads the next group of weights while one is in use, and unmaps the one before.
 
-    A part is what is used together, such as a decoder layer. A forward pass walks up, a backward
-    pass down; that is all that needs to be known.
+    A group is what is used together, such as a decoder layer. A forward pass uses the groups in
+    order, a backward pass in reverse; the last two groups used tell which it is. Where memory is
+    short, the kernel drops unmapped pages first, and these were used longest ago.
     """
 
-    def __init__(self, parts: Sequence[Iterable[QuantizedWeight]]) -> None:
-        self._parts = [[t for weight in part for t in _large(weight)] for part in parts]
-        self._at, self._asked = -1, -1
+    def __init__(self, groups: Sequence[Iterable[QuantizedWeight]]) -> None:
+        self._groups = [[t for weight in group for t in _large(weight)] for group in groups]
+        self._current, self._requested = -1, -1
         self._reader = ThreadPoolExecutor(1, "veneer-read-ahead")
-        for number, part in enumerate(parts):
-            for weight in part:
-                weight.before_use = _Place(self, number)
+        for number, group in enumerate(groups):
+            for weight in group:
+                weight.before_use = partial(self.note_use, number)
 
-    def at(self, number: int) -> None:
-        """Take note that part `number` is in use."""
-        if number == self._at:
+    def note_use(self, number: int) -> None:
+        """Take note that group `number` is in use."""
+        if number == self._current:
             return
-        step = -1 if number == self._at - 1 else 1  # a jump back is the start of another walk up
-        if self._at >= 0:
-            self._reader.submit(_let_go, self._parts[self._at])
-            if self._asked == self._at:
-                self._asked = -1  # it may be asked for again
-        self._at = number
+        # Any jump but one step back is the start of another forward pass.
+        step = -1 if number == self._current - 1 else 1
+        if self._current >= 0:
+            self._reader.submit(_unmap, self._groups[self._current])
+            if self._requested == self._current:
+                self._requested = -1  # it may be requested again
+        self._current = number
         following = number + step
-        if 0 <= following < len(self._parts) and following != self._asked:
-            self._asked = following
-            self._reader.submit(_populate, self._parts[following])
-
-
-class _Place:
-    """Tells a reader that its part is in use."""
-
-    def __init__(self, reader: ReadAhead, number: int) -> None:
-        self.reader, self.number = reader, number
-
-    def __call__(self) -> None:
-        self.reader.at(self.number)
+        if 0 <= following < len(self._groups) and following != self._requested:
+            self._requested = following
+            self._reader.submit(_populate, self._groups[following])
 
 
 def _large(weight: QuantizedWeight) -> list[Tensor]:
@@ -100,27 +92,27 @@ def _large(weight: QuantizedWeight) -> list[Tensor]:
 
 
 def _populate(tensors: Sequence[Tensor]) -> None:
-    if not _advise(tensors, POPULATE_READ):  # an older system at least reads
+    if not _advise(tensors, POPULATE_READ):  # an older kernel can at least read
         _advise(tensors, mmap.MADV_WILLNEED)
 
 
-def _let_go(tensors: Sequence[Tensor]) -> None:
+def _unmap(tensors: Sequence[Tensor]) -> None:
     """Unmap the pages that hold nothing but these tensors, which stay in their file."""
     _advise(tensors, mmap.MADV_DONTNEED, whole=True)
 
 
 def _advise(tensors: Sequence[Tensor], advice: int, *, whole: bool = False) -> bool:
-    """Tell the system what is intended with tensors' pages, and say whether it knew the advice.
+    """Call madvise(2) on the pages of tensors, and return whether the kernel knows the advice.
 
-    `whole` leaves pages out that tensors share with others. It takes tensors, not addresses: what
-    waits to be advised must not be unmapped meanwhile.
+    `whole` leaves out pages that a tensor shares with others. It takes tensors and not addresses,
+    so that the memory stays mapped until the advice is given.
     """
-    libc, known, page = ctypes.CDLL(None), True, mmap.PAGESIZE
+    libc, accepted, page = ctypes.CDLL(None), True, mmap.PAGESIZE
     for tensor in tensors:
         first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         first = -(first // -page) * page if whole else first // page * page
         last = last // page * page if whole else last
         if last > first:
             length = ctypes.c_size_t(last - first)
-            known &= libc.madvise(ctypes.c_void_p(first), length, advice) == 0
-    return known
+            accepted &= libc.madvise(ctypes.c_void_p(first), length, advice) == 0
+    return accepted

@@ -2,8 +2,8 @@
 
 Each block of 64 numbers is divided by its largest magnitude and rounded to the 16 values of NF4;
 the magnitudes, less their mean, are kept in 8 bits in blocks of 256. That is 4 + 8 / 64 +
-32 / (64 · 256) = 4.127 bits a number. Codes, scales and unpacked values are bitsandbytes' own, and
-so are the names under which they are stored.
+32 / (64 · 256) = 4.127 bits a number. Codes, scales, dequantized values and the names in files are
+bitsandbytes' own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class NF4(QuantizedWeight):
         self.shape, self.device = torch.Size(state.shape), codes.device
 
     @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype) -> NF4:
-        """Pack a weight (out, in), to be unpacked to `dtype`."""
+    def quantize(cls, weight: Tensor, dtype: torch.dtype) -> NF4:
+        """Quantize a weight (out, in), to be dequantized to `dtype`."""
         codes, absmax = _codes_and_absmax(weight.contiguous())
         offset = absmax.mean()
         scales, state2 = bnb.quantize_blockwise(absmax - offset, blocksize=BLOCK_OF_SCALES)
@@ -51,29 +51,30 @@ class NF4(QuantizedWeight):
         return cls(codes, state, dtype)
 
     @classmethod
-    def stored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> NF4:
-        """Return the weight that `tensors()` gave, without copying what is large."""
-        parts = {name.removeprefix("weight."): t for name, t in tensors.items() if name != "weight"}
-        state = bnb.QuantState.from_dict(parts, device=tensors["weight"].device)
-        # Some store the bytes as wider numbers, for FSDP's sake.
-        return cls(tensors["weight"].view(torch.uint8).view(-1, 1), state, dtype)
+    def from_tensors(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> NF4:
+        """Return the weight whose `tensors()` these are, without a copy of the codes."""
+        entries = {name.removeprefix("weight."): t for name, t in tensors.items()}
+        codes = entries.pop("weight")
+        state = bnb.QuantState.from_dict(entries, device=codes.device)
+        # Some files have the bytes as wider numbers, which FSDP needs.
+        return cls(codes.view(torch.uint8).view(-1, 1), state, dtype)
 
     @property
-    def _whole_rows(self) -> int:
+    def _row_unit(self) -> int:
         state = self.state
         numbers = state.blocksize * (state.state2.blocksize if state.nested else 1)
         return numbers // math.gcd(numbers, self.shape[1])
 
-    def _unpack(self, first: int, last: int) -> Tensor:
+    def _dequantize_rows(self, first: int, last: int) -> Tensor:
         state, block = self.state, self.state.blocksize
         begin, numbers = first * self.shape[1], (last - first) * self.shape[1]
         absmax = self._scales(begin // block, -(numbers // -block))
-        # bitsandbytes' kernel for CPUs takes each row for whole blocks, and errs where rows are
-        # shorter than one. Blocks do not stop at rows, so it is given blocks for rows.
+        # bitsandbytes' kernel for CPUs takes each row for whole blocks, and is wrong where rows are
+        # shorter than one. Blocks go on from row to row, so it gets blocks as rows.
         whole = numbers % block == 0
         shape = (numbers // block, block) if whole else (1, numbers + numbers % 2)
         values = torch.ops.bitsandbytes.dequantize_4bit(
-            _part(self.codes, begin // 2, -(numbers // -2)),
+            _slice(self.codes, begin // 2, -(numbers // -2)),
             absmax,
             block,
             state.quant_type,
@@ -88,10 +89,10 @@ class NF4(QuantizedWeight):
 
     def _scales(self, first: int, count: int) -> Tensor:
         state = self.state
-        absmax = _part(state.absmax, first, count)
+        absmax = _slice(state.absmax, first, count)
         if state.nested:
             wide = state.state2.blocksize
-            scales = _part(state.state2.absmax, first // wide, -(len(absmax) // -wide))
+            scales = _slice(state.state2.absmax, first // wide, -(len(absmax) // -wide))
             absmax = torch.ops.bitsandbytes.dequantize_blockwise(
                 absmax, scales, state.state2.code, wide, torch.float32
             )
@@ -99,10 +100,10 @@ class NF4(QuantizedWeight):
         return absmax
 
     def tensors(self) -> dict[str, Tensor]:
-        parts = {f"weight.{name}": t for name, t in self.state.as_dict(packed=True).items()}
-        # All weights share one table here, which files of theirs must not.
-        parts["weight.quant_map"] = parts["weight.quant_map"].clone()
-        return {"weight": self.codes, **parts}
+        state = {f"weight.{name}": t for name, t in self.state.as_dict(packed=True).items()}
+        # All weights here share one table; safetensors refuses shared memory.
+        state["weight.quant_map"] = state["weight.quant_map"].clone()
+        return {"weight": self.codes, **state}
 
     def to(self, device: torch.device) -> Self:
         if self.device == device:
@@ -116,12 +117,12 @@ class NF4(QuantizedWeight):
 
 def _codes_and_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the codes (bytes, 1) and the largest magnitude of each block, in float32."""
-    if weight.dtype == torch.float16:  # the same numbers, and a kernel for them
+    if weight.dtype == torch.float16:  # exact, and there is a kernel for float32
         weight = weight.to(torch.float32)
     native = kernel("quantize_4bit", weight)
     if native is None:
         return torch.ops.bitsandbytes.quantize_4bit(weight, BLOCK, "nf4", torch.uint8)
-    # bitsandbytes sorts each number into a table by itself on CPUs: fifty times slower.
+    # On CPUs bitsandbytes searches the table for each number by itself: fifty times slower.
     numbers, table = weight.numel(), _table(weight.device)
     codes = torch.empty(-(numbers // -2), 1, dtype=torch.uint8)
     absmax = torch.empty(-(numbers // -BLOCK), dtype=torch.float32)
@@ -134,5 +135,5 @@ def _table(device: torch.device) -> Tensor:
     return bnb.get_4bit_type("nf4", device=device)
 
 
-def _part(tensor: Tensor, first: int, count: int) -> Tensor:
+def _slice(tensor: Tensor, first: int, count: int) -> Tensor:
     return tensor[first : first + count]

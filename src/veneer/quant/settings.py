@@ -1,4 +1,4 @@
-"""How a base is quantized, as its config.json says it. Imports no torch."""
+"""How config.json says that a base is quantized. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Bits = Literal[4, 8]
 
 @dataclass(frozen=True)
 class Quantization:
-    """How bitsandbytes has quantized a model."""
+    """How bitsandbytes has quantized a model: its bits, and whether the head is quantized too."""
 
     bits: Bits
     head: bool
@@ -29,7 +29,7 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     if method != "bitsandbytes":
         raise ModelError(
             f"This model is quantized by {method}, but only bitsandbytes' 4 and 8 bits can be "
-            "trained on here. Take the model that it was made of."
+            "trained on here. Take the model before it was quantized."
         )
     # No module is skipped where the head is quantized too, which a tied one never is.
     head = how.get("llm_int8_skip_modules") == [] and not config.get("tie_word_embeddings")

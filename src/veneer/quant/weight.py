@@ -1,4 +1,4 @@
-"""What every packed weight can do, and the linear layer over one."""
+"""What every quantized weight can do, the products with one, and the linear layer over one."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Numbers unpacked at a time: 16 MB in bfloat16. With 64 tokens and the layers of a 70B model a
+# Numbers dequantized at a time: 16 MB in bfloat16. With 64 tokens and the layers of a 70B model a
 # product forward takes a fifth less so than with four times as many; with 512 tokens and a 7B
 # model's, up to a sixth more on the way back (`python -m bench.unpack`; docs/performance.md).
 BLOCK_NUMBERS = 2**23
 
 
 class QuantizedWeight(ABC):
-    """A weight of `shape` (out, in), never changed, which `dense()` unpacks to `dtype`."""
+    """A weight of `shape` (out, in) that never changes; `dequantize()` returns it in `dtype`."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    # Called before each use: who reads ahead learns by it where the walk through the model is.
+    # Called before each use, so that whatever reads ahead knows where in the model a pass is.
     before_use: Callable[[], None] | None = None
 
     @classmethod
     @abstractmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
-        """Pack a weight (out, in), to be unpacked to `dtype`."""
+    def quantize(cls, weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
+        """Quantize a weight (out, in), to be dequantized to `dtype`."""
 
-    def dense(self) -> Tensor:
-        """Return the weight (out, in) in `dtype`, which the caller lets go after use."""
+    def dequantize(self) -> Tensor:
+        """Return the weight (out, in) in `dtype`, a new tensor for the caller to drop after use."""
         if self.before_use is not None:
             self.before_use()
-        return self._unpack(0, self.shape[0])
+        return self._dequantize_rows(0, self.shape[0])
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the weight some rows at a time, with which ones they are: never all of it."""
+        """Yield slices of rows with these rows in `dtype`, of BLOCK_NUMBERS numbers at most."""
         if self.before_use is not None:
             self.before_use()
         out, in_ = self.shape
-        whole = self._whole_rows
-        step = max(1, BLOCK_NUMBERS // (in_ * whole)) * whole
+        unit = self._row_unit
+        step = max(1, BLOCK_NUMBERS // (in_ * unit)) * unit
         for first in range(0, out, step):
             last = min(first + step, out)
-            yield slice(first, last), self._unpack(first, last)
+            yield slice(first, last), self._dequantize_rows(first, last)
 
     @property
     @abstractmethod
-    def _whole_rows(self) -> int:
-        """Rows must be taken by so many, for scales to be whole."""
+    def _row_unit(self) -> int:
+        """The fewest rows that begin and end with blocks of scales."""
 
     @abstractmethod
-    def _unpack(self, first: int, last: int) -> Tensor:
-        """Return rows from a multiple of `_whole_rows` to another, or to the end."""
+    def _dequantize_rows(self, first: int, last: int) -> Tensor:
+        """Return rows first to last, each a multiple of `_row_unit` or the end."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is stored, under bitsandbytes' own names: "weight", "weight.absmax", ..."""
+        """Return the tensors to store, by bitsandbytes' names: "weight", "weight.absmax", ..."""
 
     @abstractmethod
     def to(self, device: torch.device) -> Self:
@@ -67,7 +67,7 @@ class QuantizedWeight(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the numbers that differ from weight to weight."""
+        """Bytes of codes and scales, without the table that all weights share."""
         return sum(t.nbytes for name, t in self.tensors().items() if not _is_table(name))
 
     def __deepcopy__(self, memo: dict) -> Self:
@@ -75,8 +75,8 @@ class QuantizedWeight(ABC):
 
 
 def dense(weight: Tensor | QuantizedWeight) -> Tensor:
-    """Return a weight that may be packed as a tensor."""
-    return weight.dense() if isinstance(weight, QuantizedWeight) else weight
+    """Return a weight that may be quantized as a tensor."""
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -103,12 +103,12 @@ def product_back(dy: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
         return dy @ weight.to(dy.dtype)
     total = None
     for rows, values in weight.blocks():
-        part = dy[:, rows] @ values.to(dy.dtype)
+        summand = dy[:, rows] @ values.to(dy.dtype)
         if len(values) == weight.shape[0]:
-            return part
-        # Parts are added up in float32 or wider, or each sum would be rounded again.
+            return summand
+        # They are added up in float32 or wider, or each sum would be rounded again.
         wide = torch.promote_types(dy.dtype, torch.float32)
-        total = part.to(wide) if total is None else total.add_(part)
+        total = summand.to(wide) if total is None else total.add_(summand)
     assert total is not None
     return total.to(dy.dtype)
 
@@ -123,69 +123,69 @@ def row_squares(weight: Tensor | QuantizedWeight) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
-    """y = x Ŵᵀ + b, with Ŵ unpacked in the forward pass, and again in the backward pass.
+    """y = x Ŵᵀ + b, with Ŵ dequantized in the forward pass, and again in the backward pass.
 
-    `stands_for` is the layer that this one takes the place of, whose own weight is not looked at;
-    `transposed` if that would be (in, out), as in transformers' Conv1D.
+    `replaces` is the dense layer whose place this one takes; its weight is not used. `transposed`
+    says that it keeps its weight as (in, out), as transformers' Conv1D does.
     """
 
     def __init__(
-        self, packed: QuantizedWeight, stands_for: nn.Module, *, transposed: bool = False
+        self, quantized_weight: QuantizedWeight, replaces: nn.Module, *, transposed: bool = False
     ) -> None:
         super().__init__()
-        self.packed = packed
+        self.quantized_weight = quantized_weight
         self.transposed = transposed
-        bias = stands_for.bias
+        bias = replaces.bias
         self.bias = nn.Parameter(bias.detach(), False) if isinstance(bias, Tensor) else None
-        self.out_features, self.in_features = packed.shape
-        self._stands_for = (stands_for,)  # in a tuple, for it is no part of this layer
+        self.out_features, self.in_features = quantized_weight.shape
+        self._replaces = (replaces,)  # in a tuple, so that it is no submodule
 
     @property
     def weight(self) -> Tensor:
-        """The weight (out, in), unpacked anew at each look."""
-        return self.packed.dense()
+        """The weight (out, in), dequantized anew at each access."""
+        return self.quantized_weight.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        y = _QuantizedProduct.apply(flat, self.packed, self.bias)
+        y = _QuantizedProduct.apply(flat, self.quantized_weight, self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def plain(self, weight: Tensor | None = None) -> nn.Module:
-        """Return the layer that this one stands for, with `weight` (out, in) or its own."""
-        weight = self.packed.dense() if weight is None else weight
+    def to_dense(self, weight: Tensor | None = None) -> nn.Module:
+        """Return the dense layer that this one replaces, with `weight` (out, in) or Ŵ."""
+        weight = self.weight if weight is None else weight
         weight = weight.T.contiguous() if self.transposed else weight
-        layer = copy.copy(self._stands_for[0])
+        layer = copy.copy(self._replaces[0])
         layer._parameters = {"weight": nn.Parameter(weight, False), "bias": self.bias}
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
-        kind = type(self.packed).__name__
+        kind = type(self.quantized_weight).__name__
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {kind}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        # What is packed has a number format of its own; of a move, only the device concerns it.
-        self.packed = self.packed.to(fn(torch.empty(0)).device)
+        # Codes keep their own dtype: only a change of device moves them.
+        self.quantized_weight = self.quantized_weight.to(fn(torch.empty(0)).device)
         return super()._apply(fn, recurse)
 
 
 class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        ctx.packed = packed
-        return linear(x, packed, bias)
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy = grads[0]
         d_bias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return product_back(dy, ctx.packed), None, d_bias
+        return product_back(dy, ctx.weight), None, d_bias
 
 
 def quantized_layers(model: nn.Module) -> Mapping[str, QuantizedLinear]:
-    """Return the packed layers of a model by their paths, whatever lies over them."""
+    """Return the quantized layers of a model by their paths, wrapped ones too."""
     return {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 def _is_table(name: str) -> bool:
-    # The same for every weight, or the shape in words.
+    # The table of 16 values is the same for every weight; the state is its shape as text.
     return name.endswith("quant_map") or ".quant_state." in name

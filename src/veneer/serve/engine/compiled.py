@@ -287,7 +287,7 @@ class Compiled:
             if weight.dtype != self.dtype or not weight.is_contiguous():
                 raise Unsuited("its weights are of different dtypes")
             return decode.Linear(weight.data_ptr(), bias, None, None, *weight.shape, decode.NUMBERS)
-        packed = module.packed if isinstance(module, QuantizedLinear) else None
+        packed = module.quantized_weight if isinstance(module, QuantizedLinear) else None
         if packed is None or packed.before_use is not None or packed.dtype != self.dtype:
             raise Unsuited(
                 "its weights lie in files, or are of a kind that has no compiled product"
