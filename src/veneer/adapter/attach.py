@@ -25,7 +25,8 @@ from veneer.adapter.targets import Layer, resolve
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.uncovered import uncovered
 from veneer.adapter.unfreeze import unfreeze
-from veneer.adapter.virtual import fresh, put_virtual, take_virtual
+from veneer.adapter.virtual import new_virtual_tokens
+from veneer.adapter.virtual_forward import attach_virtual_tokens, detach_virtual_tokens
 from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.lowrank.initial import directions
@@ -65,7 +66,7 @@ def attach(
             unfreeze(model, config)
             put_method(model, name, config)
         else:
-            part = fresh(model, config, seed=seed, tokenizer=tokenizer)
+            part = new_virtual_tokens(model, config, seed=seed, tokenizer=tokenizer)
             model.requires_grad_(False)
             put_method(model, name, config, part)
         return model
@@ -195,7 +196,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     place_saved(model)
     take_saved(model, gone)
     _take_off_layers(model, gone)
-    take_virtual(model, gone)
+    detach_virtual_tokens(model, gone)
     for each in gone:
         del active_adapters.configs[each]
         active_adapters.notes.pop(each, None)
@@ -271,7 +272,7 @@ def put_method(
 ) -> None:
     """Let `config`, called `name`, be what acts on the model now; `part` are its virtual tokens."""
     if part is not None:
-        put_virtual(model, name, part)
+        attach_virtual_tokens(model, name, part)
     active_adapters_of(model).configs[name] = config
     use(model, name)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapter.attach import in_use, use
 from veneer.adapter.layers import lora_layers
 from veneer.adapter.merge import LayerLoss, layer_losses, share
-from veneer.adapter.virtual import context_left
+from veneer.adapter.virtual_context import context_left
 from veneer.data.probe import probe_rows
 from veneer.errors import MergeError
 from veneer.quant.weight import QuantizedLinear, quantized_layers

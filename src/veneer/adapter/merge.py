@@ -18,7 +18,7 @@ from veneer.adapter.layers import lora_layers
 from veneer.adapter.method import is_virtual
 from veneer.adapter.modules_to_save import home
 from veneer.adapter.new_tokens import bake_tokens, is_tied, new_tokens_of
-from veneer.adapter.virtual import take_virtual
+from veneer.adapter.virtual_forward import detach_virtual_tokens
 from veneer.errors import AdapterError
 from veneer.quant.weight import QuantizedWeight, quantized_layers
 
@@ -47,7 +47,7 @@ def merge(model: Model) -> Model:
     words = new_tokens_of(plain)
     embedding, head = _ends(plain)
     tied = embedding is not None and head is not None and is_tied(embedding, head)
-    take_virtual(plain, set(adapters(plain)))
+    detach_virtual_tokens(plain, set(adapters(plain)))
     for path, layer in list(lora_layers(plain)):
         layer.take_off(plain, path, merged=layer.acts)
     for path, packed in quantized_layers(plain).items():

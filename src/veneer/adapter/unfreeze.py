@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.layers import lora_layers
 from veneer.adapter.method import Method
-from veneer.adapter.virtual import virtual_tokens
+from veneer.adapter.virtual_forward import virtual_tokens_of
 from veneer.errors import AdapterError, ConfigError
 from veneer.models.blocks import decoder_layers
 from veneer.models.fingerprint import base_parameters, fingerprint
@@ -27,7 +27,7 @@ def unfreeze(model: PreTrainedModel, config: Method) -> None:
         raise ConfigError(
             f"{config.method} trains weights, and packed ones cannot; leave bits out."
         )
-    if next(lora_layers(model), None) is not None or virtual_tokens(model) is not None:
+    if next(lora_layers(model), None) is not None or virtual_tokens_of(model) is not None:
         raise AdapterError(
             f"{config.method} would change the base of the adapters that lie over it."
         )

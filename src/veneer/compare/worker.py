@@ -25,7 +25,7 @@ from veneer.adapter.attach import attach, use
 from veneer.adapter.config import LoRA
 from veneer.adapter.merge import merge
 from veneer.adapter.method import Method
-from veneer.adapter.virtual import context_left
+from veneer.adapter.virtual_context import context_left
 from veneer.compare.job import JOB, KEPT, RESULT, Job, Result, write_result
 from veneer.compare.labels import MOST_VIRTUAL
 from veneer.compare.quality import bleu, exact, measure_of

@@ -18,7 +18,8 @@ from veneer.adapter.method import Method, is_virtual
 from veneer.adapter.new_tokens import NewTokens, extend_tokenizer, new_tokens_of, put_rows
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.unfreeze import replaced_weights, unfreeze
-from veneer.adapter.virtual import stored, virtual_tokens
+from veneer.adapter.virtual import stored_virtual_tokens
+from veneer.adapter.virtual_forward import virtual_tokens_of
 from veneer.errors import AdapterError, joined, nearest
 from veneer.formats.parts import (
     BIAS,
@@ -156,7 +157,7 @@ def capture(
     config = attached[name]
     tensors: dict[str, Tensor]
     if isinstance(config, Method) and is_virtual(config):
-        home = virtual_tokens(model)
+        home = virtual_tokens_of(model)
         assert home is not None
         with torch.no_grad():
             tensors = {config.method: home.adapters[name]().clone().contiguous()}
@@ -221,7 +222,7 @@ def install(
             saved=state.saved,
         )
     elif not state.config.replaces_weights:
-        put_method(model, name, state.config, stored(state.config, state.tensors))
+        put_method(model, name, state.config, stored_virtual_tokens(state.config, state.tensors))
     else:
         unfreeze(model, state.config)
         with torch.no_grad():

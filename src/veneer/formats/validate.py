@@ -16,7 +16,7 @@ from veneer.adapter.method import Method
 from veneer.adapter.new_tokens import is_tied, new_tokens_of
 from veneer.adapter.targets import Layer, adaptable_layers, adaptable_parameters, resolve
 from veneer.adapter.unfreeze import replaced_weights
-from veneer.adapter.virtual import shape_of
+from veneer.adapter.virtual import virtual_shape
 from veneer.errors import MOST_PROBLEMS, ConfigError, listed, nearest, shortened
 from veneer.formats.parts import shared_tokens
 from veneer.models.fingerprint import base_parameters, fingerprint
@@ -64,7 +64,7 @@ def _misfit_weights(model: PreTrainedModel, state: AdapterState, config: Method)
 
 def _misfit_virtual(model: PreTrainedModel, state: AdapterState, config: Method) -> list[str]:
     try:
-        return _differing(state, {config.method: shape_of(model, config)})
+        return _differing(state, {config.method: virtual_shape(model, config)})
     except ConfigError as error:
         return [str(error).rstrip(".")]
 

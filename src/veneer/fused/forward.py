@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from veneer.adapter.virtual import tokens_in_front
+from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, pack
 from veneer.fused.layers import (
@@ -58,7 +58,7 @@ class Forward:
         """Return the sum of the label tokens' losses, a float32 scalar with a gradient."""
         device = model.device
         if self.packed:
-            batch = filled_up(batch, TOKENS_STEP, tokens_in_front(model))
+            batch = filled_up(batch, TOKENS_STEP, virtual_input_count(model))
         tokens = torch.from_numpy(batch.tokens).to(device)  # (tokens,)
         labels = torch.from_numpy(batch.labels).to(device)
         positions = torch.from_numpy(batch.positions).to(device)

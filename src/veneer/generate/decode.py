@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from veneer.adapter.virtual import takes_padding, virtual_count
+from veneer.adapter.virtual_context import takes_padding, virtual_count
 from veneer.data.chat import prompt_text
 from veneer.data.rows import Message
 from veneer.errors import ConfigError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from veneer.adapter.virtual import tokens_in_front
+from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder, pack
 from veneer.fused.forward import Forward
@@ -22,7 +22,7 @@ def evaluate(
 ) -> float:
     """Return the mean loss over the label tokens of all examples, in nats."""
     lengths = [len(example.tokens) for example in examples]
-    order = StepOrder(lengths, tokens_per_batch, tokens_per_batch, 0, tokens_in_front(model))
+    order = StepOrder(lengths, tokens_per_batch, tokens_per_batch, 0, virtual_input_count(model))
     training = model.training
     model.eval()
     total, labels = 0.0, 0

@@ -21,7 +21,7 @@ from veneer.adapter.layers import idle_adapters
 from veneer.adapter.lora_plus import lr_ratios
 from veneer.adapter.method import LEARNING_RATES, Method
 from veneer.adapter.start import start_from_gradients
-from veneer.adapter.virtual import idle_virtual, tokens_in_front
+from veneer.adapter.virtual_forward import idle_virtual_tokens, virtual_input_count
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, pack
 from veneer.errors import DataError, TrainingError, differences, joined, listed
@@ -110,7 +110,7 @@ class _Run:
         self.held_out, self.directory = held_out, directory
         course = {k: v for k, v in asdict(config).items() if k not in ("save_every", "recompute")}
         self.identity = course | identity
-        aside = chain(idle_adapters(model), idle_virtual(model))
+        aside = chain(idle_adapters(model), idle_virtual_tokens(model))
         idle = {id(weight) for adapter in aside for weight in adapter.parameters()}
         self.weights: dict[str, nn.Parameter] = {
             name: weight
@@ -135,7 +135,7 @@ class _Run:
             config.tokens_per_step,
             config.batch_tokens,
             config.seed,
-            tokens_in_front(model),
+            virtual_input_count(model),
         )
         self.step, self.epoch, self.step_in_epoch = 0, 0, 0
         self.skips, self.evaluations_since_best = 0, 0

@@ -17,7 +17,7 @@ from veneer.adapter.merge import merge, why_not_mergeable
 from veneer.adapter.method import MethodName
 from veneer.adapter.new_tokens import add_tokens, find_new_tokens, new_tokens_of
 from veneer.adapter.report import report_quantized, report_trained
-from veneer.adapter.virtual import context_left
+from veneer.adapter.virtual_context import context_left
 from veneer.data.encode import Encoder, Example, summarize
 from veneer.data.load import load_examples
 from veneer.data.packing import split_held_out
