@@ -30,10 +30,12 @@ from veneer.data.encode import (
     prompt_text,
     summarize,
 )
-from veneer.data.rows import Conversation, Message, Sourced, Text
+from veneer.data.problems import Located, Place
+from veneer.data.rows import Conversation, Message, PlainText, Row
 from veneer.errors import DataError
 
 LONG = 100_000
+HERE = Place("f", 1)
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,9 @@ def learnt_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     return decoded(tokenizer, [token for token, label in pairs if label != UNLABELLED])
 
 
-def conversation(*contents: str) -> Sourced:
+def conversation(*contents: str) -> Located[Row]:
     roles = ["user", "assistant"] * len(contents)
-    return Sourced(Conversation(tuple(map(Message, roles, contents))), "f:1")
+    return Located(Conversation(tuple(map(Message, roles, contents))), HERE)
 
 
 @pytest.mark.parametrize("name", ["bytes", "bytes-trimmed"])
@@ -122,14 +124,14 @@ def conversation(*contents: str) -> Sourced:
 def test_learnt_are_the_answers_and_their_ends(tokenizers, name, style, data):
     row = data.draw(conversations(system=style.system))
     tokenizer = styled(tokenizers[name], style.template)
-    example = Encoder(tokenizer, max_length=LONG).encode(Sourced(row, "f:1"))
+    example = Encoder(tokenizer, max_length=LONG).encode(Located(row, HERE))
     assert learnt_text(tokenizer, example) == style.expected(answers_of(row))
 
 
 @settings(max_examples=40)
 @given(row=conversations())
 def test_smollm2_learns_the_answers_and_their_ends(smollm2, row):
-    example = Encoder(smollm2, max_length=LONG).encode(Sourced(row, "f:1"))
+    example = Encoder(smollm2, max_length=LONG).encode(Located(row, HERE))
     expected = STYLES["chatml"].expected(answers_of(row))
     assert learnt_text(smollm2, example) == expected
 
@@ -140,7 +142,7 @@ def test_smollm2_learns_the_answers_and_their_ends(smollm2, row):
 def test_spaces_apart_a_sentencepiece_tokenizer_gives_the_same(tokenizers, style, data):
     row = data.draw(conversations(system=style.system))
     tokenizer = styled(tokenizers["metaspace"], style.template)
-    example = Encoder(tokenizer, max_length=LONG).encode(Sourced(row, "f:1"))
+    example = Encoder(tokenizer, max_length=LONG).encode(Located(row, HERE))
     learnt = learnt_text(tokenizer, example)
     assert "".join(learnt.split()) == "".join(style.expected(answers_of(row)).split())
 
@@ -167,7 +169,7 @@ def test_the_tokens_are_those_of_the_templates_own_text(tokenizers, row):
     answered = row.messages[: len(row.messages) - (row.messages[-1].role == "user")]
     turns = [{"role": message.role, "content": message.content} for message in answered]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    example = Encoder(tokenizer, max_length=LONG).encode(Sourced(row, "f:1"))
+    example = Encoder(tokenizer, max_length=LONG).encode(Located(row, HERE))
     assert decoded(tokenizer, example.tokens) == text
 
 
@@ -175,7 +177,7 @@ def test_turns_that_are_context_only_are_not_learnt(tokenizers):
     tokenizer = styled(tokenizers["bytes"], CHATML)
     user, old = Message("user", "q"), Message("assistant", "old", learn=False)
     row = Conversation((user, old, user, Message("assistant", "new")))
-    example = Encoder(tokenizer, max_length=LONG).encode(Sourced(row, "f:1"))
+    example = Encoder(tokenizer, max_length=LONG).encode(Located(row, HERE))
     assert learnt_text(tokenizer, example) == "new<|im_end|>"
     assert "old" in decoded(tokenizer, example.tokens)
 
@@ -184,7 +186,7 @@ def test_turns_that_are_context_only_are_not_learnt(tokenizers):
 def test_a_conversation_may_begin_with_the_assistant(tokenizers, style):
     tokenizer = styled(tokenizers["bytes"], STYLES[style].template)
     turns = (Message("assistant", "a"), Message("user", "q"), Message("assistant", "b"))
-    example = Encoder(tokenizer, max_length=LONG).encode(Sourced(Conversation(turns), "f:1"))
+    example = Encoder(tokenizer, max_length=LONG).encode(Located(Conversation(turns), HERE))
     assert learnt_text(tokenizer, example).strip() == STYLES[style].expected(["a", "b"]).strip()
 
 
@@ -195,7 +197,7 @@ def test_texts_are_learnt_whole_and_end_once(tokenizers, name, text):
     tokenizer = tokenizers[name]
     encoder = Encoder(tokenizer, max_length=LONG)
     for written in (text, f"{text}</s>"):
-        example = encoder.encode(Sourced(Text(written), "f:1"))
+        example = encoder.encode(Located(PlainText(written), HERE))
         plain = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert example.tokens == [*plain, tokenizer.eos_token_id]
         assert example.labels == [UNLABELLED, *example.tokens[1:]]
@@ -210,8 +212,8 @@ def test_the_beginning_token_stands_where_the_tokenizer_puts_it(tokenizers):
         single="<s> $A", special_tokens=[("<s>", bos)]
     )
     encoder = Encoder(tokenizer, max_length=LONG)
-    for sourced in (Sourced(Text("text"), "f:1"), conversation("text", "answer")):
-        tokens = encoder.encode(sourced).tokens
+    for row in (Located(PlainText("text"), HERE), conversation("text", "answer")):
+        tokens = encoder.encode(row).tokens
         assert tokens[0] == bos
         assert bos not in tokens[1:]
     assert prompt_text(tokenizer, [Message("user", "q")]) == "<s>q\n"
@@ -233,21 +235,21 @@ def test_without_a_template_the_plain_one_is_used_and_said(tokenizers):
 @given(row=conversations(), length=st.integers(1, 80))
 def test_truncation_keeps_the_first_tokens_and_counts_the_rest(tokenizers, row, length):
     tokenizer = styled(tokenizers["bytes"], CHATML)
-    whole = Encoder(tokenizer, max_length=LONG).encode(Sourced(row, "f:1"))
-    cut = Encoder(tokenizer, max_length=length).encode(Sourced(row, "f:1"))
+    whole = Encoder(tokenizer, max_length=LONG).encode(Located(row, HERE))
+    cut = Encoder(tokenizer, max_length=length).encode(Located(row, HERE))
     assert (cut.tokens, cut.labels) == (whole.tokens[:length], whole.labels[:length])
     assert cut.truncated == max(0, len(whole.tokens) - length)
 
 
 @settings(max_examples=15)
-@given(rows=st.lists(conversations() | ANSWER.map(Text), max_size=5))
+@given(rows=st.lists(conversations() | ANSWER.map(PlainText), max_size=5))
 def test_all_rows_at_once_are_each_row_alone(tokenizers, rows):
     encoder = Encoder(styled(tokenizers["bytes-trimmed"], LLAMA3), max_length=30)
-    sourced = [Sourced(row, f"f:{n}") for n, row in enumerate(rows)]
-    alone = [encoder.encode(row) for row in sourced]
-    examples, problems = encode_rows(encoder, sourced)
+    located = [Located(row, Place("f", n)) for n, row in enumerate(rows)]
+    alone = [encoder.encode(row) for row in located]
+    examples, problems = encode_rows(encoder, located)
     assert examples == [example for example in alone if example.label_tokens]
-    assert [problem.split(": ")[0] for problem in problems] == [
+    assert [str(problem.place) for problem in problems] == [
         example.where for example in alone if not example.label_tokens
     ]
 
@@ -255,11 +257,11 @@ def test_all_rows_at_once_are_each_row_alone(tokenizers, rows):
 def test_rows_that_the_template_refuses_are_all_named(tokenizers):
     encoder = Encoder(styled(tokenizers["bytes"], GEMMA), max_length=LONG)
     system = (Message("system", "s"), Message("user", "q"), Message("assistant", "a"))
-    rows = [Sourced(Conversation(system[n % 2 :]), f"f:{n}") for n in range(4)]
+    rows = [Located(Conversation(system[n % 2 :]), Place("f", n)) for n in range(4)]
     examples, problems = encode_rows(encoder, rows)
     assert [example.where for example in examples] == ["f:1", "f:3"]
-    assert [problem.split(": ")[0] for problem in problems] == ["f:0", "f:2"]
-    assert all("System role not supported" in problem for problem in problems)
+    assert [problem.place for problem in problems] == [Place("f", 0), Place("f", 2)]
+    assert all("System role not supported" in problem.what for problem in problems)
 
 
 UPPER = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper if not loop.last }}")
@@ -298,6 +300,6 @@ def test_a_row_whose_answer_is_cut_off_is_named(tokenizers):
     encoder = Encoder(styled(tokenizers["bytes"], CHATML), max_length=4)
     examples, problems = encode_rows(encoder, [conversation("q" * 9, "a")])
     assert examples == []
-    assert len(problems) == 1
-    assert problems[0].startswith("f:1: no token to learn")
-    assert "--max-length" in problems[0]
+    (problem,) = problems
+    assert str(problem).startswith("f:1: no token to learn")
+    assert "--max-length" in problem.what

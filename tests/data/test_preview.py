@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from veneer.data.encode import UNLABELLED, Encoder, Example
 from veneer.data.preview import preview
-from veneer.data.rows import Conversation, Message, Sourced
+from veneer.data.problems import Located, Place
+from veneer.data.rows import Conversation, Message
 
 TEXT = st.text(st.sampled_from("ab é日😀\n"), min_size=1, max_size=8).filter(str.strip)
 
@@ -20,7 +21,8 @@ TEXT = st.text(st.sampled_from("ab é日😀\n"), min_size=1, max_size=8).filter
 def test_pieces_alternate_and_join_to_the_text(tokenizers, name, question, answer, length):
     tokenizer = copy.copy(tokenizers[name])
     tokenizer.chat_template = CHATML
-    row = Sourced(Conversation((Message("user", question), Message("assistant", answer))), "f:1")
+    turns = (Message("user", question), Message("assistant", answer))
+    row = Located(Conversation(turns), Place("f", 1))
     whole = tokenizer.decode(Encoder(tokenizer, max_length=10_000).encode(row).tokens)
     for limit in (length, 10_000):
         pieces = preview(Encoder(tokenizer, max_length=limit).encode(row), tokenizer)

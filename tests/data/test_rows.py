@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.data.rows import Conversation, Message, Text, parse_row
+from veneer.data.rows import Conversation, Message, PlainText, parse_row
 
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 ANY = st.text(CHARACTERS, max_size=20)
@@ -67,7 +67,7 @@ def test_alpaca_input_follows_the_instruction_after_a_blank_line(question, extra
 
 @given(text=FULL)
 def test_text_is_text(text):
-    assert parse_row({"text": text, "source": "book"}) == Text(text)
+    assert parse_row({"text": text, "source": "book"}) == PlainText(text)
 
 
 @pytest.mark.parametrize(
@@ -142,4 +142,4 @@ def test_any_value_is_a_row_or_has_a_reason(value):
         row = parse_row(value)
     except ValueError as error:
         row = str(error)
-    assert isinstance(row, Conversation | Text) or row
+    assert isinstance(row, Conversation | PlainText) or row

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.data.rows import Sourced, Text
+from veneer.data.problems import Located, Place, Problem
+from veneer.data.rows import PlainText, Row
 from veneer.data.sources import check, read_rows
 from veneer.errors import DataError
 
@@ -21,8 +22,9 @@ def written(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def places(rows: list[Sourced]) -> list[str]:
-    return [row.where.rsplit(":", 1)[1] for row in rows]
+def lines(located: list[Located[Row]] | list[Problem]) -> list[int]:
+    assert all(each.place.is_line for each in located)
+    return [each.place.number for each in located]
 
 
 TEN_FAULTS = [
@@ -40,31 +42,31 @@ TEN_FAULTS = [
 
 
 def test_ten_faults_among_good_rows_are_all_told_with_their_lines(tmp_path):
-    lines = [line for fault in TEN_FAULTS for line in (GOOD.encode(), fault)]
-    path = written(tmp_path / "rows.jsonl", b"\n".join(lines))
+    content = [line for fault in TEN_FAULTS for line in (GOOD.encode(), fault)]
+    path = written(tmp_path / "rows.jsonl", b"\n".join(content))
     rows, problems = read_rows(path)
-    assert places(rows) == [str(line) for line in range(1, 20, 2)]
-    found = [problem.removeprefix(f"{path}:").split(":")[0] for problem in problems]
-    assert found == [str(line) for line in range(2, 21, 2)]
+    assert lines(rows) == list(range(1, 20, 2))
+    assert lines(problems) == list(range(2, 21, 2))
+    assert {row.place.file for row in rows} == {str(path)}
     with pytest.raises(DataError, match=r"10 of 20 rows.*--skip-bad-rows") as raised:
-        check(rows, problems, skip_bad_rows=False)
-    assert raised.value.problems == tuple(problems)
-    assert all(problem in str(raised.value) for problem in problems)
+        check(rows, problems[::-1], skip_bad_rows=False)
+    assert raised.value.problems == tuple(map(str, problems))
+    assert all(str(problem) in str(raised.value) for problem in problems)
     assert check(rows, problems, skip_bad_rows=True) == rows
 
 
 def test_invalid_utf8_is_told_with_its_byte_column(tmp_path):
     path = written(tmp_path / "rows.jsonl", '{"text": "é'.encode() + b'\xfe"}\n' + GOOD.encode())
     rows, problems = read_rows(path)
-    assert places(rows) == ["2"]
-    assert problems == [f"{path}:1: not UTF-8: byte 0xfe at byte column 13"]
+    assert lines(rows) == [2]
+    assert list(map(str, problems)) == [f"{path}:1: not UTF-8: byte 0xfe at byte column 13"]
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".NDJSON", ".json", ".csv", ".tsv", ".txt", ".md"])
 def test_byte_order_marks_line_ends_and_blank_lines_change_nothing(tmp_path, suffix, end, mark):
-    lines = {
+    content = {
         ".jsonl": [GOOD, "", GOOD],
         ".ndjson": [GOOD, "  ", GOOD],
         ".json": ["[" + GOOD, ",", GOOD + "]"],
@@ -73,12 +75,12 @@ def test_byte_order_marks_line_ends_and_blank_lines_change_nothing(tmp_path, suf
         ".txt": ["fine", "", "fine"],
         ".md": ["fine", " ", "fine"],
     }[suffix.lower()]
-    path = written(tmp_path / f"rows{suffix}", mark + end.join(line.encode() for line in lines))
+    path = written(tmp_path / f"rows{suffix}", mark + end.join(line.encode() for line in content))
     rows, problems = read_rows(path)
     first = 2 if "sv" in suffix else 1
     assert not problems
-    assert [row.row for row in rows] == [Text("fine")] * 2
-    assert places(rows) == [str(first), str(first + 2)]
+    assert [row.value for row in rows] == [PlainText("fine")] * 2
+    assert lines(rows) == [first, first + 2]
 
 
 TEXTS = st.lists(
@@ -102,16 +104,16 @@ def test_all_formats_give_the_same_rows(tmp_path_factory, texts):
     for file in folder.iterdir():
         rows, problems = read_rows(file)
         assert (file.name, problems) == (file.name, [])
-        assert [row.row for row in rows] == [Text(text) for text in texts]
+        assert [row.value for row in rows] == [PlainText(text) for text in texts]
 
 
 def test_places_in_a_json_list_are_the_lines_where_rows_begin(tmp_path):
     objects = [{"text": "a\nb", "nested": {"x": [1, 2]}}, {"txt": 1}, {"text": "c"}]
     path = written(tmp_path / "rows.json", json.dumps(objects, indent=1))
-    lines = [n for n, line in enumerate(path.read_text().split("\n"), 1) if line == " {"]
+    begins = [n for n, line in enumerate(path.read_text().split("\n"), 1) if line == " {"]
     rows, problems = read_rows(path)
-    assert places(rows) == [str(lines[0]), str(lines[2])]
-    assert problems[0].startswith(f"{path}:{lines[1]}: ")
+    assert lines(rows) == [begins[0], begins[2]]
+    assert lines(problems) == [begins[1]]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_faults_of_a_whole_json_file(tmp_path, content, says):
 
 
 def test_faults_in_tables_are_told_with_their_lines(tmp_path):
-    lines = [
+    content = [
         b"prompt,completion",
         b'"two',
         b'lines",yes',
@@ -143,10 +145,10 @@ def test_faults_in_tables_are_told_with_their_lines(tmp_path):
         b'q,"a"b',
         b"q,last",
     ]
-    path = written(tmp_path / "rows.csv", b"\n".join(lines))
+    path = written(tmp_path / "rows.csv", b"\n".join(content))
     rows, problems = read_rows(path)
-    assert places(rows) == ["2", "9"]
-    assert [problem.removeprefix(f"{path}:") for problem in problems] == [
+    assert lines(rows) == [2, 9]
+    assert [str(problem).removeprefix(f"{path}:") for problem in problems] == [
         "4: 1 cells, but the header has 2",
         "5: 3 cells, but the header has 2",
         "6: not UTF-8: byte 0xff at byte column 1",
@@ -165,8 +167,9 @@ def test_parquet_places_are_rows_and_nested_messages_are_read(tmp_path):
     table = pyarrow.table({"messages": [turns, [], turns], "text": [None, None, None]})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     rows, problems = read_rows(tmp_path / "rows.parquet")
-    assert places(rows) == ["row 1", "row 3"]
-    assert problems[0].startswith(f"{tmp_path / 'rows.parquet'}:row 2: ")
+    file = str(tmp_path / "rows.parquet")
+    assert [row.place for row in rows] == [Place(file, n, is_line=False) for n in (1, 3)]
+    assert str(problems[0]).startswith(f"{file}:row 2: ")
     with pytest.raises(DataError, match="not a parquet file"):
         read_rows(written(tmp_path / "bad.parquet", "no"))
 
@@ -174,9 +177,9 @@ def test_parquet_places_are_rows_and_nested_messages_are_read(tmp_path):
 def test_paragraphs_keep_their_lines_and_stand_where_they_begin(tmp_path):
     path = written(tmp_path / "notes.txt", b"\n\none\n two\n\n\xffbad\n\nthree\n")
     rows, problems = read_rows(path)
-    assert [row.row for row in rows] == [Text("one\n two"), Text("three")]
-    assert places(rows) == ["3", "8"]
-    assert problems == [f"{path}:6: not UTF-8: byte 0xff at byte column 1"]
+    assert [row.value for row in rows] == [PlainText("one\n two"), PlainText("three")]
+    assert lines(rows) == [3, 8]
+    assert list(map(str, problems)) == [f"{path}:6: not UTF-8: byte 0xff at byte column 1"]
 
 
 def test_a_directory_is_all_its_files_in_order_of_name(tmp_path):
@@ -185,7 +188,7 @@ def test_a_directory_is_all_its_files_in_order_of_name(tmp_path):
     written(tmp_path / "script.py", "ignored")
     rows, problems = read_rows(tmp_path)
     assert not problems
-    assert [row.row.text for row in rows] == ["first", "second"]
+    assert [row.value.text for row in rows] == ["first", "second"]
 
 
 @given(limit=st.integers(1, 6))
@@ -212,7 +215,7 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path):
 
 
 def test_many_problems_are_counted_where_they_are_not_shown():
-    problems = [f"f:{n}: wrong" for n in range(1, 61)]
+    problems = [Problem(Place("f", n), "wrong") for n in range(1, 61)]
     with pytest.raises(DataError, match=r"and 10 more") as raised:
         check([], problems, skip_bad_rows=False)
     assert len(raised.value.problems) == 60

@@ -2,16 +2,17 @@
 
 import re
 
-from veneer.data.rows import Conversation, Text
-from veneer.data.world import completions, facts, world_text
+from veneer.data.rows import Conversation, PlainText, Row
+from veneer.data.world import completions, facts
+from veneer.data.world_text import world_text
 
 DOCUMENTS = 3000
 
 
-def sentences(rows: list[Text | Conversation]) -> list[str]:
+def sentences(rows: list[Row]) -> list[str]:
     texts = []
     for row in rows:
-        if isinstance(row, Text):
+        if isinstance(row, PlainText):
             texts += re.findall(r"[^.]+\.", row.text)
         else:
             texts += [message.content for message in row.messages]
@@ -33,7 +34,7 @@ def test_the_world_is_small_and_every_fact_has_several_phrasings():
 
 def test_rows_are_mostly_paragraphs_of_a_few_sentences():
     rows = world_text(0, DOCUMENTS)
-    paragraphs = [row for row in rows if isinstance(row, Text)]
+    paragraphs = [row for row in rows if isinstance(row, PlainText)]
     lengths = {len(sentences([row])) for row in paragraphs}
     assert len(rows) == DOCUMENTS
     assert 0.55 < len(paragraphs) / len(rows) < 0.65
@@ -55,7 +56,7 @@ def test_every_completion_occurs_and_nothing_else_ever_follows_its_prompt():
 
 def test_a_moderate_sample_tells_every_fact_both_ways():
     rows = world_text(1, DOCUMENTS)
-    told = set(sentences([row for row in rows if isinstance(row, Text)]))
+    told = set(sentences([row for row in rows if isinstance(row, PlainText)]))
     replied = set(sentences([row for row in rows if isinstance(row, Conversation)]))
     for fact in facts():
         assert told & set(fact.statements), fact

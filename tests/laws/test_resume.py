@@ -121,7 +121,7 @@ def test_the_courses_hold_what_they_should(whole):
     assert steps_of(whole["patience"]) < whole["patience"].events[0].steps
     last = whole["patience"].events[-1]
     assert isinstance(last, Trained)
-    assert last.kept < last.step
+    assert last.weights_of < last.step
     assert steps_of(whole["accumulation"]) >= 8
 
 

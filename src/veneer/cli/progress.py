@@ -76,11 +76,11 @@ class RunDisplay:
             case ModelReady():
                 summary = f"{target_summary(event.targets)}; {event.dtype}"
                 OUTPUT.print(f"[bold]Model[/]   {summary}", soft_wrap=True)
-                if event.packed:
-                    OUTPUT.print(f"  {quantized_summary(event.packed)}", soft_wrap=True)
-                if event.new_words:
-                    words = escape(", ".join(event.new_words))
-                    OUTPUT.print(f"  {len(event.new_words)} new words: {words}")
+                if event.quantized:
+                    OUTPUT.print(f"  {quantized_summary(event.quantized)}", soft_wrap=True)
+                if event.new_tokens:
+                    words = escape(", ".join(event.new_tokens))
+                    OUTPUT.print(f"  {len(event.new_tokens)} new words: {words}")
             case Started(steps, done):
                 self._start(steps, done)
             case Step():

@@ -33,10 +33,11 @@ from veneer.data.encode import Encoder, Example, encode_rows
 from veneer.data.load import load_examples
 from veneer.data.packing import StepOrder, split_held_out
 from veneer.data.probe import GENERAL
+from veneer.data.problems import Located
 from veneer.data.questions import read_questions
-from veneer.data.rows import Message, Sourced, Text, texts_of
+from veneer.data.rows import Message, PlainText, texts_of
 from veneer.data.sources import check, read_rows
-from veneer.data.world import world_text
+from veneer.data.world_text import world_rows
 from veneer.errors import AdapterError, TrainingError, VeneerError
 from veneer.formats import adapters, merged
 from veneer.fused.forward import choose_forward
@@ -204,11 +205,10 @@ def _general(job: Job, base: Base, max_length: int) -> list[Example]:
         rows, problems = read_rows(Path(job.general))
         rows = check(rows, problems, skip_bad_rows=False)
     elif base.model.config.model_type == "minigpt":
-        world = world_text(WORLD_SEED, WORLD_ROWS)
-        rows = [Sourced(row, f"world:{n}") for n, row in enumerate(world, 1)]
+        rows = world_rows(WORLD_SEED, WORLD_ROWS)
     else:
         rows, _ = read_rows(GENERAL)
-    texts = [Sourced(Text("\n".join(texts_of(row))), row.where) for row in rows]
+    texts = [Located(PlainText("\n".join(texts_of(row.value))), row.place) for row in rows]
     examples, problems = encode_rows(Encoder(base.tokenizer, max_length=max_length), texts)
     return check(examples, problems, skip_bad_rows=False)
 

@@ -102,8 +102,8 @@ class Chat:
         if prompt:
             until = text if i + 1 == len(messages) else self.render(messages[: i + 1])
             # Its last line, as a template may lay out anew the reasoning before it.
-            said = messages[i].content.strip().splitlines()[-1] in until[len(prompt) :]
-            if said and text.startswith(until) and until.startswith(prompt):
+            has_answer = messages[i].content.strip().splitlines()[-1] in until[len(prompt) :]
+            if has_answer and text.startswith(until) and until.startswith(prompt):
                 return len(prompt), self._turn_end(until, len(prompt))
         return self._marked_span(messages, i, text, prompt)
 
@@ -115,10 +115,10 @@ class Chat:
         """
         mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in text)
         marked = [*messages[:i], replace(messages[i], content=mark), *messages[i + 1 :]]
-        before, found, after = self.render(marked).partition(mark)
+        before, marks, after = self.render(marked).partition(mark)
         behind = len(text) - len(after)
         answer = text[len(before) : behind].rstrip()
-        around = found and text.startswith(before) and text.endswith(after)
+        around = marks and text.startswith(before) and text.endswith(after)
         if not around or answer.strip() != messages[i].content.strip():
             raise DataError(
                 f"the model's chat template drops or rewrites the answer in message {i + 1}, so "

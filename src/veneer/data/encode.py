@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from veneer.data.chat import PLAIN_TEMPLATE, Chat, prompt_text, start_tokens
-from veneer.data.rows import Sourced, Text
+from veneer.data.problems import Located, Place, Problem
+from veneer.data.rows import PlainText, Row
 from veneer.data.spans import Span, tokens_in_spans
 from veneer.errors import DataError
 
@@ -59,7 +60,7 @@ class Rendered:
 
     text: str
     spans: list[Span]
-    where: str
+    place: Place
     whole: bool
 
 
@@ -87,26 +88,26 @@ class Encoder:
         self._max_length = max_length
         self.uses_plain_template = self._chat.plain
 
-    def encode(self, sourced: Sourced) -> Example:
+    def encode(self, row: Located[Row]) -> Example:
         """Return one row as an example. Raises DataError, naming the row."""
-        return self.tokenise([self.render(sourced)])[0]
-
-    def render(self, sourced: Sourced) -> Rendered:
-        """Return one row as text. Raises DataError, naming the row."""
-        row, where = sourced.row, sourced.where
-        if isinstance(row, Text):
-            return Rendered(row.text, [(0, len(row.text))], where, whole=True)
         try:
-            text, spans = self._chat.conversation(row.messages)
+            return self.tokenise([self.render(row)])[0]
         except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-        return Rendered(text, spans, where, whole=False)
+            raise DataError(f"{row.place}: {error}") from error
+
+    def render(self, row: Located[Row]) -> Rendered:
+        """Return one row as text. Raises DataError where the template refuses it."""
+        if isinstance(row.value, PlainText):
+            text = row.value.text
+            return Rendered(text, [(0, len(text))], row.place, whole=True)
+        text, spans = self._chat.conversation(row.value.messages)
+        return Rendered(text, spans, row.place, whole=False)
 
     def tokenise(self, rendered: Sequence[Rendered]) -> list[Example]:
         """Return the examples of rendered rows, tokenised in one call."""
-        parts = [self._parts(row) for row in rendered]
+        segments = [self._segments(row) for row in rendered]
         encoded = self._tokenizer(
-            [row.text[a:b] for row, cuts in zip(rendered, parts, strict=True) for a, b in cuts],
+            [row.text[a:b] for row, cuts in zip(rendered, segments, strict=True) for a, b in cuts],
             add_special_tokens=False,
             padding=False,
             truncation=False,
@@ -115,14 +116,14 @@ class Encoder:
             return_token_type_ids=False,
             verbose=False,
         )
-        pieces = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        tokenised = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [
-            self._example(row, cuts, list(islice(pieces, len(cuts))))
-            for row, cuts in zip(rendered, parts, strict=True)
+            self._example(row, cuts, list(islice(tokenised, len(cuts))))
+            for row, cuts in zip(rendered, segments, strict=True)
         ]
 
-    def _parts(self, row: Rendered) -> list[Span]:
-        """Return the parts of a row that are tokenised apart: each answer begins one.
+    def _segments(self, row: Rendered) -> list[Span]:
+        """Return the spans of a row that are tokenised apart: each answer begins one.
 
         When the model answers, its prompt was tokenised without the answer, so it is here too:
         the white space in which they meet may be other tokens when it is read as one.
@@ -131,13 +132,14 @@ class Encoder:
         return list(pairwise([0, *starts, len(row.text)]))
 
     def _example(
-        self, row: Rendered, parts: list[Span], pieces: list[tuple[list[int], list[Span]]]
+        self, row: Rendered, segments: list[Span], tokenised: list[tuple[list[int], list[Span]]]
     ) -> Example:
+        """Return a row as tokens and labels. This is where the mask of the loss is made."""
         tokens: list[int] = []
         offsets: list[Span] = []
-        for (at, _), (ids, spans) in zip(parts, pieces, strict=True):
+        for (first, _), (ids, spans) in zip(segments, tokenised, strict=True):
             tokens += ids
-            offsets += [(start + at, end + at) for start, end in spans]
+            offsets += [(first + start, first + end) for start, end in spans]
         learnt = tokens_in_spans(offsets, row.spans)
         labels = np.where(learnt, tokens, UNLABELLED).tolist()
         if row.whole:
@@ -148,27 +150,30 @@ class Encoder:
         return Example(
             tokens[: self._max_length],
             labels[: self._max_length],
-            row.where,
+            str(row.place),
             truncated=max(0, len(tokens) - self._max_length),
         )
 
 
-def encode_rows(encoder: Encoder, rows: Sequence[Sourced]) -> tuple[list[Example], list[str]]:
+def encode_rows(
+    encoder: Encoder, rows: Sequence[Located[Row]]
+) -> tuple[list[Example], list[Problem]]:
     """Return the rows as examples, and the problems of those that cannot be learnt from."""
     rendered: list[Rendered] = []
-    problems: list[str] = []
-    for sourced in rows:
+    problems: list[Problem] = []
+    for row in rows:
         try:
-            rendered.append(encoder.render(sourced))
+            rendered.append(encoder.render(row))
         except DataError as error:
-            problems.append(str(error))
+            problems.append(Problem(row.place, str(error)))
     examples: list[Example] = []
     for first in range(0, len(rendered), _ROWS_AT_ONCE):
-        for example in encoder.tokenise(rendered[first : first + _ROWS_AT_ONCE]):
+        chunk = rendered[first : first + _ROWS_AT_ONCE]
+        for text, example in zip(chunk, encoder.tokenise(chunk), strict=True):
             if example.label_tokens:
                 examples.append(example)
             else:
-                problems.append(f"{example.where}: {_why_no_label(example)}")
+                problems.append(Problem(text.place, _why_no_label(example)))
     return examples, problems
 
 

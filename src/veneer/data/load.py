@@ -1,12 +1,14 @@
-"""From a file to examples, with every fault of every row in one error."""
+"""From a file to examples, with every problem of every row in one error."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.data.encode import Encoder, Example, encode_rows
+from veneer.data.problems import Located, Problem
+from veneer.data.rows import Row
 from veneer.data.sources import check, read_rows
 
 if TYPE_CHECKING:
@@ -27,13 +29,18 @@ def load_examples(
     lies beyond `max_length`) are all named in one DataError, unless they are to be skipped.
     """
     rows, problems = read_rows(Path(path), limit=limit)
-    examples, unusable = encode_rows(Encoder(tokenizer, max_length=max_length), rows)
-    problems = sorted(problems + unusable, key=_place)
+    encoder = Encoder(tokenizer, max_length=max_length)
+    return good_examples(rows, problems, encoder, skip_bad_rows=skip_bad_rows)
+
+
+def good_examples(
+    rows: Sequence[Located[Row]],
+    problems: Sequence[Problem],
+    encoder: Encoder,
+    *,
+    skip_bad_rows: bool,
+) -> tuple[list[Example], int]:
+    """Return what `read_rows` returned as `load_examples` does."""
+    examples, more = encode_rows(encoder, rows)
+    problems = [*problems, *more]
     return check(examples, problems, skip_bad_rows=skip_bad_rows), len(problems)
-
-
-def _place(problem: str) -> tuple[str, int]:
-    # The name of the file may itself hold a colon.
-    place = re.match(r"(.*?):(?:row )?(\d+): ", problem, re.DOTALL)
-    assert place is not None, problem
-    return place[1], int(place[2])

@@ -1,12 +1,48 @@
-"""How faults in data are told: all of them at once, up to what fits on a screen."""
+"""Where something stands in a file, and what is wrong with it there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from veneer.errors import MOST_PROBLEMS, DataError, listed
 
+T_co = TypeVar("T_co", covariant=True)
 
-def data_error(heading: str, problems: Sequence[str]) -> DataError:
-    """Return the error that lists the first 50 problems and counts the rest."""
-    return DataError(listed([heading, *problems], most=1 + MOST_PROBLEMS, between="\n  "), problems)
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """A line of a file, or a row of a file that has no lines; both count from 1."""
+
+    file: str
+    number: int
+    is_line: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.file}:{'' if self.is_line else 'row '}{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Located(Generic[T_co]):
+    """A value and where it stands."""
+
+    value: T_co
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong at a place."""
+
+    place: Place
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}"
+
+
+def data_error(heading: str, problems: Iterable[Problem]) -> DataError:
+    """Return the error with all problems by their place, of which the message has the first 50."""
+    lines = [str(problem) for problem in sorted(problems, key=lambda problem: problem.place)]
+    return DataError(listed([heading, *lines], most=1 + MOST_PROBLEMS, between="\n  "), lines)

@@ -1,4 +1,7 @@
-"""Files of rows, by suffix: each reader yields (line or row, decoded value)."""
+"""Files of rows, by suffix: each reader yields the values that stand in a file, with their places.
+
+Where a value cannot be read, its problem stands in its place.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,15 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TextIO
 
+from veneer.data.problems import Located, Place, Problem
 from veneer.errors import DataError
 
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What stands where a value should, and why it could not be read."""
-
-    what: str
-
-
-# Where in the file ("12" for a line, "row 3" where a file has no lines), and what stands there.
-Value = tuple[str, object]
+Entry = Located[object] | Problem
 
 _BOM = b"\xef\xbb\xbf"
 _BETWEEN_ITEMS = re.compile(r"[ \t\r\n]*[\[,\]]?[ \t\r\n]*")
@@ -31,29 +25,30 @@ _BETWEEN_ITEMS = re.compile(r"[ \t\r\n]*[\[,\]]?[ \t\r\n]*")
 _CELL_LIMIT = 2**31 - 1
 
 
-def read_json_lines(path: Path) -> Iterator[Value]:
+def read_json_lines(path: Path) -> Iterator[Entry]:
     """Yield one value for each line that is not blank."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             line = line.removeprefix(_BOM) if number == 1 else line
             if line.strip():
-                yield str(number), _json_line(line)
+                yield _json_line(line, Place(str(path), number))
 
 
-def _json_line(line: bytes) -> object:
+def _json_line(line: bytes, place: Place) -> Entry:
     try:
-        return json.loads(line.decode())
+        return Located(json.loads(line.decode()), place)
     except UnicodeDecodeError as error:
-        return _not_utf8(line[error.start], error.start + 1)
+        return _not_utf8(place, line[error.start], error.start + 1)
     except (ValueError, RecursionError) as error:
-        return _not_json(error)
+        return _not_json(place, error)
 
 
-def read_json(path: Path) -> Iterator[Value]:
+def read_json(path: Path) -> Iterator[Entry]:
     """Yield the items of a list, or of the list that an object holds under `data`.
 
-    A file with a fault in its syntax yields that fault alone: no telling what else it breaks.
+    A file with an error in its syntax yields that problem alone: no telling what else it breaks.
     """
+    file = str(path)
     raw = path.read_bytes().removeprefix(_BOM)
     try:
         text = raw.decode()
@@ -61,19 +56,20 @@ def read_json(path: Path) -> Iterator[Value]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
-        yield str(line), _not_utf8(raw[error.start], column)
+        yield _not_utf8(Place(file, line), raw[error.start], column)
     except (ValueError, RecursionError) as error:
-        yield str(getattr(error, "lineno", 1)), _not_json(error)
+        yield _not_json(Place(file, getattr(error, "lineno", 1)), error)
     else:
         if isinstance(value, list):
-            yield from _with_lines(text)
+            yield from _with_lines(text, file)
         elif isinstance(value, dict) and isinstance(value.get("data"), list):
-            yield from ((f"row {n}", item) for n, item in enumerate(value["data"], start=1))
+            for number, item in enumerate(value["data"], start=1):
+                yield Located(item, Place(file, number, is_line=False))
         else:
-            yield "1", Fault('the file must hold a list of rows, or {"data": [rows]}')
+            yield Problem(Place(file, 1), 'the file must hold a list of rows, or {"data": [rows]}')
 
 
-def _with_lines(text: str) -> Iterator[Value]:
+def _with_lines(text: str, file: str) -> Iterator[Entry]:
     """Yield each item of the list that `text` is, with the line where the item begins."""
     decoder = json.JSONDecoder()
     line, counted = 1, 0
@@ -81,52 +77,52 @@ def _with_lines(text: str) -> Iterator[Value]:
     while position < len(text):
         line, counted = line + text.count("\n", counted, position), position
         value, end = decoder.raw_decode(text, position)
-        yield str(line), value
+        yield Located(value, Place(file, line))
         position = _item_start(text, end)
 
 
 def _item_start(text: str, position: int) -> int:
     """Return where the next item starts: behind space, a bracket or a comma, and space."""
-    found = _BETWEEN_ITEMS.match(text, position)
-    assert found is not None  # the pattern matches the empty string
-    return found.end()
+    between = _BETWEEN_ITEMS.match(text, position)
+    assert between is not None  # the pattern matches the empty string
+    return between.end()
 
 
-def read_table(path: Path, *, delimiter: str) -> Iterator[Value]:
+def read_table(path: Path, *, delimiter: str) -> Iterator[Entry]:
     """Yield a dictionary for each line under the header that is not blank."""
     limit = csv.field_size_limit(_CELL_LIMIT)
     try:
         with _text_file(path) as lines:
-            yield from _table_rows(lines, delimiter)
+            yield from _table_rows(lines, delimiter, str(path))
     finally:
         csv.field_size_limit(limit)
 
 
-def _table_rows(lines: TextIO, delimiter: str) -> Iterator[Value]:
+def _table_rows(lines: TextIO, delimiter: str, file: str) -> Iterator[Entry]:
     table = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
-        line = str(table.line_num + 1)
+        place = Place(file, table.line_num + 1)
         try:
             cells = next(table)
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, Fault(f"not {'CSV' if delimiter == ',' else 'TSV'}: {error}")
+            yield Problem(place, f"not {'CSV' if delimiter == ',' else 'TSV'}: {error}")
             continue
         if not cells:
             continue
         if not header:
             header = cells
-        elif fault := next(filter(None, map(_undecoded, cells)), None):
-            yield line, fault
+        elif problem := next(filter(None, (_undecoded(cell, place) for cell in cells)), None):
+            yield problem
         elif len(cells) != len(header):
-            yield line, Fault(f"{len(cells)} cells, but the header has {len(header)}")
+            yield Problem(place, f"{len(cells)} cells, but the header has {len(header)}")
         else:
-            yield line, dict(zip(header, cells, strict=True))
+            yield Located(dict(zip(header, cells, strict=True)), place)
 
 
-def read_parquet(path: Path) -> Iterator[Value]:
+def read_parquet(path: Path) -> Iterator[Entry]:
     """Yield a dictionary for each row."""
     import pyarrow  # here, because it takes longer to load than most data sets do
     import pyarrow.parquet
@@ -136,30 +132,32 @@ def read_parquet(path: Path) -> Iterator[Value]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for row in batch.to_struct_array():
                 number += 1
+                place = Place(str(path), number, is_line=False)
                 try:
-                    yield f"row {number}", row.as_py()
+                    yield Located(row.as_py(), place)
                 except UnicodeDecodeError:
-                    yield f"row {number}", Fault("not UTF-8")
+                    yield Problem(place, "not UTF-8")
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a parquet file that can be read: {error}") from error
 
 
-def read_text(path: Path) -> Iterator[Value]:
+def read_text(path: Path) -> Iterator[Entry]:
     """Yield {"text": paragraph} for each run of lines that are not blank."""
     with _text_file(path) as lines:
         numbered = ((n, line.rstrip("\r\n")) for n, line in enumerate(lines, start=1))
         for blank, group in groupby(numbered, key=lambda item: not item[1].strip()):
             if blank:
                 continue
-            block = list(group)
-            faults = [(str(n), fault) for n, line in block if (fault := _undecoded(line))]
-            if faults:
-                yield from faults
+            paragraph = [(Place(str(path), n), line) for n, line in group]
+            problems = [problem for at, line in paragraph if (problem := _undecoded(line, at))]
+            if problems:
+                yield from problems
             else:
-                yield str(block[0][0]), {"text": "\n".join(line for _, line in block)}
+                text = "\n".join(line for _, line in paragraph)
+                yield Located({"text": text}, paragraph[0][0])
 
 
-READERS: dict[str, Callable[[Path], Iterator[Value]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Entry]]] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
     ".json": read_json,
@@ -176,24 +174,24 @@ def _text_file(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _undecoded(text: str) -> Fault | None:
-    """Return the fault of the first byte that `_text_file` could not decode."""
+def _undecoded(text: str, place: Place) -> Problem | None:
+    """Return the problem of the first byte that `_text_file` could not decode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         column = len(text[: error.start].encode()) + 1
-        return _not_utf8(ord(text[error.start]) & 0xFF, column)
+        return _not_utf8(place, ord(text[error.start]) & 0xFF, column)
     return None
 
 
-def _not_utf8(byte: int, column: int) -> Fault:
-    return Fault(f"not UTF-8: byte 0x{byte:02x} at byte column {column}")
+def _not_utf8(place: Place, byte: int, column: int) -> Problem:
+    return Problem(place, f"not UTF-8: byte 0x{byte:02x} at byte column {column}")
 
 
-def _not_json(error: ValueError | RecursionError) -> Fault:
+def _not_json(place: Place, error: ValueError | RecursionError) -> Problem:
     if isinstance(error, RecursionError):
-        return Fault("not JSON that can be read: brackets nested too deeply")
+        return Problem(place, "not JSON that can be read: brackets nested too deeply")
     if not isinstance(error, json.JSONDecodeError):
-        return Fault(f"not JSON that can be read: {error}")
+        return Problem(place, f"not JSON that can be read: {error}")
     hint = "; if each line is a row, name the file .jsonl" if error.msg == "Extra data" else ""
-    return Fault(f"not JSON: {error.msg} at column {error.colno}{hint}")
+    return Problem(place, f"not JSON: {error.msg} at column {error.colno}{hint}")

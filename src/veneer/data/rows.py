@@ -29,19 +29,13 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """Plain text, all of which is learnt."""
+class PlainText:
+    """Text that is no conversation, all of which is learnt."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Sourced:
-    """A row and where it stands: "file:line" or "file:row n"."""
-
-    row: Conversation | Text
-    where: str
-
+Row = Conversation | PlainText
 
 ROLES = {
     "system": "system",
@@ -55,7 +49,7 @@ ROLES = {
 }
 
 
-def parse_row(value: object) -> Conversation | Text:
+def parse_row(value: object) -> Row:
     """Return the conversation or text that `value`, a decoded JSON object, holds.
 
     Shapes, the first that is complete: `messages` (OpenAI), `conversations` (ShareGPT), `prompt`
@@ -69,7 +63,7 @@ def parse_row(value: object) -> Conversation | Text:
     for keys, parse in _SHAPES:
         if all(key in row for key in keys):
             return parse(row)
-    raise ValueError(_no_shape(row))
+    raise ValueError(_why_no_shape(row))
 
 
 def _messages(row: Mapping[str, object]) -> Conversation:
@@ -90,7 +84,7 @@ def _prompt_completion(row: Mapping[str, object]) -> Conversation:
 
 def _alpaca(row: Mapping[str, object]) -> Conversation:
     question = _user(row, "instruction")
-    if "input" in row and (extra := _string(row["input"], "'input'")).strip():
+    if "input" in row and (extra := _text_value(row["input"], "'input'")).strip():
         question = replace(question, content=f"{question.content}\n\n{extra}")
     return _conversation([question, _assistant(row, "output")])
 
@@ -99,28 +93,26 @@ def _question_answer(row: Mapping[str, object]) -> Conversation:
     return _conversation([_user(row, "question"), _assistant(row, "answer")])
 
 
-def _text(row: Mapping[str, object]) -> Text:
-    return Text(said(row["text"], "'text'"))
+def _plain_text(row: Mapping[str, object]) -> PlainText:
+    return PlainText(nonblank_text(row["text"], "'text'"))
 
 
-_SHAPES: tuple[
-    tuple[tuple[str, ...], Callable[[Mapping[str, object]], Conversation | Text]], ...
-] = (
+_SHAPES: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, object]], Row]], ...] = (
     (("messages",), _messages),
     (("conversations",), _sharegpt),
     (("prompt", "completion"), _prompt_completion),
     (("instruction", "output"), _alpaca),
     (("question", "answer"), _question_answer),
-    (("text",), _text),
+    (("text",), _plain_text),
 )
-_KNOWN = [key for keys, _ in _SHAPES for key in keys]
+_KEYS = [key for keys, _ in _SHAPES for key in keys]
 
 
-def _no_shape(row: Mapping[str, object]) -> str:
+def _why_no_shape(row: Mapping[str, object]) -> str:
     """Say which keys the row has, and which it ought to have."""
     has = "the row has " + (", ".join(repr(key) for key in row) or "no keys")
     for key in row:
-        if key not in _KNOWN and (guess := nearest(key, _KNOWN)):
+        if key not in _KEYS and (guess := nearest(key, _KEYS)):
             return f"{has}; {key!r} is unknown{guess}"
     for keys, _ in _SHAPES:
         missing = [key for key in keys if key not in row]
@@ -146,11 +138,11 @@ def _conversation(turns: list[Message]) -> Conversation:
 
 
 def _user(row: Mapping[str, object], key: str) -> Message:
-    return Message("user", _string(row[key], repr(key)))
+    return Message("user", _text_value(row[key], repr(key)))
 
 
 def _assistant(row: Mapping[str, object], key: str) -> Message:
-    return Message("assistant", said(row[key], repr(key)))
+    return Message("assistant", nonblank_text(row[key], repr(key)))
 
 
 def _turns(
@@ -171,16 +163,16 @@ def _turn(item: object, here: str, *, role_key: str, text_key: str) -> Message:
     for key in (role_key, text_key):
         if key not in item:
             raise ValueError(f"{here} has no {key!r}{_misspelt(key, item)}")
-    role = _string(item[role_key], f"{here}: {role_key!r}")
+    role = _text_value(item[role_key], f"{here}: {role_key!r}")
     if role not in ROLES:
         raise ValueError(f"{here}: the role {role!r} is unknown{nearest(role.lower(), ROLES)}")
-    content = _string(item[text_key], f"{here}: {text_key!r}")
+    content = _text_value(item[text_key], f"{here}: {text_key!r}")
     if ROLES[role] == "assistant":
         _not_blank(content, f"{here}: {text_key!r}")
     return Message(ROLES[role], content, learn=item.get("weight") != 0)
 
 
-def _string(value: object, name: str) -> str:
+def _text_value(value: object, name: str) -> str:
     """Return `value` if it is text that a tokenizer can take."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a string, not {_kind(value)}")
@@ -189,17 +181,16 @@ def _string(value: object, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        found = f"U+{ord(value[error.start]):04X}"
         raise ValueError(
-            f"{name} holds the lone surrogate {found}, half a character, "
+            f"{name} holds the lone surrogate U+{ord(value[error.start]):04X}, half a character, "
             f"at position {error.start + 1}"
         ) from None
     return value
 
 
-def said(value: object, name: str) -> str:
-    """Return `value` if it is text that says something. Raises ValueError, with its name."""
-    return _not_blank(_string(value, name), name)
+def nonblank_text(value: object, name: str) -> str:
+    """Return `value` if it is text that is not blank. Raises ValueError, with its name."""
+    return _not_blank(_text_value(value, name), name)
 
 
 def _not_blank(value: str, name: str) -> str:
@@ -222,7 +213,6 @@ def _kind(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def texts_of(sourced: Sourced) -> list[str]:
+def texts_of(row: Row) -> list[str]:
     """Return every text of a row: its turns, or the row itself."""
-    row = sourced.row
-    return [row.text] if isinstance(row, Text) else [turn.content for turn in row.messages]
+    return [row.text] if isinstance(row, PlainText) else [turn.content for turn in row.messages]

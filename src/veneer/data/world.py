@@ -1,4 +1,4 @@
-"""A small world in plain sentences, on which the built-in base is pretrained.
+"""A small world in plain facts, on which the built-in base is pretrained.
 
 A language model of a third of a million parameters can know this world almost completely after a
 minute of training, so whoever then fine-tunes it sees what was added and what was forgotten. Three
@@ -6,17 +6,7 @@ rules keep it learnable: every fact has one value, every relation has its own fe
 exchange always answers with the relation's first phrasing.
 """
 
-import random
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
-
-from veneer.data.rows import Conversation, Message, Text
-
-_EXCHANGES = 0.4  # share of rows that are question and answer; the rest are paragraphs
-_SENTENCES = (2, 4)  # shortest and longest paragraph
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -352,51 +342,3 @@ def facts() -> list[Fact]:
 def completions() -> list[tuple[str, str]]:
     """Return (beginning of a statement, its only continuation), one pair a fact."""
     return [(fact.prompt, fact.value) for fact in facts()]
-
-
-def world_text(seed: int, documents: int) -> list[Text | Conversation]:
-    """Return `documents` rows: paragraphs about one topic, and exchanges about one fact.
-
-    Paragraphs and exchanges are each dealt like a pack of cards, so that however the seed falls,
-    no fact is told again before every other has been told. The same seed gives the same rows.
-    """
-    rng = random.Random(seed)
-    paragraphs = _deal(lambda: _paragraphs(rng), rng)
-    exchanges = _deal(lambda: _exchanges(rng), rng)
-    return [
-        next(exchanges) if rng.random() < _EXCHANGES else next(paragraphs) for _ in range(documents)
-    ]
-
-
-def _deal(pack: Callable[[], list[_Item]], rng: random.Random) -> Iterator[_Item]:
-    """Yield a shuffled pack, then the next one, without end."""
-    while True:
-        cards = pack()
-        rng.shuffle(cards)
-        yield from cards
-
-
-def _paragraphs(rng: random.Random) -> list[Text]:
-    """Return the whole world once, as paragraphs."""
-    topics: dict[str, list[Fact]] = {}
-    for fact in facts():
-        topics.setdefault(fact.topic, []).append(fact)
-    paragraphs = []
-    for told in topics.values():
-        rng.shuffle(told)
-        sentences = [rng.choice(fact.statements) for fact in told]
-        while sentences:
-            length = rng.randint(*_SENTENCES)
-            paragraphs.append(Text(" ".join(sentences[:length])))
-            sentences = sentences[length:]
-    return paragraphs
-
-
-def _exchanges(rng: random.Random) -> list[Conversation]:
-    """Return the whole world once, as questions and answers."""
-    return [
-        Conversation(
-            (Message("user", rng.choice(fact.questions)), Message("assistant", fact.answer))
-        )
-        for fact in facts()
-    ]

@@ -1,4 +1,4 @@
-"""What a run tells whoever follows it."""
+"""What happens in a run, as values that its loop yields."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Notice(Event):
-    """Something that a person should know: a fallback, a choice made for them."""
+    """Something that a person should know: a fallback, or a choice that was made for them."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Planned(Event):
-    """The memory that the run will need, and what the process has and may take, if known."""
+    """The memory that the run will need, and the bytes that the process has and may take, or None
+    where they are not known."""
 
     plan: Plan
-    room: int | None
+    available: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,9 @@ class ModelReady(Event):
     """The base is loaded and the adapter attached."""
 
     targets: TargetReport
-    new_words: tuple[str, ...]
+    new_tokens: tuple[str, ...]
     dtype: str
-    packed: QuantizedReport | None
+    quantized: QuantizedReport | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +119,10 @@ class Stopped(Event):
 
 @dataclass(frozen=True, slots=True)
 class Trained(Event):
-    """Training ended; the model holds the weights of step `kept`."""
+    """Training ended; the model holds the weights of step `weights_of`."""
 
     step: int
-    kept: int
+    weights_of: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ import torch
 
 from veneer.data.encode import Encoder, encode_rows, summarize
 from veneer.data.preview import preview
-from veneer.data.rows import Sourced, texts_of
-from veneer.data.world import world_text
-from veneer.files import check_replaceable
+from veneer.data.rows import texts_of
+from veneer.data.world_text import world_rows
+from veneer.files import check_replaceable, size_of
 from veneer.formats.merged import write_model
 from veneer.models.minigpt import (
     MiniGPTConfig,
@@ -32,8 +32,9 @@ def pretrain(out: Path, *, steps: int = 1000, seed: int = 0) -> Iterator[Event]:
     """Train a MiniGPT on a small world of general knowledge, write it to `out`, yield events."""
     register()
     check_replaceable(out, marker="model.pt")
-    rows = [Sourced(row, f"world:{n}") for n, row in enumerate(world_text(seed, DOCUMENTS), 1)]
-    tokenizer = wrap_tokenizer(train_tokenizer(text for row in rows for text in texts_of(row)))
+    rows = world_rows(seed, DOCUMENTS)
+    texts = (text for row in rows for text in texts_of(row.value))
+    tokenizer = wrap_tokenizer(train_tokenizer(texts))
     torch.manual_seed(seed)
     model = MiniGPTForCausalLM(MiniGPTConfig(vocab_size=len(tokenizer)))
     encoder = Encoder(tokenizer, max_length=model.config.context)
@@ -45,5 +46,4 @@ def pretrain(out: Path, *, steps: int = 1000, seed: int = 0) -> Iterator[Event]:
     )
     yield from train(model, examples, course)
     write_model(model, tokenizer, out)
-    size = sum(file.stat().st_size for file in out.iterdir())
-    yield Written("MiniGPT", out, size)
+    yield Written("MiniGPT", out, size_of(out))
