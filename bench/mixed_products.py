@@ -8,17 +8,17 @@ import time
 import torch
 from torch import nn
 
-from veneer.adapter import layers
+from veneer.adapter import linear
 from veneer.adapter.active import ActiveAdapters
-from veneer.adapter.layers import LoRALinear
-from veneer.lowrank.update import LowRankUpdate, Rows
+from veneer.adapter.linear import LoRALinear
+from veneer.lowrank.update import LowRankUpdate, RowUpdates
 
 OUT, IN, ROUNDS, REPEATS = 1536, 576, 9, 20
 
 
 def seconds(layer: LoRALinear, x: torch.Tensor, most: int) -> float:
     """Return the processor's time for a pass with stacks of `most` ranks."""
-    layers.STACKED_RANKS = most
+    linear.STACKED_RANKS = most
     start = time.process_time()
     for _ in range(REPEATS):
         layer(x)
@@ -44,7 +44,7 @@ def main() -> None:
             }
             for _ in range(count)
         ]
-        active_adapters.rows = Rows(parts, tuple(row % count for row in range(rows)))
+        active_adapters.row_updates = RowUpdates(parts, tuple(row % count for row in range(rows)))
         x = torch.randn(rows, 1, IN, dtype=torch.bfloat16)
         times = [(seconds(layer, x, 10**9), seconds(layer, x, 0)) for _ in range(ROUNDS)]
         stacked, own = (statistics.median(each) * 1e6 for each in zip(*times, strict=True))

@@ -43,7 +43,7 @@ def test_the_weight_is_what_acts(architecture, kind):
 @pytest.mark.parametrize("architecture", LAYERS)
 def test_using_the_weight_is_calling_the_layer(architecture, kind):
     layer = layer_of(architecture, LAYERS[architecture], **KINDS[kind]).double()
-    x = torch.randn(5, layer.frozen.shape[1], dtype=torch.float64)
+    x = torch.randn(5, layer.base_weight.shape[1], dtype=torch.float64)
     trained = [p for p in layer.parameters() if p.requires_grad]
     by_call = layer(x)
     weight = layer.weight if architecture == "llama" else layer.weight.T
@@ -104,8 +104,8 @@ def test_mamba_learns_where_it_reads_a_weight():
 def test_an_original_that_trains_beside_its_adapter_has_its_gradient(dora):
     layer = layer_of("llama", LAYERS["llama"], dora=dora).double()
     layer.original.requires_grad_(True)
-    x = torch.randn(5, layer.frozen.shape[1], dtype=torch.float64)
-    dy = torch.randn(5, layer.frozen.shape[0], dtype=torch.float64)
+    x = torch.randn(5, layer.base_weight.shape[1], dtype=torch.float64)
+    dy = torch.randn(5, layer.base_weight.shape[0], dtype=torch.float64)
     own = layer.original.weight
     found = torch.autograd.grad(layer(x), own, dy)
     wanted = torch.autograd.grad(F.linear(x, layer.weight), own, dy)

@@ -178,7 +178,7 @@ def test_dora_is_refused_and_approximated_on_request(tmp_path):
 def test_the_nearest_lora_is_the_best_of_its_rank():
     model = shake(veneer.attach(random_model("llama"), veneer.LoRA(rank=4, dora=True)))
     state = capture(model)
-    plain, _ = mapping.without_dora(state, lambda path: model.get_submodule(path).frozen_weight)
+    plain, _ = mapping.without_dora(state, lambda path: model.get_submodule(path).dense_base_weight)
     for path, layer in lora_layers(model):
         change = layer.delta().double()
         near = plain.config.scaling_of(path) * (

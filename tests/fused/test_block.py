@@ -54,7 +54,9 @@ def norm(x: Tensor, half: SelfAttention | FeedForward) -> Tensor:
     return F.rms_norm(x, (DIM,), half.norm.weight, half.norm.eps)
 
 
-def self_attention(adapted: str, *, bias: bool, sparing: bool, dora: str = "none") -> SelfAttention:
+def self_attention(
+    adapted: str, *, bias: bool, recompute_projections: bool, dora: str = "none"
+) -> SelfAttention:
     torch.manual_seed(0)
     counts, gains = ADAPTED[adapted], DORA[dora]
     outs = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
@@ -70,7 +72,7 @@ def self_attention(adapted: str, *, bias: bool, sparing: bool, dora: str = "none
         cos=angles.cos(),
         sin=angles.sin(),
         arena=Arena(),
-        sparing=sparing,
+        recompute_projections=recompute_projections,
     )
 
 
@@ -85,7 +87,9 @@ def plain_attention(half: SelfAttention, x: Tensor) -> Tensor:
     return x + plain(half.output, y.flatten(1))
 
 
-def feed_forward(adapted: str, *, bias: bool, sparing: bool, dora: str = "none") -> FeedForward:
+def feed_forward(
+    adapted: str, *, bias: bool, recompute_projections: bool, dora: str = "none"
+) -> FeedForward:
     torch.manual_seed(0)
     counts, gains = ADAPTED[adapted], DORA[dora]
     return FeedForward(
@@ -93,7 +97,7 @@ def feed_forward(adapted: str, *, bias: bool, sparing: bool, dora: str = "none")
         inputs=tuple(projection(DIM, INNER, counts[i], bias=bias, dora=gains[i]) for i in range(2)),
         output=projection(INNER, DIM, counts[3], bias=bias, dora=gains[3]),
         arena=Arena(),
-        sparing=sparing,
+        recompute_projections=recompute_projections,
     )
 
 
@@ -118,10 +122,10 @@ def trained(half: SelfAttention | FeedForward) -> list[Tensor]:
     return [tensor for p in (*half.inputs, half.output) for tensor in p.trained()]
 
 
-@pytest.mark.parametrize(("which", "adapted", "dora", "bias", "sparing"), CASES)
-def test_equals_the_plain_operations(which, adapted, dora, bias, sparing):
+@pytest.mark.parametrize(("which", "adapted", "dora", "bias", "recompute_projections"), CASES)
+def test_equals_the_plain_operations(which, adapted, dora, bias, recompute_projections):
     make, reference = HALVES[which]
-    half = make(adapted, bias=bias, sparing=sparing, dora=dora)
+    half = make(adapted, bias=bias, recompute_projections=recompute_projections, dora=dora)
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
     dy = torch.randn(TOKENS, DIM, **DOUBLE)
     inputs = [x, *trained(half)]
@@ -135,7 +139,7 @@ def test_equals_the_plain_operations(which, adapted, dora, bias, sparing):
 @pytest.mark.parametrize("dora", ["none", "all"])
 @pytest.mark.parametrize("which", HALVES)
 def test_passes_gradcheck(which, dora):
-    half = HALVES[which][0]("all", bias=True, sparing=False, dora=dora)
+    half = HALVES[which][0]("all", bias=True, recompute_projections=False, dora=dora)
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
 
     def forward(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -152,20 +156,20 @@ def test_passes_gradcheck(which, dora):
 
 @pytest.mark.parametrize("which", HALVES)
 def test_no_gradient_below_the_lowest_adapter(which):
-    half = HALVES[which][0]("all", bias=False, sparing=False)
+    half = HALVES[which][0]("all", bias=False, recompute_projections=False)
     x = torch.randn(TOKENS, DIM, **DOUBLE)
     after(half, x).sum().backward()
     assert x.grad is None
     assert all(tensor.grad is not None for tensor in trained(half))
-    nothing = HALVES[which][0]("none", bias=False, sparing=False)
+    nothing = HALVES[which][0]("none", bias=False, recompute_projections=False)
     assert not after(nothing, x).requires_grad
 
 
 @pytest.mark.parametrize("which", HALVES)
-@pytest.mark.parametrize("sparing", [True, False])
-def test_two_passes_before_the_first_way_back(which, sparing):
+@pytest.mark.parametrize("recompute_projections", [True, False])
+def test_two_passes_before_the_first_way_back(which, recompute_projections):
     """Memory is never used again while a way back may still need it."""
-    half = HALVES[which][0]("all", bias=False, sparing=sparing)
+    half = HALVES[which][0]("all", bias=False, recompute_projections=recompute_projections)
     xs = [torch.randn(TOKENS, DIM, **DOUBLE) for _ in range(2)]
     alone = []
     for x in xs:
@@ -179,7 +183,7 @@ def test_two_passes_before_the_first_way_back(which, sparing):
 @pytest.mark.parametrize("which", HALVES)
 def test_what_is_kept_is_left_as_it_was(which, dora):
     """The way back can be gone twice."""
-    half = HALVES[which][0]("all", bias=True, sparing=False, dora=dora)
+    half = HALVES[which][0]("all", bias=True, recompute_projections=False, dora=dora)
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
     loss = after(half, x).square().sum()
     first = torch.autograd.grad(loss, [x, *trained(half)], retain_graph=True)
@@ -188,14 +192,14 @@ def test_what_is_kept_is_left_as_it_was(which, dora):
 
 @pytest.mark.parametrize("adapted", ["all", "output", "none"])
 def test_the_second_half_needs_no_copy_of_a_sum_that_is_known(adapted):
-    first = self_attention(adapted, bias=True, sparing=False, dora="all")
-    second = feed_forward("all", bias=True, sparing=False, dora="all")
+    first = self_attention(adapted, bias=True, recompute_projections=False, dora="all")
+    second = feed_forward("all", bias=True, recompute_projections=False, dora="all")
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
 
-    def both(*, knowing: bool) -> list[Tensor]:
-        middle, known = first(x)
-        assert (known is None) == (adapted == "none")
-        half = replace(second, known=known if knowing else None)
+    def both(*, summands_kept: bool) -> list[Tensor]:
+        middle, summands = first(x)
+        assert (summands is None) == (adapted == "none")
+        half = replace(second, summands=summands if summands_kept else None)
         kept: list[int] = []
 
         def keep(tensor: Tensor) -> Tensor:
@@ -204,10 +208,10 @@ def test_the_second_half_needs_no_copy_of_a_sum_that_is_known(adapted):
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y = half(middle)
-        assert (middle.data_ptr() in kept) == (half.known is None)
+        assert (middle.data_ptr() in kept) == (half.summands is None)
         return [y, *torch.autograd.grad(y.square().sum(), [x, *trained(first), *trained(second)])]
 
-    for found, wanted in zip(both(knowing=True), both(knowing=False), strict=True):
+    for found, wanted in zip(both(summands_kept=True), both(summands_kept=False), strict=True):
         assert torch.equal(found, wanted)
 
 

@@ -20,7 +20,9 @@ from veneer.adapter import layers
 from veneer.adapter.active import ActiveAdapters
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
-from veneer.adapter.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
+from veneer.adapter.embedding import LoRAEmbedding
+from veneer.adapter.layers import AdaptedLayer, lora_layers
+from veneer.adapter.linear import LoRALinear
 from veneer.kernels import gain, gated
 from veneer.kernels.gain import apply_gain_, gain_backward, swiglu_gain_backward
 from veneer.kernels.gated import swiglu_backward
@@ -53,10 +55,10 @@ def without_kernels(compiled: bool, monkeypatch: Any) -> None:
 
 
 def with_adapters(layer: AdaptedLayer, weights: dict[str, float], dropout: float = 0.0) -> Any:
-    W = layer.by_outputs(layer.frozen_weight).double()
+    W = layer.by_outputs(layer.dense_base_weight).double()
     for rank, name in enumerate(weights, 1):
         one = adapter(W, rank, plain=name == "plain", dropout=dropout)
-        layer.put(name, one)
+        layer.attach(name, one)
         layer.active_adapters.configs[name] = LoRA()
     layer.active_adapters.use(weights)
     return layer
@@ -75,7 +77,7 @@ def linear(kind: str, *, bias: bool) -> LoRALinear:
 
 def change(layer: AdaptedLayer) -> Tensor:
     """Return Σ w ΔW by the formula, through which gradients go but for the norms."""
-    W = layer.by_outputs(layer.frozen_weight).double()
+    W = layer.by_outputs(layer.dense_base_weight).double()
     total = torch.zeros_like(W)
     for part, weight in layer.active():
         V = W + part.scaling * part.lora_B @ part.lora_A
@@ -95,7 +97,7 @@ def test_linear_layers_equal_the_formula_both_ways(kind, bias, weights):
     layer = with_adapters(linear(kind, bias=bias), weights)
     dtype = torch.float32 if kind == "nf4" else torch.float64
     x = torch.randn(2, 3, IN, dtype=dtype, requires_grad=True)
-    W = layer.frozen_weight.double() + change(layer)
+    W = layer.dense_base_weight.double() + change(layer)
     wanted = F.linear(x.double(), W, layer.original.bias)
     found = layer(x)
     inputs = [x, *(weight for weight in layer.parameters() if weight.requires_grad)]
@@ -111,7 +113,7 @@ def test_embeddings_equal_the_formula_both_ways(weights):
     torch.manual_seed(0)
     layer = with_adapters(LoRAEmbedding(nn.Embedding(20, 6, **DOUBLE), ActiveAdapters()), weights)
     tokens = torch.randint(20, (3, 4))
-    wanted = F.embedding(tokens, layer.frozen_weight + change(layer).T)
+    wanted = F.embedding(tokens, layer.dense_base_weight + change(layer).T)
     found = layer(tokens)
     inputs = [weight for weight in layer.parameters() if weight.requires_grad]
     dy = torch.randn(3, 4, 6, **DOUBLE)
@@ -448,4 +450,4 @@ def test_a_row_of_zeros_in_a_mix_is_what_the_others_make_of_it():
         layer.active_adapters.use(weights)
         x = torch.randn(5, IN, **DOUBLE)
         found = layer(x)
-        assert distance(found, x @ (layer.frozen_weight + layer.delta()).T) < 1e-5
+        assert distance(found, x @ (layer.dense_base_weight + layer.delta()).T) < 1e-5

@@ -17,12 +17,13 @@ from veneer.adapter.active import ActiveAdapters
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.attach import attach, use
 from veneer.adapter.config import LoRA
-from veneer.adapter.layers import LoRAEmbedding, LoRALinear
+from veneer.adapter.embedding import LoRAEmbedding
+from veneer.adapter.linear import LoRALinear
 from veneer.adapter.new_tokens import NewTokenHead
 from veneer.kernels import cross_entropy
 from veneer.kernels.attention import Packing, UnsupportedAttention, packed_attention
 from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy
-from veneer.lowrank.autograd import LowRankLinear
+from veneer.lowrank.projection import LowRankLinear
 
 IN, OUT, RANK = 5, 4, 2
 DOUBLE = {"dtype": torch.float64}
@@ -57,14 +58,14 @@ def lora_linear(
     )
     for number, name in enumerate(weights, 1):
         # Of several adapters, every other one drops inputs out, so that all ways are gone.
-        layer.put(name, adapter(number + 1, 0.5 + number, dropout * (number % 2)))
+        layer.attach(name, adapter(number + 1, 0.5 + number, dropout * (number % 2)))
         active_adapters.configs[name] = LoRA()
     active_adapters.use(weights)
     return layer
 
 
 def plain(layer: LoRALinear, x: Tensor) -> Tensor:
-    y = F.linear(x, layer.frozen_weight, layer.original.bias)
+    y = F.linear(x, layer.dense_base_weight, layer.original.bias)
     for part, weight in layer.active():
         y = y + weight * part.scaling * F.linear(F.linear(x, part.lora_A), part.lora_B)
     return y
@@ -169,7 +170,7 @@ def test_embedding_passes_gradcheck(weights, scale):
     layer = LoRAEmbedding(original, active_adapters)
     for number, name in enumerate(weights, 1):
         A, B = torch.randn(number, 7, **DOUBLE), torch.randn(OUT, number, **DOUBLE)
-        layer.put(name, Adapter(A, B, scaling=0.5 + number))
+        layer.attach(name, Adapter(A, B, scaling=0.5 + number))
         active_adapters.configs[name] = LoRA()
     active_adapters.use(weights)
     tokens = torch.tensor([[0, 3, 3], [6, 0, 1]])
@@ -224,7 +225,7 @@ def heads() -> dict[str, nn.Module]:
     torch.manual_seed(1)
     frozen = nn.Linear(DIM, WORDS, bias=False, **DOUBLE).requires_grad_(False)
     adapted = LoRALinear(nn.Linear(DIM, WORDS, **DOUBLE), ActiveAdapters())
-    adapted.put(
+    adapted.attach(
         "a", Adapter(torch.randn(2, DIM).double(), torch.randn(WORDS, 2).double(), scaling=2.0)
     )
     adapted.active_adapters.weights = {"a": 1.0}

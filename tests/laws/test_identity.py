@@ -6,7 +6,8 @@ import torch
 import veneer
 from support.random_adapters import distance, logits, same, shake, snapshot, targets_named
 from support.tiny_models import ARCHITECTURES, tiny
-from veneer.adapter.layers import LoRAEmbedding, lora_layers
+from veneer.adapter.embedding import LoRAEmbedding
+from veneer.adapter.layers import lora_layers
 
 TARGETS = ["attention", "qv", "mlp", "all", "embedding", "everything"]
 

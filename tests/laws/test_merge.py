@@ -19,8 +19,9 @@ from support.random_adapters import (
     with_new_tokens,
 )
 from support.tiny_models import ARCHITECTURES, VOCAB, tiny
-from veneer.adapter.layers import AdaptedLayer, Wrapper
+from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.merge import rounded_away
+from veneer.adapter.wrapper import Wrapper
 from veneer.models import minigpt
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

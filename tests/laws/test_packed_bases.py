@@ -13,7 +13,8 @@ import veneer
 from support.random_adapters import distance, examples, ids, logits, shake, snapshot, targets_named
 from support.tiny_models import ARCHITECTURES, quantized, source, tiny
 from veneer.adapter.active import ActiveAdapters
-from veneer.adapter.layers import LoRALinear, lora_layers
+from veneer.adapter.layers import lora_layers
+from veneer.adapter.linear import LoRALinear
 from veneer.adapter.merge import rounded_away
 from veneer.data.packing import pack
 from veneer.fused.forward import choose_forward

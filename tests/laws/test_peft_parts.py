@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import veneer
 from support.peft_cases import CASES, base, logits, theirs, train_parts, written
 from support.random_adapters import copy_of, examples, same, snapshot
-from veneer.adapter.layers import Wrapper
+from veneer.adapter.wrapper import Wrapper
 from veneer.data.packing import pack
 from veneer.fused.forward import Forward, choose_forward
 

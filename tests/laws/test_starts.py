@@ -22,7 +22,8 @@ from support.random_adapters import (
 )
 from support.tiny_models import ARCHITECTURES, quantized, tiny
 from veneer.adapter.config import LoRA
-from veneer.adapter.layers import LoRALinear, lora_layers
+from veneer.adapter.layers import lora_layers
+from veneer.adapter.linear import LoRALinear
 from veneer.adapter.start import start_from_gradients
 from veneer.formats.merged import write_model
 from veneer.lowrank.initial import from_gradient, leading, nearest_factors
@@ -233,7 +234,7 @@ def test_loftq_makes_up_for_what_packing_took(tmp_path):
     for path, layer in lora_layers(base.model):
         assert isinstance(layer, LoRALinear)
         lost = dense.get_submodule(path).weight - before[path]
-        assert torch.equal(layer.frozen_weight, before[path])
+        assert torch.equal(layer.dense_base_weight, before[path])
         S = torch.linalg.svdvals(lost)
         left = (lost - layer.delta()).norm()
         assert left <= 1.01 * S[4:].norm(), path

@@ -203,7 +203,10 @@ def test_what_is_reported_is_what_trains(architecture):
     assert report.share == trained / report.base_parameters
     for line in report.lines:
         layer = model.get_submodule(line.path)
-        assert (line.out, line.in_) in (layer.frozen_weight.shape, layer.frozen_weight.T.shape)
+        assert (line.out, line.in_) in (
+            layer.dense_base_weight.shape,
+            layer.dense_base_weight.T.shape,
+        )
         own = sum(weight.numel() for weight in layer.adapters.parameters())
         assert line.trained == own == line.rank * (line.out + line.in_)
 

@@ -32,7 +32,7 @@ from support.trainers import (
     trainer_losses,
     veneer_losses,
 )
-from veneer.adapter.layers import Wrapper
+from veneer.adapter.wrapper import Wrapper
 from veneer.data.packing import StepOrder
 from veneer.fused.forward import choose_forward
 from veneer.models.fingerprint import base_parameters

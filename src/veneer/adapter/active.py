@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from veneer.errors import AdapterError, nearest
-from veneer.lowrank.update import Rows
+from veneer.lowrank.update import RowUpdates
 
 Saved = dict[str, nn.Parameter]  # by path, what stands in the place of weights of the base
 
@@ -28,7 +28,8 @@ class ActiveAdapters:
         self.saved: dict[str, Saved] = {}
         self.base: Saved = {}
         self.notes: dict[str, Mapping[str, Any]] = {}  # by name, how an adapter was trained
-        self.rows: Rows | None = None  # while each row of a batch has its own, which then act alone
+        # While each row of a batch has adapters of its own; `weights` then has no effect.
+        self.row_updates: RowUpdates | None = None
 
     @property
     def idle(self) -> bool:
@@ -41,7 +42,7 @@ class ActiveAdapters:
         Raises AdapterError for a name that is not attached.
         """
         self.weights = self.checked(which)
-        self.rows = None
+        self.row_updates = None
 
     def checked(self, which: str | Mapping[str, float] | None) -> dict[str, float]:
         """Return names and weights. Raises AdapterError for a name that is not attached."""

@@ -13,9 +13,9 @@ class Adapter(nn.Module):
 
     Over a stack of experts, A (experts, rank, in) and B (experts, out, rank).
     magnitude (out,): DoRA's, the length of each row of the adapted weight; None for plain LoRA.
-    bias (out,): what is added to B (A x), and scaled with it, as PEFT's lora_bias; None for zero.
-    start: A₀ and B₀ for an adapter whose factors are not zero at the start (PiSSA and its like): it
-    then adds B A − B₀ A₀, so that the base need not be changed.
+    bias (out,): added to B (A x) and scaled with it, as PEFT's lora_bias; None for zero.
+    start: A₀ and B₀ of an adapter whose B A is not zero at the start (PiSSA and its like): it then
+    adds B A − B₀ A₀, so that the base need not change.
     """
 
     def __init__(
@@ -41,22 +41,27 @@ class Adapter(nn.Module):
         self.register_buffer("start_B", None if start is None else start[1])
         self.scaling = scaling
         self.dropout = dropout
-        self.kept_norms: tuple[object, Tensor] | None = None  # while nothing can change them
+        self.cached_norms: tuple[object, Tensor] | None = None  # while nothing can change them
 
     @property
     def rank(self) -> int:
         return self.lora_A.shape[-2]
 
     @property
+    def acting_rank(self) -> int:
+        """The rank of `factors()`."""
+        return self.rank if self.start_A is None else 2 * self.rank
+
+    @property
     def start(self) -> Factors | None:
-        """A₀ and B₀, or None where they are no more than zero."""
+        """A₀ and B₀, or None where B₀ A₀ is zero."""
         if self.start_A is None or self.start_B is None:
             return None
         return self.start_A, self.start_B
 
     @torch.no_grad()
-    def begin_at(self, A: Tensor, B: Tensor) -> None:
-        """Let A and B start at these values, in place; nothing is added yet."""
+    def start_at(self, A: Tensor, B: Tensor) -> None:
+        """Start A and B at these values, in place; the adapter adds nothing yet."""
         self.start_A, self.start_B = A.to(self.lora_A), B.to(self.lora_B)
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)

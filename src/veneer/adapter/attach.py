@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from veneer.adapter.active import ActiveAdapters, active_adapters_of
+from veneer.adapter.active import active_adapters_of
+from veneer.adapter.adapted import Adapted
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.conv import LoRAConv2d, why_not_adaptable
-from veneer.adapter.layers import AdaptedLayer, LoRAEmbedding, LoRALinear, lora_layers
+from veneer.adapter.embedding import LoRAEmbedding
+from veneer.adapter.layers import AdaptedLayer, lora_layers
+from veneer.adapter.linear import LoRALinear
 from veneer.adapter.method import Method, is_virtual
 from veneer.adapter.modules_to_save import base_in_place, home, place_saved, put_saved, take_saved
 from veneer.adapter.new_tokens import remove_tokens
-from veneer.adapter.parameters import AdaptedParameter, LoRAParameters
+from veneer.adapter.parameters import LoRAParameters
 from veneer.adapter.start import start_from_rounding
 from veneer.adapter.targets import Layer, resolve
 from veneer.adapter.tokens import TrainedTokens
@@ -30,7 +33,7 @@ from veneer.adapter.virtual_forward import attach_virtual_tokens, detach_virtual
 from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.lowrank.initial import directions
-from veneer.lowrank.update import LowRankUpdate, Rows
+from veneer.lowrank.update import LowRankUpdate, RowUpdates
 from veneer.quant.weight import quantized_layers
 
 
@@ -145,10 +148,10 @@ def use_rows(model: nn.Module, rows: Sequence[str | Mapping[str, float] | None])
     with torch.no_grad():
         for _, layer in lora_layers(model):
             for each, part in zip(different, parts, strict=True):
-                if pairs := layer.named(each):
-                    part[layer] = layer.acting(pairs, layer.computing)
+                if (pairs := layer.named(each)) and isinstance(layer, AdaptedLayer):
+                    part[layer] = layer.low_rank_update(pairs, layer.compute_dtype)
     numbers = tuple(different.index(each) if each else None for each in wanted)
-    active_adapters.rows = Rows(parts, numbers)
+    active_adapters.row_updates = RowUpdates(parts, numbers)
 
 
 def _acts_on_batches(model: nn.Module, name: str) -> bool:
@@ -259,9 +262,11 @@ def put(
     """
     with base_in_place(model):
         for path, part in parts.items():
-            adapted_layer(model, path).put(name, part.requires_grad_(False))
+            adapted_layer(model, path).attach(name, part.requires_grad_(False))
         for path, rows in (tokens or {}).items():
-            adapted_layer(model, path).put_tokens(name, rows.requires_grad_(False))
+            layer = adapted_layer(model, path)
+            assert isinstance(layer, AdaptedLayer)
+            layer.attach_tokens(name, rows.requires_grad_(False))
         put_saved(model, name, saved or {})
     active_adapters_of(model).configs[name] = config
     use(model, name)
@@ -290,12 +295,16 @@ def check_name(model: nn.Module, name: str) -> None:
         raise AdapterError(f"An adapter cannot be called {name!r}; choose another name.")
 
 
-def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
+def adapted_layer(model: nn.Module, path: str) -> Adapted:
     """Return the adapted layer, or parameter, at a path, wrapping the base's own if need be."""
     active_adapters = active_adapters_of(model)
     owner, name = home(model, path)
     if name in owner._parameters:
-        return _adapted_parameter(model, path, active_adapters)
+        wrapper = model.get_submodule(path.rpartition(".")[0])
+        if not isinstance(wrapper, LoRAParameters):
+            wrapper = LoRAParameters(wrapper)
+            model.set_submodule(path.rpartition(".")[0], wrapper)
+        return wrapper.adapt(name, active_adapters)
     module = owner.get_submodule(name)
     if isinstance(module, AdaptedLayer):
         return module
@@ -309,18 +318,3 @@ def adapted_layer(model: nn.Module, path: str) -> AdaptedLayer:
         layer.place = Place(type(owner), name)
     owner.set_submodule(name, layer)
     return layer
-
-
-def _adapted_parameter(
-    model: nn.Module, path: str, active_adapters: ActiveAdapters
-) -> AdaptedParameter:
-    place, _, name = path.rpartition(".")
-    module = model.get_submodule(place)
-    if not isinstance(module, LoRAParameters):
-        module = LoRAParameters(module)
-        model.set_submodule(place, module)
-    if name not in module.parts:
-        module.parts[name] = AdaptedParameter(module.original, name, active_adapters)
-    part = module.parts[name]
-    assert isinstance(part, AdaptedParameter)
-    return part

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
+from veneer.kernels.gain import apply_gain
 from veneer.lowrank.formula import new_A
 
 
@@ -27,36 +28,36 @@ class LoRAConv2d(AdaptedLayer):
     def stored(self, weight: Tensor) -> Tensor:
         return weight.view(self.original.weight.shape)  # type: ignore[arg-type]
 
-    def frozen_times(self, A: Tensor) -> Tensor:
-        frozen = self.frozen_weight
-        return frozen @ A.to(frozen.dtype).T
+    def base_weight_times(self, A: Tensor) -> Tensor:
+        W = self.dense_base_weight
+        return W @ A.to(W.dtype).T
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
-        out, in_ = self.frozen.shape
+        out, in_ = self.base_weight.shape
         rank = config.rank_of(path)
         A, B = new_A(rank, in_, config.init, generator), torch.zeros(out, rank)
         adapter = Adapter(A, B, scaling=config.scaling_of(path), dropout=config.dropout)
         adapter.lora_A.requires_grad_(not config.lora_fa)
-        self._put_fresh(name, adapter, config)
+        self._attach_fresh(name, adapter, config)
 
     def forward(self, x: Tensor) -> Tensor:
         conv: Any = self.original
         active = self.active()
         if not active:
             return conv(x)
-        bias = self.acting_bias(active)
+        bias = self.active_bias(active)
         y = conv._conv_forward(x, conv.weight, bias)  # (rows, out, height, width)
-        one = self.acting(active, x.dtype)
+        update = self.low_rank_update(active, x.dtype)
         ranks = [adapter.rank for adapter, _ in active]
-        parts = zip(active, one.A.split(ranks), one.B.split(ranks, 1), strict=True)
-        for (adapter, _), A, B in parts:
-            seen = F.dropout(x, adapter.dropout, self.training)
+        factors = zip(active, update.A.split(ranks), update.B.split(ranks, 1), strict=True)
+        for (adapter, _), A, B in factors:
             window = A.unflatten(1, conv.weight.shape[1:])  # (rank, in, height, width)
-            h = F.conv2d(seen, window, None, conv.stride, conv.padding)
+            dropped = F.dropout(x, adapter.dropout, self.training)
+            h = F.conv2d(dropped, window, None, conv.stride, conv.padding)
             y = y + F.conv2d(h, B[:, :, None, None])
-        if one.gain is not None:
-            gain = one.gain[:, None, None]
-            y = y * gain if bias is None else y * gain + bias[:, None, None] * (1 - gain)
+        if update.gain is not None:
+            by_channel = None if bias is None else bias[:, None, None]
+            y = apply_gain(y, update.gain[:, None, None], by_channel)
         return y.to(x.dtype)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from veneer.adapter.layers import LoRAEmbedding, lora_layers
+from veneer.adapter.embedding import LoRAEmbedding
+from veneer.adapter.layers import lora_layers
 
 EMBEDDING_LR = 1e-6  # of adapters over embeddings, as the authors' code has it
 

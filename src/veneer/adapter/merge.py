@@ -118,14 +118,14 @@ def layer_losses(model: nn.Module, plain: nn.Module) -> list[LayerLoss]:
     for path, layer in lora_layers(model):
         if not layer.active():
             continue
-        weight, delta = layer.frozen_weight.float(), layer.delta()
+        weight, delta = layer.dense_base_weight.float(), layer.delta()
         merged = layer.weight_in(plain, path).float()
         # Not merged - (weight + delta), a sum in which float32 itself may lose the delta.
         rounded = _norm((merged - weight) - delta)
         exact = weight + delta
         again = None
-        if isinstance(layer.frozen, QuantizedWeight):
-            packed = layer.frozen.quantize(exact, torch.float32)
+        if isinstance(layer.base_weight, QuantizedWeight):
+            packed = layer.base_weight.quantize(exact, torch.float32)
             again = _norm((packed.dequantize() - weight) - delta)
         losses.append(
             LayerLoss(path, _norm(delta), rounded, _norm((exact - weight) - delta), again)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter.active import active_adapters_of
-from veneer.adapter.layers import Wrapper, lora_layers
+from veneer.adapter.layers import lora_layers
+from veneer.adapter.wrapper import Wrapper
 from veneer.errors import AdapterError
 
 Parts = list[tuple[nn.Parameter, float]]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.active import ActiveAdapters, active_adapters_of
-from veneer.adapter.layers import Wrapper
+from veneer.adapter.wrapper import Wrapper
 from veneer.errors import ConfigError, ModelError
 from veneer.quant.weight import QuantizedLinear
 

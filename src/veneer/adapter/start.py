@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
-from veneer.adapter.layers import LoRALinear, lora_layers
+from veneer.adapter.layers import AdaptedLayer, lora_layers
+from veneer.adapter.linear import LoRALinear
 from veneer.errors import ConfigError, TrainingError
 from veneer.lowrank.formula import Factors
 from veneer.lowrank.initial import from_gradient, nearest_factors
@@ -75,7 +76,7 @@ def start_from_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> None:
         find(head, gradient)
     for adapter in chain.from_iterable(waiting.values()):
         # Not before, for the way back looked at them. Without a gradient, they start as they are.
-        adapter.begin_at(*found.get(adapter, (adapter.lora_A, adapter.lora_B)))
+        adapter.start_at(*found.get(adapter, (adapter.lora_A, adapter.lora_B)))
 
 
 def start_from_rounding(
@@ -92,18 +93,20 @@ def start_from_rounding(
         raise ConfigError("loftq reads the base as it was before packing: load it from a place.")
     source, _, _ = open_base(model.config._name_or_path)
     for path, layer in lora_layers(model):
-        if name not in layer.adapters or f"{path}.original" not in packed:
+        if not isinstance(layer, AdaptedLayer) or name not in layer.adapters:
             continue
-        weight = source.read(f"{path}.weight").to(layer.frozen.device, torch.float32)
+        if f"{path}.original" not in packed:
+            continue
+        weight = source.read(f"{path}.weight").to(layer.base_weight.device, torch.float32)
         own = weight.T if packed[f"{path}.original"].transposed else weight
         adapter: Any = layer.adapters[name]
-        lost = own - layer.frozen_weight.to(torch.float32)
+        lost = own - layer.dense_base_weight.to(torch.float32)
         A, B = nearest_factors(lost, adapter.rank, adapter.scaling, generator)
         with torch.no_grad():
             adapter.lora_A.copy_(A)
             adapter.lora_B.copy_(B)
         if adapter.magnitude is not None:
-            layer.begin_magnitude(adapter)
+            layer.start_magnitude(adapter)
 
 
 def _waiting(model: nn.Module) -> Iterator[tuple[LoRALinear, list[Adapter]]]:

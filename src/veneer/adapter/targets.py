@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.choose import choose
 from veneer.adapter.config import LoRA
-from veneer.adapter.layers import AdaptedLayer, Wrapper
+from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.parameters import AdaptedParameter, LoRAParameters
 from veneer.adapter.tokens import TrainedTokens
+from veneer.adapter.wrapper import Wrapper
 from veneer.quant.weight import QuantizedLinear
 
 LINEAR = (nn.Linear, Conv1D, QuantizedLinear)

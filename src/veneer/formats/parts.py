@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter.active import active_adapters_of
+from veneer.adapter.adapted import Adapted
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.conv import LoRAConv2d
-from veneer.adapter.layers import AdaptedLayer, LoRAEmbedding, lora_layers
+from veneer.adapter.embedding import LoRAEmbedding
+from veneer.adapter.layers import lora_layers
 from veneer.adapter.new_tokens import is_tied
 from veneer.adapter.parameters import AdaptedParameter
 from veneer.adapter.tokens import TrainedTokens
@@ -106,7 +108,7 @@ def tokens_from(model: PreTrainedModel, tokens: Mapping[str, Tokens]) -> dict[st
             ids = torch.tensor(one.ids, device=weight.device)
             base = weight[ids]
             rows = one.rows.to(weight.device)
-            laid[path] = TrainedTokens(ids, rows, base, words=len(weight))
+            laid[path] = TrainedTokens(ids, rows, base, vocab=len(weight))
     for path, shared in shared_tokens(model, tokens).items():
         laid[path] = laid[shared]
     return laid
@@ -125,7 +127,7 @@ def shared_tokens(model: PreTrainedModel, tokens: Mapping[str, Tokens]) -> dict[
     return {there: here} if here in tokens and (own is None or own.rows is None) else {}
 
 
-def _names(layer: AdaptedLayer) -> tuple[str, str]:
+def _names(layer: Adapted) -> tuple[str, str]:
     if isinstance(layer, AdaptedParameter):
         return PARAMETER
     return EMBEDDING if isinstance(layer, LoRAEmbedding) else LINEAR

@@ -87,8 +87,8 @@ class Forward:
         with ExitStack() as ways:
             if self.packed:
                 ways.enter_context(attention(model, NAME))
-                sparing = self.recompute == "selective"
-                ways.enter_context(fused(self.layers, self.arena, sparing=sparing))
+                selective = self.recompute == "selective"
+                ways.enter_context(fused(self.layers, self.arena, recompute_projections=selective))
             if self.recompute == "full" and torch.is_grad_enabled():
                 ways.enter_context(checkpointed(model, model.config._attn_implementation))
             yield

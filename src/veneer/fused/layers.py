@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from veneer.adapter.layers import LoRALinear
+from veneer.adapter.linear import LoRALinear
 from veneer.fused.block import FeedForward, Norm, SelfAttention
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Attention, Packing, packed_attention
@@ -57,7 +57,7 @@ class FusedLayer:
         position_embeddings: Angles,
         packing: Packing,
         arena: Arena,
-        sparing: bool = False,
+        recompute_projections: bool = False,
     ) -> Tensor | None:
         """Return the layer's output, or None where adapters or a prefix need the general way."""
         layer: Any = self.layer
@@ -79,11 +79,13 @@ class FusedLayer:
             cos=cos,
             sin=sin,
             arena=arena,
-            sparing=sparing,
+            recompute_projections=recompute_projections,
         )
         norm = norm_of(layer.post_attention_layernorm)
-        x, known = first(hidden_states[0])
-        return FeedForward(norm, (gate, up), down, arena, sparing, known)(x).unsqueeze(0)
+        x, summands = first(hidden_states[0])
+        return FeedForward(norm, (gate, up), down, arena, recompute_projections, summands)(
+            x
+        ).unsqueeze(0)
 
     def linears(self) -> list[nn.Module]:
         """Return q, k, v, o, gate, up and down as they are now."""
@@ -143,12 +145,16 @@ def fused_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, ..
 
 
 @contextmanager
-def fused(layers: Sequence[FusedLayer], arena: Arena, *, sparing: bool = False) -> Iterator[None]:
+def fused(
+    layers: Sequence[FusedLayer], arena: Arena, *, recompute_projections: bool = False
+) -> Iterator[None]:
     """Compute `layers` as two functions each while the context lasts.
 
     A layer that something else than a plain adapter acts on takes its own forward as before.
     """
-    with _overridden({found.layer: _as_two(found, arena, sparing) for found in layers}):
+    with _overridden(
+        {found.layer: _as_two(found, arena, recompute_projections) for found in layers}
+    ):
         yield
 
 
@@ -181,7 +187,9 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _as_two(fused_layer: FusedLayer, arena: Arena, sparing: bool) -> Callable[..., Tensor]:
+def _as_two(
+    fused_layer: FusedLayer, arena: Arena, recompute_projections: bool
+) -> Callable[..., Tensor]:
     own: Callable[..., Tensor] = fused_layer.layer.forward
 
     def forward(hidden_states: Tensor, **options: Any) -> Tensor:
@@ -190,7 +198,7 @@ def _as_two(fused_layer: FusedLayer, arena: Arena, sparing: bool) -> Callable[..
             position_embeddings=options["position_embeddings"],
             packing=options["packing"],
             arena=arena,
-            sparing=sparing,
+            recompute_projections=recompute_projections,
         )
         return own(hidden_states, **options) if found is None else found
 

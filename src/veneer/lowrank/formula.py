@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +41,24 @@ def updated_norms(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scaling: fl
     cross, quadratic = (b * WA.to(b.dtype)).sum(1), ((b @ gram) * b).sum(1)
     norms = (squares + (2 * cross + quadratic)).clamp(min=0).sqrt()
     return norms.masked_fill(norms == 0, 1.0)
+
+
+def total_gain(
+    gains: Sequence[Tensor | None], weights: Sequence[float]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gain of W, (out,), and of each adapter's B A beside it, or None for 1.
+
+    W + Σ w ΔW = G ∘ (W + Σ w (g / G) ∘ s B A) with G = 1 + Σ w (g − 1), g = 1 for plain LoRA.
+    """
+    if all(gain is None for gain in gains):
+        return None, [None] * len(gains)
+    if len(gains) == 1 and weights[0] == 1.0:
+        return gains[0], [None]
+    changes = [w * (g - 1.0) for g, w in zip(gains, weights, strict=True) if g is not None]
+    total = 1.0 + torch.stack(changes).sum(0)
+    # A total of 0 would drop the B A of the adapters with W. A power of two rounds nothing.
+    total = total.masked_fill(total == 0, 2.0**-20)
+    return total, [(1.0 if gain is None else gain) / total for gain in gains]
 
 
 def delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:

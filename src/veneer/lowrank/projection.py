@@ -1,9 +1,14 @@
-"""Linear layers that share an input, each with its adapters: one pass over it, forward and back."""
+"""The low-rank product W x + B A x over linear layers that share an input: forward and backward.
+
+A single layer is a group of one (`LowRankLinear`); the fused halves of a decoder layer call the
+same functions with groups of several.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +21,9 @@ from veneer.quant.weight import QuantizedWeight, product, product_back
 class Projection:
     """A linear layer as it acts in one step, in the dtype of computing: gain ∘ (W x + B A x) + b.
 
-    weight (out, in), frozen, a packed one unpacked for each product; bias (out,), frozen, or None;
-    A (rank, in) and B (out, rank): those of all adapters, stacked and scaled, with rank 0 where
-    nothing acts; gain (out,), float32 or wider: DoRA's factor of each output, or None for 1.
+    weight (out, in), frozen; a quantized one is dequantized for each product. bias (out,), frozen,
+    or None. A (rank, in) and B (out, rank): those of all adapters, stacked and scaled, with rank 0
+    where nothing acts. gain (out,), float32 or wider: DoRA's factor of each output, or None for 1.
     """
 
     weight: Tensor | QuantizedWeight
@@ -49,16 +54,23 @@ class Projection:
         return [self.A, self.B] if self.gain is None else [self.A, self.B, self.gain]
 
 
-def project(x: Tensor, group: Sequence[Projection], outputs: Sequence[Tensor], h: Tensor) -> None:
+def project(
+    x: Tensor,
+    group: Sequence[Projection],
+    outputs: Sequence[Tensor],
+    h: Tensor,
+    dropout_mask: Tensor | None = None,
+) -> None:
     """Write gain ∘ (W x + B A x) + b of each projection to `outputs`, (tokens, out), and A x of all
-    to `h`, (tokens, Σ rank). x (tokens, in)."""
-    torch.mm(x, _stacked_A(group).T, out=h)
-    for p, part, y in zip(group, h.split([p.rank for p in group], 1), outputs, strict=True):
-        product(x, p.weight, y)
-        if p.bias is not None:
-            y += p.bias
+    side by side to `h`, (tokens, Σ rank).
+
+    x (tokens, in); dropout_mask, like x: what x is multiplied with before A, or None for 1.
+    """
+    torch.mm(_dropped(x, dropout_mask), _stacked_A(group).T, out=h)
+    for p, own_h, y in zip(group, h.split([p.rank for p in group], 1), outputs, strict=True):
+        _frozen_product(x, p, y)
         if p.rank:
-            y.addmm_(part, p.B.T)
+            y.addmm_(own_h, p.B.T)
         if p.gain is not None:
             apply_gain_(y, p.gain, p.bias)
 
@@ -70,32 +82,42 @@ def through_gains(
     *,
     in_place: bool,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the gradients of what each gain is a factor of, (tokens, out), in the place of those
-    of the outputs if that is allowed, and of the gains.
+    """Return the gradients dz of z = W x + B A x, (tokens, out) each, and those of the gains.
 
-    outputs: what `project` wrote; looked at only where there is a gain.
+    outputs: what `project` wrote; read only where there is a gain. With `in_place`, dz may be
+    written over `d_outputs`.
     """
-    found = [
+    pairs = [
         (dy, None) if p.gain is None else gain_backward(dy, y, p.gain, p.bias, in_place=in_place)
         for dy, y, p in zip(d_outputs, outputs, group, strict=True)
     ]
-    return [dz for dz, _ in found], [d_gain for _, d_gain in found]
+    return [dz for dz, _ in pairs], [d_gain for _, d_gain in pairs]
 
 
 def gradient_of_h(dz: Sequence[Tensor], group: Sequence[Projection]) -> Tensor:
     """Return dh = dz B of every projection side by side, (tokens, Σ rank)."""
-    return torch.cat([d @ p.B for d, p in zip(dz, group, strict=True)], dim=1)
+    return _joined([d @ p.B for d, p in zip(dz, group, strict=True)], dim=1)
 
 
-def gradient_of_x(dz: Sequence[Tensor], dh: Tensor, group: Sequence[Projection]) -> Tensor:
-    """Return dx = Σ (dz W) + dh A, (tokens, in)."""
+def gradient_of_x(
+    dz: Sequence[Tensor],
+    dh: Tensor,
+    group: Sequence[Projection],
+    dropout_mask: Tensor | None = None,
+) -> Tensor:
+    """Return dx = Σ (dz W) + (dh A) ∘ dropout_mask, (tokens, in)."""
     dx = product_back(dz[0], group[0].weight)
     for d, p in zip(dz[1:], group[1:], strict=True):
         if isinstance(p.weight, Tensor):
             dx.addmm_(d, p.weight)
         else:
             dx += product_back(d, p.weight)
-    return dx.addmm_(dh, _stacked_A(group)) if dh.shape[1] else dx
+    if not dh.shape[1]:
+        return dx
+    if dropout_mask is None:
+        return dx.addmm_(dh, _stacked_A(group))
+    dx += (dh @ _stacked_A(group)) * dropout_mask
+    return dx
 
 
 def gradients_of_trained(
@@ -105,21 +127,86 @@ def gradients_of_trained(
     x: Tensor,
     h: Tensor,
     group: Sequence[Projection],
-) -> list[Tensor]:
-    """Return dA = dhᵀ x, dB = dzᵀ h and the gain's gradient of every projection, in order."""
+    dropout_mask: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Return dA = dhᵀ (x ∘ dropout_mask), dB = dzᵀ h and the gain's gradient of every projection,
+    in the order of `trained`; None for an A or B that does not train."""
     if not dh.shape[1]:
         return []
     ranks = [p.rank for p in group]
-    found: list[Tensor] = []
-    for d, d_gain, dA, part in zip(
-        dz, d_gains, (dh.T @ x).split(ranks), h.split(ranks, 1), strict=True
-    ):
-        if part.shape[1]:
-            found += [dA, d.T @ part]
+    dAs: Sequence[Tensor | None] = [None] * len(group)
+    if any(p.A.requires_grad for p in group):
+        dAs = (dh.T @ _dropped(x, dropout_mask)).split(ranks)
+    gradients: list[Tensor | None] = []
+    for p, d, d_gain, dA, own_h in zip(group, dz, d_gains, dAs, h.split(ranks, 1), strict=True):
+        if p.rank:
+            gradients += [dA, d.T @ own_h if p.B.requires_grad else None]
         if d_gain is not None:
-            found.append(d_gain)
-    return found
+            gradients.append(d_gain)
+    return gradients
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + (x ∘ dropout_mask) Aᵀ Bᵀ, with B already scaled.
+
+    Plain autograd would keep x for W, x again (dropped out) for A, and both factors' outputs. Here
+    x is kept once, together with x Aᵀ (tokens, rank). W and b cost nothing while they are frozen;
+    one that trains beside the adapter has its gradient too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (tokens, in)
+        weight: Tensor | QuantizedWeight,  # (out, in)
+        bias: Tensor | None,  # (out,)
+        A: Tensor,  # (rank, in), x's dtype
+        B: Tensor,  # (out, rank), x's dtype, scaled
+        dropout_mask: Tensor | None,  # (tokens, in): 0 or 1 / (1 - dropout)
+    ) -> Tensor:
+        # Never a view: what follows may add to y in place (Falcon does), and autograd forbids that
+        # for views that are made in here.
+        y = x.new_empty(len(x), weight.shape[0])  # (tokens, out)
+        h = x.new_empty(len(x), len(A))  # (tokens, rank)
+        project(x, [Projection(weight, bias, A, B)], [y], h, dropout_mask)
+        ctx.weight = weight  # no step changes it before the backward pass
+        ctx.save_for_backward(x, A, B, h, dropout_mask)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, h, dropout_mask = ctx.saved_tensors
+        dy = grads[0]  # (tokens, out)
+        needs_x, needs_W, needs_b, needs_A, *_ = ctx.needs_input_grad
+        group = [Projection(ctx.weight, None, A, B)]
+        dh = gradient_of_h([dy], group) if needs_x or needs_A else h
+        dA, dB = gradients_of_trained([dy], [None], dh, x, h, group, dropout_mask)
+        dx = gradient_of_x([dy], dh, group, dropout_mask) if needs_x else None
+        dW = dy.T @ x if needs_W else None  # (out, in)
+        db = dy.sum(0) if needs_b else None  # (out,)
+        return dx, dW, db, dA, dB, None
+
+
+def _frozen_product(x: Tensor, p: Projection, out: Tensor) -> None:
+    """Write W x + b to `out`, by the operations of the base's own linear layer."""
+    bias = None if p.bias is None else p.bias.to(x.dtype)
+    if not isinstance(p.weight, Tensor):
+        product(x, p.weight, out)
+        if bias is not None:
+            out += bias
+    elif bias is None:
+        torch.mm(x, p.weight.to(x.dtype).T, out=out)
+    else:
+        torch.addmm(bias, x, p.weight.to(x.dtype).T, out=out)
+
+
+def _dropped(x: Tensor, dropout_mask: Tensor | None) -> Tensor:
+    return x if dropout_mask is None else x * dropout_mask
 
 
 def _stacked_A(group: Sequence[Projection]) -> Tensor:
-    return torch.cat([p.A for p in group])  # (Σ rank, in)
+    return _joined([p.A for p in group], dim=0)  # (Σ rank, in)
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

@@ -1,4 +1,4 @@
-"""What acts on a layer, as one value, and which of several act on each row of a batch."""
+"""What adapters add to a layer, as one value, and which of several act on each row of a batch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from veneer.lowrank.formula import total_gain
 
 
 @dataclass(frozen=True)
@@ -27,40 +29,35 @@ class LowRankUpdate:
         return self.A.shape[0]
 
 
-def total_gain(
-    gains: Sequence[Tensor | None], weights: Sequence[float]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return the gain of W, (out,), and of each adapter's B A beside it, or None for 1.
+def mixed(
+    updates: Sequence[LowRankUpdate],
+    weights: Sequence[float],
+    scalings: Sequence[float] | None = None,
+) -> LowRankUpdate:
+    """Return updates that each act alone, mixed by weights, as one: W + Σ w ΔW, differentiably.
 
-    W + Σ w ΔW = G ∘ (W + Σ w (g / G) ∘ s B A) with G = 1 + Σ w (g − 1), g = 1 for plain LoRA.
+    scalings: what each B is still to be multiplied with; None where all are scaled already. The
+    result has the dtype of A. Products are made in float32 or wider.
     """
-    if all(gain is None for gain in gains):
-        return None, [None] * len(gains)
-    if len(gains) == 1 and weights[0] == 1.0:
-        return gains[0], [None]
-    parts = [w * (g - 1.0) for g, w in zip(gains, weights, strict=True) if g is not None]
-    total = 1.0 + torch.stack(parts).sum(0)
-    # Where nothing of W is left, the others are left still. A power of two rounds nothing.
-    total = total.masked_fill(total == 0, 2.0**-20)
-    return total, [(1.0 if gain is None else gain) / total for gain in gains]
-
-
-def mixed(parts: Sequence[tuple[LowRankUpdate, float]]) -> LowRankUpdate:
-    """Return adapters that each act alone, mixed by weights: W + Σ w ΔW as one."""
-    gain, shares = total_gain([one.gain for one, _ in parts], [weight for _, weight in parts])
+    gain, shares = total_gain([update.gain for update in updates], weights)
     Bs = []
-    for (one, weight), share in zip(parts, shares, strict=True):
-        B = one.B.to(torch.promote_types(one.B.dtype, torch.float32)) * weight
-        Bs.append((B if share is None else B * share[:, None]).to(one.B.dtype))
-    return LowRankUpdate(torch.cat([one.A for one, _ in parts]), torch.cat(Bs, 1), gain)
+    for number, (update, share) in enumerate(zip(updates, shares, strict=True)):
+        factor = weights[number] * (1.0 if scalings is None else scalings[number])
+        B = update.B.to(torch.promote_types(update.B.dtype, torch.float32)) * factor
+        Bs.append(B if share is None else B * share[:, None])
+    if len(updates) == 1:
+        A, B = updates[0].A, Bs[0]
+    else:
+        A, B = torch.cat([update.A for update in updates]), torch.cat(Bs, 1)
+    return LowRankUpdate(A, B.to(A.dtype), gain)
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """What acts on the rows of a batch, side by side: gain ∘ (W x + B (mask ∘ A x)) + b.
+class StackedUpdates:
+    """The updates of all rows of a batch side by side: gain ∘ (W x + B (mask ∘ A x)) + b.
 
-    A (Σ rank, in) and B (out, Σ rank); mask (rows, 1, Σ rank), 1 where a row has that part of
-    them; gain (rows, 1, out), or None where all are 1.
+    A (Σ rank, in) and B (out, Σ rank); mask (rows, 1, Σ rank): 1 for a row's own update, 0 for the
+    others; gain (rows, 1, out), or None where all are 1.
     """
 
     A: Tensor
@@ -69,51 +66,52 @@ class Stacked:
     gain: Tensor | None
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Which adapters act on each row of a batch.
+RowsOfUpdate = tuple[LowRankUpdate, tuple[int, ...]]  # an update, and the rows that it acts on
 
-    parts: different adapters, or mixes, as what each of them lays over which layer; which: for
-    each row the number of its part, or None for the base alone. Layers keep here what they put
-    together from it, so that the same value serves many steps.
+
+@dataclass(frozen=True)
+class RowUpdates:
+    """Which updates act on each row of a batch.
+
+    mixes: the different adapters, or mixes of some, each as its update by layer. mix_of_row: for
+    each row the number of its mix, or None for the base alone. What is stacked for a layer is
+    cached here, so that one value serves many steps.
     """
 
-    parts: Sequence[Mapping[Any, LowRankUpdate]]
-    which: tuple[int | None, ...]
-    kept: dict[Hashable, Stacked] = field(default_factory=dict)
+    mixes: Sequence[Mapping[Any, LowRankUpdate]]
+    mix_of_row: tuple[int | None, ...]
+    _stacked: dict[Hashable, StackedUpdates] = field(default_factory=dict, repr=False)
 
-    def over(self, layer: Hashable) -> list[tuple[LowRankUpdate, tuple[int, ...]]]:
-        """Return each part that acts on a layer, with its rows."""
-        found = []
-        for number, part in enumerate(self.parts):
-            rows = tuple(row for row, own in enumerate(self.which) if own == number)
-            if rows and (acting := part.get(layer)) is not None:
-                found.append((acting, rows))
-        return found
+    def on(self, layer: Hashable) -> list[RowsOfUpdate]:
+        """Return each update that acts on a layer, with its rows."""
+        updates = []
+        for number, mix in enumerate(self.mixes):
+            rows = tuple(row for row, own in enumerate(self.mix_of_row) if own == number)
+            if rows and (update := mix.get(layer)) is not None:
+                updates.append((update, rows))
+        return updates
 
-    def stacked(
-        self, layer: Hashable, parts: Sequence[tuple[LowRankUpdate, tuple[int, ...]]]
-    ) -> Stacked:
-        """Return the parts that act on a layer side by side."""
-        if (known := self.kept.get(layer)) is not None:
-            return known
-        A = torch.cat([one.A for one, _ in parts])
-        B = torch.cat([one.B for one, _ in parts], 1)
-        mask = A.new_zeros(len(self.which), 1, len(A))
+    def stacked(self, layer: Hashable, updates: Sequence[RowsOfUpdate]) -> StackedUpdates:
+        """Return the updates that act on a layer side by side."""
+        if (cached := self._stacked.get(layer)) is not None:
+            return cached
+        A = torch.cat([update.A for update, _ in updates])
+        B = torch.cat([update.B for update, _ in updates], 1)
+        mask = A.new_zeros(len(self.mix_of_row), 1, len(A))
         first = 0
-        for one, rows in parts:
-            mask[list(rows), :, first : first + one.rank] = 1
-            first += one.rank
-        stacked = self.kept[layer] = Stacked(A, B, mask, self.gains(parts))
+        for update, rows in updates:
+            mask[list(rows), :, first : first + update.rank] = 1
+            first += update.rank
+        stacked = self._stacked[layer] = StackedUpdates(A, B, mask, self.gains(updates))
         return stacked
 
-    def gains(self, parts: Sequence[tuple[LowRankUpdate, tuple[int, ...]]]) -> Tensor | None:
+    def gains(self, updates: Sequence[RowsOfUpdate]) -> Tensor | None:
         """Return the gain of each row, (rows, 1, out), or None where all are 1."""
-        some = next((one.gain for one, _ in parts if one.gain is not None), None)
-        if some is None:
+        like = next((update.gain for update, _ in updates if update.gain is not None), None)
+        if like is None:
             return None
-        gains = some.new_ones(len(self.which), 1, len(some))
-        for one, rows in parts:
-            if one.gain is not None:
-                gains[list(rows), 0] = one.gain
+        gains = like.new_ones(len(self.mix_of_row), 1, len(like))
+        for update, rows in updates:
+            if update.gain is not None:
+                gains[list(rows), 0] = update.gain
         return gains

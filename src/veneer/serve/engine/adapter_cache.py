@@ -117,8 +117,9 @@ def load(model: PreTrainedModel, entry: Entry) -> Loaded:
     paths: list[str] = []
     for path, adapter in adapters_from(state, config).items():
         layer = adapted_layer(model, path)
-        adapter.to(layer.frozen.device).requires_grad_(False)
-        acting[layer] = layer.acting([(adapter, 1.0)], layer.computing)
+        assert isinstance(layer, AdaptedLayer)
+        adapter.to(layer.base_weight.device).requires_grad_(False)
+        acting[layer] = layer.low_rank_update([(adapter, 1.0)], layer.compute_dtype)
         paths.append(path)
     return _packed(acting, paths, (entry.name,))
 
@@ -154,7 +155,10 @@ def _mixed(each: Sequence[tuple[Loaded, float]]) -> Loaded:
     """Return a mix of adapters as one."""
     layers = dict.fromkeys(layer for one, _ in each for layer in one.layers)
     acting = {
-        layer: mixed([(one.layers[layer], w) for one, w in each if layer in one.layers])
+        layer: mixed(
+            [one.layers[layer] for one, _ in each if layer in one.layers],
+            [weight for one, weight in each if layer in one.layers],
+        )
         for layer in layers
     }
     contents = [f"{one.content}*{weight!r}" for one, weight in each]
@@ -168,7 +172,7 @@ def _packed(
     """Return what acts, with all its tensors in one buffer, B as (rank, out) in memory."""
     tensors = [t for one in acting.values() for t in (one.A, one.B.T, one.gain)]
     sizes = [0 if t is None else _aligned(t.nbytes) for t in tensors]
-    device = next(iter(acting)).frozen.device if acting else None
+    device = next(iter(acting)).base_weight.device if acting else None
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     laid = iter([_laid(t, part) for t, part in zip(tensors, buffer.split(sizes), strict=True)])
     layers: dict[AdaptedLayer, LowRankUpdate] = {}

@@ -22,7 +22,7 @@ from veneer.adapter.layers import AdaptedLayer
 from veneer.fused.layers import FusedLayer, fused_layers, norm_of
 from veneer.kernels import decode
 from veneer.kernels.norm import rms_norm
-from veneer.lowrank.update import Rows
+from veneer.lowrank.update import RowUpdates
 from veneer.models.blocks import decoder_layers
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
@@ -171,11 +171,11 @@ class Compiled:
             return found
         different = list(dict.fromkeys(each for each in acting if each is not None))
         which = tuple(None if each is None else different.index(each) for each in acting)
-        self.active_adapters.rows = Rows([each.layers for each in different], which)
+        self.active_adapters.row_updates = RowUpdates([each.layers for each in different], which)
         try:
             found = module(x[:, None])[:, 0]
         finally:
-            self.active_adapters.rows = None
+            self.active_adapters.row_updates = None
         return found
 
     def _patch(self, loaded: Loaded) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.virtual import keys_values
 from veneer.errors import ConfigError, ModelError
-from veneer.lowrank.update import Rows
+from veneer.lowrank.update import RowUpdates
 from veneer.serve.engine.adapter_cache import Loaded
 from veneer.serve.engine.runner import Chunk
 
@@ -83,7 +83,7 @@ class General:
         self.own: dict[int, DynamicCache] = {}  # slots whose prompts are read
         self.order: list[int] = []  # slots of the rows that answer
         self.lengths: list[int] = []
-        self._acting: tuple[tuple[Hashable, ...], Rows] | None = None
+        self._acting: tuple[tuple[Hashable, ...], RowUpdates] | None = None
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         answering = {c.slot: c for c in chunks if c.answering}
@@ -172,22 +172,22 @@ class General:
 
     def _forward(self, acting: Sequence[Loaded | None], *, keep: int, **inputs: Any) -> Tensor:
         """Return the last logits of each row, `keep` of them or, for 0, all: float32."""
-        self.active_adapters.rows = self._rows(acting)
+        self.active_adapters.row_updates = self._rows(acting)
         try:
             with torch.inference_mode():
                 out = self.model(**inputs, use_cache=True, logits_to_keep=keep)
         finally:
-            self.active_adapters.rows = None
+            self.active_adapters.row_updates = None
         return out.logits.float()
 
-    def _rows(self, acting: Sequence[Loaded | None]) -> Rows:
+    def _rows(self, acting: Sequence[Loaded | None]) -> RowUpdates:
         """Return which adapter acts on which row; the same value as long as nothing changes."""
         key = tuple(acting)
         if self._acting is not None and self._acting[0] == key and len(key) > 1:
             return self._acting[1]
         different = list(dict.fromkeys(each for each in acting if each is not None))
         which = tuple(None if each is None else different.index(each) for each in acting)
-        rows = Rows([each.layers for each in different], which)
+        rows = RowUpdates([each.layers for each in different], which)
         if len(key) > 1:
             self._acting = (key, rows)
         return rows

@@ -1,0 +1,129 @@
+"""What adapted layers and adapted parameters share: a frozen weight with named adapters over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter.active import ActiveAdapters
+from veneer.adapter.adapter import Adapter
+from veneer.adapter.config import LoRA
+from veneer.adapter.tokens import TrainedTokens
+from veneer.lowrank.formula import delta_weight, rescaled
+from veneer.quant.weight import QuantizedWeight, dense
+
+
+class Adapted(nn.Module):
+    """A frozen weight W with named adapters over it; `active_adapters` says which of them act.
+
+    tokens: by adapter, rows of single tokens, where W is that of an embedding or a head.
+
+    Active adapters of weights w are summed: W + Σ w ΔW with ΔW = s B A, or for DoRA (Liu et al.
+    2024, section 4) ΔW = g ∘ (W + s B A) − W, where g = m / ‖W + s B A‖ for each row. The norm
+    counts as a constant on the way back (section 4.3).
+    """
+
+    def __init__(self, active_adapters: ActiveAdapters, **wrapped: Any) -> None:
+        super().__init__(**wrapped)
+        self.adapters = nn.ModuleDict()
+        self.tokens = nn.ModuleDict()
+        self.active_adapters = active_adapters
+
+    @property
+    def base_weight(self) -> Tensor | QuantizedWeight:
+        """The frozen W: (out, in) for a linear layer, (vocab, dim) for an embedding."""
+        raise NotImplementedError
+
+    @property
+    def dense_base_weight(self) -> Tensor:
+        """`base_weight` as a tensor, which is dequantized at each access."""
+        return dense(self.base_weight)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """Return a weight in the orientation of `base_weight` from the one that is stored."""
+        return weight
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """Return a weight as it is stored from the orientation of `base_weight`."""
+        return self.oriented(weight)
+
+    def by_outputs(self, weight: Tensor) -> Tensor:
+        """Return a weight as (out, in) from the orientation of `base_weight`, and back."""
+        return weight
+
+    def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
+        """Add a fresh adapter, which changes no output."""
+        raise NotImplementedError
+
+    def attach(self, name: str, adapter: Adapter) -> None:
+        """Attach an adapter with given tensors, on the weight's device."""
+        device = self.base_weight.device
+        # Comparing devices is a hundred times cheaper than moving.
+        self.adapters[name] = adapter if adapter.lora_A.device == device else adapter.to(device)
+
+    @property
+    def bare(self) -> bool:
+        """Whether no adapter is attached here any more."""
+        return not self.adapters and not self.tokens
+
+    @property
+    def acts(self) -> bool:
+        """Whether an adapter that is active is attached here."""
+        return bool(self.active() or self.active_tokens())
+
+    def active(self) -> list[tuple[Adapter, float]]:
+        """Return the active adapters that are attached here, with their weights."""
+        return self.named(self.active_adapters.weights.items())
+
+    def named(self, weights: Iterable[tuple[str, float]]) -> list[tuple[Adapter, float]]:
+        """Return the adapters of these names that are attached here, with their weights."""
+        pairs = []
+        for name, weight in weights:
+            if name in self.adapters:
+                adapter = self.adapters[name]
+                assert isinstance(adapter, Adapter)
+                pairs.append((adapter, weight))
+        return pairs
+
+    def active_tokens(self) -> list[tuple[TrainedTokens, float]]:
+        """Return the active adapters' rows of single tokens, with their weights."""
+        pairs = []
+        for name, weight in self.active_adapters.weights.items():
+            if name in self.tokens:
+                tokens = self.tokens[name]
+                assert isinstance(tokens, TrainedTokens)
+                pairs.append((tokens, weight))
+        return pairs
+
+    def delta(self) -> Tensor:
+        """Return Σ w ΔW of the active adapters, shaped as `base_weight`, in float32."""
+        base = self.base_weight
+        total = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
+        total = self.by_outputs(total)
+        for adapter, weight in self.active():
+            A, B = (factor.detach() for factor in adapter.factors())
+            change = delta_weight(A, B, adapter.scaling)
+            if adapter.magnitude is not None:
+                W = self.by_outputs(self.dense_base_weight).to(change.dtype)
+                change = rescaled(W + change, adapter.magnitude.detach()) - W
+            total += weight * change
+        total = self.by_outputs(total)
+        for tokens, weight in self.active_tokens():
+            total[tokens.ids] += weight * tokens.change().detach()
+        return total
+
+    def path_in_base(self, path: str) -> str:
+        """Return the base's path of what is adapted here, from the path of this module."""
+        return path
+
+    def take_off(self, model: nn.Module, path: str, *, merged: bool = False) -> None:
+        """Replace this module, at `path` of `model`, by what it adapts, or by one with the active
+        adapters merged in."""
+        raise NotImplementedError
+
+    def weight_in(self, plain: nn.Module, path: str) -> Tensor:
+        """Return the weight that `plain` has at `path`, in the orientation of `base_weight`."""
+        raise NotImplementedError

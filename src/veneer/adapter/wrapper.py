@@ -1,0 +1,51 @@
+"""A frozen module with something over it, which looks to the outside as the module itself does.
+
+Hooks keep the base's own names in state dicts, so that whatever writes and reads them
+(transformers' Trainer and `save_pretrained`, first of all) needs to know nothing of wrappers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+INNER = "original."
+
+
+class Wrapper(nn.Module):
+    """A frozen `original` with something over it.
+
+    In state dicts its weights keep the names that they have in the base.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original.requires_grad_(False)
+        self.training = original.training
+        self.register_state_dict_post_hook(_without_inner)
+        self.register_load_state_dict_pre_hook(_with_inner)
+
+    def __getattr__(self, name: str) -> Any:
+        # Model code reads attributes of the layer that it knows (weight, in_features, nf).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("original"), name)
+
+
+def _without_inner(wrapper: nn.Module, state: dict[str, Any], prefix: str, _meta: object) -> None:
+    """Rename `original.weight` to `weight` in a state dict that is being made."""
+    inner = prefix + INNER
+    for key in [key for key in state if key.startswith(inner)]:
+        state[prefix + key.removeprefix(inner)] = state.pop(key)
+
+
+def _with_inner(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_report: object) -> None:
+    """Rename `weight` to `original.weight` in a state dict that is being loaded, unless the wrapper
+    itself has something of that name."""
+    names = {*wrapper._modules, *wrapper._parameters, *wrapper._buffers}
+    for key in [key for key in state if key.startswith(prefix)]:
+        inner = key.removeprefix(prefix)
+        if inner.partition(".")[0] not in names:
+            state[prefix + INNER + inner] = state.pop(key)
