@@ -134,14 +134,20 @@ def test_packing_again_is_measured_and_what_is_packed_is_left(bits):
     error = change = 0.0
     for found in report.layers:
         layer = model.get_submodule(found.path)
-        again = type(layer.base_weight).quantize(plain.get_submodule(found.path).weight, torch.float32)
-        error += float((again.dequantize() - layer.dense_base_weight - layer.delta()).square().sum())
+        again = type(layer.base_weight).quantize(
+            plain.get_submodule(found.path).weight, torch.float32
+        )
+        error += float(
+            (again.dequantize() - layer.dense_base_weight - layer.delta()).square().sum()
+        )
         change += float(layer.delta().square().sum())
     assert report.lost_packed_again == pytest.approx((error / change) ** 0.5, rel=1e-3)
     assert report.lost_packed_again > (0.9 if bits == 4 else 0.2)
     for found in report.layers:
         place = plain.get_submodule(found.path)
-        again = type(model.get_submodule(found.path).base_weight).quantize(place.weight, torch.float32)
+        again = type(model.get_submodule(found.path).base_weight).quantize(
+            place.weight, torch.float32
+        )
         place.weight = torch.nn.Parameter(again.dequantize(), requires_grad=False)
     rounded = veneer.certify(model, plain, tokenizer()).divergence
     assert report.divergence_packed_again == pytest.approx(rounded, rel=1e-3)

@@ -65,7 +65,7 @@ class SelfAttention:
         return out, None if y is None else (x.detach(), y)
 
     def project(self, x: Tensor) -> list[Tensor]:
-        """Return q, k, v (tokens, heads, head_dim), q and k rotated, and the low-rank A x of all."""
+        """Return q, k, v (tokens, heads, head_dim), q and k rotated, and the low-rank A x."""
         *outputs, h = _project_normed(x, self)
         q, k, v = (y.unflatten(1, (-1, self.cos.shape[1])) for y in outputs)
         return [rotate_(q, self.cos, self.sin), rotate_(k, self.cos, self.sin), v, h]
