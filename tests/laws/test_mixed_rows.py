@@ -8,7 +8,7 @@ import torch
 import veneer
 from support.random_adapters import distance, ids, shake, targets_named
 from support.tiny_models import ARCHITECTURES, quantized, tiny
-from veneer.adapter import layers
+from veneer.adapter import linear
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.attach import use_rows
 from veneer.errors import AdapterError
@@ -43,13 +43,13 @@ def assert_rows_agree(model: Any, close: float) -> None:
     use_rows(model, ROWS)
     assert distance(model(tokens, use_cache=False).logits, wanted) < close
     veneer.use(model, None)
-    assert active_adapters_of(model).rows is None
+    assert active_adapters_of(model).row_updates is None
 
 
 @pytest.mark.parametrize("most", [1024, 0], ids=["stacked", "own rows"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows(architecture, most, monkeypatch):
-    monkeypatch.setattr(layers, "STACKED_RANKS", most)
+    monkeypatch.setattr(linear, "STACKED_RANKS", most)
     assert_rows_agree(adapted(tiny(architecture)), 2e-6)
 
 
