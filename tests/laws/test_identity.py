@@ -1,62 +1,65 @@
-"""Law 1: a fresh adapter is an identity."""
+"""Law 1: a fresh adapter is an identity, to the bit."""
 
 import pytest
 import torch
 
 import veneer
-from support.random_adapters import distance, logits, same, shake, snapshot, targets_named
-from support.tiny_models import ARCHITECTURES, tiny
+from support.closeness import assert_no_further
+from support.kinds import KINDS, each_kind
+from support.plain import Plain
+from support.random_adapters import distance, same, shake, snapshot, targets_named
+from support.tiny_models import ARCHITECTURES, CAUSAL, tiny
 from veneer.adapter.embedding import LoRAEmbedding
 from veneer.adapter.layers import lora_layers
 
-TARGETS = ["attention", "qv", "mlp", "all", "embedding", "everything"]
+
+def test_every_architecture_has_a_kind():
+    assert {kind.architecture for kind in KINDS} >= {*CAUSAL, "vit", "convnext"}
+    for bits in (None, 4, 8):
+        assert {kind.architecture for kind in KINDS if kind.bits == bits} >= {"llama"}
+    assert {kind.architecture for kind in KINDS if kind.bits} >= {*ARCHITECTURES}
+    assert len({str(kind) for kind in KINDS}) == len(KINDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
-@pytest.mark.parametrize("init", ["auto", "kaiming", "gaussian"])
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_logits_are_bit_equal(architecture, targets, init, dtype):
-    model = tiny(architecture, dtype=dtype)
-    base = logits(model)
-    config = veneer.LoRA(rank=3, targets=targets_named(model, targets), init=init, dropout=0.5)
-    assert veneer.attach(model, config) is model
-    assert len(list(lora_layers(model))) >= 1
-    assert torch.equal(logits(model), base)
-    model.train()
-    assert torch.equal(logits(model), base)
+@each_kind(lambda kind: kind.identity)
+def test_logits_are_bit_equal(kind, dtype):
+    expected = kind.says(kind.base(dtype))
+    model = kind.fresh(dtype)
+    for training in (False, True):
+        logits = kind.says(model.train(training))
+        assert torch.equal(logits[..., : expected.shape[-1]], expected)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_beside_another_adapter(architecture):
-    model = tiny(architecture)
-    shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all"), name="a"))
-    said, base = logits(model), logits(tiny(architecture))
-    veneer.attach(model, veneer.LoRA(rank=3, targets=targets_named(model, "everything")), name="b")
-    assert torch.equal(logits(model), base)
-    veneer.use(model, {"a": 1.0, "b": 1.0})
-    torch.testing.assert_close(logits(model), said, rtol=1e-5, atol=1e-5)
-    veneer.use(model, "a")
-    assert torch.equal(logits(model), said)
+@each_kind(lambda kind: kind.lora and kind.identity and kind.reads_tokens and not kind.new_tokens)
+def test_beside_another_adapter(kind):
+    model = shake(veneer.attach(kind.base(), veneer.LoRA(rank=2, targets="all"), name="other"))
+    alone, reference = kind.says(model), Plain(kind, model, torch.float64)
+    kind.attached(model)
+    assert torch.equal(kind.says(model), kind.says(kind.base()))
+    veneer.use(model, "other")
+    assert torch.equal(kind.says(model), alone)
+    veneer.use(model, {"default": 1.0, "other": 1.0})
+    expected = reference.logits(kind.inputs()).detach()
+    assert_no_further(kind.says(model), alone, expected)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_what_starts_at_zero_and_what_does_not(architecture):
     model = tiny(architecture)
-    before = snapshot(model)
-    config = veneer.LoRA(rank=3, targets=targets_named(model, "everything"))
-    veneer.attach(model, config)
+    targets = targets_named(model, "everything")
+    if architecture == "mixtral":
+        targets += ["experts.gate_up_proj", "experts.down_proj"]
+    veneer.attach(model, veneer.LoRA(rank=3, targets=targets))
     for path, layer in lora_layers(model):
-        part = layer.adapters["default"]
-        zero, random = part.lora_B, part.lora_A
+        adapter = layer.adapters["default"]
+        zero, random = adapter.lora_B, adapter.lora_A
         if isinstance(layer, LoRAEmbedding):
             zero, random = random, zero
         assert zero.count_nonzero() == 0, path
         assert random.count_nonzero() == random.numel(), path
-        assert {part.lora_A.dtype, part.lora_B.dtype} == {torch.float32}
-        assert (part.rank, part.scaling) == (3, 2.0)
-    veneer.detach(model)
-    assert same(snapshot(model), before)
+        assert {adapter.lora_A.dtype, adapter.lora_B.dtype} == {torch.float32}
+        assert (adapter.rank, adapter.scaling) == (3, 2.0)
 
 
 def test_the_start_of_A():

@@ -1,14 +1,29 @@
 """How near a result has to be: judged by a wider reference and the peer's own error, never by a
 constant that suits one processor."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 
-def assert_no_further(ours: Tensor, theirs: Tensor, reference: Tensor, what: str = "it") -> None:
+def assert_no_further(
+    ours: Tensor, theirs: Tensor, reference: Tensor, what: str = "it", *, least: float = 0.0
+) -> None:
     """Assert that ours is no further from a float64 reference than the peer's is, times 2, plus
-    1e-6 of the reference's own length (law 3)."""
+    1e-6 of the reference's own length, or of `least` where that is more (law 3)."""
     assert ours.shape == theirs.shape == reference.shape, what
     wide = reference.double()
     own, peer = ((one.double() - wide).norm().item() for one in (ours, theirs))
-    limit = 2 * peer + 1e-6 * wide.norm().item()
+    limit = 2 * peer + 1e-6 * max(wide.norm().item(), least)
     assert own <= limit, f"{what}: {own:.3g} from the reference, where the peer is {peer:.3g}"
+
+
+def assert_gradients_no_further(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> None:
+    """Assert it of each gradient. One that cancels to nothing, as that of a bias of the keys does
+    before a softmax, is judged by a thousandth of the longest."""
+    assert ours.keys() == theirs.keys() == reference.keys() != set()
+    least = max(gradient.norm().item() for gradient in reference.values()) / 1000
+    for name, gradient in reference.items():
+        assert_no_further(ours[name], theirs[name], gradient, name, least=least)

@@ -1,6 +1,7 @@
 """Adapters with values that matter, and rows of random tokens to train and measure them on."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from support.tiny_models import VOCAB
+from veneer.adapter.active import active_adapters_of
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.new_tokens import NewTokens, add_tokens
+from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.virtual import Prefix, PrefixMLP, Prompt
 from veneer.data.encode import UNLABELLED, Example
 
@@ -28,10 +31,13 @@ def logits(model: nn.Module, tokens: Tensor | None = None) -> Tensor:
 
 
 def shake(model: PreTrainedModel, *, seed: int = 1, size: float = 0.1) -> PreTrainedModel:
-    """Give A and B of every adapter random values, so that it changes what the model says (and its
-    magnitudes others than at the start), and virtual tokens values that are no words'."""
+    """Give A and B of every adapter random values, so that it changes what the model says, and move
+    all else that adapters have from where it starts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for saved in active_adapters_of(model).saved.values():
+            for weight in saved.values():
+                weight.add_(size * torch.randn(weight.shape, generator=generator))
         for module in model.modules():
             if isinstance(module, Adapter):
                 for weight in (module.lora_A, module.lora_B):
@@ -39,6 +45,11 @@ def shake(model: PreTrainedModel, *, seed: int = 1, size: float = 0.1) -> PreTra
                 if module.magnitude is not None:
                     noise = torch.randn(module.magnitude.shape, generator=generator)
                     module.magnitude.mul_(1 + size * noise)
+                if module.lora_bias is not None:
+                    noise = torch.randn(module.lora_bias.shape, generator=generator)
+                    module.lora_bias.add_(size * noise)
+            elif isinstance(module, TrainedTokens):
+                module.rows.add_(size * torch.randn(module.rows.shape, generator=generator))
             elif isinstance(module, Prefix | PrefixMLP | Prompt):
                 for weight in module.parameters():
                     weight.add_(3 * size * torch.randn(weight.shape, generator=generator))
@@ -51,10 +62,17 @@ def embedding_name(model: PreTrainedModel) -> str:
     return path.rpartition(".")[2]
 
 
-def targets_named(model: PreTrainedModel, which: str) -> list[str]:
+def targets_named(model: PreTrainedModel, which: str | Sequence[str]) -> list[str]:
     """Return `which` as targets, where "embedding" stands for what this model calls its own."""
-    embedding = embedding_name(model)
-    return {"embedding": [embedding], "everything": ["all", embedding]}.get(which, [which])
+    match which:
+        case "embedding":
+            return [embedding_name(model)]
+        case "everything":
+            return ["all", embedding_name(model)]
+        case str():
+            return [which]
+        case _:
+            return list(which)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
