@@ -103,7 +103,7 @@ class Plain:
                     own = self.weights.get(f"{path}.bias")
                     self.weights[f"{path}.bias"] = bias if own is None else own + bias
             changed = (total.transpose(-1, -2) if flipped else total).view_as(before)
-            for tokens, weight in layer.acting_tokens():
+            for tokens, weight in layer.active_tokens():
                 rows = before[tokens.ids] + weight * (self.live(tokens.rows) - before[tokens.ids])
                 changed = changed.index_copy(0, tokens.ids, rows)
             self.weights[name] = changed
