@@ -32,7 +32,7 @@ import demo  # noqa: E402
 import veneer  # noqa: E402
 from support.llama_cpp import LlamaCpp  # noqa: E402
 from veneer.cli.console import quieten_libraries  # noqa: E402
-from veneer.cli.tune import run_tune  # noqa: E402
+from veneer.cli.tune import run_recipe  # noqa: E402
 from veneer.data.chat import prompt_text  # noqa: E402
 from veneer.data.rows import Message  # noqa: E402
 from veneer.formats.adapters import read  # noqa: E402
@@ -56,7 +56,7 @@ def trained(out: Path, *, new_words: str) -> Path:
         data = veneer.DataConfig(new_words=new_words)
         recipe = replace(demo.RECIPE, data=rows, rows=data, out=out)
         switches = ("resume", "force", "ignore_plan", "tensorboard")
-        assert run_tune(recipe, **dict.fromkeys(switches, False), quiet=True) == 0
+        assert run_recipe(recipe, **dict.fromkeys(switches, False), quiet=True) == 0
     return adapter
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import veneer
 from veneer.cli.console import bytes_text, quieten_libraries
-from veneer.cli.tune import run_tune
+from veneer.cli.tune import run_recipe
 from veneer.files import size_of
 
 OUT = Path("dist/finetuning_results")
@@ -50,7 +50,7 @@ def main(recipe: veneer.Recipe) -> None:
     heading(f"2. Training a thin layer over it on {len(rows)} rows, on this machine")
     clear(OUT)
     switches = ("resume", "force", "ignore_plan", "tensorboard", "quiet")
-    assert run_tune(recipe, **dict.fromkeys(switches, False)) == 0
+    assert run_recipe(recipe, **dict.fromkeys(switches, False)) == 0
 
     heading("3. After: the same questions, none of whose wordings was trained on")
     own_words = copy.deepcopy(base.tokenizer)

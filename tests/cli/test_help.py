@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-import veneer.cli.compare
 import veneer.cli.tune
+import veneer.compare.run
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.cli.app import run
 from veneer.compare.config import CompareConfig
+from veneer.errors import VeneerError
 from veneer.training.config import TrainConfig
 from veneer.training.recipe import DataConfig, Recipe
 
@@ -187,7 +188,7 @@ def caught(monkeypatch):
         seen.recipe, seen.options = recipe, options
         return 0
 
-    monkeypatch.setattr(veneer.cli.tune, "run_tune", catch)
+    monkeypatch.setattr(veneer.cli.tune, "run_recipe", catch)
     return seen
 
 
@@ -436,24 +437,27 @@ COMPARED: dict[str, tuple[str, object]] = {
 
 def test_every_flag_of_compare_arrives(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        veneer.cli.compare, "run_compare", lambda *given, **options: seen.append((given, options))
-    )
+
+    def catch(*arguments, **options):
+        seen.append((arguments, options))
+        raise VeneerError("This comparison is not run.")
+
+    monkeypatch.setattr(veneer.compare.run, "compare", catch)
     assert list(COMPARED) == [field.name for field in fields(CompareConfig)]
-    assert run(["compare", "m", "d.jsonl"]) == 0
+    assert run(["compare", "m", "d.jsonl"]) == 2
     (model, data, config), options = seen.pop()
     assert (model, data, config) == ("m", Path("d.jsonl"), CompareConfig())
-    switches = {"resume": False, "force": False, "quiet": False}
+    switches = {"resume": False, "force": False}
     assert options == {"out": Path("dist/comparison"), **switches}
     for name, (given, arrived) in COMPARED.items():
         assert getattr(config, name) != arrived
         option = f"--{name.replace('_', '-')}"
         flags = {"lr": ["--lr.lora+", "2e-4"], "range_test": [option]}.get(name, [option, given])
         beside = ["--test", "t"] if name == "test_rows" else []
-        assert run(["compare", "m", "d.jsonl", *flags, *beside]) == 0
+        assert run(["compare", "m", "d.jsonl", *flags, *beside]) == 2
         (_, _, found), _ = seen.pop()
         usual = CompareConfig(test=Path("t")) if beside else CompareConfig()
         assert found == replace(usual, **{name: arrived})
     for name in switches:
-        assert run(["compare", "m", "d.jsonl", f"--{name}", "--out", "o"]) == 0
+        assert run(["compare", "m", "d.jsonl", f"--{name}", "--out", "o"]) == 2
         assert seen.pop()[1] == {"out": Path("o"), **switches, name: True}

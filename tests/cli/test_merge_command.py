@@ -71,9 +71,9 @@ def test_a_packed_base_is_kept_unpacked_and_that_is_said(home, capsys):
     assert merge(home, "large", "out", "--bits", "4", "--dtype", "float32") == 0
     said = capsys.readouterr().out
     assert re.search(
-        r"packing it again as it was would take \d+\.\d% of the adapter's change", said
+        r"quantizing it again as it was would take \d+\.\d% of the adapter's change", said
     )
-    assert "the merged model is kept unpacked, in float32" in said
+    assert "the merged model is not, but in float32" in said
     assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
 
 

@@ -54,7 +54,7 @@ def test_answers_stand_in_columns():
 @pytest.mark.parametrize("compared", [["poem"], ["=x"], ["base=x"], ["a=x", "a=y"]])
 def test_what_cannot_be_compared_is_said(compared):
     with pytest.raises(ConfigError, match="cannot be followed"):
-        side_by_side.named_places(compared)
+        side_by_side.named_directories(compared)
 
 
 def test_a_talk_with_base_and_adapter(minigpt_home, tmp_path, monkeypatch, capsys):

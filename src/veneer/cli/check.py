@@ -1,29 +1,41 @@
-"""`veneer check`: what a runtime makes of an adapter, as a table."""
+"""`veneer check`: whether a runtime will load an adapter, as a table of findings."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from rich.box import SIMPLE_HEAD
+from cyclopts import Parameter
 from rich.markup import escape
 from rich.table import Table
 
-from veneer.cli.console import OUTPUT, quieten_libraries
+from veneer.cli.console import OUTPUT, new_table, quieten_libraries
+from veneer.cli.flags import AnyAdapter
 from veneer.formats.names import RuntimeName
-from veneer.formats.runtimes.check import Checked, check
+
+if TYPE_CHECKING:
+    from veneer.formats.runtimes.check import Checked
 
 COLOURS = {"ok": "green", "needs": "yellow", "no": "red"}
 
 
-def run_check(adapter: Path, runtime: RuntimeName) -> int:
+def check(
+    adapter: AnyAdapter,
+    /,
+    *,
+    for_: Annotated[RuntimeName, Parameter(name="--for", help="The runtime that is to load it.")],
+) -> int:
+    """Return 0 where the runtime will load the adapter, else 1."""
+    from veneer.formats.runtimes.check import check as check_adapter
+
     quieten_libraries()
-    checked = check(adapter, runtime)
+    checked = check_adapter(adapter, for_)
     OUTPUT.print(findings_table(checked))
     verdict = "will load, as it is or as said above" if checked.loads else "will not load as it is"
-    read = checked.runtime
-    proof = "run in our tests too" if read.run else "not run"
+    runtime = checked.runtime
+    proof = "run in our tests too" if runtime.run else "not run"
     OUTPUT.print(
-        f"[bold]{read.title}[/]: {verdict}. Read in its source, {proof}: {escape(read.read_in)}",
+        f"[bold]{runtime.title}[/]: {verdict}. Read in its source, {proof}: "
+        f"{escape(runtime.read_in)}",
         soft_wrap=True,
     )
     return 0 if checked.loads else 1
@@ -31,8 +43,7 @@ def run_check(adapter: Path, runtime: RuntimeName) -> int:
 
 def findings_table(checked: Checked) -> Table:
     """Return one line a finding: the verdict, on what, why, and what to do."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("")
+    table = new_table("")
     for title in ("What", "Says", "Do"):
         table.add_column(title, overflow="fold")
     for finding in checked.findings:

@@ -1,4 +1,4 @@
-"""`veneer compare` on the terminal: a table that fills as the jobs end, then where it is kept."""
+"""`veneer compare`: a table that fills as the jobs end, then the numbers and where they are."""
 
 from __future__ import annotations
 
@@ -7,78 +7,80 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Annotated
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from cyclopts import Parameter
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from veneer.cli.console import ERRORS, OUTPUT, bytes_text
+from veneer.cli.console import ERRORS, OUTPUT, bytes_text, new_table, print_wide, show_notice
+from veneer.cli.flags import Flat, Model, Switch
+from veneer.compare import run
 from veneer.compare.config import CompareConfig
 from veneer.compare.events import JobDone, JobFailed, JobPhase, JobStarted, JobStep, Laid
 from veneer.compare.job import Job
 from veneer.compare.picture import PICTURE, draw
 from veneer.compare.quality import TITLES
 from veneer.compare.report import NUMBERS, TABLE, settings_line, write_report
-from veneer.compare.run import TIMED, compare
 from veneer.compare.summary import Comparison, Row
 from veneer.errors import VeneerError
 from veneer.training.events import Event, Notice
 
-WIDTH = 100  # columns of the tables where there is no terminal: in fewer, numbers would be broken
 
-
-def run_compare(
-    model: str,
-    data: Path,
-    config: CompareConfig,
+def compare(
+    model: Model,
+    data: Annotated[Path, Parameter(help="Rows to learn, in any form that veneer tune takes.")],
+    /,
     *,
-    out: Path,
-    resume: bool,
-    force: bool,
-    quiet: bool,
+    settings: Annotated[CompareConfig, Flat] = CompareConfig(),
+    out: Annotated[Path, Parameter(help="Directory for the results.")] = Path("dist/comparison"),
+    resume: Annotated[
+        Switch, Parameter(help="Go on: runs that ended in --out are not done again.")
+    ] = False,
+    force: Annotated[Switch, Parameter(help="Replace an earlier comparison in --out.")] = False,
+    quiet: Annotated[Switch, Parameter(help="Print only errors.")] = False,
 ) -> int:
-    """Run a comparison to its end and return the exit code: 0, 1 where runs failed, 130 when it
-    was interrupted."""
+    """Return 0, 1 where runs failed, or 130 when the comparison was interrupted."""
     display = None if quiet else CompareDisplay()
-    events = compare(model, data, config, out=out, resume=resume, force=force)
+    events = run.compare(model, data, settings, out=out, resume=resume, force=force)
     try:
         with closing(events), display or nullcontext():
             while True:
                 try:
                     event = next(events)
                 except StopIteration as end:
-                    found: Comparison = end.value
+                    comparison: Comparison = end.value
                     break
                 if display:
                     display.show(event)
     except KeyboardInterrupt:
-        kept = escape(str(out))
+        directory = escape(str(out))
         ERRORS.print(
-            f"\nInterrupted. Go on with the same command and --resume (what ended is in {kept})."
+            "\nInterrupted. Go on with the same command and --resume (what ended is in "
+            f"{directory})."
         )
         return 130
-    write_report(found, out)
+    write_report(comparison, out)
     names = [TABLE, NUMBERS]
     (out / PICTURE).unlink(missing_ok=True)  # an earlier one, where this one cannot be drawn
     try:
-        draw(found, out / PICTURE)
+        draw(comparison, out / PICTURE)
         names.append(PICTURE)
     except VeneerError as error:
-        ERRORS.print(f"  note {escape(str(error))}")
+        show_notice(str(error))
     if not quiet:
-        _print(found)
-        places = ", ".join(escape(str(out / name)) for name in names)
-        OUTPUT.print(f"[bold]Saved[/]   {places}", soft_wrap=True)
-    for failure in chain.from_iterable(found.errors.values()):
+        _show(comparison)
+        paths = ", ".join(escape(str(out / name)) for name in names)
+        OUTPUT.print(f"[bold]Saved[/]   {paths}", soft_wrap=True)
+    for failure in chain.from_iterable(comparison.errors.values()):
         ERRORS.print(f"[bold red]Failed:[/] {escape(failure)}")
-    return 1 if found.failed else 0
+    return 1 if comparison.failed else 0
 
 
 @dataclass
 class _Line:
-    """How a run stands: what it is doing, and its newest numbers."""
+    """A run's line in the live table: what it is doing, and its newest numbers."""
 
     doing: str = "waiting"
     loss: str = ""
@@ -113,56 +115,55 @@ class CompareDisplay:
                 names = escape(", ".join(("base", *runs)))
                 OUTPUT.print(f"[bold]Runs[/]    {names}{of}", soft_wrap=True)
             case Notice(text):
-                OUTPUT.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True)
+                show_notice(text, on=OUTPUT)
             case JobStarted(job):
                 self._line(job).doing = "starting"
-                self._say(f"{job.name} ...")
+                self._log(f"{job.name} ...")
             case JobPhase(job, doing):
-                self._line(job).doing = f"{_part(job)}{doing}"
+                self._line(job).doing = f"{_stage(job)}{doing}"
             case JobStep(job, step, loss, speed, memory):
                 line = self._line(job)
-                line.doing = f"{_part(job)}step {step}/{job.steps}"
+                line.doing = f"{_stage(job)}step {step}/{job.steps}"
                 line.loss, line.speed = f"{loss:.3f}", f"{speed:,.0f}"
                 line.memory = bytes_text(memory)
             case JobDone():
                 self._done(event)
             case JobFailed(job, error):
                 self._line(job).doing = "[red]failed[/]"
-                self._say(f"{job.name} [red]failed[/]: {escape(error)}")
+                self._log(f"{job.name} [red]failed[/]: {escape(error)}")
             case _:
                 raise AssertionError(event)
 
     def _done(self, event: JobDone) -> None:
-        job, found = event.job, event.result
+        job, result = event.job, event.result
         line = self._line(job)
-        line.eval_loss = f"{found.eval_loss:.4f}"
-        quality = found.bleu if found.bleu is not None else found.exact
+        line.eval_loss = f"{result.eval_loss:.4f}"
+        quality = result.bleu if result.bleu is not None else result.exact
         line.quality = "" if quality is None else f"{quality:.1f}"
-        if found.tokens:
-            line.speed = f"{found.tokens_per_second:,.0f}"
-            line.loss = f"{found.train_loss:.3f}"
-            line.memory = "" if found.peak is None else bytes_text(found.peak)
-        line.doing = f"{_part(job)}{'kept' if event.kept else 'done'}"
-        said = [f"evaluation loss {line.eval_loss}"]
+        if result.tokens:
+            line.speed = f"{result.tokens_per_second:,.0f}"
+            line.loss = f"{result.train_loss:.3f}"
+            line.memory = "" if result.peak is None else bytes_text(result.peak)
+        line.doing = f"{_stage(job)}{'kept' if event.kept else 'done'}"
+        numbers = [f"evaluation loss {line.eval_loss}"]
         if line.quality:
-            said.append(f"{'BLEU' if found.bleu is not None else 'exact match'} {line.quality}")
-        if found.tokens:
-            said.append(f"{line.speed} tokens/s, {line.memory}")
-        self._say(f"{job.name} {'kept from before' if event.kept else 'done'}: {', '.join(said)}")
+            numbers.append(f"{'BLEU' if result.bleu is not None else 'exact match'} {line.quality}")
+        if result.tokens:
+            numbers.append(f"{line.speed} tokens/s, {line.memory}")
+        ending = "kept from before" if event.kept else "done"
+        self._log(f"{job.name} {ending}: {', '.join(numbers)}")
 
     def _line(self, job: Job) -> _Line:
         return self.lines[job.label.run]
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if not OUTPUT.is_terminal:
             OUTPUT.print(f"  {text}", soft_wrap=True)
 
     def _table(self) -> Table:
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-        table.add_column("Method")
-        table.add_column("Now", min_width=24)
-        for title in ("Loss", "tokens/s", "Memory", "Evaluation loss", "Quality"):
-            table.add_column(title, justify="right")
+        numbers = ("Loss", "tokens/s", "Memory", "Evaluation loss", "Quality")
+        table = new_table("Method", "Now", *numbers)
+        table.columns[1].justify, table.columns[1].min_width = "left", 24
         for name, line in self.lines.items():
             numbers = (line.loss, line.speed, line.memory, line.eval_loss, line.quality)
             table.add_row(escape(name), line.doing, *numbers)
@@ -171,30 +172,27 @@ class CompareDisplay:
         return table
 
 
-def _part(job: Job) -> str:
-    """Return which part of a row's work a job is."""
+def _stage(job: Job) -> str:
+    """Return what a job does for its line of the table."""
     if job.kind == "base":
         return ""
     if job.kind == "trial":
-        return "timing: " if job.steps == TIMED else f"trying rate {job.lr:g}: "
+        return "timing: " if job.steps == run.TIMED else f"trying rate {job.lr:g}: "
     return f"seed {job.seed}: "
 
 
-def _print(found: Comparison) -> None:
-    OUTPUT.print(settings_line(found), soft_wrap=True)
-    output = OUTPUT if OUTPUT.is_terminal else Console(highlight=False, width=WIDTH)
-    output.print(_result_table(found, "Method", found.rows))
-    if found.swept:
-        output.print(_result_table(found, "LoRA", found.swept))
+def _show(comparison: Comparison) -> None:
+    OUTPUT.print(settings_line(comparison), soft_wrap=True)
+    print_wide(_result_table(comparison, "Method", comparison.rows))
+    if comparison.swept:
+        print_wide(_result_table(comparison, "LoRA", comparison.swept))
 
 
-def _result_table(found: Comparison, first: str, rows: list[Row]) -> Table:
+def _result_table(comparison: Comparison, first: str, rows: list[Row]) -> Table:
     """Return the numbers that fit on a terminal; all of them are in comparison.md."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column(first)
-    quality = [TITLES[found.measure]] if found.measure else []
-    for title in ("Trained", "Memory", "tokens/s", "Eval loss", *quality, "General", "Kept"):
-        table.add_column(title, justify="right")
+    quality = [TITLES[comparison.measure]] if comparison.measure else []
+    titles = ("Trained", "Memory", "tokens/s", "Eval loss", *quality, "General", "Kept")
+    table = new_table(first, *titles)
     for row in rows:
         numbers = [
             "" if row.trained is None else f"{row.trained:,}",
@@ -202,7 +200,7 @@ def _result_table(found: Comparison, first: str, rows: list[Row]) -> Table:
             "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
             "" if row.eval_loss is None else row.eval_loss.text(4),
         ]
-        if found.measure:
+        if comparison.measure:
             numbers.append("" if row.quality is None else row.quality.text(1))
         numbers += [
             "" if row.forgotten is None else row.forgotten.text(4, signed=True),

@@ -1,17 +1,74 @@
-"""What the terminal shows of a run: each event in its place."""
+"""The terminal: its two streams, and the lines and tables that look alike in every command."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+
+from veneer.errors import VeneerError
+from veneer.files import size_of
 
 OUTPUT = Console(highlight=False)
 ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
+WIDTH = 110  # columns of wide tables where there is no terminal: in fewer, numbers would break
 
 
 def show_error(error: Exception) -> None:
     """Print one error, in full, for a person: no traceback."""
     ERRORS.print(f"[bold red]Error:[/] {escape(str(error))}")
+
+
+def show_notice(text: str, *, on: Console = ERRORS) -> None:
+    """Print something that a person should know."""
+    on.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True)
+
+
+def show_saved(path: Path, *, what: str = "", facts: Sequence[str] = (), more: str = "") -> None:
+    """Print where a result is, its size, and what else there is to know of it."""
+    size = bytes_text(size_of(path))
+    name = f"{what}: {escape(str(path))}" if what else escape(str(path))
+    OUTPUT.print(f"[bold]Saved[/]   {name} ({', '.join([*facts, size])}{more})", soft_wrap=True)
+
+
+def questions() -> Iterator[str]:
+    """Yield what a person types, until an empty line or the end of the input."""
+    while True:
+        try:
+            question = OUTPUT.input("[bold]You:[/] ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+def new_table(first: str, *others: str, **options: Any) -> Table:
+    """Return an empty table: a column of names that may fold, and columns of numbers."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", **options)
+    table.add_column(first, overflow="fold")
+    for title in others:
+        table.add_column(title, justify="right")
+    return table
+
+
+def print_wide(table: Table) -> None:
+    """Print a table that needs more columns than a pipe is taken to have."""
+    output = OUTPUT if OUTPUT.is_terminal else Console(highlight=False, width=WIDTH)
+    output.print(table)
+
+
+def refuse_to_replace(out: Path) -> None:
+    """Raise VeneerError if `out` is a file, or a directory that holds anything."""
+    if out.is_file():
+        raise VeneerError(f"{out} is there already; name another place.")
+    if out.exists() and any(out.iterdir()):
+        raise VeneerError(f"{out} holds something already; name another place.")
 
 
 def quieten_libraries() -> None:

@@ -3,61 +3,76 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from rich.markup import escape
+from cyclopts import Parameter
 
-from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries
+from veneer.cli.console import OUTPUT, quieten_libraries, show_notice, show_saved
+from veneer.cli.flags import AllowBin, AnyAdapter, Switch
 from veneer.errors import ConfigError
-from veneer.files import size_of
-from veneer.formats.convert import convert
 from veneer.formats.names import FormatName
-from veneer.models.load import load_skeleton
 
 
-def run_convert(
-    adapter: Path,
-    out: Path,
+def convert(
+    adapter: AnyAdapter,
+    out: Annotated[Path, Parameter(help="Directory for the adapter; with gguf, a file.")],
+    /,
     *,
-    to: FormatName,
-    base: str | None,
-    alpha: float | None,
-    enable_lora: str | None,
-    rank: int | None,
-    approximate: bool,
-    force: bool,
-    allow_bin: bool,
+    to: Annotated[FormatName, Parameter(help="Format to write.")],
+    base: Annotated[
+        str | None,
+        Parameter(help="The adapter's base, where a format must know it; no weight of it is read."),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        Parameter(help="Alpha of all layers, which a .pt file of loralib's leaves out."),
+    ] = None,
+    enable_lora: Annotated[
+        str | None,
+        Parameter(
+            help="Projections of loralib's fused layers with factors: 101 for first and last."
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        Parameter(help="Give every layer this rank, filled up with zeros, and one scaling."),
+    ] = None,
+    approximate: Annotated[
+        Switch, Parameter(help="Write what a format cannot express as near as it can.")
+    ] = False,
+    force: Annotated[Switch, Parameter(help="Replace the adapter that is in OUT.")] = False,
+    allow_bin: AllowBin = False,
 ) -> None:
+    """Print a note for each thing that the new format says in another way."""
+    from veneer.formats.convert import convert as convert_adapter
+    from veneer.models.load import load_skeleton
+
     quieten_libraries()
-    done = convert(
+    done = convert_adapter(
         adapter,
         out,
         to=to,
         base=load_skeleton(base) if base else None,
         base_name=base or "",
         alpha=alpha,
-        enable_lora=_parts(enable_lora),
+        enable_lora=_enabled(enable_lora),
         rank=rank,
         approximate=approximate,
         force=force,
         allow_bin=allow_bin,
     )
     for note in done.notes:
-        OUTPUT.print(f"  [yellow]note[/] {escape(note)}", soft_wrap=True)
-    size = size_of(out)
+        show_notice(note, on=OUTPUT)
     layers = f"{done.layers} layer{'' if done.layers == 1 else 's'}"
-    OUTPUT.print(
-        f"[bold]Saved[/]   {escape(str(out))} ({to}, {layers}, {bytes_text(size)}; "
-        f"from {done.source})",
-        soft_wrap=True,
-    )
+    show_saved(out, facts=(to, layers), more=f"; from {done.source}")
 
 
-def _parts(text: str | None) -> tuple[bool, ...] | None:
-    """Return which parts of a fused layer have factors, of a text such as 101."""
+def _enabled(text: str | None) -> tuple[bool, ...] | None:
+    """Return which projections of a fused layer have factors, from a text such as 101."""
     if text is None:
         return None
     if not set(text) <= {"0", "1"} or "1" not in text:
         raise ConfigError(
-            f"--enable-lora is {text!r}, but takes a 1 or a 0 for each part, such as 101."
+            f"--enable-lora is {text!r}, but takes a 1 or a 0 for each projection, such as 101."
         )
     return tuple(digit == "1" for digit in text)

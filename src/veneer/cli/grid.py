@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from veneer.cli.console import new_table
 from veneer.errors import VeneerError
 
 IN_BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<block>\d+)\.(?P<kind>.+)")
@@ -59,18 +59,11 @@ def grid_table(title: str, cells: Mapping[str, str]) -> Table:
     """Return a table of what there is to say of each layer, by path."""
     place = places(list(cells))
     at = {place.of[path]: text for path, text in cells.items()}
-    table = Table(
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        header_style="bold",
-        title=title,
-        title_justify="left",
-        title_style="bold",
+    table = new_table(
+        "Block", *place.columns, title=title, title_justify="left", title_style="bold"
     )
-    table.add_column("Block", justify="right")
-    for column in place.columns:
-        table.add_column(column, justify="right", overflow="fold")
+    for column in table.columns:
+        column.justify, column.overflow = "right", "fold"
     for row in place.rows:
         table.add_row(row, *(at.get((row, column), "") for column in place.columns))
     return table

@@ -1,42 +1,57 @@
-"""veneer merge: a plain model, with the certificate that it says what was learnt."""
+"""`veneer merge`: a plain model, with the certificate that it says what was learnt."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from rich.markup import escape
+from cyclopts import Parameter
 
 import veneer
-from veneer.cli.commands import load_adapted
-from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries
+from veneer.cli.console import OUTPUT, quieten_libraries, refuse_to_replace, show_notice, show_saved
+from veneer.cli.flags import AdapterFlags, Flat, Model, Switch
+from veneer.cli.loading import load_adapted
 from veneer.cli.tables import merge_lines, merge_table, merged_table
 from veneer.data.sources import files_of
-from veneer.errors import MergeError, VeneerError
-from veneer.files import size_of
-from veneer.formats.adapters import read as read_adapter
-from veneer.formats.gguf.model import kept_of, write_merged
-from veneer.models.load import load_skeleton
-from veneer.models.locate import locate
-from veneer.quant.settings import Bits
+from veneer.errors import ConfigError, MergeError, VeneerError
 
 
-def run_merge(
-    base: str,
-    adapter: Path,
-    out: Path,
+def merge(
+    base: Model,
+    adapter: Annotated[Path, Parameter(help="Adapter directory.")],
+    out: Annotated[
+        Path, Parameter(help="Directory for the merged model; or OUT.gguf, where BASE is GGUF too.")
+    ],
+    /,
     *,
-    dtype: str,
-    bits: Bits | None,
-    probe: Path | None,
-    accept_loss: bool,
-    force: bool,
-    allow_bin: bool,
+    loading: Annotated[AdapterFlags, Flat] = AdapterFlags(),
+    gguf_type: Annotated[
+        str | None,
+        Parameter(
+            help="Into OUT.gguf: store changed tensors as q8_0, f16, ...; by default as they were."
+        ),
+    ] = None,
+    probe: Annotated[
+        Path | None, Parameter(help="Rows to compare merged and unmerged by, not a sample of ours.")
+    ] = None,
+    accept_loss: Annotated[
+        Switch, Parameter(help="Write the model even where merging loses too much.")
+    ] = False,
 ) -> None:
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise VeneerError(f"{out} holds something already; name another place.")
+    """Refuse flags that would do nothing, then merge into a model directory or into a GGUF file."""
+    if out.suffix == ".gguf":
+        if loading.dtype != "auto" or loading.bits is not None:
+            raise ConfigError("Into GGUF the base is not computed with: leave --dtype and --bits.")
+        if probe is not None or accept_loss:
+            raise ConfigError("Into GGUF nothing is probed: leave --probe and --accept-loss.")
+        _merge_into_gguf(base, adapter, out, loading, kind=gguf_type)
+        return
+    if gguf_type is not None:
+        raise ConfigError("--gguf-type is for the tensors of an OUT.gguf, and OUT is no .gguf.")
+    refuse_to_replace(out)
     if probe is not None:
         files_of(probe)  # a wrong name shows before the work
-    loaded = load_adapted(base, adapter, dtype=dtype, bits=bits, force=force, allow_bin=allow_bin)
+    loaded = load_adapted(base, {"default": adapter}, loading)
     plain = veneer.merge(loaded.model)
     report = veneer.certify(loaded.model, plain, loaded.tokenizer, probe=probe)
     OUTPUT.print(merge_table(report))
@@ -47,25 +62,26 @@ def run_merge(
     except MergeError as error:
         if not accept_loss:
             raise MergeError(f"{error} Or write it as it is: --accept-loss.") from error
-        OUTPUT.print(f"  [yellow]note[/] {escape(str(error))}", soft_wrap=True)
+        show_notice(str(error), on=OUTPUT)
     veneer.write_model(plain, loaded.tokenizer, out)
-    OUTPUT.print(f"Merged model: {escape(str(out))} ({bytes_text(size_of(out))})", soft_wrap=True)
+    show_saved(out, what="merged model")
 
 
-def run_merge_gguf(
-    base: str, adapter: Path, out: Path, *, kind: str | None, force: bool, allow_bin: bool
+def _merge_into_gguf(
+    base: str, adapter: Path, out: Path, loading: AdapterFlags, *, kind: str | None
 ) -> None:
+    from veneer.formats.adapters import read
+    from veneer.formats.gguf.model import kept_of, write_merged
+    from veneer.models.load import load_skeleton
+    from veneer.models.locate import locate
+
     quieten_libraries()
-    if out.exists():
-        raise VeneerError(f"{out} is there already; name another place.")
-    place = locate(base)
-    if not isinstance(place, Path) or place.suffix != ".gguf":
+    refuse_to_replace(out)
+    source = locate(base)
+    if not isinstance(source, Path) or source.suffix != ".gguf":
         raise VeneerError(f"{out} can be made of a .gguf base only, and {base} is none.")
-    state = read_adapter(adapter, load_skeleton(base), allow_bin=allow_bin)
-    stored = write_merged(place, state, out, kind=kind, force=force)
-    OUTPUT.print(merged_table(stored))
-    OUTPUT.print(
-        f"Merged model: {escape(str(out))} ({bytes_text(out.stat().st_size)}); "
-        f"{kept_of(stored):.1%} of the adapter's change is left",
-        soft_wrap=True,
-    )
+    state = read(adapter, load_skeleton(base), allow_bin=loading.allow_bin)
+    tensors = write_merged(source, state, out, kind=kind, force=loading.force)
+    OUTPUT.print(merged_table(tensors))
+    left = f"; {kept_of(tensors):.1%} of the adapter's change is left"
+    show_saved(out, what="merged model", more=left)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import replace
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +15,8 @@ from rich.table import Table
 
 from veneer.adapter.config import LoRA
 from veneer.cli.console import bytes_text
+from veneer.cli.flags import Flat, Switch
+from veneer.errors import ConfigError
 from veneer.plan.config import ADAPTING, PlanConfig
 from veneer.plan.find import find_config
 from veneer.plan.fit import flags, free_bytes, gentlest
@@ -25,7 +29,26 @@ from veneer.quant.settings import quantization_of
 WIDTH = 100
 
 
-def run_plan(model: str, lora: LoRA, config: PlanConfig, *, formulas: bool) -> None:
+def plan(
+    model: Annotated[
+        str, Parameter(help="Preset (llama-2-70b, ...), config.json, or directory that has one.")
+    ],
+    /,
+    *,
+    lora: Annotated[LoRA, Flat] = LoRA(),
+    settings: Annotated[PlanConfig, Flat] = PlanConfig(),
+    tokens: Annotated[int | None, Parameter(help="Short for --tokens-per-batch.")] = None,
+    formulas: Annotated[Switch, Parameter(help="Show the formula of each line of memory.")] = False,
+) -> None:
+    """Complete the settings, then print the plan."""
+    if tokens is not None:
+        if settings.tokens_per_batch != PlanConfig().tokens_per_batch:
+            raise ConfigError("--tokens is short for --tokens-per-batch; give one of them.")
+        settings = replace(settings, tokens_per_batch=tokens)
+    show_plan(model, lora, settings, formulas=formulas)
+
+
+def show_plan(model: str, lora: LoRA, config: PlanConfig, *, formulas: bool) -> None:
     """Print the plan of training `model`, beside other methods and what is free here."""
     found = find_config(model)
     shape, packed = shape_of(found), quantization_of(found)

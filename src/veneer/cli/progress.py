@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from veneer.cli.console import OUTPUT, bytes_text
+from veneer.cli.console import OUTPUT, bytes_text, show_notice, show_saved
 from veneer.cli.tables import merge_lines, plan_summary, quantized_summary, target_summary
 from veneer.training.events import (
     Checkpointed,
@@ -63,9 +63,9 @@ class RunDisplay:
         """Print what a person wants to know of `event`."""
         match event:
             case Notice(text):
-                OUTPUT.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True)
-            case Planned(plan, room):
-                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, room)}", soft_wrap=True)
+                show_notice(text, on=OUTPUT)
+            case Planned(plan, free):
+                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}", soft_wrap=True)
             case Measured(planned, peak):
                 OUTPUT.print(
                     f"[bold]Memory[/]  at most {bytes_text(peak)}; planned were "
@@ -79,8 +79,8 @@ class RunDisplay:
                 if event.quantized:
                     OUTPUT.print(f"  {quantized_summary(event.quantized)}", soft_wrap=True)
                 if event.new_tokens:
-                    words = escape(", ".join(event.new_tokens))
-                    OUTPUT.print(f"  {len(event.new_tokens)} new words: {words}")
+                    texts = escape(", ".join(event.new_tokens))
+                    OUTPUT.print(f"  {len(event.new_tokens)} new tokens: {texts}")
             case Started(steps, done):
                 self._start(steps, done)
             case Step():
@@ -99,19 +99,16 @@ class RunDisplay:
                 self._take_down()
                 why = "no better evaluation" if reason == "patience" else "interrupted"
                 OUTPUT.print(f"[bold]Stopped[/] after step {step}: {why}")
-            case Trained(step, kept):
+            case Trained(step, best):
                 self._take_down()
                 took = _duration(time.monotonic() - self.began)
-                which = (
-                    "" if kept == step else f"; the weights of step {kept} were best and are kept"
-                )
-                OUTPUT.print(f"[bold]Trained[/] {step} steps in {took}{which}")
+                weights = "" if best == step else f"; the weights of step {best} were best"
+                OUTPUT.print(f"[bold]Trained[/] {step} steps in {took}{weights}")
             case Merged(report):
                 for line in merge_lines(report):
                     OUTPUT.print(f"[bold]Merged[/]  {line}", soft_wrap=True)
-            case Written(what, place, size):
-                where = f"{what}: {escape(str(place))}"
-                OUTPUT.print(f"[bold]Saved[/]   {where} ({bytes_text(size)})", soft_wrap=True)
+            case Written(what, path):
+                show_saved(path, what=what)
             case Checkpointed():
                 pass
             case _:
@@ -133,12 +130,12 @@ class RunDisplay:
             counts.append(f"{event.held_out.rows:,} rows held out")
         OUTPUT.print(f"[bold]Data[/]    {', '.join(counts)}")
         OUTPUT.print("  The first row as the model sees it, [green]trained tokens in green[/]:")
-        shown = Text()
+        example = Text()
         for piece, trained in event.example:
-            shown.append(piece, style="bold green" if trained else "dim")
-        if len(shown) > SHOWN_EXAMPLE:
-            shown = shown[:SHOWN_EXAMPLE] + Text(" ...")
-        OUTPUT.print(Padding(shown, (0, 0, 0, 4)))
+            example.append(piece, style="bold green" if trained else "dim")
+        if len(example) > SHOWN_EXAMPLE:
+            example = example[:SHOWN_EXAMPLE] + Text(" ...")
+        OUTPUT.print(Padding(example, (0, 0, 0, 4)))
 
     def _start(self, steps: int, done: int) -> None:
         self.steps, self.began = steps, time.monotonic()
@@ -175,5 +172,5 @@ class RunDisplay:
 
 
 def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

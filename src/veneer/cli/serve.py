@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.markup import escape
 
-from veneer.cli.commands import load_named
-from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries
+from veneer.cli.console import OUTPUT, quieten_libraries, show_notice
+from veneer.cli.flags import BaseFlags, Flat, Model
+from veneer.cli.loading import load_base
 from veneer.errors import VeneerError, listed
-from veneer.quant.settings import Bits
 from veneer.serve.config import ServeConfig, read_keys
 
 SHOWN_NAMES = 12
 
 
-def run_serve(
-    model: str,
-    adapters: Sequence[str],
-    config: ServeConfig,
+def serve(
+    model: Model,
+    /,
     *,
-    dtype: str,
-    bits: Bits | None,
+    adapter: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="NAME=DIRECTORY: serve this adapter; may be given repeatedly."),
+    ] = None,
+    settings: Annotated[ServeConfig, Flat] = ServeConfig(),
+    loading: Annotated[BaseFlags, Flat] = BaseFlags(),
 ) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    keys = read_keys(config, os.environ)
+    keys = read_keys(settings, os.environ)
     quieten_libraries()
     try:
-        from veneer.serve.run import listen, serve
+        from veneer.serve import run
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
             raise
         raise VeneerError("veneer serve needs: pip install 'veneer[serve]'") from error
-    with listen(config) as listener:
-        base = load_named(model, {}, dtype=dtype, bits=bits)
-        for at in serve(base, adapters, config, keys=keys, listener=listener):
+    with run.listen(settings) as listener:
+        base = load_base(model, loading)
+        for at in run.serve(base, adapter or [], settings, keys=keys, listener=listener):
             for notice in at.notices:
-                ERRORS.print(f"  [yellow]note[/] {escape(notice)}")
+                show_notice(notice)
             OUTPUT.print(f"[bold]Base[/]      {escape(at.base)}")
             names = listed(at.adapters, most=SHOWN_NAMES) or "none"
             OUTPUT.print(f"[bold]Adapters[/]  {escape(names)}", soft_wrap=True)

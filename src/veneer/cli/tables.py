@@ -1,46 +1,51 @@
-"""Tables for the terminal."""
+"""What is known of a model's layers, as tables and lines: layers alike in all blocks share one."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from veneer.adapter.certify import MergeReport
-from veneer.adapter.merge import LayerLoss, share
-from veneer.adapter.report import QuantizedReport, TargetLine, TargetReport
-from veneer.cli.console import bytes_text
-from veneer.formats.gguf.model import MergedTensor, kept_of
-from veneer.formats.quantized import QuantizedLayer
-from veneer.plan.plan import Plan
+from veneer.cli.console import bytes_text, new_table
+
+if TYPE_CHECKING:
+    from veneer.adapter.certify import MergeReport
+    from veneer.adapter.report import QuantizedReport, TargetReport
+    from veneer.formats.gguf.model import MergedTensor
+    from veneer.formats.quantized import QuantizedLayer
+    from veneer.plan.plan import Plan
+
+Layer = TypeVar("Layer")
+Key = TypeVar("Key", bound=Hashable)
+LAYER = "Layer (in its block)"
 
 
 def target_summary(report: TargetReport) -> str:
-    """Return one line: what trains, how many parameters, and what part that is."""
+    """Return one line: what trains, how many parameters, and their share."""
     return (
         f"{report.what}; {report.trained:,} of {report.base_parameters:,} "
         f"parameters train ({report.share:.2%})"
     )
 
 
-def plan_summary(plan: Plan, room: int | None) -> str:
-    """Return one line: the memory that a run needs at its peak, of what, and what there is."""
-    parts = [
+def plan_summary(plan: Plan, free: int | None) -> str:
+    """Return one line: the memory that a run needs at its peak, for what, and what is free."""
+    amounts = [
         f"{amount.name} {bytes_text(amount.value)}"
         for amount in (*plan.memory.amounts, plan.memory.on_disk)
         if amount.value
     ]
-    there = "" if room is None else f" of {bytes_text(room)} that are free"
-    return f"{bytes_text(plan.memory.peak)}{there}: {', '.join(parts)}"
+    of = "" if free is None else f" of {bytes_text(free)} that are free"
+    return f"{bytes_text(plan.memory.peak)}{of}: {', '.join(amounts)}"
 
 
 def quantized_summary(report: QuantizedReport) -> str:
-    """Return one line: what of the base is packed, and its real size."""
+    """Return one line: what of the base is quantized, and its real size."""
     return (
         f"{report.layers} linear layers in {report.kind}: {report.bits:.3f} bits a parameter, "
         f"{bytes_text(report.bytes)}; all else {bytes_text(report.other_bytes)}"
@@ -48,15 +53,10 @@ def quantized_summary(report: QuantizedReport) -> str:
 
 
 def quantized_table(layers: Sequence[QuantizedLayer]) -> Table:
-    """Return the packed layers; those of the same name and shape share a line."""
-    same: dict[tuple[str, int, int], list[QuantizedLayer]] = defaultdict(list)
-    for layer in layers:
-        same[_in_block(layer.path), layer.out, layer.in_].append(layer)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("Layer (in its block)", overflow="fold")
-    for title in ("Blocks", "Weight", "Bits", "Size", "Error", "Worst"):
-        table.add_column(title, justify="right")
-    for (name, out, in_), alike in same.items():
+    """Return the quantized layers; those of the same name and shape share a line."""
+    table = new_table(LAYER, "Blocks", "Weight", "Bits", "Size", "Error", "Worst")
+    groups = _alike(layers, lambda layer: (_in_block(layer.path), layer.out, layer.in_))
+    for (name, out, in_), alike in groups.items():
         errors = [layer.error for layer in alike]
         table.add_row(
             name,
@@ -72,14 +72,12 @@ def quantized_table(layers: Sequence[QuantizedLayer]) -> Table:
 
 def merged_table(tensors: Sequence[MergedTensor]) -> Table:
     """Return what was stored anew; tensors of the same name in their block share a line."""
-    same: dict[tuple[str, str, str], list[MergedTensor]] = defaultdict(list)
-    for tensor in tensors:
-        same[_in_block(tensor.name), tensor.was, tensor.kind].append(tensor)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("Tensor (in its block)", overflow="fold")
-    for title in ("Blocks", "Was", "Is", "Error", "Worst", "Change kept"):
-        table.add_column(title, justify="right")
-    for (name, was, kind), alike in same.items():
+    from veneer.formats.gguf.model import kept_of
+
+    titles = ("Blocks", "Was", "Is", "Error", "Worst", "Change kept")
+    table = new_table("Tensor (in its block)", *titles)
+    groups = _alike(tensors, lambda tensor: (_in_block(tensor.name), tensor.was, tensor.kind))
+    for (name, was, kind), alike in groups.items():
         errors = [tensor.error for tensor in alike]
         table.add_row(
             name,
@@ -110,7 +108,7 @@ def merge_lines(report: MergeReport) -> list[str]:
     )
     if report.lost_packed_again is not None:
         lines.append(
-            f"the base is packed; the merged model is kept unpacked, in {report.dtype}: packing "
+            f"the base is quantized; the merged model is not, but in {report.dtype}: quantizing "
             f"it again as it was would take {report.lost_packed_again:.1%} of the adapter's "
             f"change, and {report.divergence_packed_again:.2g} nats a token"
         )
@@ -119,14 +117,10 @@ def merge_lines(report: MergeReport) -> list[str]:
 
 def merge_table(report: MergeReport) -> Table:
     """Return the share of each layer's change that rounding took; blocks share a line."""
-    same: dict[str, list[LayerLoss]] = defaultdict(list)
-    for layer in report.layers:
-        same[_in_block(layer.path)].append(layer)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("Layer (in its block)", overflow="fold")
-    for title in ("Blocks", "‖ΔW‖", "Lost", "Worst"):
-        table.add_column(title, justify="right")
-    for name, alike in same.items():
+    from veneer.adapter.merge import share
+
+    table = new_table(LAYER, "Blocks", "‖ΔW‖", "Lost", "Worst")
+    for name, alike in _alike(report.layers, lambda layer: _in_block(layer.path)).items():
         table.add_row(
             name,
             f"{len(alike)}",
@@ -139,16 +133,12 @@ def merge_table(report: MergeReport) -> Table:
 
 def target_table(report: TargetReport) -> Table:
     """Return the adapted layers; blocks whose layers have the same shapes share a line."""
-    same: dict[tuple[str, int, int, int, int], list[TargetLine]] = defaultdict(list)
-    for line in report.lines:
-        same[_in_block(line.path), line.out, line.in_, line.rank, line.trained].append(line)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("Layer (in its block)", overflow="fold")
-    for title in ("Blocks", "Weight", "Rank", "Each", "Per cent", "Trained"):
-        table.add_column(title, justify="right")
-    for (pattern, out, in_, rank, trained), lines in same.items():
+    titles = ("Blocks", "Weight", "Rank", "Each", "Per cent", "Trained")
+    table = new_table(LAYER, *titles)
+    groups = _alike(report.lines, lambda x: (_in_block(x.path), x.out, x.in_, x.rank, x.trained))
+    for (name, out, in_, rank, trained), lines in groups.items():
         table.add_row(
-            pattern,
+            name,
             f"{len(lines)}",
             f"{out:,} × {in_:,}",
             f"{rank}",
@@ -157,6 +147,19 @@ def target_table(report: TargetReport) -> Table:
             f"{trained * len(lines):,}",
         )
     return table
+
+
+def span(numbers: Sequence[int]) -> str:
+    """Return the least and the largest of some numbers, or the only one."""
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _alike(layers: Iterable[Layer], key: Callable[[Layer], Key]) -> dict[Key, list[Layer]]:
+    groups: dict[Key, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        groups[key(layer)].append(layer)
+    return groups
 
 
 def _in_block(path: str) -> str:

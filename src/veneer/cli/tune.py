@@ -1,4 +1,4 @@
-"""`veneer tune` on the terminal: show the run as it goes, then draw it."""
+"""`veneer tune`: run a recipe, show the run as it goes, then draw it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,77 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.markup import escape
 
-from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries
+import veneer
+from veneer.adapter.config import LoRA
+from veneer.adapter.method import Method
+from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice
+from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch
 from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
 from veneer.errors import VeneerError
-from veneer.run_directory import RunDirectory
+from veneer.run_directory import DEFAULT_OUT, RunDirectory
+from veneer.training.config import TrainConfig
 from veneer.training.events import Evaluated, Event, Step, Stopped
-from veneer.training.recipe import Recipe
-from veneer.training.tune import tune
+from veneer.training.recipe import DataConfig, Recipe
 
 
-def run_tune(
+def tune(
+    model: Model,
+    data: Annotated[
+        Path, Parameter(help="Rows to learn: .jsonl, .json, .csv, .parquet, .txt, or a directory.")
+    ],
+    *,
+    method: Annotated[Method, Flat] = Method(),
+    lora: Annotated[LoRA, Flat] = LoRA(),
+    training: Annotated[TrainConfig, Flat] = TrainConfig(),
+    rows: Annotated[DataConfig, Flat] = DataConfig(),
+    base: Annotated[BaseFlags, Flat] = BaseFlags(),
+    pack_head: PackHead = False,
+    out: Annotated[Path, Parameter(help="Directory for the results.")] = DEFAULT_OUT,
+    config: Annotated[
+        Path | None, Parameter(help="Recipe of an earlier run; flags on this line override it.")
+    ] = None,
+    resume: Annotated[Switch, Parameter(help="Go on from the newest checkpoint in --out.")] = False,
+    force: Annotated[
+        Switch, Parameter(help="Replace the results of an earlier run in --out.")
+    ] = False,
+    ignore_plan: Annotated[
+        Switch, Parameter(help="Go ahead even where less memory is free than is planned.")
+    ] = False,
+    tensorboard: Annotated[
+        Switch, Parameter(help="Write curves for TensorBoard too, below --out.")
+    ] = False,
+    quiet: Annotated[Switch, Parameter(help="Print only errors.")] = False,
+) -> int:
+    """Return 0, or 130 when the run was interrupted. `config` is read before this is called."""
+    recipe = Recipe(
+        model=model,
+        data=data,
+        method=method,
+        lora=lora,
+        training=training,
+        rows=rows,
+        dtype=base.dtype,
+        bits=base.bits,
+        pack_head=pack_head,
+        out=out,
+    )
+    return run_recipe(
+        recipe,
+        resume=resume,
+        force=force,
+        ignore_plan=ignore_plan,
+        tensorboard=tensorboard,
+        quiet=quiet,
+    )
+
+
+def run_recipe(
     recipe: Recipe,
     *,
     resume: bool,
@@ -36,7 +93,7 @@ def run_tune(
     if display:
         OUTPUT.print(f"[bold]Base[/]    {escape(recipe.model)}")
     with interruptible() as asked, display or nullcontext():
-        events = tune(
+        events = veneer.tune(
             recipe, resume=resume, force=force, ignore_plan=ignore_plan, should_stop=asked
         )
         for event in curves(events, directory.tensorboard) if tensorboard else events:
@@ -49,7 +106,7 @@ def run_tune(
     try:
         draw_losses(directory.read_metrics(), directory.picture)
     except VeneerError as error:
-        ERRORS.print(f"  note {escape(str(error))}")
+        show_notice(str(error))
     return 0
 
 

@@ -1,0 +1,59 @@
+"""`veneer pretrain` and `veneer quantize`: bases that are made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+import veneer
+from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries, show_notice, show_saved
+from veneer.cli.flags import Model, PackHead
+from veneer.cli.progress import RunDisplay
+from veneer.cli.tables import quantized_table
+from veneer.quant.settings import Bits
+
+if TYPE_CHECKING:
+    from veneer.formats.quantized import QuantizedLayer
+
+
+def pretrain(
+    out: Annotated[Path, Parameter(help="Directory for the model.")] = Path("dist/minigpt"),
+    /,
+    *,
+    steps: Annotated[int, Parameter(help="Optimizer steps.")] = 1000,
+    seed: Annotated[int, Parameter(help="Decides the text and the model's start.")] = 0,
+) -> None:
+    """Show the training as any other run."""
+    quieten_libraries()
+    with RunDisplay() as display:
+        for event in veneer.pretrain(out, steps=steps, seed=seed):
+            display.show(event)
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, Parameter(help="Directory for the quantized model.")],
+    /,
+    *,
+    bits: Annotated[Bits, Parameter(help="Bits a parameter: 4 (NF4) or 8.")] = 4,
+    pack_head: PackHead = False,
+) -> None:
+    """Show each file as it is written, then the layers' bits, sizes and errors."""
+    from veneer.formats.quantized import write_quantized
+    from veneer.models.load import open_base
+
+    quieten_libraries()
+    source, tokenizer, notices = open_base(model)
+    for notice in notices:
+        show_notice(notice)
+    layers: list[QuantizedLayer] = []
+    for shard in write_quantized(
+        source, tokenizer, out, bits=bits, name=model, pack_head=pack_head
+    ):
+        layers += shard.layers
+        there = ", there already" if shard.kept else ""
+        OUTPUT.print(f"  file {shard.number} of {shard.of}: {bytes_text(shard.bytes)}{there}")
+    OUTPUT.print(quantized_table(layers))
+    show_saved(out)

@@ -1,0 +1,51 @@
+"""Flags that several commands take, each described once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from veneer.quant.settings import Bits
+from veneer.training.recipe import DType
+
+# For a frozen dataclass: each field is a flag, and the text below the field is its help.
+Flat = Parameter(name="*")
+# For a bool: there is no --no-... of it.
+Switch = Annotated[bool, Parameter(negative="")]
+
+Model = Annotated[
+    str, Parameter(help="Built-in name, local directory, .gguf file, or hub name of the base.")
+]
+AnyAdapter = Annotated[
+    Path, Parameter(help="Adapter of any format: a directory, a .gguf file, a .pt file of loralib.")
+]
+AdapterFormat = Annotated[Literal["native", "peft"], Parameter(help="Format of the adapter.")]
+AllowBin = Annotated[
+    Switch, Parameter(help="Read PEFT's adapter_model.bin too, of which only tensors.")
+]
+PackHead = Annotated[bool, Parameter(help="With --bits, quantize the head too.")]
+Picture = Annotated[
+    Path | None, Parameter(help="Draw it too, as a heat map of blocks and kinds of layers.")
+]
+
+
+@dataclass(frozen=True)
+class BaseFlags:
+    """How a base is loaded."""
+
+    dtype: DType = "auto"
+    """Number format to compute in; auto takes the faster one here."""
+    bits: Bits | None = None
+    """Quantize the base's linear layers: 4 bits (NF4) or 8 a parameter."""
+
+
+@dataclass(frozen=True)
+class AdapterFlags(BaseFlags):
+    """How a base and an adapter over it are loaded."""
+
+    force: Switch = False
+    """Use the adapter over this base even if it was made on another."""
+    allow_bin: AllowBin = False

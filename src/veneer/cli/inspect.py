@@ -1,0 +1,140 @@
+"""`veneer inspect` and `veneer diff`: what would train, and how large an adapter's changes are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.markup import escape
+from rich.table import Table
+
+from veneer.adapter.config import LoRA
+from veneer.cli.console import OUTPUT, print_wide, quieten_libraries, show_notice
+from veneer.cli.flags import Flat, Model, Picture
+from veneer.cli.grid import Panel, draw_heatmaps, grid_table
+from veneer.cli.tables import span, target_summary, target_table
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.algebra.measure import Measured
+    from veneer.formats.state import AdapterState
+
+
+def inspect(
+    model: Model,
+    /,
+    *,
+    lora: Annotated[LoRA | None, Flat] = None,  # None: none of its flags is there
+    picture: Picture = None,
+) -> None:
+    """Tell an adapter's directory from a model by what is in it."""
+    from veneer.adapter.report import report_targets
+    from veneer.formats.adapters import holds_adapter
+    from veneer.models.load import load_skeleton
+
+    quieten_libraries()
+    if holds_adapter(Path(model)):
+        if lora is not None:
+            raise ConfigError(f"{model} is an adapter: flags of one that would train do nothing.")
+        _inspect_adapter(Path(model), picture)
+        return
+    if picture is not None:
+        raise ConfigError(f"--picture is of an adapter, and {model} holds none.")
+    report = report_targets(load_skeleton(model), lora or LoRA())
+    OUTPUT.print(target_table(report))
+    OUTPUT.print(target_summary(report))
+    if report.uncovered:
+        show_notice(report.uncovered, on=OUTPUT)
+
+
+def diff(
+    first: Annotated[Path, Parameter(help="Adapter directory.")],
+    second: Annotated[Path, Parameter(help="Adapter directory, over the same base.")],
+    /,
+    *,
+    picture: Picture = None,
+) -> None:
+    """Show each adapter's changes, then the cosine between them."""
+    from veneer.algebra import measure
+    from veneer.formats.adapters import read
+
+    places = first, second
+    states = read(first), read(second)
+    pairs = measure.diff(*states)
+    sides = [pair.one for pair in pairs], [pair.other for pair in pairs]
+    for state, place in zip(states, places, strict=True):
+        _show_what_is_not_measured(state, place)
+    for side, place in zip(sides, places, strict=True):
+        _show(_measured_table(place, side))
+    cosines = {pair.path: pair.cosine for pair in pairs}
+    _show(grid_table("Cosine", {p: "" if c is None else f"{c:+z.3f}" for p, c in cosines.items()}))
+    common = sum(pair.one is not None and pair.other is not None for pair in pairs)
+    cosine = measure.total_cosine(pairs)
+    norms = [measure.total_norm(side) for side in sides]
+    OUTPUT.print(
+        f"{len(pairs)} layers, {common} of them in both; ‖ΔW‖ {norms[0]:.4g} and {norms[1]:.4g}, "
+        + ("no cosine, for one is nothing" if cosine is None else f"cosine {cosine:+.4f} over all"),
+        soft_wrap=True,
+    )
+    if picture is not None:
+        largest = max(layer.norm for side in sides for layer in side if layer)
+        panels = [
+            Panel(
+                f"‖ΔW‖ of {place.name}",
+                {layer.path: layer.norm for layer in side if layer},
+                span=(0.0, largest),
+            )
+            for place, side in zip(places, sides, strict=True)
+        ]
+        shown = {path: cosine for path, cosine in cosines.items() if cosine is not None}
+        _draw([*panels, Panel("cosine", shown, "{:+z.2f}", (-1.0, 1.0))], picture)
+
+
+def _inspect_adapter(place: Path, picture: Path | None) -> None:
+    from veneer.algebra import measure
+    from veneer.formats.adapters import read
+
+    state = read(place)
+    layers = measure.inspect(state)
+    _show_what_is_not_measured(state, place)
+    _show(_measured_table(place, layers))
+    mean = sum(layer.effective_rank for layer in layers) / len(layers)
+    OUTPUT.print(
+        f"{len(layers)} layers of {escape(state.base_name or 'an unnamed base')}, rank "
+        f"{span([layer.rank for layer in layers])}, "
+        f"{sum(tensor.numel() for tensor in state.tensors.values()):,} parameters; ‖ΔW‖ "
+        f"{measure.total_norm(layers):.4g} over all, effective rank {mean:.1f} in the mean",
+        soft_wrap=True,
+    )
+    if picture is not None:
+        norms = {layer.path: layer.norm for layer in layers}
+        ranks = {layer.path: layer.effective_rank for layer in layers}
+        _draw([Panel("‖ΔW‖", norms), Panel("effective rank", ranks, "{:.1f}")], picture)
+
+
+def _measured_table(place: Path, layers: Sequence[Measured | None]) -> Table:
+    return grid_table(
+        f"{escape(str(place))}: ‖ΔW‖ (effective rank)",
+        {x.path: f"{x.norm:.3g} ({x.effective_rank:.1f})" for x in layers if x is not None},
+    )
+
+
+def _show_what_is_not_measured(state: AdapterState, place: Path) -> None:
+    from veneer.algebra.measure import is_dora
+
+    if is_dora(state):
+        show_notice(f"{place} is DoRA: B A is measured, without the lengths of the rows.")
+    if state.rows is not None:
+        show_notice(f"The {len(state.rows.words)} new tokens of {place} are not measured.")
+
+
+def _show(table: Table) -> None:
+    print_wide(table)
+    OUTPUT.print()
+
+
+def _draw(panels: Sequence[Panel], picture: Path) -> None:
+    draw_heatmaps(panels, picture)
+    OUTPUT.print(f"[bold]Picture[/] {escape(str(picture))}", soft_wrap=True)
