@@ -1,9 +1,11 @@
 """The package as a whole: its public names, what importing it costs, and its own promises."""
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -42,9 +44,18 @@ def test_what_type_checkers_see_is_what_runs():
     assert seen == veneer._HOMES
 
 
-def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no_such_name"):
+def test_an_unknown_name_is_an_attribute_error_that_names_the_nearest():
+    with pytest.raises(AttributeError, match=r"'no_such_name'$"):
         veneer.no_such_name  # noqa: B018
+    with pytest.raises(AttributeError, match="did you mean 'load_base'"):
+        veneer.load_bas  # noqa: B018
+
+
+def test_dir_shows_the_public_names():
+    assert set(veneer.__all__) <= set(dir(veneer))
+    assert not [
+        name for name in dir(veneer) if not name.startswith("_") and name not in veneer.__all__
+    ]
 
 
 def test_importing_the_package_imports_nothing_large():
@@ -67,9 +78,23 @@ def test_the_version_is_the_installed_one():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
 def test_no_source_leaves_work_for_later(path):
-    words = "TO" + "DO", "FIX" + "ME", "X" * 3
-    found = re.findall(rf"\b(?:{'|'.join(words)})\b", path.read_text(encoding="utf-8"))
-    assert found == []
+    marks = "TO" + "DO", "FIX" + "ME", "X" * 3
+    assert not re.findall(rf"\b(?:{'|'.join(marks)})\b", path.read_text(encoding="utf-8"))
+
+
+# Names that do not say what they are the name of.
+EMPTY_NAMES = {"found", "told", "said", "aside", "room", "put", "part", "parts"}
+
+
+@pytest.mark.xfail(strict=False, reason="some rooms still have such names")
+def test_every_name_says_what_it_names():
+    empty = [
+        f"{path.relative_to(ROOT)}:{token.start[0]}: {token.string}"
+        for path in SOURCES
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline)
+        if token.type == tokenize.NAME and token.string in EMPTY_NAMES
+    ]
+    assert empty == []
 
 
 def test_every_make_command_of_the_readme_is_in_the_makefile():

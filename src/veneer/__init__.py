@@ -129,7 +129,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+        from veneer.errors import nearest
+
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}{nearest(name, _HOMES)}")
     value = getattr(import_module(f"veneer.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from veneer.errors import AdapterError
 from veneer.files import read_json, write_json, write_text
 
@@ -66,10 +64,14 @@ class RunDirectory:
 
     def write_recipe(self, settings: Mapping[str, Any]) -> None:
         """Write the settings, in their order."""
+        import yaml
+
         write_text(self.recipe, yaml.safe_dump(dict(settings), sort_keys=False))
 
     def read_recipe(self) -> dict[str, Any]:
         """Return the settings; none where the file is missing or damaged."""
+        import yaml
+
         try:
             settings = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):

@@ -1,4 +1,4 @@
-"""Answers, alone, in batches and as they are made."""
+"""Answers: alone, in batches, and piece by piece."""
 
 from types import SimpleNamespace
 
@@ -36,18 +36,18 @@ def test_answers_in_batches_are_those_given_alone(base):
 
 def test_answers_come_in_the_order_of_the_questions_whatever_their_lengths(base):
     long = [*[Message("user", q) for q in QUESTIONS[:3]], Message("user", QUESTIONS[3])]
-    asked = [long, QUESTIONS[3], [Message("user", QUESTIONS[-1])], QUESTIONS[5], long[1:]]
-    alone = [answer(base.model, base.tokenizer, question, sampling=SHORT) for question in asked]
+    questions = [long, QUESTIONS[3], [Message("user", QUESTIONS[-1])], QUESTIONS[5], long[1:]]
+    alone = [answer(base.model, base.tokenizer, question, sampling=SHORT) for question in questions]
     assert len(set(alone)) > 2
-    assert answers(base.model, base.tokenizer, asked, sampling=SHORT, batch=2) == alone
+    assert answers(base.model, base.tokenizer, questions, sampling=SHORT, batch=2) == alone
 
 
 def test_a_question_is_a_conversation_of_one_turn(base):
     question = QUESTIONS[0]
     turn = [Message("user", question)]
-    said = answer(base.model, base.tokenizer, question, sampling=SHORT)
-    assert said == answer(base.model, base.tokenizer, turn, sampling=SHORT)
-    longer = [*turn, Message("assistant", said), Message("user", QUESTIONS[1])]
+    text = answer(base.model, base.tokenizer, question, sampling=SHORT)
+    assert text == answer(base.model, base.tokenizer, turn, sampling=SHORT)
+    longer = [*turn, Message("assistant", text), Message("user", QUESTIONS[1])]
     alone = answer(base.model, base.tokenizer, QUESTIONS[1], sampling=SHORT)
     context = answer(base.model, base.tokenizer, longer, sampling=SHORT)
     assert isinstance(context, str)
@@ -56,17 +56,17 @@ def test_a_question_is_a_conversation_of_one_turn(base):
 
 def test_pieces_join_to_the_answer_and_hold_no_special_token(base):
     pieces = list(stream(base.model, base.tokenizer, QUESTIONS[2], sampling=SHORT))
-    said = "".join(pieces)
-    assert said == answer(base.model, base.tokenizer, QUESTIONS[2], sampling=SHORT)
+    text = "".join(pieces)
+    assert text == answer(base.model, base.tokenizer, QUESTIONS[2], sampling=SHORT)
     assert sum(map(bool, pieces)) > 1
-    assert "<|" not in said
+    assert "<|" not in text
 
 
 def test_an_answer_is_no_longer_than_allowed(base):
     for limit in (1, 3):
         sampling = Sampling(max_new_tokens=limit)
-        said = answer(base.model, base.tokenizer, QUESTIONS[0], sampling=sampling)
-        assert 1 <= len(base.tokenizer(said)["input_ids"]) <= limit
+        text = answer(base.model, base.tokenizer, QUESTIONS[0], sampling=sampling)
+        assert 1 <= len(base.tokenizer(text)["input_ids"]) <= limit
 
 
 def test_draws_repeat_with_a_seed_and_differ_without(base):
@@ -106,7 +106,7 @@ def test_faults_of_sampling_are_named_all_at_once():
 
 
 class Scripted:
-    """Stands for a model that always says the same tokens, then fails if it is to."""
+    """A model that always generates the same tokens, and then raises `failure` if there is one."""
 
     def __init__(self, tokens: list[int], failure: BaseException | None = None) -> None:
         self.tokens, self.failure = tokens, failure
@@ -128,7 +128,7 @@ class Scripted:
 @pytest.mark.parametrize(
     "text", ["  indented\n    more\n\n", " a , b 's", "été 漢字 👩‍👩‍👧", "plain", "\n\nlate  "]
 )
-def test_the_text_is_just_what_the_tokens_say(base, text):
+def test_the_text_is_that_of_the_tokens(base, text):
     tokens = base.tokenizer(text, add_special_tokens=False)["input_ids"]
     model = Scripted([*tokens, base.tokenizer.eos_token_id])
     assert answer(model, base.tokenizer, "Hm?") == text
@@ -137,21 +137,20 @@ def test_the_text_is_just_what_the_tokens_say(base, text):
 
 @pytest.mark.parametrize("failure", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_what_goes_wrong_in_generation_reaches_the_caller(base, failure):
-    words = base.tokenizer(" so far so good")["input_ids"]
+    tokens = base.tokenizer(" so far so good")["input_ids"]
     pieces: list[str] = []
     with pytest.raises(type(failure)) as caught:
-        pieces.extend(stream(Scripted(words, failure), base.tokenizer, "Hm?"))
+        pieces.extend(stream(Scripted(tokens, failure), base.tokenizer, "Hm?"))
     assert caught.value is failure
     assert "".join(pieces).startswith(" so far")
     with pytest.raises(type(failure)):
-        answers(Scripted(words, failure), base.tokenizer, ["Hm?"])
+        answers(Scripted(tokens, failure), base.tokenizer, ["Hm?"])
 
 
 def test_an_answer_ends_where_the_context_does(base):
     context = base.model.config.context
     endless = Sampling(max_new_tokens=10 * context, temperature=5.0, seed=1)
-    said = answer(base.model, base.tokenizer, "Go on.", sampling=endless)
-    assert said
+    assert answer(base.model, base.tokenizer, "Go on.", sampling=endless)
     prompt = "A dog says woof. " * context
     for ask in (answer, lambda m, t, q: answers(m, t, [q])):
         with pytest.raises(ConfigError, match=f"context of {context}"):
@@ -159,7 +158,7 @@ def test_an_answer_ends_where_the_context_does(base):
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_virtual_tokens_take_places_of_the_context(minigpt_home, method):
+def test_virtual_tokens_count_to_the_context(minigpt_home, method):
     base = load_base(minigpt_home)
     context, tokenizer = base.model.config.context, base.tokenizer
     plain = answers(base.model, tokenizer, QUESTIONS[:5], sampling=SHORT)

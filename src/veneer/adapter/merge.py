@@ -17,7 +17,7 @@ from veneer.adapter.attach import adapters, in_use
 from veneer.adapter.layers import lora_layers
 from veneer.adapter.method import is_virtual
 from veneer.adapter.modules_to_save import home
-from veneer.adapter.new_tokens import bake_tokens, is_tied, new_tokens_of
+from veneer.adapter.new_tokens import is_tied, merge_tokens, new_tokens_of
 from veneer.adapter.virtual_forward import detach_virtual_tokens
 from veneer.errors import AdapterError
 from veneer.quant.weight import QuantizedWeight, quantized_layers
@@ -44,7 +44,7 @@ def merge(model: Model) -> Model:
     ]
     shared = [*model.parameters(), *model.buffers(), *saved]
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    words = new_tokens_of(plain)
+    new_tokens = new_tokens_of(plain)
     embedding, head = _ends(plain)
     tied = embedding is not None and head is not None and is_tied(embedding, head)
     detach_virtual_tokens(plain, set(adapters(plain)))
@@ -52,8 +52,8 @@ def merge(model: Model) -> Model:
         layer.take_off(plain, path, merged=layer.acts)
     for path, packed in quantized_layers(plain).items():
         plain.set_submodule(path, packed.to_dense())
-    if words is not None:
-        bake_tokens(plain, words)
+    if new_tokens is not None:
+        merge_tokens(plain, new_tokens)
     for path in active_adapters.base:  # saved weights are the adapter's, which may train on
         owner, leaf = home(plain, path)
         weight: Any = owner._parameters[leaf]

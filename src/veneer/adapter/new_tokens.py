@@ -1,6 +1,6 @@
-"""Words that the base does not know: found, added to the tokenizer, and given rows that train.
+"""Tokens that the base does not have: found in texts, added to the tokenizer, with rows that train.
 
-Only the new rows are trained and saved. The base's own rows are never copied and never change.
+Only the new rows train and are saved. The base's own rows are never copied and never change.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from veneer.quant.weight import QuantizedLinear
 
 
 class NewTokenEmbedding(Wrapper):
-    """Return the new row for ids from `start` on, and the original's row for every other id."""
+    """Return the new row for ids from `start` on, and the original's row for every other id.
+
+    tokens: the texts of the new tokens, in the order of their ids.
+    """
 
     def __init__(
-        self, original: nn.Module, rows: nn.Parameter, start: int, words: tuple[str, ...]
+        self, original: nn.Module, rows: nn.Parameter, start: int, tokens: tuple[str, ...]
     ) -> None:
         super().__init__(original)
         self.rows = rows  # (new, dim), float32
         self.start = start
-        self.words = words
+        self.tokens = tokens
 
     def forward(self, ids: Tensor) -> Tensor:
-        known = self.original(ids.clamp(max=self.original.weight.shape[0] - 1))  # type: ignore[index]
+        base = self.original(ids.clamp(max=self.original.weight.shape[0] - 1))  # type: ignore[index]
         local = ids - self.start
         is_new = (local >= 0) & (local < len(self.rows))
         new = F.embedding(local.clamp(0, len(self.rows) - 1), self.rows)
-        new = new.to(known.dtype) * getattr(self.original, "embed_scale", 1.0)
-        return torch.where(is_new.unsqueeze(-1), new, known)
+        new = new.to(base.dtype) * getattr(self.original, "embed_scale", 1.0)
+        return torch.where(is_new.unsqueeze(-1), new, base)
 
 
 class NewTokenHead(Wrapper):
-    """Return the original's logits with those of the new rows in the places from `start` on.
+    """Return the original's logits, with those of the new tokens from `start` on.
 
-    While no adapter acts, the base speaks alone, and no new word is ever likely.
+    While no adapter acts, the new tokens have the logit -∞, so that the base never gives one.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class NewTokenHead(Wrapper):
         self.active_adapters = active_adapters
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.original(x)  # (..., words)
+        logits = self.original(x)  # (..., vocab)
         new = F.linear(x, self.rows.to(x.dtype))  # (..., new)
         if self.active_adapters.idle:
             new = torch.full_like(new, -torch.inf)
@@ -67,16 +70,18 @@ class NewTokenHead(Wrapper):
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The layers of a model that carry new rows."""
+    """The layers of a model that have the rows of new tokens."""
 
     embedding: NewTokenEmbedding
     head: NewTokenHead
 
     @property
     def tied(self) -> bool:
+        """Whether embedding and head share their new rows."""
         return self.embedding.rows is self.head.rows
 
     def parameters(self) -> list[nn.Parameter]:
+        """Return the new rows, shared ones once."""
         return [self.embedding.rows] if self.tied else [self.embedding.rows, self.head.rows]
 
 
@@ -88,9 +93,9 @@ def find_new_tokens(
     times: int = 3,
     most: int = 64,
 ) -> list[str]:
-    """Return words of the texts that fall into many pieces, the most frequent first.
+    """Return at most `most` words of the texts that have many tokens each, the most frequent first.
 
-    A word counts if it occurs at least `times` times and its tokens number at least `pieces`.
+    A word counts if it occurs at least `times` times and has at least `pieces` tokens.
     """
     counts: Counter[str] = Counter()
     for text in texts:
@@ -102,17 +107,17 @@ def find_new_tokens(
 def add_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]
 ) -> NewTokens:
-    """Add words to the tokenizer, and a trained row for each to the model, in place.
+    """Make each word one token of the tokenizer, with a trained row in the model, in place.
 
-    A new row starts as the mean of the rows of the pieces that the word fell into. Raises
+    A new row starts as the mean of the rows of the tokens that the word had before. Raises
     ConfigError for words that cannot be tokens, ModelError for a model without embeddings.
     """
     problems = []
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     for word in words:
         if not word or any(character.isspace() for character in word):
             problems.append(f"{word!r} is empty or has a space in it")
-        elif word in known or len(_pieces(word, tokenizer)) < 2:
+        elif word in vocabulary or len(_pieces(word, tokenizer)) < 2:
             problems.append(f"{word!r} is a token already")
     if len(set(words)) < len(words):
         problems.append("some are named twice")
@@ -128,94 +133,97 @@ def add_tokens(
     rows = _mean_rows(embedding.weight, pieces)  # type: ignore[arg-type]
     head_rows = None if is_tied(embedding, head) else _mean_rows(head.weight, pieces)
     extend_tokenizer(tokenizer, words)
-    return put_rows(model, words, rows, head_rows, start=start)
+    return attach_token_rows(model, words, rows, head_rows, start=start)
 
 
-add_words = add_tokens  # the name that it had when a token was called a word
+add_words = add_tokens  # its public name in earlier versions
 
 
 def is_tied(embedding: nn.Module, head: nn.Module) -> bool:
-    """Say whether embedding and head are one weight; a packed head is not unpacked to know it."""
+    """Return whether embedding and head are one weight, which a quantized head never is."""
     return not isinstance(head, QuantizedLinear) and head.weight is embedding.weight
 
 
-def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:
-    """Add words as tokens that stand for whole words alone, exactly as they are written."""
-    tokens = [AddedToken(word, single_word=True, normalized=False) for word in words]
-    tokenizer.add_tokens(tokens)
+def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Add tokens that match whole words only, exactly as they are written."""
+    added = [AddedToken(token, single_word=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(added)
 
 
-def put_rows(
+def attach_token_rows(
     model: PreTrainedModel,
-    words: Sequence[str],
+    tokens: Sequence[str],
     rows: Tensor,
     head_rows: Tensor | None,
     *,
     start: int,
 ) -> NewTokens:
-    """Lay new rows (new, dim) over the model's embedding and head; one set for both when tied."""
+    """Attach the rows (new, dim) of new tokens to the model's embedding and head, in place.
+
+    Without `head_rows`, both share `rows`. `start` is the first token's id.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert embedding is not None
     assert head is not None
-    shared = nn.Parameter(rows.to(torch.float32))
-    own = shared if head_rows is None else nn.Parameter(head_rows.to(torch.float32))
-    laid = NewTokens(
-        NewTokenEmbedding(embedding, shared, start, tuple(words)),
-        NewTokenHead(head, own, start, active_adapters_of(model)),
+    first = nn.Parameter(rows.to(torch.float32))
+    last = first if head_rows is None else nn.Parameter(head_rows.to(torch.float32))
+    new = NewTokens(
+        NewTokenEmbedding(embedding, first, start, tuple(tokens)),
+        NewTokenHead(head, last, start, active_adapters_of(model)),
     )
-    model.set_input_embeddings(laid.embedding)
-    model.set_output_embeddings(laid.head)
+    model.set_input_embeddings(new.embedding)
+    model.set_output_embeddings(new.head)
     model.config.vocab_size = max(len(embedding.weight), start + len(rows))  # type: ignore[arg-type]
-    return laid
+    return new
 
 
 def new_tokens_of(model: nn.Module) -> NewTokens | None:
-    """Return the layers of `model` that carry new rows, or None."""
-    found = [m for m in model.modules() if isinstance(m, NewTokenEmbedding | NewTokenHead)]
-    embedding = next((m for m in found if isinstance(m, NewTokenEmbedding)), None)
-    head = next((m for m in found if isinstance(m, NewTokenHead)), None)
+    """Return the layers of `model` that have the rows of new tokens, or None."""
+    embedding = next((m for m in model.modules() if isinstance(m, NewTokenEmbedding)), None)
+    head = next((m for m in model.modules() if isinstance(m, NewTokenHead)), None)
     return NewTokens(embedding, head) if embedding and head else None
 
 
 def remove_tokens(model: nn.Module) -> None:
-    """Give the model its own embedding and head back, if new rows lie over them, in place."""
-    words = new_tokens_of(model)
-    if words is not None:
+    """Give the model its own embedding and head back, if they have new tokens, in place."""
+    new = new_tokens_of(model)
+    if new is not None:
         assert isinstance(model, PreTrainedModel)
-        embedding = words.embedding.original
+        embedding = new.embedding.original
         model.set_input_embeddings(embedding)
-        model.set_output_embeddings(words.head.original)
+        model.set_output_embeddings(new.head.original)
         model.config.vocab_size = len(embedding.weight)  # type: ignore[arg-type]
 
 
-def bake_tokens(model: PreTrainedModel, words: NewTokens) -> None:
-    """Replace the layers that carry new rows by plain, larger ones, in place."""
-    embedding, head = words.embedding.original, words.head.original
-    _grow(embedding, words.embedding)
+def merge_tokens(model: PreTrainedModel, new: NewTokens) -> None:
+    """Replace the layers with new tokens by plain, larger ones, in place."""
+    embedding, head = new.embedding.original, new.head.original
+    _extend_weight(embedding, new.embedding)
     embedding.num_embeddings = len(embedding.weight)  # type: ignore[arg-type, assignment]
-    if words.tied:
+    if new.tied:
         head.weight = embedding.weight
     else:
-        _grow(head, words.head)
+        _extend_weight(head, new.head)
     if isinstance(head.bias, Tensor):
-        none = torch.zeros(len(words.head.rows), device=head.bias.device)
-        head.bias = nn.Parameter(_grown(head.bias, words.head.start, none), requires_grad=False)
+        zeros = torch.zeros(len(new.head.rows), device=head.bias.device)
+        head.bias = nn.Parameter(_extended(head.bias, new.head.start, zeros), requires_grad=False)
     head.out_features = len(head.weight)  # type: ignore[arg-type, assignment]
     model.set_input_embeddings(embedding)
     model.set_output_embeddings(head)
 
 
-def _grow(layer: nn.Module, words: NewTokenEmbedding | NewTokenHead) -> None:
-    weight = _grown(layer.weight, words.start, words.rows.detach())  # type: ignore[arg-type]
+def _extend_weight(layer: nn.Module, new: NewTokenEmbedding | NewTokenHead) -> None:
+    weight = _extended(layer.weight, new.start, new.rows.detach())  # type: ignore[arg-type]
     layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _grown(values: Tensor, start: int, new: Tensor) -> Tensor:
+def _extended(values: Tensor, start: int, new: Tensor) -> Tensor:
     return torch.cat([values[:start], new.to(values.dtype), values[start + len(new) :]])
 
 
 def _pieces(word: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # In running text a word follows a space, which many tokenizers make part of its first piece.
+    """Return the ids of the tokens that a word has, alone or behind a space."""
+    # In running text a word follows a space, which many tokenizers make part of its first token.
     bare = tokenizer.encode(word, add_special_tokens=False)
     spaced = tokenizer.encode(f" {word}", add_special_tokens=False)
     return min(bare, spaced, key=len)

@@ -15,7 +15,7 @@ from veneer.adapter.adapter import Adapter
 from veneer.adapter.attach import adapters, check_name, in_use, put, put_method
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method, is_virtual
-from veneer.adapter.new_tokens import NewTokens, extend_tokenizer, new_tokens_of, put_rows
+from veneer.adapter.new_tokens import NewTokens, attach_token_rows, extend_tokenizer, new_tokens_of
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.unfreeze import replaced_weights, unfreeze
 from veneer.adapter.virtual import stored_virtual_tokens
@@ -178,7 +178,7 @@ def capture(
         head = None if words.tied else words.head.rows.detach().clone()
         embedding = words.embedding
         own = embedding.rows.detach().clone()
-        rows = Rows(embedding.words, embedding.start, own, head, _places(model, words))
+        rows = Rows(embedding.tokens, embedding.start, own, head, _places(model, words))
     return AdapterState(
         config,
         tensors,
@@ -233,7 +233,7 @@ def install(
     model.requires_grad_(False)
     if state.rows is not None:
         rows = state.rows
-        put_rows(model, rows.words, rows.embedding, rows.head, start=rows.start)
+        attach_token_rows(model, rows.words, rows.embedding, rows.head, start=rows.start)
         model.requires_grad_(False)
         if tokenizer is not None:
             extend_tokenizer(tokenizer, rows.words)
@@ -243,7 +243,7 @@ def _places(model: PreTrainedModel, words: NewTokens) -> tuple[str, ...]:
     """Return the paths of embedding and head, if the base has rows where the new words are."""
     known = words.embedding.original.weight.shape[0]  # type: ignore[index]
     bias = getattr(words.head.original, "bias", None)
-    if words.embedding.start + len(words.embedding.words) > known or bias is not None:
+    if words.embedding.start + len(words.embedding.tokens) > known or bias is not None:
         return ()
     paths = {id(module): path for path, module in model.named_modules()}
     return tuple(paths[id(layer)] for layer in (words.embedding, words.head))

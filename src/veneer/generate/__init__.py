@@ -1,1 +1,1 @@
-"""Decoding: from a conversation to an answer."""
+"""Answers to conversations, by transformers' own generation."""

@@ -1,4 +1,4 @@
-"""Answers to conversations, one as it is made or many at once."""
+"""Answers to conversations: one piece by piece, or many in batches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def answers(
 ) -> list[str]:
     """Return the model's answers to many questions or conversations, `batch` of them at a time.
 
-    Those of like length share a batch, for padding is computed like anything else.
+    Prompts of similar length share a batch, because padding is computed like any token.
     """
     sampling = sampling or Sampling()
     _seed(sampling)
@@ -48,19 +48,19 @@ def answers(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     batch = batch if takes_padding(model, longest) else 1
-    found = [""] * len(prompts)
+    texts = [""] * len(prompts)
     for first in range(0, len(order), batch):
         indices = order[first : first + batch]
         inputs = _padded(model, tokenizer, [prompts[i] for i in indices])
         options = _options(model, tokenizer, sampling, inputs)
         tokens = model.generate(**inputs, **options)  # type: ignore[operator]
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        said = tokenizer.batch_decode(
+        decoded = tokenizer.batch_decode(
             new, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        for i, text in zip(indices, said, strict=True):
-            found[i] = text
-    return found
+        for i, text in zip(indices, decoded, strict=True):
+            texts[i] = text
+    return texts
 
 
 def check_prompts(
@@ -72,7 +72,7 @@ def check_prompts(
 ) -> None:
     """Raise ConfigError where a prompt behind `virtual` tokens leaves no room for an answer."""
     longest = max((len(_encode(tokenizer, question)) for question in questions), default=0)
-    _room(model, longest, virtual)
+    _longest_answer(model, longest, virtual)
 
 
 def stream(
@@ -82,7 +82,10 @@ def stream(
     *,
     sampling: Sampling | None = None,
 ) -> Iterator[str]:
-    """Yield the answer to a question or a conversation, piece by piece as it is made."""
+    """Yield the answer to a question or a conversation, piece by piece.
+
+    Raises ConfigError as `answer` does, and whatever generation raises, after the pieces so far.
+    """
     sampling = sampling or Sampling()
     _seed(sampling)
     inputs = _padded(model, tokenizer, [_encode(tokenizer, question)])
@@ -95,14 +98,14 @@ def stream(
     options = _options(model, tokenizer, sampling, inputs)
     failures: list[BaseException] = []
 
-    def work() -> None:
+    def generate() -> None:
         try:
             model.generate(**inputs, **options, streamer=streamer)  # type: ignore[operator]
         except BaseException as error:
             failures.append(error)
             streamer.end()
 
-    thread = Thread(target=work, daemon=True)
+    thread = Thread(target=generate, daemon=True)
     thread.start()
     yield from streamer
     thread.join()
@@ -120,7 +123,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, question: str | Sequence[Message
 def _padded(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
 ) -> dict[str, torch.Tensor]:
-    """Return prompts as one batch, padded on the left, where generation does not go on."""
+    """Return prompts as one batch, padded on the left, so that all answers start at one place."""
     longest = max(map(len, prompts))
     pad = _padding(tokenizer)["pad_token_id"]
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts])
@@ -134,27 +137,30 @@ def _options(
     sampling: Sampling,
     inputs: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Return the arguments of `generate`. An answer ends where the model's context does."""
+    """Return the arguments of `generate`, with answers that end with the model's context."""
     options = {**sampling.options(), **_padding(tokenizer)}
-    room = _room(model, inputs["input_ids"].shape[1], virtual_count(model))
-    if room is not None:
-        options["max_new_tokens"] = min(sampling.max_new_tokens, room)
+    longest = _longest_answer(model, inputs["input_ids"].shape[1], virtual_count(model))
+    if longest is not None:
+        options["max_new_tokens"] = min(sampling.max_new_tokens, longest)
     return options
 
 
-def _room(model: PreTrainedModel, longest: int, virtual: int) -> int | None:
-    """Return how many tokens an answer may have, None where the model's context has no end."""
+def _longest_answer(model: PreTrainedModel, prompt: int, virtual: int) -> int | None:
+    """Return how many tokens an answer may have, None where the model's context has no end.
+
+    prompt, virtual: tokens before it. Raises ConfigError where none is left.
+    """
     context = getattr(model.config, "max_position_embeddings", None)
     if context is None:
         return None
-    room: int = context - virtual - longest
-    if room <= 0:
+    longest: int = context - virtual - prompt
+    if longest <= 0:
         beside = f" and {virtual:,} virtual ones before them" if virtual else ""
         raise ConfigError(
-            f"The prompt has {longest:,} tokens{beside}, which leaves no room for an answer in "
+            f"The prompt has {prompt:,} tokens{beside}, which leaves no room for an answer in "
             f"the model's context of {context:,}."
         )
-    return room
+    return longest
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""How the next token is chosen: a frozen, validated value that imports no torch."""
+"""The settings of a sampler: a frozen, validated value that imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from veneer.checks import FRACTION, at_least, check_config
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else drawn from the top."""
+    """How a sampler picks the next token: the likeliest at temperature 0, else by a draw.
+
+    Raises ConfigError, which lists everything that is wrong at once.
+    """
 
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
@@ -36,10 +39,10 @@ class Sampling:
         )
 
     def options(self) -> dict[str, Any]:
-        """Return the arguments of transformers' `generate` that say the same."""
+        """Return these settings as arguments of transformers' `generate`."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         if self.temperature == 0:
-            # What a model's own generation_config sets for sampling would only cause warnings.
+            # Without these, values of the model's own generation_config would only cause warnings.
             return {
                 **options,
                 "do_sample": False,
