@@ -234,7 +234,7 @@ def test_the_second_ctrl_c_ends_at_once(tune, tmp_path, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop._Run, "_one_step", interrupted_twice)
+    monkeypatch.setattr(loop._Run, "_step", interrupted_twice)
     before = signal.getsignal(signal.SIGINT)
     assert tune("--out", tmp_path / "out", "--steps", 5) == 130
     assert signal.getsignal(signal.SIGINT) is before

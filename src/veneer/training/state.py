@@ -1,0 +1,114 @@
+"""A run between two steps: everything that the next step depends on, to a checkpoint and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter.adapter import Adapter
+from veneer.errors import differences
+from veneer.training.checkpoint import Checkpoint
+from veneer.training.optimizer import FlatAdamW
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    skips: int = 0  # steps in a row, up to this one, without a finite loss and gradient
+    evaluations_since_best: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+
+
+@dataclass
+class RunState:
+    """What trains, its optimizer, and how far the run has come.
+
+    weights    all that trains, by name
+    adapters   the active ones by the path of their module: one that started elsewhere than at zero
+               adds what it has become since
+    """
+
+    weights: Mapping[str, nn.Parameter]
+    adapters: Mapping[str, Adapter]
+    optimizer: FlatAdamW
+    progress: Progress = field(default_factory=Progress)
+    best_weights: dict[str, Tensor] | None = None
+
+    def copy_of_weights(self) -> dict[str, Tensor]:
+        """Return the weights as they are now."""
+        return {name: weight.detach().clone() for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def take_weights(self, values: Mapping[str, Tensor]) -> None:
+        """Let the weights have these values."""
+        for name, weight in self.weights.items():
+            weight.copy_(values[name])
+
+    def to_checkpoint(self, identity: Mapping[str, Any]) -> Checkpoint:
+        """Return all of it, with what else decides the run's course."""
+        tensors = _prefixed("weights", self.copy_of_weights())
+        for path, adapter in self.adapters.items():
+            tensors |= {f"{key}/{path}": start for key, start in adapter.named_buffers()}
+        tensors |= self.optimizer.state()
+        tensors |= _prefixed("best", self.best_weights or {})
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        progress = asdict(self.progress)
+        if math.isinf(self.progress.best_loss):
+            progress["best_loss"] = None  # JSON has no infinity
+        return Checkpoint(progress.pop("step"), tensors, progress | {"identity": identity})
+
+    def differences_from(self, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
+        """Return all that keeps a checkpoint from being an earlier state of this run."""
+        stored = _shapes(_without_prefix("weights", checkpoint.tensors))
+        differing = differences(checkpoint.progress["identity"], identity)
+        differing += differences(stored, _shapes(self.weights))
+        if "step" not in checkpoint.tensors:  # the optimizer's
+            differing.append("it was written by another version of Veneer")
+        return differing
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to what a checkpoint of this run holds."""
+        tensors = checkpoint.tensors
+        self.take_weights(_without_prefix("weights", tensors))
+        for path, adapter in self.adapters.items():
+            for key in ("start_A", "start_B"):
+                if (start := tensors.get(f"{key}/{path}")) is not None:
+                    setattr(adapter, key, start.to(adapter.lora_A))
+        self.optimizer.load(tensors)
+        self.best_weights = _without_prefix("best", tensors) or None
+        progress = {k: v for k, v in checkpoint.progress.items() if k != "identity"}
+        self.progress = Progress(checkpoint.step, **progress)
+        if self.progress.best_loss is None:
+            self.progress.best_loss = math.inf
+        torch.set_rng_state(tensors["rng/cpu"])
+        if torch.cuda.is_available() and "rng/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors called `prefix`/..., without it."""
+    return {
+        name.removeprefix(f"{prefix}/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}/")
+    }
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
