@@ -19,12 +19,13 @@ import veneer
 from bench.engines import ALPHA, LINEAR, RANK
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
-from veneer.serve.engine.adapter_cache import Loaded
+from veneer.serve.engine.adapter_cache import LoadedAdapter
+from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import EngineConfig, Request
 from veneer.serve.engine.runner import Chunk
-from veneer.serve.engine.sampler import Chooser, choose
+from veneer.serve.engine.sampler import Sampler, sample
 
 ROWS, PROMPT, PREFIX = 16, 32, 1000
 WARM_UPS = 2
@@ -54,16 +55,16 @@ def main() -> None:
         few = [ready(engine, name) for name in names[:ROWS]]
         print("| decoding | ms | |\n|---|---:|---|")
         batches(engine, theirs, few, asked.rounds, asked.steps)
-        residents(engine, few, names, asked.rounds, asked.steps)
+        many_adapters(engine, few, names, asked.rounds, asked.steps)
         print("\n| one answer | ms | |\n|---|---:|---|")
         single(engine, theirs, asked.rounds, asked.new)
         first_token(engine, asked.rounds)
         engine.close()
 
 
-def batches(engine: Engine, theirs: Any, few: list[Loaded], rounds: int, steps: int) -> None:
+def batches(engine: Engine, theirs: Any, few: list[LoadedAdapter], rounds: int, steps: int) -> None:
     """16 rows of the base, 16 rows with an adapter each, and the same in PEFT."""
-    found = interleaved(
+    times = interleaved(
         {
             "base": decoding(engine, [None] * ROWS, steps),
             "mixed": decoding(engine, few, steps),
@@ -78,15 +79,17 @@ def batches(engine: Engine, theirs: Any, few: list[Loaded], rounds: int, steps: 
         },
         rounds,
     )
-    base, mixed = found["base"], found["mixed"]
+    base, mixed = times["base"], times["mixed"]
     row(f"{ROWS} rows, base alone", base)
     row(f"{ROWS} rows, {ROWS} adapters", mixed, f"{mixed / base:.2f} × base alone")
-    row(f"{ROWS} rows, transformers, base alone", found["transformers"])
+    row(f"{ROWS} rows, transformers, base alone", times["transformers"])
     ratio = peft["peft"] / peft["mixed"]
     row(f"{ROWS} rows, {ROWS} adapters, PEFT's adapter_names", peft["peft"], f"{ratio:.1f} × ours")
 
 
-def residents(engine: Engine, few: list[Loaded], names: list[str], rounds: int, steps: int) -> None:
+def many_adapters(
+    engine: Engine, few: list[LoadedAdapter], names: list[str], rounds: int, steps: int
+) -> None:
     """The same with many adapters in memory, of which each round takes others; and a swap."""
     many = [ready(engine, name) for name in names]
     turns = iter(range(10**6))
@@ -95,19 +98,20 @@ def residents(engine: Engine, few: list[Loaded], names: list[str], rounds: int, 
         at = next(turns) * ROWS % (len(many) - ROWS + 1)
         return decoding(engine, many[at : at + ROWS], steps)()
 
-    found = interleaved({"few": decoding(engine, few, steps), "many": others}, rounds)
-    ratio = found["many"] / found["few"]
-    resident = engine.stats.resident_bytes / 2**30
+    times = interleaved({"few": decoding(engine, few, steps), "many": others}, rounds)
+    ratio = times["many"] / times["few"]
+    gigabytes = engine.stats.resident_bytes / 2**30
     row(
-        f"{ROWS} of {len(many):,} adapters in memory ({resident:.1f} GB), others each round",
-        found["many"],
+        f"{ROWS} of {len(many):,} adapters in memory ({gigabytes:.1f} GB), others each round",
+        times["many"],
         f"{ratio:.2f} × the same {ROWS}",
     )
     swaps = []
     for name in names[-ROWS:]:
         start = time.perf_counter()
-        mix = engine._mix(name)
-        engine.runner.prepare(engine.resident.get(mix))
+        adapter = ready(engine, name)
+        if isinstance(engine.runner, CompiledRunner):
+            engine.runner._table_of(adapter)
         swaps.append((time.perf_counter() - start) * 1e3)
     row("swap to another adapter in memory", statistics.median(swaps))
 
@@ -127,50 +131,49 @@ def single(engine: Engine, theirs: Any, rounds: int, new: int) -> None:
         options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         return milliseconds(lambda: theirs.generate(tokens, **options))
 
-    found = interleaved({"ours": through_engine, "theirs": through_generate}, rounds)
-    row(f"{new} tokens, transformers' generate", found["theirs"])
-    ratio = found["theirs"] / found["ours"]
-    row(f"{new} tokens, engine", found["ours"], f"{ratio:.2f} × as fast")
+    times = interleaved({"ours": through_engine, "theirs": through_generate}, rounds)
+    row(f"{new} tokens, transformers' generate", times["theirs"])
+    ratio = times["theirs"] / times["ours"]
+    row(f"{new} tokens, engine", times["ours"], f"{ratio:.2f} × as fast")
 
 
 def first_token(engine: Engine, rounds: int) -> None:
-    """Time to the first token behind 1,000 tokens, new and known."""
+    """Time to the first token after 1,000 tokens, new ones and ones in the prefix cache."""
     draw = torch.Generator().manual_seed(1)
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(100, 20000, (count,), generator=draw).tolist())
 
-    known = tokens(PREFIX)
-    one = Sampling(max_new_tokens=1)
+    cached = tokens(PREFIX)
 
-    def ask(beginning: tuple[int, ...]) -> float:
-        request = Request((*beginning, *tokens(8)), None, one)
+    def ask(prefix: tuple[int, ...]) -> float:
+        request = Request((*prefix, *tokens(8)), None, Sampling(max_new_tokens=1))
         return milliseconds(lambda: engine.submit(request).result())
 
-    found = interleaved({"new": lambda: ask(tokens(PREFIX)), "known": lambda: ask(known)}, rounds)
-    row(f"first token behind {PREFIX:,} new tokens", found["new"])
-    ratio = found["new"] / found["known"]
-    row(f"first token behind {PREFIX:,} known tokens", found["known"], f"1/{ratio:.1f} of it")
+    times = interleaved({"new": lambda: ask(tokens(PREFIX)), "cached": lambda: ask(cached)}, rounds)
+    row(f"first token after {PREFIX:,} new tokens", times["new"])
+    ratio = times["new"] / times["cached"]
+    row(f"first token after {PREFIX:,} cached tokens", times["cached"], f"1/{ratio:.1f} of it")
 
 
-def decoding(engine: Engine, acting: list[Any], steps: int) -> Timed:
-    """Return a round of greedy steps of one token for each row, behind 32 of its own."""
-    greedy = [Chooser(Sampling(), None, None)] * len(acting)
+def decoding(engine: Engine, adapters: list[Any], steps: int) -> Timed:
+    """Return a round of greedy steps of one token for each row, after a prompt of 32."""
+    greedy = [Sampler(Sampling())] * len(adapters)
 
     def run() -> float:
         runner = engine.runner
-        for slot, one in enumerate(acting):
-            runner.step([Chunk(slot, range(100, 100 + PROMPT), 0, one, "none", False)])
-        last = [7] * len(acting)
+        for slot, adapter in enumerate(adapters):
+            runner.step([Chunk(slot, range(100, 100 + PROMPT), 0, adapter, 0)])
+        last = [7] * len(adapters)
         start = time.perf_counter()
         for at in range(steps):
             chunks = [
-                Chunk(slot, (token,), PROMPT + at, one, "last", True)
-                for slot, (token, one) in enumerate(zip(last, acting, strict=True))
+                Chunk(slot, (token,), PROMPT + at, adapter, 1, decoding=True)
+                for slot, (token, adapter) in enumerate(zip(last, adapters, strict=True))
             ]
-            last = [choice.id for choice in choose(runner.step(chunks), greedy)]
+            last = [token.id for token in sample(runner.step(chunks), greedy)]
         spent = (time.perf_counter() - start) * 1e3 / steps
-        for slot in range(len(acting)):
+        for slot in range(len(adapters)):
             runner.free(slot)
         return spent
 
@@ -222,8 +225,8 @@ def write_adapters(model: Any, home: Path) -> list[Path]:
     return places
 
 
-def ready(engine: Engine, name: str) -> Loaded:
-    return engine.resident.get(engine._mix(name))
+def ready(engine: Engine, name: str) -> LoadedAdapter:
+    return engine.adapters.get(engine._mix(name))
 
 
 def interleaved(timed: dict[str, Timed], rounds: int) -> dict[str, float]:

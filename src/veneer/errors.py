@@ -52,7 +52,19 @@ class TrainingError(VeneerError, RuntimeError):
 
 
 class RequestError(VeneerError, ValueError):
-    """A request names an adapter that is not there, or is too long, or contradicts itself."""
+    """A request cannot be followed; `param` names what is wrong in it, where that is one thing."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModel(RequestError):
+    """A request names a base or an adapter that is not served."""
+
+
+class ContextExceeded(RequestError):
+    """A prompt, or a prompt with its answer, is longer than the context."""
 
 
 class QueueFull(VeneerError, RuntimeError):

@@ -1,4 +1,4 @@
-"""A server in a thread, an engine that says what it is told to, and calls without a client."""
+"""A server in a thread, an engine that follows a script, and calls without a client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.errors import QueueFull
 from veneer.serve.api.http import AT_A_TIME, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
 from veneer.serve.engine.library import Library
-from veneer.serve.engine.request import Finished, Piece, Request, Stats, Token
+from veneer.serve.engine.request import Answer, Request, Stats, Token
 from veneer.serve.engine.served import Served
 from veneer.serve.engine.stream import Stream
 
@@ -30,7 +30,7 @@ BASE = "tiny"
 
 
 class ScriptedEngine:
-    """Answers "NAME says word 1 word 2 ...", a word a token, each after `pace` seconds."""
+    """Answers "NAME says word 0 word 1 ...", a word a token, each after `pace` seconds."""
 
     def __init__(
         self, library: Library, *, slots: int = 4, queue: int = 8, pace: float = 0.0
@@ -57,7 +57,7 @@ class ScriptedEngine:
                 self.waiting, self.active = self.waiting - 1, self.active + 1
             name = request.adapter if isinstance(request.adapter, str) else "base"
             words = [name, " says", *(f" word {i}" for i in range(10_000))]
-            reason, made = "length", 0
+            reason, new = "length", 0
             for word in words[: request.sampling.max_new_tokens]:
                 time.sleep(self.pace)
                 if stream.cancelled:
@@ -68,14 +68,15 @@ class ScriptedEngine:
                     break
                 top = tuple((5 + i, -1.0 - i) for i in range(request.logprobs or 0))
                 logprob = None if request.logprobs is None else -0.5
-                stream.put(Piece(word, (Token(4, word, logprob, top),)))
-                made += 1
+                stream.add(Answer(word, (Token(4, word, logprob, top),)))
+                new += 1
             with self._lock:
                 self.active -= 1
                 self.cancelled += reason == "cancelled"
-            error = self.fail
-            end = "error" if error else reason
-            stream.put(Finished(end, len(request.tokens), made, 0, error))
+            error = RuntimeError(self.fail) if self.fail else None
+            reason = "error" if error else reason
+            prompt = len(request.tokens)
+            stream.add(Answer("", (), reason, prompt, new_tokens=new, error=error))
 
     def score(self, tokens: Any, adapter: Any = None) -> tuple[float | None, ...]:
         change = 0.0 if adapter is None else 1.0
@@ -148,19 +149,19 @@ def call(
 ) -> tuple[int, dict[str, str], Any]:
     """Return status, headers and what the JSON of the answer says (or its text)."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout)
-    given = dict(headers or {})
+    headers = dict(headers or {})
     if body is not None:
-        given.setdefault("content-type", "application/json")
+        headers.setdefault("content-type", "application/json")
         body = body if isinstance(body, bytes | str) else json.dumps(body)
     try:
-        connection.request(method or ("GET" if body is None else "POST"), path, body, given)
+        connection.request(method or ("GET" if body is None else "POST"), path, body, headers)
         response = connection.getresponse()
-        told = {name.lower(): value for name, value in response.getheaders()}
+        received = {name.lower(): value for name, value in response.getheaders()}
         text = response.read().decode()
     finally:
         connection.close()
-    is_json = told.get("content-type", "").startswith("application/json")
-    return response.status, told, json.loads(text) if is_json else text
+    is_json = received.get("content-type", "").startswith("application/json")
+    return response.status, received, json.loads(text) if is_json else text
 
 
 def chat(model: str = BASE, text: str = "Hi", **more: Any) -> dict[str, Any]:

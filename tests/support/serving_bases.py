@@ -27,9 +27,9 @@ def base_of(architecture: str = "llama", model: PreTrainedModel | None = None) -
     """Return a random base whose answers nothing ends before their length."""
     model = tiny(architecture) if model is None else model
     model.generation_config.eos_token_id = None
-    words = tokenizer(VOCAB)
-    words.eos_token = None
-    return Base(architecture, model, words)
+    by_character = tokenizer(VOCAB)
+    by_character.eos_token = None
+    return Base(architecture, model, by_character)
 
 
 def write_adapter(home: Path, architecture: str, *, seed: int, **options: Any) -> Path:

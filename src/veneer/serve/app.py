@@ -1,4 +1,4 @@
-"""The application: routes, what stands before them, and what every response has."""
+"""The application: all routes, and the checks before them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.types import ASGIApp
 
-from veneer.serve.api import errors as faults
-from veneer.serve.api import loading, openai
-from veneer.serve.api.errors import Fault
+from veneer.serve.api import errors, loading, openai
+from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
 from veneer.serve.api.guard import Guard
-from veneer.serve.api.metrics import CountResponses, Counts
+from veneer.serve.api.metrics import CountResponses, Metrics
 from veneer.serve.config import Keys, Limits
 from veneer.serve.engine.served import Served
 from veneer.serve.page import panel
@@ -37,42 +35,42 @@ def create_app(
     """Return the application that serves `served`.
 
     runs: the directory whose training runs are shown. loading_root: the directory below which
-    adapters may be loaded, or None where that is off. is_draining: whether the server is to end.
+    adapters may be loaded, or None where that is off. is_draining: whether the server is ending.
     """
-    # Its own pages of documentation would load scripts from elsewhere.
+    # FastAPI's own pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="Veneer", version=version("veneer"), docs_url=None, redoc_url=None)
-    counts = Counts(lambda: _numbers(served))
-    faults.install(app)
-    app.include_router(openai.routes(served, counts))
+    metrics = Metrics(lambda: _numbers(served))
+    errors.install(app)
+    app.include_router(openai.routes(served, metrics))
     app.include_router(loading.routes(served, loading_root))
     app.include_router(panel.routes(served, Runs(runs) if runs is not None else None))
     panel.add_page(app)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Tell that the server answers."""
+        """Answer, which shows that the server lives."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses=openai.REFUSALS)
+    @app.get("/ready", responses=ERROR_RESPONSES)
     async def ready() -> dict[str, str]:
-        """Tell that the server takes requests; 503 once it is about to end."""
+        """Answer 200 while the server takes requests, and 503 once it is ending."""
         if is_draining():
-            raise Fault(503, "The server is about to end.", code="draining")
+            raise ApiError(503, "The server is about to end.", code="draining")
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response)
-    async def metrics() -> Response:
-        """Tell the server's numbers, in Prometheus' text format."""
-        text = await asyncio.to_thread(counts.text)
+    async def show_metrics() -> Response:
+        """Return the server's metrics in Prometheus' text format."""
+        text = await asyncio.to_thread(metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    # Outside of the framework, so that what is refused costs least.
+    # Outside of the framework, so that a refused request costs least.
     guard = Guard(app, keys=keys or Keys(), limits=limits or Limits(), is_draining=is_draining)
-    return CountResponses(guard, counts=counts)
+    return CountResponses(guard, metrics=metrics)
 
 
 def _numbers(served: Served) -> Mapping[str, float]:
-    """Return the engine's numbers, those that are lists by their length."""
-    told: dict[str, Any] = asdict(served.engine.stats)
-    plain = {n: len(v) if isinstance(v, tuple) else v for n, v in told.items()}
-    return {n: v for n, v in plain.items() if math.isfinite(v)}
+    """Return the engine's numbers; of those that are lists, their length."""
+    stats = asdict(served.engine.stats).items()
+    numbers = {name: len(v) if isinstance(v, tuple) else v for name, v in stats}
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}

@@ -1,4 +1,4 @@
-"""What a server is told when it starts: frozen, validated values that import no torch."""
+"""How a server is started: frozen, validated values that import no torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from veneer.checks import Rule, at_least, check_config, whole_number
 from veneer.errors import ConfigError
 
-# What an adapter may be called in a request: nothing that a path, a header or a page could misread.
+# Names of adapters: nothing that a path, a header or a page could misread.
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(r"[!-~]{16,512}")  # visible ASCII, as a header carries it
 
@@ -43,24 +44,27 @@ class ServeConfig:
     """How long running answers may go on after SIGTERM, in seconds, before they are cut."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if not 0 <= self.port <= 65535:
-            problems.append(f"port is {self.port}, but must be 0 to 65535")
-        for name in ("slots", "queue"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if not 0 <= self.drain_seconds < float("inf"):
-            problems.append(f"drain_seconds is {self.drain_seconds}, but must be at least 0")
-        for name in ("adapters_dir", "runs"):
-            place = getattr(self, name)
-            if place is not None and not place.is_dir():
-                problems.append(f"{name} is {place}, which is no directory")
-        if self.enable_lora_loading and self.adapters_dir is None:
-            problems.append("enable_lora_loading needs adapters_dir, below which adapters lie")
-        if self.admin_key_file is not None and not self.enable_lora_loading:
-            problems.append("admin_key_file would do nothing without enable_lora_loading")
-        if problems:
-            raise ConfigError("Nothing can be served so: " + "; ".join(problems) + ".")
+        directory = Rule(lambda value: value.is_dir(), "a directory")
+        check_config(
+            self,
+            opening="Nothing can be served so",
+            rules={
+                "port": whole_number(0, most=65535),
+                "slots": at_least(1),
+                "queue": at_least(1),
+                "drain_seconds": at_least(0),
+                "adapters_dir": directory,
+                "runs": directory,
+            },
+            contradictions={
+                "enable_lora_loading needs adapters_dir, below which adapters lie": (
+                    self.enable_lora_loading and self.adapters_dir is None
+                ),
+                "admin_key_file would do nothing without enable_lora_loading": (
+                    self.admin_key_file is not None and not self.enable_lora_loading
+                ),
+            },
+        )
 
     @property
     def is_loopback(self) -> bool:
@@ -115,16 +119,17 @@ def read_keys(config: ServeConfig, environment: Mapping[str, str]) -> Keys:
     return Keys(api, admin)
 
 
-def _key(file: Path | None, given: str | None, what: str) -> str | None:
+def _key(file: Path | None, variable: str | None, what: str) -> str | None:
+    key = variable
     if file is not None:
         try:
-            given = file.read_text(encoding="utf-8").strip()
+            key = file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The {what} key cannot be read from {file}: {error}.") from error
-    elif not given:
+    elif not key:
         return None
-    if not KEY.fullmatch(given):
+    if key is None or not KEY.fullmatch(key):
         raise ConfigError(
             f"The {what} key must be 16 to 512 visible ASCII characters without spaces."
         )
-    return given
+    return key

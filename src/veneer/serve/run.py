@@ -1,4 +1,4 @@
-"""A server's life: load, listen, answer, drain, end."""
+"""A server from start to end: load, listen, answer, drain."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from veneer.formats import native
 from veneer.formats.peft import directory as peft
 from veneer.models.load import Base
 from veneer.models.locate import locate
+from veneer.run_directory import RunDirectory
 from veneer.serve.api.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
 from veneer.serve.config import ADAPTER_NAME, Keys, Limits, ServeConfig
@@ -29,7 +30,7 @@ from veneer.serve.engine.served import Served
 
 @dataclass(frozen=True)
 class Listening:
-    """Where a server can be reached, which adapters it knows, and what a person should know."""
+    """The address of a server, what it serves, and notices for a person."""
 
     url: str
     base: str
@@ -47,18 +48,18 @@ def serve(
 ) -> Iterator[Listening]:
     """Serve a base with adapters (each "name=directory") until SIGTERM or Ctrl-C.
 
-    Yields once, when it is about to listen. On the signal no more work is taken; what runs may go
-    on for `drain_seconds`, and is then cut.
-    Raises AdapterError for adapters that cannot be.
+    Yields once, just before it listens. On the signal it takes no more requests; running answers
+    may go on for `drain_seconds`, and are then cut.
+    Raises AdapterError for adapters that cannot be served.
     """
     name = served_name(base)
-    places = find_adapters(adapters, config.adapters_dir, name)
+    directories = find_adapters(adapters, config.adapters_dir, name)
     settings = EngineConfig(slots=config.slots, queue=config.queue, context=config.context)
-    engine = Engine(base, Library(places), settings)
+    engine = Engine(base, Library(directories), settings)
     with listener:
         try:
-            for each, _ in _parsed(adapters):
-                engine.load(each)  # what was named on the command line is proved at the start
+            for adapter, _ in _parsed(adapters):
+                engine.load(adapter)  # so that one that does not fit is an error at the start
             served = Served(
                 engine=engine,
                 library=engine.library,
@@ -72,7 +73,7 @@ def serve(
             app = create_app(
                 served,
                 keys=keys,
-                # What finds no place is told so before its body is looked at, which costs least.
+                # Requests that the queue would refuse are refused before their bodies are read.
                 limits=Limits(in_flight=config.slots + config.queue),
                 runs=config.runs,
                 loading_root=config.adapters_dir if config.enable_lora_loading else None,
@@ -80,7 +81,7 @@ def serve(
             )
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            listener.listen(BACKLOG)  # who comes as soon as the address is told waits a moment
+            listener.listen(BACKLOG)  # clients may connect as soon as they know the address
             url = f"http://{shown}:{port}"
             yield Listening(url, name, engine.library.names(), engine.notices)
             listening = uvicorn.Config(
@@ -104,55 +105,55 @@ def served_name(base: Base) -> str:
     return Path(base.name).resolve().name
 
 
-def find_adapters(given: Sequence[str], directory: Path | None, base: str) -> dict[str, Path]:
-    """Return the adapters given as "name=directory", and those that lie in a directory, by name.
+def find_adapters(named: Sequence[str], root: Path | None, base: str) -> dict[str, Path]:
+    """Return adapters by name: those named as "name=directory", and those below `root`.
 
-    There each subdirectory is one, or holds one as lora_adapter, as veneer tune leaves it.
+    There each subdirectory is one, or has one as lora_adapter, as veneer tune leaves it.
     Raises AdapterError, which lists everything that is wrong.
     """
-    found: dict[str, Path] = {}
+    adapters: dict[str, Path] = {}
     problems = []
-    for place in sorted(directory.iterdir()) if directory is not None else ():
-        for candidate in (place, place / "lora_adapter"):
-            if is_adapter(candidate) and ADAPTER_NAME.fullmatch(place.name):
-                found[place.name] = candidate
+    for subdirectory in sorted(root.iterdir()) if root is not None else ():
+        for candidate in (subdirectory, RunDirectory(subdirectory).adapter()):
+            if is_adapter(candidate) and ADAPTER_NAME.fullmatch(subdirectory.name):
+                adapters[subdirectory.name] = candidate
                 break
-    for name, place in _parsed(given):
+    for name, directory in _parsed(named):
         if not ADAPTER_NAME.fullmatch(name):
             problems.append(f"{name!r} is no name (letters, digits, dots, dashes, underscores)")
-        elif not is_adapter(place):
-            problems.append(f"{place} holds no adapter")
-        found[name] = place
-    if base in found:
+        elif not is_adapter(directory):
+            problems.append(f"{directory} holds no adapter")
+        adapters[name] = directory
+    if base in adapters:
         problems.append(f"{base!r} is what the base is called")
     if problems:
         raise AdapterError(f"These adapters cannot be served: {'; '.join(problems)}.")
-    return found
+    return adapters
 
 
-def is_adapter(place: Path) -> bool:
+def is_adapter(directory: Path) -> bool:
     """Say whether a directory holds an adapter of a format that we read."""
-    return native.found_method(place) is not None or (place / peft.CONFIG).is_file()
+    return native.found_method(directory) is not None or (directory / peft.CONFIG).is_file()
 
 
-def _parsed(given: Sequence[str]) -> list[tuple[str, Path]]:
+def _parsed(named: Sequence[str]) -> list[tuple[str, Path]]:
     pairs = []
-    for each in given:
-        name, equals, place = each.partition("=")
-        if not (name and equals and place):
-            raise ConfigError(f"--adapter is {each!r}, but must be NAME=DIRECTORY.")
-        pairs.append((name, Path(place)))
+    for text in named:
+        name, equals, directory = text.partition("=")
+        if not (name and equals and directory):
+            raise ConfigError(f"--adapter is {text!r}, but must be NAME=DIRECTORY.")
+        pairs.append((name, Path(directory)))
     return pairs
 
 
 def listen(config: ServeConfig) -> socket.socket:
-    """Return a socket that is bound, so that an address in use is told before anything loads.
+    """Return a bound socket, so that an address in use is an error before anything loads.
 
-    Raises VeneerError for an address that cannot be had.
+    Raises VeneerError for an address that cannot be used.
     """
     try:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
-        # With its protocol named, or asyncio would leave small packets waiting for each other.
+        # asyncio turns Nagle's algorithm off only where the protocol is named.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.host, config.port))
@@ -162,7 +163,7 @@ def listen(config: ServeConfig) -> socket.socket:
 
 
 class Ending:
-    """Whether the server is to end. From the first signal on, running answers have some time."""
+    """Whether the server is ending. From the first signal on, running answers have some seconds."""
 
     def __init__(self, seconds: float, engine: Engine) -> None:
         self.begun = False
@@ -176,7 +177,7 @@ class Ending:
 
     @contextmanager
     def on_signal(self) -> Iterator[None]:
-        """Within, SIGTERM is the proper way to end: uvicorn sends itself once more what it got."""
+        """Within, SIGTERM ends no process: uvicorn raises again the signal that stopped it."""
         before = signal.signal(signal.SIGTERM, lambda *_: None)
         try:
             yield
@@ -186,7 +187,7 @@ class Ending:
 
 
 class _Server(PatientServer):
-    """A server that tells when it is asked to end."""
+    """A server whose first signal begins the ending."""
 
     def __init__(self, config: uvicorn.Config, ending: Ending) -> None:
         super().__init__(config)

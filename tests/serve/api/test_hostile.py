@@ -50,23 +50,23 @@ ADMIN = "an-admin-key-of-its-own"
 AS_ADMIN = {"authorization": f"Bearer {ADMIN}"}
 
 
-def is_refusal(told):
-    error = told["error"]
+def is_refusal(reply):
+    error = reply["error"]
     return set(error) == {"message", "type", "param", "code"} and isinstance(error["message"], str)
 
 
 @pytest.fixture
 def opened(monkeypatch):
     """Every path that is opened while the test runs."""
-    paths, listening = [], True
+    paths, is_active = [], True
 
-    def hear(event, arguments):
-        if listening and event == "open" and isinstance(arguments[0], str | bytes | Path):
+    def on_event(event, arguments):
+        if is_active and event == "open" and isinstance(arguments[0], str | bytes | Path):
             paths.append(str(arguments[0]))
 
-    sys.addaudithook(hear)
+    sys.addaudithook(on_event)
     yield paths
-    listening = False
+    is_active = False
 
 
 def test_hostile_names_are_refused_and_open_nothing(two, adapter_dirs, tmp_path, opened):
@@ -88,17 +88,17 @@ def test_hostile_names_are_refused_and_open_nothing(two, adapter_dirs, tmp_path,
                 ("/v1/unload_lora_adapter", {"lora_name": name}, AS_ADMIN),
                 ("/api/tokens", {**chat(name), "answer": "x"}, {}),
             ):
-                status, told, error = call(server.url, path, body, headers=headers)
+                status, received, error = call(server.url, path, body, headers=headers)
                 assert 400 <= status < 500, (name, path, error)
                 assert is_refusal(error)
-                assert "x-injected" not in told
-        for given in (secret, f"../{secret.name}", str(adapter_dirs), "law/..", ""):
-            body = {"lora_name": "new", "lora_path": str(given)}
+                assert "x-injected" not in received
+        for path in (secret, f"../{secret.name}", str(adapter_dirs), "law/..", ""):
+            body = {"lora_name": "new", "lora_path": str(path)}
             assert call(server.url, "/v1/load_lora_adapter", body, headers=AS_ADMIN)[0] == 400
         assert server.started
         # (FastAPI looks its own routes' source up, to name them in the log.)
-        seen = [path for path in map(Path, opened) if path.suffix not in (".py", ".pyc")]
-        assert [path for path in seen if not path.is_relative_to(adapter_dirs)] == []
+        others = [path for path in map(Path, opened) if path.suffix not in (".py", ".pyc")]
+        assert [path for path in others if not path.is_relative_to(adapter_dirs)] == []
         assert call(server.url, "/v1/models")[2]["data"][1]["id"] == "cooking"
 
 
@@ -136,21 +136,21 @@ def test_hostile_names_are_refused_and_open_nothing(two, adapter_dirs, tmp_path,
     ids=lambda body: repr(body[-24:]),
 )
 def test_bad_bodies_are_refused(server, body):
-    status, _, told = call(server.url, "/v1/chat/completions", body)
+    status, _, reply = call(server.url, "/v1/chat/completions", body)
     assert status == 400
-    assert is_refusal(told)
+    assert is_refusal(reply)
 
 
 def test_bad_prompts_are_refused(server):
     for prompt in ([], [[]], [96], [-1], [2**40], [1, "a"], "", ["a"] * 17, None, {}):
         body = {"model": BASE, "prompt": prompt, "max_tokens": 1}
-        status, _, told = call(server.url, "/v1/completions", body)
-        assert (status, is_refusal(told)) == (400, True), prompt
+        status, _, reply = call(server.url, "/v1/completions", body)
+        assert (status, is_refusal(reply)) == (400, True), prompt
     for length in (4096, 100_000, 1_500_000):
-        status, _, told = call(server.url, "/v1/chat/completions", chat(text="x " * (length // 2)))
+        status, _, reply = call(server.url, "/v1/chat/completions", chat(text="x " * (length // 2)))
         assert status == 400
-        assert "4,096 tokens" in told["error"]["message"]
-        assert told["error"]["code"] == "context_length_exceeded"
+        assert "4,096 tokens" in reply["error"]["message"]
+        assert reply["error"]["code"] == "context_length_exceeded"
 
 
 def test_what_is_not_served_is_refused_by_name_and_what_changes_nothing_is_not(server):
@@ -161,8 +161,8 @@ def test_what_is_not_served_is_refused_by_name_and_what_changes_nothing_is_not(s
         ("logit_bias", {"1": 1}),
         ("min_p", 0.1),
     ):
-        status, _, told = call(server.url, "/v1/chat/completions", chat(**{name: value}))
-        assert (status, told["error"]["param"]) == (400, name)
+        status, _, reply = call(server.url, "/v1/chat/completions", chat(**{name: value}))
+        assert (status, reply["error"]["param"]) == (400, name)
     harmless = {"presence_penalty": 0, "tools": None, "user": "me", "logit_bias": {}, "n": None}
     body = chat(max_tokens=1, response_format={"type": "text"}, **harmless)
     assert call(server.url, "/v1/chat/completions", body)[0] == 200
@@ -179,12 +179,12 @@ def test_other_paths_methods_and_kinds(server):
         ("/health", "DELETE", 405),
     ):
         body = "{}" if method == "POST" else None
-        found, _, told = call(server.url, path, body, method=method)
-        assert (found, is_refusal(told)) == (status, True), path
+        answered, _, reply = call(server.url, path, body, method=method)
+        assert (answered, is_refusal(reply)) == (status, True), path
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         headers = {"content-type": kind}
-        found, _, told = call(server.url, "/v1/chat/completions", chat(), headers=headers)
-        assert (found, is_refusal(told)) == (415, True)
+        answered, _, reply = call(server.url, "/v1/chat/completions", chat(), headers=headers)
+        assert (answered, is_refusal(reply)) == (415, True)
 
 
 def test_another_page_cannot_reach_it_by_a_name_of_its_own(server):
@@ -199,8 +199,8 @@ def test_another_page_cannot_reach_it_by_a_name_of_its_own(server):
 
 def test_a_large_body_is_refused_before_it_is_read(server):
     large = b'{"model": "' + b"x" * 10_000_000 + b'"}'
-    status, told, error = call(server.url, "/v1/chat/completions", large)
-    assert (status, is_refusal(error), told["connection"]) == (413, True, "close")
+    status, received, error = call(server.url, "/v1/chat/completions", large)
+    assert (status, is_refusal(error), received["connection"]) == (413, True, "close")
     # In pieces that do not say how many they are.
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=20)
     headers = {"content-type": "application/json", "transfer-encoding": "chunked"}
@@ -243,7 +243,7 @@ def test_slow_headers_and_bodies_are_ended():
             while more := raw.recv(4096):
                 got += more
             assert b"HTTP/1.1 408" in got
-        # Garbage is told so in the same shape.
+        # Garbage is refused in the same shape.
         with socket.create_connection(place, timeout=20) as raw:
             raw.sendall(b"\x16\x03\x01\x02\x00 hello\r\n\r\n")
             assert raw.recv(4096).startswith(b"HTTP/1.1 400")
@@ -274,7 +274,7 @@ def test_who_hangs_up_frees_the_slot(stream):
 
 def test_every_response_has_the_headers_that_browsers_heed(server):
     for path in ("/", "/page/app.js", "/v1/models", "/nowhere"):
-        _, told, _ = call(server.url, path)
-        assert "default-src 'none'" in told["content-security-policy"]
-        assert told["x-content-type-options"] == "nosniff"
-        assert "access-control-allow-origin" not in told
+        _, received, _ = call(server.url, path)
+        assert "default-src 'none'" in received["content-security-policy"]
+        assert received["x-content-type-options"] == "nosniff"
+        assert "access-control-allow-origin" not in received

@@ -32,7 +32,7 @@ class Process:
     process: subprocess.Popen
     url: str
 
-    def resident_bytes(self) -> int:
+    def memory(self) -> int:
         fields = Path(f"/proc/{self.process.pid}/statm").read_text().split()
         return int(fields[1]) * os.sysconf("SC_PAGESIZE")
 
@@ -49,14 +49,14 @@ def start(model: Path, *arguments: str) -> Process:
         text=True,
         env=os.environ | {"COLUMNS": "200", "PYTHONFAULTHANDLER": "1"},
     )
-    said = ""
+    output = ""
     for line in process.stdout:
-        said += line
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+        output += line
+        if url := re.search(r"http://127\.0\.0\.1:\d+", line):
             break
     else:
-        raise AssertionError(said + process.stderr.read())
-    served = Process(process, found.group())
+        raise AssertionError(output + process.stderr.read())
+    served = Process(process, url.group())
     while call(served.url, "/ready")[0] != 200:
         time.sleep(0.05)
     return served
@@ -103,16 +103,16 @@ def test_it_answers_as_the_model_does(process, home, poem):
         veneer.use(base.model, which)
         expected = veneer.answer(base.model, base.tokenizer, "What is honey?", sampling=sampling)
         body = chat(name, "What is honey?", max_tokens=12, temperature=0)
-        _, _, told = call(process.url, "/v1/chat/completions", body)
-        assert told["choices"][0]["message"]["content"] == expected
+        _, _, reply = call(process.url, "/v1/chat/completions", body)
+        assert reply["choices"][0]["message"]["content"] == expected
     asked = {**chat("poem", "What is honey?"), "answer": " Honey is sweet."}
-    _, _, told = call(process.url, "/api/tokens", asked)
-    assert "".join(token["text"] for token in told["tokens"]) == " Honey is sweet."
-    assert all(token["base"] < 0 and token["adapter"] < 0 for token in told["tokens"])
-    assert any(token["base"] != token["adapter"] for token in told["tokens"])
+    _, _, reply = call(process.url, "/api/tokens", asked)
+    assert "".join(token["text"] for token in reply["tokens"]) == " Honey is sweet."
+    assert all(token["base"] < 0 and token["adapter"] < 0 for token in reply["tokens"])
+    assert any(token["base"] != token["adapter"] for token in reply["tokens"])
 
 
-def test_a_crowd_is_served_or_told_to_come_again(process, home):
+def test_a_crowd_is_served_or_refused(process, home):
     port = int(process.url.rpartition(":")[2])
     names = (home.name, "poem")
 
@@ -131,7 +131,7 @@ def test_a_crowd_is_served_or_told_to_come_again(process, home):
         return await asyncio.gather(*map(one, range(CROWD)))
 
     asyncio.run(crowd())  # once, for what is made on first use is no leak
-    before, waits, done = process.resident_bytes(), [], Event()
+    before, waits, done = process.memory(), [], Event()
 
     def look():
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -161,7 +161,7 @@ def test_a_crowd_is_served_or_told_to_come_again(process, home):
     assert 80 <= served < CROWD  # as many as slots and queue have room for, at least
     while (stats := process.stats())["veneer_engine_active"] or stats["veneer_engine_waiting"]:
         time.sleep(0.02)
-    assert process.resident_bytes() - before < 50e6
+    assert process.memory() - before < 50e6
     assert stats['veneer_http_responses_total{status="429"}'] > 0
     assert stats['veneer_answers_total{reason="length"}'] > 0
 
@@ -179,14 +179,14 @@ def test_a_crowd_is_served_or_told_to_come_again(process, home):
         (["--api-key-file", "key"], "cannot be read"),
     ],
 )
-def test_what_cannot_be_served_is_said(arguments, says, home, capsys):
+def test_what_cannot_be_served_is_an_error(arguments, says, home, capsys):
     assert run(["serve", str(home), *arguments]) == 2
     printed = capsys.readouterr()
     assert says in printed.err
     assert "Traceback" not in printed.err
 
 
-def test_a_port_in_use_is_said(process, home, capsys):
+def test_a_port_in_use_is_an_error(process, home, capsys):
     port = process.url.rpartition(":")[2]
     assert run(["serve", str(home), "--port", port]) == 2
     assert f"Cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err

@@ -51,8 +51,8 @@ def test_an_adapter_comes_and_goes(server, root):
 
 def test_a_name_in_use_is_taken_only_on_purpose(server, root):
     assert load(server, "new", "law")[0] == 200
-    status, _, told = load(server, "new", "cooking")
-    assert (status, told["error"]["param"]) == (400, "lora_name")
+    status, _, reply = load(server, "new", "cooking")
+    assert (status, reply["error"]["param"]) == (400, "lora_name")
     assert server.served.library.info("new").directory.name == "law"
     assert load(server, "new", "cooking", load_inplace=True)[0] == 200
     assert server.served.library.info("new").directory.name == "cooking"
@@ -69,16 +69,16 @@ def test_an_adapter_that_cannot_act_is_refused_and_what_was_there_stays(server, 
 
     monkeypatch.setattr(server.served.engine, "load", refuse)
     for name, more in (("new", {"load_inplace": True}), ("fresh", {})):
-        status, _, told = load(server, name, "cooking", **more)
-        assert (status, told["error"]["message"]) == (400, "it was made for another base")
+        status, _, reply = load(server, name, "cooking", **more)
+        assert (status, reply["error"]["message"]) == (400, "it was made for another base")
     assert models(server) == [BASE, "new"]
     assert server.served.library.info("new").directory.name == "law"
 
 
 def test_only_the_admin_key_opens_it(server):
     for headers in ({}, AS_USER, {"authorization": ADMIN}, {"authorization": f"Basic {ADMIN}"}):
-        status, told, _ = load(server, "new", "law", headers=headers)
-        assert (status, told["www-authenticate"]) == (401, "Bearer")
+        status, received, _ = load(server, "new", "law", headers=headers)
+        assert (status, received["www-authenticate"]) == (401, "Bearer")
     assert call(server.url, "/v1/models", headers=AS_ADMIN)[0] == 401  # nor is it the other
     assert models(server) == [BASE]
 
@@ -89,9 +89,9 @@ def test_it_is_off_unless_enabled():
             (LOAD, {"lora_name": "a", "lora_path": "b"}),
             (UNLOAD, {"lora_name": "a"}),
         ):
-            status, _, told = call(server.url, path, body)
+            status, _, reply = call(server.url, path, body)
             assert status == 404
-            assert "--enable-lora-loading" in told["error"]["message"]
+            assert "--enable-lora-loading" in reply["error"]["message"]
 
 
 def test_links_out_of_the_directory_are_not_followed(server, root, adapter_dirs, tmp_path):
@@ -103,6 +103,6 @@ def test_links_out_of_the_directory_are_not_followed(server, root, adapter_dirs,
     (root / "circle").symlink_to(root / "circle")
     (root / "inside").symlink_to(root / "law")
     for name in ("link", "half", "circle", "link/..", elsewhere, "nowhere"):
-        status, _, told = load(server, "new", name)
-        assert (status, told["error"]["param"]) == (400, "lora_path"), name
+        status, _, reply = load(server, "new", name)
+        assert (status, reply["error"]["param"]) == (400, "lora_path"), name
     assert load(server, "new", "inside")[0] == 200

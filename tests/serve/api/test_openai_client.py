@@ -54,8 +54,8 @@ def test_a_stream_is_the_whole_answer_in_pieces(client):
     chunks = list(stream)
     assert len({chunk.id for chunk in chunks}) == 1
     assert chunks[0].choices[0].delta.role == "assistant"
-    said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert said == "law says word 0 word 1 word 2"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == "law says word 0 word 1 word 2"
     ends = [c.choices[0].finish_reason for c in chunks if c.choices]
     assert ends[-1] == "length"
     assert not any(ends[:-1])

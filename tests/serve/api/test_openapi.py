@@ -28,7 +28,7 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(two, adapte
     keys = Keys(admin=ADMIN)
     with running(scripted(two), keys=keys, loading_root=adapter_dirs) as server:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-        operations = [found.ok() for found in schema.get_all_operations()]
+        operations = [result.ok() for result in schema.get_all_operations()]
         assert len(operations) >= 12
         for operation in operations:
             if mode is GenerationMode.NEGATIVE and operation.method.upper() == "GET":

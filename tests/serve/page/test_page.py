@@ -38,9 +38,9 @@ class Training:
         place.mkdir(parents=True)
         recipe = {"model": "smollm2-135m", "data": "letters.jsonl", "rank": 8}
         (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        self.tell(None)
+        self.write_progress(None)
 
-    def tell(self, ended):
+    def write_progress(self, ended):
         (self.place / "progress.json").write_text(json.dumps({"steps": 40, "ended": ended}))
 
     def go(self, steps):
@@ -69,7 +69,7 @@ def page(browser, site, request):
     page.set_default_timeout(20_000)
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
-    page.on("console", lambda said: page.faults.append(said.text) if said.type == "error" else None)
+    page.on("console", lambda line: page.faults.append(line.text) if line.type == "error" else None)
     page.on(
         "request",
         lambda asked: page.faults.append(asked.url) if site.url not in asked.url else None,
@@ -84,10 +84,10 @@ def serious(page):
     """Return what axe finds that keeps somebody from using the page."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page).response["violations"]
+    violations = Axe().run(page).response["violations"]
     return [
         (each["id"], each["impact"], [node["target"] for node in each["nodes"]])
-        for each in found
+        for each in violations
         if each["impact"] in ("serious", "critical", "moderate")
     ]
 
@@ -172,9 +172,9 @@ def test_a_run_is_followed_as_it_goes(page, site):
     assert re.search(r"Time left\s+1 min \d+ s", shown)
     site.training.go(2)
     card.filter(has_text=f"{site.training.done} of 40").wait_for()
-    told = card.get_by_role("img").get_attribute("aria-label")
-    assert told.startswith("Loss from 3.000 at step 1")
-    assert "evaluation loss 0.500" in told
+    label = card.get_by_role("img").get_attribute("aria-label")
+    assert label.startswith("Loss from 3.000 at step 1")
+    assert "evaluation loss 0.500" in label
     assert serious(page) == []
 
 

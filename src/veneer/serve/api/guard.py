@@ -1,4 +1,4 @@
-"""What stands before every route: who may ask, how much, and what a browser may do with it."""
+"""Checks before every route: who may ask, how much, and what a browser may do with a response."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from veneer.serve.api.errors import Fault
+from veneer.serve.api.errors import ApiError
 from veneer.serve.config import Keys, Limits
 
-OPEN = ("/", "/health", "/ready")  # with the page's own files, all that needs no key
+OPEN = ("/", "/health", "/ready")  # these and the page's own files need no key
 PAGE = "/page/"
 ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 LINGER_SECONDS = 2.0
-# The page needs nothing from elsewhere, runs no script but its own, and stands in no frame.
+# The page needs nothing from elsewhere, runs no script but its own, and may be in no frame.
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -32,11 +32,11 @@ HEADERS = {
 
 
 class Guard:
-    """Lets a request through to `app` once it may pass and all of it is there.
+    """Passes a request on to `app` once it is allowed and its body has come.
 
-    `is_draining` says whether the server is about to end, and takes no more work. Without an API
-    key a server is for this machine alone: then a request must have been addressed to it by one of
-    its own names, or any web page could reach it by a name that it gives this address.
+    is_draining: whether the server is ending and takes no more work. Without an API key the server
+    is for this machine alone. A request must then carry one of this machine's own names as its
+    host, or any web page could reach the server through a name that it resolves to this address.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class Guard:
         guarded = with_headers(send)
         try:
             self._check(scope, headers)
-        except Fault as fault:
-            await _refuse(fault, scope, receive, guarded, more=_has_body(headers))
+        except ApiError as error:
+            await _refuse(error, scope, receive, guarded, more=_has_body(headers))
             return
         if not _has_body(headers):
             await self.app(scope, receive, guarded)
@@ -64,66 +64,66 @@ class Guard:
         self.in_flight += 1
         try:
             body = await self._read(receive)
-            if body is not None:  # else whoever asked has gone
+            if body is not None:  # else the client has disconnected
                 await self.app(scope, _replay(body, receive), guarded)
-        except Fault as fault:
-            await _refuse(fault, scope, receive, guarded, more=True)
+        except ApiError as error:
+            await _refuse(error, scope, receive, guarded, more=True)
         finally:
             self.in_flight -= 1
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
-        """Raise Fault for a request that may not pass, before its body is read."""
+        """Raise ApiError for a request that is not allowed, before its body is read."""
         path, method = scope["path"], scope["method"]
         if self.keys.api is None and not _is_local(headers.get("host", "")):
-            raise Fault(
+            raise ApiError(
                 403,
                 "Without an API key this server answers to localhost and 127.0.0.1 alone; start "
                 "it with an API key to call it otherwise.",
                 code="host_not_allowed",
             )
         needed, which = self.keys.api, "the API key"
-        if path in ADMIN and self.keys.admin is not None:  # else the route says that it is off
+        if path in ADMIN and self.keys.admin is not None:  # else the route answers that it is off
             needed, which = self.keys.admin, "the admin key"
         elif path in OPEN or path.startswith(PAGE):
             needed = None
         if needed is not None and not _same(headers.get("authorization", ""), needed):
-            said = f"This needs {which}, as in: Authorization: Bearer KEY."
-            raise Fault(401, said, code="invalid_api_key")
+            message = f"This needs {which}, as in: Authorization: Bearer KEY."
+            raise ApiError(401, message, code="invalid_api_key")
         if method not in ("POST", "PUT", "PATCH"):
             return
         if self.is_draining():
-            raise Fault(503, "The server is about to end.", code="draining")
+            raise ApiError(503, "The server is about to end.", code="draining")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self.limits.body_bytes:
             raise self._too_large()
-        # A web page elsewhere can post what it likes, but JSON only where it is let.
+        # A browser lets a page of another site post text or forms, but JSON only if we allow it.
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise Fault(415, "The body must be JSON, with the content type application/json.")
+            raise ApiError(415, "The body must be JSON, with the content type application/json.")
         if self.in_flight >= self.limits.in_flight:
-            raise Fault(429, "Too many requests at once; come again later.", code="too_many")
+            raise ApiError(429, "Too many requests at once; come again later.", code="too_many")
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """Return the whole body, or None where the connection ended before it. Raises Fault."""
-        parts, size = [], 0
+        """Return the whole body, or None where the connection ended before it. Raises ApiError."""
+        chunks, size = [], 0
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] != "http.request":
                         return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
                     if size > self.limits.body_bytes:
                         raise self._too_large()
                     if not message.get("more_body", False):
-                        return b"".join(parts)
+                        return b"".join(chunks)
         except TimeoutError as error:
             seconds = f"{self.limits.body_seconds:g}"
-            raise Fault(408, f"The body took over {seconds} s to come.") from error
+            raise ApiError(408, f"The body took over {seconds} s to come.") from error
 
-    def _too_large(self) -> Fault:
-        return Fault(413, f"The body is larger than {self.limits.body_bytes:,} bytes.")
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self.limits.body_bytes:,} bytes.")
 
 
 def with_headers(send: Send) -> Send:
@@ -131,26 +131,28 @@ def with_headers(send: Send) -> Send:
 
     async def guarded(message: Message) -> None:
         if message["type"] == "http.response.start":
-            there = {name for name, _ in message["headers"]}
+            names = {name for name, _ in message["headers"]}
             more = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-            missing = [(name, value) for name, value in more if name not in there]
+            missing = [(name, value) for name, value in more if name not in names]
             message = {**message, "headers": [*message["headers"], *missing]}
         await send(message)
 
     return guarded
 
 
-async def _refuse(fault: Fault, scope: Scope, receive: Receive, send: Send, *, more: bool) -> None:
-    """Send a refusal; where a body is still coming, throw it away for a moment before closing.
+async def _refuse(
+    error: ApiError, scope: Scope, receive: Receive, send: Send, *, more: bool
+) -> None:
+    """Send an error; where a body is still coming, read and drop it for a moment before closing.
 
-    Closing at once would reset the connection, and the refusal be lost on its way.
+    Closing at once would reset the connection, and the client would never see the response.
     """
-    response = fault.response()
+    response = error.response()
     if not more:
         await response(scope, receive, send)
         return
     response.headers["connection"] = "close"
-    start = {"status": fault.status, "headers": response.raw_headers}
+    start = {"status": error.status, "headers": response.raw_headers}
     await send({"type": "http.response.start", **start})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     try:
@@ -164,14 +166,14 @@ async def _refuse(fault: Fault, scope: Scope, receive: Receive, send: Send, *, m
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body in one piece, and then what else comes."""
-    given = False
+    """Return a `receive` that gives the body at once, and then whatever else comes."""
+    is_sent = False
 
     async def again() -> Message:
-        nonlocal given
-        if given:
+        nonlocal is_sent
+        if is_sent:
             return await receive()
-        given = True
+        is_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again
@@ -189,8 +191,8 @@ def _is_local(host: str) -> bool:
 
 
 def _same(header: str, key: str) -> bool:
-    """Say whether a header carries `key`, in a time that tells nothing of either."""
-    scheme, _, given = header.partition(" ")
-    # Digests are equally long, whatever was given.
-    ours, theirs = (hashlib.sha256(text.encode()).digest() for text in (key, given.strip()))
+    """Say whether a header carries `key`, in a time that depends on neither."""
+    scheme, _, token = header.partition(" ")
+    # Digests are equally long, whatever the client sent.
+    ours, theirs = (hashlib.sha256(text.encode()).digest() for text in (key, token.strip()))
     return hmac.compare_digest(ours, theirs) and scheme.lower() == "bearer"

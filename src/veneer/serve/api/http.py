@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1, with an end to its patience and errors in JSON."""
+"""uvicorn's HTTP/1.1 with time limits, turns for crowds, and errors in JSON."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from veneer.serve.api.errors import Fault
+from veneer.serve.api.errors import ApiError
 
 HEADER_SECONDS = 10.0
-BACKLOG = 2048  # connections that the system keeps until they are taken
-AT_A_TIME = 16  # connections that are taken, or heard, in one turn of the event loop
-QUICK = b"GET "  # requests that start so wait for no crowd of others: they cost little
+BACKLOG = 2048  # connections that the system keeps until they are accepted
+AT_A_TIME = 16  # connections that are accepted, or read, in one turn of the event loop
+QUICK = b"GET "  # requests that begin so cost little, and do not wait for their turn
 
 
 class PatientServer(uvicorn.Server):
     """uvicorn's server, for a `config` whose backlog is AT_A_TIME.
 
-    That is how many connections asyncio takes in one turn; the system keeps more of them waiting.
+    That is how many connections asyncio accepts in one turn; the system may keep more waiting.
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -34,16 +34,16 @@ class PatientServer(uvicorn.Server):
                 socket.socket(fileno=socket.dup(listener.fileno())).listen(BACKLOG)
 
 
-class Line:
-    """Calls that wait for their turn, AT_A_TIME of them in one turn of the event loop.
+class Turns:
+    """A queue of calls, of which AT_A_TIME are made in one turn of the event loop.
 
-    Where hundreds of requests come at once, what else there is to do would wait for all of them.
+    Where hundreds of requests come at once, everything else would otherwise wait for all of them.
     """
 
     def __init__(self) -> None:
         self._calls = deque[Callable[[], None]]()
 
-    def join(self, call: Callable[[], None]) -> None:
+    def add(self, call: Callable[[], None]) -> None:
         self._calls.append(call)
         if len(self._calls) == 1:
             asyncio.get_running_loop().call_soon(self._some)
@@ -55,42 +55,42 @@ class Line:
             asyncio.get_running_loop().call_soon(self._some)
 
 
-_lines: WeakKeyDictionary[asyncio.AbstractEventLoop, Line] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
 
 
 class PatientProtocol(H11Protocol):
     """A connection whose headers must come within `header_seconds`.
 
-    uvicorn waits for ever for headers that come slowly, and each such connection takes a file and
-    some memory. The time runs from the connection's opening, or from the first byte of a later
-    request on it; once headers are complete, the guard looks after the body.
+    uvicorn would wait for ever for headers that come slowly, and each such connection takes a file
+    and some memory. The time runs from the opening of the connection, or from the first byte of a
+    later request on it. Once the headers are complete, the guard limits the body.
     """
 
     header_seconds = HEADER_SECONDS
     _end: asyncio.TimerHandle | None = None
-    _unheard = b""
+    _unread = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        if not self._unheard and data.startswith(QUICK):
+        if not self._unread and data.startswith(QUICK):
             super().data_received(data)
             self._watch()
             return
-        if not self._unheard:
-            _lines.setdefault(self.loop, Line()).join(self._hear)
-        self._unheard += data
+        if not self._unread:
+            _turns.setdefault(self.loop, Turns()).add(self._read)
+        self._unread += data
 
-    def _hear(self) -> None:
-        data, self._unheard = self._unheard, b""
+    def _read(self) -> None:
+        data, self._unread = self._unread, b""
         if data and not self.transport.is_closing():
             super().data_received(data)
             self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unheard = b""
+        self._unread = b""
         self._stop()
         super().connection_lost(exc)
 
@@ -99,7 +99,7 @@ class PatientProtocol(H11Protocol):
         self._stop()  # from here on uvicorn's own timer for idle connections runs
 
     def send_400_response(self, msg: str) -> None:
-        self._end_with(Fault(400, msg))
+        self._end_with(ApiError(400, msg))
 
     def _watch(self) -> None:
         if self.conn.their_state is not h11.IDLE:
@@ -115,18 +115,18 @@ class PatientProtocol(H11Protocol):
     def _too_slow(self) -> None:
         self._end = None
         if not self.transport.is_closing():
-            said = f"The headers took over {self.header_seconds:.0f} s to come."
-            self._end_with(Fault(408, said))
+            message = f"The headers took over {self.header_seconds:.0f} s to come."
+            self._end_with(ApiError(408, message))
 
-    def _end_with(self, fault: Fault) -> None:
-        """Answer what is no request, or none yet, and close."""
-        body = json.dumps(fault.body()).encode()
-        phrase = {400: "Bad Request", 408: "Request Timeout"}[fault.status]
+    def _end_with(self, error: ApiError) -> None:
+        """Answer what is not a request, or not a whole one, and close the connection."""
+        body = json.dumps(error.body()).encode()
+        phrase = {400: "Bad Request", 408: "Request Timeout"}[error.status]
         head = (
-            f"HTTP/1.1 {fault.status} {phrase}\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         if self.cycle is None or self.cycle.response_complete:
-            # By hand, as h11 sends no response where it has seen no request.
+            # Written by hand: h11 sends no response where it has seen no request.
             self.transport.write(head.encode() + body)
         self.transport.close()

@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 
-from veneer.serve.api.errors import Fault
-from veneer.serve.api.openai import REFUSALS
+from veneer.errors import RequestError
+from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
 from veneer.serve.api.protocol import LoadRequest, UnloadRequest
 from veneer.serve.config import ADAPTER_NAME
 from veneer.serve.engine.served import Served
@@ -19,58 +19,60 @@ TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}  
 
 
 def routes(served: Served, root: Path | None) -> APIRouter:
-    """Return the routes; without a `root`, below which adapters must lie, they only say so."""
-    router = APIRouter(prefix="/v1", responses=REFUSALS)
+    """Return the routes for adapters below `root`; where that is None, they answer 404."""
+    router = APIRouter(prefix="/v1", responses=ERROR_RESPONSES)
     changing = asyncio.Lock()
 
     @router.post("/load_lora_adapter", responses=TEXT)
     async def load(asked: LoadRequest) -> Response:
-        place = _enabled(root)
+        directory = _enabled(root)
         _check_name(asked.lora_name, served)
         async with changing:
-            await asyncio.to_thread(_load, served, asked, place)
+            await asyncio.to_thread(_load, served, asked, directory)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     @router.post("/unload_lora_adapter", responses=TEXT)
     async def unload(asked: UnloadRequest) -> Response:
         _enabled(root)
-        _check_name(asked.lora_name, served)
+        name = asked.lora_name
+        _check_name(name, served)
         async with changing:
-            if asked.lora_name not in served.library.names():
-                raise _not_there(asked.lora_name)
-            served.library.remove(asked.lora_name)
-        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+            if name not in served.library.names():
+                message = f"The LoRA adapter '{name}' cannot be found."
+                raise ApiError(404, message, param="lora_name")
+            served.library.remove(name)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     return router
 
 
-def find(root: Path, given: str) -> Path:
-    """Return the adapter's directory that `given` names, which must lie below `root`.
+def find(root: Path, lora_path: str) -> Path:
+    """Return the adapter's directory that a request names, which must lie below `root`.
 
-    Links are followed before the question is asked, those of its files too. What lies elsewhere
-    is refused in the same words whether it exists or not.
-    Raises Fault.
+    Links are resolved first, also those of the files in it. What lies elsewhere is refused in the
+    same words whether it exists or not.
+    Raises RequestError.
     """
     root = root.resolve()
     try:
-        place = (root / given).resolve()
-        # Not even its existence is looked up elsewhere.
-        inside = place != root and place.is_relative_to(root) and place.is_dir()
-        inside = inside and all(file.resolve().is_relative_to(root) for file in place.iterdir())
+        directory = (root / lora_path).resolve()
+        # Elsewhere not even its existence is looked up.
+        inside = directory != root and directory.is_relative_to(root) and directory.is_dir()
+        inside = inside and all(file.resolve().is_relative_to(root) for file in directory.iterdir())
     except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a loop of links
         inside = False
     if not inside:
-        raise Fault(400, "lora_path must name a directory below --adapters-dir.", param="lora_path")
-    return place
+        message = "lora_path must name a directory below --adapters-dir."
+        raise RequestError(message, param="lora_path")
+    return directory
 
 
 def _load(served: Served, asked: LoadRequest, root: Path) -> None:
     name = asked.lora_name
     before = served.library.info(name) if name in served.library.names() else None
     if before is not None and not asked.load_inplace:
-        raise Fault(
-            400,
-            f"The LoRA adapter '{name}' has already been loaded. To put another in its place, set "
+        raise RequestError(
+            f"The LoRA adapter '{name}' has already been loaded. To replace it, set "
             "'load_inplace' to true.",
             param="lora_name",
         )
@@ -87,7 +89,7 @@ def _load(served: Served, asked: LoadRequest, root: Path) -> None:
 
 def _enabled(root: Path | None) -> Path:
     if root is None:
-        raise Fault(
+        raise ApiError(
             404, "Loading adapters is off; it is enabled by veneer serve --enable-lora-loading."
         )
     return root
@@ -95,13 +97,8 @@ def _enabled(root: Path | None) -> Path:
 
 def _check_name(name: str, served: Served) -> None:
     if not ADAPTER_NAME.fullmatch(name) or name == served.name:
-        raise Fault(
-            400,
+        raise RequestError(
             "lora_name must begin with a letter or digit, have at most 64 letters, digits, dots, "
             "dashes and underscores, and not be the base's.",
             param="lora_name",
         )
-
-
-def _not_there(name: str) -> Fault:
-    return Fault(404, f"The LoRA adapter '{name}' cannot be found.", param="lora_name")

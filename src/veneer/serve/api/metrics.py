@@ -1,4 +1,4 @@
-"""What Prometheus is told: requests, tokens and times, and the engine's own numbers."""
+"""The server's metrics for Prometheus: responses, tokens, times, and the engine's numbers."""
 
 from __future__ import annotations
 
@@ -10,72 +10,61 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from veneer.serve.engine.request import Event, Finished
+from veneer.serve.engine.request import Answer
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
-class Counts:
-    """The numbers of one server, in a registry of its own.
+class Metrics:
+    """The metrics of one server, in a registry of its own.
 
-    `engine_numbers` gives the engine's own, by name, when they are asked for.
+    engine_numbers: returns the engine's own numbers, by name; called whenever they are read.
     """
 
     def __init__(self, engine_numbers: Callable[[], Mapping[str, float]]) -> None:
         self.registry = CollectorRegistry()
-        self.responses = Counter(
-            "veneer_http_responses", "Responses, by status.", ["status"], registry=self.registry
-        )
+        counter, timer = self._counter, self._timer
+        self.responses = counter("http_responses", "Responses, by status.", "status")
         self.running = Gauge(
             "veneer_answers_running", "Answers that are being made.", registry=self.registry
         )
-        self.ended = Counter(
-            "veneer_answers", "Answers that ended, by why.", ["reason"], registry=self.registry
-        )
-        self.prompt = Counter("veneer_prompt_tokens", "Tokens of prompts.", registry=self.registry)
-        self.cached = Counter(
-            "veneer_prompt_tokens_cached",
-            "Those of them that the cache had.",
-            registry=self.registry,
-        )
-        self.new = Counter("veneer_new_tokens", "Tokens of answers.", registry=self.registry)
-        self.first = Histogram(
-            "veneer_first_piece_seconds",
-            "Time to a first piece.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.whole = Histogram(
-            "veneer_answer_seconds",
-            "Time to the end of an answer.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
+        self.ended = counter("answers", "Answers that ended, by why.", "reason")
+        self.prompt = counter("prompt_tokens", "Tokens of prompts.")
+        self.cached = counter("prompt_tokens_cached", "Those of them that the cache had.")
+        self.new = counter("new_tokens", "Tokens of answers.")
+        self.first = timer("first_piece_seconds", "Time to a first piece.")
+        self.whole = timer("answer_seconds", "Time to the end of an answer.")
         self.registry.register(_Numbers(engine_numbers))
 
     async def watch(
-        self, events: AsyncGenerator[tuple[int, Event], None]
-    ) -> AsyncGenerator[tuple[int, Event], None]:
-        """Pass the events of answers on, counting them."""
-        began, seen = time.monotonic(), set[int]()
+        self, pieces: AsyncGenerator[tuple[int, Answer], None]
+    ) -> AsyncGenerator[tuple[int, Answer], None]:
+        """Pass the pieces of answers on, and count them."""
+        began, started = time.monotonic(), set[int]()
         with self.running.track_inprogress():
             try:
-                async for number, event in events:
+                async for number, piece in pieces:
                     passed = time.monotonic() - began
-                    if number not in seen:
-                        seen.add(number)
+                    if number not in started:
+                        started.add(number)
                         self.first.observe(passed)
-                    if isinstance(event, Finished):
-                        self._ended(event, passed)
-                    yield number, event
+                    if piece.reason is not None:
+                        self._count(piece, passed)
+                    yield number, piece
             finally:
-                await events.aclose()
+                await pieces.aclose()
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _ended(self, end: Finished, seconds: float) -> None:
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(f"veneer_{name}", what, labels, registry=self.registry)
+
+    def _timer(self, name: str, what: str) -> Histogram:
+        return Histogram(f"veneer_{name}", what, buckets=SECONDS, registry=self.registry)
+
+    def _count(self, end: Answer, seconds: float) -> None:
         self.ended.labels(end.reason).inc()
         self.prompt.inc(end.prompt_tokens)
         self.cached.inc(end.cached_tokens)
@@ -86,20 +75,20 @@ class Counts:
 class CountResponses:
     """Counts the responses of `app` by their status."""
 
-    def __init__(self, app: ASGIApp, *, counts: Counts) -> None:
-        self.app, self.counts = app, counts
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.counts.responses.labels(str(message["status"])).inc()
+                self.metrics.responses.labels(str(message["status"])).inc()
             await send(message)
 
         await self.app(scope, receive, counted)
 
 
 class _Numbers(Collector):
-    """The engine's numbers, asked for whenever somebody looks."""
+    """The engine's numbers, taken whenever the metrics are read."""
 
     def __init__(self, numbers: Callable[[], Mapping[str, float]]) -> None:
         self.numbers = numbers

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi import Request as Asking
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from veneer.serve.api.bridge import cancel, events_of
-from veneer.serve.api.errors import ErrorBody, Fault
-from veneer.serve.api.metrics import Counts
-from veneer.serve.api.protocol import CHOICES, Asked, ChatRequest, CompletionRequest
-from veneer.serve.api.replies import ChatReply, Choice, CompletionReply, Reply, usage_of
-from veneer.serve.engine.request import Finished, Request
-from veneer.serve.engine.served import Served, several
-from veneer.serve.engine.stream import Stream
+from veneer.errors import RequestError
+from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
+from veneer.serve.api.metrics import Metrics
+from veneer.serve.api.protocol import (
+    MOST_ANSWERS,
+    AnswerRequest,
+    ChatRequest,
+    CompletionRequest,
+)
+from veneer.serve.api.replies import ChatReply, CompletionReply, Reply, usage_of
+from veneer.serve.engine.request import Answer, Request
+from veneer.serve.engine.served import Served
+from veneer.serve.engine.stream import Stream, cancel, pieces_of
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody},
-    "5XX": {"model": ErrorBody},
-}
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 COMPLETION_TOKENS = 16  # OpenAI's own default of max_tokens for completions
 
 
-def routes(served: Served, counts: Counts) -> APIRouter:
+def routes(served: Served, metrics: Metrics) -> APIRouter:
     """Return the routes below /v1 that clients of OpenAI call."""
-    router = APIRouter(prefix="/v1", responses=REFUSALS)
+    router = APIRouter(prefix="/v1", responses=ERROR_RESPONSES)
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -42,50 +43,43 @@ def routes(served: Served, counts: Counts) -> APIRouter:
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        served.known(model)
+        served.adapter(model)
         return model_of(model)
 
     @router.post("/chat/completions", responses=STREAMED)
-    async def chat(asked: ChatRequest, asking: Asking) -> Response:
-        top = asked.top_logprobs
-        if top and not asked.logprobs:
-            raise Fault(400, "top_logprobs needs logprobs.", param="top_logprobs")
+    async def chat(asked: ChatRequest, http: HttpRequest) -> Response:
+        if asked.top_logprobs and not asked.logprobs:
+            raise RequestError("top_logprobs needs logprobs.", param="top_logprobs")
+        adapter = served.which(asked.model, asked.adapters)
 
-        adapter = served.adapter_of(asked)
-
-        def prepare() -> list[list[Request]]:
-            tokens = served.chat_tokens(asked.messages)
+        def prepare() -> list[Request]:
+            tokens = served.chat_tokens([message.turn for message in asked.messages])
             most = asked.max_completion_tokens or asked.max_tokens
-            logprobs = (top or 0) if asked.logprobs else None
-            one = served.request(tokens, asked, adapter, most=most, usual=None, logprobs=logprobs)
-            return [list(several(one, asked.n or 1))]
+            new = served.new_tokens(tokens, most, None)
+            logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+            return asked.requests(tokens, adapter, new_tokens=new, logprobs=logprobs)
 
         reply = ChatReply(asked.model, served.text_of, logprobs=bool(asked.logprobs))
-        return await respond(asked, prepare, reply, asking)
+        return await respond(asked, prepare, reply, http)
 
     @router.post("/completions", responses=STREAMED)
-    async def completions(asked: CompletionRequest, asking: Asking) -> Response:
-        if len(asked.prompts) * (asked.n or 1) > CHOICES:
-            raise Fault(400, f"At most {CHOICES} answers can be asked for at once.", param="n")
+    async def completions(asked: CompletionRequest, http: HttpRequest) -> Response:
+        if len(asked.prompts) * (asked.n or 1) > MOST_ANSWERS:
+            raise RequestError(
+                f"At most {MOST_ANSWERS} answers can be asked for at once.", param="n"
+            )
+        adapter = served.which(asked.model, asked.adapters)
 
-        adapter = served.adapter_of(asked)
-
-        def prepare() -> list[list[Request]]:
-            rows = []
+        def prepare() -> list[Request]:
+            requests: list[Request] = []
             for prompt in asked.prompts:
-                one = served.request(
-                    served.prompt_tokens(prompt),
-                    asked,
-                    adapter,
-                    most=asked.max_tokens,
-                    usual=COMPLETION_TOKENS,
-                    logprobs=asked.logprobs,
-                )
-                rows.append(list(several(one, asked.n or 1)))
-            return rows
+                tokens = served.prompt_tokens(prompt)
+                new = served.new_tokens(tokens, asked.max_tokens, COMPLETION_TOKENS)
+                requests += asked.requests(tokens, adapter, new_tokens=new, logprobs=asked.logprobs)
+            return requests
 
         reply = CompletionReply(asked.model, served.text_of, logprobs=asked.logprobs is not None)
-        return await respond(asked, prepare, reply, asking)
+        return await respond(asked, prepare, reply, http)
 
     def model_of(name: str) -> dict[str, Any]:
         is_base = name == served.name
@@ -100,33 +94,30 @@ def routes(served: Served, counts: Counts) -> APIRouter:
         }
 
     async def respond(
-        asked: Asked, prepare: Callable[[], list[list[Request]]], reply: Reply, asking: Asking
+        asked: AnswerRequest, prepare: Callable[[], list[Request]], reply: Reply, http: HttpRequest
     ) -> Response:
-        def begin() -> tuple[list[Stream], int]:
-            rows = prepare()
-            return served.submit([each for row in rows for each in row]), len(rows)
-
         # On another thread, for templates and tokenizers take their time.
-        streams, prompts = await asyncio.to_thread(begin)
+        streams = await asyncio.to_thread(lambda: served.submit(prepare()))
+        pieces, n = metrics.watch(pieces_of(streams)), asked.n or 1
         if asked.stream:
-            chunks = streamed(streams, prompts, reply, usage=asked.usage_in_stream, counts=counts)
-            return Streaming(chunks, streams)
-        choices = await unless_gone(collected(streams, counts), asking)
-        if choices is None:
+            usage_of_n = n if asked.usage_in_stream else None
+            return Streaming(events(pieces, len(streams), reply, usage_of_n), streams)
+        answers = await unless_gone(collected(pieces, len(streams)), http)
+        if answers is None:
             return Response(status_code=499)  # nobody reads it
-        ends = ends_of(choices)
-        if failed := next((end for end in ends if end.reason == "error"), None):
-            raise Fault(500, failed.error or "The answer failed.")
-        return JSONResponse(reply.complete(choices, usage_of(ends, prompts)))
+        for answer in answers:
+            if answer.reason == "error":
+                raise _failed(answer)
+        return JSONResponse(reply.whole(answers, usage_of(answers, n)))
 
     return router
 
 
 class Streaming(StreamingResponse):
-    """Server-sent events whose answers end with the response, even one that never began."""
+    """Server-sent events. When the response ends, or never begins, its answers are cancelled."""
 
-    def __init__(self, chunks: AsyncIterator[str], streams: Sequence[Stream]) -> None:
-        super().__init__(chunks, media_type="text/event-stream")
+    def __init__(self, events: AsyncIterator[str], streams: Sequence[Stream]) -> None:
+        super().__init__(events, media_type="text/event-stream")
         self.streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,18 +127,18 @@ class Streaming(StreamingResponse):
             cancel(self.streams)
 
 
-async def collected(streams: Sequence[Stream], counts: Counts) -> list[Choice]:
-    """Return whole answers."""
-    choices = [Choice() for _ in streams]
-    async for number, event in counts.watch(events_of(streams)):
-        choices[number].take(event)
-    return choices
+async def collected(pieces: AsyncIterator[tuple[int, Answer]], count: int) -> list[Answer]:
+    """Return whole answers, `count` of them."""
+    by_answer: list[list[Answer]] = [[] for _ in range(count)]
+    async for number, piece in pieces:
+        by_answer[number].append(piece)
+    return [Answer.joined(own) for own in by_answer]
 
 
-async def unless_gone(work: Any, asking: Asking) -> Any:
-    """Return what `work` gives, or None as soon as whoever asked has gone, and end the work."""
+async def unless_gone(work: Any, http: HttpRequest) -> Any:
+    """Return what `work` returns; or None, ending it, as soon as the client disconnects."""
     working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(asking))
+    gone = asyncio.ensure_future(_gone(http))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
@@ -157,42 +148,47 @@ async def unless_gone(work: Any, asking: Asking) -> Any:
         await asyncio.gather(working, gone, return_exceptions=True)
 
 
-async def _gone(asking: Asking) -> None:
-    while (await asking.receive())["type"] != "http.disconnect":
+async def _gone(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-async def streamed(
-    streams: Sequence[Stream], prompts: int, reply: Reply, *, usage: bool, counts: Counts
+async def events(
+    pieces: AsyncGenerator[tuple[int, Answer], None], count: int, reply: Reply, n: int | None
 ) -> AsyncIterator[str]:
-    """Yield answers as server-sent events, as they are made."""
-    more: dict[str, Any] = {"usage": None} if usage else {}
-    choices = [Choice() for _ in streams]
-    events = counts.watch(events_of(streams))
+    """Yield `count` answers as server-sent events, as they are made.
+
+    n: how many of them belong to each prompt, for a last event with the usage; None for no usage.
+    """
+    more: dict[str, Any] = {} if n is None else {"usage": None}
+    lengths = [0] * count  # characters sent of each answer
+    ends: dict[int, Answer] = {}
     try:
-        for number in range(len(streams)):
+        for number in range(count):
             if opening := reply.opening(number):
                 yield _event(reply.chunk(opening, **more))
-        async for number, event in events:
-            choice = choices[number]
-            before = choice.text
-            choice.take(event)
-            if not isinstance(event, Finished):
-                yield _event(reply.chunk(reply.piece(number, event, before), **more))
-            elif event.reason == "error":
-                yield _event(Fault(500, event.error or "The answer failed.").body())
+        async for number, piece in pieces:
+            if piece.text or piece.tokens:
+                delta = reply.delta(number, piece, lengths[number])
+                lengths[number] += len(piece.text)
+                yield _event(reply.chunk(delta, **more))
+            if piece.reason is None:
+                continue
+            ends[number] = piece
+            if piece.reason == "error":
+                yield _event(_failed(piece).body())
             else:
-                yield _event(reply.chunk(reply.ending(number, choice), **more))
-        if usage:
-            yield _event(reply.chunk(usage=usage_of(ends_of(choices), prompts)))
+                yield _event(reply.chunk(reply.ending(number, piece), **more))
+        if n is not None:
+            usage = usage_of([ends[number] for number in range(count)], n)
+            yield _event(reply.chunk(usage=usage))
         yield "data: [DONE]\n\n"
     finally:
-        await events.aclose()
+        await pieces.aclose()
 
 
-def ends_of(choices: Sequence[Choice]) -> list[Finished]:
-    """Return how each of the finished answers ended."""
-    return [choice.end for choice in choices if choice.end is not None]
+def _failed(answer: Answer) -> ApiError:
+    return ApiError(500, str(answer.error) or type(answer.error).__name__)
 
 
 def _event(value: dict[str, Any]) -> str:

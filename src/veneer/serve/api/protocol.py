@@ -1,15 +1,22 @@
 """The requests of OpenAI's protocol that are served, each parameter checked.
 
-A parameter that is not served is refused by its name, unless it says what holds anyway.
+A parameter that is not served is refused by name, unless its value changes nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-CHOICES = 16  # answers to one request, over all prompts
+from veneer.data.rows import ROLES, Message
+from veneer.generate.sampling import Sampling
+from veneer.serve.engine.request import Request, Which
+
+MOST_ANSWERS = 16  # to one request, over all prompts
+SEEDS = 2**63
 TOP_CHAT, TOP_COMPLETION = 20, 5  # OpenAI's own limits of likeliest tokens
 
 # Parameters that are not served, with the values that change nothing.
@@ -29,8 +36,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-# These say who asks, and change no answer.
-WHO_ASKS = ("user", "safety_identifier", "prompt_cache_key")
+# These name whoever asks, and change no answer.
+CALLER = ("user", "safety_identifier", "prompt_cache_key")
 
 
 def _whole(text: str) -> str:
@@ -50,25 +57,25 @@ Weight = Annotated[float, Field(allow_inf_nan=False, ge=-16, le=16)]
 
 
 class Strict(BaseModel):
-    """A JSON object in which every value is of the kind it should be, and nothing is unknown."""
+    """A JSON object: every value has the type it should have, and no name is unknown."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
-    """What a stream tells beside the answer."""
+    """What a stream contains beside the answer."""
 
     include_usage: bool | None = None
 
 
-class Asked(Strict):
-    """What both kinds of requests have in common."""
+class AnswerRequest(Strict):
+    """What both kinds of requests for answers have in common."""
 
     model: Annotated[str, Field(max_length=512)]
     adapters: Annotated[dict[str, Weight], Field(min_length=1, max_length=16)] | None = None
     """A mix, as adapters' names with their weights; `model` is then the base. Veneer's own."""
     max_tokens: Count | None = None
-    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
@@ -85,23 +92,35 @@ class Asked(Strict):
             name: value
             for name, value in given.items()
             if not (
-                name in WHO_ASKS or (name in NEUTRAL and (value is None or value in NEUTRAL[name]))
+                name in CALLER or (name in NEUTRAL and (value is None or value in NEUTRAL[name]))
             )
         }
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Return the texts at which an answer ends."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def requests(
+        self, tokens: Sequence[int], adapter: Which, *, new_tokens: int, logprobs: int | None
+    ) -> list[Request]:
+        """Return what the engine is asked for one prompt: `n` requests, each with its own seed."""
+        sampling = Sampling(
+            max_new_tokens=new_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+        )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        first = Request(tuple(tokens), adapter, sampling, stop, logprobs)
+        if self.seed is None:
+            return [first] * (self.n or 1)
+        seeds = [(self.seed + i + SEEDS) % (2 * SEEDS) - SEEDS for i in range(self.n or 1)]
+        return [replace(first, sampling=replace(sampling, seed=seed)) for seed in seeds]
 
     @property
     def usage_in_stream(self) -> bool:
-        """Whether the last chunk of a stream is to tell the tokens used."""
+        """Whether the last chunk of a stream is to hold the tokens used."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class TextPart(Strict):
-    """A part of a message; text is the only kind that is served."""
+class TextContent(Strict):
+    """One of the contents of a message; text is the only kind that is served."""
 
     type: Literal["text"]
     text: Text
@@ -111,18 +130,18 @@ class ChatMessage(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextContent], Field(min_length=1)]
     name: str | None = None
 
     @property
-    def text(self) -> str:
-        """Return the content as one text."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+    def turn(self) -> Message:
+        """Return the message as chat templates take it, its contents as one text."""
+        contents = self.content
+        text = contents if isinstance(contents, str) else "".join(each.text for each in contents)
+        return Message(ROLES[self.role], text)
 
 
-class ChatRequest(Asked):
+class ChatRequest(AnswerRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
@@ -131,16 +150,16 @@ class ChatRequest(Asked):
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_CHAT)] | None = None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(AnswerRequest):
     """POST /v1/completions."""
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=CHOICES)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_ANSWERS)]
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[
             list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=CHOICES),
+            Field(min_length=1, max_length=MOST_ANSWERS),
         ]
     )
     logprobs: Annotated[int, Field(ge=0, le=TOP_COMPLETION)] | None = None

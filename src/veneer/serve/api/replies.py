@@ -1,47 +1,23 @@
-"""Answers in OpenAI's shapes, whole and in chunks. Dictionaries in, dictionaries out."""
+"""Answers in OpenAI's shapes, whole and in chunks. Values in, dictionaries out."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from veneer.serve.engine.request import Finished, Piece, Token
+from veneer.serve.engine.request import Answer, Token
 
-TextOf = Callable[[int], str]  # the text of a token by its number
-LEAST = -9999.0  # what OpenAI says for the logarithm of nothing, which JSON cannot
-
-
-@dataclass
-class Choice:
-    """One answer as it grows."""
-
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    end: Finished | None = None
-
-    def take(self, event: Piece | Finished) -> None:
-        """Add what has come."""
-        if isinstance(event, Finished):
-            self.end = event
-        else:
-            self.text += event.text
-            self.tokens += event.tokens
-
-    @property
-    def reason(self) -> str:
-        """Return why it ended: "length" also where the server had to cut it."""
-        return "stop" if self.end is not None and self.end.reason == "stop" else "length"
+LEAST = -9999.0  # OpenAI's stand-in for the logarithm of 0, which JSON cannot express
 
 
-def usage_of(ends: Sequence[Finished], prompts: int) -> dict[str, Any]:
-    """Return the tokens used by answers to `prompts` prompts, in turn and equally many to each."""
-    each = len(ends) // prompts
-    prompt = sum(end.prompt_tokens for end in ends[::each])  # one prompt counts once
-    new = sum(end.new_tokens for end in ends)
-    cached = sum(end.cached_tokens for end in ends[::each])
+def usage_of(answers: Sequence[Answer], n: int) -> dict[str, Any]:
+    """Return the tokens used by answers to several prompts, `n` of them to each, in order."""
+    prompt = sum(answer.prompt_tokens for answer in answers[::n])  # one prompt counts once
+    new = sum(answer.new_tokens for answer in answers)
+    cached = sum(answer.cached_tokens for answer in answers[::n])
     return {
         "prompt_tokens": prompt,
         "completion_tokens": new,
@@ -50,64 +26,66 @@ def usage_of(ends: Sequence[Finished], prompts: int) -> dict[str, Any]:
     }
 
 
-class Reply:
-    """How answers to a request are written; the two kinds differ in what a choice holds."""
+class Reply(ABC):
+    """How the answers to one request are written. text_of: the text of a token by its id."""
 
-    prefix, whole, part = "", "", ""
+    prefix: str  # of the id
+    whole_object: str
+    chunk_object: str
 
-    def __init__(self, model: str, text_of: TextOf, *, logprobs: bool) -> None:
+    def __init__(self, model: str, text_of: Callable[[int], str], *, logprobs: bool) -> None:
         self.text_of, self.logprobs = text_of, logprobs
         self.head = {"id": f"{self.prefix}-{uuid4().hex}", "created": int(time.time())}
         self.head["model"] = model
 
-    def complete(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the whole answer."""
-        shown = [
-            {"index": i, **self.content(c), "finish_reason": c.reason}
-            for i, c in enumerate(choices)
+    def whole(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return the response that holds whole answers."""
+        choices = [
+            {"index": i, **self.content(answer), "finish_reason": _finish_reason(answer)}
+            for i, answer in enumerate(answers)
         ]
-        return {**self.head, "object": self.whole, "choices": shown, "usage": usage}
+        return {**self.head, "object": self.whole_object, "choices": choices, "usage": usage}
 
     def chunk(self, *choices: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """Return a part of a stream."""
-        return {**self.head, "object": self.part, "choices": list(choices), **more}
+        """Return one event of a stream."""
+        return {**self.head, "object": self.chunk_object, "choices": list(choices), **more}
 
+    @abstractmethod
+    def content(self, answer: Answer) -> dict[str, Any]:
+        """Return what the choice of a whole answer holds."""
+
+    @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
         """Return the choice that opens a stream, if there is one."""
-        raise NotImplementedError
 
-    def content(self, choice: Choice) -> dict[str, Any]:
-        """Return what a whole choice holds."""
-        raise NotImplementedError
+    @abstractmethod
+    def delta(self, index: int, piece: Answer, start: int) -> dict[str, Any]:
+        """Return the choice with the text of a piece, before which `start` characters came."""
 
-    def piece(self, index: int, piece: Piece, before: str) -> dict[str, Any]:
-        """Return the choice that carries a piece of an answer, of which `before` has come."""
-        raise NotImplementedError
-
-    def ending(self, index: int, choice: Choice) -> dict[str, Any]:
+    @abstractmethod
+    def ending(self, index: int, piece: Answer) -> dict[str, Any]:
         """Return the choice that ends an answer."""
-        raise NotImplementedError
 
 
 class ChatReply(Reply):
     """Answers of /v1/chat/completions."""
 
-    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def content(self, answer: Answer) -> dict[str, Any]:
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs(answer.tokens)}
 
     def opening(self, index: int) -> dict[str, Any]:
-        return self._delta(index, {"role": "assistant", "content": ""})
+        return self._choice(index, {"role": "assistant", "content": ""})
 
-    def content(self, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(choice.tokens)}
+    def delta(self, index: int, piece: Answer, start: int) -> dict[str, Any]:
+        return self._choice(index, {"content": piece.text}, logprobs=self._logprobs(piece.tokens))
 
-    def piece(self, index: int, piece: Piece, before: str) -> dict[str, Any]:
-        return self._delta(index, {"content": piece.text}, logprobs=self._logprobs(piece.tokens))
+    def ending(self, index: int, piece: Answer) -> dict[str, Any]:
+        return self._choice(index, {}, reason=_finish_reason(piece))
 
-    def ending(self, index: int, choice: Choice) -> dict[str, Any]:
-        return self._delta(index, {}, reason=choice.reason)
-
-    def _delta(
+    def _choice(
         self, index: int, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None
     ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -128,20 +106,21 @@ class ChatReply(Reply):
 class CompletionReply(Reply):
     """Answers of /v1/completions."""
 
-    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def content(self, answer: Answer) -> dict[str, Any]:
+        return {"text": answer.text, "logprobs": self._logprobs(answer.tokens, 0)}
 
     def opening(self, index: int) -> None:
         return None
 
-    def content(self, choice: Choice) -> dict[str, Any]:
-        return {"text": choice.text, "logprobs": self._logprobs(choice.tokens, 0)}
-
-    def piece(self, index: int, piece: Piece, before: str) -> dict[str, Any]:
-        logprobs = self._logprobs(piece.tokens, len(before))
+    def delta(self, index: int, piece: Answer, start: int) -> dict[str, Any]:
+        logprobs = self._logprobs(piece.tokens, start)
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": None}
 
-    def ending(self, index: int, choice: Choice) -> dict[str, Any]:
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": choice.reason}
+    def ending(self, index: int, piece: Answer) -> dict[str, Any]:
+        reason = _finish_reason(piece)
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
 
     def _logprobs(self, tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
         if not self.logprobs:
@@ -160,10 +139,15 @@ class CompletionReply(Reply):
         }
 
 
+def _finish_reason(answer: Answer) -> str:
+    # "length" also where the server had to cut the answer: OpenAI has no word for that.
+    return "stop" if answer.reason == "stop" else "length"
+
+
 def _token(text: str, logprob: float | None) -> dict[str, Any]:
-    # A token that is part of a character has no text of its own, and its bytes are not known.
-    known = list(text.encode()) if "\ufffd" not in text else None
-    return {"token": text, "logprob": _finite(logprob), "bytes": known}
+    # A token that is only a piece of a character has no text of its own, and its bytes are unknown.
+    utf8 = list(text.encode()) if "\ufffd" not in text else None
+    return {"token": text, "logprob": _finite(logprob), "bytes": utf8}
 
 
 def _finite(logprob: float | None) -> float:

@@ -1,5 +1,5 @@
-"""Adapters that are ready to act: loaded when they are first asked for, the least recently used
-ones let go where memory ends."""
+"""The adapter cache: adapters in memory, loaded when they are first asked for, of which the least
+recently used are dropped where memory ends."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from veneer.formats.adapters import read
 from veneer.formats.parts import adapters_from
 from veneer.formats.state import AdapterState
 from veneer.formats.validate import validate
-from veneer.lowrank.update import LowRankUpdate, mixed
+from veneer.lowrank.update import LowRankUpdate, RowUpdates, mixed
 from veneer.serve.engine.library import Entry
 
 ALIGNED = 64  # bytes, a line of the processor's cache
+Mix = tuple[tuple[Entry, float], ...]  # adapters with their weights; none for the base alone
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
-    """What an adapter, or a mix, lays over each layer of the base.
+class LoadedAdapter:
+    """What an adapter, or a mix, adds to each layer of the base.
 
-    content: a mark of all that it computes with. Equal marks give equal answers, whatever names.
+    content: a hash of all that it computes with. Equal hashes give equal answers, whatever names.
     """
 
     content: str
@@ -40,65 +41,59 @@ class Loaded:
     names: tuple[str, ...]
 
 
-Mix = tuple[tuple[Entry, float], ...]
+def row_updates(adapters: Sequence[LoadedAdapter | None]) -> RowUpdates:
+    """Return which adapter acts on each row of a batch, as adapted layers take it."""
+    distinct = list(dict.fromkeys(adapter for adapter in adapters if adapter is not None))
+    which = tuple(None if adapter is None else distinct.index(adapter) for adapter in adapters)
+    return RowUpdates([adapter.layers for adapter in distinct], which)
 
 
-class Resident:
-    """The adapters over one base that are ready. For any thread; loading is done by the caller's.
+class AdapterCache:
+    """The loaded adapters of one base, for any thread; the thread that asks does the loading.
 
-    One that was asked for stays whole for whoever holds it, though it be let go here.
+    A row keeps its adapter whole in memory, also when the cache has dropped it.
     """
 
     def __init__(self, model: PreTrainedModel, limit: int) -> None:
         self.model, self.limit = model, limit
-        self.evicted = 0
-        self._loaded: OrderedDict[object, Loaded] = OrderedDict()  # the one used last at the end
+        self.nbytes = self.evicted = 0
+        self._adapters: OrderedDict[object, LoadedAdapter] = OrderedDict()  # last used last
         self._lock = Lock()
         self._loading = Lock()  # one at a time: it takes memory and all cores
 
-    def find(self, mix: Mix) -> Loaded | None:
-        """Return a mix if it is ready."""
+    def find(self, mix: Mix) -> LoadedAdapter | None:
+        """Return a mix if it is in memory."""
         key = _key(mix)
         with self._lock:
-            if (found := self._loaded.get(key)) is not None:
-                self._loaded.move_to_end(key)
-            return found
+            if (adapter := self._adapters.get(key)) is not None:
+                self._adapters.move_to_end(key)
+            return adapter
 
-    def get(self, mix: Mix) -> Loaded:
-        """Return a mix, loading what is not ready. Raises AdapterError for what does not fit."""
+    def get(self, mix: Mix) -> LoadedAdapter:
+        """Return a mix, loading what is not in memory. Raises AdapterError for a misfit."""
         with self._loading:
-            if (found := self.find(mix)) is not None:
-                return found
-            if len(mix) == 1 and mix[0][1] == 1.0:
-                loaded = load(self.model, mix[0][0])
-            else:
-                each = [(self._single(entry), weight) for entry, weight in mix]
-                loaded = _mixed(each)
-            self._keep(_key(mix), loaded)
-            return loaded
-
-    def _single(self, entry: Entry) -> Loaded:
-        one = ((entry, 1.0),)
-        if (found := self.find(one)) is None:
-            found = load(self.model, entry)
-            self._keep(_key(one), found)
-        return found
-
-    def _keep(self, key: object, loaded: Loaded) -> None:
-        with self._lock:
-            self._loaded[key] = loaded
-            while self.nbytes > self.limit and len(self._loaded) > 1:
-                self._loaded.popitem(last=False)
-                self.evicted += 1
-
-    @property
-    def nbytes(self) -> int:
-        return sum(each.nbytes for each in self._loaded.values())
+            return self._get(mix)
 
     def names(self) -> tuple[str, ...]:
-        """Return what is ready, the one used last at the end."""
+        """Return what is in memory, the most recently used last."""
         with self._lock:
-            return tuple(" + ".join(each.names) for each in self._loaded.values())
+            return tuple(" + ".join(adapter.names) for adapter in self._adapters.values())
+
+    def _get(self, mix: Mix) -> LoadedAdapter:
+        if (adapter := self.find(mix)) is not None:
+            return adapter
+        if len(mix) == 1 and mix[0][1] == 1.0:
+            adapter = load(self.model, mix[0][0])
+        else:
+            adapter = _mixed([(self._get(((entry, 1.0),)), weight) for entry, weight in mix])
+        with self._lock:
+            self._adapters[_key(mix)] = adapter
+            self.nbytes += adapter.nbytes
+            while self.nbytes > self.limit and len(self._adapters) > 1:
+                _, dropped = self._adapters.popitem(last=False)
+                self.nbytes -= dropped.nbytes
+                self.evicted += 1
+        return adapter
 
 
 def _key(mix: Mix) -> object:
@@ -106,22 +101,22 @@ def _key(mix: Mix) -> object:
 
 
 @torch.no_grad()
-def load(model: PreTrainedModel, entry: Entry) -> Loaded:
-    """Read an adapter and return it ready to act over `model`, whose layers it changes in nothing.
+def load(model: PreTrainedModel, entry: Entry) -> LoadedAdapter:
+    """Read an adapter and return it ready to act over `model`, whose layers it leaves unchanged.
 
-    Raises AdapterError, which says all that is wrong.
+    Raises AdapterError, which lists everything that is wrong.
     """
     state = read(entry.directory, model)
     config = _checked(model, state, entry)
-    acting: dict[AdaptedLayer, LowRankUpdate] = {}
+    updates: dict[AdaptedLayer, LowRankUpdate] = {}
     paths: list[str] = []
     for path, adapter in adapters_from(state, config).items():
         layer = adapted_layer(model, path)
         assert isinstance(layer, AdaptedLayer)
         adapter.to(layer.base_weight.device).requires_grad_(False)
-        acting[layer] = layer.low_rank_update([(adapter, 1.0)], layer.compute_dtype)
+        updates[layer] = layer.low_rank_update([(adapter, 1.0)], layer.compute_dtype)
         paths.append(path)
-    return _packed(acting, paths, (entry.name,))
+    return _in_one_buffer(updates, paths, (entry.name,))
 
 
 def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
@@ -132,7 +127,7 @@ def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
         )
     if state.rows is not None:
         problems.append(
-            f"it brings {len(state.rows.words)} new words, which a shared base has no place for; "
+            f"it brings {len(state.rows.words)} new tokens, which a shared base has no rows for; "
             "merge it, and serve the merged model"
         )
     elif beyond := state.beyond_factors():
@@ -151,48 +146,47 @@ def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
     return state.config
 
 
-def _mixed(each: Sequence[tuple[Loaded, float]]) -> Loaded:
+def _mixed(adapters: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
     """Return a mix of adapters as one."""
-    layers = dict.fromkeys(layer for one, _ in each for layer in one.layers)
-    acting = {
+    layers = dict.fromkeys(layer for adapter, _ in adapters for layer in adapter.layers)
+    updates = {
         layer: mixed(
-            [one.layers[layer] for one, _ in each if layer in one.layers],
-            [weight for one, weight in each if layer in one.layers],
+            [adapter.layers[layer] for adapter, _ in adapters if layer in adapter.layers],
+            [weight for adapter, weight in adapters if layer in adapter.layers],
         )
         for layer in layers
     }
-    contents = [f"{one.content}*{weight!r}" for one, weight in each]
-    names = tuple(f"{weight:g}*{one.names[0]}" for one, weight in each)
-    return _packed(acting, contents, names)
+    contents = [f"{adapter.content}*{weight!r}" for adapter, weight in adapters]
+    names = tuple(f"{weight:g}*{adapter.names[0]}" for adapter, weight in adapters)
+    return _in_one_buffer(updates, contents, names)
 
 
-def _packed(
-    acting: Mapping[AdaptedLayer, LowRankUpdate], marks: Sequence[str], names: tuple[str, ...]
-) -> Loaded:
-    """Return what acts, with all its tensors in one buffer, B as (rank, out) in memory."""
-    tensors = [t for one in acting.values() for t in (one.A, one.B.T, one.gain)]
-    sizes = [0 if t is None else _aligned(t.nbytes) for t in tensors]
-    device = next(iter(acting)).base_weight.device if acting else None
+def _in_one_buffer(
+    updates: Mapping[AdaptedLayer, LowRankUpdate], labels: Sequence[str], names: tuple[str, ...]
+) -> LoadedAdapter:
+    """Return updates as an adapter with all tensors in one buffer, B as (rank, out) in memory.
+
+    labels: what else goes into the hash of its content.
+    """
+    tensors = [t for update in updates.values() for t in (update.A, update.B.T, update.gain)]
+    sizes = [0 if t is None else -(t.nbytes // -ALIGNED) * ALIGNED for t in tensors]
+    device = next(iter(updates)).base_weight.device if updates else None
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
-    laid = iter([_laid(t, part) for t, part in zip(tensors, buffer.split(sizes), strict=True)])
+    copies = map(_copied, tensors, buffer.split(sizes))
     layers: dict[AdaptedLayer, LowRankUpdate] = {}
-    content = hashlib.sha256("\n".join(marks).encode())
-    for layer in acting:
-        A, B, gain = next(laid), next(laid), next(laid)
+    content = hashlib.sha256("\n".join(labels).encode())
+    for layer in updates:
+        A, B, gain = next(copies), next(copies), next(copies)
         assert A is not None
         assert B is not None
         layers[layer] = LowRankUpdate(A, B.T, gain)
         content.update(f"{tuple(A.shape)} {A.dtype} {gain is None}\n".encode())
     content.update(buffer.cpu().numpy().tobytes())
-    return Loaded(content.hexdigest(), layers, buffer.nbytes, names)
+    return LoadedAdapter(content.hexdigest(), layers, buffer.nbytes, names)
 
 
-def _laid(tensor: Tensor | None, room: Tensor) -> Tensor | None:
+def _copied(tensor: Tensor | None, memory: Tensor) -> Tensor | None:
+    """Copy a tensor into memory (bytes,) of at least its size, and return it there."""
     if tensor is None:
         return None
-    place = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-    return place.copy_(tensor)
-
-
-def _aligned(count: int) -> int:
-    return -(count // -ALIGNED) * ALIGNED
+    return memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)

@@ -1,8 +1,8 @@
 """Models such as LLaMA on a CPU, through one compiled function for a step of all rows.
 
-What a token gives never depends on what else is computed with it (kernels/decode.cpp), so that an
-answer alone and among others is the same to the bit. Whether a model really computes what this one
-function does is proven by numbers before it is taken.
+The result for a token never depends on what else is computed with it (kernels/decode.cpp), so an
+answer alone and among others is the same to the bit. Before a model is run like this, its logits
+are compared with those of its own forward.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,20 +23,19 @@ from veneer.adapter.layers import AdaptedLayer
 from veneer.fused.layers import FusedLayer, fused_layers, norm_of
 from veneer.kernels import decode
 from veneer.kernels.norm import rms_norm
-from veneer.lowrank.update import RowUpdates
 from veneer.models.blocks import decoder_layers
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
 from veneer.quant.weight import QuantizedLinear
-from veneer.serve.engine.adapter_cache import Loaded
+from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
 from veneer.serve.engine.runner import Chunk
 
-FIRST_PLACES = 256  # that a row's memory begins with; it doubles as it fills
-PROBE = 40  # tokens on which the way is proven, more than a step's block of them
-# How far logits may be from the model's own, relatively to them, on average: rounding through all
-# layers. In bfloat16 those of SmolLM2-135M are 0.03 from each other, and as far from float32's.
+FIRST_TOKENS = 256  # that a slot has space for at first; the space doubles as it fills
+PROBE = 40  # tokens that are compared, more than one block of the compiled step
+# How far logits may be from the model's own on average, relative to their length: rounding through
+# all layers. In bfloat16 those of SmolLM2-135M are 0.03 apart, and as far from float32's.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-MOVING = ("dynamic", "longrope")  # rotary embeddings that look at the length of the text
+CHANGING = ("dynamic", "longrope")  # rotary embeddings that depend on the length of the text
 
 
 class Unsuited(Exception):
@@ -43,7 +43,7 @@ class Unsuited(Exception):
 
 
 @dataclass(frozen=True)
-class Piece:
+class KVBlock:
     """Keys (layers, heads, tokens / 16, head_dim, 16) and values (layers, heads, tokens, head_dim)
     of some tokens."""
 
@@ -55,7 +55,7 @@ class Piece:
         return self.keys.nbytes + self.values.nbytes
 
 
-class Compiled:
+class CompiledRunner:
     """A runner over decode.cpp. Raises Unsuited for a model that it does not compute."""
 
     def __init__(self, model: PreTrainedModel, slots: int, context: int) -> None:
@@ -76,182 +76,179 @@ class Compiled:
         self.active_adapters = active_adapters_of(model)
         self.decoder: Any = model.get_decoder()
         self.angles = _angles(self.decoder, self.layers[0], context, self.dtype)
-        self._kept: list[Tensor] = []  # what the tables below point to, beside the model's own
+        self._kept: list[Tensor] = []  # what the table below points to, beside the model's own
         self._table = (decode.Layer * len(self.layers))()
         for row, layer in zip(self._table, self.layers, strict=True):
             self._describe(row, layer)
         self.shape = self._shape()
-        self.memories: list[Piece | None] = [None] * slots
-        self._patches: WeakKeyDictionary[Loaded, tuple[Any, int]] = WeakKeyDictionary()
-        self._room: tuple[tuple[int, ...], decode.Room, list[Tensor]] | None = None
+        self.slots: list[KVBlock | None] = [None] * slots
+        self._adapter_tables: WeakKeyDictionary[LoadedAdapter, tuple[Any, int]]
+        self._adapter_tables = WeakKeyDictionary()
+        self._workspace: tuple[tuple[int, ...], decode.Room, list[Tensor]] | None = None
         self._prove(tokens)
 
     # ---- what the engine asks for ----
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         ids = torch.tensor([token for chunk in chunks for token in chunk.tokens])
-        acting = [chunk.loaded for chunk in chunks for _ in chunk.tokens]
+        adapters = [chunk.adapter for chunk in chunks for _ in chunk.tokens]
         with torch.inference_mode():
-            x = self._by_module(self.model.get_input_embeddings(), ids, acting)
+            x = self._by_module(self.model.get_input_embeddings(), ids, adapters)
             x = x.to(self.dtype).contiguous()  # (tokens, dim)
             self._through_layers(chunks, x)
-            rows = _wanted(chunks)
-            return self._logits(x[rows], [acting[row] for row in rows])
+            ends = accumulate(len(chunk.tokens) for chunk in chunks)
+            rows = [
+                row
+                for chunk, end in zip(chunks, ends, strict=True)
+                for row in range(end - chunk.logits, end)
+            ]
+            return self._logits(x[rows], [adapters[row] for row in rows])
 
-    def prepare(self, loaded: Loaded) -> None:
-        self._patch(loaded)
-
-    def keep(self, slot: int, first: int, last: int) -> Piece:
-        memory = self.memories[slot]
-        assert memory is not None
+    def block(self, slot: int, first: int, last: int) -> KVBlock:
+        cache = self.slots[slot]
+        assert cache is not None
         assert first % decode.KEYS == last % decode.KEYS == 0
-        keys = memory.keys[:, :, first // decode.KEYS : last // decode.KEYS]
-        return Piece(keys.clone(), memory.values[:, :, first:last].clone())
+        keys = cache.keys[:, :, first // decode.KEYS : last // decode.KEYS]
+        return KVBlock(keys.clone(), cache.values[:, :, first:last].clone())
 
-    def put(self, slot: int, pieces: Sequence[Any]) -> None:
-        places = sum(piece.values.shape[2] for piece in pieces)
-        memory, at = self._memory(slot, places), 0
-        for piece in pieces:
-            end = at + piece.values.shape[2]
-            memory.keys[:, :, at // decode.KEYS : end // decode.KEYS] = piece.keys
-            memory.values[:, :, at:end] = piece.values
-            at = end
+    def fill(self, slot: int, blocks: Sequence[Any]) -> None:
+        cache = self._cache_for(slot, sum(block.values.shape[2] for block in blocks))
+        first = 0
+        for block in blocks:
+            last = first + block.values.shape[2]
+            cache.keys[:, :, first // decode.KEYS : last // decode.KEYS] = block.keys
+            cache.values[:, :, first:last] = block.values
+            first = last
 
     def free(self, slot: int) -> None:
-        self.memories[slot] = None
+        self.slots[slot] = None
 
     # ---- a step ----
 
     def _through_layers(self, chunks: Sequence[Chunk], x: Tensor) -> None:
         """Take embeddings (tokens, dim) of the chunks through all layers, in place."""
         count = len(x)
-        memories = (decode.Memory * count)()
-        patches = (ctypes.c_void_p * count)()
+        caches = (decode.Memory * count)()
+        tables = (ctypes.c_void_p * count)()
         positions = torch.tensor(
             [chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))]
         )
-        ranks = at = places = 0
+        ranks = at = capacity = 0
         for chunk in chunks:
-            memory = self._memory(chunk.slot, chunk.start + len(chunk.tokens))
-            own = decode.Memory(
-                memory.keys.data_ptr(), memory.values.data_ptr(), memory.values.shape[2]
-            )
-            places = max(places, memory.values.shape[2])
-            patch = None
-            if chunk.loaded is not None:
-                patch, most = self._patch(chunk.loaded)
+            cache = self._cache_for(chunk.slot, chunk.start + len(chunk.tokens))
+            length = cache.values.shape[2]
+            of_slot = decode.Memory(cache.keys.data_ptr(), cache.values.data_ptr(), length)
+            capacity = max(capacity, length)
+            table = None
+            if chunk.adapter is not None:
+                table, most = self._table_of(chunk.adapter)
                 ranks = max(ranks, most)
             for i in range(at, at + len(chunk.tokens)):
-                memories[i] = own
-                patches[i] = patch
+                caches[i] = of_slot
+                tables[i] = table
             at += len(chunk.tokens)
         batch = decode.Batch(
-            count,
-            ctypes.addressof(memories),
-            positions.data_ptr(),
-            ctypes.addressof(patches),
-            ranks,
+            count, ctypes.addressof(caches), positions.data_ptr(), ctypes.addressof(tables), ranks
         )
-        room = self._room_for(count, ranks, places)
-        self.compiled.step(self._table, self.shape, batch, room, x, self.angles)
+        workspace = self._workspace_for(count, ranks, capacity)
+        self.compiled.step(self._table, self.shape, batch, workspace, x, self.angles)
 
-    def _logits(self, x: Tensor, acting: Sequence[Loaded | None]) -> Tensor:
+    def _logits(self, x: Tensor, adapters: Sequence[LoadedAdapter | None]) -> Tensor:
         norm = norm_of(self.decoder.norm)
         normed, _ = rms_norm(x, norm.weight, norm.eps)
         head: Any = self.model.get_output_embeddings()
         plain = type(head) is nn.Linear and head.bias is None and head.weight.dtype == self.dtype
         if plain and len(normed):
             return self.compiled.product(normed.contiguous(), head.weight)
-        return self._by_module(head, normed, acting).float()
+        return self._by_module(head, normed, adapters).float()
 
-    def _by_module(self, module: Any, x: Tensor, acting: Sequence[Loaded | None]) -> Tensor:
-        """Return what a module outside of the layers gives for each token as a row of its own."""
+    def _by_module(
+        self, module: Any, x: Tensor, adapters: Sequence[LoadedAdapter | None]
+    ) -> Tensor:
+        """Return the output of a module outside of the layers, each token as a row of its own."""
         if not isinstance(module, AdaptedLayer):
-            found: Tensor = module(x)
-            return found
-        different = list(dict.fromkeys(each for each in acting if each is not None))
-        which = tuple(None if each is None else different.index(each) for each in acting)
-        self.active_adapters.row_updates = RowUpdates([each.layers for each in different], which)
+            y: Tensor = module(x)
+            return y
+        self.active_adapters.row_updates = row_updates(adapters)
         try:
-            found = module(x[:, None])[:, 0]
+            y = module(x[:, None])[:, 0]
         finally:
             self.active_adapters.row_updates = None
-        return found
+        return y
 
-    def _patch(self, loaded: Loaded) -> tuple[int, int]:
-        """Return the address of what a loaded adapter lays over each part of each layer, and the
-        most ranks that act on one group of parts."""
-        if (known := self._patches.get(loaded)) is None:
+    def _table_of(self, adapter: LoadedAdapter) -> tuple[int, int]:
+        """Return the address of an adapter's table, which has its update of each linear layer, and
+        the largest sum of ranks over linear layers that share an input."""
+        if (table_and_most := self._adapter_tables.get(adapter)) is None:
             table, most = (decode.Part * (len(self.layers) * decode.PARTS))(), 0
             for number, layer in enumerate(self.layers):
-                parts: list[decode.Part] = []
-                for module in layer.linears():
-                    one = loaded.layers.get(module) if isinstance(module, AdaptedLayer) else None
-                    part = decode.Part()
-                    if one is not None:
-                        assert one.A.is_contiguous()
-                        assert one.B.T.is_contiguous()
-                        gain = None if one.gain is None else one.gain.data_ptr()
-                        part = decode.Part(one.A.data_ptr(), one.B.data_ptr(), gain, one.rank)
-                    table[number * decode.PARTS + len(parts)] = part
-                    parts.append(part)
-                most = max(most, *(sum(parts[i].rank for i in g) for g in decode.GROUPS))
-            known = self._patches[loaded] = (table, most)
-        return ctypes.addressof(known[0]), known[1]
+                ranks = []
+                for at, module in enumerate(layer.linears()):
+                    update = None
+                    if isinstance(module, AdaptedLayer):
+                        update = adapter.layers.get(module)
+                    ranks.append(0 if update is None else update.rank)
+                    if update is not None:
+                        A, B, gain = update.A, update.B.T, update.gain
+                        assert A.is_contiguous()
+                        assert B.is_contiguous()
+                        gains = None if gain is None else gain.data_ptr()
+                        table[number * decode.PARTS + at] = decode.Part(
+                            A.data_ptr(), B.data_ptr(), gains, update.rank
+                        )
+                most = max(most, *(sum(ranks[i] for i in group) for group in decode.GROUPS))
+            table_and_most = self._adapter_tables[adapter] = (table, most)
+        return ctypes.addressof(table_and_most[0]), table_and_most[1]
 
     # ---- memory ----
 
-    def _memory(self, slot: int, places: int) -> Piece:
-        """Return a slot's keys and values, with room for so many tokens at least."""
-        known = self.memories[slot]
-        before = 0 if known is None else known.values.shape[2]
-        if known is not None and places <= before:
-            return known
-        after = max(2 * before, FIRST_PLACES)
-        while after < places:
-            after *= 2
-        shape = self.shape
+    def _cache_for(self, slot: int, tokens: int) -> KVBlock:
+        """Return a slot's keys and values, with space for so many tokens at least."""
+        old = self.slots[slot]
+        length = 0 if old is None else old.values.shape[2]
+        if old is not None and tokens <= length:
+            return old
+        longer = max(2 * length, FIRST_TOKENS)
+        while longer < tokens:
+            longer *= 2
+        shape, keys = self.shape, decode.KEYS
         outer = (shape.layers, shape.shared_heads)
-        grown = Piece(
-            torch.zeros(
-                *outer, after // decode.KEYS, shape.head_dim, decode.KEYS, dtype=self.dtype
-            ),
-            torch.zeros(*outer, after, shape.head_dim, dtype=self.dtype),
+        new = KVBlock(
+            torch.zeros(*outer, longer // keys, shape.head_dim, keys, dtype=self.dtype),
+            torch.zeros(*outer, longer, shape.head_dim, dtype=self.dtype),
         )
-        if known is not None:
-            grown.keys[:, :, : before // decode.KEYS] = known.keys
-            grown.values[:, :, :before] = known.values
-        self.memories[slot] = grown
-        return grown
+        if old is not None:
+            new.keys[:, :, : length // keys] = old.keys
+            new.values[:, :, :length] = old.values
+        self.slots[slot] = new
+        return new
 
-    def _room_for(self, tokens: int, ranks: int, places: int) -> decode.Room:
-        wanted = (tokens, ranks, places)
-        if self._room is not None and all(
-            have >= need for have, need in zip(self._room[0], wanted, strict=True)
-        ):
-            # The least of places is a stride, not a bound: it may be more than is needed.
-            return self._room[1]
-        if self._room is not None:
-            wanted = tuple(map(max, self._room[0], wanted))  # type: ignore[assignment]
-        tokens, ranks, places = wanted
+    def _workspace_for(self, tokens: int, ranks: int, capacity: int) -> decode.Room:
+        """Return memory for a step's intermediate results; it grows and is used again."""
+        sizes = (tokens, ranks, capacity)
+        if self._workspace is not None:
+            sizes = tuple(map(max, self._workspace[0], sizes))  # type: ignore[assignment]
+            if sizes == self._workspace[0]:
+                return self._workspace[1]
+        tokens, ranks, capacity = sizes
         shape, threads = self.shape, torch.get_num_threads()
         queries = shape.heads * shape.head_dim
         keys = shape.shared_heads * shape.head_dim
         columns = (shape.dim, queries, keys, keys, queries, shape.inner, shape.inner)
-        made = [torch.empty(tokens, n, dtype=self.dtype) for n in columns]
+        buffers = [torch.empty(tokens, n, dtype=self.dtype) for n in columns]
         group = shape.heads // shape.shared_heads
-        made.append(torch.empty(tokens, ranks, dtype=torch.float32))
-        made.append(torch.empty(threads, group, places, dtype=torch.float32))
-        made.append(torch.empty(threads, decode.OUTPUTS, shape.widest, dtype=self.dtype))
-        room = decode.Room(*(tensor.data_ptr() for tensor in made), places)
-        self._room = (wanted, room, made)
-        return room
+        buffers.append(torch.empty(tokens, ranks, dtype=torch.float32))
+        buffers.append(torch.empty(threads, group, capacity, dtype=torch.float32))
+        buffers.append(torch.empty(threads, decode.OUTPUTS, shape.widest, dtype=self.dtype))
+        # Attention scores of a thread are `capacity` apart, however many of them a step fills.
+        workspace = decode.Room(*(buffer.data_ptr() for buffer in buffers), capacity)
+        self._workspace = (sizes, workspace, buffers)
+        return workspace
 
     # ---- what the model is ----
 
     def _shape(self) -> decode.Shape:
         first: Any = self.layers[0].layer
-        parts = [part for row in self._table for part in row.parts]
         head_dim = first.self_attn.head_dim
         q, k, _, _, gate, *_ = self._table[0].parts
         return decode.Shape(
@@ -261,7 +258,7 @@ class Compiled:
             q.out // head_dim,
             k.out // head_dim,
             head_dim,
-            max(part.in_ for part in parts),
+            max(linear.in_ for row in self._table for linear in row.parts),
         )
 
     def _describe(self, row: decode.Layer, layer: FusedLayer) -> None:
@@ -283,47 +280,42 @@ class Compiled:
                 raise Unsuited("its biases are of another dtype")
             bias = module.bias.data_ptr()
         if type(module) is nn.Linear:
-            weight = module.weight
-            if weight.dtype != self.dtype or not weight.is_contiguous():
+            W = module.weight
+            if W.dtype != self.dtype or not W.is_contiguous():
                 raise Unsuited("its weights are of different dtypes")
-            return decode.Linear(weight.data_ptr(), bias, None, None, *weight.shape, decode.NUMBERS)
-        packed = module.quantized_weight if isinstance(module, QuantizedLinear) else None
-        if packed is None or packed.before_use is not None or packed.dtype != self.dtype:
+            return decode.Linear(W.data_ptr(), bias, None, None, *W.shape, decode.NUMBERS)
+        weight = module.quantized_weight if isinstance(module, QuantizedLinear) else None
+        if (
+            not isinstance(weight, Int8 | NF4)
+            or weight.before_use is not None
+            or weight.dtype != self.dtype
+        ):
             raise Unsuited(
                 "its weights lie in files, or are of a kind that has no compiled product"
             )
-        out, in_ = packed.shape
-        if isinstance(packed, Int8):
-            scales = packed.absmax
-            return decode.Linear(
-                packed.codes.data_ptr(), bias, scales.data_ptr(), None, out, in_, decode.EIGHT_BITS
-            )
-        whole = in_ % 2 == 0 and out * in_ % 64 == 0
-        if not isinstance(packed, NF4) or packed.state.blocksize != 64 or not whole:
-            raise Unsuited("its weights are packed in a way that has no compiled product")
-        scales, values = packed.scales().contiguous(), packed.state.code.float().contiguous()
+        codes, (out, in_) = weight.codes.data_ptr(), weight.shape
+        if isinstance(weight, Int8):
+            absmax = weight.absmax.data_ptr()
+            return decode.Linear(codes, bias, absmax, None, out, in_, decode.EIGHT_BITS)
+        if weight.state.blocksize != 64 or in_ % 2 or out * in_ % 64:
+            raise Unsuited("its weights are quantized in a way that has no compiled product")
+        scales, values = weight.scales().contiguous(), weight.state.code.float().contiguous()
         self._kept += [scales, values]
         return decode.Linear(
-            packed.codes.data_ptr(),
-            bias,
-            scales.data_ptr(),
-            values.data_ptr(),
-            out,
-            in_,
-            decode.FOUR_BITS,
+            codes, bias, scales.data_ptr(), values.data_ptr(), out, in_, decode.FOUR_BITS
         )
 
     def _prove(self, tokens: Tensor) -> None:
-        """Raise Unsuited where logits are not what the model's own forward gives."""
+        """Raise Unsuited where logits are not those of the model's own forward."""
         with torch.inference_mode():
-            wanted = self.model(input_ids=tokens, use_cache=False).logits[0].double()
+            own = self.model(input_ids=tokens, use_cache=False).logits[0].double()
         half = tokens.shape[1] // 2
-        found = []
+        logits = []
         for first, last in ((0, half), (half, tokens.shape[1])):
-            some = tokens[0, first:last].tolist()
-            found.append(self.step([Chunk(0, some, first, None, "all", False)]))
+            ids = tokens[0, first:last].tolist()
+            logits.append(self.step([Chunk(0, ids, first, None, len(ids))]))
         self.free(0)
-        difference = (torch.cat(found).double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        difference = (torch.cat(logits).double() - own).norm(dim=-1) / own.norm(dim=-1)
         if not float(difference.mean()) <= TOLERANCE[self.dtype]:
             raise Unsuited("the compiled step gives something else")
 
@@ -340,20 +332,9 @@ def _angles(
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of all positions, (positions, head_dim)."""
     rotary = getattr(decoder, "rotary_emb", None)
-    if rotary is None or getattr(rotary, "rope_type", None) in MOVING:
+    if rotary is None or getattr(rotary, "rope_type", None) in CHANGING:
         raise Unsuited("its positions are not those of LLaMA")
     with torch.inference_mode():
         angles = rotary(torch.empty(1, 1, dtype=dtype), torch.arange(context)[None])
     cos, sin = (angle[0].to(dtype).contiguous() for angle in angles)
     return cos, sin
-
-
-def _wanted(chunks: Sequence[Chunk]) -> list[int]:
-    """Return which tokens' logits are wanted."""
-    rows: list[int] = []
-    at = 0
-    for chunk in chunks:
-        end = at + len(chunk.tokens)
-        rows += range({"none": end, "last": end - 1, "all": at}[chunk.wanted], end)
-        at = end
-    return rows

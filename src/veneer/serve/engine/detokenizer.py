@@ -9,55 +9,52 @@ from transformers import PreTrainedTokenizerBase
 UNFINISHED = "�"  # what a tokenizer shows for bytes that are no whole character yet
 
 
-class Text:
+class Detokenizer:
     """The text of an answer, which grows by tokens and ends before the first stop text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self.stop = tuple(stop)
+        self.stopped = False
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        # What a token adds may depend on those before it (spaces between words), so some that were
-        # shown are decoded with it: ids from `_from` to `_shown`, as the text `_before`.
+        # What a token adds may depend on those before it (spaces between words), so it is decoded
+        # together with some whose text is out: ids from `_from` to `_shown`, as the text `_before`.
         self._from = self._shown = 0
         self._before = ""
-        self._held = ""  # may be the beginning of a stop text
-        self.stopped = False
+        self._held = ""  # the end of the text, which may be the start of a stop text
 
     def add(self, token: int) -> tuple[str, str]:
-        """Return what the token itself adds, and what is sure by now to belong to the answer."""
+        """Return the text that the token itself adds, and the text that is sure by now."""
         self._ids.append(token)
-        text = self._decode(self._ids[self._from :])
+        text = self._decode()
         if text.endswith(UNFINISHED) or len(text) <= len(self._before):
             return "", ""
         new = text[len(self._before) :]
-        self._move_on()
+        self._from, self._shown = self._shown, len(self._ids)
+        self._before = self._decode()
         return new, self._released(new)
 
     def end(self) -> str:
-        """Return what is left of the answer."""
+        """Return what is left of the text, as no more tokens come."""
         if self.stopped:
             return ""
-        text = self._decode(self._ids[self._from :])
-        released = self._released(text[len(self._before) :])
-        rest, self._held = self._held, ""
-        return released + rest
-
-    def _move_on(self) -> None:
-        self._from, self._shown = self._shown, len(self._ids)
-        self._before = self._decode(self._ids[self._from :])
+        released = self._released(self._decode()[len(self._before) :])
+        held, self._held = self._held, ""
+        return released + held
 
     def _released(self, new: str) -> str:
-        """Return what of the held text and the new cannot belong to a stop text."""
+        """Return what of the held text and the new text cannot belong to a stop text."""
         text = self._held + new
-        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
-        if found:
+        stops = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        if stops:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(stops)]
         held = max((_overlap(text, stop) for stop in self.stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self) -> str:
+        ids = self._ids[self._from :]
         text = self._tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

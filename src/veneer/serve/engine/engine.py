@@ -1,5 +1,5 @@
-"""Answers to many requests at once: rows that come and go between two tokens, each with its own
-adapter, in one forward pass for all of them."""
+"""Continuous batching: rows come and go between two tokens, each with an adapter of its own, and
+one forward pass computes all of them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,30 @@ from threading import Condition, Thread
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import AdapterError, ConfigError, QueueFull, RequestError, VeneerError
+from veneer.errors import (
+    AdapterError,
+    ConfigError,
+    ContextExceeded,
+    QueueFull,
+    RequestError,
+    VeneerError,
+)
 from veneer.models.load import Base
-from veneer.serve.engine.adapter_cache import Mix, Resident
+from veneer.serve.engine.adapter_cache import AdapterCache, Mix
+from veneer.serve.engine.compiled import CompiledRunner, Unsuited
+from veneer.serve.engine.detokenizer import Detokenizer
+from veneer.serve.engine.general import GeneralRunner
 from veneer.serve.engine.library import Library
-from veneer.serve.engine.prefix import Beginning, PrefixCache
-from veneer.serve.engine.request import EngineConfig, Request, Stats, Which
-from veneer.serve.engine.row import Answering, Row, Scoring
-from veneer.serve.engine.runner import Runner
-from veneer.serve.engine.runners import runner_for
-from veneer.serve.engine.sampler import choose
+from veneer.serve.engine.prefix import PrefixCache, block_hashes
+from veneer.serve.engine.request import EngineConfig, Reason, Request, Stats, Which
+from veneer.serve.engine.row import Row
+from veneer.serve.engine.runner import Chunk, Runner
+from veneer.serve.engine.sampler import Sampler, sample
 from veneer.serve.engine.stream import Stream
 
-LONGEST = 4096  # tokens of a context, where nobody says otherwise
+LONGEST = 4096  # tokens of a context, unless the configuration says otherwise
 
 
 class Engine:
@@ -41,16 +50,15 @@ class Engine:
         self.library = library or Library()
         self.base = base
         self.context = _context(base, self.config.context)
-        self.resident = Resident(base.model, self.config.adapter_bytes)
-        self.runner: Runner
+        self.adapters = AdapterCache(base.model, self.config.adapter_bytes)
         self.runner, self.notices = runner_for(base.model, self.config.slots, self.context)
         self._prefixes = PrefixCache(self.config.cache_bytes)
         self._ends = end_tokens(base)
         self._changed = Condition()  # guards what follows
-        self._ready: deque[Row] = deque()
-        self._loading = 0
+        self._ready: deque[Row] = deque()  # rows that wait for a slot
+        self._loading = 0  # rows that wait for their adapter
         self._closing = False
-        self._drained = False
+        self._cut = False  # closing without answering what is left
         self._active: list[Row] = []
         self._free = list(range(self.config.slots))[::-1]
         self._counts = dict.fromkeys(
@@ -65,20 +73,20 @@ class Engine:
         return self.base.tokenizer
 
     def submit(self, request: Request) -> Stream:
-        """Have a request answered; the stream tells of it.
+        """Have a request answered; its answer comes through the stream.
 
-        Raises RequestError for an unknown adapter or a prompt that leaves no room for an answer,
-        QueueFull where too many wait. What goes wrong later, the stream's end says.
+        Raises RequestError for an unknown adapter or a prompt that is too long, QueueFull where
+        too many requests wait. Errors that come later end the stream.
         """
-        room = self._room(request.tokens, 1)
+        self._check(request)
         stream = Stream(request)
-        row = Answering.of(
+        row = Row(
             stream,
             self._mix(request.adapter),
-            self.tokenizer,
-            most=min(request.sampling.max_new_tokens, room),
+            Sampler.of(request, self.base.model.device),
+            Detokenizer(self.tokenizer, request.stop),
+            most=min(request.sampling.max_new_tokens, self.context - len(request.tokens)),
             ends=self._ends,
-            device=self.base.model.device,
         )
         self._accept(row)
         return stream
@@ -88,20 +96,23 @@ class Engine:
 
         Raises as `submit` does, and AdapterError for an adapter that cannot act.
         """
-        self._room(tokens, 0)
-        row = Scoring(tuple(tokens), self._mix(adapter))
-        self._accept(row)
-        return row.future.result()
+        request = Request(tuple(tokens), adapter, prompt_logprobs=True)
+        answer = self.submit(request).result()
+        if answer.error is not None:
+            raise answer.error
+        if answer.reason == "cancelled":
+            raise VeneerError("The engine was closed.")
+        return answer.prompt_logprobs
 
     def load(self, name: str) -> None:
-        """Make an adapter ready now. Raises AdapterError if it is unknown or does not fit."""
-        self.resident.get(((self.library.info(name), 1.0),))
+        """Load an adapter now. Raises AdapterError if it is unknown or does not fit."""
+        self.adapters.get(((self.library.info(name), 1.0),))
 
     def close(self, *, drain: bool = True) -> None:
         """Stop, after what was accepted has been answered or, without `drain`, at once."""
         with self._changed:
             self._closing = True
-            self._drained = self._drained or not drain
+            self._cut = self._cut or not drain
             self._changed.notify_all()
         self._thread.join()
         self._loader.shutdown()
@@ -120,33 +131,33 @@ class Engine:
                 waiting=self._waiting,
                 slots=self.config.slots,
                 cache_bytes=self._prefixes.nbytes,
-                resident=self.resident.names(),
-                resident_bytes=self.resident.nbytes,
-                evicted=self.resident.evicted,
+                resident=self.adapters.names(),
+                resident_bytes=self.adapters.nbytes,
+                evicted=self.adapters.evicted,
                 **self._counts,
             )
+
+    # ---- on the thread of whoever asks, and on the loader's ----
 
     @property
     def _waiting(self) -> int:
         return len(self._ready) + self._loading
 
-    def _room(self, tokens: Sequence[int], new: int) -> int:
-        """Return how many tokens an answer may have. Raises RequestError where that is none, and
-        for tokens that are none of the model's."""
-        if not tokens:
-            raise RequestError("The prompt is empty.")
-        if len(tokens) + new > self.context:
-            raise RequestError(
-                f"The prompt has {len(tokens):,} tokens, which leaves no room for an answer in the "
-                f"context of {self.context:,}."
+    def _check(self, request: Request) -> None:
+        """Raise RequestError for a prompt that the context has no space for, or with tokens that
+        the model does not have."""
+        new = 0 if request.prompt_logprobs else 1
+        if len(request.tokens) + new > self.context:
+            raise ContextExceeded(
+                f"The prompt has {len(request.tokens):,} tokens, which leaves no room for an "
+                f"answer in the context of {self.context:,}."
             )
-        words = self.base.model.config.get_text_config().vocab_size
-        if wrong := [token for token in tokens if not 0 <= token < words]:
-            raise RequestError(f"{wrong[0]} is no token; there are {words:,}.")
-        return self.context - len(tokens)
+        vocab = self.base.model.config.get_text_config().vocab_size
+        if wrong := [token for token in request.tokens if not 0 <= token < vocab]:
+            raise RequestError(f"{wrong[0]} is no token; there are {vocab:,}.")
 
     def _mix(self, which: Which) -> Mix:
-        """Return the versions that names stand for now, with their weights."""
+        """Return the versions that names mean now, with their weights."""
         if which is None:
             return ()
         weights: Mapping[str, float] = {which: 1.0} if isinstance(which, str) else which
@@ -156,8 +167,8 @@ class Engine:
             raise RequestError(str(error)) from error
 
     def _accept(self, row: Row) -> None:
-        row.loaded = self.resident.find(row.mix) if row.mix else None
-        is_ready = not row.mix or row.loaded is not None
+        row.adapter = self.adapters.find(row.mix) if row.mix else None
+        is_ready = not row.mix or row.adapter is not None
         with self._changed:
             if self._closing:
                 raise QueueFull("The engine is closing.")
@@ -171,22 +182,23 @@ class Engine:
                 self._loader.submit(self._load, row)
 
     def _load(self, row: Row) -> None:
-        """Make a row's adapters ready; on the loader's thread."""
-        error: Exception | None = None
+        """Load a row's adapters; on the loader's thread."""
+        error = None
         try:
-            row.loaded = self.resident.get(row.mix)
-        except Exception as found:
-            error = found
+            row.adapter = self.adapters.get(row.mix)
+        except Exception as caught:
+            error = caught
         with self._changed:
             self._loading -= 1
-            if error is None and not self._drained:
-                self._ready.append(row)
-            elif error is None:
-                self._cancel(row)
+            if error is not None:
+                self._end(row, "error", error)
+            elif self._cut:
+                self._end(row, "cancelled")
             else:
-                self._counts["requests"] += 1
-                row.fail(error)
+                self._ready.append(row)
             self._changed.notify_all()
+
+    # ---- on the engine's own thread ----
 
     def _work(self) -> None:
         while self._admit():
@@ -194,141 +206,138 @@ class Engine:
             try:
                 self._step(active)
             except Exception as error:
-                # A step that fails leaves slots that nobody can trust, but the engine goes on.
+                # Slots cannot be trusted after a step that failed, but the engine goes on.
                 for row in active:
                     if row in self._active:
-                        self._leave(row)
-                        self._counts["requests"] += 1
-                        row.fail(error)
+                        self._end(row, "error", error)
 
     def _admit(self) -> bool:
-        """Let rows in where there are slots, waiting for one if there is nothing to do; return
+        """Give free slots to waiting rows, waiting for one if there is nothing to do; return
         whether to go on."""
         with self._changed:
             while True:
-                if self._drained:
-                    self._end_all()
+                for row in [row for row in self._ready if self._cut or row.stream.cancelled]:
+                    self._ready.remove(row)
+                    self._end(row, "cancelled")
+                if self._cut:
+                    for row in list(self._active):
+                        self._end(row, "cancelled")
                     return False
-                self._ready = deque(row for row in self._ready if not self._given_up(row))
                 while self._ready and self._free:
                     row = self._ready.popleft()
                     row.slot = self._free.pop()
                     self._active.append(row)
                 if self._active:
-                    break
+                    return True
                 if self._closing and not self._waiting:
                     return False
                 self._changed.wait()
-        return True
-
-    def _end_all(self) -> None:
-        for row in (*self._active, *self._ready):
-            self._cancel(row)
-        self._active.clear()
-        self._ready.clear()
-
-    def _given_up(self, row: Row) -> bool:
-        if row.over:
-            self._cancel(row)
-        return row.over
-
-    def _cancel(self, row: Row) -> None:
-        if isinstance(row, Answering):
-            row.finish("cancelled")
-        else:
-            row.fail(VeneerError("The engine was closed."))
-        self._counts["requests"] += 1
 
     def _step(self, active: Sequence[Row]) -> None:
-        """Compute the next token of each row that answers, and a part of the prompts to be read."""
-        for row in active:
-            if row.over:
-                self._leave(row)
-                self._cancel(row)
-            elif not row.done and row.reading and isinstance(row, Answering):
-                self._begin(row)
-        rows = [row for row in active if row in self._active]
-        answering = [r for r in rows if isinstance(r, Answering) and not r.reading]
-        chunks = [row.next_token() for row in answering]
-        reading: list[Row] = []
-        room = self.config.chunk
-        for row in rows:
-            if row.reading and room > 0:
-                chunk = row.next_chunk(self.config.chunk)
-                if len(chunk.tokens) > room and reading:
-                    break
-                room -= len(chunk.tokens)
-                chunks.append(chunk)
-                reading.append(row)
-        if not chunks:
+        """Compute the next token of each decoding row, and a chunk of the prompts of others."""
+        scheduled = self._schedule(active)
+        if not scheduled:
             return
-        logits = self.runner.step(chunks)
+        logits = self.runner.step([chunk for _, chunk in scheduled])
         self._counts["steps"] += 1
-        sizes = [{"none": 0, "last": 1, "all": len(chunk.tokens)}[chunk.wanted] for chunk in chunks]
-        found = dict(zip([*answering, *reading], logits.split(sizes), strict=True))
-        for row, chunk in zip([*answering, *reading], chunks, strict=True):
-            row.done += len(chunk.tokens)
-            if not chunk.answering:
+        to_sample: list[tuple[Row, Tensor]] = []
+        split = logits.split([chunk.logits for _, chunk in scheduled])
+        for (row, chunk), own in zip(scheduled, split, strict=True):
+            row.computed += len(chunk.tokens)
+            if not chunk.decoding:
                 self._counts["prompt_tokens"] += len(chunk.tokens)
-                self._remember(row, chunk.start)
-        self._choose({row: one for row, one in found.items() if isinstance(row, Answering)})
-        for row, chunk in zip(reading, chunks[len(answering) :], strict=True):
-            if isinstance(row, Scoring):
-                row.take(found[row], chunk.start)
-                if not row.reading:
-                    self._leave(row)
-                    self._counts["requests"] += 1
-                    row.finish()
+                self._keep_block(row, chunk.start)
+            if not row.request.prompt_logprobs:
+                to_sample += [(row, own)] if chunk.logits else []
+                continue
+            row.take_prompt_logprobs(own, chunk.start)
+            if not row.prefilling:
+                self._end(row, "length")
+        self._sample(to_sample)
 
-    def _choose(self, logits: Mapping[Answering, Tensor]) -> None:
-        """Let each row that has logits take its next token."""
-        rows = [row for row, one in logits.items() if len(one)]
+    def _schedule(self, active: Sequence[Row]) -> list[tuple[Row, Chunk]]:
+        """Return the rows that this step computes: all that decode, and then prompts, of which it
+        takes `chunk` tokens at most."""
+        size = left = self.config.chunk
+        decoding, prefilling = [], []
+        for row in active:
+            if row.stream.cancelled:
+                self._end(row, "cancelled")
+                continue
+            if not row.computed:
+                self._use_prefix(row)
+            if not row.prefilling:
+                decoding.append((row, row.next_chunk(size)))
+            elif left:
+                chunk = row.next_chunk(size)
+                if len(chunk.tokens) <= left:
+                    prefilling.append((row, chunk))
+                    left -= len(chunk.tokens)
+                else:
+                    left = 0  # prompts behind it wait with it, or it might wait for ever
+        return decoding + prefilling
+
+    def _sample(self, rows: Sequence[tuple[Row, Tensor]]) -> None:
+        """Draw the next token of each row from its logits (1, vocab)."""
         if not rows:
             return
-        choices = choose(torch.cat([logits[row] for row in rows]), [row.chooser for row in rows])
-        for row, choice in zip(rows, choices, strict=True):
+        logits = torch.cat([own for _, own in rows])
+        tokens = sample(logits, [row.sampler for row, _ in rows])
+        for (row, _), token in zip(rows, tokens, strict=True):
             self._counts["new_tokens"] += 1
-            if (reason := row.take(choice)) is not None:
-                # Its slot is free before its end is told, for whoever waits for that.
-                self._leave(row)
-                self._counts["requests"] += 1
-                row.finish(reason)
+            if (reason := row.take(token)) is not None:
+                self._end(row, reason)
 
-    def _begin(self, row: Answering) -> None:
-        """Take what is known of a prompt from the cache."""
-        content = "" if row.loaded is None else row.loaded.content
-        row.beginning = Beginning.of(row.tokens, content, self.config.chunk)
-        if pieces := self._prefixes.find(row.beginning):
-            self.runner.put(row.slot, pieces)
-            row.done = row.cached = len(pieces) * self.config.chunk
+    def _use_prefix(self, row: Row) -> None:
+        """Take the first tokens of a prompt from the prefix cache, as far as it has them."""
+        if row.request.prompt_logprobs:
+            return  # all logits of the prompt are needed, so all of it is computed
+        content = "" if row.adapter is None else row.adapter.content
+        row.block_hashes = block_hashes(row.request.tokens, content, self.config.chunk)
+        if blocks := self._prefixes.find(row.block_hashes):
+            self.runner.fill(row.slot, blocks)
+            row.computed = row.cached = len(blocks) * self.config.chunk
             self._counts["cached_tokens"] += row.cached
 
-    def _remember(self, row: Row, first: int) -> None:
-        """Keep the piece of a prompt that was read from token `first` on, if it is a whole one."""
-        number, size = first // self.config.chunk, self.config.chunk
-        marks = row.beginning.marks
-        if number < len(marks) and self._prefixes.wants(marks[number]):
-            piece = self.runner.keep(row.slot, first, first + size)
-            self._prefixes.add(row.beginning, number, piece)
+    def _keep_block(self, row: Row, first: int) -> None:
+        """Put the block of a prompt that begins at token `first` into the prefix cache, if it is
+        a whole one and new there."""
+        number = first // self.config.chunk
+        if number < len(row.block_hashes) and self._prefixes.wants(row.block_hashes[number]):
+            block = self.runner.block(row.slot, first, first + self.config.chunk)
+            self._prefixes.add(row.block_hashes, number, block)
 
-    def _leave(self, row: Row) -> None:
+    def _end(self, row: Row, reason: Reason, error: Exception | None = None) -> None:
+        """End an answer. Its slot is free before the last piece is sent, so that whoever waits for
+        the piece finds it free."""
         with self._changed:
             if row in self._active:
                 self._active.remove(row)
                 self.runner.free(row.slot)
                 self._free.append(row.slot)
+            self._counts["requests"] += 1
+        row.finish(reason, error)
+
+
+def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner, tuple[str, ...]]:
+    """Return the fastest runner that is proven right for a base, and notices for a person."""
+    try:
+        return CompiledRunner(model, slots, context), ()
+    except Unsuited as why:
+        notice = f"Each step goes through the model's own forward, which is slower, for {why}."
+        return GeneralRunner(model, slots), (notice,)
 
 
 def end_tokens(base: Base) -> frozenset[int]:
     """Return the tokens at which an answer ends, as transformers' `generate` takes them."""
-    said = getattr(base.model.generation_config, "eos_token_id", None)
-    ends = said if isinstance(said, list) else [said]
+    configured = getattr(base.model.generation_config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
     return frozenset(int(end) for end in (*ends, base.tokenizer.eos_token_id) if end is not None)
 
 
-def _context(base: Base, asked: int | None) -> int:
+def _context(base: Base, configured: int | None) -> int:
     own = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = LONGEST if asked is None else asked
-    if own is not None and asked is not None and asked > own:
-        raise ConfigError(f"context is {asked:,}, but this model's is {own:,}.")
+    longest = LONGEST if configured is None else configured
+    if own is not None and configured is not None and configured > own:
+        raise ConfigError(f"context is {configured:,}, but this model's is {own:,}.")
     return longest if own is None else min(own, longest)

@@ -1,7 +1,7 @@
-"""Any causal language model through its own forward: one for all rows that answer.
+"""Any causal language model through its own forward, once for all rows that decode.
 
-Rows end at the same place, as in a batch that is padded on the left, so that masks, windows and
-positions are what every model knows from transformers' own `generate`.
+Rows end at the same place of the cache, as in a batch that is padded on the left, so masks, windows
+and positions are those that every model knows from transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from veneer.adapter.active import active_adapters_of
 from veneer.adapter.virtual import keys_values
 from veneer.errors import ConfigError, ModelError
 from veneer.lowrank.update import RowUpdates
-from veneer.serve.engine.adapter_cache import Loaded
+from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
 from veneer.serve.engine.runner import Chunk
 
-ROOM = 256  # places that are made at a time, at least
+MORE_PLACES = 256  # by which the shared cache grows, at least
 
 
 @dataclass
 class Clock:
-    """Where the rows of a batch stand: the next token of each of `rows` goes to place `at`, and the
-    longest row reaches back to place `low`."""
+    """Where the decoding rows are in the shared cache: the next token of each of `rows` goes to
+    place `at`, and the longest row begins at place `low`."""
 
     rows: int = 0
     at: int = 0
@@ -37,7 +37,7 @@ class Clock:
 
 
 class SharedLayer(DynamicLayer):
-    """Keys and values of one layer for all rows: (slots, heads, places, head_dim)."""
+    """Keys and values of one layer for all decoding rows: (slots, heads, places, head_dim)."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -49,13 +49,12 @@ class SharedLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         clock = self.clock
         assert key_states.shape[2] == 1
-        seen = slice(clock.low, clock.at + 1)
-        found = []
-        for all_, new in ((self.keys, key_states), (self.values, value_states)):
-            assert all_ is not None
-            all_[: clock.rows, :, clock.at] = new[:, :, 0]
-            found.append(all_[: clock.rows, :, seen])
-        return found[0], found[1]
+        assert self.keys is not None
+        assert self.values is not None
+        for cached, new in ((self.keys, key_states), (self.values, value_states)):
+            cached[: clock.rows, :, clock.at] = new[:, :, 0]
+        places = slice(clock.low, clock.at + 1)
+        return self.keys[: clock.rows, :, places], self.values[: clock.rows, :, places]
 
     def get_seq_length(self) -> int:
         return self.clock.at - self.clock.low
@@ -64,9 +63,13 @@ class SharedLayer(DynamicLayer):
         return self.get_seq_length() + query_length, 0
 
 
-class General:
-    """A runner over the model's own forward. Raises ModelError for a model without a cache of keys
-    and values, which alone can be put aside and taken up again."""
+class GeneralRunner:
+    """A runner over the model's own forward.
+
+    A prompt is read into a cache of its own; with its first new token the row moves to the cache
+    that all decoding rows share. Raises ModelError for a model that does not keep keys and values,
+    as nothing else can be copied into blocks and back.
+    """
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
         self.model, self.slots = model, slots
@@ -80,77 +83,70 @@ class General:
         layers, _, self.heads, _, self.dim = shape
         self.clock = Clock()
         self.shared = [SharedLayer(self.clock) for _ in range(layers)]
-        self.own: dict[int, DynamicCache] = {}  # slots whose prompts are read
-        self.order: list[int] = []  # slots of the rows that answer
-        self.lengths: list[int] = []
-        self._acting: tuple[tuple[Hashable, ...], RowUpdates] | None = None
+        self.prefilling: dict[int, DynamicCache] = {}  # by slot
+        self.decoding: list[int] = []  # slots, in the order of the shared cache's rows
+        self.lengths: list[int] = []  # of these rows
+        self._last_updates: tuple[tuple[Hashable, ...], RowUpdates] | None = None
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
-        answering = {c.slot: c for c in chunks if c.answering}
-        found: dict[int, Tensor] = {}
-        if answering:
-            for slot in answering:
-                if slot in self.own:
+        decoding = {chunk.slot: chunk for chunk in chunks if chunk.decoding}
+        logits: dict[int, Tensor] = {}
+        if decoding:
+            for slot in decoding:
+                if slot in self.prefilling:
                     self._join(slot)
-            # Rows that answer stay together; the engine lets none of them wait.
-            assert answering.keys() == set(self.order), (answering.keys(), self.order)
-            logits = self._answer([answering[slot] for slot in self.order])
-            found.update(zip(self.order, logits.split(1), strict=True))
+            # The shared cache moves on by one place, so no decoding row may sit out a step.
+            assert decoding.keys() == set(self.decoding), (decoding.keys(), self.decoding)
+            all_logits = self._decode([decoding[slot] for slot in self.decoding])
+            logits.update(zip(self.decoding, all_logits.split(1), strict=True))
         for chunk in chunks:
-            if not chunk.answering:
-                found[chunk.slot] = self._read(chunk)
-        return torch.cat([found[chunk.slot] for chunk in chunks])
+            if not chunk.decoding:
+                logits[chunk.slot] = self._prefill(chunk)
+        return torch.cat([logits[chunk.slot] for chunk in chunks])
 
-    def prepare(self, loaded: Loaded) -> None:
-        """Nothing: layers find what acts on them by themselves."""
-
-    def keep(self, slot: int, first: int, last: int) -> Tensor:
+    def block(self, slot: int, first: int, last: int) -> Tensor:
         """Return keys and values (layers, 2, heads, tokens, head_dim)."""
-        layers: list[Any] = self.own[slot].layers
-        return torch.stack(
-            [
-                torch.stack([x[0, :, first:last] for x in (layer.keys, layer.values)])
-                for layer in layers
-            ]
-        )
+        layers: list[Any] = self.prefilling[slot].layers
+        pairs = [[x[0, :, first:last] for x in (layer.keys, layer.values)] for layer in layers]
+        return torch.stack([torch.stack(pair) for pair in pairs])
 
-    def put(self, slot: int, pieces: Sequence[Any]) -> None:
-        cache = self.own[slot] = DynamicCache()
-        for layer, pair in enumerate(torch.cat(list(pieces), 3)):
-            cache.update(pair[0][None], pair[1][None], layer)
+    def fill(self, slot: int, blocks: Sequence[Any]) -> None:
+        cache = self.prefilling[slot] = DynamicCache()
+        for layer, (keys, values) in enumerate(torch.cat(list(blocks), 3)):
+            cache.update(keys[None], values[None], layer)
 
     def free(self, slot: int) -> None:
-        self.own.pop(slot, None)
-        if slot in self.order:
-            at, last = self.order.index(slot), len(self.order) - 1
+        self.prefilling.pop(slot, None)
+        if slot in self.decoding:  # the last row of the shared cache takes its place
+            at, last = self.decoding.index(slot), len(self.decoding) - 1
             for layer in self.shared:
                 for x in (layer.keys, layer.values):
                     assert x is not None
                     x[at] = x[last]
-            for of_rows in (self.order, self.lengths):
+            for of_rows in (self.decoding, self.lengths):
                 of_rows[at] = of_rows[last]
                 of_rows.pop()
 
-    def _read(self, chunk: Chunk) -> Tensor:
-        """Compute a part of a prompt, and return the logits that are wanted of it."""
-        cache = self.own.setdefault(chunk.slot, DynamicCache())
+    def _prefill(self, chunk: Chunk) -> Tensor:
+        """Compute tokens of a prompt, and return the logits that the chunk asks for."""
+        cache = self.prefilling.setdefault(chunk.slot, DynamicCache())
         assert cache.get_seq_length() == chunk.start
-        tokens = torch.tensor([list(chunk.tokens)], device=self.model.device)
-        positions = torch.arange(chunk.start, chunk.start + tokens.shape[1])[None]
-        seen = torch.ones(1, chunk.start + tokens.shape[1], dtype=torch.long)
+        device = self.model.device
+        tokens = torch.tensor([list(chunk.tokens)], device=device)
+        end = chunk.start + tokens.shape[1]
         logits = self._forward(
-            [chunk.loaded],
+            [chunk.adapter],
             input_ids=tokens,
-            position_ids=positions.to(tokens.device),
-            attention_mask=seen.to(tokens.device),
+            position_ids=torch.arange(chunk.start, end, device=device)[None],
+            attention_mask=torch.ones(1, end, dtype=torch.long, device=device),
             cache=cache,
-            keep=0 if chunk.wanted == "all" else 1,
+            keep=max(1, chunk.logits),  # 0 would mean all
         )
-        return logits[0, logits.shape[1] if chunk.wanted == "none" else 0 :]
+        return logits[0, logits.shape[1] - chunk.logits :]
 
-    def _answer(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Compute the next token of each row that answers, and return its logits."""
-        self._make_room()
+    def _decode(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Compute the newest token of each decoding row, and return the logits (rows, vocab)."""
+        self._make_places()
         clock = self.clock
         clock.rows, clock.low = len(chunks), clock.at - max(self.lengths)
         device = self.model.device
@@ -159,7 +155,7 @@ class General:
         cache = DynamicCache()
         cache.layers = list(self.shared)
         logits = self._forward(
-            [chunk.loaded for chunk in chunks],
+            [chunk.adapter for chunk in chunks],
             input_ids=torch.tensor([list(chunk.tokens) for chunk in chunks], device=device),
             position_ids=lengths.to(device),
             attention_mask=(places >= clock.at - lengths).long().to(device),
@@ -170,9 +166,11 @@ class General:
         self.lengths = [length + 1 for length in self.lengths]
         return logits[:, -1]
 
-    def _forward(self, acting: Sequence[Loaded | None], *, keep: int, **inputs: Any) -> Tensor:
-        """Return the last logits of each row, `keep` of them or, for 0, all: float32."""
-        self.active_adapters.row_updates = self._rows(acting)
+    def _forward(
+        self, adapters: Sequence[LoadedAdapter | None], *, keep: int, **inputs: Any
+    ) -> Tensor:
+        """Return the last `keep` logits of each row, float32."""
+        self.active_adapters.row_updates = self._row_updates(adapters)
         try:
             with torch.inference_mode():
                 out = self.model(**inputs, use_cache=True, logits_to_keep=keep)
@@ -180,57 +178,53 @@ class General:
             self.active_adapters.row_updates = None
         return out.logits.float()
 
-    def _rows(self, acting: Sequence[Loaded | None]) -> RowUpdates:
-        """Return which adapter acts on which row; the same value as long as nothing changes."""
-        key = tuple(acting)
-        if self._acting is not None and self._acting[0] == key and len(key) > 1:
-            return self._acting[1]
-        different = list(dict.fromkeys(each for each in acting if each is not None))
-        which = tuple(None if each is None else different.index(each) for each in acting)
-        rows = RowUpdates([each.layers for each in different], which)
-        if len(key) > 1:
-            self._acting = (key, rows)
-        return rows
+    def _row_updates(self, adapters: Sequence[LoadedAdapter | None]) -> RowUpdates:
+        """Return which adapter acts on which row: the same value while decoding rows stay the same,
+        as layers keep in it what they have stacked."""
+        key = tuple(adapters)
+        if len(key) == 1:
+            return row_updates(key)
+        if self._last_updates is None or self._last_updates[0] != key:
+            self._last_updates = (key, row_updates(key))
+        return self._last_updates[1]
 
     def _join(self, slot: int) -> None:
-        """Let a row whose prompt has been read be one of those that answer."""
-        cache = self.own.pop(slot)
+        """Move a row whose prompt is computed into the shared cache."""
+        cache = self.prefilling.pop(slot)
         length = cache.get_seq_length()
-        self.order.append(slot)
+        self.decoding.append(slot)
         self.lengths.append(length)
-        self._make_room(length)
-        at, clock = len(self.order) - 1, self.clock
+        self._make_places(length)
+        row, at = len(self.decoding) - 1, self.clock.at
         layers: list[Any] = cache.layers
         for layer, own in zip(self.shared, layers, strict=True):
-            for all_, new in ((layer.keys, own.keys), (layer.values, own.values)):
-                assert all_ is not None
-                all_[at, :, clock.at - length : clock.at] = new[0]
+            for x, new in ((layer.keys, own.keys), (layer.values, own.values)):
+                assert x is not None
+                x[row, :, at - length : at] = new[0]
 
-    def _make_room(self, length: int = 0) -> None:
-        """Move what the rows hold so that a row of `length` ends where they do, and that the next
-        token has a place."""
+    def _make_places(self, length: int = 0) -> None:
+        """Move what the shared cache holds so that a new row of `length` can end where the others
+        do, and the next token has a place."""
         clock, others = self.clock, self.lengths[:-1] if length else self.lengths
         longest = max(others, default=0)
         keys = self.shared[0].keys
         places = 0 if keys is None else keys.shape[2]
         if length <= clock.at < places:
             return
-        wanted = max(length, longest) + 1
-        if wanted + ROOM > places:
-            places = wanted + max(ROOM, wanted)
-        at, kept = max(length, longest), slice(clock.at - longest, clock.at)
+        at = max(length, longest)
+        if at + 1 + MORE_PLACES > places:
+            places = at + 1 + max(MORE_PLACES, at + 1)
+        old, new = slice(clock.at - longest, clock.at), slice(at - longest, at)
         for layer in self.shared:
-            layer.keys, layer.values = (
-                self._moved(x, slice(at - longest, at), kept, places)
-                for x in (layer.keys, layer.values)
-            )
+            layer.keys = self._moved(layer.keys, old, new, places)
+            layer.values = self._moved(layer.values, old, new, places)
         clock.at = at
 
-    def _moved(self, x: Tensor | None, to: slice, kept: slice, places: int) -> Tensor:
+    def _moved(self, x: Tensor | None, old: slice, new: slice, places: int) -> Tensor:
         if x is None:
             shape = (self.slots, self.heads, places, self.dim)
             return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
         if places == x.shape[2]:
-            x[:, :, to] = x[:, :, kept].clone()
+            x[:, :, new] = x[:, :, old].clone()
             return x
-        return F.pad(x[:, :, kept], (0, 0, to.start, places - to.stop))
+        return F.pad(x[:, :, old], (0, 0, new.start, places - new.stop))

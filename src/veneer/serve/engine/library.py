@@ -1,33 +1,16 @@
-"""Adapters by name, as they lie in directories. What is ready to act is in `resident.py`."""
+"""Adapters by name, as they lie in directories. Those in memory are in `adapter_cache.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cached_property
 from itertools import count
 from pathlib import Path
 from threading import Lock
 
-from veneer.adapter.config import LoRA
-from veneer.adapter.method import in_words
 from veneer.errors import AdapterError, listed, nearest
-from veneer.formats.adapters import read
 
 _versions = count(1)
-
-
-@dataclass(frozen=True)
-class Description:
-    """What an adapter is: its method in words, rank and targets (0 and none where it has none),
-    parameters, and the base that it was trained on."""
-
-    what: str
-    rank: int
-    targets: tuple[str, ...]
-    parameters: int
-    base: str
 
 
 @dataclass(frozen=True)
@@ -37,24 +20,14 @@ class Entry:
     name: str
     directory: Path
     version: int
-    added: datetime
-
-    @cached_property
-    def description(self) -> Description:
-        """What the adapter is, read when it is first asked for. Raises AdapterError."""
-        state = read(self.directory)
-        config = state.config
-        parameters = sum(tensor.numel() for tensor in state.tensors.values())
-        if not isinstance(config, LoRA):
-            return Description(in_words(config), 0, (), parameters, state.base_name)
-        what = "DoRA" if config.dora else "LoRA"
-        targets = tuple(config.targets)
-        return Description(what, config.rank, targets, parameters, state.base_name)
 
 
 class Library:
-    """Adapters by name. A name that is added again stands for the new directory from then on;
-    requests that were there before go on with what they began with. For any thread."""
+    """Adapters by name, for any thread.
+
+    A name that is added again means the new directory from then on; requests that have begun go on
+    with the version that they began with.
+    """
 
     def __init__(self, adapters: Mapping[str, str | Path] | None = None) -> None:
         self._entries: dict[str, Entry] = {}
@@ -63,23 +36,23 @@ class Library:
             self.add(name, directory)
 
     def add(self, name: str, directory: str | Path) -> Entry:
-        """Add the adapter in `directory`, or put it in the place of one of that name.
+        """Add the adapter in `directory`, or replace the one of that name.
 
-        It is read when it is first used; `Engine.load` reads it at once and proves that it fits.
+        It is read when it is first used; `Engine.load` reads it at once and checks that it fits.
         Raises AdapterError where there is no such directory, or no name.
         """
-        place = Path(directory)
+        path = Path(directory)
         if not name:
             raise AdapterError("An adapter needs a name.")
-        if not place.exists():
-            raise AdapterError(f"There is no adapter directory {place}.")
-        entry = Entry(name, place, next(_versions), datetime.now(UTC))
+        if not path.exists():
+            raise AdapterError(f"There is no adapter directory {path}.")
+        entry = Entry(name, path, next(_versions))
         with self._lock:
             self._entries[name] = entry
         return entry
 
     def remove(self, name: str) -> None:
-        """Let a name stand for nothing any more. Raises AdapterError if it does already."""
+        """Remove a name. Raises AdapterError for an unknown one."""
         with self._lock:
             if self._entries.pop(name, None) is None:
                 raise self._unknown(name)
@@ -90,13 +63,13 @@ class Library:
             return tuple(sorted(self._entries))
 
     def info(self, name: str) -> Entry:
-        """Return the version that a name stands for now. Raises AdapterError for an unknown one."""
+        """Return the version that a name means now. Raises AdapterError for an unknown one."""
         with self._lock:
             if name not in self._entries:
                 raise self._unknown(name)
             return self._entries[name]
 
     def _unknown(self, name: str) -> AdapterError:
-        known = sorted(self._entries)
-        some = listed(known, most=20) or "none"
-        return AdapterError(f"No adapter is called {name!r} (known: {some}){nearest(name, known)}.")
+        names = sorted(self._entries)
+        some = listed(names, most=20) or "none"
+        return AdapterError(f"No adapter is called {name!r} (known: {some}){nearest(name, names)}.")

@@ -1,7 +1,8 @@
-"""Keys and values of prompts' beginnings, so that what many share is computed once.
+"""The prefix cache: keys and values of prompts' first tokens, computed once and shared.
 
-A beginning is known by what it says and by the content of what acts on it, never by a name. It is
-kept in pieces of `chunk` tokens, each known by all that comes before it.
+A prompt is cut into blocks of a fixed number of tokens. A block is known by a hash of all tokens up
+to its end and of what the adapter computes with, never by a name: equal hashes mean equal keys and
+values.
 """
 
 from __future__ import annotations
@@ -9,69 +10,65 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 
-class Kept(Protocol):
-    """The keys and values of a piece, however the model's runner has them."""
+class PrefixBlock(Protocol):
+    """Keys and values of one block of tokens, in whatever layout the model's runner uses."""
 
     @property
     def nbytes(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """The whole pieces of a prompt: a mark for each, which stands for all up to there."""
+def block_hashes(tokens: Sequence[int], content: str, size: int) -> tuple[bytes, ...]:
+    """Return a hash for each whole block of `size` tokens; content: the adapter's, "" for none.
 
-    marks: tuple[bytes, ...]
-
-    @classmethod
-    def of(cls, tokens: Sequence[int], content: str, chunk: int) -> Beginning:
-        # Of the last token the logits are needed, so that it is computed in any case.
-        marks, mark = [], hashlib.sha256(content.encode()).digest()
-        for first in range(0, len(tokens) - chunk, chunk):
-            words = ",".join(map(str, tokens[first : first + chunk]))
-            mark = hashlib.sha256(mark + words.encode()).digest()
-            marks.append(mark)
-        return cls(tuple(marks))
+    The last token is in no block: its logits are needed, so it is computed in any case.
+    """
+    hashes, state = [], hashlib.sha256(content.encode()).digest()
+    for first in range(0, len(tokens) - size, size):
+        ids = ",".join(map(str, tokens[first : first + size]))
+        state = hashlib.sha256(state + ids.encode()).digest()
+        hashes.append(state)
+    return tuple(hashes)
 
 
 class PrefixCache:
-    """Pieces in memory up to `limit` bytes, the least recently used let go first."""
+    """Blocks in memory up to `limit` bytes; the least recently used are dropped first."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.nbytes = 0
-        self._pieces: OrderedDict[bytes, Kept] = OrderedDict()
+        self._blocks: OrderedDict[bytes, PrefixBlock] = OrderedDict()
 
-    def find(self, beginning: Beginning) -> list[Kept]:
-        """Return the pieces that are known from the first on."""
-        found = []
-        for mark in beginning.marks:
-            if (piece := self._pieces.get(mark)) is None:
+    def find(self, hashes: Sequence[bytes]) -> list[PrefixBlock]:
+        """Return the blocks of a prompt from the first on, up to one that is not here."""
+        blocks: list[PrefixBlock] = []
+        for key in hashes:
+            if (block := self._blocks.get(key)) is None:
                 break
-            found.append(piece)
-        self._touch(beginning.marks[: len(found)])
-        return found
+            blocks.append(block)
+        self._touch(hashes[: len(blocks)])
+        return blocks
 
-    def wants(self, mark: bytes) -> bool:
-        return self.limit > 0 and mark not in self._pieces
+    def wants(self, key: bytes) -> bool:
+        """Say whether a block of this hash would be new here."""
+        return self.limit > 0 and key not in self._blocks
 
-    def add(self, beginning: Beginning, number: int, piece: Kept) -> None:
-        """Keep piece `number` of a beginning."""
-        mark = beginning.marks[number]
-        if piece.nbytes > self.limit or mark in self._pieces:
+    def add(self, hashes: Sequence[bytes], number: int, block: PrefixBlock) -> None:
+        """Add block `number` of a prompt."""
+        key = hashes[number]
+        if block.nbytes > self.limit or key in self._blocks:
             return
-        self._pieces[mark] = piece
-        self.nbytes += piece.nbytes
-        self._touch(beginning.marks[: number + 1])
+        self._blocks[key] = block
+        self.nbytes += block.nbytes
+        self._touch(hashes[: number + 1])
         while self.nbytes > self.limit:
-            _, gone = self._pieces.popitem(last=False)
-            self.nbytes -= gone.nbytes
+            _, dropped = self._blocks.popitem(last=False)
+            self.nbytes -= dropped.nbytes
 
-    def _touch(self, marks: Sequence[bytes]) -> None:
-        # Backwards, so that the first is let go last: without it the others cannot be found.
-        for mark in reversed(marks):
-            if mark in self._pieces:
-                self._pieces.move_to_end(mark)
+    def _touch(self, hashes: Sequence[bytes]) -> None:
+        # Last block first, so that the first one is dropped last: without it no other is of use.
+        for key in reversed(hashes):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)

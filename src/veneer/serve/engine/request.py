@@ -1,18 +1,20 @@
-"""What is asked of the engine and what it answers: frozen values that import no torch."""
+"""What the engine is asked and what it answers: frozen values that import no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-from veneer.errors import ConfigError, RequestError
+from veneer.checks import Rule, at_least, check_config
+from veneer.errors import RequestError
 from veneer.generate.sampling import Sampling
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 Which = str | Mapping[str, float] | None  # an adapter's name, a weighted mix, or the base alone
 MOST_LOGPROBS = 20  # as in OpenAI's interface
+CHUNK_MULTIPLE = 16  # compiled steps keep keys in blocks of 16 tokens
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Request:
     """Texts before which the answer ends."""
     logprobs: int | None = None
     """How many of the likeliest tokens to give beside each token's own; None gives neither."""
+    prompt_logprobs: bool = False
+    """Give the log probability of each token of the prompt instead of an answer."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -56,31 +60,36 @@ class Token:
     """A token of an answer. logprob and top, the likeliest with theirs, only where asked for."""
 
     id: int
-    text: str
+    text: str = ""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text that is sure to belong to the answer, and the tokens that it is made of."""
+class Answer:
+    """An answer, whole or a piece of it as it is made. Only the last piece has a reason."""
 
-    text: str
-    tokens: tuple[Token, ...]
+    text: str = ""
+    """Text that is sure to belong to the answer: whole characters, and nothing of a stop text."""
+    tokens: tuple[Token, ...] = ()
+    """The tokens that the text is made of."""
+    reason: Reason | None = None
+    """Why the answer ended."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values came from the prefix cache."""
+    new_tokens: int = 0
+    """Tokens that were generated, the one that ended the answer among them."""
+    prompt_logprobs: tuple[float | None, ...] = ()
+    """Where asked for: of each token of the prompt after those before it; None for the first."""
+    error: Exception | None = None
+    """What failed, where the reason is "error"."""
 
-
-@dataclass(frozen=True)
-class Finished:
-    """Why an answer ended, and what it took. cached_tokens: of the prompt, those not computed."""
-
-    reason: Reason
-    prompt_tokens: int
-    new_tokens: int
-    cached_tokens: int
-    error: str = ""
-
-
-Event = Piece | Finished
+    @classmethod
+    def joined(cls, pieces: Sequence[Answer]) -> Answer:
+        """Return the whole answer that `pieces` are, from the first to the last."""
+        text = "".join(piece.text for piece in pieces)
+        return replace(pieces[-1], text=text, tokens=tuple(t for p in pieces for t in p.tokens))
 
 
 @dataclass(frozen=True)
@@ -94,34 +103,34 @@ class EngineConfig:
     queue: int = 256
     """Requests that may wait for a slot; more are refused."""
     chunk: int = 64
-    """Tokens of prompts that are read between two steps of the running answers."""
+    """Tokens of prompts that are computed between two tokens of the running answers."""
     cache_bytes: int = 2**30
-    """Memory for the keys and values of prompts' beginnings."""
+    """Memory for the keys and values of prefix blocks."""
     adapter_bytes: int = 4 * 2**30
     """Memory for adapters that are ready to act."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {value}, but must be at least {least}"
-            for name, value, least in (
-                ("slots", self.slots, 1),
-                ("context", self.context, 2),
-                ("queue", self.queue, 0),
-                ("chunk", self.chunk, 16),
-                ("cache_bytes", self.cache_bytes, 0),
-                ("adapter_bytes", self.adapter_bytes, 0),
-            )
-            if value is not None and value < least
-        ]
-        if self.chunk % 16:
-            problems.append(f"chunk is {self.chunk}, but must be a multiple of 16")
-        if problems:
-            raise ConfigError("There can be no such engine: " + "; ".join(problems) + ".")
+        multiple = Rule(
+            lambda value: value >= CHUNK_MULTIPLE and value % CHUNK_MULTIPLE == 0,
+            f"a multiple of {CHUNK_MULTIPLE}",
+        )
+        check_config(
+            self,
+            opening="There can be no such engine",
+            rules={
+                "slots": at_least(1),
+                "context": at_least(2),
+                "queue": at_least(0),
+                "chunk": multiple,
+                "cache_bytes": at_least(0),
+                "adapter_bytes": at_least(0),
+            },
+        )
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Where an engine stands, and what it did since it started."""
+    """The engine's state, and what it did since it started. /metrics shows each by its name."""
 
     active: int
     """Requests in a slot."""
@@ -129,17 +138,17 @@ class Stats:
     """Requests without one."""
     slots: int
     requests: int
-    """Answered to the end, whatever the end was."""
+    """Requests that ended, for whatever reason."""
     prompt_tokens: int
-    """Of prompts, computed."""
+    """Tokens of prompts that were computed."""
     cached_tokens: int
-    """Of prompts, taken from the cache."""
+    """Tokens of prompts that came from the prefix cache."""
     new_tokens: int
     steps: int
     """Passes through the model."""
     cache_bytes: int
     resident: tuple[str, ...]
-    """Adapters that are ready to act, the one used last at the end."""
+    """Adapters in the adapter cache, the most recently used one last."""
     resident_bytes: int
     evicted: int
-    """Adapters that made room for others."""
+    """Adapters that were dropped from the cache to keep its limit."""

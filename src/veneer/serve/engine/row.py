@@ -2,163 +2,97 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from veneer.serve.engine.adapter_cache import Loaded, Mix
-from veneer.serve.engine.detokenizer import Text
-from veneer.serve.engine.prefix import Beginning
-from veneer.serve.engine.request import Finished, Piece, Reason, Request, Token
+from veneer.serve.engine.adapter_cache import LoadedAdapter, Mix
+from veneer.serve.engine.detokenizer import Detokenizer
+from veneer.serve.engine.request import Answer, Reason, Request, Token
 from veneer.serve.engine.runner import Chunk
-from veneer.serve.engine.sampler import Choice, Chooser
+from veneer.serve.engine.sampler import Sampler
 from veneer.serve.engine.stream import Stream
 
 
 @dataclass(eq=False)
 class Row:
-    """A request with its slot, how far it has been read, and what was answered so far."""
+    """A request with its slot, how many of its tokens are computed, and its answer so far."""
 
-    tokens: tuple[int, ...]
+    stream: Stream
     mix: Mix
-    loaded: Loaded | None = None
+    sampler: Sampler
+    detokenizer: Detokenizer
+    most: int  # new tokens
+    ends: frozenset[int]  # tokens that end an answer
+    adapter: LoadedAdapter | None = None
     slot: int = -1
-    done: int = 0  # tokens that the slot holds
-    cached: int = 0  # of these, how many came from the prefix cache
-    beginning: Beginning = field(default_factory=lambda: Beginning(()))
-
-    @property
-    def reading(self) -> bool:
-        return self.done < len(self.tokens)
-
-    @property
-    def over(self) -> bool:
-        """Whether nobody waits for the row any more."""
-        raise NotImplementedError
-
-    def next_chunk(self, size: int) -> Chunk:
-        """Return what of the prompt is read next: up to the next multiple of `size`, so that what
-        is read together never depends on what was in the cache."""
-        last = min(self.done // size * size + size, len(self.tokens))
-        wanted: Literal["last", "none"] = "last" if last == len(self.tokens) else "none"
-        return Chunk(
-            self.slot, self.tokens[self.done : last], self.done, self.loaded, wanted, False
-        )
-
-    def fail(self, error: Exception) -> None:
-        raise NotImplementedError
-
-
-@dataclass(eq=False)
-class Answering(Row):
-    """A row that is answered."""
-
-    stream: Stream = field(kw_only=True)
-    text: Text = field(kw_only=True)
-    chooser: Chooser = field(kw_only=True)
-    most: int = field(kw_only=True)  # new tokens
-    ends: frozenset[int] = field(kw_only=True)
-    last: int = -1  # the newest token, which the slot does not hold yet
-    new: int = 0
-    untold: list[Token] = field(default_factory=list)  # tokens whose text is held back
-
-    @classmethod
-    def of(
-        cls,
-        stream: Stream,
-        mix: Mix,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        most: int,
-        ends: frozenset[int],
-        device: torch.device,
-    ) -> Answering:
-        request = stream.request
-        generator = None
-        if request.sampling.temperature > 0:
-            generator = torch.Generator(device)
-            if request.sampling.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(request.sampling.seed)
-        return cls(
-            request.tokens,
-            mix,
-            stream=stream,
-            text=Text(tokenizer, request.stop),
-            chooser=Chooser(request.sampling, generator, request.logprobs),
-            most=most,
-            ends=ends,
-        )
+    computed: int = 0  # tokens whose keys and values the slot holds
+    cached: int = 0  # how many of them came from the prefix cache
+    block_hashes: tuple[bytes, ...] = ()
+    new: int = 0  # tokens generated
+    last: int = -1  # the newest of them, which the slot does not hold yet
+    held: list[Token] = field(default_factory=list)  # tokens whose text is not sure yet
+    prompt_logprobs: list[float | None] = field(default_factory=list)
 
     @property
     def request(self) -> Request:
         return self.stream.request
 
     @property
-    def over(self) -> bool:
-        return self.stream.cancelled
+    def prefilling(self) -> bool:
+        """Whether tokens of the prompt are still to be computed."""
+        return self.computed < len(self.request.tokens)
 
-    def next_token(self) -> Chunk:
-        return Chunk(self.slot, (self.last,), self.done, self.loaded, "last", True)
+    def next_chunk(self, size: int) -> Chunk:
+        """Return what is computed next: the newest token, or the prompt up to the next multiple of
+        `size`, so that the cut never depends on what was in the prefix cache."""
+        start, prompt = self.computed, self.request.tokens
+        if not self.prefilling:
+            return Chunk(self.slot, (self.last,), start, self.adapter, 1, decoding=True)
+        tokens = prompt[start : start // size * size + size]
+        is_last = start + len(tokens) == len(prompt)
+        logits = len(tokens) if self.request.prompt_logprobs else int(is_last)
+        return Chunk(self.slot, tokens, start, self.adapter, logits)
 
-    def take(self, choice: Choice) -> Reason | None:
-        """Add a token to the answer, tell what is sure of it, and return why it ends, or None."""
+    def take(self, token: Token) -> Reason | None:
+        """Add a token to the answer, send what is sure of it, and return why it ends, or None."""
         self.new += 1
-        self.last = choice.id
-        if choice.id in self.ends:
+        self.last = token.id
+        if token.id in self.ends:
             return "stop"
-        own, sure = self.text.add(choice.id)
-        self.untold.append(Token(choice.id, own, choice.logprob, choice.top))
+        text, sure = self.detokenizer.add(token.id)
+        self.held.append(replace(token, text=text))
         if sure:
-            self._tell(sure)
-        if self.text.stopped:
+            self.stream.add(Answer(sure, tuple(self.held)))
+            self.held.clear()
+        if self.detokenizer.stopped:
             return "stop"
         return "length" if self.new >= self.most else None
 
-    def finish(self, reason: Reason, error: str = "") -> None:
-        """Tell what is left, and that it was all."""
-        if reason in ("stop", "length") and ((rest := self.text.end()) or self.untold):
-            self._tell(rest)
-        self.stream.put(Finished(reason, len(self.tokens), self.new, self.cached, error))
-
-    def fail(self, error: Exception) -> None:
-        self.finish("error", str(error) or type(error).__name__)
-
-    def _tell(self, text: str) -> None:
-        self.stream.put(Piece(text, tuple(self.untold)))
-        self.untold.clear()
-
-
-@dataclass(eq=False)
-class Scoring(Row):
-    """A row of which the likelihood of each token is wanted."""
-
-    future: Future[tuple[float | None, ...]] = field(default_factory=Future)
-    scores: list[float | None] = field(default_factory=lambda: [None])
-
-    @property
-    def over(self) -> bool:
-        return self.future.cancelled()
-
-    def next_chunk(self, size: int) -> Chunk:
-        last = min(self.done // size * size + size, len(self.tokens))
-        return Chunk(self.slot, self.tokens[self.done : last], self.done, self.loaded, "all", False)
-
-    def take(self, logits: Tensor, first: int) -> None:
-        """Add the log probabilities of the tokens after those from `first` on, (read, words)."""
-        following = torch.tensor(self.tokens[first + 1 : first + 1 + len(logits)])
+    def take_prompt_logprobs(self, logits: Tensor, first: int) -> None:
+        """Add the log probabilities of the tokens that follow token `first` and those after it,
+        whose logits (tokens, vocab) these are."""
+        if first == 0:
+            self.prompt_logprobs.append(None)  # nothing comes before the first token
+        following = torch.tensor(self.request.tokens[first + 1 : first + 1 + len(logits)])
         logs = logits[: len(following)].log_softmax(-1)
-        found = logs.gather(1, following[:, None].to(logs.device))
-        self.scores += found[:, 0].tolist()
+        own = logs.gather(1, following[:, None].to(logs.device))
+        self.prompt_logprobs += own[:, 0].tolist()
 
-    def finish(self) -> None:
-        self.future.set_result(tuple(self.scores))
-
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
+    def finish(self, reason: Reason, error: Exception | None = None) -> None:
+        """Send the last piece: what is left of the text, and why the answer ended."""
+        is_whole = reason in ("stop", "length")
+        text, tokens = (self.detokenizer.end(), tuple(self.held)) if is_whole else ("", ())
+        self.stream.add(
+            Answer(
+                text,
+                tokens,
+                reason,
+                prompt_tokens=len(self.request.tokens),
+                cached_tokens=self.cached,
+                new_tokens=self.new,
+                prompt_logprobs=tuple(self.prompt_logprobs),
+                error=error,
+            )
+        )

@@ -1,51 +1,52 @@
-"""What the engine needs of a model: rows that are read and continued, a step for all of them."""
+"""What the engine needs of a model: one step for all rows, and a KV cache for each slot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from veneer.serve.engine.adapter_cache import Loaded
-from veneer.serve.engine.prefix import Kept
+from veneer.serve.engine.adapter_cache import LoadedAdapter
+from veneer.serve.engine.prefix import PrefixBlock
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of one row that a step computes, behind the `start` tokens that the slot holds.
+    """Tokens of one row that a step computes, after the `start` tokens that its slot holds.
 
-    loaded: what acts on the row, None for the base. wanted: which tokens' logits the step returns.
-    answering: whether this continues an answer, one token at a time.
+    adapter: what acts on the row, None for the base. logits: for how many of the last tokens the
+    step returns logits. decoding: whether the row's prompt is done, and this is its newest token.
     """
 
     slot: int
     tokens: Sequence[int]
     start: int
-    loaded: Loaded | None
-    wanted: Literal["none", "last", "all"]
-    answering: bool
+    adapter: LoadedAdapter | None
+    logits: int
+    decoding: bool = False
 
 
 class Runner(Protocol):
-    """A model with a memory for each slot. Not for several threads."""
+    """A model with a KV cache, which holds the keys and values of each slot.
+
+    Only one thread ever touches the KV cache and the prefix cache: the engine's, `Engine._work`.
+    Threads that serve HTTP hand requests over in a queue; the thread that loads adapters changes
+    only the adapter cache. So neither a runner nor a prefix cache needs a lock.
+    """
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Compute the chunks, each of another slot, and return the logits that they want, in order:
-        (wanted, words), float32."""
+        """Compute the chunks, each of another slot, and return the logits that they ask for, in
+        order: (Σ logits, vocab), float32."""
         ...
 
-    def prepare(self, loaded: Loaded) -> None:
-        """Make ready what an adapter needs for its first step, if anything."""
+    def block(self, slot: int, first: int, last: int) -> PrefixBlock:
+        """Return a copy of a slot's keys and values of tokens `first` to `last`."""
         ...
 
-    def keep(self, slot: int, first: int, last: int) -> Kept:
-        """Return a copy of what a slot holds of tokens `first` to `last`."""
-        ...
-
-    def put(self, slot: int, pieces: Sequence[Any]) -> None:
-        """Fill an empty slot with pieces, end to end."""
+    def fill(self, slot: int, blocks: Sequence[Any]) -> None:
+        """Write blocks into an empty slot, end to end."""
         ...
 
     def free(self, slot: int) -> None:

@@ -9,62 +9,66 @@ import torch
 from torch import Tensor
 
 from veneer.generate.sampling import Sampling
+from veneer.serve.engine.request import Request, Token
 
-# Far enough for most of what top_p asks for; sorting the whole vocabulary takes longer than a
-# small model's step.
+# Enough tokens for most values of top_p; sorting the whole vocabulary takes longer than a step of a
+# small model.
 FIRST = 256
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A token, and where asked for its log probability and the likeliest with theirs."""
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Chooser:
-    """How a row chooses. generator: the row's own draws, whatever happens in others."""
+class Sampler:
+    """How a row's tokens are drawn. generator: the row's own, so that other rows change nothing."""
 
     sampling: Sampling
-    generator: torch.Generator | None
-    logprobs: int | None
+    generator: torch.Generator | None = None
+    logprobs: int | None = None
+
+    @classmethod
+    def of(cls, request: Request, device: torch.device) -> Sampler:
+        """Return the sampler that a request asks for."""
+        sampling, generator = request.sampling, None
+        if sampling.temperature > 0:
+            generator = torch.Generator(device)
+            if sampling.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(sampling.seed)
+        return cls(sampling, generator, request.logprobs)
 
 
-def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Choice]:
-    """Return the next token of each row. logits (rows, words), float32."""
+def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token]:
+    """Return the next token of each row, without its text. logits (rows, vocab), float32."""
     likeliest = logits.argmax(-1).tolist()
-    choices = []
-    for scores, row, best in zip(logits, rows, likeliest, strict=True):
-        token = best if row.sampling.temperature == 0 else _drawn(scores, row)
-        if row.logprobs is None:
-            choices.append(Choice(token))
+    tokens = []
+    for scores, sampler, best in zip(logits, samplers, likeliest, strict=True):
+        token = best if sampler.sampling.temperature == 0 else _drawn(scores, sampler)
+        if sampler.logprobs is None:
+            tokens.append(Token(token))
             continue
-        # Those of the model itself, before temperature and bounds.
+        # Those of the model itself, before temperature, top_k and top_p.
         logs = scores.log_softmax(-1)
-        top = logs.topk(row.logprobs) if row.logprobs else None
-        pairs = () if top is None else zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        choices.append(Choice(token, float(logs[token]), tuple(pairs)))
-    return choices
+        top = logs.topk(sampler.logprobs)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        tokens.append(Token(token, "", float(logs[token]), tuple(pairs)))
+    return tokens
 
 
-def _drawn(scores: Tensor, row: Chooser) -> int:
-    """Draw from the likeliest words: at most top_k, then those that together reach top_p."""
-    sampling = row.sampling
-    chances = (scores / sampling.temperature).softmax(-1)  # (words,)
-    words = None
+def _drawn(scores: Tensor, sampler: Sampler) -> int:
+    """Draw from at most the top_k likeliest tokens, and of these from those that reach top_p."""
+    sampling = sampler.sampling
+    chances = (scores / sampling.temperature).softmax(-1)  # (vocab,)
+    tokens = None
     if sampling.top_k or sampling.top_p < 1:
         bound = min(sampling.top_k or len(chances), len(chances))
         top = chances.topk(min(bound, FIRST))
         if bound > FIRST and float(top.values.sum()) < sampling.top_p:
             top = chances.topk(bound)
-        chances, words = top.values, top.indices
+        chances, tokens = top.values, top.indices
         if sampling.top_p < 1:
-            # top_p is a part of what top_k leaves, as in transformers.
+            # top_p is a share of what top_k leaves, as in transformers.
             whole = chances.sum() if sampling.top_k else 1.0
             before = chances.cumsum(0) - chances
             chances = chances.masked_fill(before >= sampling.top_p * whole, 0.0)
-    drawn = int(torch.multinomial(chances, 1, generator=row.generator))
-    return drawn if words is None else int(words[drawn])
+    drawn = int(torch.multinomial(chances, 1, generator=sampler.generator))
+    return drawn if tokens is None else int(tokens[drawn])

@@ -1,27 +1,21 @@
-"""What is served: one base, its adapters, and how a request becomes tokens for the engine."""
+"""What is served: one base, its adapters, and how conversations and texts become its tokens."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from veneer.data.chat import prompt_text
-from veneer.data.rows import ROLES, Message
-from veneer.errors import DataError, nearest
-from veneer.generate.sampling import Sampling
-from veneer.serve.api.bridge import cancel
-from veneer.serve.api.errors import Fault
-from veneer.serve.api.protocol import Asked, ChatMessage
+from veneer.data.rows import Message
+from veneer.errors import ContextExceeded, DataError, RequestError, UnknownModel, nearest
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Request, Stats, Which
-from veneer.serve.engine.stream import Stream
-
-SEEDS = 2**63
+from veneer.serve.engine.stream import Stream, cancel
 
 
 class EngineLike(Protocol):
@@ -39,7 +33,7 @@ class EngineLike(Protocol):
 
 @dataclass
 class Served:
-    """One base with its engine and adapters, as the routes see them.
+    """One base with its engine and adapters. What raises RequestError says which parameter it is.
 
     name, root: what requests call the base, and where it came from.
     context: the most tokens that a prompt and its answer may have together, None without an end.
@@ -54,112 +48,97 @@ class Served:
     vocabulary: int
     started: float = field(default_factory=time.time)
 
-    def adapter_of(self, asked: Asked) -> Which:
-        """Return which adapter a request wants. Raises Fault for one that is not here."""
-        if asked.adapters is None:
-            return self.known(asked.model)
-        if asked.model != self.name:
-            raise Fault(400, f"With adapters, model must be {self.name}.", param="model")
-        for each in asked.adapters:
-            if self.known(each, param="adapters") is None:
-                raise Fault(400, f"{each} is the base, not an adapter.", param="adapters")
-        return dict(asked.adapters)
-
-    def known(self, model: str, *, param: str = "model") -> str | None:
-        """Return the adapter that a model's name means, None for the base."""
+    def adapter(self, model: str, *, param: str = "model") -> str | None:
+        """Return the adapter that a model's name means, None for the base. Raises UnknownModel."""
         if model == self.name:
             return None
         names = self.library.names()
         if model not in names:
-            like = nearest(model[:200], [self.name, *names]) or "; GET /v1/models lists all"
-            said = f"The model {model[:200]!r} does not exist here{like}."
-            raise Fault(404, said, param=param, code="model_not_found")
+            hint = nearest(model[:200], [self.name, *names]) or "; GET /v1/models lists all"
+            message = f"The model {model[:200]!r} does not exist here{hint}."
+            raise UnknownModel(message, param=param)
         return model
 
-    def chat_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Return the tokens after which the model answers a conversation."""
-        turns = [Message(ROLES[message.role], message.text) for message in messages]
+    def which(self, model: str, mix: Mapping[str, float] | None) -> Which:
+        """Return what is to answer: an adapter, the base, or a mix of adapters over it.
+
+        Raises RequestError for what is not here.
+        """
+        if mix is None:
+            return self.adapter(model)
+        if model != self.name:
+            raise RequestError(f"With adapters, model must be {self.name}.", param="model")
+        for name in mix:
+            if self.adapter(name, param="adapters") is None:
+                raise RequestError(f"{name} is the base, not an adapter.", param="adapters")
+        return dict(mix)
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens after which the model answers a conversation. Raises RequestError where
+        its chat template refuses the messages."""
         try:
-            text = prompt_text(self.tokenizer, turns)
+            text = prompt_text(self.tokenizer, messages)
         except DataError as error:
-            raise Fault(400, f"{error}.", param="messages") from error
+            raise RequestError(f"{error}.", param="messages") from error
         return self.encode(text, special=False)
 
     def prompt_tokens(self, prompt: str | list[int]) -> list[int]:
-        """Return the tokens of a prompt that is text, or tokens already."""
+        """Return the tokens of a prompt that is text, or tokens already. Raises RequestError."""
         if isinstance(prompt, str):
             tokens = self.encode(prompt, special=True)
             if not tokens:
-                raise Fault(400, "The prompt is empty.", param="prompt")
+                raise RequestError("The prompt is empty.", param="prompt")
             return tokens
         if (largest := max(prompt)) >= self.vocabulary:
-            raise Fault(
-                400,
-                f"The prompt has the token {largest}, but the model knows {self.vocabulary:,}.",
+            raise RequestError(
+                f"The prompt has the token {largest}, but the model has {self.vocabulary:,}.",
                 param="prompt",
             )
         return prompt
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return the tokens of a text. Raises Fault for a text that no context could hold."""
-        at_least = -(-len(text) // _longest_token(self.tokenizer))
-        if self.context is not None and at_least > self.context:
+        """Return the tokens of a text. Raises ContextExceeded for one that no context can hold."""
+        least = -(-len(text) // _longest_token(self.tokenizer))
+        if self.context is not None and least > self.context:
             # Tokenising a book only to refuse it would keep everybody waiting.
-            raise self._too_long(f"at least {at_least:,}")
+            raise self._too_long(f"at least {least:,}")
         # As a batch, for the tokenizer holds no lock while it works on one.
         return list(self.tokenizer([text], add_special_tokens=special)["input_ids"][0])
 
     def spans(self, text: str) -> list[tuple[int, str]]:
-        """Return the tokens of a text, each with its part of it; where several make up one
+        """Return the tokens of a text, each with its characters; where several tokens make up one
         character, the first has it and the others have nothing."""
         self.encode(text, special=False)
         encoded = self.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
-        found, done = [], 0
+        spans, done = [], 0
         for token, (_, end) in zip(
             encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True
         ):
-            found.append((token, text[done:end]))
+            spans.append((token, text[done:end]))
             done = max(done, end)
-        return found
+        return spans
 
     def check_context(self, tokens: Sequence[int]) -> None:
-        """Raise Fault, with both numbers, for a text that leaves no room for one token more."""
+        """Raise ContextExceeded, with both numbers, where not one more token would fit."""
         if self.context is not None and len(tokens) >= self.context:
             raise self._too_long(f"{len(tokens):,}")
 
-    def request(
-        self,
-        tokens: Sequence[int],
-        asked: Asked,
-        adapter: Which,
-        *,
-        most: int | None,
-        usual: int | None,
-        **more: Any,
-    ) -> Request:
-        """Return what the engine is asked. `most` new tokens were asked for, else `usual` holds.
+    def new_tokens(self, prompt: Sequence[int], most: int | None, default: int | None) -> int:
+        """Return how many tokens an answer may have: `most`, or the default where that is None.
 
-        Raises Fault, with both numbers, where prompt and answer are longer than the context.
+        Raises ContextExceeded, with both numbers, where prompt and answer are too long together.
         """
-        self.check_context(tokens)
-        if self.context is not None:
-            room = self.context - len(tokens)
-            if most is not None and most > room:
-                raise Fault(
-                    400,
-                    f"This model's context is {self.context:,} tokens, but {len(tokens):,} of the "
-                    f"prompt and {most:,} of the answer are {len(tokens) + most:,}.",
-                    param="max_tokens",
-                    code="context_length_exceeded",
-                )
-            usual = min(room, usual or room)
-        sampling = Sampling(
-            max_new_tokens=most or usual or 1024,
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            seed=asked.seed,
-        )
-        return Request(tuple(tokens), adapter, sampling, asked.stops, **more)
+        self.check_context(prompt)
+        if self.context is None:
+            return most or default or 1024
+        left = self.context - len(prompt)
+        if most is not None and most > left:
+            raise ContextExceeded(
+                f"This model's context is {self.context:,} tokens, but {len(prompt):,} of the "
+                f"prompt and {most:,} of the answer are {len(prompt) + most:,}.",
+                param="max_tokens",
+            )
+        return most or min(left, default or left)
 
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
         """Give requests to the engine, all of them or none."""
@@ -176,24 +155,11 @@ class Served:
         """Return the text of one token by itself."""
         return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
-    def _too_long(self, tokens: str) -> Fault:
-        return Fault(
-            400,
+    def _too_long(self, tokens: str) -> ContextExceeded:
+        return ContextExceeded(
             f"This model's context is {self.context:,} tokens, but the prompt has {tokens}, which "
-            "leaves no room for an answer.",
-            code="context_length_exceeded",
+            "leaves no room for an answer."
         )
-
-
-def several(request: Request, n: int) -> Iterator[Request]:
-    """Yield a request `n` times, each time with the next seed where it has one."""
-    seed = request.sampling.seed
-    for i in range(n):
-        if seed is None or i == 0:
-            yield request
-        else:
-            following = (seed + i + SEEDS) % (2 * SEEDS) - SEEDS
-            yield replace(request, sampling=replace(request.sampling, seed=following))
 
 
 @lru_cache(maxsize=4)

@@ -1,112 +1,111 @@
-"""An answer as it is made: pieces, and at last how it ended. For any thread, and for asyncio."""
+"""An answer as it is made, from the engine's thread to any other thread or to an event loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from threading import Condition
 
-from veneer.serve.engine.request import Event, Finished, Piece, Request, Token
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer."""
-
-    text: str
-    tokens: tuple[Token, ...]
-    finished: Finished
+from veneer.serve.engine.request import Answer, Request
 
 
 class Stream:
-    """The events of one request. Iterating, with `for` or `async for`, ends after Finished.
+    """The pieces of one answer. Iterating, with `for` or `async for`, ends after the last piece.
 
-    One reader takes each event once. `cancel` ends the answer from any thread.
+    One reader takes each piece once. `cancel` ends the answer from any thread.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self._events: deque[Event] = deque()
+        self.cancelled = False
+        self._pieces: deque[Answer] = deque()
         self._changed = Condition()
         self._listener: Callable[[], None] | None = None
-        self._cancelled = False
-        self._over = False
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled
+        self._ended = False
 
     def cancel(self) -> None:
-        """Ask for the answer to end now; Finished("cancelled") follows, unless it has ended."""
-        self._cancelled = True
+        """Ask for the answer to end now; unless it has ended, its reason will be "cancelled"."""
+        self.cancelled = True
 
-    def next(self, timeout: float | None = None) -> Event:
-        """Return the next event. Raises TimeoutError where none comes for `timeout` seconds."""
+    def next(self, timeout: float | None = None) -> Answer:
+        """Return the next piece. Raises TimeoutError where none comes for `timeout` seconds."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._events, timeout):
-                raise TimeoutError(f"no event came within {timeout} seconds")
-            return self._events.popleft()
+            if not self._changed.wait_for(lambda: self._pieces, timeout):
+                raise TimeoutError(f"no piece of the answer came within {timeout} seconds")
+            return self._pieces.popleft()
 
-    def waiting(self) -> list[Event]:
-        """Take the events that are there, without waiting for more."""
+    def take_all(self) -> list[Answer]:
+        """Take the pieces that have come, without waiting for more."""
         with self._changed:
-            found = list(self._events)
-            self._events.clear()
-        return found
+            pieces = list(self._pieces)
+            self._pieces.clear()
+        return pieces
 
     def listen(self, call: Callable[[], None]) -> None:
-        """Have `call` called, on the engine's thread, whenever there are new events; it is called
-        at once where there are some already. It must be quick, and never wait."""
+        """Have `call` called, on the engine's thread, whenever a piece comes; and now, if some
+        have come already. It must return quickly and never wait."""
         with self._changed:
             self._listener = call
-            there = bool(self._events)
-        if there:
+            has_pieces = bool(self._pieces)
+        if has_pieces:
             call()
 
     def result(self) -> Answer:
         """Wait for the whole answer."""
-        pieces: list[Piece] = []
-        for event in self:
-            if isinstance(event, Finished):
-                tokens = tuple(token for piece in pieces for token in piece.tokens)
-                return Answer("".join(piece.text for piece in pieces), tokens, event)
-            pieces.append(event)
-        raise AssertionError("a stream ends with Finished")
+        return Answer.joined(list(self))
 
-    def __iter__(self) -> Iterator[Event]:
-        while True:
-            event = self.next()
-            yield event
-            if isinstance(event, Finished):
-                return
+    def __iter__(self) -> Iterator[Answer]:
+        piece = None
+        while piece is None or piece.reason is None:
+            piece = self.next()
+            yield piece
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        loop, there = asyncio.get_running_loop(), asyncio.Event()
+    async def __aiter__(self) -> AsyncIterator[Answer]:
+        async for _, piece in pieces_of([self]):
+            yield piece
 
-        def call() -> None:
-            # A loop that has been closed has nobody left to tell.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(there.set)
-
-        self.listen(call)
-        while True:
-            await there.wait()
-            there.clear()
-            for event in self.waiting():
-                yield event
-                if isinstance(event, Finished):
-                    return
-
-    def put(self, event: Event) -> None:
-        """Add an event; for the engine. Nothing comes after Finished."""
+    def add(self, piece: Answer) -> None:
+        """Add a piece; for the engine. Pieces after the last one are dropped."""
         with self._changed:
-            if self._over:
+            if self._ended:
                 return
-            self._over = isinstance(event, Finished)
-            self._events.append(event)
+            self._ended = piece.reason is not None
+            self._pieces.append(piece)
             self._changed.notify_all()
             listener = self._listener
         if listener is not None:
             listener()
+
+
+async def pieces_of(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Answer], None]:
+    """Yield the pieces of several answers as they come, each with its stream's number.
+
+    Where the caller stops reading before the end, the answers are cancelled.
+    """
+    loop, have_come = asyncio.get_running_loop(), asyncio.Event()
+
+    def call() -> None:
+        with suppress(RuntimeError):  # the loop may have been closed meanwhile
+            loop.call_soon_threadsafe(have_come.set)
+
+    try:
+        for stream in streams:
+            stream.listen(call)
+        running = len(streams)
+        while running:
+            await have_come.wait()
+            have_come.clear()
+            for number, stream in enumerate(streams):
+                for piece in stream.take_all():
+                    running -= piece.reason is not None
+                    yield number, piece
+    finally:
+        cancel(streams)
+
+
+def cancel(streams: Sequence[Stream]) -> None:
+    """Cancel answers that nobody reads any more, so that their slots become free."""
+    for stream in streams:
+        stream.cancel()

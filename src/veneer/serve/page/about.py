@@ -1,4 +1,4 @@
-"""What is known of an adapter: from its own files, and from the run that it came of."""
+"""What an adapter's own files say of it, and those of the run that trained it."""
 
 from __future__ import annotations
 
@@ -10,40 +10,42 @@ from veneer.errors import AdapterError
 from veneer.files import read_json, size_of
 from veneer.formats import native
 from veneer.formats.peft import directory as peft
-from veneer.run_directory import METRICS
+from veneer.run_directory import RunDirectory
 from veneer.serve.page.runs import follow_file, settings_of
 
 NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "use_dora": "dora"}
-OURS = ("method", "rank", "alpha", "targets", "layers", "dora", "rslora", "virtual_tokens")
+SHOWN = ("method", "rank", "alpha", "targets", "layers", "dora", "rslora", "virtual_tokens")
 
 
 @lru_cache(maxsize=4096)
 def about(directory: Path, version: int) -> dict[str, Any]:
-    """Return what the page shows of the adapter in `directory`; `version` tells one from the next.
+    """Return what the page shows of an adapter; version: changes whenever its name is added again.
 
-    No tensor is read. An adapter that cannot be read says why, under "error".
+    No tensor is read. For an adapter that cannot be read, "error" says why.
     """
     try:
-        config, made_for = _config(directory)
+        config, base = _config(directory)
     except AdapterError as error:
         return {"error": str(error), "bytes": size_of(directory)}
-    told: dict[str, Any] = {name: config[name] for name in OURS if config.get(name)}
-    told["bytes"] = size_of(directory)
-    told["base"] = made_for
-    # `veneer tune` leaves the adapter in a directory of its own beside what it wrote down.
-    run = follow_file(directory.parent / METRICS)
+    shown: dict[str, Any] = {name: config[name] for name in SHOWN if config.get(name)}
+    shown |= {"bytes": size_of(directory), "base": base}
+    # `veneer tune` leaves the adapter in its run's directory.
+    run = follow_file(RunDirectory(directory.parent).metrics)
     if run.step:
-        told["trained"] = settings_of(directory.parent) | {"steps": run.step}
-        told["loss"] = run.loss
-        told["curve"] = run.losses.shown()
-        told["evaluations"] = run.evaluations.shown()
-        # The weights that were best are the ones that are kept.
-        told["eval_loss"] = min((loss for _, loss in run.evaluations.shown()), default=None)
-    return told
+        evaluations = run.evaluations.shown()
+        shown |= {
+            "trained": settings_of(directory.parent) | {"steps": run.step},
+            "loss": run.loss,
+            "curve": run.losses.shown(),
+            "evaluations": evaluations,
+            # The adapter has the weights of the best evaluation, not of the last.
+            "eval_loss": min((loss for _, loss in evaluations), default=None),
+        }
+    return shown
 
 
 def _config(directory: Path) -> tuple[dict[str, Any], str]:
-    """Return an adapter's settings under our names, and the base that it was made for."""
+    """Return an adapter's settings under our names, and the base that it was trained on."""
     if method := native.found_method(directory):
         config = read_json(directory / native.config_name(method))
         base = config.get("base")

@@ -1,4 +1,4 @@
-"""The page at /, and what it asks for beside OpenAI's routes."""
+"""The page at /, and the routes that it asks beside OpenAI's."""
 
 from __future__ import annotations
 
@@ -10,71 +10,70 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from veneer.serve.api.errors import Fault
-from veneer.serve.api.openai import REFUSALS
+from veneer.errors import RequestError
+from veneer.serve.api.errors import ERROR_RESPONSES
 from veneer.serve.api.protocol import TokensRequest
 from veneer.serve.engine.served import Served
 from veneer.serve.page.about import about
 from veneer.serve.page.runs import Runs
 
-PAGE = Path(__file__).parent / "static"
+STATIC = Path(__file__).parent / "static"
 
 
 def add_page(app: FastAPI) -> None:
-    """Let `app` give out the page: three files, which ask for no other."""
+    """Let `app` send the page's files, which load nothing from elsewhere."""
     fresh = {"cache-control": "no-cache"}
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        return FileResponse(PAGE / "index.html", headers=fresh)
+        return FileResponse(STATIC / "index.html", headers=fresh)
 
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.mount("/page", StaticFiles(directory=STATIC), name="page")
 
 
 def routes(served: Served, runs: Runs | None) -> APIRouter:
     """Return the routes below /api."""
-    router = APIRouter(prefix="/api", responses=REFUSALS)
+    router = APIRouter(prefix="/api", responses=ERROR_RESPONSES)
 
     @router.get("/adapters")
     async def adapters() -> dict[str, Any]:
-        """Tell the base, and of each adapter what is known."""
+        """Return the base, and for each adapter what its files say."""
 
         def look() -> list[dict[str, Any]]:
             entries = [served.library.info(name) for name in served.library.names()]
             return [{"name": e.name, **about(e.directory, e.version)} for e in entries]
 
-        resident = set(served.engine.stats.resident)
-        found = await asyncio.to_thread(look)
+        in_memory = set(served.engine.stats.resident)
+        described = await asyncio.to_thread(look)
         return {
             "base": {"name": served.name, "root": served.root, "context": served.context},
-            "adapters": [{**each, "resident": each["name"] in resident} for each in found],
+            "adapters": [{**each, "resident": each["name"] in in_memory} for each in described],
         }
 
     @router.get("/runs")
     async def show_runs() -> dict[str, Any]:
-        """Tell how the runs below --runs stand; `enabled` is false where none are shown."""
-        found = await asyncio.to_thread(runs.shown) if runs is not None else []
-        return {"enabled": runs is not None, "runs": found}
+        """Return the runs below --runs; `enabled` is false where none are shown."""
+        shown = await asyncio.to_thread(runs.shown) if runs is not None else []
+        return {"enabled": runs is not None, "runs": shown}
 
     @router.post("/tokens")
     async def tokens(asked: TokensRequest) -> dict[str, Any]:
-        """Tell of each token of an answer how likely it is, with the adapter and without."""
-        adapter = served.known(asked.model)
+        """Return how likely each token of an answer is, with the adapter and without."""
+        adapter = served.adapter(asked.model)
         if adapter is None:
-            raise Fault(400, "This needs an adapter, to hold against the base.", param="model")
+            raise RequestError("This needs an adapter, to compare with the base.", param="model")
 
         def look() -> list[dict[str, Any]]:
-            prompt = served.chat_tokens(asked.messages)
-            encoded = served.spans(asked.answer)
-            answer = [token for token, _ in encoded]
-            whole = [*prompt, *answer]
-            served.check_context(whole)
-            with_it, without = (
-                list(served.engine.score(whole, which))[-len(answer) :] for which in (adapter, None)
+            prompt = served.chat_tokens([message.turn for message in asked.messages])
+            spans = served.spans(asked.answer)
+            ids = [*prompt, *(token for token, _ in spans)]
+            served.check_context(ids)
+            with_adapter, without = (
+                served.engine.score(ids, which)[-len(spans) :] for which in (adapter, None)
             )
             return [
                 {"text": text, "base": base, "adapter": ours}
-                for (_, text), base, ours in zip(encoded, without, with_it, strict=True)
+                for (_, text), base, ours in zip(spans, without, with_adapter, strict=True)
             ]
 
         return {"model": asked.model, "tokens": await asyncio.to_thread(look)}

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -15,11 +16,11 @@ from veneer.run_directory import METRICS, RunDirectory
 from veneer.serve.page.curve import Curve
 
 RECENT = 20  # steps over which speed is measured, as on the terminal
-QUIET_SECONDS = 60.0  # without a step for so long, and for five times a step, a run has stopped
+QUIET_SECONDS = 60.0  # a run without a step for so long, and for five steps' time, has stopped
 MOST_RUNS = 200
-# What progress.json says of a run's end, and what it is called.
+# How progress.json says that a run ended, and how the page says it.
 STATES = {"finished": "finished", "patience": "finished", "interrupted": "stopped"}
-# What of a recipe tells one run from another.
+# Settings of a recipe by which a person tells runs apart.
 SETTINGS = ("model", "data", "method", "rank", "alpha", "targets", "lr", "epochs", "bits", "dora")
 
 
@@ -27,31 +28,40 @@ SETTINGS = ("model", "data", "method", "rank", "alpha", "targets", "lr", "epochs
 class Run:
     """What the lines of one metrics.jsonl say, up to where it was read."""
 
-    identity: int = 0
-    read: int = 0
+    inode: int = 0
+    read: int = 0  # bytes
+    damaged: bool = False
     step: int = 0
     loss: float | None = None
     losses: Curve = field(default_factory=Curve)
     evaluations: Curve = field(default_factory=Curve)
     recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
 
-    def take(self, line: dict[str, Any]) -> None:
-        """Add one line: a step or an evaluation. What is no number has no place in a curve."""
+    def take(self, lines: bytes) -> None:
+        """Add lines: steps and evaluations. A line that is neither is passed over."""
+        for text in lines.splitlines():
+            try:
+                self._take(json.loads(text))
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                self.damaged = True
+
+    def _take(self, line: dict[str, Any]) -> None:
         step = int(line["step"])
         if "eval_loss" in line:
             if math.isfinite(line["eval_loss"]):
                 self.evaluations.add(step, float(line["eval_loss"]))
         elif math.isfinite(line["loss"]):
+            tokens, seconds = int(line["tokens"]), float(line["seconds"])
             self.step, self.loss = step, float(line["loss"])
             self.losses.add(step, self.loss)
-            self.recent.append((int(line["tokens"]), float(line["seconds"])))
+            self.recent.append((tokens, seconds))
 
-    def shown(self, changed: float, progress: dict[str, Any]) -> dict[str, Any]:
-        """Return the run for the page; its file last `changed` so many seconds ago."""
+    def shown(self, quiet: float, progress: dict[str, Any]) -> dict[str, Any]:
+        """Return the run for the page; quiet: seconds since its file changed."""
         seconds = sum(each for _, each in self.recent)
         a_step = seconds / len(self.recent) if self.recent else 0.0
         steps, ended = progress.get("steps"), progress.get("ended")
-        is_quiet = changed > max(QUIET_SECONDS, 5 * a_step)
+        is_quiet = quiet > max(QUIET_SECONDS, 5 * a_step)
         state = STATES.get(str(ended), "stopped" if is_quiet else "running")
         left = a_step * (steps - self.step) if isinstance(steps, int) else None
         return {
@@ -76,59 +86,60 @@ class Runs:
 
     def shown(self) -> list[dict[str, Any]]:
         """Return all runs for the page, the one that changed last first."""
-        found, now = [], time.time()
+        shown, now = [], time.time()
         with self._lock:
-            for place, changed in self._newest():
+            for changed, metrics in self._newest():
+                directory = metrics.parent
                 try:
-                    run = self._follow(place)
-                except (OSError, ValueError, KeyError, TypeError):
-                    continue  # it went while we looked, or holds something else
-                name = str(place.parent.relative_to(self.root))
-                settings = settings_of(place.parent)
-                shown = run.shown(now - changed, RunDirectory(place.parent).read_progress())
-                found.append({"name": name, "settings": settings, **shown})
-        return found
+                    run = self._follow(metrics)
+                except OSError:
+                    continue  # it was removed meanwhile
+                if run.damaged and not run.step:
+                    continue  # a file of this name that is not ours
+                name, settings = str(directory.relative_to(self.root)), settings_of(directory)
+                progress = RunDirectory(directory).read_progress()
+                shown.append(
+                    {"name": name, "settings": settings, **run.shown(now - changed, progress)}
+                )
+        return shown
 
-    def _newest(self) -> list[tuple[Path, float]]:
-        places = [self.root / METRICS]
-        for pattern in ("*", "*/*"):
-            places += self.root.glob(f"{pattern}/{METRICS}")
-        found = []
-        for place in places:
-            # A link may lead anywhere, and is not followed out of the root.
-            if place.is_file() and place.resolve().is_relative_to(self.root):
-                found.append((place, place.stat().st_mtime))
-        found.sort(key=lambda each: -each[1])
-        return found[:MOST_RUNS]
+    def _newest(self) -> list[tuple[float, Path]]:
+        """Return the metrics files, each behind the time of its last change."""
+        newest = []
+        for pattern in (METRICS, f"*/{METRICS}", f"*/*/{METRICS}"):
+            for file in self.root.glob(pattern):
+                try:
+                    # A link may lead anywhere, and is not followed out of the root.
+                    if file.is_file() and file.resolve().is_relative_to(self.root):
+                        newest.append((file.stat().st_mtime, file))
+                except OSError:
+                    continue  # it was removed meanwhile
+        return sorted(newest, reverse=True)[:MOST_RUNS]
 
-    def _follow(self, place: Path) -> Run:
-        """Read what a file has more than at the last look; from its start where it is another."""
-        run = self._runs.setdefault(place, Run())
-        with place.open("rb") as file:
-            status = place.stat()
-            if status.st_ino != run.identity or status.st_size < run.read:
-                run = self._runs[place] = Run(identity=status.st_ino)
+    def _follow(self, metrics: Path) -> Run:
+        """Read what is new in a file since the last look; all of it where it is another file."""
+        run = self._runs.setdefault(metrics, Run())
+        with metrics.open("rb") as file:
+            status = metrics.stat()
+            if status.st_ino != run.inode or status.st_size < run.read:
+                run = self._runs[metrics] = Run(inode=status.st_ino)
             file.seek(run.read)
             new = file.read()
         whole = new.rfind(b"\n") + 1  # a last line without an end is still being written
         run.read += whole
-        for line in new[:whole].splitlines():
-            run.take(json.loads(line))
+        run.take(new[:whole])
         return run
 
 
-def follow_file(place: Path) -> Run:
+def follow_file(metrics: Path) -> Run:
     """Return what a whole metrics.jsonl says; nothing where there is none, or none of ours."""
     run = Run()
-    try:
-        for line in place.read_bytes().splitlines():
-            run.take(json.loads(line))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    with suppress(OSError):
+        run.take(metrics.read_bytes())
     return run
 
 
 def settings_of(directory: Path) -> dict[str, Any]:
-    """Return what a run's recipe says of it, or nothing where there is none."""
+    """Return the settings by which a run is told apart; none where it has no recipe."""
     recipe = RunDirectory(directory).read_recipe()
     return {name: recipe[name] for name in SETTINGS if recipe.get(name) is not None}
