@@ -24,7 +24,7 @@ from veneer.cli.console import quieten_libraries
 from veneer.compare.labels import LABELS
 from veneer.data.encode import Example
 from veneer.data.packing import split_held_out
-from veneer.formats.state import install
+from veneer.formats.install import install
 from veneer.fused.forward import choose_forward
 from veneer.kernels.heap import kept_heap
 from veneer.training.evaluate import evaluate
@@ -120,8 +120,10 @@ def main() -> None:
             size = f"{sum(t.numel() for t in found[name].state.tensors.values()):,}"
         print(f"| {name} | {loss:.4f} | {share} | {energy} | {size} |")
     one = next(iter(found.values()))
-    print(f"\nAll weights changed by {one.relative:.2%}; {one.left_out_share:.2%} of it left out:")
-    for each in sorted(one.left_out, key=lambda each: -each.norm)[:3]:
+    print(
+        f"\nAll weights changed by {one.relative:.2%}; {one.uncovered_share:.2%} of it uncovered:"
+    )
+    for each in sorted(one.uncovered, key=lambda each: -each.norm)[:3]:
         print(f"{each.name}, {each.relative:.2%} of its size")
     curve = energy_curve(tuned, fresh())
     print("\n| rank | " + " | ".join(map(str, curve)) + " |")

@@ -36,9 +36,9 @@ from veneer.cli.tune import run_recipe  # noqa: E402
 from veneer.data.chat import prompt_text  # noqa: E402
 from veneer.data.rows import Message  # noqa: E402
 from veneer.formats.adapters import read  # noqa: E402
+from veneer.formats.capture import capture  # noqa: E402
 from veneer.formats.gguf import adapter as gguf_adapter  # noqa: E402
 from veneer.formats.gguf.model import kept_of, write_merged  # noqa: E402
-from veneer.formats.state import capture  # noqa: E402
 from veneer.models.locate import locate  # noqa: E402
 
 TOKENS, TOP = 32, 40  # of an answer at most; likeliest tokens that are kept of each step

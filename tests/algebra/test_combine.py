@@ -15,7 +15,8 @@ from support.tiny_models import tiny
 from veneer.adapter.config import LoRA
 from veneer.algebra.combine import combine
 from veneer.formats.adapters import read, write
-from veneer.formats.state import capture, install
+from veneer.formats.capture import capture
+from veneer.formats.install import install
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 ALL = 99  # a rank that no layer of a tiny model reaches, so that nothing is cut off
@@ -358,7 +359,7 @@ def test_dare_ties_takes_the_mean_of_those_that_agree():
         ({"method": "svd", "rank": 2, "density": 0.5}, "density would do nothing"),
         ({"method": "ties", "rank": 2}, "needs a density"),
         ({"method": "dare", "rank": 2, "density": 1.5}, "at most 1"),
-        ({"method": "dare", "density": float("nan")}, "needs a rank.*at most 1"),
+        ({"method": "dare", "density": float("nan")}, "at most 1.*needs a rank"),
         ({"weights": (1.0,)}, "2 adapters, but 1 weights"),
         ({"weights": (1.0, 0.0)}, "weight 2 is 0.0"),
         ({"weights": (float("inf"), float("nan"))}, "weight 1 is inf.*weight 2 is nan"),
@@ -395,7 +396,7 @@ def test_what_cannot_be_summed_is_refused_all_at_once():
     said = str(refused.value)
     assert "adapter 2: it is DoRA" in said
     assert "of full rank" in said
-    assert "adapter 2: it has new words" in said
+    assert "adapter 2: it has new tokens" in said
     assert "adapter 3: it was made by prefix" in said
     assert "adapter 4: model.layers.0.mlp.up_proj.lora_A stands alone" in said
     assert "adapter 4: it was made on another base than adapter 1 (its weights differ)" in said
@@ -412,7 +413,7 @@ def test_tensors_of_other_kinds_and_numbers_that_are_none_are_refused():
     )
     with pytest.raises(veneer.AdapterError) as refused:
         combine([broken], [1.0])
-    assert "lora_bias is no part of a low-rank layer" in str(refused.value)
+    assert "lora_bias is no tensor of a low-rank matrix" in str(refused.value)
     assert "q_proj.lora_A has values that are not finite" in str(refused.value)
 
 

@@ -1,4 +1,4 @@
-"""The adapter in a fine-tune: a known change is found again, and what cannot be held is said."""
+"""Extraction: a known change comes back, and what no adapter can hold is reported."""
 
 import warnings
 
@@ -14,7 +14,8 @@ from support.tiny_models import tiny
 from veneer.adapter.config import LoRA
 from veneer.algebra.extract import extract
 from veneer.formats.adapters import write
-from veneer.formats.state import capture, install
+from veneer.formats.capture import capture
+from veneer.formats.install import install
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -53,19 +54,19 @@ def test_a_known_change_of_low_rank_is_found_again(architecture, config, setting
     shake(model, size=0.05)
     wanted, changes = logits(model), whole(capture(model))
     tuned = written(veneer.merge(model), tmp_path / "tuned")
-    found = extract(base, tuned, **settings)
-    assert_close(whole(found.state), changes, 1e-5 if "rank" in settings else 5e-3)
-    assert found.energy == pytest.approx(1.0, abs=1e-5)
-    assert found.left_out == ()
-    assert found.left_out_share == 0.0
+    extracted = extract(base, tuned, **settings)
+    assert_close(whole(extracted.state), changes, 1e-5 if "rank" in settings else 5e-3)
+    assert extracted.energy == pytest.approx(1.0, abs=1e-5)
+    assert extracted.uncovered == ()
+    assert extracted.uncovered_share == 0.0
     if settings != {"rank": 99}:
-        assert {fit.rank for fit in found.layers} == {3}
+        assert {fit.rank for fit in extracted.layers} == {3}
     plain = veneer.load_base(base, dtype="float32")
-    install(plain.model, found.state, tokenizer=plain.tokenizer)  # it knows its base
+    install(plain.model, extracted.state, tokenizer=plain.tokenizer)  # it knows its base
     if "rank" in settings:
         torch.testing.assert_close(logits(plain.model), wanted, **CLOSE)
     for format in ("native", "peft"):
-        write(found.state, tmp_path / format, format=format)
+        write(extracted.state, tmp_path / format, format=format)
         again = veneer.load_base(base, dtype="float32").model
         veneer.load(again, tmp_path / format)
         assert torch.equal(logits(again), logits(plain.model))
@@ -78,11 +79,11 @@ def test_a_change_of_full_rank_is_cut_to_its_main_directions(rank, tmp_path):
         f"model.layers.{n}.{k}.weight" for n in (0, 1) for k in ("mlp.up_proj", "mlp.down_proj")
     ]
     change = noise(tiny("llama"), *names)
-    found = extract(*saved(tmp_path, change), rank=rank)
-    changes = whole(found.state)
-    assert [fit.path for fit in found.layers] == list(changes)
+    extracted = extract(*saved(tmp_path, change), rank=rank)
+    changes = whole(extracted.state)
+    assert [fit.path for fit in extracted.layers] == list(changes)
     kept = total = 0.0
-    for fit in found.layers:
+    for fit in extracted.layers:
         delta = change[f"{fit.path}.weight"].double()
         values = torch.linalg.svdvals(delta)
         assert fit.rank == rank
@@ -93,44 +94,46 @@ def test_a_change_of_full_rank_is_cut_to_its_main_directions(rank, tmp_path):
         error = float((changes[fit.path] - delta).norm())
         assert error == pytest.approx(float(values[rank:].norm()), rel=1e-4)
         kept, total = kept + fit.energy * fit.norm**2, total + fit.norm**2
-    assert found.energy == pytest.approx(kept / total)
+    assert extracted.energy == pytest.approx(kept / total)
 
 
 def test_an_energy_gives_each_layer_the_rank_that_it_needs(tmp_path):
     flat, steep = f"{LAYER}.weight", "model.layers.1.self_attn.o_proj.weight"
     change = noise(tiny("llama"), flat)
     change[steep] = 0.1 * torch.outer(torch.linspace(-1, 1, 32), torch.ones(32))
-    found = extract(*saved(tmp_path, change), energy=0.9)
-    ranks = {fit.path: fit.rank for fit in found.layers}
+    extracted = extract(*saved(tmp_path, change), energy=0.9)
+    ranks = {fit.path: fit.rank for fit in extracted.layers}
     assert ranks["model.layers.1.self_attn.o_proj"] == 1
     assert 10 < ranks[LAYER] < 32
-    assert all(fit.energy >= 0.9 for fit in found.layers)
+    assert all(fit.energy >= 0.9 for fit in extracted.layers)
     plain = tiny("llama")
-    install(plain, found.state)
-    assert {p: len(a) for p, a in ((k, x) for k, x in found.state.tensors.items()) if "lora_A" in p}
-    assert found.state.config.rank_of(LAYER) == ranks[LAYER]
-    assert found.state.config.scaling_of(LAYER) == 1.0
+    install(plain, extracted.state)
+    assert {
+        p: len(a) for p, a in ((k, x) for k, x in extracted.state.tensors.items()) if "lora_A" in p
+    }
+    assert extracted.state.config.rank_of(LAYER) == ranks[LAYER]
+    assert extracted.state.config.scaling_of(LAYER) == 1.0
 
 
-def test_what_is_no_linear_layer_is_left_out_with_its_size(tmp_path):
+def test_what_is_no_linear_layer_is_uncovered_with_its_size(tmp_path):
     model = tiny("qwen2")
     names = (f"{LAYER}.weight", f"{LAYER}.bias", "model.norm.weight", "model.embed_tokens.weight")
     change = noise(model, *names)
-    found = extract(*saved(tmp_path, change, "qwen2"), rank=4)
-    assert [fit.path for fit in found.layers] == [LAYER]
+    extracted = extract(*saved(tmp_path, change, "qwen2"), rank=4)
+    assert [fit.path for fit in extracted.layers] == [LAYER]
     weights = dict(model.named_parameters())
-    left_out = {each.name: each for each in found.left_out}
-    assert set(left_out) == set(names[1:])
-    for name, each in left_out.items():
+    uncovered = {each.name: each for each in extracted.uncovered}
+    assert set(uncovered) == set(names[1:])
+    for name, each in uncovered.items():
         assert each.norm == pytest.approx(float(change[name].norm()), rel=1e-4)
         assert each.relative == pytest.approx(
             float(change[name].norm() / weights[name].detach().norm()), rel=1e-4
         )
     whole_change = sum(float(x.norm()) ** 2 for x in change.values())
     out = sum(float(change[name].norm()) ** 2 for name in names[1:])
-    assert found.left_out_share == pytest.approx(out / whole_change, rel=1e-4)
+    assert extracted.uncovered_share == pytest.approx(out / whole_change, rel=1e-4)
     size = sum(float(weight.detach().norm()) ** 2 for weight in weights.values())
-    assert found.relative == pytest.approx((whole_change / size) ** 0.5, rel=1e-4)
+    assert extracted.relative == pytest.approx((whole_change / size) ** 0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +157,14 @@ def test_embeddings_and_a_head_tied_to_them_can_be_taken_too(architecture, paths
     else:
         with pytest.raises(veneer.AdapterError, match="nothing to extract"):
             extract(base, tuned, rank=4)
-    found = extract(base, tuned, rank=4, embeddings=True)
-    assert {fit.path for fit in found.layers} == paths
-    assert found.left_out == ()
-    assert found.energy == pytest.approx(1.0, abs=1e-5)
+    extracted = extract(base, tuned, rank=4, embeddings=True)
+    assert {fit.path for fit in extracted.layers} == paths
+    assert extracted.uncovered == ()
+    assert extracted.energy == pytest.approx(1.0, abs=1e-5)
     wanted = logits(veneer.load_base(tuned, dtype="float32").model)
     assert float((wanted - logits(model)).abs().max()) > 1e-2
     for format in ("native", "peft"):
-        write(found.state, tmp_path / format, format=format)
+        write(extracted.state, tmp_path / format, format=format)
         again = veneer.load_base(base, dtype="float32").model
         veneer.load(again, tmp_path / format)
         torch.testing.assert_close(logits(again), wanted, **CLOSE)
@@ -192,13 +195,13 @@ def test_a_base_of_a_wider_dtype_is_rounded_as_it_was_when_tuning_began(tmp_path
     narrow = copy_of(base).to(torch.bfloat16)
     change = noise(base, f"{LAYER}.weight", size=0.05)
     tuned = written(add_to(narrow, change), tmp_path / "tuned")
-    found = extract(place, tuned, rank=32)
-    assert [fit.path for fit in found.layers] == [LAYER]
-    assert found.left_out == ()
-    assert any("rounded" in notice for notice in found.notices)
+    extracted = extract(place, tuned, rank=32)
+    assert [fit.path for fit in extracted.layers] == [LAYER]
+    assert extracted.uncovered == ()
+    assert any("rounded" in notice for notice in extracted.notices)
     # The adapter over the rounded base is the tuned model.
     rounded = copy_of(base).to(torch.bfloat16).to(torch.float32)
-    install(rounded, found.state)
+    install(rounded, extracted.state)
     torch.testing.assert_close(logits(rounded), logits(narrow.to(torch.float32)), **CLOSE)
 
 

@@ -11,7 +11,7 @@ from support.tiny_models import tiny
 from veneer.adapter.config import LoRA
 from veneer.algebra.combine import combine
 from veneer.algebra.measure import diff, inspect, is_dora, total_cosine, total_norm
-from veneer.formats.state import capture
+from veneer.formats.capture import capture
 
 CASES = {
     "llama": ("llama", LoRA(rank=3, targets="all")),

@@ -261,7 +261,7 @@ def gguf_files(monkeypatch):
 
     from veneer.formats import table as formats
 
-    known = replace(formats.FORMATS["gguf"], found=lambda path: path.suffix == ".gguf")
+    known = replace(formats.FORMATS["gguf"], detects=lambda path: path.suffix == ".gguf")
     monkeypatch.setitem(formats.FORMATS, "gguf", known)
 
 

@@ -20,9 +20,11 @@ from support.tiny_gguf import CONFIGS, VOCAB, random_model, write_model
 from support.tiny_models import tiny
 from veneer.adapter.layers import lora_layers
 from veneer.errors import AdapterError
+from veneer.formats.capture import capture
 from veneer.formats.gguf import adapter as store
 from veneer.formats.gguf import mapping
-from veneer.formats.state import AdapterState, capture, install
+from veneer.formats.install import install
+from veneer.formats.state import AdapterState
 
 TIED = {name for name, (_, config) in CONFIGS.items() if config.tie_word_embeddings}
 PATTERNS = {
@@ -216,7 +218,7 @@ def test_new_words_and_dora_are_refused_together(tmp_path):
     model = tiny("llama")
     with_new_tokens(model, characters())
     veneer.attach(model, veneer.LoRA(dora=True))
-    with pytest.raises(AdapterError, match=r"DoRA.*no place for new words"):
+    with pytest.raises(AdapterError, match=r"DoRA.*no place for new tokens"):
         store.write(capture(model), tmp_path / "adapter.gguf", tiny("llama").config)
 
 
@@ -326,14 +328,14 @@ def test_without_an_alpha_llama_cpp_does_not_scale(tmp_path):
 
 def test_an_adapter_is_told_by_its_content(written, tmp_path):
     file, _ = written
-    assert store.found(file)
-    assert store.found(file.rename(tmp_path / "without_a_name"))
-    assert not store.found(tmp_path)
-    assert not store.found(tmp_path / "absent")
+    assert store.detects(file)
+    assert store.detects(file.rename(tmp_path / "without_a_name"))
+    assert not store.detects(tmp_path)
+    assert not store.detects(tmp_path / "absent")
     place = write_model("llama", random_model("llama"), tmp_path / "model.gguf")
-    assert not store.found(place)
+    assert not store.detects(place)
     (tmp_path / "garbage").write_bytes(b"GGUF" + bytes(range(200)))
-    assert not store.found(tmp_path / "garbage")
+    assert not store.detects(tmp_path / "garbage")
 
 
 def test_damage_is_one_clear_error_or_none(written, monkeypatch):

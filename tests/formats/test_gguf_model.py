@@ -17,8 +17,9 @@ from support.random_adapters import NEW_TOKENS, distance, ids, logits, shake
 from support.tiny_gguf import CONFIGS, VOCAB, random_model, tensors_of, write_model
 from veneer.cli.app import run
 from veneer.errors import AdapterError, ModelError
+from veneer.formats.capture import capture
 from veneer.formats.gguf.model import MergedTensor, kept_of, kind_for, write_merged
-from veneer.formats.state import Rows, capture
+from veneer.formats.state import NewTokenRows
 from veneer.models import gguf as reading
 
 # transformers reads no GGUF of Gemma 1 and Phi 2, none of Phi 3 with so small a vocabulary, and
@@ -184,7 +185,7 @@ def test_new_words_go_into_the_list_and_into_rows(name, kind, tmp_path):
     generator = torch.Generator().manual_seed(4)
     rows = [0.3 * torch.randn(len(NEW_TOKENS), 64, generator=generator) for _ in range(2)]
     head = None if "tied" in name else rows[1]
-    state = replace(state, rows=Rows(NEW_TOKENS, VOCAB, rows[0], head))
+    state = replace(state, new_tokens=NewTokenRows(NEW_TOKENS, VOCAB, rows[0], head))
     write_merged(base, state, tmp_path / "merged.gguf")
     reader = gguf.GGUFReader(tmp_path / "merged.gguf")
     words = reader.get_field("tokenizer.ggml.tokens").contents()

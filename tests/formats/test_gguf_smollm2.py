@@ -12,9 +12,9 @@ from support.random_adapters import distance, shake
 from veneer.data.chat import prompt_text
 from veneer.data.rows import Message
 from veneer.errors import ModelError
+from veneer.formats.capture import capture
 from veneer.formats.gguf import adapter as gguf_adapter
 from veneer.formats.gguf.model import write_merged
-from veneer.formats.state import capture
 from veneer.models.locate import locate
 
 pytestmark = pytest.mark.slow

@@ -225,7 +225,7 @@ def test_alpha_where_the_file_says_it_is_refused(tmp_path):
 
 def test_parts_that_are_not_there(tmp_path):
     veneer.save(adapted("gpt2"), tmp_path / "native")
-    with pytest.raises(veneer.AdapterError, match="No layer of this adapter has the parts"):
+    with pytest.raises(veneer.AdapterError, match="No layer of this adapter has the blocks"):
         convert(tmp_path / "native", tmp_path / "out", to="loralib", enable_lora=QKV)
 
 
@@ -233,11 +233,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "dora": (lambda: adapted("llama", dora=True), "DoRA's magnitudes"),
     "prompt": (
         lambda: veneer.attach(tiny("llama"), veneer.Method("prompt")),
-        "no format for prompt",
+        "no place for prompt",
     ),
     "freeze": (
         lambda: veneer.attach(tiny("llama"), veneer.Method("freeze")),
-        "no format for freeze",
+        "no place for freeze",
     ),
 }
 
@@ -254,7 +254,7 @@ def test_new_words_are_refused(tmp_path):
     model = tiny("llama")
     with_new_tokens(model, new_tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2))
-    with pytest.raises(veneer.AdapterError, match="new words"):
+    with pytest.raises(veneer.AdapterError, match="new tokens"):
         veneer.save(model, tmp_path / "out", format="loralib")
 
 

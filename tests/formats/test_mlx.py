@@ -233,13 +233,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "tied head": (lambda: adapted("gemma", targets="lm_head"), "lm_head is embedding and head"),
     "dora over an embedding": (
         lambda: adapted("qwen2", "dora", targets="embedding"),
-        "magnitudes are of words",
+        "magnitudes are of tokens",
     ),
     "prefix": (
         lambda: veneer.attach(tiny("llama"), veneer.Method("prefix")),
-        "no format for prefix",
+        "no place for prefix",
     ),
-    "full": (lambda: veneer.attach(tiny("llama"), veneer.Method("full")), "no format for full"),
+    "full": (lambda: veneer.attach(tiny("llama"), veneer.Method("full")), "no place for full"),
 }
 
 
@@ -255,7 +255,7 @@ def test_new_words_are_refused(tmp_path):
     model = tiny("llama")
     with_new_tokens(model, new_tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2))
-    with pytest.raises(veneer.AdapterError, match="new words"):
+    with pytest.raises(veneer.AdapterError, match="new tokens"):
         veneer.save(model, tmp_path / "mlx", format="mlx")
 
 

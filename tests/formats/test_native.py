@@ -23,7 +23,8 @@ from support.tiny_models import ARCHITECTURES, VOCAB, tiny
 from veneer.adapter.new_tokens import new_tokens_of
 from veneer.formats import native
 from veneer.formats.adapters import read
-from veneer.formats.state import AdapterState, capture
+from veneer.formats.capture import capture
+from veneer.formats.state import AdapterState
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -54,15 +55,16 @@ def equal(a: AdapterState, b: AdapterState) -> bool:
         same(a.tensors, b.tensors)
         and (a.config, a.base_name, dict(a.base_fingerprint))
         == (b.config, b.base_name, dict(b.base_fingerprint))
-        and (a.rows is None) == (b.rows is None)
+        and (a.new_tokens is None) == (b.new_tokens is None)
         and (
-            a.rows is None
-            or b.rows is None
+            a.new_tokens is None
+            or b.new_tokens is None
             or (
-                (a.rows.words, a.rows.start) == (b.rows.words, b.rows.start)
-                and torch.equal(a.rows.embedding, b.rows.embedding)
-                and (a.rows.head is None) == (b.rows.head is None)
-                and (a.rows.head is None or torch.equal(a.rows.head, b.rows.head))
+                (a.new_tokens.tokens, a.new_tokens.start)
+                == (b.new_tokens.tokens, b.new_tokens.start)
+                and torch.equal(a.new_tokens.embedding, b.new_tokens.embedding)
+                and (a.new_tokens.head is None) == (b.new_tokens.head is None)
+                and (a.new_tokens.head is None or torch.equal(a.new_tokens.head, b.new_tokens.head))
             )
         )
     )
@@ -255,7 +257,7 @@ def test_settings_of_new_words_that_do_not_fit(changes, tmp_path):
 def test_new_words_come_once_and_before_adapters_of_the_embedding(tmp_path):
     place = saved_words(tmp_path)
     model = veneer.load(tiny("qwen2"), place)
-    with pytest.raises(veneer.AdapterError, match="new words already"):
+    with pytest.raises(veneer.AdapterError, match="new tokens already"):
         veneer.load(model, place, name="b")
     with pytest.raises(veneer.VeneerError):
         veneer.add_tokens(model, tokenizer(), ["another"])

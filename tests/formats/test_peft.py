@@ -348,7 +348,7 @@ def test_new_words_are_not_written(tmp_path):
     model = tiny("llama")
     with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2))
-    with pytest.raises(veneer.AdapterError, match="new words"):
+    with pytest.raises(veneer.AdapterError, match="new tokens"):
         veneer.save(model, tmp_path / "peft", format="peft")
     assert not (tmp_path / "peft").exists()
 

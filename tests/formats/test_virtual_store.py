@@ -23,8 +23,8 @@ from support.random_adapters import (
 )
 from support.tiny_models import ARCHITECTURES, quantized, tiny
 from veneer.formats.adapters import read
+from veneer.formats.capture import capture
 from veneer.formats.peft.directory import CONFIG, WEIGHTS
-from veneer.formats.state import capture
 
 METHODS = ("prefix", "prompt")
 COUNT = 5
@@ -292,6 +292,6 @@ def test_new_words_are_not_written_for_peft(method, tmp_path):
     model = tiny("llama")
     with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.Method(method, virtual_tokens=2))
-    with pytest.raises(veneer.AdapterError, match="new words"):
+    with pytest.raises(veneer.AdapterError, match="new tokens"):
         veneer.save(model, tmp_path / "peft", format="peft")
     assert not (tmp_path / "peft").exists()

@@ -10,8 +10,9 @@ import veneer
 from support.random_adapters import shake, tokenizer
 from support.tiny_models import tiny
 from veneer.adapter.config import LoRA
+from veneer.formats.capture import capture
 from veneer.formats.merged import write_model
-from veneer.formats.state import AdapterState, capture
+from veneer.formats.state import AdapterState
 
 
 def model_with(architecture: str, *configs: LoRA, seed: int = 1) -> PreTrainedModel:

@@ -1,8 +1,7 @@
-"""What an adapter adds to each layer, apart from how its file says it, and back."""
+"""What an adapter adds to each layer, ΔW = B A, taken from an AdapterState and put back."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,13 +9,21 @@ import torch
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.formats.parts import EMBEDDING, LINEAR, MAGNITUDE, START
-from veneer.formats.peft.directory import without_start
-from veneer.formats.state import AdapterState
-from veneer.formats.validate import is_finite
+from veneer.formats.fold import without_start
+from veneer.formats.state import (
+    BIAS,
+    FACTORS,
+    LAYER_KEYS,
+    AdapterState,
+    StoredLayer,
+    layer_kind,
+    lora_settings,
+)
+from veneer.formats.validate import finite_problems
 from veneer.lowrank.formula import Factors
 
-KINDS = (*LINEAR, *EMBEDDING, MAGNITUDE, *START)
+# What the tensors of a matrix B A can be called.
+MATRIX_KEYS = LAYER_KEYS - {*FACTORS["parameter"], BIAS}
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Change:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of a linear layer, (dim, words) of an embedding."""
+        """(out, in) of a linear layer, (dim, vocab) of an embedding."""
         return self.B.shape[0], self.A.shape[1]
 
 
@@ -54,7 +61,7 @@ def energy_of(fits: Iterable[LayerFit]) -> float:
     return sum(fit.energy * fit.norm**2 for fit in fits) / whole if whole else 1.0
 
 
-def unfit(state: AdapterState) -> list[str]:
+def not_a_sum(state: AdapterState) -> list[str]:
     """Return why an adapter is no sum of B A over layers, as far as its tensors can tell."""
     config = state.config
     if not isinstance(config, LoRA):
@@ -69,13 +76,13 @@ def unfit(state: AdapterState) -> list[str]:
                 f"{layer.path} has A {tuple(A.shape)} and B {tuple(B.shape)}, but rank {rank}"
             )
     for key, tensor in state.tensors.items():
-        path, _, kind = key.rpartition(".")
-        if kind not in KINDS:
-            problems.append(f"{key} is no part of a low-rank layer")
+        path, _, name = key.rpartition(".")
+        if name not in MATRIX_KEYS:
+            problems.append(f"{key} is no tensor of a low-rank matrix")
         elif path not in complete:
             problems.append(f"{key} stands alone, without its other half")
-        elif not is_finite(tensor):
-            problems.append(f"{key} has values that are not finite numbers of a sensible size")
+        else:
+            problems += finite_problems(key, tensor)
     if not complete:
         problems.append("it has no layers")
     return problems
@@ -84,9 +91,9 @@ def unfit(state: AdapterState) -> list[str]:
 def changes_of(state: AdapterState) -> dict[str, Change]:
     """Return what an adapter adds to each layer, by path; of DoRA, B A before it is rescaled.
 
-    The adapter must have passed `unfit`.
+    The adapter must have passed `not_a_sum`.
     """
-    plain = without_start(state)
+    plain, _ = without_start(state)
     config = plain.config
     assert isinstance(config, LoRA)
     return {
@@ -108,20 +115,14 @@ def state_of(
 ) -> AdapterState:
     """Return changes as an adapter whose alpha is its rank in each layer, so that scaling is 1."""
     ranks = {path: len(change.A) for path, change in changes.items()}
-    ((rank, _),) = Counter(ranks.values()).most_common(1)
-    others = {path: own for path, own in ranks.items() if own != rank}
-    config = LoRA(
-        rank=rank,
-        alpha=float(rank),
-        targets=targets,
-        rank_pattern=others,
-        alpha_pattern={path: float(own) for path, own in others.items()},
-    )
-    tensors = {}
+    alphas = {path: float(rank) for path, rank in ranks.items()}
+    tensors: dict[str, Tensor] = {}
     for path, change in changes.items():
-        names = EMBEDDING if change.is_embedding else LINEAR
-        for name, factor in zip(names, change.factors, strict=True):
-            tensors[f"{path}.{name}"] = factor.contiguous()
+        A, B = (factor.contiguous() for factor in change.factors)
+        tensors |= StoredLayer(path, A, B, layer_kind(is_embedding=change.is_embedding)).tensors()
     return AdapterState(
-        config, tensors, base_name=base_name, base_fingerprint=dict(base_fingerprint)
+        lora_settings(ranks, alphas, targets=targets),
+        tensors,
+        base_name=base_name,
+        base_fingerprint=dict(base_fingerprint),
     )

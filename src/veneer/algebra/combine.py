@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.algebra.change import Change, LayerFit, changes_of, energy_of, state_of, unfit
+from veneer.algebra.change import Change, LayerFit, changes_of, energy_of, not_a_sum, state_of
 from veneer.algebra.config import CombineConfig, CombineMethod
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, joined
 from veneer.formats.state import AdapterState
 from veneer.lowrank.formula import delta_weight
 from veneer.lowrank.sparse import agreed, dropped, pruned, threshold, trimmed
 from veneer.lowrank.spectrum import balanced, inner, kept_energy, product_directions, truncated
 
-Together = list[dict[str, Change]]  # each adapter's changes, its weight within B
+Changes = Mapping[str, Change]  # of one adapter, by path, its weight within B
 
 
 @dataclass(frozen=True)
@@ -59,35 +59,37 @@ def combine(
 
     A layer that one of them lacks counts as zero there. Raises ConfigError for settings that cannot
     be, and AdapterError, listing everything at once, for adapters of different bases, of other
-    methods or with new words, and for DoRA.
+    methods or with new tokens, and for DoRA.
     """
     config = CombineConfig(method, rank, density, seed)
     _check_weights(weights, len(states))
     _check_states(states)
-    parts = [
+    adapters = [
         {path: Change(c.A, weight * c.B, c.is_embedding) for path, c in changes_of(state).items()}
         for state, weight in zip(states, weights, strict=True)
     ]
-    _check_shapes(parts)
+    _check_shapes(adapters)
     if method in ("sum", "svd"):
-        made = dict(_summed(parts, config.rank))
+        combined = dict(_summed(adapters, config.rank))
     else:
-        made = dict(_sparse(parts, config))
+        combined = dict(_sparse(adapters, config))
     state = state_of(
-        {path: change for path, (change, _) in made.items()},
-        targets=_targets(states, list(made)),
+        {path: change for path, (change, _) in combined.items()},
+        targets=_targets(states, list(combined)),
         base_name=next((s.base_name for s in states if s.base_name), ""),
-        base_fingerprint={part: mark for s in states for part, mark in s.base_fingerprint.items()},
+        base_fingerprint={key: mark for s in states for key, mark in s.base_fingerprint.items()},
     )
     # They must be the base's own, which is seen where the adapter is laid over one.
-    brought = {name: weight for s in states for name, weight in s.base_weights.items()}
-    state = replace(state, base_weights=brought)
-    return Combined(state, tuple(fit for _, fit in made.values()), tuple(_notices(states)))
+    base_weights = {name: weight for s in states for name, weight in s.base_weights.items()}
+    state = replace(state, base_weights=base_weights)
+    return Combined(state, tuple(fit for _, fit in combined.values()), tuple(_notices(states)))
 
 
-def _summed(parts: Together, rank: int | None) -> Iterator[tuple[str, tuple[Change, LayerFit]]]:
+def _summed(
+    adapters: Sequence[Changes], rank: int | None
+) -> Iterator[tuple[str, tuple[Change, LayerFit]]]:
     """Yield the sum of each layer's changes, cut to a rank if there is one."""
-    for path, changes in _by_layer(parts):
+    for path, changes in _by_layer(adapters):
         A = torch.cat([change.A for change in changes])  # (Σ rank, in)
         B = torch.cat([change.B for change in changes], dim=1)  # (out, Σ rank)
         energy, norm = 1.0, math.sqrt(max(0.0, inner((A, B), (A, B))))
@@ -95,51 +97,53 @@ def _summed(parts: Together, rank: int | None) -> Iterator[tuple[str, tuple[Chan
             U, S, V = product_directions(A, B)
             A, B = balanced(U, S, V, rank)
             energy = kept_energy(S[:rank], float(S.square().sum()))
-        one = Change(A, B, changes[0].is_embedding)
-        yield path, (one, LayerFit(path, len(A), norm, energy))
+        change = Change(A, B, changes[0].is_embedding)
+        yield path, (change, LayerFit(path, len(A), norm, energy))
 
 
 def _sparse(
-    parts: Together, config: CombineConfig
+    adapters: Sequence[Changes], config: CombineConfig
 ) -> Iterator[tuple[str, tuple[Change, LayerFit]]]:
     """Yield what is left of each layer's changes, cut to the rank."""
     density = config.density
     assert density is not None
-    least = [0.0] * len(parts)
+    least = [0.0] * len(adapters)
     if config.method == "ties":
         # The paper trims an adapter as one vector: a layer that changed little may lose everything.
-        least = [threshold(partial(_all_dense, part), density) for part in parts]
-    for path, _ in _by_layer(parts):
+        least = [threshold(partial(_all_dense, adapter), density) for adapter in adapters]
+    for path, _ in _by_layer(adapters):
         generator = torch.Generator().manual_seed(_layer_seed(config.seed, path))
-        kept = []
-        for part, smallest in zip(parts, least, strict=True):
-            if path not in part:
+        sparse = []
+        for adapter, smallest in zip(adapters, least, strict=True):
+            if path not in adapter:
                 continue
-            change = _dense(part[path])
+            change = _dense(adapter[path])
             if config.method == "ties":
-                kept.append(trimmed(change, smallest))
+                sparse.append(trimmed(change, smallest))
             elif config.method == "magnitude_prune":
-                kept.append(pruned(change, density))
+                sparse.append(pruned(change, density))
             else:
-                kept.append(dropped(change, density, generator))
-        one = agreed(kept) if config.method in ("ties", "dare_ties") else torch.stack(kept).sum(0)
-        factors, energy = truncated(one, rank=config.rank)
-        is_embedding = next(part[path].is_embedding for part in parts if path in part)
-        fit = LayerFit(path, len(factors[0]), float(one.norm()), energy)
+                sparse.append(dropped(change, density, generator))
+        total = (
+            agreed(sparse) if config.method in ("ties", "dare_ties") else torch.stack(sparse).sum(0)
+        )
+        factors, energy = truncated(total, rank=config.rank)
+        is_embedding = next(adapter[path].is_embedding for adapter in adapters if path in adapter)
+        fit = LayerFit(path, len(factors[0]), float(total.norm()), energy)
         yield path, (Change(*factors, is_embedding), fit)
 
 
-def _by_layer(parts: Together) -> Iterator[tuple[str, list[Change]]]:
-    for path in dict.fromkeys(path for part in parts for path in part):
-        yield path, [part[path] for part in parts if path in part]
+def _by_layer(adapters: Sequence[Changes]) -> Iterator[tuple[str, list[Change]]]:
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter):
+        yield path, [adapter[path] for adapter in adapters if path in adapter]
 
 
 def _dense(change: Change) -> Tensor:
     return delta_weight(change.A, change.B, 1.0)
 
 
-def _all_dense(part: Mapping[str, Change]) -> Iterator[Tensor]:
-    return map(_dense, part.values())
+def _all_dense(adapter: Changes) -> Iterator[Tensor]:
+    return map(_dense, adapter.values())
 
 
 def _layer_seed(seed: int, path: str) -> int:
@@ -166,7 +170,7 @@ def _check_weights(weights: Sequence[float], count: int) -> None:
     if not count:
         problems.append("there is no adapter")
     if problems:
-        raise ConfigError("Adapters cannot be combined so: " + "; ".join(problems) + ".")
+        raise ConfigError(f"Adapters cannot be combined so: {joined(problems)}.")
 
 
 def _check_states(states: Sequence[AdapterState]) -> None:
@@ -174,36 +178,36 @@ def _check_states(states: Sequence[AdapterState]) -> None:
     problems = []
     marks: dict[str, tuple[int, str]] = {}
     for n, state in enumerate(states, 1):
-        own = unfit(state)
+        own = not_a_sum(state)
         if isinstance(state.config, LoRA) and state.config.dora:
             own.append(
                 "it is DoRA, whose change m ∘ (W + B A) / ‖W + B A‖ − W hangs on the base and is "
                 "of full rank, so that no factors hold it (merge it, and extract an adapter "
                 "from the merged model)"
             )
-        if state.rows is not None:
-            own.append("it has new words, whose rows belong to its own tokenizer")
-        if state.saved or state.tokens:
-            own.append("it has weights or rows in the place of the base's, which are no B A")
-        for part, mark in state.base_fingerprint.items():
-            first, known = marks.setdefault(part, (n, mark))
-            if known != mark:
-                own.append(f"it was made on another base than adapter {first} (its {part} differ)")
+        if state.new_tokens is not None:
+            own.append("it has new tokens, whose rows belong to its own tokenizer")
+        if state.replacements or state.trained_tokens:
+            own.append("it has weights or rows that replace the base's, which are no B A")
+        for key, mark in state.base_fingerprint.items():
+            first, first_mark = marks.setdefault(key, (n, mark))
+            if first_mark != mark:
+                own.append(f"it was made on another base than adapter {first} (its {key} differ)")
         problems += [f"adapter {n}: {problem}" for problem in own]
     if problems:
-        raise AdapterError("These adapters cannot be combined: " + "; ".join(problems) + ".")
+        raise AdapterError(f"These adapters cannot be combined: {joined(problems)}.")
 
 
-def _check_shapes(parts: Together) -> None:
+def _check_shapes(adapters: Sequence[Changes]) -> None:
     problems = []
-    for path, changes in _by_layer(parts):
+    for path, changes in _by_layer(adapters):
         kinds = {(change.shape, change.is_embedding) for change in changes}
         if len(kinds) > 1:
             shapes = " and ".join(str(change.shape) for change in changes)
             problems.append(f"{path} is {shapes}")
     if problems:
         raise AdapterError(
-            "These adapters belong to bases of different shapes: " + "; ".join(problems) + "."
+            f"These adapters belong to bases of different shapes: {joined(problems)}."
         )
 
 
@@ -218,5 +222,5 @@ def _notices(states: Sequence[AdapterState]) -> Iterator[str]:
         if state.base_weights:
             yield (
                 f"Adapter {n} brings weights of its base along ({', '.join(state.base_weights)}); "
-                "they are taken to be the base's own, and are not part of the sum."
+                "they are taken to be the base's own, and are not adapter of the sum."
             )

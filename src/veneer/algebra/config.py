@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from veneer.errors import ConfigError
+from veneer.checks import FRACTION, check_config, one_of, whole_number
 
 CombineMethod = Literal["sum", "svd", "ties", "dare", "dare_ties", "magnitude_prune"]
-SPARSE = ("ties", "dare", "dare_ties", "magnitude_prune")  # what keeps a part of the entries
+SPARSE = ("ties", "dare", "dare_ties", "magnitude_prune")  # methods that drop entries
+RANK = whole_number(1)
 
 
 @dataclass(frozen=True)
@@ -26,26 +27,27 @@ class CombineConfig:
     """Decides which entries dare and dare_ties drop."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.method not in get_args(CombineMethod):
-            known = ", ".join(get_args(CombineMethod))
-            problems.append(f"method is {self.method!r}, but must be one of {known}")
-        elif self.method == "sum" and self.rank is not None:
-            problems.append("sum is exact and has the ranks that add up; for a rank, use svd")
-        elif self.method != "sum" and self.rank is None:
-            problems.append(f"{self.method} needs a rank, which its result is cut to")
-        if self.rank is not None and not _is_whole(self.rank):
-            problems.append(f"rank is {self.rank!r}, but must be a whole number of at least 1")
-        if self.method in SPARSE and self.density is None:
-            problems.append(
-                f"{self.method} needs a density: the share of the entries that it keeps"
-            )
-        if self.method not in SPARSE and self.density is not None:
-            problems.append(f"density would do nothing with {self.method}")
-        if self.density is not None and not _is_share(self.density):
-            problems.append(f"density is {self.density!r}, but must be above 0 and at most 1")
-        if problems:
-            raise ConfigError("Adapters cannot be combined so: " + "; ".join(problems) + ".")
+        method = one_of(CombineMethod)
+        is_sparse = self.method in SPARSE
+        check_config(
+            self,
+            opening="Adapters cannot be combined so",
+            rules={"method": method, "rank": RANK, "density": FRACTION},
+            contradictions={
+                "sum is exact and has the ranks that add up; for a rank, use svd": (
+                    self.method == "sum" and self.rank is not None
+                ),
+                f"{self.method} needs a rank, which its result is cut to": (
+                    method.holds(self.method) and self.method != "sum" and self.rank is None
+                ),
+                f"{self.method} needs a density: the share of the entries that it keeps": (
+                    is_sparse and self.density is None
+                ),
+                f"density would do nothing with {self.method}": (
+                    not is_sparse and self.density is not None
+                ),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -60,20 +62,12 @@ class ExtractConfig:
     """Take embeddings too, and a head that is one weight with them; few other runtimes can."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if (self.rank is None) == (self.energy is None):
-            problems.append("give a rank or an energy, one of them")
-        if self.rank is not None and not _is_whole(self.rank):
-            problems.append(f"rank is {self.rank!r}, but must be a whole number of at least 1")
-        if self.energy is not None and not _is_share(self.energy):
-            problems.append(f"energy is {self.energy!r}, but must be above 0 and at most 1")
-        if problems:
-            raise ConfigError("An adapter cannot be extracted so: " + "; ".join(problems) + ".")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and 0 < value <= 1
+        check_config(
+            self,
+            opening="An adapter cannot be extracted so",
+            rules={"rank": RANK, "energy": FRACTION},
+            contradictions={
+                "give a rank or an energy, one of them": (self.rank is None)
+                == (self.energy is None)
+            },
+        )

@@ -1,4 +1,4 @@
-"""The adapter that lies in somebody's full fine-tune: the change of each weight, cut to a rank."""
+"""An adapter from a full fine-tune: the change of each weight, cut to a rank."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from veneer.adapter.targets import Layer, adaptable_layers
 from veneer.algebra.change import Change, LayerFit, energy_of, state_of
 from veneer.algebra.config import ExtractConfig
 from veneer.errors import AdapterError, ModelError, joined
+from veneer.formats.capture import module_paths
 from veneer.formats.state import AdapterState, shortest_names
 from veneer.lowrank.spectrum import truncated
 from veneer.models.fingerprint import Marks, fingerprint
@@ -28,8 +29,8 @@ FOREIGN = 0.5
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A weight that changed and is not in the adapter, as no layer's factors can hold it."""
+class UncoveredWeight:
+    """A weight that changed and that the adapter does not cover."""
 
     name: str
     norm: float  # ‖ΔW‖
@@ -38,11 +39,11 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Extracted:
-    """An adapter found in a fine-tune, how much of it that is, and what to know of it."""
+    """An adapter extracted from a fine-tune, how much of the change it holds, and notices."""
 
     state: AdapterState
     layers: tuple[LayerFit, ...]
-    left_out: tuple[LeftOut, ...]
+    uncovered: tuple[UncoveredWeight, ...]
     norm: float  # ‖ΔW‖ over all weights
     relative: float  # ‖ΔW‖ / ‖W‖ over all weights
     notices: tuple[str, ...] = ()
@@ -53,9 +54,9 @@ class Extracted:
         return energy_of(self.layers)
 
     @property
-    def left_out_share(self) -> float:
-        """The share of ‖ΔW‖² over all weights that lies in those left out."""
-        return sum(each.norm**2 for each in self.left_out) / self.norm**2
+    def uncovered_share(self) -> float:
+        """The share of ‖ΔW‖² over all weights that lies in the uncovered ones."""
+        return sum(weight.norm**2 for weight in self.uncovered) / self.norm**2
 
 
 def extract(
@@ -87,9 +88,9 @@ def extract(
         _check_settings(before, after, tokenizer, their_tokenizer)
     skeleton, marks = before.skeleton, Marks(before.skeleton)
     owners = _owners(skeleton, embeddings=config.embeddings)
-    found: dict[str, Change] = {}
+    changes: dict[str, Change] = {}
     fits: list[LayerFit] = []
-    left_out: list[LeftOut] = []
+    uncovered: list[UncoveredWeight] = []
     changed = size = 0.0
     rounded = False
     for name in before.names:
@@ -107,15 +108,15 @@ def extract(
         if not norm:
             continue
         if name not in owners:
-            left_out.append(LeftOut(name, norm, norm / own_size if own_size else math.inf))
+            uncovered.append(UncoveredWeight(name, norm, norm / own_size if own_size else math.inf))
             continue
-        (A, B), kept = truncated(delta, rank=config.rank, energy=config.energy)
+        (A, B), energy_held = truncated(delta, rank=config.rank, energy=config.energy)
         for layer in owners[name]:
             # Conv1D and embeddings hold their weights as (in, out): there B A is turned.
             turned = not isinstance(layer.module, nn.Linear)
             factors = (B.T, A.T) if turned else (A, B)
-            found[layer.path] = Change(*factors, not layer.is_linear)
-            fits.append(LayerFit(layer.path, len(A), norm, kept))
+            changes[layer.path] = Change(*factors, not layer.is_linear)
+            fits.append(LayerFit(layer.path, len(A), norm, energy_held))
     relative = (changed / size) ** 0.5 if size else 0.0
     if relative > FOREIGN and not force:
         raise AdapterError(
@@ -123,26 +124,26 @@ def extract(
             "as those of models that were trained apart do: this is no fine-tune of that base "
             "(force overrides this)."
         )
-    if not found:
+    if not changes:
         raise AdapterError(
             f"No layer of {tuned} that can have an adapter differs from {base}'s: there is "
             "nothing to extract."
         )
     skeleton.veneer_marks = marks.found()  # type: ignore[assignment]
     state = state_of(
-        found,
-        targets=shortest_names(set(found), skeleton),
+        changes,
+        targets=shortest_names(set(changes), module_paths(skeleton)),
         base_name=str(base),
         base_fingerprint=fingerprint(skeleton, tokenizer),
     )
-    said = (f"The weights of {base} were rounded to the dtype of {tuned} before comparing.",)
+    rounding = (f"The weights of {base} were rounded to the dtype of {tuned} before comparing.",)
     return Extracted(
         state,
         tuple(fits),
-        tuple(left_out),
+        tuple(uncovered),
         changed**0.5,
         relative,
-        (*notices, *more, *(said if rounded else ())),
+        (*notices, *more, *(rounding if rounded else ())),
     )
 
 
@@ -188,12 +189,12 @@ def _check_settings(
     their_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Raise AdapterError where the same weights and texts mean something else to the two."""
-    parts = {"settings": "config", "vocabularies": "tokenizer"}
+    keys = {"settings": "config", "vocabularies": "tokenizer"}
     ours, theirs = (
         fingerprint(_marked(source), tokens)
         for source, tokens in ((before, tokenizer), (after, their_tokenizer))
     )
-    differing = [words for words, part in parts.items() if ours[part] != theirs[part]]
+    differing = [name for name, key in keys.items() if ours[key] != theirs[key]]
     if differing:
         raise AdapterError(
             f"The {' and '.join(differing)} of the two models differ: this is no fine-tune of that "

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from veneer.adapter.config import LoRA
-from veneer.algebra.change import Change, changes_of, unfit
-from veneer.errors import AdapterError
+from veneer.algebra.change import Change, changes_of, not_a_sum
+from veneer.errors import AdapterError, joined
 from veneer.formats.state import AdapterState
 from veneer.lowrank.spectrum import effective_rank, inner, product_directions
 
@@ -68,7 +68,7 @@ def diff(one: AdapterState, other: AdapterState) -> list[Pair]:
     ]
     if problems:
         raise AdapterError(
-            "These adapters belong to bases of different shapes: " + "; ".join(problems) + "."
+            f"These adapters belong to bases of different shapes: {joined(problems)}."
         )
     return [
         Pair(
@@ -102,8 +102,8 @@ def cosine(product: float, one: float, other: float) -> float | None:
 
 
 def _changes(state: AdapterState, which: str) -> dict[str, Change]:
-    if problems := unfit(state):
-        raise AdapterError(f"This adapter cannot be measured: {which}: {'; '.join(problems)}.")
+    if problems := not_a_sum(state):
+        raise AdapterError(f"This adapter cannot be measured: {which}: {joined(problems)}.")
     return changes_of(state)
 
 

@@ -27,7 +27,7 @@ from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.algebra.change import LayerFit
-    from veneer.algebra.extract import LeftOut
+    from veneer.algebra.extract import UncoveredWeight
 
 MOST_NAMED = 8  # weights that change and get no adapter: the largest are named one by one
 
@@ -90,12 +90,12 @@ def extract(
     for notice in extracted.notices:
         show_notice(notice)
     _show_fits(extracted.layers)
-    for line in _uncovered_lines(extracted.left_out):
+    for line in _uncovered_lines(extracted.uncovered):
         OUTPUT.print(line, soft_wrap=True)
     OUTPUT.print(
         f"All weights changed by {extracted.relative:.2%} of their size. "
         f"{len(extracted.layers)} layers have an adapter, of rank {_ranks(extracted.layers)}, "
-        f"which keeps {extracted.energy:.2%} of their change; {extracted.left_out_share:.2%} of "
+        f"which keeps {extracted.energy:.2%} of their change; {extracted.uncovered_share:.2%} of "
         "all change lies in weights left out",
         soft_wrap=True,
     )
@@ -108,9 +108,9 @@ def _show_fits(fits: Sequence[LayerFit]) -> None:
     OUTPUT.print()
 
 
-def _uncovered_lines(left_out: Sequence[LeftOut]) -> list[str]:
+def _uncovered_lines(uncovered: Sequence[UncoveredWeight]) -> list[str]:
     """Return a line for each weight that changed and got no adapter, the largest changes first."""
-    by_size = sorted(left_out, key=lambda weight: -weight.norm)
+    by_size = sorted(uncovered, key=lambda weight: -weight.norm)
     lines = [
         f"Left out: {escape(weight.name)}, changed by {weight.relative:.2%} of its size "
         f"(‖ΔW‖ {weight.norm:.3g})"

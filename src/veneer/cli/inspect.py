@@ -126,8 +126,8 @@ def _show_what_is_not_measured(state: AdapterState, place: Path) -> None:
 
     if is_dora(state):
         show_notice(f"{place} is DoRA: B A is measured, without the lengths of the rows.")
-    if state.rows is not None:
-        show_notice(f"The {len(state.rows.words)} new tokens of {place} are not measured.")
+    if state.new_tokens is not None:
+        show_notice(f"The {len(state.new_tokens.tokens)} new tokens of {place} are not measured.")
 
 
 def _show(table: Table) -> None:

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapter.config import LoRA
 from veneer.errors import VeneerWarning
 from veneer.formats import table as formats
-from veneer.formats.given import Given
-from veneer.formats.known_base import KnownBase
+from veneer.formats.base_structure import BaseStructure
+from veneer.formats.capture import capture
+from veneer.formats.install import install
 from veneer.formats.names import FormatName
-from veneer.formats.state import AdapterState, capture, install
+from veneer.formats.options import FormatOptions
+from veneer.formats.state import AdapterState
 from veneer.models.fingerprint import base_parameters
 
 
@@ -41,17 +43,17 @@ def save(
     if isinstance(state.config, LoRA) or not state.config.replaces_weights:
         own = base_parameters(model)
         trained = [path for path, weight in own.items() if weight.requires_grad]
-        if beside := [path for path in trained if path not in state.saved]:
+        if lost := [path for path in trained if path not in state.replacements]:
             warnings.warn(
-                f"{', '.join(beside)} train too and are no part of the adapter; keep them with "
+                f"{', '.join(lost)} train too and are no part of the adapter; keep them with "
                 "the model, as merge(model).save_pretrained(...) does.",
                 VeneerWarning,
                 stacklevel=2,
             )
     if training is not None:
         state = replace(state, training=training)
-    given = Given(KnownBase(model), tokenizer=tokenizer)
-    return formats.write(state, Path(directory), format, given)
+    options = FormatOptions(BaseStructure(model), tokenizer=tokenizer)
+    return formats.write(state, Path(directory), format, options)
 
 
 def load(
@@ -67,30 +69,32 @@ def load(
 ) -> PreTrainedModel:
     """Lay the adapter in a directory over `model`, frozen and in use, and return the model.
 
-    The format is recognised by content. New words that the adapter brings are added to
+    The format is recognised by content. New tokens that the adapter brings are added to
     `tokenizer`. With `allow_bin`, PEFT's adapter_model.bin, a pickle, is read too, but nothing of
     it except tensors. `alpha` and `enable_lora` are for loralib's files, which do not say them.
     Raises AdapterError for a damaged adapter or a foreign base (unless `force`).
     """
     path = Path(directory)
-    given = Given(KnownBase(model), alpha=alpha, enable_lora=enable_lora, allow_bin=allow_bin)
-    install(model, formats.read(path, given), name=name, tokenizer=tokenizer, force=force)
+    options = FormatOptions(
+        BaseStructure(model), alpha=alpha, enable_lora=enable_lora, allow_bin=allow_bin
+    )
+    install(model, formats.read(path, options), name=name, tokenizer=tokenizer, force=force)
     return model
 
 
-def holds_adapter(place: Path) -> bool:
-    """Return whether there is an adapter of a known format at `place`, and no model to load."""
-    return formats.found(place) is not None
+def holds_adapter(path: Path) -> bool:
+    """Return whether there is an adapter of a known format at `path`."""
+    return formats.detect(path) is not None
 
 
 def read(
     directory: Path, base: PreTrainedModel | None = None, *, allow_bin: bool = False
 ) -> AdapterState:
-    """Read an adapter of any known format; some need the base, or its skeleton, to be known."""
-    known = None if base is None else KnownBase(base)
-    return formats.read(directory, Given(known, allow_bin=allow_bin))
+    """Read an adapter of any known format; some need the base, or its skeleton."""
+    structure = None if base is None else BaseStructure(base)
+    return formats.read(directory, FormatOptions(structure, allow_bin=allow_bin))
 
 
 def write(state: AdapterState, directory: Path, *, format: FormatName = "native") -> list[str]:
     """Write an adapter without its model, all at once, and return notes as `save` does."""
-    return formats.write(state, directory, format, Given())
+    return formats.write(state, directory, format, FormatOptions())

@@ -28,11 +28,11 @@ def card(state: AdapterState) -> str:
     base = state.base_name or "an unnamed base"
     if isinstance(config, LoRA):
         name, layers = "DoRA" if config.dora else "LoRA", sum(1 for _ in state.layers())
-        what = f"{name} of rank {config.rank} and alpha {config.alpha:g} over {layers} layers of"
+        summary = f"{name} of rank {config.rank} and alpha {config.alpha:g} over {layers} layers of"
     else:
-        what = f"{in_words(config).capitalize()} for"
+        summary = f"{in_words(config).capitalize()} for"
     lines = ["---", yaml.safe_dump(head, sort_keys=True).rstrip(), "---", ""]
-    lines += [f"# An adapter for {base}", "", f"{what} {base}, trained with Veneer.", ""]
+    lines += [f"# An adapter for {base}", "", f"{summary} {base}, trained with Veneer.", ""]
     lines += [
         "    from peft import PeftModel",
         "    PeftModel.from_pretrained(base, directory)",

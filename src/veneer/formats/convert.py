@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.choose import PRESETS
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError, VeneerError
+from veneer.errors import AdapterError, VeneerError, joined
 from veneer.formats import table as formats
+from veneer.formats.base_structure import BaseStructure, targets_for
 from veneer.formats.fold import uniform
-from veneer.formats.given import Given
-from veneer.formats.known_base import KnownBase
 from veneer.formats.names import FormatName
+from veneer.formats.options import FormatOptions
 from veneer.formats.state import AdapterState
 from veneer.formats.validate import validate
 
@@ -44,49 +44,48 @@ def convert(
 ) -> Converted:
     """Read the adapter at `source` and write it to `out` in the format `to`.
 
-    base: its structure alone will do, on the meta device; what it tells of an adapter's layers some
-    formats cannot do without. rank: give every layer this rank, filled up with zeros, and one
-    scaling. force: replace an adapter that stands in `out`. allow_bin: read PEFT's pickles too.
+    base: a model, also on the meta device; some formats cannot name layers without it. rank: give
+    every layer this rank, filled up with zeros, and one scaling. force: replace an adapter in
+    `out`. allow_bin: read PEFT's pickles too.
 
     Raises AdapterError for what cannot be read, does not fit the base, or has no place in `to`;
     VeneerError if `out` holds something.
     """
-    kind = formats.found(source)
+    kind = formats.detect(source)
     if out.exists() and not force and (out.is_file() or any(out.iterdir())):
         raise VeneerError(f"{out} holds something already; name another place, or use --force.")
-    known = KnownBase(base) if base is not None else None
+    structure = BaseStructure(base) if base is not None else None
     # A loralib file is read with enable_lora; for every other adapter it is meant for writing.
-    read_parts = enable_lora if kind == "loralib" and source.is_file() else None
-    written_parts = enable_lora if read_parts is None or to == "loralib" else None
+    for_reading = enable_lora if kind == "loralib" and source.is_file() else None
+    for_writing = enable_lora if for_reading is None or to == "loralib" else None
     state = formats.read(
-        source, Given(known, alpha=alpha, enable_lora=read_parts, allow_bin=allow_bin)
+        source,
+        FormatOptions(structure, alpha=alpha, enable_lora=for_reading, allow_bin=allow_bin),
     )
     assert kind is not None
     if base is not None:
         state = _over(state, base, base_name)
-    state = by_path(state, known)
+    state = by_path(state, structure)
     notes: list[str] = []
     if rank is not None:
         state, notes = uniform(state, rank)
-    given = Given(known, enable_lora=written_parts, approximate=approximate)
-    notes += formats.write(state, out, to, given)
+    options = FormatOptions(structure, enable_lora=for_writing, approximate=approximate)
+    notes += formats.write(state, out, to, options)
     layers = sum(1 for _ in state.layers())
     return Converted(kind, layers, tuple(dict.fromkeys(notes)))
 
 
-def by_path(state: AdapterState, base: KnownBase | None = None) -> AdapterState:
+def by_path(state: AdapterState, base: BaseStructure | None = None) -> AdapterState:
     """Return an adapter whose targets say which layers are meant without a model to look into:
     names and paths, but neither presets, patterns nor slices."""
     config = state.config
     if not isinstance(config, LoRA):
         return state
     paths = {layer.path for layer in state.layers()}
-    if base is not None:
-        targets = base.short_names(paths)
-    elif config.layers or any(t in PRESETS or t.startswith("re:") for t in config.targets):
-        targets = tuple(sorted(paths))
-    else:
+    are_names = not any(t in PRESETS or t.startswith("re:") for t in config.targets)
+    if base is None and not config.layers and are_names:
         return state
+    targets = targets_for(paths, base)
     return replace(state, config=replace(config, targets=targets, layers=None))
 
 
@@ -94,5 +93,5 @@ def _over(state: AdapterState, base: PreTrainedModel, name: str) -> AdapterState
     """Return the adapter with its base's name, having seen that it fits the base's structure."""
     bare = replace(state, base_weights={})  # they are compared with weights, which are not there
     if problems := validate(base, bare, None, force=True):
-        raise AdapterError("This adapter does not fit the base: " + "; ".join(problems) + ".")
+        raise AdapterError(f"This adapter does not fit the base: {joined(problems)}.")
     return replace(state, base_name=state.base_name or name)

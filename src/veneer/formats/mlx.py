@@ -16,13 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError, ConfigError, listed
+from veneer.errors import AdapterError, ConfigError, joined, listed
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
-from veneer.formats.fold import plain_lora, uniform
-from veneer.formats.given import Given
-from veneer.formats.known_base import KnownBase
-from veneer.formats.parts import EMBEDDING, LINEAR, MAGNITUDE
-from veneer.formats.state import AdapterState
+from veneer.formats.base_structure import BaseStructure, targets_for
+from veneer.formats.contents import lora_of
+from veneer.formats.fold import uniform
+from veneer.formats.options import FormatOptions
+from veneer.formats.state import FACTORS, MAGNITUDE, AdapterState, layer_kind
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 TYPES = ("lora", "dora")  # what fine_tune_type says of adapters; full is none
@@ -40,27 +40,27 @@ MOVED: dict[str, dict[str, str]] = {
 }
 
 
-def found(path: Path) -> bool:
+def detects(path: Path) -> bool:
     """Return whether a directory holds an adapter of mlx-lm's: the file of weights tells it from
     PEFT's, whose configuration has the same name."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def read(path: Path, given: Given) -> AdapterState:
+def read(path: Path, options: FormatOptions) -> AdapterState:
     """Read a directory that mlx-lm wrote. Raises AdapterError, naming the directory."""
     config = read_json(path / CONFIG)
     try:
-        return state_of(config, read_tensors(path / WEIGHTS), given.base)
+        return state_of(config, read_tensors(path / WEIGHTS), options.base)
     except AdapterError as error:
         raise AdapterError(f"The MLX adapter in {path} cannot be used: {error}.") from error
 
 
-def write(state: AdapterState, path: Path, given: Given) -> list[str]:
+def write(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
     """Write a directory that mlx-lm loads, all of it at once. Returns notes on what was changed.
 
     Raises AdapterError for what mlx-lm has no place for or would compute otherwise.
     """
-    config, tensors, notes = mlx_of(state, given.base)
+    config, tensors, notes = mlx_of(state, options.base)
     with new_directory(path, marker=WEIGHTS) as new:
         write_tensors(new / WEIGHTS, tensors)
         write_json(new / CONFIG, config)
@@ -68,26 +68,25 @@ def write(state: AdapterState, path: Path, given: Given) -> list[str]:
 
 
 def mlx_of(
-    state: AdapterState, base: KnownBase | None
+    state: AdapterState, base: BaseStructure | None
 ) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
     """Return mlx-lm's configuration and tensors of an adapter, and what was changed for them."""
-    plain = plain_lora(state, "MLX", dora=True)
-    one, folded = uniform(plain.state)
-    config = one.config
+    lora_of(state, "mlx")
+    state, notes = uniform(state)
+    config = state.config
     assert isinstance(config, LoRA)
-    layers = list(one.layers())
+    layers = list(state.layers())
     paths = [layer.path for layer in layers]
     embeddings = [layer.path for layer in layers if layer.is_embedding]
     _refuse_unlike(paths, embeddings, config, base)
     tensors = {}
     for layer in layers:
-        there = _moved(layer.path, base, back=False)
-        tensors[f"{there}.lora_a"] = layer.A.T  # (in, rank), or (words, rank)
-        tensors[f"{there}.lora_b"] = layer.B.T  # (rank, out), or (rank, dim)
+        moved = _moved(layer.path, base, back=False)
+        tensors[f"{moved}.lora_a"] = layer.A.T  # (in, rank), or (vocab, rank)
+        tensors[f"{moved}.lora_b"] = layer.B.T  # (rank, out), or (rank, dim)
         if layer.magnitude is not None:
-            tensors[f"{there}.m"] = layer.magnitude
+            tensors[f"{moved}.m"] = layer.magnitude
     count, keys = _keys([_moved(path, base, back=False) for path in paths], base)
-    notes = plain.notes + folded
     if base is None:
         notes.append("Paths are taken as they are, since no base was named.")
     return (
@@ -108,11 +107,11 @@ def mlx_of(
 
 
 def state_of(
-    config: dict[str, Any], tensors: dict[str, Tensor], base: KnownBase | None
+    config: dict[str, Any], tensors: dict[str, Tensor], base: BaseStructure | None
 ) -> AdapterState:
     """Return the adapter that mlx-lm's configuration and tensors describe.
 
-    Raises AdapterError, listing every part that cannot be honoured and every key that is unknown.
+    Raises AdapterError, listing every setting that cannot be honoured and every unknown key.
     """
     problems = []
     kind = config.get("fine_tune_type", "lora")  # mlx-lm's own default
@@ -131,8 +130,8 @@ def state_of(
             problems.append(f"the key {key!r} is unknown")
         elif tensor.ndim > 2:
             problems.append(f"{key} is {tuple(tensor.shape)}, of experts, which is not read")
-    places = {key.rpartition(".")[0]: "" for key in tensors}
-    if base is None and (unclear := [p for p in places if not p.startswith(PLAIN_PATHS)]):
+    moved = {key.rpartition(".")[0]: "" for key in tensors}  # mlx-lm's path: transformers'
+    if base is None and (unclear := [p for p in moved if not p.startswith(PLAIN_PATHS)]):
         problems.append(
             f"{listed(unclear)} may be an embedding or a linear layer, or have another path in "
             "transformers; name the base"
@@ -141,37 +140,36 @@ def state_of(
     ours: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         there, _, end = key.rpartition(".")
-        path = places[there] = _moved(there, base, back=True)
-        a, b = EMBEDDING if path in embeddings else LINEAR
+        path = moved[there] = _moved(there, base, back=True)
+        a, b = FACTORS[layer_kind(is_embedding=path in embeddings)]
         name = {"lora_a": a, "lora_b": b, "m": MAGNITUDE}.get(end, end)
         ours[f"{path}.{name}"] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
-    if base is not None and base.tied and base.embedding in places.values():
+    if base is not None and base.tied and base.embedding in moved.values():
         problems.append(f"it adapts {base.embedding}, which is the head too, in both of its uses")
-    if kind == "dora" and embeddings & set(places.values()):
-        problems.append("its embedding's magnitudes are of words, not of dimensions")
+    if kind == "dora" and embeddings & set(moved.values()):
+        problems.append("its embedding's magnitudes are of tokens, not of dimensions")
     lora = None
     try:
         if not isinstance(scale, int | float) or isinstance(scale, bool):
             raise TypeError(f"scale is {scale!r}, but must be a number")
         if not isinstance(rank, int):
             raise TypeError(f"rank is {rank!r}, but must be a whole number")
-        paths = set(places.values())
         lora = LoRA(
             rank=rank,
             alpha=scale * rank,
             dropout=settings.get("dropout", 0.0),
-            targets=base.short_names(paths) if base else sorted(paths),
+            targets=targets_for(set(moved.values()), base),
             dora=kind == "dora",
         )
     except (ConfigError, TypeError) as error:
         problems.append(f"{CONFIG} does not describe a LoRA ({error})")
     if problems or lora is None:
-        raise AdapterError("; ".join(problems))
+        raise AdapterError(joined(problems))
     return AdapterState(lora, ours, base_name=str(config.get("model") or ""))
 
 
 def _refuse_unlike(
-    paths: list[str], embeddings: list[str], config: LoRA, base: KnownBase | None
+    paths: list[str], embeddings: list[str], config: LoRA, base: BaseStructure | None
 ) -> None:
     """Raise AdapterError for what mlx-lm would compute otherwise, or name otherwise."""
     problems = []
@@ -192,13 +190,14 @@ def _refuse_unlike(
             )
     if config.dora and embeddings:
         problems.append(
-            f"DoRA over {listed(embeddings)}: its magnitudes are of words there, of dimensions here"
+            f"DoRA over {listed(embeddings)}: its magnitudes are of tokens there, of dimensions "
+            "here"
         )
     if problems:
-        raise AdapterError(f"MLX cannot express this adapter: {'; '.join(problems)}.")
+        raise AdapterError(f"MLX cannot express this adapter: {joined(problems)}.")
 
 
-def _keys(paths: list[str], base: KnownBase | None) -> tuple[int, list[str]]:
+def _keys(paths: list[str], base: BaseStructure | None) -> tuple[int, list[str]]:
     """Return num_layers and the keys that name these layers, and in mlx-lm no others.
 
     A key is a path inside a block, which then counts for the last num_layers blocks (all of them
@@ -227,14 +226,14 @@ def _keys(paths: list[str], base: KnownBase | None) -> tuple[int, list[str]]:
 
 def _in_block(path: str) -> tuple[int | None, str]:
     """Return the block that a path goes through, and what follows; None outside of the blocks."""
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return int(part), ".".join(parts[i + 1 :])
+    steps = path.split(".")
+    for i, step in enumerate(steps):
+        if step.isdigit():
+            return int(step), ".".join(steps[i + 1 :])
     return None, path
 
 
-def _moved(path: str, base: KnownBase | None, *, back: bool) -> str:
+def _moved(path: str, base: BaseStructure | None, *, back: bool) -> str:
     """Return a layer's path in mlx-lm's model, or with `back`, its path in transformers'."""
     moved = MOVED.get(base.config.model_type, {}) if base else {}
     pairs = [(b, a) if back else (a, b) for a, b in moved.items()]

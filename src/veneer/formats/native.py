@@ -1,8 +1,7 @@
 """Veneer's own adapter directory: lora_weights.pt, embedding_weights.pt, lora_config.json.
 
-What an adapter has in the place of the base's own weights is in saved_weights.pt.
-
-Those of other methods are named after them: freeze_weights.pt, freeze_config.json.
+saved_weights.pt holds modules to save, trained biases and rows of trained tokens. Files of other
+methods are named after these: freeze_weights.pt, freeze_config.json.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method, MethodName
 from veneer.errors import AdapterError, ConfigError, joined, nearest, shortened
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
-from veneer.formats.parts import BIAS, TOKENS
-from veneer.formats.state import CAUSAL, AdapterState, Rows, Tokens
+from veneer.formats.state import BIAS, CAUSAL, AdapterState, NewTokenRows, StoredTokens
 
 ROWS = "embedding_weights.pt"
 SAVED = "saved_weights.pt"
+TOKEN_ROWS = ".token_rows"  # behind the path of embedding or head
 FORMAT = 1
 LATER = {"dora", "lora_fa"}  # settings that came after the format; written where they are set
-# Parts that came after it: earlier versions refuse what they do not know of.
-LATER_PARTS = {"saved", "tokens", "parts", "task", "training"}
+# Keys that came after it: earlier versions refuse those that they do not know.
+LATER_KEYS = {"saved", "tokens", "parts", "task", "training"}
 
 
 def config_name(method: MethodName) -> str:
@@ -35,7 +34,7 @@ def config_name(method: MethodName) -> str:
     return f"{method}_config.json"
 
 
-def found_method(directory: Path) -> MethodName | None:
+def method_in(directory: Path) -> MethodName | None:
     """Return the method whose adapter a directory holds, or None if it holds none of ours."""
     methods: tuple[MethodName, ...] = get_args(MethodName)
     return next((m for m in methods if (directory / config_name(m)).is_file()), None)
@@ -49,12 +48,12 @@ def config_of(state: AdapterState) -> dict[str, Any]:
         for name in LATER:  # so that earlier versions read what they can
             if not config[name]:
                 del config[name]
-    rows = state.rows
+    new = state.new_tokens
     later: dict[str, Any] = {}
-    if state.saved:
-        later["saved"] = sorted(state.saved)
-    if state.tokens:
-        later["tokens"] = {path: list(tokens.ids) for path, tokens in state.tokens.items()}
+    if state.replacements:
+        later["saved"] = sorted(state.replacements)
+    if state.trained_tokens:
+        later["tokens"] = {path: list(tokens.ids) for path, tokens in state.trained_tokens.items()}
     if any(layer.bias is not None for layer in state.layers()):
         later["parts"] = [BIAS]
     if state.task != CAUSAL:
@@ -66,8 +65,8 @@ def config_of(state: AdapterState) -> dict[str, Any]:
         "veneer_version": version("veneer"),
         **config,
         "base": {"name": state.base_name, "fingerprint": dict(state.base_fingerprint)},
-        "new_words": list(rows.words) if rows else [],
-        "new_words_start": rows.start if rows else None,
+        "new_words": list(new.tokens) if new else [],
+        "new_words_start": new.start if new else None,
         **later,
     }
 
@@ -90,65 +89,67 @@ def state_of(
     kind = Method if "method" in config else LoRA
     names = {f.name for f in fields(kind)}
     around = {"format", "veneer_version", "base", "new_words", "new_words_start"}
-    unknown = sorted(set(config) - names - around - LATER_PARTS)
+    unknown = sorted(set(config) - names - around - LATER_KEYS)
     missing = sorted((names | around) - set(config) - LATER)
     if unknown or missing:
         problems = [f"{key!r} is unknown{nearest(key, names)}" for key in unknown]
         problems += [f"{key!r} is missing" for key in missing]
         raise AdapterError(joined(problems))
     try:
-        what = kind(**{key: config[key] for key in names if key in config})
+        settings = kind(**{key: config[key] for key in names if key in config})
     except (ConfigError, TypeError) as error:
         raise AdapterError(str(error)) from error
-    if isinstance(what, Method) and what.method == "lora":
+    if isinstance(settings, Method) and settings.method == "lora":
         raise AdapterError("its method is 'lora', but it has the settings of another")
-    words, start, base = config["new_words"], config["new_words_start"], config["base"]
+    base = config["base"]
     if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), dict):
         raise AdapterError("'base' must say the base's name and fingerprint")
-    new = None
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise AdapterError(f"'new_words' is {words!r}, but must be a list of words")
-    if words or rows:
-        embedding = rows.get("input_embeddings")
-        if embedding is None or len(embedding) != len(words) or not isinstance(start, int):
-            raise AdapterError(
-                f"{ROWS} must hold one row of input_embeddings for each of {len(words)} new words"
-            )
-        new = Rows(tuple(words), start, embedding, rows.get("output_embeddings"))
-    kept, tokens = _apart(config, saved or {})
+    replacements, trained_tokens = _saved(config, saved or {})
     if not isinstance(training := config.get("training", {}), dict):
         raise AdapterError(f"'training' is {training!r}, but must be a map")
     return AdapterState(
-        what,
+        settings,
         tensors,
-        new,
+        _new_tokens(config["new_words"], config["new_words_start"], rows),
         str(base.get("name", "")),
         base["fingerprint"],
-        saved=kept,
-        tokens=tokens,
+        replacements=replacements,
+        trained_tokens=trained_tokens,
         task=str(config.get("task", CAUSAL)),
         training=training,
     )
 
 
-def _apart(
+def _new_tokens(tokens: object, start: object, rows: dict[str, Tensor]) -> NewTokenRows | None:
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise AdapterError(f"'new_words' is {tokens!r}, but must be a list of words")
+    if not tokens and not rows:
+        return None
+    embedding = rows.get("input_embeddings")
+    if embedding is None or len(embedding) != len(tokens) or not isinstance(start, int):
+        raise AdapterError(
+            f"{ROWS} must hold one row of input_embeddings for each of {len(tokens)} new words"
+        )
+    return NewTokenRows(tuple(tokens), start, embedding, rows.get("output_embeddings"))
+
+
+def _saved(
     config: dict[str, Any], saved: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tokens]]:
-    """Return weights in the place of the base's own, and rows of single words."""
+) -> tuple[dict[str, Tensor], dict[str, StoredTokens]]:
+    """Return the replacements and the trained tokens in SAVED."""
     paths, ids = config.get("saved", []), config.get("tokens", {})
     if not isinstance(paths, list) or not isinstance(ids, dict):
         raise AdapterError("'saved' must be a list of paths, and 'tokens' a map")
     if any(not isinstance(i, list) or any(type(n) is not int for n in i) for i in ids.values()):
         raise AdapterError(f"'tokens' is {ids!r}, but must be lists of numbers")
-    tokens = {
-        path: Tokens(tuple(words), saved.get(f"{path}.{TOKENS}")) for path, words in ids.items()
+    trained_tokens = {
+        path: StoredTokens(tuple(own), saved.get(path + TOKEN_ROWS)) for path, own in ids.items()
     }
-    kept = {path: tensor for path, tensor in saved.items() if not path.endswith(f".{TOKENS}")}
-    if {*kept} != {*paths} or len(saved) != len(kept) + sum(
-        one.rows is not None for one in tokens.values()
-    ):
+    replacements = {path: t for path, t in saved.items() if not path.endswith(TOKEN_ROWS)}
+    with_rows = sum(tokens.rows is not None for tokens in trained_tokens.values())
+    if {*replacements} != {*paths} or len(saved) != len(replacements) + with_rows:
         raise AdapterError(f"{SAVED} does not hold what 'saved' and 'tokens' name")
-    return kept, tokens
+    return replacements, trained_tokens
 
 
 def write(
@@ -158,14 +159,14 @@ def write(
     method = "lora" if isinstance(state.config, LoRA) else state.config.method
     with new_directory(directory, marker=config_name(method)) as new:
         write_tensors(new / _weights_name(method), state.tensors)
-        if state.rows is not None:
-            rows = {"input_embeddings": state.rows.embedding}
-            if state.rows.head is not None:
-                rows["output_embeddings"] = state.rows.head
+        if (new_tokens := state.new_tokens) is not None:
+            rows = {"input_embeddings": new_tokens.embedding}
+            if new_tokens.head is not None:
+                rows["output_embeddings"] = new_tokens.head
             write_tensors(new / ROWS, rows)
-        saved = dict(state.saved) | {
-            f"{path}.{TOKENS}": tokens.rows
-            for path, tokens in state.tokens.items()
+        saved = dict(state.replacements) | {
+            path + TOKEN_ROWS: tokens.rows
+            for path, tokens in state.trained_tokens.items()
             if tokens.rows is not None
         }
         if saved:

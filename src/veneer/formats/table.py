@@ -13,10 +13,9 @@ from typing import Any, NoReturn
 
 from veneer.errors import AdapterError
 from veneer.formats import loralib, mlx, native
-from veneer.formats.fold import start_notes
 from veneer.formats.gguf import adapter as gguf_adapter
-from veneer.formats.given import Given
 from veneer.formats.names import FormatName
+from veneer.formats.options import FormatOptions
 from veneer.formats.peft import directory as peft
 from veneer.formats.state import AdapterState
 
@@ -25,100 +24,99 @@ ALWAYS = {"base", "tokenizer", "allow_bin"}  # may be given whatever the format
 
 @dataclass(frozen=True)
 class Format:
-    """One format, with the parts of Given beyond the base that it heeds."""
+    """One format, with the options beyond ALWAYS that reading and writing take."""
 
-    found: Callable[[Path], bool]
-    read: Callable[[Path, Given], AdapterState]
-    write: Callable[[AdapterState, Path, Given], list[str]]
+    detects: Callable[[Path], bool]
+    read: Callable[[Path, FormatOptions], AdapterState]
+    write: Callable[[AdapterState, Path, FormatOptions], list[str]]
     holds: str  # by which files it is known
-    on_reading: frozenset[str] = frozenset()
-    on_writing: frozenset[str] = frozenset()
+    read_options: frozenset[str] = frozenset()
+    write_options: frozenset[str] = frozenset()
 
 
-def _config(given: Given) -> Any:
-    if given.base is None:
+def _config(options: FormatOptions) -> Any:
+    if options.base is None:
         raise AdapterError("What llama.cpp calls a layer depends on the base; name it (--base).")
-    return given.base.config
+    return options.base.config
 
 
-def _write_native(state: AdapterState, path: Path, given: Given) -> list[str]:
-    native.write(state, path, given.tokenizer)
+def _write_native(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
+    native.write(state, path, options.tokenizer)
     if state.base_fingerprint:
         return []
     return ["It does not know its base's fingerprint, so no other base of its shape is refused."]
 
 
-def _write_peft(state: AdapterState, path: Path, given: Given) -> list[str]:
-    peft.write(state, path)
-    return start_notes(state)
+def _write_peft(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
+    return peft.write(state, path)
 
 
 FORMATS: dict[FormatName, Format] = {
     "native": Format(
-        found=lambda path: native.found_method(path) is not None,
-        read=lambda path, given: native.read(path, native.found_method(path) or "lora"),
+        detects=lambda path: native.method_in(path) is not None,
+        read=lambda path, options: native.read(path, native.method_in(path) or "lora"),
         write=_write_native,
         holds=native.config_name("lora"),
-        on_writing=frozenset({"tokenizer"}),
+        write_options=frozenset({"tokenizer"}),
     ),
     "peft": Format(
-        found=peft.is_here,
-        read=lambda path, given: peft.read(path, allow_bin=given.allow_bin),
+        detects=peft.detects,
+        read=lambda path, options: peft.read(path, allow_bin=options.allow_bin),
         write=_write_peft,
         holds=f"{peft.CONFIG} with {peft.WEIGHTS}",
     ),
     "mlx": Format(
-        found=mlx.found,
+        detects=mlx.detects,
         read=mlx.read,
         write=mlx.write,
         holds=f"{mlx.CONFIG} with {mlx.WEIGHTS}",
     ),
     "loralib": Format(
-        found=loralib.found,
+        detects=loralib.detects,
         read=loralib.read,
         write=loralib.write,
         holds=f"{loralib.CONFIG}, or a .pt file of lora_A and lora_B",
-        on_reading=frozenset({"alpha", "enable_lora"}),
-        on_writing=frozenset({"enable_lora"}),
+        read_options=frozenset({"alpha", "enable_lora"}),
+        write_options=frozenset({"enable_lora"}),
     ),
     "gguf": Format(
-        found=gguf_adapter.found,
-        read=lambda path, given: gguf_adapter.read(path, _config(given)),
-        write=lambda state, path, given: gguf_adapter.write(
-            state, path, _config(given), approximate=given.approximate
+        detects=gguf_adapter.detects,
+        read=lambda path, options: gguf_adapter.read(path, _config(options)),
+        write=lambda state, path, options: gguf_adapter.write(
+            state, path, _config(options), approximate=options.approximate
         ),
         holds="a .gguf file of type adapter",
-        on_writing=frozenset({"approximate"}),
+        write_options=frozenset({"approximate"}),
     ),
 }
 
 
-def found(path: Path) -> FormatName | None:
+def detect(path: Path) -> FormatName | None:
     """Return the format of the adapter at `path`, by content, or None if there is none."""
-    return next((name for name, format in FORMATS.items() if format.found(path)), None)
+    return next((name for name, format in FORMATS.items() if format.detects(path)), None)
 
 
-def read(path: Path, given: Given) -> AdapterState:
+def read(path: Path, options: FormatOptions) -> AdapterState:
     """Read an adapter of any known format.
 
-    Raises AdapterError if there is none at `path`, and for what is given though it says it itself.
+    Raises AdapterError if there is none at `path`, and for options that this format has no use for.
     """
-    name = found(path)
+    name = detect(path)
     if name is None:
         refuse_unknown(path)
-    _refuse_idle(given, name, FORMATS[name].on_reading, "reading")
-    return FORMATS[name].read(path, given)
+    _refuse_idle(options, name, FORMATS[name].read_options, "reading")
+    return FORMATS[name].read(path, options)
 
 
-def write(state: AdapterState, path: Path, to: FormatName, given: Given) -> list[str]:
+def write(state: AdapterState, path: Path, to: FormatName, options: FormatOptions) -> list[str]:
     """Write an adapter, all of it at once, and return notes on what was changed for the format.
 
-    Raises AdapterError for what the format has no place for, and for what is given in vain.
+    Raises AdapterError for what the format has no place for, and for options that it ignores.
     """
     if to not in FORMATS:
         raise AdapterError(f"{to!r} is no format to write; {', '.join(FORMATS)} are.")
-    _refuse_idle(given, to, FORMATS[to].on_writing, "writing")
-    return FORMATS[to].write(state, path, given)
+    _refuse_idle(options, to, FORMATS[to].write_options, "writing")
+    return FORMATS[to].write(state, path, options)
 
 
 def refuse_unknown(path: Path) -> NoReturn:
@@ -129,9 +127,13 @@ def refuse_unknown(path: Path) -> NoReturn:
     raise AdapterError(f"{path} holds no adapter (known are {known}).")
 
 
-def _refuse_idle(given: Given, name: FormatName, heeded: frozenset[str], doing: str) -> None:
+def _refuse_idle(
+    options: FormatOptions, name: FormatName, useful: frozenset[str], doing: str
+) -> None:
     idle = [
-        f.name for f in fields(given) if getattr(given, f.name) and f.name not in {*ALWAYS, *heeded}
+        f.name
+        for f in fields(options)
+        if getattr(options, f.name) and f.name not in {*ALWAYS, *useful}
     ]
     if idle:
         raise AdapterError(f"{' and '.join(idle)} would do nothing on {doing} {name}.")

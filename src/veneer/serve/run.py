@@ -133,7 +133,7 @@ def find_adapters(named: Sequence[str], root: Path | None, base: str) -> dict[st
 
 def is_adapter(directory: Path) -> bool:
     """Say whether a directory holds an adapter of a format that we read."""
-    return native.found_method(directory) is not None or (directory / peft.CONFIG).is_file()
+    return native.method_in(directory) is not None or (directory / peft.CONFIG).is_file()
 
 
 def _parsed(named: Sequence[str]) -> list[tuple[str, Path]]:

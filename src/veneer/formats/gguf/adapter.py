@@ -13,12 +13,11 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, joined
 from veneer.files import new_file
-from veneer.formats.fold import start_notes
+from veneer.formats.fold import without_start
 from veneer.formats.gguf.mapping import Contents, contents_of, state_of, without_dora
 from veneer.formats.gguf.names import naming_of
-from veneer.formats.peft.directory import without_start
 from veneer.formats.state import AdapterState
 from veneer.models.gguf_header import is_gguf, read_header
 from veneer.models.load import open_base
@@ -28,8 +27,8 @@ MARK = "veneer.base_fingerprint."  # what llama.cpp passes over, and we know the
 DTypes = Literal["float32", "float16"]
 
 
-def found(path: Path) -> bool:
-    """Say whether a file is an adapter in GGUF, by its content."""
+def detects(path: Path) -> bool:
+    """Return whether a file is an adapter in GGUF, by its content."""
     try:
         return is_gguf(path) and read_header(path).values.get("general.type") == "adapter"
     except (OSError, ValueError):
@@ -56,19 +55,19 @@ def write(
     approximate: bool = False,
     dtype: DTypes = "float32",
 ) -> list[str]:
-    """Write a LoRA file for llama.cpp; return what was folded or approximated, in words.
+    """Write a LoRA file for llama.cpp; return notes on what was folded.
 
     With `approximate`, a DoRA is written as the nearest plain LoRA, for which its base is read by
     the name that the adapter carries. llama.cpp computes with float32 factors as they are; of
     float16 it rounds the inputs too, and an adapter is small, so that little is to be gained.
     Raises AdapterError for what the format cannot express.
     """
-    naming, notes = naming_of(model_config), start_notes(state)
-    plain = without_start(state)
-    if approximate and isinstance(plain.config, LoRA) and plain.config.dora:
-        plain, said = without_dora(plain, _weights(plain))
-        notes += said
-    contents = contents_of(plain, naming)
+    naming = naming_of(model_config)
+    state, notes = without_start(state)
+    if approximate and isinstance(state.config, LoRA) and state.config.dora:
+        state, approximation = without_dora(state, _weights(state))
+        notes += approximation
+    contents = contents_of(state, naming)
     _write_contents(contents, path, dtype)
     return [*notes, *contents.notes]
 
@@ -88,7 +87,7 @@ def _weights(state: AdapterState) -> Callable[[str], Tensor]:
 
 
 def _write_contents(contents: Contents, path: Path, dtype: DTypes) -> None:
-    kept = np.dtype(dtype)
+    stored_as = np.dtype(dtype)
     with new_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, contents.architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -99,11 +98,11 @@ def _write_contents(contents: Contents, path: Path, dtype: DTypes) -> None:
         if contents.base_name:
             writer.add_base_model_count(1)
             writer.add_base_model_name(0, contents.base_name)
-        for part, mark in contents.base_fingerprint.items():
-            writer.add_string(MARK + part, mark)
+        for key, mark in contents.base_fingerprint.items():
+            writer.add_string(MARK + key, mark)
         for name, array in contents.tensors.items():
             with np.errstate(over="ignore"):
-                short = array.astype(kept)
+                short = array.astype(stored_as)
             if not np.isfinite(short).all():
                 raise AdapterError(f"{name} has values that {dtype} cannot hold.")
             writer.add_tensor(name, short)
@@ -116,9 +115,9 @@ def _write_contents(contents: Contents, path: Path, dtype: DTypes) -> None:
 def _read_contents(path: Path) -> Contents:
     values = read_header(path).values
     problems = []
-    for key, wanted in (("general.type", "adapter"), (gguf.Keys.Adapter.TYPE, "lora")):
-        if values.get(key) != wanted:
-            problems.append(f"its {key} is {values.get(key)!r}, and must be {wanted!r}")
+    for key, needed in (("general.type", "adapter"), (gguf.Keys.Adapter.TYPE, "lora")):
+        if values.get(key) != needed:
+            problems.append(f"its {key} is {values.get(key)!r}, and must be {needed!r}")
     reader = gguf.GGUFReader(path)
     if reader.get_field(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS) is not None:
         problems.append("it acts only from certain tokens on (aLoRA), which is not read")
@@ -126,7 +125,7 @@ def _read_contents(path: Path) -> Contents:
     if not isinstance(alpha, float):
         problems.append(f"its alpha is {alpha!r}, which is no number of 32 bits")
     if problems:
-        raise AdapterError("; ".join(problems))
+        raise AdapterError(joined(problems))
     tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     marks = {k.removeprefix(MARK): str(v) for k, v in values.items() if k.startswith(MARK)}
     name = str(values.get("general.base_model.0.name", ""))

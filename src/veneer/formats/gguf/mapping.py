@@ -7,7 +7,7 @@ rank (llama-adapter.h, get_scale).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError, listed, nearest
+from veneer.errors import AdapterError, joined, listed, nearest
+from veneer.formats.contents import without_place
 from veneer.formats.gguf.names import HEAD, Naming, turned, turned_back
-from veneer.formats.parts import EMBEDDING, LINEAR, MAGNITUDE
-from veneer.formats.state import AdapterState
+from veneer.formats.state import (
+    AdapterState,
+    StoredLayer,
+    layer_kind,
+    lora_settings,
+    shortest_names,
+)
 from veneer.lowrank.approximate import nearest_to_dora
 
 A_END, B_END = ".lora_a", ".lora_b"
@@ -28,8 +34,8 @@ A_END, B_END = ".lora_a", ".lora_b"
 class Contents:
     """What a LoRA file says: `alpha` for all of it, and its tensors as numpy has them.
 
-    `<name>.lora_a` (rank, in) and `<name>.lora_b` (out, rank); of the embedding (words, rank) and
-    (dim, rank), since llama.cpp looks up rows of A. notes: what was folded, in words.
+    `<name>.lora_a` (rank, in) and `<name>.lora_b` (out, rank); of the embedding (vocab, rank) and
+    (dim, rank), since llama.cpp looks up rows of A. notes: what was folded.
     """
 
     architecture: str
@@ -51,14 +57,14 @@ def contents_of(state: AdapterState, naming: Naming) -> Contents:
         raise AdapterError(f"GGUF has no adapters of the method {config.method}; only of lora.")
     layers = list(state.layers())
     if problems := _not_expressed(state, naming):
-        raise AdapterError("llama.cpp's LoRA cannot express this: " + "; ".join(problems) + ".")
-    wanted = {layer.path: config.scaling_of(layer.path) * len(layer.A) for layer in layers}
-    alpha = float(np.float32(Counter(wanted.values()).most_common(1)[0][0]))
+        raise AdapterError(f"llama.cpp's LoRA cannot express this: {joined(problems)}.")
+    alphas = {layer.path: config.scaling_of(layer.path) * len(layer.A) for layer in layers}
+    alpha = float(np.float32(Counter(alphas.values()).most_common(1)[0][0]))
     tensors: dict[str, np.ndarray] = {}
     folded = 0
     for layer in layers:
         place = naming.places[layer.path]
-        factor = wanted[layer.path] / alpha
+        factor = alphas[layer.path] / alpha
         A, B = layer.A.to(torch.float32), turned(layer.B.to(torch.float64), place.heads)
         if abs(factor - 1) > 2**-23:  # float32 cannot tell less apart
             B, folded = factor * B, folded + 1
@@ -97,8 +103,7 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
             problems.append(f"{key!r} is no matrix")
         else:
             halves.setdefault(name, {})[end] = torch.from_numpy(np.array(array, dtype=np.float32))
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    layers: list[StoredLayer] = []
     for name, half in halves.items():
         place = paths[name]
         if set(half) != {A_END, B_END}:
@@ -108,27 +113,26 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
         if place.heads and len(B) % (2 * place.heads):
             problems.append(f"{name}{B_END} has {len(B)} rows, not so many for each head")
             continue
-        names = EMBEDDING if place.is_embedding else LINEAR
-        tensors[f"{place.path}.{names[0]}"] = A.T.contiguous() if place.is_embedding else A
-        tensors[f"{place.path}.{names[1]}"] = turned_back(B, place.heads).contiguous()
-        ranks[place.path] = B.shape[1]
-    if not ranks and not problems:
+        A = A.T.contiguous() if place.is_embedding else A
+        B = turned_back(B, place.heads).contiguous()
+        kind = layer_kind(is_embedding=place.is_embedding)
+        layers.append(StoredLayer(place.path, A, B, kind))
+    if not layers and not problems:
         problems.append("it adapts nothing")
     if not (contents.alpha >= 0 and np.isfinite(contents.alpha)):
         problems.append(f"its alpha is {contents.alpha}")
     if problems:
-        raise AdapterError("; ".join(problems))
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: r for path, r in ranks.items() if r != rank}
-    config = LoRA(
-        rank=rank,
-        alpha=contents.alpha or rank,  # where it is 0, llama.cpp does not scale
-        targets=_short_names(set(ranks), naming.places),
-        rank_pattern=others,
-        alpha_pattern={} if contents.alpha else {path: float(r) for path, r in others.items()},
+        raise AdapterError(joined(problems))
+    ranks = {layer.path: layer.B.shape[1] for layer in layers}
+    # Where alpha is 0, llama.cpp does not scale.
+    alphas = {path: contents.alpha or float(rank) for path, rank in ranks.items()}
+    targets = shortest_names(set(ranks), naming.places)
+    return AdapterState(
+        lora_settings(ranks, alphas, targets=targets),
+        {key: tensor for layer in layers for key, tensor in layer.tensors().items()},
+        base_name=contents.base_name,
+        base_fingerprint=dict(contents.base_fingerprint),
     )
-    marks = dict(contents.base_fingerprint)
-    return AdapterState(config, tensors, base_name=contents.base_name, base_fingerprint=marks)
 
 
 def without_dora(
@@ -137,11 +141,11 @@ def without_dora(
     """Return the plain LoRA of the same ranks that is nearest to a DoRA, and how near it is.
 
     DoRA changes W to m ∘ (W + s B A) / ‖W + s B A‖; of that change, the largest singular values.
-    `weight_of(path)` returns W as (out, in), an embedding's as (dim, words).
+    `weight_of(path)` returns W as (out, in), an embedding's as (dim, vocab).
     """
     config = state.config
     assert isinstance(config, LoRA)
-    tensors = {k: t for k, t in state.tensors.items() if not k.endswith(f".{MAGNITUDE}")}
+    layers: list[StoredLayer] = []
     generator = torch.Generator().manual_seed(0)
     errors: dict[str, float] = {}
     lost = whole = 0.0
@@ -156,11 +160,10 @@ def without_dora(
             config.scaling_of(layer.path),
             generator,
         )
-        names = EMBEDDING if layer.is_embedding else LINEAR
-        tensors |= {f"{layer.path}.{names[0]}": A, f"{layer.path}.{names[1]}": B}
+        layers.append(replace(layer, A=A, B=B, magnitude=None))
         lost, whole = lost + missing**2, whole + change**2
         errors[layer.path] = missing / change if change else 0.0
-    plain = replace(state, config=replace(config, dora=False), tensors=tensors)
+    plain = replace(state, config=replace(config, dora=False)).with_layers(layers)
     if not errors:
         return plain, ()
     worst = max(errors, key=errors.__getitem__)
@@ -179,8 +182,8 @@ def _not_expressed(state: AdapterState, naming: Naming) -> list[str]:
             "DoRA scales W itself; merge it into the model, or ask for the nearest plain LoRA "
             "(approximate)"
         )
-    if beyond := state.beyond_factors():
-        problems.append(f"it has no place for {listed(beyond)}; merge it into the model")
+    if others := [c for c in without_place(state, "gguf") if c != "DoRA's magnitudes"]:
+        problems.append(f"it has no place for {listed(others)}; merge it into the model")
     for layer in state.layers():
         place = naming.places.get(layer.path)
         if place is None or not place.takes_adapters:
@@ -189,10 +192,3 @@ def _not_expressed(state: AdapterState, naming: Naming) -> list[str]:
             # It has one tensor for both, and would lay the adapter of one over the other too.
             problems.append(f"{layer.path} is embedding and head in one there; merge it")
     return problems
-
-
-def _short_names(paths: set[str], places: Iterable[str]) -> tuple[str, ...]:
-    """Return last names where these say exactly which layers are meant, and whole paths if not."""
-    names = {path.rpartition(".")[2] for path in paths}
-    same = {path for path in places if path.rpartition(".")[2] in names}
-    return tuple(sorted(names if same == paths else paths))

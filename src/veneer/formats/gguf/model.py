@@ -16,12 +16,13 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError, ModelError
+from veneer.errors import AdapterError, ModelError, joined
 from veneer.files import new_file
+from veneer.formats.contents import without_place
+from veneer.formats.fold import without_start
 from veneer.formats.gguf.names import EMBEDDING, HEAD, Naming, Place, naming_over, turned
-from veneer.formats.peft.directory import without_start
-from veneer.formats.state import AdapterState, Rows, StoredLayer
-from veneer.formats.validate import validate
+from veneer.formats.state import AdapterState, NewTokenRows, StoredLayer
+from veneer.formats.validate import differs_from_base, same_weight, validate
 from veneer.lowrank.formula import delta_weight, rescaled
 from veneer.models.fingerprint import Marks
 from veneer.models.load import load_skeleton
@@ -80,7 +81,7 @@ def write_merged(
     """Write the GGUF file `base` with an adapter merged into it; return what was stored anew.
 
     Changed tensors keep their own kind where gguf can write it, and otherwise take the next larger
-    that it can; with `kind` (F16, Q8_0, ...) all of them take that. New words go into the
+    that it can; with `kind` (F16, Q8_0, ...) all of them take that. New tokens go into the
     tokenizer's list. Memory holds one tensor at a time. Raises AdapterError for an adapter that
     does not fit (a foreign base unless `force`), is no LoRA, or would be gone for the most part
     with no `kind` to insist on it; ModelError for a base that cannot be read.
@@ -90,21 +91,21 @@ def write_merged(
             f"Only lora is merged into GGUF, and this adapter is of the method "
             f"{state.config.method}; a merged directory takes it, where it is made of weights."
         )
-    wanted = None if kind is None else _kind_called(kind)
+    one_kind = None if kind is None else _kind_called(kind)
     skeleton = load_skeleton(base)
     naming = naming_over(skeleton)
     source = open_source(base, skeleton)
     if source is None:
         raise ModelError(f"{base} lacks tensors that its architecture needs.")
     _check(source, state, force=force)
-    state = without_start(state)
+    state, _ = without_start(state)
     report: list[MergedTensor] = []
     reader = gguf.GGUFReader(base)
-    tensors = _tensors(reader, naming, state, wanted, report)
+    tensors = _tensors(reader, naming, state, one_kind, report)
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_file(out) as temporary, temporary.open("wb") as file:
-        _write(file, reader, tensors, _metadata(reader, state.rows))
-        if wanted is None and abs(kept_of(report) - 1) > TOLERANCE:
+        _write(file, reader, tensors, _metadata(reader, state.new_tokens))
+        if one_kind is None and abs(kept_of(report) - 1) > TOLERANCE:
             kinds = "/".join(sorted({tensor.kind for tensor in report}))
             raise AdapterError(
                 f"Rounded to {kinds}, {kept_of(report):.0%} of the adapter's change would be left. "
@@ -150,24 +151,23 @@ def _check(source: Source, state: AdapterState, *, force: bool) -> None:
         skeleton.veneer_marks = marks.found()
     problems = validate(skeleton, replace(state, base_weights={}), None, force=force)
     for path, weight in state.base_weights.items():
-        own = source.read(path) if path in source.names else None
-        if own is None or not torch.equal(own.to(torch.bfloat16), weight.to(torch.bfloat16)):
-            problems.append(f"it brings a {path} of its own that differs from the base's")
-    beyond = [part for part in state.beyond_factors() if part != "new words"]
-    problems += [f"a merged GGUF has no place for {part}" for part in beyond]
+        if path not in source.names or not same_weight(source.read(path), weight):
+            problems.append(differs_from_base(path))
+    lacking = without_place(state, "merged GGUF")
+    problems += [f"a merged GGUF has no place for {content}" for content in lacking]
     if problems:
-        raise AdapterError("This adapter does not fit the base: " + "; ".join(problems) + ".")
+        raise AdapterError(f"This adapter does not fit the base: {joined(problems)}.")
 
 
 def _tensors(
     reader: gguf.GGUFReader,
     naming: Naming,
     state: AdapterState,
-    wanted: Kind | None,
+    one_kind: Kind | None,
     report: list[MergedTensor],
 ) -> list[_Tensor]:
     """Return the tensors of the merged model in the base's order; `report` fills as they come."""
-    config, rows = state.config, state.rows
+    config, new_tokens = state.config, state.new_tokens
     assert isinstance(config, LoRA)
     layers = {layer.path: layer for layer in state.layers()}
     if unknown := [path for path in layers if path not in naming.places]:
@@ -178,27 +178,27 @@ def _tensors(
         kind, shape = origin.tensor_type, tuple(int(n) for n in reversed(origin.shape))
         path, layer = changes.get(name, ("", None))
         if layer is not None:
-            kind = kind_for(kind) if wanted is None else wanted
-        new = _new_rows(rows, name, shape)
-        if rows is not None and new is not None:
-            shape = (max(shape[0], rows.start + len(new)), *shape[1:])
+            kind = kind_for(kind) if one_kind is None else one_kind
+        rows = _new_rows(new_tokens, name)
+        if new_tokens is not None and rows is not None:
+            shape = (max(shape[0], new_tokens.start + len(rows)), *shape[1:])
 
         def data() -> np.ndarray:
             stored = _bytes(reader, origin)
             if layer is not None:
                 scaling = config.scaling_of(path)
-                stored, said = _merged(origin, name, kind, naming.places[path], layer, scaling)
-                report.append(said)
-            if rows is None or new is None:
+                stored, merged = _merged(origin, name, kind, naming.places[path], layer, scaling)
+                report.append(merged)
+            if new_tokens is None or rows is None:
                 return stored
-            lines = stored.reshape(int(origin.shape[-1]), -1)  # (words, bytes of a row)
-            added = _stored(new.to(torch.float32).numpy(), kind).reshape(len(new), -1)
-            end = rows.start + len(new)
-            return np.concatenate([lines[: rows.start], added, lines[end:]]).reshape(-1)
+            lines = stored.reshape(int(origin.shape[-1]), -1)  # (vocab, bytes of a row)
+            added = _stored(rows.to(torch.float32).numpy(), kind).reshape(len(rows), -1)
+            start, end = new_tokens.start, new_tokens.start + len(rows)
+            return np.concatenate([lines[:start], added, lines[end:]]).reshape(-1)
 
         return _Tensor(name, kind, shape, data)
 
-    found = [tensor(origin.name, origin) for origin in reader.tensors]
+    tensors = [tensor(origin.name, origin) for origin in reader.tensors]
     if naming.tied and {EMBEDDING, HEAD} & set(changes):
         # An adapter of one leaves the other as it was, so that the two become two.
         if not naming.has_head:
@@ -207,8 +207,8 @@ def _tensors(
                 "adapter of one of them cannot be merged into it."
             )
         embedding = next(origin for origin in reader.tensors if origin.name == EMBEDDING)
-        found.append(tensor(HEAD, embedding))
-    return found
+        tensors.append(tensor(HEAD, embedding))
+    return tensors
 
 
 def _merged(
@@ -246,45 +246,48 @@ def _bytes(reader: gguf.GGUFReader, tensor: gguf.ReaderTensor) -> np.ndarray:
     return reader.data[tensor.data_offset : tensor.data_offset + tensor.n_bytes]
 
 
-def _new_rows(rows: Rows | None, name: str, shape: tuple[int, ...]) -> Tensor | None:
-    """Return what new words bring to a tensor, or None for what they do not reach."""
-    if rows is None:
+def _new_rows(new_tokens: NewTokenRows | None, name: str) -> Tensor | None:
+    """Return the rows that new tokens add to the tensor called `name`, if they add any."""
+    if new_tokens is None:
         return None
-    head = rows.embedding if rows.head is None else rows.head
-    nothing = torch.zeros(len(rows.words))
-    return {EMBEDDING: rows.embedding, HEAD: head, "output.bias": nothing}.get(name)
+    embedding, head = new_tokens.embedding, new_tokens.head
+    return {
+        EMBEDDING: embedding,
+        HEAD: embedding if head is None else head,
+        "output.bias": torch.zeros(len(new_tokens.tokens)),
+    }.get(name)
 
 
-def _metadata(reader: gguf.GGUFReader, rows: Rows | None) -> bytes:
-    """Return the base's metadata byte for byte, but for lists of words where there are new ones."""
+def _metadata(reader: gguf.GGUFReader, new_tokens: NewTokenRows | None) -> bytes:
+    """Return the base's metadata byte for byte, with new tokens added to its lists of tokens."""
     fields = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]
     ends = [*(field.offset for field in fields[1:]), reader.tensors[0].field.offset]
-    pieces = []
-    for field, end in zip(fields, ends, strict=True):
-        raw = bytes(reader.data[field.offset : end])
-        pieces.append(raw if rows is None else _with_words(field, raw, rows))
-    return b"".join(pieces)
+    return b"".join(
+        _field(field, bytes(reader.data[field.offset : end]), new_tokens)
+        for field, end in zip(fields, ends, strict=True)
+    )
 
 
-def _with_words(field: gguf.ReaderField, raw: bytes, rows: Rows) -> bytes:
-    """Return a field of the metadata as it is with new words."""
-    words = [struct.pack("<Q", len(text)) + text for text in map(str.encode, rows.words)]
+def _field(field: gguf.ReaderField, raw: bytes, new_tokens: NewTokenRows | None) -> bytes:
+    """Return the bytes of a metadata field, `raw` in the base, with new tokens added to it."""
+    if new_tokens is None:
+        return raw
+    texts, start = [token.encode() for token in new_tokens.tokens], new_tokens.start
     new = {
-        gguf.Keys.Tokenizer.LIST: words,
-        gguf.Keys.Tokenizer.TOKEN_TYPE: [struct.pack("<i", USER_DEFINED)] * len(words),
-        gguf.Keys.Tokenizer.SCORES: [struct.pack("<f", 0.0)] * len(words),
+        gguf.Keys.Tokenizer.LIST: [struct.pack("<Q", len(text)) + text for text in texts],
+        gguf.Keys.Tokenizer.TOKEN_TYPE: [struct.pack("<i", USER_DEFINED)] * len(texts),
+        gguf.Keys.Tokenizer.SCORES: [struct.pack("<f", 0.0)] * len(texts),
     }.get(field.name)
     if new is None:
         if not field.name.endswith(".vocab_size"):
             return raw
-        size = max(int(field.contents()), rows.start + len(words))
-        return raw[:-4] + struct.pack("<I", size)
+        return raw[:-4] + struct.pack("<I", max(int(field.contents()), start + len(texts)))
     old = [_item(field, index) for index in field.data]
-    if len(old) < rows.start:
+    if len(old) < start:
         raise AdapterError(
-            f"Its new words start at {rows.start}, but the base's {field.name} ends at {len(old)}."
+            f"Its new tokens start at {start}, but the base's {field.name} ends at {len(old)}."
         )
-    items = [*old[: rows.start], *new, *old[rows.start + len(new) :]]
+    items = [*old[:start], *new, *old[start + len(new) :]]
     head = len(raw) - sum(map(len, old)) - 8  # up to the length of the list
     return raw[:head] + struct.pack("<Q", len(items)) + b"".join(items)
 

@@ -1,4 +1,4 @@
-"""What llama.cpp calls the layers of a base, and how it turns their rows."""
+"""What llama.cpp calls the layers of a base, and how it reorders their rows."""
 
 from __future__ import annotations
 

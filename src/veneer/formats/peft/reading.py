@@ -1,124 +1,142 @@
-"""From what PEFT's files say to an adapter."""
+"""From what PEFT's files say to an adapter: pure, without files."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.adapter.patterns import Matcher
 from veneer.errors import AdapterError, ConfigError, joined
-from veneer.formats.parts import BIAS, LINEAR, MAGNITUDE, PARAMETER
-from veneer.formats.peft import virtual as peft_virtual
+from veneer.formats.peft import virtual
+from veneer.formats.peft.experts import experts_apart, parameter_paths
 from veneer.formats.peft.rules import (
     BELOW,
     ENDINGS,
     PREFIX,
     TOKENS,
-    experts_apart,
+    excluded,
+    in_modules_to_save,
     is_bias,
-    is_saved,
     layers_of,
-    left_out,
     malformed,
     matching,
-    named_parameters,
     targets_of,
     tokens_named,
     unreadable,
 )
-from veneer.formats.state import AdapterState, Tokens
+from veneer.formats.state import BIAS, FACTORS, MAGNITUDE, AdapterState, StoredTokens
+
+A_NAME, B_NAME = FACTORS["linear"]
+
+
+@dataclass
+class _Tensors:
+    """The tensors of a file by what they are."""
+
+    layers: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    """By module as in the file, and our name."""
+    token_rows: dict[str, Tensor] = field(default_factory=dict)
+    replacements: dict[str, Tensor] = field(default_factory=dict)
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
 
 
 def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
     """Return the adapter that PEFT's configuration and tensors describe.
 
-    Raises AdapterError, listing every part that cannot be honoured and every key that is unknown.
+    Raises AdapterError, listing every setting that cannot be honoured and every key that is
+    unknown.
     """
-    if str(config.get("peft_type")) in peft_virtual.TYPES:
-        return peft_virtual.state_of(config, tensors)
+    if str(config.get("peft_type")) in virtual.TYPES:
+        return virtual.state_of(config, tensors)
     if problems := malformed(config):
         raise AdapterError(joined(problems))
     if config.get("peft_type") != "LORA":
-        known = ", ".join(("LORA", *peft_virtual.TYPES))
-        problems.append(f"its peft_type is {config.get('peft_type')!r}, and only {known} are read")
+        types = ", ".join(("LORA", *virtual.TYPES))
+        problems.append(f"its peft_type is {config.get('peft_type')!r}, and only {types} are read")
     problems += unreadable(config)
-    found: dict[str, dict[str, Tensor]] = {}  # by module as in the file, and our name
-    rows: dict[str, Tensor] = {}
-    saved: dict[str, Tensor] = {}
-    base_weights: dict[str, Tensor] = {}
-    tied = config.get("ensure_weight_tying") and config.get("modules_to_save")
-    for key, tensor in tensors.items():
-        plain = key.removeprefix(PREFIX)
-        ours = next((n for n, end in ENDINGS.items() if plain.endswith(f".{end}")), None)
-        own = plain.replace(f"{BELOW}.", ".")  # the base's own path
-        if plain == key:
-            problems.append(f"the key {key!r} is unknown")
-        elif ours is not None:
-            module = plain.removesuffix(f".{ENDINGS[ours]}")
-            found.setdefault(module, {})[ours] = tensor
-        elif plain.endswith(TOKENS):
-            rows[plain.removesuffix(TOKENS)] = tensor
-        elif ".original_module." in plain:
-            base_weights[plain.replace(".original_module.", ".")] = tensor
-        elif ".modules_to_save." in plain:
-            # bias='all' saves the biases of saved modules a second time.
-            saved.setdefault(plain.replace(".modules_to_save.", "."), tensor)
-        elif (
-            is_saved(config, own)
-            or (is_bias(plain) and config.get("bias", "none") != "none")
-            or (tied and BELOW not in plain)  # the head, saved with the embedding
-        ):
-            saved[own] = tensor
-        elif plain.endswith(".weight"):
-            # PEFT saves an adapted embedding's own weight along with the adapter.
-            base_weights[own] = tensor
-        else:
-            problems.append(f"the key {key!r} is unknown")
-    problems += _missing(config, found, saved)
-    tokens = _tokens(config, rows, problems)
+    by_kind = _by_kind(config, tensors)
+    layers = by_kind.layers
+    problems += [f"the key {key!r} is unknown" for key in by_kind.unknown]
+    problems += _missing(config, by_kind)
+    trained_tokens = _trained_tokens(config, by_kind.token_rows, problems)
     try:
-        places = named_parameters(config, list(found), problems, Matcher())
-        problems += left_out(config, [module for module in found if module not in places])
-        lora = _lora(config, found, places)
+        parameters = parameter_paths(config, list(layers), problems)
+        problems += excluded(config, [module for module in layers if module not in parameters])
+        lora = _lora(config, layers, parameters)
     except (ConfigError, TypeError, KeyError) as error:
         problems.append(f"adapter_config.json does not describe a LoRA ({error})")
     if problems:
         raise AdapterError(joined(problems))
     return AdapterState(
         lora,
-        _ours(found, places, lora),
+        _our_tensors(layers, parameters, lora),
         base_name=str(config.get("base_model_name_or_path") or ""),
-        base_weights=base_weights,
-        saved=saved,
-        tokens=tokens,
+        base_weights=by_kind.base_weights,
+        replacements=by_kind.replacements,
+        trained_tokens=trained_tokens,
         task=config.get("task_type") or "",
     )
 
 
-def _missing(
-    config: Mapping[str, Any], found: Mapping[str, dict[str, Tensor]], saved: Mapping[str, Tensor]
-) -> list[str]:
+def _by_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Tensors:
+    by_kind = _Tensors()
+    to_save = config.get("modules_to_save") or []
+    tied = config.get("ensure_weight_tying") and to_save
+    has_biases = config.get("bias", "none") != "none"
+    for key, tensor in tensors.items():
+        path = key.removeprefix(PREFIX)
+        name = next((n for n, end in ENDINGS.items() if path.endswith(f".{end}")), None)
+        base_path = path.replace(f"{BELOW}.", ".")
+        if path == key:
+            by_kind.unknown.append(key)
+        elif name is not None:
+            by_kind.layers[path.removesuffix(f".{ENDINGS[name]}")][name] = tensor
+        elif path.endswith(TOKENS):
+            by_kind.token_rows[path.removesuffix(TOKENS)] = tensor
+        elif ".original_module." in path:
+            by_kind.base_weights[path.replace(".original_module.", ".")] = tensor
+        elif ".modules_to_save." in path:
+            # bias='all' saves the biases of saved modules a second time.
+            by_kind.replacements.setdefault(path.replace(".modules_to_save.", "."), tensor)
+        elif (
+            in_modules_to_save(to_save, base_path)
+            or (is_bias(path) and has_biases)
+            or (tied and BELOW not in path)  # the head, saved with the embedding
+        ):
+            by_kind.replacements[base_path] = tensor
+        elif path.endswith(".weight"):
+            # PEFT saves an adapted embedding's own weight along with the adapter.
+            by_kind.base_weights[base_path] = tensor
+        else:
+            by_kind.unknown.append(key)
+    return by_kind
+
+
+def _missing(config: Mapping[str, Any], by_kind: _Tensors) -> list[str]:
     """Return which settings speak of tensors that are not there, and the other way round."""
     problems = []
-    for module, parts in found.items():
-        if LINEAR[1] in parts and (BIAS in parts) != bool(config.get("lora_bias")):
-            there = "has one" if BIAS in parts else "has none"
-            problems.append(f"lora_bias is {config.get('lora_bias')!r}, but {module} {there}")
+    for module, tensors in by_kind.layers.items():
+        if B_NAME in tensors and (BIAS in tensors) != bool(config.get("lora_bias")):
+            has = "has one" if BIAS in tensors else "has none"
+            problems.append(f"lora_bias is {config.get('lora_bias')!r}, but {module} {has}")
+    replacements = by_kind.replacements
     for name in config.get("modules_to_save") or []:
-        has_some = any(is_saved({"modules_to_save": [name]}, path) for path in saved)
+        has_some = any(in_modules_to_save([name], path) for path in replacements)
         # PEFT names these for every classifier, and a model has one of them.
-        if not has_some and not (saved and name in ("classifier", "score")):
+        if not has_some and not (replacements and name in ("classifier", "score")):
             problems.append(f"modules_to_save has {name!r}, for which there are no weights")
     return problems
 
 
-def _tokens(
+def _trained_tokens(
     config: Mapping[str, Any], rows: Mapping[str, Tensor], problems: list[str]
-) -> dict[str, Tokens]:
-    """Return which words have rows of their own in which layer."""
+) -> dict[str, StoredTokens]:
+    """Return the trained tokens of each layer, and add to `problems` what does not fit."""
     try:
         named = tokens_named(config)
     except TypeError as error:
@@ -128,55 +146,57 @@ def _tokens(
         named = dict.fromkeys(rows, named) if named or rows else {}
         if len(named) != bool(config.get("trainable_token_indices")):
             problems.append(
-                f"trainable_token_indices names words, and there are rows of {len(rows)} layers"
+                f"trainable_token_indices names tokens, and there are rows of {len(rows)} layers"
             )
-    found: dict[str, Tokens] = {}
+    tokens: dict[str, StoredTokens] = {}
     for name, ids in named.items():
-        places = [path for path in rows if path.endswith(name)]
-        found |= {path: Tokens(tuple(ids), rows[path]) for path in places}
-        if not places and ids in [other for n, other in named.items() if n != name]:
-            found[name] = Tokens(tuple(ids), None)
-        elif not places:
+        paths = [path for path in rows if path.endswith(name)]
+        tokens |= {path: StoredTokens(tuple(ids), rows[path]) for path in paths}
+        if not paths and ids in [other for n, other in named.items() if n != name]:
+            tokens[name] = StoredTokens(tuple(ids), None)  # shared with the other layer
+        elif not paths:
             problems.append(f"trainable_token_indices names {name!r}, of which there are no rows")
     problems += [
         f"trainable_token_indices does not say whose rows {path} has"
         for path in rows
-        if path not in found
+        if path not in tokens
     ]
-    return found
+    return tokens
 
 
-def _ours(
-    found: Mapping[str, dict[str, Tensor]], places: Mapping[str, str], lora: LoRA
+def _our_tensors(
+    layers: Mapping[str, dict[str, Tensor]], parameters: Mapping[str, str], lora: LoRA
 ) -> dict[str, Tensor]:
     """Return the tensors of layers and parameters under our names and in our shapes."""
     tensors: dict[str, Tensor] = {}
-    for module, parts in found.items():
-        path = places.get(module, module)
-        kept = dict(parts)
-        A, B = (kept.get(name) for name in LINEAR)
-        if B is not None and B.ndim == 4:
-            kept[LINEAR[1]] = B.flatten(1)
-        if MAGNITUDE in kept:
-            kept[MAGNITUDE] = kept[MAGNITUDE].flatten()
-        if module in places:
+    for module, stored in layers.items():
+        path = parameters.get(module, module)
+        own = dict(stored)
+        if (B := own.get(B_NAME)) is not None and B.ndim == 4:
+            own[B_NAME] = B.flatten(1)
+        if MAGNITUDE in own:
+            own[MAGNITUDE] = own[MAGNITUDE].flatten()
+        if module in parameters:
+            factors = [own.pop(name, None) for name in (A_NAME, B_NAME)]
+            A, B = factors
             if A is not None and B is not None:
-                A, B = experts_apart(A, B, lora.rank_of(path))
-            halves = zip(PARAMETER, (A, B), strict=True)
-            kept = {n: t for n, t in kept.items() if n not in LINEAR}
-            kept |= {name: half for name, half in halves if half is not None}
-        tensors |= {f"{path}.{name}": tensor for name, tensor in kept.items()}
+                factors = [*experts_apart(A, B, lora.rank_of(path))]
+            names = zip(FACTORS["parameter"], factors, strict=True)
+            own |= {name: factor for name, factor in names if factor is not None}
+        tensors |= {f"{path}.{name}": tensor for name, tensor in own.items()}
     return tensors
 
 
 def _lora(
-    config: Mapping[str, Any], found: Mapping[str, dict[str, Tensor]], places: Mapping[str, str]
+    config: Mapping[str, Any],
+    layers: Mapping[str, dict[str, Tensor]],
+    parameters: Mapping[str, str],
 ) -> LoRA:
-    modules = [module for module in found if module not in places]
-    targets = [*targets_of(config, modules), *sorted(set(places.values()))]
+    modules = [module for module in layers if module not in parameters]
+    targets = [*targets_of(config, modules), *sorted(set(parameters.values()))]
     if config["lora_alpha"] is None:
         raise TypeError("lora_alpha is None")
-    paths = [*modules, *places.values()]
+    paths = [*modules, *parameters.values()]
     return LoRA(
         rank=config["r"],
         alpha=config["lora_alpha"],

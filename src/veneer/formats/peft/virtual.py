@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.adapter.method import Method, MethodName
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, joined
 from veneer.formats.state import AdapterState
 
 KEY = "prompt_embeddings"
@@ -17,8 +17,8 @@ TYPES: dict[str, MethodName] = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "pro
 def config_of(state: AdapterState, config: Method) -> dict[str, Any]:
     """Return what adapter_config.json says of virtual tokens.
 
-    A prefix tells the shape of the cache: PEFT's token_dim is kv_heads · head_dim there, and its
-    num_attention_heads are those of the keys.
+    Of a prefix it gives the shape of the cache: PEFT's token_dim is kv_heads · head_dim there, and
+    its num_attention_heads are those of the keys.
     """
     common = {
         "peft_type": next(name for name, ours in TYPES.items() if ours == config.method),
@@ -41,7 +41,7 @@ def config_of(state: AdapterState, config: Method) -> dict[str, Any]:
 
 
 def tensors_of(state: AdapterState, config: Method) -> dict[str, Tensor]:
-    """Return the one tensor that PEFT keeps of virtual tokens, (virtual, numbers of each)."""
+    """Return the one tensor that PEFT stores of virtual tokens, (virtual, numbers of each)."""
     tensor = state.tensors[config.method]
     if config.method == "prefix":
         tensor = tensor.permute(3, 0, 1, 2, 4).flatten(1)  # layer by layer, keys before values
@@ -52,7 +52,7 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     """Return the virtual tokens that PEFT's configuration and tensors describe.
 
     An MLP that made a prefix (prefix_projection) is folded away in what PEFT saves, as it is here.
-    Raises AdapterError, listing every part that cannot be honoured and every key that is unknown.
+    Raises AdapterError, listing every setting that cannot be honoured and every unknown key.
     """
     problems = []
     if config.get("modules_to_save"):
@@ -62,26 +62,27 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     problems += [f"the key {key!r} is unknown" for key in tensors if key != KEY]
     method = TYPES[config["peft_type"]]
     text = config.get("prompt_tuning_init_text") if method == "prompt" else None
-    what, found = None, tensors.get(KEY)
+    settings, tensor = None, tensors.get(KEY)
     try:
-        what = Method(method, virtual_tokens=config["num_virtual_tokens"], prompt_text=text or None)
+        count = config["num_virtual_tokens"]
+        settings = Method(method, virtual_tokens=count, prompt_text=text or None)
     except (ConfigError, KeyError) as error:
         problems.append(f"adapter_config.json does not describe virtual tokens ({error})")
-    if found is None:
+    if tensor is None:
         problems.append(f"{KEY} is missing")
     elif method == "prefix":
         names = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
         sizes: list[Any] = [config.get(name) for name in names]
-        if found.ndim != 2 or not _is_whole(found, sizes):
-            told = ", ".join(f"{name} {size!r}" for name, size in zip(names, sizes, strict=True))
-            problems.append(f"{KEY} is {tuple(found.shape)}, which does not agree with {told}")
+        if tensor.ndim != 2 or not _is_whole(tensor, sizes):
+            shape = ", ".join(f"{name} {size!r}" for name, size in zip(names, sizes, strict=True))
+            problems.append(f"{KEY} is {tuple(tensor.shape)}, which does not agree with {shape}")
         else:
             count, layers, heads, _ = sizes
-            found = found.view(count, layers, 2, heads, -1).permute(1, 2, 3, 0, 4).contiguous()
-    if problems or what is None or found is None:
-        raise AdapterError("; ".join(problems))
+            tensor = tensor.view(count, layers, 2, heads, -1).permute(1, 2, 3, 0, 4).contiguous()
+    if problems or settings is None or tensor is None:
+        raise AdapterError(joined(problems))
     base = config.get("base_model_name_or_path") or ""
-    return AdapterState(what, {method: found}, base_name=str(base))
+    return AdapterState(settings, {method: tensor}, base_name=str(base))
 
 
 def _is_whole(tensor: Tensor, sizes: list[Any]) -> bool:

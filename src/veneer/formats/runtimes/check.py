@@ -45,7 +45,7 @@ def check(adapter: Path, runtime: RuntimeName) -> Checked:
     would still stand in the way. Raises AdapterError if there is no adapter or it is damaged.
     """
     rules = RUNTIMES[runtime]
-    kind = formats.found(adapter)
+    kind = formats.detect(adapter)
     if kind is None:
         formats.refuse_unknown(adapter)
     if kind in rules.formats:

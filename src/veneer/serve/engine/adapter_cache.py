@@ -18,7 +18,8 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
 from veneer.errors import AdapterError, listed
 from veneer.formats.adapters import read
-from veneer.formats.parts import adapters_from
+from veneer.formats.contents import without_place
+from veneer.formats.install import layer_adapters
 from veneer.formats.state import AdapterState
 from veneer.formats.validate import validate
 from veneer.lowrank.update import LowRankUpdate, RowUpdates, mixed
@@ -110,7 +111,7 @@ def load(model: PreTrainedModel, entry: Entry) -> LoadedAdapter:
     config = _checked(model, state, entry)
     updates: dict[AdaptedLayer, LowRankUpdate] = {}
     paths: list[str] = []
-    for path, adapter in adapters_from(state, config).items():
+    for path, adapter in layer_adapters(state, config).items():
         layer = adapted_layer(model, path)
         assert isinstance(layer, AdaptedLayer)
         adapter.to(layer.base_weight.device).requires_grad_(False)
@@ -125,12 +126,12 @@ def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
         problems.append(
             f"{state.config.method} is no low-rank adapter, and cannot answer beside others"
         )
-    if state.rows is not None:
+    if state.new_tokens is not None:
         problems.append(
-            f"it brings {len(state.rows.words)} new tokens, which a shared base has no rows for; "
-            "merge it, and serve the merged model"
+            f"it brings {len(state.new_tokens.tokens)} new tokens, which a shared base has no "
+            "rows for; merge it, and serve the merged model"
         )
-    elif beyond := state.beyond_factors():
+    elif beyond := without_place(state, "serving"):
         problems.append(
             f"it has {listed(beyond)} beside its factors, which act on whole batches; merge it, "
             "and serve the merged model"

@@ -46,7 +46,7 @@ def about(directory: Path, version: int) -> dict[str, Any]:
 
 def _config(directory: Path) -> tuple[dict[str, Any], str]:
     """Return an adapter's settings under our names, and the base that it was trained on."""
-    if method := native.found_method(directory):
+    if method := native.method_in(directory):
         config = read_json(directory / native.config_name(method))
         base = config.get("base")
         return config, str(base.get("name", "")) if isinstance(base, dict) else ""

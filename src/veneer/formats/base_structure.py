@@ -1,4 +1,4 @@
-"""What formats need to know of a base and cannot learn from an adapter's files."""
+"""The structure of a base, as far as formats need it and an adapter's files do not tell it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from functools import cached_property
 from transformers import PretrainedConfig, PreTrainedModel
 
 from veneer.adapter.targets import Layer, adaptable_layers
+from veneer.formats.capture import module_paths
+from veneer.formats.state import shortest_names
 
 
 @dataclass(frozen=True)
-class KnownBase:
-    """A base, of which the structure alone is asked: one on the meta device tells as much.
+class BaseStructure:
+    """A base's structure; a model on the meta device has it too.
 
-    Nothing is looked up before a format asks for it; most ask for nothing.
+    Nothing is looked up before a format asks for it; most formats ask for nothing.
     """
 
     model: PreTrainedModel
@@ -33,7 +35,7 @@ class KnownBase:
         """The path of the input embedding; empty where there is none."""
         try:
             embedding = self.model.get_input_embeddings()
-        except NotImplementedError:  # a model that sees no words
+        except NotImplementedError:  # a model that takes no tokens
             return ""
         modules = self.model.named_modules()
         return next((path for path, module in modules if module is embedding), "")
@@ -46,15 +48,10 @@ class KnownBase:
     @property
     def blocks(self) -> int:
         """How many transformer blocks there are."""
-        found = [layer.block for layer in self.layers.values() if layer.block is not None]
-        return 1 + max(found, default=-1)
+        blocks = [layer.block for layer in self.layers.values() if layer.block is not None]
+        return 1 + max(blocks, default=-1)
 
-    def short_names(self, paths: set[str]) -> tuple[str, ...]:
-        """Return last names where these say exactly which layers are meant, and whole paths if not.
 
-        Others' readers look at every module that bears a name.
-        """
-        names = {path.rpartition(".")[2] for path in paths}
-        every = (path for path, _ in self.model.named_modules())
-        same = {path for path in every if path.rpartition(".")[2] in names}
-        return tuple(sorted(names if same == paths else paths))
+def targets_for(paths: set[str], base: BaseStructure | None) -> tuple[str, ...]:
+    """Return targets that mean the layers at `paths`: short ones where the base is known."""
+    return tuple(sorted(paths)) if base is None else shortest_names(paths, module_paths(base.model))

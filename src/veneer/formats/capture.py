@@ -1,0 +1,173 @@
+"""From a model to an AdapterState."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.adapter.active import active_adapters_of
+from veneer.adapter.adapted import Adapted
+from veneer.adapter.adapter import Adapter
+from veneer.adapter.attach import adapters, in_use
+from veneer.adapter.conv import LoRAConv2d
+from veneer.adapter.embedding import LoRAEmbedding
+from veneer.adapter.layers import lora_layers
+from veneer.adapter.method import Method, is_virtual
+from veneer.adapter.new_tokens import NewTokens, new_tokens_of
+from veneer.adapter.parameters import AdaptedParameter
+from veneer.adapter.tokens import TrainedTokens
+from veneer.adapter.unfreeze import replaced_weights
+from veneer.adapter.virtual_forward import virtual_tokens_of
+from veneer.errors import AdapterError, nearest
+from veneer.formats.state import (
+    CAUSAL,
+    START,
+    AdapterState,
+    LayerKind,
+    NewTokenRows,
+    StoredLayer,
+    StoredTokens,
+    shortest_names,
+)
+from veneer.models.fingerprint import fingerprint
+
+
+def capture(
+    model: PreTrainedModel,
+    name: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> AdapterState:
+    """Return the adapter called `name` (by default the one in use) as a value.
+
+    Raises AdapterError if there is none of that name, or no single one in use.
+    """
+    attached = adapters(model)
+    if name is None:
+        active = list(in_use(model))
+        if len(active) != 1:
+            raise AdapterError(f"{len(active)} adapters are in use; name the one to save.")
+        name = active[0]
+    if name not in attached:
+        raise AdapterError(f"No adapter is called {name!r}{nearest(name, attached)}.")
+    config = attached[name]
+    tensors: dict[str, Tensor]
+    if isinstance(config, Method) and is_virtual(config):
+        virtual = virtual_tokens_of(model)
+        assert virtual is not None
+        with torch.no_grad():
+            tensors = {config.method: virtual.adapters[name]().clone().contiguous()}
+        config = replace(config, prefix_mlp=None)  # the prefix that it makes is stored instead
+    elif isinstance(config, Method):
+        tensors = _copies(replaced_weights(model, config))
+    else:
+        tensors = _copies(layer_tensors(model, name))
+        if config.init == "lora_ga" and not any(key.endswith(START[0]) for key in tensors):
+            config = replace(config, init="kaiming")  # no gradient has come, and it started so
+        if paths := {key.rpartition(".")[0] for key in tensors}:
+            targets = shortest_names(paths, module_paths(model))
+            config = replace(config, targets=targets, layers=None)
+    new_tokens = new_tokens_of(model)
+    return AdapterState(
+        config,
+        tensors,
+        None if new_tokens is None else _new_token_rows(model, new_tokens),
+        model.config._name_or_path,
+        fingerprint(model, tokenizer),
+        replacements=_copies(replacements_of(model, name)),
+        trained_tokens={
+            path: StoredTokens(tuple(tokens.ids.tolist()), tokens.rows.detach().clone())
+            for path, tokens in trained_tokens_of(model, name).items()
+        },
+        task=task_of(model),
+        training=active_adapters_of(model).notes.get(name, {}),
+    )
+
+
+def layer_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the live tensors of each layer that the adapter called `name` lies on, under the keys
+    and in the shapes of `AdapterState.tensors`."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in lora_layers(model):
+        if name in layer.adapters:
+            adapter = layer.adapters[name]
+            assert isinstance(adapter, Adapter)
+            A = adapter.lora_A
+            if isinstance(layer, LoRAConv2d):
+                window = layer.original.weight.shape[1:]  # type: ignore[index]
+                A = A.unflatten(1, window)
+            stored = StoredLayer(
+                path,
+                A,
+                adapter.lora_B,
+                _kind_of(layer),
+                adapter.magnitude,
+                adapter.lora_bias,
+                adapter.start,
+            )
+            tensors |= stored.tensors()
+    return tensors
+
+
+def replacements_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return the live weights by which an adapter replaces the base's, by the paths of these."""
+    return active_adapters_of(model).saved.get(name, {})
+
+
+def trained_tokens_of(model: nn.Module, name: str) -> dict[str, TrainedTokens]:
+    """Return the live rows of trained tokens, by the path of the embedding or head; those that both
+    share, by the first."""
+    by_path: dict[str, TrainedTokens] = {}
+    for path, layer in lora_layers(model):
+        if name in layer.tokens:
+            tokens = layer.tokens[name]
+            assert isinstance(tokens, TrainedTokens)
+            if not any(tokens is shared for shared in by_path.values()):
+                by_path[path] = tokens
+    return by_path
+
+
+def module_paths(model: nn.Module) -> Iterator[str]:
+    """Yield the paths of a model's modules, without those of adapters in them."""
+    for path, module in model.named_modules():
+        if not isinstance(module, Adapter | TrainedTokens):
+            yield path
+
+
+def task_of(model: nn.Module) -> str:
+    """Return PEFT's name for the task of a model, or "" where it has none."""
+    name = type(model).__name__
+    if name.endswith("ForConditionalGeneration") and model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        return "SEQ_2_SEQ_LM"
+    can = getattr(model, "can_generate", lambda: False)()
+    return CAUSAL if name.endswith(("ForCausalLM", "LMHeadModel")) or can else ""
+
+
+def _new_token_rows(model: PreTrainedModel, new_tokens: NewTokens) -> NewTokenRows:
+    embedding, head = new_tokens.embedding, new_tokens.head
+    base_rows = embedding.original.weight.shape[0]  # type: ignore[index]
+    bias = getattr(head.original, "bias", None)
+    paths: tuple[str, ...] = ()
+    if embedding.start + len(embedding.tokens) <= base_rows and bias is None:
+        by_module = {id(module): path for path, module in model.named_modules()}
+        paths = tuple(by_module[id(layer)] for layer in (embedding, head))
+    return NewTokenRows(
+        embedding.tokens,
+        embedding.start,
+        embedding.rows.detach().clone(),
+        None if new_tokens.tied else head.rows.detach().clone(),
+        paths,
+    )
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
+def _kind_of(layer: Adapted) -> LayerKind:
+    if isinstance(layer, AdaptedParameter):
+        return "parameter"
+    return "embedding" if isinstance(layer, LoRAEmbedding) else "linear"

@@ -1,0 +1,66 @@
+"""What an adapter can hold beside A and B of its layers, and which formats have a place for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from veneer.adapter.config import LoRA
+from veneer.errors import AdapterError, listed
+from veneer.formats.names import FormatName
+from veneer.formats.state import LAYER_KEYS, AdapterState
+
+Content = Literal[
+    "new tokens",
+    "biases of its own (lora_bias)",
+    "windows of convolutions",
+    "stacks of experts",
+    "modules to save or biases that replace the base's",
+    "rows of single tokens",
+    "DoRA's magnitudes",
+]
+PRESENT: dict[Content, Callable[[AdapterState], bool]] = {
+    "new tokens": lambda s: s.new_tokens is not None,
+    "biases of its own (lora_bias)": lambda s: any(layer.bias is not None for layer in s.layers()),
+    "windows of convolutions": lambda s: any(layer.A.ndim == 4 for layer in s.layers()),
+    "stacks of experts": lambda s: any(layer.kind == "parameter" for layer in s.layers()),
+    "modules to save or biases that replace the base's": lambda s: bool(s.replacements),
+    "rows of single tokens": lambda s: bool(s.trained_tokens),
+    "DoRA's magnitudes": lambda s: isinstance(s.config, LoRA) and s.config.dora,
+}
+Place = FormatName | Literal["merged GGUF", "serving"]
+# Where A and B did not start at zero, all formats but the native one hold a plain LoRA of twice the
+# rank (fold.without_start). PEFT has new tokens as trained ones, where the base has rows for them.
+PLACES: dict[Place, frozenset[Content]] = {
+    "native": frozenset(PRESENT),
+    "peft": frozenset(PRESENT),
+    "mlx": frozenset({"DoRA's magnitudes"}),
+    "loralib": frozenset(),
+    "gguf": frozenset(),
+    "merged GGUF": frozenset({"new tokens", "DoRA's magnitudes"}),
+    "serving": frozenset({"DoRA's magnitudes"}),  # what can act on single rows of a batch
+}
+
+
+def without_place(state: AdapterState, place: Place) -> list[str]:
+    """Return what a LoRA holds, in words, that `place` cannot hold."""
+    contents = [c for c, holds in PRESENT.items() if c not in PLACES[place] and holds(state)]
+    return [*contents, *(k for k in state.tensors if k.rpartition(".")[2] not in LAYER_KEYS)]
+
+
+def lora_of(state: AdapterState, format: FormatName) -> LoRA:
+    """Return the configuration of a LoRA that `format` can hold.
+
+    Raises AdapterError, which names everything that `format` has no place for.
+    """
+    config = state.config
+    if not isinstance(config, LoRA):
+        raise AdapterError(
+            f"The format {format} has no place for {config.method}; write it natively."
+        )
+    if contents := without_place(state, format):
+        raise AdapterError(
+            f"The format {format} has no place for {listed(contents)}; merge the adapter, or "
+            "write it natively."
+        )
+    return config

@@ -1,0 +1,128 @@
+"""From an adapter to what PEFT's files say: pure, without files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from veneer.adapter.method import Method
+from veneer.errors import AdapterError
+from veneer.formats.peft import virtual
+from veneer.formats.peft.experts import experts_together, nested_keys
+from veneer.formats.peft.rules import BELOW, ENDINGS, PREFIX, TOKENS, is_bias
+from veneer.formats.state import BIAS, FACTORS, MAGNITUDE, AdapterState, StoredTokens
+
+
+def config_of(state: AdapterState) -> dict[str, Any]:
+    """Return what adapter_config.json says of an adapter.
+
+    Ranks and alphas of single layers are keyed by whole paths: PEFT sorts patterns on saving, and
+    the first that matches wins, so that any pattern that overlaps another could change its meaning.
+    """
+    if isinstance(state.config, Method):
+        return virtual.config_of(state, state.config)
+    config, layers = state.config, list(state.layers())
+    paths = [layer.path for layer in layers]
+    ranks = {path: config.rank_of(path) for path in paths}
+    alphas = {path: _number(config.alpha_of(path)) for path in paths}
+    alpha = _number(float(config.alpha or 0))
+    parameters = [layer.path for layer in layers if layer.kind == "parameter"]
+    modules = _modules_to_save(state)
+    targets = list(config.targets)
+    if parameters or modules or not paths:
+        targets = [layer.path for layer in layers if layer.kind != "parameter"]
+    return {
+        "peft_type": "LORA",
+        "task_type": state.task or None,
+        "base_model_name_or_path": state.base_name or None,
+        "r": config.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0 if parameters else config.dropout,
+        "target_modules": targets,
+        "target_parameters": parameters or None,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "lora_bias": any(layer.bias is not None for layer in layers),
+        "rank_pattern": {path: r for path, r in ranks.items() if r != config.rank},
+        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "bias": _trained_biases(state),
+        "modules_to_save": modules or None,
+        "trainable_token_indices": {p: list(t.ids) for p, t in state.trained_tokens.items()}
+        or None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def tensors_of(state: AdapterState) -> dict[str, Tensor]:
+    """Return an adapter's tensors under PEFT's keys.
+
+    Raises AdapterError for several parameters of one module that PEFT's file could not tell apart.
+    """
+    if isinstance(state.config, Method):
+        return virtual.tensors_of(state, state.config)
+    tensors: dict[str, Tensor] = {}
+    layers = list(state.layers())
+    keys = nested_keys(layer.path for layer in layers if layer.kind == "parameter")
+    for layer in layers:
+        A, B, magnitude = layer.A, layer.B, layer.magnitude
+        if layer.kind == "parameter":
+            A, B = experts_together(A, B)
+        elif A.ndim == 4:  # a convolution of one pixel, and one magnitude a channel
+            B = B[:, :, None, None]
+            magnitude = None if magnitude is None else magnitude[None, :, None, None]
+        names = FACTORS["embedding" if layer.is_embedding else "linear"]
+        values = (A, B, magnitude, layer.bias)
+        for name, tensor in zip((*names, MAGNITUDE, BIAS), values, strict=True):
+            if tensor is not None:
+                tensors[f"{PREFIX}{keys.get(layer.path, layer.path)}.{ENDINGS[name]}"] = tensor
+    adapted = {layer.path for layer in layers}
+    for path, weight in state.replacements.items():
+        module, _, leaf = path.rpartition(".")
+        below = BELOW if module in adapted else ""
+        tensors[f"{PREFIX}{module}{below}.{leaf}"] = weight
+    for path, tokens in state.trained_tokens.items():
+        if tokens.rows is not None:
+            tensors[f"{PREFIX}{path}{TOKENS}"] = tokens.rows
+    return tensors
+
+
+def new_tokens_as_trained(state: AdapterState) -> AdapterState:
+    """Return the same adapter with its new tokens as trained rows of tokens that the base has.
+
+    Raises AdapterError where the base has no rows for them, for PEFT makes none.
+    """
+    new = state.new_tokens
+    if new is None:
+        return state
+    if not new.paths:
+        raise AdapterError(
+            "An adapter with new tokens can be written for PEFT only where its base has rows for "
+            "them, and a head without a bias; merge it, or write it natively."
+        )
+    ids = tuple(range(new.start, new.start + len(new.tokens)))
+    rows = zip(new.paths, (new.embedding, new.head), strict=False)
+    trained = {path: StoredTokens(ids, own) for path, own in rows if own is not None}
+    return replace(state, new_tokens=None, trained_tokens=trained)
+
+
+def _modules_to_save(state: AdapterState) -> list[str]:
+    return sorted({path.rpartition(".")[0] for path in state.replacements if not is_bias(path)})
+
+
+def _trained_biases(state: AdapterState) -> str:
+    """Return PEFT's name for the set of the base's biases that have been trained."""
+    adapted = {layer.path for layer in state.layers()}
+    owners = {path.rpartition(".")[0] for path in state.replacements if is_bias(path)}
+    owners -= {*_modules_to_save(state)}
+    if not owners:
+        return "none"
+    return "lora_only" if owners <= adapted else "all"
+
+
+def _number(alpha: float) -> int | float:
+    # Readers such as vLLM and llama.cpp expect an integer where the alpha is one.
+    return int(alpha) if float(alpha).is_integer() else alpha
