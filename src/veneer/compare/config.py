@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
 
 from veneer.adapter.config import split_names
+from veneer.checks import ABOVE_0, broken, check_config, one_of, whole_number
 from veneer.compare.budget import Budget, parse_budget
 from veneer.compare.labels import LABELS, Label, swept
 from veneer.errors import ConfigError, nearest
@@ -56,41 +56,52 @@ class CompareConfig:
     """Number format to compute in; auto takes the faster one here, the same for all."""
 
     def __post_init__(self) -> None:
-        problems = []
         for name in ("methods", "ranks", "target_sets"):
-            given = getattr(self, name)
-            parts = split_names(given) if isinstance(given, str) else list(given or ())
-            parts = [part.strip() if isinstance(part, str) else part for part in parts]
-            object.__setattr__(self, name, tuple(dict.fromkeys(p for p in parts if p != "")))
-        if not self.methods:
-            problems.append("methods is empty; name at least one")
-        for name in self.methods:
-            if name not in LABELS:
-                problems.append(f"the method {name!r} is unknown{nearest(str(name), LABELS)}")
-        ranks = [_whole(rank) for rank in self.ranks or ()]
+            value = getattr(self, name)
+            items = split_names(value) if isinstance(value, str) else list(value or ())
+            items = [item.strip() if isinstance(item, str) else item for item in items]
+            object.__setattr__(self, name, tuple(dict.fromkeys(x for x in items if x != "")))
+        ranks = [_rank(rank) for rank in self.ranks or ()]
+        count = whole_number(1)
+        problems = [
+            f"the method {name!r} is unknown{nearest(str(name), LABELS)}"
+            for name in self.methods
+            if name not in LABELS
+        ]
         if None in ranks:
-            problems.append(
-                f"ranks is {', '.join(map(str, self.ranks or ()))}, but must be whole numbers, "
-                "each at least 1"
-            )
+            names = ", ".join(map(str, self.ranks or ()))
+            problems.append(f"ranks is {names}, but must be whole numbers, each at least 1")
         object.__setattr__(self, "ranks", tuple(rank for rank in ranks if rank))
         try:
             parse_budget(self.budget)
         except ConfigError as error:
             problems.append(str(error))
-        for name, least in (
-            ("seeds", 1),
-            ("seed", 0),
-            ("test_rows", 1),
-            ("max_new_tokens", 1),
-            ("eval_rows", 1),
-            ("limit", 2),
-            ("max_length", 2),
-            ("tokens_per_step", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                problems.append(f"{name} is {value}, but must be at least {least}")
+        problems += self._problems_of_rates()
+        check_config(
+            self,
+            opening="Nothing can be compared so",
+            rules={
+                "seeds": count,
+                "seed": whole_number(0),
+                "test_rows": count,
+                "max_new_tokens": count,
+                "eval_rows": count,
+                "limit": whole_number(2),
+                "max_length": whole_number(2),
+                "tokens_per_step": count,
+                "dtype": one_of(DType),
+            },
+            contradictions={
+                "methods is empty; name at least one": not self.methods,
+                "test_rows would do nothing without test": (
+                    self.test_rows is not None and self.test is None
+                ),
+            },
+            problems=problems,
+        )
+
+    def _problems_of_rates(self) -> list[str]:
+        problems = []
         for name, rate in self.lr.items():
             if name not in LABELS:
                 problems.append(
@@ -98,14 +109,9 @@ class CompareConfig:
                 )
             elif name not in self.methods and not (name == "lora" and self.swept):
                 problems.append(f"lr of {name} would do nothing, for {name} is not compared")
-            elif not 0 < rate < float("inf"):
-                problems.append(f"lr of {name} is {rate}, but must be above 0")
-        if self.test_rows is not None and self.test is None:
-            problems.append("test_rows would do nothing without test")
-        if self.dtype not in get_args(DType):
-            problems.append(f"dtype is {self.dtype!r}, but must be auto, float32 or bf16")
-        if problems:
-            raise ConfigError("Nothing can be compared so: " + "; ".join(problems) + ".")
+            else:
+                problems += broken(ABOVE_0, {f"lr of {name}": rate})
+        return problems
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -127,9 +133,10 @@ class CompareConfig:
         return self.lr.get("lora" if label in self.swept else label.name, label.lr)
 
 
-def _whole(rank: object) -> int | None:
+def _rank(value: object) -> int | None:
+    """Return the rank that a value is or spells, None where it is none."""
     try:
-        found = int(str(rank))
+        rank = int(str(value))
     except ValueError:
         return None
-    return found if found >= 1 else None
+    return rank if rank >= 1 else None

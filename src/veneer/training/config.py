@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from veneer.errors import ConfigError
+from veneer.checks import ABOVE_0, at_least, check_config, one_of, whole_number
 from veneer.fused.recompute import Recompute
 
 Schedule = Literal["constant", "cosine", "linear"]
@@ -49,54 +49,28 @@ class TrainConfig:
     """Stop after so many evaluations without a better one."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {value!r}, but must be {rule}"
-            for name, value, good, rule in (
-                ("epochs", self.epochs, 0 < self.epochs < math.inf, "above 0"),
-                ("steps", self.steps, self.steps is None or self.steps > 0, "above 0"),
-                ("lr", self.lr, self.lr is None or 0 < self.lr < math.inf, "above 0"),
-                (
-                    "lora_plus_ratio",
-                    self.lora_plus_ratio,
-                    self.lora_plus_ratio is None or 0 < self.lora_plus_ratio < math.inf,
-                    "above 0",
-                ),
-                ("warmup", self.warmup, 0 <= self.warmup < math.inf, "at least 0"),
-                (
-                    "weight_decay",
-                    self.weight_decay,
-                    0 <= self.weight_decay < math.inf,
-                    "at least 0",
-                ),
-                ("clip", self.clip, 0 <= self.clip < math.inf, "at least 0"),
-                ("tokens_per_step", self.tokens_per_step, self.tokens_per_step > 0, "above 0"),
-                ("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
-                (
-                    "schedule",
-                    self.schedule,
-                    self.schedule in ("constant", "cosine", "linear"),
-                    "constant, cosine or linear",
-                ),
-                (
-                    "recompute",
-                    self.recompute,
-                    self.recompute in ("none", "selective", "full"),
-                    "none, selective or full",
-                ),
-                *(
-                    (name, value, value is None or value > 0, "above 0")
-                    for name, value in (
-                        ("tokens_per_batch", self.tokens_per_batch),
-                        ("save_every", self.save_every),
-                        ("eval_every", self.eval_every),
-                        ("patience", self.patience),
-                    )
-                ),
-            )
-            if not good
-        ]
-        if problems:
-            raise ConfigError("This run cannot be: " + "; ".join(problems) + ".")
+        count = whole_number(1)
+        check_config(
+            self,
+            opening="This run cannot be",
+            rules={
+                "epochs": ABOVE_0,
+                "steps": count,
+                "lr": ABOVE_0,
+                "lora_plus_ratio": ABOVE_0,
+                "schedule": one_of(Schedule),
+                "warmup": at_least(0),
+                "weight_decay": at_least(0),
+                "clip": at_least(0),
+                "tokens_per_step": count,
+                "tokens_per_batch": count,
+                "recompute": one_of(Recompute),
+                "seed": whole_number(0, most=2**63 - 1),
+                "save_every": count,
+                "eval_every": count,
+                "patience": count,
+            },
+        )
 
     @property
     def batch_tokens(self) -> int:
@@ -112,7 +86,7 @@ class TrainConfig:
         if self.schedule == "constant":
             return self.lr
         # The step after the last would be at zero, so that the last one still moves.
-        part = (step - rise - 1) / max(1, steps - rise)
+        share_done = (step - rise - 1) / max(1, steps - rise)
         if self.schedule == "linear":
-            return self.lr * (1 - part)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * part))
+            return self.lr * (1 - share_done)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * share_done))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import LEARNING_RATES, Method
-from veneer.errors import ConfigError
+from veneer.checks import check_config, whole_number
 from veneer.quant.settings import Bits
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
@@ -34,17 +34,20 @@ class DataConfig:
     """Words to add to the vocabulary, comma-separated; auto: those that fall into many pieces."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.limit is not None and self.limit < 1:
-            problems.append(f"limit is {self.limit}, but must be at least 1")
-        if self.max_length < 2:
-            problems.append(f"max_length is {self.max_length}, but must be at least 2")
-        if self.eval_rows < 0:
-            problems.append(f"eval_rows is {self.eval_rows}, but must be at least 0")
-        if self.eval_rows and self.eval_data:
-            problems.append("eval_rows and eval_data exclude each other")
-        if problems:
-            raise ConfigError("This data cannot be used so: " + "; ".join(problems) + ".")
+        check_config(
+            self,
+            opening="This data cannot be used so",
+            rules={
+                "limit": whole_number(1),
+                "max_length": whole_number(2),
+                "eval_rows": whole_number(0),
+            },
+            contradictions={
+                "eval_rows and eval_data exclude each other": bool(
+                    self.eval_rows and self.eval_data
+                )
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Recipe:
     """All that decides a run's course and where its result goes.
 
     Raises ConfigError, which lists all settings that would do nothing: of evaluation without rows
-    to evaluate on, of packing without bits, of adapters with a method that has none.
+    to evaluate on, of quantization without bits, of adapters with a method that has none.
     """
 
     model: str
@@ -67,31 +70,37 @@ class Recipe:
     out: Path = DEFAULT_OUT
 
     def __post_init__(self) -> None:
-        name, problems = self.method.method, []
-        if self.pack_head and self.bits is None:
-            problems.append("pack_head would do nothing without bits; give bits 4 or 8 too")
-        if self.lora.init == "loftq" and self.bits is None:
-            problems.append("init loftq makes up for what packing takes; give bits 4 or 8 too")
-        if self.method.replaces_weights and self.bits is not None:
-            problems.append(f"{name} trains weights, which cannot be in {self.bits} bits")
-        idle = [n for n in ("eval_every", "patience") if getattr(self.training, n) is not None]
-        if idle and not (self.rows.eval_rows or self.rows.eval_data):
-            problems.append(
-                f"{' and '.join(idle)} would do nothing without rows to evaluate on; "
-                "give eval_rows or eval_data too"
-            )
-        if name != "lora":
-            usual = LoRA()
-            idle = [
-                f.name for f in fields(LoRA) if getattr(self.lora, f.name) != getattr(usual, f.name)
-            ]
-            idle += ["lora_plus_ratio"] * (self.training.lora_plus_ratio is not None)
-            if idle:
-                problems.append(f"{', '.join(idle)} would do nothing with {name}")
-        if problems:
-            raise ConfigError("; ".join(problems) + ".")
+        method = self.method.method
+        of_evaluation = [n for n in ("eval_every", "patience") if getattr(self.training, n)]
+        usual = LoRA()
+        of_adapters = [
+            f.name for f in fields(LoRA) if getattr(self.lora, f.name) != getattr(usual, f.name)
+        ]
+        of_adapters += ["lora_plus_ratio"] * (self.training.lora_plus_ratio is not None)
+        evaluates = self.rows.eval_rows or self.rows.eval_data
+        check_config(
+            self,
+            opening="This run cannot be",
+            rules={},
+            contradictions={
+                "pack_head would do nothing without bits; give bits 4 or 8 too": (
+                    self.pack_head and self.bits is None
+                ),
+                "init loftq makes up for what rounding to fewer bits takes; give bits 4 or 8 too": (
+                    self.lora.init == "loftq" and self.bits is None
+                ),
+                f"{method} trains weights, which cannot be in {self.bits} bits": (
+                    self.method.replaces_weights and self.bits is not None
+                ),
+                f"{' and '.join(of_evaluation)} would do nothing without rows to evaluate on; "
+                "give eval_rows or eval_data too": bool(of_evaluation and not evaluates),
+                f"{', '.join(of_adapters)} would do nothing with {method}": bool(
+                    of_adapters and method != "lora"
+                ),
+            },
+        )
         if self.training.lr is None:
-            training = replace(self.training, lr=LEARNING_RATES[name])
+            training = replace(self.training, lr=LEARNING_RATES[method])
             object.__setattr__(self, "training", training)
 
     @property
@@ -112,8 +121,8 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """Return every setting under its flag's name, as plain values for YAML and JSON."""
         flat: dict[str, Any] = {"model": self.model, "data": str(self.data)}
-        for part in (self.method, self.lora, self.training, self.rows):
-            flat.update(asdict(part))
+        for group in (self.method, self.lora, self.training, self.rows):
+            flat.update(asdict(group))
         flat["targets"] = list(flat["targets"])
         flat["eval_data"] = flat["eval_data"] and str(flat["eval_data"])
         flat |= {"dtype": self.dtype, "bits": self.bits, "pack_head": self.pack_head}
