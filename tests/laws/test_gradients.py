@@ -11,8 +11,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from support.random_adapters import distance, ids, logits, shake, targets_named
-from support.tiny_models import ARCHITECTURES, tiny
+from support.closeness import assert_gradients_no_further, assert_no_further
+from support.kinds import each_kind
+from support.plain import plain_pair
+from support.random_adapters import ids, shake
+from support.tiny_models import tiny
 from veneer.adapter.active import ActiveAdapters
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.attach import attach, use
@@ -180,25 +183,24 @@ def test_embedding_passes_gradcheck(weights, scale):
     torch.testing.assert_close(layer(tokens), wanted, rtol=1e-6, atol=1e-6)
 
 
-def gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    out = model(tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
-    F.cross_entropy(out, tokens[:, 1:].flatten()).backward()
-    return {n: w.grad.clone() for n, w in model.named_parameters() if w.requires_grad}
+def summed(logits: Tensor) -> Tensor:
+    """Return a number that depends on every logit."""
+    return logits.logsumexp(-1).sum() + logits[..., ::3].square().sum()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_of_a_whole_model(architecture, monkeypatch):
-    model = tiny(architecture)
-    attach(model, LoRA(rank=3, targets=targets_named(model, "everything")))
-    shake(model)
-    fused, said = gradients(model, ids()), logits(model)
-    monkeypatch.setattr(LoRALinear, "forward", plain)
-    reference = gradients(model, ids())
-    torch.testing.assert_close(said, logits(model), rtol=1e-5, atol=1e-5)
-    assert fused.keys() == reference.keys()
-    for name in fused:
-        assert distance(fused[name], reference[name]) < 1e-5, name
+@each_kind()
+def test_gradients_of_a_whole_model(kind):
+    model = kind.shaken()
+    plain, exact = plain_pair(kind, model)
+    logits = kind.logits(model)
+    trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    gradients = torch.autograd.grad(summed(logits), list(trained.values()), allow_unused=True)
+    ours = {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
+    expected, peers = exact.logits(kind.inputs()), plain.logits(kind.inputs())
+    assert_no_further(logits, peers, expected, "logits")
+    assert_gradients_no_further(
+        ours, plain.gradients(summed(peers)), exact.gradients(summed(expected))
+    )
 
 
 def test_only_the_acting_adapter_has_gradients():

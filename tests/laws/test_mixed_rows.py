@@ -4,81 +4,96 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import veneer
-from support.random_adapters import distance, ids, shake, targets_named
-from support.tiny_models import ARCHITECTURES, quantized, tiny
+from support.closeness import assert_no_further
+from support.kinds import Kind, each_kind
+from support.plain import Plain
+from support.random_adapters import distance, ids, shake
+from support.tiny_models import tiny
 from veneer.adapter import linear
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.attach import use_rows
 from veneer.errors import AdapterError
 
-# Different ranks, targets and kinds, some of them twice, some mixed, and the base between them.
-ROWS = ["plain", None, "wide", {"plain": 0.7, "dora": -0.4}, "dora", "plain", {"wide": 0.5}]
+# Some twice, some mixed, and the base between them.
+ROWS = ["default", None, "wide", {"default": 0.7, "dora": -0.4}, "dora", "default", {"wide": 0.5}]
 
 
-def adapted(model: Any) -> Any:
-    kinds: dict[str, dict[str, Any]] = {
-        "plain": {"rank": 2, "targets": targets_named(model, "all")},
-        "wide": {"rank": 5, "targets": targets_named(model, "everything")},
-        "dora": {"rank": 3, "targets": targets_named(model, "attention"), "dora": True},
-    }
-    for name, kind in kinds.items():
-        veneer.attach(model, veneer.LoRA(**kind), name=name)
+def beside_others(kind: Kind, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model with the kind's adapter, and with a wide one and a DoRA."""
+    model = kind.fresh(dtype)
+    veneer.attach(model, veneer.LoRA(rank=5, targets="all"), name="wide")
+    veneer.attach(model, veneer.LoRA(rank=2, targets="all", dora=True), name="dora")
     return shake(model, size=0.2).requires_grad_(False)
 
 
-def separately(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    found = []
+@torch.no_grad()
+def separately(model: Any, tokens: Tensor) -> Tensor:
+    logits = []
     for which, row in zip(ROWS, tokens, strict=True):
         veneer.use(model, which)
-        found.append(model(row[None], use_cache=False).logits)
-    return torch.cat(found)
+        logits.append(model(row[None], use_cache=False).logits)
+    return torch.cat(logits)
 
 
-def assert_rows_agree(model: Any, close: float) -> None:
-    tokens = ids(len(ROWS), 9)
-    wanted = separately(model, tokens)
-    assert distance(wanted[0], wanted[1]) > 0.2  # the adapters do something
+@torch.no_grad()
+def exactly(kind: Kind, model: Any, tokens: Tensor) -> Tensor:
+    logits = []
+    for which, row in zip(ROWS, tokens, strict=True):
+        veneer.use(model, which)
+        logits.append(Plain(kind, model, torch.float64).logits({"input_ids": row[None]}))
+    return torch.cat(logits)
+
+
+@each_kind(lambda kind: kind.mixes_rows)
+def test_rows_equal_separate_runs(kind, monkeypatch):
+    model, tokens = beside_others(kind), ids(len(ROWS), 9)
+    alone, exact = separately(model, tokens), exactly(kind, model, tokens)
+    assert distance(alone[0], alone[1]) > 1e-3  # the adapters do something
+    for most in (linear.STACKED_RANKS, 0):  # stacked and masked, or each over its own rows
+        monkeypatch.setattr(linear, "STACKED_RANKS", most)
+        use_rows(model, ROWS)
+        together = model(tokens, use_cache=False).logits
+        assert_no_further(together, alone, exact)
+        veneer.use(model, None)
+        assert active_adapters_of(model).row_updates is None
+
+
+@each_kind(lambda kind: str(kind) in ("lora, qwen2", "dora, llama"))
+def test_rows_in_bf16(kind):
+    model, tokens = beside_others(kind, torch.bfloat16), ids(len(ROWS), 9)
+    alone = separately(model, tokens)
     use_rows(model, ROWS)
-    assert distance(model(tokens, use_cache=False).logits, wanted) < close
-    veneer.use(model, None)
-    assert active_adapters_of(model).row_updates is None
-
-
-@pytest.mark.parametrize("most", [1024, 0], ids=["stacked", "own rows"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rows(architecture, most, monkeypatch):
-    monkeypatch.setattr(linear, "STACKED_RANKS", most)
-    assert_rows_agree(adapted(tiny(architecture)), 2e-6)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "minigpt"])
-def test_over_packed_weights(architecture, bits):
-    assert_rows_agree(adapted(quantized(architecture, bits)), 2e-6)
-
-
-def test_in_float64_and_bfloat16():
-    assert_rows_agree(adapted(tiny("qwen2").double()), 1e-7)  # factors are float32 masters
-    assert_rows_agree(adapted(tiny("qwen2", dtype=torch.bfloat16)), 2e-2)
+    together = model(tokens, use_cache=False).logits
+    assert_no_further(together, alone, exactly(kind, model.float(), tokens))
 
 
 def test_the_base_alone_is_untouched():
-    model = adapted(tiny("llama"))
+    model = shake(veneer.attach(tiny("llama"), veneer.LoRA(rank=2, targets="all"), name="plain"))
     tokens = ids(2, 9)
     veneer.use(model, None)
-    wanted = model(tokens, use_cache=False).logits
+    alone = model(tokens, use_cache=False).logits
     use_rows(model, [None, "plain"])
-    found = model(tokens, use_cache=False).logits
-    assert torch.equal(found[0], wanted[0])
-    assert not torch.equal(found[1], wanted[1])
+    together = model(tokens, use_cache=False).logits
+    assert torch.equal(together[0], alone[0])
+    assert not torch.equal(together[1], alone[1])
 
 
-def test_what_cannot_act_by_rows():
-    model = adapted(tiny("llama"))
+@each_kind(lambda kind: not kind.mixes_rows and not kind.replaces_weights and not kind.new_tokens)
+def test_what_acts_on_whole_batches_is_refused(kind):
+    model = kind.attached()
+    if kind.architecture == "mamba":
+        use_rows(model, ["default", None])
+        with pytest.raises(AdapterError, match="the weight of dt_proj"):
+            kind.says(model)
+        return
+    with pytest.raises(AdapterError, match="default has no low-rank factors"):
+        use_rows(model, ["default", None])
+
+
+def test_a_name_that_is_unknown():
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=2), name="plain")
     with pytest.raises(AdapterError, match="did you mean 'plain'"):
         use_rows(model, ["plian"])
-    veneer.attach(model, veneer.Method("prompt", virtual_tokens=2), name="prompt")
-    with pytest.raises(AdapterError, match="prompt has no low-rank factors"):
-        use_rows(model, ["plain", {"prompt": 1.0}])

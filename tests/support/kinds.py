@@ -281,7 +281,7 @@ KINDS: list[Kind] = [
     _lora("mix of pissa", "qwen2", init="pissa", **_MIXED),
     # Other decoders, convolutions, and stacks of experts.
     _lora("lora", "gemma3"),
-    _lora("lora", "mamba"),
+    _lora("lora", "mamba", mixes_rows=False),  # whose code reads the weight of dt_proj
     _lora("lora", "mamba2"),
     _lora("lora", "falcon_h1"),
     _lora("conv", "vit", targets=["projection", "q_proj"], mixes_rows=False),

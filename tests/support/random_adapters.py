@@ -15,6 +15,8 @@ from veneer.adapter.new_tokens import NewTokens, add_tokens
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.virtual import Prefix, PrefixMLP, Prompt
 from veneer.data.encode import UNLABELLED, Example
+from veneer.models.fingerprint import base_parameters
+from veneer.quant.weight import quantized_layers
 
 NEW_TOKENS = ("veneer", "lacquer", "walnut")
 
@@ -77,6 +79,17 @@ def targets_named(model: PreTrainedModel, which: str | Sequence[str]) -> list[st
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of all that the base is made of, quantized or not, by the base's own names."""
+    codes = {
+        f"{path.removesuffix('.original')}.{name}": tensor.clone()
+        for path, layer in quantized_layers(model).items()
+        for name, tensor in layer.quantized_weight.tensors().items()
+    }
+    own = base_parameters(model, every_name=True)
+    return codes | {name: weight.detach().clone() for name, weight in own.items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

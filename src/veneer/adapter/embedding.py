@@ -58,7 +58,9 @@ class LoRAEmbedding(AdaptedLayer):
         return self._changed(y, ids, self.low_rank_update(active, active[0][0].lora_A.dtype))
 
     def _by_rows(self, ids: Tensor, row_updates: RowUpdates) -> Tensor:
-        """Return rows of the embedding for ids (rows, tokens), each row with its own adapters."""
+        """Return rows of the embedding for ids (rows, tokens), each row with its own adapters; one
+        row of ids is all rows', as positions are in GPT-2."""
+        ids = ids.expand(len(row_updates.mix_of_row), -1)
         y = self.original(ids)
         for update, rows in row_updates.on(self):
             y[list(rows)] = self._changed(y[list(rows)], ids[list(rows)], update)

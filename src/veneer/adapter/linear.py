@@ -11,6 +11,7 @@ from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.weight_access import Place
+from veneer.errors import AdapterError
 from veneer.kernels.gain import apply_gain
 from veneer.lowrank.formula import new_A
 from veneer.lowrank.initial import start_factors
@@ -43,11 +44,19 @@ class LoRALinear(AdaptedLayer):
 
         For model code that computes with a layer's weight instead of calling the layer (Mamba's
         dt_proj, fused kernels). Code that only asks for the weight's dtype gets the original's own.
-        A dropout of adapters' inputs cannot be expressed in a weight, and is left out.
+        A dropout of adapters' inputs cannot be expressed in a weight, and is left out. Raises
+        AdapterError while each row of a batch has adapters of its own: there is no one weight then.
         """
-        active = self.active()
-        if not active or (self.place and self.place.is_looked_at):
+        active, row_updates = self.active(), self.active_adapters.row_updates
+        adapted = active if row_updates is None else row_updates.on(self)
+        if not adapted or (self.place and self.place.is_looked_at):
             return self.original.weight  # type: ignore[return-value]
+        if row_updates is not None:
+            name = self.place.name if self.place else "an adapted layer"
+            raise AdapterError(
+                f"The model's code computes with the weight of {name}, so rows of a batch cannot "
+                "each have adapters of their own; use one adapter for the whole batch."
+            )
         W = self.dense_base_weight
         with torch.autocast(W.device.type, enabled=False):
             update = self.low_rank_update(active, W.dtype)
