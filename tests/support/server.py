@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ import uvicorn
 
 from support.random_adapters import tokenizer
 from support.tiny_models import VOCAB
-from veneer.data.chat import prompt_text
 from veneer.errors import QueueFull
 from veneer.serve.api.http import AT_A_TIME, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
@@ -25,8 +25,9 @@ from veneer.serve.engine.request import Answer, Request, Stats, Token
 from veneer.serve.engine.served import Served
 from veneer.serve.engine.stream import Stream
 
-__all__ = ["ScriptedEngine", "Server", "call", "prompt_text", "running", "scripted"]
 BASE = "tiny"
+API, ADMIN = "a-key-of-some-length", "an-admin-key-of-its-own"
+AS_USER, AS_ADMIN = ({"authorization": f"Bearer {key}"} for key in (API, ADMIN))
 
 
 class ScriptedEngine:
@@ -162,6 +163,27 @@ def call(
         connection.close()
     is_json = received.get("content-type", "").startswith("application/json")
     return response.status, received, json.loads(text) if is_json else text
+
+
+@contextmanager
+def connected(url: str, data: bytes = b"") -> Iterator[socket.socket]:
+    """Connect to a server and send bytes as they are."""
+    host, _, port = urlsplit(url).netloc.partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(data)
+        yield connection
+
+
+def received(connection: socket.socket) -> bytes:
+    """Return everything that a server sends until it closes the connection."""
+    return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+def post(path: str, body: Any, *headers: str) -> bytes:
+    """Return a POST of JSON as the bytes of a request."""
+    data = json.dumps(body).encode()
+    head = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json", *headers]
+    return "\r\n".join([*head, f"content-length: {len(data)}", "", ""]).encode() + data
 
 
 def chat(model: str = BASE, text: str = "Hi", **more: Any) -> dict[str, Any]:

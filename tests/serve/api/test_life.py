@@ -18,7 +18,7 @@ import torch
 
 import veneer
 from support.random_adapters import shake
-from support.server import call, chat
+from support.server import call, chat, post
 from veneer.cli.app import run
 from veneer.models import minigpt
 
@@ -117,12 +117,9 @@ def test_a_crowd_is_served_or_refused(process, home):
     names = (home.name, "poem")
 
     async def one(i: int) -> bytes:
-        body = json.dumps(chat(names[i % 2], max_tokens=8, stream=i % 4 < 2)).encode()
+        body = chat(names[i % 2], max_tokens=8, stream=i % 4 < 2)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-            b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
-        )
+        writer.write(post("/v1/chat/completions", body, "connection: close"))
         got = await reader.read()
         writer.close()
         return got

@@ -4,12 +4,9 @@ import shutil
 
 import pytest
 
-from support.server import BASE, call, chat, running, scripted
+from support.server import ADMIN, API, AS_ADMIN, AS_USER, BASE, call, chat, running, scripted
 from veneer.serve.config import Keys
 
-ADMIN, API = "an-admin-key-of-its-own", "a-key-of-some-length"
-AS_ADMIN = {"authorization": f"Bearer {ADMIN}"}
-AS_USER = {"authorization": f"Bearer {API}"}
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 

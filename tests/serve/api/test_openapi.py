@@ -11,10 +11,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from support.server import running, scripted
+from support.server import ADMIN, AS_ADMIN, running, scripted
 from veneer.serve.config import Keys
 
-ADMIN = "an-admin-key-of-its-own"
 CHECKS = [
     not_a_server_error,
     content_type_conformance,
@@ -40,7 +39,7 @@ def try_out(operation, mode):
     @settings(max_examples=10, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case):
-        headers = {"authorization": f"Bearer {ADMIN}"} if "lora" in case.path else {}
+        headers = AS_ADMIN if "lora" in case.path else {}
         case.call_and_validate(headers=headers, checks=CHECKS, timeout=20)
 
     check()

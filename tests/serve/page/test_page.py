@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from support.server import running, scripted
+from support.server import API, running, scripted
 from veneer.serve.config import Keys
 
 CHROMIUM = (
@@ -17,7 +17,6 @@ CHROMIUM = (
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="there is no Chromium here (Debian's package chromium)"
 )
-KEY = "a-key-of-some-length"
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def test_compare(page):
     page.get_by_label("law").check()
     page.locator("#view-compare").get_by_label("Longest answer").fill("4")
     ask(page, "Who are you?", "compare")
-    page.locator("#said").filter(has_text="3 answers; 3 words differ").wait_for(state="attached")
+    page.locator("#status").filter(has_text="3 answers; 3 words differ").wait_for(state="attached")
     cards = page.locator(".answer")
     assert [card.locator("mark").all_inner_texts() for card in cards.all()] == [
         ["base"],
@@ -193,10 +192,10 @@ def test_it_works_without_a_mouse_and_on_a_small_screen(page):
 
 
 def test_a_key_is_asked_for_once(browser, two):
-    with running(scripted(two), keys=Keys(api=KEY)) as server:
+    with running(scripted(two), keys=Keys(api=API)) as server:
         page = browser.new_page()
         page.goto(server.url)
-        page.get_by_label("API key").fill(KEY)
+        page.get_by_label("API key").fill(API)
         assert serious(page) == []
         page.keyboard.press("Enter")
         page.get_by_label("Answered by").first.locator("option").nth(2).wait_for(state="attached")

@@ -19,8 +19,8 @@ async function ask(path, options = {}) {
     await newKey();
     return ask(path, options);
   }
-  const told = await response.json().catch(() => null);
-  throw new Refused(told?.error?.message ?? `The server answered ${response.status}.`, response.status);
+  const errorBody = await response.json().catch(() => null);
+  throw new Refused(errorBody?.error?.message ?? `The server answered ${response.status}.`, response.status);
 }
 
 export async function get(path) {

@@ -4,13 +4,13 @@ import { get } from "./api.js";
 import { followRuns, method, showAdapters, showRuns } from "./cards.js";
 import { startChat } from "./chat.js";
 import { startCompare } from "./compare.js";
-import { byId, bytes, make, showFault } from "./dom.js";
-import { fitSettings, placeSettings } from "./settings.js";
+import { byId, bytes, make, showError } from "./dom.js";
+import { fitSettings, addSettings } from "./settings.js";
 
 const VIEWS = ["chat", "compare", "adapters", "runs"];
-let known = { base: { name: "" }, adapters: [] };
+let served = { base: { name: "" }, adapters: [] };
 
-const isAdapter = (name) => known.adapters.some((each) => each.name === name);
+const isAdapter = (name) => served.adapters.some((each) => each.name === name);
 const view = () => (VIEWS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "chat");
 
 async function show({ focus }) {
@@ -31,40 +31,40 @@ async function show({ focus }) {
     if (shown === "runs") await showRuns();
     else await refresh();
   } catch (error) {
-    showFault(error);
+    showError(error);
   }
 }
 
 // Ask which adapters there are, and offer them, keeping what was chosen.
 async function refresh() {
-  known = await get("/api/adapters");
-  const names = [known.base.name, ...known.adapters.filter((a) => !a.error).map((a) => a.name)];
+  served = await get("/api/adapters");
+  const names = [served.base.name, ...served.adapters.filter((a) => !a.error).map((a) => a.name)];
   const select = byId("chat-model"), before = select.value;
-  select.replaceChildren(...names.map((name) => make("option", { value: name }, name === known.base.name ? `${name} (base)` : name)));
+  select.replaceChildren(...names.map((name) => make("option", { value: name }, name === served.base.name ? `${name} (base)` : name)));
   select.value = names.includes(before) ? before : names[1] ?? names[0];
-  tellAbout();
-  const place = byId("compare-models");
-  const marked = new Set([...place.querySelectorAll("input:checked")].map((box) => box.value));
-  const wanted = marked.size ? marked : new Set(names.slice(0, 2));
-  place.replaceChildren(make("legend", {}, "Answered by"), ...names.map((name) => {
-    const box = make("input", { type: "checkbox", value: name, checked: wanted.has(name) });
-    return make("label", {}, box, name === known.base.name ? `${name} (base)` : name);
+  describeModel();
+  const fieldset = byId("compare-models");
+  const marked = new Set([...fieldset.querySelectorAll("input:checked")].map((box) => box.value));
+  const checked = marked.size ? marked : new Set(names.slice(0, 2));
+  fieldset.replaceChildren(make("legend", {}, "Answered by"), ...names.map((name) => {
+    const box = make("input", { type: "checkbox", value: name, checked: checked.has(name) });
+    return make("label", {}, box, name === served.base.name ? `${name} (base)` : name);
   }));
-  byId("base").textContent = known.base.name;
-  fitSettings(known.base.context);
-  showAdapters(known);
+  byId("base").textContent = served.base.name;
+  fitSettings(served.base.context);
+  showAdapters(served);
 }
 
-function tellAbout() {
-  const adapter = known.adapters.find((each) => each.name === byId("chat-model").value);
-  const parts = adapter && [method(adapter), adapter.rank && `rank ${adapter.rank}`, bytes(adapter.bytes)];
-  byId("chat-about").textContent = adapter ? parts.filter(Boolean).join(", ") : "the base, as it is";
+function describeModel() {
+  const adapter = served.adapters.find((each) => each.name === byId("chat-model").value);
+  const details = adapter && [method(adapter), adapter.rank && `rank ${adapter.rank}`, bytes(adapter.bytes)];
+  byId("chat-about").textContent = adapter ? details.filter(Boolean).join(", ") : "the base, as it is";
 }
 
-placeSettings();
+addSettings();
 startChat(isAdapter);
 startCompare(isAdapter);
-byId("chat-model").addEventListener("change", tellAbout);
+byId("chat-model").addEventListener("change", describeModel);
 window.addEventListener("hashchange", () => show({ focus: true }));
 show({ focus: false });
 followRuns(() => view() === "runs");

@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { curve } from "./curve.js";
-import { byId, bytes, duration, facts, make, showFault } from "./dom.js";
+import { byId, bytes, duration, facts, make, showError } from "./dom.js";
 
 const number = (value, digits = 3) => (value == null ? null : value.toFixed(digits));
 
@@ -14,9 +14,9 @@ export function method(adapter) {
 const list = (value) => (Array.isArray(value) ? value.join(", ") : value);
 
 export function showAdapters({ base, adapters }) {
-  const place = byId("adapters");
-  place.replaceChildren();
-  if (!adapters.length) place.append(make("p", { class: "quiet" }, `None yet: ${base.name} is served as it is. Start with --adapter name=directory, or --adapters-dir.`));
+  const container = byId("adapters");
+  container.replaceChildren();
+  if (!adapters.length) container.append(make("p", { class: "quiet" }, `None yet: ${base.name} is served as it is. Start with --adapter name=directory, or --adapters-dir.`));
   for (const adapter of adapters) {
     const trained = adapter.trained ?? {};
     const card = make("article", { class: "card" }, make("h3", {}, adapter.name));
@@ -37,7 +37,7 @@ export function showAdapters({ base, adapters }) {
       ["Evaluation loss", number(adapter.eval_loss)],
     ]));
     if (adapter.curve) card.append(curve(adapter.curve, adapter.evaluations));
-    place.append(card);
+    container.append(card);
   }
 }
 
@@ -73,17 +73,17 @@ const cards = new Map();
 
 export async function showRuns() {
   const { enabled, runs } = await get("/api/runs");
-  const place = byId("runs");
+  const container = byId("runs");
   if (!runs.length) {
     cards.clear();
-    place.replaceChildren(make("p", { class: "quiet" }, enabled ? "No run has written anything yet." : "Start with --runs DIRECTORY to see runs of veneer tune as they go."));
+    container.replaceChildren(make("p", { class: "quiet" }, enabled ? "No run has written anything yet." : "Start with --runs DIRECTORY to see runs of veneer tune as they go."));
     return;
   }
-  if (!cards.size) place.replaceChildren();
+  if (!cards.size) container.replaceChildren();
   for (const run of runs) {
     if (!cards.has(run.name)) {
       cards.set(run.name, runCard(run.name));
-      place.append(cards.get(run.name));
+      container.append(cards.get(run.name));
     }
     fill(cards.get(run.name), run);
   }
@@ -102,7 +102,7 @@ export function followRuns(isShown) {
       try {
         await showRuns();
       } catch (error) {
-        showFault(error);
+        showError(error);
       }
     }
     setTimeout(look, 1000);

@@ -1,7 +1,7 @@
 // A conversation with the base or one adapter.
 
 import { answer } from "./api.js";
-import { byId, make, say, sendOnEnter, showFault } from "./dom.js";
+import { byId, make, announce, sendOnEnter, showError } from "./dom.js";
 import { instructions, sampling } from "./settings.js";
 import { tokenButton } from "./tokens.js";
 
@@ -21,7 +21,7 @@ async function send(event, isAdapter) {
   event.preventDefault();
   const area = byId("chat-text"), question = area.value.trim();
   if (!question || running) return;
-  showFault(null);
+  showError(null);
   area.value = "";
   bubble("You", "user").text.textContent = question;
   const model = byId("chat-model").value;
@@ -30,28 +30,28 @@ async function send(event, isAdapter) {
   const log = byId("log");
   running = new AbortController();
   busy(true);
-  let said = "", ended = false;
+  let reply = "", ended = false;
   try {
     for await (const piece of answer({ model, messages, ...sampling() }, running.signal)) {
-      said += piece;
+      reply += piece;
       const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-      text.textContent = said;
+      text.textContent = reply;
       if (atEnd) log.scrollTop = log.scrollHeight;
     }
     ended = true;
   } catch (error) {
-    if (error.name !== "AbortError") showFault(error);
+    if (error.name !== "AbortError") showError(error);
   }
   busy(false);
   running = null;
-  if (!said) {
+  if (!reply) {
     if (ended) text.append(make("span", { class: "quiet" }, "(an empty answer)"));
     else turn.remove();
     return;
   }
-  turns = [...messages.filter((m) => m.role !== "system"), { role: "assistant", content: said }];
-  if (isAdapter(model)) foot.append(tokenButton(turn, model, messages, said));
-  say(`${model} has answered.`); // the words themselves are the log's
+  turns = [...messages.filter((m) => m.role !== "system"), { role: "assistant", content: reply }];
+  if (isAdapter(model)) foot.append(tokenButton(turn, model, messages, reply));
+  announce(`${model} has answered.`); // the words themselves are the log's
 }
 
 function busy(is) {

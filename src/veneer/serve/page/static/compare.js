@@ -1,7 +1,7 @@
 // The same question to several, side by side, with the words marked in which they differ.
 
 import { answer } from "./api.js";
-import { byId, make, say, sendOnEnter, showFault } from "./dom.js";
+import { byId, make, announce, sendOnEnter, showError } from "./dom.js";
 import { instructions, sampling } from "./settings.js";
 import { tokenButton } from "./tokens.js";
 import { differing } from "./words.js";
@@ -15,45 +15,45 @@ async function send(event, isAdapter) {
   const area = byId("compare-text"), question = area.value.trim(), models = chosen();
   if (!question || running) return;
   if (models.length < 2) {
-    showFault(new Error("Choose at least two who answer."));
+    showError(new Error("Choose at least two who answer."));
     return;
   }
-  showFault(null);
+  showError(null);
   running = new AbortController();
   const messages = [...instructions(), { role: "user", content: question }];
-  const place = byId("answers");
-  place.replaceChildren(make("p", { class: "question" }, question));
+  const region = byId("answers");
+  region.replaceChildren(make("p", { class: "question" }, question));
   const row = make("div", { class: "columns" });
-  place.append(row);
-  place.setAttribute("aria-busy", "true");
+  region.append(row);
+  region.setAttribute("aria-busy", "true");
   byId("compare-stop").hidden = false;
   const columns = models.map((model) => {
     const text = make("div", { class: "text" }), foot = make("div", { class: "foot" });
     const card = make("article", { class: "answer", "aria-label": model }, make("h3", {}, model), text, foot);
     row.append(card);
-    return { model, text, foot, card, said: "" };
+    return { model, text, foot, card, reply: "" };
   });
   const results = await Promise.allSettled(columns.map(async (column) => {
     for await (const piece of answer({ model: column.model, messages, ...sampling() }, running.signal)) {
-      column.said += piece;
-      column.text.textContent = column.said;
+      column.reply += piece;
+      column.text.textContent = column.reply;
     }
   }));
   const failed = results.find((r) => r.status === "rejected" && r.reason.name !== "AbortError");
-  if (failed) showFault(failed.reason);
+  if (failed) showError(failed.reason);
   const count = mark(columns);
-  for (const { model, foot, card, said } of columns) {
-    if (said && isAdapter(model)) foot.append(tokenButton(card, model, messages, said));
+  for (const { model, foot, card, reply } of columns) {
+    if (reply && isAdapter(model)) foot.append(tokenButton(card, model, messages, reply));
   }
   byId("compare-stop").hidden = true;
-  place.setAttribute("aria-busy", "false");
+  region.setAttribute("aria-busy", "false");
   running = null;
-  say(count ? `${models.length} answers; ${count} words differ and are marked.` : `${models.length} answers, the same word for word.`);
+  announce(count ? `${models.length} answers; ${count} words differ and are marked.` : `${models.length} answers, the same word for word.`);
 }
 
 function mark(columns) {
   let count = 0;
-  differing(columns.map((c) => c.said)).forEach((words, i) => {
+  differing(columns.map((c) => c.reply)).forEach((words, i) => {
     columns[i].text.replaceChildren(...words.map(({ word, differs }) => {
       count += differs;
       return differs ? make("mark", {}, word) : word;

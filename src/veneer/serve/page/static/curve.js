@@ -14,8 +14,8 @@ export function curve(points, evaluations = [], last = null) {
   const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", class: "curve" });
   if (all.length === 0) return picture;
   const first = points[0] ?? evaluations[0], end = points.at(-1) ?? evaluations.at(-1);
-  const said = evaluations.length ? `, evaluation loss ${evaluations.at(-1)[1].toFixed(3)}` : "";
-  picture.setAttribute("aria-label", `Loss from ${first[1].toFixed(3)} at step ${first[0]} to ${end[1].toFixed(3)} at step ${end[0]}${said}`);
+  const evaluation = evaluations.length ? `, evaluation loss ${evaluations.at(-1)[1].toFixed(3)}` : "";
+  picture.setAttribute("aria-label", `Loss from ${first[1].toFixed(3)} at step ${first[0]} to ${end[1].toFixed(3)} at step ${end[0]}${evaluation}`);
   const right = Math.max(last ?? 0, ...all.map(([x]) => x)), left = Math.min(...all.map(([x]) => x));
   const low = Math.min(...all.map(([, y]) => y)), high = Math.max(...all.map(([, y]) => y));
   const x = (v) => PAD + ((WIDTH - 2 * PAD) * (v - left)) / (right - left || 1);

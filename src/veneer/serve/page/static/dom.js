@@ -20,15 +20,15 @@ export function facts(rows) {
   return list;
 }
 
-// Tell something to a person who hears the page.
-export function say(text) {
-  byId("said").textContent = text;
+// Let a screen reader say something.
+export function announce(text) {
+  byId("status").textContent = text;
 }
 
-export function showFault(error) {
-  const place = byId("fault");
-  place.textContent = error?.message ?? "";
-  place.hidden = !error;
+export function showError(error) {
+  const banner = byId("fault");
+  banner.textContent = error?.message ?? "";
+  banner.hidden = !error;
 }
 
 export const bytes = (n) =>

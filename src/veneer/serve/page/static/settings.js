@@ -2,16 +2,16 @@
 
 import { byId } from "./dom.js";
 
-export function placeSettings() {
+export function addSettings() {
   const template = byId("settings");
-  for (const place of document.querySelectorAll("[data-settings]")) {
-    place.append(template.content.cloneNode(true));
-    place.addEventListener("input", ({ target }) => {
+  for (const holder of document.querySelectorAll("[data-settings]")) {
+    holder.append(template.content.cloneNode(true));
+    holder.addEventListener("input", ({ target }) => {
       for (const other of document.querySelectorAll(`[data-settings] [name="${target.name}"]`)) {
         if (other !== target) other.value = target.value;
       }
     });
-    if (window.matchMedia("(max-width: 56rem)").matches) place.querySelector("details").open = false;
+    if (window.matchMedia("(max-width: 56rem)").matches) holder.querySelector("details").open = false;
   }
 }
 
@@ -26,11 +26,11 @@ export function fitSettings(context) {
 const value = (name) => document.querySelector(`[data-settings] [name="${name}"]`).value.trim();
 
 export function sampling() {
-  const found = {};
+  const settings = {};
   for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
-    if (value(name) !== "") found[name] = Number(value(name));
+    if (value(name) !== "") settings[name] = Number(value(name));
   }
-  return found;
+  return settings;
 }
 
 export function instructions() {

@@ -1,7 +1,7 @@
 // How much likelier each token of an answer became through the adapter.
 
 import { post } from "./api.js";
-import { make, percent, say, showFault } from "./dom.js";
+import { make, percent, announce, showError } from "./dom.js";
 
 const SHOWN = 8; // rows of the table
 const FULL = 3; // nats at which a colour is at its strongest
@@ -20,8 +20,8 @@ function tokenView(tokens) {
   for (const token of tokens) {
     const change = token.adapter - token.base;
     const strength = Math.min(4, Math.round((4 * Math.abs(change)) / FULL));
-    const told = `${factor(change)}: ${percent(Math.exp(token.base))} → ${percent(Math.exp(token.adapter))}`;
-    text.append(make("span", { class: strength ? `${change > 0 ? "up" : "down"}${strength}` : null, title: told }, token.text));
+    const title = `${factor(change)}: ${percent(Math.exp(token.base))} → ${percent(Math.exp(token.adapter))}`;
+    text.append(make("span", { class: strength ? `${change > 0 ? "up" : "down"}${strength}` : null, title: title }, token.text));
   }
   const table = make("table", {}, make("caption", {}, "What the adapter changed most"));
   const head = make("tr");
@@ -42,8 +42,8 @@ function tokenView(tokens) {
   return make("div", { class: "token-view" }, text, key, table);
 }
 
-// Return a button that shows the view below `place` and takes it away again.
-export function tokenButton(place, model, messages, answer) {
+// Return a button that shows the view below `card` and takes it away again.
+export function tokenButton(card, model, messages, answer) {
   const button = make("button", { type: "button", class: "plain small", "aria-expanded": "false" }, "Tokens");
   let shown = null;
   button.addEventListener("click", async () => {
@@ -55,10 +55,10 @@ export function tokenButton(place, model, messages, answer) {
       try {
         const { tokens } = await post("/api/tokens", { model, messages, answer });
         shown = tokenView(tokens);
-        place.append(shown);
-        say(`The tokens of the answer, with ${model} and without, are shown.`);
+        card.append(shown);
+        announce(`The tokens of the answer, with ${model} and without, are shown.`);
       } catch (error) {
-        showFault(error);
+        showError(error);
       }
       button.disabled = false;
     }

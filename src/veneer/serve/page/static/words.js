@@ -1,10 +1,10 @@
-// Which words of several answers are not in all of them, at their places.
+// Which words of several answers are not in all of them.
 
 const MOST = 1500; // words of one answer that are compared
 
 export const wordsOf = (text) => text.match(/\s+|\S+/g) ?? [];
 
-// The longest common subsequence of two lists, as the pairs of places that it takes.
+// The longest common subsequence of two lists, as pairs of indices.
 function common(a, b) {
   const n = Math.min(a.length, MOST), m = Math.min(b.length, MOST);
   const length = Array.from({ length: n + 1 }, () => new Uint16Array(m + 1));
@@ -25,18 +25,18 @@ function common(a, b) {
 // Return, for each text, its words as {word, differs}; every text is held against the first.
 export function differing(texts) {
   const lists = texts.map((text) => wordsOf(text).filter((w) => w.trim()));
-  const kept = lists.map(() => new Set());
-  kept[0] = new Set(lists[0].keys());
+  const shared = lists.map(() => new Set());
+  shared[0] = new Set(lists[0].keys());
   lists.slice(1).forEach((list, k) => {
-    const here = new Set();
+    const inThis = new Set();
     for (const [i, j] of common(lists[0], list)) {
-      here.add(i);
-      kept[k + 1].add(j);
+      inThis.add(i);
+      shared[k + 1].add(j);
     }
-    kept[0] = new Set([...kept[0]].filter((i) => here.has(i)));
+    shared[0] = new Set([...shared[0]].filter((i) => inThis.has(i)));
   });
   return texts.map((text, k) => {
-    let place = 0;
-    return wordsOf(text).map((word) => ({ word, differs: Boolean(word.trim()) && !kept[k].has(place++) }));
+    let index = 0;
+    return wordsOf(text).map((word) => ({ word, differs: Boolean(word.trim()) && !shared[k].has(index++) }));
   });
 }
