@@ -25,7 +25,7 @@ from support.random_adapters import ids
 from support.tiny_models import CONFIGS, VOCAB, tiny
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.tokens import TrainedTokens
-from veneer.formats.capture import layer_tensors, replacements_of, trained_tokens_of
+from veneer.formats.capture import layer_tensors, modules_to_save_of, trained_tokens_of
 
 _MOE = {
     "vocab_size": VOCAB,
@@ -145,7 +145,7 @@ def opened(kind: str, place: Path, **options: Any) -> peft.PeftModel:
 
 def parts_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return all that the adapter has, to be trained."""
-    found: dict[str, Any] = layer_tensors(model, "default") | replacements_of(model, "default")
+    found: dict[str, Any] = layer_tensors(model, "default") | modules_to_save_of(model, "default")
     return found | {
         f"{p}.rows": tokens.rows for p, tokens in trained_tokens_of(model, "default").items()
     }
@@ -156,7 +156,7 @@ def train_parts(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Adapter | TrainedTokens):
             module.requires_grad_(True)
-    for weight in replacements_of(model, "default").values():
+    for weight in modules_to_save_of(model, "default").values():
         weight.requires_grad_(True)
 
 

@@ -1,1 +1,1 @@
-"""Adapters as vectors: sums of them, differences, and the one that lies in a full fine-tune."""
+"""Adapters as vectors: their sums, differences and norms, and an adapter from a full fine-tune."""

@@ -187,7 +187,7 @@ def _check_states(states: Sequence[AdapterState]) -> None:
             )
         if state.new_tokens is not None:
             own.append("it has new tokens, whose rows belong to its own tokenizer")
-        if state.replacements or state.trained_tokens:
+        if state.modules_to_save or state.trained_tokens:
             own.append("it has weights or rows that replace the base's, which are no B A")
         for key, mark in state.base_fingerprint.items():
             first, first_mark = marks.setdefault(key, (n, mark))

@@ -1,1 +1,2 @@
-"""The only room that reads and writes adapters, checkpoints and merged models."""
+"""Adapters as values, and their files. Only this room reads and writes adapters, quantized bases
+and merged models."""

@@ -43,7 +43,7 @@ def save(
     if isinstance(state.config, LoRA) or not state.config.replaces_weights:
         own = base_parameters(model)
         trained = [path for path, weight in own.items() if weight.requires_grad]
-        if lost := [path for path in trained if path not in state.replacements]:
+        if lost := [path for path in trained if path not in state.modules_to_save]:
             warnings.warn(
                 f"{', '.join(lost)} train too and are no part of the adapter; keep them with "
                 "the model, as merge(model).save_pretrained(...) does.",

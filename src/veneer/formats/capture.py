@@ -77,7 +77,7 @@ def capture(
         None if new_tokens is None else _new_token_rows(model, new_tokens),
         model.config._name_or_path,
         fingerprint(model, tokenizer),
-        replacements=_copies(replacements_of(model, name)),
+        modules_to_save=_copies(modules_to_save_of(model, name)),
         trained_tokens={
             path: StoredTokens(tuple(tokens.ids.tolist()), tokens.rows.detach().clone())
             for path, tokens in trained_tokens_of(model, name).items()
@@ -112,7 +112,7 @@ def layer_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def replacements_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+def modules_to_save_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the live weights by which an adapter replaces the base's, by the paths of these."""
     return active_adapters_of(model).saved.get(name, {})
 

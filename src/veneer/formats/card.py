@@ -1,4 +1,4 @@
-"""A model card: what an adapter is, for people who find it, with a head that hubs read."""
+"""A model card for an adapter: text for people, under a header that hubs read."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ PRESENT: dict[Content, Callable[[AdapterState], bool]] = {
     "biases of its own (lora_bias)": lambda s: any(layer.bias is not None for layer in s.layers()),
     "windows of convolutions": lambda s: any(layer.A.ndim == 4 for layer in s.layers()),
     "stacks of experts": lambda s: any(layer.kind == "parameter" for layer in s.layers()),
-    "modules to save or biases that replace the base's": lambda s: bool(s.replacements),
+    "modules to save or biases that replace the base's": lambda s: bool(s.modules_to_save),
     "rows of single tokens": lambda s: bool(s.trained_tokens),
     "DoRA's magnitudes": lambda s: isinstance(s.config, LoRA) and s.config.dora,
 }

@@ -1,4 +1,4 @@
-"""An adapter from one format into another, and what was changed on the way."""
+"""Convert an adapter from one format into another, with notes on what was changed."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def install(
             state.config,
             layer_adapters(state, state.config),
             tokens=_trained_tokens(model, state.trained_tokens),
-            saved=state.replacements,
+            saved=state.modules_to_save,
         )
     elif not state.config.replaces_weights:
         put_method(model, name, state.config, stored_virtual_tokens(state.config, state.tensors))

@@ -1,4 +1,4 @@
-"""Plain models on disk, with no trace of low-rank logic."""
+"""Plain models written to disk, without adapters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ def write_model(
     """Write a plain model, all of it at once.
 
     A MiniGPT becomes config.json, model.pt and tokenizer.json; every other model a transformers
-    directory. Raises ModelError for a model that is packed, which merging unpacks.
+    directory. Raises ModelError for a quantized model, which merging would make plain.
     """
     if quantized_layers(model):
-        raise ModelError("This model is packed, and not a plain one; merge() makes one of it.")
+        raise ModelError(
+            "This model is quantized, and not a plain one; merge() makes a plain one of it."
+        )
     with new_directory(directory, marker=marker_of(model)) as new:
         if _is_minigpt(model):
             model.config.to_json_file(new / "config.json")

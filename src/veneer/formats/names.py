@@ -1,4 +1,4 @@
-"""What formats and runtimes are called. Imports nothing, so that the command line may."""
+"""The names of formats and runtimes. Imports nothing, so that the command line may import it."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ def config_of(state: AdapterState) -> dict[str, Any]:
                 del config[name]
     new = state.new_tokens
     later: dict[str, Any] = {}
-    if state.replacements:
-        later["saved"] = sorted(state.replacements)
+    if state.modules_to_save:
+        later["saved"] = sorted(state.modules_to_save)
     if state.trained_tokens:
         later["tokens"] = {path: list(tokens.ids) for path, tokens in state.trained_tokens.items()}
     if any(layer.bias is not None for layer in state.layers()):
@@ -104,7 +104,7 @@ def state_of(
     base = config["base"]
     if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), dict):
         raise AdapterError("'base' must say the base's name and fingerprint")
-    replacements, trained_tokens = _saved(config, saved or {})
+    modules_to_save, trained_tokens = _saved(config, saved or {})
     if not isinstance(training := config.get("training", {}), dict):
         raise AdapterError(f"'training' is {training!r}, but must be a map")
     return AdapterState(
@@ -113,7 +113,7 @@ def state_of(
         _new_tokens(config["new_words"], config["new_words_start"], rows),
         str(base.get("name", "")),
         base["fingerprint"],
-        replacements=replacements,
+        modules_to_save=modules_to_save,
         trained_tokens=trained_tokens,
         task=str(config.get("task", CAUSAL)),
         training=training,
@@ -136,7 +136,7 @@ def _new_tokens(tokens: object, start: object, rows: dict[str, Tensor]) -> NewTo
 def _saved(
     config: dict[str, Any], saved: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, StoredTokens]]:
-    """Return the replacements and the trained tokens in SAVED."""
+    """Return the modules_to_save and the trained tokens in SAVED."""
     paths, ids = config.get("saved", []), config.get("tokens", {})
     if not isinstance(paths, list) or not isinstance(ids, dict):
         raise AdapterError("'saved' must be a list of paths, and 'tokens' a map")
@@ -145,11 +145,11 @@ def _saved(
     trained_tokens = {
         path: StoredTokens(tuple(own), saved.get(path + TOKEN_ROWS)) for path, own in ids.items()
     }
-    replacements = {path: t for path, t in saved.items() if not path.endswith(TOKEN_ROWS)}
+    modules_to_save = {path: t for path, t in saved.items() if not path.endswith(TOKEN_ROWS)}
     with_rows = sum(tokens.rows is not None for tokens in trained_tokens.values())
-    if {*replacements} != {*paths} or len(saved) != len(replacements) + with_rows:
+    if {*modules_to_save} != {*paths} or len(saved) != len(modules_to_save) + with_rows:
         raise AdapterError(f"{SAVED} does not hold what 'saved' and 'tokens' name")
-    return replacements, trained_tokens
+    return modules_to_save, trained_tokens
 
 
 def write(
@@ -164,7 +164,7 @@ def write(
             if new_tokens.head is not None:
                 rows["output_embeddings"] = new_tokens.head
             write_tensors(new / ROWS, rows)
-        saved = dict(state.replacements) | {
+        saved = dict(state.modules_to_save) | {
             path + TOKEN_ROWS: tokens.rows
             for path, tokens in state.trained_tokens.items()
             if tokens.rows is not None

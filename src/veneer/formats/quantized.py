@@ -1,4 +1,4 @@
-"""A base packed on disk, part by part, in the form that bitsandbytes and transformers read too."""
+"""A base quantized on disk, file by file, in the form that bitsandbytes and transformers read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHARDS = "model-*-of-*.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """A packed layer with its error ‖W − Ŵ‖ / ‖W‖ and its size."""
+    """A quantized layer with its error ‖W − Ŵ‖ / ‖W‖ and its size."""
 
     path: str
     out: int
@@ -48,7 +48,7 @@ class QuantizedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file of a packed model is on the disk; `kept` if it was there from an earlier try."""
+    """A file of a quantized model is on the disk; `kept` if it was there from an earlier try."""
 
     number: int
     of: int
@@ -67,7 +67,7 @@ def write_quantized(
     pack_head: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[Shard]:
-    """Pack a base into the directory `out`, file by file, and yield each.
+    """Quantize a base into the directory `out`, file by file, and yield each.
 
     Memory holds one file at a time. Stopped half-way, it goes on after the last whole file; only
     with config.json, which is written last, the directory is a model. `name` is what the base was
@@ -90,18 +90,18 @@ def write_quantized(
     out.mkdir(parents=True, exist_ok=True)
     for number, names in enumerate(groups, 1):
         file = out / f"model-{number:05}-of-{len(groups):05}.safetensors"
-        part = Source(skeleton, tuple(names), source.read, source.identity)
-        notes = _notes(file, order, part)
+        own = Source(skeleton, tuple(names), source.read, source.identity)
+        notes = _notes(file, order, own)
         kept = notes is not None
         if notes is None:
-            notes = _write_shard(file, part, bits, pack_head, order)
-        found = [QuantizedLayer(**layer) for layer in notes["layers"]]
+            notes = _write_shard(file, own, bits, pack_head, order)
+        quantized = [QuantizedLayer(**layer) for layer in notes["layers"]]
         marks.samples |= notes["samples"]
         with safe_open(file, "pt") as opened:
             index |= dict.fromkeys(opened.keys(), file.name)
-        done += found
+        done += quantized
         total += file.stat().st_size
-        yield Shard(number, len(groups), file.stat().st_size, found, kept)
+        yield Shard(number, len(groups), file.stat().st_size, quantized, kept)
     for file in set(out.glob(SHARDS)) - {out / name for name in index.values()}:
         file.unlink()  # of an earlier try, with other settings: `_check` has seen that it is ours
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
@@ -113,27 +113,27 @@ def write_quantized(
 
 
 def _write_shard(
-    file: Path, part: Source, bits: Bits, pack_head: bool, order: Mapping[str, Any]
+    file: Path, source: Source, bits: Bits, pack_head: bool, order: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write one file and return what it says of itself."""
     tensors: dict[str, Tensor] = {}
     layers: list[QuantizedLayer] = []
-    marks = Marks(part.skeleton)
-    parameters = dict(part.skeleton.named_parameters())
+    marks = Marks(source.skeleton)
+    parameters = dict(source.skeleton.named_parameters())
     last: list[Tensor] = []
 
     def see(name: str, weight: Tensor) -> None:
         marks.see(name, weight)
         last[:] = [weight]
 
-    for name, weight in quantized_weights(part, bits, torch.bfloat16, head=pack_head, seen=see):
+    for name, weight in quantized_weights(source, bits, torch.bfloat16, head=pack_head, seen=see):
         if not isinstance(weight, QuantizedWeight):
-            kept = weight.dtype == torch.float16 or name not in parameters
-            tensors[name] = weight if kept else weight.to(torch.bfloat16)
+            as_it_is = weight.dtype == torch.float16 or name not in parameters
+            tensors[name] = weight if as_it_is else weight.to(torch.bfloat16)
             continue
         path = name.removesuffix(".weight")
-        tensors |= {f"{path}.{part}": tensor for part, tensor in weight.tensors().items()}
-        turned = isinstance(part.skeleton.get_submodule(path), Conv1D)
+        tensors |= {f"{path}.{key}": tensor for key, tensor in weight.tensors().items()}
+        turned = isinstance(source.skeleton.get_submodule(path), Conv1D)
         error = _error(last[0].T if turned else last[0], weight)
         out, in_ = weight.shape
         layers.append(QuantizedLayer(path, out, in_, weight.nbytes, error))
@@ -146,21 +146,21 @@ def _write_shard(
     return notes
 
 
-def _error(weight: Tensor, packed: QuantizedWeight) -> float:
+def _error(weight: Tensor, quantized: QuantizedWeight) -> float:
     lost = whole = 0.0
-    for rows, values in packed.blocks():  # some rows at a time, as all of packing's memory
-        wanted = weight[rows].to(torch.float32)
-        lost += float((values - wanted).square().sum())
-        whole += float(wanted.square().sum())
+    for rows, values in quantized.blocks():  # some rows at a time, to save memory
+        exact = weight[rows].to(torch.float32)
+        lost += float((values - exact).square().sum())
+        whole += float(exact.square().sum())
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
-def _notes(file: Path, order: Mapping[str, Any], part: Source) -> Any:
+def _notes(file: Path, order: Mapping[str, Any], source: Source) -> Any:
     """Return what a whole file of the same order says of itself, None where there is none."""
     if not file.is_file():
         return None
-    first, now = part.names[0], Marks(part.skeleton)
-    now.see(first, part.read(first))
+    first, now = source.names[0], Marks(source.skeleton)
+    now.see(first, source.read(first))
     try:
         with safe_open(file, "pt") as opened:
             notes = json.loads((opened.metadata() or {})[NOTES])
@@ -170,13 +170,13 @@ def _notes(file: Path, order: Mapping[str, Any], part: Source) -> Any:
         return None
 
 
-def _groups(source: Source, packed: set[str], bits: Bits, most: int) -> list[list[str]]:
+def _groups(source: Source, quantized: set[str], bits: Bits, most: int) -> list[list[str]]:
     """Return the names of each file's weights: in order, `most` bytes together, or one alone."""
     sizes = source.skeleton.state_dict()
     groups: list[list[str]] = [[]]
     held = 0.0
     for name in source.names:
-        short = name.removesuffix(".weight") in packed
+        short = name.removesuffix(".weight") in quantized
         size = sizes[name].numel() * (bits / 8 if short else 2)
         if groups[-1] and held + size > most:
             groups.append([])
@@ -187,10 +187,10 @@ def _groups(source: Source, packed: set[str], bits: Bits, most: int) -> list[lis
 
 
 def _write_config(
-    skeleton: PreTrainedModel, packed: Mapping[str, Any], out: Path, bits: Bits
+    skeleton: PreTrainedModel, quantized: Mapping[str, Any], out: Path, bits: Bits
 ) -> None:
     head = skeleton.get_output_embeddings()
-    whole = [path for path, m in skeleton.named_modules() if m is head and path not in packed]
+    whole = [path for path, m in skeleton.named_modules() if m is head and path not in quantized]
     how: dict[str, Any] = {"load_in_8bit": True}
     if bits == 4:
         how = {
@@ -210,8 +210,8 @@ def _write_config(
 
 
 def _check(out: Path) -> None:
-    """Raise VeneerError if `out` holds anything but an earlier try of ours, and tidy up after that:
-    a process that was killed leaves a file half-written, under a name of its own."""
+    """Raise VeneerError if `out` holds anything but an earlier try of ours, and remove the
+    half-written files, under names of their own, that a killed process left."""
     if (out / CONFIG).exists():
         raise VeneerError(f"{out} holds a model already; name another place.")
     if out.is_file() or (out.exists() and not all(map(_is_ours, out.iterdir()))):
@@ -221,8 +221,8 @@ def _check(out: Path) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    """Say whether a file is of an earlier try: by what a shard says of itself, for others name
-    theirs alike, and for the few that come after all shards by these."""
+    """Return whether a file is of an earlier try. Other programs use the same names, so that a
+    shard must say so itself, and the few files that follow the shards count with these."""
     if file.match(SHARDS):
         return _says_ours(file)
     shards = list(file.parent.glob(SHARDS))

@@ -108,7 +108,7 @@ class AdapterState:
     # Base weights that came along in the file; they must equal the base's own.
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
     # Modules to save and trained biases: what replaces a weight of the base, by that weight's path.
-    replacements: Mapping[str, Tensor] = field(default_factory=dict)
+    modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
     # By the path of embedding or head.
     trained_tokens: Mapping[str, StoredTokens] = field(default_factory=dict)
     task: str = CAUSAL  # as PEFT names it

@@ -40,7 +40,7 @@ def validate(
     if isinstance(config, LoRA):
         problems += _factors(model, state, config)
         problems += _base_weights(model, state)
-        problems += _replacements(model, state)
+        problems += _modules_to_save(model, state)
         problems += _trained_tokens(model, state)
     elif config.replaces_weights and quantized_layers(model):
         problems.append(f"{config.method} replaces weights, and those of this base are quantized")
@@ -219,13 +219,13 @@ def differs_from_base(path: str) -> str:
     return f"it brings a {path} of its own that differs from the base's"
 
 
-def _replacements(model: nn.Module, state: AdapterState) -> Iterator[str]:
+def _modules_to_save(model: nn.Module, state: AdapterState) -> Iterator[str]:
     """Yield what is wrong with weights that replace the base's own."""
-    if not state.replacements:
+    if not state.modules_to_save:
         return
     own, quantized = base_parameters(model, every_name=True), quantized_layers(model)
     adapted = {layer.path for layer in state.layers()}
-    for path, weight in state.replacements.items():
+    for path, weight in state.modules_to_save.items():
         base, layer = own.get(path), path.removesuffix(".weight")
         if f"{layer}.original" in quantized or layer in quantized:
             yield f"it replaces {path}, which this base has quantized; load it without bits"
@@ -264,7 +264,7 @@ def _trained_tokens(model: PreTrainedModel, state: AdapterState) -> Iterator[str
             yield from finite_problems(f"its tensor of rows of {path}", tokens.rows)
         elif path not in shared:
             yield f"rows of {path} are missing, and this base has no other for them"
-        if path in adapted or f"{path}.weight" in state.replacements:
+        if path in adapted or f"{path}.weight" in state.modules_to_save:
             yield f"it has rows of {path}, and changes all of it as well"
         if layer.is_head and getattr(layer.module, "bias", None) is not None:
             yield f"{path} has a bias, which PEFT leaves out where single rows train"

@@ -1,4 +1,4 @@
-"""Between an adapter and what llama.cpp's LoRA file says of it, on values alone, without files.
+"""Between an adapter and the contents of llama.cpp's LoRA file: pure, without files.
 
 llama.cpp adds (alpha / rank) · B (A x), with one alpha for all of the file and each tensor's own
 rank (llama-adapter.h, get_scale).
@@ -32,7 +32,7 @@ A_END, B_END = ".lora_a", ".lora_b"
 
 @dataclass(frozen=True)
 class Contents:
-    """What a LoRA file says: `alpha` for all of it, and its tensors as numpy has them.
+    """The contents of a LoRA file: one `alpha`, and its tensors as numpy has them.
 
     `<name>.lora_a` (rank, in) and `<name>.lora_b` (out, rank); of the embedding (vocab, rank) and
     (dim, rank), since llama.cpp looks up rows of A. notes: what was folded.

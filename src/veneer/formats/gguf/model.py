@@ -1,5 +1,5 @@
-"""A merged model as the GGUF file that its base came from: what no adapter changes is copied as
-it is, bit for bit, and the rest is stored anew, tensor by tensor."""
+"""An adapter merged into the GGUF file of its base: tensors that the adapter does not change are
+copied bit for bit, and the others are stored anew, one by one."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from veneer.models.source import Source, open_source
 Kind = GGMLQuantizationType
 # What gguf can write, the smallest first. Those of the K and IQ kinds it can only read.
 WRITABLE = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.F16, Kind.BF16, Kind.F32)
-# By so much of an adapter's change what is left of it may differ. With the demo's in SmolLM2, Q8_0
-# leaves 100 % of it, and 85 of 88 answers are the same; Q4_1 leaves 7 %, and none is
+# The share of an adapter's change that rounding may take or add. Of the demo's change in SmolLM2,
+# Q8_0 keeps 100 %, and 85 of 88 answers are the same; Q4_1 keeps 7 %, and none is
 # (`python -m bench.llama`).
 TOLERANCE = 0.1
 USER_DEFINED = int(gguf.TokenType.USER_DEFINED)
@@ -42,9 +42,9 @@ USER_DEFINED = int(gguf.TokenType.USER_DEFINED)
 class MergedTensor:
     """A tensor that was stored anew, as `kind`, where the base has it as `was`.
 
-    error: ‖Ŵ − W‖ / ‖W‖ of what is stored, Ŵ, against what should be, W. kept: the part of the
-    adapter's change ΔW that is left, ⟨Ŵ − W₀, ΔW⟩ / ‖ΔW‖². A change that is small beside a kind's
-    steps is not blurred but gone: each value goes back to where the base has it. change: ‖ΔW‖.
+    error: ‖Ŵ − W‖ / ‖W‖ of what is stored, Ŵ, against the exact sum, W. kept: the share of the
+    adapter's change ΔW that is left, ⟨Ŵ − W₀, ΔW⟩ / ‖ΔW‖². A change much smaller than a kind's
+    steps is lost: each value is rounded back to the base's. change: ‖ΔW‖.
     """
 
     name: str
@@ -57,7 +57,7 @@ class MergedTensor:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor to write: its name, its kind, its shape as numpy has it, and how to come by it."""
+    """A tensor to write; `data` computes its bytes when they are needed."""
 
     name: str
     kind: Kind
@@ -83,8 +83,8 @@ def write_merged(
     Changed tensors keep their own kind where gguf can write it, and otherwise take the next larger
     that it can; with `kind` (F16, Q8_0, ...) all of them take that. New tokens go into the
     tokenizer's list. Memory holds one tensor at a time. Raises AdapterError for an adapter that
-    does not fit (a foreign base unless `force`), is no LoRA, or would be gone for the most part
-    with no `kind` to insist on it; ModelError for a base that cannot be read.
+    does not fit (a foreign base unless `force`), is no LoRA, or would mostly be rounded away
+    where no `kind` insists on it; ModelError for a base that cannot be read.
     """
     if not isinstance(state.config, LoRA):
         raise AdapterError(
@@ -116,14 +116,14 @@ def write_merged(
 
 
 def kept_of(report: Sequence[MergedTensor]) -> float:
-    """Return what part of the adapter's change is left over all tensors that were stored anew."""
+    """Return the share of the adapter's change that is left over all tensors stored anew."""
     whole = sum(tensor.change**2 for tensor in report)
     return sum(t.kept * t.change**2 for t in report) / whole if whole else 1.0
 
 
 def kind_for(kind: Kind) -> Kind:
     """Return the kind to store a changed tensor as: its own, or the next larger that can be
-    written. A K-quant's codes are better than plain ones of the same size, hence larger."""
+    written. Larger, because a K-quant is more exact than a plain kind of its size."""
     if kind in WRITABLE:
         return kind
     return next(other for other in WRITABLE if _bits(other) > _bits(kind))

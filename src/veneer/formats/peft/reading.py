@@ -40,7 +40,7 @@ class _Tensors:
     layers: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     """By module as in the file, and our name."""
     token_rows: dict[str, Tensor] = field(default_factory=dict)
-    replacements: dict[str, Tensor] = field(default_factory=dict)
+    modules_to_save: dict[str, Tensor] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
         _our_tensors(layers, parameters, lora),
         base_name=str(config.get("base_model_name_or_path") or ""),
         base_weights=by_kind.base_weights,
-        replacements=by_kind.replacements,
+        modules_to_save=by_kind.modules_to_save,
         trained_tokens=trained_tokens,
         task=config.get("task_type") or "",
     )
@@ -102,13 +102,13 @@ def _by_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Tenso
             by_kind.base_weights[path.replace(".original_module.", ".")] = tensor
         elif ".modules_to_save." in path:
             # bias='all' saves the biases of saved modules a second time.
-            by_kind.replacements.setdefault(path.replace(".modules_to_save.", "."), tensor)
+            by_kind.modules_to_save.setdefault(path.replace(".modules_to_save.", "."), tensor)
         elif (
             in_modules_to_save(to_save, base_path)
             or (is_bias(path) and has_biases)
             or (tied and BELOW not in path)  # the head, saved with the embedding
         ):
-            by_kind.replacements[base_path] = tensor
+            by_kind.modules_to_save[base_path] = tensor
         elif path.endswith(".weight"):
             # PEFT saves an adapted embedding's own weight along with the adapter.
             by_kind.base_weights[base_path] = tensor
@@ -124,11 +124,11 @@ def _missing(config: Mapping[str, Any], by_kind: _Tensors) -> list[str]:
         if B_NAME in tensors and (BIAS in tensors) != bool(config.get("lora_bias")):
             has = "has one" if BIAS in tensors else "has none"
             problems.append(f"lora_bias is {config.get('lora_bias')!r}, but {module} {has}")
-    replacements = by_kind.replacements
+    modules_to_save = by_kind.modules_to_save
     for name in config.get("modules_to_save") or []:
-        has_some = any(in_modules_to_save([name], path) for path in replacements)
+        has_some = any(in_modules_to_save([name], path) for path in modules_to_save)
         # PEFT names these for every classifier, and a model has one of them.
-        if not has_some and not (replacements and name in ("classifier", "score")):
+        if not has_some and not (modules_to_save and name in ("classifier", "score")):
             problems.append(f"modules_to_save has {name!r}, for which there are no weights")
     return problems
 

@@ -29,7 +29,7 @@ def config_of(state: AdapterState) -> dict[str, Any]:
     alphas = {path: _number(config.alpha_of(path)) for path in paths}
     alpha = _number(float(config.alpha or 0))
     parameters = [layer.path for layer in layers if layer.kind == "parameter"]
-    modules = _modules_to_save(state)
+    modules = _saved_modules(state)
     targets = list(config.targets)
     if parameters or modules or not paths:
         targets = [layer.path for layer in layers if layer.kind != "parameter"]
@@ -80,7 +80,7 @@ def tensors_of(state: AdapterState) -> dict[str, Tensor]:
             if tensor is not None:
                 tensors[f"{PREFIX}{keys.get(layer.path, layer.path)}.{ENDINGS[name]}"] = tensor
     adapted = {layer.path for layer in layers}
-    for path, weight in state.replacements.items():
+    for path, weight in state.modules_to_save.items():
         module, _, leaf = path.rpartition(".")
         below = BELOW if module in adapted else ""
         tensors[f"{PREFIX}{module}{below}.{leaf}"] = weight
@@ -109,15 +109,15 @@ def new_tokens_as_trained(state: AdapterState) -> AdapterState:
     return replace(state, new_tokens=None, trained_tokens=trained)
 
 
-def _modules_to_save(state: AdapterState) -> list[str]:
-    return sorted({path.rpartition(".")[0] for path in state.replacements if not is_bias(path)})
+def _saved_modules(state: AdapterState) -> list[str]:
+    return sorted({path.rpartition(".")[0] for path in state.modules_to_save if not is_bias(path)})
 
 
 def _trained_biases(state: AdapterState) -> str:
     """Return PEFT's name for the set of the base's biases that have been trained."""
     adapted = {layer.path for layer in state.layers()}
-    owners = {path.rpartition(".")[0] for path in state.replacements if is_bias(path)}
-    owners -= {*_modules_to_save(state)}
+    owners = {path.rpartition(".")[0] for path in state.modules_to_save if is_bias(path)}
+    owners -= {*_saved_modules(state)}
     if not owners:
         return "none"
     return "lora_only" if owners <= adapted else "all"

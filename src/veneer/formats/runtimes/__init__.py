@@ -1,1 +1,1 @@
-"""What other runtimes make of an adapter's files: their rules, as one table each."""
+"""The rules by which other runtimes load an adapter's files, one table for each runtime."""

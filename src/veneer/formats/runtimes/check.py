@@ -1,4 +1,4 @@
-"""Read an adapter as another runtime would, and say what it needs there."""
+"""Check an adapter's files by the rules of a runtime, and say what it needs there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RUNTIMES: dict[RuntimeName, Runtime] = {
 
 @dataclass(frozen=True)
 class Checked:
-    """What a runtime makes of an adapter."""
+    """The findings of a check."""
 
     runtime: Runtime
     findings: tuple[Finding, ...]
@@ -63,13 +63,13 @@ def check(adapter: Path, runtime: RuntimeName) -> Checked:
     ]
     if to == "gguf":  # which layers are called what there depends on the base
         return Checked(rules, tuple(findings))
-    with TemporaryDirectory() as place:
-        there = Path(place) / "converted"
+    with TemporaryDirectory() as directory:
+        converted = Path(directory) / "converted"
         try:
-            convert(adapter, there, to=to)
+            convert(adapter, converted, to=to)
         except AdapterError as error:
             findings.append(Finding("no", "conversion", str(error), MERGE))
         else:
-            facts = facts_of(there, to)
+            facts = facts_of(converted, to)
             findings += [f for rule in rules.rules[to] for f in rule(facts)]
     return Checked(rules, tuple(findings))

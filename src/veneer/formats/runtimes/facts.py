@@ -1,4 +1,4 @@
-"""What an adapter's files say, as another program would read them: settings, names and shapes.
+"""The settings, names and shapes in an adapter's files, as another program would read them.
 
 Nothing is interpreted here, and no tensor's values are read.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, joined
 from veneer.files import read_json
 from veneer.formats import mlx
 from veneer.formats.names import FormatName
@@ -19,8 +19,8 @@ from veneer.formats.peft import directory as peft
 
 Shapes = dict[str, tuple[int, ...]]
 KEYS = ("general.", "adapter.")  # of GGUF's metadata, what belongs to adapters
-# Settings of which rules look at the parts.
-KINDS = {
+# Settings that rules look into, which fails for values of other types.
+SETTING_TYPES = {
     "rank_pattern": dict,
     "alpha_pattern": dict,
     "lora_parameters": dict,
@@ -39,12 +39,12 @@ class Facts:
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each layer, by path: the rows of PEFT's lora_A or lora_embedding_A."""
-        found = {}
+        ranks = {}
         for key, shape in self.shapes.items():
             match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_A|A\.weight)", key)
             if match and shape:
-                found[match[1]] = shape[0]
-        return found
+                ranks[match[1]] = shape[0]
+        return ranks
 
     @property
     def names(self) -> set[str]:
@@ -59,9 +59,9 @@ class Facts:
 
     @property
     def highest(self) -> int:
-        """The highest rank that the settings or the tensors tell."""
-        said = [self.config.get("r"), *(self.config.get("rank_pattern") or {}).values()]
-        whole = [rank for rank in said if isinstance(rank, int)]
+        """The highest rank in the settings or the tensors."""
+        settings = [self.config.get("r"), *(self.config.get("rank_pattern") or {}).values()]
+        whole = [rank for rank in settings if isinstance(rank, int)]
         return max([*whole, *self.ranks.values()], default=0)
 
 
@@ -70,16 +70,16 @@ def facts_of(path: Path, format: FormatName) -> Facts:
     if format == "gguf":
         return _gguf(path)
     config, weights = (mlx.CONFIG, mlx.WEIGHTS) if format == "mlx" else (peft.CONFIG, peft.WEIGHTS)
-    said = read_json(path / config)
-    wrong = [
-        f"{name} is {said[name]!r}, but must be a {kind.__name__}"
-        for name, kind in KINDS.items()
-        if said.get(name) is not None and not isinstance(said[name], kind)
+    settings = read_json(path / config)
+    problems = [
+        f"{name} is {settings[name]!r}, but must be a {kind.__name__}"
+        for name, kind in SETTING_TYPES.items()
+        if settings.get(name) is not None and not isinstance(settings[name], kind)
     ]
-    if wrong:
-        raise AdapterError(f"{path / config} cannot be used: {'; '.join(wrong)}.")
+    if problems:
+        raise AdapterError(f"{path / config} cannot be used: {joined(problems)}.")
     files = frozenset(file.name for file in path.iterdir())
-    return Facts(said, _shapes(path / weights), files)
+    return Facts(settings, _shapes(path / weights), files)
 
 
 def _shapes(path: Path) -> Shapes:

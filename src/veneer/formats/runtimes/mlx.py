@@ -11,15 +11,15 @@ from veneer.formats.runtimes.rules import MERGE, Finding, Runtime, always
 
 def settings(facts: Facts) -> Iterator[Finding]:
     """linear_to_lora_layers: what it asks of lora_parameters."""
-    told = facts.config.get("lora_parameters") or {}
-    missing = [name for name in ("rank", "scale", "dropout") if name not in told]
+    parameters = facts.config.get("lora_parameters") or {}
+    missing = [name for name in ("rank", "scale", "dropout") if name not in parameters]
     missing += ["num_layers"] if "num_layers" not in facts.config else []
     if missing:
         yield Finding("no", "settings", f"missing: {listed(missing)}", "write them into its file")
     kind = facts.config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora", "full"):
         yield Finding("no", "fine_tune_type", f"{kind!r} is unknown", "lora, dora or full")
-    if "alpha" in told:
+    if "alpha" in parameters:
         yield Finding(
             "no",
             "alpha",

@@ -14,7 +14,7 @@ from veneer.formats.runtimes.rules import (
     Runtime,
     always,
     bias,
-    lora_alone,
+    lora_only,
     setting,
 )
 
@@ -54,7 +54,7 @@ RUNTIME = Runtime(
             gguf_pairs,
         ),
         "peft": (
-            lora_alone,
+            lora_only,
             always("needs", "base", "Llama and Gemma 2 alone are converted by Ollama", TO_GGUF),
             alpha,
             qk,

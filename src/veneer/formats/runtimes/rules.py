@@ -16,7 +16,7 @@ Verdict = Literal["ok", "needs", "no"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a runtime makes of one thing: ok; ok, with what `do` says; or no, and what to do."""
+    """A runtime's verdict on one thing: ok; needs, what `do` says; or no, and `do` instead."""
 
     verdict: Verdict
     what: str
@@ -47,7 +47,7 @@ LLAMA_NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def setting(name: str, says: str, do: str = MERGE) -> Rule:
-    """A setting that must be off: where it is on, `says` is what comes of it."""
+    """A setting that must be off; `says` what happens where it is on."""
 
     def rule(facts: Facts) -> Iterator[Finding]:
         if facts.config.get(name):
@@ -60,14 +60,14 @@ def bias(says: str) -> Rule:
     """Trained biases: any setting of `bias` but none."""
 
     def rule(facts: Facts) -> Iterator[Finding]:
-        if (found := facts.config.get("bias", "none")) != "none":
-            yield Finding("no", f"bias={found}", says, MERGE)
+        if (biases := facts.config.get("bias", "none")) != "none":
+            yield Finding("no", f"bias={biases}", says, MERGE)
 
     return rule
 
 
 def keys(known: tuple[str, ...], says: str) -> Rule:
-    """Names of tensors that the runtime knows, as patterns of their end."""
+    """The names of tensors that the runtime knows, as patterns of their ends."""
     pattern = re.compile(rf"(?:.*\.)?(?:{'|'.join(known)})")
 
     def rule(facts: Facts) -> Iterator[Finding]:
@@ -87,16 +87,16 @@ def always(verdict: Verdict, what: str, says: str, do: str = "") -> Rule:
 
 
 def heeded(*settings: str) -> Rule:
-    """Settings that others pass over, and this runtime heeds."""
+    """Settings that other runtimes ignore and this one obeys."""
 
     def rule(facts: Facts) -> Iterator[Finding]:
-        if found := [name for name in settings if facts.config.get(name)]:
-            yield Finding("ok", ", ".join(found), "heeded, as PEFT does")
+        if present := [name for name in settings if facts.config.get(name)]:
+            yield Finding("ok", ", ".join(present), "heeded, as PEFT does")
 
     return rule
 
 
-def lora_alone(facts: Facts) -> Iterator[Finding]:
-    """What PEFT calls an adapter: anything but LORA is another method."""
+def lora_only(facts: Facts) -> Iterator[Finding]:
+    """PEFT's type of adapter: anything but LORA is another method."""
     if (kind := facts.config.get("peft_type", "LORA")) != "LORA":
         yield Finding("no", "peft_type", f"{kind}, and LORA alone is read", "serve it with PEFT")

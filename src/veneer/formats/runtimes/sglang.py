@@ -16,7 +16,7 @@ from veneer.formats.runtimes.rules import (
     always,
     bias,
     keys,
-    lora_alone,
+    lora_only,
     setting,
 )
 
@@ -87,7 +87,7 @@ RUNTIME = Runtime(
     formats=("peft",),
     rules={
         "peft": (
-            lora_alone,
+            lora_only,
             always("needs", "serving", "off unless asked", "--lora-paths NAME=PATH"),
             rank,
             setting("use_dora", "refused"),

@@ -16,7 +16,7 @@ from veneer.formats.runtimes.rules import (
     always,
     bias,
     heeded,
-    lora_alone,
+    lora_only,
     setting,
 )
 
@@ -29,8 +29,8 @@ def layers(facts: Facts) -> Iterator[Finding]:
     for path in facts.ranks:
         if match := re.search(r"\.(\d+)\..*?([^.]+)$", path):
             blocks.setdefault(match[2], set()).add(int(match[1]))
-    last = max((max(found) for found in blocks.values()), default=-1)
-    partly = [name for name, found in blocks.items() if found != set(range(last + 1))]
+    last = max((max(own) for own in blocks.values()), default=-1)
+    partly = [name for name, own in blocks.items() if own != set(range(last + 1))]
     if partly:
         yield Finding(
             "no",
@@ -42,14 +42,14 @@ def layers(facts: Facts) -> Iterator[Finding]:
 
 def rank(facts: Facts) -> Iterator[Finding]:
     """pad_rank, after which prepare_weights divides alpha by the padded rank."""
-    found, padded = facts.highest, _padded(facts.highest)
-    if found == padded:
-        yield Finding("ok", "rank", f"{found}, which is not padded (on one GPU)")
+    rank, padded = facts.highest, _padded(facts.highest)
+    if rank == padded:
+        yield Finding("ok", "rank", f"{rank}, which is not padded (on one GPU)")
     else:
         yield Finding(
             "no",
             "rank",
-            f"{found} is padded to {padded}, by which alpha is then divided from the second kind "
+            f"{rank} is padded to {padded}, by which alpha is then divided from the second kind "
             "of layer on",
             UNIFORM.format(rank=padded),
         )
@@ -74,7 +74,7 @@ RUNTIME = Runtime(
     formats=("peft",),
     rules={
         "peft": (
-            lora_alone,
+            lora_only,
             always("needs", "serving", "off unless asked", "LORA_ADAPTERS=NAME=PATH"),
             rank,
             setting("use_dora", "passed over in silence"),

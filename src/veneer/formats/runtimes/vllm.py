@@ -15,7 +15,7 @@ from veneer.formats.runtimes.rules import (
     bias,
     heeded,
     keys,
-    lora_alone,
+    lora_only,
     setting,
 )
 
@@ -54,11 +54,11 @@ def saved_modules(facts: Facts) -> Iterator[Finding]:
 
 def embeddings(facts: Facts) -> Iterator[Finding]:
     """Embeddings and heads count where a model's class lists them (embedding_modules)."""
-    if found := sorted(facts.embeddings | (facts.names & {"lm_head", "embed_out"})):
+    if names := sorted(facts.embeddings | (facts.names & {"lm_head", "embed_out"})):
         yield Finding(
             "needs",
             "embeddings",
-            f"{listed(found)}: only over models whose class lists them in embedding_modules",
+            f"{listed(names)}: only over models whose class lists them in embedding_modules",
             "try it; if it is refused, merge",
         )
 
@@ -69,7 +69,7 @@ RUNTIME = Runtime(
     formats=("peft",),
     rules={
         "peft": (
-            lora_alone,
+            lora_only,
             always(
                 "needs", "serving", "off unless asked", "--enable-lora --lora-modules NAME=PATH"
             ),
