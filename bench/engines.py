@@ -54,15 +54,16 @@ def run_veneer(
         forward, notices = choose_forward(model, work.examples, recompute=recompute)
         assert not notices, notices
         model.train()
-        for rows in work.steps:
-            start = time.perf_counter()
-            batch = pack(work.examples, rows)
-            labels = int((batch.labels >= 0).sum())
-            optimizer.begin()
-            loss = forward(model, batch) / labels
-            loss.backward()
-            optimizer.step(lr=LR, clip=CLIP)
-            yield time.perf_counter() - start, float(loss.detach())
+        with forward.installed(model):
+            for rows in work.steps:
+                start = time.perf_counter()
+                batch = pack(work.examples, rows)
+                labels = int((batch.labels >= 0).sum())
+                optimizer.begin()
+                loss = forward(model, batch) / labels
+                loss.backward()
+                optimizer.step(lr=LR, clip=CLIP)
+                yield time.perf_counter() - start, float(loss.detach())
     optimizer.release()
 
 

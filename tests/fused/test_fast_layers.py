@@ -25,47 +25,131 @@ def adapted(architecture: str = "llama", **options):
 
 
 def counted(monkeypatch) -> list[nn.Module]:
-    """Return the layers that really are computed as two functions, as they come to be."""
-    seen: list[nn.Module] = []
+    """Return a list that each layer joins when it is computed as two functions."""
+    computed: list[nn.Module] = []
     plain = fast_layers.FusedLayer.forward
 
     def forward(self, *args, **options):
-        found = plain(self, *args, **options)
-        if found is not None:
-            seen.append(self.layer)
-        return found
+        y = plain(self, *args, **options)
+        if y is not None:
+            computed.append(self.layer)
+        return y
 
     monkeypatch.setattr(fast_layers.FusedLayer, "forward", forward)
-    return seen
+    return computed
+
+
+def patches(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if "forward" in vars(module)]
 
 
 def test_all_layers_and_only_while_the_loss_is_made(monkeypatch):
     model = adapted().train()
     chosen, notices = choose_forward(model, ROWS)
     assert notices == []
-    assert [found.layer for found in chosen.layers] == list(model.model.layers)
-    seen = counted(monkeypatch)
+    assert [fused.layer for fused in chosen.layers] == list(model.model.layers)
+    computed = counted(monkeypatch)
     chosen(model, pack(ROWS, [0, 1]))
-    assert seen == list(model.model.layers)
-    assert not any("forward" in vars(layer) for layer in model.modules())
+    assert computed == list(model.model.layers)
+    assert patches(model) == []
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_one_installation_serves_many_passes(recompute, monkeypatch):
+    model = adapted().train()
+    chosen, _ = choose_forward(model, ROWS, recompute=recompute)
+    batch, tokens = pack(ROWS, [0, 1]), torch.tensor([ROWS[0].tokens])
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    expected = torch.autograd.grad(chosen(model, batch), trained)
+    base = model(tokens).logits
+    own = type(model.model.layers[0]).forward
+    computed = counted(monkeypatch)
+
+    def interrupted() -> None:
+        with chosen.installed(model):
+            for _ in range(2):
+                with chosen.installed(model):  # as an evaluation within a run does
+                    loss = chosen(model, batch)
+                gradients = torch.autograd.grad(loss, trained)
+                assert all(map(torch.equal, gradients, expected))
+                assert patches(model) == list(model.model.layers)
+                passes = len(computed)
+                # Whoever calls the model between two passes has its own forward, and so has a copy.
+                assert torch.equal(model(tokens).logits, base)
+                plain = veneer.merge(model)
+                assert [vars(layer)["forward"].__func__ for layer in patches(plain)] == [own, own]
+                assert all(layer.forward.__self__ is layer for layer in patches(plain))
+                assert len(computed) == passes
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert patches(model) == []
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_forwards_of_others_stay_under_and_over_ours(monkeypatch):
+    model = adapted().train()
+    chosen, _ = choose_forward(model, ROWS)
+    under, over = model.model.layers
+    calls: list[nn.Module] = []
+
+    def noted(layer: nn.Module):
+        forward = layer.forward
+
+        def note(*args, **options):
+            calls.append(layer)
+            return forward(*args, **options)
+
+        layer.forward = note
+        return note
+
+    below = noted(under)
+    with chosen.installed(model):
+        above = noted(over)
+        chosen(model, pack(ROWS, [0]))
+        assert calls == [over]
+    assert (under.forward, over.forward) == (below, above)
+    model(torch.tensor([ROWS[0].tokens]))
+    assert calls == [over, under, over]
+
+
+def test_a_layer_takes_its_own_forward_while_two_functions_do_not_apply(monkeypatch):
+    model = adapted().train()
+    norm = model.model.layers[1].input_layernorm.weight
+    chosen, _ = choose_forward(model, ROWS)
+    computed = counted(monkeypatch)
+    with chosen.installed(model):
+        for trains in (False, True, False):
+            norm.requires_grad_(trains)
+            chosen(model, pack(ROWS, [0])).backward()
+        veneer.use(model, None)
+        off = chosen(model, pack(ROWS, [0]))
+    assert [list(model.model.layers).index(layer) for layer in computed] == [0, 1, 0, 0, 1, 0, 1]
+    assert norm.grad.norm() > 0
+    tokens, labels = torch.tensor([ROWS[0].tokens]), torch.tensor(ROWS[0].labels)
+    own = nn.functional.cross_entropy(
+        model(tokens).logits[0, :-1], labels[1:], ignore_index=-100, reduction="sum"
+    )
+    torch.testing.assert_close(off, own)
 
 
 def test_dropped_inputs_go_the_general_way(monkeypatch):
     model = adapted(dropout=0.5).train()
     chosen, _ = choose_forward(model, ROWS)
-    seen = counted(monkeypatch)
+    computed = counted(monkeypatch)
     chosen(model, pack(ROWS, [0])).backward()
-    assert seen == []
+    assert computed == []
     model.eval()
     chosen(model, pack(ROWS, [0])).backward()
-    assert len(seen) == 2
+    assert len(computed) == 2
 
 
 def test_a_trained_norm_goes_the_general_way():
     model = adapted().train()
     norm = model.model.layers[1].input_layernorm.weight.requires_grad_(True)
     chosen, _ = choose_forward(model, ROWS)
-    assert [found.layer for found in chosen.layers] == [model.model.layers[0]]
+    assert [fused.layer for fused in chosen.layers] == [model.model.layers[0]]
     chosen(model, pack(ROWS, [0, 1])).backward()
     assert norm.grad.norm() > 0
 
@@ -81,9 +165,9 @@ def test_a_layer_that_means_something_else_is_left_alone(what, monkeypatch):
             return hidden_states + 0.9 * (own(self, hidden_states, **options) - hidden_states)
 
         monkeypatch.setattr(type(layer), "forward", forward)
-        expected = 0
+        layers = 0
     else:
-        expected = 1
+        layers = 1
     if what == "activation":
         layer.mlp.act_fn = nn.GELU()
     elif what == "norm":
@@ -94,7 +178,7 @@ def test_a_layer_that_means_something_else_is_left_alone(what, monkeypatch):
         layer.self_attn.q_norm = nn.Identity()
     model.eval()
     with torch.no_grad():
-        wanted = sum(
+        expected = sum(
             nn.functional.cross_entropy(
                 model(torch.tensor([row.tokens])).logits[0, :-1],
                 torch.tensor(row.labels[1:]),
@@ -104,8 +188,8 @@ def test_a_layer_that_means_something_else_is_left_alone(what, monkeypatch):
             for row in ROWS
         )
     chosen, _ = choose_forward(model, ROWS)
-    assert len(chosen.layers) == expected
-    torch.testing.assert_close(chosen(model, pack(ROWS, range(3))).detach(), wanted)
+    assert len(chosen.layers) == layers
+    torch.testing.assert_close(chosen(model, pack(ROWS, range(3))).detach(), expected)
 
 
 def test_names_alone_do_not_make_a_layer():
@@ -128,7 +212,7 @@ def test_names_alone_do_not_make_a_layer():
     chosen(model, pack(ROWS, range(3))).backward()
 
 
-def test_selective_with_dropped_inputs_is_whole_and_said():
+def test_selective_with_dropped_inputs_becomes_full_with_a_notice():
     model = adapted(dropout=0.5).train()
     chosen, notices = choose_forward(model, ROWS, recompute="selective")
     assert chosen.recompute == "full"
@@ -154,17 +238,17 @@ def test_no_model_is_kept_by_having_been_looked_at():
     assert layer() is None
 
 
-def test_without_a_compiler_the_same_and_said(monkeypatch):
+def test_without_a_compiler_the_same_with_a_notice(monkeypatch):
     model = adapted().train()
     chosen, _ = choose_forward(model, ROWS)
-    wanted = chosen(model, pack(ROWS, range(3)))
+    expected = chosen(model, pack(ROWS, range(3)))
     native._kernel.cache_clear()
     monkeypatch.setattr(native, "load", lambda: (None, "no C++ compiler was found"))
     try:
         slower, notices = choose_forward(model, ROWS)
         assert [notice for notice in notices if "no C++ compiler" in notice] == notices != []
         assert slower.layers
-        torch.testing.assert_close(slower(model, pack(ROWS, range(3))), wanted)
+        torch.testing.assert_close(slower(model, pack(ROWS, range(3))), expected)
     finally:
         native._kernel.cache_clear()
 
@@ -178,7 +262,7 @@ def test_selective_where_no_layer_is_known():
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_less_is_kept(recompute):
-    kept = {}
+    kept_bytes = {}
     config = copy.deepcopy(CONFIGS["llama"])
     config.num_hidden_layers, config.intermediate_size = 8, 256
     torch.manual_seed(0)
@@ -193,6 +277,6 @@ def test_less_is_kept(recompute):
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             chosen(model, pack(ROWS, range(3)))
-        kept[how] = sum(sizes.values())
+        kept_bytes[how] = sum(sizes.values())
     limit = {"none": 1.0, "selective": 0.5, "full": 0.3}[recompute]
-    assert kept[recompute] <= limit * kept["none"]
+    assert kept_bytes[recompute] <= limit * kept_bytes["none"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, pack
-from veneer.fused.layers import (
-    TOLERANCE,
-    FusedLayer,
-    attention,
-    checkpointed,
-    fused,
-    fused_layers,
+from veneer.fused.layers import TOLERANCE, FusedLayer, fused_layers
+from veneer.fused.patches import (
+    FusedForward,
+    Installation,
+    LayerForward,
+    RecomputedForward,
+    patched,
 )
 from veneer.fused.recompute import Recompute
 from veneer.kernels import native
@@ -34,7 +34,7 @@ from veneer.models.blocks import decoder_layers
 
 PROBE_LENGTHS = (7, 19, 12)
 # How far the hidden state of a token may be from what it is alone, relatively. In bfloat16 rounding
-# reached 0.01, and what state-space layers carry from one packed row into the next 0.2 to 1.
+# reached 0.01; what state-space layers leak from one packed row into the next reached 0.2 to 1.
 FAR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # Packed batches are filled up to a multiple of this many tokens: matrix products are prepared for
 # each new shape, which costs about as much as forty tokens for a 135M model.
@@ -43,9 +43,12 @@ TOKENS_STEP = 64
 
 @dataclass(frozen=True)
 class Forward:
-    """Shortcuts, each taken or not: packing without padding, the head on labelled rows, decoder
-    layers as two functions; what is computed again instead of kept; and whether rows are computed
-    one by one, where not even padding is possible."""
+    """How a model's loss is computed.
+
+    packed: rows end to end, without padding; labelled_head: the head on labelled rows alone;
+    layers: those that are computed as two functions; recompute: what the backward pass computes
+    again; alone: rows one by one, where not even padding is possible.
+    """
 
     packed: bool
     labelled_head: bool
@@ -53,9 +56,15 @@ class Forward:
     recompute: Recompute = "none"
     alone: bool = False
     arena: Arena = field(default_factory=Arena, compare=False)
+    _installations: dict[nn.Module, Installation] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Return the sum of the label tokens' losses, a float32 scalar with a gradient."""
+        """Return the sum of the label tokens' losses, a float32 scalar with a gradient.
+
+        A call outside of `installed` patches the model for itself.
+        """
         device = model.device
         if self.packed:
             batch = filled_up(batch, TOKENS_STEP, virtual_input_count(model))
@@ -63,7 +72,7 @@ class Forward:
         labels = torch.from_numpy(batch.labels).to(device)
         positions = torch.from_numpy(batch.positions).to(device)
         lengths = batch.lengths.tolist()
-        with self._ways(model):
+        with self.installed(model) as installation, installation.running():
             if self.packed:
                 inputs: dict[str, Any] = {
                     "input_ids": tokens[None],
@@ -83,15 +92,34 @@ class Forward:
             )
 
     @contextmanager
-    def _ways(self, model: PreTrainedModel) -> Iterator[None]:
-        with ExitStack() as ways:
-            if self.packed:
-                ways.enter_context(attention(model, NAME))
-                selective = self.recompute == "selective"
-                ways.enter_context(fused(self.layers, self.arena, recompute_projections=selective))
-            if self.recompute == "full" and torch.is_grad_enabled():
-                ways.enter_context(checkpointed(model, model.config._attn_implementation))
-            yield
+    def installed(self, model: PreTrainedModel) -> Iterator[Installation]:
+        """Patch the layers of `model` once, for all calls until the context ends.
+
+        Calls of the model by anybody else take its own forward meanwhile. May be nested.
+        """
+        if model in self._installations:
+            yield self._installations[model]
+            return
+        installation = Installation(model, NAME if self.packed else None)
+        forwards: dict[nn.Module, LayerForward] = {}
+        if self.packed:
+            for fused in self.layers:
+                forwards[fused.layer] = FusedForward(
+                    installation,
+                    fused,
+                    self.arena,
+                    recompute_projections=self.recompute == "selective",
+                )
+        if self.recompute == "full":
+            for layer in decoder_layers(model) or ():
+                original = forwards.get(layer, layer.forward)
+                forwards[layer] = RecomputedForward(installation, original)
+        self._installations[model] = installation
+        try:
+            with patched(forwards):
+                yield installation
+        finally:
+            del self._installations[model]
 
     def _loss(
         self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor, mask: Tensor | None
@@ -103,16 +131,16 @@ class Forward:
             assert isinstance(head, nn.Module)
             return labelled_cross_entropy(hidden, labels, head)
         logits = model(**inputs, use_cache=False).logits
-        logits = logits[0] if mask is None else logits[mask]  # (tokens, words)
+        logits = logits[0] if mask is None else logits[mask]  # (tokens, vocab)
         return _full_loss(logits, labels)
 
 
 def choose_forward(
     model: PreTrainedModel, examples: Sequence[Example], *, recompute: Recompute = "none"
 ) -> tuple[Forward, list[str]]:
-    """Return the fastest Forward that gives this model's own loss, and what had to be given up.
+    """Return the fastest Forward that gives this model's own loss, and what did not suit it.
 
-    A few short rows are computed by the model alone, one by one, and compared.
+    The proof compares a few short rows with the same rows computed by the model alone, one by one.
     """
     layers: tuple[FusedLayer, ...] = ()
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
@@ -124,24 +152,24 @@ def choose_forward(
     training = model.training
     model.eval()  # dropout would make any two passes differ
     try:
-        with torch.no_grad(), _hidden_states(model) as seen:
-            # The first row's own pass serves two proofs: a base on the disk is read at each pass.
+        with torch.no_grad(), _hidden_states(model) as hidden_states:
+            # The first row's pass serves two proofs: a mapped base is read from disk at each pass.
             own, why_not_head = _own_logits_and_head(model, rows[0])
             labelled_head = why_not_head is None
             losses = [_full_loss(own[:-1], torch.tensor(rows[0].tokens[1:], device=own.device))]
-            alone = seen[:1]
-            seen.clear()
+            alone = hidden_states[:1]
+            hidden_states.clear()
             losses += [_own_loss(model, row) for row in rows[1:]]
-            alone += seen
-            seen.clear()
-            wanted = sum(map(float, losses))
-            why_not_packed = _why_not(Forward(True, labelled_head), model, rows, wanted)
-            if not why_not_packed and seen:
-                why_not_packed = _why_apart(torch.cat(alone, 1)[0], seen[-1][0])
+            alone += hidden_states
+            hidden_states.clear()
+            expected = sum(map(float, losses))
+            why_not_packed = _why_not(Forward(True, labelled_head), model, rows, expected)
+            if not why_not_packed and hidden_states:
+                why_not_packed = _why_apart(torch.cat(alone, 1)[0], hidden_states[-1][0])
             if not why_not_packed:
                 layers = _fused_layers(model, rows[-1])
             why_not_padded = why_not_packed and _why_not(
-                Forward(False, labelled_head), model, rows, wanted
+                Forward(False, labelled_head), model, rows, expected
             )
     finally:
         model.train(training)
@@ -160,17 +188,21 @@ def choose_forward(
         )
     if model.device.type == "cpu" and (why := native.load()[1]):
         notices.append(f"Norms, activations and attention take a slower way: {why}.")
-    known = decoder_layers(model)
-    if recompute == "selective" and sum(layer.applies() for layer in layers) < len(known or [None]):
+    blocks = decoder_layers(model)
+    if recompute == "selective" and sum(layer.applies() for layer in layers) < len(
+        blocks or [None]
+    ):
         recompute = "full"
         notices.append(
             "Selective recomputation does not suit this model; its layers are computed whole again."
         )
-    if recompute == "full" and known is None:
+    if recompute == "full" and blocks is None:
         recompute = "none"
         notices.append("The layers of this model are not known; nothing is computed again.")
-    way = Forward(not why_not_packed, labelled_head, layers, recompute, alone=bool(why_not_padded))
-    return way, notices
+    chosen = Forward(
+        not why_not_packed, labelled_head, layers, recompute, alone=bool(why_not_padded)
+    )
+    return chosen, notices
 
 
 def _fused_layers(model: PreTrainedModel, row: Example) -> tuple[FusedLayer, ...]:
@@ -186,18 +218,19 @@ def _cycle(examples: Sequence[Example]) -> Iterator[Example]:
 
 
 def _own_logits_and_head(model: PreTrainedModel, row: Example) -> tuple[Tensor, str | None]:
-    """Return the model's own logits (tokens, words), and why its head on the decoder's output does
-    not make them, or None."""
+    """Return the model's own logits (tokens, vocab), and why its head on the decoder's output does
+    not give them, or None if it does."""
     tokens = torch.tensor([row.tokens], device=model.device)
     own = model(input_ids=tokens, use_cache=False).logits[0]
     try:
         head: Any = model.get_output_embeddings()
-        ours = head(model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state)[0]
+        shortcut = head(model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state)[0]
     except Exception as error:  # whatever a foreign architecture raises, the slower way is open
-        return own, _in_words(error)
+        return own, _described(error)
     # The same operations on the same numbers: anything but the last bit is another meaning, such
     # as a soft cap, which would hide within a loss.
-    if ours.shape == own.shape and torch.dist(ours.float(), own.float()) <= 1e-3 * own.norm():
+    same_shape = shortcut.shape == own.shape
+    if same_shape and torch.dist(shortcut.float(), own.float()) <= 1e-3 * own.norm():
         return own, None
     return own, "its head does more than multiply"
 
@@ -208,7 +241,7 @@ def _why_not(
     try:
         loss = float(forward(model, pack(rows, range(len(rows)))))
     except Exception as error:  # whatever a foreign architecture raises, the slower way is open
-        return _in_words(error)
+        return _described(error)
     head: Any = model.get_output_embeddings()
     if abs(loss - own) <= TOLERANCE[head.weight.dtype] * abs(own):
         return None
@@ -218,7 +251,7 @@ def _why_not(
 def _why_apart(alone: Tensor, packed: Tensor) -> str | None:
     """Return why packed rows are not computed as the same rows alone, or None; (tokens, dim).
 
-    A loss over all of them may hide what passes from one row to the next, this does not.
+    A loss summed over all rows may hide what leaks from one row to the next; this does not.
     """
     dtype = alone.dtype
     alone, packed = alone.double(), packed[: len(alone)].double()
@@ -231,20 +264,20 @@ def _why_apart(alone: Tensor, packed: Tensor) -> str | None:
 @contextmanager
 def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Yield a list to which each pass through the decoder adds its output, (rows, tokens, dim)."""
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def note(decoder: nn.Module, args: tuple, output: Any) -> None:
-        if isinstance(found := getattr(output, "last_hidden_state", None), Tensor):
-            seen.append(found)
+        if isinstance(hidden := getattr(output, "last_hidden_state", None), Tensor):
+            outputs.append(hidden)
 
     hook = model.get_decoder().register_forward_hook(note)
     try:
-        yield seen
+        yield outputs
     finally:
         hook.remove()
 
 
-def _in_words(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 

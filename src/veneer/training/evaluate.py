@@ -27,7 +27,7 @@ def evaluate(
     model.eval()
     total, labels = 0.0, 0
     try:
-        with torch.no_grad():
+        with torch.no_grad(), forward.installed(model):
             for step in order.epoch(0):
                 for indices in step:
                     batch = pack(examples, indices)

@@ -79,8 +79,9 @@ def train(
             if not restored:
                 run.start_from_gradients(forward)
             model.train()
-            yield Started(run.steps, run.progress.step)
-            yield from run.go(forward, should_stop)
+            with forward.installed(model):
+                yield Started(run.steps, run.progress.step)
+                yield from run.go(forward, should_stop)
     finally:
         run.state.optimizer.release()
         model.eval()

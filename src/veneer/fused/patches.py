@@ -1,0 +1,115 @@
+"""The forward methods of a model's decoder layers, replaced for the length of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from veneer.fused.layers import FusedLayer, attention
+from veneer.kernels.arena import Arena
+
+LayerForward = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Installation:
+    """The patches of one model: they act while a pass of ours is running, and only then.
+
+    So whoever calls the model between two steps (to generate, say) gets its own forward.
+    attention: the name of the attention to use in a pass, or None for the model's own.
+    """
+
+    model: PreTrainedModel
+    attention: str | None
+    is_running: bool = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the patches act while the context lasts."""
+        before, self.is_running = self.is_running, True
+        try:
+            with attention(self.model, self.attention) if self.attention else nullcontext():
+                yield
+        finally:
+            self.is_running = before
+
+
+class Patch:
+    """A layer's forward in a run, over the one that the layer has otherwise."""
+
+    def __init__(self, installation: Installation, original: LayerForward) -> None:
+        self.installation, self.original = installation, original
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model is in no run: its layers have the copied original.
+        return _unpatched, (self.original,)
+
+
+class FusedForward(Patch):
+    """A layer computed as two functions, wherever that is possible as its adapters act now."""
+
+    def __init__(
+        self,
+        installation: Installation,
+        fused: FusedLayer,
+        arena: Arena,
+        *,
+        recompute_projections: bool,
+    ) -> None:
+        super().__init__(installation, fused.layer.forward)
+        self.fused = partial(
+            fused.forward, arena=arena, recompute_projections=recompute_projections
+        )
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+        if self.installation.is_running and options.get("packing") is not None:
+            angles, packing = options["position_embeddings"], options["packing"]
+            y = self.fused(hidden_states, position_embeddings=angles, packing=packing)
+            if y is not None:
+                return y
+        return self.original(hidden_states, *args, **options)
+
+
+class RecomputedForward(Patch):
+    """A layer of which only the input is kept: the backward pass computes it again."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if not self.installation.is_running or not torch.is_grad_enabled():
+            return self.original(*args, **options)
+        return checkpoint(
+            self.original, *args, use_reentrant=False, context_fn=self._contexts, **options
+        )
+
+    def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), self.installation.running()
+
+
+@contextmanager
+def patched(forwards: Mapping[nn.Module, LayerForward]) -> Iterator[None]:
+    """Let layers compute by these forwards while the context lasts.
+
+    A forward that somebody else has put over ours meanwhile stays: ours under it only passes on.
+    """
+    before = {layer: layer.__dict__.get("forward") for layer in forwards}
+    for layer, forward in forwards.items():
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, forward in forwards.items():
+            if layer.__dict__.get("forward") is forward:
+                del layer.forward
+                if (own := before[layer]) is not None:
+                    layer.forward = own
+
+
+def _unpatched(forward: LayerForward) -> LayerForward:
+    return forward
