@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.adapter.attach import adapters, attach, detach, in_use, use
+    from veneer.adapter.attach import attach, detach
     from veneer.adapter.certify import MergeReport, certify
     from veneer.adapter.config import LoRA
     from veneer.adapter.merge import merge
     from veneer.adapter.method import Method
     from veneer.adapter.new_tokens import add_tokens, add_words
+    from veneer.adapter.use import adapters, in_use, use
     from veneer.algebra.combine import combine
     from veneer.algebra.extract import extract
     from veneer.data.load import load_examples
@@ -59,7 +60,7 @@ _HOMES = {
     "TrainingError": "errors",
     "VeneerError": "errors",
     "VeneerWarning": "errors",
-    "adapters": "adapter.attach",
+    "adapters": "adapter.use",
     "add_tokens": "adapter.new_tokens",
     "add_words": "adapter.new_tokens",
     "answer": "generate.decode",
@@ -69,7 +70,7 @@ _HOMES = {
     "combine": "algebra.combine",
     "detach": "adapter.attach",
     "extract": "algebra.extract",
-    "in_use": "adapter.attach",
+    "in_use": "adapter.use",
     "load": "formats.adapters",
     "load_base": "models.load",
     "load_examples": "data.load",
@@ -79,7 +80,7 @@ _HOMES = {
     "stream": "generate.decode",
     "train": "training.loop",
     "tune": "training.tune",
-    "use": "adapter.attach",
+    "use": "adapter.use",
     "write_model": "formats.merged",
 }
 

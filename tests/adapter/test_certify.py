@@ -1,4 +1,4 @@
-"""What a merge kept and lost, measured: against sums in float64, and where it must be refused."""
+"""The certificate of a merge: its figures against float64, and which merges it refuses."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import veneer
 from support.random_adapters import logits, same, shake, snapshot, tokenizer, with_new_tokens
 from support.tiny_models import quantized, tiny
-from veneer.adapter.certify import MOST_UNSAID
+from veneer.adapter.certify import LARGEST_LOST_EFFECT
 from veneer.adapter.merge import rounded_away
 from veneer.data.probe import probe_rows
 
@@ -30,43 +30,43 @@ def test_figures_are_those_of_float64():
     base = tiny("llama", dtype=torch.bfloat16)
     rows = [torch.tensor([row]) for row in probe_rows(tokenizer(), context=64)]
     assert report.tokens == sum(row.numel() for row in rows) > 500
-    said = [
-        torch.cat([logits(each, row)[0] for row in rows]).double() for each in (model, plain, base)
+    outputs = [
+        torch.cat([logits(x, row)[0] for row in rows]).double() for x in (model, plain, base)
     ]
-    ours, merged, alone = (each.log_softmax(-1) for each in said)
-    assert report.logit_difference == pytest.approx(float((said[0] - said[1]).abs().max()))
+    ours, merged, alone = (output.log_softmax(-1) for output in outputs)
+    assert report.logit_difference == pytest.approx(float((outputs[0] - outputs[1]).abs().max()))
     for figure, other in ((report.divergence, merged), (report.effect, alone)):
-        wanted = F.kl_div(other, ours, log_target=True, reduction="sum") / report.tokens
-        assert figure == pytest.approx(float(wanted), rel=1e-6)
+        expected = F.kl_div(other, ours, log_target=True, reduction="sum") / report.tokens
+        assert figure == pytest.approx(float(expected), rel=1e-6)
 
     paths = [layer.path for layer in report.layers]
     assert len(paths) == len(set(paths)) == 14
-    for found in report.layers:
-        layer = model.get_submodule(found.path)
-        part, weight = layer.adapters["default"], layer.original.weight.double()
-        delta = part.scaling * (part.lora_B.double() @ part.lora_A.double())
-        error = plain.get_submodule(found.path).weight.double() - (weight + delta)
-        assert found.change == pytest.approx(float(delta.norm()), rel=1e-5)
-        assert found.rounded == pytest.approx(float(error.norm()), rel=1e-4)
-        assert found.lost == pytest.approx(float(error.norm() / delta.norm()), rel=1e-4)
-        assert found.in_float32 < 1e-4 * found.rounded
+    for rounding in report.layers:
+        layer = model.get_submodule(rounding.path)
+        adapter, weight = layer.adapters["default"], layer.original.weight.double()
+        delta = adapter.scaling * (adapter.lora_B.double() @ adapter.lora_A.double()).detach()
+        error = plain.get_submodule(rounding.path).weight.double() - (weight + delta)
+        assert rounding.change == pytest.approx(float(delta.norm()), rel=1e-5)
+        assert rounding.error == pytest.approx(float(error.norm()), rel=1e-4)
+        assert rounding.lost == pytest.approx(float(error.norm() / delta.norm()), rel=1e-4)
+        assert rounding.error_in_float32 < 1e-4 * rounding.error
     assert report.lost == rounded_away(model, plain)
     assert report.worst == max(report.layers, key=lambda layer: layer.lost)
 
 
-def test_nothing_is_left_behind():
+def test_certifying_leaves_the_model_as_it_was():
     model = adapted()
     veneer.attach(model, veneer.LoRA(rank=1), name="idle", seed=1)
     veneer.use(model, {"default": 0.5})
     model.train()
-    before, said = snapshot(model), logits(model.eval())
+    before, output = snapshot(model), logits(model.eval())
     model.train()
     plain = veneer.merge(model)
     veneer.certify(model, plain, tokenizer())
     assert model.training
     assert veneer.in_use(model) == {"default": 0.5}
     assert same(snapshot(model), before)
-    assert torch.equal(logits(model.eval()), said)
+    assert torch.equal(logits(model.eval()), output)
 
 
 def test_float32_keeps_what_bf16_rounds_away():
@@ -77,14 +77,14 @@ def test_float32_keeps_what_bf16_rounds_away():
     assert report.lost > 0.9
     with pytest.raises(veneer.MergeError) as refused:
         report.check()
-    said = str(refused.value)
-    assert f"takes {report.lost:.1%} of the adapter's change" in said
-    assert "float32" in said
-    assert "keep the adapter" in said
+    message = str(refused.value)
+    assert f"takes {report.lost:.1%} of the adapter's change" in message
+    assert "float32" in message
+    assert "keep the adapter" in message
 
     report = certified(adapted(small))
     assert report.lost < 1e-3
-    assert report.divergence < MOST_UNSAID * report.effect
+    assert report.divergence < LARGEST_LOST_EFFECT * report.effect
     assert report.problems() == []
     report.check()
 
@@ -96,7 +96,7 @@ def test_an_ordinary_change_passes_in_bf16():
     report.check()
 
 
-def test_a_fresh_adapter_and_one_that_rests_lose_nothing():
+def test_fresh_and_idle_adapters_lose_nothing():
     for which in ("default", None):
         model = veneer.attach(tiny("qwen2", dtype=torch.bfloat16), veneer.LoRA(rank=2), seed=0)
         if which is None:
@@ -109,7 +109,7 @@ def test_a_fresh_adapter_and_one_that_rests_lose_nothing():
 
 
 @pytest.mark.parametrize("wrong", ["weights", "nan"])
-def test_a_model_that_is_not_the_merged_one_is_found_out(wrong):
+def test_a_model_that_is_not_the_merged_one_is_refused(wrong):
     model = adapted()
     plain = veneer.merge(model)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_a_model_that_is_not_the_merged_one_is_found_out(wrong):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packing_again_is_measured_and_what_is_packed_is_left(bits):
+def test_quantizing_again_is_measured(bits):
     model = adapted(0.03, bits=bits)
     plain = veneer.merge(model)
     report = veneer.certify(model, plain, tokenizer())
@@ -132,35 +132,26 @@ def test_packing_again_is_measured_and_what_is_packed_is_left(bits):
     assert report.lost < 1e-4
     # What `veneer quantize` would make of the merged model.
     error = change = 0.0
-    for found in report.layers:
-        layer = model.get_submodule(found.path)
-        again = type(layer.base_weight).quantize(
-            plain.get_submodule(found.path).weight, torch.float32
-        )
-        error += float(
-            (again.dequantize() - layer.dense_base_weight - layer.delta()).square().sum()
-        )
+    for rounding in report.layers:
+        layer, merged = (x.get_submodule(rounding.path) for x in (model, plain))
+        again = layer.base_weight.quantize(merged.weight, torch.float32).dequantize()
+        error += float((again - layer.dense_base_weight - layer.delta()).square().sum())
         change += float(layer.delta().square().sum())
-    assert report.lost_packed_again == pytest.approx((error / change) ** 0.5, rel=1e-3)
-    assert report.lost_packed_again > (0.9 if bits == 4 else 0.2)
-    for found in report.layers:
-        place = plain.get_submodule(found.path)
-        again = type(model.get_submodule(found.path).base_weight).quantize(
-            place.weight, torch.float32
-        )
-        place.weight = torch.nn.Parameter(again.dequantize(), requires_grad=False)
-    rounded = veneer.certify(model, plain, tokenizer()).divergence
-    assert report.divergence_packed_again == pytest.approx(rounded, rel=1e-3)
-    assert report.divergence_packed_again > 100 * report.divergence
+        merged.weight = torch.nn.Parameter(again, requires_grad=False)
+    assert report.lost_requantized == pytest.approx((error / change) ** 0.5, rel=1e-3)
+    assert report.lost_requantized > (0.9 if bits == 4 else 0.2)
+    divergence = veneer.certify(model, plain, tokenizer()).divergence
+    assert report.divergence_requantized == pytest.approx(divergence, rel=1e-3)
+    assert report.divergence_requantized > 100 * report.divergence
     report = certified(adapted())
-    assert report.lost_packed_again is report.divergence_packed_again is None
+    assert report.lost_requantized is report.divergence_requantized is None
 
 
-def test_new_words_are_no_reason_to_refuse():
-    model, words = tiny("llama"), tokenizer()
-    with_new_tokens(model, words)
+def test_new_tokens_are_no_reason_to_refuse():
+    model, tokens = tiny("llama"), tokenizer()
+    with_new_tokens(model, tokens)
     shake(veneer.attach(model, veneer.LoRA(rank=2), seed=0))
-    report = veneer.certify(model, veneer.merge(model), words)
+    report = veneer.certify(model, veneer.merge(model), tokens)
     assert 0 < report.effect < math.inf
     report.check()
 
@@ -175,7 +166,7 @@ def test_every_kind_of_adapter(options):
     report.check()
 
 
-def test_one_s_own_rows_are_the_probe(tmp_path):
+def test_the_rows_of_a_file_are_the_probe(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"text": "one two three"}\n{"prompt": "Well?", "completion": "No."}\n' * 20)
     rows = probe_rows(tokenizer(), path)

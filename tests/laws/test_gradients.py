@@ -18,11 +18,12 @@ from support.random_adapters import ids, shake
 from support.tiny_models import tiny
 from veneer.adapter.active import ActiveAdapters
 from veneer.adapter.adapter import Adapter
-from veneer.adapter.attach import attach, use
+from veneer.adapter.attach import attach
 from veneer.adapter.config import LoRA
 from veneer.adapter.embedding import LoRAEmbedding
 from veneer.adapter.linear import LoRALinear
 from veneer.adapter.new_tokens import NewTokenHead
+from veneer.adapter.use import use
 from veneer.kernels import cross_entropy
 from veneer.kernels.attention import Packing, UnsupportedAttention, packed_attention
 from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy

@@ -65,7 +65,7 @@ def test_merged_equals_unmerged(kind):
 
 def kind_weights(model: Any) -> list[torch.Tensor]:
     """Return what a merged model may share: the base's own weights."""
-    return [*model.parameters(), *model.veneer_active_adapters.base.values()]
+    return [*model.parameters(), *model.veneer_active_adapters.replaced.values()]
 
 
 @each_kind(lambda kind: not kind.replaces_weights)

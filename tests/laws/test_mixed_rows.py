@@ -14,7 +14,7 @@ from support.random_adapters import distance, ids, shake
 from support.tiny_models import tiny
 from veneer.adapter import linear
 from veneer.adapter.active import active_adapters_of
-from veneer.adapter.attach import use_rows
+from veneer.adapter.use import use_rows
 from veneer.errors import AdapterError
 
 # Some twice, some mixed, and the base between them.

@@ -34,7 +34,7 @@ def test_merged_equals_unmerged(case, tmp_path):
     torch.testing.assert_close(logits(plain, kind), wanted, **CLOSE)
     adapter = {
         id(weight)
-        for saved in model.veneer_active_adapters.saved.values()
+        for saved in model.veneer_active_adapters.modules_to_save.values()
         for weight in saved.values()
     }
     assert not adapter & {id(weight) for weight in plain.parameters()}
@@ -47,7 +47,7 @@ def test_merged_equals_unmerged(case, tmp_path):
 
 
 def base_weights(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.veneer_active_adapters.base.values()]
+    return [*model.parameters(), *model.veneer_active_adapters.replaced.values()]
 
 
 def test_a_bias_without_a_place_is_not_merged(tmp_path):

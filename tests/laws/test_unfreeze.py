@@ -18,7 +18,7 @@ from support.random_adapters import (
     with_new_tokens,
 )
 from support.tiny_models import ARCHITECTURES, quantized, tiny
-from veneer.adapter.attach import adapters, in_use
+from veneer.adapter.use import adapters, in_use
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.training.config import TrainConfig
 

@@ -71,7 +71,7 @@ class Plain:
 
     def _replace(self, adapted: Any) -> None:
         """Put in what one adapter alone has in the place of the base's weights."""
-        for saved in active_adapters_of(adapted).saved.values():
+        for saved in active_adapters_of(adapted).modules_to_save.values():
             self.weights |= {path: self.live(weight) for path, weight in saved.items()}
 
     def _change(self, adapted: Any) -> None:

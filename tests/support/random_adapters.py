@@ -37,7 +37,7 @@ def shake(model: PreTrainedModel, *, seed: int = 1, size: float = 0.1) -> PreTra
     all else that adapters have from where it starts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for saved in active_adapters_of(model).saved.values():
+        for saved in active_adapters_of(model).modules_to_save.values():
             for weight in saved.values():
                 weight.add_(size * torch.randn(weight.shape, generator=generator))
         for module in model.modules():

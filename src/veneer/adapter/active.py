@@ -10,7 +10,7 @@ from torch import nn
 from veneer.errors import AdapterError, nearest
 from veneer.lowrank.update import RowUpdates
 
-Saved = dict[str, nn.Parameter]  # by path, what stands in the place of weights of the base
+Weights = dict[str, nn.Parameter]  # by the path of a weight in the base
 
 
 class ActiveAdapters:
@@ -23,10 +23,10 @@ class ActiveAdapters:
     def __init__(self) -> None:
         self.configs: dict[str, Any] = {}  # by name, what each adapter is
         self.weights: dict[str, float] = {}
-        # What adapters have in the place of the base's own weights (modules_to_save.py), and the
-        # base's own, where something else stands in their place now.
-        self.saved: dict[str, Saved] = {}
-        self.base: Saved = {}
+        # Modules to save (modules_to_save.py): by adapter, the weights that replace the base's own
+        # while it acts; and the base's own that are replaced now.
+        self.modules_to_save: dict[str, Weights] = {}
+        self.replaced: Weights = {}
         self.notes: dict[str, Mapping[str, Any]] = {}  # by name, how an adapter was trained
         # While each row of a batch has adapters of its own; `weights` then has no effect.
         self.row_updates: RowUpdates | None = None

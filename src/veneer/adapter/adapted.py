@@ -119,7 +119,7 @@ class Adapted(nn.Module):
         """Return the base's path of what is adapted here, from the path of this module."""
         return path
 
-    def take_off(self, model: nn.Module, path: str, *, merged: bool = False) -> None:
+    def unwrap(self, model: nn.Module, path: str, *, merged: bool = False) -> None:
         """Replace this module, at `path` of `model`, by what it adapts, or by one with the active
         adapters merged in."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What merging changed beside what it should: the certificate of a merged model."""
+"""The certificate of a merged model: how far it is from the model that it was merged from."""
 
 from __future__ import annotations
 
@@ -13,93 +13,91 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.adapter.attach import in_use, use
 from veneer.adapter.layers import lora_layers
-from veneer.adapter.merge import LayerLoss, layer_losses, share
+from veneer.adapter.merge import LayerRounding, layer_roundings, relative_error
+from veneer.adapter.use import in_use, use
 from veneer.adapter.virtual_context import context_left
 from veneer.data.probe import probe_rows
 from veneer.errors import MergeError
 from veneer.quant.weight import QuantizedLinear, quantized_layers
 
-# What is too much to lose. Rounding to 16 bits takes most of an ordinary change: four fifths, as
-# ‖error‖ / ‖ΔW‖, after ten steps over SmolLM2, and yet it takes but 4 % of what the adapter makes
-# the model say, for what is lost is spread over all directions and the change is not. So only a
-# change that is all but gone is refused for its size, and all others for what the models say.
-MOST_ROUNDED, MOST_UNSAID = 0.9, 0.25
-# Nats a token within which nobody would notice (half a per cent of perplexity), and in which bf16
-# makes SmolLM2 differ from itself when sums are made in another order.
-UNNOTICED = 5e-3
-ROWS_AT_ONCE = 32  # of logits, which in float64 weigh 33 MB with a vocabulary of 128 thousand
+# The largest tolerated ‖error‖ / ‖ΔW‖, and the largest divergence as a share of the adapter's
+# effect. Rounding to 16 bits takes most of an ordinary change, four fifths after ten steps over
+# SmolLM2, but only 4 % of its effect, because the error is spread over all directions and the
+# change is not. So the weights decide only where the change is all but gone, else the effect does.
+LARGEST_LOST_CHANGE, LARGEST_LOST_EFFECT = 0.9, 0.25
+# Nats a token that nobody would notice (half a per cent of perplexity), and by which SmolLM2 in
+# bf16 differs from itself when sums are made in another order.
+UNNOTICED_DIVERGENCE = 5e-3
+ROWS_AT_ONCE = 32  # of logits, which in float64 take 33 MB with a vocabulary of 128 thousand
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How a merged model differs from the one that it was made of.
+    """How a merged model differs from the adapted one that it was merged from.
 
     dtype: of the merged weights. layers: those that the adapters change. tokens: of the probe.
-    logit_difference: the largest |merged − adapted| of any logit of any token; divergence:
+    logit_difference: the largest |merged − adapted| of any logit of any token. divergence:
     KL(adapted ‖ merged) and effect: KL(adapted ‖ base), means over the probe's tokens, in nats.
-    divergence_packed_again: where the base is packed, KL from the merged model packed as it was.
+    divergence_requantized: KL(adapted ‖ merged and quantized again), where the base is quantized.
     """
 
     dtype: str
-    layers: tuple[LayerLoss, ...]
+    layers: tuple[LayerRounding, ...]
     tokens: int
     logit_difference: float
     divergence: float
     effect: float
-    divergence_packed_again: float | None = None
+    divergence_requantized: float | None = None
 
     @property
     def lost(self) -> float:
-        """The share of the change of all weights that rounding took: ‖error‖ / ‖ΔW‖."""
-        return share((layer.rounded for layer in self.layers), self.layers)
+        """What rounding took of the change of all weights: ‖error‖ / ‖ΔW‖."""
+        return relative_error((layer.error for layer in self.layers), self.layers)
 
     @property
     def lost_in_float32(self) -> float:
-        """The share that would be lost in float32."""
-        return share((layer.in_float32 for layer in self.layers), self.layers)
+        """What rounding would take in float32."""
+        return relative_error((layer.error_in_float32 for layer in self.layers), self.layers)
 
     @property
-    def lost_packed_again(self) -> float | None:
-        """The share that would be lost if the layers of a packed base were packed again, as they
-        were; None for a base that is not packed."""
-        errors = [layer.packed_again for layer in self.layers if layer.packed_again is not None]
-        if not errors:
-            return None
-        return share(errors, [x for x in self.layers if x.packed_again is not None])
+    def lost_requantized(self) -> float | None:
+        """What quantizing again would take, in the layers that the base has quantized, if any."""
+        layers = [layer for layer in self.layers if layer.error_requantized is not None]
+        errors = (layer.error_requantized or 0.0 for layer in layers)
+        return relative_error(errors, layers) if layers else None
 
     @property
-    def worst(self) -> LayerLoss | None:
-        """The layer that loses the largest share of its change."""
+    def worst(self) -> LayerRounding | None:
+        """The layer that loses most of its change."""
         return max(self.layers, key=lambda layer: layer.lost, default=None)
 
     def problems(self) -> list[str]:
         """Return what is lost beyond what is tolerated, with the figures."""
-        found = []
-        if not self.lost <= MOST_ROUNDED:  # so said, for what is no number is not tolerated either
-            found.append(
+        problems = []
+        if not self.lost <= LARGEST_LOST_CHANGE:  # not ">", which a NaN would pass
+            problems.append(
                 f"rounding to {self.dtype} takes {self.lost:.1%} of the adapter's change of the "
-                f"weights, and {MOST_ROUNDED:.0%} are tolerated"
+                f"weights, and {LARGEST_LOST_CHANGE:.0%} are tolerated"
             )
-        if not self.divergence <= max(UNNOTICED, MOST_UNSAID * self.effect):
-            found.append(
-                f"what it says is {self.divergence:.2g} nats a token from what the adapted model "
-                f"says, of the {self.effect:.2g} that the adapter makes; {MOST_UNSAID:.0%} of "
-                f"these, or {UNNOTICED}, are tolerated"
+        if not self.divergence <= max(UNNOTICED_DIVERGENCE, LARGEST_LOST_EFFECT * self.effect):
+            problems.append(
+                f"its output is {self.divergence:.2g} nats a token from the adapted model's, where "
+                f"the adapter makes {self.effect:.2g}; {LARGEST_LOST_EFFECT:.0%} of these, or "
+                f"{UNNOTICED_DIVERGENCE}, are tolerated"
             )
-        return found
+        return problems
 
     def check(self) -> None:
-        """Raise MergeError, with the figures and what would help, where too much is lost."""
+        """Raise MergeError, with the figures and what helps, where too much is lost."""
         problems = self.problems()
         if not problems:
             return
-        kept = self.lost_in_float32
-        better = f"merge in float32 (--dtype float32), which would take {kept:.2%} of it, or "
+        lost = self.lost_in_float32
+        better = f"merge in float32 (--dtype float32), which would take {lost:.2%} of it, or "
         raise MergeError(
             f"The merged model would not be what was learnt: {'; '.join(problems)}. What helps: "
-            f"{better if kept < self.lost / 2 else ''}keep the adapter beside the base."
+            f"{better if lost < self.lost / 2 else ''}keep the adapter beside the base."
         )
 
 
@@ -110,76 +108,78 @@ def certify(
     *,
     probe: str | Path | None = None,
 ) -> MergeReport:
-    """Return how `plain`, which merge() made of `model`, differs from it, in weights and in words.
+    """Return how `plain`, which merge() made of `model`, differs from it, in weights and in logits.
 
-    The words are those of a small sample that ships, or the first rows of the file `probe`. Both
-    models are left as they were. Raises DataError for a `probe` that cannot be read.
+    The logits are of a small sample that ships, or of the first rows of the file `probe`. Both
+    models stay as they are. Raises DataError for a `probe` that cannot be read.
     """
     rows = probe_rows(tokenizer, probe, context=context_left(model, 0))
-    difference = divergence = effect = packed_again = 0.0
+    difference = divergence = effect = divergence_requantized = 0.0
     tokens = sum(map(len, rows))
-    packed = _packed_again(model, plain) if quantized_layers(model) else None
+    requantized = _requantized(model, plain) if quantized_layers(model) else None
     with torch.no_grad(), _evaluating(model), _evaluating(plain):
         for row in rows:
             adapted, merged = _logits(model, row), _logits(plain, row)
             difference = max(difference, _largest(adapted, merged))
             divergence += _divergence(adapted, merged) / tokens
-            if packed is not None:
-                packed_again += _divergence(adapted, _logits(packed, row)) / tokens
+            if requantized is not None:
+                logits = _logits(requantized, row)
+                divergence_requantized += _divergence(adapted, logits) / tokens
             with _base_alone(model) as differs:
                 if differs:
-                    effect += _divergence(adapted, _logits(model, row), spoken=True) / tokens
+                    effect += _divergence(adapted, _logits(model, row), finite=True) / tokens
     return MergeReport(
         str(plain.dtype).removeprefix("torch."),
-        tuple(layer_losses(model, plain)),
+        tuple(layer_roundings(model, plain)),
         tokens,
         difference,
         divergence,
         effect,
-        None if packed is None else packed_again,
+        None if requantized is None else divergence_requantized,
     )
 
 
-def _packed_again(model: PreTrainedModel, plain: PreTrainedModel) -> PreTrainedModel:
-    """Return the merged model with those layers packed that are so in the base, as they are."""
+def _requantized(model: PreTrainedModel, plain: PreTrainedModel) -> PreTrainedModel:
+    """Return the merged model with the layers that the base has quantized quantized again."""
     shared = [*plain.parameters(), *plain.buffers()]
-    packed = copy.deepcopy(plain, {id(tensor): tensor for tensor in shared}).eval()
+    result = copy.deepcopy(plain, {id(tensor): tensor for tensor in shared}).eval()
     for path, layer in quantized_layers(model).items():
-        own = path.removesuffix(".original")
-        place: Any = packed.get_submodule(own)
-        weight = place.weight.T if layer.transposed else place.weight
-        codes = layer.quantized_weight.quantize(weight.contiguous(), plain.dtype)
-        packed.set_submodule(own, QuantizedLinear(codes, place, transposed=layer.transposed))
-    return packed
+        base_path = path.removesuffix(".original")
+        dense: Any = result.get_submodule(base_path)
+        weight = dense.weight.T if layer.transposed else dense.weight
+        quantized = layer.quantized_weight.quantize(weight.contiguous(), plain.dtype)
+        new = QuantizedLinear(quantized, dense, transposed=layer.transposed)
+        result.set_submodule(base_path, new)
+    return result
 
 
 def _logits(model: PreTrainedModel, row: Sequence[int]) -> Tensor:
-    """Return the logits (tokens, words) of one row."""
+    """Return the logits (tokens, vocab) of one row."""
     ids = torch.tensor([list(row)], device=model.device)
     logits: Tensor = model(ids, use_cache=False).logits[0]
     return logits
 
 
 def _largest(adapted: Tensor, merged: Tensor) -> float:
-    """Return the largest difference of any logit, infinite where one is no number."""
-    there = torch.isfinite(adapted)  # not: words that nobody can say
-    apart = (merged.float() - adapted.float())[there].abs().max()
-    return float(apart.nan_to_num(torch.inf))
+    """Return the largest difference of any finite logit, infinite where one has become NaN."""
+    finite = torch.isfinite(adapted)  # a token that cannot be has -∞
+    differences = (merged.float() - adapted.float())[finite].abs()
+    return float(differences.max().nan_to_num(torch.inf))
 
 
-def _divergence(p: Tensor, q: Tensor, *, spoken: bool = False) -> float:
-    """Return Σ KL(p ‖ q) over tokens, in nats, of logits (tokens, words).
+def _divergence(p: Tensor, q: Tensor, *, finite: bool = False) -> float:
+    """Return Σ KL(p ‖ q) over tokens, in nats, of logits (tokens, vocab).
 
-    Infinite where q is no number; with `spoken`, over those words only that q can say at all.
+    Infinite where q has a NaN. With `finite`, only over entries of the vocabulary for which q is
+    finite: the base gives new tokens -∞.
     """
     total = 0.0
     for a, b in zip(p.split(ROWS_AT_ONCE), q.split(ROWS_AT_ONCE), strict=True):
-        there = torch.isfinite(b)
-        if spoken:
-            a = a.masked_fill(~there, -torch.inf)
+        if finite:
+            a = a.masked_fill(~torch.isfinite(b), -torch.inf)
         a, b = (x.log_softmax(-1, dtype=torch.float64) for x in (a, b))
-        each = torch.where(torch.isneginf(a), 0.0, a.exp() * (a - b))
-        total += float(each.sum().nan_to_num(torch.inf))
+        terms = torch.where(torch.isneginf(a), 0.0, a.exp() * (a - b))
+        total += float(terms.sum().nan_to_num(torch.inf))
     return total
 
 
@@ -196,7 +196,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _base_alone(model: PreTrainedModel) -> Iterator[bool]:
     """Let no adapter act while the context lasts; yield whether that makes a difference."""
-    acting = in_use(model)
+    before = in_use(model)
     if not any(layer.active() for _, layer in lora_layers(model)):
         yield False
         return
@@ -204,4 +204,4 @@ def _base_alone(model: PreTrainedModel) -> Iterator[bool]:
     try:
         yield True
     finally:
-        use(model, acting)
+        use(model, before)

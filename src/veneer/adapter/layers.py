@@ -131,7 +131,7 @@ class AdaptedLayer(Adapted, Wrapper):
             fused.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return fused
 
-    def take_off(self, model: nn.Module, path: str, *, merged: bool = False) -> None:
+    def unwrap(self, model: nn.Module, path: str, *, merged: bool = False) -> None:
         model.set_submodule(path, self.fuse() if merged else self.original)
 
     def weight_in(self, plain: nn.Module, path: str) -> Tensor:

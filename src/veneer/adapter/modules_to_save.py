@@ -1,7 +1,7 @@
-"""Weights that an adapter has in the place of the base's own while it acts: biases, whole modules.
+"""Weights that an adapter has instead of the base's own: biases, whole modules.
 
-They stand where the base's stood, as parameters of its modules, so that everything that looks there
-finds them: kernels, autograd, merging. The base's own wait in `ActiveAdapters.base`.
+While it acts, they are the parameters of the base's modules, so that whatever reads these gets
+them: kernels, autograd, merging. The base's own wait in `ActiveAdapters.replaced`.
 """
 
 from __future__ import annotations
@@ -17,91 +17,88 @@ from veneer.adapter.layers import lora_layers
 from veneer.adapter.wrapper import Wrapper
 from veneer.errors import AdapterError
 
-Parts = list[tuple[nn.Parameter, float]]
+Mix = list[tuple[nn.Parameter, float]]
 
 
-def put_saved(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+def attach_modules_to_save(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Keep weights (by the path of the base's own) for the adapter called `name`, frozen."""
     if tensors:
-        kept = {path: nn.Parameter(tensor, False) for path, tensor in tensors.items()}
-        active_adapters_of(model).saved[name] = kept
+        weights = {path: nn.Parameter(tensor, False) for path, tensor in tensors.items()}
+        active_adapters_of(model).modules_to_save[name] = weights
 
 
-def place_saved(model: nn.Module) -> None:
-    """Let the saved weights of the adapters in use stand in the base's places, the base's own
-    everywhere else.
+def detach_modules_to_save(model: nn.Module, names: set[str]) -> None:
+    """Forget the weights of adapters that no longer act."""
+    for name in names:
+        active_adapters_of(model).modules_to_save.pop(name, None)
 
-    Alone they are as trained; in a mix of weights w, W + Σ w (T - W). Raises AdapterError, before
-    anything has changed, for a mix with another adapter of the same layer, whose change counts from
-    the base's own weight.
+
+def switch_modules_to_save(model: nn.Module) -> None:
+    """Give the base's modules the weights of the adapters in use, and their own back elsewhere.
+
+    A mix has W + Σ w (T - W), with the trained T of weight w. Raises AdapterError, before anything
+    has changed, for a mix with another adapter of the same layer, whose change counts from the
+    base's own weight.
     """
     active_adapters = active_adapters_of(model)
-    wanted: dict[str, Parts] = {}
+    mixes: dict[str, Mix] = {}
     for name, weight in active_adapters.weights.items():
-        for path, tensor in active_adapters.saved.get(name, {}).items():
-            wanted.setdefault(path, []).append((tensor, weight))
-    if (
-        not wanted and not active_adapters.base
-    ):  # as of nearly every adapter: no walk over the model
+        for path, trained in active_adapters.modules_to_save.get(name, {}).items():
+            mixes.setdefault(path, []).append((trained, weight))
+    if not mixes and not active_adapters.replaced:  # as with most adapters: no walk over the model
         return
-    acting = {path for path, layer in lora_layers(model) if layer.acts}
-    if clashes := sorted(wanted.keys() & (acting | {f"{path}.weight" for path in acting})):
+    adapted = {path for path, layer in lora_layers(model) if layer.acts}
+    if clashes := sorted(mixes.keys() & (adapted | {f"{path}.weight" for path in adapted})):
         raise AdapterError(f"Adapters cannot be mixed where one replaces {clashes[0]}.")
-    for path in [*active_adapters.base]:
-        if path not in wanted:
-            _stand(model, path, active_adapters.base.pop(path))
-    for path, parts in wanted.items():
-        owner, leaf = home(model, path)
-        here = owner._parameters[leaf]
-        assert here is not None
-        base = active_adapters.base.setdefault(path, here)
-        _stand(model, path, _mixed(base, parts))
+    for path in [*active_adapters.replaced]:
+        if path not in mixes:
+            _set_parameter(model, path, active_adapters.replaced.pop(path))
+    for path, mix in mixes.items():
+        owner, name = owner_of(model, path)
+        current = owner._parameters[name]
+        assert current is not None
+        base = active_adapters.replaced.setdefault(path, current)
+        _set_parameter(model, path, _mixed(base, mix))
 
 
 @contextmanager
-def base_in_place(model: nn.Module) -> Iterator[None]:
-    """Let the base's own weights stand in their places, and afterwards what is in use then."""
+def base_weights_in_place(model: nn.Module) -> Iterator[None]:
+    """Give the base's modules their own weights, and afterwards those of the adapters in use."""
     active_adapters = active_adapters_of(model)
-    for path in [*active_adapters.base]:
-        _stand(model, path, active_adapters.base.pop(path))
+    for path in [*active_adapters.replaced]:
+        _set_parameter(model, path, active_adapters.replaced.pop(path))
     try:
         yield
     finally:
-        place_saved(model)
+        switch_modules_to_save(model)
 
 
-def take_saved(model: nn.Module, names: set[str]) -> None:
-    """Forget the saved weights of adapters that no longer act."""
-    for name in names:
-        active_adapters_of(model).saved.pop(name, None)
-
-
-def home(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Return the base's own module that has the parameter at `path`, and its name there.
 
     Raises AttributeError where the model has no such module.
     """
-    place, _, leaf = path.rpartition(".")
-    owner = model.get_submodule(place)
+    owner_path, _, name = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
     while isinstance(owner, Wrapper):
         owner = owner.original
-    return owner, leaf
+    return owner, name
 
 
-def _stand(model: nn.Module, path: str, weight: nn.Parameter) -> None:
-    owner, leaf = home(model, path)
-    here = owner._parameters[leaf]
-    if here is not None and here.device != weight.device:  # the model has moved meanwhile
-        weight.data = weight.data.to(here.device)
-    owner._parameters[leaf] = weight
+def _set_parameter(model: nn.Module, path: str, weight: nn.Parameter) -> None:
+    owner, name = owner_of(model, path)
+    current = owner._parameters[name]
+    if current is not None and current.device != weight.device:  # the model has moved meanwhile
+        weight.data = weight.data.to(current.device)
+    owner._parameters[name] = weight
 
 
 @torch.no_grad()
-def _mixed(base: nn.Parameter, parts: Parts) -> nn.Parameter:
-    alone, weight = parts[0]
-    if len(parts) == 1 and weight == 1.0:
-        same = alone.dtype == base.dtype
-        return alone if same else nn.Parameter(alone.to(base.dtype), alone.requires_grad)
+def _mixed(base: nn.Parameter, mix: Mix) -> nn.Parameter:
+    first, weight = mix[0]
+    if len(mix) == 1 and weight == 1.0:
+        same = first.dtype == base.dtype
+        return first if same else nn.Parameter(first.to(base.dtype), first.requires_grad)
     wide = base.to(torch.promote_types(base.dtype, torch.float32))
-    total = wide + sum(weight * (part.to(wide) - wide) for part, weight in parts)
+    total = wide + sum(weight * (trained.to(wide) - wide) for trained, weight in mix)
     return nn.Parameter(total.to(base.dtype), False)

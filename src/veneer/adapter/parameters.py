@@ -98,7 +98,7 @@ class AdaptedParameter(Adapted):
         owner, _, name = path.rpartition(f".{PARAMETERS}.")
         return f"{owner}.{name}"
 
-    def take_off(self, model: nn.Module, path: str, *, merged: bool = False) -> None:
+    def unwrap(self, model: nn.Module, path: str, *, merged: bool = False) -> None:
         owner, _, name = path.rpartition(".")
         wrapper = model.get_submodule(owner)
         assert isinstance(wrapper, LoRAParameters)

@@ -106,18 +106,18 @@ def merge_lines(report: MergeReport) -> list[str]:
         f"token (KL), and by {report.logit_difference:.2g} in the logit that differs most; the "
         f"adapter itself makes {report.effect:.2g} nats"
     )
-    if report.lost_packed_again is not None:
+    if report.lost_requantized is not None:
         lines.append(
             f"the base is quantized; the merged model is not, but in {report.dtype}: quantizing "
-            f"it again as it was would take {report.lost_packed_again:.1%} of the adapter's "
-            f"change, and {report.divergence_packed_again:.2g} nats a token"
+            f"it again as it was would take {report.lost_requantized:.1%} of the adapter's "
+            f"change, and {report.divergence_requantized:.2g} nats a token"
         )
     return lines
 
 
 def merge_table(report: MergeReport) -> Table:
     """Return the share of each layer's change that rounding took; blocks share a line."""
-    from veneer.adapter.merge import share
+    from veneer.adapter.merge import relative_error
 
     table = new_table(LAYER, "Blocks", "‖ΔW‖", "Lost", "Worst")
     for name, alike in _alike(report.layers, lambda layer: _in_block(layer.path)).items():
@@ -125,7 +125,7 @@ def merge_table(report: MergeReport) -> Table:
             name,
             f"{len(alike)}",
             f"{math.hypot(*(layer.change for layer in alike)):.3g}",
-            f"{share((layer.rounded for layer in alike), alike):.2%}",
+            f"{relative_error((layer.error for layer in alike), alike):.2%}",
             f"{max(layer.lost for layer in alike):.2%}",
         )
     return table

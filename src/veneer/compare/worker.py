@@ -21,10 +21,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from veneer.adapter.attach import attach, use
+from veneer.adapter.attach import attach
 from veneer.adapter.config import LoRA
 from veneer.adapter.merge import merge
 from veneer.adapter.method import Method
+from veneer.adapter.use import use
 from veneer.adapter.virtual_context import context_left
 from veneer.compare.job import JOB, KEPT, RESULT, Job, Result, write_result
 from veneer.compare.labels import MOST_VIRTUAL

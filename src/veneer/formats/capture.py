@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.adapted import Adapted
 from veneer.adapter.adapter import Adapter
-from veneer.adapter.attach import adapters, in_use
 from veneer.adapter.conv import LoRAConv2d
 from veneer.adapter.embedding import LoRAEmbedding
 from veneer.adapter.layers import lora_layers
@@ -21,6 +20,7 @@ from veneer.adapter.new_tokens import NewTokens, new_tokens_of
 from veneer.adapter.parameters import AdaptedParameter
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.unfreeze import replaced_weights
+from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import virtual_tokens_of
 from veneer.errors import AdapterError, nearest
 from veneer.formats.state import (
@@ -114,7 +114,7 @@ def layer_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 def modules_to_save_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the live weights by which an adapter replaces the base's, by the paths of these."""
-    return active_adapters_of(model).saved.get(name, {})
+    return active_adapters_of(model).modules_to_save.get(name, {})
 
 
 def trained_tokens_of(model: nn.Module, name: str) -> dict[str, TrainedTokens]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.adapter import Adapter
-from veneer.adapter.attach import check_name, put, put_method
+from veneer.adapter.attach import attach_adapter, attach_method, check_name
 from veneer.adapter.config import LoRA
 from veneer.adapter.new_tokens import attach_token_rows, extend_tokenizer
 from veneer.adapter.tokens import TrainedTokens
@@ -38,22 +38,22 @@ def install(
     if problems := validate(model, state, tokenizer, force=force):
         raise AdapterError(f"This adapter does not fit the model: {joined(problems)}.")
     if isinstance(state.config, LoRA):
-        put(
+        attach_adapter(
             model,
             name,
             state.config,
             layer_adapters(state, state.config),
             tokens=_trained_tokens(model, state.trained_tokens),
-            saved=state.modules_to_save,
+            modules_to_save=state.modules_to_save,
         )
     elif not state.config.replaces_weights:
-        put_method(model, name, state.config, stored_virtual_tokens(state.config, state.tensors))
+        attach_method(model, name, state.config, stored_virtual_tokens(state.config, state.tensors))
     else:
         unfreeze(model, state.config)
         with torch.no_grad():
             for key, weight in replaced_weights(model, state.config).items():
                 weight.copy_(state.tensors[key])
-        put_method(model, name, state.config)
+        attach_method(model, name, state.config)
     active_adapters_of(model).notes[name] = state.training
     model.requires_grad_(False)
     if (new := state.new_tokens) is not None:

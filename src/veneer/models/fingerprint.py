@@ -60,7 +60,7 @@ def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, 
     """
     active_adapters = getattr(model, "veneer_active_adapters", None)
     own = (
-        {} if active_adapters is None else active_adapters.base
+        {} if active_adapters is None else active_adapters.replaced
     )  # where an adapter's weights stand in their place
     found: dict[str, Tensor] = {}
     seen: set[int] = set()

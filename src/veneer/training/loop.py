@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.adapter.adapter import Adapter
-from veneer.adapter.attach import adapters, in_use
 from veneer.adapter.layers import idle_adapters
 from veneer.adapter.lora_plus import lr_ratios
 from veneer.adapter.method import LEARNING_RATES, Method
 from veneer.adapter.start import start_from_gradients
+from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import idle_virtual_tokens, virtual_input_count
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, pack
