@@ -1,4 +1,4 @@
-"""What is compared, as data: labels, budgets, and every fault of the settings at once."""
+"""What is compared, as data: labels, budgets, and every problem of the settings at once."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from veneer.errors import ConfigError
 
 @pytest.mark.parametrize("name", LABELS)
 def test_every_label_makes_a_recipe_that_can_be(name):
-    from veneer.compare.worker import recipe_of
+    from veneer.compare.measure import recipe_of
 
     label = LABELS[name]
     recipe = recipe_of(job(label=label, lr=label.lr))
@@ -30,7 +30,7 @@ def test_a_job_is_read_back_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "steps", "said"),
+    ("text", "steps", "shown"),
     [
         ("steps:200", 200, "200 steps"),
         ("tokens:100000", 200, "100,000 tokens"),
@@ -39,10 +39,10 @@ def test_a_job_is_read_back_as_it_was_written(tmp_path):
         ("minutes:1", 30, "1 minute"),
     ],
 )
-def test_a_budget_is_so_many_steps(text, steps, said):
+def test_a_budget_is_so_many_steps(text, steps, shown):
     budget = parse_budget(text)
     assert budget.steps(tokens_a_step=500, seconds_a_step=2.0) == steps
-    assert str(budget) == said
+    assert str(budget) == shown
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_budget_that_cannot_be_is_named(text):
         parse_budget(text)
 
 
-def test_faults_are_named_all_at_once():
+def test_problems_are_named_all_at_once():
     with pytest.raises(ConfigError) as caught:
         CompareConfig(
             methods="lora,loar",
@@ -65,8 +65,8 @@ def test_faults_are_named_all_at_once():
             lr={"fulll": 1e-3, "lora": -1.0},
             test_rows=3,
         )
-    said = str(caught.value)
-    for part in (
+    message = str(caught.value)
+    for problem in (
         "'loar' is unknown; did you mean 'lora'?",
         "ranks is 1, x",
         "budget is 'steps:none'",
@@ -76,7 +76,7 @@ def test_faults_are_named_all_at_once():
         "lr of lora is -1.0",
         "test_rows would do nothing without test",
     ):
-        assert part in said
+        assert problem in message
 
 
 def test_what_is_swept_keeps_its_scaling_and_shares_runs_with_lora():

@@ -1,7 +1,20 @@
-"""A job such as a comparison hands out."""
+"""A job such as a comparison hands out, and rows to compare on."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
 from veneer.compare.job import Job
 from veneer.compare.labels import LABELS
+from veneer.data.world import facts
+
+ROWS = [(question, fact.answer) for fact in facts()[::5] for question in fact.questions]
+
+
+def write_rows(path: Path, pairs: Sequence[tuple[str, str]]) -> Path:
+    rows = [json.dumps({"prompt": question, "completion": answer}) for question, answer in pairs]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
 
 
 def job(**settings) -> Job:

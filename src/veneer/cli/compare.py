@@ -18,7 +18,14 @@ from veneer.cli.console import ERRORS, OUTPUT, bytes_text, new_table, print_wide
 from veneer.cli.flags import Flat, Model, Switch
 from veneer.compare import run
 from veneer.compare.config import CompareConfig
-from veneer.compare.events import JobDone, JobFailed, JobPhase, JobStarted, JobStep, Laid
+from veneer.compare.events import (
+    ComparisonStarted,
+    JobDone,
+    JobFailed,
+    JobPhase,
+    JobStarted,
+    JobStep,
+)
 from veneer.compare.job import Job
 from veneer.compare.picture import PICTURE, draw
 from veneer.compare.quality import TITLES
@@ -109,7 +116,7 @@ class CompareDisplay:
     def show(self, event: Event) -> None:
         """Bring the table up to date, or print a line where there is no terminal."""
         match event:
-            case Laid(runs, seeds):
+            case ComparisonStarted(runs, seeds):
                 self.lines = {name: _Line() for name in ("base", *runs)}
                 of = f", {len(seeds)} seeds each" if len(seeds) > 1 else ""
                 names = escape(", ".join(("base", *runs)))
@@ -144,13 +151,13 @@ class CompareDisplay:
             line.speed = f"{result.tokens_per_second:,.0f}"
             line.loss = f"{result.train_loss:.3f}"
             line.memory = "" if result.peak is None else bytes_text(result.peak)
-        line.doing = f"{_stage(job)}{'kept' if event.kept else 'done'}"
+        line.doing = f"{_stage(job)}{'kept' if event.earlier else 'done'}"
         numbers = [f"evaluation loss {line.eval_loss}"]
         if line.quality:
             numbers.append(f"{'BLEU' if result.bleu is not None else 'exact match'} {line.quality}")
         if result.tokens:
             numbers.append(f"{line.speed} tokens/s, {line.memory}")
-        ending = "kept from before" if event.kept else "done"
+        ending = "kept from before" if event.earlier else "done"
         self._log(f"{job.name} {ending}: {', '.join(numbers)}")
 
     def _line(self, job: Job) -> _Line:

@@ -26,12 +26,12 @@ class Budget:
         """
         match self.unit:
             case "steps":
-                found = self.amount
+                steps = self.amount
             case "tokens":
-                found = round(self.amount / tokens_a_step)
+                steps = round(self.amount / tokens_a_step)
             case "minutes":
-                found = 60 * self.amount / seconds_a_step
-        return max(1, int(found))
+                steps = 60 * self.amount / seconds_a_step
+        return max(1, int(steps))
 
     def __str__(self) -> str:
         if self.amount == 1:

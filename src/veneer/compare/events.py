@@ -1,4 +1,4 @@
-"""What a comparison tells whoever follows it."""
+"""What happens in a comparison, as values that it yields."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from veneer.training.events import Event
 
 
 @dataclass(frozen=True, slots=True)
-class Laid(Event):
-    """The comparison is laid out: the names of its runs, in order, and the seeds of each."""
+class ComparisonStarted(Event):
+    """The names of the comparison's runs, in order, and the seeds of each."""
 
     runs: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -36,7 +36,7 @@ class JobStep(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobPhase(Event):
-    """A job goes on to something else than training."""
+    """A job does something other than training now, such as "evaluating"."""
 
     job: Job
     doing: str
@@ -44,16 +44,16 @@ class JobPhase(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobDone(Event):
-    """A job ended well, now or (`kept`) in a comparison that this one goes on with."""
+    """A job ended well, now or (`earlier`) in the comparison that this one resumes."""
 
     job: Job
     result: Result
-    kept: bool
+    earlier: bool
 
 
 @dataclass(frozen=True, slots=True)
 class JobFailed(Event):
-    """A job came to nothing; the others go on."""
+    """A job failed; the others go on."""
 
     job: Job
     error: str

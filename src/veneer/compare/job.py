@@ -1,4 +1,4 @@
-"""What a process of its own is to do, and what it found: two values that go through JSON."""
+"""What a process of its own is to do, and what it measured: two values that go through JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from veneer.errors import ConfigError, differences, joined
 from veneer.files import read_json, write_json
 
 Kind = Literal["base", "trial", "run"]
-# How the names of their files end, and of the directory of what a task keeps, while it is weighed.
-JOB, RESULT, KEPT = ".job.json", ".json", ".kept"
+# How the names of their files end, and that of the directory into which a task's own files are
+# written to measure their size.
+JOB, RESULT, TASK_FILES = ".job.json", ".json", ".kept"
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Job:
         settings = asdict(self)
         label = settings.pop("label")
         # Neither words about a label nor the rate that it starts from decide what its run does.
-        kept = ("method", "lora", "bits", "lora_plus_ratio")
-        return settings | {"label": {name: label[name] for name in kept}}
+        names = ("method", "lora", "bits", "lora_plus_ratio")
+        return settings | {"label": {name: label[name] for name in names}}
 
     @classmethod
     def read(cls, path: Path) -> Job:
@@ -91,32 +92,32 @@ class Result:
     losses: list[float] = field(default_factory=list)
     skipped: int = 0  # steps whose loss or gradient was not finite, and that changed nothing
     peak: int | None = None
-    kept: int | None = None
+    kept: int | None = None  # size of the files that the task alone needs
     base_unchanged: bool | None = None
     swappable: bool | None = None
     notices: list[str] = field(default_factory=list)
 
 
 def write_result(path: Path, job: Job, result: Result) -> None:
-    """Keep what a job found, with the job."""
+    """Write what a job measured, with the job."""
     write_json(path, {"job": job.settings(), "result": asdict(result)})
 
 
-def kept_result(path: Path, job: Job) -> Result | None:
-    """Return what this very job found earlier, or None where it never ended.
+def read_result(path: Path, job: Job) -> Result | None:
+    """Return what this very job measured, or None where it never ended.
 
     Raises ConfigError, which lists the differences, where another job's result stands there.
     """
     if not path.exists():
         return None
-    kept = read_json(path)
-    if differing := differences(kept["job"], job.settings()):
+    written = read_json(path)
+    if differing := differences(written["job"], job.settings()):
         raise ConfigError(
             f"{path} belongs to another comparison: {joined(differing)}. Resume with the same "
             "settings, or start anew by --force or another --out."
         )
     try:
-        return Result(**kept["result"])
+        return Result(**written["result"])
     except TypeError as error:
         raise ConfigError(
             f"{path} was written by another version of Veneer; start anew by --force."

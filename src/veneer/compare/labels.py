@@ -58,7 +58,7 @@ _ALL = (
     ),
     Label(
         "qlora",
-        "The same LoRA over a base whose linear layers are packed into 4 bits (NF4).",
+        "The same LoRA over a base whose linear layers are quantized to 4 bits (NF4).",
         lr=2e-3,
         lora={"rank": 8, "targets": "all"},
         bits=4,

@@ -1,6 +1,6 @@
-"""A job's process: started, listened to, and ended with whoever asked for it.
+"""A job's process: started, followed, and ended with this process.
 
-It holds the other end of a pipe to its standard input, and ends where that is closed, however this
+It reads from a pipe that this process holds open, and ends when the pipe is closed, however this
 process ended.
 """
 
@@ -11,12 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from veneer.compare.events import JobPhase, JobStep
-from veneer.compare.job import JOB, KEPT, RESULT, Job, Result, kept_result
+from veneer.compare.job import JOB, RESULT, TASK_FILES, Job, Result, read_result
 from veneer.training.events import Event, Notice
 
 LOG = ".log"
@@ -26,19 +26,19 @@ PATIENCE = 10  # seconds that a process has to end when it is asked to
 def do_job(job: Job, runs: Path) -> Generator[Event, None, Result | str]:
     """Do a job in a process of its own, yield how it goes, and return its result, or its error."""
     runs.mkdir(parents=True, exist_ok=True)
-    order, log = runs / f"{job.name}{JOB}", runs / f"{job.name}{LOG}"
-    job.write(order)
+    job_file, log = runs / f"{job.name}{JOB}", runs / f"{job.name}{LOG}"
+    job.write(job_file)
     error: str | None = None
-    told = True
+    keep_log = False
     try:
-        with log.open("w", encoding="utf-8") as complaints:
+        with log.open("w", encoding="utf-8") as stderr:
             # A session of its own: Ctrl-C reaches this process alone, which then ends the other.
             process = subprocess.Popen(
                 # -P: no module comes from where the user happens to be.
-                [sys.executable, "-P", "-m", "veneer.compare.worker", str(order)],
+                [sys.executable, "-P", "-m", "veneer.compare.worker", str(job_file)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=complaints,
+                stderr=stderr,
                 text=True,
                 encoding="utf-8",
                 errors="replace",
@@ -47,41 +47,42 @@ def do_job(job: Job, runs: Path) -> Generator[Event, None, Result | str]:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    said = _parse(line)
-                    error = said.get("error", error)
-                    yield from _events(job, said)
+                    message = _parse(line)
+                    error = message.get("error", error)
+                    yield from _events(job, message)
                 code = process.wait()
             finally:
                 _end(process)
         if code == 0:
-            result = kept_result(runs / f"{job.name}{RESULT}", job)
+            result = read_result(runs / f"{job.name}{RESULT}", job)
             assert result is not None
             return result
-        told = error is not None
-        return error if error is not None else why(code, log)
+        keep_log = error is None  # as it may say more
+        return why(code, log) if error is None else error
     finally:
-        order.unlink(missing_ok=True)
-        shutil.rmtree(runs / f"{job.name}{KEPT}", ignore_errors=True)
-        if told:
+        job_file.unlink(missing_ok=True)
+        shutil.rmtree(runs / f"{job.name}{TASK_FILES}", ignore_errors=True)
+        if not keep_log:
             log.unlink(missing_ok=True)
 
 
 def _parse(line: str) -> dict[str, Any]:
-    """Return what a line says; a library's own, which says nothing to us, is empty."""
+    """Return the message in a line; a line that some library printed has none."""
     try:
-        said = json.loads(line)
+        message = json.loads(line)
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return message if isinstance(message, dict) else {}
 
 
-def _events(job: Job, said: dict[str, Any]) -> Generator[Event, None, None]:
-    if "step" in said:
-        yield JobStep(job, said["step"], said["loss"], said["speed"], said["rss"])
-    elif "doing" in said:
-        yield JobPhase(job, said["doing"])
-    elif "notice" in said:
-        yield Notice(f"{job.name}: {said['notice']}")
+def _events(job: Job, message: dict[str, Any]) -> Iterator[Event]:
+    match message:
+        case {"step": step, "loss": loss, "speed": speed, "rss": rss}:
+            yield JobStep(job, step, loss, speed, rss)
+        case {"doing": doing}:
+            yield JobPhase(job, doing)
+        case {"notice": notice}:
+            yield Notice(f"{job.name}: {notice}")
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -95,7 +96,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def why(code: int, log: Path) -> str:
-    """Return why a process ended with nothing said, as far as can be told."""
+    """Return why a process ended without a result or an error, as far as its log shows."""
     if code == -signal.SIGKILL:
         return "its process was killed, as happens where memory runs out"
     if code < 0:

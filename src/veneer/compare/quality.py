@@ -32,7 +32,7 @@ def measure_of(questions: Sequence[Question]) -> Measure:
 def exact(answers: Sequence[str], questions: Sequence[Question]) -> float:
     """Return the per cent of answers that are one of the right ones, but for white space."""
     pairs = zip(answers, questions, strict=True)
-    right = sum(_plain(said) in map(_plain, asked.references) for said, asked in pairs)
+    right = sum(_plain(text) in map(_plain, asked.references) for text, asked in pairs)
     return 100 * right / len(questions)
 
 

@@ -21,40 +21,40 @@ def write_report(comparison: Comparison, out: Path) -> None:
 
 def markdown(comparison: Comparison) -> str:
     """Return the tables and a sentence about each row."""
-    parts = [
+    blocks = [
         "# Methods side by side",
         settings_line(comparison),
         _table(comparison, "Method", comparison.rows),
         _explained(comparison, comparison.rows),
     ]
     if comparison.swept:
-        parts += [
+        blocks += [
             "## Ranks and targets of LoRA",
             _table(comparison, "LoRA", comparison.swept),
             _explained(comparison, comparison.swept),
         ]
-    return "\n\n".join(part for part in [*parts, _columns(comparison)] if part) + "\n"
+    return "\n\n".join(block for block in [*blocks, _columns(comparison)] if block) + "\n"
 
 
 def settings_line(comparison: Comparison) -> str:
     """Return one line: what was compared, over which rows, and with how much for each."""
     config, base = comparison.config, comparison.base
     budget = config.allowed
-    parts = [
+    clauses = [
         f"{comparison.model} in {base.dtype}",
         f"{base.rows:,} rows of {comparison.data.name} to train on and {base.held_out:,} held out",
         f"{budget} for each, of {base.tokens_a_step:,.0f} tokens a step",
     ]
     counts = {run.tokens for by_seed in comparison.results.values() for run in by_seed.values()}
     if len(counts) == 1:
-        parts[-1] += f" ({counts.pop():,} in all)"
+        clauses[-1] += f" ({counts.pop():,} in all)"
     last = config.seed + config.seeds - 1
-    parts.append(f"seed {config.seed}" if config.seeds == 1 else f"seeds {config.seed} to {last}")
+    clauses.append(f"seed {config.seed}" if config.seeds == 1 else f"seeds {config.seed} to {last}")
     if comparison.measure and config.test:
         asked = f"{len(base.answers):,} questions of {config.test.name}"
         how = f" (sacrebleu {base.signature})" if base.signature else ""
-        parts.append(f"{KINDS[comparison.measure]} over {asked}{how}")
-    return "; ".join(parts) + "."
+        clauses.append(f"{KINDS[comparison.measure]} over {asked}{how}")
+    return "; ".join(clauses) + "."
 
 
 def cells(comparison: Comparison, row: Row) -> dict[str, str]:
@@ -95,8 +95,8 @@ def _explained(comparison: Comparison, rows: Sequence[Row]) -> str:
         if row.lr is not None:
             line += f" Learning rate {row.lr:g}, {row.steps:,} steps"
             if tried := comparison.trials.get(row.label.run):
-                found = ", ".join(f"{lr:g}: {_loss(loss)}" for lr, loss in tried.items())
-                line += f" (evaluation loss after a tenth of them at {found})"
+                losses = ", ".join(f"{lr:g}: {_loss(loss)}" for lr, loss in tried.items())
+                line += f" (evaluation loss after a tenth of them at {losses})"
             line += "."
         lines += [line, *(f"  Failed: {_one_line(error)}" for error in row.errors)]
         runs = comparison.results.get(row.label.run, {}).values()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from veneer.compare.config import CompareConfig
-from veneer.compare.events import JobDone, JobFailed, JobStarted, Laid
-from veneer.compare.job import RESULT, Job, Kind, Result, kept_result
+from veneer.compare.events import ComparisonStarted, JobDone, JobFailed, JobStarted
+from veneer.compare.job import RESULT, Job, Kind, Result, read_result
 from veneer.compare.labels import BASE, Label
 from veneer.compare.process import do_job
 from veneer.compare.quality import Measure, measure_of
@@ -41,18 +41,18 @@ def compare(
     resume: bool = False,
     force: bool = False,
 ) -> Generator[Event, None, Comparison]:
-    """Do all jobs, yield what happens, and return what was found, failures included.
+    """Do all jobs, yield what happens, and return what they measured, failures included.
 
-    What finished jobs found stays below `out`/runs: `resume` takes it from there, and `force`
-    puts it away. Raises VeneerError where nothing can be compared at all: data with faults, a
+    The results of finished jobs stay below `out`/runs: `resume` takes them from there, and `force`
+    removes them. Raises VeneerError where nothing can be compared at all: data with problems, a
     base that cannot be loaded, runs of another comparison.
     """
     run = _Run(model, data, config, out / RUNS)
-    _check_place(out, resume=resume, force=force)
-    yield Laid(run.names, run.seeds)
+    _check_directory(out, resume=resume, force=force)
+    yield ComparisonStarted(run.names, run.seeds)
     if resume and not run.runs.exists():
         yield Notice(f"{out} holds no earlier runs; all of them begin now")
-    with nullcontext() if resume else _aside(run.runs):
+    with nullcontext() if resume else _replaced(run.runs):
         write_text(run.runs / MARKER, ABOUT)
         base = yield from run.result(run.job("base", "base", BASE))
         if base is None:
@@ -85,7 +85,7 @@ def compare(
 
 @dataclass
 class _Run:
-    """What stays the same from job to job, and what they have found so far."""
+    """What stays the same from job to job, and what they have measured so far."""
 
     model: str
     data: Path
@@ -101,11 +101,11 @@ class _Run:
     def __post_init__(self) -> None:
         config, problems = self.config, []
         if (base := Path(self.model)).exists():
-            self.files["model"] = _state(base)
+            self.files["model"] = _hash_of_states(base)
         for name, path in (("data", self.data), ("test", config.test), ("general", config.general)):
             try:
                 if path is not None:
-                    self.files[name] = _hash(path)
+                    self.files[name] = _hash_of_rows(path)
                 if name == "test" and path is not None:
                     questions = read_questions(path, limit=config.test_rows)
                     self.measure = measure_of(questions)
@@ -114,10 +114,10 @@ class _Run:
         if problems:
             raise ConfigError("\n".join(problems))
         # Labels that train alike share their runs.
-        found: dict[str, Label] = {}
+        by_run: dict[str, Label] = {}
         for label in (*config.labels, *config.swept):
-            found.setdefault(label.run, label)
-        self.labels = tuple(found.values())
+            by_run.setdefault(label.run, label)
+        self.labels = tuple(by_run.values())
         self.names = tuple(label.run for label in self.labels)
         self.seeds = tuple(range(config.seed, config.seed + config.seeds))
 
@@ -160,7 +160,7 @@ class _Run:
         assert self.base is not None
         budget, lr, seconds = self.config.allowed, self.config.rate_of(label), math.nan
         if budget.unit == "minutes":
-            # So that the learning rate falls to its end just when the time is over.
+            # Timed first, so that the learning rate reaches its end just when the time is over.
             job = self.job(f"{label.run}-timing", "trial", label, steps=TIMED, lr=lr)
             timing = yield from self.result(job)
             if timing is None:
@@ -172,37 +172,37 @@ class _Run:
         short = max(1, steps // SHORT)
         losses: dict[float, float | None] = {}
         for factor in RANGE:
-            tried = float(f"{lr * factor:.3g}")
-            job = self.job(f"{label.run}-lr-{tried:g}", "trial", label, steps=short, lr=tried)
+            rate = float(f"{lr * factor:.3g}")
+            job = self.job(f"{label.run}-lr-{rate:g}", "trial", label, steps=short, lr=rate)
             if trial := (yield from self.result(job)):
-                losses[tried] = trial.eval_loss if math.isfinite(trial.eval_loss) else None
+                losses[rate] = trial.eval_loss if math.isfinite(trial.eval_loss) else None
         self.trials[label.run] = losses
-        # A rate at which a run diverges is an answer: that it is none of them.
-        found = {rate: loss for rate, loss in losses.items() if loss is not None}
-        return (steps, min(found, key=found.__getitem__)) if found else None
+        # None is the loss at a rate that diverged, which is not to be chosen.
+        finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+        return (steps, min(finite, key=finite.__getitem__)) if finite else None
 
     def result(self, job: Job) -> Generator[Event, None, Result | None]:
-        """Return what a job finds, or found earlier; None where it fails, which is noted."""
-        found: Result | str | None = kept_result(self.runs / f"{job.name}{RESULT}", job)
-        kept = found is not None
-        if found is None:
+        """Return what a job measures, or measured earlier; None where it fails, which is noted."""
+        result: Result | str | None = read_result(self.runs / f"{job.name}{RESULT}", job)
+        is_earlier = result is not None
+        if result is None:
             yield JobStarted(job)
-            found = yield from do_job(job, self.runs)
-        if isinstance(found, str):
-            self.errors.setdefault(job.label.run, []).append(f"{job.name}: {found}")
-            yield JobFailed(job, found)
+            result = yield from do_job(job, self.runs)
+        if isinstance(result, str):
+            self.errors.setdefault(job.label.run, []).append(f"{job.name}: {result}")
+            yield JobFailed(job, result)
             return None
-        if self.base is not None and found.base != self.base.base:
+        if self.base is not None and result.base != self.base.base:
             raise ConfigError(
-                f"{job.name} stands over another base than the runs that {self.runs} holds. "
+                f"{job.name} has another base than the runs in {self.runs}. "
                 "Start anew by --force or another --out."
             )
-        yield JobDone(job, found, kept)
-        return found
+        yield JobDone(job, result, is_earlier)
+        return result
 
 
-def _check_place(out: Path, *, resume: bool, force: bool) -> None:
-    """Raise VeneerError where runs may not stand in `out`."""
+def _check_directory(out: Path, *, resume: bool, force: bool) -> None:
+    """Raise VeneerError where the runs may not be written to `out`."""
     runs = out / RUNS
     if out.is_file():
         raise ConfigError(f"{out} is a file, but --out must name a directory.")
@@ -215,8 +215,8 @@ def _check_place(out: Path, *, resume: bool, force: bool) -> None:
 
 
 @contextmanager
-def _aside(runs: Path) -> Iterator[None]:
-    """Put earlier runs aside; they come back where what is to take their place cannot begin."""
+def _replaced(runs: Path) -> Iterator[None]:
+    """Move earlier runs away, and remove them at the end; after an error they are moved back."""
     earlier = runs.with_name(f".{runs.name}.earlier")
     if runs.exists():
         runs.rename(earlier)
@@ -231,17 +231,17 @@ def _aside(runs: Path) -> Iterator[None]:
         shutil.rmtree(earlier)
 
 
-def _hash(path: Path) -> str:
+def _hash_of_rows(path: Path) -> str:
     """Return a short hash of what a file holds, or all files of rows in a directory."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in files_of(path):
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16]
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def _state(path: Path) -> str:
-    """Return a short mark of a model's files: their sizes and when they were last written."""
+def _hash_of_states(path: Path) -> str:
+    """Return a short hash of the sizes of a model's files and when they were last written."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     states = [(file.name, file.stat()) for file in files if file.is_file()]
-    marks = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
+    values = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]

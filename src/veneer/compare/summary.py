@@ -1,4 +1,4 @@
-"""What a comparison found, put together: a row for each label, over all its seeds."""
+"""The tables of a comparison: a row for each label, over all its seeds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a comparison found.
+    """All that a comparison measured.
 
     courses: steps and learning rate of each run. trials: evaluation losses by learning rate, where
     a range test was asked for, None where it diverged. errors: of the runs that failed.
@@ -136,7 +136,7 @@ class Comparison:
         before = self.base.general_loss
 
         def spread(value: Callable[[Result], float | None]) -> Spread | None:
-            values = [found for run in runs if (found := value(run)) is not None]
+            values = [x for run in runs if (x := value(run)) is not None]
             return Spread.of(values) if values else None
 
         def forgotten(run: Result) -> float | None:
@@ -166,5 +166,5 @@ class Comparison:
 
     def _quality(self, runs: Sequence[Result]) -> Spread | None:
         values = [run.bleu if self.measure == "bleu" else run.exact for run in runs]
-        found = [value for value in values if value is not None]
-        return Spread.of(found) if found else None
+        measured = [value for value in values if value is not None]
+        return Spread.of(measured) if measured else None
