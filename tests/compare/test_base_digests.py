@@ -1,4 +1,4 @@
-"""What a job measures, apart from training."""
+"""Whether the base is unchanged, as a job of a comparison measures it."""
 
 import veneer
 from veneer.compare.measure import base_digests
