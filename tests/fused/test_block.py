@@ -114,8 +114,8 @@ CASES = list(itertools.product(HALVES, ADAPTED, DORA, [True, False], [True, Fals
 
 
 def after(half: SelfAttention | FeedForward, x: Tensor) -> Tensor:
-    found = half(x)
-    return found if isinstance(found, Tensor) else found[0]
+    y = half(x)
+    return y if isinstance(y, Tensor) else y[0]
 
 
 def trained(half: SelfAttention | FeedForward) -> list[Tensor]:
@@ -129,10 +129,10 @@ def test_equals_the_plain_operations(which, adapted, dora, bias, recompute_proje
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
     dy = torch.randn(TOKENS, DIM, **DOUBLE)
     inputs = [x, *trained(half)]
-    found, wanted = after(half, x), reference(half, x)
-    torch.testing.assert_close(found, wanted)
+    y, expected = after(half, x), reference(half, x)
+    torch.testing.assert_close(y, expected)
     torch.testing.assert_close(
-        torch.autograd.grad(found, inputs, dy), torch.autograd.grad(wanted, inputs, dy)
+        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)
     )
 
 
@@ -168,21 +168,21 @@ def test_no_gradient_below_the_lowest_adapter(which):
 @pytest.mark.parametrize("which", HALVES)
 @pytest.mark.parametrize("recompute_projections", [True, False])
 def test_two_passes_before_the_first_way_back(which, recompute_projections):
-    """Memory is never used again while a way back may still need it."""
+    """Memory is not reused while a backward pass may still need it."""
     half = HALVES[which][0]("all", bias=False, recompute_projections=recompute_projections)
     xs = [torch.randn(TOKENS, DIM, **DOUBLE) for _ in range(2)]
     alone = []
     for x in xs:
         alone.append(torch.autograd.grad(after(half, x).square().sum(), trained(half)))
     losses = [after(half, x).square().sum() for x in xs]
-    for loss, wanted in zip(losses, alone, strict=True):
-        torch.testing.assert_close(torch.autograd.grad(loss, trained(half)), wanted)
+    for loss, gradients in zip(losses, alone, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(loss, trained(half)), gradients)
 
 
 @pytest.mark.parametrize("dora", DORA)
 @pytest.mark.parametrize("which", HALVES)
 def test_what_is_kept_is_left_as_it_was(which, dora):
-    """The way back can be gone twice."""
+    """The backward pass can run twice."""
     half = HALVES[which][0]("all", bias=True, recompute_projections=False, dora=dora)
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
     loss = after(half, x).square().sum()
@@ -211,8 +211,8 @@ def test_the_second_half_needs_no_copy_of_a_sum_that_is_known(adapted):
         assert (middle.data_ptr() in kept) == (half.summands is None)
         return [y, *torch.autograd.grad(y.square().sum(), [x, *trained(first), *trained(second)])]
 
-    for found, wanted in zip(both(summands_kept=True), both(summands_kept=False), strict=True):
-        assert torch.equal(found, wanted)
+    for ours, expected in zip(both(summands_kept=True), both(summands_kept=False), strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_rotation_is_in_place():

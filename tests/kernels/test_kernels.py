@@ -12,7 +12,7 @@ from veneer.kernels import attention, cross_entropy, gated, native, norm, rotary
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Of one number, in units of its own size: two roundings of the narrower dtypes.
 CLOSE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
-ROOMS = (attention, cross_entropy, gated, norm, rotary)
+MODULES = (attention, cross_entropy, gated, norm, rotary)
 
 
 @pytest.fixture
@@ -21,16 +21,16 @@ def formulas(monkeypatch):
 
     def alone(work):
         with monkeypatch.context() as patch:
-            for room in ROOMS:
-                patch.setattr(room, "kernel", lambda name, like: None)
+            for module in MODULES:
+                patch.setattr(module, "kernel", lambda name, like: None)
             return work()
 
     return alone
 
 
-def assert_equal(found, wanted, dtype: torch.dtype) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+def assert_equal(tensors, expected, dtype: torch.dtype) -> None:
+    for ours, theirs in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -96,11 +96,11 @@ def test_swiglu(dtype, size, shape, formulas):
     assert_equal(work()[:1], work()[3:], dtype)
 
 
-@pytest.mark.parametrize("words", [1, 5, 1000])
+@pytest.mark.parametrize("vocab", [1, 5, 1000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_entropy(dtype, words, formulas):
+def test_cross_entropy(dtype, vocab, formulas):
     torch.manual_seed(0)
-    logits, targets = 5 * random(9, words, dtype=dtype), torch.randint(0, words, (9,))
+    logits, targets = 5 * random(9, vocab, dtype=dtype), torch.randint(0, vocab, (9,))
 
     def work():
         return cross_entropy.cross_entropy(logits, targets, torch.empty_like(logits))
@@ -135,40 +135,39 @@ def test_attention_in_blocks(dtype, window, lengths, formulas, monkeypatch):
     tokens = sum(lengths)
     q, dy = (random(tokens, 4, 8, dtype=dtype) for _ in range(2))
     k, v = (random(tokens, 2, 8, dtype=dtype) for _ in range(2))
-    packed = attention.Attention(attention.Packing(lengths), 0.3, window)
+    attend = attention.Attention(attention.Packing(lengths), 0.3, window)
 
     def work():
-        y, log_sums = packed.forward(q, k, v)
-        return [y, *packed.backward(dy, q, k, v, y, log_sums)]
+        y, log_sums = attend.forward(q, k, v)
+        return [y, *attend.backward(dy, q, k, v, y, log_sums)]
 
-    found = work()
-    assert_equal(found, formulas(work), dtype)
+    results = work()
+    assert_equal(results, formulas(work), dtype)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    y = packed.composed(*leaves)
-    wanted = [y, *torch.autograd.grad(y, leaves, dy.double())]
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(
-            one.double(), other, rtol=0, atol=2 * CLOSE[dtype] * max(1.0, float(other.abs().max()))
-        )
+    y = attend.composed(*leaves)
+    expected = [y, *torch.autograd.grad(y, leaves, dy.double())]
+    for ours, exact in zip(results, expected, strict=True):
+        limit = 2 * CLOSE[dtype] * max(1.0, float(exact.abs().max()))
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=limit)
 
 
 def test_keys_with_a_large_common_offset():
     """Scores are rounded to bfloat16 on the way back; what all keys share must not matter."""
     torch.manual_seed(0)
-    packed = attention.Attention(attention.Packing([40, 24]), 0.125)
+    attend = attention.Attention(attention.Packing([40, 24]), 0.125)
     q, dy = (random(64, 4, 64, dtype=torch.bfloat16) for _ in range(2))
     k, v = (random(64, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     errors = []
     for offset in (0.0, 30.0):
         keys = (k + offset * torch.randn(1, 2, 64)).to(torch.bfloat16)
-        y, log_sums = packed.forward(q, keys, v)
-        found = packed.backward(dy, q, keys, v, y, log_sums)
+        y, log_sums = attend.forward(q, keys, v)
+        gradients = attend.backward(dy, q, keys, v, y, log_sums)
         leaves = [x.double().requires_grad_() for x in (q, keys, v)]
-        wanted = torch.autograd.grad(packed.composed(*leaves), leaves, dy.double())
+        expected = torch.autograd.grad(attend.composed(*leaves), leaves, dy.double())
         errors.append(
             max(
                 float(torch.dist(a.double(), b) / b.norm())
-                for a, b in zip(found, wanted, strict=True)
+                for a, b in zip(gradients, expected, strict=True)
             )
         )
     assert errors[0] < 0.02
@@ -180,18 +179,18 @@ def test_whole_numbers_where_fractions_are_meant():
     x, weight = random(3, 4, dtype=torch.float32), torch.ones(4)
     torch.testing.assert_close(norm.rms_norm(x, weight, 1), norm.rms_norm(x, weight, 1.0))
     q = random(9, 2, 4, dtype=torch.float32)
-    found = []
+    gradients = []
     for scale in (1, 1.0):
-        packed = attention.Attention(attention.Packing([9]), scale)
-        y, log_sums = packed.forward(q, q, q)
-        found.append(packed.backward(q, q, q, q, y, log_sums))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+        attend = attention.Attention(attention.Packing([9]), scale)
+        y, log_sums = attend.forward(q, q, q)
+        gradients.append(attend.backward(q, q, q, q, y, log_sums))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("label", [-1, 50])
-def test_a_label_that_is_no_word(label):
+def test_a_label_outside_of_the_vocabulary(label):
     logits = random(2, 50, dtype=torch.float32)
-    with pytest.raises(IndexError, match="50 words"):
+    with pytest.raises(IndexError, match="50 tokens"):
         cross_entropy.cross_entropy(logits, torch.tensor([0, label]), logits)
 
 

@@ -14,17 +14,17 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.77, 1.0])
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
 def test_the_threshold_is_that_of_the_whole_vector_sorted(density, size):
-    parts = [size * noise(9, 11), size * noise(30, 2, seed=1) ** 3, torch.zeros(5, 5)]
-    whole = torch.cat([part.flatten() for part in parts]).abs().sort(descending=True).values
-    wanted = whole[max(1, int(density * len(whole))) - 1]
-    assert threshold(lambda: iter(parts), density) == float(wanted)
+    tensors = [size * noise(9, 11), size * noise(30, 2, seed=1) ** 3, torch.zeros(5, 5)]
+    whole = torch.cat([tensor.flatten() for tensor in tensors]).abs().sort(descending=True).values
+    expected = whole[max(1, int(density * len(whole))) - 1]
+    assert threshold(lambda: iter(tensors), density) == float(expected)
 
 
 def test_of_equal_entries_the_threshold_keeps_all():
-    parts = [torch.tensor([[1.0, -1.0, 1.0, 0.5]])]
-    least = threshold(lambda: iter(parts), 0.25)
+    tensors = [torch.tensor([[1.0, -1.0, 1.0, 0.5]])]
+    least = threshold(lambda: iter(tensors), 0.25)
     assert least == 1.0
-    assert trimmed(parts[0], least).tolist() == [[1.0, -1.0, 1.0, 0.0]]
+    assert trimmed(tensors[0], least).tolist() == [[1.0, -1.0, 1.0, 0.0]]
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])

@@ -28,10 +28,10 @@ def test_directions_of_a_product_are_those_of_the_whole(rank, out, in_):
     A, B = factors(rank, out, in_)
     whole = B.double() @ A.double()
     U, S, V = product_directions(A, B)
-    wanted = torch.linalg.svdvals(whole)
+    expected = torch.linalg.svdvals(whole)
     count = min(rank, out, in_)
     assert S.shape == (count,)
-    torch.testing.assert_close(S, wanted[:count], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(S, expected[:count], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(U @ S.diag() @ V.T, whole, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(U.T @ U, torch.eye(count).double(), rtol=0, atol=1e-10)
     torch.testing.assert_close(V.T @ V, torch.eye(count).double(), rtol=0, atol=1e-10)
@@ -41,14 +41,16 @@ def test_directions_of_a_product_are_those_of_the_whole(rank, out, in_):
 def test_a_cut_product_errs_by_the_discarded_singular_values(rank, out, in_):
     A, B = factors(rank, out, in_)
     whole = B.double() @ A.double()
-    wanted = torch.linalg.svdvals(whole)
+    expected = torch.linalg.svdvals(whole)
     directions = product_directions(A, B)
     for kept in range(1, rank + 1):
         A1, B1 = balanced(*directions, kept)
         error = float((whole - B1.double() @ A1.double()).norm())
-        assert error == pytest.approx(float(wanted[kept:].norm()), abs=1e-5 * float(wanted.norm()))
+        assert error == pytest.approx(
+            float(expected[kept:].norm()), abs=1e-5 * float(expected.norm())
+        )
         S = directions[1]
-        share = float(wanted[:kept].square().sum() / wanted.square().sum())
+        share = float(expected[:kept].square().sum() / expected.square().sum())
         assert kept_energy(S[:kept], float(whole.square().sum())) == pytest.approx(share)
 
 
@@ -56,13 +58,13 @@ def test_a_cut_product_errs_by_the_discarded_singular_values(rank, out, in_):
 @pytest.mark.parametrize("rank", [1, 5, 30, 99])
 def test_the_nearest_of_a_rank_errs_by_the_discarded_singular_values(shape, rank):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    wanted = torch.linalg.svdvals(weight.double())
+    expected = torch.linalg.svdvals(weight.double())
     (A, B), energy = truncated(weight, rank=rank)
     assert A.shape == (min(rank, *shape), shape[1])
     assert B.shape == (shape[0], min(rank, *shape))
     error = float((weight - B @ A).double().norm())
-    assert error == pytest.approx(float(wanted[rank:].norm()), abs=1e-5 * float(wanted.norm()))
-    share = float(wanted[:rank].square().sum() / wanted.square().sum())
+    assert error == pytest.approx(float(expected[rank:].norm()), abs=1e-5 * float(expected.norm()))
+    share = float(expected[:rank].square().sum() / expected.square().sum())
     assert energy == pytest.approx(share, abs=1e-6)
     # Both factors are of one size, so that neither loses more when it is rounded.
     torch.testing.assert_close(A.norm(), B.norm(), rtol=1e-4, atol=0)
@@ -103,8 +105,8 @@ def test_equal_singular_values_have_an_effective_rank_of_their_number(count):
 def test_the_effective_rank_is_that_of_the_paper_s_formula():
     S = [4.0, 2.0, 1.0, 1.0]
     p = [value / 8 for value in S]
-    wanted = math.exp(-sum(x * math.log(x) for x in p))
-    assert effective_rank(torch.tensor(S)) == pytest.approx(wanted)
+    expected = math.exp(-sum(x * math.log(x) for x in p))
+    assert effective_rank(torch.tensor(S)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("rank", "out", "in_"), SHAPES)

@@ -234,7 +234,7 @@ def test_the_constants_are_those_of_what_is_planned():
     from veneer.quant import weight as packed
 
     assert workspace.CHUNK_LOGITS == cross_entropy.CHUNK_LOGITS
-    assert workspace.BLOCK_WORDS == cross_entropy.BLOCK_WORDS
+    assert workspace.BLOCK_WORDS == cross_entropy.BLOCK_TOKENS
     assert workspace.BLOCK_NUMBERS == packed.BLOCK_NUMBERS
     assert workspace.QUERY_BLOCK == attention.QUERY_BLOCK
     assert activations.TOKENS_STEP == forward.TOKENS_STEP

@@ -1,4 +1,4 @@
-"""Memory for what a forward pass keeps, used again as soon as nothing refers to it any more."""
+"""Memory for the tensors that a forward pass keeps, reused once nothing refers to it any more."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 class Arena:
     """Hands out tensors of shape (rows, columns) on the CPU.
 
-    What one step keeps for its backward pass has the shapes of what the next one keeps. Taken from
-    the common heap, it would lie between what is let go at once, and leave holes that nothing fits
-    into. A block is free again when the last tensor over it is gone, whatever the reason.
+    What one step keeps for its backward pass has the shapes of what the next one keeps. In the
+    common heap it would lie between short-lived tensors and leave holes that nothing fits into. A
+    block is free again when the last tensor over it is gone, whatever the reason.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Arena:
     def _take(self, row_bytes: int, size: int) -> mmap.mmap:
         ring = self._blocks.setdefault(row_bytes, deque())
         for _ in range(len(ring)):
-            ring.rotate(-1)  # the one that was taken longest ago is the likeliest to be free
+            ring.rotate(-1)  # the block taken longest ago is the likeliest to be free
             if _references(ring) == self._idle:
                 if len(ring[-1]) >= size:
                     return ring[-1]

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from veneer.kernels.native import kernel
 
-NAME = "veneer_packed"  # under which transformers' AttentionInterface knows it
-# Sequences share a product when the shortest has at least this part of the longest's length.
+NAME = "veneer_packed"  # in transformers' AttentionInterface
+# Sequences share a product when the shortest has at least this share of the longest's length.
 LIKE_LENGTH = 0.75
-# Groups are as long as a multiple of this, so that products of the same shapes come again.
+# The length of a group is a multiple of this, so that products of the same shapes come again.
 LENGTH_STEP = 16
-# Queries whose scores the backward pass holds at a time: smaller blocks leave out more of the keys
-# that no query of theirs sees, larger ones make better products.
+# Queries whose scores the backward pass holds at a time: smaller blocks skip more of the keys that
+# none of their queries sees, larger ones make better products.
 QUERY_BLOCK = 256
 
 
@@ -27,8 +27,8 @@ class Packing:
     """Where the sequences of a packed batch lie, grouped by like length for attention.
 
     lengths: of the sequences, in their order; they sum to the batch's tokens. Computed once a
-    batch and used by every layer. `prefix`: for each layer what all sequences see before their own,
-    or None.
+    batch and used by every layer. prefix: for each layer, keys and values that all sequences see
+    before their own, or None.
     """
 
     prefix: Sequence[Tensor] | None = None  # keys and values, (2, kv_heads, virtual, head_dim)
@@ -65,11 +65,11 @@ class Packing:
         return packing
 
     def to_groups(self, x: Tensor) -> Tensor:
-        """Lay packed rows (tokens, ...) out as padded groups; padding repeats the first row."""
+        """Return packed rows (tokens, ...) as padded groups; padding repeats the first row."""
         return x if self.is_identity else x.index_select(0, self._to_groups)
 
     def gradient_to_groups(self, dy: Tensor) -> Tensor:
-        """Lay the rows of a gradient out as padded groups, with 0 for padding."""
+        """Return the rows of a gradient as padded groups, with 0 for padding."""
         if self.is_identity:
             return dy
         return dy.index_select(0, self._to_groups).index_fill_(0, self._padding, 0)
@@ -82,12 +82,12 @@ class Packing:
 
     def split(self, padded: Tensor) -> list[Tensor]:
         """Return padded rows as one (sequences, padded length, ...) for each group."""
-        parts = padded.split([count * length for count, length in self.groups])
-        return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
+        flat = padded.split([count * length for count, length in self.groups])
+        return [rows.unflatten(0, group) for rows, group in zip(flat, self.groups, strict=True)]
 
 
 class UnsupportedAttention(NotImplementedError):
-    """The model asks for something of attention that the packed kernel does not do."""
+    """The model needs a kind of attention that the packed kernel does not compute."""
 
 
 def packed_attention(
@@ -129,7 +129,7 @@ def packed_attention(
 @dataclass(frozen=True)
 class Attention:
     """softmax(q kᵀ · scale) v within each sequence of a packed batch: every query sees the keys up
-    to its own place, and of those the last `window`.
+    to its own position, and of those the last `window`.
 
     q and y (tokens, heads, head_dim); k and v (tokens, kv_heads, head_dim).
     """
@@ -170,7 +170,7 @@ class Attention:
         return self.packing.from_groups(outputs)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return y, and of each group log Σ exp of the scores (sequences, heads, length)."""
+        """Return y, and log Σ exp of the scores of each group (sequences, heads, length)."""
         if q.device.type != "cpu":
             return self.composed(q, k, v), []
         outputs, log_sums = [], []
@@ -192,7 +192,7 @@ class Attention:
     def backward(
         self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sums: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v from y's and from what `forward` took and gave."""
+        """Return the gradients of q, k and v from dy and from `forward`'s inputs and results."""
         if q.device.type != "cpu":
             with torch.enable_grad():
                 q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -209,7 +209,7 @@ class Attention:
             self._backward(*gradient, *tensors)
             for gradient, tensors in zip(gradients, self._groups(q, k, v), strict=True)
         ]
-        dq, dk, dv = (packing.from_groups(list(part)) for part in zip(*groups, strict=True))
+        dq, dk, dv = (packing.from_groups(list(of_all)) for of_all in zip(*groups, strict=True))
         return dq, dk, dv
 
     def _backward(
@@ -218,13 +218,13 @@ class Attention:
         """Return dq, dk, dv of one group, (sequences, length, heads, head_dim) as q, k and v are.
 
         The queries of all heads that share a key head are rows of one product. Probabilities p are
-        made again, one block of queries at a time, from which
+        computed again, one block of queries at a time, and then
 
             dv = pᵀ dy    dp = dy vᵀ    ds = scale · p ∘ (dp − delta)    dq = ds k    dk = dsᵀ q
 
-        with delta = Σ dy ∘ y, (sequences, length, heads). The mean key is taken off k: that changes
-        neither p nor dq, as Σ ds = 0, and keeps scores small, which are rounded to k's dtype here
-        (keys may share a large offset, as Qwen2's biases give them).
+        with delta = Σ dy ∘ y, (sequences, length, heads). The mean key is subtracted from k: that
+        changes neither p nor dq, as Σ ds = 0, and keeps the scores small, which are rounded to k's
+        dtype here (keys may share a large offset, which Qwen2's biases give them).
         """
         length, kv_heads = k.shape[1:3]
         q_rows, dy_rows = _by_key_head(q, kv_heads), _by_key_head(dy, kv_heads)
@@ -241,13 +241,13 @@ class Attention:
             queries = slice(start, min(length, start + QUERY_BLOCK))
             first = 0 if self.window is None else max(0, start + 1 - self.window)
             keys = slice(first, queries.stop)
-            some_q, some_dy = (x[:, :, queries].flatten(1, 2) for x in (q_rows, dy_rows))
-            scores = some_q @ k_rows[:, keys].transpose(1, 2)  # (…, shared · queries, keys)
-            dp = some_dy @ v_rows[:, keys].transpose(1, 2)
+            block_q, block_dy = (x[:, :, queries].flatten(1, 2) for x in (q_rows, dy_rows))
+            scores = block_q @ k_rows[:, keys].transpose(1, 2)  # (…, shared · queries, keys)
+            dp = block_dy @ v_rows[:, keys].transpose(1, 2)
             p, ds = self._gradient(scores, dp, log_sum, delta, start, first)
             dq_rows[:, :, queries] = (ds @ k_rows[:, keys]).unflatten(1, (q_rows.shape[1], -1))
-            dk_rows[:, keys] += ds.transpose(1, 2) @ some_q
-            dv_rows[:, keys] += p.transpose(1, 2) @ some_dy
+            dk_rows[:, keys] += ds.transpose(1, 2) @ block_q
+            dv_rows[:, keys] += p.transpose(1, 2) @ block_dy
         dk, dv = (x.to(k.dtype).unflatten(0, (-1, kv_heads)) for x in (dk_rows, dv_rows))
         dq = dq_rows.unflatten(0, (-1, kv_heads)).flatten(1, 2)  # (sequences, heads, length, dim)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -255,7 +255,7 @@ class Attention:
     def _gradient(
         self, scores: Tensor, dp: Tensor, log_sum: Tensor, delta: Tensor, start: int, first: int
     ) -> tuple[Tensor, Tensor]:
-        """Return p and ds, in the places of scores and dp."""
+        """Return p and ds, written over scores and dp."""
         sequences, heads, length = delta.shape
         queries, keys = scores.shape[0] * scores.shape[1] // (sequences * heads), scores.shape[2]
         native = kernel("attention_gradient", scores)
@@ -263,32 +263,32 @@ class Attention:
             shape = (sequences * heads, queries, keys, length, start, first, self.window or length)
             native(scores, dp, log_sum, delta, float(self.scale), *shape)
             return scores, dp
-        seen = _visible(length, self.window, scores.device)
-        seen = seen[start : start + queries, first : first + keys]
+        visible = _visible(length, self.window, scores.device)
+        visible = visible[start : start + queries, first : first + keys]
         rows = (sequences, heads, queries, keys)
         at = (slice(None), slice(None), slice(start, start + queries), None)
-        p = (scores.view(rows) * self.scale - log_sum[at]).exp().masked_fill(~seen, 0.0)
+        p = (scores.view(rows) * self.scale - log_sum[at]).exp().masked_fill(~visible, 0.0)
         ds = p * (dp.view(rows) - delta[at]) * self.scale
         return p.to(scores.dtype).view(scores.shape), ds.to(dp.dtype).view(dp.shape)
 
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         packing = self.packing
-        parts = (packing.split(packing.to_groups(x)) for x in (q, k, v))
-        yield from zip(*parts, strict=True)
+        groups = (packing.split(packing.to_groups(x)) for x in (q, k, v))
+        yield from zip(*groups, strict=True)
 
     def _mask(self, query: Tensor, before: int = 0) -> Tensor | None:
-        """Return what to add to the scores, (length, before + length), where a window cuts into a
-        group or keys stand before it; None where every query sees the keys up to its own place."""
+        """Return the bias of the scores, (length, before + length), where a window is shorter than a
+        group or keys come before it; None where every query sees the keys up to its own position."""
         length = query.shape[1]
         if not before and (self.window is None or length <= self.window):
             return None
-        seen = _visible(length, self.window, query.device, before)
-        bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
-        return bias.masked_fill_(~seen, -torch.inf)
+        visible = _visible(length, self.window, query.device, before)
+        bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
+        return bias.masked_fill_(~visible, -torch.inf)
 
 
 class _PackedAttention(torch.autograd.Function):
-    """`Attention`, which keeps q, k, v and y, and of the scores one number a row."""
+    """`Attention`, which keeps q, k, v and y, and one number for each row of scores."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
@@ -320,8 +320,8 @@ def _row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _visible(length: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
-    """Return which keys (columns) each query (row) sees: itself and what is at most so far back;
-    the first `before` keys stand before the first query."""
+    """Return which keys (columns) each query (row) sees: its own and those before it, `window` in
+    all. The first `before` keys come before the first query."""
     position = torch.arange(before + length, device=device)
     distance = position[before:, None] - position[None, :]
     return (distance >= 0) & (distance < (window or before + length))

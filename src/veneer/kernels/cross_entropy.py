@@ -12,16 +12,16 @@ from veneer.kernels.native import kernel
 
 IGNORED = -100  # the label of a token that is not trained, as in torch and transformers
 CHUNK_LOGITS = 2**24  # logits held at a time: 32 MB in bfloat16
-# Words in one product. The processor's matrix units want their operand laid out anew, and a copy of
-# the whole head would be the largest thing in memory; from here on smaller ones cost time.
-BLOCK_WORDS = 2**14
+# Rows of the head in one product. The processor's matrix units rearrange a copy of their operand, and
+# a copy of the whole head would be the largest tensor in memory. Smaller blocks cost time.
+BLOCK_TOKENS = 2**14
 
 
 def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """Return Σ −log softmax(head(h))[label] over the labelled rows, a float32 scalar.
 
     hidden (tokens, dim); labels (tokens,), where labels[t] is the token that follows row t, or
-    IGNORED. `head` may be any module from (rows, dim) to (rows, words); gradients reach `hidden`
+    IGNORED. `head` may be any module from (rows, dim) to (rows, vocab); gradients reach `hidden`
     and whatever of the head's parameters trains. Peak memory is one chunk of logits.
     """
     labelled = (labels != IGNORED).nonzero().squeeze(1)  # (rows,)
@@ -31,7 +31,7 @@ def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> T
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Makes gradients in the forward pass, chunk by chunk, while the chunk's logits are there."""
+    """Computes gradients in the forward pass, chunk by chunk, while a chunk's logits exist."""
 
     @staticmethod
     def forward(
@@ -41,34 +41,34 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         d_rows = torch.empty_like(rows) if needs_rows else None
         d_trained = [torch.zeros_like(parameter) for parameter in trained]
-        # Asked of the layer where it says so: a packed weight would be unpacked to be looked at.
-        words = int(getattr(head, "out_features", 0) or head.weight.shape[0])  # type: ignore[index]
-        step = max(1, CHUNK_LOGITS // words)
+        # `out_features` first: the weight of a quantized layer is dequantized at each access.
+        vocab = int(getattr(head, "out_features", 0) or head.weight.shape[0])  # type: ignore[index]
+        step = max(1, CHUNK_LOGITS // vocab)
         plain = (
             type(head) is nn.Linear
             and not trained
             and head.weight.dtype == rows.dtype
             and not torch.is_autocast_enabled(rows.device.type)
         )
-        room = rows.new_empty(min(step, len(rows)), words) if plain else rows  # for one chunk
+        buffer = rows.new_empty(min(step, len(rows)), vocab) if plain else rows  # of one chunk
         for first in range(0, len(rows), step):
-            part = slice(first, first + step)
+            here = slice(first, first + step)
             if plain:
-                logits = room[: len(rows[part])]
-                _write_logits(rows[part], head, logits)
-                loss, gradient = cross_entropy(logits, targets[part], logits)
+                logits = buffer[: len(rows[here])]
+                _write_logits(rows[here], head, logits)
+                loss, gradient = cross_entropy(logits, targets[here], logits)
                 if d_rows is not None:
-                    d_rows[part] = _through(gradient, head.weight)  # type: ignore[arg-type]
+                    d_rows[here] = _through(gradient, head.weight)  # type: ignore[arg-type]
             else:
-                chunk = rows[part].detach().requires_grad_(needs_rows)
+                chunk = rows[here].detach().requires_grad_(needs_rows)
                 inputs = [chunk, *trained] if needs_rows else list(trained)
                 with torch.set_grad_enabled(bool(inputs)):
                     logits = head(chunk)
                 values = logits.detach()
-                loss, gradient = cross_entropy(values, targets[part], torch.empty_like(values))
+                loss, gradient = cross_entropy(values, targets[here], torch.empty_like(values))
                 grads = list(torch.autograd.grad(logits, inputs, gradient)) if inputs else []
                 if d_rows is not None:
-                    d_rows[part] = grads.pop(0)
+                    d_rows[here] = grads.pop(0)
                 for sum_, grad in zip(d_trained, grads, strict=True):
                     sum_ += grad
             total += loss
@@ -84,11 +84,11 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _write_logits(rows: Tensor, head: nn.Module, logits: Tensor) -> None:
-    """Write rows Wᵀ + b to `logits` (rows, words)."""
+    """Write rows Wᵀ + b to `logits` (rows, vocab)."""
     weight: Tensor = head.weight  # type: ignore[assignment]
     bias: Tensor | None = head.bias  # type: ignore[assignment]
-    for words in _blocks(weight):
-        torch.mm(rows, weight[words].T, out=logits[:, words])
+    for tokens in _blocks(weight):
+        torch.mm(rows, weight[tokens].T, out=logits[:, tokens])
     if bias is not None:
         logits += bias
 
@@ -97,24 +97,24 @@ def _through(gradient: Tensor, weight: Tensor) -> Tensor:
     """Return gradient W, (rows, dim), summed in float32 or wider."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     total = torch.zeros(len(gradient), weight.shape[1], dtype=wide, device=weight.device)
-    for words in _blocks(weight):
-        total += gradient[:, words] @ weight[words]
+    for tokens in _blocks(weight):
+        total += gradient[:, tokens] @ weight[tokens]
     return total
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:
-    for first in range(0, len(weight), BLOCK_WORDS):
-        yield slice(first, first + BLOCK_WORDS)
+    for first in range(0, len(weight), BLOCK_TOKENS):
+        yield slice(first, first + BLOCK_TOKENS)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σ −log softmax(logits)[target], and its gradient with respect to logits, in `out`.
 
-    logits, out (rows, words), which may be one tensor; targets (rows,). Raises IndexError for a
-    target that is no word.
+    logits, out (rows, vocab), which may be one tensor; targets (rows,). Raises IndexError for a
+    target outside of the vocabulary.
     """
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
-        raise IndexError(f"A label is none of the {logits.shape[1]} words that the head knows.")
+        raise IndexError(f"A label is none of the {logits.shape[1]} tokens that the head knows.")
     wide = torch.promote_types(logits.dtype, torch.float32)
     native = kernel("cross_entropy", logits)
     if native is not None:

@@ -1,7 +1,7 @@
-"""decode.cpp from Python: a step of many answers through all layers at once, on a CPU.
+"""decode.cpp from Python: one step of many rows through all layers, on a CPU.
 
 The structures are those of decode.cpp, field by field. They hold addresses: whoever makes them
-keeps the tensors.
+keeps the tensors alive.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from veneer.kernels.native import NAMES, library_of
 
-PARTS = 7  # q, k, v, o, gate, up, down
+LINEARS = 7  # of a decoder layer: q, k, v, o, gate, up, down
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # those that share an input
 NUMBERS, FOUR_BITS, EIGHT_BITS = 0, 1, 2  # kinds of weights
-KEYS = 16  # whose numbers lie side by side in a row's memory
-OUTPUTS = 32  # of a weight, computed by one thread at a time
+KEYS = 16  # that are interleaved in a row's cache, dimension by dimension
+OUTPUTS = 32  # rows of a weight that one thread multiplies with at a time
 DTYPES = (torch.bfloat16, torch.float32)
 _Address, _Size, _Real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -33,8 +33,9 @@ class Linear(ctypes.Structure):
     )
 
 
-class Part(ctypes.Structure):
-    """What acts on a weight: A (rank, in), B (rank, out), gain (out) in float32 or null."""
+class Update(ctypes.Structure):
+    """The low-rank update of a linear layer: A (rank, in), B (rank, out), gain (out) in float32 or
+    null for 1."""
 
     _fields_ = (("A", _Address), ("B", _Address), ("gain", _Address), ("rank", _Size))
 
@@ -45,7 +46,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         ("first_norm", _Address),
         ("second_norm", _Address),
-        ("parts", Linear * PARTS),
+        ("linears", Linear * LINEARS),
         ("scale", _Real),
         ("first_eps", _Real),
         ("second_eps", _Real),
@@ -62,33 +63,35 @@ class Shape(ctypes.Structure):
     )
 
 
-class Memory(ctypes.Structure):
-    """A row's keys (layers, heads, places / 16, head_dim, 16) and values (layers, heads, places,
-    head_dim)."""
+class KVCache(ctypes.Structure):
+    """A row's keys (layers, heads, capacity / 16, head_dim, 16) and values (layers, heads,
+    capacity, head_dim); capacity in tokens."""
 
-    _fields_ = (("keys", _Address), ("values", _Address), ("places", _Size))
+    _fields_ = (("keys", _Address), ("values", _Address), ("capacity", _Size))
 
 
 class Batch(ctypes.Structure):
-    """For each token its row's memory, its position, and what acts, as (layers, parts), or null;
-    ranks: the most that act on one group of parts."""
+    """For each token its row's cache, its position, and its updates, (layers, LINEARS), or null.
+
+    ranks: the largest sum of ranks over the linear layers of one group.
+    """
 
     _fields_ = (
         ("tokens", _Size),
-        ("memories", _Address),
+        ("caches", _Address),
         ("positions", _Address),
-        ("acting", _Address),
+        ("updates", _Address),
         ("ranks", _Size),
     )
 
 
-class Room(ctypes.Structure):
-    """Space for what is made on the way."""
+class Workspace(ctypes.Structure):
+    """Buffers for intermediate results."""
 
     _fields_ = (
         *((n, _Address) for n in ("normed", "q", "k", "v", "attended", "gate", "up")),
         *((n, _Address) for n in ("h", "scores", "rows")),
-        ("places", _Size),
+        ("capacity", _Size),
     )
 
 
@@ -107,16 +110,16 @@ class Decode:
         layers: Any,
         shape: Shape,
         batch: Batch,
-        room: Room,
+        workspace: Workspace,
         x: Tensor,
         angles: tuple[Tensor, Tensor],
     ) -> None:
         """Take x (tokens, dim) through all layers, in place. angles: cos and sin of each position,
         (positions, head_dim)."""
         cos, sin = (ctypes.c_void_p(angle.data_ptr()) for angle in angles)
-        parts = (ctypes.byref(part) for part in (shape, batch, room))
+        structures = (ctypes.byref(structure) for structure in (shape, batch, workspace))
         threads = _Size(torch.get_num_threads())
-        self._step(layers, *parts, ctypes.c_void_p(x.data_ptr()), cos, sin, threads)
+        self._step(layers, *structures, ctypes.c_void_p(x.data_ptr()), cos, sin, threads)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return x Wᵀ (tokens, out) in float32. x (tokens, in), W (out, in)."""

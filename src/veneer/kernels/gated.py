@@ -20,7 +20,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of gate and up, and silu(gate) · up again, so that nobody keeps it."""
+    """Return the gradients of gate and up, and silu(gate) · up again, which need not be kept."""
     native = kernel("swiglu_backward", gate)
     if native is None:
         silu = F.silu(gate)

@@ -1,4 +1,4 @@
-"""Memory that is let go stays with the process while it trains."""
+"""Freed memory stays with the process while it trains."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MMAP_MAX, MMAP_DEFAULT = -4, 65536
 def kept_heap() -> Iterator[None]:
     """Keep what is freed for the next allocation, and give it back when the context ends.
 
-    Otherwise glibc asks the system for every large tensor anew, whose pages are then cleared and
-    mapped one by one: a tenth of a training step's time and more. Where there is no glibc, nothing
-    is done.
+    Otherwise glibc asks the system for the memory of every large tensor, whose pages are then
+    cleared and mapped one by one: a tenth of a training step's time and more. Without glibc this
+    does nothing.
     """
     libc: Any = ctypes.CDLL(None) if os.name == "posix" else None
     if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):

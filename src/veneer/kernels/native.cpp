@@ -1,9 +1,9 @@
-// The elementwise parts of a training step, each in one pass over memory.
+// The elementwise operations of a training step, each in one pass over memory.
 //
-// Compiled for this very processor when first needed (native.py), called through ctypes, and held
-// to the formulas in torch beside each caller by tests. Rows are shared out among OpenMP's threads
-// and each is computed by one of them, so that results do not depend on how many there are.
-// Numbers are stored as bfloat16, float32 or float64 and computed in float32 (or float64).
+// Compiled for this very processor when first needed (native.py) and called through ctypes; tests
+// compare each with the formula in torch beside its caller. Rows are divided among OpenMP's threads,
+// one thread for each row, so that results do not depend on the number of threads. Numbers are
+// stored as bfloat16, float32 or float64 and computed in float32 (or float64).
 
 #include "numbers.h"
 
@@ -107,24 +107,24 @@ void swiglu_backward(const T* dy, const T* gate, const T* up, T* d_gate, T* d_up
 // `gradient`, which may be `logits` itself, or is null.
 template <class T>
 void cross_entropy(const T* logits, const Size* targets, Wide<T>* losses, T* gradient, Size rows,
-                   Size words) {
+                   Size vocab) {
     using F = Wide<T>;
 #pragma omp parallel for schedule(static)
     for (Size row = 0; row < rows; ++row) {
-        const T* a = logits + row * words;
+        const T* a = logits + row * vocab;
         F highest = load(a[0]);
 #pragma omp simd reduction(max : highest)
-        for (Size i = 0; i < words; ++i) highest = load(a[i]) > highest ? load(a[i]) : highest;
+        for (Size i = 0; i < vocab; ++i) highest = load(a[i]) > highest ? load(a[i]) : highest;
         F sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (Size i = 0; i < words; ++i) sum += exponential(load(a[i]) - highest);
+        for (Size i = 0; i < vocab; ++i) sum += exponential(load(a[i]) - highest);
         const Size target = targets[row];
         const F log_sum = highest + std::log(sum), hit = load(a[target]);
         losses[row] = log_sum - hit;
         if (!gradient) continue;
-        T* d = gradient + row * words;
+        T* d = gradient + row * vocab;
 #pragma omp simd
-        for (Size i = 0; i < words; ++i) d[i] = store<T>(exponential(load(a[i]) - log_sum));
+        for (Size i = 0; i < vocab; ++i) d[i] = store<T>(exponential(load(a[i]) - log_sum));
         d[target] = store<T>(std::exp(hit - log_sum) - F(1));
     }
 }
@@ -181,8 +181,8 @@ void apply_gain(T* z, const Wide<T>* gain, const T* bias, Size rows, Size cols) 
     }
 }
 
-// dz = gain · dy, which may take dy's place, and of each block of rows Σ dy · (y − bias), as a row of
-// `sums`. Blocks are the same however many threads there are, and so is what they add up to.
+// dz = gain · dy, which may be written over dy, and Σ dy · (y − bias) over each block of rows, as a
+// row of `sums`. The blocks do not depend on the number of threads, so neither does their sum.
 template <class T>
 void gain_backward(const T* dy, const T* y, const Wide<T>* gain, const T* bias, T* dz,
                    Wide<T>* sums, Size rows, Size cols, Size block) {
@@ -265,9 +265,9 @@ void attention_gradient(T* scores, T* dp, const Wide<T>* lse, const Wide<T>* del
     }
 }
 
-// Blocks of numbers in 4 bits: the largest magnitude of each, and of each number, divided by it,
-// how many of the `bounds` lie below. Two codes in a byte, the first one high; a last block that is
-// not full, and a last byte that is half empty, as bitsandbytes has them.
+// Blocks of numbers as 4-bit codes: the largest magnitude of each block, and for each number, divided
+// by it, how many of the `bounds` lie below. Two codes in a byte, the first in the high half. A last
+// block that is not full and a last byte that is half empty are written as bitsandbytes does.
 template <class T>
 void quantize_4bit(const T* x, const float* bounds, float* absmax, std::uint8_t* codes, Size numbers,
                    Size block) {
@@ -286,18 +286,18 @@ void quantize_4bit(const T* x, const float* bounds, float* absmax, std::uint8_t*
         }
         const float divisor = highest < kLeast ? kLeast : highest, inverse = 1.0f / divisor;
         absmax[b] = n < block ? divisor : highest;
-        std::int32_t found[kMost + 1];
-        found[n] = 7;  // the code of zero, for the half that may be empty
+        std::int32_t levels[kMost + 1];
+        levels[n] = 7;  // the code of zero, for the half that may be empty
 #pragma omp simd
         for (Size i = 0; i < n; ++i) {
             const float value = float(load(a[i]));
             const float scaled = n < block ? value / divisor : value * inverse;
             std::int32_t code = 0;
             for (Size j = 0; j < kBounds; ++j) code += scaled > bounds[j];
-            found[i] = code;
+            levels[i] = code;
         }
         for (Size i = 0; i < n; i += 2)
-            codes[(first + i) / 2] = std::uint8_t(found[i] << 4 | found[i + 1]);
+            codes[(first + i) / 2] = std::uint8_t(levels[i] << 4 | levels[i + 1]);
     }
 }
 
@@ -340,8 +340,8 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
         swiglu_backward(dy, gate, up, d_gate, d_up, y, rows, cols);                                     \
     }                                                                                              \
     extern "C" void cross_entropy_##name(const T* logits, const Size* targets, Wide<T>* losses,    \
-                                         T* gradient, Size rows, Size words) {                     \
-        cross_entropy(logits, targets, losses, gradient, rows, words);                             \
+                                         T* gradient, Size rows, Size vocab) {                     \
+        cross_entropy(logits, targets, losses, gradient, rows, vocab);                             \
     }                                                                                              \
     extern "C" void row_dots_##name(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {  \
         row_dots(a, b, out, rows, cols);                                                           \

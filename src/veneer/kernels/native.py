@@ -1,9 +1,8 @@
-"""The kernels in C++, compiled once for this processor, called through ctypes: the elementwise
-parts of a training step (native.cpp), and a whole step of many answers (decode.cpp).
+"""The kernels in C++, compiled once for this processor and called through ctypes: the elementwise
+operations of a training step (native.cpp), and a whole step of many rows (decode.cpp).
 
-Everything here has a formula in torch beside its caller, which takes over on other devices, for
-other dtypes, and where no compiler is at hand. Compiling takes about a second; the result is kept
-in the user's cache.
+Beside each caller stands the formula in torch, which takes over on other devices, for other dtypes,
+and where there is no compiler. Compiling takes about a second; the user's cache keeps the result.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
-HEADER = HERE / "numbers.h"
 COMPILERS = ("g++", "c++", "clang++")
 COMMON = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # The first that this compiler and processor take: x86, ARM, anything.
@@ -73,7 +71,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 @functools.cache
 def library_of(source: str) -> tuple[ctypes.CDLL | None, str]:
-    """Return a source's library, compiled if need be, or None; and what is not as it should be."""
+    """Return a source's library, compiled if need be, or None; and what is wrong, or ""."""
     if os.name != "posix":
         return None, "the compiled kernels are for Linux and macOS"
     problem = f"no C++ compiler was found ({', '.join(COMPILERS)} or $CXX)"
@@ -85,23 +83,23 @@ def library_of(source: str) -> tuple[ctypes.CDLL | None, str]:
                 try:
                     library = ctypes.CDLL(str(_built(source, compiler, (*tuning, *parallel))))
                 except subprocess.CalledProcessError as error:
-                    said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-                    problem = f"{compiler} failed: {said[0]}"
+                    lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+                    problem = f"{compiler} failed: {lines[0]}"
                 except OSError as error:
                     problem = str(error)
                 else:
-                    alone = "the compiled kernels use one core, for want of torch's OpenMP"
-                    return library, "" if parallel in threads else alone
+                    one_core = "the compiled kernels use one core, since torch has no OpenMP here"
+                    return library, "" if parallel in threads else one_core
     return None, problem
 
 
 def _built(source: str, compiler: str, options: tuple[str, ...]) -> Path:
-    """Return the shared library, from the cache or made anew."""
+    """Return the shared library, from the cache or compiled anew."""
     command, code = [compiler, *COMMON, *options], HERE / f"{source}.cpp"
     key = hashlib.sha256()
-    texts = (path.read_text(encoding="utf-8") for path in (HEADER, code))
-    for part in (*texts, *command, _processor()):
-        key.update(part.encode() + b"\0")
+    texts = (path.read_text(encoding="utf-8") for path in (*sorted(HERE.glob("*.h")), code))
+    for text in (*texts, *command, _processor()):
+        key.update(text.encode() + b"\0")
     for directory in _caches():
         library = directory / f"kernels-{key.hexdigest()[:20]}.so"
         if library.exists():
@@ -109,11 +107,11 @@ def _built(source: str, compiler: str, options: tuple[str, ...]) -> Path:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=directory) as scratch:
-                made = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
-                _run([*command, "-c", str(code), "-o", str(made[0])])
+                object_, shared = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+                _run([*command, "-c", str(code), "-o", str(object_)])
                 # Not linked with -fopenmp, which would bring a runtime of its own.
-                _run([compiler, "-shared", str(made[0]), "-o", str(made[1])])
-                made[1].replace(library)
+                _run([compiler, "-shared", str(object_), "-o", str(shared)])
+                shared.replace(library)
         except OSError:
             continue
         return library
@@ -127,13 +125,13 @@ def _run(command: list[str]) -> None:
 def _caches() -> Iterator[Path]:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     yield Path(home) / "veneer"
-    yield Path(tempfile.mkdtemp(prefix="veneer-"))  # nobody else's, for what is in it is run
+    yield Path(tempfile.mkdtemp(prefix="veneer-"))  # private: what is in it is executed
 
 
 def _processor() -> str:
-    """Return what tells this processor from others that the cache may be shared with."""
-    described = Path("/proc/cpuinfo")
-    if not described.exists():
+    """Return a description that tells this processor from others that share the cache."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
         return platform.processor() + platform.machine()
-    lines = described.read_text(encoding="utf-8").splitlines()
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     return "".join(sorted({line for line in lines if line.startswith(MARKS)}))

@@ -11,7 +11,7 @@ from veneer.kernels.native import kernel
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return w · x̂ (rows, dim), and 1 / sqrt(mean(x²) + eps) (rows,) in float32 or wider.
 
-    x̂ is rounded to x's dtype before it meets w, as transformers does.
+    x̂ is rounded to x's dtype before the product with w, as transformers does.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     native = kernel("rms_norm", x)
@@ -29,7 +29,7 @@ def rms_norm_backward(
 ) -> Tensor:
     """Return residual + the gradient of `rms_norm` with respect to x, (rows, dim).
 
-    residual: the gradient that reaches x beside the norm. The weight is frozen.
+    residual: the gradient of x from what else uses it. The weight is frozen.
     """
     native = kernel("rms_norm_backward", x)
     if native is None:

@@ -11,7 +11,7 @@ using Size = std::int64_t;
 
 namespace {
 
-enum class BFloat16 : std::uint16_t {};  // a scalar to the compiler, which structs are not
+enum class BFloat16 : std::uint16_t {};  // an enum, for the compiler vectorises no structs
 
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -9,15 +9,15 @@ from veneer.kernels.native import kernel
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    """Turn x (tokens, heads, dim) in place by its positions' angles, and return it.
+    """Rotate x (tokens, heads, dim) in place by its positions' angles, and return it.
 
-    cos, sin (tokens, dim) hold every angle twice, once for each half. `back` turns the other way,
-    which is what the gradient needs.
+    cos, sin (tokens, dim) hold every angle twice, once for each half. With `back`, rotate the other
+    way, as the gradient needs it.
     """
     native = kernel("rotate", x)
     if native is None:
         first, second = x.chunk(2, -1)
-        turned = torch.cat([-second, first], -1) * (-sin if back else sin)[:, None]
-        return x.mul_(cos[:, None]).add_(turned)
+        crossed = torch.cat([-second, first], -1) * (-sin if back else sin)[:, None]
+        return x.mul_(cos[:, None]).add_(crossed)
     native(x, cos, sin, -1.0 if back else 1.0, *x.shape)
     return x

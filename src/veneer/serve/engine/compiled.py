@@ -84,7 +84,7 @@ class CompiledRunner:
         self.slots: list[KVBlock | None] = [None] * slots
         self._adapter_tables: WeakKeyDictionary[LoadedAdapter, tuple[Any, int]]
         self._adapter_tables = WeakKeyDictionary()
-        self._workspace: tuple[tuple[int, ...], decode.Room, list[Tensor]] | None = None
+        self._workspace: tuple[tuple[int, ...], decode.Workspace, list[Tensor]] | None = None
         self._prove(tokens)
 
     # ---- what the engine asks for ----
@@ -128,7 +128,7 @@ class CompiledRunner:
     def _through_layers(self, chunks: Sequence[Chunk], x: Tensor) -> None:
         """Take embeddings (tokens, dim) of the chunks through all layers, in place."""
         count = len(x)
-        caches = (decode.Memory * count)()
+        caches = (decode.KVCache * count)()
         tables = (ctypes.c_void_p * count)()
         positions = torch.tensor(
             [chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))]
@@ -137,7 +137,7 @@ class CompiledRunner:
         for chunk in chunks:
             cache = self._cache_for(chunk.slot, chunk.start + len(chunk.tokens))
             length = cache.values.shape[2]
-            of_slot = decode.Memory(cache.keys.data_ptr(), cache.values.data_ptr(), length)
+            of_slot = decode.KVCache(cache.keys.data_ptr(), cache.values.data_ptr(), length)
             capacity = max(capacity, length)
             table = None
             if chunk.adapter is not None:
@@ -180,7 +180,7 @@ class CompiledRunner:
         """Return the address of an adapter's table, which has its update of each linear layer, and
         the largest sum of ranks over linear layers that share an input."""
         if (table_and_most := self._adapter_tables.get(adapter)) is None:
-            table, most = (decode.Part * (len(self.layers) * decode.PARTS))(), 0
+            table, most = (decode.Update * (len(self.layers) * decode.LINEARS))(), 0
             for number, layer in enumerate(self.layers):
                 ranks = []
                 for at, module in enumerate(layer.linears()):
@@ -193,7 +193,7 @@ class CompiledRunner:
                         assert A.is_contiguous()
                         assert B.is_contiguous()
                         gains = None if gain is None else gain.data_ptr()
-                        table[number * decode.PARTS + at] = decode.Part(
+                        table[number * decode.LINEARS + at] = decode.Update(
                             A.data_ptr(), B.data_ptr(), gains, update.rank
                         )
                 most = max(most, *(sum(ranks[i] for i in group) for group in decode.GROUPS))
@@ -223,7 +223,7 @@ class CompiledRunner:
         self.slots[slot] = new
         return new
 
-    def _workspace_for(self, tokens: int, ranks: int, capacity: int) -> decode.Room:
+    def _workspace_for(self, tokens: int, ranks: int, capacity: int) -> decode.Workspace:
         """Return memory for a step's intermediate results; it grows and is used again."""
         sizes = (tokens, ranks, capacity)
         if self._workspace is not None:
@@ -241,7 +241,7 @@ class CompiledRunner:
         buffers.append(torch.empty(threads, group, capacity, dtype=torch.float32))
         buffers.append(torch.empty(threads, decode.OUTPUTS, shape.widest, dtype=self.dtype))
         # Attention scores of a thread are `capacity` apart, however many of them a step fills.
-        workspace = decode.Room(*(buffer.data_ptr() for buffer in buffers), capacity)
+        workspace = decode.Workspace(*(buffer.data_ptr() for buffer in buffers), capacity)
         self._workspace = (sizes, workspace, buffers)
         return workspace
 
@@ -250,7 +250,7 @@ class CompiledRunner:
     def _shape(self) -> decode.Shape:
         first: Any = self.layers[0].layer
         head_dim = first.self_attn.head_dim
-        q, k, _, _, gate, *_ = self._table[0].parts
+        q, k, _, _, gate, *_ = self._table[0].linears
         return decode.Shape(
             len(self.layers),
             q.in_,
@@ -258,7 +258,7 @@ class CompiledRunner:
             q.out // head_dim,
             k.out // head_dim,
             head_dim,
-            max(linear.in_ for row in self._table for linear in row.parts),
+            max(linear.in_ for row in self._table for linear in row.linears),
         )
 
     def _describe(self, row: decode.Layer, layer: FusedLayer) -> None:
@@ -271,7 +271,7 @@ class CompiledRunner:
         row.scale, row.window = layer.scale, layer.window or 0
         for number, module in enumerate(layer.linears()):
             original = module.original if isinstance(module, AdaptedLayer) else module
-            row.parts[number] = self._linear(original)
+            row.linears[number] = self._linear(original)
 
     def _linear(self, module: Any) -> decode.Linear:
         bias = None
