@@ -277,8 +277,8 @@ class Attention:
         yield from zip(*groups, strict=True)
 
     def _mask(self, query: Tensor, before: int = 0) -> Tensor | None:
-        """Return the bias of the scores, (length, before + length), where a window is shorter than a
-        group or keys come before it; None where every query sees the keys up to its own position."""
+        """Return a bias for the scores, (length, before + length), or None where every query sees
+        the keys up to its own position: no window is shorter, and no keys come before."""
         length = query.shape[1]
         if not before and (self.window is None or length <= self.window):
             return None
