@@ -12,8 +12,8 @@ from veneer.kernels.native import kernel
 
 IGNORED = -100  # the label of a token that is not trained, as in torch and transformers
 CHUNK_LOGITS = 2**24  # logits held at a time: 32 MB in bfloat16
-# Rows of the head in one product. The processor's matrix units work on a rearranged copy, and a copy
-# of the whole head would be the largest tensor in memory. Smaller blocks cost time.
+# Rows of the head in one product. The matrix units work on a rearranged copy of their operand: of
+# the whole head, it would be the largest tensor in memory. Smaller blocks cost time.
 BLOCK_TOKENS = 2**14
 
 
