@@ -19,7 +19,7 @@ from bench.workloads import Workload
 from veneer.adapter.config import LoRA
 from veneer.data.encode import Example
 from veneer.plan.config import PlanConfig
-from veneer.plan.find import find_shape
+from veneer.plan.find import find_sizes
 from veneer.plan.memory import RUNTIME
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, make_plan
@@ -41,9 +41,9 @@ def planned(kind: str, *, runtime: int = RUNTIME) -> Plan:
     """Return the plan of a kind of run."""
     rows, length, settings = KINDS[kind]
     config = PlanConfig(tokens_per_batch=rows * length, max_length=length, **settings)
-    shape = find_shape(MODEL)
-    adapted = adapted_layers(shape, LoRA(rank=RANK, targets="all"))
-    return make_plan(config, shape, adapted, runtime=runtime)
+    sizes = find_sizes(MODEL)
+    adapted = adapted_layers(sizes, LoRA(rank=RANK, targets="all"))
+    return make_plan(config, sizes, adapted, runtime=runtime)
 
 
 def measure(kind: str, steps: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""`veneer plan`: what it prints, what it refuses, and what it does not import."""
+"""`veneer plan`: what it prints, what it refuses, and that help imports no torch."""
 
 import json
 import re
@@ -7,32 +7,34 @@ import sys
 
 import pytest
 
-import veneer.cli.plan
+import veneer.cli.plan_tables
 from veneer.adapter.config import LoRA
 from veneer.cli.app import run
 from veneer.errors import ModelError
+from veneer.models.load import config_of
+from veneer.models.locate import locate
 from veneer.plan.config import PlanConfig
-from veneer.plan.find import find_shape
+from veneer.plan.find import find_sizes, sizes_of
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import comparison, make_plan
 from veneer.plan.presets import PRESETS
-from veneer.plan.shapes import ARCHITECTURES, shape_of
 
 LLAMA = PRESETS["smollm2-135m"]
 
 
 def printed(capsys, *arguments, free=24 * 10**9, monkeypatch=None):
     if monkeypatch is not None:
-        monkeypatch.setattr(veneer.cli.plan, "free_bytes", lambda: free)
+        monkeypatch.setattr(veneer.cli.plan_tables, "free_bytes", lambda: free)
     assert run(["plan", *arguments]) == 0
     return re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
-def test_planning_imports_no_torch():
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["tune", "--help"]])
+def test_help_imports_no_torch(arguments):
     code = (
         "import sys\n"
         "from veneer.cli.app import run\n"
-        "code = run(['plan', 'llama-2-70b', '--formulas'])\n"
+        f"code = run({arguments!r})\n"
         "heavy = 'torch transformers tokenizers gguf numpy'.split()\n"
         "print('LOADED', code, [name for name in heavy if name in sys.modules])"
     )
@@ -40,7 +42,7 @@ def test_planning_imports_no_torch():
     assert done.stdout.splitlines()[-1] == "LOADED 0 []"
 
 
-def test_a_plan_shows_parts_methods_memory_and_what_fits(capsys, monkeypatch):
+def test_a_plan_shows_layers_methods_memory_and_what_fits(capsys, monkeypatch):
     text = printed(capsys, "llama-2-70b", "--rank", "16", monkeypatch=monkeypatch)
     assert "lora: 65,536,000 of 68,976,648,192 parameters train (0.095%)" in text
     assert "self_attn.k_proj 80 1,024 × 8,192 8,388,608 671,088,640 11,796,480 1.76%" in text
@@ -88,7 +90,7 @@ def test_every_plan_keeps_to_100_columns(capsys, name, arguments):
 def test_a_directory_or_a_config_is_planned_as_well_as_a_preset(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
     for name in (tmp_path, tmp_path / "config.json"):
-        assert find_shape(name) == shape_of(LLAMA)
+        assert find_sizes(name) == find_sizes("smollm2-135m")
         assert "134,515,008" in printed(capsys, str(name))
 
 
@@ -106,7 +108,7 @@ def test_every_flag_is_explained(capsys, monkeypatch):
     ("arguments", "said"),
     [
         (["lama-2-70b"], ["no such preset", "did you mean 'llama-2-70b'", "gpt-3"]),
-        (["some.gguf"], [".gguf file", "config.json"]),
+        (["some.gguf"], ["no such directory or file", "gpt-3"]),
         (["gpt2", "--targets", "q_proj"], ["'q_proj' matches no layer"]),
         (["gpt2", "--method", "full", "--bits", "4"], ["full trains weights"]),
         (["gpt2", "--method", "lor"], ["lor"]),
@@ -121,19 +123,30 @@ def test_what_cannot_be_planned_ends_with_2_and_says_why(capsys, arguments, said
         assert words in error
 
 
-def test_an_unknown_model_type_names_the_known_ones():
-    with pytest.raises(ModelError) as error:
-        shape_of({"model_type": "lama"})
-    assert "did you mean 'llama'?" in str(error.value)
-    for name in ARCHITECTURES:
-        assert name in str(error.value)
+def test_an_unknown_model_type_names_the_nearest():
+    with pytest.raises(ModelError, match="did you mean 'llama'"):
+        config_of({"model_type": "lama"})
 
 
-def test_all_that_a_config_lacks_is_said_at_once_by_its_own_names():
+def test_a_model_that_is_no_causal_language_model_is_refused():
+    with pytest.raises(ModelError, match="vit is no causal language model"):
+        sizes_of(config_of({"model_type": "vit"}))
+
+
+def test_all_that_cannot_be_in_a_config_is_said_at_once_by_its_own_names():
     with pytest.raises(ModelError) as error:
-        shape_of({"model_type": "gpt2", "n_embd": "wide", "n_layer": 0, "vocab_size": 10})
-    for words in ("n_embd is 'wide'", "n_layer is 0", "n_head is missing", "n_positions is"):
+        config_of({"model_type": "gpt2", "n_embd": "wide", "n_layer": 0, "vocab_size": 10})
+    for words in ("n_embd is 'wide'", "n_layer is 0"):
         assert words in str(error.value)
+
+
+def test_what_a_config_leaves_out_is_what_transformers_builds():
+    assert sizes_of(config_of({"model_type": "gpt2"})) == find_sizes("gpt2")
+
+
+def test_a_gguf_file_is_planned(capsys):
+    text = printed(capsys, str(locate("smollm2-135m")))
+    assert "134,515,008 parameters" in text
 
 
 @pytest.mark.parametrize("text", ["{", "[]", b"\xff\xfe"])
@@ -141,9 +154,9 @@ def test_a_damaged_config_is_one_clear_error(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ModelError, match=r"config\.json"):
-        find_shape(path)
+        find_sizes(path)
     with pytest.raises(ModelError, match="neither a config"):
-        find_shape(tmp_path.parent)
+        find_sizes(tmp_path.parent)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +180,10 @@ def test_two_names_of_one_flag_are_not_given_together(capsys):
 
 
 def test_the_plans_own_row_is_the_plan():
-    shape = find_shape("smollm2-135m")
-    adapted = adapted_layers(shape, LoRA())
+    sizes = find_sizes("smollm2-135m")
+    adapted = adapted_layers(sizes, LoRA())
     for settings in ({"bits": 8}, {"method": "qlora", "bits": 8, "mapped": True}, {}):
-        plan = make_plan(PlanConfig(**settings), shape, adapted)
+        plan = make_plan(PlanConfig(**settings), sizes, adapted)
         rows = dict(comparison(plan))
         assert rows[plan.config.method] is plan
         assert len(rows) == 8

@@ -1,23 +1,26 @@
 """What fits: free memory as the system tells it, and the gentlest settings that fit."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from veneer import LoRA
 from veneer.plan.config import PlanConfig
+from veneer.plan.find import find_sizes
 from veneer.plan.fit import _seconds, alternatives, flags, free_bytes, gentlest
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import make_plan, replanned
-from veneer.plan.presets import PRESETS
-from veneer.plan.shapes import shape_of
 
 GB = 10**9
 
 
 def plan_of(name, **settings):
-    shape = shape_of(PRESETS[name])
-    return make_plan(PlanConfig(**settings), shape, adapted_layers(shape, LoRA(targets="all")))
+    sizes = preset(name)
+    return make_plan(PlanConfig(**settings), sizes, adapted_layers(sizes, LoRA(targets="all")))
+
+
+preset = cache(find_sizes)
 
 
 @pytest.mark.parametrize("free", [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 30])

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -19,11 +20,10 @@ from veneer.models import minigpt
 from veneer.plan.activations import kept
 from veneer.plan.amounts import Term
 from veneer.plan.config import PlanConfig
+from veneer.plan.find import find_sizes, sizes_of
 from veneer.plan.memory import NF4_BITS
 from veneer.plan.methods import adapted_layers, trained_by
 from veneer.plan.plan import comparison, make_plan, replanned
-from veneer.plan.presets import PRESETS
-from veneer.plan.shapes import shape_of
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
 
@@ -32,9 +32,12 @@ METHODS = ("full", "freeze", "lora", "dora", "qlora", "prefix", "prompt")
 
 
 def plan_of(name, *, targets="attention", rank=16, runtime=0, **settings):
-    shape = shape_of(PRESETS[name])
-    adapted = adapted_layers(shape, LoRA(rank=rank, targets=targets))
-    return make_plan(PlanConfig(**settings), shape, adapted, runtime=runtime)
+    sizes = preset(name)
+    adapted = adapted_layers(sizes, LoRA(rank=rank, targets=targets))
+    return make_plan(PlanConfig(**settings), sizes, adapted, runtime=runtime)
+
+
+preset = cache(find_sizes)
 
 
 def really_kept(name, *, full, recompute, dtype, targets, dropout=0.0, dora=False):
@@ -81,7 +84,7 @@ def deeper(name):
 
 
 def planned_to_keep(name, *, full, recompute, dtype, targets, dropout=0.0, dora=False):
-    shape = shape_of(deeper(name).to_dict())
+    sizes = sizes_of(deeper(name))
     config = PlanConfig(
         method="full" if full else "dora" if dora else "lora",
         dtype="float32" if dtype == torch.float32 else "bf16",
@@ -89,9 +92,9 @@ def planned_to_keep(name, *, full, recompute, dtype, targets, dropout=0.0, dora=
         max_length=LENGTH,
         recompute=recompute,
     )
-    adapted = adapted_layers(shape, LoRA(rank=4, targets=targets, dropout=dropout))
-    trained = trained_by(config, shape, adapted)
-    return sum(term.value for term in kept(config, shape, trained))
+    adapted = adapted_layers(sizes, LoRA(rank=4, targets=targets, dropout=dropout))
+    trained = trained_by(config, sizes, adapted)
+    return sum(term.value for term in kept(config, sizes, trained))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -145,19 +148,19 @@ def test_a_term_reads_as_its_product():
 def test_nf4_takes_less_than_4_13_bits():
     assert 4 < NF4_BITS <= 4.13
     plan = plan_of("llama-2-7b", method="qlora")
-    packed = sum(part.parameters for part in plan.shape.quantizable)
-    rest = 2 * (plan.shape.parameters - packed)
+    packed = sum(layer.parameters for layer in plan.model.quantizable)
+    rest = 2 * (plan.model.parameters - packed)
     assert 8 * (plan.memory.weights.value - rest) / packed == pytest.approx(NF4_BITS)
 
 
 @pytest.mark.parametrize(("bits", "packed"), [(4, NF4), (8, Int8)])
 def test_packed_weights_take_the_bytes_that_are_planned(bits, packed):
     plan = plan_of("minigpt", targets="all", rank=4, bits=bits)
-    parts = plan.shape.quantizable
+    parts = plan.model.quantizable
     torch.manual_seed(0)
     weights = {part.path: torch.randn(part.out, part.in_) for part in parts}
     real = sum(packed.quantize(weight, torch.bfloat16).nbytes for weight in weights.values())
-    rest = 2 * (plan.shape.parameters - sum(part.out * part.in_ for part in parts))
+    rest = 2 * (plan.model.parameters - sum(part.out * part.in_ for part in parts))
     # A block of scales that is not full takes as much as one that is.
     assert plan.memory.weights.value - rest == pytest.approx(real, rel=0.01)
 
@@ -193,10 +196,10 @@ def test_mapped_weights_are_on_the_disk_and_not_in_memory():
 
 
 def test_nothing_is_kept_below_the_lowest_layer_that_trains():
-    shape = shape_of(PRESETS["llama-2-7b"])
-    every = adapted_layers(shape, LoRA(targets="all"))
-    last = adapted_layers(shape, LoRA(targets="all", layers="-4:"))
-    whole, some = (make_plan(PlanConfig(), shape, x).memory.activations for x in (every, last))
+    sizes = preset("llama-2-7b")
+    every = adapted_layers(sizes, LoRA(targets="all"))
+    last = adapted_layers(sizes, LoRA(targets="all", layers="-4:"))
+    whole, some = (make_plan(PlanConfig(), sizes, x).memory.activations for x in (every, last))
     assert some.value == pytest.approx(whole.value / 8, rel=0.08)
 
 
@@ -223,7 +226,7 @@ def test_everything_that_cannot_be_planned_is_said_at_once():
     for settings in ({"method": "qlora", "bits": 16}, {"mapped": True}, {"bits": 5}):
         with pytest.raises(ConfigError):
             PlanConfig(**settings)
-    with pytest.raises(ConfigError, match="4 blocks"):
+    with pytest.raises(ConfigError, match="9 blocks of 4"):
         plan_of("minigpt", method="freeze", trained_blocks=9)
 
 

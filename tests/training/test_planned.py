@@ -14,9 +14,9 @@ from veneer.cli.app import run
 from veneer.models.quantize import quantized_model
 from veneer.models.source import Source
 from veneer.plan.config import PlanConfig
+from veneer.plan.find import sizes_of
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import make_plan
-from veneer.plan.shapes import shape_of
 from veneer.training import planned
 from veneer.training import tune as room_of_tune
 from veneer.training.config import TrainConfig
@@ -50,7 +50,7 @@ def big(tmp_path) -> Recipe:
 
 def test_the_plan_follows_the_recipe(big):
     plan = planned_run(big)
-    assert plan.shape.parameters == 6_738_415_616
+    assert plan.model.parameters == 6_738_415_616
     assert plan.trained.count == 32 * 4 * 8 * 8192
     assert plan.memory.weights.value == 2 * 6_738_415_616
     assert planned_run(big, torch.float32).memory.weights.value == 4 * 6_738_415_616
@@ -162,8 +162,8 @@ def test_a_run_tells_its_plan_and_what_came_of_it(minigpt_home, tmp_path):
     assert sum(isinstance(event, Written) for event in events) == 2
 
 
-def test_an_architecture_that_is_not_known_is_not_planned_and_that_is_said(big):
-    (Path(big.model) / "config.json").write_text(json.dumps(BIG | {"model_type": "mamba"}))
+def test_what_is_no_causal_language_model_is_not_planned_and_that_is_said(big):
+    (Path(big.model) / "config.json").write_text(json.dumps({"model_type": "vit"}))
     events = veneer.tune(big)
     assert isinstance(notice := next(events), Notice)
     assert "No memory is planned" in notice.text
@@ -241,15 +241,15 @@ def test_no_merged_model_where_there_is_no_room(minigpt_home, tmp_path, monkeypa
 def test_law_10_planned_bytes_of_a_packed_base_are_the_real_ones():
     settings = BIG | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     config = LlamaConfig(**settings | {"vocab_size": 320, "num_attention_heads": 4})
-    shape = shape_of(config.to_dict())
+    sizes = sizes_of(config)
     for bits in (4, 8):
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         packed = quantized_model(Source.of_model(skeleton, model), bits, torch.bfloat16)
         report = report_quantized(packed)
-        adapted = adapted_layers(shape, veneer.LoRA())
-        plan = make_plan(PlanConfig(bits=bits), shape, adapted)
+        adapted = adapted_layers(sizes, veneer.LoRA())
+        plan = make_plan(PlanConfig(bits=bits), sizes, adapted)
         real = report.bytes + report.other_bytes
         assert plan.memory.weights.value == pytest.approx(real, rel=1e-4)
-        assert report.parameters + report.other_parameters == shape.parameters
+        assert report.parameters + report.other_parameters == plan.model.parameters

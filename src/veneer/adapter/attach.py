@@ -30,7 +30,7 @@ from veneer.adapter.modules_to_save import (
 from veneer.adapter.new_tokens import remove_tokens
 from veneer.adapter.parameters import LoRAParameters
 from veneer.adapter.start import start_from_rounding
-from veneer.adapter.targets import Layer, resolve
+from veneer.adapter.targets import resolve
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.uncovered import uncovered
 from veneer.adapter.unfreeze import unfreeze
@@ -40,6 +40,7 @@ from veneer.adapter.virtual_forward import attach_virtual_tokens, detach_virtual
 from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.lowrank.initial import directions
+from veneer.models.description import Layer
 from veneer.quant.weight import quantized_layers
 
 
@@ -232,7 +233,7 @@ def _check_start(model: nn.Module, config: LoRA, targets: Sequence[Layer]) -> No
             f"{config.init} starts from a weight's directions: {'; '.join(problems)}."
         )
     for target in targets:
-        if target.kind == "parameter" and (config.dora or config.dropout):
+        if target.parameter is not None and (config.dora or config.dropout):
             what = "DoRA" if config.dora else "dropout"
             raise ConfigError(f"{what} cannot be over {target.path}, a parameter of its module.")
         if isinstance(target.module, nn.Conv2d) and (why := why_not_adaptable(target.module)):

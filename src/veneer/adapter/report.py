@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -12,19 +13,54 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method, in_words
 from veneer.adapter.targets import resolve
 from veneer.adapter.uncovered import uncovered
+from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, parameter_count
 from veneer.quant.weight import quantized_layers
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TargetLine:
-    """One adapted layer: W is `out` × `in_`, and `trained` parameters over it train."""
+    """A layer W (out × in) under an adapter, and how large the adapter is."""
 
-    path: str
-    out: int
-    in_: int
+    layer: Layer
     rank: int
-    trained: int
+    config: LoRA
+
+    @property
+    def path(self) -> str:
+        return self.layer.path
+
+    @property
+    def out(self) -> int:
+        return self.layer.out
+
+    @property
+    def in_(self) -> int:
+        return self.layer.in_
+
+    @cached_property
+    def factors(self) -> tuple[int, int]:
+        """Numbers of A and of B."""
+        A, B = self.layer.factor_shapes(self.rank)
+        return math.prod(A), math.prod(B)
+
+    @cached_property
+    def trained_factors(self) -> int:
+        """Numbers of A and B that train: with LoRA-FA, not the factor that starts at random."""
+        A, B = self.factors
+        if not self.config.lora_fa:
+            return A + B
+        return A if self.layer.kind == "embedding" else B
+
+    @property
+    def trained(self) -> int:
+        """Parameters over the layer that train: factors, and DoRA's magnitudes."""
+        return self.trained_factors + self.out * self.config.dora
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the factors that it starts from are kept beside those that train."""
+        return self.config.has_start and self.layer.is_linear
 
     @property
     def share(self) -> float:
@@ -48,21 +84,21 @@ class TargetReport:
         return self.trained / self.base_parameters
 
 
-def report_targets(model: nn.Module, config: LoRA) -> TargetReport:
-    """Return what `config` would train over `model`, which may stand on the meta device.
+def target_lines(model: nn.Module, config: LoRA) -> tuple[TargetLine, ...]:
+    """Return the layers that `config` adapts in `model`, which may be on the meta device.
 
     Raises TargetError for targets that match nothing.
     """
-    lines = []
-    for layer in resolve(model, config):
-        out, in_ = layer.shape
-        rank = config.rank_of(layer.path)
-        factors = tuple(map(math.prod, layer.factor_shapes(rank)))
-        trained = sum(factors)
-        if config.lora_fa:  # without the factor that is random at the start
-            trained = factors[0] if layer.kind == "embedding" else factors[1]
-        trained += out * config.dora
-        lines.append(TargetLine(layer.path, out, in_, rank, trained))
+    layers = resolve(model, config)
+    return tuple(TargetLine(layer, config.rank_of(layer.path), config) for layer in layers)
+
+
+def report_targets(model: nn.Module, config: LoRA) -> TargetReport:
+    """Return what `config` would train over `model`, which may be on the meta device.
+
+    Raises TargetError for targets that match nothing.
+    """
+    lines = target_lines(model, config)
     trained = sum(line.trained for line in lines)
     what, whole = f"{len(lines)} layers adapted", parameter_count(model)
     return TargetReport(what, trained, whole, lines, uncovered(model, config))

@@ -1,142 +1,37 @@
-"""From what a person asks for (`attention`, `q_proj`, `re:...`) to the layers of a given model."""
+"""From what a person asks for (`attention`, `q_proj`, `re:...`) to the layers of a model."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
-from veneer.adapter.adapter import Adapter
-from veneer.adapter.choose import choose
 from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
-from veneer.adapter.parameters import AdaptedParameter, LoRAParameters
-from veneer.adapter.tokens import TrainedTokens
+from veneer.adapter.parameters import LoRAParameters
+from veneer.adapter.patterns import MOST_PATTERNS, Matcher
+from veneer.adapter.virtual_forward import VirtualTokens
 from veneer.adapter.wrapper import Wrapper
-from veneer.quant.weight import QuantizedLinear
+from veneer.errors import MOST_PROBLEMS, ConfigError, TargetError, joined, nearest, shortened
+from veneer.models.description import Layer, ModelDescription, describe
 
-LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
-# Whose parameters are a layer's weight, or ours.
-NO_OWNERS = (
-    *LINEAR,
-    nn.Embedding,
-    nn.modules.conv._ConvNd,
-    Wrapper,
-    Adapter,
-    TrainedTokens,
-    nn.ParameterDict,
-)
+PRESETS = ("attention", "qv", "mlp", "all")
+# Names of projections that make queries or values, alone (q_proj, query, wv) or as one fused layer
+# of keys and values (kv_proj). A fused layer of all three is found by its shape instead.
+QUERY_OR_VALUE = re.compile(r"^(w?q|query|w?k?v|value)(?![a-z])")
 
 
-Kind = Literal["linear", "embedding", "conv", "parameter"]
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A layer that can be adapted, and where it stands; or a parameter of its `module`."""
-
-    path: str
-    module: nn.Module
-    block: int | None  # index of the transformer block, None outside of the blocks
-    in_attention: bool
-    is_head: bool
-    parameter: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition(".")[2]
-
-    @property
-    def kind(self) -> Kind:
-        if self.parameter is not None:
-            return "parameter"
-        if isinstance(self.module, nn.Conv2d):
-            return "conv"
-        return "linear" if isinstance(self.module, LINEAR) else "embedding"
-
-    @property
-    def is_linear(self) -> bool:
-        return self.kind == "linear"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of a linear layer, a convolution or a parameter, (dim, words) of an embedding.
-
-        Experts are counted as outputs, the window of a convolution as inputs.
-        """
-        if isinstance(self.module, QuantizedLinear):
-            return self.module.out_features, self.module.in_features
-        if self.kind in ("conv", "parameter"):
-            (*experts, out, _), A = self.factor_shapes(1)[::-1]
-            return math.prod((*experts, out)), math.prod(A[len(experts) :])
-        rows, columns = self.module.weight.shape  # type: ignore[misc]
-        stored_as_out_in = isinstance(self.module, nn.Linear)
-        return (rows, columns) if stored_as_out_in else (columns, rows)
-
-    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B: with one dimension more for experts, and A of a
-        convolution (rank, in, height, width)."""
-        if self.kind == "conv":
-            out, *window = self.module.weight.shape  # type: ignore[misc]
-            return (rank, *window), (out, rank)
-        if self.parameter is not None:
-            *experts, out, in_ = self.module._parameters[self.parameter].shape  # type: ignore[union-attr]
-            if experts and getattr(self.module, "is_transposed", False):
-                out, in_ = in_, out
-            return (*experts, rank, in_), (*experts, out, rank)
-        out, in_ = self.shape
-        return (rank, in_), (out, rank)
+def describe_base(model: nn.Module) -> ModelDescription:
+    """Return the description of a model's base, whatever adapters lie over it."""
+    return describe(model, _original_of)
 
 
 def adaptable_layers(model: nn.Module) -> list[Layer]:
     """Return every linear layer, Conv1D, embedding and Conv2d of a model, adapted or not, in its
     order."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    # Of a model that gives no words, what stands outside of the pretrained body is its head.
-    body = getattr(model, "base_model", model) if head is None else model
-    inside = {id(module) for module in body.modules()}
-    modules = dict(model.named_modules())  # once, for a walk takes milliseconds
-    stacks = {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
-    attentions = {path for path, module in modules.items() if _is_attention(module)}
-    layers = []
-    for path, module in modules.items():
-        owner, _, name = path.rpartition(".")
-        if name == "original" and isinstance(modules[owner], Wrapper):
-            continue
-        if isinstance(module, AdaptedParameter):
-            continue
-        base = module.original if isinstance(module, AdaptedLayer) else module
-        if isinstance(base, (*LINEAR, nn.Embedding, nn.Conv2d)):
-            block, in_attention = _place(path, stacks, attentions)
-            is_head = module is head or id(module) not in inside
-            layers.append(Layer(path, base, block, in_attention, is_head))
-    return layers
-
-
-def adaptable_parameters(model: nn.Module) -> list[Layer]:
-    """Return what is multiplied with, but by no layer of its own: stacks of experts, routers.
-
-    They are adapted where they are named; no preset and no pattern means them.
-    """
-    modules = dict(model.named_modules())
-    stacks = {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
-    found = []
-    for path, module in modules.items():
-        owner: nn.Module = module
-        if isinstance(module, LoRAParameters):
-            owner = module.original
-        elif path.endswith(".original") or isinstance(owner, NO_OWNERS):
-            continue
-        for name, weight in owner._parameters.items():
-            if isinstance(weight, Tensor) and weight.ndim in (2, 3):
-                full = f"{path}.{name}" if path else name
-                block, _ = _place(path, stacks, set())
-                found.append(Layer(full, owner, block, False, False, name))
-    return found
+    return [layer for layer in describe_base(model).layers if layer.is_adaptable]
 
 
 def resolve(model: nn.Module, config: LoRA, layers: Sequence[Layer] | None = None) -> list[Layer]:
@@ -147,43 +42,121 @@ def resolve(model: nn.Module, config: LoRA, layers: Sequence[Layer] | None = Non
     Raises TargetError, which lists every target, layer range and pattern that matches nothing.
     """
     if layers is None:
-        layers = [*adaptable_layers(model), *adaptable_parameters(model)]
-    adaptable = [layer for layer in layers if layer.parameter is None]
+        layers = [x for x in describe_base(model).layers if x.is_adaptable or x.is_matrix]
     named = [
-        parameter
-        for parameter in layers
-        if parameter.parameter is not None
-        and any(f".{parameter.path}".endswith(f".{target}") for target in config.targets)
+        layer
+        for layer in layers
+        if layer.is_matrix
+        and any(f".{layer.path}".endswith(f".{target}") for target in config.targets)
     ]
-    return choose(
-        [*adaptable, *named],
-        config.targets,
-        blocks=config.layers,
-        patterns=(*config.rank_pattern, *config.alpha_pattern),
-        others={path: type(module).__name__ for path, module in model.named_modules()},
-    )
+    return _choose(model, [*(x for x in layers if x.is_adaptable), *named], config)
 
 
-def _place(path: str, stacks: set[str], attentions: set[str]) -> tuple[int | None, bool]:
-    """Return in which block of the outermost stack a module stands, and if in its attention."""
-    block, parent = None, ""
-    for name in path.split("."):
-        if block is None and parent in stacks:
-            block = int(name)
-        elif block is not None and parent in attentions:
-            return block, True
-        parent = f"{parent}.{name}" if parent else name
-    return block, False
+def _original_of(module: nn.Module) -> nn.Module | None:
+    while isinstance(module, AdaptedLayer | LoRAParameters):
+        module = module.original
+    # What carries rows of new tokens cannot be adapted, and virtual tokens are no part of the base.
+    return None if isinstance(module, Wrapper | VirtualTokens) else module
 
 
-def blocks_of(model: nn.Module) -> dict[str, int]:
-    """Return {path: index of its block} for every module inside a stack of transformer blocks."""
-    modules = dict(model.named_modules())
-    stacks = {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
-    found = ((path, _place(path, stacks, set())[0]) for path in modules)
-    return {path: block for path, block in found if block is not None}
+def _choose(model: nn.Module, layers: Sequence[Layer], config: LoRA) -> list[Layer]:
+    """Return those of the layers that the targets of `config` name, in their order."""
+    if sum(target.startswith("re:") for target in config.targets) > MOST_PATTERNS:
+        raise TargetError(f"There are more than {MOST_PATTERNS:,} patterns among the targets.")
+    problems: list[str] = []
+    chosen: set[str] = set()
+    matcher = Matcher()
+    named = _by_name(layers)
+    for target in dict.fromkeys(config.targets):
+        try:
+            matched = _match(target, layers, named, matcher)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        if matched:
+            chosen.update(layer.path for layer in matched)
+        elif len(problems) < MOST_PROBLEMS:
+            problems.append(_why_nothing(target, layers, model))
+        else:
+            problems.append(f"{shortened(target)!r} matches no layer")
+    if config.layers is not None:
+        depth = 1 + max((layer.block for layer in layers if layer.block is not None), default=-1)
+        blocks = _block_range(config.layers, depth, problems)
+        chosen = {layer.path for layer in layers if layer.path in chosen and layer.block in blocks}
+        if not chosen and not problems:
+            problems.append(f"layers {config.layers!r} leaves none of the targets")
+    picked = [layer for layer in layers if layer.path in chosen]
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        try:
+            if any(matcher.at_end(pattern, layer.path) for layer in picked):
+                continue
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        names = {layer.name for layer in picked} if len(problems) < MOST_PROBLEMS else ()
+        hint = nearest(pattern, names)
+        problems.append(f"the pattern {shortened(pattern)!r} matches none of the targets{hint}")
+    if problems:
+        raise TargetError(f"These targets do not fit the model: {joined(problems)}.")
+    return picked
 
 
-def _is_attention(module: nn.Module) -> bool:
-    kind = type(module).__name__.lower()
-    return "attention" in kind or "attn" in kind
+def _by_name(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Return the layers by each end of their paths: q_proj, self_attn.q_proj, and so on."""
+    named: dict[str, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        end = layer.path
+        while end:
+            named[end].append(layer)
+            end = end.partition(".")[2]
+    return named
+
+
+def _match(
+    target: str, layers: Sequence[Layer], named: Mapping[str, list[Layer]], matcher: Matcher
+) -> list[Layer]:
+    if target.startswith("re:"):
+        return [layer for layer in layers if matcher.within(target, layer.path)]
+    if target not in PRESETS:
+        return named.get(target, [])
+    linear = [layer for layer in layers if layer.is_linear and not layer.is_head]
+    if target == "all":
+        return linear
+    if target == "mlp":
+        return [x for x in linear if x.block is not None and not x.in_attention]
+    attention = [layer for layer in linear if layer.in_attention]
+    if target == "attention":
+        return attention
+    called = [layer for layer in attention if QUERY_OR_VALUE.match(layer.name.lower())]
+    # A layer that is wider than its input makes queries, keys and values in one product.
+    return called or [layer for layer in attention if layer.out > layer.in_]
+
+
+def _why_nothing(target: str, layers: Sequence[Layer], model: nn.Module) -> str:
+    if target in PRESETS:
+        return f"{target!r} finds no such layers in this architecture; name them, or use all"
+    for path, module in model.named_modules():
+        if path == target or path.endswith(f".{target}"):
+            kind = type(module).__name__
+            return f"{target!r} is a {kind}, but only linear layers and embeddings can be adapted"
+    names = {layer.name for layer in layers} | {layer.path for layer in layers} | set(PRESETS)
+    return f"{shortened(target)!r} matches no layer{nearest(target, names)}"
+
+
+def _block_range(text: str, depth: int, problems: list[str]) -> set[int]:
+    blocks: set[int] = set()
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)?\s*(:?)\s*(-?\d+)?\s*", item)
+        if not match or not any(match.groups()) or (match[3] and not match[2]):
+            problems.append(f"layers has {item!r}, but takes slices such as 0:12, -4: or 7")
+            continue
+        first = int(match[1] or 0)
+        if match[2]:
+            last = int(match[3]) if match[3] else depth
+            named = set(range(depth)[first:last])
+        else:
+            named = {first % depth} if depth and -depth <= first < depth else set()
+        if not named:
+            problems.append(f"layers has {item!r}, but the model has blocks 0 to {depth - 1}")
+        blocks |= named
+    return blocks

@@ -1,15 +1,11 @@
-"""What `all` and `mlp` cannot reach: weights that stand in the blocks and are no layers."""
+"""What `all` and `mlp` do not reach: matrices in the adapted blocks that are no layers."""
 
 from __future__ import annotations
-
-import re
 
 from torch import nn
 
 from veneer.adapter.config import LoRA
-from veneer.adapter.targets import adaptable_layers, blocks_of, resolve
-from veneer.models.fingerprint import base_parameters
-from veneer.quant.weight import quantized_layers
+from veneer.adapter.targets import describe_base, resolve
 
 WHOLE = {"all", "mlp"}  # targets that promise every linear layer of a kind
 
@@ -21,27 +17,15 @@ def uncovered(model: nn.Module, config: LoRA) -> str | None:
     """
     if not WHOLE.intersection(config.targets):
         return None
-    blocks = blocks_of(model)
-    known = {layer.path for layer in adaptable_layers(model)}
-    adapted = {layer.block for layer in resolve(model, config)}
-    total = sum(
-        layer.quantized_weight.shape.numel()
-        for path, layer in quantized_layers(model).items()
-        if path in blocks and blocks[path] in adapted
-    )
-    missing = 0
-    names: dict[str, None] = {}  # in the model's order
-    for path, weight in base_parameters(model).items():
-        owner = path.rpartition(".")[0]
-        if blocks.get(owner) not in adapted or owner not in blocks:
-            continue
-        total += weight.numel()
-        if weight.ndim > 1 and owner not in known:
-            missing += weight.numel()
-            names[re.sub(r"^.*?\.\d+\.", "", path)] = None
+    layers = describe_base(model).layers
+    blocks = {layer.block for layer in resolve(model, config, layers)} - {None}
+    in_blocks = [layer for layer in layers if layer.block in blocks and layer.parameters]
+    missing = [x for x in in_blocks if len(x.stored) > 1 and not x.is_adaptable]
     if not missing:
         return None
+    share = sum(x.parameters for x in missing) / sum(x.parameters for x in in_blocks)
+    names = sorted({layer.inner_path for layer in missing})
     return (
         f"Adapters lie over linear layers and embeddings; of the adapted blocks' weights "
-        f"{missing / total:.1%} are neither and stay as they are: {', '.join(names)}."
+        f"{share:.1%} are neither and stay as they are: {', '.join(names)}."
     )

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.adapter.targets import Layer, adaptable_layers
+from veneer.adapter.targets import adaptable_layers
 from veneer.algebra.change import Change, LayerFit, energy_of, state_of
 from veneer.algebra.config import ExtractConfig
 from veneer.errors import AdapterError, ModelError, joined
 from veneer.formats.capture import module_paths
 from veneer.formats.state import AdapterState, shortest_names
 from veneer.lowrank.spectrum import truncated
+from veneer.models.description import Layer
 from veneer.models.fingerprint import Marks, fingerprint
 from veneer.models.load import open_base
 from veneer.models.source import Source

@@ -7,9 +7,10 @@ from functools import cached_property
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from veneer.adapter.targets import Layer, adaptable_layers
+from veneer.adapter.targets import adaptable_layers
 from veneer.formats.capture import module_paths
 from veneer.formats.state import shortest_names
+from veneer.models.description import Layer
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from veneer.adapter.choose import PRESETS
 from veneer.adapter.config import LoRA
+from veneer.adapter.targets import PRESETS
 from veneer.errors import AdapterError, VeneerError, joined
 from veneer.formats import table as formats
 from veneer.formats.base_structure import BaseStructure, targets_for

@@ -13,11 +13,12 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.conv import why_not_adaptable
 from veneer.adapter.method import Method
 from veneer.adapter.new_tokens import is_tied, new_tokens_of
-from veneer.adapter.targets import Layer, adaptable_layers, adaptable_parameters, resolve
+from veneer.adapter.targets import adaptable_layers, describe_base, resolve
 from veneer.adapter.unfreeze import replaced_weights
 from veneer.adapter.virtual import virtual_shape
 from veneer.errors import MOST_PROBLEMS, ConfigError, listed, nearest, shortened
 from veneer.formats.state import AdapterState, NewTokenRows, StoredLayer, StoredTokens
+from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.quant.weight import QuantizedLinear, quantized_layers
 
@@ -124,7 +125,7 @@ def _method(model: PreTrainedModel, state: AdapterState, config: Method) -> Iter
 
 def _factors(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
     problems: list[str] = []
-    adaptable = [*adaptable_layers(model), *adaptable_parameters(model)]
+    adaptable = [x for x in describe_base(model).layers if x.is_adaptable or x.is_matrix]
     by_path = {layer.path: layer for layer in adaptable}
     complete: set[str] = set()
     for stored in state.layers():
@@ -133,7 +134,7 @@ def _factors(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
         layer = by_path.get(path)
         if layer is None:
             problems.append(_why_no_layer(model, path, by_path, hint=len(problems) < MOST_PROBLEMS))
-        elif stored.kind != ("linear" if layer.kind == "conv" else layer.kind):
+        elif stored.kind != layer.factor_kind:
             problems.append(f"{path} is a {type(layer.module).__name__}, of the other kind")
         elif isinstance(layer.module, nn.Conv2d) and (why := why_not_adaptable(layer.module)):
             problems.append(f"{path} is a convolution that cannot be adapted: {why}")

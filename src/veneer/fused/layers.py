@@ -122,7 +122,7 @@ def fused_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, ..
     tokens (1, tokens): a short text for the proof. The model is in evaluation mode, and computes
     packed rows.
     """
-    likely = [layer for layer in model.modules() if _is_likely(layer)]
+    likely = [layer for layer in model.modules() if looks_fusable(layer)]
     if not likely:
         return ()
     packing, arena = Packing([tokens.shape[1]], model.device), Arena()
@@ -189,7 +189,8 @@ def _watched(
         attention_options.clear()  # the registry keeps `note_options`, but not the model
 
 
-def _is_likely(layer: nn.Module) -> bool:
+def looks_fusable(layer: nn.Module) -> bool:
+    """Return whether a decoder layer has the structure that the two functions compute."""
     for path, names in SUBMODULES.items():
         module = getattr(layer, path, None) if path else layer
         if module is None or {name for name, _ in module.named_children()} != names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from veneer.errors import ConfigError, ModelError
+from veneer.errors import ConfigError, ModelError, nearest
 from veneer.models import gguf, minigpt
 from veneer.models.dtype import resolve_dtype
 from veneer.models.locate import MINIGPT_HOME, locate
@@ -28,6 +30,11 @@ from veneer.models.source import Source, open_source
 from veneer.models.stored import load_quantized
 from veneer.quant.settings import Bits, quantization_of
 
+# What every causal language model has at least one of.
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
 # Left to itself, transformers asks whoever is there whether to run what a model brings along.
 OURS_ALONE: dict[str, Any] = {"trust_remote_code": False}
 
@@ -73,7 +80,7 @@ def load_base(
             if bits:
                 raise ModelError(f"{name} is packed already; leave bits out.")
             home = _on_disk(place)
-            model = load_quantized(home, _skeleton(config, home), wanted)
+            model = load_quantized(home, skeleton_of(config, home), wanted)
         elif config is not None and bits:
             source, notices = _open_dense(place, config)
             model = quantized_model(source, bits, wanted, head=pack_head)
@@ -98,9 +105,37 @@ def load_config(name: str | Path) -> PretrainedConfig:
     return _reading(place, lambda: AutoConfig.from_pretrained(place, **OURS_ALONE))
 
 
+def config_of(settings: Mapping[str, Any]) -> PretrainedConfig:
+    """Return the configuration that transformers makes of a config.json's settings.
+
+    Raises ModelError for an unknown model type, and for settings that cannot be.
+    """
+    minigpt.register()
+    model_type = str(settings.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"transformers knows no model type {model_type!r}"
+            f"{nearest(model_type, CONFIG_MAPPING.keys())}."
+        )
+    kind = CONFIG_MAPPING[model_type]
+    if problems := _impossible_sizes(settings, kind.attribute_map):
+        raise ModelError(f"This config.json cannot be: {'; '.join(problems)}.")
+    return _reading(Path("This config.json"), lambda: kind.from_dict(dict(settings)))
+
+
+def _impossible_sizes(settings: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    own = [names.get(name, name) for name in SIZES]
+    return [
+        f"{name} is {settings[name]!r}, but must be a whole number of at least 1"
+        for name in own
+        if isinstance(value := settings.get(name), str | float | int)
+        and not (isinstance(value, int) and value >= 1)
+    ]
+
+
 def load_skeleton(name: str | Path) -> PreTrainedModel:
     """Return the model's structure on the meta device: every shape, and no weight is read."""
-    return _skeleton(load_config(name), None)
+    return skeleton_of(load_config(name))
 
 
 def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[str, ...]]:
@@ -116,9 +151,15 @@ def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[
         return source, _tokenizer(place), notices
 
 
-def _skeleton(config: PretrainedConfig, home: Path | None) -> PreTrainedModel:
+def skeleton_of(config: PretrainedConfig, home: Path | None = None) -> PreTrainedModel:
     """Return a model on the meta device, with how it generates where its directory says so."""
     place = home or config.name_or_path or "This model"
+    minigpt.register()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{place} cannot be read: {config.model_type} is no causal language model that "
+            "transformers knows."
+        )
     with torch.device("meta"):
         skeleton = _reading(place, lambda: AutoModelForCausalLM.from_config(config, **OURS_ALONE))
     if home is not None and (home / "generation_config.json").is_file():
@@ -130,9 +171,9 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
     model: Any
     if _is_minigpt(place):
         model = _dense(place, torch.float32)
-        return Source.of_model(_skeleton(config, None), model, Path(place)), ()
+        return Source.of_model(skeleton_of(config), model, Path(place)), ()
     home = _on_disk(place)
-    skeleton = _skeleton(config, home)
+    skeleton = skeleton_of(config, home)
     source = open_source(home, skeleton)
     if source is not None:
         return source, ()
@@ -144,7 +185,7 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         config.tie_word_embeddings = False  # whatever it said: the files have two of them
     notice = "Its files cannot be read weight by weight, so all of the model was in memory at once."
-    return Source.of_model(_skeleton(config, home), model, home), (notice,)
+    return Source.of_model(skeleton_of(config, home), model, home), (notice,)
 
 
 def _tokenizer(place: Path | str) -> PreTrainedTokenizerBase:

@@ -1,1 +1,1 @@
-"""Arithmetic on shapes: parameters and bytes of any model under any method. Imports no torch."""
+"""Parameters and bytes of any model under any method, from the description of its skeleton."""

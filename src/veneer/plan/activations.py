@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
+from veneer.adapter.report import TargetLine
+from veneer.models.description import Layer
 from veneer.plan.amounts import Term
 from veneer.plan.config import PlanConfig
 from veneer.plan.methods import Trained
-from veneer.plan.shapes import ModelShape, Part
+from veneer.plan.sizes import Block, Sizes
 
 # Packed batches are filled up to a multiple of this (TOKENS_STEP in fused/forward.py).
 TOKENS_STEP = 64
 FLOAT32 = 4
-# Layers that lead out of attention: their input is its output, not the residual stream.
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
-# What autograd keeps lies in the common heap, between what is let go at once, and leaves holes that
+# What autograd keeps is in the common heap, between what is freed at once, and leaves holes that
 # nothing fits into: from the third step on, resident memory grows with the number of layers by this
 # much more than what they keep (full training of LLaMA's layers 0.54, adapters over GPT-2's 0.38;
 # 8 × 256 tokens, 4 against 8 layers). The two functions keep theirs in an arena, without holes.
@@ -20,6 +23,8 @@ HOLES = 0.45
 # How many tensors of the inner width an activation keeps that is written out in Python; torch's own
 # keep one.
 KEPT = {"gelu_new": 4, "gelu_fast": 4}
+GATED = 3  # the activation's input, and both sides of its product with the other half
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # that `selective` makes again
 
 
 def tokens_of(config: PlanConfig) -> int:
@@ -28,185 +33,173 @@ def tokens_of(config: PlanConfig) -> int:
     return -(-tokens // TOKENS_STEP) * TOKENS_STEP
 
 
-def is_fused(shape: ModelShape, trained: Trained) -> bool:
-    """Say whether the blocks are computed as the two functions of fused/block.py."""
-    dropout = any(each.dropout for each in trained.adapted)
-    return shape.fused and not (trained.weights or dropout or trained.prefix)
+def is_fused(sizes: Sizes, trained: Trained) -> bool:
+    """Return whether the blocks are computed as the two functions of fused/block.py."""
+    dropout = any(line.config.dropout for line in trained.adapted)
+    return sizes.is_fused and not (trained.weights or dropout or trained.prefix)
 
 
-def recompute_of(config: PlanConfig, shape: ModelShape, trained: Trained) -> str:
+def recompute_of(config: PlanConfig, sizes: Sizes, trained: Trained) -> str:
     """Return what is computed again: whole layers for `selective` where the two functions do not
     suit, as fused/forward.py chooses."""
-    if config.recompute == "selective" and not is_fused(shape, trained):
+    if config.recompute == "selective" and not is_fused(sizes, trained):
         return "full"
     return config.recompute
 
 
-def kept(config: PlanConfig, shape: ModelShape, trained: Trained) -> list[Term]:
+def kept(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Term]:
     """Return what all layers, the last norm and the head keep."""
     tokens, width = tokens_of(config), config.width
-    layers = shape.depth - trained.first_block
-    if recompute_of(config, shape, trained) == "full":
+    blocks = sizes.blocks[trained.first_block :]
+    if recompute_of(config, sizes, trained) == "full":
         terms = [
             Term.of(
-                *(layers, "layers", tokens, "tokens", shape.dim, "numbers", width, "bytes"),
+                *(len(blocks), "layers", tokens, "tokens", sizes.dim, "numbers", width, "bytes"),
                 note="the input of each layer",
             )
         ]
     else:
-        terms = kept_by_layers(config, shape, trained, layers)
-    wide = FLOAT32 if shape.norms_in_python else width
-    last = width if shape.norms_in_python and _is_full(trained) else 0
+        terms = kept_by_blocks(config, sizes, trained, blocks)
+    wide = FLOAT32 if sizes.norms_in_python else width
+    last = width if sizes.norms_in_python and trained.trains_head else 0
     terms += [
-        Term.of(tokens, "tokens", shape.dim, "numbers", wide + last, "bytes", note="last norm"),
+        Term.of(tokens, "tokens", sizes.dim, "numbers", wide + last, "bytes", note="last norm"),
         Term.of(
-            *(2 if _is_full(trained) else 1, "", tokens, "tokens", shape.dim, "numbers"),
+            *(2 if trained.trains_head else 1, "", tokens, "tokens", sizes.dim, "numbers"),
             *(width, "bytes"),
             note="what the head reads, or its gradient",
         ),
     ]
-    if shape.rotary:
+    if sizes.is_rotary:
         terms.append(
             Term.of(
-                *(2, "", tokens, "tokens", shape.head_dim, "numbers", width, "bytes"),
+                *(2, "", tokens, "tokens", sizes.head_dim, "numbers", width, "bytes"),
                 note="cosines and sines",
             )
         )
-    if not shape.plain_head:
+    if not sizes.has_plain_head:
         terms.append(
             Term.of(
-                *(tokens, "tokens", shape.words, "words", FLOAT32, "bytes"),
-                note="log p of all words, as this head scales its logits",
+                *(tokens, "tokens", sizes.vocab, "vocab", FLOAT32, "bytes"),
+                note="log p of the whole vocabulary, as this head scales its logits",
             )
         )
     return terms
 
 
-def holes(config: PlanConfig, shape: ModelShape, trained: Trained) -> Term:
+def holes(config: PlanConfig, sizes: Sizes, trained: Trained) -> Term:
     """Return what the heap cannot use between what autograd keeps."""
-    terms = kept(config, shape, trained)
-    through = not is_fused(shape, trained) and recompute_of(config, shape, trained) != "full"
+    terms = kept(config, sizes, trained)
+    through = not is_fused(sizes, trained) and recompute_of(config, sizes, trained) != "full"
     total = sum(term.value for term in terms) if through else 0
     return Term.of(HOLES, "of", total, "bytes", note="holes in the heap between all these")
 
 
-def kept_by_layers(
-    config: PlanConfig, shape: ModelShape, trained: Trained, layers: int
+def kept_by_blocks(
+    config: PlanConfig, sizes: Sizes, trained: Trained, blocks: Iterable[Block]
 ) -> list[Term]:
-    """Return what so many layers keep that are not computed again whole."""
-    if is_fused(shape, trained):
-        return _by_two_functions(config, shape, trained, layers)
-    return _by_autograd(config, shape, trained, layers)
+    """Return what blocks keep that are not computed again whole; those that keep the same are
+    counted."""
+    by = _by_two_functions if is_fused(sizes, trained) else _by_autograd
+    alike: Counter[Term] = Counter()
+    for block in blocks:
+        alike.update(by(config, sizes, trained, block))
+    return [term.times(count, "layers") for term, count in alike.items() if term.value]
 
 
 def _by_two_functions(
-    config: PlanConfig, shape: ModelShape, trained: Trained, layers: int
+    config: PlanConfig, sizes: Sizes, trained: Trained, block: Block
 ) -> list[Term]:
     """x of both halves, attention's output, q, k, v, gate and up, A x, and attention's sums.
 
     `selective` makes q, k, v, gate, up and their A x again (save_for_backward in fused/block.py).
     """
     tokens, width = tokens_of(config), config.width
-    sparing = recompute_of(config, shape, trained) == "selective"
-    sizes = [(2 * shape.dim, "input of both halves"), (shape.q, "what attention gave")]
-    if not sparing:
-        sizes += [(shape.q + 2 * shape.kv, "q, k, v"), (2 * shape.inner, "gate and up")]
-    if config.method == "dora" and any(x.part.name == "down_proj" for x in trained.adapted):
-        sizes.append((shape.dim, "what down_proj gave, for its magnitude"))
-    terms = [
-        Term.of(
-            *(layers, "layers", tokens, "tokens", size, "numbers", width, "bytes"),
-            note=note,
-        )
-        for size, note in sizes
+    selective = recompute_of(config, sizes, trained) == "selective"
+    widths = [(2 * sizes.dim, "input of both halves"), (block.q, "what attention gave")]
+    if not selective:
+        widths += [(block.q + 2 * block.kv, "q, k, v"), (2 * block.inner, "gate and up")]
+    lines = _lines(block, trained)
+    if config.method == "dora" and any(line.layer.name == "down_proj" for line in lines):
+        widths.append((sizes.dim, "what down_proj gave, for its magnitude"))
+    again = PROJECTIONS if selective else ()
+    return [
+        *(
+            Term.of(tokens, "tokens", size, "numbers", width, "bytes", note=note)
+            for size, note in widths
+        ),
+        _ranks(config, [line for line in lines if line.layer.name not in again]),
+        _log_sums(config, block),
     ]
-    share = layers / max(1, shape.depth - trained.first_block)
-    again = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") if sparing else ()
-    ranks = sum(x.acting_rank for x in trained.adapted if x.part.name not in again) * share
-    terms += [
-        Term.of(ranks, "ranks", tokens, "tokens", width, "bytes", note="A x"),
-        _log_sums(shape, layers, tokens),
-    ]
-    return terms
 
 
-def _by_autograd(
-    config: PlanConfig, shape: ModelShape, trained: Trained, layers: int
-) -> list[Term]:
+def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> list[Term]:
     """What torch keeps of transformers' own layers.
 
     Norms: their input, in float32 where they are written in Python, and what is multiplied by a
-    weight that trains. Linear layers: their input, where they train or an adapter lies on them.
+    weight that trains. Linear layers: their input, where they train or an adapter is over them.
     Attention: q, k, v and its output, and scores where it is the model's own. Activation: see KEPT.
+    Experts: what each of those that compute a token gives, for its weight. Parameters under
+    adapters: W + s B A, as large as W.
     """
     tokens, width = tokens_of(config), config.width
-    parts = shape.in_block(shape.depth - 1)
-    own = {part.path for part in trained.weights}
-    touched = own | {each.part.path for each in trained.adapted}
-    norms = [part for part in parts if part.kind == "norm"]
-    norm_bytes = 0
-    for part in norms:
-        wide = _norm_width(part, shape)
-        norm_bytes += wide * (FLOAT32 if shape.norms_in_python else width)
-        norm_bytes += wide * width if shape.norms_in_python and part.path in own else 0
-    # Halves that run side by side share the one norm, and so their input.
-    shared = sum(part.out == shape.dim and not part.in_attention for part in norms) == 1
+    lines = _lines(block, trained)
+    norms = sum(_norm_bytes(norm, block, config, sizes, trained) for norm in block.norms)
     inputs = {}
-    for part in parts:
+    for layer in block.layers:
         # What leads out of attention reads what attention keeps anyway.
-        if part.path in touched and not (part.in_attention and part.name in OUTPUTS):
-            inputs[part.in_attention or shared, part.in_] = part.in_
+        touched = layer.path in trained.own_paths or layer.path in trained.lines
+        if touched and layer.is_linear and layer is not block.output:
+            half = layer.in_attention or block.has_one_norm
+            inputs[half, layer.in_] = layer.in_
     # DoRA's gain multiplies what each adapted layer gives, which is kept for the magnitude.
-    dora = config.method == "dora"
-    gained = sum(x.part.out for x in trained.adapted if dora and x.part in parts)
-    masks = sum(x.part.in_ for x in trained.adapted if x.dropout and x.part in parts)
-    if any(part.name in ("gate_proj", "gate_up_proj") for part in parts):
-        times = 3  # the activation's input, and both sides of its product with the other half
-    else:
-        times = KEPT.get(shape.activation, 1)
-    # Turned q and k stand beside the one tensor of which v is a part.
-    one_product = any(part.in_attention and part.out > shape.q for part in parts)
-    turned = shape.q + shape.kv if shape.rotary and one_product else 0
-    per_layer = (layers, "layers", tokens, "tokens")
-    share = layers / max(1, shape.depth - trained.first_block)
+    gained = sum(line.out for line in lines) if config.method == "dora" else 0
+    masks = sum(line.in_ for line in lines if line.config.dropout)
+    times = GATED if block.is_gated else KEPT.get(sizes.activation, 1)
+    # Turned q and k are kept beside the one tensor that v is in.
+    one_product = any(layer.out > block.q for layer in block.attention)
+    turned = block.q + block.kv if sizes.is_rotary and one_product else 0
+    attention = 2 * block.q + 2 * block.kv + turned
+    sums = sum(line.out * line.in_ for line in lines if line.layer.parameter)
+    numbers = ("numbers", width, "bytes")
     return [
-        Term.of(*per_layer, norm_bytes, "bytes", note="norms"),
+        Term.of(tokens, "tokens", norms, "bytes", note="norms"),
+        Term.of(tokens, "tokens", sum(inputs.values()), *numbers, note="inputs of linear layers"),
+        Term.of(tokens, "tokens", masks, *numbers, note="masks of dropout"),
+        Term.of(tokens, "tokens", gained, *numbers, note="what magnitudes multiply"),
+        Term.of(tokens, "tokens", attention, *numbers, note="q, k, v and what attention gave"),
+        Term.of(tokens, "tokens", times, "", block.inner, *numbers, note="activation"),
+        Term.of(tokens, "tokens", block.experts, "experts", sizes.dim, *numbers, note="their sum"),
+        _log_sums(config, block),
         Term.of(
-            *(*per_layer, sum(inputs.values()), "numbers", width, "bytes"),
-            note="inputs of linear layers",
-        ),
-        Term.of(*per_layer, masks, "numbers", width, "bytes", note="masks of dropout"),
-        Term.of(*per_layer, gained, "numbers", width, "bytes", note="what magnitudes multiply"),
-        Term.of(
-            *(*per_layer, 2 * shape.q + 2 * shape.kv + turned, "numbers", width, "bytes"),
-            note="q, k, v and what attention gave",
-        ),
-        Term.of(
-            *(*per_layer, times, "", shape.inner, "numbers", width, "bytes"),
-            note="activation",
-        ),
-        _log_sums(shape, layers, tokens),
-        Term.of(
-            *(*per_layer, shape.heads, "heads", config.length, "keys", shape.score_bytes, "bytes"),
+            *(tokens, "tokens", block.attention_heads, "heads", config.length, "keys"),
+            *(sizes.score_bytes, "bytes"),
             note="scores of the model's own attention",
         ),
-        Term.of(trained.ranks * share, "ranks", tokens, "tokens", width, "bytes", note="A x"),
+        _ranks(config, lines),
+        Term.of(sums, *numbers, note="W + s B A of adapted parameters"),
     ]
 
 
-def _is_full(trained: Trained) -> bool:
-    return any(part.is_head for part in trained.weights)
+def _lines(block: Block, trained: Trained) -> list[TargetLine]:
+    return [trained.lines[x.path] for x in block.layers if x.path in trained.lines]
 
 
-def _norm_width(part: Part, shape: ModelShape) -> int:
-    """Return the numbers a token that a norm reads: those of all heads where it has one head's."""
-    if part.in_attention and part.out == shape.head_dim:
-        return shape.q if part.name.startswith("q") else shape.kv
-    return part.out
+def _norm_bytes(
+    norm: Layer, block: Block, config: PlanConfig, sizes: Sizes, trained: Trained
+) -> int:
+    if not sizes.norms_in_python:
+        return block.norm_width(norm) * config.width
+    trains = norm.path in trained.own_paths
+    return block.norm_width(norm) * (FLOAT32 + config.width * trains)
 
 
-def _log_sums(shape: ModelShape, layers: int, tokens: int) -> Term:
-    return Term.of(
-        *(layers, "layers", tokens, "tokens", shape.heads, "heads", FLOAT32, "bytes"),
-        note="attention's log Σ exp",
-    )
+def _ranks(config: PlanConfig, lines: Iterable[TargetLine]) -> Term:
+    ranks = sum(line.rank * (1 + line.has_start) for line in lines)
+    tokens = tokens_of(config)
+    return Term.of(ranks, "ranks", tokens, "tokens", config.width, "bytes", note="A x")
+
+
+def _log_sums(config: PlanConfig, block: Block) -> Term:
+    tokens, heads = tokens_of(config), block.attention_heads
+    return Term.of(tokens, "tokens", heads, "heads", FLOAT32, "bytes", note="attention's log Σ exp")

@@ -1,56 +1,76 @@
-"""A model's shape by the name of a preset, a directory, or its config.json."""
+"""The model to plan: a preset, a directory, a config.json or a .gguf file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
 from veneer.errors import ModelError, nearest
+from veneer.models import gguf
+from veneer.models.description import describe
+from veneer.models.load import config_of, skeleton_of
 from veneer.plan.presets import PRESETS
-from veneer.plan.shapes import ModelShape, shape_of
+from veneer.plan.sizes import Sizes
+from veneer.quant.settings import quantization_of
 
 
-def find_shape(name: str | Path) -> ModelShape:
-    """Return the shape of a preset, or of the config.json that `name` is or holds.
+def find_sizes(name: str | Path) -> Sizes:
+    """Return the sizes of a preset, or of the model that `name` is or holds; no weight is read.
 
     Raises ModelError with what to do.
     """
-    return shape_of(find_config(name))
+    return sizes_of(find_config(name))
 
 
-def find_config(name: str | Path) -> Mapping[str, Any]:
-    """Return the configuration of a preset, or the config.json that `name` is or holds.
+def sizes_of(config: PretrainedConfig) -> Sizes:
+    """Return the sizes of the causal language model that transformers builds from a configuration.
 
-    What stands on the disk goes before a preset of the same name. Raises ModelError with what to
-    do.
+    Raises ModelError where it builds none.
+    """
+    skeleton: nn.Module = skeleton_of(config)
+    # Experts are multiplied in 16 bits alone where nothing but shapes is computed.
+    return Sizes(describe(skeleton.to(torch.bfloat16)))
+
+
+def find_config(name: str | Path) -> PretrainedConfig:
+    """Return the configuration of a preset, or of the model that `name` is or holds.
+
+    What is on the disk goes before a preset of the same name. Raises ModelError with what to do.
     """
     path = Path(name).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
         path /= "config.json"
     if path.is_file() and path.suffix == ".json":
-        return _read(path)
+        return config_of(_read(path))
+    if path.is_file() and path.suffix == ".gguf":
+        with gguf.read_once():
+            return gguf.load_config(path)
     if str(name) in PRESETS:
-        return PRESETS[str(name)]
-    if path.suffix == ".gguf":
-        raise ModelError(
-            f"{path} is a .gguf file, whose shapes cannot be planned; name the config.json of the "
-            "model that it was made of, or a preset."
-        )
+        return config_of(PRESETS[str(name)])
     if path.exists():
-        raise ModelError(f"{path} is neither a config.json nor a directory that holds one.")
+        raise ModelError(
+            f"{path} is neither a config.json, nor a .gguf file, nor a directory that holds a "
+            "config.json."
+        )
     raise ModelError(
-        f"{str(name)!r} cannot be planned: there is no such directory or config.json, and no such "
+        f"{str(name)!r} cannot be planned: there is no such directory or file, and no such "
         f"preset{nearest(str(name), PRESETS)}. Presets are {', '.join(PRESETS)}."
     )
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
+        json.loads(path.read_text(encoding="utf-8"))  # for a message that says what is wrong
+        # transformers' own reader knows what JSON has no numbers for, such as infinity.
+        settings, _ = PretrainedConfig.get_config_dict(str(path))
+    except Exception as error:  # of many kinds, as damage is
+        raise ModelError(f"{path} cannot be read as settings of a model: {error}") from error
+    if not isinstance(settings, dict):
         raise ModelError(f"{path} holds no settings of a model.")
-    return config
+    quantization_of(settings)  # what else than bitsandbytes quantized is refused in its own words
+    return settings

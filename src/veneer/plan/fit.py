@@ -62,7 +62,7 @@ def alternatives(plan: Plan) -> Iterator[PlanConfig]:
     """
     config = plan.config
     levels = LEVELS[LEVELS.index(config.recompute) :]
-    if not is_fused(plan.shape, plan.trained):  # selective would be full
+    if not is_fused(plan.sizes, plan.trained):  # selective would be full
         levels = tuple(level for level in levels if level in (config.recompute, "full"))
     for bits, mapped in _bases(config):
         changed = [

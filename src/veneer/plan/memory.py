@@ -8,7 +8,7 @@ from veneer.plan.activations import FLOAT32, holes, kept
 from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import PlanConfig
 from veneer.plan.methods import Trained
-from veneer.plan.shapes import ModelShape
+from veneer.plan.sizes import Sizes
 from veneer.plan.workspace import workspace
 
 # Bits of a number in NF4: its code, 8 bits a block of 64 for the scale, and 32 bits for each 256 of
@@ -54,7 +54,7 @@ class MemoryPlan:
 
 def plan_memory(
     config: PlanConfig,
-    shape: ModelShape,
+    sizes: Sizes,
     trained: Trained,
     *,
     runtime: int = RUNTIME,
@@ -68,19 +68,19 @@ def plan_memory(
     width, count = config.width, trained.count
     own = bool(trained.weights)  # trained in their own dtype; whatever is new is float32
     trained_width = width if own else FLOAT32
-    packed, rest = _weights(config, shape)
+    quantized, rest = _weights(config, sizes)
     # What is stored in 16 bits and computed in 32 is copied, wherever it came from.
-    mapped = [] if not config.mapped else packed if width == FLOAT32 else packed + rest
-    weights = [term for term in packed + rest if term not in mapped]
+    mapped = [] if not config.mapped else quantized if width == FLOAT32 else quantized + rest
+    weights = [term for term in quantized + rest if term not in mapped]
     numbers = count + trained.beside
     copies = Term.of(numbers, "parameters", width, "bytes", note="in the dtype of computing")
     optimizer = [Term.of(2, "moments", count, "parameters", FLOAT32, "bytes", note="AdamW")]
     if own and masters and width < FLOAT32:
         optimizer.append(Term.of(count, "masters", FLOAT32, "bytes", note="float32"))
     activations = amount(
-        "activations", *kept(config, shape, trained), holes(config, shape, trained)
+        "activations", *kept(config, sizes, trained), holes(config, sizes, trained)
     )
-    passing = workspace(config, shape, trained)
+    passing = workspace(config, sizes, trained)
     if len(optimizer) > 1:
         stepping = Term.of(
             *(count, "parameters", FLOAT32, "bytes"),
@@ -109,20 +109,22 @@ def plan_memory(
     )
 
 
-def _weights(config: PlanConfig, shape: ModelShape) -> tuple[list[Term], list[Term]]:
-    """Return the bytes of all weights: packed, and in the dtype of computing."""
-    width = config.width
+def _weights(config: PlanConfig, sizes: Sizes) -> tuple[list[Term], list[Term]]:
+    """Return the bytes of all weights: quantized, and in the dtype of computing."""
+    width, description = config.width, sizes.description
     if config.base_bits >= 16:
-        return [], [Term.of(shape.parameters, "parameters", width, "bytes")]
-    parts = [*shape.quantizable, *(p for p in shape.parts if p.is_head and config.pack_head)]
-    packed = sum(part.out * part.in_ for part in parts)
+        return [], [Term.of(description.parameters, "parameters", width, "bytes")]
+    layers = list(description.quantizable)
+    if config.pack_head and description.head is not None:
+        layers.append(description.head)
+    numbers = sum(layer.out * layer.in_ for layer in layers)
     rest = Term.of(
-        *(shape.parameters - packed, "parameters", width, "bytes"),
+        *(description.parameters - numbers, "parameters", width, "bytes"),
         note="embeddings, norms, biases" + ("" if config.pack_head else ", head"),
     )
     if config.base_bits == 4:
         note = f"NF4: {NF4_BITS:.3f} bits"
-        return [Term.of(packed, "numbers", NF4_BITS / 8, "bytes", note=note)], [rest]
-    rows = sum(part.out for part in parts)
-    codes = Term.of(packed, "numbers", 1, "byte", note="8-bit codes")
+        return [Term.of(numbers, "numbers", NF4_BITS / 8, "bytes", note=note)], [rest]
+    rows = sum(layer.out for layer in layers)
+    codes = Term.of(numbers, "numbers", 1, "byte", note="8-bit codes")
     return [codes, Term.of(rows, "rows", FLOAT32, "bytes", note="a scale each")], [rest]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from veneer.adapter.report import TargetLine
+from veneer.errors import ConfigError
+from veneer.models.description import ModelDescription
 from veneer.plan.config import ADAPTING, MethodName, PlanConfig
 from veneer.plan.memory import RUNTIME, MemoryPlan, plan_memory
-from veneer.plan.methods import Adapted, Trained, trained_by
-from veneer.plan.shapes import ModelShape
+from veneer.plan.methods import Trained, trained_by
+from veneer.plan.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -16,35 +20,39 @@ class Plan:
     lie on; methods without adapters leave them alone."""
 
     config: PlanConfig
-    shape: ModelShape
-    adapted: tuple[Adapted, ...]
+    sizes: Sizes
+    adapted: tuple[TargetLine, ...]
     trained: Trained
     memory: MemoryPlan
     runtime: int
 
     @property
+    def model(self) -> ModelDescription:
+        return self.sizes.description
+
+    @property
     def share(self) -> float:
         """Trained parameters as a part of the base's."""
-        return self.trained.count / self.shape.parameters
+        return self.trained.count / self.model.parameters
 
 
 def make_plan(
     config: PlanConfig,
-    shape: ModelShape,
-    adapted: tuple[Adapted, ...] = (),
+    sizes: Sizes,
+    adapted: tuple[TargetLine, ...] = (),
     *,
     runtime: int = RUNTIME,
 ) -> Plan:
     """Return the plan of training a model as `config` says, in a process of which `runtime` bytes
     are resident before any model is. Raises ConfigError for what cannot be."""
-    trained = trained_by(config, shape, adapted)
-    memory = plan_memory(config, shape, trained, runtime=runtime)
-    return Plan(config, shape, adapted, trained, memory, runtime)
+    trained = trained_by(config, sizes, adapted)
+    memory = plan_memory(config, sizes, trained, runtime=runtime)
+    return Plan(config, sizes, adapted, trained, memory, runtime)
 
 
 def replanned(plan: Plan, config: PlanConfig) -> Plan:
     """Return the plan for the same model with other settings."""
-    return make_plan(config, plan.shape, plan.adapted, runtime=plan.runtime)
+    return make_plan(config, plan.sizes, plan.adapted, runtime=plan.runtime)
 
 
 def comparison(plan: Plan) -> list[tuple[str, Plan]]:
@@ -53,30 +61,26 @@ def comparison(plan: Plan) -> list[tuple[str, Plan]]:
 
     The first is full training as textbooks count it: 16-bit weights and gradients, Adam's numbers
     in float32. The second is Veneer's, which keeps float32 masters of the weights too. Methods that
-    adapt layers are there only if the plan names layers.
+    adapt layers are there only if the plan names layers, and none that does not suit the model.
     """
     settings = plan.config
     plain = replace(settings, bits=None, pack_head=False, mapped=False)
-    blocks = min(settings.trained_blocks, plan.shape.depth)
-
-    def of(method: MethodName) -> Plan:
-        if method == settings.method:
-            return plan
-        return replanned(plan, replace(plain, method=method, trained_blocks=blocks))
-
-    full = of("full")
+    blocks = max(1, min(settings.trained_blocks, plan.model.depth))
+    full = plan if settings.method == "full" else replanned(plan, replace(plain, method="full"))
     textbook = replace(
         full,
         memory=plan_memory(
-            full.config,
-            full.shape,
-            full.trained,
-            runtime=full.runtime,
-            masters=False,
+            full.config, full.sizes, full.trained, runtime=full.runtime, masters=False
         ),
     )
     titled = [("full, textbook", textbook), ("full", full)]
-    titled.append((f"freeze, last {blocks}", of("freeze")))
-    others: tuple[MethodName, ...] = ("lora", "dora", "qlora", "prefix", "prompt")
-    titled += [(name, of(name)) for name in others if plan.adapted or name not in ADAPTING]
+    others: tuple[MethodName, ...] = ("freeze", "lora", "dora", "qlora", "prefix", "prompt")
+    for method in others:
+        title = f"freeze, last {blocks}" if method == "freeze" else method
+        if method == settings.method:
+            titled.append((title, plan))
+        elif plan.adapted or method not in ADAPTING:
+            with suppress(ConfigError):  # a method that does not suit this model
+                config = replace(plain, method=method, trained_blocks=blocks)
+                titled.append((title, replanned(plan, config)))
     return titled

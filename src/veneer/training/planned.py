@@ -11,13 +11,12 @@ from veneer.errors import ConfigError, ModelError
 from veneer.models.load import load_config
 from veneer.plan.config import MethodName as PlannedMethod
 from veneer.plan.config import PlanConfig
-from veneer.plan.find import find_shape
+from veneer.plan.find import find_config, sizes_of
 from veneer.plan.fit import flags, free_bytes, gentlest
 from veneer.plan.memory import GROWTH, RUNTIME
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, make_plan
 from veneer.plan.presets import PRESETS
-from veneer.plan.shapes import shape_of
 from veneer.quant.settings import Bits, quantization_of
 from veneer.training.recipe import Recipe
 
@@ -25,7 +24,7 @@ from veneer.training.recipe import Recipe
 def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
     """Return the plan of a run that computes in `dtype` on the processor.
 
-    Raises ModelError where the architecture is not known to plans, or a GPU would be used, and
+    Raises ModelError for what is no causal language model, or where a GPU would be used, and
     TargetError for targets that match nothing.
     """
     if torch.cuda.is_available():
@@ -33,13 +32,11 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
     name, training = recipe.model, recipe.training
     bits: Bits | None = recipe.bits
     head, mapped = recipe.pack_head, False
-    if name in PRESETS and not Path(name).exists():
-        shape = find_shape(name)
-    else:
-        config = load_config(name)
-        shape = shape_of(config.to_dict())
-        if packing := quantization_of(config.to_dict()):
-            bits, head, mapped = packing.bits, packing.head, True
+    preset = name in PRESETS and not Path(name).exists()
+    config = find_config(name) if preset else load_config(name)
+    if quantization := quantization_of(config.to_dict()):
+        bits, head, mapped = quantization.bits, quantization.head, True
+    sizes = sizes_of(config)
     method = recipe.method
     settings = PlanConfig(
         method=_planned_method(recipe, bits),
@@ -47,7 +44,7 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
         dtype="float32" if dtype == torch.float32 else "bf16",
         pack_head=head,
         tokens_per_batch=training.batch_tokens,
-        max_length=min(recipe.rows.max_length, shape.context or recipe.rows.max_length),
+        max_length=min(recipe.rows.max_length, sizes.context or recipe.rows.max_length),
         recompute=training.recompute,
         mapped=mapped,
         trained_blocks=method.trained_blocks or PlanConfig.trained_blocks,
@@ -58,8 +55,8 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
     )
     # Whoever calls from a program of their own may hold more than the libraries.
     runtime = max(RUNTIME, status("VmRSS") + GROWTH)
-    adapted = adapted_layers(shape, recipe.lora) if method.method == "lora" else ()
-    return make_plan(settings, shape, adapted, runtime=runtime)
+    adapted = adapted_layers(sizes, recipe.lora) if method.method == "lora" else ()
+    return make_plan(settings, sizes, adapted, runtime=runtime)
 
 
 def _planned_method(recipe: Recipe, bits: Bits | None) -> PlannedMethod:
@@ -129,7 +126,7 @@ def status(key: str) -> int:
 
 def why_no_merge(plan: Plan, free: int | None) -> str | None:
     """Return why a packed base cannot be merged within what is free, or None where it can."""
-    needed = plan.shape.parameters * plan.config.width  # all of it unpacked
+    needed = plan.model.parameters * plan.config.width  # all of it unpacked
     if plan.config.base_bits >= 16 or free is None or needed <= free:
         return None
     return (

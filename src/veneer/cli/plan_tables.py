@@ -1,0 +1,189 @@
+"""What `veneer plan` prints: parameters and memory of any model and method, and what fits."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from veneer.adapter.config import LoRA
+from veneer.adapter.uncovered import uncovered
+from veneer.cli.console import bytes_text, quieten_libraries
+from veneer.models.description import Layer
+from veneer.plan.config import ADAPTING, PlanConfig
+from veneer.plan.find import find_config, sizes_of
+from veneer.plan.fit import flags, free_bytes, gentlest
+from veneer.plan.methods import adapted_layers
+from veneer.plan.plan import Plan, comparison, make_plan
+from veneer.plan.sizes import Sizes
+from veneer.quant.settings import quantization_of
+
+# Columns of the output, whatever the terminal's: in fewer, numbers would be cut off or broken.
+WIDTH = 100
+
+
+def show_plan(model: str, lora: LoRA, config: PlanConfig, *, formulas: bool) -> None:
+    """Print the plan of training `model`, beside other methods and what is free here."""
+    quieten_libraries()
+    settings = find_config(model)
+    sizes, quantization = sizes_of(settings), quantization_of(settings.to_dict())
+    if quantization and config.bits is None and config.method in ("lora", "qlora"):
+        # As it is on the disk.
+        config = replace(
+            config,
+            method="qlora",
+            bits=quantization.bits,
+            pack_head=quantization.head,
+            mapped=True,
+        )
+    plan, free = make_plan(config, sizes, adapted_layers(sizes, lora)), free_bytes()
+    output = Console(highlight=False, width=WIDTH)
+    output.print(f"[bold]{escape(model)}[/]  {summary(sizes)}\n")
+    output.print(layers_table(plan))
+    output.print(f"{trained_text(plan)}\n")
+    output.print(methods_table(plan, free))
+    output.print()
+    output.print(memory_table(plan, formulas=formulas))
+    missing = uncovered(plan.model.model, lora) if config.method in ADAPTING else None
+    if missing:
+        output.print(f"[yellow]{escape(missing)}[/]")
+    for line in (*notes(plan), verdict(plan, free)):
+        output.print(line)
+
+
+def summary(sizes: Sizes) -> str:
+    """Return a model's widths in one line."""
+    heads = f"{sizes.heads} heads"
+    if sizes.kv not in (0, sizes.q):
+        heads += f" over {sizes.kv // max(1, sizes.head_dim)} of keys and values"
+    experts = max((block.experts for block in sizes.blocks if block.routed), default=0)
+    return (
+        f"{sizes.config.model_type}, {sizes.description.depth} blocks, dim {sizes.dim:,}, "
+        f"{heads}, feed-forward {sizes.inner:,}{f' ({experts} experts)' if experts else ''}, "
+        f"{sizes.vocab:,} tokens"
+    )
+
+
+def trained_text(plan: Plan) -> str:
+    """Return one line: how many parameters train, and what share that is."""
+    return (
+        f"{plan.config.method}: {plan.trained.count:,} of {plan.model.parameters:,} parameters "
+        f"train ({plan.share:.3%})"
+    )
+
+
+def layers_table(plan: Plan) -> Table:
+    """Return the layers with parameters; blocks whose layers have the same shapes share a line."""
+    lines, magnitudes = plan.trained.lines, plan.config.method == "dora"
+    alike: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
+    for layer in plan.model.layers:
+        rank = lines[layer.path].rank if layer.path in lines else None
+        trains = layer.path in plan.trained.own_paths
+        alike[layer.inner_path, layer.stored, layer.bias, rank, trains].append(layer)
+    table = _table("Layer (in its block)", "Times", "Weight", "Each", "All", "Trained", "Per cent")
+    for (name, *_), layers in alike.items():
+        first = layers[0]
+        trained = first.parameters if first.path in plan.trained.own_paths else 0
+        if line := lines.get(first.path):
+            trained = line.trained_factors + (first.out if magnitudes else 0)
+        weight = " × ".join(f"{size:,}" for size in first.oriented)
+        table.add_row(
+            escape(str(name)) + (" (tied)" if first.tied_to else ""),
+            f"{len(layers)}",
+            weight + (" + bias" if first.bias else ""),
+            f"{first.parameters:,}",
+            f"{sum(layer.parameters for layer in layers):,}",
+            f"{trained * len(layers):,}" if trained else "",
+            f"{trained / (first.out * first.in_):.2%}" if trained else "",
+        )
+    total = f"{plan.model.parameters:,}"
+    count = f"{plan.trained.count:,}"
+    table.add_section()
+    table.add_row("total", "", "", "", total, count, f"{plan.share:.3%}", style="bold")
+    return table
+
+
+def methods_table(plan: Plan, free: int | None) -> Table:
+    """Return what each method would train and need, with the plan's other settings."""
+    table = _table(
+        "Method", "Trained", "Per cent", "Weights", "Gradients", "Adam", "Kept", "Peak", "Fits"
+    )
+    for title, other in comparison(plan):
+        memory = other.memory
+        amounts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
+        fits = "" if free is None else "yes" if memory.peak <= free else "no"
+        table.add_row(
+            title,
+            f"{other.trained.count:,}",
+            f"{other.share:.3%}",
+            *(bytes_text(amount.value) for amount in amounts),
+            bytes_text(memory.peak),
+            fits,
+            style="bold" if title == plan.config.method else None,
+        )
+    return table
+
+
+def memory_table(plan: Plan, *, formulas: bool) -> Table:
+    """Return the plan's memory line by line, with each line's formula if asked for."""
+    config = plan.config
+    table = _table(f"Memory of {config.method}, {config.tokens_per_batch:,} tokens", "Bytes")
+    if formulas:
+        table.add_column("= sum of", overflow="fold")
+    for amount in plan.memory.amounts:
+        row = [amount.name, bytes_text(amount.value)]
+        table.add_row(*row, *([amount.formula] if formulas else []))
+    table.add_section()
+    table.add_row("peak", bytes_text(plan.memory.peak), style="bold")
+    if plan.memory.on_disk.value:
+        amount = plan.memory.on_disk
+        row = [amount.name, bytes_text(amount.value)]
+        table.add_row(*row, *([amount.formula] if formulas else []), style="dim")
+    return table
+
+
+def notes(plan: Plan) -> list[str]:
+    """Return why the numbers are smaller than those that are often quoted."""
+    sizes = plan.sizes
+    under = [x for x in plan.trained.adapted if x.layer.name in ("k_proj", "v_proj")]
+    if sizes.kv == sizes.q or not under or plan.config.method not in ADAPTING:
+        return []
+    square = plan.trained.count + sum(line.rank * (sizes.q - line.out) for line in under)
+    return [
+        f"[dim]Grouped-query attention: k and v are {sizes.dim:,} → {sizes.kv:,}, not → "
+        f"{sizes.q:,}. With as many heads of keys and values as of queries, these adapters would "
+        f"have {square:,} parameters instead of {plan.trained.count:,}.[/]"
+    ]
+
+
+def verdict(plan: Plan, free: int | None) -> str:
+    """Return whether the plan fits this machine and, if not, what would make it fit."""
+    peak = bytes_text(plan.memory.peak)
+    if free is None:
+        return f"Peak {peak}; how much is free here, this system does not say."
+    here = f"Peak {peak}; {bytes_text(free)} are free here"
+    if plan.memory.peak <= free:
+        return f"[green]{here}: it fits.[/]"
+    better = gentlest(plan, free)
+    if better is None:
+        return f"[red]{here}: it does not fit, whatever its settings.[/]"
+    disk = better.memory.on_disk.value
+    mapped = f", and {bytes_text(disk)} on the disk that veneer quantize wrote" if disk else ""
+    return (
+        f"[yellow]{here}: it does not fit.[/] With [bold]{flags(plan.config, better.config)}[/] it "
+        f"would: {bytes_text(better.memory.peak)}{mapped}."
+    )
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+    )
+    table.add_column(first, overflow="fold")
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table

@@ -1,0 +1,273 @@
+"""What a model's memory follows from: widths of its blocks, read from their layers' shapes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from veneer.adapter.method import Method, MethodName
+from veneer.adapter.virtual import virtual_shape
+from veneer.errors import ConfigError
+from veneer.fused.layers import looks_fusable
+from veneer.models.description import Layer, ModelDescription
+
+# Layers that lead out of attention: their input is its output, not the residual stream.
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+# Keys that scale or cap the logits of those who have them.
+HEAD_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+# Names that configurations have for how many experts compute a token.
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+# Bytes that attention keeps of each score: capped ones, and probabilities in float32 and in the
+# dtype of computing; what an attention of its own keeps that no packed attention can replace.
+CAPPED_SCORES, OWN_SCORES = 8, 4
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer: what it holds, and its widths in numbers a token.
+
+    q, kv: of all heads together. inner: of the feed-forward layers; with experts, of those that
+    compute a token. state: numbers of a state-space layer's state.
+    """
+
+    layers: tuple[Layer, ...]
+    dim: int
+    heads: int
+    experts: int  # how many of them compute a token, 0 for none
+
+    @cached_property
+    def attention(self) -> tuple[Layer, ...]:
+        """The linear layers of attention."""
+        return tuple(layer for layer in self.layers if layer.is_linear and layer.in_attention)
+
+    @property
+    def attention_heads(self) -> int:
+        """Heads of attention, 0 in a block without it."""
+        return self.heads if self.attention else 0
+
+    @cached_property
+    def output(self) -> Layer | None:
+        """The layer that leads out of attention."""
+        back = [layer for layer in self.attention if layer.out == self.dim]
+        named = [layer for layer in back if layer.name in OUTPUTS]
+        return next(reversed(named or back), None)
+
+    @cached_property
+    def q(self) -> int:
+        return self.output.in_ if self.output else 0
+
+    @cached_property
+    def kv(self) -> int:
+        """The mean width of keys and values."""
+        outs = sum(layer.out for layer in self.attention if layer is not self.output)
+        return max(0, outs - self.q) // 2
+
+    @cached_property
+    def feed_forward(self) -> tuple[Layer, ...]:
+        """The linear layers outside of attention that every token goes through."""
+        return tuple(
+            layer
+            for layer in self.layers
+            if layer.is_linear and not layer.in_attention and not _is_expert(layer)
+        )
+
+    @cached_property
+    def routed(self) -> int:
+        """The inner width of the experts that compute a token."""
+        stacks = [layer for layer in self.layers if layer.kind == "experts" or _is_expert(layer)]
+        back = [layer.oriented for layer in stacks if layer.oriented[-2] == self.dim]
+        return self.experts * max((shape[-1] for shape in back), default=0)
+
+    @cached_property
+    def dense(self) -> int:
+        """The inner width of what every token goes through."""
+        back = [layer for layer in self.feed_forward if layer.out == self.dim]
+        wide = [layer for layer in back if layer.in_ != self.dim] or back[-1:]
+        return sum(layer.in_ for layer in wide)
+
+    @property
+    def inner(self) -> int:
+        return self.dense + self.routed
+
+    @cached_property
+    def is_gated(self) -> bool:
+        """Whether two of the inner width are multiplied (Shazeer 2020)."""
+        outs = sum(layer.out for layer in self.feed_forward if layer.in_ == self.dim)
+        return self.routed > 0 or outs >= 2 * self.dense > 0
+
+    @cached_property
+    def norms(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.kind == "norm")
+
+    @property
+    def has_one_norm(self) -> bool:
+        """Whether halves that run side by side share the one norm, and so their input."""
+        return sum(x.out == self.dim and not x.in_attention for x in self.norms) == 1
+
+    def norm_width(self, norm: Layer) -> int:
+        """Return the numbers a token that a norm reads: those of all heads where it has one
+        head's."""
+        size = norm.out * norm.in_
+        if not (norm.in_attention and self.heads and size == self.q // self.heads):
+            return size
+        of_queries = any(name.startswith("q") for name in norm.inner_path.split("."))
+        return self.q if of_queries else self.kv
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The widths of a model, in numbers a token, and how it computes."""
+
+    description: ModelDescription
+
+    @cached_property
+    def config(self) -> Any:
+        return self.description.config
+
+    @cached_property
+    def dim(self) -> int:
+        """The width of the residual stream."""
+        head, embedding = self.description.head, self.description.embedding
+        layer = head.in_ if head else embedding.out if embedding else 0
+        return _first_number(self.config, ("hidden_size",)) or layer
+
+    @cached_property
+    def vocab(self) -> int:
+        """Tokens of which the head makes logits."""
+        head = self.description.head or self.description.embedding
+        return head.out if head is not None and head.is_head else head.in_ if head else 0
+
+    @property
+    def heads(self) -> int:
+        return max((block.heads for block in self.blocks), default=0)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        by_block = self.description.by_block
+        configs = getattr(self.config, "per_layer_config", None) or [self.config] * len(by_block)
+        return tuple(
+            Block(
+                layers,
+                self.dim,
+                _first_number(config, ("num_attention_heads",)),
+                _first_number(config, EXPERTS_PER_TOKEN),
+            )
+            for layers, config in zip(by_block, configs, strict=True)
+        )
+
+    @cached_property
+    def prefix_shape(self) -> tuple[int, ...]:
+        """Shape of the keys and values of a virtual token: (layers, 2, kv_heads, 1, head_dim).
+
+        Raises ConfigError for a model whose layers do not all keep such.
+        """
+        return self._virtual_shape("prefix")
+
+    @cached_property
+    def prompt_shape(self) -> tuple[int, ...]:
+        """Shape of the embedding of a virtual token: (1, dim). Raises ConfigError for a model that
+        takes no virtual tokens."""
+        return self._virtual_shape("prompt")
+
+    def _virtual_shape(self, method: MethodName) -> tuple[int, ...]:
+        try:
+            return virtual_shape(self.description.model, Method(method, virtual_tokens=1))
+        except ConfigError:
+            raise
+        except Exception as error:  # of many kinds: not all models compute on shapes alone
+            raise ConfigError(f"{method} cannot be planned for this model ({error}).") from error
+
+    def block_of(self, layer: Layer) -> int:
+        """Return the lowest block that a gradient of a layer must reach: the number of blocks for
+        the head, and 0 for whatever else is outside of the blocks."""
+        if layer.is_head:
+            return len(self.blocks)
+        inside = layer.path.startswith(f"{self.description.blocks}.")
+        return layer.block if inside and layer.block is not None else 0
+
+    @cached_property
+    def kinds_of_block(self) -> tuple[Block, ...]:
+        """One block of each set of widths."""
+        widths = {(x.q, x.kv, x.inner, len(x.layers), bool(x.attention)): x for x in self.blocks}
+        return tuple(widths.values())
+
+    @property
+    def inner(self) -> int:
+        """The inner width of the widest feed-forward layer."""
+        return max((block.inner for block in self.blocks), default=0)
+
+    @property
+    def q(self) -> int:
+        return max((block.q for block in self.blocks), default=0)
+
+    @property
+    def kv(self) -> int:
+        return max((block.kv for block in self.blocks), default=0)
+
+    @cached_property
+    def head_dim(self) -> int:
+        return self.q // self.heads if self.heads else 0
+
+    @cached_property
+    def context(self) -> int | None:
+        """Tokens of the longest row that the model reads."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @cached_property
+    def is_fused(self) -> bool:
+        """Whether Veneer computes its blocks as two functions (fused/layers.py), as far as
+        structure tells."""
+        blocks = self.description.model.get_submodule(self.description.blocks or "")
+        likely = isinstance(blocks, nn.ModuleList) and all(map(looks_fusable, blocks))
+        plain = getattr(self.config, "residual_multiplier", 1) == 1
+        return likely and plain and self.activation == "silu"
+
+    @cached_property
+    def norms_in_python(self) -> bool:
+        """Whether norms are written out in Python and keep a float32 copy, as LLaMA's do."""
+        norms = [layer.module for layer in self.description.layers if layer.kind == "norm"]
+        return any(not isinstance(norm, nn.LayerNorm | nn.RMSNorm) for norm in norms)
+
+    @cached_property
+    def has_plain_head(self) -> bool:
+        """Whether it gives the logits as they are, neither scaled nor capped."""
+        return all(getattr(self.config, key, None) in (None, 1) for key in HEAD_SCALES)
+
+    @cached_property
+    def is_rotary(self) -> bool:
+        """Whether q and k are turned by positions."""
+        modules = self.description.model.modules()
+        return any("rotary" in type(module).__name__.lower() for module in modules)
+
+    @cached_property
+    def activation(self) -> str:
+        names = ("activation_function", "hidden_act", "hidden_activation")
+        return next((str(getattr(self.config, x)) for x in names if hasattr(self.config, x)), "")
+
+    @cached_property
+    def score_bytes(self) -> int:
+        """Bytes that attention keeps of each score; 0 where Veneer's packed attention suits it."""
+        if getattr(self.config, "attn_logit_softcapping", None):
+            return CAPPED_SCORES
+        code = sys.modules[type(self.description.model).__module__]
+        return 0 if hasattr(code, "ALL_ATTENTION_FUNCTIONS") else OWN_SCORES
+
+
+def _is_expert(layer: Layer) -> bool:
+    return layer.is_linear and ".experts." in layer.path
+
+
+def _first_number(config: Any, names: tuple[str, ...]) -> int:
+    values = (_setting(config, name) for name in names)
+    return next((value for value in values if isinstance(value, int)), 0)
+
+
+def _setting(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers' own, for what differs from layer to layer
+        return None

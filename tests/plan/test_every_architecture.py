@@ -1,0 +1,69 @@
+"""Every causal language model that transformers knows is planned, and exactly.
+
+What trains is counted in the model that transformers builds, on the meta device in its usual size.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+from veneer import LoRA, TargetError, VeneerWarning
+from veneer.adapter.attach import attach
+from veneer.plan.config import PlanConfig
+from veneer.plan.find import find_sizes
+from veneer.plan.methods import adapted_layers
+from veneer.plan.plan import make_plan
+
+# Settings for those that cannot be built with the usual ones of their own.
+SETTINGS = {
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "reformer": {"is_decoder": True},
+}
+# Those that transformers itself does not build from settings alone, or not without a package more.
+UNBUILT = {
+    *("cohere_compass_text", "dbrx", "gemma3n", "gemma4_assistant"),
+    *("musicgen", "musicgen_melody", "qwen4_exp", "qwen4_exp_text"),
+}
+# Of all kinds: plain, parallel, experts, shared experts, latent attention, state spaces, hybrids.
+QUICK = {
+    *("llama", "gpt2", "bloom", "falcon", "opt", "gemma2", "qwen3", "mixtral", "deepseek_v3"),
+    *("gpt_oss", "llama4_text", "mamba", "mamba2", "jamba", "falcon_h1", "rwkv", "xlnet", "mllama"),
+}
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in sorted(CAUSAL)],
+)
+def test_an_architecture_is_planned_exactly(model_type, tmp_path):
+    if model_type in UNBUILT:
+        pytest.skip("transformers does not build it")
+    config = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    config.to_json_file(tmp_path / "config.json")
+    sizes = find_sizes(tmp_path)
+    full = make_plan(PlanConfig(method="full"), sizes)
+    assert full.trained.count == sum(weight.numel() for weight in model.parameters())
+    lora = LoRA(rank=1, targets="all")
+    try:
+        plan = make_plan(PlanConfig(), sizes, adapted_layers(sizes, lora))
+    except TargetError:  # a model without linear layers
+        with pytest.raises(TargetError):
+            attach(model, lora)
+        return
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", VeneerWarning)  # of experts
+        attach(model, lora)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert plan.trained.count == trained
+    assert plan.memory.activations.value > 0
