@@ -20,7 +20,8 @@ from veneer.plan.find import find_sizes, sizes_of
 from veneer.plan.methods import adapted_layers, trained_by
 
 EXPERTS = {"mixtral": "experts.gate_up_proj,experts.down_proj,q_proj", "gpt_oss": "gate_up_proj"}
-EVERY = ALL | VARIANTS | {name: OTHER_DECODERS[name] for name in ("qwen2_moe", "qwen3_moe", *EXPERTS)}
+MIXTURES = ("qwen2_moe", "qwen3_moe", *EXPERTS)
+EVERY = ALL | VARIANTS | {name: OTHER_DECODERS[name] for name in MIXTURES}
 EXPERTS_ALONE = ("mixtral", "gpt_oss", "qwen3_moe")  # with no feed-forward layer beside them
 # What PEFT finds by names in a configuration, of which MiniGPT has its own.
 MINIGPT = {"token_dim": 32, "num_attention_heads": 4, "num_layers": 2}
