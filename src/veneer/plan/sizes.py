@@ -148,7 +148,7 @@ class Sizes:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         by_block = self.description.by_block
-        configs = getattr(self.config, "per_layer_config", None) or ()
+        configs = _setting(self.config, "per_layer_config") or ()
         if len(configs) != len(by_block):
             configs = [self.config] * len(by_block)
         return tuple(
