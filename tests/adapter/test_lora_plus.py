@@ -28,11 +28,11 @@ LR = 3e-4
 
 def ours(model: Any, ratio: float) -> dict[str, float]:
     """Return each adapted layer's learning rates as {path.A or B: lr}."""
-    found = {}
+    rates = {}
     for name, times in lr_ratios(model, ratio=ratio, lr=LR).items():
-        path, _, rest = name.partition(".adapters.")
-        found[f"{path}.{rest[-1]}"] = times * LR
-    return found
+        path, _, weight = name.partition(".adapters.")
+        rates[f"{path}.{weight[-1]}"] = times * LR
+    return rates
 
 
 def theirs(architecture: str, targets: list[str], ratio: float) -> dict[str, float]:
@@ -43,13 +43,13 @@ def theirs(architecture: str, targets: list[str], ratio: float) -> dict[str, flo
         )
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=ratio)
     names = {id(weight): name for name, weight in model.named_parameters()}
-    found = {}
+    rates = {}
     for group in optimizer.param_groups:
         for weight in group["params"]:
-            path, _, rest = names[id(weight)].partition(".lora_")
-            kind = rest.removeprefix("embedding_")[0]
-            found[f"{path.removeprefix('base_model.model.')}.{kind}"] = group["lr"]
-    return found
+            path, _, factor = names[id(weight)].partition(".lora_")
+            factor = factor.removeprefix("embedding_")[0]
+            rates[f"{path.removeprefix('base_model.model.')}.{factor}"] = group["lr"]
+    return rates
 
 
 @pytest.mark.parametrize("ratio", [0.25, 4.0, 16.0])
@@ -58,22 +58,22 @@ def test_groups_are_the_authors(architecture, ratio):
     model = tiny(architecture)
     config = veneer.LoRA(rank=2, targets=targets_named(model, "everything"))
     veneer.attach(model, config)
-    found = ours(model, ratio)
-    targets = sorted({path.rpartition(".")[0].rpartition(".")[2] for path in found})
-    wanted = theirs(architecture, targets, ratio)
-    assert found.keys() == wanted.keys()
-    for name, lr in wanted.items():
-        assert found[name] == pytest.approx(lr, rel=1e-12), name
-    assert {round(lr, 12) for lr in found.values()} == {
+    rates = ours(model, ratio)
+    targets = sorted({path.rpartition(".")[0].rpartition(".")[2] for path in rates})
+    expected = theirs(architecture, targets, ratio)
+    assert rates.keys() == expected.keys()
+    for name, lr in expected.items():
+        assert rates[name] == pytest.approx(lr, rel=1e-12), name
+    assert {round(lr, 12) for lr in rates.values()} == {
         round(lr, 12) for lr in (LR, LR * ratio, EMBEDDING_LR)
     }
 
 
-def test_rows_of_new_words_learn_as_A_does():
+def test_rows_of_new_tokens_learn_as_A_does():
     model = tiny("llama")
-    words = with_new_tokens(model, tokenizer())
+    new = with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2))
-    for rows in words.parameters():
+    for rows in new.parameters():
         rows.requires_grad_(True)
     ratios = lr_ratios(model, ratio=8.0, lr=LR)
     assert {times for name, times in ratios.items() if name.endswith("rows")} == {1.0}

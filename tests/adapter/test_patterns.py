@@ -1,4 +1,4 @@
-"""Patterns match as in PEFT, and those that never end are given up."""
+"""Patterns match as in PEFT, and those that take too long are refused."""
 
 import re
 import time
@@ -56,15 +56,15 @@ ENDLESS = (
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_end_of_a_path_as_peft_matches_it(pattern):
     for path in PATHS:
-        wanted = re.match(rf"(.*\.)?({pattern})$", path) is not None
-        assert Matcher().at_end(pattern, path) == wanted, path
+        expected = re.match(rf"(.*\.)?({pattern})$", path) is not None
+        assert Matcher().at_end(pattern, path) == expected, path
         assert Matcher().within(f"re:{pattern}", path) == bool(re.search(pattern, path)), path
 
 
 @given(st.text("ab.", max_size=5), st.text("ab.", max_size=9))
 def test_names_and_dots_are_the_expressions_that_they_look_like(pattern, path):
-    wanted = re.match(rf"(.*\.)?({pattern})$", path) is not None
-    assert Matcher().at_end(pattern, path) == wanted
+    expected = re.match(rf"(.*\.)?({pattern})$", path) is not None
+    assert Matcher().at_end(pattern, path) == expected
 
 
 @pytest.mark.parametrize("pattern", ENDLESS)

@@ -41,7 +41,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class LoRA:
-    """How a low-rank adapter is laid over a base: y = W x + scaling · B (A x).
+    """How a low-rank adapter is attached to a base: y = W x + scaling · B (A x).
 
     `scaling` is alpha / rank, or alpha / √rank with `rslora` (Kalajdzievski, arXiv 2312.03732).
     Patterns map a regular expression that matches the end of a layer's path to a rank or an alpha
@@ -137,7 +137,7 @@ class LoRA:
 
 
 def split_names(targets: str) -> list[str]:
-    """Return names that stand between commas; a pattern, as in re:q{1,2}, is one."""
+    """Return the names between commas; a pattern, as in re:q{1,2}, is one name."""
     return [targets] if targets.startswith("re:") else targets.split(",")
 
 

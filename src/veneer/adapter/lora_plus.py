@@ -24,10 +24,11 @@ def lr_ratios(model: nn.Module, *, ratio: float, lr: float) -> Mapping[str, floa
         if isinstance(layer, LoRAEmbedding)
         for weight in layer.adapters.parameters()
     }
-    found = {}
-    for name, weight in model.named_parameters():
+
+    def ratio_of(name: str, weight: nn.Parameter) -> float:
         if id(weight) in embeddings:
-            found[name] = EMBEDDING_LR / lr
-        elif name.endswith(".lora_B") or weight.ndim == 1:
-            found[name] = ratio
-    return {name: found.get(name, 1.0) for name, w in model.named_parameters() if w.requires_grad}
+            return EMBEDDING_LR / lr
+        return ratio if name.endswith(".lora_B") or weight.ndim == 1 else 1.0
+
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: ratio_of(name, weight) for name, weight in trained.items()}

@@ -1,4 +1,4 @@
-"""What else than low-rank adapters may train: a frozen, validated value that imports no torch."""
+"""What trains other than a low-rank adapter: a frozen, validated value that imports no torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Method:
     prefix_mlp: int | None = None
     """With prefix, let an MLP of this width make the keys and values while training."""
     prompt_text: str | None = None
-    """With prompt, start from this text's embeddings; from words drawn at random unless given."""
+    """With prompt, start from this text's embeddings; from tokens drawn at random unless given."""
 
     def __post_init__(self) -> None:
         own = METHOD_DEFAULTS.get(self.method, {})
@@ -75,12 +75,12 @@ class Method:
 
 
 def is_virtual(config: object) -> bool:
-    """Return whether a configuration is of virtual tokens, which are no weights of the base."""
+    """Return whether a configuration trains virtual tokens."""
     return isinstance(config, Method) and config.method in ("prefix", "prompt")
 
 
-def in_words(config: Method) -> str:
-    """Return what a method trains, for people."""
+def description(config: Method) -> str:
+    """Return what a method trains, as text for people."""
     match config.method:
         case "freeze":
             beside = ["all norms"] * config.train_norms + ["the head"] * config.train_head

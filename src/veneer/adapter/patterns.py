@@ -1,7 +1,7 @@
-"""Regular expressions that name layers, matched in a time that ends.
+"""Regular expressions that name layers, matched within a limit of time.
 
 They come from files of strangers, and some, such as (a|aa)+b, keep Python's `re` busy for years.
-The package `regex` reads the same language and can be told when to stop.
+The package `regex` reads the same language and has a timeout.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import regex
 from veneer.errors import ConfigError, shortened
 
 Value = TypeVar("Value")
-# Seconds of the processor for all matches of one Matcher, beyond what an ordinary match may take,
-# which is one or two millionths.
+# Processor time for all matches of one Matcher, not counting for each what an ordinary match takes
+# at most, which is one or two millionths of a second.
 MATCHING_SECONDS, ORDINARY_SECONDS = 0.25, 5e-6
 MOST_PATTERNS, LONGEST_PATTERN = 1000, 20_000  # of one adapter, and characters of each
-NAMES = re.compile(r"[\w.]+")  # what is no more than a path, and is compared as one
+NAMES = re.compile(r"[\w.]+")  # paths, which are compared without a regular expression
 ANY_ERROR = (re.error, regex.error, RecursionError, OverflowError, MemoryError)
 
 
 class Matcher:
     """Matches patterns to paths until its time is up.
 
-    Raises ConfigError for a pattern that is none, and from then on when the time is up.
+    Raises ConfigError for what is no pattern, and for every match after the time is up.
     """
 
     def __init__(self) -> None:
@@ -60,13 +60,13 @@ class Matcher:
 
 
 class ByPath(Generic[Value]):
-    """For each path the value of the first pattern that matches its end, or the usual one.
+    """For each path the value of the first pattern that matches its end, or the default.
 
     `of` raises ConfigError for patterns that take too long.
     """
 
-    def __init__(self, patterns: Mapping[str, Value], usual: Value) -> None:
-        self._patterns, self._usual = patterns, usual
+    def __init__(self, patterns: Mapping[str, Value], default: Value) -> None:
+        self._patterns, self._default = patterns, default
         self._matcher = Matcher()
         self._values: dict[str, Value] = {}
 
@@ -75,7 +75,7 @@ class ByPath(Generic[Value]):
         if path not in self._values:
             matching = (p for p in self._patterns if self._matcher.at_end(p, path))
             first = next(matching, None)
-            self._values[path] = self._usual if first is None else self._patterns[first]
+            self._values[path] = self._default if first is None else self._patterns[first]
         return self._values[path]
 
 
@@ -115,7 +115,7 @@ def _compiled(pattern: str, whole: str, called: str) -> Any:
         raise ConfigError(f"{called} has more than {LONGEST_PATTERN:,} characters")
     try:
         re.compile(pattern)
-        re.compile(whole)  # what only `regex` understands would mean another thing elsewhere
+        re.compile(whole)  # what only `regex` reads would have another meaning in PEFT
         return regex.compile(whole)
     except ANY_ERROR as error:
         raise ConfigError(f"{called} is no regular expression ({error})") from error

@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import nn
 
 from veneer.adapter.config import LoRA
-from veneer.adapter.method import Method, in_words
+from veneer.adapter.method import Method, description
 from veneer.adapter.targets import resolve
 from veneer.adapter.uncovered import uncovered
 from veneer.models.description import Layer
@@ -109,7 +109,7 @@ def report_trained(model: nn.Module, config: LoRA | Method) -> TargetReport:
     if isinstance(config, LoRA):
         return report_targets(model, config)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return TargetReport(in_words(config), trained, parameter_count(model))
+    return TargetReport(description(config), trained, parameter_count(model))
 
 
 @dataclass(frozen=True, slots=True)

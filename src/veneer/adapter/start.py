@@ -1,4 +1,4 @@
-"""Starts that take more than the weight: its gradient, or what packing took from it."""
+"""Starts of A and B that need more than the weight: its gradient, or its quantization error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.errors import ConfigError, TrainingError
 from veneer.lowrank.formula import Factors
 from veneer.lowrank.initial import from_gradient, nearest_factors
 from veneer.models.load import open_base
-from veneer.quant.weight import quantized_layers
+from veneer.quant.weight import QuantizedLinear
 
 NOT_FINITE = (
     "LoRA-GA starts from the gradient of the first rows, which is not finite; take cleaner rows, "
@@ -28,41 +28,41 @@ NOT_FINITE = (
 
 
 def start_from_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> None:
-    """Start the acting adapters that ask for `lora_ga` from the gradient of `loss()`, in place.
+    """Start the adapters in use that ask for `lora_ga` from the gradient of `loss()`, in place.
 
-    The model still says what the base does. `loss` must compute each adapted layer by the layer's
-    own forward. One gradient of a whole weight is held at a time, beside the head's, whose rows
-    come in several parts. Raises TrainingError where the loss or a gradient is not finite,
-    ConfigError where another layer is used several times.
+    The model's outputs stay those of the base. `loss` must call each adapted layer by its own
+    forward. One gradient of a whole weight is held at a time, beside the head's, which comes in
+    several summands. Raises TrainingError where the loss or a gradient is not finite, ConfigError
+    where another layer is used several times.
     """
     waiting = dict(_waiting(model))
     if not waiting:
         return
 
-    def note(layer: LoRALinear, args: tuple[Tensor], y: Tensor) -> None:
+    def forward_hook(layer: LoRALinear, args: tuple[Tensor], y: Tensor) -> None:
         x = args[0].detach().flatten(0, -2)  # (tokens, in)
-        y.register_hook(lambda dy: add(layer, dy.flatten(0, -2).T @ x))
+        y.register_hook(lambda dy: take(layer, dy.flatten(0, -2).T @ x))
 
-    def add(layer: LoRALinear, gradient: Tensor) -> None:
+    def take(layer: LoRALinear, gradient: Tensor) -> None:
         if layer is head:
-            of_head.append(of_head.pop() + gradient if of_head else gradient)
-        elif found.keys() & set(waiting[layer]):
+            head_gradient.append(head_gradient.pop() + gradient if head_gradient else gradient)
+        elif starts.keys() & set(waiting[layer]):
             raise ConfigError(
                 "lora_ga needs layers that are used once in a pass; take another init."
             )
         else:
-            find(layer, gradient)
+            decompose(layer, gradient)
 
-    def find(layer: LoRALinear, gradient: Tensor) -> None:
+    def decompose(layer: LoRALinear, gradient: Tensor) -> None:
         if not bool(torch.isfinite(gradient).all()):
             raise TrainingError(NOT_FINITE)
         for adapter in waiting[layer]:
-            found[adapter] = from_gradient(gradient, adapter.rank, adapter.scaling)
+            starts[adapter] = from_gradient(gradient, adapter.rank, adapter.scaling)
 
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    of_head: list[Tensor] = []
-    found: dict[Adapter, Factors] = {}
-    hooks = [layer.register_forward_hook(note) for layer in waiting]
+    head_gradient: list[Tensor] = []  # the sum so far, if any
+    starts: dict[Adapter, Factors] = {}
+    hooks = [layer.register_forward_hook(forward_hook) for layer in waiting]
     try:
         total = loss()
     finally:
@@ -72,36 +72,37 @@ def start_from_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> None:
         raise TrainingError(NOT_FINITE)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     torch.autograd.grad(total, trained, allow_unused=True)
-    for gradient in of_head:
-        find(head, gradient)
+    for gradient in head_gradient:
+        decompose(head, gradient)
+    # Only now, because the backward pass needed A and B. Without a gradient they stay as they are.
     for adapter in chain.from_iterable(waiting.values()):
-        # Not before, for the way back looked at them. Without a gradient, they start as they are.
-        adapter.start_at(*found.get(adapter, (adapter.lora_A, adapter.lora_B)))
+        adapter.start_at(*starts.get(adapter, (adapter.lora_A, adapter.lora_B)))
 
 
 def start_from_rounding(
     model: PreTrainedModel, name: str, generator: torch.Generator | None
 ) -> None:
-    """Start the adapter called `name` as what packing took from the base, as far as its rank can
-    hold it, in place: W ≈ Ŵ + s B A (LoftQ, Li et al. 2023, section 3, with Ŵ as it is).
+    """Start the adapter called `name` as the quantization error, cut to its rank, in place:
+    W ≈ Ŵ + s B A (LoftQ, Li et al. 2023, section 3, with a fixed Ŵ).
 
-    The base's own weights are read again, one at a time. Raises ConfigError where the model names
-    no place that they came from, ModelError where there are none.
+    The base's own weights are read again, one at a time. Raises ConfigError where the model does
+    not say where they are, ModelError where there are none.
     """
-    packed = quantized_layers(model)
     if not model.config._name_or_path:
-        raise ConfigError("loftq reads the base as it was before packing: load it from a place.")
+        raise ConfigError(
+            "loftq reads the base as it was before quantizing; load it from a directory or the hub."
+        )
     source, _, _ = open_base(model.config._name_or_path)
     for path, layer in lora_layers(model):
         if not isinstance(layer, AdaptedLayer) or name not in layer.adapters:
             continue
-        if f"{path}.original" not in packed:
+        if not isinstance(layer.original, QuantizedLinear):
             continue
         weight = source.read(f"{path}.weight").to(layer.base_weight.device, torch.float32)
-        own = weight.T if packed[f"{path}.original"].transposed else weight
+        W = weight.T if layer.original.transposed else weight
         adapter: Any = layer.adapters[name]
-        lost = own - layer.dense_base_weight.to(torch.float32)
-        A, B = nearest_factors(lost, adapter.rank, adapter.scaling, generator)
+        error = W - layer.dense_base_weight.to(torch.float32)
+        A, B = nearest_factors(error, adapter.rank, adapter.scaling, generator)
         with torch.no_grad():
             adapter.lora_A.copy_(A)
             adapter.lora_B.copy_(B)
@@ -110,12 +111,12 @@ def start_from_rounding(
 
 
 def _waiting(model: nn.Module) -> Iterator[tuple[LoRALinear, list[Adapter]]]:
-    """Yield layers with those of their acting adapters that have yet to start from a gradient."""
+    """Yield layers with those adapters in use that have yet to start from a gradient."""
     active_adapters = active_adapters_of(model)
-    acting = {name: active_adapters.configs[name] for name in active_adapters.weights}
-    names = [n for n, c in acting.items() if isinstance(c, LoRA) and c.init == "lora_ga"]
+    configs = {name: active_adapters.configs[name] for name in active_adapters.weights}
+    names = [n for n, c in configs.items() if isinstance(c, LoRA) and c.init == "lora_ga"]
     for _, layer in lora_layers(model):
-        parts = [layer.adapters[name] for name in names if name in layer.adapters]
-        found = [part for part in parts if isinstance(part, Adapter) and part.start is None]
-        if found and isinstance(layer, LoRALinear):
-            yield layer, found
+        adapters = [layer.adapters[name] for name in names if name in layer.adapters]
+        unstarted = [a for a in adapters if isinstance(a, Adapter) and a.start is None]
+        if unstarted and isinstance(layer, LoRALinear):
+            yield layer, unstarted

@@ -20,19 +20,19 @@ from veneer.quant.weight import quantized_layers
 def unfreeze(model: PreTrainedModel, config: Method) -> None:
     """Let the weights train that `config` names, and no others, in place.
 
-    Raises ConfigError where the model has no such blocks or is packed, AdapterError where adapters
-    lie over it: they would belong to a base that is no more.
+    Raises ConfigError where the model has no such blocks or is quantized, AdapterError where
+    adapters are attached: their base would change.
     """
     if quantized_layers(model):
         raise ConfigError(
-            f"{config.method} trains weights, and packed ones cannot; leave bits out."
+            f"{config.method} trains weights, which quantized ones cannot; leave bits out."
         )
     if next(lora_layers(model), None) is not None or virtual_tokens_of(model) is not None:
         raise AdapterError(
             f"{config.method} would change the base of the adapters that lie over it."
         )
     trained = replaced_weights(model, config)
-    # The marks of the base as it was: what trains will bear the same name and other values.
+    # The fingerprint of the base as it was, before its weights change.
     model.veneer_marks = fingerprint(model)  # type: ignore[assignment]
     model.requires_grad_(False)
     for weight in trained.values():
@@ -42,25 +42,24 @@ def unfreeze(model: PreTrainedModel, config: Method) -> None:
 def replaced_weights(model: PreTrainedModel, config: Method) -> Mapping[str, Any]:
     """Return the base's weights that `config` trains, by path.
 
-    freeze: the last blocks; with `train_norms` the norms of all blocks and what is left of the
-    decoder behind them; with `train_head` the head. Raises ConfigError where there are not so many
-    blocks.
+    freeze: the last blocks; with `train_norms` all norms; with `train_head` the head. Raises
+    ConfigError where there are fewer blocks.
     """
-    own = base_parameters(model)
+    weights = base_parameters(model)
     if config.method == "full":
-        return own
+        return weights
     assert config.trained_blocks is not None
     blocks = decoder_layers(model)
     if blocks is None or config.trained_blocks > len(blocks):
-        there = "none that can be told apart" if blocks is None else f"{len(blocks)}"
+        there = "none that are recognised" if blocks is None else f"{len(blocks)}"
         raise ConfigError(f"freeze is to train {config.trained_blocks} blocks of {there}.")
-    parts: list[nn.Module | None] = list(blocks[-config.trained_blocks :])
+    modules: list[nn.Module | None] = list(blocks[-config.trained_blocks :])
     if config.train_norms:
-        parts += [module for module in model.modules() if _is_norm(module)]
+        modules += [module for module in model.modules() if _is_norm(module)]
     if config.train_head:
-        parts.append(model.get_output_embeddings())
-    wanted = {id(weight) for part in parts if part is not None for weight in part.parameters()}
-    return {path: weight for path, weight in own.items() if id(weight) in wanted}
+        modules.append(model.get_output_embeddings())
+    trained = {id(w) for module in modules if module is not None for w in module.parameters()}
+    return {path: weight for path, weight in weights.items() if id(weight) in trained}
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from veneer.adapter.config import LoRA
-from veneer.adapter.method import in_words
+from veneer.adapter.method import description
 from veneer.formats.state import AdapterState
 
 # What hubs call a model's use, by PEFT's name for its task.
@@ -30,7 +30,7 @@ def card(state: AdapterState) -> str:
         name, layers = "DoRA" if config.dora else "LoRA", sum(1 for _ in state.layers())
         summary = f"{name} of rank {config.rank} and alpha {config.alpha:g} over {layers} layers of"
     else:
-        summary = f"{in_words(config).capitalize()} for"
+        summary = f"{description(config).capitalize()} for"
     lines = ["---", yaml.safe_dump(head, sort_keys=True).rstrip(), "---", ""]
     lines += [f"# An adapter for {base}", "", f"{summary} {base}, trained with Veneer.", ""]
     lines += [
