@@ -15,7 +15,11 @@ from veneer.errors import VeneerError
 
 PICTURE = "comparison.png"
 MARKERS = "osD^vPX*<>"
-LARGEST, SMALLER, SMALLEST = 13.0, 0.7, 7.0  # later points are smaller, to show what they cover
+LARGEST_MARKER, MARKER_STEP, SMALLEST_MARKER = (
+    13.0,
+    0.7,
+    7.0,
+)  # later points are smaller, to show what they cover
 # From dark to light, so that they differ in grey too (Okabe and Ito's, by luminance).
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")
 # Where a name may stand, seen from its point: angles' unit vectors, at growing distances.
@@ -70,7 +74,7 @@ def draw(comparison: Comparison, path: Path) -> None:
                 linestyle="None",
                 label=row.label.name,
                 markeredgecolor="black",
-                markersize=max(SMALLEST, LARGEST - SMALLER * i),
+                markersize=max(SMALLEST_MARKER, LARGEST_MARKER - MARKER_STEP * i),
                 zorder=3,
             )
             points.append((axes, x, y, row.label.name))

@@ -20,7 +20,7 @@ from veneer.compare.job import JOB, RESULT, TASK_FILES, Job, Result, read_result
 from veneer.training.events import Event, Notice
 
 LOG = ".log"
-PATIENCE = 10  # seconds that a process has to end when it is asked to
+SECONDS_TO_END = 10  # for a process that is asked to
 
 
 def do_job(job: Job, runs: Path) -> Generator[Event, None, Result | str]:
@@ -89,7 +89,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(PATIENCE)
+            process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 GENERAL = Path(__file__).parent / "general.txt"
 # Some thousand tokens: a mean over them is steady, and a small model reads them in a second.
-ROWS, LONGEST = 16, 256
+PROBE_ROWS, PROBE_TOKENS = 16, 256
 
 
 def probe_rows(
@@ -27,7 +27,7 @@ def probe_rows(
     `context`: the most tokens that the model takes. Raises DataError for a file of which nothing
     can be read, or rows that cannot be written with the chat template.
     """
-    rows, problems = read_rows(Path(path or GENERAL), limit=ROWS)
-    encoder = Encoder(tokenizer, max_length=min(LONGEST, context or LONGEST))
+    rows, problems = read_rows(Path(path or GENERAL), limit=PROBE_ROWS)
+    encoder = Encoder(tokenizer, max_length=min(PROBE_TOKENS, context or PROBE_TOKENS))
     good = check(rows, problems, skip_bad_rows=False)
     return [tokens for row in good if (tokens := encoder.encode(row).tokens)]

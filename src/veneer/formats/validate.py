@@ -23,7 +23,7 @@ from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.quant.weight import QuantizedLinear, quantized_layers
 
 # No trained weight comes near it, and from there on products of a few overflow.
-LARGEST = 2.0**32
+LARGEST_NUMBER = 2.0**32
 Shape = tuple[int, ...]
 
 
@@ -73,7 +73,7 @@ def is_finite(tensor: Tensor) -> bool:
     plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
     if tensor.ndim > 64:  # a file can have more dimensions than torch can compute with
         return False
-    return plain and bool((tensor.to(torch.float32).abs() <= LARGEST).all())
+    return plain and bool((tensor.to(torch.float32).abs() <= LARGEST_NUMBER).all())
 
 
 def finite_problems(name: str, tensor: Tensor) -> list[str]:
@@ -316,4 +316,4 @@ def _are_finite(tensors: Collection[Tensor]) -> bool:
         return False
     if any(t.ndim > 2 or not t.numel() for t in tensors):
         return False
-    return bool(get_total_norm(list(tensors), torch.inf) <= LARGEST)
+    return bool(get_total_norm(list(tensors), torch.inf) <= LARGEST_NUMBER)

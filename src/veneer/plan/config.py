@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from veneer.errors import ConfigError
+from veneer.checks import at_least, check_config, one_of
 from veneer.fused.recompute import Recompute
 from veneer.quant.settings import Bits
 
@@ -46,37 +46,33 @@ class PlanConfig:
     """Count the weights as mapped from a directory that veneer quantize wrote: on the disk."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {value!r}, but must be {', '.join(map(str, get_args(kind)))}"
-            for name, value, kind in (
-                ("method", self.method, MethodName),
-                ("bits", self.bits, Bits),
-                ("dtype", self.dtype, DType),
-                ("recompute", self.recompute, Recompute),
-            )
-            if value is not None and value not in get_args(kind)
-        ]
-        problems += [
-            f"{name} is {value!r}, but must be at least 1"
-            for name in (
-                "tokens_per_batch",
-                "max_length",
-                "trained_blocks",
-                "virtual_tokens",
-                "prefix_mlp",
-            )
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
-        if self.method in ("full", "freeze") and self.bits in (4, 8):
-            problems.append(
-                f"{self.method} trains weights, which cannot be held in {self.bits} bits"
-            )
-        if self.pack_head and self.base_bits not in (4, 8):
-            problems.append("pack_head needs a base in 4 or 8 bits")
-        if self.mapped and self.base_bits not in (4, 8):
-            problems.append("mapped needs a base in 4 or 8 bits")
-        if problems:
-            raise ConfigError("This cannot be planned: " + "; ".join(problems) + ".")
+        count = at_least(1)
+        check_config(
+            self,
+            opening="This cannot be planned",
+            rules={
+                "method": one_of(MethodName),
+                "bits": one_of(Bits),
+                "dtype": one_of(DType),
+                "recompute": one_of(Recompute),
+                "tokens_per_batch": count,
+                "max_length": count,
+                "trained_blocks": count,
+                "virtual_tokens": count,
+                "prefix_mlp": count,
+            },
+            contradictions={
+                f"{self.method} trains weights, which cannot be held in {self.bits} bits": (
+                    self.method in ("full", "freeze") and self.bits in (4, 8)
+                ),
+                "pack_head needs a base in 4 or 8 bits": (
+                    self.pack_head and self.base_bits not in (4, 8)
+                ),
+                "mapped needs a base in 4 or 8 bits": (
+                    self.mapped and self.base_bits not in (4, 8)
+                ),
+            },
+        )
 
     @property
     def length(self) -> int:

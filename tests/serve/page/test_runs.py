@@ -14,22 +14,22 @@ from support.tiny_models import tiny
 from veneer.run_directory import METRICS, RunDirectory
 from veneer.serve.page import runs as runs_module
 from veneer.serve.page.about import about
-from veneer.serve.page.curve import MOST, Curve
+from veneer.serve.page.curve import MOST_POINTS, Curve
 from veneer.serve.page.runs import Runs
 
 
-@pytest.mark.parametrize("count", [0, 1, MOST, MOST + 1, 5 * MOST + 3])
+@pytest.mark.parametrize("count", [0, 1, MOST_POINTS, MOST_POINTS + 1, 5 * MOST_POINTS + 3])
 def test_a_curve_stays_small_and_keeps_the_mean(count):
     curve = Curve()
     for i in range(count):
         curve.add(i + 1, float(i))
     shown = curve.shown()
-    assert len(shown) <= MOST + 1
+    assert len(shown) <= MOST_POINTS + 1
     assert [x for x, _ in shown] == sorted({x for x, _ in shown})
     if count:
         assert shown[-1][0] == count
         assert math.isclose(shown[0][1], (shown[0][0] - 1) / 2)  # the mean of 0 to x - 1
-    if count <= MOST:
+    if count <= MOST_POINTS:
         assert shown == [(i + 1, float(i)) for i in range(count)]
 
 

@@ -33,7 +33,7 @@ from veneer.serve.engine.runner import Chunk, Runner
 from veneer.serve.engine.sampler import Sampler, sample
 from veneer.serve.engine.stream import Stream
 
-LONGEST = 4096  # tokens of a context, unless the configuration says otherwise
+LONGEST_CONTEXT = 4096  # tokens of a context, unless the configuration says otherwise
 
 
 class Engine:
@@ -337,7 +337,7 @@ def end_tokens(base: Base) -> frozenset[int]:
 
 def _context(base: Base, configured: int | None) -> int:
     own = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = LONGEST if configured is None else configured
+    longest = LONGEST_CONTEXT if configured is None else configured
     if own is not None and configured is not None and configured > own:
         raise ConfigError(f"context is {configured:,}, but this model's is {own:,}.")
     return longest if own is None else min(own, longest)

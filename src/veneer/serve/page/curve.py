@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-MOST = 256
+MOST_POINTS = 256
 
 
 @dataclass
 class Curve:
-    """Means of as many points in a row as it takes to have at most MOST of them."""
+    """Means of as many points in a row as it takes to have at most MOST_POINTS of them."""
 
     points: list[tuple[float, float]] = field(default_factory=list)
     together: int = 1
@@ -22,7 +22,7 @@ class Curve:
             return
         self.points.append(_mean(self._rest))
         self._rest = []
-        if len(self.points) > MOST:
+        if len(self.points) > MOST_POINTS:
             pairs = zip(self.points[::2], self.points[1::2], strict=False)
             self._rest = self.points[len(self.points) // 2 * 2 :] * self.together
             self.points = [_mean(list(pair)) for pair in pairs]
