@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import veneer
-from support.random_adapters import examples, same, tokenizer, trained_weights, with_new_tokens
+from support.kinds import each_kind, is_first
+from support.random_adapters import examples, same, snapshot, trained_weights
 from support.tiny_models import tiny
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint
@@ -25,7 +27,8 @@ from veneer.training.events import (
 )
 from veneer.training.metrics import record
 
-ROWS = examples([11, 7, 16, 9, 13, 8, 12, 10, 15, 6])
+LENGTHS = [11, 7, 16, 9, 13, 8, 12, 10, 15, 6]
+ROWS = examples(LENGTHS)
 HELD_OUT = examples([9, 14, 7], seed=1)
 COURSE = veneer.TrainConfig(
     epochs=2.5, lr=0.02, tokens_per_step=40, tokens_per_batch=20, eval_every=2, save_every=1
@@ -38,18 +41,8 @@ COURSES: dict[str, veneer.TrainConfig] = {
 }
 
 
-def new_model(
-    words: bool = False, method: veneer.Method | veneer.LoRA | None = None, seed: int | None = 0
-) -> Any:
-    model = tiny("llama")
-    if method is not None:
-        return veneer.attach(model, method, seed=seed)
-    if words:
-        with_new_tokens(model, tokenizer())
-    veneer.attach(model, veneer.LoRA(rank=2, dropout=0.3, targets="qv"), seed=0)
-    if words:
-        model.model.embed_tokens.rows.requires_grad_(True)
-    return model
+def new_model() -> Any:
+    return veneer.attach(tiny("llama"), veneer.LoRA(rank=2, dropout=0.3, targets="qv"), seed=0)
 
 
 class Run:
@@ -57,14 +50,12 @@ class Run:
 
     def __init__(self, place: Path, course: veneer.TrainConfig, **options: Any) -> None:
         self.place, self.course, self.options = place, course, options
-        new = {key: options.pop(key) for key in ("words", "method", "seed") if key in options}
-        self.model = lambda: new_model(**new)
         self.events: list[Event] = []
         self.weights: dict[str, Tensor] = {}
 
     def go(self, *, resume: bool, stop_at: int = 0, leave: Any = lambda event: False) -> None:
         """Train until the end, until `stop_at` asks for it, or until the process dies."""
-        model = self.model()
+        model = new_model()
         step = 0
         events = veneer.train(
             model,
@@ -173,47 +164,33 @@ def test_resuming_what_is_done_changes_nothing(course, whole, tmp_path):
     assert not any(isinstance(event, Step) for event in run.events)
 
 
-METHODS = (
-    veneer.Method("prefix", virtual_tokens=3),
-    veneer.Method("prefix", virtual_tokens=3, prefix_mlp=5),
-    veneer.Method("prompt", virtual_tokens=3),
-)
-
-
-@pytest.mark.parametrize("method", METHODS, ids=["prefix", "prefix by an MLP", "prompt"])
-def test_virtual_tokens_go_on_too(method, tmp_path):
-    whole, run = (Run(tmp_path / name, COURSE, method=method) for name in ("whole", "run"))
-    whole.go(resume=False)
-    assert len(whole.weights) == (5 if method.prefix_mlp else 1)
-    for step in (2, 5, 6):
-        run.go(resume=step > 2, stop_at=step)
-    run.go(resume=True)
-    assert same(run.weights, whole.weights)
-    assert run.metrics() == whole.metrics()
-
-
-@pytest.mark.parametrize("init", ["auto", "pissa", "lora_ga"])
-@pytest.mark.parametrize("dora", [True, False])
-def test_adapters_of_every_kind_go_on_too(dora, init, tmp_path):
+@each_kind(is_first)
+def test_every_kind_goes_on(kind, tmp_path):
     """The process that goes on starts with other random numbers: all must come from the files."""
-    kind = veneer.LoRA(rank=2, dora=dora, init=init, targets="qv")
-    course = replace(COURSE, save_every=2, eval_every=None)
-    whole, run = (Run(tmp_path / n, course, method=kind, seed=s) for n, s in (("a", 0), ("b", 0)))
-    whole.go(resume=False)
-    run.go(resume=False, stop_at=3)
-    rest = Run(tmp_path / "b", course, method=kind, seed=7)
-    rest.go(resume=True)
-    assert same(rest.weights, whole.weights)
-    assert rest.metrics() == whole.metrics()
+    course = replace(COURSE, epochs=1, save_every=2, **kind.training)
+    rows, held_out = kind.rows(LENGTHS), kind.rows([9, 14], seed=1)
 
+    def go(place: str, dtype: torch.dtype, seed: int, **options: Any) -> dict[str, Tensor]:
+        model, step, stop_at = kind.attached(kind.base(dtype), seed=seed), 0, options.pop("at", 0)
+        events = veneer.train(
+            model,
+            rows,
+            course,
+            held_out=held_out,
+            directory=tmp_path / f"{dtype}" / place,
+            should_stop=lambda: step == stop_at,
+            **options,
+        )
+        for event in events:
+            step = getattr(event, "step", step)
+        return snapshot(model)
 
-def test_new_words_go_on_too(tmp_path):
-    whole, run = (Run(tmp_path / name, COURSE, words=True) for name in ("whole", "run"))
-    whole.go(resume=False)
-    run.go(resume=False, stop_at=4)
-    run.go(resume=True)
-    assert "model.embed_tokens.rows" in whole.weights
-    assert_equal(run, whole)
+    # Weights of 16 bits that train themselves have masters, which must go on as well.
+    dtypes = [torch.float32, *[torch.bfloat16] * kind.replaces_weights]
+    for dtype in dtypes:
+        undisturbed = go("undisturbed", dtype, 0)
+        assert not same(go("resumed", dtype, 0, at=3), undisturbed)
+        assert same(go("resumed", dtype, 7, resume=True), undisturbed)
 
 
 def test_without_evaluation(tmp_path):

@@ -7,14 +7,20 @@ from torch import Tensor
 
 
 def assert_no_further(
-    ours: Tensor, theirs: Tensor, reference: Tensor, what: str = "it", *, least: float = 0.0
+    ours: Tensor,
+    theirs: Tensor,
+    reference: Tensor,
+    what: str = "it",
+    *,
+    slack: float = 1e-6,
+    least: float = 0.0,
 ) -> None:
     """Assert that ours is no further from a float64 reference than the peer's is, times 2, plus
-    1e-6 of the reference's own length, or of `least` where that is more (law 3)."""
+    `slack` of the reference's own length, or of `least` where that is more (law 3)."""
     assert ours.shape == theirs.shape == reference.shape, what
     wide = reference.double()
     own, peer = ((one.double() - wide).norm().item() for one in (ours, theirs))
-    limit = 2 * peer + 1e-6 * max(wide.norm().item(), least)
+    limit = 2 * peer + slack * max(wide.norm().item(), least)
     assert own <= limit, f"{what}: {own:.3g} from the reference, where the peer is {peer:.3g}"
 
 

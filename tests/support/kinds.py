@@ -349,3 +349,10 @@ KINDS: list[Kind] = [
 def each_kind(able: Callable[[Kind], bool] = lambda kind: True) -> pytest.MarkDecorator:
     """Return a decorator that runs a test with every kind that is able to be tested."""
     return pytest.mark.parametrize("kind", [kind for kind in KINDS if able(kind)], ids=str)
+
+
+def is_first(kind: Kind) -> bool:
+    """Return whether a kind reads tokens and is the first of its name, or plain LoRA over a dense
+    base, of which there is one for each architecture."""
+    alike = [each for each in KINDS if each.name == kind.name and each.reads_tokens]
+    return kind in alike[:1] or (kind in alike and kind.name == "lora" and not kind.bits)

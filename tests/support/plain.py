@@ -4,6 +4,8 @@ made of the adapters' by ordinary differentiable operations, in float32 or in fl
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -123,8 +125,7 @@ class Plain:
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         inputs = {k: x.to(self.dtype) if x.is_floating_point() else x for k, x in inputs.items()}
         options = {"use_cache": False} if self.kind.reads_tokens else {}
-        mode = Float64() if self.dtype == torch.float64 else torch.enable_grad()
-        with mode:
+        with Float64() if self.dtype == torch.float64 else nullcontext():
             if not self.weights:
                 return self.model(**inputs, **options).logits
             call = functional_call(
@@ -134,12 +135,7 @@ class Plain:
 
     def loss(self, rows: list[Example]) -> Tensor:
         """Return the sum of the label tokens' losses, row by row."""
-        total = torch.zeros((), dtype=self.dtype)
-        for row in rows:
-            out = self.logits({"input_ids": torch.tensor([row.tokens])})[0, :-1]
-            labels = torch.tensor(row.labels[1:])
-            total = total + F.cross_entropy(out, labels, ignore_index=UNLABELLED, reduction="sum")
-        return total
+        return _loss(lambda tokens: self.logits({"input_ids": tokens}), rows)
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         grads = torch.autograd.grad(loss, list(self.leaves.values()), allow_unused=True)
@@ -149,3 +145,19 @@ class Plain:
 def plain_pair(kind: Kind, adapted: Any) -> tuple[Plain, Plain]:
     """Return the plain model in float32, our peer, and in float64, the reference."""
     return Plain(kind, adapted, torch.float32), Plain(kind, adapted, torch.float64)
+
+
+def own_loss(model: Any, rows: list[Example]) -> Tensor:
+    """Return the sum of the label tokens' losses as a model itself gives them, row by row."""
+    with Float64() if model.dtype == torch.float64 else nullcontext():
+        return _loss(lambda tokens: model(input_ids=tokens, use_cache=False).logits, rows)
+
+
+def _loss(logits: Callable[[Tensor], Tensor], rows: list[Example]) -> Tensor:
+    losses = []
+    for row in rows:
+        labels = torch.tensor(row.labels[1:])
+        out = logits(torch.tensor([row.tokens]))[0, :-1]
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        losses.append(F.cross_entropy(out, labels, ignore_index=UNLABELLED, reduction="sum"))
+    return torch.stack(losses).sum()

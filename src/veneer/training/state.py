@@ -59,6 +59,9 @@ class RunState:
         tensors = _prefixed("weights", self.copy_of_weights())
         for path, adapter in self.adapters.items():
             tensors |= {f"{key}/{path}": start for key, start in adapter.named_buffers()}
+            # LoRA-FA's random factor does not train, but all that trains depends on it.
+            fixed = {k: w.detach().clone() for k, w in _fixed_factors(adapter).items()}
+            tensors |= _prefixed(f"fixed/{path}", fixed)
         tensors |= self.optimizer.state()
         tensors |= _prefixed("best", self.best_weights or {})
         tensors["rng/cpu"] = torch.get_rng_state()
@@ -86,6 +89,10 @@ class RunState:
             for key in ("start_A", "start_B"):
                 if (start := tensors.get(f"{key}/{path}")) is not None:
                     setattr(adapter, key, start.to(adapter.lora_A))
+            for key, factor in _fixed_factors(adapter).items():
+                if (stored := tensors.get(f"fixed/{path}/{key}")) is not None:
+                    with torch.no_grad():
+                        factor.copy_(stored)
         self.optimizer.load(tensors)
         self.best_weights = _without_prefix("best", tensors) or None
         progress = {k: v for k, v in checkpoint.progress.items() if k != "identity"}
@@ -95,6 +102,10 @@ class RunState:
         torch.set_rng_state(tensors["rng/cpu"])
         if torch.cuda.is_available() and "rng/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def _fixed_factors(adapter: Adapter) -> dict[str, nn.Parameter]:
+    return {key: w for key, w in adapter.named_parameters() if not w.requires_grad}
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,68 @@
+"""Law 8: accumulation equals the large batch, normalised by label tokens."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import veneer
+from support.closeness import assert_gradients_no_further, assert_no_further
+from support.kinds import Kind, each_kind, is_first
+from support.plain import plain_pair
+from veneer.data.encode import UNLABELLED, Example
+from veneer.training.events import Step
+
+
+def lopsided(kind: Kind) -> list[Example]:
+    """Return rows of which some are learnt whole and some at one token."""
+    rows = kind.rows([20, 6, 15, 30, 9, 12], seed=5, learnt=0.0)
+    return [
+        replace(row, labels=[UNLABELLED, *row.tokens[1:]]) if i % 2 else row
+        for i, row in enumerate(rows)
+    ]
+
+
+# Dropped inputs are other ones in each pass.
+@each_kind(lambda kind: is_first(kind) and not (kind.lora or {}).get("dropout"))
+def test_accumulation_equals_the_large_batch(kind, monkeypatch):
+    rows, model = lopsided(kind), kind.shaken()
+    label_tokens = sum(row.label_tokens for row in rows)
+    plain, exact = plain_pair(kind, model)
+    peer, expected = plain.loss(rows) / label_tokens, exact.loss(rows) / label_tokens
+    peers, exactly = plain.gradients(peer), exact.gradients(expected)
+    for tokens_per_batch in (None, 32, 1):
+        step, gradients = one_step(kind, rows, tokens_per_batch, monkeypatch)
+        assert step.label_tokens == label_tokens
+        assert step.tokens == sum(len(row.tokens) for row in rows)
+        assert_no_further(torch.tensor(step.loss, dtype=torch.float64), peer, expected, "the loss")
+        # A weight without a gradient counts as one of zeros in the optimizer's buffer.
+        assert not any(gradients[name].any() for name in gradients.keys() - exactly.keys())
+        ours = {name: gradients[name] for name in exactly}
+        assert_gradients_no_further(ours, peers, exactly)
+
+
+def one_step(
+    kind: Kind, rows: list[Example], tokens_per_batch: int | None, monkeypatch: Any
+) -> tuple[Step, dict[str, torch.Tensor]]:
+    """Return a step over all rows, and the gradients that the optimizer is given."""
+    model = kind.shaken()
+    gradients: dict[str, torch.Tensor] = {}
+
+    def note(_: Any, norm: float) -> torch.Tensor:
+        named = model.named_parameters()
+        gradients.update({n: w.grad.clone() for n, w in named if w.grad is not None})
+        return torch.zeros(())
+
+    course = veneer.TrainConfig(
+        steps=1,
+        lr=0.01,
+        warmup=0,
+        tokens_per_step=1000,
+        clip=0,
+        tokens_per_batch=tokens_per_batch,
+        **kind.training,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", note)
+        events = [e for e in veneer.train(model, rows, course) if isinstance(e, Step)]
+    return events[0], gradients
