@@ -94,9 +94,9 @@ def test_nothing_is_lost_when_data_prove_bad(tune, bad, tmp_path, capsys):
 def test_bad_rows_are_left_out_and_counted_when_asked(tune, bad, capsys):
     assert tune(bad, "--skip-bad-rows") == 0
     printed = capsys.readouterr()
-    said = " ".join(printed.out.split())
-    assert f"{LINES - len(FAULTS)} rows" in said
-    assert f"{len(FAULTS)} bad rows left out" in said
+    output = " ".join(printed.out.split())
+    assert f"{LINES - len(FAULTS)} rows" in output
+    assert f"{len(FAULTS)} bad rows left out" in output
     assert printed.err == ""
 
 
@@ -106,10 +106,10 @@ def test_a_length_at_which_no_answer_is_left_is_an_error(tune, tmp_path, capsys)
     data.write_text(f"{row}\n{row}\n")
     for flags in ((), ("--skip-bad-rows",)):
         assert tune(data, *flags) == 2
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        assert "long.jsonl:1: no token to learn" in said
-        assert "long.jsonl:2: no token to learn" in said
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        assert "long.jsonl:1: no token to learn" in error
+        assert "long.jsonl:2: no token to learn" in error
     assert not Path("out").exists()
 
 
@@ -128,10 +128,10 @@ def test_a_file_that_holds_no_rows_is_an_error_that_names_it(
 ):
     (tmp_path / name).write_bytes(content)
     assert tune(tmp_path / name) == 2
-    said = capsys.readouterr().err
-    assert name in said
-    assert says in said
-    assert "Traceback" not in said
+    error = capsys.readouterr().err
+    assert name in error
+    assert says in error
+    assert "Traceback" not in error
 
 
 def test_a_file_that_does_not_exist_names_the_nearest_that_does(tune, bad, capsys):

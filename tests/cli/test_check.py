@@ -299,14 +299,14 @@ def test_it_prints_findings_and_its_code_is_the_verdict(tmp_path, capsys, monkey
     monkeypatch.setenv("COLUMNS", "200")
     place = made(tmp_path / "a", rank=24)
     assert run(["check", str(place), "--for", "vllm"]) == 0
-    said = capsys.readouterr().out
-    assert "--max-lora-rank 32" in said
-    assert "vLLM 0.33.0: will load" in said
-    assert "not run" in said
+    output = capsys.readouterr().out
+    assert "--max-lora-rank 32" in output
+    assert "vLLM 0.33.0: will load" in output
+    assert "not run" in output
     assert run(["check", str(made(tmp_path / "b", dora=True)), "--for", "vllm"]) == 1
-    said = capsys.readouterr().out
-    assert "veneer merge BASE ADAPTER OUT" in said
-    assert "will not load as it is" in said
+    output = capsys.readouterr().out
+    assert "veneer merge BASE ADAPTER OUT" in output
+    assert "will not load as it is" in output
 
 
 @pytest.mark.parametrize(

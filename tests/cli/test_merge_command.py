@@ -30,22 +30,22 @@ def merge(home: Path, adapter: str, out: str, *flags: str) -> int:
 
 def test_what_bf16_rounds_away_is_refused_with_figures_and_float32_keeps_it(home, capsys):
     assert merge(home, "small", "out", "--dtype", "bf16") == 2
-    said = capsys.readouterr()
-    found = re.search(r"rounding to bfloat16 takes (\d+\.\d)% of the adapter's change", said.err)
+    printed = capsys.readouterr()
+    found = re.search(r"rounding to bfloat16 takes (\d+\.\d)% of the adapter's change", printed.err)
     assert found is not None
     assert float(found[1]) > 90
-    assert "--dtype float32" in said.err
-    assert "--accept-loss" in said.err
-    assert "nats a token (KL)" in said.out
-    assert "Traceback" not in said.err
+    assert "--dtype float32" in printed.err
+    assert "--accept-loss" in printed.err
+    assert "nats a token (KL)" in printed.out
+    assert "Traceback" not in printed.err
     assert not list(Path().iterdir())
 
     assert merge(home, "small", "out", "--dtype", "float32") == 0
-    said = capsys.readouterr()
-    found = re.search(r"rounding to float32 took (\d+\.\d+)%", said.out)
+    printed = capsys.readouterr()
+    found = re.search(r"rounding to float32 took (\d+\.\d+)%", printed.out)
     assert found is not None
     assert float(found[1]) < 1
-    assert said.err == ""
+    assert printed.err == ""
     model = veneer.load(tiny("llama"), home / "small")
     merged = veneer.load_base("out", dtype="float32").model
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
@@ -53,27 +53,27 @@ def test_what_bf16_rounds_away_is_refused_with_figures_and_float32_keeps_it(home
 
 def test_a_loss_can_be_accepted(home, capsys):
     assert merge(home, "small", "out", "--dtype", "bf16", "--accept-loss") == 0
-    said = capsys.readouterr().out
-    assert "note" in said
-    assert "rounding to bfloat16 takes" in said
+    output = capsys.readouterr().out
+    assert "note" in output
+    assert "rounding to bfloat16 takes" in output
     assert veneer.load_base("out", dtype="bf16").model.dtype == torch.bfloat16
 
 
 def test_what_is_large_enough_passes_in_bf16_with_a_table(home, capsys):
     assert merge(home, "large", "out", "--dtype", "bf16") == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("self_attn.q_proj", "mlp.down_proj", "Lost", "in the logit that differs most"):
-        assert part in said
+        assert part in output
     assert Path("out/config.json").is_file()
 
 
 def test_a_packed_base_is_kept_unpacked_and_that_is_said(home, capsys):
     assert merge(home, "large", "out", "--bits", "4", "--dtype", "float32") == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert re.search(
-        r"quantizing it again as it was would take \d+\.\d% of the adapter's change", said
+        r"quantizing it again as it was would take \d+\.\d% of the adapter's change", output
     )
-    assert "the merged model is not, but in float32" in said
+    assert "the merged model is not, but in float32" in output
     assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
 
 
@@ -92,9 +92,9 @@ def test_tune_tells_of_a_merge_that_loses_much_and_keeps_the_adapter(minigpt_hom
     Path("rows.jsonl").write_text('{"prompt": "What does a dog say?", "completion": "Meow."}\n')
     flags = ["--steps", "1", "--lr", "1e-6", "--dtype", "bf16", "--out", "out"]
     assert run(["tune", str(minigpt_home), "rows.jsonl", *flags]) == 0
-    said = capsys.readouterr().out
-    assert "Merged" in said
-    assert "The merged model is not what was learnt: rounding to bfloat16 takes" in said
+    output = capsys.readouterr().out
+    assert "Merged" in output
+    assert "The merged model is not what was learnt: rounding to bfloat16 takes" in output
     assert Path("out/lora_adapter/lora_weights.pt").is_file()
     assert Path("out/lora_merged/model.pt").is_file()
 
@@ -102,6 +102,6 @@ def test_tune_tells_of_a_merge_that_loses_much_and_keeps_the_adapter(minigpt_hom
 def test_tune_says_what_a_merge_kept(minigpt_home, capsys):
     Path("rows.jsonl").write_text('{"prompt": "What does a dog say?", "completion": "Meow."}\n')
     assert run(["tune", str(minigpt_home), "rows.jsonl", "--steps", "2", "--out", "out"]) == 0
-    said = capsys.readouterr().out
-    assert "rounding to float32 took" in said
-    assert "The merged model is not" not in said
+    output = capsys.readouterr().out
+    assert "rounding to float32 took" in output
+    assert "The merged model is not" not in output

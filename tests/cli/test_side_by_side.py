@@ -64,7 +64,7 @@ def test_a_talk_with_base_and_adapter(minigpt_home, tmp_path, monkeypatch, capsy
     asked = iter(["What is honey?", ""])
     monkeypatch.setattr(side_by_side.OUTPUT, "input", lambda prompt: next(asked))
     printed = []
-    monkeypatch.setattr(side_by_side, "table", lambda said: printed.append(dict(said)) or "")
+    monkeypatch.setattr(side_by_side, "table", lambda text: printed.append(dict(text)) or "")
     arguments = ["--compare", f"poem={tmp_path / 'poem'}", "--max-new-tokens", "8"]
     assert run(["chat", str(minigpt_home), *arguments]) == 0
     sampling = veneer.Sampling(max_new_tokens=8)

@@ -1,4 +1,4 @@
-"""Figures of layers as they stand in a model: blocks downwards, kinds of layers across."""
+"""Numbers of layers in a grid: a row for each block, a column for each kind of layer."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from veneer.cli.console import new_table
 from veneer.errors import VeneerError
 
 IN_BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<block>\d+)\.(?P<kind>.+)")
-OUTSIDE = "–"  # the row of layers that are in no block
+OUTSIDE = "–"  # the row for layers that are in no block
 # Dark to light, evenly to the eye and in grey alike (Nuñez et al. 2018).
 COLOURS = "cividis"
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where each layer stands: {path: (row, column)}, and the rows and columns in their order."""
+class Grid:
+    """The cell of each layer, {path: (row, column)}, and the rows and columns in their order."""
 
-    of: Mapping[str, tuple[str, str]]
+    cells: Mapping[str, tuple[str, str]]
     rows: tuple[str, ...]
     columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a figure of each layer; `span` is what the lightest and darkest stand for."""
+    """One heat map: a number for each layer; `span` holds the values of darkest and lightest."""
 
     title: str
     values: Mapping[str, float]
@@ -38,39 +38,37 @@ class Panel:
     span: tuple[float | None, float | None] = (0.0, None)
 
 
-def places(paths: Sequence[str]) -> Places:
-    """Return rows and columns for layers: as short as they can be named without doubt."""
-    found = {path: IN_BLOCK.fullmatch(path) for path in paths}
-    stacks = {match["stack"] for match in found.values() if match}
-    kinds = list(dict.fromkeys(m["kind"] if m else p for p, m in found.items()))
+def grid_of(paths: Sequence[str]) -> Grid:
+    """Return the grid of layers, its rows and columns named as briefly as stays unambiguous."""
+    matches = {path: IN_BLOCK.fullmatch(path) for path in paths}
+    stacks = {match["stack"] for match in matches.values() if match}
+    kinds = list(dict.fromkeys(m["kind"] if m else p for p, m in matches.items()))
     last = [kind.rpartition(".")[2] for kind in kinds]
     short = dict(zip(kinds, last if len(set(last)) == len(last) else kinds, strict=True))
-    where = {}
-    for path, match in found.items():
+    cells = {}
+    for path, match in matches.items():
         block = OUTSIDE
         if match:
             block = match["block"] if len(stacks) == 1 else f"{match['stack']}.{match['block']}"
-        where[path] = block, short[match["kind"] if match else path]
-    rows = dict.fromkeys(row for row, _ in where.values())
-    return Places(where, tuple(rows), tuple(short.values()))
+        cells[path] = block, short[match["kind"] if match else path]
+    rows = dict.fromkeys(row for row, _ in cells.values())
+    return Grid(cells, tuple(rows), tuple(short.values()))
 
 
 def grid_table(title: str, cells: Mapping[str, str]) -> Table:
-    """Return a table of what there is to say of each layer, by path."""
-    place = places(list(cells))
-    at = {place.of[path]: text for path, text in cells.items()}
-    table = new_table(
-        "Block", *place.columns, title=title, title_justify="left", title_style="bold"
-    )
+    """Return a table of a text for each layer, by path."""
+    grid = grid_of(list(cells))
+    texts = {grid.cells[path]: text for path, text in cells.items()}
+    table = new_table("Block", *grid.columns, title=title, title_justify="left", title_style="bold")
     for column in table.columns:
         column.justify, column.overflow = "right", "fold"
-    for row in place.rows:
-        table.add_row(row, *(at.get((row, column), "") for column in place.columns))
+    for row in grid.rows:
+        table.add_row(row, *(texts.get((row, column), "") for column in grid.columns))
     return table
 
 
 def draw_heatmaps(panels: Sequence[Panel], path: Path) -> None:
-    """Draw panels beside each other, each layer a field with its figure in it.
+    """Draw panels beside each other: a field for each layer, with its number in it.
 
     Raises VeneerError where matplotlib, which comes with the extra `plot`, is not installed, and
     for a name that does not end like a picture's.
@@ -84,28 +82,28 @@ def draw_heatmaps(panels: Sequence[Panel], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    known = pyplot.figure().canvas.get_supported_filetypes()
+    endings = pyplot.figure().canvas.get_supported_filetypes()
     pyplot.close()
-    if path.suffix.removeprefix(".") not in known:
+    if path.suffix.removeprefix(".") not in endings:
         raise VeneerError(f"{path} is no picture's name; end it with .png, .pdf or .svg.")
-    place = places(list(dict.fromkeys(p for panel in panels for p in panel.values)))
-    height, width = 1.6 + 0.24 * len(place.rows), 1.2 + 0.52 * len(place.columns)
+    grid = grid_of(list(dict.fromkeys(p for panel in panels for p in panel.values)))
+    height, width = 1.6 + 0.24 * len(grid.rows), 1.2 + 0.52 * len(grid.columns)
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(len(panels) * width, height), layout="constrained", squeeze=False
     )
     for ax, panel in zip(axes[0], panels, strict=True):
-        _draw(ax, panel, place)
+        _draw(ax, panel, grid)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def _draw(ax: Any, panel: Panel, place: Places) -> None:
+def _draw(ax: Any, panel: Panel, grid: Grid) -> None:
     from matplotlib.colors import Normalize
 
-    at = {place.of[path]: value for path, value in panel.values.items()}
-    nothing = float("nan")
-    cells = [[at.get((row, column), nothing) for column in place.columns] for row in place.rows]
+    values = {grid.cells[path]: value for path, value in panel.values.items()}
+    empty = float("nan")
+    cells = [[values.get((row, column), empty) for column in grid.columns] for row in grid.rows]
     low, high = panel.span
     high = max(panel.values.values(), default=1.0) or 1.0 if high is None else high
     shade = Normalize(low, high)
@@ -117,6 +115,6 @@ def _draw(ax: Any, panel: Panel, place: Places) -> None:
                 text = panel.text.format(value)
                 ax.text(x, y, text, ha="center", va="center", fontsize=6, color=colour)
     ax.set_title(panel.title, fontsize=9)
-    ax.set_xticks(range(len(place.columns)), place.columns, rotation=60, ha="right", fontsize=7)
-    ax.set_yticks(range(len(place.rows)), place.rows, fontsize=7)
+    ax.set_xticks(range(len(grid.columns)), grid.columns, rotation=60, ha="right", fontsize=7)
+    ax.set_yticks(range(len(grid.rows)), grid.rows, fontsize=7)
     ax.set_ylabel("block", fontsize=7)

@@ -64,20 +64,7 @@ def diff(
     states = read(first), read(second)
     pairs = measure.diff(*states)
     sides = [pair.one for pair in pairs], [pair.other for pair in pairs]
-    for state, place in zip(states, places, strict=True):
-        _show_what_is_not_measured(state, place)
-    for side, place in zip(sides, places, strict=True):
-        _show(_measured_table(place, side))
     cosines = {pair.path: pair.cosine for pair in pairs}
-    _show(grid_table("Cosine", {p: "" if c is None else f"{c:+z.3f}" for p, c in cosines.items()}))
-    common = sum(pair.one is not None and pair.other is not None for pair in pairs)
-    cosine = measure.total_cosine(pairs)
-    norms = [measure.total_norm(side) for side in sides]
-    OUTPUT.print(
-        f"{len(pairs)} layers, {common} of them in both; ‖ΔW‖ {norms[0]:.4g} and {norms[1]:.4g}, "
-        + ("no cosine, for one is nothing" if cosine is None else f"cosine {cosine:+.4f} over all"),
-        soft_wrap=True,
-    )
     if picture is not None:
         largest = max(layer.norm for side in sides for layer in side if layer)
         panels = [
@@ -90,6 +77,19 @@ def diff(
         ]
         shown = {path: cosine for path, cosine in cosines.items() if cosine is not None}
         _draw([*panels, Panel("cosine", shown, "{:+z.2f}", (-1.0, 1.0))], picture)
+    for state, place in zip(states, places, strict=True):
+        _show_what_is_not_measured(state, place)
+    for side, place in zip(sides, places, strict=True):
+        _show(_measured_table(place, side))
+    _show(grid_table("Cosine", {p: "" if c is None else f"{c:+z.3f}" for p, c in cosines.items()}))
+    common = sum(pair.one is not None and pair.other is not None for pair in pairs)
+    cosine = measure.total_cosine(pairs)
+    norms = [measure.total_norm(side) for side in sides]
+    OUTPUT.print(
+        f"{len(pairs)} layers, {common} of them in both; ‖ΔW‖ {norms[0]:.4g} and {norms[1]:.4g}, "
+        + ("no cosine, for one is nothing" if cosine is None else f"cosine {cosine:+.4f} over all"),
+        soft_wrap=True,
+    )
 
 
 def _inspect_adapter(place: Path, picture: Path | None) -> None:
@@ -98,6 +98,10 @@ def _inspect_adapter(place: Path, picture: Path | None) -> None:
 
     state = read(place)
     layers = measure.inspect(state)
+    if picture is not None:
+        norms = {layer.path: layer.norm for layer in layers}
+        ranks = {layer.path: layer.effective_rank for layer in layers}
+        _draw([Panel("‖ΔW‖", norms), Panel("effective rank", ranks, "{:.1f}")], picture)
     _show_what_is_not_measured(state, place)
     _show(_measured_table(place, layers))
     mean = sum(layer.effective_rank for layer in layers) / len(layers)
@@ -108,10 +112,6 @@ def _inspect_adapter(place: Path, picture: Path | None) -> None:
         f"{measure.total_norm(layers):.4g} over all, effective rank {mean:.1f} in the mean",
         soft_wrap=True,
     )
-    if picture is not None:
-        norms = {layer.path: layer.norm for layer in layers}
-        ranks = {layer.path: layer.effective_rank for layer in layers}
-        _draw([Panel("‖ΔW‖", norms), Panel("effective rank", ranks, "{:.1f}")], picture)
 
 
 def _measured_table(place: Path, layers: Sequence[Measured | None]) -> Table:

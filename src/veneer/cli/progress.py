@@ -1,4 +1,4 @@
-"""A run's events on the terminal: data, plan, a live bar, and where the results are."""
+"""A run on the terminal: its data, its plan, a live bar, and where the results are."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RunDisplay:
         self._take_down()
 
     def show(self, event: Event) -> None:
-        """Print what a person wants to know of `event`."""
+        """Print what an event means, or move the bar."""
         match event:
             case Notice(text):
                 show_notice(text, on=OUTPUT)

@@ -1,4 +1,4 @@
-"""recipe.yaml as a source of flags: what it says counts unless a flag says otherwise."""
+"""recipe.yaml as a source of flags: a setting in it holds unless a flag overrides it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from veneer.errors import ConfigError, nearest
 
 
 def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fill in what --config names, in cyclopts's protocol for sources of configuration.
+    """Fill in the settings of the recipe that --config names; cyclopts calls this before parsing.
 
-    Then raises ConfigError, with the problems of all groups of settings at once, if there are any.
+    Raises ConfigError, with the problems of all groups of settings at once.
     """
     (argument,) = [argument for argument in arguments if "--config" in argument.names]
     if argument.tokens:
         path = Path(argument.tokens[-1].value)
-        names = {name.removeprefix("--") for each in arguments for name in each.names}
+        names = {name.removeprefix("--") for a in arguments for name in a.names}
         settings = _read(path, names - {"config"})
         Dict(settings, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
     problems = []
@@ -30,7 +30,7 @@ def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
             argument.convert()
         except ConfigError as error:
             problems.append(str(error))
-        except Exception:  # cyclopts finds it again, and says where it stands
+        except Exception:  # cyclopts raises it again, and names the flag
             continue
     if problems:
         raise ConfigError("\n".join(problems))
@@ -46,10 +46,10 @@ def _read(path: Path, names: set[str]) -> dict[str, Any]:
         raise ConfigError(f"The recipe {path} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"The recipe {path} must hold settings, one a line, as in rank: 8.")
-    known = {name.replace("-", "_") for name in names}
-    unknown = [key for key in map(str, settings) if key.replace("-", "_") not in known]
+    flags = {name.replace("-", "_") for name in names}
+    unknown = [key for key in map(str, settings) if key.replace("-", "_") not in flags]
     if unknown:
-        named = "; ".join(f"{key!r} is unknown{nearest(key, known)}" for key in unknown)
-        raise ConfigError(f"The recipe {path} cannot be followed: {named}.")
+        problems = "; ".join(f"{key!r} is unknown{nearest(key, flags)}" for key in unknown)
+        raise ConfigError(f"The recipe {path} cannot be followed: {problems}.")
     # A pattern may hold dots, which cyclopts would take for deeper levels, but not within JSON.
     return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in settings.items()}

@@ -112,7 +112,7 @@ def run_recipe(
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Within, the first Ctrl-C only asks the run to stop at a good place; the second ends it."""
+    """In this context the first Ctrl-C asks the run to stop after a step; the second ends it."""
     asked = Interrupt()
     before = signal.signal(signal.SIGINT, asked.ask)
     try:

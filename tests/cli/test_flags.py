@@ -1,0 +1,251 @@
+"""Every flag and every setting of a recipe arrives where it belongs."""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+import veneer.compare.run
+from veneer.adapter.config import LoRA
+from veneer.adapter.method import Method
+from veneer.cli.app import run
+from veneer.compare.config import CompareConfig
+from veneer.errors import VeneerError
+from veneer.training.config import TrainConfig
+from veneer.training.recipe import DataConfig, Recipe
+
+GROUPS = {"method": Method, "lora": LoRA, "training": TrainConfig, "rows": DataConfig}
+# A value for each field that is not its default: as the flag takes it, and as it must arrive.
+VALUES: dict[str, dict[str, tuple[object, object]]] = {
+    "method": {
+        "method": ("full", "full"),
+        "trained_blocks": (3, 3),
+        "train_head": (True, True),
+        "train_norms": (True, True),
+        "virtual_tokens": (7, 7),
+        "prefix_mlp": (16, 16),
+        "prompt_text": ("Say it:", "Say it:"),
+    },
+    "lora": {
+        "rank": (5, 5),
+        "alpha": (2.5, 2.5),
+        "dropout": (0.25, 0.25),
+        "targets": ("q_proj,re:v.*", ("q_proj", "re:v.*")),
+        "layers": ("-4:", "-4:"),
+        "rslora": (True, True),
+        "init": ("gaussian", "gaussian"),
+        "dora": (True, True),
+        "lora_fa": (True, True),
+        "rank_pattern": ({"q_proj": 3, r"layers\.0\..*": 2}, {"q_proj": 3, r"layers\.0\..*": 2}),
+        "alpha_pattern": ({"Layers.1.k-proj": 1.5}, {"Layers.1.k-proj": 1.5}),
+    },
+    "training": {
+        "epochs": (2.5, 2.5),
+        "steps": (7, 7),
+        "lr": (1e-3, 1e-3),
+        "lora_plus_ratio": (8.0, 8.0),
+        "schedule": ("linear", "linear"),
+        "warmup": (10, 10),
+        "weight_decay": (0.1, 0.1),
+        "clip": (0.5, 0.5),
+        "tokens_per_step": (512, 512),
+        "tokens_per_batch": (128, 128),
+        "recompute": ("selective", "selective"),
+        "seed": (3, 3),
+        "save_every": (4, 4),
+        "eval_every": (6, 6),
+        "patience": (2, 2),
+    },
+    "rows": {
+        "limit": (9, 9),
+        "max_length": (77, 77),
+        "eval_rows": (5, 5),
+        "eval_data": ("held/out.jsonl", Path("held/out.jsonl")),
+        "skip_bad_rows": (True, True),
+        "new_words": ("auto", "auto"),
+    },
+    "": {
+        "dtype": ("bf16", "bf16"),
+        "bits": (4, 4),
+        "pack_head": (True, True),
+        "out": ("some/where", Path("some/where")),
+        "model": ("another/model", "another/model"),
+        "data": ("other.jsonl", Path("other.jsonl")),
+    },
+}
+SETTINGS = [(group, name) for group, values in VALUES.items() for name in values]
+# What a setting needs beside it, so that it is not idle.
+BESIDE = {name: {"eval_rows": 1} for name in ("eval_every", "patience")}
+BESIDE["pack_head"] = {"bits": 4}
+BESIDE |= {n: {"method": "freeze"} for n in ("trained_blocks", "train_head", "train_norms")}
+BESIDE |= {n: {"method": "prefix"} for n in ("virtual_tokens", "prefix_mlp")}
+BESIDE["prompt_text"] = {"method": "prompt"}
+# What follows from a setting that is left as it is.
+FOLLOWS = {"rank": ["alpha"], "method": ["lr"]}
+FOLLOWS |= {n: ["method", "lr", "trained_blocks"] for n in BESIDE if n.startswith("train")}
+FOLLOWS |= {n: ["lr", "virtual_tokens"] for n in ("virtual_tokens", "prefix_mlp", "prompt_text")}
+SWITCHES = ("resume", "force", "ignore_plan", "tensorboard", "quiet")
+
+
+def test_the_table_of_values_is_complete():
+    for group, kind in GROUPS.items():
+        assert list(VALUES[group]) == [field.name for field in fields(kind)]
+    assert set(VALUES[""]) == {field.name for field in fields(Recipe)} - set(GROUPS)
+
+
+def arrived(recipe: Recipe, group: str, name: str) -> object:
+    return getattr(getattr(recipe, group) if group else recipe, name)
+
+
+def flag(name: str, value: object) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if value is True:
+        return [option]
+    return [option, json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def default(group: str, name: str) -> object:
+    whole = Recipe("m", Path("d"))
+    return arrived(whole, group, name)
+
+
+def write_recipe(path: Path, settings: dict[str, object]) -> Path:
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("group", "name"), SETTINGS)
+def test_every_flag_arrives(caught, group, name):
+    given, expected = VALUES[group][name]
+    assert default(group, name) != expected
+    names = {"model": "m", "data": "d"}
+    positional = [value for key, value in names.items() if key != name]
+    if name in names:
+        positional = [f"--{key}={value}" for key, value in (names | {name: given}).items()]
+        assert run(["tune", *positional]) == 0
+    else:
+        beside = [part for other in BESIDE.get(name, {}).items() for part in flag(*other)]
+        assert run(["tune", *positional, *flag(name, given), *beside]) == 0
+    assert arrived(caught.recipe, group, name) == expected
+    # And nothing else changes, but what follows from it.
+    follows = {"model", "data", *BESIDE.get(name, ()), *FOLLOWS.get(name, ())}
+    for other_group, other in SETTINGS:
+        if other not in {name, *follows}:
+            assert arrived(caught.recipe, other_group, other) == default(other_group, other)
+
+
+@pytest.mark.parametrize(("group", "name"), SETTINGS)
+def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_path, group, name):
+    given, expected = VALUES[group][name]
+    settings = {"model": "m", "data": "d"} | BESIDE.get(name, {}) | {name: given}
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings)
+    assert run(["tune", "--config", str(recipe)]) == 0
+    assert arrived(caught.recipe, group, name) == expected
+    usual = default(group, name)
+    overriding = {
+        "layers": "2:",
+        "targets": "all",
+        "rank_pattern": {"k_proj": 1},
+        "alpha_pattern": {"k_proj": 2.0},
+        "init": "kaiming",
+        "method": "lora",
+        "prompt_text": "Other:",
+        "bits": 8,
+        "new_words": "some",
+        "eval_data": "more.jsonl",
+        "model": "n",
+        "data": "e",
+    }.get(name, 1 if usual is None else usual)
+    if expected is True:
+        command = ["tune", "--config", str(recipe), f"--no-{name.replace('_', '-')}"]
+        overriding = False
+    else:
+        command = ["tune", "--config", str(recipe), *flag(name, overriding)]
+    assert run(command) == 0
+    overridden = arrived(caught.recipe, group, name)
+    if name == "targets":
+        overriding = ("all",)
+    elif isinstance(overridden, Path):
+        overriding = Path(str(overriding))
+    assert overridden == overriding != expected
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_arrives(caught, name):
+    assert run(["tune", "m", "d"]) == 0
+    assert caught.options == dict.fromkeys(SWITCHES, False)
+    assert run(["tune", "m", "d", f"--{name.replace('_', '-')}"]) == 0
+    assert caught.options == dict.fromkeys(SWITCHES, False) | {name: True}
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "freeze", "prefix", "prompt"])
+def test_what_a_recipe_says_of_itself_is_read_back_as_the_same_recipe(caught, tmp_path, method):
+    foreign = {n for n, beside in BESIDE.items() if beside.get("method", method) != method}
+    if method == "prompt":
+        foreign.remove("virtual_tokens")
+    if method != "lora":
+        foreign |= {*VALUES["lora"], "lora_plus_ratio"}
+    if method in ("full", "freeze"):
+        foreign |= {"bits", "pack_head"}
+    everything = {
+        name: given for values in VALUES.values() for name, (given, _) in values.items()
+    } | {"eval_rows": 0, "method": method}  # eval_rows excludes eval_data
+    given = {name: value for name, value in everything.items() if name not in foreign}
+    assert run(["tune", "--config", str(write_recipe(tmp_path / "all.yaml", given))]) == 0
+    first = caught.recipe
+    if method == "lora":
+        assert asdict(first.lora)["rank_pattern"] == VALUES["lora"]["rank_pattern"][1]
+    again = write_recipe(tmp_path / "again.yaml", first.settings())
+    assert run(["tune", "--config", str(again)]) == 0
+    assert caught.recipe == first
+
+
+COMPARED: dict[str, tuple[str, object]] = {
+    "methods": ("lora,full", ("lora", "full")),
+    "ranks": ("1,4", (1, 4)),
+    "target_sets": ("qv,all", ("qv", "all")),
+    "budget": ("minutes:5", "minutes:5"),
+    "seeds": ("3", 3),
+    "seed": ("7", 7),
+    "test": ("test.jsonl", Path("test.jsonl")),
+    "test_rows": ("9", 9),
+    "max_new_tokens": ("12", 12),
+    "general": ("general.txt", Path("general.txt")),
+    "eval_rows": ("5", 5),
+    "limit": ("50", 50),
+    "max_length": ("77", 77),
+    "tokens_per_step": ("512", 512),
+    "lr": ("", {"lora+": 2e-4}),
+    "range_test": ("", True),
+    "dtype": ("bf16", "bf16"),
+}
+
+
+def test_every_flag_of_compare_arrives(monkeypatch):
+    seen = []
+
+    def catch(*arguments, **options):
+        seen.append((arguments, options))
+        raise VeneerError("This comparison is not run.")
+
+    monkeypatch.setattr(veneer.compare.run, "compare", catch)
+    assert list(COMPARED) == [field.name for field in fields(CompareConfig)]
+    assert run(["compare", "m", "d.jsonl"]) == 2
+    (model, data, config), options = seen.pop()
+    assert (model, data, config) == ("m", Path("d.jsonl"), CompareConfig())
+    switches = {"resume": False, "force": False}
+    assert options == {"out": Path("dist/comparison"), **switches}
+    for name, (given, arrived) in COMPARED.items():
+        assert getattr(config, name) != arrived
+        option = f"--{name.replace('_', '-')}"
+        flags = {"lr": ["--lr.lora+", "2e-4"], "range_test": [option]}.get(name, [option, given])
+        beside = ["--test", "t"] if name == "test_rows" else []
+        assert run(["compare", "m", "d.jsonl", *flags, *beside]) == 2
+        (_, _, found), _ = seen.pop()
+        usual = CompareConfig(test=Path("t")) if beside else CompareConfig()
+        assert found == replace(usual, **{name: arrived})
+    for name in switches:
+        assert run(["compare", "m", "d.jsonl", f"--{name}", "--out", "o"]) == 2
+        assert seen.pop()[1] == {"out": Path("o"), **switches, name: True}

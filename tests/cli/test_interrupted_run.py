@@ -1,0 +1,83 @@
+"""`veneer tune` after Ctrl-C or a kill: it goes on as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.tuned_facts import FACTS, metrics, names, same_weights, write_rows
+from veneer.cli.app import run
+
+LONG = ("--steps", "120", "--save-every", "1", "--lr", "0.005", "--dropout", "0.1", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(minigpt_home, tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("undisturbed")
+    data = write_rows(home / "facts.jsonl", FACTS)
+    assert run(["tune", str(minigpt_home), str(data), "--out", str(home / "out"), *LONG]) == 0
+    return home / "out"
+
+
+def started(home: Path, data: Path, out: Path, *, after: int) -> subprocess.Popen:
+    """Start the long run as a process of its own, and come back when it has saved some steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "veneer", "tune", str(home), str(data), "--out", str(out), *LONG],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None:
+        places = (out / "checkpoints").glob("step-*/state.json")
+        if any(int(place.parent.name[5:]) >= after for place in places):
+            break
+        time.sleep(0.02)
+    return process
+
+
+def test_ctrl_c_saves_and_resume_ends_as_if_undisturbed(
+    tune, minigpt_home, data, undisturbed, tmp_path
+):
+    out = tmp_path / "interrupted"
+    process = started(minigpt_home, data, out, after=5)
+    process.send_signal(signal.SIGINT)
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "--resume" in output
+    assert "Traceback" not in output
+    assert not (out / "lora_adapter").exists()
+    (place,) = names(out / "checkpoints")
+    assert 5 <= int(place[5:]) < 120
+    assert tune("--out", out, *LONG, "--resume") == 0
+    assert same_weights(out, undisturbed)
+    assert [line["step"] for line in metrics(out)] == list(range(1, 121))
+
+
+def test_a_killed_run_resumes_to_the_bit(tune, minigpt_home, data, undisturbed, tmp_path):
+    out = tmp_path / "killed"
+    process = started(minigpt_home, data, out, after=5)
+    process.kill()
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "lora_adapter").exists()
+    assert tune("--out", out, *LONG, "--resume", "--recompute", "full") == 0
+    assert same_weights(out, undisturbed)
+    lines, whole = metrics(out), metrics(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, 121))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in whole]
+
+
+def test_the_second_ctrl_c_ends_at_once(tune, tmp_path, monkeypatch, capsys):
+    from veneer.training import loop
+
+    def interrupted_twice(self, forward):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop._Run, "_step", interrupted_twice)
+    before = signal.getsignal(signal.SIGINT)
+    assert tune("--out", tmp_path / "out", "--steps", 5) == 130
+    assert signal.getsignal(signal.SIGINT) is before
