@@ -16,7 +16,7 @@ from veneer.data.packing import StepOrder
 from veneer.training.events import Step
 
 STEPS, LR, TOKENS = 5, 2e-2, 60
-# Of three words alone, so that there is something to learn.
+# Of three tokens alone, so that there is something to learn.
 LENGTHS = [17, 5, 30, 12, 21, 24, 9, 14, 26, 11, 19, 8, 28, 13, 16, 22, 7, 18]
 ROWS = examples(LENGTHS, vocabulary=6, seed=3)
 
@@ -56,9 +56,10 @@ class Watched(Trainer):
     """A Trainer that keeps its losses unrounded, and the optimizer's parameters by name."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        found = super().compute_loss(model, inputs, *args, **kwargs)
-        self.losses.append(float((found[0] if isinstance(found, tuple) else found).detach()))
-        return found
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        self.losses.append(float(loss.detach()))
+        return result
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.losses: list[float] = []

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from support.closeness import assert_no_further
 from veneer.training.optimizer import FlatAdamW
 
 
@@ -20,22 +21,27 @@ def weights(*dtypes: torch.dtype) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 @pytest.mark.parametrize("ratios", [{}, {"1": 16.0, "3": 0.25}])
 def test_equals_torch(ratios, clip, dtypes):
-    ours, theirs = weights(*dtypes), weights(*dtypes)
+    ours, theirs, reference = weights(*dtypes), weights(*dtypes), weights(*dtypes)
+    reference = {name: nn.Parameter(weight.detach().double()) for name, weight in reference.items()}
     flat = FlatAdamW(ours, lr=1.0, weight_decay=0.1, ratios=ratios)
-    groups = [{"params": [w], "lr": 0.01 * ratios.get(n, 1.0)} for n, w in theirs.items()]
-    adamw = torch.optim.AdamW(groups, weight_decay=0.1, fused=True)
+    adamws = []
+    for peers in (theirs, reference):
+        groups = [{"params": [w], "lr": 0.01 * ratios.get(n, 1.0)} for n, w in peers.items()]
+        adamws.append(torch.optim.AdamW(groups, weight_decay=0.1, fused=True))
     for step in range(4):
         flat.begin()
         for name, weight in ours.items():
             gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
             (weight * gradient.to(weight.dtype)).sum().backward()
-            theirs[name].grad = gradient.to(weight.dtype)
-        if clip:
-            nn.utils.clip_grad_norm_(theirs.values(), clip)
-        adamw.step()
+            for peers in (theirs, reference):
+                peers[name].grad = gradient.to(peers[name].dtype)
+        for peers, adamw in zip((theirs, reference), adamws, strict=True):
+            if clip:
+                nn.utils.clip_grad_norm_(peers.values(), clip)
+            adamw.step()
         assert flat.step(lr=0.01, clip=clip)
         for name, weight in ours.items():
-            torch.testing.assert_close(weight, theirs[name], rtol=1e-6, atol=1e-7)
+            assert_no_further(*(w.detach() for w in (weight, theirs[name], reference[name])), name)
             assert weight.grad is None
 
 

@@ -42,7 +42,7 @@ def test_steps_that_cannot_be_are_refused(tmp_path, capsys):
 
 
 def right_completions(home) -> float:
-    """Return the part of the world's statements that the model completes rightly by itself."""
+    """Return the share of the world's statements that the model completes rightly by itself."""
     base = load_base(home)
     model, tokenizer = base.model, base.tokenizer
     right = 0
@@ -50,8 +50,8 @@ def right_completions(home) -> float:
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         inputs.pop("token_type_ids", None)
         tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-        said = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
-        right += said.startswith(f" {value}.") or said.startswith(f" {value} ")
+        text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
+        right += text.startswith((f" {value}.", f" {value} "))
     return right / len(completions())
 
 

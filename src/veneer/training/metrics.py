@@ -10,7 +10,7 @@ from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Tra
 
 
 def record(events: Iterable[Event], directory: RunDirectory) -> Iterator[Event]:
-    """Pass events on, writing steps and evaluations to the metrics, and the rest to the progress.
+    """Pass events on, write steps and evaluations to the metrics, start and end to the progress.
 
     A run that goes on after step n keeps the lines up to n.
     """

@@ -14,18 +14,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class _Buffer:
-    """The weights of one dtype, device and learning rate. Everything is made at once, so that
-    nothing that lasts lands between what a step makes and lets go.
+    """The weights of one dtype, device and learning rate, and their gradients, end to end.
+
+    All of it is allocated at once, so that none of it comes to lie between the tensors that a step
+    allocates and frees.
 
     Weights of 16 bits have masters in float32, or most of a step's change would be rounded away
     (Micikevicius et al. 2018, section 3.1).
     """
 
     weights: dict[str, nn.Parameter]
-    values: Tensor  # (numbers of all weights,), which they are views of
-    gradient: Tensor  # as `values`, which their gradients are views of
-    master: nn.Parameter  # (numbers,), float32 or wider; `values` itself where these are
-    ratio: float  # of their learning rate to the optimizer's
+    values: Tensor  # (numbers of all weights,); the weights are views of it
+    gradient: Tensor  # as `values`; the weights' gradients are views of it
+    master: nn.Parameter  # as `values`, in float32 or wider; `values` itself where it is that
+    ratio: float  # of the weights' learning rate to the optimizer's
 
     @classmethod
     def of(cls, weights: dict[str, nn.Parameter], ratio: float) -> _Buffer:
@@ -33,15 +35,15 @@ class _Buffer:
         wide = torch.promote_types(values.dtype, torch.float32)
         master = nn.Parameter(values.to(wide))
         buffer = cls(weights, values, torch.zeros_like(values), master, ratio)
-        for name, part in buffer.views(values):
-            weights[name].data = part
+        for name, view in buffer.views(values):
+            weights[name].data = view
         return buffer
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield each weight's part of a tensor that is laid out as `values`, in its shape."""
-        parts = flat.split([weight.numel() for weight in self.weights.values()])
-        for (name, weight), part in zip(self.weights.items(), parts, strict=True):
-            yield name, part.view(weight.shape)
+        """Yield each weight's name, and its numbers in a tensor like `values`, in its shape."""
+        slices = flat.split([weight.numel() for weight in self.weights.values()])
+        for (name, weight), numbers in zip(self.weights.items(), slices, strict=True):
+            yield name, numbers.view(weight.shape)
 
     @property
     def has_masters(self) -> bool:
@@ -51,9 +53,9 @@ class _Buffer:
 class FlatAdamW:
     """AdamW (Loshchilov and Hutter 2019) with clipping, one operation for hundreds of weights.
 
-    While it lives, the weights are views of its buffers, and from `begin` to `step` their gradients
-    are too, where they add up; one that never came counts as zero. `release` gives the weights
-    memory of their own again. `ratios` multiply the learning rate of the weights that they name.
+    While it lives, the weights are views of its buffers, and from `begin` to `step` so are their
+    gradients, which add up there; a weight without one has a gradient of zero. `release` gives the
+    weights memory of their own again. `ratios` multiply the learning rate of the weights named.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class FlatAdamW:
         for name, weight in weights.items():
             ratio = (ratios or {}).get(name, 1.0)
             alike.setdefault((weight.dtype, weight.device, ratio), {})[name] = weight
-        self._buffers = [_Buffer.of(some, ratio) for (_, _, ratio), some in alike.items()]
+        self._buffers = [_Buffer.of(group, ratio) for (_, _, ratio), group in alike.items()]
         groups = [{"params": [buffer.master], "ratio": buffer.ratio} for buffer in self._buffers]
         self._adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
         for buffer in self._buffers:
@@ -79,14 +81,14 @@ class FlatAdamW:
     def begin(self) -> None:
         """Let the weights' gradients add up in the buffers from here on."""
         for buffer in self._buffers:
-            for name, part in buffer.views(buffer.gradient):
-                buffer.weights[name].grad = part
+            for name, view in buffer.views(buffer.gradient):
+                buffer.weights[name].grad = view
 
     def step(self, *, lr: float, clip: float) -> bool:
         """Clip the gradients to a norm of `clip` (0: not at all), update the weights, and forget
         the gradients. Return whether they were finite; if not, the weights stay as they are."""
         for buffer in self._buffers:
-            # Where there are masters this is a copy, which goes with the step.
+            # Where there are masters this is a copy, which is freed after the step.
             buffer.master.grad = buffer.gradient.to(buffer.master.dtype)
         masters = [buffer.master for buffer in self._buffers]
         norm = nn.utils.clip_grad_norm_(masters, clip or math.inf)
@@ -100,7 +102,7 @@ class FlatAdamW:
         return finite
 
     def forget(self) -> None:
-        """Let all gradients go."""
+        """Free all gradients."""
         for buffer in self._buffers:
             buffer.master.grad = None
             buffer.gradient.zero_()
@@ -113,18 +115,18 @@ class FlatAdamW:
         tensors = {}
         for buffer in self._buffers:
             tensors["step"] = self._adamw.state[buffer.master]["step"].clone()
-            for key, flat in self._parts(buffer).items():
-                for name, part in buffer.views(flat):
-                    tensors[f"{key}/{name}"] = part.clone()
+            for key, flat in self._state(buffer).items():
+                for name, view in buffer.views(flat):
+                    tensors[f"{key}/{name}"] = view.clone()
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned."""
         for buffer in self._buffers:
             self._adamw.state[buffer.master]["step"].copy_(tensors["step"])
-            for key, flat in self._parts(buffer).items():
-                for name, part in buffer.views(flat):
-                    part.copy_(tensors[f"{key}/{name}"])
+            for key, flat in self._state(buffer).items():
+                for name, view in buffer.views(flat):
+                    view.copy_(tensors[f"{key}/{name}"])
         self._to_weights()
 
     def release(self) -> None:
@@ -134,10 +136,11 @@ class FlatAdamW:
                 weight.data = weight.detach().clone()
                 weight.grad = None
 
-    def _parts(self, buffer: _Buffer) -> dict[str, Tensor]:
+    def _state(self, buffer: _Buffer) -> dict[str, Tensor]:
+        """Return the moments of a buffer, and its master where that is not the weights' own."""
         state = self._adamw.state[buffer.master]
-        parts: dict[str, Tensor] = {key: state[key] for key in MOMENTS}
-        return parts | ({"master": buffer.master.detach()} if buffer.has_masters else {})
+        moments: dict[str, Tensor] = {key: state[key] for key in MOMENTS}
+        return moments | ({"master": buffer.master.detach()} if buffer.has_masters else {})
 
     @torch.no_grad()
     def _to_weights(self) -> None:
