@@ -48,8 +48,8 @@ class Adapter(nn.Module):
         return self.lora_A.shape[-2]
 
     @property
-    def acting_rank(self) -> int:
-        """The rank of `factors()`."""
+    def total_rank(self) -> int:
+        """The rank of `factors()`: twice `rank` where there is a start."""
         return self.rank if self.start_A is None else 2 * self.rank
 
     @property

@@ -126,7 +126,7 @@ class LoRALinear(AdaptedLayer):
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         mask = F.dropout(torch.ones_like(flat), p) if p else None
         update = self.low_rank_update([*first, *dropped], x.dtype)
-        ranks = [sum(a.acting_rank for a, _ in first), *(a.acting_rank for a, _ in dropped)]
+        ranks = [sum(a.total_rank for a, _ in first), *(a.total_rank for a, _ in dropped)]
         (A, *As), (B, *Bs) = update.A.split(ranks), update.B.split(ranks, 1)
         bias = self.active_bias(active)
         y = LowRankLinear.apply(flat, self.base_weight, bias, A, B, mask)  # (tokens, out)

@@ -1,4 +1,4 @@
-"""What model code does with the weight of a layer that it does not call."""
+"""Whether model code computes with a layer's weight, or only asks for its dtype and the like."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-# `self.wo.weight.dtype`, `isinstance(self.wo.weight, torch.Tensor)`: questions of kind, not values.
+# `self.wo.weight.dtype`, `isinstance(self.wo.weight, torch.Tensor)`: they read no values.
 LOOK = r"(?:\.(?:dtype|device|shape)\b|, torch\.Tensor\))"
 
 
@@ -20,10 +20,10 @@ class Place:
 
     @property
     def is_looked_at(self) -> bool:
-        """Whether the owner's code asks for the weight's kind and no more.
+        """Whether the owner's code asks for the weight's dtype, device or shape, and no more.
 
-        T5 asks for the dtype of `wo` at each pass, for which no weight need be made. Where the code
-        says nothing, or is not there, somebody else may compute with it.
+        T5 asks for the dtype of `wo` in each pass; no adapted weight need be computed for that.
+        Where the code does not name the weight, or cannot be read, others may compute with it.
         """
         return _only_looks(self)
 

@@ -1,4 +1,4 @@
-"""What a training step computes again instead of keeping. Imports no torch."""
+"""What the backward pass of a training step computes again. Imports no torch."""
 
 from __future__ import annotations
 

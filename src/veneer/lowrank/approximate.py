@@ -1,4 +1,4 @@
-"""The plain LoRA that is nearest to a change that is none."""
+"""The plain LoRA that is nearest to a change by DoRA."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def nearest_to_dora(
     scaling: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Return A and B of the same rank with which s B A is nearest to DoRA's whole change of W,
-    m ∘ (W + s B A) / ‖W + s B A‖ − W; ‖what is missing‖; and ‖the change‖.
+    """Return the A and B of the same rank whose s B A is nearest to DoRA's change of W,
+    m ∘ (W + s B A) / ‖W + s B A‖ − W; the norm of the difference; and the norm of the change.
 
     weight (out, in), magnitude (out,). The largest singular values of the change are kept.
     """

@@ -1,4 +1,4 @@
-"""Where factors start that are not zero: from the weight itself, or from its gradient.
+"""Starts of A and B from the weight itself or from its gradient, where B A is not zero.
 
 The base is never changed: an adapter that starts at A₀ and B₀ adds B A − B₀ A₀.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from veneer.lowrank.formula import Factors
 from veneer.quant.weight import QuantizedWeight, dense
 
-ITERATIONS, MORE = 30, 16  # of the subspace; directions beside those asked for
+ITERATIONS, OVERSAMPLING = 30, 16  # of subspace iteration; directions beyond the rank
 GAMMA = 16.0  # LoRA-GA's stable scale (Wang et al. 2024, section 3.3)
 
 
@@ -38,24 +38,24 @@ def start_factors(
 
 
 def directions(init: str, rank: int) -> int:
-    """Return how many directions a weight must have, so that factors can start from it."""
+    """Return how many singular directions of a weight a start needs."""
     return {"pissa": rank, "olora": rank, "lora_ga": 2 * rank}.get(init, 0)
 
 
 def nearest_factors(
     weight: Tensor, rank: int, scaling: float, generator: torch.Generator | None = None
 ) -> Factors:
-    """Return A (rank, in) and B (out, rank) with which s B A is nearest to a weight (out, in)."""
+    """Return the A (rank, in) and B (out, rank) whose s B A is nearest to a weight (out, in)."""
     U, S, V = leading(weight, rank, generator)
     root = (S / scaling).sqrt()
     return root[:, None] * V.T, U * root
 
 
 def from_gradient(gradient: Tensor, rank: int, scaling: float) -> Factors:
-    """Return A₀ and B₀ with which the first step is nearest to one of full training.
+    """Return the A₀ and B₀ whose first step is nearest to a step of full training.
 
-    With the gradient's directions U Σ Vᵀ, B₀ has the first `rank` of U and A₀ the next `rank` of V,
-    at a size that keeps outputs stable (LoRA-GA, Wang et al. 2024, sections 3.2 and 3.3).
+    With the gradient's directions U Σ Vᵀ, B₀ is the first `rank` of U and A₀ the next `rank` of V,
+    at a scale that keeps outputs stable (LoRA-GA, Wang et al. 2024, sections 3.2 and 3.3).
     """
     U, _, V = leading(gradient, 2 * rank, torch.Generator().manual_seed(0))
     size = gradient.shape[0] ** 0.25 / GAMMA**0.5 / scaling**0.5
@@ -65,10 +65,10 @@ def from_gradient(gradient: Tensor, rank: int, scaling: float) -> Factors:
 def leading(
     weight: Tensor, rank: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the largest singular values (rank,) of a weight (out, in) between their directions
-    U (out, rank) and V (in, rank), by subspace iteration in float32."""
+    """Return U (out, rank), S (rank,) and V (in, rank): the largest singular values S of a weight
+    (out, in) and their directions, by subspace iteration in float32."""
     W = weight.to(torch.float32)
-    count = min(rank + MORE, *W.shape)
+    count = min(rank + OVERSAMPLING, *W.shape)
     basis = torch.randn(W.shape[1], count, generator=generator).to(W.device)
     for _ in range(ITERATIONS):
         basis, _ = torch.linalg.qr(W.T @ (W @ basis))

@@ -68,7 +68,7 @@ def project(
     """
     torch.mm(_dropped(x, dropout_mask), _stacked_A(group).T, out=h)
     for p, own_h, y in zip(group, h.split([p.rank for p in group], 1), outputs, strict=True):
-        _frozen_product(x, p, y)
+        _base_product(x, p, y)
         if p.rank:
             y.addmm_(own_h, p.B.T)
         if p.gain is not None:
@@ -187,7 +187,7 @@ class LowRankLinear(torch.autograd.Function):
         return dx, dW, db, dA, dB, None
 
 
-def _frozen_product(x: Tensor, p: Projection, out: Tensor) -> None:
+def _base_product(x: Tensor, p: Projection, out: Tensor) -> None:
     """Write W x + b to `out`, by the operations of the base's own linear layer."""
     bias = None if p.bias is None else p.bias.to(x.dtype)
     if not isinstance(p.weight, Tensor):

@@ -1,4 +1,4 @@
-"""The singular values of a change, from its factors or from itself, and what they tell."""
+"""Singular values of a change, from its factors or from the change itself, and measures of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Directions = tuple[Tensor, Tensor, Tensor]  # U (out, k), S (k,), V (in, k)
 
 
 def product_directions(A: Tensor, B: Tensor) -> Directions:
-    """Return U, S, V with B A = U S Vᵀ, in float64, and never make B A itself.
+    """Return U, S, V with B A = U S Vᵀ, in float64, without computing B A itself.
 
     B = Q R and Aᵀ = P T by QR, so that B A = Q (R Tᵀ) Pᵀ, and only R Tᵀ, no larger than
     (rank, rank), is decomposed. A (rank, in), B (out, rank); k is rank, or what the shape allows.
@@ -26,10 +26,10 @@ def product_directions(A: Tensor, B: Tensor) -> Directions:
 def truncated(
     weight: Tensor, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Factors, float]:
-    """Return A and B of the nearest B A to a weight (out, in), and the energy that it keeps.
+    """Return A and B of the B A that is nearest to a weight (out, in), and the energy that it keeps.
 
-    Of a rank, or of the smallest that keeps an energy: nearest in the Frobenius norm (Eckart and
-    Young 1936). Where the rank is known, subspace iteration finds its directions and no others.
+    rank: that of B A; or energy: B A has the smallest rank that keeps it. Nearest in the Frobenius
+    norm (Eckart and Young 1936). For a given rank, subspace iteration finds only its directions.
     """
     assert (rank is None) != (energy is None)
     whole = float(weight.to(torch.float64).square().sum())
@@ -51,7 +51,7 @@ def balanced(U: Tensor, S: Tensor, V: Tensor, rank: int) -> Factors:
 
 
 def kept_energy(S: Tensor, whole: float) -> float:
-    """Return Σ S² / whole, where whole is ‖ΔW‖²: 1 of a change that is nothing."""
+    """Return Σ S² / whole, where whole is ‖ΔW‖²; 1 for a change of zeros."""
     return min(1.0, float(S.to(torch.float64).square().sum()) / whole) if whole else 1.0
 
 
@@ -62,10 +62,10 @@ def rank_for(S: Tensor, energy: float) -> int:
 
 
 def effective_rank(S: Tensor) -> float:
-    """Return exp(−Σ p ln p) with p = S / Σ S: how many directions a change really has.
+    """Return exp(−Σ p ln p) with p = S / Σ S: the number of directions that a change uses.
 
-    Roy and Vetterli 2007, section 2: between 1 and the rank, which equal singular values reach. 0
-    of a change that is nothing.
+    Roy and Vetterli 2007, section 2: between 1 and the rank, which is reached where all singular
+    values are equal; 0 for a change of zeros.
     """
     S = S.to(torch.float64)
     if not float(S.sum()):
@@ -73,7 +73,7 @@ def effective_rank(S: Tensor) -> float:
     return float(torch.special.entr(S / S.sum()).sum().exp())
 
 
-def inner(one: Factors, other: Factors) -> float:
+def inner(first: Factors, second: Factors) -> float:
     """Return ⟨B A, B' A'⟩ = Σ (Bᵀ B') ∘ (A A'ᵀ), in float64, from products of ranks' size."""
-    (A, B), (A2, B2) = ([x.to(torch.float64) for x in factors] for factors in (one, other))
+    (A, B), (A2, B2) = ([x.to(torch.float64) for x in factors] for factors in (first, second))
     return float(((B.T @ B2) * (A @ A2.T)).sum())
