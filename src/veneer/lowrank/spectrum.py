@@ -26,7 +26,7 @@ def product_directions(A: Tensor, B: Tensor) -> Directions:
 def truncated(
     weight: Tensor, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Factors, float]:
-    """Return A and B of the B A that is nearest to a weight (out, in), and the energy that it keeps.
+    """Return A and B of the B A nearest to a weight (out, in), and the energy that it keeps.
 
     rank: that of B A; or energy: B A has the smallest rank that keeps it. Nearest in the Frobenius
     norm (Eckart and Young 1936). For a given rank, subspace iteration finds only its directions.
