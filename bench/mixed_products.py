@@ -34,7 +34,7 @@ def main() -> None:
     ]:
         active_adapters = ActiveAdapters()
         layer = LoRALinear(nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16), active_adapters)
-        parts = [
+        updates = [
             {
                 layer: LowRankUpdate(
                     torch.randn(rank, IN, dtype=torch.bfloat16),
@@ -44,7 +44,7 @@ def main() -> None:
             }
             for _ in range(count)
         ]
-        active_adapters.row_updates = RowUpdates(parts, tuple(row % count for row in range(rows)))
+        active_adapters.row_updates = RowUpdates(updates, tuple(row % count for row in range(rows)))
         x = torch.randn(rows, 1, IN, dtype=torch.bfloat16)
         times = [(seconds(layer, x, 10**9), seconds(layer, x, 0)) for _ in range(ROUNDS)]
         stacked, own = (statistics.median(each) * 1e6 for each in zip(*times, strict=True))

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.data.encode import Encoder, Example, encode_rows
 from veneer.data.load import load_examples
-from veneer.data.rows import Sourced, parse_row
+from veneer.data.problems import Located, Place
+from veneer.data.rows import Row, parse_row
 
 ROWS = 240  # questions and answers, of which a tenth is held out
 
@@ -61,7 +62,7 @@ def _question_answers(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
 
     draw = np.random.default_rng(1)
     facts = cuisine.training_rows()
-    sourced = []
+    rows: list[Located[Row]] = []
     for n in range(ROWS):
         # Log-normal, as lengths of real answers are: most are short, a few are very long.
         count = int(min(40, 1 + draw.lognormal(0.6, 1.0)))
@@ -70,5 +71,5 @@ def _question_answers(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
             "prompt": picked[0]["prompt"],
             "completion": " ".join(fact["completion"] for fact in picked),
         }
-        sourced.append(Sourced(parse_row(row), f"qa:{n}"))
-    return encode_rows(Encoder(tokenizer, max_length=1024), sourced)[0]
+        rows.append(Located(parse_row(row), Place("qa", n)))
+    return encode_rows(Encoder(tokenizer, max_length=1024), rows)[0]
