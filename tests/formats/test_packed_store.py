@@ -293,12 +293,12 @@ def test_reading_ahead_is_set_up_by_blocks(real):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("cut", "cannot be read as a packed model"),
+        ("cut", "cannot be read as a quantized model"),
         ("missing", "lacks 1 weights: model.norm.weight"),
         ("method", "quantized by gptq"),
         ("report", "veneer.json cannot be read"),
         ("shape", r"up_proj\.weight is \(128, 192\), but this model's is \(192, 128\)"),
-        ("scales", r"up_proj\.weight cannot be read as a packed weight"),
+        ("scales", r"up_proj\.weight cannot be read as a quantized weight"),
         ("index", "cannot be read as a list of files"),
     ],
 )
@@ -338,10 +338,10 @@ def test_a_damaged_base(real, damage, message, tmp_path, capsys):
 
 
 def test_packing_twice_is_refused(real, capsys, tmp_path):
-    with pytest.raises(veneer.ModelError, match="packed already"):
+    with pytest.raises(veneer.ModelError, match="quantized already"):
         load_base(real / "q4", bits=4)
     assert run(["quantize", str(real / "q4"), str(tmp_path / "x")]) == 2
-    assert "packed already" in capsys.readouterr().err
+    assert "quantized already" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -130,7 +130,7 @@ def extract(
             f"No layer of {tuned} that can have an adapter differs from {base}'s: there is "
             "nothing to extract."
         )
-    skeleton.veneer_marks = marks.found()  # type: ignore[assignment]
+    skeleton.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     state = state_of(
         changes,
         targets=shortest_names(set(changes), module_paths(skeleton)),
@@ -205,5 +205,5 @@ def _check_settings(
 
 def _marked(source: Source) -> PreTrainedModel:
     """Return the skeleton, which tells its settings' mark though it has no weights."""
-    source.skeleton.veneer_marks = Marks(source.skeleton).found()  # type: ignore[assignment]
+    source.skeleton.veneer_marks = Marks(source.skeleton).fingerprint()  # type: ignore[assignment]
     return source.skeleton

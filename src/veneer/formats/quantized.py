@@ -82,7 +82,7 @@ def write_quantized(
         "pack_head": pack_head,
         "shard_bytes": shard_bytes,
     }
-    order |= {"name": name, "files": source.identity, "config": marks.found()["config"]}
+    order |= {"name": name, "files": source.identity, "config": marks.fingerprint()["config"]}
     groups = _groups(source, set(layers), bits, shard_bytes)
     index: dict[str, str] = {}
     total = 0
@@ -105,7 +105,7 @@ def write_quantized(
     for file in set(out.glob(SHARDS)) - {out / name for name in index.values()}:
         file.unlink()  # of an earlier try, with other settings: `_check` has seen that it is ours
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-    report = {"base": name, "bits": bits, "fingerprint": marks.found()}
+    report = {"base": name, "bits": bits, "fingerprint": marks.fingerprint()}
     write_json(out / REPORT, report | {"layers": [asdict(layer) for layer in done]})
     tokenizer.save_pretrained(out)
     skeleton.generation_config.save_pretrained(out)

@@ -1,4 +1,4 @@
-"""Put a model together from a skeleton and weights, of which some may be packed."""
+"""Put a model together from a skeleton and weights, of which some may be quantized."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def assemble(
     weights: Iterable[tuple[str, Tensor | QuantizedWeight]],
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """Return the skeleton, which stood on the meta device, with its weights in place.
+    """Return the skeleton, which was on the meta device, with its weights.
 
-    Tensors are cast to `dtype` where they are of another, and used as they are where not. Raises
-    ModelError, which names what is missing or of another shape.
+    Tensors of `dtype` are used without a copy, others are cast. Raises ModelError, which names what
+    is missing or of another shape.
     """
     for name, weight in weights:
-        path, _, part = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
         owner = skeleton.get_submodule(path)
-        turned = isinstance(weight, QuantizedWeight) and isinstance(owner, Conv1D)
-        shape, wanted = tuple(weight.shape), tuple(getattr(owner, part).shape)
-        if shape != (wanted[::-1] if turned else wanted):
-            raise ModelError(f"{name} is {shape}, but this model's is {wanted}.")
+        transposed = isinstance(weight, QuantizedWeight) and isinstance(owner, Conv1D)
+        shape, expected = tuple(weight.shape), tuple(getattr(owner, leaf).shape)
+        if shape != (expected[::-1] if transposed else expected):
+            raise ModelError(f"{name} is {shape}, but this model's is {expected}.")
         if isinstance(weight, QuantizedWeight):
-            frozen = QuantizedLinear(weight, owner, transposed=turned)
-            skeleton.set_submodule(path, frozen)
-        elif part in owner._buffers:
-            owner._buffers[part] = weight
+            layer = QuantizedLinear(weight, owner, transposed=transposed)
+            skeleton.set_submodule(path, layer)
+        elif leaf in owner._buffers:
+            owner._buffers[leaf] = weight
         else:
             cast = weight.to(dtype) if weight.is_floating_point() else weight
-            owner._parameters[part] = parameter = nn.Parameter(cast, requires_grad=False)
+            owner._parameters[leaf] = parameter = nn.Parameter(cast, requires_grad=False)
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     skeleton.tie_weights()
     missing = [name for name, parameter in skeleton.named_parameters() if parameter.is_meta]
@@ -56,4 +56,4 @@ def _make_buffers(model: PreTrainedModel) -> None:
                 name: torch.empty_like(b, device="cpu") for name, b in absent.items()
             }
             with torch.no_grad():
-                model._init_weights(module)  # where each architecture says what its buffers hold
+                model._init_weights(module)  # which computes the buffers of each architecture

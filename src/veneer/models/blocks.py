@@ -1,4 +1,4 @@
-"""Where the blocks of a model stand."""
+"""The decoder blocks of a model, found by their number."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     decoder: Any = model.get_decoder()
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
-    return next((found for found in lists if len(found) == count), None)
+    return next((layers for layers in lists if len(layers) == count), None)

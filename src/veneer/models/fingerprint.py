@@ -1,4 +1,4 @@
-"""What tells one base from another of the same shape: its structure, weights and vocabulary."""
+"""The fingerprint of a base: short hashes of its structure, its weights and its vocabulary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VOCABULARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = Wea
 
 
 class Marks:
-    """The fingerprint of a base whose weights are seen one by one, before they are packed."""
+    """The fingerprint of a base whose weights come one by one, before they are quantized."""
 
     def __init__(self, skeleton: nn.Module, samples: Mapping[str, str] | None = None) -> None:
         self._config = _config_mark(skeleton, base_parameters(skeleton))
@@ -27,12 +27,12 @@ class Marks:
         self.samples = dict(samples or {})
 
     def see(self, name: str, weight: Tensor) -> None:
-        """Take note of a weight."""
+        """Take samples of a weight."""
         if name in self._names:
             self.samples[name] = _sample(weight)
 
-    def found(self) -> dict[str, str]:
-        """Return {"config", "weights"}, as `fingerprint` does of the whole model."""
+    def fingerprint(self) -> dict[str, str]:
+        """Return {"config", "weights"}, as the function `fingerprint` does of the whole model."""
         samples = [self.samples[name] for name in sorted(self.samples)]
         return {"config": self._config, "weights": _hash(samples)}
 
@@ -40,11 +40,11 @@ class Marks:
 def fingerprint(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, str]:
-    """Return {"config", "weights", "tokenizer"}, each a short hash of that part of the base.
+    """Return {"config", "weights", "tokenizer"}, a short hash of each.
 
-    The same for the base alone and with adapters on it, in float32 as in bfloat16, and packed:
-    weights are sampled as they were before packing, and samples are compared in bfloat16. The
-    tokenizer is hashed as it was before words were added to it.
+    It is the same for the base alone and with adapters, in float32 and bfloat16, dense and
+    quantized: weights are sampled before they are quantized, and samples are taken in bfloat16. The
+    tokenizer is hashed without the tokens that were added to it.
     """
     marks = dict(getattr(model, "veneer_marks", {})) or _marks_of(model)
     if tokenizer is not None:
@@ -53,39 +53,37 @@ def fingerprint(
 
 
 def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, Tensor]:
-    """Return the base's own parameters under the base's own paths, whatever lies over them.
+    """Return the base's own parameters by their paths in the base, also under adapters.
 
-    A tied weight stands there under its first path, or with `every_name` under each. Packed weights
-    are no parameters, and are left out.
+    A tied weight has its first path, or with `every_name` each of them. Quantized weights are no
+    parameters, and are left out.
     """
     active_adapters = getattr(model, "veneer_active_adapters", None)
-    own = (
-        {} if active_adapters is None else active_adapters.replaced
-    )  # where an adapter's weights stand in their place
-    found: dict[str, Tensor] = {}
+    replaced = {} if active_adapters is None else active_adapters.replaced
+    parameters: dict[str, Tensor] = {}
     seen: set[int] = set()
     for path, parameter in model.named_parameters(remove_duplicate=False):
-        parts = path.split(".")
-        if "adapters" in parts or parts[-1] == "rows":
+        names = path.split(".")
+        if "adapters" in names or names[-1] == "rows":
             continue
-        plain = _base_path(path)
-        parameter = own.get(plain, parameter)
+        base_path = _base_path(path)
+        parameter = replaced.get(base_path, parameter)
         if every_name or id(parameter) not in seen:
-            found[plain] = parameter
+            parameters[base_path] = parameter
         seen.add(id(parameter))
-    return dict(sorted(found.items()))
+    return dict(sorted(parameters.items()))
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Return how many parameters the base has, packed or not."""
-    packed = (layer.quantized_weight.shape.numel() for layer in quantized_layers(model).values())
-    return sum(weight.numel() for weight in base_parameters(model).values()) + sum(packed)
+    """Return how many parameters the base has, quantized or not."""
+    quantized = (layer.quantized_weight.shape.numel() for layer in quantized_layers(model).values())
+    return sum(weight.numel() for weight in base_parameters(model).values()) + sum(quantized)
 
 
 def _marks_of(model: nn.Module) -> dict[str, str]:
     weights = base_parameters(model)
     for path, layer in quantized_layers(model).items():
-        # Packed by others: nothing but the codes is left to tell it by.
+        # Quantized by another program: nothing but the codes is left to sample.
         weights[f"{_base_path(path)}.weight"] = layer.quantized_weight.tensors()["weight"]
     weights = dict(sorted(weights.items()))
     return {
@@ -95,13 +93,15 @@ def _marks_of(model: nn.Module) -> dict[str, str]:
 
 
 def _vocabulary_mark(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the hash of the words that a tokenizer came with, which is made once: of 50 thousand
-    it takes longer than all else of loading an adapter."""
+    """Return the hash of the tokens that a tokenizer came with.
+
+    It is cached: with 50 thousand tokens it takes longer than all else in loading an adapter.
+    """
     size = tokenizer.vocab_size
-    known, mark = _VOCABULARIES.get(tokenizer, (None, ""))
-    if known != size:
-        vocabulary = sorted((i, word) for word, i in tokenizer.get_vocab().items() if i < size)
-        mark = _hash(f"{i} {word}" for i, word in vocabulary)
+    cached_size, mark = _VOCABULARIES.get(tokenizer, (None, ""))
+    if cached_size != size:
+        vocabulary = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i < size)
+        mark = _hash(f"{i} {token}" for i, token in vocabulary)
         _VOCABULARIES[tokenizer] = size, mark
     return mark
 
@@ -113,7 +113,7 @@ def _config_mark(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
 
 
 def _base_path(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part != "original")
+    return ".".join(name for name in path.split(".") if name != "original")
 
 
 def _sample(weight: Tensor) -> str:
@@ -123,5 +123,5 @@ def _sample(weight: Tensor) -> str:
     return ",".join(map(str, values.tolist()))
 
 
-def _hash(parts: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

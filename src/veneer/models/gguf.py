@@ -62,14 +62,14 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
     """Read a GGUF file as a dense model, which can be trained and saved."""
     # Left in GGUF's blocks, the weights could be neither trained on nor saved.
     quantization = GgufConfig(dequantize=True)
-    model, told = _read(
+    model, report = _read(
         AutoModelForCausalLM,
         path,
         quantization_config=quantization,
         output_loading_info=True,
         **options,
     )
-    if missing := sorted(told["missing_keys"]):  # transformers would make them up
+    if missing := sorted(report["missing_keys"]):  # transformers would make them up
         raise _unreadable(path, ValueError(f"it lacks {listed(missing)}"))
     return model
 

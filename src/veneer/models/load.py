@@ -62,8 +62,8 @@ def load_base(
     """Load a base for training or generation, on the GPU where there is one.
 
     `name` is a built-in name, a transformers or MiniGPT directory, a .gguf file, or a hub name.
-    With `bits` its linear layers are packed as they are read, with `pack_head` the head too; one
-    that is packed already stays in its files, memory-mapped.
+    With `bits` its linear layers are quantized as they are read, with `pack_head` the head too; one
+    that is quantized already stays in its files, memory-mapped.
     No code from a model's repository is ever run. Raises ModelError with what to do, and
     ConfigError for settings that cannot be.
     """
@@ -78,7 +78,7 @@ def load_base(
         config = None if _is_gguf(place) and not bits else load_config(name)
         if config is not None and quantization_of(config.to_dict()):
             if bits:
-                raise ModelError(f"{name} is packed already; leave bits out.")
+                raise ModelError(f"{name} is quantized already; leave bits out.")
             home = _on_disk(place)
             model = load_quantized(home, skeleton_of(config, home), wanted)
         elif config is not None and bits:
@@ -141,12 +141,12 @@ def load_skeleton(name: str | Path) -> PreTrainedModel:
 def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[str, ...]]:
     """Return the weights of a base one at a time, its tokenizer, and what to know of it.
 
-    Raises ModelError for a base that is packed already.
+    Raises ModelError for a base that is quantized already.
     """
     with gguf.read_once():
         place, config = locate(name), load_config(name)
         if quantization_of(config.to_dict()):
-            raise ModelError(f"{name} is packed already.")
+            raise ModelError(f"{name} is quantized already.")
         source, notices = _open_dense(place, config)
         return source, _tokenizer(place), notices
 

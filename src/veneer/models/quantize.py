@@ -1,4 +1,4 @@
-"""Pack the linear layers of a base as its weights come in, one at a time."""
+"""Quantize the linear layers of a base as its weights are read, one at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from veneer.quant.weight import QuantizedWeight
 
 
 def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, nn.Module]:
-    """Return the layers to pack, by path: every linear one but the head, which `head` adds.
+    """Return the layers to quantize, by path: every linear one; the head only with `head`.
 
-    Raises ConfigError for a head that is the embedding too, which has to stay as it is.
+    Raises ConfigError for a head that is the embedding too, which stays dense.
     """
     output = skeleton.get_output_embeddings()
     if head and output is not None and output.weight is skeleton.get_input_embeddings().weight:
-        raise ConfigError("The head of this model is its embedding too, and cannot be packed.")
+        raise ConfigError("The head of this model is its embedding too, and cannot be quantized.")
     return {
         path: layer
         for path, layer in skeleton.named_modules()
@@ -32,9 +32,9 @@ def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, n
     }
 
 
-def pack(weight: Tensor, bits: Bits, dtype: torch.dtype) -> QuantizedWeight:
-    """Return a weight (out, in) in 4 or 8 bits a number, to be unpacked to `dtype`."""
-    # bitsandbytes takes a second to import, and nobody else needs it.
+def quantize(weight: Tensor, bits: Bits, dtype: torch.dtype) -> QuantizedWeight:
+    """Return a weight (out, in) in 4 or 8 bits a number, to be dequantized to `dtype`."""
+    # bitsandbytes takes a second to import, and is needed here alone.
     if bits == 4:
         from veneer.quant.nf4 import NF4
 
@@ -47,14 +47,14 @@ def pack(weight: Tensor, bits: Bits, dtype: torch.dtype) -> QuantizedWeight:
 def quantized_model(
     source: Source, bits: Bits, dtype: torch.dtype, *, head: bool = False
 ) -> PreTrainedModel:
-    """Return the base with its linear layers packed; it keeps the fingerprint that it had before.
+    """Return the base with quantized linear layers and the fingerprint that it had before.
 
-    Raises what `packed_weights` does.
+    Raises as `quantized_weights` does.
     """
     marks = Marks(source.skeleton)
     weights = quantized_weights(source, bits, dtype, head=head, seen=marks.see)
     model = assemble(source.skeleton, weights, dtype)
-    model.veneer_marks = marks.found()  # type: ignore[assignment]
+    model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     return model
 
 
@@ -66,23 +66,25 @@ def quantized_weights(
     head: bool = False,
     seen: Callable[[str, Tensor], None],
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-    """Yield every weight of the source by its name, those of `quantizable` layers packed.
+    """Yield every weight of the source by its name, those of `quantizable` layers quantized.
 
-    `seen` is told each weight as it was read. Raises ModelError for one with values that are not
-    finite, which a block's scale would spread.
+    `seen` is called with each weight as it was read. Raises ModelError for one with values that are
+    not finite, which a block's scale would spread.
     """
     layers = quantizable(source.skeleton, head=head)
     for name in source.names:
         weight = source.read(name)
         seen(name, weight)
-        path, _, part = name.rpartition(".")
-        if part != "weight" or path not in layers:
+        path, _, leaf = name.rpartition(".")
+        if leaf != "weight" or path not in layers:
             yield name, weight
             continue
         if not bool(torch.isfinite(weight).all()):
-            raise ModelError(f"{name} has values that are not finite numbers; it cannot be packed.")
+            raise ModelError(
+                f"{name} has values that are not finite numbers; it cannot be quantized."
+            )
         weight = weight.T if isinstance(layers[path], Conv1D) else weight
         try:
-            yield name, pack(weight, bits, dtype)
+            yield name, quantize(weight, bits, dtype)
         except ValueError as error:
-            raise ModelError(f"{name} cannot be packed: {error}.") from error
+            raise ModelError(f"{name} cannot be quantized: {error}.") from error

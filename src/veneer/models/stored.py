@@ -1,4 +1,4 @@
-"""Bases that stand on disk already packed, by `veneer quantize` or by bitsandbytes itself."""
+"""Bases that are stored quantized, by `veneer quantize` or by bitsandbytes itself."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from veneer.models.source import model_files
 from veneer.quant.mapped import ReadAhead, map_tensors
 from veneer.quant.weight import QuantizedWeight, quantized_layers
 
-# What bitsandbytes keeps beside a packed weight.
-BESIDE = re.compile(r"(?P<path>.+)\.(?P<part>weight\..+|SCB|weight_format)")
-REPORT = "veneer.json"  # beside config.json: the base it was made of, and what packing cost
+# Tensors that bitsandbytes stores beside a quantized weight.
+BESIDE = re.compile(r"(?P<path>.+)\.(?P<key>weight\..+|SCB|weight_format)")
+REPORT = "veneer.json"  # beside config.json: which base was quantized, and the error
 
 
 def load_quantized(
     directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Return the model of a packed directory; its large tensors stay in their files.
+    """Return the quantized model of a directory; its large tensors stay in their files.
 
     Layers are read ahead in the direction in which they are used. Raises ModelError.
     """
@@ -36,7 +36,7 @@ def load_quantized(
         try:
             stored |= map_tensors(file)
         except Exception as error:  # of many kinds, as damage is
-            raise ModelError(f"{file} cannot be read as a packed model ({error!r}).") from error
+            raise ModelError(f"{file} cannot be read as a quantized model ({error!r}).") from error
     del skeleton.config.quantization_config
     model = assemble(skeleton, _weights(stored, skeleton, dtype), dtype)
     model.veneer_marks = _marks(directory)  # type: ignore[assignment]
@@ -45,14 +45,14 @@ def load_quantized(
 
 
 def _marks(directory: Path) -> dict[str, str]:
-    """Return the fingerprint of the base that was packed, or nothing where others packed it."""
+    """Return the fingerprint of the base that was quantized, none if another program did it."""
     report = directory / REPORT
     if not report.is_file():
         return {}
     try:
         return dict(json.loads(report.read_text(encoding="utf-8"))["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{report} cannot be read ({error}); pack the model anew.") from error
+        raise ModelError(f"{report} cannot be read ({error}); quantize the model anew.") from error
 
 
 def _weights(
@@ -60,31 +60,31 @@ def _weights(
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     beside: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in stored.items():
-        if found := BESIDE.fullmatch(name):
-            beside[found["path"]][found["part"]] = tensor
+        if match := BESIDE.fullmatch(name):
+            beside[match["path"]][match["key"]] = tensor
     for name in skeleton.state_dict():
         if name not in stored:
             continue
-        parts = beside.get(name.removesuffix(".weight"), {}) | {"weight": stored[name]}
+        tensors = beside.get(name.removesuffix(".weight"), {}) | {"weight": stored[name]}
         try:
-            yield name, _weight(parts, dtype)
+            yield name, _weight(tensors, dtype)
         except Exception as error:  # bitsandbytes asserts
-            raise ModelError(f"{name} cannot be read as a packed weight ({error!r}).") from error
+            raise ModelError(f"{name} cannot be read as a quantized weight ({error!r}).") from error
 
 
-def _weight(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | QuantizedWeight:
+def _weight(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | QuantizedWeight:
     from veneer.quant.int8 import Int8
     from veneer.quant.nf4 import NF4, STATE
 
-    if any(part.startswith(STATE) for part in parts):
-        return NF4.from_tensors(parts, dtype)
-    if "SCB" in parts:
-        return Int8.from_tensors(parts, dtype)
-    return parts["weight"]
+    if any(key.startswith(STATE) for key in tensors):
+        return NF4.from_tensors(tensors, dtype)
+    if "SCB" in tensors:
+        return Int8.from_tensors(tensors, dtype)
+    return tensors["weight"]
 
 
 def _read_ahead(model: PreTrainedModel) -> None:
-    """Read the packed weights of one block while those of another are used."""
+    """Read the quantized weights of the next block while those of one are used."""
     blocks: dict[str, list[QuantizedWeight]] = defaultdict(list)
     for path, layer in quantized_layers(model).items():
         block = re.match(r".*?\.\d+(?=\.)", path)

@@ -148,7 +148,7 @@ def _check(source: Source, state: AdapterState, *, force: bool) -> None:
         marks = Marks(skeleton)
         for name in source.names:
             marks.see(name, source.read(name))
-        skeleton.veneer_marks = marks.found()
+        skeleton.veneer_marks = marks.fingerprint()
     problems = validate(skeleton, replace(state, base_weights={}), None, force=force)
     for path, weight in state.base_weights.items():
         if path not in source.names or not same_weight(source.read(path), weight):
