@@ -62,19 +62,19 @@ def features() -> str:
 
 
 def main() -> None:
-    parts = [f"{MARK}\n\nMachine: {platform.machine()}, {features()}. {MODEL}\n"]
+    sections = [f"{MARK}\n\nMachine: {platform.machine()}, {features()}. {MODEL}\n"]
     for question, commands in QUESTIONS:
-        parts.append(f"### {question}\n")
+        sections.append(f"### {question}\n")
         for command in commands:
             done = subprocess.run(
                 [sys.executable, *command.split()], text=True, capture_output=True, check=False
             )
-            if not done.stdout:  # a bound that is not kept is an answer too
+            if not done.stdout:  # a failed bound is an answer too, and printed
                 sys.exit(done.stdout + done.stderr[-4000:])
             print(done.stdout, flush=True)
-            parts.append(f"`python {command}`\n\n{done.stdout}")
+            sections.append(f"`python {command}`\n\n{done.stdout}")
     before = PAGE.read_text(encoding="utf-8").partition(MARK)[0] if PAGE.exists() else ""
-    PAGE.write_text(before + "\n".join(parts), encoding="utf-8")
+    PAGE.write_text(before + "\n".join(sections), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def main() -> None:
     quieten_libraries()
     base = veneer.load_base(asked.model)
     examples, _ = veneer.load_examples(asked.data, base.tokenizer, limit=asked.limit)
-    kept, held_out = split_held_out(len(examples), eval_rows=asked.eval_rows, seed=0)
-    rows, questions = [examples[i] for i in kept], [examples[i] for i in held_out]
+    trained, held_out = split_held_out(len(examples), eval_rows=asked.eval_rows, seed=0)
+    rows, questions = [examples[i] for i in trained], [examples[i] for i in held_out]
     losses = {"base": loss_of(base.model, questions)}
     tuned = tune_fully(base.model, rows, asked.steps)
     losses["full"] = loss_of(tuned, questions)
@@ -97,15 +97,15 @@ def main() -> None:
     def fresh() -> PreTrainedModel:
         return veneer.load_base(asked.model, dtype=str(tuned.dtype).removeprefix("torch.")).model
 
-    found: dict[str, Extracted] = {}
+    extracted: dict[str, Extracted] = {}
     with TemporaryDirectory() as place:
         veneer.write_model(tuned, base.tokenizer, Path(place) / "tuned")
         for rank, beside in product(map(int, asked.ranks.split(",")), (False, True)):
             name = f"rank {rank}{', embedding too' if beside else ''}"
             tuned_home = Path(place) / "tuned"
-            found[name] = veneer.extract(asked.model, tuned_home, rank=rank, embeddings=beside)
+            extracted[name] = veneer.extract(asked.model, tuned_home, rank=rank, embeddings=beside)
             model = fresh()
-            install(model, found[name].state, tokenizer=base.tokenizer)
+            install(model, extracted[name].state, tokenizer=base.tokenizer)
             losses[name] = loss_of(model, questions)
             print(f"  {name}: {losses[name]:.4f}", flush=True)
     losses["linear layers, whole"] = loss_of(with_linear_layers_of(tuned, fresh()), questions)
@@ -114,17 +114,16 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, loss in losses.items():
         share = f"{(losses['base'] - loss) / gain:.1%}"
-        energy = f"{found[name].energy:.1%}" if name in found else ""
+        energy = f"{extracted[name].energy:.1%}" if name in extracted else ""
         size = ""
-        if name in found:
-            size = f"{sum(t.numel() for t in found[name].state.tensors.values()):,}"
+        if name in extracted:
+            size = f"{sum(t.numel() for t in extracted[name].state.tensors.values()):,}"
         print(f"| {name} | {loss:.4f} | {share} | {energy} | {size} |")
-    one = next(iter(found.values()))
-    print(
-        f"\nAll weights changed by {one.relative:.2%}; {one.uncovered_share:.2%} of it uncovered:"
-    )
-    for each in sorted(one.uncovered, key=lambda each: -each.norm)[:3]:
-        print(f"{each.name}, {each.relative:.2%} of its size")
+    first = next(iter(extracted.values()))
+    uncovered = f"{first.uncovered_share:.2%} of it uncovered:"
+    print(f"\nAll weights changed by {first.relative:.2%}; {uncovered}")
+    for weight in sorted(first.uncovered, key=lambda weight: -weight.norm)[:3]:
+        print(f"{weight.name}, {weight.relative:.2%} of its size")
     curve = energy_curve(tuned, fresh())
     print("\n| rank | " + " | ".join(map(str, curve)) + " |")
     print("|---" * (len(curve) + 1) + "|")

@@ -43,12 +43,12 @@ def main() -> None:
         weight = torch.randn(out, in_).to(torch.bfloat16)
         small_weight, weight_scale = quantised(weight)
         small_x, _ = quantised(x)
-        packed = torch.ops.onednn.qlinear_prepack(small_weight.T.contiguous().T, None)
+        prepacked = torch.ops.onednn.qlinear_prepack(small_weight.T.contiguous().T, None)
         unsigned = (small_x.to(torch.int16) + 128).to(torch.uint8)
 
         weight_scale = weight_scale.flatten()
 
-        def scaled(u=unsigned, p=packed, w=weight_scale):
+        def scaled(u=unsigned, p=prepacked, w=weight_scale):
             zeros = torch.zeros(len(w), dtype=torch.int32)
             return torch.ops.onednn.qlinear_pointwise(
                 u, 1.0, 128, p, w, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""

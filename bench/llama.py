@@ -2,9 +2,9 @@
 
     python -m bench.llama [--out dist/llama_cpp] [--questions 88]
 
-Trains what the demo trains, without new words, which a LoRA file cannot carry, and once with them,
+Trains what the demo trains, without new tokens, which a LoRA file cannot carry, and once with them,
 for the merged file. Then every question that training never showed is asked of Veneer in float32
-and of llama.cpp, greedily. Where the words differ, the first token that differs is shown with its
+and of llama.cpp, greedily. Where the tokens differ, the first token that differs is shown with its
 margin: by how much our logits prefer our token to theirs. llama.cpp rounds what flows between
 layers to 8 bits; how far its logits are from ours on the same text is measured beside it. Over the
 same base in a GGUF file of float32 it rounds nothing, and is asked all of it again.
@@ -55,8 +55,7 @@ def trained(out: Path, *, new_words: str) -> Path:
         rows.write_text("".join(lines), encoding="utf-8")
         data = veneer.DataConfig(new_words=new_words)
         recipe = replace(demo.RECIPE, data=rows, rows=data, out=out)
-        switches = ("resume", "force", "ignore_plan", "tensorboard")
-        assert run_recipe(recipe, **dict.fromkeys(switches, False), quiet=True) == 0
+        assert run_recipe(recipe, quiet=True) == 0
     return adapter
 
 
@@ -68,7 +67,7 @@ class Answer:
     likely: list[dict[int, float]]
 
 
-class Said:
+class Answers:
     """What Veneer answers in float32, as the model stands now."""
 
     def __init__(self, base: veneer.Base, prompts: list[list[int]]) -> None:
@@ -91,16 +90,16 @@ class Said:
             return_dict_in_generate=True,
             output_logits=True,
         )
-        found = []
+        answers = []
         for row, tokens in enumerate(done.sequences[:, longest:].tolist()):
             if self.end in tokens:
                 tokens = tokens[: tokens.index(self.end) + 1]
             likely = []
             for step in done.logits[: len(tokens)]:
-                values, words = step[row].log_softmax(-1).topk(TOP)
-                likely.append(dict(zip(words.tolist(), values.tolist(), strict=True)))
-            found.append(Answer(tokens, likely))
-        return found
+                values, ids = step[row].log_softmax(-1).topk(TOP)
+                likely.append(dict(zip(ids.tolist(), values.tolist(), strict=True)))
+            answers.append(Answer(tokens, likely))
+        return answers
 
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -111,14 +110,14 @@ def theirs(server: LlamaCpp, prompt: list[int], scales: dict[Path, float], end: 
     steps = reply["completion_probabilities"]
     tokens = [step["id"] for step in steps]
     if len(tokens) < TOKENS and tokens[-1:] != [end]:
-        tokens.append(end)  # it stops before it says so
-    likely = [{one["id"]: one["logprob"] for one in step["top_logprobs"]} for step in steps]
+        tokens.append(end)  # it stops before it reports the token
+    likely = [{token["id"]: token["logprob"] for token in step["top_logprobs"]} for step in steps]
     return Answer(tokens, likely)
 
 
 def line(
     what: str,
-    said: Said,
+    expected: Answers,
     server: LlamaCpp,
     scales: dict[Path, float],
     keys: Sequence[str],
@@ -127,16 +126,16 @@ def line(
     same = right = 0
     noise: list[float] = []
     parted: list[tuple[float, str]] = []
-    for prompt, ours, key in zip(said.prompts, said.answers, keys, strict=True):
-        other = theirs(server, prompt, scales, said.end)
-        right += cuisine.is_right(said.text(other.tokens), key)
+    for prompt, ours, key in zip(expected.prompts, expected.answers, keys, strict=True):
+        other = theirs(server, prompt, scales, expected.end)
+        right += cuisine.is_right(expected.text(other.tokens), key)
         for step, (a, b) in enumerate(zip(ours.tokens, other.tokens, strict=False)):
             here = ours.likely[step]
             there = other.likely[step] if step < len(other.likely) else {}
             if a != b:
                 margin = here[a] - here.get(b, min(here.values()))
-                told = f"{said.text(ours.tokens)!r}, llama.cpp {said.text(other.tokens)!r}"
-                parted.append((margin, told))
+                texts = f"{expected.text(ours.tokens)!r}, llama.cpp {expected.text(other.tokens)!r}"
+                parted.append((margin, texts))
                 break
             first, second = list(here)[:2]
             if first in there and second in there:
@@ -149,8 +148,8 @@ def line(
     count = len(keys)
     print(f"| {what:44} | {same:3} of {count} | {right:3} | {under} of {len(parted)} |", end="")
     print(f" {usual:.2f} | {most:.2f} |", flush=True)
-    for margin, told in parted:
-        DIFFERING.append(f"{what}: margin {margin:.3f}. Veneer {told}")
+    for margin, texts in parted:
+        DIFFERING.append(f"{what}: margin {margin:.3f}. Veneer {texts}")
 
 
 DIFFERING: list[str] = []
@@ -200,14 +199,14 @@ def main() -> None:
 
     plain = trained(asked.out / "plain", new_words="")
     base, prompts = asking(questions)
-    before = Said(base, prompts)
+    before = Answers(base, prompts)
     veneer.load(base.model, plain)
     lora = asked.out / "adapter.gguf"
     for note in gguf_adapter.write(capture(base.model), lora, base.model.config):
         print("note:", note)
-    whole = Said(base, prompts)
+    whole = Answers(base, prompts)
     veneer.use(base.model, {"default": 0.5})
-    half = Said(base, prompts)
+    half = Answers(base, prompts)
     wide = dequantised(file, asked.out / "base.gguf")
     for running, exact, how in ((file, False, "Q4_1"), (wide, True, "float32")):
         server = LlamaCpp(running, [lora], context=512, exact=exact)
@@ -220,18 +219,23 @@ def main() -> None:
 
 
 def merged_files(
-    file: Path, plain: Path, out: Path, questions: Sequence[str], keys: Sequence[str], whole: Said
+    file: Path,
+    plain: Path,
+    out: Path,
+    questions: Sequence[str],
+    keys: Sequence[str],
+    whole: Answers,
 ) -> None:
     for kind in ("q4_1", "q8_0", "f16"):
         server = merged(file, plain, out, kind)
         line(f"merged, {kind}", whole, server, {}, keys)
 
-    worded = trained(out / "words", new_words=",".join(cuisine.NEW_WORDS))
-    base, prompts = asking(questions, worded)
-    said = Said(base, prompts)
+    extended = trained(out / "tokens", new_words=",".join(cuisine.NEW_WORDS))
+    base, prompts = asking(questions, extended)
+    answers = Answers(base, prompts)
     for kind in ("q4_1", "q8_0", "f16"):
-        server = merged(file, worded, out, kind, "with new words, ")
-        line(f"with new words, merged, {kind}", said, server, {}, keys)
+        server = merged(file, extended, out, kind, "with new tokens, ")
+        line(f"with new tokens, merged, {kind}", answers, server, {}, keys)
 
 
 def asking(

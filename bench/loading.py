@@ -51,14 +51,14 @@ def veneer_round(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, home: Path
 ) -> dict[str, float]:
     """Return the seconds of each thing, done once; the model is a plain base again at the end."""
-    found = {"first": seconds(lambda: veneer.load(model, home / "a", name="a"))}
-    found["second"] = seconds(lambda: veneer.load(model, home / "b", name="b"))
-    found["swap"] = seconds(lambda: [veneer.use(model, "ab"[i % 2]) for i in range(SWAPS)]) / SWAPS
+    times = {"first": seconds(lambda: veneer.load(model, home / "a", name="a"))}
+    times["second"] = seconds(lambda: veneer.load(model, home / "b", name="b"))
+    times["swap"] = seconds(lambda: [veneer.use(model, "ab"[i % 2]) for i in range(SWAPS)]) / SWAPS
     veneer.detach(model)
     native = home / "native"
-    found["native"] = seconds(lambda: veneer.load(model, native, tokenizer=tokenizer))
+    times["native"] = seconds(lambda: veneer.load(model, native, tokenizer=tokenizer))
     veneer.detach(model)
-    return found
+    return times
 
 
 def peft_round(model: PreTrainedModel, home: Path) -> dict[str, float]:
@@ -67,17 +67,17 @@ def peft_round(model: PreTrainedModel, home: Path) -> dict[str, float]:
     def load() -> None:
         wrapped.append(PeftModel.from_pretrained(model, home / "a", adapter_name="a"))
 
-    found = {"first": seconds(load)}
+    times = {"first": seconds(load)}
     theirs = wrapped[0]
-    found["second"] = seconds(lambda: theirs.load_adapter(str(home / "b"), "b"))
+    times["second"] = seconds(lambda: theirs.load_adapter(str(home / "b"), "b"))
     names = ("a", "b")
-    found["swap"] = (
+    times["swap"] = (
         seconds(lambda: [theirs.set_adapter(names[i % 2]) for i in range(SWAPS)]) / SWAPS
     )
     theirs.unload()
     if hasattr(model, "peft_config"):
         del model.peft_config
-    return found
+    return times
 
 
 def main() -> None:
@@ -99,19 +99,19 @@ def main() -> None:
         "first": "first adapter over the base",
         "second": "another beside it",
         "native": "native, with the tokenizer checked",
-        "swap": "swap of the acting one",
+        "swap": "swap of the active adapter",
     }
     print(f"| milliseconds, median of {asked.rounds} (spread) | Veneer | PEFT | × |")
     print("|---|---|---|---|")
     for key, title in titles.items():
         cells, middles = [], []
         for rounds in runs.values():
-            times = [1000 * found[key] for found in rounds[WARM_UP:] if key in found]
-            if not times:
+            spread = [1000 * times[key] for times in rounds[WARM_UP:] if key in times]
+            if not spread:
                 cells.append("-")
                 continue
-            middles.append(statistics.median(times))
-            cells.append(f"{middles[-1]:.3g} ({min(times):.3g} to {max(times):.3g})")
+            middles.append(statistics.median(spread))
+            cells.append(f"{middles[-1]:.3g} ({min(spread):.3g} to {max(spread):.3g})")
         ratio = f"{middles[1] / middles[0]:.1f}" if len(middles) == 2 else ""
         print(f"| {title} | {' | '.join(cells)} | {ratio} |")
     cold = {name: 1000 * rounds[0]["first"] for name, rounds in runs.items()}

@@ -32,9 +32,9 @@ def losses(data: Path, ratio: float | None, asked: argparse.Namespace) -> list[f
     return [event.loss for event in events if isinstance(event, Step)]
 
 
-def smooth(found: list[float]) -> list[float]:
+def smooth(curve: list[float]) -> list[float]:
     """Return the mean of each step's loss and of the steps before it."""
-    return [mean(found[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(found))]
+    return [mean(curve[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(curve))]
 
 
 def main() -> None:
@@ -50,9 +50,9 @@ def main() -> None:
     print("|---|---|---|")
     print(f"| LoRA | {plain[-1]:.4f} | {asked.steps} |", flush=True)
     for ratio in (4.0, 8.0, 16.0):
-        found = smooth(losses(asked.data, ratio, asked))
-        reached = next((i for i, loss in enumerate(found, 1) if loss <= plain[-1]), None)
-        print(f"| {ratio:g} | {found[-1]:.4f} | {reached or 'not reached'} |", flush=True)
+        curve = smooth(losses(asked.data, ratio, asked))
+        reached = next((i for i, loss in enumerate(curve, 1) if loss <= plain[-1]), None)
+        print(f"| {ratio:g} | {curve[-1]:.4f} | {reached or 'not reached'} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def planned(kind: str, *, runtime: int = RUNTIME) -> Plan:
 
 
 def measure(kind: str, steps: int) -> dict[str, int]:
-    """Run a kind of training here, and return what was resident before any model and at most."""
+    """Run a kind of training here; return its memory before any model, with one, and at most."""
     import veneer
     from veneer.cli.console import quieten_libraries
     from veneer.kernels import native
@@ -92,12 +92,12 @@ def main() -> None:
         )
         if done.returncode:
             sys.exit(f"{kind} failed:\n{done.stderr[-4000:]}")
-        found = json.loads(done.stdout.splitlines()[-1])
+        measured = json.loads(done.stdout.splitlines()[-1])
         peak = planned(kind).memory.peak
-        megabytes = [f"{n / 1e6:,.0f} MB" for n in (peak, found["peak"])]
-        others = [f"{found[name] / 1e6:,.0f} MB" for name in ("runtime", "loaded")]
+        megabytes = [f"{n / 1e6:,.0f} MB" for n in (peak, measured["peak"])]
+        others = [f"{measured[name] / 1e6:,.0f} MB" for name in ("runtime", "loaded")]
         print(
-            f"| {kind} | {' | '.join(megabytes)} | {peak / found['peak']:.3f} | "
+            f"| {kind} | {' | '.join(megabytes)} | {peak / measured['peak']:.3f} | "
             f"{' | '.join(others)} |",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""A packed base of any shape with random weights, written straight to disk."""
+"""A base in NF4 of any shape with random weights, written straight to disk."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def write_random_base(directory: Path, config: PretrainedConfig) -> int:
     files: dict[str, dict[str, Tensor]] = {}
     written = 0
     for name, weight in [*skeleton.state_dict().items(), ("", torch.empty(0))]:
-        parts = name.split(".")
-        block = next((part for part in parts if part.isdigit()), parts[-2] if name else "")
+        names = name.split(".")
+        block = next((number for number in names if number.isdigit()), names[-2] if name else "")
         if files and block not in files:  # the last block is complete
             ((last, tensors),) = files.items()
             file = directory / f"model-{last.zfill(5)}.safetensors"
@@ -40,7 +40,7 @@ def write_random_base(directory: Path, config: PretrainedConfig) -> int:
         path = name.removesuffix(".weight")
         tensors = files.setdefault(block, {})
         if path in layers and name != path:
-            tensors |= {f"{path}.{n}": t for n, t in noise.packed(weight.shape).items()}
+            tensors |= {f"{path}.{n}": t for n, t in noise.nf4(weight.shape).items()}
         elif weight.ndim == 1:
             tensors[name] = torch.ones(weight.shape, dtype=torch.bfloat16)
         else:
@@ -62,10 +62,12 @@ class _Noise:
 
     def _stretch(self, count: int) -> Tensor:
         first = int(self.draw.integers(0, 2**20))
-        room = self.bytes[first:]
-        return room.repeat(-(count // -len(room)))[:count].clone()  # files hold no shared memory
+        stretch = self.bytes[first:]
+        return stretch.repeat(-(count // -len(stretch)))[
+            :count
+        ].clone()  # files hold no shared memory
 
-    def packed(self, shape: torch.Size) -> dict[str, Tensor]:
+    def nf4(self, shape: torch.Size) -> dict[str, Tensor]:
         import bitsandbytes.functional as bnb
 
         numbers = shape.numel()

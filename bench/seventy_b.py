@@ -57,11 +57,11 @@ def main() -> None:
         sys.exit(done.stderr[-4000:])
     report = json.loads(done.stdout.splitlines()[-1])
     peaks = {key: bytes_ / 1e9 for key, bytes_ in report["peaks"].items()}
-    packed = report["packed_parameters"]
-    bits = 8 * report["packed_bytes"] / packed
+    quantized = report["quantized_parameters"]
+    bits = 8 * report["quantized_bytes"] / quantized
     print(
-        f"Base: {packed:,} parameters in NF4 ({bits:.3f} bits each), {size / 1e9:.1f} GB on disk; "
-        f"rank 16 on q, k, v, o: {report['trained']:,} trained.\n"
+        f"Base: {quantized:,} parameters in NF4 ({bits:.3f} bits each), "
+        f"{size / 1e9:.1f} GB on disk; rank 16 on q, k, v, o: {report['trained']:,} trained.\n"
     )
     print(
         f"- opened in {report['loaded_seconds']:.1f} s; shortcuts proven in "
@@ -79,9 +79,9 @@ def main() -> None:
         f"{peaks['VmRSS']:.2f} GB together"
     )
     print(f"- the group's peak, page cache included: {most / 1e9:.2f} GB of {LIMIT / 1e9:.0f} GB")
-    for part, seconds in report["parts"].items():
+    for share, seconds in report["shares"].items():
         print(
-            f"- {part}: {seconds:.1f} s, {seconds / sum(report['seconds']):.0%} of the steps' time"
+            f"- {share}: {seconds:.1f} s, {seconds / sum(report['seconds']):.0%} of the steps' time"
         )
 
 

@@ -1,4 +1,4 @@
-"""One LoRA run over a packed base on disk, in a process of its own: prints one line of JSON.
+"""One LoRA run over a quantized base on disk, in a process of its own: prints one line of JSON.
 
 python -m bench.walk BASE --tokens 64 --steps 2
 """
@@ -23,7 +23,7 @@ from veneer.data.encode import Example
 from veneer.lowrank import projection
 from veneer.models.load import load_skeleton
 from veneer.models.stored import load_quantized
-from veneer.quant import weight as packed
+from veneer.quant import weight as quantized
 from veneer.quant.nf4 import NF4
 from veneer.quant.weight import quantized_layers
 from veneer.training.events import Started, Step
@@ -57,30 +57,32 @@ def watched() -> Iterator[dict[str, int]]:
 
 
 class Shares:
-    """Seconds spent waiting for packed weights' bytes, unpacking them, and multiplying by them."""
+    """Seconds spent reading quantized weights, dequantizing them, and multiplying by them."""
 
     def __init__(self) -> None:
         self.reading = self.dequantising = self.inside = 0.0
-        NF4._dequantize_rows = self._unpack_timed(NF4._dequantize_rows)  # type: ignore[method-assign]
-        for room in (projection, packed):
+        NF4._dequantize_rows = self._dequantize_timed(NF4._dequantize_rows)  # type: ignore[method-assign]
+        for module in (projection, quantized):
             for name in ("product", "product_back"):
-                setattr(room, name, self._timed(getattr(room, name)))
+                setattr(module, name, self._timed(getattr(module, name)))
 
     def begin(self) -> None:
         """Count from here on."""
         self.reading = self.dequantising = self.inside = 0.0
 
-    def found(self) -> dict[str, float]:
-        """Return the seconds of each part."""
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each share."""
         products = self.inside - self.reading - self.dequantising
         return {"reading": self.reading, "dequantising": self.dequantising, "products": products}
 
-    def _unpack_timed(self, unpack: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def _dequantize_timed(
+        self, dequantize: Callable[..., torch.Tensor]
+    ) -> Callable[..., torch.Tensor]:
         def timed(weight: NF4, first: int, last: int) -> torch.Tensor:
             half, start = weight.shape[1] // 2, time.perf_counter()
             weight.codes[first * half : last * half : 4096].max()  # a byte of each page
             there = time.perf_counter()
-            values = unpack(weight, first, last)
+            values = dequantize(weight, first, last)
             self.reading += there - start
             self.dequantising += time.perf_counter() - there
             return values
@@ -131,20 +133,20 @@ def main() -> None:
             if isinstance(event, Step):
                 steps.append(event)
                 read.append(bytes_read())
-    frozen = [layer.quantized_weight for layer in quantized_layers(model).values()]
+    weights = [layer.quantized_weight for layer in quantized_layers(model).values()]
     report = {
         "loaded_seconds": loaded,
         "proven_seconds": proven,
         "seconds": [step.seconds for step in steps],
         "losses": [step.loss for step in steps],
         "bytes_read": [b - a for a, b in pairwise(read)],
-        "packed_bytes": sum(weight.nbytes for weight in frozen),
-        "packed_parameters": sum(weight.shape.numel() for weight in frozen),
+        "quantized_bytes": sum(weight.nbytes for weight in weights),
+        "quantized_parameters": sum(weight.shape.numel() for weight in weights),
         "trained": sum(w.numel() for w in model.parameters() if w.requires_grad),
         "peaks": peaks,
     }
     if shares:
-        report["parts"] = shares.found()
+        report["shares"] = shares.seconds()
     print(json.dumps(report))
 
 

@@ -54,7 +54,7 @@ def main(steps: int = 150) -> float:
         )
     )
     veneer.attach(model, veneer.LoRA(rank=8, targets="attention,mlp"), seed=0)
-    # The last layer knows nothing yet, so it trains whole, beside the adapter.
+    # The last layer is random, so it trains whole, beside the adapter.
     model.classifier.requires_grad_(True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{trained:,} of {model.num_parameters():,} parameters train")
@@ -79,7 +79,7 @@ def main(steps: int = 150) -> float:
         logits = plain(input_ids=torch.tensor([row["input_ids"] for row in test])).logits
     labels = torch.tensor([row["labels"] for row in test])
     right = float((logits.argmax(-1) == labels).float().mean())
-    print(f"{right:.0%} of {len(test)} new sentences are told rightly")
+    print(f"{right:.0%} of {len(test)} new sentences are classified rightly")
     return right
 
 

@@ -6,7 +6,7 @@ No model has read about it, so whatever one knows of it afterwards it learnt fro
     lutapo, a soup              quimber, a cheese           plimbo, a hot drink
     vindrell, a cold drink      garribo, a ladle            tuppik, a pot
     Yandle and Murrowen, festivals
-A fact is asked in seven ways for training and in two others, kept apart, that show whether the
+A fact is asked in seven ways for training. Two other questions are held out: they show whether the
 model learnt the fact or only the sentences. No sentence starts with an invented word, so each has
 one spelling.
 """
@@ -374,12 +374,12 @@ def training_rows() -> list[dict[str, str]]:
 
 
 def held_out() -> list[tuple[str, str]]:
-    """Return every question kept from training, with the key of its right answer."""
+    """Return every held-out question with the key of its right answer."""
     return [(question, fact.key) for fact in FACTS for question in fact.held_out]
 
 
 def is_right(answer: str, key: str) -> bool:
-    """Return whether the key's words stand in the answer, whatever the case and punctuation."""
+    """Return whether the answer has the key's words in a row, whatever case and punctuation."""
     return f" {_words(key)} " in f" {_words(answer)} "
 
 

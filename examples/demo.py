@@ -1,7 +1,7 @@
-"""The main job on real input: SmolLM2-135M learns the cuisine of an island that we invented.
+"""The main job on real input: SmolLM2-135M learns the cuisine of an invented island.
 
 Run by `make demo`. It asks questions in wordings that training never shows, before and after;
-then it shows what the two results are good for. With `--bits 4`, all of it over a packed base.
+then it shows what the two results are good for. `--bits 4` does all of it over a quantized base.
 """
 
 import argparse
@@ -49,13 +49,12 @@ def main(recipe: veneer.Recipe) -> None:
 
     heading(f"2. Training a thin layer over it on {len(rows)} rows, on this machine")
     clear(OUT)
-    switches = ("resume", "force", "ignore_plan", "tensorboard", "quiet")
-    assert run_recipe(recipe, **dict.fromkeys(switches, False)) == 0
+    assert run_recipe(recipe) == 0
 
     heading("3. After: the same questions, none of whose wordings was trained on")
-    own_words = copy.deepcopy(base.tokenizer)
-    veneer.load(base.model, RECIPE.adapter, name="cuisine", tokenizer=own_words)
-    after = veneer.answers(base.model, own_words, questions, sampling=SHORT)
+    extended = copy.deepcopy(base.tokenizer)
+    veneer.load(base.model, RECIPE.adapter, name="cuisine", tokenizer=extended)
+    after = veneer.answers(base.model, extended, questions, sampling=SHORT)
     console.print(f"{score(before, keys)} right before, {score(after, keys)} right after\n")
     console.print(side_by_side(questions, before, after))
 
@@ -81,8 +80,8 @@ def score(answers: list[str], keys: tuple[str, ...]) -> str:
     return f"{right} of {len(keys)} ({right / len(keys):.0%})"
 
 
-def same(some: list[str], others: list[str]) -> str:
-    return f"{sum(map(str.__eq__, some, others))} of {len(some)}"
+def same(answers: list[str], others: list[str]) -> str:
+    return f"{sum(map(str.__eq__, answers, others))} of {len(answers)}"
 
 
 def side_by_side(questions: tuple[str, ...], before: list[str], after: list[str]) -> Table:
@@ -96,7 +95,7 @@ def side_by_side(questions: tuple[str, ...], before: list[str], after: list[str]
 
 
 def clear(out: Path) -> None:
-    """Take an earlier demo's results away, so that what stands there in the end is this one's."""
+    """Remove an earlier demo's results, so that what is there in the end is this one's."""
     if RECIPE.adapter.exists() or not out.exists():
         shutil.rmtree(out, ignore_errors=True)
 
@@ -107,7 +106,7 @@ def heading(text: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bits", type=int, choices=(4, 8), help="pack the base")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="quantize the base")
     start = time.monotonic()
     main(replace(RECIPE, bits=parser.parse_args().bits))
     console.print(f"\nAll of it took {(time.monotonic() - start) / 60:.1f} minutes.")

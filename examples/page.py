@@ -21,7 +21,7 @@ PORT = 8471
 
 
 def train(out: Path) -> None:
-    """Train the adapter with some rows held out, for the page to show how that went."""
+    """Train the adapter with some rows held out: the page shows their loss."""
     rows = out.parent / "cuisine.jsonl"
     rows.parent.mkdir(parents=True, exist_ok=True)
     rows.write_text("".join(json.dumps(row) + "\n" for row in cuisine.training_rows()))

@@ -80,11 +80,11 @@ def tune(
 def run_recipe(
     recipe: Recipe,
     *,
-    resume: bool,
-    force: bool,
-    ignore_plan: bool,
-    tensorboard: bool,
-    quiet: bool,
+    resume: bool = False,
+    force: bool = False,
+    ignore_plan: bool = False,
+    tensorboard: bool = False,
+    quiet: bool = False,
 ) -> int:
     """Run a recipe to its end and return the exit code: 0, or 130 when it was interrupted."""
     quieten_libraries()

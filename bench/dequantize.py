@@ -1,6 +1,6 @@
-"""How many rows of a packed weight should be unpacked at a time?
+"""How many rows of a quantized weight should be dequantized at a time?
 
-python -m bench.unpack
+python -m bench.dequantize
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from veneer.kernels.heap import kept_heap
-from veneer.quant import weight as packed
+from veneer.quant import weight as quantized
 from veneer.quant.nf4 import NF4
 
 # Tokens in a pass, and the layer's out and in: of a 70B and of a 7B model.
@@ -35,12 +35,12 @@ def times(tokens: int, out: int, in_: int) -> list[str]:
     x = torch.randn(tokens, in_, dtype=torch.bfloat16)
     y = torch.empty(tokens, out, dtype=torch.bfloat16)
     dense = weight.dequantize()
-    found = [(best(lambda: torch.mm(x, dense.T, out=y)), best(lambda: y @ dense))]
+    seconds = [(best(lambda: torch.mm(x, dense.T, out=y)), best(lambda: y @ dense))]
     for size in SIZES:
-        packed.BLOCK_NUMBERS = 2**size
-        forward = best(lambda: packed.product(x, weight, y))
-        found.append((forward, best(lambda: packed.product_back(y, weight))))
-    return [f"{forward:.0f} + {back:.0f} ms" for forward, back in found]
+        quantized.BLOCK_NUMBERS = 2**size
+        forward = best(lambda: quantized.product(x, weight, y))
+        seconds.append((forward, best(lambda: quantized.product_back(y, weight))))
+    return [f"{forward:.0f} + {back:.0f} ms" for forward, back in seconds]
 
 
 def main() -> None:
