@@ -9,16 +9,15 @@ import torch
 from peft.utils import merge_utils
 
 import veneer
-from support.adapter_states import assert_close, model_with, states_of, whole
-from support.random_adapters import logits, tokenizer, with_new_tokens
+from support.adapter_states import assert_close, model_with, states_of, two_states, whole
+from support.closeness import assert_same_logits
+from support.random_adapters import logits
 from support.tiny_models import tiny
 from veneer.adapter.config import LoRA
 from veneer.algebra.combine import combine
-from veneer.formats.adapters import read, write
-from veneer.formats.capture import capture
+from veneer.formats.adapters import write
 from veneer.formats.install import install
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 ALL = 99  # a rank that no layer of a tiny model reaches, so that nothing is cut off
 
 PAIRS: dict[str, tuple[str, LoRA, LoRA]] = {
@@ -45,12 +44,6 @@ PAIRS: dict[str, tuple[str, LoRA, LoRA]] = {
 }
 
 
-def two(targets: str = "all", **settings) -> list:
-    return states_of(
-        model_with("llama", LoRA(rank=2, targets=targets, **settings), LoRA(rank=3, targets="all"))
-    )
-
-
 def mixture(states, weights) -> dict[str, torch.Tensor]:
     total: dict[str, torch.Tensor] = {}
     for state, weight in zip(states, weights, strict=True):
@@ -65,16 +58,14 @@ def test_an_exact_sum_answers_as_the_mixture_at_run_time(case, weights):
     architecture, *configs = PAIRS[case]
     model = model_with(architecture, *configs)
     states = states_of(model)
-    found = combine(states, weights)
+    combined = combine(states, weights)
     veneer.use(model, {"0": weights[0], "1": weights[1]})
-    wanted = logits(model)
     plain = tiny(architecture)
-    base = logits(plain)
-    install(plain, found.state)
-    torch.testing.assert_close(logits(plain), wanted, **CLOSE)
-    assert float((wanted - base).abs().max()) > 1e-2
-    assert found.energy == 1.0
-    for fit in found.layers:
+    assert float((logits(model) - logits(plain)).abs().max()) > 1e-2
+    install(plain, combined.state)
+    assert_same_logits(logits(plain), model, logits)
+    assert combined.energy == 1.0
+    for fit in combined.layers:
         ranks = [
             len(layer.A) * (1 if layer.start is None or layer.is_embedding else 2)
             for state in states
@@ -89,27 +80,26 @@ def test_an_exact_sum_answers_as_the_mixture_at_run_time(case, weights):
 def test_a_sum_is_an_adapter_like_any_other_in_both_formats(case, tmp_path):
     architecture, *configs = PAIRS[case]
     states = states_of(model_with(architecture, *configs))
-    found = combine(states, (0.7, -0.3)).state
-    wanted = tiny(architecture)
-    install(wanted, found)
+    combined = combine(states, (0.7, -0.3)).state
+    expected = tiny(architecture)
+    install(expected, combined)
     for format in ("native", "peft"):
-        write(found, tmp_path / format, format=format)
+        write(combined, tmp_path / format, format=format)
         model = tiny(architecture)
         veneer.load(model, tmp_path / format)
-        assert torch.equal(logits(model), logits(wanted))
+        assert torch.equal(logits(model), logits(expected))
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="(?i).*(missing|unexpected|not found)")
+        warnings.filterwarnings("error", message="(?i).*(missing|unexpected|not combined)")
         theirs = peft.PeftModel.from_pretrained(tiny(architecture), tmp_path / "peft").eval()
-    torch.testing.assert_close(logits(theirs), logits(wanted), **CLOSE)
+    assert_same_logits(logits(theirs), expected, logits)
 
 
 def test_an_adapter_less_itself_is_nothing():
-    states = two()
-    base = logits(tiny("llama"))
+    states = two_states()
     for settings in ({}, {"method": "svd", "rank": 4}, {"method": "ties", "rank": 4, "density": 1}):
         model = tiny("llama")
         install(model, combine([states[0], states[0]], (0.5, -0.5), **settings).state)
-        torch.testing.assert_close(logits(model), base, **CLOSE)
+        assert_same_logits(logits(model), tiny("llama"), logits)
 
 
 def test_three_adapters_at_once():
@@ -123,30 +113,30 @@ def test_three_adapters_at_once():
 def test_svd_errs_by_the_discarded_singular_values(case, rank):
     architecture, *configs = PAIRS[case]
     states = states_of(model_with(architecture, *configs))
-    wanted = mixture(states, (0.7, -0.3))
-    found = combine(states, (0.7, -0.3), method="svd", rank=rank)
-    changes = whole(found.state)
-    assert changes.keys() == wanted.keys()
+    expected = mixture(states, (0.7, -0.3))
+    combined = combine(states, (0.7, -0.3), method="svd", rank=rank)
+    changes = whole(combined.state)
+    assert changes.keys() == expected.keys()
     kept = total = 0.0
-    for fit in found.layers:
-        values = torch.linalg.svdvals(wanted[fit.path])
-        error = float((changes[fit.path] - wanted[fit.path]).norm())
+    for fit in combined.layers:
+        values = torch.linalg.svdvals(expected[fit.path])
+        error = float((changes[fit.path] - expected[fit.path]).norm())
         assert error == pytest.approx(float(values[rank:].norm()), abs=1e-5 * float(values.norm()))
         assert fit.energy == pytest.approx(float(values[:rank].norm() / values.norm()) ** 2)
         assert fit.rank <= rank
         kept += float(values[:rank].square().sum())
         total += float(values.square().sum())
-    assert found.energy == pytest.approx(kept / total)
+    assert combined.energy == pytest.approx(kept / total)
 
 
 def reference_ties(states, weights, density):
     """TIES of Yadav et al. 2023, algorithm 1, over whole vectors."""
     vectors = []
     for state, weight in zip(states, weights, strict=True):
-        parts = {path: weight * change.float() for path, change in whole(state).items()}
-        flat = torch.cat([part.flatten() for part in parts.values()])
+        changes = {path: weight * change.float() for path, change in whole(state).items()}
+        flat = torch.cat([change.flatten() for change in changes.values()])
         least = flat.abs().sort(descending=True).values[int(density * len(flat)) - 1]
-        vectors.append({p: x * (x.abs() >= least * (1 - 1e-6)) for p, x in parts.items()})
+        vectors.append({p: x * (x.abs() >= least * (1 - 1e-6)) for p, x in changes.items()})
     merged = {}
     for path in dict.fromkeys(path for vector in vectors for path in vector):
         like = next(vector[path] for vector in vectors if path in vector)
@@ -167,13 +157,13 @@ def reference_ties(states, weights, density):
 def test_ties_is_the_paper_s(case, density, weights):
     architecture, *configs = PAIRS[case]
     states = states_of(model_with(architecture, *configs))
-    found = combine(states, weights, method="ties", rank=ALL, density=density)
-    assert_close(whole(found.state), reference_ties(states, weights, density))
-    assert found.energy == pytest.approx(1.0)
+    combined = combine(states, weights, method="ties", rank=ALL, density=density)
+    assert_close(whole(combined.state), reference_ties(states, weights, density))
+    assert combined.energy == pytest.approx(1.0)
 
 
 def test_ties_weighs_before_it_elects_so_that_a_negative_weight_takes_away():
-    one, two_ = two()
+    one, two_ = two_states()
     opposite = replace(
         two_, tensors={k: -x if k.endswith("lora_B") else x for k, x in two_.tensors.items()}
     )
@@ -195,8 +185,8 @@ def with_peft(configs: tuple[LoRA, ...], states, name: str, **options) -> dict[s
             model.add_adapter(str(n), theirs)
         for path, layer in model.base_model.model.named_modules():
             if hasattr(layer, "lora_A"):
-                for part in ("lora_A", "lora_B"):
-                    getattr(layer, part)[str(n)].weight.data.copy_(state.tensors[f"{path}.{part}"])
+                for half in ("lora_A", "lora_B"):
+                    getattr(layer, half)[str(n)].weight.data.copy_(state.tensors[f"{path}.{half}"])
     assert model is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -243,11 +233,11 @@ def test_peft_combines_to_the_same(theirs, method, ours, options):
         )
         for s in states
     ]
-    wanted = with_peft(configs, full, theirs, weights=list(weights), **options)[path]
-    found = whole(combine(states, weights, method=method, **ours).state)
-    assert found.keys() == {path}
+    expected = with_peft(configs, full, theirs, weights=list(weights), **options)[path]
+    combined = whole(combine(states, weights, method=method, **ours).state)
+    assert combined.keys() == {path}
     # Where entries are as good as equal, one more or less is kept.
-    torch.testing.assert_close(found[path], wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(combined[path], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_of_some_blocks_alone_keep_to_them(tmp_path):
@@ -256,36 +246,36 @@ def test_adapters_of_some_blocks_alone_keep_to_them(tmp_path):
     )
     # As PEFT's layers_to_transform are read: names, and the blocks beside them.
     some = replace(some, config=replace(some.config, targets="v_proj", layers="1"))
-    for states, wanted in (([some], 1), ([some, some], 1), ([some, other], 8)):
+    for states, expected in (([some], 1), ([some, some], 1), ([some, other], 8)):
         weights = [0.5] * len(states)
-        found = combine(states, weights).state
-        assert len(list(found.layers())) == wanted
-        install(tiny("llama"), found)
-        assert_close(whole(found), mixture(states, weights))
+        combined = combine(states, weights).state
+        assert len(list(combined.layers())) == expected
+        install(tiny("llama"), combined)
+        assert_close(whole(combined), mixture(states, weights))
 
 
 def test_magnitude_prune_keeps_the_largest_of_each_layer():
-    states, weights = two(), (0.7, -0.3)
-    found = combine(states, weights, method="magnitude_prune", rank=ALL, density=0.25)
+    states, weights = two_states(), (0.7, -0.3)
+    combined = combine(states, weights, method="magnitude_prune", rank=ALL, density=0.25)
     changes = [whole(state) for state in states]
-    wanted = {
+    expected = {
         path: merge_utils.magnitude_prune(
             [change[path].float() for change in changes], torch.tensor(weights), 0.25
         ).double()
         for path in changes[0]
     }
-    assert_close(whole(found.state), wanted)
+    assert_close(whole(combined.state), expected)
 
 
 def test_dare_keeps_a_part_and_makes_it_larger():
-    (one, _), density = two(), 0.3
+    (one, _), density = two_states(), 0.3
     change = whole(one)
-    found = whole(combine([one], [1.0], method="dare", rank=ALL, density=density).state)
+    combined = whole(combine([one], [1.0], method="dare", rank=ALL, density=density).state)
     kept = entries = 0
     for path, delta in change.items():
-        is_zero = found[path].abs() < 1e-5 * float(delta.abs().max())
+        is_zero = combined[path].abs() < 1e-5 * float(delta.abs().max())
         torch.testing.assert_close(
-            found[path][~is_zero], delta[~is_zero] / density, rtol=1e-2, atol=1e-5
+            combined[path][~is_zero], delta[~is_zero] / density, rtol=1e-2, atol=1e-5
         )
         kept += int((~is_zero).sum())
         entries += delta.numel()
@@ -293,7 +283,7 @@ def test_dare_keeps_a_part_and_makes_it_larger():
 
 
 def test_dare_draws_for_each_adapter_and_layer_by_the_seed_alone():
-    states = two()
+    states = two_states()
 
     def dare(states, seed=0, method="dare"):
         weights = [1.0] * len(states)
@@ -319,14 +309,14 @@ def test_dare_draws_for_each_adapter_and_layer_by_the_seed_alone():
 
 
 def test_layers_of_one_shape_draw_apart():
-    (one, _), settings = two(), {"method": "dare", "rank": ALL, "density": 0.5}
-    found = whole(combine([one], [1.0], **settings).state)
-    masks = [found[f"model.layers.{n}.self_attn.q_proj"].abs() > 1e-6 for n in (0, 1)]
+    (one, _), settings = two_states(), {"method": "dare", "rank": ALL, "density": 0.5}
+    combined = whole(combine([one], [1.0], **settings).state)
+    masks = [combined[f"model.layers.{n}.self_attn.q_proj"].abs() > 1e-6 for n in (0, 1)]
     assert not torch.equal(*masks)
 
 
 def test_with_all_entries_kept_dare_is_the_sum_and_dare_ties_is_ties():
-    states, weights = two(), (0.7, -0.3)
+    states, weights = two_states(), (0.7, -0.3)
     all_ = {"rank": ALL, "density": 1.0}
     assert_close(
         whole(combine(states, weights, method="dare", **all_).state), mixture(states, weights)
@@ -338,114 +328,12 @@ def test_with_all_entries_kept_dare_is_the_sum_and_dare_ties_is_ties():
 
 
 def test_dare_ties_takes_the_mean_of_those_that_agree():
-    (one, _), settings = two(), {"rank": ALL, "density": 0.5}
-    found = whole(combine([one, one], (1.0, 1.0), method="dare_ties", **settings).state)
+    (one, _), settings = two_states(), {"rank": ALL, "density": 0.5}
+    combined = whole(combine([one, one], (1.0, 1.0), method="dare_ties", **settings).state)
     for path, change in whole(one).items():
         # Of two equal changes, one or both of which stay, the mean is what one is.
         large = change.abs() > 0.1 * change.abs().max()
-        ratio = found[path][large] / change[large]
+        ratio = combined[path][large] / change[large]
         near = torch.where(ratio > 1, torch.tensor(2.0).double(), torch.tensor(0.0).double())
         torch.testing.assert_close(ratio, near, rtol=1e-2, atol=1e-2)
         assert 0.65 < float((ratio > 1).double().mean()) < 0.85  # 1 − 0.5² of them
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"method": "sums"}, "'sums'"),
-        ({"rank": 4}, "use svd"),
-        ({"method": "svd"}, "needs a rank"),
-        ({"method": "svd", "rank": 0}, "at least 1"),
-        ({"method": "svd", "rank": 2, "density": 0.5}, "density would do nothing"),
-        ({"method": "ties", "rank": 2}, "needs a density"),
-        ({"method": "dare", "rank": 2, "density": 1.5}, "at most 1"),
-        ({"method": "dare", "density": float("nan")}, "at most 1.*needs a rank"),
-        ({"weights": (1.0,)}, "2 adapters, but 1 weights"),
-        ({"weights": (1.0, 0.0)}, "weight 2 is 0.0"),
-        ({"weights": (float("inf"), float("nan"))}, "weight 1 is inf.*weight 2 is nan"),
-    ],
-    ids=str,
-)
-def test_settings_that_cannot_be_are_refused(settings, says):
-    given = {"weights": (1.0, 1.0)} | settings
-    with pytest.raises(veneer.ConfigError, match=says):
-        combine(two(), **given)
-
-
-def test_no_adapter_is_refused():
-    with pytest.raises(veneer.ConfigError, match="no adapter"):
-        combine([], [])
-
-
-def test_what_cannot_be_summed_is_refused_all_at_once():
-    plain, _ = two()
-    model = tiny("llama")
-    tokens = tokenizer()
-    with_new_tokens(model, tokens)
-    veneer.attach(model, LoRA(rank=2, targets="q_proj", dora=True), seed=0)
-    dora = capture(model, tokenizer=tokens)
-    prefix = tiny("llama")
-    veneer.attach(prefix, veneer.Method("prefix"), seed=0)
-    broken = replace(
-        plain,
-        base_fingerprint={"weights": "another"},
-        tensors={k: x for k, x in plain.tensors.items() if not k.endswith("0.mlp.up_proj.lora_B")},
-    )
-    with pytest.raises(veneer.AdapterError) as refused:
-        combine([plain, dora, capture(prefix), broken], [1.0] * 4)
-    said = str(refused.value)
-    assert "adapter 2: it is DoRA" in said
-    assert "of full rank" in said
-    assert "adapter 2: it has new tokens" in said
-    assert "adapter 3: it was made by prefix" in said
-    assert "adapter 4: model.layers.0.mlp.up_proj.lora_A stands alone" in said
-    assert "adapter 4: it was made on another base than adapter 1 (its weights differ)" in said
-    assert "adapter 1:" not in said
-
-
-def test_tensors_of_other_kinds_and_numbers_that_are_none_are_refused():
-    plain, _ = two()
-    key = "model.layers.0.self_attn.q_proj"
-    broken = replace(
-        plain,
-        tensors=plain.tensors
-        | {f"{key}.lora_bias": torch.ones(32), f"{key}.lora_A": torch.full((2, 32), torch.nan)},
-    )
-    with pytest.raises(veneer.AdapterError) as refused:
-        combine([broken], [1.0])
-    assert "lora_bias is no tensor of a low-rank matrix" in str(refused.value)
-    assert "q_proj.lora_A has values that are not finite" in str(refused.value)
-
-
-def test_base_weights_that_come_along_are_kept_for_whoever_has_the_base():
-    plain, _ = two(targets="embed_tokens")
-    own = tiny("llama").get_input_embeddings().weight.detach()
-    found = combine([replace(plain, base_weights={"model.embed_tokens.weight": own})], [0.5])
-    assert "embed_tokens.weight" in found.notices[0]
-    install(tiny("llama"), found.state)
-    other = combine([replace(plain, base_weights={"model.embed_tokens.weight": own + 1})], [0.5])
-    with pytest.raises(veneer.AdapterError, match="differs from the base's"):
-        install(tiny("llama"), other.state)
-
-
-def test_layers_of_other_shapes_are_refused():
-    one, _ = two()
-    other = replace(
-        one,
-        base_fingerprint={},
-        tensors={
-            k: torch.ones(2, 5) if k.endswith("1.self_attn.q_proj.lora_A") else x
-            for k, x in one.tensors.items()
-        },
-    )
-    with pytest.raises(veneer.AdapterError, match=r"layers\.1\.self_attn\.q_proj is .32, 32. and"):
-        combine([one, other], (1.0, 1.0))
-
-
-def test_adapters_that_nothing_ties_to_one_base_are_said_to_be_so(tmp_path):
-    one, other = two()
-    for name, state in (("one", one), ("other", other)):
-        write(replace(state, base_name=name), tmp_path / name, format="peft")
-    found = combine([read(tmp_path / name) for name in ("one", "other")], (1.0, 1.0))
-    assert any("one, other" in notice for notice in found.notices)
-    assert combine([one, other], (1.0, 1.0)).notices == ()

@@ -47,12 +47,12 @@ def saved(tmp_path, change: dict[str, torch.Tensor], architecture: str = "llama"
     ids=["llama", "qwen2", "gpt2", "minigpt", "gpt_neox"],
 )
 @pytest.mark.parametrize("settings", [{"rank": 3}, {"rank": 99}, {"energy": 0.99999}], ids=str)
-def test_a_known_change_of_low_rank_is_found_again(architecture, config, settings, tmp_path):
+def test_a_known_change_of_low_rank_comes_back(architecture, config, settings, tmp_path):
     model = tiny(architecture)
     base = written(model, tmp_path / "base")
     veneer.attach(model, config, seed=0)
     shake(model, size=0.05)
-    wanted, changes = logits(model), whole(capture(model))
+    expected, changes = logits(model), whole(capture(model))
     tuned = written(veneer.merge(model), tmp_path / "tuned")
     extracted = extract(base, tuned, **settings)
     assert_close(whole(extracted.state), changes, 1e-5 if "rank" in settings else 5e-3)
@@ -64,7 +64,7 @@ def test_a_known_change_of_low_rank_is_found_again(architecture, config, setting
     plain = veneer.load_base(base, dtype="float32")
     install(plain.model, extracted.state, tokenizer=plain.tokenizer)  # it knows its base
     if "rank" in settings:
-        torch.testing.assert_close(logits(plain.model), wanted, **CLOSE)
+        torch.testing.assert_close(logits(plain.model), expected, **CLOSE)
     for format in ("native", "peft"):
         write(extracted.state, tmp_path / format, format=format)
         again = veneer.load_base(base, dtype="float32").model
@@ -161,18 +161,18 @@ def test_embeddings_and_a_head_tied_to_them_can_be_taken_too(architecture, paths
     assert {fit.path for fit in extracted.layers} == paths
     assert extracted.uncovered == ()
     assert extracted.energy == pytest.approx(1.0, abs=1e-5)
-    wanted = logits(veneer.load_base(tuned, dtype="float32").model)
-    assert float((wanted - logits(model)).abs().max()) > 1e-2
+    expected = logits(veneer.load_base(tuned, dtype="float32").model)
+    assert float((expected - logits(model)).abs().max()) > 1e-2
     for format in ("native", "peft"):
         write(extracted.state, tmp_path / format, format=format)
         again = veneer.load_base(base, dtype="float32").model
         veneer.load(again, tmp_path / format)
-        torch.testing.assert_close(logits(again), wanted, **CLOSE)
+        torch.testing.assert_close(logits(again), expected, **CLOSE)
     plain = veneer.load_base(base, dtype="float32").model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the two were one weight
         theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
-    torch.testing.assert_close(logits(theirs), wanted, **CLOSE)
+    torch.testing.assert_close(logits(theirs), expected, **CLOSE)
 
 
 def test_the_targets_name_the_layers_that_changed_and_no_others(tmp_path):
@@ -245,8 +245,8 @@ def test_other_settings_and_another_vocabulary_are_no_kin(tmp_path):
     with pytest.raises(veneer.AdapterError, match="settings of the two models differ"):
         extract(base, place, rank=2)
     other = tokenizer()
-    words = other.backend_tokenizer.to_str().replace('"A":', '"Ä":')
-    (tuned / "tokenizer.json").write_text(words, encoding="utf-8")
+    altered = other.backend_tokenizer.to_str().replace('"A":', '"Ä":')
+    (tuned / "tokenizer.json").write_text(altered, encoding="utf-8")
     with pytest.raises(veneer.AdapterError, match="vocabularies of the two models differ"):
         extract(base, tuned, rank=2)
     assert extract(base, tuned, rank=2, force=True).layers

@@ -32,26 +32,26 @@ def changed(state, change):
     tensors = dict(state.tensors)
     for layer in state.layers():
         kind = "lora_embedding_" if layer.is_embedding else "lora_"
-        for part, tensor in zip("AB", change(layer.A, layer.B), strict=True):
-            tensors[f"{layer.path}.{kind}{part}"] = tensor
+        for half, tensor in zip("AB", change(layer.A, layer.B), strict=True):
+            tensors[f"{layer.path}.{kind}{half}"] = tensor
     return replace(state, tensors=tensors)
 
 
 def test_norms_and_effective_ranks_are_those_of_the_whole(pair):
     state = pair[0]
-    wanted = whole(state)
+    expected = whole(state)
     layers = inspect(state)
-    assert {layer.path for layer in layers} == set(wanted)
+    assert {layer.path for layer in layers} == set(expected)
     for layer in layers:
-        values = torch.linalg.svdvals(wanted[layer.path])
+        values = torch.linalg.svdvals(expected[layer.path])
         p = values[values > 1e-9 * values[0]] / values.sum()
-        assert (layer.out, layer.in_) == tuple(wanted[layer.path].shape)
+        assert (layer.out, layer.in_) == tuple(expected[layer.path].shape)
         assert layer.norm == pytest.approx(float(values.norm()), rel=1e-5)
         assert layer.largest == pytest.approx(float(values[0]), rel=1e-5)
         assert layer.effective_rank == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-3)
         assert 1 <= layer.effective_rank <= layer.rank + 1e-6
     assert total_norm(layers) == pytest.approx(
-        sum(float(x.norm()) ** 2 for x in wanted.values()) ** 0.5
+        sum(float(x.norm()) ** 2 for x in expected.values()) ** 0.5
     )
 
 
@@ -68,10 +68,10 @@ def test_cosines_are_those_of_the_whole(pair):
 def test_an_adapter_is_itself_and_the_opposite_of_its_negative(pair):
     state = pair[0]
     minus = combine([state], [-2.0]).state
-    for other, wanted in ((state, 1.0), (minus, -1.0)):
+    for other, expected in ((state, 1.0), (minus, -1.0)):
         pairs = diff(state, other)
-        assert [each.cosine for each in pairs] == pytest.approx([wanted] * len(pairs), abs=1e-6)
-        assert total_cosine(pairs) == pytest.approx(wanted, abs=1e-6)
+        assert [each.cosine for each in pairs] == pytest.approx([expected] * len(pairs), abs=1e-6)
+        assert total_cosine(pairs) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", ["llama", "embedding", "Conv1D"])

@@ -10,6 +10,7 @@ import torch
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
 import veneer
+from support.closeness import assert_same_logits
 from support.random_adapters import distance, logits, shake, targets_named
 from support.tiny_models import tiny
 from veneer.formats import table as formats
@@ -18,7 +19,6 @@ from veneer.formats.capture import capture
 from veneer.formats.convert import by_path, convert
 from veneer.formats.options import FormatOptions
 
-CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 FORMATS = ("native", "peft", "mlx", "loralib")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
@@ -62,8 +62,7 @@ NEEDS_BASE = {"conv1d", "embedding", "head", "olora", "dora with patterns"}
 def test_every_format_into_every_other(case, tmp_path):
     architecture, _ = CASES[case]
     model = adapted(case)
-    said = logits(model)
-    assert distance(said, logits(tiny(architecture))) > 0.01
+    assert distance(logits(model), logits(tiny(architecture))) > 0.01
     expressible = [name for name in FORMATS if name not in REFUSED.get(case, ())]
     for name in expressible:
         veneer.save(model, tmp_path / name, format=name)
@@ -71,7 +70,8 @@ def test_every_format_into_every_other(case, tmp_path):
         out = tmp_path / f"{start} to {end}"
         if end in expressible:
             convert(tmp_path / start, out, to=end, base=tiny(architecture))
-            torch.testing.assert_close(logits(veneer.load(tiny(architecture), out)), said, **CLOSE)
+            again = veneer.load(tiny(architecture), out)
+            assert_same_logits(logits(again), model, logits)
         else:
             with pytest.raises(veneer.AdapterError, match="has no place for"):
                 convert(tmp_path / start, out, to=end, base=tiny(architecture))
@@ -89,7 +89,7 @@ def test_without_a_base_where_the_files_say_enough(case, tmp_path):
         else:
             convert(tmp_path / "native", tmp_path / end, to=end)
             again = veneer.load(tiny(architecture), tmp_path / end)
-            torch.testing.assert_close(logits(again), logits(model), **CLOSE)
+            assert_same_logits(logits(again), model, logits)
 
 
 @pytest.mark.parametrize("case", ["plain", "alpha", "rslora", "one block", "embedding"])
@@ -126,7 +126,7 @@ def test_one_rank_and_one_scaling_for_all(format, rank, tmp_path):
     assert {len(layer.A) for layer in state.layers()} == {rank}
     assert state.config.rank_pattern == state.config.alpha_pattern == {}
     again = veneer.load(tiny("llama"), tmp_path / "out")
-    torch.testing.assert_close(logits(again), logits(model), **CLOSE)
+    assert_same_logits(logits(again), model, logits)
 
 
 def test_a_rank_that_is_too_low(tmp_path):
@@ -144,7 +144,7 @@ def test_other_methods(method, tmp_path):
         if to == "peft" and method != "full":
             convert(tmp_path / "native", tmp_path / to, to=to)
             again = veneer.load(tiny("llama"), tmp_path / to)
-            torch.testing.assert_close(logits(again), logits(model), **CLOSE)
+            assert_same_logits(logits(again), model, logits)
         else:
             with pytest.raises(veneer.AdapterError, match=rf"no (place|format) for {method}"):
                 convert(tmp_path / "native", tmp_path / to, to=to)
@@ -173,7 +173,7 @@ def test_targets_that_only_a_model_could_tell_become_paths(tmp_path):
         written = json.loads((tmp_path / f"{number} again" / "adapter_config.json").read_text())
         assert all(name.startswith("model.layers.") for name in written["target_modules"])
         again = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / f"{number} again")
-        torch.testing.assert_close(logits(again.eval()), logits(theirs), **CLOSE)
+        assert_same_logits(logits(again.eval()), theirs, logits)
 
 
 def test_names_are_kept_where_they_will_do():
@@ -196,7 +196,7 @@ def test_a_base_without_weights_will_do(tmp_path):
     convert(tmp_path / "adapter", tmp_path / "mlx", to="mlx", base=bare, base_name="some/gpt2")
     convert(tmp_path / "mlx", tmp_path / "native", to="native", base=bare)
     again = veneer.load(tiny("gpt2"), tmp_path / "native")
-    torch.testing.assert_close(logits(again), logits(adapted("conv1d")), **CLOSE)
+    assert_same_logits(logits(again), adapted("conv1d"), logits)
     config = json.loads((tmp_path / "native" / "lora_config.json").read_text())
     assert config["base"]["name"] == "some/gpt2"
 
@@ -232,21 +232,21 @@ def test_nothing_is_overwritten_unless_asked(to, tmp_path):
     if to != "native":  # onto itself
         convert(tmp_path / "new", tmp_path / "new", to=to, force=True)
         again = veneer.load(tiny("llama"), tmp_path / "new")
-        torch.testing.assert_close(logits(again), logits(adapted("plain")), **CLOSE)
+        assert_same_logits(logits(again), adapted("plain"), logits)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "expected"),
     [
         ({"alpha": 4.0}, "alpha would do nothing on reading peft"),
         ({"enable_lora": (True, False)}, "enable_lora would do nothing on writing mlx"),
         ({"approximate": True}, "approximate would do nothing on writing mlx"),
     ],
 )
-def test_what_would_do_nothing_is_refused(given, said, tmp_path):
+def test_what_would_do_nothing_is_refused(options, expected, tmp_path):
     veneer.save(adapted("plain"), tmp_path / "adapter", format="peft")
-    with pytest.raises(veneer.AdapterError, match=said):
-        convert(tmp_path / "adapter", tmp_path / "out", to="mlx", **given)
+    with pytest.raises(veneer.AdapterError, match=expected):
+        convert(tmp_path / "adapter", tmp_path / "out", to="mlx", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -266,8 +266,8 @@ def test_the_table_is_complete():
     assert set(formats.FORMATS) == set(get_args(FormatName))
 
 
-def test_parts_that_a_format_does_not_know_are_refused_by_name(tmp_path):
-    """A part that comes to adapters later is no silent loss in formats that came before."""
+def test_tensors_that_a_format_does_not_know_are_refused_by_name(tmp_path):
+    """What adapters may hold some day is never lost in silence."""
     from dataclasses import replace
 
     state = capture(adapted("plain"))
@@ -278,7 +278,7 @@ def test_parts_that_a_format_does_not_know_are_refused_by_name(tmp_path):
             formats.write(other, tmp_path / format, format, FormatOptions())
 
 
-def test_a_model_that_sees_no_words():
+def test_a_model_that_takes_no_tokens():
     settings = ConvNextConfig(num_channels=3, hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)
     base = BaseStructure(ConvNextForImageClassification(settings))
     assert base.embedding == ""

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import veneer
 from support.random_adapters import (
-    examples,
     logits,
     same,
     shake,
@@ -173,12 +172,12 @@ def test_modes_follow_the_umask(mask, tmp_path):
     paths = list(tmp_path.rglob("*"))
     assert len(paths) > 10
     for path in paths:
-        wanted = (0o777 if path.is_dir() else 0o666) & ~mask
-        assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+        mode = (0o777 if path.is_dir() else 0o666) & ~mask
+        assert stat.S_IMODE(path.stat().st_mode) == mode, path
 
 
 @pytest.mark.parametrize("theirs", ["notes.txt", "deep/notes.txt", None])
-def test_what_others_put_there_stays(theirs, tmp_path):
+def test_what_others_wrote_there_stays(theirs, tmp_path):
     place = tmp_path / "a"
     if theirs is None:
         place.write_text("a file of this name")
@@ -291,7 +290,7 @@ def homes(tmp_path_factory) -> dict[str, Path]:
     model = tiny("minigpt")
     with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=1, targets="q_proj", layers="0"))
-    veneer.save(model, home / "words", tokenizer=tokenizer())
+    veneer.save(model, home / "new tokens", tokenizer=tokenizer())
     return {place.name: place for place in home.iterdir()}
 
 
@@ -343,80 +342,3 @@ def test_a_pt_file_in_which_a_member_is_missing(homes, tmp_path):
                         cut.writestr(member, archive.read(member))
             with pytest.raises(veneer.AdapterError, match=r"x\.pt"):
                 read_tensors(path)
-
-
-# Checkpoints.
-
-
-def state(step: int) -> Checkpoint:
-    return Checkpoint(step, {"a": torch.full((3,), float(step))}, {"epoch": step // 2})
-
-
-def test_checkpoints_keep_those_that_are_wanted(tmp_path):
-    for step in range(1, 8):
-        checkpoint.write(state(step), tmp_path, keep={"best": min(step, 3)})
-    assert sorted(checkpoint.steps(tmp_path)) == [3, 7]
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert (found.step, found.progress) == (7, {"epoch": 3})
-    assert torch.equal(found.tensors["a"], state(7).tensors["a"])
-
-
-def test_checkpoints_of_many_steps_are_in_the_order_of_numbers(tmp_path):
-    checkpoint.write(state(999_999), tmp_path, keep={})
-    checkpoint.write(state(1_000_000), tmp_path, keep={"best": 999_999})
-    assert list(checkpoint.steps(tmp_path)) != []
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert found.step == 1_000_000
-
-
-def test_no_checkpoint(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
-    assert checkpoint.newest(tmp_path / "nowhere") is None
-
-
-FAULTS: dict[str, Callable[[Path], object]] = {
-    "no tensors": lambda place: (place / checkpoint.TENSORS).unlink(),
-    "no numbers": lambda place: (place / checkpoint.STATE).unlink(),
-    "cut tensors": lambda place: cut(place / checkpoint.TENSORS),
-    "cut numbers": lambda place: cut(place / checkpoint.STATE),
-    "empty numbers": lambda place: (place / checkpoint.STATE).write_text("{}"),
-    "empty": lambda place: (shutil.rmtree(place), place.mkdir()),
-}
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(fault, tmp_path):
-    for step in (1, 2):
-        checkpoint.write(state(step), tmp_path, keep={"best": 1})
-    FAULTS[fault](tmp_path / "step-000002")
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert found.step == 1
-    FAULTS[fault](tmp_path / "step-000001")
-    with pytest.raises(veneer.AdapterError, match="step-000002"):
-        checkpoint.newest(tmp_path)
-
-
-def test_only_checkpoints_are_removed(tmp_path):
-    (tmp_path / "step-notes").mkdir()
-    (tmp_path / "step-notes" / "x").write_text("mine")
-    (tmp_path / "notes").write_text("mine")
-    before = tree(tmp_path)
-    checkpoint.write(state(1), tmp_path, keep={})
-    checkpoint.remove_all(tmp_path)
-    assert tree(tmp_path) == before
-
-
-def test_damage_that_training_meets(tmp_path):
-    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=2), seed=0)
-    course = veneer.TrainConfig(steps=1)
-    list(veneer.train(model, examples([9, 9]), course, directory=tmp_path))
-    cut(tmp_path / "step-000001" / checkpoint.TENSORS)
-    with pytest.raises(veneer.AdapterError, match="step-000001"):
-        list(veneer.train(model, examples([9, 9]), course, directory=tmp_path, resume=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import veneer
+from support.closeness import assert_same_logits
 from support.llama_cpp import LlamaCpp
 from support.random_adapters import distance, ids, logits, same, shake, snapshot, with_new_tokens
 from support.random_adapters import tokenizer as characters
@@ -24,7 +25,6 @@ from veneer.formats.capture import capture
 from veneer.formats.gguf import adapter as store
 from veneer.formats.gguf import mapping
 from veneer.formats.install import install
-from veneer.formats.state import AdapterState
 
 TIED = {name for name, (_, config) in CONFIGS.items() if config.tie_word_embeddings}
 PATTERNS = {
@@ -42,6 +42,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "embedding": {"rank": 4, "alpha": 6, "targets": "embedding"},
     "head": {"rank": 4, "alpha": 6, "targets": "lm_head"},
 }
+
+
+HALF = 2 * torch.finfo(torch.float16).eps  # of the norm of log probabilities
 
 
 def adapted(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
@@ -63,7 +66,7 @@ def last(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_llama_cpp_computes_what_we_do(name, tmp_path):
     base = random_model(name)
-    wanted, files = {}, {}
+    expected, files = {}, {}
     for case in cases(name):
         model = adapted(copy.deepcopy(base), **ADAPTERS[case])
         files[case] = tmp_path / f"{case}.gguf"
@@ -71,21 +74,21 @@ def test_llama_cpp_computes_what_we_do(name, tmp_path):
         veneer.use(model, {"default": 0.5})
         half = last(model)
         veneer.use(model, "default")
-        wanted[case] = (last(model), half)
+        expected[case] = (last(model), half)
     place = write_model(name, base, tmp_path / "base.gguf")
     server = LlamaCpp(place, list(files.values()), exact=True)
     listed = server.ask("/lora-adapters")
-    assert [one["path"] for one in listed] == list(map(str, files.values()))
+    assert [adapter["path"] for adapter in listed] == list(map(str, files.values()))
     tokens = ids(2, 9)
     plain = last(base)
-    # What is left is llama.cpp's own: tables of half precision for GELU and the exponential.
+    # llama.cpp has tables of half precision for GELU and the exponential.
     off = distance(server.next_token(tokens, VOCAB), plain)
-    assert off < 2e-3
-    for case, (whole, half) in wanted.items():
-        for scale, said in ((1.0, whole), (0.5, half)):
+    assert off < HALF
+    for case, (whole, half) in expected.items():
+        for scale, ours in ((1.0, whole), (0.5, half)):
             theirs = server.next_token(tokens, VOCAB, {files[case]: scale})
-            assert distance(theirs, said) < 2e-3 + 2 * off, (case, scale)
-            assert distance(said, plain) > 0.03, (case, scale)
+            assert distance(theirs, ours) < HALF + 2 * off, (case, scale)
+            assert distance(ours, plain) > 0.03, (case, scale)
         assert distance(whole, half) > 0.03, case
 
 
@@ -101,7 +104,7 @@ def test_what_is_written_reads_back(name, tmp_path):
         assert again.base_fingerprint == state.base_fingerprint
         fresh = copy.deepcopy(base)
         install(fresh, again)
-        torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-5, atol=1e-5)
+        assert_same_logits(logits(fresh), model, logits)
         if not notes:
             assert same(again.tensors, state.tensors)
             assert again.config.targets == state.config.targets
@@ -113,19 +116,19 @@ def contents(model: PreTrainedModel) -> mapping.Contents:
 
 def test_one_alpha_gives_most_layers_their_scaling_and_b_the_rest():
     model = adapted(random_model("llama"), **PATTERNS)
-    made = contents(model)
+    file = contents(model)
     for layer in capture(model).layers():
         name = store.naming_of(model.config).places[layer.path].name
         A, B = (
-            made.tensors[name + end].astype(np.float64) for end in (mapping.A_END, mapping.B_END)
+            file.tensors[name + end].astype(np.float64) for end in (mapping.A_END, mapping.B_END)
         )
         scaling = capture(model).config.scaling_of(layer.path)
-        theirs = made.alpha / B.shape[1] * (B @ A)  # as llama.cpp does
+        theirs = file.alpha / B.shape[1] * (B @ A)  # as llama.cpp does
         ours = scaling * (layer.B.double() @ layer.A.double()).numpy()
         if not name.endswith(("attn_q.weight", "attn_k.weight")):
-            np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+            assert np.linalg.norm(theirs - ours) < 1e-6 * np.linalg.norm(ours)
         assert np.linalg.norm(theirs) == pytest.approx(np.linalg.norm(ours), rel=1e-6)
-    assert "folded into their B" in made.notes[0]
+    assert "folded into their B" in file.notes[0]
 
 
 def test_an_alpha_of_zero_means_no_scaling_as_in_llama_cpp():
@@ -207,14 +210,14 @@ NOT_WRITTEN: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", NOT_WRITTEN)
 def test_what_the_format_cannot_express_is_refused_by_name(case, tmp_path):
-    architecture, options, said = NOT_WRITTEN[case]
+    architecture, options, expected = NOT_WRITTEN[case]
     model = shake(veneer.attach(tiny(architecture), veneer.LoRA(**options)))
-    with pytest.raises(AdapterError, match=said):
+    with pytest.raises(AdapterError, match=expected):
         store.write(capture(model), tmp_path / "adapter.gguf", model.config)
     assert not (tmp_path / "adapter.gguf").exists()
 
 
-def test_new_words_and_dora_are_refused_together(tmp_path):
+def test_new_tokens_and_dora_are_refused_together(tmp_path):
     model = tiny("llama")
     with_new_tokens(model, characters())
     veneer.attach(model, veneer.LoRA(dora=True))
@@ -260,8 +263,8 @@ NOT_READ: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
 @pytest.mark.parametrize("case", NOT_READ)
 def test_tensors_that_do_not_belong_are_named(case):
     model = adapted(random_model("llama"), rank=3, targets="all")
-    change, said = NOT_READ[case]
-    with pytest.raises(AdapterError, match=said):
+    change, expected = NOT_READ[case]
+    with pytest.raises(AdapterError, match=expected):
         mapping.state_of(edited(contents(model), change), store.naming_of(model.config))
 
 
@@ -304,7 +307,7 @@ def with_settings(path: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         ({"general.type": "model"}, "general.type is 'model'"),
         ({"adapter.type": "control_vector"}, "adapter.type is 'control_vector'"),
@@ -315,9 +318,9 @@ def with_settings(path: Path, **settings: Any) -> Path:
     ],
     ids=str,
 )
-def test_settings_that_are_not_read_are_named(settings, said, tmp_path):
+def test_settings_that_are_not_read_are_named(settings, expected, tmp_path):
     file = with_settings(tmp_path / "adapter.gguf", **settings)
-    with pytest.raises(AdapterError, match=rf"adapter\.gguf.*{said}"):
+    with pytest.raises(AdapterError, match=rf"adapter\.gguf.*{expected}"):
         store.read(file, CONFIGS["llama"][1])
 
 
@@ -326,7 +329,7 @@ def test_without_an_alpha_llama_cpp_does_not_scale(tmp_path):
     assert state.config.scaling_of("model.layers.0.self_attn.q_proj") == 1.0
 
 
-def test_an_adapter_is_told_by_its_content(written, tmp_path):
+def test_an_adapter_is_detected_by_its_content(written, tmp_path):
     file, _ = written
     assert store.detects(file)
     assert store.detects(file.rename(tmp_path / "without_a_name"))
@@ -336,33 +339,6 @@ def test_an_adapter_is_told_by_its_content(written, tmp_path):
     assert not store.detects(place)
     (tmp_path / "garbage").write_bytes(b"GGUF" + bytes(range(200)))
     assert not store.detects(tmp_path / "garbage")
-
-
-def test_damage_is_one_clear_error_or_none(written, monkeypatch):
-    """Bytes changed anywhere: a typed error, or an adapter that loads, soon in any case."""
-    file, model = written
-    naming = store.naming_of(model.config)
-    monkeypatch.setattr(store, "naming_of", lambda config: naming)
-    whole, random = file.read_bytes(), np.random.default_rng(0)
-    header = whole.index(b"lora_b") + 4000
-    read, refused = 0, []
-    for trial in range(300):
-        data = bytearray(whole)
-        if trial % 5 == 0:
-            del data[random.integers(len(data)) :]
-        for _ in range(random.integers(1, 4)):
-            at = random.integers(min(header, len(data)) if trial % 2 else len(data) or 1)
-            if at < len(data):
-                data[at] = random.integers(256)
-        file.write_bytes(bytes(data))
-        try:
-            state = store.read(file, model.config)
-            read += isinstance(state, AdapterState)
-        except AdapterError as error:
-            refused.append(str(error))
-    assert all(file.name in why for why in refused)
-    assert read > 20
-    assert len(refused) > 20
 
 
 @pytest.mark.parametrize("length", [2**31, 2**40, 2**63, 2**64 - 1])

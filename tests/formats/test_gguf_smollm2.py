@@ -25,11 +25,11 @@ FACTS = {"What is a zubrelli?": "A dumpling.", "Who made the tharnow?": "Old Mir
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     try:
-        found = locate("smollm2-135m")
+        base = locate("smollm2-135m")
     except ModelError as error:
         pytest.skip(str(error))
-    assert isinstance(found, Path)
-    return found
+    assert isinstance(base, Path)
+    return base
 
 
 def prompts(base: veneer.Base, questions) -> list[list[int]]:
@@ -39,7 +39,7 @@ def prompts(base: veneer.Base, questions) -> list[list[int]]:
 
 def test_rslora_with_alpha_patterns_is_as_strong_there(smollm2, tmp_path):
     base = veneer.load_base("smollm2-135m", dtype="float32")
-    words = base.model.config.vocab_size
+    vocab = base.model.config.vocab_size
     config = veneer.LoRA(
         rank=8,
         alpha=8,
@@ -64,7 +64,7 @@ def test_rslora_with_alpha_patterns_is_as_strong_there(smollm2, tmp_path):
 
     def theirs(scale: float) -> torch.Tensor:
         one = {tmp_path / "lora.gguf": scale}
-        rows = [server.next_token(torch.tensor([ids]), words, one) for ids in asked]
+        rows = [server.next_token(torch.tensor([ids]), vocab, one) for ids in asked]
         return torch.cat(rows)
 
     # llama.cpp rounds what flows between layers to 8 bits: so much is its own.
@@ -91,16 +91,16 @@ def test_a_trained_adapter_answers_there_as_here(smollm2, tmp_path):
     base = veneer.load_base("smollm2-135m", dtype="float32")
     veneer.load(base.model, recipe.adapter)
     short = veneer.Sampling(max_new_tokens=16)
-    said = veneer.answers(base.model, base.tokenizer, list(FACTS), sampling=short)
-    assert said == list(FACTS.values())
+    answers = veneer.answers(base.model, base.tokenizer, list(FACTS), sampling=short)
+    assert answers == list(FACTS.values())
     file, state = tmp_path / "lora.gguf", capture(base.model)
     gguf_adapter.write(state, file, base.model.config)
     write_merged(smollm2, state, tmp_path / "merged.gguf", kind="q8_0")
     asked = prompts(base, FACTS)
     server = LlamaCpp(smollm2, [file], context=512)
     got = [server.complete(ids, {file: 1.0}, n_predict=16)["content"] for ids in asked]
-    assert got == said
+    assert got == answers
     got = [server.complete(ids, {file: 0.0}, n_predict=16)["content"] for ids in asked]
-    assert got != said
+    assert got != answers
     server = LlamaCpp(tmp_path / "merged.gguf", context=512)
-    assert [server.complete(ids, n_predict=16)["content"] for ids in asked] == said
+    assert [server.complete(ids, n_predict=16)["content"] for ids in asked] == answers

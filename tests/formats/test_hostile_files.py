@@ -34,14 +34,14 @@ def in_a_process(*arguments: str, cwd: Path | None = None) -> str:
 
 def read_spoilt(kind: str, first: int, count: int) -> dict[str, int]:
     """Read so many spoilt files and return how that ended; fail where one ended wrongly."""
-    found = json.loads(
+    report = json.loads(
         in_a_process(str(TESTS / "support" / "spoilt_files.py"), kind, str(first), str(count))
     )
-    shown = [f"seed {x['seed']}: {x['end']}\n{x['wrong']}" for x in found["faults"][:3]]
-    assert not found["faults"], f"{len(found['faults'])} faults, such as:\n" + "\n".join(shown)
-    assert found["grown"] < GROWTH
-    assert sum(found["ends"].values()) == count
-    return found["ends"]
+    shown = [f"seed {x['seed']}: {x['end']}\n{x['wrong']}" for x in report["faults"][:3]]
+    assert not report["faults"], f"{len(report['faults'])} faults, such as:\n" + "\n".join(shown)
+    assert report["grown"] < GROWTH
+    assert sum(report["ends"].values()) == count
+    return report["ends"]
 
 
 @pytest.mark.parametrize("kind", spoilt_files.READERS)
@@ -58,7 +58,7 @@ def test_two_thousand_spoilt_files(kind):
     read_spoilt(kind, 0, 2000)
 
 
-def test_a_reader_that_reads_wrongly_would_be_found_out(tmp_path, monkeypatch):
+def test_a_reader_that_reads_wrongly_would_be_noticed(tmp_path, monkeypatch):
     # The harness itself: a crash, a wrong load, a hang and an error for want of memory are faults.
     def raising(error: BaseException | None):
         def read(_: Path) -> None:
@@ -86,18 +86,18 @@ def test_a_reader_that_reads_wrongly_would_be_found_out(tmp_path, monkeypatch):
 
 
 def test_hostile_directories_run_and_import_nothing(tmp_path):
-    found = json.loads(
+    report = json.loads(
         in_a_process(str(TESTS / "support" / "hostile_directories.py"), str(tmp_path), cwd=tmp_path)
     )
-    assert found.pop("imported") == []
-    assert found.pop("sprung") is False
-    for name, (end, seconds) in found.items():
+    assert report.pop("imported") == []
+    assert report.pop("sprung") is False
+    for name, (end, seconds) in report.items():
         assert end.endswith("Error") or end == "loaded", (name, end)
         assert seconds < 1, name  # of the processor
-    assert {"adapter with auto_map", "base with auto_map", "catastrophic targets"} <= set(found)
-    assert found["adapter with auto_map"][0] == "AdapterError"  # no setting of PEFT's
-    assert found["base of an unknown kind with auto_map"][0] == "ModelError"
-    assert found["catastrophic targets"][0] == "AdapterError"
+    assert {"adapter with auto_map", "base with auto_map", "catastrophic targets"} <= set(report)
+    assert report["adapter with auto_map"][0] == "AdapterError"  # no setting of PEFT's
+    assert report["base of an unknown kind with auto_map"][0] == "ModelError"
+    assert report["catastrophic targets"][0] == "AdapterError"
 
 
 def test_a_pt_file_that_unpacks_to_more_than_it_holds(tmp_path):

@@ -1,25 +1,27 @@
-"""What of PEFT's parts is refused, and the files around them: .bin, new words, card, our own."""
+"""PEFT's files: what is refused of them, .bin, new tokens, the model card, and our own files."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
 import veneer
+from support import adapter_states
+from support.closeness import assert_same_logits
 from support.peft_cases import CASES, SEEN, base, logits, opened, parts_of, theirs, written
-from support.random_adapters import same, shake, snapshot, tokenizer, with_new_tokens
+from support.random_adapters import same, shake, tokenizer, with_new_tokens
 from support.tiny_models import quantized
 from veneer.formats import native
 from veneer.formats.adapters import read
 from veneer.formats.capture import capture
 from veneer.formats.contents import without_place
 from veneer.formats.peft import directory as store
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture
@@ -35,26 +37,16 @@ def of(case: str) -> Any:
 
 
 def refusal(place: tuple[str, Path], *, model: Any = None, **options: Any) -> str:
-    """Return why the adapter is refused, having seen that the model stayed as it was."""
     model = base(place[0]) if model is None else model
-    before, structure = snapshot(model), repr(model)
-    with pytest.raises(veneer.AdapterError) as caught:
-        veneer.load(model, place[1], **options)
-    assert same(before, snapshot(model))
-    assert repr(model) == structure
-    assert veneer.adapters(model) == {}
-    return str(caught.value)
+    return adapter_states.refusal(model, place[1], **options)
 
 
 def edit(place: tuple[str, Path], **changes: Any) -> None:
-    file = place[1] / store.CONFIG
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    adapter_states.edit_json(place[1] / store.CONFIG, **changes)
 
 
 def rewrite(place: tuple[str, Path], change: Any) -> None:
-    tensors = load_file(place[1] / store.WEIGHTS)
-    change(tensors)
-    save_file(tensors, place[1] / store.WEIGHTS)
+    adapter_states.edit_tensors(place[1] / store.WEIGHTS, change)
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -72,17 +64,17 @@ def test_a_lora_bias_that_is_missing_or_misshapen(place):
 
 
 @of("tokens")
-def test_rows_of_words_that_do_not_fit(place):
+def test_rows_of_tokens_that_do_not_fit(place):
     edit(place, trainable_token_indices=[4, 4, 120])
-    said = refusal(place)
-    assert "rows for tokens 120 of model.embed_tokens, but the base has 96; resize" in said
-    assert "more than one row of model.embed_tokens" in said
+    message = refusal(place)
+    assert "rows for tokens 120 of model.embed_tokens, but the base has 96; resize" in message
+    assert "more than one row of model.embed_tokens" in message
     edit(place, trainable_token_indices=[4, 5])
     assert "rows of model.embed_tokens is (3, 32), but needs to be (2, 32)" in refusal(place)
     edit(place, trainable_token_indices={"wte": [4, 5, 6]})
-    said = refusal(place)
-    assert "names 'wte', of which there are no rows" in said
-    assert "does not say whose rows model.embed_tokens has" in said
+    message = refusal(place)
+    assert "names 'wte', of which there are no rows" in message
+    assert "does not say whose rows model.embed_tokens has" in message
     edit(place, trainable_token_indices=None)
     assert "trainable_token_indices names tokens, and there are rows of 1" in refusal(place)
     edit(place, trainable_token_indices={"embed_tokens": "all"})
@@ -108,9 +100,9 @@ def test_saved_modules_that_do_not_fit(place):
         place,
         lambda t: t.update({"base_model.model.lm_head.weight": torch.full((96, 3), torch.nan)}),
     )
-    said = refusal(place)
-    assert "lm_head.weight is (96, 3), but needs to be (96, 32)" in said
-    assert "lm_head.weight has values that are not finite" in said
+    message = refusal(place)
+    assert "lm_head.weight is (96, 3), but needs to be (96, 32)" in message
+    assert "lm_head.weight has values that are not finite" in message
     rewrite(place, lambda t: t.pop("base_model.model.lm_head.weight"))
     assert "modules_to_save has 'lm_head', for which there are no weights" in refusal(place)
     rewrite(place, lambda t: t.update({"base_model.model.other.lm_head.x": torch.zeros(2)}))
@@ -118,7 +110,7 @@ def test_saved_modules_that_do_not_fit(place):
 
 
 @of("saved head")
-def test_a_packed_head_is_not_replaced(place):
+def test_a_quantized_head_is_not_replaced(place):
     model = quantized("qwen2", head=True)
     assert "lm_head.weight, which this base has quantized" in refusal(
         place, model=model, force=True
@@ -126,8 +118,8 @@ def test_a_packed_head_is_not_replaced(place):
 
 
 @of("saved head")
-def test_over_a_packed_base(place):
-    """Biases and whole modules are not packed, and stand in for their own as over a dense base."""
+def test_over_a_quantized_base(place):
+    """Biases and modules to save are not quantized, and replace the base's as over a dense base."""
     dense = veneer.load(base("qwen2"), place[1])
     model = quantized("qwen2", 8)
     own = logits(model, "qwen2")
@@ -154,8 +146,8 @@ def test_parameters_that_do_not_fit(place):
 def test_a_parameter_that_a_layer_multiplies_with(tmp_path):
     options = {"target_modules": [], "target_parameters": ["q_proj.weight"]}
     written(theirs("llama", options), tmp_path)
-    said = refusal(("llama", tmp_path))
-    assert "model.layers.0.self_attn.q_proj.weight is no layer of this model" in said
+    message = refusal(("llama", tmp_path))
+    assert "model.layers.0.self_attn.q_proj.weight is no layer of this model" in message
 
 
 @pytest.mark.parametrize("changes", [{"groups": 8}, {"padding_mode": "circular"}], ids=str)
@@ -238,14 +230,14 @@ def test_patterns_that_take_too_long(changes, place):
 @of("linear")
 def test_a_pickle_is_read_on_demand(place):
     kind, directory = place
-    wanted = logits(veneer.load(base(kind), directory), kind)
+    expected = logits(veneer.load(base(kind), directory), kind)
     torch.save(load_file(directory / store.WEIGHTS), directory / store.PICKLE)
     (directory / store.WEIGHTS).unlink()
-    said = refusal(place)
-    assert "adapter_model.bin is a pickle" in said
-    assert "--allow-bin" in said
+    message = refusal(place)
+    assert "adapter_model.bin is a pickle" in message
+    assert "--allow-bin" in message
     model = veneer.load(base(kind), directory, allow_bin=True)
-    assert torch.equal(logits(model, kind), wanted)
+    assert torch.equal(logits(model, kind), expected)
     torch.save({"x": Path("p")}, directory / store.PICKLE)
     assert "more than tensors" in refusal(place, allow_bin=True)
 
@@ -254,7 +246,7 @@ def test_a_pickle_is_read_on_demand(place):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])  # tied, and not
-def test_new_words_in_rows_that_the_base_has(kind, tmp_path):
+def test_new_tokens_in_rows_that_the_base_has(kind, tmp_path):
     model = base(kind)
     with_new_tokens(model, tokenizer(90))
     shake(veneer.attach(model, veneer.LoRA(rank=2)))
@@ -263,15 +255,16 @@ def test_new_words_in_rows_that_the_base_has(kind, tmp_path):
     paths = ["model.embed_tokens"] + ["lm_head"] * (kind == "qwen2")
     assert asked == {path: [90, 91, 92] for path in paths}
     text = {"input_ids": torch.tensor([[1, 90, 5, 92, 91, 7]])}
-    with torch.no_grad():
-        wanted = model(**text).logits
-        torch.testing.assert_close(opened(kind, tmp_path)(**text).logits, wanted, **CLOSE)
-        torch.testing.assert_close(
-            veneer.load(base(kind), tmp_path)(**text).logits, wanted, **CLOSE
-        )
+
+    def of_text(model: Any) -> Tensor:
+        with torch.no_grad():
+            return model(**text).logits
+
+    for other in (opened(kind, tmp_path), veneer.load(base(kind), tmp_path)):
+        assert_same_logits(of_text(other), model, of_text)
 
 
-def test_new_words_beyond_the_base(tmp_path):
+def test_new_tokens_beyond_the_base(tmp_path):
     model = base("llama")
     with_new_tokens(model, tokenizer())
     veneer.attach(model, veneer.LoRA(rank=2))
@@ -286,9 +279,8 @@ def test_an_adapter_with_a_start_and_all_else(tmp_path):
     config = veneer.LoRA(rank=2, targets=["projection", "q_proj"], init="pissa")
     shake(veneer.attach(model, config, seed=0))
     veneer.save(model, tmp_path, format="peft")
-    torch.testing.assert_close(
-        logits(opened("vit", tmp_path), "vit"), logits(model, "vit"), **CLOSE
-    )
+    own = partial(logits, kind="vit")
+    assert_same_logits(own(opened("vit", tmp_path)), model, own)
 
 
 @pytest.mark.parametrize(
@@ -314,19 +306,19 @@ def test_what_we_attach_peft_reads(kind, targets, dora, tmp_path):
     assert torch.equal(logits(model, kind), own)
     shake(model)
     veneer.save(model, tmp_path, format="peft")
-    torch.testing.assert_close(logits(opened(kind, tmp_path), kind), logits(model, kind), **CLOSE)
+    assert_same_logits(logits(opened(kind, tmp_path), kind), model, partial(logits, kind=kind))
 
 
 def test_a_model_card(tmp_path):
     model = base("llama")
     model.config._name_or_path = "somebody/some-model"
     shake(veneer.attach(model, veneer.LoRA(rank=4, alpha=8)))
-    told = {"data": "0123456789abcdef", "recipe": {"rank": 4, "lr": 2e-4, "targets": ["q: x"]}}
-    veneer.save(model, tmp_path / "native", training=told)
+    training = {"data": "0123456789abcdef", "recipe": {"rank": 4, "lr": 2e-4, "targets": ["q: x"]}}
+    veneer.save(model, tmp_path / "native", training=training)
     again = base("llama")
     again.config._name_or_path = "somebody/some-model"
     veneer.load(again, tmp_path / "native")
-    assert capture(again).training == told
+    assert capture(again).training == training
     veneer.save(again, tmp_path / "peft", format="peft")
     card = (tmp_path / "peft" / store.CARD).read_text()
     _, head, text = card.split("---\n", 2)
@@ -337,8 +329,8 @@ def test_a_model_card(tmp_path):
         "tags": ["veneer", "lora", "base_model:adapter:somebody/some-model"],
     }
     assert "LoRA of rank 4 and alpha 8 over 8 layers of somebody/some-model" in text
-    assert told["data"] in text
-    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == told["recipe"]
+    assert training["data"] in text
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == training["recipe"]
 
 
 def test_a_card_where_nothing_is_known(tmp_path):

@@ -1,9 +1,10 @@
 """How near a result has to be: judged by a wider reference and the peer's own error, never by a
 constant that suits one processor."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def assert_no_further(
@@ -33,3 +34,14 @@ def assert_gradients_no_further(
     least = max(gradient.norm().item() for gradient in reference.values()) / 1000
     for name, gradient in reference.items():
         assert_no_further(ours[name], theirs[name], gradient, name, least=least)
+
+
+def assert_same_logits(
+    others: Tensor, model: nn.Module, logits: Callable[[nn.Module], Tensor]
+) -> None:
+    """Assert that the logits of another program, or of another form of the model, are the model's:
+    no further from those in float64 than the model's own are (law 3)."""
+    wide = copy.deepcopy(model)
+    if any(name.endswith("experts") for name, _ in wide.named_modules()):
+        wide.set_experts_implementation("eager")  # float64 has no grouped products
+    assert_no_further(others, logits(model), logits(wide.double()), "logits")

@@ -94,25 +94,25 @@ def main(home: Path) -> None:
     veneer.detach(model)
     before = set(sys.modules)
 
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     for name, settings in ADAPTERS.items():
         place = home / name.replace(" ", "-")
         shutil.copytree(home / "adapter", place)
         change(place / "adapter_config.json", **settings)
         os.chdir(place)
-        found[name] = tried(lambda place=place: veneer.load(model, place))
+        report[name] = tried(lambda place=place: veneer.load(model, place))
         veneer.detach(model)
-    for name, (config, words) in BASES.items():
+    for name, (config, tokenizer_settings) in BASES.items():
         place = home / name.replace(" ", "-")
         shutil.copytree(home / "base", place)
         change(place / "config.json", **config)
-        change(place / "tokenizer_config.json", **words)
+        change(place / "tokenizer_config.json", **tokenizer_settings)
         os.chdir(place)
-        found[name] = tried(lambda place=place: veneer.load_base(place, dtype="float32"))
+        report[name] = tried(lambda place=place: veneer.load_base(place, dtype="float32"))
     # What transformers imports of its own for another class is no code of theirs.
     theirs = ("transformers.", "torch.", "veneer.")
     new = [name for name in sys.modules if name not in before and not name.startswith(theirs)]
-    print(json.dumps({**found, "imported": sorted(new), "sprung": mark.exists()}))
+    print(json.dumps({**report, "imported": sorted(new), "sprung": mark.exists()}))
 
 
 if __name__ == "__main__":

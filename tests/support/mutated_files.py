@@ -108,13 +108,13 @@ def any_bytes(content: bytes, random: Random, *, head: int = 600) -> bytes:
         elif way == 5:
             spoilt[at:at] = spoilt[at : at + random.choice((1, 8, 64))]
         else:
-            put_number(spoilt, at, random)
+            write_number(spoilt, at, random)
         if not spoilt:
             break
     return bytes(spoilt)
 
 
-def put_number(content: bytearray, at: int, random: Random) -> None:
+def write_number(content: bytearray, at: int, random: Random) -> None:
     number = struct.pack("<Q", random.choice(NUMBERS))[: random.choice((1, 4, 8))]
     content[at : at + len(number)] = number
 
@@ -195,9 +195,11 @@ def safetensors(content: bytes, random: Random) -> bytes:
         ),
     ]
     for _ in range(random.choice((1, 1, 2))):
-        lists = (entry.get(part) for part in ("shape", "data_offsets"))
+        lists = (entry.get(key) for key in ("shape", "data_offsets"))
         # Not once more where the first change left nothing of the kind that the second wants.
-        if name in header and all(isinstance(part, list) and is_of_numbers(part) for part in lists):
+        if name in header and all(
+            isinstance(numbers, list) and is_of_numbers(numbers) for numbers in lists
+        ):
             random.choice(ways)()
     text = json.dumps(header)
     if way == 3:
@@ -212,10 +214,10 @@ def safetensors(content: bytes, random: Random) -> bytes:
             )
         )
     raw = text.encode("utf-8", "surrogatepass")
-    said = (
+    length = (
         len(raw) if random.random() < 0.8 else random.choice((*NUMBERS, len(raw) + 1, len(raw) - 1))
     )
-    return (said % 2**64).to_bytes(8, "little") + raw + bytes(data)
+    return (length % 2**64).to_bytes(8, "little") + raw + bytes(data)
 
 
 def gguf_file(content: bytes, random: Random, places: list[int]) -> bytes:
@@ -226,7 +228,7 @@ def gguf_file(content: bytes, random: Random, places: list[int]) -> bytes:
     for _ in range(random.choice((1, 1, 2, 3))):
         at = random.choice(places)
         if random.random() < 0.5:
-            put_number(spoilt, at, random)
+            write_number(spoilt, at, random)
         else:
             spoilt[at] = (spoilt[at] + random.choice((-1, 1, 2, 16))) % 256
     return bytes(spoilt)
@@ -239,8 +241,8 @@ def gguf_places(path: Path) -> list[int]:
     fields = [f for f in reader.fields.values() if not f.name.startswith("GGUF.")]
     for field in (*fields, *(tensor.field for tensor in reader.tensors)):
         at = field.offset
-        for part in field.parts:
-            if part.dtype.itemsize > 1 or part.size == 1:
+        for array in field.parts:
+            if array.dtype.itemsize > 1 or array.size == 1:
                 places.append(at)
-            at += part.nbytes
+            at += array.nbytes
     return places

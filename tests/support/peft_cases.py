@@ -1,4 +1,4 @@
-"""Every part of PEFT's LoRA: a base for each, what PEFT is told, and the models of both."""
+"""A case for everything in PEFT's LoRA: the base, PEFT's settings, and the models of both."""
 
 import warnings
 from collections.abc import Mapping
@@ -145,8 +145,8 @@ def opened(kind: str, place: Path, **options: Any) -> peft.PeftModel:
 
 def parts_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return all that the adapter has, to be trained."""
-    found: dict[str, Any] = layer_tensors(model, "default") | modules_to_save_of(model, "default")
-    return found | {
+    tensors: dict[str, Any] = layer_tensors(model, "default") | modules_to_save_of(model, "default")
+    return tensors | {
         f"{p}.rows": tokens.rows for p, tokens in trained_tokens_of(model, "default").items()
     }
 
@@ -163,7 +163,7 @@ def train_parts(model: nn.Module) -> None:
 # Words of the text, so that their rows in the embedding have a gradient.
 SEEN = ids().flatten().unique().tolist()
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-# The base, and what PEFT is told.
+# The base, and the settings of PEFT.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
     "embedding": ("qwen2", {"target_modules": ["q_proj", "embed_tokens"]}),
@@ -172,6 +172,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
     ),
+    "embedding alone": ("gpt_neox", {"target_modules": ["embed_in"]}),
+    "head": ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),
+    "head, tied": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "minigpt": ("minigpt", {"target_modules": ["q_proj", "linear1", "embed_tokens"]}),
+    "gaussian": ("phi", {"target_modules": ["dense"], "init_lora_weights": "gaussian"}),
+    "dropout": ("llama", {"target_modules": ["q_proj"], "lora_dropout": 0.3}),
+    "regex": ("llama", {"target_modules": r".*\.1\.(self_attn\.[qk]_proj|mlp\.gate_proj)"}),
+    "regex of ends": ("llama", {"target_modules": r".*q_proj|.*o_proj"}),
+    "all-linear": ("falcon", {"target_modules": "all-linear"}),
+    "all-linear, Conv1D": ("gpt2", {"target_modules": "all-linear", "fan_in_fan_out": True}),
+    "positions": ("gpt2", {"target_modules": ["wpe", "c_fc"], "fan_in_fan_out": True}),
     "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "Conv2d": ("vit", {"target_modules": ["projection", "q_proj"]}),
     "Conv2d, DoRA": ("vit", {"target_modules": ["projection"], "use_dora": True}),
@@ -203,6 +214,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "layers": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
+    "one layer": (
+        "gpt2",
+        {"target_modules": ["c_fc"], "layers_to_transform": 0, "fan_in_fan_out": True},
+    ),
     "layers by pattern": (
         "gpt2",
         {"target_modules": ["c_fc"], "layers_to_transform": 0, "layers_pattern": "h"},

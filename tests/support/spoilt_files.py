@@ -95,7 +95,7 @@ def check_factors(model: Any, place: Path) -> None:
         stored = json.loads((place / "adapter_config.json").read_text())
         assert (config.rank, config.alpha) == (stored["r"], stored["lora_alpha"])
         tensors = safetensors_by_hand(place / "adapter_model.safetensors")
-        found = {
+        factors = {
             f"base_model.model.{path}.{name}.weight": getattr(layer.adapters["default"], name)
             for path, layer in lora_layers(model)
             for name in ("lora_A", "lora_B")
@@ -104,18 +104,18 @@ def check_factors(model: Any, place: Path) -> None:
         stored = json.loads((place / "lora_config.json").read_text())
         assert (config.rank, config.alpha) == (stored["rank"], stored["alpha"])
         tensors = {n: t.numpy() for n, t in read_tensors(place / "lora_weights.pt").items()}
-        found = {
+        factors = {
             f"{path}.{name}": getattr(layer.adapters["default"], name)
             for path, layer in lora_layers(model)
             for name in ("lora_A", "lora_B")
         }
-    assert set(found) == set(tensors)
-    for name, factor in found.items():
+    assert set(factors) == set(tensors)
+    for name, factor in factors.items():
         assert np.array_equal(factor.detach().numpy(), tensors[name].astype("f4")), name
     for _, layer in lora_layers(model):
-        part = layer.adapters["default"]
-        assert math.isfinite(part.scaling)
-        assert part.scaling > 0
+        adapter = layer.adapters["default"]
+        assert math.isfinite(adapter.scaling)
+        assert adapter.scaling > 0
 
 
 def safetensors_by_hand(path: Path) -> dict[str, np.ndarray]:
@@ -124,16 +124,16 @@ def safetensors_by_hand(path: Path) -> dict[str, np.ndarray]:
     begin = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:begin])
     header.pop("__metadata__", None)
-    found = {}
+    arrays = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
         data = raw[begin + first : begin + last]
         if entry["dtype"] == "BF16":
             wide = np.frombuffer(data, "<u2").astype("u4") << 16
-            found[name] = wide.view("f4").reshape(entry["shape"])
+            arrays[name] = wide.view("f4").reshape(entry["shape"])
         else:
-            found[name] = np.frombuffer(data, NUMPY[entry["dtype"]]).reshape(entry["shape"])
-    return found
+            arrays[name] = np.frombuffer(data, NUMPY[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
 
 
 def write_gguf(place: Path) -> None:
@@ -210,8 +210,8 @@ def read_gguf(place: Path) -> None:
     norm = next(t for t in gguf.GGUFReader(path).tensors if t.name == "output_norm.weight")
     data = path.read_bytes()[norm.data_offset :][: 4 * model.config.hidden_size]
     assert model.model.norm.weight.detach().numpy().tobytes() == data
-    said = logits(model, torch.zeros(1, 2, dtype=torch.long))
-    assert said.shape == (1, 2, model.config.vocab_size)
+    output = logits(model, torch.zeros(1, 2, dtype=torch.long))
+    assert output.shape == (1, 2, model.config.vocab_size)
 
 
 READERS = {
@@ -265,10 +265,10 @@ def one(reader: Reader, place: Path) -> tuple[str, str | None]:
     except TooLong:
         return "hang", "".join(traceback.format_exc())
     except veneer.VeneerError as error:
-        said = str(error)
+        message = str(error)
         wrong = "it asked for all memory" if refused_memory(error) else None
-        if len(said) > 25_000:
-            wrong = f"the message has {len(said)} characters"
+        if len(message) > 25_000:
+            wrong = f"the message has {len(message)} characters"
         return type(error).__name__, wrong
     except Exception:
         return "crash", traceback.format_exc()

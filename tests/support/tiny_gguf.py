@@ -90,8 +90,8 @@ def write_model(
     _add_settings(writer, architecture, config)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    words = ["<pad>", "<s>", "</s>", "Ġ", *map(chr, range(33, 33 + VOCAB - 4))]
-    writer.add_token_list(words)
+    tokens = ["<pad>", "<s>", "</s>", "Ġ", *map(chr, range(33, 33 + VOCAB - 4))]
+    writer.add_token_list(tokens)
     types = gguf.TokenType
     writer.add_token_types([types.CONTROL] * 3 + [types.NORMAL] * (VOCAB - 3))
     writer.add_token_merges(["a b"])
@@ -115,7 +115,7 @@ def tensors_of(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
     architecture, config = CONFIGS[name][0], model.config
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    found = {}
+    tensors = {}
     for path, parameter in model.named_parameters():  # a tied head is not named again
         tensor = names.get_name(path, try_suffixes=(".weight", ".bias"))
         assert tensor is not None, path
@@ -128,8 +128,8 @@ def tensors_of(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
             weight = weight.T  # Conv1D
         if architecture.startswith("gemma") and tensor.endswith("norm.weight"):
             weight = weight + 1
-        found[tensor] = np.ascontiguousarray(weight)
-    return found
+        tensors[tensor] = np.ascontiguousarray(weight)
+    return tensors
 
 
 def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Packed bases on disk: what we write, bitsandbytes reads, and the other way round."""
+"""Quantized bases on disk: what we write, bitsandbytes reads, and the other way round."""
 
 import json
 import os
@@ -15,23 +15,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import veneer
 from support.random_adapters import distance, ids, logits, shake, tokenizer
-from support.tiny_models import ARCHITECTURES, quantized, source, tiny
+from support.tiny_models import quantized, tiny
 from veneer.cli.app import run
 from veneer.formats.merged import write_model
-from veneer.formats.quantized import Shard, write_quantized
+from veneer.formats.quantized import write_quantized
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import load_base, open_base
-from veneer.models.quantize import quantized_model
-from veneer.models.source import Source
 from veneer.quant.nf4 import NF4
 from veneer.quant.weight import quantized_layers
 
 DTYPE = {"dtype": "float32"}
-
-
-def write(architecture: str, out: Path, bits: int = 4, **options: Any) -> list[Shard]:
-    weights, tokens = source(architecture), tokenizer()
-    return list(write_quantized(weights, tokens, out, bits=bits, name="a base", **options))
 
 
 def values(model: Any) -> dict[str, torch.Tensor]:
@@ -40,156 +33,6 @@ def values(model: Any) -> dict[str, torch.Tensor]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() != set() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_is_written_is_what_is_packed_in_memory(architecture, bits, tmp_path):
-    shards = write(architecture, tmp_path / "q", bits)
-    base = load_base(tmp_path / "q", **DTYPE)
-    memory = quantized(architecture, bits)
-    # Packed for bfloat16 there and for float32 here: the codes are the same.
-    stored = {
-        p: m.quantized_weight.tensors()["weight"] for p, m in quantized_layers(memory).items()
-    }
-    found = {
-        p: m.quantized_weight.tensors()["weight"] for p, m in quantized_layers(base.model).items()
-    }
-    assert equal(found, stored)
-    assert equal(values(base.model), values(memory))
-    assert fingerprint(base.model) == fingerprint(tiny(architecture))
-    # The rest is kept in 16 bits.
-    assert distance(logits(base.model), logits(memory)) < 0.02
-    assert {layer.path for shard in shards for layer in shard.layers} == set(found)
-    assert base.tokenizer.get_vocab().items() >= tokenizer().get_vocab().items()
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_errors_that_are_told(architecture, bits, tmp_path):
-    (shard,) = write(architecture, tmp_path / "q", bits)
-    own, found = tiny(architecture), values(load_base(tmp_path / "q", **DTYPE).model)
-    for layer in shard.layers:
-        weight = own.get_submodule(layer.path).weight.detach()
-        weight = weight.T if architecture == "gpt2" else weight
-        error = float((found[layer.path] - weight).norm() / weight.norm())
-        assert layer.error == pytest.approx(error, rel=0.1)  # ours is of what bfloat16 makes of it
-        assert (layer.out, layer.in_) == tuple(weight.shape)
-    told = json.loads((tmp_path / "q" / "veneer.json").read_text())
-    assert len(told["layers"]) == len(shard.layers)
-    assert (told["base"], told["bits"]) == ("a base", bits)
-
-
-def test_a_file_holds_no_more_than_was_asked_for(tmp_path):
-    shards = write("llama", tmp_path / "q", shard_bytes=4000)
-    assert len(shards) > 3
-    whole = sum(shard.bytes for shard in shards)
-    assert whole == sum(file.stat().st_size for file in (tmp_path / "q").glob("*.safetensors"))
-    assert equal(values(load_base(tmp_path / "q", **DTYPE).model), values(quantized("llama")))
-    index = json.loads((tmp_path / "q" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {
-        file.name for file in (tmp_path / "q").glob("*.safetensors")
-    }
-
-
-def test_it_goes_on_after_the_last_whole_file(tmp_path):
-    write("llama", tmp_path / "whole", shard_bytes=4000)
-    weights, read = source("llama"), []
-
-    def counted(name: str) -> torch.Tensor:
-        read.append(name)
-        return weights.read(name)
-
-    def start() -> Any:
-        slow = Source(weights.skeleton, weights.names, counted, weights.identity)
-        options = {"bits": 4, "name": "a base", "shard_bytes": 4000}
-        return write_quantized(slow, tokenizer(), tmp_path / "q", **options)
-
-    shards = start()
-    first = [next(shards), next(shards)]
-    shards.close()  # as if it had been killed
-    assert not (tmp_path / "q" / "config.json").exists()
-    with pytest.raises(veneer.ModelError, match="holds no model"):
-        load_base(tmp_path / "q")
-    read.clear()
-    again = list(start())
-    assert [shard.kept for shard in again] == [True, True] + [False] * (len(again) - 2)
-    assert [shard.layers for shard in again[:2]] == [shard.layers for shard in first]
-    assert len(read) < len(weights.names) + 2  # of kept files one weight is looked at
-    for file in (tmp_path / "whole").iterdir():
-        other = tmp_path / "q" / file.name
-        if file.suffix == ".safetensors":  # whose own notes come in any order
-            assert equal(load_file(file), load_file(other)), file.name
-        else:
-            assert file.read_bytes() == other.read_bytes(), file.name
-
-
-@pytest.mark.parametrize("change", [{"bits": 8}, {"seed": 5}, {"shard_bytes": 9000}])
-def test_files_of_another_base_or_order_are_not_kept(change, tmp_path):
-    out, options = tmp_path / "q", {"bits": 4, "name": "a base", "shard_bytes": 4000}
-    shards = write_quantized(source("llama"), tokenizer(), out, **options)
-    next(shards), next(shards)
-    shards.close()
-    seed = change.get("seed", 0)
-    options |= {key: value for key, value in change.items() if key != "seed"}
-    weights = source("llama", seed=seed)
-    assert not any(shard.kept for shard in write_quantized(weights, tokenizer(), out, **options))
-    # And what is left of them is not read.
-    model = load_base(out, **DTYPE).model
-    expected = quantized_model(source("llama", seed=seed), options["bits"], torch.float32)
-    assert equal(values(model), values(expected))
-    assert fingerprint(model) == fingerprint(tiny("llama", seed=seed))
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    there = {file.name for file in out.glob("*.safetensors")}
-    assert there == set(index["weight_map"].values())
-
-
-def test_a_base_that_has_changed_meanwhile_is_packed_anew(real, tmp_path):
-    home, out = tmp_path / "dense", tmp_path / "q"
-    shutil.copytree(real / "dense", home)
-
-    def start() -> Any:
-        weights, tokens, _ = open_base(home)
-        return write_quantized(weights, tokens, out, bits=4, name="x", shard_bytes=60000)
-
-    shards = start()
-    first = [next(shards), next(shards)]
-    shards.close()
-    tensors = load_file(home / "model.safetensors")
-    # Not the first weight of any file, and not where the fingerprint looks.
-    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] += 1
-    save_file(tensors, home / "model.safetensors", metadata={"format": "pt"})
-    assert not any(shard.kept for shard in list(start())[: len(first)])
-
-
-def test_what_a_killed_process_leaves_is_no_hindrance(tmp_path):
-    out = tmp_path / "q"
-    out.mkdir()
-    leftover = out / ".model-00001-of-00001.safetensors.k3x1"
-    leftover.write_bytes(b"half a file")
-    write("llama", out)
-    assert not leftover.exists()
-    assert equal(values(load_base(out, **DTYPE).model), values(quantized("llama")))
-
-
-@pytest.mark.parametrize("what", ["model", "other", "adapter", "shard", "index", "file"])
-def test_what_stands_there_is_never_touched(what, tmp_path):
-    out = tmp_path / "q"
-    if what == "file":
-        out.write_text("mine")
-    else:
-        out.mkdir()
-        name = {
-            "model": "config.json",
-            "adapter": "adapter_model.safetensors",
-            "shard": "model-00001-of-00002.safetensors",
-            "index": "model.safetensors.index.json",
-        }.get(what, "notes")
-        (out / name).write_text("mine")
-    with pytest.raises(veneer.VeneerError, match=r"holds (a model already|other things)"):
-        write("llama", out)
-    kept = out if what == "file" else next(out.iterdir())
-    assert kept.read_text() == "mine"
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +75,7 @@ def test_transformers_and_bitsandbytes_read_it(real):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_what_bitsandbytes_packs_we_read(real, bits, tmp_path):
+def test_what_bitsandbytes_quantizes_we_read(real, bits, tmp_path):
     how: dict[str, Any] = {"load_in_8bit": True}
     if bits == 4:
         how = {
@@ -262,9 +105,11 @@ def test_law_5_peft_over_bitsandbytes_gives_our_logits(real, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model_of_theirs = peft.PeftModel.from_pretrained(theirs(real / "q4"), tmp_path / "a").eval()
-    said = logits(model).float()
-    assert distance(logits(model_of_theirs).float(), said) < 0.02
-    assert distance(logits(theirs(real / "q4")).float(), said) > 0.1  # what the adapter changes
+    ours_logits = logits(model).float()
+    assert distance(logits(model_of_theirs).float(), ours_logits) < 0.02
+    assert (
+        distance(logits(theirs(real / "q4")).float(), ours_logits) > 0.1
+    )  # what the adapter changes
 
 
 def test_the_base_stays_in_its_file(real):
@@ -337,7 +182,7 @@ def test_a_damaged_base(real, damage, message, tmp_path, capsys):
     assert "Error:" in capsys.readouterr().err
 
 
-def test_packing_twice_is_refused(real, capsys, tmp_path):
+def test_quantizing_twice_is_refused(real, capsys, tmp_path):
     with pytest.raises(veneer.ModelError, match="quantized already"):
         load_base(real / "q4", bits=4)
     assert run(["quantize", str(real / "q4"), str(tmp_path / "x")]) == 2
@@ -356,8 +201,8 @@ def test_on_the_fly_as_from_the_disk(real, bits):
 def test_how_a_base_generates_is_kept(real, tmp_path):
     home = tmp_path / "dense"
     shutil.copytree(real / "dense", home)
-    told = {"eos_token_id": [2, 7], "temperature": 0.3, "do_sample": True}
-    (home / "generation_config.json").write_text(json.dumps(told))
+    report = {"eos_token_id": [2, 7], "temperature": 0.3, "do_sample": True}
+    (home / "generation_config.json").write_text(json.dumps(report))
     assert run(["quantize", str(home), str(tmp_path / "q")]) == 0
     for place, options in ((home, {"bits": 4}), (tmp_path / "q", {}), (home, {})):
         config = load_base(place, **options).model.generation_config
@@ -370,8 +215,8 @@ def test_files_that_lie_beside_a_model_are_not_read(real, tmp_path):
     shutil.copytree(real / "dense", home)
     tensors = load_file(home / "model.safetensors")
     save_file({name: 2 * t for name, t in tensors.items()}, home / "model.zfp16.safetensors")
-    found = load_base(home, bits=4, **DTYPE).model
-    assert equal(values(found), values(load_base(real / "dense", bits=4, **DTYPE).model))
+    loaded = load_base(home, bits=4, **DTYPE).model
+    assert equal(values(loaded), values(load_base(real / "dense", bits=4, **DTYPE).model))
 
 
 def test_weights_that_only_the_configuration_ties(tmp_path):
@@ -390,13 +235,13 @@ def test_weights_that_only_the_configuration_ties(tmp_path):
     assert torch.equal(head, load_base(tmp_path / "tied", **DTYPE).model.lm_head.weight)
 
 
-def test_a_packed_model_is_not_written_as_a_plain_one(tmp_path):
+def test_a_quantized_model_is_not_written_as_a_plain_one(tmp_path):
     with pytest.raises(veneer.ModelError, match="merge"):
         write_model(quantized("llama"), tokenizer(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
-def test_settings_of_packing_that_cannot_be(real):
+def test_settings_of_quantizing_that_cannot_be(real):
     with pytest.raises(veneer.ConfigError, match="must be 4 or 8"):
         load_base(real / "dense", bits=3)
     with pytest.raises(veneer.ConfigError, match="without bits"):
@@ -412,11 +257,11 @@ def test_bytes_that_were_stored_as_wider_numbers(real, tmp_path):
         if tensor.dtype == torch.uint8 and name.endswith("proj.weight"):
             tensors[name] = tensor.view(-1).view(torch.bfloat16).view(-1, 1)
     save_file(tensors, shard, metadata={"format": "pt"})
-    found = values(load_base(place, **DTYPE).model)
-    assert equal(found, values(load_base(real / "q4", **DTYPE).model))
+    loaded = values(load_base(place, **DTYPE).model)
+    assert equal(loaded, values(load_base(real / "q4", **DTYPE).model))
 
 
-def test_other_files_are_read_whole_and_that_is_said(real, tmp_path):
+def test_other_files_are_read_whole_with_a_notice(real, tmp_path):
     home = tmp_path / "bin"
     model = LlamaForCausalLM.from_pretrained(real / "dense", dtype=torch.bfloat16)
     home.mkdir()
@@ -434,3 +279,21 @@ def test_modes_follow_the_umask(real):
     os.umask(mask)
     for file in (real / "q4").glob("model*"):
         assert file.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_base_that_has_changed_meanwhile_is_quantized_anew(real, tmp_path):
+    home, out = tmp_path / "dense", tmp_path / "q"
+    shutil.copytree(real / "dense", home)
+
+    def start() -> Any:
+        weights, tokens, _ = open_base(home)
+        return write_quantized(weights, tokens, out, bits=4, name="x", shard_bytes=60000)
+
+    shards = start()
+    first = [next(shards), next(shards)]
+    shards.close()
+    tensors = load_file(home / "model.safetensors")
+    # Not the first weight of any file, and not where the fingerprint looks.
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] += 1
+    save_file(tensors, home / "model.safetensors", metadata={"format": "pt"})
+    assert not any(shard.kept for shard in list(start())[: len(first)])

@@ -1,0 +1,98 @@
+"""Checkpoints on disk: the newest whole one is used, whatever has been damaged."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import veneer
+from support.random_adapters import (
+    examples,
+)
+from support.tiny_models import tiny
+from veneer.training import checkpoint
+from veneer.training.checkpoint import Checkpoint
+
+
+def tree(place: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(place)): path.read_bytes()
+        for path in sorted(place.rglob("*"))
+        if path.is_file()
+    }
+
+
+def state(step: int) -> Checkpoint:
+    return Checkpoint(step, {"a": torch.full((3,), float(step))}, {"epoch": step // 2})
+
+
+def test_checkpoints_keep_those_that_are_wanted(tmp_path):
+    for step in range(1, 8):
+        checkpoint.write(state(step), tmp_path, keep={"best": min(step, 3)})
+    assert sorted(checkpoint.steps(tmp_path)) == [3, 7]
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert (newest.step, newest.progress) == (7, {"epoch": 3})
+    assert torch.equal(newest.tensors["a"], state(7).tensors["a"])
+
+
+def test_checkpoints_of_many_steps_are_in_the_order_of_numbers(tmp_path):
+    checkpoint.write(state(999_999), tmp_path, keep={})
+    checkpoint.write(state(1_000_000), tmp_path, keep={"best": 999_999})
+    assert list(checkpoint.steps(tmp_path)) != []
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 1_000_000
+
+
+def test_no_checkpoint(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
+FAULTS: dict[str, Callable[[Path], object]] = {
+    "no tensors": lambda place: (place / checkpoint.TENSORS).unlink(),
+    "no numbers": lambda place: (place / checkpoint.STATE).unlink(),
+    "cut tensors": lambda place: cut(place / checkpoint.TENSORS),
+    "cut numbers": lambda place: cut(place / checkpoint.STATE),
+    "empty numbers": lambda place: (place / checkpoint.STATE).write_text("{}"),
+    "empty": lambda place: (shutil.rmtree(place), place.mkdir()),
+}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(fault, tmp_path):
+    for step in (1, 2):
+        checkpoint.write(state(step), tmp_path, keep={"best": 1})
+    FAULTS[fault](tmp_path / "step-000002")
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 1
+    FAULTS[fault](tmp_path / "step-000001")
+    with pytest.raises(veneer.AdapterError, match="step-000002"):
+        checkpoint.newest(tmp_path)
+
+
+def test_only_checkpoints_are_removed(tmp_path):
+    (tmp_path / "step-notes").mkdir()
+    (tmp_path / "step-notes" / "x").write_text("mine")
+    (tmp_path / "notes").write_text("mine")
+    before = tree(tmp_path)
+    checkpoint.write(state(1), tmp_path, keep={})
+    checkpoint.remove_all(tmp_path)
+    assert tree(tmp_path) == before
+
+
+def test_damage_that_training_meets(tmp_path):
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=2), seed=0)
+    course = veneer.TrainConfig(steps=1)
+    list(veneer.train(model, examples([9, 9]), course, directory=tmp_path))
+    cut(tmp_path / "step-000001" / checkpoint.TENSORS)
+    with pytest.raises(veneer.AdapterError, match="step-000001"):
+        list(veneer.train(model, examples([9, 9]), course, directory=tmp_path, resume=True))
