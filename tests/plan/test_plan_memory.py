@@ -1,6 +1,7 @@
 """The planner's bytes: against what autograd really keeps, what packed weights take, and itself."""
 
 import copy
+import itertools
 import math
 import re
 from functools import cache
@@ -10,6 +11,7 @@ import torch
 from architectures import ALL
 from transformers import AutoModelForCausalLM
 
+from support.tiny_models import OTHER_DECODERS
 from veneer import LoRA
 from veneer.adapter.attach import attach
 from veneer.data.encode import Example
@@ -28,6 +30,7 @@ from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
 
 ROWS, LENGTH = 4, 64
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 METHODS = ("full", "freeze", "lora", "dora", "qlora", "prefix", "prompt")
 
 
@@ -73,7 +76,7 @@ def storage(tensor):
 
 
 def deeper(name):
-    config = copy.deepcopy(ALL[name])
+    config = copy.deepcopy((ALL | OTHER_DECODERS)[name])
     config.num_hidden_layers = 4
     for field in ("attention_dropout", "hidden_dropout", "dropout"):
         if hasattr(config, field):
@@ -109,7 +112,7 @@ def test_two_functions_keep_what_is_planned(name, dora, recompute, dtype):
 
 @pytest.mark.parametrize("targets", ["all", "qv"])
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("name", sorted(set(ALL) - {"roberta"}))
+@pytest.mark.parametrize("name", [*sorted(set(ALL) - {"roberta"}), *MIXTURES])
 def test_autograd_keeps_about_what_is_planned(name, full, targets):
     run = {"full": full, "recompute": "none", "dtype": torch.bfloat16, "targets": targets}
     assert planned_to_keep(name, **run) == pytest.approx(really_kept(name, **run), rel=0.25)
@@ -122,9 +125,14 @@ def test_dropout_keeps_masks():
     assert planned > 1.5 * planned_to_keep("llama", **run)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["minigpt", "llama-2-70b", "gpt2", "gpt-3"])
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [
+        ("llama-2-70b", "selective"),  # which for the others is full
+        *itertools.product(["minigpt", "llama-2-70b", "gpt2", "gpt-3"], ["none", "full"]),
+    ],
+)
 def test_formulas_are_what_they_say_and_sum_to_the_peak(name, method, recompute):
     memory = plan_of(name, method=method, recompute=recompute, runtime=1000).memory
     total = 0

@@ -139,8 +139,8 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
     Norms: their input, in float32 where they are written in Python, and what is multiplied by a
     weight that trains. Linear layers: their input, where they train or an adapter is over them.
     Attention: q, k, v and its output, and scores where it is the model's own. Activation: see KEPT.
-    Experts: what each of those that compute a token gives, for its weight. Parameters under
-    adapters: W + s B A, as large as W.
+    Experts: what each of those that compute a token gives, for the router, and their inputs where
+    they train. Parameters under adapters: W + s B A, as large as W.
     """
     tokens, width = tokens_of(config), config.width
     lines = _lines(block, trained)
@@ -160,6 +160,8 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
     one_product = any(layer.out > block.q for layer in block.attention)
     turned = block.q + block.kv if sizes.is_rotary and one_product else 0
     attention = 2 * block.q + 2 * block.kv + turned
+    stacks = any(x.kind == "experts" and x.path in trained.own_paths for x in block.layers)
+    per_expert = sizes.dim * (1 + stacks)
     sums = sum(line.out * line.in_ for line in lines if line.layer.parameter)
     numbers = ("numbers", width, "bytes")
     return [
@@ -169,7 +171,8 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
         Term.of(tokens, "tokens", gained, *numbers, note="what magnitudes multiply"),
         Term.of(tokens, "tokens", attention, *numbers, note="q, k, v and what attention gave"),
         Term.of(tokens, "tokens", times, "", block.inner, *numbers, note="activation"),
-        Term.of(tokens, "tokens", block.experts, "experts", sizes.dim, *numbers, note="their sum"),
+        Term.of(tokens, "tokens", block.experts, "experts", per_expert, *numbers, note="x and y"),
+        Term.of(tokens, "tokens", stacks * block.routed, *numbers, note="inputs of experts"),
         _log_sums(config, block),
         Term.of(
             *(tokens, "tokens", block.attention_heads, "heads", config.length, "keys"),

@@ -22,7 +22,7 @@ HEAD_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 # Names that configurations have for how many experts compute a token.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
 # Bytes that attention keeps of each score: capped ones, and probabilities in float32 and in the
-# dtype of computing; what an attention of its own keeps that no packed attention can replace.
+# dtype of computing; what an attention of its own or with sinks keeps, which is not packed.
 CAPPED_SCORES, OWN_SCORES = 8, 4
 
 
@@ -148,9 +148,9 @@ class Sizes:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         by_block = self.description.by_block
-        configs = _setting(self.config, "per_layer_config") or ()
-        if len(configs) != len(by_block):
-            configs = [self.config] * len(by_block)
+        configs = [self.config] * len(by_block)
+        if self.config.is_heterogeneous:
+            configs = list(self.config.per_layer_config)
         return tuple(
             Block(
                 layers,
@@ -256,7 +256,8 @@ class Sizes:
         if getattr(self.config, "attn_logit_softcapping", None):
             return CAPPED_SCORES
         code = sys.modules[type(self.description.model).__module__]
-        return 0 if hasattr(code, "ALL_ATTENTION_FUNCTIONS") else OWN_SCORES
+        has_sinks = any(layer.name == "sinks" for layer in self.description.layers)
+        return OWN_SCORES if has_sinks or not hasattr(code, "ALL_ATTENTION_FUNCTIONS") else 0
 
 
 def _is_expert(layer: Layer) -> bool:
