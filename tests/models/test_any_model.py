@@ -63,14 +63,14 @@ class Proven:
 
 
 def attached(architecture: str, config: veneer.LoRA = LORA) -> tuple[Any, list[str]]:
-    """Return a freshly adapted model, and what attaching it said."""
+    """Return a freshly adapted model, and the warnings of attaching it."""
     model = tiny(architecture)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", veneer.VeneerWarning)
         veneer.attach(model, config, seed=0)
     if architecture in NO_DECODERS and hasattr(model, "classifier"):
         model.classifier.requires_grad_(True)
-    return model, [str(w.message) for w in said if issubclass(w.category, veneer.VeneerWarning)]
+    return model, [str(w.message) for w in caught if issubclass(w.category, veneer.VeneerWarning)]
 
 
 def steps_of(architecture: str) -> list[Inputs]:
@@ -87,16 +87,16 @@ def steps_of(architecture: str) -> list[Inputs]:
 
 
 @torch.no_grad()
-def said(model: Any, architecture: str) -> Tensor:
+def output_of(model: Any, architecture: str) -> Tensor:
     inputs = steps_of(architecture)[0]
     if architecture not in ("t5", "bert", "vit"):
         inputs = {"input_ids": padded(ROWS[:1])["input_ids"], "use_cache": False}  # type: ignore[dict-item]
     return model.eval()(**inputs).logits
 
 
-def near(found: list[float], wanted: list[float]) -> bool:
-    return len(found) == len(wanted) and all(
-        abs(a - b) <= CLOSE * abs(b) for a, b in zip(found, wanted, strict=True)
+def near(losses: list[float], expected: list[float]) -> bool:
+    return len(losses) == len(expected) and all(
+        abs(a - b) <= CLOSE * abs(b) for a, b in zip(losses, expected, strict=True)
     )
 
 
@@ -111,7 +111,7 @@ def proven(architecture: str) -> Proven:
     """Prove what the table says of an architecture, and return its words."""
     model, said_of_it = attached(architecture)
     base = tiny(architecture)
-    assert torch.equal(said(model, architecture), said(base, architecture))
+    assert torch.equal(output_of(model, architecture), output_of(base, architecture))
     before = base_of(base)
     loop, notes = "", []
     if architecture in NO_DECODERS:
@@ -163,13 +163,13 @@ def by_peft(architecture: str) -> list[float]:
 
 def kept(model: Any, architecture: str) -> None:
     """Prove that the model is saved and loaded as it is, and merged into what says the same."""
-    wanted = said(shake(model), architecture)
+    wanted = output_of(shake(model), architecture)
     plain = veneer.merge(model)
     assert not any(isinstance(module, Wrapper) for module in plain.modules())
-    torch.testing.assert_close(said(plain, architecture), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output_of(plain, architecture), wanted, rtol=1e-4, atol=1e-4)
     veneer.use(model, None)
     assert torch.equal(
-        said(veneer.detach(copy.deepcopy(model)), architecture), said(model, architecture)
+        output_of(veneer.detach(copy.deepcopy(model)), architecture), output_of(model, architecture)
     )
     veneer.use(model, "default")
     with TemporaryDirectory() as place, warnings.catch_warnings():
@@ -184,7 +184,7 @@ def kept(model: Any, architecture: str) -> None:
             if hasattr(fresh, "classifier"):
                 fresh.classifier.load_state_dict(model.classifier.state_dict())
             veneer.load(fresh, f"{place}/{form}")
-            assert torch.equal(said(fresh, architecture), wanted)
+            assert torch.equal(output_of(fresh, architecture), wanted)
 
 
 EVEN = examples([12] * 30, vocabulary=6, seed=4, learnt=1.0)  # five in a step
@@ -225,12 +225,12 @@ def table() -> str:
     """Return the table of docs/models.md, each line of which is proven on the way."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for name in sorted(CAUSAL) + list(NO_DECODERS):
-        found = proven(name)
+        proof = proven(name)
         trl = "-"
         if name not in NO_DECODERS:
             trl = "yes, packed too" if proven_with_trl(name) else "yes, not packed"
-        notes = "; ".join(found.notes)
-        cells = [f"`{name}`", "yes", found.loop or "-", "yes", trl, "yes", "yes", notes]
+        notes = "; ".join(proof.notes)
+        cells = [f"`{name}`", "yes", proof.loop or "-", "yes", trl, "yes", "yes", notes]
         lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 

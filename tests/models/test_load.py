@@ -25,8 +25,8 @@ from veneer.models.locate import locate
 WORDS = ["a thin layer over a solid board", "the board stays as it was", "veneer and plywood"]
 
 
-def small_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
-    return minigpt.wrap_tokenizer(minigpt.train_tokenizer(words, vocab_size=300))
+def small_tokenizer(texts: list[str] = WORDS) -> PreTrainedTokenizerFast:
+    return minigpt.wrap_tokenizer(minigpt.train_tokenizer(texts, vocab_size=300))
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_a_fingerprint_tells_tokenizers_apart_but_not_new_words(home):
     with torch.no_grad():
         base_parameters(base.model)["model.layers.1.mlp.up_proj.weight"].mul_(1.5)
     changed = fingerprint(base.model, base.tokenizer)
-    assert {part for part in mark if changed[part] != mark[part]} == {"weights"}
+    assert {key for key in mark if changed[key] != mark[key]} == {"weights"}
 
 
 def test_a_fingerprint_notices_settings_that_change_what_weights_compute():

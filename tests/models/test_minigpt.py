@@ -47,12 +47,12 @@ def test_generating_with_a_cache_and_without_is_the_same(model):
     (tokens,) = rows(9)
     options = {"max_new_tokens": 24, "eos_token_id": None}
     for choice in ({"do_sample": False}, {"do_sample": True, "temperature": 1.2, "top_k": 0}):
-        found = []
+        answers = []
         for use_cache in (True, False):
             torch.manual_seed(1)
-            found.append(model.generate(tokens[None], use_cache=use_cache, **options, **choice))
-        assert found[0].shape == (1, 33)
-        assert torch.equal(*found)
+            answers.append(model.generate(tokens[None], use_cache=use_cache, **options, **choice))
+        assert answers[0].shape == (1, 33)
+        assert torch.equal(*answers)
 
 
 def test_logits_with_a_cache_are_those_of_the_whole(model):

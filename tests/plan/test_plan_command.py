@@ -56,13 +56,13 @@ def test_a_plan_shows_layers_methods_memory_and_what_fits(capsys, monkeypatch):
 
 
 def test_a_plan_that_fits_says_so_and_one_that_never_does_too(capsys, monkeypatch):
-    for free, said in (
+    for free, message in (
         (10**12, "1000.0 GB are free here: it fits."),
         (10**6, "it does not fit, whatever its settings."),
         (None, "this system does not say"),
     ):
         text = printed(capsys, "gpt2", free=free, monkeypatch=monkeypatch)
-        assert said in text
+        assert message in text
 
 
 def test_formulas_are_shown_when_asked_for(capsys):
@@ -105,7 +105,7 @@ def test_every_flag_is_explained(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "messages"),
     [
         (["lama-2-70b"], ["no such preset", "did you mean 'llama-2-70b'", "gpt-3"]),
         (["some.gguf"], ["no such directory or file", "gpt-3"]),
@@ -115,12 +115,12 @@ def test_every_flag_is_explained(capsys, monkeypatch):
         (["gpt2", "--tokens", "0"], ["tokens_per_batch is 0"]),
     ],
 )
-def test_what_cannot_be_planned_ends_with_2_and_says_why(capsys, arguments, said):
+def test_what_cannot_be_planned_ends_with_2_and_says_why(capsys, arguments, messages):
     assert run(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    for words in said:
-        assert words in error
+    for message in messages:
+        assert message in error
 
 
 def test_an_unknown_model_type_names_the_nearest():
@@ -133,11 +133,11 @@ def test_a_model_that_is_no_causal_language_model_is_refused():
         sizes_of(config_of({"model_type": "vit"}))
 
 
-def test_all_that_cannot_be_in_a_config_is_said_at_once_by_its_own_names():
+def test_an_error_lists_all_that_cannot_be_in_a_config_by_its_own_names():
     with pytest.raises(ModelError) as error:
         config_of({"model_type": "gpt2", "n_embd": "wide", "n_layer": 0, "vocab_size": 10})
-    for words in ("n_embd is 'wide'", "n_layer is 0"):
-        assert words in str(error.value)
+    for message in ("n_embd is 'wide'", "n_layer is 0"):
+        assert message in str(error.value)
 
 
 def test_what_a_config_leaves_out_is_what_transformers_builds():
@@ -162,9 +162,9 @@ def test_a_damaged_config_is_one_clear_error(tmp_path, text):
 @pytest.mark.parametrize(
     ("how", "bits"), [("load_in_4bit", "NF4"), ("load_in_8bit", "8-bit codes")]
 )
-def test_a_packed_directory_is_planned_as_it_stands(how, bits, tmp_path, capsys):
-    packing = {"quant_method": "bitsandbytes", how: True}
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": packing}))
+def test_a_quantized_directory_is_planned_as_it_is(how, bits, tmp_path, capsys):
+    quantization = {"quant_method": "bitsandbytes", how: True}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": quantization}))
     text = printed(capsys, str(tmp_path), "--formulas")
     assert "Memory of qlora" in text
     assert "on disk, mapped" in text
@@ -189,16 +189,20 @@ def test_the_plans_own_row_is_the_plan():
         assert len(rows) == 8
 
 
-@pytest.mark.parametrize("packing", [{"quant_method": "gptq", "bits": 4}, "int4"])
-def test_what_others_packed_is_not_planned(packing, tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": packing}))
+@pytest.mark.parametrize("quantization", [{"quant_method": "gptq", "bits": 4}, "int4"])
+def test_what_others_quantized_is_not_planned(quantization, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": quantization}))
     assert run(["plan", str(tmp_path)]) == 2
     assert "bitsandbytes" in capsys.readouterr().err
 
 
-def test_a_packed_head_is_seen(tmp_path, capsys):
-    packing = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": []}
-    config = PRESETS["llama-2-7b"] | {"quantization_config": packing}
+def test_a_quantized_head_is_seen(tmp_path, capsys):
+    quantization = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "llm_int8_skip_modules": [],
+    }
+    config = PRESETS["llama-2-7b"] | {"quantization_config": quantization}
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = printed(capsys, str(tmp_path), "--formulas")
     assert "(embeddings, norms, biases)" in text

@@ -35,13 +35,13 @@ preset = cache(find_sizes)
 )
 def test_the_proposal_fits_and_nothing_that_costs_less_does(name, settings, free):
     plan = plan_of(name, **settings)
-    found = gentlest(plan, free * GB)
+    best = gentlest(plan, free * GB)
     for config in alternatives(plan):
-        if found is not None and config == found.config:
-            assert found.memory.peak <= free * GB
+        if best is not None and config == best.config:
+            assert best.memory.peak <= free * GB
             return
         assert replanned(plan, config).memory.peak > free * GB
-    assert found is None
+    assert best is None
 
 
 def test_a_plan_that_fits_is_left_alone():

@@ -1,4 +1,4 @@
-"""The planner's bytes: against what autograd really keeps, what packed weights take, and itself."""
+"""The planner's bytes: against what autograd keeps, what quantized weights take, and itself."""
 
 import copy
 import itertools
@@ -156,19 +156,19 @@ def test_a_term_reads_as_its_product():
 def test_nf4_takes_less_than_4_13_bits():
     assert 4 < NF4_BITS <= 4.13
     plan = plan_of("llama-2-7b", method="qlora")
-    packed = sum(layer.parameters for layer in plan.model.quantizable)
-    rest = 2 * (plan.model.parameters - packed)
-    assert 8 * (plan.memory.weights.value - rest) / packed == pytest.approx(NF4_BITS)
+    numbers = sum(layer.parameters for layer in plan.model.quantizable)
+    rest = 2 * (plan.model.parameters - numbers)
+    assert 8 * (plan.memory.weights.value - rest) / numbers == pytest.approx(NF4_BITS)
 
 
-@pytest.mark.parametrize(("bits", "packed"), [(4, NF4), (8, Int8)])
-def test_packed_weights_take_the_bytes_that_are_planned(bits, packed):
+@pytest.mark.parametrize(("bits", "kind"), [(4, NF4), (8, Int8)])
+def test_quantized_weights_take_the_bytes_that_are_planned(bits, kind):
     plan = plan_of("minigpt", targets="all", rank=4, bits=bits)
-    parts = plan.model.quantizable
+    layers = plan.model.quantizable
     torch.manual_seed(0)
-    weights = {part.path: torch.randn(part.out, part.in_) for part in parts}
-    real = sum(packed.quantize(weight, torch.bfloat16).nbytes for weight in weights.values())
-    rest = 2 * (plan.model.parameters - sum(part.out * part.in_ for part in parts))
+    weights = [torch.randn(layer.out, layer.in_) for layer in layers]
+    real = sum(kind.quantize(weight, torch.bfloat16).nbytes for weight in weights)
+    rest = 2 * (plan.model.parameters - sum(layer.out * layer.in_ for layer in layers))
     # A block of scales that is not full takes as much as one that is.
     assert plan.memory.weights.value - rest == pytest.approx(real, rel=0.01)
 
@@ -226,11 +226,16 @@ def test_a_row_is_never_cut_so_a_pass_is_at_least_as_long():
     assert long.peak == plan_of("llama-2-7b", tokens_per_batch=1024).memory.peak
 
 
-def test_everything_that_cannot_be_planned_is_said_at_once():
+def test_an_error_lists_everything_that_cannot_be_planned():
     with pytest.raises(ConfigError) as error:
         PlanConfig(method="full", bits=4, tokens_per_batch=0, recompute="some", virtual_tokens=-1)
-    for word in ("full trains weights", "tokens_per_batch is 0", "'some'", "virtual_tokens is -1"):
-        assert word in str(error.value)
+    for problem in (
+        "full trains weights",
+        "tokens_per_batch is 0",
+        "'some'",
+        "virtual_tokens is -1",
+    ):
+        assert problem in str(error.value)
     for settings in ({"method": "qlora", "bits": 16}, {"mapped": True}, {"bits": 5}):
         with pytest.raises(ConfigError):
             PlanConfig(**settings)
@@ -242,10 +247,10 @@ def test_the_constants_are_those_of_what_is_planned():
     from veneer.fused import forward
     from veneer.kernels import attention, cross_entropy
     from veneer.plan import activations, workspace
-    from veneer.quant import weight as packed
+    from veneer.quant import weight
 
     assert workspace.CHUNK_LOGITS == cross_entropy.CHUNK_LOGITS
     assert workspace.BLOCK_WORDS == cross_entropy.BLOCK_TOKENS
-    assert workspace.BLOCK_NUMBERS == packed.BLOCK_NUMBERS
+    assert workspace.BLOCK_NUMBERS == weight.BLOCK_NUMBERS
     assert workspace.QUERY_BLOCK == attention.QUERY_BLOCK
     assert activations.TOKENS_STEP == forward.TOKENS_STEP

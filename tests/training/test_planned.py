@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch
         (3_000_000_000, "veneer quantize"),
         (100_000_000, "no settings make it fit"),
     ):
-        monkeypatch.setattr(room_of_tune, "room", lambda space=space: space)
+        monkeypatch.setattr(room_of_tune, "available_memory", lambda space=space: space)
         code = run(["tune", big.model, str(big.data), "--dtype", "bf16", "--quiet"])
         said = capsys.readouterr().err
         assert code == 2

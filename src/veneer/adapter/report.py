@@ -64,7 +64,7 @@ class TargetLine:
 
     @property
     def share(self) -> float:
-        """Trained parameters as a part of the frozen weight's own."""
+        """Trained parameters as a share of the frozen weight's own."""
         return self.trained / (self.out * self.in_)
 
 
@@ -114,7 +114,7 @@ def report_trained(model: nn.Module, config: LoRA | Method) -> TargetReport:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedReport:
-    """What of a base is packed, and in how many bytes; the rest, and its bytes."""
+    """What of a base is quantized, and in how many bytes; the rest, and its bytes."""
 
     kind: str
     layers: int
@@ -125,21 +125,21 @@ class QuantizedReport:
 
     @property
     def bits(self) -> float:
-        """Bits a packed parameter, scales included."""
+        """Bits a quantized parameter, scales included."""
         return 8 * self.bytes / self.parameters
 
 
 def report_quantized(model: nn.Module) -> QuantizedReport | None:
-    """Return what of a model's base is packed, or None where nothing is."""
-    packed = [layer.quantized_weight for layer in quantized_layers(model).values()]
-    if not packed:
+    """Return what of a model's base is quantized, or None where nothing is."""
+    quantized = [layer.quantized_weight for layer in quantized_layers(model).values()]
+    if not quantized:
         return None
     others = base_parameters(model).values()
     return QuantizedReport(
-        " and ".join(sorted({type(weight).__name__ for weight in packed})),
-        len(packed),
-        sum(weight.shape.numel() for weight in packed),
-        sum(weight.nbytes for weight in packed),
+        " and ".join(sorted({type(weight).__name__ for weight in quantized})),
+        len(quantized),
+        sum(weight.shape.numel() for weight in quantized),
+        sum(weight.nbytes for weight in quantized),
         sum(weight.numel() for weight in others),
         sum(weight.nbytes for weight in others),
     )

@@ -161,11 +161,11 @@ class ModelDescription:
     @cached_property
     def by_block(self) -> tuple[tuple[Layer, ...], ...]:
         """The layers of each decoder layer."""
-        found: list[list[Layer]] = [[] for _ in range(self.depth)]
+        blocks: list[list[Layer]] = [[] for _ in range(self.depth)]
         for layer in self.layers:
             if layer.block is not None and layer.path.startswith(f"{self.blocks}."):
-                found[layer.block].append(layer)
-        return tuple(map(tuple, found))
+                blocks[layer.block].append(layer)
+        return tuple(map(tuple, blocks))
 
 
 def describe(
@@ -173,8 +173,8 @@ def describe(
 ) -> ModelDescription:
     """Return the description of a model, which may be on the meta device.
 
-    original_of: gives the base's own module for one that wraps it, and None for what is no part of
-    the base. Paths are the base's own.
+    original_of: gives the base's own module for one that wraps it, and None for what does not
+    belong to the base. Paths are the base's own.
     """
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()

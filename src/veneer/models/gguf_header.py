@@ -78,8 +78,8 @@ def read_header(path: Path) -> Header:
     Raises ValueError for a file whose header promises more than the file holds, or what cannot be:
     counts, lengths, kinds, shapes and places.
     """
-    found = path.stat()
-    return _read(path, found.st_size, found.st_mtime_ns)
+    status = path.stat()
+    return _read(path, status.st_size, status.st_mtime_ns)
 
 
 def check_header(path: Path) -> None:

@@ -54,19 +54,19 @@ def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
             return None
         return Source(skeleton, names, lambda name: tensors[name](), _identity([place]))
     files = model_files(place)
-    found = {name: file for file in files for name in _tensor_names(file)}
+    file_of = {name: file for file in files for name in _tensor_names(file)}
     prefix = f"{skeleton.base_model_prefix}."
-    stored = {name: name if name in found else name.removeprefix(prefix) for name in names}
-    if not set(stored.values()) <= set(found):
+    stored = {name: name if name in file_of else name.removeprefix(prefix) for name in names}
+    if not set(stored.values()) <= set(file_of):
         return None
     opened = {file: safe_open(file, "pt") for file in files}
 
     def read(name: str) -> Tensor:
         own = stored.get(name, name)
-        return opened[found[own]].get_tensor(own)
+        return opened[file_of[own]].get_tensor(own)
 
     for name, twin in _ties(skeleton).items():
-        if name in found:
+        if name in file_of:
             one, other = read(name), read(twin)
             if one.dtype != other.dtype or not torch.equal(one, other):
                 return None

@@ -27,7 +27,7 @@ def free_bytes(root: Path = Path("/")) -> int | None:
     The least of what the system has available (/proc/meminfo) and of what each control group above
     the process leaves (cgroup 1 and 2), where pages of files that can be let go count as free.
     """
-    found = [_available(root / "proc/meminfo")]
+    amounts = [_available(root / "proc/meminfo")]
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         mount = root / "sys/fs/cgroup"
@@ -40,17 +40,16 @@ def free_bytes(root: Path = Path("/")) -> int | None:
         # Within a container, its own group is mounted at the top.
         group = mount / path.lstrip("/")
         for directory in (group, *group.parents):
-            found.append(_left(directory, *names))
+            amounts.append(_left(directory, *names))
             if directory == mount:
                 break
-    known = [each for each in found if each is not None]
-    return min(known) if known else None
+    return min((amount for amount in amounts if amount is not None), default=None)
 
 
 def gentlest(plan: Plan, free: int) -> Plan | None:
     """Return the plan that costs least among those that fit `free` bytes, or None."""
     changed = (replanned(plan, config) for config in alternatives(plan))
-    return next((one for one in changed if one.memory.peak <= free), None)
+    return next((other for other in changed if other.memory.peak <= free), None)
 
 
 def alternatives(plan: Plan) -> Iterator[PlanConfig]:
@@ -75,12 +74,12 @@ def alternatives(plan: Plan) -> Iterator[PlanConfig]:
 
 def flags(before: PlanConfig, after: PlanConfig) -> str:
     """Return what to add to a command line to come from one to the other."""
-    found = []
+    changed = []
     for name in ("recompute", "tokens_per_batch", "bits"):
         value = getattr(after, name)
         if value != getattr(before, name):
-            found.append(f"--{name.replace('_', '-')} {value}")
-    return " ".join(found + ["--mapped"] * (after.mapped and not before.mapped))
+            changed.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(changed + ["--mapped"] * (after.mapped and not before.mapped))
 
 
 def _bases(config: PlanConfig) -> Iterator[tuple[Bits | None, bool]]:

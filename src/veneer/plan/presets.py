@@ -13,7 +13,7 @@ def _llama(
     depth: int,
     heads: int,
     kv_heads: int,
-    words: int,
+    vocab: int,
     context: int,
     **others: Any,
 ) -> Config:
@@ -24,13 +24,13 @@ def _llama(
         "num_hidden_layers": depth,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "vocab_size": words,
+        "vocab_size": vocab,
         "max_position_embeddings": context,
     } | others
 
 
 def _qwen2(
-    dim: int, inner: int, depth: int, heads: int, kv_heads: int, words: int, *, tied: bool
+    dim: int, inner: int, depth: int, heads: int, kv_heads: int, vocab: int, *, tied: bool
 ) -> Config:
     return _llama(
         dim,
@@ -38,7 +38,7 @@ def _qwen2(
         depth,
         heads,
         kv_heads,
-        words,
+        vocab,
         32768,
         model_type="qwen2",
         tie_word_embeddings=tied,
@@ -69,7 +69,7 @@ def _roberta(dim: int, depth: int, heads: int) -> Config:
     }
 
 
-def _minigpt(dim: int, depth: int, heads: int, context: int, words: int) -> Config:
+def _minigpt(dim: int, depth: int, heads: int, context: int, vocab: int) -> Config:
     return {
         "model_type": "minigpt",
         "embed_dim": dim,
@@ -77,7 +77,7 @@ def _minigpt(dim: int, depth: int, heads: int, context: int, words: int) -> Conf
         "num_layers": depth,
         "num_heads": heads,
         "context": context,
-        "vocab_size": words,
+        "vocab_size": vocab,
     }
 
 

@@ -67,21 +67,23 @@ def _planned_method(recipe: Recipe, bits: Bits | None) -> PlannedMethod:
     return "qlora" if bits else "lora"
 
 
-def room() -> int | None:
+def available_memory() -> int | None:
     """Return the memory that this process has and may still take, None where nobody says."""
     free = free_bytes()
     return None if free is None else free + status("VmRSS")
 
 
-def check_fits(plan: Plan, room: int | None, model: str) -> None:
+def check_fits(plan: Plan, available: int | None, model: str) -> None:
     """Raise ConfigError, with what would make it fit, where a plan needs more memory than is there.
 
-    room: what the process has and may still take, in bytes, None for not known.
+    available: what the process has and may still take, in bytes, None for not known.
     """
-    if room is None or plan.memory.peak <= room:
+    if available is None or plan.memory.peak <= available:
         return
-    needed = f"This run would need {_gb(plan.memory.peak)} at its peak, but there is {_gb(room)}"
-    better = gentlest(plan, room)
+    needed = (
+        f"This run would need {_gb(plan.memory.peak)} at its peak, but there is {_gb(available)}"
+    )
+    better = gentlest(plan, available)
     if better is None:
         raise ConfigError(
             f"{needed}, and no settings make it fit. Take a smaller model, or override this with "

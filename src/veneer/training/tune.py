@@ -51,11 +51,11 @@ from veneer.training.events import (
 from veneer.training.loop import train
 from veneer.training.metrics import record
 from veneer.training.planned import (
+    available_memory,
     begin_measuring,
     check_fits,
     measured_peak,
     plan_run,
-    room,
     why_no_merge,
 )
 from veneer.training.recipe import Recipe
@@ -170,7 +170,7 @@ def _plan(
     except ModelError as error:
         yield Notice(f"No memory is planned for this run: {error}")
         return None
-    available = room()
+    available = available_memory()
     if not ignore_plan:
         check_fits(plan, available, recipe.model)
     yield Planned(plan, available)
