@@ -37,7 +37,7 @@ class ServeConfig:
     slots: int = 16
     """Requests that are answered at the same time, in one batch."""
     queue: int = 64
-    """Requests that may wait for a slot; the next one is told to come again (429)."""
+    """Requests that may wait for a slot; further ones are refused (429)."""
     context: int | None = None
     """Tokens of a prompt with its answer; the model's own context, at most 4096, unless given."""
     drain_seconds: float = 30.0

@@ -64,7 +64,7 @@ class ApiError(Exception):
         for kind, status, code in STATUSES:
             if isinstance(error, kind):
                 return cls(status, str(error), param=getattr(error, "param", None), code=code)
-        # What went wrong inside is for the log, not for whoever asks.
+        # What went wrong inside is for the log, not for the client.
         return cls(500, "The server failed at this request; its log says why.")
 
     @property

@@ -102,7 +102,7 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
         if asked.stream:
             usage_of_n = n if asked.usage_in_stream else None
             return Streaming(events(pieces, len(streams), reply, usage_of_n), streams)
-        answers = await unless_gone(collected(pieces, len(streams)), http)
+        answers = await unless_disconnected(collected(pieces, len(streams)), http)
         if answers is None:
             return Response(status_code=499)  # nobody reads it
         for answer in answers:
@@ -135,20 +135,20 @@ async def collected(pieces: AsyncIterator[tuple[int, Answer]], count: int) -> li
     return [Answer.joined(own) for own in by_answer]
 
 
-async def unless_gone(work: Any, http: HttpRequest) -> Any:
+async def unless_disconnected(work: Any, http: HttpRequest) -> Any:
     """Return what `work` returns; or None, ending it, as soon as the client disconnects."""
     working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(http))
+    disconnected = asyncio.ensure_future(_disconnected(http))
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
-        gone.cancel()
+        disconnected.cancel()
         working.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
+        await asyncio.gather(working, disconnected, return_exceptions=True)
 
 
-async def _gone(http: HttpRequest) -> None:
+async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 

@@ -36,7 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-# These name whoever asks, and change no answer.
+# These identify the caller, and change no answer.
 CALLER = ("user", "safety_identifier", "prompt_cache_key")
 
 

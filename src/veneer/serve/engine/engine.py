@@ -137,7 +137,7 @@ class Engine:
                 **self._counts,
             )
 
-    # ---- on the thread of whoever asks, and on the loader's ----
+    # ---- on the threads of callers, and on the loader's ----
 
     @property
     def _waiting(self) -> int:

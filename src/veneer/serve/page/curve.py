@@ -9,28 +9,28 @@ MOST_POINTS = 256
 
 @dataclass
 class Curve:
-    """Means of as many points in a row as it takes to have at most MOST_POINTS of them."""
+    """A curve as at most MOST_POINTS means, each of `per_mean` consecutive points."""
 
-    points: list[tuple[float, float]] = field(default_factory=list)
-    together: int = 1
-    _rest: list[tuple[float, float]] = field(default_factory=list)
+    means: list[tuple[float, float]] = field(default_factory=list)
+    per_mean: int = 1
+    _pending: list[tuple[float, float]] = field(default_factory=list)
 
     def add(self, x: float, y: float) -> None:
         """Add a point; x grows from one to the next."""
-        self._rest.append((x, y))
-        if len(self._rest) < self.together:
+        self._pending.append((x, y))
+        if len(self._pending) < self.per_mean:
             return
-        self.points.append(_mean(self._rest))
-        self._rest = []
-        if len(self.points) > MOST_POINTS:
-            pairs = zip(self.points[::2], self.points[1::2], strict=False)
-            self._rest = self.points[len(self.points) // 2 * 2 :] * self.together
-            self.points = [_mean(list(pair)) for pair in pairs]
-            self.together *= 2
+        self.means.append(_mean(self._pending))
+        self._pending = []
+        if len(self.means) > MOST_POINTS:
+            pairs = zip(self.means[::2], self.means[1::2], strict=False)
+            self._pending = self.means[len(self.means) // 2 * 2 :] * self.per_mean
+            self.means = [_mean(list(pair)) for pair in pairs]
+            self.per_mean *= 2
 
     def shown(self) -> list[tuple[float, float]]:
-        """Return the points, up to the newest."""
-        return [*self.points, _mean(self._rest)] if self._rest else list(self.points)
+        """Return the curve, up to the newest point."""
+        return [*self.means, _mean(self._pending)] if self._pending else list(self.means)
 
 
 def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:

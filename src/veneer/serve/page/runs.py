@@ -140,6 +140,6 @@ def follow_file(metrics: Path) -> Run:
 
 
 def settings_of(directory: Path) -> dict[str, Any]:
-    """Return the settings by which a run is told apart; none where it has no recipe."""
+    """Return the settings that identify a run for a person; none where it has no recipe."""
     recipe = RunDirectory(directory).read_recipe()
     return {name: recipe[name] for name in SETTINGS if recipe.get(name) is not None}
