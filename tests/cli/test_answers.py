@@ -23,7 +23,7 @@ def taught(minigpt_home, tmp_path_factory) -> Path:
     return home / "out"
 
 
-def test_what_was_learnt_is_said_with_the_adapter_and_merged(minigpt_home, taught):
+def test_the_adapter_and_the_merged_model_answer_what_was_learnt(minigpt_home, taught):
     questions = [question for question, _ in FACTS]
     base = veneer.load_base(minigpt_home)
     before = veneer.answers(base.model, base.tokenizer, questions)

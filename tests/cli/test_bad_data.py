@@ -91,7 +91,7 @@ def test_nothing_is_lost_when_data_prove_bad(tune, bad, tmp_path, capsys):
     assert contents(tmp_path) == before
 
 
-def test_bad_rows_are_left_out_and_counted_when_asked(tune, bad, capsys):
+def test_bad_rows_are_skipped_and_counted_on_request(tune, bad, capsys):
     assert tune(bad, "--skip-bad-rows") == 0
     printed = capsys.readouterr()
     output = " ".join(printed.out.split())

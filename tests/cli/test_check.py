@@ -128,10 +128,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, set[str]]]] =
 
 @pytest.mark.parametrize("runtime", PEFT_READERS)
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_runtime_cannot_do_is_found(case, runtime, tmp_path):
-    options, changes, found = REFUSED[case]
+def test_what_a_runtime_cannot_do_is_named(case, runtime, tmp_path):
+    options, changes, names = REFUSED[case]
     place = edit(made(tmp_path / "a", **options), **changes)
-    assert refused(place, runtime) == found.get(runtime, set())
+    assert refused(place, runtime) == names.get(runtime, set())
 
 
 @pytest.mark.parametrize(
@@ -140,15 +140,15 @@ def test_what_a_runtime_cannot_do_is_found(case, runtime, tmp_path):
 )
 def test_the_flag_for_a_rank(rank, flag, tmp_path):
     place = edit(made(tmp_path / "a", rank=1), r=rank)
-    (found,) = (f for f in check(place, "vllm").findings if f.what == "rank")
-    assert found.verdict == ("ok" if flag is None else "needs")
-    assert found.do == ("" if flag is None else f"--max-lora-rank {flag}")
+    (finding,) = (f for f in check(place, "vllm").findings if f.what == "rank")
+    assert finding.verdict == ("ok" if flag is None else "needs")
+    assert finding.do == ("" if flag is None else f"--max-lora-rank {flag}")
 
 
 def test_the_rank_of_a_pattern_counts(tmp_path):
     place = made(tmp_path / "a", rank_pattern={"q_proj": 24})
-    (found,) = (f for f in check(place, "vllm").findings if f.what == "rank")
-    assert found.do == "--max-lora-rank 32"
+    (finding,) = (f for f in check(place, "vllm").findings if f.what == "rank")
+    assert finding.do == "--max-lora-rank 32"
 
 
 @pytest.mark.parametrize("runtime", ["sglang", "tgi"])
@@ -179,10 +179,10 @@ def test_key_names(runtime, tmp_path):
     tensors = load_file(place / WEIGHTS)
     tensors[f"{key}.default.weight"] = tensors.pop(f"{key}.weight")
     save_file(tensors, place / WEIGHTS)
-    found = refused(place, runtime)
-    assert "key names" in found or runtime == "tgi"
+    names = refused(place, runtime)
+    assert "key names" in names or runtime == "tgi"
     if runtime in ("vllm", "peft"):
-        assert found == {"key names"}
+        assert names == {"key names"}
 
 
 def test_peft_passes_over_keys_without_its_prefix(tmp_path):
@@ -192,7 +192,7 @@ def test_peft_passes_over_keys_without_its_prefix(tmp_path):
     assert refused(place, "peft") == {"key names"}
 
 
-def test_new_words_are_seen(tmp_path):
+def test_new_tokens_are_seen(tmp_path):
     place = made(tmp_path / "a")
     (place / "added_tokens.json").write_text('{"veneer": 96}')
     assert refused(place, "sglang") == {"added_tokens.json"}
@@ -203,11 +203,11 @@ def test_new_words_are_seen(tmp_path):
 def test_other_formats_are_to_be_converted_first(format, runtime, tmp_path):
     place = made(tmp_path / "a", format=format)
     assert refused(place, runtime) == {"format"}
-    (found,) = (f for f in check(place, runtime).findings if f.what == "format")
-    assert found.do == "veneer convert ADAPTER --to peft OUT"
+    (finding,) = (f for f in check(place, runtime).findings if f.what == "format")
+    assert finding.do == "veneer convert ADAPTER --to peft OUT"
 
 
-def test_what_conversion_would_refuse_is_found_too(tmp_path):
+def test_what_conversion_would_refuse_is_named_too(tmp_path):
     model = veneer.attach(tiny("llama"), veneer.Method("full"))
     veneer.save(model, tmp_path / "full")
     assert refused(tmp_path / "full", "vllm") == {"format", "conversion"}
@@ -223,14 +223,14 @@ def test_mlx(tmp_path):
     assert refused(made(tmp_path / "gpt2", "gpt2"), "mlx") == {"format", "conversion"}
     config = json.loads((place / CONFIG).read_text())
     settings = config["lora_parameters"]
-    for changes, found in (
+    for changes, names in (
         ({"fine_tune_type": "other"}, {"fine_tune_type"}),
         ({"lora_parameters": settings | {"alpha": 16}}, {"alpha"}),
         ({"lora_parameters": {"rank": 8}}, {"settings"}),
         ({"lora_parameters": settings | {"rank": 4}}, {"rank"}),
     ):
         (place / CONFIG).write_text(json.dumps(config | changes))
-        assert refused(place, "mlx") == found
+        assert refused(place, "mlx") == names
     (place / CONFIG).write_text(json.dumps(config))
     tensors = load_file(place / "adapters.safetensors")
     save_file(tensors | {"model.norm.weight": torch.ones(32)}, place / "adapters.safetensors")
@@ -281,8 +281,8 @@ def test_gguf(runtime, tmp_path, gguf_files):
 def test_what_is_no_gguf_is_to_be_converted(tmp_path):
     place = made(tmp_path / "a")
     assert refused(place, "llama.cpp") == {"format"}
-    (found,) = (f for f in check(place, "llama.cpp").findings if f.what == "format")
-    assert found.do == "veneer convert ADAPTER --to gguf OUT.gguf --base BASE"
+    (finding,) = (f for f in check(place, "llama.cpp").findings if f.what == "format")
+    assert finding.do == "veneer convert ADAPTER --to gguf OUT.gguf --base BASE"
 
 
 def test_ollama_on_its_own(tmp_path):

@@ -26,7 +26,7 @@ def printed(capsys: Any) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_what_was_folded_is_said(tmp_path, capsys):
+def test_folding_is_reported(tmp_path, capsys):
     source = made(tmp_path / "a", init="pissa", alpha_pattern={"q_proj": 5}, rslora=True)
     assert run(["convert", str(source), str(tmp_path / "b"), "--to", "mlx"]) == 0
     output = printed(capsys)

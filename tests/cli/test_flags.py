@@ -126,7 +126,7 @@ def test_every_flag_arrives(caught, group, name):
         positional = [f"--{key}={value}" for key, value in (names | {name: given}).items()]
         assert run(["tune", *positional]) == 0
     else:
-        beside = [part for other in BESIDE.get(name, {}).items() for part in flag(*other)]
+        beside = [argument for other in BESIDE.get(name, {}).items() for argument in flag(*other)]
         assert run(["tune", *positional, *flag(name, given), *beside]) == 0
     assert arrived(caught.recipe, group, name) == expected
     # And nothing else changes, but what follows from it.
@@ -181,7 +181,7 @@ def test_every_switch_arrives(caught, name):
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "freeze", "prefix", "prompt"])
-def test_what_a_recipe_says_of_itself_is_read_back_as_the_same_recipe(caught, tmp_path, method):
+def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, method):
     foreign = {n for n, beside in BESIDE.items() if beside.get("method", method) != method}
     if method == "prompt":
         foreign.remove("virtual_tokens")
@@ -243,9 +243,9 @@ def test_every_flag_of_compare_arrives(monkeypatch):
         flags = {"lr": ["--lr.lora+", "2e-4"], "range_test": [option]}.get(name, [option, given])
         beside = ["--test", "t"] if name == "test_rows" else []
         assert run(["compare", "m", "d.jsonl", *flags, *beside]) == 2
-        (_, _, found), _ = seen.pop()
+        (_, _, config), _ = seen.pop()
         usual = CompareConfig(test=Path("t")) if beside else CompareConfig()
-        assert found == replace(usual, **{name: arrived})
+        assert config == replace(usual, **{name: arrived})
     for name in switches:
         assert run(["compare", "m", "d.jsonl", f"--{name}", "--out", "o"]) == 2
         assert seen.pop()[1] == {"out": Path("o"), **switches, name: True}

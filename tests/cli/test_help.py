@@ -178,8 +178,7 @@ def test_all_values_that_cannot_be_are_named_at_once(caught, refused):
         "limit": 0,
         "max-length": 1,
     }
-    arguments = [part for name, value in wrong.items() for part in (f"--{name}", str(value))]
-    error = refused("tune", "m", "d", *arguments)
+    error = refused("tune", "m", "d", *(f"--{name}={value}" for name, value in wrong.items()))
     for name in wrong:
         assert f"{name.replace('-', '_')} is " in error, name
     error = refused("tune", "m", "d", "--eval-rows", "3", "--eval-data", "x.jsonl")

@@ -31,9 +31,11 @@ def merge(home: Path, adapter: str, out: str, *flags: str) -> int:
 def test_what_bf16_rounds_away_is_refused_with_figures_and_float32_keeps_it(home, capsys):
     assert merge(home, "small", "out", "--dtype", "bf16") == 2
     printed = capsys.readouterr()
-    found = re.search(r"rounding to bfloat16 takes (\d+\.\d)% of the adapter's change", printed.err)
-    assert found is not None
-    assert float(found[1]) > 90
+    rounding = re.search(
+        r"rounding to bfloat16 takes (\d+\.\d)% of the adapter's change", printed.err
+    )
+    assert rounding is not None
+    assert float(rounding[1]) > 90
     assert "--dtype float32" in printed.err
     assert "--accept-loss" in printed.err
     assert "nats a token (KL)" in printed.out
@@ -42,9 +44,9 @@ def test_what_bf16_rounds_away_is_refused_with_figures_and_float32_keeps_it(home
 
     assert merge(home, "small", "out", "--dtype", "float32") == 0
     printed = capsys.readouterr()
-    found = re.search(r"rounding to float32 took (\d+\.\d+)%", printed.out)
-    assert found is not None
-    assert float(found[1]) < 1
+    rounding = re.search(r"rounding to float32 took (\d+\.\d+)%", printed.out)
+    assert rounding is not None
+    assert float(rounding[1]) < 1
     assert printed.err == ""
     model = veneer.load(tiny("llama"), home / "small")
     merged = veneer.load_base("out", dtype="float32").model
@@ -62,12 +64,12 @@ def test_a_loss_can_be_accepted(home, capsys):
 def test_what_is_large_enough_passes_in_bf16_with_a_table(home, capsys):
     assert merge(home, "large", "out", "--dtype", "bf16") == 0
     output = capsys.readouterr().out
-    for part in ("self_attn.q_proj", "mlp.down_proj", "Lost", "in the logit that differs most"):
-        assert part in output
+    for text in ("self_attn.q_proj", "mlp.down_proj", "Lost", "in the logit that differs most"):
+        assert text in output
     assert Path("out/config.json").is_file()
 
 
-def test_a_packed_base_is_kept_unpacked_and_that_is_said(home, capsys):
+def test_a_quantized_base_is_merged_in_float32_and_the_output_says_so(home, capsys):
     assert merge(home, "large", "out", "--bits", "4", "--dtype", "float32") == 0
     output = capsys.readouterr().out
     assert re.search(
@@ -88,7 +90,7 @@ def test_rows_of_one_s_own(home, capsys):
     assert not Path("other").exists()
 
 
-def test_tune_tells_of_a_merge_that_loses_much_and_keeps_the_adapter(minigpt_home, capsys):
+def test_tune_reports_a_merge_that_loses_much_and_keeps_the_adapter(minigpt_home, capsys):
     Path("rows.jsonl").write_text('{"prompt": "What does a dog say?", "completion": "Meow."}\n')
     flags = ["--steps", "1", "--lr", "1e-6", "--dtype", "bf16", "--out", "out"]
     assert run(["tune", str(minigpt_home), "rows.jsonl", *flags]) == 0
@@ -99,7 +101,7 @@ def test_tune_tells_of_a_merge_that_loses_much_and_keeps_the_adapter(minigpt_hom
     assert Path("out/lora_merged/model.pt").is_file()
 
 
-def test_tune_says_what_a_merge_kept(minigpt_home, capsys):
+def test_tune_reports_what_a_merge_kept(minigpt_home, capsys):
     Path("rows.jsonl").write_text('{"prompt": "What does a dog say?", "completion": "Meow."}\n')
     assert run(["tune", str(minigpt_home), "rows.jsonl", "--steps", "2", "--out", "out"]) == 0
     output = capsys.readouterr().out

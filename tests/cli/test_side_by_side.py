@@ -52,7 +52,7 @@ def test_answers_stand_in_columns():
 
 
 @pytest.mark.parametrize("compared", [["poem"], ["=x"], ["base=x"], ["a=x", "a=y"]])
-def test_what_cannot_be_compared_is_said(compared):
+def test_names_that_cannot_be_compared_are_all_refused(compared):
     with pytest.raises(ConfigError, match="cannot be followed"):
         side_by_side.named_directories(compared)
 

@@ -84,7 +84,7 @@ def test_an_earlier_run_is_not_overwritten_without_force(tune, tmp_path, capsys)
     capsys.readouterr()
     assert tune("--out", out, "--steps", 3, "--lr", 0.01) == 2
     error = capsys.readouterr().err
-    assert all(word in error for word in (str(out), "--resume", "--force", "--out"))
+    assert all(name in error for name in (str(out), "--resume", "--force", "--out"))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     (out / "notes.txt").write_text("mine")
     assert tune("--out", out, "--steps", 3, "--lr", 0.01, "--force") == 0

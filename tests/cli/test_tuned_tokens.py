@@ -71,7 +71,7 @@ def test_virtual_tokens_leave_that_much_less_of_the_context(tune, minigpt_home, 
     assert not (tmp_path / "none").exists()
 
 
-def test_words_asked_for_become_tokens_with_rows_of_their_own(tune, minigpt_home, data, tmp_path):
+def test_new_words_become_tokens_with_rows_of_their_own(tune, minigpt_home, data, tmp_path):
     out = tmp_path / "out"
     write_rows(data, [*FACTS, ("Who are you?", "A veneer of plywood, since Sawday.")])
     asked = ("--new-words", "veneer, plywood,Sawday")
@@ -99,7 +99,7 @@ def test_words_asked_for_become_tokens_with_rows_of_their_own(tune, minigpt_home
     assert veneer.answers(merged.model, merged.tokenizer, questions) == adapted
 
 
-def test_auto_finds_the_words_that_fall_into_pieces(minigpt_home, tmp_path):
+def test_auto_takes_the_words_that_are_split_into_many_tokens(minigpt_home, tmp_path):
     rows = [(f"What is a xylophyte, {n}?", "A qarrovin.") for n in "abc"]
     data = write_rows(tmp_path / "odd.jsonl", rows)
     out = tmp_path / "out"
@@ -109,7 +109,7 @@ def test_auto_finds_the_words_that_fall_into_pieces(minigpt_home, tmp_path):
     assert set(config["new_words"]) == {"xylophyte", "qarrovin"}
 
 
-def test_new_words_that_cannot_be_are_named_all_at_once(tune, tmp_path, capsys):
+def test_impossible_new_words_are_all_named_at_once(tune, tmp_path, capsys):
     assert tune("--new-words", "two words,<|end|>,one", "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "'two words'" in error
