@@ -136,19 +136,19 @@ def _why_nothing(target: str, layers: Sequence[Layer], others: Mapping[str, str]
 
 
 def _block_range(text: str, depth: int, problems: list[str]) -> set[int]:
-    wanted: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d+)?\s*(:?)\s*(-?\d+)?\s*", part)
+    blocks: set[int] = set()
+    for piece in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)?\s*(:?)\s*(-?\d+)?\s*", piece)
         if not match or not any(match.groups()) or (match[3] and not match[2]):
-            problems.append(f"layers has {part!r}, but takes slices such as 0:12, -4: or 7")
+            problems.append(f"layers has {piece!r}, but takes slices such as 0:12, -4: or 7")
             continue
         first = int(match[1] or 0)
         if match[2]:
             last = int(match[3]) if match[3] else depth
-            found = set(range(depth)[first:last])
+            selected = set(range(depth)[first:last])
         else:
-            found = {first % depth} if depth and -depth <= first < depth else set()
-        if not found:
-            problems.append(f"layers has {part!r}, but the model has blocks 0 to {depth - 1}")
-        wanted |= found
-    return wanted
+            selected = {first % depth} if depth and -depth <= first < depth else set()
+        if not selected:
+            problems.append(f"layers has {piece!r}, but the model has blocks 0 to {depth - 1}")
+        blocks |= selected
+    return blocks
