@@ -203,7 +203,7 @@ def test_texts_are_learnt_whole_and_end_once(tokenizers, name, text):
         assert example.labels == [UNLABELLED, *example.tokens[1:]]
 
 
-def test_the_beginning_token_stands_where_the_tokenizer_puts_it(tokenizers):
+def test_the_start_token_stands_where_the_tokenizer_has_it(tokenizers):
     from tokenizers import processors
 
     tokenizer = copy.deepcopy(tokenizers["bytes"])
@@ -219,7 +219,7 @@ def test_the_beginning_token_stands_where_the_tokenizer_puts_it(tokenizers):
     assert prompt_text(tokenizer, [Message("user", "q")]) == "<s>q\n"
 
 
-def test_without_a_template_the_plain_one_is_used_and_said(tokenizers):
+def test_without_a_template_the_plain_one_is_used(tokenizers):
     tokenizer = tokenizers["bytes"]
     assert Encoder(tokenizer, max_length=9).uses_plain_template
     assert not Encoder(styled(tokenizer, CHATML), max_length=9).uses_plain_template

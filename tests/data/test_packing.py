@@ -47,11 +47,11 @@ def test_each_row_once_within_the_limits_and_the_same_again(lengths, step, batch
 def test_no_fewer_steps_are_possible_in_that_order(lengths, limit, seed):
     steps = StepOrder(lengths, limit, 1, seed).epoch(0)
     shuffled = np.random.default_rng(np.random.SeedSequence([seed, 0])).permutation(len(lengths))
-    greedy, room = 0, 0
+    greedy, free = 0, 0
     for length in (lengths[i] for i in shuffled):
-        if length > room:
-            greedy, room = greedy + 1, limit
-        room -= length
+        if length > free:
+            greedy, free = greedy + 1, limit
+        free -= length
     assert len(steps) == greedy
 
 

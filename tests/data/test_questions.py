@@ -1,4 +1,4 @@
-"""Questions with all their right answers, and every fault with its place."""
+"""Questions with all their right answers, and every problem with its place."""
 
 import json
 
@@ -21,20 +21,20 @@ def test_rows_that_ask_the_same_are_one_question(tmp_path):
         {"prompt": "a", "completion": "4"},
         {"question": "b", "answer": "3", "references": None},
     ]
-    found = read_questions(written(tmp_path / "q.jsonl", rows))
-    asked = {question.turns[0].content: question.references for question in found}
+    questions = read_questions(written(tmp_path / "q.jsonl", rows))
+    asked = {question.turns[0].content: question.references for question in questions}
     assert asked == {"a": ("1", "2", "4"), "b": ("3",)}
-    assert read_questions(tmp_path / "q.jsonl", limit=1) == found[:1]
+    assert read_questions(tmp_path / "q.jsonl", limit=1) == questions[:1]
 
 
 def test_the_last_answer_of_a_conversation_is_the_one_asked_for(tmp_path):
     turns = [("system", "be brief"), ("user", "a"), ("assistant", "1"), ("user", "b")]
     messages = [{"role": role, "content": text} for role, text in (*turns, ("assistant", "2"))]
-    (found,) = read_questions(written(tmp_path / "q.jsonl", [{"messages": messages}]))
-    assert found == Question(tuple(Message(role, text) for role, text in turns), ("2",))
+    (question,) = read_questions(written(tmp_path / "q.jsonl", [{"messages": messages}]))
+    assert question == Question(tuple(Message(role, text) for role, text in turns), ("2",))
 
 
-def test_faults_are_named_all_at_once(tmp_path):
+def test_problems_are_named_all_at_once(tmp_path):
     rows = [
         {"text": "asks nothing"},
         {"prompt": "a", "references": []},

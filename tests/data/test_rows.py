@@ -1,4 +1,4 @@
-"""Every shape that people keep rows in is read, and every fault in one is named."""
+"""Every shape that people keep rows in is read, and every problem in one is named."""
 
 import pytest
 from hypothesis import given
@@ -86,7 +86,7 @@ def messages(*turns: object) -> dict[str, object]:
 
 USER = {"role": "user", "content": "q"}
 
-FAULTS = {
+BAD_ROWS = {
     "not an object": ([1, 2], "must be an object, not a list"),
     "null": (None, "not null"),
     "no keys": ({}, "no keys"),
@@ -116,8 +116,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("row", "says"), FAULTS.values(), ids=FAULTS.keys())
-def test_each_fault_is_named(row, says):
+@pytest.mark.parametrize(("row", "says"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_each_problem_is_named(row, says):
     with pytest.raises(ValueError, match=says):
         parse_row(row)
 

@@ -1,4 +1,4 @@
-"""Every file gives all its good rows and all its faults, each with its place."""
+"""Every file gives all its good rows and all its problems, each with its place."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def lines(located: list[Located[Row]] | list[Problem]) -> list[int]:
     return [each.place.number for each in located]
 
 
-TEN_FAULTS = [
+TEN_BAD_LINES = [
     b"{broken",
     b'{"text": "\xff"}',
     b'{"text": "\\ud83d"}',
@@ -41,8 +41,8 @@ TEN_FAULTS = [
 ]
 
 
-def test_ten_faults_among_good_rows_are_all_told_with_their_lines(tmp_path):
-    content = [line for fault in TEN_FAULTS for line in (GOOD.encode(), fault)]
+def test_ten_problems_among_good_rows_are_all_named_with_their_lines(tmp_path):
+    content = [line for bad in TEN_BAD_LINES for line in (GOOD.encode(), bad)]
     path = written(tmp_path / "rows.jsonl", b"\n".join(content))
     rows, problems = read_rows(path)
     assert lines(rows) == list(range(1, 20, 2))
@@ -55,7 +55,7 @@ def test_ten_faults_among_good_rows_are_all_told_with_their_lines(tmp_path):
     assert check(rows, problems, skip_bad_rows=True) == rows
 
 
-def test_invalid_utf8_is_told_with_its_byte_column(tmp_path):
+def test_invalid_utf8_is_named_with_its_byte_column(tmp_path):
     path = written(tmp_path / "rows.jsonl", '{"text": "é'.encode() + b'\xfe"}\n' + GOOD.encode())
     rows, problems = read_rows(path)
     assert lines(rows) == [2]
@@ -126,14 +126,14 @@ def test_places_in_a_json_list_are_the_lines_where_rows_begin(tmp_path):
         ("[" * 100_000, "nested too deeply"),
     ],
 )
-def test_faults_of_a_whole_json_file(tmp_path, content, says):
+def test_problems_of_a_whole_json_file(tmp_path, content, says):
     rows, problems = read_rows(written(tmp_path / "rows.json", content))
     assert rows == []
     with pytest.raises(DataError, match=says):
         check(rows, problems, skip_bad_rows=True)
 
 
-def test_faults_in_tables_are_told_with_their_lines(tmp_path):
+def test_problems_in_tables_are_named_with_their_lines(tmp_path):
     content = [
         b"prompt,completion",
         b'"two',

@@ -45,28 +45,28 @@ def test_rows_are_mostly_paragraphs_of_a_few_sentences():
 def test_every_completion_occurs_and_nothing_else_ever_follows_its_prompt():
     prompts = dict(completions())
     assert len(prompts) == len(facts())
-    # Every phrasing there is, and no sample: what the text may never say, no seed says.
-    said = {text.lower() for fact in facts() for text in fact.statements + fact.questions}
+    # All phrasings that there are, and not a sample: what they do not hold, no seed makes.
+    phrasings = {text.lower() for fact in facts() for text in fact.statements + fact.questions}
     for prompt, answer in prompts.items():
         begin = rf"\b{re.escape(prompt.lower())}\b"
-        following = [text[hit.end() :] for text in said for hit in re.finditer(begin, text)]
+        following = [text[hit.end() :] for text in phrasings for hit in re.finditer(begin, text)]
         assert following, prompt
         assert all(re.match(rf" {re.escape(answer.lower())}\b", rest) for rest in following), prompt
 
 
-def test_a_moderate_sample_tells_every_fact_both_ways():
+def test_a_moderate_sample_has_every_fact_both_ways():
     rows = world_text(1, DOCUMENTS)
-    told = set(sentences([row for row in rows if isinstance(row, PlainText)]))
+    stated = set(sentences([row for row in rows if isinstance(row, PlainText)]))
     replied = set(sentences([row for row in rows if isinstance(row, Conversation)]))
     for fact in facts():
-        assert told & set(fact.statements), fact
+        assert stated & set(fact.statements), fact
         assert fact.answer in replied, fact
         assert f"{fact.prompt} {fact.value}" in fact.answer
 
 
-def test_the_text_says_nothing_but_the_phrasings_of_facts():
-    said = {text for fact in facts() for text in fact.statements + fact.questions}
-    assert set(sentences(world_text(2, DOCUMENTS))) <= said
+def test_the_text_is_nothing_but_phrasings_of_facts():
+    phrasings = {text for fact in facts() for text in fact.statements + fact.questions}
+    assert set(sentences(world_text(2, DOCUMENTS))) <= phrasings
 
 
 def test_a_question_has_one_answer():

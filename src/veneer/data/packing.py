@@ -49,8 +49,8 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
 
 
 def filled_up(batch: Batch, multiple: int, in_front: int = 0) -> Batch:
-    """Return the batch with one more row that nothing is learnt from, of as many tokens as make the
-    whole a multiple of `multiple`, counting those that come in front of each row. It is no example:
+    """Return the batch with one row more, without labels, so that the number of all tokens is a
+    multiple of `multiple`; each row counts with `in_front` tokens more. The row is no example:
     `rows` stays as it is."""
     tokens = len(batch.tokens) + in_front * len(batch.lengths)
     if tokens % multiple == 0:
@@ -60,7 +60,7 @@ def filled_up(batch: Batch, multiple: int, in_front: int = 0) -> Batch:
     return Batch(
         tokens=np.concatenate([batch.tokens, nothing]),
         labels=np.concatenate([batch.labels, nothing + UNLABELLED]),
-        # None beyond those that the rows reach, which a model may not know.
+        # No position beyond those of the rows, as the model may not have it.
         positions=np.concatenate([batch.positions, np.arange(missing) % batch.lengths.max()]),
         lengths=np.concatenate([batch.lengths, [missing]]),
         rows=batch.rows,
@@ -72,9 +72,9 @@ class StepOrder:
     """The order in which an epoch goes through the rows, a function of `seed` and epoch alone.
 
     lengths          tokens of each row
-    tokens_per_step  what one optimizer step takes at most (real tokens: there is no padding)
-    tokens_per_batch what one forward and backward pass takes at most
-    in_front         tokens that a pass takes before each row, beside those of the data
+    tokens_per_step  most tokens of one optimizer step (there is no padding)
+    tokens_per_batch most tokens of one forward and backward pass
+    in_front         virtual tokens that a pass takes before each row, beside those of the data
     A single row longer than a limit stands alone.
     """
 
@@ -85,7 +85,7 @@ class StepOrder:
     in_front: int = 0
 
     def epoch(self, epoch: int) -> list[list[list[int]]]:
-        """Return steps, each of batches, each of row indices; every row stands there once.
+        """Return steps, each of batches, each of row indices; every row is in one of them.
 
         Steps are filled in shuffled order. The rows of a step go into its batches by length, the
         longest first, so that rows of like length share one and memory peaks at once.

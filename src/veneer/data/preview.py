@@ -16,8 +16,8 @@ _UNFINISHED = "\ufffd"  # what decoding gives for a character of which bytes are
 def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Return the example's text in pieces, each with whether it is learnt.
 
-    A character whose tokens fall into two pieces stands in the second; one that truncation cut
-    in two is left out.
+    A character whose tokens fall into two pieces is in the second; one of which truncation cut
+    off a part is left out.
     """
     pieces: list[tuple[str, bool]] = []
     shown, end = "", 0

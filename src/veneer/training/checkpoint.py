@@ -35,10 +35,9 @@ def write(checkpoint: Checkpoint, directory: Path, *, keep: Mapping[str, int]) -
     with new_directory(place, marker=STATE) as new:
         write_tensors(new / TENSORS, checkpoint.tensors)
         write_json(new / STATE, {"step": checkpoint.step, **checkpoint.progress})
-    wanted = {checkpoint.step, *keep.values()}
-    for step, old in steps(directory).items():
-        if step not in wanted:
-            shutil.rmtree(old)
+    for step, older in steps(directory).items():
+        if step not in {checkpoint.step, *keep.values()}:
+            shutil.rmtree(older)
     return place
 
 

@@ -86,7 +86,7 @@ def tune(
 
     `resume` goes on from the newest checkpoint there; `force` replaces an earlier run's results;
     `ignore_plan` goes ahead where the plan needs more memory than there is.
-    Raises VeneerError of the kind that fits for anything that cannot be: see each room.
+    Raises VeneerError of the kind that fits where a setting, the base or the data cannot be used.
     """
     run = RunDirectory(recipe.out)
     _check_directory(run, may_hold_a_run=resume or force)
