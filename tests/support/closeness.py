@@ -45,3 +45,10 @@ def assert_same_logits(
     if any(name.endswith("experts") for name, _ in wide.named_modules()):
         wide.set_experts_implementation("eager")  # float64 has no grouped products
     assert_no_further(others, logits(model), logits(wide.double()), "logits")
+
+
+def assert_as_near(ours: Tensor, theirs: Tensor, reference: Tensor, what: str = "it") -> None:
+    """Assert that ours is no further than the peer's, where the reference is our own in float64:
+    then the peer's has to be near it too, but for its own rounding."""
+    assert_no_further(ours, theirs, reference, what)
+    assert_no_further(theirs, ours, reference, what, slack=1e-5)

@@ -161,3 +161,10 @@ def _loss(logits: Callable[[Tensor], Tensor], rows: list[Example]) -> Tensor:
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         losses.append(F.cross_entropy(out, labels, ignore_index=UNLABELLED, reduction="sum"))
     return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def exact_logits(model: Any, tokens: Tensor) -> Tensor:
+    """Return what a model says when all that it has is computed with in float64."""
+    with Float64():
+        return copy.deepcopy(model).double()(tokens, use_cache=False).logits

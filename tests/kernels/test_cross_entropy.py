@@ -1,0 +1,95 @@
+"""The cross-entropy over labelled rows equals that over all, both ways, for each kind of head."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.adapter.active import ActiveAdapters
+from veneer.adapter.adapter import Adapter
+from veneer.adapter.linear import LoRALinear
+from veneer.adapter.new_tokens import NewTokenHead
+from veneer.kernels import cross_entropy
+from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy
+
+DOUBLE = {"dtype": torch.float64}
+DIM, VOCAB = 6, 11
+
+
+def heads() -> dict[str, nn.Module]:
+    torch.manual_seed(1)
+    frozen = nn.Linear(DIM, VOCAB, bias=False, **DOUBLE).requires_grad_(False)
+    adapted = LoRALinear(nn.Linear(DIM, VOCAB, **DOUBLE), ActiveAdapters())
+    adapted.attach(
+        "a", Adapter(torch.randn(2, DIM).double(), torch.randn(VOCAB, 2).double(), scaling=2.0)
+    )
+    adapted.active_adapters.weights = {"a": 1.0}
+    rows = nn.Parameter(torch.randn(3, DIM, **DOUBLE))
+    return {
+        "frozen": frozen,
+        "trained": nn.Linear(DIM, VOCAB, **DOUBLE),
+        "adapted": adapted,
+        "new words": NewTokenHead(
+            nn.Linear(DIM, VOCAB - 3, bias=False, **DOUBLE), rows, VOCAB - 3, ActiveAdapters()
+        ),
+    }
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("chunk", [1, 3 * VOCAB, 10**6])
+@pytest.mark.parametrize("labelled", [0, 1, 8, 20])
+@pytest.mark.parametrize("kind", heads())
+def test_labelled_cross_entropy(kind, labelled, chunk, factor, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
+    head = heads()[kind]
+    hidden = torch.randn(20, DIM, **DOUBLE, requires_grad=True)
+    labels = torch.full((20,), IGNORED)
+    labels[torch.randperm(20)[:labelled]] = torch.randint(0, VOCAB, (labelled,))
+    inputs = [hidden, *(weight for weight in head.parameters() if weight.requires_grad)]
+    found = labelled_cross_entropy(hidden, labels, head)
+    wanted = F.cross_entropy(head(hidden), labels, ignore_index=IGNORED, reduction="sum")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(found * factor, inputs), torch.autograd.grad(wanted * factor, inputs)
+    )
+
+
+@pytest.mark.parametrize("kind", heads())
+def test_labelled_cross_entropy_without_a_gradient_for_hidden(kind):
+    head = heads()[kind]
+    hidden, labels = torch.randn(5, DIM, **DOUBLE), torch.tensor([1, IGNORED, 4, 9, 0])
+    trained = [weight for weight in head.parameters() if weight.requires_grad]
+    found = labelled_cross_entropy(hidden, labels, head)
+    assert found.requires_grad == bool(trained)
+    if trained:
+        wanted = F.cross_entropy(head(hidden), labels, reduction="sum")
+        torch.testing.assert_close(
+            torch.autograd.grad(found, trained), torch.autograd.grad(wanted, trained)
+        )
+
+
+def test_labelled_cross_entropy_measures_a_head_whose_adapter_rests():
+    head = heads()["adapted"]
+    head.active_adapters.weights = {}
+    hidden, labels = torch.randn(5, DIM, **DOUBLE), torch.tensor([1, IGNORED, 4, 9, 0])
+    with torch.no_grad():
+        found = labelled_cross_entropy(hidden, labels, head)
+        wanted = F.cross_entropy(head(hidden), labels, reduction="sum")
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_no_more_logits_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 4 * VOCAB)
+    head, seen, plain = heads()["frozen"], [], cross_entropy.cross_entropy
+
+    def noted(logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(logits.numel())
+        return plain(logits, *others)
+
+    monkeypatch.setattr(cross_entropy, "cross_entropy", noted)
+    hidden = torch.randn(30, DIM, **DOUBLE, requires_grad=True)
+    labels = torch.randint(0, VOCAB, (30,)).index_fill(0, torch.arange(0, 30, 3), IGNORED)
+    labelled_cross_entropy(hidden, labels, head)
+    assert max(seen) <= 4 * VOCAB
+    assert sum(seen) == 20 * VOCAB

@@ -1,0 +1,91 @@
+"""DoRA's gain: each kernel equals its formula in torch."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from support.random_adapters import distance
+from veneer.kernels import gain, gated
+from veneer.kernels.gain import apply_gain_, gain_backward, swiglu_gain_backward
+from veneer.kernels.gated import swiglu_backward
+from veneer.kernels.native import kernel
+from veneer.lowrank import formula
+from veneer.lowrank.formula import updated_norms
+
+
+def without_kernels(compiled: bool, monkeypatch: Any) -> None:
+    """Leave only the formulas in torch, unless `compiled`."""
+    for room in () if compiled else (formula, gain, gated):
+        monkeypatch.setattr(room, "kernel", lambda name, like: None)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_norms_of_the_sum_without_the_sum(rank, dtype, compiled, monkeypatch):
+    without_kernels(compiled, monkeypatch)
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    W, A, B = (torch.randn(*s).to(dtype) for s in ((50, 70), (rank, 70), (50, rank)))
+    squares = W.to(wide).square().sum(1)
+    found = updated_norms(squares, W @ A.T, A.to(wide), B.to(wide), 0.3)
+    wanted = (W.double() + 0.3 * B.double() @ A.double()).norm(dim=1)
+    near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found.double(), wanted, rtol=near, atol=0)
+    nothing = torch.zeros(50, rank, dtype=wide)
+    fresh = updated_norms(squares, W @ A.T, A.to(wide), nothing, 0.3)
+    torch.testing.assert_close(fresh, squares.sqrt(), rtol=1e-6, atol=0)
+    none = updated_norms(0 * squares, 0 * W @ A.T, A.to(wide), nothing, 0.3)
+    assert torch.equal(none, torch.ones_like(none))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 130, 700])
+@pytest.mark.parametrize("columns", [1, 63, 200])
+def test_gain_kernels_equal_torch(rows, columns, bias, dtype, compiled, monkeypatch):
+    without_kernels(compiled, monkeypatch)
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    z, dy = (torch.randn(rows, columns).to(dtype) for _ in range(2))
+    b = torch.randn(columns).to(dtype) if bias else None
+    gains = 1 + torch.rand(columns).to(wide)
+    z64 = z.double().requires_grad_()
+    g64 = gains.double().requires_grad_()
+    offset = 0 if b is None else b.double()
+    wanted = (z64 - offset) * g64 + offset
+    y = apply_gain_(z.clone(), gains, b)
+    dz, d_gain = gain_backward(dy, y, gains, b)
+    again = dy.clone()
+    in_place, _ = gain_backward(again, y, gains, b, in_place=True)
+    assert torch.equal(in_place, dz)
+    if kernel("gain_backward", y) is not None and compiled:
+        assert in_place is again
+    right = torch.autograd.grad(wanted, (z64, g64), dy.double())
+    near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for a, c in zip((y, dz, d_gain), (wanted, *right), strict=True):
+        assert distance(a.double(), c) < near
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("rows", [1, 130, 700])
+def test_gains_within_swiglu_equal_both_apart(rows, biased, dtype, compiled, monkeypatch):
+    without_kernels(compiled, monkeypatch)
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    dy, gate, up = (torch.randn(rows, 63).to(dtype) for _ in range(3))
+    gains = tuple(0.5 + torch.rand(63).to(wide) for _ in range(2))
+    biases = tuple(torch.randn(63).to(dtype) if b else None for b in biased)
+    dz, d_gains, inner = swiglu_gain_backward(dy, gate, up, gains, biases)
+    *d_inputs, wanted = swiglu_backward(dy.double(), gate.double(), up.double())
+    near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert distance(inner.double(), wanted) < near
+    for i, (d, y) in enumerate(zip(d_inputs, (gate, up), strict=True)):
+        bias = None if biases[i] is None else biases[i].double()
+        right = gain_backward(d, y.double(), gains[i].double(), bias)
+        assert distance(dz[i].double(), right[0]) < near
+        assert distance(d_gains[i].double(), right[1]) < near
