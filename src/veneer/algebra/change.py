@@ -62,7 +62,7 @@ def energy_of(fits: Iterable[LayerFit]) -> float:
 
 
 def not_a_sum(state: AdapterState) -> list[str]:
-    """Return why an adapter is no sum of B A over layers, as far as its tensors can tell."""
+    """Return why an adapter is no sum of B A over layers, as far as its tensors show."""
     config = state.config
     if not isinstance(config, LoRA):
         return [f"it was made by {config.method}, and has no low-rank factors"]

@@ -204,6 +204,6 @@ def _check_settings(
 
 
 def _marked(source: Source) -> PreTrainedModel:
-    """Return the skeleton, which tells its settings' mark though it has no weights."""
+    """Return the skeleton with the fingerprint of its settings, which needs no weights."""
     source.skeleton.veneer_marks = Marks(source.skeleton).fingerprint()  # type: ignore[assignment]
     return source.skeleton

@@ -1,4 +1,4 @@
-"""The structure of a base, as far as formats need it and an adapter's files do not tell it."""
+"""The structure of a base: what formats need to know beside an adapter's files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from functools import cached_property
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from veneer.adapter.targets import adaptable_layers
+from veneer.adapter.targets import describe_base
 from veneer.formats.capture import module_paths
 from veneer.formats.state import shortest_names
-from veneer.models.description import Layer
+from veneer.models.description import Layer, ModelDescription
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class BaseStructure:
     @cached_property
     def layers(self) -> dict[str, Layer]:
         """The layers that can be adapted, by path."""
-        return {layer.path: layer for layer in adaptable_layers(self.model)}
+        return {layer.path: layer for layer in self._description.layers if layer.is_adaptable}
 
     @cached_property
     def embedding(self) -> str:
@@ -49,8 +49,11 @@ class BaseStructure:
     @property
     def blocks(self) -> int:
         """How many transformer blocks there are."""
-        blocks = [layer.block for layer in self.layers.values() if layer.block is not None]
-        return 1 + max(blocks, default=-1)
+        return self._description.depth
+
+    @cached_property
+    def _description(self) -> ModelDescription:
+        return describe_base(self.model)
 
 
 def targets_for(paths: set[str], base: BaseStructure | None) -> tuple[str, ...]:

@@ -27,12 +27,12 @@ from veneer.formats.state import (
     CAUSAL,
     START,
     AdapterState,
-    LayerKind,
     NewTokenRows,
     StoredLayer,
     StoredTokens,
     shortest_names,
 )
+from veneer.models.description import FactorKind
 from veneer.models.fingerprint import fingerprint
 
 
@@ -167,7 +167,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
 
-def _kind_of(layer: Adapted) -> LayerKind:
+def _kind_of(layer: Adapted) -> FactorKind:
     if isinstance(layer, AdaptedParameter):
         return "parameter"
     return "embedding" if isinstance(layer, LoRAEmbedding) else "linear"

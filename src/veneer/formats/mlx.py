@@ -28,8 +28,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 TYPES = ("lora", "dora")  # what fine_tune_type says of adapters; full is none
 ENDINGS = ("lora_a", "lora_b", "m")
 PLAIN_PATHS = "model.layers."  # where paths need no base to be understood
-# Where mlx-lm's own models put what transformers puts elsewhere, by model_type (mlx_lm/models/).
-# The longest beginning counts. Whatever else there is has the same path in both.
+# By model_type, the starts of transformers' paths that are others in mlx-lm (mlx_lm/models/); the
+# longest start counts.
 MOVED: dict[str, dict[str, str]] = {
     "gpt2": {"transformer.": "model."},
     "gpt_neox": {
@@ -41,8 +41,8 @@ MOVED: dict[str, dict[str, str]] = {
 
 
 def detects(path: Path) -> bool:
-    """Return whether a directory holds an adapter of mlx-lm's: the file of weights tells it from
-    PEFT's, whose configuration has the same name."""
+    """Return whether a directory holds an adapter of mlx-lm's. PEFT's configuration has the same
+    name; its file of weights has another."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 

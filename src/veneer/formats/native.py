@@ -30,7 +30,7 @@ LATER_KEYS = {"saved", "tokens", "parts", "task", "training"}
 
 
 def config_name(method: MethodName) -> str:
-    """Return the name of the file that says what an adapter of this method is."""
+    """Return the name of the file with the settings of an adapter of this method."""
     return f"{method}_config.json"
 
 

@@ -26,7 +26,7 @@ from veneer.quant.weight import QuantizedWeight
 SHARD_BYTES = 2**30
 CONFIG = "config.json"
 NOTES = "veneer"  # a shard's metadata of our own
-VERSION = 1  # of what stands in a shard: others are written anew
+VERSION = 1  # of a shard's contents: shards of other versions are written anew
 SHARDS = "model-*-of-*.safetensors"
 
 

@@ -1,23 +1,23 @@
-"""An adapter as a value, apart from any model and any file: where all formats meet."""
+"""An adapter as a value, which every format is read into and written from."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.lowrank.formula import Factors
+from veneer.models.description import FactorKind
 
 CAUSAL = "CAUSAL_LM"
-LayerKind = Literal["linear", "embedding", "parameter"]
 
 # What the tensors of a layer are called, behind its path.
-FACTORS: dict[LayerKind, tuple[str, str]] = {
+FACTORS: dict[FactorKind, tuple[str, str]] = {
     "linear": ("lora_A", "lora_B"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
     "parameter": ("lora_parameter_A", "lora_parameter_B"),
@@ -65,7 +65,7 @@ class StoredLayer:
     path: str
     A: Tensor
     B: Tensor
-    kind: LayerKind = "linear"
+    kind: FactorKind = "linear"
     magnitude: Tensor | None = None
     bias: Tensor | None = None
     start: Factors | None = None
@@ -85,14 +85,14 @@ class StoredLayer:
         }
 
 
-def layer_kind(*, is_embedding: bool) -> LayerKind:
+def layer_kind(*, is_embedding: bool) -> FactorKind:
     """Return the kind of a layer in formats that know linear layers and embeddings only."""
     return "embedding" if is_embedding else "linear"
 
 
 @dataclass(frozen=True)
 class AdapterState:
-    """An adapter apart from any model and any file.
+    """An adapter as a value, independent of any model and any file.
 
     `tensors` are keyed by the base's own paths, with the names in FACTORS, MAGNITUDE, BIAS and
     START behind them; StoredLayer gives the shapes. Of the methods freeze and full they are the

@@ -309,8 +309,8 @@ def _both(shapes: tuple[Shape, Shape]) -> str:
 
 
 def _are_finite(tensors: Collection[Tensor]) -> bool:
-    """Return whether all tensors are what is_finite asks for, in a pass over all of them; False
-    also where that cannot be told."""
+    """Return whether all tensors are finite as in `is_finite`, in one pass over all of them; False
+    also where one pass cannot show it."""
     kinds = {(t.dtype, t.layout, t.device.type) for t in tensors}
     if kinds != {(torch.float32, torch.strided, "cpu")}:
         return False

@@ -221,7 +221,7 @@ def _merged(
 ) -> tuple[np.ndarray, MergedTensor]:
     """Return the bytes of W + ΔW, and what storing them rounded away."""
     weight = torch.from_numpy(np.array(gguf.dequantize(origin.data, origin.tensor_type)))
-    weight = weight.T if place.is_embedding else weight  # (out, in), or (dim, words)
+    weight = weight.T if place.is_embedding else weight  # (out, in), or (dim, vocab)
     new = weight + delta_weight(layer.A, turned(layer.B, place.heads), scaling)
     if layer.magnitude is not None:
         new = rescaled(new, turned(layer.magnitude.to(torch.float32), place.heads))
@@ -293,7 +293,7 @@ def _field(field: gguf.ReaderField, raw: bytes, new_tokens: NewTokenRows | None)
 
 
 def _item(field: gguf.ReaderField, index: int) -> bytes:
-    """Return an item of a list as it stands in the file, a string behind its length."""
+    """Return the bytes of a list's item: of a string, its length first."""
     value = bytes(field.parts[index])
     is_text = field.types[-1] == GGUFValueType.STRING
     return bytes(field.parts[index - 1]) + value if is_text else value

@@ -51,7 +51,7 @@ class Place:
 
     @property
     def takes_adapters(self) -> bool:
-        """Whether llama.cpp heeds an adapter over this layer."""
+        """Whether llama.cpp applies an adapter to this layer."""
         return self.name.split(".")[-2] in ADAPTED
 
 
@@ -80,12 +80,12 @@ def naming_of(config: PretrainedConfig) -> Naming:
 
 
 def naming_over(skeleton: PreTrainedModel) -> Naming:
-    """Return what llama.cpp calls the layers of a model, which may stand on the meta device."""
+    """Return what llama.cpp calls the layers of a model, which may be on the meta device."""
     config = skeleton.config
     architecture = ARCHITECTURES[config.model_type]
     kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    # Rotary embedding turns neighbouring rows there, and rows half a head apart in transformers.
+    # Its rotary embedding rotates neighbouring rows; transformers rotates rows half a head apart.
     heads = {}
     if architecture == "llama":
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}

@@ -41,8 +41,9 @@ class Checked:
 def check(adapter: Path, runtime: RuntimeName) -> Checked:
     """Read an adapter's files as `runtime` would.
 
-    An adapter of another format is converted in a temporary place, so that the findings say what
-    would still stand in the way. Raises AdapterError if there is no adapter or it is damaged.
+    An adapter of another format is converted in a temporary directory, so that the findings say
+    what would still keep it from loading. Raises AdapterError if there is no adapter, or a damaged
+    one.
     """
     rules = RUNTIMES[runtime]
     kind = formats.detect(adapter)

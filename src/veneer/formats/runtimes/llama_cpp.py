@@ -24,7 +24,7 @@ def gguf_header(facts: Facts) -> Iterator[Finding]:
 
 
 def gguf_pairs(facts: Facts) -> Iterator[Finding]:
-    """Each tensor is one of a pair, or a norm, which is passed over."""
+    """Each tensor is one of a pair, or a norm, which is ignored."""
     halves = {key for key in facts.shapes if key.endswith((".lora_a", ".lora_b"))}
     ends = {"a": "b", "b": "a"}
     alone = [key for key in halves if key[:-1] + ends[key[-1]] not in halves]
@@ -32,7 +32,7 @@ def gguf_pairs(facts: Facts) -> Iterator[Finding]:
     if wrong := sorted(alone + strange):
         yield Finding("no", "tensors", f"neither a pair nor a norm: {listed(wrong)}", TO_GGUF)
     if norms := [key for key in facts.shapes if key.endswith("_norm.weight")]:
-        yield Finding("no", "norms", f"passed over in silence: {listed(norms)}", MERGE)
+        yield Finding("no", "norms", f"ignored without a word: {listed(norms)}", MERGE)
 
 
 RUNTIME = Runtime(

@@ -23,7 +23,7 @@ def settings(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "no",
             "alpha",
-            "not heeded; early versions multiplied scale by alpha / rank",
+            "ignored; early versions multiplied scale by alpha / rank",
             "let scale be the factor meant, and take alpha out",
         )
 

@@ -13,7 +13,7 @@ ENDINGS = (*FACTORS, r"lora_[AB]\.bias", "lora_magnitude_vector")
 
 
 def lora_keys(facts: Facts) -> Iterator[Finding]:
-    """set_peft_model_state_dict: what does not match is passed over, and A or B stay at zero."""
+    """set_peft_model_state_dict: what does not match is ignored, and A or B stay at zero."""
     end = re.compile(rf".*\.(?:{'|'.join(ENDINGS)})")
     strange = [
         key
@@ -25,7 +25,7 @@ def lora_keys(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "no",
             "key names",
-            f"passed over with a warning alone: {listed(strange)}",
+            f"ignored, with only a warning: {listed(strange)}",
             "veneer convert ADAPTER --to peft OUT, if it can be read",
         )
 

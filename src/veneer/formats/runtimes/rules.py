@@ -86,12 +86,12 @@ def always(verdict: Verdict, what: str, says: str, do: str = "") -> Rule:
     return rule
 
 
-def heeded(*settings: str) -> Rule:
+def applied(*settings: str) -> Rule:
     """Settings that other runtimes ignore and this one obeys."""
 
     def rule(facts: Facts) -> Iterator[Finding]:
         if present := [name for name in settings if facts.config.get(name)]:
-            yield Finding("ok", ", ".join(present), "heeded, as PEFT does")
+            yield Finding("ok", ", ".join(present), "applied, as in PEFT")
 
     return rule
 

@@ -1,4 +1,4 @@
-"""SGLang, read in 0.5.23: a directory of PEFT's, of which it heeds r, lora_alpha and the names."""
+"""SGLang, read in 0.5.23: PEFT's directory, of which it applies r, lora_alpha and the names."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def names(facts: Facts) -> Iterator[Finding]:
 
 
 def tokens(facts: Facts) -> Iterator[Finding]:
-    """added_tokens.json makes an adapter one with new words (get_added_tokens_config)."""
+    """added_tokens.json gives an adapter new tokens (get_added_tokens_config)."""
     if "added_tokens.json" in facts.files:
-        yield Finding("no", "added_tokens.json", "adapters with new words are refused", MERGE)
+        yield Finding("no", "added_tokens.json", "adapters with new tokens are refused", MERGE)
 
 
 RUNTIME = Runtime(
@@ -91,17 +91,17 @@ RUNTIME = Runtime(
             always("needs", "serving", "off unless asked", "--lora-paths NAME=PATH"),
             rank,
             setting("use_dora", "refused"),
-            setting("use_rslora", "not heeded: the scale is alpha / r", UNIFORM),
-            setting("alpha_pattern", "not heeded: one alpha counts for all", UNIFORM),
-            setting("rank_pattern", "not heeded: other shapes than r's stop it", UNIFORM),
-            setting("modules_to_save", "not heeded"),
-            setting("lora_bias", "not heeded"),
-            bias("not heeded"),
+            setting("use_rslora", "ignored: the scale is alpha / r", UNIFORM),
+            setting("alpha_pattern", "ignored: one alpha counts for all", UNIFORM),
+            setting("rank_pattern", "ignored: other shapes than r's stop it", UNIFORM),
+            setting("modules_to_save", "ignored"),
+            setting("lora_bias", "ignored"),
+            bias("ignored"),
             targets,
             stacks,
             names,
             tokens,
-            keys((*FACTORS, r"base_layer\.weight"), "not heeded"),
+            keys((*FACTORS, r"base_layer\.weight"), "ignored"),
         )
     },
 )

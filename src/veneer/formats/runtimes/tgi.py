@@ -14,8 +14,8 @@ from veneer.formats.runtimes.rules import (
     Finding,
     Runtime,
     always,
+    applied,
     bias,
-    heeded,
     lora_only,
     setting,
 )
@@ -24,7 +24,7 @@ from veneer.formats.runtimes.rules import (
 def layers(facts: Facts) -> Iterator[Finding]:
     """Seven layers of a Llama-like block, each kind in every block or not at all."""
     if others := sorted(facts.names - LLAMA_NAMES):
-        yield Finding("no", "layers", f"passed over in silence: {listed(others)}", MERGE)
+        yield Finding("no", "layers", f"ignored without a word: {listed(others)}", MERGE)
     blocks: dict[str, set[int]] = {}
     for path in facts.ranks:
         if match := re.search(r"\.(\d+)\..*?([^.]+)$", path):
@@ -59,7 +59,7 @@ def patterns(facts: Facts) -> Iterator[Finding]:
     """LoraConfig.load: r and lora_alpha are all that is taken of the settings."""
     for name in ("rank_pattern", "alpha_pattern"):
         if facts.config.get(name):
-            says = "passed over: r and lora_alpha count for all layers"
+            says = "ignored: r and lora_alpha count for all layers"
             yield Finding("no", name, says, UNIFORM.format(rank=_padded(facts.highest)))
 
 
@@ -77,12 +77,12 @@ RUNTIME = Runtime(
             lora_only,
             always("needs", "serving", "off unless asked", "LORA_ADAPTERS=NAME=PATH"),
             rank,
-            setting("use_dora", "passed over in silence"),
+            setting("use_dora", "ignored without a word"),
             patterns,
-            setting("modules_to_save", "passed over in silence"),
-            setting("lora_bias", "passed over in silence"),
-            bias("passed over in silence"),
-            heeded("use_rslora"),
+            setting("modules_to_save", "ignored without a word"),
+            setting("lora_bias", "ignored without a word"),
+            bias("ignored without a word"),
+            applied("use_rslora"),
             layers,
         )
     },

@@ -12,8 +12,8 @@ from veneer.formats.runtimes.rules import (
     Finding,
     Runtime,
     always,
+    applied,
     bias,
-    heeded,
     keys,
     lora_only,
     setting,
@@ -83,7 +83,7 @@ RUNTIME = Runtime(
             bias("refused"),
             saved_modules,
             init,
-            heeded("use_rslora", "rank_pattern", "alpha_pattern"),
+            applied("use_rslora", "rank_pattern", "alpha_pattern"),
             keys(
                 (
                     *FACTORS,
