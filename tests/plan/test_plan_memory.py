@@ -81,7 +81,7 @@ def deeper(name):
     for field in ("attention_dropout", "hidden_dropout", "dropout"):
         if hasattr(config, field):
             setattr(config, field, 0.0)
-    if hasattr(config, "layer_types"):
+    if "layer_types" in vars(config):
         config.layer_types = config.layer_types[:1] * 4
     return config
 
@@ -116,6 +116,12 @@ def test_two_functions_keep_what_is_planned(name, dora, recompute, dtype):
 def test_autograd_keeps_about_what_is_planned(name, full, targets):
     run = {"full": full, "recompute": "none", "dtype": torch.bfloat16, "targets": targets}
     assert planned_to_keep(name, **run) == pytest.approx(really_kept(name, **run), rel=0.25)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_scan_keeps_about_the_states_that_are_planned(full):
+    run = {"full": full, "recompute": "none", "dtype": torch.bfloat16, "targets": "all"}
+    assert planned_to_keep("mamba", **run) == pytest.approx(really_kept("mamba", **run), rel=0.25)
 
 
 def test_dropout_keeps_masks():

@@ -24,6 +24,7 @@ HOLES = 0.45
 # keep one.
 KEPT = {"gelu_new": 4, "gelu_fast": 4}
 GATED = 3  # the activation's input, and both sides of its product with the other half
+SCANNED = 4  # tensors of a state's size that Mamba's scan in Python keeps, as measured
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # that `selective` makes again
 
 
@@ -178,6 +179,10 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
             *(tokens, "tokens", block.attention_heads, "heads", config.length, "keys"),
             *(sizes.score_bytes, "bytes"),
             note="scores of the model's own attention",
+        ),
+        Term.of(
+            *(tokens, "tokens", SCANNED, "", block.state, "numbers", FLOAT32, "bytes"),
+            note="states of Mamba's scan",
         ),
         _ranks(config, lines),
         Term.of(sums, *numbers, note="W + s B A of adapted parameters"),

@@ -100,6 +100,12 @@ class Block:
         return self.routed > 0 or outs >= 2 * self.dense > 0
 
     @cached_property
+    def state(self) -> int:
+        """Numbers of the state that a Mamba layer has for each token: inner · state size."""
+        scans = [layer for layer in self.layers if _is_scan(layer) and len(layer.stored) == 2]
+        return sum(layer.out * layer.in_ for layer in scans)
+
+    @cached_property
     def norms(self) -> tuple[Layer, ...]:
         return tuple(layer for layer in self.layers if layer.kind == "norm")
 
@@ -197,6 +203,12 @@ class Sizes:
         widths = {(x.q, x.kv, x.inner, len(x.layers), bool(x.attention)): x for x in self.blocks}
         return tuple(widths.values())
 
+    @cached_property
+    def has_uncounted_states(self) -> bool:
+        """Whether there are states of which it is not known here what is kept: those of Mamba 2 and
+        of gated linear attention."""
+        return any(_is_scan(x) and len(x.stored) == 1 for x in self.description.layers)
+
     @property
     def inner(self) -> int:
         """The inner width of the widest feed-forward layer."""
@@ -258,6 +270,10 @@ class Sizes:
         code = sys.modules[type(self.description.model).__module__]
         has_sinks = any(layer.name == "sinks" for layer in self.description.layers)
         return OWN_SCORES if has_sinks or not hasattr(code, "ALL_ATTENTION_FUNCTIONS") else 0
+
+
+def _is_scan(layer: Layer) -> bool:
+    return layer.name == "A_log"
 
 
 def _is_expert(layer: Layer) -> bool:
