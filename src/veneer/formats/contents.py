@@ -48,11 +48,8 @@ def without_place(state: AdapterState, place: Place) -> list[str]:
     return [*contents, *(k for k in state.tensors if k.rpartition(".")[2] not in LAYER_KEYS)]
 
 
-def lora_of(state: AdapterState, format: FormatName) -> LoRA:
-    """Return the configuration of a LoRA that `format` can hold.
-
-    Raises AdapterError, which names everything that `format` has no place for.
-    """
+def refuse_without_place(state: AdapterState, format: FormatName) -> None:
+    """Raise AdapterError, which names everything of an adapter that `format` has no place for."""
     config = state.config
     if not isinstance(config, LoRA):
         raise AdapterError(
@@ -63,4 +60,3 @@ def lora_of(state: AdapterState, format: FormatName) -> LoRA:
             f"The format {format} has no place for {listed(contents)}; merge the adapter, or "
             "write it natively."
         )
-    return config

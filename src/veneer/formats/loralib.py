@@ -23,7 +23,7 @@ from veneer.adapter.config import LoRA
 from veneer.errors import AdapterError, ConfigError, joined, listed
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
 from veneer.formats.base_structure import targets_for
-from veneer.formats.contents import lora_of
+from veneer.formats.contents import refuse_without_place
 from veneer.formats.fold import same_scale, without_start
 from veneer.formats.options import FormatOptions
 from veneer.formats.state import (
@@ -75,7 +75,7 @@ def loralib_of(
 
     A linear layer whose B has the blocks that `enable_lora` enables becomes a MergedLinear.
     """
-    lora_of(state, "loralib")
+    refuse_without_place(state, "loralib")
     state, notes = without_start(state)
     config = state.config
     assert isinstance(config, LoRA)

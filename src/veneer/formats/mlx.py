@@ -19,7 +19,7 @@ from veneer.adapter.config import LoRA
 from veneer.errors import AdapterError, ConfigError, joined, listed
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
 from veneer.formats.base_structure import BaseStructure, targets_for
-from veneer.formats.contents import lora_of
+from veneer.formats.contents import refuse_without_place
 from veneer.formats.fold import uniform
 from veneer.formats.options import FormatOptions
 from veneer.formats.state import FACTORS, MAGNITUDE, AdapterState, layer_kind
@@ -71,7 +71,7 @@ def mlx_of(
     state: AdapterState, base: BaseStructure | None
 ) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
     """Return mlx-lm's configuration and tensors of an adapter, and what was changed for them."""
-    lora_of(state, "mlx")
+    refuse_without_place(state, "mlx")
     state, notes = uniform(state)
     config = state.config
     assert isinstance(config, LoRA)
