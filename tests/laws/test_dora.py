@@ -71,12 +71,12 @@ def change(layer: AdaptedLayer, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return Σ w ΔW by the formula, through which gradients go but for the norms."""
     W = layer.by_outputs(layer.dense_base_weight).to(dtype)
     total = torch.zeros_like(W)
-    for part, weight in layer.active():
-        V = W + part.scaling * part.lora_B.to(dtype) @ part.lora_A.to(dtype)
-        if part.magnitude is None:
+    for each, weight in layer.active():
+        V = W + each.scaling * each.lora_B.to(dtype) @ each.lora_A.to(dtype)
+        if each.magnitude is None:
             total = total + weight * (V - W)
         else:
-            scales = part.magnitude.to(dtype) / V.norm(dim=1).detach()
+            scales = each.magnitude.to(dtype) / V.norm(dim=1).detach()
             total = total + weight * (scales[:, None] * V - W)
     return total
 
@@ -113,13 +113,13 @@ def test_embeddings_equal_the_formula_both_ways(weights):
     torch.manual_seed(0)
     layer = with_adapters(LoRAEmbedding(nn.Embedding(20, 6, **DOUBLE), ActiveAdapters()), weights)
     tokens = torch.randint(20, (3, 4))
-    wanted = F.embedding(tokens, layer.dense_base_weight + change(layer).T)
-    found = layer(tokens)
+    expected = F.embedding(tokens, layer.dense_base_weight + change(layer).T)
+    ours = layer(tokens)
     inputs = [weight for weight in layer.parameters() if weight.requires_grad]
     dy = torch.randn(3, 4, 6, **DOUBLE)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(
-        torch.autograd.grad(found, inputs, dy), torch.autograd.grad(wanted, inputs, dy)
+        torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(expected, inputs, dy)
     )
 
 
@@ -290,7 +290,7 @@ def test_nothing_as_large_as_the_weight_is_made():
     assert (OUT, IN) in seen.shapes
 
 
-def test_norms_of_a_frozen_adapter_are_made_once_and_anew_when_it_changed(tmp_path, monkeypatch):
+def test_norms_of_a_resting_adapter_are_made_once_and_anew_when_it_changed(tmp_path, monkeypatch):
     model = shake(dora(tiny("llama")))
     veneer.save(model, tmp_path / "a")
     loaded = veneer.load(tiny("llama"), tmp_path / "a")
@@ -315,7 +315,7 @@ def test_norms_of_a_frozen_adapter_are_made_once_and_anew_when_it_changed(tmp_pa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_leaves_the_norms_alone(dtype, monkeypatch):
     model = shake(dora(tiny("llama", dtype=dtype)))
-    wanted = logits(model)
+    expected = logits(model)
     made: list[Tensor] = []
 
     def noted(*given: Any) -> Tensor:
@@ -327,8 +327,8 @@ def test_autocast_leaves_the_norms_alone(dtype, monkeypatch):
     count = len(made)
     with torch.autocast("cpu", torch.bfloat16):
         cast = logits(model)
-    assert torch.equal(plain, wanted)
-    assert distance(cast.float(), wanted.float()) < 0.05
+    assert torch.equal(plain, expected)
+    assert distance(cast.float(), expected.float()) < 0.05
     for one, other in zip(made[:count], made[count:], strict=True):
         assert one.dtype == other.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=1e-2, atol=0)
@@ -340,11 +340,11 @@ def test_a_row_of_zeros_in_a_mix_is_what_the_others_make_of_it():
         layer.original.weight[0] = 0
     layer.add("a", LoRA(rank=2, dora=True), "q", None)
     layer.add("b", LoRA(rank=2), "q", None)
-    for part in layer.adapters.values():
-        torch.nn.init.normal_(part.lora_B)
+    for each in layer.adapters.values():
+        torch.nn.init.normal_(each.lora_B)
     for weights in ({"a": 1.0, "b": 1.0}, {"a": 1.0}, {"a": 0.5, "b": -2.0}):
         layer.active_adapters.configs.update(dict.fromkeys(weights, LoRA()))
         layer.active_adapters.use(weights)
         x = torch.randn(5, IN, **DOUBLE)
-        found = layer(x)
-        assert distance(found, x @ (layer.dense_base_weight + layer.delta()).T) < 1e-5
+        ours = layer(x)
+        assert distance(ours, x @ (layer.dense_base_weight + layer.delta()).T) < 1e-5

@@ -106,15 +106,15 @@ def test_dropped_inputs_and_gradients_only_where_needed(needs):
     )
     W, b = torch.randn(OUT, IN, **DOUBLE), torch.randn(OUT, **DOUBLE)
     keep = (torch.rand(6, IN) > 0.4).double() / 0.6
-    found = LowRankLinear.apply(x, W, b, A, B, keep)
-    wanted = F.linear(x, W, b) + (x * keep) @ A.T @ B.T
-    torch.testing.assert_close(found, wanted)
+    ours = LowRankLinear.apply(x, W, b, A, B, keep)
+    expected = F.linear(x, W, b) + (x * keep) @ A.T @ B.T
+    torch.testing.assert_close(ours, expected)
     inputs = [tensor for tensor in (x, A, B) if tensor.requires_grad]
-    assert found.requires_grad == bool(inputs)
+    assert ours.requires_grad == bool(inputs)
     if inputs:
         dy = torch.randn(6, OUT, **DOUBLE)
         torch.testing.assert_close(
-            torch.autograd.grad(found, inputs, dy), torch.autograd.grad(wanted, inputs, dy)
+            torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(expected, inputs, dy)
         )
 
 
@@ -141,7 +141,7 @@ def test_one_copy_of_x_is_kept():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
-    ranks = sum(part.rank for part in layer.adapters.values())
+    ranks = sum(adapter.rank for adapter in layer.adapters.values())
     assert sorted(kept.values()) == sorted([x.numel(), 100 * ranks])
 
 
@@ -162,8 +162,8 @@ def test_embedding_passes_gradcheck(weights, scale):
     tokens = torch.tensor([[0, 3, 3], [6, 0, 1]])
     trained = [weight for weight in layer.parameters() if weight.requires_grad]
     assert torch.autograd.gradcheck(lambda *_: layer(tokens), trained)
-    wanted = original(tokens) + layer.delta()[tokens].double() * (scale or 1.0)
-    torch.testing.assert_close(layer(tokens), wanted, rtol=1e-6, atol=1e-6)
+    expected = original(tokens) + layer.delta()[tokens].double() * (scale or 1.0)
+    torch.testing.assert_close(layer(tokens), expected, rtol=1e-6, atol=1e-6)
 
 
 def summed(logits: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def test_gradients_of_a_whole_model(kind):
     )
 
 
-def test_only_the_acting_adapter_has_gradients():
+def test_only_the_active_adapter_has_gradients():
     model = tiny("llama")
     for name in ("a", "b"):
         attach(model, LoRA(rank=2), name=name)

@@ -137,10 +137,10 @@ def test_merged_models_from_the_disk(kind, tmp_path):
 
 def read_again(kind: Kind, merged: Any, place: Any) -> nn.Module:
     minigpt.register()
-    words = tokenizer()
+    own_tokenizer = tokenizer()
     if kind.new_tokens:
-        extend_tokenizer(words, NEW_TOKENS)
-    veneer.write_model(merged, words, place)
+        extend_tokenizer(own_tokenizer, NEW_TOKENS)
+    veneer.write_model(merged, own_tokenizer, place)
     if merged.config.model_type == "minigpt":
         return minigpt.load(place)[0]
     return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()

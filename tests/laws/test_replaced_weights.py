@@ -84,14 +84,14 @@ def untied(kind: str) -> nn.Module:
 def test_a_layer_that_one_replaces_and_another_adapts_cannot_be_mixed(tmp_path):
     written(theirs("qwen2", CASES["saved head"][1]), tmp_path / "saved")
     model = veneer.load(base("qwen2"), tmp_path / "saved", name="saved")
-    said = logits(model, "qwen2")
+    expected = logits(model, "qwen2")
     veneer.attach(model, veneer.LoRA(rank=2, targets=["lm_head"]), name="head")
     assert torch.equal(logits(model, "qwen2"), logits(base("qwen2"), "qwen2"))
     with pytest.raises(veneer.AdapterError, match=r"mixed.*lm_head\.weight"):
         veneer.use(model, {"saved": 1.0, "head": 1.0})
     assert veneer.in_use(model) == {"head": 1.0}
     veneer.use(model, "saved")
-    assert torch.equal(logits(model, "qwen2"), said)
+    assert torch.equal(logits(model, "qwen2"), expected)
 
 
 def test_a_fresh_adapter_starts_from_the_base_whatever_acts(tmp_path):
@@ -113,11 +113,11 @@ def test_many_swaps_leave_the_base_as_it_was(case, tmp_path):
     kind, _ = CASES[case]
     untouched = base(kind)
     model = loaded(case, tmp_path)
-    said = logits(model, kind)
+    expected = logits(model, kind)
     for _ in range(100):
         veneer.use(model, None)
         veneer.use(model, "default")
-    assert torch.equal(logits(model, kind), said)
+    assert torch.equal(logits(model, kind), expected)
     assert veneer.models.fingerprint.fingerprint(model) == veneer.models.fingerprint.fingerprint(
         untouched
     )
@@ -139,8 +139,8 @@ def test_a_16_bit_base_keeps_what_was_trained(tmp_path):
 
 def test_copies_are_apart(tmp_path):
     model = loaded("saved norms and an mlp", tmp_path)
-    said = logits(model, "llama")
+    expected = logits(model, "llama")
     twin = copy_of(model)
     veneer.use(twin, None)
-    assert torch.equal(logits(model, "llama"), said)
+    assert torch.equal(logits(model, "llama"), expected)
     assert torch.equal(logits(twin, "llama"), logits(base("llama"), "llama"))

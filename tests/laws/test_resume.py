@@ -254,11 +254,11 @@ def test_another_run_is_refused(tmp_path):
     other = Run(tmp_path, COURSE, identity={"data": "abd", "rank": 4, "words": "y"})
     with pytest.raises(veneer.TrainingError) as caught:
         other.go(resume=True)
-    said = str(caught.value)
+    message = str(caught.value)
     for key in ("data", "base", "words"):
-        assert key in said
-    assert "'abc' there, 'abd' here" in said
-    assert "rank" not in said
+        assert key in message
+    assert "'abc' there, 'abd' here" in message
+    assert "rank" not in message
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     run.go(resume=True)
 

@@ -45,7 +45,7 @@ def trained(model: Any, steps: int = 3, **options: Any) -> Any:
     return model
 
 
-def parts(model: Any) -> dict[str, Any]:
+def adapters_by_path(model: Any) -> dict[str, Any]:
     return {path: layer.adapters["default"] for path, layer in lora_layers(model)}
 
 
@@ -65,13 +65,13 @@ def theirs(init: str) -> dict[str, Any]:
 def test_factors_are_pefts(init):
     model = attached(tiny("llama"), init)
     wanted = theirs(init)
-    for path, part in parts(model).items():
+    for path, adapter in adapters_by_path(model).items():
         A, B = (getattr(wanted[path], f"lora_{x}")["default"].weight for x in "AB")
-        assert distance(part.lora_B @ part.lora_A, B @ A) < 1e-3, path
+        assert distance(adapter.lora_B @ adapter.lora_A, B @ A) < 1e-3, path
         if init == "olora":
-            torch.testing.assert_close(part.lora_A, A, **CLOSE)
-            torch.testing.assert_close(part.lora_B, B, **CLOSE)
-    assert parts(model).keys() <= wanted.keys()
+            torch.testing.assert_close(adapter.lora_A, A, **CLOSE)
+            torch.testing.assert_close(adapter.lora_B, B, **CLOSE)
+    assert adapters_by_path(model).keys() <= wanted.keys()
 
 
 @pytest.mark.parametrize("rank", [1, 4, 12])
@@ -126,12 +126,15 @@ def test_lora_ga_starts_at_the_gradient_of_the_weight():
     tokens, plain = ids(), tiny("llama")
     start_from_gradients(model, lambda: model(tokens, labels=tokens, use_cache=False).loss)
     plain(tokens, labels=tokens, use_cache=False).loss.backward()
-    for path, part in parts(model).items():
+    for path, adapter in adapters_by_path(model).items():
         gradient = plain.get_submodule(path).weight.grad
-        A, B = from_gradient(gradient, 3, part.scaling)
-        assert distance(part.lora_B @ part.lora_A, B @ A) < 1e-3, path
+        A, B = from_gradient(gradient, 3, adapter.scaling)
+        assert distance(adapter.lora_B @ adapter.lora_A, B @ A) < 1e-3, path
         U, _, Vh = torch.linalg.svd(gradient)
-        first, second = part.lora_B / part.lora_B.norm(dim=0), part.lora_A / part.lora_A.norm()
+        first, second = (
+            adapter.lora_B / adapter.lora_B.norm(dim=0),
+            adapter.lora_A / adapter.lora_A.norm(),
+        )
         assert (U[:, :3].T @ first).norm() > 0.98 * 3**0.5
         assert (Vh[3:6] @ second.T).norm() > 0.9 * second.norm()
     assert torch.equal(logits(model), logits(plain))
@@ -155,11 +158,11 @@ def test_loftq_makes_up_for_what_packing_took(tmp_path):
         left = (lost - layer.delta()).norm()
         assert left <= 1.01 * S[4:].norm(), path
     tokens = ids()
-    packed_alone = copy.deepcopy(base.model)
-    veneer.use(packed_alone, None)
+    quantized_alone = copy.deepcopy(base.model)
+    veneer.use(quantized_alone, None)
     wanted = logits(dense, tokens)
     assert distance(logits(base.model, tokens), wanted) < distance(
-        logits(packed_alone, tokens), wanted
+        logits(quantized_alone, tokens), wanted
     )
 
 
@@ -179,10 +182,10 @@ def test_what_cannot_start_is_refused():
 
 def test_what_cannot_start_leaves_nothing_behind():
     for model, init, rank in ((tiny("llama"), "pissa", 33), (quantized("llama"), "loftq", 4)):
-        before, said = snapshot(model), logits(model)
+        before, expected = snapshot(model), logits(model)
         with pytest.raises(veneer.ConfigError):
             attached(model, init, rank=rank)
         assert same(snapshot(model), before)
         assert not list(lora_layers(model))
-        assert torch.equal(logits(model), said)
-        assert torch.equal(logits(veneer.attach(model, LoRA(rank=2))), said)
+        assert torch.equal(logits(model), expected)
+        assert torch.equal(logits(veneer.attach(model, LoRA(rank=2))), expected)

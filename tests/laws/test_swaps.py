@@ -49,13 +49,13 @@ def homes(tmp_path_factory):
 def test_a_hundred_adapters_in_turn(base, homes):
     model = BASES[base]()
     before, alone = bits_of(model), logits(model)
-    said: dict[int, torch.Tensor] = {}
+    expected: dict[int, torch.Tensor] = {}
     for turn in range(MANY):
         kind = turn % len(KINDS)
         veneer.load(model, homes / base / str(kind), name=f"turn{turn}")
         now = logits(model)
         assert not torch.equal(now, alone)
-        assert torch.equal(said.setdefault(kind, now), now)
+        assert torch.equal(expected.setdefault(kind, now), now)
         if turn % 25 == 0:
             plain = veneer.merge(model)
             with torch.no_grad():
@@ -74,10 +74,10 @@ def test_a_hundred_adapters_side_by_side(base, homes):
     alone = logits(model)
     weights = list(model.parameters())  # the very tensors, and what is in them
     before = [w.detach().clone() for w in weights]
-    said = []
+    expected = []
     for kind in range(len(KINDS)):
         veneer.load(model, homes / base / str(kind), name=f"kind{kind}")
-        said.append(logits(model))
+        expected.append(logits(model))
         veneer.detach(model)
     for turn in range(MANY):
         veneer.load(model, homes / base / str(turn % len(KINDS)), name=f"turn{turn}")
@@ -85,7 +85,7 @@ def test_a_hundred_adapters_side_by_side(base, homes):
     generator = torch.Generator().manual_seed(0)
     for turn in torch.randperm(MANY, generator=generator).tolist():
         veneer.use(model, f"turn{turn}")
-        assert torch.equal(logits(model), said[turn % len(KINDS)])
+        assert torch.equal(logits(model), expected[turn % len(KINDS)])
     veneer.use(model, None)
     assert torch.equal(logits(model), alone)
     own = {id(w) for w in model.parameters()}

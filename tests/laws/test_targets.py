@@ -155,11 +155,11 @@ def test_presets(name):
             with pytest.raises(veneer.TargetError, match=f"{preset!r} finds no such layers"):
                 paths(model, preset)
             continue
-        found = paths(model, preset)
-        assert {within_block(path) for path in found} == wanted
+        resolved = paths(model, preset)
+        assert {within_block(path) for path in resolved} == wanted
         # Every block has its own.
         for end in wanted:
-            many = [path for path in found if within_block(path) == end]
+            many = [path for path in resolved if within_block(path) == end]
             blocks = sum(p.endswith(f".{end}") and within_block(p) == end for p in every(model))
             assert len(many) == blocks >= 2
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -181,8 +181,8 @@ def test_resolving_is_the_same_with_adapters_on(architecture):
     wanted = {t: paths(model, *targets_named(model, t)) for t in ("attention", "mlp", "everything")}
     lines = report_targets(model, veneer.LoRA(rank=3, targets="all"))
     veneer.attach(model, veneer.LoRA(rank=2, targets=targets_named(model, "everything")))
-    for targets, found in wanted.items():
-        assert paths(model, *targets_named(tiny(architecture), targets)) == found
+    for targets, resolved in wanted.items():
+        assert paths(model, *targets_named(tiny(architecture), targets)) == resolved
     assert {path for path, _ in lora_layers(model)} == wanted["everything"]
     assert report_targets(model, veneer.LoRA(rank=3, targets="all")) == lines
 
@@ -237,11 +237,11 @@ def test_names_ends_paths_and_patterns():
 def test_the_end_of_any_path_finds_it(data):
     model = tiny("gpt2")
     layer = data.draw(st.sampled_from(adaptable_layers(model)))
-    parts = layer.path.split(".")
-    end = ".".join(parts[data.draw(st.integers(0, len(parts) - 1)) :])
-    found = paths(model, end)
-    assert layer.path in found
-    assert all(path == end or path.endswith(f".{end}") for path in found)
+    names = layer.path.split(".")
+    end = ".".join(names[data.draw(st.integers(0, len(names) - 1)) :])
+    resolved = paths(model, end)
+    assert layer.path in resolved
+    assert all(path == end or path.endswith(f".{end}") for path in resolved)
 
 
 def test_every_miss_is_named_at_once_with_the_nearest_name():
@@ -254,8 +254,8 @@ def test_every_miss_is_named_at_once_with_the_nearest_name():
     )
     with pytest.raises(veneer.TargetError) as caught:
         resolve(model, config)
-    said = str(caught.value)
-    for part in (
+    message = str(caught.value)
+    for problem in (
         "'q_prj' matches no layer; did you mean 'q_proj'?",
         "'atention' matches no layer; did you mean 'attention'?",
         "'self_attn' is a LlamaAttention, but only linear layers",
@@ -267,8 +267,8 @@ def test_every_miss_is_named_at_once_with_the_nearest_name():
         "the pattern 'v_proj' matches none of the targets",
         "the pattern 'q_porj' matches none of the targets; did you mean 'q_proj'?",
     ):
-        assert part.rstrip(";") in said
-    assert "'q_proj' matches no layer" not in said
+        assert problem.rstrip(";") in message
+    assert "'q_proj' matches no layer" not in message
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -302,8 +302,8 @@ DEEP = AutoModelForCausalLM.from_config(
     ],
 )
 def test_ranges_of_layers(text, blocks):
-    found = {int(path.split(".")[2]) for path in paths(DEEP, "q_proj", layers=text)}
-    assert sorted(found) == blocks
+    resolved = {int(path.split(".")[2]) for path in paths(DEEP, "q_proj", layers=text)}
+    assert sorted(resolved) == blocks
 
 
 @pytest.mark.parametrize("text", ["6", "-7", "3:3", "9:", "", ",", "a", "1:2:3", "1-2", "-", "1 2"])
@@ -314,8 +314,8 @@ def test_ranges_that_name_nothing(text):
 
 def test_ranges_leave_out_what_stands_in_no_block():
     model = tiny("llama")
-    found = paths(model, "attention", "embed_tokens", "lm_head", layers="0")
-    assert found == {path for path in paths(model, "attention") if ".0." in path}
+    resolved = paths(model, "attention", "embed_tokens", "lm_head", layers="0")
+    assert resolved == {path for path in paths(model, "attention") if ".0." in path}
     with pytest.raises(veneer.TargetError, match="leaves none of the targets"):
         paths(model, "lm_head", layers="0")
 
@@ -330,7 +330,7 @@ def test_ranks_and_alphas_of_single_layers():
     )
     model = veneer.attach(tiny("llama"), config)
     for path, layer in lora_layers(model):
-        part = layer.adapters["default"]
+        adapter = layer.adapters["default"]
         rank = (
             7
             if path.endswith("0.mlp.up_proj")
@@ -341,17 +341,9 @@ def test_ranks_and_alphas_of_single_layers():
             else 4
         )
         alpha = 1.5 if path.endswith(("q_proj", "k_proj")) else 6
-        assert part.rank == config.rank_of(path) == rank, path
+        assert adapter.rank == config.rank_of(path) == rank, path
         assert config.alpha_of(path) == alpha
-        assert part.scaling == config.scaling_of(path) == alpha / rank
-
-
-@given(rank=st.integers(1, 512), alpha=st.floats(0.1, 1e4))
-def test_scaling(rank, alpha):
-    assert veneer.LoRA(rank=rank, alpha=alpha).scaling_of("x") == alpha / rank
-    root = veneer.LoRA(rank=rank, alpha=alpha, rslora=True).scaling_of("x")
-    assert abs(root - alpha / rank**0.5) <= 1e-12 * root
-    assert veneer.LoRA(rank=rank).alpha == 2 * rank
+        assert adapter.scaling == config.scaling_of(path) == alpha / rank
 
 
 def test_a_pattern_matches_the_end_of_a_path():
@@ -367,54 +359,3 @@ def test_a_pattern_matches_the_end_of_a_path():
         "x.zd": 5,
     }.items():
         assert config.rank_of(path) == rank, path
-
-
-def test_all_faults_of_a_configuration_at_once():
-    with pytest.raises(veneer.ConfigError) as caught:
-        veneer.LoRA(
-            rank=0,
-            alpha=-1,
-            dropout=1.0,
-            targets=[],
-            init="zeros",  # type: ignore[arg-type]
-            rank_pattern={"(": 0},
-            alpha_pattern={"q": float("inf"), "[": 1.0},
-        )
-    said = str(caught.value)
-    for part in (
-        "rank is 0",
-        "alpha is -1",
-        "dropout is 1.0",
-        "targets is empty",
-        "init is 'zeros'",
-        "rank_pattern['('] is 0",
-        "alpha_pattern['q'] is inf",
-        "the pattern '(' is no regular expression",
-        "the pattern '[' is no regular expression",
-    ):
-        assert part in said
-
-
-@pytest.mark.parametrize(
-    "faults",
-    [
-        {"rank": 1.5},
-        {"rank": True},
-        {"rank": "8"},
-        {"alpha": float("nan")},
-        {"alpha": 0},
-        {"alpha": "8"},
-        {"dropout": float("nan")},
-        {"dropout": -0.1},
-        {"dropout": "0"},
-        {"targets": ""},
-        {"targets": [None]},
-        {"layers": 3},
-        {"rank_pattern": [("q", 1)]},
-        {"rslora": "yes"},
-    ],
-    ids=str,
-)
-def test_a_fault_of_a_configuration(faults):
-    with pytest.raises(veneer.ConfigError, match=next(iter(faults))):
-        veneer.LoRA(**faults)

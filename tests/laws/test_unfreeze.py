@@ -51,18 +51,18 @@ NORMS = r"norm|\bln_|layernorm"
 
 
 def named(which: str, model: Any) -> set[str]:
-    """Return the weights that should train, found by their names and kinds alone."""
+    """Return the weights that should train, names by their names and kinds alone."""
     own = base_parameters(model)
     if which == "full":
         return set(own)
     last = model.config.get_text_config().num_hidden_layers - 1
-    found = {name for name in own if f".{last}." in name}
+    names = {name for name in own if f".{last}." in name}
     if which == "blocks and norms":
-        found |= {name for name in own if re.search(NORMS, name)}
+        names |= {name for name in own if re.search(NORMS, name)}
     if which == "blocks and head":
         head = {name for name in own if name.startswith(("lm_head.", "embed_out."))}
-        found |= head or {name for name in own if re.search(r"(embed_tokens|wte|word_emb)", name)}
-    return found
+        names |= head or {name for name in own if re.search(r"(embed_tokens|wte|word_emb)", name)}
+    return names
 
 
 @pytest.mark.parametrize("which", METHODS)
@@ -103,19 +103,19 @@ def test_steps_too_small_for_bfloat16_add_up():
     assert moved.float().mean() > 0.2
 
 
-def test_new_words_train_beside_the_blocks(tmp_path):
-    model, words = tiny("qwen2"), tokenizer(90)
-    with_new_tokens(model, words)
+def test_new_tokens_train_beside_the_blocks(tmp_path):
+    model, ours = tiny("qwen2"), tokenizer(90)
+    with_new_tokens(model, ours)
     veneer.attach(model, method("one block"))
-    said = logits(model, ids(vocabulary=90))
-    veneer.save(model, tmp_path / "a", tokenizer=words)
+    expected = logits(model, ids(vocabulary=90))
+    veneer.save(model, tmp_path / "a", tokenizer=ours)
     other = tokenizer(90)
     again = veneer.load(tiny("qwen2"), tmp_path / "a", tokenizer=other)
-    assert torch.equal(logits(again, ids(vocabulary=90)), said)
-    assert len(other) == len(words)
+    assert torch.equal(logits(again, ids(vocabulary=90)), expected)
+    assert len(other) == len(ours)
 
 
-def test_what_replaced_weights_cannot_be_put_aside():
+def test_what_replaced_weights_cannot_be_taken_off():
     model = trained(attached("one block"))
     before = snapshot(model)
     for attempt in (
@@ -140,8 +140,8 @@ def test_what_cannot_be_is_named(tmp_path):
         veneer.attach(quantized("llama"), veneer.Method("full"))
     with pytest.raises(veneer.ConfigError) as error:
         veneer.Method("freeze", trained_blocks=0, virtual_tokens=3, prompt_text="x")
-    for part in ("trained_blocks is 0", "virtual_tokens would", "prompt_text would"):
-        assert part in str(error.value)
+    for problem in ("trained_blocks is 0", "virtual_tokens would", "prompt_text would"):
+        assert problem in str(error.value)
     veneer.save(attached("one block"), tmp_path / "a")
     with pytest.raises(veneer.AdapterError, match="PEFT has no format for freeze"):
         veneer.save(attached("one block"), tmp_path / "b", format="peft")
@@ -154,9 +154,9 @@ def test_what_cannot_be_is_named(tmp_path):
     torch.save(damaged, path)
     with pytest.raises(veneer.AdapterError) as error:
         veneer.load(tiny("llama"), tmp_path / "a")
-    for part in (
+    for problem in (
         f"weights are missing: {first}",
         "none of the weights that train: model.nowhere.weight",
         f"{second} is (3,)",
     ):
-        assert part in str(error.value)
+        assert problem in str(error.value)
