@@ -228,7 +228,7 @@ KINDS: list[Kind] = [
     _lora("lora", "gpt2", bits=4, targets="everything"),
     _lora("lora", "gpt_neox", bits=8, targets="everything"),
     _lora("lora", "llama", bits=4, targets="everything"),
-    _lora("lora", "llama", bits=8, targets="attention"),  # quantized layers under no adapter
+    _lora("attention", "gpt2", bits=8, targets="attention"),  # layers with biases under no adapter
     _lora("lora", "minigpt", bits=4, targets="everything"),
     _lora("lora", "mistral", bits=8, targets="everything"),
     _lora("lora", "phi", bits=4, targets="everything"),
