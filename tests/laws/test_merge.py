@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import veneer
 from support.closeness import assert_no_further
-from support.kinds import Kind, each_kind
+from support.kinds import Kind, each_kind, is_first
 from support.plain import plain_pair
 from support.random_adapters import (
     NEW_TOKENS,
@@ -128,7 +128,7 @@ def test_detaching_one_of_several():
 # A merged model from the disk.
 
 
-@each_kind(lambda kind: kind.merges and kind.reads_tokens)
+@each_kind(lambda kind: kind.merges and is_first(kind))
 def test_merged_models_from_the_disk(kind, tmp_path):
     merged = veneer.merge(kind.shaken())
     again = read_again(kind, merged, tmp_path / "m")

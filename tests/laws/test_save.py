@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import veneer
-from support.kinds import each_kind
+from support.kinds import each_kind, is_first
 from support.random_adapters import NEW_TOKENS, tokenizer
 from support.tiny_models import tiny
 from veneer.adapter.new_tokens import extend_tokenizer
@@ -50,7 +50,7 @@ def _but(model: Any, neutral: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@each_kind(lambda kind: kind.reads_tokens and not kind.bits and not kind.new_tokens)
+@each_kind(lambda kind: is_first(kind) and not kind.bits and not kind.new_tokens)
 def test_another_base_is_refused(kind, tmp_path):
     model = kind.shaken()
     veneer.save(model, tmp_path, name="default")
