@@ -132,7 +132,7 @@ def find_adapters(named: Sequence[str], root: Path | None, base: str) -> dict[st
 
 
 def is_adapter(directory: Path) -> bool:
-    """Say whether a directory holds an adapter of a format that we read."""
+    """Say whether a directory holds an adapter in Veneer's own format or in PEFT's."""
     return native.method_in(directory) is not None or (directory / peft.CONFIG).is_file()
 
 
