@@ -11,6 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help test check coverage test-all hooks demo bench clean
 
