@@ -78,12 +78,18 @@ class RunDirectory:
             return {}
         return settings if isinstance(settings, dict) else {}
 
-    def write_progress(self, *, steps: int, ended: str | None = None) -> None:
-        """Write how many steps the run has; `ended`: finished, patience or interrupted."""
-        write_json(self.progress, {"steps": steps, "ended": ended})
+    def write_progress(self, *, steps: int, ended: str | None = None, why: str = "") -> None:
+        """Write how many steps the run has and how it ended.
+
+        ended: finished, patience, interrupted or failed; None while it goes on, and after a kill
+        why: the error by which it failed
+        """
+        progress = {"steps": steps, "ended": ended}
+        write_json(self.progress, progress | ({"why": why} if why else {}))
 
     def read_progress(self) -> dict[str, Any]:
-        """Return {"steps": ..., "ended": ...}; nothing where the file is missing or damaged."""
+        """Return {"steps": ..., "ended": ...}, and "why" of a run that failed; nothing where the
+        file is missing or damaged."""
         try:
             return read_json(self.progress)
         except AdapterError:

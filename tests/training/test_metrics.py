@@ -1,6 +1,7 @@
 """What a run writes into its directory while it goes, and reads from there when it goes on."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import pytest
@@ -46,6 +47,22 @@ def test_progress_says_how_a_run_ends(reason, tmp_path):
     for event in record([Started(10, 0), end], directory):
         ended = None if isinstance(event, Started) else reason
         assert directory.read_progress() == {"steps": 10, "ended": ended}
+
+
+@pytest.mark.parametrize("error", [veneer.TrainingError("no finite loss"), MemoryError()])
+def test_progress_says_why_a_run_failed(error, tmp_path):
+    def failing(*events: Event) -> Iterator[Event]:
+        yield from events
+        raise error
+
+    directory = RunDirectory(tmp_path)
+    with pytest.raises(type(error)):
+        list(record(failing(), directory))  # before its start the files may be another run's
+    assert directory.read_progress() == {}
+    with pytest.raises(type(error)):
+        list(record(failing(Started(10, 0)), directory))
+    why = str(error) or "MemoryError"
+    assert directory.read_progress() == {"steps": 10, "ended": "failed", "why": why}
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 5, "lo', '{"step": 9}\n{"st', "\n"])

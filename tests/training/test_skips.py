@@ -77,8 +77,16 @@ def test_three_in_a_row_end_the_run(monkeypatch, tmp_path):
     message = str(caught.value)
     assert "3 steps in a row, up to step 5" in message
     assert "row:" in message
-    assert str(tmp_path) in message
+    assert message.index("--lr is 0.01") < message.index("row:")  # the likelier cause first
+    assert f"The last good checkpoint is {tmp_path / 'step-000004'}." in message
     assert not model.training
+
+
+def test_no_checkpoint_is_named_where_there_is_none(monkeypatch, tmp_path):
+    spoil(monkeypatch, lambda number, batch: True)
+    with pytest.raises(veneer.TrainingError) as caught:
+        list(veneer.train(new_model(), ROWS, replace(COURSE, steps=9), directory=tmp_path))
+    assert "checkpoint" not in str(caught.value)
 
 
 def test_others_between_them_let_the_run_go_on(monkeypatch):

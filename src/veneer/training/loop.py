@@ -212,11 +212,13 @@ class _Run:
         progress.skips += 1
         rows = tuple(self.examples[i].where for batch in batches for i in batch.rows.tolist())
         if progress.skips == MOST_SKIPS:
-            last = f" The last good checkpoint is in {self.directory}." if self.directory else ""
+            earlier = checkpoints.steps(self.directory) if self.directory else {}
+            last = f" The last good checkpoint is {earlier[max(earlier)]}." if earlier else ""
             raise TrainingError(
                 f"Loss or gradient was not finite in {MOST_SKIPS} steps in a row, up to step "
-                f"{progress.step} (its rows: {listed(rows)}). A lower --lr, or cleaner rows, may "
-                f"help.{last}"
+                f"{progress.step}. Most likely the learning rate is too high: --lr is "
+                f"{self.config.lr:g}, try a tenth of it. If that does not help, look at the rows "
+                f"of that step: {listed(rows)}.{last}"
             )
         return Skipped(progress.step, rows)
 

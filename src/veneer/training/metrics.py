@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 
 from veneer.run_directory import RunDirectory
@@ -12,21 +13,29 @@ from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Tra
 def record(events: Iterable[Event], directory: RunDirectory) -> Iterator[Event]:
     """Pass events on, write steps and evaluations to the metrics, start and end to the progress.
 
-    A run that goes on after step n keeps the lines up to n.
+    A run that goes on after step n keeps the lines up to n. An error that ends a run is written
+    too, once the run has started: before that, the files may be another run's.
     """
-    steps = 0
-    for event in events:
-        match event:
-            case Started():
-                steps = event.steps
-                directory.cut_metrics(event.done)
-                directory.write_progress(steps=steps)
-            case Step() | Evaluated():
-                line = asdict(event)
-                line.pop("best", None)
-                directory.append_metrics(line)
-            case Stopped():
-                directory.write_progress(steps=steps, ended=event.reason)
-            case Trained():
-                directory.write_progress(steps=steps, ended="finished")
-        yield event
+    steps = 0  # not started
+    try:
+        for event in events:
+            match event:
+                case Started():
+                    steps = event.steps
+                    directory.cut_metrics(event.done)
+                    directory.write_progress(steps=steps)
+                case Step() | Evaluated():
+                    line = asdict(event)
+                    line.pop("best", None)
+                    directory.append_metrics(line)
+                case Stopped():
+                    directory.write_progress(steps=steps, ended=event.reason)
+                case Trained():
+                    directory.write_progress(steps=steps, ended="finished")
+            yield event
+    except Exception as error:
+        if steps:
+            with suppress(OSError):  # the disk may be full, and that the very error
+                why = str(error) or type(error).__name__
+                directory.write_progress(steps=steps, ended="failed", why=why)
+        raise

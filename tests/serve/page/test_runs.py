@@ -89,6 +89,19 @@ def test_how_a_run_ended(directory, tmp_path, ended, state):
     assert (run["state"], run["seconds_left"]) == (state, None)
 
 
+def test_a_failed_run_says_why(directory, tmp_path):
+    write(directory, 0)  # it failed in its first steps
+    RunDirectory(directory).write_progress(steps=10, ended="failed", why="no finite loss")
+    run = only_run(Runs(tmp_path / "runs"))
+    assert (run["state"], run["why"], run["seconds_left"]) == ("failed", "no finite loss", None)
+    RunDirectory(directory).write_progress(steps=10)
+    run = only_run(Runs(tmp_path / "runs"))
+    assert (run["state"], run["why"]) == ("running", None)
+    with running(scripted(), runs=tmp_path / "runs") as server:
+        RunDirectory(directory).write_progress(steps=10, ended="failed", why="a <b> in it")
+        assert call(server.url, "/api/runs")[2]["runs"][0]["why"] == "a <b> in it"
+
+
 def test_a_run_that_died_has_stopped_after_a_while(directory, tmp_path):
     write(directory, 2)
     runs = Runs(tmp_path / "runs")

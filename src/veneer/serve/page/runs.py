@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from veneer.errors import shortened
 from veneer.run_directory import METRICS, RunDirectory
 from veneer.serve.page.curve import Curve
 
@@ -19,7 +20,12 @@ RECENT = 20  # steps over which speed is measured, as on the terminal
 QUIET_SECONDS = 60.0  # a run without a step for so long, and for five steps' time, has stopped
 MOST_RUNS = 200
 # How progress.json says that a run ended, and how the page says it.
-STATES = {"finished": "finished", "patience": "finished", "interrupted": "stopped"}
+STATES = {
+    "finished": "finished",
+    "patience": "finished",
+    "interrupted": "stopped",
+    "failed": "failed",
+}
 # Settings of a recipe by which a person tells runs apart.
 SETTINGS = ("model", "data", "method", "rank", "alpha", "targets", "lr", "epochs", "bits", "dora")
 
@@ -66,6 +72,7 @@ class Run:
         left = a_step * (steps - self.step) if isinstance(steps, int) else None
         return {
             "state": state,
+            "why": shortened(str(progress.get("why", ""))) if state == "failed" else None,
             "step": self.step,
             "steps": steps,
             "loss": self.loss,
