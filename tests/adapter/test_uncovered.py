@@ -1,4 +1,4 @@
-"""What `all` and `mlp` cannot reach is said: in Python, by a run, and by inspect."""
+"""Users learn what `all` and `mlp` do not reach: from attach, from a run, and from inspect."""
 
 import warnings
 
@@ -8,7 +8,7 @@ import veneer
 from support import tiny_models
 from support.tiny_models import tiny
 from veneer.adapter.report import report_targets
-from veneer.adapter.uncovered import uncovered
+from veneer.adapter.targets import uncovered
 from veneer.cli.app import app
 
 EXPERTS = "mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate.weight."
@@ -18,13 +18,13 @@ EXPERTS = "mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate.weight."
 @pytest.mark.parametrize("architecture", ["qwen2_moe"])
 def test_attaching_warns_of_experts_and_routers(architecture, targets):
     model = tiny(architecture)
-    with pytest.warns(veneer.VeneerWarning) as said:
+    with pytest.warns(veneer.VeneerWarning) as caught:
         veneer.attach(model, veneer.LoRA(rank=2, targets=targets))
-    assert len(said) == 1
-    assert said[0].filename == __file__
-    assert str(said[0].message).endswith(EXPERTS)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert str(caught[0].message).endswith(EXPERTS)
     assert report_targets(model, veneer.LoRA(rank=2, targets=targets)).uncovered == str(
-        said[0].message
+        caught[0].message
     )
 
 
@@ -36,7 +36,7 @@ def test_attaching_warns_of_experts_and_routers(architecture, targets):
         *[(a, "all") for a in tiny_models.ARCHITECTURES],
     ],
 )
-def test_nothing_is_said_where_nothing_is_left_out(architecture, targets):
+def test_no_warning_where_nothing_stays_uncovered(architecture, targets):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         veneer.attach(tiny(architecture), veneer.LoRA(rank=2, targets=targets))
@@ -52,7 +52,13 @@ def test_the_share_is_of_the_adapted_blocks():
     assert f" {share:.1%} " in text
 
 
-def test_packed_layers_count_as_what_they_were():
+def test_experts_that_are_named_are_covered():
+    text = uncovered(tiny("mixtral"), veneer.LoRA(targets="all,mlp.experts.down_proj"))
+    assert text is not None
+    assert text.endswith(": mlp.experts.gate_up_proj, mlp.gate.weight.")
+
+
+def test_quantized_layers_count_as_dense_ones():
     assert uncovered(tiny_models.quantized("llama"), veneer.LoRA(targets="all")) is None
 
 
@@ -65,12 +71,12 @@ def mixture(tmp_path):
     return str(tmp_path / "mixture")
 
 
-def test_inspect_says_it(mixture, capsys):
+def test_inspect_warns(mixture, capsys):
     app(["inspect", mixture, "--targets", "all"], exit_on_error=False, result_action="return_value")
     assert EXPERTS in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_run_says_it(mixture, tmp_path):
+def test_a_run_has_a_notice(mixture, tmp_path):
     rows = tmp_path / "rows.txt"
     rows.write_text("a lamp is a lamp\n\nthe mill is old\n")
     recipe = veneer.Recipe(

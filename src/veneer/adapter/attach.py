@@ -30,9 +30,8 @@ from veneer.adapter.modules_to_save import (
 from veneer.adapter.new_tokens import remove_tokens
 from veneer.adapter.parameters import LoRAParameters
 from veneer.adapter.start import start_from_rounding
-from veneer.adapter.targets import resolve
+from veneer.adapter.targets import resolve, uncovered
 from veneer.adapter.tokens import TrainedTokens
-from veneer.adapter.uncovered import uncovered
 from veneer.adapter.unfreeze import unfreeze
 from veneer.adapter.use import adapters, replacing, use
 from veneer.adapter.virtual import new_virtual_tokens
@@ -54,12 +53,12 @@ def attach(
 ) -> nn.Module:
     """Attach a fresh adapter called `name` to `model`, in place; it acts, and it alone trains.
 
-    At first the model's outputs are exactly those of the base, but with loftq, which makes up for
-    what quantizing rounded away. A `seed` makes the start repeatable; torch's own random state
-    stays as it is.
+    At first the model's outputs are exactly the base's, except with loftq, which makes up for what
+    quantizing rounded away. A `seed` makes the start repeatable; torch's own random state stays as
+    it is.
     A `Method` trains something else than a low-rank adapter: weights of the base, or virtual
-    tokens. Virtual tokens change the outputs at once, to those behind the tokens that they start
-    from; the `tokenizer` is for a `prompt_text`.
+    tokens. Virtual tokens change the outputs at once, as the tokens that they start from would;
+    the `tokenizer` is for a `prompt_text`.
     Warns (VeneerWarning) of weights that the targets `all` and `mlp` seem to mean but do not reach,
     such as experts in one parameter.
     Returns the model. Raises TargetError for targets that match nothing, AdapterError for a name

@@ -1,4 +1,4 @@
-"""What would train, counted before anything does."""
+"""Counts for people: what would train, before anything does, and what of a base is quantized."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import nn
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method, description
-from veneer.adapter.targets import resolve
-from veneer.adapter.uncovered import uncovered
+from veneer.adapter.targets import resolve, uncovered
 from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, parameter_count
 from veneer.quant.weight import quantized_layers

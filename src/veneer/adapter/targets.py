@@ -1,4 +1,5 @@
-"""From what a person asks for (`attention`, `q_proj`, `re:...`) to the layers of a model."""
+"""From what a person asks for (`attention`, `q_proj`, `re:...`) to a model's layers, and to the
+weights that stay uncovered."""
 
 from __future__ import annotations
 
@@ -18,13 +19,14 @@ from veneer.errors import MOST_PROBLEMS, ConfigError, TargetError, joined, neare
 from veneer.models.description import Layer, ModelDescription, describe
 
 PRESETS = ("attention", "qv", "mlp", "all")
+WHOLE = {"all", "mlp"}  # those that promise every linear layer of a kind
 # Names of projections that make queries or values, alone (q_proj, query, wv) or as one fused layer
 # of keys and values (kv_proj). A fused layer of all three is found by its shape instead.
 QUERY_OR_VALUE = re.compile(r"^(w?q|query|w?k?v|value)(?![a-z])")
 
 
 def describe_base(model: nn.Module) -> ModelDescription:
-    """Return the description of a model's base, whatever adapters lie over it."""
+    """Return the description of a model's base, whatever adapters it has."""
     return describe(model, _original_of)
 
 
@@ -37,12 +39,12 @@ def adaptable_layers(model: nn.Module) -> list[Layer]:
 def resolve(model: nn.Module, config: LoRA, layers: Sequence[Layer] | None = None) -> list[Layer]:
     """Return the layers that `config` names in `model`, and parameters named by their own names.
 
-    layers: the model's adaptable ones and its parameters, where they are known already.
+    layers: those of `describe_base`, where they are known already.
 
     Raises TargetError, which lists every target, layer range and pattern that matches nothing.
     """
     if layers is None:
-        layers = [x for x in describe_base(model).layers if x.is_adaptable or x.is_matrix]
+        layers = describe_base(model).layers
     named = [
         layer
         for layer in layers
@@ -52,10 +54,33 @@ def resolve(model: nn.Module, config: LoRA, layers: Sequence[Layer] | None = Non
     return _choose(model, [*(x for x in layers if x.is_adaptable), *named], config)
 
 
+def uncovered(model: nn.Module, config: LoRA) -> str | None:
+    """Return which matrices of the adapted blocks stay as they are though a person who asks for
+    `all` or `mlp` may think otherwise, or None: experts that are one parameter, routers, Mamba's
+    convolutions. Raises TargetError for targets that match nothing.
+    """
+    if not WHOLE.intersection(config.targets):
+        return None
+    layers = describe_base(model).layers
+    adapted = resolve(model, config, layers)
+    blocks = {layer.block for layer in adapted} - {None}
+    in_blocks = [layer for layer in layers if layer.block in blocks and layer.parameters]
+    matrices = [x for x in in_blocks if len(x.stored) > 1 and not x.is_adaptable]
+    missing = [layer for layer in matrices if layer not in adapted]
+    if not missing:
+        return None
+    share = sum(x.parameters for x in missing) / sum(x.parameters for x in in_blocks)
+    names = sorted({layer.inner_path for layer in missing})
+    return (
+        f"Of the adapted blocks' weights, {share:.1%} are neither linear layers nor embeddings and "
+        f"stay as they are: {', '.join(names)}."
+    )
+
+
 def _original_of(module: nn.Module) -> nn.Module | None:
     while isinstance(module, AdaptedLayer | LoRAParameters):
         module = module.original
-    # What carries rows of new tokens cannot be adapted, and virtual tokens are no part of the base.
+    # Layers with rows of new tokens cannot be adapted; virtual tokens do not belong to the base.
     return None if isinstance(module, Wrapper | VirtualTokens) else module
 
 

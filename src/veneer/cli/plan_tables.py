@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.adapter.config import LoRA
-from veneer.adapter.uncovered import uncovered
+from veneer.adapter.targets import uncovered
 from veneer.cli.console import bytes_text, quieten_libraries
 from veneer.models.description import Layer
 from veneer.plan.config import ADAPTING, PlanConfig

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.layers import idle_adapters
-from veneer.adapter.lora_plus import lr_ratios
 from veneer.adapter.method import LEARNING_RATES, Method
 from veneer.adapter.start import start_from_gradients
 from veneer.adapter.use import adapters, in_use
@@ -42,6 +41,7 @@ from veneer.training.events import (
     Stopped,
     Trained,
 )
+from veneer.training.lora_plus import lr_ratios
 from veneer.training.optimizer import FlatAdamW
 from veneer.training.state import Progress, RunState
 

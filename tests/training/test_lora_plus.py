@@ -20,8 +20,8 @@ from support.random_adapters import (
     with_new_tokens,
 )
 from support.tiny_models import ARCHITECTURES, quantized, tiny
-from veneer.adapter.lora_plus import EMBEDDING_LR, lr_ratios
 from veneer.training.events import Step
+from veneer.training.lora_plus import EMBEDDING_LR, lr_ratios
 
 LR = 3e-4
 
