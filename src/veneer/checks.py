@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, get_args
@@ -26,10 +27,10 @@ def at_least(least: float, *, below: float = math.inf) -> Rule:
 
 
 def whole_number(least: int, *, most: float = math.inf) -> Rule:
-    """A whole number from `least` to `most`; 1.0 is none."""
+    """A whole number from `least` to `most`, numpy's too; 1.0 is not one."""
     end = "" if most == math.inf else f" and at most {most}"
     return Rule(
-        lambda value: isinstance(value, int) and _is_number(value) and least <= value <= most,
+        lambda value: _is_number(value, numbers.Integral) and least <= value <= most,
         f"a whole number of at least {least}{end}",
     )
 
@@ -55,11 +56,12 @@ def check_config(
     contradictions: Mapping[str, bool] | None = None,
     problems: Sequence[str] = (),
 ) -> None:
-    """Raise ConfigError, "`opening`: all problems.", if anything is wrong with a dataclass.
+    """Raise ConfigError, "`opening`: all problems.", if anything is wrong with a dataclass; turn
+    numpy's numbers in it into Python's own, which every file format takes.
 
     rules: by the names of fields; a field whose default is None may be None. contradictions: a
-    message for each combination of fields that cannot be, and whether `config` has it. problems:
-    those that the caller has found.
+    message for each impossible combination of fields, and whether `config` has it. problems: those
+    that the caller has found.
     """
     optional = {field.name for field in fields(config) if field.default is None}
     values = {name: getattr(config, name) for name in rules}
@@ -73,6 +75,8 @@ def check_config(
     all_problems += problems
     if all_problems:
         raise ConfigError(f"{opening}: {joined(all_problems)}.")
+    for name, value in values.items():
+        object.__setattr__(config, name, _plain(value))
 
 
 def broken(rule: Rule, values: Mapping[str, Any]) -> list[str]:
@@ -84,6 +88,14 @@ def broken(rule: Rule, values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _is_number(value: Any) -> bool:
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if _is_number(value):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
+
+
+def _is_number(value: Any, kind: type = numbers.Real) -> bool:
     # A bool is an int, and a NaN is a float; neither is meant anywhere.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf

@@ -143,6 +143,8 @@ def test_quantizing_again_is_measured(bits):
     divergence = veneer.certify(model, plain, tokenizer()).divergence
     assert report.divergence_requantized == pytest.approx(divergence, rel=1e-3)
     assert report.divergence_requantized > 100 * report.divergence
+    assert report.lost_packed_again == report.lost_requantized
+    assert report.divergence_packed_again == report.divergence_requantized
     report = certified(adapted())
     assert report.lost_requantized is report.divergence_requantized is None
 

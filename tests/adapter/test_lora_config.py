@@ -1,5 +1,9 @@
 """A LoRA's settings: its scaling, and all that is wrong with them at once."""
 
+import json
+from dataclasses import asdict
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +17,20 @@ def test_scaling(rank, alpha):
     root = veneer.LoRA(rank=rank, alpha=alpha, rslora=True).scaling_of("x")
     assert abs(root - alpha / rank**0.5) <= 1e-12 * root
     assert veneer.LoRA(rank=rank).alpha == 2 * rank
+
+
+def test_numbers_of_numpy_become_python_s():
+    config = veneer.LoRA(
+        rank=np.int64(4),  # type: ignore[arg-type]
+        alpha=np.float32(2),  # type: ignore[arg-type]
+        rank_pattern={"q": np.int32(2)},  # type: ignore[dict-item]
+    )
+    assert config == veneer.LoRA(rank=4, alpha=2.0, rank_pattern={"q": 2})
+    assert json.loads(json.dumps(asdict(config)))["rank"] == 4
+    training = veneer.TrainConfig(steps=np.int64(3), lr=np.float64(1e-3))  # type: ignore[arg-type]
+    assert [type(value) for value in (training.steps, training.lr)] == [int, float]
+    with pytest.raises(veneer.ConfigError, match="rank"):
+        veneer.LoRA(rank=np.bool_(True))  # type: ignore[arg-type]
 
 
 def test_all_faults_of_a_configuration_at_once():

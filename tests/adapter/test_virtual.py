@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PrefixTuningConfig
 from peft.tuners.prefix_tuning import PrefixEncoder
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
 import veneer
@@ -100,7 +100,7 @@ def test_one_of_several_acts(tmp_path):
     assert torch.equal(logits(model), outputs["b"])
     veneer.detach(model, "b")
     assert torch.equal(logits(model), outputs["none"])
-    with pytest.raises(veneer.AdapterError, match="lie over it"):
+    with pytest.raises(veneer.AdapterError, match="are attached"):
         veneer.attach(veneer.detach(model, "l"), veneer.Method("full"))
 
 
@@ -155,6 +155,19 @@ def test_a_text_to_start_from_is_repeated_or_cut():
         veneer.attach(model, virtual("prompt", prompt_text=text), tokenizer=tokens)
         assert_no_further(logits(model), peer, reference)
         veneer.detach(model)
+
+
+@each_method
+def test_they_start_from_the_base_alone_whatever_acts(method):
+    model, other = tiny("gpt2"), tiny("gpt2")
+    shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all,wte"), name="l"))
+    for module in model.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    for each in (model, other):
+        veneer.attach(each, virtual(method), name="v", seed=3)
+    ours, alone = (getattr(each, ATTRIBUTE).adapters["v"]() for each in (model, other))
+    assert torch.equal(ours, alone)
 
 
 @each_method

@@ -129,7 +129,7 @@ def test_what_replaced_weights_cannot_be_taken_off():
     assert same(snapshot(model), before)
     assert in_use(model) == {"default": 1.0}
     adapted = veneer.attach(tiny("llama"), veneer.LoRA())
-    with pytest.raises(veneer.AdapterError, match="adapters that lie over it"):
+    with pytest.raises(veneer.AdapterError, match="adapters that are attached"):
         veneer.attach(adapted, method("full"), name="more")
 
 

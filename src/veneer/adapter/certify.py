@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.adapter.layers import lora_layers
 from veneer.adapter.merge import LayerRounding, layer_roundings, relative_error
-from veneer.adapter.use import in_use, use
+from veneer.adapter.use import base_alone, in_use
 from veneer.adapter.virtual_context import context_left
 from veneer.data.probe import probe_rows
 from veneer.errors import MergeError
+from veneer.models.evaluating import evaluating
 from veneer.quant.weight import QuantizedLinear, quantized_layers
 
 # The largest tolerated ‖error‖ / ‖ΔW‖, and the largest divergence as a share of the adapter's
-# effect. Rounding to 16 bits takes most of an ordinary change, four fifths after ten steps over
-# SmolLM2, but only 4 % of its effect, because the error is spread over all directions and the
-# change is not. So the weights decide only where the change is all but gone, else the effect does.
+# effect. Rounding to 16 bits takes most of an ordinary change (four fifths after ten steps over
+# SmolLM2), but only 4 % of its effect, because the error is spread over all directions and the
+# change is not. So the weights decide only where almost nothing of the change is left.
 LARGEST_LOST_CHANGE, LARGEST_LOST_EFFECT = 0.9, 0.25
 # Nats a token that nobody would notice (half a per cent of perplexity), and by which SmolLM2 in
 # bf16 differs from itself when sums are made in another order.
@@ -66,6 +65,13 @@ class MergeReport:
         layers = [layer for layer in self.layers if layer.error_requantized is not None]
         errors = (layer.error_requantized or 0.0 for layer in layers)
         return relative_error(errors, layers) if layers else None
+
+    # The names of earlier versions.
+    lost_packed_again = lost_requantized
+
+    @property
+    def divergence_packed_again(self) -> float | None:
+        return self.divergence_requantized
 
     @property
     def worst(self) -> LayerRounding | None:
@@ -117,7 +123,7 @@ def certify(
     difference = divergence = effect = divergence_requantized = 0.0
     tokens = sum(map(len, rows))
     requantized = _requantized(model, plain) if quantized_layers(model) else None
-    with torch.no_grad(), _evaluating(model), _evaluating(plain):
+    with torch.no_grad(), evaluating(model), evaluating(plain):
         for row in rows:
             adapted, merged = _logits(model, row), _logits(plain, row)
             difference = max(difference, _largest(adapted, merged))
@@ -125,8 +131,8 @@ def certify(
             if requantized is not None:
                 logits = _logits(requantized, row)
                 divergence_requantized += _divergence(adapted, logits) / tokens
-            with _base_alone(model) as differs:
-                if differs:
+            if in_use(model):
+                with base_alone(model):
                     effect += _divergence(adapted, _logits(model, row), finite=True) / tokens
     return MergeReport(
         str(plain.dtype).removeprefix("torch."),
@@ -181,27 +187,3 @@ def _divergence(p: Tensor, q: Tensor, *, finite: bool = False) -> float:
         terms = torch.where(torch.isneginf(a), 0.0, a.exp() * (a - b))
         total += float(terms.sum().nan_to_num(torch.inf))
     return total
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def _base_alone(model: PreTrainedModel) -> Iterator[bool]:
-    """Let no adapter act while the context lasts; yield whether that makes a difference."""
-    before = in_use(model)
-    if not any(layer.active() for _, layer in lora_layers(model)):
-        yield False
-        return
-    use(model, None)
-    try:
-        yield True
-    finally:
-        use(model, before)

@@ -13,6 +13,7 @@ from veneer.adapter.method import Method
 from veneer.adapter.virtual_forward import virtual_tokens_of
 from veneer.errors import AdapterError, ConfigError
 from veneer.models.blocks import decoder_layers
+from veneer.models.description import is_norm
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.quant.weight import quantized_layers
 
@@ -29,7 +30,7 @@ def unfreeze(model: PreTrainedModel, config: Method) -> None:
         )
     if next(lora_layers(model), None) is not None or virtual_tokens_of(model) is not None:
         raise AdapterError(
-            f"{config.method} would change the base of the adapters that lie over it."
+            f"{config.method} would change the base of the adapters that are attached."
         )
     trained = replaced_weights(model, config)
     # The fingerprint of the base as it was, before its weights change.
@@ -51,16 +52,12 @@ def replaced_weights(model: PreTrainedModel, config: Method) -> Mapping[str, Any
     assert config.trained_blocks is not None
     blocks = decoder_layers(model)
     if blocks is None or config.trained_blocks > len(blocks):
-        there = "none that are recognised" if blocks is None else f"{len(blocks)}"
-        raise ConfigError(f"freeze is to train {config.trained_blocks} blocks of {there}.")
+        there = "a model whose blocks are not recognised" if blocks is None else len(blocks)
+        raise ConfigError(f"freeze cannot train {config.trained_blocks} blocks of {there}.")
     modules: list[nn.Module | None] = list(blocks[-config.trained_blocks :])
     if config.train_norms:
-        modules += [module for module in model.modules() if _is_norm(module)]
+        modules += [module for module in model.modules() if is_norm(module)]
     if config.train_head:
         modules.append(model.get_output_embeddings())
     trained = {id(w) for module in modules if module is not None for w in module.parameters()}
     return {path: weight for path, weight in weights.items() if id(weight) in trained}
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -60,6 +61,17 @@ def use(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
     except AdapterError:
         active_adapters.weights = before
         raise
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """Let no adapter act while the context lasts; weights that trained themselves are the base."""
+    before = in_use(model)
+    use(model, dict.fromkeys(replacing(model), 1.0))
+    try:
+        yield
+    finally:
+        use(model, before)
 
 
 def use_rows(model: nn.Module, rows: Sequence[str | Mapping[str, float] | None]) -> None:

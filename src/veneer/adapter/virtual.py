@@ -1,4 +1,4 @@
-"""What virtual tokens are made of, and how they start: as if a text stood in their place.
+"""What virtual tokens consist of, and how they start: as the tokens of a text.
 
 A prefix (Li and Liang 2021) is their keys and values in each layer, a prompt (Lester et al. 2021)
 their embeddings.
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.adapter.active import active_adapters_of
 from veneer.adapter.method import Method
+from veneer.adapter.use import base_alone
 from veneer.adapter.virtual_context import context_left
 from veneer.errors import ConfigError
+from veneer.models.evaluating import evaluating
 
 # Virtual tokens start as tokens drawn from the vocabulary's first, which in a tokenizer's order of
 # merges are the most common (Lester et al. 2021, section 3.2, draw from 5,000 too).
@@ -97,7 +98,7 @@ def new_virtual_tokens(
     ids = torch.randint(common, (count,), generator=generator)
     if config.prompt_text is not None:
         ids = _tokens(config.prompt_text, count, tokenizer)
-    with torch.no_grad():
+    with torch.no_grad(), base_alone(model):
         if config.method == "prompt":
             return Prompt(embedding(ids.to(model.device)))
         if config.prefix_mlp is None:
@@ -132,15 +133,11 @@ def keys_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
     Raises ConfigError where some layers have none, or of another shape.
     """
-    active_adapters, decoder = active_adapters_of(model), model.get_decoder()
+    decoder = model.get_decoder()
     cache = DynamicCache()  # without a config, it keeps more than an attention window too
     _check_cache(decoder)
-    weights, active_adapters.weights = active_adapters.weights, {}
-    try:
-        with torch.no_grad():
-            decoder(input_ids=ids[None].to(model.device), use_cache=True, cache=cache)
-    finally:
-        active_adapters.weights = weights
+    with torch.no_grad(), base_alone(model), evaluating(decoder):
+        decoder(input_ids=ids[None].to(model.device), use_cache=True, cache=cache)
     layers: list[Any] = cache.layers
     cached: list[Any] = [getattr(layer, x, None) for layer in layers for x in ("keys", "values")]
     shapes = {None if x is None else tuple(x.shape) for x in cached}

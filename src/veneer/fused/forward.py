@@ -31,6 +31,7 @@ from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
 from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy
 from veneer.models.blocks import decoder_layers
+from veneer.models.evaluating import evaluating
 
 PROBE_LENGTHS = (7, 19, 12)
 # How far the hidden state of a token may be from what it is alone, relatively. In bfloat16 rounding
@@ -149,30 +150,26 @@ def choose_forward(
         for row, length in zip(_cycle(examples), PROBE_LENGTHS, strict=False)
         if len(tokens := row.tokens[:length]) > 1
     ]
-    training = model.training
-    model.eval()  # dropout would make any two passes differ
-    try:
-        with torch.no_grad(), _hidden_states(model) as hidden_states:
-            # The first row's pass serves two proofs: a mapped base is read from disk at each pass.
-            own, why_not_head = _own_logits_and_head(model, rows[0])
-            labelled_head = why_not_head is None
-            losses = [_full_loss(own[:-1], torch.tensor(rows[0].tokens[1:], device=own.device))]
-            alone = hidden_states[:1]
-            hidden_states.clear()
-            losses += [_own_loss(model, row) for row in rows[1:]]
-            alone += hidden_states
-            hidden_states.clear()
-            expected = sum(map(float, losses))
-            why_not_packed = _why_not(Forward(True, labelled_head), model, rows, expected)
-            if not why_not_packed and hidden_states:
-                why_not_packed = _why_apart(torch.cat(alone, 1)[0], hidden_states[-1][0])
-            if not why_not_packed:
-                layers = _fused_layers(model, rows[-1])
-            why_not_padded = why_not_packed and _why_not(
-                Forward(False, labelled_head), model, rows, expected
-            )
-    finally:
-        model.train(training)
+    # Not in training mode, in which dropout would make any two passes differ.
+    with torch.no_grad(), evaluating(model), _hidden_states(model) as hidden_states:
+        # The first row's pass serves two proofs: a mapped base is read from disk at each pass.
+        own, why_not_head = _own_logits_and_head(model, rows[0])
+        labelled_head = why_not_head is None
+        losses = [_full_loss(own[:-1], torch.tensor(rows[0].tokens[1:], device=own.device))]
+        alone = hidden_states[:1]
+        hidden_states.clear()
+        losses += [_own_loss(model, row) for row in rows[1:]]
+        alone += hidden_states
+        hidden_states.clear()
+        expected = sum(map(float, losses))
+        why_not_packed = _why_not(Forward(True, labelled_head), model, rows, expected)
+        if not why_not_packed and hidden_states:
+            why_not_packed = _why_apart(torch.cat(alone, 1)[0], hidden_states[-1][0])
+        if not why_not_packed:
+            layers = _fused_layers(model, rows[-1])
+        why_not_padded = why_not_packed and _why_not(
+            Forward(False, labelled_head), model, rows, expected
+        )
     notices = []
     if why_not_padded:
         notices.append(

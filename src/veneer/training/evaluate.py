@@ -11,6 +11,7 @@ from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder, pack
 from veneer.fused.forward import Forward
+from veneer.models.evaluating import evaluating
 
 
 def evaluate(
@@ -23,16 +24,11 @@ def evaluate(
     """Return the mean loss over the label tokens of all examples, in nats."""
     lengths = [len(example.tokens) for example in examples]
     order = StepOrder(lengths, tokens_per_batch, tokens_per_batch, 0, virtual_input_count(model))
-    training = model.training
-    model.eval()
     total, labels = 0.0, 0
-    try:
-        with torch.no_grad(), forward.installed(model):
-            for step in order.epoch(0):
-                for indices in step:
-                    batch = pack(examples, indices)
-                    total += float(forward(model, batch))
-                    labels += int((batch.labels >= 0).sum())
-    finally:
-        model.train(training)
+    with torch.no_grad(), evaluating(model), forward.installed(model):
+        for step in order.epoch(0):
+            for indices in step:
+                batch = pack(examples, indices)
+                total += float(forward(model, batch))
+                labels += int((batch.labels >= 0).sum())
     return total / labels
