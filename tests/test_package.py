@@ -86,13 +86,14 @@ def test_no_source_leaves_work_for_later(path):
 EMPTY_NAMES = {"found", "told", "said", "aside", "room", "put", "part", "parts"}
 
 
-@pytest.mark.xfail(strict=False, reason="some rooms still have such names")
 def test_every_name_says_what_it_names():
     empty = [
         f"{path.relative_to(ROOT)}:{token.start[0]}: {token.string}"
         for path in SOURCES
         for token in tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline)
-        if token.type == tokenize.NAME and token.string in EMPTY_NAMES
+        if token.type == tokenize.NAME
+        and token.string in EMPTY_NAMES
+        and "field.parts" not in token.line  # gguf-py's own name
     ]
     assert empty == []
 

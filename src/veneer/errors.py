@@ -44,7 +44,7 @@ class DataError(VeneerError, ValueError):
 
 
 class VeneerWarning(UserWarning):
-    """Something that was done, but perhaps not as a person thinks; a run's Notice says the same."""
+    """Something was done, but perhaps not what was meant; a run reports the same as a Notice."""
 
 
 class TrainingError(VeneerError, RuntimeError):
@@ -52,7 +52,7 @@ class TrainingError(VeneerError, RuntimeError):
 
 
 class RequestError(VeneerError, ValueError):
-    """A request cannot be followed; `param` names what is wrong in it, where that is one thing."""
+    """A request cannot be followed; `param` names the one parameter at fault, if there is one."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -68,10 +68,10 @@ class ContextExceeded(RequestError):
 
 
 class QueueFull(VeneerError, RuntimeError):
-    """As many requests wait as may; come again later."""
+    """Too many requests wait already; ask again later."""
 
 
-# Problems that one message lists; a file made to annoy can have a million.
+# Problems that one message lists; a malicious file can have a million.
 MOST_PROBLEMS = 50
 
 

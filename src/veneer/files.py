@@ -38,8 +38,8 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_directory(path: Path, *, marker: str) -> Iterator[Path]:
     """Yield an empty temporary directory; it takes the place of `path` as a whole at the end.
 
-    A directory that stands there is replaced only if it holds the file `marker`, or nothing: what
-    somebody else put there is never deleted. Raises VeneerError otherwise.
+    An existing directory is replaced only if it holds the file `marker`, or nothing, so that nobody
+    else's files are deleted. Raises VeneerError otherwise.
     """
     check_replaceable(path, marker=marker)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,11 +100,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to a .pt or a .safetensors file, by the name's end, in one piece.
+    """Write tensors to a .pt or a .safetensors file, by the suffix, in one piece.
 
     `metadata` goes into the header of a .safetensors file.
     """
-    import torch  # here, as who writes text alone has no need of it
+    import torch  # here, because writing text needs no torch
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -126,8 +126,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         if path.suffix == ".safetensors":
-            # Copied out of the mapped file, which may be replaced, and in which they lie at places
-            # that are not aligned: products would take another way there, and round otherwise.
+            # Copied out of the mapped file, which may be replaced, and where tensors are not
+            # aligned: products of such tensors take other kernels, which round differently.
             tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         else:
             _check_stored(path)
@@ -145,11 +145,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_stored(path: Path) -> None:
-    """Raise ValueError for an archive that would unpack to more than it holds."""
+    """Raise ValueError for a compressed archive, which may unpack to more than memory holds."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-        # torch stores without compression, and reads what is compressed all the same.
+        # torch writes without compression, but would read a compressed file.
         if any(member.file_size != member.compress_size for member in members):
             raise ValueError("it is compressed")
 
@@ -169,6 +169,6 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0o077)  # it can only be read by setting another
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Law 3 for the halves of a decoder layer: each equals the plain operations, both ways."""
+"""Law 3 for the halves of a decoder layer: outputs and gradients equal the plain operations'."""
 
 import itertools
 from dataclasses import replace
@@ -79,11 +79,11 @@ def self_attention(
 def plain_attention(half: SelfAttention, x: Tensor) -> Tensor:
     q, k, v = (plain(p, norm(x, half)).unflatten(1, (-1, HEAD_DIM)) for p in half.inputs)
 
-    def turned(y: Tensor) -> Tensor:
+    def rotated(y: Tensor) -> Tensor:
         first, second = y.chunk(2, -1)
         return y * half.cos[:, None] + torch.cat([-second, first], -1) * half.sin[:, None]
 
-    y = half.attention.composed(turned(q), turned(k), v)
+    y = half.attention.composed(rotated(q), rotated(k), v)
     return x + plain(half.output, y.flatten(1))
 
 
@@ -143,9 +143,9 @@ def test_passes_gradcheck(which, dora):
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
 
     def forward(x: Tensor, *tensors: Tensor) -> Tensor:
-        given = iter(tensors)
+        new = iter(tensors)
         fresh = [
-            replace(p, A=next(given), B=next(given), gain=p.gain if p.gain is None else next(given))
+            replace(p, A=next(new), B=next(new), gain=p.gain if p.gain is None else next(new))
             for p in (*half.inputs, half.output)
         ]
         half_of_these = replace(half, inputs=tuple(fresh[:-1]), output=fresh[-1])

@@ -1,4 +1,4 @@
-"""The cross-entropy over labelled rows equals that over all, both ways, for each kind of head."""
+"""The cross-entropy over labelled rows equals that over all, and so do its gradients."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def heads() -> dict[str, nn.Module]:
         "frozen": frozen,
         "trained": nn.Linear(DIM, VOCAB, **DOUBLE),
         "adapted": adapted,
-        "new words": NewTokenHead(
+        "new tokens": NewTokenHead(
             nn.Linear(DIM, VOCAB - 3, bias=False, **DOUBLE), rows, VOCAB - 3, ActiveAdapters()
         ),
     }
@@ -46,12 +46,12 @@ def test_labelled_cross_entropy(kind, labelled, chunk, factor, monkeypatch):
     labels = torch.full((20,), IGNORED)
     labels[torch.randperm(20)[:labelled]] = torch.randint(0, VOCAB, (labelled,))
     inputs = [hidden, *(weight for weight in head.parameters() if weight.requires_grad)]
-    found = labelled_cross_entropy(hidden, labels, head)
-    wanted = F.cross_entropy(head(hidden), labels, ignore_index=IGNORED, reduction="sum")
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+    loss = labelled_cross_entropy(hidden, labels, head)
+    expected = F.cross_entropy(head(hidden), labels, ignore_index=IGNORED, reduction="sum")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
-        torch.autograd.grad(found * factor, inputs), torch.autograd.grad(wanted * factor, inputs)
+        torch.autograd.grad(loss * factor, inputs), torch.autograd.grad(expected * factor, inputs)
     )
 
 
@@ -60,12 +60,12 @@ def test_labelled_cross_entropy_without_a_gradient_for_hidden(kind):
     head = heads()[kind]
     hidden, labels = torch.randn(5, DIM, **DOUBLE), torch.tensor([1, IGNORED, 4, 9, 0])
     trained = [weight for weight in head.parameters() if weight.requires_grad]
-    found = labelled_cross_entropy(hidden, labels, head)
-    assert found.requires_grad == bool(trained)
+    loss = labelled_cross_entropy(hidden, labels, head)
+    assert loss.requires_grad == bool(trained)
     if trained:
-        wanted = F.cross_entropy(head(hidden), labels, reduction="sum")
+        expected = F.cross_entropy(head(hidden), labels, reduction="sum")
         torch.testing.assert_close(
-            torch.autograd.grad(found, trained), torch.autograd.grad(wanted, trained)
+            torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained)
         )
 
 
@@ -74,9 +74,9 @@ def test_labelled_cross_entropy_measures_a_head_whose_adapter_rests():
     head.active_adapters.weights = {}
     hidden, labels = torch.randn(5, DIM, **DOUBLE), torch.tensor([1, IGNORED, 4, 9, 0])
     with torch.no_grad():
-        found = labelled_cross_entropy(hidden, labels, head)
-        wanted = F.cross_entropy(head(hidden), labels, reduction="sum")
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+        loss = labelled_cross_entropy(hidden, labels, head)
+        expected = F.cross_entropy(head(hidden), labels, reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_no_more_logits_than_a_chunk(monkeypatch):

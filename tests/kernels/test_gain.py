@@ -16,8 +16,8 @@ from veneer.lowrank.formula import updated_norms
 
 def without_kernels(compiled: bool, monkeypatch: Any) -> None:
     """Leave only the formulas in torch, unless `compiled`."""
-    for room in () if compiled else (formula, gain, gated):
-        monkeypatch.setattr(room, "kernel", lambda name, like: None)
+    for module in () if compiled else (formula, gain, gated):
+        monkeypatch.setattr(module, "kernel", lambda name, like: None)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -29,10 +29,10 @@ def test_norms_of_the_sum_without_the_sum(rank, dtype, compiled, monkeypatch):
     wide = torch.promote_types(dtype, torch.float32)
     W, A, B = (torch.randn(*s).to(dtype) for s in ((50, 70), (rank, 70), (50, rank)))
     squares = W.to(wide).square().sum(1)
-    found = updated_norms(squares, W @ A.T, A.to(wide), B.to(wide), 0.3)
-    wanted = (W.double() + 0.3 * B.double() @ A.double()).norm(dim=1)
+    norms = updated_norms(squares, W @ A.T, A.to(wide), B.to(wide), 0.3)
+    expected = (W.double() + 0.3 * B.double() @ A.double()).norm(dim=1)
     near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    torch.testing.assert_close(found.double(), wanted, rtol=near, atol=0)
+    torch.testing.assert_close(norms.double(), expected, rtol=near, atol=0)
     nothing = torch.zeros(50, rank, dtype=wide)
     fresh = updated_norms(squares, W @ A.T, A.to(wide), nothing, 0.3)
     torch.testing.assert_close(fresh, squares.sqrt(), rtol=1e-6, atol=0)
@@ -55,7 +55,7 @@ def test_gain_kernels_equal_torch(rows, columns, bias, dtype, compiled, monkeypa
     z64 = z.double().requires_grad_()
     g64 = gains.double().requires_grad_()
     offset = 0 if b is None else b.double()
-    wanted = (z64 - offset) * g64 + offset
+    expected = (z64 - offset) * g64 + offset
     y = apply_gain_(z.clone(), gains, b)
     dz, d_gain = gain_backward(dy, y, gains, b)
     again = dy.clone()
@@ -63,9 +63,9 @@ def test_gain_kernels_equal_torch(rows, columns, bias, dtype, compiled, monkeypa
     assert torch.equal(in_place, dz)
     if kernel("gain_backward", y) is not None and compiled:
         assert in_place is again
-    right = torch.autograd.grad(wanted, (z64, g64), dy.double())
+    exact = torch.autograd.grad(expected, (z64, g64), dy.double())
     near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    for a, c in zip((y, dz, d_gain), (wanted, *right), strict=True):
+    for a, c in zip((y, dz, d_gain), (expected, *exact), strict=True):
         assert distance(a.double(), c) < near
 
 
@@ -81,11 +81,11 @@ def test_gains_within_swiglu_equal_both_apart(rows, biased, dtype, compiled, mon
     gains = tuple(0.5 + torch.rand(63).to(wide) for _ in range(2))
     biases = tuple(torch.randn(63).to(dtype) if b else None for b in biased)
     dz, d_gains, inner = swiglu_gain_backward(dy, gate, up, gains, biases)
-    *d_inputs, wanted = swiglu_backward(dy.double(), gate.double(), up.double())
+    *d_inputs, expected = swiglu_backward(dy.double(), gate.double(), up.double())
     near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    assert distance(inner.double(), wanted) < near
+    assert distance(inner.double(), expected) < near
     for i, (d, y) in enumerate(zip(d_inputs, (gate, up), strict=True)):
         bias = None if biases[i] is None else biases[i].double()
-        right = gain_backward(d, y.double(), gains[i].double(), bias)
-        assert distance(dz[i].double(), right[0]) < near
-        assert distance(d_gains[i].double(), right[1]) < near
+        exact = gain_backward(d, y.double(), gains[i].double(), bias)
+        assert distance(dz[i].double(), exact[0]) < near
+        assert distance(d_gains[i].double(), exact[1]) < near

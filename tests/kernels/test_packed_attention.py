@@ -1,4 +1,4 @@
-"""Attention over rows laid end to end equals that of each row alone, both ways."""
+"""Attention over packed rows equals that of each row alone, forward and backward."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_packed_attention_equals_each_sequence_alone(lengths, heads, window, sca
         torch.randn(1, n, tokens, 3, **DOUBLE, requires_grad=True)
         for n in (heads[0], heads[1], heads[1])
     )
-    found, _ = packed_attention(
+    y, _ = packed_attention(
         nn.Identity(),
         q,
         k,
@@ -48,12 +48,12 @@ def test_packed_attention_equals_each_sequence_alone(lengths, heads, window, sca
         sliding_window=window,
         scaling=scaling,
     )
-    parts = zip(*(x[0].split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    wanted = torch.cat([alone(*part, window, scaling) for part in parts])[None]
-    torch.testing.assert_close(found, wanted)
-    dy = torch.randn_like(found)
+    sequences = zip(*(x[0].split(lengths, dim=1) for x in (q, k, v)), strict=True)
+    expected = torch.cat([alone(*qkv, window, scaling) for qkv in sequences])[None]
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
     torch.testing.assert_close(
-        torch.autograd.grad(found, (q, k, v), dy), torch.autograd.grad(wanted, (q, k, v), dy)
+        torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(expected, (q, k, v), dy)
     )
 
 

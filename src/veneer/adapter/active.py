@@ -63,7 +63,7 @@ class ActiveAdapters:
 
 
 def active_adapters_of(model: nn.Module) -> ActiveAdapters:
-    """Return the model's active adapters, a value that is made when it is first asked for."""
+    """Return the model's active adapters; the first call makes them."""
     active_adapters = getattr(model, "veneer_active_adapters", None)
     if active_adapters is None:
         active_adapters = ActiveAdapters()

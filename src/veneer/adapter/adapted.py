@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,19 +39,19 @@ class Adapted(nn.Module):
 
     @property
     def dense_base_weight(self) -> Tensor:
-        """`base_weight` as a tensor, which is dequantized at each access."""
+        """`base_weight` as a tensor; a quantized one is dequantized at each access."""
         return dense(self.base_weight)
 
     def oriented(self, weight: Tensor) -> Tensor:
-        """Return a weight in the orientation of `base_weight` from the one that is stored."""
+        """Return a stored weight in the orientation of `base_weight`."""
         return weight
 
     def stored(self, weight: Tensor) -> Tensor:
-        """Return a weight as it is stored from the orientation of `base_weight`."""
+        """Return a weight, oriented as `base_weight`, as it is stored."""
         return self.oriented(weight)
 
     def by_outputs(self, weight: Tensor) -> Tensor:
-        """Return a weight as (out, in) from the orientation of `base_weight`, and back."""
+        """Return a weight, oriented as `base_weight`, as (out, in), or the other way round."""
         return weight
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
@@ -80,23 +80,14 @@ class Adapted(nn.Module):
 
     def named(self, weights: Iterable[tuple[str, float]]) -> list[tuple[Adapter, float]]:
         """Return the adapters of these names that are attached here, with their weights."""
-        pairs = []
-        for name, weight in weights:
-            if name in self.adapters:
-                adapter = self.adapters[name]
-                assert isinstance(adapter, Adapter)
-                pairs.append((adapter, weight))
-        return pairs
+        adapters: Mapping[str, Any] = self.adapters._modules
+        return [(adapters[name], weight) for name, weight in weights if name in adapters]
 
     def active_tokens(self) -> list[tuple[TrainedTokens, float]]:
         """Return the active adapters' rows of single tokens, with their weights."""
-        pairs = []
-        for name, weight in self.active_adapters.weights.items():
-            if name in self.tokens:
-                tokens = self.tokens[name]
-                assert isinstance(tokens, TrainedTokens)
-                pairs.append((tokens, weight))
-        return pairs
+        tokens: Mapping[str, Any] = self.tokens._modules
+        weights = self.active_adapters.weights.items()
+        return [(tokens[name], weight) for name, weight in weights if name in tokens]
 
     def delta(self) -> Tensor:
         """Return Σ w ΔW of the active adapters, shaped as `base_weight`, in float32."""

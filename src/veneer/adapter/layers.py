@@ -49,7 +49,7 @@ class AdaptedLayer(Adapted, Wrapper):
 
     def start_magnitude(self, adapter: Adapter) -> None:
         """Start an adapter's magnitudes as the norms of the rows of W + s B A."""
-        # By the very function that they are divided by later: 1 has to be 1 to the bit.
+        # By the function that also makes the later divisor, so that the first gain is exactly 1.
         norms = self._norms(adapter, adapter.factors()[0])
         adapter.magnitude = nn.Parameter(norms.masked_fill(self._squares() == 0, 0.0))
 
@@ -102,7 +102,7 @@ class AdaptedLayer(Adapted, Wrapper):
             squares = self._squares()
             wide, B = (factor.to(squares.dtype) for factor in adapter.factors())
             norms = updated_norms(squares, self.base_weight_times(A), wide, B, adapter.scaling)
-        # An optimizer may write where versions are not counted.
+        # An optimizer may change A and B without a new `_version`.
         adapter.cached_norms = None if trains else (state, norms)
         return norms
 

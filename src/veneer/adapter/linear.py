@@ -71,7 +71,7 @@ class LoRALinear(AdaptedLayer):
     def base_weight_times(self, A: Tensor) -> Tensor:
         W = self.base_weight
         A = A.to(W.dtype)
-        # A dense W is used as it lies; as a layer's weight it would be laid out anew for few rows.
+        # A dense W is used in place; as the weight of F.linear it would be copied for few rows.
         return W @ A.T if isinstance(W, Tensor) else linear(A, W, None).T
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
@@ -117,8 +117,8 @@ class LoRALinear(AdaptedLayer):
             return self.original(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        # Adapters whose inputs are dropped out need a mask each; all others act as one,
-        # their A stacked and their B side by side.
+        # Adapters with dropout need a mask each; all others act as one, their A stacked and their B
+        # side by side.
         dropped = [pair for pair in active if self.training and pair[0].dropout]
         together = [pair for pair in active if pair not in dropped]
         first = together or [dropped.pop(0)]

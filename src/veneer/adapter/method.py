@@ -1,4 +1,4 @@
-"""What trains other than a low-rank adapter: a frozen, validated value that imports no torch."""
+"""What trains, if it is no low-rank adapter: a frozen, validated value that imports no torch."""
 
 from __future__ import annotations
 

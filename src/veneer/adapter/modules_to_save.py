@@ -1,7 +1,7 @@
 """Weights that an adapter has instead of the base's own: biases, whole modules.
 
-While it acts, they are the parameters of the base's modules, so that whatever reads these gets
-them: kernels, autograd, merging. The base's own wait in `ActiveAdapters.replaced`.
+While the adapter acts, they are the parameters of the base's modules, so that kernels, autograd and
+merging use them without knowing. `ActiveAdapters.replaced` keeps the base's own meanwhile.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def detach_modules_to_save(model: nn.Module, names: set[str]) -> None:
 
 
 def switch_modules_to_save(model: nn.Module) -> None:
-    """Give the base's modules the weights of the adapters in use, and their own back elsewhere.
+    """Give the base's modules the weights of the adapters in use; all others get their own back.
 
     A mix has W + Σ w (T - W), with the trained T of weight w. Raises AdapterError, before anything
-    has changed, for a mix with another adapter of the same layer, whose change counts from the
-    base's own weight.
+    has changed, for a mix with a low-rank adapter of the same layer, which changes the base's own
+    weight.
     """
     active_adapters = active_adapters_of(model)
     mixes: dict[str, Mix] = {}

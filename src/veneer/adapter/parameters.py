@@ -20,7 +20,7 @@ PARAMETERS = "parts"
 
 
 class LoRAParameters(Wrapper):
-    """A module some of whose parameters are adapted: it computes with W + Σ scaling · B A.
+    """A module with adapted parameters: it computes with W + Σ scaling · B A.
 
     The sum is made anew in each forward pass, as large as W itself.
     """

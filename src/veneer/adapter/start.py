@@ -30,7 +30,7 @@ NOT_FINITE = (
 def start_from_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> None:
     """Start the adapters in use that ask for `lora_ga` from the gradient of `loss()`, in place.
 
-    The model's outputs stay those of the base. `loss` must call each adapted layer by its own
+    The model's outputs stay the base's. `loss` must call each adapted layer by its own
     forward. One gradient of a whole weight is held at a time, beside the head's, which comes in
     several summands. Raises TrainingError where the loss or a gradient is not finite, ConfigError
     where another layer is used several times.

@@ -28,7 +28,8 @@ Arguments = dict[str, Any]
 class VirtualTokens(nn.Module):
     """The prefixes and prompts of a model, by name, of which at most one acts.
 
-    The decoder reads it before the text, and returns the last hidden states of the text alone.
+    The decoder reads the one that acts before the text, and returns the last hidden states of the
+    text alone.
     """
 
     def __init__(self, decoder: PreTrainedModel, active_adapters: ActiveAdapters) -> None:

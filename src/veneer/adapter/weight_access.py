@@ -13,7 +13,7 @@ LOOK = r"(?:\.(?:dtype|device|shape)\b|, torch\.Tensor\))"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands: the class of the module that it belongs to, and its name there."""
+    """Where a layer is: the class of the module that owns it, and its name there."""
 
     owner: type
     name: str
@@ -23,7 +23,7 @@ class Place:
         """Whether the owner's code asks for the weight's dtype, device or shape, and no more.
 
         T5 asks for the dtype of `wo` in each pass; no adapted weight need be computed for that.
-        Where the code does not name the weight, or cannot be read, others may compute with it.
+        False where the code does not name the weight, or cannot be read.
         """
         return _only_looks(self)
 

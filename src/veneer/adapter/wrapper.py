@@ -1,4 +1,4 @@
-"""A frozen module with something over it, which looks to the outside as the module itself does.
+"""A wrapper around a frozen module, which from outside looks like the module itself.
 
 Hooks keep the base's own names in state dicts, so that whatever writes and reads them
 (transformers' Trainer and `save_pretrained`, first of all) needs to know nothing of wrappers.
@@ -14,10 +14,7 @@ INNER = "original."
 
 
 class Wrapper(nn.Module):
-    """A frozen `original` with something over it.
-
-    In state dicts its weights keep the names that they have in the base.
-    """
+    """A frozen `original`, whose weights keep their names of the base in state dicts."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ LayerForward = Callable[..., Any]
 class Installation:
     """The patches of one model: they act while a pass of ours is running, and only then.
 
-    So whoever calls the model between two steps (to generate, say) gets its own forward.
+    So a call of the model between two steps (to generate, say) takes its own forward.
     attention: the name of the attention to use in a pass, or None for the model's own.
     """
 
@@ -96,7 +96,7 @@ class RecomputedForward(Patch):
 def patched(forwards: Mapping[nn.Module, LayerForward]) -> Iterator[None]:
     """Let layers compute by these forwards while the context lasts.
 
-    A forward that somebody else has put over ours meanwhile stays: ours under it only passes on.
+    A forward that somebody else has set over ours meanwhile stays; ours below it passes calls on.
     """
     before = {layer: layer.__dict__.get("forward") for layer in forwards}
     for layer, forward in forwards.items():

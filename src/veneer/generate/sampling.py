@@ -43,17 +43,6 @@ class Sampling:
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         if self.temperature == 0:
             # Without these, values of the model's own generation_config would only cause warnings.
-            return {
-                **options,
-                "do_sample": False,
-                "temperature": None,
-                "top_p": None,
-                "top_k": None,
-            }
-        return {
-            **options,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
+            return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return options | {"do_sample": True} | drawn

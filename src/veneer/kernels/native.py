@@ -1,8 +1,8 @@
 """The kernels in C++, compiled once for this processor and called through ctypes: the elementwise
 operations of a training step (native.cpp), and a whole step of many rows (decode.cpp).
 
-Beside each caller stands the formula in torch, which takes over on other devices, for other dtypes,
-and where there is no compiler. Compiling takes about a second; the user's cache keeps the result.
+Each caller has the formula in torch beside it, for other devices, other dtypes, and where there is
+no compiler. Compiling takes about a second; the user's cache keeps the result.
 """
 
 from __future__ import annotations

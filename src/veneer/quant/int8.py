@@ -1,7 +1,7 @@
 """Eight bits a number, one scale a row, as LLM.int8() keeps weights (Dettmers et al. 2022).
 
-Only the weight is quantized: the inputs stay as they are. Codes, scales and the
-names in files are bitsandbytes' own.
+Only the weight is quantized: the inputs stay as they are. Codes, scales and the names in files are
+bitsandbytes' own.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import veneer
 from support.random_adapters import examples, shake
 from support.tiny_models import CONFIGS, tiny
 from veneer.data.packing import pack
-from veneer.fused import layers as fast_layers
 from veneer.fused.forward import choose_forward
+from veneer.fused.layers import FusedLayer
 from veneer.kernels import native
 
 ROWS = examples([14, 9, 20], seed=3)
@@ -27,7 +27,7 @@ def adapted(architecture: str = "llama", **options):
 def counted(monkeypatch) -> list[nn.Module]:
     """Return a list that each layer joins when it is computed as two functions."""
     computed: list[nn.Module] = []
-    plain = fast_layers.FusedLayer.forward
+    plain = FusedLayer.forward
 
     def forward(self, *args, **options):
         y = plain(self, *args, **options)
@@ -35,7 +35,7 @@ def counted(monkeypatch) -> list[nn.Module]:
             computed.append(self.layer)
         return y
 
-    monkeypatch.setattr(fast_layers.FusedLayer, "forward", forward)
+    monkeypatch.setattr(FusedLayer, "forward", forward)
     return computed
 
 
@@ -154,7 +154,7 @@ def test_a_trained_norm_goes_the_general_way():
     assert norm.grad.norm() > 0
 
 
-@pytest.mark.parametrize("what", ["multiplier", "activation", "norm", "extra part"])
+@pytest.mark.parametrize("what", ["multiplier", "activation", "norm", "extra module"])
 def test_a_layer_that_means_something_else_is_left_alone(what, monkeypatch):
     model = adapted()
     layer = model.model.layers[0]
@@ -174,7 +174,7 @@ def test_a_layer_that_means_something_else_is_left_alone(what, monkeypatch):
         layer.input_layernorm.variance_epsilon = None
         layer.input_layernorm.eps = 1e-6
         layer.input_layernorm.forward = lambda x: 1.05 * nn.functional.rms_norm(x, x.shape[-1:])
-    elif what == "extra part":
+    elif what == "extra module":
         layer.self_attn.q_norm = nn.Identity()
     model.eval()
     with torch.no_grad():
