@@ -96,6 +96,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _is_number(value: Any, kind: type = numbers.Real) -> bool:
+def _is_number(value: Any, kind: type[Any] = numbers.Real) -> bool:
     # A bool is an int, and a NaN is a float; neither is meant anywhere.
     return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
