@@ -256,7 +256,7 @@ def test_the_constants_are_those_of_what_is_planned():
     from veneer.quant import weight
 
     assert workspace.CHUNK_LOGITS == cross_entropy.CHUNK_LOGITS
-    assert workspace.BLOCK_WORDS == cross_entropy.BLOCK_TOKENS
+    assert workspace.BLOCK_TOKENS == cross_entropy.BLOCK_TOKENS
     assert workspace.BLOCK_NUMBERS == weight.BLOCK_NUMBERS
     assert workspace.QUERY_BLOCK == attention.QUERY_BLOCK
     assert activations.TOKENS_STEP == forward.TOKENS_STEP

@@ -1,5 +1,6 @@
 """A run's plan: made before anything is loaded, kept to, and compared with what came of it."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,8 @@ BIG = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
+
+ALL = veneer.LoRA(targets="all")
 
 
 @pytest.fixture
@@ -167,6 +170,16 @@ def test_what_is_no_causal_language_model_is_not_planned_and_that_is_said(big):
     events = veneer.tune(big)
     assert isinstance(notice := next(events), Notice)
     assert "No memory is planned" in notice.text
+
+
+def test_a_run_says_what_its_plan_does_not_count(big):
+    mamba = {"model_type": "mamba2", "hidden_size": 64, "num_heads": 4, "head_dim": 32}
+    config = mamba | {"num_hidden_layers": 2, "state_size": 16, "vocab_size": 320}
+    (Path(big.model) / "config.json").write_text(json.dumps(config))
+    planned_event, notice = itertools.islice(veneer.tune(replace(big, lora=ALL)), 2)
+    assert isinstance(planned_event, Planned)
+    assert planned_event.plan.notice is not None
+    assert notice == Notice(planned_event.plan.notice)
 
 
 def test_merging_is_planned_too(big):

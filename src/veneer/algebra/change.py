@@ -1,4 +1,4 @@
-"""What an adapter adds to each layer, ΔW = B A, taken from an AdapterState and put back."""
+"""The changes ΔW = B A of an adapter's layers: from an AdapterState, and back into one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer.formats.state import (
 from veneer.formats.validate import finite_problems
 from veneer.lowrank.formula import Factors
 
-# What the tensors of a matrix B A can be called.
+# Names of the tensors of an adapter that is a sum of matrices B A.
 MATRIX_KEYS = LAYER_KEYS - {*FACTORS["parameter"], BIAS}
 
 
@@ -46,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How much of a change ‖ΔW‖ the factors of one layer hold: `energy` is a share of ‖ΔW‖²."""
+    """How much of one layer's change its factors hold. norm: ‖ΔW‖. energy: the share of ‖ΔW‖²."""
 
     path: str
     rank: int
@@ -55,14 +55,14 @@ class LayerFit:
 
 
 def energy_of(fits: Iterable[LayerFit]) -> float:
-    """Return the energy that is kept over all layers: Σ energy ‖ΔW‖² / Σ ‖ΔW‖²."""
+    """Return the energy over all layers: Σ energy ‖ΔW‖² / Σ ‖ΔW‖²."""
     fits = list(fits)
     whole = sum(fit.norm**2 for fit in fits)
     return sum(fit.energy * fit.norm**2 for fit in fits) / whole if whole else 1.0
 
 
 def not_a_sum(state: AdapterState) -> list[str]:
-    """Return why an adapter is no sum of B A over layers, as far as its tensors show."""
+    """Return why an adapter is no sum of B A over layers, judged by its tensors."""
     config = state.config
     if not isinstance(config, LoRA):
         return [f"it was made by {config.method}, and has no low-rank factors"]
@@ -89,9 +89,9 @@ def not_a_sum(state: AdapterState) -> list[str]:
 
 
 def changes_of(state: AdapterState) -> dict[str, Change]:
-    """Return what an adapter adds to each layer, by path; of DoRA, B A before it is rescaled.
+    """Return what an adapter adds to each layer, by path; for DoRA, B A before it is rescaled.
 
-    The adapter must have passed `not_a_sum`.
+    `not_a_sum` must have found nothing.
     """
     plain, _ = without_start(state)
     config = plain.config
@@ -113,7 +113,7 @@ def state_of(
     base_name: str,
     base_fingerprint: Mapping[str, str],
 ) -> AdapterState:
-    """Return changes as an adapter whose alpha is its rank in each layer, so that scaling is 1."""
+    """Return changes as an adapter with alpha = rank in each layer, so that the scaling is 1."""
     ranks = {path: len(change.A) for path, change in changes.items()}
     alphas = {path: float(rank) for path, rank in ranks.items()}
     tensors: dict[str, Tensor] = {}

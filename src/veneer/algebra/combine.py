@@ -1,4 +1,4 @@
-"""Several adapters as one: their weighted sum, exact or cut to a rank, and TIES and DARE."""
+"""Combine adapters into one: their weighted sum, exact or cut to a rank, TIES and DARE."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from veneer.lowrank.formula import delta_weight
 from veneer.lowrank.sparse import agreed, dropped, pruned, threshold, trimmed
 from veneer.lowrank.spectrum import balanced, inner, kept_energy, product_directions, truncated
 
-Changes = Mapping[str, Change]  # of one adapter, by path, its weight within B
+Changes = Mapping[str, Change]  # of one adapter, by path, with its weight in B
 
 
 @dataclass(frozen=True)
 class Combined:
-    """One adapter made of several, how much of the whole it holds, and what to know of it."""
+    """One adapter made of several, how much of the sum it holds, and notices."""
 
     state: AdapterState
     layers: tuple[LayerFit, ...]
@@ -33,7 +33,7 @@ class Combined:
 
     @property
     def energy(self) -> float:
-        """The share of ‖ΔW‖² over all layers that the rank holds; 1 of an exact sum."""
+        """The share of ‖ΔW‖² over all layers that the rank holds; 1 for an exact sum."""
         return energy_of(self.layers)
 
 
@@ -48,18 +48,18 @@ def combine(
 ) -> Combined:
     """Return Σ w ΔW of several adapters over one base as one adapter; a negative w takes one away.
 
-    sum: exact, A stacked and B side by side, so that ranks add up.
-    svd: the nearest to the sum of a rank, from the factors alone.
-    All others work on w ΔW itself, made for one layer at a time, and cut what comes out to a rank:
+    sum: exact, with A stacked and B side by side, so that ranks add up.
+    svd: the nearest to the sum at a rank, from the factors alone.
+    The others make w ΔW for one layer at a time, and cut their result to a rank:
     ties: each keeps the largest `density` of all its entries; then, entry by entry, the mean of
-    those that have the sign of the total (Yadav et al. 2023, section 3).
+    those with the sign of their sum (Yadav et al. 2023, section 3).
     dare: each keeps a random `density` of its entries, divided by it; then the sum (Yu et al. 2023,
     section 3.2). dare_ties: the same, then the mean of those that agree, as in ties.
     magnitude_prune: each keeps the largest `density` of each layer's entries; then the sum.
 
-    A layer that one of them lacks counts as zero there. Raises ConfigError for settings that cannot
-    be, and AdapterError, listing everything at once, for adapters of different bases, of other
-    methods or with new tokens, and for DoRA.
+    A layer that an adapter lacks counts as zero. Raises ConfigError for impossible settings, and
+    AdapterError, listing everything at once, for adapters of different bases, of other methods or
+    with new tokens, and for DoRA.
     """
     config = CombineConfig(method, rank, density, seed)
     _check_weights(weights, len(states))
@@ -79,7 +79,7 @@ def combine(
         base_name=next((s.base_name for s in states if s.base_name), ""),
         base_fingerprint={key: mark for s in states for key, mark in s.base_fingerprint.items()},
     )
-    # They must be the base's own, which is seen where the adapter is laid over one.
+    # Loading the adapter checks that they equal the base's own.
     base_weights = {name: weight for s in states for name, weight in s.base_weights.items()}
     state = replace(state, base_weights=base_weights)
     return Combined(state, tuple(fit for _, fit in combined.values()), tuple(_notices(states)))
@@ -104,7 +104,7 @@ def _summed(
 def _sparse(
     adapters: Sequence[Changes], config: CombineConfig
 ) -> Iterator[tuple[str, tuple[Change, LayerFit]]]:
-    """Yield what is left of each layer's changes, cut to the rank."""
+    """Yield each layer's changes, made sparse and summed, cut to the rank."""
     density = config.density
     assert density is not None
     least = [0.0] * len(adapters)
@@ -147,12 +147,12 @@ def _all_dense(adapter: Changes) -> Iterator[Tensor]:
 
 
 def _layer_seed(seed: int, path: str) -> int:
-    """Return a seed of the layer's own, so that its draw hangs on no other layer."""
+    """Return a layer's own seed, so that its draw does not depend on other layers."""
     return int(hashlib.sha256(f"{seed} {path}".encode()).hexdigest()[:15], 16)
 
 
 def _targets(states: Sequence[AdapterState], paths: list[str]) -> list[str]:
-    """Return targets that name the layers of all adapters, and no others."""
+    """Return targets for the layers of all adapters and no others."""
     configs = [state.config for state in states if isinstance(state.config, LoRA)]
     if any(config.layers is not None for config in configs):
         return paths
@@ -174,16 +174,16 @@ def _check_weights(weights: Sequence[float], count: int) -> None:
 
 
 def _check_states(states: Sequence[AdapterState]) -> None:
-    """Raise AdapterError for adapters that are no sums of B A, or lie over different bases."""
+    """Raise AdapterError for adapters that are no sums of B A, or of different bases."""
     problems = []
     marks: dict[str, tuple[int, str]] = {}
     for n, state in enumerate(states, 1):
         own = not_a_sum(state)
         if isinstance(state.config, LoRA) and state.config.dora:
             own.append(
-                "it is DoRA, whose change m ∘ (W + B A) / ‖W + B A‖ − W hangs on the base and is "
-                "of full rank, so that no factors hold it (merge it, and extract an adapter "
-                "from the merged model)"
+                "it is DoRA, whose change m ∘ (W + B A) / ‖W + B A‖ − W depends on the base and "
+                "has full rank, so that no factors hold it (merge it, and extract an adapter from "
+                "the merged model)"
             )
         if state.new_tokens is not None:
             own.append("it has new tokens, whose rows belong to its own tokenizer")
@@ -215,12 +215,12 @@ def _notices(states: Sequence[AdapterState]) -> Iterator[str]:
     names = sorted({state.base_name for state in states if state.base_name})
     if len(names) > 1 and not all(state.base_fingerprint for state in states):
         yield (
-            f"Nothing but shapes tells whether these adapters belong to one base: they name "
+            f"Only the shapes of these adapters show that they belong to one base: they name "
             f"{', '.join(names)}."
         )
     for n, state in enumerate(states, 1):
         if state.base_weights:
             yield (
-                f"Adapter {n} brings weights of its base along ({', '.join(state.base_weights)}); "
-                "they are taken to be the base's own, and are not adapter of the sum."
+                f"Adapter {n} has weights of its base too ({', '.join(state.base_weights)}); they "
+                "are taken to be the base's own and are not summed."
             )

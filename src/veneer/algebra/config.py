@@ -20,7 +20,7 @@ class CombineConfig:
     """How: sum (exact, ranks add up), svd (the sum, cut to --rank), ties, dare, dare_ties or
     magnitude_prune (as their papers have them, over whole changes, then cut to --rank)."""
     rank: int | None = None
-    """Rank of the result: of all methods but sum, whose ranks add up."""
+    """Rank of the result; not for sum, whose ranks add up."""
     density: float | None = None
     """Share of the entries that ties, dare, dare_ties and magnitude_prune keep, above 0 up to 1."""
     seed: int = 0
@@ -52,7 +52,7 @@ class CombineConfig:
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """How much of a change is kept. Raises ConfigError, listing everything that is wrong."""
+    """How an adapter is extracted. Raises ConfigError, listing everything that is wrong."""
 
     rank: int | None = None
     """Rank of every layer."""

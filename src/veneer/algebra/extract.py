@@ -1,4 +1,4 @@
-"""An adapter from a full fine-tune: the change of each weight, cut to a rank."""
+"""Extract an adapter from a full fine-tune: the change of each weight, cut to a rank."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from veneer.models.fingerprint import Marks, fingerprint
 from veneer.models.load import open_base
 from veneer.models.source import Source
 
-# A fine-tune moves weights by some per cent of their size; two models that were trained apart
-# differ by more than the size itself.
+# A fine-tune changes weights by a few per cent of their size; models that were trained separately
+# differ by more than their size.
 FOREIGN = 0.5
 
 
 @dataclass(frozen=True)
 class UncoveredWeight:
-    """A weight that changed and that the adapter does not cover."""
+    """A changed weight that the adapter does not cover."""
 
     name: str
     norm: float  # ‖ΔW‖
@@ -72,14 +72,14 @@ def extract(
     """Return the adapter over `base` that is nearest to what made it `tuned`, layer by layer.
 
     s B A is W_tuned − W_base cut to a rank, or to the smallest rank that keeps a share `energy` of
-    ‖ΔW‖² in each layer. Only linear layers have one, and with `embeddings` those too, with the head
-    where the two are one weight; other weights that changed are reported. Weights are read one by
-    one. A base of a wider dtype is rounded to the tuned one's first, as it
-    was when tuning began: that rounding is none of what was learnt.
+    ‖ΔW‖² in each layer. Only linear layers are adapted, and with `embeddings` embeddings too, with
+    a tied head; other changed weights are reported. Weights are read one by one. A base of a wider
+    dtype is first rounded to the tuned one's, as it was when tuning began: tuning did not learn
+    that rounding.
 
-    Raises ConfigError for settings that cannot be, ModelError for models that cannot be read or
-    whose weights are not of the same names and shapes, and AdapterError where `tuned` is no
-    fine-tune of `base` (`force` overrides what is judged, not measured) or changed no layer.
+    Raises ConfigError for impossible settings, ModelError for models that cannot be read or whose
+    weights have different names or shapes, and AdapterError if `tuned` is no fine-tune of `base`
+    (unless `force`) or changed no layer.
     """
     config = ExtractConfig(rank, energy, embeddings)
     before, tokenizer, notices = open_base(base)
@@ -113,22 +113,21 @@ def extract(
             continue
         (A, B), energy_held = truncated(delta, rank=config.rank, energy=config.energy)
         for layer in owners[name]:
-            # Conv1D and embeddings hold their weights as (in, out): there B A is turned.
-            turned = not isinstance(layer.module, nn.Linear)
-            factors = (B.T, A.T) if turned else (A, B)
+            # Conv1D and embeddings hold their weights as (in, out): there B A is transposed.
+            factors = (A, B) if isinstance(layer.module, nn.Linear) else (B.T, A.T)
             changes[layer.path] = Change(*factors, not layer.is_linear)
             fits.append(LayerFit(layer.path, len(A), norm, energy_held))
     relative = (changed / size) ** 0.5 if size else 0.0
     if relative > FOREIGN and not force:
         raise AdapterError(
             f"The weights of {tuned} differ from those of {base} by {relative:.0%} of their size, "
-            "as those of models that were trained apart do: this is no fine-tune of that base "
-            "(force overrides this)."
+            "as if the two were trained apart: this is no fine-tune of that base (force overrides "
+            "this)."
         )
     if not changes:
         raise AdapterError(
-            f"No layer of {tuned} that can have an adapter differs from {base}'s: there is "
-            "nothing to extract."
+            f"No layer of {tuned} that can have an adapter differs from {base}'s: there is nothing "
+            "to extract."
         )
     skeleton.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     state = state_of(
@@ -149,7 +148,7 @@ def extract(
 
 
 def _owners(skeleton: PreTrainedModel, *, embeddings: bool) -> dict[str, list[Layer]]:
-    """Return, by a weight's name, the layers that it belongs to, where all can have an adapter."""
+    """Return the layers that share each weight, by its name, if all of them can have an adapter."""
     names = {id(weight): name for name, weight in skeleton.named_parameters()}
     owners: dict[str, list[Layer]] = defaultdict(list)
     for layer in adaptable_layers(skeleton):
@@ -166,7 +165,7 @@ def _is_wider(old: Tensor, new: Tensor) -> bool:
 
 
 def _check_shapes(before: Source, after: Source) -> None:
-    """Raise ModelError, listing each weight that only one has, or that is of another shape."""
+    """Raise ModelError, listing each weight that one model lacks or that has another shape."""
     ours, theirs = (dict(_shapes(source)) for source in (before, after))
     problems = [
         f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} in the base"
@@ -189,7 +188,7 @@ def _check_settings(
     tokenizer: PreTrainedTokenizerBase,
     their_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Raise AdapterError where the same weights and texts mean something else to the two."""
+    """Raise AdapterError if the two have other settings or another vocabulary."""
     keys = {"settings": "config", "vocabularies": "tokenizer"}
     ours, theirs = (
         fingerprint(_marked(source), tokens)
@@ -204,6 +203,6 @@ def _check_settings(
 
 
 def _marked(source: Source) -> PreTrainedModel:
-    """Return the skeleton with the fingerprint of its settings, which needs no weights."""
+    """Return the skeleton, marked with the fingerprint of its settings alone."""
     source.skeleton.veneer_marks = Marks(source.skeleton).fingerprint()  # type: ignore[assignment]
     return source.skeleton

@@ -1,4 +1,4 @@
-"""How large an adapter's changes are, how many directions they have, and how two of them lie."""
+"""Measure an adapter's changes: their size, their effective rank, and the angle between two."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Pair:
-    """One layer of two adapters; None for one that lacks it.
-
-    inner: ⟨ΔW, ΔW'⟩, 0 where one of them is nothing.
-    """
+    """One layer of two adapters; None for an adapter that lacks it. inner: ⟨ΔW, ΔW'⟩, else 0."""
 
     path: str
     one: Measured | None
@@ -39,17 +36,17 @@ class Pair:
 
     @property
     def cosine(self) -> float | None:
-        """⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖), or None where one of them is nothing."""
+        """⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖), or None if one of them is missing or zero."""
         if self.one is None or self.other is None:
             return None
         return cosine(self.inner, self.one.norm, self.other.norm)
 
 
 def inspect(state: AdapterState) -> list[Measured]:
-    """Return what an adapter adds to each layer, from its factors alone.
+    """Return the measures of what an adapter adds to each layer, from its factors alone.
 
-    Of DoRA, which rescales W + B A row by row, B A alone is measured. Raises AdapterError for an
-    adapter that has no low-rank factors.
+    For DoRA, which rescales W + B A row by row, only B A is measured. Raises AdapterError for an
+    adapter without low-rank factors.
     """
     return [_measured(path, change) for path, change in _changes(state, "it").items()]
 
@@ -57,8 +54,8 @@ def inspect(state: AdapterState) -> list[Measured]:
 def diff(one: AdapterState, other: AdapterState) -> list[Pair]:
     """Return the layers of two adapters side by side, with the angles between their changes.
 
-    Nothing as large as ΔW is made. Raises AdapterError for adapters that have no low-rank factors,
-    or layers of different shapes.
+    Nothing as large as ΔW is made. Raises AdapterError for adapters without low-rank factors, and
+    for layers of different shapes.
     """
     left, right = _changes(one, "the first"), _changes(other, "the second")
     problems = [
@@ -89,13 +86,13 @@ def total_norm(layers: Iterable[Measured | None]) -> float:
 
 
 def total_cosine(pairs: list[Pair]) -> float | None:
-    """Return the cosine of two adapters as vectors over all layers, None if one is nothing."""
+    """Return the cosine of two adapters as vectors over all layers, None if one is zero."""
     sizes = total_norm(pair.one for pair in pairs), total_norm(pair.other for pair in pairs)
     return cosine(sum(pair.inner for pair in pairs), *sizes)
 
 
 def cosine(product: float, one: float, other: float) -> float | None:
-    """Return product / (one · other), kept within ±1, or None where that is 0 / 0."""
+    """Return product / (one · other), clamped to ±1, or None for 0 / 0."""
     if not one or not other:
         return None
     return max(-1.0, min(1.0, product / (one * other)))

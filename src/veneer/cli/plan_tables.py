@@ -148,12 +148,9 @@ def memory_table(plan: Plan, *, formulas: bool) -> Table:
 
 def notes(plan: Plan) -> list[str]:
     """Return what is not counted, and why numbers are smaller than those that are often quoted."""
+    if plan.notice:
+        return [f"[yellow]{plan.notice}[/]"]
     sizes = plan.sizes
-    if sizes.has_uncounted_states:
-        return [
-            "[yellow]What this model's state-space layers keep of their states is not counted: the "
-            "peak is higher.[/]"
-        ]
     under = [x for x in plan.trained.adapted if x.layer.name in ("k_proj", "v_proj")]
     if sizes.kv == sizes.q or not under or plan.config.method not in ADAPTING:
         return []

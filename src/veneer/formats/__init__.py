@@ -1,2 +1,1 @@
-"""Adapters as values, and their files. Only this room reads and writes adapters, quantized bases
-and merged models."""
+"""Adapters as values; reads and writes adapters, quantized bases and merged models."""

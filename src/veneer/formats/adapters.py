@@ -1,4 +1,4 @@
-"""Save the adapter of a model, and load one of any known format."""
+"""Save a model's adapter, load one, and read or write one without its model, in any format."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def save(
 ) -> list[str]:
     """Write the adapter called `name` (by default the one in use) to a directory, all at once.
 
-    `tokenizer`, if given, is kept with a native adapter and ties it to the base's vocabulary.
-    `training` says how the adapter came about, for its model card: {"data": a hash of it, "recipe":
-    the settings}; one that was loaded keeps what it brought. Returns notes: what was folded for a
-    format that says less. Raises AdapterError for what the format cannot express. Warns
-    (VeneerWarning) of weights of the base that train too, which are no part of an adapter.
+    tokenizer: stored with a native adapter, which then fits only bases of the same vocabulary.
+    training: how it was trained, for the model card: {"data": a hash, "recipe": the settings}; a
+    loaded adapter has what its files say. Returns notes on what was folded for the format. Raises
+    AdapterError for what the format cannot express. Warns (VeneerWarning) of weights of the base
+    that train too and are not in the adapter.
     """
     state = capture(model, name, tokenizer)
     if isinstance(state.config, LoRA) or not state.config.replaces_weights:
@@ -45,8 +45,8 @@ def save(
         trained = [path for path, weight in own.items() if weight.requires_grad]
         if lost := [path for path in trained if path not in state.modules_to_save]:
             warnings.warn(
-                f"{', '.join(lost)} train too and are no part of the adapter; keep them with "
-                "the model, as merge(model).save_pretrained(...) does.",
+                f"{', '.join(lost)} train too and are not in the adapter; keep them with the "
+                "model, as merge(model).save_pretrained(...) does.",
                 VeneerWarning,
                 stacklevel=2,
             )
@@ -67,12 +67,12 @@ def load(
     alpha: float | None = None,
     enable_lora: tuple[bool, ...] | None = None,
 ) -> PreTrainedModel:
-    """Lay the adapter in a directory over `model`, frozen and in use, and return the model.
+    """Load an adapter onto `model`, frozen and in use, and return the model.
 
-    The format is recognised by content. New tokens that the adapter brings are added to
-    `tokenizer`. With `allow_bin`, PEFT's adapter_model.bin, a pickle, is read too, but nothing of
-    it except tensors. `alpha` and `enable_lora` are for loralib's files, which do not say them.
-    Raises AdapterError for a damaged adapter or a foreign base (unless `force`).
+    The format is recognised by content. New tokens of the adapter are added to `tokenizer`. With
+    `allow_bin`, PEFT's adapter_model.bin is read too, a pickle of which only tensors are taken.
+    `alpha` and `enable_lora` are for loralib's files, which do not have them. Raises AdapterError
+    for a damaged adapter or one of another base (unless `force`).
     """
     path = Path(directory)
     options = FormatOptions(

@@ -1,4 +1,4 @@
-"""The structure of a base: what formats need to know beside an adapter's files."""
+"""What formats need to know of a base: its layers, its embedding and its blocks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from veneer.models.description import Layer, ModelDescription
 
 @dataclass(frozen=True)
 class BaseStructure:
-    """A base's structure; a model on the meta device has it too.
-
-    Nothing is looked up before a format asks for it; most formats ask for nothing.
-    """
+    """A base's structure, looked up on demand; `model` may be on the meta device."""
 
     model: PreTrainedModel
 
@@ -57,5 +54,5 @@ class BaseStructure:
 
 
 def targets_for(paths: set[str], base: BaseStructure | None) -> tuple[str, ...]:
-    """Return targets that mean the layers at `paths`: short ones where the base is known."""
+    """Return targets for the layers at `paths`: last names, if the base is there to check them."""
     return tuple(sorted(paths)) if base is None else shortest_names(paths, module_paths(base.model))

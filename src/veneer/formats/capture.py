@@ -1,4 +1,4 @@
-"""From a model to an AdapterState."""
+"""Take an adapter off a model as an AdapterState."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def capture(
         assert virtual is not None
         with torch.no_grad():
             tensors = {config.method: virtual.adapters[name]().clone().contiguous()}
-        config = replace(config, prefix_mlp=None)  # the prefix that it makes is stored instead
+        config = replace(config, prefix_mlp=None)  # only what it makes is stored
     elif isinstance(config, Method):
         tensors = _copies(replaced_weights(model, config))
     else:
         tensors = _copies(layer_tensors(model, name))
         if config.init == "lora_ga" and not any(key.endswith(START[0]) for key in tensors):
-            config = replace(config, init="kaiming")  # no gradient has come, and it started so
+            config = replace(config, init="kaiming")  # its start so far: no gradient has come
         if paths := {key.rpartition(".")[0] for key in tensors}:
             targets = shortest_names(paths, module_paths(model))
             config = replace(config, targets=targets, layers=None)
@@ -88,8 +88,8 @@ def capture(
 
 
 def layer_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return the live tensors of each layer that the adapter called `name` lies on, under the keys
-    and in the shapes of `AdapterState.tensors`."""
+    """Return the adapter's live tensors of each layer, with the keys and shapes of
+    `AdapterState.tensors`."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora_layers(model):
         if name in layer.adapters:
@@ -113,13 +113,13 @@ def layer_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def modules_to_save_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Return the live weights by which an adapter replaces the base's, by the paths of these."""
+    """Return an adapter's live modules to save, by the path of the base's weight."""
     return active_adapters_of(model).modules_to_save.get(name, {})
 
 
 def trained_tokens_of(model: nn.Module, name: str) -> dict[str, TrainedTokens]:
-    """Return the live rows of trained tokens, by the path of the embedding or head; those that both
-    share, by the first."""
+    """Return the live rows of trained tokens by the path of the embedding or head; rows that the
+    two share have the first path."""
     by_path: dict[str, TrainedTokens] = {}
     for path, layer in lora_layers(model):
         if name in layer.tokens:

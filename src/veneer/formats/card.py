@@ -1,4 +1,4 @@
-"""A model card for an adapter: text for people, under a header that hubs read."""
+"""A model card for an adapter: text for people below a header for hubs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ USES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
 def card(state: AdapterState) -> str:
-    """Return README.md of an adapter in PEFT's format: base, tags, data's hash and recipe, as far
-    as they are known."""
+    """Return an adapter's README.md: base, tags, and the data's hash and the recipe if known."""
     config = state.config
     kind = "lora" if isinstance(config, LoRA) else config.method
     head: dict[str, Any] = {"library_name": "peft", "tags": ["veneer", kind]}

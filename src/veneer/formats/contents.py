@@ -1,4 +1,4 @@
-"""What an adapter can hold beside A and B of its layers, and which formats have a place for it."""
+"""What an adapter can hold besides A and B, and which formats have a place for it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ PRESENT: dict[Content, Callable[[AdapterState], bool]] = {
     "DoRA's magnitudes": lambda s: isinstance(s.config, LoRA) and s.config.dora,
 }
 Place = FormatName | Literal["merged GGUF", "serving"]
-# Where A and B did not start at zero, all formats but the native one hold a plain LoRA of twice the
-# rank (fold.without_start). PEFT has new tokens as trained ones, where the base has rows for them.
+# If B A did not start at zero, all formats but ours get a plain LoRA of twice the rank
+# (fold.without_start). PEFT gets new tokens as trained ones, if the base has rows for them.
 PLACES: dict[Place, frozenset[Content]] = {
     "native": frozenset(PRESENT),
     "peft": frozenset(PRESENT),
@@ -38,18 +38,18 @@ PLACES: dict[Place, frozenset[Content]] = {
     "loralib": frozenset(),
     "gguf": frozenset(),
     "merged GGUF": frozenset({"new tokens", "DoRA's magnitudes"}),
-    "serving": frozenset({"DoRA's magnitudes"}),  # what can act on single rows of a batch
+    "serving": frozenset({"DoRA's magnitudes"}),  # what can differ from row to row
 }
 
 
 def without_place(state: AdapterState, place: Place) -> list[str]:
-    """Return what a LoRA holds, in words, that `place` cannot hold."""
+    """Return what a LoRA holds and `place` cannot hold, as text."""
     contents = [c for c, holds in PRESENT.items() if c not in PLACES[place] and holds(state)]
     return [*contents, *(k for k in state.tensors if k.rpartition(".")[2] not in LAYER_KEYS)]
 
 
 def refuse_without_place(state: AdapterState, format: FormatName) -> None:
-    """Raise AdapterError, which names everything of an adapter that `format` has no place for."""
+    """Raise AdapterError that names all contents that `format` has no place for."""
     config = state.config
     if not isinstance(config, LoRA):
         raise AdapterError(

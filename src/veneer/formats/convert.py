@@ -1,4 +1,4 @@
-"""Convert an adapter from one format into another, with notes on what was changed."""
+"""Convert an adapter from one format into another."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.formats.validate import validate
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion read, and the notes: everything that was folded or approximated."""
+    """The format and layers that were read, and notes on what was folded or approximated."""
 
     source: FormatName
     layers: int
@@ -44,18 +44,16 @@ def convert(
 ) -> Converted:
     """Read the adapter at `source` and write it to `out` in the format `to`.
 
-    base: a model, also on the meta device; some formats cannot name layers without it. rank: give
-    every layer this rank, filled up with zeros, and one scaling. force: replace an adapter in
-    `out`. allow_bin: read PEFT's pickles too.
-
-    Raises AdapterError for what cannot be read, does not fit the base, or has no place in `to`;
-    VeneerError if `out` holds something.
+    base: may be on the meta device; some formats cannot name layers without it. rank: give every
+    layer this rank, filled up with zeros, and one scaling. force: replace an adapter in `out`.
+    allow_bin: read PEFT's pickles too. Raises AdapterError for what cannot be read, does not fit
+    the base, or has no place in `to`; VeneerError if `out` holds something.
     """
     kind = formats.detect(source)
     if out.exists() and not force and (out.is_file() or any(out.iterdir())):
         raise VeneerError(f"{out} holds something already; name another place, or use --force.")
     structure = BaseStructure(base) if base is not None else None
-    # A loralib file is read with enable_lora; for every other adapter it is meant for writing.
+    # Reading a loralib file takes enable_lora; for all other adapters it is for writing.
     for_reading = enable_lora if kind == "loralib" and source.is_file() else None
     for_writing = enable_lora if for_reading is None or to == "loralib" else None
     state = formats.read(
@@ -76,8 +74,8 @@ def convert(
 
 
 def by_path(state: AdapterState, base: BaseStructure | None = None) -> AdapterState:
-    """Return an adapter whose targets say which layers are meant without a model to look into:
-    names and paths, but neither presets, patterns nor slices."""
+    """Return the adapter with names and paths as targets: presets, patterns and slices mean
+    nothing without a model."""
     config = state.config
     if not isinstance(config, LoRA):
         return state
@@ -90,8 +88,8 @@ def by_path(state: AdapterState, base: BaseStructure | None = None) -> AdapterSt
 
 
 def _over(state: AdapterState, base: PreTrainedModel, name: str) -> AdapterState:
-    """Return the adapter with its base's name, having seen that it fits the base's structure."""
-    bare = replace(state, base_weights={})  # they are compared with weights, which are not there
+    """Return the adapter with its base's name. Raises AdapterError if it does not fit the base."""
+    bare = replace(state, base_weights={})  # the skeleton has no weights to compare them with
     if problems := validate(base, bare, None, force=True):
         raise AdapterError(f"This adapter does not fit the base: {joined(problems)}.")
     return replace(state, base_name=state.base_name or name)

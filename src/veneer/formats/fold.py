@@ -1,7 +1,7 @@
-"""One adapter written another way: what formats with fewer settings than ours need.
+"""The same adapter with fewer settings, for formats that lack some of ours.
 
-Each function returns the adapter and notes, sentences that say what was done to it. What the
-adapter adds to the base stays the same, to float32's rounding.
+Each function returns the adapter and notes on what was changed. What the adapter adds to the base
+stays the same, to float32's rounding.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from veneer.formats.state import AdapterState
 
 
 def without_start(state: AdapterState) -> tuple[AdapterState, list[str]]:
-    """Return the same adapter as a plain one, of twice the rank where A and B did not start at
-    zero: B A − B₀ A₀ is one product of that rank."""
+    """Return the adapter as a plain one. If its layers have starts, B A − B₀ A₀ becomes one product
+    of twice the rank."""
     config = state.config
     if not isinstance(config, LoRA) or not any(layer.start for layer in state.layers()):
         return state, []
     layers = []
     for layer in state.layers():
         adapter = Adapter(layer.A.flatten(1), layer.B, scaling=1.0, start=layer.start)
-        # What is no linear layer has no start; zeros bring it to the same rank.
+        # Only linear layers have starts; zeros bring the others to the same rank.
         A, B = (factor.detach() for factor in adapter.factors())
         more = 2 * config.rank_of(layer.path) - len(A)
         A = F.pad(A, (0, 0, 0, more)).unflatten(1, layer.A.shape[1:])
@@ -54,10 +54,9 @@ def without_start(state: AdapterState) -> tuple[AdapterState, list[str]]:
 def same_scale(
     state: AdapterState, measure: Mapping[str, float], name: str
 ) -> tuple[AdapterState, float, list[str]]:
-    """Give all layers one value of `measure`, the most frequent, and fold the rest into B.
+    """Give all layers the most frequent value of `measure`, and fold the quotient into B.
 
-    measure: by path, a number to which what a layer adds is proportional, such as its scaling.
-    name: what the note calls it.
+    measure: a factor of what each layer adds, by path, such as its scaling. name: for the note.
     """
     common = Counter(measure.values()).most_common(1)[0][0]
     factors = {path: value / common for path, value in measure.items() if value != common}

@@ -1,4 +1,4 @@
-"""From an AdapterState onto a model."""
+"""Put an AdapterState onto a model."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ def install(
     tokenizer: PreTrainedTokenizerBase | None = None,
     force: bool = False,
 ) -> None:
-    """Lay a stored adapter over `model`, frozen and in use; new tokens go to `tokenizer` too.
+    """Install a stored adapter on `model`, frozen and in use; `tokenizer` gets its new tokens.
 
-    Raises AdapterError, which lists everything that is wrong at once: a foreign base (unless
-    `force`), keys that are missing or belong nowhere, wrong shapes, values that are not finite.
+    Raises AdapterError with everything that `validate` finds.
     """
     check_name(model, name)
     if problems := validate(model, state, tokenizer, force=force):
@@ -86,8 +85,7 @@ def _trained_tokens(
 ) -> dict[str, TrainedTokens]:
     """Return the trained rows for embedding and head, by path.
 
-    Where the two are one weight, rows of the embedding are the head's too, unless it has some of
-    its own.
+    A tied head gets the embedding's rows, unless it has rows of its own.
     """
     by_path: dict[str, TrainedTokens] = {}
     for path, tokens in stored_tokens.items():

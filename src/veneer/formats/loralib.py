@@ -6,8 +6,8 @@
                    that `enable_lora` enables              A (r · enabled, in)
                                                            B (out · enabled / products, r)
 
-The file has neither alpha nor enable_lora: the model's code has them (loralib/layers.py). Beside
-the weights we write loralib_config.json with both; without it they must be given.
+The file has neither alpha nor enable_lora: the model's code has them (loralib/layers.py). We write
+both into loralib_config.json beside it; a reader of another file must give them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from veneer.formats.state import (
     FACTORS,
     AdapterState,
     StoredLayer,
+    int_if_whole,
     layer_kind,
     lora_settings,
 )
@@ -40,7 +41,7 @@ KINDS = ("Linear", "Embedding", "MergedLinear")
 
 
 def detects(path: Path) -> bool:
-    """Return whether a path is a directory of ours in this format, or a .pt file of anybody's."""
+    """Return whether a path is a directory that `write` wrote, or any .pt file."""
     return (path / CONFIG).is_file() or (path.is_file() and path.suffix == ".pt")
 
 
@@ -57,7 +58,7 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
 
 
 def write(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
-    """Write a directory with loralib's state dictionary. Returns notes on what was changed.
+    """Write loralib's state dictionary and our loralib_config.json; return notes on changes.
 
     Raises AdapterError for what loralib has no place for.
     """
@@ -103,7 +104,7 @@ def loralib_of(
     for layer in state.layers():
         path, B = layer.path, layer.B
         kind = "Embedding" if layer.is_embedding else "Linear"
-        layers[path] = {"layer": kind, "r": ranks[path], "lora_alpha": _whole(alpha)}
+        layers[path] = {"layer": kind, "r": ranks[path], "lora_alpha": int_if_whole(alpha)}
         if path in merged and enable_lora and (blocks := _blocks(B, enable_lora)) is not None:
             layers[path] |= {"layer": "MergedLinear", "enable_lora": list(enable_lora)}
             B = blocks
@@ -159,7 +160,7 @@ def state_of(
             alphas[path] *= sum(kind.enabled)
         layers.append(StoredLayer(path, A, B, layer_kind(is_embedding=kind.is_embedding)))
     if not problems and not layers:
-        problems.append("It holds no factors")
+        problems.append("it holds no factors")
     if problems:
         raise AdapterError(joined(problems))
     ranks = {layer.path: len(layer.A) for layer in layers}
@@ -177,7 +178,7 @@ def state_of(
 
 
 class LayerType(NamedTuple):
-    """loralib's class of a layer, as far as it counts; `enabled` of a MergedLinear alone."""
+    """What decides how loralib's factors of a layer are read; `enabled`: of a MergedLinear."""
 
     is_embedding: bool
     alpha: float
@@ -207,10 +208,7 @@ def _kind_in(config: dict[str, Any], path: str) -> LayerType:
 
 
 def _inferred_kind(path: str, A: Tensor, B: Tensor, options: FormatOptions) -> LayerType:
-    """Return what a layer must be, by the shapes of its factors and the base.
-
-    Of a MergedLinear A has r · enabled rows, and B out · enabled / products.
-    """
+    """Return what a layer must be, judged by the base and by the shapes of its factors."""
     base, alpha = options.base, options.alpha or 0.0
     layer = base.layers.get(path) if base else None
     if base is None and not any(step.isdigit() for step in path.split(".")):
@@ -220,7 +218,7 @@ def _inferred_kind(path: str, A: Tensor, B: Tensor, options: FormatOptions) -> L
     count, rest = divmod(len(A), B.shape[1])
     if rest or not count:
         raise AdapterError(
-            f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}, which no layer of loralib has"
+            f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}, which fit no layer of loralib"
         )
     whole = count == 1 if layer is None else len(B) == layer.shape[0]
     if whole:  # all products have factors, if there is more than one
@@ -243,8 +241,7 @@ def _unblocked(B: Tensor, enabled: tuple[bool, ...]) -> Tensor:
 
 
 def _blocks(B: Tensor, enabled: tuple[bool, ...]) -> Tensor | None:
-    """Return the blocks (out · enabled / products, r) that B consists of, or None if it has other
-    values too."""
+    """Return B's blocks (out · enabled / products, r), or None if B has values outside them."""
     count, products = sum(enabled), len(enabled)
     if not count or len(B) % products or B.shape[1] % count:
         return None
@@ -256,8 +253,7 @@ def _blocks(B: Tensor, enabled: tuple[bool, ...]) -> Tensor | None:
 def _block_slices(
     enabled: tuple[bool, ...], height: int, rank: int
 ) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield, for each enabled product, its rows and columns in the whole B, and its rows among the
-    blocks."""
+    """Yield each enabled product's rows and columns in the whole B, and its rows in the blocks."""
     products = [product for product, on in enumerate(enabled) if on]
     for block, product in enumerate(products):
         yield (
@@ -265,7 +261,3 @@ def _block_slices(
             slice(block * rank, (block + 1) * rank),
             slice(block * height, (block + 1) * height),
         )
-
-
-def _whole(alpha: float) -> int | float:
-    return int(alpha) if float(alpha).is_integer() else alpha

@@ -1,4 +1,4 @@
-"""Plain models written to disk, without adapters."""
+"""Write a plain model, such as a merged one, to a directory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ MARKERS = ("model.pt", "config.json")  # a MiniGPT's, and every other model's
 def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
 ) -> None:
-    """Write a plain model, all of it at once.
-
-    A MiniGPT becomes config.json, model.pt and tokenizer.json; every other model a transformers
-    directory. Raises ModelError for a quantized model, which merging would make plain.
-    """
+    """Write a plain model, all of it at once: a MiniGPT as config.json, model.pt and
+    tokenizer.json, every other model as a transformers directory. Raises ModelError for a quantized
+    model."""
     if quantized_layers(model):
         raise ModelError(
-            "This model is quantized, and not a plain one; merge() makes a plain one of it."
+            "This model is quantized, and only a plain one can be written; merge() makes one."
         )
     with new_directory(directory, marker=marker_of(model)) as new:
         if _is_minigpt(model):
@@ -36,7 +34,7 @@ def write_model(
 
 
 def marker_of(model: PreTrainedModel) -> str:
-    """Return the file by which a directory is known to hold a model such as this one."""
+    """Return the file that marks a directory as one of a model such as this."""
     return MARKERS[0] if _is_minigpt(model) else MARKERS[1]
 
 

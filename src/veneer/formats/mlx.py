@@ -1,7 +1,7 @@
 """mlx-lm's adapter directory: adapters.safetensors and adapter_config.json.
 
-Both formulas are mlx_lm/tuner/lora.py's and dora.py's (read in 0.32.2), with a (in, rank), b (rank,
-out) and one scale, which is the factor itself, for all layers:
+With a (in, rank), b (rank, out) and one scale for all layers, which is the factor itself, layers
+compute (mlx_lm/tuner/lora.py and dora.py, read in 0.32.2):
 
     LoRA   y = W x + scale · (x a) b
     DoRA   y = (m / ‖W + scale · bᵀ aᵀ‖) ∘ (W x + scale · (x a) b), the norm row by row
@@ -25,11 +25,11 @@ from veneer.formats.options import FormatOptions
 from veneer.formats.state import FACTORS, MAGNITUDE, AdapterState, layer_kind
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
-TYPES = ("lora", "dora")  # what fine_tune_type says of adapters; full is none
+TYPES = ("lora", "dora")  # values of fine_tune_type; the third, full, is no adapter
 ENDINGS = ("lora_a", "lora_b", "m")
-PLAIN_PATHS = "model.layers."  # where paths need no base to be understood
-# By model_type, the starts of transformers' paths that are others in mlx-lm (mlx_lm/models/); the
-# longest start counts.
+PLAIN_PATHS = "model.layers."  # paths below it are the same in transformers, and linear layers
+# By model_type, the starts of paths that transformers and mlx-lm (mlx_lm/models/) name differently;
+# the longest start counts.
 MOVED: dict[str, dict[str, str]] = {
     "gpt2": {"transformer.": "model."},
     "gpt_neox": {
@@ -41,8 +41,8 @@ MOVED: dict[str, dict[str, str]] = {
 
 
 def detects(path: Path) -> bool:
-    """Return whether a directory holds an adapter of mlx-lm's. PEFT's configuration has the same
-    name; its file of weights has another."""
+    """Return whether a directory holds an adapter of mlx-lm's. PEFT's settings have the same name,
+    but its weights another."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
@@ -56,9 +56,9 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
 
 
 def write(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
-    """Write a directory that mlx-lm loads, all of it at once. Returns notes on what was changed.
+    """Write a directory that mlx-lm loads, all of it at once; return notes on what was changed.
 
-    Raises AdapterError for what mlx-lm has no place for or would compute otherwise.
+    Raises AdapterError for what mlx-lm has no place for or would compute differently.
     """
     config, tensors, notes = mlx_of(state, options.base)
     with new_directory(path, marker=WEIGHTS) as new:
@@ -70,7 +70,7 @@ def write(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
 def mlx_of(
     state: AdapterState, base: BaseStructure | None
 ) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    """Return mlx-lm's configuration and tensors of an adapter, and what was changed for them."""
+    """Return mlx-lm's configuration and tensors of an adapter, and notes on what was changed."""
     refuse_without_place(state, "mlx")
     state, notes = uniform(state)
     config = state.config
@@ -88,7 +88,7 @@ def mlx_of(
             tensors[f"{moved}.m"] = layer.magnitude
     count, keys = _keys([_moved(path, base, back=False) for path in paths], base)
     if base is None:
-        notes.append("Paths are taken as they are, since no base was named.")
+        notes.append("Paths are written unchanged, since no base was named.")
     return (
         {
             "model": state.base_name or None,
@@ -171,13 +171,13 @@ def state_of(
 def _refuse_unlike(
     paths: list[str], embeddings: list[str], config: LoRA, base: BaseStructure | None
 ) -> None:
-    """Raise AdapterError for what mlx-lm would compute otherwise, or name otherwise."""
+    """Raise AdapterError for layers that mlx-lm would compute or name differently."""
     problems = []
     if base is None:
         unclear = [path for path in paths if not path.startswith(PLAIN_PATHS)]
         if unclear:
             problems.append(
-                f"what {listed(unclear)} means there depends on the base; name it with --base"
+                f"the path of {listed(unclear)} in MLX depends on the base; name it with --base"
             )
     elif base.tied:
         shared = [
@@ -198,10 +198,9 @@ def _refuse_unlike(
 
 
 def _keys(paths: list[str], base: BaseStructure | None) -> tuple[int, list[str]]:
-    """Return num_layers and the keys that name these layers, and in mlx-lm no others.
+    """Return num_layers and keys with which mlx-lm selects these layers and no others.
 
-    A key is a path inside a block, which then counts for the last num_layers blocks (all of them
-    where it is -1), or a whole path.
+    A key is a whole path, or a path inside the last num_layers blocks (-1: inside all blocks).
     """
     inside: dict[int, set[str]] = defaultdict(set)
     outside = []
@@ -216,7 +215,7 @@ def _keys(paths: list[str], base: BaseStructure | None) -> tuple[int, list[str]]
     first, last = min(inside), max(inside)
     whole = set(inside) == set(range(first, last + 1))
     alike = len({frozenset(rests) for rests in inside.values()}) == 1
-    # A layer that mlx-lm adapts but the file does not have stays as it was, since b starts at zero.
+    # A layer that mlx-lm adapts and the file lacks stays as it was, since b starts at zero.
     to_the_end = first == 0 if base is None else last == base.blocks - 1
     if whole and alike and to_the_end:
         count = -1 if first == 0 else last + 1 - first
@@ -225,7 +224,7 @@ def _keys(paths: list[str], base: BaseStructure | None) -> tuple[int, list[str]]
 
 
 def _in_block(path: str) -> tuple[int | None, str]:
-    """Return the block that a path goes through, and what follows; None outside of the blocks."""
+    """Return the number of a path's block and the path inside it; None outside of blocks."""
     steps = path.split(".")
     for i, step in enumerate(steps):
         if step.isdigit():
@@ -234,7 +233,7 @@ def _in_block(path: str) -> tuple[int | None, str]:
 
 
 def _moved(path: str, base: BaseStructure | None, *, back: bool) -> str:
-    """Return a layer's path in mlx-lm's model, or with `back`, its path in transformers'."""
+    """Return a layer's path in mlx-lm's model, or with `back` its path in transformers'."""
     moved = MOVED.get(base.config.model_type, {}) if base else {}
     pairs = [(b, a) if back else (a, b) for a, b in moved.items()]
     for start, there in sorted(pairs, key=lambda pair: -len(pair[0])):

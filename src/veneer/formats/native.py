@@ -1,7 +1,7 @@
 """Veneer's own adapter directory: lora_weights.pt, embedding_weights.pt, lora_config.json.
 
-saved_weights.pt holds modules to save, trained biases and rows of trained tokens. Files of other
-methods are named after these: freeze_weights.pt, freeze_config.json.
+saved_weights.pt holds modules to save, trained biases and rows of trained tokens. Other methods'
+files are named after the method: freeze_weights.pt, freeze_config.json.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ROWS = "embedding_weights.pt"
 SAVED = "saved_weights.pt"
 TOKEN_ROWS = ".token_rows"  # behind the path of embedding or head
 FORMAT = 1
-LATER = {"dora", "lora_fa"}  # settings that came after the format; written where they are set
-# Keys that came after it: earlier versions refuse those that they do not know.
+LATER = {"dora", "lora_fa"}  # settings that are younger than the format; written if they are set
+# Keys that are younger than the format; earlier versions refuse unknown keys.
 LATER_KEYS = {"saved", "tokens", "parts", "task", "training"}
 
 
@@ -35,17 +35,17 @@ def config_name(method: MethodName) -> str:
 
 
 def method_in(directory: Path) -> MethodName | None:
-    """Return the method whose adapter a directory holds, or None if it holds none of ours."""
+    """Return the method of the adapter in a directory, or None if there is none of ours."""
     methods: tuple[MethodName, ...] = get_args(MethodName)
     return next((m for m in methods if (directory / config_name(m)).is_file()), None)
 
 
 def config_of(state: AdapterState) -> dict[str, Any]:
-    """Return what the configuration's file says of an adapter."""
+    """Return the configuration of an adapter, as its file has it."""
     config = asdict(state.config)
     if isinstance(state.config, LoRA):
         config["targets"] = list(config["targets"])
-        for name in LATER:  # so that earlier versions read what they can
+        for name in LATER:  # for earlier versions, which refuse unknown settings
             if not config[name]:
                 del config[name]
     new = state.new_tokens
@@ -79,8 +79,7 @@ def state_of(
 ) -> AdapterState:
     """Return the adapter that a configuration and its tensors describe.
 
-    Raises AdapterError for a configuration that is of a later format, lacks something, or has
-    settings that this version does not know.
+    Raises AdapterError for a later format, missing keys, and settings unknown to this version.
     """
     if config.get("format") != FORMAT:
         raise AdapterError(
@@ -100,7 +99,7 @@ def state_of(
     except (ConfigError, TypeError) as error:
         raise AdapterError(str(error)) from error
     if isinstance(settings, Method) and settings.method == "lora":
-        raise AdapterError("its method is 'lora', but it has the settings of another")
+        raise AdapterError("its method is 'lora', but its settings are those of another method")
     base = config["base"]
     if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), dict):
         raise AdapterError("'base' must say the base's name and fingerprint")

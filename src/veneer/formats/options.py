@@ -1,4 +1,4 @@
-"""What a caller can add to an adapter's files when they are read or written."""
+"""Options of reading and writing an adapter's files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from veneer.formats.base_structure import BaseStructure
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """What a person, or a model at hand, adds to what the files of an adapter say.
+    """What the caller adds to what an adapter's files say.
 
-    alpha, enable_lora: what loralib's files leave out. allow_bin: read PEFT's adapter_model.bin
-    too, a pickle, of which only tensors are taken. approximate: write what a format cannot express
-    as near as it can. tokenizer: stored with a native adapter.
+    base: its structure, if there is a model. alpha, enable_lora: loralib's files lack them.
+    allow_bin: read PEFT's adapter_model.bin too, a pickle of which only tensors are taken.
+    approximate: write the nearest that a format can express. tokenizer: stored with a native
+    adapter.
     """
 
     base: BaseStructure | None = None

@@ -1,4 +1,4 @@
-"""A base quantized on disk, file by file, in the form that bitsandbytes and transformers read."""
+"""Quantize a base on disk, file by file, as bitsandbytes and transformers read it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from veneer.quant.weight import QuantizedWeight
 SHARD_BYTES = 2**30
 CONFIG = "config.json"
 NOTES = "veneer"  # a shard's metadata of our own
-VERSION = 1  # of a shard's contents: shards of other versions are written anew
+VERSION = 1  # of a shard's contents: shards of other versions are written again
 SHARDS = "model-*-of-*.safetensors"
 
 
@@ -48,7 +48,7 @@ class QuantizedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file of a quantized model is on the disk; `kept` if it was there from an earlier try."""
+    """A finished file of a quantized model; `kept` if it is from an earlier try."""
 
     number: int
     of: int
@@ -69,9 +69,9 @@ def write_quantized(
 ) -> Iterator[Shard]:
     """Quantize a base into the directory `out`, file by file, and yield each.
 
-    Memory holds one file at a time. Stopped half-way, it goes on after the last whole file; only
-    with config.json, which is written last, the directory is a model. `name` is what the base was
-    asked for by. Raises VeneerError where `out` holds anything else.
+    Memory holds one file at a time. After a stop, the next call goes on after the last whole file.
+    config.json is written last: without it, the directory is no model. name: the base's, as it was
+    asked for. Raises VeneerError if `out` holds anything else.
     """
     skeleton = source.skeleton
     _check(out)
@@ -115,7 +115,7 @@ def write_quantized(
 def _write_shard(
     file: Path, source: Source, bits: Bits, pack_head: bool, order: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write one file and return what it says of itself."""
+    """Write one file and return the notes in its metadata."""
     tensors: dict[str, Tensor] = {}
     layers: list[QuantizedLayer] = []
     marks = Marks(source.skeleton)
@@ -148,7 +148,7 @@ def _write_shard(
 
 def _error(weight: Tensor, quantized: QuantizedWeight) -> float:
     lost = whole = 0.0
-    for rows, values in quantized.blocks():  # some rows at a time, to save memory
+    for rows, values in quantized.blocks():  # some rows at a time, for less memory
         exact = weight[rows].to(torch.float32)
         lost += float((values - exact).square().sum())
         whole += float(exact.square().sum())
@@ -156,7 +156,7 @@ def _error(weight: Tensor, quantized: QuantizedWeight) -> float:
 
 
 def _notes(file: Path, order: Mapping[str, Any], source: Source) -> Any:
-    """Return what a whole file of the same order says of itself, None where there is none."""
+    """Return the notes of a whole file that the same order wrote, or None."""
     if not file.is_file():
         return None
     first, now = source.names[0], Marks(source.skeleton)
@@ -166,12 +166,12 @@ def _notes(file: Path, order: Mapping[str, Any], source: Source) -> Any:
             notes = json.loads((opened.metadata() or {})[NOTES])
         same = notes["samples"].get(first) == now.samples.get(first)
         return notes if notes["order"] == order and same else None
-    except Exception:  # whatever it is, it is written anew
+    except Exception:  # any damage: the file is written again
         return None
 
 
 def _groups(source: Source, quantized: set[str], bits: Bits, most: int) -> list[list[str]]:
-    """Return the names of each file's weights: in order, `most` bytes together, or one alone."""
+    """Return the names of each file's weights, in order: at most `most` bytes, or one weight."""
     sizes = source.skeleton.state_dict()
     groups: list[list[str]] = [[]]
     held = 0.0
@@ -210,8 +210,8 @@ def _write_config(
 
 
 def _check(out: Path) -> None:
-    """Raise VeneerError if `out` holds anything but an earlier try of ours, and remove the
-    half-written files, under names of their own, that a killed process left."""
+    """Raise VeneerError if `out` holds anything but an earlier try of ours, and remove files that a
+    killed process left half-written."""
     if (out / CONFIG).exists():
         raise VeneerError(f"{out} holds a model already; name another place.")
     if out.is_file() or (out.exists() and not all(map(_is_ours, out.iterdir()))):
@@ -221,8 +221,8 @@ def _check(out: Path) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    """Return whether a file is of an earlier try. Other programs use the same names, so that a
-    shard must say so itself, and the few files that follow the shards count with these."""
+    """Return whether a file is of an earlier try. Other programs use the same names: a shard must
+    have our notes, and other files count if all shards beside them do."""
     if file.match(SHARDS):
         return _says_ours(file)
     shards = list(file.parent.glob(SHARDS))
@@ -233,7 +233,7 @@ def _says_ours(shard: Path) -> bool:
     try:
         with safe_open(shard, "pt") as opened:
             return NOTES in (opened.metadata() or {})
-    except Exception:  # whatever it is
+    except Exception:  # any damage
         return False
 
 

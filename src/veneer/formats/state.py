@@ -1,4 +1,4 @@
-"""An adapter as a value, which every format is read into and written from."""
+"""An adapter as a value: every format is read into it and written from it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ LAYER_KEYS |= {MAGNITUDE, BIAS}
 
 @dataclass(frozen=True)
 class NewTokenRows:
-    """Tokens that the base does not know, with their rows of the embedding and, where it is not
-    tied, of the head."""
+    """Tokens that are new to the base, with their rows of the embedding and of an untied head."""
 
     tokens: tuple[str, ...]
     start: int  # the id of the first
     embedding: Tensor  # (new, dim)
     head: Tensor | None = None  # (new, dim)
-    # Paths of embedding and head, where the base has unused rows at these ids.
+    # Paths of embedding and head, if the base has unused rows at these ids.
     paths: tuple[str, ...] = ()
 
 
@@ -44,8 +43,7 @@ class NewTokenRows:
 class StoredTokens:
     """Trained rows for tokens that the base has. They replace the base's rows.
 
-    rows: (tokens, dim), or None where embedding and head share one weight and the other of the two
-    has the rows.
+    rows: (tokens, dim), or None if embedding and head are tied and the other one has the rows.
     """
 
     ids: tuple[int, ...]
@@ -54,12 +52,12 @@ class StoredTokens:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """What an adapter has over one layer or parameter; adapter/adapter.py has the formula.
+    """An adapter's tensors for one layer or parameter; adapter/adapter.py has the formula.
 
-    A (rank, in) and B (out, rank). Of a convolution, which counts as linear, A is (rank, in,
-    height, width); of an embedding A is (rank, vocab) and B (dim, rank); of a stack of experts A is
-    (experts, rank, in) and B (experts, out, rank). magnitude and bias: (out,). start: A and B as
-    they were before training, where B A was not zero.
+    A (rank, in), B (out, rank); of an embedding (rank, vocab) and (dim, rank); of a stack of
+    experts (experts, rank, in) and (experts, out, rank). A of a convolution, which counts as
+    linear, is (rank, in, height, width). magnitude and bias: (out,). start: A and B before
+    training, if B A was not zero then.
     """
 
     path: str
@@ -85,6 +83,11 @@ class StoredLayer:
         }
 
 
+def int_if_whole(alpha: float) -> int | float:
+    """Return an alpha as an int if it is one, which readers such as vLLM and llama.cpp expect."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
 def layer_kind(*, is_embedding: bool) -> FactorKind:
     """Return the kind of a layer in formats that know linear layers and embeddings only."""
     return "embedding" if is_embedding else "linear"
@@ -94,10 +97,10 @@ def layer_kind(*, is_embedding: bool) -> FactorKind:
 class AdapterState:
     """An adapter as a value, independent of any model and any file.
 
-    `tensors` are keyed by the base's own paths, with the names in FACTORS, MAGNITUDE, BIAS and
-    START behind them; StoredLayer gives the shapes. Of the methods freeze and full they are the
-    weights themselves. Of prefix and prompt there is one tensor, under the method's name:
-    (layers, 2, kv_heads, virtual, head_dim) and (virtual, dim).
+    Keys of `tensors` are a layer's path in the base and a name in FACTORS, MAGNITUDE, BIAS or
+    START; StoredLayer gives the shapes. freeze and full have the weights themselves. prefix and
+    prompt have one tensor, named after the method: (layers, 2, kv_heads, virtual, head_dim) and
+    (virtual, dim).
     """
 
     config: LoRA | Method
@@ -105,7 +108,7 @@ class AdapterState:
     new_tokens: NewTokenRows | None = None
     base_name: str = ""
     base_fingerprint: Mapping[str, str] = field(default_factory=dict)
-    # Base weights that came along in the file; they must equal the base's own.
+    # Weights of the base that the file has too; they must equal the base's own.
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
     # Modules to save and trained biases: what replaces a weight of the base, by that weight's path.
     modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
@@ -136,11 +139,8 @@ class AdapterState:
 
 
 def shortest_names(paths: set[str], modules: Iterable[str]) -> tuple[str, ...]:
-    """Return the last names of `paths`, or the whole paths where another of the model's `modules`
-    has such a last name too.
-
-    Readers of other formats adapt every module, of whatever kind, that bears a target's name.
-    """
+    """Return the last names of `paths`, or whole paths if another of the model's `modules` shares a
+    last name: readers of other formats adapt every module, of any kind, with a target's name."""
     names = {path.rpartition(".")[2] for path in paths}
     same_name = {path for path in modules if path.rpartition(".")[2] in names}
     return tuple(sorted(names if same_name == paths else paths))
@@ -153,8 +153,8 @@ def lora_settings(
     targets: Sequence[str],
     dropout: float = 0.0,
 ) -> LoRA:
-    """Return the settings of layers that have these ranks and alphas, by path; the most frequent
-    ones become the common ones, and the others patterns."""
+    """Return the settings of layers with these ranks and alphas, by path: the most frequent as the
+    common ones, the others as patterns."""
     (rank, _), *_ = Counter(ranks.values()).most_common(1)
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
     return LoRA(

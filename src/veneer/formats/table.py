@@ -1,7 +1,7 @@
 """The table of adapter formats: how each is recognised, read and written.
 
-A format is one entry here and one module. Reading gives an AdapterState, in which all formats meet;
-writing takes one and returns notes: what was folded or approximated, in sentences.
+A format is one entry here and one module. Reading returns an AdapterState; writing takes one and
+returns notes on what was folded or approximated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from veneer.formats.options import FormatOptions
 from veneer.formats.peft import directory as peft
 from veneer.formats.state import AdapterState
 
-ALWAYS = {"base", "tokenizer", "allow_bin"}  # may be given whatever the format
+ALWAYS = {"base", "tokenizer", "allow_bin"}  # allowed with every format
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Format:
     detects: Callable[[Path], bool]
     read: Callable[[Path, FormatOptions], AdapterState]
     write: Callable[[AdapterState, Path, FormatOptions], list[str]]
-    holds: str  # by which files it is known
+    holds: str  # the files that mark it
     read_options: frozenset[str] = frozenset()
     write_options: frozenset[str] = frozenset()
 
@@ -47,10 +47,6 @@ def _write_native(state: AdapterState, path: Path, options: FormatOptions) -> li
     return ["It does not know its base's fingerprint, so no other base of its shape is refused."]
 
 
-def _write_peft(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
-    return peft.write(state, path)
-
-
 FORMATS: dict[FormatName, Format] = {
     "native": Format(
         detects=lambda path: native.method_in(path) is not None,
@@ -62,7 +58,7 @@ FORMATS: dict[FormatName, Format] = {
     "peft": Format(
         detects=peft.detects,
         read=lambda path, options: peft.read(path, allow_bin=options.allow_bin),
-        write=_write_peft,
+        write=lambda state, path, options: peft.write(state, path),
         holds=f"{peft.CONFIG} with {peft.WEIGHTS}",
     ),
     "mlx": Format(
@@ -99,7 +95,7 @@ def detect(path: Path) -> FormatName | None:
 def read(path: Path, options: FormatOptions) -> AdapterState:
     """Read an adapter of any known format.
 
-    Raises AdapterError if there is none at `path`, and for options that this format has no use for.
+    Raises AdapterError if there is none at `path`, and for options that its format ignores.
     """
     name = detect(path)
     if name is None:

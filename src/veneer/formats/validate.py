@@ -1,4 +1,4 @@
-"""Everything that keeps a stored adapter from a model, before any of it is laid over the model."""
+"""Check a stored adapter against a model before anything is installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.quant.weight import QuantizedLinear, quantized_layers
 
-# No trained weight comes near it, and from there on products of a few overflow.
+# No trained weight comes near it, and beyond it products of a few numbers overflow.
 LARGEST_NUMBER = 2.0**32
 Shape = tuple[int, ...]
 
@@ -34,8 +34,8 @@ def validate(
     *,
     force: bool,
 ) -> list[str]:
-    """Return all that keeps an adapter from `model`: a foreign base (unless `force`), keys that are
-    missing or belong nowhere, wrong shapes, values that are not finite."""
+    """Return every problem of an adapter on `model`: another base (unless `force`), missing and
+    unknown keys, wrong shapes, values that are not finite."""
     problems = [] if force else list(_foreign(model, state, tokenizer))
     config = state.config
     if isinstance(config, LoRA):
@@ -55,7 +55,7 @@ def validate(
 def shared_tokens(
     model: PreTrainedModel, trained_tokens: Mapping[str, StoredTokens]
 ) -> dict[str, str]:
-    """Return {head: embedding}, their paths, where the head uses the embedding's trained rows."""
+    """Return {head: embedding}, their paths, if the head uses the embedding's trained rows."""
     if not trained_tokens:
         return {}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -69,7 +69,7 @@ def shared_tokens(
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor is a plain one of numbers, all finite and fit to compute with."""
+    """Return whether a tensor is a plain one of finite numbers that can be computed with."""
     plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
     if tensor.ndim > 64:  # a file can have more dimensions than torch can compute with
         return False
@@ -102,7 +102,7 @@ def _foreign(
 
 
 def _method(model: PreTrainedModel, state: AdapterState, config: Method) -> Iterator[str]:
-    """Yield what is wrong with replaced weights, or with virtual tokens."""
+    """Yield the problems of replaced weights, or of virtual tokens."""
     try:
         if config.replaces_weights:
             weights = replaced_weights(model, config)
@@ -141,7 +141,7 @@ def _factors(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
         else:
             try:
                 problems += _layer(stored, config, layer)
-            except ConfigError as error:  # a pattern without end, and the next would be too
+            except ConfigError as error:  # a pattern takes too long, and would for the next layer
                 return [*problems, str(error)]
     all_finite = _are_finite(state.tensors.values())
     for key, tensor in state.tensors.items():
@@ -172,13 +172,13 @@ def _why_no_layer(model: nn.Module, path: str, by_path: Mapping[str, Layer], *, 
 
 
 def _layer(stored: StoredLayer, config: LoRA, layer: Layer) -> Iterator[str]:
-    """Yield what of one layer's tensors is missing, too much, or of the wrong shape.
+    """Yield which of one layer's tensors are missing, superfluous, or of a wrong shape.
 
-    Raises ConfigError where the patterns of the settings take too long to match.
+    Raises ConfigError if a pattern of the settings takes too long to match.
     """
     path, out = stored.path, (layer.shape[0],)
-    rank, _ = config.rank_of(path), config.scaling_of(path)
-    needed = layer.factor_shapes(rank)
+    config.scaling_of(path)  # for its ConfigError
+    needed = layer.factor_shapes(config.rank_of(path))
     if (shapes := _shapes(stored.A, stored.B)) != needed:
         yield f"{path} has A {shapes[0]} and B {shapes[1]}, but needs {_both(needed)}"
     if config.dora != (stored.magnitude is not None):
@@ -199,7 +199,7 @@ def _layer(stored: StoredLayer, config: LoRA, layer: Layer) -> Iterator[str]:
 
 
 def _base_weights(model: nn.Module, state: AdapterState) -> Iterator[str]:
-    """Yield which weights that came along are not those of this base."""
+    """Yield the weights of the base in the adapter's file that this base does not have."""
     own = base_parameters(model, every_name=True) if state.base_weights else {}
     for path, weight in state.base_weights.items():
         base = own.get(path)
@@ -208,7 +208,7 @@ def _base_weights(model: nn.Module, state: AdapterState) -> Iterator[str]:
 
 
 def same_weight(base: Tensor, weight: Tensor) -> bool:
-    """Return whether two weights are equal in bfloat16, to which one of them may be rounded."""
+    """Return whether two weights are equal in bfloat16: one of them may have been rounded to it."""
     base = base.detach().cpu()
     return base.shape == weight.shape and torch.equal(
         base.to(torch.bfloat16), weight.to(torch.bfloat16)
@@ -216,12 +216,12 @@ def same_weight(base: Tensor, weight: Tensor) -> bool:
 
 
 def differs_from_base(path: str) -> str:
-    """Return the problem with a weight of the base that came along with an adapter."""
+    """Return the problem with a weight of the base in an adapter's file."""
     return f"it brings a {path} of its own that differs from the base's"
 
 
 def _modules_to_save(model: nn.Module, state: AdapterState) -> Iterator[str]:
-    """Yield what is wrong with weights that replace the base's own."""
+    """Yield the problems of weights that replace the base's own."""
     if not state.modules_to_save:
         return
     own, quantized = base_parameters(model, every_name=True), quantized_layers(model)
@@ -248,7 +248,7 @@ def _trained_tokens(model: PreTrainedModel, state: AdapterState) -> Iterator[str
     for path, tokens in state.trained_tokens.items():
         layer = by_path.get(path)
         if layer is None or not (layer.kind == "embedding" or layer.is_head):
-            yield f"{path}, of which it has rows, is no embedding or head of this model"
+            yield f"it has rows of {path}, which is no embedding or head of this model"
             continue
         vocab, dim = layer.shape if layer.is_linear else layer.shape[::-1]
         if beyond := [str(i) for i in tokens.ids if not 0 <= i < vocab]:
@@ -309,8 +309,7 @@ def _both(shapes: tuple[Shape, Shape]) -> str:
 
 
 def _are_finite(tensors: Collection[Tensor]) -> bool:
-    """Return whether all tensors are finite as in `is_finite`, in one pass over all of them; False
-    also where one pass cannot show it."""
+    """Return whether one pass shows that all tensors pass `is_finite`; False if it cannot tell."""
     kinds = {(t.dtype, t.layout, t.device.type) for t in tensors}
     if kinds != {(torch.float32, torch.strided, "cpu")}:
         return False

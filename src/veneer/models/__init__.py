@@ -1,1 +1,1 @@
-"""Bases: which one a name means, its skeleton and description, and its weights from any file."""
+"""Bases: finding one by name, its skeleton and description, and its weights from any file."""

@@ -1,4 +1,4 @@
-"""Put a model together from a skeleton and weights, of which some may be quantized."""
+"""Put a model together from a skeleton and its weights, dense or quantized."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def assemble(
     weights: Iterable[tuple[str, Tensor | QuantizedWeight]],
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """Return the skeleton, which was on the meta device, with its weights.
+    """Give a skeleton on the meta device its weights, and return it.
 
-    Tensors of `dtype` are used without a copy, others are cast. Raises ModelError, which names what
-    is missing or of another shape.
+    Tensors of `dtype` are not copied, others are cast. Raises ModelError for missing weights and
+    wrong shapes.
     """
     for name, weight in weights:
         path, _, leaf = name.rpartition(".")
@@ -48,7 +48,7 @@ def assemble(
 
 
 def _make_buffers(model: PreTrainedModel) -> None:
-    """Compute what no file holds, such as the frequencies of rotary embeddings."""
+    """Compute buffers that no file holds, such as the frequencies of rotary embeddings."""
     for module in model.modules():
         absent = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
         if absent:

@@ -17,15 +17,15 @@ from veneer.quant.weight import QuantizedLinear
 
 Kind = Literal["linear", "conv1d", "conv2d", "embedding", "norm", "experts", "other"]
 FactorKind = Literal["linear", "embedding", "parameter"]
-# Modules whose weights of two or three dimensions are no matrices to multiply with.
+# Modules whose parameters are never multiplied as matrices, whatever their dimensions.
 NO_MATRICES = (nn.modules.conv._ConvNd, nn.ParameterDict)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A module that holds parameters, or one parameter of a module that is no layer of its own.
+    """A module with parameters, or a single parameter of a module that is no known kind of layer.
 
-    Experts are 3-D parameters (experts, out, in), other parameters are routers, Mamba's and such.
+    Experts are 3-D parameters (experts, out, in); others are routers, Mamba's and such.
     """
 
     path: str
@@ -34,12 +34,12 @@ class Layer:
     stored: tuple[int, ...]  # the weight's shape as the module stores it
     transposed: bool  # whether that is (in, out): transformers' Conv1D, embeddings, some experts
     bias: bool
-    parameters: int  # all numbers of the layer, but those that an earlier layer has too
+    parameters: int  # all numbers of the layer, without those that an earlier layer shares
     tied_to: str | None  # path of the earlier parameter that its weight is
     block: int | None  # index in the outermost list of blocks, None outside of them
     in_attention: bool
     is_head: bool
-    parameter: str | None = None  # its name in the module, for what is no layer of its own
+    parameter: str | None = None  # the name in its module of a single parameter
 
     @property
     def name(self) -> str:
@@ -58,12 +58,12 @@ class Layer:
 
     @property
     def is_adaptable(self) -> bool:
-        """Whether `all`, a name or a pattern may mean it: a layer, and no parameter of a module."""
+        """Whether `all`, a name or a pattern may select it: a layer, and no single parameter."""
         return self.is_linear or self.kind in ("embedding", "conv2d")
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is a parameter that an adapter may lie on where its own name is given."""
+        """Whether it is a single parameter that can be adapted if its own name is given."""
         matrices = not isinstance(self.module, NO_MATRICES)
         return self.parameter is not None and len(self.stored) in (2, 3) and matrices
 
@@ -104,14 +104,14 @@ class Layer:
         return self.shape[1]
 
     def weights(self) -> list[Tensor]:
-        """Return the layer's own parameters; a quantized weight is none."""
+        """Return the layer's own parameters, without a quantized weight."""
         own = self.module._parameters
         names = own if self.parameter is None else [self.parameter]
         return [weight for name in names if (weight := own[name]) is not None]
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B: with one dimension more for experts, and A of a
-        convolution (rank, in, height, width)."""
+        """Return the shapes of A and B: (rank, in) and (out, rank), after a dimension of experts if
+        there are any; A of a convolution is (rank, in, height, width)."""
         if self.kind == "conv2d":
             out, *window = self.stored
             return (rank, *window), (out, rank)
@@ -121,10 +121,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model's layers in its order, and where its decoder layers are.
+    """A model's layers, in its order.
 
-    blocks: path of the list of decoder layers, None for a model without lists. depth: how many
-    decoder layers there are.
+    blocks: path of the list of decoder layers, None for a model without lists. depth: its length.
     """
 
     model: Any = field(compare=False, repr=False)
@@ -134,12 +133,12 @@ class ModelDescription:
 
     @property
     def config(self) -> Any:
-        """The settings of the language model, of which a larger model's may hold others beside."""
+        """The settings of the language model, which may be a part of the whole model's."""
         return self.model.config.get_text_config()
 
     @cached_property
     def parameters(self) -> int:
-        """All parameters, those that several layers share once."""
+        """All parameters; shared ones count once."""
         return sum(layer.parameters for layer in self.layers)
 
     @cached_property
@@ -155,7 +154,7 @@ class ModelDescription:
 
     @cached_property
     def quantizable(self) -> tuple[Layer, ...]:
-        """Every linear layer but the head: what a 4-bit or 8-bit base holds in fewer bits."""
+        """The layers that a 4-bit or 8-bit base quantizes: every linear one but the head."""
         return tuple(layer for layer in self.layers if layer.is_linear and not layer.is_head)
 
     @cached_property
@@ -173,12 +172,12 @@ def describe(
 ) -> ModelDescription:
     """Return the description of a model, which may be on the meta device.
 
-    original_of: gives the base's own module for one that wraps it, and None for what does not
-    belong to the base. Paths are the base's own.
+    original_of: returns the base's own module for one that wraps it, and None for a module that
+    does not belong to the base. Paths are the base's own.
     """
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
-    # Of a model that gives no logits, what stands outside of the pretrained body is its head.
+    # A model without logits has its head outside of the pretrained body.
     body = getattr(model, "base_model", model) if head is None else model
     inside = {id(module) for module in body.modules()}
     blocks, depth, owners = None, 0, dict[int, str]()
@@ -225,8 +224,8 @@ def _places(
 
 
 def _layers_of(place: _Place, is_head: bool, owners: dict[int, str]) -> Iterator[Layer]:
-    """Yield what holds a module's own parameters. owners: the first path of each
-    parameter seen so far, by its id."""
+    """Yield the layers of a module's own parameters. owners: the first path of each parameter so
+    far, by its id."""
     module, path = place.module, place.path
     weights = {name: w for name, w in module._parameters.items() if isinstance(w, Tensor)}
     paths = {name: f"{path}.{name}" if path else name for name in weights}
@@ -284,13 +283,13 @@ def is_norm(module: nn.Module) -> bool:
 
 def _is_attention(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
-    # Whole decoder layers may be called after the attention that they have.
+    # Decoder layers may be named after their attention.
     return ("attention" in name or "attn" in name) and not name.endswith("decoderlayer")
 
 
 def _list_of_blocks(model: nn.Module) -> nn.ModuleList | None:
-    """Return the list of decoder layers: the one that the configuration gives the length of, or
-    else the list with the most parameters."""
+    """Return the list of decoder layers: the one of the configuration's length, or else the one
+    with the most parameters."""
     if isinstance(model, PreTrainedModel) and (layers := decoder_layers(model)) is not None:
         return layers
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

@@ -1,4 +1,4 @@
-"""Which number format a base is computed in, chosen by a measurement."""
+"""The number format to compute a base in, chosen by a measurement."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fastest_dtype() -> torch.dtype:
     x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
     inputs = {dtype: (x.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
     best = dict.fromkeys(inputs, float("inf"))
-    # On one thread, in turns, and the best of each: other work on the machine decides nothing.
+    # One thread, in turns, and the best of each, so that other work on the machine decides nothing.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The fingerprint of a base: short hashes of its structure, its weights and its vocabulary."""
+"""The parameters of a base, and its fingerprint: short hashes of structure, weights, vocabulary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VOCABULARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = Wea
 
 
 class Marks:
-    """The fingerprint of a base whose weights come one by one, before they are quantized."""
+    """Takes the fingerprint of a base from its weights one by one, before they are quantized."""
 
     def __init__(self, skeleton: nn.Module, samples: Mapping[str, str] | None = None) -> None:
         self._config = _config_mark(skeleton, base_parameters(skeleton))
@@ -32,7 +32,7 @@ class Marks:
             self.samples[name] = _sample(weight)
 
     def fingerprint(self) -> dict[str, str]:
-        """Return {"config", "weights"}, as the function `fingerprint` does of the whole model."""
+        """Return {"config", "weights"}, as `fingerprint` does for a whole model."""
         samples = [self.samples[name] for name in sorted(self.samples)]
         return {"config": self._config, "weights": _hash(samples)}
 
@@ -55,8 +55,8 @@ def fingerprint(
 def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, Tensor]:
     """Return the base's own parameters by their paths in the base, also under adapters.
 
-    A tied weight has its first path, or with `every_name` each of them. Quantized weights are no
-    parameters, and are left out.
+    A tied weight has its first path, or with `every_name` all its paths. Quantized weights are not
+    parameters.
     """
     active_adapters = getattr(model, "veneer_active_adapters", None)
     replaced = {} if active_adapters is None else active_adapters.replaced
@@ -83,7 +83,7 @@ def parameter_count(model: nn.Module) -> int:
 def _marks_of(model: nn.Module) -> dict[str, str]:
     weights = base_parameters(model)
     for path, layer in quantized_layers(model).items():
-        # Quantized by another program: nothing but the codes is left to sample.
+        # Another program quantized it: only codes are left to sample.
         weights[f"{_base_path(path)}.weight"] = layer.quantized_weight.tensors()["weight"]
     weights = dict(sorted(weights.items()))
     return {
@@ -93,9 +93,9 @@ def _marks_of(model: nn.Module) -> dict[str, str]:
 
 
 def _vocabulary_mark(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the hash of the tokens that a tokenizer came with.
+    """Return the hash of a tokenizer's original tokens.
 
-    It is cached: with 50 thousand tokens it takes longer than all else in loading an adapter.
+    It is cached: for 50 thousand tokens it takes longer than all else in loading an adapter.
     """
     size = tokenizer.vocab_size
     cached_size, mark = _VOCABULARIES.get(tokenizer, (None, ""))

@@ -1,6 +1,6 @@
-"""Bases from GGUF files: dense weights, and a tokenizer whose ids are llama.cpp's.
+"""Bases from GGUF files: dense weights, and a tokenizer with llama.cpp's ids.
 
-Reading goes through transformers; what transformers gets wrong is put right here.
+transformers reads them; its mistakes are corrected here.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from veneer.models.gguf_header import check_header, read_header
 
 
 def _digits_alone() -> PreTokenizer:
-    # llama.cpp's pre-tokenizer "smollm" (llama-vocab.cpp, with the pattern of GPT-2): each digit
-    # stands alone before GPT-2's splitting, which transformers' GGUF reader leaves out.
+    # llama.cpp's pre-tokenizer "smollm" (llama-vocab.cpp) splits digits apart before GPT-2's
+    # splitting; transformers' GGUF reader omits that.
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -49,7 +49,7 @@ def _digits_alone() -> PreTokenizer:
     )
 
 
-# Values of tokenizer.ggml.pre whose splitting transformers does not restore from the file.
+# By tokenizer.ggml.pre, splitting that transformers does not take from the file.
 PRE_TOKENIZERS = {"smollm": _digits_alone}
 
 
@@ -60,7 +60,7 @@ def load_config(path: Path) -> PretrainedConfig:
 
 def load_model(path: Path, **options: Any) -> PreTrainedModel:
     """Read a GGUF file as a dense model, which can be trained and saved."""
-    # Left in GGUF's blocks, the weights could be neither trained on nor saved.
+    # In GGUF's blocks, the weights could be neither trained nor saved.
     quantization = GgufConfig(dequantize=True)
     model, report = _read(
         AutoModelForCausalLM,
@@ -77,7 +77,7 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
 def open_tensors(path: Path, skeleton: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
     """Return a reader of each tensor of a GGUF file, in float32, by the skeleton's own names.
 
-    What names mean, and how an architecture's tensors are turned, is transformers' knowledge.
+    transformers maps the names and reorders each architecture's tensors.
     """
     check_header(path)
     try:
@@ -104,10 +104,10 @@ def open_tensors(path: Path, skeleton: PreTrainedModel) -> dict[str, Callable[[]
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Parse each file, and map each architecture's names, once while the context lasts.
+    """Within the context, parse each file and map each architecture's names only once.
 
-    transformers does both anew for configuration, weights, tokenizer and every submodule; a
-    vocabulary of 49 thousand words takes more than a second each time.
+    transformers does both again for configuration, weights, tokenizer and every submodule; a
+    vocabulary of 49 thousand tokens takes more than a second each time.
     """
     before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, function in before.items():
@@ -140,7 +140,7 @@ def _read(auto: Any, path: Path, **options: Any) -> Any:
 
 
 def _check(path: Path) -> None:
-    """Raise ValueError for a file that contradicts itself, and could keep readers for ever."""
+    """Raise ValueError for a file that contradicts itself and could keep readers busy for ever."""
     header = read_header(path)
     architecture = header.values.get("general.architecture")
     blocks = header.values.get(f"{architecture}.block_count", 0)

@@ -1,7 +1,7 @@
-"""Whether a GGUF file holds what its header promises, before anybody reads it on that word.
+"""Check that a GGUF file holds what its header says, before anything reads the rest.
 
 gguf's own reader believes every count: an array of 2⁶⁰ numbers in a file of a kilobyte keeps it
-busy for good, and takes all memory. The rules are those of llama.cpp's reader (ggml's gguf.cpp).
+busy for ever and takes all memory. The rules are those of llama.cpp's reader (ggml's gguf.cpp).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from veneer.errors import ModelError
 
-FORMATS = {  # of the kinds that have a fixed size
+FORMATS = {  # of struct, for kinds of a fixed size
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
     GGUFValueType.BOOL: "?",
@@ -34,8 +34,8 @@ FORMATS = {  # of the kinds that have a fixed size
 }
 DIMENSIONS = 4  # GGML_MAX_DIMS
 ALIGNMENT = "general.alignment"
-# Settings by which memory is taken before any weight is looked at. None is larger than the widest
-# of the tensors, and there are no more blocks than tensors.
+# Settings by which readers allocate memory before they look at weights. No WIDTH is larger than the
+# widest tensor, and there are no more blocks than tensors.
 WIDTHS = (
     "embedding_length",
     "feed_forward_length",
@@ -58,14 +58,14 @@ COUNTS = ("block_count", "decoder_block_count")
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself: single values by key, no lists, and its tensors' names."""
+    """A GGUF file's single values by key, without lists, and its tensors' names."""
 
     values: Mapping[str, Any]
     tensors: tuple[str, ...]
 
 
 def is_gguf(path: Path) -> bool:
-    """Say whether a file begins as a GGUF file does, whatever its name."""
+    """Return whether a file begins as a GGUF file does; its name does not matter."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -73,10 +73,10 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_header(path: Path) -> Header:
-    """Return what a GGUF file says of itself, having walked the whole header.
+    """Return a GGUF file's header, all of which is checked.
 
-    Raises ValueError for a file whose header promises more than the file holds, or what cannot be:
-    counts, lengths, kinds, shapes and places.
+    Raises ValueError for counts, lengths, kinds, shapes and offsets that are impossible or beyond
+    the end of the file.
     """
     status = path.stat()
     return _read(path, status.st_size, status.st_mtime_ns)
@@ -86,13 +86,13 @@ def check_header(path: Path) -> None:
     """Raise ModelError where `read_header` raises ValueError."""
     try:
         read_header(path)
-    except (OSError, ValueError) as error:  # also of bytes that are no text
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise ModelError(
             f"{path} cannot be read as a GGUF file ({error}). It must be a whole .gguf file."
         ) from error
 
 
-@lru_cache(maxsize=16)  # by what tells one state of a file from another
+@lru_cache(maxsize=16)  # a changed file has another size or time
 def _read(path: Path, size: int, changed: int) -> Header:
     if size < 24:
         raise ValueError("it ends within its header")
@@ -131,7 +131,7 @@ class _Walk:
         self.widths(shapes)
         return Header(self.values, tuple(shapes))
 
-    def one(self, form: str) -> Any:
+    def scalar(self, form: str) -> Any:
         """Read a value of a fixed size."""
         begin, self.at = self.at, self.at + struct.calcsize(form)
         if self.at > len(self.data):
@@ -140,24 +140,24 @@ class _Walk:
 
     def number(self, form: str) -> int:
         """Read a whole number."""
-        return int(self.one(form))
+        return int(self.scalar(form))
 
     def skip(self, size: int) -> int:
-        """Step over so many bytes and return where they began."""
+        """Skip `size` bytes and return their offset."""
         begin, self.at = self.at, self.at + size
         if self.at > len(self.data):
-            raise ValueError(f"{size:,} bytes are promised at {begin:,}, beyond its end")
+            raise ValueError(f"{size:,} bytes at {begin:,} would end beyond the file's end")
         return begin
 
     def count(self, least: int = 1) -> int:
-        """Read how many things follow, of `least` bytes or more each."""
+        """Read how many items follow, each of at least `least` bytes."""
         number = self.number("Q")
         if number * least > len(self.data) - self.at:
-            raise ValueError(f"{number:,} things are promised at {self.at:,}, beyond its end")
+            raise ValueError(f"{number:,} items at {self.at:,} would end beyond the file's end")
         return number
 
     def text(self) -> str:
-        """Read a length and so many bytes of text."""
+        """Read a length and a text of that length."""
         begin = self.skip(self.count())
         return str(self.data[begin : self.at], "utf-8")
 
@@ -165,9 +165,9 @@ class _Walk:
         return GGUFValueType(self.number("I"))
 
     def value(self, key: str, kind: GGUFValueType, depth: int = 0) -> None:
-        """Read a value, and note it unless it stands in an array."""
+        """Read a value, and keep it unless it is in an array."""
         if kind in FORMATS:
-            self.values[key] = self.one(FORMATS[kind])
+            self.values[key] = self.scalar(FORMATS[kind])
         elif kind == GGUFValueType.STRING and depth:
             self.skip(self.count())
         elif kind == GGUFValueType.STRING:
@@ -186,7 +186,7 @@ class _Walk:
             self.value(key, kind, depth=1)
 
     def tensor(self, name: str) -> tuple[tuple[int, ...], int, int]:
-        """Read a tensor's shape, its bytes, and its place from where the tensors begin."""
+        """Read a tensor's shape, size in bytes, and offset from where the tensors begin."""
         dimensions = self.number("I")
         if not 1 <= dimensions <= DIMENSIONS:
             raise ValueError(f"{name[:100]!r} has {dimensions:,} dimensions")
@@ -199,7 +199,7 @@ class _Walk:
         return shape, math.prod(shape) // block * size, self.number("Q")
 
     def places(self, tensors: dict[str, tuple[tuple[int, ...], int, int]]) -> None:
-        """Check that the tensors lie one behind the other, within the file."""
+        """Check that the tensors follow one another within the file."""
         step = self.values.get(ALIGNMENT, 32)
         if not isinstance(step, int) or step < 1 or step & (step - 1):
             raise ValueError(f"{ALIGNMENT} is {step!r}, and no power of two")
@@ -207,14 +207,14 @@ class _Walk:
         place = end = 0
         for name, (_, size, offset) in tensors.items():
             if offset != place:
-                raise ValueError(f"{name[:100]!r} lies at {offset:,}, and not at {place:,}")
+                raise ValueError(f"{name[:100]!r} is at {offset:,}, and not at {place:,}")
             end = place + size
             place = -(end // -step) * step
         if tensors and begin + end > len(self.data):
             raise ValueError(f"its tensors take {end:,} bytes, and {len(self.data):,} are there")
 
     def widths(self, tensors: dict[str, tuple[tuple[int, ...], int, int]]) -> None:
-        """Check that the settings describe nothing larger than what is there."""
+        """Check that the settings describe nothing larger than the tensors."""
         widest = max((max(shape) for shape, _, _ in tensors.values()), default=0)
         limits = dict.fromkeys(WIDTHS, widest) | dict.fromkeys(COUNTS, len(tensors))
         whole = {key: value for key, value in self.values.items() if isinstance(value, int)}

@@ -1,4 +1,4 @@
-"""A base by any of its names: built-in, local directory, GGUF file, or hub name."""
+"""Load a base, its skeleton or its weights by name: built-in, directory, GGUF file or hub name."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
 )
-# Left to itself, transformers asks whoever is there whether to run what a model brings along.
+# By default, transformers asks the user whether to run code that a model brings along.
 OURS_ALONE: dict[str, Any] = {"trust_remote_code": False}
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model with its tokenizer, and the name it was asked for by.
+    """A frozen model with its tokenizer, and the name that it was loaded by.
 
-    notices: what a person should know of how it was loaded.
+    notices: what the user should know of the loading.
     """
 
     name: str
@@ -62,17 +62,17 @@ def load_base(
     """Load a base for training or generation, on the GPU where there is one.
 
     `name` is a built-in name, a transformers or MiniGPT directory, a .gguf file, or a hub name.
-    With `bits` its linear layers are quantized as they are read, with `pack_head` the head too; one
-    that is quantized already stays in its files, memory-mapped.
-    No code from a model's repository is ever run. Raises ModelError with what to do, and
-    ConfigError for settings that cannot be.
+    With `bits` its linear layers are quantized as they are read, with `pack_head` the head too; a
+    base that is quantized already stays in its files, memory-mapped. No code from a model's
+    repository is ever run. Raises ModelError with what to do, and ConfigError for impossible
+    settings.
     """
     if bits not in (None, 4, 8):
         raise ConfigError(f"bits is {bits!r}, but must be 4 or 8.")
     if pack_head and bits is None:
         raise ConfigError("pack_head would do nothing without bits; give bits 4 or 8 too.")
     place = locate(name)
-    wanted = dtype_of(place, dtype)
+    torch_dtype = dtype_of(place, dtype)
     notices: tuple[str, ...] = ()
     with gguf.read_once():
         config = None if _is_gguf(place) and not bits else load_config(name)
@@ -80,14 +80,14 @@ def load_base(
             if bits:
                 raise ModelError(f"{name} is quantized already; leave bits out.")
             home = _on_disk(place)
-            model = load_quantized(home, skeleton_of(config, home), wanted)
+            model = load_quantized(home, skeleton_of(config, home), torch_dtype)
         elif config is not None and bits:
             source, notices = _open_dense(place, config)
-            model = quantized_model(source, bits, wanted, head=pack_head)
+            model = quantized_model(source, bits, torch_dtype, head=pack_head)
         else:
-            model = _dense(place, wanted)
+            model = _dense(place, torch_dtype)
         tokenizer = _tokenizer(place)
-    # The name that leads back here is the one that adapters and merged models should carry.
+    # Adapters and merged models carry this name, by which the base is loaded again.
     model.config._name_or_path = str(name)
     if torch.cuda.is_available():
         model = model.to("cuda")  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def load_config(name: str | Path) -> PretrainedConfig:
 def config_of(settings: Mapping[str, Any]) -> PretrainedConfig:
     """Return the configuration that transformers makes of a config.json's settings.
 
-    Raises ModelError for an unknown model type, and for settings that cannot be.
+    Raises ModelError for an unknown model type and for impossible settings.
     """
     minigpt.register()
     model_type = str(settings.get("model_type"))
@@ -139,7 +139,7 @@ def load_skeleton(name: str | Path) -> PreTrainedModel:
 
 
 def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[str, ...]]:
-    """Return the weights of a base one at a time, its tokenizer, and what to know of it.
+    """Return the weights of a base one at a time, its tokenizer, and notices.
 
     Raises ModelError for a base that is quantized already.
     """
@@ -152,7 +152,7 @@ def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[
 
 
 def skeleton_of(config: PretrainedConfig, home: Path | None = None) -> PreTrainedModel:
-    """Return a model on the meta device, with how it generates where its directory says so."""
+    """Return a model on the meta device, with the generation settings in `home`, if any."""
     place = home or config.name_or_path or "This model"
     minigpt.register()
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -183,13 +183,13 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
         auto = AutoModelForCausalLM
         model = _reading(place, lambda: auto.from_pretrained(place, dtype="auto", **OURS_ALONE))
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        config.tie_word_embeddings = False  # whatever it said: the files have two of them
+        config.tie_word_embeddings = False  # the files have two of them
     notice = "Its files cannot be read weight by weight, so all of the model was in memory at once."
     return Source.of_model(skeleton_of(config, home), model, home), (notice,)
 
 
 def _tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of the base that stands at `place`."""
+    """Read the tokenizer of the base at `place`."""
     if _is_minigpt(place):
         return _reading(place, lambda: minigpt.load(Path(place))[1])
     if _is_gguf(place):
@@ -223,8 +223,8 @@ def _is_minigpt(place: Path | str) -> bool:
 def _on_disk(place: Path | str) -> Path:
     if isinstance(place, Path):
         return place
-    wanted = ["*.json", "model*.safetensors"]
-    return Path(_reading(place, lambda: snapshot_download(place, allow_patterns=wanted)))
+    patterns = ["*.json", "model*.safetensors"]
+    return Path(_reading(place, lambda: snapshot_download(place, allow_patterns=patterns)))
 
 
 def _reading(place: Path | str, read: Callable[[], Any]) -> Any:

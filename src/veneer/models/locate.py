@@ -1,4 +1,4 @@
-"""Where a base stands: built-in, a local directory, a GGUF file, or on the hub."""
+"""Find where a base is: built-in, a local directory, a GGUF file, or on the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUILT_IN = ("minigpt", "smollm2-135m")
 
 
 def locate(name: str | Path) -> Path | str:
-    """Return the directory or file that `name` stands for, or the hub name as it is."""
+    """Return the directory or file that `name` means, or a hub name unchanged."""
     text = str(name)
     path = Path(text).expanduser()
     if path.exists():
@@ -22,7 +22,7 @@ def locate(name: str | Path) -> Path | str:
         if minigpt.is_minigpt(MINIGPT_HOME):
             return MINIGPT_HOME
         raise ModelError(
-            f"No MiniGPT stands in {MINIGPT_HOME} yet. Train it, in about a minute, with: "
+            f"There is no MiniGPT in {MINIGPT_HOME} yet. Train it, in about a minute, with: "
             "veneer pretrain"
         )
     if text == "smollm2-135m":

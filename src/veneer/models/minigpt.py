@@ -1,4 +1,4 @@
-"""MiniGPT: a complete language model small enough to be trained from nothing in a minute.
+"""MiniGPT: a complete language model, small enough to be trained from scratch in a minute.
 
 A transformers causal LM like any other base: its configuration, model and tokenizer are registered
 with the Auto classes, and it generates through transformers' own `generate`.
@@ -240,7 +240,7 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def is_minigpt(directory: Path) -> bool:
-    """Say whether a directory holds a MiniGPT: config.json, model.pt and tokenizer.json."""
+    """Return whether a directory holds a MiniGPT, by its config.json and model.pt."""
     return all((directory / name).is_file() for name in ("config.json", "model.pt"))
 
 

@@ -34,7 +34,7 @@ def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, n
 
 def quantize(weight: Tensor, bits: Bits, dtype: torch.dtype) -> QuantizedWeight:
     """Return a weight (out, in) in 4 or 8 bits a number, to be dequantized to `dtype`."""
-    # bitsandbytes takes a second to import, and is needed here alone.
+    # bitsandbytes takes a second to import.
     if bits == 4:
         from veneer.quant.nf4 import NF4
 
@@ -47,7 +47,7 @@ def quantize(weight: Tensor, bits: Bits, dtype: torch.dtype) -> QuantizedWeight:
 def quantized_model(
     source: Source, bits: Bits, dtype: torch.dtype, *, head: bool = False
 ) -> PreTrainedModel:
-    """Return the base with quantized linear layers and the fingerprint that it had before.
+    """Return the base with quantized linear layers and its fingerprint before that.
 
     Raises as `quantized_weights` does.
     """
@@ -68,8 +68,8 @@ def quantized_weights(
 ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
     """Yield every weight of the source by its name, those of `quantizable` layers quantized.
 
-    `seen` is called with each weight as it was read. Raises ModelError for one with values that are
-    not finite, which a block's scale would spread.
+    `seen` is called with each weight before that. Raises ModelError for values that are not finite,
+    which would spread through their block's scale.
     """
     layers = quantizable(source.skeleton, head=head)
     for name in source.names:

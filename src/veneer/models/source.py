@@ -1,4 +1,4 @@
-"""A base's dense weights one at a time, so that it never has to stand in memory as a whole."""
+"""Read a base's dense weights one at a time, so that memory never holds all of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 class Source:
     """The weights of a base by the skeleton's own names, in the order of its layers.
 
-    identity: tells this state of the files from others.
+    identity: a hash of the files' names, sizes and times.
     """
 
     skeleton: PreTrainedModel  # on the meta device
@@ -35,7 +35,7 @@ class Source:
     def of_model(
         cls, skeleton: PreTrainedModel, model: PreTrainedModel, place: Path | None = None
     ) -> Source:
-        """Return the weights of a model that stands in memory, and was read from `place`."""
+        """Return the weights of a model in memory that was read from `place`."""
         state = model.state_dict()
         files = [] if place is None else [place] if place.is_file() else list(place.glob("*.*"))
         return cls(skeleton, _untied(skeleton), state.__getitem__, _identity(files))
@@ -44,8 +44,8 @@ class Source:
 def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
     """Return the weights of a .gguf file or a directory of safetensors.
 
-    None where only transformers can tell which weight is which: other files, other names, or two
-    weights in the files where the configuration ties them into one.
+    None if only transformers can map them: other files, other names, or two different weights in
+    the files that the configuration ties into one.
     """
     names = _untied(skeleton)
     if place.suffix == ".gguf":
@@ -76,7 +76,7 @@ def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
 def model_files(directory: Path) -> list[Path]:
     """Return the safetensors files of a model: the only one, or those that its index names.
 
-    Others may lie beside them; the order is transformers'. Raises ModelError for an index that
+    Other files beside them are ignored, as in transformers. Raises ModelError for an index that
     cannot be read.
     """
     index = directory / INDEX
@@ -105,13 +105,13 @@ def _identity(files: Sequence[Path]) -> str:
 
 
 def _untied(skeleton: PreTrainedModel) -> tuple[str, ...]:
-    """Return the names of all weights, those that are tied to another left out."""
+    """Return the names of all weights, without those that are tied to an earlier one."""
     tied = _ties(skeleton)
     return tuple(name for name in skeleton.state_dict() if name not in tied)
 
 
 def _ties(skeleton: PreTrainedModel) -> dict[str, str]:
-    """Return, for each name of a weight that has an earlier one, that earlier name."""
+    """Return each tied weight's earlier name by its own."""
     first: dict[int, str] = {}
     ties = {}
     for name, weight in skeleton.named_parameters(remove_duplicate=False):

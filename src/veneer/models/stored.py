@@ -1,4 +1,4 @@
-"""Bases that are stored quantized, by `veneer quantize` or by bitsandbytes itself."""
+"""Load bases that `veneer quantize` or bitsandbytes stored quantized."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.quant.weight import QuantizedWeight, quantized_layers
 
 # Tensors that bitsandbytes stores beside a quantized weight.
 BESIDE = re.compile(r"(?P<path>.+)\.(?P<key>weight\..+|SCB|weight_format)")
-REPORT = "veneer.json"  # beside config.json: which base was quantized, and the error
+REPORT = "veneer.json"  # beside config.json: the base's name and fingerprint, and the errors
 
 
 def load_quantized(
@@ -29,13 +29,13 @@ def load_quantized(
 ) -> PreTrainedModel:
     """Return the quantized model of a directory; its large tensors stay in their files.
 
-    Layers are read ahead in the direction in which they are used. Raises ModelError.
+    Layers are read ahead, forwards or backwards as they are used. Raises ModelError for damage.
     """
     stored: dict[str, Tensor] = {}
     for file in model_files(directory):
         try:
             stored |= map_tensors(file)
-        except Exception as error:  # of many kinds, as damage is
+        except Exception as error:  # damage raises many kinds
             raise ModelError(f"{file} cannot be read as a quantized model ({error!r}).") from error
     del skeleton.config.quantization_config
     model = assemble(skeleton, _weights(stored, skeleton, dtype), dtype)
@@ -45,7 +45,7 @@ def load_quantized(
 
 
 def _marks(directory: Path) -> dict[str, str]:
-    """Return the fingerprint of the base that was quantized, none if another program did it."""
+    """Return the base's fingerprint from before; empty if another program quantized it."""
     report = directory / REPORT
     if not report.is_file():
         return {}
@@ -84,7 +84,7 @@ def _weight(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Quant
 
 
 def _read_ahead(model: PreTrainedModel) -> None:
-    """Read the quantized weights of the next block while those of one are used."""
+    """Read the next block's quantized weights while one block's are used."""
     blocks: dict[str, list[QuantizedWeight]] = defaultdict(list)
     for path, layer in quantized_layers(model).items():
         block = re.match(r".*?\.\d+(?=\.)", path)

@@ -1,4 +1,4 @@
-"""What a forward pass keeps for the backward pass, in bytes."""
+"""The bytes that a forward pass keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from veneer.plan.sizes import Block, Sizes
 # Packed batches are filled up to a multiple of this (TOKENS_STEP in fused/forward.py).
 TOKENS_STEP = 64
 FLOAT32 = 4
-# What autograd keeps is in the common heap, between what is freed at once, and leaves holes that
+# Autograd's tensors are in the common heap, among others that are freed at once, whose holes
 # nothing fits into: from the third step on, resident memory grows with the number of layers by this
-# much more than what they keep (full training of LLaMA's layers 0.54, adapters over GPT-2's 0.38;
-# 8 × 256 tokens, 4 against 8 layers). The two functions keep theirs in an arena, without holes.
+# share more than the tensors take (full training of LLaMA's layers 0.54, adapters over GPT-2's
+# 0.38; 8 × 256 tokens, 4 against 8 layers). The two functions keep theirs in an arena, without
+# holes.
 HOLES = 0.45
-# How many tensors of the inner width an activation keeps that is written out in Python; torch's own
-# keep one.
+# Tensors of the inner width that activations in Python keep; torch's own keep one.
 KEPT = {"gelu_new": 4, "gelu_fast": 4}
 GATED = 3  # the activation's input, and both sides of its product with the other half
 SCANNED = 4  # tensors of a state's size that Mamba's scan in Python keeps, as measured
@@ -29,7 +29,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # that `se
 
 
 def tokens_of(config: PlanConfig) -> int:
-    """Return the tokens of one pass, filled up; a longer row is a pass of its own."""
+    """Return the tokens of one pass with padding; a longer row is a pass of its own."""
     tokens = max(config.tokens_per_batch, config.length)
     return -(-tokens // TOKENS_STEP) * TOKENS_STEP
 
@@ -41,15 +41,15 @@ def is_fused(sizes: Sizes, trained: Trained) -> bool:
 
 
 def recompute_of(config: PlanConfig, sizes: Sizes, trained: Trained) -> str:
-    """Return what is computed again: whole layers for `selective` where the two functions do not
-    suit, as fused/forward.py chooses."""
+    """Return what is computed again: for `selective` whole layers if the two functions do not suit,
+    as fused/forward.py chooses."""
     if config.recompute == "selective" and not is_fused(sizes, trained):
         return "full"
     return config.recompute
 
 
 def kept(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Term]:
-    """Return what all layers, the last norm and the head keep."""
+    """Return what the layers, the last norm and the head keep."""
     tokens, width = tokens_of(config), config.width
     blocks = sizes.blocks[trained.first_block :]
     if recompute_of(config, sizes, trained) == "full":
@@ -89,7 +89,7 @@ def kept(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Term]:
 
 
 def holes(config: PlanConfig, sizes: Sizes, trained: Trained) -> Term:
-    """Return what the heap cannot use between what autograd keeps."""
+    """Return the holes in the heap between autograd's tensors."""
     terms = kept(config, sizes, trained)
     through = not is_fused(sizes, trained) and recompute_of(config, sizes, trained) != "full"
     total = sum(term.value for term in terms) if through else 0
@@ -99,8 +99,7 @@ def holes(config: PlanConfig, sizes: Sizes, trained: Trained) -> Term:
 def kept_by_blocks(
     config: PlanConfig, sizes: Sizes, trained: Trained, blocks: Iterable[Block]
 ) -> list[Term]:
-    """Return what blocks keep that are not computed again whole; those that keep the same are
-    counted."""
+    """Return what blocks keep that are not computed again whole; equal blocks share a term."""
     by = _by_two_functions if is_fused(sizes, trained) else _by_autograd
     alike: Counter[Term] = Counter()
     for block in blocks:
@@ -137,27 +136,26 @@ def _by_two_functions(
 def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> list[Term]:
     """What torch keeps of transformers' own layers.
 
-    Norms: their input, in float32 where they are written in Python, and what is multiplied by a
-    weight that trains. Linear layers: their input, where they train or an adapter is over them.
-    Attention: q, k, v and its output, and scores where it is the model's own. Activation: see KEPT.
-    Experts: what each of those that compute a token gives, for the router, and their inputs where
-    they train. Parameters under adapters: W + s B A, as large as W.
+    Norms: their input, in float32 for those in Python, and what a trained weight multiplies. Linear
+    layers that train or are adapted: their input. Attention: q, k, v and its output, and the scores
+    of the model's own attention. Activation: see KEPT. Experts: the output of each that computes a
+    token, for the router, and the inputs of those that train. Adapted parameters: W + s B A.
     """
     tokens, width = tokens_of(config), config.width
     lines = _lines(block, trained)
     norms = sum(_norm_bytes(norm, block, config, sizes, trained) for norm in block.norms)
     inputs = {}
     for layer in block.layers:
-        # What leads out of attention reads what attention keeps anyway.
+        # The layer that leads out of attention reads what attention keeps anyway.
         touched = layer.path in trained.own_paths or layer.path in trained.lines
         if touched and layer.is_linear and layer is not block.output:
             half = layer.in_attention or block.has_one_norm
             inputs[half, layer.in_] = layer.in_
-    # DoRA's gain multiplies what each adapted layer gives, which is kept for the magnitude.
+    # DoRA's magnitude multiplies each adapted layer's output, which is kept for its gradient.
     gained = sum(line.out for line in lines) if config.method == "dora" else 0
     masks = sum(line.in_ for line in lines if line.config.dropout)
     times = GATED if block.is_gated else KEPT.get(sizes.activation, 1)
-    # Turned q and k are kept beside the one tensor that v is in.
+    # Rotated q and k are kept besides the one tensor that has v.
     one_product = any(layer.out > block.q for layer in block.attention)
     turned = block.q + block.kv if sizes.is_rotary and one_product else 0
     attention = 2 * block.q + 2 * block.kv + turned

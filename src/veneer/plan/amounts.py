@@ -11,7 +11,7 @@ class Term:
     """A product: its value is that of its factors, and its text names each of them.
 
     Term.of(30, "layers", 2048, "tokens", 2, "bytes") reads "30 layers × 2,048 tokens × 2 bytes".
-    A factor of nothing in particular has an empty name.
+    A factor without a unit has an empty name.
     """
 
     factors: tuple[tuple[float, str], ...]
@@ -23,7 +23,7 @@ class Term:
         return cls(tuple(zip(factors[::2], factors[1::2], strict=True)), note)  # type: ignore[arg-type]
 
     def times(self, count: int, name: str) -> Term:
-        """Return the product with one factor more, in front."""
+        """Return the product with one more factor in front."""
         return Term(((count, name), *self.factors), self.note)
 
     @property
@@ -50,7 +50,7 @@ class Amount:
 
     @property
     def formula(self) -> str:
-        """The sum with its numbers put in, one product a line."""
+        """The sum as text, one product a line."""
         return "\n".join(("" if i == 0 else "+ ") + term.text for i, term in enumerate(self.terms))
 
 

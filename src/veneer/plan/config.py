@@ -1,4 +1,4 @@
-"""What is planned: a frozen, validated value."""
+"""The settings of a plan: a frozen, validated value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.quant.settings import Bits
 
 MethodName = Literal["full", "freeze", "lora", "dora", "qlora", "prefix", "prompt"]
 DType = Literal["bf16", "float32"]
-ADAPTING = ("lora", "dora", "qlora")  # methods that lay low-rank adapters over layers
+ADAPTING = ("lora", "dora", "qlora")  # methods with low-rank adapters
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class PlanConfig:
     bits: Bits | None = None
     """Bits a number in the frozen linear layers: 4 for qlora, else those of the dtype."""
     dtype: DType = "bf16"
-    """Number format to compute in, and to hold all in that is not packed."""
+    """Number format to compute in, and of all weights that are not quantized."""
     pack_head: bool = False
-    """With 4 or 8 bits, pack the head too."""
+    """With 4 or 8 bits, quantize the head too."""
     tokens_per_batch: int = 2048
     """Real tokens in one forward and backward pass."""
     max_length: int | None = None
-    """Longest row in tokens, which is never cut in two; as long as a pass unless given."""
+    """Longest row in tokens, which is never cut in two; a whole pass unless given."""
     recompute: Recompute = "none"
     """What is computed again instead of kept: nothing, inner projections, or whole layers."""
     trained_blocks: int = 2
@@ -43,7 +43,7 @@ class PlanConfig:
     prefix_mlp: int | None = None
     """With prefix, the width of an MLP that makes the keys and values while training."""
     mapped: bool = False
-    """Count the weights as mapped from a directory that veneer quantize wrote: on the disk."""
+    """Count the weights as on disk, mapped from a directory that veneer quantize wrote."""
 
     def __post_init__(self) -> None:
         count = at_least(1)

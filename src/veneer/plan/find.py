@@ -1,4 +1,4 @@
-"""The model to plan: a preset, a directory, a config.json or a .gguf file."""
+"""Find the model to plan: a preset, a directory, a config.json or a .gguf file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veneer.quant.settings import quantization_of
 
 
 def find_sizes(name: str | Path) -> Sizes:
-    """Return the sizes of a preset, or of the model that `name` is or holds; no weight is read.
+    """Return the sizes of a preset, or of the model at `name`; no weight is read.
 
     Raises ModelError with what to do.
     """
@@ -30,17 +30,17 @@ def find_sizes(name: str | Path) -> Sizes:
 def sizes_of(config: PretrainedConfig) -> Sizes:
     """Return the sizes of the causal language model that transformers builds from a configuration.
 
-    Raises ModelError where it builds none.
+    Raises ModelError if it builds none.
     """
     skeleton: nn.Module = skeleton_of(config)
-    # Experts are multiplied in 16 bits alone where nothing but shapes is computed.
+    # On the meta device, transformers multiplies experts only in 16 bits.
     return Sizes(describe(skeleton.to(torch.bfloat16)))
 
 
 def find_config(name: str | Path) -> PretrainedConfig:
-    """Return the configuration of a preset, or of the model that `name` is or holds.
+    """Return the configuration of a preset, or of the model at `name`.
 
-    What is on the disk goes before a preset of the same name. Raises ModelError with what to do.
+    A file or directory goes before a preset of the same name. Raises ModelError with what to do.
     """
     path = Path(name).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
@@ -66,11 +66,11 @@ def find_config(name: str | Path) -> PretrainedConfig:
 def _read(path: Path) -> dict[str, Any]:
     try:
         json.loads(path.read_text(encoding="utf-8"))  # for a message that says what is wrong
-        # transformers' own reader knows what JSON has no numbers for, such as infinity.
+        # transformers' own reader also reads numbers that JSON lacks, such as infinity.
         settings, _ = PretrainedConfig.get_config_dict(str(path))
-    except Exception as error:  # of many kinds, as damage is
+    except Exception as error:  # damage raises many kinds
         raise ModelError(f"{path} cannot be read as settings of a model: {error}") from error
     if not isinstance(settings, dict):
         raise ModelError(f"{path} holds no settings of a model.")
-    quantization_of(settings)  # what else than bitsandbytes quantized is refused in its own words
+    quantization_of(settings)  # refuses what others than bitsandbytes quantized
     return settings

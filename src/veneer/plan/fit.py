@@ -1,4 +1,4 @@
-"""Whether a plan fits a machine's memory, and the gentlest settings with which it would."""
+"""Whether a plan fits a machine's memory, and the gentlest settings that make it fit."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from veneer.quant.settings import Bits
 # How much longer a step takes, as docs/performance.md measures it: 1,521 against 1,389 tokens/s for
 # selective; a second forward pass beside one forward and one backward pass for full.
 SLOWER: dict[Recompute, float] = {"none": 1.0, "selective": 1.09, "full": 1.33}
-# What a pass costs whatever its length, in tokens: 0.30 s at 256, 1.15 s at 2,048 tokens (there).
+# The fixed cost of a pass, in tokens: 0.30 s at 256, 1.15 s at 2,048 tokens (the same page).
 PASS_TOKENS = 400
-LEAST_TOKENS = 64  # below, a pass is little but overhead
+LEAST_TOKENS = 64  # a shorter pass is mostly overhead
 LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 def free_bytes(root: Path = Path("/")) -> int | None:
-    """Return the memory that this process may still take, or None where nobody says.
+    """Return the memory that this process may still take, or None if the system does not say.
 
     The least of what the system has available (/proc/meminfo) and of what each control group above
-    the process leaves (cgroup 1 and 2), where pages of files that can be let go count as free.
+    the process leaves (cgroup 1 and 2); pages of files that can be dropped count as free.
     """
     amounts = [_available(root / "proc/meminfo")]
     for line in _text(root / "proc/self/cgroup").splitlines():
@@ -47,16 +47,16 @@ def free_bytes(root: Path = Path("/")) -> int | None:
 
 
 def gentlest(plan: Plan, free: int) -> Plan | None:
-    """Return the plan that costs least among those that fit `free` bytes, or None."""
+    """Return the cheapest plan that fits `free` bytes, or None."""
     changed = (replanned(plan, config) for config in alternatives(plan))
     return next((other for other in changed if other.memory.peak <= free), None)
 
 
 def alternatives(plan: Plan) -> Iterator[PlanConfig]:
-    """Yield the plan's settings and gentle changes to them, from what costs least to the last.
+    """Yield the plan's settings and gentle changes to them, the cheapest first.
 
-    First what costs time alone, ordered by how much longer a token takes: smaller passes, and
-    computing again. None of it changes what is learnt; fewer bits do, so these come after: a base
+    First those that cost only time, ordered by how much longer a token takes: smaller passes, and
+    computing again. They do not change what is learnt. Fewer bits do, so these come after: a base
     in 8 bits, in 4, and one that is mapped from the disk.
     """
     config = plan.config
@@ -73,7 +73,7 @@ def alternatives(plan: Plan) -> Iterator[PlanConfig]:
 
 
 def flags(before: PlanConfig, after: PlanConfig) -> str:
-    """Return what to add to a command line to come from one to the other."""
+    """Return the flags that turn the settings `before` into `after`."""
     changed = []
     for name in ("recompute", "tokens_per_batch", "bits"):
         value = getattr(after, name)
@@ -102,7 +102,7 @@ def _fewer(config: PlanConfig) -> Iterator[int]:
 
 
 def _seconds(config: PlanConfig) -> float:
-    """Return the time that a token takes, as a multiple of the least."""
+    """Return how many times the least time a token takes."""
     return SLOWER[config.recompute] * (1 + PASS_TOKENS / config.tokens_per_batch)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from veneer.plan.activations import FLOAT32, holes, kept
 from veneer.plan.amounts import Amount, Term, amount
@@ -14,16 +14,16 @@ from veneer.plan.workspace import workspace
 # Bits of a number in NF4: its code, 8 bits a block of 64 for the scale, and 32 bits for each 256 of
 # those (Dettmers et al. 2023, section 3).
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-# Resident besides all that is planned, on Linux: 350 MB once Veneer, torch and transformers are
-# imported, 85 MB more once a model and its tokenizer are read, and 85 MB from the first step on
+# Resident besides all that is planned, on Linux: 350 MB after importing Veneer, torch and
+# transformers, 85 MB more after reading a model and its tokenizer, and 85 MB from the first step on
 # (threads, products prepared by oneDNN). `python -m bench.planned` prints the first two.
 RUNTIME = 520_000_000
-GROWTH = 170_000_000  # of it, what comes after the imports
+GROWTH = 170_000_000  # the part of it after the imports
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run needs at its peak, in bytes. `on_disk` is mapped from there and not counted."""
+    """What a run needs at its peak, in bytes; `on_disk` is mapped and not counted."""
 
     weights: Amount
     adapters: Amount
@@ -36,16 +36,8 @@ class MemoryPlan:
 
     @property
     def amounts(self) -> tuple[Amount, ...]:
-        """All that counts, in the order of a table."""
-        return (
-            self.weights,
-            self.adapters,
-            self.gradients,
-            self.optimizer,
-            self.activations,
-            self.workspace,
-            self.runtime,
-        )
+        """The amounts that sum to the peak."""
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name != "on_disk")
 
     @property
     def peak(self) -> int:
@@ -66,14 +58,17 @@ def plan_memory(
     train have float32 ones, to which the steps are added (Micikevicius et al. 2018, section 3.1).
     """
     width, count = config.width, trained.count
-    own = bool(trained.weights)  # trained in their own dtype; whatever is new is float32
+    own = bool(trained.weights)  # they train in their own dtype; new parameters are float32
     trained_width = width if own else FLOAT32
     quantized, rest = _weights(config, sizes)
-    # What is stored in 16 bits and computed in 32 is copied, wherever it came from.
+    # Weights that are stored in 16 bits and computed in 32 are copied into memory.
     mapped = [] if not config.mapped else quantized if width == FLOAT32 else quantized + rest
     weights = [term for term in quantized + rest if term not in mapped]
     numbers = count + trained.beside
-    copies = Term.of(numbers, "parameters", width, "bytes", note="in the dtype of computing")
+    adapters = [
+        Term.of(numbers, "parameters", FLOAT32, "bytes", note="float32"),
+        Term.of(numbers, "parameters", width, "bytes", note="in the dtype of computing"),
+    ]
     optimizer = [Term.of(2, "moments", count, "parameters", FLOAT32, "bytes", note="AdamW")]
     if own and masters and width < FLOAT32:
         optimizer.append(Term.of(count, "masters", FLOAT32, "bytes", note="float32"))
@@ -90,14 +85,7 @@ def plan_memory(
             activations, passing = amount("activations"), amount("workspace", stepping)
     return MemoryPlan(
         weights=amount("weights", *weights),
-        adapters=amount(
-            "adapters",
-            *(
-                []
-                if own
-                else [Term.of(numbers, "parameters", FLOAT32, "bytes", note="float32"), copies]
-            ),
-        ),
+        adapters=amount("adapters", *adapters),
         gradients=amount("gradients", Term.of(count, "parameters", trained_width, "bytes")),
         optimizer=amount("optimizer", *optimizer),
         activations=activations,

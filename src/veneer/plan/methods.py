@@ -1,4 +1,4 @@
-"""What each method trains of a model: parameters, exactly."""
+"""The parameters that each method trains, counted exactly."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from veneer.plan.sizes import Sizes
 class Trained:
     """What trains of a model, or beside it.
 
-    weights: the model's own layers that train. adapted: layers under adapters. first_block: the
+    weights: the model's own layers that train. adapted: layers with adapters. first_block: the
     lowest block that a gradient must reach, the number of blocks for none; nothing below it is
-    kept. prefix: whether keys and values of virtual tokens, which attention sees before a text's
-    own. beside: numbers that lie beside the model without training.
+    kept. prefix: whether keys and values of virtual tokens train. beside: numbers of adapters that
+    do not train.
     """
 
     parameters: Amount
@@ -49,12 +49,12 @@ class Trained:
 
     @cached_property
     def lines(self) -> dict[str, TargetLine]:
-        """Layers under adapters, by path."""
+        """Layers with adapters, by path."""
         return {line.path: line for line in self.adapted}
 
 
 def trained_by(config: PlanConfig, sizes: Sizes, adapted: tuple[TargetLine, ...] = ()) -> Trained:
-    """Return what `config.method` trains; `adapted` are the layers under adapters, if any.
+    """Return what `config.method` trains; `adapted` are the layers with adapters, if any.
 
     full: all parameters. freeze: the last `trained_blocks` blocks, and norms and head where asked
     for. lora: rank · (in + out) a layer (Hu et al. 2021, section 4.1). dora: the same and `out`
@@ -62,7 +62,7 @@ def trained_by(config: PlanConfig, sizes: Sizes, adapted: tuple[TargetLine, ...]
     layer, or the MLP that makes them (Li and Liang 2021, section 4.3). prompt: virtual tokens'
     embeddings (Lester et al. 2021).
 
-    Raises ConfigError where a method trains nothing of this model.
+    Raises ConfigError for a method that does not suit this model.
     """
     if config.method in ADAPTING:
         if not adapted:
@@ -71,7 +71,8 @@ def trained_by(config: PlanConfig, sizes: Sizes, adapted: tuple[TargetLine, ...]
     if config.method == "prefix":
         return Trained(amount("prefix", *_prefix(config, sizes)), prefix=True)
     if config.method == "prompt":
-        return Trained(amount("prompt", *_prompt(config, sizes)))
+        tokens, width = config.virtual_tokens, sizes.prompt_shape[1]
+        return Trained(amount("prompt", Term.of(tokens, "virtual tokens", width, "wide")))
     if config.method == "freeze":
         return _freezing(config, sizes)
     description = sizes.description
@@ -106,11 +107,6 @@ def _freezing(config: PlanConfig, sizes: Sizes) -> Trained:
     return Trained(amount("blocks", *terms), layers, first_block=lowest)
 
 
-def _prompt(config: PlanConfig, sizes: Sizes) -> list[Term]:
-    tokens, width = config.virtual_tokens, sizes.prompt_shape[1]
-    return [Term.of(tokens, "virtual tokens", width, "wide")]
-
-
 def _prefix(config: PlanConfig, sizes: Sizes) -> list[Term]:
     layers, two, heads, _, head_dim = sizes.prefix_shape
     tokens = config.virtual_tokens
@@ -142,7 +138,7 @@ def _adapting(sizes: Sizes, adapted: tuple[TargetLine, ...], *, magnitudes: bool
 
 
 def _factors(line: TargetLine) -> tuple[int, str]:
-    """Return the numbers that train for each rank of a layer, and what they are."""
+    """Return how many numbers train for each rank of a layer, and their name."""
     names = "in + out"
     if line.config.lora_fa:
         names = "tokens" if line.layer.kind == "embedding" else "out"
@@ -150,7 +146,7 @@ def _factors(line: TargetLine) -> tuple[int, str]:
 
 
 def adapted_layers(sizes: Sizes, config: LoRA) -> tuple[TargetLine, ...]:
-    """Return the layers of a model that adapters would be over, as `attach` finds them.
+    """Return the layers that would get adapters, as `attach` finds them.
 
     Raises TargetError, which lists all targets, slices and patterns that match nothing.
     """

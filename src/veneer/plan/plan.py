@@ -1,4 +1,4 @@
-"""A plan: what would train of a model, and the memory that it takes."""
+"""A plan: what would train, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from veneer.plan.sizes import Sizes
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings, and what follows from them for a model. `adapted`: the layers that adapters would
-    lie on; methods without adapters leave them alone."""
+    """Settings, and what follows from them for a model. `adapted`: the layers that would get
+    adapters, also for plans of other methods."""
 
     config: PlanConfig
     sizes: Sizes
@@ -31,8 +31,18 @@ class Plan:
         return self.sizes.description
 
     @property
+    def notice(self) -> str | None:
+        """What this plan does not count, if anything."""
+        if not self.sizes.has_uncounted_states:
+            return None
+        return (
+            "What this model's state-space layers keep of their states is not counted: the peak is "
+            "higher."
+        )
+
+    @property
     def share(self) -> float:
-        """Trained parameters as a part of the base's."""
+        """Trained parameters over the base's."""
         return self.trained.count / self.model.parameters
 
 
@@ -43,8 +53,8 @@ def make_plan(
     *,
     runtime: int = RUNTIME,
 ) -> Plan:
-    """Return the plan of training a model as `config` says, in a process of which `runtime` bytes
-    are resident before any model is. Raises ConfigError for what cannot be."""
+    """Return the plan of training a model as `config` says. runtime: resident bytes of the process
+    besides. Raises ConfigError for a method that does not suit the model."""
     trained = trained_by(config, sizes, adapted)
     memory = plan_memory(config, sizes, trained, runtime=runtime)
     return Plan(config, sizes, adapted, trained, memory, runtime)
@@ -56,12 +66,12 @@ def replanned(plan: Plan, config: PlanConfig) -> Plan:
 
 
 def comparison(plan: Plan) -> list[tuple[str, Plan]]:
-    """Return a plan for each method under a title: the plan itself, and what others would need over
-    a base that is dense (for qlora in 4 bits), with the plan's other settings.
+    """Return a titled plan for each method: the plan itself, and others with its settings over a
+    dense base (qlora: in 4 bits).
 
     The first is full training as textbooks count it: 16-bit weights and gradients, Adam's numbers
-    in float32. The second is Veneer's, which keeps float32 masters of the weights too. Methods that
-    adapt layers are there only if the plan names layers, and none that does not suit the model.
+    in float32. The second is Veneer's, with float32 masters of the weights too. Methods that do not
+    suit the model are left out, and those with adapters unless the plan names layers.
     """
     settings = plan.config
     plain = replace(settings, bits=None, pack_head=False, mapped=False)

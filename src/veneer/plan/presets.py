@@ -7,42 +7,18 @@ from typing import Any
 Config = dict[str, Any]
 
 
-def _llama(
-    dim: int,
-    inner: int,
-    depth: int,
-    heads: int,
-    kv_heads: int,
-    vocab: int,
-    context: int,
-    **others: Any,
-) -> Config:
-    return {
-        "model_type": "llama",
-        "hidden_size": dim,
-        "intermediate_size": inner,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": context,
-    } | others
+LLAMA_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "max_position_embeddings"),
+)
 
 
-def _qwen2(
-    dim: int, inner: int, depth: int, heads: int, kv_heads: int, vocab: int, *, tied: bool
-) -> Config:
-    return _llama(
-        dim,
-        inner,
-        depth,
-        heads,
-        kv_heads,
-        vocab,
-        32768,
-        model_type="qwen2",
-        tie_word_embeddings=tied,
-    )
+def _llama(*sizes: int, **others: Any) -> Config:
+    return {"model_type": "llama", **dict(zip(LLAMA_SIZES, sizes, strict=True)), **others}
+
+
+def _qwen2(*sizes: int, tied: bool) -> Config:
+    return _llama(*sizes, 32768, model_type="qwen2", tie_word_embeddings=tied)
 
 
 def _gpt2(dim: int, depth: int, heads: int) -> Config:

@@ -1,4 +1,4 @@
-"""What a model's memory follows from: widths of its blocks, read from their layers' shapes."""
+"""The widths of a model that decide its memory, read from its layers' shapes."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from veneer.models.description import Layer, ModelDescription
 
 # Layers that lead out of attention: their input is its output, not the residual stream.
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-# Keys that scale or cap the logits of those who have them.
+# Settings that scale or cap logits.
 HEAD_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-# Names that configurations have for how many experts compute a token.
+# Names of the setting for how many experts compute a token.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
-# Bytes that attention keeps of each score: capped ones, and probabilities in float32 and in the
-# dtype of computing; what an attention of its own or with sinks keeps, which is not packed.
+# Bytes that attention keeps of each score: with caps (scores, and probabilities in float32 and in
+# the dtype of computing), and of a model's own attention or one with sinks, without packing.
 CAPPED_SCORES, OWN_SCORES = 8, 4
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: what it holds, and its widths in numbers a token.
+    """One decoder layer: its layers, and its widths in numbers a token.
 
-    q, kv: of all heads together. inner: of the feed-forward layers; with experts, of those that
-    compute a token. state: numbers of a state-space layer's state.
+    q, kv: of all heads together. inner: of the feed-forward layers, and of the experts that compute
+    a token. state: of a state-space layer's state.
     """
 
     layers: tuple[Layer, ...]
     dim: int
     heads: int
-    experts: int  # how many of them compute a token, 0 for none
+    experts: int  # how many compute a token, 0 for none
 
     @cached_property
     def attention(self) -> tuple[Layer, ...]:
@@ -68,7 +68,7 @@ class Block:
 
     @cached_property
     def feed_forward(self) -> tuple[Layer, ...]:
-        """The linear layers outside of attention that every token goes through."""
+        """The linear layers outside of attention and experts."""
         return tuple(
             layer
             for layer in self.layers
@@ -84,7 +84,7 @@ class Block:
 
     @cached_property
     def dense(self) -> int:
-        """The inner width of what every token goes through."""
+        """The inner width of the feed-forward layers."""
         back = [layer for layer in self.feed_forward if layer.out == self.dim]
         wide = [layer for layer in back if layer.in_ != self.dim] or back[-1:]
         return sum(layer.in_ for layer in wide)
@@ -95,13 +95,13 @@ class Block:
 
     @cached_property
     def is_gated(self) -> bool:
-        """Whether two of the inner width are multiplied (Shazeer 2020)."""
+        """Whether two products of the inner width are multiplied (Shazeer 2020)."""
         outs = sum(layer.out for layer in self.feed_forward if layer.in_ == self.dim)
         return self.routed > 0 or outs >= 2 * self.dense > 0
 
     @cached_property
     def state(self) -> int:
-        """Numbers of the state that a Mamba layer has for each token: inner · state size."""
+        """Numbers of a Mamba layer's state for each token: inner · state size."""
         scans = [layer for layer in self.layers if _is_scan(layer) and len(layer.stored) == 2]
         return sum(layer.out * layer.in_ for layer in scans)
 
@@ -111,12 +111,11 @@ class Block:
 
     @property
     def has_one_norm(self) -> bool:
-        """Whether halves that run side by side share the one norm, and so their input."""
+        """Whether attention and feed-forward run in parallel on the output of one norm."""
         return sum(x.out == self.dim and not x.in_attention for x in self.norms) == 1
 
     def norm_width(self, norm: Layer) -> int:
-        """Return the numbers a token that a norm reads: those of all heads where it has one
-        head's."""
+        """Return how many numbers a token a norm reads: a norm of one head reads all heads."""
         size = norm.out * norm.in_
         if not (norm.in_attention and self.heads and size == self.q // self.heads):
             return size
@@ -143,7 +142,7 @@ class Sizes:
 
     @cached_property
     def vocab(self) -> int:
-        """Tokens of which the head makes logits."""
+        """Tokens of the vocabulary that have logits."""
         head = self.description.head or self.description.embedding
         return head.out if head is not None and head.is_head else head.in_ if head else 0
 
@@ -171,7 +170,7 @@ class Sizes:
     def prefix_shape(self) -> tuple[int, ...]:
         """Shape of the keys and values of a virtual token: (layers, 2, kv_heads, 1, head_dim).
 
-        Raises ConfigError for a model whose layers do not all keep such.
+        Raises ConfigError for a model with layers that have none.
         """
         return self._virtual_shape("prefix")
 
@@ -186,12 +185,12 @@ class Sizes:
             return virtual_shape(self.description.model, Method(method, virtual_tokens=1))
         except ConfigError:
             raise
-        except Exception as error:  # of many kinds: not all models compute on shapes alone
+        except Exception as error:  # many kinds: not all models compute on the meta device
             raise ConfigError(f"{method} cannot be planned for this model ({error}).") from error
 
     def block_of(self, layer: Layer) -> int:
-        """Return the lowest block that a gradient of a layer must reach: the number of blocks for
-        the head, and 0 for whatever else is outside of the blocks."""
+        """Return the lowest block that a layer's gradient passes: the number of blocks for the
+        head, and 0 for other layers outside of the blocks."""
         if layer.is_head:
             return len(self.blocks)
         inside = layer.path.startswith(f"{self.description.blocks}.")
@@ -205,8 +204,8 @@ class Sizes:
 
     @cached_property
     def has_uncounted_states(self) -> bool:
-        """Whether there are states of which it is not known here what is kept: those of Mamba 2 and
-        of gated linear attention."""
+        """Whether there are states that the plan does not count: of Mamba 2 and gated linear
+        attention."""
         return any(_is_scan(x) and len(x.stored) == 1 for x in self.description.layers)
 
     @property
@@ -228,13 +227,12 @@ class Sizes:
 
     @cached_property
     def context(self) -> int | None:
-        """Tokens of the longest row that the model reads."""
+        """The most tokens in a row that the model reads."""
         return getattr(self.config, "max_position_embeddings", None)
 
     @cached_property
     def is_fused(self) -> bool:
-        """Whether Veneer computes its blocks as two functions (fused/layers.py), as far as
-        structure tells."""
+        """Whether its blocks are computed as two functions (fused/layers.py), by structure."""
         blocks = self.description.model.get_submodule(self.description.blocks or "")
         likely = isinstance(blocks, nn.ModuleList) and all(map(looks_fusable, blocks))
         plain = getattr(self.config, "residual_multiplier", 1) == 1
@@ -242,18 +240,18 @@ class Sizes:
 
     @cached_property
     def norms_in_python(self) -> bool:
-        """Whether norms are written out in Python and keep a float32 copy, as LLaMA's do."""
+        """Whether norms are computed in Python and keep a float32 copy, as LLaMA's do."""
         norms = [layer.module for layer in self.description.layers if layer.kind == "norm"]
         return any(not isinstance(norm, nn.LayerNorm | nn.RMSNorm) for norm in norms)
 
     @cached_property
     def has_plain_head(self) -> bool:
-        """Whether it gives the logits as they are, neither scaled nor capped."""
+        """Whether logits are neither scaled nor capped."""
         return all(getattr(self.config, key, None) in (None, 1) for key in HEAD_SCALES)
 
     @cached_property
     def is_rotary(self) -> bool:
-        """Whether q and k are turned by positions."""
+        """Whether q and k have rotary embeddings."""
         modules = self.description.model.modules()
         return any("rotary" in type(module).__name__.lower() for module in modules)
 
@@ -264,7 +262,7 @@ class Sizes:
 
     @cached_property
     def score_bytes(self) -> int:
-        """Bytes that attention keeps of each score; 0 where Veneer's packed attention suits it."""
+        """Bytes that attention keeps of each score; 0 if Veneer's packed attention suits it."""
         if getattr(self.config, "attn_logit_softcapping", None):
             return CAPPED_SCORES
         code = sys.modules[type(self.description.model).__module__]
@@ -288,5 +286,5 @@ def _first_number(config: Any, names: tuple[str, ...]) -> int:
 def _setting(config: Any, name: str) -> Any:
     try:
         return getattr(config, name, None)
-    except Exception:  # transformers' own, for what differs from layer to layer
+    except Exception:  # transformers' own, for settings that differ from layer to layer
         return None

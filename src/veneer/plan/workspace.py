@@ -1,4 +1,4 @@
-"""The largest that is there for a moment only, beside all that lasts."""
+"""The most memory that is taken for a moment only, by the head or by one layer's backward pass."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from veneer.plan.methods import Trained
 from veneer.plan.sizes import Block, Sizes
 
 CHUNK_LOGITS = 2**24  # logits held at a time (kernels/cross_entropy.py)
-BLOCK_WORDS = 2**14  # rows of the head that one product lays out anew (kernels/cross_entropy.py)
+BLOCK_TOKENS = 2**14  # rows of the head in one product (kernels/cross_entropy.py)
 BLOCK_NUMBERS = 2**23  # of a quantized weight, made dense at a time (quant/weight.py)
 QUERY_BLOCK = 256  # queries whose scores are held at a time (kernels/attention.py)
 
 
 def workspace(config: PlanConfig, sizes: Sizes, trained: Trained) -> Amount:
-    """Return the larger of what the head and what a layer's backward pass need at a time."""
+    """Return the larger of the head's needs and those of a layer's backward pass."""
     stages = [_head(config, sizes, trained)]
     stages += [_block(config, sizes, trained, block) for block in sizes.kinds_of_block]
     return max(stages, key=lambda stage: stage.value)
 
 
 def _head(config: PlanConfig, sizes: Sizes, trained: Trained) -> Amount:
-    """Logits of one chunk of rows, and the head's weight, laid out for the matrix units."""
+    """Logits of one chunk of rows, and a copy of the head's weight for the matrix units."""
     width = config.width
     if not sizes.has_plain_head:
         return amount(
@@ -51,8 +51,8 @@ def _head(config: PlanConfig, sizes: Sizes, trained: Trained) -> Amount:
             note="logits of one chunk",
         ),
         Term.of(
-            *(min(sizes.vocab, BLOCK_WORDS), "vocab", sizes.dim, "numbers", width, "bytes"),
-            note="the head's weight, laid out for the product",
+            *(min(sizes.vocab, BLOCK_TOKENS), "vocab", sizes.dim, "numbers", width, "bytes"),
+            note="the head's weight, copied for the product",
         ),
         Term.of(rows, "rows", sizes.dim, "numbers", FLOAT32, "bytes", note="their gradient"),
         *([weight] if trained.trains_head else []),
@@ -60,8 +60,8 @@ def _head(config: PlanConfig, sizes: Sizes, trained: Trained) -> Amount:
 
 
 def _block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> Amount:
-    """Gradients of one layer's inner values, attention's scores of one block of queries, a
-    quantized weight made dense, and what the layer computes again."""
+    """Gradients of one layer's inner values, the scores of one block of queries, a dequantized
+    weight, and what the layer computes again."""
     tokens, width = tokens_of(config), config.width
     again = recompute_of(config, sizes, trained)
     feed_forward = Term.of(

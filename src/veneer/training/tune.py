@@ -174,6 +174,8 @@ def _plan(
     if not ignore_plan:
         check_fits(plan, available, recipe.model)
     yield Planned(plan, available)
+    if plan.notice:
+        yield Notice(plan.notice)
     return plan
 
 

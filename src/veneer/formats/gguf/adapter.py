@@ -23,12 +23,12 @@ from veneer.models.gguf_header import is_gguf, read_header
 from veneer.models.load import open_base
 from veneer.quant.weight import dense
 
-MARK = "veneer.base_fingerprint."  # what llama.cpp passes over, and we know the base by
+MARK = "veneer.base_fingerprint."  # keys of ours, which llama.cpp ignores
 DTypes = Literal["float32", "float16"]
 
 
 def detects(path: Path) -> bool:
-    """Return whether a file is an adapter in GGUF, by its content."""
+    """Return whether a file is a GGUF adapter, by its content."""
     try:
         return is_gguf(path) and read_header(path).values.get("general.type") == "adapter"
     except (OSError, ValueError):
@@ -36,7 +36,7 @@ def detects(path: Path) -> bool:
 
 
 def read(path: Path, model_config: PretrainedConfig) -> AdapterState:
-    """Read a LoRA file for the base of this configuration, from which its layers have their paths.
+    """Read a LoRA file; the base's configuration gives the layers their paths.
 
     Raises AdapterError, naming the file.
     """
@@ -57,10 +57,9 @@ def write(
 ) -> list[str]:
     """Write a LoRA file for llama.cpp; return notes on what was folded.
 
-    With `approximate`, a DoRA is written as the nearest plain LoRA, for which its base is read by
-    the name that the adapter carries. llama.cpp computes with float32 factors as they are; of
-    float16 it rounds the inputs too, and an adapter is small, so that little is to be gained.
-    Raises AdapterError for what the format cannot express.
+    With `approximate`, a DoRA is written as the nearest plain LoRA; its base is read by the name in
+    the adapter. float16 saves little, since an adapter is small, and llama.cpp then rounds the
+    factors' inputs too. Raises AdapterError for what the format cannot express.
     """
     naming = naming_of(model_config)
     state, notes = without_start(state)

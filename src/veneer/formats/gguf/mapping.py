@@ -1,7 +1,7 @@
-"""Between an adapter and the contents of llama.cpp's LoRA file: pure, without files.
+"""An adapter from the contents of llama.cpp's LoRA file, and back: pure, without files.
 
-llama.cpp adds (alpha / rank) · B (A x), with one alpha for all of the file and each tensor's own
-rank (llama-adapter.h, get_scale).
+llama.cpp adds (alpha / rank) · B (A x), with one alpha a file and each tensor's own rank
+(llama-adapter.h, get_scale).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ A_END, B_END = ".lora_a", ".lora_b"
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a LoRA file: one `alpha`, and its tensors as numpy has them.
+    """The contents of a LoRA file, and notes on what was folded.
 
-    `<name>.lora_a` (rank, in) and `<name>.lora_b` (out, rank); of the embedding (vocab, rank) and
-    (dim, rank), since llama.cpp looks up rows of A. notes: what was folded.
+    Tensors are `<name>.lora_a` (rank, in) and `<name>.lora_b` (out, rank); of the embedding (vocab,
+    rank) and (dim, rank), since llama.cpp looks up rows of A.
     """
 
     architecture: str
@@ -47,10 +47,10 @@ class Contents:
 
 
 def contents_of(state: AdapterState, naming: Naming) -> Contents:
-    """Return what llama.cpp reads of a plain LoRA: the same changes, for its names and rows.
+    """Return a plain LoRA under llama.cpp's names, with rows in its order.
 
-    The file's alpha is such that alpha / rank is the scaling of most layers; what other scalings
-    differ by is folded into B. Raises AdapterError, listing all that the format cannot express.
+    alpha / rank is the scaling of most layers; others' scalings are folded into B. Raises
+    AdapterError, listing all that the format cannot express.
     """
     config = state.config
     if not isinstance(config, LoRA):
@@ -74,17 +74,17 @@ def contents_of(state: AdapterState, naming: Naming) -> Contents:
     notes = []
     if folded:
         notes.append(
-            f"{folded} of {len(layers)} layers scale otherwise than by {alpha:g} / rank; "
-            "the difference is folded into their B"
+            f"{folded} of {len(layers)} layers have other scalings than {alpha:g} / rank, which "
+            "are folded into their B"
         )
     name, marks = state.base_name, dict(state.base_fingerprint)
     return Contents(naming.architecture, alpha, tensors, name, marks, tuple(notes))
 
 
 def state_of(contents: Contents, naming: Naming) -> AdapterState:
-    """Return the adapter that a LoRA file describes, over the base that `naming` is of.
+    """Return the adapter in a LoRA file for the base that `naming` describes.
 
-    Raises AdapterError, listing all that does not belong to that base.
+    Raises AdapterError, listing all that does not fit that base.
     """
     problems = []
     if contents.architecture != naming.architecture:
@@ -96,7 +96,7 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
     for key, array in contents.tensors.items():
         name, end = key[:-7], key[-7:]
         if end not in (A_END, B_END):
-            problems.append(f"{key!r} is no half of a LoRA, and not read")
+            problems.append(f"{key!r} is neither lora_a nor lora_b, and not read")
         elif name not in paths:
             problems.append(f"the base has no {name!r} to adapt{nearest(name, paths)}")
         elif array.ndim != 2:
@@ -111,7 +111,7 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
             continue
         A, B = half[A_END], half[B_END]
         if place.heads and len(B) % (2 * place.heads):
-            problems.append(f"{name}{B_END} has {len(B)} rows, not so many for each head")
+            problems.append(f"{name}{B_END} has {len(B)} rows, which do not divide among the heads")
             continue
         A = A.T.contiguous() if place.is_embedding else A
         B = turned_back(B, place.heads).contiguous()
@@ -138,10 +138,10 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
 def without_dora(
     state: AdapterState, weight_of: Callable[[str], Tensor]
 ) -> tuple[AdapterState, tuple[str, ...]]:
-    """Return the plain LoRA of the same ranks that is nearest to a DoRA, and how near it is.
+    """Return the plain LoRA of the same ranks that is nearest to a DoRA, and a note on how near.
 
-    DoRA changes W to m ∘ (W + s B A) / ‖W + s B A‖; of that change, the largest singular values.
-    `weight_of(path)` returns W as (out, in), an embedding's as (dim, vocab).
+    DoRA changes W to m ∘ (W + s B A) / ‖W + s B A‖; the LoRA has the change's largest singular
+    values. `weight_of(path)` returns W as (out, in), an embedding's as (dim, vocab).
     """
     config = state.config
     assert isinstance(config, LoRA)
@@ -187,8 +187,8 @@ def _not_expressed(state: AdapterState, naming: Naming) -> list[str]:
     for layer in state.layers():
         place = naming.places.get(layer.path)
         if place is None or not place.takes_adapters:
-            problems.append(f"{layer.path} is nothing that llama.cpp lays an adapter over")
+            problems.append(f"llama.cpp adapts no {layer.path}")
         elif naming.tied and (place.is_embedding or place.name == HEAD):
-            # It has one tensor for both, and would lay the adapter of one over the other too.
+            # It has one tensor for both, and would adapt both.
             problems.append(f"{layer.path} is embedding and head in one there; merge it")
     return problems

@@ -1,5 +1,5 @@
-"""An adapter merged into the GGUF file of its base: tensors that the adapter does not change are
-copied bit for bit, and the others are stored anew, one by one."""
+"""Merge an adapter into its base's GGUF file: unchanged tensors are copied bit for bit, and the
+others are stored again, one by one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from veneer.models.load import load_skeleton
 from veneer.models.source import Source, open_source
 
 Kind = GGMLQuantizationType
-# What gguf can write, the smallest first. Those of the K and IQ kinds it can only read.
+# The kinds that gguf can write, the smallest first. It can only read K and IQ kinds.
 WRITABLE = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.F16, Kind.BF16, Kind.F32)
 # The share of an adapter's change that rounding may take or add. Of the demo's change in SmolLM2,
 # Q8_0 keeps 100 %, and 85 of 88 answers are the same; Q4_1 keeps 7 %, and none is
@@ -40,11 +40,11 @@ USER_DEFINED = int(gguf.TokenType.USER_DEFINED)
 
 @dataclass(frozen=True, slots=True)
 class MergedTensor:
-    """A tensor that was stored anew, as `kind`, where the base has it as `was`.
+    """A changed tensor, stored as `kind`; `was`: its kind in the base.
 
-    error: ‖Ŵ − W‖ / ‖W‖ of what is stored, Ŵ, against the exact sum, W. kept: the share of the
-    adapter's change ΔW that is left, ⟨Ŵ − W₀, ΔW⟩ / ‖ΔW‖². A change much smaller than a kind's
-    steps is lost: each value is rounded back to the base's. change: ‖ΔW‖.
+    error: ‖Ŵ − W‖ / ‖W‖, with Ŵ as stored and W the exact sum. kept: the share of the adapter's
+    change ΔW that is left, ⟨Ŵ − W₀, ΔW⟩ / ‖ΔW‖²; a change much smaller than a kind's steps is lost,
+    since each value is rounded back to the base's. change: ‖ΔW‖.
     """
 
     name: str
@@ -78,18 +78,18 @@ def write_merged(
     kind: str | None = None,
     force: bool = False,
 ) -> list[MergedTensor]:
-    """Write the GGUF file `base` with an adapter merged into it; return what was stored anew.
+    """Write the GGUF file `base` with an adapter merged into it; return the changed tensors.
 
-    Changed tensors keep their own kind where gguf can write it, and otherwise take the next larger
-    that it can; with `kind` (F16, Q8_0, ...) all of them take that. New tokens go into the
-    tokenizer's list. Memory holds one tensor at a time. Raises AdapterError for an adapter that
-    does not fit (a foreign base unless `force`), is no LoRA, or would mostly be rounded away
-    where no `kind` insists on it; ModelError for a base that cannot be read.
+    A changed tensor keeps its kind if gguf can write it, and otherwise takes the next larger one;
+    `kind` (F16, Q8_0, ...) overrides that. New tokens go into the tokenizer's list. Memory holds
+    one tensor at a time. Raises AdapterError for an adapter that is no LoRA or does not fit
+    (another base unless `force`), and without `kind` for one that would mostly be rounded away;
+    ModelError for a base that cannot be read.
     """
     if not isinstance(state.config, LoRA):
         raise AdapterError(
-            f"Only lora is merged into GGUF, and this adapter is of the method "
-            f"{state.config.method}; a merged directory takes it, where it is made of weights."
+            f"Only lora is merged into GGUF, and this adapter's method is {state.config.method}; "
+            "if it is made of weights, merge it into a directory."
         )
     one_kind = None if kind is None else _kind_called(kind)
     skeleton = load_skeleton(base)
@@ -116,14 +116,14 @@ def write_merged(
 
 
 def kept_of(report: Sequence[MergedTensor]) -> float:
-    """Return the share of the adapter's change that is left over all tensors stored anew."""
+    """Return the share of the adapter's change that is left over all changed tensors."""
     whole = sum(tensor.change**2 for tensor in report)
     return sum(t.kept * t.change**2 for t in report) / whole if whole else 1.0
 
 
 def kind_for(kind: Kind) -> Kind:
-    """Return the kind to store a changed tensor as: its own, or the next larger that can be
-    written. Larger, because a K-quant is more exact than a plain kind of its size."""
+    """Return the kind to store a changed tensor as: its own, or the next larger one that gguf can
+    write, because a K-quant is more exact than a plain kind of its size."""
     if kind in WRITABLE:
         return kind
     return next(other for other in WRITABLE if _bits(other) > _bits(kind))
@@ -142,7 +142,7 @@ def _kind_called(name: str) -> Kind:
 
 
 def _check(source: Source, state: AdapterState, *, force: bool) -> None:
-    """Raise AdapterError with all that keeps the adapter from the base whose weights these are."""
+    """Raise AdapterError with every problem of the adapter on this base."""
     skeleton: Any = source.skeleton
     if not force:
         marks = Marks(skeleton)
@@ -166,7 +166,7 @@ def _tensors(
     one_kind: Kind | None,
     report: list[MergedTensor],
 ) -> list[_Tensor]:
-    """Return the tensors of the merged model in the base's order; `report` fills as they come."""
+    """Return the merged model's tensors in the base's order; computing one adds to `report`."""
     config, new_tokens = state.config, state.new_tokens
     assert isinstance(config, LoRA)
     layers = {layer.path: layer for layer in state.layers()}
@@ -200,7 +200,7 @@ def _tensors(
 
     tensors = [tensor(origin.name, origin) for origin in reader.tensors]
     if naming.tied and {EMBEDDING, HEAD} & set(changes):
-        # An adapter of one leaves the other as it was, so that the two become two.
+        # The adapter changes one of them and not the other, so that they need a tensor each.
         if not naming.has_head:
             raise AdapterError(
                 f"llama.cpp's {naming.architecture} has one tensor for embedding and head, and an "
@@ -219,7 +219,7 @@ def _merged(
     layer: StoredLayer,
     scaling: float,
 ) -> tuple[np.ndarray, MergedTensor]:
-    """Return the bytes of W + ΔW, and what storing them rounded away."""
+    """Return the bytes of W + ΔW, and how they differ from the exact sum."""
     weight = torch.from_numpy(np.array(gguf.dequantize(origin.data, origin.tensor_type)))
     weight = weight.T if place.is_embedding else weight  # (out, in), or (dim, vocab)
     new = weight + delta_weight(layer.A, turned(layer.B, place.heads), scaling)
@@ -247,7 +247,7 @@ def _bytes(reader: gguf.GGUFReader, tensor: gguf.ReaderTensor) -> np.ndarray:
 
 
 def _new_rows(new_tokens: NewTokenRows | None, name: str) -> Tensor | None:
-    """Return the rows that new tokens add to the tensor called `name`, if they add any."""
+    """Return the rows that new tokens add to the tensor called `name`, or None."""
     if new_tokens is None:
         return None
     embedding, head = new_tokens.embedding, new_tokens.head
@@ -259,7 +259,7 @@ def _new_rows(new_tokens: NewTokenRows | None, name: str) -> Tensor | None:
 
 
 def _metadata(reader: gguf.GGUFReader, new_tokens: NewTokenRows | None) -> bytes:
-    """Return the base's metadata byte for byte, with new tokens added to its lists of tokens."""
+    """Return the base's metadata, byte for byte but for new tokens in its lists of tokens."""
     fields = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]
     ends = [*(field.offset for field in fields[1:]), reader.tensors[0].field.offset]
     return b"".join(
@@ -269,7 +269,7 @@ def _metadata(reader: gguf.GGUFReader, new_tokens: NewTokenRows | None) -> bytes
 
 
 def _field(field: gguf.ReaderField, raw: bytes, new_tokens: NewTokenRows | None) -> bytes:
-    """Return the bytes of a metadata field, `raw` in the base, with new tokens added to it."""
+    """Return a metadata field's bytes, `raw` in the base, with new tokens added."""
     if new_tokens is None:
         return raw
     texts, start = [token.encode() for token in new_tokens.tokens], new_tokens.start

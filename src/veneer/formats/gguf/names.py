@@ -27,8 +27,8 @@ ARCHITECTURES = {
     "phi3": "phi3",
     "gpt2": "gpt2",
 }
-# Products that llama.cpp takes through build_lora_mm, and rows that it looks up with an adapter
-# (llama-graph.cpp). Over any other tensor, such as GPT-2's positions, it would ignore one.
+# Tensors that llama.cpp multiplies in build_lora_mm, or looks rows up in with an adapter
+# (llama-graph.cpp). It ignores adapters of all others, such as GPT-2's positions.
 ADAPTED = (
     *("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
     *("ffn_gate", "ffn_up", "ffn_down"),
@@ -39,9 +39,9 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True)
 class Place:
-    """A layer of the base, as llama.cpp knows it.
+    """A layer of the base in llama.cpp.
 
-    name: of its weight in a GGUF file. heads: how many groups of rows are turned, 0 for none.
+    name: of its weight in a GGUF file. heads: groups of rows that are in another order, 0 for none.
     """
 
     path: str
@@ -62,30 +62,30 @@ class Naming:
     architecture: str
     places: dict[str, Place]
     tied: bool  # whether the head is the embedding
-    has_head: bool  # whether the architecture knows a head of its own
+    has_head: bool  # whether the architecture can have a head of its own
 
 
 def naming_of(config: PretrainedConfig) -> Naming:
-    """Return what llama.cpp calls a base's layers. No weight is read.
+    """Return llama.cpp's names of a base's layers, without its weights.
 
-    Raises AdapterError for an architecture that is not known here.
+    Raises AdapterError for an architecture that is not in ARCHITECTURES.
     """
     if config.model_type not in ARCHITECTURES:
         raise AdapterError(
             f"GGUF adapters are for {', '.join(ARCHITECTURES)}, not for {config.model_type}; "
-            "the formats native and peft carry an adapter of any model."
+            "the formats native and peft are for any model."
         )
     with torch.device("meta"):
         return naming_over(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
 
 
 def naming_over(skeleton: PreTrainedModel) -> Naming:
-    """Return what llama.cpp calls the layers of a model, which may be on the meta device."""
+    """Return llama.cpp's names of a model's layers; it may be on the meta device."""
     config = skeleton.config
     architecture = ARCHITECTURES[config.model_type]
     kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    # Its rotary embedding rotates neighbouring rows; transformers rotates rows half a head apart.
+    # llama.cpp rotates neighbouring rows, transformers rows that are half a head apart.
     heads = {}
     if architecture == "llama":
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}

@@ -25,15 +25,15 @@ PICKLE = "adapter_model.bin"
 
 
 def detects(directory: Path) -> bool:
-    """Return whether a directory holds an adapter of PEFT's, readable or not."""
+    """Return whether a directory holds an adapter of PEFT's, also a pickle."""
     weights = (directory / name for name in (WEIGHTS, PICKLE))
     return (directory / CONFIG).is_file() and any(file.is_file() for file in weights)
 
 
 def write(state: AdapterState, directory: Path) -> list[str]:
-    """Write a directory that PEFT, and what reads its format, loads; all of it at once.
+    """Write PEFT's directory, all of it at once; return notes on what was folded.
 
-    Returns notes on what was folded. Raises AdapterError for what PEFT has no place for.
+    Raises AdapterError for what PEFT has no place for.
     """
     if isinstance(state.config, Method) and state.config.replaces_weights:
         raise AdapterError(f"PEFT has no format for {state.config.method}; write it natively.")
@@ -47,17 +47,16 @@ def write(state: AdapterState, directory: Path) -> list[str]:
 
 
 def read(directory: Path, *, allow_bin: bool = False) -> AdapterState:
-    """Read a directory that PEFT wrote; its adapter_model.bin, a pickle, only if that is allowed,
-    and then nothing but tensors. Raises AdapterError, naming the directory."""
+    """Read PEFT's directory; with `allow_bin` also adapter_model.bin, a pickle, of which only
+    tensors are taken. Raises AdapterError, naming the directory."""
     config = read_json(directory / CONFIG)
     weights = directory / WEIGHTS
     if not weights.is_file():
         weights = directory / PICKLE
         if not allow_bin:
             raise AdapterError(
-                f"{weights} is a pickle, which is read on demand only, and then nothing of it but "
-                "tensors: give --allow-bin, or allow_bin=True. A file of safetensors needs no such "
-                "care."
+                f"{weights} is a pickle. To read it, and nothing of it but tensors, give "
+                "--allow-bin, or allow_bin=True; a file of safetensors needs no permission."
             )
     try:
         return state_of(config, read_tensors(weights))

@@ -1,4 +1,4 @@
-"""Parameters in PEFT's files, such as stacks of experts: where they are, and in which shape.
+"""Where PEFT's files have adapted parameters, such as stacks of experts, and in which shape.
 
 PEFT wraps a module once for each of its target_parameters. The wrappers are nested, so that the
 file has one parameter's tensors at `experts`, the next one's at `experts.base_layer`, and so on.
@@ -17,7 +17,7 @@ from veneer.adapter.patterns import Matcher
 from veneer.errors import AdapterError
 from veneer.formats.peft.rules import BELOW, targets_module
 
-# The order in which a module has its parameters, in all of transformers' stacks of experts.
+# The order of parameters in every module of transformers' that holds stacks of experts.
 ORDER = (
     *("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "up_proj_bias"),
     *("down_proj", "down_proj_bias"),
@@ -25,9 +25,9 @@ ORDER = (
 
 
 def nested_keys(paths: Iterable[str]) -> dict[str, str]:
-    """Return the module in PEFT's file that has each parameter's tensors, by the parameter's path.
+    """Return, by each parameter's path, the module that has its tensors in PEFT's file.
 
-    Raises AdapterError for parameters of one module whose order is not known.
+    Raises AdapterError for parameters of one module if ORDER does not have them.
     """
     owners: dict[str, list[str]] = defaultdict(list)
     for path in paths:
@@ -37,8 +37,8 @@ def nested_keys(paths: Iterable[str]) -> dict[str, str]:
     for owner, names in owners.items():
         if len(names) > 1 and (unknown := [name for name in names if name not in ORDER]):
             raise AdapterError(
-                f"PEFT could not tell whose tensors are whose of {owner}: {', '.join(unknown)}; "
-                "merge the adapter, or write it natively."
+                f"PEFT could not tell the tensors of {owner}'s parameters apart "
+                f"({', '.join(unknown)}); merge the adapter, or write it natively."
             )
         for level, name in enumerate(reversed(_in_order(names))):
             keys[f"{owner}.{name}"] = owner + BELOW * level
@@ -48,11 +48,11 @@ def nested_keys(paths: Iterable[str]) -> dict[str, str]:
 def parameter_paths(
     config: Mapping[str, Any], modules: Sequence[str], problems: list[str]
 ) -> dict[str, str]:
-    """Return the path of the parameter that each module's tensors belong to, for those that
-    target_parameters names, and add to `problems` what does not fit.
+    """Return the parameter's path by each module whose tensors belong to one of target_parameters,
+    and add to `problems` what does not fit.
 
-    modules: as in the file, where `experts.base_layer` is what lies below `experts`. Raises
-    ConfigError for a pattern that takes too long to match.
+    modules: paths in the file, such as `experts` and `experts.base_layer`. Raises ConfigError for a
+    pattern that takes too long to match.
     """
     targets = config.get("target_parameters") or []
     paths: dict[str, str] = {}
@@ -71,8 +71,8 @@ def parameter_paths(
             )
         elif len(names) > 1 and not {*names} <= {*ORDER}:
             problems.append(
-                f"target_parameters names {' and '.join(names)} of {owner}, and which tensors are "
-                "whose cannot be told"
+                f"target_parameters names {' and '.join(names)} of {owner}, and their tensors "
+                "cannot be told apart"
             )
         else:
             levels.sort(key=len)
@@ -89,7 +89,7 @@ def experts_apart(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     and B (out, rank · experts); of a matrix, A (rank, in) and B (out, rank) as they are."""
     experts = len(A) // rank
     if A.ndim != 2 or B.ndim != 2 or experts < 2 or len(A) % rank or B.shape[1] != len(A):
-        return A, B  # a matrix, or misshapen, which validate sees
+        return A, B  # a matrix, or a wrong shape, which validate finds
     B = B.view(len(B), rank, experts).permute(2, 0, 1)
     return A.view(experts, rank, -1), B.contiguous()
 

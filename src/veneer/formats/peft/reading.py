@@ -1,4 +1,4 @@
-"""From what PEFT's files say to an adapter: pure, without files."""
+"""An adapter from the settings and tensors in PEFT's files: pure, without files."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ A_NAME, B_NAME = FACTORS["linear"]
 class _Tensors:
     """The tensors of a file by what they are."""
 
+    # By the module's path in the file, and our name of the tensor.
     layers: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
-    """By module as in the file, and our name."""
     token_rows: dict[str, Tensor] = field(default_factory=dict)
     modules_to_save: dict[str, Tensor] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -118,7 +118,7 @@ def _by_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Tenso
 
 
 def _missing(config: Mapping[str, Any], by_kind: _Tensors) -> list[str]:
-    """Return which settings speak of tensors that are not there, and the other way round."""
+    """Return which tensors the settings lack, and which settings lack tensors."""
     problems = []
     for module, tensors in by_kind.layers.items():
         if B_NAME in tensors and (BIAS in tensors) != bool(config.get("lora_bias")):

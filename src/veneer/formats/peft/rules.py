@@ -1,4 +1,4 @@
-"""PEFT's rules: which layers its settings name, and what a key in its file belongs to.
+"""PEFT's rules: which layers its settings select, and how the keys in its files are read.
 
 Patterns are PEFT's own regular expressions, matched as it matches them (check_target_module_exists
 in peft/tuners/tuners_utils.py, set_additional_trainable_modules in peft/utils/other.py).
@@ -14,14 +14,14 @@ from veneer.adapter.patterns import Matcher, pattern_problems
 from veneer.formats.state import BIAS, FACTORS, MAGNITUDE
 
 PREFIX = "base_model.model."
-# Our tensor's name: how PEFT's key ends. Embeddings and magnitudes have no `.weight` there.
+# Our tensor's name: the end of PEFT's key, where embeddings and magnitudes have no `.weight`.
 ENDINGS = {name: f"{name}.weight" for name in FACTORS["linear"]}
 ENDINGS |= {name: name for name in FACTORS["embedding"]}
 ENDINGS |= {MAGNITUDE: "lora_magnitude_vector", BIAS: "lora_B.bias"}
 TOKENS = ".token_adapter.trainable_tokens_delta"
-BELOW = ".base_layer"  # the base's own layer, in an adapted one
+BELOW = ".base_layer"  # the base's layer in an adapted one
 
-# Settings that change what an adapter computes, or what its base is, and that are not read.
+# Settings that change what an adapter computes or what its base is, and that we do not read.
 NOT_READ = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -34,7 +34,7 @@ NOT_READ = (
     "use_qalora",
     "velora_config",
 )
-# Settings that are read, or that no longer matter once an adapter is trained.
+# Settings that we read, or that no longer matter once an adapter is trained.
 READ = (
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config"),
     *("ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
@@ -44,12 +44,12 @@ READ = (
     *("revision", "runtime_config", "target_modules", "target_parameters", "task_type"),
     *("trainable_token_indices", "use_dora", "use_rslora"),
 )
-# Starts by which PEFT takes something off the base's own weights, each time that it loads them.
+# Starts that PEFT subtracts from the base's weights each time it loads them.
 OTHER_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def unreadable(config: Mapping[str, Any]) -> list[str]:
-    """Return what of PEFT's settings cannot be honoured, each by its name."""
+    """Return the settings of PEFT's that cannot be honoured."""
     problems = [f"{name} is not read" for name in NOT_READ if config.get(name)]
     problems += [
         f"{name} is a setting that is not known"
@@ -68,7 +68,7 @@ def unreadable(config: Mapping[str, Any]) -> list[str]:
 
 
 def malformed(config: Mapping[str, Any]) -> list[str]:
-    """Return which of PEFT's settings have a type that its rules cannot be applied to."""
+    """Return the settings of PEFT's whose type does not suit its rules."""
     problems = [
         f"{name} is {config[name]!r}, but must be a list of names"
         for name in ("modules_to_save", "target_parameters")
@@ -83,10 +83,10 @@ def malformed(config: Mapping[str, Any]) -> list[str]:
 
 
 def targets_of(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
-    """Return the targets that mean the modules which PEFT's settings name.
+    """Return our targets for the modules that PEFT's settings select.
 
-    paths: of the modules that there are tensors for, which take the place of settings that have no
-    pattern (all-linear with exceptions, the head that is tied to an embedding).
+    paths: of the modules with tensors. They are the targets if no pattern says the same (all-linear
+    with exceptions, the head that is tied to an embedding).
     """
     targets = config["target_modules"]
     if targets is None and config.get("target_parameters"):
@@ -106,15 +106,13 @@ def targets_of(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
 
 
 def layers_of(config: Mapping[str, Any]) -> str | None:
-    """Return the slices of blocks that PEFT's settings name, or None where a pattern says it."""
-    blocks = config.get("layers_to_transform")
-    if blocks is None or blocks == [] or config.get("layers_pattern"):
-        return None
-    return ",".join(str(b) for b in (blocks if isinstance(blocks, list) else [blocks]))
+    """Return the slices of blocks that PEFT's settings select; None without, or with a pattern."""
+    blocks = _blocks(config)
+    return ",".join(map(str, blocks)) if blocks and not config.get("layers_pattern") else None
 
 
 def excluded(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
-    """Return, as problems, the modules that have tensors but are excluded by the settings.
+    """Return a problem for each module that has tensors although the settings exclude it.
 
     Raises ConfigError for a pattern that takes too long to match.
     """
@@ -122,7 +120,7 @@ def excluded(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     for name in ("exclude_modules", "modules_to_save"):
         if lookahead := _exclusion({name: config.get(name)}):
             problems += [
-                f"{name} leaves out {path}, of which there are tensors"
+                f"{name} leaves out {path}, but there are tensors of it"
                 for path in paths
                 if not matcher.within(f"re:^{lookahead}", path)
             ]
@@ -132,8 +130,8 @@ def excluded(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
 def matching(patterns: Any, paths: Sequence[str]) -> Any:
     """Return the patterns that match the end of a path; PEFT ignores the others.
 
-    What is no map is returned as it is, and refused later. Raises ConfigError for an invalid
-    pattern.
+    A value that is no map is returned unchanged, and refused later. Raises ConfigError for an
+    invalid pattern.
     """
     if not isinstance(patterns, dict):
         return patterns
@@ -146,7 +144,7 @@ def matching(patterns: Any, paths: Sequence[str]) -> Any:
 
 
 def in_modules_to_save(names: Iterable[str], path: str) -> bool:
-    """Return whether a weight belongs to a module that one of modules_to_save's names means."""
+    """Return whether a weight belongs to a module that modules_to_save names."""
     steps = path.split(".")[:-1]
     modules = [".".join(steps[:end]) for end in range(1, len(steps) + 1)]
     return any(module.endswith(name) for module in modules for name in names)
@@ -158,9 +156,9 @@ def is_bias(path: str) -> bool:
 
 
 def tokens_named(config: Mapping[str, Any]) -> dict[str, list[int]] | list[int]:
-    """Return the tokens with rows of their own: for each name of a layer, or for the embedding.
+    """Return the tokens with trained rows: by name of a layer, or a list for the embedding.
 
-    Raises TypeError where the setting is neither.
+    Raises TypeError if the setting is neither.
     """
     indices = config.get("trainable_token_indices") or []
     lists = list(indices.values()) if isinstance(indices, dict) else [indices]
@@ -179,7 +177,7 @@ def targets_module(config: Mapping[str, Any], path: str, matcher: Matcher) -> bo
 
 
 def _exclusion(config: Mapping[str, Any]) -> str:
-    """Return a pattern that fails in front of paths which PEFT leaves out."""
+    """Return a lookahead that fails on paths that PEFT leaves out."""
     exclude, to_save = config.get("exclude_modules"), config.get("modules_to_save")
     pattern = ""
     if isinstance(exclude, str) and exclude:
@@ -192,29 +190,32 @@ def _exclusion(config: Mapping[str, Any]) -> str:
 
 
 def _in_layers(config: Mapping[str, Any]) -> str:
-    """Return a pattern that fails in front of paths in other blocks than layers_to_transform has.
+    """Return a lookahead that fails on paths in blocks that layers_to_transform does not have.
 
-    The first number behind the layers' name counts, and behind the first name that is there.
+    The first number after the first of the layers' names counts.
     """
-    blocks, names = config.get("layers_to_transform"), config.get("layers_pattern")
-    if not names or blocks is None or blocks == []:
+    blocks, names = _blocks(config), config.get("layers_pattern")
+    if not names or not blocks:
         return ""
     names = [names] if isinstance(names, str) else names
     first = "|".join(rf"(?:|.*?\.){name}\.(?=\d+\.)" for name in names)
-    numbers = "|".join(
-        re.escape(str(b)) for b in (blocks if isinstance(blocks, list) else [blocks])
-    )
+    numbers = "|".join(re.escape(str(block)) for block in blocks)
     return rf"(?=(?>{first})(?:{numbers})\.)"
 
 
+def _blocks(config: Mapping[str, Any]) -> list[Any]:
+    blocks = config.get("layers_to_transform")
+    return blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]
+
+
 def _no_patterns(config: Mapping[str, Any]) -> list[str]:
-    """Return which settings that PEFT takes as patterns are none."""
+    """Return the settings that PEFT takes as patterns and that are not valid ones."""
     patterns = []
     for name in ("exclude_modules", "layers_pattern", "modules_to_save"):
         value = config.get(name)
         if isinstance(value, str):
             patterns.append(value)
-        elif name != "exclude_modules":  # a list of which is taken to the letter
+        elif name != "exclude_modules":  # whose lists are names, not patterns
             patterns += value or []
     return pattern_problems(patterns)
 

@@ -1,4 +1,4 @@
-"""What PEFT's directory says of virtual tokens: prefix tuning and prompt tuning."""
+"""Prefix tuning and prompt tuning in PEFT's files: pure, without files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TYPES: dict[str, MethodName] = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "pro
 
 
 def config_of(state: AdapterState, config: Method) -> dict[str, Any]:
-    """Return what adapter_config.json says of virtual tokens.
+    """Return adapter_config.json of virtual tokens.
 
-    Of a prefix it gives the shape of the cache: PEFT's token_dim is kv_heads · head_dim there, and
-    its num_attention_heads are those of the keys.
+    For a prefix it gives the shape of the KV cache: token_dim is kv_heads · head_dim, and
+    num_attention_heads is kv_heads.
     """
     common = {
         "peft_type": next(name for name, ours in TYPES.items() if ours == config.method),
@@ -41,7 +41,7 @@ def config_of(state: AdapterState, config: Method) -> dict[str, Any]:
 
 
 def tensors_of(state: AdapterState, config: Method) -> dict[str, Tensor]:
-    """Return the one tensor that PEFT stores of virtual tokens, (virtual, numbers of each)."""
+    """Return the one tensor in PEFT's file, (virtual, numbers of each)."""
     tensor = state.tensors[config.method]
     if config.method == "prefix":
         tensor = tensor.permute(3, 0, 1, 2, 4).flatten(1)  # layer by layer, keys before values
@@ -51,7 +51,7 @@ def tensors_of(state: AdapterState, config: Method) -> dict[str, Tensor]:
 def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
     """Return the virtual tokens that PEFT's configuration and tensors describe.
 
-    An MLP that made a prefix (prefix_projection) is folded away in what PEFT saves, as it is here.
+    PEFT saves a prefix without the MLP that made it (prefix_projection), as we do.
     Raises AdapterError, listing every setting that cannot be honoured and every unknown key.
     """
     problems = []

@@ -1,4 +1,4 @@
-"""From an adapter to what PEFT's files say: pure, without files."""
+"""The settings and tensors in PEFT's files of an adapter: pure, without files."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ from veneer.errors import AdapterError
 from veneer.formats.peft import virtual
 from veneer.formats.peft.experts import experts_together, nested_keys
 from veneer.formats.peft.rules import BELOW, ENDINGS, PREFIX, TOKENS, is_bias
-from veneer.formats.state import BIAS, FACTORS, MAGNITUDE, AdapterState, StoredTokens
+from veneer.formats.state import (
+    BIAS,
+    FACTORS,
+    MAGNITUDE,
+    AdapterState,
+    StoredTokens,
+    int_if_whole,
+)
 
 
 def config_of(state: AdapterState) -> dict[str, Any]:
-    """Return what adapter_config.json says of an adapter.
+    """Return adapter_config.json of an adapter.
 
-    Ranks and alphas of single layers are keyed by whole paths: PEFT sorts patterns on saving, and
-    the first that matches wins, so that any pattern that overlaps another could change its meaning.
+    Patterns are whole paths: PEFT sorts patterns on saving, and the first match wins, so that
+    patterns that overlap could change their meaning.
     """
     if isinstance(state.config, Method):
         return virtual.config_of(state, state.config)
     config, layers = state.config, list(state.layers())
     paths = [layer.path for layer in layers]
     ranks = {path: config.rank_of(path) for path in paths}
-    alphas = {path: _number(config.alpha_of(path)) for path in paths}
-    alpha = _number(float(config.alpha or 0))
+    alphas = {path: int_if_whole(config.alpha_of(path)) for path in paths}
+    alpha = int_if_whole(config.alpha or 0)
     parameters = [layer.path for layer in layers if layer.kind == "parameter"]
     modules = _saved_modules(state)
     targets = list(config.targets)
@@ -60,7 +67,7 @@ def config_of(state: AdapterState) -> dict[str, Any]:
 def tensors_of(state: AdapterState) -> dict[str, Tensor]:
     """Return an adapter's tensors under PEFT's keys.
 
-    Raises AdapterError for several parameters of one module that PEFT's file could not tell apart.
+    Raises AdapterError for parameters of one module that PEFT's file could not tell apart.
     """
     if isinstance(state.config, Method):
         return virtual.tensors_of(state, state.config)
@@ -91,17 +98,17 @@ def tensors_of(state: AdapterState) -> dict[str, Tensor]:
 
 
 def new_tokens_as_trained(state: AdapterState) -> AdapterState:
-    """Return the same adapter with its new tokens as trained rows of tokens that the base has.
+    """Return the adapter with its new tokens as trained rows of tokens that the base has.
 
-    Raises AdapterError where the base has no rows for them, for PEFT makes none.
+    Raises AdapterError if the base has no rows for them, since PEFT adds none.
     """
     new = state.new_tokens
     if new is None:
         return state
     if not new.paths:
         raise AdapterError(
-            "An adapter with new tokens can be written for PEFT only where its base has rows for "
-            "them, and a head without a bias; merge it, or write it natively."
+            "An adapter with new tokens can be written for PEFT only if its base has rows for them "
+            "and a head without a bias; merge it, or write it natively."
         )
     ids = tuple(range(new.start, new.start + len(new.tokens)))
     rows = zip(new.paths, (new.embedding, new.head), strict=False)
@@ -121,8 +128,3 @@ def _trained_biases(state: AdapterState) -> str:
     if not owners:
         return "none"
     return "lora_only" if owners <= adapted else "all"
-
-
-def _number(alpha: float) -> int | float:
-    # Readers such as vLLM and llama.cpp expect an integer where the alpha is one.
-    return int(alpha) if float(alpha).is_integer() else alpha

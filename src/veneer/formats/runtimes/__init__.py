@@ -1,1 +1,1 @@
-"""The rules by which other runtimes load an adapter's files, one table for each runtime."""
+"""Rules by which other programs (runtimes) load an adapter's files: one file for each program."""

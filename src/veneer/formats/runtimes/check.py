@@ -1,4 +1,4 @@
-"""Check an adapter's files by the rules of a runtime, and say what it needs there."""
+"""Check an adapter's files against the rules of a runtime."""
 
 from __future__ import annotations
 
@@ -41,9 +41,8 @@ class Checked:
 def check(adapter: Path, runtime: RuntimeName) -> Checked:
     """Read an adapter's files as `runtime` would.
 
-    An adapter of another format is converted in a temporary directory, so that the findings say
-    what would still keep it from loading. Raises AdapterError if there is no adapter, or a damaged
-    one.
+    An adapter of another format is converted in a temporary directory first, so that the findings
+    cover what the converted one would lack. Raises AdapterError for none, or a damaged one.
     """
     rules = RUNTIMES[runtime]
     kind = formats.detect(adapter)

@@ -1,7 +1,4 @@
-"""The settings, names and shapes in an adapter's files, as another program would read them.
-
-Nothing is interpreted here, and no tensor's values are read.
-"""
+"""The settings, names and shapes in an adapter's files, read without interpreting them."""
 
 from __future__ import annotations
 
@@ -11,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import GGUFReader
+from safetensors import SafetensorError, safe_open
+
 from veneer.errors import AdapterError, joined
 from veneer.files import read_json
 from veneer.formats import mlx
@@ -18,8 +18,8 @@ from veneer.formats.names import FormatName
 from veneer.formats.peft import directory as peft
 
 Shapes = dict[str, tuple[int, ...]]
-KEYS = ("general.", "adapter.")  # of GGUF's metadata, what belongs to adapters
-# Settings that rules look into, which fails for values of other types.
+KEYS = ("general.", "adapter.")  # how keys of GGUF's metadata begin that are about adapters
+# Types that the rules rely on.
 SETTING_TYPES = {
     "rank_pattern": dict,
     "alpha_pattern": dict,
@@ -66,7 +66,7 @@ class Facts:
 
 
 def facts_of(path: Path, format: FormatName) -> Facts:
-    """Read what the files of a PEFT, MLX or GGUF adapter say. Raises AdapterError for damage."""
+    """Read the files of a PEFT, MLX or GGUF adapter. Raises AdapterError for damaged ones."""
     if format == "gguf":
         return _gguf(path)
     config, weights = (mlx.CONFIG, mlx.WEIGHTS) if format == "mlx" else (peft.CONFIG, peft.WEIGHTS)
@@ -83,8 +83,6 @@ def facts_of(path: Path, format: FormatName) -> Facts:
 
 
 def _shapes(path: Path) -> Shapes:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="numpy") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -93,8 +91,6 @@ def _shapes(path: Path) -> Shapes:
 
 
 def _gguf(path: Path) -> Facts:
-    from gguf import GGUFReader
-
     try:
         reader = GGUFReader(path)
         config = {

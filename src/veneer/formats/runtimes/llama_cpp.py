@@ -11,10 +11,10 @@ from veneer.formats.runtimes.rules import MERGE, TO_GGUF, Finding, Runtime, alwa
 
 def gguf_header(facts: Facts) -> Iterator[Finding]:
     """llama_adapter_lora_init_impl: what the metadata must say."""
-    for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
-        if facts.config.get(key) != wanted:
+    for key, needed in (("general.type", "adapter"), ("adapter.type", "lora")):
+        if facts.config.get(key) != needed:
             yield Finding(
-                "no", key, f"is {facts.config.get(key)!r}, but must be {wanted!r}", TO_GGUF
+                "no", key, f"is {facts.config.get(key)!r}, but must be {needed!r}", TO_GGUF
             )
     architecture = facts.config.get("general.architecture")
     yield Finding("needs", "architecture", f"{architecture}, as the base's must be", "-m BASE.gguf")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from veneer.errors import listed
+from veneer.formats.mlx import ENDINGS, TYPES
 from veneer.formats.runtimes.facts import Facts
 from veneer.formats.runtimes.rules import MERGE, Finding, Runtime, always
 
@@ -17,7 +18,7 @@ def settings(facts: Facts) -> Iterator[Finding]:
     if missing:
         yield Finding("no", "settings", f"missing: {listed(missing)}", "write them into its file")
     kind = facts.config.get("fine_tune_type", "lora")
-    if kind not in ("lora", "dora", "full"):
+    if kind not in (*TYPES, "full"):
         yield Finding("no", "fine_tune_type", f"{kind!r} is unknown", "lora, dora or full")
     if "alpha" in parameters:
         yield Finding(
@@ -30,8 +31,7 @@ def settings(facts: Facts) -> Iterator[Finding]:
 
 def shapes(facts: Facts) -> Iterator[Finding]:
     """load_adapters: names that are adapters' own, and one rank for all layers."""
-    ends = ("lora_a", "lora_b", "m")
-    if strange := [key for key in facts.shapes if key.rpartition(".")[2] not in ends]:
+    if strange := [key for key in facts.shapes if key.rpartition(".")[2] not in ENDINGS]:
         yield Finding("no", "key names", f"no parameters of an adapter: {listed(strange)}", MERGE)
     rank = (facts.config.get("lora_parameters") or {}).get("rank")
     other = [

@@ -1,4 +1,4 @@
-"""Ollama: a GGUF file as llama.cpp has it, or a directory of PEFT's that it converts itself."""
+"""Ollama: llama.cpp's GGUF file, or PEFT's directory, which it converts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT itself, run in 0.21.2 by our tests: its own directory."""
+"""PEFT 0.21.2, which our tests run: its own directory."""
 
 from __future__ import annotations
 

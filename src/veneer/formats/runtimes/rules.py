@@ -16,7 +16,7 @@ Verdict = Literal["ok", "needs", "no"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A runtime's verdict on one thing: ok; needs, what `do` says; or no, and `do` instead."""
+    """A verdict on one thing: ok; needs: only with `do`; or no: `do` instead."""
 
     verdict: Verdict
     what: str
@@ -42,12 +42,12 @@ MERGE = "merge it: veneer merge BASE ADAPTER OUT"
 UNIFORM = "veneer convert ADAPTER --to peft OUT --rank {rank}"
 TO_GGUF = "veneer convert ADAPTER --to gguf OUT.gguf --base BASE"
 FACTORS = (r"lora_[AB]\.weight", r"lora_embedding_[AB]")
-# The linear layers of a Llama-like block, which some runtimes know alone.
+# The linear layers of a Llama-like block, the only ones that some runtimes adapt.
 LLAMA_NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def setting(name: str, says: str, do: str = MERGE) -> Rule:
-    """A setting that must be off; `says` what happens where it is on."""
+    """A setting that must be off; `says`: what happens if it is on."""
 
     def rule(facts: Facts) -> Iterator[Finding]:
         if facts.config.get(name):

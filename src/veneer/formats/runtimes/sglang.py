@@ -1,4 +1,4 @@
-"""SGLang, read in 0.5.23: PEFT's directory, of which it applies r, lora_alpha and the names."""
+"""SGLang, read in 0.5.23: PEFT's directory, but only r, lora_alpha and the layers' names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer.formats.runtimes.rules import (
 
 
 def targets(facts: Facts) -> Iterator[Finding]:
-    """A text as target_modules is none of a list of names (init_lora_shapes)."""
+    """target_modules must be a list of names, and no pattern (init_lora_shapes)."""
     targets = facts.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
         yield Finding(
@@ -35,16 +35,10 @@ def targets(facts: Facts) -> Iterator[Finding]:
 
 def stacks(facts: Facts) -> Iterator[Finding]:
     """q, k, v are stacked, and gate and up, each set as one (normalize_qkv_proj and others)."""
-    paths = set(facts.ranks)
-    lonely = []
+    needed = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    paths, lonely = facts.ranks, []
     for path in sorted(paths):
         block, _, name = path.rpartition(".")
-        needed = {
-            "q_proj": "v_proj",
-            "k_proj": "q_proj",
-            "v_proj": "q_proj",
-            "up_proj": "gate_proj",
-        }
         beside = needed.get(name)
         if beside and f"{block}.{beside}" not in paths:
             lonely.append(f"{path} without {beside}")

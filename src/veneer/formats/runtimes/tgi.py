@@ -1,4 +1,4 @@
-"""Text Generation Inference, read in 3: Llama-like layers of a directory of PEFT's."""
+"""Text Generation Inference, read in 3: PEFT's directory, but only Llama-like layers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rank(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "no",
             "rank",
-            f"{rank} is padded to {padded}, by which alpha is then divided from the second kind "
+            f"{rank} is padded to {padded}, and alpha is divided by {padded} from the second kind "
             "of layer on",
             UNIFORM.format(rank=padded),
         )

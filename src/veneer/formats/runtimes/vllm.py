@@ -1,4 +1,4 @@
-"""vLLM, read in 0.33.0: a directory of PEFT's, checked before its weights are read."""
+"""vLLM, read in 0.33.0: PEFT's directory, checked before its weights are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: the newest whole one is used, whatever has been damaged."""
+"""Checkpoints are written whole, and the newest whole one is used."""
 
 import shutil
 from collections.abc import Callable
@@ -8,20 +8,15 @@ import pytest
 import torch
 
 import veneer
-from support.random_adapters import (
-    examples,
+from support.file_trees import (
+    assert_modes_follow_the_umask,
+    assert_whole_wherever_it_is_cut,
+    tree,
 )
+from support.random_adapters import examples, shake, snapshot
 from support.tiny_models import tiny
 from veneer.training import checkpoint
 from veneer.training.checkpoint import Checkpoint
-
-
-def tree(place: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(place)): path.read_bytes()
-        for path in sorted(place.rglob("*"))
-        if path.is_file()
-    }
 
 
 def state(step: int) -> Checkpoint:
@@ -45,6 +40,23 @@ def test_checkpoints_of_many_steps_are_in_the_order_of_numbers(tmp_path):
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
     assert newest.step == 1_000_000
+
+
+def test_writing_that_breaks_off_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    model = shake(veneer.attach(tiny("llama"), veneer.LoRA(rank=2)))
+
+    def write() -> None:
+        checkpoint.write(Checkpoint(1, snapshot(model), {}), tmp_path / "a", keep={})
+
+    assert_whole_wherever_it_is_cut(write, lambda: shake(model, seed=2), tmp_path, monkeypatch)
+
+
+def test_modes_follow_the_umask(tmp_path):
+    def write() -> None:
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)  # a folder that is there keeps its mode
+        checkpoint.write(state(1), tmp_path / "c", keep={})
+
+    assert_modes_follow_the_umask(write, tmp_path)
 
 
 def test_no_checkpoint(tmp_path):
