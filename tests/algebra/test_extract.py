@@ -132,6 +132,10 @@ def test_what_is_no_linear_layer_is_uncovered_with_its_size(tmp_path):
     whole_change = sum(float(x.norm()) ** 2 for x in change.values())
     out = sum(float(change[name].norm()) ** 2 for name in names[1:])
     assert extracted.uncovered_share == pytest.approx(out / whole_change, rel=1e-4)
+    assert (extracted.left_out, extracted.left_out_share) == (
+        extracted.uncovered,
+        extracted.uncovered_share,
+    )
     size = sum(float(weight.detach().norm()) ** 2 for weight in weights.values())
     assert extracted.relative == pytest.approx((whole_change / size) ** 0.5, rel=1e-4)
 

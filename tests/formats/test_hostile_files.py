@@ -1,4 +1,4 @@
-"""Spoilt and hostile files: a typed error or a right load, no hang, no crash, no memory taken."""
+"""Spoilt and hostile files are refused by a typed error or load correctly, and never hang."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_a_reader_that_reads_wrongly_would_be_noticed(tmp_path, monkeypatch):
     hungry = veneer.AdapterError("no")
     hungry.__cause__ = MemoryError()
     ends = [
-        spoilt_files.one(raising(error), tmp_path)
+        spoilt_files.outcome(raising(error), tmp_path)
         for error in (None, AssertionError("x"), KeyError("x"), hungry, veneer.AdapterError("no"))
     ]
     assert [end for end, _ in ends] == ["hang", "crash", "crash", "AdapterError", "AdapterError"]

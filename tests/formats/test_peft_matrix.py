@@ -13,13 +13,13 @@ import veneer
 from support.closeness import assert_no_further, assert_same_logits
 from support.peft_cases import (
     CASES,
+    adapter_tensors,
     base,
     logits,
     loss,
     opened,
-    parts_of,
     theirs,
-    train_parts,
+    train_adapter,
     written,
 )
 from support.random_adapters import distance, same, snapshot
@@ -51,7 +51,7 @@ def test_logits_both_ways(case, tmp_path):
     veneer.save(model, tmp_path / "native")
     for directory in ("back", "native"):
         again = veneer.load(base(kind), tmp_path / directory)
-        assert same(parts_of(again), parts_of(model))
+        assert same(adapter_tensors(again), adapter_tensors(model))
         assert torch.equal(logits(again, kind), ours)
 
     veneer.use(model, None)
@@ -69,11 +69,11 @@ def test_gradients_after_one_step(case, tmp_path):
     peer, reference = theirs(kind, options), in_float64(theirs(kind, options))
     written(peer, tmp_path / "start")
     model = veneer.load(base(kind), tmp_path / "start")
-    train_parts(model)
+    train_adapter(model)
     for one in (peer, reference, model):
         loss(one, kind).backward()
     with gradients_in_place_of_weights(model):
-        ours = {name: grad.detach().clone() for name, grad in parts_of(model).items()}
+        ours = {name: grad.detach().clone() for name, grad in adapter_tensors(model).items()}
     for first, second in AS_ONE.get(case, {}).items():
         total = ours[first] + turned(ours[second], ours[first])
         ours |= {first: total, second: turned(total, ours[second])}
@@ -91,7 +91,7 @@ def as_an_adapter(model: nn.Module, kind: str, place: Path) -> dict[str, Tensor]
     and read as such."""
     with gradients_in_place_of_weights(model):
         written(model, place)
-    return parts_of(veneer.load(base(kind), place))
+    return adapter_tensors(veneer.load(base(kind), place))
 
 
 @contextmanager

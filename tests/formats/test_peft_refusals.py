@@ -14,7 +14,7 @@ from torch import Tensor
 import veneer
 from support import adapter_states
 from support.closeness import assert_same_logits
-from support.peft_cases import CASES, SEEN, base, logits, opened, parts_of, theirs, written
+from support.peft_cases import CASES, SEEN, adapter_tensors, base, logits, opened, theirs, written
 from support.random_adapters import same, shake, tokenizer, with_new_tokens
 from support.tiny_models import quantized
 from veneer.formats import native
@@ -356,7 +356,7 @@ def test_our_own_files(place, tmp_path):
     assert {"model.norm.weight", "model.embed_tokens.token_rows"} < set(beside)
     config = json.loads((tmp_path / "own" / "lora_config.json").read_text())
     assert config["tokens"] == {"model.embed_tokens": SEEN[4:6]}
-    assert same(parts_of(veneer.load(base(kind), tmp_path / "own")), parts_of(model))
+    assert same(adapter_tensors(veneer.load(base(kind), tmp_path / "own")), adapter_tensors(model))
 
     del beside["model.norm.weight"]
     torch.save(beside, tmp_path / "own" / native.SAVED)

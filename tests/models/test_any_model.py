@@ -109,7 +109,7 @@ def base_of(model: Any) -> dict[str, Tensor]:
 @cache
 def proven(architecture: str) -> Proven:
     """Prove what the table says of an architecture, and return its words."""
-    model, said_of_it = attached(architecture)
+    model, warned = attached(architecture)
     base = tiny(architecture)
     assert torch.equal(output_of(model, architecture), output_of(base, architecture))
     before = base_of(base)
@@ -132,9 +132,9 @@ def proven(architecture: str) -> Proven:
         assert near(trainer_losses(other, steps_of(architecture)), losses)
     assert losses[-1] < losses[0], losses
     assert same(base_of(model), before)
-    for text in said_of_it:
+    for text in warned:
         notes.append("left as they are: " + text.rpartition(": ")[2].rstrip("."))
-    kept(model, architecture)
+    prove_files_and_merging(model, architecture)
     return Proven(loop, tuple(notes))
 
 
@@ -161,12 +161,12 @@ def by_peft(architecture: str) -> list[float]:
     return trainer_losses(theirs, steps_of(architecture))
 
 
-def kept(model: Any, architecture: str) -> None:
-    """Prove that the model is saved and loaded as it is, and merged into what says the same."""
-    wanted = output_of(shake(model), architecture)
+def prove_files_and_merging(model: Any, architecture: str) -> None:
+    """Prove that the model is saved and loaded as it is, and merged into one that computes the same."""
+    expected = output_of(shake(model), architecture)
     plain = veneer.merge(model)
     assert not any(isinstance(module, Wrapper) for module in plain.modules())
-    torch.testing.assert_close(output_of(plain, architecture), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output_of(plain, architecture), expected, rtol=1e-4, atol=1e-4)
     veneer.use(model, None)
     assert torch.equal(
         output_of(veneer.detach(copy.deepcopy(model)), architecture), output_of(model, architecture)
@@ -184,7 +184,7 @@ def kept(model: Any, architecture: str) -> None:
             if hasattr(fresh, "classifier"):
                 fresh.classifier.load_state_dict(model.classifier.state_dict())
             veneer.load(fresh, f"{place}/{form}")
-            assert torch.equal(output_of(fresh, architecture), wanted)
+            assert torch.equal(output_of(fresh, architecture), expected)
 
 
 EVEN = examples([12] * 30, vocabulary=6, seed=4, learnt=1.0)  # five in a step
@@ -201,14 +201,14 @@ def in_order() -> list[list[int]]:
 @cache
 def proven_with_trl(architecture: str) -> bool:
     """Prove that SFTTrainer has the losses of Veneer's loop, and return whether it may pack."""
-    wanted = veneer_losses(attached(architecture)[0], EVEN)
+    expected = veneer_losses(attached(architecture)[0], EVEN)
     model, _ = attached(architecture)
     before = base_of(model)
     # In its own settings, but for those that make other numbers: bfloat16, and for experts a loss
     # that balances them.
     exact = {"bf16": False, "router_aux_loss_coef": 0.0}
     theirs = sft_losses(model, in_order(), per_device_train_batch_size=5, **exact)
-    assert near(theirs, wanted), (theirs, wanted)
+    assert near(theirs, expected), (theirs, expected)
     assert same(base_of(model), before)
     model, _ = attached(architecture)
     try:
@@ -218,7 +218,7 @@ def proven_with_trl(architecture: str) -> bool:
             return False
         raise
     assert same(base_of(model), before)
-    return near(packed, wanted)
+    return near(packed, expected)
 
 
 def table() -> str:

@@ -47,7 +47,7 @@ def home(tmp_path) -> Path:
     return tmp_path / "llama"
 
 
-def test_every_kind_of_name_is_found(home, tmp_path, monkeypatch):
+def test_every_kind_of_name_leads_to_its_base(home, tmp_path, monkeypatch):
     assert locate(home) == locate(str(home)) == home
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate("~/llama") == home
@@ -223,7 +223,7 @@ def test_a_fingerprint_is_the_base_s_own_whatever_is_done_with_it(architecture):
     assert len(others) == len(ARCHITECTURES)
 
 
-def test_a_fingerprint_tells_tokenizers_apart_but_not_new_words(home):
+def test_a_fingerprint_differs_for_other_tokenizers_but_not_for_new_tokens(home):
     base = load_base(home, dtype="float32")
     mark = fingerprint(base.model, base.tokenizer)
     assert set(mark) == {"config", "weights", "tokenizer"}

@@ -1,6 +1,8 @@
-"""Reads directories that would like to run code of their own or to keep us busy, in a process of
-its own. Prints one line of JSON: how each ended and in how many seconds of the processor, which
-modules came to be imported, and whether any code of theirs ran."""
+"""Read directories that try to run code of their own or to keep us busy, in their own process.
+
+It prints one line of JSON: how each ended and in how many seconds of the processor, which modules
+were imported, and whether any of their code ran.
+"""
 
 import json
 import os
@@ -53,7 +55,7 @@ BASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def plant(place: Path, mark: Path) -> None:
-    """Put code into a directory, wherever somebody might look for it."""
+    """Put code into a directory, in every place where a library might look for it."""
     code = CODE.format(mark=str(mark))
     for name in ("evil_module.py", "custom_generate/generate.py", "modeling_evil.py"):
         (place / name).parent.mkdir(exist_ok=True)
@@ -109,7 +111,7 @@ def main(home: Path) -> None:
         change(place / "tokenizer_config.json", **tokenizer_settings)
         os.chdir(place)
         report[name] = tried(lambda place=place: veneer.load_base(place, dtype="float32"))
-    # What transformers imports of its own for another class is no code of theirs.
+    # transformers' own modules for other classes are not theirs.
     theirs = ("transformers.", "torch.", "veneer.")
     new = [name for name in sys.modules if name not in before and not name.startswith(theirs)]
     print(json.dumps({**report, "imported": sorted(new), "sprung": mark.exists()}))

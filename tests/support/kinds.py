@@ -113,7 +113,7 @@ class Kind:
                 veneer.attach(model, config, name=name, seed=seed)
         if self.beside:
             veneer.use(model, dict(zip(names, self.weights, strict=False)))
-            peft_cases.train_parts(model)
+            peft_cases.train_adapter(model)
             for name, weight in model.named_parameters():
                 if ".adapters." in name:
                     weight.requires_grad_(True)
@@ -176,7 +176,7 @@ def _attach_by_peft(model: Any, kind: Kind) -> None:
         theirs = peft.get_peft_model(kind.base(model.dtype), config)
         peft_cases.written(theirs, Path(place))
         veneer.load(model, place, force=True)
-    peft_cases.train_parts(model)
+    peft_cases.train_adapter(model)
 
 
 def _lora(name: str, architecture: str, **options: Any) -> Kind:

@@ -1,4 +1,4 @@
-"""Files that somebody spoilt, on purpose or not: each is a function of a good file and a seed."""
+"""Spoil files, by accident or malice: each result is a function of a good file and a seed."""
 
 import json
 import struct
@@ -25,7 +25,7 @@ NUMBERS = (
     2**63,
     2**64 - 1,
 )
-# Some that keep a matcher busy without end, some that are no expressions, some that are large.
+# Expressions that keep a matcher busy for ever, invalid ones, and large ones.
 EXPRESSIONS = (
     "(a|aa)+$",
     r"(([a-z_0-9])+\.?)+[A-Z]",
@@ -89,7 +89,7 @@ STRANGE = {
 
 
 def any_bytes(content: bytes, random: Random, *, head: int = 600) -> bytes:
-    """Flip bits, cut, lengthen, repeat, take out, or put a telling number somewhere."""
+    """Flip bits, cut, lengthen, repeat, remove, or write an extreme number somewhere."""
     spoilt = bytearray(content)
     way = random.randrange(7)
     if way == 0:
@@ -153,7 +153,7 @@ def is_of_numbers(values: list[Any]) -> bool:
 
 
 def safetensors(content: bytes, random: Random) -> bytes:
-    """Change what the header says of a tensor, the header's length, or bytes."""
+    """Change a tensor's entry in the header, the header's length, or bytes."""
     way = random.randrange(4)
     if way == 0:
         return any_bytes(content, random, head=1000)
@@ -196,7 +196,7 @@ def safetensors(content: bytes, random: Random) -> bytes:
     ]
     for _ in range(random.choice((1, 1, 2))):
         lists = (entry.get(key) for key in ("shape", "data_offsets"))
-        # Not once more where the first change left nothing of the kind that the second wants.
+        # The first change may leave no lists for the second one to change.
         if name in header and all(
             isinstance(numbers, list) and is_of_numbers(numbers) for numbers in lists
         ):
@@ -221,7 +221,7 @@ def safetensors(content: bytes, random: Random) -> bytes:
 
 
 def gguf_file(content: bytes, random: Random, places: list[int]) -> bytes:
-    """Put telling numbers where counts, lengths, kinds and shapes stand, or damage bytes."""
+    """Write extreme numbers over counts, lengths, kinds and shapes, or damage bytes."""
     if random.random() < 0.4:
         return any_bytes(content, random, head=max(places) + 8)
     spoilt = bytearray(content)
@@ -235,7 +235,7 @@ def gguf_file(content: bytes, random: Random, places: list[int]) -> bytes:
 
 
 def gguf_places(path: Path) -> list[int]:
-    """Return where the numbers of a GGUF file's header stand."""
+    """Return the offsets of the numbers in a GGUF file's header."""
     reader = gguf.GGUFReader(path)
     places = [4, 8, 16]
     fields = [f for f in reader.fields.values() if not f.name.startswith("GGUF.")]

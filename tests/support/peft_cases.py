@@ -143,16 +143,16 @@ def opened(kind: str, place: Path, **options: Any) -> peft.PeftModel:
     return model.eval()
 
 
-def parts_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all that the adapter has, to be trained."""
+def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the adapter's live tensors."""
     tensors: dict[str, Any] = layer_tensors(model, "default") | modules_to_save_of(model, "default")
     return tensors | {
         f"{p}.rows": tokens.rows for p, tokens in trained_tokens_of(model, "default").items()
     }
 
 
-def train_parts(model: nn.Module) -> None:
-    """Let all that the adapter has train, and nothing else."""
+def train_adapter(model: nn.Module) -> None:
+    """Let the adapter's tensors train, and nothing else."""
     for module in model.modules():
         if isinstance(module, Adapter | TrainedTokens):
             module.requires_grad_(True)
@@ -160,7 +160,7 @@ def train_parts(model: nn.Module) -> None:
         weight.requires_grad_(True)
 
 
-# Words of the text, so that their rows in the embedding have a gradient.
+# Tokens of the text, so that their rows in the embedding have a gradient.
 SEEN = ids().flatten().unique().tolist()
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 # The base, and the settings of PEFT.

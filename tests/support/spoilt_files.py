@@ -1,7 +1,7 @@
-"""Reads files that are spoilt in many ways, in a process of its own whose memory is bounded.
+"""Read files that are spoilt in many ways, in a process of their own with bounded memory.
 
 python tests/support/spoilt_files.py KIND FIRST COUNT prints one line of JSON: how each seed ended,
-the faults, and by how much memory grew. An end is "loaded" (and then it was right) or the name of a
+the faults, and by how much memory grew. An end is "loaded", and then correctly, or the name of a
 VeneerError.
 """
 
@@ -47,8 +47,8 @@ class TooLong(BaseException):
 
 @dataclass(frozen=True)
 class Reader:
-    """A kind of file: how a good one is written into a folder, which file of it is spoilt and how,
-    and what reads the folder and raises AssertionError where it was read wrongly."""
+    """A kind of file: `write` makes a good folder, `spoil` damages its `file`, and `read` loads the
+    folder and raises AssertionError if it was read wrongly."""
 
     write: Callable[[Path], None]
     file: str
@@ -73,7 +73,7 @@ def write_adapter(place: Path, format: Any, **config: Any) -> None:
 
 
 def read_adapter(place: Path) -> None:
-    """Load the adapter; refused, it leaves no trace, and loaded, it acts as its files say."""
+    """Load the adapter: refused, it must leave no trace; loaded, it must be what its files say."""
     model = base()
     try:
         veneer.load(model, place)
@@ -119,7 +119,7 @@ def check_factors(model: Any, place: Path) -> None:
 
 
 def safetensors_by_hand(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a safetensors file, by a reader that shares nothing with ours."""
+    """Return the tensors of a safetensors file, by a reader that shares no code with ours."""
     raw = path.read_bytes()
     begin = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:begin])
@@ -137,7 +137,7 @@ def safetensors_by_hand(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_gguf(place: Path) -> None:
-    """Write a LLaMA of two layers, as llama.cpp keeps one."""
+    """Write a LLaMA of two layers, as llama.cpp stores one."""
     place.mkdir()
     writer = gguf.GGUFWriter(place / "model.gguf", "llama")
     width, inner, heads, layers = 32, 64, 2, 2
@@ -248,7 +248,7 @@ def stop(*_: object) -> None:
 
 
 def refused_memory(error: BaseException | None) -> bool:
-    """Whether an error comes of memory that was asked for and not there, however it is dressed."""
+    """Return whether an error was caused, also indirectly, by too little memory."""
     while error is not None:
         text = str(error).lower()
         if isinstance(error, MemoryError) or "allocate" in text or "not enough memory" in text:
@@ -257,8 +257,8 @@ def refused_memory(error: BaseException | None) -> bool:
     return False
 
 
-def one(reader: Reader, place: Path) -> tuple[str, str | None]:
-    """Return how the reading ended, and what is wrong with that, if anything is."""
+def outcome(reader: Reader, place: Path) -> tuple[str, str | None]:
+    """Return how the reading ended, and what is wrong with that, if anything."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         reader.read(place)
@@ -297,7 +297,7 @@ def main(kind: str, first: int, count: int) -> None:
         faults = []
         for seed in range(first, first + count):
             (spoilt / reader.file).write_bytes(reader.spoil(content, Random(seed)))
-            end, wrong = one(reader, spoilt)
+            end, wrong = outcome(reader, spoilt)
             ends[end] += 1
             if wrong:
                 faults.append({"seed": seed, "end": end, "wrong": wrong[-3000:]})

@@ -36,7 +36,7 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# What transformers takes for granted of some architectures, as it does not read it from the file.
+# Settings that transformers assumes for some architectures instead of reading them from the file.
 _GEMMA = _SHAPE | {"head_dim": 256}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "attention_dropout": 0.0, "embd_pdrop": 0.0}
 # llama.cpp's name of the architecture, and a configuration.
@@ -98,10 +98,10 @@ def write_model(
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
-    kept = gguf.GGMLQuantizationType[kind]
+    matrix_kind = gguf.GGMLQuantizationType[kind]
     for tensor, weight in tensors_of(name, model).items():
         matrix = weight.ndim == 2 and "position" not in tensor
-        as_kind = kept if matrix else gguf.GGMLQuantizationType.F32
+        as_kind = matrix_kind if matrix else gguf.GGMLQuantizationType.F32
         writer.add_tensor(tensor, gguf.quantize(weight, as_kind), raw_dtype=as_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -111,7 +111,7 @@ def write_model(
 
 
 def tensors_of(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """Return a model's weights under llama.cpp's names, turned as it wants them."""
+    """Return a model's weights under llama.cpp's names and in its order of rows."""
     architecture, config = CONFIGS[name][0], model.config
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
@@ -133,7 +133,7 @@ def tensors_of(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Return rows with those side by side that rotary embedding turns together, said slowly."""
+    """Return rows with those side by side that rotary embeddings rotate together."""
     width = len(rows) // heads
     order = [
         head * width + half * width // 2 + i

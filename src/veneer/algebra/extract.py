@@ -59,6 +59,10 @@ class Extracted:
         """The share of ‖ΔW‖² over all weights that lies in the uncovered ones."""
         return sum(weight.norm**2 for weight in self.uncovered) / self.norm**2
 
+    # The names of earlier versions.
+    left_out = property(lambda self: self.uncovered)
+    left_out_share = property(lambda self: self.uncovered_share)
+
 
 def extract(
     base: str | Path,
