@@ -162,7 +162,7 @@ def by_peft(architecture: str) -> list[float]:
 
 
 def prove_files_and_merging(model: Any, architecture: str) -> None:
-    """Prove that the model is saved and loaded as it is, and merged into one that computes the same."""
+    """Prove that the model loads as it was saved, and merges into one that computes the same."""
     expected = output_of(shake(model), architecture)
     plain = veneer.merge(model)
     assert not any(isinstance(module, Wrapper) for module in plain.modules())

@@ -37,21 +37,11 @@ ALIGNMENT = "general.alignment"
 # Settings by which readers allocate memory before they look at weights. No WIDTH is larger than the
 # widest tensor, and there are no more blocks than tensors.
 WIDTHS = (
-    "embedding_length",
-    "feed_forward_length",
-    "vocab_size",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "rope.dimension_count",
-    "expert_count",
-    "expert_feed_forward_length",
-    "expert_shared_feed_forward_length",
-    "ssm.inner_size",
-    "ssm.state_size",
-    "ssm.conv_kernel",
-    "ssm.time_step_rank",
+    *("embedding_length", "feed_forward_length", "vocab_size", "rope.dimension_count"),
+    *("attention.head_count", "attention.head_count_kv"),
+    *("attention.key_length", "attention.value_length"),
+    *("expert_count", "expert_feed_forward_length", "expert_shared_feed_forward_length"),
+    *("ssm.inner_size", "ssm.state_size", "ssm.conv_kernel", "ssm.time_step_rank"),
 )
 COUNTS = ("block_count", "decoder_block_count")
 

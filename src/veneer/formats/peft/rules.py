@@ -23,16 +23,8 @@ BELOW = ".base_layer"  # the base's layer in an adapted one
 
 # Settings that change what an adapter computes or what its base is, and that we do not read.
 NOT_READ = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "enable_lora",
-    "kasa_config",
-    "layer_replication",
-    "megatron_config",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
+    *("alora_invocation_tokens", "arrow_config", "enable_lora", "kasa_config", "layer_replication"),
+    *("megatron_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
 )
 # Settings that we read, or that no longer matter once an adapter is trained.
 READ = (
