@@ -75,8 +75,8 @@ def test_gradients_after_one_step(case, tmp_path):
     with gradients_in_place_of_weights(model):
         ours = {name: grad.detach().clone() for name, grad in adapter_tensors(model).items()}
     for first, second in AS_ONE.get(case, {}).items():
-        total = ours[first] + turned(ours[second], ours[first])
-        ours |= {first: total, second: turned(total, ours[second])}
+        total = ours[first] + transposed(ours[second], ours[first])
+        ours |= {first: total, second: transposed(total, ours[second])}
     gradients = as_an_adapter(peer, kind, tmp_path / "peer")
     for name, exact in as_an_adapter(reference, kind, tmp_path / "reference").items():
         assert exact.any(), name
@@ -122,5 +122,5 @@ def step(model: nn.Module, kind: str) -> Tensor:
     return logits(model, kind)
 
 
-def turned(tensor: Tensor, like: Tensor) -> Tensor:
+def transposed(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.shape == like.shape else tensor.T

@@ -73,13 +73,13 @@ def extract(
     embeddings: bool = False,
     force: bool = False,
 ) -> Extracted:
-    """Return the adapter over `base` that is nearest to what made it `tuned`, layer by layer.
+    """Return the adapter over `base` that is nearest to the change from `base` to `tuned`.
 
-    s B A is W_tuned − W_base cut to a rank, or to the smallest rank that keeps a share `energy` of
-    ‖ΔW‖² in each layer. Only linear layers are adapted, and with `embeddings` embeddings too, with
-    a tied head; other changed weights are reported. Weights are read one by one. A base of a wider
-    dtype is first rounded to the tuned one's, as it was when tuning began: tuning did not learn
-    that rounding.
+    Layer by layer, s B A is W_tuned − W_base cut to a rank, or to the smallest rank that keeps a
+    share `energy` of ‖ΔW‖² in each layer. Only linear layers are adapted, and with `embeddings`
+    embeddings too, with a tied head; other changed weights are reported. Weights are read one by
+    one. A base of a wider dtype is first rounded to the tuned one's, as it was when tuning began:
+    tuning did not learn that rounding.
 
     Raises ConfigError for impossible settings, ModelError for models that cannot be read or whose
     weights have different names or shapes, and AdapterError if `tuned` is no fine-tune of `base`

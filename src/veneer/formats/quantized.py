@@ -133,8 +133,8 @@ def _write_shard(
             continue
         path = name.removesuffix(".weight")
         tensors |= {f"{path}.{key}": tensor for key, tensor in weight.tensors().items()}
-        turned = isinstance(source.skeleton.get_submodule(path), Conv1D)
-        error = _error(last[0].T if turned else last[0], weight)
+        transposed = isinstance(source.skeleton.get_submodule(path), Conv1D)
+        error = _error(last[0].T if transposed else last[0], weight)
         out, in_ = weight.shape
         layers.append(QuantizedLayer(path, out, in_, weight.nbytes, error))
     notes = {

@@ -175,8 +175,7 @@ def describe(
     original_of: returns the base's own module for one that wraps it, and None for a module that
     does not belong to the base. Paths are the base's own.
     """
-    get_head = getattr(model, "get_output_embeddings", lambda: None)
-    head = get_head()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     # A model without logits has its head outside of the pretrained body.
     body = getattr(model, "base_model", model) if head is None else model
     inside = {id(module) for module in body.modules()}

@@ -21,10 +21,10 @@ _VOCABULARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = Wea
 class Marks:
     """Takes the fingerprint of a base from its weights one by one, before they are quantized."""
 
-    def __init__(self, skeleton: nn.Module, samples: Mapping[str, str] | None = None) -> None:
-        self._config = _config_mark(skeleton, base_parameters(skeleton))
-        self._names = set(base_parameters(skeleton))
-        self.samples = dict(samples or {})
+    def __init__(self, skeleton: nn.Module) -> None:
+        own = base_parameters(skeleton)
+        self._config, self._names = _config_mark(skeleton, own), set(own)
+        self.samples: dict[str, str] = {}
 
     def see(self, name: str, weight: Tensor) -> None:
         """Take samples of a weight."""

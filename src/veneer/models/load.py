@@ -153,7 +153,7 @@ def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[
 
 def skeleton_of(config: PretrainedConfig, home: Path | None = None) -> PreTrainedModel:
     """Return a model on the meta device, with the generation settings in `home`, if any."""
-    place = home or config.name_or_path or "This model"
+    place = home or Path(config.name_or_path or "This model")
     minigpt.register()
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(

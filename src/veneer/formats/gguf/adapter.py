@@ -79,8 +79,8 @@ def _weights(state: AdapterState) -> Callable[[str], Tensor]:
 
     def weight_of(path: str) -> Tensor:
         weight = dense(source.read(f"{path}.weight"))
-        turn = path in embeddings or isinstance(source.skeleton.get_submodule(path), Conv1D)
-        return weight.T if turn else weight
+        transposed = path in embeddings or isinstance(source.skeleton.get_submodule(path), Conv1D)
+        return weight.T if transposed else weight
 
     return weight_of
 

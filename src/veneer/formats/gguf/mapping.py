@@ -17,7 +17,7 @@ from torch import Tensor
 from veneer.adapter.config import LoRA
 from veneer.errors import AdapterError, joined, listed, nearest
 from veneer.formats.contents import without_place
-from veneer.formats.gguf.names import HEAD, Naming, turned, turned_back
+from veneer.formats.gguf.names import HEAD, Naming, permuted, unpermuted
 from veneer.formats.state import (
     AdapterState,
     StoredLayer,
@@ -65,7 +65,7 @@ def contents_of(state: AdapterState, naming: Naming) -> Contents:
     for layer in layers:
         place = naming.places[layer.path]
         factor = alphas[layer.path] / alpha
-        A, B = layer.A.to(torch.float32), turned(layer.B.to(torch.float64), place.heads)
+        A, B = layer.A.to(torch.float32), permuted(layer.B.to(torch.float64), place.heads)
         if abs(factor - 1) > 2**-23:  # float32 cannot tell less apart
             B, folded = factor * B, folded + 1
         A = A.T if place.is_embedding else A
@@ -114,7 +114,7 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
             problems.append(f"{name}{B_END} has {len(B)} rows, which do not divide among the heads")
             continue
         A = A.T.contiguous() if place.is_embedding else A
-        B = turned_back(B, place.heads).contiguous()
+        B = unpermuted(B, place.heads).contiguous()
         kind = layer_kind(is_embedding=place.is_embedding)
         layers.append(StoredLayer(place.path, A, B, kind))
     if not layers and not problems:

@@ -20,7 +20,7 @@ from veneer.errors import AdapterError, ModelError, joined
 from veneer.files import new_file
 from veneer.formats.contents import without_place
 from veneer.formats.fold import without_start
-from veneer.formats.gguf.names import EMBEDDING, HEAD, Naming, Place, naming_over, turned
+from veneer.formats.gguf.names import EMBEDDING, HEAD, Naming, Place, naming_over, permuted
 from veneer.formats.state import AdapterState, NewTokenRows, StoredLayer
 from veneer.formats.validate import differs_from_base, same_weight, validate
 from veneer.lowrank.formula import delta_weight, rescaled
@@ -222,9 +222,9 @@ def _merged(
     """Return the bytes of W + ΔW, and how they differ from the exact sum."""
     weight = torch.from_numpy(np.array(gguf.dequantize(origin.data, origin.tensor_type)))
     weight = weight.T if place.is_embedding else weight  # (out, in), or (dim, vocab)
-    new = weight + delta_weight(layer.A, turned(layer.B, place.heads), scaling)
+    new = weight + delta_weight(layer.A, permuted(layer.B, place.heads), scaling)
     if layer.magnitude is not None:
-        new = rescaled(new, turned(layer.magnitude.to(torch.float32), place.heads))
+        new = rescaled(new, permuted(layer.magnitude.to(torch.float32), place.heads))
     change = new - weight
     new, change = (new.T, change.T) if place.is_embedding else (new, change)
     stored = _stored(new.contiguous().numpy(), kind)

@@ -1,4 +1,4 @@
-"""What llama.cpp calls the layers of a base, and how it reorders their rows."""
+"""llama.cpp's names of a base's layers, and its order of their rows."""
 
 from __future__ import annotations
 
@@ -93,9 +93,8 @@ def naming_over(skeleton: PreTrainedModel) -> Naming:
     for layer in adaptable_layers(skeleton):
         name = names.get_name(layer.path)
         if name is not None:
-            turned_rows = heads.get(name.rpartition(".")[2], 0)
-            place = Place(layer.path, f"{name}.weight", turned_rows, not layer.is_linear)
-            places[layer.path] = place
+            groups = heads.get(name.rpartition(".")[2], 0)
+            places[layer.path] = Place(layer.path, f"{name}.weight", groups, not layer.is_linear)
     embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     assert embedding is not None
     assert head is not None
@@ -103,7 +102,7 @@ def naming_over(skeleton: PreTrainedModel) -> Naming:
     return Naming(architecture, places, is_tied(embedding, head), has_head)
 
 
-def turned(rows: Tensor, heads: int) -> Tensor:
+def permuted(rows: Tensor, heads: int) -> Tensor:
     """Return rows (out, ...) in llama.cpp's order: in each head, i and i + half side by side."""
     if not heads:
         return rows
@@ -111,7 +110,7 @@ def turned(rows: Tensor, heads: int) -> Tensor:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def turned_back(rows: Tensor, heads: int) -> Tensor:
+def unpermuted(rows: Tensor, heads: int) -> Tensor:
     """Return rows (out, ...) in transformers' order from llama.cpp's."""
     if not heads:
         return rows
