@@ -127,7 +127,7 @@ def _new_tokens(tokens: object, start: object, rows: dict[str, Tensor]) -> NewTo
     embedding = rows.get("input_embeddings")
     if embedding is None or len(embedding) != len(tokens) or not isinstance(start, int):
         raise AdapterError(
-            f"{ROWS} must hold one row of input_embeddings for each of {len(tokens)} new words"
+            f"{ROWS} must hold one row of input_embeddings for each of {len(tokens)} new tokens"
         )
     return NewTokenRows(tuple(tokens), start, embedding, rows.get("output_embeddings"))
 

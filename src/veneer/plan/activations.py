@@ -88,9 +88,8 @@ def kept(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Term]:
     return terms
 
 
-def holes(config: PlanConfig, sizes: Sizes, trained: Trained) -> Term:
-    """Return the holes in the heap between autograd's tensors."""
-    terms = kept(config, sizes, trained)
+def holes(config: PlanConfig, sizes: Sizes, trained: Trained, terms: list[Term]) -> Term:
+    """Return the holes in the heap between autograd's tensors; `terms` as `kept` returns them."""
     through = not is_fused(sizes, trained) and recompute_of(config, sizes, trained) != "full"
     total = sum(term.value for term in terms) if through else 0
     return Term.of(HOLES, "of", total, "bytes", note="holes in the heap between all these")

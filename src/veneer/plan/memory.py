@@ -64,17 +64,12 @@ def plan_memory(
     # Weights that are stored in 16 bits and computed in 32 are copied into memory.
     mapped = [] if not config.mapped else quantized if width == FLOAT32 else quantized + rest
     weights = [term for term in quantized + rest if term not in mapped]
-    numbers = count + trained.beside
-    adapters = [
-        Term.of(numbers, "parameters", FLOAT32, "bytes", note="float32"),
-        Term.of(numbers, "parameters", width, "bytes", note="in the dtype of computing"),
-    ]
+    new = 0 if own else count + trained.beside
     optimizer = [Term.of(2, "moments", count, "parameters", FLOAT32, "bytes", note="AdamW")]
     if own and masters and width < FLOAT32:
         optimizer.append(Term.of(count, "masters", FLOAT32, "bytes", note="float32"))
-    activations = amount(
-        "activations", *kept(config, sizes, trained), holes(config, sizes, trained)
-    )
+    lasting = kept(config, sizes, trained)
+    activations = amount("activations", *lasting, holes(config, sizes, trained, lasting))
     passing = workspace(config, sizes, trained)
     if len(optimizer) > 1:
         stepping = Term.of(
@@ -85,7 +80,11 @@ def plan_memory(
             activations, passing = amount("activations"), amount("workspace", stepping)
     return MemoryPlan(
         weights=amount("weights", *weights),
-        adapters=amount("adapters", *adapters),
+        adapters=amount(
+            "adapters",
+            Term.of(new, "parameters", FLOAT32, "bytes", note="float32"),
+            Term.of(new, "parameters", width, "bytes", note="in the dtype of computing"),
+        ),
         gradients=amount("gradients", Term.of(count, "parameters", trained_width, "bytes")),
         optimizer=amount("optimizer", *optimizer),
         activations=activations,
