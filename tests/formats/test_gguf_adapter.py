@@ -196,7 +196,7 @@ def test_the_nearest_lora_is_the_best_of_its_rank():
 # Refusals.
 
 NOT_WRITTEN: dict[str, tuple[str, dict[str, Any], str]] = {
-    "positions": ("gpt2", {"targets": ["wpe", "c_fc"]}, "transformer.wpe is nothing that llama"),
+    "positions": ("gpt2", {"targets": ["wpe", "c_fc"]}, "llama.cpp adapts no transformer.wpe"),
     "tied embedding": (
         "llama",
         {"targets": ["embed_tokens"]},

@@ -136,7 +136,7 @@ def test_parameters_that_do_not_fit(place):
         refusal(place)
     )
     edit(place, target_parameters=["experts.w1", "experts.w2"])
-    assert "names w1 and w2 of model.layers.0.mlp.experts, and which" in refusal(place)
+    assert "names w1 and w2 of model.layers.0.mlp.experts, and their" in refusal(place)
     edit(place, target_parameters=["experts.gate_up_proj", "experts.down_proj", "a.b"])
     assert "target_parameters names 'a.b', for which there are no tensors" in refusal(place)
     edit(place, target_parameters=["experts.gate_up_proj", "experts.down_proj"], r=2)
