@@ -182,8 +182,8 @@ def _check_states(states: Sequence[AdapterState]) -> None:
         if isinstance(state.config, LoRA) and state.config.dora:
             own.append(
                 "it is DoRA, whose change m ∘ (W + B A) / ‖W + B A‖ − W depends on the base and "
-                "is of full rank, so that no factors hold it (merge it, and extract an adapter from "
-                "the merged model)"
+                "is of full rank, so that no factors hold it (merge it, and extract an adapter "
+                "from the merged model)"
             )
         if state.new_tokens is not None:
             own.append("it has new tokens, whose rows belong to its own tokenizer")
