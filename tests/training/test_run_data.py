@@ -4,7 +4,7 @@ import json
 
 import veneer
 from veneer.data import sources
-from veneer.training.events import DataReady
+from veneer.training.events import DataReady, ModelReady, Notice
 
 
 def test_the_data_is_read_once_even_where_new_tokens_are_looked_for(
@@ -26,3 +26,25 @@ def test_the_data_is_read_once_even_where_new_tokens_are_looked_for(
     next(event for event in events if isinstance(event, DataReady))
     events.close()
     assert files == [data]
+
+
+def before_training(minigpt_home, data, out, **settings) -> list:
+    """Return the events of a run up to where the adapter is attached."""
+    recipe = veneer.Recipe(str(minigpt_home), data, rows=veneer.DataConfig(**settings), out=out)
+    events = []
+    run = veneer.tune(recipe)
+    for event in run:
+        events.append(event)
+        if isinstance(event, ModelReady):
+            run.close()
+    return events
+
+
+def test_keys_that_nothing_reads_are_named_before_training(minigpt_home, tmp_path):
+    data, evaluation = tmp_path / "rows.jsonl", tmp_path / "eval.jsonl"
+    row = {"prompt": "a", "completion": "b"}
+    data.write_text("\n".join(json.dumps({**row, "id": n}) for n in range(3)))
+    evaluation.write_text(json.dumps({**row, "id": 3, "mood": "good"}))
+    events = before_training(minigpt_home, data, tmp_path / "out", eval_data=evaluation)
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert "Keys that nothing reads: 'id' (4 rows), 'mood' (1 row)." in notices

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from veneer.data.rows import Message
+from veneer.data.rows import Conversation, Message
 from veneer.data.spans import Span
 from veneer.errors import DataError
 
@@ -61,14 +61,21 @@ class Chat:
         self._ending = re.compile(rf"\s*(?:{either})")
         self._endings = re.compile(rf"\s*(?:{either})+")
 
-    def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, object]] = (),
+        *,
+        prompt: bool = False,
+    ) -> str:
         """Return the messages as text, with the opening of an answer behind them if `prompt`.
 
         Raises DataError where the template refuses the messages.
         """
         try:
             text = self._tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
+                [{"role": m.role, "content": m.content, **m.fields} for m in messages],  # type: ignore[arg-type]
+                tools=list(tools) or None,  # type: ignore[arg-type]
                 chat_template=PLAIN_TEMPLATE if self.plain else None,
                 add_generation_prompt=prompt,
                 tokenize=False,
@@ -78,48 +85,66 @@ class Chat:
         assert isinstance(text, str)
         return self._start + text
 
-    def conversation(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def conversation(self, row: Conversation) -> tuple[str, list[Span]]:
         """Return a conversation as text, and the spans of it that are to be learnt.
 
         A span is what the model has to write after the prompt: an answer and the token that ends
         its turn, without the white space that the template puts behind it. Where the template
         ends an answer with no special token, the end token is put in. Turns behind the last
         answer teach nothing and are left out.
-        Raises DataError where the template refuses the messages or rewrites an answer.
+        Raises DataError where the template refuses the messages, rewrites an answer, or writes no
+        tools though the row has some.
         """
-        answers = [i for i, m in enumerate(messages) if m.role == "assistant" and m.learn]
-        messages = messages[: answers[-1] + 1]
-        text = self.render(messages)
-        return self._closed(text, [self._span(messages, i, text) for i in answers])
+        answers = [i for i, m in enumerate(row.messages) if m.role == "assistant" and m.learn]
+        row = replace(row, messages=row.messages[: answers[-1] + 1])
+        text = self._render(row)
+        if row.tools and text == self.render(row.messages):
+            raise DataError("the model's chat template writes no tools, so 'tools' would be lost")
+        for i, message in enumerate(row.messages):
+            if missing := [name for name in message.calls if name not in text]:
+                raise DataError(
+                    f"the model's chat template does not write the call of {missing[0]!r} in "
+                    f"message {i + 1}"
+                )
+        return self._closed(text, [self._span(row, i, text) for i in answers])
 
-    def _span(self, messages: Sequence[Message], i: int, text: str) -> Span:
-        """Return where in `text`, the rendering of all `messages`, the answer `messages[i]` stands.
+    def _render(self, row: Conversation, until: int | None = None, *, prompt: bool = False) -> str:
+        return self.render(row.messages[:until], row.tools, prompt=prompt)
+
+    def _span(self, row: Conversation, i: int, text: str) -> Span:
+        """Return where in `text`, the rendering of the row, its answer `messages[i]` stands.
 
         As a rule `text` begins with the rendering up to this answer, and that begins with the
         prompt for it: what lies between the two ends is the answer.
         """
-        prompt = self.render(messages[:i], prompt=True) if i > 0 else ""
+        prompt = self._render(row, i, prompt=True) if i > 0 else ""
         if prompt:
-            until = text if i + 1 == len(messages) else self.render(messages[: i + 1])
-            # Its last line, as a template may lay out anew the reasoning before it.
-            has_answer = messages[i].content.strip().splitlines()[-1] in until[len(prompt) :]
+            until = text if i + 1 == len(row.messages) else self._render(row, i + 1)
+            has_answer = _holds(until[len(prompt) :], row.messages[i])
             if has_answer and text.startswith(until) and until.startswith(prompt):
                 return len(prompt), self._turn_end(until, len(prompt))
-        return self._marked_span(messages, i, text, prompt)
+        return self._marked_span(row, i, text, prompt)
 
-    def _marked_span(self, messages: Sequence[Message], i: int, text: str, prompt: str) -> Span:
+    def _marked_span(self, row: Conversation, i: int, text: str, prompt: str) -> Span:
         """Return the same for a template that writes a turn otherwise once others follow it.
 
         (Reasoning models drop the thoughts of earlier turns, or open one in the prompt that no
         later rendering shows.) Put a mark in the answer's place: all around it stays as it was.
         """
         mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in text)
-        marked = [*messages[:i], replace(messages[i], content=mark), *messages[i + 1 :]]
-        before, marks, after = self.render(marked).partition(mark)
+        answer_turn = row.messages[i]
+        instead = replace(answer_turn, content=mark, fields={})
+        marked = replace(row, messages=(*row.messages[:i], instead, *row.messages[i + 1 :]))
+        before, marks, after = self._render(marked).partition(mark)
         behind = len(text) - len(after)
         answer = text[len(before) : behind].rstrip()
         around = marks and text.startswith(before) and text.endswith(after)
-        if not around or answer.strip() != messages[i].content.strip():
+        same = (
+            _holds(answer, answer_turn)
+            if answer_turn.calls
+            else answer.strip() == answer_turn.content.strip()
+        )
+        if not around or not same:
             raise DataError(
                 f"the model's chat template drops or rewrites the answer in message {i + 1}, so "
                 "what is to be learnt cannot be told from the rest; give each row one answer, "
@@ -128,7 +153,7 @@ class Chat:
         start = len(prompt) if prompt and before.startswith(prompt) else len(before)
         end = len(before) + len(answer)
         # Special tokens behind the answer end it as far as they stand there without the next turn.
-        alone = self.render(marked[: i + 1]).partition(mark)[2]
+        alone = self._render(marked, i + 1).partition(mark)[2]
         shared = sum(
             1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(after, alone, strict=False))
         )
@@ -160,3 +185,12 @@ class Chat:
             closed.append((start + added, end + added + len(more)))
             taken, added = end, added + len(more)
         return "".join([*pieces, text[taken:]]), closed
+
+
+def _holds(text: str, answer: Message) -> bool:
+    """Return whether `text` has the answer's last line and its calls.
+
+    Only the last line, as a template may lay out anew the reasoning before it.
+    """
+    last_line = answer.content.strip().splitlines()[-1:]
+    return all(piece in text for piece in (*last_line, *answer.calls))

@@ -100,7 +100,7 @@ class Encoder:
         if isinstance(row.value, PlainText):
             text = row.value.text
             return Rendered(text, [(0, len(text))], row.place, whole=True)
-        text, spans = self._chat.conversation(row.value.messages)
+        text, spans = self._chat.conversation(row.value)
         return Rendered(text, spans, row.place, whole=False)
 
     def tokenise(self, rendered: Sequence[Rendered]) -> list[Example]:

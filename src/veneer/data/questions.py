@@ -51,6 +51,8 @@ def _parse(value: object) -> Question:
     row = parse_row(value)
     if isinstance(row, PlainText):
         raise ValueError("a text asks nothing; give a prompt with its completion or references")
+    if row.tools or any(turn.calls for turn in row.messages):
+        raise ValueError("questions with tools cannot be asked yet; leave such rows out")
     last = max(i for i, turn in enumerate(row.messages) if turn.role == "assistant" and turn.learn)
     # Whether a turn would be learnt makes no difference here.
     turns = tuple(Message(turn.role, turn.content) for turn in row.messages[:last])

@@ -20,11 +20,11 @@ from veneer.adapter.new_tokens import add_tokens, find_new_tokens, new_tokens_of
 from veneer.adapter.report import report_quantized, report_trained
 from veneer.adapter.virtual_context import context_left
 from veneer.data.encode import Encoder, Example, summarize
-from veneer.data.load import good_examples, load_examples
+from veneer.data.load import good_examples
 from veneer.data.packing import split_held_out
 from veneer.data.preview import preview
 from veneer.data.problems import Located
-from veneer.data.rows import Row, texts_of
+from veneer.data.rows import Row, texts_of, unused_keys
 from veneer.data.sources import read_rows
 from veneer.errors import ConfigError, ModelError, VeneerWarning
 from veneer.files import check_replaceable, size_of
@@ -101,8 +101,7 @@ def tune(
     data = _load_data(recipe, base)
     yield data.ready
     yield from map(Notice, base.notices)
-    if data.plain_template:
-        yield Notice("The tokenizer has no chat template; turns are written as plain lines.")
+    yield from map(Notice, data.notices)
     yield from _attach(recipe, base, dtype, data.new_tokens)
     identity = _identity(recipe, base, [*data.examples, *data.held_out])
 
@@ -181,12 +180,12 @@ def _plan(
 
 @dataclass(frozen=True)
 class _Data:
-    """A run's data as tokens, and the tokens that the base's vocabulary got for it."""
+    """A run's data as tokens, the tokens added for it, and notices about it."""
 
     examples: list[Example]
     held_out: list[Example]
     new_tokens: tuple[str, ...]
-    plain_template: bool
+    notices: list[str]
     ready: DataReady
 
 
@@ -205,9 +204,9 @@ def _load_data(recipe: Recipe, base: Base) -> _Data:
     examples, skipped = good_examples(rows, problems, encoder, skip_bad_rows=skip_bad_rows)
     held_out: list[Example] = []
     if settings.eval_data is not None:
-        held_out, more = load_examples(
-            settings.eval_data, tokenizer, max_length=max_length, skip_bad_rows=skip_bad_rows
-        )
+        eval_rows, problems = read_rows(settings.eval_data)
+        held_out, more = good_examples(eval_rows, problems, encoder, skip_bad_rows=skip_bad_rows)
+        rows = [*rows, *eval_rows]
         skipped += more
     elif settings.eval_rows:
         training, evaluation = split_held_out(
@@ -221,7 +220,17 @@ def _load_data(recipe: Recipe, base: Base) -> _Data:
         skipped,
         preview(examples[0], tokenizer),
     )
-    return _Data(examples, held_out, new_tokens, encoder.uses_plain_template, ready)
+    notices = []
+    if encoder.uses_plain_template:
+        notices.append("The tokenizer has no chat template; turns are written as plain lines.")
+    if unused := unused_keys(row.value for row in rows):
+        counts = ", ".join(f"{key!r} ({_rows(count)})" for key, count in unused.items())
+        notices.append(f"Keys that nothing reads: {counts}.")
+    return _Data(examples, held_out, new_tokens, notices, ready)
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _new_tokens(new_words: str | None, rows: list[Located[Row]], base: Base) -> tuple[str, ...]:
