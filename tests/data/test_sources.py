@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from veneer.data.problems import Located, Place, Problem
 from veneer.data.rows import PlainText, Row
-from veneer.data.sources import check, read_rows
+from veneer.data.sources import check, files_of, read_rows, splits_of
 from veneer.errors import DataError
 
 GOOD = '{"text": "fine"}'
@@ -189,6 +189,48 @@ def test_a_directory_is_all_its_files_in_order_of_name(tmp_path):
     rows, problems = read_rows(tmp_path)
     assert not problems
     assert [row.value.text for row in rows] == ["first", "second"]
+
+
+def folder_with(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        written(folder / name, json.dumps({"text": name}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "valid", "others"),
+    [
+        (["train.jsonl", "valid.jsonl", "test.jsonl"], ["train.jsonl"], ["valid.jsonl"], []),
+        (
+            ["train-0.jsonl", "Train_1.jsonl", "validation-0.jsonl", "notes.jsonl"],
+            ["Train_1.jsonl", "train-0.jsonl"],
+            ["validation-0.jsonl"],
+            ["notes.jsonl"],
+        ),
+        (["facts.jsonl", "test.jsonl"], ["facts.jsonl"], [], []),
+        (["trains.jsonl", "testimony.jsonl", "valider.jsonl"], None, [], []),
+    ],
+)
+def test_a_directorys_files_are_the_splits_that_they_name(tmp_path, names, train, valid, others):
+    folder = folder_with(tmp_path / "data", *names)
+    splits = splits_of(folder)
+    train = sorted(names) if train is None else train
+    assert [file.name for file in splits.train] == train
+    assert [file.name for file in splits.valid] == valid
+    assert [file.name for file in splits.others] == others
+    assert [row.value.text for row in read_rows(folder)[0]] == train
+    assert [row.value.text for row in read_rows(folder, split="valid")[0]] == (valid or train)
+    assert [file.name for file in files_of(folder, "test")] == (
+        ["test.jsonl"] if "test.jsonl" in names else train
+    )
+
+
+def test_a_directory_with_nothing_to_train_on_is_refused(tmp_path):
+    folder = folder_with(tmp_path / "data", "test.jsonl", "valid.jsonl")
+    with pytest.raises(DataError, match=r"no file to train on, only valid.jsonl, test.jsonl"):
+        read_rows(folder)
+    assert len(read_rows(folder, split="valid")[0]) == 1
 
 
 @given(limit=st.integers(1, 6))

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 import veneer
 from veneer.data import sources
+from veneer.errors import ConfigError
 from veneer.training.events import DataReady, ModelReady, Notice
 
 
@@ -48,3 +51,34 @@ def test_keys_that_nothing_reads_are_named_before_training(minigpt_home, tmp_pat
     events = before_training(minigpt_home, data, tmp_path / "out", eval_data=evaluation)
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert "Keys that nothing reads: 'id' (4 rows), 'mood' (1 row)." in notices
+
+
+def test_a_directorys_splits_are_used_and_named(minigpt_home, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, rows in {"train": 3, "validation": 2}.items():
+        row = json.dumps({"prompt": "a", "completion": "b"})
+        (folder / f"{name}.jsonl").write_text("\n".join([row] * rows))
+    (folder / "test.jsonl").write_text("no row, and never read")
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    for settings, held_out, says in [
+        ({}, 2, "evaluated on: validation.jsonl; not read: test.jsonl"),
+        ({"eval_data": other}, 1, "not read: validation.jsonl, test.jsonl"),
+        ({"eval_rows": 1}, 1, "not read: validation.jsonl, test.jsonl"),
+    ]:
+        events = before_training(minigpt_home, folder, tmp_path / "out", **settings)
+        (ready,) = (event for event in events if isinstance(event, DataReady))
+        assert ready.summary.rows == (2 if "eval_rows" in settings else 3)
+        assert ready.held_out.rows == held_out
+        notices = [event.text for event in events if isinstance(event, Notice)]
+        assert f"Trained on: train.jsonl; {says}" in notices
+
+
+def test_valid_files_are_rows_to_evaluate_on(tmp_path):
+    evaluated = veneer.TrainConfig(eval_every=1)
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(ConfigError, match="would do nothing without rows to evaluate on"):
+        veneer.Recipe("base", tmp_path, training=evaluated)
+    (tmp_path / "valid.jsonl").touch()
+    veneer.Recipe("base", tmp_path, training=evaluated)

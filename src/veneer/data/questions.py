@@ -28,7 +28,7 @@ def read_questions(path: Path, *, limit: int | None = None) -> list[Question]:
     """
     references: dict[tuple[Message, ...], dict[str, None]] = {}  # by turns, in order, each once
     problems = []
-    for file in files_of(path):
+    for file in files_of(path, "test"):
         for row in parsed_values(file, _parse):
             if isinstance(row, Problem):
                 problems.append(row)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from veneer.data.problems import Located, Problem, data_error
 from veneer.data.readers import READERS
@@ -12,17 +14,22 @@ from veneer.data.rows import Row, parse_row
 from veneer.errors import DataError, nearest
 
 T = TypeVar("T")
+Split = Literal["train", "valid", "test"]
+
+_SPLIT = re.compile(r"(train|valid|test)(?:(?<=valid)ation)?(?![a-z])", re.IGNORECASE)
 
 
-def read_rows(path: Path, *, limit: int | None = None) -> tuple[list[Located[Row]], list[Problem]]:
-    """Return the rows of a file, or of all such files in a directory, and their problems.
+def read_rows(
+    path: Path, *, split: Split = "train", limit: int | None = None
+) -> tuple[list[Located[Row]], list[Problem]]:
+    """Return the rows of a file, or of a directory's files for `split`, and their problems.
 
     `limit` stops after so many good rows. Raises DataError where `path` is missing, cannot be
     read, is of an unknown kind, or holds nothing.
     """
     rows: list[Located[Row]] = []
     problems: list[Problem] = []
-    for file in files_of(path):
+    for file in files_of(path, split):
         empty = True
         for row in parsed_values(file, parse_row):
             if len(rows) == limit:
@@ -75,20 +82,59 @@ def check(rows: list[T], problems: Sequence[Problem], *, skip_bad_rows: bool) ->
     return rows
 
 
-def files_of(path: Path) -> list[Path]:
-    """Return the file of rows that `path` is, or all of them in a directory.
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The files of rows in a directory, by what they are for; `others` are for nothing."""
 
-    Raises DataError where it is missing, or of an unknown kind.
+    train: list[Path]
+    valid: list[Path] = field(default_factory=list)
+    test: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+
+
+def splits_of(path: Path) -> Splits:
+    """Return the file of rows that `path` is, or those of a directory, by the split they name.
+
+    A file's name says its split where it begins with train, valid, validation or test. Where no
+    file is named so for training, all that name no split are for training.
+    Raises DataError where `path` is missing, or of an unknown kind.
     """
     endings = ", ".join(READERS)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
         if not files:
             raise DataError(f"{path} holds no file of a known kind ({endings})")
-        return files
+        named: dict[str, list[Path]] = {"train": [], "valid": [], "test": [], "": []}
+        for file in files:
+            split = _SPLIT.match(file.stem)
+            named[split[1].lower() if split else ""].append(file)
+        train, others = (named["train"], named[""]) if named["train"] else (named[""], [])
+        return Splits(train, named["valid"], named["test"], others)
     if not path.exists():
         siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path} does not exist{nearest(path.name, siblings)}")
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path} is of an unknown kind; give it one of the endings {endings}")
-    return [path]
+    return Splits([path])
+
+
+def has_valid_files(path: Path) -> bool:
+    """Return whether `path` is a directory with rows to evaluate on."""
+    try:
+        return bool(splits_of(path).valid)
+    except (DataError, OSError):
+        return False  # reading it will say why
+
+
+def files_of(path: Path, split: Split = "train") -> list[Path]:
+    """Return the file of rows that `path` is, or those of a directory that are for `split`.
+
+    Where none are, those for training are. Raises DataError where there are none either, or where
+    `path` is missing or of an unknown kind.
+    """
+    splits = splits_of(path)
+    files = {"train": splits.train, "valid": splits.valid, "test": splits.test}[split]
+    if not (files or splits.train):
+        names = ", ".join(file.name for file in [*splits.valid, *splits.test])
+        raise DataError(f"{path} holds no file to train on, only {names}; name one train.*")
+    return files or splits.train

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import LEARNING_RATES, Method
 from veneer.checks import check_config, whole_number
+from veneer.data.sources import has_valid_files
 from veneer.quant.settings import Bits
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
@@ -27,7 +28,7 @@ class DataConfig:
     eval_rows: int = 0
     """Rows to hold out for evaluation, drawn at random."""
     eval_data: Path | None = None
-    """File of rows to evaluate on, instead of held-out ones."""
+    """Rows to evaluate on, instead of held-out ones; else the valid files of a directory."""
     skip_bad_rows: bool = False
     """Leave out rows with faults, counting them, instead of refusing the data."""
     new_words: str | None = None
@@ -77,7 +78,7 @@ class Recipe:
             f.name for f in fields(LoRA) if getattr(self.lora, f.name) != getattr(usual, f.name)
         ]
         of_adapters += ["lora_plus_ratio"] * (self.training.lora_plus_ratio is not None)
-        evaluates = self.rows.eval_rows or self.rows.eval_data
+        evaluates = self.rows.eval_rows or self.rows.eval_data or has_valid_files(self.data)
         check_config(
             self,
             opening="This run cannot be",

@@ -25,7 +25,7 @@ from veneer.data.packing import split_held_out
 from veneer.data.preview import preview
 from veneer.data.problems import Located
 from veneer.data.rows import Row, texts_of, unused_keys
-from veneer.data.sources import read_rows
+from veneer.data.sources import Splits, read_rows, splits_of
 from veneer.errors import ConfigError, ModelError, VeneerWarning
 from veneer.files import check_replaceable, size_of
 from veneer.formats import adapters, merged, native
@@ -203,8 +203,10 @@ def _load_data(recipe: Recipe, base: Base) -> _Data:
     encoder = Encoder(tokenizer, max_length=max_length)
     examples, skipped = good_examples(rows, problems, encoder, skip_bad_rows=skip_bad_rows)
     held_out: list[Example] = []
-    if settings.eval_data is not None:
-        eval_rows, problems = read_rows(settings.eval_data)
+    splits = splits_of(recipe.data)
+    uses_valid = bool(splits.valid) and settings.eval_data is None and not settings.eval_rows
+    if eval_data := recipe.data if uses_valid else settings.eval_data:
+        eval_rows, problems = read_rows(eval_data, split="valid")
         held_out, more = good_examples(eval_rows, problems, encoder, skip_bad_rows=skip_bad_rows)
         rows = [*rows, *eval_rows]
         skipped += more
@@ -221,12 +223,28 @@ def _load_data(recipe: Recipe, base: Base) -> _Data:
         preview(examples[0], tokenizer),
     )
     notices = []
+    if splits.valid or splits.test or splits.others:
+        notices.append(_about_splits(splits, uses_valid=uses_valid))
     if encoder.uses_plain_template:
         notices.append("The tokenizer has no chat template; turns are written as plain lines.")
     if unused := unused_keys(row.value for row in rows):
         counts = ", ".join(f"{key!r} ({_rows(count)})" for key, count in unused.items())
         notices.append(f"Keys that nothing reads: {counts}.")
     return _Data(examples, held_out, new_tokens, notices, ready)
+
+
+def _about_splits(splits: Splits, *, uses_valid: bool) -> str:
+    """Say which files of a directory are read, and what for."""
+    unread = [*([] if uses_valid else splits.valid), *splits.test, *splits.others]
+    return "; ".join(
+        f"{what}: {', '.join(file.name for file in files)}"
+        for what, files in (
+            ("Trained on", splits.train),
+            ("evaluated on", splits.valid if uses_valid else []),
+            ("not read", unread),
+        )
+        if files
+    )
 
 
 def _rows(count: int) -> str:
