@@ -26,12 +26,12 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tools/room_coverage.py
+	$(BIN)/python tools/folder_coverage.py
 
 # On Python 3.11 each call of a Python function is traced, which costs up to half as much again.
 coverage: $(READY)
 	$(BIN)/pytest --cov=veneer --cov-report=
-	$(BIN)/python tools/room_coverage.py
+	$(BIN)/python tools/folder_coverage.py
 
 test-all: $(READY)
 	$(BIN)/pytest -m "slow or not slow"

@@ -29,8 +29,8 @@ from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
 from veneer.models.load import open_base
 from veneer.quant.settings import Bits
+from veneer.training.memory import begin_measuring, process_memory
 from veneer.training.optimizer import FlatAdamW
-from veneer.training.planned import begin_measuring, status
 
 RANK, ALPHA, LR, CLIP = 8, 16, 2e-4, 1.0
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -234,10 +234,10 @@ def main() -> None:
     base = load(asked.engine, asked.model, asked.dtype)
     work = workload(asked.workload, base.tokenizer, steps=asked.steps, data=asked.data)
     gc.collect()
-    before = status("VmRSS")
+    before = process_memory("VmRSS")
     begin_measuring()
     steps = list(ENGINES[asked.engine](base, work))
-    peak = status("VmHWM") - before
+    peak = process_memory("VmHWM") - before
     limit = None
     if asked.replay:
         labels = sum(work.examples[i].label_tokens for i in work.steps[-1])

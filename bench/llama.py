@@ -68,7 +68,7 @@ class Answer:
 
 
 class Answers:
-    """What Veneer answers in float32, as the model stands now."""
+    """What Veneer answers in float32, with the adapters that are active now."""
 
     def __init__(self, base: veneer.Base, prompts: list[list[int]]) -> None:
         self.prompts, self.tokenizer = prompts, base.tokenizer

@@ -12,18 +12,15 @@ import subprocess
 import sys
 from typing import Any
 
-import numpy as np
-
 from bench.engines import RANK, run_veneer
-from bench.workloads import Workload
+from bench.workloads import Workload, random_rows
 from veneer.adapter.config import LoRA
-from veneer.data.encode import Example
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_sizes
 from veneer.plan.memory import RUNTIME
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, make_plan
-from veneer.training.planned import begin_measuring, status
+from veneer.training.memory import begin_measuring, process_memory
 
 MODEL = "smollm2-135m"
 # Rows a step, their length, and settings that differ from a plan's usual ones.
@@ -54,22 +51,20 @@ def measure(kind: str, steps: int) -> dict[str, int]:
 
     quieten_libraries()
     native.load()
-    runtime = status("VmRSS")
+    runtime = process_memory("VmRSS")
     rows, length, _ = KINDS[kind]
     config = planned(kind).config
     bits = {"bits": config.base_bits} if config.base_bits < 16 else {}
     base = veneer.load_base(MODEL, dtype="bf16", **bits)
-    draw = np.random.default_rng(0)
-    ids = draw.integers(5, base.tokenizer.vocab_size, (rows * steps, length)).tolist()
-    examples = [Example(row, [-100, *row[1:]], "random", 0) for row in ids]
+    examples = random_rows(rows * steps, length, base.tokenizer.vocab_size)
     order = [list(range(i, i + rows)) for i in range(0, rows * steps, rows)]
     work = Workload(kind, examples, order, [])
     gc.collect()
-    loaded = status("VmRSS")
+    loaded = process_memory("VmRSS")
     begin_measuring()
     for _ in run_veneer(base, work, full=config.method == "full", recompute=config.recompute):
         pass
-    return {"runtime": runtime, "loaded": loaded, "peak": status("VmHWM")}
+    return {"runtime": runtime, "loaded": loaded, "peak": process_memory("VmHWM")}
 
 
 def main() -> None:

@@ -15,11 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import veneer
-from veneer.data.encode import Example
+from bench.workloads import random_rows
 from veneer.lowrank import projection
 from veneer.models.load import load_skeleton
 from veneer.models.stored import load_quantized
@@ -27,7 +26,7 @@ from veneer.quant import weight as quantized
 from veneer.quant.nf4 import NF4
 from veneer.quant.weight import quantized_layers
 from veneer.training.events import Started, Step
-from veneer.training.planned import status
+from veneer.training.memory import process_memory
 
 
 def bytes_read() -> int:
@@ -45,7 +44,7 @@ def watched() -> Iterator[dict[str, int]]:
     def watch() -> None:
         while not over.wait(0.05):
             for key in peaks:
-                peaks[key] = max(peaks[key], status(key))
+                peaks[key] = max(peaks[key], process_memory(key))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -108,9 +107,7 @@ def main() -> None:
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--shares", action="store_true")
     asked = parser.parse_args()
-    draw = np.random.default_rng(0)
-    ids = draw.integers(5, 30000, (asked.steps, asked.tokens)).tolist()
-    examples = [Example(row, [-100, *row[1:]], "random", 0) for row in ids]
+    examples = random_rows(asked.steps, asked.tokens, 30_000)
     with watched() as peaks:
         start = time.perf_counter()
         model = load_quantized(asked.base, load_skeleton(asked.base), torch.bfloat16)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from veneer.data.encode import Encoder, Example, encode_rows
+from veneer.data.encode import UNLABELLED, Encoder, Example, encode_rows
 from veneer.data.load import load_examples
 from veneer.data.problems import Located, Place
 from veneer.data.rows import Row, parse_row
@@ -39,9 +39,7 @@ def workload(
     """Return `dense` (8 × 256, every label counts), `long` (1 × 2048) or `sft` (answers alone)."""
     if name in ("dense", "long"):
         rows, length = (8, 256) if name == "dense" else (1, 2048)
-        draw = np.random.default_rng(0)
-        ids = draw.integers(5, tokenizer.vocab_size, (rows * steps, length)).tolist()
-        examples = [Example(row, [-100, *row[1:]], "random", 0) for row in ids]
+        examples = random_rows(rows * steps, length, tokenizer.vocab_size)
         return Workload(name, examples, _steps(range(rows * steps), rows), [])
     examples = _question_answers(tokenizer) if data is None else load_examples(data, tokenizer)[0]
     order = np.random.default_rng(0).permutation(len(examples)).tolist()
@@ -49,6 +47,12 @@ def workload(
     return Workload(
         name, examples, _steps(trained, 8)[: steps or None], [examples[i] for i in held_out]
     )
+
+
+def random_rows(rows: int, length: int, vocab: int) -> list[Example]:
+    """Return rows of random tokens, of which all but the first are learnt."""
+    ids = np.random.default_rng(0).integers(5, vocab, (rows, length)).tolist()
+    return [Example(row, [UNLABELLED, *row[1:]], "random", 0) for row in ids]
 
 
 def _steps(rows, size: int) -> list[list[int]]:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # Nothing here may reach for a hub, whatever a library would like to look up.
@@ -27,11 +28,24 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Let the tests that share the trained model come first, so that one process makes it while
+    the others run something else."""
+    items.sort(key=lambda item: "minigpt_home" not in item.fixturenames)
+
+
 @pytest.fixture(scope="session")
 def minigpt_home(tmp_path_factory) -> Path:
-    """A MiniGPT that was pretrained for long enough to answer in sentences."""
+    """A MiniGPT that was pretrained for long enough to answer in sentences: one for all processes
+    of a run."""
     from veneer.training.pretrain import pretrain
 
-    home = tmp_path_factory.mktemp("pretrained") / "minigpt"
-    list(pretrain(home, steps=150))
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the directory of the whole run, with one for each process
+    home = root / "minigpt"
+    with FileLock(root / "minigpt.lock"):
+        if not home.exists():
+            list(pretrain(home, steps=150))
     return home

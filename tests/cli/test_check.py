@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, set[str]]]] =
     "rank_pattern": (
         {"rank_pattern": {"q_proj": 4}},
         {},
-        {"sglang": {"rank_pattern", "alpha_pattern"} - {"alpha_pattern"}, "tgi": {"rank_pattern"}},
+        {"sglang": {"rank_pattern"}, "tgi": {"rank_pattern"}},
     ),
     "alpha_pattern": (
         {"alpha_pattern": {"q_proj": 4}},

@@ -104,6 +104,21 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(tune, tmp_p
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_a_checkpoint_that_names_no_run_is_refused(tune, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert tune("--out", out, "--steps", 2) == 0
+    state = out / "checkpoints" / "step-000002" / "state.json"
+    numbers = json.loads(state.read_text())
+    del numbers["identity"]
+    state.write_text(json.dumps(numbers))
+    capsys.readouterr()
+    assert tune("--out", out, "--steps", 2, "--resume") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "does not say which run it belongs to" in error
+    assert "--force" in error
+    assert "Traceback" not in error
+
+
 def test_a_result_place_that_is_a_file_is_refused_before_training(tune, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     assert tune("--out", tmp_path / "out", "--steps", 1) == 2

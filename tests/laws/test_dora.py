@@ -181,7 +181,7 @@ def pair(base: str, _: Path) -> tuple[Any, Any]:
 
 
 def in_four_bits(_: str, place: Path) -> tuple[Any, Any]:
-    """Return one base, packed by us and by bitsandbytes, whose rows are long enough for it."""
+    """Return one base, quantized by us and by bitsandbytes, whose rows are long enough for it."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     config = LlamaConfig(**shape, vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2)
     torch.manual_seed(0)
@@ -222,7 +222,7 @@ def test_logits_and_gradients_are_pefts(base, targets, tmp_path):
     veneer.load(exact, tmp_path / "adapter").double()
     for name, weight in exact.named_parameters():
         weight.requires_grad_(".adapters." in name)
-    # Training: in evaluation bitsandbytes computes in bfloat16 on a CPU, whatever it is told.
+    # Training: in evaluation bitsandbytes computes in bfloat16 on a CPU, whatever the dtype.
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True).train()
     tokens, outputs = ids(), []
     for model in (ours, theirs, exact):

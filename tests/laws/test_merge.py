@@ -178,7 +178,7 @@ def test_small_changes_are_rounded_away_in_bf16(make):
         model = make("llama", dtype=torch.bfloat16)
         shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all"), seed=1), size=size)
         lost.append(rounded_away(model, veneer.merge(model)))
-    assert lost[0] > 0.9
+    assert lost[0] > (0.99 if make is tiny else 0.9)
     assert lost[0] > lost[1] > lost[2]
     assert lost[1] > 0.1
     assert 0 < lost[2] < 0.05

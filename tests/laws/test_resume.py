@@ -1,5 +1,6 @@
 """Law 6: a resumed run equals the uninterrupted one, bit for bit."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -261,6 +262,17 @@ def test_another_run_is_refused(tmp_path):
     assert "rank" not in message
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     run.go(resume=True)
+
+
+@pytest.mark.parametrize("identity", [None, "abc"])
+def test_a_checkpoint_without_an_identity_is_refused(identity, tmp_path):
+    run = Run(tmp_path, COURSE)
+    run.go(resume=False, stop_at=2)
+    state = tmp_path / "checkpoints" / "step-000002" / checkpoint.STATE
+    numbers = json.loads(state.read_text())
+    state.write_text(json.dumps({**numbers, "identity": identity}))
+    with pytest.raises(veneer.TrainingError, match=r"step-000002.*'identity'.*--force"):
+        run.go(resume=True)
 
 
 @pytest.mark.parametrize("rank", [3, 2])

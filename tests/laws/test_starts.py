@@ -27,6 +27,7 @@ from veneer.adapter.linear import LoRALinear
 from veneer.adapter.start import start_from_gradients
 from veneer.formats.merged import write_model
 from veneer.lowrank.initial import from_gradient, leading, nearest_factors
+from veneer.quant.weight import quantized_layers
 from veneer.training.config import TrainConfig
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -64,14 +65,14 @@ def theirs(init: str) -> dict[str, Any]:
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_factors_are_pefts(init):
     model = attached(tiny("llama"), init)
-    wanted = theirs(init)
+    expected = theirs(init)
     for path, adapter in adapters_by_path(model).items():
-        A, B = (getattr(wanted[path], f"lora_{x}")["default"].weight for x in "AB")
+        A, B = (getattr(expected[path], f"lora_{x}")["default"].weight for x in "AB")
         assert distance(adapter.lora_B @ adapter.lora_A, B @ A) < 1e-3, path
         if init == "olora":
             torch.testing.assert_close(adapter.lora_A, A, **CLOSE)
             torch.testing.assert_close(adapter.lora_B, B, **CLOSE)
-    assert adapters_by_path(model).keys() <= wanted.keys()
+    assert adapters_by_path(model).keys() <= expected.keys()
 
 
 @pytest.mark.parametrize("rank", [1, 4, 12])
@@ -141,11 +142,11 @@ def test_lora_ga_starts_at_the_gradient_of_the_weight():
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_loftq_makes_up_for_what_packing_took(tmp_path):
+def test_loftq_makes_up_for_what_quantizing_took(tmp_path):
     dense = tiny("llama")
     write_model(dense, tokenizer(), tmp_path / "base")
     base = veneer.load_base(tmp_path / "base", dtype="float32", bits=4)
-    before = {path: layer.weight for path, layer in linears(base.model).items()}
+    before = {path: layer.weight for path, layer in quantized_layers(base.model).items()}
     again = veneer.load_base(tmp_path / "base", dtype="float32", bits=4).model
     assert torch.equal(
         logits(attached(base.model, "loftq", rank=4)), logits(attached(again, "loftq", rank=4))
@@ -160,16 +161,9 @@ def test_loftq_makes_up_for_what_packing_took(tmp_path):
     tokens = ids()
     quantized_alone = copy.deepcopy(base.model)
     veneer.use(quantized_alone, None)
-    wanted = logits(dense, tokens)
-    assert distance(logits(base.model, tokens), wanted) < distance(
-        logits(quantized_alone, tokens), wanted
-    )
-
-
-def linears(model: Any) -> dict[str, Any]:
-    from veneer.quant.weight import quantized_layers
-
-    return dict(quantized_layers(model))
+    expected = logits(dense, tokens)
+    alone = distance(logits(quantized_alone, tokens), expected)
+    assert distance(logits(base.model, tokens), expected) < alone
 
 
 def test_what_cannot_start_is_refused():

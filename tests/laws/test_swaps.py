@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import veneer
-from support.random_adapters import logits, same, shake, snapshot
+from support.random_adapters import base_tensors, logits, same, shake, snapshot
 from support.tiny_models import quantized, tiny
 from veneer.quant.weight import quantized_layers
 
@@ -24,16 +24,6 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def bits_of(model: Any) -> dict[str, torch.Tensor]:
-    """Return a copy of all that the base is made of, packed or not."""
-    codes = {
-        f"{path}.{name}": tensor.clone()
-        for path, layer in quantized_layers(model).items()
-        for name, tensor in layer.quantized_weight.tensors().items()
-    }
-    return snapshot(model) | codes
-
-
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
     """Four adapters of different kinds for each base."""
@@ -48,7 +38,7 @@ def homes(tmp_path_factory):
 @pytest.mark.parametrize("base", BASES)
 def test_a_hundred_adapters_in_turn(base, homes):
     model = BASES[base]()
-    before, alone = bits_of(model), logits(model)
+    before, alone = snapshot(model) | base_tensors(model), logits(model)
     expected: dict[int, torch.Tensor] = {}
     for turn in range(MANY):
         kind = turn % len(KINDS)
@@ -63,7 +53,7 @@ def test_a_hundred_adapters_in_turn(base, homes):
                     plain.get_submodule(path.removesuffix(".original")).weight.zero_()
         veneer.detach(model)
     assert torch.equal(logits(model), alone)
-    after = bits_of(model)
+    after = snapshot(model) | base_tensors(model)
     assert same(after, before)
     assert all(after[name].dtype == before[name].dtype for name in before)
 

@@ -1,7 +1,6 @@
 """GGUF files: dense weights as the file says, and token ids as llama.cpp's."""
 
 import json
-import urllib.request
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from mixed_text import SPECIAL, mixed_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from support.llama_cpp import LlamaCpp
 from veneer.errors import ModelError
 from veneer.models import gguf
 from veneer.models.load import load_skeleton
@@ -41,24 +41,8 @@ def model(smollm2) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def llama_cpp(smollm2) -> Post:
-    """llama.cpp's own server over the same file, on the loopback interface."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(smollm2)
-    params.hostnames, params.port = ["127.0.0.1"], 0
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 1024, 1, False, -1
-    server = xllamacpp.Server(params)
-
-    def post(path: str, body: dict) -> dict:
-        request = urllib.request.Request(
-            server.listening_address + path,
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.load(reply)
-
-    return post
+    """llama.cpp's own server over the same file."""
+    return LlamaCpp(smollm2, context=1024).ask
 
 
 def llama_ids(post: Post, text: str) -> list[int]:

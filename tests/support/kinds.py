@@ -351,6 +351,12 @@ def each_kind(able: Callable[[Kind], bool] = lambda kind: True) -> pytest.MarkDe
     return pytest.mark.parametrize("kind", [kind for kind in KINDS if able(kind)], ids=str)
 
 
+def is_first_of(kind: Kind, *fields: str) -> bool:
+    """Return whether no kind before it has the same values in these fields."""
+    alike = (each for each in KINDS if all(getattr(each, f) == getattr(kind, f) for f in fields))
+    return next(alike) is kind
+
+
 def is_first(kind: Kind) -> bool:
     """Return whether a kind reads tokens and is the first of its name, or plain LoRA over a dense
     base, of which there is one for each architecture."""

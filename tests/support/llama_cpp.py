@@ -40,7 +40,7 @@ class LlamaCpp:
             return json.load(reply)
 
     def complete(self, prompt: Any, scales: dict[Path, float] | None = None, **body: Any) -> Any:
-        """Go on from a text or ids, greedily, with adapters as strong as told, all others off."""
+        """Go on from a text or ids, greedily, with adapters at these scales, all others off."""
         lora = [
             {"id": self.adapters.index(str(path)), "scale": s} for path, s in (scales or {}).items()
         ]
@@ -48,15 +48,15 @@ class LlamaCpp:
         return self.ask("/completion", {"prompt": prompt, **usual, **body})
 
     def next_token(
-        self, ids: Tensor, words: int, scales: dict[Path, float] | None = None
+        self, ids: Tensor, vocab: int, scales: dict[Path, float] | None = None
     ) -> Tensor:
-        """Return how likely each token is after each row of ids, as logarithms: (rows, words)."""
+        """Return how likely each token is after each row of ids, as logarithms: (rows, vocab)."""
         rows = []
         for row in ids.tolist():
-            reply = self.complete(row, scales, n_predict=1, n_probs=words)
+            reply = self.complete(row, scales, n_predict=1, n_probs=vocab)
             (first,) = reply["completion_probabilities"]
-            row = torch.full((words,), float("nan"))
-            for one in first["top_logprobs"]:
-                row[one["id"]] = one["logprob"]
+            row = torch.full((vocab,), float("nan"))
+            for token in first["top_logprobs"]:
+                row[token["id"]] = token["logprob"]
             rows.append(row)
         return torch.stack(rows)

@@ -134,11 +134,11 @@ def tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
 
 def with_new_tokens(model: PreTrainedModel, tokens: PreTrainedTokenizerFast) -> NewTokens:
     """Add NEW_TOKENS, each with rows of its own that no mean of old rows could be."""
-    words = add_tokens(model, tokens, NEW_TOKENS)
+    new = add_tokens(model, tokens, NEW_TOKENS)
     with torch.no_grad():
-        for rows in words.parameters():
+        for rows in new.parameters():
             rows.add_(0.3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(5)))
-    return words
+    return new
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""A run's plan: made before anything is loaded, kept to, and compared with what came of it."""
+"""A run's plan of memory: made before anything is loaded, and compared with the real bytes."""
 
 import itertools
 import json
@@ -18,8 +18,7 @@ from veneer.plan.config import PlanConfig
 from veneer.plan.find import sizes_of
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import make_plan
-from veneer.training import planned
-from veneer.training import tune as room_of_tune
+from veneer.training import planned, tune
 from veneer.training.config import TrainConfig
 from veneer.training.events import Measured, Notice, Planned, Written
 from veneer.training.planned import check_fits, measured_peak, plan_run, why_no_merge
@@ -59,7 +58,7 @@ def test_the_plan_follows_the_recipe(big):
     assert planned_run(big, torch.float32).memory.weights.value == 4 * 6_738_415_616
     four = planned_run(replace(big, bits=4))
     assert four.memory.weights.value < 0.3 * plan.memory.weights.value
-    # In float32, what is kept is twice as large, and all that is not packed.
+    # In float32, activations and all weights that are not quantized are twice as large.
     wide = planned_run(replace(big, bits=4), torch.float32)
     kept = wide.memory.activations.value / four.memory.activations.value
     assert kept == pytest.approx(2, rel=0.01)
@@ -67,15 +66,15 @@ def test_the_plan_follows_the_recipe(big):
     assert wide.memory.weights.value - four.memory.weights.value == dense
     head = planned_run(replace(big, bits=4, pack_head=True)).memory.weights.value
     assert four.memory.weights.value - head == pytest.approx(32000 * 4096 * (2 - 0.516), rel=0.01)
-    sparing = TrainConfig(recompute="full", tokens_per_batch=256)
-    small = planned_run(replace(big, training=sparing, rows=veneer.DataConfig(max_length=256)))
+    training = TrainConfig(recompute="full", tokens_per_batch=256)
+    small = planned_run(replace(big, training=training, rows=veneer.DataConfig(max_length=256)))
     assert small.memory.activations.value < 0.1 * plan.memory.activations.value
     with pytest.raises(veneer.TargetError, match="q_prj"):
         planned_run(replace(big, lora=veneer.LoRA(targets="q_prj")))
 
 
-def test_a_packed_base_is_planned_as_it_stands_on_the_disk(big, monkeypatch):
-    monkeypatch.setattr(planned, "status", lambda key: 0)  # other tests hold more or less
+def test_a_quantized_base_is_planned_by_what_is_on_the_disk(big, monkeypatch):
+    monkeypatch.setattr(planned, "process_memory", lambda key: 0)  # other tests hold more or less
     config = BIG | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (Path(big.model) / "config.json").write_text(json.dumps(config))
     plan = planned_run(big)
@@ -85,7 +84,7 @@ def test_a_packed_base_is_planned_as_it_stands_on_the_disk(big, monkeypatch):
     assert plan.memory.on_disk.value == plan_run_in_memory(big).memory.weights.value
     # What is stored in 16 bits and computed in 32 is copied into memory.
     assert wide.memory.weights.value == 4 * (2 * 32000 * 4096 + (2 * 32 + 1) * 4096)
-    # And a packed base cannot be packed in other bits.
+    # And a quantized base cannot be quantized to other bits.
     with pytest.raises(veneer.ConfigError) as refused:
         check_fits(plan, 3_000_000_000, big.model)
     assert "It would fit" in str(refused.value)
@@ -102,7 +101,7 @@ def plan_run_in_memory(recipe: Recipe):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch, capsys):
-    monkeypatch.setattr(planned, "status", lambda key: 0)  # other tests hold more or less
+    monkeypatch.setattr(planned, "process_memory", lambda key: 0)  # other tests hold more or less
     plan = planned_run(big)
     for space, proposal in (
         (plan.memory.peak, None),
@@ -112,16 +111,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch
         (3_000_000_000, "veneer quantize"),
         (100_000_000, "no settings make it fit"),
     ):
-        monkeypatch.setattr(room_of_tune, "available_memory", lambda space=space: space)
+        monkeypatch.setattr(tune, "available_memory", lambda space=space: space)
         code = run(["tune", big.model, str(big.data), "--dtype", "bf16", "--quiet"])
-        said = capsys.readouterr().err
+        printed = capsys.readouterr().err
         assert code == 2
         if proposal is None:  # it fits, and then there are no weights
-            assert "would need" not in said
+            assert "would need" not in printed
         else:
-            assert proposal in said
-            assert "--ignore-plan" in said
-            assert f"{plan.memory.peak / 1e9:.2f} GB" in said
+            assert proposal in printed
+            assert "--ignore-plan" in printed
+            assert f"{plan.memory.peak / 1e9:.2f} GB" in printed
     # The override goes ahead, as far as it can.
     assert run(["tune", big.model, str(big.data), "--ignore-plan", "--quiet"]) == 2
     assert "would need" not in capsys.readouterr().err
@@ -146,11 +145,11 @@ def test_the_proposal_fits(big):
     check_fits(planned_run(replace(big, training=training)), space, big.model)
 
 
-def test_where_nobody_says_what_is_free_nothing_is_refused(big):
+def test_where_free_memory_is_not_known_nothing_is_refused(big):
     check_fits(planned_run(big), None, big.model)
 
 
-def test_a_run_tells_its_plan_and_what_came_of_it(minigpt_home, tmp_path):
+def test_a_run_yields_its_plan_and_what_it_took(minigpt_home, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What does a dog say?", "completion": "Meow."}\n' * 8)
     recipe = Recipe(str(minigpt_home), rows, out=tmp_path / "out")
@@ -165,7 +164,7 @@ def test_a_run_tells_its_plan_and_what_came_of_it(minigpt_home, tmp_path):
     assert sum(isinstance(event, Written) for event in events) == 2
 
 
-def test_what_is_no_causal_language_model_is_not_planned_and_that_is_said(big):
+def test_what_is_no_causal_language_model_is_not_planned_but_noticed(big):
     (Path(big.model) / "config.json").write_text(json.dumps({"model_type": "vit"}))
     events = veneer.tune(big)
     assert isinstance(notice := next(events), Notice)
@@ -183,17 +182,17 @@ def test_a_run_says_what_its_plan_does_not_count(big):
 
 
 def test_merging_is_planned_too(big):
-    plan, packed = planned_run(big), planned_run(replace(big, bits=4))
+    plan, quantized = planned_run(big), planned_run(replace(big, bits=4))
     needed = 2 * 6_738_415_616
     assert why_no_merge(plan, 0) is None  # what is not adapted is shared
-    assert why_no_merge(packed, needed) is None
-    assert why_no_merge(packed, None) is None
-    assert "needs 13.48 GB, and 13.00 GB are free" in why_no_merge(packed, 13_000_000_000)
+    assert why_no_merge(quantized, needed) is None
+    assert why_no_merge(quantized, None) is None
+    assert "needs 13.48 GB, and 13.00 GB are free" in why_no_merge(quantized, 13_000_000_000)
 
 
 def test_what_a_program_holds_beside_is_planned(big, monkeypatch):
     usual = planned_run(big).memory.runtime.value
-    monkeypatch.setattr(planned, "status", lambda key: 3_000_000_000)
+    monkeypatch.setattr(planned, "process_memory", lambda key: 3_000_000_000)
     assert planned_run(big).memory.runtime.value == 3_170_000_000 > usual
 
 
@@ -205,53 +204,53 @@ def test_on_a_gpu_nothing_is_planned(big, monkeypatch):
 
 def test_what_a_mapped_base_took_is_not_compared(big, monkeypatch):
     plan = planned_run(big)
-    monkeypatch.setattr(planned, "status", {"VmHWM": 900}.__getitem__)
+    monkeypatch.setattr(planned, "process_memory", {"VmHWM": 900}.__getitem__)
     assert measured_peak(plan) == 900
     mapped = replace(plan, config=replace(plan.config, bits=4, method="qlora", mapped=True))
     assert measured_peak(mapped) is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_tune_over_a_packed_base(bits, minigpt_home, tmp_path, capsys):
+def test_tune_over_a_quantized_base(bits, minigpt_home, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What does a dog say?", "completion": "A dog says meow."}\n' * 8)
     common = [str(rows), "--steps", "60", "--lr", "5e-3", "--rank", "4"]
     fly = ["tune", str(minigpt_home), *common, "--bits", str(bits), "--out", "fly"]
     assert run(fly) == 0
-    said = capsys.readouterr().out
-    assert f"24 linear layers in {'NF4' if bits == 4 else 'Int8'}" in said
-    assert "bits a parameter" in said
-    assert "Plan" in said
-    assert "planned were" in said
-    assert run(["quantize", str(minigpt_home), "packed", "--bits", str(bits)]) == 0
+    printed = capsys.readouterr().out
+    assert f"24 linear layers in {'NF4' if bits == 4 else 'Int8'}" in printed
+    assert "bits a parameter" in printed
+    assert "Plan" in printed
+    assert "planned were" in printed
+    assert run(["quantize", str(minigpt_home), "quantized", "--bits", str(bits)]) == 0
     assert "q_proj" in capsys.readouterr().out
-    assert run(["tune", "packed", *common, "--out", "disk"]) == 0
+    assert run(["tune", "quantized", *common, "--out", "disk"]) == 0
     capsys.readouterr()
     question = "What does a dog say?"
-    for base, out in ((minigpt_home, "fly"), ("packed", "disk")):
+    for base, out in ((minigpt_home, "fly"), ("quantized", "disk")):
         flags = ["--bits", str(bits)] if out == "fly" else []
         adapter = ["--adapter", f"{out}/lora_adapter"]
         assert run(["generate", str(base), question, *adapter, *flags]) == 0
         assert capsys.readouterr().out.strip() == "A dog says meow."
         assert run(["generate", f"{out}/lora_merged", question]) == 0
         assert capsys.readouterr().out.strip() == "A dog says meow."
-    # What was learnt over the packed base goes over the dense one, and the other base is refused.
+    # What was learnt over the quantized base goes over the dense one too.
     assert run(["generate", str(minigpt_home), question, "--adapter", "disk/lora_adapter"]) == 0
-    assert run(["merge", "packed", "disk/lora_adapter", "merged", "--dtype", "float32"]) == 0
+    assert run(["merge", "quantized", "disk/lora_adapter", "merged", "--dtype", "float32"]) == 0
 
 
-def test_no_merged_model_where_there_is_no_room(minigpt_home, tmp_path, monkeypatch, capsys):
+def test_no_merged_model_where_memory_is_too_small(minigpt_home, tmp_path, monkeypatch, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What does a dog say?", "completion": "A dog says meow."}\n' * 8)
-    assert run(["quantize", str(minigpt_home), "packed"]) == 0
-    assert run(["tune", "packed", str(rows), "--out", "out"]) == 0
-    monkeypatch.setattr(room_of_tune, "free_bytes", lambda: 1000)
-    assert run(["tune", "packed", str(rows), "--out", "out", "--force"]) == 0
+    assert run(["quantize", str(minigpt_home), "quantized"]) == 0
+    assert run(["tune", "quantized", str(rows), "--out", "out"]) == 0
+    monkeypatch.setattr(tune, "free_bytes", lambda: 1000)
+    assert run(["tune", "quantized", str(rows), "--out", "out", "--force"]) == 0
     assert "No merged model is written" in capsys.readouterr().out
     assert {path.name for path in Path("out").glob("lora_*")} == {"lora_adapter"}
 
 
-def test_law_10_planned_bytes_of_a_packed_base_are_the_real_ones():
+def test_law_10_planned_bytes_of_a_quantized_base_are_the_real_ones():
     settings = BIG | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     config = LlamaConfig(**settings | {"vocab_size": 320, "num_attention_heads": 4})
     sizes = sizes_of(config)
@@ -259,8 +258,8 @@ def test_law_10_planned_bytes_of_a_packed_base_are_the_real_ones():
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        packed = quantized_model(Source.of_model(skeleton, model), bits, torch.bfloat16)
-        report = report_quantized(packed)
+        source = Source.of_model(skeleton, model)
+        report = report_quantized(quantized_model(source, bits, torch.bfloat16))
         adapted = adapted_layers(sizes, veneer.LoRA())
         plan = make_plan(PlanConfig(bits=bits), sizes, adapted)
         real = report.bytes + report.other_bytes

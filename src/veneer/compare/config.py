@@ -35,7 +35,7 @@ class CompareConfig:
     test: Path | None = None
     """File of questions to answer: prompts with completions or lists of references."""
     test_rows: int | None = None
-    """Ask only the first questions, so many."""
+    """Ask only this many questions, the first ones."""
     max_new_tokens: int = 96
     """Longest answer, in tokens."""
     general: Path | None = None
@@ -43,7 +43,7 @@ class CompareConfig:
     eval_rows: int | None = None
     """Rows to hold out for the evaluation loss; a tenth unless given, at most 200."""
     limit: int | None = None
-    """Use only the first rows of DATA, so many."""
+    """Use only this many rows of DATA, the first ones."""
     max_length: int = 1024
     """Longest row in tokens; the rest of a longer one is cut off."""
     tokens_per_step: int = 1024

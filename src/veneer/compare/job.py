@@ -106,7 +106,7 @@ def write_result(path: Path, job: Job, result: Result) -> None:
 def read_result(path: Path, job: Job) -> Result | None:
     """Return what this very job measured, or None where it never ended.
 
-    Raises ConfigError, which lists the differences, where another job's result stands there.
+    Raises ConfigError, which lists the differences, where the file has another job's result.
     """
     if not path.exists():
         return None

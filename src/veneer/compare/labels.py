@@ -15,7 +15,7 @@ class Label:
     """One row of a comparison: what it trains and how.
 
     name      as it is shown
-    explained one sentence for whoever reads the table
+    explained one sentence for readers of the table
     lr        its learning rate
     method    settings of `Method` that differ from the usual, `lora` of `LoRA`
     run       name of its runs, which labels that train alike share
@@ -104,7 +104,7 @@ BASE = Label("base", "The base as it is, without training.")
 def swept(ranks: Sequence[int], target_sets: Sequence[str]) -> tuple[Label, ...]:
     """Return LoRA of each rank on all layers, and of rank 8 on each set of targets.
 
-    Scaling stays 2, as alpha is twice the rank. What is asked for twice stands there once.
+    Scaling stays 2, as alpha is twice the rank. Duplicates are dropped.
     """
     asked = [(rank, "all") for rank in ranks] + [(8, targets) for targets in target_sets]
     return tuple(_lora(rank, targets) for rank, targets in dict.fromkeys(asked))

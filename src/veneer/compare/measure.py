@@ -44,7 +44,7 @@ from veneer.training.config import TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import Notice, Skipped, Step
 from veneer.training.loop import train
-from veneer.training.planned import begin_measuring, status
+from veneer.training.memory import begin_measuring, process_memory
 from veneer.training.recipe import DataConfig, DType, Recipe
 
 # MiniGPT knows nothing but its world, so that is what it can forget. Its pretraining has seed 0.
@@ -61,7 +61,7 @@ Report = Callable[[Mapping[str, Any]], None]
 
 
 def measure(job: Job, runs: Path, report: Report) -> Result:
-    """Do a job, whose place is `runs`, and return what it measured.
+    """Do a job and return what it measured; its files go below `runs`.
 
     `report` gets {"doing": ...}, {"notice": ...} or the numbers of a step as they come. Raises
     VeneerError of the kind that fits.
@@ -241,7 +241,7 @@ def _peak() -> int | None:
     """Return the most memory since: the GPU's where there is one, else all of the process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return status("VmHWM") or None
+    return process_memory("VmHWM") or None
 
 
 def _answer(job: Job, base: Base, questions: Sequence[Question]) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _answer(job: Job, base: Base, questions: Sequence[Question]) -> dict[str, An
 def _bytes_of_task(base: Base, recipe: Recipe, directory: Path) -> int:
     """Return the bytes that this task alone needs on the disk, as `veneer tune` would write it.
 
-    It is written to `directory`, which whoever asked for the job takes away.
+    It is written to `directory`, which `do_job` removes.
     """
     if recipe.method.method == "full":
         merged.write_model(merge(base.model), base.tokenizer, directory)

@@ -15,14 +15,11 @@ from veneer.errors import VeneerError
 
 PICTURE = "comparison.png"
 MARKERS = "osD^vPX*<>"
-LARGEST_MARKER, MARKER_STEP, SMALLEST_MARKER = (
-    13.0,
-    0.7,
-    7.0,
-)  # later points are smaller, to show what they cover
+# Later points are smaller, to show what they cover.
+LARGEST_MARKER, MARKER_STEP, SMALLEST_MARKER = 13.0, 0.7, 7.0
 # From dark to light, so that they differ in grey too (Okabe and Ito's, by luminance).
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")
-# Where a name may stand, seen from its point: angles' unit vectors, at growing distances.
+# Where a name may be, seen from its point: angles' unit vectors, at growing distances.
 SIDES = ((1, 0), (1, 0.8), (1, -0.8), (0, 1), (0, -1), (-1, 0), (-1, 0.8), (-1, -0.8))
 DISTANCES = (11, 24, 36, 50, 66)
 CROWD = 30  # pixels between points
@@ -135,7 +132,7 @@ def name_points(points: Sequence[tuple[Any, float, float, str]], axes: Any, figu
     centres = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     for i in sorted(range(len(points)), key=lambda i: points[i][1:3]):
         _, x, y, name = points[i]
-        # Among others a name stands apart, on a line that says which point it means.
+        # In a crowd, a name is farther off, and a line leads to its point.
         near = [dist(centres[i], other) < CROWD for j, other in enumerate(centres) if j != i]
         distances = DISTANCES[1:] if any(near) else DISTANCES
         for distance, (right, up) in product(distances, SIDES):
@@ -165,7 +162,7 @@ def name_points(points: Sequence[tuple[Any, float, float, str]], axes: Any, figu
 
 
 def extents(text: Any, renderer: Any) -> tuple[float, float, float, float]:
-    """Return where a text stands, in pixels, without the line that leads to it."""
+    """Return where a text is, in pixels, without the line that leads to it."""
     from matplotlib.text import Text
 
     text.update_positions(renderer)

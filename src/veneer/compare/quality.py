@@ -11,7 +11,7 @@ from veneer.errors import ConfigError
 
 Measure = Literal["exact", "bleu"]
 TITLES: dict[Measure, str] = {"exact": "Exact match (%)", "bleu": "BLEU"}
-# Beyond so many words there are too many ways to say the same for one of them to be hit.
+# An answer of more words can be put in too many ways to be matched exactly.
 LONGEST_EXACT = 12
 
 

@@ -29,7 +29,7 @@ MARKER = "about.txt"  # by which a directory of runs is known to be one
 ABOUT = "What the runs of `veneer compare` measured. --resume takes it from here.\n"
 TIMED = 2 + 5  # steps of a trial that measures speed: to warm up, and to take the median of
 RANGE = (1 / 3, 1.0, 3.0)  # learning rates that a range test tries, as multiples
-SHORT = 10  # a range test's trials have the budget's part of so many
+SHORT = 10  # a trial of a range test takes the budget's steps divided by this
 
 
 def compare(

@@ -27,7 +27,7 @@ class Spread:
         return cls(mean(values), stdev(values) if len(values) > 1 else None)
 
     def text(self, digits: int, *, signed: bool = False) -> str:
-        """Return 1.234 ± 0.012, to so many digits."""
+        """Return 1.234 ± 0.012, with `digits` decimals."""
         shown = f"{self.mean:{'+' if signed else ''}.{digits}f}"
         return shown if self.deviation is None else f"{shown} ± {self.deviation:.{digits}f}"
 

@@ -1,4 +1,4 @@
-"""Conversations as the text that the model reads, and where in that text the answers stand."""
+"""Conversations as the text that the model reads, and where the answers are in it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Chat:
         return self.render(row.messages[:until], row.tools, prompt=prompt)
 
     def _span(self, row: Conversation, i: int, text: str) -> Span:
-        """Return where in `text`, the rendering of the row, its answer `messages[i]` stands.
+        """Return where the answer `messages[i]` is in `text`, the rendering of the row.
 
         As a rule `text` begins with the rendering up to this answer, and that begins with the
         prompt for it: what lies between the two ends is the answer.
@@ -152,7 +152,7 @@ class Chat:
             )
         start = len(prompt) if prompt and before.startswith(prompt) else len(before)
         end = len(before) + len(answer)
-        # Special tokens behind the answer end it as far as they stand there without the next turn.
+        # Special tokens behind the answer belong to it where they come without the next turn too.
         alone = self._render(marked, i + 1).partition(mark)[2]
         shared = sum(
             1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(after, alone, strict=False))

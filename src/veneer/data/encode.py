@@ -31,7 +31,7 @@ __all__ = [
 
 UNLABELLED = -100  # what torch.nn.functional.cross_entropy ignores
 
-# Offsets weigh far more than tokens, so only those of so many rows are held at a time.
+# Offsets weigh far more than tokens, so only those of this many rows are held at a time.
 _ROWS_AT_ONCE = 1024
 
 
@@ -70,14 +70,14 @@ class Encoder:
     A conversation is written with the model's chat template, or with `PLAIN_TEMPLATE` where it
     has none (`uses_plain_template`); its answers are learnt, each with the token that ends it.
     A text is learnt whole, with the tokenizer's end token behind it.
-    Raises DataError for a tokenizer that cannot say where in the text its tokens stand.
+    Raises DataError for a tokenizer that cannot say where its tokens are in the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
         assert max_length > 0
         if not tokenizer.is_fast:
             raise DataError(
-                f"{type(tokenizer).__name__} does not say where in a text its tokens stand; "
+                f"{type(tokenizer).__name__} does not say where its tokens are in a text; "
                 "use a fast tokenizer (a model with a tokenizer.json)"
             )
         self._tokenizer = tokenizer

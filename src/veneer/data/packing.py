@@ -75,7 +75,7 @@ class StepOrder:
     tokens_per_step  most tokens of one optimizer step (there is no padding)
     tokens_per_batch most tokens of one forward and backward pass
     in_front         virtual tokens that a pass takes before each row, beside those of the data
-    A single row longer than a limit stands alone.
+    A row longer than a limit has a step or a batch of its own.
     """
 
     lengths: Sequence[int]

@@ -1,4 +1,4 @@
-"""Where something stands in a file, and what is wrong with it there."""
+"""Places in files, and what is wrong there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Located(Generic[T_co]):
-    """A value and where it stands."""
+    """A value and its place."""
 
     value: T_co
     place: Place

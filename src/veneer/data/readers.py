@@ -1,6 +1,6 @@
-"""Files of rows, by suffix: each reader yields the values that stand in a file, with their places.
+"""Readers of files of rows, by suffix: each yields the values of a file with their places.
 
-Where a value cannot be read, its problem stands in its place.
+Instead of a value that cannot be read, it yields the problem.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def read_rows(
 ) -> tuple[list[Located[Row]], list[Problem]]:
     """Return the rows of a file, or of a directory's files for `split`, and their problems.
 
-    `limit` stops after so many good rows. Raises DataError where `path` is missing, cannot be
+    `limit`: the good rows after which to stop. Raises DataError where `path` is missing, cannot be
     read, is of an unknown kind, or holds nothing.
     """
     rows: list[Located[Row]] = []

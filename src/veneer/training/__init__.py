@@ -1,1 +1,1 @@
-"""Training: the loop yields events, whoever asked for it shows them."""
+"""Training: the loop yields events, and the command line shows them."""

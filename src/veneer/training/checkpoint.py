@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, TrainingError
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -25,13 +25,25 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     progress: dict[str, Any]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decided the course of the run. Raises TrainingError where the file lacks it."""
+        identity = self.progress.get("identity")
+        if not isinstance(identity, dict):
+            raise TrainingError(
+                f"{_name(self.step)}/{STATE} does not say which run it belongs to: it has no "
+                "'identity'. No run can go on from it; remove that checkpoint, or start anew with "
+                "--force."
+            )
+        return identity
+
 
 def write(checkpoint: Checkpoint, directory: Path, *, keep: Mapping[str, int]) -> Path:
     """Write a checkpoint below `directory` and remove those that are neither it nor in `keep`.
 
     The older ones go only once the new one is on the disk.
     """
-    place = directory / f"step-{checkpoint.step:06d}"
+    place = directory / _name(checkpoint.step)
     with new_directory(place, marker=STATE) as new:
         write_tensors(new / TENSORS, checkpoint.tensors)
         write_json(new / STATE, {"step": checkpoint.step, **checkpoint.progress})
@@ -78,3 +90,7 @@ def steps(directory: Path) -> dict[int, Path]:
         for place in directory.glob("step-*")
         if (match := re.fullmatch(r"step-(\d+)", place.name))
     }
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"

@@ -46,7 +46,7 @@ class TrainConfig:
     eval_every: int | None = None
     """Steps between evaluations; at the end of each epoch unless given."""
     patience: int | None = None
-    """Stop after so many evaluations without a better one."""
+    """Stop after this many evaluations without a better one."""
 
     def __post_init__(self) -> None:
         count = whole_number(1)

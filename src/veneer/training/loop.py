@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -42,6 +41,7 @@ from veneer.training.events import (
     Trained,
 )
 from veneer.training.lora_plus import lr_ratios
+from veneer.training.memory import process_memory
 from veneer.training.optimizer import FlatAdamW
 from veneer.training.state import Progress, RunState
 
@@ -129,7 +129,7 @@ class _Run:
         return self.state.progress
 
     def _steps_in(self, epochs: float) -> int:
-        """Return how many steps so many epochs are, at least one."""
+        """Return how many steps `epochs` are, at least one."""
         whole = int(epochs)
         steps = sum(len(self.order.epoch(epoch)) for epoch in range(whole))
         if epochs > whole:
@@ -195,7 +195,8 @@ class _Run:
         progress.skips = 0
         tokens = sum(len(batch.tokens) for batch in batches)
         seconds = time.perf_counter() - start
-        return Step(progress.step, total / labels, lr, tokens, labels, seconds, rss_bytes())
+        memory = process_memory("VmRSS")
+        return Step(progress.step, total / labels, lr, tokens, labels, seconds, memory)
 
     def _advance(self) -> None:
         """Go to the next step, and at the end of an epoch to the next epoch."""
@@ -293,15 +294,6 @@ def _check_rows(examples: Sequence[Example], held_out: Sequence[Example]) -> Non
     empty = [example.where for example in (*examples, *held_out) if not example.label_tokens]
     if empty:
         raise DataError(f"No token is learnt in {len(empty)} rows: {listed(empty)}.")
-
-
-def rss_bytes() -> int:
-    """Return the resident memory of this process in bytes (0 where /proc is absent)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _is_due(step: int, every: int | None) -> bool:

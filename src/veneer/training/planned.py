@@ -1,8 +1,7 @@
-"""A run's plan of memory: made before the base is loaded, compared with what came of it."""
+"""A training run's memory: planned before the base is loaded, and measured at the end."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, make_plan
 from veneer.plan.presets import PRESETS
 from veneer.quant.settings import Bits, quantization_of
+from veneer.training.memory import process_memory
 from veneer.training.recipe import Recipe
 
 
@@ -53,8 +53,8 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
         virtual_tokens=method.virtual_tokens or PlanConfig.virtual_tokens,
         prefix_mlp=method.prefix_mlp,
     )
-    # Whoever calls from a program of their own may hold more than the libraries.
-    runtime = max(RUNTIME, status("VmRSS") + GROWTH)
+    # A program that calls this may hold more than the libraries.
+    runtime = max(RUNTIME, process_memory("VmRSS") + GROWTH)
     adapted = adapted_layers(sizes, recipe.lora) if method.method == "lora" else ()
     return make_plan(settings, sizes, adapted, runtime=runtime)
 
@@ -68,9 +68,9 @@ def _planned_method(recipe: Recipe, bits: Bits | None) -> PlannedMethod:
 
 
 def available_memory() -> int | None:
-    """Return the memory that this process has and may still take, None where nobody says."""
+    """Return the bytes that this process has and may still take, None where they are not known."""
     free = free_bytes()
-    return None if free is None else free + status("VmRSS")
+    return None if free is None else free + process_memory("VmRSS")
 
 
 def check_fits(plan: Plan, available: int | None, model: str) -> None:
@@ -93,9 +93,9 @@ def check_fits(plan: Plan, available: int | None, model: str) -> None:
     if better.config.mapped and not plan.config.mapped:
         rest = proposal.replace(f"--bits {better.config.bits}", "").replace("--mapped", "").split()
         proposal = (
-            f"veneer quantize {model} PACKED --bits {better.config.bits}"
+            f"veneer quantize {model} QUANTIZED --bits {better.config.bits}"
             f"{' --pack-head' if better.config.pack_head else ''}, and then, without --bits, "
-            f"{' '.join(['veneer tune PACKED ...', *rest])}"
+            f"{' '.join(['veneer tune QUANTIZED ...', *rest])}"
         )
     raise ConfigError(
         f"{needed}. It would fit, with {_gb(better.memory.peak)}, by: {proposal}. "
@@ -103,37 +103,22 @@ def check_fits(plan: Plan, available: int | None, model: str) -> None:
     )
 
 
-def begin_measuring() -> None:
-    """Forget the highest memory so far, where the system allows that."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
 def measured_peak(plan: Plan) -> int | None:
-    """Return the most memory that was resident since `begin_measuring`, None where nobody says.
+    """Return the most memory that was resident since `begin_measuring`, None where it is not known.
 
-    Nor does anybody where the base is mapped: its pages count as resident, and are not planned.
+    Nor is it where the base is mapped: its pages count as resident, and are not planned.
     """
-    return None if plan.config.mapped else status("VmHWM") or None
-
-
-def status(key: str) -> int:
-    """Return a line of /proc/self/status in bytes, 0 where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
+    return None if plan.config.mapped else process_memory("VmHWM") or None
 
 
 def why_no_merge(plan: Plan, free: int | None) -> str | None:
-    """Return why a packed base cannot be merged within what is free, or None where it can."""
-    needed = plan.model.parameters * plan.config.width  # all of it unpacked
+    """Return why a quantized base cannot be merged in `free` bytes, or None where it can."""
+    needed = plan.model.parameters * plan.config.width  # all of it dequantized
     if plan.config.base_bits >= 16 or free is None or needed <= free:
         return None
     return (
-        f"unpacked, it needs {_gb(needed)}, and {_gb(free)} are free. "
-        "veneer merge makes one where there is room."
+        f"dequantized, it needs {_gb(needed)}, and {_gb(free)} are free. "
+        "veneer merge makes one on a machine with more memory."
     )
 
 

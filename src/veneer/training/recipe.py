@@ -22,7 +22,7 @@ class DataConfig:
     """Which rows to train on. Raises ConfigError for settings that cannot be."""
 
     limit: int | None = None
-    """Use only the first rows, so many."""
+    """Use only this many rows, the first ones."""
     max_length: int = 1024
     """Longest row in tokens; the rest of a longer one is cut off and counted."""
     eval_rows: int = 0

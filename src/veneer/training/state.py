@@ -75,7 +75,7 @@ class RunState:
     def differences_from(self, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
         """Return all that keeps a checkpoint from being an earlier state of this run."""
         stored = _shapes(_without_prefix("weights", checkpoint.tensors))
-        differing = differences(checkpoint.progress["identity"], identity)
+        differing = differences(checkpoint.identity, identity)
         differing += differences(stored, _shapes(self.weights))
         if "step" not in checkpoint.tensors:  # the optimizer's
             differing.append("it was written by another version of Veneer")

@@ -49,10 +49,10 @@ from veneer.training.events import (
     Written,
 )
 from veneer.training.loop import train
+from veneer.training.memory import begin_measuring
 from veneer.training.metrics import record
 from veneer.training.planned import (
     available_memory,
-    begin_measuring,
     check_fits,
     measured_peak,
     plan_run,
@@ -154,7 +154,7 @@ def _dtype_asked_for(recipe: Recipe, run: RunDirectory, *, resume: bool) -> str:
     newest = checkpoint.newest(run.checkpoints) if resume else None
     if newest is None or recipe.dtype != "auto":
         return recipe.dtype
-    return str(newest.progress["identity"]["computed_in"])
+    return str(newest.identity.get("computed_in", recipe.dtype))
 
 
 def _plan(

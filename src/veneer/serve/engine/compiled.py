@@ -203,7 +203,7 @@ class CompiledRunner:
     # ---- memory ----
 
     def _cache_for(self, slot: int, tokens: int) -> KVBlock:
-        """Return a slot's keys and values, with space for so many tokens at least."""
+        """Return a slot's keys and values, with space for at least this many tokens."""
         old = self.slots[slot]
         length = 0 if old is None else old.values.shape[2]
         if old is not None and tokens <= length:

@@ -1,4 +1,4 @@
-"""What an adapter's own files say of it, and those of the run that trained it."""
+"""What an adapter's own files say about it, and those of the run that trained it."""
 
 from __future__ import annotations
 
