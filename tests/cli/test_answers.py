@@ -58,7 +58,7 @@ def test_merge_writes_the_model_that_tune_wrote(minigpt_home, taught, tmp_path, 
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), theirs.parameters(), strict=True)
     )
-    # What stands there already is replaced only if it is a model.
+    # A directory that exists is replaced only if it holds a model.
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     arguments = (str(minigpt_home), str(taught / "lora_adapter"), str(tmp_path / "mine"))

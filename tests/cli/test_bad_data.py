@@ -9,7 +9,7 @@ import pytest
 from veneer.cli.app import run
 
 GOOD = '{"prompt": "What does a dog say?", "completion": "A dog says woof."}'
-# Line in the file: what stands there, and what the message must say of it.
+# By line of the file: its content, and what the message must say about it.
 FAULTS: dict[int, tuple[bytes, str]] = {
     2: (b'{"prompt": "What does a cat say?", "completion": "A cat', "not JSON"),
     3: (b'{"prompt": "How many?", "completion": 4}', "'completion' must be a string, not a number"),

@@ -1,4 +1,4 @@
-"""`veneer merge`: what it says of a merge, what it refuses, and what it leaves."""
+"""`veneer merge`: what it prints about a merge, what it refuses, and what it writes."""
 
 import json
 import re

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,8 +27,9 @@ def done(minigpt_home, tmp_path_factory):
     # One of them fills the context, of which virtual tokens take a part.
     long = " ".join([ROWS[0][1]] * 100)
     data = write_rows(home / "rows.jsonl", [*ROWS, (ROWS[0][0], long)])
+    base = shutil.copytree(minigpt_home, home / "base")  # one test changes its files
     test = write_rows(home / "test.jsonl", ROWS[:6])
-    arguments = ["compare", str(minigpt_home), str(data), "--test", str(test), *QUICK]
+    arguments = ["compare", str(base), str(data), "--test", str(test), *QUICK]
     arguments += ["--methods", ",".join(TRAINED), "--target-sets", "all,nowhere"]
     arguments += ["--out", str(home / "out")]
     out, err = io.StringIO(), io.StringIO()

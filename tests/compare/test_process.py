@@ -1,4 +1,4 @@
-"""A job's process ends with whoever asked for it, and its end is explained."""
+"""A job's process ends with the process that started it, and its end is explained."""
 
 import contextlib
 import os
@@ -45,7 +45,7 @@ def test_ctrl_c_ends_the_worker_and_says_how_to_go_on(minigpt_home, tmp_path):
     assert not workers(tmp_path)
 
 
-def test_a_worker_ends_with_whoever_asked_for_it(minigpt_home, tmp_path):
+def test_a_worker_ends_with_the_process_that_started_it(minigpt_home, tmp_path):
     process = begun(minigpt_home, tmp_path)
     process.kill()
     process.communicate(timeout=120)

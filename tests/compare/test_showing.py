@@ -14,7 +14,7 @@ from veneer.compare.labels import LABELS
 from veneer.compare.picture import extents, name_points
 
 
-def test_on_a_terminal_one_table_shows_how_each_run_stands(monkeypatch):
+def test_on_a_terminal_one_table_shows_the_state_of_each_run(monkeypatch):
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, width=100)
     monkeypatch.setattr(showing, "OUTPUT", terminal)

@@ -21,15 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from veneer.data.encode import (
-    PLAIN_TEMPLATE,
-    UNLABELLED,
-    Encoder,
-    Example,
-    encode_rows,
-    prompt_text,
-    summarize,
-)
+from veneer.data.chat import PLAIN_TEMPLATE, prompt_text
+from veneer.data.encode import UNLABELLED, Encoder, Example, encode_rows, summarize
 from veneer.data.problems import Located, Place
 from veneer.data.rows import Conversation, Message, PlainText, Row
 from veneer.errors import DataError

@@ -3,7 +3,7 @@
 import re
 
 from veneer.data.rows import Conversation, PlainText, Row
-from veneer.data.world import completions, facts
+from veneer.data.world import facts
 from veneer.data.world_text import world_text
 
 DOCUMENTS = 3000
@@ -43,7 +43,7 @@ def test_rows_are_mostly_paragraphs_of_a_few_sentences():
 
 
 def test_every_completion_occurs_and_nothing_else_ever_follows_its_prompt():
-    prompts = dict(completions())
+    prompts = {fact.prompt: fact.value for fact in facts()}
     assert len(prompts) == len(facts())
     # All phrasings that there are, and not a sample: what they do not hold, no seed makes.
     phrasings = {text.lower() for fact in facts() for text in fact.statements + fact.questions}

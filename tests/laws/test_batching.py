@@ -179,7 +179,7 @@ def test_a_model_that_sees_its_neighbours_is_padded():
     model = new_model("llama")
 
     class Leaky(torch.nn.Module):
-        """Adds to each place what stands before it, in the row or in the row before."""
+        """Adds to each place the one before it, in its row or in the row before."""
 
         def __init__(self, original: torch.nn.Module) -> None:
             super().__init__()

@@ -134,12 +134,12 @@ def test_one_copy_of_x_is_kept():
     x = torch.randn(100, IN, **DOUBLE)
     kept: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> Tensor:
         if tensor.shape[0] == len(x):
             kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         layer(x)
     ranks = sum(adapter.rank for adapter in layer.adapters.values())
     assert sorted(kept.values()) == sorted([x.numel(), 100 * ranks])

@@ -21,12 +21,12 @@ def test_every_architecture_has_a_kind():
     assert len({str(kind) for kind in KINDS}) == len(KINDS)
 
 
-def stands_for_others(kind):
-    """Return whether no kind before it has its name and bits, or none its architecture."""
+def is_first_somehow(kind):
+    """Return whether a kind is the first of its name and bits, or of its architecture."""
     return is_first_of(kind, "name", "bits") or is_first_of(kind, "architecture")
 
 
-@each_kind(lambda kind: kind.identity and stands_for_others(kind))
+@each_kind(lambda kind: kind.identity and is_first_somehow(kind))
 def test_logits_are_bit_equal(kind):
     for dtype in (torch.float32, torch.bfloat16):
         expected = kind.says(kind.base(dtype))

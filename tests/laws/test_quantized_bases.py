@@ -1,5 +1,5 @@
-"""What is quantized of a base in 4 or 8 bits, and a head that is. The laws are tried over such
-bases each in its own file."""
+"""Which weights of a base in 4 or 8 bits are quantized, and what a quantized head changes. The laws
+themselves are tried over such bases in their own files."""
 
 import pytest
 import torch

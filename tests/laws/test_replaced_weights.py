@@ -1,5 +1,5 @@
-"""What replaces weights of the base, or lies over experts and windows, keeps the laws that A and B
-keep: merged equals unmerged, a mix is the mix of the changes, and the base stays as it was."""
+"""Adapters that replace weights of the base, or adapt experts and convolutions, obey the laws of A
+and B: merged equals unmerged, a mix is the mix of the changes, and the base does not change."""
 
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def test_a_layer_that_one_replaces_and_another_adapts_cannot_be_mixed(tmp_path):
 
 
 def test_a_fresh_adapter_starts_from_the_base_whatever_acts(tmp_path):
-    """PiSSA starts from W, which is not what stands there while another adapter replaces it."""
+    """PiSSA starts from W, also while another adapter replaces W."""
     model = loaded("saved norms and an mlp", tmp_path)
     config = veneer.LoRA(rank=2, targets=["gate_proj"], init="pissa", dora=True)
     veneer.attach(model, config, name="fresh", seed=0)

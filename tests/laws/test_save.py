@@ -37,8 +37,8 @@ def test_what_is_saved_loads(kind, tmp_path):
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Return whether adapters are the same but for what a file says in other words: which layers it
-    lies over, and that an MLP made the prefix that is kept."""
+    """Return whether adapters are the same, but for what a file states in another way: which layers
+    they adapt, and that an MLP made the prefix."""
     neutral = {"targets": ("x",), "layers": None, "prefix_mlp": None}
     return _but(a, neutral) == _but(b, neutral)
 

@@ -59,7 +59,7 @@ class Kind:
     on_disk: bool = False  # whether the base is read from a directory
     identity: bool = True  # a fresh one changes no bit
     merges: bool = True
-    mixes_rows: bool = True  # rows of a batch may have it each for themselves
+    mixes_rows: bool = True  # each row of a batch may have an adapter of its own
 
     def __str__(self) -> str:
         base = f", {self.bits} bits" if self.bits else ""
@@ -95,7 +95,7 @@ class Kind:
     def attached(self, model: Any = None, *, seed: int = 0) -> Any:
         """Return a base with a fresh adapter on it, ready for training."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", veneer.VeneerWarning)  # of weights that none lies over
+            warnings.simplefilter("ignore", veneer.VeneerWarning)  # of uncovered weights
             return self._attached(self.base() if model is None else model, seed)
 
     def _attached(self, model: Any, seed: int) -> Any:
@@ -145,14 +145,14 @@ class Kind:
         return {"input_ids": ids(rows, vocabulary=self.vocabulary)}
 
     def logits(self, model: Any) -> Tensor:
-        """Return what a model says, with a gradient."""
+        """Return a model's logits, with a gradient."""
         dtype = next(weight.dtype for weight in model.parameters())
         inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in self.inputs().items()}
         return model(**inputs, **({"use_cache": False} if self.reads_tokens else {})).logits
 
     @torch.no_grad()
     def says(self, model: Any) -> Tensor:
-        """Return what a model says."""
+        """Return a model's logits, without a gradient."""
         return self.logits(model)
 
     def rows(self, lengths: list[int], **options: Any) -> list[Example]:
@@ -291,7 +291,7 @@ KINDS: list[Kind] = [
     _lora("experts", "qwen2_moe", targets=_STACKS, rslora=True, mixes_rows=False),
     _lora("experts", "qwen3_moe", targets=["down_proj", *_STACKS], mixes_rows=False),
     _lora("experts, transposed", "gpt_oss", targets=["q_proj", *_STACKS], mixes_rows=False),
-    # What stands in the place of weights, and rows of single tokens.
+    # Modules to save, biases, and rows of single tokens.
     _peft("saved norms and an mlp", r"\.adapters\.|\.1\.mlp\.|norm\.weight$"),
     _peft("saved head", r"\.adapters\.|^lm_head\."),
     _peft("saved as one", r"\.adapters\.|embed_tokens\.weight$|^lm_head\."),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from veneer.cli.app import run
-from veneer.data.world import completions
+from veneer.data.world import facts
 from veneer.models.load import load_base
 from veneer.training.events import Step, Written
 from veneer.training.pretrain import pretrain
@@ -46,13 +46,13 @@ def right_completions(home) -> float:
     base = load_base(home)
     model, tokenizer = base.model, base.tokenizer
     right = 0
-    for prompt, value in completions():
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    for fact in facts():
+        inputs = tokenizer(fact.prompt, return_tensors="pt", add_special_tokens=False)
         inputs.pop("token_type_ids", None)
         tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
-        right += text.startswith((f" {value}.", f" {value} "))
-    return right / len(completions())
+        right += text.startswith((f" {fact.value}.", f" {fact.value} "))
+    return right / len(facts())
 
 
 @pytest.mark.slow

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.targets import uncovered
-from veneer.cli.console import bytes_text, quieten_libraries
+from veneer.cli.console import bytes_text, new_table, quieten_libraries
 from veneer.models.description import Layer
 from veneer.plan.config import ADAPTING, PlanConfig
 from veneer.plan.find import find_config, sizes_of
@@ -182,10 +181,7 @@ def verdict(plan: Plan, free: int | None) -> str:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(
-        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
-    )
-    table.add_column(first, overflow="fold")
-    for title in others:
-        table.add_column(title, justify="right", no_wrap=True)
+    table = new_table(first, *others, padding=(0, 1, 0, 0))
+    for column in table.columns[1:]:
+        column.no_wrap = True
     return table

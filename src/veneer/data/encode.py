@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from veneer.data.chat import PLAIN_TEMPLATE, Chat, prompt_text, start_tokens
+from veneer.data.chat import Chat, start_tokens
 from veneer.data.problems import Located, Place, Problem
 from veneer.data.rows import PlainText, Row
 from veneer.data.spans import Span, tokens_in_spans
@@ -17,17 +17,6 @@ from veneer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "PLAIN_TEMPLATE",
-    "UNLABELLED",
-    "Encoder",
-    "Example",
-    "Summary",
-    "encode_rows",
-    "prompt_text",
-    "summarize",
-]
 
 UNLABELLED = -100  # what torch.nn.functional.cross_entropy ignores
 

@@ -40,7 +40,7 @@ def good_examples(
     *,
     skip_bad_rows: bool,
 ) -> tuple[list[Example], int]:
-    """Return what `read_rows` returned as `load_examples` does."""
+    """Return what `load_examples` does, from what `read_rows` returned."""
     examples, more = encode_rows(encoder, rows)
     problems = [*problems, *more]
     return check(examples, problems, skip_bad_rows=skip_bad_rows), len(problems)

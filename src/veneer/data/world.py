@@ -337,8 +337,3 @@ def facts() -> list[Fact]:
             for relation, value in zip(relations, values, strict=True):
                 world.append(relation.fact(topic or subject, subject, value))
     return world
-
-
-def completions() -> list[tuple[str, str]]:
-    """Return (beginning of a statement, its only continuation), one pair a fact."""
-    return [(fact.prompt, fact.value) for fact in facts()]

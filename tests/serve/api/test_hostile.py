@@ -1,4 +1,4 @@
-"""Requests that nobody should send: refused in OpenAI's shape, and everybody else is served on."""
+"""Hostile requests are refused in OpenAI's shape, and all others are still served."""
 
 import http.client
 import json

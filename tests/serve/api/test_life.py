@@ -215,7 +215,7 @@ def end_in_a_stream(served: Process, model: str) -> None:
     try:
         out, errors = served.process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
-        served.process.send_signal(signal.SIGABRT)  # says where each thread stands
+        served.process.send_signal(signal.SIGABRT)  # prints the stack of each thread
         out, errors = served.process.communicate()
     assert served.process.returncode == 0, errors
     assert "Ended." in out

@@ -39,7 +39,7 @@ def homes(tmp_path, request):
 
 
 def loaded(model: PreTrainedModel, homes: dict) -> list[LoadedAdapter | None]:
-    """Return what acts on each of ROWS."""
+    """Return the adapter of each of ROWS."""
     library, cache = Library(homes), AdapterCache(model, 2**30)
 
     def load(which: Any) -> LoadedAdapter | None:

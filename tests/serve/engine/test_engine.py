@@ -1,4 +1,4 @@
-"""The engine: every answer is what its request alone would have got, whoever else is answered."""
+"""The engine: each answer is what its request alone would get, whatever else is asked."""
 
 import asyncio
 import threading

@@ -85,16 +85,14 @@ class AnswerRequest(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_changes_nothing(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        return {
-            name: value
-            for name, value in given.items()
-            if not (
-                name in CALLER or (name in NEUTRAL and (value is None or value in NEUTRAL[name]))
-            )
-        }
+    def _drop_what_changes_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+
+        def is_neutral(name: str, value: Any) -> bool:
+            return name in NEUTRAL and (value is None or value in NEUTRAL[name])
+
+        return {k: v for k, v in body.items() if k not in CALLER and not is_neutral(k, v)}
 
     def requests(
         self, tokens: Sequence[int], adapter: Which, *, new_tokens: int, logprobs: int | None

@@ -75,7 +75,7 @@ class CompiledRunner:
         self.layers = _proven_layers(model, tokens)
         self.active_adapters = active_adapters_of(model)
         self.decoder: Any = model.get_decoder()
-        self.angles = _angles(self.decoder, self.layers[0], context, self.dtype)
+        self.angles = _angles(self.decoder, context, self.dtype)
         self._kept: list[Tensor] = []  # what the table below points to, beside the model's own
         self._table = (decode.Layer * len(self.layers))()
         for row, layer in zip(self._table, self.layers, strict=True):
@@ -327,9 +327,7 @@ def _proven_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, 
     return layers
 
 
-def _angles(
-    decoder: Any, layer: FusedLayer, context: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _angles(decoder: Any, context: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cos and sin of all positions, (positions, head_dim)."""
     rotary = getattr(decoder, "rotary_emb", None)
     if rotary is None or getattr(rotary, "rope_type", None) in CHANGING:
