@@ -130,13 +130,15 @@ def _content(value: object, name: str) -> str:
     if not isinstance(value, list):
         return text_value(value, name)
     texts = []
-    for number, part in enumerate(value, start=1):
+    for number, content_part in enumerate(value, start=1):
         here = f"{name}, part {number}"
-        if not isinstance(part, Mapping):
-            raise ValueError(f"{here} must be an object, not {kind(part)}")
-        if part.get("type") != "text":
-            raise ValueError(f"{here} is of the type {part.get('type')!r}; only 'text' can be read")
-        texts.append(text_value(part.get("text"), f"{here}: 'text'"))
+        if not isinstance(content_part, Mapping):
+            raise ValueError(f"{here} must be an object, not {kind(content_part)}")
+        if content_part.get("type") != "text":
+            raise ValueError(
+                f"{here} is of the type {content_part.get('type')!r}; only 'text' can be read"
+            )
+        texts.append(text_value(content_part.get("text"), f"{here}: 'text'"))
     return "".join(texts)
 
 
