@@ -33,10 +33,11 @@ def plan(
         if settings.tokens_per_batch != PlanConfig().tokens_per_batch:
             raise ConfigError("--tokens is short for --tokens-per-batch; give one of them.")
         settings = replace(settings, tokens_per_batch=tokens)
-    # Collecting garbage takes a fifth of the time of importing torch and transformers.
+    # The imports make millions of objects and no garbage: collecting takes a fifth of the time.
     gc.disable()
     try:
         from veneer.cli.plan_tables import show_plan
+
+        show_plan(model, lora, settings, formulas=formulas)
     finally:
         gc.enable()
-    show_plan(model, lora, settings, formulas=formulas)
