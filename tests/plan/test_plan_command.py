@@ -73,15 +73,19 @@ def test_formulas_are_shown_when_asked_for(capsys):
     assert formula.replace("2,048", "256") in less
 
 
+# The widest numbers are GPT-3's, and the longest names of layers those of the others.
 @pytest.mark.parametrize(
     "arguments",
-    [["--method", method] for method in ("full", "freeze", "dora", "qlora", "prefix", "prompt")]
-    + [["--bits", "8"], ["--bits", "4", "--mapped"], ["--targets", "all", "--layers", "0:2"]],
-    ids=" ".join,
+    [
+        *(f"gpt-3 --method {m}" for m in ("full", "freeze", "dora", "qlora", "prefix", "prompt")),
+        "gpt-3 --bits 8",
+        "gpt-3 --bits 4 --mapped",
+        "gpt-3 --targets all --layers 0:2",
+        *("llama-2-70b", "gpt2", "qwen2.5-72b"),
+    ],
 )
-@pytest.mark.parametrize("name", ["llama-2-70b", "gpt-3", "gpt2", "qwen2.5-72b"])
-def test_every_plan_keeps_to_100_columns(capsys, name, arguments):
-    assert run(["plan", name, "--formulas", *arguments]) == 0
+def test_every_plan_keeps_to_100_columns(capsys, arguments):
+    assert run(["plan", *arguments.split(), "--formulas"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
     assert "…" not in out
