@@ -105,6 +105,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close!r}?" if close else ""
 
 
+def sentence(text: str) -> str:
+    """Return a text with a full stop, where it does not end with a question."""
+    return text if text.endswith("?") else f"{text}."
+
+
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Return "key (a there, b here)" for each setting in which two runs differ."""
     return [

@@ -121,6 +121,8 @@ def test_places_in_a_json_list_are_the_lines_where_rows_begin(tmp_path):
     [
         (f"{GOOD}\n{GOOD}", ":2: not JSON: Extra data at column 1; .*name the file .jsonl"),
         (f"[{GOOD},\n{GOOD}\n", ":3: not JSON: "),
+        ('[{"text": "a"},\n{"text": "cut o', ":2: not JSON: it ends at column 16, in a string"),
+        ('[{"text": "a"},\n{"text": 1', ":2: not JSON: .* at column 11"),
         ('{"rows": []}', ":1: the file must hold a list of rows"),
         (b'[{"text": "a"},\n {"text": "\xc3("}]', ":2: not UTF-8: byte 0xc3 at byte column 12"),
         ("[" * 100_000, "nested too deeply"),

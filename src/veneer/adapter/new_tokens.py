@@ -85,12 +85,19 @@ class NewTokens:
         return [self.embedding.rows] if self.tied else [self.embedding.rows, self.head.rows]
 
 
+FEWEST_PIECES, FEWEST_TIMES = 4, 3  # tokens of a word, and how often it occurs
+NO_NEW_TOKENS = (
+    f"no word occurs at least {FEWEST_TIMES} times in the rows and has {FEWEST_PIECES} tokens or "
+    "more; name words yourself (--new-words a,b)"
+)
+
+
 def find_new_tokens(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    pieces: int = 4,
-    times: int = 3,
+    pieces: int = FEWEST_PIECES,
+    times: int = FEWEST_TIMES,
     most: int = 64,
 ) -> list[str]:
     """Return at most `most` words of the texts that have many tokens each, the most frequent first.

@@ -57,6 +57,13 @@ class TargetLine:
         return self.trained_factors + self.out * self.config.dora
 
     @property
+    def largest_rank(self) -> int:
+        """The highest rank that a change of the layer (of one expert, in a stack) can have."""
+        if self.layer.parameter is not None:
+            return min(self.layer.oriented[-2:])
+        return min(self.out, self.in_)
+
+    @property
     def has_start(self) -> bool:
         """Whether the factors that it starts from are kept beside those that train."""
         return self.config.has_start and self.layer.is_linear
@@ -81,6 +88,30 @@ class TargetReport:
     @property
     def share(self) -> float:
         return self.trained / self.base_parameters
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is legal but hardly meant."""
+        return remarks(self.share, self.lines)
+
+
+def remarks(share: float, lines: Sequence[TargetLine]) -> list[str]:
+    """Return a sentence for each thing that is legal but hardly meant: more parameters that train
+    (share: of the base's) than the base has, and ranks that no change of a layer can have."""
+    texts = []
+    if share > 1:
+        texts.append(
+            f"More parameters train than the base has ({share:.0%}): a lower --rank, or --method "
+            "full, learns as much with fewer."
+        )
+    if above := [line for line in lines if line.rank > line.largest_rank]:
+        first = above[0]
+        texts.append(
+            f"The rank is larger than a dimension of {len(above)} layers (rank {first.rank} over "
+            f"{first.path}): B A has at most rank {first.largest_rank} there, so a higher --rank "
+            "only costs memory."
+        )
+    return texts
 
 
 def target_lines(model: nn.Module, config: LoRA) -> tuple[TargetLine, ...]:

@@ -15,7 +15,15 @@ from veneer.adapter.parameters import LoRAParameters
 from veneer.adapter.patterns import MOST_PATTERNS, Matcher
 from veneer.adapter.virtual_forward import VirtualTokens
 from veneer.adapter.wrapper import Wrapper
-from veneer.errors import MOST_PROBLEMS, ConfigError, TargetError, joined, nearest, shortened
+from veneer.errors import (
+    MOST_PROBLEMS,
+    ConfigError,
+    TargetError,
+    joined,
+    nearest,
+    sentence,
+    shortened,
+)
 from veneer.models.description import Layer, ModelDescription, describe
 
 PRESETS = ("attention", "qv", "mlp", "all")
@@ -122,7 +130,7 @@ def _choose(model: nn.Module, layers: Sequence[Layer], config: LoRA) -> list[Lay
         hint = nearest(pattern, names)
         problems.append(f"the pattern {shortened(pattern)!r} matches none of the targets{hint}")
     if problems:
-        raise TargetError(f"These targets do not fit the model: {joined(problems)}.")
+        raise TargetError(sentence(f"These targets do not fit the model: {joined(problems)}"))
     return picked
 
 

@@ -47,6 +47,8 @@ def inspect(
     OUTPUT.print(target_summary(report))
     if report.uncovered:
         show_notice(report.uncovered, on=OUTPUT)
+    for remark in report.remarks:
+        show_notice(remark, on=OUTPUT)
 
 
 def diff(

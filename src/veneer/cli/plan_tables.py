@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.adapter.config import LoRA
+from veneer.adapter.report import remarks
 from veneer.adapter.targets import uncovered
 from veneer.cli.console import bytes_text, new_table, quieten_libraries
 from veneer.models.description import Layer
@@ -50,6 +51,8 @@ def show_plan(model: str, lora: LoRA, config: PlanConfig, *, formulas: bool) -> 
     missing = uncovered(plan.model.model, lora) if config.method in ADAPTING else None
     if missing:
         output.print(f"[yellow]{escape(missing)}[/]")
+    for remark in remarks(plan.share, plan.trained.adapted):
+        output.print(f"[yellow]{escape(remark)}[/]")
     for line in (*notes(plan), verdict(plan, free)):
         output.print(line)
 

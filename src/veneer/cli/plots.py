@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,21 @@ def draw_losses(lines: list[dict[str, Any]], path: Path) -> None:
     top.plot(x, y, color="#9db4c8", linewidth=1, label="each step")
     smooth = smoothed(y)
     top.plot(x, smooth, color="#17517e", linewidth=2.2, label="training loss, smoothed")
+    ends = [(x[-1], smooth[-1], "#17517e")] if smooth else []
     if held_out:
         ex, ey = [line["step"] for line in held_out], [line["eval_loss"] for line in held_out]
         top.plot(ex, ey, "o--", color="#b5482a", linewidth=1.6, label="evaluation loss")
         best = min(range(len(ey)), key=ey.__getitem__)
+        ends.append((ex[best], ey[best], "#b5482a"))
+    # The higher of two numbers is above its point and the lower below, so that they never meet.
+    for place, (at, loss, colour) in enumerate(sorted(ends, key=lambda end: -end[1])):
         top.annotate(
-            f"{ey[best]:.3f}",
-            (ex[best], ey[best]),
-            xytext=(0, 9),
+            f"{loss:.3f}",
+            (at, loss),
+            xytext=(4, 6 if place == 0 else -6),
             textcoords="offset points",
-            color="#b5482a",
-            ha="center",
-        )
-    if smooth:
-        top.annotate(
-            f"{smooth[-1]:.3f}",
-            (x[-1], smooth[-1]),
-            xytext=(-4, 9),
-            textcoords="offset points",
-            color="#17517e",
-            ha="right",
+            color=colour,
+            va="bottom" if place == 0 else "top",
         )
     top.set_ylabel("loss per label token (nats)")
     top.set_ylim(bottom=0)
@@ -67,9 +63,15 @@ def draw_losses(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def smoothed(values: list[float], memory: float = 0.85) -> list[float]:
-    """Return the exponential moving average, corrected for its start as Adam's moments are."""
-    result, mean = [], 0.0
-    for n, value in enumerate(values, start=1):
-        mean = memory * mean + (1 - memory) * value
-        result.append(mean / (1 - memory**n))
-    return result
+    """Return, at each step, the mean of all values, with weights memory^distance to both sides."""
+
+    def sums(terms: list[float]) -> list[float]:
+        """Return Σ memory^(i - j) · term j over all j up to i, at each i."""
+        return list(accumulate(terms, lambda total, term: memory * total + term))
+
+    def both_sides(terms: list[float]) -> list[float]:
+        ahead = sums(terms[::-1])[::-1]
+        return [a + b - own for a, b, own in zip(sums(terms), ahead, terms, strict=True)]
+
+    totals, weights = both_sides(values), both_sides([1.0] * len(values))
+    return [total / weight for total, weight in zip(totals, weights, strict=True)]

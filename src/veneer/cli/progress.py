@@ -49,7 +49,7 @@ class RunDisplay:
             transient=True,
         )
         self.task: TaskID | None = None
-        self.steps = 0
+        self.steps = self.done = 0  # of the whole run, and before it went on
         self.recent: deque[Step] = deque(maxlen=20)
         self.began = time.monotonic()
 
@@ -68,8 +68,8 @@ class RunDisplay:
                 OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}", soft_wrap=True)
             case Measured(planned, peak):
                 OUTPUT.print(
-                    f"[bold]Memory[/]  at most {bytes_text(peak)}; planned were "
-                    f"{bytes_text(planned)} ({planned / peak - 1:+.0%})"
+                    f"[bold]Memory[/]  at most {bytes_text(peak)}, {_beside(peak / planned)} "
+                    f"planned ({bytes_text(planned)})"
                 )
             case DataReady():
                 self._data(event)
@@ -103,7 +103,10 @@ class RunDisplay:
                 self._take_down()
                 took = _duration(time.monotonic() - self.began)
                 weights = "" if best == step else f"; the weights of step {best} were best"
-                OUTPUT.print(f"[bold]Trained[/] {step} steps in {took}{weights}")
+                before = f" ({self.done} before)" if self.done else ""
+                OUTPUT.print(
+                    f"[bold]Trained[/] {step - self.done} steps{before} in {took}{weights}"
+                )
             case Merged(report):
                 for line in merge_lines(report):
                     OUTPUT.print(f"[bold]Merged[/]  {line}", soft_wrap=True)
@@ -127,18 +130,22 @@ class RunDisplay:
         if event.skipped:
             counts.append(f"[yellow]{event.skipped:,} bad rows left out[/]")
         if event.held_out:
-            counts.append(f"{event.held_out.rows:,} rows held out")
+            use = "to evaluate on" if event.eval_data else "held out"
+            counts.append(f"{event.held_out.rows:,} rows {use}")
         OUTPUT.print(f"[bold]Data[/]    {', '.join(counts)}")
-        OUTPUT.print("  The first row as the model sees it, [green]trained tokens in green[/]:")
+        coloured = OUTPUT.is_terminal and not OUTPUT.no_color
+        how = "[green]trained tokens in green[/]" if coloured else "trained tokens in >> <<"
+        OUTPUT.print(f"  The first row as the model sees it, {how}:")
         example = Text()
         for piece, trained in event.example:
-            example.append(piece, style="bold green" if trained else "dim")
+            text = f">>{piece}<<" if trained and not coloured else piece
+            example.append(text, style="bold green" if trained else "dim")
         if len(example) > SHOWN_EXAMPLE:
             example = example[:SHOWN_EXAMPLE] + Text(" ...")
         OUTPUT.print(Padding(example, (0, 0, 0, 4)))
 
     def _start(self, steps: int, done: int) -> None:
-        self.steps, self.began = steps, time.monotonic()
+        self.steps, self.done, self.began = steps, done, time.monotonic()
         if done:
             OUTPUT.print(f"  going on after step {done} of {steps}")
         if OUTPUT.is_terminal:
@@ -169,6 +176,12 @@ class RunDisplay:
                 f"  step {event.step}/{self.steps}  loss {event.loss:.3f}  {speed:,.0f} tokens/s  "
                 f"{bytes_text(event.rss_bytes)}  {left} left"
             )
+
+
+def _beside(ratio: float) -> str:
+    """Return how much more or less something is than what its ratio is to."""
+    more = round(100 * (ratio - 1))
+    return f"{abs(more)}% {'more' if more > 0 else 'less'} than" if more else "as"
 
 
 def _duration(seconds: float) -> str:

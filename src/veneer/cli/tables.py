@@ -97,9 +97,9 @@ def merge_lines(report: MergeReport) -> list[str]:
     lines = []
     if worst is not None:
         lines.append(
-            f"rounding to {report.dtype} took {report.lost:.2%} of the adapter's change "
+            f"rounding to {report.dtype} took {share_text(report.lost)} of the adapter's change "
             f"(at most {worst.lost:.1%}, in {escape(worst.path)}); in float32 it would take "
-            f"{report.lost_in_float32:.2%}"
+            f"{share_text(report.lost_in_float32)}"
         )
     lines.append(
         f"on {report.tokens:,} tokens merged and unmerged differ by {report.divergence:.2g} nats a "
@@ -147,6 +147,12 @@ def target_table(report: TargetReport) -> Table:
             f"{trained * len(lines):,}",
         )
     return table
+
+
+def share_text(share: float) -> str:
+    """Return a share in per cent; a small one is not said to be nothing."""
+    text = f"{share:.2%}"
+    return "less than 0.01%" if share > 0 and text == "0.00%" else text
 
 
 def span(numbers: Sequence[int]) -> str:

@@ -36,7 +36,8 @@ def read_json_lines(path: Path) -> Iterator[Entry]:
 
 def _json_line(line: bytes, place: Place) -> Entry:
     try:
-        return Located(json.loads(line.decode()), place)
+        # Without its end: where a row is cut off, that is the column behind its last character.
+        return Located(json.loads(line.decode().rstrip()), place)
     except UnicodeDecodeError as error:
         return _not_utf8(place, line[error.start], error.start + 1)
     except (ValueError, RecursionError) as error:
@@ -193,5 +194,9 @@ def _not_json(place: Place, error: ValueError | RecursionError) -> Problem:
         return Problem(place, "not JSON that can be read: brackets nested too deeply")
     if not isinstance(error, json.JSONDecodeError):
         return Problem(place, f"not JSON that can be read: {error}")
+    if error.msg.startswith("Unterminated string"):  # json names where the string begins
+        end = len(error.doc) - error.doc.rfind("\n")
+        string = f"in a string that begins at column {error.colno}"
+        return Problem(place, f"not JSON: it ends at column {end}, {string}")
     hint = "; if each line is a row, name the file .jsonl" if error.msg == "Extra data" else ""
     return Problem(place, f"not JSON: {error.msg} at column {error.colno}{hint}")

@@ -44,12 +44,16 @@ class Measured(Event):
 
 @dataclass(frozen=True, slots=True)
 class DataReady(Event):
-    """The rows are read and encoded; `example` is one of them, in pieces, trained or not."""
+    """The rows are read and encoded; `example` is one of them, in pieces, trained or not.
+
+    eval_data: where the held-out rows are from, None where they are some of the rows.
+    """
 
     summary: Summary
     held_out: Summary | None
     skipped: int
     example: list[tuple[str, bool]]
+    eval_data: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from veneer.adapter.attach import attach
 from veneer.adapter.certify import certify
 from veneer.adapter.merge import merge, why_not_mergeable
 from veneer.adapter.method import MethodName
-from veneer.adapter.new_tokens import add_tokens, find_new_tokens, new_tokens_of
+from veneer.adapter.new_tokens import NO_NEW_TOKENS, add_tokens, find_new_tokens, new_tokens_of
 from veneer.adapter.report import report_quantized, report_trained
 from veneer.adapter.virtual_context import context_left
 from veneer.data.encode import Encoder, Example, summarize
@@ -102,6 +102,8 @@ def tune(
     yield data.ready
     yield from map(Notice, base.notices)
     yield from map(Notice, data.notices)
+    if recipe.rows.new_words == "auto" and not data.new_tokens:
+        yield Notice(f"--new-words auto adds no token: {NO_NEW_TOKENS}.")
     yield from _attach(recipe, base, dtype, data.new_tokens)
     identity = _identity(recipe, base, [*data.examples, *data.held_out])
 
@@ -221,6 +223,7 @@ def _load_data(recipe: Recipe, base: Base) -> _Data:
         summarize(held_out) if held_out else None,
         skipped,
         preview(examples[0], tokenizer),
+        eval_data,
     )
     notices = []
     if splits.valid or splits.test or splits.others:
@@ -273,6 +276,7 @@ def _attach(recipe: Recipe, base: Base, dtype: str, new_tokens: tuple[str, ...])
     yield ModelReady(report, new_tokens, dtype, report_quantized(base.model))
     if report.uncovered:
         yield Notice(report.uncovered)
+    yield from map(Notice, report.remarks)
 
 
 def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
