@@ -21,6 +21,53 @@ def _qwen2(*sizes: int, tied: bool) -> Config:
     return _llama(*sizes, 32768, model_type="qwen2", tie_word_embeddings=tied)
 
 
+def _qwen3(
+    dim: int, inner: int, depth: int, heads: int, *, tied: bool = False, **others: Any
+) -> Config:
+    return _llama(
+        *(dim, inner, depth, heads, 8, 151936, 40960),
+        **{"model_type": "qwen3", "head_dim": 128, "tie_word_embeddings": tied} | others,
+    )
+
+
+def _gemma3(
+    dim: int, inner: int, depth: int, heads: int, kv_heads: int, head_dim: int, **others: Any
+) -> Config:
+    """The text part of the larger ones: published beside a vision tower, which is not counted."""
+    window = {"sliding_window": 1024, "head_dim": head_dim}
+    return _llama(
+        *(dim, inner, depth, heads, kv_heads, 262208, 131072),
+        **{"model_type": "gemma3_text"} | window | others,
+    )
+
+
+def _gpt_oss(depth: int, experts: int) -> Config:
+    return _llama(
+        *(2880, 2880, depth, 64, 8, 201088, 131072),
+        model_type="gpt_oss",
+        head_dim=64,
+        num_local_experts=experts,
+        num_experts_per_tok=4,
+    )
+
+
+def _glm4(
+    dim: int, inner: int, depth: int, *, expert: int, experts: int, dense: int, qk_norm: bool
+) -> Config:
+    return _llama(
+        *(dim, inner, depth, 96, 8, 151552, 131072),
+        model_type="glm4_moe",
+        head_dim=128,
+        attention_bias=True,
+        use_qk_norm=qk_norm,
+        moe_intermediate_size=expert,
+        n_routed_experts=experts,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        first_k_dense_replace=dense,
+    )
+
+
 def _gpt2(dim: int, depth: int, heads: int) -> Config:
     return {
         "model_type": "gpt2",
@@ -81,6 +128,111 @@ PRESETS: dict[str, Config] = {
     "qwen2.5-14b": _qwen2(5120, 13824, 48, 40, 8, 152064, tied=False),
     "qwen2.5-32b": _qwen2(5120, 27648, 64, 40, 8, 152064, tied=False),
     "qwen2.5-72b": _qwen2(8192, 29568, 80, 64, 8, 152064, tied=False),
+    # Qwen/Qwen3-*; Qwen 2025, arXiv 2505.09388, tables 1 and 2. Parameters of the published files,
+    # a tied head once: 596,049,920; 1,720,574,976; 4,022,468,096; 8,190,735,360; 14,768,307,200;
+    # 32,762,123,264; 30,532,122,624.
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32),
+    "qwen3-14b": _qwen3(5120, 17408, 40, 40),
+    "qwen3-32b": _qwen3(5120, 25600, 64, 64),
+    "qwen3-30b-a3b": _qwen3(
+        *(2048, 6144, 48, 32),
+        model_type="qwen3_moe",
+        num_key_value_heads=4,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+    ),
+    # google/gemma-3-*; Gemma Team 2025, arXiv 2503.19786, table 1. Published files: 268,098,176;
+    # 999,885,952; with the vision tower 4,300,079,472; 12,187,325,040; 27,432,406,640.
+    "gemma-3-270m": _gemma3(
+        640,
+        2048,
+        18,
+        4,
+        1,
+        256,
+        vocab_size=262144,
+        sliding_window=512,
+        max_position_embeddings=32768,
+    ),
+    "gemma-3-1b": _gemma3(
+        1152,
+        6912,
+        26,
+        4,
+        1,
+        256,
+        vocab_size=262144,
+        sliding_window=512,
+        max_position_embeddings=32768,
+    ),
+    "gemma-3-4b": _gemma3(2560, 10240, 34, 8, 4, 256),
+    "gemma-3-12b": _gemma3(3840, 15360, 48, 16, 8, 256),
+    "gemma-3-27b": _gemma3(5376, 21504, 62, 32, 16, 128, query_pre_attn_scalar=168),
+    # openai/gpt-oss-*; OpenAI 2025, arXiv 2508.10925, table 1: 20.91 B and 116.83 B.
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
+    # meta-llama/Llama-3.2-*. Published files: 1,235,814,400 and 3,212,749,824.
+    "llama-3.2-1b": _llama(
+        2048, 8192, 16, 32, 8, 128256, 131072, head_dim=64, tie_word_embeddings=True
+    ),
+    "llama-3.2-3b": _llama(
+        3072, 8192, 28, 24, 8, 128256, 131072, head_dim=128, tie_word_embeddings=True
+    ),
+    # meta-llama/Llama-4-Scout-17B-16E, its text part. Published file, with a vision model:
+    # 108,641,793,536.
+    "llama-4-scout": _llama(
+        *(5120, 8192, 48, 40, 8, 202048, 10485760),
+        model_type="llama4_text",
+        head_dim=128,
+        intermediate_size_mlp=16384,
+        num_local_experts=16,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+    ),
+    # microsoft/phi-4; Abdin et al. 2024, arXiv 2412.08905. Published file: 14,659,507,200.
+    "phi-4": _llama(5120, 17920, 40, 40, 10, 100352, 16384, model_type="phi3"),
+    # microsoft/Phi-4-mini-instruct; Microsoft 2025, arXiv 2503.01743. File: 3,836,021,760.
+    "phi-4-mini": _llama(
+        *(3072, 8192, 32, 24, 8, 200064, 131072),
+        model_type="phi3",
+        partial_rotary_factor=0.75,
+        tie_word_embeddings=True,
+    ),
+    # HuggingFaceTB/SmolLM3-3B. Published file: 3,075,098,624.
+    "smollm3-3b": _llama(
+        2048, 11008, 36, 16, 4, 128256, 65536, model_type="smollm3", tie_word_embeddings=True
+    ),
+    # mistralai/Mistral-Small-24B-Base-2501. Published file: 23,572,403,200.
+    "mistral-small-24b": _llama(
+        *(5120, 32768, 40, 32, 8, 131072, 32768),
+        model_type="mistral",
+        head_dim=128,
+        sliding_window=None,
+    ),
+    # deepseek-ai/DeepSeek-V3; DeepSeek-AI 2024, arXiv 2412.19437, section 4.2: 671 B, without the
+    # further layer that predicts a second token, which transformers does not build.
+    "deepseek-v3": _llama(
+        *(7168, 18432, 61, 128, 128, 129280, 163840),
+        model_type="deepseek_v3",
+        moe_intermediate_size=2048,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        first_k_dense_replace=3,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+    ),
+    # zai-org/GLM-4.5*; GLM-4.5 Team 2025, arXiv 2508.06471, table 1: 355 B and 106 B. Published
+    # files, with that further layer: 358,337,791,296 and 110,468,824,832.
+    "glm-4.5": _glm4(5120, 12288, 92, expert=1536, experts=160, dense=3, qk_norm=True),
+    "glm-4.5-air": _glm4(4096, 10944, 46, expert=1408, experts=128, dense=1, qk_norm=False),
     # openai-community/gpt2*; Radford et al. 2019, table 2
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),
