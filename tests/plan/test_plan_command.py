@@ -8,13 +8,14 @@ import sys
 import pytest
 
 import veneer.cli.plan_tables
+import veneer.plan.find
 from veneer.adapter.config import LoRA
 from veneer.cli.app import run
 from veneer.errors import ModelError
 from veneer.models.load import config_of
 from veneer.models.locate import locate
 from veneer.plan.config import PlanConfig
-from veneer.plan.find import find_sizes, sizes_of
+from veneer.plan.find import find_sizes, near_presets, sizes_of
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import comparison, make_plan
 from veneer.plan.presets import PRESETS
@@ -63,6 +64,66 @@ def test_a_plan_that_fits_says_so_and_one_that_never_does_too(capsys, monkeypatc
     ):
         text = printed(capsys, "gpt2", free=free, monkeypatch=monkeypatch)
         assert message in text
+
+
+@pytest.mark.parametrize(
+    ("memory", "shown", "fits"),
+    [
+        ("24GB", "24.0 GB", "it does not fit. With --recompute full it would"),
+        ("32 GiB", "34.4 GB", "it fits."),
+        ("0.08t", "80.0 GB", "it fits."),
+        ("600MB", "600.0 MB", "it does not fit, whatever its settings."),
+    ],
+)
+def test_memory_of_another_machine_replaces_what_is_free_here(
+    capsys, monkeypatch, memory, shown, fits
+):
+    arguments = ("qwen3-8b", "--memory", memory)
+    text = printed(capsys, *arguments, free=10**6, monkeypatch=monkeypatch)
+    assert f"{shown} are what --memory says, not what is free here: {fits}" in text
+    assert ("yes" in text) == ("whatever" not in fits)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    {
+        "qwen3-7b": ["qwen3-8b", "qwen3-4b"],
+        "Qwen/Qwen3-8B": ["qwen3-8b"],
+        "qwen3-30b": ["qwen3-30b-a3b"],
+        "llama3.2-2b": ["llama-3.2-3b", "llama-3.2-1b"],
+        "gemma3-300m": ["gemma-3-270m", "gemma-3-1b"],
+        "lama-2-70b": ["llama-2-70b"],
+        "deepseek-v2": ["deepseek-v3"],
+        "zzzzz": [],
+        "9" * 10**5 + "b": [],
+    }.items(),
+)
+def test_an_unknown_name_brings_the_presets_of_its_family(name, near):
+    assert near_presets(name) == near
+
+
+def test_a_size_of_nothing_is_no_size():
+    (near,) = near_presets("qwen3-0b")
+    assert near.startswith("qwen3")
+
+
+def test_hub_names_are_planned_as_tune_loads_them(capsys, monkeypatch):
+    asked = []
+
+    def load_config(name):
+        asked.append(name)
+        if name == "some/model":
+            return config_of(LLAMA)
+        raise ModelError(f"{name} cannot be read.")
+
+    monkeypatch.setattr(veneer.plan.find, "load_config", load_config)
+    for command in ("plan", "inspect"):
+        assert run([command, "some/model"]) == 0
+        assert "of 134,515,008 parameters train" in re.sub(r"\s+", " ", capsys.readouterr().out)
+        assert run([command, "Qwen/Qwen3-8B"]) == 2
+        error = capsys.readouterr().err
+        assert "cannot be read. Presets need no hub; did you mean 'qwen3-8b'?" in error
+    assert asked == ["some/model", "Qwen/Qwen3-8B"] * 2
 
 
 def test_formulas_are_shown_when_asked_for(capsys):
@@ -117,6 +178,8 @@ def test_every_flag_is_explained(capsys, monkeypatch):
         (["gpt2", "--method", "full", "--bits", "4"], ["full trains weights"]),
         (["gpt2", "--method", "lor"], ["lor"]),
         (["gpt2", "--tokens", "0"], ["tokens_per_batch is 0"]),
+        (["qwen3-7b"], ["did you mean 'qwen3-8b' or 'qwen3-4b'?"]),
+        *((["gpt2", "--memory", size], ["such as 24GB or 80GiB"]) for size in ("24", "0GB", "x")),
     ],
 )
 def test_what_cannot_be_planned_ends_with_2_and_says_why(capsys, arguments, messages):
@@ -148,9 +211,20 @@ def test_what_a_config_leaves_out_is_what_transformers_builds():
     assert sizes_of(config_of({"model_type": "gpt2"})) == find_sizes("gpt2")
 
 
-def test_a_gguf_file_is_planned(capsys):
-    text = printed(capsys, str(locate("smollm2-135m")))
-    assert "134,515,008 parameters" in text
+def test_a_gguf_file_is_planned_and_a_directory_that_holds_only_it(capsys, tmp_path):
+    file = locate("smollm2-135m")
+    (tmp_path / "model.gguf").symlink_to(file)
+    for place in (file, tmp_path):
+        assert "134,515,008 parameters" in printed(capsys, str(place))
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "gpt-oss-20b"])
+def test_presets_and_configs_are_inspected(name, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS[name]), encoding="utf-8")
+    for model in (name, tmp_path / "config.json"):
+        assert run(["inspect", str(model)]) == 0
+        parameters = find_sizes(name).description.parameters
+        assert f"of {parameters:,} parameters train" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["{", "[]", b"\xff\xfe"])

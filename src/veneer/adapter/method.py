@@ -31,7 +31,8 @@ class Method:
 
     method: MethodName = "lora"
     """What trains: low-rank adapters, all weights (full), the last blocks (freeze), or virtual
-    tokens: their keys and values in each layer (prefix), or their embeddings (prompt)."""
+    tokens: their keys and values in each layer (prefix), or their embeddings (prompt). On the
+    command line, qlora is lora with --bits 4, and dora is lora with --dora."""
     trained_blocks: int | None = None
     """Blocks that freeze trains, the last ones; 2 unless given."""
     train_head: bool = False

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 from cyclopts.help import DefaultFormatter, HelpPanel, InlineText
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 from veneer.cli.console import show_error
 from veneer.cli.recipes import from_recipe
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
 
 
 class Paragraphs(DefaultFormatter):
@@ -95,10 +95,29 @@ app.command(
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     try:
-        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(
+            arguments,
+            console=Console(),  # of this call: cyclopts would keep an earlier one, and its width
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
     except (VeneerError, CycloptsError, OSError) as error:  # OSError: a full disk, for example
-        show_error(error)
+        show_error(_explained(error, arguments))
         return 2
     except KeyboardInterrupt:
         return 130
     return code or 0
+
+
+def _explained(error: Exception, arguments: Sequence[str]) -> Exception:
+    """Return an error of the command line with what to write instead, where that is known."""
+    from veneer.cli.other_names import our_name, with_commas
+
+    advice = None
+    if isinstance(error, UnknownOptionError):
+        flags = [name for argument in error.argument_collection for name in argument.names]
+        advice = our_name(error.token.keyword or error.token.value, flags)
+    elif isinstance(error, UnusedCliTokensError):
+        advice = with_commas(arguments, error.unused_tokens or ())
+    return ConfigError(f"{advice}.") if advice else error

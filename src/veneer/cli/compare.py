@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.cli.console import ERRORS, OUTPUT, bytes_text, new_table, print_wide, show_notice
-from veneer.cli.flags import Flat, Model, Switch
+from veneer.cli.flags import Flat, Model, Switch, refuse_preset
 from veneer.compare import run
 from veneer.compare.config import CompareConfig
 from veneer.compare.events import (
@@ -49,6 +49,7 @@ def compare(
     quiet: Annotated[Switch, Parameter(help="Print only errors.")] = False,
 ) -> int:
     """Return 0, 1 where runs failed, or 130 when the comparison was interrupted."""
+    refuse_preset(model)
     display = None if quiet else CompareDisplay()
     events = run.compare(model, data, settings, out=out, resume=resume, force=force)
     try:

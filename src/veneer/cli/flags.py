@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from veneer.errors import ModelError
+from veneer.plan.presets import PRESETS
 from veneer.quant.settings import Bits
 from veneer.training.recipe import DType
 
@@ -30,6 +32,15 @@ PackHead = Annotated[bool, Parameter(help="With --bits, quantize the head too.")
 Picture = Annotated[
     Path | None, Parameter(help="Draw it too, as a heat map of blocks and kinds of layers.")
 ]
+
+
+def refuse_preset(model: str) -> None:
+    """Raise ModelError for a preset that has no weights, where weights are needed."""
+    if model in PRESETS and model not in ("minigpt", "smollm2-135m") and not Path(model).exists():
+        raise ModelError(
+            f"{model!r} is a preset of veneer plan and veneer inspect: shapes without weights. "
+            "Name a directory, a .gguf file or a hub name (owner/model)."
+        )
 
 
 @dataclass(frozen=True)

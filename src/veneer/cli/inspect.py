@@ -12,7 +12,7 @@ from rich.table import Table
 
 from veneer.adapter.config import LoRA
 from veneer.cli.console import OUTPUT, print_wide, quieten_libraries, show_notice
-from veneer.cli.flags import Flat, Model, Picture
+from veneer.cli.flags import Flat, Picture
 from veneer.cli.grid import Panel, draw_heatmaps, grid_table
 from veneer.cli.tables import span, target_summary, target_table
 from veneer.errors import ConfigError
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Model,
+    model: Annotated[
+        str,
+        Parameter(
+            help="Adapter; or a base: preset (qwen3-8b, ...), config.json, directory, .gguf file, "
+            "or hub name."
+        ),
+    ],
     /,
     *,
     lora: Annotated[LoRA | None, Flat] = None,  # None: none of its flags is there
@@ -32,7 +38,8 @@ def inspect(
     """Tell an adapter's directory from a model by what is in it."""
     from veneer.adapter.report import report_targets
     from veneer.formats.adapters import holds_adapter
-    from veneer.models.load import load_skeleton
+    from veneer.models.load import skeleton_of
+    from veneer.plan.find import find_config
 
     quieten_libraries()
     if holds_adapter(Path(model)):
@@ -42,7 +49,7 @@ def inspect(
         return
     if picture is not None:
         raise ConfigError(f"--picture is of an adapter, and {model} holds none.")
-    report = report_targets(load_skeleton(model), lora or LoRA())
+    report = report_targets(skeleton_of(find_config(model)), lora or LoRA())
     OUTPUT.print(target_table(report))
     OUTPUT.print(target_summary(report))
     if report.uncovered:

@@ -26,8 +26,13 @@ from veneer.quant.settings import quantization_of
 WIDTH = 100
 
 
-def show_plan(model: str, lora: LoRA, config: PlanConfig, *, formulas: bool) -> None:
-    """Print the plan of training `model`, beside other methods and what is free here."""
+def show_plan(
+    model: str, lora: LoRA, config: PlanConfig, *, memory: int | None = None, formulas: bool
+) -> None:
+    """Print the plan of training `model`, beside other methods and what is free.
+
+    memory: the bytes of another machine, to judge by instead of what is free here.
+    """
     quieten_libraries()
     settings = find_config(model)
     sizes, quantization = sizes_of(settings), quantization_of(settings.to_dict())
@@ -40,7 +45,8 @@ def show_plan(model: str, lora: LoRA, config: PlanConfig, *, formulas: bool) -> 
             pack_head=quantization.head,
             mapped=True,
         )
-    plan, free = make_plan(config, sizes, adapted_layers(sizes, lora)), free_bytes()
+    plan = make_plan(config, sizes, adapted_layers(sizes, lora))
+    free = free_bytes() if memory is None else memory
     output = Console(highlight=False, width=WIDTH)
     output.print(f"[bold]{escape(model)}[/]  {summary(sizes)}\n")
     output.print(layers_table(plan))
@@ -53,7 +59,7 @@ def show_plan(model: str, lora: LoRA, config: PlanConfig, *, formulas: bool) -> 
         output.print(f"[yellow]{escape(missing)}[/]")
     for remark in remarks(plan.share, plan.trained.adapted):
         output.print(f"[yellow]{escape(remark)}[/]")
-    for line in (*notes(plan), verdict(plan, free)):
+    for line in (*notes(plan), verdict(plan, free, elsewhere=memory is not None)):
         output.print(line)
 
 
@@ -164,12 +170,17 @@ def notes(plan: Plan) -> list[str]:
     ]
 
 
-def verdict(plan: Plan, free: int | None) -> str:
-    """Return whether the plan fits this machine and, if not, what would make it fit."""
+def verdict(plan: Plan, free: int | None, *, elsewhere: bool = False) -> str:
+    """Return whether the plan fits `free` bytes and, if not, what would make it fit.
+
+    elsewhere: these are of another machine than this one.
+    """
     peak = bytes_text(plan.memory.peak)
     if free is None:
         return f"Peak {peak}; how much is free here, this system does not say."
-    here = f"Peak {peak}; {bytes_text(free)} are free here"
+    here = f"Peak {peak}; {bytes_text(free)} are " + (
+        "what --memory says, not what is free here" if elsewhere else "free here"
+    )
     if plan.memory.peak <= free:
         return f"[green]{here}: it fits.[/]"
     better = gentlest(plan, free)

@@ -9,8 +9,12 @@ from typing import Any
 import yaml
 from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
+from cyclopts.token import Token
 
 from veneer.errors import ConfigError, nearest
+
+# Methods that are LoRA with other settings: tune runs, and keeps in recipe.yaml, what they mean.
+SHORT: dict[str, dict[str, Any]] = {"qlora": {"bits": 4}, "dora": {"dora": True}}
 
 
 def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -18,6 +22,7 @@ def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
 
     Raises ConfigError, with the problems of all groups of settings at once.
     """
+    _spell_out_method(arguments)
     (argument,) = [argument for argument in arguments if "--config" in argument.names]
     if argument.tokens:
         path = Path(argument.tokens[-1].value)
@@ -36,6 +41,21 @@ def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         raise ConfigError("\n".join(problems))
 
 
+def _spell_out_method(arguments: ArgumentCollection) -> None:
+    """Replace a short name of LoRA on the command line by the flags that it is short for."""
+    flags = {name: argument for argument in arguments for name in argument.names}
+    method = flags["--method"]
+    if not method.tokens or method.tokens[-1].value not in SHORT:
+        return
+    short = method.tokens[-1].value
+    method.tokens[-1] = method.tokens[-1].evolve(value="lora")
+    for key, value in SHORT[short].items():
+        if any(token.implicit_value is False for token in flags[f"--{key}"].tokens):
+            raise ConfigError(f"--method {short} and --no-{key} exclude each other.")
+        if not flags[f"--{key}"].tokens:  # --bits 8 stays
+            flags[f"--{key}"].append(Token(keyword=f"--{key}", value=str(value), source="cli"))
+
+
 def _read(path: Path, names: set[str]) -> dict[str, Any]:
     """Return a recipe's settings, each as its flag would take it."""
     try:
@@ -49,7 +69,15 @@ def _read(path: Path, names: set[str]) -> dict[str, Any]:
     flags = {name.replace("-", "_") for name in names}
     unknown = [key for key in map(str, settings) if key.replace("-", "_") not in flags]
     if unknown:
-        problems = "; ".join(f"{key!r} is unknown{nearest(key, flags)}" for key in unknown)
+        from veneer.cli.other_names import our_name
+
+        problems = "; ".join(
+            our_name(key, flags) or f"{key!r} is unknown{nearest(key, flags)}" for key in unknown
+        )
         raise ConfigError(f"The recipe {path} cannot be followed: {problems}.")
+    short = settings.get("method")
+    if isinstance(short, str) and short in SHORT:
+        meant = {key: settings.get(key) or value for key, value in SHORT[short].items()}
+        settings |= {"method": "lora"} | meant
     # A pattern may hold dots, which cyclopts would take for deeper levels, but not within JSON.
     return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in settings.items()}

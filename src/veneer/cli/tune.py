@@ -16,7 +16,7 @@ import veneer
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice
-from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch
+from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch, refuse_preset
 from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
 from veneer.errors import VeneerError
@@ -55,6 +55,7 @@ def tune(
     quiet: Annotated[Switch, Parameter(help="Print only errors.")] = False,
 ) -> int:
     """Return 0, or 130 when the run was interrupted. `config` is read before this is called."""
+    refuse_preset(model)
     recipe = Recipe(
         model=model,
         data=data,

@@ -24,21 +24,20 @@ def _qwen2(*sizes: int, tied: bool) -> Config:
 def _qwen3(
     dim: int, inner: int, depth: int, heads: int, *, tied: bool = False, **others: Any
 ) -> Config:
-    return _llama(
-        *(dim, inner, depth, heads, 8, 151936, 40960),
-        **{"model_type": "qwen3", "head_dim": 128, "tie_word_embeddings": tied} | others,
-    )
+    settings: Config = {"model_type": "qwen3", "head_dim": 128, "tie_word_embeddings": tied}
+    return _llama(dim, inner, depth, heads, 8, 151936, 40960) | settings | others
 
 
 def _gemma3(
     dim: int, inner: int, depth: int, heads: int, kv_heads: int, head_dim: int, **others: Any
 ) -> Config:
     """The text part of the larger ones: published beside a vision tower, which is not counted."""
-    window = {"sliding_window": 1024, "head_dim": head_dim}
-    return _llama(
-        *(dim, inner, depth, heads, kv_heads, 262208, 131072),
-        **{"model_type": "gemma3_text"} | window | others,
-    )
+    settings: Config = {
+        "model_type": "gemma3_text",
+        "head_dim": head_dim,
+        "sliding_window": 1024,
+    }
+    return _llama(dim, inner, depth, heads, kv_heads, 262208, 131072) | settings | others
 
 
 def _gpt_oss(depth: int, experts: int) -> Config:
