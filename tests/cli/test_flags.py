@@ -61,6 +61,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
     "rows": {
         "limit": (9, 9),
         "max_length": (77, 77),
+        "long_rows": ("drop", "drop"),
         "eval_rows": (5, 5),
         "eval_data": ("held/out.jsonl", Path("held/out.jsonl")),
         "skip_bad_rows": (True, True),
@@ -146,6 +147,7 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
     usual = default(group, name)
     overriding = {
         "layers": "2:",
+        "long_rows": "cut",
         "targets": "all",
         "rank_pattern": {"k_proj": 1},
         "alpha_pattern": {"k_proj": 2.0},

@@ -240,11 +240,14 @@ def test_all_rows_at_once_are_each_row_alone(tokenizers, rows):
     encoder = Encoder(styled(tokenizers["bytes-trimmed"], LLAMA3), max_length=30)
     located = [Located(row, Place("f", n)) for n, row in enumerate(rows)]
     alone = [encoder.encode(row) for row in located]
+    for row, example in zip(located, alone, strict=True):
+        examples, problems = encode_rows(encoder, [row])
+        assert examples[:1] == [example] * bool(example.label_tokens)
+        assert [str(p.place) for p in problems] == [example.where] * (not example.label_tokens)
+    each = [encode_rows(encoder, [row]) for row in located]
     examples, problems = encode_rows(encoder, located)
-    assert examples == [example for example in alone if example.label_tokens]
-    assert [str(problem.place) for problem in problems] == [
-        example.where for example in alone if not example.label_tokens
-    ]
+    assert examples == [example for one_row, _ in each for example in one_row]
+    assert problems == [problem for _, one_row in each for problem in one_row]
 
 
 def test_rows_that_the_template_refuses_are_all_named(tokenizers):

@@ -6,7 +6,7 @@ import pytest
 
 import veneer
 from veneer.data import sources
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError
 from veneer.training.events import DataReady, ModelReady, Notice
 
 
@@ -82,3 +82,29 @@ def test_valid_files_are_rows_to_evaluate_on(tmp_path):
         veneer.Recipe("base", tmp_path, training=evaluated)
     (tmp_path / "valid.jsonl").touch()
     veneer.Recipe("base", tmp_path, training=evaluated)
+
+
+def test_how_texts_become_rows_is_said(minigpt_home, tmp_path):
+    data = tmp_path / "notes.txt"
+    data.write_text("A short one.\n\n" + "A dog says woof. " * 20)
+    events = before_training(minigpt_home, data, tmp_path / "out", max_length=32)
+    notices = " ".join(event.text for event in events if isinstance(event, Notice))
+    assert "each paragraph, up to a blank line, is a row" in notices
+    assert "1 row longer than 32 tokens split" in notices
+    (ready,) = (event for event in events if isinstance(event, DataReady))
+    assert ready.summary.rows > 2
+    assert (ready.summary.lost, ready.summary.longest <= 32) == (0, True)
+    dropped = before_training(minigpt_home, data, tmp_path / "out", max_length=32, long_rows="drop")
+    (ready,) = (event for event in dropped if isinstance(event, DataReady))
+    assert (ready.summary.rows, ready.summary.dropped) == (1, 1)
+
+
+def test_data_of_which_nothing_is_short_enough_is_refused(minigpt_home, tmp_path):
+    data = tmp_path / "notes.txt"
+    data.write_text("A dog says woof. " * 20)
+    with pytest.raises(DataError, match="all rows are longer than --max-length"):
+        before_training(minigpt_home, data, tmp_path / "out", max_length=9, long_rows="drop")
+    with pytest.raises(
+        ConfigError, match="long_rows is 'shorten', but must be one of cut, split, drop, error"
+    ):
+        veneer.DataConfig(long_rows="shorten")

@@ -31,6 +31,7 @@ from veneer.training.events import (
 )
 
 LINES = 20  # progress lines of a whole run where there is no terminal for a live bar
+LOST_MUCH = 0.01  # of all tokens; a larger share is shown in red
 SHOWN_EXAMPLE = 1200  # characters of the example that are shown
 
 
@@ -125,8 +126,16 @@ class RunDisplay:
             f"{summary.label_tokens:,} of them trained",
             f"longest row {summary.longest:,}",
         ]
-        if summary.truncated:
-            counts.append(f"[yellow]{summary.truncated:,} cut off[/]")
+        if summary.lost:
+            colour = "red" if summary.lost_share > LOST_MUCH else "yellow"
+            causes = {
+                "cut off": summary.truncated,
+                "left out as too long": summary.dropped,
+                "with turns behind the last answer": summary.unread,
+            }
+            rows = ", ".join(f"{count:,} {cause}" for cause, count in causes.items() if count)
+            share = f"{summary.lost_share:.2%} of all tokens lost"
+            counts.append(f"[{colour}]{share} (rows: {rows})[/]")
         if event.skipped:
             counts.append(f"[yellow]{event.skipped:,} bad rows left out[/]")
         if event.held_out:

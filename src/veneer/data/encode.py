@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise, takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from veneer.data.chat import Chat, start_tokens
+from veneer.data.pieces import pieces_of
 from veneer.data.problems import Located, Place, Problem
-from veneer.data.rows import PlainText, Row
+from veneer.data.rows import LongRows, PlainText, Row
 from veneer.data.spans import Span, tokens_in_spans
 from veneer.errors import DataError
 
@@ -28,14 +29,16 @@ _ROWS_AT_ONCE = 1024
 class Example:
     """One row as tokens. `labels[i]` is `tokens[i]` where that is learnt, else -100.
 
-    The first token follows nothing, so it is never learnt. `truncated` counts the tokens that
-    were cut off at the end.
+    The first token follows nothing, so it is never learnt. `truncated` counts the tokens of the
+    row that no example holds because of the length, `unread` those of the turns behind the last
+    answer.
     """
 
     tokens: list[int]
     labels: list[int]
     where: str
     truncated: int
+    unread: int = 0
 
     @property
     def label_tokens(self) -> int:
@@ -51,10 +54,15 @@ class Rendered:
     spans: list[Span]
     place: Place
     whole: bool
+    unread: str = ""
 
 
 class Encoder:
-    """Turns rows into examples of at most `max_length` tokens, the first ones of each row.
+    """Turns rows into examples of at most `max_length` tokens.
+
+    Of a longer row, `long_rows` says what becomes: cut keeps its first tokens, split makes it
+    several examples, drop leaves it out, error makes it a problem. None splits texts and cuts
+    conversations. `dropped` has the tokens of each row left out, `split` counts the rows split.
 
     A conversation is written with the model's chat template, or with `PLAIN_TEMPLATE` where it
     has none (`uses_plain_template`); its answers are learnt, each with the token that ends it.
@@ -62,7 +70,13 @@ class Encoder:
     Raises DataError for a tokenizer that cannot say where its tokens are in the text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        long_rows: LongRows | None = None,
+    ) -> None:
         assert max_length > 0
         if not tokenizer.is_fast:
             raise DataError(
@@ -75,12 +89,15 @@ class Encoder:
         self._eos: int | None = tokenizer.eos_token_id
         self._continues = _continues(tokenizer)
         self._max_length = max_length
+        self._long_rows = long_rows
+        self.dropped: list[int] = []
+        self.split = 0
         self.uses_plain_template = self._chat.plain
 
     def encode(self, row: Located[Row]) -> Example:
-        """Return one row as an example. Raises DataError, naming the row."""
+        """Return one row as an example, its first piece. Raises DataError, naming the row."""
         try:
-            return self.tokenise([self.render(row)])[0]
+            return self.tokenise([self.render(row)])[0][0]
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from error
 
@@ -90,10 +107,19 @@ class Encoder:
             text = row.value.text
             return Rendered(text, [(0, len(text))], row.place, whole=True)
         text, spans = self._chat.conversation(row.value)
-        return Rendered(text, spans, row.place, whole=False)
+        turns = takewhile(lambda m: m.role != "assistant" or not m.learn, row.value.messages[::-1])
+        unread = "\n".join(turn.content for turn in reversed(list(turns)))
+        return Rendered(text, spans, row.place, whole=False, unread=unread)
 
-    def tokenise(self, rendered: Sequence[Rendered]) -> list[Example]:
-        """Return the examples of rendered rows, tokenised in one call."""
+    def long_rows(self, row: Rendered) -> LongRows:
+        """Return what becomes of this row if it is too long."""
+        return self._long_rows or ("split" if row.whole else "cut")
+
+    def tokenise(self, rendered: Sequence[Rendered]) -> list[list[Example]]:
+        """Return the examples of each rendered row, tokenised in one call.
+
+        A row is several only where it is split, and else has its first tokens.
+        """
         segments = [self._segments(row) for row in rendered]
         encoded = self._tokenizer(
             [row.text[a:b] for row, cuts in zip(rendered, segments, strict=True) for a, b in cuts],
@@ -107,7 +133,7 @@ class Encoder:
         )
         tokenised = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [
-            self._example(row, cuts, list(islice(tokenised, len(cuts))))
+            self._examples(row, cuts, list(islice(tokenised, len(cuts))))
             for row, cuts in zip(rendered, segments, strict=True)
         ]
 
@@ -120,9 +146,9 @@ class Encoder:
         starts = [start for start, _ in row.spans if start > 0] if self._continues else []
         return list(pairwise([0, *starts, len(row.text)]))
 
-    def _example(
+    def _examples(
         self, row: Rendered, segments: list[Span], tokenised: list[tuple[list[int], list[Span]]]
-    ) -> Example:
+    ) -> list[Example]:
         """Return a row as tokens and labels. This is where the mask of the loss is made."""
         tokens: list[int] = []
         offsets: list[Span] = []
@@ -131,17 +157,49 @@ class Encoder:
             offsets += [(first + start, first + end) for start, end in spans]
         learnt = tokens_in_spans(offsets, row.spans)
         labels = np.where(learnt, tokens, UNLABELLED).tolist()
+        start: list[int] = []
         if row.whole:
+            start = self._start
             end = [] if self._eos is None or tokens[-1:] == [self._eos] else [self._eos]
-            tokens = [*self._start, *tokens, *end]
-            labels = [*[UNLABELLED] * len(self._start), *labels, *end]
+            tokens, labels = [*tokens, *end], [*labels, *end]
+            offsets += [(len(row.text), len(row.text))] * len(end)
+        size = max(1, self._max_length - len(start))
+        least = 1 if start else 2  # so that each piece has a token to learn
+        if len(tokens) <= size or self.long_rows(row) != "split":
+            spans = [(0, min(len(tokens), size))]
+        else:
+            turn_ends = [] if row.whole else [behind for _, behind in row.spans]
+            spans = pieces_of(row.text, offsets, size=size, least=least, turn_ends=turn_ends)
+            first, behind = spans[-1]
+            if behind - first < least <= size:
+                spans[-1] = (behind - least, behind)  # one token is in two pieces
+        examples = [
+            self._example(row, start, tokens[first:behind], labels[first:behind])
+            for first, behind in spans
+        ]
+        # What has nothing to learn is no example, but of a row that has nothing the first is.
+        examples = [example for example in examples if example.label_tokens] or examples[:1]
+        held = sum(len(example.tokens) - len(start) for example in examples)
+        unread = 0
+        if row.unread:
+            unread = len(self._tokenizer(row.unread, add_special_tokens=False)["input_ids"])
+        truncated = max(0, len(tokens) - held)
+        examples[0] = replace(examples[0], truncated=truncated, unread=unread)
+        if len(examples) > 1:
+            self.split += 1
+            examples = [
+                replace(example, where=f"{row.place}, piece {number}")
+                for number, example in enumerate(examples, start=1)
+            ]
+        return examples
+
+    def _example(
+        self, row: Rendered, start: list[int], tokens: list[int], labels: list[int]
+    ) -> Example:
+        tokens = [*start, *tokens][: self._max_length]
+        labels = [*[UNLABELLED] * len(start), *labels][: self._max_length]
         labels[:1] = [UNLABELLED] * len(labels[:1])
-        return Example(
-            tokens[: self._max_length],
-            labels[: self._max_length],
-            str(row.place),
-            truncated=max(0, len(tokens) - self._max_length),
-        )
+        return Example(tokens, labels, str(row.place), truncated=0)
 
 
 def encode_rows(
@@ -158,11 +216,20 @@ def encode_rows(
     examples: list[Example] = []
     for first in range(0, len(rendered), _ROWS_AT_ONCE):
         chunk = rendered[first : first + _ROWS_AT_ONCE]
-        for text, example in zip(chunk, encoder.tokenise(chunk), strict=True):
-            if example.label_tokens:
-                examples.append(example)
+        for row_text, pieces in zip(chunk, encoder.tokenise(chunk), strict=True):
+            example, long_rows = pieces[0], encoder.long_rows(row_text)
+            total = len(example.tokens) + example.truncated
+            if example.truncated and long_rows == "drop":
+                encoder.dropped.append(total)
+            elif example.truncated and long_rows == "error":
+                most = len(example.tokens)
+                problems.append(
+                    Problem(row_text.place, f"{total} tokens, more than the {most} of --max-length")
+                )
+            elif example.label_tokens:
+                examples += pieces
             else:
-                problems.append(Problem(text.place, _why_no_label(example)))
+                problems.append(Problem(row_text.place, _why_no_label(example)))
     return examples, problems
 
 
@@ -171,7 +238,7 @@ def _why_no_label(example: Example) -> str:
         total = len(example.tokens) + example.truncated
         return (
             f"no token to learn: its first answer begins beyond the {len(example.tokens)} tokens "
-            f"that are kept of {total}; raise --max-length"
+            f"that are kept of {total}; raise --max-length, or give --long-rows split"
         )
     return "no token to learn: the row is a single token"
 
@@ -192,10 +259,22 @@ class Summary:
     label_tokens: int
     truncated: int
     longest: int
+    lost: int = 0
+    dropped: int = 0
+    unread: int = 0
+
+    @property
+    def lost_share(self) -> float:
+        """The share of all tokens that no example holds."""
+        return self.lost / max(1, self.tokens + self.lost)
 
 
-def summarize(examples: Sequence[Example]) -> Summary:
-    """Count rows and tokens; `truncated` is in rows, `longest` in tokens."""
+def summarize(examples: Sequence[Example], dropped: Sequence[int] = ()) -> Summary:
+    """Count rows and tokens; `dropped` are the tokens of each row that was left out as too long.
+
+    `truncated`, `dropped` and `unread` (with turns behind the last answer) are in rows, `longest`
+    and `lost` in tokens.
+    """
     lengths = [len(example.tokens) for example in examples]
     return Summary(
         rows=len(examples),
@@ -203,4 +282,7 @@ def summarize(examples: Sequence[Example]) -> Summary:
         label_tokens=sum(example.label_tokens for example in examples),
         truncated=sum(example.truncated > 0 for example in examples),
         longest=max(lengths, default=0),
+        lost=sum(example.truncated + example.unread for example in examples) + sum(dropped),
+        dropped=len(dropped),
+        unread=sum(example.unread > 0 for example in examples),
     )

@@ -10,6 +10,7 @@ from veneer.data.encode import Encoder, Example, encode_rows
 from veneer.data.problems import Located, Problem
 from veneer.data.rows import Row
 from veneer.data.sources import check, read_rows
+from veneer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,4 +44,6 @@ def good_examples(
     """Return what `load_examples` does, from what `read_rows` returned."""
     examples, more = encode_rows(encoder, rows)
     problems = [*problems, *more]
+    if encoder.dropped and not examples and not problems:
+        raise DataError("all rows are longer than --max-length; raise it, or let --long-rows split")
     return check(examples, problems, skip_bad_rows=skip_bad_rows), len(problems)

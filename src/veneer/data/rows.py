@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from veneer.data.messages import (
     ROLES,
@@ -24,6 +25,7 @@ from veneer.errors import nearest
 __all__ = [
     "ROLES",
     "Conversation",
+    "LongRows",
     "Message",
     "PlainText",
     "Row",
@@ -56,6 +58,7 @@ class PlainText:
 
 
 Row = Conversation | PlainText
+LongRows = Literal["cut", "split", "drop", "error"]  # what becomes of rows that are too long
 
 
 def parse_row(value: object) -> Row:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import LEARNING_RATES, Method
-from veneer.checks import check_config, whole_number
+from veneer.checks import check_config, one_of, whole_number
+from veneer.data.rows import LongRows
 from veneer.data.sources import has_valid_files
 from veneer.quant.settings import Bits
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
@@ -24,7 +25,10 @@ class DataConfig:
     limit: int | None = None
     """Use only this many rows, the first ones."""
     max_length: int = 1024
-    """Longest row in tokens; the rest of a longer one is cut off and counted."""
+    """Longest row in tokens."""
+    long_rows: LongRows | None = None
+    """What becomes of longer rows: split keeps all, in several rows; cut keeps the beginning; drop
+    leaves them out; error refuses them. If not given, texts are split and chats are cut."""
     eval_rows: int = 0
     """Rows to hold out for evaluation, drawn at random."""
     eval_data: Path | None = None
@@ -42,6 +46,7 @@ class DataConfig:
                 "limit": whole_number(1),
                 "max_length": whole_number(2),
                 "eval_rows": whole_number(0),
+                "long_rows": one_of(LongRows),
             },
             contradictions={
                 "eval_rows and eval_data exclude each other": bool(

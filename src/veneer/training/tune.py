@@ -71,6 +71,7 @@ YOUNGER = {
     "train_norms": False,
     "dora": False,
     "lora_fa": False,
+    "long_rows": None,
 }
 
 
@@ -202,14 +203,15 @@ def _load_data(recipe: Recipe, base: Base) -> _Data:
     context = context_left(base.model, recipe.method.virtual_tokens or 0)
     max_length = min(settings.max_length, context or settings.max_length)
     skip_bad_rows = settings.skip_bad_rows
-    encoder = Encoder(tokenizer, max_length=max_length)
+    encoder = Encoder(tokenizer, max_length=max_length, long_rows=settings.long_rows)
     examples, skipped = good_examples(rows, problems, encoder, skip_bad_rows=skip_bad_rows)
     held_out: list[Example] = []
     splits = splits_of(recipe.data)
     uses_valid = bool(splits.valid) and settings.eval_data is None and not settings.eval_rows
     if eval_data := recipe.data if uses_valid else settings.eval_data:
         eval_rows, problems = read_rows(eval_data, split="valid")
-        held_out, more = good_examples(eval_rows, problems, encoder, skip_bad_rows=skip_bad_rows)
+        evaluated = Encoder(tokenizer, max_length=max_length, long_rows=settings.long_rows)
+        held_out, more = good_examples(eval_rows, problems, evaluated, skip_bad_rows=skip_bad_rows)
         rows = [*rows, *eval_rows]
         skipped += more
     elif settings.eval_rows:
@@ -219,7 +221,7 @@ def _load_data(recipe: Recipe, base: Base) -> _Data:
         held_out = [examples[i] for i in evaluation]
         examples = [examples[i] for i in training]
     ready = DataReady(
-        summarize(examples),
+        summarize(examples, encoder.dropped),
         summarize(held_out) if held_out else None,
         skipped,
         preview(examples[0], tokenizer),
@@ -228,6 +230,13 @@ def _load_data(recipe: Recipe, base: Base) -> _Data:
     notices = []
     if splits.valid or splits.test or splits.others:
         notices.append(_about_splits(splits, uses_valid=uses_valid))
+    if any(file.suffix.lower() in (".txt", ".md") for file in splits.train):
+        notices.append("In .txt and .md files each paragraph, up to a blank line, is a row.")
+    if encoder.split:
+        notices.append(
+            f"{_rows(encoder.split)} longer than {max_length:,} tokens split at the ends of "
+            "paragraphs or sentences; nothing is lost by that."
+        )
     if encoder.uses_plain_template:
         notices.append("The tokenizer has no chat template; turns are written as plain lines.")
     if unused := unused_keys(row.value for row in rows):
