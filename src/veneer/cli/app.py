@@ -9,7 +9,7 @@ from cyclopts.help import DefaultFormatter, HelpPanel, InlineText
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
-from veneer.cli.console import show_error
+from veneer.cli.console import ERRORS, show_error
 from veneer.cli.recipes import from_recipe
 from veneer.errors import ConfigError, VeneerError
 
@@ -106,6 +106,7 @@ def run(arguments: Sequence[str]) -> int:
         show_error(_explained(error, arguments))
         return 2
     except KeyboardInterrupt:
+        ERRORS.print("Interrupted.")
         return 130
     return code or 0
 

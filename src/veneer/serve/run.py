@@ -177,12 +177,14 @@ class Ending:
 
     @contextmanager
     def on_signal(self) -> Iterator[None]:
-        """Within, SIGTERM ends no process: uvicorn raises again the signal that stopped it."""
-        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        """Within, no signal ends the process: uvicorn raises again the one that stopped it."""
+        ending = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, lambda *_: None) for number in ending}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             self._cut.cancel()
 
 

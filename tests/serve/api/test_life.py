@@ -189,15 +189,16 @@ def test_a_port_in_use_is_an_error(process, home, capsys):
     assert f"Cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
-def test_a_long_stream_is_cut_properly_once_its_time_is_over(home):
-    end_in_a_stream(start(home, "--drain-seconds", "0.2"), home.name)
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_a_long_stream_is_cut_properly_once_its_time_is_over(by, home):
+    end_in_a_stream(start(home, "--drain-seconds", "0.2"), home.name, by=by)
 
 
 def test_sigterm_lets_a_stream_end_properly(process, home):
     end_in_a_stream(process, home.name)  # the last test that the process serves
 
 
-def end_in_a_stream(served: Process, model: str) -> None:
+def end_in_a_stream(served: Process, model: str, *, by: int = signal.SIGTERM) -> None:
     port = int(served.url.rpartition(":")[2])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     # To the end of the context, which takes a while.
@@ -206,7 +207,7 @@ def end_in_a_stream(served: Process, model: str) -> None:
     connection.request("POST", "/v1/completions", json.dumps(body | {"n": 8}), headers)
     response = connection.getresponse()
     got = response.readline()
-    served.process.send_signal(signal.SIGTERM)
+    served.process.send_signal(by)
     got += response.read()
     events = [line[6:] for line in got.decode().splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
