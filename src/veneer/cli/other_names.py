@@ -52,7 +52,7 @@ OTHERS = {
 NOTES = {
     "targets": "names are separated by commas, as in --targets q_proj,v_proj",
     "warmup": "it counts steps or, below 1, is a share of all steps",
-    "layers": "blocks are given as slices, as in --layers 0:12, or -16: for the last 16",
+    "layers": "blocks are spelt as slices, as in --layers 0:12, or -16: for the last 16",
     "tokens_per_batch": "it counts the tokens of one pass, not rows: rows times their mean length",
     "tokens_per_step": "it counts the tokens of an optimizer step, whatever the passes",
 }
@@ -65,17 +65,19 @@ def our_name(name: str, flags: Collection[str]) -> str | None:
 
     name: a flag of the command line, or a key of a recipe.
     """
-    given = name.partition("=")[0]
-    flag = OURS.get(given.lstrip("-").replace("-", "_").lower(), "")
+    spelt = name.partition("=")[0]
+    flag = OURS.get(spelt.lstrip("-").replace("-", "_").lower(), "")
     ours, _, value = flag.partition(" ")
-    if ours.replace("_", "-") not in {known.strip("-").replace("_", "-") for known in flags}:
+    if ours.replace("_", "-") not in {
+        flag_name.strip("-").replace("_", "-") for flag_name in flags
+    }:
         return None
-    if given.startswith("-"):
+    if spelt.startswith("-"):
         ours_there = " ".join(["--" + ours.replace("_", "-"), *([value] if value else [])])
     else:
         ours_there = f"{ours}: {value}" if value else ours
     note = f"; {NOTES[ours]}" if ours in NOTES else ""
-    return f"{given} is called {ours_there} here{note}"
+    return f"{spelt} is called {ours_there} here{note}"
 
 
 def with_commas(arguments: Sequence[str], unused: Collection[str]) -> str | None:

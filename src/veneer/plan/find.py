@@ -85,8 +85,8 @@ def near_presets(name: str) -> list[str]:
     name = name.rpartition("/")[2].lower()
     families: dict[str, dict[str, float]] = defaultdict(dict)
     for preset in PRESETS:
-        if parts := _family_and_size(preset):
-            families[parts[0]][preset] = parts[1]
+        if sized := _family_and_size(preset):
+            families[sized[0]][preset] = sized[1]
     asked = _family_and_size(name)
     family = closest(asked[0], families, likeness=0.7) if asked else None
     if asked is None or family is None:
