@@ -213,7 +213,8 @@ def test_a_path_with_brackets_is_shown_as_it_is(minigpt_home, data, tmp_path, ca
 
 def test_a_row_longer_than_the_model_s_context_is_cut_off_there(minigpt_home, tmp_path, capsys):
     data = tmp_path / "long.jsonl"
-    data.write_text(json.dumps({"text": "A dog says woof. " * 200}) + "\n")
+    row = {"prompt": "What does a dog say?", "completion": "A dog says woof. " * 200}
+    data.write_text(json.dumps(row) + "\n")
     out = tmp_path / "out"
     assert run(["tune", str(minigpt_home), str(data), "--steps", "1", "--out", str(out)]) == 0
     assert "longest row 256" in capsys.readouterr().out.replace("\n", " ")
