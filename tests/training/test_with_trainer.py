@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import veneer
 from support.closeness import assert_no_further
-from support.random_adapters import logits, same, snapshot, targets_named, trained_weights
+from support.random_adapters import (
+    base_tensors,
+    logits,
+    same,
+    snapshot,
+    targets_named,
+    trained_weights,
+)
 from support.tiny_models import tiny
 from support.trainers import STEPS, batches, sft_losses, trainer, trainer_losses
 from veneer.training.with_trainer import ADAPTER
@@ -80,6 +88,69 @@ def test_the_adapter_lies_in_each_checkpoint_and_beside_them(form):
         outputs[place] = logits(fresh)
     assert torch.equal(outputs["."], logits(model.eval()))
     assert not torch.equal(outputs["checkpoint-2"], outputs["checkpoint-4"])
+
+
+class TestCheckpointsOfTheAdapterAlone:
+    @staticmethod
+    def run(model: Any, **options: Any) -> Any:
+        """Return a Trainer that saves after three steps, with the callback."""
+        options = {"save_strategy": "steps", "save_steps": 3} | options
+        return trainer(model, BATCHES, callbacks=[veneer.SaveAdapter()], **options)
+
+    @pytest.mark.parametrize(
+        ("architecture", "options"),
+        [
+            ("llama", {"dora": True, "dropout": 0.3}),
+            ("mixtral", {"init": "pissa"}),
+        ],
+    )
+    def test_they_hold_no_tensor_of_the_base_and_resume(self, architecture, options, caplog):
+        whole = new_model(architecture, **options)
+        undisturbed = self.run(whole)
+        undisturbed.train()
+        written = load_file("trained/checkpoint-3/model.safetensors")
+        assert not written.keys() & base_tensors(tiny(architecture)).keys()
+        assert {*trained_weights(whole)} <= {*written}
+        assert not Path("trained/checkpoint-3/config.json").exists()
+        again = new_model(architecture, **options)
+        resumed = self.run(again, save_strategy="no")
+        resumed.train(resume_from_checkpoint="trained/checkpoint-3")
+        assert resumed.losses == undisturbed.losses[3:]
+        assert same(trained_weights(again), trained_weights(whole))
+        assert "missing keys" not in caplog.text
+        plain = veneer.merge(whole)
+        plain.save_pretrained("merged")
+        assert same(snapshot(AutoModelForCausalLM.from_pretrained("merged")), snapshot(plain))
+
+    def test_a_classifier_that_trains_beside_the_adapter_is_in_them(self):
+        def model() -> Any:
+            model = veneer.attach(tiny("bert"), veneer.LoRA(rank=2, targets="all"), seed=0)
+            model.classifier.requires_grad_(True)
+            return model
+
+        rows = [{**batch, "labels": batch["labels"][:, -1] % 2} for batch in BATCHES]
+        runs = []
+        for resume in (None, "trained/checkpoint-3"):
+            runs.append(
+                trainer(
+                    model(),
+                    rows,
+                    callbacks=[veneer.SaveAdapter()],
+                    save_strategy="no" if resume else "steps",
+                    save_steps=3,
+                )
+            )
+            with pytest.warns(veneer.VeneerWarning, match="classifier"):
+                runs[-1].train(resume_from_checkpoint=resume)
+        assert runs[1].losses == runs[0].losses[3:]
+
+    def test_a_full_fine_tuning_keeps_whole_models(self):
+        model = tiny("llama")
+        veneer.attach(model, veneer.Method(method="full"))
+        run = self.run(model)
+        run.train()
+        read = AutoModelForCausalLM.from_pretrained("trained/checkpoint-5")
+        assert same(snapshot(read), snapshot(model))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+from torch import Tensor
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
@@ -13,9 +17,13 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
 
+from veneer.adapter.use import adapters, replacing
+from veneer.adapter.wrapper import INNER
 from veneer.formats.adapters import save
 from veneer.formats.names import FormatName
+from veneer.models.fingerprint import base_parameters
 
 ADAPTER = "adapter"  # the directory's name, in a checkpoint and in the output directory
 
@@ -24,8 +32,8 @@ class SaveAdapter(TrainerCallback):
     """Write the adapter to `<output_dir>/checkpoint-<step>/adapter` with each checkpoint of a
     Trainer, and to `<output_dir>/adapter` at the end, from where `veneer.load` takes it.
 
-    `name`, `format` and `tokenizer` are those of `veneer.save`. What Trainer itself writes is the
-    base under its own names with the adapter's tensors beside it, from which it resumes.
+    `name`, `format` and `tokenizer` are those of `veneer.save`. Trainer's own checkpoints, and what
+    its `save_model` writes, hold what trains and nothing of the frozen base; it resumes from them.
     """
 
     def __init__(
@@ -36,6 +44,19 @@ class SaveAdapter(TrainerCallback):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.name, self.format, self.tokenizer = name, format, tokenizer
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        # On this model alone; Trainer writes and reads by these two.
+        for method in (save_pretrained, load_state_dict):
+            setattr(kwargs["model"], method.__name__, MethodType(method, kwargs["model"]))
+
+    on_train_begin = on_init_end  # of a callback that was added later
 
     def on_save(
         self,
@@ -59,3 +80,41 @@ class SaveAdapter(TrainerCallback):
     def _save(self, state: TrainerState, model: Any, place: Path) -> None:
         if state.is_world_process_zero:
             save(model, place, name=self.name, format=self.format, tokenizer=self.tokenizer)
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> None:
+    """Write a model as its class does, but without the frozen base where there is an adapter."""
+    frozen = _frozen(model)
+    tensors = model.state_dict() if state_dict is None else state_dict
+    trained = {name: tensor for name, tensor in tensors.items() if name not in frozen}
+    type(model).save_pretrained(model, save_directory, state_dict=trained, **options)
+    if frozen:  # nobody is to read a whole model from there, most of it random
+        Path(save_directory, CONFIG_NAME).unlink(missing_ok=True)
+
+
+def load_state_dict(
+    model: PreTrainedModel, state_dict: Mapping[str, Tensor], strict: bool = True, **options: Any
+) -> Any:
+    """Load as a model's class does; that the whole frozen base is missing is as it should be."""
+    result = type(model).load_state_dict(model, state_dict, strict, **options)
+    frozen = _frozen(model)
+    missing = {key: key.replace(INNER, "") for key in result.missing_keys}
+    if frozen <= {*missing.values()}:
+        result.missing_keys[:] = [key for key, name in missing.items() if name not in frozen]
+    return result
+
+
+def _frozen(model: PreTrainedModel) -> set[str]:
+    """Return the base's weights that do not train, by the names of a state dict; none where no
+    adapter is attached, or where the base's own weights train."""
+    if not adapters(model) or replacing(model):
+        return set()
+    live = model.state_dict(keep_vars=True)
+    base = base_parameters(model, every_name=True)
+    return {name for name in base if name in live and not live[name].requires_grad}
