@@ -1,10 +1,12 @@
 """Questions with all their right answers, and every problem with its place."""
 
+import io
 import json
+from pathlib import Path
 
 import pytest
 
-from veneer.data.questions import Question, read_questions
+from veneer.data.questions import Question, read_prompts, read_questions
 from veneer.data.rows import Message
 from veneer.errors import DataError
 
@@ -48,3 +50,50 @@ def test_problems_are_named_all_at_once(tmp_path):
         read_questions(written(tmp_path / "q.jsonl", rows))
     places = [problem.split(": ")[0].rsplit(":", 1)[1] for problem in caught.value.problems]
     assert places == ["1", "2", "3", "4", "6", "7"]
+
+
+def test_a_prompt_is_any_row_with_or_without_its_answer(tmp_path):
+    ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "1"}
+    user = Message("user", "a")
+    cases = [
+        ({"prompt": "a", "completion": "1", "id": 7}, (user,), ("1",)),
+        ({"prompt": "a", "completion": ""}, (user,), ()),
+        ({"prompt": [ask]}, (user,), ()),
+        ({"prompt": "a", "references": ["1", "2"]}, (user,), ("1", "2")),
+        ({"messages": [ask]}, (user,), ()),
+        ({"messages": [ask, answer]}, (user,), ("1",)),
+        ({"messages": [ask, answer, ask], "system": "s"}, (Message("system", "s"), user), ()),
+        ({"conversations": [{"from": "human", "value": "a"}]}, (user,), ()),
+        ({"instruction": "a", "input": "b"}, (Message("user", "a\n\nb"),), ()),
+        ({"question": "a", "answer": None}, (user,), ()),
+        ({"text": "a"}, (user,), ()),
+    ]
+    prompts = read_prompts(written(tmp_path / "p.jsonl", [row for row, _, _ in cases]))
+    for prompt, (row, turns, references) in zip(prompts, cases, strict=True):
+        ends = (prompt.value.turns[0], prompt.value.turns[-1])
+        assert ends == (turns[0], turns[-1]), row
+        assert prompt.value.references == references, row
+    assert [len(prompt.value.turns) for prompt in prompts] == [1] * 6 + [4] + [1] * 4
+    assert prompts[0].value.unused == ("id",)
+    (tmp_path / "p.txt").write_text("one\ntwo\n\nthree\n")
+    asked = [(str(p.place), p.value.turns[0].content) for p in read_prompts(tmp_path / "p.txt")]
+    assert asked == [(f"{tmp_path}/p.txt:1", "one\ntwo"), (f"{tmp_path}/p.txt:4", "three")]
+
+
+def test_problems_of_prompts_are_named_all_at_once(tmp_path, monkeypatch):
+    rows = [
+        {"promt": "a"},
+        {"prompt": "fine"},
+        {"prompt": " "},
+        {"messages": []},
+        {"messages": [{"role": "assistant", "content": "1"}]},
+        {"prompt": "a", "tools": [{"name": "f"}]},
+        {"text": "a", "system": "s"},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    with pytest.raises(DataError, match="6 of 7 prompts") as caught:
+        read_prompts(Path("-"))
+    assert [line.split(": ")[0] for line in caught.value.problems] == [
+        f"stdin:{number}" for number in (1, 3, 4, 5, 6, 7)
+    ]

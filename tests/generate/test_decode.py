@@ -157,6 +157,14 @@ def test_an_answer_ends_where_the_context_does(base):
             ask(base.model, base.tokenizer, prompt)
 
 
+def test_a_prompt_near_the_end_of_the_context_shortens_no_other_answer(base):
+    context = base.model.config.context
+    long = "A dog says woof. " * (context // 6)
+    questions, sampling = [long, *QUESTIONS[:2]], Sampling(max_new_tokens=context // 2)
+    alone = [answer(base.model, base.tokenizer, q, sampling=sampling) for q in questions]
+    assert answers(base.model, base.tokenizer, questions, sampling=sampling) == alone
+
+
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_virtual_tokens_count_to_the_context(minigpt_home, method):
     base = load_base(minigpt_home)

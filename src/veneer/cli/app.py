@@ -84,7 +84,10 @@ app.command(
     "veneer.cli.check:check",
     help="Read ADAPTER as another runtime would, and say what it needs there: 0 if it will load.",
 )
-app.command("veneer.cli.chat:generate", help="Print MODEL's answer to PROMPT.")
+app.command(
+    "veneer.cli.chat:generate",
+    help="Print MODEL's answer to PROMPT, or to each prompt of a file as JSON lines.",
+)
 app.command("veneer.cli.chat:chat", help="Talk with MODEL; an empty line or Ctrl-D ends it.")
 app.command(
     "veneer.cli.serve:serve",

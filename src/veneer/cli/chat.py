@@ -1,14 +1,18 @@
-"""`veneer generate` and `veneer chat`: one answer, or a conversation."""
+"""`veneer generate` and `veneer chat`: one answer, many, or a conversation."""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 import veneer
-from veneer.cli.console import questions
+from veneer.cli.console import ERRORS, OUTPUT, questions, refuse_to_replace, show_notice
 from veneer.cli.flags import AdapterFlags, Flat, Model
 from veneer.cli.loading import load_adapted
 from veneer.cli.side_by_side import chat_side_by_side
@@ -26,14 +30,35 @@ AdapterDir = Annotated[
 
 def generate(
     model: Model,
-    prompt: Annotated[str, Parameter(help="What to ask the model.")],
+    prompt: Annotated[str | None, Parameter(help="What to ask the model.")] = None,
     /,
     *,
     adapter: AdapterDir = None,
+    prompts: Annotated[
+        Path | None,
+        Parameter(
+            help="Instead of PROMPT: a file of rows or of paragraphs, or - for standard input. "
+            "Each answer is a line of JSON.",
+            allow_leading_hyphen=True,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, Parameter(help="With --prompts: file for the lines; else they are printed.")
+    ] = None,
+    batch_size: Annotated[
+        int, Parameter(help="With --prompts: how many are answered at a time.")
+    ] = 32,
     sampling: Annotated[Sampling, Flat] = Sampling(),
     loading: Annotated[AdapterFlags, Flat] = AdapterFlags(),
 ) -> None:
-    """Print the answer and nothing else."""
+    """Print the answer and nothing else, or a line of JSON for each of many prompts."""
+    if prompts is not None and prompt is None:
+        _answer_many(model, adapter, sampling, loading, prompts, out=out, batch=batch_size)
+        return
+    if prompts is not None or prompt is None:
+        raise ConfigError("Give either a PROMPT or --prompts FILE.")
+    if out is not None:
+        raise ConfigError("--out is for --prompts; one answer is printed.")
     base = _load(model, adapter, loading)
     _print_answer(base, [Message("user", prompt)], sampling)
 
@@ -64,6 +89,42 @@ def chat(
     for question in questions():
         messages.append(Message("user", question))
         messages.append(Message("assistant", _print_answer(base, messages, sampling)))
+
+
+def _answer_many(
+    model: str,
+    adapter: Path | None,
+    sampling: Sampling,
+    loading: AdapterFlags,
+    path: Path,
+    *,
+    out: Path | None,
+    batch: int,
+) -> None:
+    from rich.progress import track
+
+    from veneer.data.questions import read_prompts
+
+    if batch < 1:
+        raise ConfigError(f"--batch-size is {batch}, but must be at least 1.")
+    if out is not None:
+        refuse_to_replace(out)
+    prompts = read_prompts(path)
+    if unused := Counter(key for prompt in prompts for key in prompt.value.unused):
+        counts = ", ".join(f"{key!r} ({count:,})" for key, count in unused.most_common())
+        show_notice(f"Keys of rows that nothing reads: {counts}.")
+    base = _load(model, adapter, loading)
+    from veneer.generate.many import answer_prompts
+
+    lines = answer_prompts(base.model, base.tokenizer, prompts, sampling=sampling, batch=batch)
+    # A bar on the terminal where the lines are printed would come between them.
+    hidden = not ERRORS.is_terminal or (out is None and OUTPUT.is_terminal)
+    shown = track(lines, "Answers", len(prompts), console=ERRORS, transient=True, disable=hidden)
+    with nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8") as file:
+        for line in shown:
+            # Whole lines at once, so that an interrupted run leaves no half of one.
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
 
 
 def _load(model: str, adapter: Path | None, loading: AdapterFlags) -> Base:

@@ -1,22 +1,34 @@
-"""Questions with the answers that count as right: what a trained model is tried on."""
+"""Questions with the answers that count as right, and prompts whose answers are still to come."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from veneer.data.problems import Problem
-from veneer.data.rows import Message, PlainText, nonblank_text, parse_row
+from veneer.data.problems import Located, Problem, data_error
+from veneer.data.rows import Conversation, Message, PlainText, nonblank_text, parse_row
 from veneer.data.sources import check, files_of, parsed_values
+from veneer.errors import DataError
+
+# The key of each shape's answer; and how the shapes that are lists of turns write one.
+_ANSWERS = {"prompt": "completion", "instruction": "output", "question": "answer"}
+_TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_TO_COME = "..."
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The turns up to an answer, and every answer that is right."""
+    """The turns up to an answer, and every answer that is right.
+
+    `unused` are the keys of the row that nothing reads.
+    """
 
     turns: tuple[Message, ...]
     references: tuple[str, ...]
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 def read_questions(path: Path, *, limit: int | None = None) -> list[Question]:
@@ -51,9 +63,72 @@ def _parse(value: object) -> Question:
     row = parse_row(value)
     if isinstance(row, PlainText):
         raise ValueError("a text asks nothing; give a prompt with its completion or references")
-    if row.tools or any(turn.calls for turn in row.messages):
-        raise ValueError("questions with tools cannot be asked yet; leave such rows out")
+    _refuse_tools(row)
     last = max(i for i, turn in enumerate(row.messages) if turn.role == "assistant" and turn.learn)
     # Whether a turn would be learnt makes no difference here.
     turns = tuple(Message(turn.role, turn.content) for turn in row.messages[:last])
     return Question(turns, (row.messages[last].content,))
+
+
+def read_prompts(path: Path) -> list[Located[Question]]:
+    """Return every prompt of a file, in order; `-` is standard input.
+
+    A row is any that `tune` reads, or one without its answer. A last answer becomes the reference,
+    and a text (each paragraph of a .txt file) is what a user asks. Standard input is JSON lines if
+    it begins with a brace, and otherwise read as .txt is. Of a directory, the files for testing
+    are read. Raises DataError with every problem of every row.
+    """
+    rows = list(_prompts(path))
+    problems = [row for row in rows if isinstance(row, Problem)]
+    if problems:
+        raise data_error(f"{len(problems)} of {len(rows)} prompts cannot be used:", problems)
+    if not rows:
+        raise DataError(f"{'standard input' if path == Path('-') else path} holds no prompts")
+    return [row for row in rows if isinstance(row, Located)]
+
+
+def _prompts(path: Path) -> Iterator[Located[Question] | Problem]:
+    if path != Path("-"):
+        for file in files_of(path, "test"):
+            yield from parsed_values(file, _parse_prompt)
+        return
+    with TemporaryDirectory() as directory:
+        raw = sys.stdin.buffer.read()
+        file = Path(directory) / ("stdin.jsonl" if raw.lstrip()[:1] == b"{" else "stdin.txt")
+        file.write_bytes(raw)
+        for row in parsed_values(file, _parse_prompt):
+            yield replace(row, place=replace(row.place, file="stdin"))
+
+
+def _parse_prompt(value: object) -> Question:
+    """Return what one row asks. Raises ValueError, saying what is wrong with it."""
+    row = {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else {}
+    if "references" in row:
+        return _parse(value)
+    # A row without its answer is read as one that has some answer.
+    shape = next((key for key in (*_TURNS, *_ANSWERS) if key in row), "")
+    items, answer = row.get(shape), row.get(_ANSWERS.get(shape, ""))
+    unanswered = shape in _TURNS or (shape in _ANSWERS and not (answer and str(answer).strip()))
+    if isinstance(items, list) and shape in _TURNS:
+        role, text = _TURNS[shape]
+        row[shape] = [*items, {role: "assistant", text: _TO_COME}]
+    elif unanswered:
+        row[_ANSWERS.get(shape, "")] = _TO_COME
+    parsed = parse_row(row if isinstance(value, Mapping) else value)
+    if isinstance(parsed, PlainText):
+        return Question((Message("user", parsed.text),), (), parsed.unused)
+    turns = parsed.messages[:-1] if unanswered else parsed.messages
+    _refuse_tools(parsed)
+    references: tuple[str, ...] = ()
+    if turns and turns[-1].role == "assistant":
+        turns, references = turns[:-1], (turns[-1].content,)
+    if not turns or not turns[-1].content.strip():
+        raise ValueError("nothing is asked: the turn to be answered is empty")
+    # Whether a turn would be learnt makes no difference here.
+    turns = tuple(replace(turn, learn=True) for turn in turns)
+    return Question(turns, references, parsed.unused)
+
+
+def _refuse_tools(row: Conversation) -> None:
+    if row.tools or any(turn.calls for turn in row.messages):
+        raise ValueError("questions with tools cannot be asked yet; leave such rows out")

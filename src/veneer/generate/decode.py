@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
@@ -42,25 +43,80 @@ def answers(
 
     Prompts of similar length share a batch, because padding is computed like any token.
     """
+    texts = [""] * len(questions)
+    for i, done in answers_as_ready(model, tokenizer, questions, sampling=sampling, batch=batch):
+        texts[i] = done.text
+    return texts
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer, and why it ended: the model ended it, or it may not be longer (OpenAI's words)."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+def answers_as_ready(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str | Sequence[Message]],
+    *,
+    sampling: Sampling | None = None,
+    batch: int = 32,
+    window: int | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """Yield the answers to many questions, each with the question's index, batch by batch.
+
+    Prompts of similar length share a batch: those of `window` successive questions, or of all.
+    """
     sampling = sampling or Sampling()
     _seed(sampling)
     prompts = [_encode(tokenizer, question) for question in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     batch = batch if takes_padding(model, longest) else 1
-    texts = [""] * len(prompts)
-    for first in range(0, len(order), batch):
-        indices = order[first : first + batch]
-        inputs = _padded(model, tokenizer, [prompts[i] for i in indices])
-        options = _options(model, tokenizer, sampling, inputs)
-        tokens = model.generate(**inputs, **options)  # type: ignore[operator]
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        decoded = tokenizer.batch_decode(
-            new, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    window = window or max(len(prompts), 1)
+    ends = _end_tokens(model, tokenizer)
+    for first in range(0, len(prompts), window):
+        order = sorted(
+            range(first, min(first + window, len(prompts))), key=lambda i: len(prompts[i])
         )
-        for i, text in zip(indices, decoded, strict=True):
-            texts[i] = text
-    return texts
+        while order:
+            indices = _first_batch(model, prompts, order[:batch], sampling)
+            del order[: len(indices)]
+            inputs = _padded(model, tokenizer, [prompts[i] for i in indices])
+            options = _options(model, tokenizer, sampling, inputs)
+            tokens = model.generate(**inputs, **options)  # type: ignore[operator]
+            new = tokens[:, inputs["input_ids"].shape[1] :]
+            decoded = tokenizer.batch_decode(
+                new, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            for i, text, ids in zip(indices, decoded, new.tolist(), strict=True):
+                yield i, Answer(text, "length" if ends.isdisjoint(ids) else "stop")
+
+
+def _first_batch(
+    model: PreTrainedModel, prompts: Sequence[list[int]], order: list[int], sampling: Sampling
+) -> list[int]:
+    """Return the first of `order` that can share a batch, the shortest prompts first.
+
+    A prompt near the end of the model's context has room for a short answer only, which a shorter
+    prompt beside it would be cut to.
+    """
+    for n, i in enumerate(order):
+        if len(prompts[i]) > len(prompts[order[0]]):
+            room = _longest_answer(model, len(prompts[i]), virtual_count(model))
+            if room is not None and room < sampling.max_new_tokens:
+                return order[:n]
+    return order
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens at which generation ends an answer."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return set(ends) if isinstance(ends, list) else {int(ends)} if ends is not None else set()
 
 
 def check_prompts(
