@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
+from support.random_adapters import tokenizer
 from veneer.adapter.report import report_quantized
 from veneer.cli.app import run
 from veneer.models.quantize import quantized_model
@@ -21,7 +22,7 @@ from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import make_plan
 from veneer.training import planned, tune
 from veneer.training.config import TrainConfig
-from veneer.training.events import Measured, Notice, Planned, Written
+from veneer.training.events import DataReady, Measured, ModelReady, Notice, Planned, Written
 from veneer.training.planned import check_fits, measured_peak, plan_run, why_no_merge
 from veneer.training.recipe import Recipe
 
@@ -43,10 +44,11 @@ ALL = veneer.LoRA(targets="all")
 
 @pytest.fixture
 def big(tmp_path) -> Recipe:
-    """A 7B model, of which only config.json is there: nothing can be loaded."""
+    """A 7B model without weights: it cannot be loaded."""
     home = tmp_path / "big"
     home.mkdir()
     (home / "config.json").write_text(json.dumps(BIG))
+    tokenizer().save_pretrained(home)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     return Recipe(str(home), tmp_path / "rows.jsonl", dtype="bf16", out=tmp_path / "out")
 
@@ -103,7 +105,9 @@ def plan_run_in_memory(recipe: Recipe):
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch, capsys):
     monkeypatch.setattr(planned, "process_memory", lambda key: 0)  # other tests hold more or less
-    plan = planned_run(big)
+    events = veneer.tune(big, ignore_plan=True)
+    plan = next(event.plan for event in events if isinstance(event, Planned))
+    assert plan.memory.peak < planned_run(big).memory.peak  # for the rows are short
     for space, proposal in (
         (plan.memory.peak, None),
         (plan.memory.peak - 1, "--recompute selective"),
@@ -126,6 +130,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch
     assert run(["tune", big.model, str(big.data), "--ignore-plan", "--quiet"]) == 2
     assert "would need" not in capsys.readouterr().err
     assert not Path("dist").exists()
+
+
+def test_a_mistake_in_a_row_is_found_before_the_base_is_loaded(big):
+    big.data.write_text('{"prompt": "a"}')
+    with pytest.raises(veneer.DataError, match=r"rows\.jsonl:1"):
+        next(veneer.tune(big))
 
 
 def test_the_proposal_fits(big):
@@ -161,23 +171,24 @@ def test_a_run_yields_its_plan_and_what_it_took(minigpt_home, tmp_path):
     assert measured.planned == plan.plan.memory.peak
     assert measured.peak > 100e6
     kinds = [type(event) for event in events]
-    assert kinds.index(Planned) == 0
+    assert [kinds.index(kind) for kind in (DataReady, Planned, ModelReady)] == [0, 1, 2]
     assert sum(isinstance(event, Written) for event in events) == 2
 
 
 def test_what_is_no_causal_language_model_is_not_planned_but_noticed(big):
     (Path(big.model) / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    events = veneer.tune(big)
-    assert isinstance(notice := next(events), Notice)
-    assert "No memory is planned" in notice.text
+    ready, *notices = itertools.islice(veneer.tune(big), 3)
+    assert isinstance(ready, DataReady)
+    assert "No memory is planned" in notices[-1].text
 
 
 def test_a_run_says_what_its_plan_does_not_count(big):
     mamba = {"model_type": "mamba2", "hidden_size": 64, "num_heads": 4, "head_dim": 32}
     config = mamba | {"num_hidden_layers": 2, "state_size": 16, "vocab_size": 320}
     (Path(big.model) / "config.json").write_text(json.dumps(config))
-    planned_event, notice = itertools.islice(veneer.tune(replace(big, lora=ALL)), 2)
-    assert isinstance(planned_event, Planned)
+    events = veneer.tune(replace(big, lora=ALL))
+    planned_event = next(event for event in events if isinstance(event, Planned))
+    notice = next(events)
     assert planned_event.plan.notice is not None
     assert notice == Notice(planned_event.plan.notice)
 

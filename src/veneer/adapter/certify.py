@@ -119,7 +119,7 @@ def certify(
     The logits are of a small sample that ships, or of the first rows of the file `probe`. Both
     models stay as they are. Raises DataError for a `probe` that cannot be read.
     """
-    rows = probe_rows(tokenizer, probe, context=context_left(model, 0))
+    rows = probe_rows(tokenizer, probe, context=context_left(model.config, 0))
     difference = divergence = effect = divergence_requantized = 0.0
     tokens = sum(map(len, rows))
     requantized = _requantized(model, plain) if quantized_layers(model) else None

@@ -119,17 +119,7 @@ def add_tokens(
     A new row starts as the mean of the rows of the tokens that the word had before. Raises
     ConfigError for words that cannot be tokens, ModelError for a model without embeddings.
     """
-    problems = []
-    vocabulary = tokenizer.get_vocab()
-    for word in words:
-        if not word or any(character.isspace() for character in word):
-            problems.append(f"{word!r} is empty or has a space in it")
-        elif word in vocabulary or len(_pieces(word, tokenizer)) < 2:
-            problems.append(f"{word!r} is a token already")
-    if len(set(words)) < len(words):
-        problems.append("some are named twice")
-    if problems:
-        raise ConfigError(f"These new words cannot be added: {'; '.join(problems)}.")
+    check_new_tokens(words, tokenizer)
     pieces = [_pieces(word, tokenizer) for word in words]
     start = len(tokenizer)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -141,6 +131,21 @@ def add_tokens(
     head_rows = None if is_tied(embedding, head) else _mean_rows(head.weight, pieces)
     extend_tokenizer(tokenizer, words)
     return attach_token_rows(model, words, rows, head_rows, start=start)
+
+
+def check_new_tokens(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError, which names them all, for words that cannot be tokens."""
+    problems = []
+    vocabulary = tokenizer.get_vocab()
+    for word in words:
+        if not word or any(character.isspace() for character in word):
+            problems.append(f"{word!r} is empty or has a space in it")
+        elif word in vocabulary or len(_pieces(word, tokenizer)) < 2:
+            problems.append(f"{word!r} is a token already")
+    if len(set(words)) < len(words):
+        problems.append("some are named twice")
+    if problems:
+        raise ConfigError(f"These new words cannot be added: {'; '.join(problems)}.")
 
 
 add_words = add_tokens  # its public name in earlier versions

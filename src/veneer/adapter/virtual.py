@@ -160,7 +160,7 @@ def _check_cache(decoder: nn.Module) -> None:
 def _checked_count(model: PreTrainedModel, config: Method) -> int:
     _check_cache(model.get_decoder())
     assert config.virtual_tokens is not None
-    context_left(model, config.virtual_tokens)
+    context_left(model.config, config.virtual_tokens)
     return config.virtual_tokens
 
 

@@ -24,12 +24,12 @@ def takes_padding(model: nn.Module, longest: int) -> bool:
     return not (count and window and count + longest > window)
 
 
-def context_left(model: nn.Module, count: int) -> int | None:
-    """Return how many tokens fit into the model's context beside `count` virtual ones.
+def context_left(config: Any, count: int) -> int | None:
+    """Return how many tokens fit into a model's context beside `count` virtual ones, by its config.
 
     None where the context has no end. Raises ConfigError where fewer than two are left.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(config, "max_position_embeddings", None)
     if context is None:
         return None
     if context - count < 2:

@@ -160,7 +160,7 @@ class _Data:
 
 def _load_data(job: Job, recipe: Recipe, base: Base) -> _Data:
     # As many as any method needs, or long rows would not be the same for all.
-    context = context_left(base.model, MOST_VIRTUAL)
+    context = context_left(base.model.config, MOST_VIRTUAL)
     max_length = min(job.max_length, context or job.max_length)
     questions = [] if job.test is None else read_questions(Path(job.test), limit=job.test_rows)
     if questions:

@@ -58,12 +58,14 @@ def load_base(
     dtype: str = "auto",
     bits: Bits | None = None,
     pack_head: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
     """Load a base for training or generation, on the GPU where there is one.
 
     `name` is a built-in name, a transformers or MiniGPT directory, a .gguf file, or a hub name.
     With `bits` its linear layers are quantized as they are read, with `pack_head` the head too; a
-    base that is quantized already stays in its files, memory-mapped. No code from a model's
+    base that is quantized already stays in its files, memory-mapped. Its tokenizer is read unless
+    it is given. No code from a model's
     repository is ever run. Raises ModelError with what to do, and ConfigError for impossible
     settings.
     """
@@ -86,7 +88,7 @@ def load_base(
             model = quantized_model(source, bits, torch_dtype, head=pack_head)
         else:
             model = _dense(place, torch_dtype)
-        tokenizer = _tokenizer(place)
+        tokenizer = tokenizer or _tokenizer(place)
     # Adapters and merged models carry this name, by which the base is loaded again.
     model.config._name_or_path = str(name)
     if torch.cuda.is_available():
@@ -103,6 +105,14 @@ def load_config(name: str | Path) -> PretrainedConfig:
     if _is_gguf(place):
         return gguf.load_config(Path(place))
     return _reading(place, lambda: AutoConfig.from_pretrained(place, **OURS_ALONE))
+
+
+def load_config_and_tokenizer(
+    name: str | Path,
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Read what can be known of a base without its weights."""
+    with gguf.read_once():
+        return load_config(name), _tokenizer(locate(name))
 
 
 def config_of(settings: Mapping[str, Any]) -> PretrainedConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from veneer.errors import ConfigError, ModelError
 from veneer.models.load import load_config
@@ -21,8 +22,17 @@ from veneer.training.memory import process_memory
 from veneer.training.recipe import Recipe
 
 
-def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
+def plan_run(
+    recipe: Recipe,
+    dtype: torch.dtype,
+    *,
+    config: PretrainedConfig | None = None,
+    longest: int | None = None,
+) -> Plan:
     """Return the plan of a run that computes in `dtype` on the processor.
+
+    config: the model's, which is read unless given. longest: tokens of the longest row, else all
+    that the recipe and the model's context allow.
 
     Raises ModelError for what is no causal language model, or where a GPU would be used, and
     TargetError for targets that match nothing.
@@ -33,7 +43,8 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
     bits: Bits | None = recipe.bits
     head, mapped = recipe.pack_head, False
     preset = name in PRESETS and not Path(name).exists()
-    config = find_config(name) if preset else load_config(name)
+    if config is None:
+        config = find_config(name) if preset else load_config(name)
     if quantization := quantization_of(config.to_dict()):
         bits, head, mapped = quantization.bits, quantization.head, True
     sizes = sizes_of(config)
@@ -44,7 +55,7 @@ def plan_run(recipe: Recipe, dtype: torch.dtype) -> Plan:
         dtype="float32" if dtype == torch.float32 else "bf16",
         pack_head=head,
         tokens_per_batch=training.batch_tokens,
-        max_length=min(recipe.rows.max_length, sizes.context or recipe.rows.max_length),
+        max_length=longest or min(recipe.rows.max_length, sizes.context or recipe.rows.max_length),
         recompute=training.recompute,
         mapped=mapped,
         trained_blocks=method.trained_blocks or PlanConfig.trained_blocks,

@@ -7,37 +7,29 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+from transformers import PretrainedConfig
 
 from veneer.adapter.attach import attach
 from veneer.adapter.certify import certify
 from veneer.adapter.merge import merge, why_not_mergeable
 from veneer.adapter.method import MethodName
-from veneer.adapter.new_tokens import NO_NEW_TOKENS, add_tokens, find_new_tokens, new_tokens_of
+from veneer.adapter.new_tokens import add_tokens, new_tokens_of
 from veneer.adapter.report import report_quantized, report_trained
-from veneer.adapter.virtual_context import context_left
-from veneer.data.encode import Encoder, Example, summarize
-from veneer.data.load import good_examples
-from veneer.data.packing import split_held_out
-from veneer.data.preview import preview
-from veneer.data.problems import Located
-from veneer.data.rows import Row, texts_of, unused_keys
-from veneer.data.sources import Splits, read_rows, splits_of
+from veneer.data.encode import Example
 from veneer.errors import ConfigError, ModelError, VeneerWarning
 from veneer.files import check_replaceable, size_of
 from veneer.formats import adapters, merged, native
 from veneer.models.fingerprint import fingerprint
-from veneer.models.load import Base, dtype_of, load_base
+from veneer.models.load import Base, dtype_of, load_base, load_config_and_tokenizer
 from veneer.models.locate import locate
 from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint
 from veneer.training.events import (
-    DataReady,
     Event,
     Measured,
     Merged,
@@ -59,6 +51,7 @@ from veneer.training.planned import (
     why_no_merge,
 )
 from veneer.training.recipe import Recipe
+from veneer.training.rows import RunRows, load_rows
 
 # Settings on which the course of the weights does not depend.
 NOT_OF_THE_COURSE = ("out", "save_every", "recompute")
@@ -94,28 +87,35 @@ def tune(
     # Once, for two measurements of what is faster may differ.
     torch_dtype = dtype_of(locate(recipe.model), _dtype_asked_for(recipe, run, resume=resume))
     dtype = str(torch_dtype).removeprefix("torch.")
-    plan = yield from _plan(recipe, torch_dtype, ignore_plan=ignore_plan)
-    base = load_base(recipe.model, dtype=dtype, bits=recipe.bits, pack_head=recipe.pack_head)
+    config, tokenizer = load_config_and_tokenizer(recipe.model)
+    rows = load_rows(recipe, config, tokenizer)
+    yield rows.ready
+    yield from map(Notice, rows.notices)
+    plan = yield from _plan(recipe, torch_dtype, config, rows, ignore_plan=ignore_plan)
+
+    base = load_base(
+        recipe.model,
+        dtype=dtype,
+        bits=recipe.bits,
+        pack_head=recipe.pack_head,
+        tokenizer=tokenizer,
+    )
+    yield from map(Notice, base.notices)
     check_replaceable(recipe.adapter, marker=native.config_name(recipe.method.method))
     check_replaceable(recipe.merged, marker=merged.marker_of(base.model))
-
-    data = _load_data(recipe, base)
-    yield data.ready
-    yield from map(Notice, base.notices)
-    yield from map(Notice, data.notices)
-    if recipe.rows.new_words == "auto" and not data.new_tokens:
-        yield Notice(f"--new-words auto adds no token: {NO_NEW_TOKENS}.")
-    yield from _attach(recipe, base, dtype, data.new_tokens)
-    identity = _identity(recipe, base, [*data.examples, *data.held_out])
+    if rows.new_tokens:
+        add_tokens(base.model, tokenizer, rows.new_tokens)
+    yield from _attach(recipe, base, dtype, rows.new_tokens)
+    identity = _identity(recipe, base, [*rows.examples, *rows.held_out])
 
     if not resume:
         _clear_state(run)
     begin_measuring()
     events = train(
         base.model,
-        data.examples,
+        rows.examples,
         recipe.training,
-        held_out=data.held_out,
+        held_out=rows.held_out,
         directory=run.checkpoints,
         identity={"computed_in": dtype, **identity},
         resume=resume,
@@ -161,14 +161,19 @@ def _dtype_asked_for(recipe: Recipe, run: RunDirectory, *, resume: bool) -> str:
 
 
 def _plan(
-    recipe: Recipe, dtype: torch.dtype, *, ignore_plan: bool
+    recipe: Recipe,
+    dtype: torch.dtype,
+    config: PretrainedConfig,
+    rows: RunRows,
+    *,
+    ignore_plan: bool,
 ) -> Generator[Event, None, Plan | None]:
     """Return the run's plan of memory, None where there is none for its architecture.
 
     Raises ConfigError where the run does not fit, unless that is to be ignored.
     """
     try:
-        plan = plan_run(recipe, dtype)
+        plan = plan_run(recipe, dtype, config=config, longest=rows.longest)
     except ModelError as error:
         yield Notice(f"No memory is planned for this run: {error}")
         return None
@@ -179,98 +184,6 @@ def _plan(
     if plan.notice:
         yield Notice(plan.notice)
     return plan
-
-
-@dataclass(frozen=True)
-class _Data:
-    """A run's data as tokens, the tokens added for it, and notices about it."""
-
-    examples: list[Example]
-    held_out: list[Example]
-    new_tokens: tuple[str, ...]
-    notices: list[str]
-    ready: DataReady
-
-
-def _load_data(recipe: Recipe, base: Base) -> _Data:
-    """Read the data once, add the tokens that it is to have, and encode it."""
-    settings, tokenizer = recipe.rows, base.tokenizer
-    rows, problems = read_rows(recipe.data, limit=settings.limit)
-    new_tokens = _new_tokens(settings.new_words, rows, base)
-    if new_tokens:
-        add_tokens(base.model, tokenizer, new_tokens)
-    # A model may have no position beyond its context at all.
-    context = context_left(base.model, recipe.method.virtual_tokens or 0)
-    max_length = min(settings.max_length, context or settings.max_length)
-    skip_bad_rows = settings.skip_bad_rows
-    encoder = Encoder(tokenizer, max_length=max_length, long_rows=settings.long_rows)
-    examples, skipped = good_examples(rows, problems, encoder, skip_bad_rows=skip_bad_rows)
-    held_out: list[Example] = []
-    splits = splits_of(recipe.data)
-    uses_valid = bool(splits.valid) and settings.eval_data is None and not settings.eval_rows
-    if eval_data := recipe.data if uses_valid else settings.eval_data:
-        eval_rows, problems = read_rows(eval_data, split="valid")
-        evaluated = Encoder(tokenizer, max_length=max_length, long_rows=settings.long_rows)
-        held_out, more = good_examples(eval_rows, problems, evaluated, skip_bad_rows=skip_bad_rows)
-        rows = [*rows, *eval_rows]
-        skipped += more
-    elif settings.eval_rows:
-        training, evaluation = split_held_out(
-            len(examples), eval_rows=settings.eval_rows, seed=recipe.training.seed
-        )
-        held_out = [examples[i] for i in evaluation]
-        examples = [examples[i] for i in training]
-    ready = DataReady(
-        summarize(examples, encoder.dropped),
-        summarize(held_out) if held_out else None,
-        skipped,
-        preview(examples[0], tokenizer),
-        eval_data,
-    )
-    notices = []
-    if splits.valid or splits.test or splits.others:
-        notices.append(_about_splits(splits, uses_valid=uses_valid))
-    if any(file.suffix.lower() in (".txt", ".md") for file in splits.train):
-        notices.append("In .txt and .md files each paragraph, up to a blank line, is a row.")
-    if encoder.split:
-        notices.append(
-            f"{_rows(encoder.split)} longer than {max_length:,} tokens split at the ends of "
-            "paragraphs or sentences; nothing is lost by that."
-        )
-    if encoder.uses_plain_template:
-        notices.append("The tokenizer has no chat template; turns are written as plain lines.")
-    if unused := unused_keys(row.value for row in rows):
-        counts = ", ".join(f"{key!r} ({_rows(count)})" for key, count in unused.items())
-        notices.append(f"Keys that nothing reads: {counts}.")
-    return _Data(examples, held_out, new_tokens, notices, ready)
-
-
-def _about_splits(splits: Splits, *, uses_valid: bool) -> str:
-    """Say which files of a directory are read, and what for."""
-    unread = [*([] if uses_valid else splits.valid), *splits.test, *splits.others]
-    return "; ".join(
-        f"{what}: {', '.join(file.name for file in files)}"
-        for what, files in (
-            ("Trained on", splits.train),
-            ("evaluated on", splits.valid if uses_valid else []),
-            ("not read", unread),
-        )
-        if files
-    )
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count:,} rows"
-
-
-def _new_tokens(new_words: str | None, rows: list[Located[Row]], base: Base) -> tuple[str, ...]:
-    """Return the tokens to add: those that are named, or those that `auto` finds in the rows."""
-    if not new_words:
-        return ()
-    if new_words != "auto":
-        return tuple(word.strip() for word in new_words.split(",") if word.strip())
-    texts = (text for row in rows for text in texts_of(row.value))
-    return tuple(find_new_tokens(texts, base.tokenizer))
 
 
 def _attach(recipe: Recipe, base: Base, dtype: str, new_tokens: tuple[str, ...]) -> Iterator[Event]:
