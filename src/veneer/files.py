@@ -115,10 +115,11 @@ def write_tensors(
             torch.save(plain, temporary)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
     """Read a .pt (tensors only, nothing is executed) or a .safetensors file.
 
-    Raises AdapterError for a file that is damaged or holds anything but named tensors.
+    With `shapes_only` no value is read: the tensors are on torch's meta device. Raises AdapterError
+    for a file that is damaged or holds anything but named tensors.
     """
     import torch
     from safetensors import SafetensorError
@@ -128,10 +129,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             # Copied out of the mapped file, which may be replaced, and where tensors are not
             # aligned: products of such tensors take other kernels, which round differently.
-            tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+            tensors = {
+                name: tensor.to("meta") if shapes_only else tensor.clone()
+                for name, tensor in load_file(path).items()
+            }
         else:
             _check_stored(path)
-            tensors = torch.load(path, weights_only=True, map_location="cpu")
+            tensors = torch.load(
+                path, weights_only=True, map_location="meta" if shapes_only else "cpu"
+            )
     except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, KeyError) as error:
         raise AdapterError(f"{path} cannot be read as tensors ({error}).") from error
     except Exception as error:  # torch's unpickler has errors of many kinds for damaged files
@@ -141,6 +147,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
     ):
         raise AdapterError(f"{path} must hold named tensors and nothing else.")
+    if not shapes_only and any(tensor.is_meta for tensor in tensors.values()):
+        raise AdapterError(f"{path} holds tensors without values.")
     return tensors
 
 

@@ -88,11 +88,19 @@ def holds_adapter(path: Path) -> bool:
 
 
 def read(
-    directory: Path, base: PreTrainedModel | None = None, *, allow_bin: bool = False
+    directory: Path,
+    base: PreTrainedModel | None = None,
+    *,
+    allow_bin: bool = False,
+    shapes_only: bool = False,
 ) -> AdapterState:
-    """Read an adapter of any known format; some need the base, or its skeleton."""
+    """Read an adapter of any known format; some need the base, or its skeleton.
+
+    shapes_only: read no values where the format allows that; the tensors are on the meta device.
+    """
     structure = None if base is None else BaseStructure(base)
-    return formats.read(directory, FormatOptions(structure, allow_bin=allow_bin))
+    options = FormatOptions(structure, allow_bin=allow_bin, shapes_only=shapes_only)
+    return formats.read(directory, options)
 
 
 def write(state: AdapterState, directory: Path, *, format: FormatName = "native") -> list[str]:

@@ -50,7 +50,8 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
     """Read a directory that mlx-lm wrote. Raises AdapterError, naming the directory."""
     config = read_json(path / CONFIG)
     try:
-        return state_of(config, read_tensors(path / WEIGHTS), options.base)
+        tensors = read_tensors(path / WEIGHTS, shapes_only=options.shapes_only)
+        return state_of(config, tensors, options.base)
     except AdapterError as error:
         raise AdapterError(f"The MLX adapter in {path} cannot be used: {error}.") from error
 

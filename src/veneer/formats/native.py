@@ -175,12 +175,17 @@ def write(
         write_json(new / config_name(method), config_of(state))
 
 
-def read(directory: Path, method: MethodName) -> AdapterState:
-    """Read an adapter directory. Raises AdapterError, naming the directory."""
+def read(directory: Path, method: MethodName, *, shapes_only: bool = False) -> AdapterState:
+    """Read an adapter directory; with `shapes_only`, no values.
+
+    Raises AdapterError, naming the directory.
+    """
     config = read_json(directory / config_name(method))
-    tensors = read_tensors(directory / _weights_name(method))
+    tensors = read_tensors(directory / _weights_name(method), shapes_only=shapes_only)
     rows, saved = (
-        read_tensors(directory / name) if (directory / name).exists() else {}
+        read_tensors(directory / name, shapes_only=shapes_only)
+        if (directory / name).exists()
+        else {}
         for name in (ROWS, SAVED)
     )
     try:

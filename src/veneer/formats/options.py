@@ -16,7 +16,7 @@ class FormatOptions:
     base: its structure, if there is a model. alpha, enable_lora: loralib's files lack them.
     allow_bin: read PEFT's adapter_model.bin too, a pickle of which only tensors are taken.
     approximate: write the nearest that a format can express. tokenizer: stored with a native
-    adapter.
+    adapter. shapes_only: read no values where the format allows that (tensors on the meta device).
     """
 
     base: BaseStructure | None = None
@@ -25,3 +25,4 @@ class FormatOptions:
     allow_bin: bool = False
     approximate: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
+    shapes_only: bool = False

@@ -19,7 +19,7 @@ from veneer.formats.options import FormatOptions
 from veneer.formats.peft import directory as peft
 from veneer.formats.state import AdapterState
 
-ALWAYS = {"base", "tokenizer", "allow_bin"}  # allowed with every format
+ALWAYS = {"base", "tokenizer", "allow_bin", "shapes_only"}  # allowed with every format
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,18 @@ def _write_native(state: AdapterState, path: Path, options: FormatOptions) -> li
 FORMATS: dict[FormatName, Format] = {
     "native": Format(
         detects=lambda path: native.method_in(path) is not None,
-        read=lambda path, options: native.read(path, native.method_in(path) or "lora"),
+        read=lambda path, options: native.read(
+            path, native.method_in(path) or "lora", shapes_only=options.shapes_only
+        ),
         write=_write_native,
         holds=native.config_name("lora"),
         write_options=frozenset({"tokenizer"}),
     ),
     "peft": Format(
         detects=peft.detects,
-        read=lambda path, options: peft.read(path, allow_bin=options.allow_bin),
+        read=lambda path, options: peft.read(
+            path, allow_bin=options.allow_bin, shapes_only=options.shapes_only
+        ),
         write=lambda state, path, options: peft.write(state, path),
         holds=f"{peft.CONFIG} with {peft.WEIGHTS}",
     ),

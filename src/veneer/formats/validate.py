@@ -69,11 +69,14 @@ def shared_tokens(
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor is a plain one of finite numbers that can be computed with."""
-    plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.is_floating_point()
+    """Return whether a tensor is a plain one of finite numbers that can be computed with; of one
+    whose values were not read (on the meta device), whether it is plain."""
+    plain = tensor.layout is torch.strided and tensor.is_floating_point()
     if tensor.ndim > 64:  # a file can have more dimensions than torch can compute with
         return False
-    return plain and bool((tensor.to(torch.float32).abs() <= LARGEST_NUMBER).all())
+    return plain and (
+        tensor.is_meta or bool((tensor.to(torch.float32).abs() <= LARGEST_NUMBER).all())
+    )
 
 
 def finite_problems(name: str, tensor: Tensor) -> list[str]:
@@ -208,11 +211,13 @@ def _base_weights(model: nn.Module, state: AdapterState) -> Iterator[str]:
 
 
 def same_weight(base: Tensor, weight: Tensor) -> bool:
-    """Return whether two weights are equal in bfloat16: one of them may have been rounded to it."""
-    base = base.detach().cpu()
-    return base.shape == weight.shape and torch.equal(
-        base.to(torch.bfloat16), weight.to(torch.bfloat16)
-    )
+    """Return whether two weights are equal in bfloat16: one of them may have been rounded to it.
+
+    Of a weight whose values were not read only the shape counts.
+    """
+    if base.shape != weight.shape or weight.is_meta:
+        return base.shape == weight.shape
+    return torch.equal(base.detach().cpu().to(torch.bfloat16), weight.to(torch.bfloat16))
 
 
 def differs_from_base(path: str) -> str:

@@ -12,8 +12,9 @@ from threading import Timer
 from types import FrameType
 
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 
-from veneer.errors import AdapterError, ConfigError, VeneerError
+from veneer.errors import AdapterError, ConfigError, VeneerError, listed
 from veneer.formats import native
 from veneer.formats.peft import directory as peft
 from veneer.models.load import Base
@@ -25,7 +26,15 @@ from veneer.serve.config import ADAPTER_NAME, Keys, Limits, ServeConfig
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import EngineConfig
-from veneer.serve.engine.served import Served
+from veneer.serve.engine.served import EngineLike, Served
+
+# uvicorn's own, which goes to stderr, for our messages too.
+LOGGING = {
+    **LOGGING_CONFIG,
+    "loggers": LOGGING_CONFIG["loggers"]
+    | {"veneer.serve": {"handlers": ["default"], "level": "INFO"}},
+}
+NAMED_SO = "its name must be at most 64 letters, digits, dots, dashes and underscores"
 
 
 @dataclass(frozen=True)
@@ -52,23 +61,10 @@ def serve(
     may go on for `drain_seconds`, and are then cut.
     Raises AdapterError for adapters that cannot be served.
     """
-    name = served_name(base)
-    directories = find_adapters(adapters, config.adapters_dir, name)
-    settings = EngineConfig(slots=config.slots, queue=config.queue, context=config.context)
-    engine = Engine(base, Library(directories), settings)
+    served, notices = prepare(base, adapters, config)
+    engine = served.engine
     with listener:
         try:
-            for adapter, _ in _parsed(adapters):
-                engine.load(adapter)  # so that one that does not fit is an error at the start
-            served = Served(
-                engine=engine,
-                library=engine.library,
-                tokenizer=base.tokenizer,
-                name=name,
-                root=base.name,
-                context=engine.context,
-                vocabulary=base.model.config.get_text_config().vocab_size,
-            )
             ending = Ending(config.drain_seconds, engine)
             app = create_app(
                 served,
@@ -83,9 +79,10 @@ def serve(
             shown = f"[{host}]" if ":" in host else host
             listener.listen(BACKLOG)  # clients may connect as soon as they know the address
             url = f"http://{shown}:{port}"
-            yield Listening(url, name, engine.library.names(), engine.notices)
+            yield Listening(url, served.name, served.library.names(), notices)
             listening = uvicorn.Config(
                 app,
+                log_config=LOGGING,
                 http=PatientProtocol,
                 ws="none",
                 log_level="warning",
@@ -96,6 +93,50 @@ def serve(
                 _Server(listening, ending).run(sockets=[listener])
         finally:
             engine.close(drain=False)
+
+
+def prepare(
+    base: Base, named: Sequence[str], config: ServeConfig
+) -> tuple[Served, tuple[str, ...]]:
+    """Return what is served, its engine running, and notices for a person.
+
+    The adapters named as "name=directory" are loaded. Those below `config.adapters_dir` are listed
+    if their settings and shapes can be served, and otherwise named in a notice.
+    Raises AdapterError for adapters that are named and cannot be served.
+    """
+    name, root = served_name(base), config.adapters_dir
+    library = Library(find_adapters(named, root, name))
+    for entry in library.entries():
+        if not ADAPTER_NAME.fullmatch(entry.name):
+            library.refuse(entry, f"The adapter {entry.name!r} cannot be served: {NAMED_SO}.")
+    settings = EngineConfig(slots=config.slots, queue=config.queue, context=config.context)
+    engine = Engine(base, library, settings)
+    try:
+        refusals, problems = engine.refuse_unservable(), []
+        for adapter, _ in _parsed(named):
+            try:
+                engine.load(adapter)
+            except AdapterError as error:
+                problems.append(str(error))
+        if problems:
+            raise AdapterError(" ".join(problems))
+    except BaseException:
+        engine.close(drain=False)
+        raise
+    notices = [*engine.notices, *refusals.values()]
+    directories = {d.name for d in (root.iterdir() if root else ()) if d.is_dir()}
+    if others := sorted(directories - {entry.name for entry in library.entries()}):
+        notices.append(f"Below {root} there is no adapter in {listed(others)}.")
+    served = Served(
+        engine=engine,
+        library=library,
+        tokenizer=base.tokenizer,
+        name=name,
+        root=base.name,
+        context=engine.context,
+        vocabulary=base.model.config.get_text_config().vocab_size,
+    )
+    return served, tuple(notices)
 
 
 def served_name(base: Base) -> str:
@@ -115,12 +156,12 @@ def find_adapters(named: Sequence[str], root: Path | None, base: str) -> dict[st
     problems = []
     for subdirectory in sorted(root.iterdir()) if root is not None else ():
         for candidate in (subdirectory, RunDirectory(subdirectory).adapter()):
-            if is_adapter(candidate) and ADAPTER_NAME.fullmatch(subdirectory.name):
+            if is_adapter(candidate):
                 adapters[subdirectory.name] = candidate
                 break
     for name, directory in _parsed(named):
         if not ADAPTER_NAME.fullmatch(name):
-            problems.append(f"{name!r} is no name (letters, digits, dots, dashes, underscores)")
+            problems.append(f"{name!r}: {NAMED_SO}")
         elif not is_adapter(directory):
             problems.append(f"{directory} holds no adapter")
         adapters[name] = directory
@@ -165,7 +206,7 @@ def listen(config: ServeConfig) -> socket.socket:
 class Ending:
     """Whether the server is ending. From the first signal on, running answers have some seconds."""
 
-    def __init__(self, seconds: float, engine: Engine) -> None:
+    def __init__(self, seconds: float, engine: EngineLike) -> None:
         self.begun = False
         self._cut = Timer(seconds, lambda: engine.close(drain=False))
         self._cut.daemon = True

@@ -46,9 +46,9 @@ def write(state: AdapterState, directory: Path) -> list[str]:
     return notes
 
 
-def read(directory: Path, *, allow_bin: bool = False) -> AdapterState:
+def read(directory: Path, *, allow_bin: bool = False, shapes_only: bool = False) -> AdapterState:
     """Read PEFT's directory; with `allow_bin` also adapter_model.bin, a pickle, of which only
-    tensors are taken. Raises AdapterError, naming the directory."""
+    tensors are taken; with `shapes_only` no values. Raises AdapterError, naming the directory."""
     config = read_json(directory / CONFIG)
     weights = directory / WEIGHTS
     if not weights.is_file():
@@ -59,7 +59,7 @@ def read(directory: Path, *, allow_bin: bool = False) -> AdapterState:
                 "--allow-bin, or allow_bin=True; a file of safetensors needs no permission."
             )
     try:
-        return state_of(config, read_tensors(weights))
+        return state_of(config, read_tensors(weights, shapes_only=shapes_only))
     except AdapterError as error:
         why = shortened(str(error), 20_000)
         raise AdapterError(f"The PEFT adapter in {directory} cannot be used: {why}.") from error

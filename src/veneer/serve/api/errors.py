@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +13,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from veneer.errors import ContextExceeded, QueueFull, UnknownModel, VeneerError
+
+log = logging.getLogger("veneer.serve")
 
 RETRY_SECONDS = 2  # about what a slot takes to become free
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -57,7 +60,7 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     @classmethod
-    def of(cls, error: Exception) -> ApiError:
+    def of(cls, error: Exception, request_id: str) -> ApiError:
         """Return the response that an error means."""
         if isinstance(error, ApiError):
             return error
@@ -65,7 +68,7 @@ class ApiError(Exception):
             if isinstance(error, kind):
                 return cls(status, str(error), param=getattr(error, "param", None), code=code)
         # What went wrong inside is for the log, not for the client.
-        return cls(500, "The server failed at this request; its log says why.")
+        return cls(500, f"The server failed at request {request_id}; its log says why.")
 
     @property
     def headers(self) -> dict[str, str]:
@@ -85,6 +88,19 @@ class ApiError(Exception):
         """Return the response. ASCII alone: a message may quote half a character."""
         text = json.dumps(self.body())
         return Response(text, self.status, headers=self.headers, media_type="application/json")
+
+
+def log_failure(error: BaseException, request_id: str) -> None:
+    """Write an unexpected error into the log, with its traceback."""
+    log.error("Request %s failed.", request_id, exc_info=error)
+
+
+def failed(error: Exception, request_id: str) -> ApiError:
+    """Return the response that an error means; an unexpected one is logged before."""
+    response = ApiError.of(error, request_id)
+    if response.status >= 500 and response is not error:
+        log_failure(error, request_id)
+    return response
 
 
 def install(app: FastAPI) -> None:
@@ -110,8 +126,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     @app.exception_handler(VeneerError)
     @app.exception_handler(Exception)
-    def ours(_: Request, error: Exception) -> Response:
-        return ApiError.of(error).response()
+    def ours(request: Request, error: Exception) -> Response:
+        request.state.logged = error  # the framework raises unexpected ones again
+        return failed(error, request.state.request_id).response()
 
 
 def _problem(error: Any) -> tuple[str, str]:

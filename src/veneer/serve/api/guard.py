@@ -7,10 +7,11 @@ import hashlib
 import hmac
 from collections.abc import Callable
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from veneer.serve.api.errors import ApiError
+from veneer.serve.api.errors import ApiError, log_failure
 from veneer.serve.config import Keys, Limits
 
 OPEN = ("/", "/health", "/ready")  # these and the page's own files need no key
@@ -49,10 +50,19 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        request_id = uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        try:
+            await self._pass_on(scope, receive, with_headers(send, request_id))
+        except Exception as error:
+            if state.get("logged") is not error:  # the response had begun
+                log_failure(error, request_id)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, guarded: Send) -> None:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        guarded = with_headers(send)
         try:
             self._check(scope, headers)
         except ApiError as error:
@@ -126,13 +136,15 @@ class Guard:
         return ApiError(413, f"The body is larger than {self.limits.body_bytes:,} bytes.")
 
 
-def with_headers(send: Send) -> Send:
-    """Return `send` that adds HEADERS to each response that does not set them itself."""
+def with_headers(send: Send, request_id: str) -> Send:
+    """Return `send` that adds HEADERS and the request's id (as OpenAI's responses have it) to each
+    response that does not set them itself."""
+    headers = {**HEADERS, "x-request-id": request_id}
 
     async def guarded(message: Message) -> None:
         if message["type"] == "http.response.start":
             names = {name for name, _ in message["headers"]}
-            more = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+            more = [(name.encode(), value.encode()) for name, value in headers.items()]
             missing = [(name, value) for name, value in more if name not in names]
             message = {**message, "headers": [*message["headers"], *missing]}
         await send(message)

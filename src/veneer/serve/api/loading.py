@@ -37,7 +37,7 @@ def routes(served: Served, root: Path | None) -> APIRouter:
         name = asked.lora_name
         _check_name(name, served)
         async with changing:
-            if name not in served.library.names():
+            if name not in {entry.name for entry in served.library.entries()}:
                 message = f"The LoRA adapter '{name}' cannot be found."
                 raise ApiError(404, message, param="lora_name")
             served.library.remove(name)
@@ -69,8 +69,8 @@ def find(root: Path, lora_path: str) -> Path:
 
 def _load(served: Served, asked: LoadRequest, root: Path) -> None:
     name = asked.lora_name
-    before = served.library.info(name) if name in served.library.names() else None
-    if before is not None and not asked.load_inplace:
+    before = next((entry for entry in served.library.entries() if entry.name == name), None)
+    if before is not None and not before.refusal and not asked.load_inplace:
         raise RequestError(
             f"The LoRA adapter '{name}' has already been loaded. To replace it, set "
             "'load_inplace' to true.",
@@ -83,7 +83,7 @@ def _load(served: Served, asked: LoadRequest, root: Path) -> None:
         if before is None:
             served.library.remove(name)
         else:
-            served.library.add(name, before.directory)
+            served.library.add(name, before.directory, refusal=before.refusal)
         raise
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from veneer.errors import RequestError
-from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
+from veneer.serve.api.errors import ERROR_RESPONSES, failed
 from veneer.serve.api.metrics import Metrics
 from veneer.serve.api.protocol import (
     MOST_ANSWERS,
@@ -99,15 +99,16 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
         # On another thread, for templates and tokenizers take their time.
         streams = await asyncio.to_thread(lambda: served.submit(prepare()))
         pieces, n = metrics.watch(pieces_of(streams)), asked.n or 1
+        request_id = http.state.request_id
         if asked.stream:
             usage_of_n = n if asked.usage_in_stream else None
-            return Streaming(events(pieces, len(streams), reply, usage_of_n), streams)
+            return Streaming(events(pieces, len(streams), reply, usage_of_n, request_id), streams)
         answers = await unless_disconnected(collected(pieces, len(streams)), http)
         if answers is None:
             return Response(status_code=499)  # nobody reads it
         for answer in answers:
-            if answer.reason == "error":
-                raise _failed(answer)
+            if answer.error is not None:
+                raise failed(answer.error, request_id)
         return JSONResponse(reply.whole(answers, usage_of(answers, n)))
 
     return router
@@ -154,7 +155,11 @@ async def _disconnected(http: HttpRequest) -> None:
 
 
 async def events(
-    pieces: AsyncGenerator[tuple[int, Answer], None], count: int, reply: Reply, n: int | None
+    pieces: AsyncGenerator[tuple[int, Answer], None],
+    count: int,
+    reply: Reply,
+    n: int | None,
+    request_id: str,
 ) -> AsyncIterator[str]:
     """Yield `count` answers as server-sent events, as they are made.
 
@@ -175,20 +180,18 @@ async def events(
             if piece.reason is None:
                 continue
             ends[number] = piece
-            if piece.reason == "error":
-                yield _event(_failed(piece).body())
+            if piece.error is not None:
+                yield _event(failed(piece.error, request_id).body())
             else:
                 yield _event(reply.chunk(reply.ending(number, piece), **more))
         if n is not None:
             usage = usage_of([ends[number] for number in range(count)], n)
             yield _event(reply.chunk(usage=usage))
-        yield "data: [DONE]\n\n"
+    except Exception as error:  # the status is sent already
+        yield _event(failed(error, request_id).body())
     finally:
         await pieces.aclose()
-
-
-def _failed(answer: Answer) -> ApiError:
-    return ApiError(500, str(answer.error) or type(answer.error).__name__)
+    yield "data: [DONE]\n\n"
 
 
 def _event(value: dict[str, Any]) -> str:

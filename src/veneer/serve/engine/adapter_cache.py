@@ -4,6 +4,7 @@ recently used are dropped where memory ends."""
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 from veneer.adapter.attach import adapted_layer
 from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
-from veneer.errors import AdapterError, listed
+from veneer.adapter.method import Method
+from veneer.errors import AdapterError, joined, listed
 from veneer.formats.adapters import read
 from veneer.formats.contents import without_place
 from veneer.formats.install import layer_adapters
@@ -24,6 +26,8 @@ from veneer.formats.state import AdapterState
 from veneer.formats.validate import validate
 from veneer.lowrank.update import LowRankUpdate, RowUpdates, mixed
 from veneer.serve.engine.library import Entry
+
+log = logging.getLogger("veneer.serve")
 
 ALIGNED = 64  # bytes, a line of the processor's cache
 Mix = tuple[tuple[Entry, float], ...]  # adapters with their weights; none for the base alone
@@ -120,31 +124,50 @@ def load(model: PreTrainedModel, entry: Entry) -> LoadedAdapter:
     return _in_one_buffer(updates, paths, (entry.name,))
 
 
+def why_not(model: PreTrainedModel, entry: Entry) -> str:
+    """Return why an adapter cannot be served over `model`, or nothing where it can.
+
+    Settings and shapes decide; values are read, and damage among them is seen, when it is loaded.
+    """
+    try:
+        _checked(model, read(entry.directory, model, shapes_only=True), entry)
+    except AdapterError as error:
+        return str(error)
+    except Exception as error:
+        log.exception("The adapter %r in %s cannot be read.", entry.name, entry.directory)
+        return f"The adapter {entry.name!r} cannot be read ({type(error).__name__}: {error})."
+    return ""
+
+
 def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
-    problems = []
-    if not isinstance(state.config, LoRA):
-        problems.append(
-            f"{state.config.method} is no low-rank adapter, and cannot answer beside others"
-        )
-    if state.new_tokens is not None:
-        problems.append(
-            f"it brings {len(state.new_tokens.tokens)} new tokens, which a shared base has no "
-            "rows for; merge it, and serve the merged model"
-        )
-    elif beyond := without_place(state, "serving"):
-        problems.append(
-            f"it has {listed(beyond)} beside its factors, which act on whole batches; merge it, "
-            "and serve the merged model"
-        )
-    problems = problems or validate(model, state, None, force=False)
+    if beyond := _beyond_factors(state, entry):
+        problems = [beyond]
+    else:
+        problems = validate(model, state, None, force=False)
     if problems:
-        raise AdapterError(
-            f"The adapter {entry.name!r} in {entry.directory} cannot be served: "
-            + "; ".join(problems)
-            + "."
-        )
+        raise AdapterError(f"The adapter {entry.name!r} cannot be served: {joined(problems)}.")
     assert isinstance(state.config, LoRA)
     return state.config
+
+
+def _beyond_factors(state: AdapterState, entry: Entry) -> str:
+    """Return what of an adapter cannot differ from row to row, and what to do; nothing where all of
+    it can."""
+    merge = f"merge it and serve the result (veneer merge BASE {entry.directory} OUT)"
+    config = state.config
+    if isinstance(config, Method) and not config.replaces_weights:
+        return (
+            f"its {config.virtual_tokens} virtual tokens ({config.method}) act on whole batches; "
+            f"ask it alone (veneer chat BASE --adapter {entry.directory})"
+        )
+    if isinstance(config, Method):
+        return f"it replaces weights of the base ({config.method}), which all share; {merge}"
+    if state.new_tokens is not None:
+        count = len(state.new_tokens.tokens)
+        return f"it adds {count} tokens to the vocabulary, which all share; {merge}"
+    if beyond := without_place(state, "serving"):
+        return f"it has {listed(beyond)} beside its factors, which act on whole batches; {merge}"
+    return ""
 
 
 def _mixed(adapters: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:

@@ -3,6 +3,7 @@ one forward pass computes all of them."""
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from veneer.errors import (
     VeneerError,
 )
 from veneer.models.load import Base
-from veneer.serve.engine.adapter_cache import AdapterCache, Mix
+from veneer.serve.engine.adapter_cache import AdapterCache, Mix, why_not
 from veneer.serve.engine.compiled import CompiledRunner, Unsuited
 from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.general import GeneralRunner
@@ -32,6 +33,8 @@ from veneer.serve.engine.row import Row
 from veneer.serve.engine.runner import Chunk, Runner
 from veneer.serve.engine.sampler import Sampler, sample
 from veneer.serve.engine.stream import Stream
+
+log = logging.getLogger("veneer.serve")
 
 LONGEST_CONTEXT = 4096  # tokens of a context, unless the configuration says otherwise
 
@@ -107,6 +110,14 @@ class Engine:
     def load(self, name: str) -> None:
         """Load an adapter now. Raises AdapterError if it is unknown or does not fit."""
         self.adapters.get(((self.library.info(name), 1.0),))
+
+    def refuse_unservable(self) -> dict[str, str]:
+        """Look at the settings and shapes of all adapters, and let the library refuse those that
+        cannot be served; return why, by name."""
+        for entry in self.library.entries():
+            if not entry.refusal and (why := why_not(self.base.model, entry)):
+                self.library.refuse(entry, why)
+        return {entry.name: entry.refusal for entry in self.library.entries() if entry.refusal}
 
     def close(self, *, drain: bool = True) -> None:
         """Stop, after what was accepted has been answered or, without `drain`, at once."""
@@ -188,6 +199,9 @@ class Engine:
             row.adapter = self.adapters.get(row.mix)
         except Exception as caught:
             error = caught
+            if isinstance(error, AdapterError) and len(row.mix) == 1:
+                self.library.refuse(row.mix[0][0], str(error))
+                log.warning("%s", error)
         with self._changed:
             self._loading -= 1
             if error is not None:
@@ -201,15 +215,21 @@ class Engine:
     # ---- on the engine's own thread ----
 
     def _work(self) -> None:
-        while self._admit():
-            active = list(self._active)
-            try:
-                self._step(active)
-            except Exception as error:
-                # Slots cannot be trusted after a step that failed, but the engine goes on.
-                for row in active:
-                    if row in self._active:
+        try:
+            while self._admit():
+                try:
+                    self._step(list(self._active))
+                except Exception as error:
+                    # Slots cannot be trusted after a step that failed, but the engine goes on.
+                    for row in list(self._active):
                         self._end(row, "error", error)
+        except Exception as error:
+            log.critical("The engine ended; no request is answered any more.", exc_info=error)
+            with self._changed:
+                self._closing = self._cut = True
+                rows = [*self._active, *self._ready]
+            for row in rows:
+                row.finish("error", error)
 
     def _admit(self) -> bool:
         """Give free slots to waiting rows, waiting for one if there is nothing to do; return
@@ -285,8 +305,12 @@ class Engine:
         tokens = sample(logits, [row.sampler for row, _ in rows])
         for (row, _), token in zip(rows, tokens, strict=True):
             self._counts["new_tokens"] += 1
-            if (reason := row.take(token)) is not None:
-                self._end(row, reason)
+            try:
+                reason, error = row.take(token), None
+            except Exception as caught:  # in its text, which is no other row's
+                reason, error = "error", caught
+            if reason is not None:
+                self._end(row, reason, error)
 
     def _use_prefix(self, row: Row) -> None:
         """Take the first tokens of a prompt from the prefix cache, as far as it has them."""
@@ -316,7 +340,10 @@ class Engine:
                 self.runner.free(row.slot)
                 self._free.append(row.slot)
             self._counts["requests"] += 1
-        row.finish(reason, error)
+        try:
+            row.finish(reason, error)
+        except Exception as caught:  # in the rest of its text
+            row.finish("error", caught)
 
 
 def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner, tuple[str, ...]]:

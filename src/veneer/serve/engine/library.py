@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -15,11 +15,15 @@ _versions = count(1)
 
 @dataclass(frozen=True)
 class Entry:
-    """A directory that was added under a name; the same name added again is another version."""
+    """A directory that was added under a name; the same name added again is another version.
+
+    refusal: why it cannot be served, as a sentence; empty where it can.
+    """
 
     name: str
     directory: Path
     version: int
+    refusal: str = ""
 
 
 class Library:
@@ -35,18 +39,19 @@ class Library:
         for name, directory in (adapters or {}).items():
             self.add(name, directory)
 
-    def add(self, name: str, directory: str | Path) -> Entry:
+    def add(self, name: str, directory: str | Path, *, refusal: str = "") -> Entry:
         """Add the adapter in `directory`, or replace the one of that name.
 
         It is read when it is first used; `Engine.load` reads it at once and checks that it fits.
-        Raises AdapterError where there is no such directory, or no name.
+        With a `refusal` it is only kept to say why it cannot be served. Raises AdapterError where
+        there is no such directory, or no name.
         """
         path = Path(directory)
         if not name:
             raise AdapterError("An adapter needs a name.")
         if not path.exists():
             raise AdapterError(f"There is no adapter directory {path}.")
-        entry = Entry(name, path, next(_versions))
+        entry = Entry(name, path, next(_versions), refusal)
         with self._lock:
             self._entries[name] = entry
         return entry
@@ -57,17 +62,31 @@ class Library:
             if self._entries.pop(name, None) is None:
                 raise self._unknown(name)
 
-    def names(self) -> tuple[str, ...]:
-        """Return all names, sorted."""
+    def refuse(self, entry: Entry, why: str) -> None:
+        """Name an adapter no more, unless its name means another version by now."""
         with self._lock:
-            return tuple(sorted(self._entries))
+            if self._entries.get(entry.name) == entry:
+                self._entries[entry.name] = replace(entry, refusal=why)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all that can be served, sorted."""
+        return tuple(entry.name for entry in self.entries() if not entry.refusal)
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Return all adapters, also those that cannot be served, sorted by name."""
+        with self._lock:
+            return tuple(self._entries[name] for name in sorted(self._entries))
 
     def info(self, name: str) -> Entry:
-        """Return the version that a name means now. Raises AdapterError for an unknown one."""
+        """Return the version that a name means now. Raises AdapterError for an unknown one, and for
+        one that cannot be served."""
         with self._lock:
-            if name not in self._entries:
+            entry = self._entries.get(name)
+            if entry is None:
                 raise self._unknown(name)
-            return self._entries[name]
+        if entry.refusal:
+            raise AdapterError(entry.refusal)
+        return entry
 
     def _unknown(self, name: str) -> AdapterError:
         names = sorted(self._entries)

@@ -27,6 +27,8 @@ class EngineLike(Protocol):
 
     def load(self, name: str) -> None: ...
 
+    def close(self, *, drain: bool = True) -> None: ...
+
     @property
     def stats(self) -> Stats: ...
 
@@ -49,11 +51,17 @@ class Served:
     started: float = field(default_factory=time.time)
 
     def adapter(self, model: str, *, param: str = "model") -> str | None:
-        """Return the adapter that a model's name means, None for the base. Raises UnknownModel."""
+        """Return the adapter that a model's name means, None for the base.
+
+        Raises UnknownModel, or RequestError for an adapter that cannot be served.
+        """
         if model == self.name:
             return None
-        names = self.library.names()
-        if model not in names:
+        refusals = {entry.name: entry.refusal for entry in self.library.entries()}
+        if refusals.get(model):
+            raise RequestError(refusals[model], param=param)
+        if model not in refusals:
+            names = [name for name, refusal in refusals.items() if not refusal]
             hint = nearest(model[:200], [self.name, *names]) or "; GET /v1/models lists all"
             message = f"The model {model[:200]!r} does not exist here{hint}."
             raise UnknownModel(message, param=param)

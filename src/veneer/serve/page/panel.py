@@ -40,8 +40,12 @@ def routes(served: Served, runs: Runs | None) -> APIRouter:
         """Return the base, and for each adapter what its files say."""
 
         def look() -> list[dict[str, Any]]:
-            entries = [served.library.info(name) for name in served.library.names()]
-            return [{"name": e.name, **about(e.directory, e.version)} for e in entries]
+            entries = served.library.entries()
+            return [
+                {"name": e.name, **about(e.directory, e.version)}
+                | ({"error": e.refusal} if e.refusal else {})
+                for e in entries
+            ]
 
         in_memory = set(served.engine.stats.resident)
         described = await asyncio.to_thread(look)

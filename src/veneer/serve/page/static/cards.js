@@ -19,7 +19,7 @@ export function showAdapters({ base, adapters }) {
   if (!adapters.length) container.append(make("p", { class: "quiet" }, `None yet: ${base.name} is served as it is. Start with --adapter name=directory, or --adapters-dir.`));
   for (const adapter of adapters) {
     const trained = adapter.trained ?? {};
-    const card = make("article", { class: "card" }, make("h3", {}, adapter.name));
+    const card = make("article", { class: adapter.error ? "card refused" : "card" }, make("h3", {}, adapter.name));
     if (adapter.resident) card.append(make("p", { class: "state" }, "in memory"));
     if (adapter.error) card.append(make("p", { class: "fault" }, adapter.error));
     card.append(facts([

@@ -1,0 +1,53 @@
+"""An adapter is listed and answers, or it is not listed, and whoever asks for it hears why."""
+
+from dataclasses import replace
+
+import pytest
+
+import veneer
+from support.kinds import KINDS, is_first_of
+from support.random_adapters import NEW_TOKENS, tokenizer
+from support.server import call, chat, running
+from support.serving_bases import base_of
+from veneer.adapter.new_tokens import extend_tokenizer
+from veneer.serve.config import ServeConfig
+from veneer.serve.run import prepare
+
+CHAT = "/v1/chat/completions"
+SERVED = [kind for kind in KINDS if is_first_of(kind, "name") and kind.reads_tokens]
+BASES = list(dict.fromkeys((kind.architecture, kind.bits, kind.on_disk) for kind in SERVED))
+
+
+def named(kind):
+    return kind.name.replace(" ", "_").replace(",", "").replace("+", "_plus")
+
+
+@pytest.mark.parametrize("of", BASES, ids=str)
+def test_each_kind_is_served_or_refused_with_the_reason(of, tmp_path):
+    kinds = [k for k in SERVED if (k.architecture, k.bits, k.on_disk) == of]
+    for kind in kinds:
+        ours = tokenizer()
+        if kind.new_tokens:
+            extend_tokenizer(ours, NEW_TOKENS)
+        model = kind.shaken()
+        veneer.save(
+            model, tmp_path / named(kind), name=next(iter(veneer.in_use(model))), tokenizer=ours
+        )
+    base = replace(base_of(model=kinds[0].base()), name="some/base")
+    served, notices = prepare(base, (), ServeConfig(adapters_dir=tmp_path))
+    with served.engine, running(served) as server:
+        listed = {model["id"] for model in call(server.url, "/v1/models")[2]["data"]}
+        page = {a["name"]: a.get("error") for a in call(server.url, "/api/adapters")[2]["adapters"]}
+        for kind in kinds:
+            name = named(kind)
+            assert (name in listed) == kind.mixes_rows, kind
+            status, _, reply = call(server.url, CHAT, chat(name, max_tokens=2))
+            if name in listed:
+                assert status == 200, (kind, reply)
+                assert page[name] is None
+                continue
+            why = reply["error"]["message"]
+            assert (status, reply["error"]["param"]) == (400, "model"), kind
+            assert (page[name], notices.count(why)) == (why, 1)
+            assert f"veneer {'chat' if kind.is_virtual else 'merge'} BASE" in why
+            assert call(server.url, CHAT, chat(name, stream=True))[0] == 400
