@@ -6,13 +6,18 @@ and exits with 2; a program catches `VeneerError`, or `ValueError` where the inp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 
 class VeneerError(Exception):
-    """Anything that Veneer refuses or cannot do."""
+    """Anything that Veneer refuses or cannot do. No full stop follows a suggestion's question mark,
+    wherever in the message that is."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(re.sub(r"(?<='\?)\.(?=\s|$)", "", message))
 
 
 class ConfigError(VeneerError, ValueError):
@@ -103,11 +108,6 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the one of `names` that is most like `name`, or nothing."""
     close = closest(name, names)
     return f"; did you mean {close!r}?" if close else ""
-
-
-def sentence(text: str) -> str:
-    """Return a text with a full stop, where it does not end with a question."""
-    return text if text.endswith("?") else f"{text}."
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

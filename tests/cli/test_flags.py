@@ -287,7 +287,9 @@ def test_what_contradicts_a_short_method_is_refused(caught, tmp_path, refused):
     assert caught.recipe is None
 
 
-@pytest.mark.parametrize("command", ["tune", "compare"])
-def test_a_preset_without_weights_is_not_trained(command, caught, refused):
+@pytest.mark.parametrize("command", ["tune", "compare", "quantize", "generate"])
+def test_a_preset_without_weights_is_no_base(command, caught, refused):
     assert "shapes without weights" in refused(command, "qwen3-8b", "d")
+    near = refused(command, "qwen3-7b", "d")
+    assert "is no model here. Did you mean 'qwen3-8b' or 'qwen3-4b'? These are presets" in near
     assert caught.recipe is None

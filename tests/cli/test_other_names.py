@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from veneer.cli.other_names import NOTES, OTHERS, OURS
+from veneer.cli.other_names import NOTES, OTHERS, OURS, our_name
 from veneer.training.recipe import Recipe
 
 
@@ -51,6 +51,24 @@ def test_all_names_lead_to_flags_of_tune_and_are_none_themselves(caught, refused
 def test_only_what_the_command_has_is_named(refused):
     assert "--lora-r is called --rank here" in refused("plan", "gpt2", "--lora-r", "4")
     assert "called" not in refused("plan", "gpt2", "--learning-rate", "1")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    {
+        "--learning-rate": "--lr.lora here; every method has its rate",
+        "--lr": "--lr.lora here; every method has its rate",
+        "--lora-r": "--ranks",
+        "--rank": "--ranks",
+        "--target-modules": "--target-sets",
+        "--max-steps": "--budget steps:N",
+        "--batch-size": "--tokens-per-step",
+        "--method": "--methods",
+    }.items(),
+)
+def test_compare_answers_with_flags_of_its_own(theirs, ours, refused):
+    assert f"{theirs} is called {ours}" in refused("compare", "m", "d", theirs, "4")
+    assert our_name("--rank", ("--lr", "--targets")) is None
 
 
 def test_keys_of_a_recipe_are_answered_too(caught, tmp_path, refused):

@@ -104,7 +104,7 @@ def test_the_packaged_weights_say_how_to_get_them(monkeypatch):
 
 
 def test_a_hub_name_without_a_network_is_a_model_error():
-    with pytest.raises(ModelError, match=r"no-such-owner/no-such-model .*hub name"):
+    with pytest.raises(ModelError, match=r"no-such-owner/no-such-model' .*hub name"):
         load_base("no-such-owner/no-such-model", dtype="float32")
 
 

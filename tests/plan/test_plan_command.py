@@ -15,8 +15,9 @@ from veneer.errors import ModelError
 from veneer.models.load import config_of
 from veneer.models.locate import locate
 from veneer.plan.config import PlanConfig
-from veneer.plan.find import find_sizes, near_presets, sizes_of
+from veneer.plan.find import find_sizes, sizes_of
 from veneer.plan.methods import adapted_layers
+from veneer.plan.near_presets import near_presets
 from veneer.plan.plan import comparison, make_plan
 from veneer.plan.presets import PRESETS
 

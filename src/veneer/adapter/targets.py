@@ -21,7 +21,6 @@ from veneer.errors import (
     TargetError,
     joined,
     nearest,
-    sentence,
     shortened,
 )
 from veneer.models.description import Layer, ModelDescription, describe
@@ -130,7 +129,7 @@ def _choose(model: nn.Module, layers: Sequence[Layer], config: LoRA) -> list[Lay
         hint = nearest(pattern, names)
         problems.append(f"the pattern {shortened(pattern)!r} matches none of the targets{hint}")
     if problems:
-        raise TargetError(sentence(f"These targets do not fit the model: {joined(problems)}"))
+        raise TargetError(f"These targets do not fit the model: {joined(problems)}.")
     return picked
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_origin
 
-from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import App, CoercionError, CycloptsError, UnknownOptionError, UnusedCliTokensError
 from cyclopts.help import DefaultFormatter, HelpPanel, InlineText
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
@@ -124,4 +125,6 @@ def _explained(error: Exception, arguments: Sequence[str]) -> Exception:
         advice = our_name(error.token.keyword or error.token.value, flags)
     elif isinstance(error, UnusedCliTokensError):
         advice = with_commas(arguments, error.unused_tokens or ())
+    elif isinstance(error, CoercionError) and get_origin(error.target_type) is dict and error.token:
+        advice = our_name(error.token.keyword or "", ("--budget", "--lr"))  # no rate of its own
     return ConfigError(f"{advice}.") if advice else error

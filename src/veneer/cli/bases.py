@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 import veneer
 from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries, show_notice, show_saved
-from veneer.cli.flags import Model, PackHead
+from veneer.cli.flags import Model, PackHead, refuse_preset
 from veneer.cli.progress import RunDisplay
 from veneer.cli.tables import quantized_table
 from veneer.quant.settings import Bits
@@ -44,6 +44,7 @@ def quantize(
     from veneer.formats.quantized import write_quantized
     from veneer.models.load import open_base
 
+    refuse_preset(model)
     quieten_libraries()
     source, tokenizer, notices = open_base(model)
     for notice in notices:

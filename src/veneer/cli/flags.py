@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from veneer.errors import ModelError
+from veneer.plan.near_presets import near_presets
 from veneer.plan.presets import PRESETS
 from veneer.quant.settings import Bits
 from veneer.training.recipe import DType
@@ -32,15 +33,25 @@ PackHead = Annotated[bool, Parameter(help="With --bits, quantize the head too.")
 Picture = Annotated[
     Path | None, Parameter(help="Draw it too, as a heat map of blocks and kinds of layers.")
 ]
+WITH_WEIGHTS = ("minigpt", "smollm2-135m")  # of the presets
 
 
 def refuse_preset(model: str) -> None:
-    """Raise ModelError for a preset that has no weights, where weights are needed."""
-    if model in PRESETS and model not in ("minigpt", "smollm2-135m") and not Path(model).exists():
-        raise ModelError(
-            f"{model!r} is a preset of veneer plan and veneer inspect: shapes without weights. "
-            "Name a directory, a .gguf file or a hub name (owner/model)."
-        )
+    """Raise ModelError for a preset that has no weights, or for a name like that of one, where
+    weights are needed."""
+    if model in WITH_WEIGHTS or "/" in model or model.endswith(".gguf") or Path(model).exists():
+        return
+    if model in PRESETS:
+        what = "is a preset"
+    else:
+        near = [name for name in near_presets(model) if name not in WITH_WEIGHTS]
+        if not near:
+            return
+        what = f"is no model here. Did you mean {' or '.join(map(repr, near))}? These are presets"
+    raise ModelError(
+        f"{model!r} {what} of veneer plan and veneer inspect: shapes without weights. "
+        "Name a directory, a .gguf file or a hub name (owner/model)."
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import veneer
 from veneer.cli.console import quieten_libraries, show_notice
-from veneer.cli.flags import AdapterFlags, BaseFlags
+from veneer.cli.flags import AdapterFlags, BaseFlags, refuse_preset
 
 if TYPE_CHECKING:
     from veneer.models.load import Base
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def load_base(model: str, flags: BaseFlags) -> Base:
     """Return a base, and print what a person should know of it."""
+    refuse_preset(model)
     quieten_libraries()
     base = veneer.load_base(model, dtype=flags.dtype, bits=flags.bits)
     for notice in base.notices:

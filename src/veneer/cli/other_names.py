@@ -49,7 +49,18 @@ OTHERS = {
     "resume": "resume_from_checkpoint",
     "tensorboard": "report_to",
 }
+# What tune has once and compare, which trains in many ways with one budget, has of its own.
+OF_COMPARE = {
+    "lr": "lr.lora",
+    "rank": "ranks",
+    "targets": "target_sets",
+    "method": "methods",
+    "steps": "budget steps:N",
+    "epochs": "budget steps:N",
+    "tokens_per_batch": "tokens_per_step",
+}
 NOTES = {
+    "lr.lora": "every method has its rate, as in --lr.lora 5e-4 --lr.full 2e-5",
     "targets": "names are separated by commas, as in --targets q_proj,v_proj",
     "warmup": "it counts steps or, below 1, is a share of all steps",
     "layers": "blocks are spelt as slices, as in --layers 0:12, or -16: for the last 16",
@@ -66,9 +77,12 @@ def our_name(name: str, flags: Collection[str]) -> str | None:
     name: a flag of the command line, or a key of a recipe.
     """
     spelt = name.partition("=")[0]
-    flag = OURS.get(spelt.lstrip("-").replace("-", "_").lower(), "")
+    key = spelt.lstrip("-").replace("-", "_").lower()
+    flag = OURS.get(key, "")
+    if "--budget" in flags:
+        flag = OF_COMPARE.get(flag or key, flag)
     ours, _, value = flag.partition(" ")
-    if ours.replace("_", "-") not in {
+    if ours.partition(".")[0].replace("_", "-") not in {
         flag_name.strip("-").replace("_", "-") for flag_name in flags
     }:
         return None

@@ -22,7 +22,7 @@ from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.unfreeze import replaced_weights
 from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import virtual_tokens_of
-from veneer.errors import AdapterError, nearest, sentence
+from veneer.errors import AdapterError, nearest
 from veneer.formats.state import (
     CAUSAL,
     START,
@@ -52,7 +52,7 @@ def capture(
             raise AdapterError(f"{len(active)} adapters are in use; name the one to save.")
         name = active[0]
     if name not in attached:
-        raise AdapterError(sentence(f"No adapter is called {name!r}{nearest(name, attached)}"))
+        raise AdapterError(f"No adapter is called {name!r}{nearest(name, attached)}.")
     config = attached[name]
     tensors: dict[str, Tensor]
     if isinstance(config, Method) and is_virtual(config):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.targets import PRESETS
-from veneer.errors import AdapterError, VeneerError, joined, sentence
+from veneer.errors import AdapterError, VeneerError, joined
 from veneer.formats import table as formats
 from veneer.formats.base_structure import BaseStructure, targets_for
 from veneer.formats.fold import uniform
@@ -91,5 +91,5 @@ def _over(state: AdapterState, base: PreTrainedModel, name: str) -> AdapterState
     """Return the adapter with its base's name. Raises AdapterError if it does not fit the base."""
     bare = replace(state, base_weights={})  # the skeleton has no weights to compare them with
     if problems := validate(base, bare, None, force=True):
-        raise AdapterError(sentence(f"This adapter does not fit the base: {joined(problems)}"))
+        raise AdapterError(f"This adapter does not fit the base: {joined(problems)}.")
     return replace(state, base_name=state.base_name or name)

@@ -16,7 +16,7 @@ from veneer.adapter.new_tokens import attach_token_rows, extend_tokenizer
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.unfreeze import replaced_weights, unfreeze
 from veneer.adapter.virtual import stored_virtual_tokens
-from veneer.errors import AdapterError, joined, sentence
+from veneer.errors import AdapterError, joined
 from veneer.formats.state import AdapterState, StoredLayer, StoredTokens
 from veneer.formats.validate import shared_tokens, validate
 
@@ -35,7 +35,7 @@ def install(
     """
     check_name(model, name)
     if problems := validate(model, state, tokenizer, force=force):
-        raise AdapterError(sentence(f"This adapter does not fit the model: {joined(problems)}"))
+        raise AdapterError(f"This adapter does not fit the model: {joined(problems)}.")
     if isinstance(state.config, LoRA):
         attach_adapter(
             model,

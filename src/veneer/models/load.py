@@ -24,6 +24,7 @@ from transformers import (
 from veneer.errors import ConfigError, ModelError, nearest
 from veneer.models import gguf, minigpt
 from veneer.models.dtype import resolve_dtype
+from veneer.models.hub import on_hub
 from veneer.models.locate import MINIGPT_HOME, locate
 from veneer.models.quantize import quantized_model
 from veneer.models.source import Source, open_source
@@ -65,15 +66,14 @@ def load_base(
     `name` is a built-in name, a transformers or MiniGPT directory, a .gguf file, or a hub name.
     With `bits` its linear layers are quantized as they are read, with `pack_head` the head too; a
     base that is quantized already stays in its files, memory-mapped. Its tokenizer is read unless
-    it is given. No code from a model's
-    repository is ever run. Raises ModelError with what to do, and ConfigError for impossible
-    settings.
+    it is given. No code from a model's repository is ever run. Raises ModelError with what to do,
+    and ConfigError for impossible settings.
     """
     if bits not in (None, 4, 8):
         raise ConfigError(f"bits is {bits!r}, but must be 4 or 8.")
     if pack_head and bits is None:
         raise ConfigError("pack_head would do nothing without bits; give bits 4 or 8 too.")
-    place = locate(name)
+    place = _at_hand(name)
     torch_dtype = dtype_of(place, dtype)
     notices: tuple[str, ...] = ()
     with gguf.read_once():
@@ -89,6 +89,8 @@ def load_base(
         else:
             model = _dense(place, torch_dtype)
         tokenizer = tokenizer or _tokenizer(place)
+    if isinstance(place, Path) and isinstance(locate(name), str):
+        notices += (f"{name} is the copy in {place}, for the hub could not be asked.",)
     # Adapters and merged models carry this name, by which the base is loaded again.
     model.config._name_or_path = str(name)
     if torch.cuda.is_available():
@@ -101,7 +103,7 @@ def load_config(name: str | Path) -> PretrainedConfig:
     minigpt.register()
     if str(name) == "minigpt" and not minigpt.is_minigpt(MINIGPT_HOME):
         return minigpt.MiniGPTConfig()
-    place = locate(name)
+    place = _at_hand(name)
     if _is_gguf(place):
         return gguf.load_config(Path(place))
     return _reading(place, lambda: AutoConfig.from_pretrained(place, **OURS_ALONE))
@@ -154,7 +156,7 @@ def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[
     Raises ModelError for a base that is quantized already.
     """
     with gguf.read_once():
-        place, config = locate(name), load_config(name)
+        place, config = _at_hand(name), load_config(name)
         if quantization_of(config.to_dict()):
             raise ModelError(f"{name} is quantized already.")
         source, notices = _open_dense(place, config)
@@ -175,6 +177,12 @@ def skeleton_of(config: PretrainedConfig, home: Path | None = None) -> PreTraine
     if home is not None and (home / "generation_config.json").is_file():
         skeleton.generation_config = _reading(home, lambda: GenerationConfig.from_pretrained(home))
     return skeleton
+
+
+def _at_hand(name: str | Path) -> Path | str:
+    """Return the directory or file that `name` means, or a hub name that the hub knows."""
+    place = locate(name)
+    return place if isinstance(place, Path) else on_hub(place)
 
 
 def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tuple[str, ...]]:
@@ -241,5 +249,4 @@ def _reading(place: Path | str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:
-        where = place if isinstance(place, Path) else f"{place} (no such directory; a hub name)"
-        raise ModelError(f"{where} cannot be read as a causal language model: {error}") from error
+        raise ModelError(f"{place} cannot be read as a causal language model: {error}") from error

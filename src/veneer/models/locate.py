@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from veneer.errors import ModelError, nearest, sentence
+from veneer.errors import ModelError, nearest
 from veneer.models import minigpt
 
 MINIGPT_HOME = Path("dist/minigpt")  # where `veneer pretrain` leaves its result
@@ -30,10 +30,8 @@ def locate(name: str | Path) -> Path | str:
     if text.count("/") == 1 and not text.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return text
     raise ModelError(
-        sentence(
-            f"{text!r} is no model here: no such directory or .gguf file, no built-in name "
-            f"({', '.join(BUILT_IN)}) and no hub name (owner/model){nearest(text, BUILT_IN)}"
-        )
+        f"{text!r} is no model here: no such directory or .gguf file, no built-in name "
+        f"({', '.join(BUILT_IN)}) and no hub name (owner/model){nearest(text, BUILT_IN)}."
     )
 
 
