@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from support.tiny_models import tiny
 from veneer.errors import ModelError
 from veneer.models.hub import on_hub
-from veneer.models.load import load_base, load_config
+from veneer.models.load import load_base, load_config, load_config_and_tokenizer
 from veneer.models.minigpt import train_tokenizer, wrap_tokenizer
 
 
@@ -75,9 +75,10 @@ def test_an_unreachable_hub_is_asked_once_and_what_to_do_is_said(asked, tmp_path
 
 def test_a_cached_model_loads_without_a_hub_and_nobody_waits_twice(asked, tmp_path):
     put_into_cache(tmp_path / "hub", "owner/small")
-    config = load_config("owner/small")
+    config, tokenizer = load_config_and_tokenizer("owner/small")
     base = load_base("owner/small", dtype="float32")
     assert len(asked) == 1
+    assert base.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert base.name == base.model.config._name_or_path == "owner/small"
     assert [notice.partition(" in ")[0] for notice in base.notices] == ["owner/small is the copy"]
     assert base.model.config.hidden_size == config.hidden_size

@@ -114,7 +114,7 @@ def load_config_and_tokenizer(
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """Read what can be known of a base without its weights."""
     with gguf.read_once():
-        return load_config(name), _tokenizer(locate(name))
+        return load_config(name), _tokenizer(_at_hand(name))
 
 
 def config_of(settings: Mapping[str, Any]) -> PretrainedConfig:
