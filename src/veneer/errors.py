@@ -111,9 +111,17 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Return "key (a there, b here)" for each setting in which two runs differ."""
+    """Return "key (a there, b here)" for each setting in which two runs differ, or just that they
+    differ where the values are hashes."""
+    pairs = {key: (theirs.get(key), ours.get(key)) for key in sorted({*theirs, *ours})}
     return [
-        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)"
-        for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key)
+        f"{key} (not the same)" if _is_hashes(a) else f"{key} ({a!r} there, {b!r} here)"
+        for key, (a, b) in pairs.items()
+        if a != b
     ]
+
+
+def _is_hashes(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(map(_is_hashes, value.values()))
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None

@@ -55,6 +55,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "recompute": ("selective", "selective"),
         "seed": (3, 3),
         "save_every": (4, 4),
+        "keep_best": (3, 3),
         "eval_every": (6, 6),
         "patience": (2, 2),
     },
@@ -78,7 +79,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
 }
 SETTINGS = [(group, name) for group, values in VALUES.items() for name in values]
 # What a setting needs beside it, so that it is not idle.
-BESIDE = {name: {"eval_rows": 1} for name in ("eval_every", "patience")}
+BESIDE = {name: {"eval_rows": 1} for name in ("keep_best", "eval_every", "patience")}
 BESIDE["pack_head"] = {"bits": 4}
 BESIDE |= {n: {"method": "freeze"} for n in ("trained_blocks", "train_head", "train_norms")}
 BESIDE |= {n: {"method": "prefix"} for n in ("virtual_tokens", "prefix_mlp")}

@@ -99,10 +99,15 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(tune, tmp_p
     assert tune("--out", out, "--steps", 2) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert tune("--out", out, "--steps", 2, "--rank", 3, "--seed", 5, "--resume") == 2
-    error = capsys.readouterr().err
-    assert "rank (8 there, 3 here)" in error
-    assert "seed (0 there, 5 here)" in error
+    error = " ".join(capsys.readouterr().err.split())
+    assert "another run: rank (8 there, 3 here); seed (0 there, 5 here). Only epochs" in error
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert tune("--out", out, "--steps", 4, "--lr", 0.01, "--resume") == 0
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert "Going on with steps 4 (2 before), lr 0.01 (0.0002 before)" in printed
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
+    adapter = out / "lora_adapter" / "lora_weights.pt"
+    assert adapter.read_bytes() != before[adapter]
 
 
 def test_a_checkpoint_that_names_no_run_is_refused(tune, tmp_path, capsys):

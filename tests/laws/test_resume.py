@@ -20,6 +20,7 @@ from veneer.training.events import (
     Checkpointed,
     Evaluated,
     Event,
+    Notice,
     Skipped,
     Started,
     Step,
@@ -230,6 +231,51 @@ def test_best_and_last_are_kept(whole):
         best = [event.step for event in run.events if isinstance(event, Evaluated) and event.best]
         kept = checkpoint.steps(run.place / "checkpoints")
         assert sorted(kept) == sorted({best[-1], steps_of(run)})
+
+
+def test_the_k_best_checkpoints_are_kept(tmp_path):
+    course = replace(COURSE, keep_best=2, save_every=None, lr=1.0)
+    run = Run(tmp_path, course)
+    run.go(resume=False, stop_at=5)
+    run.go(resume=True)
+    losses = {e.step: e.eval_loss for e in run.events if isinstance(e, Evaluated) and e.step}
+    best = sorted(losses, key=lambda step: losses[step])[:2]
+    assert max(best) < steps_of(run)  # so that none is there for being the newest
+    assert sorted(checkpoint.steps(tmp_path / "checkpoints")) == sorted([*best, steps_of(run)])
+    whole = Run(tmp_path / "whole", replace(course, keep_best=None))
+    whole.go(resume=False)
+    assert same(run.weights, whole.weights)  # what is kept changes nothing else
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_run_goes_on_along_another_schedule(at_end, whole, tmp_path):
+    run = Run(tmp_path, COURSE, held_out=())
+    run.go(resume=False, stop_at=0 if at_end else 4)
+    done = steps_of(run)
+    (place,) = checkpoint.steps(tmp_path / "checkpoints").values()
+    stored = checkpoint.read(place).tensors
+    longer = replace(COURSE, epochs=5, lr=0.01, weight_decay=0.1, tokens_per_batch=40)
+    run.course = longer
+    run.go(resume=True, leave=lambda event: isinstance(event, Started))
+    assert {*(f"weights/{name}" for name in run.weights)} <= {*stored}
+    assert all(torch.equal(stored[f"weights/{name}"], w) for name, w in run.weights.items())
+    run.events = []
+    run.go(resume=True)
+    notice, started, *steps = [e for e in run.events if isinstance(e, Notice | Started | Step)]
+    assert notice.text == (
+        "Going on with epochs 5 (2.5 before), lr 0.01 (0.02 before), weight_decay 0.1 (0.0 "
+        f"before), tokens_per_batch 40 (20 before): the learning rate follows the new schedule "
+        f"from step {done + 1} of {started.steps}."
+    )
+    assert started.steps == 2 * whole["accumulation"].events[0].steps
+    assert [step.step for step in steps] == list(range(done + 1, started.steps + 1))
+    assert [step.lr for step in steps] == [longer.lr_at(s.step, started.steps) for s in steps]
+    assert [line["step"] for line in run.metrics()] == list(range(1, started.steps + 1))
+    run.course = COURSE
+    with pytest.raises(
+        veneer.TrainingError, match=rf"5 before.*ends at step .* made {steps[-1].step}"
+    ):
+        run.go(resume=True)
 
 
 @pytest.mark.parametrize("file", [checkpoint.STATE, checkpoint.TENSORS])

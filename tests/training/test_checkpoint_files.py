@@ -25,7 +25,7 @@ def state(step: int) -> Checkpoint:
 
 def test_checkpoints_keep_those_that_are_wanted(tmp_path):
     for step in range(1, 8):
-        checkpoint.write(state(step), tmp_path, keep={"best": min(step, 3)})
+        checkpoint.write(state(step), tmp_path, keep=[min(step, 3)])
     assert sorted(checkpoint.steps(tmp_path)) == [3, 7]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
@@ -34,8 +34,8 @@ def test_checkpoints_keep_those_that_are_wanted(tmp_path):
 
 
 def test_checkpoints_of_many_steps_are_in_the_order_of_numbers(tmp_path):
-    checkpoint.write(state(999_999), tmp_path, keep={})
-    checkpoint.write(state(1_000_000), tmp_path, keep={"best": 999_999})
+    checkpoint.write(state(999_999), tmp_path, keep=())
+    checkpoint.write(state(1_000_000), tmp_path, keep=[999_999])
     assert list(checkpoint.steps(tmp_path)) != []
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
@@ -46,7 +46,7 @@ def test_writing_that_breaks_off_leaves_a_whole_checkpoint(tmp_path, monkeypatch
     model = shake(veneer.attach(tiny("llama"), veneer.LoRA(rank=2)))
 
     def write() -> None:
-        checkpoint.write(Checkpoint(1, snapshot(model), {}), tmp_path / "a", keep={})
+        checkpoint.write(Checkpoint(1, snapshot(model), {}), tmp_path / "a", keep=())
 
     assert_whole_wherever_it_is_cut(write, lambda: shake(model, seed=2), tmp_path, monkeypatch)
 
@@ -54,7 +54,7 @@ def test_writing_that_breaks_off_leaves_a_whole_checkpoint(tmp_path, monkeypatch
 def test_modes_follow_the_umask(tmp_path):
     def write() -> None:
         shutil.rmtree(tmp_path / "c", ignore_errors=True)  # a folder that is there keeps its mode
-        checkpoint.write(state(1), tmp_path / "c", keep={})
+        checkpoint.write(state(1), tmp_path / "c", keep=())
 
     assert_modes_follow_the_umask(write, tmp_path)
 
@@ -81,7 +81,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(fault, tmp_path):
     for step in (1, 2):
-        checkpoint.write(state(step), tmp_path, keep={"best": 1})
+        checkpoint.write(state(step), tmp_path, keep=[1])
     FAULTS[fault](tmp_path / "step-000002")
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
@@ -96,7 +96,7 @@ def test_only_checkpoints_are_removed(tmp_path):
     (tmp_path / "step-notes" / "x").write_text("mine")
     (tmp_path / "notes").write_text("mine")
     before = tree(tmp_path)
-    checkpoint.write(state(1), tmp_path, keep={})
+    checkpoint.write(state(1), tmp_path, keep=())
     checkpoint.remove_all(tmp_path)
     assert tree(tmp_path) == before
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Checkpoint:
         return identity
 
 
-def write(checkpoint: Checkpoint, directory: Path, *, keep: Mapping[str, int]) -> Path:
+def write(checkpoint: Checkpoint, directory: Path, *, keep: Collection[int]) -> Path:
     """Write a checkpoint below `directory` and remove those that are neither it nor in `keep`.
 
     The older ones go only once the new one is on the disk.
@@ -48,7 +48,7 @@ def write(checkpoint: Checkpoint, directory: Path, *, keep: Mapping[str, int]) -
         write_tensors(new / TENSORS, checkpoint.tensors)
         write_json(new / STATE, {"step": checkpoint.step, **checkpoint.progress})
     for step, older in steps(directory).items():
-        if step not in {checkpoint.step, *keep.values()}:
+        if step not in {checkpoint.step, *keep}:
             shutil.rmtree(older)
     return place
 

@@ -10,6 +10,23 @@ from veneer.checks import ABOVE_0, at_least, check_config, one_of, whole_number
 from veneer.fused.recompute import Recompute
 
 Schedule = Literal["constant", "cosine", "linear"]
+# Settings on which the course of the weights does not depend.
+NOT_OF_THE_COURSE = ("save_every", "keep_best", "recompute")
+# Settings with which a run may go on otherwise than it began: what trains, the order of the rows
+# and the optimizer's moments mean the same under all of them.
+CHANGEABLE = (
+    "epochs",
+    "steps",
+    "lr",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "dropout",
+    "tokens_per_batch",
+    "eval_every",
+    "patience",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,9 @@ class TrainConfig:
     """Decides the start of A, the order of rows and dropout."""
     save_every: int | None = None
     """Steps between checkpoints; at the end of each epoch unless given."""
+    keep_best: int | None = None
+    """Keep the checkpoints of this many evaluations, the best, beside the newest; just one best
+    unless given."""
     eval_every: int | None = None
     """Steps between evaluations; at the end of each epoch unless given."""
     patience: int | None = None
@@ -67,6 +87,7 @@ class TrainConfig:
                 "recompute": one_of(Recompute),
                 "seed": whole_number(0, most=2**63 - 1),
                 "save_every": count,
+                "keep_best": count,
                 "eval_every": count,
                 "patience": count,
             },

@@ -27,7 +27,8 @@ from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
 from veneer.training import checkpoint as checkpoints
-from veneer.training.config import TrainConfig
+from veneer.training.checkpoint import Checkpoint
+from veneer.training.config import CHANGEABLE, NOT_OF_THE_COURSE, TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
     Checkpointed,
@@ -61,8 +62,9 @@ def train(
 ) -> Iterator[Event]:
     """Train whatever of `model` requires a gradient on `examples`, and yield events.
 
-    With a `directory`, checkpoints go there, and `resume` goes on from the newest, to the bit. It
-    must have the same `identity`: what else decides the run's course. With `held_out` examples the
+    With a `directory`, checkpoints go there, and `resume` goes on from the newest, to the bit, or
+    along another schedule where that is asked for. It must have the same `identity`: what else
+    decides the run's course. With `held_out` examples the
     model ends with the weights that were best on them, otherwise with the last.
 
     Raises TrainingError after three steps in a row without a finite loss, and where a checkpoint
@@ -78,6 +80,8 @@ def train(
                 yield Notice(f"There is no checkpoint in {directory} to go on from; a new start.")
             if not restored:
                 run.start_from_gradients(forward)
+            if run.going_on:
+                yield Notice(run.going_on)
             model.train()
             with forward.installed(model):
                 yield Started(run.steps, run.progress.step)
@@ -102,9 +106,9 @@ class _Run:
         lr = _usual_lr(model) if config.lr is None else config.lr
         self.model, self.examples, self.config = model, examples, replace(config, lr=lr)
         self.held_out, self.directory = held_out, directory
-        course = asdict(self.config)
-        del course["save_every"], course["recompute"]  # whatever they are, the weights are the same
+        course = {k: v for k, v in asdict(self.config).items() if k not in NOT_OF_THE_COURSE}
         self.identity = course | dict(identity)
+        self.going_on = ""  # what changes where a run goes on otherwise than it began
         weights, active = _what_trains(model)
         _check_rows(examples, held_out)
         self.order = StepOrder(
@@ -155,7 +159,7 @@ class _Run:
             if self.held_out and (at_end or _is_due(progress.step, config.eval_every)):
                 yield self._evaluate(forward)
             stopping = should_stop()
-            save = at_end or stopping or self._out_of_patience()
+            save = at_end or stopping or self._out_of_patience() or self._is_kept(progress.step)
             if self.directory and (save or _is_due(progress.step, config.save_every)):
                 yield self._save(self.directory)
             if stopping and progress.step < self.steps:
@@ -170,6 +174,10 @@ class _Run:
     def _out_of_patience(self) -> bool:
         patience = self.config.patience
         return patience is not None and self.progress.evaluations_since_best >= patience
+
+    def _is_kept(self, step: int) -> bool:
+        """Return whether a step's checkpoint is to stay as one of the best."""
+        return any(step == best for _, best in self.progress.best)
 
     def _batches(self) -> list[Batch]:
         """Return the batches of the step that comes next."""
@@ -231,13 +239,16 @@ class _Run:
         if is_best:
             progress.best_loss, progress.best_step = loss, progress.step
             self.state.best_weights = self.state.copy_of_weights()
+        if self.config.keep_best and progress.step and math.isfinite(loss):
+            best = sorted([*progress.best, [loss, progress.step]])
+            progress.best = best[: self.config.keep_best]
         progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
         return Evaluated(progress.step, loss, math.exp(min(loss, 700.0)), is_best)
 
     def _save(self, directory: Path) -> Checkpointed:
-        """Write a checkpoint; only it and that of the best weights stay."""
+        """Write a checkpoint; only it and those of the best weights stay."""
         state, progress = self.state, self.progress
-        keep = {"best": progress.best_step} if state.best_weights else {}
+        keep = {progress.best_step, *(int(step) for _, step in progress.best)}
         checkpoint = state.to_checkpoint(self.identity)
         return Checkpointed(progress.step, checkpoints.write(checkpoint, directory, keep=keep))
 
@@ -249,11 +260,31 @@ class _Run:
         if differing := self.state.differences_from(checkpoint, self.identity):
             raise TrainingError(
                 f"The checkpoint in {self.directory} belongs to another run: {joined(differing)}. "
-                "Resume with the same settings, or start anew elsewhere."
+                f"Only {', '.join(CHANGEABLE)} may be others. Resume with that run's settings, or "
+                "start anew: elsewhere by another --out, or here by --force."
             )
+        self.going_on = self._other_schedule(checkpoint)
         self.state.restore(checkpoint)
         self.steps_of_epoch = self.order.epoch(self.progress.epoch)
         return True
+
+    def _other_schedule(self, checkpoint: Checkpoint) -> str:
+        """Return what is other than when the run began, for a person; nothing where it is the same.
+
+        Raises TrainingError where no step would be left.
+        """
+        before, now = checkpoint.identity, self.identity
+        changed = [key for key in CHANGEABLE if before.get(key) != now.get(key)]
+        changes = ", ".join(f"{key} {now.get(key)} ({before.get(key)} before)" for key in changed)
+        if changed and checkpoint.step >= self.steps:
+            raise TrainingError(
+                f"With {changes} the run in {self.directory} ends at step {self.steps}, and it has "
+                f"made {checkpoint.step}. Ask for more epochs or steps, or replace it by --force."
+            )
+        return changes and (
+            f"Going on with {changes}: the learning rate follows the new schedule from step "
+            f"{checkpoint.step + 1} of {self.steps}."
+        )
 
 
 def _usual_lr(model: PreTrainedModel) -> float:

@@ -77,7 +77,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         method = self.method.method
-        of_evaluation = [n for n in ("eval_every", "patience") if getattr(self.training, n)]
+        of_evaluation = [
+            n for n in ("keep_best", "eval_every", "patience") if getattr(self.training, n)
+        ]
         usual = LoRA()
         of_adapters = [
             f.name for f in fields(LoRA) if getattr(self.lora, f.name) != getattr(usual, f.name)

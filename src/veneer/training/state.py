@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from veneer.adapter.adapter import Adapter
 from veneer.errors import differences
 from veneer.training.checkpoint import Checkpoint
+from veneer.training.config import CHANGEABLE
 from veneer.training.optimizer import FlatAdamW
 
 
@@ -27,6 +28,7 @@ class Progress:
     evaluations_since_best: int = 0
     best_loss: float = math.inf
     best_step: int = 0
+    best: list[list[float]] = field(default_factory=list)  # loss and step, as many as are kept
 
 
 @dataclass
@@ -74,9 +76,13 @@ class RunState:
 
     def differences_from(self, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
         """Return all that keeps a checkpoint from being an earlier state of this run."""
+        both = [checkpoint.identity, identity]
+        follows = ["alpha"] if all(s.get("alpha") == 2 * s.get("rank", 0) for s in both) else []
+        left_out = {*CHANGEABLE, *follows}
+        before, now = ({k: v for k, v in s.items() if k not in left_out} for s in both)
         stored = _shapes(_without_prefix("weights", checkpoint.tensors))
-        differing = differences(checkpoint.identity, identity)
-        differing += differences(stored, _shapes(self.weights))
+        # The shapes follow from the settings, where these differ.
+        differing = differences(before, now) or differences(stored, _shapes(self.weights))
         if "step" not in checkpoint.tensors:  # the optimizer's
             differing.append("it was written by another version of Veneer")
         return differing

@@ -29,6 +29,7 @@ from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint
+from veneer.training.config import NOT_OF_THE_COURSE
 from veneer.training.events import (
     Event,
     Measured,
@@ -53,8 +54,6 @@ from veneer.training.planned import (
 from veneer.training.recipe import Recipe
 from veneer.training.rows import RunRows, load_rows
 
-# Settings on which the course of the weights does not depend.
-NOT_OF_THE_COURSE = ("out", "save_every", "recompute")
 # Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
 # these values is the run of such a checkpoint.
 YOUNGER = {
@@ -204,7 +203,7 @@ def _attach(recipe: Recipe, base: Base, dtype: str, new_tokens: tuple[str, ...])
 def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
     """Return all that decides the course of a run: a checkpoint goes on only with the same."""
     tokens = [(row.tokens, row.labels) for row in examples]
-    settings = {k: v for k, v in recipe.settings().items() if k not in NOT_OF_THE_COURSE}
+    settings = {k: v for k, v in recipe.settings().items() if k not in ("out", *NOT_OF_THE_COURSE)}
     for name, value in YOUNGER.items():
         if settings[name] == value:
             del settings[name]
@@ -246,7 +245,8 @@ def _merge(recipe: Recipe, base: Base, plan: Plan | None) -> Iterator[Event]:
     """Write the merged model, with a certificate, where there can be one."""
     why = why_not_mergeable(base.model) or (plan and why_no_merge(plan, free_bytes()))
     if why:
-        yield Notice(f"No merged model is written: {why}")
+        stale = f" That in {recipe.merged} is of fewer steps." if recipe.merged.exists() else ""
+        yield Notice(f"No merged model is written: {why}{stale}")
         return
     plain = merge(base.model)
     if recipe.method.method == "lora":  # all other weights are taken as they are
