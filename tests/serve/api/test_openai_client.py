@@ -4,6 +4,7 @@ import openai
 import pytest
 
 from support.server import API, BASE, running, scripted
+from veneer.serve.api import protocol
 from veneer.serve.config import Keys
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -127,6 +128,72 @@ def test_completions_of_texts_and_of_tokens(client, server):
     assert {request.tokens for request in engine.requests[-2:]} == {(5,), (6,)}
     streamed = client.completions.create(model=BASE, prompt="a", max_tokens=3, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == "base says word 0"
+
+
+# A value of each parameter that is ignored, and null for all that may be left out.
+IGNORED = {
+    "metadata": {"run": "7"},
+    "parallel_tool_calls": True,
+    "prediction": {"type": "content", "content": "x"},
+    "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "s",
+    "store": True,
+    "user": "u",
+}
+HARMLESS = [
+    *IGNORED.items(),
+    *((name, False) for name in ("store", "parallel_tool_calls")),
+    *((name, value) for name, values in protocol.NEUTRAL.items() for value in (*values, None)),
+    *(
+        (name, None)
+        for name, field in protocol.ChatRequest.model_fields.items()
+        if not field.is_required() and name != "max_tokens"
+    ),
+    ("n", 1),
+    ("logprobs", False),
+    ("temperature", 1),
+    ("top_p", 1),
+    ("stream", False),
+]
+
+
+def test_what_changes_no_answer_is_accepted_and_noted_once(client, server, caplog):
+    assert IGNORED.keys() == protocol.IGNORED.keys()
+    protocol._note.cache_clear()
+    caplog.set_level("INFO", "veneer.serve")
+    engine = server.served.engine
+
+    def answered(**more):
+        asked = {"model": "law", "messages": HELLO, "max_tokens": 2, "extra_body": more}
+        reply = client.chat.completions.create(**asked).to_dict()
+        return engine.requests[-1], {**reply, "id": "", "created": 0}
+
+    plain = answered()
+    for name, value in HARMLESS:
+        assert answered(**{name: value}) == plain, (name, value)
+    notes = [record.getMessage() for record in caplog.records if record.name == "veneer.serve"]
+    assert notes == [f"The parameter {n} is ignored: {protocol.IGNORED[n]}." for n in IGNORED]
+    options = {"include_usage": True, "include_obfuscation": True, "continuous_usage_stats": False}
+    stream = client.chat.completions.create(
+        model="law",
+        messages=HELLO,
+        max_tokens=2,
+        stream=True,
+        extra_body={"stream_options": options},
+    )
+    assert [*stream][-1].usage.completion_tokens == 2
+    assert engine.requests[-1] == plain[0]
+    assert len([r for r in caplog.records if r.name == "veneer.serve"]) == len(IGNORED) + 1
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client, server):
+    answer = client.chat.completions.create(model=BASE, messages=HELLO, max_tokens=2)
+    turns = [*HELLO, answer.choices[0].message, {"role": "user", "content": "And?", "name": "Ann"}]
+    client.chat.completions.create(model=BASE, messages=turns, max_tokens=1)
+    read = server.served.tokenizer.decode(server.served.engine.requests[-1].tokens)
+    assert "base says" in read
+    assert "Ann" not in read
 
 
 def test_a_mix_of_adapters(client, server):

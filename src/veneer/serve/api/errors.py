@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,10 +14,21 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from veneer.errors import ContextExceeded, QueueFull, UnknownModel, VeneerError
+from veneer.errors import (
+    ContextExceeded,
+    QueueFull,
+    RequestError,
+    UnknownModel,
+    VeneerError,
+    joined,
+    nearest,
+)
+from veneer.serve.api import protocol
 
 log = logging.getLogger("veneer.serve")
 
+TYPE_NAMES = frozenset("[]-() ")  # characters of pydantic's names of types, as in list[Text]
+MESSAGE = re.compile(r"^(?:Input|List|String|Value|Dictionary) (should)|^Value error, ")
 RETRY_SECONDS = 2  # about what a slot takes to become free
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 TYPES |= {429: "rate_limit_error", 503: "service_unavailable"}
@@ -107,11 +120,12 @@ def install(app: FastAPI) -> None:
     """Let every error of `app`, its framework's own too, be answered in OpenAI's shape."""
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> Response:
-        problems = [_problem(each) for each in error.errors()]
-        param = next((name for name, _ in problems if name), None)
-        listed = "; ".join(f"{name}: {text}" if name else text for name, text in problems)
-        return ApiError(400, f"This request cannot be followed: {listed}.", param=param).response()
+    def invalid(request: Request, error: RequestValidationError) -> Response:
+        problems = invalid_parameters(error.errors())
+        param = next(filter(None, problems), None)
+        text = joined(f"{name or 'the body'} {what}" for name, what in problems.items())
+        refusal = RequestError(f"This request cannot be followed: {text}.", param=param)
+        return ApiError.of(refusal, request.state.request_id).response()
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> Response:
@@ -131,11 +145,48 @@ def install(app: FastAPI) -> None:
         return failed(error, request.state.request_id).response()
 
 
-def _problem(error: Any) -> tuple[str, str]:
-    """Return (parameter, what is wrong with it) of one of pydantic's errors."""
-    path = [str(name) for name in error["loc"] if name != "body"]
-    if error["type"] == "json_invalid":
-        return "", "the body is not valid JSON"
-    if error["type"] == "extra_forbidden":
-        return path[-1], "is not supported here"
-    return ".".join(path), str(error["msg"])
+def invalid_parameters(errors: Sequence[Any]) -> dict[str, str]:
+    """Return what is wrong with each parameter, from pydantic's errors.
+
+    A value that fits none of several types has an error for each. Those count that found the right
+    type and looked further.
+    """
+    by_path: dict[str, dict[str, None]] = {}
+    of_value = {_path(error["loc"]) for error in errors if error["type"] == "value_error"}
+    for error in errors:
+        path = "" if error["type"] == "json_invalid" else _path(error["loc"])
+        if path in of_value and error["type"] != "value_error":
+            continue
+        texts = by_path.setdefault(path, {})
+        text = _what(error)
+        texts[text.removeprefix("should be ") if texts else text] = None
+    return {
+        path: " or ".join(texts)
+        for path, texts in by_path.items()
+        if not any(path and other.startswith((f"{path}[", f"{path}.")) for other in by_path)
+    }
+
+
+def _path(loc: Sequence[str | int]) -> str:
+    """Return messages[0].content of a place, without pydantic's names of types."""
+    names = [name for name in loc[1:] if isinstance(name, int) or TYPE_NAMES.isdisjoint(name)]
+    return "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in names).removeprefix(".")
+
+
+def _what(error: Any) -> str:
+    name = str(error["loc"][-1])
+    match error["type"]:
+        case "json_invalid":
+            return "is not valid JSON"
+        case "missing":
+            return "is missing"
+        case "extra_forbidden" if len(error["loc"]) > 2 or name in protocol.NEUTRAL:
+            values = map(json.dumps, protocol.NEUTRAL.get(name, ()))
+            return f"is not supported ({', or give '.join(['leave it out', *values])})"
+        case "extra_forbidden":
+            names = {*protocol.NEUTRAL, *protocol.IGNORED, *protocol.ChatRequest.model_fields}
+            return f"is no parameter{nearest(name, names)}"
+        case "model_attributes_type":
+            return "should be a JSON object"
+        case _:
+            return MESSAGE.sub(r"\1", str(error["msg"])).replace(" after validation", "")

@@ -1,13 +1,16 @@
 """The requests of OpenAI's protocol that are served, each parameter checked.
 
-A parameter that is not served is refused by name, unless its value changes nothing.
+A parameter that would change the answer and is not supported is refused by name. Two tables say
+which others are accepted: with the values that ask for nothing, or ignored whatever they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -19,25 +22,48 @@ MOST_ANSWERS = 16  # to one request, over all prompts
 SEEDS = 2**63
 TOP_CHAT, TOP_COMPLETION = 20, 5  # OpenAI's own limits of likeliest tokens
 
-# Parameters that are not served, with the values that change nothing.
+log = logging.getLogger("veneer.serve")
+
+# Parameters that are not supported, with the values that ask for nothing. So does null.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
+    "min_p": (0,),
     "modalities": (["text"],),
     "presence_penalty": (0,),
+    "reasoning_effort": (),  # also "none": a template that knows it would think by itself
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "top_k": (-1, 0),
+    "verbosity": ("medium",),
+    "web_search_options": (),
 }
-# These identify the caller, and change no answer.
-CALLER = ("user", "safety_identifier", "prompt_cache_key")
+# Parameters that change no answer, and why; the log names each once.
+IGNORED: dict[str, str] = {
+    "metadata": "answers are not stored",
+    "parallel_tool_calls": "there are no tools to call",
+    "prediction": "it would only make the answer come faster",
+    "prompt_cache_key": "the cache finds prompts by their tokens",
+    "prompt_cache_retention": "the cache keeps prompts while there is memory",
+    "safety_identifier": "it names the caller",
+    "store": "answers are not stored",
+    "user": "it names the caller",
+}
+
+
+@cache
+def _note(name: str, why: str) -> None:
+    """Write into the log, once, that a parameter is ignored."""
+    log.info("The parameter %s is ignored: %s.", name, why)
 
 
 def _whole(text: str) -> str:
@@ -57,19 +83,43 @@ Weight = Annotated[float, Field(allow_inf_nan=False, ge=-16, le=16)]
 
 
 class Strict(BaseModel):
-    """A JSON object: every value has the type it should have, and no name is unknown."""
+    """A JSON object: every value has the type it should have, and no name is unknown.
+
+    neutral: names that are accepted with some values. ignored: names that always are, and why.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ignored: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_changes_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        kept = {}
+        for name, value in body.items():
+            if name in cls.ignored:
+                if value:  # false, null and nothing ask for nothing
+                    _note(name, cls.ignored[name])
+            elif name not in cls.neutral or not (value is None or value in cls.neutral[name]):
+                kept[name] = value
+        return kept
 
 
 class StreamOptions(Strict):
     """What a stream contains beside the answer."""
+
+    neutral = {"continuous_usage_stats": (False,)}
+    ignored = {"include_obfuscation": "chunks are not padded"}
 
     include_usage: bool | None = None
 
 
 class AnswerRequest(Strict):
     """What both kinds of requests for answers have in common."""
+
+    neutral, ignored = NEUTRAL, IGNORED
 
     model: Annotated[str, Field(max_length=512)]
     adapters: Annotated[dict[str, Weight], Field(min_length=1, max_length=16)] | None = None
@@ -82,17 +132,6 @@ class AnswerRequest(Strict):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_changes_nothing(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-
-        def is_neutral(name: str, value: Any) -> bool:
-            return name in NEUTRAL and (value is None or value in NEUTRAL[name])
-
-        return {k: v for k, v in body.items() if k not in CALLER and not is_neutral(k, v)}
 
     def requests(
         self, tokens: Sequence[int], adapter: Which, *, new_tokens: int, logprobs: int | None
@@ -125,11 +164,19 @@ class TextContent(Strict):
 
 
 class ChatMessage(Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation. An answer of ours can be sent back as it is."""
+
+    neutral = {
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "refusal": (),
+        "tool_calls": ([],),
+    }
+    ignored = {"name": "chat templates get roles and contents alone"}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextContent], Field(min_length=1)]
-    name: str | None = None
 
     @property
     def turn(self) -> Message:
