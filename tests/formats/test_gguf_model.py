@@ -24,9 +24,9 @@ from veneer.formats.gguf.model import MergedTensor, kept_of, kind_for, write_mer
 from veneer.formats.state import NewTokenRows
 from veneer.models import gguf as reading
 
-# transformers reads no GGUF of Gemma 1 and Phi 2, none of Phi 3 with so small a vocabulary, and
-# Mistral's as Llama's.
-READ = [name for name in CONFIGS if name not in ("gemma", "phi", "phi3", "mistral")]
+# transformers reads no GGUF of SmolLM 3, Gemma 1 and Phi 2, none of Phi 3 with so small a
+# vocabulary, and Mistral's as Llama's.
+READ = [name for name in CONFIGS if name not in ("smollm3", "gemma", "phi", "phi3", "mistral")]
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 Kind = gguf.GGMLQuantizationType
 HALF = 2 * torch.finfo(torch.float16).eps  # llama.cpp has tables of half precision

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 VOCAB = 96
@@ -46,6 +47,7 @@ CONFIGS: dict[str, tuple[str, PretrainedConfig]] = {
     "mistral": ("llama", MistralConfig(**_SHAPE, sliding_window=None)),
     "qwen2": ("qwen2", Qwen2Config(**_SHAPE)),
     "qwen3": ("qwen3", Qwen3Config(**_SHAPE, head_dim=128)),
+    "smollm3": ("smollm3", SmolLM3Config(**_SHAPE | {"num_hidden_layers": 4})),
     "gemma": ("gemma", GemmaConfig(**_GEMMA)),
     "gemma2": ("gemma2", Gemma2Config(**_GEMMA, query_pre_attn_scalar=256)),
     "gemma3": ("gemma3", Gemma3TextConfig(**_GEMMA, query_pre_attn_scalar=256)),
@@ -120,9 +122,9 @@ def tensors_of(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
         tensor = names.get_name(path, try_suffixes=(".weight", ".bias"))
         assert tensor is not None, path
         weight = parameter.detach().numpy()
-        if architecture == "llama" and ".attn_q." in tensor:
+        if architecture in ("llama", "smollm3") and ".attn_q." in tensor:
             weight = in_pairs(weight, config.num_attention_heads)
-        if architecture == "llama" and ".attn_k." in tensor:
+        if architecture in ("llama", "smollm3") and ".attn_k." in tensor:
             weight = in_pairs(weight, config.num_key_value_heads)
         if architecture == "gpt2" and weight.ndim == 2 and "embd" not in tensor:
             weight = weight.T  # Conv1D

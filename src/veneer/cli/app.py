@@ -79,7 +79,8 @@ app.command(
 )
 app.command(
     "veneer.cli.convert:convert",
-    help="Write ADAPTER in another format, and say exactly what was folded or approximated for it.",
+    help="Write ADAPTER in another format, and say exactly what was folded or approximated for it; "
+    "or a model's directory as GGUF.",
 )
 app.command(
     "veneer.cli.check:check",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -13,14 +14,14 @@ from veneer.cli.flags import AdapterFlags, Flat, Model, Switch
 from veneer.cli.loading import load_adapted
 from veneer.cli.tables import merge_lines, merge_table, merged_table
 from veneer.data.sources import files_of
-from veneer.errors import ConfigError, MergeError, VeneerError
+from veneer.errors import ConfigError, MergeError
 
 
 def merge(
     base: Model,
     adapter: Annotated[Path, Parameter(help="Adapter directory.")],
     out: Annotated[
-        Path, Parameter(help="Directory for the merged model; or OUT.gguf, where BASE is GGUF too.")
+        Path, Parameter(help="Directory for the merged model; or OUT.gguf, for llama.cpp.")
     ],
     /,
     *,
@@ -28,7 +29,8 @@ def merge(
     gguf_type: Annotated[
         str | None,
         Parameter(
-            help="Into OUT.gguf: store changed tensors as q8_0, f16, ...; by default as they were."
+            help="Into OUT.gguf: store as q8_0, f16, ... what changed, or all matrices where BASE "
+            "is no .gguf; by default as it was."
         ),
     ] = None,
     probe: Annotated[
@@ -39,16 +41,21 @@ def merge(
     ] = False,
 ) -> None:
     """Refuse flags that would do nothing, then merge into a model directory or into a GGUF file."""
-    if out.suffix == ".gguf":
+    into_gguf = out.suffix == ".gguf"
+    if into_gguf and _is_gguf(base):
         if loading.dtype != "auto" or loading.bits is not None:
             raise ConfigError("Into GGUF the base is not computed with: leave --dtype and --bits.")
         if probe is not None or accept_loss:
             raise ConfigError("Into GGUF nothing is probed: leave --probe and --accept-loss.")
         _merge_into_gguf(base, adapter, out, loading, kind=gguf_type)
         return
-    if gguf_type is not None:
+    if gguf_type is not None and not into_gguf:
         raise ConfigError("--gguf-type is for the tensors of an OUT.gguf, and OUT is no .gguf.")
     refuse_to_replace(out)
+    if into_gguf:
+        from veneer.formats.gguf.plain import check_plain
+
+        check_plain(base, out, kind=gguf_type)
     if probe is not None:
         files_of(probe)  # a wrong name shows before the work
     loaded = load_adapted(base, {"default": adapter}, loading)
@@ -63,8 +70,24 @@ def merge(
         if not accept_loss:
             raise MergeError(f"{error} Or write it as it is: --accept-loss.") from error
         show_notice(str(error), on=OUTPUT)
-    veneer.write_model(plain, loaded.tokenizer, out)
-    show_saved(out, what="merged model")
+    if not into_gguf:
+        veneer.write_model(plain, loaded.tokenizer, out)
+        show_saved(out, what="merged model")
+        return
+    from veneer.cli.convert import write_gguf
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as directory:
+        model = Path(directory) / out.stem
+        veneer.write_model(plain, loaded.tokenizer, model)
+        write_gguf(model, out, gguf_type)
+
+
+def _is_gguf(base: str) -> bool:
+    from veneer.models.locate import locate
+
+    # A name that ends so is no directory's, whether the file is there or not.
+    return base.endswith(".gguf") or Path(locate(base)).suffix == ".gguf"
 
 
 def _merge_into_gguf(
@@ -78,8 +101,7 @@ def _merge_into_gguf(
     quieten_libraries()
     refuse_to_replace(out)
     source = locate(base)
-    if not isinstance(source, Path) or source.suffix != ".gguf":
-        raise VeneerError(f"{out} can be made of a .gguf base only, and {base} is none.")
+    assert isinstance(source, Path)
     state = read(adapter, load_skeleton(base), allow_bin=loading.allow_bin)
     tensors = write_merged(source, state, out, kind=kind, force=loading.force)
     OUTPUT.print(merged_table(tensors))

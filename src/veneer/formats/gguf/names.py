@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import gguf
 import torch
@@ -20,6 +21,7 @@ ARCHITECTURES = {
     "mistral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "smollm3": "smollm3",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
@@ -82,13 +84,9 @@ def naming_of(config: PretrainedConfig) -> Naming:
 def naming_over(skeleton: PreTrainedModel) -> Naming:
     """Return llama.cpp's names of a model's layers; it may be on the meta device."""
     config = skeleton.config
-    architecture = ARCHITECTURES[config.model_type]
-    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    architecture, kind = ARCHITECTURES[config.model_type], kind_of(config.model_type)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    # llama.cpp rotates neighbouring rows, transformers rows that are half a head apart.
-    heads = {}
-    if architecture == "llama":
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = permuted_heads(config)
     places = {}
     for layer in adaptable_layers(skeleton):
         name = names.get_name(layer.path)
@@ -100,6 +98,22 @@ def naming_over(skeleton: PreTrainedModel) -> Naming:
     assert head is not None
     has_head = gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[kind]
     return Naming(architecture, places, is_tied(embedding, head), has_head)
+
+
+def kind_of(model_type: str) -> gguf.MODEL_ARCH:
+    """Return gguf's own value for an architecture of ARCHITECTURES."""
+    architecture = ARCHITECTURES[model_type]
+    return next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+
+
+def permuted_heads(config: Any) -> dict[str, int]:
+    """Return the heads of the tensors whose rows are permuted.
+
+    llama.cpp's llama and smollm3 rotate neighbouring rows, transformers rows half a head apart.
+    """
+    if ARCHITECTURES[config.model_type] not in ("llama", "smollm3"):
+        return {}
+    return {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
 
 
 def permuted(rows: Tensor, heads: int) -> Tensor:
