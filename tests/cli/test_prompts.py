@@ -82,4 +82,4 @@ def test_mistakes_come_before_the_model_is_loaded(rows, tmp_path, refused, minig
     assert "2 of 4 prompts" in error
     assert "long.txt:3: The prompt has" in error
     assert "long.txt:7: The prompt has" in error
-    assert out.read_text() == ""
+    assert not out.exists()

@@ -110,6 +110,8 @@ def _answer_many(
     if out is not None:
         refuse_to_replace(out)
     prompts = read_prompts(path)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     if unused := Counter(key for prompt in prompts for key in prompt.value.unused):
         counts = ", ".join(f"{key!r} ({count:,})" for key, count in unused.most_common())
         show_notice(f"Keys of rows that nothing reads: {counts}.")

@@ -27,10 +27,11 @@ def answer_prompts(
     sampling: Sampling,
     batch: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield what `record` returns for each prompt, in order, each as soon as it can be.
+    """Return an iterator over what `record` returns for each prompt, in order, each as soon as it
+    can be.
 
-    Raises DataError, before the first answer, with every prompt that the chat template refuses or
-    that leaves no room for an answer.
+    Raises DataError, at once, with every prompt that the chat template refuses or that leaves no
+    room for an answer.
     """
     problems = []
     for prompt in prompts:
@@ -43,11 +44,18 @@ def answer_prompts(
         raise data_error(heading, problems)
     questions = [prompt.value.turns for prompt in prompts]
     window = BATCHES_SORTED * batch
+    answers = answers_as_ready(
+        model, tokenizer, questions, sampling=sampling, batch=batch, window=window
+    )
+    return _in_order(prompts, answers)
+
+
+def _in_order(
+    prompts: Sequence[Located[Question]], answers: Iterator[tuple[int, Answer]]
+) -> Iterator[dict[str, Any]]:
     ready: dict[int, Answer] = {}
     following = 0
-    for i, answer in answers_as_ready(
-        model, tokenizer, questions, sampling=sampling, batch=batch, window=window
-    ):
+    for i, answer in answers:
         ready[i] = answer
         while following in ready:
             yield record(prompts[following], ready.pop(following))
