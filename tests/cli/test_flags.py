@@ -73,11 +73,13 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "bits": (4, 4),
         "pack_head": (True, True),
         "out": ("some/where", Path("some/where")),
+        "start_from": ("an/adapter", Path("an/adapter")),
         "model": ("another/model", "another/model"),
         "data": ("other.jsonl", Path("other.jsonl")),
     },
 }
 SETTINGS = [(group, name) for group, values in VALUES.items() for name in values]
+FLAGS = {"start_from": "from"}  # where the flag has another name, for Python's sake
 # What a setting needs beside it, so that it is not idle.
 BESIDE = {name: {"eval_rows": 1} for name in ("keep_best", "eval_every", "patience")}
 BESIDE["pack_head"] = {"bits": 4}
@@ -102,7 +104,7 @@ def arrived(recipe: Recipe, group: str, name: str) -> object:
 
 
 def flag(name: str, value: object) -> list[str]:
-    option = f"--{name.replace('_', '-')}"
+    option = f"--{FLAGS.get(name, name).replace('_', '-')}"
     if value is True:
         return [option]
     return [option, json.dumps(value) if isinstance(value, dict) else str(value)]
@@ -141,7 +143,7 @@ def test_every_flag_arrives(caught, group, name):
 @pytest.mark.parametrize(("group", "name"), SETTINGS)
 def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_path, group, name):
     given, expected = VALUES[group][name]
-    settings = {"model": "m", "data": "d"} | BESIDE.get(name, {}) | {name: given}
+    settings = {"model": "m", "data": "d"} | BESIDE.get(name, {}) | {FLAGS.get(name, name): given}
     recipe = write_recipe(tmp_path / "recipe.yaml", settings)
     assert run(["tune", "--config", str(recipe)]) == 0
     assert arrived(caught.recipe, group, name) == expected
@@ -158,6 +160,7 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
         "bits": 8,
         "new_words": "some",
         "eval_data": "more.jsonl",
+        "start_from": "another/adapter",
         "model": "n",
         "data": "e",
     }.get(name, 1 if usual is None else usual)
@@ -195,7 +198,7 @@ def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, 
     everything = {
         name: given for values in VALUES.values() for name, (given, _) in values.items()
     } | {"eval_rows": 0, "method": method}  # eval_rows excludes eval_data
-    given = {name: value for name, value in everything.items() if name not in foreign}
+    given = {FLAGS.get(n, n): value for n, value in everything.items() if n not in foreign}
     assert run(["tune", "--config", str(write_recipe(tmp_path / "all.yaml", given))]) == 0
     first = caught.recipe
     if method == "lora":

@@ -39,12 +39,20 @@ def tune(
     base: Annotated[BaseFlags, Flat] = BaseFlags(),
     pack_head: PackHead = False,
     out: Annotated[Path, Parameter(help="Directory for the results.")] = DEFAULT_OUT,
+    start_from: Annotated[
+        Path | None,
+        Parameter(
+            name="--from",
+            help="Start from this adapter, of any format, with its settings, and not anew.",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, Parameter(help="Recipe of an earlier run; flags on this line override it.")
     ] = None,
     resume: Annotated[Switch, Parameter(help="Go on from the newest checkpoint in --out.")] = False,
     force: Annotated[
-        Switch, Parameter(help="Replace the results of an earlier run in --out.")
+        Switch,
+        Parameter(help="Replace an earlier run in --out, and take --from of another base."),
     ] = False,
     ignore_plan: Annotated[
         Switch, Parameter(help="Go ahead even where less memory is free than is planned.")
@@ -67,6 +75,7 @@ def tune(
         bits=base.bits,
         pack_head=pack_head,
         out=out,
+        start_from=start_from,
     )
     return run_recipe(
         recipe,

@@ -74,6 +74,7 @@ class Recipe:
     bits: Bits | None = None
     pack_head: bool = False
     out: Path = DEFAULT_OUT
+    start_from: Path | None = None
 
     def __post_init__(self) -> None:
         method = self.method.method
@@ -134,5 +135,5 @@ class Recipe:
         flat["targets"] = list(flat["targets"])
         flat["eval_data"] = flat["eval_data"] and str(flat["eval_data"])
         flat |= {"dtype": self.dtype, "bits": self.bits, "pack_head": self.pack_head}
-        flat["out"] = str(self.out)
+        flat |= {"out": str(self.out), "from": self.start_from and str(self.start_from)}
         return flat

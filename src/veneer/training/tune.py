@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -16,19 +17,19 @@ from veneer.adapter.attach import attach
 from veneer.adapter.certify import certify
 from veneer.adapter.merge import merge, why_not_mergeable
 from veneer.adapter.method import MethodName
-from veneer.adapter.new_tokens import add_tokens, new_tokens_of
+from veneer.adapter.new_tokens import add_tokens, extend_tokenizer, new_tokens_of
 from veneer.adapter.report import report_quantized, report_trained
 from veneer.data.encode import Example
 from veneer.errors import ConfigError, ModelError, VeneerWarning
 from veneer.files import check_replaceable, size_of
 from veneer.formats import adapters, merged, native
 from veneer.models.fingerprint import fingerprint
-from veneer.models.load import Base, dtype_of, load_base, load_config_and_tokenizer
+from veneer.models.load import Base, dtype_of, load_base, load_config_and_tokenizer, skeleton_of
 from veneer.models.locate import locate
 from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.run_directory import RunDirectory
-from veneer.training import checkpoint
+from veneer.training import checkpoint, start_from
 from veneer.training.config import NOT_OF_THE_COURSE
 from veneer.training.events import (
     Event,
@@ -64,6 +65,7 @@ YOUNGER = {
     "dora": False,
     "lora_fa": False,
     "long_rows": None,
+    "from": None,
 }
 
 
@@ -77,8 +79,9 @@ def tune(
 ) -> Iterator[Event]:
     """Train as the recipe says, write both results below `recipe.out`, and yield what happens.
 
-    `resume` goes on from the newest checkpoint there; `force` replaces an earlier run's results;
-    `ignore_plan` goes ahead where the plan needs more memory than there is.
+    `resume` goes on from the newest checkpoint there; `force` replaces an earlier run's results,
+    and starts from an adapter of another base; `ignore_plan` goes ahead where the plan
+    needs more memory than there is.
     Raises VeneerError of the kind that fits where a setting, the base or the data cannot be used.
     """
     run = RunDirectory(recipe.out)
@@ -87,7 +90,18 @@ def tune(
     torch_dtype = dtype_of(locate(recipe.model), _dtype_asked_for(recipe, run, resume=resume))
     dtype = str(torch_dtype).removeprefix("torch.")
     config, tokenizer = load_config_and_tokenizer(recipe.model)
-    rows = load_rows(recipe, config, tokenizer)
+    rows_tokenizer, start = tokenizer, None
+    if recipe.start_from is not None:
+        skeleton = skeleton_of(config)
+        start = adapters.read(recipe.start_from, skeleton)
+        recipe = start_from.settled(recipe, start, skeleton)
+        yield Notice(f"Starts from {recipe.start_from}: {start_from.in_words(recipe.what_trains)}.")
+        if start.new_tokens:
+            rows_tokenizer = copy.deepcopy(tokenizer)
+            extend_tokenizer(rows_tokenizer, start.new_tokens.tokens)
+    rows = load_rows(recipe, config, rows_tokenizer)
+    if start and start.new_tokens and rows.new_tokens:
+        raise ConfigError(f"{recipe.start_from} has new tokens, and --new-words can add no others.")
     yield rows.ready
     yield from map(Notice, rows.notices)
     plan = yield from _plan(recipe, torch_dtype, config, rows, ignore_plan=ignore_plan)
@@ -104,7 +118,11 @@ def tune(
     check_replaceable(recipe.merged, marker=merged.marker_of(base.model))
     if rows.new_tokens:
         add_tokens(base.model, tokenizer, rows.new_tokens)
-    yield from _attach(recipe, base, dtype, rows.new_tokens)
+    if start is None:
+        _attach(recipe, base)
+    else:
+        start_from.begin(base, start, recipe.what_trains, force=force)
+    yield from _report(recipe, base, dtype, rows.new_tokens)
     identity = _identity(recipe, base, [*rows.examples, *rows.held_out])
 
     if not resume:
@@ -185,11 +203,15 @@ def _plan(
     return plan
 
 
-def _attach(recipe: Recipe, base: Base, dtype: str, new_tokens: tuple[str, ...]) -> Iterator[Event]:
-    """Make trainable what the recipe trains, with the rows of new tokens, and say what that is."""
+def _attach(recipe: Recipe, base: Base) -> None:
+    """Attach what the recipe trains, fresh."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VeneerWarning)  # the report says the same
         attach(base.model, recipe.what_trains, seed=recipe.training.seed, tokenizer=base.tokenizer)
+
+
+def _report(recipe: Recipe, base: Base, dtype: str, new_tokens: tuple[str, ...]) -> Iterator[Event]:
+    """Make the rows of new tokens trainable too, and say what trains."""
     report = report_trained(base.model, recipe.what_trains)
     added = new_tokens_of(base.model)
     for rows in added.parameters() if added else ():
@@ -218,7 +240,7 @@ def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, 
 def _about_training(identity: dict[str, Any]) -> dict[str, Any]:
     """Return what an adapter's file says about its training: a hash of the data, and the settings
     but for paths on this machine."""
-    paths = {"data", "eval_data", "base", "model"}
+    paths = {"data", "eval_data", "base", "model", "from"}
     settings = {name: value for name, value in identity.items() if name not in paths}
     return {"data": identity["data"], "recipe": settings}
 
