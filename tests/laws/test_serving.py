@@ -10,12 +10,20 @@ from support.random_adapters import NEW_TOKENS, tokenizer
 from support.server import call, chat, running
 from support.serving_bases import base_of
 from veneer.adapter.new_tokens import extend_tokenizer
+from veneer.errors import ModelError
 from veneer.serve.config import ServeConfig
+from veneer.serve.engine.engine import Engine
 from veneer.serve.run import prepare
 
 CHAT = "/v1/chat/completions"
 SERVED = [kind for kind in KINDS if is_first_of(kind, "name") and kind.reads_tokens]
 BASES = list(dict.fromkeys((kind.architecture, kind.bits, kind.on_disk) for kind in SERVED))
+
+
+def test_a_base_that_keeps_more_than_keys_and_values_is_refused():
+    for architecture in ("mamba", "mamba2", "falcon_h1"):
+        with pytest.raises(ModelError, match="Only models that keep keys and values"):
+            Engine(base_of(architecture))
 
 
 def named(kind):

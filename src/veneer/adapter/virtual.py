@@ -153,8 +153,12 @@ def _check_cache(decoder: nn.Module) -> None:
     config: Any = decoder.config
     layers = DynamicCache(config=config).layers
     has_cache = "cache" in inspect.signature(decoder.forward).parameters
-    if not has_cache or not all(hasattr(layer, "keys") for layer in layers):
-        raise ConfigError("Virtual tokens need a model with keys and values in every layer.")
+    # Layers that keep a state beside keys and values (Falcon-H1's) need a cache of their own.
+    plain = all(hasattr(layer, "keys") and not hasattr(layer, "conv_states") for layer in layers)
+    if not has_cache or not plain:
+        raise ConfigError(
+            "Virtual tokens need a model with keys and values in every layer, and no other state."
+        )
 
 
 def _checked_count(model: PreTrainedModel, config: Method) -> int:

@@ -23,6 +23,7 @@ from veneer.run_directory import RunDirectory
 from veneer.serve.api.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
 from veneer.serve.config import ADAPTER_NAME, Keys, Limits, ServeConfig
+from veneer.serve.engine.adapter_cache import opening
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import EngineConfig
@@ -108,7 +109,7 @@ def prepare(
     library = Library(find_adapters(named, root, name))
     for entry in library.entries():
         if not ADAPTER_NAME.fullmatch(entry.name):
-            library.refuse(entry, f"The adapter {entry.name!r} cannot be served: {NAMED_SO}.")
+            library.refuse(entry, f"{opening(entry)}: {NAMED_SO}.")
     settings = EngineConfig(slots=config.slots, queue=config.queue, context=config.context)
     engine = Engine(base, library, settings)
     try:

@@ -70,6 +70,7 @@ def test_what_cannot_be_served_is_not_listed_and_says_why(served, root, caplog):
         ):
             status, message = asked(name)
             assert (status, served.notices.count(message)) == (400, 1), name
+            assert message.startswith(f"The adapter {name!r} in {root / name} cannot be served: ")
             assert why in message
             assert asked("some/base", adapters={name: 1.0}) == (400, message)
         assert served.notices[-1] == f"Below {root} there is no adapter in notes."
@@ -81,7 +82,9 @@ def test_what_cannot_be_served_is_not_listed_and_says_why(served, root, caplog):
         assert caplog.text.count("not finite") == 1
         assert listed() == ["some/base", "good"]
         assert asked("nan", stream=True) == (400, message)
-    with pytest.raises(AdapterError, match=r"(?s)'a' cannot be served.*'b' cannot be served"):
+    with pytest.raises(
+        AdapterError, match=r"'a' in .* cannot be served.*'b' in .* cannot be served"
+    ):
         prepare(served.engine.base, [f"a={root / 'foreign'}", f"b={root / 'nan'}"], ServeConfig())
 
 

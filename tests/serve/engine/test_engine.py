@@ -283,7 +283,7 @@ def test_an_adapter_that_does_not_fit_is_an_error_of_its_requests_alone(homes, t
         good = engine.submit(request(1, "plain"))
         for name, why in (
             ("foreign", "another base"),
-            ("virtual", "no low-rank adapter"),
+            ("virtual", "its 2 virtual tokens"),
             ("tokens", "1 new tokens"),
         ):
             end = engine.submit(request(1, name)).result()

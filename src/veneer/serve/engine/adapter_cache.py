@@ -111,7 +111,7 @@ def load(model: PreTrainedModel, entry: Entry) -> LoadedAdapter:
 
     Raises AdapterError, which lists everything that is wrong.
     """
-    state = read(entry.directory, model)
+    state = _read(model, entry)
     config = _checked(model, state, entry)
     updates: dict[AdaptedLayer, LowRankUpdate] = {}
     paths: list[str] = []
@@ -130,13 +130,25 @@ def why_not(model: PreTrainedModel, entry: Entry) -> str:
     Settings and shapes decide; values are read, and damage among them is seen, when it is loaded.
     """
     try:
-        _checked(model, read(entry.directory, model, shapes_only=True), entry)
+        _checked(model, _read(model, entry, shapes_only=True), entry)
     except AdapterError as error:
         return str(error)
-    except Exception as error:
+    except Exception:
         log.exception("The adapter %r in %s cannot be read.", entry.name, entry.directory)
-        return f"The adapter {entry.name!r} cannot be read ({type(error).__name__}: {error})."
+        return f"{opening(entry)}: reading it failed, and the log says why."
     return ""
+
+
+def opening(entry: Entry) -> str:
+    """Return how each message about an adapter that is not served begins."""
+    return f"The adapter {entry.name!r} in {entry.directory} cannot be served"
+
+
+def _read(model: PreTrainedModel, entry: Entry, *, shapes_only: bool = False) -> AdapterState:
+    try:
+        return read(entry.directory, model, shapes_only=shapes_only)
+    except AdapterError as error:
+        raise AdapterError(f"{opening(entry)}: {error}") from error
 
 
 def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
@@ -145,7 +157,7 @@ def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
     else:
         problems = validate(model, state, None, force=False)
     if problems:
-        raise AdapterError(f"The adapter {entry.name!r} cannot be served: {joined(problems)}.")
+        raise AdapterError(f"{opening(entry)}: {joined(problems)}.")
     assert isinstance(state.config, LoRA)
     return state.config
 
@@ -164,7 +176,7 @@ def _beyond_factors(state: AdapterState, entry: Entry) -> str:
         return f"it replaces weights of the base ({config.method}), which all share; {merge}"
     if state.new_tokens is not None:
         count = len(state.new_tokens.tokens)
-        return f"it adds {count} tokens to the vocabulary, which all share; {merge}"
+        return f"it adds {count} new tokens to the vocabulary, which all share; {merge}"
     if beyond := without_place(state, "serving"):
         return f"it has {listed(beyond)} beside its factors, which act on whole batches; {merge}"
     return ""

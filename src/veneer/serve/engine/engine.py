@@ -78,8 +78,9 @@ class Engine:
     def submit(self, request: Request) -> Stream:
         """Have a request answered; its answer comes through the stream.
 
-        Raises RequestError for an unknown adapter or a prompt that is too long, QueueFull where
-        too many requests wait. Errors that come later end the stream.
+        Raises RequestError for an unknown adapter or a prompt that is too long, AdapterError for an
+        adapter that the library refuses, QueueFull where too many requests wait. Errors that come
+        later end the stream.
         """
         self._check(request)
         stream = Stream(request)
@@ -173,9 +174,12 @@ class Engine:
             return ()
         weights: Mapping[str, float] = {which: 1.0} if isinstance(which, str) else which
         try:
-            return tuple((self.library.info(name), float(w)) for name, w in weights.items())
+            mix = tuple((self.library.info(name), float(w)) for name, w in weights.items())
         except AdapterError as error:
             raise RequestError(str(error)) from error
+        if refusals := [entry.refusal for entry, _ in mix if entry.refusal]:
+            raise AdapterError(" ".join(refusals))
+        return mix
 
     def _accept(self, row: Row) -> None:
         row.adapter = self.adapters.find(row.mix) if row.mix else None

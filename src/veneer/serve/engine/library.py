@@ -78,15 +78,11 @@ class Library:
             return tuple(self._entries[name] for name in sorted(self._entries))
 
     def info(self, name: str) -> Entry:
-        """Return the version that a name means now. Raises AdapterError for an unknown one, and for
-        one that cannot be served."""
+        """Return the version that a name means now. Raises AdapterError for an unknown one."""
         with self._lock:
-            entry = self._entries.get(name)
-            if entry is None:
+            if name not in self._entries:
                 raise self._unknown(name)
-        if entry.refusal:
-            raise AdapterError(entry.refusal)
-        return entry
+            return self._entries[name]
 
     def _unknown(self, name: str) -> AdapterError:
         names = sorted(self._entries)
