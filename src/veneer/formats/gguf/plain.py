@@ -98,8 +98,8 @@ def check_plain(name: str | Path, out: Path, *, kind: str | None = None) -> Path
 def _refusal(problems: Sequence[str], name: str | Path, out: Path, kind: str | None) -> ModelError:
     command = f"python {SCRIPT} {name} --outfile {out}" + (f" --outtype {kind}" if kind else "")
     return ModelError(
-        f"Veneer cannot write {name} as GGUF: {joined(problems)}. llama.cpp's own converter may: "
-        f"{command}. Veneer calls it where it is on the PATH or {VARIABLE} names it."
+        f"Veneer cannot write {name} as GGUF: {joined(problems)}. llama.cpp's own converter may be "
+        f"able to: {command}. Veneer calls it where it is on the PATH or {VARIABLE} names it."
     )
 
 
