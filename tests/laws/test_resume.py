@@ -263,9 +263,9 @@ def test_a_run_goes_on_along_another_schedule(at_end, whole, tmp_path):
     run.go(resume=True)
     notice, started, *steps = [e for e in run.events if isinstance(e, Notice | Started | Step)]
     assert notice.text == (
-        "Going on with epochs 5 (2.5 before), lr 0.01 (0.02 before), weight_decay 0.1 (0.0 "
-        f"before), tokens_per_batch 40 (20 before): the learning rate follows the new schedule "
-        f"from step {done + 1} of {started.steps}."
+        f"Going on from step {done + 1} of {started.steps} with epochs 5 (2.5 before), lr 0.01 "
+        "(0.02 before), weight_decay 0.1 (0 before), tokens_per_batch 40 (20 before); the learning "
+        "rate follows the new schedule."
     )
     assert started.steps == 2 * whole["accumulation"].events[0].steps
     assert [step.step for step in steps] == list(range(done + 1, started.steps + 1))

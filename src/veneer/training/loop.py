@@ -28,7 +28,7 @@ from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
 from veneer.training import checkpoint as checkpoints
 from veneer.training.checkpoint import Checkpoint
-from veneer.training.config import CHANGEABLE, NOT_OF_THE_COURSE, TrainConfig
+from veneer.training.config import CHANGEABLE, NOT_OF_THE_COURSE, SCHEDULE, TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
     Checkpointed,
@@ -275,16 +275,21 @@ class _Run:
         """
         before, now = checkpoint.identity, self.identity
         changed = [key for key in CHANGEABLE if before.get(key) != now.get(key)]
-        changes = ", ".join(f"{key} {now.get(key)} ({before.get(key)} before)" for key in changed)
+        changes = ", ".join(
+            f"{key} {_shown(now.get(key))} ({_shown(before.get(key))} before)" for key in changed
+        )
         if changed and checkpoint.step >= self.steps:
             raise TrainingError(
                 f"With {changes} the run in {self.directory} ends at step {self.steps}, and it has "
                 f"made {checkpoint.step}. Ask for more epochs or steps, or replace it by --force."
             )
-        return changes and (
-            f"Going on with {changes}: the learning rate follows the new schedule from step "
-            f"{checkpoint.step + 1} of {self.steps}."
-        )
+        follows = "; the learning rate follows the new schedule" if {*changed} & SCHEDULE else ""
+        step = f"step {checkpoint.step + 1} of {self.steps}"
+        return changes and f"Going on from {step} with {changes}{follows}."
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else value
 
 
 def _usual_lr(model: PreTrainedModel) -> float:
