@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from veneer.files import read_json, write_json, write_text
 
 DEFAULT_OUT = Path("dist/finetuning_results")
 METRICS = "metrics.jsonl"
+STATE, TENSORS = "state.json", "state.safetensors"  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,12 @@ class RunDirectory:
             except ValueError:
                 break
         return lines
+
+
+def checkpoint_steps(directory: Path) -> dict[int, Path]:
+    """Return the checkpoints below a directory of checkpoints, by step."""
+    return {
+        int(match[1]): place
+        for place in directory.glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", place.name))
+    }

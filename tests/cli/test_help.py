@@ -59,7 +59,7 @@ COMMANDS = [name for name in app if not name.startswith("-")]
 
 def test_the_commands_are_these():
     models = {"inspect", "plan", "pretrain", "quantize", "tune", "compare", "generate", "chat"}
-    adapters = {"diff", "combine", "extract", "merge", "convert", "check", "serve"}
+    adapters = {"diff", "combine", "extract", "merge", "convert", "export", "check", "serve"}
     assert set(COMMANDS) == models | adapters
 
 

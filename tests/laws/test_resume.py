@@ -14,6 +14,10 @@ import veneer
 from support.kinds import each_kind, is_first
 from support.random_adapters import examples, same, snapshot, trained_weights
 from support.tiny_models import tiny
+from veneer.formats import checkpoint as formats
+from veneer.formats import native
+from veneer.formats.capture import capture
+from veneer.formats.state import AdapterState
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint
 from veneer.training.events import (
@@ -166,6 +170,15 @@ def test_resuming_what_is_done_changes_nothing(course, whole, tmp_path):
     assert not any(isinstance(event, Step) for event in run.events)
 
 
+def same_adapter(a: AdapterState, b: AdapterState) -> bool:
+    theirs, ours = native.tensors_of(a), native.tensors_of(b)
+    return (
+        native.config_of(a) == native.config_of(b)
+        and theirs.keys() == ours.keys()
+        and all(same(theirs[file], ours[file]) for file in ours)
+    )
+
+
 @each_kind(is_first)
 def test_every_kind_goes_on(kind, tmp_path):
     """The process that goes on starts with other random numbers: all must come from the files."""
@@ -185,6 +198,16 @@ def test_every_kind_goes_on(kind, tmp_path):
         )
         for event in events:
             step = getattr(event, "step", step)
+        if stop_at and len(veneer.in_use(model)) == 1:
+            # The adapter can be read from the files alone, also as it was best.
+            places = checkpoint.steps(tmp_path / f"{dtype}" / place)
+            newest, best = places[max(places)], places[min(places)]
+            assert same_adapter(formats.read(newest), capture(model))
+            if kind.name == "prefix, mlp":
+                with pytest.raises(veneer.AdapterError, match="made at the run's end only"):
+                    formats.read(newest, best=True)
+            else:
+                assert same_adapter(formats.read(newest, best=True), formats.read(best))
         return snapshot(model)
 
     # Weights of 16 bits that train themselves have masters, which must go on as well.

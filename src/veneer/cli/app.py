@@ -10,7 +10,7 @@ from cyclopts.help import DefaultFormatter, HelpPanel, InlineText
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
-from veneer.cli.console import ERRORS, show_error
+from veneer.cli.console import ERRORS, show_error, warnings_as_notices
 from veneer.cli.recipes import from_recipe
 from veneer.errors import ConfigError, VeneerError
 
@@ -83,6 +83,11 @@ app.command(
     "or a model's directory as GGUF.",
 )
 app.command(
+    "veneer.cli.export:export",
+    help="Write the adapter of a run to OUT: of its newest checkpoint where it has not ended, of "
+    "any step, or the best so far.",
+)
+app.command(
     "veneer.cli.check:check",
     help="Read ADAPTER as another runtime would, and say what it needs there: 0 if it will load.",
 )
@@ -100,13 +105,14 @@ app.command(
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     try:
-        code = app(
-            arguments,
-            console=Console(),  # of this call: cyclopts would keep an earlier one, and its width
-            exit_on_error=False,
-            print_error=False,
-            result_action="return_value",
-        )
+        with warnings_as_notices():
+            code = app(
+                arguments,
+                console=Console(),  # of this call: cyclopts would keep an earlier one's width
+                exit_on_error=False,
+                print_error=False,
+                result_action="return_value",
+            )
     except (VeneerError, CycloptsError, OSError) as error:  # OSError: a full disk, for example
         show_error(_explained(error, arguments))
         return 2

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 import veneer
 from veneer.cli.console import ERRORS, OUTPUT, questions, refuse_to_replace, show_notice
-from veneer.cli.flags import AdapterFlags, Flat, Model
+from veneer.cli.flags import AdapterFlags, Flat, NamedModel
 from veneer.cli.loading import load_adapted
 from veneer.cli.side_by_side import chat_side_by_side
 from veneer.data.rows import Message
@@ -23,17 +23,21 @@ from veneer.generate.sampling import Sampling
 if TYPE_CHECKING:
     from veneer.models.load import Base
 
-AdapterDir = Annotated[
-    Path | None, Parameter(name="--adapter", help="Adapter directory to use over the base.")
+AdapterPath = Annotated[
+    Path | None,
+    Parameter(
+        name="--adapter",
+        help="Adapter to use over the base: of any format, a run's directory, or a checkpoint.",
+    ),
 ]
 
 
 def generate(
-    model: Model,
+    model: NamedModel = None,
     prompt: Annotated[str | None, Parameter(help="What to ask the model.")] = None,
     /,
     *,
-    adapter: AdapterDir = None,
+    adapter: AdapterPath = None,
     prompts: Annotated[
         Path | None,
         Parameter(
@@ -52,6 +56,8 @@ def generate(
     loading: Annotated[AdapterFlags, Flat] = AdapterFlags(),
 ) -> None:
     """Print the answer and nothing else, or a line of JSON for each of many prompts."""
+    if prompts is None and prompt is None and adapter is not None:
+        model, prompt = None, model  # the one that is there is the PROMPT
     if prompts is not None and prompt is None:
         _answer_many(model, adapter, sampling, loading, prompts, out=out, batch=batch_size)
         return
@@ -64,10 +70,10 @@ def generate(
 
 
 def chat(
-    model: Model,
+    model: NamedModel = None,
     /,
     *,
-    adapter: AdapterDir = None,
+    adapter: AdapterPath = None,
     sampling: Annotated[Sampling, Flat] = Sampling(),
     loading: Annotated[AdapterFlags, Flat] = AdapterFlags(),
     compare: Annotated[
@@ -92,7 +98,7 @@ def chat(
 
 
 def _answer_many(
-    model: str,
+    model: str | None,
     adapter: Path | None,
     sampling: Sampling,
     loading: AdapterFlags,
@@ -129,7 +135,7 @@ def _answer_many(
             file.flush()
 
 
-def _load(model: str, adapter: Path | None, loading: AdapterFlags) -> Base:
+def _load(model: str | None, adapter: Path | None, loading: AdapterFlags) -> Base:
     return load_adapted(model, {} if adapter is None else {"default": adapter}, loading)
 
 

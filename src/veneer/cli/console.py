@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from veneer.errors import VeneerError
+from veneer.errors import VeneerError, VeneerWarning
 from veneer.files import size_of
 
 OUTPUT = Console(highlight=False)
@@ -27,6 +29,23 @@ def show_error(error: Exception) -> None:
 def show_notice(text: str, *, on: Console = ERRORS) -> None:
     """Print something that a person should know."""
     on.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True)
+
+
+@contextmanager
+def warnings_as_notices() -> Iterator[None]:
+    """Show what Veneer warns of as a notice, each text once; other warnings as ever."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, VeneerWarning):
+                show_notice(str(message))
+            else:
+                show(message, category, *where)
+
+        warnings.simplefilter("default", VeneerWarning)
+        warnings.showwarning = show_warning  # type: ignore[assignment]
+        yield
 
 
 def show_saved(path: Path, *, what: str = "", facts: Sequence[str] = (), more: str = "") -> None:

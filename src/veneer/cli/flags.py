@@ -22,8 +22,16 @@ Switch = Annotated[bool, Parameter(negative="")]
 Model = Annotated[
     str, Parameter(help="Built-in name, local directory, .gguf file, or hub name of the base.")
 ]
+NamedModel = Annotated[
+    str | None,
+    Parameter(help="The base, as for tune; may be left out where the adapter names it."),
+]
 AnyAdapter = Annotated[
-    Path, Parameter(help="Adapter of any format: a directory, a .gguf file, a .pt file of loralib.")
+    Path,
+    Parameter(
+        help="Adapter of any format: a directory, a .gguf file, a .pt file of loralib; or a run's "
+        "directory, or a checkpoint in it."
+    ),
 ]
 AdapterFormat = Annotated[Literal["native", "peft"], Parameter(help="Format of the adapter.")]
 AllowBin = Annotated[

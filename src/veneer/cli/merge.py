@@ -10,19 +10,20 @@ from cyclopts import Parameter
 
 import veneer
 from veneer.cli.console import OUTPUT, quieten_libraries, refuse_to_replace, show_notice, show_saved
-from veneer.cli.flags import AdapterFlags, Flat, Model, Switch
-from veneer.cli.loading import load_adapted
+from veneer.cli.flags import AdapterFlags, AnyAdapter, Flat, NamedModel, Switch
+from veneer.cli.loading import base_of, load_adapted
 from veneer.cli.tables import merge_lines, merge_table, merged_table
 from veneer.data.sources import files_of
 from veneer.errors import ConfigError, MergeError
 
 
 def merge(
-    base: Model,
-    adapter: Annotated[Path, Parameter(help="Adapter directory.")],
+    base: NamedModel,
+    adapter: AnyAdapter,
     out: Annotated[
-        Path, Parameter(help="Directory for the merged model; or OUT.gguf, for llama.cpp.")
-    ],
+        Path | None,
+        Parameter(help="Directory for the merged model; or OUT.gguf, for llama.cpp."),
+    ] = None,
     /,
     *,
     loading: Annotated[AdapterFlags, Flat] = AdapterFlags(),
@@ -41,6 +42,9 @@ def merge(
     ] = False,
 ) -> None:
     """Refuse flags that would do nothing, then merge into a model directory or into a GGUF file."""
+    if out is None:  # there are two: ADAPTER and OUT
+        base, adapter, out = None, Path(str(base)), adapter
+    base = base_of(base, [adapter])
     into_gguf = out.suffix == ".gguf"
     if into_gguf and _is_gguf(base):
         if loading.dtype != "auto" or loading.bits is not None:

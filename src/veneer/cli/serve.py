@@ -9,8 +9,8 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from veneer.cli.console import OUTPUT, quieten_libraries, show_notice
-from veneer.cli.flags import BaseFlags, Flat, Model
-from veneer.cli.loading import load_base
+from veneer.cli.flags import BaseFlags, Flat, NamedModel
+from veneer.cli.loading import base_of, load_base
 from veneer.errors import VeneerError, listed
 from veneer.serve.config import ServeConfig, read_keys
 
@@ -18,7 +18,7 @@ SHOWN_NAMES = 12
 
 
 def serve(
-    model: Model,
+    model: NamedModel = None,
     /,
     *,
     adapter: Annotated[
@@ -38,6 +38,9 @@ def serve(
             raise
         raise VeneerError("veneer serve needs: pip install 'veneer[serve]'") from error
     with run.listen(settings) as listener:
+        if model is None:
+            paths = run.find_adapters(adapter or [], settings.adapters_dir, "")
+            model = base_of(None, paths.values())
         base = load_base(model, loading)
         for at in run.serve(base, adapter or [], settings, keys=keys, listener=listener):
             for notice in at.notices:

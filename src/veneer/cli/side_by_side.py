@@ -24,7 +24,7 @@ DIFFERS = "bold yellow underline"
 
 
 def chat_side_by_side(
-    model: str, compared: Sequence[str], sampling: Sampling, loading: AdapterFlags
+    model: str | None, compared: Sequence[str], sampling: Sampling, loading: AdapterFlags
 ) -> None:
     """Ask until an empty line; each side remembers its own answers."""
     directories = named_directories(compared)

@@ -111,7 +111,11 @@ def run_recipe(
                 display.show(event)
             if isinstance(event, Stopped) and event.reason == "interrupted":
                 out = escape(str(recipe.out))
-                ERRORS.print(f"Go on with the same command and --resume (results in {out}).")
+                ERRORS.print(
+                    f"Go on with the same command and --resume (results in {out}). Or try what is "
+                    f"learnt so far: veneer generate PROMPT --adapter {out}; write it as an "
+                    f"adapter: veneer export {out}"
+                )
                 return 130
     try:
         draw_losses(directory.read_metrics(), directory.picture)

@@ -11,11 +11,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.config import LoRA
-from veneer.errors import VeneerWarning
+from veneer.errors import AdapterError, VeneerWarning
 from veneer.formats import table as formats
 from veneer.formats.base_structure import BaseStructure
 from veneer.formats.capture import capture
 from veneer.formats.install import install
+from veneer.formats.locate import locate
 from veneer.formats.names import FormatName
 from veneer.formats.options import FormatOptions
 from veneer.formats.state import AdapterState
@@ -69,22 +70,27 @@ def load(
 ) -> PreTrainedModel:
     """Load an adapter onto `model`, frozen and in use, and return the model.
 
-    The format is recognised by content. New tokens of the adapter are added to `tokenizer`. With
-    `allow_bin`, PEFT's adapter_model.bin is read too, a pickle of which only tensors are taken.
-    `alpha` and `enable_lora` are for loralib's files, which do not have them. Raises AdapterError
-    for a damaged adapter or one of another base (unless `force`).
+    The format is recognised by content; a run's directory and a checkpoint are taken too. New
+    tokens of the adapter are added to `tokenizer`. With `allow_bin`, PEFT's adapter_model.bin is
+    read too, a pickle of which only tensors are taken. `alpha` and `enable_lora` are for loralib's
+    files, which do not have them. Raises AdapterError for a damaged adapter or one of another base
+    (unless `force`).
     """
-    path = Path(directory)
     options = FormatOptions(
         BaseStructure(model), alpha=alpha, enable_lora=enable_lora, allow_bin=allow_bin
     )
-    install(model, formats.read(path, options), name=name, tokenizer=tokenizer, force=force)
+    state = formats.read(locate(Path(directory)).path, options)
+    install(model, state, name=name, tokenizer=tokenizer, force=force)
     return model
 
 
 def holds_adapter(path: Path) -> bool:
-    """Return whether there is an adapter of a known format at `path`."""
-    return formats.detect(path) is not None
+    """Return whether `locate` finds an adapter by `path`."""
+    try:
+        locate(path)
+    except AdapterError:
+        return False
+    return True
 
 
 def read(
@@ -94,13 +100,14 @@ def read(
     allow_bin: bool = False,
     shapes_only: bool = False,
 ) -> AdapterState:
-    """Read an adapter of any known format; some need the base, or its skeleton.
+    """Read the adapter that `locate` finds, of any format.
 
+    base: needed by some formats, also as a skeleton; else they read the one that the files name.
     shapes_only: read no values where the format allows that; the tensors are on the meta device.
     """
     structure = None if base is None else BaseStructure(base)
     options = FormatOptions(structure, allow_bin=allow_bin, shapes_only=shapes_only)
-    return formats.read(directory, options)
+    return formats.read(locate(directory).path, options)
 
 
 def write(state: AdapterState, directory: Path, *, format: FormatName = "native") -> list[str]:

@@ -8,9 +8,11 @@ from functools import cached_property
 from transformers import PretrainedConfig, PreTrainedModel
 
 from veneer.adapter.targets import describe_base
+from veneer.errors import AdapterError, ModelError
 from veneer.formats.capture import module_paths
 from veneer.formats.state import shortest_names
 from veneer.models.description import Layer, ModelDescription
+from veneer.models.load import load_skeleton
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,17 @@ class BaseStructure:
 def targets_for(paths: set[str], base: BaseStructure | None) -> tuple[str, ...]:
     """Return targets for the layers at `paths`: last names, if the base is there to check them."""
     return tuple(sorted(paths)) if base is None else shortest_names(paths, module_paths(base.model))
+
+
+def structure_of(name: str) -> BaseStructure:
+    """Return the structure of the base that an adapter names; no weight of it is read.
+
+    Raises AdapterError where there is no such base.
+    """
+    try:
+        return BaseStructure(load_skeleton(name))
+    except ModelError as error:
+        raise AdapterError(
+            f"The base that the adapter names, {name!r}, cannot be read: {str(error).rstrip('.')}. "
+            "Name it (--base, or MODEL)."
+        ) from error

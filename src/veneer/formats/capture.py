@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -40,10 +40,13 @@ def capture(
     model: PreTrainedModel,
     name: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    copy: bool = True,
 ) -> AdapterState:
     """Return the adapter called `name` (by default the one in use) as a value.
 
-    Raises AdapterError if there is none of that name, or no single one in use.
+    Without `copy`, tensors that the model has as they are share its memory. Raises AdapterError if
+    there is none of that name, or no single one in use.
     """
     attached = adapters(model)
     if name is None:
@@ -53,18 +56,19 @@ def capture(
         name = active[0]
     if name not in attached:
         raise AdapterError(f"No adapter is called {name!r}{nearest(name, attached)}.")
+    own = _copy if copy else torch.Tensor.detach
     config = attached[name]
     tensors: dict[str, Tensor]
     if isinstance(config, Method) and is_virtual(config):
         virtual = virtual_tokens_of(model)
         assert virtual is not None
         with torch.no_grad():
-            tensors = {config.method: virtual.adapters[name]().clone().contiguous()}
+            tensors = {config.method: own(virtual.adapters[name]()).contiguous()}
         config = replace(config, prefix_mlp=None)  # only what it makes is stored
     elif isinstance(config, Method):
-        tensors = _copies(replaced_weights(model, config))
+        tensors = _each(own, replaced_weights(model, config))
     else:
-        tensors = _copies(layer_tensors(model, name))
+        tensors = _each(own, layer_tensors(model, name))
         if config.init == "lora_ga" and not any(key.endswith(START[0]) for key in tensors):
             config = replace(config, init="kaiming")  # its start so far: no gradient has come
         if paths := {key.rpartition(".")[0] for key in tensors}:
@@ -74,12 +78,12 @@ def capture(
     return AdapterState(
         config,
         tensors,
-        None if new_tokens is None else _new_token_rows(model, new_tokens),
+        None if new_tokens is None else _new_token_rows(model, new_tokens, own),
         model.config._name_or_path,
         fingerprint(model, tokenizer),
-        modules_to_save=_copies(modules_to_save_of(model, name)),
+        modules_to_save=_each(own, modules_to_save_of(model, name)),
         trained_tokens={
-            path: StoredTokens(tuple(tokens.ids.tolist()), tokens.rows.detach().clone())
+            path: StoredTokens(tuple(tokens.ids.tolist()), own(tokens.rows))
             for path, tokens in trained_tokens_of(model, name).items()
         },
         task=task_of(model),
@@ -146,7 +150,9 @@ def task_of(model: nn.Module) -> str:
     return CAUSAL if name.endswith(("ForCausalLM", "LMHeadModel")) or can else ""
 
 
-def _new_token_rows(model: PreTrainedModel, new_tokens: NewTokens) -> NewTokenRows:
+def _new_token_rows(
+    model: PreTrainedModel, new_tokens: NewTokens, own: Callable[[Tensor], Tensor]
+) -> NewTokenRows:
     embedding, head = new_tokens.embedding, new_tokens.head
     base_rows = embedding.original.weight.shape[0]  # type: ignore[index]
     bias = getattr(head.original, "bias", None)
@@ -157,14 +163,18 @@ def _new_token_rows(model: PreTrainedModel, new_tokens: NewTokens) -> NewTokenRo
     return NewTokenRows(
         embedding.tokens,
         embedding.start,
-        embedding.rows.detach().clone(),
-        None if new_tokens.tied else head.rows.detach().clone(),
+        own(embedding.rows),
+        None if new_tokens.tied else own(head.rows),
         paths,
     )
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+def _each(own: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: own(tensor) for key, tensor in tensors.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def _kind_of(layer: Adapted) -> FactorKind:

@@ -13,6 +13,7 @@ from veneer.errors import AdapterError, VeneerError, joined
 from veneer.formats import table as formats
 from veneer.formats.base_structure import BaseStructure, targets_for
 from veneer.formats.fold import uniform
+from veneer.formats.locate import locate
 from veneer.formats.names import FormatName
 from veneer.formats.options import FormatOptions
 from veneer.formats.state import AdapterState
@@ -49,7 +50,8 @@ def convert(
     allow_bin: read PEFT's pickles too. Raises AdapterError for what cannot be read, does not fit
     the base, or has no place in `to`; VeneerError if `out` holds something.
     """
-    kind = formats.detect(source)
+    located = locate(source)
+    source, kind = located.path, located.format
     if out.exists() and not force and (out.is_file() or any(out.iterdir())):
         raise VeneerError(f"{out} holds something already; name another place, or use --force.")
     structure = BaseStructure(base) if base is not None else None
@@ -60,7 +62,6 @@ def convert(
         source,
         FormatOptions(structure, alpha=alpha, enable_lora=for_reading, allow_bin=allow_bin),
     )
-    assert kind is not None
     if base is not None:
         state = _over(state, base, base_name)
     state = by_path(state, structure)

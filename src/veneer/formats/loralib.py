@@ -45,6 +45,11 @@ def detects(path: Path) -> bool:
     return (path / CONFIG).is_file() or (path.is_file() and path.suffix == ".pt")
 
 
+def base_of(path: Path) -> str:
+    """Return the name of the base; a .pt file names none."""
+    return str(read_json(path / CONFIG).get("base") or "") if path.is_dir() else ""
+
+
 def read(path: Path, options: FormatOptions) -> AdapterState:
     """Read a directory that `write` wrote, or a .pt file. Raises AdapterError, naming the path."""
     if path.is_dir():

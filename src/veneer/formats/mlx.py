@@ -10,6 +10,7 @@ compute (mlx_lm/tuner/lora.py and dora.py, read in 0.32.2):
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from veneer.adapter.config import LoRA
 from veneer.errors import AdapterError, ConfigError, joined, listed
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
-from veneer.formats.base_structure import BaseStructure, targets_for
+from veneer.formats.base_structure import BaseStructure, structure_of, targets_for
 from veneer.formats.contents import refuse_without_place
 from veneer.formats.fold import uniform
 from veneer.formats.options import FormatOptions
@@ -51,7 +52,8 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
     config = read_json(path / CONFIG)
     try:
         tensors = read_tensors(path / WEIGHTS, shapes_only=options.shapes_only)
-        return state_of(config, tensors, options.base)
+        base = options.base or _named_base(config.get("model"), tensors)
+        return state_of(config, tensors, base)
     except AdapterError as error:
         raise AdapterError(f"The MLX adapter in {path} cannot be used: {error}.") from error
 
@@ -61,11 +63,18 @@ def write(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
 
     Raises AdapterError for what mlx-lm has no place for or would compute differently.
     """
-    config, tensors, notes = mlx_of(state, options.base)
+    base = options.base or _named_base(state.base_name, state.tensors)
+    config, tensors, notes = mlx_of(state, base)
     with new_directory(path, marker=WEIGHTS) as new:
         write_tensors(new / WEIGHTS, tensors)
         write_json(new / CONFIG, config)
     return notes
+
+
+def _named_base(name: object, keys: Iterable[str]) -> BaseStructure | None:
+    """Return the base that an adapter names, where what is called what depends on it."""
+    unclear = any(not key.startswith(PLAIN_PATHS) for key in keys)
+    return structure_of(str(name)) if name and unclear else None
 
 
 def mlx_of(

@@ -40,6 +40,11 @@ def method_in(directory: Path) -> MethodName | None:
     return next((m for m in methods if (directory / config_name(m)).is_file()), None)
 
 
+def method_of(state: AdapterState) -> MethodName:
+    """Return the method by which an adapter was trained."""
+    return "lora" if isinstance(state.config, LoRA) else state.config.method
+
+
 def config_of(state: AdapterState) -> dict[str, Any]:
     """Return the configuration of an adapter, as its file has it."""
     config = asdict(state.config)
@@ -119,6 +124,24 @@ def state_of(
     )
 
 
+def state_of_files(config: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> AdapterState:
+    """Return the adapter that a configuration and the tensors of each file describe."""
+    weights = files[_weights_name(config.get("method", "lora"))]
+    return state_of(config, weights, files.get(ROWS, {}), files.get(SAVED, {}))
+
+
+def config_in(directory: Path) -> dict[str, Any] | None:
+    """Return the configuration of the adapter in a directory, or None if there is none of ours."""
+    method = method_in(directory)
+    return None if method is None else read_json(directory / config_name(method))
+
+
+def base_in(config: dict[str, Any]) -> str:
+    """Return the name of the base in an adapter's configuration, or nothing."""
+    base = config.get("base")
+    return str(base.get("name") or "") if isinstance(base, dict) else ""
+
+
 def _new_tokens(tokens: object, start: object, rows: dict[str, Tensor]) -> NewTokenRows | None:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise AdapterError(f"'new_words' is {tokens!r}, but must be a list of words")
@@ -151,25 +174,29 @@ def _saved(
     return modules_to_save, trained_tokens
 
 
+def tensors_of(state: AdapterState) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each file of an adapter, by the file's name."""
+    files = {_weights_name(method_of(state)): state.tensors}
+    if (new_tokens := state.new_tokens) is not None:
+        files[ROWS] = {"input_embeddings": new_tokens.embedding}
+        if new_tokens.head is not None:
+            files[ROWS]["output_embeddings"] = new_tokens.head
+    saved = dict(state.modules_to_save) | {
+        path + TOKEN_ROWS: tokens.rows
+        for path, tokens in state.trained_tokens.items()
+        if tokens.rows is not None
+    }
+    return files | ({SAVED: saved} if saved else {})
+
+
 def write(
     state: AdapterState, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Write an adapter directory, all of it at once."""
-    method = "lora" if isinstance(state.config, LoRA) else state.config.method
+    method = method_of(state)
     with new_directory(directory, marker=config_name(method)) as new:
-        write_tensors(new / _weights_name(method), state.tensors)
-        if (new_tokens := state.new_tokens) is not None:
-            rows = {"input_embeddings": new_tokens.embedding}
-            if new_tokens.head is not None:
-                rows["output_embeddings"] = new_tokens.head
-            write_tensors(new / ROWS, rows)
-        saved = dict(state.modules_to_save) | {
-            path + TOKEN_ROWS: tokens.rows
-            for path, tokens in state.trained_tokens.items()
-            if tokens.rows is not None
-        }
-        if saved:
-            write_tensors(new / SAVED, saved)
+        for name, tensors in tensors_of(state).items():
+            write_tensors(new / name, tensors)
         if tokenizer is not None:
             tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
         write_json(new / config_name(method), config_of(state))

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from veneer.errors import AdapterError
-from veneer.formats import loralib, mlx, native
+from veneer.files import read_json
+from veneer.formats import checkpoint, loralib, mlx, native
+from veneer.formats.base_structure import structure_of
 from veneer.formats.gguf import adapter as gguf_adapter
 from veneer.formats.names import FormatName
 from veneer.formats.options import FormatOptions
@@ -29,15 +31,27 @@ class Format:
     detects: Callable[[Path], bool]
     read: Callable[[Path, FormatOptions], AdapterState]
     write: Callable[[AdapterState, Path, FormatOptions], list[str]]
+    base: Callable[[Path], str]  # the name of the base that its files name, or nothing
     holds: str  # the files that mark it
     read_options: frozenset[str] = frozenset()
     write_options: frozenset[str] = frozenset()
 
 
-def _config(options: FormatOptions) -> Any:
-    if options.base is None:
-        raise AdapterError("What llama.cpp calls a layer depends on the base; name it (--base).")
-    return options.base.config
+def _config(options: FormatOptions, name: str) -> Any:
+    """Return the configuration of the base: the caller's, else the one that the adapter names."""
+    if options.base is None and not name:
+        raise AdapterError(
+            "What llama.cpp calls a layer depends on the base, and this adapter names none; name "
+            "it (--base)."
+        )
+    return (options.base or structure_of(name)).config
+
+
+def _read_native(path: Path, options: FormatOptions) -> AdapterState:
+    method = native.method_in(path)
+    if method is None:
+        return checkpoint.read(path, shapes_only=options.shapes_only)
+    return native.read(path, method, shapes_only=options.shapes_only)
 
 
 def _write_native(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
@@ -49,11 +63,10 @@ def _write_native(state: AdapterState, path: Path, options: FormatOptions) -> li
 
 FORMATS: dict[FormatName, Format] = {
     "native": Format(
-        detects=lambda path: native.method_in(path) is not None,
-        read=lambda path, options: native.read(
-            path, native.method_in(path) or "lora", shapes_only=options.shapes_only
-        ),
+        detects=lambda path: native.method_in(path) is not None or checkpoint.detects(path),
+        read=_read_native,
         write=_write_native,
+        base=lambda path: native.base_in(native.config_in(path) or checkpoint.config_in(path)),
         holds=native.config_name("lora"),
         write_options=frozenset({"tokenizer"}),
     ),
@@ -63,28 +76,34 @@ FORMATS: dict[FormatName, Format] = {
             path, allow_bin=options.allow_bin, shapes_only=options.shapes_only
         ),
         write=lambda state, path, options: peft.write(state, path),
+        base=lambda path: str(read_json(path / peft.CONFIG).get("base_model_name_or_path") or ""),
         holds=f"{peft.CONFIG} with {peft.WEIGHTS}",
     ),
     "mlx": Format(
         detects=mlx.detects,
         read=mlx.read,
         write=mlx.write,
+        base=lambda path: str(read_json(path / mlx.CONFIG).get("model") or ""),
         holds=f"{mlx.CONFIG} with {mlx.WEIGHTS}",
     ),
     "loralib": Format(
         detects=loralib.detects,
         read=loralib.read,
         write=loralib.write,
+        base=loralib.base_of,
         holds=f"{loralib.CONFIG}, or a .pt file of lora_A and lora_B",
         read_options=frozenset({"alpha", "enable_lora"}),
         write_options=frozenset({"enable_lora"}),
     ),
     "gguf": Format(
         detects=gguf_adapter.detects,
-        read=lambda path, options: gguf_adapter.read(path, _config(options)),
-        write=lambda state, path, options: gguf_adapter.write(
-            state, path, _config(options), approximate=options.approximate
+        read=lambda path, options: gguf_adapter.read(
+            path, _config(options, gguf_adapter.base_of(path))
         ),
+        write=lambda state, path, options: gguf_adapter.write(
+            state, path, _config(options, state.base_name), approximate=options.approximate
+        ),
+        base=gguf_adapter.base_of,
         holds="a .gguf file of type adapter",
         write_options=frozenset({"approximate"}),
     ),
@@ -103,7 +122,7 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
     """
     name = detect(path)
     if name is None:
-        refuse_unknown(path)
+        raise AdapterError(f"{path} holds no adapter.")
     _refuse_idle(options, name, FORMATS[name].read_options, "reading")
     return FORMATS[name].read(path, options)
 
@@ -117,14 +136,6 @@ def write(state: AdapterState, path: Path, to: FormatName, options: FormatOption
         raise AdapterError(f"{to!r} is no format to write; {', '.join(FORMATS)} are.")
     _refuse_idle(options, to, FORMATS[to].write_options, "writing")
     return FORMATS[to].write(state, path, options)
-
-
-def refuse_unknown(path: Path) -> NoReturn:
-    """Raise the AdapterError for a path that holds no adapter."""
-    if not path.exists():
-        raise AdapterError(f"There is no adapter directory {path}.")
-    known = "; ".join(f"{name}: {format.holds}" for name, format in FORMATS.items())
-    raise AdapterError(f"{path} holds no adapter (known are {known}).")
 
 
 def _refuse_idle(

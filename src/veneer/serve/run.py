@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
@@ -15,11 +15,9 @@ import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
 from veneer.errors import AdapterError, ConfigError, VeneerError, listed
-from veneer.formats import native
-from veneer.formats.peft import directory as peft
+from veneer.formats.locate import locate as find_adapter
 from veneer.models.load import Base
 from veneer.models.locate import locate
-from veneer.run_directory import RunDirectory
 from veneer.serve.api.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
 from veneer.serve.config import ADAPTER_NAME, Keys, Limits, ServeConfig
@@ -150,32 +148,28 @@ def served_name(base: Base) -> str:
 def find_adapters(named: Sequence[str], root: Path | None, base: str) -> dict[str, Path]:
     """Return adapters by name: those named as "name=directory", and those below `root`.
 
-    There each subdirectory is one, or has one as lora_adapter, as veneer tune leaves it.
+    There each subdirectory is one, or the directory of a run, and each .gguf file may be one.
     Raises AdapterError, which lists everything that is wrong.
     """
     adapters: dict[str, Path] = {}
     problems = []
-    for subdirectory in sorted(root.iterdir()) if root is not None else ():
-        for candidate in (subdirectory, RunDirectory(subdirectory).adapter()):
-            if is_adapter(candidate):
-                adapters[subdirectory.name] = candidate
-                break
-    for name, directory in _parsed(named):
+    for path in sorted(root.iterdir()) if root is not None else ():
+        name = path.stem if path.suffix == ".gguf" and path.stem not in adapters else path.name
+        if path.is_dir() or path.suffix == ".gguf":
+            with suppress(AdapterError):  # other things may lie there
+                adapters[name] = find_adapter(path).path
+    for name, path in _parsed(named):
         if not ADAPTER_NAME.fullmatch(name):
             problems.append(f"{name!r}: {NAMED_SO}")
-        elif not is_adapter(directory):
-            problems.append(f"{directory} holds no adapter")
-        adapters[name] = directory
+        try:
+            adapters[name] = find_adapter(path).path
+        except AdapterError as error:
+            problems.append(str(error).rstrip("."))
     if base in adapters:
         problems.append(f"{base!r} is what the base is called")
     if problems:
         raise AdapterError(f"These adapters cannot be served: {'; '.join(problems)}.")
     return adapters
-
-
-def is_adapter(directory: Path) -> bool:
-    """Say whether a directory holds an adapter in Veneer's own format or in PEFT's."""
-    return native.method_in(directory) is not None or (directory / peft.CONFIG).is_file()
 
 
 def _parsed(named: Sequence[str]) -> list[tuple[str, Path]]:

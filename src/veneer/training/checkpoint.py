@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, TrainingError
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
+from veneer.run_directory import STATE, TENSORS, checkpoint_steps
 
-STATE, TENSORS = "state.json", "state.safetensors"
+steps = checkpoint_steps
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,6 @@ def remove_all(directory: Path) -> None:
     """Remove the checkpoints below `directory`, and nothing else that may lie there."""
     for place in steps(directory).values():
         shutil.rmtree(place)
-
-
-def steps(directory: Path) -> dict[int, Path]:
-    """Return the checkpoints below `directory`, by step."""
-    return {
-        int(match[1]): place
-        for place in directory.glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", place.name))
-    }
 
 
 def _name(step: int) -> str:

@@ -23,6 +23,7 @@ from veneer.adapter.virtual_forward import idle_virtual_tokens, virtual_input_co
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, pack
 from veneer.errors import DataError, TrainingError, joined, listed
+from veneer.formats.capture import capture
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
@@ -249,7 +250,9 @@ class _Run:
         """Write a checkpoint; only it and those of the best weights stay."""
         state, progress = self.state, self.progress
         keep = {progress.best_step, *(int(step) for _, step in progress.best)}
-        checkpoint = state.to_checkpoint(self.identity)
+        one = len(in_use(self.model)) == 1
+        adapter = capture(self.model, copy=False) if one else None
+        checkpoint = state.to_checkpoint(self.identity, adapter)
         return Checkpointed(progress.step, checkpoints.write(checkpoint, directory, keep=keep))
 
     def restore(self) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from veneer.adapter.adapter import Adapter
 from veneer.errors import differences
+from veneer.formats.checkpoint import description
+from veneer.formats.state import AdapterState
 from veneer.training.checkpoint import Checkpoint
 from veneer.training.config import CHANGEABLE
 from veneer.training.optimizer import FlatAdamW
@@ -56,14 +58,24 @@ class RunState:
         for name, weight in self.weights.items():
             weight.copy_(values[name])
 
-    def to_checkpoint(self, identity: Mapping[str, Any]) -> Checkpoint:
-        """Return all of it, with what else decides the run's course."""
-        tensors = _prefixed("weights", self.copy_of_weights())
-        for path, adapter in self.adapters.items():
-            tensors |= {f"{key}/{path}": start for key, start in adapter.named_buffers()}
+    def to_checkpoint(
+        self, identity: Mapping[str, Any], adapter: AdapterState | None = None
+    ) -> Checkpoint:
+        """Return all of it, with what else decides the run's course.
+
+        adapter: what trains as an adapter that shares its memory, so that it can be read from the
+        checkpoint alone.
+        """
+        live: dict[str, Tensor] = _prefixed("weights", self.weights)
+        for path, layer in self.adapters.items():
+            live |= {f"{key}/{path}": start for key, start in layer.named_buffers()}
             # LoRA-FA's random factor does not train, but all that trains depends on it.
-            fixed = {k: w.detach().clone() for k, w in _fixed_factors(adapter).items()}
-            tensors |= _prefixed(f"fixed/{path}", fixed)
+            live |= _prefixed(f"fixed/{path}", _fixed_factors(layer))
+        about: dict[str, Any] = {}
+        if adapter is not None:
+            about["adapter"], others = description(adapter, live)
+            live |= others
+        tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
         tensors |= self.optimizer.state()
         tensors |= _prefixed("best", self.best_weights or {})
         tensors["rng/cpu"] = torch.get_rng_state()
@@ -72,7 +84,8 @@ class RunState:
         progress = asdict(self.progress)
         if math.isinf(self.progress.best_loss):
             progress["best_loss"] = None  # JSON has no infinity
-        return Checkpoint(progress.pop("step"), tensors, progress | {"identity": identity})
+        about["identity"] = identity
+        return Checkpoint(progress.pop("step"), tensors, progress | about)
 
     def differences_from(self, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
         """Return all that keeps a checkpoint from being an earlier state of this run."""
@@ -101,7 +114,8 @@ class RunState:
                         factor.copy_(stored)
         self.optimizer.load(tensors)
         self.best_weights = _without_prefix("best", tensors) or None
-        progress = {k: v for k, v in checkpoint.progress.items() if k != "identity"}
+        beside = ("identity", "adapter")
+        progress = {k: v for k, v in checkpoint.progress.items() if k not in beside}
         self.progress = Progress(checkpoint.step, **progress)
         if self.progress.best_loss is None:
             self.progress.best_loss = math.inf

@@ -23,6 +23,7 @@ from veneer.data.encode import Example
 from veneer.errors import ConfigError, ModelError, VeneerWarning
 from veneer.files import check_replaceable, size_of
 from veneer.formats import adapters, merged, native
+from veneer.formats.checkpoint import about_training
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, dtype_of, load_base, load_config_and_tokenizer, skeleton_of
 from veneer.models.locate import locate
@@ -150,7 +151,7 @@ def tune(
     if not resume:
         _clear_results(run)
     if recipe.method.method != "full":  # whose adapter would be the merged model again
-        about = _about_training(identity)
+        about = about_training(identity)
         adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer, training=about)
         yield Written("adapter", recipe.adapter, size_of(recipe.adapter))
     yield from _merge(recipe, base, plan)
@@ -235,14 +236,6 @@ def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, 
         "base": fingerprint(base.model, base.tokenizer),
     }
     return json.loads(json.dumps(identity))
-
-
-def _about_training(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return what an adapter's file says about its training: a hash of the data, and the settings
-    but for paths on this machine."""
-    paths = {"data", "eval_data", "base", "model", "from"}
-    settings = {name: value for name, value in identity.items() if name not in paths}
-    return {"data": identity["data"], "recipe": settings}
 
 
 def _clear_state(run: RunDirectory) -> None:

@@ -170,7 +170,7 @@ def test_a_crowd_is_served_or_refused(process, home):
         (["--enable-lora-loading"], "enable_lora_loading needs adapters_dir"),
         (["--enable-lora-loading", "--adapters-dir", "."], "needs a key of its own"),
         (["--adapter", "poem"], "must be NAME=DIRECTORY"),
-        (["--adapter", "../x=."], "is no name"),
+        (["--adapter", "../x=."], "its name must be at most"),
         (["--adapter", "x=."], "holds no adapter"),
         (["--runs", "nowhere", "--port", "99999"], "port is 99999"),
         (["--api-key-file", "key"], "cannot be read"),

@@ -24,6 +24,7 @@ from veneer.models.load import open_base
 from veneer.quant.weight import dense
 
 MARK = "veneer.base_fingerprint."  # keys of ours, which llama.cpp ignores
+HUB = "https://huggingface.co/"
 DTypes = Literal["float32", "float16"]
 
 
@@ -33,6 +34,16 @@ def detects(path: Path) -> bool:
         return is_gguf(path) and read_header(path).values.get("general.type") == "adapter"
     except (OSError, ValueError):
         return False
+
+
+def base_of(path: Path) -> str:
+    """Return the base that a LoRA file names: its repository on the hub, where it has one.
+
+    llama.cpp's converter writes a title for people as the name ("Llama 3.2 1B"), and an address.
+    """
+    values = read_header(path).values
+    address, name = (str(values.get(f"general.base_model.0.{k}", "")) for k in ("repo_url", "name"))
+    return address.removeprefix(HUB) if address.startswith(HUB) else name
 
 
 def read(path: Path, model_config: PretrainedConfig) -> AdapterState:

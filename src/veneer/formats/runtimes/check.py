@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from veneer.errors import AdapterError
-from veneer.formats import table as formats
 from veneer.formats.convert import convert
+from veneer.formats.locate import locate
 from veneer.formats.names import RuntimeName
 from veneer.formats.runtimes import llama_cpp, mlx, ollama, peft, sglang, tgi, vllm
 from veneer.formats.runtimes.facts import facts_of
@@ -45,9 +45,8 @@ def check(adapter: Path, runtime: RuntimeName) -> Checked:
     cover what the converted one would lack. Raises AdapterError for none, or a damaged one.
     """
     rules = RUNTIMES[runtime]
-    kind = formats.detect(adapter)
-    if kind is None:
-        formats.refuse_unknown(adapter)
+    located = locate(adapter)
+    adapter, kind = located.path, located.format
     if kind in rules.formats:
         facts = facts_of(adapter, kind)
         return Checked(rules, tuple(f for rule in rules.rules[kind] for f in rule(facts)))

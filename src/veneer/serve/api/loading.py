@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 
-from veneer.errors import RequestError
+from veneer.errors import AdapterError, RequestError
+from veneer.formats.locate import locate
 from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
 from veneer.serve.api.protocol import LoadRequest, UnloadRequest
 from veneer.serve.config import ADAPTER_NAME
@@ -47,7 +48,7 @@ def routes(served: Served, root: Path | None) -> APIRouter:
 
 
 def find(root: Path, lora_path: str) -> Path:
-    """Return the adapter's directory that a request names, which must lie below `root`.
+    """Return the adapter that a request names, which must lie below `root`: `locate` finds it.
 
     Links are resolved first, also those of the files in it. What lies elsewhere is refused in the
     same words whether it exists or not.
@@ -55,16 +56,28 @@ def find(root: Path, lora_path: str) -> Path:
     """
     root = root.resolve()
     try:
-        directory = (root / lora_path).resolve()
+        path = (root / lora_path).resolve()
         # Elsewhere not even its existence is looked up.
-        inside = directory != root and directory.is_relative_to(root) and directory.is_dir()
-        inside = inside and all(file.resolve().is_relative_to(root) for file in directory.iterdir())
-    except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a loop of links
+        inside = path != root and _is_inside(root, path)
+        if inside:
+            path = locate(path).path.resolve()
+            inside = _is_inside(root, path)
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name too long, a loop of links
+        if isinstance(error, AdapterError):
+            raise RequestError(str(error), param="lora_path") from error
         inside = False
     if not inside:
-        message = "lora_path must name a directory below --adapters-dir."
+        message = "lora_path must name a directory or a .gguf file below --adapters-dir."
         raise RequestError(message, param="lora_path")
-    return directory
+    return path
+
+
+def _is_inside(root: Path, path: Path) -> bool:
+    """Return whether a path, and all files in it where it is a directory, lie below `root`."""
+    if not path.is_relative_to(root):
+        return False
+    files = path.iterdir() if path.is_dir() else [path] if path.is_file() else []
+    return bool(files) and all(file.resolve().is_relative_to(root) for file in files)
 
 
 def _load(served: Served, asked: LoadRequest, root: Path) -> None:

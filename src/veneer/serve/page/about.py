@@ -8,7 +8,8 @@ from typing import Any
 
 from veneer.errors import AdapterError
 from veneer.files import read_json, size_of
-from veneer.formats import native
+from veneer.formats import checkpoint, native
+from veneer.formats.locate import locate
 from veneer.formats.peft import directory as peft
 from veneer.run_directory import RunDirectory
 from veneer.serve.page.runs import follow_file, settings_of
@@ -44,12 +45,13 @@ def about(directory: Path, version: int) -> dict[str, Any]:
     return shown
 
 
-def _config(directory: Path) -> tuple[dict[str, Any], str]:
+def _config(path: Path) -> tuple[dict[str, Any], str]:
     """Return an adapter's settings under our names, and the base that it was trained on."""
-    if method := native.method_in(directory):
-        config = read_json(directory / native.config_name(method))
-        base = config.get("base")
-        return config, str(base.get("name", "")) if isinstance(base, dict) else ""
-    config = read_json(directory / peft.CONFIG)
-    renamed = {ours: config.get(theirs) for theirs, ours in NAMES.items()}
-    return renamed, str(config.get("base_model_name_or_path") or "")
+    located = locate(path)
+    config: dict[str, Any] = {}
+    if located.format == "native":
+        config = native.config_in(path) or checkpoint.config_in(path)
+    elif located.format == "peft":
+        theirs = read_json(path / peft.CONFIG)
+        config = {ours: theirs.get(name) for name, ours in NAMES.items()}
+    return config, located.base
