@@ -175,3 +175,16 @@ def test_a_pt_file_in_which_a_member_is_missing(tmp_path):
                         cut.writestr(member, archive.read(member))
             with pytest.raises(veneer.AdapterError, match=r"x\.pt"):
                 read_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_shapes_alone(tmp_path, name):
+    write_tensors(tmp_path / name, {"a": torch.full((2, 3), torch.nan, dtype=torch.bfloat16)})
+    a = read_tensors(tmp_path / name, shapes_only=True)["a"]
+    assert (a.device.type, a.shape, a.dtype) == ("meta", (2, 3), torch.bfloat16)
+
+
+def test_tensors_without_values_are_refused(tmp_path):
+    torch.save({"a": torch.empty(2, device="meta")}, tmp_path / "a.pt")
+    with pytest.raises(veneer.AdapterError, match="tensors without values"):
+        read_tensors(tmp_path / "a.pt")

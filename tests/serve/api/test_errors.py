@@ -14,12 +14,14 @@ from support.serving_bases import base_of
 from support.tiny_models import tiny
 from veneer.adapter.attach import attach
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, QueueFull
 from veneer.files import read_tensors, write_tensors
 from veneer.formats.adapters import save
+from veneer.generate.sampling import Sampling
 from veneer.serve.api.replies import ChatReply
 from veneer.serve.config import ServeConfig
 from veneer.serve.engine.detokenizer import Detokenizer
+from veneer.serve.engine.request import Request
 from veneer.serve.run import prepare
 
 CHAT = "/v1/chat/completions"
@@ -93,7 +95,7 @@ def fail(*_, **__):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("where", ["template", "step", "text", "end", "reply"])
+@pytest.mark.parametrize("where", ["template", "step", "text", "end", "slot", "reply"])
 def test_an_unexpected_error_reaches_the_log_and_the_server_goes_on(
     where, stream, served, monkeypatch, caplog
 ):
@@ -102,6 +104,7 @@ def test_an_unexpected_error_reaches_the_log_and_the_server_goes_on(
         "step": (served.engine.runner, "step"),
         "text": (Detokenizer, "add"),
         "end": (Detokenizer, "end"),
+        "slot": (served.engine.runner, "free"),
         "reply": (ChatReply, "delta" if stream else "content"),
     }[where]
     with running(served) as server:
@@ -126,3 +129,20 @@ def test_an_unexpected_error_reaches_the_log_and_the_server_goes_on(
         assert "Traceback" in caplog.text
         assert call(server.url, CHAT, chat("good", max_tokens=2))[0] == 200
         assert served.engine.stats.active == 0
+
+
+def test_an_error_in_one_answer_ends_no_other(served, monkeypatch):
+    add = Detokenizer.add
+    monkeypatch.setattr(Detokenizer, "add", lambda self, i: fail() if self.stop else add(self, i))
+    requests = [Request((5, 6), None, Sampling(max_new_tokens=4), stop) for stop in ((), ("x",))]
+    ends = [stream.result() for stream in served.submit(requests)]
+    assert [end.reason for end in ends] == ["length", "error"]
+
+
+def test_when_the_engine_cannot_go_on_nobody_waits_for_ever(served, monkeypatch, caplog):
+    monkeypatch.setattr(served.engine, "_admit", fail)
+    end = served.engine.submit(Request((5, 6))).result()
+    assert (end.reason, type(end.error)) == ("error", KeyError)
+    assert "The engine ended" in caplog.text
+    with pytest.raises(QueueFull, match="closing"):
+        served.engine.submit(Request((5, 6)))

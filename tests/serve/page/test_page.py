@@ -56,6 +56,7 @@ class Training:
 def site(two, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     with running(served := scripted(two, pace=0.005), runs=runs) as server:
+        served.library.add("words", two["law"], refusal="It adds 3 new tokens; merge it.")
         server.served, server.training = served, Training(runs / "letters")
         server.training.go(3)
         yield server
@@ -157,6 +158,10 @@ def test_adapters(page, two):
     assert re.search(r"Rank\s+2\b", shown)
     assert "k_proj, o_proj, q_proj, v_proj" in shown
     assert re.search(r"Size\s+\d+ kB", shown)
+    # What cannot be served is shown with the reason, and offered nowhere.
+    assert "It adds 3 new tokens; merge it." in page.locator("#adapters .refused").inner_text()
+    options = page.get_by_label("Answered by").first.locator("option")
+    assert options.count() == 3
     assert serious(page) == []
 
 

@@ -338,15 +338,15 @@ class Engine:
     def _end(self, row: Row, reason: Reason, error: Exception | None = None) -> None:
         """End an answer. Its slot is free before the last piece is sent, so that whoever waits for
         the piece finds it free."""
-        with self._changed:
-            if row in self._active:
-                self._active.remove(row)
-                self.runner.free(row.slot)
-                self._free.append(row.slot)
-            self._counts["requests"] += 1
         try:
+            with self._changed:
+                self._counts["requests"] += 1
+                if row in self._active:
+                    self._active.remove(row)
+                    self.runner.free(row.slot)
+                    self._free.append(row.slot)
             row.finish(reason, error)
-        except Exception as caught:  # in the rest of its text
+        except Exception as caught:  # whoever waits for the last piece must not wait for ever
             row.finish("error", caught)
 
 
