@@ -7,7 +7,8 @@ and exits with 2; a program catches `VeneerError`, or `ValueError` where the inp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -90,6 +91,30 @@ def listed(items: Iterable[str], *, most: int = 3, between: str = ", ") -> str:
 def joined(problems: Iterable[str]) -> str:
     """Return problems as one line: "a; b; c", with the number of those beyond the first 50."""
     return listed(problems, most=MOST_PROBLEMS, between="; ")
+
+
+class Checks:
+    """Several checks of which each may fail, reported together."""
+
+    def __init__(self, opening: str) -> None:
+        self.opening = opening
+        self.errors: list[VeneerError | OSError] = []
+
+    @contextmanager
+    def check(self) -> Iterator[None]:
+        """In this context the first error ends the block, and is kept for the end."""
+        try:
+            yield
+        except (VeneerError, OSError) as error:
+            self.errors.append(error)
+
+    def end(self) -> None:
+        """Raise the only error as it is, or a ConfigError with a line for each of several."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            lines = "".join(f"\n  - {error}" for error in self.errors)
+            raise ConfigError(f"{self.opening}, for {len(self.errors)} reasons:{lines}")
 
 
 def shortened(text: str, most: int = 200) -> str:

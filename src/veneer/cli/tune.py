@@ -55,7 +55,7 @@ def tune(
         Parameter(help="Replace an earlier run in --out, and take --from of another base."),
     ] = False,
     ignore_plan: Annotated[
-        Switch, Parameter(help="Go ahead even where less memory is free than is planned.")
+        Switch, Parameter(help="Go ahead even where less memory or disk is free than is planned.")
     ] = False,
     tensorboard: Annotated[
         Switch, Parameter(help="Write curves for TensorBoard too, below --out.")

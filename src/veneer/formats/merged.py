@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import ModelError
 from veneer.files import new_directory, write_tensors
@@ -23,8 +23,8 @@ def write_model(
         raise ModelError(
             "This model is quantized, and only a plain one can be written; merge() makes one."
         )
-    with new_directory(directory, marker=marker_of(model)) as new:
-        if _is_minigpt(model):
+    with new_directory(directory, marker=marker_of(model.config)) as new:
+        if model.config.model_type == "minigpt":
             model.config.to_json_file(new / "config.json")
             write_tensors(new / "model.pt", model.state_dict())
             tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
@@ -33,10 +33,6 @@ def write_model(
             tokenizer.save_pretrained(new)
 
 
-def marker_of(model: PreTrainedModel) -> str:
-    """Return the file that marks a directory as one of a model such as this."""
-    return MARKERS[0] if _is_minigpt(model) else MARKERS[1]
-
-
-def _is_minigpt(model: PreTrainedModel) -> bool:
-    return model.config.model_type == "minigpt"
+def marker_of(config: PretrainedConfig) -> str:
+    """Return the file that marks a directory as one of a model of such a configuration."""
+    return MARKERS[0] if config.model_type == "minigpt" else MARKERS[1]

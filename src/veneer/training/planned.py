@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
-from veneer.errors import ConfigError, ModelError
+from veneer.errors import ConfigError
 from veneer.models.load import load_config
 from veneer.plan.config import MethodName as PlannedMethod
 from veneer.plan.config import PlanConfig
@@ -27,18 +28,15 @@ def plan_run(
     dtype: torch.dtype,
     *,
     config: PretrainedConfig | None = None,
-    longest: int | None = None,
 ) -> Plan:
-    """Return the plan of a run that computes in `dtype` on the processor.
+    """Return the plan of a run that computes in `dtype` on the processor, with rows as long as the
+    recipe and the model's context allow.
 
-    config: the model's, which is read unless given. longest: tokens of the longest row, else all
-    that the recipe and the model's context allow.
+    config: the model's, which is read unless given.
 
-    Raises ModelError for what is no causal language model, or where a GPU would be used, and
-    TargetError for targets that match nothing.
+    Raises ModelError for what is no causal language model, and TargetError for targets that match
+    nothing.
     """
-    if torch.cuda.is_available():
-        raise ModelError("plans are of the processor's memory, and this runs on a GPU.")
     name, training = recipe.model, recipe.training
     bits: Bits | None = recipe.bits
     head, mapped = recipe.pack_head, False
@@ -55,7 +53,7 @@ def plan_run(
         dtype="float32" if dtype == torch.float32 else "bf16",
         pack_head=head,
         tokens_per_batch=training.batch_tokens,
-        max_length=longest or min(recipe.rows.max_length, sizes.context or recipe.rows.max_length),
+        max_length=min(recipe.rows.max_length, sizes.context or recipe.rows.max_length),
         recompute=training.recompute,
         mapped=mapped,
         trained_blocks=method.trained_blocks or PlanConfig.trained_blocks,
@@ -64,10 +62,19 @@ def plan_run(
         virtual_tokens=method.virtual_tokens or PlanConfig.virtual_tokens,
         prefix_mlp=method.prefix_mlp,
     )
-    # A program that calls this may hold more than the libraries.
-    runtime = max(RUNTIME, process_memory("VmRSS") + GROWTH)
     adapted = adapted_layers(sizes, recipe.lora) if method.method == "lora" else ()
-    return make_plan(settings, sizes, adapted, runtime=runtime)
+    return make_plan(settings, sizes, adapted, runtime=_runtime())
+
+
+def with_rows(plan: Plan, longest: int) -> Plan:
+    """Return the plan where the longest row has that many tokens."""
+    config = replace(plan.config, max_length=longest)
+    return make_plan(config, plan.sizes, plan.adapted, runtime=_runtime())
+
+
+def _runtime() -> int:
+    # A program that calls this may hold more than the libraries.
+    return max(RUNTIME, process_memory("VmRSS") + GROWTH)
 
 
 def _planned_method(recipe: Recipe, bits: Bits | None) -> PlannedMethod:

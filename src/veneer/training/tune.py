@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, get_args
 
 import torch
-from transformers import PretrainedConfig
 
 from veneer.adapter.attach import attach
 from veneer.adapter.certify import certify
@@ -20,13 +19,12 @@ from veneer.adapter.method import MethodName
 from veneer.adapter.new_tokens import add_tokens, extend_tokenizer, new_tokens_of
 from veneer.adapter.report import report_quantized, report_trained
 from veneer.data.encode import Example
-from veneer.errors import ConfigError, ModelError, VeneerWarning
-from veneer.files import check_replaceable, size_of
+from veneer.errors import ConfigError, VeneerWarning
+from veneer.files import size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.checkpoint import about_training
 from veneer.models.fingerprint import fingerprint
-from veneer.models.load import Base, dtype_of, load_base, load_config_and_tokenizer, skeleton_of
-from veneer.models.locate import locate
+from veneer.models.load import Base, load_base
 from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.run_directory import RunDirectory
@@ -50,11 +48,12 @@ from veneer.training.planned import (
     available_memory,
     check_fits,
     measured_peak,
-    plan_run,
     why_no_merge,
+    with_rows,
 )
+from veneer.training.preflight import Preflight, preflight
 from veneer.training.recipe import Recipe
-from veneer.training.rows import RunRows, load_rows
+from veneer.training.rows import load_rows
 
 # Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
 # these values is the run of such a checkpoint.
@@ -81,44 +80,36 @@ def tune(
     """Train as the recipe says, write both results below `recipe.out`, and yield what happens.
 
     `resume` goes on from the newest checkpoint there; `force` replaces an earlier run's results,
-    and starts from an adapter of another base; `ignore_plan` goes ahead where the plan
-    needs more memory than there is.
+    and starts from an adapter of another base; `ignore_plan` goes ahead where the plan needs more
+    memory, or disk, than there is.
     Raises VeneerError of the kind that fits where a setting, the base or the data cannot be used.
     """
     run = RunDirectory(recipe.out)
-    _check_directory(run, may_hold_a_run=resume or force)
-    # Once, for two measurements of what is faster may differ.
-    torch_dtype = dtype_of(locate(recipe.model), _dtype_asked_for(recipe, run, resume=resume))
-    dtype = str(torch_dtype).removeprefix("torch.")
-    config, tokenizer = load_config_and_tokenizer(recipe.model)
-    rows_tokenizer, start = tokenizer, None
-    if recipe.start_from is not None:
-        skeleton = skeleton_of(config)
-        start = adapters.read(recipe.start_from, skeleton)
-        recipe = start_from.settled(recipe, start, skeleton)
+    ahead = preflight(recipe, resume=resume, force=force, ignore_space=ignore_plan)
+    recipe, start, tokenizer = ahead.recipe, ahead.start, ahead.tokenizer
+    dtype = str(ahead.dtype).removeprefix("torch.")
+    if start is not None:
         yield Notice(f"Starts from {recipe.start_from}: {start_from.in_words(recipe.what_trains)}.")
         if start.new_tokens:
-            rows_tokenizer = copy.deepcopy(tokenizer)
-            extend_tokenizer(rows_tokenizer, start.new_tokens.tokens)
-    rows = load_rows(recipe, config, rows_tokenizer)
+            tokenizer = copy.deepcopy(tokenizer)
+            extend_tokenizer(tokenizer, start.new_tokens.tokens)
+    rows = load_rows(recipe, ahead.config, tokenizer)
     if start and start.new_tokens and rows.new_tokens:
         raise ConfigError(f"{recipe.start_from} has new tokens, and --new-words can add no others.")
     yield rows.ready
     yield from map(Notice, rows.notices)
-    plan = yield from _plan(recipe, torch_dtype, config, rows, ignore_plan=ignore_plan)
+    plan = yield from _plan(recipe, ahead, rows.longest, ignore_plan=ignore_plan)
 
     base = load_base(
         recipe.model,
         dtype=dtype,
         bits=recipe.bits,
         pack_head=recipe.pack_head,
-        tokenizer=tokenizer,
+        tokenizer=ahead.tokenizer,
     )
     yield from map(Notice, base.notices)
-    check_replaceable(recipe.adapter, marker=native.config_name(recipe.method.method))
-    check_replaceable(recipe.merged, marker=merged.marker_of(base.model))
     if rows.new_tokens:
-        add_tokens(base.model, tokenizer, rows.new_tokens)
+        add_tokens(base.model, base.tokenizer, rows.new_tokens)
     if start is None:
         _attach(recipe, base)
     else:
@@ -157,45 +148,21 @@ def tune(
     yield from _merge(recipe, base, plan)
 
 
-def _check_directory(run: RunDirectory, *, may_hold_a_run: bool) -> None:
-    """Raise ConfigError where `run` is no directory, or holds another run that is to stay."""
-    if run.path.is_file():
-        raise ConfigError(f"{run.path} is a file, but --out must name a directory.")
-    results = [place for m in get_args(MethodName) for place in (run.adapter(m), run.merged(m))]
-    earlier = [place.name for place in (*results, run.checkpoints) if place.exists()]
-    if earlier and not may_hold_a_run:
-        raise ConfigError(
-            f"{run.path} holds an earlier run ({', '.join(earlier)}). Go on with it by --resume, "
-            "replace it by --force, or name another place by --out."
-        )
-
-
-def _dtype_asked_for(recipe: Recipe, run: RunDirectory, *, resume: bool) -> str:
-    """Return the dtype to load in: a run that goes on keeps the one that `auto` chose for it."""
-    newest = checkpoint.newest(run.checkpoints) if resume else None
-    if newest is None or recipe.dtype != "auto":
-        return recipe.dtype
-    return str(newest.identity.get("computed_in", recipe.dtype))
-
-
 def _plan(
-    recipe: Recipe,
-    dtype: torch.dtype,
-    config: PretrainedConfig,
-    rows: RunRows,
-    *,
-    ignore_plan: bool,
+    recipe: Recipe, ahead: Preflight, longest: int, *, ignore_plan: bool
 ) -> Generator[Event, None, Plan | None]:
-    """Return the run's plan of memory, None where there is none for its architecture.
+    """Return the run's plan of memory with rows of up to `longest` tokens, None where there is none
+    for its architecture.
 
     Raises ConfigError where the run does not fit, unless that is to be ignored.
     """
-    try:
-        plan = plan_run(recipe, dtype, config=config, longest=rows.longest)
-    except ModelError as error:
-        yield Notice(f"No memory is planned for this run: {error}")
+    why = ahead.why_no_plan
+    if torch.cuda.is_available():
+        why = "plans are of the processor's memory, and this runs on a GPU."
+    if ahead.plan is None or why:
+        yield Notice(f"No memory is planned for this run: {why}")
         return None
-    available = available_memory()
+    plan, available = with_rows(ahead.plan, longest), available_memory()
     if not ignore_plan:
         check_fits(plan, available, recipe.model)
     yield Planned(plan, available)

@@ -1,0 +1,135 @@
+"""All that can be wrong with a run and is cheap to check, before its base is loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from veneer.adapter.method import MethodName
+from veneer.data.sources import files_of
+from veneer.errors import Checks, ConfigError, ModelError
+from veneer.files import check_replaceable, size_of
+from veneer.formats import adapters, merged, native
+from veneer.formats.state import AdapterState
+from veneer.models.load import dtype_of, load_config_and_tokenizer, skeleton_of
+from veneer.models.locate import locate
+from veneer.plan.fit import free_bytes
+from veneer.plan.plan import Plan
+from veneer.run_directory import RunDirectory
+from veneer.training import checkpoint, start_from
+from veneer.training.planned import plan_run, why_no_merge
+from veneer.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known of a run before its base is loaded.
+
+    recipe: with the settings of the adapter that the run starts from, `start`, if it does. plan:
+    its memory, if all rows were as long as allowed. why_no_plan: why there is none.
+    """
+
+    recipe: Recipe
+    start: AdapterState | None
+    dtype: torch.dtype
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan | None
+    why_no_plan: str = ""
+
+
+def preflight(recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool) -> Preflight:
+    """Check the files, the base's name, the targets against its skeleton, and the disk.
+
+    Raises what is wrong: one error as it is, several as one ConfigError that lists them.
+    """
+    run = RunDirectory(recipe.out)
+    checks = Checks("This run cannot begin")
+    with checks.check():
+        _check_directory(run, may_hold_a_run=resume or force)
+        check_replaceable(recipe.adapter, marker=native.config_name(recipe.method.method))
+    with checks.check():
+        files_of(recipe.data)
+    with checks.check():
+        if recipe.rows.eval_data:
+            files_of(recipe.rows.eval_data, "valid")
+    result = None
+    with checks.check():
+        # Once, for two measurements of what is faster may differ.
+        dtype = dtype_of(locate(recipe.model), _dtype_asked_for(recipe, run, resume=resume))
+        config, tokenizer = load_config_and_tokenizer(recipe.model)
+        check_replaceable(recipe.merged, marker=merged.marker_of(config))
+        start = None
+        if recipe.start_from is not None:
+            skeleton = skeleton_of(config)
+            start = adapters.read(recipe.start_from, skeleton)
+            recipe = start_from.settled(recipe, start, skeleton)
+        try:
+            plan = plan_run(recipe, dtype, config=config)
+        except ModelError as error:
+            result = Preflight(recipe, start, dtype, config, tokenizer, None, str(error))
+        else:
+            result = Preflight(recipe, start, dtype, config, tokenizer, plan)
+            if not ignore_space:
+                check_space(plan, recipe)
+    checks.end()
+    assert result is not None
+    return result
+
+
+def _check_directory(run: RunDirectory, *, may_hold_a_run: bool) -> None:
+    """Raise ConfigError where `run` can be no directory, or holds another run that is to stay."""
+    if run.path.is_file():
+        raise ConfigError(f"{run.path} is a file, but --out must name a directory.")
+    above = _there(run.path)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "cannot be written to" if above.is_dir() else "is a file"
+        raise ConfigError(f"{above} {why}; name another place than {run.path} by --out.")
+    results = [place for m in get_args(MethodName) for place in (run.adapter(m), run.merged(m))]
+    earlier = [place.name for place in (*results, run.checkpoints) if place.exists()]
+    if earlier and not may_hold_a_run:
+        raise ConfigError(
+            f"{run.path} holds an earlier run ({', '.join(earlier)}). Go on with it by --resume, "
+            "replace it by --force, or name another place by --out."
+        )
+
+
+def check_space(plan: Plan, recipe: Recipe) -> None:
+    """Raise ConfigError where the disk has no room for what stays of a run: its results, and one
+    checkpoint with the weights and Adam's two moments in float32."""
+    method, width = recipe.method, plan.config.width
+    parts = {"a checkpoint": 3 * 4 * plan.trained.count}
+    if method.method != "full":
+        own_width = width if method.replaces_weights else 4
+        parts["the adapter"] = own_width * plan.trained.count
+    if not method.virtual_tokens and why_no_merge(plan, free_bytes()) is None:
+        parts["the merged model"] = width * plan.model.parameters
+    needed = sum(parts.values())
+    place = recipe.out if recipe.out.exists() else _there(recipe.out)
+    free = shutil.disk_usage(place).free + (size_of(recipe.out) if recipe.out.exists() else 0)
+    if needed > free:
+        sizes = ", ".join(f"{size / 1e6:,.0f} MB for {what}" for what, size in parts.items())
+        raise ConfigError(
+            f"{recipe.out} needs {needed / 1e6:,.0f} MB ({sizes}), but the disk has "
+            f"{free / 1e6:,.0f} MB. Name another place by --out, or go ahead by --ignore-plan."
+        )
+
+
+def _there(path: Path) -> Path:
+    """Return the nearest of a path and those above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _dtype_asked_for(recipe: Recipe, run: RunDirectory, *, resume: bool) -> str:
+    """Return the dtype to load in: a run that goes on keeps the one that `auto` chose for it."""
+    newest = checkpoint.newest(run.checkpoints) if resume else None
+    if newest is None or recipe.dtype != "auto":
+        return recipe.dtype
+    return str(newest.identity.get("computed_in", recipe.dtype))
