@@ -53,7 +53,6 @@ def preflight(recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool) 
     checks = Checks("This run cannot begin")
     with checks.check():
         _check_directory(run, may_hold_a_run=resume or force)
-        check_replaceable(recipe.adapter, marker=native.config_name(recipe.method.method))
     with checks.check():
         files_of(recipe.data)
     with checks.check():
@@ -64,12 +63,14 @@ def preflight(recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool) 
         # Once, for two measurements of what is faster may differ.
         dtype = dtype_of(locate(recipe.model), _dtype_asked_for(recipe, run, resume=resume))
         config, tokenizer = load_config_and_tokenizer(recipe.model)
-        check_replaceable(recipe.merged, marker=merged.marker_of(config))
         start = None
         if recipe.start_from is not None:
             skeleton = skeleton_of(config)
             start = adapters.read(recipe.start_from, skeleton)
             recipe = start_from.settled(recipe, start, skeleton)
+        with checks.check():
+            check_replaceable(recipe.adapter, marker=native.config_name(recipe.method.method))
+            check_replaceable(recipe.merged, marker=merged.marker_of(config))
         try:
             plan = plan_run(recipe, dtype, config=config)
         except ModelError as error:
