@@ -318,7 +318,7 @@ def test_a_model_card(tmp_path):
     again = base("llama")
     again.config._name_or_path = "somebody/some-model"
     veneer.load(again, tmp_path / "native")
-    assert capture(again).training == training
+    assert capture(again).training == {"base": {"dtype": "float32"}, **training}
     veneer.save(again, tmp_path / "peft", format="peft")
     card = (tmp_path / "peft" / store.CARD).read_text()
     _, head, text = card.split("---\n", 2)

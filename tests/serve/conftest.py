@@ -16,7 +16,8 @@ def adapter_dirs(tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("cooking", "law")):
         model = attach(tiny("llama"), LoRA(rank=2 + seed, targets="attention"))
-        save(shake(model, seed=seed), root / name)
+        training = {"system": "Be just."} if name == "law" else None
+        save(shake(model, seed=seed), root / name, training=training)
     return root
 
 

@@ -18,6 +18,7 @@ import uvicorn
 from support.random_adapters import tokenizer
 from support.tiny_models import VOCAB
 from veneer.errors import QueueFull
+from veneer.formats.training import ComputedIn
 from veneer.serve.api.http import AT_A_TIME, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
 from veneer.serve.engine.library import Library
@@ -107,6 +108,7 @@ def scripted(
         root="made/of/nothing",
         context=context,
         vocabulary=VOCAB,
+        computed_in=ComputedIn("float32"),
     )
 
 

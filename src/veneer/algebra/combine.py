@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from veneer.algebra.change import Change, LayerFit, changes_of, energy_of, not_a
 from veneer.algebra.config import CombineConfig, CombineMethod
 from veneer.errors import AdapterError, ConfigError, joined
 from veneer.formats.state import AdapterState
+from veneer.formats.training import base_in
 from veneer.lowrank.formula import delta_weight
 from veneer.lowrank.sparse import agreed, dropped, pruned, threshold, trimmed
 from veneer.lowrank.spectrum import balanced, inner, kept_energy, product_directions, truncated
@@ -81,7 +83,7 @@ def combine(
     )
     # Loading the adapter checks that they equal the base's own.
     base_weights = {name: weight for s in states for name, weight in s.base_weights.items()}
-    state = replace(state, base_weights=base_weights)
+    state = replace(state, base_weights=base_weights, training=_common_training(states))
     return Combined(state, tuple(fit for _, fit in combined.values()), tuple(_notices(states)))
 
 
@@ -211,6 +213,16 @@ def _check_shapes(adapters: Sequence[Changes]) -> None:
         )
 
 
+def _common_training(states: Sequence[AdapterState]) -> dict[str, Any]:
+    """Return what the base was computed in and the system prompt, where they are all the same."""
+    first = states[0].training
+    return {
+        key: first[key]
+        for key in ("base", "system")
+        if key in first and all(state.training.get(key) == first[key] for state in states)
+    }
+
+
 def _notices(states: Sequence[AdapterState]) -> Iterator[str]:
     names = sorted({state.base_name for state in states if state.base_name})
     if len(names) > 1 and not all(state.base_fingerprint for state in states):
@@ -218,6 +230,9 @@ def _notices(states: Sequence[AdapterState]) -> Iterator[str]:
             f"Only the shapes of these adapters show that they belong to one base: they name "
             f"{', '.join(names)}."
         )
+    bases = [base for state in states if (base := base_in(state.training))]
+    if len({base.quantization for base in bases}) > 1:
+        yield f"They were trained over their base in {' and '.join(map(str, bases))}."
     for n, state in enumerate(states, 1):
         if state.base_weights:
             yield (

@@ -13,8 +13,8 @@ from cyclopts import Parameter
 
 import veneer
 from veneer.cli.console import ERRORS, OUTPUT, questions, refuse_to_replace, show_notice
-from veneer.cli.flags import AdapterFlags, Flat, NamedModel
-from veneer.cli.loading import load_adapted
+from veneer.cli.flags import AdapterFlags, Flat, NamedModel, System
+from veneer.cli.loading import NAME, load_adapted, opening
 from veneer.cli.side_by_side import chat_side_by_side
 from veneer.data.rows import Message
 from veneer.errors import ConfigError
@@ -52,6 +52,7 @@ def generate(
     batch_size: Annotated[
         int, Parameter(help="With --prompts: how many are answered at a time.")
     ] = 32,
+    system: System = None,
     sampling: Annotated[Sampling, Flat] = Sampling(),
     loading: Annotated[AdapterFlags, Flat] = AdapterFlags(),
 ) -> None:
@@ -59,14 +60,15 @@ def generate(
     if prompts is None and prompt is None and adapter is not None:
         model, prompt = None, model  # the one that is there is the PROMPT
     if prompts is not None and prompt is None:
-        _answer_many(model, adapter, sampling, loading, prompts, out=out, batch=batch_size)
+        _answer_many(model, adapter, system, sampling, loading, prompts, out=out, batch=batch_size)
         return
     if prompts is not None or prompt is None:
         raise ConfigError("Give either a PROMPT or --prompts FILE.")
     if out is not None:
         raise ConfigError("--out is for --prompts; one answer is printed.")
     base = _load(model, adapter, loading)
-    _print_answer(base, [Message("user", prompt)], sampling)
+    messages = [*opening(base, NAME, system), Message("user", prompt)]
+    _print_answer(base, messages, sampling)
 
 
 def chat(
@@ -74,6 +76,7 @@ def chat(
     /,
     *,
     adapter: AdapterPath = None,
+    system: System = None,
     sampling: Annotated[Sampling, Flat] = Sampling(),
     loading: Annotated[AdapterFlags, Flat] = AdapterFlags(),
     compare: Annotated[
@@ -88,10 +91,10 @@ def chat(
     if compare and adapter is not None:
         raise ConfigError("--adapter and --compare exclude each other; compare names adapters.")
     if compare:
-        chat_side_by_side(model, compare, sampling, loading)
+        chat_side_by_side(model, compare, system, sampling, loading)
         return
     base = _load(model, adapter, loading)
-    messages: list[Message] = []
+    messages = opening(base, NAME, system)
     for question in questions():
         messages.append(Message("user", question))
         messages.append(Message("assistant", _print_answer(base, messages, sampling)))
@@ -100,6 +103,7 @@ def chat(
 def _answer_many(
     model: str | None,
     adapter: Path | None,
+    system: str | None,
     sampling: Sampling,
     loading: AdapterFlags,
     path: Path,
@@ -109,7 +113,7 @@ def _answer_many(
 ) -> None:
     from rich.progress import track
 
-    from veneer.data.questions import read_prompts
+    from veneer.data.questions import behind, read_prompts
 
     if batch < 1:
         raise ConfigError(f"--batch-size is {batch}, but must be at least 1.")
@@ -124,6 +128,7 @@ def _answer_many(
     base = _load(model, adapter, loading)
     from veneer.generate.many import answer_prompts
 
+    prompts = behind(opening(base, NAME, system), prompts)
     lines = answer_prompts(base.model, base.tokenizer, prompts, sampling=sampling, batch=batch)
     # A bar on the terminal where the lines are printed would come between them.
     hidden = not ERRORS.is_terminal or (out is None and OUTPUT.is_terminal)
@@ -136,7 +141,7 @@ def _answer_many(
 
 
 def _load(model: str | None, adapter: Path | None, loading: AdapterFlags) -> Base:
-    return load_adapted(model, {} if adapter is None else {"default": adapter}, loading)
+    return load_adapted(model, {} if adapter is None else {NAME: adapter}, loading)
 
 
 def _print_answer(base: Base, messages: list[Message], sampling: Sampling) -> str:

@@ -33,6 +33,12 @@ AnyAdapter = Annotated[
         "directory, or a checkpoint in it."
     ),
 ]
+System = Annotated[
+    str | None,
+    Parameter(
+        help="System prompt; by default the one that the adapter was trained with, '' for none."
+    ),
+]
 AdapterFormat = Annotated[Literal["native", "peft"], Parameter(help="Format of the adapter.")]
 AllowBin = Annotated[
     Switch, Parameter(help="Read PEFT's adapter_model.bin too, of which only tensors.")
@@ -68,8 +74,9 @@ class BaseFlags:
 
     dtype: DType = "auto"
     """Number format to compute in; auto takes the faster one here."""
-    bits: Bits | None = None
-    """Quantize the base's linear layers: 4 bits (NF4) or 8 a parameter."""
+    bits: Bits | Literal["auto"] | None = None
+    """Quantize the base's linear layers: 4 bits (NF4) or 8 a parameter; or auto, the bits that the
+    adapter was trained over."""
 
 
 @dataclass(frozen=True)

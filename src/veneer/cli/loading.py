@@ -9,17 +9,25 @@ from typing import TYPE_CHECKING
 import veneer
 from veneer.cli.console import quieten_libraries, show_notice
 from veneer.cli.flags import AdapterFlags, BaseFlags, refuse_preset
-from veneer.errors import ConfigError, ModelError, joined
+from veneer.data.rows import Message
+from veneer.errors import ConfigError, ModelError, joined, shortened
+from veneer.quant.settings import Bits, quantization_of
 
 if TYPE_CHECKING:
     from veneer.models.load import Base
 
+NAME = "default"  # of the one adapter that acts, where there is one
 
-def load_base(model: str, flags: BaseFlags) -> Base:
-    """Return a base, and print what a person should know of it."""
+
+def load_base(model: str, flags: BaseFlags, adapters: Mapping[str, Path]) -> Base:
+    """Return a base, and print what a person should know of it. adapters: those that --bits auto
+    follows, by name."""
     refuse_preset(model)
     quieten_libraries()
-    base = veneer.load_base(model, dtype=flags.dtype, bits=flags.bits)
+    bits, pack_head = flags.bits, False
+    if bits == "auto":
+        bits, pack_head = bits_of(model, adapters)
+    base = veneer.load_base(model, dtype=flags.dtype, bits=bits, pack_head=pack_head)
     for notice in base.notices:
         show_notice(notice)
     return base
@@ -58,7 +66,7 @@ def load_adapted(model: str | None, adapters: Mapping[str, Path], flags: Adapter
 
     Where `model` is None, the base is the one that the adapters name.
     """
-    base = load_base(base_of(model, adapters.values()), flags)
+    base = load_base(base_of(model, adapters.values()), flags, adapters)
     for name, adapter in adapters.items():
         veneer.load(
             base.model,
@@ -69,3 +77,57 @@ def load_adapted(model: str | None, adapters: Mapping[str, Path], flags: Adapter
             allow_bin=flags.allow_bin,
         )
     return base
+
+
+def opening(base: Base, adapter: str, system: str | None) -> list[Message]:
+    """Return how conversations with an adapter begin: with the system prompt that is asked for, or
+    else the one that the adapter was trained with, of which a notice is printed.
+
+    Raises DataError where the model's chat template has no place for it.
+    """
+    from veneer.adapter.active import active_adapters_of
+    from veneer.data.chat import check_system_prompt
+    from veneer.formats.training import system_prompt
+
+    own = system_prompt(active_adapters_of(base.model).notes.get(adapter, {}))
+    if system is None and own is not None:
+        show_notice(
+            f"Using the system prompt that {'the adapter' if adapter == NAME else adapter} was "
+            f"trained with: {shortened(own)!r} (--system '' for none)."
+        )
+        system = own
+    if system is None or not system.strip():
+        return []
+    check_system_prompt(base.tokenizer, system)
+    return [Message("system", system)]
+
+
+def bits_of(model: str, adapters: Mapping[str, Path]) -> tuple[Bits | None, bool]:
+    """Return the bits that adapters were trained over, and whether those of the head too.
+
+    Raises ConfigError where that is not one thing, or the base is quantized otherwise already.
+    """
+    from veneer.formats.locate import locate
+    from veneer.formats.training import base_in
+    from veneer.models.load import load_config
+
+    if not adapters:
+        raise ConfigError("--bits auto follows an adapter, and none is named; give 4, 8 or none.")
+    by_name = {name: base_in(locate(path).training) for name, path in adapters.items()}
+    bases = {name: base for name, base in by_name.items() if base is not None}
+    if not bases:
+        show_notice("--bits auto: no adapter says what its base was computed in; nothing is done.")
+        return None, False
+    if len({base.quantization for base in bases.values()}) > 1:
+        each = ", ".join(f"{name} over {base}" for name, base in bases.items())
+        raise ConfigError(f"--bits auto cannot follow adapters of different bits ({each}).")
+    base = next(iter(bases.values()))
+    stored = quantization_of(load_config(model).to_dict())
+    if stored is None:
+        return base.bits, base.head
+    if stored != base.quantization:
+        raise ConfigError(
+            f"--bits auto: the adapter was trained over {base}, and {model} is quantized in "
+            f"{stored.bits} bits already; name the model that it was made of, or leave --bits."
+        )
+    return None, False

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 import veneer
 from veneer.cli.console import OUTPUT, quieten_libraries, refuse_to_replace, show_notice, show_saved
 from veneer.cli.flags import AdapterFlags, AnyAdapter, Flat, NamedModel, Switch
-from veneer.cli.loading import base_of, load_adapted
+from veneer.cli.loading import NAME, base_of, load_adapted
 from veneer.cli.tables import merge_lines, merge_table, merged_table
 from veneer.data.sources import files_of
 from veneer.errors import ConfigError, MergeError
@@ -62,7 +62,7 @@ def merge(
         check_plain(base, out, kind=gguf_type)
     if probe is not None:
         files_of(probe)  # a wrong name shows before the work
-    loaded = load_adapted(base, {"default": adapter}, loading)
+    loaded = load_adapted(base, {NAME: adapter}, loading)
     plain = veneer.merge(loaded.model)
     report = veneer.certify(loaded.model, plain, loaded.tokenizer, probe=probe)
     OUTPUT.print(merge_table(report))
@@ -99,6 +99,7 @@ def _merge_into_gguf(
 ) -> None:
     from veneer.formats.adapters import read
     from veneer.formats.gguf.model import kept_of, write_merged
+    from veneer.formats.training import base_in
     from veneer.models.load import load_skeleton
     from veneer.models.locate import locate
 
@@ -107,6 +108,12 @@ def _merge_into_gguf(
     source = locate(base)
     assert isinstance(source, Path)
     state = read(adapter, load_skeleton(base), allow_bin=loading.allow_bin)
+    if (then := base_in(state.training)) and then.bits:
+        show_notice(
+            f"The adapter in {adapter} was trained over its base in {then}, and is merged into the "
+            f"weights of {source.name}: its answers may differ from those that it was trained to "
+            "give."
+        )
     tensors = write_merged(source, state, out, kind=kind, force=loading.force)
     OUTPUT.print(merged_table(tensors))
     left = f"; {kept_of(tensors):.1%} of the adapter's change is left"

@@ -38,10 +38,8 @@ def serve(
             raise
         raise VeneerError("veneer serve needs: pip install 'veneer[serve]'") from error
     with run.listen(settings) as listener:
-        if model is None:
-            paths = run.find_adapters(adapter or [], settings.adapters_dir, "")
-            model = base_of(None, paths.values())
-        base = load_base(model, loading)
+        paths = run.find_adapters(adapter or [], settings.adapters_dir, "")
+        base = load_base(base_of(model, paths.values()), loading, paths)
         for at in run.serve(base, adapter or [], settings, keys=keys, listener=listener):
             for notice in at.notices:
                 show_notice(notice)

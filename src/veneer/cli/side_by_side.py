@@ -14,7 +14,7 @@ from rich.text import Text
 import veneer
 from veneer.cli.console import OUTPUT, questions
 from veneer.cli.flags import AdapterFlags
-from veneer.cli.loading import load_adapted
+from veneer.cli.loading import load_adapted, opening
 from veneer.data.rows import Message
 from veneer.errors import ConfigError
 from veneer.generate.sampling import Sampling
@@ -24,13 +24,20 @@ DIFFERS = "bold yellow underline"
 
 
 def chat_side_by_side(
-    model: str | None, compared: Sequence[str], sampling: Sampling, loading: AdapterFlags
+    model: str | None,
+    compared: Sequence[str],
+    system: str | None,
+    sampling: Sampling,
+    loading: AdapterFlags,
 ) -> None:
-    """Ask until an empty line; each side remembers its own answers."""
+    """Ask until an empty line; each side remembers its own answers. The base has the system prompt
+    of the adapter beside it, so that only the adapter makes them differ."""
     directories = named_directories(compared)
     base = load_adapted(model, directories, loading)
     names = [BASE, *directories] if len(directories) == 1 else list(directories)
-    talks: dict[str, list[Message]] = {name: [] for name in names}
+    openings = {name: opening(base, name, system) for name in directories}
+    openings[BASE] = next(iter(openings.values()))
+    talks = {name: list(openings[name]) for name in names}
     for question in questions():
         answers = dict.fromkeys(names, "")
         with Live(table(answers), console=OUTPUT, auto_refresh=False) as live:

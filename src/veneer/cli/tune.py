@@ -17,6 +17,7 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice
 from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch, refuse_preset
+from veneer.cli.loading import bits_of
 from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
 from veneer.errors import VeneerError
@@ -64,6 +65,10 @@ def tune(
 ) -> int:
     """Return 0, or 130 when the run was interrupted. `config` is read before this is called."""
     refuse_preset(model)
+    bits = base.bits
+    if bits == "auto":
+        bits, has_head = bits_of(model, {} if start_from is None else {"--from": start_from})
+        pack_head = pack_head or has_head
     recipe = Recipe(
         model=model,
         data=data,
@@ -72,7 +77,7 @@ def tune(
         training=training,
         rows=rows,
         dtype=base.dtype,
-        bits=base.bits,
+        bits=bits,
         pack_head=pack_head,
         out=out,
         start_from=start_from,

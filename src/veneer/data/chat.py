@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # For a tokenizer that has no chat template: turns joined by newlines, answers closed by the end
 # token. Roles show in nothing else, as a model without a template knows no names for them.
+NO_SYSTEM = "the model's chat template has no place for one"
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if not loop.first %}{{ '\\n' }}{% endif %}"
@@ -36,6 +37,19 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     Raises DataError where the template refuses the messages.
     """
     return Chat(tokenizer).render(messages, prompt=True)
+
+
+def check_system_prompt(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
+    """Raise DataError where the model's chat template would not write a system prompt."""
+    try:
+        text = prompt_text(tokenizer, [Message("system", system), Message("user", "a")])
+    except DataError:
+        text = ""
+    if system.strip() not in text:
+        raise DataError(
+            f"No system prompt can be used: {NO_SYSTEM}. Put it into the question, and give "
+            "--system ''."
+        )
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -98,6 +112,11 @@ class Chat:
         answers = [i for i, m in enumerate(row.messages) if m.role == "assistant" and m.learn]
         row = replace(row, messages=row.messages[: answers[-1] + 1])
         text = self._render(row)
+        first = row.messages[0]
+        if first.role == "system" and first.content.strip() not in text:
+            raise DataError(
+                f"its system prompt would be lost, as {NO_SYSTEM}; put it into the question"
+            )
         if row.tools and text == self.render(row.messages):
             raise DataError("the model's chat template writes no tools, so 'tools' would be lost")
         for i, message in enumerate(row.messages):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,6 +85,18 @@ def read_prompts(path: Path) -> list[Located[Question]]:
     if not rows:
         raise DataError(f"{'standard input' if path == Path('-') else path} holds no prompts")
     return [row for row in rows if isinstance(row, Located)]
+
+
+def behind(
+    opening: Sequence[Message], prompts: Sequence[Located[Question]]
+) -> list[Located[Question]]:
+    """Return the prompts with `opening`, a system prompt or nothing, before all that have none."""
+    return [
+        prompt
+        if prompt.value.turns[0].role == "system"
+        else replace(prompt, value=replace(prompt.value, turns=(*opening, *prompt.value.turns)))
+        for prompt in prompts
+    ]
 
 
 def _prompts(path: Path) -> Iterator[Located[Question] | Problem]:

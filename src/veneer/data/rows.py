@@ -188,6 +188,13 @@ def texts_of(row: Row) -> list[str]:
     return [row.text] if isinstance(row, PlainText) else [turn.content for turn in row.messages]
 
 
+def common_system_prompt(rows: Iterable[Row]) -> str | None:
+    """Return the system prompt that all conversations begin with, or None if not all do."""
+    firsts = {row.messages[0] for row in rows if isinstance(row, Conversation)}
+    first = firsts.pop() if len(firsts) == 1 else None
+    return first.content if first and first.role == "system" else None
+
+
 def unused_keys(rows: Iterable[Row]) -> dict[str, int]:
     """Return the keys that rows have and nothing reads, each with the number of such rows."""
     return dict(Counter(key for row in rows for key in row.unused).most_common())

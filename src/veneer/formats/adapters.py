@@ -20,6 +20,7 @@ from veneer.formats.locate import locate
 from veneer.formats.names import FormatName
 from veneer.formats.options import FormatOptions
 from veneer.formats.state import AdapterState
+from veneer.formats.training import computed_in, other_base
 from veneer.models.fingerprint import base_parameters
 
 
@@ -35,10 +36,11 @@ def save(
     """Write the adapter called `name` (by default the one in use) to a directory, all at once.
 
     tokenizer: stored with a native adapter, which then fits only bases of the same vocabulary.
-    training: how it was trained, for the model card: {"data": a hash, "recipe": the settings}; a
-    loaded adapter has what its files say. Returns notes on what was folded for the format. Raises
-    AdapterError for what the format cannot express. Warns (VeneerWarning) of weights of the base
-    that train too and are not in the adapter.
+    training: how it was trained, beside what the base is computed in: {"data": a hash, "recipe":
+    the settings, "system": the system prompt of all conversations}; a loaded adapter has what its
+    files say. Returns notes on what was folded for the format. Raises AdapterError for what the
+    format cannot express. Warns (VeneerWarning) of weights of the base that train too and are not
+    in the adapter.
     """
     state = capture(model, name, tokenizer)
     if isinstance(state.config, LoRA) or not state.config.replaces_weights:
@@ -52,7 +54,7 @@ def save(
                 stacklevel=2,
             )
     if training is not None:
-        state = replace(state, training=training)
+        state = replace(state, training={**state.training, **training})
     options = FormatOptions(BaseStructure(model), tokenizer=tokenizer)
     return formats.write(state, Path(directory), format, options)
 
@@ -74,13 +76,16 @@ def load(
     tokens of the adapter are added to `tokenizer`. With `allow_bin`, PEFT's adapter_model.bin is
     read too, a pickle of which only tensors are taken. `alpha` and `enable_lora` are for loralib's
     files, which do not have them. Raises AdapterError for a damaged adapter or one of another base
-    (unless `force`).
+    (unless `force`). Warns (VeneerWarning) where it was trained over the base in other bits.
     """
     options = FormatOptions(
         BaseStructure(model), alpha=alpha, enable_lora=enable_lora, allow_bin=allow_bin
     )
-    state = formats.read(locate(Path(directory)).path, options)
+    path = locate(Path(directory)).path
+    state = formats.read(path, options)
     install(model, state, name=name, tokenizer=tokenizer, force=force)
+    if text := other_base(f"The adapter in {path}", state.training, computed_in(model)):
+        warnings.warn(text, VeneerWarning, stacklevel=2)
     return model
 
 

@@ -32,6 +32,7 @@ from veneer.formats.state import (
     StoredTokens,
     shortest_names,
 )
+from veneer.formats.training import as_stored, computed_in
 from veneer.models.description import FactorKind
 from veneer.models.fingerprint import fingerprint
 
@@ -58,23 +59,31 @@ def capture(
         raise AdapterError(f"No adapter is called {name!r}{nearest(name, attached)}.")
     own = _copy if copy else torch.Tensor.detach
     config = attached[name]
+    live: Mapping[str, Tensor]
     tensors: dict[str, Tensor]
     if isinstance(config, Method) and is_virtual(config):
         virtual = virtual_tokens_of(model)
         assert virtual is not None
+        live = dict(virtual.adapters[name].named_parameters())
         with torch.no_grad():
             tensors = {config.method: own(virtual.adapters[name]()).contiguous()}
         config = replace(config, prefix_mlp=None)  # only what it makes is stored
     elif isinstance(config, Method):
-        tensors = _each(own, replaced_weights(model, config))
+        live = replaced_weights(model, config)
+        tensors = _each(own, live)
     else:
-        tensors = _each(own, layer_tensors(model, name))
+        live = layer_tensors(model, name)
+        tensors = _each(own, live)
         if config.init == "lora_ga" and not any(key.endswith(START[0]) for key in tensors):
             config = replace(config, init="kaiming")  # its start so far: no gradient has come
         if paths := {key.rpartition(".")[0] for key in tensors}:
             targets = shortest_names(paths, module_paths(model))
             config = replace(config, targets=targets, layers=None)
     new_tokens = new_tokens_of(model)
+    training = dict(active_adapters_of(model).notes.get(name, {}))
+    # One that was loaded is frozen, and knows what it was trained over, or not.
+    if any(tensor.requires_grad for tensor in live.values()):
+        training["base"] = as_stored(computed_in(model))
     return AdapterState(
         config,
         tensors,
@@ -87,7 +96,7 @@ def capture(
             for path, tokens in trained_tokens_of(model, name).items()
         },
         task=task_of(model),
-        training=active_adapters_of(model).notes.get(name, {}),
+        training=training,
     )
 
 

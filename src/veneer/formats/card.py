@@ -9,6 +9,7 @@ import yaml
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import description
 from veneer.formats.state import AdapterState
+from veneer.formats.training import base_in, system_prompt
 
 # What hubs call a model's use, by PEFT's name for its task.
 USES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
@@ -37,6 +38,11 @@ def card(state: AdapterState) -> str:
         "    PeftModel.from_pretrained(base, directory)",
         "",
     ]
+    if base_then := base_in(state.training):
+        lines += ["## Trained over", "", f"{base}, computed in {base_then}.", ""]
+    if system := system_prompt(state.training):
+        quoted = "\n".join(f"    {line}" for line in system.splitlines())
+        lines += ["## System prompt", "", "All conversations began with it:", "", quoted, ""]
     if data := state.training.get("data"):
         lines += ["## Data", "", f"Hash of its tokens and labels: `{data}`.", ""]
     if recipe := state.training.get("recipe"):

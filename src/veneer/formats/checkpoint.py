@@ -93,8 +93,8 @@ def read(place: Path, *, best: bool = False, shapes_only: bool = False) -> Adapt
     if isinstance(identity, dict) and "data" in identity:
         # A run knows its tokenizer too, and so tells more bases apart than its model does.
         base = identity.get("base", adapter.base_fingerprint)
-        about_run = about_training(identity)
-        adapter = replace(adapter, base_fingerprint=base, training=about_run)
+        training = {**adapter.training, **about_training(identity)}
+        adapter = replace(adapter, base_fingerprint=base, training=training)
     return adapter
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from veneer.adapter.method import MethodName
 from veneer.errors import AdapterError, VeneerWarning, listed, nearest
@@ -31,6 +31,11 @@ class Located:
     def base(self) -> str:
         """The name of the base in its files; empty where they name none."""
         return FORMATS[self.format].base(self.path)
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """What its files say of its training (training.py), without its tensors."""
+        return FORMATS[self.format].training(self.path)
 
 
 def locate(path: Path) -> Located:

@@ -34,6 +34,7 @@ from veneer.formats.state import (
     layer_kind,
     lora_settings,
 )
+from veneer.formats.training import write_beside
 
 CONFIG, WEIGHTS = "loralib_config.json", "lora_weights.pt"
 FORMAT = 1
@@ -71,6 +72,7 @@ def write(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
     with new_directory(path, marker=CONFIG) as new:
         write_tensors(new / WEIGHTS, tensors)
         write_json(new / CONFIG, config)
+        write_beside(new, state.training)
     return notes
 
 

@@ -24,6 +24,7 @@ from veneer.formats.contents import refuse_without_place
 from veneer.formats.fold import uniform
 from veneer.formats.options import FormatOptions
 from veneer.formats.state import FACTORS, MAGNITUDE, AdapterState, layer_kind
+from veneer.formats.training import write_beside
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 TYPES = ("lora", "dora")  # values of fine_tune_type; the third, full, is no adapter
@@ -68,6 +69,7 @@ def write(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
     with new_directory(path, marker=WEIGHTS) as new:
         write_tensors(new / WEIGHTS, tensors)
         write_json(new / CONFIG, config)
+        write_beside(new, state.training)
     return notes
 
 

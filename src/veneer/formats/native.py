@@ -6,6 +6,7 @@ files are named after the method: freeze_weights.pt, freeze_config.json.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -109,8 +110,6 @@ def state_of(
     if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), dict):
         raise AdapterError("'base' must say the base's name and fingerprint")
     modules_to_save, trained_tokens = _saved(config, saved or {})
-    if not isinstance(training := config.get("training", {}), dict):
-        raise AdapterError(f"'training' is {training!r}, but must be a map")
     return AdapterState(
         settings,
         tensors,
@@ -120,7 +119,7 @@ def state_of(
         modules_to_save=modules_to_save,
         trained_tokens=trained_tokens,
         task=str(config.get("task", CAUSAL)),
-        training=training,
+        training=training_in(config),
     )
 
 
@@ -140,6 +139,13 @@ def base_in(config: dict[str, Any]) -> str:
     """Return the name of the base in an adapter's configuration, or nothing."""
     base = config.get("base")
     return str(base.get("name") or "") if isinstance(base, dict) else ""
+
+
+def training_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an adapter's configuration says of its training."""
+    if not isinstance(training := config.get("training", {}), dict):
+        raise AdapterError(f"'training' is {training!r}, but must be a map")
+    return training
 
 
 def _new_tokens(tokens: object, start: object, rows: dict[str, Tensor]) -> NewTokenRows | None:

@@ -115,7 +115,7 @@ class AdapterState:
     # By the path of embedding or head.
     trained_tokens: Mapping[str, StoredTokens] = field(default_factory=dict)
     task: str = CAUSAL  # as PEFT names it
-    training: Mapping[str, Any] = field(default_factory=dict)  # data and recipe, where known
+    training: Mapping[str, Any] = field(default_factory=dict)  # what it knows of it: training.py
 
     def layers(self) -> Iterator[StoredLayer]:
         """Yield each layer that has both factors."""

@@ -6,8 +6,8 @@ returns notes on what was folded or approximated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from veneer.formats.names import FormatName
 from veneer.formats.options import FormatOptions
 from veneer.formats.peft import directory as peft
 from veneer.formats.state import AdapterState
+from veneer.formats.training import read_beside
 
 ALWAYS = {"base", "tokenizer", "allow_bin", "shapes_only"}  # allowed with every format
 
@@ -33,6 +34,7 @@ class Format:
     write: Callable[[AdapterState, Path, FormatOptions], list[str]]
     base: Callable[[Path], str]  # the name of the base that its files name, or nothing
     holds: str  # the files that mark it
+    training: Callable[[Path], Mapping[str, Any]] = read_beside
     read_options: frozenset[str] = frozenset()
     write_options: frozenset[str] = frozenset()
 
@@ -54,6 +56,10 @@ def _read_native(path: Path, options: FormatOptions) -> AdapterState:
     return native.read(path, method, shapes_only=options.shapes_only)
 
 
+def _native_config(path: Path) -> dict[str, Any]:
+    return native.config_in(path) or checkpoint.config_in(path)
+
+
 def _write_native(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
     native.write(state, path, options.tokenizer)
     if state.base_fingerprint:
@@ -66,8 +72,9 @@ FORMATS: dict[FormatName, Format] = {
         detects=lambda path: native.method_in(path) is not None or checkpoint.detects(path),
         read=_read_native,
         write=_write_native,
-        base=lambda path: native.base_in(native.config_in(path) or checkpoint.config_in(path)),
+        base=lambda path: native.base_in(_native_config(path)),
         holds=native.config_name("lora"),
+        training=lambda path: native.training_in(_native_config(path)),
         write_options=frozenset({"tokenizer"}),
     ),
     "peft": Format(
@@ -105,6 +112,7 @@ FORMATS: dict[FormatName, Format] = {
         ),
         base=gguf_adapter.base_of,
         holds="a .gguf file of type adapter",
+        training=gguf_adapter.training_of,
         write_options=frozenset({"approximate"}),
     ),
 }
@@ -124,7 +132,8 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
     if name is None:
         raise AdapterError(f"{path} holds no adapter.")
     _refuse_idle(options, name, FORMATS[name].read_options, "reading")
-    return FORMATS[name].read(path, options)
+    state = FORMATS[name].read(path, options)
+    return replace(state, training=state.training or FORMATS[name].training(path))
 
 
 def write(state: AdapterState, path: Path, to: FormatName, options: FormatOptions) -> list[str]:

@@ -20,6 +20,9 @@ from veneer.quant.weight import QuantizedWeight
 class Int8(QuantizedWeight):
     """A weight in codes (out, in) of -127 to 127 with each row's largest magnitude (out,)."""
 
+    bits = 8
+    kind = "int8"
+
     def __init__(self, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> None:
         self.codes, self.absmax, self.dtype = codes, absmax, dtype
         self.shape, self.device = codes.shape, codes.device

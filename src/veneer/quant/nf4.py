@@ -28,8 +28,11 @@ STATE = "weight.quant_state.bitsandbytes__"  # followed by the kind, nf4 or fp4
 class NF4(QuantizedWeight):
     """A weight in 4-bit codes (bytes, 1) with bitsandbytes' state of scales, of either kind."""
 
+    bits = 4
+
     def __init__(self, codes: Tensor, state: Any, dtype: torch.dtype) -> None:
         self.codes, self.state, self.dtype = codes, state, dtype
+        self.kind = state.quant_type
         self.shape, self.device = torch.Size(state.shape), codes.device
 
     @classmethod

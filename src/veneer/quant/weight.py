@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.quant.settings import Bits
+
 # Numbers dequantized at a time: 16 MB in bfloat16. With 64 tokens and the layers of a 70B model a
 # product forward takes a fifth less so than with four times as many; with 512 tokens and a 7B
 # model's, up to a sixth more on the way back (`python -m bench.dequantize`; docs/performance.md).
@@ -20,6 +22,8 @@ BLOCK_NUMBERS = 2**23
 class QuantizedWeight(ABC):
     """A weight of `shape` (out, in) that never changes; `dequantize()` returns it in `dtype`."""
 
+    bits: Bits
+    kind: str  # as bitsandbytes calls it: nf4, fp4, int8
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device

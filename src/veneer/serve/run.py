@@ -16,6 +16,7 @@ from uvicorn.config import LOGGING_CONFIG
 
 from veneer.errors import AdapterError, ConfigError, VeneerError, listed
 from veneer.formats.locate import locate as find_adapter
+from veneer.formats.training import ComputedIn, computed_in, other_base
 from veneer.models.load import Base
 from veneer.models.locate import locate
 from veneer.serve.api.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
@@ -122,7 +123,8 @@ def prepare(
     except BaseException:
         engine.close(drain=False)
         raise
-    notices = [*engine.notices, *refusals.values()]
+    here = computed_in(base.model)
+    notices = [*engine.notices, *refusals.values(), *_about_bases(library, here)]
     directories = {d.name for d in (root.iterdir() if root else ()) if d.is_dir()}
     if others := sorted(directories - {entry.name for entry in library.entries()}):
         notices.append(f"Below {root} there is no adapter in {listed(others)}.")
@@ -134,8 +136,18 @@ def prepare(
         root=base.name,
         context=engine.context,
         vocabulary=base.model.config.get_text_config().vocab_size,
+        computed_in=here,
     )
     return served, tuple(notices)
+
+
+def _about_bases(library: Library, here: ComputedIn) -> Iterator[str]:
+    """Yield a sentence for each adapter that was trained over the base in other bits."""
+    for entry in library.entries():
+        with suppress(AdapterError):  # why one cannot be read is said when it is asked for
+            training = {} if entry.refusal else find_adapter(entry.directory).training
+            if text := other_base(f"The adapter {entry.name!r}", training, here):
+                yield text
 
 
 def served_name(base: Base) -> str:

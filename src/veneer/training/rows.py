@@ -19,7 +19,7 @@ from veneer.data.load import good_examples
 from veneer.data.packing import split_held_out
 from veneer.data.preview import preview
 from veneer.data.problems import Located
-from veneer.data.rows import Row, texts_of, unused_keys
+from veneer.data.rows import Row, common_system_prompt, texts_of, unused_keys
 from veneer.data.sources import Splits, read_rows, splits_of
 from veneer.training.events import DataReady
 from veneer.training.recipe import Recipe
@@ -27,13 +27,15 @@ from veneer.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class RunRows:
-    """A run's rows as tokens, the tokens to add for them, and notices about them."""
+    """A run's rows as tokens, the tokens to add for them, and notices about them; system: the
+    system prompt of all conversations, if they have one and the same."""
 
     examples: list[Example]
     held_out: list[Example]
     new_tokens: tuple[str, ...]
     notices: list[str]
     ready: DataReady
+    system: str | None
 
     @property
     def longest(self) -> int:
@@ -101,7 +103,8 @@ def load_rows(
         notices.append(f"Keys that nothing reads: {counts}.")
     if settings.new_words == "auto" and not new_tokens:
         notices.append(f"--new-words auto adds no token: {NO_NEW_TOKENS}.")
-    return RunRows(examples, held_out, new_tokens, notices, ready)
+    system = common_system_prompt(row.value for row in rows)
+    return RunRows(examples, held_out, new_tokens, notices, ready, system)
 
 
 def _about_splits(splits: Splits, *, uses_valid: bool) -> str:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import torch
 
+from veneer.adapter.active import active_adapters_of
 from veneer.adapter.attach import attach
 from veneer.adapter.certify import certify
 from veneer.adapter.merge import merge, why_not_mergeable
@@ -23,6 +24,7 @@ from veneer.errors import ConfigError, VeneerWarning
 from veneer.files import size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.checkpoint import about_training
+from veneer.formats.training import computed_in, other_base
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
 from veneer.plan.fit import free_bytes
@@ -114,7 +116,12 @@ def tune(
         _attach(recipe, base)
     else:
         start_from.begin(base, start, recipe.what_trains, force=force)
+        here = computed_in(base.model)
+        if text := other_base(f"The adapter in {recipe.start_from}", start.training, here):
+            yield Notice(text)
     yield from _report(recipe, base, dtype, rows.new_tokens)
+    # Of each checkpoint's adapter too.
+    active_adapters_of(base.model).notes["default"] = {"system": rows.system} if rows.system else {}
     identity = _identity(recipe, base, [*rows.examples, *rows.held_out])
 
     if not resume:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from support.server import ADMIN, API, AS_ADMIN, AS_USER, BASE, call, chat, running, scripted
+from veneer.formats.training import ComputedIn
 from veneer.serve.config import Keys
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -44,6 +45,17 @@ def test_an_adapter_comes_and_goes(server, root):
     assert models(server) == [BASE, "other"]
     assert call(server.url, "/v1/chat/completions", body, headers=AS_USER)[0] == 404
     assert call(server.url, UNLOAD, {"lora_name": "new"}, headers=AS_ADMIN)[0] == 404
+
+
+def test_other_bits_are_said_in_the_log_and_on_the_page(server, root, caplog):
+    assert load(server, "same", "law")[0] == 200
+    server.served.computed_in = ComputedIn("bfloat16", 4, "nf4")
+    assert load(server, "other", "law")[0] == 200
+    (says,) = caplog.messages
+    assert "The adapter 'other' was trained over its base in 32 bits (float32), and here" in says
+    shown = call(server.url, "/api/adapters", headers=AS_USER)[2]["adapters"]
+    assert [each["over"] for each in shown] == ["32 bits (float32)"] * 2
+    assert shown[0]["note"] == says.replace("The adapter 'other'", "It")
 
 
 def test_a_name_in_use_is_taken_only_on_purpose(server, root):

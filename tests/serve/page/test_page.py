@@ -98,9 +98,15 @@ def ask(page, text, form="chat"):
 
 
 def test_chat(page, site):
-    page.get_by_label("Answered by").first.select_option("cooking")
+    who, instructions = (page.get_by_label(t).first for t in ("Answered by", "Instructions"))
+    who.select_option("law")
+    assert instructions.input_value() == "Be just."  # what it was trained with
+    who.select_option("cooking")
+    assert instructions.input_value() == ""
     page.get_by_label("Longest answer").first.fill("6")
-    page.get_by_label("Instructions").first.fill("Be short.")
+    instructions.fill("Be short.")
+    who.select_option("law")
+    who.select_option("cooking")
     ask(page, "What <b>is</b> honey?")
     answer = page.locator(".turn.assistant .text")
     answer.filter(has_text="cooking says word 0 word 1 word 2 word 3").wait_for()
@@ -158,6 +164,9 @@ def test_adapters(page, two):
     assert re.search(r"Rank\s+2\b", shown)
     assert "k_proj, o_proj, q_proj, v_proj" in shown
     assert re.search(r"Size\s+\d+ kB", shown)
+    assert re.search(r"Trained over\s+32 bits \(float32\)", shown)
+    law = page.locator("#adapters .card").filter(has_text="law").inner_text()
+    assert re.search(r"System prompt\s+Be just\.", law)
     # What cannot be served is shown with the reason, and offered nowhere.
     assert "It adds 3 new tokens; merge it." in page.locator("#adapters .refused").inner_text()
     options = page.get_by_label("Answered by").first.locator("option")

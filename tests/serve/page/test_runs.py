@@ -11,11 +11,14 @@ import veneer
 from support.random_adapters import shake, tokenizer
 from support.server import call, running, scripted
 from support.tiny_models import tiny
+from veneer.formats.training import ComputedIn
 from veneer.run_directory import METRICS, RunDirectory
 from veneer.serve.page import runs as runs_module
 from veneer.serve.page.about import about
 from veneer.serve.page.curve import MOST_POINTS, Curve
 from veneer.serve.page.runs import Runs
+
+HERE = ComputedIn("float32")
 
 
 @pytest.mark.parametrize("count", [0, 1, MOST_POINTS, MOST_POINTS + 1, 5 * MOST_POINTS + 3])
@@ -156,7 +159,7 @@ def test_a_real_run_shows_its_steps_and_its_end(tmp_path):
         seen += [(run["step"], run["steps"], run["state"]) for run in runs.shown()]
     assert (1, 3, "running") in seen
     assert seen[-1] == (3, 3, "finished")
-    shown = about(recipe.adapter, 1)
+    shown = about(recipe.adapter, 1, HERE)
     assert (shown["rank"], shown["alpha"]) == (8, 16.0)
     assert shown["trained"]["data"] == str(tmp_path / "rows.jsonl")
     assert shown["trained"]["steps"] == 3
@@ -170,7 +173,7 @@ def test_adapters_of_both_formats(tmp_path):
     for format in ("native", "peft"):
         directory = tmp_path / format
         veneer.save(shake(model), directory, format=format)
-        shown = about(directory, 1)
+        shown = about(directory, 1, HERE)
         assert (shown["rank"], shown["alpha"], shown["dora"]) == (3, 6, True)
         assert (
             shown["targets"] == ["down_proj", "gate_proj", "up_proj"] or "mlp" in shown["targets"]
@@ -178,4 +181,4 @@ def test_adapters_of_both_formats(tmp_path):
         assert shown["bytes"] == sum(file.stat().st_size for file in directory.iterdir())
         assert "trained" not in shown
     (tmp_path / "native" / "lora_config.json").write_text("{")
-    assert "cannot be read" in about(tmp_path / "native", 2)["error"]
+    assert "cannot be read" in about(tmp_path / "native", 2, HERE)["error"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from veneer.models.gguf_header import is_gguf, read_header
 from veneer.models.load import open_base
 from veneer.quant.weight import dense
 
-MARK = "veneer.base_fingerprint."  # keys of ours, which llama.cpp ignores
+MARK, TRAINING = "veneer.base_fingerprint.", "veneer.training"  # ours, which llama.cpp ignores
 HUB = "https://huggingface.co/"
 DTypes = Literal["float32", "float16"]
 
@@ -78,7 +79,7 @@ def write(
         state, approximation = without_dora(state, _weights(state))
         notes += approximation
     contents = contents_of(state, naming)
-    _write_contents(contents, path, dtype)
+    _write_contents(contents, path, dtype, state.training)
     return [*notes, *contents.notes]
 
 
@@ -96,7 +97,18 @@ def _weights(state: AdapterState) -> Callable[[str], Tensor]:
     return weight_of
 
 
-def _write_contents(contents: Contents, path: Path, dtype: DTypes) -> None:
+def training_of(path: Path) -> dict[str, Any]:
+    """Return what a LoRA file says of its training."""
+    try:
+        training = json.loads(read_header(path).values.get(TRAINING, "{}"))
+    except (OSError, TypeError, ValueError, RecursionError):
+        return {}
+    return training if isinstance(training, dict) else {}
+
+
+def _write_contents(
+    contents: Contents, path: Path, dtype: DTypes, training: Mapping[str, Any]
+) -> None:
     stored_as = np.dtype(dtype)
     with new_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, contents.architecture)
@@ -110,6 +122,8 @@ def _write_contents(contents: Contents, path: Path, dtype: DTypes) -> None:
             writer.add_base_model_name(0, contents.base_name)
         for key, mark in contents.base_fingerprint.items():
             writer.add_string(MARK + key, mark)
+        if training:
+            writer.add_string(TRAINING, json.dumps(dict(training)))
         for name, array in contents.tensors.items():
             with np.errstate(over="ignore"):
                 short = array.astype(stored_as)

@@ -19,6 +19,7 @@ from veneer.formats.fold import without_start
 from veneer.formats.peft.reading import state_of
 from veneer.formats.peft.writing import config_of, new_tokens_as_trained, tensors_of
 from veneer.formats.state import AdapterState
+from veneer.formats.training import write_beside
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PICKLE = "adapter_model.bin"
@@ -42,6 +43,7 @@ def write(state: AdapterState, directory: Path) -> list[str]:
     with new_directory(directory, marker=CONFIG) as new:
         write_tensors(new / WEIGHTS, tensors)
         write_text(new / CARD, card(state))
+        write_beside(new, state.training)
         write_json(new / CONFIG, config)
     return notes
 

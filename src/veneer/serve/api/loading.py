@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from fastapi.responses import PlainTextResponse, Response
 
 from veneer.errors import AdapterError, RequestError
 from veneer.formats.locate import locate
+from veneer.formats.training import other_base
 from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
 from veneer.serve.api.protocol import LoadRequest, UnloadRequest
 from veneer.serve.config import ADAPTER_NAME
 from veneer.serve.engine.served import Served
 
+log = logging.getLogger("veneer.serve")
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}  # as vLLM answers
 
 
@@ -89,7 +92,8 @@ def _load(served: Served, asked: LoadRequest, root: Path) -> None:
             "'load_inplace' to true.",
             param="lora_name",
         )
-    served.library.add(name, find(root, asked.lora_path))
+    directory = find(root, asked.lora_path)
+    served.library.add(name, directory)
     try:
         served.engine.load(name)  # now, so that one that does not fit is refused here
     except BaseException:
@@ -98,6 +102,8 @@ def _load(served: Served, asked: LoadRequest, root: Path) -> None:
         else:
             served.library.add(name, before.directory, refusal=before.refusal)
         raise
+    if text := other_base(f"The adapter {name!r}", locate(directory).training, served.computed_in):
+        log.warning(text)
 
 
 def _enabled(root: Path | None) -> Path:

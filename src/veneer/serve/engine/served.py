@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from veneer.data.chat import prompt_text
 from veneer.data.rows import Message
 from veneer.errors import ContextExceeded, DataError, RequestError, UnknownModel, nearest
+from veneer.formats.training import ComputedIn
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Request, Stats, Which
 from veneer.serve.engine.stream import Stream, cancel
@@ -39,6 +40,7 @@ class Served:
 
     name, root: what requests call the base, and where it came from.
     context: the most tokens that a prompt and its answer may have together, None without an end.
+    computed_in: what the base is computed in.
     """
 
     engine: EngineLike
@@ -48,6 +50,7 @@ class Served:
     root: str
     context: int | None
     vocabulary: int
+    computed_in: ComputedIn
     started: float = field(default_factory=time.time)
 
     def adapter(self, model: str, *, param: str = "model") -> str | None:

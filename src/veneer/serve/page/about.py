@@ -11,6 +11,7 @@ from veneer.files import read_json, size_of
 from veneer.formats import checkpoint, native
 from veneer.formats.locate import locate
 from veneer.formats.peft import directory as peft
+from veneer.formats.training import ComputedIn, base_in, other_base, system_prompt
 from veneer.run_directory import RunDirectory
 from veneer.serve.page.runs import follow_file, settings_of
 
@@ -19,17 +20,22 @@ SHOWN = ("method", "rank", "alpha", "targets", "layers", "dora", "rslora", "virt
 
 
 @lru_cache(maxsize=4096)
-def about(directory: Path, version: int) -> dict[str, Any]:
-    """Return what the page shows of an adapter; version: changes whenever its name is added again.
+def about(directory: Path, version: int, here: ComputedIn) -> dict[str, Any]:
+    """Return what the page shows of an adapter; version: changes whenever its name is added again;
+    here: what the base that is served is computed in.
 
     No tensor is read. For an adapter that cannot be read, "error" says why.
     """
     try:
         config, base = _config(directory)
+        training = locate(directory).training
     except AdapterError as error:
         return {"error": str(error), "bytes": size_of(directory)}
     shown: dict[str, Any] = {name: config[name] for name in SHOWN if config.get(name)}
     shown |= {"bytes": size_of(directory), "base": base}
+    shown |= {"system": system_prompt(training), "note": other_base("It", training, here)}
+    if (over := base_in(training)) is not None:
+        shown["over"] = str(over)
     # `veneer tune` leaves the adapter in its run's directory.
     run = follow_file(RunDirectory(directory.parent).metrics)
     if run.step:

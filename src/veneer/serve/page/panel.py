@@ -42,7 +42,7 @@ def routes(served: Served, runs: Runs | None) -> APIRouter:
         def look() -> list[dict[str, Any]]:
             entries = served.library.entries()
             return [
-                {"name": e.name, **about(e.directory, e.version)}
+                {"name": e.name, **about(e.directory, e.version, served.computed_in)}
                 | ({"error": e.refusal} if e.refusal else {})
                 for e in entries
             ]

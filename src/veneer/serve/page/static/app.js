@@ -5,7 +5,7 @@ import { followRuns, method, showAdapters, showRuns } from "./cards.js";
 import { startChat } from "./chat.js";
 import { startCompare } from "./compare.js";
 import { byId, bytes, make, showError } from "./dom.js";
-import { fitSettings, addSettings } from "./settings.js";
+import { fitSettings, addSettings, propose } from "./settings.js";
 
 const VIEWS = ["chat", "compare", "adapters", "runs"];
 let served = { base: { name: "" }, adapters: [] };
@@ -57,6 +57,7 @@ async function refresh() {
 
 function describeModel() {
   const adapter = served.adapters.find((each) => each.name === byId("chat-model").value);
+  propose(adapter?.system ?? "");
   const details = adapter && [method(adapter), adapter.rank && `rank ${adapter.rank}`, bytes(adapter.bytes)];
   byId("chat-about").textContent = adapter ? details.filter(Boolean).join(", ") : "the base, as it is";
 }

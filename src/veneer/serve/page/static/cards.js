@@ -21,6 +21,7 @@ export function showAdapters({ base, adapters }) {
     const trained = adapter.trained ?? {};
     const card = make("article", { class: adapter.error ? "card refused" : "card" }, make("h3", {}, adapter.name));
     if (adapter.resident) card.append(make("p", { class: "state" }, "in memory"));
+    if (adapter.note) card.append(make("p", { class: "quiet" }, adapter.note));
     if (adapter.error) card.append(make("p", { class: "fault" }, adapter.error));
     card.append(facts([
       ["Method", adapter.error ? null : method(adapter)],
@@ -31,6 +32,8 @@ export function showAdapters({ base, adapters }) {
       ["Virtual tokens", adapter.virtual_tokens],
       ["Size", bytes(adapter.bytes)],
       ["Made for", adapter.base],
+      ["Trained over", adapter.over],
+      ["System prompt", adapter.system],
       ["Trained on", trained.data],
       ["Steps", trained.steps],
       ["Last loss", number(adapter.loss)],

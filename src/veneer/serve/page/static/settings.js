@@ -23,6 +23,15 @@ export function fitSettings(context) {
   }
 }
 
+// Propose the system prompt that an adapter was trained with, where none was written by hand.
+let proposed = "";
+export function propose(system) {
+  for (const area of document.querySelectorAll('[data-settings] [name="system"]')) {
+    if (area.value.trim() === proposed) area.value = system;
+  }
+  proposed = system.trim();
+}
+
 const value = (name) => document.querySelector(`[data-settings] [name="${name}"]`).value.trim();
 
 export function sampling() {
