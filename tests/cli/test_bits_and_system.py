@@ -137,6 +137,8 @@ def test_tune_keeps_what_the_base_was_in_and_the_prompt_that_all_rows_share(
     adapter = tmp_path / "out" / "lora_adapter"
     training = locate(adapter).training
     assert (training["system"], str(base_in(training))) == (SYSTEM, "8 bits (int8)")
+    checkpoint = locate(tmp_path / "out" / "checkpoints").training
+    assert checkpoint == {name: training[name] for name in ("base", "system")}
     assert run(["generate", str(home / "base"), "Who?", "--adapter", str(adapter)]) == 0
     assert asked.texts == [f"{SYSTEM}\nWho?\n"]
     assert "in 8 bits (int8), and here the base is in" in " ".join(capsys.readouterr().err.split())

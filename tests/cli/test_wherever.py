@@ -104,7 +104,9 @@ def test_python_and_the_server_take_each(places):
         assert {*served.library.names()} == names
         for name in names:
             served.engine.load(name)
-            assert about(served.library.info(name).directory, 0)["base"] == str(places.base)
+            assert about(served.library.info(name).directory, 0, served.computed_in)["base"] == str(
+                places.base
+            )
     assert any("no adapter in base" in notice for notice in notices)
 
 
