@@ -170,7 +170,7 @@ def test_what_changes_no_answer_is_accepted_and_noted_once(client, server, caplo
         return engine.requests[-1], {**reply, "id": "", "created": 0}
 
     plain = answered()
-    for name, value in HARMLESS:
+    for name, value in [*HARMLESS, *IGNORED.items()]:
         assert answered(**{name: value}) == plain, (name, value)
     notes = [record.getMessage() for record in caplog.records if record.name == "veneer.serve"]
     assert notes == [f"The parameter {n} is ignored: {protocol.IGNORED[n]}." for n in IGNORED]
