@@ -34,16 +34,17 @@ def export(
     """Say which weights are written."""
     from veneer.formats import checkpoint
     from veneer.formats.adapters import read, write
-    from veneer.formats.locate import pick
+    from veneer.formats.locate import locate, pick
     from veneer.formats.native import method_of
     from veneer.run_directory import RunDirectory
 
     quieten_libraries()
     if step is not None and best:
         raise ConfigError("--step and --best exclude each other.")
-    place = run
     if step is not None or (best and not checkpoint.detects(run)):
         place = pick(run, step=step)
+    else:
+        place = locate(run).path
     state = checkpoint.read(place, best=True) if best else read(place)
     if out is None:
         out = RunDirectory(run).adapter(method_of(state))

@@ -41,7 +41,9 @@ def base_of(model: str | None, adapters: Collection[Path]) -> str:
     if model is not None:
         return model
     if not adapters:
-        raise ConfigError("MODEL is missing; only beside an adapter, which names it, may it be.")
+        raise ConfigError(
+            "MODEL is missing. Only beside an adapter whose files name it may it be left out."
+        )
     from veneer.formats.locate import locate
     from veneer.models import locate as models
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, shortened
 from veneer.files import read_json, read_tensors
 from veneer.formats import native
 from veneer.formats.state import AdapterState
@@ -88,11 +88,13 @@ def read(place: Path, *, best: bool = False, shapes_only: bool = False) -> Adapt
                 files[file][key] = tensor if shape is None else tensor.reshape(shape)
         adapter = native.state_of_files(about["config"], files)
     except (KeyError, TypeError, AttributeError, RuntimeError, AdapterError) as error:
-        raise AdapterError(f"The adapter in {place} cannot be used: {error}.") from error
+        why = shortened(str(error), 20_000)
+        raise AdapterError(f"The adapter in {place} cannot be used: {why}.") from error
     identity = state.get("identity")
     if isinstance(identity, dict) and "data" in identity:
         # A run knows its tokenizer too, and so tells more bases apart than its model does.
-        base = identity.get("base", adapter.base_fingerprint)
+        base = identity.get("base")
+        base = base if isinstance(base, dict) else adapter.base_fingerprint
         training = {**adapter.training, **about_training(identity)}
         adapter = replace(adapter, base_fingerprint=base, training=training)
     return adapter

@@ -109,9 +109,14 @@ def test_links_out_of_the_directory_are_not_followed(server, root, adapter_dirs,
     (root / "half").mkdir()
     for file in elsewhere.iterdir():
         (root / "half" / file.name).symlink_to(file)
+    # A run's directory means the adapter in it, which may be a link as well.
+    for name, adapter in (("run", root / "law"), ("run of others", elsewhere)):
+        (root / name).mkdir()
+        (root / name / "lora_adapter").symlink_to(adapter)
     (root / "circle").symlink_to(root / "circle")
     (root / "inside").symlink_to(root / "law")
-    for name in ("link", "half", "circle", "link/..", elsewhere, "nowhere"):
+    for name in ("link", "half", "run of others", "circle", "link/..", elsewhere, "nowhere"):
         status, _, reply = load(server, "new", name)
         assert (status, reply["error"]["param"]) == (400, "lora_path"), name
     assert load(server, "new", "inside")[0] == 200
+    assert load(server, "newer", "run")[0] == 200

@@ -76,10 +76,10 @@ def find(root: Path, lora_path: str) -> Path:
 
 
 def _is_inside(root: Path, path: Path) -> bool:
-    """Return whether a path, and all files in it where it is a directory, lie below `root`."""
+    """Return whether a path, and all that is below it, lie below `root`."""
     if not path.is_relative_to(root):
         return False
-    files = path.iterdir() if path.is_dir() else [path] if path.is_file() else []
+    files = path.rglob("*") if path.is_dir() else [path] if path.is_file() else []
     return bool(files) and all(file.resolve().is_relative_to(root) for file in files)
 
 
