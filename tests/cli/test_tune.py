@@ -98,9 +98,17 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(tune, tmp_p
     out = tmp_path / "out"
     assert tune("--out", out, "--steps", 2) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
     assert tune("--out", out, "--steps", 2, "--rank", 3, "--seed", 5, "--resume") == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert "another run: rank (8 there, 3 here); seed (0 there, 5 here). Only epochs" in error
+    printed, error = capsys.readouterr()
+    error = " ".join(error.split())
+    assert "go on so: rank (8 there, 3 here); seed (0 there, 5 here). Either" in error
+    assert "--from" not in error  # an adapter of that rank
+    assert "Plan" not in printed  # nothing is loaded for it
+    assert tune("--out", out, "--steps", 2, "--seed", 5, "--resume") == 2
+    error = "".join(capsys.readouterr().err.split())
+    assert "so:seed(0there,5here).Either" in error
+    assert f"--from{out / 'lora_adapter'}--out" in error
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert tune("--out", out, "--steps", 4, "--lr", 0.01, "--resume") == 0
     printed = " ".join("".join(capsys.readouterr()).split())

@@ -264,7 +264,7 @@ class _Run:
             raise TrainingError(
                 f"The checkpoint in {self.directory} belongs to another run: {joined(differing)}. "
                 f"Only {', '.join(CHANGEABLE)} may be others. Resume with that run's settings, or "
-                "start anew: elsewhere by another --out, or here by --force."
+                "start anew: elsewhere by another --out (and --from its adapter), or by --force."
             )
         self.going_on = self._other_schedule(checkpoint)
         self.state.restore(checkpoint)

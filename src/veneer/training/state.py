@@ -89,13 +89,10 @@ class RunState:
 
     def differences_from(self, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
         """Return all that keeps a checkpoint from being an earlier state of this run."""
-        both = [checkpoint.identity, identity]
-        follows = ["alpha"] if all(s.get("alpha") == 2 * s.get("rank", 0) for s in both) else []
-        left_out = {*CHANGEABLE, *follows}
-        before, now = ({k: v for k, v in s.items() if k not in left_out} for s in both)
         stored = _shapes(_without_prefix("weights", checkpoint.tensors))
+        differing = other_settings(checkpoint.identity, identity)
         # The shapes follow from the settings, where these differ.
-        differing = differences(before, now) or differences(stored, _shapes(self.weights))
+        differing = differing or differences(stored, _shapes(self.weights))
         if "step" not in checkpoint.tensors:  # the optimizer's
             differing.append("it was written by another version of Veneer")
         return differing
@@ -122,6 +119,14 @@ class RunState:
         torch.set_rng_state(tensors["rng/cpu"])
         if torch.cuda.is_available() and "rng/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def other_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the settings in which two runs differ, so that neither can go on as the other."""
+    both = [before, now]
+    follows = ["alpha"] if all(s.get("alpha") == 2 * s.get("rank", 0) for s in both) else []
+    left_out = {*CHANGEABLE, *follows}
+    return differences(*({k: v for k, v in s.items() if k not in left_out} for s in both))
 
 
 def _fixed_factors(adapter: Adapter) -> dict[str, nn.Parameter]:

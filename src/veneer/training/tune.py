@@ -7,7 +7,8 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, get_args
 
 import torch
@@ -15,12 +16,13 @@ import torch
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.attach import attach
 from veneer.adapter.certify import certify
+from veneer.adapter.config import LoRA
 from veneer.adapter.merge import merge, why_not_mergeable
-from veneer.adapter.method import MethodName
+from veneer.adapter.method import Method, MethodName
 from veneer.adapter.new_tokens import add_tokens, extend_tokenizer, new_tokens_of
 from veneer.adapter.report import report_quantized, report_trained
 from veneer.data.encode import Example
-from veneer.errors import ConfigError, VeneerWarning
+from veneer.errors import ConfigError, TrainingError, VeneerWarning, joined
 from veneer.files import size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.checkpoint import about_training
@@ -56,6 +58,7 @@ from veneer.training.planned import (
 from veneer.training.preflight import Preflight, preflight
 from veneer.training.recipe import Recipe
 from veneer.training.rows import load_rows
+from veneer.training.state import other_settings
 
 # Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
 # these values is the run of such a checkpoint.
@@ -90,6 +93,8 @@ def tune(
     ahead = preflight(recipe, resume=resume, force=force, ignore_space=ignore_plan)
     recipe, start, tokenizer = ahead.recipe, ahead.start, ahead.tokenizer
     dtype = str(ahead.dtype).removeprefix("torch.")
+    if resume and (newest := checkpoint.newest(run.checkpoints)):
+        _check_goes_on(recipe, newest.identity)
     if start is not None:
         yield Notice(f"Starts from {recipe.start_from}: {start_from.in_words(recipe.what_trains)}.")
         if start.new_tokens:
@@ -197,19 +202,43 @@ def _report(recipe: Recipe, base: Base, dtype: str, new_tokens: tuple[str, ...])
     yield from map(Notice, report.remarks)
 
 
-def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
-    """Return all that decides the course of a run: a checkpoint goes on only with the same."""
-    tokens = [(row.tokens, row.labels) for row in examples]
+def _check_goes_on(recipe: Recipe, before: Mapping[str, Any]) -> None:
+    """Raise TrainingError where the recipe is no longer that of the run which is to go on."""
+    beside = {"data", "base", "computed_in"}  # known later, and checked by the loop
+    before, now = (
+        {name: value for name, value in settings.items() if name not in beside}
+        for settings in (before, _settings(recipe))
+    )
+    if not (differing := other_settings(before, now)):
+        return
+    ways = ["leave that out", "start anew by --force or another --out"]
+    names = {text.partition(" ")[0] for text in differing}
+    of_adapter = {field.name for kind in (LoRA, Method) for field in fields(kind)}
+    if recipe.adapter.exists() and not names & {*of_adapter, "model", "bits"}:
+        ways.append(f"start from what it learnt, elsewhere: --from {recipe.adapter} --out ...")
+    either = "; or ".join(ways)
+    raise TrainingError(
+        f"The run in {recipe.out} cannot go on so: {joined(differing)}. Either {either}."
+    )
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that decide a run's course, as a checkpoint has them."""
     settings = {k: v for k, v in recipe.settings().items() if k not in ("out", *NOT_OF_THE_COURSE)}
     for name, value in YOUNGER.items():
         if settings[name] == value:
             del settings[name]
-    identity = {
-        **settings,
+    return json.loads(json.dumps(settings))
+
+
+def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
+    """Return all that decides the course of a run: a checkpoint goes on only with the same."""
+    tokens = [(row.tokens, row.labels) for row in examples]
+    return {
+        **_settings(recipe),
         "data": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
         "base": fingerprint(base.model, base.tokenizer),
     }
-    return json.loads(json.dumps(identity))
 
 
 def _clear_state(run: RunDirectory) -> None:
