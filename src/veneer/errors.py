@@ -122,6 +122,12 @@ def shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def share_text(share: float) -> str:
+    """Return a share in per cent; a small one is not said to be nothing."""
+    text = f"{share:.2%}"
+    return "less than 0.01%" if share > 0 and text == "0.00%" else text
+
+
 def closest(name: str, names: Iterable[str], *, likeness: float = 0.5) -> str | None:
     """Return the one of `names` that is most like `name`, None where none is like it enough."""
     # The search takes the square of the length, and nobody mistypes so long a name.

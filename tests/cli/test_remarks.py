@@ -1,7 +1,7 @@
 """What a run says of settings that are legal but hardly meant, and of its own course."""
 
 from veneer.cli.progress import RunDisplay
-from veneer.cli.tables import share_text
+from veneer.errors import share_text
 from veneer.training.events import Measured, Started, Trained
 
 

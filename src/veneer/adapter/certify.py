@@ -16,7 +16,7 @@ from veneer.adapter.merge import LayerRounding, layer_roundings, relative_error
 from veneer.adapter.use import base_alone, in_use
 from veneer.adapter.virtual_context import context_left
 from veneer.data.probe import probe_rows
-from veneer.errors import MergeError
+from veneer.errors import MergeError, share_text
 from veneer.models.evaluating import evaluating
 from veneer.quant.weight import QuantizedLinear, quantized_layers
 
@@ -100,7 +100,9 @@ class MergeReport:
         if not problems:
             return
         lost = self.lost_in_float32
-        better = f"merge in float32 (--dtype float32), which would take {lost:.2%} of it, or "
+        better = (
+            f"merge in float32 (--dtype float32), which would take {share_text(lost)} of it, or "
+        )
         raise MergeError(
             f"The merged model would not be what was learnt: {'; '.join(problems)}. What helps: "
             f"{better if lost < self.lost / 2 else ''}keep the adapter beside the base."

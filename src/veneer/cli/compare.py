@@ -199,7 +199,7 @@ def _show(comparison: Comparison) -> None:
 def _result_table(comparison: Comparison, first: str, rows: list[Row]) -> Table:
     """Return the numbers that fit on a terminal; all of them are in comparison.md."""
     quality = [TITLES[comparison.measure]] if comparison.measure else []
-    titles = ("Trained", "Memory", "tokens/s", "Eval loss", *quality, "General", "Kept")
+    titles = ("Trained", "Memory", "tokens/s", "Eval loss", *quality, "General", "On disk")
     table = new_table(first, *titles)
     for row in rows:
         numbers = [

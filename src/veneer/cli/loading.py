@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import veneer
 from veneer.cli.console import quieten_libraries, show_notice
 from veneer.cli.flags import AdapterFlags, BaseFlags, refuse_preset
 from veneer.data.rows import Message
-from veneer.errors import ConfigError, ModelError, joined, shortened
+from veneer.errors import Checks, ConfigError, ModelError, VeneerWarning, joined, shortened
 from veneer.quant.settings import Bits, quantization_of
 
 if TYPE_CHECKING:
@@ -63,11 +64,30 @@ def base_of(model: str | None, adapters: Collection[Path]) -> str:
     return name
 
 
-def load_adapted(model: str | None, adapters: Mapping[str, Path], flags: AdapterFlags) -> Base:
+def load_adapted(
+    model: str | None,
+    adapters: Mapping[str, Path],
+    flags: AdapterFlags,
+    *,
+    checks: Checks | None = None,
+) -> Base:
     """Return a base with adapters over it by name; the last one acts.
 
-    Where `model` is None, the base is the one that the adapters name.
+    Where `model` is None, the base is the one that the adapters name. Whether all of them are there
+    is added to `checks`, which end before anything is loaded.
     """
+    from veneer.formats.locate import locate
+    from veneer.models import locate as models
+
+    checks = checks or Checks("Nothing is loaded")
+    for adapter in adapters.values():
+        with checks.check(), warnings.catch_warnings(action="ignore", category=VeneerWarning):
+            locate(adapter)
+    if model is not None:
+        with checks.check():
+            refuse_preset(model)
+            models.locate(model)
+    checks.end()
     base = load_base(base_of(model, adapters.values()), flags, adapters)
     for name, adapter in adapters.items():
         veneer.load(

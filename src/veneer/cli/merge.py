@@ -14,7 +14,7 @@ from veneer.cli.flags import AdapterFlags, AnyAdapter, Flat, NamedModel, Switch
 from veneer.cli.loading import NAME, base_of, load_adapted
 from veneer.cli.tables import merge_lines, merge_table, merged_table
 from veneer.data.sources import files_of
-from veneer.errors import ConfigError, MergeError
+from veneer.errors import Checks, ConfigError, MergeError
 
 
 def merge(
@@ -55,14 +55,18 @@ def merge(
         return
     if gguf_type is not None and not into_gguf:
         raise ConfigError("--gguf-type is for the tensors of an OUT.gguf, and OUT is no .gguf.")
-    refuse_to_replace(out)
-    if into_gguf:
-        from veneer.formats.gguf.plain import check_plain
+    checks = Checks("Nothing is merged")
+    with checks.check():
+        refuse_to_replace(out)
+    with checks.check():
+        if into_gguf:
+            from veneer.formats.gguf.plain import check_plain
 
-        check_plain(base, out, kind=gguf_type)
-    if probe is not None:
-        files_of(probe)  # a wrong name shows before the work
-    loaded = load_adapted(base, {NAME: adapter}, loading)
+            check_plain(base, out, kind=gguf_type)
+    with checks.check():
+        if probe is not None:
+            files_of(probe)
+    loaded = load_adapted(base, {NAME: adapter}, loading, checks=checks)
     plain = veneer.merge(loaded.model)
     report = veneer.certify(loaded.model, plain, loaded.tokenizer, probe=probe)
     OUTPUT.print(merge_table(report))

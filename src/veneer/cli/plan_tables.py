@@ -117,8 +117,9 @@ def layers_table(plan: Plan) -> Table:
 
 def methods_table(plan: Plan, free: int | None) -> Table:
     """Return what each method would train and need, with the plan's other settings."""
+    # Forward: what a pass keeps for the way back.
     table = _table(
-        "Method", "Trained", "Per cent", "Weights", "Gradients", "Adam", "Kept", "Peak", "Fits"
+        "Method", "Trained", "Per cent", "Weights", "Gradients", "Adam", "Forward", "Peak", "Fits"
     )
     for title, other in comparison(plan):
         memory = other.memory

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.cli.console import bytes_text, new_table
+from veneer.errors import share_text
 
 if TYPE_CHECKING:
     from veneer.adapter.certify import MergeReport
@@ -147,12 +148,6 @@ def target_table(report: TargetReport) -> Table:
             f"{trained * len(lines):,}",
         )
     return table
-
-
-def share_text(share: float) -> str:
-    """Return a share in per cent; a small one is not said to be nothing."""
-    text = f"{share:.2%}"
-    return "less than 0.01%" if share > 0 and text == "0.00%" else text
 
 
 def span(numbers: Sequence[int]) -> str:

@@ -74,7 +74,7 @@ def cells(comparison: Comparison, row: Row) -> dict[str, str]:
         "Evaluation loss": "" if row.eval_loss is None else row.eval_loss.text(4),
         **quality,
         "General loss, change": "" if row.forgotten is None else row.forgotten.text(4, signed=True),
-        "Kept per task (MB)": "" if row.kept is None else _megabytes(row.kept),
+        "On disk per task (MB)": "" if row.kept is None else _megabytes(row.kept),
         "Base unchanged": _yes(row.base_unchanged),
         "Swappable": _yes(row.swappable),
     }
