@@ -43,7 +43,7 @@ def tune_fully(model: PreTrainedModel, rows: Sequence[Example], steps: int) -> P
     """Train every weight, as a comparison does, and return the plain model."""
     full = LABELS["full"]
     veneer.attach(model, veneer.Method(**full.method), seed=0)
-    config = veneer.TrainConfig(steps=steps, lr=full.lr, tokens_per_step=1024, seed=0)
+    config = veneer.TrainConfig(steps=steps, lr=2e-4, tokens_per_step=1024, seed=0)
     for event in veneer.train(model, list(rows), config):
         if isinstance(event, Step) and event.step % 20 == 0:
             print(f"  step {event.step}: loss {event.loss:.4f}", flush=True)

@@ -28,7 +28,7 @@ RECIPE = veneer.Recipe(
     data=ROWS,
     lora=veneer.LoRA(rank=16, targets="all"),
     training=veneer.TrainConfig(epochs=4, lr=1e-3, tokens_per_step=1024),
-    rows=veneer.DataConfig(new_words=",".join(cuisine.NEW_WORDS)),
+    rows=veneer.DataConfig(eval_rows=0, new_words=",".join(cuisine.NEW_WORDS)),
     out=OUT,
 )
 SHORT = veneer.Sampling(max_new_tokens=32)

@@ -87,9 +87,9 @@ BESIDE |= {n: {"method": "freeze"} for n in ("trained_blocks", "train_head", "tr
 BESIDE |= {n: {"method": "prefix"} for n in ("virtual_tokens", "prefix_mlp")}
 BESIDE["prompt_text"] = {"method": "prompt"}
 # What follows from a setting that is left as it is.
-FOLLOWS = {"rank": ["alpha"], "method": ["lr"]}
-FOLLOWS |= {n: ["method", "lr", "trained_blocks"] for n in BESIDE if n.startswith("train")}
-FOLLOWS |= {n: ["lr", "virtual_tokens"] for n in ("virtual_tokens", "prefix_mlp", "prompt_text")}
+FOLLOWS = {"rank": ["alpha"]}
+FOLLOWS |= {n: ["method", "trained_blocks"] for n in BESIDE if n.startswith("train")}
+FOLLOWS |= {n: ["virtual_tokens"] for n in ("virtual_tokens", "prefix_mlp", "prompt_text")}
 SWITCHES = ("resume", "force", "ignore_plan", "tensorboard", "quiet")
 
 

@@ -183,7 +183,7 @@ def test_all_values_that_cannot_be_are_named_at_once(caught, refused):
         assert f"{name.replace('-', '_')} is " in error, name
     error = refused("tune", "m", "d", "--eval-rows", "3", "--eval-data", "x.jsonl")
     assert "eval_rows and eval_data exclude each other" in error
-    error = refused("tune", "m", "d", "--eval-every", "3", "--patience", "2")
+    error = refused("tune", "m", "d", "--eval-every", "3", "--patience", "2", "--eval-rows", "0")
     assert "eval_every and patience would do nothing" in error
     assert caught.recipe is None
 

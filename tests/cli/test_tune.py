@@ -112,7 +112,7 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(tune, tmp_p
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert tune("--out", out, "--steps", 4, "--lr", 0.01, "--resume") == 0
     printed = " ".join("".join(capsys.readouterr()).split())
-    assert "Going on from step 3 of 4 with steps 4 (2 before), lr 0.01 (0.0002 before);" in printed
+    assert "Going on from step 3 of 4 with steps 4 (2 before), lr 0.01 (0.005 before);" in printed
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
     adapter = out / "lora_adapter" / "lora_weights.pt"
     assert adapter.read_bytes() != before[adapter]

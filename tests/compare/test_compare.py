@@ -55,6 +55,9 @@ def test_every_method_gets_the_same_tokens_in_the_same_order(done):
     # Before their first step two of them are the base, so that equal losses mean equal rows.
     assert done.runs["lora"]["losses"][0] == pytest.approx(done.runs["full"]["losses"][0], rel=1e-5)
     assert all(len(run["losses"]) == 4 for run in done.runs.values())
+    chosen = json.loads((done.out / "runs" / "base.json").read_text(encoding="utf-8"))["result"]
+    assert (chosen["hidden_size"], chosen["tokens_per_step"]) == (64, 256)
+    assert chosen["steps"] > 4
 
 
 def test_rows_say_what_was_measured(done):
@@ -212,6 +215,24 @@ def test_a_budget_of_tokens_is_the_same_steps_for_all(asked_for, tmp_path):
     assert {job.dtype for job in asked_for[1:]} == {"float32"}
 
 
+def test_without_a_budget_all_get_what_tune_would_choose(asked_for, tmp_path, monkeypatch):
+    def do_job(job, runs):
+        asked_for.append(job)
+        yield from ()
+        chosen = {"hidden_size": 576, "tokens_per_step": 224, "steps": 37}
+        return Result({}, 10, "float32", 5, 2, 100.0, 1.0, trained=3, **chosen)
+
+    monkeypatch.setattr(comparing, "do_job", do_job)
+    compared(tmp_path, "lora,lora+,full")
+    assert [(job.tokens_per_step, job.steps, job.lr) for job in asked_for[1:]] == [
+        (224, 37, 1.3e-3),
+        (224, 37, 3.3e-4),
+        (224, 37, 1.3e-4),
+    ]
+    assert asked_for[0].tokens_per_step is None
+    assert "37 steps for each" in Path("out/comparison.md").read_text(encoding="utf-8")
+
+
 def test_a_range_test_takes_the_rate_with_the_lowest_loss(asked_for, tmp_path):
     numbers = compared(
         tmp_path, "lora", "--range-test", "--budget", "steps:50", "--lr.lora", "6e-3"
@@ -256,7 +277,7 @@ def test_minutes_become_steps_by_each_methods_own_speed(asked_for, tmp_path, mon
     monkeypatch.setattr(comparing, "do_job", do_job)
     compared(tmp_path, "lora,lora+", "--budget", "minutes:1", "--lr.lora+", "1e-4")
     runs = [(job.name, job.steps, job.lr) for job in asked_for if job.kind == "run"]
-    assert runs == [("lora-seed0", 120, 2e-3), ("lora+-seed0", 40, 1e-4)]
+    assert runs == [("lora-seed0", 120, 5e-4), ("lora+-seed0", 40, 1e-4)]
 
 
 def test_faults_of_all_files_are_named_at_once_before_anything_starts(asked_for, tmp_path, capsys):

@@ -16,8 +16,9 @@ def test_every_label_makes_a_recipe_that_can_be(name):
     from veneer.compare.measure import recipe_of
 
     label = LABELS[name]
-    recipe = recipe_of(job(label=label, lr=label.lr))
-    assert recipe.training.lr == label.lr
+    recipe = recipe_of(job(label=label))
+    assert recipe.training.lr == 1e-3
+    assert recipe.what_trains == label.what_trains
     assert recipe.training.steps == 3
     assert label.explained.endswith(".")
 
@@ -90,5 +91,6 @@ def test_what_is_swept_keeps_its_scaling_and_shares_runs_with_lora():
     assert {LoRA(**label.lora).scaling_of("x") for label in labels} == {2.0}
     assert [label.run for label in labels] == ["rank 1, all", "lora", "rank 64, all", "rank 8, qv"]
     config = CompareConfig(ranks="8", lr={"lora": 0.5})
-    assert config.rate_of(config.swept[0]) == config.rate_of(LABELS["lora"]) == 0.5
-    assert config.rate_of(LABELS["rslora"]) == LABELS["rslora"].lr
+    assert config.rate_of(config.swept[0], 576) == config.rate_of(LABELS["lora"], 576) == 0.5
+    rates = {name: config.rate_of(LABELS[name], 576) for name in ("dora", "qlora", "lora+")}
+    assert rates == {"dora": 1.3e-3, "qlora": 1.3e-3, "lora+": 3.3e-4}

@@ -172,13 +172,13 @@ def test_a_run_yields_its_plan_and_what_it_took(minigpt_home, tmp_path):
     assert measured.planned == plan.plan.memory.peak
     assert measured.peak > 100e6
     kinds = [type(event) for event in events]
-    assert [kinds.index(kind) for kind in (DataReady, Planned, ModelReady)] == [0, 1, 2]
+    assert [kinds.index(kind) for kind in (DataReady, Notice, Planned, ModelReady)] == [0, 1, 2, 3]
     assert sum(isinstance(event, Written) for event in events) == 2
 
 
 def test_what_is_no_causal_language_model_is_not_planned_but_noticed(big):
     (Path(big.model) / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    ready, *notices = itertools.islice(veneer.tune(big), 3)
+    ready, *notices = itertools.islice(veneer.tune(big), 4)
     assert isinstance(ready, DataReady)
     assert "No memory is planned" in notices[-1].text
 
@@ -211,7 +211,7 @@ def test_what_a_program_holds_beside_is_planned(big, monkeypatch):
 
 def test_on_a_gpu_nothing_is_planned(big, monkeypatch):
     monkeypatch.setattr(planned.torch.cuda, "is_available", lambda: True)
-    _, *notices = itertools.islice(veneer.tune(big), 3)
+    _, *notices = itertools.islice(veneer.tune(big), 4)
     assert notices[-1].text.startswith("No memory is planned for this run: plans are of the proc")
 
 

@@ -79,7 +79,7 @@ def test_valid_files_are_rows_to_evaluate_on(tmp_path):
     evaluated = veneer.TrainConfig(eval_every=1)
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(ConfigError, match="would do nothing without rows to evaluate on"):
-        veneer.Recipe("base", tmp_path, training=evaluated)
+        veneer.Recipe("base", tmp_path, training=evaluated, rows=veneer.DataConfig(eval_rows=0))
     (tmp_path / "valid.jsonl").touch()
     veneer.Recipe("base", tmp_path, training=evaluated)
 

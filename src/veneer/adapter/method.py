@@ -9,14 +9,6 @@ from typing import Literal
 from veneer.checks import BOOLEAN, TEXT, check_config, one_of, whole_number
 
 MethodName = Literal["lora", "full", "freeze", "prefix", "prompt"]
-# Peak learning rates of AdamW for a whole run, as the methods' papers and PEFT's guides have them.
-LEARNING_RATES: dict[MethodName, float] = {
-    "lora": 2e-4,
-    "full": 2e-5,
-    "freeze": 1e-4,
-    "prefix": 1e-2,
-    "prompt": 3e-2,
-}
 # Settings that only some methods have, with their defaults.
 METHOD_DEFAULTS: dict[str, dict[str, object]] = {
     "freeze": {"trained_blocks": 2, "train_head": False, "train_norms": False},

@@ -35,7 +35,8 @@ app = App(
 )
 app.command(
     "veneer.cli.tune:tune",
-    help="Train an adapter over MODEL on DATA, and keep it two ways: alone, and merged.",
+    help="Train an adapter over MODEL on DATA, and keep it two ways: alone, and merged. "
+    "Epochs, tokens a step, rate and held-out rows are chosen from both unless given.",
     config=from_recipe,
 )
 app.command(

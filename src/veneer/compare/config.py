@@ -11,6 +11,7 @@ from veneer.checks import ABOVE_0, broken, check_config, one_of, whole_number
 from veneer.compare.budget import Budget, parse_budget
 from veneer.compare.labels import LABELS, Label, swept
 from veneer.errors import ConfigError, nearest
+from veneer.training.choose import learning_rate
 from veneer.training.recipe import DType
 
 METHODS = ",".join(LABELS)
@@ -26,8 +27,9 @@ class CompareConfig:
     """For a second table, ranks of LoRA on all layers, as in 1,4,8,16,64; alpha is twice each."""
     target_sets: str | Sequence[str] | None = None
     """For the second table too, targets of LoRA of rank 8, as in qv,attention,mlp,all."""
-    budget: str = "steps:100"
-    """What each method gets: steps:N, tokens:N or minutes:N (of training, by its own speed)."""
+    budget: str | None = None
+    """What each method gets: steps:N, tokens:N or minutes:N (of training, by its own speed); the
+    steps that `veneer tune` would choose unless given."""
     seeds: int = 1
     """Runs of each method; with several, losses come with their standard deviation."""
     seed: int = 0
@@ -46,10 +48,11 @@ class CompareConfig:
     """Use only this many rows of DATA, the first ones."""
     max_length: int = 1024
     """Longest row in tokens; the rest of a longer one is cut off."""
-    tokens_per_step: int = 1024
-    """Real tokens in an optimizer step, at most."""
+    tokens_per_step: int | None = None
+    """Real tokens in an optimizer step, at most; chosen by how many there are unless given."""
     lr: dict[str, float] = field(default_factory=dict)
-    """Learning rates of single methods, as in --lr.lora 5e-4, instead of Veneer's own."""
+    """Learning rates of single methods, as in --lr.lora 5e-4, instead of those that
+    `veneer tune` chooses."""
     range_test: bool = False
     """First try a third of each rate, the rate and three times it, for a tenth of the budget."""
     dtype: DType = "auto"
@@ -73,7 +76,7 @@ class CompareConfig:
             problems.append(f"ranks is {names}, but must be whole numbers, each at least 1")
         object.__setattr__(self, "ranks", tuple(rank for rank in ranks if rank))
         try:
-            parse_budget(self.budget)
+            self.allowed_of(1)
         except ConfigError as error:
             problems.append(str(error))
         problems += self._problems_of_rates()
@@ -123,14 +126,15 @@ class CompareConfig:
         """The rows of the second table, if any."""
         return swept([int(rank) for rank in self.ranks or ()], self.target_sets or ())
 
-    @property
-    def allowed(self) -> Budget:
-        """What every method gets."""
-        return parse_budget(self.budget)
+    def allowed_of(self, steps: int) -> Budget:
+        """Return what every method gets, where `steps` are what a run chooses."""
+        return Budget("steps", steps) if self.budget is None else parse_budget(self.budget)
 
-    def rate_of(self, label: Label) -> float:
+    def rate_of(self, label: Label, hidden_size: int | None) -> float:
         """Return the learning rate at which a label trains, or from which a range test starts."""
-        return self.lr.get("lora" if label in self.swept else label.name, label.lr)
+        ratio = label.lora_plus_ratio
+        usual = learning_rate(label.what_trains, hidden_size, lora_plus_ratio=ratio)
+        return self.lr.get("lora" if label in self.swept else label.name, usual)
 
 
 def _rank(value: object) -> int | None:

@@ -36,7 +36,7 @@ class Job:
     eval_rows: int | None
     limit: int | None
     max_length: int
-    tokens_per_step: int
+    tokens_per_step: int | None  # None for the base alone, which chooses them for all
     dtype: str
     split_seed: int
     seed: int
@@ -77,6 +77,9 @@ class Result:
     held_out: int
     tokens_a_step: float  # mean of the first epoch
     eval_loss: float  # of a trial that diverged, infinite
+    hidden_size: int | None = None
+    tokens_per_step: int = 0  # at most
+    steps: int = 0  # that a run of these rows chooses
     device: str = "cpu"
     general_loss: float | None = None
     exact: float | None = None  # per cent of the answers that are right to the word

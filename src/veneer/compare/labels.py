@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.quant.settings import Bits
 
@@ -16,14 +17,12 @@ class Label:
 
     name      as it is shown
     explained one sentence for readers of the table
-    lr        its learning rate
     method    settings of `Method` that differ from the usual, `lora` of `LoRA`
     run       name of its runs, which labels that train alike share
     """
 
     name: str
     explained: str
-    lr: float = 0.0
     method: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] = field(default_factory=dict)
     bits: Bits | None = None
@@ -34,64 +33,58 @@ class Label:
         if not self.run:
             object.__setattr__(self, "run", self.name)
 
+    @property
+    def what_trains(self) -> LoRA | Method:
+        """The adapter, or the method that has none."""
+        return LoRA(**self.lora) if self.lora else Method(**self.method)
 
-# Learning rates are for the short budgets of a comparison, which want more than a whole run does.
-# Each was the best of three on a 135M base; --range-test looks for those of another base.
+
 _ALL = (
     Label(
         "full",
         "Every weight of the base trains, and each task is a whole model of its own.",
-        lr=2e-4,
         method={"method": "full"},
     ),
     Label(
         "freeze",
         "The last two blocks train, as the base's own weights; all below them stays.",
-        lr=1e-3,
         method={"method": "freeze", "trained_blocks": 2},
     ),
     Label(
         "lora",
         "LoRA of rank 8 on all linear layers: W stays, and B A beside it trains.",
-        lr=2e-3,
         lora={"rank": 8, "targets": "all"},
     ),
     Label(
         "qlora",
         "The same LoRA over a base whose linear layers are quantized to 4 bits (NF4).",
-        lr=2e-3,
         lora={"rank": 8, "targets": "all"},
         bits=4,
     ),
     Label(
         "dora",
         "LoRA for the direction of each row of W, and a trained magnitude beside it.",
-        lr=2e-3,
         lora={"rank": 8, "targets": "all", "dora": True},
     ),
     Label(
         "lora+",
         "The same LoRA, in which B learns eight times as fast as A.",
-        lr=5e-4,
         lora={"rank": 8, "targets": "all"},
         lora_plus_ratio=8.0,
     ),
     Label(
         "rslora",
         "The same LoRA, scaled by alpha / √rank instead of alpha / rank: 2.8 times as much here.",
-        lr=1e-3,
         lora={"rank": 8, "targets": "all", "rslora": True},
     ),
     Label(
         "prefix",
         "Keys and values of 20 virtual tokens train in every layer; the base reads them first.",
-        lr=3e-2,
         method={"method": "prefix"},
     ),
     Label(
         "prompt",
         "Embeddings of 20 virtual tokens train; the base reads them before every row.",
-        lr=3e-2,
         method={"method": "prompt"},
     ),
 )

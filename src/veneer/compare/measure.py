@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, cast
@@ -40,6 +40,7 @@ from veneer.kernels.heap import kept_heap
 from veneer.models.fingerprint import base_parameters, fingerprint, parameter_count
 from veneer.models.load import Base, load_base
 from veneer.quant.weight import quantized_layers
+from veneer.training.choose import choose, hidden_size_of
 from veneer.training.config import TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import Notice, Skipped, Step
@@ -83,7 +84,8 @@ def measure(job: Job, runs: Path, report: Report) -> Result:
         "device": model.device.type,
         "rows": len(data.training),
         "held_out": len(data.held_out),
-        "tokens_a_step": _tokens_a_step(job, data.training),
+        **_steps_of(job, data.training, recipe.training),
+        "hidden_size": hidden_size_of(model.config),
     }
     if job.kind != "base":
         attach(model, recipe.what_trains, seed=job.seed)
@@ -192,11 +194,19 @@ def _general_text(job: Job, base: Base, max_length: int) -> list[Example]:
     return check(examples, problems, skip_bad_rows=False)
 
 
-def _tokens_a_step(job: Job, rows: Sequence[Example]) -> float:
-    """Return the mean number of tokens in a step of the first epoch."""
+def _steps_of(job: Job, rows: Sequence[Example], given: TrainConfig) -> dict[str, Any]:
+    """Return the tokens of a step, at most and in the mean, and the steps of a whole run."""
     lengths = [len(row.tokens) for row in rows]
-    order = StepOrder(lengths, job.tokens_per_step, job.tokens_per_step, job.seed)
-    return sum(lengths) / len(order.epoch(0))
+    course = choose(replace(given, steps=None), lengths, what_trains=LoRA(), hidden_size=None)
+    assert course.epochs is not None
+    assert course.tokens_per_step is not None
+    limit = course.tokens_per_step
+    epoch = len(StepOrder(lengths, limit, limit, job.seed).epoch(0))
+    return {
+        "tokens_per_step": limit,
+        "tokens_a_step": sum(lengths) / epoch,
+        "steps": round(course.epochs * epoch),
+    }
 
 
 def _train(

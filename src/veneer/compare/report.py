@@ -39,7 +39,7 @@ def markdown(comparison: Comparison) -> str:
 def settings_line(comparison: Comparison) -> str:
     """Return one line: what was compared, over which rows, and with how much for each."""
     config, base = comparison.config, comparison.base
-    budget = config.allowed
+    budget = config.allowed_of(base.steps)
     clauses = [
         f"{comparison.model} in {base.dtype}",
         f"{base.rows:,} rows of {comparison.data.name} to train on and {base.held_out:,} held out",
@@ -118,7 +118,7 @@ def _columns(comparison: Comparison) -> str:
         "text that training does not show: what was forgotten. Whether the base is unchanged was "
         "measured by a hash of all its weights before and after."
     )
-    if comparison.config.allowed.unit == "minutes":
+    if comparison.config.allowed_of(comparison.base.steps).unit == "minutes":
         text += (
             " Each method's steps were chosen by its speed, measured first, to fill its minutes."
         )

@@ -146,7 +146,7 @@ class _Run:
             eval_rows=config.eval_rows,
             limit=config.limit,
             max_length=config.max_length,
-            tokens_per_step=config.tokens_per_step,
+            tokens_per_step=self.base.tokens_per_step if self.base else config.tokens_per_step,
             # Once, for two measurements of what is faster may differ.
             dtype=self.base.dtype if self.base else config.dtype,
             split_seed=config.seed,
@@ -158,7 +158,8 @@ class _Run:
     def course(self, label: Label) -> Generator[Event, None, tuple[int, float] | None]:
         """Return the steps of a label's runs and their learning rate, after trials where needed."""
         assert self.base is not None
-        budget, lr, seconds = self.config.allowed, self.config.rate_of(label), math.nan
+        budget = self.config.allowed_of(self.base.steps)
+        lr, seconds = self.config.rate_of(label, self.base.hidden_size), math.nan
         if budget.unit == "minutes":
             # Timed first, so that the learning rate reaches its end just when the time is over.
             job = self.job(f"{label.run}-timing", "trial", label, steps=TIMED, lr=lr)

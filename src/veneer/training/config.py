@@ -32,14 +32,16 @@ CHANGEABLE = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The course of a training run. Raises ConfigError, which lists everything that is wrong."""
+    """The course of a training run, where None is a choice that the rows and the base decide
+    (`training/choose.py`). Raises ConfigError, which lists everything that is wrong.
+    """
 
-    epochs: float = 1.0
-    """Passes over the rows."""
+    epochs: float | None = None
+    """Passes over the rows; chosen by how many there are unless given."""
     steps: int | None = None
     """Optimizer steps, whatever the epochs."""
     lr: float | None = None
-    """Peak learning rate of AdamW; what suits the method unless given (2e-4 for LoRA)."""
+    """Peak learning rate of AdamW; chosen by the method and the base's width unless given."""
     lora_plus_ratio: float | None = None
     """LoRA+: B's learning rate as a multiple of A's; 4 to 16 are usual."""
     schedule: Schedule = "cosine"
@@ -50,8 +52,8 @@ class TrainConfig:
     """Decoupled weight decay of AdamW."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 leaves it as it is."""
-    tokens_per_step: int = 2048
-    """Real tokens in an optimizer step, at most."""
+    tokens_per_step: int | None = None
+    """Real tokens in an optimizer step, at most; chosen by how many there are unless given."""
     tokens_per_batch: int | None = None
     """Real tokens in one forward and backward pass, at most; smaller needs less memory."""
     recompute: Recompute = "none"
@@ -97,6 +99,7 @@ class TrainConfig:
     @property
     def batch_tokens(self) -> int:
         """Tokens of one pass: those of a step unless fewer were asked for."""
+        assert self.tokens_per_step is not None
         return min(self.tokens_per_batch or self.tokens_per_step, self.tokens_per_step)
 
     def lr_at(self, step: int, steps: int) -> float:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.layers import idle_adapters
-from veneer.adapter.method import LEARNING_RATES, Method
+from veneer.adapter.method import Method
 from veneer.adapter.start import start_from_gradients
 from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import idle_virtual_tokens, virtual_input_count
@@ -29,6 +29,7 @@ from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
 from veneer.training import checkpoint as checkpoints
 from veneer.training.checkpoint import Checkpoint
+from veneer.training.choose import choose, explain, hidden_size_of
 from veneer.training.config import CHANGEABLE, NOT_OF_THE_COURSE, SCHEDULE, TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
@@ -75,7 +76,7 @@ def train(
     try:
         with kept_heap():
             forward, notices = choose_forward(model, examples, recompute=config.recompute)
-            yield from map(Notice, notices)
+            yield from map(Notice, [*([run.choices] if run.choices else []), *notices])
             restored = resume and run.restore()
             if resume and not restored:
                 yield Notice(f"There is no checkpoint in {directory} to go on from; a new start.")
@@ -104,14 +105,16 @@ class _Run:
         directory: Path | None,
         identity: Mapping[str, Any],
     ) -> None:
-        lr = _usual_lr(model) if config.lr is None else config.lr
-        self.model, self.examples, self.config = model, examples, replace(config, lr=lr)
+        weights, active = _what_trains(model)
+        _check_rows(examples, held_out)
+        config, self.choices = _choose(model, examples, config)
+        assert config.lr is not None
+        assert config.tokens_per_step is not None
+        self.model, self.examples, self.config = model, examples, config
         self.held_out, self.directory = held_out, directory
         course = {k: v for k, v in asdict(self.config).items() if k not in NOT_OF_THE_COURSE}
         self.identity = course | dict(identity)
         self.going_on = ""  # what changes where a run goes on otherwise than it began
-        weights, active = _what_trains(model)
-        _check_rows(examples, held_out)
         self.order = StepOrder(
             [len(example.tokens) for example in examples],
             config.tokens_per_step,
@@ -123,9 +126,11 @@ class _Run:
         self.steps = config.steps or self._steps_in(config.epochs)
         torch.manual_seed(config.seed)
         ratio = config.lora_plus_ratio
-        ratios = None if ratio is None else lr_ratios(model, ratio=ratio, lr=lr)
+        ratios = None if ratio is None else lr_ratios(model, ratio=ratio, lr=config.lr)
         # Last, for until it is released the weights are views of its buffers.
-        optimizer = FlatAdamW(weights, lr=lr, weight_decay=config.weight_decay, ratios=ratios)
+        optimizer = FlatAdamW(
+            weights, lr=config.lr, weight_decay=config.weight_decay, ratios=ratios
+        )
         self.state = RunState(weights, active, optimizer)
 
     @property
@@ -133,8 +138,9 @@ class _Run:
         """How far the run has come."""
         return self.state.progress
 
-    def _steps_in(self, epochs: float) -> int:
+    def _steps_in(self, epochs: float | None) -> int:
         """Return how many steps `epochs` are, at least one."""
+        assert epochs is not None
         whole = int(epochs)
         steps = sum(len(self.order.epoch(epoch)) for epoch in range(whole))
         if epochs > whole:
@@ -295,11 +301,16 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else f"{value:g}" if isinstance(value, float) else value
 
 
-def _usual_lr(model: PreTrainedModel) -> float:
-    """Return the learning rate that suits what trains."""
+def _choose(
+    model: PreTrainedModel, examples: Sequence[Example], given: TrainConfig
+) -> tuple[TrainConfig, str | None]:
+    """Return the course without any choice left, and what was chosen in words."""
     active = [config for name, config in adapters(model).items() if name in in_use(model)]
-    methods = [config.method for config in active if isinstance(config, Method)]
-    return LEARNING_RATES[methods[0] if methods else "lora"]
+    lengths = [len(example.tokens) for example in examples]
+    hidden_size = hidden_size_of(model.config)
+    what_trains = active[0] if active else Method("full")
+    chosen = choose(given, lengths, what_trains=what_trains, hidden_size=hidden_size)
+    return chosen, explain(given, chosen, lengths, hidden_size=hidden_size)
 
 
 def _what_trains(

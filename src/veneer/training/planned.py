@@ -38,6 +38,8 @@ def plan_run(
     nothing.
     """
     name, training = recipe.model, recipe.training
+    if training.tokens_per_step is None:
+        training = replace(training, tokens_per_step=PlanConfig.tokens_per_batch)
     bits: Bits | None = recipe.bits
     head, mapped = recipe.pack_head, False
     preset = name in PRESETS and not Path(name).exists()
@@ -66,9 +68,10 @@ def plan_run(
     return make_plan(settings, sizes, adapted, runtime=_runtime())
 
 
-def with_rows(plan: Plan, longest: int) -> Plan:
-    """Return the plan where the longest row has that many tokens."""
-    config = replace(plan.config, max_length=longest)
+def with_rows(plan: Plan, recipe: Recipe, longest: int) -> Plan:
+    """Return the plan with the tokens of a pass that were chosen for rows of up to `longest`."""
+    tokens = recipe.training.batch_tokens
+    config = replace(plan.config, tokens_per_batch=tokens, max_length=longest)
     return make_plan(config, plan.sizes, plan.adapted, runtime=_runtime())
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint, start_from
+from veneer.training.choose import as_before
 from veneer.training.planned import plan_run, why_no_merge
 from veneer.training.recipe import Recipe
 
@@ -31,8 +33,9 @@ from veneer.training.recipe import Recipe
 class Preflight:
     """What is known of a run before its base is loaded.
 
-    recipe: with the settings of the adapter that the run starts from, `start`, if it does. plan:
-    its memory, if all rows were as long as allowed. why_no_plan: why there is none.
+    recipe: with the settings of the adapter that the run starts from, `start`, if it does, and the
+    choices of the run that it goes on with. plan: its memory, if all rows were as long as allowed.
+    why_no_plan: why there is none.
     """
 
     recipe: Recipe
@@ -60,8 +63,11 @@ def preflight(recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool) 
             files_of(recipe.rows.eval_data, "valid")
     result = None
     with checks.check():
-        # Once, for two measurements of what is faster may differ.
-        dtype = dtype_of(locate(recipe.model), _dtype_asked_for(recipe, run, resume=resume))
+        # What was chosen once stays, and two measurements of what is faster may differ.
+        earlier = _earlier_settings(run) if resume else {}
+        asked = earlier.get("computed_in", "auto") if recipe.dtype == "auto" else recipe.dtype
+        dtype = dtype_of(locate(recipe.model), asked)
+        recipe = _as_before(recipe, earlier)
         config, tokenizer = load_config_and_tokenizer(recipe.model)
         start = None
         if recipe.start_from is not None:
@@ -128,9 +134,15 @@ def _there(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def _dtype_asked_for(recipe: Recipe, run: RunDirectory, *, resume: bool) -> str:
-    """Return the dtype to load in: a run that goes on keeps the one that `auto` chose for it."""
-    newest = checkpoint.newest(run.checkpoints) if resume else None
-    if newest is None or recipe.dtype != "auto":
-        return recipe.dtype
-    return str(newest.identity.get("computed_in", recipe.dtype))
+def _earlier_settings(run: RunDirectory) -> Mapping[str, Any]:
+    """Return all that decided the course of the run that goes on, nothing where there is none."""
+    newest = checkpoint.newest(run.checkpoints)
+    return {} if newest is None else newest.identity
+
+
+def _as_before(recipe: Recipe, earlier: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with what was chosen for an earlier run, wherever it leaves a choice."""
+    rows = recipe.rows
+    if rows.eval_rows is None:
+        rows = replace(rows, eval_rows=0 if rows.eval_data else earlier.get("eval_rows"))
+    return replace(recipe, training=as_before(recipe.training, earlier), rows=rows)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from veneer.adapter.config import LoRA
-from veneer.adapter.method import LEARNING_RATES, Method
+from veneer.adapter.method import Method
 from veneer.checks import check_config, one_of, whole_number
 from veneer.data.rows import LongRows
 from veneer.data.sources import has_valid_files
@@ -29,8 +29,9 @@ class DataConfig:
     long_rows: LongRows | None = None
     """What becomes of longer rows: split keeps all, in several rows; cut keeps the beginning; drop
     leaves them out; error refuses them. If not given, texts are split and chats are cut."""
-    eval_rows: int = 0
-    """Rows to hold out for evaluation, drawn at random."""
+    eval_rows: int | None = None
+    """Rows to hold out for evaluation, drawn at random; 0: none. Some of 100 or more unless given
+    here, by --eval-data, or as a directory's valid files."""
     eval_data: Path | None = None
     """Rows to evaluate on, instead of held-out ones; else the valid files of a directory."""
     skip_bad_rows: bool = False
@@ -86,7 +87,10 @@ class Recipe:
             f.name for f in fields(LoRA) if getattr(self.lora, f.name) != getattr(usual, f.name)
         ]
         of_adapters += ["lora_plus_ratio"] * (self.training.lora_plus_ratio is not None)
-        evaluates = self.rows.eval_rows or self.rows.eval_data or has_valid_files(self.data)
+        may_choose = self.rows.eval_rows is None
+        evaluates = (
+            may_choose or self.rows.eval_rows or self.rows.eval_data or has_valid_files(self.data)
+        )
         check_config(
             self,
             opening="This run cannot be",
@@ -108,9 +112,6 @@ class Recipe:
                 ),
             },
         )
-        if self.training.lr is None:
-            training = replace(self.training, lr=LEARNING_RATES[method])
-            object.__setattr__(self, "training", training)
 
     @property
     def adapter(self) -> Path:

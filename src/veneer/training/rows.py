@@ -21,6 +21,7 @@ from veneer.data.preview import preview
 from veneer.data.problems import Located
 from veneer.data.rows import Row, common_system_prompt, texts_of, unused_keys
 from veneer.data.sources import Splits, read_rows, splits_of
+from veneer.training.choose import rows_to_hold_out
 from veneer.training.events import DataReady
 from veneer.training.recipe import Recipe
 
@@ -68,14 +69,16 @@ def load_rows(
     splits = splits_of(recipe.data)
     uses_valid = bool(splits.valid) and settings.eval_data is None and not settings.eval_rows
     if eval_data := recipe.data if uses_valid else settings.eval_data:
-        eval_rows, problems = read_rows(eval_data, split="valid")
+        valid_rows, problems = read_rows(eval_data, split="valid")
         evaluated = Encoder(tokenizer, max_length=max_length, long_rows=settings.long_rows)
-        held_out, more = good_examples(eval_rows, problems, evaluated, skip_bad_rows=skip_bad_rows)
-        rows = [*rows, *eval_rows]
+        held_out, more = good_examples(valid_rows, problems, evaluated, skip_bad_rows=skip_bad_rows)
+        rows = [*rows, *valid_rows]
         skipped += more
-    elif settings.eval_rows:
+    elif eval_rows := (
+        rows_to_hold_out(len(examples)) if settings.eval_rows is None else settings.eval_rows
+    ):
         training, evaluation = split_held_out(
-            len(examples), eval_rows=settings.eval_rows, seed=recipe.training.seed
+            len(examples), eval_rows=eval_rows, seed=recipe.training.seed
         )
         held_out = [examples[i] for i in evaluation]
         examples = [examples[i] for i in training]

@@ -8,10 +8,11 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_args
 
 import torch
+from transformers import PretrainedConfig
 
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.attach import attach
@@ -33,6 +34,7 @@ from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint, start_from
+from veneer.training.choose import choose, explain, hidden_size_of
 from veneer.training.config import NOT_OF_THE_COURSE
 from veneer.training.events import (
     Event,
@@ -57,7 +59,7 @@ from veneer.training.planned import (
 )
 from veneer.training.preflight import Preflight, preflight
 from veneer.training.recipe import Recipe
-from veneer.training.rows import load_rows
+from veneer.training.rows import RunRows, load_rows
 from veneer.training.state import other_settings
 
 # Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
@@ -105,6 +107,9 @@ def tune(
         raise ConfigError(f"{recipe.start_from} has new tokens, and --new-words can add no others.")
     yield rows.ready
     yield from map(Notice, rows.notices)
+    recipe, choices = _choose(recipe, rows, ahead.config)
+    if choices:
+        yield Notice(choices)
     plan = yield from _plan(recipe, ahead, rows.longest, ignore_plan=ignore_plan)
 
     base = load_base(
@@ -160,6 +165,23 @@ def tune(
     yield from _merge(recipe, base, plan)
 
 
+def _choose(recipe: Recipe, rows: RunRows, config: PretrainedConfig) -> tuple[Recipe, str | None]:
+    """Return the recipe without any choice left, and what was chosen in words.
+
+    Raises ConfigError for settings of evaluation where no rows are held out.
+    """
+    hidden_size = hidden_size_of(config)
+    lengths = [len(row.tokens) for row in rows.examples]
+    given = recipe.training
+    chosen = choose(given, lengths, what_trains=recipe.what_trains, hidden_size=hidden_size)
+    held_out = 0 if rows.ready.eval_data else len(rows.held_out)
+    asks = recipe.rows.eval_rows is not None or rows.ready.eval_data
+    choices = explain(
+        given, chosen, lengths, hidden_size=hidden_size, held_out=None if asks else held_out
+    )
+    return replace(recipe, training=chosen, rows=replace(recipe.rows, eval_rows=held_out)), choices
+
+
 def _plan(
     recipe: Recipe, ahead: Preflight, longest: int, *, ignore_plan: bool
 ) -> Generator[Event, None, Plan | None]:
@@ -174,7 +196,7 @@ def _plan(
     if ahead.plan is None or why:
         yield Notice(f"No memory is planned for this run: {why}")
         return None
-    plan, available = with_rows(ahead.plan, longest), available_memory()
+    plan, available = with_rows(ahead.plan, recipe, longest), available_memory()
     if not ignore_plan:
         check_fits(plan, available, recipe.model)
     yield Planned(plan, available)
