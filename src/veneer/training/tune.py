@@ -126,6 +126,8 @@ def tune(
         _attach(recipe, base)
     else:
         start_from.begin(base, start, recipe.what_trains, force=force)
+        if text := start_from.other_bits(recipe, start, base):
+            yield Notice(text)
         here = computed_in(base.model)
         if text := other_base(f"The adapter in {recipe.start_from}", start.training, here):
             yield Notice(text)
