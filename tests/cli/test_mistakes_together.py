@@ -36,6 +36,15 @@ def _no_base_is_loaded(monkeypatch, tmp_path):
         ),
         ("generate base --adapter adapte hello", "Error: There is no adapter directory adapte", []),
         (
+            "compare base row.jsonl --test tests.jsonl --out rows.jsonl",
+            "Nothing can be compared, for 3 reasons:",
+            [
+                "rows.jsonl is a file, but --out must name a directory",
+                "row.jsonl does not exist; did you mean 'rows.jsonl'?",
+                "tests.jsonl does not exist",
+            ],
+        ),
+        (
             "generate qwen3-7b --adapter adapte hello",
             "Nothing is loaded, for 2 reasons:",
             ["There is no adapter directory adapte", "These are presets of veneer plan"],

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 from veneer.compare.config import CompareConfig
@@ -20,7 +20,7 @@ from veneer.compare.quality import Measure, measure_of
 from veneer.compare.summary import Comparison
 from veneer.data.questions import read_questions
 from veneer.data.sources import files_of
-from veneer.errors import ConfigError, DataError, VeneerError
+from veneer.errors import Checks, ConfigError, VeneerError
 from veneer.files import check_replaceable, write_text
 from veneer.training.events import Event, Notice
 
@@ -47,8 +47,11 @@ def compare(
     removes them. Raises VeneerError where nothing can be compared at all: data with problems, a
     base that cannot be loaded, runs of another comparison.
     """
-    run = _Run(model, data, config, out / RUNS)
-    _check_directory(out, resume=resume, force=force)
+    checks = Checks("Nothing can be compared")
+    with checks.check():
+        _check_directory(out, resume=resume, force=force)
+    run = _Run(model, data, config, out / RUNS, checks)
+    checks.end()
     yield ComparisonStarted(run.names, run.seeds)
     if resume and not run.runs.exists():
         yield Notice(f"{out} holds no earlier runs; all of them begin now")
@@ -91,6 +94,7 @@ class _Run:
     data: Path
     config: CompareConfig
     runs: Path
+    checks: InitVar[Checks]  # to which it adds what its files lack
     measure: Measure | None = None
     files: dict[str, str] = field(default_factory=dict)
     base: Result | None = None
@@ -98,21 +102,17 @@ class _Run:
     errors: dict[str, list[str]] = field(default_factory=dict)
     trials: dict[str, dict[float, float | None]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        config, problems = self.config, []
+    def __post_init__(self, checks: Checks) -> None:
+        config = self.config
         if (base := Path(self.model)).exists():
             self.files["model"] = _hash_of_states(base)
         for name, path in (("data", self.data), ("test", config.test), ("general", config.general)):
-            try:
+            with checks.check():
                 if path is not None:
                     self.files[name] = _hash_of_rows(path)
                 if name == "test" and path is not None:
                     questions = read_questions(path, limit=config.test_rows)
                     self.measure = measure_of(questions)
-            except (DataError, ConfigError) as error:
-                problems.append(str(error))
-        if problems:
-            raise ConfigError("\n".join(problems))
         # Labels that train alike share their runs.
         by_run: dict[str, Label] = {}
         for label in (*config.labels, *config.swept):
