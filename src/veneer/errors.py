@@ -20,6 +20,8 @@ class VeneerError(Exception):
     def __init__(self, message: str = "") -> None:
         super().__init__(re.sub(r"(?<='\?)\.(?=\s|$)", "", message))
 
+    exit_code = 2  # of the command line
+
 
 class ConfigError(VeneerError, ValueError):
     """A setting is out of its range, or two settings contradict each other."""
@@ -55,6 +57,12 @@ class VeneerWarning(UserWarning):
 
 class TrainingError(VeneerError, RuntimeError):
     """Training cannot go on; what was saved is kept."""
+
+
+class DivergedError(TrainingError):
+    """Loss or gradient ceased to be finite."""
+
+    exit_code = 3
 
 
 class RequestError(VeneerError, ValueError):

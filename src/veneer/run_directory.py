@@ -80,18 +80,18 @@ class RunDirectory:
             return {}
         return settings if isinstance(settings, dict) else {}
 
-    def write_progress(self, *, steps: int, ended: str | None = None, why: str = "") -> None:
+    def write_progress(self, *, steps: int, ended: str | None = None, **more: str) -> None:
         """Write how many steps the run has and how it ended.
 
-        ended: finished, patience, interrupted or failed; None while it goes on, and after a kill
-        why: the error by which it failed
+        ended: finished, diverged, patience, interrupted or failed; None while it goes on, and
+            after a kill
+        more: the `verdict` on its training, and `why`, the error by which it failed
         """
-        progress = {"steps": steps, "ended": ended}
-        write_json(self.progress, progress | ({"why": why} if why else {}))
+        write_json(self.progress, {"steps": steps, "ended": ended, **more})
 
     def read_progress(self) -> dict[str, Any]:
-        """Return {"steps": ..., "ended": ...}, and "why" of a run that failed; nothing where the
-        file is missing or damaged."""
+        """Return {"steps": ..., "ended": ...}, with the "verdict" where there is one and "why" of a
+        run that failed; nothing where the file is missing or damaged."""
         try:
             return read_json(self.progress)
         except AdapterError:
@@ -103,8 +103,11 @@ class RunDirectory:
             file.write(json.dumps(line) + "\n")
 
     def cut_metrics(self, step: int) -> None:
-        """Keep the lines up to a step: a run that goes on from there repeats what came after."""
-        lines = [line for line in self.read_metrics() if line["step"] <= step]
+        """Keep the lines up to a step: a run that goes on from there repeats what came after.
+
+        A run that starts, at step 0, repeats its evaluation before the first step too.
+        """
+        lines = [line for line in self.read_metrics() if line["step"] <= step] if step else []
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import pytest
 
 from support.tuned_facts import FACTS, metrics, names, same_weights, write_rows
 from veneer.cli.app import run
+from veneer.run_directory import RunDirectory
 
 LONG = ("--steps", "120", "--save-every", "1", "--lr", "0.005", "--dropout", "0.1", "--quiet")
 
@@ -54,6 +55,9 @@ def test_ctrl_c_saves_and_resume_ends_as_if_undisturbed(
     assert tune("--out", out, *LONG, "--resume") == 0
     assert same_weights(out, undisturbed)
     assert [line["step"] for line in metrics(out)] == list(range(1, 121))
+    progress, whole = (RunDirectory(place).read_progress() for place in (out, undisturbed))
+    assert progress == whole
+    assert whole["verdict"].startswith("Learnt: training loss")
 
 
 def test_a_killed_run_resumes_to_the_bit(tune, minigpt_home, data, undisturbed, tmp_path):

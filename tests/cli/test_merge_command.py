@@ -97,6 +97,7 @@ def test_tune_reports_a_merge_that_loses_much_and_keeps_the_adapter(minigpt_home
     output = capsys.readouterr().out
     assert "Merged" in output
     assert "The merged model is not what was learnt: rounding to bfloat16 takes" in output
+    assert "So little was learnt that float32 would not mend it: train longer." in output
     assert Path("out/lora_adapter/lora_weights.pt").is_file()
     assert Path("out/lora_merged/model.pt").is_file()
 

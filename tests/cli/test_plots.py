@@ -24,7 +24,8 @@ def test_numbers_at_the_end_do_not_overprint_each_other(held_out, tmp_path, monk
     pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     lines = [{"step": step, "loss": 0.5, "lr": 0.1} for step in range(1, 30)]
-    draw_losses([*lines, {"step": 29, "eval_loss": held_out}], tmp_path / "loss.png")
+    evaluations = [{"step": 0, "eval_loss": 0.95}, {"step": 29, "eval_loss": held_out}]
+    draw_losses([*evaluations[:1], *lines, *evaluations[1:]], tmp_path / "loss.png")
     figure = pyplot.gcf()
     first, second = (text.get_window_extent() for text in figure.axes[0].texts)
     assert not first.overlaps(second)

@@ -237,9 +237,11 @@ def test_steps_that_were_skipped_in_a_row_are_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(Forward, "__call__", spoilt)
     run = Run(tmp_path, COURSE, held_out=())
     run.go(resume=False, stop_at=2)
-    assert [type(event) for event in run.events[1::2]] == [Skipped, Skipped, Stopped]
-    with pytest.raises(veneer.TrainingError, match="in 3 steps in a row, up to step 3"):
+    kinds = [type(event) for event in run.events[1:]]
+    assert kinds == [Skipped, Skipped, Checkpointed, Stopped]
+    with pytest.raises(veneer.TrainingError, match="in 3 steps in a row, up to step 3") as caught:
         run.go(resume=True)
+    assert "checkpoint" not in str(caught.value)  # that of step 2 is no good one
 
 
 def test_nothing_to_resume_is_a_new_run(whole, tmp_path):

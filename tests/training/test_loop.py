@@ -69,7 +69,8 @@ def test_the_order_of_events(tmp_path):
     per_epoch = steps // 2
     assert per_epoch == 3
     assert events[0] == Started(steps, 0)
-    assert [event.step for event in of(Evaluated, events)] == [2, 3, 4, 6]
+    assert [event.step for event in of(Evaluated, events)] == [0, 2, 3, 4, 6]
+    assert isinstance(events[1], Evaluated)  # before the first step
     assert [event.step for event in of(Checkpointed, events)] == [3, 6]
     assert isinstance(events[-1], Trained)
     for event in of(Checkpointed, events):
@@ -210,6 +211,19 @@ def test_the_best_weights_are_kept():
     assert_is_mean_loss(seen[best][0], model, held_out)
 
 
+def test_the_weights_before_the_first_step_are_kept_where_none_are_better(tmp_path):
+    held_out = examples([12, 5, 9], seed=8)
+    model, course = new_model(), replace(COURSE, steps=8, lr=0.3, schedule="constant")
+    before = trained_weights(model)
+    events = run(model, course, held_out=held_out, directory=tmp_path)
+    first = of(Evaluated, events)[0]
+    assert [event.best for event in of(Evaluated, events)] == [True, False, False, False]
+    assert_is_mean_loss(first.eval_loss, new_model(), held_out)
+    assert events[-1] == Trained(8, 0)
+    assert same(trained_weights(model), before)
+    assert sum(1 for _ in tmp_path.iterdir()) == 1  # step 0 needs no checkpoint
+
+
 def test_without_held_out_rows_the_last_weights_are_kept():
     model = new_model()
     events = run(model, replace(COURSE, steps=3))
@@ -228,7 +242,7 @@ def test_patience(patience):
     assert all(any(best[i : i + patience]) for i in range(len(best) - patience))
     last = events[-3].step if not isinstance(events[-3], Checkpointed) else 0
     assert of(Stopped, events) == [Stopped(last, "patience")]
-    assert events[-1] == Trained(last, 1 + max(i for i, better in enumerate(best) if better))
+    assert events[-1] == Trained(last, max(i for i, better in enumerate(best) if better))
 
 
 def test_stopping():

@@ -10,7 +10,7 @@ import veneer
 from support.random_adapters import examples
 from support.tiny_models import tiny
 from veneer.run_directory import RunDirectory
-from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Trained
+from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Trained, Verdict
 from veneer.training.metrics import record
 
 ROWS = examples([11, 7, 16, 9])
@@ -63,6 +63,24 @@ def test_progress_says_why_a_run_failed(error, tmp_path):
         list(record(failing(Started(10, 0)), directory))
     why = str(error) or "MemoryError"
     assert directory.read_progress() == {"steps": 10, "ended": "failed", "why": why}
+
+
+def test_progress_says_the_verdict_and_what_failed_after_the_training(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for kind, ended in (("learnt", "finished"), ("diverged", "diverged")):
+        end = [Verdict(kind, f"It {kind}."), Trained(4, 0)]
+        list(record([Started(10, 0), *end], directory))
+        known = {"steps": 10, "ended": ended, "verdict": f"It {kind}."}
+        assert directory.read_progress() == known
+
+    def failing() -> Iterator[Event]:
+        yield from [Started(10, 0), *end]
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        list(record(failing(), directory))
+    why = "After the training: No space left on device"
+    assert directory.read_progress() == {**known, "ended": "failed", "why": why}
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 5, "lo', '{"step": 9}\n{"st', "\n"])

@@ -71,15 +71,26 @@ def test_three_in_a_row_end_the_run(monkeypatch, tmp_path):
     model = new_model()
     events: list[Event] = []
     course = replace(COURSE, steps=9, save_every=1)
-    with pytest.raises(veneer.TrainingError) as caught:
+    with pytest.raises(veneer.TrainingError) as caught:  # DivergedError, which is one
         events.extend(veneer.train(model, ROWS, course, directory=tmp_path))
     assert len(of(Step, events)) == len(of(Skipped, events)) == 2
     message = str(caught.value)
     assert "3 steps in a row, up to step 5" in message
     assert "row:" in message
     assert message.index("--lr is 0.01") < message.index("row:")  # the likelier cause first
-    assert f"The last good checkpoint is {tmp_path / 'step-000004'}." in message
+    assert "try 0.001." in message
+    assert f"The last good checkpoint is {tmp_path / 'step-000002'}." in message
+    assert caught.value.exit_code == 3
     assert not model.training
+
+
+def test_of_a_low_rate_the_rows_and_the_dtype_are_suspected(monkeypatch):
+    spoil(monkeypatch, lambda number, batch: True)
+    with pytest.raises(veneer.TrainingError, match="which is low") as caught:
+        run(new_model(), replace(COURSE, steps=9, lr=1e-5))
+    assert "--dtype float32" in str(caught.value)
+    assert "row:" in str(caught.value)
+    assert "too high" not in str(caught.value)
 
 
 def test_no_checkpoint_is_named_where_there_is_none(monkeypatch, tmp_path):

@@ -100,12 +100,17 @@ class MergeReport:
         if not problems:
             return
         lost = self.lost_in_float32
+        little = (
+            f" It makes only {self.effect:.2g} nats a token: if its run hardly learnt, train more."
+            if self.effect < UNNOTICED_DIVERGENCE
+            else ""
+        )
         better = (
             f"merge in float32 (--dtype float32), which would take {share_text(lost)} of it, or "
         )
         raise MergeError(
             f"The merged model would not be what was learnt: {'; '.join(problems)}. What helps: "
-            f"{better if lost < self.lost / 2 else ''}keep the adapter beside the base."
+            f"{better if lost < self.lost / 2 else ''}keep the adapter beside the base.{little}"
         )
 
 

@@ -116,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
             )
     except (VeneerError, CycloptsError, OSError) as error:  # OSError: a full disk, for example
         show_error(_explained(error, arguments))
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         ERRORS.print("Interrupted.")
         return 130

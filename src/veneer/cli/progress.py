@@ -27,11 +27,13 @@ from veneer.training.events import (
     Step,
     Stopped,
     Trained,
+    Verdict,
     Written,
 )
 
 LINES = 20  # progress lines of a whole run where there is no terminal for a live bar
 LOST_MUCH = 0.01  # of all tokens; a larger share is shown in red
+COLOURS = {"learnt": "green", "hardly learnt": "yellow", "overfitted": "yellow", "diverged": "red"}
 SHOWN_EXAMPLE = 1200  # characters of the example that are shown
 
 
@@ -52,6 +54,7 @@ class RunDisplay:
         self.task: TaskID | None = None
         self.steps = self.done = 0  # of the whole run, and before it went on
         self.recent: deque[Step] = deque(maxlen=20)
+        self.verdict: Verdict | None = None
         self.began = time.monotonic()
 
     def __enter__(self) -> RunDisplay:
@@ -59,6 +62,9 @@ class RunDisplay:
 
     def __exit__(self, *_: object) -> None:
         self._take_down()
+        if self.verdict:  # last, where it is seen
+            label = f"[bold {COLOURS[self.verdict.kind]}]Verdict[/]"
+            OUTPUT.print(f"{label} {escape(self.verdict.text)}", soft_wrap=True)
 
     def show(self, event: Event) -> None:
         """Print what an event means, or move the bar."""
@@ -87,9 +93,10 @@ class RunDisplay:
             case Step():
                 self._step(event)
             case Evaluated(step, loss, perplexity, best):
-                mark = ", the best so far" if best else ""
+                mark = ", the best so far" if best and step else ""
+                when = f"step {step}" if step else "before training"
                 OUTPUT.print(
-                    f"  step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}{mark}"
+                    f"  {when}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}{mark}"
                 )
             case Skipped(step, rows):
                 OUTPUT.print(
@@ -100,14 +107,17 @@ class RunDisplay:
                 self._take_down()
                 why = "no better evaluation" if reason == "patience" else "interrupted"
                 OUTPUT.print(f"[bold]Stopped[/] after step {step}: {why}")
+            case Verdict():
+                self.verdict = event
             case Trained(step, best):
                 self._take_down()
                 took = _duration(time.monotonic() - self.began)
-                weights = "" if best == step else f"; the weights of step {best} were best"
+                whose = f"of step {best}" if best else "from before training"
+                weights = "" if best == step else f"; the weights {whose} were best"
                 before = f" ({self.done} before)" if self.done else ""
-                OUTPUT.print(
-                    f"[bold]Trained[/] {step - self.done} steps{before} in {took}{weights}"
-                )
+                diverged = self.verdict and self.verdict.kind == "diverged"
+                what = "[red]Diverged[/] in" if diverged else "[bold]Trained[/]"
+                OUTPUT.print(f"{what} {step - self.done} steps{before} in {took}{weights}")
             case Merged(report):
                 for line in merge_lines(report):
                     OUTPUT.print(f"[bold]Merged[/]  {line}", soft_wrap=True)

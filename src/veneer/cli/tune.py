@@ -20,10 +20,10 @@ from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch, refuse_pr
 from veneer.cli.loading import bits_of
 from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
-from veneer.errors import VeneerError
+from veneer.errors import DivergedError, VeneerError
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
-from veneer.training.events import Evaluated, Event, Step, Stopped
+from veneer.training.events import Evaluated, Event, Step, Stopped, Verdict
 from veneer.training.recipe import DataConfig, Recipe
 
 
@@ -63,7 +63,7 @@ def tune(
     ] = False,
     quiet: Annotated[Switch, Parameter(help="Print only errors.")] = False,
 ) -> int:
-    """Return 0, or 130 when the run was interrupted. `config` is read before this is called."""
+    """Return an exit code, as run_recipe does. `config` is read before this is called."""
     refuse_preset(model)
     bits = base.bits
     if bits == "auto":
@@ -101,7 +101,9 @@ def run_recipe(
     tensorboard: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Run a recipe to its end and return the exit code: 0, or 130 when it was interrupted."""
+    """Run a recipe to its end and return the exit code: 0, 3 when it diverged, 130 when it was
+    interrupted."""
+    code = 0
     quieten_libraries()
     display = None if quiet else RunDisplay()
     directory = RunDirectory(recipe.out)
@@ -114,6 +116,10 @@ def run_recipe(
         for event in curves(events, directory.tensorboard) if tensorboard else events:
             if display:
                 display.show(event)
+            if isinstance(event, Verdict) and event.kind == "diverged":
+                code = DivergedError.exit_code
+                if quiet:
+                    show_notice(event.text)
             if isinstance(event, Stopped) and event.reason == "interrupted":
                 out = escape(str(recipe.out))
                 ERRORS.print(
@@ -126,7 +132,7 @@ def run_recipe(
         draw_losses(directory.read_metrics(), directory.picture)
     except VeneerError as error:
         show_notice(str(error))
-    return 0
+    return code
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def locate(path: Path) -> Located:
     results = [place for m in get_args(MethodName) if detect(place := run.adapter(m))]
     checkpoints = checkpoint_steps(run.checkpoints) or checkpoint_steps(path)
     progress = run.read_progress()
-    if checkpoints and (not results or progress.get("ended", "finished") in UNENDED):
+    ended = "verdict" in progress or progress.get("ended", "finished") not in UNENDED
+    if checkpoints and not (results and ended):
         return _checkpoint(path, checkpoints, progress.get("steps"), results)
     if len(results) == 1:
         return _located(results[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,15 @@ def newest(directory: Path) -> Checkpoint | None:
             failure = failure or error
     if failure is not None:
         raise failure
+    return None
+
+
+def last_good(directory: Path) -> Path | None:
+    """Return the newest checkpoint below `directory` that was not saved between skipped steps."""
+    for _, place in sorted(steps(directory).items(), reverse=True):
+        with suppress(AdapterError):
+            if not read_json(place / STATE).get("skips"):
+                return place
     return None
 
 

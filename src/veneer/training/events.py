@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from veneer.adapter.certify import MergeReport
@@ -97,7 +97,7 @@ class Skipped(Event):
 
 @dataclass(frozen=True, slots=True)
 class Evaluated(Event):
-    """Held-out rows were measured: mean loss over their label tokens."""
+    """Held-out rows were measured, at step 0 before the first: mean loss over label tokens."""
 
     step: int
     eval_loss: float
@@ -122,8 +122,16 @@ class Stopped(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict(Event):
+    """What became of the training, as its losses have it; `text` says what to do next."""
+
+    kind: Literal["learnt", "hardly learnt", "overfitted", "diverged"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Trained(Event):
-    """Training ended; the model holds the weights of step `weights_of`."""
+    """Training ended; the model holds the weights of step `weights_of`, 0 for those before it."""
 
     step: int
     weights_of: int

@@ -22,14 +22,14 @@ from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import idle_virtual_tokens, virtual_input_count
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, pack
-from veneer.errors import DataError, TrainingError, joined, listed
+from veneer.errors import DataError, DivergedError, TrainingError, joined, listed
 from veneer.formats.capture import capture
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
 from veneer.training import checkpoint as checkpoints
 from veneer.training.checkpoint import Checkpoint
-from veneer.training.choose import choose, explain, hidden_size_of
+from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
 from veneer.training.config import CHANGEABLE, NOT_OF_THE_COURSE, SCHEDULE, TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
@@ -47,6 +47,7 @@ from veneer.training.lora_plus import lr_ratios
 from veneer.training.memory import process_memory
 from veneer.training.optimizer import FlatAdamW
 from veneer.training.state import Progress, RunState
+from veneer.training.verdict import rate_advice
 
 MOST_SKIPS = 3  # steps in a row without a finite loss; going on after them makes no sense
 
@@ -64,13 +65,13 @@ def train(
 ) -> Iterator[Event]:
     """Train whatever of `model` requires a gradient on `examples`, and yield events.
 
-    With a `directory`, checkpoints go there, and `resume` goes on from the newest, to the bit, or
-    along another schedule where that is asked for. It must have the same `identity`: what else
-    decides the run's course. With `held_out` examples the
-    model ends with the weights that were best on them, otherwise with the last.
+            must = stopping or self._out_of_patience() or progress.step == self.steps
+            # Between skipped steps the checkpoint before them is the better one to go back to.
+            due = not progress.skips and (at_end or _is_due(progress.step, config.save_every))
+            if self.directory and (must or due or self._is_kept(progress.step)):
 
-    Raises TrainingError after three steps in a row without a finite loss, and where a checkpoint
-    does not belong to this run; DataError where there is nothing to learn from.
+    Raises DivergedError after three steps in a row without a finite loss; TrainingError where a
+    checkpoint does not belong to this run; DataError where there is nothing to learn from.
     """
     run = _Run(model, examples, config, held_out, directory, identity or {})
     try:
@@ -107,7 +108,7 @@ class _Run:
     ) -> None:
         weights, active = _what_trains(model)
         _check_rows(examples, held_out)
-        config, self.choices = _choose(model, examples, config)
+        config, self.choices, self.usual_lr = _choose(model, examples, config)
         assert config.lr is not None
         assert config.tokens_per_step is not None
         self.model, self.examples, self.config = model, examples, config
@@ -157,6 +158,8 @@ class _Run:
     def go(self, forward: Forward, should_stop: Callable[[], bool]) -> Iterator[Event]:
         """Yield the events of all steps that are left."""
         config, progress, state = self.config, self.progress, self.state
+        if self.held_out and progress.step == 0:
+            yield self._evaluate(forward)
         while progress.step < self.steps:
             if self._out_of_patience():
                 yield Stopped(progress.step, "patience")
@@ -166,8 +169,10 @@ class _Run:
             if self.held_out and (at_end or _is_due(progress.step, config.eval_every)):
                 yield self._evaluate(forward)
             stopping = should_stop()
-            save = at_end or stopping or self._out_of_patience() or self._is_kept(progress.step)
-            if self.directory and (save or _is_due(progress.step, config.save_every)):
+            must = stopping or self._out_of_patience() or progress.step == self.steps
+            # Between skipped steps the checkpoint before them is the better one to go back to.
+            due = not progress.skips and (at_end or _is_due(progress.step, config.save_every))
+            if self.directory and (must or due or self._is_kept(progress.step)):
                 yield self._save(self.directory)
             if stopping and progress.step < self.steps:
                 yield Stopped(progress.step, "interrupted")
@@ -228,13 +233,13 @@ class _Run:
         progress.skips += 1
         rows = tuple(self.examples[i].where for batch in batches for i in batch.rows.tolist())
         if progress.skips == MOST_SKIPS:
-            earlier = checkpoints.steps(self.directory) if self.directory else {}
-            last = f" The last good checkpoint is {earlier[max(earlier)]}." if earlier else ""
-            raise TrainingError(
+            last = checkpoints.last_good(self.directory) if self.directory else None
+            assert self.config.lr is not None
+            suspects = f"the rows of that step ({listed(rows)})"
+            raise DivergedError(
                 f"Loss or gradient was not finite in {MOST_SKIPS} steps in a row, up to step "
-                f"{progress.step}. Most likely the learning rate is too high: --lr is "
-                f"{self.config.lr:g}, try a tenth of it. If that does not help, look at the rows "
-                f"of that step: {listed(rows)}.{last}"
+                f"{progress.step}. {rate_advice(self.config.lr, self.usual_lr, rows=suspects)}"
+                + (f" The last good checkpoint is {last}." if last else "")
             )
         return Skipped(progress.step, rows)
 
@@ -303,14 +308,15 @@ def _shown(value: Any) -> str:
 
 def _choose(
     model: PreTrainedModel, examples: Sequence[Example], given: TrainConfig
-) -> tuple[TrainConfig, str | None]:
-    """Return the course without any choice left, and what was chosen in words."""
+) -> tuple[TrainConfig, str | None, float]:
+    """Return the course without any choice left, what was chosen in words, and the usual rate."""
     active = [config for name, config in adapters(model).items() if name in in_use(model)]
     lengths = [len(example.tokens) for example in examples]
     hidden_size = hidden_size_of(model.config)
     what_trains = active[0] if active else Method("full")
     chosen = choose(given, lengths, what_trains=what_trains, hidden_size=hidden_size)
-    return chosen, explain(given, chosen, lengths, hidden_size=hidden_size)
+    usual_lr = learning_rate(what_trains, hidden_size, lora_plus_ratio=given.lora_plus_ratio)
+    return chosen, explain(given, chosen, lengths, hidden_size=hidden_size), usual_lr
 
 
 def _what_trains(

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from veneer.run_directory import RunDirectory
-from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Trained
+from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Trained, Verdict
 
 
 def record(events: Iterable[Event], directory: RunDirectory) -> Iterator[Event]:
@@ -16,7 +16,8 @@ def record(events: Iterable[Event], directory: RunDirectory) -> Iterator[Event]:
     A run that goes on after step n keeps the lines up to n. An error that ends a run is written
     too, once the run has started: before that, the files may be another run's.
     """
-    steps = 0  # not started
+    steps, ended, where = 0, "finished", ""  # 0: not started
+    verdict: dict[str, str] = {}
     try:
         for event in events:
             match event:
@@ -30,12 +31,16 @@ def record(events: Iterable[Event], directory: RunDirectory) -> Iterator[Event]:
                     directory.append_metrics(line)
                 case Stopped():
                     directory.write_progress(steps=steps, ended=event.reason)
+                case Verdict(kind, text):
+                    verdict = {"verdict": text}
+                    ended = "diverged" if kind == "diverged" else ended
                 case Trained():
-                    directory.write_progress(steps=steps, ended="finished")
+                    where = "After the training: "
+                    directory.write_progress(steps=steps, ended=ended, **verdict)
             yield event
     except Exception as error:
         if steps:
             with suppress(OSError):  # the disk may be full, and that the very error
-                why = str(error) or type(error).__name__
-                directory.write_progress(steps=steps, ended="failed", why=why)
+                why = where + (str(error) or type(error).__name__)
+                directory.write_progress(steps=steps, ended="failed", **verdict, why=why)
         raise

@@ -34,7 +34,7 @@ from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint, start_from
-from veneer.training.choose import choose, explain, hidden_size_of
+from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
 from veneer.training.config import NOT_OF_THE_COURSE
 from veneer.training.events import (
     Event,
@@ -45,6 +45,8 @@ from veneer.training.events import (
     Planned,
     Started,
     Stopped,
+    Trained,
+    Verdict,
     Written,
 )
 from veneer.training.loop import train
@@ -61,6 +63,7 @@ from veneer.training.preflight import Preflight, preflight
 from veneer.training.recipe import Recipe
 from veneer.training.rows import RunRows, load_rows
 from veneer.training.state import other_settings
+from veneer.training.verdict import judge
 
 # Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
 # these values is the run of such a checkpoint.
@@ -73,6 +76,12 @@ YOUNGER = {
     "lora_fa": False,
     "long_rows": None,
     "from": None,
+}
+# What to do where rounding takes what was learnt, by the verdict on the run.
+KEEP_IT = "The adapter itself holds all of it; use that, or veneer merge --dtype float32."
+MERGE_ADVICE = {
+    "hardly learnt": "So little was learnt that float32 would not mend it: train longer.",
+    "diverged": "The run diverged, which float32 does not mend.",
 }
 
 
@@ -149,12 +158,35 @@ def tune(
         resume=resume,
         should_stop=should_stop,
     )
-    for event in record(events, run):
+    yield from record(_to_the_end(events, recipe, run, base, plan, identity, resume=resume), run)
+
+
+def _to_the_end(
+    events: Iterator[Event],
+    recipe: Recipe,
+    run: RunDirectory,
+    base: Base,
+    plan: Plan | None,
+    identity: dict[str, Any],
+    *,
+    resume: bool,
+) -> Iterator[Event]:
+    """Pass on the events of the training, judge it, write the results, and say what is written."""
+    verdict: Verdict | None = None
+    for event in events:
         if isinstance(event, Started):  # so the checkpoint, if there is one, belongs to this run
             run.write_recipe(recipe.settings())
+        if isinstance(event, Trained):
+            usual_lr = learning_rate(
+                recipe.what_trains,
+                hidden_size_of(base.model.config),
+                lora_plus_ratio=recipe.training.lora_plus_ratio,
+            )
+            yield (verdict := judge(run.read_metrics(), usual_lr=usual_lr))
         yield event
         if isinstance(event, Stopped) and event.reason == "interrupted":
             return
+    assert verdict is not None
     if plan is not None and (peak := measured_peak(plan)):
         yield Measured(plan.memory.peak, peak)
 
@@ -164,7 +196,7 @@ def tune(
         about = about_training(identity)
         adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer, training=about)
         yield Written("adapter", recipe.adapter, size_of(recipe.adapter))
-    yield from _merge(recipe, base, plan)
+    yield from _merge(recipe, base, plan, MERGE_ADVICE.get(verdict.kind, KEEP_IT))
 
 
 def _choose(recipe: Recipe, rows: RunRows, config: PretrainedConfig) -> tuple[Recipe, str | None]:
@@ -283,8 +315,11 @@ def _clear_results(run: RunDirectory) -> None:
                 shutil.rmtree(place)
 
 
-def _merge(recipe: Recipe, base: Base, plan: Plan | None) -> Iterator[Event]:
-    """Write the merged model, with a certificate, where there can be one."""
+def _merge(recipe: Recipe, base: Base, plan: Plan | None, advice: str) -> Iterator[Event]:
+    """Write the merged model, with a certificate, where there can be one.
+
+    advice: what to do where rounding takes what was learnt
+    """
     why = why_not_mergeable(base.model) or (plan and why_no_merge(plan, free_bytes()))
     if why:
         stale = f" That in {recipe.merged} is of fewer steps." if recipe.merged.exists() else ""
@@ -296,9 +331,7 @@ def _merge(recipe: Recipe, base: Base, plan: Plan | None) -> Iterator[Event]:
         yield Merged(certificate)
         if problems := certificate.problems():
             # No reason to fail: the run's result is the adapter, and that is whole.
-            yield Notice(
-                f"The merged model is not what was learnt: {'; '.join(problems)}. The adapter "
-                "itself holds all of it; use that, or veneer merge --dtype float32."
-            )
+            lost = "; ".join(problems)
+            yield Notice(f"The merged model is not what was learnt: {lost}. {advice}")
     merged.write_model(plain, base.tokenizer, recipe.merged)
     yield Written("merged model", recipe.merged, size_of(recipe.merged))

@@ -83,13 +83,19 @@ def test_only_what_is_new_is_read(directory, tmp_path):
 
 @pytest.mark.parametrize(
     ("ended", "state"),
-    [("finished", "finished"), ("patience", "finished"), ("interrupted", "stopped")],
+    [
+        ("finished", "finished"),
+        ("diverged", "diverged"),
+        ("patience", "finished"),
+        ("interrupted", "stopped"),
+    ],
 )
 def test_how_a_run_ended(directory, tmp_path, ended, state):
     write(directory, 2)
-    RunDirectory(directory).progress.write_text(json.dumps({"steps": 10, "ended": ended}))
+    RunDirectory(directory).write_progress(steps=10, ended=ended, verdict="It did.")
     run = only_run(Runs(tmp_path / "runs"))
     assert (run["state"], run["seconds_left"]) == (state, None)
+    assert (run["verdict"], run["why"]) == ("It did.", None)
 
 
 def test_a_failed_run_says_why(directory, tmp_path):
@@ -159,6 +165,7 @@ def test_a_real_run_shows_its_steps_and_its_end(tmp_path):
         seen += [(run["step"], run["steps"], run["state"]) for run in runs.shown()]
     assert (1, 3, "running") in seen
     assert seen[-1] == (3, 3, "finished")
+    assert only_run(runs)["verdict"].startswith("Learnt: held-out loss")
     shown = about(recipe.adapter, 1, HERE)
     assert (shown["rank"], shown["alpha"]) == (8, 16.0)
     assert shown["trained"]["data"] == str(tmp_path / "rows.jsonl")

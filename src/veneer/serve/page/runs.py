@@ -22,6 +22,7 @@ MOST_RUNS = 200
 # How progress.json says that a run ended, and how the page says it.
 STATES = {
     "finished": "finished",
+    "diverged": "diverged",
     "patience": "finished",
     "interrupted": "stopped",
     "failed": "failed",
@@ -70,9 +71,10 @@ class Run:
         is_quiet = quiet > max(QUIET_SECONDS, 5 * a_step)
         state = STATES.get(str(ended), "stopped" if is_quiet else "running")
         left = a_step * (steps - self.step) if isinstance(steps, int) else None
+        texts = {name: progress.get(name) for name in ("verdict", "why")}
         return {
             "state": state,
-            "why": shortened(str(progress.get("why", ""))) if state == "failed" else None,
+            **{name: shortened(str(text), 400) if text else None for name, text in texts.items()},
             "step": self.step,
             "steps": steps,
             "loss": self.loss,

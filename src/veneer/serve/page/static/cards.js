@@ -46,16 +46,17 @@ export function showAdapters({ base, adapters }) {
 
 function runCard(name) {
   const card = make("article", { class: "card run" }, make("h3", {}, name));
-  card.append(make("p", { class: "state" }), make("p", { class: "fault" }), make("progress", { "aria-label": `Steps of ${name}` }), make("div", { class: "now" }), make("div", { class: "picture" }));
+  card.append(make("p", { class: "state" }), make("p", { class: "fault" }), make("p", { class: "verdict" }), make("progress", { "aria-label": `Steps of ${name}` }), make("div", { class: "now" }), make("div", { class: "picture" }));
   return card;
 }
 
 function fill(card, run) {
   card.querySelector(".state").textContent = run.state;
   card.dataset.state = run.state;
-  const fault = card.querySelector(".fault");
-  fault.hidden = !run.why;
-  fault.textContent = run.why ?? "";
+  for (const [place, text] of [[".fault", run.why], [".verdict", run.verdict]]) {
+    card.querySelector(place).hidden = !text;
+    card.querySelector(place).textContent = text ?? "";
+  }
   const progress = card.querySelector("progress");
   progress.hidden = run.steps == null;
   if (run.steps != null) {

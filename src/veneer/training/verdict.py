@@ -1,0 +1,142 @@
+"""What became of a run, judged by its losses alone: learnt, hardly learnt, overfitted, diverged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+from veneer.training.events import Verdict
+
+# A change of loss by less than this share is nothing that a reader of the answers would notice.
+LITTLE = 0.05
+# Held-out rows are the same each time, so their loss is nearly without noise: 3 % above the best is
+# a rise, less is the last steps' trembling.
+ROSE = 0.03
+# A run has lost its way when its training loss has gone back up by half of what it had gone down.
+WENT_BACK = 0.5
+# Training loss is compared as means of the first and the last 5 % of the steps, in a short run of a
+# quarter of them, up to four: each step has other rows.
+WINDOW, SHORT_WINDOW, MOST_IN_SHORT = 0.05, 0.25, 4
+# Two means differ where they are two standard errors apart, as in any test at 95 %. With fewer
+# steps than this the error is not known, and only half of the loss is a difference.
+STANDARD_ERRORS, FEW_STEPS, CLEAR = 2.0, 4, 0.5
+# σ of a noise is 1.048 times the median difference of neighbours: they differ by √2 σ · N(0, 1),
+# whose absolute value has the median 0.6745. The median does not see the few steps of a steep fall.
+SIGMA = 1.048
+# A rate below a fifth of the usual one (1e-4 where that is 5e-4) seldom makes a run diverge.
+SMALL_RATE = 0.2
+# What a run that hardly learnt is advised to take: this many times its steps, but some at least.
+LONGER, LEAST_STEPS = 3, 60
+
+
+def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
+    """Return the verdict on a run that has ended.
+
+    lines: of metrics.jsonl, in their order; usual_lr: the learning rate that suits the method.
+    Held-out loss decides where it was measured at least twice, training loss otherwise.
+    """
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    if not steps:
+        return Verdict("diverged", "The run diverged: no step had a finite loss and gradient.")
+    course = _Course(steps)
+    if held_out := len(evaluations) > 1:
+        what, (start, first), (end, last) = "held-out loss", evaluations[0], evaluations[-1]
+        finite = [(loss, step) for step, loss in evaluations if math.isfinite(loss)]
+        best, best_step = min(finite, default=(last, end))
+        left_best = not last <= best * (1 + ROSE)  # not ">", which a NaN would pass
+        diverged = left_best and (course.rose or not last <= first * (1 + LITTLE))
+        overfitted = left_best and course.fell and not course.rose and math.isfinite(last)
+        learnt = first - best >= LITTLE * first
+        kept = f" The weights kept are those of step {best_step}, the best on held-out rows."
+        if best_step == start:
+            kept = " No step was better on held-out rows, so the weights from before are kept."
+        elif best_step == end:
+            kept = ""
+    else:
+        what, first, last = "training loss", course.first, course.last
+        best, best_step = last, steps[-1]["step"]
+        diverged, overfitted, learnt = course.rose, False, course.fell
+        kept = " No rows are held out that would say more (--eval-rows)."
+    lr = max(line["lr"] for line in steps)
+
+    if overfitted:
+        return Verdict(
+            "overfitted",
+            f"Overfitted {_after(best_step, best < first)}: "
+            f"{_losses(what, first, best, last)}, while "
+            f"{_losses('training loss', course.first, course.last)}.{kept} More rows help, fewer "
+            "steps, a lower --lr or --rank.",
+        )
+    if diverged:
+        low, turn = (best, best_step) if held_out else (course.lowest, course.turn)
+        if not held_out:
+            kept = " The weights are those of the end; --eval-rows keeps the best."
+        return Verdict(
+            "diverged",
+            f"The run diverged {_after(turn, low < first)}: {_losses(what, first, low, last)}. "
+            f"{rate_advice(lr, usual_lr)}{kept}",
+        )
+    if learnt:
+        return Verdict("learnt", f"Learnt: {_losses(what, first, best)}.{kept}")
+    reached = last if held_out and best_step == start else best
+    faster = f", or faster (--lr {2 * lr:.2g})" if lr <= usual_lr else ""
+    return Verdict(
+        "hardly learnt",
+        f"Hardly learnt: {_losses(what, first, reached)} in {len(steps)} steps.{kept} "
+        f"Train longer (--steps {max(LEAST_STEPS, LONGER * len(steps))}){faster}.",
+    )
+
+
+def rate_advice(lr: float, usual_lr: float, *, rows: str = "the rows") -> str:
+    """Return what to try after a run that diverged: a lower rate, unless it is low already."""
+    if lr < SMALL_RATE * usual_lr:
+        return (
+            f"--lr is {lr:.2g}, which is low: rather suspect {rows}, or the dtype of the base (try "
+            "--dtype float32)."
+        )
+    return (
+        f"Most likely the learning rate is too high: --lr is {lr:.2g}, try {lr / 10:.2g}. If that "
+        f"does not help, look at {rows}."
+    )
+
+
+class _Course:
+    """How the training loss went, as means over windows of steps.
+
+    fell, rose: whether the end is clearly below the start, or above it or half of the way back to
+    it; turn: the step up to which it had gone down.
+    """
+
+    def __init__(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        losses = [line["loss"] for line in steps]
+        count = len(losses)
+        short = min(MOST_IN_SHORT, int(SHORT_WINDOW * count))
+        size = max(math.ceil(WINDOW * count), short, 1)
+        means = [fmean(losses[i : i + size]) for i in range(count - size + 1)]
+        self.first, self.lowest, self.last = means[0], min(means), means[-1]
+        self.turn: int = steps[means.index(self.lowest) + size - 1]["step"]
+        noise = CLEAR * self.first
+        if count >= FEW_STEPS:
+            sigma = SIGMA * median(abs(b - a) for a, b in pairwise(losses))
+            noise = STANDARD_ERRORS * sigma * math.sqrt(2 / size)
+        least = max(LITTLE * self.first, noise)
+        self.fell = self.first - self.last > least
+        fall, back = self.first - self.lowest, self.last - self.lowest
+        # The lowest of many means is low by chance too, so twice the noise.
+        went_back = fall > least and back > max(WENT_BACK * fall, 2 * least)
+        self.rose = went_back or not self.last - self.first <= least  # a NaN has risen too
+
+
+def _after(step: int, got_better: bool) -> str:
+    return f"after step {step}" if got_better else "from the start"
+
+
+def _losses(what: str, first: float, *later: float) -> str:
+    """Return "held-out loss 4.134 → 2.010 (-51.4%)", or "4.134 → 2.010 → 2.413"."""
+    later = tuple(dict.fromkeys(later if later[0] != first else later[1:] or later))
+    share = f" ({later[0] / first - 1:+.1%})" if first and len(later) == 1 else ""
+    return f"{what} {' → '.join(f'{loss:.3f}' for loss in (first, *later))}{share}"
