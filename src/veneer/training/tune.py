@@ -271,7 +271,7 @@ def _check_goes_on(recipe: Recipe, before: Mapping[str, Any]) -> None:
     names = {text.partition(" ")[0] for text in differing}
     of_adapter = {field.name for kind in (LoRA, Method) for field in fields(kind)}
     if recipe.adapter.exists() and not names & {*of_adapter, "model", "bits"}:
-        ways.append(f"start from what it learnt, elsewhere: --from {recipe.adapter} --out ...")
+        ways.append(f"start from what it learnt, elsewhere: --from {recipe.adapter} --out OTHER")
     either = "; or ".join(ways)
     raise TrainingError(
         f"The run in {recipe.out} cannot go on so: {joined(differing)}. Either {either}."
