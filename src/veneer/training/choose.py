@@ -27,7 +27,7 @@ VIRTUAL_LR: Mapping[MethodName, float] = {"prefix": 1e-2, "prompt": 3e-2}
 MOST_OF_B = 2.0
 
 SHARE_OF_STEP = 64  # a step has this part of all tokens, so that an epoch has about as many steps
-TOKENS_PER_STEP = (128, 2048)  # at least, and at most
+TOKENS_PER_STEP = (32, 2048)  # at least, so that the fewest rows make some steps; and at most
 MULTIPLE = 32  # of which they are one
 STEPS = 200  # of the run, as far as whole epochs allow it
 EPOCHS = (2, 8)  # fewer see each row once, more learn the rows by heart
