@@ -98,6 +98,19 @@ def test_every_name_says_what_it_names():
     assert empty == []
 
 
+def test_no_docstring_holds_lines_of_code():
+    code = re.compile(r"= (?:self\.|not )|\bself\.\w+\(|^\s*(?:if|for|with|elif|else)\b.*:$|[<>]{4}")
+    pasted = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        for line in (ast.get_docstring(node) or "").splitlines()
+        if code.search(line)
+    ]
+    assert pasted == []
+
+
 def test_every_make_command_of_the_readme_is_in_the_makefile():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))

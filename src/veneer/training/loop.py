@@ -65,10 +65,11 @@ def train(
 ) -> Iterator[Event]:
     """Train whatever of `model` requires a gradient on `examples`, and yield events.
 
-            must = stopping or self._out_of_patience() or progress.step == self.steps
-            # Between skipped steps the checkpoint before them is the better one to go back to.
-            due = not progress.skips and (at_end or _is_due(progress.step, config.save_every))
-            if self.directory and (must or due or self._is_kept(progress.step)):
+    With a `directory`, checkpoints go there, and `resume` goes on from the newest, to the bit, or
+    along another schedule where that is asked for. It must have the same `identity`: what else
+    decides the run's course. With `held_out` examples the model ends with the weights that were
+    best on them, otherwise with the last. The run ends after the step at which `should_stop`
+    returns True.
 
     Raises DivergedError after three steps in a row without a finite loss; TrainingError where a
     checkpoint does not belong to this run; DataError where there is nothing to learn from.
