@@ -99,7 +99,9 @@ def test_every_name_says_what_it_names():
 
 
 def test_no_docstring_holds_lines_of_code():
-    code = re.compile(r"= (?:self\.|not )|\bself\.\w+\(|^\s*(?:if|for|with|elif|else)\b.*:$|[<>]{4}")
+    code = re.compile(
+        r"= (?:self\.|not )|\bself\.\w+\(|^\s*(?:if|for|with|elif|else)\b.*:$|[<>]{4}"
+    )
     pasted = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in SOURCES
