@@ -154,10 +154,16 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     differ where the values are hashes."""
     pairs = {key: (theirs.get(key), ours.get(key)) for key in sorted({*theirs, *ours})}
     return [
-        f"{key} (not the same)" if _is_hashes(a) else f"{key} ({a!r} there, {b!r} here)"
+        f"{key} (not the same)"
+        if _is_hashes(a)
+        else f"{key} ({_value(key, a)} there, {_value(key, b)} here)"
         for key, (a, b) in pairs.items()
         if a != b
     ]
+
+
+def _value(key: str, value: object) -> str:
+    return "all" if value is None and key in ("layers", "limit") else repr(value)
 
 
 def _is_hashes(value: object) -> bool:

@@ -44,8 +44,9 @@ def test_folding_is_reported(tmp_path, capsys):
 
 def test_a_plain_adapter_needs_no_note(tmp_path, capsys):
     source = made(tmp_path / "a")
-    assert run(["convert", str(source), str(tmp_path / "b"), "--to", "peft"]) == 0
-    assert "note" not in printed(capsys)
+    for to in ("peft", "mlx"):
+        assert run(["convert", str(source), str(tmp_path / to), "--to", to]) == 0
+        assert "note" not in printed(capsys)
 
 
 def test_one_rank_for_all(tmp_path, capsys, refused):

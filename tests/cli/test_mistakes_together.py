@@ -56,3 +56,22 @@ def test_all_mistakes_are_in_one_error(command, opening, says, refused):
     assert opening in error
     assert error.count(" - ") == len(says)
     assert all(text in error for text in says)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("tune", "MODEL is missing. Built-in name"),
+        ("tune base", "DATA is missing. Rows to learn"),
+        ("convert base out", "--to is missing. Format"),
+        ("generate", "Give either a PROMPT or --prompts FILE."),
+        ("generate hi", "MODEL is missing: veneer generate MODEL hi."),
+        ("generate base", "PROMPT is missing: veneer generate base PROMPT"),
+        ("tune base rows.jsonl --bits 3", '"3" for --bits. Choose from: 4, 8, auto.'),
+        ("generate base --prompts rows.jsonl --out no/x.jsonl", "There is no directory no"),
+        ("convert no out --to gguf", "directory no. A model's directory would do too."),
+    ],
+)
+def test_what_is_missing_is_named(command, says, refused, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(*command.split())

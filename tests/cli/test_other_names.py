@@ -48,6 +48,13 @@ def test_all_names_lead_to_flags_of_tune_and_are_none_themselves(caught, refused
         assert f"--{theirs} is called --" in refused("tune", "m", "d", f"--{theirs}", "1")
 
 
+def test_a_command_of_another_program_is_answered_with_ours(refused):
+    assert 'Did you mean "tune"?' in refused("train", "m", "d")
+    assert 'Did you mean "merge"?' in refused("fuse", "m")
+    error = refused("tune", "m", "d", "--train", "--iters", "3")
+    assert "--train is not needed, for the command always trains; leave it out." in error
+
+
 def test_only_what_the_command_has_is_named(refused):
     assert "--lora-r is called --rank here" in refused("plan", "gpt2", "--lora-r", "4")
     assert "called" not in refused("plan", "gpt2", "--learning-rate", "1")

@@ -148,6 +148,7 @@ def test_what_cannot_be_told_is_one_error(places, refused, tmp_path):
     assert "holds no adapter" in error(tmp_path / "empty")
     assert "is a model, and an adapter" in error(places.base)
     assert "did you mean 'native'?" in error(places.home / "nativ")
+    assert "did you mean" not in error(places.home / "bas")  # no adapter is there
     several = error(places.home)
     assert "is no adapter itself; in it are" in several
     for place in ("a.gguf", "native", "ended/lora_adapter"):

@@ -143,7 +143,7 @@ def test_resuming_does_only_what_did_not_end(done, asked_for, monkeypatch, capsy
 
 def test_resuming_with_other_settings_or_other_data_is_refused(done, asked_for, capsys):
     assert run([*done.arguments, "--resume", "--limit", "50"]) == 2
-    assert "limit (None there, 50 here)" in capsys.readouterr().err
+    assert "limit (all there, 50 here)" in capsys.readouterr().err
     data = Path(done.arguments[2])
     before = data.read_text(encoding="utf-8")
     try:

@@ -159,6 +159,16 @@ def test_problems_in_tables_are_named_with_their_lines(tmp_path):
     ]
 
 
+def test_semicolons_separate_cells_where_the_header_has_no_comma(tmp_path):
+    content = '\ufeffprompt;completion\na, b;"c;d"\n'
+    (row,), problems = read_rows(written(tmp_path / "rows.csv", content))
+    assert not problems
+    assert [turn.content for turn in row.value.messages] == ["a, b", "c;d"]
+    # A header of one cell is none of this.
+    (row,), _ = read_rows(written(tmp_path / "one.csv", "text\nc;d\n"))
+    assert row.value.text == "c;d"
+
+
 def test_a_cell_may_be_longer_than_the_csv_modules_limit(tmp_path):
     path = written(tmp_path / "rows.csv", "text\n" + "long " * 40_000)
     assert len(read_rows(path)[0]) == 1

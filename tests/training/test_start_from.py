@@ -124,6 +124,7 @@ def test_settings_that_are_not_the_adapters_are_refused_at_once(home, tmp_path):
         r"targets \(\('q_proj', 'v_proj'\) there, \('mlp',\) here\)\. Leave them out",
         lora=other,
     )
+    refused(r"layers \(all there, '1:' here\)", lora=veneer.LoRA(rank=3, targets="qv", layers="1:"))
     refused("method .*lora.*there.*prefix.*here", method=veneer.Method(method="prefix"))
     refused("another base.*force", model=str(home / "other"))
     assert not (tmp_path / "out").exists()

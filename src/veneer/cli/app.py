@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
-from cyclopts import App, CoercionError, CycloptsError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CoercionError,
+    CycloptsError,
+    MissingArgumentError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 from cyclopts.help import DefaultFormatter, HelpPanel, InlineText
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
@@ -35,6 +43,7 @@ app = App(
 )
 app.command(
     "veneer.cli.tune:tune",
+    synonym=("train", "finetune", "fine-tune", "lora", "sft", "fit"),  # what others call it
     help="Train an adapter over MODEL on DATA, and keep it two ways: alone, and merged. "
     "Epochs, tokens a step, rate and held-out rows are chosen from both unless given.",
     config=from_recipe,
@@ -76,6 +85,7 @@ app.command(
 )
 app.command(
     "veneer.cli.merge:merge",
+    synonym=("fuse", "merge-lora"),
     help="Bake ADAPTER into BASE, compare, and write a plain model to OUT.",
 )
 app.command(
@@ -94,6 +104,7 @@ app.command(
 )
 app.command(
     "veneer.cli.chat:generate",
+    synonym=("inference", "infer", "run"),
     help="Print MODEL's answer to PROMPT, or to each prompt of a file as JSON lines.",
 )
 app.command("veneer.cli.chat:chat", help="Talk with MODEL; an empty line or Ctrl-D ends it.")
@@ -135,4 +146,28 @@ def _explained(error: Exception, arguments: Sequence[str]) -> Exception:
         advice = with_commas(arguments, error.unused_tokens or ())
     elif isinstance(error, CoercionError) and get_origin(error.target_type) is dict and error.token:
         advice = our_name(error.token.keyword or "", ("--budget", "--lr"))  # no rate of its own
+    elif (
+        isinstance(error, CoercionError)
+        and error.token
+        and (choices := _choices(error.target_type))
+    ):
+        where = f" from {error.token.source}" if error.token.source not in ("", "cli") else ""
+        advice = (
+            f'Invalid value "{error.token.value}" for {error.token.keyword}{where}. Choose from: '
+            f"{', '.join(map(str, choices))}"
+        )
+    elif isinstance(error, MissingArgumentError) and error.argument and not error.keyword:
+        argument = error.argument
+        name = argument.name
+        if argument.field_info.is_positional:
+            name = name.lstrip("-").replace("-", "_").upper()
+        advice = f"{name} is missing. {(argument.parameter.help or '').rstrip('.')}"
     return ConfigError(f"{advice}.") if advice else error
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """Return the values of a union of choices, of which cyclopts shows the type; else nothing."""
+    parts = [part for part in get_args(kind) if part is not NoneType]
+    if get_origin(kind) not in (Union, UnionType) or any(get_origin(x) != Literal for x in parts):
+        return ()
+    return tuple(value for part in parts for value in get_args(part))

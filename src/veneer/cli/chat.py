@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -17,12 +18,13 @@ from veneer.cli.flags import AdapterFlags, Flat, NamedModel, System
 from veneer.cli.loading import NAME, load_adapted, opening
 from veneer.cli.side_by_side import chat_side_by_side
 from veneer.data.rows import Message
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, ModelError
 from veneer.generate.sampling import Sampling
 
 if TYPE_CHECKING:
     from veneer.models.load import Base
 
+_ONE_OF = "Give either a PROMPT or --prompts FILE."
 AdapterPath = Annotated[
     Path | None,
     Parameter(
@@ -63,7 +65,7 @@ def generate(
         _answer_many(model, adapter, system, sampling, loading, prompts, out=out, batch=batch_size)
         return
     if prompts is not None or prompt is None:
-        raise ConfigError("Give either a PROMPT or --prompts FILE.")
+        raise ConfigError(_what_is_missing(model) if prompt is None else _ONE_OF)
     if out is not None:
         raise ConfigError("--out is for --prompts; one answer is printed.")
     base = _load(model, adapter, loading)
@@ -119,9 +121,9 @@ def _answer_many(
         raise ConfigError(f"--batch-size is {batch}, but must be at least 1.")
     if out is not None:
         refuse_to_replace(out)
+        if not out.parent.is_dir():
+            raise ConfigError(f"There is no directory {out.parent} for --out; make it first.")
     prompts = read_prompts(path)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
     if unused := Counter(key for prompt in prompts for key in prompt.value.unused):
         counts = ", ".join(f"{key!r} ({count:,})" for key, count in unused.most_common())
         show_notice(f"Keys of rows that nothing reads: {counts}.")
@@ -138,6 +140,22 @@ def _answer_many(
             # Whole lines at once, so that an interrupted run leaves no half of one.
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
+
+
+def _what_is_missing(model: str | None) -> str:
+    """Say which of MODEL and PROMPT is missing where there is one of them, or none."""
+    from veneer.models import locate as models
+
+    if model is None:
+        return _ONE_OF
+    try:
+        models.locate(model)
+    except ModelError:
+        return (
+            f"MODEL is missing: veneer generate MODEL {shlex.quote(model)}. It may be left out "
+            "only beside an --adapter whose files name it."
+        )
+    return f"PROMPT is missing: veneer generate {shlex.quote(model)} PROMPT, or --prompts FILE."
 
 
 def _load(model: str | None, adapter: Path | None, loading: AdapterFlags) -> Base:

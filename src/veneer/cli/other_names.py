@@ -64,10 +64,18 @@ NOTES = {
     "targets": "names are separated by commas, as in --targets q_proj,v_proj",
     "warmup": "it counts steps or, below 1, is a share of all steps",
     "layers": "blocks are spelt as slices, as in --layers 0:12, or -16: for the last 16",
-    "tokens_per_batch": "it counts the tokens of one pass, not rows: rows times their mean length",
+    "tokens_per_batch": "it counts the tokens of one pass, not rows: rows times their mean length; "
+    "--tokens-per-step counts those of an optimizer step",
     "tokens_per_step": "it counts the tokens of an optimizer step, whatever the passes",
 }
 OURS = {name: flag for flag, names in OTHERS.items() for name in names.split()}
+# What is said to be done that is done anyway.
+NEEDLESS = {
+    "train": "the command always trains",
+    "do_train": "the command always trains",
+    "use_peft": "the method is LoRA where none is named",
+    "use_lora": "the method is LoRA where none is named",
+}
 LISTS = ("--targets", "--methods", "--ranks", "--target-sets")
 
 
@@ -79,12 +87,13 @@ def our_name(name: str, flags: Collection[str]) -> str | None:
     spelt = name.partition("=")[0]
     key = spelt.lstrip("-").replace("-", "_").lower()
     flag = OURS.get(key, "")
+    here = {flag_name.strip("-").replace("_", "-") for flag_name in flags}
+    if key in NEEDLESS and "data" in here:
+        return f"{spelt} is not needed, for {NEEDLESS[key]}; leave it out"
     if "--budget" in flags:
         flag = OF_COMPARE.get(flag or key, flag)
     ours, _, value = flag.partition(" ")
-    if ours.partition(".")[0].replace("_", "-") not in {
-        flag_name.strip("-").replace("_", "-") for flag_name in flags
-    }:
+    if ours.partition(".")[0].replace("_", "-") not in here:
         return None
     if spelt.startswith("-"):
         ours_there = " ".join(["--" + ours.replace("_", "-"), *([value] if value else [])])

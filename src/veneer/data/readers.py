@@ -90,10 +90,17 @@ def _item_start(text: str, position: int) -> int:
 
 
 def read_table(path: Path, *, delimiter: str) -> Iterator[Entry]:
-    """Yield a dictionary for each line under the header that is not blank."""
+    """Yield a dictionary for each line under the header that is not blank.
+
+    Where the header has no `delimiter`, but semicolons, as spreadsheets write them in countries
+    with decimal commas, these separate the cells.
+    """
     limit = csv.field_size_limit(_CELL_LIMIT)
     try:
         with _text_file(path) as lines:
+            header = next(filter(str.strip, lines), "")
+            lines.seek(0)
+            delimiter = ";" if ";" in header and delimiter not in header else delimiter
             yield from _table_rows(lines, delimiter, str(path))
     finally:
         csv.field_size_limit(limit)
@@ -109,7 +116,8 @@ def _table_rows(lines: TextIO, delimiter: str, file: str) -> Iterator[Entry]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Problem(place, f"not {'CSV' if delimiter == ',' else 'TSV'}: {error}")
+            kind = "TSV" if delimiter == "\t" else "CSV"
+            yield Problem(place, f"not {kind}: {error}")
             continue
         if not cells:
             continue

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from veneer.adapter.method import MethodName
-from veneer.errors import AdapterError, VeneerWarning, listed, nearest
+from veneer.errors import AdapterError, VeneerWarning, closest, listed, nearest
 from veneer.files import read_json
 from veneer.formats.names import FormatName
 from veneer.formats.table import FORMATS, detect
@@ -119,7 +119,8 @@ def _refuse(path: Path) -> NoReturn:
     """Raise the AdapterError for a path that is no adapter, nor the way to one."""
     if not path.exists():
         there = path.parent.iterdir() if path.parent.is_dir() else ()
-        close = nearest(path.name, [child.name for child in there])
+        names = [child.name for child in there if closest(path.name, [child.name])]
+        close = nearest(path.name, [name for name in names if _leads_to_one(path.parent / name)])
         raise AdapterError(f"There is no adapter directory {path}{close}.")
     if is_gguf(path) or (path / "config.json").is_file():
         raise AdapterError(f"{path} is a model, and an adapter is asked for.")
@@ -131,6 +132,15 @@ def _refuse(path: Path) -> NoReturn:
     raise AdapterError(
         f"{path} holds no adapter (known are {known}), nor is it the directory of a run."
     )
+
+
+def _leads_to_one(path: Path) -> bool:
+    """Return whether `locate` finds an adapter by a path."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=VeneerWarning):
+            return path.exists() and bool(locate(path))
+    except (AdapterError, OSError):
+        return False
 
 
 def _warn(text: str) -> None:

@@ -99,8 +99,6 @@ def mlx_of(
         if layer.magnitude is not None:
             tensors[f"{moved}.m"] = layer.magnitude
     count, keys = _keys([_moved(path, base, back=False) for path in paths], base)
-    if base is None:
-        notes.append("Paths are written unchanged, since no base was named.")
     return (
         {
             "model": state.base_name or None,
