@@ -1,6 +1,7 @@
 """GGUF files: dense weights as the file says, and token ids as llama.cpp's."""
 
 import json
+import tomllib
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -175,3 +176,14 @@ def test_a_damaged_file_is_a_model_error_that_names_it(smollm2, tmp_path, load, 
         path.write_bytes(bytes(range(256)) * 40 if damage == "garbage" else file.read(size))
     with pytest.raises(ModelError, match=r"damaged\.gguf"):
         load(path)
+
+
+def test_what_transformers_needs_is_a_dependency_and_missing_it_is_not_blamed_on_the_file(
+    smollm2, monkeypatch
+):
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    needed = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    assert any(one.startswith("accelerate") for one in needed)
+    monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda: False)
+    with pytest.raises(ModelError, match=r"pip install accelerate`\.$"):
+        gguf.load_model(smollm2)

@@ -154,6 +154,8 @@ def _check(path: Path) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
+    if "pip install" in str(error):  # transformers lacks a package
+        return ModelError(f"{path} cannot be read: {error}")
     return ModelError(
         f"{path} cannot be read as a GGUF model ({error}). "
         "It must be a whole .gguf file of an architecture that transformers knows."
