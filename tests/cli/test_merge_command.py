@@ -47,7 +47,12 @@ def test_what_bf16_rounds_away_is_refused_with_figures_and_float32_keeps_it(home
     rounding = re.search(r"rounding to float32 took (\d+\.\d+)%", printed.out)
     assert rounding is not None
     assert float(rounding[1]) < 1
-    assert printed.err == ""
+    assert printed.err.splitlines() == [
+        f"Loading {home / 'base'} and {home / 'small'} ...",
+        "Merging ...",
+        "Comparing the merged model with the base and its adapter ...",
+        "Writing out ...",
+    ]
     model = veneer.load(tiny("llama"), home / "small")
     merged = veneer.load_base("out", dtype="float32").model
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)

@@ -31,6 +31,11 @@ def show_notice(text: str, *, on: Console = ERRORS) -> None:
     on.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True)
 
 
+def show_doing(text: str) -> None:
+    """Print what a command does now, before it takes its time."""
+    ERRORS.print(f"{escape(text)} ...")
+
+
 @contextmanager
 def warnings_as_notices() -> Iterator[None]:
     """Show what Veneer warns of as a notice, each text once; other warnings as ever."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import veneer
-from veneer.cli.console import quieten_libraries, show_notice
+from veneer.cli.console import quieten_libraries, show_doing, show_notice
 from veneer.cli.flags import AdapterFlags, BaseFlags, refuse_preset
 from veneer.data.rows import Message
 from veneer.errors import Checks, ConfigError, ModelError, VeneerWarning, joined, shortened
@@ -70,11 +70,12 @@ def load_adapted(
     flags: AdapterFlags,
     *,
     checks: Checks | None = None,
+    announce: bool = False,
 ) -> Base:
     """Return a base with adapters over it by name; the last one acts.
 
     Where `model` is None, the base is the one that the adapters name. Whether all of them are there
-    is added to `checks`, which end before anything is loaded.
+    is added to `checks`, which end before anything is loaded; `announce` prints that it is.
     """
     from veneer.formats.locate import locate
     from veneer.models import locate as models
@@ -88,7 +89,10 @@ def load_adapted(
             refuse_preset(model)
             models.locate(model)
     checks.end()
-    base = load_base(base_of(model, adapters.values()), flags, adapters)
+    model = base_of(model, adapters.values())
+    if announce:
+        show_doing(f"Loading {model} and {joined(map(str, adapters.values()))}")
+    base = load_base(model, flags, adapters)
     for name, adapter in adapters.items():
         veneer.load(
             base.model,

@@ -9,7 +9,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 import veneer
-from veneer.cli.console import OUTPUT, quieten_libraries, refuse_to_replace, show_notice, show_saved
+from veneer.cli.console import (
+    OUTPUT,
+    quieten_libraries,
+    refuse_to_replace,
+    show_doing,
+    show_notice,
+    show_saved,
+)
 from veneer.cli.flags import AdapterFlags, AnyAdapter, Flat, NamedModel, Switch
 from veneer.cli.loading import NAME, base_of, load_adapted
 from veneer.cli.tables import merge_lines, merge_table, merged_table
@@ -66,8 +73,10 @@ def merge(
     with checks.check():
         if probe is not None:
             files_of(probe)
-    loaded = load_adapted(base, {NAME: adapter}, loading, checks=checks)
+    loaded = load_adapted(base, {NAME: adapter}, loading, checks=checks, announce=True)
+    show_doing("Merging")
     plain = veneer.merge(loaded.model)
+    show_doing("Comparing the merged model with the base and its adapter")
     report = veneer.certify(loaded.model, plain, loaded.tokenizer, probe=probe)
     OUTPUT.print(merge_table(report))
     for line in merge_lines(report):
@@ -78,6 +87,7 @@ def merge(
         if not accept_loss:
             raise MergeError(f"{error} Or write it as it is: --accept-loss.") from error
         show_notice(str(error), on=OUTPUT)
+    show_doing(f"Writing {out}")
     if not into_gguf:
         veneer.write_model(plain, loaded.tokenizer, out)
         show_saved(out, what="merged model")
@@ -118,6 +128,7 @@ def _merge_into_gguf(
             f"weights of {source.name}: its answers may differ from those that it was trained to "
             "give."
         )
+    show_doing(f"Merging {adapter} into the weights of {source.name}, and writing {out}")
     tensors = write_merged(source, state, out, kind=kind, force=loading.force)
     OUTPUT.print(merged_table(tensors))
     left = f"; {kept_of(tensors):.1%} of the adapter's change is left"
