@@ -19,6 +19,7 @@ from support.random_adapters import (
     same,
     snapshot,
     targets_named,
+    tokenizer,
     trained_weights,
 )
 from support.tiny_models import tiny
@@ -88,6 +89,23 @@ def test_the_adapter_lies_in_each_checkpoint_and_beside_them(form):
         outputs[place] = logits(fresh)
     assert torch.equal(outputs["."], logits(model.eval()))
     assert not torch.equal(outputs["checkpoint-2"], outputs["checkpoint-4"])
+
+
+def test_without_the_callback_the_error_names_it_and_a_way_that_works():
+    model = new_model()
+    run = trainer(model, BATCHES)
+    run.train()
+    run.save_model("whole")
+    with pytest.raises(
+        veneer.AdapterError, match=r"callbacks=\[veneer.SaveAdapter\(\)\]"
+    ) as refusal:
+        veneer.load(tiny("llama"), "whole")
+    assert "load_file('whole/model.safetensors'), strict=False)" in str(refusal.value)
+    again = new_model()
+    again.load_state_dict(load_file("whole/model.safetensors"), strict=False)
+    assert same(trained_weights(again), trained_weights(model))
+    base = veneer.load_base("whole", tokenizer=tokenizer())
+    assert "veneer.SaveAdapter" in base.notices[-1]
 
 
 class TestCheckpointsOfTheAdapterAlone:

@@ -14,6 +14,7 @@ from veneer.files import read_json
 from veneer.formats.names import FormatName
 from veneer.formats.table import FORMATS, detect
 from veneer.models.gguf_header import is_gguf
+from veneer.models.source import adapter_file
 from veneer.run_directory import STATE, RunDirectory, checkpoint_steps
 
 MOST_LISTED = 10
@@ -122,6 +123,14 @@ def _refuse(path: Path) -> NoReturn:
         names = [child.name for child in there if closest(path.name, [child.name])]
         close = nearest(path.name, [name for name in names if _leads_to_one(path.parent / name)])
         raise AdapterError(f"There is no adapter directory {path}{close}.")
+    if file := adapter_file(path):
+        raise AdapterError(
+            f"{path} is a model with an adapter's tensors in it but without its settings, "
+            "as Trainer saves it. Give Trainer callbacks=[veneer.SaveAdapter()], or call "
+            "veneer.save(model, DIRECTORY) after training. To save this adapter, veneer.attach the "
+            "same LoRA to the base, call model.load_state_dict(safetensors.torch.load_file("
+            f"{str(file)!r}), strict=False), and veneer.save."
+        )
     if is_gguf(path) or (path / "config.json").is_file():
         raise AdapterError(f"{path} is a model, and an adapter is asked for.")
     below = [str(p) for p in _adapters_below(path, depth=2)] if path.is_dir() else []

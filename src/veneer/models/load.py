@@ -27,7 +27,7 @@ from veneer.models.dtype import resolve_dtype
 from veneer.models.hub import on_hub
 from veneer.models.locate import MINIGPT_HOME, locate
 from veneer.models.quantize import quantized_model
-from veneer.models.source import Source, open_source
+from veneer.models.source import Source, adapter_file, open_source
 from veneer.models.stored import load_quantized
 from veneer.quant.settings import Bits, quantization_of
 
@@ -91,6 +91,11 @@ def load_base(
         tokenizer = tokenizer or _tokenizer(place)
     if isinstance(place, Path) and isinstance(locate(name), str):
         notices += (f"{name} is the copy in {place}, for the hub could not be asked.",)
+    if isinstance(place, Path) and adapter_file(place):
+        notices += (
+            f"{name} holds an adapter's tensors too; they are left out, so this is the base alone. "
+            "To keep the adapter, train with veneer.SaveAdapter, or veneer.merge before saving.",
+        )
     # Adapters and merged models carry this name, by which the base is loaded again.
     model.config._name_or_path = str(name)
     if torch.cuda.is_available():

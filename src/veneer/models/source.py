@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,16 @@ def model_files(directory: Path) -> list[Path]:
         return sorted(directory / name for name in names)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index} cannot be read as a list of files ({error}).") from error
+
+
+def adapter_file(directory: Path) -> Path | None:
+    """Return the first file of a model that holds an adapter's tensors too, as it does where
+    `save_pretrained` wrote an adapted model. None where there is none, or it cannot be read."""
+    with suppress(ModelError):
+        for file in model_files(directory):
+            if any(".adapters." in name and ".lora_" in name for name in _tensor_names(file)):
+                return file
+    return None
 
 
 def _tensor_names(file: Path) -> list[str]:
