@@ -1,4 +1,4 @@
-"""`veneer tune` after Ctrl-C or a kill: it goes on as if nothing had been."""
+"""`veneer tune` after Ctrl-C, SIGTERM or a kill: it goes on as if nothing had been."""
 
 import os
 import signal
@@ -85,3 +85,20 @@ def test_the_second_ctrl_c_ends_at_once(tune, tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
     assert tune("--out", tmp_path / "out", "--steps", 5) == 130
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_sigterm_saves_too_and_has_its_own_code(tune, tmp_path, monkeypatch, capsys):
+    from veneer.training import loop
+
+    step = loop._Run._step
+
+    def terminated(self, forward):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, forward)
+
+    monkeypatch.setattr(loop._Run, "_step", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert tune("--out", tmp_path / "out", "--steps", 5) == 128 + signal.SIGTERM
+    assert names(tmp_path / "out" / "checkpoints") == {"step-000001"}
+    assert "--resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before

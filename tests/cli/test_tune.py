@@ -99,6 +99,10 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(tune, tmp_p
     assert tune("--out", out, "--steps", 2) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     capsys.readouterr()
+    assert tune("--out", tmp_path / "ouz", "--steps", 2, "--resume") == 2
+    error = "".join(capsys.readouterr().err.split())
+    assert f"Didyoumean{out}?Nametherun'sdirectoryby--out" in error
+    assert "ouz" not in names(tmp_path)
     assert tune("--out", out, "--steps", 2, "--rank", 3, "--seed", 5, "--resume") == 2
     printed, error = capsys.readouterr()
     error = " ".join(error.split())

@@ -51,6 +51,7 @@ def test_a_run_that_diverged_has_a_code_of_its_own_and_keeps_its_best_weights(
     assert RunDirectory(out).read_progress()["ended"] == "diverged"
     # Nothing was better than what it started from.
     assert all(not w.any() for name, w in weights(out).items() if name.endswith("lora_B"))
-    assert (out / "lora_merged").is_dir()
+    assert not (out / "lora_merged").exists()
+    assert "No merged model is written: the run diverged" in printed
     assert tune("--out", out, "--force", "--quiet", "--steps", 12, *course) == 3
     assert "weights are those of the end" in " ".join(capsys.readouterr().err.split())

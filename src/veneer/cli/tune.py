@@ -101,8 +101,8 @@ def run_recipe(
     tensorboard: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Run a recipe to its end and return the exit code: 0, 3 when it diverged, 130 when it was
-    interrupted."""
+    """Run a recipe to its end and return the exit code: 0, 3 when it diverged, 130 after Ctrl-C,
+    143 after SIGTERM."""
     code = 0
     quieten_libraries()
     display = None if quiet else RunDisplay()
@@ -127,7 +127,7 @@ def run_recipe(
                     f"learnt so far: veneer generate PROMPT --adapter {out}; write it as an "
                     f"adapter: veneer export {out}"
                 )
-                return 130
+                return asked.exit_code
     try:
         draw_losses(directory.read_metrics(), directory.picture)
     except VeneerError as error:
@@ -137,29 +137,39 @@ def run_recipe(
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """In this context the first Ctrl-C asks the run to stop after a step; the second ends it."""
+    """In this context the first Ctrl-C or SIGTERM asks the run to stop after a step; the second
+    ends it."""
     asked = Interrupt()
-    before = signal.signal(signal.SIGINT, asked.ask)
+    before = {n: signal.signal(n, asked.ask) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Interrupt:
-    """Whether a person has asked the run to stop."""
+    """Whether the run was asked to stop, and by which signal first."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.number = 0
+
+    @property
+    def exit_code(self) -> int:
+        """Return what a shell has for a process that this signal ended."""
+        return 128 + self.number
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.number:
+            if number == signal.SIGTERM:
+                raise SystemExit(128 + number)
             raise KeyboardInterrupt
-        self.asked = True
-        ERRORS.print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once) ...")
+        self.number = number
+        again = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        ERRORS.print(f"\nStopping after this step, with a checkpoint ({again} again: at once) ...")
 
     def __call__(self) -> bool:
-        return self.asked
+        return self.number > 0
 
 
 def curves(events: Iterator[Event], directory: Path) -> Iterator[Event]:

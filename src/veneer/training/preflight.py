@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from veneer.adapter.method import MethodName
 from veneer.data.sources import files_of
-from veneer.errors import Checks, ConfigError, ModelError
+from veneer.errors import Checks, ConfigError, ModelError, closest
 from veneer.files import check_replaceable, size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.state import AdapterState
@@ -56,6 +56,11 @@ def preflight(recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool) 
     checks = Checks("This run cannot begin")
     with checks.check():
         _check_directory(run, may_hold_a_run=resume or force)
+        if resume and not run.path.exists():
+            raise ConfigError(
+                f"There is no directory {run.path}, so no run to go on with. {_meant(run.path)}"
+                "Name the run's directory by --out, or leave out --resume for a new run."
+            )
     with checks.check():
         files_of(recipe.data)
     with checks.check():
@@ -105,6 +110,14 @@ def _check_directory(run: RunDirectory, *, may_hold_a_run: bool) -> None:
             f"{run.path} holds an earlier run ({', '.join(earlier)}). Go on with it by --resume, "
             "replace it by --force, or name another place by --out."
         )
+
+
+def _meant(missing: Path) -> str:
+    """Return "Did you mean ...? " for the run beside `missing` whose name is most like its."""
+    beside = missing.parent.iterdir() if missing.parent.is_dir() else ()
+    runs = (place.name for place in beside if RunDirectory(place).checkpoints.is_dir())
+    close = closest(missing.name, runs)
+    return f"Did you mean {missing.parent / close}? " if close else ""
 
 
 def check_space(plan: Plan, recipe: Recipe) -> None:

@@ -81,7 +81,6 @@ YOUNGER = {
 KEEP_IT = "The adapter itself holds all of it; use that, or veneer merge --dtype float32."
 MERGE_ADVICE = {
     "hardly learnt": "So little was learnt that float32 would not mend it: train longer.",
-    "diverged": "The run diverged, which float32 does not mend.",
 }
 
 
@@ -196,7 +195,7 @@ def _to_the_end(
         about = about_training(identity)
         adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer, training=about)
         yield Written("adapter", recipe.adapter, size_of(recipe.adapter))
-    yield from _merge(recipe, base, plan, MERGE_ADVICE.get(verdict.kind, KEEP_IT))
+    yield from _merge(recipe, base, plan, verdict)
 
 
 def _choose(recipe: Recipe, rows: RunRows, config: PretrainedConfig) -> tuple[Recipe, str | None]:
@@ -315,12 +314,12 @@ def _clear_results(run: RunDirectory) -> None:
                 shutil.rmtree(place)
 
 
-def _merge(recipe: Recipe, base: Base, plan: Plan | None, advice: str) -> Iterator[Event]:
-    """Write the merged model, with a certificate, where there can be one.
-
-    advice: what to do where rounding takes what was learnt
-    """
+def _merge(recipe: Recipe, base: Base, plan: Plan | None, verdict: Verdict) -> Iterator[Event]:
+    """Write the merged model, with a certificate, where there can be one, and where the run did not
+    diverge, unless that model is all that stays of it."""
     why = why_not_mergeable(base.model) or (plan and why_no_merge(plan, free_bytes()))
+    if verdict.kind == "diverged" and recipe.method.method != "full":
+        why = why or f"the run diverged (veneer merge makes one of {recipe.adapter})."
     if why:
         stale = f" That in {recipe.merged} is of fewer steps." if recipe.merged.exists() else ""
         yield Notice(f"No merged model is written: {why}{stale}")
@@ -332,6 +331,7 @@ def _merge(recipe: Recipe, base: Base, plan: Plan | None, advice: str) -> Iterat
         if problems := certificate.problems():
             # No reason to fail: the run's result is the adapter, and that is whole.
             lost = "; ".join(problems)
+            advice = MERGE_ADVICE.get(verdict.kind, KEEP_IT)
             yield Notice(f"The merged model is not what was learnt: {lost}. {advice}")
     merged.write_model(plain, base.tokenizer, recipe.merged)
     yield Written("merged model", recipe.merged, size_of(recipe.merged))
