@@ -16,9 +16,9 @@ from veneer.cli.console import bytes_text, new_table, quieten_libraries
 from veneer.models.description import Layer
 from veneer.plan.config import ADAPTING, PlanConfig
 from veneer.plan.find import find_config, sizes_of
-from veneer.plan.fit import flags, free_bytes, gentlest
+from veneer.plan.fit import MARGIN, flags, free_bytes, gentlest
 from veneer.plan.methods import adapted_layers
-from veneer.plan.plan import Plan, comparison, make_plan
+from veneer.plan.plan import Plan, comparison, make_plan, unsuited
 from veneer.plan.sizes import Sizes
 from veneer.quant.settings import quantization_of
 
@@ -66,14 +66,29 @@ def show_plan(
 def summary(sizes: Sizes) -> str:
     """Return a model's widths in one line."""
     heads = f"{sizes.heads} heads"
-    if sizes.kv not in (0, sizes.q):
+    if latent := getattr(sizes.config, "kv_lora_rank", None):
+        heads += f" over a latent of {latent:,}"
+    elif sizes.kv not in (0, sizes.q):
         heads += f" over {sizes.kv // max(1, sizes.head_dim)} of keys and values"
-    experts = max((block.experts for block in sizes.blocks if block.routed), default=0)
     return (
         f"{sizes.config.model_type}, {sizes.description.depth} blocks, dim {sizes.dim:,}, "
-        f"{heads}, feed-forward {sizes.inner:,}{f' ({experts} experts)' if experts else ''}, "
-        f"{sizes.vocab:,} tokens"
+        f"{heads}, feed-forward {feed_forward(sizes)}, {sizes.vocab:,} tokens"
     )
+
+
+def feed_forward(sizes: Sizes) -> str:
+    """Return "3,072", or "32 experts of 2,880 (4 active)", with the blocks where they differ."""
+    mixed = [block for block in sizes.blocks if block.routed]
+    dense = [block.dense for block in sizes.blocks if not block.routed and block.dense]
+    texts = [f"{max(dense):,}{f' in {len(dense)} blocks' if mixed else ''}"] if dense else []
+    if mixed:
+        widest = max(mixed, key=lambda block: block.routed)
+        shared = f" and {widest.dense:,} shared" if widest.dense else ""
+        texts.append(
+            f"{widest.expert_count} experts of {widest.expert_width:,} ({widest.experts} active)"
+            f"{shared}{f' in {len(mixed)} blocks' if dense else ''}"
+        )
+    return ", ".join(texts) or "0"
 
 
 def trained_text(plan: Plan) -> str:
@@ -92,26 +107,34 @@ def layers_table(plan: Plan) -> Table:
         rank = lines[layer.path].rank if layer.path in lines else None
         trains = layer.path in plan.trained.own_paths
         alike[layer.inner_path, layer.stored, layer.bias, rank, trains].append(layer)
-    table = _table("Layer (in its block)", "Times", "Weight", "Each", "All", "Trained", "Per cent")
-    for (name, *_), layers in alike.items():
+    titles = ("Layer (in its block)", "Times", "Weight", "Each", "All", "Trained", "Per cent")
+    rows: list[tuple[str, ...]] = []
+    for (inner_path, *_), layers in alike.items():
         first = layers[0]
         trained = first.parameters if first.path in plan.trained.own_paths else 0
         if line := lines.get(first.path):
             trained = line.trained_factors + (first.out if magnitudes else 0)
         weight = " × ".join(f"{size:,}" for size in first.oriented)
-        table.add_row(
-            escape(str(name)) + (" (tied)" if first.tied_to else ""),
-            f"{len(layers)}",
-            weight + (" + bias" if first.bias else ""),
-            f"{first.parameters:,}",
-            f"{sum(layer.parameters for layer in layers):,}",
-            f"{trained * len(layers):,}" if trained else "",
-            f"{trained / (first.out * first.in_):.2%}" if trained else "",
+        rows.append(
+            (
+                str(inner_path) + (" (tied)" if first.tied_to else ""),
+                f"{len(layers)}",
+                weight + (" + bias" if first.bias else ""),
+                f"{first.parameters:,}",
+                f"{sum(layer.parameters for layer in layers):,}",
+                f"{trained * len(layers):,}" if trained else "",
+                f"{trained / (first.out * first.in_):.2%}" if trained else "",
+            )
         )
-    total = f"{plan.model.parameters:,}"
     count = f"{plan.trained.count:,}"
+    total = ("total", "", "", "", f"{plan.model.parameters:,}", count, f"{plan.share:.3%}")
+    _, *numbers = zip(titles, *rows, total, strict=True)
+    left = WIDTH - sum(2 + max(map(len, column)) for column in numbers)
+    table = _table(*titles)
+    for name, *cells in rows:
+        table.add_row(escape(_broken(name, left)), *cells)
     table.add_section()
-    table.add_row("total", "", "", "", total, count, f"{plan.share:.3%}", style="bold")
+    table.add_row(*total, style="bold")
     return table
 
 
@@ -124,7 +147,9 @@ def methods_table(plan: Plan, free: int | None) -> Table:
     for title, other in comparison(plan):
         memory = other.memory
         amounts = (memory.weights, memory.gradients, memory.optimizer, memory.activations)
-        fits = "" if free is None else "yes" if memory.peak <= free else "no"
+        fits = "" if free is None else "no" if memory.peak > free else "yes"
+        if fits == "yes" and memory.peak > (1 - MARGIN) * (free or 0):
+            fits = "just"
         table.add_row(
             title,
             f"{other.trained.count:,}",
@@ -156,18 +181,25 @@ def memory_table(plan: Plan, *, formulas: bool) -> Table:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Return what is not counted, and why numbers are smaller than those that are often quoted."""
-    if plan.notice:
-        return [f"[yellow]{plan.notice}[/]"]
+    """Return what is not counted, left out or not quantized, and why numbers are smaller than those
+    that are often quoted."""
     sizes = plan.sizes
+    lines = [f"[dim]Left out: {escape(why)}[/]" for why in unsuited(plan)]
+    stacks = sum(layer.parameters for layer in plan.model.layers if layer.kind == "experts")
+    if stacks:
+        share = stacks / plan.model.parameters
+        lines.append(f"{share:.0%} of the weights are experts, which --bits leaves as they are.")
+    if plan.notice:
+        return [*lines, f"[yellow]{plan.notice}[/]"]
     under = [x for x in plan.trained.adapted if x.layer.name in ("k_proj", "v_proj")]
     if sizes.kv == sizes.q or not under or plan.config.method not in ADAPTING:
-        return []
+        return lines
     square = plan.trained.count + sum(line.rank * (sizes.q - line.out) for line in under)
     return [
+        *lines,
         f"[dim]Grouped-query attention: k and v are {sizes.dim:,} → {sizes.kv:,}, not → "
         f"{sizes.q:,}. With as many heads of keys and values as of queries, these adapters would "
-        f"have {square:,} parameters instead of {plan.trained.count:,}.[/]"
+        f"have {square:,} parameters instead of {plan.trained.count:,}.[/]",
     ]
 
 
@@ -176,14 +208,18 @@ def verdict(plan: Plan, free: int | None, *, elsewhere: bool = False) -> str:
 
     elsewhere: these are of another machine than this one.
     """
-    peak = bytes_text(plan.memory.peak)
+    peak = f"{bytes_text(plan.memory.peak)} (GB: 10⁹ bytes)"
     if free is None:
         return f"Peak {peak}; how much is free here, this system does not say."
     here = f"Peak {peak}; {bytes_text(free)} are " + (
         "what --memory says, not what is free here" if elsewhere else "free here"
     )
-    if plan.memory.peak <= free:
+    if plan.memory.peak <= (1 - MARGIN) * free:
         return f"[green]{here}: it fits.[/]"
+    if plan.memory.peak <= free:
+        less = gentlest(plan, int((1 - MARGIN) * free))
+        roomy = less and f" {flags(plan.config, less.config)} needs {bytes_text(less.memory.peak)}."
+        return f"[yellow]{here}: it just fits, with less than {MARGIN:.0%} left.[/]{roomy or ''}"
     better = gentlest(plan, free)
     if better is None:
         return f"[red]{here}: it does not fit, whatever its settings.[/]"
@@ -193,6 +229,14 @@ def verdict(plan: Plan, free: int | None, *, elsewhere: bool = False) -> str:
         f"[yellow]{here}: it does not fit.[/] With [bold]{flags(plan.config, better.config)}[/] it "
         f"would: {bytes_text(better.memory.peak)}{mapped}."
     )
+
+
+def _broken(name: str, width: int) -> str:
+    """Return a name in lines of up to `width`, broken behind dots or else underscores."""
+    if len(name) <= width:
+        return name
+    end = max(name.rfind(".", 0, width), 0) or max(name.rfind("_", 0, width), 0)
+    return f"{name[: end + 1]}\n{_broken(name[end + 1 :], width)}" if end else name
 
 
 def _table(first: str, *others: str) -> Table:

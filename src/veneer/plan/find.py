@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -66,8 +67,18 @@ def find_config(name: str | Path) -> PretrainedConfig:
             raise ModelError(f"{error}{hint}") from error
     raise ModelError(
         f"{str(name)!r} is no model here: there is no such directory or file, no such preset, and "
-        f"a hub name is owner/model{f'; {meant}' if meant else '.'} Presets are "
-        f"{', '.join(PRESETS)}."
+        f"a hub name is owner/model{f'; {meant}' if meant else '.'} Presets are\n{_presets()}."
+    )
+
+
+def _presets() -> str:
+    """Return the names of all presets in lines of a terminal's width."""
+    return fill(
+        ", ".join(PRESETS),
+        width=96,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_on_hyphens=False,
     )
 
 

@@ -17,6 +17,8 @@ from veneer.quant.settings import Bits
 SLOWER: dict[Recompute, float] = {"none": 1.0, "selective": 1.09, "full": 1.33}
 # The fixed cost of a pass, in tokens: 0.30 s at 256, 1.15 s at 2,048 tokens (the same page).
 PASS_TOKENS = 400
+# Of the free memory, what a plan that is not to "just fit" leaves: it may be wrong by as much.
+MARGIN = 0.1
 LEAST_TOKENS = 64  # a shorter pass is mostly overhead
 LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")
 
@@ -75,10 +77,14 @@ def alternatives(plan: Plan) -> Iterator[PlanConfig]:
 def flags(before: PlanConfig, after: PlanConfig) -> str:
     """Return the flags that turn the settings `before` into `after`."""
     changed = []
-    for name in ("recompute", "tokens_per_batch", "bits"):
-        value = getattr(after, name)
-        if value != getattr(before, name):
-            changed.append(f"--{name.replace('_', '-')} {value}")
+    for name, attribute in (
+        ("recompute", "recompute"),
+        ("tokens-per-batch", "tokens_per_batch"),
+        ("bits", "base_bits"),  # which qlora implies
+    ):
+        value = getattr(after, attribute)
+        if value != getattr(before, attribute):
+            changed.append(f"--{name} {value}")
     return " ".join(changed + ["--mapped"] * (after.mapped and not before.mapped))
 
 

@@ -71,11 +71,10 @@ def comparison(plan: Plan) -> list[tuple[str, Plan]]:
 
     The first is full training as textbooks count it: 16-bit weights and gradients, Adam's numbers
     in float32. The second is Veneer's, with float32 masters of the weights too. Methods that do not
-    suit the model are left out, and those with adapters unless the plan names layers.
+    suit the model are left out (`unsuited`), and those with adapters unless the plan names layers.
     """
-    settings = plan.config
-    plain = replace(settings, bits=None, pack_head=False, mapped=False)
-    blocks = max(1, min(settings.trained_blocks, plan.model.depth))
+    settings, plain = plan.config, _plain(plan)
+    blocks = plain.trained_blocks
     full = plan if settings.method == "full" else replanned(plan, replace(plain, method="full"))
     textbook = replace(
         full,
@@ -91,6 +90,23 @@ def comparison(plan: Plan) -> list[tuple[str, Plan]]:
             titled.append((title, plan))
         elif plan.adapted or method not in ADAPTING:
             with suppress(ConfigError):  # a method that does not suit this model
-                config = replace(plain, method=method, trained_blocks=blocks)
-                titled.append((title, replanned(plan, config)))
+                titled.append((title, replanned(plan, replace(plain, method=method))))
     return titled
+
+
+def unsuited(plan: Plan) -> list[str]:
+    """Return why each method that does not suit the plan's model does not."""
+    reasons = []
+    methods: tuple[MethodName, ...] = ("freeze", "prefix", "prompt")
+    for method in methods:
+        try:
+            trained_by(replace(_plain(plan), method=method), plan.sizes)
+        except ConfigError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _plain(plan: Plan) -> PlanConfig:
+    """Return the plan's settings over a dense base, with no more trained blocks than there are."""
+    blocks = max(1, min(plan.config.trained_blocks, plan.model.depth))
+    return replace(plan.config, bits=None, pack_head=False, mapped=False, trained_blocks=blocks)

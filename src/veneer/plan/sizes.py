@@ -76,11 +76,28 @@ class Block:
         )
 
     @cached_property
+    def expert_layers(self) -> tuple[Layer, ...]:
+        return tuple(x for x in self.layers if x.kind == "experts" or _is_expert(x))
+
+    @cached_property
+    def expert_count(self) -> int:
+        """How many experts there are, whether or not they compute a token."""
+        single = {x.path.rpartition(".")[0] for x in self.expert_layers if x.is_linear}
+        stacks = [x.oriented[0] for x in self.expert_layers if not x.is_linear]
+        return max(stacks, default=len(single))
+
+    @cached_property
+    def expert_width(self) -> int:
+        """The inner width of one expert, however its weights lie; gate and up may be one weight."""
+        shapes = [
+            sorted(x.stored[-2:], key=lambda size: size == self.dim) for x in self.expert_layers
+        ]
+        return min((size for size, other in shapes if other == self.dim), default=0)
+
+    @property
     def routed(self) -> int:
         """The inner width of the experts that compute a token."""
-        stacks = [layer for layer in self.layers if layer.kind == "experts" or _is_expert(layer)]
-        back = [layer.oriented for layer in stacks if layer.oriented[-2] == self.dim]
-        return self.experts * max((shape[-1] for shape in back), default=0)
+        return self.experts * self.expert_width
 
     @cached_property
     def dense(self) -> int:
