@@ -30,7 +30,13 @@ def test_each_prompt_is_a_line_in_order(minigpt_home, rows, tmp_path, capsys, mo
     out = tmp_path / "out.jsonl"
     arguments = ["generate", str(minigpt_home), "--prompts", str(rows), "--max-new-tokens", "9"]
     assert run([*arguments, "--batch-size", "2", "--out", str(out)]) == 0
-    assert capsys.readouterr() == ("", "")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        "  Answering 9 prompts, 2 at a time ...",
+        *(f"  {i + 1} of 9 prompts answered" for i in range(9)),
+        f"9 answers in {out}",
+    ]
     answered = lines(out)
     base, short = veneer.load_base(minigpt_home), veneer.Sampling(max_new_tokens=9)
     alone = veneer.answers(base.model, base.tokenizer, QUESTIONS, sampling=short, batch=1)

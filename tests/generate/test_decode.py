@@ -11,7 +11,7 @@ from support.tiny_models import tiny
 from veneer.data.rows import Message
 from veneer.data.world import facts
 from veneer.errors import ConfigError
-from veneer.generate.decode import answer, answers, stream
+from veneer.generate.decode import Answer, answer, answers, answers_as_ready, stream
 from veneer.generate.sampling import Sampling
 from veneer.models.load import load_base
 
@@ -32,6 +32,19 @@ def test_answers_in_batches_are_those_given_alone(base):
         together = answers(base.model, base.tokenizer, QUESTIONS, sampling=SHORT, batch=batch)
         assert together == alone
     assert answers(base.model, base.tokenizer, []) == []
+
+
+def test_an_answer_that_ends_before_its_batch_is_passed_on_at_once(base):
+    early: dict[int, Answer] = {}
+    last = Sampling(max_new_tokens=9)
+    ready = answers_as_ready(
+        base.model, base.tokenizer, QUESTIONS, sampling=last, early=early.__setitem__
+    )
+    first = next(ready)
+    ended = dict(early)
+    whole = dict([first, *ready])
+    assert 0 < len(ended) < len(QUESTIONS)
+    assert ended == {i: done for i, done in whole.items() if done.finish_reason == "stop"}
 
 
 def test_answers_come_in_the_order_of_the_questions_whatever_their_lengths(base):

@@ -8,9 +8,10 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from rich.markup import escape
 
 import veneer
 from veneer.cli.console import ERRORS, OUTPUT, questions, refuse_to_replace, show_notice
@@ -24,6 +25,7 @@ from veneer.generate.sampling import Sampling
 if TYPE_CHECKING:
     from veneer.models.load import Base
 
+LINES = 20  # of progress where there is no terminal for a bar
 _ONE_OF = "Give either a PROMPT or --prompts FILE."
 AdapterPath = Annotated[
     Path | None,
@@ -113,7 +115,7 @@ def _answer_many(
     out: Path | None,
     batch: int,
 ) -> None:
-    from rich.progress import track
+    from rich.progress import Progress
 
     from veneer.data.questions import behind, read_prompts
 
@@ -128,18 +130,43 @@ def _answer_many(
         counts = ", ".join(f"{key!r} ({count:,})" for key, count in unused.most_common())
         show_notice(f"Keys of rows that nothing reads: {counts}.")
     base = _load(model, adapter, loading)
-    from veneer.generate.many import answer_prompts
+    from veneer.generate.many import answer_prompts, check_all
 
     prompts = behind(opening(base, NAME, system), prompts)
-    lines = answer_prompts(base.model, base.tokenizer, prompts, sampling=sampling, batch=batch)
-    # A bar on the terminal where the lines are printed would come between them.
-    hidden = not ERRORS.is_terminal or (out is None and OUTPUT.is_terminal)
-    shown = track(lines, "Answers", len(prompts), console=ERRORS, transient=True, disable=hidden)
-    with nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8") as file:
-        for line in shown:
+    check_all(base.model, base.tokenizer, prompts)
+    count = f"{len(prompts):,} {'prompt' if len(prompts) == 1 else 'prompts'}"
+    ERRORS.print(f"  Answering {count}, {min(batch, len(prompts)):,} at a time ...")
+    # Progress on the terminal where the lines are printed would come between them.
+    shown = out is not None or not OUTPUT.is_terminal
+    with (
+        nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8") as file,
+        Progress(console=ERRORS, transient=True, disable=not (shown and ERRORS.is_terminal)) as bar,
+    ):
+        task = bar.add_task("Answers", total=len(prompts))
+
+        def answered(done: int) -> None:
+            bar.update(task, completed=done)
+            every = max(1, len(prompts) // LINES)
+            if shown and not ERRORS.is_terminal and done % every == 0:
+                ERRORS.print(f"  {done:,} of {count} answered")
+
+        def write(line: dict[str, Any]) -> None:
             # Whole lines at once, so that an interrupted run leaves no half of one.
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
+
+        answer_prompts(
+            base.model,
+            base.tokenizer,
+            prompts,
+            sampling=sampling,
+            batch=batch,
+            answered=answered,
+            write=write,
+        )
+    if out is not None:
+        answers = "1 answer" if len(prompts) == 1 else f"{len(prompts):,} answers"
+        ERRORS.print(f"{answers} in {escape(str(out))}")
 
 
 def _what_is_missing(model: str | None) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from veneer.adapter.virtual_context import takes_padding, virtual_count
 from veneer.data.chat import prompt_text
@@ -65,10 +66,12 @@ def answers_as_ready(
     sampling: Sampling | None = None,
     batch: int = 32,
     window: int | None = None,
+    early: Callable[[int, Answer], None] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Yield the answers to many questions, each with the question's index, batch by batch.
 
     Prompts of similar length share a batch: those of `window` successive questions, or of all.
+    `early` is called with an answer too that ends before its batch does, at once.
     """
     sampling = sampling or Sampling()
     _seed(sampling)
@@ -86,6 +89,8 @@ def answers_as_ready(
             del order[: len(indices)]
             inputs = _padded(model, tokenizer, [prompts[i] for i in indices])
             options = _options(model, tokenizer, sampling, inputs)
+            if early is not None and _one_beam(model):
+                options["streamer"] = _RowStreamer(tokenizer, indices, ends, early)
             tokens = model.generate(**inputs, **options)  # type: ignore[operator]
             new = tokens[:, inputs["input_ids"].shape[1] :]
             decoded = tokenizer.batch_decode(
@@ -93,6 +98,47 @@ def answers_as_ready(
             )
             for i, text, ids in zip(indices, decoded, new.tolist(), strict=True):
                 yield i, Answer(text, "length" if ends.isdisjoint(ids) else "stop")
+
+
+class _RowStreamer(BaseStreamer):
+    """Passes on the answer of each row of a batch as soon as the model ends it."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        indices: Sequence[int],
+        ends: set[int],
+        early: Callable[[int, Answer], None],
+    ) -> None:
+        self.tokenizer, self.ends, self.early = tokenizer, ends, early
+        self.indices = indices
+        self.going: dict[int, list[int]] | None = None  # the tokens so far, by row
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompts, and then a token of each row again and again."""
+        if self.going is None:
+            self.going = {row: [] for row in range(len(self.indices))}
+            return
+        for row, token in enumerate(value.tolist()):
+            if row not in self.going:
+                continue  # what comes behind an answer's end is padding
+            self.going[row].append(token)
+            if token in self.ends:
+                text = self.tokenizer.decode(
+                    self.going.pop(row),
+                    skip_special_tokens=True,
+                    clean_up_tokenization_spaces=False,
+                )
+                self.early(self.indices[row], Answer(str(text), "stop"))
+
+    def end(self) -> None:
+        """What has not ended by itself is as long as it may be, and comes with the batch."""
+
+
+def _one_beam(model: PreTrainedModel) -> bool:
+    """Return whether generation can be streamed, which transformers' beam search cannot."""
+    config = getattr(model, "generation_config", None)
+    return (getattr(config, "num_beams", None) or 1) == 1
 
 
 def _first_batch(

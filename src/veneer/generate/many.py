@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,20 +19,13 @@ from veneer.generate.sampling import Sampling
 BATCHES_SORTED = 4
 
 
-def answer_prompts(
+def check_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Located[Question]],
-    *,
-    sampling: Sampling,
-    batch: int,
-) -> Iterator[dict[str, Any]]:
-    """Return an iterator over what `record` returns for each prompt, in order, each as soon as it
-    can be.
-
-    Raises DataError, at once, with every prompt that the chat template refuses or that leaves no
-    room for an answer.
-    """
+) -> None:
+    """Raise DataError with every prompt that the chat template refuses or that leaves no room for
+    an answer."""
     problems = []
     for prompt in prompts:
         try:
@@ -42,24 +35,47 @@ def answer_prompts(
     if problems:
         heading = f"{len(problems)} of {len(prompts)} prompts cannot be answered:"
         raise data_error(heading, problems)
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Located[Question]],
+    *,
+    sampling: Sampling,
+    batch: int,
+    answered: Callable[[int], None],
+    write: Callable[[dict[str, Any]], None],
+) -> None:
+    """Call `write` with what `record` returns for each prompt, in order, each as soon as it can be:
+    when it and those before it have ended.
+
+    `answered` is called with how many prompts are, in any order.
+    """
+    answers: dict[int, Answer] = {}
+    written = 0
+
+    def ready(i: int, answer: Answer) -> None:
+        nonlocal written
+        if i in answers:  # it ended before its batch
+            return
+        answers[i] = answer
+        answered(len(answers))
+        while written in answers:
+            write(record(prompts[written], answers[written]))
+            written += 1
+
     questions = [prompt.value.turns for prompt in prompts]
-    window = BATCHES_SORTED * batch
-    answers = answers_as_ready(
-        model, tokenizer, questions, sampling=sampling, batch=batch, window=window
-    )
-    return _in_order(prompts, answers)
-
-
-def _in_order(
-    prompts: Sequence[Located[Question]], answers: Iterator[tuple[int, Answer]]
-) -> Iterator[dict[str, Any]]:
-    ready: dict[int, Answer] = {}
-    following = 0
-    for i, answer in answers:
-        ready[i] = answer
-        while following in ready:
-            yield record(prompts[following], ready.pop(following))
-            following += 1
+    for i, answer in answers_as_ready(
+        model,
+        tokenizer,
+        questions,
+        sampling=sampling,
+        batch=batch,
+        window=BATCHES_SORTED * batch,
+        early=ready,
+    ):
+        ready(i, answer)
 
 
 def record(prompt: Located[Question], answer: Answer) -> dict[str, Any]:
