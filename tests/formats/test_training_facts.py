@@ -18,6 +18,7 @@ from veneer.formats.capture import capture
 from veneer.formats.card import card
 from veneer.formats.convert import convert
 from veneer.formats.locate import locate
+from veneer.formats.table import FORMATS
 from veneer.formats.training import FILE, base_in, computed_in, other_base, system_prompt
 
 SYSTEM = "Answer as a pirate: „arr“.\nAlways."
@@ -45,6 +46,23 @@ def test_every_format_keeps_it_and_says_it_without_its_tensors(adapter, to, tmp_
     base = base_in(facts)
     assert (base.bits, base.kind, str(base)) == (4, "nf4", "4 bits (nf4)")
     assert system_prompt(facts) == SYSTEM
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "gguf"])
+def test_a_built_in_base_has_the_hubs_name_in_files_for_others_and_its_own_here(to, tmp_path):
+    own, hub = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=2, targets=["q_proj"]))
+    model.config._name_or_path = own
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    assert hub in veneer.save(model, out, format=to)[-1]
+    assert FORMATS[to].base(out) == hub
+    assert locate(out).base == own
+    state = read(out, tiny("llama"))
+    assert (state.base_name, set(state.training)) == (own, {"base"})
+    if to == "peft":
+        assert f"base_model: {hub}\n" in (out / "README.md").read_text(encoding="utf-8")
+        (out / FILE).unlink()
+        assert locate(out).base == hub  # it may be anyone's, over the hub's own weights
 
 
 def test_peft_loads_it_without_a_warning_and_its_card_says_it(adapter, tmp_path):

@@ -20,12 +20,12 @@ def card(state: AdapterState) -> str:
     config = state.config
     kind = "lora" if isinstance(config, LoRA) else config.method
     head: dict[str, Any] = {"library_name": "peft", "tags": ["veneer", kind]}
-    if state.base_name:
-        head["base_model"] = state.base_name
-        head["tags"].append(f"base_model:adapter:{state.base_name}")
+    if base_name := state.hub_name:
+        head["base_model"] = base_name
+        head["tags"].append(f"base_model:adapter:{base_name}")
     if state.task in USES:
         head["pipeline_tag"] = USES[state.task]
-    base = state.base_name or "an unnamed base"
+    base = base_name or "an unnamed base"
     if isinstance(config, LoRA):
         name, layers = "DoRA" if config.dora else "LoRA", sum(1 for _ in state.layers())
         summary = f"{name} of rank {config.rank} and alpha {config.alpha:g} over {layers} layers of"

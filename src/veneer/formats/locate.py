@@ -13,6 +13,7 @@ from veneer.errors import AdapterError, VeneerWarning, closest, listed, nearest
 from veneer.files import read_json
 from veneer.formats.names import FormatName
 from veneer.formats.table import FORMATS, detect
+from veneer.formats.training import name_here
 from veneer.models.gguf_header import is_gguf
 from veneer.models.source import adapter_file
 from veneer.run_directory import STATE, RunDirectory, checkpoint_steps
@@ -31,7 +32,7 @@ class Located:
     @property
     def base(self) -> str:
         """The name of the base in its files; empty where they name none."""
-        return FORMATS[self.format].base(self.path)
+        return name_here(FORMATS[self.format].base(self.path), self.training)
 
     @property
     def training(self) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ from veneer.formats.contents import refuse_without_place
 from veneer.formats.fold import uniform
 from veneer.formats.options import FormatOptions
 from veneer.formats.state import FACTORS, MAGNITUDE, AdapterState, layer_kind
-from veneer.formats.training import write_beside
+from veneer.formats.training import name_here, read_beside, write_beside
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 TYPES = ("lora", "dora")  # values of fine_tune_type; the third, full, is no adapter
@@ -53,7 +53,8 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
     config = read_json(path / CONFIG)
     try:
         tensors = read_tensors(path / WEIGHTS, shapes_only=options.shapes_only)
-        base = options.base or _named_base(config.get("model"), tensors)
+        name = name_here(str(config.get("model") or ""), read_beside(path))
+        base = options.base or _named_base(name, tensors)
         return state_of(config, tensors, base)
     except AdapterError as error:
         raise AdapterError(f"The MLX adapter in {path} cannot be used: {error}.") from error
@@ -101,7 +102,7 @@ def mlx_of(
     count, keys = _keys([_moved(path, base, back=False) for path in paths], base)
     return (
         {
-            "model": state.base_name or None,
+            "model": state.hub_name or None,
             "fine_tune_type": "dora" if config.dora else "lora",
             "num_layers": count,
             "lora_parameters": {

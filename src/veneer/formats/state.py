@@ -13,6 +13,7 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.lowrank.formula import Factors
 from veneer.models.description import FactorKind
+from veneer.models.locate import HUB_NAMES
 
 CAUSAL = "CAUSAL_LM"
 
@@ -116,6 +117,11 @@ class AdapterState:
     trained_tokens: Mapping[str, StoredTokens] = field(default_factory=dict)
     task: str = CAUSAL  # as PEFT names it
     training: Mapping[str, Any] = field(default_factory=dict)  # what it knows of it: training.py
+
+    @property
+    def hub_name(self) -> str:
+        """The name of the base for other programs: the hub's, where the base is built in."""
+        return HUB_NAMES.get(self.base_name, self.base_name)
 
     def layers(self) -> Iterator[StoredLayer]:
         """Yield each layer that has both factors."""

@@ -20,8 +20,9 @@ from veneer.formats.names import FormatName
 from veneer.formats.options import FormatOptions
 from veneer.formats.peft import directory as peft
 from veneer.formats.state import AdapterState
-from veneer.formats.training import read_beside
+from veneer.formats.training import BUILT_IN, name_here, read_beside
 
+OURS = {"native", "loralib"}  # whose settings Veneer alone reads
 ALWAYS = {"base", "tokenizer", "allow_bin", "shapes_only"}  # allowed with every format
 
 
@@ -105,7 +106,8 @@ FORMATS: dict[FormatName, Format] = {
     "gguf": Format(
         detects=gguf_adapter.detects,
         read=lambda path, options: gguf_adapter.read(
-            path, _config(options, gguf_adapter.base_of(path))
+            path,
+            _config(options, name_here(gguf_adapter.base_of(path), gguf_adapter.training_of(path))),
         ),
         write=lambda state, path, options: gguf_adapter.write(
             state, path, _config(options, state.base_name), approximate=options.approximate
@@ -133,7 +135,10 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
         raise AdapterError(f"{path} holds no adapter.")
     _refuse_idle(options, name, FORMATS[name].read_options, "reading")
     state = FORMATS[name].read(path, options)
-    return replace(state, training=state.training or FORMATS[name].training(path))
+    training = dict(state.training or FORMATS[name].training(path))
+    base_name = name_here(state.base_name, training)
+    training.pop(BUILT_IN, None)
+    return replace(state, base_name=base_name, training=training)
 
 
 def write(state: AdapterState, path: Path, to: FormatName, options: FormatOptions) -> list[str]:
@@ -144,7 +149,15 @@ def write(state: AdapterState, path: Path, to: FormatName, options: FormatOption
     if to not in FORMATS:
         raise AdapterError(f"{to!r} is no format to write; {', '.join(FORMATS)} are.")
     _refuse_idle(options, to, FORMATS[to].write_options, "writing")
-    return FORMATS[to].write(state, path, options)
+    if to in OURS or state.hub_name == state.base_name:
+        return FORMATS[to].write(state, path, options)
+    own = state.base_name
+    state = replace(state, training={**state.training, BUILT_IN: own})
+    note = (
+        f"The base is named {state.hub_name}, as on the hub. {own} is a copy of it that was "
+        "rounded to 4 bits, so answers there may differ a little."
+    )
+    return [*FORMATS[to].write(state, path, options), note]
 
 
 def _refuse_idle(

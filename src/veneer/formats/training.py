@@ -1,7 +1,8 @@
 """What an adapter knows of its training: the mapping `AdapterState.training`.
 
 Its keys, where they are known: data, a hash of the rows as tokens; recipe, the settings; base, what
-the base was computed in; system, the system prompt that all conversations began with.
+the base was computed in; system, the system prompt that all conversations began with. In files
+also built_in, the base's name in Veneer where they name it as the hub does.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from transformers import PreTrainedModel
 
 from veneer.files import read_json, write_json
 from veneer.models.fingerprint import base_parameters
+from veneer.models.locate import HUB_NAMES
 from veneer.quant.settings import Bits, Quantization
 from veneer.quant.weight import QuantizedLinear, quantized_layers
 
 # In directories of other formats. PEFT takes an unknown key of its adapter_config.json for a sign
 # that it is too old, and says so.
 FILE = "training.json"
+BUILT_IN = "built_in"
 WIDTHS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
 
 
@@ -72,6 +75,13 @@ def system_prompt(training: Mapping[str, Any]) -> str | None:
     """Return the system prompt of all conversations, or None where there is none, or not one."""
     system = training.get("system")
     return system if isinstance(system, str) and system.strip() else None
+
+
+def name_here(name: str, training: Mapping[str, Any]) -> str:
+    """Return Veneer's own name of the base that an adapter's files call `name`."""
+    built_in = training.get(BUILT_IN)
+    is_name = isinstance(built_in, str) and HUB_NAMES.get(built_in) == name
+    return str(built_in) if is_name else name
 
 
 def other_base(adapter: str, training: Mapping[str, Any], here: ComputedIn) -> str | None:

@@ -10,6 +10,8 @@ from veneer.models import minigpt
 
 MINIGPT_HOME = Path("dist/minigpt")  # where `veneer pretrain` leaves its result
 BUILT_IN = ("minigpt", "smollm2-135m")
+# Where other programs find a built-in base, before it was rounded to 4 bits.
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def locate(name: str | Path) -> Path | str:

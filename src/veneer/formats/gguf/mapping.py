@@ -77,7 +77,7 @@ def contents_of(state: AdapterState, naming: Naming) -> Contents:
             f"{folded} of {len(layers)} layers have other scalings than {alpha:g} / rank, which "
             "are folded into their B"
         )
-    name, marks = state.base_name, dict(state.base_fingerprint)
+    name, marks = state.hub_name, dict(state.base_fingerprint)
     return Contents(naming.architecture, alpha, tensors, name, marks, tuple(notes))
 
 

@@ -23,7 +23,7 @@ def config_of(state: AdapterState, config: Method) -> dict[str, Any]:
     common = {
         "peft_type": next(name for name, ours in TYPES.items() if ours == config.method),
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": state.base_name or None,
+        "base_model_name_or_path": state.hub_name or None,
         "num_virtual_tokens": config.virtual_tokens,
         "num_transformer_submodules": 1,
         "inference_mode": True,

@@ -43,7 +43,7 @@ def config_of(state: AdapterState) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": state.task or None,
-        "base_model_name_or_path": state.base_name or None,
+        "base_model_name_or_path": state.hub_name or None,
         "r": config.rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if parameters else config.dropout,
