@@ -177,6 +177,7 @@ def test_export_writes_the_weights_of_the_run_itself(places, shown, tmp_path):
     shown("export", whole)
     last, best = read(whole / "lora_adapter"), places.bests[-1]
     assert all(torch.equal(own, last.tensors[key]) for key, own in places.state.tensors.items())
+    assert (whole / "lora_adapter" / "tokenizer.json").is_file()
     assert last.base_fingerprint == {
         key: mark for key, mark in places.state.base_fingerprint.items() if key != "tokenizer"
     }

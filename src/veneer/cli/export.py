@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from veneer.cli.console import OUTPUT, quieten_libraries, refuse_to_replace, show_notice, show_saved
 from veneer.cli.flags import Switch
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, ModelError
 from veneer.formats.names import FormatName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from veneer.formats.state import AdapterState
 
 
 def export(
@@ -49,6 +54,23 @@ def export(
     if out is None:
         out = RunDirectory(run).adapter(method_of(state))
     refuse_to_replace(out)
-    for note in write(state, out, format=format):
+    tokenizer = _tokenizer_of(state) if format == "native" else None
+    for note in write(state, out, format=format, tokenizer=tokenizer):
         show_notice(note, on=OUTPUT)
     show_saved(out, facts=[format], more=f"; from {place}{', the best weights' if best else ''}")
+
+
+def _tokenizer_of(state: AdapterState) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that a run stores with its adapter, or None, with a notice, where the
+    base is not here."""
+    from veneer.adapter.new_tokens import extend_tokenizer
+    from veneer.models.load import load_config_and_tokenizer
+
+    try:
+        _, tokenizer = load_config_and_tokenizer(state.base_name)
+    except ModelError as error:
+        show_notice(f"It is written without tokenizer.json: {error}", on=OUTPUT)
+        return None
+    if state.new_tokens is not None:
+        extend_tokenizer(tokenizer, state.new_tokens.tokens)
+    return tokenizer

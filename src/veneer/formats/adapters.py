@@ -115,6 +115,12 @@ def read(
     return formats.read(locate(directory).path, options)
 
 
-def write(state: AdapterState, directory: Path, *, format: FormatName = "native") -> list[str]:
+def write(
+    state: AdapterState,
+    directory: Path,
+    *,
+    format: FormatName = "native",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[str]:
     """Write an adapter without its model, all at once, and return notes as `save` does."""
-    return formats.write(state, directory, format, FormatOptions())
+    return formats.write(state, directory, format, FormatOptions(tokenizer=tokenizer))
