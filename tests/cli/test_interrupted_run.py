@@ -102,3 +102,5 @@ def test_sigterm_saves_too_and_has_its_own_code(tune, tmp_path, monkeypatch, cap
     assert names(tmp_path / "out" / "checkpoints") == {"step-000001"}
     assert "--resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+    assert run(["export", str(tmp_path / "out"), str(tmp_path / "there"), "--format", "peft"]) == 0
+    assert "These are the weights of step 1 of 5;" in (tmp_path / "there/README.md").read_text()

@@ -14,6 +14,7 @@ from support.tuned_facts import (
     names,
     same_weights,
     weights,
+    write_rows,
 )
 from veneer.cli.app import run
 
@@ -94,7 +95,7 @@ def test_an_earlier_run_is_not_overwritten_without_force(tune, tmp_path, capsys)
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_resuming_with_other_settings_is_refused_and_changes_nothing(tune, tmp_path, capsys):
+def test_resuming_with_other_settings_is_refused_and_changes_nothing(tune, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert tune("--out", out, "--steps", 2) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -109,6 +110,13 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(tune, tmp_p
     assert "go on so: rank (8 there, 3 here); seed (0 there, 5 here). Either" in error
     assert "--from" not in error  # an adapter of that rank
     assert "Plan" not in printed  # nothing is loaded for it
+    rows = data.read_bytes()
+    write_rows(data, FACTS[:-1])
+    assert tune("--out", out, "--steps", 2, "--resume") == 2
+    printed, error = capsys.readouterr()
+    assert "so: data (not the same). Either name that run's rows;" in " ".join(error.split())
+    assert "Data" not in printed
+    data.write_bytes(rows)
     assert tune("--out", out, "--steps", 2, "--seed", 5, "--resume") == 2
     error = "".join(capsys.readouterr().err.split())
     assert "so:seed(0there,5here).Either" in error

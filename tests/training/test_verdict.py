@@ -94,6 +94,9 @@ def test_the_figures_and_the_weights_that_are_kept():
     assert "weights from before are kept" in text
     assert "weights" not in verdict(FALLING, [4.0, 3.0, 2.0]).text
     assert "--eval-rows" in verdict(FALLING).text
+    assert "by heart" not in verdict(FALLING).text
+    assert "by heart: ask it something new" in verdict([*FALLING, *[0.05] * 9]).text
+    assert "by heart" not in verdict([*FALLING, *[0.05] * 9], [4.0, 0.05]).text
 
 
 def test_a_run_that_hardly_learnt_is_told_how_to_learn_more():

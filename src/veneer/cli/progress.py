@@ -15,6 +15,7 @@ from veneer.cli.tables import merge_lines, plan_summary, quantized_summary, targ
 from veneer.training.events import (
     Checkpointed,
     DataReady,
+    Doing,
     Evaluated,
     Event,
     Measured,
@@ -55,6 +56,7 @@ class RunDisplay:
         self.steps = self.done = 0  # of the whole run, and before it went on
         self.recent: deque[Step] = deque(maxlen=20)
         self.verdict: Verdict | None = None
+        self.evaluates = False
         self.began = time.monotonic()
 
     def __enter__(self) -> RunDisplay:
@@ -79,6 +81,7 @@ class RunDisplay:
                     f"planned ({bytes_text(planned)})"
                 )
             case DataReady():
+                self.evaluates = event.held_out is not None
                 self._data(event)
             case ModelReady():
                 summary = f"{target_summary(event.targets)}; {event.dtype}"
@@ -118,6 +121,8 @@ class RunDisplay:
                 diverged = self.verdict and self.verdict.kind == "diverged"
                 what = "[red]Diverged[/] in" if diverged else "[bold]Trained[/]"
                 OUTPUT.print(f"{what} {step - self.done} steps{before} in {took}{weights}")
+            case Doing(what):
+                OUTPUT.print(f"  {escape(what)} ...")
             case Merged(report):
                 for line in merge_lines(report):
                     OUTPUT.print(f"[bold]Merged[/]  {line}", soft_wrap=True)
@@ -167,6 +172,7 @@ class RunDisplay:
         self.steps, self.done, self.began = steps, done, time.monotonic()
         if done:
             OUTPUT.print(f"  going on after step {done} of {steps}")
+        self.show(Doing("evaluating" if self.evaluates and not done else "training"))
         if OUTPUT.is_terminal:
             self.task = self.progress.add_task(
                 "", total=steps, completed=done, loss="-", speed="-", memory=""
@@ -195,6 +201,8 @@ class RunDisplay:
                 f"  step {event.step}/{self.steps}  loss {event.loss:.3f}  {speed:,.0f} tokens/s  "
                 f"{bytes_text(event.rss_bytes)}  {left} left"
             )
+        if event.step == self.steps and self.evaluates:
+            self.show(Doing("evaluating"))
 
 
 def _beside(ratio: float) -> str:

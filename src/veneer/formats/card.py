@@ -9,7 +9,7 @@ import yaml
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import description
 from veneer.formats.state import AdapterState
-from veneer.formats.training import base_in, system_prompt
+from veneer.formats.training import base_in, system_prompt, unfinished
 
 # What hubs call a model's use, by PEFT's name for its task.
 USES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
@@ -48,4 +48,6 @@ def card(state: AdapterState) -> str:
     if recipe := state.training.get("recipe"):
         text = yaml.safe_dump(recipe, sort_keys=False).rstrip()
         lines += ["## Recipe", "", "```yaml", text, "```", ""]
+        if step := unfinished(state.training):
+            lines += [f"These are the weights of {step}; the recipe is of the whole run.", ""]
     return "\n".join(lines)

@@ -95,17 +95,25 @@ def read(place: Path, *, best: bool = False, shapes_only: bool = False) -> Adapt
         # A run knows its tokenizer too, and so tells more bases apart than its model does.
         base = identity.get("base")
         base = base if isinstance(base, dict) else adapter.base_fingerprint
-        training = {**adapter.training, **about_training(identity)}
+        step, steps = state.get("best_step" if best else "step"), state.get("steps")
+        training = {**adapter.training, **about_training(identity, step=step, steps=steps)}
         adapter = replace(adapter, base_fingerprint=base, training=training)
     return adapter
 
 
-def about_training(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an adapter's file says about its training: a hash of the data, and the settings
-    but for paths on this machine."""
+def about_training(
+    identity: Mapping[str, Any], *, step: int | None, steps: int | None
+) -> dict[str, Any]:
+    """Return what an adapter's file says about its training: a hash of the data, the settings but
+    for paths on this machine, and after which of the run's steps its weights are.
+
+    steps: of the whole run, None for a checkpoint of an earlier version
+    """
     paths = {"data", "eval_data", "base", "model", "from"}
     settings = {name: value for name, value in identity.items() if name not in paths}
-    return {"data": identity["data"], "recipe": settings}
+    known = {"step": step, "steps": steps}
+    reached = {name: count for name, count in known.items() if count is not None}
+    return {"data": identity["data"], "recipe": settings, **reached}
 
 
 def _about(state: Mapping[str, Any], place: Path) -> dict[str, Any]:

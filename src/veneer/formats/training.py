@@ -1,7 +1,8 @@
 """What an adapter knows of its training: the mapping `AdapterState.training`.
 
-Its keys, where they are known: data, a hash of the rows as tokens; recipe, the settings; base, what
-the base was computed in; system, the system prompt that all conversations began with. In files
+Its keys, where they are known: data, a hash of the rows as tokens; recipe, the settings; step and
+steps, after which of how many steps its weights are; base, what the base was computed in; system,
+the system prompt that all conversations began with. In files
 also built_in, the base's name in Veneer where they name it as the hub does.
 """
 
@@ -82,6 +83,15 @@ def name_here(name: str, training: Mapping[str, Any]) -> str:
     built_in = training.get(BUILT_IN)
     is_name = isinstance(built_in, str) and HUB_NAMES.get(built_in) == name
     return str(built_in) if is_name else name
+
+
+def unfinished(training: Mapping[str, Any]) -> str | None:
+    """Return "step 56 of 120" where the weights are not of the run's last step, or not known to
+    be; None where they are, and where their step is not known."""
+    step, steps = training.get("step"), training.get("steps")
+    if not isinstance(step, int) or step == steps:
+        return None
+    return f"step {step}" + (f" of {steps}" if isinstance(steps, int) else "")
 
 
 def other_base(adapter: str, training: Mapping[str, Any], here: ComputedIn) -> str | None:

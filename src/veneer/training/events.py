@@ -138,6 +138,13 @@ class Trained(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Doing(Event):
+    """Work begins that may take minutes and says nothing until its end."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class Merged(Event):
     """The adapter is merged; the report says how the merged model differs."""
 

@@ -264,7 +264,7 @@ class _Run:
         keep = {progress.best_step, *(int(step) for _, step in progress.best)}
         one = len(in_use(self.model)) == 1
         adapter = capture(self.model, copy=False) if one else None
-        checkpoint = state.to_checkpoint(self.identity, adapter)
+        checkpoint = state.to_checkpoint(self.identity, self.steps, adapter)
         return Checkpointed(progress.step, checkpoints.write(checkpoint, directory, keep=keep))
 
     def restore(self) -> bool:

@@ -59,10 +59,11 @@ class RunState:
             weight.copy_(values[name])
 
     def to_checkpoint(
-        self, identity: Mapping[str, Any], adapter: AdapterState | None = None
+        self, identity: Mapping[str, Any], steps: int, adapter: AdapterState | None = None
     ) -> Checkpoint:
         """Return all of it, with what else decides the run's course.
 
+        steps: of the whole run
         adapter: what trains as an adapter that shares its memory, so that it can be read from the
         checkpoint alone.
         """
@@ -84,7 +85,7 @@ class RunState:
         progress = asdict(self.progress)
         if math.isinf(self.progress.best_loss):
             progress["best_loss"] = None  # JSON has no infinity
-        about["identity"] = identity
+        about |= {"identity": identity, "steps": steps}
         return Checkpoint(progress.pop("step"), tensors, progress | about)
 
     def differences_from(self, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
@@ -111,7 +112,7 @@ class RunState:
                         factor.copy_(stored)
         self.optimizer.load(tensors)
         self.best_weights = _without_prefix("best", tensors) or None
-        beside = ("identity", "adapter")
+        beside = ("identity", "adapter", "steps")
         progress = {k: v for k, v in checkpoint.progress.items() if k not in beside}
         self.progress = Progress(checkpoint.step, **progress)
         if self.progress.best_loss is None:

@@ -37,6 +37,7 @@ from veneer.training import checkpoint, start_from
 from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
 from veneer.training.config import NOT_OF_THE_COURSE
 from veneer.training.events import (
+    Doing,
     Event,
     Measured,
     Merged,
@@ -103,14 +104,19 @@ def tune(
     ahead = preflight(recipe, resume=resume, force=force, ignore_space=ignore_plan)
     recipe, start, tokenizer = ahead.recipe, ahead.start, ahead.tokenizer
     dtype = str(ahead.dtype).removeprefix("torch.")
-    if resume and (newest := checkpoint.newest(run.checkpoints)):
-        _check_goes_on(recipe, newest.identity)
+    newest = checkpoint.newest(run.checkpoints) if resume else None
+    before = newest.identity if newest else {}
+    del newest  # which has all its tensors
+    if before:
+        _check_goes_on(recipe, before)
     if start is not None:
         yield Notice(f"Starts from {recipe.start_from}: {start_from.in_words(recipe.what_trains)}.")
         if start.new_tokens:
             tokenizer = copy.deepcopy(tokenizer)
             extend_tokenizer(tokenizer, start.new_tokens.tokens)
     rows = load_rows(recipe, ahead.config, tokenizer)
+    if "data" in before:
+        _check_goes_on(recipe, before, data=_hash_of([*rows.examples, *rows.held_out]))
     if start and start.new_tokens and rows.new_tokens:
         raise ConfigError(f"{recipe.start_from} has new tokens, and --new-words can add no others.")
     yield rows.ready
@@ -172,9 +178,11 @@ def _to_the_end(
 ) -> Iterator[Event]:
     """Pass on the events of the training, judge it, write the results, and say what is written."""
     verdict: Verdict | None = None
+    steps = weights_of = 0
     for event in events:
         if isinstance(event, Started):  # so the checkpoint, if there is one, belongs to this run
             run.write_recipe(recipe.settings())
+            steps = event.steps
         if isinstance(event, Trained):
             usual_lr = learning_rate(
                 recipe.what_trains,
@@ -182,6 +190,7 @@ def _to_the_end(
                 lora_plus_ratio=recipe.training.lora_plus_ratio,
             )
             yield (verdict := judge(run.read_metrics(), usual_lr=usual_lr))
+            weights_of = event.weights_of
         yield event
         if isinstance(event, Stopped) and event.reason == "interrupted":
             return
@@ -192,7 +201,7 @@ def _to_the_end(
     if not resume:
         _clear_results(run)
     if recipe.method.method != "full":  # whose adapter would be the merged model again
-        about = about_training(identity)
+        about = about_training(identity, step=weights_of, steps=steps)
         adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer, training=about)
         yield Written("adapter", recipe.adapter, size_of(recipe.adapter))
     yield from _merge(recipe, base, plan, verdict)
@@ -257,16 +266,22 @@ def _report(recipe: Recipe, base: Base, dtype: str, new_tokens: tuple[str, ...])
     yield from map(Notice, report.remarks)
 
 
-def _check_goes_on(recipe: Recipe, before: Mapping[str, Any]) -> None:
-    """Raise TrainingError where the recipe is no longer that of the run which is to go on."""
-    beside = {"data", "base", "computed_in"}  # known later, and checked by the loop
+def _check_goes_on(recipe: Recipe, before: Mapping[str, Any], **more: str) -> None:
+    """Raise TrainingError where the recipe is no longer that of the run which is to go on.
+
+    more: what is known beside the recipe, of data, base, computed_in; the loop checks the others
+    """
+    beside = {"data", "base", "computed_in"} - {*more}
     before, now = (
         {name: value for name, value in settings.items() if name not in beside}
-        for settings in (before, _settings(recipe))
+        for settings in (before, {**_settings(recipe), **more})
     )
     if not (differing := other_settings(before, now)):
         return
-    ways = ["leave that out", "start anew by --force or another --out"]
+    ways = [
+        "name that run's rows" if more else "leave that out",
+        "start anew by --force or another --out",
+    ]
     names = {text.partition(" ")[0] for text in differing}
     of_adapter = {field.name for kind in (LoRA, Method) for field in fields(kind)}
     if recipe.adapter.exists() and not names & {*of_adapter, "model", "bits"}:
@@ -288,12 +303,16 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
     """Return all that decides the course of a run: a checkpoint goes on only with the same."""
-    tokens = [(row.tokens, row.labels) for row in examples]
     return {
         **_settings(recipe),
-        "data": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
+        "data": _hash_of(examples),
         "base": fingerprint(base.model, base.tokenizer),
     }
+
+
+def _hash_of(examples: list[Example]) -> str:
+    tokens = [(row.tokens, row.labels) for row in examples]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
 def _clear_state(run: RunDirectory) -> None:
@@ -324,8 +343,10 @@ def _merge(recipe: Recipe, base: Base, plan: Plan | None, verdict: Verdict) -> I
         stale = f" That in {recipe.merged} is of fewer steps." if recipe.merged.exists() else ""
         yield Notice(f"No merged model is written: {why}{stale}")
         return
+    yield Doing("merging")
     plain = merge(base.model)
     if recipe.method.method == "lora":  # all other weights are taken as they are
+        yield Doing("comparing the merged model with base and adapter")
         certificate = certify(base.model, plain, base.tokenizer)
         yield Merged(certificate)
         if problems := certificate.problems():
@@ -333,5 +354,6 @@ def _merge(recipe: Recipe, base: Base, plan: Plan | None, verdict: Verdict) -> I
             lost = "; ".join(problems)
             advice = MERGE_ADVICE.get(verdict.kind, KEEP_IT)
             yield Notice(f"The merged model is not what was learnt: {lost}. {advice}")
+    yield Doing("writing the merged model")
     merged.write_model(plain, base.tokenizer, recipe.merged)
     yield Written("merged model", recipe.merged, size_of(recipe.merged))

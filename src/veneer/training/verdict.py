@@ -28,6 +28,9 @@ STANDARD_ERRORS, FEW_STEPS, CLEAR = 2.0, 4, 0.5
 SIGMA = 1.048
 # A rate below a fifth of the usual one (1e-4 where that is 5e-4) seldom makes a run diverge.
 SMALL_RATE = 0.2
+# Nats a token. The mean token of an answer is then given nine tenths or more, as is seldom so for
+# rows that were not learnt by heart.
+BY_HEART = 0.1
 # What a run that hardly learnt is advised to take: this many times its steps, but some at least.
 LONGER, LEAST_STEPS = 3, 60
 
@@ -61,6 +64,11 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
         best, best_step = last, steps[-1]["step"]
         diverged, overfitted, learnt = course.rose, False, course.fell
         kept = " No rows are held out that would say more (--eval-rows)."
+        if learnt and last < BY_HEART:
+            kept = (
+                " That is near zero, so the rows may be learnt by heart: ask it something new, or "
+                "hold out rows (--eval-rows)."
+            )
     lr = max(line["lr"] for line in steps)
 
     if overfitted:
