@@ -103,8 +103,6 @@ def test_a_base_by_name(tmp_path, capsys, minigpt_home, refused):
 
 def test_what_cannot_be_ends_with_one_error(tmp_path, refused):
     dora, out = made(tmp_path / "dora", dora=True), tmp_path / "x"
-    no_model = refused("convert", tmp_path / "merged", out, "--to", "gguf")
-    assert "no adapter, and no directory of a model" in no_model
     assert "DoRA's magnitudes" in refused("convert", dora, out, "--to", "loralib")
     assert "no adapter directory" in refused("convert", tmp_path / "no", out, "--to", "peft")
     assert "mlx" in refused("convert", dora, out, "--to", "onnx")

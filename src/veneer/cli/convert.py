@@ -61,8 +61,6 @@ def convert(
             raise ConfigError(f"{adapter} is a model, which is converted --to gguf alone.")
         write_gguf(adapter, out, gguf_type, force=force)
         return
-    if to == "gguf" and not adapter.exists():
-        raise AdapterError(f"There is no {adapter}: no adapter, and no directory of a model.")
     if gguf_type is not None:
         raise ConfigError("--gguf-type is for models; an adapter's file has float32 factors.")
     from veneer.formats.convert import convert as convert_adapter
