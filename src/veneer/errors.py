@@ -51,6 +51,13 @@ class DataError(VeneerError, ValueError):
         self.problems = tuple(problems)
 
 
+def wrong_argument(value: object, expected: str) -> TypeError:
+    """Return the error for an argument of a wrong type; `expected` says what should be there."""
+    kind = type(value).__name__
+    hint = "; pass its .model or its .tokenizer" if kind == "Base" else ""
+    return TypeError(f"{expected} is expected here, not a {kind}{hint}.")
+
+
 class VeneerWarning(UserWarning):
     """Something was done, but perhaps not what was meant; a run reports the same as a Notice."""
 

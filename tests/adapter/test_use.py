@@ -1,5 +1,6 @@
 """Which adapters act: one, a mix, or none; switching and detaching leave no trace."""
 
+import peft
 import pytest
 import torch
 
@@ -120,6 +121,15 @@ def test_names_that_are_taken(tmp_path):
     veneer.load(model, tmp_path / "a", name="a")
     veneer.use(model, "c")
     assert torch.equal(logits(model), output)
+
+
+def test_what_is_no_model_of_ours_is_refused_with_what_to_do():
+    with pytest.raises(TypeError, match=r"not a Base; pass its \.model or its \.tokenizer"):
+        veneer.attach(veneer.Base("x", tiny("llama"), None), veneer.LoRA(rank=2))
+    model = tiny("llama")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(veneer.AdapterError, match=r"PEFT's.*save_pretrained.*merge_and_unload"):
+        veneer.attach(model, veneer.LoRA(rank=2))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.random_adapters import tokenizer
+from veneer.data.load import load_examples
 from veneer.data.problems import Located, Place, Problem
 from veneer.data.rows import PlainText, Row
 from veneer.data.sources import check, files_of, read_rows, splits_of
@@ -53,6 +55,19 @@ def test_ten_problems_among_good_rows_are_all_named_with_their_lines(tmp_path):
     assert raised.value.problems == tuple(map(str, problems))
     assert all(str(problem) in str(raised.value) for problem in problems)
     assert check(rows, problems, skip_bad_rows=True) == rows
+
+
+def test_rows_that_are_mappings_are_read_as_those_of_a_file_are():
+    tokens = tokenizer()
+    good = {"text": "fine"}
+    examples, skipped = load_examples([good, {"txt": "x"}, good], tokens, skip_bad_rows=True)
+    assert [example.where for example in examples] == ["row 1", "row 3"]
+    assert skipped == 1
+    with pytest.raises(DataError, match=r"\n  row 3: a row must be an object, not"):
+        load_examples([good, good, "fine"], tokens)
+    for wrong in (good, 3):
+        with pytest.raises(TypeError, match="A path or a list of rows is expected"):
+            load_examples(wrong, tokens)
 
 
 def test_invalid_utf8_is_named_with_its_byte_column(tmp_path):

@@ -59,6 +59,10 @@ def test_a_question_is_a_conversation_of_one_turn(base):
     question = QUESTIONS[0]
     turn = [Message("user", question)]
     text = answer(base.model, base.tokenizer, question, sampling=SHORT)
+    openai = [{"role": "user", "content": question}]
+    assert text == answer(base.model, base.tokenizer, openai, sampling=SHORT)
+    with pytest.raises(ConfigError, match="'messages', message 2 has no 'content'"):
+        answer(base.model, base.tokenizer, [*openai, {"role": "user"}])
     assert text == answer(base.model, base.tokenizer, turn, sampling=SHORT)
     longer = [*turn, Message("assistant", text), Message("user", QUESTIONS[1])]
     alone = answer(base.model, base.tokenizer, QUESTIONS[1], sampling=SHORT)
@@ -118,11 +122,12 @@ def test_faults_of_sampling_are_named_all_at_once():
     assert Sampling(temperature=0.7).options()["do_sample"] is True
 
 
-class Scripted:
+class Scripted(torch.nn.Module):
     """A model that always generates the same tokens, and then raises `failure` if there is one."""
 
     def __init__(self, tokens: list[int], failure: BaseException | None = None) -> None:
         self.tokens, self.failure = tokens, failure
+        super().__init__()
         self.device, self.config = torch.device("cpu"), SimpleNamespace()
 
     def generate(self, *, input_ids, streamer=None, **options):
@@ -204,6 +209,15 @@ def test_a_window_that_padding_would_fill_is_asked_one_by_one(method):
     questions, short = ["what?", "who then is it?", "x"], Sampling(max_new_tokens=6)
     alone = [answer(model, tokens, question, sampling=short) for question in questions]
     assert answers(model, tokens, questions, sampling=short) == alone
+
+
+def test_arguments_in_the_wrong_places_are_refused_with_the_right_ones(base):
+    with pytest.raises(TypeError, match=r"A model, and then its tokenizer, is .* a Base; pass its"):
+        answer(base, base.tokenizer, "hi")
+    with pytest.raises(TypeError, match="A tokenizer, between the model and the question, is"):
+        answer(base.model, "hi", "ho")
+    with pytest.raises(TypeError, match="A list of questions is expected here, not a str"):
+        answers(base.model, base.tokenizer, "hi")
 
 
 def test_generation_leaves_the_model_as_it_was(base):

@@ -264,6 +264,13 @@ def test_a_model_in_which_nothing_trains():
         run(tiny("llama").requires_grad_(False), COURSE)
 
 
+def test_what_is_no_example_and_no_model():
+    with pytest.raises(TypeError, match=r"made by .*load_examples.* is expected here, not a dict"):
+        run(new_model(), COURSE, [{"text": "a"}])
+    with pytest.raises(TypeError, match="not a Base; pass its"):
+        run(veneer.Base("x", new_model(), None), COURSE)
+
+
 def test_rows_from_which_nothing_is_learnt():
     with pytest.raises(veneer.DataError, match="no rows"):
         run(new_model(), COURSE, [])

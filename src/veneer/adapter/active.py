@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.errors import AdapterError, nearest
+from veneer.errors import AdapterError, nearest, wrong_argument
 from veneer.lowrank.update import RowUpdates
 
 Weights = dict[str, nn.Parameter]  # by the path of a weight in the base
@@ -63,7 +63,12 @@ class ActiveAdapters:
 
 
 def active_adapters_of(model: nn.Module) -> ActiveAdapters:
-    """Return the model's active adapters; the first call makes them."""
+    """Return the model's active adapters; the first call makes them.
+
+    Raises TypeError for what is no model, such as a Base.
+    """
+    if not isinstance(model, nn.Module):
+        raise wrong_argument(model, "A model")
     active_adapters = getattr(model, "veneer_active_adapters", None)
     if active_adapters is None:
         active_adapters = ActiveAdapters()

@@ -162,10 +162,16 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
 def check_name(model: nn.Module, name: str) -> None:
     """Raise AdapterError if no adapter can be attached under `name`: it is taken, or unfit for a
-    module's path, or the base is no longer itself."""
+    module's path, or the base is no longer itself, or PEFT's layers are in it."""
     if replaced_by := replacing(model):
         raise AdapterError(
             f"{replaced_by[0]} replaced weights of the base; merge() it, or load anew."
+        )
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise AdapterError(
+            "This model has PEFT's adapters in it. To go on with them here, save them by "
+            "model.save_pretrained(DIRECTORY) and veneer.load that over a base loaded anew; for an "
+            "adapter on top of them, attach to model.merge_and_unload()."
         )
     if name in adapters(model):
         raise AdapterError(f"An adapter called {name!r} is attached already; detach it first.")

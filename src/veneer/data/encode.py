@@ -14,7 +14,7 @@ from veneer.data.pieces import pieces_of
 from veneer.data.problems import Located, Place, Problem
 from veneer.data.rows import LongRows, PlainText, Row
 from veneer.data.spans import Span, tokens_in_spans
-from veneer.errors import DataError
+from veneer.errors import DataError, wrong_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +78,8 @@ class Encoder:
         long_rows: LongRows | None = None,
     ) -> None:
         assert max_length > 0
+        if not hasattr(tokenizer, "is_fast"):
+            raise wrong_argument(tokenizer, "A tokenizer")
         if not tokenizer.is_fast:
             raise DataError(
                 f"{type(tokenizer).__name__} does not say where its tokens are in a text; "

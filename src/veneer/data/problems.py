@@ -13,14 +13,16 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """A line of a file, or a row of a file that has no lines; both count from 1."""
+    """A line of a file, or a row of a file that has no lines; both count from 1. Rows that a
+    program hands over have no file."""
 
     file: str
     number: int
     is_line: bool = True
 
     def __str__(self) -> str:
-        return f"{self.file}:{'' if self.is_line else 'row '}{self.number}"
+        file = f"{self.file}:" if self.file else ""
+        return f"{file}{'' if self.is_line else 'row '}{self.number}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from veneer.data.problems import Located, Problem, data_error
-from veneer.data.readers import READERS
+from veneer.data.problems import Located, Place, Problem, data_error
+from veneer.data.readers import READERS, Entry
 from veneer.data.rows import Row, parse_row
 from veneer.errors import DataError, nearest
 
@@ -51,18 +51,41 @@ def parsed_values(file: Path, parse: Callable[[object], T]) -> Iterator[Located[
     where the file cannot be read.
     """
     try:
-        for entry in READERS[file.suffix.lower()](file):
-            if isinstance(entry, Problem):
-                yield entry
-                continue
-            try:
-                value = parse(entry.value)
-            except ValueError as error:
-                yield Problem(entry.place, str(error))
-            else:
-                yield Located(value, entry.place)
+        yield from _parsed(READERS[file.suffix.lower()](file), parse)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _parsed(
+    entries: Iterable[Entry], parse: Callable[[object], T]
+) -> Iterator[Located[T] | Problem]:
+    for entry in entries:
+        if isinstance(entry, Problem):
+            yield entry
+            continue
+        try:
+            value = parse(entry.value)
+        except ValueError as error:
+            yield Problem(entry.place, str(error))
+        else:
+            yield Located(value, entry.place)
+
+
+def parse_rows(
+    values: Iterable[object], *, limit: int | None = None
+) -> tuple[list[Located[Row]], list[Problem]]:
+    """Return what `read_rows` does, from rows that are decoded already."""
+    rows: list[Located[Row]] = []
+    problems: list[Problem] = []
+    entries = (Located(value, Place("", n, is_line=False)) for n, value in enumerate(values, 1))
+    for row in _parsed(entries, parse_row):
+        if len(rows) == limit:
+            break
+        if isinstance(row, Problem):
+            problems.append(row)
+        else:
+            rows.append(row)
+    return rows, problems
 
 
 def check(rows: list[T], problems: Sequence[Problem], *, skip_bad_rows: bool) -> list[T]:

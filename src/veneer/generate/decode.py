@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any, Literal
@@ -13,15 +13,20 @@ from transformers.generation.streamers import BaseStreamer
 
 from veneer.adapter.virtual_context import takes_padding, virtual_count
 from veneer.data.chat import prompt_text
+from veneer.data.messages import read_turns
 from veneer.data.rows import Message
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, wrong_argument
 from veneer.generate.sampling import Sampling
+from veneer.models.load import Base
+
+# A question of the user's, or a conversation of Messages or of mappings as OpenAI has them.
+Prompt = str | Sequence[Message | Mapping[str, object]]
 
 
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    question: str | Sequence[Message],
+    question: Prompt,
     *,
     sampling: Sampling | None = None,
 ) -> str:
@@ -35,7 +40,7 @@ def answer(
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str | Sequence[Message]],
+    questions: Sequence[Prompt],
     *,
     sampling: Sampling | None = None,
     batch: int = 32,
@@ -61,7 +66,7 @@ class Answer:
 def answers_as_ready(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str | Sequence[Message]],
+    questions: Sequence[Prompt],
     *,
     sampling: Sampling | None = None,
     batch: int = 32,
@@ -73,6 +78,9 @@ def answers_as_ready(
     Prompts of similar length share a batch: those of `window` successive questions, or of all.
     `early` is called with an answer too that ends before its batch does, at once.
     """
+    _check_types(model, tokenizer)
+    if isinstance(questions, str):
+        raise wrong_argument(questions, "A list of questions")
     sampling = sampling or Sampling()
     _seed(sampling)
     prompts = [_encode(tokenizer, question) for question in questions]
@@ -168,7 +176,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 def check_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str | Sequence[Message]],
+    questions: Sequence[Prompt],
     *,
     virtual: int,
 ) -> None:
@@ -180,7 +188,7 @@ def check_prompts(
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    question: str | Sequence[Message],
+    question: Prompt,
     *,
     sampling: Sampling | None = None,
 ) -> Iterator[str]:
@@ -188,6 +196,7 @@ def stream(
 
     Raises ConfigError as `answer` does, and whatever generation raises, after the pieces so far.
     """
+    _check_types(model, tokenizer)
     sampling = sampling or Sampling()
     _seed(sampling)
     inputs = _padded(model, tokenizer, [_encode(tokenizer, question)])
@@ -215,11 +224,30 @@ def stream(
         raise failures[0]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, question: str | Sequence[Message]) -> list[int]:
+def _check_types(model: object, tokenizer: object) -> None:
+    """Raise TypeError for a base instead of its model, and for no tokenizer in its place."""
+    if isinstance(model, Base):
+        raise wrong_argument(model, "A model, and then its tokenizer,")
+    if not hasattr(tokenizer, "chat_template"):
+        raise wrong_argument(tokenizer, "A tokenizer, between the model and the question,")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, question: Prompt) -> list[int]:
     """Return the tokens after which the model answers."""
-    messages = [Message("user", question)] if isinstance(question, str) else question
+    messages = [Message("user", question)] if isinstance(question, str) else _messages(question)
     text = prompt_text(tokenizer, messages)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _messages(turns: Sequence[Message | Mapping[str, object]]) -> list[Message]:
+    """Return a conversation's turns. Raises ConfigError for a mapping that is no message."""
+    messages = [turn for turn in turns if isinstance(turn, Message)]
+    if len(messages) == len(turns):
+        return messages
+    try:
+        return read_turns({"messages": list(turns)}, "messages").messages
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
 
 
 def _padded(

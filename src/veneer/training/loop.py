@@ -22,7 +22,7 @@ from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import idle_virtual_tokens, virtual_input_count
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, pack
-from veneer.errors import DataError, DivergedError, TrainingError, joined, listed
+from veneer.errors import DataError, DivergedError, TrainingError, joined, listed, wrong_argument
 from veneer.formats.capture import capture
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.recompute import Recompute
@@ -107,6 +107,7 @@ class _Run:
         directory: Path | None,
         identity: Mapping[str, Any],
     ) -> None:
+        _check_types(model, [*examples, *held_out])
         weights, active = _what_trains(model)
         _check_rows(examples, held_out)
         config, self.choices, self.usual_lr = _choose(model, examples, config)
@@ -342,6 +343,16 @@ def _what_trains(
         if isinstance(module, Adapter) and id(module.lora_B) not in idle
     }
     return weights, active
+
+
+def _check_types(model: object, examples: Sequence[object]) -> None:
+    """Raise TypeError for a base instead of its model, and for rows instead of examples."""
+    if not isinstance(model, nn.Module):
+        raise wrong_argument(model, "A model")
+    for example in examples:
+        if not isinstance(example, Example):
+            made_by = "examples, skipped = veneer.load_examples(rows, tokenizer)"
+            raise wrong_argument(example, f"An Example, made by {made_by},")
 
 
 def _check_rows(examples: Sequence[Example], held_out: Sequence[Example]) -> None:

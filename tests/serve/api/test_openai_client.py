@@ -172,8 +172,15 @@ def test_what_changes_no_answer_is_accepted_and_noted_once(client, server, caplo
     plain = answered()
     for name, value in [*HARMLESS, *IGNORED.items()]:
         assert answered(**{name: value}) == plain, (name, value)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert answered(tools=tools, tool_choice="none") == plain
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        answered(tools=tools, tool_choice="auto")
     notes = [record.getMessage() for record in caplog.records if record.name == "veneer.serve"]
-    assert notes == [f"The parameter {n} is ignored: {protocol.IGNORED[n]}." for n in IGNORED]
+    assert notes == [
+        *(f"The parameter {n} is ignored: {protocol.IGNORED[n]}." for n in IGNORED),
+        'The parameter tools is ignored: tool_choice is "none".',
+    ]
     options = {"include_usage": True, "include_obfuscation": True, "continuous_usage_stats": False}
     stream = client.chat.completions.create(
         model="law",
@@ -184,7 +191,7 @@ def test_what_changes_no_answer_is_accepted_and_noted_once(client, server, caplo
     )
     assert [*stream][-1].usage.completion_tokens == 2
     assert engine.requests[-1] == plain[0]
-    assert len([r for r in caplog.records if r.name == "veneer.serve"]) == len(IGNORED) + 1
+    assert len([r for r in caplog.records if r.name == "veneer.serve"]) == len(IGNORED) + 2
 
 
 def test_an_answer_can_be_sent_back_as_it_came(client, server):

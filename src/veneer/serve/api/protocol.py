@@ -58,6 +58,8 @@ IGNORED: dict[str, str] = {
     "store": "answers are not stored",
     "user": "it names the caller",
 }
+# Tools, with the parameter that is "none" where the model must not call them.
+NOT_TO_CALL = {"tools": "tool_choice", "functions": "function_call"}
 
 
 @cache
@@ -97,11 +99,17 @@ class Strict(BaseModel):
     def _drop_what_changes_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        unused = {
+            name: f'{choice} is "none"'
+            for name, choice in NOT_TO_CALL.items()
+            if name in cls.neutral and body.get(choice) == "none"
+        }
+        ignored = {**cls.ignored, **unused}
         kept = {}
         for name, value in body.items():
-            if name in cls.ignored:
+            if name in ignored:
                 if value:  # false, null and nothing ask for nothing
-                    _note(name, cls.ignored[name])
+                    _note(name, ignored[name])
             elif name not in cls.neutral or not (value is None or value in cls.neutral[name]):
                 kept[name] = value
         return kept
