@@ -69,7 +69,6 @@ def test_all_mistakes_are_in_one_error(command, opening, says, refused):
         ("generate base", "PROMPT is missing: veneer generate base PROMPT"),
         ("tune base rows.jsonl --bits 3", '"3" for --bits. Choose from: 4, 8, auto.'),
         ("generate base --prompts rows.jsonl --out no/x.jsonl", "There is no directory no"),
-        ("convert no out --to gguf", "directory no. A model's directory would do too."),
     ],
 )
 def test_what_is_missing_is_named(command, says, refused, monkeypatch, tmp_path):

@@ -64,15 +64,9 @@ def convert(
     if gguf_type is not None:
         raise ConfigError("--gguf-type is for models; an adapter's file has float32 factors.")
     from veneer.formats.convert import convert as convert_adapter
-    from veneer.formats.locate import locate
     from veneer.models.load import load_skeleton
 
     quieten_libraries()
-    if to == "gguf" and not adapter.exists():
-        try:
-            locate(adapter)
-        except AdapterError as error:
-            raise AdapterError(f"{error} A model's directory would do too.") from error
     done = convert_adapter(
         adapter,
         out,
