@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from veneer.cli.console import OUTPUT, quieten_libraries, refuse_to_replace, show_notice, show_saved
 from veneer.cli.flags import AllowBin, Switch
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import ConfigError
 from veneer.formats.names import FormatName
 
 
