@@ -47,7 +47,7 @@ def test_a_run_that_diverged_has_a_code_of_its_own_and_keeps_its_best_weights(
     assert "Diverged in 12 steps" in printed
     assert "Trained" not in printed
     assert "Verdict The run diverged from the start: held-out loss" in printed.splitlines()[-1]
-    assert "--lr is 0.3, try 0.03." in printed.splitlines()[-1]
+    assert "--lr is 0.3; leave it out, and 0.005 is chosen." in printed.splitlines()[-1]
     assert RunDirectory(out).read_progress()["ended"] == "diverged"
     # Nothing was better than what it started from.
     assert all(not w.any() for name, w in weights(out).items() if name.endswith("lora_B"))

@@ -89,11 +89,13 @@ def test_problems_of_prompts_are_named_all_at_once(tmp_path, monkeypatch):
         {"messages": [{"role": "assistant", "content": "1"}]},
         {"prompt": "a", "tools": [{"name": "f"}]},
         {"text": "a", "system": "s"},
+        {"zebra": "a"},
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    with pytest.raises(DataError, match="6 of 7 prompts") as caught:
+    with pytest.raises(DataError, match="7 of 8 prompts") as caught:
         read_prompts(Path("-"))
     assert [line.split(": ")[0] for line in caught.value.problems] == [
-        f"stdin:{number}" for number in (1, 3, 4, 5, 6, 7)
+        f"stdin:{number}" for number in (1, 3, 4, 5, 6, 7, 8)
     ]
+    assert "it needs 'messages', or 'conversations', or 'prompt', or" in caught.value.problems[-1]

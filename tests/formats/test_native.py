@@ -137,6 +137,13 @@ def test_force_does_not_excuse_what_does_not_fit(place):
         veneer.load(tiny("gpt2"), place, force=True)
 
 
+def test_a_base_of_another_width_is_named_first(place):
+    config = tiny("llama").config
+    config.hidden_size = 64
+    with pytest.raises(veneer.AdapterError, match="model: it was made for a base of width 32, and"):
+        veneer.load(type(tiny("llama"))(config), place)
+
+
 def test_a_base_of_another_architecture(place):
     message = refusal(tiny("gpt_neox"), place)
     assert "another base" in message

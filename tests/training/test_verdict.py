@@ -105,14 +105,20 @@ def test_a_run_that_hardly_learnt_is_told_how_to_learn_more():
     assert "--steps 60" in text
     assert "--lr 0.0004" in text
     assert "--steps 180" in verdict(FLAT).text
-    assert "--lr" not in verdict(FLAT, lr=0.01).text
+    assert "--lr" not in verdict(FLAT, lr=4e-4).text
+    for far in (0.01, 1e-9):
+        text = verdict(FLAT, lr=far).text
+        assert f"--lr is {far:.2g}; leave it out, and 0.0002 is chosen" in text
+        assert "--steps" not in text
     assert "4.000 → 4.200" in verdict(FLAT, [4.0, 4.1, 4.2]).text  # not "4.000 → 4.000"
 
 
 def test_a_run_that_diverged_is_told_from_where_and_the_likely_cause():
     text = verdict(BACK, lr=5e-3).text
+    assert "--lr is 0.005; leave it out, and 0.0002 is chosen" in text
+    text = verdict(BACK, lr=9e-4).text
     assert text.startswith("The run diverged after step 32: training loss 3.845 → 1.050 → 3.655.")
-    assert "--lr is 0.005, try 0.0005" in text
+    assert "--lr is 0.0009, try 9e-05" in text
     assert "weights are those of the end" in text
     text = verdict(BACK, [4.0, 1.1, 3.9], lr=1e-5).text
     assert "weights kept are those of step 30" in text

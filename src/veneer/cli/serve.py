@@ -23,7 +23,11 @@ def serve(
     *,
     adapter: Annotated[
         list[str] | None,
-        Parameter(negative="", help="NAME=DIRECTORY: serve this adapter; may be given repeatedly."),
+        Parameter(
+            negative="",
+            help="NAME=DIRECTORY: serve this adapter; may be given repeatedly. One that cannot be "
+            "served is an error; one below --adapters-dir is left out with a note.",
+        ),
     ] = None,
     settings: Annotated[ServeConfig, Flat] = ServeConfig(),
     loading: Annotated[BaseFlags, Flat] = BaseFlags(),

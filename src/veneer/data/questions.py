@@ -126,7 +126,7 @@ def _parse_prompt(value: object) -> Question:
         row[shape] = [*items, {role: "assistant", text: _TO_COME}]
     elif unanswered:
         row[_ANSWERS.get(shape, "")] = _TO_COME
-    parsed = parse_row(row if isinstance(value, Mapping) else value)
+    parsed = parse_row(row if isinstance(value, Mapping) else value, answered=False)
     if isinstance(parsed, PlainText):
         return Question((Message("user", parsed.text),), (), parsed.unused)
     turns = parsed.messages[:-1] if unanswered else parsed.messages

@@ -61,13 +61,14 @@ Row = Conversation | PlainText
 LongRows = Literal["cut", "split", "drop", "error"]  # what becomes of rows that are too long
 
 
-def parse_row(value: object) -> Row:
+def parse_row(value: object, *, answered: bool = True) -> Row:
     """Return the conversation or text that `value`, a decoded JSON object, holds.
 
     Shapes, the first that is complete: `messages` (OpenAI), `conversations` (ShareGPT), `prompt`
     and `completion` (strings or lists of messages), `instruction`, `input` and `output` (Alpaca),
     `question` and `answer`, `text`. Beside a conversation `system` and `tools` are read, beside
     Alpaca's keys `history` too. Other keys are listed in `unused`; a null counts as absent.
+    answered: whether an error about missing keys asks for those of answers too.
     Raises ValueError, saying what is wrong with the row, or which other key would change what the
     row means.
     """
@@ -80,7 +81,7 @@ def parse_row(value: object) -> Row:
             check_meaning({key: row[key] for key in others}, keys)
             parsed = parse(row)
             return replace(parsed, unused=(*others, *parsed.unused))
-    raise ValueError(_why_no_shape(row))
+    raise ValueError(_why_no_shape(row, answered=answered))
 
 
 def _messages(row: Mapping[str, object]) -> Conversation:
@@ -166,7 +167,7 @@ _SHAPES: tuple[_Shape, ...] = (
 _KEYS = [key for keys, _, _ in _SHAPES for key in keys]
 
 
-def _why_no_shape(row: Mapping[str, object]) -> str:
+def _why_no_shape(row: Mapping[str, object], *, answered: bool) -> str:
     """Say which keys the row has, and which it ought to have."""
     has = "the row has " + (", ".join(repr(key) for key in row) or "no keys")
     for key in row:
@@ -176,11 +177,9 @@ def _why_no_shape(row: Mapping[str, object]) -> str:
         missing = [key for key in keys if key not in row]
         if len(missing) < len(keys):
             return f"{has}, but not {missing[0]!r}"
-    return f"{has}; it needs {_shapes()}"
-
-
-def _shapes() -> str:
-    return ", or ".join(" and ".join(repr(key) for key in keys) for keys, _, _ in _SHAPES)
+    shapes = [keys if answered else keys[:1] for keys, _, _ in _SHAPES]
+    needed = ", or ".join(" and ".join(map(repr, keys)) for keys in shapes)
+    return f"{has}; it needs {needed}"
 
 
 def texts_of(row: Row) -> list[str]:

@@ -36,7 +36,8 @@ def validate(
 ) -> list[str]:
     """Return every problem of an adapter on `model`: another base (unless `force`), missing and
     unknown keys, wrong shapes, values that are not finite."""
-    problems = [] if force else list(_foreign(model, state, tokenizer))
+    problems = list(_width(model, state))
+    problems += [] if force else _foreign(model, state, tokenizer)
     config = state.config
     if isinstance(config, LoRA):
         problems += _factors(model, state, config)
@@ -102,6 +103,17 @@ def _foreign(
             f"it was trained on another base ({state.base_name or 'unnamed'}: its "
             f"{' and '.join(differing)} differ; force overrides this)"
         )
+
+
+def _width(model: PreTrainedModel, state: AdapterState) -> Iterator[str]:
+    """Yield, before all that follows from it, that a LoRA was made for a base of another width."""
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    if not isinstance(state.config, LoRA) or not isinstance(width, int):
+        return
+    inputs = {x.path for x in describe_base(model).layers if x.is_linear and x.in_ == width}
+    widths = {x.A.shape[-1] for x in state.layers() if x.path in inputs and x.A.ndim == 2}
+    if len(widths) == 1 and widths != {width}:
+        yield f"it was made for a base of width {widths.pop():,}, and this one has {width:,}"
 
 
 def _method(model: PreTrainedModel, state: AdapterState, config: Method) -> Iterator[str]:

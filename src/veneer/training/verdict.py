@@ -31,6 +31,8 @@ SMALL_RATE = 0.2
 # Nats a token. The mean token of an answer is then given nine tenths or more, as is seldom so for
 # rows that were not learnt by heart.
 BY_HEART = 0.1
+# More than this many times the usual one is far above it.
+LARGE_RATE = 5
 # What a run that hardly learnt is advised to take: this many times its steps, but some at least.
 LONGER, LEAST_STEPS = 3, 60
 
@@ -92,10 +94,12 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
         return Verdict("learnt", f"Learnt: {_losses(what, first, best)}.{kept}")
     reached = last if held_out and best_step == start else best
     faster = f", or faster (--lr {2 * lr:.2g})" if lr <= usual_lr else ""
+    advice = f"Train longer (--steps {max(LEAST_STEPS, LONGER * len(steps))}){faster}."
+    if lr < SMALL_RATE * usual_lr or lr > LARGE_RATE * usual_lr:
+        advice = f"Most likely that is the learning rate: {_usual_instead(lr, usual_lr)}."
     return Verdict(
         "hardly learnt",
-        f"Hardly learnt: {_losses(what, first, reached)} in {len(steps)} steps.{kept} "
-        f"Train longer (--steps {max(LEAST_STEPS, LONGER * len(steps))}){faster}.",
+        f"Hardly learnt: {_losses(what, first, reached)} in {len(steps)} steps.{kept} {advice}",
     )
 
 
@@ -106,10 +110,17 @@ def rate_advice(lr: float, usual_lr: float, *, rows: str = "the rows") -> str:
             f"--lr is {lr:.2g}, which is low: rather suspect {rows}, or the dtype of the base (try "
             "--dtype float32)."
         )
+    lower = f"--lr is {lr:.2g}, try {lr / 10:.2g}"
+    if lr > LARGE_RATE * usual_lr:
+        lower = _usual_instead(lr, usual_lr)
     return (
-        f"Most likely the learning rate is too high: --lr is {lr:.2g}, try {lr / 10:.2g}. If that "
-        f"does not help, look at {rows}."
+        f"Most likely the learning rate is too high: {lower}. If that does not help, look at "
+        f"{rows}."
     )
+
+
+def _usual_instead(lr: float, usual_lr: float) -> str:
+    return f"--lr is {lr:.2g}; leave it out, and {usual_lr:.2g} is chosen"
 
 
 class _Course:
