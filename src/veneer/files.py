@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import AdapterError, VeneerError
+from veneer.errors import AdapterError, VeneerError, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,8 +147,9 @@ def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
     ):
         raise AdapterError(f"{path} must hold named tensors and nothing else.")
-    if not shapes_only and any(tensor.is_meta for tensor in tensors.values()):
-        raise AdapterError(f"{path} holds tensors without values.")
+    without_values = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if without_values and not shapes_only:
+        raise AdapterError(f"{path} holds tensors without values: {listed(without_values)}.")
     return tensors
 
 

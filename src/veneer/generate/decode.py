@@ -159,8 +159,8 @@ def _first_batch(
     """
     for n, i in enumerate(order):
         if len(prompts[i]) > len(prompts[order[0]]):
-            room = _longest_answer(model, len(prompts[i]), virtual_count(model))
-            if room is not None and room < sampling.max_new_tokens:
+            longest = _longest_answer(model, len(prompts[i]), virtual_count(model))
+            if longest is not None and longest < sampling.max_new_tokens:
                 return order[:n]
     return order
 

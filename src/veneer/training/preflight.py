@@ -124,17 +124,17 @@ def check_space(plan: Plan, recipe: Recipe) -> None:
     """Raise ConfigError where the disk has no room for what stays of a run: its results, and one
     checkpoint with the weights and Adam's two moments in float32."""
     method, width = recipe.method, plan.config.width
-    parts = {"a checkpoint": 3 * 4 * plan.trained.count}
+    bytes_of = {"a checkpoint": 3 * 4 * plan.trained.count}
     if method.method != "full":
         own_width = width if method.replaces_weights else 4
-        parts["the adapter"] = own_width * plan.trained.count
+        bytes_of["the adapter"] = own_width * plan.trained.count
     if not method.virtual_tokens and why_no_merge(plan, free_bytes()) is None:
-        parts["the merged model"] = width * plan.model.parameters
-    needed = sum(parts.values())
+        bytes_of["the merged model"] = width * plan.model.parameters
+    needed = sum(bytes_of.values())
     place = recipe.out if recipe.out.exists() else _there(recipe.out)
     free = shutil.disk_usage(place).free + (size_of(recipe.out) if recipe.out.exists() else 0)
     if needed > free:
-        sizes = ", ".join(f"{size / 1e6:,.0f} MB for {what}" for what, size in parts.items())
+        sizes = ", ".join(f"{size / 1e6:,.0f} MB for {what}" for what, size in bytes_of.items())
         raise ConfigError(
             f"{recipe.out} needs {needed / 1e6:,.0f} MB ({sizes}), but the disk has "
             f"{free / 1e6:,.0f} MB. Name another place by --out, or go ahead by --ignore-plan."
