@@ -167,7 +167,7 @@ def _explained(error: Exception, arguments: Sequence[str]) -> Exception:
 
 def _choices(kind: Any) -> tuple[Any, ...]:
     """Return the values of a union of choices, of which cyclopts shows the type; else nothing."""
-    parts = [part for part in get_args(kind) if part is not NoneType]
-    if get_origin(kind) not in (Union, UnionType) or any(get_origin(x) != Literal for x in parts):
+    kinds = [member for member in get_args(kind) if member is not NoneType]
+    if get_origin(kind) not in (Union, UnionType) or any(get_origin(x) != Literal for x in kinds):
         return ()
-    return tuple(value for part in parts for value in get_args(part))
+    return tuple(value for member in kinds for value in get_args(member))
