@@ -94,6 +94,7 @@ def test_every_name_says_what_it_names():
         if token.type == tokenize.NAME
         and token.string in EMPTY_NAMES
         and "field.parts" not in token.line  # gguf-py's own name
+        and "def put(self, value" not in token.line  # that of transformers' streamers
     ]
     assert empty == []
 

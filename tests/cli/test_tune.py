@@ -167,6 +167,7 @@ def test_held_out_rows_are_not_trained_on(tune, tmp_path, capsys):
 def test_a_file_to_evaluate_on_is_evaluated_on(tune, data, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ("--eval-data", data, "--eval-every", 2, "--steps", 4, "--lr", 0.01)
+    flags = (*flags, "--tokens-per-step", 128)
     assert tune("--out", out, *flags) == 0
     printed = capsys.readouterr().out
     assert "6 rows to evaluate on" in printed
