@@ -18,6 +18,7 @@ def taught(minigpt_home, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("taught")
     data = write_rows(home / "facts.jsonl", FACTS)
     flags = ("--steps", "120", "--lr", "0.01", "--targets", "all", "--quiet")
+    flags = (*flags, "--tokens-per-step", "2048")
     arguments = [str(minigpt_home), str(data), "--out", str(home / "out")]
     assert run(["tune", *arguments, *flags]) == 0
     return home / "out"
