@@ -136,7 +136,9 @@ def test_chat(page, site):
 
 def test_compare(page):
     page.get_by_role("link", name="Compare").click()
-    page.wait_for_function("document.activeElement.id === 'title-compare'")  # hashchange comes later
+    page.wait_for_function(
+        "document.activeElement.id === 'title-compare'"
+    )  # hashchange comes later
     boxes = page.locator("#compare-models input")
     assert [box.get_attribute("value") for box in boxes.all()] == ["tiny", "cooking", "law"]
     page.get_by_label("law").check()
