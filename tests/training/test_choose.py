@@ -28,7 +28,7 @@ def test_choices_are_within_bounds_and_go_one_way_with_the_rows(lengths, times, 
     for course in (few, many):
         assert course.epochs in range(2, 9)
         assert course.tokens_per_step in range(32, 2049, 32)
-        assert 1e-5 < course.lr <= 3e-2
+        assert 5e-6 < course.lr <= 3e-2
         assert course.steps is None
     assert few.epochs >= many.epochs
     assert few.tokens_per_step <= many.tokens_per_step
