@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import reduce
 
 import pytest
 from chat_templates import CHATML
@@ -118,7 +119,7 @@ BAD = {
     ),
     "NUL": ({"messages": [USER, {**ANSWER, "name": "\0"}]}, "'name' holds a NUL"),
     "deep": (
-        {**SHAPES["messages"], "tools": [{**TOOL, "x": json.loads("[" * 900 + "]" * 900)}]},
+        {**SHAPES["messages"], "tools": [{**TOOL, "x": reduce(lambda x, _: [x], range(5000), [])}]},
         "nested too deeply",
     ),
     "nameless tool": ({**SHAPES["messages"], "tools": [{"x": 1}]}, "tool 1 has no 'name'"),
