@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -50,17 +49,16 @@ class Bench:
         longest = min(1024, context_left(self.base.model.config, 0) or 1024)
         return veneer.load_examples(file, self.base.tokenizer, max_length=longest)[0]
 
-    def earlier(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        if self.results.exists():
-            for line in self.results.read_text().splitlines():
-                done = json.loads(line)
-                yield done["run"], done["measured"]
+    def earlier(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what was measured for `key` earlier, None where nothing was."""
+        lines = self.results.read_text().splitlines() if self.results.exists() else []
+        results = map(json.loads, lines)
+        return next((result["measured"] for result in results if result["run"] == key), None)
 
     def once(self, key: dict[str, Any], measure: Any) -> dict[str, Any]:
         """Return what was measured for `key`, now or earlier."""
-        for run, measured in self.earlier():
-            if run == key:
-                return measured
+        if (measured := self.earlier(key)) is not None:
+            return measured
         begin = time.monotonic()
         measured = {**measure(), "seconds": round(time.monotonic() - begin, 1)}
         with self.results.open("a") as file:
@@ -124,13 +122,13 @@ def compared(bench: Bench, kind: Kind, count: int, asked: argparse.Namespace) ->
             epochs=max(1.0, round(usual.epochs * epochs)),
         )
         key = {**where, "run": "search", "targets": targets, **_named(course)}
-        found = next((measured for run, measured in bench.earlier() if run == key), None)
-        if found is None and asked.search:
-            found = bench.once(
+        measured = bench.earlier(key)
+        if measured is None and asked.search:
+            measured = bench.once(
                 key, lambda c=course, t=targets: bench.trained(examples, judging, judging, c, t)
             )
-        if found is not None and (best is None or found["loss"] < best[0]):
-            best = (found["loss"], f"{targets}, {_in_words(course)}")
+        if measured is not None and (best is None or measured["loss"] < best[0]):
+            best = (measured["loss"], f"{targets}, {_in_words(course)}")
     if best is None:
         return [*cells, "", "", ""]
     share = (before - after) / (before - min(best[0], after))

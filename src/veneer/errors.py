@@ -17,10 +17,10 @@ class VeneerError(Exception):
     """Anything that Veneer refuses or cannot do. No full stop follows a suggestion's question mark,
     wherever in the message that is."""
 
+    exit_code = 2  # of the command line
+
     def __init__(self, message: str = "") -> None:
         super().__init__(re.sub(r"(?<='\?)\.(?=\s|$)", "", message))
-
-    exit_code = 2  # of the command line
 
 
 class ConfigError(VeneerError, ValueError):
@@ -157,8 +157,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Return "key (a there, b here)" for each setting in which two runs differ, or just that they
-    differ where the values are hashes."""
+    """Return "key (a there, b here)" for each setting in which two runs differ; "key (not the
+    same)" where the values are hashes."""
     pairs = {key: (theirs.get(key), ours.get(key)) for key in sorted({*theirs, *ours})}
     return [
         f"{key} (not the same)"

@@ -22,7 +22,7 @@ from veneer.serve import run as server
 from veneer.serve.config import Keys, ServeConfig
 
 SYSTEM = "Answer as a pirate."
-SAID = "was trained over its base in 4 bits (nf4), and here the base is in 32 bits (float32)"
+OTHER_BITS = "was trained over its base in 4 bits (nf4), and here the base is in 32 bits (float32)"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def command(name, home, *flags, adapter="four"):
 def test_commands_say_that_the_bits_are_others_and_follow_them(name, home, asked, capsys):
     assert run(command(name, home)) == 0
     err = " ".join(capsys.readouterr().err.split())
-    assert SAID in err
+    assert OTHER_BITS in err
     assert str(home / "four") in err
     prompt = f"the system prompt that {'it' if name == 'compare' else 'the adapter'} was trained"
     assert (prompt in err) == (name != "merge")
@@ -209,5 +209,5 @@ def test_serve_says_it_of_every_adapter_at_the_start(home, tmp_path):
     serving = server.serve(base, named, config, keys=Keys(), listener=server.listen(config))
     notices = next(serving).notices
     serving.close()
-    about = [notice.partition(" was")[0] for notice in notices if SAID in notice]
+    about = [notice.partition(" was")[0] for notice in notices if OTHER_BITS in notice]
     assert about == ["The adapter 'four'", "The adapter 'it'"]

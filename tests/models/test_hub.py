@@ -30,9 +30,9 @@ def asked(request, monkeypatch, tmp_path) -> list[bytes]:
                 return
             with caller:
                 question = caller.recv(1 << 16).partition(b"\r\n")[0]
+                if b"/owner/" in question:  # the library itself has questions too
+                    asked.append(question)  # before the answer, after which the test may look
                 caller.sendall(getattr(request, "param", b""))
-            if b"/owner/" in question:  # the library itself has questions too
-                asked.append(question)
 
     endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
     for name, value in {
@@ -67,10 +67,12 @@ def test_an_unreachable_hub_is_asked_once_and_what_to_do_is_said(asked, tmp_path
     with pytest.raises(ModelError) as caught:
         load_base("owner/small-on", dtype="float32")
     assert len(asked) == 1
-    said = str(caught.value)
-    assert said.startswith("'owner/small-on' is no directory here, and as a hub name it cannot be ")
-    assert f"looked up, for {constants.ENDPOINT} was not reached" in said
-    assert said.endswith("base (minigpt, smollm2-135m); did you mean 'owner/small-one'?")
+    message = str(caught.value)
+    assert message.startswith(
+        "'owner/small-on' is no directory here, and as a hub name it cannot be "
+    )
+    assert f"looked up, for {constants.ENDPOINT} was not reached" in message
+    assert message.endswith("base (minigpt, smollm2-135m); did you mean 'owner/small-one'?")
 
 
 def test_a_cached_model_loads_without_a_hub_and_nobody_waits_twice(asked, tmp_path):

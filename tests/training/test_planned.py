@@ -234,8 +234,8 @@ def test_tune_over_a_quantized_base(bits, minigpt_home, tmp_path, capsys):
     assert f"24 linear layers in {'NF4' if bits == 4 else 'Int8'}" in printed
     assert "bits a parameter" in printed
     assert "Plan" in printed
-    said = r"at most [\d.]+ .B, (\d+% (more|less) than|as) planned \([\d.]+ .B\)"
-    assert re.search(said, printed)
+    message = r"at most [\d.]+ .B, (\d+% (more|less) than|as) planned \([\d.]+ .B\)"
+    assert re.search(message, printed)
     assert run(["quantize", str(minigpt_home), "quantized", "--bits", str(bits)]) == 0
     assert "q_proj" in capsys.readouterr().out
     assert run(["tune", "quantized", *common, "--out", "disk"]) == 0

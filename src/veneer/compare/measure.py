@@ -24,7 +24,7 @@ from veneer.compare.labels import MOST_VIRTUAL
 from veneer.compare.quality import bleu, exact, measure_of
 from veneer.data.encode import Encoder, Example, encode_rows
 from veneer.data.load import load_examples
-from veneer.data.packing import StepOrder, split_held_out
+from veneer.data.packing import split_held_out
 from veneer.data.probe import GENERAL
 from veneer.data.problems import Located
 from veneer.data.questions import Question, read_questions
@@ -40,7 +40,7 @@ from veneer.kernels.heap import kept_heap
 from veneer.models.fingerprint import base_parameters, fingerprint, parameter_count
 from veneer.models.load import Base, load_base
 from veneer.quant.weight import quantized_layers
-from veneer.training.choose import choose, hidden_size_of
+from veneer.training.choose import choose, hidden_size_of, steps_of_epoch
 from veneer.training.config import TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import Notice, Skipped, Step
@@ -199,11 +199,9 @@ def _steps_of(job: Job, rows: Sequence[Example], given: TrainConfig) -> dict[str
     lengths = [len(row.tokens) for row in rows]
     course = choose(replace(given, steps=None), lengths, what_trains=LoRA(), hidden_size=None)
     assert course.epochs is not None
-    assert course.tokens_per_step is not None
-    limit = course.tokens_per_step
-    epoch = len(StepOrder(lengths, limit, limit, job.seed).epoch(0))
+    epoch = steps_of_epoch(course, lengths)
     return {
-        "tokens_per_step": limit,
+        "tokens_per_step": course.tokens_per_step,
         "tokens_a_step": sum(lengths) / epoch,
         "steps": round(course.epochs * epoch),
     }

@@ -57,7 +57,8 @@ def _read_native(path: Path, options: FormatOptions) -> AdapterState:
     return native.read(path, method, shapes_only=options.shapes_only)
 
 
-def _native_config(path: Path) -> dict[str, Any]:
+def native_config(path: Path) -> dict[str, Any]:
+    """Return the settings of an adapter in our own format, or of a checkpoint's."""
     return native.config_in(path) or checkpoint.config_in(path)
 
 
@@ -73,9 +74,9 @@ FORMATS: dict[FormatName, Format] = {
         detects=lambda path: native.method_in(path) is not None or checkpoint.detects(path),
         read=_read_native,
         write=_write_native,
-        base=lambda path: native.base_in(_native_config(path)),
+        base=lambda path: native.base_in(native_config(path)),
         holds=native.config_name("lora"),
-        training=lambda path: native.training_in(_native_config(path)),
+        training=lambda path: native.training_in(native_config(path)),
         write_options=frozenset({"tokenizer"}),
     ),
     "peft": Format(

@@ -1,7 +1,7 @@
 """What a run does where nobody says: its steps, tokens a step, learning rate, rows held out.
 
-Every number of the rule is here; docs/training.md says what it was measured on. Imports no torch
-and no numpy.
+Every number of the rule is here; docs/training.md says what it was measured on. Importing this
+imports no torch and no numpy.
 """
 
 from __future__ import annotations
@@ -88,6 +88,16 @@ def rows_to_hold_out(rows: int) -> int:
     return int(_within(rows // SHARE_HELD_OUT, HELD_OUT)) if rows >= FEWEST_ROWS else 0
 
 
+def steps_of_epoch(chosen: TrainConfig, lengths: Sequence[int]) -> int:
+    """Return how many steps the first epoch has, over rows of these lengths."""
+    # Here, for it imports numpy.
+    from veneer.data.packing import StepOrder
+
+    assert chosen.tokens_per_step is not None
+    limit = chosen.tokens_per_step
+    return len(StepOrder(lengths, limit, limit, chosen.seed).epoch(0))
+
+
 def as_before(config: TrainConfig, earlier: Mapping[str, Any]) -> TrainConfig:
     """Return `config` with the choices of an earlier run, by its settings, wherever it has None."""
     names = ["tokens_per_step", "lr"]
@@ -111,15 +121,9 @@ def explain(
 
     held_out: the rows that were chosen to be held out, None where somebody said how many.
     """
-    from veneer.data.packing import (
-        StepOrder,
-    )  # imports numpy, which the other functions do not need
-
     choices = []
     if chosen.epochs != given.epochs:
-        assert chosen.tokens_per_step is not None
-        limit = chosen.tokens_per_step
-        steps = len(StepOrder(lengths, limit, limit, chosen.seed).epoch(0))
+        steps = steps_of_epoch(chosen, lengths)
         choices.append(f"{chosen.epochs:g} epochs of about {steps:,} step{'s' * (steps > 1)}")
     if chosen.tokens_per_step != given.tokens_per_step:
         choices.append(f"at most {chosen.tokens_per_step:,} tokens a step")

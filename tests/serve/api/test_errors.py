@@ -44,12 +44,25 @@ def root(adapter_dirs, tmp_path):
     return root
 
 
+def prepared(adapters_dir):
+    base = replace(base_of(), name="some/base")
+    served, notices = prepare(base, (), ServeConfig(adapters_dir=adapters_dir))
+    served.notices = notices
+    return served
+
+
 @pytest.fixture
 def served(root):
-    base = replace(base_of(), name="some/base")
-    served, notices = prepare(base, (), ServeConfig(adapters_dir=root))
-    served.notices = notices
-    with served.engine:
+    with (served := prepared(root)).engine:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def good(adapter_dirs, tmp_path_factory):
+    """A server's adapters and engine, which every error leaves as good as they were."""
+    root = tmp_path_factory.mktemp("adapters")
+    (root / "good").symlink_to(adapter_dirs / "law")
+    with (served := prepared(root)).engine:
         yield served
 
 
@@ -97,8 +110,9 @@ def fail(*_, **__):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("where", ["template", "step", "text", "end", "slot", "reply"])
 def test_an_unexpected_error_reaches_the_log_and_the_server_goes_on(
-    where, stream, served, monkeypatch, caplog
+    where, stream, good, monkeypatch, caplog
 ):
+    served = good
     owner, name = {
         "template": (served, "chat_tokens"),
         "step": (served.engine.runner, "step"),
@@ -131,11 +145,11 @@ def test_an_unexpected_error_reaches_the_log_and_the_server_goes_on(
         assert served.engine.stats.active == 0
 
 
-def test_an_error_in_one_answer_ends_no_other(served, monkeypatch):
+def test_an_error_in_one_answer_ends_no_other(good, monkeypatch):
     add = Detokenizer.add
     monkeypatch.setattr(Detokenizer, "add", lambda self, i: fail() if self.stop else add(self, i))
     requests = [Request((5, 6), None, Sampling(max_new_tokens=4), stop) for stop in ((), ("x",))]
-    ends = [stream.result() for stream in served.submit(requests)]
+    ends = [stream.result() for stream in good.submit(requests)]
     assert [end.reason for end in ends] == ["length", "error"]
 
 

@@ -41,7 +41,7 @@ def routes(served: Served, root: Path | None) -> APIRouter:
         name = asked.lora_name
         _check_name(name, served)
         async with changing:
-            if name not in {entry.name for entry in served.library.entries()}:
+            if served.library.find(name) is None:
                 message = f"The LoRA adapter '{name}' cannot be found."
                 raise ApiError(404, message, param="lora_name")
             served.library.remove(name)
@@ -85,7 +85,7 @@ def _is_inside(root: Path, path: Path) -> bool:
 
 def _load(served: Served, asked: LoadRequest, root: Path) -> None:
     name = asked.lora_name
-    before = next((entry for entry in served.library.entries() if entry.name == name), None)
+    before = served.library.find(name)
     if before is not None and not before.refusal and not asked.load_inplace:
         raise RequestError(
             f"The LoRA adapter '{name}' has already been loaded. To replace it, set "

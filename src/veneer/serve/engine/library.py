@@ -15,7 +15,7 @@ _versions = count(1)
 
 @dataclass(frozen=True)
 class Entry:
-    """A directory that was added under a name; the same name added again is another version.
+    """An adapter that was added under a name; the same name added again is another version.
 
     refusal: why it cannot be served, as a sentence; empty where it can.
     """
@@ -43,8 +43,8 @@ class Library:
         """Add the adapter in `directory`, or replace the one of that name.
 
         It is read when it is first used; `Engine.load` reads it at once and checks that it fits.
-        With a `refusal` it is only kept to say why it cannot be served. Raises AdapterError where
-        there is no such directory, or no name.
+        With a `refusal` it is kept only to say why it cannot be served. Raises AdapterError where
+        there is nothing at `directory`, or no name.
         """
         path = Path(directory)
         if not name:
@@ -63,7 +63,8 @@ class Library:
                 raise self._unknown(name)
 
     def refuse(self, entry: Entry, why: str) -> None:
-        """Name an adapter no more, unless its name means another version by now."""
+        """Keep an adapter only to say why it cannot be served, unless its name means another
+        version by now."""
         with self._lock:
             if self._entries.get(entry.name) == entry:
                 self._entries[entry.name] = replace(entry, refusal=why)
@@ -77,12 +78,16 @@ class Library:
         with self._lock:
             return tuple(self._entries[name] for name in sorted(self._entries))
 
+    def find(self, name: str) -> Entry | None:
+        """Return the version that a name means now, None for an unknown one."""
+        with self._lock:
+            return self._entries.get(name)
+
     def info(self, name: str) -> Entry:
         """Return the version that a name means now. Raises AdapterError for an unknown one."""
-        with self._lock:
-            if name not in self._entries:
-                raise self._unknown(name)
-            return self._entries[name]
+        if (entry := self.find(name)) is None:
+            raise self._unknown(name)
+        return entry
 
     def _unknown(self, name: str) -> AdapterError:
         names = sorted(self._entries)

@@ -60,14 +60,13 @@ class Served:
         """
         if model == self.name:
             return None
-        refusals = {entry.name: entry.refusal for entry in self.library.entries()}
-        if refusals.get(model):
-            raise RequestError(refusals[model], param=param)
-        if model not in refusals:
-            names = [name for name, refusal in refusals.items() if not refusal]
-            hint = nearest(model[:200], [self.name, *names]) or "; GET /v1/models lists all"
+        if (entry := self.library.find(model)) is None:
+            names = [self.name, *self.library.names()]
+            hint = nearest(model[:200], names) or "; GET /v1/models lists all"
             message = f"The model {model[:200]!r} does not exist here{hint}."
             raise UnknownModel(message, param=param)
+        if entry.refusal:
+            raise RequestError(entry.refusal, param=param)
         return model
 
     def which(self, model: str, mix: Mapping[str, float] | None) -> Which:

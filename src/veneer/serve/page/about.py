@@ -8,9 +8,9 @@ from typing import Any
 
 from veneer.errors import AdapterError
 from veneer.files import read_json, size_of
-from veneer.formats import checkpoint, native
-from veneer.formats.locate import locate
+from veneer.formats.locate import Located, locate
 from veneer.formats.peft import directory as peft
+from veneer.formats.table import native_config
 from veneer.formats.training import ComputedIn, base_in, other_base, system_prompt
 from veneer.run_directory import RunDirectory
 from veneer.serve.page.runs import follow_file, settings_of
@@ -27,8 +27,8 @@ def about(directory: Path, version: int, here: ComputedIn) -> dict[str, Any]:
     No tensor is read. For an adapter that cannot be read, "error" says why.
     """
     try:
-        config, base = _config(directory)
-        training = locate(directory).training
+        located = locate(directory)
+        config, base, training = _config(located), located.base, located.training
     except AdapterError as error:
         return {"error": str(error), "bytes": size_of(directory)}
     shown: dict[str, Any] = {name: config[name] for name in SHOWN if config.get(name)}
@@ -51,13 +51,11 @@ def about(directory: Path, version: int, here: ComputedIn) -> dict[str, Any]:
     return shown
 
 
-def _config(path: Path) -> tuple[dict[str, Any], str]:
-    """Return an adapter's settings under our names, and the base that it was trained on."""
-    located = locate(path)
-    config: dict[str, Any] = {}
-    if located.format == "native":
-        config = native.config_in(path) or checkpoint.config_in(path)
-    elif located.format == "peft":
-        theirs = read_json(path / peft.CONFIG)
-        config = {ours: theirs.get(name) for name, ours in NAMES.items()}
-    return config, located.base
+def _config(adapter: Located) -> dict[str, Any]:
+    """Return an adapter's settings under our names, nothing for a format that has others."""
+    if adapter.format == "native":
+        return native_config(adapter.path)
+    if adapter.format == "peft":
+        theirs = read_json(adapter.path / peft.CONFIG)
+        return {ours: theirs.get(name) for name, ours in NAMES.items()}
+    return {}
