@@ -34,11 +34,12 @@ class Preflight:
     """What is known of a run before its base is loaded.
 
     recipe: with the settings of the adapter that the run starts from, `start`, if it does, and the
-    choices of the run that it goes on with. plan: its memory, if all rows were as long as allowed.
-    why_no_plan: why there is none.
+    choices of the run that it goes on with; before: all that decided the course of that run. plan:
+    the memory, if all rows were as long as allowed. why_no_plan: why there is none.
     """
 
     recipe: Recipe
+    before: Mapping[str, Any]
     start: AdapterState | None
     dtype: torch.dtype
     config: PretrainedConfig
@@ -85,9 +86,9 @@ def preflight(recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool) 
         try:
             plan = plan_run(recipe, dtype, config=config)
         except ModelError as error:
-            result = Preflight(recipe, start, dtype, config, tokenizer, None, str(error))
+            result = Preflight(recipe, earlier, start, dtype, config, tokenizer, None, str(error))
         else:
-            result = Preflight(recipe, start, dtype, config, tokenizer, plan)
+            result = Preflight(recipe, earlier, start, dtype, config, tokenizer, plan)
             if not ignore_space:
                 check_space(plan, recipe)
     checks.end()

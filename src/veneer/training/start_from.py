@@ -17,7 +17,6 @@ from veneer.errors import ConfigError, differences, joined
 from veneer.formats.capture import modules_to_save_of
 from veneer.formats.install import install
 from veneer.formats.state import AdapterState
-from veneer.formats.training import base_in, computed_in
 from veneer.models.load import Base
 from veneer.training.recipe import Recipe
 
@@ -76,18 +75,6 @@ def begin(base: Base, state: AdapterState, what_trains: LoRA | Method, *, force:
         weight.requires_grad_(True)
     if (virtual := virtual_tokens_of(model)) is not None:
         virtual.requires_grad_(True)
-
-
-def other_bits(recipe: Recipe, state: AdapterState, base: Base) -> str | None:
-    """Say that the adapter was trained over other bits than the base has here, if it knows."""
-    then, here = base_in(state.training), computed_in(base.model)
-    if then is None or then.quantization == here.quantization:
-        return None
-    flag = f"--bits {then.bits}" if then.bits else "no --bits"
-    return (
-        f"{recipe.start_from} was trained over its base in {then}, and here the base is in {here}: "
-        f"the run starts from somewhat other answers than its own. {flag} starts from these."
-    )
 
 
 def in_words(config: LoRA | Method) -> str:

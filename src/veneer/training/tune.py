@@ -78,11 +78,9 @@ YOUNGER = {
     "long_rows": None,
     "from": None,
 }
-# What to do where rounding takes what was learnt, by the verdict on the run.
+# What to do where rounding takes what was learnt.
 KEEP_IT = "The adapter itself holds all of it; use that, or veneer merge --dtype float32."
-MERGE_ADVICE = {
-    "hardly learnt": "So little was learnt that float32 would not mend it: train longer.",
-}
+LEARN_MORE = "So little was learnt that float32 would not mend it: train longer."
 
 
 def tune(
@@ -104,9 +102,7 @@ def tune(
     ahead = preflight(recipe, resume=resume, force=force, ignore_space=ignore_plan)
     recipe, start, tokenizer = ahead.recipe, ahead.start, ahead.tokenizer
     dtype = str(ahead.dtype).removeprefix("torch.")
-    newest = checkpoint.newest(run.checkpoints) if resume else None
-    before = newest.identity if newest else {}
-    del newest  # which has all its tensors
+    before = ahead.before
     if before:
         _check_goes_on(recipe, before)
     if start is not None:
@@ -140,8 +136,6 @@ def tune(
         _attach(recipe, base)
     else:
         start_from.begin(base, start, recipe.what_trains, force=force)
-        if text := start_from.other_bits(recipe, start, base):
-            yield Notice(text)
         here = computed_in(base.model)
         if text := other_base(f"The adapter in {recipe.start_from}", start.training, here):
             yield Notice(text)
@@ -352,7 +346,7 @@ def _merge(recipe: Recipe, base: Base, plan: Plan | None, verdict: Verdict) -> I
         if problems := certificate.problems():
             # No reason to fail: the run's result is the adapter, and that is whole.
             lost = "; ".join(problems)
-            advice = MERGE_ADVICE.get(verdict.kind, KEEP_IT)
+            advice = LEARN_MORE if verdict.kind == "hardly learnt" else KEEP_IT
             yield Notice(f"The merged model is not what was learnt: {lost}. {advice}")
     yield Doing("writing the merged model")
     merged.write_model(plain, base.tokenizer, recipe.merged)

@@ -220,13 +220,22 @@ def test_logprobs_and_scores_agree_with_the_model(homes):
         assert len(token.top) == 3
 
 
-def test_cancelling_frees_the_slot():
+def test_cancelling_frees_the_slot(monkeypatch):
     long = Sampling(max_new_tokens=40)
+    cancelled = threading.Event()
     with Engine(base_of(), config=EngineConfig(slots=1, chunk=16)) as engine:
+
+        def held(chunks, step=engine.runner.step):
+            if any(chunk.decoding for chunk in chunks):  # or the answer might end first
+                cancelled.wait()
+            return step(chunks)
+
+        monkeypatch.setattr(engine.runner, "step", held)
         stream = engine.submit(request(1, sampling=long))
         waits = engine.submit(request(2))
         stream.next()
         stream.cancel()
+        cancelled.set()
         *_, end = stream
         assert end.reason == "cancelled"
         assert len(waits.result().tokens) == 12
