@@ -134,7 +134,7 @@ def test_settings_that_are_not_the_adapters_are_refused_at_once(home, tmp_path):
     ]
     quantized = veneer.tune(replace(one, bits=8, start_from=tmp_path / "out", out=tmp_path / "8"))
     texts = (event.text for event in quantized if isinstance(event, Notice))
-    assert any("no --bits starts from these" in text for text in texts)
+    assert any("trained over its base in 32 bits" in text for text in texts)
     quantized.close()
     # Of what trained the base's own weights, the merged model is the start.
     full = replace(one, method=veneer.Method(method="freeze"), lora=veneer.LoRA(), start_from=None)
