@@ -18,6 +18,7 @@ from veneer.data.encode import Example
 from veneer.data.packing import pack
 from veneer.fused import forward
 from veneer.fused.forward import Forward, choose_forward
+from veneer.fused.head import Head
 from veneer.training.events import Evaluated, Notice, Step
 
 LENGTHS = [17, 5, 30, 12, 5, 24, 2]
@@ -26,7 +27,7 @@ FUSED = ("llama", "mistral", "qwen2")  # whose layers are the two functions of f
 STATES = ("falcon_h1", "mamba", "mamba2")  # which pass from row to row
 NEVER_PACKED = ("falcon", "gemma2", "gpt_oss", *STATES)
 CHANGED_LOGITS = ("falcon_h1", "gemma2", "granite")  # after the head
-EVERY_WAY = [Forward(packed, head) for packed in (True, False) for head in (True, False)]
+EVERY_WAY = [Forward(packed, head) for packed in (True, False) for head in (Head(), None)]
 
 
 def new_model(architecture: str, targets: str = "everything", **options: Any) -> Any:
@@ -42,7 +43,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def taken(way: Forward) -> tuple[bool, bool]:
-    return way.packed, way.labelled_head
+    return way.packed, way.head is not None
 
 
 def accepted(model: Any, rows: list[Example]) -> list[Forward]:
@@ -61,8 +62,8 @@ def ways_of(kind: Kind, model: Any, rows: list[Example]) -> list[Forward]:
     assert taken(chosen) == (packs, not whole_logits)
     assert len(notices) == (not packs) + whole_logits
     ways = accepted(model, rows)
-    assert Forward(packs, not whole_logits) in ways
-    assert not any(way.labelled_head for way in ways if whole_logits)
+    assert Forward(packs, chosen.head) in ways
+    assert not any(way.head for way in ways if whole_logits)
     if kind.architecture not in STATES:  # what passes between rows may hide within a loss
         assert any(way.packed for way in ways) == packs
     ways = [way for way in ways if packs or not way.packed]
@@ -108,7 +109,7 @@ def test_bf16_takes_the_same_way(architecture):
     chosen, notices = choose_forward(model, ROWS)
     packs = architecture not in NEVER_PACKED
     assert chosen.packed == packs
-    assert chosen.labelled_head or architecture in STATES
+    assert chosen.head or architecture in STATES
     assert packs or "packing does not suit" in notices[0]
     with torch.no_grad():
         ours = chosen(model, pack(ROWS, range(len(ROWS))))
@@ -237,7 +238,7 @@ def test_rows_that_nothing_may_stand_beside_are_computed_one_by_one():
     block = model.model.layers[0].mlp
     block.up_proj = Crowded(block.up_proj)
     chosen, notices = choose_forward(model, ROWS)
-    assert (chosen.packed, chosen.alone, chosen.labelled_head) == (False, True, True)
+    assert (chosen.packed, chosen.alone, chosen.head) == (False, True, Head())
     assert len(notices) == 1
     assert "one by one" in notices[0]
     assert_equals_own(model, chosen, ROWS)

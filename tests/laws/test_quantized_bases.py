@@ -51,7 +51,7 @@ def test_a_quantized_head():
     assert "lm_head" in quantized_layers(model)
     veneer.attach(model, veneer.LoRA(rank=2, targets=["all", "lm_head"]), seed=1)
     chosen, notices = choose_forward(shake(model), ROWS)
-    assert chosen.labelled_head
+    assert chosen.head
     assert not notices
     merged = veneer.merge(model)
     assert_as_near(logits(merged), logits(model), exact_logits(model, ids()))

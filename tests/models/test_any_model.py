@@ -121,7 +121,7 @@ def proven(architecture: str) -> Proven:
     else:
         chosen, events = choose_forward(model, ROWS)
         ways = "one by one" if chosen.alone else "packed" if chosen.packed else "padded"
-        loop = ways if chosen.labelled_head else f"{ways}, all logits"
+        loop = ways if chosen.head else f"{ways}, all logits"
         if chosen.layers:
             notes.append("layers as two functions")
         if not chosen.packed:

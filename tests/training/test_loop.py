@@ -18,6 +18,7 @@ from support.tiny_models import ARCHITECTURES, tiny
 from veneer.data.encode import UNLABELLED
 from veneer.data.packing import StepOrder
 from veneer.fused.forward import Forward
+from veneer.fused.head import Head
 from veneer.training import loop
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
@@ -110,7 +111,7 @@ def test_rows_are_learnt_by_heart(architecture):
     assert losses[-1] < 0.3 * losses[0]
     assert not model.training
     with torch.no_grad():
-        measured = evaluate(model, rows, Forward(packed=False, labelled_head=False))
+        measured = evaluate(model, rows, Forward(packed=False, head=None))
     assert measured < 0.3 * losses[0]
 
 
@@ -171,7 +172,7 @@ def assert_is_mean_loss(loss: float, model: Any, rows: Any) -> None:
 def test_evaluation_is_the_mean_over_label_tokens(architecture, tokens):
     rows = examples([11, 3, 16, 9, 2], learnt=0.3)
     model = shake(new_model(architecture, dropout=0.5)).train()
-    forward = Forward(packed=architecture != "falcon", labelled_head=True)
+    forward = Forward(packed=architecture != "falcon", head=Head())
     loop.choose_forward(model, rows)  # makes packed attention known
     loss = evaluate(model, rows, forward, tokens_per_batch=tokens)
     assert model.training

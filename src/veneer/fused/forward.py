@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, pack
+from veneer.fused.head import Head, described, own_logits_and_head
 from veneer.fused.layers import TOLERANCE, FusedLayer, fused_layers
 from veneer.fused.patches import (
     FusedForward,
@@ -29,7 +30,7 @@ from veneer.fused.recompute import Recompute
 from veneer.kernels import native
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
-from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy
+from veneer.kernels.cross_entropy import IGNORED
 from veneer.models.blocks import decoder_layers
 from veneer.models.evaluating import evaluating
 
@@ -46,13 +47,14 @@ TOKENS_STEP = 64
 class Forward:
     """How a model's loss is computed.
 
-    packed: rows end to end, without padding; labelled_head: the head on labelled rows alone;
-    layers: those that are computed as two functions; recompute: what the backward pass computes
-    again; alone: rows one by one, where not even padding is possible.
+    packed: rows end to end, without padding; head: what makes the logits of labelled rows alone, or
+    None where the model makes those of all rows; layers: those that are computed as two functions;
+    recompute: what the backward pass computes again; alone: rows one by one, where not even padding
+    is possible.
     """
 
     packed: bool
-    labelled_head: bool
+    head: Head | None
     layers: tuple[FusedLayer, ...] = ()
     recompute: Recompute = "none"
     alone: bool = False
@@ -125,12 +127,10 @@ class Forward:
     def _loss(
         self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor, mask: Tensor | None
     ) -> Tensor:
-        if self.labelled_head:
+        if self.head is not None:
             hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
             hidden = hidden[0] if mask is None else hidden[mask]  # (tokens, dim)
-            head = model.get_output_embeddings()
-            assert isinstance(head, nn.Module)
-            return labelled_cross_entropy(hidden, labels, head)
+            return self.head.loss(model, hidden, labels)
         logits = model(**inputs, use_cache=False).logits
         logits = logits[0] if mask is None else logits[mask]  # (tokens, vocab)
         return _full_loss(logits, labels)
@@ -153,8 +153,7 @@ def choose_forward(
     # Not in training mode, in which dropout would make any two passes differ.
     with torch.no_grad(), evaluating(model), _hidden_states(model) as hidden_states:
         # The first row's pass serves two proofs: a mapped base is read from disk at each pass.
-        own, why_not_head = _own_logits_and_head(model, rows[0])
-        labelled_head = why_not_head is None
+        own, head, why_not_head = own_logits_and_head(model, rows[0])
         losses = [_full_loss(own[:-1], torch.tensor(rows[0].tokens[1:], device=own.device))]
         alone = hidden_states[:1]
         hidden_states.clear()
@@ -162,14 +161,12 @@ def choose_forward(
         alone += hidden_states
         hidden_states.clear()
         expected = sum(map(float, losses))
-        why_not_packed = _why_not(Forward(True, labelled_head), model, rows, expected)
+        why_not_packed = _why_not(Forward(True, head), model, rows, expected)
         if not why_not_packed and hidden_states:
             why_not_packed = _why_apart(torch.cat(alone, 1)[0], hidden_states[-1][0])
         if not why_not_packed:
             layers = _fused_layers(model, rows[-1])
-        why_not_padded = why_not_packed and _why_not(
-            Forward(False, labelled_head), model, rows, expected
-        )
+        why_not_padded = why_not_packed and _why_not(Forward(False, head), model, rows, expected)
     notices = []
     if why_not_padded:
         notices.append(
@@ -196,9 +193,7 @@ def choose_forward(
     if recompute == "full" and blocks is None:
         recompute = "none"
         notices.append("The layers of this model are not known; nothing is computed again.")
-    chosen = Forward(
-        not why_not_packed, labelled_head, layers, recompute, alone=bool(why_not_padded)
-    )
+    chosen = Forward(not why_not_packed, head, layers, recompute, alone=bool(why_not_padded))
     return chosen, notices
 
 
@@ -214,31 +209,13 @@ def _cycle(examples: Sequence[Example]) -> Iterator[Example]:
         yield from examples
 
 
-def _own_logits_and_head(model: PreTrainedModel, row: Example) -> tuple[Tensor, str | None]:
-    """Return the model's own logits (tokens, vocab), and why its head on the decoder's output does
-    not give them, or None if it does."""
-    tokens = torch.tensor([row.tokens], device=model.device)
-    own = model(input_ids=tokens, use_cache=False).logits[0]
-    try:
-        head: Any = model.get_output_embeddings()
-        shortcut = head(model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state)[0]
-    except Exception as error:  # whatever a foreign architecture raises, the slower way is open
-        return own, _described(error)
-    # The same operations on the same numbers: anything but the last bit is another meaning, such
-    # as a soft cap, which would hide within a loss.
-    same_shape = shortcut.shape == own.shape
-    if same_shape and torch.dist(shortcut.float(), own.float()) <= 1e-3 * own.norm():
-        return own, None
-    return own, "its head does more than multiply"
-
-
 def _why_not(
     forward: Forward, model: PreTrainedModel, rows: Sequence[Example], own: float
 ) -> str | None:
     try:
         loss = float(forward(model, pack(rows, range(len(rows)))))
     except Exception as error:  # whatever a foreign architecture raises, the slower way is open
-        return _described(error)
+        return described(error)
     head: Any = model.get_output_embeddings()
     if abs(loss - own) <= TOLERANCE[head.weight.dtype] * abs(own):
         return None
@@ -272,10 +249,6 @@ def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         yield outputs
     finally:
         hook.remove()
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _own_loss(model: PreTrainedModel, row: Example) -> Tensor:
