@@ -17,6 +17,7 @@ from veneer.data.messages import read_turns
 from veneer.data.rows import Message
 from veneer.errors import ConfigError, wrong_argument
 from veneer.generate.sampling import Sampling
+from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
 
 # A question of the user's, or a conversation of Messages or of mappings as OpenAI has them.
@@ -87,7 +88,7 @@ def answers_as_ready(
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     batch = batch if takes_padding(model, longest) else 1
     window = window or max(len(prompts), 1)
-    ends = _end_tokens(model, tokenizer)
+    ends = {*(end_tokens(model) or (tokenizer.eos_token_id,))}
     for first in range(0, len(prompts), window):
         order = sorted(
             range(first, min(first + window, len(prompts))), key=lambda i: len(prompts[i])
@@ -163,14 +164,6 @@ def _first_batch(
             if longest is not None and longest < sampling.max_new_tokens:
                 return order[:n]
     return order
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens at which generation ends an answer."""
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return set(ends) if isinstance(ends, list) else {int(ends)} if ends is not None else set()
 
 
 def check_prompts(

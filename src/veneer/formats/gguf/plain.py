@@ -21,6 +21,7 @@ from veneer.errors import ModelError, joined
 from veneer.files import new_file
 from veneer.formats.gguf.names import ARCHITECTURES, kind_of, permuted, permuted_heads
 from veneer.formats.gguf.vocabulary import add_vocabulary, vocabulary_notes, vocabulary_problems
+from veneer.models.end_tokens import end_tokens
 from veneer.models.load import load_config, open_base
 from veneer.models.locate import locate
 from veneer.models.source import Source
@@ -70,9 +71,7 @@ def write_plain(name: str | Path, out: Path, *, kind: str | None = None) -> list
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(name).name)
         _add_settings(writer, source.skeleton.config, kind)
-        ends = getattr(source.skeleton.generation_config, "eos_token_id", None)
-        ends = [ends] if isinstance(ends, int) else ends or []
-        add_vocabulary(writer, tokenizer, rows, ends)
+        add_vocabulary(writer, tokenizer, rows, end_tokens(source.skeleton))
         _write_weights(writer, source, KINDS[kind][0])
         writer.close()
     return [*notes, *vocabulary_notes(tokenizer)]
@@ -112,8 +111,8 @@ def converter() -> Path | None:
         if not path.is_file():
             raise ModelError(f"{VARIABLE} is {text}, but there is no {SCRIPT}.")
         return path
-    there = shutil.which(SCRIPT)
-    return Path(there) if there else None
+    script = shutil.which(SCRIPT)
+    return Path(script) if script else None
 
 
 def _by_llama_cpp(script: Path, directory: Path, out: Path, kind: str | None) -> None:
@@ -166,8 +165,8 @@ def _weight_problems(source: Source, kind: str) -> Iterator[str]:
 def _tensor_names(source: Source) -> dict[str, str]:
     config = source.skeleton.config
     names = gguf.get_tensor_name_map(kind_of(config.model_type), config.num_hidden_layers)
-    known = {name: names.get_name(name, (".weight", ".bias")) for name in source.names}
-    return {name: tensor for name, tensor in known.items() if tensor is not None}
+    tensors = {name: names.get_name(name, (".weight", ".bias")) for name in source.names}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:

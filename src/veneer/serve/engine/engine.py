@@ -21,6 +21,7 @@ from veneer.errors import (
     RequestError,
     VeneerError,
 )
+from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
 from veneer.serve.engine.adapter_cache import AdapterCache, Mix, why_not
 from veneer.serve.engine.compiled import CompiledRunner, Unsuited
@@ -56,7 +57,7 @@ class Engine:
         self.adapters = AdapterCache(base.model, self.config.adapter_bytes)
         self.runner, self.notices = runner_for(base.model, self.config.slots, self.context)
         self._prefixes = PrefixCache(self.config.cache_bytes)
-        self._ends = end_tokens(base)
+        self._ends = frozenset({*end_tokens(base.model), base.tokenizer.eos_token_id} - {None})
         self._changed = Condition()  # guards what follows
         self._ready: deque[Row] = deque()  # rows that wait for a slot
         self._loading = 0  # rows that wait for their adapter
@@ -357,13 +358,6 @@ def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner
     except Unsuited as why:
         notice = f"Each step goes through the model's own forward, which is slower, for {why}."
         return GeneralRunner(model, slots), (notice,)
-
-
-def end_tokens(base: Base) -> frozenset[int]:
-    """Return the tokens at which an answer ends, as transformers' `generate` takes them."""
-    configured = getattr(base.model.generation_config, "eos_token_id", None)
-    ends = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(end) for end in (*ends, base.tokenizer.eos_token_id) if end is not None)
 
 
 def _context(base: Base, configured: int | None) -> int:
