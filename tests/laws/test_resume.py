@@ -19,7 +19,7 @@ from veneer.formats import checkpoint as formats
 from veneer.formats import native
 from veneer.formats.capture import capture
 from veneer.formats.state import AdapterState
-from veneer.run_directory import RunDirectory
+from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.training import checkpoint
 from veneer.training.events import (
     Checkpointed,
@@ -204,7 +204,7 @@ def test_every_kind_goes_on(kind, tmp_path):
                 first = copy.deepcopy(capture(model))
         if stop_at and is_one_adapter:
             # The adapter can be read from the files alone, also as it was best.
-            places = checkpoint.steps(tmp_path / f"{dtype}" / place)
+            places = checkpoint_steps(tmp_path / f"{dtype}" / place)
             newest = places[max(places)]
             best = checkpoint.read(newest).progress["best_step"]
             assert same_adapter(formats.read(newest), capture(model))
@@ -230,7 +230,7 @@ def test_without_evaluation(tmp_path):
     run.go(resume=False, stop_at=5)
     run.go(resume=True)
     assert_equal(run, whole)
-    assert sorted(checkpoint.steps(run.place / "checkpoints")) == [steps_of(whole)]
+    assert sorted(checkpoint_steps(run.place / "checkpoints")) == [steps_of(whole)]
 
 
 def test_steps_that_were_skipped_in_a_row_are_remembered(tmp_path, monkeypatch):
@@ -260,7 +260,7 @@ def test_best_and_last_are_kept(whole):
     for course in ("accumulation", "patience"):
         run = whole[course]
         best = [event.step for event in run.events if isinstance(event, Evaluated) and event.best]
-        kept = checkpoint.steps(run.place / "checkpoints")
+        kept = checkpoint_steps(run.place / "checkpoints")
         assert sorted(kept) == sorted({best[-1], steps_of(run)})
 
 
@@ -272,7 +272,7 @@ def test_the_k_best_checkpoints_are_kept(tmp_path):
     losses = {e.step: e.eval_loss for e in run.events if isinstance(e, Evaluated) and e.step}
     best = sorted(losses, key=lambda step: losses[step])[:2]
     assert max(best) < steps_of(run)  # so that none is there for being the newest
-    assert sorted(checkpoint.steps(tmp_path / "checkpoints")) == sorted([*best, steps_of(run)])
+    assert sorted(checkpoint_steps(tmp_path / "checkpoints")) == sorted([*best, steps_of(run)])
     whole = Run(tmp_path / "whole", replace(course, keep_best=None))
     whole.go(resume=False)
     assert same(run.weights, whole.weights)  # what is kept changes nothing else
@@ -283,7 +283,7 @@ def test_a_run_goes_on_along_another_schedule(at_end, whole, tmp_path):
     run = Run(tmp_path, COURSE, held_out=())
     run.go(resume=False, stop_at=0 if at_end else 4)
     done = steps_of(run)
-    (place,) = checkpoint.steps(tmp_path / "checkpoints").values()
+    (place,) = checkpoint_steps(tmp_path / "checkpoints").values()
     stored = checkpoint.read(place).tensors
     longer = replace(COURSE, epochs=5, lr=0.01, weight_decay=0.1, tokens_per_batch=40)
     run.course = longer
@@ -314,7 +314,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(file, whole, tmp_path)
     best = [e.step for e in whole["patience"].events if isinstance(e, Evaluated) and e.best]
     run = Run(tmp_path, COURSES["patience"])
     run.go(resume=False, stop_at=best[-1] + 1)
-    places = checkpoint.steps(tmp_path / "checkpoints")
+    places = checkpoint_steps(tmp_path / "checkpoints")
     assert sorted(places) == [best[-1], best[-1] + 1]
     spoilt = places[best[-1] + 1] / file
     spoilt.write_bytes(spoilt.read_bytes()[:-20])

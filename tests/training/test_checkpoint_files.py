@@ -15,6 +15,7 @@ from support.file_trees import (
 )
 from support.random_adapters import examples, shake, snapshot
 from support.tiny_models import tiny
+from veneer.run_directory import checkpoint_steps
 from veneer.training import checkpoint
 from veneer.training.checkpoint import Checkpoint
 
@@ -26,7 +27,7 @@ def state(step: int) -> Checkpoint:
 def test_checkpoints_keep_those_that_are_wanted(tmp_path):
     for step in range(1, 8):
         checkpoint.write(state(step), tmp_path, keep=[min(step, 3)])
-    assert sorted(checkpoint.steps(tmp_path)) == [3, 7]
+    assert sorted(checkpoint_steps(tmp_path)) == [3, 7]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
     assert (newest.step, newest.progress) == (7, {"epoch": 3})
@@ -36,7 +37,7 @@ def test_checkpoints_keep_those_that_are_wanted(tmp_path):
 def test_checkpoints_of_many_steps_are_in_the_order_of_numbers(tmp_path):
     checkpoint.write(state(999_999), tmp_path, keep=())
     checkpoint.write(state(1_000_000), tmp_path, keep=[999_999])
-    assert list(checkpoint.steps(tmp_path)) != []
+    assert list(checkpoint_steps(tmp_path)) != []
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
     assert newest.step == 1_000_000

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 import veneer
-from veneer.cli.console import ERRORS, OUTPUT, questions, refuse_to_replace, show_notice
+from veneer.cli.console import ERRORS, LINES, OUTPUT, questions, refuse_to_replace, show_notice
 from veneer.cli.flags import AdapterFlags, Flat, NamedModel, System
 from veneer.cli.loading import NAME, load_adapted, opening
 from veneer.cli.side_by_side import chat_side_by_side
@@ -25,7 +25,6 @@ from veneer.generate.sampling import Sampling
 if TYPE_CHECKING:
     from veneer.models.load import Base
 
-LINES = 20  # of progress where there is no terminal for a bar
 _ONE_OF = "Give either a PROMPT or --prompts FILE."
 AdapterPath = Annotated[
     Path | None,
@@ -171,12 +170,12 @@ def _answer_many(
 
 def _what_is_missing(model: str | None) -> str:
     """Say which of MODEL and PROMPT is missing where there is one of them, or none."""
-    from veneer.models import locate as models
+    from veneer.models.locate import locate
 
     if model is None:
         return _ONE_OF
     try:
-        models.locate(model)
+        locate(model)
     except ModelError:
         return (
             f"MODEL is missing: veneer generate MODEL {shlex.quote(model)}. It may be left out "

@@ -18,6 +18,7 @@ from veneer.files import size_of
 
 OUTPUT = Console(highlight=False)
 ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
+LINES = 20  # of progress in all, where there is no terminal for a bar
 WIDTH = 110  # columns of wide tables where there is no terminal: in fewer, numbers would break
 
 

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from veneer.cli.console import OUTPUT, bytes_text, show_notice, show_saved
+from veneer.cli.console import LINES, OUTPUT, bytes_text, show_notice, show_saved
 from veneer.cli.tables import merge_lines, plan_summary, quantized_summary, target_summary
 from veneer.training.events import (
     Checkpointed,
@@ -32,7 +32,6 @@ from veneer.training.events import (
     Written,
 )
 
-LINES = 20  # progress lines of a whole run where there is no terminal for a live bar
 LOST_MUCH = 0.01  # of all tokens; a larger share is shown in red
 COLOURS = {"learnt": "green", "hardly learnt": "yellow", "overfitted": "yellow", "diverged": "red"}
 SHOWN_EXAMPLE = 1200  # characters of the example that are shown

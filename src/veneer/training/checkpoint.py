@@ -15,8 +15,6 @@ from veneer.errors import AdapterError, TrainingError
 from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
 from veneer.run_directory import STATE, TENSORS, checkpoint_steps
 
-steps = checkpoint_steps
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -48,7 +46,7 @@ def write(checkpoint: Checkpoint, directory: Path, *, keep: Collection[int]) -> 
     with new_directory(place, marker=STATE) as new:
         write_tensors(new / TENSORS, checkpoint.tensors)
         write_json(new / STATE, {"step": checkpoint.step, **checkpoint.progress})
-    for step, older in steps(directory).items():
+    for step, older in checkpoint_steps(directory).items():
         if step not in {checkpoint.step, *keep}:
             shutil.rmtree(older)
     return place
@@ -68,7 +66,7 @@ def newest(directory: Path) -> Checkpoint | None:
     Raises AdapterError if there are some, but all are damaged.
     """
     failure: AdapterError | None = None
-    for _, place in sorted(steps(directory).items(), reverse=True):
+    for _, place in sorted(checkpoint_steps(directory).items(), reverse=True):
         try:
             return read(place)
         except AdapterError as error:
@@ -80,7 +78,7 @@ def newest(directory: Path) -> Checkpoint | None:
 
 def last_good(directory: Path) -> Path | None:
     """Return the newest checkpoint below `directory` that was not saved between skipped steps."""
-    for _, place in sorted(steps(directory).items(), reverse=True):
+    for _, place in sorted(checkpoint_steps(directory).items(), reverse=True):
         with suppress(AdapterError):
             if not read_json(place / STATE).get("skips"):
                 return place
@@ -89,7 +87,7 @@ def last_good(directory: Path) -> Path | None:
 
 def remove_all(directory: Path) -> None:
     """Remove the checkpoints below `directory`, and nothing else that may lie there."""
-    for place in steps(directory).values():
+    for place in checkpoint_steps(directory).values():
         shutil.rmtree(place)
 
 
