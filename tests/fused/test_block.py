@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.fused.block import FeedForward, Norm, SelfAttention
+from veneer.fused.block import FeedForward, SelfAttention
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention, Packing
-from veneer.kernels.rotary import rotate_
+from veneer.kernels.norm import Norm
+from veneer.kernels.rotary import Rotary
 from veneer.lowrank.projection import Projection
 
 DOUBLE = {"dtype": torch.float64}
@@ -60,17 +61,16 @@ def self_attention(
     torch.manual_seed(0)
     counts, gains = ADAPTED[adapted], DORA[dora]
     outs = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
-    angles = torch.rand(TOKENS, HEAD_DIM // 2, **DOUBLE).repeat(1, 2)
+    angles = torch.rand(TOKENS, HEAD_DIM // 2, **DOUBLE)
     return SelfAttention(
-        norm=Norm(torch.randn(DIM, **DOUBLE), 1e-5),
+        norm=Norm(torch.randn(DIM, **DOUBLE), eps=1e-5, rounds=True),
         inputs=tuple(
             projection(DIM, out, n, bias=bias, dora=gain)
             for out, n, gain in zip(outs, counts, gains, strict=False)
         ),
         output=projection(HEADS * HEAD_DIM, DIM, counts[3], bias=bias, dora=gains[3]),
         attention=Attention(Packing(LENGTHS), 0.4),
-        cos=angles.cos(),
-        sin=angles.sin(),
+        rotary=Rotary(angles.cos(), angles.sin()),
         arena=Arena(),
         recompute_projections=recompute_projections,
     )
@@ -81,7 +81,8 @@ def plain_attention(half: SelfAttention, x: Tensor) -> Tensor:
 
     def rotated(y: Tensor) -> Tensor:
         first, second = y.chunk(2, -1)
-        return y * half.cos[:, None] + torch.cat([-second, first], -1) * half.sin[:, None]
+        cos, sin = (x.repeat(1, 2)[:, None] for x in (half.rotary.cos, half.rotary.sin))
+        return y * cos + torch.cat([-second, first], -1) * sin
 
     y = half.attention.composed(rotated(q), rotated(k), v)
     return x + plain(half.output, y.flatten(1))
@@ -93,7 +94,7 @@ def feed_forward(
     torch.manual_seed(0)
     counts, gains = ADAPTED[adapted], DORA[dora]
     return FeedForward(
-        norm=Norm(torch.randn(DIM, **DOUBLE), 1e-5),
+        norm=Norm(torch.randn(DIM, **DOUBLE), eps=1e-5, rounds=True),
         inputs=tuple(projection(DIM, INNER, counts[i], bias=bias, dora=gains[i]) for i in range(2)),
         output=projection(INNER, DIM, counts[3], bias=bias, dora=gains[3]),
         arena=Arena(),
@@ -213,9 +214,3 @@ def test_the_second_half_needs_no_copy_of_a_sum_that_is_known(adapted):
 
     for ours, expected in zip(both(summands_kept=True), both(summands_kept=False), strict=True):
         assert torch.equal(ours, expected)
-
-
-def test_rotation_is_in_place():
-    x = torch.randn(3, 2, 4)
-    angles = torch.rand(3, 2).repeat(1, 2)
-    assert rotate_(x, angles.cos(), angles.sin()) is x

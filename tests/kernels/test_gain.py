@@ -17,7 +17,7 @@ from veneer.lowrank.formula import updated_norms
 def without_kernels(compiled: bool, monkeypatch: Any) -> None:
     """Leave only the formulas in torch, unless `compiled`."""
     for module in () if compiled else (formula, gain, gated):
-        monkeypatch.setattr(module, "kernel", lambda name, like: None)
+        monkeypatch.setattr(module, "kernel", lambda *_: None)
 
 
 @pytest.mark.parametrize("compiled", [True, False])

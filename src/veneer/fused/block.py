@@ -21,8 +21,8 @@ from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention
 from veneer.kernels.gain import swiglu_gain_backward
 from veneer.kernels.gated import swiglu, swiglu_backward
-from veneer.kernels.norm import rms_norm, rms_norm_backward
-from veneer.kernels.rotary import rotate_
+from veneer.kernels.norm import Norm
+from veneer.kernels.rotary import Rotary
 from veneer.lowrank.projection import (
     Projection,
     gradient_of_h,
@@ -36,16 +36,8 @@ Summands = tuple[Tensor, Tensor]  # two tensors (tokens, dim)
 
 
 @dataclass(frozen=True)
-class Norm:
-    """RMSNorm's weight (dim,) and eps."""
-
-    weight: Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
 class SelfAttention:
-    """The first half. cos, sin (tokens, head_dim): angles of the tokens' positions.
+    """The first half. rotary: by the angles of the tokens' positions, over whole heads.
 
     With `recompute_projections`, the backward pass computes q, k and v again; they are not kept.
     """
@@ -54,8 +46,7 @@ class SelfAttention:
     inputs: tuple[Projection, Projection, Projection]  # q, k, v
     output: Projection
     attention: Attention
-    cos: Tensor
-    sin: Tensor
+    rotary: Rotary
     arena: Arena
     recompute_projections: bool = False
 
@@ -67,14 +58,14 @@ class SelfAttention:
     def project(self, x: Tensor) -> list[Tensor]:
         """Return q, k, v (tokens, heads, head_dim), q and k rotated, and the low-rank A x."""
         *outputs, h = _project_normed(x, self)
-        q, k, v = (y.unflatten(1, (-1, self.cos.shape[1])) for y in outputs)
-        return [rotate_(q, self.cos, self.sin), rotate_(k, self.cos, self.sin), v, h]
+        q, k, v = (y.unflatten(1, (-1, 2 * self.rotary.cos.shape[1])) for y in outputs)
+        return [self.rotary.rotate_(q), self.rotary.rotate_(k), v, h]
 
     def unrotated(self, y: Tensor, projection: Projection) -> Tensor:
         """Return q or k (tokens, heads · head_dim) as the projection gave it. Only the gradient of
         a gain reads it; without a gain y is returned as it is."""
         if projection.gain is not None:
-            y = rotate_(y.clone(), self.cos, self.sin, back=True)
+            y = self.rotary.rotate(y, back=True)
         return y.flatten(1)
 
 
@@ -116,8 +107,8 @@ class _SelfAttention(torch.autograd.Function):
         dq, dk, dv = half.attention.backward(
             d_flat.view(q.shape), q, k, v, flat.view(q.shape), log_sums
         )
-        dq = rotate_(dq.contiguous(), half.cos, half.sin, back=True)
-        dk = rotate_(dk.contiguous(), half.cos, half.sin, back=True)
+        dq = half.rotary.rotate_(dq.contiguous(), back=True)
+        dk = half.rotary.rotate_(dk.contiguous(), back=True)
         d_inputs = [d.flatten(1) for d in (dq, dk, dv)]
         outputs = [half.unrotated(y, p) for y, p in zip((q, k), half.inputs, strict=False)]
         outputs.append(v.flatten(1))
@@ -199,7 +190,7 @@ def _project_normed(x: Tensor, half: SelfAttention | FeedForward) -> list[Tensor
     """Return the outputs of `half.inputs` over RMSNorm(x), and the low-rank A x of all."""
     outputs_and_h = _empty(x, half.inputs, half.arena)
     *outputs, h = outputs_and_h
-    normed, _ = rms_norm(x, half.norm.weight, half.norm.eps)
+    normed, _ = half.norm.forward(x)
     project(normed, half.inputs, outputs, h)
     return outputs_and_h
 
@@ -219,13 +210,13 @@ def _back_to_x(
     dy: the gradient of the half's output, to which x is added unchanged (the residual). dz and
     d_gains: what `through_gains` returned for `half.inputs`.
     """
-    normed, rstd = rms_norm(x, half.norm.weight, half.norm.eps)
+    normed, statistics = half.norm.forward(x)
     dh = gradient_of_h(dz, half.inputs)
     d_trained = gradients_of_trained(dz, d_gains, dh, normed, h, half.inputs)
     if not needs_x:
         return None, d_trained
     d_normed = gradient_of_x(dz, dh, half.inputs)
-    return rms_norm_backward(d_normed, x, half.norm.weight, rstd, dy), d_trained
+    return half.norm.backward(d_normed, x, statistics, dy), d_trained
 
 
 def _project_onto(

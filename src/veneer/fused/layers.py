@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.adapter.linear import LoRALinear
-from veneer.fused.block import FeedForward, Norm, SelfAttention
+from veneer.fused.block import FeedForward, SelfAttention
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Attention, Packing, packed_attention
+from veneer.kernels.norm import Norm
+from veneer.kernels.rotary import Rotary
 from veneer.lowrank.projection import Projection
 from veneer.quant.weight import QuantizedLinear
 
@@ -65,17 +67,17 @@ class FusedLayer:
         if projections is None or packing.prefix is not None or autocast:
             return None
         norms = self.norms()
-        if {x.weight.dtype for x in projections} | {x.weight.dtype for x in norms} != {dtype}:
+        if {x.weight.dtype for x in projections} | {w.dtype for w in _weights(norms)} != {dtype}:
             return None
         q, k, v, o, gate, up, down = projections
-        cos, sin = (x[0].to(dtype).contiguous() for x in position_embeddings)
+        # LLaMA holds each angle twice, once for each half of a head.
+        cos, sin = (x[0].chunk(2, -1)[0].to(dtype).contiguous() for x in position_embeddings)
         first = SelfAttention(
             norm=norms[0],
             inputs=(q, k, v),
             output=o,
             attention=Attention(packing, self.scale, self.window),
-            cos=cos,
-            sin=sin,
+            rotary=Rotary(cos, sin),
             arena=arena,
             recompute_projections=recompute_projections,
         )
@@ -109,7 +111,7 @@ class FusedLayer:
         return self._projections() is not None
 
     def _projections(self) -> list[Projection] | None:
-        if any(norm.weight.requires_grad for norm in self.norms()):
+        if any(weight.requires_grad for weight in _weights(self.norms())):
             return None
         linears = self.linears()
         projections = [p for layer in linears if (p := _projection(layer)) is not None]
@@ -224,9 +226,13 @@ def _projection(layer: nn.Module) -> Projection | None:
     return None
 
 
+def _weights(norms: Sequence[Norm]) -> list[Tensor]:
+    return [norm.weight for norm in norms if norm.weight is not None]
+
+
 def norm_of(layer: Any) -> Norm:
     """Return an RMSNorm's weight and eps."""
-    return Norm(layer.weight, _eps(layer))
+    return Norm(layer.weight, eps=_eps(layer), rounds=True)
 
 
 def _eps(layer: Any) -> float:

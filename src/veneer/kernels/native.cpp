@@ -5,70 +5,11 @@
 // one thread for each row, so that results do not depend on the number of threads. Numbers are
 // stored as bfloat16, float32 or float64 and computed in float32 (or float64).
 
+#include "norm.h"
 #include "numbers.h"
+#include "rotary.h"
 
 namespace {
-
-constexpr Size kWorthSharing = 1 << 14;  // elements below which waking a thread costs more
-
-// n = w · (x · rstd), rstd = 1 / sqrt(mean(x²) + eps); rounded before w as transformers does.
-template <class T>
-void rms_norm(const T* x, const T* w, double eps, T* n, Wide<T>* rstd, Size rows, Size cols) {
-    using F = Wide<T>;
-#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
-    for (Size row = 0; row < rows; ++row) {
-        const T* a = x + row * cols;
-        T* y = n + row * cols;
-        F squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (Size i = 0; i < cols; ++i) squares += load(a[i]) * load(a[i]);
-        const F r = F(1) / std::sqrt(squares / F(cols) + F(eps));
-        rstd[row] = r;
-#pragma omp simd
-        for (Size i = 0; i < cols; ++i) y[i] = store<T>(load(w[i]) * load(store<T>(load(a[i]) * r)));
-    }
-}
-
-// dx = residual + rstd · (g − x̂ · mean(g · x̂)), with g = dn · w and x̂ = x · rstd.
-template <class T>
-void rms_norm_backward(const T* dn, const T* x, const T* w, const Wide<T>* rstd, const T* residual,
-                       T* dx, Size rows, Size cols) {
-    using F = Wide<T>;
-#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
-    for (Size row = 0; row < rows; ++row) {
-        const T *d = dn + row * cols, *a = x + row * cols, *res = residual + row * cols;
-        T* out = dx + row * cols;
-        const F r = rstd[row];
-        F dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (Size i = 0; i < cols; ++i) dot += load(d[i]) * load(w[i]) * load(a[i]);
-        const F mean = dot * r / F(cols);
-#pragma omp simd
-        for (Size i = 0; i < cols; ++i)
-            out[i] = store<T>(load(res[i]) + r * (load(d[i]) * load(w[i]) - load(a[i]) * r * mean));
-    }
-}
-
-// In place: (x1, x2) → (x1 cos − x2 sin, x2 cos + x1 sin) on the halves of each head.
-template <class T>
-void rotate(T* x, const T* cos, const T* sin, double sign, Size tokens, Size heads, Size dim) {
-    using F = Wide<T>;
-    const Size half = dim / 2;
-#pragma omp parallel for schedule(static) if (tokens * heads * dim > kWorthSharing)
-    for (Size t = 0; t < tokens; ++t) {
-        const T *c = cos + t * dim, *s = sin + t * dim;
-        for (Size h = 0; h < heads; ++h) {
-            T* a = x + (t * heads + h) * dim;
-#pragma omp simd
-            for (Size i = 0; i < half; ++i) {
-                const F x1 = load(a[i]), x2 = load(a[i + half]);
-                const F ci = load(c[i]), si = F(sign) * load(s[i]);
-                a[i] = store<T>(x1 * ci - x2 * si);
-                a[i + half] = store<T>(x2 * ci + x1 * si);
-            }
-        }
-    }
-}
 
 // silu(gate) · up
 template <class T>
@@ -316,22 +257,7 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
 
 }  // namespace
 
-#define FOR_EACH_DTYPE(DEFINE) DEFINE(bfloat16, BFloat16) DEFINE(float32, float) DEFINE(float64, double)
-
 #define EXPORTED(name, T)                                                                          \
-    extern "C" void rms_norm_##name(const T* x, const T* w, double eps, T* n, Wide<T>* rstd,       \
-                                    Size rows, Size cols) {                                        \
-        rms_norm(x, w, eps, n, rstd, rows, cols);                                                  \
-    }                                                                                              \
-    extern "C" void rms_norm_backward_##name(const T* dn, const T* x, const T* w,                  \
-                                             const Wide<T>* rstd, const T* residual, T* dx,        \
-                                             Size rows, Size cols) {                               \
-        rms_norm_backward(dn, x, w, rstd, residual, dx, rows, cols);                               \
-    }                                                                                              \
-    extern "C" void rotate_##name(T* x, const T* cos, const T* sin, double sign, Size tokens,      \
-                                  Size heads, Size dim) {                                          \
-        rotate(x, cos, sin, sign, tokens, heads, dim);                                             \
-    }                                                                                              \
     extern "C" void swiglu_##name(const T* gate, const T* up, T* y, Size rows, Size cols) {        \
         swiglu(gate, up, y, rows, cols);                                                                \
     }                                                                                              \

@@ -30,12 +30,15 @@ MARKS = ("flags", "model name", "Features", "CPU ")  # lines of /proc/cpuinfo, o
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
 
-def kernel(name: str, like: Tensor) -> Callable[..., None] | None:
-    """Return a compiled function for tensors such as `like`, or None where torch has to do it.
+def kernel(name: str, like: Tensor, *others: Tensor | None) -> Callable[..., None] | None:
+    """Return a compiled function for tensors such as `like`, or None where torch has to do it, as
+    where others that have to share its dtype do not.
 
-    It takes contiguous tensors, integers, floats and None (a null pointer), as native.cpp does.
+    It takes contiguous tensors, integers, floats, None (a null pointer) and what `strided` returns.
     """
     if like.device.type != "cpu" or like.dtype not in NAMES:
+        return None
+    if any(other is not None and other.dtype != like.dtype for other in others):
         return None
     return _kernel(f"{name}_{NAMES[like.dtype]}")
 
@@ -48,20 +51,32 @@ def _kernel(symbol: str) -> Callable[..., None] | None:
     function = getattr(library, symbol)
     function.restype = None
 
-    def call(*arguments: Tensor | float | None) -> None:
+    def call(*arguments: Tensor | ctypes.c_void_p | float | None) -> None:
         function(*map(_as_c, arguments))
 
     return call
 
 
-def _as_c(argument: Tensor | float | None) -> object:
+def strided(x: Tensor | None) -> tuple[ctypes.c_void_p | int | None, ...]:
+    """Return the arguments for a tensor whose rows may lie apart: its address and every stride but
+    the last, which has to be 1. None is a matrix that is not there."""
+    if x is None:
+        return None, 0
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"a compiled kernel takes no rows of stride {x.stride(-1)}")
+    return ctypes.c_void_p(x.data_ptr()), *x.stride()[:-1]
+
+
+def _as_c(argument: Tensor | ctypes.c_void_p | float | None) -> object:
     if isinstance(argument, Tensor):
         if not argument.is_contiguous():
             raise ValueError(f"a compiled kernel takes no tensor of strides {argument.stride()}")
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_double(argument)
-    return argument if argument is None else ctypes.c_int64(argument)
+    if argument is None or isinstance(argument, ctypes.c_void_p):
+        return argument
+    return ctypes.c_int64(argument)
 
 
 def load() -> tuple[ctypes.CDLL | None, str]:

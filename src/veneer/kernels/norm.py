@@ -1,6 +1,9 @@
-"""RMSNorm: w · x / sqrt(mean(x²) + eps), forward and backward, one pass each."""
+"""RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016), forward and backward, one pass
+each."""
 
 from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -8,36 +11,65 @@ from torch import Tensor
 from veneer.kernels.native import kernel
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return w · x̂ (rows, dim), and 1 / sqrt(mean(x²) + eps) (rows,) in float32 or wider.
+@dataclass(frozen=True)
+class Norm:
+    """y = (offset + w) ∘ x̂ + b with x̂ = (x − mean(x)) / σ over the last dimension, all frozen.
 
-    x̂ is rounded to x's dtype before the product with w, as transformers does.
+    σ² = mean((x − mean(x))²) + eps. Unless `centred`, as in LayerNorm, the mean counts as 0, as in
+    RMSNorm. offset: 1 in Gemma, whose weights are stored around 0. rounds: x̂ is rounded to x's
+    dtype before the product with w, as in LLaMA.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    native = kernel("rms_norm", x)
-    if native is None:
-        rstd = torch.rsqrt(x.to(wide).square().mean(-1) + eps)
-        return weight * (x.to(wide) * rstd[:, None]).to(x.dtype), rstd
-    x = x.contiguous()
-    normed, rstd = torch.empty_like(x), torch.empty(x.shape[0], dtype=wide)
-    native(x, weight, float(eps), normed, rstd, *x.shape)
-    return normed, rstd
 
+    weight: Tensor | None  # (dim,), or None for 1
+    _: KW_ONLY
+    bias: Tensor | None = None  # (dim,), or None for 0
+    eps: float
+    offset: float = 0.0
+    centred: bool = False
+    rounds: bool = False
 
-def rms_norm_backward(
-    dn: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor
-) -> Tensor:
-    """Return residual + the gradient of `rms_norm` with respect to x, (rows, dim).
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y, shaped as x (..., dim), and each row's mean (0 unless centred) and 1 / σ, as
+        (rows, 2) in float32 or wider."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        native = kernel("norm", x, self.weight, self.bias)
+        if native is None:
+            hat = x.to(wide)
+            mean = hat.mean(-1, keepdim=True) if self.centred else torch.zeros_like(hat[..., :1])
+            hat = hat - mean
+            rstd = torch.rsqrt(hat.square().mean(-1, keepdim=True) + self.eps)
+            hat = hat * rstd
+            y = self._scaled(hat.to(x.dtype).to(wide) if self.rounds else hat)
+            y = y if self.bias is None else y + self.bias.to(wide)
+            return y.to(x.dtype), torch.cat([mean, rstd], -1).view(-1, 2)
+        x = x.contiguous()
+        dim = x.shape[-1]
+        rows = x.numel() // dim
+        y, statistics = torch.empty_like(x), torch.empty(rows, 2, dtype=wide)
+        settings = (float(self.offset), float(self.eps), self.centred, self.rounds)
+        native(x, self.weight, self.bias, *settings, y, statistics, rows, dim)
+        return y, statistics
 
-    residual: the gradient of x from what else uses it. The weight is frozen.
-    """
-    native = kernel("rms_norm_backward", x)
-    if native is None:
-        hat = x.to(rstd.dtype) * rstd[:, None]
-        g = (dn * weight).to(rstd.dtype)
-        dx = rstd[:, None] * (g - hat * (g * hat).mean(-1, keepdim=True))
-        return (residual + dx).to(x.dtype)
-    x = x.contiguous()
-    dx = torch.empty_like(x)
-    native(dn.contiguous(), x, weight, rstd, residual.contiguous(), dx, *x.shape)
-    return dx
+    def backward(
+        self, dy: Tensor, x: Tensor, statistics: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        """Return the gradient of x, shaped as x, with `residual` added to it: the gradient of x
+        from what else uses it. statistics: as `forward` returned them."""
+        native = kernel("norm_backward", x, dy, self.weight, residual)
+        if native is None:
+            mean, rstd = statistics.view(*x.shape[:-1], 2).split(1, -1)
+            hat = (x.to(statistics.dtype) - mean) * rstd
+            g = self._scaled(dy.to(statistics.dtype))
+            dx = g - hat * (g * hat).mean(-1, keepdim=True)
+            dx = rstd * (dx - g.mean(-1, keepdim=True) if self.centred else dx)
+            return (dx if residual is None else residual + dx).to(x.dtype)
+        x = x.contiguous()
+        dim, dx = x.shape[-1], torch.empty_like(x)
+        residual = None if residual is None else residual.contiguous()
+        inputs = (dy.contiguous(), x, self.weight, statistics, residual)
+        native(*inputs, float(self.offset), self.centred, dx, x.numel() // dim, dim)
+        return dx
+
+    def _scaled(self, hat: Tensor) -> Tensor:
+        """Return (offset + w) ∘ x̂."""
+        return hat if self.weight is None else hat * (self.offset + self.weight.to(hat.dtype))

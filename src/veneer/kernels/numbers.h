@@ -9,7 +9,11 @@
 
 using Size = std::int64_t;
 
+#define FOR_EACH_DTYPE(DEFINE) DEFINE(bfloat16, BFloat16) DEFINE(float32, float) DEFINE(float64, double)
+
 namespace {
+
+constexpr Size kWorthSharing = 1 << 14;  // elements below which waking a thread costs more
 
 enum class BFloat16 : std::uint16_t {};  // an enum, for the compiler vectorises no structs
 
@@ -48,5 +52,15 @@ inline float exponential(float x) {
     return y * std::bit_cast<float>((std::int32_t(n) + 127) << 23);
 }
 inline double exponential(double x) { return std::exp(x); }
+
+// Call work<flags...>(): a function compiled for each combination, without branches on them inside.
+template <bool... known, class Work>
+inline void with_flags(Work work) {
+    work.template operator()<known...>();
+}
+template <bool... known, class Work, class... Rest>
+inline void with_flags(Work work, bool flag, Rest... rest) {
+    flag ? with_flags<known..., true>(work, rest...) : with_flags<known..., false>(work, rest...);
+}
 
 }  // namespace

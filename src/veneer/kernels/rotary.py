@@ -1,23 +1,54 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer), on the halves of each head as in LLaMA."""
+"""Rotary position embedding (Su et al. 2021, RoFormer), on all or the first dimensions of each head."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from veneer.kernels.native import kernel
+from veneer.kernels.native import kernel, strided
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    """Rotate x (tokens, heads, dim) in place by its positions' angles, and return it.
+@dataclass(frozen=True)
+class Rotary:
+    """(a, b) → (a cos − b sin, b cos + a sin) for each pair of a head's dimensions.
 
-    cos, sin (tokens, dim) hold every angle twice, once for each half. With `back`, rotate the other
-    way, as the gradient needs it.
+    cos, sin (tokens, pairs), contiguous: the angles of the tokens' positions. Pair i is dimensions
+    i and i + pairs, as in LLaMA, or 2 i and 2 i + 1 if `interleaved`, as in GPT-J. Dimensions from
+    2 · pairs on stay as they are.
     """
-    native = kernel("rotate", x)
-    if native is None:
-        first, second = x.chunk(2, -1)
-        crossed = torch.cat([-second, first], -1) * (-sin if back else sin)[:, None]
-        return x.mul_(cos[:, None]).add_(crossed)
-    native(x, cos, sin, -1.0 if back else 1.0, *x.shape)
-    return x
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
+
+    def rotate(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """Return x (tokens, heads, dim) rotated, contiguous; by −angles with `back`, as the
+        gradient needs it. x may be a part of longer rows, such as those of q, k and v together."""
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        return self._rotate(x, x.new_empty(x.shape), back)
+
+    def rotate_(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """Rotate x (tokens, heads, dim), contiguous, in place, and return it."""
+        return self._rotate(x, x, back)
+
+    def _rotate(self, x: Tensor, out: Tensor, back: bool) -> Tensor:
+        native = kernel("rotate", x, self.cos, self.sin)
+        if native is None:
+            return out.copy_(self._rotated(x, -self.sin if back else self.sin))
+        sign, pairs = -1.0 if back else 1.0, self.cos.shape[1]
+        angles = (self.cos, self.sin, sign, self.interleaved)
+        native(*strided(x), *angles, out, *x.shape, pairs)
+        return out
+
+    def _rotated(self, x: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = self.cos[:, None], sin[:, None]  # (tokens, 1, pairs)
+        pairs = cos.shape[-1]
+        turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+        dims = turned.unflatten(-1, (pairs, 2) if self.interleaved else (2, pairs))
+        axis = -1 if self.interleaved else -2
+        a, b = dims.unbind(axis)
+        pair = torch.stack([a * cos - b * sin, b * cos + a * sin], axis)
+        return torch.cat([pair.flatten(-2), rest], -1)

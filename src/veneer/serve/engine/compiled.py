@@ -22,7 +22,6 @@ from veneer.adapter.active import active_adapters_of
 from veneer.adapter.layers import AdaptedLayer
 from veneer.fused.layers import FusedLayer, fused_layers, norm_of
 from veneer.kernels import decode
-from veneer.kernels.norm import rms_norm
 from veneer.models.blocks import decoder_layers
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
@@ -154,8 +153,7 @@ class CompiledRunner:
         self.compiled.step(self._table, self.shape, batch, workspace, x, self.angles)
 
     def _logits(self, x: Tensor, adapters: Sequence[LoadedAdapter | None]) -> Tensor:
-        norm = norm_of(self.decoder.norm)
-        normed, _ = rms_norm(x, norm.weight, norm.eps)
+        normed, _ = norm_of(self.decoder.norm).forward(x)
         head: Any = self.model.get_output_embeddings()
         plain = type(head) is nn.Linear and head.bias is None and head.weight.dtype == self.dtype
         if plain and len(normed):
@@ -263,10 +261,10 @@ class CompiledRunner:
 
     def _describe(self, row: decode.Layer, layer: FusedLayer) -> None:
         norms = layer.norms()
-        for norm in norms:
-            if norm.weight.dtype != self.dtype:
-                raise Unsuited("its norms are of another dtype")
-        row.first_norm, row.second_norm = (norm.weight.data_ptr() for norm in norms)
+        weights = [norm.weight for norm in norms if norm.weight is not None]
+        if any(weight.dtype != self.dtype for weight in weights):
+            raise Unsuited("its norms are of another dtype")
+        row.first_norm, row.second_norm = (weight.data_ptr() for weight in weights)
         row.first_eps, row.second_eps = (norm.eps for norm in norms)
         row.scale, row.window = layer.scale, layer.window or 0
         for number, module in enumerate(layer.linears()):
