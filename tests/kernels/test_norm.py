@@ -1,4 +1,4 @@
-"""Norms: each kernel is as near to float64 as the formula in torch, and as transformers' modules."""
+"""Norms: each kernel is as near to float64 as the formula in torch and transformers' modules."""
 
 import itertools
 from typing import Any

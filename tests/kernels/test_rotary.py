@@ -79,9 +79,7 @@ def test_what_transformers_computes(dtype, module, interleaved, pairs):
     torch.manual_seed(0)
     x, own = torch.randn(30, 3, 16).to(dtype), rotary_of(30, pairs, dtype, interleaved=interleaved)
     cohere = module is modeling_cohere
-    cos, sin = (
-        t.repeat_interleave(2, 1) if cohere else t.repeat(1, 2) for t in (own.cos, own.sin)
-    )
+    cos, sin = (t.repeat_interleave(2, 1) if cohere else t.repeat(1, 2) for t in (own.cos, own.sin))
     q = x.transpose(0, 1)[None]  # (1, heads, tokens, dim)
     expected = module.apply_rotary_pos_emb(q, q, cos[None], sin[None])[0][0].transpose(0, 1)
     assert_no_further(own.rotate(x), expected, exact(own, x, back=False))
@@ -90,4 +88,6 @@ def test_what_transformers_computes(dtype, module, interleaved, pairs):
 def test_angles_of_another_dtype():
     own, x = rotary_of(30, 4, torch.float32), torch.randn(30, 2, 8).to(torch.bfloat16)
     assert own.rotate(x).dtype == x.dtype
-    assert_no_further(own.rotate(x), exact(own, x, back=False).to(x.dtype), exact(own, x, back=False))
+    assert_no_further(
+        own.rotate(x), exact(own, x, back=False).to(x.dtype), exact(own, x, back=False)
+    )

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer), on all or the first dimensions of each head."""
+"""Rotary position embedding (Su et al. 2021, RoFormer), on each head or its first dimensions."""
 
 from __future__ import annotations
 
