@@ -8,9 +8,9 @@ import warnings
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers import AutoModelForCausalLM
 
+from support.every_architecture import MODEL_TYPES, UNBUILT, usual_config
 from veneer import LoRA, TargetError, VeneerWarning
 from veneer.adapter.attach import attach
 from veneer.plan.config import PlanConfig
@@ -18,21 +18,6 @@ from veneer.plan.find import find_sizes
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import make_plan
 
-# Settings for those that cannot be built with the usual ones of their own.
-SETTINGS = {
-    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
-    "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128},
-    "ministral": {"head_dim": 128},
-    "nemotron": {"num_key_value_heads": 8},
-    "reformer": {"is_decoder": True},
-}
-# Those that transformers itself does not build from settings alone, or not without a package more.
-UNBUILT = {
-    *("cohere_compass_text", "dbrx", "gemma3n", "gemma4_assistant"),
-    *("musicgen", "musicgen_melody", "qwen4_exp", "qwen4_exp_text"),
-}
 # Of all kinds: plain, parallel, experts, shared experts, latent attention, state spaces, hybrids.
 QUICK = {
     *("llama", "gpt2", "bloom", "falcon", "opt", "gemma2", "qwen3", "mixtral", "deepseek_v3"),
@@ -42,12 +27,12 @@ QUICK = {
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in sorted(CAUSAL)],
+    [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in MODEL_TYPES],
 )
 def test_an_architecture_is_planned_exactly(model_type, tmp_path):
     if model_type in UNBUILT:
         pytest.skip("transformers does not build it")
-    config = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
+    config = usual_config(model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     config.to_json_file(tmp_path / "config.json")

@@ -16,7 +16,7 @@ from veneer.adapter.targets import adaptable_layers
 from veneer.algebra.change import Change, LayerFit, energy_of, state_of
 from veneer.algebra.config import ExtractConfig
 from veneer.errors import AdapterError, ModelError, joined
-from veneer.formats.capture import module_paths
+from veneer.formats.capture import named_paths
 from veneer.formats.state import AdapterState, shortest_names
 from veneer.lowrank.spectrum import truncated
 from veneer.models.description import Layer
@@ -136,7 +136,7 @@ def extract(
     skeleton.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     state = state_of(
         changes,
-        targets=shortest_names(set(changes), module_paths(skeleton)),
+        targets=shortest_names(set(changes), named_paths(skeleton)),
         base_name=str(base),
         base_fingerprint=fingerprint(skeleton, tokenizer),
     )

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from veneer.adapter.targets import describe_base
 from veneer.errors import AdapterError, ModelError
-from veneer.formats.capture import module_paths
+from veneer.formats.capture import named_paths
 from veneer.formats.state import shortest_names
 from veneer.models.description import Layer, ModelDescription
 from veneer.models.load import load_skeleton
@@ -57,7 +57,7 @@ class BaseStructure:
 
 def targets_for(paths: set[str], base: BaseStructure | None) -> tuple[str, ...]:
     """Return targets for the layers at `paths`: last names, if the base is there to check them."""
-    return tuple(sorted(paths)) if base is None else shortest_names(paths, module_paths(base.model))
+    return tuple(sorted(paths)) if base is None else shortest_names(paths, named_paths(base.model))
 
 
 def structure_of(name: str) -> BaseStructure:

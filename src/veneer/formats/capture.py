@@ -77,7 +77,7 @@ def capture(
         if config.init == "lora_ga" and not any(key.endswith(START[0]) for key in tensors):
             config = replace(config, init="kaiming")  # its start so far: no gradient has come
         if paths := {key.rpartition(".")[0] for key in tensors}:
-            targets = shortest_names(paths, module_paths(model))
+            targets = shortest_names(paths, named_paths(model))
             config = replace(config, targets=targets, layers=None)
     new_tokens = new_tokens_of(model)
     training = dict(active_adapters_of(model).notes.get(name, {}))
@@ -143,11 +143,16 @@ def trained_tokens_of(model: nn.Module, name: str) -> dict[str, TrainedTokens]:
     return by_path
 
 
-def module_paths(model: nn.Module) -> Iterator[str]:
-    """Yield the paths of a model's modules, without those of adapters in them."""
+def named_paths(model: nn.Module) -> Iterator[str]:
+    """Yield the paths of a model's modules and parameters, without adapters among the modules.
+
+    All that a target may name: a stack of experts is a parameter called as layers are elsewhere.
+    """
     for path, module in model.named_modules():
         if not isinstance(module, Adapter | TrainedTokens):
             yield path
+    for path, _ in model.named_parameters():
+        yield path
 
 
 def task_of(model: nn.Module) -> str:

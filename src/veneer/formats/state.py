@@ -144,11 +144,12 @@ class AdapterState:
         return replace(self, tensors=tensors)
 
 
-def shortest_names(paths: set[str], modules: Iterable[str]) -> tuple[str, ...]:
-    """Return the last names of `paths`, or whole paths if another of the model's `modules` shares a
-    last name: readers of other formats adapt every module, of any kind, with a target's name."""
+def shortest_names(paths: set[str], named: Iterable[str]) -> tuple[str, ...]:
+    """Return the last names of `paths`, or whole paths if another of the model's modules and
+    parameters, whose paths are `named`, shares a last name: readers of other formats adapt all that
+    has a target's name, of any kind."""
     names = {path.rpartition(".")[2] for path in paths}
-    same_name = {path for path in modules if path.rpartition(".")[2] in names}
+    same_name = {path for path in named if path.rpartition(".")[2] in names}
     return tuple(sorted(names if same_name == paths else paths))
 
 

@@ -169,7 +169,8 @@ def _factors(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
     except ValueError as error:
         problems.append(str(error).rstrip("."))
     else:
-        if missing := sorted(targets - complete):
+        meant = {path for path in complete if path in by_path and not by_path[path].is_matrix}
+        if missing := sorted(targets - complete - _of_same_name(config, meant, by_path)):
             problems.append(f"weights are missing for {listed(missing)}")
         problems += [
             f"{path} has weights, but is not among the targets"
@@ -184,6 +185,17 @@ def _why_no_layer(model: nn.Module, path: str, by_path: Mapping[str, Layer], *, 
         likely = nearest(path, by_path) if hint else ""
         return f"{shortened(path)} is no layer of this model{likely}"
     return f"{path} is a {type(module).__name__}, which cannot be adapted"
+
+
+def _of_same_name(config: LoRA, adapted: set[str], by_path: Mapping[str, Layer]) -> set[str]:
+    """Return the stacks of experts whose last name is a target that means adapted layers: earlier
+    versions shortened the names of layers to such."""
+    last_names = {path.rpartition(".")[2] for path in adapted}.intersection(config.targets)
+    return {
+        path
+        for path, layer in by_path.items()
+        if layer.is_matrix and layer.name in last_names and path not in config.targets
+    }
 
 
 def _layer(stored: StoredLayer, config: LoRA, layer: Layer) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -253,7 +255,7 @@ def _layers_of(place: _Place, is_head: bool, owners: dict[int, str]) -> Iterator
     names = list(weights)
     if isinstance(module, QuantizedLinear):
         yield layer("linear", names, tuple(module.quantized_weight.shape))
-    elif isinstance(module, nn.Linear):
+    elif isinstance(module, nn.Linear) and multiplies(module):
         yield layer("linear", names, tuple(weights["weight"].shape))
     elif isinstance(module, Conv1D | nn.Embedding):
         kind: Kind = "conv1d" if isinstance(module, Conv1D) else "embedding"
@@ -273,6 +275,26 @@ def _layers_of(place: _Place, is_head: bool, owners: dict[int, str]) -> Iterator
                 transposed=stack and bool(getattr(module, "is_transposed", False)),
                 parameter=name,
             )
+
+
+def multiplies(layer: nn.Linear) -> bool:
+    """Return whether a layer gives W x + b: by numbers, where its class has a forward of its own.
+
+    Falcon's layers do; routers that choose experts too, products in groups, scaled heads do not.
+    """
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    W, b = (torch.arange(n, device="cpu", dtype=torch.float32) for n in (6, 3))
+    x = torch.tensor([[1.0, -2.0], [0.5, 3.0]], device="cpu")
+    probe = copy.copy(layer)
+    probe._parameters = {"weight": nn.Parameter(W.view(3, 2))}
+    probe._parameters["bias"] = None if layer.bias is None else nn.Parameter(b)
+    try:
+        with torch.no_grad():
+            y = probe.forward(x)
+            return torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
+    except Exception:  # whatever another kind of layer makes of these shapes
+        return False
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -108,8 +109,16 @@ def _vocabulary_mark(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _config_mark(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     config = getattr(model, "config", None)
-    settings = [f"{key}={getattr(config, key, None)}" for key in SETTINGS]
+    settings = [f"{key}={_setting(config, key)}" for key in SETTINGS]
     return _hash([f"{path}{tuple(weight.shape)}" for path, weight in weights.items()] + settings)
+
+
+def _setting(config: Any, key: str) -> Any:
+    """Return a setting, or None; of a model whose layers differ in it, those of all layers."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers' refusal to name one for all
+        return [getattr(layer, key, None) for layer in config.per_layer_config]
 
 
 def _base_path(path: str) -> str:

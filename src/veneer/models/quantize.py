@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import ConfigError, ModelError
 from veneer.models.assemble import assemble
+from veneer.models.description import multiplies
 from veneer.models.fingerprint import Marks
 from veneer.models.source import Source
 from veneer.quant.settings import Bits
@@ -28,7 +29,8 @@ def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, n
     return {
         path: layer
         for path, layer in skeleton.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D) and (head or layer is not output)
+        if (isinstance(layer, Conv1D) or (isinstance(layer, nn.Linear) and multiplies(layer)))
+        and (head or layer is not output)
     }
 
 
