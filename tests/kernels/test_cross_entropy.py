@@ -10,7 +10,7 @@ from veneer.adapter.adapter import Adapter
 from veneer.adapter.linear import LoRALinear
 from veneer.adapter.new_tokens import NewTokenHead
 from veneer.kernels import cross_entropy
-from veneer.kernels.cross_entropy import IGNORED, labelled_cross_entropy
+from veneer.kernels.cross_entropy import IGNORED, Logits, labelled_cross_entropy
 
 DOUBLE = {"dtype": torch.float64}
 DIM, VOCAB = 6, 11
@@ -35,19 +35,30 @@ def heads() -> dict[str, nn.Module]:
     }
 
 
+LOGITS = {
+    "plain": Logits(),
+    "scaled": Logits(0.3),
+    "capped": Logits(softcap=1.5),
+    "scaled and capped": Logits(4.0, 1.5),
+}
+
+
+@pytest.mark.parametrize("behind", LOGITS)
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 @pytest.mark.parametrize("chunk", [1, 3 * VOCAB, 10**6])
 @pytest.mark.parametrize("labelled", [0, 1, 8, 20])
 @pytest.mark.parametrize("kind", heads())
-def test_labelled_cross_entropy(kind, labelled, chunk, factor, monkeypatch):
+def test_labelled_cross_entropy(kind, labelled, chunk, factor, behind, monkeypatch):
+    logits = LOGITS[behind]
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
     head = heads()[kind]
     hidden = torch.randn(20, DIM, **DOUBLE, requires_grad=True)
     labels = torch.full((20,), IGNORED)
     labels[torch.randperm(20)[:labelled]] = torch.randint(0, VOCAB, (labelled,))
     inputs = [hidden, *(weight for weight in head.parameters() if weight.requires_grad)]
-    loss = labelled_cross_entropy(hidden, labels, head)
-    expected = F.cross_entropy(head(hidden), labels, ignore_index=IGNORED, reduction="sum")
+    loss = labelled_cross_entropy(hidden, labels, head, logits)
+    own = logits(head(hidden))
+    expected = F.cross_entropy(own, labels, ignore_index=IGNORED, reduction="sum")
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(

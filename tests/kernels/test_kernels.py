@@ -60,18 +60,21 @@ def test_swiglu(dtype, size, shape, formulas):
     assert_equal(work()[:1], work()[3:], dtype)
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 4.0), (2.0, 30.0)])
 @pytest.mark.parametrize("vocab", [1, 5, 1000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_entropy(dtype, vocab, formulas):
+def test_cross_entropy(dtype, vocab, scale, softcap, formulas):
     torch.manual_seed(0)
-    logits, targets = 5 * random(9, vocab, dtype=dtype), torch.randint(0, vocab, (9,))
+    z, targets = 5 * random(9, vocab, dtype=dtype), torch.randint(0, vocab, (9,))
+    logits = cross_entropy.Logits(scale, softcap)
 
     def work():
-        return cross_entropy.cross_entropy(logits, targets, torch.empty_like(logits))
+        return cross_entropy.cross_entropy(z, targets, torch.empty_like(z), logits)
 
     assert_equal(work(), formulas(work), dtype)
-    in_place = logits.clone()
-    assert torch.equal(cross_entropy.cross_entropy(in_place, targets, in_place)[1], work()[1])
+    in_place = z.clone()
+    ours = cross_entropy.cross_entropy(in_place, targets, in_place, logits)
+    assert torch.equal(ours[1], work()[1])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

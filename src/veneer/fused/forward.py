@@ -153,8 +153,9 @@ def choose_forward(
     # Not in training mode, in which dropout would make any two passes differ.
     with torch.no_grad(), evaluating(model), _hidden_states(model) as hidden_states:
         # The first row's pass serves two proofs: a mapped base is read from disk at each pass.
-        own, head, why_not_head = own_logits_and_head(model, rows[0])
-        losses = [_full_loss(own[:-1], torch.tensor(rows[0].tokens[1:], device=own.device))]
+        first = torch.tensor([rows[0].tokens], device=model.device)
+        own, head, why_not_head = own_logits_and_head(model, first)
+        losses = [_full_loss(own[:-1], first[0, 1:])]
         alone = hidden_states[:1]
         hidden_states.clear()
         losses += [_own_loss(model, row) for row in rows[1:]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,36 @@ CHUNK_LOGITS = 2**24  # logits held at a time: 32 MB in bfloat16
 BLOCK_TOKENS = 2**14
 
 
-def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    """Return Σ −log softmax(head(h))[label] over the labelled rows, a float32 scalar.
+@dataclass(frozen=True)
+class Logits:
+    """Logits y = scale · z, or softcap · tanh(scale · z / softcap), of what a head makes, z."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.scale > 0  # the largest z has the largest y
+        assert self.softcap is None or self.softcap > 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return y, of the shape and dtype of z."""
+        y = z if self.scale == 1 else z * self.scale
+        return y if self.softcap is None else torch.tanh(y / self.softcap) * self.softcap
+
+    def slope(self, y: Tensor) -> Tensor | float:
+        """Return dy/dz where the logits are y."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - (y / self.softcap).square())
+
+
+PLAIN = Logits()
+
+
+def labelled_cross_entropy(
+    hidden: Tensor, labels: Tensor, head: nn.Module, logits: Logits = PLAIN
+) -> Tensor:
+    """Return Σ −log softmax(logits(head(h)))[label] over the labelled rows, a float32 scalar.
 
     hidden (tokens, dim); labels (tokens,), where labels[t] is the token that follows row t, or
     IGNORED. `head` may be any module from (rows, dim) to (rows, vocab); gradients reach `hidden`
@@ -27,7 +56,7 @@ def labelled_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> T
     labelled = (labels != IGNORED).nonzero().squeeze(1)  # (rows,)
     rows, targets = hidden[labelled], labels[labelled]
     trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-    return _ChunkedLoss.apply(rows, targets, head, *trained)
+    return _ChunkedLoss.apply(rows, targets, head, logits, *trained)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -35,7 +64,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, targets: Tensor, head: nn.Module, *trained: Tensor
+        ctx: Any, rows: Tensor, targets: Tensor, head: nn.Module, logits: Logits, *trained: Tensor
     ) -> Tensor:
         needs_rows = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -50,23 +79,24 @@ class _ChunkedLoss(torch.autograd.Function):
             and head.weight.dtype == rows.dtype
             and not torch.is_autocast_enabled(rows.device.type)
         )
-        buffer = rows.new_empty(min(step, len(rows)), vocab) if plain else rows  # of one chunk
+        buffer = rows.new_empty(min(step, len(rows)), vocab) if plain else rows  # one chunk of z
         for first in range(0, len(rows), step):
             here = slice(first, first + step)
             if plain:
-                logits = buffer[: len(rows[here])]
-                _write_logits(rows[here], head, logits)
-                loss, gradient = cross_entropy(logits, targets[here], logits)
+                z = buffer[: len(rows[here])]
+                _write_product(rows[here], head, z)
+                loss, gradient = cross_entropy(z, targets[here], z, logits)
                 if d_rows is not None:
                     d_rows[here] = _through(gradient, head.weight)  # type: ignore[arg-type]
             else:
                 chunk = rows[here].detach().requires_grad_(needs_rows)
                 inputs = [chunk, *trained] if needs_rows else list(trained)
                 with torch.set_grad_enabled(bool(inputs)):
-                    logits = head(chunk)
-                values = logits.detach()
-                loss, gradient = cross_entropy(values, targets[here], torch.empty_like(values))
-                grads = list(torch.autograd.grad(logits, inputs, gradient)) if inputs else []
+                    z = head(chunk)
+                values = z.detach()
+                out = torch.empty_like(values)
+                loss, gradient = cross_entropy(values, targets[here], out, logits)
+                grads = list(torch.autograd.grad(z, inputs, gradient)) if inputs else []
                 if d_rows is not None:
                     d_rows[here] = grads.pop(0)
                 for sum_, grad in zip(d_trained, grads, strict=True):
@@ -80,17 +110,17 @@ class _ChunkedLoss(torch.autograd.Function):
         d_rows, *d_trained = ctx.saved_tensors
         scale = grads[0]
         first = None if d_rows is None else d_rows * scale.to(d_rows.dtype)
-        return first, None, None, *(grad * scale for grad in d_trained)
+        return first, None, None, None, *(grad * scale for grad in d_trained)
 
 
-def _write_logits(rows: Tensor, head: nn.Module, logits: Tensor) -> None:
-    """Write rows Wᵀ + b to `logits` (rows, vocab)."""
+def _write_product(rows: Tensor, head: nn.Module, z: Tensor) -> None:
+    """Write rows Wᵀ + b to z (rows, vocab)."""
     weight: Tensor = head.weight  # type: ignore[assignment]
     bias: Tensor | None = head.bias  # type: ignore[assignment]
     for tokens in _blocks(weight):
-        torch.mm(rows, weight[tokens].T, out=logits[:, tokens])
+        torch.mm(rows, weight[tokens].T, out=z[:, tokens])
     if bias is not None:
-        logits += bias
+        z += bias
 
 
 def _through(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -107,23 +137,27 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(first, first + BLOCK_TOKENS)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ −log softmax(logits)[target], and its gradient with respect to logits, in `out`.
+def cross_entropy(
+    z: Tensor, targets: Tensor, out: Tensor, logits: Logits = PLAIN
+) -> tuple[Tensor, Tensor]:
+    """Return Σ −log softmax(logits(z))[target], and its gradient with respect to z, in `out`.
 
-    logits, out (rows, vocab), which may be one tensor; targets (rows,). Raises IndexError for a
-    target outside of the vocabulary.
+    z, out (rows, vocab), which may be one tensor; targets (rows,). Raises IndexError for a target
+    outside of the vocabulary.
     """
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
-        raise IndexError(f"A label is none of the {logits.shape[1]} tokens that the head knows.")
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    native = kernel("cross_entropy", logits)
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < z.shape[1]:
+        raise IndexError(f"A label is none of the {z.shape[1]} tokens that the head knows.")
+    wide = torch.promote_types(z.dtype, torch.float32)
+    native = kernel("cross_entropy", z)
     if native is not None:
-        losses = torch.empty(len(logits), dtype=wide)
-        native(logits.contiguous(), targets, losses, out, *logits.shape)
+        losses = torch.empty(len(z), dtype=wide)
+        softcap = logits.softcap or 0.0
+        native(z.contiguous(), targets, losses, out, logits.scale, softcap, *z.shape)
         return losses.sum(), out
-    log_p = logits.to(wide).log_softmax(-1)
-    rows = torch.arange(len(logits), device=logits.device)
+    y = logits(z.to(wide))
+    log_p = y.log_softmax(-1)
+    rows = torch.arange(len(z), device=z.device)
     loss = -log_p[rows, targets].sum()
     gradient = log_p.exp_()
     gradient[rows, targets] -= 1
-    return loss, out.copy_(gradient)
+    return loss, out.copy_(gradient.mul_(logits.slope(y)))

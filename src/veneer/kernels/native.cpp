@@ -5,6 +5,7 @@
 // one thread for each row, so that results do not depend on the number of threads. Numbers are
 // stored as bfloat16, float32 or float64 and computed in float32 (or float64).
 
+#include "cross_entropy.h"
 #include "norm.h"
 #include "numbers.h"
 #include "rotary.h"
@@ -41,32 +42,6 @@ void swiglu_backward(const T* dy, const T* gate, const T* up, T* d_gate, T* d_up
             d_up[i] = store<T>(d * silu);
             y[i] = store<T>(silu * u);
         }
-    }
-}
-
-// loss = log Σ exp(logits) − logits[target]; its gradient softmax(logits) − onehot(target) goes to
-// `gradient`, which may be `logits` itself, or is null.
-template <class T>
-void cross_entropy(const T* logits, const Size* targets, Wide<T>* losses, T* gradient, Size rows,
-                   Size vocab) {
-    using F = Wide<T>;
-#pragma omp parallel for schedule(static)
-    for (Size row = 0; row < rows; ++row) {
-        const T* a = logits + row * vocab;
-        F highest = load(a[0]);
-#pragma omp simd reduction(max : highest)
-        for (Size i = 0; i < vocab; ++i) highest = load(a[i]) > highest ? load(a[i]) : highest;
-        F sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (Size i = 0; i < vocab; ++i) sum += exponential(load(a[i]) - highest);
-        const Size target = targets[row];
-        const F log_sum = highest + std::log(sum), hit = load(a[target]);
-        losses[row] = log_sum - hit;
-        if (!gradient) continue;
-        T* d = gradient + row * vocab;
-#pragma omp simd
-        for (Size i = 0; i < vocab; ++i) d[i] = store<T>(exponential(load(a[i]) - log_sum));
-        d[target] = store<T>(std::exp(hit - log_sum) - F(1));
     }
 }
 
@@ -265,9 +240,10 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
                                            T* d_up, T* y, Size rows, Size cols) {                            \
         swiglu_backward(dy, gate, up, d_gate, d_up, y, rows, cols);                                     \
     }                                                                                              \
-    extern "C" void cross_entropy_##name(const T* logits, const Size* targets, Wide<T>* losses,    \
-                                         T* gradient, Size rows, Size vocab) {                     \
-        cross_entropy(logits, targets, losses, gradient, rows, vocab);                             \
+    extern "C" void cross_entropy_##name(const T* z, const Size* targets, Wide<T>* losses,         \
+                                         T* gradient, double scale, double cap, Size rows,         \
+                                         Size vocab) {                                             \
+        cross_entropy(z, targets, losses, gradient, scale, cap, rows, vocab);                      \
     }                                                                                              \
     extern "C" void row_dots_##name(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {  \
         row_dots(a, b, out, rows, cols);                                                           \

@@ -78,13 +78,6 @@ def kept(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Term]:
                 note="cosines and sines",
             )
         )
-    if not sizes.has_plain_head:
-        terms.append(
-            Term.of(
-                *(tokens, "tokens", sizes.vocab, "vocab", FLOAT32, "bytes"),
-                note="log p of the whole vocabulary, as this head scales its logits",
-            )
-        )
     return terms
 
 

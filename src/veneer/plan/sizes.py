@@ -17,8 +17,6 @@ from veneer.models.description import Layer, ModelDescription
 
 # Layers that lead out of attention: their input is its output, not the residual stream.
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-# Settings that scale or cap logits.
-HEAD_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 # Names of the setting for how many experts compute a token.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
 # Bytes that attention keeps of each score: with caps (scores, and probabilities in float32 and in
@@ -260,11 +258,6 @@ class Sizes:
         """Whether norms are computed in Python and keep a float32 copy, as LLaMA's do."""
         norms = [layer.module for layer in self.description.layers if layer.kind == "norm"]
         return any(not isinstance(norm, nn.LayerNorm | nn.RMSNorm) for norm in norms)
-
-    @cached_property
-    def has_plain_head(self) -> bool:
-        """Whether logits are neither scaled nor capped."""
-        return all(getattr(self.config, key, None) in (None, 1) for key in HEAD_SCALES)
 
     @cached_property
     def is_rotary(self) -> bool:

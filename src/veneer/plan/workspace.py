@@ -30,14 +30,6 @@ def workspace(config: PlanConfig, sizes: Sizes, trained: Trained) -> Amount:
 def _head(config: PlanConfig, sizes: Sizes, trained: Trained) -> Amount:
     """Logits of one chunk of rows, and a copy of the head's weight for the matrix units."""
     width = config.width
-    if not sizes.has_plain_head:
-        return amount(
-            "workspace",
-            Term.of(
-                *(tokens_of(config), "tokens", sizes.vocab, "vocab", width + FLOAT32, "bytes"),
-                note="logits of all rows, and their gradient in float32",
-            ),
-        )
     rows = min(tokens_of(config), max(1, CHUNK_LOGITS // sizes.vocab))
     weight = Term.of(
         *(2, "", sizes.vocab, "vocab", sizes.dim, "numbers", width, "bytes"),

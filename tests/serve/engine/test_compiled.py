@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import veneer
+from support.changed_logits import changed
 from support.closeness import assert_no_further
 from support.random_adapters import ids
 from support.serving_bases import write_adapters
 from support.tiny_models import quantized, tiny
 from veneer.kernels import native
+from veneer.kernels.cross_entropy import Logits
 from veneer.quant.weight import QuantizedLinear
 from veneer.serve.engine.adapter_cache import AdapterCache, LoadedAdapter
 from veneer.serve.engine.compiled import CompiledRunner, Unsuited
@@ -30,6 +32,7 @@ BASES: dict[str, Any] = {
     "bfloat16": lambda architecture: tiny(architecture, dtype=torch.bfloat16),
     "nf4": lambda architecture: quantized(architecture),
     "int8": lambda architecture: quantized(architecture, 8),
+    "capped": lambda architecture: changed(tiny(architecture), lambda z, _: Logits(0.7, 2.0)(z)),
 }
 
 
@@ -160,4 +163,7 @@ def test_a_layer_that_does_something_else_is_noticed():
     model = tiny("llama")
     model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.raises(Unsuited, match="something else"):
+        CompiledRunner(model, 2, 64)
+    model = changed(tiny("llama"), lambda logits, _: logits.clamp(-1, 1))
+    with pytest.raises(Unsuited, match="more than multiply"):
         CompiledRunner(model, 2, 64)

@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.layers import AdaptedLayer
+from veneer.fused.head import own_logits_and_head
 from veneer.fused.layers import FusedLayer, fused_layers, norm_of
 from veneer.kernels import decode
+from veneer.kernels.cross_entropy import PLAIN
 from veneer.models.blocks import decoder_layers
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
@@ -72,6 +74,11 @@ class CompiledRunner:
             generator=torch.Generator().manual_seed(0),
         )
         self.layers = _proven_layers(model, tokens)
+        with torch.inference_mode():
+            own_logits, head, why_not = own_logits_and_head(model, tokens)
+        if head is None:
+            raise Unsuited(str(why_not))
+        self.head = head
         self.active_adapters = active_adapters_of(model)
         self.decoder: Any = model.get_decoder()
         self.angles = _angles(self.decoder, context, self.dtype)
@@ -84,7 +91,7 @@ class CompiledRunner:
         self._adapter_tables: WeakKeyDictionary[LoadedAdapter, tuple[Any, int]]
         self._adapter_tables = WeakKeyDictionary()
         self._workspace: tuple[tuple[int, ...], decode.Workspace, list[Tensor]] | None = None
-        self._prove(tokens)
+        self._prove(tokens, own_logits)
 
     # ---- what the engine asks for ----
 
@@ -157,8 +164,13 @@ class CompiledRunner:
         head: Any = self.model.get_output_embeddings()
         plain = type(head) is nn.Linear and head.bias is None and head.weight.dtype == self.dtype
         if plain and len(normed):
-            return self.compiled.product(normed.contiguous(), head.weight)
-        return self._by_module(head, normed, adapters).float()
+            z = self.compiled.product(normed.contiguous(), head.weight)
+        else:
+            z = self._by_module(head, normed, adapters).float()
+        if self.head.logits != PLAIN:
+            for row in z:  # one by one: a row's logits may not depend on how many are beside it
+                row.copy_(self.head.logits(row))
+        return z
 
     def _by_module(
         self, module: Any, x: Tensor, adapters: Sequence[LoadedAdapter | None]
@@ -303,10 +315,9 @@ class CompiledRunner:
             codes, bias, scales.data_ptr(), values.data_ptr(), out, in_, decode.FOUR_BITS
         )
 
-    def _prove(self, tokens: Tensor) -> None:
+    def _prove(self, tokens: Tensor, own_logits: Tensor) -> None:
         """Raise Unsuited where logits are not those of the model's own forward."""
-        with torch.inference_mode():
-            own = self.model(input_ids=tokens, use_cache=False).logits[0].double()
+        own = own_logits.double()
         half = tokens.shape[1] // 2
         logits = []
         for first, last in ((0, half), (half, tokens.shape[1])):
