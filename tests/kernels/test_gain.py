@@ -1,14 +1,14 @@
 """DoRA's gain: each kernel equals its formula in torch."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from support.random_adapters import distance
-from veneer.kernels import gain, gated
-from veneer.kernels.gain import apply_gain_, gain_backward, swiglu_gain_backward
-from veneer.kernels.gated import swiglu_backward
+from veneer.kernels import activation, gain
+from veneer.kernels.activation import Activation, activate_backward
+from veneer.kernels.gain import activate_gain_backward, apply_gain_, gain_backward
 from veneer.kernels.native import kernel
 from veneer.lowrank import formula
 from veneer.lowrank.formula import updated_norms
@@ -16,8 +16,8 @@ from veneer.lowrank.formula import updated_norms
 
 def without_kernels(compiled: bool, monkeypatch: Any) -> None:
     """Leave only the formulas in torch, unless `compiled`."""
-    for module in () if compiled else (formula, gain, gated):
-        monkeypatch.setattr(module, "kernel", lambda *_: None)
+    for module in () if compiled else (formula, gain, activation):
+        monkeypatch.setattr(module, "kernel", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -73,15 +73,18 @@ def test_gain_kernels_equal_torch(rows, columns, bias, dtype, compiled, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("rows", [1, 130, 700])
-def test_gains_within_swiglu_equal_both_apart(rows, biased, dtype, compiled, monkeypatch):
+@pytest.mark.parametrize("kind", get_args(Activation))
+def test_gains_within_a_gate_equal_both_apart(kind, rows, biased, dtype, compiled, monkeypatch):
     without_kernels(compiled, monkeypatch)
     torch.manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
     dy, gate, up = (torch.randn(rows, 63).to(dtype) for _ in range(3))
     gains = tuple(0.5 + torch.rand(63).to(wide) for _ in range(2))
     biases = tuple(torch.randn(63).to(dtype) if b else None for b in biased)
-    dz, d_gains, inner = swiglu_gain_backward(dy, gate, up, gains, biases)
-    *d_inputs, expected = swiglu_backward(dy.double(), gate.double(), up.double())
+    dz = both_columns(rows, 63, dtype)
+    d_gains, inner = activate_gain_backward(kind, dy, gate, up, gains, biases, *dz)
+    d_inputs = [torch.empty(rows, 63, dtype=torch.float64) for _ in range(2)]
+    expected = activate_backward(kind, dy.double(), gate.double(), up.double(), *d_inputs)
     near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     assert distance(inner.double(), expected) < near
     for i, (d, y) in enumerate(zip(d_inputs, (gate, up), strict=True)):
@@ -89,3 +92,22 @@ def test_gains_within_swiglu_equal_both_apart(rows, biased, dtype, compiled, mon
         exact = gain_backward(d, y.double(), gains[i].double(), bias)
         assert distance(dz[i].double(), exact[0]) < near
         assert distance(d_gains[i].double(), exact[1]) < near
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_gate_and_up_of_one_matrix(compiled, monkeypatch):
+    without_kernels(compiled, monkeypatch)
+    torch.manual_seed(0)
+    dy, gains = torch.randn(20, 30), (torch.rand(30) + 0.5, torch.rand(30) + 0.5)
+    gate, up = torch.randn(20, 60).split(30, 1)
+    part, whole = both_columns(20, 30, torch.float32), both_columns(20, 30, torch.float32)
+    arguments = (gains, (None, None))
+    results = activate_gain_backward("gelu", dy, gate, up, *arguments, *part)
+    copies = (gate.contiguous(), up.contiguous())
+    expected = activate_gain_backward("gelu", dy, *copies, *arguments, *whole)
+    torch.testing.assert_close((results, part), (expected, whole))
+
+
+def both_columns(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return two empty matrices side by side in one."""
+    return torch.empty(rows, 2 * columns, dtype=dtype).split(columns, 1)

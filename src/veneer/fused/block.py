@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.kernels.activation import activate, activate_backward
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention
-from veneer.kernels.gain import swiglu_gain_backward
-from veneer.kernels.gated import swiglu, swiglu_backward
+from veneer.kernels.gain import activate_gain_backward
 from veneer.kernels.norm import Norm
 from veneer.kernels.rotary import Rotary
 from veneer.lowrank.projection import (
@@ -146,10 +146,12 @@ class FeedForward:
         """Return what `through_gains` returns for gate and up, and silu(gate) · up, from the
         gradient of that product; all (tokens, inner)."""
         first, second = self.inputs
+        d_inputs = (torch.empty_like(gate), torch.empty_like(up))
         if first.gain is not None and second.gain is not None:
             gains, biases = (first.gain, second.gain), (first.bias, second.bias)
-            return swiglu_gain_backward(dy, gate, up, gains, biases)
-        *d_inputs, inner = swiglu_backward(dy, gate, up)
+            d_gains, inner = activate_gain_backward("silu", dy, gate, up, gains, biases, *d_inputs)
+            return d_inputs, d_gains, inner
+        inner = activate_backward("silu", dy, gate, up, *d_inputs)
         return *through_gains(d_inputs, [gate, up], self.inputs, in_place=True), inner
 
 
@@ -158,7 +160,7 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, half: FeedForward, *trained: Tensor) -> Tensor:
         out, y_out, h_out = _empty_onto(x, half.output, half.arena)
         gate, up, h = half.project(x)
-        _project_onto(x, swiglu(gate, up), half.output, out, y_out, h_out)
+        _project_onto(x, activate("silu", gate, up), half.output, out, y_out, h_out)
         projections = () if half.recompute_projections else (gate, up, h)
         ctx.save_for_backward(*(half.summands or (x, None)), y_out, h_out, *projections)
         ctx.half = replace(half, summands=None)  # or it would be held beyond the backward pass

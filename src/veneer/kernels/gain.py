@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.kernels.gated import swiglu_backward
-from veneer.kernels.native import kernel
+from veneer.kernels.activation import Activation, activate_backward, activation_kernel
+from veneer.kernels.native import adjacent, kernel, strided
 
 # Rows that are summed into one partial sum of a gain's gradient. The partial sums are added up
 # afterwards, so that the result does not depend on the number of threads.
@@ -52,32 +52,36 @@ def gain_backward(
     return dz, _gradient_of_gain(sums, gain)
 
 
-def swiglu_gain_backward(
+def activate_gain_backward(
+    kind: Activation,
     dy: Tensor,
     gate: Tensor,
     up: Tensor,
     gains: tuple[Tensor, Tensor],
     biases: tuple[Tensor | None, Tensor | None],
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
-    """Do `swiglu_backward` and then `gain_backward` of gate and up in one pass.
+    d_gate: Tensor,
+    d_up: Tensor,
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Do `activate_backward` and then `gain_backward` of gate and up in one pass.
 
-    Returns both dz, the gradients of both gains, and silu(gate) · up.
+    Writes both dz to d_gate and d_up, (rows, columns) as gate and up, and with rows that may lie
+    apart as theirs. Returns the gradients of both gains, and act(gate) · up.
     """
-    native = kernel("swiglu_gain_backward", gate)
+    native = activation_kernel("activate_gain_backward", kind, dy, gate, up, d_gate, d_up)
     if native is None:
-        *d_inputs, y = swiglu_backward(dy, gate, up)
-        (d_gate, gate_sums), (d_up, up_sums) = map(
-            gain_backward, d_inputs, (gate, up), gains, biases
-        )
-        return (d_gate, d_up), (gate_sums, up_sums), y
-    d_gate, d_up, y = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
-    partial_sums = [_partial_sums(gate, gain) for gain in gains]
-    shape = (*gate.shape, BLOCK_ROWS)
-    native(dy.contiguous(), gate, up, *gains, *biases, d_gate, d_up, y, *partial_sums, *shape)
-    of_gate, of_up = (
-        _gradient_of_gain(sums.sum(0), gain) for sums, gain in zip(partial_sums, gains, strict=True)
-    )
-    return (d_gate, d_up), (of_gate, of_up), y
+        y = activate_backward(kind, dy, gate, up, d_gate, d_up)
+        each = zip((d_gate, d_up), (gate, up), gains, biases, strict=True)
+        (dz_gate, of_gate), (dz_up, of_up) = (gain_backward(*arguments) for arguments in each)
+        d_gate.copy_(dz_gate)
+        d_up.copy_(dz_up)
+        return (of_gate, of_up), y
+    y = gate.new_empty(gate.shape)
+    sums = [_partial_sums(gate, gain) for gain in gains]
+    inputs = [argument for x in (dy, gate, up) for argument in strided(adjacent(x))]
+    outputs = (*strided(d_gate), *strided(d_up), y, *sums)
+    native(*inputs, *gains, *biases, *outputs, *gate.shape, BLOCK_ROWS)
+    of_gate, of_up = (_gradient_of_gain(s.sum(0), g) for s, g in zip(sums, gains, strict=True))
+    return (of_gate, of_up), y
 
 
 def _partial_sums(y: Tensor, gain: Tensor) -> Tensor:

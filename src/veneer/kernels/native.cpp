@@ -12,39 +12,6 @@
 
 namespace {
 
-// silu(gate) · up
-template <class T>
-void swiglu(const T* gate, const T* up, T* y, Size rows, Size cols) {
-    using F = Wide<T>;
-#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
-    for (Size row = 0; row < rows; ++row) {
-#pragma omp simd
-        for (Size i = row * cols; i < (row + 1) * cols; ++i) {
-            const F g = load(gate[i]);
-            const F sigmoid = F(1) / (F(1) + exponential(-g));
-            y[i] = store<T>(g * sigmoid * load(up[i]));
-        }
-    }
-}
-
-template <class T>
-void swiglu_backward(const T* dy, const T* gate, const T* up, T* d_gate, T* d_up, T* y,
-                     Size rows, Size cols) {
-    using F = Wide<T>;
-#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
-    for (Size row = 0; row < rows; ++row) {
-#pragma omp simd
-        for (Size i = row * cols; i < (row + 1) * cols; ++i) {
-            const F g = load(gate[i]), u = load(up[i]), d = load(dy[i]);
-            const F sigmoid = F(1) / (F(1) + exponential(-g));
-            const F silu = g * sigmoid;
-            d_gate[i] = store<T>(d * u * sigmoid * (F(1) + g - silu));
-            d_up[i] = store<T>(d * silu);
-            y[i] = store<T>(silu * u);
-        }
-    }
-}
-
 // out = Σ a · b over each row.
 template <class T>
 void row_dots(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {
@@ -116,36 +83,6 @@ void gain_backward(const T* dy, const T* y, const Wide<T>* gain, const T* bias, 
                 const F one = load(d[i]);
                 sum[i] += one * (load(z[i]) - (bias ? load(bias[i]) : F(0)));
                 out[i] = store<T>(gain[i] * one);
-            }
-        }
-    }
-}
-
-// swiglu_backward and gain_backward of both its inputs at once.
-template <class T>
-void swiglu_gain_backward(const T* dy, const T* gate, const T* up, const Wide<T>* gate_gain,
-                          const Wide<T>* up_gain, const T* gate_bias, const T* up_bias, T* d_gate,
-                          T* d_up, T* y, Wide<T>* gate_sums, Wide<T>* up_sums, Size rows,
-                          Size cols, Size block) {
-    using F = Wide<T>;
-#pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
-    for (Size first = 0; first < rows; first += block) {
-        const Size last = first + block < rows ? first + block : rows;
-        F *gate_sum = gate_sums + first / block * cols, *up_sum = up_sums + first / block * cols;
-        for (Size i = 0; i < cols; ++i) gate_sum[i] = up_sum[i] = 0;
-        for (Size row = first; row < last; ++row) {
-            const Size at = row * cols;
-#pragma omp simd
-            for (Size i = 0; i < cols; ++i) {
-                const F g = load(gate[at + i]), u = load(up[at + i]), d = load(dy[at + i]);
-                const F sigmoid = F(1) / (F(1) + exponential(-g));
-                const F silu = g * sigmoid;
-                const F dg = d * u * sigmoid * (F(1) + g - silu), du = d * silu;
-                gate_sum[i] += dg * (g - (gate_bias ? load(gate_bias[i]) : F(0)));
-                up_sum[i] += du * (u - (up_bias ? load(up_bias[i]) : F(0)));
-                d_gate[at + i] = store<T>(gate_gain[i] * dg);
-                d_up[at + i] = store<T>(up_gain[i] * du);
-                y[at + i] = store<T>(silu * u);
             }
         }
     }
@@ -233,13 +170,6 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
 }  // namespace
 
 #define EXPORTED(name, T)                                                                          \
-    extern "C" void swiglu_##name(const T* gate, const T* up, T* y, Size rows, Size cols) {        \
-        swiglu(gate, up, y, rows, cols);                                                                \
-    }                                                                                              \
-    extern "C" void swiglu_backward_##name(const T* dy, const T* gate, const T* up, T* d_gate,     \
-                                           T* d_up, T* y, Size rows, Size cols) {                            \
-        swiglu_backward(dy, gate, up, d_gate, d_up, y, rows, cols);                                     \
-    }                                                                                              \
     extern "C" void cross_entropy_##name(const T* z, const Size* targets, Wide<T>* losses,         \
                                          T* gradient, double scale, double cap, Size rows,         \
                                          Size vocab) {                                             \
@@ -261,13 +191,6 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
                                          const T* bias, T* dz, Wide<T>* sums, Size rows,           \
                                          Size cols, Size block) {                                  \
         gain_backward(dy, y, gain, bias, dz, sums, rows, cols, block);                             \
-    }                                                                                              \
-    extern "C" void swiglu_gain_backward_##name(                                                   \
-        const T* dy, const T* gate, const T* up, const Wide<T>* gate_gain,                         \
-        const Wide<T>* up_gain, const T* gate_bias, const T* up_bias, T* d_gate, T* d_up, T* y,    \
-        Wide<T>* gate_sums, Wide<T>* up_sums, Size rows, Size cols, Size block) {                  \
-        swiglu_gain_backward(dy, gate, up, gate_gain, up_gain, gate_bias, up_bias, d_gate, d_up,   \
-                             y, gate_sums, up_sums, rows, cols, block);                            \
     }                                                                                              \
     extern "C" void quantize_4bit_##name(const T* x, const float* bounds, float* absmax,           \
                                          std::uint8_t* codes, Size numbers, Size block) {          \

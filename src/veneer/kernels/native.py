@@ -1,5 +1,6 @@
 """The kernels in C++, compiled once for this processor and called through ctypes: the elementwise
-operations of a training step (native.cpp), and a whole step of many rows (decode.cpp).
+operations of a training step (native.cpp, activation.cpp), and a whole step of many rows
+(decode.cpp).
 
 Each caller has the formula in torch beside it, for other devices, other dtypes, and where there is
 no compiler. Compiling takes about a second; the user's cache keeps the result.
@@ -30,22 +31,25 @@ MARKS = ("flags", "model name", "Features", "CPU ")  # lines of /proc/cpuinfo, o
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
 
-def kernel(name: str, like: Tensor, *others: Tensor | None) -> Callable[..., None] | None:
+def kernel(
+    name: str, like: Tensor, *others: Tensor | None, source: str = "native", define: str = ""
+) -> Callable[..., None] | None:
     """Return a compiled function for tensors such as `like`, or None where torch has to do it, as
     where others that have to share its dtype do not.
 
     It takes contiguous tensors, integers, floats, None (a null pointer) and what `strided` returns.
+    source, define: as `library_of` takes them.
     """
     if like.device.type != "cpu" or like.dtype not in NAMES:
         return None
     if any(other is not None and other.dtype != like.dtype for other in others):
         return None
-    return _kernel(f"{name}_{NAMES[like.dtype]}")
+    return _kernel(f"{name}_{NAMES[like.dtype]}", source, define)
 
 
 @functools.cache
-def _kernel(symbol: str) -> Callable[..., None] | None:
-    library, _ = load()
+def _kernel(symbol: str, source: str, define: str) -> Callable[..., None] | None:
+    library, _ = library_of(source, define)
     if library is None:
         return None
     function = getattr(library, symbol)
@@ -55,6 +59,11 @@ def _kernel(symbol: str) -> Callable[..., None] | None:
         function(*map(_as_c, arguments))
 
     return call
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """Return x, copied unless the numbers of each row lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def strided(x: Tensor | None) -> tuple[ctypes.c_void_p | int | None, ...]:
@@ -85,8 +94,12 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 
 @functools.cache
-def library_of(source: str) -> tuple[ctypes.CDLL | None, str]:
-    """Return a source's library, compiled if need be, or None; and what is wrong, or ""."""
+def library_of(source: str, define: str = "") -> tuple[ctypes.CDLL | None, str]:
+    """Return a source's library, compiled if need be, or None; and what is wrong, or "".
+
+    define: a macro that the source is compiled with, as NAME=VALUE.
+    """
+    defines = (f"-D{define}",) if define else ()
     if os.name != "posix":
         return None, "the compiled kernels are for Linux and macOS"
     problem = f"no C++ compiler was found ({', '.join(COMPILERS)} or $CXX)"
@@ -96,7 +109,8 @@ def library_of(source: str) -> tuple[ctypes.CDLL | None, str]:
         for parallel in (*threads, ("-fopenmp-simd",)):
             for tuning in TUNINGS:
                 try:
-                    library = ctypes.CDLL(str(_built(source, compiler, (*tuning, *parallel))))
+                    options = (*tuning, *parallel, *defines)
+                    library = ctypes.CDLL(str(_built(source, compiler, options)))
                 except subprocess.CalledProcessError as error:
                     lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
                     problem = f"{compiler} failed: {lines[0]}"

@@ -46,8 +46,9 @@ class Norm:
         dim = x.shape[-1]
         rows = x.numel() // dim
         y, statistics = torch.empty_like(x), torch.empty(rows, 2, dtype=wide)
-        settings = (float(self.offset), float(self.eps), self.centred, self.rounds)
-        native(x, self.weight, self.bias, *settings, y, statistics, rows, dim)
+        weight, offset = self._weight_of(x)
+        settings = (offset, float(self.eps), self.centred, self.rounds)
+        native(x, weight, self.bias, *settings, y, statistics, rows, dim)
         return y, statistics
 
     def backward(
@@ -66,9 +67,16 @@ class Norm:
         x = x.contiguous()
         dim, dx = x.shape[-1], torch.empty_like(x)
         residual = None if residual is None else residual.contiguous()
-        inputs = (dy.contiguous(), x, self.weight, statistics, residual)
-        native(*inputs, float(self.offset), self.centred, dx, x.numel() // dim, dim)
+        weight, offset = self._weight_of(x)
+        inputs = (dy.contiguous(), x, weight, statistics, residual)
+        native(*inputs, offset, self.centred, dx, x.numel() // dim, dim)
         return dx
+
+    def _weight_of(self, x: Tensor) -> tuple[Tensor, float]:
+        """Return w and offset; w = 0 and offset = 1 where there is no weight."""
+        if self.weight is None:
+            return x.new_zeros(x.shape[-1]), 1.0
+        return self.weight, float(self.offset)
 
     def _scaled(self, hat: Tensor) -> Tensor:
         """Return (offset + w) ∘ x̂."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.kernels.native import kernel, strided
+from veneer.kernels.native import adjacent, kernel, strided
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,7 @@ class Rotary:
     def rotate(self, x: Tensor, *, back: bool = False) -> Tensor:
         """Return x (tokens, heads, dim) rotated, contiguous; by −angles with `back`, as the
         gradient needs it. x may be a part of longer rows, such as those of q, k and v together."""
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        return self._rotate(x, x.new_empty(x.shape), back)
+        return self._rotate(adjacent(x), x.new_empty(x.shape), back)
 
     def rotate_(self, x: Tensor, *, back: bool = False) -> Tensor:
         """Rotate x (tokens, heads, dim), contiguous, in place, and return it."""
