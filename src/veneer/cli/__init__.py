@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 from collections.abc import Sequence
+
+# How often a thread that waits for others looks again before it sleeps. By default it is 300,000
+# times: on x86 several milliseconds, which whatever else the machine has to do does not get. With
+# 1,000 a lone training is slower (docs/performance.md has the measurements).
+SPINS = "5000"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 2 for what the user can mend, 130 after Ctrl-C."""
     from veneer.cli.app import run
 
+    sleep_while_waiting()
     sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def sleep_while_waiting() -> None:
+    """Let threads that wait sleep soon, unless the user's environment says how they are to wait.
+
+    GNU's OpenMP runtime, which torch brings on Linux and our kernels share, reads the environment
+    once, when torch is imported. Results are the same to the bit. Only on x86 does the runtime
+    pause the processor at each look, so that elsewhere its own number is soon over.
+    """
+    chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+    if platform.machine() in ("x86_64", "AMD64") and not chosen:
+        os.environ["GOMP_SPINCOUNT"] = SPINS

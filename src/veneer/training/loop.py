@@ -47,6 +47,7 @@ from veneer.training.lora_plus import lr_ratios
 from veneer.training.memory import process_memory
 from veneer.training.optimizer import FlatAdamW
 from veneer.training.state import Progress, RunState
+from veneer.training.threads import worthwhile_threads
 from veneer.training.verdict import rate_advice
 
 MOST_SKIPS = 3  # steps in a row without a finite loss; going on after them makes no sense
@@ -166,7 +167,9 @@ class _Run:
             if self._out_of_patience():
                 yield Stopped(progress.step, "patience")
                 break
-            yield self._step(forward)
+            with worthwhile_threads(self.model):
+                event = self._step(forward)
+            yield event
             at_end = progress.step == self.steps or progress.step_in_epoch == 0
             if self.held_out and (at_end or _is_due(progress.step, config.eval_every)):
                 yield self._evaluate(forward)
@@ -248,7 +251,8 @@ class _Run:
     def _evaluate(self, forward: Forward) -> Evaluated:
         """Measure the held-out rows, and keep the weights if none were better so far."""
         progress, tokens = self.progress, self.config.batch_tokens
-        loss = evaluate(self.model, self.held_out, forward, tokens_per_batch=tokens)
+        with worthwhile_threads(self.model):
+            loss = evaluate(self.model, self.held_out, forward, tokens_per_batch=tokens)
         is_best = loss < progress.best_loss
         if is_best:
             progress.best_loss, progress.best_step = loss, progress.step
