@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.kernels import attention, cross_entropy, native, norm
+from veneer.kernels import attention, cross_entropy, native, norm, score_blocks
 from veneer.kernels.activation import Activation, activate
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Of one number, in units of its own size: two roundings of the narrower dtypes.
 CLOSE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
-MODULES = (attention, cross_entropy)
+MODULES = (attention, score_blocks, cross_entropy)
 
 
 @pytest.fixture
@@ -80,16 +80,17 @@ def test_what_is_not_finite_stays_so(dtype, bad):
 
 
 @pytest.mark.parametrize(
-    ("window", "lengths"), itertools.product([None, 1, 7, 40], [[1], [5, 40, 39, 3], [33] * 4])
+    ("window", "softcap", "lengths"),
+    itertools.product([None, 1, 7, 40], [None, 1.5], [[1], [5, 40, 39, 3], [33] * 4]),
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_in_blocks(dtype, window, lengths, formulas, monkeypatch):
+def test_attention_in_blocks(dtype, window, softcap, lengths, formulas, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 16)  # several blocks in these short rows
+    monkeypatch.setattr(score_blocks, "QUERY_BLOCK", 16)  # several blocks in these short rows
     tokens = sum(lengths)
     q, dy = (random(tokens, 4, 8, dtype=dtype) for _ in range(2))
     k, v = (random(tokens, 2, 8, dtype=dtype) for _ in range(2))
-    attend = attention.Attention(attention.Packing(lengths), 0.3, window)
+    attend = attention.Attention(attention.Packing(lengths), 0.3, window, softcap)
 
     def work():
         y, log_sums = attend.forward(q, k, v)

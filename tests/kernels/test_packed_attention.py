@@ -4,52 +4,53 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from veneer.kernels.attention import Packing, UnsupportedAttention, packed_attention
+from support.dense_attention import dense_attention
+from veneer.kernels.attention import Attention, UnsupportedAttention, packed_attention
+from veneer.kernels.packing import Packing
 
 DOUBLE = {"dtype": torch.float64}
 
 
-def alone(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scaling: float | None
-) -> Tensor:  # all (heads, tokens, head_dim)
-    share = q.shape[0] // k.shape[0]
-    at = torch.arange(q.shape[1])
-    back = at[:, None] - at[None, :]
-    mask = (back >= 0) & (back < (window or len(at) + 1))
-    k, v = k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
-    y = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scaling)
-    return y[0].transpose(0, 1)
-
-
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=7),
     heads=st.sampled_from([(4, 4), (4, 2), (4, 1)]),
     window=st.none() | st.integers(1, 9),
+    softcap=st.sampled_from([None, 0.7]),
+    has_sinks=st.booleans(),
+    value_dim=st.sampled_from([3, 2, 5]),
     scaling=st.sampled_from([None, 0.2]),
+    composed=st.booleans(),
 )
-def test_packed_attention_equals_each_sequence_alone(lengths, heads, window, scaling):
+def test_packed_attention_equals_each_sequence_alone(
+    lengths, heads, window, softcap, has_sinks, value_dim, scaling, composed
+):
     torch.manual_seed(sum(lengths))
     tokens = sum(lengths)
     q, k, v = (
-        torch.randn(1, n, tokens, 3, **DOUBLE, requires_grad=True)
-        for n in (heads[0], heads[1], heads[1])
+        torch.randn(1, n, tokens, dim, **DOUBLE, requires_grad=True)
+        for n, dim in ((heads[0], 3), (heads[1], 3), (heads[1], value_dim))
     )
-    y, _ = packed_attention(
-        nn.Identity(),
-        q,
-        k,
-        v,
-        None,
-        packing=Packing(lengths),
-        sliding_window=window,
-        scaling=scaling,
-    )
+    sinks = torch.randn(heads[0], **DOUBLE) if has_sinks else None
+    packing = Packing(lengths)
+    if composed:
+        attention = Attention(packing, scaling or 3**-0.5, window, softcap, sinks)
+        y = attention.composed(*(x[0].transpose(0, 1) for x in (q, k, v)))[None]
+    else:
+        y, _ = packed_attention(
+            *(nn.Identity(), q, k, v, None),
+            packing=packing,
+            sliding_window=window,
+            scaling=scaling,
+            softcap=softcap,
+            s_aux=sinks,
+        )
+    scale = 3**-0.5 if scaling is None else scaling
     sequences = zip(*(x[0].split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    expected = torch.cat([alone(*qkv, window, scaling) for qkv in sequences])[None]
+    expected = [dense_attention(*qkv, scale, window, softcap, sinks) for qkv in sequences]
+    expected = torch.cat(expected)[None]
     torch.testing.assert_close(y, expected)
     dy = torch.randn_like(y)
     torch.testing.assert_close(
@@ -62,9 +63,8 @@ def test_packed_attention_equals_each_sequence_alone(lengths, heads, window, sca
     [
         {"packing": None},
         {"attention_mask": torch.ones(1, 1, 4, 4)},
-        {"softcap": 30.0},
         {"position_bias": torch.zeros(1)},
-        {"s_aux": torch.zeros(1)},
+        {"s_aux": torch.zeros(2, requires_grad=True)},
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -251,12 +251,13 @@ def test_an_error_lists_everything_that_cannot_be_planned():
 
 def test_the_constants_are_those_of_what_is_planned():
     from veneer.fused import forward
-    from veneer.kernels import attention, cross_entropy
+    from veneer.kernels import cross_entropy, score_blocks
     from veneer.plan import activations, workspace
     from veneer.quant import weight
 
     assert workspace.CHUNK_LOGITS == cross_entropy.CHUNK_LOGITS
     assert workspace.BLOCK_TOKENS == cross_entropy.BLOCK_TOKENS
     assert workspace.BLOCK_NUMBERS == weight.BLOCK_NUMBERS
-    assert workspace.QUERY_BLOCK == attention.QUERY_BLOCK
+    assert workspace.QUERY_BLOCK == score_blocks.QUERY_BLOCK
+    assert workspace.SCORES_AT_ONCE == score_blocks.SCORES_AT_ONCE
     assert activations.TOKENS_STEP == forward.TOKENS_STEP

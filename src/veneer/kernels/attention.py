@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,78 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.kernels.native import kernel
+from veneer.kernels.packing import Packing
+from veneer.kernels.score_blocks import QUERY_BLOCK, ScoreBlocks, query_blocks, visible_keys
+
+__all__ = ["NAME", "Attention", "Packing", "UnsupportedAttention", "packed_attention"]
 
 NAME = "veneer_packed"  # in transformers' AttentionInterface
-# Sequences share a product when the shortest has at least this share of the longest's length.
-LIKE_LENGTH = 0.75
-# The length of a group is a multiple of this, so that products of the same shapes come again.
-LENGTH_STEP = 16
-# Queries whose scores the backward pass holds at a time: smaller blocks skip more of the keys that
-# none of their queries sees, larger ones make better products.
-QUERY_BLOCK = 256
-
-
-class Packing:
-    """Where the sequences of a packed batch lie, grouped by like length for attention.
-
-    lengths: of the sequences, in their order; they sum to the batch's tokens. Computed once a
-    batch and used by every layer. prefix: for each layer, keys and values that all sequences see
-    before their own, or None.
-    """
-
-    prefix: Sequence[Tensor] | None = None  # keys and values, (2, kv_heads, virtual, head_dim)
-
-    def __init__(self, lengths: list[int], device: torch.device | None = None) -> None:
-        self.lengths = lengths
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        self.tokens = starts[-1]
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        self.groups: list[tuple[int, int]] = []  # (sequences, padded length)
-        gather: list[Tensor] = []
-        for i in order:
-            if not self.groups or lengths[i] < LIKE_LENGTH * self.groups[-1][1]:
-                self.groups.append((0, -(-lengths[i] // LENGTH_STEP) * LENGTH_STEP))
-            count, longest = self.groups[-1]
-            self.groups[-1] = (count + 1, longest)
-            rows = torch.full((longest,), -1)
-            rows[: lengths[i]] = torch.arange(starts[i], starts[i + 1])
-            gather.append(rows)
-        padded = torch.cat(gather)
-        self._padding = (padded < 0).nonzero().squeeze(1).to(device)
-        self._to_groups = padded.clamp(min=0).to(device)  # (padded tokens,)
-        from_groups = torch.empty(self.tokens, dtype=torch.long)
-        from_groups[padded[padded >= 0]] = (padded >= 0).nonzero().squeeze(1)
-        self._from_groups = from_groups.to(device)  # (tokens,)
-        self.is_identity = torch.equal(padded, torch.arange(self.tokens))
-
-    def behind(self, prefix: Sequence[Tensor]) -> Packing:
-        """Return the same packing, whose sequences see a prefix before their own."""
-        packing = copy.copy(self)
-        packing.prefix = prefix
-        return packing
-
-    def to_groups(self, x: Tensor) -> Tensor:
-        """Return packed rows (tokens, ...) as padded groups; padding repeats the first row."""
-        return x if self.is_identity else x.index_select(0, self._to_groups)
-
-    def gradient_to_groups(self, dy: Tensor) -> Tensor:
-        """Return the rows of a gradient as padded groups, with 0 for padding."""
-        if self.is_identity:
-            return dy
-        return dy.index_select(0, self._to_groups).index_fill_(0, self._padding, 0)
-
-    def from_groups(self, groups: list[Tensor]) -> Tensor:
-        """Return the packed rows (tokens, ...) of groups (sequences, padded length, ...)."""
-        rows = [group.flatten(0, 1) for group in groups]
-        padded = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return padded if self.is_identity else padded.index_select(0, self._from_groups)
-
-    def split(self, padded: Tensor) -> list[Tensor]:
-        """Return padded rows as one (sequences, padded length, ...) for each group."""
-        flat = padded.split([count * length for count, length in self.groups])
-        return [rows.unflatten(0, group) for rows, group in zip(flat, self.groups, strict=True)]
+# Queries of a block where torch's own operations attend: a mask is never larger than this many by
+# as many and the window.
+COMPOSED_BLOCK = 2048
 
 
 class UnsupportedAttention(NotImplementedError):
@@ -94,27 +31,29 @@ def packed_attention(
     module: nn.Module,
     query: Tensor,  # (1, heads, tokens, head_dim)
     key: Tensor,  # (1, kv_heads, tokens, head_dim)
-    value: Tensor,
+    value: Tensor,  # (1, kv_heads, tokens, value_dim)
     attention_mask: Tensor | None,
     *,
     packing: Packing | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Return softmax(q kᵀ · scaling) v within each sequence, (1, tokens, heads, head_dim).
+    """Return `Attention` within each sequence, (1, tokens, heads, value_dim).
 
-    Has the signature of transformers' AttentionInterface. Raises UnsupportedAttention for soft-
-    capped, biased or sink attention, and where the model does not pass `packing` on.
+    Has the signature of transformers' AttentionInterface; s_aux are the sinks. Raises
+    UnsupportedAttention for biased attention and trained sinks, and where the model does not pass
+    `packing` on.
     """
-    refused = [
-        name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None
-    ]
-    if packing is None or attention_mask is not None or refused:
-        raise UnsupportedAttention(", ".join(refused) or "the packing does not reach attention")
+    if options.get("position_bias") is not None:
+        raise UnsupportedAttention("position_bias")
+    if packing is None or attention_mask is not None:
+        raise UnsupportedAttention("the packing does not reach attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attention = Attention(packing, scale, sliding_window or None)
+    attention = Attention(packing, scale, sliding_window or None, softcap or None, s_aux)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if packing.prefix is not None:
         layer: Any = module
@@ -128,15 +67,25 @@ def packed_attention(
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(q kᵀ · scale) v within each sequence of a packed batch: every query sees the keys up
-    to its own position, and of those the last `window`.
+    """softmax(t) v within each sequence of a packed batch, with t = scale · q kᵀ: every query sees
+    the keys up to its own position, and of those the last `window`.
 
-    q and y (tokens, heads, head_dim); k and v (tokens, kv_heads, head_dim).
+    softcap: t = softcap · tanh(scale · q kᵀ / softcap) instead. sinks: one frozen logit for each
+    head, (heads,), which takes part in the softmax's sum and has no value.
+
+    q (tokens, heads, head_dim) and y (tokens, heads, value_dim); k and v (tokens, kv_heads, dim).
+    Memory grows with the length of a sequence, not with its square.
     """
 
     packing: Packing
     scale: float
     window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.sinks is not None and self.sinks.requires_grad:
+            raise UnsupportedAttention("the gradient of attention sinks")
 
     def composed(
         self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, prefix: Tensor | None = None
@@ -144,7 +93,7 @@ class Attention:
         """Return y by torch's own differentiable operations, on any device.
 
         prefix (2, kv_heads, virtual, head_dim): keys and values of tokens right before each
-        sequence, which its queries see too.
+        sequence, which its queries see too. Autograd keeps the probabilities of soft-capped scores.
         """
         outputs = []
         for query, key, value in self._groups(q, k, v):
@@ -155,38 +104,70 @@ class Attention:
                     torch.cat([x.transpose(0, 1).expand(len(own), -1, -1, -1), own], dim=1)
                     for x, own in zip(prefix, (key, value), strict=True)
                 )  # (sequences, virtual + length, kv_heads, head_dim)
-            mask = self._mask(query, before)
-            y = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                key.transpose(1, 2),
-                value.transpose(1, 2),
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=dropout,
-                scale=self.scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            outputs.append(y.transpose(1, 2))
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            length = query.shape[2]
+            plain = not (before or self._is_narrow(length) or self._changes_softmax)
+            blocks = [
+                self._composed_block(
+                    *(query[:, :, queries], key[:, :, keys], value[:, :, keys]),
+                    None if plain else visible_keys(queries, keys, self.window, q.device, before),
+                    dropout,
+                )
+                for queries, keys in query_blocks(
+                    length, self.window, length if plain else COMPOSED_BLOCK, before
+                )
+            ]
+            outputs.append(torch.cat(blocks, dim=2).transpose(1, 2))
         return self.packing.from_groups(outputs)
 
+    def _composed_block(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float
+    ) -> Tensor:
+        """Return y of some queries, (sequences, heads, queries, value_dim).
+
+        visible: which keys each query sees, or None where these are all up to its own position.
+        """
+        shared = q.shape[1] // k.shape[1]
+        if not self._changes_softmax:
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if visible is None else _bias(visible, q.dtype),
+                is_causal=visible is None,
+                dropout_p=dropout,
+                scale=self.scale,
+                enable_gqa=shared > 1,
+            )
+        assert visible is not None
+        t = self.scale * (q @ k.repeat_interleave(shared, 1).transpose(2, 3))
+        if self.softcap is not None:
+            t = self.softcap * torch.tanh(t / self.softcap)
+        t = t.masked_fill(~visible, -torch.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.to(t)[:, None, None].expand(*t.shape[:3], 1)
+            t = torch.cat([t, sinks], dim=3)
+        wide = torch.promote_types(t.dtype, torch.float32)
+        p = t.softmax(3, dtype=wide)[..., : k.shape[2]].to(q.dtype)
+        return F.dropout(p, dropout) @ v.repeat_interleave(shared, 1)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return y, and log Σ exp of the scores of each group (sequences, heads, length)."""
+        """Return y, and log Σ exp of each group's t and sinks, (sequences, heads, length)."""
         if q.device.type != "cpu":
             return self.composed(q, k, v), []
         outputs, log_sums = [], []
-        for query, key, value in self._groups(q, k, v):
-            mask = self._mask(query)
-            shared = q.shape[1] // k.shape[1]
-            y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query.transpose(1, 2),
-                key.repeat_interleave(shared, 2).transpose(1, 2),
-                value.repeat_interleave(shared, 2).transpose(1, 2),
-                is_causal=mask is None,
-                attn_mask=mask,
-                scale=self.scale,
-            )
-            outputs.append(y.transpose(1, 2))
-            log_sums.append(log_sum.contiguous())
+        for tensors in self._groups(q, k, v):
+            if self.softcap is None:
+                y, log_sum = self._flash(*tensors)
+            else:
+                y, log_sum = self._blocks.forward(*tensors)
+            if self.sinks is not None:
+                # All keys together have the share exp(log_sum) of the new sum.
+                total = torch.logaddexp(log_sum, self._sinks(log_sum))
+                y = y * (log_sum - total).exp().transpose(1, 2)[..., None].to(y.dtype)
+                log_sum = total
+            outputs.append(y)
+            log_sums.append(log_sum)
         return self.packing.from_groups(outputs), log_sums
 
     def backward(
@@ -205,86 +186,64 @@ class Attention:
             log_sums,
             strict=True,
         )
-        groups = [
-            self._backward(*gradient, *tensors)
-            for gradient, tensors in zip(gradients, self._groups(q, k, v), strict=True)
-        ]
+        groups = []
+        for (group_dy, delta, log_sum), tensors in zip(
+            gradients, self._groups(q, k, v), strict=True
+        ):
+            leaks = None if self.sinks is None else (self._sinks(log_sum) - log_sum).exp()
+            groups.append(self._blocks.backward(group_dy, delta, log_sum, leaks, *tensors))
         dq, dk, dv = (packing.from_groups(list(of_all)) for of_all in zip(*groups, strict=True))
         return dq, dk, dv
 
-    def _backward(
-        self, dy: Tensor, delta: Tensor, log_sum: Tensor, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk, dv of one group, (sequences, length, heads, head_dim) as q, k and v are.
-
-        The queries of all heads that share a key head are rows of one product. Probabilities p are
-        computed again, one block of queries at a time, and then
-
-            dv = pᵀ dy    dp = dy vᵀ    ds = scale · p ∘ (dp − delta)    dq = ds k    dk = dsᵀ q
-
-        with delta = Σ dy ∘ y, (sequences, length, heads). The mean key is subtracted from k: that
-        changes neither p nor dq, as Σ ds = 0, and keeps the scores small, which are rounded to k's
-        dtype here (keys may share a large offset, which Qwen2's biases give them).
-        """
-        length, kv_heads = k.shape[1:3]
-        q_rows, dy_rows = _by_key_head(q, kv_heads), _by_key_head(dy, kv_heads)
-        k_rows, v_rows = (_by_key_head(x, kv_heads).squeeze(1) for x in (k, v))
-        delta = delta.transpose(1, 2).contiguous()  # (sequences, heads, length)
-        wide = delta.dtype
-        mean_key = k_rows.mean(1, keepdim=True, dtype=wide)  # (sequences · kv_heads, 1, dim)
-        k_rows = (k_rows - mean_key).to(k.dtype)
-        shift = q_rows.to(wide).flatten(1, 2) @ mean_key.transpose(1, 2)
-        log_sum = log_sum - self.scale * shift.view(log_sum.shape)
-        dq_rows = torch.empty_like(q_rows)  # (sequences · kv_heads, shared, length, dim)
-        dk_rows, dv_rows = (torch.zeros_like(x, dtype=wide) for x in (k_rows, v_rows))
-        for start in range(0, length, QUERY_BLOCK):
-            queries = slice(start, min(length, start + QUERY_BLOCK))
-            first = 0 if self.window is None else max(0, start + 1 - self.window)
-            keys = slice(first, queries.stop)
-            block_q, block_dy = (x[:, :, queries].flatten(1, 2) for x in (q_rows, dy_rows))
-            scores = block_q @ k_rows[:, keys].transpose(1, 2)  # (…, shared · queries, keys)
-            dp = block_dy @ v_rows[:, keys].transpose(1, 2)
-            p, ds = self._gradient(scores, dp, log_sum, delta, start, first)
-            dq_rows[:, :, queries] = (ds @ k_rows[:, keys]).unflatten(1, (q_rows.shape[1], -1))
-            dk_rows[:, keys] += ds.transpose(1, 2) @ block_q
-            dv_rows[:, keys] += p.transpose(1, 2) @ block_dy
-        dk, dv = (x.to(k.dtype).unflatten(0, (-1, kv_heads)) for x in (dk_rows, dv_rows))
-        dq = dq_rows.unflatten(0, (-1, kv_heads)).flatten(1, 2)  # (sequences, heads, length, dim)
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-
-    def _gradient(
-        self, scores: Tensor, dp: Tensor, log_sum: Tensor, delta: Tensor, start: int, first: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return p and ds, written over scores and dp."""
-        sequences, heads, length = delta.shape
-        queries, keys = scores.shape[0] * scores.shape[1] // (sequences * heads), scores.shape[2]
-        native = kernel("attention_gradient", scores)
-        if native is not None:
-            shape = (sequences * heads, queries, keys, length, start, first, self.window or length)
-            native(scores, dp, log_sum, delta, float(self.scale), *shape)
-            return scores, dp
-        visible = _visible(length, self.window, scores.device)
-        visible = visible[start : start + queries, first : first + keys]
-        rows = (sequences, heads, queries, keys)
-        at = (slice(None), slice(None), slice(start, start + queries), None)
-        p = (scores.view(rows) * self.scale - log_sum[at]).exp().masked_fill(~visible, 0.0)
-        ds = p * (dp.view(rows) - delta[at]) * self.scale
-        return p.to(scores.dtype).view(scores.shape), ds.to(dp.dtype).view(dp.shape)
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log Σ exp of one group by torch's flash kernel."""
+        length, value_dim = v.shape[1], v.shape[3]
+        dim = max(q.shape[3], value_dim)  # the kernel wants one for all
+        q, k, v = (F.pad(x, (0, dim - x.shape[3])) if x.shape[3] < dim else x for x in (q, k, v))
+        if not flash_shares_keys():
+            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (sequences, heads, length, dim)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        if not self._is_narrow(length):
+            y, log_sum = flash(q, k, v, is_causal=True, scale=self.scale)
+            return y.transpose(1, 2)[..., :value_dim], log_sum.contiguous()
+        y = q.new_empty(q.shape[0], length, q.shape[1], value_dim)
+        log_sum = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        masks: dict[tuple[int, int], Tensor] = {}  # most blocks have the same
+        for queries, keys in query_blocks(length, self.window, QUERY_BLOCK):
+            shape = queries.stop - queries.start, keys.stop - keys.start
+            if shape not in masks:
+                masks[shape] = _bias(visible_keys(queries, keys, self.window, q.device), q.dtype)
+            block_y, log_sum[:, :, queries] = flash(
+                q[:, :, queries],
+                k[:, :, keys],
+                v[:, :, keys],
+                attn_mask=masks[shape],
+                scale=self.scale,
+            )
+            y[:, queries] = block_y.transpose(1, 2)[..., :value_dim]
+        return y, log_sum
 
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         packing = self.packing
         groups = (packing.split(packing.to_groups(x)) for x in (q, k, v))
         yield from zip(*groups, strict=True)
 
-    def _mask(self, query: Tensor, before: int = 0) -> Tensor | None:
-        """Return a bias for the scores, (length, before + length), or None where every query sees
-        the keys up to its own position: no window is shorter, and no keys come before."""
-        length = query.shape[1]
-        if not before and (self.window is None or length <= self.window):
-            return None
-        visible = _visible(length, self.window, query.device, before)
-        bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
-        return bias.masked_fill_(~visible, -torch.inf)
+    def _is_narrow(self, length: int) -> bool:
+        """Return whether the window hides a key from a sequence of this length."""
+        return self.window is not None and length > self.window
+
+    @property
+    def _changes_softmax(self) -> bool:
+        return self.softcap is not None or self.sinks is not None
+
+    @property
+    def _blocks(self) -> ScoreBlocks:
+        return ScoreBlocks(self.scale, self.window, self.softcap)
+
+    def _sinks(self, log_sum: Tensor) -> Tensor:
+        assert self.sinks is not None
+        return self.sinks.to(log_sum.dtype)[:, None]  # (heads, 1)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -303,9 +262,25 @@ class _PackedAttention(torch.autograd.Function):
         return *ctx.attention.backward(grads[0], q, k, v, y, log_sums), None
 
 
-def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
-    """Return (sequences, length, heads, dim) as (sequences · kv_heads, shared, length, dim)."""
-    return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+@functools.cache
+def flash_shares_keys() -> bool:
+    """Return whether torch's flash kernel takes fewer key heads than heads: younger ones do.
+
+    Those that do not would read on behind the given heads, hence a view of enough of them here.
+    """
+    q, keys = torch.eye(4)[None, :, None], torch.eye(4)[None, :, None] + 1  # (1, 4, 1, 4)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    try:
+        y, _ = flash(q, keys[:, :2], keys[:, :2])
+    except RuntimeError:
+        return False
+    shared = keys[:, :2].repeat_interleave(2, 1)
+    return torch.equal(y, flash(q, shared, shared)[0])
+
+
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to scores, so that those of hidden keys are −∞."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:
@@ -317,11 +292,3 @@ def _row_dots(a: Tensor, b: Tensor) -> Tensor:
     out = torch.empty(a.shape[:-1], dtype=wide)
     native(a.contiguous(), b.contiguous(), out, out.numel(), a.shape[-1])
     return out
-
-
-def _visible(length: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
-    """Return which keys (columns) each query (row) sees: its own and those before it, `window` in
-    all. The first `before` keys come before the first query."""
-    position = torch.arange(before + length, device=device)
-    distance = position[before:, None] - position[None, :]
-    return (distance >= 0) & (distance < (window or before + length))

@@ -5,6 +5,7 @@
 // one thread for each row, so that results do not depend on the number of threads. Numbers are
 // stored as bfloat16, float32 or float64 and computed in float32 (or float64).
 
+#include "attention.h"
 #include "cross_entropy.h"
 #include "norm.h"
 #include "numbers.h"
@@ -84,36 +85,6 @@ void gain_backward(const T* dy, const T* y, const Wide<T>* gain, const T* bias, 
                 sum[i] += one * (load(z[i]) - (bias ? load(bias[i]) : F(0)));
                 out[i] = store<T>(gain[i] * one);
             }
-        }
-    }
-}
-
-// For a block of queries that begins at `first_query` of sequences of `length`, over the keys from
-// `first_key` on: scores become probabilities p = exp(scale · s − lse), and dp becomes
-// ds = scale · p · (dp − delta); both 0 where a query does not see the key.
-template <class T>
-void attention_gradient(T* scores, T* dp, const Wide<T>* lse, const Wide<T>* delta, double scale,
-                        Size heads, Size queries, Size keys, Size length, Size first_query,
-                        Size first_key, Size window) {
-    using F = Wide<T>;
-    const F by = F(scale);
-#pragma omp parallel for schedule(static) collapse(2) if (heads * queries * keys > kWorthSharing)
-    for (Size head = 0; head < heads; ++head) {
-        for (Size query = 0; query < queries; ++query) {
-            const Size position = first_query + query;
-            T* s = scores + (head * queries + query) * keys;
-            T* d = dp + (head * queries + query) * keys;
-            const F l = lse[head * length + position], m = delta[head * length + position];
-            const Size begin = position - window + 1 - first_key, end = position + 1 - first_key;
-            const Size low = begin < 0 ? 0 : begin, high = end > keys ? keys : end;
-            for (Size i = 0; i < low; ++i) s[i] = d[i] = store<T>(0);
-#pragma omp simd
-            for (Size i = low; i < high; ++i) {
-                const F p = exponential(load(s[i]) * by - l);
-                s[i] = store<T>(p);
-                d[i] = store<T>(p * (load(d[i]) - m) * by);
-            }
-            for (Size i = high; i < keys; ++i) s[i] = d[i] = store<T>(0);
         }
     }
 }
@@ -199,12 +170,7 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
     extern "C" void dequantize_int8_##name(const std::int8_t* codes, const float* absmax, T* w,    \
                                            Size rows, Size cols) {                                 \
         dequantize_int8(codes, absmax, w, rows, cols);                                             \
-    }                                                                                              \
-    extern "C" void attention_gradient_##name(                                                     \
-        T* scores, T* dp, const Wide<T>* lse, const Wide<T>* delta, double scale, Size heads,      \
-        Size queries, Size keys, Size length, Size first_query, Size first_key, Size window) {     \
-        attention_gradient(scores, dp, lse, delta, scale, heads, queries, keys, length,            \
-                           first_query, first_key, window);                                        \
     }
 
 FOR_EACH_DTYPE(EXPORTED)
+FOR_EACH_DTYPE(EXPORTED_ATTENTION)

@@ -10,7 +10,7 @@ from veneer.models.description import Layer
 from veneer.plan.amounts import Term
 from veneer.plan.config import PlanConfig
 from veneer.plan.methods import Trained
-from veneer.plan.sizes import Block, Sizes
+from veneer.plan.sizes import OWN_SCORES, Block, Sizes
 
 # Packed batches are filled up to a multiple of this (TOKENS_STEP in fused/forward.py).
 TOKENS_STEP = 64
@@ -24,6 +24,7 @@ HOLES = 0.45
 # Tensors of the inner width that activations in Python keep; torch's own keep one.
 KEPT = {"gelu_new": 4, "gelu_fast": 4}
 GATED = 3  # the activation's input, and both sides of its product with the other half
+CLAMPED = 5  # a gate of gpt-oss's kind: its clamped input and the sigmoid's output too
 SCANNED = 4  # tensors of a state's size that Mamba's scan in Python keeps, as measured
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # that `selective` makes again
 
@@ -146,7 +147,8 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
     # DoRA's magnitude multiplies each adapted layer's output, which is kept for its gradient.
     gained = sum(line.out for line in lines) if config.method == "dora" else 0
     masks = sum(line.in_ for line in lines if line.config.dropout)
-    times = GATED if block.is_gated else KEPT.get(sizes.activation, 1)
+    gated = CLAMPED if getattr(sizes.config, "swiglu_limit", None) else GATED
+    times = gated if block.is_gated else KEPT.get(sizes.activation, 1)
     # Rotated q and k are kept besides the one tensor that has v.
     one_product = any(layer.out > block.q for layer in block.attention)
     turned = block.q + block.kv if sizes.is_rotary and one_product else 0
@@ -154,6 +156,7 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
     stacks = any(x.kind == "experts" and x.path in trained.own_paths for x in block.layers)
     per_expert = sizes.dim * (1 + stacks)
     sums = sum(line.out * line.in_ for line in lines if line.layer.parameter)
+    trains_sinks = any(x.name == "sinks" and x.path in trained.own_paths for x in block.layers)
     numbers = ("numbers", width, "bytes")
     return [
         Term.of(tokens, "tokens", norms, "bytes", note="norms"),
@@ -167,7 +170,7 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
         _log_sums(config, block),
         Term.of(
             *(tokens, "tokens", block.attention_heads, "heads", config.length, "keys"),
-            *(sizes.score_bytes, "bytes"),
+            *(OWN_SCORES if trains_sinks else sizes.score_bytes, "bytes"),
             note="scores of the model's own attention",
         ),
         Term.of(

@@ -19,8 +19,8 @@ from veneer.models.description import Layer, ModelDescription
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 # Names of the setting for how many experts compute a token.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
-# Bytes that attention keeps of each score: with caps (scores, and probabilities in float32 and in
-# the dtype of computing), and of a model's own attention or one with sinks, without packing.
+# Bytes that a model's own attention keeps of each score: with caps (scores, and probabilities in
+# float32 and in the dtype of computing), and without.
 CAPPED_SCORES, OWN_SCORES = 8, 4
 
 
@@ -273,11 +273,10 @@ class Sizes:
     @cached_property
     def score_bytes(self) -> int:
         """Bytes that attention keeps of each score; 0 if Veneer's packed attention suits it."""
-        if getattr(self.config, "attn_logit_softcapping", None):
-            return CAPPED_SCORES
         code = sys.modules[type(self.description.model).__module__]
-        has_sinks = any(layer.name == "sinks" for layer in self.description.layers)
-        return OWN_SCORES if has_sinks or not hasattr(code, "ALL_ATTENTION_FUNCTIONS") else 0
+        if hasattr(code, "ALL_ATTENTION_FUNCTIONS"):
+            return 0
+        return CAPPED_SCORES if getattr(self.config, "attn_logit_softcapping", None) else OWN_SCORES
 
 
 def _is_scan(layer: Layer) -> bool:

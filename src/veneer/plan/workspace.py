@@ -17,7 +17,10 @@ from veneer.plan.sizes import Block, Sizes
 CHUNK_LOGITS = 2**24  # logits held at a time (kernels/cross_entropy.py)
 BLOCK_TOKENS = 2**14  # rows of the head in one product (kernels/cross_entropy.py)
 BLOCK_NUMBERS = 2**23  # of a quantized weight, made dense at a time (quant/weight.py)
-QUERY_BLOCK = 256  # queries whose scores are held at a time (kernels/attention.py)
+QUERY_BLOCK = 256  # queries whose scores are held at a time (kernels/score_blocks.py)
+SCORES_AT_ONCE = (
+    2**21
+)  # scores held at a time, if more than one key head's (kernels/score_blocks.py)
 
 
 def workspace(config: PlanConfig, sizes: Sizes, trained: Trained) -> Amount:
@@ -60,11 +63,7 @@ def _block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> 
         *(tokens, "tokens", 4 * block.inner + 4 * sizes.dim, "numbers", width, "bytes"),
         note="feed-forward layer on the way back",
     )
-    scores = Term.of(
-        *(2, "", tokens, "tokens", block.attention_heads, "heads"),
-        *(min(QUERY_BLOCK, config.length), "queries", width, "bytes"),
-        note="attention's scores and their gradient",
-    )
+    scores = _scores(config, block)
     rows = Term.of(
         *(tokens, "tokens", 6 * block.q + 6 * block.kv, "numbers", width, "bytes"),
         note="q, k, v and their gradients, by heads",
@@ -99,3 +98,20 @@ def _block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> 
             )
         )
     return amount("workspace", *larger)
+
+
+def _scores(config: PlanConfig, block: Block) -> Term:
+    """Attention's scores and their gradient: of one block of queries, and of as many heads as
+    SCORES_AT_ONCE has room for, but of one key head's at least."""
+    tokens, heads = tokens_of(config), block.attention_heads
+    queries = min(QUERY_BLOCK, config.length)
+    shared = block.q // max(1, block.kv)  # heads that share a key head
+    most = max(SCORES_AT_ONCE, shared * queries * config.length)
+    note = "attention's scores and their gradient"
+    if tokens * heads * queries > most:
+        return Term.of(2, "", most, "scores", config.width, "bytes", note=note)
+    return Term.of(
+        *(2, "", tokens, "tokens", heads, "heads", queries, "queries"),
+        *(config.width, "bytes"),
+        note=note,
+    )

@@ -1,0 +1,139 @@
+// The softmax of attention's scores and its gradient, for one block of queries: each in one pass.
+//
+// A row holds the scores q kᵀ of one query; rows are (heads, queries). The query at `first_query` +
+// its index sees the last `window` keys up to its own position; the row's first key is `first_key`.
+// log_sums and delta hold a number for each head's `length` positions.
+
+#pragma once
+
+#include <limits>
+#include <memory>
+
+#include "numbers.h"
+
+namespace {
+
+// tanh by exp(2x) − 1, whose polynomial keeps it exact near zero.
+inline float tangent(float x) {
+    float t = 2.0f * x;
+    t = t < -40.0f ? -40.0f : t;
+    t = t > 40.0f ? 40.0f : t;
+    const float n = std::floor(t * 1.44269504f + 0.5f);
+    const float r = t - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const float power = std::bit_cast<float>((std::int32_t(n) + 127) << 23);
+    const float less_one = power * (p * r * r + r) + (power - 1.0f);
+    return less_one / (less_one + 2.0f);
+}
+inline double tangent(double x) { return std::tanh(x); }
+
+struct Block {
+    Size heads, queries, keys, length, first_query, first_key, window;
+
+    bool worth_sharing() const { return heads * queries * keys > (1 << 14); }
+    Size low(Size query) const {
+        const Size low = first_query + query - window + 1 - first_key;
+        return low < 0 ? 0 : low;
+    }
+    Size high(Size query) const {
+        const Size high = first_query + query + 1 - first_key;
+        return high > keys ? keys : high;
+    }
+};
+
+// In place: scores → probabilities p, with log Σ exp of t = scale · scores, or softcap · tanh(scale ·
+// scores / softcap).
+template <bool capped, class T>
+void attention_softmax(T* scores, Wide<T>* log_sums, Wide<T> scale, Wide<T> softcap, Block block) {
+    using F = Wide<T>;
+    const F inner = capped ? scale / softcap : scale;
+#pragma omp parallel if (block.worth_sharing())
+    {
+        const std::unique_ptr<F[]> row(new F[std::size_t(block.keys)]);
+        F* e = row.get();
+#pragma omp for schedule(static) collapse(2)
+        for (Size head = 0; head < block.heads; ++head) {
+            for (Size query = 0; query < block.queries; ++query) {
+                T* s = scores + (head * block.queries + query) * block.keys;
+                const Size low = block.low(query), high = block.high(query);
+                F highest = -std::numeric_limits<F>::infinity(), sum = 0;
+#pragma omp simd reduction(max : highest)
+                for (Size i = low; i < high; ++i) {
+                    F t = load(s[i]) * inner;
+                    if constexpr (capped) t = softcap * tangent(t);
+                    e[i] = t;
+                    highest = t > highest ? t : highest;
+                }
+#pragma omp simd reduction(+ : sum)
+                for (Size i = low; i < high; ++i) {
+                    e[i] = exponential(e[i] - highest);
+                    sum += e[i];
+                }
+                const F share = F(1) / sum;
+                for (Size i = 0; i < low; ++i) s[i] = store<T>(0);
+#pragma omp simd
+                for (Size i = low; i < high; ++i) s[i] = store<T>(e[i] * share);
+                for (Size i = high; i < block.keys; ++i) s[i] = store<T>(0);
+                log_sums[head * block.length + block.first_query + query] = highest + std::log(sum);
+            }
+        }
+    }
+}
+
+// In place, over the rows' scores and dp = dy · v: scores → p = exp(t − log_sums), and
+// dp → ds = scale · p · (dp − delta), times 1 − tanh² where scores are capped.
+template <bool capped, class T>
+void attention_gradient(T* scores, T* dp, const Wide<T>* log_sums, const Wide<T>* delta,
+                        Wide<T> scale, Wide<T> softcap, Block block) {
+    using F = Wide<T>;
+    const F inner = capped ? scale / softcap : scale;
+#pragma omp parallel for schedule(static) collapse(2) if (block.worth_sharing())
+    for (Size head = 0; head < block.heads; ++head) {
+        for (Size query = 0; query < block.queries; ++query) {
+            const Size at = (head * block.queries + query) * block.keys;
+            const Size position = head * block.length + block.first_query + query;
+            T *s = scores + at, *d = dp + at;
+            const F log_sum = log_sums[position], mean = delta[position];
+            const Size low = block.low(query), high = block.high(query);
+            for (Size i = 0; i < low; ++i) s[i] = d[i] = store<T>(0);
+#pragma omp simd
+            for (Size i = low; i < high; ++i) {
+                F t = load(s[i]) * inner, slope = scale;
+                if constexpr (capped) {
+                    const F bent = tangent(t);
+                    t = softcap * bent;
+                    slope *= F(1) - bent * bent;
+                }
+                const F p = exponential(t - log_sum);
+                s[i] = store<T>(p);
+                d[i] = store<T>(p * (load(d[i]) - mean) * slope);
+            }
+            for (Size i = high; i < block.keys; ++i) s[i] = d[i] = store<T>(0);
+        }
+    }
+}
+
+}  // namespace
+
+// A softcap of 0 is none.
+#define EXPORTED_ATTENTION(name, T)                                                               \
+    extern "C" void attention_softmax_##name(                                                      \
+        T* scores, Wide<T>* log_sums, double scale, double softcap, Size heads, Size queries,      \
+        Size keys, Size length, Size first_query, Size first_key, Size window) {                   \
+        const Block block{heads, queries, keys, length, first_query, first_key, window};           \
+        const auto softmax = softcap ? attention_softmax<true, T> : attention_softmax<false, T>;   \
+        softmax(scores, log_sums, Wide<T>(scale), Wide<T>(softcap), block);                        \
+    }                                                                                              \
+    extern "C" void attention_gradient_##name(                                                     \
+        T* scores, T* dp, const Wide<T>* log_sums, const Wide<T>* delta, double scale,             \
+        double softcap, Size heads, Size queries, Size keys, Size length, Size first_query,        \
+        Size first_key, Size window) {                                                             \
+        const Block block{heads, queries, keys, length, first_query, first_key, window};           \
+        const auto gradient = softcap ? attention_gradient<true, T> : attention_gradient<false, T>; \
+        gradient(scores, dp, log_sums, delta, Wide<T>(scale), Wide<T>(softcap), block);            \
+    }

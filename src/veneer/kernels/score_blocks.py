@@ -1,0 +1,225 @@
+"""Attention by whole products: one block of queries at a time, and one pass over its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.native import kernel
+
+# Queries of a block: smaller blocks skip more of the keys that none of their queries sees, larger
+# ones make better products.
+QUERY_BLOCK = 256
+# Scores held at a time: fewer stay in the cache, more make better products.
+SCORES_AT_ONCE = 2**21
+
+
+@dataclass(frozen=True)
+class ScoreBlocks:
+    """softmax(t) v with t = scale · q kᵀ, or t = softcap · tanh(scale · q kᵀ / softcap), where
+    every query sees the keys up to its own position, and of those the last `window`.
+
+    q and y are (sequences, length, heads, dim), k and v (sequences, length, kv_heads, dim); v's dim
+    may be another than q's and k's. The queries of all heads that share a key head are rows of one
+    product.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y, and log Σ exp of t (sequences, heads, length) in float32 or wider.
+
+        Scores are rounded to q's dtype, as `backward` rounds them.
+        """
+        sequences, length, kv_heads = k.shape[:3]
+        q_rows, k_rows, v_rows = (by_key_head(x, kv_heads) for x in (q, k, v))
+        k_rows, v_rows = k_rows.squeeze(1), v_rows.squeeze(1)
+        shared = q_rows.shape[1]
+        y_rows = v_rows.new_empty(*q_rows.shape[:3], v.shape[3])
+        wide = torch.promote_types(q.dtype, torch.float32)
+        log_sums = torch.empty(q_rows.shape[:3], dtype=wide, device=q.device)
+        buffer = self._buffer(q_rows)
+        for heads, queries, keys in self._blocks(*q_rows.shape[:3]):
+            block_q = q_rows[heads, :, queries].flatten(1, 2)  # (heads, shared · queries, dim)
+            scores = _of_shape(buffer, *block_q.shape[:2], keys.stop - keys.start)
+            torch.bmm(block_q, k_rows[heads, keys].transpose(1, 2), out=scores)
+            self._softmax(scores, log_sums[heads].flatten(0, 1), queries.start, keys.start)
+            y = scores @ v_rows[heads, keys]
+            y_rows[heads, :, queries] = y.unflatten(1, (shared, -1))
+        y = y_rows.unflatten(0, (sequences, kv_heads)).flatten(
+            1, 2
+        )  # (sequences, heads, length, dim)
+        return y.transpose(1, 2), log_sums.view(sequences, -1, length)
+
+    def backward(
+        self, dy: Tensor, delta: Tensor, log_sums: Tensor, leaks: Tensor | None, *qkv: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv.
+
+        Probabilities p = exp(t − log_sums) are computed again, and then
+
+            dv = pᵀ dy    dp = dy vᵀ    ds = t′ · p ∘ (dp − delta)    dq = ds k    dk = dsᵀ q
+
+        with delta = Σ dy ∘ y, (sequences, length, heads), and t′ = scale · (1 − tanh²) or scale.
+        leaks: the probability that no key has, (sequences, heads, length), or None where every row
+        of p sums to 1.
+
+        Without a soft cap the mean key is subtracted from k: that changes no p, and keeps the
+        scores small, which are rounded to k's dtype here (keys may share a large offset, which
+        Qwen2's biases give them). It takes (Σ ds) · mean key from dq, where Σ ds = scale · delta ·
+        leaks.
+        """
+        q, k, v = qkv
+        sequences, _, kv_heads = k.shape[:3]
+        q_rows, k_rows, v_rows, dy_rows = (by_key_head(x, kv_heads) for x in (q, k, v, dy))
+        k_rows, v_rows = k_rows.squeeze(1), v_rows.squeeze(1)
+        shared, wide = q_rows.shape[1], delta.dtype
+        delta = delta.transpose(1, 2).contiguous().view(q_rows.shape[:3])
+        log_sums = log_sums.contiguous().view(q_rows.shape[:3])
+        mean_key = None
+        if self.softcap is None:
+            mean_key = k_rows.mean(1, keepdim=True, dtype=wide)  # (sequences · kv_heads, 1, dim)
+            k_rows = (k_rows - mean_key).to(k.dtype)
+            shift = q_rows.to(wide).flatten(1, 2) @ mean_key.transpose(1, 2)
+            log_sums = log_sums - self.scale * shift.view(log_sums.shape)
+        dq_rows = torch.empty_like(q_rows)  # (sequences · kv_heads, shared, length, dim)
+        # Transposed, (sequences · kv_heads, dim, length): those products are faster.
+        dk_columns, dv_columns = (
+            torch.zeros_like(x.transpose(1, 2), dtype=wide, memory_format=torch.contiguous_format)
+            for x in (k_rows, v_rows)
+        )
+        buffers = self._buffer(q_rows), self._buffer(q_rows)
+        for heads, queries, keys in self._blocks(*q_rows.shape[:3]):
+            block_q, block_dy = (x[heads, :, queries].flatten(1, 2) for x in (q_rows, dy_rows))
+            block_k, block_v = k_rows[heads, keys], v_rows[heads, keys]
+            scores, dp = (_of_shape(x, *block_q.shape[:2], block_k.shape[1]) for x in buffers)
+            torch.bmm(block_q, block_k.transpose(1, 2), out=scores)  # (…, shared · queries, keys)
+            torch.bmm(block_dy, block_v.transpose(1, 2), out=dp)
+            own_log_sums, own_delta = (x[heads].flatten(0, 1) for x in (log_sums, delta))
+            at = queries.start, keys.start
+            p, ds = self._gradient(scores, dp, own_log_sums, own_delta, *at)
+            dq_rows[heads, :, queries] = (ds @ block_k).unflatten(1, (shared, -1))
+            dk_columns[heads, :, keys] += block_q.transpose(1, 2) @ ds
+            dv_columns[heads, :, keys] += block_dy.transpose(1, 2) @ p
+        if mean_key is not None and leaks is not None:
+            sums = self.scale * delta * leaks.reshape(delta.shape)
+            dq_rows += sums[..., None] * mean_key[:, None]
+        dk, dv = (
+            x.to(k.dtype).unflatten(0, (sequences, kv_heads)).permute(0, 3, 1, 2)
+            for x in (dk_columns, dv_columns)
+        )
+        dq = dq_rows.unflatten(0, (sequences, kv_heads)).flatten(1, 2)
+        return dq.transpose(1, 2), dk, dv
+
+    def _blocks(self, heads: int, shared: int, length: int) -> Iterator[tuple[slice, slice, slice]]:
+        """Yield key heads, queries and the keys that these see, until all are done."""
+        for queries, keys in query_blocks(length, self.window, QUERY_BLOCK):
+            scores = shared * (queries.stop - queries.start) * (keys.stop - keys.start)
+            at_once = max(1, SCORES_AT_ONCE // scores)
+            for first in range(0, heads, at_once):
+                yield slice(first, min(heads, first + at_once)), queries, keys
+
+    def _buffer(self, q_rows: Tensor) -> Tensor:
+        """Return room for the scores of the largest block."""
+        shared = q_rows.shape[1]
+        sizes = (
+            (heads.stop - heads.start)
+            * shared
+            * (queries.stop - queries.start)
+            * (keys.stop - keys.start)
+            for heads, queries, keys in self._blocks(*q_rows.shape[:3])
+        )
+        return q_rows.new_empty(max(sizes, default=0))
+
+    def _softmax(self, scores: Tensor, log_sums: Tensor, start: int, first: int) -> None:
+        """Write p over scores (heads, shared · queries, keys), and log Σ exp t of the queries from
+        `start` on into log_sums (heads · shared, length); the first key is `first`."""
+        native = kernel("attention_softmax", scores)
+        if native is not None:
+            native(scores, log_sums, *self._numbers(), *self._shape(scores, log_sums, start, first))
+            return
+        t, visible, rows = self._rows(scores, log_sums, start, first)
+        t, _ = self._capped(t)
+        t = t.masked_fill(~visible, -torch.inf)
+        log_sums[rows] = t.logsumexp(-1)
+        scores.copy_(t.softmax(-1).view(scores.shape))
+
+    def _gradient(
+        self, scores: Tensor, dp: Tensor, log_sums: Tensor, delta: Tensor, start: int, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return p and ds, written over scores and dp; the arguments are those of `_softmax`."""
+        native = kernel("attention_gradient", scores)
+        if native is not None:
+            shape = self._shape(scores, log_sums, start, first)
+            native(scores, dp, log_sums, delta, *self._numbers(), *shape)
+            return scores, dp
+        t, visible, rows = self._rows(scores, log_sums, start, first)
+        t, slope = self._capped(t)
+        p = (t - log_sums[rows][..., None]).exp().masked_fill(~visible, 0.0)
+        ds = slope * p * (dp.view(t.shape) - delta[rows][..., None])
+        return p.to(scores.dtype).view(scores.shape), ds.to(dp.dtype).view(dp.shape)
+
+    def _capped(self, scores: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Return t and dt / dscores."""
+        if self.softcap is None:
+            return self.scale * scores, self.scale
+        bent = torch.tanh(scores * (self.scale / self.softcap))
+        return self.softcap * bent, self.scale * (1 - bent * bent)
+
+    def _numbers(self) -> tuple[float, float]:
+        return float(self.scale), float(self.softcap or 0)
+
+    def _shape(self, scores: Tensor, log_sums: Tensor, start: int, first: int) -> tuple[int, ...]:
+        heads, length = log_sums.shape
+        queries = scores.shape[0] * scores.shape[1] // heads
+        return heads, queries, scores.shape[2], length, start, first, self.window or length
+
+    def _rows(
+        self, scores: Tensor, log_sums: Tensor, start: int, first: int
+    ) -> tuple[Tensor, Tensor, tuple[slice, slice]]:
+        """Return scores as (heads, queries, keys) in a wide dtype, which of them are visible, and
+        the indices of their rows in log_sums."""
+        heads, queries, keys, *_ = self._shape(scores, log_sums, start, first)
+        visible = visible_keys(
+            slice(start, start + queries), slice(first, first + keys), self.window, scores.device
+        )
+        t = scores.view(heads, queries, keys).to(log_sums.dtype)
+        return t, visible, (slice(None), slice(start, start + queries))
+
+
+def query_blocks(
+    length: int, window: int | None, size: int, before: int = 0
+) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of at most `size` queries, and the keys that any query of the block sees.
+
+    The first `before` keys come before the first query: query i sees the keys up to before + i.
+    """
+    for start in range(0, length, size):
+        stop = min(length, start + size)
+        first = 0 if window is None else max(0, before + start + 1 - window)
+        yield slice(start, stop), slice(first, before + stop)
+
+
+def visible_keys(
+    queries: slice, keys: slice, window: int | None, device: torch.device, before: int = 0
+) -> Tensor:
+    """Return which keys (columns) each query (row) sees: those up to its own position, and of these
+    the last `window`."""
+    query = torch.arange(before + queries.start, before + queries.stop, device=device)
+    distance = query[:, None] - torch.arange(keys.start, keys.stop, device=device)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def by_key_head(x: Tensor, kv_heads: int) -> Tensor:
+    """Return (sequences, length, heads, dim) as (sequences · kv_heads, shared, length, dim)."""
+    return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+
+
+def _of_shape(buffer: Tensor, *shape: int) -> Tensor:
+    return buffer[: torch.Size(shape).numel()].view(shape)
