@@ -110,6 +110,7 @@ def test_filled_up_with_one_row_that_teaches_nothing(lengths, multiple):
     assert len(full.tokens) - tokens < multiple
     for name in ("tokens", "labels", "positions"):
         assert getattr(full, name)[:tokens].tolist() == getattr(batch, name).tolist()
+    assert set(full.tokens[tokens:]) <= set(batch.tokens)
     assert (full.labels[tokens:] == UNLABELLED).all()
     assert full.positions.max() == batch.positions.max()
     assert sum(full.lengths) == len(full.tokens)

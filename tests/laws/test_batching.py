@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 import veneer
 from support.closeness import assert_gradients_no_further, assert_no_further
+from support.every_architecture import small_config
 from support.kinds import Kind, each_kind
 from support.plain import own_loss, plain_pair
 from support.random_adapters import examples, shake, targets_named
@@ -121,6 +123,20 @@ def test_bf16_takes_the_same_way(architecture):
         peer = own_loss(model, ROWS)
         exact = own_loss(model.double(), ROWS)
         assert_no_further(ours, peer, exact, slack=torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_filler_has_a_gradient_where_padding_has_none(packed):
+    """Gemma 3n divides by the length of its states, which for a padding token is 0."""
+    torch.manual_seed(0)
+    config = small_config("gemma3n_text")
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.get_input_embeddings().weight[config.pad_token_id].eq(0).all()
+    rows = examples([3, 40, 5], vocabulary=config.vocab_size)
+    shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all")))
+    chosen, notices = choose_forward(model, rows)
+    assert (chosen.packed, chosen.head, notices) == (True, Head(Logits(softcap=30.0)), [])
+    assert_equals_own(model, Forward(packed, chosen.head), rows)
 
 
 def test_a_pass_holds_virtual_tokens_too():

@@ -51,15 +51,15 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
 def filled_up(batch: Batch, multiple: int, in_front: int = 0) -> Batch:
     """Return the batch with one row more, without labels, so that the number of all tokens is a
     multiple of `multiple`; each row counts with `in_front` tokens more. The row is no example:
-    `rows` stays as it is."""
+    `rows` stays as it is. It has tokens of the batch: the embedding of a padding token is 0, and a
+    row of nothing else would have gradients of 0 · ∞ in a model that divides by its length."""
     tokens = len(batch.tokens) + in_front * len(batch.lengths)
     if tokens % multiple == 0:
         return batch
     missing = -(tokens + in_front) % multiple or multiple
-    nothing = np.zeros(missing, dtype=np.int64)
     return Batch(
-        tokens=np.concatenate([batch.tokens, nothing]),
-        labels=np.concatenate([batch.labels, nothing + UNLABELLED]),
+        tokens=np.concatenate([batch.tokens, np.resize(batch.tokens, missing)]),
+        labels=np.concatenate([batch.labels, np.full(missing, UNLABELLED)]),
         # No position beyond those of the rows, as the model may not have it.
         positions=np.concatenate([batch.positions, np.arange(missing) % batch.lengths.max()]),
         lengths=np.concatenate([batch.lengths, [missing]]),

@@ -87,7 +87,9 @@ class Forward:
                 pairs = zip(tokens.split(lengths), labels.split(lengths), strict=True)
                 losses = [self._loss(model, {"input_ids": t[None]}, y, None) for t, y in pairs]
                 return torch.stack(losses).sum()
-            rows = pad_sequence(list(tokens.split(lengths)), batch_first=True)  # (rows, longest)
+            rows = pad_sequence(  # (rows, longest), filled as packed batches are
+                list(tokens.split(lengths)), batch_first=True, padding_value=int(batch.tokens[0])
+            )
             ones = [torch.ones(n, dtype=torch.long) for n in lengths]
             mask = pad_sequence(ones, batch_first=True).to(device)
             return self._loss(
