@@ -47,14 +47,12 @@ from veneer.training.events import Notice, Skipped, Step
 from veneer.training.loop import train
 from veneer.training.memory import begin_measuring, process_memory
 from veneer.training.recipe import DataConfig, DType, Recipe
+from veneer.training.threads import threads_for
 
 # MiniGPT knows nothing but its world, so that is what it can forget. Its pretraining has seed 0.
 WORLD_SEED, WORLD_ROWS = 10_007, 200
 WARM_UP = 2  # steps that prepare what all later ones use again
 ANSWERS_AT_ONCE = 64
-# In a smaller model a second thread gains nothing, and waiting for it where the processor is busy
-# with other things costs tenfold.
-SMALL = 5_000_000
 # How names of files begin that hold the tokenizer, which tasks share.
 SHARED = ("tokenizer", "chat_template")
 
@@ -73,8 +71,7 @@ def measure(job: Job, runs: Path, report: Report) -> Result:
     model = base.model
     for notice in base.notices:
         report({"notice": notice})
-    if parameter_count(model) < SMALL:
-        torch.set_num_threads(1)
+    torch.set_num_threads(threads_for(model))
     data = _load_data(job, recipe, base)
     digests = base_digests(model) if job.kind == "run" else {}
     result: dict[str, Any] = {

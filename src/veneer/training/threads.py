@@ -10,23 +10,27 @@ from transformers import PreTrainedModel
 
 from veneer.training.choose import hidden_size_of
 
-# Up to this width operations are so short that threads wait for one another most of the time.
-WIDTH_OF_ONE_THREAD = 128
+# MiniGPT's. At this width a second thread saves a fifth of a step at most, on a machine that has
+# nothing else to do, and costs half of it and more elsewhere (docs/performance.md).
+WIDTH_OF_ONE_THREAD = 64
+
+
+def threads_for(model: PreTrainedModel) -> int:
+    """Return how many threads are to compute a model: one for a narrow one, else torch's number.
+
+    The model alone decides and not how busy the machine is: other threads add sums up in another
+    order, and the same run has to give the same bits again.
+    """
+    width = hidden_size_of(model.config)
+    narrow = width is not None and width <= WIDTH_OF_ONE_THREAD
+    return 1 if narrow else torch.get_num_threads()
 
 
 @contextmanager
 def worthwhile_threads(model: PreTrainedModel) -> Iterator[None]:
-    """Compute with one thread where the model is small, and with torch's number otherwise.
-
-    It is decided by the model alone and not by how busy the machine is: sums are made in another
-    order with other threads, and the same run has to give the same bits again.
-    """
+    """Compute with as many threads as the model is worth until the context ends."""
     before = torch.get_num_threads()
-    width = hidden_size_of(model.config)
-    if width is None or width > WIDTH_OF_ONE_THREAD or model.device.type != "cpu":
-        yield
-        return
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads_for(model))
     try:
         yield
     finally:
