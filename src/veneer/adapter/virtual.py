@@ -19,6 +19,7 @@ from veneer.adapter.method import Method
 from veneer.adapter.use import base_alone
 from veneer.adapter.virtual_context import context_left
 from veneer.errors import ConfigError
+from veneer.models.blocks import decoder_of
 from veneer.models.evaluating import evaluating
 
 # Virtual tokens start as tokens drawn from the vocabulary's first, which in a tokenizer's order of
@@ -133,7 +134,7 @@ def keys_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
     Raises ConfigError where some layers have none, or of another shape.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     cache = DynamicCache()  # without a config, it keeps more than an attention window too
     _check_cache(decoder)
     with torch.no_grad(), base_alone(model), evaluating(decoder):
@@ -162,7 +163,7 @@ def _check_cache(decoder: nn.Module) -> None:
 
 
 def _checked_count(model: PreTrainedModel, config: Method) -> int:
-    _check_cache(model.get_decoder())
+    _check_cache(decoder_of(model))
     assert config.virtual_tokens is not None
     context_left(model.config, config.virtual_tokens)
     return config.virtual_tokens

@@ -20,6 +20,7 @@ from veneer.adapter.virtual import Prefix, PrefixMLP, Prompt
 from veneer.adapter.virtual_context import attention_window
 from veneer.errors import AdapterError
 from veneer.kernels.attention import Packing
+from veneer.models.blocks import decoder_of
 
 ATTRIBUTE = "veneer_virtual"  # of a model: its VirtualTokens
 Arguments = dict[str, Any]
@@ -170,7 +171,7 @@ def _prepend(first: Tensor, packed: Tensor, lengths: Sequence[int]) -> Tensor:
 def attach_virtual_tokens(model: PreTrainedModel, name: str, virtual: nn.Module) -> None:
     """Attach a prefix or a prompt to `model` under a name."""
     if (attached := virtual_tokens_of(model)) is None:
-        attached = VirtualTokens(model.get_decoder(), active_adapters_of(model))
+        attached = VirtualTokens(decoder_of(model), active_adapters_of(model))
         model.add_module(ATTRIBUTE, attached)
     attached.adapters[name] = virtual.to(model.device)
 

@@ -24,7 +24,7 @@ from veneer.fused.head import own_logits_and_head
 from veneer.fused.layers import FusedLayer, fused_layers, norm_of
 from veneer.kernels import decode
 from veneer.kernels.cross_entropy import PLAIN
-from veneer.models.blocks import decoder_layers
+from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
 from veneer.quant.weight import QuantizedLinear
@@ -80,7 +80,7 @@ class CompiledRunner:
             raise Unsuited(str(why_not))
         self.head = head
         self.active_adapters = active_adapters_of(model)
-        self.decoder: Any = model.get_decoder()
+        self.decoder: Any = decoder_of(model)
         self.angles = _angles(self.decoder, context, self.dtype)
         self._kept: list[Tensor] = []  # what the table below points to, beside the model's own
         self._table = (decode.Layer * len(self.layers))()
