@@ -79,7 +79,8 @@ def activate_gain_backward(
     sums = [_partial_sums(gate, gain) for gain in gains]
     inputs = [argument for x in (dy, gate, up) for argument in strided(adjacent(x))]
     outputs = (*strided(d_gate), *strided(d_up), y, *sums)
-    native(*inputs, *gains, *biases, *outputs, *gate.shape, BLOCK_ROWS)
+    filled = [gate.new_zeros(gate.shape[1]) if bias is None else bias for bias in biases]
+    native(*inputs, *gains, *filled, *outputs, *gate.shape, BLOCK_ROWS)
     of_gate, of_up = (_gradient_of_gain(s.sum(0), g) for s, g in zip(sums, gains, strict=True))
     return (of_gate, of_up), y
 
