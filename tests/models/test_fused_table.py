@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 
 import veneer
-from support.every_architecture import MODEL_TYPES, NO_MODEL, small
+from support.every_architecture import MODEL_TYPES, NO_MODEL, OFTEN, small
 from support.random_adapters import distance, examples, ids, shake
 from veneer.data.packing import pack
 from veneer.fused.forward import Forward, choose_forward
@@ -33,14 +33,9 @@ END = "<!-- every causal language model ends -->\n"
 HEAD = "| model type | layers fused | rows | head | why not |\n|---|---|---|---|---|\n"
 LORA = veneer.LoRA(rank=2, targets="all")
 ROWS = examples([7, 19, 12, 5])
-# What people tune, and what once failed in one of the steps: a stack of experts beside a layer of
-# the same name, routers and grouped layers that look linear, layers that differ in their heads,
-# states without a gradient at padding, and parts of several attentions.
-OFTEN = {
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
-    *("smollm3", "olmo2", "olmo3", "granite", "glm4", "gpt_neox", "gpt2", "falcon", "starcoder2"),
-    *("stablelm", "cohere2", "ministral3", "seed_oss"),
-}
+# What once failed in one of the steps: a stack of experts beside a layer of the same name, routers
+# and grouped layers that look linear, layers that differ in their heads, states without a gradient
+# at padding, parts of several attentions.
 ONCE_BROKEN = {
     *("qwen2_moe", "llama4_text", "phimoe", "deepseek_v4", "dots3_note_text", "gemma3n_text"),
     *("modernbert-decoder", "longcat_flash"),
@@ -147,7 +142,7 @@ def table() -> tuple[str, list[str]]:
 @pytest.mark.parametrize(
     "model_type",
     [
-        pytest.param(name, marks=() if name in OFTEN | ONCE_BROKEN else pytest.mark.slow)
+        pytest.param(name, marks=() if name in {*OFTEN, *ONCE_BROKEN} else pytest.mark.slow)
         for name in MODEL_TYPES
         if name not in NO_MODEL
     ],

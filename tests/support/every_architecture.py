@@ -1,8 +1,8 @@
 """A small random model of every architecture that transformers knows as a causal language model.
 
 A configuration of usual size is made first. Every size in it, by the names that transformers uses,
-is then replaced by a small one, and of its layers one of each kind stays. No architecture is
-written down here but where its sizes depend on each other in a way of its own.
+is then replaced by a small one, dropout by none, and of its layers one of each kind stays. No
+architecture is written down here but where its sizes depend on each other in a way of its own.
 """
 
 from __future__ import annotations
@@ -10,13 +10,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from support.tiny_models import VOCAB, with_large_weights
+from veneer.models.quantize import quantized_model
+from veneer.models.source import Source
+from veneer.quant.settings import Bits
 
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
+# What people tune.
+OFTEN = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+    *("smollm3", "olmo2", "olmo3", "granite", "glm4", "gpt_neox", "gpt2", "falcon", "starcoder2"),
+    *("stablelm", "cohere2", "ministral3", "seed_oss"),
+)
 # Settings for those that cannot be built with the usual ones of their own.
 _INDEXER = {
     "indexer_n_heads": 4,
@@ -141,6 +155,7 @@ def small_sizes(config: PretrainedConfig) -> dict[str, Any]:
     values = config.to_dict()
     small: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     small |= {name: SIZES[name] for name, value in values.items() if value and name in SIZES}
+    small |= {name: 0.0 for name, value in values.items() if "drop" in name and value}
     small |= one_layer_of_each_kind(values)
     if values.get("qk_rope_head_dim"):  # latent attention: what turns of each head
         small |= {"head_dim": SIZES["qk_rope_head_dim"], "num_key_value_heads": 4}
@@ -166,13 +181,24 @@ def one_layer_of_each_kind(values: dict[str, Any]) -> dict[str, Any]:
     return small | {name: len(chosen) for name in LAYERS.split() if values.get(name) == count}
 
 
+def small_quantized(model_type: str, bits: Bits, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the random model with its linear layers quantized."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(small_config(model_type))
+    return quantized_model(Source.of_model(skeleton, small(model_type)), bits, dtype)
+
+
 def small(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Return a random model with weights large enough for differences to show."""
     torch.manual_seed(seed)
     config = small_config(model_type)
     model = with_large_weights(AutoModelForCausalLM.from_config(config, dtype=dtype))
     embedding = model.get_input_embeddings()
-    if (padding := getattr(embedding, "padding_idx", None)) is not None:
-        with torch.no_grad():  # as models are made and published
-            embedding.weight[padding] = 0.0
+    padding = getattr(embedding, "padding_idx", None)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1 and name.endswith("weight"):
+                weight.add_(0.2 * torch.randn_like(weight))  # norms that differ from no norm
+        if padding is not None:
+            embedding.weight[padding] = 0.0  # as models are made and published
     return model
