@@ -45,6 +45,15 @@ QUESTIONS = (
     ("Many adapters over one base, and single answers", ("-m bench.serving",)),
     ("Adapters of different rows in a layer of their own", ("-m bench.mixed_products",)),
     ("Loading an adapter, and swapping", ("-m bench.loading",)),
+    (
+        "Two trainings side by side, and MiniGPT's pretraining",
+        (
+            "-m bench.neighbours steps",
+            "-m bench.neighbours steps --model minigpt --seconds 5 "
+            "--settings GOMP_SPINCOUNT=300000,threads=2 GOMP_SPINCOUNT=5000,threads=1",
+            "-m bench.neighbours pretrain --rounds 1",
+        ),
+    ),
 )
 
 
