@@ -2,7 +2,8 @@
 //
 // A row holds the scores q kᵀ of one query; rows are (heads, queries). The query at `first_query` +
 // its index sees the last `window` keys up to its own position; the row's first key is `first_key`.
-// log_sums and delta hold a number for each head's `length` positions.
+// log_sums and delta hold a number for each head's `length` positions. bfloat16 scores come in two
+// halves, rounded and what rounding left; `rest` is null for the other dtypes.
 
 #pragma once
 
@@ -32,6 +33,12 @@ inline float tangent(float x) {
 }
 inline double tangent(double x) { return std::tanh(x); }
 
+template <class T>
+inline Wide<T> whole(const T* scores, const T* rest, Size i) {
+    if constexpr (std::is_same_v<T, BFloat16>) return load(scores[i]) + load(rest[i]);
+    return load(scores[i]);
+}
+
 struct Block {
     Size heads, queries, keys, length, first_query, first_key, window;
 
@@ -49,7 +56,8 @@ struct Block {
 // In place: scores → probabilities p, with log Σ exp of t = scale · scores, or softcap · tanh(scale ·
 // scores / softcap).
 template <bool capped, class T>
-void attention_softmax(T* scores, Wide<T>* log_sums, Wide<T> scale, Wide<T> softcap, Block block) {
+void attention_softmax(T* scores, const T* rest, Wide<T>* log_sums, Wide<T> scale, Wide<T> softcap,
+                       Block block) {
     using F = Wide<T>;
     const F inner = capped ? scale / softcap : scale;
 #pragma omp parallel if (block.worth_sharing())
@@ -59,12 +67,14 @@ void attention_softmax(T* scores, Wide<T>* log_sums, Wide<T> scale, Wide<T> soft
 #pragma omp for schedule(static) collapse(2)
         for (Size head = 0; head < block.heads; ++head) {
             for (Size query = 0; query < block.queries; ++query) {
-                T* s = scores + (head * block.queries + query) * block.keys;
+                const Size at = (head * block.queries + query) * block.keys;
+                T* s = scores + at;
+                const T* more = rest ? rest + at : nullptr;
                 const Size low = block.low(query), high = block.high(query);
                 F highest = -std::numeric_limits<F>::infinity(), sum = 0;
 #pragma omp simd reduction(max : highest)
                 for (Size i = low; i < high; ++i) {
-                    F t = load(s[i]) * inner;
+                    F t = whole(s, more, i) * inner;
                     if constexpr (capped) t = softcap * tangent(t);
                     e[i] = t;
                     highest = t > highest ? t : highest;
@@ -88,8 +98,8 @@ void attention_softmax(T* scores, Wide<T>* log_sums, Wide<T> scale, Wide<T> soft
 // In place, over the rows' scores and dp = dy · v: scores → p = exp(t − log_sums), and
 // dp → ds = scale · p · (dp − delta), times 1 − tanh² where scores are capped.
 template <bool capped, class T>
-void attention_gradient(T* scores, T* dp, const Wide<T>* log_sums, const Wide<T>* delta,
-                        Wide<T> scale, Wide<T> softcap, Block block) {
+void attention_gradient(T* scores, const T* rest, T* dp, const Wide<T>* log_sums,
+                        const Wide<T>* delta, Wide<T> scale, Wide<T> softcap, Block block) {
     using F = Wide<T>;
     const F inner = capped ? scale / softcap : scale;
 #pragma omp parallel for schedule(static) collapse(2) if (block.worth_sharing())
@@ -98,12 +108,13 @@ void attention_gradient(T* scores, T* dp, const Wide<T>* log_sums, const Wide<T>
             const Size at = (head * block.queries + query) * block.keys;
             const Size position = head * block.length + block.first_query + query;
             T *s = scores + at, *d = dp + at;
+            const T* more = rest ? rest + at : nullptr;
             const F log_sum = log_sums[position], mean = delta[position];
             const Size low = block.low(query), high = block.high(query);
             for (Size i = 0; i < low; ++i) s[i] = d[i] = store<T>(0);
 #pragma omp simd
             for (Size i = low; i < high; ++i) {
-                F t = load(s[i]) * inner, slope = scale;
+                F t = whole(s, more, i) * inner, slope = scale;
                 if constexpr (capped) {
                     const F bent = tangent(t);
                     t = softcap * bent;
@@ -121,19 +132,19 @@ void attention_gradient(T* scores, T* dp, const Wide<T>* log_sums, const Wide<T>
 }  // namespace
 
 // A softcap of 0 is none.
-#define EXPORTED_ATTENTION(name, T)                                                               \
+#define EXPORTED_ATTENTION(name, T)                                                                \
     extern "C" void attention_softmax_##name(                                                      \
-        T* scores, Wide<T>* log_sums, double scale, double softcap, Size heads, Size queries,      \
-        Size keys, Size length, Size first_query, Size first_key, Size window) {                   \
+        T* scores, const T* rest, Wide<T>* log_sums, double scale, double softcap, Size heads,     \
+        Size queries, Size keys, Size length, Size first_query, Size first_key, Size window) {     \
         const Block block{heads, queries, keys, length, first_query, first_key, window};           \
         const auto softmax = softcap ? attention_softmax<true, T> : attention_softmax<false, T>;   \
-        softmax(scores, log_sums, Wide<T>(scale), Wide<T>(softcap), block);                        \
+        softmax(scores, rest, log_sums, Wide<T>(scale), Wide<T>(softcap), block);                  \
     }                                                                                              \
     extern "C" void attention_gradient_##name(                                                     \
-        T* scores, T* dp, const Wide<T>* log_sums, const Wide<T>* delta, double scale,             \
-        double softcap, Size heads, Size queries, Size keys, Size length, Size first_query,        \
-        Size first_key, Size window) {                                                             \
+        T* scores, const T* rest, T* dp, const Wide<T>* log_sums, const Wide<T>* delta,            \
+        double scale, double softcap, Size heads, Size queries, Size keys, Size length,            \
+        Size first_query, Size first_key, Size window) {                                           \
         const Block block{heads, queries, keys, length, first_query, first_key, window};           \
         const auto gradient = softcap ? attention_gradient<true, T> : attention_gradient<false, T>; \
-        gradient(scores, dp, log_sums, delta, Wide<T>(scale), Wide<T>(softcap), block);            \
+        gradient(scores, rest, dp, log_sums, delta, Wide<T>(scale), Wide<T>(softcap), block);      \
     }

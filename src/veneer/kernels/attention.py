@@ -157,10 +157,9 @@ class Attention:
             return self.composed(q, k, v), []
         outputs, log_sums = [], []
         for tensors in self._groups(q, k, v):
-            if self.softcap is None:
-                y, log_sum = self._flash(*tensors)
-            else:
-                y, log_sum = self._blocks.forward(*tensors)
+            in_blocks = self.softcap is not None or prefers_blocks(q.dtype)
+            attend = self._blocks.forward if in_blocks else self._flash
+            y, log_sum = attend(*tensors)
             if self.sinks is not None:
                 # All keys together have the share exp(log_sum) of the new sum.
                 total = torch.logaddexp(log_sum, self._sinks(log_sum))
@@ -260,6 +259,15 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, *log_sums = ctx.saved_tensors
         return *ctx.attention.backward(grads[0], q, k, v, y, log_sums), None
+
+
+def prefers_blocks(dtype: torch.dtype) -> bool:
+    """Return whether blocks of products are faster than torch's flash kernel.
+
+    They were three times as fast in bfloat16 on AVX512, where the kernel's small products are slow;
+    matrix units (AMX) suit it better.
+    """
+    return dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
 
 
 @functools.cache

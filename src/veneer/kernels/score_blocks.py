@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +32,7 @@ class ScoreBlocks:
     softcap: float | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y, and log Σ exp of t (sequences, heads, length) in float32 or wider.
-
-        Scores are rounded to q's dtype, as `backward` rounds them.
-        """
+        """Return y, and log Σ exp of t (sequences, heads, length) in float32 or wider."""
         sequences, length, kv_heads = k.shape[:3]
         q_rows, k_rows, v_rows = (by_key_head(x, kv_heads) for x in (q, k, v))
         k_rows, v_rows = k_rows.squeeze(1), v_rows.squeeze(1)
@@ -43,13 +40,12 @@ class ScoreBlocks:
         y_rows = v_rows.new_empty(*q_rows.shape[:3], v.shape[3])
         wide = torch.promote_types(q.dtype, torch.float32)
         log_sums = torch.empty(q_rows.shape[:3], dtype=wide, device=q.device)
-        buffer = self._buffer(q_rows)
+        buffers = self._buffers(q_rows, 2)
         for heads, queries, keys in self._blocks(*q_rows.shape[:3]):
             block_q = q_rows[heads, :, queries].flatten(1, 2)  # (heads, shared · queries, dim)
-            scores = _of_shape(buffer, *block_q.shape[:2], keys.stop - keys.start)
-            torch.bmm(block_q, k_rows[heads, keys].transpose(1, 2), out=scores)
-            self._softmax(scores, log_sums[heads].flatten(0, 1), queries.start, keys.start)
-            y = scores @ v_rows[heads, keys]
+            scores = _scores(block_q, k_rows[heads, keys], buffers)
+            self._softmax(*scores, log_sums[heads].flatten(0, 1), queries.start, keys.start)
+            y = scores[0] @ v_rows[heads, keys]
             y_rows[heads, :, queries] = y.unflatten(1, (shared, -1))
         y = y_rows.unflatten(0, (sequences, kv_heads)).flatten(
             1, 2
@@ -69,10 +65,9 @@ class ScoreBlocks:
         leaks: the probability that no key has, (sequences, heads, length), or None where every row
         of p sums to 1.
 
-        Without a soft cap the mean key is subtracted from k: that changes no p, and keeps the
-        scores small, which are rounded to k's dtype here (keys may share a large offset, which
-        Qwen2's biases give them). It takes (Σ ds) · mean key from dq, where Σ ds = scale · delta ·
-        leaks.
+        Without a soft cap ds multiplies k without the mean key, lest an offset that all keys share
+        (as Qwen2's biases give them) multiplies the rounding of ds. It takes (Σ ds) · mean key from
+        dq, where Σ ds = scale · delta · leaks.
         """
         q, k, v = qkv
         sequences, _, kv_heads = k.shape[:3]
@@ -81,29 +76,27 @@ class ScoreBlocks:
         shared, wide = q_rows.shape[1], delta.dtype
         delta = delta.transpose(1, 2).contiguous().view(q_rows.shape[:3])
         log_sums = log_sums.contiguous().view(q_rows.shape[:3])
-        mean_key = None
+        mean_key, centred = None, k_rows
         if self.softcap is None:
             mean_key = k_rows.mean(1, keepdim=True, dtype=wide)  # (sequences · kv_heads, 1, dim)
-            k_rows = (k_rows - mean_key).to(k.dtype)
-            shift = q_rows.to(wide).flatten(1, 2) @ mean_key.transpose(1, 2)
-            log_sums = log_sums - self.scale * shift.view(log_sums.shape)
+            centred = (k_rows - mean_key).to(k.dtype)
         dq_rows = torch.empty_like(q_rows)  # (sequences · kv_heads, shared, length, dim)
         # Transposed, (sequences · kv_heads, dim, length): those products are faster.
         dk_columns, dv_columns = (
             torch.zeros_like(x.transpose(1, 2), dtype=wide, memory_format=torch.contiguous_format)
             for x in (k_rows, v_rows)
         )
-        buffers = self._buffer(q_rows), self._buffer(q_rows)
+        *buffers, dp_buffer = self._buffers(q_rows, 3)
         for heads, queries, keys in self._blocks(*q_rows.shape[:3]):
             block_q, block_dy = (x[heads, :, queries].flatten(1, 2) for x in (q_rows, dy_rows))
             block_k, block_v = k_rows[heads, keys], v_rows[heads, keys]
-            scores, dp = (_of_shape(x, *block_q.shape[:2], block_k.shape[1]) for x in buffers)
-            torch.bmm(block_q, block_k.transpose(1, 2), out=scores)  # (…, shared · queries, keys)
+            scores, rest = _scores(block_q, block_k, buffers)  # (…, shared · queries, keys)
+            dp = _of_shape(dp_buffer, *scores.shape)
             torch.bmm(block_dy, block_v.transpose(1, 2), out=dp)
             own_log_sums, own_delta = (x[heads].flatten(0, 1) for x in (log_sums, delta))
             at = queries.start, keys.start
-            p, ds = self._gradient(scores, dp, own_log_sums, own_delta, *at)
-            dq_rows[heads, :, queries] = (ds @ block_k).unflatten(1, (shared, -1))
+            p, ds = self._gradient(scores, rest, dp, own_log_sums, own_delta, *at)
+            dq_rows[heads, :, queries] = (ds @ centred[heads, keys]).unflatten(1, (shared, -1))
             dk_columns[heads, :, keys] += block_q.transpose(1, 2) @ ds
             dv_columns[heads, :, keys] += block_dy.transpose(1, 2) @ p
         if mean_key is not None and leaks is not None:
@@ -124,8 +117,8 @@ class ScoreBlocks:
             for first in range(0, heads, at_once):
                 yield slice(first, min(heads, first + at_once)), queries, keys
 
-    def _buffer(self, q_rows: Tensor) -> Tensor:
-        """Return room for the scores of the largest block."""
+    def _buffers(self, q_rows: Tensor, count: int) -> list[Tensor]:
+        """Return room for the scores of the largest block, `count` times."""
         shared = q_rows.shape[1]
         sizes = (
             (heads.stop - heads.start)
@@ -134,31 +127,42 @@ class ScoreBlocks:
             * (keys.stop - keys.start)
             for heads, queries, keys in self._blocks(*q_rows.shape[:3])
         )
-        return q_rows.new_empty(max(sizes, default=0))
+        largest = max(sizes, default=0)
+        return [q_rows.new_empty(largest) for _ in range(count)]
 
-    def _softmax(self, scores: Tensor, log_sums: Tensor, start: int, first: int) -> None:
+    def _softmax(
+        self, scores: Tensor, rest: Tensor | None, log_sums: Tensor, start: int, first: int
+    ) -> None:
         """Write p over scores (heads, shared · queries, keys), and log Σ exp t of the queries from
         `start` on into log_sums (heads · shared, length); the first key is `first`."""
         native = kernel("attention_softmax", scores)
         if native is not None:
-            native(scores, log_sums, *self._numbers(), *self._shape(scores, log_sums, start, first))
+            shape = self._shape(scores, log_sums, start, first)
+            native(scores, rest, log_sums, *self._numbers(), *shape)
             return
-        t, visible, rows = self._rows(scores, log_sums, start, first)
+        t, visible, rows = self._rows(scores, rest, log_sums, start, first)
         t, _ = self._capped(t)
         t = t.masked_fill(~visible, -torch.inf)
         log_sums[rows] = t.logsumexp(-1)
         scores.copy_(t.softmax(-1).view(scores.shape))
 
     def _gradient(
-        self, scores: Tensor, dp: Tensor, log_sums: Tensor, delta: Tensor, start: int, first: int
+        self,
+        scores: Tensor,
+        rest: Tensor | None,
+        dp: Tensor,
+        log_sums: Tensor,
+        delta: Tensor,
+        start: int,
+        first: int,
     ) -> tuple[Tensor, Tensor]:
         """Return p and ds, written over scores and dp; the arguments are those of `_softmax`."""
         native = kernel("attention_gradient", scores)
         if native is not None:
             shape = self._shape(scores, log_sums, start, first)
-            native(scores, dp, log_sums, delta, *self._numbers(), *shape)
+            native(scores, rest, dp, log_sums, delta, *self._numbers(), *shape)
             return scores, dp
-        t, visible, rows = self._rows(scores, log_sums, start, first)
+        t, visible, rows = self._rows(scores, rest, log_sums, start, first)
         t, slope = self._capped(t)
         p = (t - log_sums[rows][..., None]).exp().masked_fill(~visible, 0.0)
         ds = slope * p * (dp.view(t.shape) - delta[rows][..., None])
@@ -180,7 +184,7 @@ class ScoreBlocks:
         return heads, queries, scores.shape[2], length, start, first, self.window or length
 
     def _rows(
-        self, scores: Tensor, log_sums: Tensor, start: int, first: int
+        self, scores: Tensor, rest: Tensor | None, log_sums: Tensor, start: int, first: int
     ) -> tuple[Tensor, Tensor, tuple[slice, slice]]:
         """Return scores as (heads, queries, keys) in a wide dtype, which of them are visible, and
         the indices of their rows in log_sums."""
@@ -188,7 +192,10 @@ class ScoreBlocks:
         visible = visible_keys(
             slice(start, start + queries), slice(first, first + keys), self.window, scores.device
         )
-        t = scores.view(heads, queries, keys).to(log_sums.dtype)
+        whole = scores.to(log_sums.dtype)
+        if rest is not None:
+            whole += rest
+        t = whole.view(heads, queries, keys)
         return t, visible, (slice(None), slice(start, start + queries))
 
 
@@ -219,6 +226,21 @@ def visible_keys(
 def by_key_head(x: Tensor, kv_heads: int) -> Tensor:
     """Return (sequences, length, heads, dim) as (sequences · kv_heads, shared, length, dim)."""
     return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+
+
+def _scores(q: Tensor, k: Tensor, buffers: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return q kᵀ, and what rounding to 16 bits left of it, or None for wider dtypes.
+
+    A second product is added to the negative first before it is rounded itself. Both together are
+    as exact as float32, and cost half of a product in float32.
+    """
+    shape = *q.shape[:2], k.shape[1]
+    scores, rest = (_of_shape(x, *shape) for x in buffers)
+    torch.bmm(q, k.transpose(1, 2), out=scores)
+    if q.element_size() > 2:
+        return scores, None
+    rest.copy_(scores)
+    return scores, rest.baddbmm_(q, k.transpose(1, 2), beta=-1)
 
 
 def _of_shape(buffer: Tensor, *shape: int) -> Tensor:

@@ -101,17 +101,18 @@ def _block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> 
 
 
 def _scores(config: PlanConfig, block: Block) -> Term:
-    """Attention's scores and their gradient: of one block of queries, and of as many heads as
-    SCORES_AT_ONCE has room for, but of one key head's at least."""
+    """Attention's scores, what rounding to 16 bits left of them, and their gradient: of one block of
+    queries, and of as many heads as SCORES_AT_ONCE has room for, but of one key head's at least."""
     tokens, heads = tokens_of(config), block.attention_heads
     queries = min(QUERY_BLOCK, config.length)
     shared = block.q // max(1, block.kv)  # heads that share a key head
     most = max(SCORES_AT_ONCE, shared * queries * config.length)
+    tensors = 3 if config.width == 2 else 2
     note = "attention's scores and their gradient"
     if tokens * heads * queries > most:
-        return Term.of(2, "", most, "scores", config.width, "bytes", note=note)
+        return Term.of(tensors, "", most, "scores", config.width, "bytes", note=note)
     return Term.of(
-        *(2, "", tokens, "tokens", heads, "heads", queries, "queries"),
+        *(tensors, "", tokens, "tokens", heads, "heads", queries, "queries"),
         *(config.width, "bytes"),
         note=note,
     )
