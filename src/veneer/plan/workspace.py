@@ -101,8 +101,11 @@ def _block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> 
 
 
 def _scores(config: PlanConfig, block: Block) -> Term:
-    """Attention's scores, what rounding to 16 bits left of them, and their gradient: of one block of
-    queries, and of as many heads as SCORES_AT_ONCE has room for, but of one key head's at least."""
+    """Attention's scores, what rounding to 16 bits left of them, and their gradient.
+
+    They are those of one block of queries, and of as many heads as SCORES_AT_ONCE has room for, but
+    of one key head's at least.
+    """
     tokens, heads = tokens_of(config), block.attention_heads
     queries = min(QUERY_BLOCK, config.length)
     shared = block.q // max(1, block.kv)  # heads that share a key head
