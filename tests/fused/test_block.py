@@ -2,22 +2,26 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.fused.block import FeedForward, SelfAttention
+from veneer.fused.block import FeedForward, Half, SelfAttention
+from veneer.fused.heads import Heads
 from veneer.kernels.arena import Arena
-from veneer.kernels.attention import Attention, Packing
+from veneer.kernels.attention import Attention
 from veneer.kernels.norm import Norm
+from veneer.kernels.packing import Packing
 from veneer.kernels.rotary import Rotary
 from veneer.lowrank.projection import Projection
 
 DOUBLE = {"dtype": torch.float64}
-LENGTHS, DIM, HEADS, KV_HEADS, HEAD_DIM, INNER = [5, 3, 2], 6, 4, 2, 4, 7
+LENGTHS, DIM, HEADS, KEY_HEADS, HEAD_DIM, INNER = [5, 3, 2], 6, 4, 2, 6, 7
 TOKENS = sum(LENGTHS)
+SIZES = (HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM)
 # How many adapters act on each projection, the last of them the output's.
 ADAPTED = {
     "all": (1, 1, 1, 1),
@@ -34,7 +38,88 @@ DORA = {
 }
 
 
-def projection(in_: int, out: int, adapters: int, *, bias: bool, dora: bool = False) -> Projection:
+def rms(dim: int, **options: Any) -> Norm:
+    return Norm(torch.randn(dim, **DOUBLE), eps=1e-5, **options)
+
+
+def layer_norm(dim: int) -> Norm:
+    return rms(dim, bias=torch.randn(dim, **DOUBLE), centred=True)
+
+
+def rotary(pairs: int = HEAD_DIM // 2, *, interleaved: bool = False) -> Rotary:
+    angles = torch.rand(TOKENS, pairs, **DOUBLE)
+    return Rotary(angles.cos(), angles.sin(), interleaved)
+
+
+# What makes a half of some model: made anew for each, as all have random numbers.
+ATTENTIONS: dict[str, Any] = {
+    "llama": lambda: {"norm": rms(DIM), "rotary": rotary()},
+    "qwen3": lambda: {
+        "norm": rms(DIM),
+        "rotary": rotary(),
+        "q_norm": rms(HEAD_DIM),
+        "k_norm": rms(HEAD_DIM),
+        "q_factor": torch.rand(TOKENS, 1, 1, **DOUBLE),
+    },
+    "gemma2": lambda: {
+        "norm": rms(DIM, offset=1.0),
+        "post_norm": rms(DIM, offset=1.0),
+        "rotary": rotary(),
+    },
+    "olmo2": lambda: {
+        "norm": None,
+        "post_norm": rms(DIM),
+        "multiplier": 0.3,
+        "rotary": rotary(2, interleaved=True),
+        "q_norm": rms(SIZES[0]),
+        "k_norm": rms(SIZES[1]),
+    },
+    "gpt_neox": lambda: {
+        "norm": layer_norm(DIM),
+        "rotary": rotary(2),
+        "order": "by key head",
+        "parallel": True,
+        "bias": True,
+    },
+    "gpt2": lambda: {"norm": layer_norm(DIM), "rotary": None, "order": "blocks", "bias": True},
+    "phi3 with norms": lambda: {
+        "norm": rms(DIM),
+        "rotary": rotary(),
+        "order": "blocks",
+        "q_norm": rms(HEAD_DIM),
+        "k_norm": layer_norm(HEAD_DIM),
+    },
+}
+FEED_FORWARDS: dict[str, Any] = {
+    "llama": lambda: {"norm": rms(DIM)},
+    "with biases": lambda: {"norm": rms(DIM), "bias": True},
+    "gemma2": lambda: {
+        "norm": rms(DIM, offset=1.0),
+        "post_norm": rms(DIM, offset=1.0),
+        "activation": "gelu_tanh",
+    },
+    "olmo2": lambda: {"norm": None, "post_norm": rms(DIM), "multiplier": 0.3},
+    "phi3": lambda: {"norm": rms(DIM), "joined": True},
+    "up first": lambda: {"norm": rms(DIM), "joined": True, "gate_first": False, "bias": True},
+    "gate second": lambda: {"norm": rms(DIM), "gate_first": False},
+    "gpt2": lambda: {
+        "norm": layer_norm(DIM),
+        "activation": "gelu_tanh",
+        "is_gated": False,
+        "bias": True,
+    },
+    "gpt_neox": lambda: {
+        "norm": layer_norm(DIM),
+        "activation": "gelu",
+        "is_gated": False,
+        "parallel": True,
+    },
+}
+HALVES = [("attention", name) for name in ATTENTIONS] + [("feed", name) for name in FEED_FORWARDS]
+TWO = [("attention", "llama"), ("feed", "llama")]
+
+
+def projection(in_: int, out: int, adapters: int, *, bias: bool, dora: bool) -> Projection:
     rank = adapters * (adapters + 1) // 2  # of adapters of rank 1, 2, ...
     return Projection(
         torch.randn(out, in_, **DOUBLE),
@@ -45,102 +130,141 @@ def projection(in_: int, out: int, adapters: int, *, bias: bool, dora: bool = Fa
     )
 
 
-def plain(p: Projection, x: Tensor) -> Tensor:
+def half_of(
+    which: tuple[str, str], adapted: str, *, dora: str = "none", recompute: bool = False
+) -> tuple[Half, bool]:
+    """Return a half with random numbers, and whether it is one of a parallel layer."""
+    torch.manual_seed(0)
+    half, name = which
+    settings = (ATTENTIONS if half == "attention" else FEED_FORWARDS)[name]()
+    bias, parallel = settings.pop("bias", False), settings.pop("parallel", False)
+    if half == "attention":
+        names = ("rotary", "q_norm", "k_norm", "q_factor", "order")
+        of_heads = {"order": "separate"} | {n: settings.pop(n) for n in names if n in settings}
+        outs = list(SIZES) if of_heads["order"] == "separate" else [sum(SIZES)]
+        settings["heads"] = Heads(
+            heads=HEADS, key_heads=KEY_HEADS, head_dim=HEAD_DIM, value_dim=HEAD_DIM, **of_heads
+        )
+        settings["attention"] = Attention(Packing(LENGTHS), 0.4)
+        kind, inner = SelfAttention, SIZES[0]
+    else:
+        joined, gated = settings.pop("joined", False), settings.get("is_gated", True)
+        outs = [2 * INNER] if joined else [INNER] * (1 + gated)
+        settings = {"activation": "silu", **settings}
+        kind, inner = FeedForward, INNER
+    flags = list(zip(ADAPTED[adapted], DORA[dora], strict=True))
+    inputs = tuple(
+        projection(DIM, out, n, bias=bias, dora=gain)
+        for out, (n, gain) in zip(outs, flags, strict=False)
+    )
+    n, gain = flags[-1]
+    return kind(
+        inputs=inputs,
+        output=projection(inner, DIM, n, bias=bias, dora=gain),
+        arena=Arena(),
+        recompute_projections=recompute,
+        **settings,
+    ), parallel
+
+
+# ---- the plain operations ----
+
+
+def projected(p: Projection, x: Tensor) -> Tensor:
     y = F.linear(x, p.weight) + F.linear(F.linear(x, p.A), p.B)
     y = y if p.gain is None else y * p.gain
     return y if p.bias is None else y + p.bias
 
 
-def norm(x: Tensor, half: SelfAttention | FeedForward) -> Tensor:
-    return F.rms_norm(x, (DIM,), half.norm.weight, half.norm.eps)
+def normed(norm: Norm | None, x: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    if norm.centred:
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return F.rms_norm(x, x.shape[-1:], norm.weight + norm.offset, norm.eps)
 
 
-def self_attention(
-    adapted: str, *, bias: bool, recompute_projections: bool, dora: str = "none"
-) -> SelfAttention:
-    torch.manual_seed(0)
-    counts, gains = ADAPTED[adapted], DORA[dora]
-    outs = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
-    angles = torch.rand(TOKENS, HEAD_DIM // 2, **DOUBLE)
-    return SelfAttention(
-        norm=Norm(torch.randn(DIM, **DOUBLE), eps=1e-5, rounds=True),
-        inputs=tuple(
-            projection(DIM, out, n, bias=bias, dora=gain)
-            for out, n, gain in zip(outs, counts, gains, strict=False)
-        ),
-        output=projection(HEADS * HEAD_DIM, DIM, counts[3], bias=bias, dora=gains[3]),
-        attention=Attention(Packing(LENGTHS), 0.4),
-        rotary=Rotary(angles.cos(), angles.sin()),
-        arena=Arena(),
-        recompute_projections=recompute_projections,
-    )
+def turned(rotary: Rotary | None, x: Tensor) -> Tensor:
+    if rotary is None:
+        return x
+    pairs = rotary.cos.shape[1]
+    first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
+    if rotary.interleaved:
+        first, second = x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
+    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
+    both = [first * cos - second * sin, second * cos + first * sin]
+    both = [torch.stack(both, -1).flatten(-2)] if rotary.interleaved else both
+    return torch.cat([*both, x[..., 2 * pairs :]], -1)
 
 
-def plain_attention(half: SelfAttention, x: Tensor) -> Tensor:
-    q, k, v = (plain(p, norm(x, half)).unflatten(1, (-1, HEAD_DIM)) for p in half.inputs)
-
-    def rotated(y: Tensor) -> Tensor:
-        first, second = y.chunk(2, -1)
-        cos, sin = (x.repeat(1, 2)[:, None] for x in (half.rotary.cos, half.rotary.sin))
-        return y * cos + torch.cat([-second, first], -1) * sin
-
-    y = half.attention.composed(rotated(q), rotated(k), v)
-    return x + plain(half.output, y.flatten(1))
+def queries(norm: Norm | None, x: Tensor, heads: int) -> Tensor:
+    """Return q or k, normed over each head or over all."""
+    by_head = x.view(TOKENS, heads, HEAD_DIM)
+    whole = norm is not None and len(norm.weight) == x.shape[1]
+    return normed(norm, x).view_as(by_head) if whole else normed(norm, by_head)
 
 
-def feed_forward(
-    adapted: str, *, bias: bool, recompute_projections: bool, dora: str = "none"
-) -> FeedForward:
-    torch.manual_seed(0)
-    counts, gains = ADAPTED[adapted], DORA[dora]
-    return FeedForward(
-        norm=Norm(torch.randn(DIM, **DOUBLE), eps=1e-5, rounds=True),
-        inputs=tuple(projection(DIM, INNER, counts[i], bias=bias, dora=gains[i]) for i in range(2)),
-        output=projection(INNER, DIM, counts[3], bias=bias, dora=gains[3]),
-        arena=Arena(),
-        recompute_projections=recompute_projections,
-    )
+def plain_attention(half: SelfAttention, outputs: list[Tensor]) -> Tensor:
+    heads, shared = half.heads, HEADS // KEY_HEADS
+    if heads.order == "separate":
+        q, k, v = outputs
+    elif heads.order == "blocks":
+        q, k, v = outputs[0].split(SIZES, 1)
+    else:
+        groups = outputs[0].view(TOKENS, KEY_HEADS, shared + 2, HEAD_DIM)
+        q, k, v = groups[:, :, :shared], groups[:, :, shared], groups[:, :, shared + 1]
+        q, k, v = (x.flatten(1) for x in (q, k, v))
+    q = turned(heads.rotary, queries(heads.q_norm, q, HEADS))
+    q = q if heads.q_factor is None else q * heads.q_factor
+    k = turned(heads.rotary, queries(heads.k_norm, k, KEY_HEADS))
+    return half.attention.composed(q, k, v.view_as(k)).flatten(1)
 
 
-def plain_feed_forward(half: FeedForward, x: Tensor) -> Tensor:
-    gate, up = (plain(p, norm(x, half)) for p in half.inputs)
-    return x + plain(half.output, F.silu(gate) * up)
+def plain_feed_forward(half: FeedForward, outputs: list[Tensor]) -> Tensor:
+    act = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    }[half.activation]
+    if not half.is_gated:
+        return act(outputs[0])
+    first, second = outputs if len(outputs) == 2 else outputs[0].chunk(2, 1)
+    return act(first) * second if half.gate_first else act(second) * first
 
 
-HALVES = {
-    "attention": (self_attention, plain_attention),
-    "feed-forward": (feed_forward, plain_feed_forward),
-}
-CASES = list(itertools.product(HALVES, ADAPTED, DORA, [True, False], [True, False]))
+def plain(half: Half, x: Tensor, residual: Tensor | None) -> Tensor:
+    outputs = [projected(p, normed(half.norm, x)) for p in half.inputs]
+    is_attention = isinstance(half, SelfAttention)
+    inner = (plain_attention if is_attention else plain_feed_forward)(half, outputs)
+    added = normed(half.post_norm, projected(half.output, inner))
+    return (x if residual is None else residual) + half.multiplier * added
 
 
-def after(half: SelfAttention | FeedForward, x: Tensor) -> Tensor:
-    y = half(x)
-    return y if isinstance(y, Tensor) else y[0]
-
-
-def trained(half: SelfAttention | FeedForward) -> list[Tensor]:
+def trained(half: Half) -> list[Tensor]:
     return [tensor for p in (*half.inputs, half.output) for tensor in p.trained()]
 
 
-@pytest.mark.parametrize(("which", "adapted", "dora", "bias", "recompute_projections"), CASES)
-def test_equals_the_plain_operations(which, adapted, dora, bias, recompute_projections):
-    make, reference = HALVES[which]
-    half = make(adapted, bias=bias, recompute_projections=recompute_projections, dora=dora)
-    x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
-    dy = torch.randn(TOKENS, DIM, **DOUBLE)
-    inputs = [x, *trained(half)]
-    y, expected = after(half, x), reference(half, x)
+CASES = list(itertools.product(HALVES, ADAPTED, DORA, [True, False]))
+
+
+@pytest.mark.parametrize(("which", "adapted", "dora", "recompute"), CASES)
+def test_equals_the_plain_operations(which, adapted, dora, recompute):
+    half, parallel = half_of(which, adapted, dora=dora, recompute=recompute)
+    x, dy = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True), torch.randn(TOKENS, DIM)
+    residual = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True) if parallel else None
+    inputs = [x, *([] if residual is None else [residual]), *trained(half)]
+    y, expected = half(x, residual)[0], plain(half, x, residual)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(
-        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)
+        torch.autograd.grad(y, inputs, dy.double()),
+        torch.autograd.grad(expected, inputs, dy.double()),
     )
 
 
 @pytest.mark.parametrize("dora", ["none", "all"])
-@pytest.mark.parametrize("which", HALVES)
+@pytest.mark.parametrize("which", TWO)
 def test_passes_gradcheck(which, dora):
-    half = HALVES[which][0]("all", bias=True, recompute_projections=False, dora=dora)
+    half, _ = half_of(which, "all", dora=dora)
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
 
     def forward(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -149,33 +273,29 @@ def test_passes_gradcheck(which, dora):
             replace(p, A=next(new), B=next(new), gain=p.gain if p.gain is None else next(new))
             for p in (*half.inputs, half.output)
         ]
-        half_of_these = replace(half, inputs=tuple(fresh[:-1]), output=fresh[-1])
-        return after(half_of_these, x)
+        return replace(half, inputs=tuple(fresh[:-1]), output=fresh[-1])(x)[0]
 
     assert torch.autograd.gradcheck(forward, (x, *trained(half)), fast_mode=False)
 
 
 @pytest.mark.parametrize("which", HALVES)
 def test_no_gradient_below_the_lowest_adapter(which):
-    half = HALVES[which][0]("all", bias=False, recompute_projections=False)
+    half, _ = half_of(which, "all")
     x = torch.randn(TOKENS, DIM, **DOUBLE)
-    after(half, x).sum().backward()
+    half(x)[0].sum().backward()
     assert x.grad is None
     assert all(tensor.grad is not None for tensor in trained(half))
-    nothing = HALVES[which][0]("none", bias=False, recompute_projections=False)
-    assert not after(nothing, x).requires_grad
+    assert not half_of(which, "none")[0](x)[0].requires_grad
 
 
-@pytest.mark.parametrize("which", HALVES)
-@pytest.mark.parametrize("recompute_projections", [True, False])
-def test_two_passes_before_the_first_way_back(which, recompute_projections):
+@pytest.mark.parametrize("which", TWO)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_two_passes_before_the_first_way_back(which, recompute):
     """Memory is not reused while a backward pass may still need it."""
-    half = HALVES[which][0]("all", bias=False, recompute_projections=recompute_projections)
+    half, _ = half_of(which, "all", recompute=recompute)
     xs = [torch.randn(TOKENS, DIM, **DOUBLE) for _ in range(2)]
-    alone = []
-    for x in xs:
-        alone.append(torch.autograd.grad(after(half, x).square().sum(), trained(half)))
-    losses = [after(half, x).square().sum() for x in xs]
+    alone = [torch.autograd.grad(half(x)[0].square().sum(), trained(half)) for x in xs]
+    losses = [half(x)[0].square().sum() for x in xs]
     for loss, gradients in zip(losses, alone, strict=True):
         torch.testing.assert_close(torch.autograd.grad(loss, trained(half)), gradients)
 
@@ -184,23 +304,24 @@ def test_two_passes_before_the_first_way_back(which, recompute_projections):
 @pytest.mark.parametrize("which", HALVES)
 def test_what_is_kept_is_left_as_it_was(which, dora):
     """The backward pass can run twice."""
-    half = HALVES[which][0]("all", bias=True, recompute_projections=False, dora=dora)
+    half, _ = half_of(which, "all", dora=dora)
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
-    loss = after(half, x).square().sum()
+    loss = half(x)[0].square().sum()
     first = torch.autograd.grad(loss, [x, *trained(half)], retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, [x, *trained(half)]), first)
 
 
 @pytest.mark.parametrize("adapted", ["all", "output", "none"])
-def test_the_second_half_needs_no_copy_of_a_sum_that_is_known(adapted):
-    first = self_attention(adapted, bias=True, recompute_projections=False, dora="all")
-    second = feed_forward("all", bias=True, recompute_projections=False, dora="all")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
+def test_the_second_half_needs_no_copy_of_a_sum_that_is_known(name, adapted):
+    first, _ = half_of(("attention", name), adapted, dora="all")
+    second, _ = half_of(("feed", name), "all", dora="all")
     x = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True)
 
-    def both(*, summands_kept: bool) -> list[Tensor]:
-        middle, summands = first(x)
-        assert (summands is None) == (adapted == "none")
-        half = replace(second, summands=summands if summands_kept else None)
+    def both(*, sum_kept: bool) -> list[Tensor]:
+        middle, made_of = first(x)
+        assert (made_of is None) == (adapted == "none" and first.post_norm is None)
+        half = replace(second, made_of=made_of if sum_kept else None)
         kept: list[int] = []
 
         def keep(tensor: Tensor) -> Tensor:
@@ -208,9 +329,9 @@ def test_the_second_half_needs_no_copy_of_a_sum_that_is_known(adapted):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = half(middle)
-        assert (middle.data_ptr() in kept) == (half.summands is None)
+            y = half(middle)[0]
+        assert (middle.data_ptr() in kept) == (half.made_of is None)
         return [y, *torch.autograd.grad(y.square().sum(), [x, *trained(first), *trained(second)])]
 
-    for ours, expected in zip(both(summands_kept=True), both(summands_kept=False), strict=True):
+    for ours, expected in zip(both(sum_kept=True), both(sum_kept=False), strict=True):
         assert torch.equal(ours, expected)

@@ -154,7 +154,7 @@ def test_a_trained_norm_goes_the_general_way():
     assert norm.grad.norm() > 0
 
 
-@pytest.mark.parametrize("what", ["multiplier", "activation", "norm", "extra module"])
+@pytest.mark.parametrize("what", ["multiplier", "activation", "norm", "a norm more"])
 def test_a_layer_that_means_something_else_is_left_alone(what, monkeypatch):
     model = adapted()
     layer = model.model.layers[0]
@@ -169,13 +169,15 @@ def test_a_layer_that_means_something_else_is_left_alone(what, monkeypatch):
     else:
         layers = 1
     if what == "activation":
-        layer.mlp.act_fn = nn.GELU()
+        layer.mlp.act_fn = nn.Softplus()
     elif what == "norm":
         layer.input_layernorm.variance_epsilon = None
         layer.input_layernorm.eps = 1e-6
         layer.input_layernorm.forward = lambda x: 1.05 * nn.functional.rms_norm(x, x.shape[-1:])
-    elif what == "extra module":
-        layer.self_attn.q_norm = nn.Identity()
+    elif what == "a norm more":
+        layer.self_attn.v_proj = nn.Sequential(
+            layer.self_attn.v_proj, nn.RMSNorm(layer.self_attn.v_proj.out_features)
+        )
     model.eval()
     with torch.no_grad():
         expected = sum(
@@ -190,26 +192,6 @@ def test_a_layer_that_means_something_else_is_left_alone(what, monkeypatch):
     chosen, _ = choose_forward(model, ROWS)
     assert len(chosen.layers) == layers
     torch.testing.assert_close(chosen(model, pack(ROWS, range(3))).detach(), expected)
-
-
-def test_names_alone_do_not_make_a_layer():
-    """OLMo's layers have LLaMA's names, and norms without a weight."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        OlmoConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            pad_token_id=0,
-            eos_token_id=2,
-        )
-    )
-    shake(veneer.attach(model, veneer.LoRA(rank=2)))
-    chosen, notices = choose_forward(model, ROWS)
-    assert (chosen.packed, chosen.layers, notices) == (True, (), [])
-    chosen(model, pack(ROWS, range(3))).backward()
 
 
 def test_selective_with_dropped_inputs_becomes_full_with_a_notice():
@@ -254,10 +236,10 @@ def test_without_a_compiler_the_same_with_a_notice(monkeypatch):
 
 
 def test_selective_where_no_layer_is_known():
-    model = shake(veneer.attach(tiny("gpt2"), veneer.LoRA(rank=2)))
+    model = shake(veneer.attach(tiny("mamba"), veneer.LoRA(rank=2, targets="all")))
     chosen, notices = choose_forward(model, ROWS, recompute="selective")
     assert chosen.recompute == "full"
-    assert len(notices) == 1
+    assert any("computed whole again" in notice for notice in notices)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -1,28 +1,29 @@
-"""The two halves of a LLaMA-like decoder layer, each one function, forward and backward.
+"""The two halves of a decoder layer, each one function, forward and backward.
 
-    x + o(attention(rotary(q, k), v))        with q, k, v of RMSNorm(x)
-    x + down(silu(gate) · up)                with gate, up of RMSNorm(x)
+    x + post_norm(o(attention(q, k, v)))         with q, k, v of norm(x)
+    x + post_norm(down(act(gate) · up))          with gate, up of norm(x)
 
-Autograd would keep each operation's inputs. These functions keep the residual stream, the
-projections and the output of attention; norms and products of activations are cheap, and the
-backward pass computes them again. All weights are frozen but the adapters'.
+Which norms there are, what is gated, and what each half reads and is added to, differs from model
+to model; the functions are the same. Autograd would keep each operation's inputs. These keep the
+residual stream, the projections and the output of attention; norms and products of activations are
+cheap, and the backward pass computes them again. All weights are frozen but the adapters'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.kernels.activation import activate, activate_backward
+from veneer.fused.heads import Heads
+from veneer.kernels.activation import Activation, activate, activate_backward
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention
 from veneer.kernels.gain import activate_gain_backward
 from veneer.kernels.norm import Norm
-from veneer.kernels.rotary import Rotary
 from veneer.lowrank.projection import (
     Projection,
     gradient_of_h,
@@ -32,224 +33,235 @@ from veneer.lowrank.projection import (
     through_gains,
 )
 
-Summands = tuple[Tensor, Tensor]  # two tensors (tokens, dim)
+Gains = list[Tensor | None]  # the gradients of gains, None where there is no gain
 
 
 @dataclass(frozen=True)
-class SelfAttention:
-    """The first half. rotary: by the angles of the tokens' positions, over whole heads.
+class Half:
+    """residual + multiplier · post_norm(output(inner(inputs(norm(x))))).
 
-    With `recompute_projections`, the backward pass computes q, k and v again; they are not kept.
+    With `recompute_projections`, the backward pass computes the inputs' outputs again; they are not
+    kept. made_of: what x is the sum of, to the bit; then x is not kept.
     """
 
-    norm: Norm
-    inputs: tuple[Projection, Projection, Projection]  # q, k, v
+    norm: Norm | None
+    inputs: tuple[Projection, ...]
     output: Projection
-    attention: Attention
-    rotary: Rotary
+    _: KW_ONLY
     arena: Arena
+    post_norm: Norm | None = None
+    multiplier: float = 1.0
     recompute_projections: bool = False
+    made_of: Sum | None = None
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Summands | None]:
-        """Return x (tokens, dim) after this half, and its two summands where both are kept."""
-        out, y = _SelfAttention.apply(x, self, *_trained(*self.inputs, self.output))
-        return out, None if y is None else (x.detach(), y)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Sum | None]:
+        """Return the half's output (tokens, dim), and what it is the sum of where that is kept.
+
+        residual: what the half is added to, if not x.
+        """
+        projections = (*self.inputs, self.output)
+        trained = [tensor for projection in projections for tensor in projection.trained()]
+        out, y = _Half.apply(x, residual, self, *trained)
+        onto = x if residual is None else residual
+        return out, None if y is None else Sum(onto.detach(), y, self.post_norm, self.multiplier)
 
     def project(self, x: Tensor) -> list[Tensor]:
-        """Return q, k, v (tokens, heads, head_dim), q and k rotated, and the low-rank A x."""
-        *outputs, h = _project_normed(x, self)
-        q, k, v = (y.unflatten(1, (-1, 2 * self.rotary.cos.shape[1])) for y in outputs)
-        return [self.rotary.rotate_(q), self.rotary.rotate_(k), v, h]
+        """Return the low-rank A x of all inputs, and their outputs, over norm(x)."""
+        h, *outputs = _empty(x, self.inputs, self.arena)
+        normed = x if self.norm is None else self.norm.forward(x)[0]
+        project(normed, self.inputs, outputs, h)
+        return [h, *outputs]
 
-    def unrotated(self, y: Tensor, projection: Projection) -> Tensor:
-        """Return q or k (tokens, heads · head_dim) as the projection gave it. Only the gradient of
-        a gain reads it; without a gain y is returned as it is."""
-        if projection.gain is not None:
-            y = self.rotary.rotate(y, back=True)
-        return y.flatten(1)
+    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return what `output` reads, and what is kept of it."""
+        raise NotImplementedError
+
+    def backward(
+        self, dy: Tensor, outputs: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Gains, Tensor]:
+        """Return the gradients that `through_gains` returns for `inputs`, and what `output` read,
+        from the gradient of that."""
+        raise NotImplementedError
 
 
-class _SelfAttention(torch.autograd.Function):
+@dataclass(frozen=True)
+class SelfAttention(Half):
+    """The half that mixes the tokens of each sequence."""
+
+    _: KW_ONLY
+    heads: Heads
+    attention: Attention
+
+    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        y, log_sums = self.attention.forward(*self.heads.forward(outputs))
+        flat = self.arena.empty(len(y), y[0].numel(), y)  # (tokens, heads · value_dim)
+        flat.copy_(y.flatten(1))
+        return flat, [flat, *log_sums]
+
+    def backward(
+        self, dy: Tensor, outputs: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Gains, Tensor]:
+        flat, *log_sums = kept
+        q, k, v = self.heads.forward(outputs)
+        by_head = (*q.shape[:2], v.shape[-1])
+        gradients = self.attention.backward(
+            dy.view(by_head), q, k, v, flat.view(by_head), list(log_sums)
+        )
+        d_outputs = self.heads.backward(*gradients, outputs)
+        return *through_gains(d_outputs, outputs, self.inputs, in_place=True), flat
+
+
+@dataclass(frozen=True)
+class FeedForward(Half):
+    """The half that takes each token alone: act(gate) · up, or act(up) alone.
+
+    is_gated: gate and up are of two projections, or side by side in the output of one.
+    """
+
+    _: KW_ONLY
+    activation: Activation
+    is_gated: bool = True
+    gate_first: bool = True
+
+    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        return activate(self.activation, *self._gate_and_up(outputs)), []
+
+    def backward(
+        self, dy: Tensor, outputs: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Gains, Tensor]:
+        gate, up = self._gate_and_up(outputs)
+        d_outputs = [torch.empty_like(y) for y in outputs]
+        d_gate, d_up = self._gate_and_up(d_outputs)
+        if up is not None and d_up is not None and all(p.gain is not None for p in self.inputs):
+            return self._back_through_gains(dy, outputs, d_outputs)
+        inner = activate_backward(self.activation, dy, gate, up, d_gate, d_up)
+        return *through_gains(d_outputs, outputs, self.inputs, in_place=True), inner
+
+    def _back_through_gains(
+        self, dy: Tensor, outputs: Sequence[Tensor], d_outputs: list[Tensor]
+    ) -> tuple[list[Tensor], Gains, Tensor]:
+        """Return what `backward` returns, where gate and up have gains: in one pass over both."""
+        gains = self._gate_and_up([p.gain for p in self.inputs if p.gain is not None])
+        biases = self._gate_and_up([p.bias for p in self.inputs])
+        (d_gate_gain, d_up_gain), inner = activate_gain_backward(
+            self.activation,
+            dy,
+            *self._gate_and_up(outputs),
+            gains,
+            biases,
+            *self._gate_and_up(d_outputs),
+        )
+        d_gains = [d_gate_gain, d_up_gain] if self.gate_first else [d_up_gain, d_gate_gain]
+        d_gains = d_gains if len(outputs) == 2 else [torch.cat(d_gains)]
+        return d_outputs, [*d_gains], inner
+
+    def _gate_and_up(self, tensors: Sequence[Any]) -> tuple[Any, Any]:
+        """Return what belongs to gate and to up, None for what is not there: of one tensor for
+        each, or of one for both, side by side in its last dimension."""
+        if not self.is_gated:
+            return tensors[0], None
+        if len(tensors) == 2:
+            first, second = tensors
+        elif tensors[0] is None:
+            return None, None
+        else:
+            first, second = tensors[0].chunk(2, -1)
+        return (first, second) if self.gate_first else (second, first)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A half's output as what it is the sum of: two tensors (tokens, dim) that are kept anyway."""
+
+    residual: Tensor
+    y: Tensor
+    post_norm: Norm | None
+    multiplier: float
+
+    def make(self, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return residual + multiplier · post_norm(y), each time equal to the bit, and the norm's
+        statistics."""
+        added, statistics = self.y, None
+        if self.post_norm is not None:
+            added, statistics = self.post_norm.forward(self.y)
+        return torch.add(self.residual, added, alpha=self.multiplier, out=out), statistics
+
+
+class _Half(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, half: SelfAttention, *trained: Tensor
+        ctx: Any, x: Tensor, residual: Tensor | None, half: Half, *trained: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        out, y_out, h_out = _empty_onto(x, half.output, half.arena)
-        q, k, v, h = half.project(x)
-        y, log_sums = half.attention.forward(q, k, v)
-        flat = half.arena.empty(len(x), y[0].numel(), x)  # (tokens, heads · head_dim)
-        flat.copy_(y.flatten(1))
-        _project_onto(x, flat, half.output, out, y_out, h_out)
-        ctx.half = half
-        projections = () if half.recompute_projections else (q, k, v, h)
-        ctx.save_for_backward(x, flat, y_out, h_out, *projections, *log_sums)
-        if y_out is not None:
-            ctx.mark_non_differentiable(y_out)
-        return out, y_out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        half: SelfAttention = ctx.half
-        needs_x = ctx.needs_input_grad[0]
-        dy = grads[0]  # (tokens, dim)
-        x, flat, y_out, h_out, *saved = ctx.saved_tensors
-        if half.recompute_projections:
-            (q, k, v, h), log_sums = half.project(x), saved
+        onto, output = x if residual is None else residual, half.output
+        h_out, out = _empty(x, [output], half.arena)
+        h, *outputs = half.project(x)
+        inner, kept = half.forward(outputs)
+        y = statistics = None
+        if output.gain is not None or half.post_norm is not None:
+            y = half.arena.empty(len(x), output.out_features, x)
+            project(inner, [output], [y], h_out)
+            _, statistics = Sum(onto, y, half.post_norm, half.multiplier).make(out)
+            ctx.mark_non_differentiable(y)
         else:
-            (q, k, v, h), log_sums = saved[:4], saved[4:]
-        out = [half.output]
-        dz, d_gains = through_gains([dy], [y_out], out, in_place=False)
-        dh_out = gradient_of_h(dz, out)
-        d_out = gradients_of_trained(dz, d_gains, dh_out, flat, h_out, out)
-        if not needs_x and not any(p.rank for p in half.inputs):
-            return None, None, *d_out
-        d_flat = gradient_of_x(dz, dh_out, out)
-        dq, dk, dv = half.attention.backward(
-            d_flat.view(q.shape), q, k, v, flat.view(q.shape), log_sums
-        )
-        dq = half.rotary.rotate_(dq.contiguous(), back=True)
-        dk = half.rotary.rotate_(dk.contiguous(), back=True)
-        d_inputs = [d.flatten(1) for d in (dq, dk, dv)]
-        outputs = [half.unrotated(y, p) for y, p in zip((q, k), half.inputs, strict=False)]
-        outputs.append(v.flatten(1))
-        dz, d_gains = through_gains(d_inputs, outputs, half.inputs, in_place=True)
-        dx, d_trained = _back_to_x(dy, dz, d_gains, x, h, half, needs_x=needs_x)
-        return dx, None, *d_trained, *d_out
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """The second half.
-
-    With `recompute_projections`, the backward pass computes gate and up again; they are not kept.
-    summands: two tensors that are kept anyway and whose sum is x, to the bit; then x is not kept.
-    """
-
-    norm: Norm
-    inputs: tuple[Projection, Projection]  # gate, up
-    output: Projection
-    arena: Arena
-    recompute_projections: bool = False
-    summands: Summands | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return x (tokens, dim) after this half."""
-        return _FeedForward.apply(x, self, *_trained(*self.inputs, self.output))
-
-    def project(self, x: Tensor) -> list[Tensor]:
-        """Return gate and up (tokens, inner), and the low-rank A x of both."""
-        return _project_normed(x, self)
-
-    def through_inner(
-        self, dy: Tensor, gate: Tensor, up: Tensor
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Tensor]:
-        """Return what `through_gains` returns for gate and up, and silu(gate) · up, from the
-        gradient of that product; all (tokens, inner)."""
-        first, second = self.inputs
-        d_inputs = (torch.empty_like(gate), torch.empty_like(up))
-        if first.gain is not None and second.gain is not None:
-            gains, biases = (first.gain, second.gain), (first.bias, second.bias)
-            d_gains, inner = activate_gain_backward("silu", dy, gate, up, gains, biases, *d_inputs)
-            return d_inputs, d_gains, inner
-        inner = activate_backward("silu", dy, gate, up, *d_inputs)
-        return *through_gains(d_inputs, [gate, up], self.inputs, in_place=True), inner
-
-
-class _FeedForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, half: FeedForward, *trained: Tensor) -> Tensor:
-        out, y_out, h_out = _empty_onto(x, half.output, half.arena)
-        gate, up, h = half.project(x)
-        _project_onto(x, activate("silu", gate, up), half.output, out, y_out, h_out)
-        projections = () if half.recompute_projections else (gate, up, h)
-        ctx.save_for_backward(*(half.summands or (x, None)), y_out, h_out, *projections)
-        ctx.half = replace(half, summands=None)  # or it would be held beyond the backward pass
-        return out
+            # The residual is added last: it is much the largest, and a sum with it is rounded at
+            # its size.
+            project(inner, [output], [out], h_out)
+            torch.add(onto, out, alpha=half.multiplier, out=out)
+        sum_ = half.made_of
+        x_or_summands = (x, None) if sum_ is None else (sum_.residual, sum_.y)
+        projections = [] if half.recompute_projections else [h, *outputs]
+        ctx.projections = len(projections)
+        ctx.save_for_backward(*x_or_summands, y, h_out, statistics, *projections, *kept)
+        if sum_ is not None:  # its tensors would be held beyond the backward pass
+            sum_ = replace(sum_, residual=None, y=None)  # type: ignore[arg-type]
+        ctx.half, ctx.is_serial = replace(half, made_of=sum_), residual is None
+        return out, y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        half: FeedForward = ctx.half
-        needs_x = ctx.needs_input_grad[0]
-        dy = grads[0]  # (tokens, dim)
-        x, added, y_out, h_out, *projections = ctx.saved_tensors
-        x = x if added is None else _sum((x, added))
-        gate, up, h = half.project(x) if half.recompute_projections else projections
-        out = [half.output]
-        dz, d_gain = through_gains([dy], [y_out], out, in_place=False)
-        dh_out = gradient_of_h(dz, out)
-        d_inner = gradient_of_x(dz, dh_out, out)
-        d_inputs, d_gains, inner = half.through_inner(d_inner, gate, up)
-        d_out = gradients_of_trained(dz, d_gain, dh_out, inner, h_out, out)
-        dx, d_trained = _back_to_x(dy, d_inputs, d_gains, x, h, half, needs_x=needs_x)
-        return dx, None, *d_trained, *d_out
-
-
-def _trained(*projections: Projection) -> list[Tensor]:
-    return [tensor for projection in projections for tensor in projection.trained()]
-
-
-def _project_normed(x: Tensor, half: SelfAttention | FeedForward) -> list[Tensor]:
-    """Return the outputs of `half.inputs` over RMSNorm(x), and the low-rank A x of all."""
-    outputs_and_h = _empty(x, half.inputs, half.arena)
-    *outputs, h = outputs_and_h
-    normed, _ = half.norm.forward(x)
-    project(normed, half.inputs, outputs, h)
-    return outputs_and_h
+        half: Half = ctx.half
+        x, summand, y, h_out, statistics, *rest = ctx.saved_tensors
+        projections, kept = rest[: ctx.projections], rest[ctx.projections :]
+        if half.made_of is not None:
+            x, _ = replace(half.made_of, residual=x, y=summand).make()
+        h, *outputs = projections or half.project(x)
+        d_out = grads[0]  # (tokens, dim)
+        dy = d_out if half.multiplier == 1 else d_out * half.multiplier
+        if half.post_norm is not None:
+            dy = half.post_norm.backward(dy, y, statistics, None)
+        output = [half.output]
+        dz, d_gain = through_gains([dy], [y], output, in_place=False)
+        dh = gradient_of_h(dz, output)
+        d_inner = gradient_of_x(dz, dh, output)
+        d_outputs, d_gains, inner = half.backward(d_inner, outputs, kept)
+        d_output_trained = gradients_of_trained(dz, d_gain, dh, inner, h_out, output)
+        dx, d_trained = _back_to_x(d_outputs, d_gains, x, h, half, ctx, d_out)
+        d_residual = None if ctx.is_serial else d_out
+        return dx, d_residual, None, *d_trained, *d_output_trained
 
 
 def _back_to_x(
-    dy: Tensor,
-    dz: Sequence[Tensor],
-    d_gains: Sequence[Tensor | None],
-    x: Tensor,
-    h: Tensor,
-    half: SelfAttention | FeedForward,
-    *,
-    needs_x: bool,
+    dz: list[Tensor], d_gains: Gains, x: Tensor, h: Tensor, half: Half, ctx: Any, d_out: Tensor
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradient of x, where needed, and those of what trains in `half.inputs`.
 
-    dy: the gradient of the half's output, to which x is added unchanged (the residual). dz and
-    d_gains: what `through_gains` returned for `half.inputs`.
+    dz and d_gains: what `through_gains` returned for `half.inputs`. d_out: the gradient of the
+    half's output, to which x is added unchanged in a serial layer.
     """
-    normed, statistics = half.norm.forward(x)
+    normed, statistics = (x, None) if half.norm is None else half.norm.forward(x)
     dh = gradient_of_h(dz, half.inputs)
     d_trained = gradients_of_trained(dz, d_gains, dh, normed, h, half.inputs)
-    if not needs_x:
+    if not ctx.needs_input_grad[0]:
         return None, d_trained
     d_normed = gradient_of_x(dz, dh, half.inputs)
-    return half.norm.backward(d_normed, x, statistics, dy), d_trained
-
-
-def _project_onto(
-    residual: Tensor, x: Tensor, p: Projection, out: Tensor, y: Tensor | None, h: Tensor
-) -> None:
-    """Write residual + the projection of x to `out`, the projection alone to `y`, unless that is
-    None, and A x to `h`.
-
-    The residual is added last: it is much the largest, and a sum with it is rounded at its size.
-    """
-    if y is None:
-        project(x, [p], [out], h)
-        out += residual
-    else:
-        project(x, [p], [y], h)
-        _sum((residual, y), out=out)
-
-
-def _sum(summands: Summands, out: Tensor | None = None) -> Tensor:
-    """Return the sum of a residual and what is added to it, in one order: equal to the bit."""
-    return torch.add(*summands, out=out)
-
-
-def _empty_onto(x: Tensor, p: Projection, arena: Arena) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return empty tensors for what `_project_onto` writes."""
-    out, h = _empty(x, [p], arena)
-    y = None if p.gain is None else arena.empty(len(x), p.out_features, x)
-    return out, y, h
+    residual = d_out if ctx.is_serial else None
+    if half.norm is not None:
+        assert statistics is not None
+        return half.norm.backward(d_normed, x, statistics, residual), d_trained
+    return d_normed if residual is None else d_normed + residual, d_trained
 
 
 def _empty(x: Tensor, group: Sequence[Projection], arena: Arena) -> list[Tensor]:
-    """Return empty tensors for the outputs of `group` and for its A x."""
-    columns = (*(p.out_features for p in group), sum(p.rank for p in group))
+    """Return empty tensors for the A x of `group` and for its outputs."""
+    columns = (sum(p.rank for p in group), *(p.out_features for p in group))
     return [arena.empty(len(x), n, x) for n in columns]

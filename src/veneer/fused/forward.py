@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from veneer.adapter.virtual_forward import virtual_input_count
+from veneer.adapter.virtual_forward import virtual_input_count, virtual_tokens_of
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, pack
 from veneer.fused.head import Head, described, own_logits_and_head
-from veneer.fused.layers import TOLERANCE, FusedLayer, fused_layers
+from veneer.fused.layers import FusedLayer
 from veneer.fused.patches import (
     FusedForward,
     Installation,
@@ -26,7 +26,9 @@ from veneer.fused.patches import (
     RecomputedForward,
     patched,
 )
+from veneer.fused.recognise import TOLERANCE, recognise
 from veneer.fused.recompute import Recompute
+from veneer.fused.watch import attention_is_asked_for
 from veneer.kernels import native
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
@@ -56,6 +58,7 @@ class Forward:
     packed: bool
     head: Head | None
     layers: tuple[FusedLayer, ...] = ()
+    unfused: Mapping[str, str] = field(default_factory=dict)
     recompute: Recompute = "none"
     alone: bool = False
     arena: Arena = field(default_factory=Arena, compare=False)
@@ -75,13 +78,15 @@ class Forward:
         labels = torch.from_numpy(batch.labels).to(device)
         positions = torch.from_numpy(batch.positions).to(device)
         lengths = batch.lengths.tolist()
-        with self.installed(model) as installation, installation.running():
-            if self.packed:
+        packing = Packing(lengths, device) if self.packed else None
+        with self.installed(model) as installation, installation.running(packing):
+            if packing is not None:
                 inputs: dict[str, Any] = {
                     "input_ids": tokens[None],
                     "position_ids": positions[None],
-                    "packing": Packing(lengths, device),
                 }
+                if installation.attention:
+                    inputs["packing"] = packing
                 return self._loss(model, inputs, labels, None)
             if self.alone:
                 pairs = zip(tokens.split(lengths), labels.split(lengths), strict=True)
@@ -105,7 +110,8 @@ class Forward:
         if model in self._installations:
             yield self._installations[model]
             return
-        installation = Installation(model, NAME if self.packed else None)
+        asks = attention_is_asked_for(model)
+        installation = Installation(model, NAME if self.packed and asks else None)
         forwards: dict[nn.Module, LayerForward] = {}
         if self.packed:
             for fused in self.layers:
@@ -145,7 +151,6 @@ def choose_forward(
 
     The proof compares a few short rows with the same rows computed by the model alone, one by one.
     """
-    layers: tuple[FusedLayer, ...] = ()
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
     rows = [
         Example(tokens, tokens, "probe", 0)
@@ -164,11 +169,25 @@ def choose_forward(
         alone += hidden_states
         hidden_states.clear()
         expected = sum(map(float, losses))
-        why_not_packed = _why_not(Forward(True, head), model, rows, expected)
-        if not why_not_packed and hidden_states:
-            why_not_packed = _why_apart(torch.cat(alone, 1)[0], hidden_states[-1][0])
-        if not why_not_packed:
-            layers = _fused_layers(model, rows[-1])
+        last = torch.tensor([rows[-1].tokens], device=model.device)
+        recognised = recognise(model, last)
+        layers = tuple(it for it in recognised.values() if isinstance(it, FusedLayer))
+        unfused = {path: it for path, it in recognised.items() if isinstance(it, str)}
+
+        def why_not(layers: tuple[FusedLayer, ...]) -> str | None:
+            hidden_states.clear()
+            why = _why_not_packed(model, layers) or _why_not(
+                Forward(True, head, layers), model, rows, expected
+            )
+            if why or not hidden_states:
+                return why
+            return _why_apart(torch.cat(alone, 1)[0], hidden_states[-1][0])
+
+        why_not_packed = why_not(layers)
+        if why_not_packed and layers:
+            unfused |= {path: why_not_packed for path in recognised if path not in unfused}
+            layers = ()
+            why_not_packed = why_not(layers)
         why_not_padded = why_not_packed and _why_not(Forward(False, head), model, rows, expected)
     notices = []
     if why_not_padded:
@@ -196,15 +215,24 @@ def choose_forward(
     if recompute == "full" and blocks is None:
         recompute = "none"
         notices.append("The layers of this model are not known; nothing is computed again.")
-    chosen = Forward(not why_not_packed, head, layers, recompute, alone=bool(why_not_padded))
+    chosen = Forward(
+        not why_not_packed, head, layers, unfused, recompute, alone=bool(why_not_padded)
+    )
     return chosen, notices
 
 
-def _fused_layers(model: PreTrainedModel, row: Example) -> tuple[FusedLayer, ...]:
-    try:
-        return fused_layers(model, torch.tensor([row.tokens], device=model.device))
-    except Exception:  # whatever a foreign architecture raises, its own layers are as good
-        return ()
+def _why_not_packed(model: PreTrainedModel, layers: Sequence[FusedLayer]) -> str | None:
+    """Return why rows cannot be packed, where attention is not ours in layers of the model's own
+    code; or None."""
+    if attention_is_asked_for(model):
+        return None
+    if virtual_tokens_of(model) is not None:
+        return "virtual tokens do not reach its attention"
+    if len(layers) < len(decoder_layers(model) or [None]) or any(
+        layer.structure.drops for layer in layers
+    ):
+        return "its code attends in a way of its own"
+    return None
 
 
 def _cycle(examples: Sequence[Example]) -> Iterator[Example]:

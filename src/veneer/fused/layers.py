@@ -1,217 +1,155 @@
-"""Decoder layers that can be computed as the two functions of `fused/block.py`.
-
-A layer is recognized by the names of its submodules (those of LLaMA, Mistral, Qwen2 and their like)
-and then proven by numbers: its own forward, with whatever scaling, window or multiplier it has,
-must give what the two functions give.
-"""
+"""A decoder layer as the two functions of `fused/block.py`, over its submodules as they are now."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from veneer.adapter.linear import LoRALinear
 from veneer.fused.block import FeedForward, SelfAttention
+from veneer.fused.heads import Heads
+from veneer.fused.norms import with_weights
+from veneer.fused.structure import LayerStructure, Turn, Variant
 from veneer.kernels.arena import Arena
-from veneer.kernels.attention import NAME, Attention, Packing, packed_attention
+from veneer.kernels.attention import Attention, Packing
 from veneer.kernels.norm import Norm
 from veneer.kernels.rotary import Rotary
 from veneer.lowrank.projection import Projection
 from veneer.quant.weight import QuantizedLinear
 
-SUBMODULES = {  # by path, the names of the submodules there
-    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
-    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
-}
-# How far a shortcut may be from the model's own way, relatively: rounding, not meaning.
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-Angles = tuple[Tensor, Tensor]  # cos and sin, (1, tokens, head_dim)
-Options = dict[str, Any]  # keyword arguments of a layer, or of its attention
+Angles = tuple[Tensor, Tensor]  # cos and sin, (1, tokens, turning dims)
 
 
 @dataclass(frozen=True)
 class FusedLayer:
     """A decoder layer of this model that may be computed as two functions.
 
-    scale: what attention's scores are multiplied with; window: the keys that a query sees, or None
-    for all of them.
+    norms: by path, without their weights. query_scaling: beta and the original context, by which
+    Ministral scales queries.
     """
 
     layer: nn.Module
-    scale: float
-    window: int | None
+    structure: LayerStructure
+    variant: Variant
+    norms: Mapping[str, Norm]
+    query_scaling: tuple[float, int] | None = None
 
     def forward(
         self,
         hidden_states: Tensor,  # (1, tokens, dim)
         *,
-        position_embeddings: Angles,
+        position_embeddings: Angles | None,
+        position_ids: Tensor | None,  # (1, tokens)
         packing: Packing,
         arena: Arena,
         recompute_projections: bool = False,
     ) -> Tensor | None:
         """Return the layer's output, or None where its own forward is needed: for dropout, trained
         norms or biases, a prefix, or mixed dtypes."""
-        dtype = hidden_states.dtype
-        projections = self._projections()
-        autocast = torch.is_autocast_enabled(hidden_states.device.type)
-        if projections is None or packing.prefix is not None or autocast:
+        x = hidden_states[0]
+        linears, norms = self._linears(), self._norms()
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if linears is None or norms is None or packing.prefix is not None or autocast:
             return None
-        norms = self.norms()
-        if {x.weight.dtype for x in projections} | {w.dtype for w in _weights(norms)} != {dtype}:
+        weights = [*(p.weight for p in linears.values()), *(norm.weight for norm in norms.values())]
+        if {weight.dtype for weight in weights if weight is not None} != {x.dtype}:
             return None
-        q, k, v, o, gate, up, down = projections
-        # LLaMA holds each angle twice, once for each half of a head.
-        cos, sin = (x[0].chunk(2, -1)[0].to(dtype).contiguous() for x in position_embeddings)
+        attention, feed_forward = self.structure.attention, self.structure.feed_forward
+        shared: dict[str, Any] = {
+            "arena": arena,
+            "multiplier": self.variant.multiplier,
+            "recompute_projections": recompute_projections,
+        }
         first = SelfAttention(
-            norm=norms[0],
-            inputs=(q, k, v),
-            output=o,
-            attention=Attention(packing, self.scale, self.window),
-            rotary=Rotary(cos, sin),
-            arena=arena,
-            recompute_projections=recompute_projections,
+            norm=norms.get(attention.norm),
+            inputs=tuple(linears[path] for path in attention.inputs),
+            output=linears[attention.output],
+            post_norm=norms.get(attention.post_norm),
+            heads=Heads(
+                heads=attention.heads,
+                key_heads=attention.key_heads,
+                head_dim=attention.head_dim,
+                value_dim=attention.value_dim,
+                order=self.variant.order,
+                q_norm=norms.get(attention.q_norm),
+                k_norm=norms.get(attention.k_norm),
+                rotary=rotary_of(self.variant.turn, position_embeddings, x.dtype),
+                q_factor=self._query_factor(position_ids, x.dtype),
+            ),
+            attention=Attention(
+                packing,
+                attention.scale,
+                attention.window,
+                attention.softcap,
+                None if attention.sinks is None else self.layer.get_parameter(attention.sinks),
+            ),
+            **shared,
         )
-        x, summands = first(hidden_states[0])
+        y, made_of = first(x)
         second = FeedForward(
-            norm=norms[1],
-            inputs=(gate, up),
-            output=down,
-            arena=arena,
-            recompute_projections=recompute_projections,
-            summands=summands,
+            norm=norms.get(feed_forward.norm),
+            inputs=tuple(linears[path] for path in feed_forward.inputs),
+            output=linears[feed_forward.output],
+            post_norm=norms.get(feed_forward.post_norm),
+            activation=self.variant.activation,
+            is_gated=feed_forward.is_gated,
+            gate_first=self.variant.gate_first,
+            made_of=None if self.structure.parallel else made_of,
+            **shared,
         )
-        return second(x).unsqueeze(0)
-
-    def linears(self) -> list[nn.Module]:
-        """Return q, k, v, o, gate, up and down as they are now."""
-        layer: Any = self.layer
-        attend, mlp = layer.self_attn, layer.mlp
-        return [
-            *(attend.q_proj, attend.k_proj, attend.v_proj, attend.o_proj),
-            *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
-        ]
-
-    def norms(self) -> tuple[Norm, Norm]:
-        """Return the norms before attention and before the feed-forward part."""
-        layer: Any = self.layer
-        return norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
+        y, _ = second(x, y) if self.structure.parallel else second(y)
+        return y.unsqueeze(0)
 
     def applies(self) -> bool:
         """Return whether the layer, with its adapters as they act now, can be computed so."""
-        return self._projections() is not None
+        return self._linears() is not None and self._norms() is not None
 
-    def _projections(self) -> list[Projection] | None:
-        if any(weight.requires_grad for weight in _weights(self.norms())):
+    def linears(self) -> list[nn.Module]:
+        """Return the layer's linear layers as they are now, in the order of their use."""
+        return [self.module(path) for path in self.structure.linears]
+
+    def module(self, path: str) -> Any:
+        """Return a submodule of the layer as it is now."""
+        return self.layer.get_submodule(path)
+
+    def _linears(self) -> dict[str, Projection] | None:
+        if self.structure.drops and self.layer.training:
             return None
-        linears = self.linears()
-        projections = [p for layer in linears if (p := _projection(layer)) is not None]
-        return projections if len(projections) == len(linears) else None
+        linears = {path: _projection(self.module(path)) for path in self.structure.linears}
+        return linears if None not in linears.values() else None  # type: ignore[return-value]
+
+    def _norms(self) -> dict[str | None, Norm] | None:
+        """Return the layer's norms, and None where one of them trains."""
+        modules = {path: self.module(path) for path in self.norms}
+        if any(p.requires_grad for module in modules.values() for p in module.parameters()):
+            return None
+        return {path: with_weights(self.norms[path], module) for path, module in modules.items()}
+
+    def _query_factor(self, position_ids: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return what each query is scaled with, (tokens, 1, 1), or None for 1."""
+        if not self.variant.scales_queries or self.query_scaling is None or position_ids is None:
+            return None
+        beta, context = self.query_scaling
+        factor = 1 + beta * torch.log(1 + torch.floor(position_ids[0] / context))
+        return factor.to(dtype)[:, None, None]
 
 
-def fused_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, ...]:
-    """Return the layers of `model` that the two functions provably compute.
-
-    tokens (1, tokens): a short text for the proof. The model is in evaluation mode, and computes
-    packed rows.
-    """
-    likely = [layer for layer in model.modules() if looks_fusable(layer)]
-    if not likely:
-        return ()
-    packing, arena = Packing([tokens.shape[1]], model.device), Arena()
-    decoder: Any = model.get_decoder()
-    proven: list[FusedLayer] = []
-
-    # In the pass itself, while the layer's weights are read: a base may be larger than the memory.
-    def prove(
-        layer: Any, inputs: Tensor, options: Options, expected: Tensor, attention_options: Options
-    ) -> None:
-        scale, angles = attention_options.get("scaling"), options["position_embeddings"]
-        if scale is None or angles[0].shape[-1] != layer.self_attn.head_dim:
-            return
-        candidate = FusedLayer(layer, scale, attention_options.get("sliding_window") or None)
-        # The packing that reached the layer: virtual tokens may have joined it.
-        own = options["packing"]
-        y = candidate.forward(inputs, position_embeddings=angles, packing=own, arena=arena)
-        if y is not None and _is_near(y, expected, inputs):
-            proven.append(candidate)
-
-    with torch.no_grad(), _watched(model, likely, prove):
-        places = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        decoder(input_ids=tokens, position_ids=places, packing=packing, use_cache=False)
-    return tuple(proven)
-
-
-@contextmanager
-def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let `model` attend by the implementation that transformers knows as `name`."""
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-@contextmanager
-def _watched(
-    model: PreTrainedModel, layers: Sequence[nn.Module], watch: Callable[..., None]
-) -> Iterator[None]:
-    """Call `watch` after each layer of a pass, with the layer, its input, its options, its output
-    and the options of its attention."""
-    attention_options: dict[nn.Module, Options] = {}
-
-    def note_call(layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        passed = "position_embeddings" in kwargs and "packing" in kwargs
-        if args and passed and isinstance(output, Tensor):
-            watch(layer, args[0], kwargs, output, attention_options.get(layer.self_attn, {}))
-
-    def note_options(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, None]:
-        attention_options[module] = options
-        return packed_attention(module, *args, **options)
-
-    ALL_ATTENTION_FUNCTIONS.register(f"{NAME}_watched", note_options)
-    hooks = [layer.register_forward_hook(note_call, with_kwargs=True) for layer in layers]
-    try:
-        with attention(model, f"{NAME}_watched"):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        attention_options.clear()  # the registry keeps `note_options`, but not the model
-
-
-def looks_fusable(layer: nn.Module) -> bool:
-    """Return whether a decoder layer has the structure that the two functions compute."""
-    for path, names in SUBMODULES.items():
-        module = getattr(layer, path, None) if path else layer
-        if module is None or {name for name, _ in module.named_children()} != names:
-            return False
-    norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
-    if not all(isinstance(getattr(n, "weight", None), Tensor) and _eps(n) for n in norms):
-        return False
-    attend: Any = layer.self_attn
-    return hasattr(attend, "head_dim") and not getattr(attend, "attention_dropout", 0.0)
-
-
-def _is_near(y: Tensor, expected: Tensor, inputs: Tensor) -> bool:
-    """Return whether the layer's change of every token is near the expected one, but for the
-    rounding of the sum. Token by token: one large row must not hide the others."""
-    dtype = expected.dtype
-    y, expected, inputs = y.double(), expected.double(), inputs.double()
-    allowed = TOLERANCE[dtype] * (expected - inputs).norm(dim=-1)
-    allowed += torch.finfo(dtype).eps * expected.norm(dim=-1)
-    return bool(((y - expected).norm(dim=-1) <= allowed).all())
+def rotary_of(turn: Turn, angles: Angles | None, dtype: torch.dtype) -> Rotary | None:
+    """Return the rotation by cos and sin as a model's own code has them."""
+    if turn == "none" or angles is None:
+        return None
+    cos, sin = (x[0].to(dtype) for x in angles)  # (tokens, 2 · pairs)
+    if turn == "pairs, angles twice":
+        cos, sin = cos[:, ::2], sin[:, ::2]
+    else:
+        pairs = cos.shape[1] // 2
+        cos, sin = cos[:, :pairs], sin[:, :pairs]
+    return Rotary(cos.contiguous(), sin.contiguous(), interleaved=turn != "halves")
 
 
 def _projection(layer: nn.Module) -> Projection | None:
@@ -221,20 +159,8 @@ def _projection(layer: nn.Module) -> Projection | None:
         return None
     if isinstance(layer, QuantizedLinear):
         return Projection.plain(layer.quantized_weight, layer.bias)
-    if type(layer) is nn.Linear:
+    if isinstance(layer, Conv1D):
+        return Projection.plain(layer.weight.T, layer.bias)
+    if isinstance(layer, nn.Linear):
         return Projection.plain(layer.weight, layer.bias)
     return None
-
-
-def _weights(norms: Sequence[Norm]) -> list[Tensor]:
-    return [norm.weight for norm in norms if norm.weight is not None]
-
-
-def norm_of(layer: Any) -> Norm:
-    """Return an RMSNorm's weight and eps."""
-    return Norm(layer.weight, eps=_eps(layer), rounds=True)
-
-
-def _eps(layer: Any) -> float:
-    """Return an RMSNorm's eps, by either name; 0 where it has none."""
-    return float(getattr(layer, "variance_epsilon", None) or getattr(layer, "eps", None) or 0.0)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from veneer.fused.layers import FusedLayer, attention
+from veneer.fused.layers import FusedLayer
+from veneer.fused.watch import angles_of, attention
 from veneer.kernels.arena import Arena
+from veneer.kernels.attention import Packing
 
 LayerForward = Callable[..., Any]
 
@@ -24,22 +26,25 @@ class Installation:
     """The patches of one model: they act while a pass of ours is running, and only then.
 
     So a call of the model between two steps (to generate, say) takes its own forward.
-    attention: the name of the attention to use in a pass, or None for the model's own.
+    attention: the name of the attention to use in a pass, or None for the model's own. packing: of
+    the pass that is running, where rows are packed.
     """
 
     model: PreTrainedModel
     attention: str | None
     is_running: bool = False
+    packing: Packing | None = None
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Let the patches act while the context lasts."""
-        before, self.is_running = self.is_running, True
+    def running(self, packing: Packing | None = None) -> Iterator[None]:
+        """Let the patches act while the context lasts; without a packing, over the one before."""
+        before = self.is_running, self.packing
+        self.is_running, self.packing = True, packing or self.packing
         try:
             with attention(self.model, self.attention) if self.attention else nullcontext():
                 yield
         finally:
-            self.is_running = before
+            self.is_running, self.packing = before
 
 
 class Patch:
@@ -65,16 +70,26 @@ class FusedForward(Patch):
         recompute_projections: bool,
     ) -> None:
         super().__init__(installation, fused.layer.forward)
+        self.returns_tuple = fused.structure.returns_tuple
         self.fused = partial(
             fused.forward, arena=arena, recompute_projections=recompute_projections
         )
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
-        if self.installation.is_running and options.get("packing") is not None:
-            angles, packing = options["position_embeddings"], options["packing"]
-            y = self.fused(hidden_states, position_embeddings=angles, packing=packing)
+    def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        installation = self.installation
+        # The model's own passes it on, and virtual tokens may have joined it.
+        packing = options.get("packing") or installation.packing
+        if installation.is_running and packing is not None:
+            y = self.fused(
+                hidden_states,
+                position_embeddings=angles_of(args, options),
+                position_ids=options.get("position_ids"),
+                packing=packing,
+            )
             if y is not None:
-                return y
+                return (y, None) if self.returns_tuple else y
+            if installation.attention is None:
+                raise NotImplementedError("the model's own attention takes no packed rows")
         return self.original(hidden_states, *args, **options)
 
 
@@ -89,7 +104,7 @@ class RecomputedForward(Patch):
         )
 
     def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), self.installation.running()
+        return nullcontext(), self.installation.running(self.installation.packing)
 
 
 @contextmanager

@@ -106,15 +106,25 @@ def _by_two_functions(
     """x of both halves, attention's output, q, k, v, gate and up, A x, and attention's sums.
 
     `selective` makes q, k, v, gate, up and their A x again (save_for_backward in fused/block.py).
+    What the halves' last layers gave is kept for a norm over it or for their magnitudes; then the
+    second half's x need not be.
     """
     tokens, width = tokens_of(config), config.width
     selective = recompute_of(config, sizes, trained) == "selective"
-    widths = [(2 * sizes.dim, "input of both halves"), (block.q, "what attention gave")]
-    if not selective:
-        widths += [(block.q + 2 * block.kv, "q, k, v"), (2 * block.inner, "gate and up")]
+    structure = sizes.structures[0]
     lines = _lines(block, trained)
-    if config.method == "dora" and any(line.layer.name == "down_proj" for line in lines):
-        widths.append((sizes.dim, "what down_proj gave, for its magnitude"))
+    gained = {line.layer.inner_path for line in lines} if config.method == "dora" else set()
+    halves = (structure.attention, structure.feed_forward)
+    kept_outputs = [half.post_norm is not None or half.output in gained for half in halves]
+    inputs = 1 if structure.parallel or kept_outputs[0] else 2
+    widths = [
+        (inputs * sizes.dim, "input of both halves"),
+        (sum(kept_outputs) * sizes.dim, "what the halves' last layers gave"),
+        (block.q, "what attention gave"),
+    ]
+    if not selective:
+        widths.append((block.q + 2 * block.kv, "q, k, v"))
+        widths.append(((1 + block.is_gated) * block.inner, "gate and up"))
     again = PROJECTIONS if selective else ()
     return [
         *(

@@ -12,7 +12,8 @@ from torch import nn
 from veneer.adapter.method import Method, MethodName
 from veneer.adapter.virtual import virtual_shape
 from veneer.errors import ConfigError
-from veneer.fused.layers import looks_fusable
+from veneer.fused.recognise import structures
+from veneer.fused.structure import LayerStructure
 from veneer.models.description import Layer, ModelDescription
 
 # Layers that lead out of attention: their input is its output, not the residual stream.
@@ -246,12 +247,15 @@ class Sizes:
         return getattr(self.config, "max_position_embeddings", None)
 
     @cached_property
+    def structures(self) -> tuple[LayerStructure, ...]:
+        """The structure of each block that is likely computed as two functions (fused/)."""
+        return tuple(it for it in structures(self.description.model) if not isinstance(it, str))
+
+    @property
     def is_fused(self) -> bool:
-        """Whether its blocks are computed as two functions (fused/layers.py), by structure."""
-        blocks = self.description.model.get_submodule(self.description.blocks or "")
-        likely = isinstance(blocks, nn.ModuleList) and all(map(looks_fusable, blocks))
-        plain = getattr(self.config, "residual_multiplier", 1) == 1
-        return likely and plain and self.activation == "silu"
+        """Whether its blocks are computed as two functions, by structure."""
+        blocks = self.structures
+        return len(blocks) == len(self.blocks) > 0 and not any(it.drops for it in blocks)
 
     @cached_property
     def norms_in_python(self) -> bool:

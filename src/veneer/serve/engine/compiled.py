@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,9 +21,13 @@ from transformers import PreTrainedModel
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.layers import AdaptedLayer
 from veneer.fused.head import own_logits_and_head
-from veneer.fused.layers import FusedLayer, fused_layers, norm_of
+from veneer.fused.layers import FusedLayer
+from veneer.fused.norms import norm_of
+from veneer.fused.recognise import recognise
+from veneer.fused.structure import Variant
 from veneer.kernels import decode
 from veneer.kernels.cross_entropy import PLAIN
+from veneer.kernels.norm import Norm
 from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
@@ -86,6 +90,10 @@ class CompiledRunner:
         self._table = (decode.Layer * len(self.layers))()
         for row, layer in zip(self._table, self.layers, strict=True):
             self._describe(row, layer)
+        norm = norm_of(self.decoder.norm, model.config.get_text_config().hidden_size)
+        if norm is None:
+            raise Unsuited("its last norm is none that is known")
+        self.norm: Norm = norm
         self.shape = self._shape()
         self.slots: list[KVBlock | None] = [None] * slots
         self._adapter_tables: WeakKeyDictionary[LoadedAdapter, tuple[Any, int]]
@@ -160,7 +168,7 @@ class CompiledRunner:
         self.compiled.step(self._table, self.shape, batch, workspace, x, self.angles)
 
     def _logits(self, x: Tensor, adapters: Sequence[LoadedAdapter | None]) -> Tensor:
-        normed, _ = norm_of(self.decoder.norm).forward(x)
+        normed, _ = self.norm.forward(x)
         head: Any = self.model.get_output_embeddings()
         plain = type(head) is nn.Linear and head.bias is None and head.weight.dtype == self.dtype
         if plain and len(normed):
@@ -272,13 +280,13 @@ class CompiledRunner:
         )
 
     def _describe(self, row: decode.Layer, layer: FusedLayer) -> None:
-        norms = layer.norms()
-        weights = [norm.weight for norm in norms if norm.weight is not None]
+        weights = [layer.module(path).weight for path in layer.structure.norms]
         if any(weight.dtype != self.dtype for weight in weights):
             raise Unsuited("its norms are of another dtype")
         row.first_norm, row.second_norm = (weight.data_ptr() for weight in weights)
-        row.first_eps, row.second_eps = (norm.eps for norm in norms)
-        row.scale, row.window = layer.scale, layer.window or 0
+        row.first_eps, row.second_eps = (norm.eps for norm in layer.norms.values())
+        attention = layer.structure.attention
+        row.scale, row.window = attention.scale, attention.window or 0
         for number, module in enumerate(layer.linears()):
             original = module.original if isinstance(module, AdaptedLayer) else module
             row.linears[number] = self._linear(original)
@@ -330,10 +338,29 @@ class CompiledRunner:
 
 
 def _proven_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, ...]:
-    layers = fused_layers(model, tokens)
+    layers = [it for it in recognise(model, tokens).values() if _is_like_llama(it)]
     if [layer.layer for layer in layers] != list(decoder_layers(model) or ()) or not layers:
         raise Unsuited("its layers are not those of LLaMA")
-    return layers
+    return tuple(layers)
+
+
+def _is_like_llama(layer: FusedLayer | str) -> TypeGuard[FusedLayer]:
+    """Return whether a layer is made of what the compiled step computes."""
+    if isinstance(layer, str):
+        return False
+    attention, feed_forward = layer.structure.attention, layer.structure.feed_forward
+    norms = (attention.norm, feed_forward.norm)
+    plain = Norm(None, eps=0.0, rounds=True)
+    return (
+        layer.variant == Variant()
+        and not layer.structure.parallel
+        and layer.structure.norms == norms
+        and all(replace(norm, eps=0.0) == plain for norm in layer.norms.values())
+        and len(feed_forward.inputs) == 2
+        and attention.softcap is None
+        and attention.sinks is None
+        and attention.value_dim == attention.head_dim
+    )
 
 
 def _angles(decoder: Any, context: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,192 @@
+"""A decoder layer's structure, read from one pass through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from veneer.adapter.linear import LoRALinear
+from veneer.adapter.wrapper import Wrapper
+from veneer.fused.norms import is_norm
+from veneer.fused.structure import AttentionStructure, FeedForwardStructure, LayerStructure
+from veneer.fused.watch import Attended, Call, LayerPass, same_memory
+from veneer.quant.weight import QuantizedLinear
+
+DROPOUTS = ("dropout", "pdrop")  # in the names of attributes that are numbers
+EXPERTS = ("expert", "router", "moe")
+ONE_OF_ALL, ONE_FOR_EACH = 1, 3  # projections that give q, k and v
+
+
+class Unlike(Exception):
+    """The layer is not made as those that are computed as two functions are; says why."""
+
+
+def structure_of(watched: LayerPass) -> LayerStructure | str:
+    """Return the structure of a layer, or why it cannot be computed as two functions."""
+    try:
+        return _structure(watched)
+    except Unlike as why:
+        return str(why)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, plain, quantized or adapted."""
+    return isinstance(module, nn.Linear | Conv1D | QuantizedLinear | LoRALinear)
+
+
+def _structure(watched: LayerPass) -> LayerStructure:
+    x, attended = watched.x, watched.attended
+    paths = [path.lower() for path, _ in watched.layer.named_modules()]
+    if any(mark in path for path in paths for mark in EXPERTS):
+        raise Unlike("it is a mixture of experts")
+    if attended is None or not watched.after:
+        raise Unlike("it does not attend by transformers' interface or by torch's attention")
+    before, after = _linears(watched.before), _linears(watched.after)
+    norms = [call for call in (*watched.before, *watched.after) if is_norm(call.module)]
+    if len(before) not in (ONE_OF_ALL, ONE_FOR_EACH) or not _share_input(before):
+        raise Unlike(f"q, k and v come from {_named(before)}")
+    if len(after) not in (3, 4) or not _share_input(after[1:-1]):
+        raise Unlike(f"after attention come {_named(after)}")
+    output, *inputs, down = after
+    first = _norm_before(before[0], norms)
+    second = _norm_before(inputs[0], norms)
+    begin = x if first is None else first.x
+    if not same_memory(begin, x):
+        raise Unlike("its attention does not read the layer's input")
+    parallel = same_memory(inputs[0].x if second is None else second.x, x)
+    q_norm, k_norm = _norms_of_heads(before, norms)
+    posts = [_norm_after(output, norms), _norm_after(down, norms)]
+    if not parallel and second is None and posts[0] is not None and inputs[0].reads(posts[0].y):
+        raise Unlike("its halves are not added to the residual")
+    used = [call for call in (first, second, q_norm, k_norm, *posts) if call is not None]
+    if len({id(call) for call in used}) < len({id(call) for call in norms}):
+        unknown = [call for call in norms if all(call is not other for other in used)]
+        raise Unlike(f"it has a norm more than is known: {_named(unknown)}")
+    return LayerStructure(
+        attention=AttentionStructure(
+            norm=_path(first),
+            inputs=tuple(call.path for call in before),
+            output=output.path,
+            post_norm=_path(posts[0]),
+            q_norm=_path(q_norm),
+            k_norm=_path(k_norm),
+            **_sizes(before, attended, watched.layer),
+        ),
+        feed_forward=_feed_forward(watched.after, inputs, down, _path(second), _path(posts[1])),
+        parallel=parallel,
+        drops=_drops(watched.layer),
+        returns_tuple=watched.returns_tuple,
+    )
+
+
+def _linears(calls: Sequence[Call]) -> list[Call]:
+    return [call for call in calls if is_linear(call.module)]
+
+
+def _share_input(calls: Sequence[Call]) -> bool:
+    return all(call.reads(calls[0].x) for call in calls)
+
+
+def _norm_before(call: Call, norms: Sequence[Call]) -> Call | None:
+    return next((norm for norm in norms if call.reads(norm.y)), None)
+
+
+def _norm_after(call: Call, norms: Sequence[Call]) -> Call | None:
+    return next((norm for norm in norms if norm.reads(call.y)), None)
+
+
+def _norms_of_heads(before: Sequence[Call], norms: Sequence[Call]) -> tuple[Call | None, ...]:
+    """Return the norms of q and of k."""
+    of_each = [[norm for norm in norms if norm.reads(call.y)] for call in before]
+    if len(before) == ONE_OF_ALL:
+        (both,) = of_each
+        if len(both) not in (0, 2):
+            raise Unlike(f"q, k and v are normed by {_named(both)}")
+        return (both[0], both[1]) if both else (None, None)
+    q, k, v = of_each
+    if v or len(q) > 1 or len(k) > 1:
+        raise Unlike(f"q, k and v are normed by {_named([*q, *k, *v])}")
+    return next(iter(q), None), next(iter(k), None)
+
+
+def _sizes(before: Sequence[Call], attended: Attended, layer: nn.Module) -> dict:
+    """Return the fields of AttentionStructure that numbers of heads and options give."""
+    heads, head_dim, value_dim = attended.q.shape[1], attended.q.shape[3], attended.v.shape[3]
+    columns = [call.y.shape[-1] for call in before]
+    if len(before) == ONE_FOR_EACH:
+        key_heads, fits = columns[1] // head_dim, columns[2] * head_dim == columns[1] * value_dim
+        fits &= columns[0] == heads * head_dim and columns[1] % head_dim == 0
+    else:
+        key_heads = (columns[0] // head_dim - heads) // 2
+        fits = columns[0] == (heads + 2 * key_heads) * head_dim and value_dim == head_dim
+    if not fits or not key_heads or heads % key_heads:
+        raise Unlike(f"{_named(before)} give more than the q, k and v that attention reads")
+    options = attended.options
+    scale, sinks = options.get("scaling"), options.get("s_aux")
+    path = next((name for name, value in layer.named_parameters() if value is sinks), None)
+    if sinks is not None and path is None:
+        raise Unlike("its attention's sinks are no parameter of it")
+    return {
+        "heads": heads,
+        "key_heads": key_heads,
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+        "scale": head_dim**-0.5 if scale is None else float(scale),
+        "window": options.get("sliding_window") or None,
+        "softcap": options.get("softcap") or None,
+        "sinks": path,
+    }
+
+
+def _feed_forward(
+    calls: Sequence[Call],
+    inputs: Sequence[Call],
+    down: Call,
+    norm: str | None,
+    post_norm: str | None,
+) -> FeedForwardStructure:
+    activations = [
+        call
+        for call in calls
+        if not is_linear(call.module)
+        and not is_norm(call.module)
+        and not isinstance(call.module, nn.Dropout | nn.Identity)
+    ]
+    columns, inner = sum(call.y.shape[-1] for call in inputs), down.x.shape[-1]
+    if len(activations) > 1 or columns not in (inner, 2 * inner):
+        raise Unlike(f"between {_named(inputs)} and {down.path} is {_named(activations)}")
+    return FeedForwardStructure(
+        norm=norm,
+        inputs=tuple(call.path for call in inputs),
+        output=down.path,
+        post_norm=post_norm,
+        activation=activations[0].path if activations else None,
+        is_gated=columns == 2 * inner,
+    )
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Return whether something in a layer drops in training, other than adapters."""
+    return any(
+        isinstance(value, float) and value > 0
+        for module in _own_modules(layer)
+        for name, value in vars(module).items()
+        if name == "p" or any(mark in name for mark in DROPOUTS)
+    )
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    if not isinstance(module, Wrapper):
+        yield module
+        for child in module.children():
+            yield from _own_modules(child)
+
+
+def _path(call: Call | None) -> str | None:
+    return None if call is None else call.path
+
+
+def _named(calls: Sequence[Call]) -> str:
+    return ", ".join(call.path for call in calls) or "nothing"

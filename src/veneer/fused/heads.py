@@ -1,0 +1,97 @@
+"""Queries, keys and values of attention, from what the projections give, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.fused.structure import Order
+from veneer.kernels.norm import Norm
+from veneer.kernels.rotary import Rotary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """How q (tokens, heads, head_dim), k (tokens, key_heads, head_dim) and v (tokens, key_heads,
+    value_dim) come from the projections' outputs, (tokens, out) each.
+
+    q_norm, k_norm: over each head, or over all of a token's, by the size of their weight.
+    q_factor (tokens, 1, 1): what q is multiplied with last, or None for 1.
+    """
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    value_dim: int
+    order: Order
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    rotary: Rotary | None = None
+    q_factor: Tensor | None = None
+
+    def split(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v before norms and rotation, as views where that is possible."""
+        if self.order == "separate":
+            q, k, v = outputs
+        else:
+            (joined,) = outputs
+            sizes = [self.heads * self.head_dim, self.key_heads * self.head_dim]
+            if self.order == "blocks":
+                q, k, v = joined.split([*sizes, self.key_heads * self.value_dim], 1)
+            else:
+                groups = joined.unflatten(1, (self.key_heads, -1, self.head_dim))
+                q, k, v = (x.flatten(1) for x in groups.split([groups.shape[2] - 2, 1, 1], 2))
+        return (
+            q.unflatten(1, (self.heads, self.head_dim)),
+            k.unflatten(1, (self.key_heads, self.head_dim)),
+            v.unflatten(1, (self.key_heads, self.value_dim)),
+        )
+
+    def join(self, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor]:
+        """Return the gradients of the projections' outputs from those of what `split` returns."""
+        if self.order == "by key head":
+            dq, dk, dv = (d.unflatten(1, (self.key_heads, -1)) for d in (dq, dk, dv))
+            return [torch.cat([dq, dk, dv], 2).flatten(1)]
+        flat = [d.flatten(1) for d in (dq, dk, dv)]
+        return flat if self.order == "separate" else [torch.cat(flat, 1)]
+
+    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v as attention takes them."""
+        q, k, v = self.split(outputs)
+        q = self._turned(_normed(q, self.q_norm))
+        k = self._turned(_normed(k, self.k_norm))
+        return q if self.q_factor is None else q * self.q_factor, k, v
+
+    def backward(
+        self, dq: Tensor, dk: Tensor, dv: Tensor, outputs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the gradients of the projections' outputs from those of q, k and v."""
+        q, k, _ = self.split(outputs)
+        dq = dq if self.q_factor is None else dq * self.q_factor
+        dq, dk = (d if self.rotary is None else self.rotary.rotate(d, back=True) for d in (dq, dk))
+        return self.join(_back_through(dq, q, self.q_norm), _back_through(dk, k, self.k_norm), dv)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return x if self.rotary is None else self.rotary.rotate(x)
+
+
+def _by_row(x: Tensor, norm: Norm) -> Tensor:
+    """Return x (tokens, heads, dim) as the rows that a norm is over."""
+    rows = x.reshape(-1, x.shape[-1])
+    whole = norm.weight is not None and len(norm.weight) != x.shape[-1]
+    return x.flatten(1) if whole else rows
+
+
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else norm.forward(_by_row(x, norm))[0].view(x.shape)
+
+
+def _back_through(dy: Tensor, x: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return dy
+    rows = _by_row(x, norm)
+    _, statistics = norm.forward(rows)
+    return norm.backward(_by_row(dy, norm), rows, statistics, None).view(x.shape)

@@ -1,0 +1,201 @@
+"""Which decoder layers of a model are computed as two functions, and why the others are not.
+
+A layer is recognised by its structure (fused/watch.py, fused/analyse.py) and then proven by
+numbers: its own output, with whatever scaling, window or multiplier it has, must be what the two
+functions give. What the structure leaves open is tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.adapter.virtual_forward import virtual_input_count
+from veneer.fused.analyse import structure_of
+from veneer.fused.layers import FusedLayer
+from veneer.fused.norms import norm_of
+from veneer.fused.structure import LayerStructure, Turn, Variant
+from veneer.fused.watch import LayerPass, attention_is_asked_for, watch
+from veneer.kernels.activation import Activation, activation_of
+from veneer.kernels.arena import Arena
+from veneer.kernels.attention import Packing
+from veneer.kernels.norm import Norm
+from veneer.models.blocks import decoder_layers
+
+# How far a shortcut may be from the model's own way, relatively: rounding, not meaning.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+Recognised = dict[str, FusedLayer | str]  # by path: the layer, or why it is not computed so
+
+
+def recognise(model: PreTrainedModel, tokens: Tensor) -> Recognised:
+    """Return each decoder layer as it can be computed as two functions, or why it cannot.
+
+    tokens (1, tokens): a short text for the proof. The model is in evaluation mode.
+    """
+    layers = decoder_layers(model)
+    if layers is None:
+        return {}
+    paths = {layer: path for path, layer in model.named_modules() if layer in set(layers)}
+    recognised: Recognised = {path: "it does not pass on hidden states" for path in paths.values()}
+    packing = Packing([tokens.shape[1]], model.device)
+    trial = _Trial(model, packing)
+
+    def look(watched: LayerPass) -> None:
+        recognised[paths[watched.layer]] = trial.proven(watched)
+
+    with torch.no_grad():
+        try:
+            watch(model, list(layers), _inputs(model, tokens, packing), packing, look)
+        except Exception as error:  # whatever a foreign architecture raises
+            why = f"{type(error).__name__}: {error}"
+            return {path: why if isinstance(it, str) else it for path, it in recognised.items()}
+    return recognised
+
+
+def structures(model: PreTrainedModel) -> list[LayerStructure | str]:
+    """Return each decoder layer's structure, or why it cannot be computed as two functions, without
+    a proof: from a model that may be on the meta device."""
+    read: list[LayerStructure | str] = []
+    layers = decoder_layers(model)
+    if layers is None:
+        return read
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    packing = Packing([4], model.device)
+
+    def look(watched: LayerPass) -> None:
+        read.append(structure_of(watched))
+
+    with torch.no_grad():
+        try:
+            watch(model, list(layers), _inputs(model, tokens, packing), packing, look)
+        except Exception as error:  # whatever a foreign architecture raises
+            why = f"{type(error).__name__}: {error}"
+            read += [why] * (len(layers) - len(read))
+    return read
+
+
+def _inputs(model: PreTrainedModel, tokens: Tensor, packing: Packing) -> dict[str, Any]:
+    """Return the decoder's arguments for one row at the far end of the model's context, where what
+    depends on positions shows most."""
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or 0
+    length = tokens.shape[1]
+    first = max(0, context - length - virtual_input_count(model))
+    positions = torch.arange(first, first + length, device=tokens.device)[None]
+    inputs = {"input_ids": tokens, "position_ids": positions}
+    if attention_is_asked_for(model):
+        return {**inputs, "packing": packing}
+    if tokens.is_meta:  # whose values no code can look at to make a mask
+        inputs["attention_mask"] = torch.zeros(1, 1, length, length, device="meta")
+    return inputs
+
+
+@dataclass
+class _Trial:
+    """Tries what a structure leaves open. `variants`: those that were right for earlier layers."""
+
+    model: PreTrainedModel
+    packing: Packing
+    arena: Arena = field(default_factory=Arena)
+    variants: list[Variant] = field(default_factory=list)
+
+    def proven(self, watched: LayerPass) -> FusedLayer | str:
+        structure = structure_of(watched)
+        if isinstance(structure, str):
+            return structure
+        norms = _norms(watched, structure)
+        if isinstance(norms, str):
+            return norms
+        activations: Sequence[Activation] = get_args(Activation)
+        if path := structure.feed_forward.activation:
+            known = activation_of(watched.layer.get_submodule(path))
+            if known is None:
+                return f"{path} is no activation that is known"
+            activations = [known]
+        scaling = _query_scaling(self.model)
+        base = FusedLayer(watched.layer, structure, Variant(), norms, scaling)
+        if not base.applies():
+            return "norms or biases in it train, or something in it drops"
+        tried = self._variants(watched, base, activations)
+        for variant in [*self.variants, *(v for v in tried if v not in self.variants)]:
+            candidate = replace(base, variant=variant)
+            if self._gives(candidate, watched):
+                self.variants = [variant, *(v for v in self.variants if v != variant)]
+                return candidate
+        return "its numbers are others than those of the two functions"
+
+    def _variants(
+        self, watched: LayerPass, base: FusedLayer, activations: Sequence[Activation]
+    ) -> Iterator[Variant]:
+        attention, feed_forward = base.structure.attention, base.structure.feed_forward
+        separate, angles = len(attention.inputs) == 3, watched.options["position_embeddings"]
+        multipliers = {1.0} | {
+            value
+            for name, value in vars(watched.layer).items()
+            if isinstance(value, float) and "multiplier" in name
+        }
+        for activation, order, turn, gate_first, multiplier, scales in itertools.product(
+            activations,
+            ("separate",) if separate else ("blocks", "by key head"),
+            ("none",) if angles is None else get_args(Turn),
+            (True, False) if feed_forward.is_gated else (True,),
+            sorted(multipliers, reverse=True),
+            (False,) if base.query_scaling is None else (True, False),
+        ):
+            yield Variant(
+                order=order,  # type: ignore[arg-type]
+                turn=turn,
+                activation=activation,
+                gate_first=gate_first,
+                multiplier=multiplier,
+                scales_queries=scales,
+            )
+
+    def _gives(self, candidate: FusedLayer, watched: LayerPass) -> bool:
+        """Return whether the two functions give the layer's own output."""
+        options = watched.options
+        packing = options.get("packing") or self.packing
+        y = candidate.forward(
+            watched.x,
+            position_embeddings=options["position_embeddings"],
+            position_ids=options.get("position_ids"),
+            packing=packing,  # that reached the layer: virtual tokens may have joined it
+            arena=self.arena,
+        )
+        return y is not None and _is_near(y, watched.y, watched.x)
+
+
+def _norms(watched: LayerPass, structure: LayerStructure) -> dict[str, Norm] | str:
+    """Return the norms of a layer by path, without weights, or which one is not known."""
+    dims = {call.path: call for call in (*watched.before, *watched.after)}
+    norms = {}
+    for path in structure.norms:
+        module, call = watched.layer.get_submodule(path), dims[path]
+        norm = norm_of(module, call.x.shape[-1])
+        if norm is None:
+            return f"{path} is no norm that is known"
+        norms[path] = replace(norm, weight=None, bias=None)
+    return norms
+
+
+def _query_scaling(model: PreTrainedModel) -> tuple[float, int] | None:
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    beta, context = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+    return None if beta is None or context is None else (float(beta), int(context))
+
+
+def _is_near(y: Tensor, expected: Tensor, inputs: Tensor) -> bool:
+    """Return whether the layer's change of every token is near the expected one, but for the
+    rounding of the sum. Token by token: one large row must not hide the others."""
+    dtype = expected.dtype
+    y, expected, inputs = y.double(), expected.double(), inputs.double()
+    allowed = TOLERANCE[dtype] * (expected - inputs).norm(dim=-1)
+    allowed += torch.finfo(dtype).eps * expected.norm(dim=-1)
+    return bool(((y - expected).norm(dim=-1) <= allowed).all())

@@ -1,0 +1,106 @@
+"""What a decoder layer is made of, by the paths of its submodules, and how these are connected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from veneer.kernels.activation import Activation
+
+# How q, k and v lie in what the projections give: one projection for each, or one for all, in which
+# they follow one another as a whole (Phi-3, GPT-2) or within each key head (GPT-NeoX, Falcon).
+Order = Literal["separate", "blocks", "by key head"]
+# Which dims of a head turn together, and where their angles lie in cos and sin: i and i + pairs, as
+# in LLaMA; 2i and 2i + 1 with the angles of GLM-4, or with each angle twice, as in Cohere.
+Turn = Literal["halves", "pairs", "pairs, angles twice", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfStructure:
+    """y = post_norm(output(f(inputs(norm(x))))), where f is attention or an activation.
+
+    All are paths of submodules within the layer; a norm that is not there is None.
+    """
+
+    norm: str | None
+    inputs: tuple[str, ...]
+    output: str
+    post_norm: str | None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.inputs, self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionStructure(HalfStructure):
+    """The half that mixes tokens; of each head's dims, value_dim are its value's.
+
+    scale, window, softcap, sinks (a parameter's path): as `kernels.attention.Attention` takes them.
+    """
+
+    q_norm: str | None
+    k_norm: str | None
+    heads: int
+    key_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardStructure(HalfStructure):
+    """The half that takes each token alone. is_gated: act(gate) · up, of two projections or of one
+    that gives both; otherwise act(up). activation: the path of its module, None where it is none.
+    """
+
+    activation: str | None
+    is_gated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStructure:
+    """A decoder layer as two halves, each added to the residual.
+
+    parallel: both read the layer's input. drops: whether something in it drops in training.
+    returns_tuple: whether its output is the first of several.
+    """
+
+    attention: AttentionStructure
+    feed_forward: FeedForwardStructure
+    parallel: bool
+    drops: bool
+    returns_tuple: bool
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.attention.linears, *self.feed_forward.linears)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The paths of all norms that the layer has."""
+        attention, feed_forward = self.attention, self.feed_forward
+        norms = (
+            *(attention.norm, attention.q_norm, attention.k_norm, attention.post_norm),
+            *(feed_forward.norm, feed_forward.post_norm),
+        )
+        return tuple(norm for norm in norms if norm is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What a layer's structure leaves open, and numbers decide.
+
+    gate_first: of gate and up, as their projections are called or as they lie in one. multiplier:
+    of what each half adds. scales_queries: by their position, as Llama 4's and Ministral's.
+    """
+
+    order: Order = "separate"
+    turn: Turn = "halves"
+    activation: Activation = "silu"
+    gate_first: bool = True
+    multiplier: float = 1.0
+    scales_queries: bool = False

@@ -1,0 +1,218 @@
+"""What happens within the decoder layers of a model during one pass: which submodule reads what.
+
+A layer's structure is found from that, by no names: two submodules are connected where one reads
+the very memory that the other has written. It works on meta tensors too, which have no numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from veneer.adapter.wrapper import Wrapper
+from veneer.kernels.attention import NAME, Packing, packed_attention
+from veneer.models.blocks import decoder_of
+from veneer.quant.weight import QuantizedLinear
+
+WATCHED = f"{NAME}_watched"  # in transformers' AttentionInterface
+Options = dict[str, Any]  # keyword arguments of a layer, or of its attention
+
+
+@dataclass(frozen=True)
+class Call:
+    """A submodule without submodules of its own has read `x` and written `y`."""
+
+    path: str
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+
+    def reads(self, y: Tensor) -> bool:
+        """Return whether what it has read is `y`, or a view of it."""
+        return same_memory(self.x, y)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Attention has read q (1, heads, tokens, head_dim), k and v, with these options."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: Options
+
+
+@dataclass
+class LayerPass:
+    """One pass through one decoder layer: its input (1, tokens, dim) and options, what its
+    submodules did in their order, and its output."""
+
+    layer: nn.Module
+    x: Tensor
+    options: Options
+    y: Tensor
+    returns_tuple: bool
+    before: Sequence[Call] = ()  # attention
+    attended: Attended | None = None
+    after: Sequence[Call] = ()
+
+
+Watcher = Callable[[LayerPass], None]
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are views of the same memory."""
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
+def watch(
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    inputs: Mapping[str, Any],
+    packing: Packing,
+    watcher: Watcher,
+) -> None:
+    """Take one row through the decoder, and call `watcher` with each pass through a layer.
+
+    It is called during the pass, while the layer's weights are read: a base may be larger than the
+    memory. packing: of that one row. Raises whatever the model raises.
+    """
+    noted = _Noted()
+
+    def note(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, None]:
+        noted.attend(args, options)
+        q, _, v = args[:3]
+        if q.is_meta:
+            return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]), None
+        options |= {"packing": options.get("packing") or packing, "attention_mask": None}
+        return packed_attention(module, *args[:3], **options)
+
+    decoder: Any = decoder_of(model)
+    ALL_ATTENTION_FUNCTIONS.register(WATCHED, note)
+    asks = attention_is_asked_for(model)
+    try:
+        with (
+            _hooked(layers, noted, watcher),
+            attention(model, WATCHED) if asks else _NotedProducts(noted),
+        ):
+            decoder(**inputs, use_cache=False)
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register(WATCHED, packed_attention)  # which holds no model
+
+
+def attention_is_asked_for(model: PreTrainedModel) -> bool:
+    """Return whether the model's code gets its attention by name, and so can get ours."""
+    code = sys.modules[type(decoder_of(model)).__module__]
+    return hasattr(code, "ALL_ATTENTION_FUNCTIONS")
+
+
+def angles_of(args: tuple, options: Options) -> tuple[Tensor, Tensor] | None:
+    """Return cos and sin (1, tokens, dims) from a layer's arguments, or None where there are none."""
+    pairs = (x for x in (options.get("position_embeddings"), *args) if isinstance(x, tuple))
+    return next((pair for pair in pairs if len(pair) == 2), None)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let `model` attend by the implementation that transformers knows as `name`."""
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@dataclass
+class _Noted:
+    """What has been noted since the last layer began."""
+
+    calls: list[Call] = field(default_factory=list)
+    attended: Attended | None = None
+    before: int = 0  # calls when attention began
+
+    def attend(self, args: tuple, options: Options) -> None:
+        q, k, v = args[:3]
+        self.attended, self.before = Attended(q, k, v, dict(options)), len(self.calls)
+
+
+class _NotedProducts(TorchFunctionMode):
+    """Notes torch's own attention, where a model's code calls it itself."""
+
+    def __init__(self, noted: _Noted) -> None:
+        super().__init__()
+        self.noted = noted
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            self.noted.attend(args, {"scaling": kwargs.get("scale")})
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _hooked(layers: Sequence[nn.Module], noted: _Noted, watcher: Watcher) -> Iterator[None]:
+    """Note the calls of all submodules, and call `watcher` after each layer."""
+
+    def begin(*_: Any) -> None:
+        noted.calls, noted.attended, noted.before = [], None, 0
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, options: Options, y: Any) -> None:
+            x = next((x for x in (*args, *options.values()) if isinstance(x, Tensor)), None)
+            if x is not None and isinstance(y, Tensor):
+                noted.calls.append(Call(path, module, x, y))
+
+        return hook
+
+    def end(layer: nn.Module, args: tuple, options: Options, output: Any) -> None:
+        returns_tuple = isinstance(output, tuple)
+        y = output[0] if returns_tuple else output
+        x = args[0] if args else options.get("hidden_states")
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            return
+        calls, before = noted.calls, noted.before
+        options = {**options, "position_embeddings": angles_of(args, options)}
+        watcher(
+            LayerPass(
+                *(layer, x, options, y, returns_tuple),
+                before=calls[:before],
+                attended=noted.attended,
+                after=calls[before:],
+            )
+        )
+        begin()  # or tensors would be kept for long
+
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(layer.register_forward_pre_hook(begin))
+            handles.append(layer.register_forward_hook(end, with_kwargs=True))
+            for path, module in _leaves(layer):
+                handles.append(module.register_forward_hook(note(path), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield what counts as one module: without submodules, or of ours."""
+    children = dict(module.named_children())
+    if path and (not children or isinstance(module, Wrapper | QuantizedLinear)):
+        yield path, module
+        return
+    for name, child in children.items():
+        yield from _leaves(child, f"{path}.{name}" if path else name)
