@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, OlmoConfig
+from transformers import AutoModelForCausalLM
 
 import veneer
 from support.random_adapters import examples, shake

@@ -56,9 +56,7 @@ def norm_of(module: Any, dim: int) -> Norm | None:
 
 def with_weights(norm: Norm, module: Any) -> Norm:
     """Return a norm with the weights that its module has now."""
-    return replace(
-        norm, weight=getattr(module, "weight", None), bias=getattr(module, "bias", None)
-    )
+    return replace(norm, weight=getattr(module, "weight", None), bias=getattr(module, "bias", None))
 
 
 def _distance(y: Tensor, expected: Tensor) -> float:

@@ -43,7 +43,7 @@ def recognise(model: PreTrainedModel, tokens: Tensor) -> Recognised:
     if layers is None:
         return {}
     paths = {layer: path for path, layer in model.named_modules() if layer in set(layers)}
-    recognised: Recognised = {path: "it does not pass on hidden states" for path in paths.values()}
+    recognised: Recognised = dict.fromkeys(paths.values(), "it does not pass on hidden states")
     packing = Packing([tokens.shape[1]], model.device)
     trial = _Trial(model, packing)
 

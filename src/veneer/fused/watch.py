@@ -116,7 +116,7 @@ def attention_is_asked_for(model: PreTrainedModel) -> bool:
 
 
 def angles_of(args: tuple, options: Options) -> tuple[Tensor, Tensor] | None:
-    """Return cos and sin (1, tokens, dims) from a layer's arguments, or None where there are none."""
+    """Return cos and sin (1, tokens, dims) from a layer's arguments, None where there are none."""
     pairs = (x for x in (options.get("position_embeddings"), *args) if isinstance(x, tuple))
     return next((pair for pair in pairs if len(pair) == 2), None)
 
