@@ -73,3 +73,8 @@ def test_packed_attention_refuses_what_it_does_not_do(options):
     options = {"attention_mask": None, "packing": Packing([4])} | options
     with pytest.raises(UnsupportedAttention):
         packed_attention(nn.Identity(), x, x, x, **options)
+
+
+def test_short_sequences_share_their_products():
+    assert Packing(list(range(1, 49))).groups == [(16, 48), (16, 32), (16, 16)]
+    assert Packing([1000, 760, 750]).groups == [(2, 1008), (1, 752)]

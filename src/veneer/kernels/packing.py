@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Sequences share a product when the shortest has at least this share of the longest's length.
+# Sequences share a product when the shortest has at least this share of the longest's length, both
+# rounded up to a multiple of LENGTH_STEP, so that products of the same shapes come again.
 LIKE_LENGTH = 0.75
-# The length of a group is a multiple of this, so that products of the same shapes come again.
 LENGTH_STEP = 16
 
 
@@ -34,8 +34,9 @@ class Packing:
         self.groups: list[tuple[int, int]] = []  # (sequences, padded length)
         gather: list[Tensor] = []
         for i in order:
-            if not self.groups or lengths[i] < LIKE_LENGTH * self.groups[-1][1]:
-                self.groups.append((0, -(-lengths[i] // LENGTH_STEP) * LENGTH_STEP))
+            length = -(-lengths[i] // LENGTH_STEP) * LENGTH_STEP
+            if not self.groups or length < LIKE_LENGTH * self.groups[-1][1]:
+                self.groups.append((0, length))
             count, longest = self.groups[-1]
             self.groups[-1] = (count + 1, longest)
             rows = torch.full((longest,), -1)
