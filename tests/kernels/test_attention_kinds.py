@@ -60,13 +60,13 @@ def transformers_own(attention: Attention, leaves: list[Tensor]) -> Tensor:
     return y[0]
 
 
-@pytest.mark.parametrize("matrix_units", [False, True])
+@pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("window", "softcap", "has_sinks", "value_dim"), KINDS)
 def test_no_further_from_float64_than_transformers(
-    window, softcap, has_sinks, value_dim, dtype, matrix_units, monkeypatch
+    window, softcap, has_sinks, value_dim, dtype, in_blocks, monkeypatch
 ):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    monkeypatch.setattr("veneer.kernels.attention.prefers_blocks", lambda dtype: in_blocks)
     torch.manual_seed(0)
     lengths = [90, 300, 41, 288]
     sinks = torch.randn(6).to(dtype) if has_sinks else None

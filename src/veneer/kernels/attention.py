@@ -264,10 +264,12 @@ class _PackedAttention(torch.autograd.Function):
 def prefers_blocks(dtype: torch.dtype) -> bool:
     """Return whether blocks of products are faster than torch's flash kernel.
 
-    They were three times as fast in bfloat16 on AVX512, where the kernel's small products are slow;
-    matrix units (AMX) suit it better.
+    They are twice as fast in bfloat16 where AVX512 multiplies it, for the kernel's small products
+    are slow there. Matrix units (AMX) suit the kernel better; elsewhere bfloat16 is emulated, and
+    blocks take twenty times as long.
     """
-    return dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    return dtype == torch.bfloat16 and avx512 and not amx
 
 
 @functools.cache
