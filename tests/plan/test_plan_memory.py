@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from architectures import ALL
+from architectures import ALL, VARIANTS
 from transformers import AutoModelForCausalLM
 
 from support.tiny_models import OTHER_DECODERS
@@ -76,7 +76,7 @@ def storage(tensor):
 
 
 def deeper(name):
-    config = copy.deepcopy((ALL | OTHER_DECODERS)[name])
+    config = copy.deepcopy((ALL | VARIANTS | OTHER_DECODERS)[name])
     config.num_hidden_layers = 4
     for field in ("attention_dropout", "hidden_dropout", "dropout"):
         if hasattr(config, field):
@@ -112,7 +112,9 @@ def test_two_functions_keep_what_is_planned(name, dora, recompute, dtype):
 
 @pytest.mark.parametrize("targets", ["all", "qv"])
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("name", [*sorted(set(ALL) - {"roberta"}), *MIXTURES])
+@pytest.mark.parametrize(
+    "name", [*sorted(set(ALL) - {"roberta"}), *MIXTURES, "falcon 40b's", "falcon rw's"]
+)
 def test_autograd_keeps_about_what_is_planned(name, full, targets):
     run = {"full": full, "recompute": "none", "dtype": torch.bfloat16, "targets": targets}
     assert planned_to_keep(name, **run) == pytest.approx(really_kept(name, **run), rel=0.25)

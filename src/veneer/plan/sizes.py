@@ -15,6 +15,7 @@ from veneer.errors import ConfigError
 from veneer.fused.recognise import structures
 from veneer.fused.structure import LayerStructure
 from veneer.models.description import Layer, ModelDescription
+from veneer.plan.sdpa import keeps_scores
 
 # Layers that lead out of attention: their input is its output, not the residual stream.
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -280,7 +281,14 @@ class Sizes:
         code = sys.modules[type(self.description.model).__module__]
         if hasattr(code, "ALL_ATTENTION_FUNCTIONS"):
             return 0
-        return CAPPED_SCORES if getattr(self.config, "attn_logit_softcapping", None) else OWN_SCORES
+        if getattr(self.config, "attn_logit_softcapping", None):
+            return CAPPED_SCORES
+        if not self.description.model._supports_sdpa:
+            return OWN_SCORES
+        # Falcon, which calls torch's attention itself, with one key for all heads or one for each.
+        shares = getattr(self.config, "multi_query", False)
+        shares &= not getattr(self.config, "new_decoder_architecture", False)
+        return OWN_SCORES if keeps_scores(self.heads, 1 if shares else self.heads) else 0
 
 
 def _is_scan(layer: Layer) -> bool:
