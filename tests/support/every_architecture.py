@@ -64,7 +64,6 @@ UNBUILT = {
 # Those of which no small model can be trained on rows of tokens.
 NO_MODEL = UNBUILT | {
     "gemma4_unified_assistant": "it drafts for another model, whose states it takes",
-    "got_ocr2": "a pass changes the attention of its settings",
     "reformer": "it trains only on rows of one length, which its settings say",
 }
 

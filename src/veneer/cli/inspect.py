@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,8 +20,11 @@ from veneer.cli.tables import span, target_summary, target_table
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from veneer.algebra.measure import Measured
     from veneer.formats.state import AdapterState
+    from veneer.fused.structure import LayerStructure
 
 
 def inspect(
@@ -49,13 +54,42 @@ def inspect(
         return
     if picture is not None:
         raise ConfigError(f"--picture is of an adapter, and {model} holds none.")
-    report = report_targets(skeleton_of(find_config(model)), lora or LoRA())
+    skeleton = skeleton_of(find_config(model))
+    report = report_targets(skeleton, lora or LoRA())
     OUTPUT.print(target_table(report))
     OUTPUT.print(target_summary(report))
     if report.uncovered:
         show_notice(report.uncovered, on=OUTPUT)
     for remark in report.remarks:
         show_notice(remark, on=OUTPUT)
+    OUTPUT.print(f"[bold]Fused[/] {escape(_fused_layers(skeleton))}", soft_wrap=True)
+
+
+def _fused_layers(skeleton: PreTrainedModel) -> str:
+    """Return which decoder layers are likely computed as two functions, and why the others are not,
+    in words. A skeleton shows how they are made; their numbers are proven when a run begins."""
+    import torch
+
+    from veneer.fused.recognise import structures
+
+    # On the meta device, transformers multiplies experts only in 16 bits.
+    layers = structures(skeleton.to(torch.bfloat16))  # type: ignore[arg-type]
+    if not layers:
+        return "no layers: no decoder layers are known."
+    reasons = Counter(why for layer in layers if (why := _why_not_fused(layer)) is not None)
+    fused = len(layers) - reasons.total()
+    if not fused and len(reasons) == 1:
+        return f"none of {len(layers)} decoder layers: {next(iter(reasons))}."
+    text = f"{fused} of {len(layers)} decoder layers"
+    if fused:
+        text += ", which a run proves before it begins"
+    return "; ".join([text, *(f"{count} not: {why}" for why, count in reasons.items())]) + "."
+
+
+def _why_not_fused(layer: LayerStructure | str) -> str | None:
+    if not isinstance(layer, str):
+        return "it drops in training, as its configuration says" if layer.drops else None
+    return "only a run can tell" if re.match(r"\w+Error: ", layer) else layer
 
 
 def diff(

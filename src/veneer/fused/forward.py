@@ -33,7 +33,7 @@ from veneer.kernels import native
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
 from veneer.kernels.cross_entropy import IGNORED
-from veneer.models.blocks import decoder_layers
+from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.models.evaluating import evaluating
 
 PROBE_LENGTHS = (7, 19, 12)
@@ -136,7 +136,7 @@ class Forward:
         self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor, mask: Tensor | None
     ) -> Tensor:
         if self.head is not None:
-            hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+            hidden = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
             hidden = hidden[0] if mask is None else hidden[mask]  # (tokens, dim)
             return self.head.loss(model, hidden, labels)
         logits = model(**inputs, use_cache=False).logits
@@ -275,7 +275,7 @@ def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         if isinstance(hidden := getattr(output, "last_hidden_state", None), Tensor):
             outputs.append(hidden)
 
-    hook = model.get_decoder().register_forward_hook(note)
+    hook = decoder_of(model).register_forward_hook(note)
     try:
         yield outputs
     finally:

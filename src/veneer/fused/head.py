@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.kernels.cross_entropy import PLAIN, Logits, labelled_cross_entropy
+from veneer.models.blocks import decoder_of
 
 # Numbers beyond every soft cap, and numbers from 2^-8 to 2^12 of both signs. float16 holds them.
 BEYOND = (1.5e4, 3e4)
@@ -109,7 +110,7 @@ def _numbers(vocab: int) -> Tensor:
 
 def _fitted(model: PreTrainedModel, tokens: Tensor, own: _Pass) -> Head | None:
     """Return the head that gives the logits of the model's own pass, or None."""
-    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    hidden = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state[0]
     settings, count = _settings(model), len(hidden)
     rounding = torch.finfo(own.logits.dtype).eps
     known, made = _wide(own.product[count:]), _wide(own.logits[count:])

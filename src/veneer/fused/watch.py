@@ -123,14 +123,19 @@ def angles_of(args: tuple, options: Options) -> tuple[Tensor, Tensor] | None:
 
 @contextmanager
 def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let `model` attend by the implementation that transformers knows as `name`."""
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = name
+    """Let the decoder of `model` attend by the implementation that transformers knows as `name`.
+
+    Other parts, such as a vision tower, keep their own.
+    """
+    configs = [model.config, decoder_of(model).config]
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = {"": name}
     try:
         yield
     finally:
-        config._attn_implementation = before
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = {"": own}
 
 
 @dataclass

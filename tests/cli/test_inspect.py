@@ -1,0 +1,39 @@
+"""`veneer inspect` says which layers of a base are computed as two functions, and why others are
+not."""
+
+import json
+
+import pytest
+
+from support.every_architecture import small_config
+from veneer.cli.app import app
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("qwen3", "2 of 2 decoder layers, which a run proves before it begins."),
+        ("qwen3_moe", "none of 2 decoder layers: it is a mixture of experts."),
+        ("hrm_text", "no layers: no decoder layers are known."),
+        (
+            "glm4_moe",
+            "1 of 2 decoder layers, which a run proves before it begins; 1 not: it is a mixture of "
+            "experts.",
+        ),
+    ],
+)
+def test_it_says_which_layers_are_fused(model_type, expected, tmp_path, capsys):
+    config = small_config(model_type)
+    config.to_json_file(tmp_path / "config.json")
+    assert shown(tmp_path, capsys).endswith(f"Fused {expected}\n")
+
+
+def test_it_says_that_dropout_of_the_model_keeps_layers_apart(tmp_path, capsys):
+    settings = small_config("gpt2").to_dict() | {"resid_pdrop": 0.1, "pad_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert "none of 2 decoder layers: it drops in training" in shown(tmp_path, capsys)
+
+
+def shown(home, capsys):
+    app(["inspect", str(home)], exit_on_error=False, result_action="return_value")
+    return capsys.readouterr().out
