@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import veneer
 from bench.products import replay_seconds
-from bench.workloads import Workload, workload
+from bench.shapes import SHAPES, random_base
+from bench.workloads import WORKLOADS, Workload, workload
 from veneer.cli.console import quieten_libraries
 from veneer.data.encode import Example
 from veneer.data.packing import pack
@@ -158,7 +159,7 @@ def run_trl(base: veneer.Base, work: Workload) -> Run:
 def peft_model(model, *, dora: bool = False):
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR, use_dora=dora)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=dora)
     return get_peft_model(model, config)
 
 
@@ -194,7 +195,9 @@ BITS: dict[str, Bits] = {"veneer-nf4": 4, "veneer-nf4-dora": 4, "veneer-int8": 8
 
 
 def load(engine: str, model: str, dtype: str) -> veneer.Base:
-    """Return the base as the engine would have it."""
+    """Return the base as the engine would have it; of random weights, by the name of its shape."""
+    if model in SHAPES:
+        return random_base(model, dtype)
     if engine != "peft-nf4":
         return veneer.load_base(model, dtype=dtype, bits=BITS.get(engine))
     # bitsandbytes' layers within transformers, with the very codes that ours has.
@@ -223,7 +226,7 @@ def evaluation_loss(model, rows: list[Example]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("engine", choices=ENGINES)
-    parser.add_argument("workload", choices=("dense", "sft", "long"))
+    parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--steps", type=int, default=7, help="0: one epoch")

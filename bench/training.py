@@ -11,6 +11,8 @@ import statistics
 import subprocess
 import sys
 
+from bench.workloads import WORKLOADS
+
 WARM_UP = 2  # steps of each run that are not counted
 
 
@@ -61,7 +63,7 @@ def table(results: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", choices=("dense", "sft", "long"))
+    parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--engines", default="veneer,veneer-full,peft,trl")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bf16")

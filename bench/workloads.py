@@ -14,6 +14,9 @@ from veneer.data.load import load_examples
 from veneer.data.problems import Located, Place
 from veneer.data.rows import Row, parse_row
 
+# Rows and tokens of each step of random tokens.
+RANDOM = {"dense": (8, 256), "long": (1, 2048), "longer": (1, 8192), "short": (1, 64)}
+WORKLOADS = (*RANDOM, "sft")
 ROWS = 240  # questions and answers, of which a tenth is held out
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -36,9 +39,9 @@ class Workload:
 def workload(
     name: str, tokenizer: PreTrainedTokenizerBase, *, steps: int, data: Path | None
 ) -> Workload:
-    """Return `dense` (8 × 256, every label counts), `long` (1 × 2048) or `sft` (answers alone)."""
-    if name in ("dense", "long"):
-        rows, length = (8, 256) if name == "dense" else (1, 2048)
+    """Return rows of random tokens, of which every label counts, or `sft` (answers alone)."""
+    if name in RANDOM:
+        rows, length = RANDOM[name]
         examples = random_rows(rows * steps, length, tokenizer.vocab_size)
         return Workload(name, examples, _steps(range(rows * steps), rows), [])
     examples = _question_answers(tokenizer) if data is None else load_examples(data, tokenizer)[0]

@@ -37,8 +37,8 @@ from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.models.evaluating import evaluating
 
 PROBE_LENGTHS = (7, 19, 12)
-# How far the hidden state of a token may be from what it is alone, relatively. In bfloat16 rounding
-# reached 0.01; what state-space layers leak from one packed row into the next reached 0.2 to 1.
+# How far the hidden state of a token may be from what it is behind other rows, relatively: what
+# state-space layers leak from one packed row into the next reached 0.2 to 1.
 FAR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # Packed batches are filled up to a multiple of this many tokens: matrix products are prepared for
 # each new shape, which costs about as much as forty tokens for a 135M model.
@@ -158,16 +158,12 @@ def choose_forward(
         if len(tokens := row.tokens[:length]) > 1
     ]
     # Not in training mode, in which dropout would make any two passes differ.
-    with torch.no_grad(), evaluating(model), _hidden_states(model) as hidden_states:
+    with torch.no_grad(), evaluating(model):
         # The first row's pass serves two proofs: a mapped base is read from disk at each pass.
         first = torch.tensor([rows[0].tokens], device=model.device)
         own, head, why_not_head = own_logits_and_head(model, first)
         losses = [_full_loss(own[:-1], first[0, 1:])]
-        alone = hidden_states[:1]
-        hidden_states.clear()
         losses += [_own_loss(model, row) for row in rows[1:]]
-        alone += hidden_states
-        hidden_states.clear()
         expected = sum(map(float, losses))
         last = torch.tensor([rows[-1].tokens], device=model.device)
         recognised = recognise(model, last)
@@ -175,13 +171,12 @@ def choose_forward(
         unfused = {path: it for path, it in recognised.items() if isinstance(it, str)}
 
         def why_not(layers: tuple[FusedLayer, ...]) -> str | None:
-            hidden_states.clear()
-            why = _why_not_packed(model, layers) or _why_not(
-                Forward(True, head, layers), model, rows, expected
+            forward = Forward(True, head, layers)
+            return (
+                _why_not_packed(model, layers)
+                or _why_not(forward, model, rows, expected)
+                or _why_apart(forward, model, rows)
             )
-            if why or not hidden_states:
-                return why
-            return _why_apart(torch.cat(alone, 1)[0], hidden_states[-1][0])
 
         why_not_packed = why_not(layers)
         if why_not_packed and layers:
@@ -253,17 +248,27 @@ def _why_not(
     return f"its loss of {loss:.6g} differs from the model's own {own:.6g}"
 
 
-def _why_apart(alone: Tensor, packed: Tensor) -> str | None:
-    """Return why packed rows are not computed as the same rows alone, or None; (tokens, dim).
+def _why_apart(
+    forward: Forward, model: PreTrainedModel, rows: Sequence[Example]
+) -> str | None:
+    """Return why a packed row depends on the rows before it, or None.
 
-    A loss summed over all rows may hide what leaks from one row to the next; this does not.
+    A loss summed over all rows may hide what leaks from one row to the next; two orders of the rows
+    do not. The same functions compute both, so that rounding is nearly the same.
     """
-    dtype = alone.dtype
-    alone, packed = alone.double(), packed[: len(alone)].double()
-    distance = float(((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
-    if distance <= FAR[dtype]:
+    order = range(len(rows))
+    with _hidden_states(model) as outputs:
+        for indices in (order, order[::-1]):
+            forward(model, pack(rows, indices))
+    if len(outputs) != 2:
         return None
-    return f"a token is {distance:.2g} from what it is in its row alone"
+    lengths = [len(row.tokens) for row in rows]
+    one, other = (x[0, : sum(lengths)].double() for x in outputs)  # (tokens, dim)
+    other = torch.cat(other.split(lengths[::-1])[::-1])
+    distance = float(((other - one).norm(dim=-1) / one.norm(dim=-1)).max())
+    if distance <= FAR[outputs[0].dtype]:
+        return None
+    return f"a token is {distance:.2g} from what it is behind other rows"
 
 
 @contextmanager
