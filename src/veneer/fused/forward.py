@@ -248,9 +248,7 @@ def _why_not(
     return f"its loss of {loss:.6g} differs from the model's own {own:.6g}"
 
 
-def _why_apart(
-    forward: Forward, model: PreTrainedModel, rows: Sequence[Example]
-) -> str | None:
+def _why_apart(forward: Forward, model: PreTrainedModel, rows: Sequence[Example]) -> str | None:
     """Return why a packed row depends on the rows before it, or None.
 
     A loss summed over all rows may hide what leaks from one row to the next; two orders of the rows
