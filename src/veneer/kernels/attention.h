@@ -14,25 +14,6 @@
 
 namespace {
 
-// tanh by exp(2x) − 1, whose polynomial keeps it exact near zero.
-inline float tangent(float x) {
-    float t = 2.0f * x;
-    t = t < -40.0f ? -40.0f : t;
-    t = t > 40.0f ? 40.0f : t;
-    const float n = std::floor(t * 1.44269504f + 0.5f);
-    const float r = t - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const float power = std::bit_cast<float>((std::int32_t(n) + 127) << 23);
-    const float less_one = power * (p * r * r + r) + (power - 1.0f);
-    return less_one / (less_one + 2.0f);
-}
-inline double tangent(double x) { return std::tanh(x); }
-
 template <class T>
 inline Wide<T> whole(const T* scores, const T* rest, Size i) {
     if constexpr (std::is_same_v<T, BFloat16>) return load(scores[i]) + load(rest[i]);
@@ -75,7 +56,7 @@ void attention_softmax(T* scores, const T* rest, Wide<T>* log_sums, Wide<T> scal
 #pragma omp simd reduction(max : highest)
                 for (Size i = low; i < high; ++i) {
                     F t = whole(s, more, i) * inner;
-                    if constexpr (capped) t = softcap * tangent(t);
+                    if constexpr (capped) t = softcap * hyperbolic_tangent(t);
                     e[i] = t;
                     highest = t > highest ? t : highest;
                 }
@@ -116,7 +97,7 @@ void attention_gradient(T* scores, const T* rest, T* dp, const Wide<T>* log_sums
             for (Size i = low; i < high; ++i) {
                 F t = whole(s, more, i) * inner, slope = scale;
                 if constexpr (capped) {
-                    const F bent = tangent(t);
+                    const F bent = hyperbolic_tangent(t);
                     t = softcap * bent;
                     slope *= F(1) - bent * bent;
                 }

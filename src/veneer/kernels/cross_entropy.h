@@ -6,27 +6,6 @@
 
 namespace {
 
-// tanh by a rational function (Eigen's coefficients), to 4 units in the last place also near 0,
-// where 1 − 2 / (exp(2x) + 1) has lost them; vectorises. At the bounds it is ±1.
-inline float hyperbolic_tangent(float x) {
-    x = x < -7.90531110763549805f ? -7.90531110763549805f : x;
-    x = x > 7.90531110763549805f ? 7.90531110763549805f : x;
-    const float s = x * x;
-    float p = -2.76076847742355e-16f;
-    p = p * s + 2.00018790482477e-13f;
-    p = p * s - 8.60467152213735e-11f;
-    p = p * s + 5.12229709037114e-08f;
-    p = p * s + 1.48572235717979e-05f;
-    p = p * s + 6.37261928935436e-04f;
-    p = p * s + 4.89352455891786e-03f;
-    float q = 1.19825839466702e-06f;
-    q = q * s + 1.18534705686654e-04f;
-    q = q * s + 2.26843463243900e-03f;
-    q = q * s + 4.89352518554385e-03f;
-    return x * p / q;
-}
-inline double hyperbolic_tangent(double x) { return std::tanh(x); }
-
 // A logit y = scale · z, or cap · tanh(scale · z / cap), and dy/dz.
 template <class F>
 struct Scaled {
