@@ -59,6 +59,20 @@ def test_round_trip(architecture, case, tmp_path):
     ]
 
 
+def test_layers_beside_stacks_of_the_same_name(tmp_path):
+    model = tiny("qwen2_moe")
+    with pytest.warns(veneer.VeneerWarning, match="experts"):
+        shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all")))
+    veneer.save(model, tmp_path / "a")
+    assert torch.equal(
+        logits(veneer.load(tiny("qwen2_moe"), tmp_path / "a")), expected := logits(model)
+    )
+    # Earlier versions shortened the names of layers to such as a stack has too.
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    edit_json(tmp_path / "a" / CONFIG, targets=[*names, "shared_expert_gate"])
+    assert torch.equal(logits(veneer.load(tiny("qwen2_moe"), tmp_path / "a")), expected)
+
+
 def test_a_bf16_base_keeps_float32_adapters(tmp_path):
     model = tiny("llama", dtype=torch.bfloat16)
     shake(veneer.attach(model, veneer.LoRA(rank=2)))

@@ -93,7 +93,7 @@ _SIZES = [
     (4, "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num"),
     (2, "n_group num_expert_group n_groups o_groups"),
     (2, "num_experts_per_tok moe_topk moe_k num_experts_per_token"),
-    (1, "topk_group"),
+    (1, "topk_group first_k_dense_replace num_dense_layers moe_layer_start_index"),
     (24, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
     (24, "expert_ffn_hidden_size shared_experts_intermediate_size router_hidden_size"),
     (24, "moe_shared_expert_intermediate_size"),
