@@ -71,8 +71,8 @@ def test_a_plan_that_fits_says_so_and_one_that_never_does_too(capsys, monkeypatc
 @pytest.mark.parametrize(
     ("memory", "shown", "fits"),
     [
-        ("36GB", "36.0 GB", "it just fits, with less than 10% left. --tokens-per-batch 1024 needs"),
-        ("24GB", "24.0 GB", "it does not fit. With --recompute full it would"),
+        ("24GB", "24.0 GB", "it just fits, with less than 10% left. --recompute selective needs"),
+        ("22GB", "22.0 GB", "it does not fit. With --recompute selective it would"),
         ("36 GiB", "38.7 GB", "it fits."),
         ("0.08t", "80.0 GB", "it fits."),
         ("600MB", "600.0 MB", "it does not fit, whatever its settings."),

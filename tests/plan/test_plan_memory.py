@@ -9,9 +9,9 @@ from functools import cache
 import pytest
 import torch
 from architectures import ALL, VARIANTS
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
-from support.tiny_models import OTHER_DECODERS
+from support.tiny_models import OTHER_DECODERS, SHAPE
 from veneer import LoRA
 from veneer.adapter.attach import attach
 from veneer.data.encode import Example
@@ -19,17 +19,42 @@ from veneer.data.packing import pack
 from veneer.errors import ConfigError
 from veneer.fused.forward import choose_forward
 from veneer.models import minigpt
-from veneer.plan.activations import kept
-from veneer.plan.amounts import Term
+from veneer.plan.activations import all_fused, kept
+from veneer.plan.amounts import Amount, Term
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_sizes, sizes_of
 from veneer.plan.memory import NF4_BITS
-from veneer.plan.methods import adapted_layers, trained_by
+from veneer.plan.methods import Trained, adapted_layers, trained_by
 from veneer.plan.plan import comparison, make_plan, replanned
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
 
 ROWS, LENGTH = 4, 64
+# Blocks of other parts than LLaMA's: norms and where they are, one product for q, k and v or for
+# gate and up, no gate, parallel halves, caps, biases, multipliers.
+OTHER_PARTS = (
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "olmo2",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "granite",
+)
+DENSE_FIRST = Glm4MoeConfig(
+    **SHAPE,
+    head_dim=8,
+    first_k_dense_replace=2,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+)
+BOTH_WINDOWS = copy.deepcopy(OTHER_DECODERS["gemma3"])
+BOTH_WINDOWS.num_hidden_layers, BOTH_WINDOWS.layer_types = 4, 2 * BOTH_WINDOWS.layer_types
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 METHODS = ("full", "freeze", "lora", "dora", "qlora", "prefix", "prompt")
 
@@ -76,7 +101,8 @@ def storage(tensor):
 
 
 def deeper(name):
-    config = copy.deepcopy((ALL | VARIANTS | OTHER_DECODERS)[name])
+    known = ALL | VARIANTS | OTHER_DECODERS | {"glm4_moe": DENSE_FIRST}
+    config = copy.deepcopy(known[name])
     config.num_hidden_layers = 4
     for field in ("attention_dropout", "hidden_dropout", "dropout"):
         if hasattr(config, field):
@@ -100,14 +126,33 @@ def planned_to_keep(name, *, full, recompute, dtype, targets, dropout=0.0, dora=
     return sum(term.value for term in kept(config, sizes, trained))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("name", "recompute", "dtype"),
+    [
+        *itertools.product(
+            ["llama", "mistral", "qwen2"],
+            ["none", "selective", "full"],
+            [torch.bfloat16, torch.float32],
+        ),
+        *itertools.product(OTHER_PARTS, ["none", "selective"], [torch.bfloat16]),
+    ],
+)
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 def test_two_functions_keep_what_is_planned(name, dora, recompute, dtype):
     run = {"full": False, "recompute": recompute, "dtype": dtype, "targets": "all", "dora": dora}
+    assert all_fused(sizes_of(deeper(name)), Trained(Amount("none", ())))
     # Indices and 1 / rms are not planned: three numbers a token, of which a real model has many.
     assert planned_to_keep(name, **run) == pytest.approx(really_kept(name, **run), rel=0.08)
+
+
+def test_blocks_that_differ_are_planned_each_in_its_way():
+    windows = [block.structure.attention.window for block in sizes_of(BOTH_WINDOWS).blocks]
+    assert windows == [8, None, 8, None]
+    dense_first = sizes_of(deeper("glm4_moe")).blocks
+    assert [block.structure is not None for block in dense_first] == [True, True, False, False]
+    run = {"full": False, "recompute": "none", "dtype": torch.bfloat16, "targets": "attention"}
+    planned = planned_to_keep("glm4_moe", **run)
+    assert planned == pytest.approx(really_kept("glm4_moe", **run), rel=0.15)
 
 
 @pytest.mark.parametrize("targets", ["all", "qv"])

@@ -8,18 +8,19 @@ functions give. What the structure leaves open is tried.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.fused.analyse import structure_of
 from veneer.fused.layers import FusedLayer
 from veneer.fused.norms import norm_of
+from veneer.fused.patches import LayerForward, patched
 from veneer.fused.structure import LayerStructure, Turn, Variant
 from veneer.fused.watch import LayerPass, attention_is_asked_for, watch
 from veneer.kernels.activation import Activation, activation_of
@@ -31,6 +32,8 @@ from veneer.models.blocks import decoder_layers
 # How far a shortcut may be from the model's own way, relatively: rounding, not meaning.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
+NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that hold a layer's place
+SETTING = (bool, int, float, str)
 Recognised = dict[str, FusedLayer | str]  # by path: the layer, or why it is not computed so
 
 
@@ -61,24 +64,57 @@ def recognise(model: PreTrainedModel, tokens: Tensor) -> Recognised:
 
 def structures(model: PreTrainedModel) -> list[LayerStructure | str]:
     """Return each decoder layer's structure, or why it cannot be computed as two functions, without
-    a proof: from a model that may be on the meta device."""
-    read: list[LayerStructure | str] = []
+    a proof: from a model that may be on the meta device. Of layers that are alike, one is read."""
     layers = decoder_layers(model)
     if layers is None:
-        return read
+        return []
+    kinds = [_kind(layer) for layer in layers]
+    first: dict[Hashable, nn.Module] = {}
+    for kind, layer in zip(kinds, layers, strict=True):
+        first.setdefault(kind, layer)
+    outputs = {layer: _Once(layer.forward) for layer in first.values()}
+    passing = {layer: outputs[first[kind]] for kind, layer in zip(kinds, layers, strict=True)}
     tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     packing = Packing([4], model.device)
+    read: dict[nn.Module, LayerStructure | str] = {}
+    why = "it does not pass on hidden states"
 
     def look(watched: LayerPass) -> None:
-        read.append(structure_of(watched))
+        read[watched.layer] = structure_of(watched)
 
-    with torch.no_grad():
+    with torch.no_grad(), patched(passing):
         try:
-            watch(model, list(layers), _inputs(model, tokens, packing), packing, look)
+            watch(model, [*outputs], _inputs(model, tokens, packing), packing, look)
         except Exception as error:  # whatever a foreign architecture raises
             why = f"{type(error).__name__}: {error}"
-            read += [why] * (len(layers) - len(read))
-    return read
+    return [read.get(first[kind], why) for kind in kinds]
+
+
+class _Once:
+    """A layer's forward that gives later calls, of layers alike, what it has given the first."""
+
+    def __init__(self, forward: LayerForward) -> None:
+        self.forward, self.output = forward, None
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self.output is None:
+            self.output = self.forward(*args, **options)
+        return self.output
+
+
+def _kind(layer: nn.Module) -> Hashable:
+    """Return what decides how a layer computes: the types, settings and shapes of its submodules.
+
+    A setting that holds the layer's number in the model is none.
+    """
+    return tuple(
+        (
+            *(path, type(module), id(getattr(module, "config", None))),
+            *(x for x in vars(module).items() if x[0] not in NUMBERS and isinstance(x[1], SETTING)),
+            *((name, weight.shape) for name, weight in module.named_parameters(recurse=False)),
+        )
+        for path, module in layer.named_modules()
+    )
 
 
 def _inputs(model: PreTrainedModel, tokens: Tensor, packing: Packing) -> dict[str, Any]:

@@ -26,7 +26,7 @@ KEPT = {"gelu_new": 4, "gelu_fast": 4}
 GATED = 3  # the activation's input, and both sides of its product with the other half
 CLAMPED = 5  # a gate of gpt-oss's kind: its clamped input and the sigmoid's output too
 SCANNED = 4  # tensors of a state's size that Mamba's scan in Python keeps, as measured
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # that `selective` makes again
+STATISTICS = 2  # that a norm's backward pass takes: mean and 1 / σ
 
 
 def tokens_of(config: PlanConfig) -> int:
@@ -35,16 +35,21 @@ def tokens_of(config: PlanConfig) -> int:
     return -(-tokens // TOKENS_STEP) * TOKENS_STEP
 
 
-def is_fused(sizes: Sizes, trained: Trained) -> bool:
-    """Return whether the blocks are computed as the two functions of fused/block.py."""
+def is_fused(block: Block, trained: Trained) -> bool:
+    """Return whether a block is computed as the two functions of fused/block.py."""
     dropout = any(line.config.dropout for line in trained.adapted)
-    return sizes.is_fused and not (trained.weights or dropout or trained.prefix)
+    return block.structure is not None and not (trained.weights or dropout or trained.prefix)
+
+
+def all_fused(sizes: Sizes, trained: Trained) -> bool:
+    """Return whether all blocks are computed as two functions."""
+    return len(sizes.blocks) > 0 and all(is_fused(block, trained) for block in sizes.blocks)
 
 
 def recompute_of(config: PlanConfig, sizes: Sizes, trained: Trained) -> str:
-    """Return what is computed again: for `selective` whole layers if the two functions do not suit,
-    as fused/forward.py chooses."""
-    if config.recompute == "selective" and not is_fused(sizes, trained):
+    """Return what is computed again: for `selective` whole layers if the two functions do not suit
+    all of them, as fused/forward.py chooses."""
+    if config.recompute == "selective" and not all_fused(sizes, trained):
         return "full"
     return config.recompute
 
@@ -82,10 +87,14 @@ def kept(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Term]:
     return terms
 
 
-def holes(config: PlanConfig, sizes: Sizes, trained: Trained, terms: list[Term]) -> Term:
-    """Return the holes in the heap between autograd's tensors; `terms` as `kept` returns them."""
-    through = not is_fused(sizes, trained) and recompute_of(config, sizes, trained) != "full"
-    total = sum(term.value for term in terms) if through else 0
+def holes(config: PlanConfig, sizes: Sizes, trained: Trained) -> Term:
+    """Return the holes in the heap between the tensors of blocks that autograd computes."""
+    blocks = [
+        block for block in sizes.blocks[trained.first_block :] if not is_fused(block, trained)
+    ]
+    if recompute_of(config, sizes, trained) == "full":
+        blocks = []
+    total = sum(term.value for term in kept_by_blocks(config, sizes, trained, blocks))
     return Term.of(HOLES, "of", total, "bytes", note="holes in the heap between all these")
 
 
@@ -93,9 +102,9 @@ def kept_by_blocks(
     config: PlanConfig, sizes: Sizes, trained: Trained, blocks: Iterable[Block]
 ) -> list[Term]:
     """Return what blocks keep that are not computed again whole; equal blocks share a term."""
-    by = _by_two_functions if is_fused(sizes, trained) else _by_autograd
     alike: Counter[Term] = Counter()
     for block in blocks:
+        by = _by_two_functions if is_fused(block, trained) else _by_autograd
         alike.update(by(config, sizes, trained, block))
     return [term.times(count, "layers") for term, count in alike.items() if term.value]
 
@@ -107,14 +116,17 @@ def _by_two_functions(
 
     `selective` makes q, k, v, gate, up and their A x again (save_for_backward in fused/block.py).
     What the halves' last layers gave is kept for a norm over it or for their magnitudes; then the
-    second half's x need not be.
+    second half's x need not be, unless the halves are parallel and share theirs.
     """
+    structure = block.structure
+    assert structure is not None
     tokens, width = tokens_of(config), config.width
     selective = recompute_of(config, sizes, trained) == "selective"
-    structure = sizes.structures[0]
     lines = _lines(block, trained)
     gained = {line.layer.inner_path for line in lines} if config.method == "dora" else set()
     halves = (structure.attention, structure.feed_forward)
+    outs = {layer.inner_path: layer.out for layer in block.layers}
+    qkv, inner = (sum(outs[path] for path in half.inputs) for half in halves)
     kept_outputs = [half.post_norm is not None or half.output in gained for half in halves]
     inputs = 1 if structure.parallel or kept_outputs[0] else 2
     widths = [
@@ -123,16 +135,20 @@ def _by_two_functions(
         (block.q, "what attention gave"),
     ]
     if not selective:
-        widths.append((block.q + 2 * block.kv, "q, k, v"))
-        widths.append(((1 + block.is_gated) * block.inner, "gate and up"))
-    again = PROJECTIONS if selective else ()
+        widths += [(qkv, "q, k, v"), (inner, "gate and up" if block.is_gated else "up")]
+    again = {path for half in halves for path in half.inputs} if selective else set()
+    post_norms = sum(half.post_norm is not None for half in halves)
     return [
         *(
             Term.of(tokens, "tokens", size, "numbers", width, "bytes", note=note)
             for size, note in widths
         ),
-        _ranks(config, [line for line in lines if line.layer.name not in again]),
+        _ranks(config, [line for line in lines if line.layer.inner_path not in again]),
         _log_sums(config, block),
+        Term.of(
+            *(tokens, "tokens", post_norms * STATISTICS, "numbers", FLOAT32, "bytes"),
+            note="statistics of the halves' last norms",
+        ),
     ]
 
 

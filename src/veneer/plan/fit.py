@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from veneer.fused.recompute import Recompute
-from veneer.plan.activations import is_fused
+from veneer.plan.activations import all_fused
 from veneer.plan.config import PlanConfig
 from veneer.plan.plan import Plan, replanned
 from veneer.quant.settings import Bits
@@ -63,7 +63,7 @@ def alternatives(plan: Plan) -> Iterator[PlanConfig]:
     """
     config = plan.config
     levels = LEVELS[LEVELS.index(config.recompute) :]
-    if not is_fused(plan.sizes, plan.trained):  # selective would be full
+    if not all_fused(plan.sizes, plan.trained):  # selective would be full
         levels = tuple(level for level in levels if level in (config.recompute, "full"))
     for bits, mapped in _bases(config):
         changed = [

@@ -68,8 +68,8 @@ def plan_memory(
     optimizer = [Term.of(2, "moments", count, "parameters", FLOAT32, "bytes", note="AdamW")]
     if own and masters and width < FLOAT32:
         optimizer.append(Term.of(count, "masters", FLOAT32, "bytes", note="float32"))
-    lasting = kept(config, sizes, trained)
-    activations = amount("activations", *lasting, holes(config, sizes, trained, lasting))
+    lasting = [*kept(config, sizes, trained), holes(config, sizes, trained)]
+    activations = amount("activations", *lasting)
     passing = workspace(config, sizes, trained)
     if len(optimizer) > 1:
         stepping = Term.of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +13,7 @@ from veneer.adapter.virtual import virtual_shape
 from veneer.errors import ConfigError
 from veneer.fused.recognise import structures
 from veneer.fused.structure import LayerStructure
+from veneer.fused.watch import attention_is_asked_for
 from veneer.models.description import Layer, ModelDescription
 from veneer.plan.sdpa import keeps_scores
 
@@ -31,13 +31,15 @@ class Block:
     """One decoder layer: its layers, and its widths in numbers a token.
 
     q, kv: of all heads together. inner: of the feed-forward layers, and of the experts that compute
-    a token. state: of a state-space layer's state.
+    a token. state: of a state-space layer's state. structure: as two functions (fused/), None for a
+    block that is not likely computed so.
     """
 
     layers: tuple[Layer, ...]
     dim: int
     heads: int
     experts: int  # how many compute a token, 0 for none
+    structure: LayerStructure | None
 
     @cached_property
     def attention(self) -> tuple[Layer, ...]:
@@ -179,9 +181,28 @@ class Sizes:
                 self.dim,
                 _first_number(config, ("num_attention_heads",)),
                 _first_number(config, EXPERTS_PER_TOKEN),
+                structure,
             )
-            for layers, config in zip(by_block, configs, strict=True)
+            for layers, config, structure in zip(by_block, configs, self._structures, strict=True)
         )
+
+    @property
+    def _structures(self) -> list[LayerStructure | None]:
+        """The structure of each block that is likely computed as two functions (fused/forward.py).
+
+        None is where rows cannot be packed: beside scans, or in a model that attends by its own
+        code in some block.
+        """
+        depth = len(self.description.by_block)
+        none: list[LayerStructure | None] = [None] * depth
+        if any(_is_scan(layer) for layer in self.description.layers):
+            return none
+        read = [
+            None if isinstance(structure, str) or structure.drops else structure
+            for structure in structures(self.description.model)
+        ]
+        suits = len(read) == depth and (self.attends_by_name or None not in read)
+        return read if suits else none
 
     @cached_property
     def prefix_shape(self) -> tuple[int, ...]:
@@ -248,17 +269,6 @@ class Sizes:
         return getattr(self.config, "max_position_embeddings", None)
 
     @cached_property
-    def structures(self) -> tuple[LayerStructure, ...]:
-        """The structure of each block that is likely computed as two functions (fused/)."""
-        return tuple(it for it in structures(self.description.model) if not isinstance(it, str))
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether its blocks are computed as two functions, by structure."""
-        blocks = self.structures
-        return len(blocks) == len(self.blocks) > 0 and not any(it.drops for it in blocks)
-
-    @cached_property
     def norms_in_python(self) -> bool:
         """Whether norms are computed in Python and keep a float32 copy, as LLaMA's do."""
         norms = [layer.module for layer in self.description.layers if layer.kind == "norm"]
@@ -276,10 +286,14 @@ class Sizes:
         return next((str(getattr(self.config, x)) for x in names if hasattr(self.config, x)), "")
 
     @cached_property
+    def attends_by_name(self) -> bool:
+        """Whether the model's code asks for its attention by name, and so can get Veneer's."""
+        return attention_is_asked_for(self.description.model)
+
+    @cached_property
     def score_bytes(self) -> int:
         """Bytes that attention keeps of each score; 0 if Veneer's packed attention suits it."""
-        code = sys.modules[type(self.description.model).__module__]
-        if hasattr(code, "ALL_ATTENTION_FUNCTIONS"):
+        if self.attends_by_name:
             return 0
         if getattr(self.config, "attn_logit_softcapping", None):
             return CAPPED_SCORES

@@ -90,7 +90,7 @@ def _block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> 
                 note="gradient of the head, before and after it is scaled",
             )
         )
-    if not is_fused(sizes, trained) and sizes.norms_in_python:
+    if not is_fused(block, trained) and sizes.norms_in_python:
         larger.append(
             Term.of(
                 *(3, "", tokens, "tokens", sizes.dim, "numbers", FLOAT32, "bytes"),
