@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from veneer.fused.block import FeedForward, Half, SelfAttention
 from veneer.fused.heads import Heads
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention
+from veneer.kernels.dropout import Mask
 from veneer.kernels.norm import Norm
 from veneer.kernels.packing import Packing
 from veneer.kernels.rotary import Rotary
@@ -119,19 +121,29 @@ HALVES = [("attention", name) for name in ATTENTIONS] + [("feed", name) for name
 TWO = [("attention", "llama"), ("feed", "llama")]
 
 
-def projection(in_: int, out: int, adapters: int, *, bias: bool, dora: bool) -> Projection:
-    rank = adapters * (adapters + 1) // 2  # of adapters of rank 1, 2, ...
+def projection(
+    in_: int, out: int, adapters: int, *, bias: bool, dora: bool, drops: bool
+) -> Projection:
+    ranks = range(1, adapters + 1)
+    rank = sum(ranks)
     return Projection(
         torch.randn(out, in_, **DOUBLE),
         torch.randn(out, **DOUBLE) if bias else None,
         torch.randn(rank, in_, **DOUBLE, requires_grad=True),
         torch.randn(out, rank, **DOUBLE, requires_grad=True),
         torch.randn(out, **DOUBLE, requires_grad=True) if dora and rank else None,
+        # Of two adapters one drops its inputs.
+        tuple((r, Mask.drawn(0.4) if r == 1 else None) for r in ranks) if drops else (),
     )
 
 
 def half_of(
-    which: tuple[str, str], adapted: str, *, dora: str = "none", recompute: bool = False
+    which: tuple[str, str],
+    adapted: str,
+    *,
+    dora: str = "none",
+    recompute: bool = False,
+    drops: bool = False,
 ) -> tuple[Half, bool]:
     """Return a half with random numbers, and whether it is one of a parallel layer."""
     torch.manual_seed(0)
@@ -154,13 +166,13 @@ def half_of(
         kind, inner = FeedForward, INNER
     flags = list(zip(ADAPTED[adapted], DORA[dora], strict=True))
     inputs = tuple(
-        projection(DIM, out, n, bias=bias, dora=gain)
+        projection(DIM, out, n, bias=bias, dora=gain, drops=drops)
         for out, (n, gain) in zip(outs, flags, strict=False)
     )
     n, gain = flags[-1]
     return kind(
         inputs=inputs,
-        output=projection(inner, DIM, n, bias=bias, dora=gain),
+        output=projection(inner, DIM, n, bias=bias, dora=gain, drops=drops),
         arena=Arena(),
         recompute_projections=recompute,
         **settings,
@@ -171,7 +183,12 @@ def half_of(
 
 
 def projected(p: Projection, x: Tensor) -> Tensor:
-    y = F.linear(x, p.weight) + F.linear(F.linear(x, p.A), p.B)
+    y, ranks = F.linear(x, p.weight), [rank for rank, _ in p.masks] or [p.rank]
+    for mask, A, B in zip_longest(
+        [mask for _, mask in p.masks], p.A.split(ranks), p.B.split(ranks, 1)
+    ):
+        kept = x if mask is None else x * mask.apply(torch.ones_like(x))
+        y = y + F.linear(F.linear(kept, A), B)
     y = y if p.gain is None else y * p.gain
     return y if p.bias is None else y + p.bias
 
@@ -244,12 +261,15 @@ def trained(half: Half) -> list[Tensor]:
     return [tensor for p in (*half.inputs, half.output) for tensor in p.trained()]
 
 
-CASES = list(itertools.product(HALVES, ADAPTED, DORA, [True, False]))
+CASES = [
+    *itertools.product(HALVES, ADAPTED, DORA, [True, False], [False]),
+    *itertools.product(HALVES, ["all", "two on some"], ["none", "some"], [True, False], [True]),
+]
 
 
-@pytest.mark.parametrize(("which", "adapted", "dora", "recompute"), CASES)
-def test_equals_the_plain_operations(which, adapted, dora, recompute):
-    half, parallel = half_of(which, adapted, dora=dora, recompute=recompute)
+@pytest.mark.parametrize(("which", "adapted", "dora", "recompute", "drops"), CASES)
+def test_equals_the_plain_operations(which, adapted, dora, recompute, drops):
+    half, parallel = half_of(which, adapted, dora=dora, recompute=recompute, drops=drops)
     x, dy = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True), torch.randn(TOKENS, DIM)
     residual = torch.randn(TOKENS, DIM, **DOUBLE, requires_grad=True) if parallel else None
     inputs = [x, *([] if residual is None else [residual]), *trained(half)]

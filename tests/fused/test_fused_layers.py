@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import veneer
 from support.random_adapters import examples, shake
 from support.tiny_models import CONFIGS, tiny
 from veneer.data.packing import pack
-from veneer.fused.forward import choose_forward
+from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.layers import FusedLayer
 from veneer.kernels import native
 
@@ -134,15 +135,25 @@ def test_a_layer_takes_its_own_forward_while_two_functions_do_not_apply(monkeypa
     torch.testing.assert_close(off, own)
 
 
-def test_dropped_inputs_go_the_general_way(monkeypatch):
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_adapters_drop_inputs_as_they_do_in_layers_of_their_own_forward(recompute):
     model = adapted(dropout=0.5).train()
-    chosen, _ = choose_forward(model, ROWS)
-    computed = counted(monkeypatch)
-    chosen(model, pack(ROWS, [0])).backward()
-    assert computed == []
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    chosen, notices = choose_forward(model, ROWS, recompute=recompute)
+    assert (len(chosen.layers), chosen.recompute, notices) == (2, recompute, [])
+
+    def step(forward: Forward) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        loss = forward(model, pack(ROWS, range(3)))
+        return [loss, *torch.autograd.grad(loss, trained)]
+
+    ours, again, own = step(chosen), step(chosen), step(replace(chosen, layers=()))
+    assert all(map(torch.equal, ours, again))
+    torch.testing.assert_close(ours, own)  # the same seeds in the same order
+    other = chosen(model, pack(ROWS, range(3)))
+    assert not torch.equal(other, ours[0])
     model.eval()
-    chosen(model, pack(ROWS, [0])).backward()
-    assert len(computed) == 2
+    assert torch.equal(chosen(model, pack(ROWS, [0])), chosen(model, pack(ROWS, [0])))
 
 
 def test_a_trained_norm_goes_the_general_way():
@@ -192,13 +203,6 @@ def test_a_layer_that_means_something_else_is_left_alone(what, monkeypatch):
     chosen, _ = choose_forward(model, ROWS)
     assert len(chosen.layers) == layers
     torch.testing.assert_close(chosen(model, pack(ROWS, range(3))).detach(), expected)
-
-
-def test_selective_with_dropped_inputs_becomes_full_with_a_notice():
-    model = adapted(dropout=0.5).train()
-    chosen, notices = choose_forward(model, ROWS, recompute="selective")
-    assert chosen.recompute == "full"
-    assert len(notices) == 1
 
 
 def test_a_context_shorter_than_the_filling():

@@ -21,6 +21,7 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.embedding import LoRAEmbedding
 from veneer.adapter.linear import LoRALinear
 from veneer.adapter.use import use
+from veneer.kernels.dropout import Mask
 from veneer.lowrank.projection import LowRankLinear
 from veneer.models.quantize import quantize
 from veneer.quant.weight import QuantizedLinear
@@ -105,8 +106,9 @@ def test_dropped_inputs_and_gradients_only_where_needed(needs):
         for shape, needed in zip([(6, IN), (RANK, IN), (OUT, RANK)], needs, strict=True)
     )
     W, b = torch.randn(OUT, IN, **DOUBLE), torch.randn(OUT, **DOUBLE)
-    keep = (torch.rand(6, IN) > 0.4).double() / 0.6
-    ours = LowRankLinear.apply(x, W, b, A, B, keep)
+    mask = Mask(0.4, seed=0)
+    keep = mask.apply(torch.ones_like(x))
+    ours = LowRankLinear.apply(x, W, b, A, B, ((RANK, mask),))
     expected = F.linear(x, W, b) + (x * keep) @ A.T @ B.T
     torch.testing.assert_close(ours, expected)
     inputs = [tensor for tensor in (x, A, B) if tensor.requires_grad]

@@ -171,11 +171,11 @@ def test_a_scan_keeps_about_the_states_that_are_planned(full):
     assert planned_to_keep("mamba", **run) == pytest.approx(really_kept("mamba", **run), rel=0.25)
 
 
-def test_dropout_keeps_masks():
+def test_dropout_keeps_no_masks():
     run = {"full": False, "recompute": "none", "dtype": torch.bfloat16, "targets": "all"}
     planned = planned_to_keep("llama", **run, dropout=0.1)
+    assert planned == planned_to_keep("llama", **run)
     assert planned == pytest.approx(really_kept("llama", **run, dropout=0.1), rel=0.1)
-    assert planned > 1.5 * planned_to_keep("llama", **run)
 
 
 @pytest.mark.parametrize("method", METHODS)

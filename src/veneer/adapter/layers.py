@@ -15,6 +15,7 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.wrapper import Wrapper
 from veneer.lowrank.formula import merged_weight, updated_norms
+from veneer.lowrank.projection import Masks
 from veneer.lowrank.update import LowRankUpdate, mixed
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight, row_squares
 
@@ -73,9 +74,12 @@ class AdaptedLayer(Adapted, Wrapper):
         return (total if bias is None else total + bias).to(self.base_weight.dtype)
 
     def low_rank_update(
-        self, pairs: list[tuple[Adapter, float]], dtype: torch.dtype
+        self, pairs: list[tuple[Adapter, float]], dtype: torch.dtype, masks: Masks = ()
     ) -> LowRankUpdate:
-        """Return adapters with their weights as one update, differentiably."""
+        """Return adapters with their weights as one update, differentiably.
+
+        masks: those of the adapters' inputs, whose `scale` B takes over.
+        """
         updates = []
         for adapter, _ in pairs:
             A, B = adapter.factors()
@@ -85,7 +89,10 @@ class AdaptedLayer(Adapted, Wrapper):
                 gain = adapter.magnitude / self._norms(adapter, A)
             updates.append(LowRankUpdate(A, B, gain))
         weights = [weight for _, weight in pairs]
-        return mixed(updates, weights, [adapter.scaling for adapter, _ in pairs])
+        scalings = [adapter.scaling for adapter, _ in pairs]
+        for number, (_, mask) in enumerate(masks):
+            scalings[number] *= 1.0 if mask is None else mask.scale
+        return mixed(updates, weights, scalings)
 
     @torch.no_grad()
     def _norms(self, adapter: Adapter, A: Tensor) -> Tensor:

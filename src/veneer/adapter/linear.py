@@ -12,10 +12,11 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError
+from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import apply_gain
 from veneer.lowrank.formula import new_A
 from veneer.lowrank.initial import start_factors
-from veneer.lowrank.projection import LowRankLinear, Projection
+from veneer.lowrank.projection import LowRankLinear, Masks, Projection
 from veneer.lowrank.update import RowUpdates
 from veneer.quant.weight import linear
 
@@ -91,8 +92,6 @@ class LoRALinear(AdaptedLayer):
         """Return the layer as it acts now, or None where it is more than one product of a frozen
         weight."""
         active = self.active()
-        if self.training and any(adapter.dropout for adapter, _ in active):
-            return None
         bias = self.active_bias(active)
         if (bias is not None and bias.requires_grad) or self.active_tokens():
             return None
@@ -100,8 +99,9 @@ class LoRALinear(AdaptedLayer):
             return None
         if not active:
             return Projection.plain(self.base_weight, bias)
-        update = self.low_rank_update(active, self.base_weight.dtype)
-        return Projection(self.base_weight, bias, update.A, update.B, update.gain)
+        masks = self._masks(active)
+        update = self.low_rank_update(active, self.base_weight.dtype, masks)
+        return Projection(self.base_weight, bias, update.A, update.B, update.gain, masks)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active_adapters.row_updates is not None:
@@ -117,23 +117,22 @@ class LoRALinear(AdaptedLayer):
             return self.original(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        # Adapters with dropout need a mask each; all others act as one, their A stacked and their B
-        # side by side.
-        dropped = [pair for pair in active if self.training and pair[0].dropout]
-        together = [pair for pair in active if pair not in dropped]
-        first = together or [dropped.pop(0)]
-        p = first[0][0].dropout if self.training else 0.0
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        mask = F.dropout(torch.ones_like(flat), p) if p else None
-        update = self.low_rank_update([*first, *dropped], x.dtype)
-        ranks = [sum(a.total_rank for a, _ in first), *(a.total_rank for a, _ in dropped)]
-        (A, *As), (B, *Bs) = update.A.split(ranks), update.B.split(ranks, 1)
+        masks = self._masks(active)
+        update = self.low_rank_update(active, x.dtype, masks)
         bias = self.active_bias(active)
-        y = LowRankLinear.apply(flat, self.base_weight, bias, A, B, mask)  # (tokens, out)
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        y = LowRankLinear.apply(flat, self.base_weight, bias, update.A, update.B, masks)
         y = y.view(*x.shape[:-1], y.shape[-1])
-        for (adapter, _), A, B in zip(dropped, As, Bs, strict=True):
-            y = y + F.linear(F.linear(F.dropout(x, adapter.dropout), A), B)
         return y if update.gain is None else apply_gain(y, update.gain, bias).to(x.dtype)
+
+    def _masks(self, pairs: list[tuple[Adapter, float]]) -> Masks:
+        """Return a new mask for each adapter that drops its inputs, as this layer is training."""
+        if not self.training or not any(adapter.dropout for adapter, _ in pairs):
+            return ()
+        return tuple(
+            (adapter.total_rank, Mask.drawn(adapter.dropout) if adapter.dropout else None)
+            for adapter, _ in pairs
+        )
 
     def _by_rows(self, x: Tensor, row_updates: RowUpdates) -> Tensor:
         """Return the output for x (rows, tokens, in), where each row has adapters of its own."""

@@ -49,8 +49,8 @@ class FusedLayer:
         arena: Arena,
         recompute_projections: bool = False,
     ) -> Tensor | None:
-        """Return the layer's output, or None where its own forward is needed: for dropout, trained
-        norms or biases, a prefix, or mixed dtypes."""
+        """Return the layer's output, or None where its own forward is needed: for dropout of the
+        base's own, trained norms or biases, a prefix, or mixed dtypes."""
         x = hidden_states[0]
         linears, norms = self._linears(), self._norms()
         autocast = torch.is_autocast_enabled(x.device.type)

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "cross_entropy.h"
+#include "dropout.h"
 #include "norm.h"
 #include "numbers.h"
 #include "rotary.h"

@@ -6,15 +6,20 @@ same functions with groups of several.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import apply_gain_, gain_backward
 from veneer.quant.weight import QuantizedWeight, product, product_back
+
+# For each of the adapters stacked in A and B its rank, and what it multiplies x with in a step of
+# training, None for 1. No masks at all where all are None.
+Masks = tuple[tuple[int, Mask | None], ...]
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Projection:
     weight (out, in), frozen; a quantized one is dequantized for each product. bias (out,), frozen,
     or None. A (rank, in) and B (out, rank): those of all adapters, stacked and scaled, with rank 0
     where nothing acts. gain (out,), float32 or wider: DoRA's factor of each output, or None for 1.
+    With masks, each adapter adds B A (x ∘ mask).
     """
 
     weight: Tensor | QuantizedWeight
@@ -31,6 +37,7 @@ class Projection:
     A: Tensor
     B: Tensor
     gain: Tensor | None = None
+    masks: Masks = ()
 
     @classmethod
     def plain(cls, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Projection:
@@ -59,14 +66,14 @@ def project(
     group: Sequence[Projection],
     outputs: Sequence[Tensor],
     h: Tensor,
-    dropout_mask: Tensor | None = None,
 ) -> None:
     """Write gain ∘ (W x + B A x) + b of each projection to `outputs`, (tokens, out), and A x of all
-    side by side to `h`, (tokens, Σ rank).
-
-    x (tokens, in); dropout_mask, like x: what x is multiplied with before A, or None for 1.
-    """
-    torch.mm(_dropped(x, dropout_mask), _stacked_A(group).T, out=h)
+    side by side to `h`, (tokens, Σ rank). x (tokens, in)."""
+    if _are_masked(group):
+        for ranks, A, mask in _by_mask(group):
+            torch.mm(x if mask is None else mask.apply(x), A.T, out=h[:, ranks])
+    else:
+        torch.mm(x, _stacked_A(group).T, out=h)
     for p, own_h, y in zip(group, h.split([p.rank for p in group], 1), outputs, strict=True):
         _base_product(x, p, y)
         if p.rank:
@@ -99,13 +106,8 @@ def gradient_of_h(dz: Sequence[Tensor], group: Sequence[Projection]) -> Tensor:
     return _joined([d @ p.B for d, p in zip(dz, group, strict=True)], dim=1)
 
 
-def gradient_of_x(
-    dz: Sequence[Tensor],
-    dh: Tensor,
-    group: Sequence[Projection],
-    dropout_mask: Tensor | None = None,
-) -> Tensor:
-    """Return dx = Σ (dz W) + (dh A) ∘ dropout_mask, (tokens, in)."""
+def gradient_of_x(dz: Sequence[Tensor], dh: Tensor, group: Sequence[Projection]) -> Tensor:
+    """Return dx = Σ (dz W) + dh A, (tokens, in), where each adapter's dh A has its mask."""
     dx = product_back(dz[0], group[0].weight)
     for d, p in zip(dz[1:], group[1:], strict=True):
         if isinstance(p.weight, Tensor):
@@ -114,9 +116,10 @@ def gradient_of_x(
             dx += product_back(d, p.weight)
     if not dh.shape[1]:
         return dx
-    if dropout_mask is None:
+    if not _are_masked(group):
         return dx.addmm_(dh, _stacked_A(group))
-    dx += (dh @ _stacked_A(group)) * dropout_mask
+    for ranks, A, mask in _by_mask(group):
+        dx = dx.addmm_(dh[:, ranks], A) if mask is None else mask.add_(dx, dh[:, ranks] @ A)
     return dx
 
 
@@ -127,16 +130,15 @@ def gradients_of_trained(
     x: Tensor,
     h: Tensor,
     group: Sequence[Projection],
-    dropout_mask: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Return dA = dhᵀ (x ∘ dropout_mask), dB = dzᵀ h and the gain's gradient of every projection,
-    in the order of `trained`; None for an A or B that does not train."""
+    """Return dA = dhᵀ (x ∘ mask), dB = dzᵀ h and the gain's gradient of every projection, in the
+    order of `trained`; None for an A or B that does not train."""
     if not dh.shape[1]:
         return []
     ranks = [p.rank for p in group]
     dAs: Sequence[Tensor | None] = [None] * len(group)
     if any(p.A.requires_grad for p in group):
-        dAs = (dh.T @ _dropped(x, dropout_mask)).split(ranks)
+        dAs = _gradient_of_A(dh, x, group).split(ranks)
     gradients: list[Tensor | None] = []
     for p, d, d_gain, dA, own_h in zip(group, dz, d_gains, dAs, h.split(ranks, 1), strict=True):
         if p.rank:
@@ -147,7 +149,7 @@ def gradients_of_trained(
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + (x ∘ dropout_mask) Aᵀ Bᵀ, with B already scaled.
+    """y = x Wᵀ + b + x Aᵀ Bᵀ, with B already scaled; with masks, each adapter's x has its own.
 
     Plain autograd would keep x for W, x again (dropped out) for A, and both factors' outputs. Here
     x is kept once, together with x Aᵀ (tokens, rank). W and b cost nothing while they are frozen;
@@ -162,26 +164,27 @@ class LowRankLinear(torch.autograd.Function):
         bias: Tensor | None,  # (out,)
         A: Tensor,  # (rank, in), x's dtype
         B: Tensor,  # (out, rank), x's dtype, scaled
-        dropout_mask: Tensor | None,  # (tokens, in): 0 or 1 / (1 - dropout)
+        masks: Masks,
     ) -> Tensor:
         # Never a view: what follows may add to y in place (Falcon does), and autograd forbids that
         # for views that are made in here.
         y = x.new_empty(len(x), weight.shape[0])  # (tokens, out)
         h = x.new_empty(len(x), len(A))  # (tokens, rank)
-        project(x, [Projection(weight, bias, A, B)], [y], h, dropout_mask)
+        project(x, [Projection(weight, bias, A, B, masks=masks)], [y], h)
         ctx.weight = weight  # no step changes it before the backward pass
-        ctx.save_for_backward(x, A, B, h, dropout_mask)
+        ctx.masks = masks
+        ctx.save_for_backward(x, A, B, h)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, h, dropout_mask = ctx.saved_tensors
+        x, A, B, h = ctx.saved_tensors
         dy = grads[0]  # (tokens, out)
         needs_x, needs_W, needs_b, needs_A, *_ = ctx.needs_input_grad
-        group = [Projection(ctx.weight, None, A, B)]
+        group = [Projection(ctx.weight, None, A, B, masks=ctx.masks)]
         dh = gradient_of_h([dy], group) if needs_x or needs_A else h
-        dA, dB = gradients_of_trained([dy], [None], dh, x, h, group, dropout_mask)
-        dx = gradient_of_x([dy], dh, group, dropout_mask) if needs_x else None
+        dA, dB = gradients_of_trained([dy], [None], dh, x, h, group)
+        dx = gradient_of_x([dy], dh, group) if needs_x else None
         dW = dy.T @ x if needs_W else None  # (out, in)
         db = dy.sum(0) if needs_b else None  # (out,)
         return dx, dW, db, dA, dB, None
@@ -200,8 +203,29 @@ def _base_product(x: Tensor, p: Projection, out: Tensor) -> None:
         torch.addmm(bias, x, p.weight.to(x.dtype).T, out=out)
 
 
-def _dropped(x: Tensor, dropout_mask: Tensor | None) -> Tensor:
-    return x if dropout_mask is None else x * dropout_mask
+def _gradient_of_A(dh: Tensor, x: Tensor, group: Sequence[Projection]) -> Tensor:
+    """Return dhᵀ (x ∘ mask) of all adapters, (Σ rank, in)."""
+    if not _are_masked(group):
+        return dh.T @ x
+    dA = x.new_empty(dh.shape[1], x.shape[1])
+    for ranks, _, mask in _by_mask(group):
+        torch.mm(dh[:, ranks].T, x if mask is None else mask.apply(x), out=dA[ranks])
+    return dA
+
+
+def _are_masked(group: Sequence[Projection]) -> bool:
+    return any(p.masks for p in group)
+
+
+def _by_mask(group: Sequence[Projection]) -> Iterator[tuple[slice, Tensor, Mask | None]]:
+    """Yield which of Σ rank belong to each adapter, its A (rank, in) and its mask."""
+    start = 0
+    for p in group:
+        masks = p.masks or ((p.rank, None),)
+        for (rank, mask), A in zip(masks, p.A.split([rank for rank, _ in masks]), strict=True):
+            if rank:
+                yield slice(start, start + rank), A, mask
+            start += rank
 
 
 def _stacked_A(group: Sequence[Projection]) -> Tensor:

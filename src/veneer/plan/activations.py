@@ -37,8 +37,7 @@ def tokens_of(config: PlanConfig) -> int:
 
 def is_fused(block: Block, trained: Trained) -> bool:
     """Return whether a block is computed as the two functions of fused/block.py."""
-    dropout = any(line.config.dropout for line in trained.adapted)
-    return block.structure is not None and not (trained.weights or dropout or trained.prefix)
+    return block.structure is not None and not (trained.weights or trained.prefix)
 
 
 def all_fused(sizes: Sizes, trained: Trained) -> bool:
@@ -172,7 +171,6 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
             inputs[half, layer.in_] = layer.in_
     # DoRA's magnitude multiplies each adapted layer's output, which is kept for its gradient.
     gained = sum(line.out for line in lines) if config.method == "dora" else 0
-    masks = sum(line.in_ for line in lines if line.config.dropout)
     gated = CLAMPED if getattr(sizes.config, "swiglu_limit", None) else GATED
     times = gated if block.is_gated else KEPT.get(sizes.activation, 1)
     # Rotated q and k are kept besides the one tensor that has v.
@@ -187,7 +185,6 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
     return [
         Term.of(tokens, "tokens", norms, "bytes", note="norms"),
         Term.of(tokens, "tokens", sum(inputs.values()), *numbers, note="inputs of linear layers"),
-        Term.of(tokens, "tokens", masks, *numbers, note="masks of dropout"),
         Term.of(tokens, "tokens", gained, *numbers, note="what magnitudes multiply"),
         Term.of(tokens, "tokens", attention, *numbers, note="q, k, v and what attention gave"),
         Term.of(tokens, "tokens", times, "", block.inner, *numbers, note="activation"),
