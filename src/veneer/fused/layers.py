@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,7 +116,17 @@ class FusedLayer:
 
     def module(self, path: str) -> Any:
         """Return a submodule of the layer as it is now."""
-        return self.layer.get_submodule(path)
+        parent, name = self._places[path]
+        return parent[name]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Mapping[str, Any], str]]:
+        """Where each submodule is: looking a path up takes ten times as long."""
+        places = {}
+        for path in (*self.structure.linears, *self.structure.norms):
+            parent, _, name = path.rpartition(".")
+            places[path] = self.layer.get_submodule(parent)._modules, name
+        return places
 
     def _linears(self) -> dict[str, Projection] | None:
         if self.structure.drops and self.layer.training:
@@ -125,10 +136,10 @@ class FusedLayer:
 
     def _norms(self) -> dict[str | None, Norm] | None:
         """Return the layer's norms, and None where one of them trains."""
-        modules = {path: self.module(path) for path in self.norms}
-        if any(p.requires_grad for module in modules.values() for p in module.parameters()):
-            return None
-        return {path: with_weights(self.norms[path], module) for path, module in modules.items()}
+        norms: dict[str | None, Norm] = {
+            path: with_weights(norm, self.module(path)) for path, norm in self.norms.items()
+        }
+        return None if any(norm.trains for norm in norms.values()) else norms
 
     def _query_factor(self, position_ids: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return what each query is scaled with, (tokens, 1, 1), or None for 1."""
@@ -155,7 +166,7 @@ def rotary_of(turn: Turn, angles: Angles | None, dtype: torch.dtype) -> Rotary |
 def _projection(layer: nn.Module) -> Projection | None:
     if isinstance(layer, LoRALinear):
         return layer.projection()
-    if any(p.requires_grad for p in layer.parameters()):
+    if any(p is not None and p.requires_grad for p in layer._parameters.values()):
         return None
     if isinstance(layer, QuantizedLinear):
         return Projection.plain(layer.quantized_weight, layer.bias)

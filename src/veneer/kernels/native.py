@@ -56,7 +56,9 @@ def _kernel(symbol: str, source: str, define: str) -> Callable[..., None] | None
     function.restype = None
 
     def call(*arguments: Tensor | ctypes.c_void_p | float | None) -> None:
-        function(*map(_as_c, arguments))
+        if function.argtypes is None:
+            function.argtypes = [_c_type(argument) for argument in arguments]
+        function(*map(_address, arguments))
 
     return call
 
@@ -76,16 +78,21 @@ def strided(x: Tensor | None) -> tuple[ctypes.c_void_p | int | None, ...]:
     return ctypes.c_void_p(x.data_ptr()), *x.stride()[:-1]
 
 
-def _as_c(argument: Tensor | ctypes.c_void_p | float | None) -> object:
-    if isinstance(argument, Tensor):
-        if not argument.is_contiguous():
-            raise ValueError(f"a compiled kernel takes no tensor of strides {argument.stride()}")
-        return ctypes.c_void_p(argument.data_ptr())
+def _c_type(argument: object) -> type:
+    """Return the type of an argument, which is the same at each call of a function."""
     if isinstance(argument, float):
-        return ctypes.c_double(argument)
-    if argument is None or isinstance(argument, ctypes.c_void_p):
+        return ctypes.c_double
+    # None is a null pointer, and so is not told from a number by its own.
+    return ctypes.c_int64 if isinstance(argument, int) else ctypes.c_void_p
+
+
+def _address(argument: Tensor | ctypes.c_void_p | float | None) -> object:
+    """Return a tensor's address, and anything else as it is."""
+    if not isinstance(argument, Tensor):
         return argument
-    return ctypes.c_int64(argument)
+    if not argument.is_contiguous():
+        raise ValueError(f"a compiled kernel takes no tensor of strides {argument.stride()}")
+    return argument.data_ptr()
 
 
 def load() -> tuple[ctypes.CDLL | None, str]:

@@ -28,6 +28,11 @@ class Norm:
     centred: bool = False
     rounds: bool = False
 
+    @property
+    def trains(self) -> bool:
+        """Whether its weight or bias has a gradient, which `backward` does not return."""
+        return any(w is not None and w.requires_grad for w in (self.weight, self.bias))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return y, shaped as x (..., dim), and each row's mean (0 unless centred) and 1 / σ, as
         (rows, 2) in float32 or wider."""
