@@ -122,7 +122,7 @@ class FusedLayer:
     @cached_property
     def _places(self) -> dict[str, tuple[Mapping[str, Any], str]]:
         """Where each submodule is: looking a path up takes ten times as long."""
-        places = {}
+        places: dict[str, tuple[Mapping[str, Any], str]] = {}
         for path in (*self.structure.linears, *self.structure.norms):
             parent, _, name = path.rpartition(".")
             places[path] = self.layer.get_submodule(parent)._modules, name
