@@ -20,6 +20,7 @@ from veneer.fused.forward import choose_forward
 
 # Longer than the windows of attention, and shorter.
 ROWS = examples([7, 19, 12, 5])
+LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class SmallKind(Kind):
 def gradients(model: Any) -> dict[str, Tensor]:
     """Return the gradients of what trains, by the way that a run chooses."""
     chosen, _ = choose_forward(model, ROWS)
+    assert len(chosen.layers) == LAYERS  # or the law would be tried on nothing
     loss = chosen(model, pack(ROWS, range(len(ROWS))))
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     found = torch.autograd.grad(loss, list(trained.values()))
@@ -62,3 +64,11 @@ def test_gradients_in_float64(architecture):
         ours = gradients(model.double())
     for name, gradient in expected.items():
         assert_no_further(ours[name], gradient, gradient, name)
+
+
+@pytest.mark.parametrize("architecture", OFTEN)
+def test_layers_are_fused_in_16_bits(architecture):
+    kind = SmallKind("small", architecture, lora={"targets": "all"})
+    chosen, notices = choose_forward(kind.fresh(torch.bfloat16), ROWS)
+    assert len(chosen.layers) == LAYERS
+    assert notices == []
