@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from bench.shapes import SHAPES
+
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 MARK = "<!-- measured: everything below is written by make bench -->"
 MODEL = "SmolLM2-135M, rank 8, all linear layers."
@@ -25,6 +27,13 @@ QUESTIONS = (
         ),
     ),
     (
+        "dense over the shapes that people tune, with random weights (bench/shapes.py)",
+        tuple(
+            f"-m bench.training dense --rounds 3 --steps 5 --engines veneer,peft --model {shape}"
+            for shape in SHAPES
+        ),
+    ),
+    (
         "dense over a base in 4 bits (NF4), beside PEFT over bitsandbytes",
         ("-m bench.training dense --rounds 3 --engines veneer,veneer-nf4,veneer-int8,peft-nf4",),
     ),
@@ -32,6 +41,10 @@ QUESTIONS = (
     (
         "sft: one epoch of questions and answers, 8 rows a step, bfloat16",
         ("-m bench.training sft --steps 0 --engines veneer,peft,trl",),
+    ),
+    (
+        "short: 1 × 64 random tokens a step, bfloat16",
+        ("-m bench.training short --rounds 3 --steps 20 --engines veneer,peft",),
     ),
     (
         "long: 1 × 2048 random tokens a step, bfloat16",
