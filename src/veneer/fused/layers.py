@@ -84,7 +84,7 @@ class FusedLayer:
             ),
             attention=Attention(
                 packing,
-                attention.scale,
+                self.scale,
                 attention.window,
                 attention.softcap,
                 None if attention.sinks is None else self.layer.get_parameter(attention.sinks),
@@ -105,6 +105,12 @@ class FusedLayer:
         )
         y, _ = second(x, y) if self.structure.parallel else second(y)
         return y.unsqueeze(0)
+
+    @property
+    def scale(self) -> float:
+        """What attention's scores are multiplied with."""
+        attention = self.structure.attention
+        return attention.head_dim**-0.5 if self.variant.prescaled else attention.scale
 
     def applies(self) -> bool:
         """Return whether the layer, with its adapters as they act now, can be computed so."""

@@ -177,13 +177,14 @@ class _Trial:
             for name, value in vars(watched.layer).items()
             if isinstance(value, float) and "multiplier" in name
         }
-        for activation, order, turn, gate_first, multiplier, scales in itertools.product(
+        for activation, order, turn, gate_first, multiplier, scales, prescaled in itertools.product(
             activations,
             ("separate",) if separate else ("blocks", "by key head"),
             ("none",) if angles is None else get_args(Turn),
             (True, False) if feed_forward.is_gated else (True,),
             sorted(multipliers, reverse=True),
             (False,) if base.query_scaling is None else (True, False),
+            (False, True) if attention.scale == 1 else (False,),
         ):
             yield Variant(
                 order=order,  # type: ignore[arg-type]
@@ -192,6 +193,7 @@ class _Trial:
                 gate_first=gate_first,
                 multiplier=multiplier,
                 scales_queries=scales,
+                prescaled=prescaled,
             )
 
     def _gives(self, candidate: FusedLayer, watched: LayerPass) -> bool:

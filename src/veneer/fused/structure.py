@@ -96,6 +96,7 @@ class Variant:
 
     gate_first: of gate and up, as their projections are called or as they lie in one. multiplier:
     of what each half adds. scales_queries: by their position, as Llama 4's and Ministral's.
+    prescaled: queries by 1 / sqrt(head_dim) before attention, which then does not, as OPT's.
     """
 
     order: Order = "separate"
@@ -104,3 +105,4 @@ class Variant:
     gate_first: bool = True
     multiplier: float = 1.0
     scales_queries: bool = False
+    prescaled: bool = False
