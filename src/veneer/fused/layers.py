@@ -80,7 +80,7 @@ class FusedLayer:
                 q_norm=norms.get(attention.q_norm),
                 k_norm=norms.get(attention.k_norm),
                 rotary=rotary_of(self.variant.turn, position_embeddings, x.dtype),
-                q_factor=self._query_factor(position_ids, x.dtype),
+                q_factor=self.query_factor(position_ids, x.dtype),
             ),
             attention=Attention(
                 packing,
@@ -147,7 +147,7 @@ class FusedLayer:
         }
         return None if any(norm.trains for norm in norms.values()) else norms
 
-    def _query_factor(self, position_ids: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def query_factor(self, position_ids: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return what each query is scaled with, (tokens, 1, 1), or None for 1."""
         if not self.variant.scales_queries or self.query_scaling is None or position_ids is None:
             return None

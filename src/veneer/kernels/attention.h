@@ -10,7 +10,7 @@
 #include <limits>
 #include <memory>
 
-#include "numbers.h"
+#include "curves.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// A step of many rows at once through the layers of a model such as LLaMA, on a CPU.
+// A step of many rows at once through the decoder layers of a model, on a CPU.
 //
 // Each token belongs to a row, which has its own cache of keys and values, and its own adapter or
 // none. Every number of a token is computed by the same operations in the same order, whatever else
@@ -9,61 +9,37 @@
 // for each of its tokens.
 
 #include <algorithm>
-#include <limits>
+#include <memory>
 
+#include "decode_attention.h"
 #include "dots.h"
-#include "weights.h"
 
 namespace {
 
 constexpr Size kTokens = 64;  // tokens whose outputs one thread holds at a time
-constexpr Size kKeys = 16;    // keys that are interleaved in the cache: dimension by dimension
 
-// The low-rank update of one linear layer for one token: A (rank, in), B (rank, out), and gain (out)
-// or null for 1.
-struct Update {
-    const void *A, *B;
-    const float* gain;
-    Size rank;
+// Where a token's outputs go: row t begins at first + t · stride. If `adds`, multiplier · y is added
+// to what is there.
+template <class T>
+struct Target {
+    T* first;
+    Size stride;
+    bool adds = false;
+    float multiplier = 1.0f;
 };
 
-// The linear layers of a decoder layer, in this order.
-enum Index { kQ, kK, kV, kO, kGate, kUp, kDown, kLinears };
-
-struct Layer {
-    const void *first_norm, *second_norm;
-    Linear linears[kLinears];
-    double scale, first_eps, second_eps;
-    Size window;  // 0: all keys
-};
-
-struct Shape {
-    Size layers, dim, inner, heads, shared_heads, head_dim, widest;
-};
-
-// The cache of a row: keys (layers, heads, capacity / 16, head_dim, 16), values (layers, heads,
-// capacity, head_dim).
-struct KVCache {
-    void *keys, *values;
-    Size capacity;  // in tokens
-};
-
-struct Batch {
-    Size tokens;
-    const KVCache* caches;          // (tokens,): of the token's row
-    const Size* positions;          // (tokens,)
-    const Update* const* updates;   // (tokens,): (layers, kLinears), or null for the base alone
-    Size ranks;  // the largest sum of ranks over linear layers that share an input
-};
-
-// Buffers for intermediate results, of each token or each thread.
-struct Workspace {
-    void *normed, *q, *k, *v, *attended, *gate, *up;  // (tokens, ...)
-    float* h;                                          // (tokens, ranks)
-    float* scores;                                     // (threads, heads / shared_heads, capacity)
-    void* rows;                                        // (threads, kOutputs, widest)
-    Size capacity;
-};
+// Call work(activation) with the activation of this number, in the order of activation.py.
+template <class Work>
+void with_activation(Size number, Work work) {
+    switch (number) {
+        case 0: return work(Silu{});
+        case 1: return work(Gelu{});
+        case 2: return work(GeluTanh{});
+        case 3: return work(Relu{});
+        case 4: return work(ReluSquared{});
+        default: return work(QuickGelu{});
+    }
+}
 
 template <class T>
 struct Step {
@@ -71,7 +47,8 @@ struct Step {
     const Batch& batch;
     const Workspace& workspace;
     const Layer* layers;
-    int thread;
+    T* x;  // (tokens, dim)
+    int thread, threads;
 
     const Update* update_of(Size token, Size layer, int index) const {
         const Update* updates = batch.updates[token];
@@ -106,9 +83,8 @@ struct Step {
         }
     }
 
-    // y = gain ∘ (W x + B h) + b of `count` linear layers that share x; unless `residual`
-    // is null, y is added to it.
-    void expand(const T* x, Size layer, int first, int count, T* const* ys, T* residual) const {
+    // y = gain ∘ (W x + B h) + b of `count` linear layers that share x, side by side in the target.
+    void expand(const T* x, Size layer, int first, int count, const Target<T>& target) const {
         const Linear* linears = layers[layer].linears;
         const auto chunks_of = [&](int index) {
             return (linears[index].out + kOutputs - 1) / kOutputs;
@@ -120,25 +96,28 @@ struct Step {
 #pragma omp for schedule(static)
         for (Size task = 0; task < tasks; ++task) {
             int index = first;
-            Size chunk = task;
-            for (; chunk >= chunks_of(index); ++index) chunk -= chunks_of(index);
+            Size chunk = task, column = 0;
+            for (; chunk >= chunks_of(index); ++index) {
+                chunk -= chunks_of(index);
+                column += linears[index].out;
+            }
             const Linear& linear = linears[index];
             const Size o = chunk * kOutputs, n = linear.in;
             const Size count_o = std::min(kOutputs, linear.out - o);
             const T* w = weight_rows<T>(linear, o, count_o, dequantized);
-            T* y = residual ? residual : ys[index - first];
+            T* y = target.first + column + o;
             for (Size t = 0; t < batch.tokens; t += kTokens) {
                 const Size some = std::min(kTokens, batch.tokens - t);
                 tile(x + t * n, some, w, count_o, n, sums);
                 for (Size i = 0; i < some; ++i)
                     finish(t + i, layer, first, index, o, count_o, sums + i * kOutputs,
-                           y + (t + i) * linear.out + o, residual != nullptr);
+                           y + (t + i) * target.stride, target);
             }
         }
     }
 
     void finish(Size t, Size layer, int first, int index, Size o, Size count, float* sum, T* y,
-                bool adds) const {
+                const Target<T>& target) const {
         const Linear& linear = layers[layer].linears[index];
         if (const Update* update = update_of(t, layer, index)) {
             const float* h = h_of(t, layer, first, index);
@@ -154,222 +133,207 @@ struct Step {
         }
         if (const T* bias = static_cast<const T*>(linear.bias))
             for (Size i = 0; i < count; ++i) sum[i] += load(bias[o + i]);
-        if (adds)
-            for (Size i = 0; i < count; ++i) y[i] = store<T>(load(y[i]) + load(store<T>(sum[i])));
+        const float by = target.multiplier;
+        if (target.adds)
+            for (Size i = 0; i < count; ++i)
+                y[i] = store<T>(load(y[i]) + by * load(store<T>(sum[i])));
         else
             for (Size i = 0; i < count; ++i) y[i] = store<T>(sum[i]);
     }
 
-    void norm(const T* x, const void* weight, double eps) const {
-        const T* w = static_cast<const T*>(weight);
-        T* y = static_cast<T*>(workspace.normed);
-        const Size n = shape.dim;
-#pragma omp for schedule(static)
-        for (Size t = 0; t < batch.tokens; ++t) {
-            const T* a = x + t * n;
-            float square = 0;
-            dots<1, 1>(a, 0, a, 0, n, &square, 0);
-            const float by = 1.0f / std::sqrt(square / float(n) + float(eps));
-#pragma omp simd
-            for (Size i = 0; i < n; ++i)
-                y[t * n + i] = store<T>(load(w[i]) * load(store<T>(load(a[i]) * by)));
-        }
+    // Write what linear layers of norm(x) give, x being normed already.
+    void project(const Norm& norm, Size layer, int first, Size count, void* y, Size columns) const {
+        const T* input = norm.dim ? static_cast<const T*>(workspace.normed) : x;
+        shrink(input, layer, first, int(count));
+        expand(input, layer, first, int(count), {static_cast<T*>(y), columns});
     }
 
-    void rotate(T* a, const T* cos, const T* sin) const {
-        const Size half = shape.head_dim / 2;
-#pragma omp simd
-        for (Size i = 0; i < half; ++i) {
-            const float x1 = load(a[i]), x2 = load(a[i + half]);
-            a[i] = store<T>(x1 * load(cos[i]) - x2 * load(sin[i]));
-            a[i + half] = store<T>(x2 * load(cos[i]) + x1 * load(sin[i]));
-        }
-    }
-
-    // Rotate queries and keys by their positions, and write keys and values into the rows' caches.
-    void write_cache(Size layer, const T* cos, const T* sin) const {
-        const Size dim = shape.head_dim, heads = shape.heads, shared = shape.shared_heads;
+    // Add a half's output to x, and norm x for whoever reads it next. A norm `after` the output takes
+    // a detour through the memory of normed x.
+    void add(const void* inner, Size layer, int index, const Norm& after, const Norm* next) const {
+        const T* input = static_cast<const T*>(inner);
+        const float multiplier = float(layers[layer].multiplier);
+        const Size dim = shape.dim;
+        T* normed = static_cast<T*>(workspace.normed);
+        shrink(input, layer, index, 1);
+        if (!after.dim) {
+            expand(input, layer, index, 1, {x, dim, true, multiplier});
+        } else {
+            expand(input, layer, index, 1, {normed, dim});
 #pragma omp for schedule(static)
-        for (Size t = 0; t < batch.tokens; ++t) {
-            const Size p = batch.positions[t];
-            T* q = static_cast<T*>(workspace.q) + t * heads * dim;
-            T* k = static_cast<T*>(workspace.k) + t * shared * dim;
-            const T* v = static_cast<const T*>(workspace.v) + t * shared * dim;
-            for (Size h = 0; h < heads; ++h) rotate(q + h * dim, cos + p * dim, sin + p * dim);
-            const KVCache& cache = batch.caches[t];
-            for (Size h = 0; h < shared; ++h) {
-                rotate(k + h * dim, cos + p * dim, sin + p * dim);
-                const Size first = (layer * shared + h) * cache.capacity * dim;
-                T* keys = static_cast<T*>(cache.keys) + first + p / kKeys * kKeys * dim + p % kKeys;
-                for (Size i = 0; i < dim; ++i) keys[i * kKeys] = k[h * dim + i];
-                std::copy_n(v + h * dim, dim, static_cast<T*>(cache.values) + first + p * dim);
+            for (Size t = 0; t < batch.tokens; ++t) {
+                T *y = normed + t * dim, *to = x + t * dim;
+                apply(after, y, y);
+#pragma omp simd
+                for (Size i = 0; i < dim; ++i) to[i] = store<T>(load(to[i]) + multiplier * load(y[i]));
+                if (next && next->dim) apply(*next, to, y);
             }
+            return;
         }
+        if (next) norm(*next);
+    }
+
+    void norm(const Norm& norm) const {
+        if (!norm.dim) return;
+        T* normed = static_cast<T*>(workspace.normed);
+#pragma omp for schedule(static)
+        for (Size t = 0; t < batch.tokens; ++t) apply(norm, x + t * shape.dim, normed + t * shape.dim);
+    }
+
+    // Norm and rotate queries and keys, and write keys and values into the rows' caches.
+    void write_caches(Size layer) const {
+#pragma omp for schedule(static)
+        for (Size t = 0; t < batch.tokens; ++t)
+            write_cache(shape, layers[layer], layer, batch.caches[t], batch.positions[t],
+                        static_cast<T*>(workspace.qkv) + t * shape.columns());
     }
 
     // Each token's queries over the keys up to its own.
-    void attend(Size layer) const {
-        const Size shared = shape.shared_heads;
-        float* scores = workspace.scores + thread * (shape.heads / shared) * workspace.capacity;
+    void attend_all(Size layer) const {
+        const Size group = shape.group(), heads = batch.tokens * shape.key_heads;
+        Size parts = 1;  // of a group, where there are fewer groups than threads
+        while (heads * parts < threads && group % (2 * parts) == 0) parts *= 2;
+        const Size some = group / parts;
 #pragma omp for schedule(static)
-        for (Size task = 0; task < batch.tokens * shared; ++task)
-            switch (shape.heads / shared) {
-                case 1: attend_with<1>(task / shared, task % shared, 1, layer, scores); break;
-                case 2: attend_with<2>(task / shared, task % shared, 2, layer, scores); break;
-                case 3: attend_with<3>(task / shared, task % shared, 3, layer, scores); break;
-                case 4: attend_with<4>(task / shared, task % shared, 4, layer, scores); break;
-                case 8: attend_with<8>(task / shared, task % shared, 8, layer, scores); break;
-                default:
-                    for (Size g = 0; g < shape.heads / shared; ++g)
-                        attend_with<1>(task / shared, task % shared, shape.heads / shared, layer,
-                                       scores, g);
+        for (Size task = 0; task < heads * parts; ++task) {
+            const Size t = task / (shape.key_heads * parts);
+            const Size head = task / parts % shape.key_heads, begin = task % parts * some;
+            switch (some) {
+                case 1: attend_some<1>(t, head, begin, layer); break;
+                case 2: attend_some<2>(t, head, begin, layer); break;
+                case 3: attend_some<3>(t, head, begin, layer); break;
+                case 4: attend_some<4>(t, head, begin, layer); break;
+                case 8: attend_some<8>(t, head, begin, layer); break;
+                default: {
+                    Size g = begin;
+                    for (; g + 4 <= begin + some; g += 4) attend_some<4>(t, head, g, layer);
+                    for (; g < begin + some; ++g) attend_some<1>(t, head, g, layer);
+                }
             }
+        }
     }
 
+    // G queries of a key head's group, from number g on.
     template <int G>
-    void attend_with(Size t, Size head, Size group, Size layer, float* scores, Size g0 = 0) const {
-        const Size dim = shape.head_dim, p = batch.positions[t], capacity = workspace.capacity;
+    void attend_some(Size t, Size head, Size g, Size layer) const {
+        const Size dim = shape.head_dim, value_dim = shape.value_dim, group = shape.group();
         const KVCache& cache = batch.caches[t];
-        const double scale = layers[layer].scale;
-        const Size window = layers[layer].window;
-        const Size first = window && p >= window ? p - window + 1 : 0;
-        const Size offset = (layer * shape.shared_heads + head) * cache.capacity * dim;
-        const T* keys = static_cast<const T*>(cache.keys) + offset;
-        const T* values = static_cast<const T*>(cache.values) + offset;
-        const Size at = (t * shape.heads + head * group + g0) * dim;
-        const T* q = static_cast<const T*>(workspace.q) + at;
-        T* out = static_cast<T*>(workspace.attended) + at;
-
-        const Size begin = first / kKeys * kKeys;
-        float highest[G];
-        for (auto& h : highest) h = -std::numeric_limits<float>::infinity();
-        for (Size key = begin; key <= p; key += kKeys) {
-            alignas(64) float acc[G][kKeys] = {};
-            const T* block = keys + key * dim;
-            for (Size i = 0; i < dim; ++i)
-#pragma GCC unroll 8
-                for (int g = 0; g < G; ++g) {
-                    const float by = load(q[g * dim + i]);
-#pragma omp simd
-                    for (Size l = 0; l < kKeys; ++l) acc[g][l] += by * load(block[i * kKeys + l]);
-                }
-            for (int g = 0; g < G; ++g)
-                for (Size l = 0; l < kKeys; ++l) {
-                    const bool visible = key + l >= first && key + l <= p;
-                    const float s = acc[g][l] * float(scale);
-                    scores[g * capacity + key + l] = s;
-                    if (visible && s > highest[g]) highest[g] = s;
-                }
-        }
-        for (int g = 0; g < G; ++g) {
-            float* e = scores + g * capacity;
-            alignas(64) float lanes[kKeys] = {};
-            for (Size key = begin; key <= p; key += kKeys)
-#pragma omp simd
-                for (Size l = 0; l < kKeys; ++l) {
-                    const bool visible = key + l >= first && key + l <= p;
-                    const float chance = exponential(e[key + l] - highest[g]);
-                    e[key + l] = visible ? chance : 0.0f;
-                    lanes[l] += e[key + l];
-                }
-            float total = 0;
-            for (Size l = 0; l < kKeys; ++l) total += lanes[l];
-            highest[g] = 1.0f / total;
-        }
-        constexpr Size kWide = 16;
-        for (Size d = 0; d < dim; d += kWide) {
-            const Size wide = std::min(kWide, dim - d);
-            alignas(64) float acc[G][kWide] = {};
-            if (wide == kWide) {
-                for (Size key = first; key <= p; ++key)
-#pragma GCC unroll 8
-                    for (int g = 0; g < G; ++g) {
-                        const float by = scores[g * capacity + key];
-#pragma omp simd
-                        for (Size l = 0; l < kWide; ++l) acc[g][l] += by * load(values[key * dim + d + l]);
-                    }
-            } else {
-                for (Size key = first; key <= p; ++key)
-                    for (int g = 0; g < G; ++g)
-                        for (Size l = 0; l < wide; ++l)
-                            acc[g][l] += scores[g * capacity + key] * load(values[key * dim + d + l]);
-            }
-            for (int g = 0; g < G; ++g)
-                for (Size l = 0; l < wide; ++l) out[g * dim + d + l] = store<T>(acc[g][l] * highest[g]);
-        }
+        const Size before = (layer * shape.key_heads + head) * cache.capacity;
+        const Size query = head * group + g;
+        const Columns columns = columns_of(shape, layers[layer], head);
+        const float* sinks = layers[layer].sinks;
+        const Attending<T> attending{
+            static_cast<const T*>(workspace.qkv) + t * shape.columns() + columns.q + g * dim,
+            static_cast<const T*>(cache.keys) + before * dim,
+            static_cast<const T*>(cache.values) + before * value_dim,
+            static_cast<T*>(workspace.attended) + (t * shape.heads + query) * value_dim,
+            workspace.scores + thread * group * workspace.capacity,
+            sinks ? sinks + query : nullptr,
+            batch.positions[t],
+            workspace.capacity,
+            dim,
+            value_dim};
+        attend<G>(layers[layer], attending);
     }
 
-    // gate = silu(gate) · up
-    void activate() const {
-        T* gate = static_cast<T*>(workspace.gate);
-        const T* up = static_cast<const T*>(workspace.up);
-        const Size block = 256, all = batch.tokens * shape.inner;
+    // act(gate) · up, or act(up).
+    void activate(Size layer) const {
+        const bool gated = shape.is_gated();
+        const Size inner = shape.inner, columns = shape.inner_columns, block = 256;
+        const Size blocks = (inner + block - 1) / block;
+        const Size gate = gated && !layers[layer].gate_first ? inner : 0;
+        with_activation(layers[layer].activation, [&]<class A>(A) {
 #pragma omp for schedule(static)
-        for (Size first = 0; first < all; first += block) {
-            const Size last = std::min(all, first + block);
+            for (Size task = 0; task < batch.tokens * blocks; ++task) {
+                const Size t = task / blocks, first = task % blocks * block;
+                const Size count = std::min(block, inner - first);
+                const T* row = static_cast<const T*>(workspace.gate_up) + t * columns + first;
+                const T *g = row + gate, *u = row + inner - gate;
+                T* y = static_cast<T*>(workspace.activated) + t * inner + first;
+                if (gated) {
 #pragma omp simd
-            for (Size i = first; i < last; ++i) {
-                const float g = load(gate[i]);
-                gate[i] = store<T>(g / (1.0f + exponential(-g)) * load(up[i]));
+                    for (Size i = 0; i < count; ++i) y[i] = store<T>(A::at(load(g[i])).y * load(u[i]));
+                } else {
+#pragma omp simd
+                    for (Size i = 0; i < count; ++i) y[i] = store<T>(A::at(load(g[i])).y);
+                }
             }
-        }
+        });
     }
 
-    void run(T* x, const T* cos, const T* sin) const {
-        T *normed = static_cast<T*>(workspace.normed), *attended = static_cast<T*>(workspace.attended);
-        T* gate = static_cast<T*>(workspace.gate);
-        T* const qkv[] = {static_cast<T*>(workspace.q), static_cast<T*>(workspace.k), static_cast<T*>(workspace.v)};
-        T* const gate_up[] = {gate, static_cast<T*>(workspace.up)};
+    void run() const {
+        norm(layers[0].norms[kBeforeAttention]);
         for (Size layer = 0; layer < shape.layers; ++layer) {
-            const Layer& weights = layers[layer];
-            norm(x, weights.first_norm, weights.first_eps);
-            shrink(normed, layer, kQ, 3);
-            expand(normed, layer, kQ, 3, qkv, nullptr);
-            write_cache(layer, cos, sin);
-            attend(layer);
-            shrink(attended, layer, kO, 1);
-            expand(attended, layer, kO, 1, nullptr, x);
-            norm(x, weights.second_norm, weights.second_eps);
-            shrink(normed, layer, kGate, 2);
-            expand(normed, layer, kGate, 2, gate_up, nullptr);
-            activate();
-            shrink(gate, layer, kDown, 1);
-            expand(gate, layer, kDown, 1, nullptr, x);
+            const Layer& own = layers[layer];
+            const Norm &second = own.norms[kBeforeFeedForward], &after = own.norms[kAfterAttention];
+            const auto project_inner = [&] {
+                project(second, layer, kInnerInputs, own.inner_inputs, workspace.gate_up,
+                        shape.inner_columns);
+            };
+            project(own.norms[kBeforeAttention], layer, kAttentionInputs, own.attention_inputs,
+                    workspace.qkv, shape.columns());
+            write_caches(layer);
+            attend_all(layer);
+            if (own.parallel) {
+                norm(second);
+                project_inner();
+                add(workspace.attended, layer, kOutput, after, nullptr);
+            } else {
+                add(workspace.attended, layer, kOutput, after, &second);
+                project_inner();
+            }
+            activate(layer);
+            const bool last = layer + 1 == shape.layers;
+            add(workspace.activated, layer, kDown, own.norms[kAfterFeedForward],
+                last ? nullptr : &layers[layer + 1].norms[kBeforeAttention]);
         }
     }
 };
 
 #ifdef _OPENMP
 extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
 inline int thread_number() { return omp_get_thread_num(); }
+inline int thread_count() { return omp_get_num_threads(); }
 #else
 inline int thread_number() { return 0; }
+inline int thread_count() { return 1; }
 #endif
 
-// x (tokens, dim): embeddings, and after it what the last layer gives. cos, sin (positions,
-// head_dim).
+// x (tokens, dim): embeddings, and after it what the last layer gives.
 template <class T>
 void step(const Layer* layers, const Shape* shape, const Batch* batch, const Workspace* workspace, T* x,
-          const T* cos, const T* sin, Size threads) {
+          Size threads) {
 #pragma omp parallel num_threads(int(threads))
     {
-        const Step<T> step{*shape, *batch, *workspace, layers, thread_number()};
-        step.run(x, cos, sin);
+        const Step<T> step{*shape, *batch, *workspace, layers, x, thread_number(), thread_count()};
+        step.run();
     }
 }
 
-// y = W x (tokens, out), in float32.
+// y = W x + b (tokens, out), in float32.
 template <class T>
-void product(const T* x, const T* w, float* y, Size tokens, Size out, Size in, Size threads) {
-#pragma omp parallel for schedule(static) num_threads(int(threads))
-    for (Size o = 0; o < out; o += kOutputs) {
+void product(const T* x, const Linear& linear, float* y, Size tokens, Size threads) {
+    const Size in = linear.in, out = linear.out;
+    const T* bias = static_cast<const T*>(linear.bias);
+#pragma omp parallel num_threads(int(threads))
+    {
+        const std::unique_ptr<T[]> rows(new T[std::size_t(linear.kind == kNumbers ? 1 : kOutputs * in)]);
         alignas(64) float sums[kTokens * kOutputs];
-        const Size count = std::min(kOutputs, out - o);
-        for (Size t = 0; t < tokens; t += kTokens) {
-            const Size some = std::min(kTokens, tokens - t);
-            tile(x + t * in, some, w + o * in, count, in, sums);
-            for (Size i = 0; i < some; ++i)
-                std::copy_n(sums + i * kOutputs, count, y + (t + i) * out + o);
+#pragma omp for schedule(static)
+        for (Size o = 0; o < out; o += kOutputs) {
+            const Size count = std::min(kOutputs, out - o);
+            const T* w = weight_rows<T>(linear, o, count, rows.get());
+            for (Size t = 0; t < tokens; t += kTokens) {
+                const Size some = std::min(kTokens, tokens - t);
+                tile(x + t * in, some, w, count, in, sums);
+                for (Size i = 0; i < some; ++i) {
+                    float* to = y + (t + i) * out + o;
+                    std::copy_n(sums + i * kOutputs, count, to);
+                    if (bias)
+                        for (Size j = 0; j < count; ++j) to[j] += load(bias[o + j]);
+                }
+            }
         }
     }
 }
@@ -378,13 +342,12 @@ void product(const T* x, const T* w, float* y, Size tokens, Size out, Size in, S
 
 #define EXPORTED(name, T)                                                                          \
     extern "C" void step_##name(const Layer* layers, const Shape* shape, const Batch* batch,       \
-                                const Workspace* workspace, T* x, const T* cos, const T* sin,                \
-                                Size threads) {                                                    \
-        step(layers, shape, batch, workspace, x, cos, sin, threads);                                    \
+                                const Workspace* workspace, T* x, Size threads) {                  \
+        step(layers, shape, batch, workspace, x, threads);                                         \
     }                                                                                              \
-    extern "C" void product_##name(const T* x, const T* w, float* y, Size tokens, Size out,        \
-                                   Size in, Size threads) {                                        \
-        product(x, w, y, tokens, out, in, threads);                                                \
+    extern "C" void product_##name(const T* x, const Linear* linear, float* y, Size tokens,        \
+                                   Size threads) {                                                 \
+        product(x, *linear, y, tokens, threads);                                                   \
     }
 
 EXPORTED(bfloat16, BFloat16)

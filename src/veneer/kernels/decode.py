@@ -15,8 +15,10 @@ from torch import Tensor
 
 from veneer.kernels.native import NAMES, library_of
 
-LINEARS = 7  # of a decoder layer: q, k, v, o, gate, up, down
-GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # those that share an input
+# The linear layers of a decoder layer: three or one that give q, k and v; the attention's output;
+# two or one that give gate and up; down. Groups share an input.
+ATTENTION_INPUTS, OUTPUT, INNER_INPUTS, DOWN, LINEARS = 0, 3, 4, 6, 7
+GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
 NUMBERS, FOUR_BITS, EIGHT_BITS = 0, 1, 2  # kinds of weights
 KEYS = 16  # that are interleaved in a row's cache, dimension by dimension
 OUTPUTS = 32  # rows of a weight that one thread multiplies with at a time
@@ -40,32 +42,60 @@ class Update(ctypes.Structure):
     _fields_ = (("A", _Address), ("B", _Address), ("gain", _Address), ("rank", _Size))
 
 
-class Layer(ctypes.Structure):
-    """A decoder layer; window 0 sees all keys."""
+class Norm(ctypes.Structure):
+    """A norm over `dim` numbers; bias or null. Without dim there is no norm."""
 
     _fields_ = (
-        ("first_norm", _Address),
-        ("second_norm", _Address),
+        *((name, _Address) for name in ("weight", "bias")),
+        *((name, _Real) for name in ("offset", "eps")),
+        *((name, _Size) for name in ("dim", "centred", "rounds")),
+    )
+
+
+class Norms(ctypes.Structure):
+    """The norms of a decoder layer."""
+
+    _fields_ = tuple(
+        (name, Norm)
+        for name in (
+            *("before_attention", "of_q", "of_k", "after_attention"),
+            *("before_feed_forward", "after_feed_forward"),
+        )
+    )
+
+
+class Layer(ctypes.Structure):
+    """A decoder layer. cos, sin (positions, pairs); q_factors (positions,) or null; sinks (heads,)
+    in float32 or null; softcap 0 is none, window 0 sees all keys. attention_inputs, inner_inputs:
+    how many linear layers give q, k and v, and gate and up."""
+
+    _fields_ = (
+        ("norms", Norms),
         ("linears", Linear * LINEARS),
-        ("scale", _Real),
-        ("first_eps", _Real),
-        ("second_eps", _Real),
-        ("window", _Size),
+        *((name, _Address) for name in ("cos", "sin", "q_factors", "sinks")),
+        *((name, _Real) for name in ("scale", "softcap", "multiplier")),
+        *((name, _Size) for name in ("window", "pairs", "adjacent", "by_key_head")),
+        *((name, _Size) for name in ("attention_inputs", "inner_inputs")),
+        *((name, _Size) for name in ("gate_first", "activation", "parallel")),
     )
 
 
 class Shape(ctypes.Structure):
-    """What all layers share; widest: the longest row of any weight."""
+    """What all layers share. inner_columns: of gate and up together; widest: the longest row of any
+    weight."""
 
     _fields_ = tuple(
         (name, _Size)
-        for name in ("layers", "dim", "inner", "heads", "shared_heads", "head_dim", "widest")
+        for name in (
+            *("layers", "dim", "inner", "inner_columns"),
+            *("heads", "key_heads", "head_dim", "value_dim", "widest"),
+        )
     )
 
 
 class KVCache(ctypes.Structure):
-    """A row's keys (layers, heads, capacity / 16, head_dim, 16) and values (layers, heads,
-    capacity, head_dim); capacity in tokens."""
+    """A row's keys (layers, key_heads, capacity / 16, head_dim, 16) and values (layers, key_heads,
+    capacity, value_dim); capacity in tokens."""
 
     _fields_ = (("keys", _Address), ("values", _Address), ("capacity", _Size))
 
@@ -89,7 +119,7 @@ class Workspace(ctypes.Structure):
     """Buffers for intermediate results."""
 
     _fields_ = (
-        *((n, _Address) for n in ("normed", "q", "k", "v", "attended", "gate", "up")),
+        *((n, _Address) for n in ("normed", "qkv", "attended", "gate_up", "activated")),
         *((n, _Address) for n in ("h", "scores", "rows")),
         ("capacity", _Size),
     )
@@ -106,27 +136,19 @@ class Decode:
         self._product: Callable[..., None] = _without_result(library, f"product_{NAMES[dtype]}")
 
     def step(
-        self,
-        layers: Any,
-        shape: Shape,
-        batch: Batch,
-        workspace: Workspace,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
+        self, layers: Any, shape: Shape, batch: Batch, workspace: Workspace, x: Tensor
     ) -> None:
-        """Take x (tokens, dim) through all layers, in place. angles: cos and sin of each position,
-        (positions, head_dim)."""
-        cos, sin = (ctypes.c_void_p(angle.data_ptr()) for angle in angles)
+        """Take x (tokens, dim) through all layers, in place."""
         structures = (ctypes.byref(structure) for structure in (shape, batch, workspace))
         threads = _Size(torch.get_num_threads())
-        self._step(layers, *structures, ctypes.c_void_p(x.data_ptr()), cos, sin, threads)
+        self._step(layers, *structures, ctypes.c_void_p(x.data_ptr()), threads)
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return x Wᵀ (tokens, out) in float32. x (tokens, in), W (out, in)."""
-        y = torch.empty(len(x), len(weight), dtype=torch.float32)
-        addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weight, y))
-        sizes = (_Size(n) for n in (*y.shape, x.shape[1], torch.get_num_threads()))
-        self._product(*addresses, *sizes)
+    def product(self, x: Tensor, linear: Linear) -> Tensor:
+        """Return W x + b (tokens, out) in float32 for x (tokens, in), contiguous."""
+        y = torch.empty(len(x), linear.out, dtype=torch.float32)
+        x_address, y_address = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y))
+        sizes = (_Size(n) for n in (len(x), torch.get_num_threads()))
+        self._product(x_address, ctypes.byref(linear), y_address, *sizes)
         return y
 
 

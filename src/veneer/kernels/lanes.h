@@ -65,4 +65,18 @@ inline F sum_of(Size count, Term term) {
     return sum;
 }
 
+// Mean, 0 unless centred, and 1 / σ of a row.
+template <bool centred, class T>
+void statistics_of(const T* x, Wide<T> eps, Wide<T>* statistics, Size cols) {
+    using F = Wide<T>;
+    F mean = 0;
+    if constexpr (centred) mean = sum_of<F>(cols, [=](auto at) { return at.read(x); }) / F(cols);
+    const F squares = sum_of<F>(cols, [=](auto at) {
+        const auto d = at.read(x) - mean;
+        return d * d;
+    });
+    statistics[0] = mean;
+    statistics[1] = F(1) / std::sqrt(squares / F(cols) + eps);
+}
+
 }  // namespace

@@ -11,20 +11,6 @@ namespace {
 constexpr Size kRows = 4;
 inline Size rows_together(Size cols) { return cols > 512 ? 1 : kRows; }
 
-// Mean, 0 unless centred, and 1 / σ of a row.
-template <bool centred, class T>
-void statistics_of(const T* x, Wide<T> eps, Wide<T>* statistics, Size cols) {
-    using F = Wide<T>;
-    F mean = 0;
-    if constexpr (centred) mean = sum_of<F>(cols, [=](auto at) { return at.read(x); }) / F(cols);
-    const F squares = sum_of<F>(cols, [=](auto at) {
-        const auto d = at.read(x) - mean;
-        return d * d;
-    });
-    statistics[0] = mean;
-    statistics[1] = F(1) / std::sqrt(squares / F(cols) + eps);
-}
-
 // y = (offset + w) · x̂ + b with x̂ = (x − mean) / σ, and each row's mean and 1 / σ.
 template <bool centred, bool biased, bool rounds, class T>
 void norm(const T* x, const T* w, const T* b, Wide<T> offset, Wide<T> eps, T* y, Wide<T>* statistics,

@@ -24,9 +24,10 @@ from veneer.errors import (
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
 from veneer.serve.engine.adapter_cache import AdapterCache, Mix, why_not
-from veneer.serve.engine.compiled import CompiledRunner, Unsuited
+from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.general import GeneralRunner
+from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import PrefixCache, block_hashes
 from veneer.serve.engine.request import EngineConfig, Reason, Request, Stats, Which
