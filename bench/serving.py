@@ -111,7 +111,7 @@ def many_adapters(
         start = time.perf_counter()
         adapter = ready(engine, name)
         if isinstance(engine.runner, CompiledRunner):
-            engine.runner._table_of(adapter)
+            engine.runner.table.updates_of(adapter)
         swaps.append((time.perf_counter() - start) * 1e3)
     row("swap to another adapter in memory", statistics.median(swaps))
 

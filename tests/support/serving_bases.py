@@ -1,6 +1,6 @@
 """Small bases and adapters on disk, for what serves them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,27 @@ def base_of(architecture: str = "llama", model: PreTrainedModel | None = None) -
     return Base(architecture, model, by_character)
 
 
-def write_adapter(home: Path, architecture: str, *, seed: int, **options: Any) -> Path:
+def write_adapter(
+    home: Path,
+    architecture: str,
+    *,
+    seed: int,
+    make: Callable[[str], PreTrainedModel] = tiny,
+    **options: Any,
+) -> Path:
     """Write an adapter that changes what the model says."""
-    model = tiny(architecture)
+    model = make(architecture)
     targets = targets_named(model, options.pop("targets", "all"))
     shake(veneer.attach(model, veneer.LoRA(targets=targets, **options)), seed=seed, size=0.3)
     veneer.save(model, home, format="peft" if seed % 2 else "native")
     return home
 
 
-def write_adapters(home: Path, architecture: str = "llama") -> dict[str, Path]:
+def write_adapters(
+    home: Path, architecture: str = "llama", make: Callable[[str], PreTrainedModel] = tiny
+) -> dict[str, Path]:
     return {
-        name: write_adapter(home / name, architecture, seed=seed, **kind)
+        name: write_adapter(home / name, architecture, seed=seed, make=make, **kind)
         for seed, (name, kind) in enumerate(KINDS.items())
     }
 

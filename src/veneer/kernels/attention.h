@@ -10,7 +10,7 @@
 #include <limits>
 #include <memory>
 
-#include "curves.h"
+#include "numbers.h"
 
 namespace {
 

@@ -1,29 +1,10 @@
-// Functions of one number that vectorise: tanh, and activations with their slopes.
+// Activations and their slopes, which vectorise.
 
 #pragma once
 
 #include "numbers.h"
 
 namespace {
-
-// tanh by exp(2x) − 1, whose polynomial keeps it exact near zero.
-inline float tangent(float x) {
-    float t = 2.0f * x;
-    t = t < -40.0f ? -40.0f : t;
-    t = t > 40.0f ? 40.0f : t;
-    const float n = std::floor(t * 1.44269504f + 0.5f);
-    const float r = t - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const float power = std::bit_cast<float>((std::int32_t(n) + 127) << 23);
-    const float less_one = power * (p * r * r + r) + (power - 1.0f);
-    return less_one / (less_one + 2.0f);
-}
-inline double tangent(double x) { return std::tanh(x); }
 
 template <class F>
 struct Curve {

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "curves.h"
 #include "decode_attention.h"
 #include "dots.h"
 

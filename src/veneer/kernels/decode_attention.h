@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "curves.h"
 #include "decode.h"
 
 namespace {
@@ -100,8 +99,8 @@ void attend(const Layer& layer, const Attending<T>& a) {
         float* e = scores + g * capacity;
         if (layer.softcap) {
 #pragma omp simd
-            for (Size key = begin; key <= p; ++key) e[key] = softcap * tangent(e[key] / softcap);
-            highest[g] = softcap * tangent(highest[g] / softcap);
+            for (Size key = begin; key <= p; ++key) e[key] = softcap * hyperbolic_tangent(e[key] / softcap);
+            highest[g] = softcap * hyperbolic_tangent(highest[g] / softcap);
         }
         if (a.sinks) highest[g] = std::max(highest[g], a.sinks[g]);
         alignas(64) float lanes[kKeys] = {};

@@ -15,9 +15,12 @@ from support.serving_bases import PROMPT, base_of, generated, write_adapter, wri
 from support.tiny_models import tiny
 from veneer.errors import AdapterError, ConfigError, QueueFull, RequestError
 from veneer.generate.sampling import Sampling
+from veneer.kernels import native
 from veneer.models.load import load_base
 from veneer.serve.engine.adapter_cache import AdapterCache
+from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Answer, EngineConfig, Request
 
@@ -44,11 +47,29 @@ def request(seed: int, which: Any = None, **options: Any) -> Request:
     return Request((*PROMPT, *own.tolist()), which, **{"sampling": GREEDY, **options})
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "minigpt", "gpt2", "falcon", "qwen3"])
-def test_answers_together_equal_generate_alone(architecture, tmp_path):
+HAS_COMPILER = native.library_of("decode")[0] is not None
+COMPILED = [(name, True) for name in ("llama", "mistral", "minigpt", "gpt2", "gemma")]
+GENERAL = [(name, False) for name in ("minigpt", "gpt2", "falcon", "qwen3")]
+
+
+@pytest.fixture
+def runner_kind(compiled, monkeypatch):
+    """Let engines compute by the compiled step, or each by its model's own forward."""
+
+    def refuse(*_: Any) -> None:
+        raise Unsuited("a test asks for the other runner")
+
+    if not compiled:
+        monkeypatch.setattr("veneer.serve.engine.engine.CompiledRunner", refuse)
+
+
+@pytest.mark.usefixtures("runner_kind")
+@pytest.mark.parametrize(("architecture", "compiled"), [*COMPILED, *GENERAL])
+def test_answers_together_equal_generate_alone(architecture, compiled, tmp_path):
     homes = write_adapters(tmp_path, architecture) if architecture != "falcon" else {}
     requests = [request(n, which) for n, which in enumerate([None, *homes, None, *homes])]
     with Engine(base_of(architecture), Library(homes), SMALL) as engine:
+        assert isinstance(engine.runner, CompiledRunner) == (compiled and HAS_COMPILER)
         streams = [engine.submit(each) for each in requests]
         answers = [ids_of(stream.result()) for stream in streams]
         assert engine.stats.requests == len(requests)
@@ -60,8 +81,9 @@ def test_answers_together_equal_generate_alone(architecture, tmp_path):
         assert [answer] == generated(model, [each.tokens], 12), each.adapter
 
 
-@pytest.mark.parametrize("architecture", ["llama", "minigpt"])
-def test_eight_threads_with_a_reload_in_the_middle(architecture, tmp_path):
+@pytest.mark.usefixtures("runner_kind")
+@pytest.mark.parametrize(("architecture", "compiled"), [("llama", True), ("minigpt", False)])
+def test_eight_threads_with_a_reload_in_the_middle(architecture, compiled, tmp_path):
     """200 greedy requests over the base and three adapters: each equals its solo run."""
     homes = write_adapters(tmp_path, architecture)
     del homes["pissa"]
