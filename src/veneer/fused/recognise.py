@@ -125,12 +125,10 @@ def _inputs(model: PreTrainedModel, tokens: Tensor, packing: Packing) -> dict[st
     length = tokens.shape[1]
     first = max(0, context - length - virtual_input_count(model))
     positions = torch.arange(first, first + length, device=tokens.device)[None]
-    inputs = {"input_ids": tokens, "position_ids": positions}
-    if attention_is_asked_for(model):
-        return {**inputs, "packing": packing}
+    inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
     if tokens.is_meta:  # whose values no code can look at to make a mask
         inputs["attention_mask"] = torch.zeros(1, 1, length, length, device="meta")
-    return inputs
+    return {**inputs, "packing": packing} if attention_is_asked_for(model) else inputs
 
 
 @dataclass
