@@ -33,7 +33,7 @@ from veneer.quant.settings import Bits
 from veneer.training.memory import begin_measuring, process_memory
 from veneer.training.optimizer import FlatAdamW
 
-RANK, ALPHA, LR, CLIP = 8, 16, 2e-4, 1.0
+RANK, ALPHA, LR, CLIP, DROPOUT = 8, 16, 2e-4, 1.0, 0.05
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Run = Iterator[tuple[float, float]]  # (seconds, mean loss) of each step
 
@@ -44,10 +44,11 @@ def run_veneer(
     *,
     full: bool = False,
     dora: bool = False,
+    dropout: float = 0.0,
     recompute: Recompute = "none",
 ) -> Run:
     model = base.model
-    lora = veneer.LoRA(rank=RANK, alpha=ALPHA, targets="all", dora=dora)
+    lora = veneer.LoRA(rank=RANK, alpha=ALPHA, targets="all", dora=dora, dropout=dropout)
     veneer.attach(model, veneer.Method("full") if full else lora, seed=0)
     weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
     optimizer = FlatAdamW(weights, lr=LR, weight_decay=0.0)
@@ -68,8 +69,8 @@ def run_veneer(
     optimizer.release()
 
 
-def run_peft(base: veneer.Base, work: Workload, *, dora: bool = False) -> Run:
-    yield from _run_padded(peft_model(base.model, dora=dora), work)
+def run_peft(base: veneer.Base, work: Workload, *, dora: bool = False, dropout: float = 0.0) -> Run:
+    yield from _run_padded(peft_model(base.model, dora=dora, dropout=dropout), work)
 
 
 def run_loralib(base: veneer.Base, work: Workload) -> Run:
@@ -156,10 +157,16 @@ def run_trl(base: veneer.Base, work: Workload) -> Run:
     yield from zip(seconds, losses, strict=False)
 
 
-def peft_model(model, *, dora: bool = False):
+def peft_model(model, *, dora: bool = False, dropout: float = 0.0):
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=dora)
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        use_dora=dora,
+    )
     return get_peft_model(model, config)
 
 
@@ -179,12 +186,14 @@ ENGINES: dict[str, Callable[..., Run]] = {
     "veneer": run_veneer,
     "veneer-selective": lambda base, work: run_veneer(base, work, recompute="selective"),
     "veneer-dora": lambda base, work: run_veneer(base, work, dora=True),
+    "veneer-dropout": lambda base, work: run_veneer(base, work, dropout=DROPOUT),
     "veneer-nf4": run_veneer,
     "veneer-nf4-dora": lambda base, work: run_veneer(base, work, dora=True),
     "veneer-int8": run_veneer,
     "veneer-full": lambda base, work: run_veneer(base, work, full=True),
     "peft": run_peft,
     "peft-dora": lambda base, work: run_peft(base, work, dora=True),
+    "peft-dropout": lambda base, work: run_peft(base, work, dropout=DROPOUT),
     "peft-nf4": run_peft,
     "loralib": run_loralib,
     "trl": run_trl,

@@ -15,7 +15,13 @@ from veneer.data.problems import Located, Place
 from veneer.data.rows import Row, parse_row
 
 # Rows and tokens of each step of random tokens.
-RANDOM = {"dense": (8, 256), "long": (1, 2048), "longer": (1, 8192), "short": (1, 64)}
+RANDOM = {
+    "dense": (8, 256),
+    "half": (4, 256),
+    "long": (1, 2048),
+    "longer": (1, 8192),
+    "short": (1, 64),
+}
 WORKLOADS = (*RANDOM, "sft")
 ROWS = 240  # questions and answers, of which a tenth is held out
 
