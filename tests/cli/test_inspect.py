@@ -28,10 +28,20 @@ def test_it_says_which_layers_are_fused(model_type, expected, tmp_path, capsys):
     assert shown(tmp_path, capsys).endswith(f"Fused {expected}\n")
 
 
-def test_it_says_that_dropout_of_the_model_keeps_layers_apart(tmp_path, capsys):
-    settings = small_config("gpt2").to_dict() | {"resid_pdrop": 0.1, "pad_token_id": None}
+@pytest.mark.parametrize(
+    ("model_type", "dropout", "expected"),
+    [
+        ("gpt2", "resid_pdrop", "2 of 2 decoder layers"),
+        ("falcon", "hidden_dropout", "2 of 2 decoder layers"),  # a run finds that it drops a sum
+        ("biogpt", "activation_dropout", "none of 2 decoder layers: it drops something else"),
+    ],
+)
+def test_it_says_whether_dropout_of_the_model_keeps_layers_apart(
+    model_type, dropout, expected, tmp_path, capsys
+):
+    settings = small_config(model_type).to_dict() | {dropout: 0.1, "pad_token_id": None}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert "none of 2 decoder layers: it drops in training" in shown(tmp_path, capsys)
+    assert expected in shown(tmp_path, capsys)
 
 
 def shown(home, capsys):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import veneer
 from support.random_adapters import examples, shake
@@ -154,6 +154,70 @@ def test_adapters_drop_inputs_as_they_do_in_layers_of_their_own_forward(recomput
     assert not torch.equal(other, ours[0])
     model.eval()
     assert torch.equal(chosen(model, pack(ROWS, [0])), chosen(model, pack(ROWS, [0])))
+
+
+def gpt2(**dropout: float) -> nn.Module:
+    config = copy.deepcopy(CONFIGS["gpt2"])
+    for name, p in dropout.items():
+        setattr(config, name, p)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    return shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all", dropout=0.2))).train()
+
+
+def test_gpt2_drops_within_the_two_functions_as_it_is_published(monkeypatch):
+    usual = GPT2Config()
+    names = ("resid_pdrop", "attn_pdrop", "embd_pdrop")
+    model = gpt2(**{name: getattr(usual, name) for name in names})
+    generator = torch.get_rng_state()
+    chosen, notices = choose_forward(model, ROWS)
+    assert (chosen.unfused, notices) == ({}, [])
+    assert torch.equal(torch.get_rng_state(), generator)
+    for fused in chosen.layers:
+        attention, feed_forward = fused.structure.attention, fused.structure.feed_forward
+        assert (attention.dropout, attention.score_dropout, feed_forward.dropout) == (0.1,) * 3
+    computed, batch = counted(monkeypatch), pack(ROWS, range(3))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def gradients(recompute: str) -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        loss = replace(chosen, recompute=recompute)(model, batch)
+        return [loss, *torch.autograd.grad(loss, trained)]
+
+    first = gradients("none")
+    assert computed == list(model.transformer.h)
+    for recompute in ("none", "selective", "full"):
+        assert all(map(torch.equal, gradients(recompute), first))
+    losses = torch.stack([chosen(model, batch).detach() for _ in range(40)])
+    assert losses.std() > 0
+    model.eval()
+    whole = chosen(model, batch).detach()
+    assert torch.equal(chosen(model, batch), whole)
+    assert (losses.mean() - whole).abs() < losses.std()
+
+
+def test_the_base_s_dropout_is_where_its_own_code_has_it(monkeypatch):
+    def drops_too_early(self, hidden_states):
+        hidden_states = self.c_proj(self.dropout(self.act(self.c_fc(hidden_states))))
+        return hidden_states
+
+    model = gpt2(resid_pdrop=0.1)
+    assert choose_forward(model, ROWS)[0].layers
+    monkeypatch.setattr(type(model.transformer.h[0].mlp), "forward", drops_too_early)
+    chosen, _ = choose_forward(model, ROWS)
+    assert (chosen.layers, chosen.packed) == ((), True)
+    assert all("drops something else" in why for why in chosen.unfused.values())
+
+
+def test_a_sum_that_is_dropped_is_found_by_its_numbers(monkeypatch):
+    """Falcon adds both halves in place before its dropout."""
+    model = adapted("falcon").train()
+    chosen, _ = choose_forward(model, ROWS)
+    assert len(chosen.layers) == 2
+    for layer in model.transformer.h:
+        layer.config.hidden_dropout = 0.1
+    chosen, _ = choose_forward(model, ROWS)
+    assert chosen.layers == ()
 
 
 def test_a_trained_norm_goes_the_general_way():

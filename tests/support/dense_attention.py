@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from veneer.kernels.attention import Attention
+
 
 def dense_attention(
     q: Tensor,  # (heads, length, dim)
@@ -27,3 +29,11 @@ def dense_attention(
     if sinks is not None:
         t = torch.cat([t, sinks[:, None, None].expand(-1, len(at), 1)], dim=2)
     return (t.softmax(2)[..., : len(at)] @ v).transpose(0, 1)
+
+
+def score_mask(attention: Attention, q: Tensor, k: Tensor) -> Tensor:
+    """Return which probabilities stay, (queries, heads, keys): keys' values that tell them apart
+    show it. Those of keys that are not seen are 0."""
+    tokens, key_heads = k.shape[:2]
+    values = torch.eye(tokens, dtype=q.dtype)[:, None].expand(-1, key_heads, -1)
+    return (attention.forward(q, k, values)[0] != 0).to(q.dtype)

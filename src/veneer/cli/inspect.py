@@ -88,7 +88,7 @@ def _fused_layers(skeleton: PreTrainedModel) -> str:
 
 def _why_not_fused(layer: LayerStructure | str) -> str | None:
     if not isinstance(layer, str):
-        return "it drops in training, as its configuration says" if layer.drops else None
+        return None
     return "only a run can tell" if re.match(r"\w+Error: ", layer) else layer
 
 

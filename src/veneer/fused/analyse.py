@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.adapter.linear import LoRALinear
-from veneer.adapter.wrapper import Wrapper
 from veneer.fused.norms import is_norm
 from veneer.fused.structure import AttentionStructure, FeedForwardStructure, LayerStructure
-from veneer.fused.watch import Attended, Call, LayerPass, same_memory
+from veneer.fused.watch import Attended, Call, Dropped, LayerPass, same_memory
 from veneer.quant.weight import QuantizedLinear
 
-DROPOUTS = ("dropout", "pdrop")  # in the names of attributes that are numbers
 EXPERTS = ("expert", "router", "moe")
 ONE_OF_ALL, ONE_FOR_EACH = 1, 3  # projections that give q, k and v
 
@@ -60,6 +59,12 @@ def _structure(watched: LayerPass) -> LayerStructure:
     posts = [_norm_after(output, norms), _norm_after(down, norms)]
     if not parallel and second is None and posts[0] is not None and inputs[0].reads(posts[0].y):
         raise Unlike("its halves are not added to the residual")
+    dropouts = [
+        _dropout_after(post or last, watched.dropped)
+        for last, post in zip((output, down), posts, strict=True)
+    ]
+    if len(watched.dropped) > sum(dropout is not None for dropout in dropouts):
+        raise Unlike("it drops something else than what its halves add, or what attention sums")
     used = [call for call in (first, second, q_norm, k_norm, *posts) if call is not None]
     if len({id(call) for call in used}) < len({id(call) for call in norms}):
         unknown = [call for call in norms if all(call is not other for other in used)]
@@ -70,13 +75,18 @@ def _structure(watched: LayerPass) -> LayerStructure:
             inputs=tuple(call.path for call in before),
             output=output.path,
             post_norm=_path(posts[0]),
+            dropout=dropouts[0] or 0.0,
             q_norm=_path(q_norm),
             k_norm=_path(k_norm),
             **_sizes(before, attended, watched.layer),
         ),
-        feed_forward=_feed_forward(watched.after, inputs, down, _path(second), _path(posts[1])),
+        feed_forward=_feed_forward(
+            *(watched.after, inputs, down),
+            norm=_path(second),
+            post_norm=_path(posts[1]),
+            dropout=dropouts[1] or 0.0,
+        ),
         parallel=parallel,
-        drops=_drops(watched.layer),
         returns_tuple=watched.returns_tuple,
     )
 
@@ -95,6 +105,10 @@ def _norm_before(call: Call, norms: Sequence[Call]) -> Call | None:
 
 def _norm_after(call: Call, norms: Sequence[Call]) -> Call | None:
     return next((norm for norm in norms if norm.reads(call.y)), None)
+
+
+def _dropout_after(call: Call, dropped: Sequence[Dropped]) -> float | None:
+    return next((dropout.p for dropout in dropped if same_memory(dropout.x, call.y)), None)
 
 
 def _norms_of_heads(before: Sequence[Call], norms: Sequence[Call]) -> tuple[Call | None, ...]:
@@ -137,6 +151,7 @@ def _sizes(before: Sequence[Call], attended: Attended, layer: nn.Module) -> dict
         "window": options.get("sliding_window") or None,
         "softcap": options.get("softcap") or None,
         "sinks": path,
+        "score_dropout": float(options.get("dropout") or 0.0),
     }
 
 
@@ -144,8 +159,7 @@ def _feed_forward(
     calls: Sequence[Call],
     inputs: Sequence[Call],
     down: Call,
-    norm: str | None,
-    post_norm: str | None,
+    **of_the_half: Any,
 ) -> FeedForwardStructure:
     activations = [
         call
@@ -158,30 +172,12 @@ def _feed_forward(
     if len(activations) > 1 or columns not in (inner, 2 * inner):
         raise Unlike(f"between {_named(inputs)} and {down.path} is {_named(activations)}")
     return FeedForwardStructure(
-        norm=norm,
         inputs=tuple(call.path for call in inputs),
         output=down.path,
-        post_norm=post_norm,
+        **of_the_half,
         activation=activations[0].path if activations else None,
         is_gated=columns == 2 * inner,
     )
-
-
-def _drops(layer: nn.Module) -> bool:
-    """Return whether something in a layer drops in training, other than adapters."""
-    return any(
-        isinstance(value, float) and value > 0
-        for module in _own_modules(layer)
-        for name, value in vars(module).items()
-        if name == "p" or any(mark in name for mark in DROPOUTS)
-    )
-
-
-def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
-    if not isinstance(module, Wrapper):
-        yield module
-        for child in module.children():
-            yield from _own_modules(child)
 
 
 def _path(call: Call | None) -> str | None:

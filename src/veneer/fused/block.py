@@ -3,6 +3,8 @@
     x + post_norm(o(attention(q, k, v)))         with q, k, v of norm(x)
     x + post_norm(down(act(gate) · up))          with gate, up of norm(x)
 
+Dropout may act on what is added, on attention's probabilities and on what adapters read; its masks
+are not kept, but made again.
 Which norms there are, what is gated, and what each half reads and is added to, differs from model
 to model; the functions are the same. Autograd would keep each operation's inputs. These keep the
 residual stream, the projections and the output of attention; norms and products of activations are
@@ -22,6 +24,7 @@ from veneer.fused.heads import Heads
 from veneer.kernels.activation import Activation, activate, activate_backward
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention
+from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import activate_gain_backward
 from veneer.kernels.norm import Norm
 from veneer.lowrank.projection import (
@@ -38,7 +41,7 @@ Gains = list[Tensor | None]  # the gradients of gains, None where there is no ga
 
 @dataclass(frozen=True)
 class Half:
-    """residual + multiplier · post_norm(output(inner(inputs(norm(x))))).
+    """residual + multiplier · dropout(post_norm(output(inner(inputs(norm(x)))))).
 
     With `recompute_projections`, the backward pass computes the inputs' outputs again; they are not
     kept. made_of: what x is the sum of, to the bit; then x is not kept.
@@ -50,6 +53,7 @@ class Half:
     _: KW_ONLY
     arena: Arena
     post_norm: Norm | None = None
+    dropout: Mask | None = None
     multiplier: float = 1.0
     recompute_projections: bool = False
     made_of: Sum | None = None
@@ -63,7 +67,16 @@ class Half:
         trained = [tensor for projection in projections for tensor in projection.trained()]
         out, y = _Half.apply(x, residual, self, *trained)
         onto = x if residual is None else residual
-        return out, None if y is None else Sum(onto.detach(), y, self.post_norm, self.multiplier)
+        return out, None if y is None else self.sum(onto.detach(), y)
+
+    def sum(self, residual: Tensor, y: Tensor) -> Sum:
+        """Return the half's output from what it is added to and what `output` gives."""
+        return Sum(residual, y, self.post_norm, self.dropout, self.factor)
+
+    @property
+    def factor(self) -> float:
+        """What is added is multiplied with this; the mask's scale is in it."""
+        return self.multiplier * (1.0 if self.dropout is None else self.dropout.scale)
 
     def project(self, x: Tensor) -> list[Tensor]:
         """Return the low-rank A x of all inputs, and their outputs, over norm(x)."""
@@ -176,15 +189,18 @@ class Sum:
     residual: Tensor
     y: Tensor
     post_norm: Norm | None
-    multiplier: float
+    dropout: Mask | None
+    factor: float
 
     def make(self, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return residual + multiplier · post_norm(y), each time equal to the bit, and the norm's
-        statistics."""
+        """Return residual + factor · post_norm(y) ∘ mask, each time equal to the bit, and the
+        norm's statistics."""
         added, statistics = self.y, None
         if self.post_norm is not None:
             added, statistics = self.post_norm.forward(self.y)
-        return torch.add(self.residual, added, alpha=self.multiplier, out=out), statistics
+        if self.dropout is not None:
+            added = self.dropout.apply(added)
+        return torch.add(self.residual, added, alpha=self.factor, out=out), statistics
 
 
 class _Half(torch.autograd.Function):
@@ -200,13 +216,15 @@ class _Half(torch.autograd.Function):
         if output.gain is not None or half.post_norm is not None:
             y = half.arena.empty(len(x), output.out_features, x)
             project(inner, [output], [y], h_out)
-            _, statistics = Sum(onto, y, half.post_norm, half.multiplier).make(out)
+            _, statistics = half.sum(onto, y).make(out)
             ctx.mark_non_differentiable(y)
         else:
             # The residual is added last: it is much the largest, and a sum with it is rounded at
             # its size.
             project(inner, [output], [out], h_out)
-            torch.add(onto, out, alpha=half.multiplier, out=out)
+            if half.dropout is not None:
+                half.dropout.apply_(out)
+            torch.add(onto, out, alpha=half.factor, out=out)
         sum_ = half.made_of
         x_or_summands = (x, None) if sum_ is None else (sum_.residual, sum_.y)
         projections = [] if half.recompute_projections else [h, *outputs]
@@ -226,7 +244,8 @@ class _Half(torch.autograd.Function):
             x, _ = replace(half.made_of, residual=x, y=summand).make()
         h, *outputs = projections or half.project(x)
         d_out = grads[0]  # (tokens, dim)
-        dy = d_out if half.multiplier == 1 else d_out * half.multiplier
+        dy = d_out if half.dropout is None else half.dropout.apply(d_out)
+        dy = dy if half.factor == 1 else dy * half.factor
         if half.post_norm is not None:
             dy = half.post_norm.backward(dy, y, statistics, None)
         output = [half.output]

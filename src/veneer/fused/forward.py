@@ -183,6 +183,7 @@ def choose_forward(
             unfused |= {path: why_not_packed for path in recognised if path not in unfused}
             layers = ()
             why_not_packed = why_not(layers)
+        all_fused = sum(layer.applies() for layer in layers) == len(decoder_layers(model) or [None])
         why_not_padded = why_not_packed and _why_not(Forward(False, head), model, rows, expected)
     notices = []
     if why_not_padded:
@@ -200,9 +201,7 @@ def choose_forward(
     if model.device.type == "cpu" and (why := native.load()[1]):
         notices.append(f"Norms, activations and attention take a slower way: {why}.")
     blocks = decoder_layers(model)
-    if recompute == "selective" and sum(layer.applies() for layer in layers) < len(
-        blocks or [None]
-    ):
+    if recompute == "selective" and not all_fused:
         recompute = "full"
         notices.append(
             "Selective recomputation does not suit this model; its layers are computed whole again."
@@ -223,9 +222,7 @@ def _why_not_packed(model: PreTrainedModel, layers: Sequence[FusedLayer]) -> str
         return None
     if virtual_tokens_of(model) is not None:
         return "virtual tokens do not reach its attention"
-    if len(layers) < len(decoder_layers(model) or [None]) or any(
-        layer.structure.drops for layer in layers
-    ):
+    if len(layers) < len(decoder_layers(model) or [None]):
         return "its code attends in a way of its own"
     return None
 

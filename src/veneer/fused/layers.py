@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from veneer.fused.norms import with_weights
 from veneer.fused.structure import LayerStructure, Turn, Variant
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention, Packing
+from veneer.kernels.dropout import Mask
 from veneer.kernels.norm import Norm
 from veneer.kernels.rotary import Rotary
 from veneer.lowrank.projection import Projection
@@ -49,9 +50,10 @@ class FusedLayer:
         packing: Packing,
         arena: Arena,
         recompute_projections: bool = False,
+        mask_of: Callable[[float], Mask] = Mask.drawn,
     ) -> Tensor | None:
-        """Return the layer's output, or None where its own forward is needed: for dropout of the
-        base's own, trained norms or biases, a prefix, or mixed dtypes."""
+        """Return the layer's output, or None where its own forward is needed: for trained norms or
+        biases, a prefix, or mixed dtypes. mask_of: what makes the masks of the base's dropout."""
         x = hidden_states[0]
         linears, norms = self._linears(), self._norms()
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -61,6 +63,10 @@ class FusedLayer:
         if {weight.dtype for weight in weights if weight is not None} != {x.dtype}:
             return None
         attention, feed_forward = self.structure.attention, self.structure.feed_forward
+
+        def mask(p: float) -> Mask | None:
+            return mask_of(p) if p and self.layer.training else None
+
         shared: dict[str, Any] = {
             "arena": arena,
             "multiplier": self.variant.multiplier,
@@ -71,6 +77,7 @@ class FusedLayer:
             inputs=tuple(linears[path] for path in attention.inputs),
             output=linears[attention.output],
             post_norm=norms.get(attention.post_norm),
+            dropout=mask(attention.dropout),
             heads=Heads(
                 heads=attention.heads,
                 key_heads=attention.key_heads,
@@ -88,6 +95,7 @@ class FusedLayer:
                 attention.window,
                 attention.softcap,
                 None if attention.sinks is None else self.layer.get_parameter(attention.sinks),
+                mask(attention.score_dropout),
             ),
             **shared,
         )
@@ -97,6 +105,7 @@ class FusedLayer:
             inputs=tuple(linears[path] for path in feed_forward.inputs),
             output=linears[feed_forward.output],
             post_norm=norms.get(feed_forward.post_norm),
+            dropout=mask(feed_forward.dropout),
             activation=self.variant.activation,
             is_gated=feed_forward.is_gated,
             gate_first=self.variant.gate_first,
@@ -135,8 +144,6 @@ class FusedLayer:
         return places
 
     def _linears(self) -> dict[str, Projection] | None:
-        if self.structure.drops and self.layer.training:
-            return None
         linears = {path: _projection(self.module(path)) for path in self.structure.linears}
         return linears if None not in linears.values() else None  # type: ignore[return-value]
 

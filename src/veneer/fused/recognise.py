@@ -22,7 +22,7 @@ from veneer.fused.layers import FusedLayer
 from veneer.fused.norms import norm_of
 from veneer.fused.patches import LayerForward, patched
 from veneer.fused.structure import LayerStructure, Turn, Variant
-from veneer.fused.watch import LayerPass, attention_is_asked_for, watch
+from veneer.fused.watch import LayerPass, attention_is_asked_for, known_mask, watch
 from veneer.kernels.activation import Activation, activation_of
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Packing
@@ -156,7 +156,7 @@ class _Trial:
         scaling = _query_scaling(self.model)
         base = FusedLayer(watched.layer, structure, Variant(), norms, scaling)
         if not base.applies():
-            return "norms or biases in it train, or something in it drops"
+            return "norms or biases in it train"
         tried = self._variants(watched, base, activations)
         for variant in [*self.variants, *(v for v in tried if v not in self.variants)]:
             candidate = replace(base, variant=variant)
@@ -206,6 +206,7 @@ class _Trial:
             position_ids=options.get("position_ids"),
             packing=packing,  # that reached the layer: virtual tokens may have joined it
             arena=self.arena,
+            mask_of=known_mask,
         )
         return y is not None and _is_near(y, watched.y, watched.x)
 

@@ -17,15 +17,17 @@ Turn = Literal["halves", "pairs", "pairs, angles twice", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class HalfStructure:
-    """y = post_norm(output(f(inputs(norm(x))))), where f is attention or an activation.
+    """y = dropout(post_norm(output(f(inputs(norm(x)))))), where f is attention or an activation.
 
-    All are paths of submodules within the layer; a norm that is not there is None.
+    All are paths of submodules within the layer; a norm that is not there is None. dropout: the
+    probability in training.
     """
 
     norm: str | None
     inputs: tuple[str, ...]
     output: str
     post_norm: str | None
+    dropout: float = 0.0
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -37,6 +39,7 @@ class AttentionStructure(HalfStructure):
     """The half that mixes tokens; of each head's dims, value_dim are its value's.
 
     scale, window, softcap, sinks (a parameter's path): as `kernels.attention.Attention` takes them.
+    score_dropout: of the probabilities, in training.
     """
 
     q_norm: str | None
@@ -49,6 +52,7 @@ class AttentionStructure(HalfStructure):
     window: int | None
     softcap: float | None
     sinks: str | None
+    score_dropout: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +69,13 @@ class FeedForwardStructure(HalfStructure):
 class LayerStructure:
     """A decoder layer as two halves, each added to the residual.
 
-    parallel: both read the layer's input. drops: whether something in it drops in training.
-    returns_tuple: whether its output is the first of several.
+    parallel: both read the layer's input. returns_tuple: whether its output is the first of
+    several.
     """
 
     attention: AttentionStructure
     feed_forward: FeedForwardStructure
     parallel: bool
-    drops: bool
     returns_tuple: bool
 
     @property

@@ -1,14 +1,15 @@
 """What happens within the decoder layers of a model during one pass: which submodule reads what.
 
 A layer's structure is found from that, by no names: two submodules are connected where one reads
-the very memory that the other has written. It works on meta tensors too, which have no numbers.
+the very memory that the other has written. It works on meta tensors too, which have no numbers. Layers
+are in training mode meanwhile, lest their dropout be missed; its masks are known ones.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.adapter.wrapper import Wrapper
 from veneer.kernels.attention import NAME, Packing, packed_attention
+from veneer.kernels.dropout import Mask
 from veneer.models.blocks import decoder_of
 from veneer.quant.weight import QuantizedLinear
 
@@ -51,6 +53,14 @@ class Attended:
     options: Options
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """Dropout has read `x`."""
+
+    x: Tensor
+    p: float
+
+
 @dataclass
 class LayerPass:
     """One pass through one decoder layer: its input (1, tokens, dim) and options, what its
@@ -64,6 +74,7 @@ class LayerPass:
     before: Sequence[Call] = ()  # attention
     attended: Attended | None = None
     after: Sequence[Call] = ()
+    dropped: Sequence[Dropped] = ()
 
 
 Watcher = Callable[[LayerPass], None]
@@ -84,7 +95,8 @@ def watch(
     """Take one row through the decoder, and call `watcher` with each pass through a layer.
 
     It is called during the pass, while the layer's weights are read: a base may be larger than the
-    memory. packing: of that one row. Raises whatever the model raises.
+    memory. packing: of that one row. Raises whatever the model raises. What the layers drop out,
+    they drop by `known_mask`; adapters drop nothing.
     """
     noted = _Noted()
 
@@ -94,6 +106,8 @@ def watch(
         if q.is_meta:
             return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]), None
         options |= {"packing": options.get("packing") or packing, "attention_mask": None}
+        if p := options.get("dropout"):
+            options["dropout"] = known_mask(p)
         return packed_attention(module, *args[:3], **options)
 
     decoder: Any = decoder_of(model)
@@ -102,7 +116,8 @@ def watch(
     try:
         with (
             _hooked(layers, noted, watcher),
-            attention(model, WATCHED) if asks else _NotedProducts(noted),
+            attention(model, WATCHED) if asks else nullcontext(),
+            _NotedFunctions(noted, attention=not asks),
         ):
             decoder(**inputs, use_cache=False)
     finally:
@@ -138,11 +153,17 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
             config._attn_implementation = {"": own}
 
 
+def known_mask(p: float) -> Mask:
+    """Return the mask by which watched layers drop something out with probability p."""
+    return Mask(p, seed=0)
+
+
 @dataclass
 class _Noted:
     """What has been noted since the last layer began."""
 
     calls: list[Call] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
     attended: Attended | None = None
     before: int = 0  # calls when attention began
 
@@ -151,28 +172,51 @@ class _Noted:
         self.attended, self.before = Attended(q, k, v, dict(options)), len(self.calls)
 
 
-class _NotedProducts(TorchFunctionMode):
-    """Notes torch's own attention, where a model's code calls it itself."""
+class _NotedFunctions(TorchFunctionMode):
+    """Notes dropout, and with `attention` torch's own attention, for a model's code that calls it
+    itself."""
 
-    def __init__(self, noted: _Noted) -> None:
+    def __init__(self, noted: _Noted, *, attention: bool) -> None:
         super().__init__()
-        self.noted = noted
+        self.noted, self.attention = noted, attention
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
+        if function is F.scaled_dot_product_attention and self.attention:
             self.noted.attend(args, {"scaling": kwargs.get("scale")})
+        if function is F.dropout:
+            return self._dropped(*args, **kwargs)
         return function(*args, **kwargs)
+
+    def _dropped(
+        self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or not p:
+            return x
+        self.noted.dropped.append(Dropped(x, p))
+        mask = known_mask(p)
+        return mask.apply(x.reshape(-1, x.shape[-1])).view(x.shape) * mask.scale
 
 
 @contextmanager
 def _hooked(layers: Sequence[nn.Module], noted: _Noted, watcher: Watcher) -> Iterator[None]:
     """Note the calls of all submodules, and call `watcher` after each layer."""
 
-    def begin(*_: Any) -> None:
-        noted.calls, noted.attended, noted.before = [], None, 0
+    modes: list[tuple[nn.Module, bool]] = []  # before the layer began
+
+    def clear() -> None:
+        noted.calls, noted.dropped, noted.attended, noted.before = [], [], None, 0
+        while modes:
+            module, training = modes.pop()
+            module.training = training
+
+    def begin(layer: nn.Module, *_: Any) -> None:
+        clear()
+        for module in _own_modules(layer):
+            modes.append((module, module.training))
+            module.training = True
 
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, options: Options, y: Any) -> None:
@@ -196,9 +240,10 @@ def _hooked(layers: Sequence[nn.Module], noted: _Noted, watcher: Watcher) -> Ite
                 before=calls[:before],
                 attended=noted.attended,
                 after=calls[before:],
+                dropped=noted.dropped,
             )
         )
-        begin()  # or tensors would be kept for long
+        clear()  # or tensors would be kept for long
 
     handles = []
     try:
@@ -209,8 +254,17 @@ def _hooked(layers: Sequence[nn.Module], noted: _Noted, watcher: Watcher) -> Ite
                 handles.append(module.register_forward_hook(note(path), with_kwargs=True))
         yield
     finally:
+        clear()
         for handle in handles:
             handle.remove()
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and those in it, but for ours."""
+    if not isinstance(module, Wrapper):
+        yield module
+        for child in module.children():
+            yield from _own_modules(child)
 
 
 def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.kernels.dropout import Mask
 from veneer.kernels.native import kernel
 from veneer.kernels.packing import Packing
 from veneer.kernels.score_blocks import QUERY_BLOCK, ScoreBlocks, query_blocks, visible_keys
@@ -18,6 +19,7 @@ from veneer.kernels.score_blocks import QUERY_BLOCK, ScoreBlocks, query_blocks, 
 __all__ = ["NAME", "Attention", "Packing", "UnsupportedAttention", "packed_attention"]
 
 NAME = "veneer_packed"  # in transformers' AttentionInterface
+BLOCKS = 2**32  # more than a group of sequences has
 # Queries of a block where torch's own operations attend: a mask is never larger than this many by
 # as many and the window.
 COMPOSED_BLOCK = 2048
@@ -35,7 +37,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     packing: Packing | None = None,
-    dropout: float = 0.0,
+    dropout: float | Mask = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -53,13 +55,14 @@ def packed_attention(
     if packing is None or attention_mask is not None:
         raise UnsupportedAttention("the packing does not reach attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attention = Attention(packing, scale, sliding_window or None, softcap or None, s_aux)
+    mask = Mask.drawn(dropout) if isinstance(dropout, float) and dropout else dropout or None
+    attention = Attention(packing, scale, sliding_window or None, softcap or None, s_aux, mask)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if packing.prefix is not None:
         layer: Any = module
-        y = attention.composed(q, k, v, dropout, packing.prefix[layer.layer_idx])
-    elif dropout or q.device.type != "cpu":
-        y = attention.composed(q, k, v, dropout)
+        y = attention.composed(q, k, v, packing.prefix[layer.layer_idx])
+    elif q.device.type != "cpu" and mask is None:
+        y = attention.composed(q, k, v)
     else:
         y = _PackedAttention.apply(q, k, v, attention)
     return y.unsqueeze(0), None
@@ -71,7 +74,8 @@ class Attention:
     the keys up to its own position, and of those the last `window`.
 
     softcap: t = softcap · tanh(scale · q kᵀ / softcap) instead. sinks: one frozen logit for each
-    head, (heads,), which takes part in the softmax's sum and has no value.
+    head, (heads,), which takes part in the softmax's sum and has no value. dropout: what multiplies
+    the probabilities.
 
     q (tokens, heads, head_dim) and y (tokens, heads, value_dim); k and v (tokens, kv_heads, dim).
     Memory grows with the length of a sequence, not with its square.
@@ -82,15 +86,14 @@ class Attention:
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    dropout: Mask | None = None
 
     def __post_init__(self) -> None:
         if self.sinks is not None and self.sinks.requires_grad:
             raise UnsupportedAttention("the gradient of attention sinks")
 
-    def composed(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, prefix: Tensor | None = None
-    ) -> Tensor:
-        """Return y by torch's own differentiable operations, on any device.
+    def composed(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """Return y by torch's own differentiable operations, on any device, with masks of torch's.
 
         prefix (2, kv_heads, virtual, head_dim): keys and values of tokens right before each
         sequence, which its queries see too. Autograd keeps the probabilities of soft-capped scores.
@@ -111,7 +114,6 @@ class Attention:
                 self._composed_block(
                     *(query[:, :, queries], key[:, :, keys], value[:, :, keys]),
                     None if plain else visible_keys(queries, keys, self.window, q.device, before),
-                    dropout,
                 )
                 for queries, keys in query_blocks(
                     length, self.window, length if plain else COMPOSED_BLOCK, before
@@ -120,14 +122,13 @@ class Attention:
             outputs.append(torch.cat(blocks, dim=2).transpose(1, 2))
         return self.packing.from_groups(outputs)
 
-    def _composed_block(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float
-    ) -> Tensor:
+    def _composed_block(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """Return y of some queries, (sequences, heads, queries, value_dim).
 
         visible: which keys each query sees, or None where these are all up to its own position.
         """
         shared = q.shape[1] // k.shape[1]
+        dropout = 0.0 if self.dropout is None else self.dropout.p
         if not self._changes_softmax:
             return F.scaled_dot_product_attention(
                 q,
@@ -153,12 +154,12 @@ class Attention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return y, and log Σ exp of each group's t and sinks, (sequences, heads, length)."""
-        if q.device.type != "cpu":
+        if self._composes(q):
             return self.composed(q, k, v), []
         outputs, log_sums = [], []
-        for tensors in self._groups(q, k, v):
-            in_blocks = self.softcap is not None or prefers_blocks(q.dtype)
-            attend = self._blocks.forward if in_blocks else self._flash
+        flash = self.softcap is None and self.dropout is None and not prefers_blocks(q.dtype)
+        for number, tensors in enumerate(self._groups(q, k, v)):
+            attend = self._flash if flash else self._blocks(number).forward
             y, log_sum = attend(*tensors)
             if self.sinks is not None:
                 # All keys together have the share exp(log_sum) of the new sum.
@@ -173,7 +174,7 @@ class Attention:
         self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sums: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v from dy and from `forward`'s inputs and results."""
-        if q.device.type != "cpu":
+        if self._composes(q):
             with torch.enable_grad():
                 q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
                 dq, dk, dv = torch.autograd.grad(self.composed(q, k, v), (q, k, v), dy)
@@ -186,11 +187,12 @@ class Attention:
             strict=True,
         )
         groups = []
-        for (group_dy, delta, log_sum), tensors in zip(
-            gradients, self._groups(q, k, v), strict=True
+        for number, ((group_dy, delta, log_sum), tensors) in enumerate(
+            zip(gradients, self._groups(q, k, v), strict=True)
         ):
             leaks = None if self.sinks is None else (self._sinks(log_sum) - log_sum).exp()
-            groups.append(self._blocks.backward(group_dy, delta, log_sum, leaks, *tensors))
+            blocks = self._blocks(number)
+            groups.append(blocks.backward(group_dy, delta, log_sum, leaks, *tensors))
         dq, dk, dv = (packing.from_groups(list(of_all)) for of_all in zip(*groups, strict=True))
         return dq, dk, dv
 
@@ -236,9 +238,13 @@ class Attention:
     def _changes_softmax(self) -> bool:
         return self.softcap is not None or self.sinks is not None
 
-    @property
-    def _blocks(self) -> ScoreBlocks:
-        return ScoreBlocks(self.scale, self.window, self.softcap)
+    def _composes(self, q: Tensor) -> bool:
+        """Return whether torch's operations compute y, which cannot repeat their masks."""
+        return q.device.type != "cpu" and self.dropout is None
+
+    def _blocks(self, group: int) -> ScoreBlocks:
+        dropout = None if self.dropout is None else self.dropout.numbered(group * BLOCKS)
+        return ScoreBlocks(self.scale, self.window, self.softcap, dropout)
 
     def _sinks(self, log_sum: Tensor) -> Tensor:
         assert self.sinks is not None

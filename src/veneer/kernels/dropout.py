@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from veneer.kernels.native import kernel
 
 LEVELS = 2**16  # probabilities are multiples of 1 / LEVELS
 SEEDS = 2**62
-GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15  # between the keys of two rows, as splitmix64 has it
+STRIDE = 0xD1342543DE82EF95  # between the seeds of two masks; odd and no small multiple of it
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Mask:
     def drawn(cls, p: float) -> Mask:
         """Return a mask whose seed comes from torch's generator on the CPU."""
         return cls(p, int(torch.randint(SEEDS, (), device="cpu")))
+
+    def numbered(self, number: int) -> Mask:
+        """Return one of many masks that are independent of each other."""
+        return replace(self, seed=(self.seed + number * STRIDE) % SEEDS)
 
     @property
     def scale(self) -> float:

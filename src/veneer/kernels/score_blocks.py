@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from veneer.kernels.dropout import Mask
 from veneer.kernels.native import kernel
 
 # Queries of a block: smaller blocks skip more of the keys that none of their queries sees, larger
@@ -24,12 +25,13 @@ class ScoreBlocks:
 
     q and y are (sequences, length, heads, dim), k and v (sequences, length, kv_heads, dim); v's dim
     may be another than q's and k's. The queries of all heads that share a key head are rows of one
-    product.
+    product. dropout: what multiplies the probabilities; each block has a mask of its own.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    dropout: Mask | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return y, and log Σ exp of t (sequences, heads, length) in float32 or wider."""
@@ -41,12 +43,15 @@ class ScoreBlocks:
         wide = torch.promote_types(q.dtype, torch.float32)
         log_sums = torch.empty(q_rows.shape[:3], dtype=wide, device=q.device)
         buffers = self._buffers(q_rows, 2)
-        for heads, queries, keys in self._blocks(*q_rows.shape[:3]):
+        for number, (heads, queries, keys) in enumerate(self._blocks(*q_rows.shape[:3])):
             block_q = q_rows[heads, :, queries].flatten(1, 2)  # (heads, shared · queries, dim)
             scores = _scores(block_q, k_rows[heads, keys], buffers)
             self._softmax(*scores, log_sums[heads].flatten(0, 1), queries.start, keys.start)
+            self._drop_(scores[0], number)
             y = scores[0] @ v_rows[heads, keys]
             y_rows[heads, :, queries] = y.unflatten(1, (shared, -1))
+        if self.dropout is not None:
+            y_rows *= self.dropout.scale
         y = y_rows.unflatten(0, (sequences, kv_heads)).flatten(
             1, 2
         )  # (sequences, heads, length, dim)
@@ -62,8 +67,8 @@ class ScoreBlocks:
             dv = pᵀ dy    dp = dy vᵀ    ds = t′ · p ∘ (dp − delta)    dq = ds k    dk = dsᵀ q
 
         with delta = Σ dy ∘ y, (sequences, length, heads), and t′ = scale · (1 − tanh²) or scale.
-        leaks: the probability that no key has, (sequences, heads, length), or None where every row
-        of p sums to 1.
+        A mask of dropout multiplies the p of dv, and dp. leaks: the probability that no key has,
+        (sequences, heads, length), or None where every row of p sums to 1.
 
         Without a soft cap ds multiplies k without the mean key, lest an offset that all keys share
         (as Qwen2's biases give them) multiplies the rounding of ds. It takes (Σ ds) · mean key from
@@ -74,6 +79,8 @@ class ScoreBlocks:
         q_rows, k_rows, v_rows, dy_rows = (by_key_head(x, kv_heads) for x in (q, k, v, dy))
         k_rows, v_rows = k_rows.squeeze(1), v_rows.squeeze(1)
         shared, wide = q_rows.shape[1], delta.dtype
+        if self.dropout is not None:
+            dy_rows = dy_rows * self.dropout.scale
         delta = delta.transpose(1, 2).contiguous().view(q_rows.shape[:3])
         log_sums = log_sums.contiguous().view(q_rows.shape[:3])
         mean_key, centred = None, k_rows
@@ -87,17 +94,19 @@ class ScoreBlocks:
             for x in (k_rows, v_rows)
         )
         *buffers, dp_buffer = self._buffers(q_rows, 3)
-        for heads, queries, keys in self._blocks(*q_rows.shape[:3]):
+        for number, (heads, queries, keys) in enumerate(self._blocks(*q_rows.shape[:3])):
             block_q, block_dy = (x[heads, :, queries].flatten(1, 2) for x in (q_rows, dy_rows))
             block_k, block_v = k_rows[heads, keys], v_rows[heads, keys]
             scores, rest = _scores(block_q, block_k, buffers)  # (…, shared · queries, keys)
             dp = _of_shape(dp_buffer, *scores.shape)
             torch.bmm(block_dy, block_v.transpose(1, 2), out=dp)
+            self._drop_(dp, number)
             own_log_sums, own_delta = (x[heads].flatten(0, 1) for x in (log_sums, delta))
             at = queries.start, keys.start
             p, ds = self._gradient(scores, rest, dp, own_log_sums, own_delta, *at)
             dq_rows[heads, :, queries] = (ds @ centred[heads, keys]).unflatten(1, (shared, -1))
             dk_columns[heads, :, keys] += block_q.transpose(1, 2) @ ds
+            self._drop_(p, number)
             dv_columns[heads, :, keys] += block_dy.transpose(1, 2) @ p
         if mean_key is not None and leaks is not None:
             sums = self.scale * delta * leaks.reshape(delta.shape)
@@ -116,6 +125,11 @@ class ScoreBlocks:
             at_once = max(1, SCORES_AT_ONCE // scores)
             for first in range(0, heads, at_once):
                 yield slice(first, min(heads, first + at_once)), queries, keys
+
+    def _drop_(self, scores: Tensor, number: int) -> None:
+        """Multiply a block of that number with its mask, in place."""
+        if self.dropout is not None:
+            self.dropout.numbered(number).apply_(scores.flatten(0, 1))
 
     def _buffers(self, q_rows: Tensor, count: int) -> list[Tensor]:
         """Return room for the scores of the largest block, `count` times."""

@@ -198,7 +198,7 @@ class Sizes:
         if any(_is_scan(layer) for layer in self.description.layers):
             return none
         read = [
-            None if isinstance(structure, str) or structure.drops else structure
+            None if isinstance(structure, str) else structure
             for structure in structures(self.description.model)
         ]
         suits = len(read) == depth and (self.attends_by_name or None not in read)
