@@ -198,8 +198,7 @@ def test_gpt2_drops_within_the_two_functions_as_it_is_published(monkeypatch):
 
 def test_the_base_s_dropout_is_where_its_own_code_has_it(monkeypatch):
     def drops_too_early(self, hidden_states):
-        hidden_states = self.c_proj(self.dropout(self.act(self.c_fc(hidden_states))))
-        return hidden_states
+        return self.c_proj(self.dropout(self.act(self.c_fc(hidden_states))))
 
     model = gpt2(resid_pdrop=0.1)
     assert choose_forward(model, ROWS)[0].layers

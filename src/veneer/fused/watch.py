@@ -1,8 +1,8 @@
 """What happens within the decoder layers of a model during one pass: which submodule reads what.
 
 A layer's structure is found from that, by no names: two submodules are connected where one reads
-the very memory that the other has written. It works on meta tensors too, which have no numbers. Layers
-are in training mode meanwhile, lest their dropout be missed; its masks are known ones.
+the very memory that the other has written. It works on meta tensors too, which have no numbers.
+Layers are in training mode meanwhile, lest their dropout be missed; its masks are known ones.
 """
 
 from __future__ import annotations
