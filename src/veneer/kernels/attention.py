@@ -55,7 +55,7 @@ def packed_attention(
     if packing is None or attention_mask is not None:
         raise UnsupportedAttention("the packing does not reach attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = Mask.drawn(dropout) if isinstance(dropout, float) and dropout else dropout or None
+    mask = dropout if isinstance(dropout, Mask) else Mask.drawn(dropout) if dropout else None
     attention = Attention(packing, scale, sliding_window or None, softcap or None, s_aux, mask)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if packing.prefix is not None:
