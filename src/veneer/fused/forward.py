@@ -111,7 +111,7 @@ class Forward:
             yield self._installations[model]
             return
         asks = attention_is_asked_for(model)
-        installation = Installation(model, NAME if self.packed and asks else None)
+        installation = Installation.of(model, NAME if self.packed and asks else None)
         forwards: dict[nn.Module, LayerForward] = {}
         if self.packed:
             for fused in self.layers:
@@ -121,7 +121,7 @@ class Forward:
                     self.arena,
                     recompute_projections=self.recompute == "selective",
                 )
-        if self.recompute == "full":
+        if self.recompute == "full" or (self.recompute == "none" and installation.checkpointed):
             for layer in decoder_layers(model) or ():
                 original = forwards.get(layer, layer.forward)
                 forwards[layer] = RecomputedForward(installation, original)

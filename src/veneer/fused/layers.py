@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.adapter.linear import LoRALinear
+from veneer.adapter.wrapper import Wrapper
+from veneer.fused.analyse import is_linear
 from veneer.fused.block import FeedForward, SelfAttention
 from veneer.fused.heads import Heads
 from veneer.fused.norms import with_weights
@@ -134,6 +136,17 @@ class FusedLayer:
         parent, name = self._places[path]
         return parent[name]
 
+    def is_as_proven(self) -> bool:
+        """Return whether only linear layers have been replaced, and nobody waits for a call of a
+        submodule that the two functions never make."""
+        modules = list(submodules(self.layer))
+        others = [module for module in modules if not is_linear(module)]
+        return others == self._others and not any(map(is_intercepted, modules))
+
+    @cached_property
+    def _others(self) -> list[nn.Module]:
+        return [module for module in submodules(self.layer) if not is_linear(module)]
+
     @cached_property
     def _places(self) -> dict[str, tuple[Mapping[str, Any], str]]:
         """Where each submodule is: looking a path up takes ten times as long."""
@@ -176,15 +189,37 @@ def rotary_of(turn: Turn, angles: Angles | None, dtype: torch.dtype) -> Rotary |
     return Rotary(cos.contiguous(), sin.contiguous(), interleaved=turn != "halves")
 
 
-def _projection(layer: nn.Module) -> Projection | None:
+def submodules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield what is within a module; of an adapted one the original alone."""
+    children = module._modules.values()
+    for child in children if not isinstance(module, Wrapper) else [module.original]:
+        if isinstance(child, nn.Module):
+            yield child
+            yield from submodules(child)
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Return whether a call of a module runs hooks, or a forward that was set over its class's."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _projection(layer: Any) -> Projection | None:
     if isinstance(layer, LoRALinear):
         return layer.projection()
-    if any(p is not None and p.requires_grad for p in layer._parameters.values()):
-        return None
     if isinstance(layer, QuantizedLinear):
-        return Projection.plain(layer.quantized_weight, layer.bias)
-    if isinstance(layer, Conv1D):
-        return Projection.plain(layer.weight.T, layer.bias)
-    if isinstance(layer, nn.Linear):
-        return Projection.plain(layer.weight, layer.bias)
-    return None
+        weight: Any = layer.quantized_weight
+    elif type(layer).forward is Conv1D.forward:
+        weight = layer.weight.T
+    elif type(layer).forward is nn.Linear.forward:
+        weight = layer.weight
+    else:  # a linear layer that does more, if perhaps only in training
+        return None
+    bias: Tensor | None = layer.bias
+    trains = [x.requires_grad for x in (weight, bias) if isinstance(x, Tensor)]
+    return None if any(trains) else Projection.plain(weight, bias)

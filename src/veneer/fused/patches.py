@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,24 +27,36 @@ class Installation:
 
     So a call of the model between two steps (to generate, say) takes its own forward.
     attention: the name of the attention to use in a pass, or None for the model's own. packing: of
-    the pass that is running, where rows are packed.
+    the pass that is running, where rows are packed. checkpointed: modules that transformers' own
+    checkpointing computes again; it would do so after a pass, without the patches, and does not.
     """
 
     model: PreTrainedModel
     attention: str | None
     is_running: bool = False
     packing: Packing | None = None
+    checkpointed: Sequence[nn.Module] = ()
 
     @contextmanager
     def running(self, packing: Packing | None = None) -> Iterator[None]:
         """Let the patches act while the context lasts; without a packing, over the one before."""
         before = self.is_running, self.packing
         self.is_running, self.packing = True, packing or self.packing
+        checkpointed = [module for module in self.checkpointed if _is_checkpointed(module)]
+        for module in checkpointed:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
         try:
             with attention(self.model, self.attention) if self.attention else nullcontext():
                 yield
         finally:
             self.is_running, self.packing = before
+            for module in checkpointed:
+                module.gradient_checkpointing = True  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, attention: str | None) -> Installation:
+        """Return the installation of a model as it is now."""
+        return cls(model, attention, checkpointed=[*filter(_is_checkpointed, model.modules())])
 
 
 class Patch:
@@ -71,6 +83,7 @@ class FusedForward(Patch):
     ) -> None:
         super().__init__(installation, fused.layer.forward)
         self.returns_tuple = fused.structure.returns_tuple
+        self.layer = fused
         self.fused = partial(
             fused.forward, arena=arena, recompute_projections=recompute_projections
         )
@@ -80,12 +93,14 @@ class FusedForward(Patch):
         # The model's own passes it on, and virtual tokens may have joined it.
         packing = options.get("packing") or installation.packing
         if installation.is_running and packing is not None:
-            y = self.fused(
-                hidden_states,
-                position_embeddings=angles_of(args, options),
-                position_ids=options.get("position_ids"),
-                packing=packing,
-            )
+            y = None
+            if self.layer.is_as_proven():
+                y = self.fused(
+                    hidden_states,
+                    position_embeddings=angles_of(args, options),
+                    position_ids=options.get("position_ids"),
+                    packing=packing,
+                )
             if y is not None:
                 return (y, None) if self.returns_tuple else y
             if installation.attention is None:
@@ -124,6 +139,10 @@ def patched(forwards: Mapping[nn.Module, LayerForward]) -> Iterator[None]:
                 del layer.forward
                 if (own := before[layer]) is not None:
                     layer.forward = own
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return bool(vars(module).get("gradient_checkpointing"))
 
 
 def _unpatched(forward: LayerForward) -> LayerForward:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.fused.analyse import structure_of
-from veneer.fused.layers import FusedLayer
+from veneer.fused.layers import FusedLayer, is_intercepted, submodules
 from veneer.fused.norms import norm_of
 from veneer.fused.patches import LayerForward, patched
 from veneer.fused.structure import LayerStructure, Turn, Variant
@@ -49,9 +49,11 @@ def recognise(model: PreTrainedModel, tokens: Tensor) -> Recognised:
     recognised: Recognised = dict.fromkeys(paths.values(), "it does not pass on hidden states")
     packing = Packing([tokens.shape[1]], model.device)
     trial = _Trial(model, packing)
+    intercepted = {layer for layer in layers if any(map(is_intercepted, submodules(layer)))}
 
     def look(watched: LayerPass) -> None:
-        recognised[paths[watched.layer]] = trial.proven(watched)
+        why = "hooks or forwards of others are set in it" if watched.layer in intercepted else None
+        recognised[paths[watched.layer]] = why or trial.proven(watched)
 
     with torch.no_grad():
         try:

@@ -71,6 +71,7 @@ class LayerPass:
     options: Options
     y: Tensor
     returns_tuple: bool
+    returns_more: bool  # than hidden states
     before: Sequence[Call] = ()  # attention
     attended: Attended | None = None
     after: Sequence[Call] = ()
@@ -237,6 +238,7 @@ def _hooked(layers: Sequence[nn.Module], noted: _Noted, watcher: Watcher) -> Ite
         watcher(
             LayerPass(
                 *(layer, x, options, y, returns_tuple),
+                returns_more=returns_tuple and any(more is not None for more in output[1:]),
                 before=calls[:before],
                 attended=noted.attended,
                 after=calls[before:],

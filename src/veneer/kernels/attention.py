@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ BLOCKS = 2**32  # more than a group of sequences has
 # Queries of a block where torch's own operations attend: a mask is never larger than this many by
 # as many and the window.
 COMPOSED_BLOCK = 2048
+# Names that transformers' configurations have for how many keys a kind of layer sees.
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
 class UnsupportedAttention(NotImplementedError):
@@ -48,10 +51,12 @@ def packed_attention(
 
     Has the signature of transformers' AttentionInterface; s_aux are the sinks. Raises
     UnsupportedAttention for biased attention and trained sinks, and where the model does not pass
-    `packing` on.
+    `packing` or its window on.
     """
     if options.get("position_bias") is not None:
         raise UnsupportedAttention("position_bias")
+    if not sliding_window and _is_masked_elsewhere(module):
+        raise UnsupportedAttention("the window does not reach attention")
     if packing is None or attention_mask is not None:
         raise UnsupportedAttention("the packing does not reach attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -265,6 +270,21 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, *log_sums = ctx.saved_tensors
         return *ctx.attention.backward(grads[0], q, k, v, y, log_sums), None
+
+
+def _is_masked_elsewhere(module: nn.Module) -> bool:
+    """Return whether the model's own masks hide more of a long row from this attention than its
+    future: in Llama 4's chunks, or in a window that the code does not pass on (Qwen2-MoE)."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and index is not None:
+        kind = kinds[index]
+    else:
+        code = sys.modules[type(module).__module__]
+        kind = "sliding_attention" if hasattr(code, "create_sliding_window_causal_mask") else ""
+    window = getattr(config, WINDOWS[kind], None) if kind in WINDOWS else None
+    context = getattr(config, "max_position_embeddings", None)
+    return window is not None and (context is None or window < context)
 
 
 def prefers_blocks(dtype: torch.dtype) -> bool:

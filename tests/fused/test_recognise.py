@@ -1,0 +1,149 @@
+"""Layers that give the same numbers on a few tokens, and would not on others: not computed as two
+functions."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import veneer
+from support.random_adapters import examples, shake
+from support.tiny_models import tiny
+from veneer.data.packing import pack
+from veneer.fused.forward import Forward, choose_forward
+from veneer.fused.layers import FusedLayer
+from veneer.fused.recognise import recognise
+
+ROWS = examples([14, 9, 20], seed=3)
+HOOKS = {
+    "forward": lambda module, note: module.register_forward_hook(note),
+    "forward before": lambda module, note: module.register_forward_pre_hook(note),
+    "backward": lambda module, note: module.register_full_backward_hook(note),
+    "backward before": lambda module, note: module.register_full_backward_pre_hook(note),
+}
+
+
+def adapted(model: nn.Module | None = None, targets="all") -> nn.Module:
+    return shake(
+        veneer.attach(model or tiny("llama"), veneer.LoRA(rank=2, targets=targets))
+    ).train()
+
+
+def step(forward: Forward, model: nn.Module) -> list[Tensor]:
+    """Return the loss of all rows and its gradients."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    loss = forward(model, pack(ROWS, range(3)))
+    return [loss, *torch.autograd.grad(loss, trained)]
+
+
+def why_not(model: nn.Module) -> str:
+    """Return why the second layer is not computed as two functions."""
+    return choose_forward(model, ROWS)[0].unfused.get("model.layers.1", "it is")
+
+
+@pytest.mark.parametrize("path", ["self_attn.q_proj", "self_attn", "mlp.act_fn", "input_layernorm"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_of_others_are_called(kind, path):
+    model, calls = adapted(), []
+    chosen, _ = choose_forward(model, ROWS)
+    module = model.model.layers[1].get_submodule(path)
+    hook = HOOKS[kind](module, lambda *_: calls.append(path))
+    step(chosen, model)
+    assert calls == [path]
+    assert "hooks" in why_not(model)
+    hook.remove()
+    assert why_not(model) == "it is"
+
+
+@pytest.mark.parametrize("path", ["mlp.up_proj", "mlp.act_fn", "input_layernorm"])
+def test_forwards_of_others_are_called(path):
+    model, calls = adapted(targets=["q_proj"]), []
+    chosen, _ = choose_forward(model, ROWS)
+    module = model.model.layers[0].get_submodule(path)
+    own = module.forward
+    module.forward = lambda x: calls.append(path) or own(x)
+    step(chosen, model)
+    assert calls == [path]
+
+
+def test_a_module_that_is_replaced_is_not_the_one_that_was_proven():
+    model = adapted()
+    chosen, _ = choose_forward(model, ROWS)
+    layer = model.model.layers[0]
+    layer.mlp = nn.Sequential(layer.mlp, nn.Tanh())
+    for ours, expected in zip(
+        step(chosen, model), step(replace(chosen, layers=()), model), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_keeps_it():
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1.1 if self.training else 1.0)
+
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj.__class__ = Noisy
+    model = adapted(model, ["q_proj"])
+    chosen, _ = choose_forward(model, ROWS)
+    assert [fused.layer for fused in chosen.layers] == [model.model.layers[1]]
+    for ours, expected in zip(
+        step(chosen, model), step(replace(chosen, layers=()), model), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_layer_that_returns_more_keeps_its_own_forward(monkeypatch):
+    model, tokens = adapted(tiny("falcon")).eval(), torch.tensor([ROWS[0].tokens])
+    assert all(isinstance(it, FusedLayer) for it in recognise(model, tokens).values())
+    kind = type(model.transformer.h[0])
+    own = kind.forward
+    monkeypatch.setattr(
+        kind, "forward", lambda self, x, **options: (own(self, x, **options)[0], x.sum())
+    )
+    assert not any(isinstance(it, FusedLayer) for it in recognise(model, tokens).values())
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_bases_own_checkpointing_is_ours_in_a_pass(reentrant, layers):
+    """It would compute layers again when packed rows are no longer known."""
+    model = adapted()
+    chosen, _ = choose_forward(model, ROWS)
+    chosen = replace(chosen, layers=chosen.layers[:layers])
+    expected = step(chosen, model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for _ in range(2):
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
+        ):
+            ours = step(chosen, model)
+        for own, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(own, other)
+        assert model.is_gradient_checkpointing
+        assert model.model.layers[0].gradient_checkpointing
+    with chosen.installed(model):
+        assert model.model.layers[0].gradient_checkpointing
+
+
+@pytest.mark.parametrize("kind", ["sliding_attention", "chunked_attention"])
+def test_a_window_that_attention_is_not_told_of(kind, monkeypatch):
+    """On rows shorter than it, nothing shows."""
+    model = adapted()
+    chosen, notices = choose_forward(model, ROWS)
+    assert (chosen.packed, notices) == (True, [])
+    model.config.layer_types = ["full_attention", kind]
+    model.config.sliding_window = model.config.attention_chunk_size = 30
+    chosen, notices = choose_forward(model, ROWS)
+    assert not chosen.packed
+    assert "window" in notices[0]
+    model.config.layer_types = None
+    assert choose_forward(model, ROWS)[0].packed
+    code = sys.modules[type(model).__module__]
+    monkeypatch.setattr(code, "create_sliding_window_causal_mask", None, raising=False)
+    assert not choose_forward(model, ROWS)[0].packed
+    model.config.sliding_window = model.config.max_position_embeddings
+    assert choose_forward(model, ROWS)[0].packed
