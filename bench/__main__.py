@@ -55,7 +55,14 @@ QUESTIONS = (
         ("-m bench.training dense --dtype float32 --rounds 2 --engines veneer,peft",),
     ),
     ("Frozen products in 8 bits", ("-m bench.int8",)),
-    ("Many adapters over one base, and single answers", ("-m bench.serving",)),
+    (
+        "Many adapters over one base, and single answers",
+        (
+            "-m bench.serving",
+            "-m bench.serving --model qwen3-0.6b --resident 16",
+            "-m bench.serving --model gemma3-270m --resident 16",
+        ),
+    ),
     ("Adapters of different rows in a layer of their own", ("-m bench.mixed_products",)),
     ("Loading an adapter, and swapping", ("-m bench.loading",)),
     (

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 import veneer
 from bench.engines import ALPHA, LINEAR, RANK
+from bench.shapes import SHAPES, random_base
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
 from veneer.serve.engine.adapter_cache import LoadedAdapter
@@ -34,7 +35,7 @@ Timed = Callable[[], float]  # milliseconds of one round
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default="smollm2-135m", help="or a shape of bench/shapes.py")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--bits", type=int, choices=(4, 8))
     parser.add_argument("--rounds", type=int, default=7)
@@ -42,7 +43,10 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens of a single answer")
     parser.add_argument("--resident", type=int, default=1000)
     asked = parser.parse_args()
-    base = veneer.load_base(asked.model, dtype=asked.dtype, bits=asked.bits)
+    if asked.model in SHAPES:
+        base = random_base(asked.model, asked.dtype)
+    else:
+        base = veneer.load_base(asked.model, dtype=asked.dtype, bits=asked.bits)
     theirs = copy.deepcopy(base.model)
     with tempfile.TemporaryDirectory() as home, kept_heap(), torch.inference_mode():
         places = write_adapters(base.model, Path(home))

@@ -128,7 +128,7 @@ class LayerTable:
         row.q_factors = self._address(layer.query_factor(positions, self.dtype))
         if attention.sinks is not None:
             row.sinks = self._address(layer.layer.get_parameter(attention.sinks).float())
-        row.scale, row.softcap = attention.scale, attention.softcap or 0.0
+        row.scale, row.softcap = layer.scale, attention.softcap or 0.0
         row.multiplier, row.window = variant.multiplier, attention.window or 0
         row.by_key_head = variant.order == "by key head"
         row.attention_inputs, row.inner_inputs = len(attention.inputs), len(feed_forward.inputs)
