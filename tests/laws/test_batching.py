@@ -67,14 +67,19 @@ def accepted(
 
 def ways_of(kind: Kind, model: Any, rows: list[Example]) -> list[Forward]:
     """Return each way of computing the rows, having checked that they are those expected."""
-    chosen, notices = choose_forward(model, rows)
+    # Which layers are computed again is decided last, and changes nothing else of the choice.
+    sparse, notices = choose_forward(model, rows, recompute="selective")
+    chosen = replace(sparse, recompute="none")
+    assert sparse.recompute in ("selective", "full")
+    unsuitable = any("Selective" in notice for notice in notices)
+    assert unsuitable == (sparse.recompute == "full")
     packs = kind.architecture not in NEVER_PACKED
     if kind.architecture == "falcon":  # whose own code attends in a way of its own
         packs = bool(chosen.layers)
         assert packs == (kind.lora is not None)
     head = HEADS.get(kind.architecture, Head())
     assert (chosen.packed, chosen.head) == (packs, head)
-    assert len(notices) == (not packs)
+    assert len(notices) == (not packs) + unsuitable
     ways = accepted(model, rows, chosen, {head, Head(), None})
     assert Forward(packs, head, chosen.layers) in ways
     assert {way.head for way in ways} == {head, None}
@@ -85,12 +90,9 @@ def ways_of(kind: Kind, model: Any, rows: list[Example]) -> list[Forward]:
     if kind.lora or kind.is_virtual:  # a prefix is none of what the two functions know
         fused = kind.architecture not in NEVER_FUSED and not kind.name.startswith("prefix")
         assert bool(chosen.layers) == fused
-    for recompute in ("selective", "full"):
-        sparse, notices = choose_forward(model, rows, recompute=recompute)
-        unsuitable = any("Selective" in notice for notice in notices)
-        assert unsuitable == (recompute == "selective" and sparse.recompute == "full")
-        ways.append(sparse)
-    return [*ways, chosen]
+    others = [way for way in ways if taken(way) != taken(chosen)]
+    again = [replace(chosen, recompute=how) for how in {sparse.recompute, "full"}]
+    return [*others, *again, chosen]
 
 
 @each_kind(lambda kind: kind.reads_tokens)

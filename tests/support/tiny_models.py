@@ -2,6 +2,7 @@
 such as have experts, windows, soft caps or states, and such as are no causal language models."""
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -222,4 +223,15 @@ def quantized(
     architecture: str, bits: int = 4, *, dtype: torch.dtype = torch.float32, head: bool = False
 ) -> PreTrainedModel:
     """Return the random model with its linear layers quantized."""
-    return quantized_model(source(architecture), bits, dtype, head=head)
+    model, random_state = _quantized(architecture, bits, dtype, head)
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
+
+
+@cache
+def _quantized(
+    architecture: str, bits: int, dtype: torch.dtype, head: bool
+) -> tuple[PreTrainedModel, torch.Tensor]:
+    """Return the model, and the state of torch's generator once it is made."""
+    model = quantized_model(source(architecture), bits, dtype, head=head)
+    return model, torch.get_rng_state()
