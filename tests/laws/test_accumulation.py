@@ -12,7 +12,6 @@ from support.plain import plain_pair
 from veneer.data.encode import UNLABELLED, Example
 from veneer.training.events import Step
 
-
 # What differs in how gradients come to the optimizer.
 EACH_SIZE = {
     *("lora, llama", "mix, llama", "lora+, llama", "new tokens, qwen2", "all at once, qwen2"),
