@@ -55,7 +55,7 @@ def test_all_layers_and_only_while_the_loss_is_made(monkeypatch):
     assert patches(model) == []
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", "disk"])
 def test_one_installation_serves_many_passes(recompute, monkeypatch):
     model = adapted().train()
     chosen, _ = choose_forward(model, ROWS, recompute=recompute)
@@ -300,6 +300,33 @@ def test_without_a_compiler_the_same_with_a_notice(monkeypatch):
         torch.testing.assert_close(slower(model, pack(ROWS, range(3))), expected)
     finally:
         native._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_on_the_disk_to_the_bit(architecture, tmp_path):
+    model = adapted(architecture, dora=True).train()
+    batch, made = pack(ROWS, range(3)), []
+    for recompute in ("none", "disk"):
+        chosen, notices = choose_forward(
+            model, ROWS, recompute=recompute, directory=tmp_path / "not yet" / "there"
+        )
+        assert (chosen.recompute, notices) == (recompute, [])
+        for _ in range(2):
+            model.zero_grad()
+            loss = chosen(model, batch)
+            assert list(tmp_path.iterdir()) == []
+            loss.backward()
+            made.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for other in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "gpt_oss"])
+def test_on_the_disk_where_layers_are_not_fused(architecture):
+    model = shake(veneer.attach(tiny(architecture), veneer.LoRA(rank=2, targets="all")))
+    chosen, notices = choose_forward(model, ROWS, recompute="disk")
+    assert chosen.recompute == "full"
+    assert any("Keeping activations on the disk does not suit" in notice for notice in notices)
 
 
 def test_selective_where_no_layer_is_known():

@@ -375,7 +375,7 @@ def test_another_adapter_is_refused(rank, tmp_path):
     assert same(trained_weights(model), before)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", "disk"])
 def test_resumed_with_less_memory(recompute, tmp_path):
     """Layers as two functions, and what they compute again, change no bit either."""
 

@@ -67,6 +67,13 @@ def test_full_training_is_never_offered_bits_or_what_would_not_apply():
     assert {config.recompute for config in tried} == {"none", "full"}
 
 
+def test_the_disk_is_taken_only_where_it_was_asked_for():
+    tried = list(alternatives(plan_of("llama-2-7b", recompute="disk")))
+    assert {config.recompute for config in tried} == {"disk", "full"}
+    tried = list(alternatives(plan_of("llama-2-7b")))
+    assert {config.recompute for config in tried} == {"none", "selective", "full"}
+
+
 def test_passes_are_not_made_shorter_than_a_row():
     tried = alternatives(plan_of("llama-2-7b", max_length=512))
     assert min(config.tokens_per_batch for config in tried) == 512

@@ -256,6 +256,19 @@ def test_mapped_weights_are_on_the_disk_and_not_in_memory():
     assert mapped.memory.peak == plan.memory.peak - plan.memory.weights.value
 
 
+def test_what_is_kept_on_the_disk_is_not_in_memory():
+    for name in ("llama-2-7b", "gpt2", "qwen3-30b-a3b"):
+        plans = [plan_of(name, recompute=recompute) for recompute in ("none", "disk", "full")]
+        none, disk, full = (plan.memory for plan in plans)
+        if name == "qwen3-30b-a3b":  # a mixture, which is not fused
+            assert (disk.peak, disk.on_disk.value) == (full.peak, 0)
+            continue
+        assert disk.peak < none.peak
+        assert none.activations.value / 2 < disk.on_disk.value < none.activations.value
+        depth = plans[0].model.depth
+        assert disk.activations.value < 3 * none.activations.value / depth + full.activations.value
+
+
 def test_nothing_is_kept_below_the_lowest_layer_that_trains():
     sizes = preset("llama-2-7b")
     every = adapted_layers(sizes, LoRA(targets="all"))

@@ -209,6 +209,7 @@ class _Half(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, half: Half, *trained: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         onto, output = x if residual is None else residual, half.output
+        ctx.before = half.arena.next_half()
         h_out, out = _empty(x, [output], half.arena)
         h, *outputs = half.project(x)
         inner, kept = half.forward(outputs)
@@ -238,6 +239,7 @@ class _Half(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         half: Half = ctx.half
+        half.arena.read_ahead(ctx.before)
         x, summand, y, h_out, statistics, *rest = ctx.saved_tensors
         projections, kept = rest[: ctx.projections], rest[ctx.projections :]
         if half.made_of is not None:

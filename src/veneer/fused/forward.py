@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from veneer.kernels import native
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
 from veneer.kernels.cross_entropy import IGNORED
+from veneer.kernels.disk_arena import IS_AVAILABLE, DiskArena
 from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.models.evaluating import evaluating
 
@@ -145,9 +148,16 @@ class Forward:
 
 
 def choose_forward(
-    model: PreTrainedModel, examples: Sequence[Example], *, recompute: Recompute = "none"
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    recompute: Recompute = "none",
+    directory: Path | None = None,
 ) -> tuple[Forward, list[str]]:
     """Return the fastest Forward that gives this model's own loss, and what did not suit it.
+
+    directory: where `recompute="disk"` keeps what a pass keeps; the system's for such files unless
+    given.
 
     The proof compares a few short rows with the same rows computed by the model alone, one by one.
     """
@@ -201,18 +211,27 @@ def choose_forward(
     if model.device.type == "cpu" and (why := native.load()[1]):
         notices.append(f"Norms, activations and attention take a slower way: {why}.")
     blocks = decoder_layers(model)
-    if recompute == "selective" and not all_fused:
+    on_disk = recompute == "disk"
+    suits = all_fused and not (on_disk and (model.device.type != "cpu" or not IS_AVAILABLE))
+    if recompute in ("selective", "disk") and not suits:
         recompute = "full"
-        notices.append(
-            "Selective recomputation does not suit this model; its layers are computed whole again."
-        )
+        what = "Keeping activations on the disk" if on_disk else "Selective recomputation"
+        notices.append(f"{what} does not suit this model; its layers are computed whole again.")
     if recompute == "full" and blocks is None:
         recompute = "none"
         notices.append("The layers of this model are not known; nothing is computed again.")
     chosen = Forward(
-        not why_not_packed, head, layers, unfused, recompute, alone=bool(why_not_padded)
+        *(not why_not_packed, head, layers, unfused, recompute),
+        alone=bool(why_not_padded),
+        arena=DiskArena(_existing(directory)) if recompute == "disk" else Arena(),
     )
     return chosen, notices
+
+
+def _existing(directory: Path | None) -> Path:
+    """Return the nearest of a directory and those above it that exists."""
+    place = Path(tempfile.gettempdir()) if directory is None else directory.absolute()
+    return next(above for above in (place, *place.parents) if above.is_dir())
 
 
 def _why_not_packed(model: PreTrainedModel, layers: Sequence[FusedLayer]) -> str | None:

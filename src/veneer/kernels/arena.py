@@ -5,10 +5,13 @@ from __future__ import annotations
 import mmap
 import sys
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor
+
+Block = mmap.mmap | memoryview
 
 
 class Arena:
@@ -20,7 +23,7 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[int, deque[mmap.mmap]] = {}  # by bytes of a row
+        self._blocks: dict[int, deque[Block]] = {}  # by bytes of a row
         self._idle = _references(deque([_block(1)]))
 
     def empty(self, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -31,17 +34,34 @@ class Arena:
         block = self._take(row_bytes, rows * row_bytes)
         return torch.frombuffer(block, dtype=like.dtype, count=rows * columns).view(rows, columns)
 
-    def _take(self, row_bytes: int, size: int) -> mmap.mmap:
+    def next_half(self) -> Sequence[tuple[int, int]]:
+        """Note that another half of a layer begins; return what `read_ahead` takes later."""
+        return ()
+
+    def read_ahead(self, before: Sequence[tuple[int, int]]) -> None:
+        """Begin to read what the halves before this one keep, where it is not in memory."""
+
+    def _take(self, row_bytes: int, size: int) -> Block:
         ring = self._blocks.setdefault(row_bytes, deque())
         for _ in range(len(ring)):
             ring.rotate(-1)  # the block taken longest ago is the likeliest to be free
             if _references(ring) == self._idle:
                 if len(ring[-1]) >= size:
+                    self._again(ring[-1])
                     return ring[-1]
-                ring.pop()  # too small now that steps have become longer
+                self._free(ring.pop())  # too small now that steps have become longer
                 break
-        ring.append(_block(size))
+        ring.append(self._new(size))
         return ring[-1]
+
+    def _new(self, size: int) -> Block:
+        return _block(size)
+
+    def _again(self, block: Block) -> None:
+        """Make a block ready that has been used before."""
+
+    def _free(self, block: Block) -> None:
+        """Let go of a block for good."""
 
 
 def _block(size: int) -> mmap.mmap:
@@ -54,5 +74,5 @@ def _block(size: int) -> mmap.mmap:
     return block
 
 
-def _references(ring: deque[mmap.mmap]) -> int:
+def _references(ring: deque[Block]) -> int:
     return sys.getrefcount(ring[-1])

@@ -15,6 +15,9 @@ from veneer.plan.sizes import OWN_SCORES, Block, Sizes
 # Packed batches are filled up to a multiple of this (TOKENS_STEP in fused/forward.py).
 TOKENS_STEP = 64
 FLOAT32 = 4
+# Blocks of which what is kept is in memory even if it is on the disk: the one that is computed, and
+# the one before it, which is read ahead (kernels/disk_arena.py).
+BLOCKS_AT_WORK = 2
 # Autograd's tensors are in the common heap, among others that are freed at once, whose holes
 # nothing fits into: from the third step on, resident memory grows with the number of layers by this
 # share more than the tensors take (full training of LLaMA's layers 0.54, adapters over GPT-2's
@@ -46,9 +49,9 @@ def all_fused(sizes: Sizes, trained: Trained) -> bool:
 
 
 def recompute_of(config: PlanConfig, sizes: Sizes, trained: Trained) -> str:
-    """Return what is computed again: for `selective` whole layers if the two functions do not suit
-    all of them, as fused/forward.py chooses."""
-    if config.recompute == "selective" and not all_fused(sizes, trained):
+    """Return what is computed again: for `selective` and `disk` whole layers if the two functions
+    do not suit all of them, as fused/forward.py chooses."""
+    if config.recompute in ("selective", "disk") and not all_fused(sizes, trained):
         return "full"
     return config.recompute
 
@@ -57,7 +60,11 @@ def kept(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Term]:
     """Return what the layers, the last norm and the head keep."""
     tokens, width = tokens_of(config), config.width
     blocks = sizes.blocks[trained.first_block :]
-    if recompute_of(config, sizes, trained) == "full":
+    again = recompute_of(config, sizes, trained)
+    if again == "disk":
+        terms = kept_by_blocks(config, sizes, trained, blocks[-BLOCKS_AT_WORK:])
+        terms += [_log_sums(config, block) for block in blocks[:-BLOCKS_AT_WORK]]
+    elif again == "full":
         terms = [
             Term.of(
                 *(len(blocks), "layers", tokens, "tokens", sizes.dim, "numbers", width, "bytes"),
@@ -84,6 +91,13 @@ def kept(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Term]:
             )
         )
     return terms
+
+
+def kept_on_disk(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Term]:
+    """Return what `disk` writes to it."""
+    if recompute_of(config, sizes, trained) != "disk":
+        return []
+    return kept_by_blocks(config, sizes, trained, sizes.blocks[trained.first_block :])
 
 
 def holes(config: PlanConfig, sizes: Sizes, trained: Trained) -> Term:

@@ -31,7 +31,8 @@ class PlanConfig:
     max_length: int | None = None
     """Longest row in tokens, which is never cut in two; a whole pass unless given."""
     recompute: Recompute = "none"
-    """What is computed again instead of kept: nothing, inner projections, or whole layers."""
+    """What is computed again instead of kept: nothing, inner projections, or whole layers; disk
+    keeps it there."""
     trained_blocks: int = 2
     """Blocks that freeze trains, the last ones (as many as LLaMA-Factory does)."""
     train_head: bool = False

@@ -14,13 +14,14 @@ from veneer.quant.settings import Bits
 
 # How much longer a step takes, as docs/performance.md measures it: 1,521 against 1,389 tokens/s for
 # selective; a second forward pass beside one forward and one backward pass for full.
-SLOWER: dict[Recompute, float] = {"none": 1.0, "selective": 1.09, "full": 1.33}
+SLOWER: dict[Recompute, float] = {"none": 1.0, "selective": 1.09, "disk": 1.2, "full": 1.33}
 # The fixed cost of a pass, in tokens: 0.30 s at 256, 1.15 s at 2,048 tokens (the same page).
 PASS_TOKENS = 400
 # Of the free memory, what a plan that is not to "just fit" leaves: it may be wrong by as much.
 MARGIN = 0.1
 LEAST_TOKENS = 64  # a shorter pass is mostly overhead
-LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")
+# The most that is kept first; `disk`, which needs room there, is left only by those who chose it.
+LEVELS: tuple[Recompute, ...] = ("none", "selective", "disk", "full")
 
 
 def free_bytes(root: Path = Path("/")) -> int | None:
@@ -63,8 +64,9 @@ def alternatives(plan: Plan) -> Iterator[PlanConfig]:
     """
     config = plan.config
     levels = LEVELS[LEVELS.index(config.recompute) :]
-    if not all_fused(plan.sizes, plan.trained):  # selective would be full
-        levels = tuple(level for level in levels if level in (config.recompute, "full"))
+    fused = all_fused(plan.sizes, plan.trained)  # or selective would be full
+    others = ("selective", "full") if fused else ("full",)
+    levels = tuple(level for level in levels if level in (config.recompute, *others))
     for bits, mapped in _bases(config):
         changed = [
             replace(config, bits=bits, mapped=mapped, tokens_per_batch=tokens, recompute=level)

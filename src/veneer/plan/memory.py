@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from veneer.plan.activations import FLOAT32, holes, kept
+from veneer.plan.activations import FLOAT32, holes, kept, kept_on_disk
 from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import PlanConfig
 from veneer.plan.methods import Trained
@@ -92,7 +92,7 @@ def plan_memory(
         runtime=amount(
             "runtime", Term.of(runtime, "bytes", note="libraries, threads, what loading leaves")
         ),
-        on_disk=amount("on disk, mapped", *mapped),
+        on_disk=amount("on disk, mapped", *mapped, *kept_on_disk(config, sizes, trained)),
     )
 
 

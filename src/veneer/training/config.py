@@ -58,7 +58,8 @@ class TrainConfig:
     """Real tokens in one forward and backward pass, at most; smaller needs less memory."""
     recompute: Recompute = "none"
     """What is computed again in the backward pass instead of kept: nothing, each layer's inner
-    projections, or whole layers. Less memory, more time, the same result."""
+    projections, or whole layers; or what is kept is kept on the disk. Less memory, more time, the
+    same result."""
     seed: int = 0
     """Decides the start of A, the order of rows and dropout."""
     save_every: int | None = None

@@ -78,7 +78,9 @@ def train(
     run = _Run(model, examples, config, held_out, directory, identity or {})
     try:
         with kept_heap():
-            forward, notices = choose_forward(model, examples, recompute=config.recompute)
+            forward, notices = choose_forward(
+                model, examples, recompute=config.recompute, directory=directory
+            )
             yield from map(Notice, [*([run.choices] if run.choices else []), *notices])
             restored = resume and run.restore()
             if resume and not restored:

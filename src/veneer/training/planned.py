@@ -127,9 +127,11 @@ def check_fits(plan: Plan, available: int | None, model: str) -> None:
 def measured_peak(plan: Plan) -> int | None:
     """Return the most memory that was resident since `begin_measuring`, None where it is not known.
 
-    Nor is it where the base is mapped: its pages count as resident, and are not planned.
+    Nor is it where the base or what passes keep is mapped: these pages count as resident, and are
+    not planned.
     """
-    return None if plan.config.mapped else process_memory("VmHWM") or None
+    is_mapped = plan.config.mapped or plan.memory.on_disk.value
+    return None if is_mapped else process_memory("VmHWM") or None
 
 
 def why_no_merge(plan: Plan, free: int | None) -> str | None:

@@ -20,6 +20,7 @@ from veneer.formats import adapters, merged, native
 from veneer.formats.state import AdapterState
 from veneer.models.load import dtype_of, load_config_and_tokenizer, skeleton_of
 from veneer.models.locate import locate
+from veneer.plan.activations import kept_on_disk
 from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.run_directory import RunDirectory
@@ -123,7 +124,8 @@ def _meant(missing: Path) -> str:
 
 def check_space(plan: Plan, recipe: Recipe) -> None:
     """Raise ConfigError where the disk has no room for what stays of a run: its results, and one
-    checkpoint with the weights and Adam's two moments in float32."""
+    checkpoint with the weights and Adam's two moments in float32; and for what a pass keeps there.
+    """
     method, width = recipe.method, plan.config.width
     bytes_of = {"a checkpoint": 3 * 4 * plan.trained.count}
     if method.method != "full":
@@ -131,6 +133,8 @@ def check_space(plan: Plan, recipe: Recipe) -> None:
         bytes_of["the adapter"] = own_width * plan.trained.count
     if not method.virtual_tokens and why_no_merge(plan, free_bytes()) is None:
         bytes_of["the merged model"] = width * plan.model.parameters
+    if kept := kept_on_disk(plan.config, plan.sizes, plan.trained):
+        bytes_of["what a pass keeps"] = sum(term.value for term in kept)
     needed = sum(bytes_of.values())
     place = recipe.out if recipe.out.exists() else _there(recipe.out)
     free = shutil.disk_usage(place).free + (size_of(recipe.out) if recipe.out.exists() else 0)
