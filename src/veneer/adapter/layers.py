@@ -15,6 +15,7 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.wrapper import Wrapper
 from veneer.lowrank.formula import merged_weight, updated_norms
+from veneer.lowrank.masters import Masters
 from veneer.lowrank.projection import Masks
 from veneer.lowrank.update import LowRankUpdate, mixed
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight, row_squares
@@ -88,11 +89,16 @@ class AdaptedLayer(Adapted, Wrapper):
             if adapter.magnitude is not None:
                 gain = adapter.magnitude / self._norms(adapter, A)
             updates.append(LowRankUpdate(A, B, gain))
-        weights = [weight for _, weight in pairs]
-        scalings = [adapter.scaling for adapter, _ in pairs]
-        for number, (_, mask) in enumerate(masks):
-            scalings[number] *= 1.0 if mask is None else mask.scale
-        return mixed(updates, weights, scalings)
+        return mixed(updates, [weight for _, weight in pairs], _scalings(pairs, masks))
+
+    def masters(self, pairs: list[tuple[Adapter, float]], masks: Masks = ()) -> Masters | None:
+        """Return the update of a single plain adapter by what trains in it, or None for others."""
+        if len(pairs) != 1:
+            return None
+        adapter, weight = pairs[0]
+        if adapter.magnitude is not None or adapter.start is not None:
+            return None
+        return Masters(adapter.lora_A, adapter.lora_B, weight * _scalings(pairs, masks)[0])
 
     @torch.no_grad()
     def _norms(self, adapter: Adapter, A: Tensor) -> Tensor:
@@ -146,6 +152,14 @@ class AdaptedLayer(Adapted, Wrapper):
         if isinstance(self.original, QuantizedLinear):
             return weight.T if self.original.transposed else weight
         return self.oriented(weight)
+
+
+def _scalings(pairs: list[tuple[Adapter, float]], masks: Masks) -> list[float]:
+    """Return what each adapter's B is to be multiplied with, its mask's `scale` included."""
+    scalings = [adapter.scaling for adapter, _ in pairs]
+    for number, (_, mask) in enumerate(masks):
+        scalings[number] *= 1.0 if mask is None else mask.scale
+    return scalings
 
 
 def _forget_norms(layer: nn.Module, *_loaded: object) -> None:

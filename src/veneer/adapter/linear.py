@@ -95,13 +95,16 @@ class LoRALinear(AdaptedLayer):
         bias = self.active_bias(active)
         if (bias is not None and bias.requires_grad) or self.active_tokens():
             return None
-        if any(weight.requires_grad for weight in self.original.parameters()):
+        W = self.base_weight
+        if isinstance(W, Tensor) and W.requires_grad:
             return None
         if not active:
-            return Projection.plain(self.base_weight, bias)
+            return Projection.plain(W, bias)
         masks = self._masks(active)
-        update = self.low_rank_update(active, self.base_weight.dtype, masks)
-        return Projection(self.base_weight, bias, update.A, update.B, update.gain, masks)
+        if (masters := self.masters(active, masks)) is not None:
+            return Projection(W, bias, *masters.rounded(W.dtype), masks=masks, masters=masters)
+        update = self.low_rank_update(active, W.dtype, masks)
+        return Projection(W, bias, update.A, update.B, update.gain, masks)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active_adapters.row_updates is not None:

@@ -24,6 +24,9 @@ class Wrapper(nn.Module):
         self.register_load_state_dict_pre_hook(_with_inner)
 
     def __getattr__(self, name: str) -> Any:
+        # Its own modules come first: they are read many times a step.
+        if (module := self.__dict__["_modules"].get(name)) is not None:
+            return module
         # Model code reads attributes of the layer that it knows (weight, in_features, nf).
         try:
             return super().__getattr__(name)

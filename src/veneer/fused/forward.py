@@ -90,10 +90,12 @@ class Forward:
                 }
                 if installation.attention:
                     inputs["packing"] = packing
-                return self._loss(model, inputs, labels, None)
+                return self._loss(installation, inputs, labels, None)
             if self.alone:
                 pairs = zip(tokens.split(lengths), labels.split(lengths), strict=True)
-                losses = [self._loss(model, {"input_ids": t[None]}, y, None) for t, y in pairs]
+                losses = [
+                    self._loss(installation, {"input_ids": t[None]}, y, None) for t, y in pairs
+                ]
                 return torch.stack(losses).sum()
             rows = pad_sequence(  # (rows, longest), filled as packed batches are
                 list(tokens.split(lengths)), batch_first=True, padding_value=int(batch.tokens[0])
@@ -101,7 +103,7 @@ class Forward:
             ones = [torch.ones(n, dtype=torch.long) for n in lengths]
             mask = pad_sequence(ones, batch_first=True).to(device)
             return self._loss(
-                model, {"input_ids": rows, "attention_mask": mask}, labels, mask.bool()
+                installation, {"input_ids": rows, "attention_mask": mask}, labels, mask.bool()
             )
 
     @contextmanager
@@ -136,10 +138,15 @@ class Forward:
             del self._installations[model]
 
     def _loss(
-        self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor, mask: Tensor | None
+        self,
+        installation: Installation,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
+        model = installation.model
         if self.head is not None:
-            hidden = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
+            hidden = installation.decoder(**inputs, use_cache=False).last_hidden_state
             hidden = hidden[0] if mask is None else hidden[mask]  # (tokens, dim)
             return self.head.loss(model, hidden, labels)
         logits = model(**inputs, use_cache=False).logits

@@ -45,9 +45,9 @@ class Heads:
                 groups = joined.unflatten(1, (self.key_heads, -1, self.head_dim))
                 q, k, v = (x.flatten(1) for x in groups.split([groups.shape[2] - 2, 1, 1], 2))
         return (
-            q.unflatten(1, (self.heads, self.head_dim)),
-            k.unflatten(1, (self.key_heads, self.head_dim)),
-            v.unflatten(1, (self.key_heads, self.value_dim)),
+            q.view(-1, self.heads, self.head_dim),
+            k.view(-1, self.key_heads, self.head_dim),
+            v.view(-1, self.key_heads, self.value_dim),
         )
 
     def join(self, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor]:

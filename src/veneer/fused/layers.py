@@ -17,16 +17,14 @@ from veneer.fused.analyse import is_linear
 from veneer.fused.block import FeedForward, SelfAttention
 from veneer.fused.heads import Heads
 from veneer.fused.norms import with_weights
-from veneer.fused.structure import LayerStructure, Turn, Variant
+from veneer.fused.rotaries import Angles, Rotaries
+from veneer.fused.structure import LayerStructure, Variant
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention, Packing
 from veneer.kernels.dropout import Mask
 from veneer.kernels.norm import Norm
-from veneer.kernels.rotary import Rotary
 from veneer.lowrank.projection import Projection
 from veneer.quant.weight import QuantizedLinear
-
-Angles = tuple[Tensor, Tensor]  # cos and sin, (1, tokens, turning dims)
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class FusedLayer:
         position_embeddings: Angles | None,
         position_ids: Tensor | None,  # (1, tokens)
         packing: Packing,
+        rotaries: Rotaries,
         arena: Arena,
         recompute_projections: bool = False,
         mask_of: Callable[[float], Mask] = Mask.drawn,
@@ -88,7 +87,7 @@ class FusedLayer:
                 order=self.variant.order,
                 q_norm=norms.get(attention.q_norm),
                 k_norm=norms.get(attention.k_norm),
-                rotary=rotary_of(self.variant.turn, position_embeddings, x.dtype),
+                rotary=rotaries.rotary(self.variant.turn, position_embeddings, x.dtype),
                 q_factor=self.query_factor(position_ids, x.dtype),
             ),
             attention=Attention(
@@ -174,19 +173,6 @@ class FusedLayer:
         beta, context = self.query_scaling
         factor = 1 + beta * torch.log(1 + torch.floor(position_ids[0] / context))
         return factor.to(dtype)[:, None, None]
-
-
-def rotary_of(turn: Turn, angles: Angles | None, dtype: torch.dtype) -> Rotary | None:
-    """Return the rotation by cos and sin as a model's own code has them."""
-    if turn == "none" or angles is None:
-        return None
-    cos, sin = (x[0].to(dtype) for x in angles)  # (tokens, 2 · pairs)
-    if turn == "pairs, angles twice":
-        cos, sin = cos[:, ::2], sin[:, ::2]
-    else:
-        pairs = cos.shape[1] // 2
-        cos, sin = cos[:, :pairs], sin[:, :pairs]
-    return Rotary(cos.contiguous(), sin.contiguous(), interleaved=turn != "halves")
 
 
 def submodules(module: nn.Module) -> Iterator[nn.Module]:

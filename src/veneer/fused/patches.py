@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from veneer.fused.layers import FusedLayer
+from veneer.fused.rotaries import Rotaries
 from veneer.fused.watch import angles_of, attention
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Packing
+from veneer.models.blocks import decoder_of
 
 LayerForward = Callable[..., Any]
 
@@ -29,6 +31,7 @@ class Installation:
     attention: the name of the attention to use in a pass, or None for the model's own. packing: of
     the pass that is running, where rows are packed. checkpointed: modules that transformers' own
     checkpointing computes again; it would do so after a pass, without the patches, and does not.
+    rotaries: of the pass that is running.
     """
 
     model: PreTrainedModel
@@ -36,6 +39,10 @@ class Installation:
     is_running: bool = False
     packing: Packing | None = None
     checkpointed: Sequence[nn.Module] = ()
+    rotaries: Rotaries = field(default_factory=Rotaries)
+
+    def __post_init__(self) -> None:
+        self.decoder = decoder_of(self.model)  # to find it takes as long as a layer
 
     @contextmanager
     def running(self, packing: Packing | None = None) -> Iterator[None]:
@@ -50,6 +57,7 @@ class Installation:
                 yield
         finally:
             self.is_running, self.packing = before
+            self.rotaries.forget()
             for module in checkpointed:
                 module.gradient_checkpointing = True  # type: ignore[assignment]
 
@@ -100,6 +108,7 @@ class FusedForward(Patch):
                     position_embeddings=angles_of(args, options),
                     position_ids=options.get("position_ids"),
                     packing=packing,
+                    rotaries=installation.rotaries,
                 )
             if y is not None:
                 return (y, None) if self.returns_tuple else y

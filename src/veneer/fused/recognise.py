@@ -21,6 +21,7 @@ from veneer.fused.analyse import structure_of
 from veneer.fused.layers import FusedLayer, is_intercepted, submodules
 from veneer.fused.norms import norm_of
 from veneer.fused.patches import LayerForward, patched
+from veneer.fused.rotaries import Rotaries
 from veneer.fused.structure import LayerStructure, Turn, Variant
 from veneer.fused.watch import LayerPass, attention_is_asked_for, known_mask, watch
 from veneer.kernels.activation import Activation, activation_of
@@ -207,6 +208,7 @@ class _Trial:
             position_embeddings=options["position_embeddings"],
             position_ids=options.get("position_ids"),
             packing=packing,  # that reached the layer: virtual tokens may have joined it
+            rotaries=Rotaries(),
             arena=self.arena,
             mask_of=known_mask,
         )

@@ -74,5 +74,7 @@ class Packing:
 
     def split(self, padded: Tensor) -> list[Tensor]:
         """Return padded rows as one (sequences, padded length, ...) for each group."""
+        if len(self.groups) == 1:
+            return [padded.view(*self.groups[0], *padded.shape[1:])]
         flat = padded.split([count * length for count, length in self.groups])
         return [rows.unflatten(0, group) for rows, group in zip(flat, self.groups, strict=True)]

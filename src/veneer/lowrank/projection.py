@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import apply_gain_, gain_backward
+from veneer.lowrank.masters import Masters
 from veneer.quant.weight import QuantizedWeight, product, product_back
 
 # For each of the adapters stacked in A and B its rank, and what it multiplies x with in a step of
@@ -29,7 +30,8 @@ class Projection:
     weight (out, in), frozen; a quantized one is dequantized for each product. bias (out,), frozen,
     or None. A (rank, in) and B (out, rank): those of all adapters, stacked and scaled, with rank 0
     where nothing acts. gain (out,), float32 or wider: DoRA's factor of each output, or None for 1.
-    With masks, each adapter adds B A (x ∘ mask).
+    With masks, each adapter adds B A (x ∘ mask). masters: what trains in place of A and B, or None
+    where they do so themselves.
     """
 
     weight: Tensor | QuantizedWeight
@@ -38,6 +40,7 @@ class Projection:
     B: Tensor
     gain: Tensor | None = None
     masks: Masks = ()
+    masters: Masters | None = None
 
     @classmethod
     def plain(cls, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Projection:
@@ -58,7 +61,8 @@ class Projection:
         """Return A, B and gain, as far as there are some: what gradients are for."""
         if not self.rank:
             return []
-        return [self.A, self.B] if self.gain is None else [self.A, self.B, self.gain]
+        factors = self if self.masters is None else self.masters
+        return [factors.A, factors.B] if self.gain is None else [factors.A, factors.B, self.gain]
 
 
 def project(
@@ -74,7 +78,7 @@ def project(
             torch.mm(x if mask is None else mask.apply(x), A.T, out=h[:, ranks])
     else:
         torch.mm(x, _stacked_A(group).T, out=h)
-    for p, own_h, y in zip(group, h.split([p.rank for p in group], 1), outputs, strict=True):
+    for p, own_h, y in zip(group, _columns(h, group), outputs, strict=True):
         _base_product(x, p, y)
         if p.rank:
             y.addmm_(own_h, p.B.T)
@@ -135,14 +139,17 @@ def gradients_of_trained(
     order of `trained`; None for an A or B that does not train."""
     if not dh.shape[1]:
         return []
-    ranks = [p.rank for p in group]
     dAs: Sequence[Tensor | None] = [None] * len(group)
-    if any(p.A.requires_grad for p in group):
-        dAs = _gradient_of_A(dh, x, group).split(ranks)
+    trained = [p.trained() for p in group]
+    if any(A.requires_grad for A, *_ in filter(None, trained)):
+        dAs = _gradient_of_A(dh, x, group).split_with_sizes([p.rank for p in group])
     gradients: list[Tensor | None] = []
-    for p, d, d_gain, dA, own_h in zip(group, dz, d_gains, dAs, h.split(ranks, 1), strict=True):
-        if p.rank:
-            gradients += [dA, d.T @ own_h if p.B.requires_grad else None]
+    for p, d, d_gain, dA, own_h, own in zip(
+        group, dz, d_gains, dAs, _columns(h, group), trained, strict=True
+    ):
+        if own:
+            dB = d.T @ own_h if own[1].requires_grad else None
+            gradients += [dA, dB] if p.masters is None else p.masters.gradients(dA, dB)
         if d_gain is not None:
             gradients.append(d_gain)
     return gradients
@@ -226,6 +233,11 @@ def _by_mask(group: Sequence[Projection]) -> Iterator[tuple[slice, Tensor, Mask 
             if rank:
                 yield slice(start, start + rank), A, mask
             start += rank
+
+
+def _columns(h: Tensor, group: Sequence[Projection]) -> Sequence[Tensor]:
+    """Return each projection's part of h (tokens, Σ rank)."""
+    return [h] if len(group) == 1 else h.split_with_sizes([p.rank for p in group], 1)
 
 
 def _stacked_A(group: Sequence[Projection]) -> Tensor:

@@ -17,9 +17,10 @@ from veneer.adapter.active import active_adapters_of
 from veneer.adapter.layers import AdaptedLayer
 from veneer.fused.analyse import is_linear
 from veneer.fused.head import Head
-from veneer.fused.layers import Angles, FusedLayer, rotary_of
+from veneer.fused.layers import FusedLayer
 from veneer.fused.norms import is_norm, norm_of
 from veneer.fused.patches import LayerForward, patched
+from veneer.fused.rotaries import Angles, rotary_of
 from veneer.fused.structure import Turn
 from veneer.fused.watch import (
     Call,
