@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import veneer
 from support.random_adapters import examples, shake
 from support.tiny_models import CONFIGS, tiny
+from veneer.adapter.linear import LoRALinear
 from veneer.data.packing import pack
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.layers import FusedLayer
 from veneer.kernels import native
+from veneer.kernels.dropout import Mask
 
 ROWS = examples([14, 9, 20], seed=3)
 
@@ -138,6 +140,11 @@ def test_a_layer_takes_its_own_forward_while_two_functions_do_not_apply(monkeypa
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_adapters_drop_inputs_as_they_do_in_layers_of_their_own_forward(recompute):
     model = adapted(dropout=0.5).train()
+    layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+    seeds = {
+        mask.seed for _ in range(2) for layer in layers for _, mask in layer.projection().masks
+    }
+    assert len(seeds) == 2 * len(layers)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     chosen, notices = choose_forward(model, ROWS, recompute=recompute)
     assert (len(chosen.layers), chosen.recompute, notices) == (2, recompute, [])
@@ -154,6 +161,14 @@ def test_adapters_drop_inputs_as_they_do_in_layers_of_their_own_forward(recomput
     assert not torch.equal(other, ours[0])
     model.eval()
     assert torch.equal(chosen(model, pack(ROWS, [0])), chosen(model, pack(ROWS, [0])))
+
+
+def test_where_nothing_drops_no_mask_is_made(monkeypatch):
+    monkeypatch.setattr(Mask, "__init__", None)
+    model = adapted("gpt2").train()
+    chosen, _ = choose_forward(model, ROWS)
+    chosen(model, pack(ROWS, range(3))).backward()
+    assert len(chosen.layers) == 2
 
 
 def gpt2(**dropout: float) -> nn.Module:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -116,6 +117,7 @@ def watch(
     asks = attention_is_asked_for(model)
     try:
         with (
+            torch.random.fork_rng(devices=[]),  # what is random in training mode
             _hooked(layers, noted, watcher),
             attention(model, WATCHED) if asks else nullcontext(),
             _NotedFunctions(noted, attention=not asks),
