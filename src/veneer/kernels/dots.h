@@ -117,6 +117,23 @@ inline void dots(const T* x, Size x_stride, const T* w, Size w_stride, Size n, f
         for (int o = 0; o < O; ++o) out[m * out_stride + o] = totals[m * O + o];
 }
 
+// out[o] = x · w[o] for 16 rows of a weight, one row after another: memory that is read in its order
+// comes faster than 16 rows side by side. Each sum is that of `dots`.
+template <class T>
+inline void dots_in_turn(const T* x, const T* w, Size n, float* out) {
+    using L = Lanes<T>;
+    __m512 acc[16];
+    for (int o = 0; o < 16; ++o) {
+        const T* row = w + o * n;
+        __m512 sum = _mm512_setzero_ps();
+        Size i = 0;
+        for (; i + L::kStep <= n; i += L::kStep) sum = L::add(sum, L::read(x + i), L::read(row + i));
+        if (i < n) sum = L::add(sum, L::read(x + i, n - i), L::read(row + i, n - i));
+        acc[o] = sum;
+    }
+    _mm512_storeu_ps(out, sums(acc));
+}
+
 #else
 
 template <int M, int O, class T>
@@ -136,6 +153,11 @@ inline void dots(const T* x, Size x_stride, const T* w, Size w_stride, Size n, f
             out[m * out_stride + o] = acc[0];
         }
     }
+}
+
+template <class T>
+inline void dots_in_turn(const T* x, const T* w, Size n, float* out) {
+    for (int o = 0; o < 16; ++o) dots<1, 1>(x, 0, w + o * n, 0, n, out + o, 0);
 }
 
 #endif
@@ -170,6 +192,13 @@ void tile(const T* x, Size tokens, const T* w, Size count, Size n, float* out) {
                     dots<4, 1>(x + t * n, n, w + (o + i) * n, n, n, out + t * kOutputs + o + i,
                                kOutputs);
         }
+    }
+    if (tokens == 1) {
+        Size o = 0;
+        for (; o + 16 <= count; o += 16) dots_in_turn(x, w + o * n, n, out + o);
+        const T* none = nullptr;
+        dots_of_one(x, w + o * n, n, count - o, n, out + o, none);
+        return;
     }
     for (Size t = whole; t < tokens; ++t)
         dots_of_one(x + t * n, w, n, count, n, out + t * kOutputs, w + count * n);
