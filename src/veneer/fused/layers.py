@@ -32,7 +32,8 @@ class FusedLayer:
     """A decoder layer of this model that may be computed as two functions.
 
     norms: by path, without their weights. query_scaling: beta and the original context, by which
-    Ministral scales queries.
+    Ministral scales queries. for_training: otherwise linear layers may have a forward of their own,
+    as it is proven only for evaluation.
     """
 
     layer: nn.Module
@@ -40,6 +41,7 @@ class FusedLayer:
     variant: Variant
     norms: Mapping[str, Norm]
     query_scaling: tuple[float, int] | None = None
+    for_training: bool = True
 
     def forward(
         self,
@@ -156,7 +158,8 @@ class FusedLayer:
         return places
 
     def _linears(self) -> dict[str, Projection] | None:
-        linears = {path: _projection(self.module(path)) for path in self.structure.linears}
+        paths, strict = self.structure.linears, self.for_training
+        linears = {path: _projection(self.module(path), strict=strict) for path in paths}
         return linears if None not in linears.values() else None  # type: ignore[return-value]
 
     def _norms(self) -> dict[str | None, Norm] | None:
@@ -195,14 +198,14 @@ def is_intercepted(module: nn.Module) -> bool:
     )
 
 
-def _projection(layer: Any) -> Projection | None:
+def _projection(layer: Any, *, strict: bool) -> Projection | None:
     if isinstance(layer, LoRALinear):
         return layer.projection()
     if isinstance(layer, QuantizedLinear):
         weight: Any = layer.quantized_weight
     elif type(layer).forward is Conv1D.forward:
         weight = layer.weight.T
-    elif type(layer).forward is nn.Linear.forward:
+    elif type(layer).forward is nn.Linear.forward or (isinstance(layer, nn.Linear) and not strict):
         weight = layer.weight
     else:  # a linear layer that does more, if perhaps only in training
         return None
