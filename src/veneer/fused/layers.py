@@ -140,13 +140,25 @@ class FusedLayer:
     def is_as_proven(self) -> bool:
         """Return whether only linear layers have been replaced, and nobody waits for a call of a
         submodule that the two functions never make."""
-        modules = list(submodules(self.layer))
-        others = [module for module in modules if not is_linear(module)]
-        return others == self._others and not any(map(is_intercepted, modules))
+        for siblings, name, module in self._others:
+            if siblings.get(name) is not module or is_intercepted(module):
+                return False
+        for linear in self.linears():
+            original = linear._modules.get("original")  # of one with adapters
+            if is_intercepted(linear) or (original is not None and is_intercepted(original)):
+                return False
+        return True
 
     @cached_property
-    def _others(self) -> list[nn.Module]:
-        return [module for module in submodules(self.layer) if not is_linear(module)]
+    def _others(self) -> list[tuple[Mapping[str, Any], str, nn.Module]]:
+        """All submodules but the linear layers, and where each is."""
+        return [
+            (parent._modules, name, module)
+            for parent in (self.layer, *submodules(self.layer))
+            if not is_linear(parent)
+            for name, module in parent._modules.items()
+            if module is not None and not is_linear(module)
+        ]
 
     @cached_property
     def _places(self) -> dict[str, tuple[Mapping[str, Any], str]]:
