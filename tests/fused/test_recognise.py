@@ -7,14 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import veneer
+from support.every_architecture import small_config
 from support.random_adapters import examples, shake
 from support.tiny_models import tiny
 from veneer.data.packing import pack
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.layers import FusedLayer
 from veneer.fused.recognise import recognise
+from veneer.fused.structure import Variant
 
 ROWS = examples([14, 9, 20], seed=3)
 HOOKS = {
@@ -147,3 +150,24 @@ def test_a_window_that_attention_is_not_told_of(kind, monkeypatch):
     assert not choose_forward(model, ROWS)[0].packed
     model.config.sliding_window = model.config.max_position_embeddings
     assert choose_forward(model, ROWS)[0].packed
+
+
+@pytest.mark.parametrize("architecture", ["cohere2", "glm4", "gpt_neox"])
+def test_variants_are_told_apart_where_a_layer_adds_little(architecture):
+    """Beside a large residual in 16 bits, what attention adds hardly shows."""
+    torch.manual_seed(0)
+    config = small_config(architecture)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1000)
+    tokens = examples([12], vocabulary=config.vocab_size)[0].tokens
+    model.requires_grad_(False).eval()
+    of_few_bits = variants(model, torch.tensor([tokens]))
+    assert all(isinstance(it, Variant) for it in of_few_bits)
+    assert variants(model.double(), torch.tensor([tokens])) == of_few_bits
+
+
+def variants(model: nn.Module, tokens: Tensor) -> set:
+    return {
+        it.variant if isinstance(it, FusedLayer) else it for it in recognise(model, tokens).values()
+    }

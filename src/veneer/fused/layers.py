@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,7 +43,22 @@ class FusedLayer:
     query_scaling: tuple[float, int] | None = None
     for_training: bool = True
 
-    def forward(
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor | None:
+        """Return the layer's output, (1, tokens, dim), or None where its own forward is needed;
+        options: as `halves` takes them."""
+        halves = self.halves(hidden_states, **options)
+        if halves is None:
+            return None
+        first, second = halves
+        x = hidden_states[0]
+        y, made_of = first(x)
+        if self.structure.parallel:
+            y, _ = second(x, y)
+        else:
+            y, _ = (second if made_of is None else replace(second, made_of=made_of))(y)
+        return y.unsqueeze(0)
+
+    def halves(
         self,
         hidden_states: Tensor,  # (1, tokens, dim)
         *,
@@ -54,16 +69,17 @@ class FusedLayer:
         arena: Arena,
         recompute_projections: bool = False,
         mask_of: Callable[[float], Mask] = Mask.drawn,
-    ) -> Tensor | None:
-        """Return the layer's output, or None where its own forward is needed: for trained norms or
-        biases, a prefix, or mixed dtypes. mask_of: what makes the masks of the base's dropout."""
-        x = hidden_states[0]
+    ) -> tuple[SelfAttention, FeedForward] | None:
+        """Return the two functions, or None where the layer's own forward is needed: for trained
+        norms or biases, a prefix, or mixed dtypes. mask_of: what makes the masks of the base's
+        dropout."""
+        device, dtype = hidden_states.device, hidden_states.dtype
         linears, norms = self._linears(), self._norms()
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = torch.is_autocast_enabled(device.type)
         if linears is None or norms is None or packing.prefix is not None or autocast:
             return None
         weights = [*(p.weight for p in linears.values()), *(norm.weight for norm in norms.values())]
-        if {weight.dtype for weight in weights if weight is not None} != {x.dtype}:
+        if {weight.dtype for weight in weights if weight is not None} != {dtype}:
             return None
         attention, feed_forward = self.structure.attention, self.structure.feed_forward
 
@@ -89,8 +105,8 @@ class FusedLayer:
                 order=self.variant.order,
                 q_norm=norms.get(attention.q_norm),
                 k_norm=norms.get(attention.k_norm),
-                rotary=rotaries.rotary(self.variant.turn, position_embeddings, x.dtype),
-                q_factor=self.query_factor(position_ids, x.dtype),
+                rotary=rotaries.rotary(self.variant.turn, position_embeddings, dtype),
+                q_factor=self.query_factor(position_ids, dtype),
             ),
             attention=Attention(
                 packing,
@@ -102,7 +118,6 @@ class FusedLayer:
             ),
             **shared,
         )
-        y, made_of = first(x)
         second = FeedForward(
             norm=norms.get(feed_forward.norm),
             inputs=tuple(linears[path] for path in feed_forward.inputs),
@@ -112,11 +127,9 @@ class FusedLayer:
             activation=self.variant.activation,
             is_gated=feed_forward.is_gated,
             gate_first=self.variant.gate_first,
-            made_of=None if self.structure.parallel else made_of,
             **shared,
         )
-        y, _ = second(x, y) if self.structure.parallel else second(y)
-        return y.unsqueeze(0)
+        return first, second
 
     @property
     def scale(self) -> float:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.fused.analyse import structure_of
+from veneer.fused.block import FeedForward, SelfAttention
 from veneer.fused.layers import FusedLayer, is_intercepted, submodules
 from veneer.fused.norms import norm_of
 from veneer.fused.patches import LayerForward, patched
@@ -205,15 +206,18 @@ class _Trial:
         packing = options.get("packing") or self.packing
         if packing.tokens != watched.x.shape[1]:
             return False  # virtual tokens have joined, and the layer is not told of them
-        y = candidate.forward(
-            watched.x,
-            position_embeddings=options["position_embeddings"],
-            position_ids=options.get("position_ids"),
-            packing=packing,  # that reached the layer: virtual tokens may have joined it
-            rotaries=Rotaries(),
-            arena=self.arena,
-            mask_of=known_mask,
-        )
+        of_pass: dict[str, Any] = {
+            "position_embeddings": options["position_embeddings"],
+            "position_ids": options.get("position_ids"),
+            "packing": packing,  # that reached the layer: virtual tokens may have joined it
+            "rotaries": Rotaries(),
+            "arena": self.arena,
+            "mask_of": known_mask,
+        }
+        halves = candidate.halves(watched.x, **of_pass)
+        if halves is None or not _gives_within(candidate, *halves, watched):
+            return False
+        y = candidate.forward(watched.x, **of_pass)
         return y is not None and _is_near(y, watched.y, watched.x)
 
 
@@ -236,11 +240,36 @@ def _query_scaling(model: PreTrainedModel) -> tuple[float, int] | None:
     return None if beta is None or context is None else (float(beta), int(context))
 
 
-def _is_near(y: Tensor, expected: Tensor, inputs: Tensor) -> bool:
+def _gives_within(
+    layer: FusedLayer, first: SelfAttention, second: FeedForward, watched: LayerPass
+) -> bool:
+    """Return whether the halves give the queries and keys that attention has read, and what the
+    last projection has: beside a large residual, or behind small weights, these would not show."""
+    calls = {call.path: call for call in (*watched.before, *watched.after)}
+    attention, feed_forward = layer.structure.attention, layer.structure.feed_forward
+    attended = watched.attended
+    assert attended is not None
+    q, k, _ = first.heads.forward([_flat(calls[path].y) for path in attention.inputs])
+    inner, _ = second.forward([_flat(calls[path].y) for path in feed_forward.inputs])
+    own_q, own_k = (x[0].transpose(0, 1).flatten(1) for x in (attended.q, attended.k))
+    k = k.repeat_interleave(own_k.shape[1] // k[0].numel(), 1)  # where it is shared beforehand
+    return (
+        _is_near(q.flatten(1) * layer.scale, own_q * attention.scale)
+        and _is_near(k.flatten(1), own_k)
+        and _is_near(inner, _flat(calls[feed_forward.output].x))
+    )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)  # (tokens, dim)
+
+
+def _is_near(y: Tensor, expected: Tensor, inputs: Tensor | None = None) -> bool:
     """Return whether the layer's change of every token is near the expected one, but for the
     rounding of the sum. Token by token: one large row must not hide the others."""
-    dtype = expected.dtype
-    y, expected, inputs = y.double(), expected.double(), inputs.double()
-    allowed = TOLERANCE[dtype] * (expected - inputs).norm(dim=-1)
+    dtype = y.dtype
+    y, expected = y.double(), expected.double()
+    change = expected if inputs is None else expected - inputs.double()
+    allowed = TOLERANCE[dtype] * change.norm(dim=-1)
     allowed += torch.finfo(dtype).eps * expected.norm(dim=-1)
     return bool(((y - expected).norm(dim=-1) <= allowed).all())
