@@ -13,7 +13,8 @@ from veneer.plan.plan import Plan, replanned
 from veneer.quant.settings import Bits
 
 # How much longer a step takes, as docs/performance.md measures it: 1,521 against 1,389 tokens/s for
-# selective; a second forward pass beside one forward and one backward pass for full.
+# selective; a second forward pass beside one forward and one backward pass for full. What the disk
+# costs depends on it: less than full, or nobody would ask for it.
 SLOWER: dict[Recompute, float] = {"none": 1.0, "selective": 1.09, "disk": 1.2, "full": 1.33}
 # The fixed cost of a pass, in tokens: 0.30 s at 256, 1.15 s at 2,048 tokens (the same page).
 PASS_TOKENS = 400
