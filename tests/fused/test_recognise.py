@@ -171,3 +171,13 @@ def variants(model: nn.Module, tokens: Tensor) -> set:
     return {
         it.variant if isinstance(it, FusedLayer) else it for it in recognise(model, tokens).values()
     }
+
+
+def test_a_layer_that_clips_what_few_tokens_have():
+    """OLMo's later models clip queries, keys and values at 8."""
+    config = small_config("olmo")
+    tokens = torch.tensor([examples([12], vocabulary=config.vocab_size)[0].tokens])
+    for clip, reasons in ((None, set()), (50.0, {"it clips numbers that are large"})):
+        config.clip_qkv = clip
+        model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+        assert {it for it in recognise(model, tokens).values() if isinstance(it, str)} == reasons

@@ -69,6 +69,8 @@ def _structure(watched: LayerPass) -> LayerStructure:
     if len({id(call) for call in used}) < len({id(call) for call in norms}):
         unknown = [call for call in norms if all(call is not other for other in used)]
         raise Unlike(f"it has a norm more than is known: {_named(unknown)}")
+    if watched.clips:
+        raise Unlike("it clips numbers that are large")
     if watched.returns_more:
         raise Unlike("it returns more than hidden states")
     return LayerStructure(

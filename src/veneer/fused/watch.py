@@ -27,6 +27,9 @@ from veneer.models.blocks import decoder_of
 from veneer.quant.weight import QuantizedLinear
 
 WATCHED = f"{NAME}_watched"  # in transformers' AttentionInterface
+# What changes only numbers that are large: few tokens may show nothing of it.
+CLIPPING = (torch.clamp, torch.clamp_, torch.clip, torch.clip_)
+CLIPPING_METHODS = (Tensor.clamp, Tensor.clamp_, Tensor.clip, Tensor.clip_)
 Options = dict[str, Any]  # keyword arguments of a layer, or of its attention
 
 
@@ -77,6 +80,7 @@ class LayerPass:
     attended: Attended | None = None
     after: Sequence[Call] = ()
     dropped: Sequence[Dropped] = ()
+    clips: bool = False  # some submodule's output
 
 
 Watcher = Callable[[LayerPass], None]
@@ -167,6 +171,7 @@ class _Noted:
 
     calls: list[Call] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
+    clipped: list[Tensor] = field(default_factory=list)
     attended: Attended | None = None
     before: int = 0  # calls when attention began
 
@@ -176,8 +181,8 @@ class _Noted:
 
 
 class _NotedFunctions(TorchFunctionMode):
-    """Notes dropout, and with `attention` torch's own attention, for a model's code that calls it
-    itself."""
+    """Notes dropout and clipping, and with `attention` torch's own attention, for a model's code
+    that calls it itself."""
 
     def __init__(self, noted: _Noted, *, attention: bool) -> None:
         super().__init__()
@@ -189,6 +194,8 @@ class _NotedFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention and self.attention:
             self.noted.attend(args, {"scaling": kwargs.get("scale")})
+        if function in CLIPPING or function in CLIPPING_METHODS:
+            self.noted.clipped.append(args[0])
         if function is F.dropout:
             return self._dropped(*args, **kwargs)
         return function(*args, **kwargs)
@@ -210,7 +217,8 @@ def _hooked(layers: Sequence[nn.Module], noted: _Noted, watcher: Watcher) -> Ite
     modes: list[tuple[nn.Module, bool]] = []  # before the layer began
 
     def clear() -> None:
-        noted.calls, noted.dropped, noted.attended, noted.before = [], [], None, 0
+        noted.calls, noted.dropped, noted.clipped = [], [], []
+        noted.attended, noted.before = None, 0
         while modes:
             module, training = modes.pop()
             module.training = training
@@ -245,6 +253,7 @@ def _hooked(layers: Sequence[nn.Module], noted: _Noted, watcher: Watcher) -> Ite
                 attended=noted.attended,
                 after=calls[before:],
                 dropped=noted.dropped,
+                clips=any(same_memory(x, call.y) for x in noted.clipped for call in calls),
             )
         )
         clear()  # or tensors would be kept for long
