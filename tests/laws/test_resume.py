@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import veneer
-from support.kinds import each_kind, is_first
+from support.kinds import each_kind, is_first_of
 from support.random_adapters import examples, same, snapshot, trained_weights
 from support.tiny_models import tiny
 from veneer.formats import checkpoint as formats
@@ -191,11 +191,13 @@ def same_adapter(a: AdapterState, b: AdapterState) -> bool:
     )
 
 
-@each_kind(is_first)
+@each_kind(lambda kind: kind.reads_tokens and is_first_of(kind, "name"))
 def test_every_kind_goes_on(kind, tmp_path):
     """The process that goes on starts with other random numbers: all must come from the files."""
     course = replace(COURSE, epochs=1, save_every=2, **kind.training)
     rows, held_out = kind.rows(LENGTHS), kind.rows([9, 14], seed=1)
+
+    losses: dict[tuple[torch.dtype, int], float] = {}
 
     def go(place: str, dtype: torch.dtype, seed: int, **options: Any) -> dict[str, Tensor]:
         model, step, stop_at = kind.attached(kind.base(dtype), seed=seed), 0, options.pop("at", 0)
@@ -211,6 +213,8 @@ def test_every_kind_goes_on(kind, tmp_path):
         is_one_adapter = len(veneer.in_use(model)) == 1
         for event in events:
             step = getattr(event, "step", step)
+            if isinstance(event, Step):  # after the best step, of which the weights are, too
+                assert losses.setdefault((dtype, step), event.loss) == event.loss
             if isinstance(event, Started) and is_one_adapter:
                 first = copy.deepcopy(capture(model))
         if stop_at and is_one_adapter:

@@ -20,8 +20,24 @@ from veneer.plan.methods import adapted_layers
 from veneer.plan.near_presets import near_presets
 from veneer.plan.plan import comparison, make_plan
 from veneer.plan.presets import PRESETS
+from veneer.plan.sizes import Sizes
 
 LLAMA = PRESETS["smollm2-135m"]
+SIZES: dict[str, Sizes] = {}
+
+
+@pytest.fixture(autouse=True)
+def _sizes_read_once(monkeypatch):
+    """Read the sizes of each configuration once for all plans: no plan changes them, and of the
+    largest models they take most of the time."""
+
+    def read_once(config):
+        text = config.to_json_string(use_diff=False)
+        if text not in SIZES:
+            SIZES[text] = sizes_of(config)
+        return SIZES[text]
+
+    monkeypatch.setattr(veneer.cli.plan_tables, "sizes_of", read_once)
 
 
 def printed(capsys, *arguments, free=24 * 10**9, monkeypatch=None):
@@ -60,7 +76,7 @@ def test_a_plan_shows_layers_methods_memory_and_what_fits(capsys, monkeypatch):
 def test_a_plan_that_fits_says_so_and_one_that_never_does_too(capsys, monkeypatch):
     for free, message in (
         (10**12, "1000.0 GB are free here: it fits."),
-        (22 * 10**8, "it just fits, with less than 10% left. --tokens-per-batch 1024 needs"),
+        (13 * 10**8, "it just fits, with less than 10% left. --recompute selective needs"),
         (10**6, "it does not fit, whatever its settings."),
         (None, "this system does not say"),
     ):
