@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,11 @@ from veneer.kernels.attention import Attention, Packing
 from veneer.kernels.dropout import Mask
 from veneer.kernels.norm import Norm
 from veneer.lowrank.projection import Projection
+from veneer.models.description import multiplies
 from veneer.quant.weight import QuantizedLinear
+
+# What is known of layers whose class has a forward of its own.
+_MULTIPLIES: WeakKeyDictionary[nn.Linear, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,7 @@ class FusedLayer:
     """A decoder layer of this model that may be computed as two functions.
 
     norms: by path, without their weights. query_scaling: beta and the original context, by which
-    Ministral scales queries. for_training: otherwise linear layers may have a forward of their own,
-    as it is proven only for evaluation.
+    Ministral scales queries.
     """
 
     layer: nn.Module
@@ -41,7 +45,6 @@ class FusedLayer:
     variant: Variant
     norms: Mapping[str, Norm]
     query_scaling: tuple[float, int] | None = None
-    for_training: bool = True
 
     def forward(self, hidden_states: Tensor, **options: Any) -> Tensor | None:
         """Return the layer's output, (1, tokens, dim), or None where its own forward is needed;
@@ -183,8 +186,7 @@ class FusedLayer:
         return places
 
     def _linears(self) -> dict[str, Projection] | None:
-        paths, strict = self.structure.linears, self.for_training
-        linears = {path: _projection(self.module(path), strict=strict) for path in paths}
+        linears = {path: _projection(self.module(path)) for path in self.structure.linears}
         return linears if None not in linears.values() else None  # type: ignore[return-value]
 
     def _norms(self) -> dict[str | None, Norm] | None:
@@ -223,17 +225,24 @@ def is_intercepted(module: nn.Module) -> bool:
     )
 
 
-def _projection(layer: Any, *, strict: bool) -> Projection | None:
+def _projection(layer: Any) -> Projection | None:
     if isinstance(layer, LoRALinear):
         return layer.projection()
     if isinstance(layer, QuantizedLinear):
         weight: Any = layer.quantized_weight
     elif type(layer).forward is Conv1D.forward:
         weight = layer.weight.T
-    elif type(layer).forward is nn.Linear.forward or (isinstance(layer, nn.Linear) and not strict):
+    elif isinstance(layer, nn.Linear) and _multiplies(layer):
         weight = layer.weight
-    else:  # a linear layer that does more, if perhaps only in training
+    else:
         return None
     bias: Tensor | None = layer.bias
     trains = [x.requires_grad for x in (weight, bias) if isinstance(x, Tensor)]
     return None if any(trains) else Projection.plain(weight, bias)
+
+
+def _multiplies(layer: nn.Linear) -> bool:
+    """Return what `multiplies` says of a layer, which is asked at every step, once."""
+    if (known := _MULTIPLIES.get(layer)) is None:
+        known = _MULTIPLIES[layer] = multiplies(layer)
+    return known

@@ -39,11 +39,10 @@ SETTING = (bool, int, float, str)
 Recognised = dict[str, FusedLayer | str]  # by path: the layer, or why it is not computed so
 
 
-def recognise(model: PreTrainedModel, tokens: Tensor, *, for_training: bool = True) -> Recognised:
+def recognise(model: PreTrainedModel, tokens: Tensor) -> Recognised:
     """Return each decoder layer as it can be computed as two functions, or why it cannot.
 
     tokens (1, tokens): a short text for the proof. The model is in evaluation mode.
-    for_training: as `FusedLayer` has it.
     """
     layers = decoder_layers(model)
     if layers is None:
@@ -51,7 +50,7 @@ def recognise(model: PreTrainedModel, tokens: Tensor, *, for_training: bool = Tr
     paths = {layer: path for path, layer in model.named_modules() if layer in set(layers)}
     recognised: Recognised = dict.fromkeys(paths.values(), "it does not pass on hidden states")
     packing = Packing([tokens.shape[1]], model.device)
-    trial = _Trial(model, packing, for_training)
+    trial = _Trial(model, packing)
     intercepted = {layer for layer in layers if any(map(is_intercepted, submodules(layer)))}
 
     def look(watched: LayerPass) -> None:
@@ -142,7 +141,6 @@ class _Trial:
 
     model: PreTrainedModel
     packing: Packing
-    for_training: bool
     arena: Arena = field(default_factory=Arena)
     variants: list[Variant] = field(default_factory=list)
 
@@ -160,7 +158,7 @@ class _Trial:
                 return f"{path} is no activation that is known"
             activations = [known]
         scaling = _query_scaling(self.model)
-        base = FusedLayer(watched.layer, structure, Variant(), norms, scaling, self.for_training)
+        base = FusedLayer(watched.layer, structure, Variant(), norms, scaling)
         if not base.applies():
             return "norms or biases in it train"
         tried = self._variants(watched, base, activations)

@@ -278,7 +278,8 @@ def _layers_of(place: _Place, is_head: bool, owners: dict[int, str]) -> Iterator
 
 
 def multiplies(layer: nn.Linear) -> bool:
-    """Return whether a layer gives W x + b: by numbers, where its class has a forward of its own.
+    """Return whether a layer gives W x + b, in training too: by numbers, where its class has a
+    forward of its own.
 
     Falcon's layers do; routers that choose experts too, products in groups, scaled heads do not.
     """
@@ -291,8 +292,12 @@ def multiplies(layer: nn.Linear) -> bool:
     probe._parameters["bias"] = None if layer.bias is None else nn.Parameter(b)
     try:
         with torch.no_grad():
-            y = probe.forward(x)
-            return torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
+            expected = nn.functional.linear(x, probe.weight, probe.bias)
+            for training in (True, False):
+                probe.training = training
+                if not torch.allclose(probe.forward(x), expected):
+                    return False
+            return True
     except Exception:  # whatever another kind of layer makes of these shapes
         return False
 

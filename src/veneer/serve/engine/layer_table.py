@@ -35,7 +35,7 @@ class Unsuited(Exception):
 
 def proven_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, ...]:
     """Return a model's layers, each proven to be made of its parts. Raises Unsuited."""
-    recognised = recognise(model, tokens, for_training=False)
+    recognised = recognise(model, tokens)
     for path, layer in recognised.items():
         if isinstance(layer, str):
             raise Unsuited(f"its layers are not made of known parts ({path}: {layer})")
