@@ -18,8 +18,8 @@ def decoder_of(model: PreTrainedModel) -> Any:
     if not _holds(decoder, head):
         return decoder
     embedding = model.get_input_embeddings()
-    parts = (part for part in model.modules() if part is not embedding)
-    fitting = (part for part in parts if _holds(part, embedding) and not _holds(part, head))
+    others = (module for module in model.modules() if module is not embedding)
+    fitting = (x for x in others if _holds(x, embedding) and not _holds(x, head))
     return next(fitting, decoder)
 
 
@@ -33,10 +33,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
     if (layers := next((x for x in lists if len(x) == count), None)) is not None:
         return layers
-    inner = {part for layers in lists for layer in layers for part in layer.modules()}
+    inner = {module for layers in lists for layer in layers for module in layer.modules()}
     outer = [layers for layers in lists if layers not in inner]
     return outer[0] if len(outer) == 1 else None
 
 
-def _holds(module: nn.Module, part: nn.Module | None) -> bool:
-    return any(each is part for each in module.modules())
+def _holds(module: nn.Module, inner: nn.Module | None) -> bool:
+    return any(each is inner for each in module.modules())
