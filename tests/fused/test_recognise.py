@@ -15,6 +15,7 @@ from support.random_adapters import examples, shake
 from support.tiny_models import tiny
 from veneer.data.packing import pack
 from veneer.fused.forward import Forward, choose_forward
+from veneer.fused.head import Head
 from veneer.fused.layers import FusedLayer
 from veneer.fused.recognise import recognise
 from veneer.fused.structure import Variant
@@ -181,3 +182,32 @@ def test_a_layer_that_clips_what_few_tokens_have():
         config.clip_qkv = clip
         model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
         assert {it for it in recognise(model, tokens).values() if isinstance(it, str)} == reasons
+
+
+@pytest.mark.parametrize("option", ["s_aux", "softcap"])
+def test_sinks_and_soft_caps_reach_the_two_functions(option):
+    model = adapted()
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.sinks = nn.Parameter(torch.tensor([2.0, -1.0, 0.5, 3.0]), requires_grad=False)
+        own = type(attention).forward
+        options = {"s_aux": attention.sinks} if option == "s_aux" else {"softcap": 0.5}
+        attention.__class__ = type(
+            "Asked",
+            (type(attention),),
+            {
+                "forward": lambda self, *args, own=own, options=options, **kw: own(
+                    self, *args, **kw, **options
+                )
+            },
+        )
+    model.eval()
+    plain = step(choose_forward(adapted(), ROWS)[0], adapted())[0]
+    layers = tuple(recognise(model, torch.tensor([ROWS[1].tokens])).values())
+    assert all(isinstance(layer, FusedLayer) for layer in layers), layers
+    fused = Forward(True, Head(), layers)
+    assert not torch.allclose(step(fused, model)[0], plain, rtol=1e-3)
+    for ours, expected in zip(
+        step(fused, model), step(replace(fused, layers=()), model), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)

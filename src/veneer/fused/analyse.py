@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.adapter.linear import LoRALinear
-from veneer.fused.norms import is_norm
+from veneer.fused.norms import may_be_norm
 from veneer.fused.structure import AttentionStructure, FeedForwardStructure, LayerStructure
 from veneer.fused.watch import Attended, Call, Dropped, LayerPass, same_memory
 from veneer.quant.weight import QuantizedLinear
@@ -43,7 +43,7 @@ def _structure(watched: LayerPass) -> LayerStructure:
     if attended is None or not watched.after:
         raise Unlike("it does not attend by transformers' interface or by torch's attention")
     before, after = _linears(watched.before), _linears(watched.after)
-    norms = [call for call in (*watched.before, *watched.after) if is_norm(call.module)]
+    norms = [call for call in (*watched.before, *watched.after) if may_be_norm(call.module)]
     if len(before) not in (ONE_OF_ALL, ONE_FOR_EACH) or not _share_input(before):
         raise Unlike(f"q, k and v come from {_named(before)}")
     if len(after) not in (3, 4) or not _share_input(after[1:-1]):
@@ -169,7 +169,7 @@ def _feed_forward(
         call
         for call in calls
         if not is_linear(call.module)
-        and not is_norm(call.module)
+        and not may_be_norm(call.module)
         and not isinstance(call.module, nn.Dropout | nn.Identity)
     ]
     columns, inner = sum(call.y.shape[-1] for call in inputs), down.x.shape[-1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.kernels.norm import Norm
+from veneer.models.description import is_norm
 
 EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps")  # attributes' names
 USUAL = (1e-5, 1e-6)  # eps of a norm that has no such attribute
@@ -23,9 +24,9 @@ def eps_of(module: nn.Module) -> float | None:
     return next((float(value) for value in values if isinstance(value, float)), None)
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Return whether a module is likely a norm: it has an eps, or the name of one."""
-    return eps_of(module) is not None or "norm" in type(module).__name__.lower()
+def may_be_norm(module: nn.Module) -> bool:
+    """Return whether a module may be a norm: it has an eps, or the name of one."""
+    return eps_of(module) is not None or is_norm(module)
 
 
 @torch.no_grad()

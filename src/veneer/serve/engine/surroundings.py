@@ -18,10 +18,9 @@ from veneer.adapter.layers import AdaptedLayer
 from veneer.fused.analyse import is_linear
 from veneer.fused.head import Head
 from veneer.fused.layers import FusedLayer
-from veneer.fused.norms import is_norm, norm_of
+from veneer.fused.norms import may_be_norm, norm_of
 from veneer.fused.patches import LayerForward, patched
 from veneer.fused.rotaries import Angles, rotary_of
-from veneer.fused.structure import Turn
 from veneer.fused.watch import (
     Call,
     angles_of,
@@ -149,7 +148,7 @@ class Surroundings:
                     for number, (pair, turn) in enumerate(zip(angles, turns, strict=True))
                 ]
             )
-        joined = [_joined(own, turn) for *own, turn in zip(*pieces, turns, strict=True)]
+        joined = [_joined(own) for own in zip(*pieces, strict=True)]
         # What depends on the length of the text shows in a text that has the last position in it.
         few = torch.tensor([*range(min(POSITIONS, context)), context - 1])
         far = self._pass_over(torch.zeros_like(few)[None], few[None]).angles
@@ -214,14 +213,14 @@ def _last_norm(passed: Passed, calls: Sequence[Call]) -> Norm | None:
     if same_memory(passed.last, passed.x):
         return None
     for call in calls:
-        if call.reads(passed.x) and same_memory(call.y, passed.last) and is_norm(call.module):
+        if call.reads(passed.x) and same_memory(call.y, passed.last) and may_be_norm(call.module):
             norm = norm_of(call.module, passed.x.shape[-1])
             if norm is not None:
                 return norm
     raise Unsuited("its layers are not followed by a norm that is known")
 
 
-def _joined(pieces: Sequence[Rotary | None], turn: Turn) -> Rotary | None:
+def _joined(pieces: Sequence[Rotary | None]) -> Rotary | None:
     """Return rotations by consecutive positions as one."""
     rotations = [piece for piece in pieces if piece is not None]
     if not rotations:
