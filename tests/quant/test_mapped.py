@@ -142,3 +142,18 @@ def test_two_groups(advice):
     advice.clear()
     weights[0].dequantize()  # one back, as in a backward pass: there is nothing below
     assert [what for _, what in advice] == [mmap.MADV_DONTNEED]
+
+
+def test_tensors_of_eight_bits_and_tensors_that_are_not_aligned(tmp_path):
+    eight = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e8m0": torch.float8_e8m0fnu}
+    tensors = {name: torch.arange(9, dtype=torch.uint8).view(dtype) for name, dtype in eight.items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    for name, tensor in map_tensors(tmp_path / "x.safetensors").items():
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor.view(torch.uint8), tensors[name].view(torch.uint8))
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    numbers = torch.tensor([1.5, -2.0]).numpy().tobytes()
+    file = tmp_path / "odd.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + numbers)
+    assert (8 + len(header)) % 4
+    assert map_tensors(file)["a"].tolist() == [1.5, -2.0]

@@ -129,7 +129,7 @@ def certify(
     rows = probe_rows(tokenizer, probe, context=context_left(model.config, 0))
     difference = divergence = effect = divergence_requantized = 0.0
     tokens = sum(map(len, rows))
-    requantized = _requantized(model, plain) if quantized_layers(model) else None
+    requantized = _requantized(model, plain)
     with torch.no_grad(), evaluating(model), evaluating(plain):
         for row in rows:
             adapted, merged = _logits(model, row), _logits(plain, row)
@@ -152,15 +152,20 @@ def certify(
     )
 
 
-def _requantized(model: PreTrainedModel, plain: PreTrainedModel) -> PreTrainedModel:
-    """Return the merged model with the layers that the base has quantized quantized again."""
+def _requantized(model: PreTrainedModel, plain: PreTrainedModel) -> PreTrainedModel | None:
+    """Return the merged model with the layers that the base has quantized quantized again, or None
+    where there are none, or one is in a format that Veneer reads but does not quantize to."""
+    if not (layers := quantized_layers(model)):
+        return None
     shared = [*plain.parameters(), *plain.buffers()]
     result = copy.deepcopy(plain, {id(tensor): tensor for tensor in shared}).eval()
-    for path, layer in quantized_layers(model).items():
+    for path, layer in layers.items():
         base_path = path.removesuffix(".original")
         dense: Any = result.get_submodule(base_path)
         weight = dense.weight.T if layer.transposed else dense.weight
-        quantized = layer.quantized_weight.quantize(weight.contiguous(), plain.dtype)
+        quantized = layer.quantized_weight.requantized(weight.contiguous(), plain.dtype)
+        if quantized is None:
+            return None
         new = QuantizedLinear(quantized, dense, transposed=layer.transposed)
         result.set_submodule(base_path, new)
     return result

@@ -120,8 +120,9 @@ def layer_roundings(model: nn.Module, plain: nn.Module) -> list[LayerRounding]:
         error, in_float32 = _norm((merged - weight) - delta), _norm((exact - weight) - delta)
         requantized = None
         if isinstance(layer.base_weight, QuantizedWeight):
-            again = layer.base_weight.quantize(exact, torch.float32).dequantize()
-            requantized = _norm((again - weight) - delta)
+            again = layer.base_weight.requantized(exact, torch.float32)
+            if again is not None:
+                requantized = _norm((again.dequantize() - weight) - delta)
         roundings.append(LayerRounding(path, _norm(delta), error, in_float32, requantized))
     return roundings
 

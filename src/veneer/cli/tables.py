@@ -107,7 +107,7 @@ def merge_lines(report: MergeReport) -> list[str]:
         f"token (KL), and by {report.logit_difference:.2g} in the logit that differs most; the "
         f"adapter itself makes {report.effect:.2g} nats"
     )
-    if report.lost_requantized is not None:
+    if report.lost_requantized is not None and report.divergence_requantized is not None:
         lines.append(
             f"the base is quantized; the merged model is not, but in {report.dtype}: quantizing "
             f"it again as it was would take {report.lost_requantized:.1%} of the adapter's "

@@ -40,6 +40,9 @@ class Int8(QuantizedWeight):
         codes, absmax, _ = bnb.int8_vectorwise_quant(half)
         return cls(codes, absmax, dtype)
 
+    def requantized(self, weight: Tensor, dtype: torch.dtype) -> Int8:
+        return self.quantize(weight, dtype)
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Int8:
         """Return the weight whose `tensors()` these are, without a copy of the codes.

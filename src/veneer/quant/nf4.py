@@ -53,6 +53,9 @@ class NF4(QuantizedWeight):
         )
         return cls(codes, state, dtype)
 
+    def requantized(self, weight: Tensor, dtype: torch.dtype) -> NF4:
+        return self.quantize(weight, dtype)
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> NF4:
         """Return the weight whose `tensors()` these are, without a copy of the codes."""

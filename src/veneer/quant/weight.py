@@ -30,10 +30,9 @@ class QuantizedWeight(ABC):
     # Called before each use, so that whatever reads ahead knows where in the model a pass is.
     before_use: Callable[[], None] | None = None
 
-    @classmethod
-    @abstractmethod
-    def quantize(cls, weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
-        """Quantize a weight (out, in), to be dequantized to `dtype`."""
+    def requantized(self, weight: Tensor, dtype: torch.dtype) -> QuantizedWeight | None:
+        """Return another weight (out, in) quantized as this one is, or None where Veneer cannot."""
+        return None
 
     def dequantize(self) -> Tensor:
         """Return the weight (out, in) in `dtype`, a new tensor for the caller to drop after use."""
