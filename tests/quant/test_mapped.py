@@ -146,7 +146,9 @@ def test_two_groups(advice):
 
 def test_tensors_of_eight_bits_and_tensors_that_are_not_aligned(tmp_path):
     eight = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e8m0": torch.float8_e8m0fnu}
-    tensors = {name: torch.arange(9, dtype=torch.uint8).view(dtype) for name, dtype in eight.items()}
+    tensors = {
+        name: torch.arange(9, dtype=torch.uint8).view(dtype) for name, dtype in eight.items()
+    }
     save_file(tensors, tmp_path / "x.safetensors")
     for name, tensor in map_tensors(tmp_path / "x.safetensors").items():
         assert tensor.dtype == tensors[name].dtype
