@@ -38,6 +38,16 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     @property
+    def shape(self) -> torch.Size:
+        """The shape of `base_weight`."""
+        return self.base_weight.shape
+
+    @property
+    def device(self) -> torch.device:
+        """The device of `base_weight`."""
+        return self.base_weight.device
+
+    @property
     def dense_base_weight(self) -> Tensor:
         """`base_weight` as a tensor; a quantized one is dequantized at each access."""
         return dense(self.base_weight)
@@ -60,7 +70,7 @@ class Adapted(nn.Module):
 
     def attach(self, name: str, adapter: Adapter) -> None:
         """Attach an adapter with given tensors, on the weight's device."""
-        device = self.base_weight.device
+        device = self.device
         # Comparing devices is a hundred times cheaper than moving.
         self.adapters[name] = adapter if adapter.lora_A.device == device else adapter.to(device)
 
@@ -91,8 +101,7 @@ class Adapted(nn.Module):
 
     def delta(self) -> Tensor:
         """Return Σ w ΔW of the active adapters, shaped as `base_weight`, in float32."""
-        base = self.base_weight
-        total = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
+        total = torch.zeros(self.shape, dtype=torch.float32, device=self.device)
         total = self.by_outputs(total)
         for adapter, weight in self.active():
             A, B = (factor.detach() for factor in adapter.factors())

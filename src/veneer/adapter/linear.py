@@ -138,8 +138,15 @@ class LoRALinear(AdaptedLayer):
         )
 
     def _by_rows(self, x: Tensor, row_updates: RowUpdates) -> Tensor:
-        """Return the output for x (rows, tokens, in), where each row has adapters of its own."""
-        assert len(x) == len(row_updates.mix_of_row), (x.shape, len(row_updates.mix_of_row))
+        """Return the output for x (rows, tokens, in), where each row has adapters of its own.
+
+        A mixture gives its shared experts all tokens as one, (rows · tokens, in).
+        """
+        rows_of_x = len(row_updates.mix_of_row)
+        if x.ndim == 2:
+            y = self._by_rows(x.view(rows_of_x, -1, x.shape[-1]), row_updates)
+            return y.flatten(0, 1)
+        assert len(x) == rows_of_x, (x.shape, rows_of_x)
         y = self.original(x)  # (rows, tokens, out)
         updates = row_updates.on(self)
         if not updates:

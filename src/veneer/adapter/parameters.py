@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,17 +13,23 @@ from veneer.adapter.active import ActiveAdapters
 from veneer.adapter.adapted import Adapted
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
-from veneer.adapter.wrapper import Wrapper
+from veneer.adapter.experts import has_experts, recognised_experts, routed_experts
+from veneer.adapter.wrapper import Wrapper, is_intercepted
+from veneer.lowrank.experts import StackUpdate
 from veneer.lowrank.formula import merged_weight, new_A
+from veneer.lowrank.update import LowRankUpdate, mixed
+from veneer.quant.stack import QuantizedStack
 
 # The submodule of a LoRAParameters that holds the adapted ones; checkpoints have it in their keys.
 PARAMETERS = "parts"
 
 
 class LoRAParameters(Wrapper):
-    """A module with adapted parameters: it computes with W + Σ scaling · B A.
+    """A module with adapted parameters.
 
-    The sum is made anew in each forward pass, as large as W itself.
+    The experts of a mixture that are recognised (adapter/experts.py) add B A x on the rows that
+    each expert gets. Any other module computes with W + Σ scaling · B A, a sum that is made anew in
+    each forward pass, as large as W itself.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -44,15 +51,58 @@ class LoRAParameters(Wrapper):
         assert isinstance(parameter, AdaptedParameter)
         return parameter
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        changed = {
-            name: parameter.changed()
+    @property
+    def acting(self) -> dict[str, AdaptedParameter]:
+        """The parameters that an active adapter changes, by their names."""
+        return {
+            name: parameter
             for name, parameter in self.adapted.items()
-            if isinstance(parameter, AdaptedParameter) and parameter.active()
+            if isinstance(parameter, AdaptedParameter) and parameter.acts
         }
-        if not changed:
+
+    @property
+    def reason(self) -> str | None:
+        """Why the module computes with W + Σ scaling · B A; None for routed experts."""
+        recognised = recognised_experts(self.original)
+        if isinstance(recognised, str):
+            return recognised
+        others = self.adapted.keys() - {recognised.up, recognised.down}
+        return f"{', '.join(sorted(others))} is adapted too" if others else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        acting = self.acting
+        if not acting:
             return self.original(*args, **kwargs)
+        y = self.routed(args, kwargs, exact=True)
+        if y is not None:
+            return y
+        changed = {name: parameter.changed() for name, parameter in acting.items()}
         return functional_call(self.original, changed, args, kwargs)
+
+    def routed(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], **options: Any
+    ) -> Tensor | None:
+        """Return the output of routed experts, or None where this is something else, or somebody
+        waits for a call of the original. options: those of `routed_experts`."""
+        if is_intercepted(self.original):
+            return None
+        inputs = (*args, *kwargs.values())
+        updates = {name: p.stack_update(*inputs[:1]) for name, p in self.acting.items()}
+        return routed_experts(self.original, updates, inputs, **options)
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Yield the path of each module with stacks of experts in a model, with the module, and why its
+    routed experts are not computed as one function, or None where they are."""
+    wrapped = set()
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAParameters):
+            wrapped.add(module.original)
+            if any(getattr(module.original, name).ndim == 3 for name in module.adapted):
+                yield path, module, module.reason
+        elif has_experts(module) and module not in wrapped:
+            recognised = recognised_experts(module)
+            yield path, module, recognised if isinstance(recognised, str) else None
 
 
 class AdaptedParameter(Adapted):
@@ -69,22 +119,77 @@ class AdaptedParameter(Adapted):
 
     @property
     def base_weight(self) -> Tensor:
-        weight = self._owner[0]._parameters[self.name]
-        assert weight is not None
-        return self.oriented(weight)
+        weight = self._stored_weight
+        return self.oriented(weight.dense() if isinstance(weight, QuantizedStack) else weight)
+
+    @property
+    def _stored_weight(self) -> Tensor | QuantizedStack:
+        weight: Tensor | QuantizedStack = getattr(self._owner[0], self.name)
+        return weight
+
+    @property
+    def shape(self) -> torch.Size:
+        weight = self._stored_weight
+        if not self._is_transposed:
+            return weight.shape
+        return torch.Size((*weight.shape[:-2], weight.shape[-1], weight.shape[-2]))
+
+    @property
+    def device(self) -> torch.device:
+        return self._stored_weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype in which A and B are multiplied outside of training."""
+        return self._stored_weight.dtype
+
+    @property
+    def _is_transposed(self) -> bool:
+        transposed = getattr(self._owner[0], "is_transposed", False)
+        return bool(transposed) and self._stored_weight.ndim == 3
 
     def oriented(self, weight: Tensor) -> Tensor:
-        is_stack = weight.ndim == 3 and getattr(self._owner[0], "is_transposed", False)
-        return weight.transpose(-1, -2) if is_stack else weight
+        return weight.transpose(-1, -2) if self._is_transposed else weight
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
-        *experts, out, in_ = self.base_weight.shape
+        *experts, out, in_ = self.shape
         rank = config.rank_of(path)
         As = [new_A(rank, in_, config.init, generator) for _ in range(experts[0] if experts else 1)]
         A = torch.stack(As) if experts else As[0]
         adapter = Adapter(A, torch.zeros(*experts, out, rank), scaling=config.scaling_of(path))
         adapter.lora_A.requires_grad_(not config.lora_fa)
         self.attach(name, adapter)
+
+    @property
+    def acts(self) -> bool:
+        row_updates = self.active_adapters.row_updates
+        return bool(self.active() if row_updates is None else row_updates.on(self))
+
+    def acts_by_rows(self) -> bool:
+        """Return whether each row of a batch may have an adapter of its own here."""
+        recognised = recognised_experts(self._owner[0])
+        if isinstance(recognised, str):
+            return False
+        return self.name in (recognised.up, recognised.down)
+
+    def low_rank_update(
+        self, pairs: list[tuple[Adapter, float]], dtype: torch.dtype
+    ) -> LowRankUpdate:
+        """Return adapters with their weights as one update, differentiably."""
+        As, Bs = zip(*(adapter.factors() for adapter, _ in pairs), strict=True)
+        updates = [LowRankUpdate(A.to(dtype), B, None) for A, B in zip(As, Bs, strict=True)]
+        return mixed(updates, [w for _, w in pairs], [adapter.scaling for adapter, _ in pairs])
+
+    def stack_update(self, x: Tensor) -> StackUpdate:
+        """Return what adapters add to each expert of a stack, for x (tokens, dim)."""
+        row_updates = self.active_adapters.row_updates
+        if row_updates is None:
+            update = self.low_rank_update(self.active(), x.dtype)
+            return StackUpdate(update.A, update.B)
+        stacked = row_updates.stacked(self, row_updates.on(self))
+        rows, _, rank = stacked.mask.shape
+        mask = stacked.mask.expand(rows, len(x) // rows, rank).reshape(-1, rank)  # (tokens, rank)
+        return StackUpdate(stacked.A, stacked.B, mask)
 
     def changed(self) -> Tensor:
         """Return W + Σ w s B A as the owner keeps it, differentiably, in W's dtype."""
@@ -104,6 +209,7 @@ class AdaptedParameter(Adapted):
         assert isinstance(wrapper, LoRAParameters)
         if merged:
             weight = self.stored(merged_weight(self.base_weight, self.delta()))
+            self._owner[0]._modules.pop(name, None)  # a quantized stack
             self._owner[0]._parameters[name] = nn.Parameter(weight.contiguous(), False)
         del wrapper.adapted[name]
         if not wrapper.adapted:
@@ -111,6 +217,5 @@ class AdaptedParameter(Adapted):
 
     def weight_in(self, plain: nn.Module, path: str) -> Tensor:
         owner, _, name = path.rpartition(".")
-        weight = plain.get_submodule(owner)._parameters[name]
-        assert weight is not None
-        return self.oriented(weight)
+        weight = getattr(plain.get_submodule(owner), name)
+        return self.oriented(weight.dense() if isinstance(weight, QuantizedStack) else weight)

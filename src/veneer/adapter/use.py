@@ -15,6 +15,7 @@ from veneer.adapter.layers import AdaptedLayer, lora_layers
 from veneer.adapter.linear import LoRALinear
 from veneer.adapter.method import Method, is_virtual
 from veneer.adapter.modules_to_save import switch_modules_to_save
+from veneer.adapter.parameters import AdaptedParameter
 from veneer.errors import AdapterError
 from veneer.lowrank.update import LowRankUpdate, RowUpdates
 
@@ -79,7 +80,7 @@ def use_rows(model: nn.Module, rows: Sequence[str | Mapping[str, float] | None])
     None for the base alone. `use` ends it. For inference, with (rows, tokens) inputs.
 
     Raises AdapterError for a name that is not attached, or whose adapter is more than low-rank
-    factors of linear layers and embeddings.
+    factors of linear layers, embeddings and recognised experts.
     """
     active_adapters = active_adapters_of(model)
     mixes = [tuple(active_adapters.checked(which).items()) for which in rows]
@@ -94,7 +95,9 @@ def use_rows(model: nn.Module, rows: Sequence[str | Mapping[str, float] | None])
     with torch.no_grad():
         for _, layer in lora_layers(model):
             for mix, by_layer in zip(different, updates, strict=True):
-                if (pairs := layer.named(mix)) and isinstance(layer, AdaptedLayer):
+                if (pairs := layer.named(mix)) and isinstance(
+                    layer, AdaptedLayer | AdaptedParameter
+                ):
                     by_layer[layer] = layer.low_rank_update(pairs, layer.compute_dtype)
     numbers = tuple(different.index(mix) if mix else None for mix in mixes)
     active_adapters.row_updates = RowUpdates(updates, numbers)
@@ -110,7 +113,10 @@ def _acts_by_rows(model: nn.Module, name: str) -> bool:
         if name in layer.tokens:
             return False
         if name in layer.adapters:
-            suited = isinstance(layer, LoRALinear | LoRAEmbedding)
+            if isinstance(layer, AdaptedParameter):
+                suited = layer.acts_by_rows()
+            else:
+                suited = isinstance(layer, LoRALinear | LoRAEmbedding)
             if not suited or layer.adapters[name].lora_bias is not None:
                 return False
     return True

@@ -34,6 +34,17 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("original"), name)
 
 
+def is_intercepted(module: nn.Module) -> bool:
+    """Return whether a call of a module runs hooks, or a forward that was set over its class's."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def _without_inner(wrapper: nn.Module, state: dict[str, Any], prefix: str, _meta: object) -> None:
     """Rename `original.weight` to `weight` in a state dict that is being made."""
     inner = prefix + INNER

@@ -16,12 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from veneer.adapter.parameters import LoRAParameters, experts_of
 from veneer.adapter.virtual_forward import virtual_input_count, virtual_tokens_of
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, pack
 from veneer.fused.head import Head, described, own_logits_and_head
 from veneer.fused.layers import FusedLayer
 from veneer.fused.patches import (
+    ExpertsForward,
     FusedForward,
     Installation,
     LayerForward,
@@ -55,7 +57,7 @@ class Forward:
     packed: rows end to end, without padding; head: what makes the logits of labelled rows alone, or
     None where the model makes those of all rows; layers: those that are computed as two functions;
     recompute: what the backward pass computes again; alone: rows one by one, where not even padding
-    is possible.
+    is possible; experts: modules whose routed experts are computed as one function.
     """
 
     packed: bool
@@ -64,6 +66,7 @@ class Forward:
     unfused: Mapping[str, str] = field(default_factory=dict)
     recompute: Recompute = "none"
     alone: bool = False
+    experts: tuple[nn.Module, ...] = ()
     arena: Arena = field(default_factory=Arena, compare=False)
     _installations: dict[nn.Module, Installation] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -117,6 +120,7 @@ class Forward:
             return
         asks = attention_is_asked_for(model)
         installation = Installation.of(model, NAME if self.packed and asks else None)
+        recompute_projections = self.recompute == "selective"
         forwards: dict[nn.Module, LayerForward] = {}
         if self.packed:
             for fused in self.layers:
@@ -124,8 +128,12 @@ class Forward:
                     installation,
                     fused,
                     self.arena,
-                    recompute_projections=self.recompute == "selective",
+                    recompute_projections=recompute_projections,
                 )
+        for module in self.experts:
+            installation.experts[module] = ExpertsForward(
+                installation, module, self.arena, recompute_projections=recompute_projections
+            )
         if self.recompute == "full" or (self.recompute == "none" and installation.checkpointed):
             for layer in decoder_layers(model) or ():
                 original = forwards.get(layer, layer.forward)
@@ -187,8 +195,11 @@ def choose_forward(
         layers = tuple(it for it in recognised.values() if isinstance(it, FusedLayer))
         unfused = {path: it for path, it in recognised.items() if isinstance(it, str)}
 
+        routed = {module: why for _, module, why in experts_of(model)}
+        experts = tuple(module for module, why in routed.items() if why is None)
+
         def why_not(layers: tuple[FusedLayer, ...]) -> str | None:
-            forward = Forward(True, head, layers)
+            forward = Forward(True, head, layers, experts=experts)
             return (
                 _why_not_packed(model, layers)
                 or _why_not(forward, model, rows, expected)
@@ -201,7 +212,8 @@ def choose_forward(
             layers = ()
             why_not_packed = why_not(layers)
         all_fused = sum(layer.applies() for layer in layers) == len(decoder_layers(model) or [None])
-        why_not_padded = why_not_packed and _why_not(Forward(False, head), model, rows, expected)
+        padded = Forward(False, head, experts=experts)
+        why_not_padded = why_not_packed and _why_not(padded, model, rows, expected)
     notices = []
     if why_not_padded:
         notices.append(
@@ -215,6 +227,7 @@ def choose_forward(
             f"Logits are made for all rows, since labelled ones alone do not suit this model: "
             f"{why_not_head}"
         )
+    notices += _of_slow_experts(routed)
     if model.device.type == "cpu" and (why := native.load()[1]):
         notices.append(f"Norms, activations and attention take a slower way: {why}.")
     blocks = decoder_layers(model)
@@ -230,9 +243,21 @@ def choose_forward(
     chosen = Forward(
         *(not why_not_packed, head, layers, unfused, recompute),
         alone=bool(why_not_padded),
+        experts=experts,
         arena=DiskArena(_existing(directory)) if recompute == "disk" else Arena(),
     )
     return chosen, notices
+
+
+def _of_slow_experts(routed: Mapping[nn.Module, str | None]) -> list[str]:
+    """Return a notice where adapters of experts act by a weight made anew."""
+    reasons = [why for module, why in routed.items() if why and isinstance(module, LoRAParameters)]
+    if not reasons:
+        return []
+    return [
+        f"The adapted experts of {len(reasons)} layers are computed with W + s B A, a weight made "
+        f"anew in each pass, since {', '.join(sorted(set(reasons)))}."
+    ]
 
 
 def _existing(directory: Path | None) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.adapter.linear import LoRALinear
-from veneer.adapter.wrapper import Wrapper
+from veneer.adapter.wrapper import Wrapper, is_intercepted
 from veneer.fused.analyse import is_linear
 from veneer.fused.block import FeedForward, SelfAttention
 from veneer.fused.heads import Heads
@@ -212,17 +212,6 @@ def submodules(module: nn.Module) -> Iterator[nn.Module]:
         if isinstance(child, nn.Module):
             yield child
             yield from submodules(child)
-
-
-def is_intercepted(module: nn.Module) -> bool:
-    """Return whether a call of a module runs hooks, or a forward that was set over its class's."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _projection(layer: Any) -> Projection | None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from veneer.adapter.experts import routed_experts
+from veneer.adapter.parameters import LoRAParameters
 from veneer.fused.layers import FusedLayer
 from veneer.fused.rotaries import Rotaries
 from veneer.fused.watch import angles_of, attention
@@ -31,7 +33,8 @@ class Installation:
     attention: the name of the attention to use in a pass, or None for the model's own. packing: of
     the pass that is running, where rows are packed. checkpointed: modules that transformers' own
     checkpointing computes again; it would do so after a pass, without the patches, and does not.
-    rotaries: of the pass that is running.
+    rotaries: of the pass that is running. experts: the forwards of modules inside of layers, which
+    are replaced only while a pass is running: the backward pass may run a layer again.
     """
 
     model: PreTrainedModel
@@ -40,6 +43,7 @@ class Installation:
     packing: Packing | None = None
     checkpointed: Sequence[nn.Module] = ()
     rotaries: Rotaries = field(default_factory=Rotaries)
+    experts: dict[nn.Module, LayerForward] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.decoder = decoder_of(self.model)  # to find it takes as long as a layer
@@ -53,7 +57,8 @@ class Installation:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
         try:
-            with attention(self.model, self.attention) if self.attention else nullcontext():
+            ours = attention(self.model, self.attention) if self.attention else nullcontext()
+            with ours, patched(self.experts):
                 yield
         finally:
             self.is_running, self.packing = before
@@ -117,6 +122,29 @@ class FusedForward(Patch):
         return self.original(hidden_states, *args, **options)
 
 
+class ExpertsForward(Patch):
+    """The routed experts of a mixture, with their adapters or without, as one function."""
+
+    def __init__(
+        self,
+        installation: Installation,
+        module: nn.Module,
+        arena: Arena,
+        *,
+        recompute_projections: bool,
+    ) -> None:
+        super().__init__(installation, module.forward)
+        self.routed = partial(
+            module.routed if isinstance(module, LoRAParameters) else partial(_routed, module),
+            arena=arena,
+            recompute_projections=recompute_projections,
+        )
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        y = self.routed(args, options)
+        return self.original(*args, **options) if y is None else y
+
+
 class RecomputedForward(Patch):
     """A layer of which only the input is kept: the backward pass computes it again."""
 
@@ -148,6 +176,12 @@ def patched(forwards: Mapping[nn.Module, LayerForward]) -> Iterator[None]:
                 del layer.forward
                 if (own := before[layer]) is not None:
                     layer.forward = own
+
+
+def _routed(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], **options: Any
+) -> Any:
+    return routed_experts(module, {}, (*args, *kwargs.values()), **options)
 
 
 def _is_checkpointed(module: nn.Module) -> bool:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter.virtual_forward import virtual_input_count
+from veneer.adapter.wrapper import is_intercepted
 from veneer.fused.analyse import structure_of
 from veneer.fused.block import FeedForward, SelfAttention
-from veneer.fused.layers import FusedLayer, is_intercepted, submodules
+from veneer.fused.layers import FusedLayer, submodules
 from veneer.fused.norms import norm_of
 from veneer.fused.patches import LayerForward, patched
 from veneer.fused.rotaries import Rotaries

@@ -17,7 +17,8 @@ class LowRankUpdate:
     """All adapters that act on a layer as one: gain ∘ (W x + B A x) + b.
 
     A (rank, in) and B (out, rank), scaled, in the dtype of computing; gain (out,) in float32 or
-    wider, or None for 1.
+    wider, or None for 1. Over a stack of experts, A may be (experts, rank, in), and B is (experts,
+    out, rank).
     """
 
     A: Tensor
@@ -26,7 +27,7 @@ class LowRankUpdate:
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
 
 def mixed(
@@ -45,19 +46,25 @@ def mixed(
         factor = weights[number] * (1.0 if scalings is None else scalings[number])
         B = update.B.to(torch.promote_types(update.B.dtype, torch.float32)) * factor
         Bs.append(B if share is None else B * share[:, None])
-    if len(updates) == 1:
-        A, B = updates[0].A, Bs[0]
-    else:
-        A, B = torch.cat([update.A for update in updates]), torch.cat(Bs, 1)
+    A, B = side_by_side([update.A for update in updates], Bs)
     return LowRankUpdate(A, B.to(A.dtype), gain)
+
+
+def side_by_side(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return A (Σ rank, in) and B (out, Σ rank) of several, or of each expert where one A is."""
+    if len(As) == 1:
+        return As[0], Bs[0]
+    if any(A.ndim > 2 for A in As):
+        As = [A.expand(len(B), *A.shape[-2:]) for A, B in zip(As, Bs, strict=True)]
+    return torch.cat(list(As), -2), torch.cat(list(Bs), -1)
 
 
 @dataclass(frozen=True)
 class StackedUpdates:
     """The updates of all rows of a batch side by side: gain ∘ (W x + B (mask ∘ A x)) + b.
 
-    A (Σ rank, in) and B (out, Σ rank); mask (rows, 1, Σ rank): 1 for a row's own update, 0 for the
-    others; gain (rows, 1, out), or None where all are 1.
+    A (Σ rank, in) and B (out, Σ rank), or those of each expert; mask (rows, 1, Σ rank): 1 for a
+    row's own update, 0 for the others; gain (rows, 1, out), or None where all are 1.
     """
 
     A: Tensor
@@ -95,9 +102,8 @@ class RowUpdates:
         """Return the updates that act on a layer side by side."""
         if (cached := self._stacked.get(layer)) is not None:
             return cached
-        A = torch.cat([update.A for update, _ in updates])
-        B = torch.cat([update.B for update, _ in updates], 1)
-        mask = A.new_zeros(len(self.mix_of_row), 1, len(A))
+        A, B = side_by_side([each.A for each, _ in updates], [each.B for each, _ in updates])
+        mask = A.new_zeros(len(self.mix_of_row), 1, A.shape[-2])
         first = 0
         for update, rows in updates:
             mask[list(rows), :, first : first + update.rank] = 1

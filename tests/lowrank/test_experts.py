@@ -1,0 +1,213 @@
+"""Law 3 for routed experts: the one function equals plain autograd over W + B A of each expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from support.closeness import assert_no_further
+from veneer.kernels.arena import Arena
+from veneer.lowrank.experts import Experts, KnownGate, OwnGate, Stack, StackUpdate, routed_experts
+from veneer.models.quantize import quantize
+from veneer.quant.stack import QuantizedStack
+
+EXPERTS, IN, INNER, TOKENS = 4, 64, 32, 6
+DOUBLE = {"dtype": torch.float64}
+
+
+def clamped(gate_up: Tensor) -> Tensor:
+    """Return gpt-oss's gate, of gate and up that take turns."""
+    gate, up = gate_up[..., ::2].clamp(max=1.0), gate_up[..., 1::2].clamp(-1.0, 1.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def scaled_norm(y: Tensor) -> Tensor:
+    return 1.5 * y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+SILU = KnownGate("silu")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    transposed: bool = False
+    bias: bool = False
+    gate: Any = SILU
+    post_norm: Any = None
+    bits: int | None = None
+    shared_A: bool = False
+    mask: bool = False
+    adapted: tuple[str, ...] = ("up", "down")
+
+    def plain_gate(self, up: Tensor) -> Tensor:
+        if isinstance(self.gate, OwnGate):
+            return self.gate.function(up)
+        if not self.gate.is_gated:
+            return F.relu(up).square()
+        gate, up = up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def experts(self) -> Experts:
+        torch.manual_seed(0)
+        gated = isinstance(self.gate, OwnGate) or self.gate.is_gated
+        up = self.stack("up", INNER * (1 + gated), IN)
+        return Experts(up, self.stack("down", IN, INNER), self.gate, self.post_norm)
+
+    def stack(self, name: str, out: int, in_: int) -> Stack:
+        rank, sizes = 3, (in_, out) if self.transposed else (out, in_)
+        weight: Any = torch.randn(EXPERTS, *sizes, **DOUBLE) / in_**0.5
+        if self.bits:
+            oriented = weight.transpose(1, 2) if self.transposed else weight
+            experts = [quantize(W.float(), self.bits, torch.float32) for W in oriented]
+            weight = QuantizedStack(experts, transposed=self.transposed)
+        bias = torch.randn(EXPERTS, out, **DOUBLE) if self.bias else None
+        if name not in self.adapted:
+            return Stack(weight, self.transposed, bias)
+        shape = (rank, in_) if self.shared_A else (EXPERTS, rank, in_)
+        A = torch.randn(shape, **DOUBLE).requires_grad_(True)
+        B = torch.randn(EXPERTS, out, rank, **DOUBLE).requires_grad_(True)
+        mask = (torch.rand(TOKENS, rank) < 0.5).double() if self.mask else None
+        return Stack(weight, self.transposed, bias, StackUpdate(A, B, mask))
+
+
+def plain(mixture: Mixture, experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Return the mixture's output token by token, with ordinary operations."""
+
+    def linear(stack: Stack, x: Tensor, token: int, expert: int) -> Tensor:
+        weight = stack.weight[expert].to(x.dtype)
+        y = F.linear(x, weight.T if stack.transposed else weight)
+        if stack.update is not None:
+            A = stack.update.A if stack.update.shares_A else stack.update.A[expert]
+            h = F.linear(x, A)
+            y = y + F.linear(
+                h if stack.update.mask is None else h * stack.update.mask[token],
+                (stack.update.B[expert]),
+            )
+        return y if stack.bias is None else y + stack.bias[expert]
+
+    outputs = []
+    for token in range(len(x)):
+        total = torch.zeros_like(x[token])
+        for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
+            if expert < EXPERTS:
+                inner = mixture.plain_gate(linear(experts.up, x[token], token, expert))
+                y = linear(experts.down, inner, token, expert)
+                total = total + weight * (y if mixture.post_norm is None else mixture.post_norm(y))
+        outputs.append(total)
+    return torch.stack(outputs)
+
+
+# No token, one, and all of them for an expert; one expert a token; and some beyond the experts.
+ROUTES = {
+    "all, one, none": [[0, 1], [0, 2], [0, 2], [0, 2], [0, 2], [0, 2]],
+    "spread": [[0, 1], [3, 2], [1, 3], [2, 0], [1, 2], [3, 0]],
+    "top 1": [[3], [0], [3], [3], [0], [2]],
+    "beyond": [[4, 1], [4, 4], [1, 3], [2, 4], [1, 2], [3, 4]],
+}
+MIXTURES = {
+    "gated": Mixture(),
+    "transposed, biased, own gate": Mixture(transposed=True, bias=True, gate=OwnGate(clamped)),
+    "not gated": Mixture(gate=KnownGate("relu_squared", is_gated=False)),
+    "normed": Mixture(post_norm=scaled_norm, bias=True),
+    "nf4": Mixture(bits=4),
+    "8 bits, transposed": Mixture(bits=8, transposed=True, bias=True),
+    "shared A": Mixture(shared_A=True),
+    "masked": Mixture(mask=True),
+    "down alone": Mixture(adapted=("down",)),
+    "up alone, normed": Mixture(adapted=("up",), post_norm=scaled_norm),
+    "base alone": Mixture(adapted=(), bias=True),
+}
+
+
+def inputs(route: str) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    index = torch.tensor(ROUTES[route])
+    x = torch.randn(TOKENS, IN, **DOUBLE, requires_grad=True)
+    return x, index, torch.rand(index.shape, **DOUBLE, requires_grad=True)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_output_and_gradients_equal_plain_autograd(name, route):
+    mixture = MIXTURES[name]
+    experts, (x, index, weights) = mixture.experts(), inputs(route)
+    leaves = [x, weights, *experts.trained()]
+    expected = plain(mixture, experts, x, index, weights)
+    dy = torch.randn(expected.shape, **DOUBLE)
+    gradients = torch.autograd.grad(expected, leaves, dy)
+    for recompute in (False, True):
+        options = {"arena": Arena(), "recompute_projections": recompute}
+        y = routed_experts(x, index, weights, experts, **options)
+        assert_no_further(y, expected, expected, "the output", slack=1e-10)
+        for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), gradients, strict=True):
+            assert_no_further(ours, theirs, theirs, slack=1e-10)
+
+
+@pytest.mark.parametrize("name", ["gated", "transposed, biased, own gate"])
+def test_gradcheck(name):
+    experts, (x, index, weights) = MIXTURES[name].experts(), inputs("all, one, none")
+    leaves = (x, weights, *experts.trained())
+    assert torch.autograd.gradcheck(
+        lambda x, weights, *_: routed_experts(x, index, weights, experts), leaves, fast_mode=True
+    )
+
+
+def test_experts_without_tokens_are_not_read():
+    mixture = Mixture(bits=4)
+    experts, (x, index, weights) = mixture.experts(), inputs("all, one, none")
+    used: list[int] = []
+    noted: list[list[int]] = []
+    for stack in (experts.up, experts.down):
+        assert isinstance(stack.weight, QuantizedStack)
+        stack.weight.before_routed = lambda ids: noted.append([*ids])
+        for number, weight in enumerate(stack.weight.experts):
+            weight.before_use = lambda number=number: used.append(number)
+    y = routed_experts(x, index, weights, experts)
+    y.sum().backward()
+    assert sorted(used) == sorted([0, 1, 2] * 4)  # two stacks, forward and back
+    assert noted == [[0, 1, 2]] * 4
+    for A_or_B in experts.trained():
+        assert A_or_B.grad is not None
+        assert not A_or_B.grad[3].any()
+        assert A_or_B.grad[0].any()
+
+
+def test_the_work_is_that_of_the_routed_rows():
+    x, index, weights = inputs("spread")
+    sizes = [(2 * INNER, IN), (IN, INNER)]
+    products = sum(2 * index.numel() * out * in_ for out, in_ in sizes)
+    low_rank = sum(2 * index.numel() * 3 * (out + in_) for out, in_ in sizes)
+    for adapted, most in (((), 0), (("up", "down"), low_rank)):
+        experts = Mixture(adapted=adapted).experts()
+        with FlopCounterMode(display=False) as counter:
+            y = routed_experts(x, index, weights, experts)
+        assert products <= counter.get_total_flops() <= products + most
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        # The gradients of x and A x, and of A and B, but none of W.
+        assert products <= counter.get_total_flops() <= products + 2 * most
+
+
+@pytest.mark.parametrize("needs", [("x",), ("weights",), ("A",), ("B",)])
+def test_gradients_only_where_needed(needs):
+    experts, (x, index, weights) = Mixture().experts(), inputs("spread")
+    tensors = {"x": x, "weights": weights, "A": experts.up.update.A, "B": experts.up.update.B}
+    expected = torch.autograd.grad(
+        routed_experts(x, index, weights, experts).square().sum(), tensors[needs[0]]
+    )
+    A, B = (tensors[n] if n in needs else tensors[n].detach() for n in ("A", "B"))
+    up = replace(experts.up, update=StackUpdate(A, B))
+    down = replace(
+        experts.down,
+        update=StackUpdate(experts.down.update.A.detach(), experts.down.update.B.detach()),
+    )
+    x, weights = (tensors[n] if n in needs else tensors[n].detach() for n in ("x", "weights"))
+    y = routed_experts(x, index, weights, replace(experts, up=up, down=down))
+    (ours,) = torch.autograd.grad(y.square().sum(), tensors[needs[0]])
+    torch.testing.assert_close(ours, expected[0])
