@@ -18,6 +18,7 @@ from veneer.adapter.virtual_context import context_left
 from veneer.data.probe import probe_rows
 from veneer.errors import MergeError, share_text
 from veneer.models.evaluating import evaluating
+from veneer.quant.stack import quantized_stacks
 from veneer.quant.weight import QuantizedLinear, quantized_layers
 
 # The largest tolerated ‖error‖ / ‖ΔW‖, and the largest divergence as a share of the adapter's
@@ -155,7 +156,8 @@ def certify(
 def _requantized(model: PreTrainedModel, plain: PreTrainedModel) -> PreTrainedModel | None:
     """Return the merged model with the layers that the base has quantized quantized again, or None
     where there are none, or one is in a format that Veneer reads but does not quantize to."""
-    if not (layers := quantized_layers(model)):
+    layers, stacks = quantized_layers(model), quantized_stacks(model)
+    if not layers and not stacks:
         return None
     shared = [*plain.parameters(), *plain.buffers()]
     result = copy.deepcopy(plain, {id(tensor): tensor for tensor in shared}).eval()
@@ -168,6 +170,13 @@ def _requantized(model: PreTrainedModel, plain: PreTrainedModel) -> PreTrainedMo
             return None
         new = QuantizedLinear(quantized, dense, transposed=layer.transposed)
         result.set_submodule(base_path, new)
+    for path, stack in stacks.items():
+        path, _, name = path.replace(".original.", ".").rpartition(".")
+        owner = result.get_submodule(path)
+        again = stack.requantized(owner._parameters.pop(name), plain.dtype)
+        if again is None:
+            return None
+        owner.add_module(name, again)
     return result
 
 

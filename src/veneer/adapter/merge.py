@@ -21,6 +21,7 @@ from veneer.adapter.new_tokens import is_tied, merge_tokens, new_tokens_of
 from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import detach_virtual_tokens
 from veneer.errors import AdapterError
+from veneer.quant.stack import quantized_stacks
 from veneer.quant.weight import QuantizedWeight, quantized_layers
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -48,6 +49,10 @@ def merge(model: Model) -> Model:
         layer.unwrap(plain, path, merged=layer.acts)
     for path, quantized in quantized_layers(plain).items():
         plain.set_submodule(path, quantized.to_dense())
+    for path, stack in quantized_stacks(plain).items():
+        owner, name = owner_of(plain, path)
+        del owner._modules[name]
+        owner.register_parameter(name, nn.Parameter(stack.dense(), False))
     if new_tokens is not None:
         merge_tokens(plain, new_tokens)
     for path in active_adapters.replaced:  # modules to save are the adapter's, which may train on

@@ -14,7 +14,7 @@ from veneer.adapter.method import Method, description
 from veneer.adapter.targets import resolve, uncovered
 from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, parameter_count
-from veneer.quant.weight import quantized_layers
+from veneer.quant.stack import quantized_weights
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,12 @@ class QuantizedReport:
 
 def report_quantized(model: nn.Module) -> QuantizedReport | None:
     """Return what of a model's base is quantized, or None where nothing is."""
-    quantized = [layer.quantized_weight for layer in quantized_layers(model).values()]
+    quantized = quantized_weights(model).values()
     if not quantized:
         return None
     others = base_parameters(model).values()
     return QuantizedReport(
-        " and ".join(sorted({type(weight).__name__ for weight in quantized})),
+        " and ".join(sorted({weight.label for weight in quantized})),
         len(quantized),
         sum(weight.shape.numel() for weight in quantized),
         sum(weight.nbytes for weight in quantized),

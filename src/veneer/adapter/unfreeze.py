@@ -15,7 +15,7 @@ from veneer.errors import AdapterError, ConfigError
 from veneer.models.blocks import decoder_layers
 from veneer.models.description import is_norm
 from veneer.models.fingerprint import base_parameters, fingerprint
-from veneer.quant.weight import quantized_layers
+from veneer.quant.stack import quantized_modules
 
 
 def unfreeze(model: PreTrainedModel, config: Method) -> None:
@@ -24,7 +24,7 @@ def unfreeze(model: PreTrainedModel, config: Method) -> None:
     Raises ConfigError where the model has no such blocks or is quantized, AdapterError where
     adapters are attached: their base would change.
     """
-    if quantized_layers(model):
+    if quantized_modules(model):
         raise ConfigError(
             f"{config.method} trains weights, which quantized ones cannot; leave bits out."
         )

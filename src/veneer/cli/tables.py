@@ -56,13 +56,15 @@ def quantized_summary(report: QuantizedReport) -> str:
 def quantized_table(layers: Sequence[QuantizedLayer]) -> Table:
     """Return the quantized layers; those of the same name and shape share a line."""
     table = new_table(LAYER, "Blocks", "Weight", "Bits", "Size", "Error", "Worst")
-    groups = _alike(layers, lambda layer: (_in_block(layer.path), layer.out, layer.in_))
-    for (name, out, in_), alike in groups.items():
+    groups = _alike(
+        layers, lambda layer: (_in_block(layer.path), layer.experts, layer.out, layer.in_)
+    )
+    for (name, experts, out, in_), alike in groups.items():
         errors = [layer.error for layer in alike]
         table.add_row(
             name,
             f"{len(alike)}",
-            f"{out:,} × {in_:,}",
+            f"{experts:,} × {out:,} × {in_:,}" if experts else f"{out:,} × {in_:,}",
             f"{alike[0].bits:.3f}",
             bytes_text(sum(layer.bytes for layer in alike)),
             f"{sum(errors) / len(errors):.2%}",

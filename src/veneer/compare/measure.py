@@ -39,7 +39,7 @@ from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
 from veneer.models.fingerprint import base_parameters, fingerprint, parameter_count
 from veneer.models.load import Base, load_base
-from veneer.quant.weight import quantized_layers
+from veneer.quant.stack import quantized_weights
 from veneer.training.choose import choose, hidden_size_of, steps_of_epoch
 from veneer.training.config import TrainConfig
 from veneer.training.evaluate import evaluate
@@ -137,10 +137,9 @@ def recipe_of(job: Job) -> Recipe:
 def base_digests(model: PreTrainedModel) -> dict[str, str]:
     """Return a hash of every number of each of the base's weights, quantized or not, by path."""
     tensors = base_parameters(model)
-    for path, layer in quantized_layers(model).items():
+    for path, weight in quantized_weights(model).items():
         base_path = ".".join(name for name in path.split(".") if name != "original")
-        weight = layer.quantized_weight.tensors()
-        tensors |= {f"{base_path}.{name}": tensor for name, tensor in weight.items()}
+        tensors |= {f"{base_path}.{name}": tensor for name, tensor in weight.tensors().items()}
     return {
         name: hashlib.sha256(
             tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

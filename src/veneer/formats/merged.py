@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from veneer.errors import ModelError
 from veneer.files import new_directory, write_tensors
-from veneer.quant.weight import quantized_layers
+from veneer.quant.stack import quantized_modules
 
 MARKERS = ("model.pt", "config.json")  # a MiniGPT's, and every other model's
 
@@ -19,7 +19,7 @@ def write_model(
     """Write a plain model, all of it at once: a MiniGPT as config.json, model.pt and
     tokenizer.json, every other model as a transformers directory. Raises ModelError for a quantized
     model."""
-    if quantized_layers(model):
+    if quantized_modules(model):
         raise ModelError(
             "This model is quantized, and only a plain one can be written; merge() makes one."
         )

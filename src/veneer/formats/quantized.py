@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from veneer.errors import VeneerError
 from veneer.files import write_json, write_tensors
 from veneer.models.fingerprint import Marks
-from veneer.models.quantize import quantizable, quantized_weights
+from veneer.models.quantize import quantizable, quantizable_stacks, quantized_weights
 from veneer.models.source import INDEX, Source
 from veneer.models.stored import REPORT
+from veneer.models.stored_names import Piece, stored_names
+from veneer.quant.joined import piece_tensors
 from veneer.quant.settings import Bits
+from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedWeight
 
 SHARD_BYTES = 2**30
@@ -32,18 +35,19 @@ SHARDS = "model-*-of-*.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """A quantized layer with its error ‖W − Ŵ‖ / ‖W‖ and its size."""
+    """A quantized layer, or a stack of `experts`, with its error ‖W − Ŵ‖ / ‖W‖ and its size."""
 
     path: str
     out: int
     in_: int
     bytes: int
     error: float
+    experts: int = 0
 
     @property
     def bits(self) -> float:
         """Bits a parameter, scales included."""
-        return 8 * self.bytes / (self.out * self.in_)
+        return 8 * self.bytes / (max(1, self.experts) * self.out * self.in_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +87,15 @@ def write_quantized(
         "shard_bytes": shard_bytes,
     }
     order |= {"name": name, "files": source.identity, "config": marks.fingerprint()["config"]}
-    groups = _groups(source, set(layers), bits, shard_bytes)
+    short = {f"{path}.weight" for path in layers} | set(quantizable_stacks(skeleton))
+    groups = _groups(source, short, bits, shard_bytes)
     index: dict[str, str] = {}
     total = 0
     done: list[QuantizedLayer] = []
     out.mkdir(parents=True, exist_ok=True)
     for number, names in enumerate(groups, 1):
         file = out / f"model-{number:05}-of-{len(groups):05}.safetensors"
-        own = Source(skeleton, tuple(names), source.read, source.identity)
+        own = replace(source, names=tuple(names))
         notes = _notes(file, order, own)
         kept = notes is not None
         if notes is None:
@@ -120,21 +125,28 @@ def _write_shard(
     layers: list[QuantizedLayer] = []
     marks = Marks(source.skeleton)
     parameters = dict(source.skeleton.named_parameters())
+    names = stored_names(source.skeleton) if quantizable_stacks(source.skeleton) else None
     last: list[Tensor] = []
 
-    def see(name: str, weight: Tensor) -> None:
-        marks.see(name, weight)
+    def see(name: str, weight: Tensor, *, expert: int | None = None) -> None:
+        marks.see(name, weight, expert=expert)
         last[:] = [weight]
 
     for name, weight in quantized_weights(source, bits, torch.bfloat16, head=pack_head, seen=see):
+        if isinstance(weight, QuantizedStack):
+            assert names is not None
+            tensors |= _expert_tensors(weight, names.pieces(name))
+            layers.append(_stack_report(name, weight, source))
+            continue
         if not isinstance(weight, QuantizedWeight):
             as_it_is = weight.dtype == torch.float16 or name not in parameters
-            tensors[name] = weight if as_it_is else weight.to(torch.bfloat16)
+            own = names.whole.get(name, name) if names is not None else name
+            tensors[own] = weight if as_it_is else weight.to(torch.bfloat16)
             continue
         path = name.removesuffix(".weight")
         tensors |= {f"{path}.{key}": tensor for key, tensor in weight.tensors().items()}
         transposed = isinstance(source.skeleton.get_submodule(path), Conv1D)
-        error = _error(last[0].T if transposed else last[0], weight)
+        error = _error([_squares(last[0].T if transposed else last[0], weight)])
         out, in_ = weight.shape
         layers.append(QuantizedLayer(path, out, in_, weight.nbytes, error))
     notes = {
@@ -146,12 +158,39 @@ def _write_shard(
     return notes
 
 
-def _error(weight: Tensor, quantized: QuantizedWeight) -> float:
+def _expert_tensors(
+    stack: QuantizedStack, pieces: Sequence[Sequence[Piece]]
+) -> dict[str, Tensor]:
+    """Return the tensors of all experts, each piece's under its own name."""
+    return {
+        f"{piece.name.removesuffix('.weight')}.{key}": tensor
+        for expert, of_expert in zip(stack.experts, pieces, strict=True)
+        for piece, tensors in zip(of_expert, piece_tensors(expert), strict=True)
+        for key, tensor in tensors.items()
+    }
+
+
+def _stack_report(name: str, stack: QuantizedStack, source: Source) -> QuantizedLayer:
+    squares = []
+    for e, expert in enumerate(stack.experts):
+        weight = source.expert(name, e)
+        squares.append(_squares(weight.T if stack.transposed else weight, expert))
+    out, in_ = stack.experts[0].shape
+    return QuantizedLayer(name, out, in_, stack.nbytes, _error(squares), len(stack))
+
+
+def _squares(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
+    """Return ‖W − Ŵ‖² and ‖W‖²."""
     lost = whole = 0.0
     for rows, values in quantized.blocks():  # some rows at a time, for less memory
         exact = weight[rows].to(torch.float32)
         lost += float((values - exact).square().sum())
         whole += float(exact.square().sum())
+    return lost, whole
+
+
+def _error(squares: Sequence[tuple[float, float]]) -> float:
+    lost, whole = map(sum, zip(*squares, strict=True))
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
@@ -160,7 +199,11 @@ def _notes(file: Path, order: Mapping[str, Any], source: Source) -> Any:
     if not file.is_file():
         return None
     first, now = source.names[0], Marks(source.skeleton)
-    now.see(first, source.read(first))
+    if first in (stacks := quantizable_stacks(source.skeleton)):
+        for e in range(len(stacks[first])):  # all at once would be too large
+            now.see(first, source.expert(first, e), expert=e)
+    else:
+        now.see(first, source.read(first))
     try:
         with safe_open(file, "pt") as opened:
             notes = json.loads((opened.metadata() or {})[NOTES])
@@ -176,8 +219,7 @@ def _groups(source: Source, quantized: set[str], bits: Bits, most: int) -> list[
     groups: list[list[str]] = [[]]
     held = 0.0
     for name in source.names:
-        short = name.removesuffix(".weight") in quantized
-        size = sizes[name].numel() * (bits / 8 if short else 2)
+        size = sizes[name].numel() * (bits / 8 if name in quantized else 2)
         if groups[-1] and held + size > most:
             groups.append([])
             held = 0.0

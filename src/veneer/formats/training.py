@@ -20,7 +20,8 @@ from veneer.files import read_json, write_json
 from veneer.models.fingerprint import base_parameters
 from veneer.models.locate import HUB_NAMES
 from veneer.quant.settings import Bits, Quantization
-from veneer.quant.weight import QuantizedLinear, quantized_layers
+from veneer.quant.stack import quantized_weights
+from veneer.quant.weight import QuantizedLinear
 
 # In directories of other formats. PEFT takes an unknown key of its adapter_config.json for a sign
 # that it is too old, and says so.
@@ -51,10 +52,10 @@ class ComputedIn:
 def computed_in(model: PreTrainedModel) -> ComputedIn:
     """Return what a model's base is computed in."""
     dtype = str(next(iter(base_parameters(model).values())).dtype).removeprefix("torch.")
-    layers = quantized_layers(model).values()
-    if not layers:
+    weights = quantized_weights(model).values()
+    if not weights:
         return ComputedIn(dtype)
-    weight = next(iter(layers)).quantized_weight
+    weight = next(iter(weights))
     head = model.get_output_embeddings()
     in_head = head.modules() if isinstance(head, nn.Module) else ()
     has_quantized_head = any(isinstance(module, QuantizedLinear) for module in in_head)

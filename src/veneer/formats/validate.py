@@ -20,7 +20,8 @@ from veneer.errors import MOST_PROBLEMS, ConfigError, listed, nearest, shortened
 from veneer.formats.state import AdapterState, NewTokenRows, StoredLayer, StoredTokens
 from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, fingerprint
-from veneer.quant.weight import QuantizedLinear, quantized_layers
+from veneer.quant.stack import quantized_modules
+from veneer.quant.weight import QuantizedLinear
 
 # No trained weight comes near it, and beyond it products of a few numbers overflow.
 LARGEST_NUMBER = 2.0**32
@@ -44,7 +45,7 @@ def validate(
         problems += _base_weights(model, state)
         problems += _modules_to_save(model, state)
         problems += _trained_tokens(model, state)
-    elif config.replaces_weights and quantized_layers(model):
+    elif config.replaces_weights and quantized_modules(model):
         problems.append(f"{config.method} replaces weights, and those of this base are quantized")
     else:
         problems += _method(model, state, config)
@@ -253,7 +254,7 @@ def _modules_to_save(model: nn.Module, state: AdapterState) -> Iterator[str]:
     """Yield the problems of weights that replace the base's own."""
     if not state.modules_to_save:
         return
-    own, quantized = base_parameters(model, every_name=True), quantized_layers(model)
+    own, quantized = base_parameters(model, every_name=True), quantized_modules(model)
     adapted = {layer.path for layer in state.layers()}
     for path, weight in state.modules_to_save.items():
         base, layer = own.get(path), path.removesuffix(".weight")

@@ -10,12 +10,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import ModelError, listed
+from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight
+
+AnyWeight = Tensor | QuantizedWeight | QuantizedStack
 
 
 def assemble(
     skeleton: PreTrainedModel,
-    weights: Iterable[tuple[str, Tensor | QuantizedWeight]],
+    weights: Iterable[tuple[str, AnyWeight]],
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """Give a skeleton on the meta device its weights, and return it.
@@ -30,7 +33,11 @@ def assemble(
         shape, expected = tuple(weight.shape), tuple(getattr(owner, leaf).shape)
         if shape != (expected[::-1] if transposed else expected):
             raise ModelError(f"{name} is {shape}, but this model's is {expected}.")
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, QuantizedStack):
+            del owner._parameters[leaf]
+            owner.add_module(leaf, weight)
+            _loop_over_experts(owner)
+        elif isinstance(weight, QuantizedWeight):
             layer = QuantizedLinear(weight, owner, transposed=transposed)
             skeleton.set_submodule(path, layer)
         elif leaf in owner._buffers:
@@ -45,6 +52,16 @@ def assemble(
         raise ModelError(f"The model lacks {len(missing)} weights: {listed(missing)}.")
     _make_buffers(skeleton)
     return skeleton.eval()
+
+
+def _loop_over_experts(module: nn.Module) -> None:
+    """Have a module use its own loop, which takes one expert at a time from the stack.
+
+    transformers' other functions take the whole stack at once, dense.
+    """
+    config = getattr(module, "config", None)
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"  # type: ignore[union-attr]
 
 
 def _make_buffers(model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.models.blocks import decoder_layers
+from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedLinear
 
 Kind = Literal["linear", "conv1d", "conv2d", "embedding", "norm", "experts", "other"]
@@ -109,7 +110,7 @@ class Layer:
         """Return the layer's own parameters, without a quantized weight."""
         own = self.module._parameters
         names = own if self.parameter is None else [self.parameter]
-        return [weight for name in names if (weight := own[name]) is not None]
+        return [weight for name in names if (weight := own.get(name)) is not None]
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B: (rank, in) and (out, rank), after a dimension of experts if
@@ -156,8 +157,14 @@ class ModelDescription:
 
     @cached_property
     def quantizable(self) -> tuple[Layer, ...]:
-        """The layers that a 4-bit or 8-bit base quantizes: every linear one but the head."""
-        return tuple(layer for layer in self.layers if layer.is_linear and not layer.is_head)
+        """The layers that a 4-bit or 8-bit base quantizes: stacks of experts, and every linear one
+        but the head."""
+        return tuple(
+            layer
+            for layer in self.layers
+            if (layer.is_linear and not layer.is_head)
+            or (layer.kind == "experts" and keeps_experts(layer.module))
+        )
 
     @cached_property
     def by_block(self) -> tuple[tuple[Layer, ...], ...]:
@@ -228,7 +235,11 @@ def _layers_of(place: _Place, is_head: bool, owners: dict[int, str]) -> Iterator
     """Yield the layers of a module's own parameters. owners: the first path of each parameter so
     far, by its id."""
     module, path = place.module, place.path
-    weights = {name: w for name, w in module._parameters.items() if isinstance(w, Tensor)}
+    weights: dict[str, Tensor | QuantizedStack] = {
+        name: w
+        for name, w in (module._parameters | module._modules).items()
+        if isinstance(w, Tensor | QuantizedStack)
+    }
     paths = {name: f"{path}.{name}" if path else name for name in weights}
     first = {name: owners.setdefault(id(w), paths[name]) for name, w in weights.items()}
 
@@ -300,6 +311,11 @@ def multiplies(layer: nn.Linear) -> bool:
             return True
     except Exception:  # whatever another kind of layer makes of these shapes
         return False
+
+
+def keeps_experts(module: nn.Module) -> bool:
+    """Return whether a module's 3-D parameters are stacks of experts, by the name of its class."""
+    return "experts" in type(module).__name__.lower()
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from veneer.quant.weight import quantized_layers
+from veneer.quant.stack import QuantizedStack, quantized_weights
 
 SAMPLES = 16  # values read of each weight, evenly spread
 # Settings that change what the same weights compute.
@@ -24,13 +24,19 @@ class Marks:
 
     def __init__(self, skeleton: nn.Module) -> None:
         own = base_parameters(skeleton)
-        self._config, self._names = _config_mark(skeleton, own), set(own)
+        self._config = _config_mark(skeleton, own)
+        self._names = {name: weight.shape for name, weight in own.items()}
         self.samples: dict[str, str] = {}
 
-    def see(self, name: str, weight: Tensor) -> None:
-        """Take samples of a weight."""
-        if name in self._names:
+    def see(self, name: str, weight: Tensor, *, expert: int | None = None) -> None:
+        """Take samples of a weight, or of one expert of a stack after the other."""
+        if name in self._names and expert is None:
             self.samples[name] = _sample(weight)
+        elif name in self._names:
+            total = weight.numel() * self._names[name][0]
+            more = _values(weight, total, first=(expert or 0) * weight.numel())
+            before = [self.samples[name]] if expert else []
+            self.samples[name] = ",".join(filter(None, [*before, _text(more)]))
 
     def fingerprint(self) -> dict[str, str]:
         """Return {"config", "weights"}, as `fingerprint` does for a whole model."""
@@ -77,15 +83,20 @@ def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, 
 
 def parameter_count(model: nn.Module) -> int:
     """Return how many parameters the base has, quantized or not."""
-    quantized = (layer.quantized_weight.shape.numel() for layer in quantized_layers(model).values())
-    return sum(weight.numel() for weight in base_parameters(model).values()) + sum(quantized)
+    quantized = quantized_weights(model).values()
+    return sum(weight.numel() for weight in base_parameters(model).values()) + sum(
+        weight.shape.numel() for weight in quantized
+    )
 
 
 def _marks_of(model: nn.Module) -> dict[str, str]:
     weights = base_parameters(model)
-    for path, layer in quantized_layers(model).items():
+    for path, weight in quantized_weights(model).items():
         # Another program quantized it: only codes are left to sample.
-        weights[f"{_base_path(path)}.weight"] = layer.quantized_weight.tensors()["weight"]
+        if isinstance(weight, QuantizedStack):
+            weights[_base_path(path)] = next(iter(weight.expert(0).tensors().values()))
+        else:
+            weights[f"{_base_path(path)}.weight"] = weight.tensors()["weight"]
     weights = dict(sorted(weights.items()))
     return {
         "config": _config_mark(model, weights),
@@ -126,9 +137,18 @@ def _base_path(path: str) -> str:
 
 
 def _sample(weight: Tensor) -> str:
-    flat = weight.detach().reshape(-1)
-    step = max(1, flat.numel() // SAMPLES)
-    values = flat[::step][:SAMPLES].to(torch.bfloat16).view(torch.int16)
+    return _text(_values(weight, weight.numel()))
+
+
+def _values(weight: Tensor, total: int, first: int = 0) -> Tensor:
+    """Return the samples in a weight whose numbers are the `first` and following of `total`."""
+    step = max(1, total // SAMPLES)
+    places = range(0, total, step)[:SAMPLES]
+    here = [place - first for place in places if 0 <= place - first < weight.numel()]
+    return weight.detach().reshape(-1)[here].to(torch.bfloat16).view(torch.int16)
+
+
+def _text(values: Tensor) -> str:
     return ",".join(map(str, values.tolist()))
 
 

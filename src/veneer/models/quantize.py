@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import ConfigError, ModelError
-from veneer.models.assemble import assemble
-from veneer.models.description import multiplies
+from veneer.models.assemble import AnyWeight, assemble
+from veneer.models.description import keeps_experts, multiplies
 from veneer.models.fingerprint import Marks
 from veneer.models.source import Source
+from veneer.models.stored_names import Piece, StoredNames, stored_names
+from veneer.quant.joined import joined
 from veneer.quant.settings import Bits
+from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedWeight
 
 
@@ -31,6 +34,17 @@ def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, n
         for path, layer in skeleton.named_modules()
         if (isinstance(layer, Conv1D) or (isinstance(layer, nn.Linear) and multiplies(layer)))
         and (head or layer is not output)
+    }
+
+
+def quantizable_stacks(skeleton: nn.Module) -> dict[str, Tensor]:
+    """Return the stacks of experts to quantize, by the names of their parameters."""
+    return {
+        f"{path}.{leaf}": weight
+        for path, module in skeleton.named_modules()
+        if keeps_experts(module)
+        for leaf, weight in module._parameters.items()
+        if weight is not None and weight.ndim == 3
     }
 
 
@@ -66,27 +80,62 @@ def quantized_weights(
     dtype: torch.dtype,
     *,
     head: bool = False,
-    seen: Callable[[str, Tensor], None],
-) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-    """Yield every weight of the source by its name, those of `quantizable` layers quantized.
+    seen: Callable[..., None],
+) -> Iterator[tuple[str, AnyWeight]]:
+    """Yield every weight of the source by its name, those of `quantizable` layers and stacks of
+    experts quantized, experts one by one.
 
-    `seen` is called with each weight before that. Raises ModelError for values that are not finite,
-    which would spread through their block's scale.
+    `seen` is called with the name and each weight before that, and with the number of an expert as
+    `expert`. Raises ModelError for values that are not finite, which would spread through their
+    block's scale.
     """
     layers = quantizable(source.skeleton, head=head)
+    stacks = quantizable_stacks(source.skeleton)
+    names = stored_names(source.skeleton) if stacks else None
     for name in source.names:
+        if name in stacks:
+            assert names is not None
+            yield name, _quantized_stack(source, name, bits, dtype, names, seen)
+            continue
         weight = source.read(name)
         seen(name, weight)
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or path not in layers:
             yield name, weight
             continue
-        if not bool(torch.isfinite(weight).all()):
-            raise ModelError(
-                f"{name} has values that are not finite numbers; it cannot be quantized."
-            )
         weight = weight.T if isinstance(layers[path], Conv1D) else weight
-        try:
-            yield name, quantize(weight, bits, dtype)
-        except ValueError as error:
-            raise ModelError(f"{name} cannot be quantized: {error}.") from error
+        yield name, _quantized(weight, bits, dtype, name)
+
+
+def _quantized_stack(
+    source: Source,
+    name: str,
+    bits: Bits,
+    dtype: torch.dtype,
+    names: StoredNames,
+    seen: Callable[..., None],
+) -> QuantizedStack:
+    owner = source.skeleton.get_submodule(name.rpartition(".")[0])
+    transposed = bool(getattr(owner, "is_transposed", False))
+    experts = []
+    for e, pieces in enumerate(names.pieces(name)):
+        weight = source.expert(name, e)
+        seen(name, weight, expert=e)
+        weight = weight.T if transposed else weight
+        experts.append(_quantized_expert(weight, pieces, bits, dtype, f"expert {e} of {name}"))
+    return QuantizedStack(experts, transposed=transposed)
+
+
+def _quantized_expert(
+    weight: Tensor, pieces: Sequence[Piece], bits: Bits, dtype: torch.dtype, name: str
+) -> QuantizedWeight:
+    return joined([_quantized(weight[piece.rows], bits, dtype, name) for piece in pieces])
+
+
+def _quantized(weight: Tensor, bits: Bits, dtype: torch.dtype, name: str) -> QuantizedWeight:
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError(f"{name} has values that are not finite numbers; it cannot be quantized.")
+    try:
+        return quantize(weight, bits, dtype)
+    except ValueError as error:
+        raise ModelError(f"{name} cannot be quantized: {error}.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from veneer.errors import ModelError
 from veneer.models import gguf
+from veneer.models.stored_names import Piece, stored_names
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -31,6 +32,11 @@ class Source:
     names: tuple[str, ...]
     read: Callable[[str], Tensor]
     identity: str
+    read_expert: Callable[[str, int], Tensor] | None = None
+
+    def expert(self, name: str, e: int) -> Tensor:
+        """Return one expert of a stack, as the skeleton keeps it."""
+        return self.read(name)[e] if self.read_expert is None else self.read_expert(name, e)
 
     @classmethod
     def of_model(
@@ -53,25 +59,74 @@ def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
         tensors = gguf.open_tensors(place, skeleton)
         if not set(names) <= set(tensors):
             return None
-        return Source(skeleton, names, lambda name: tensors[name](), _identity([place]))
+        last: dict[str, Tensor] = {}  # a stack is read once for all of its experts
+
+        def expert_in_gguf(name: str, e: int) -> Tensor:
+            if name not in last:
+                last.clear()
+                last[name] = tensors[name]()
+            return last[name][e]
+
+        return Source(
+            skeleton, names, lambda name: tensors[name](), _identity([place]), expert_in_gguf
+        )
     files = model_files(place)
     file_of = {name: file for file in files for name in _tensor_names(file)}
     prefix = f"{skeleton.base_model_prefix}."
     stored = {name: name if name in file_of else name.removeprefix(prefix) for name in names}
+    pieces: dict[str, tuple[tuple[Piece, ...], ...]] = {}
     if not set(stored.values()) <= set(file_of):
-        return None
+        # transformers renames them, or stacks experts that the files have one by one.
+        conventions = stored_names(skeleton)
+        for name in [name for name, own in stored.items() if own not in file_of]:
+            own = conventions.whole.get(name, name)
+            stored[name] = own if own in file_of else own.removeprefix(prefix)
+            if stored[name] not in file_of:
+                pieces[name] = _in_files(conventions.experts.get(name, ()), prefix, file_of)
+                if not pieces[name]:
+                    return None
     opened = {file: safe_open(file, "pt") for file in files}
 
     def read(name: str) -> Tensor:
+        if name in pieces:
+            return torch.stack([read_expert(name, e) for e in range(len(pieces[name]))])
         own = stored.get(name, name)
         return opened[file_of[own]].get_tensor(own)
+
+    def read_expert(name: str, e: int) -> Tensor:
+        if name not in pieces:
+            own = stored[name]
+            return opened[file_of[own]].get_slice(own)[e]
+        owner = skeleton.get_submodule(name.rpartition(".")[0])
+        tensors = [opened[file_of[p.name]].get_tensor(p.name) for p in pieces[name][e]]
+        expert = torch.empty(sum(map(len, tensors)), tensors[0].shape[1], dtype=tensors[0].dtype)
+        for piece, tensor in zip(pieces[name][e], tensors, strict=True):
+            expert[piece.rows] = tensor
+        return expert.T if getattr(owner, "is_transposed", False) else expert
 
     for name, twin in _ties(skeleton).items():
         if name in file_of:
             one, other = read(name), read(twin)
             if one.dtype != other.dtype or not torch.equal(one, other):
                 return None
-    return Source(skeleton, names, read, _identity(files))
+    return Source(skeleton, names, read, _identity(files), read_expert)
+
+
+def _in_files(
+    experts: Sequence[Sequence[Piece]], prefix: str, file_of: Mapping[str, Path]
+) -> tuple[tuple[Piece, ...], ...]:
+    """Return the pieces of a stack by the names that the files have; none where one is missing."""
+    named = tuple(
+        tuple(
+            piece
+            if piece.name in file_of
+            else Piece(piece.name.removeprefix(prefix), piece.rows)
+            for piece in pieces
+        )
+        for pieces in experts
+    )
+    whole = all(piece.name in file_of for pieces in named for piece in pieces)
+    return named if whole else ()
 
 
 def model_files(directory: Path) -> list[Path]:

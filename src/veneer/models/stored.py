@@ -6,18 +6,23 @@ import json
 import mmap
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.errors import ModelError
-from veneer.models.assemble import assemble
+from veneer.errors import ModelError, listed
+from veneer.models.assemble import AnyWeight, assemble
+from veneer.models.quantize import quantizable_stacks
 from veneer.models.source import model_files
+from veneer.models.stored_names import Piece, stored_names
+from veneer.quant.joined import joined
 from veneer.quant.mapped import ReadAhead, map_tensors
-from veneer.quant.weight import QuantizedWeight, quantized_layers
+from veneer.quant.stack import LazyExperts, QuantizedStack, quantized_stacks
+from veneer.quant.weight import QuantizedWeight, dense, quantized_layers
 
 # Tensors that bitsandbytes stores beside a quantized weight.
 BESIDE = re.compile(r"(?P<path>.+)\.(?P<key>weight\..+|SCB|weight_format)")
@@ -57,19 +62,57 @@ def _marks(directory: Path) -> dict[str, str]:
 
 def _weights(
     stored: Mapping[str, Tensor], skeleton: PreTrainedModel, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+) -> Iterator[tuple[str, AnyWeight]]:
     beside: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in stored.items():
         if match := BESIDE.fullmatch(name):
             beside[match["path"]][match["key"]] = tensor
-    for name in skeleton.state_dict():
-        if name not in stored:
-            continue
+
+    def weight(name: str) -> Tensor | QuantizedWeight:
         tensors = beside.get(name.removesuffix(".weight"), {}) | {"weight": stored[name]}
         try:
-            yield name, _weight(tensors, dtype)
+            return _weight(tensors, dtype)
         except Exception as error:  # bitsandbytes asserts
             raise ModelError(f"{name} cannot be read as a quantized weight ({error!r}).") from error
+
+    names = stored_names(skeleton) if quantizable_stacks(skeleton) else None
+    for name in skeleton.state_dict():
+        own = name if names is None or name in stored else names.whole.get(name, name)
+        if own in stored:
+            yield name, weight(own)
+        elif names is not None and name in names.counts:
+            layouts = (names.experts.get(name), names.own_pieces(name))
+            for experts in filter(None, layouts):
+                if experts[0][0].name in stored:
+                    owner = skeleton.get_submodule(name.rpartition(".")[0])
+                    yield name, _stack(name, owner, experts, stored, weight)
+                    break
+
+
+def _stack(
+    name: str,
+    owner: nn.Module,
+    experts: Sequence[Sequence[Piece]],
+    stored: Mapping[str, Tensor],
+    weight: Callable[[str], Tensor | QuantizedWeight],
+) -> Tensor | QuantizedStack:
+    """Return a stack of which the files have pieces of each expert: quantized ones stay there."""
+    missing = [piece.name for pieces in experts for piece in pieces if piece.name not in stored]
+    if missing:
+        raise ModelError(f"{name} lacks {len(missing)} of its experts' weights: {listed(missing)}.")
+
+    def expert(e: int) -> Any:
+        pieces = [weight(piece.name) for piece in experts[e]]
+        quantized = [piece for piece in pieces if isinstance(piece, QuantizedWeight)]
+        if len(quantized) == len(pieces):
+            return joined(quantized)
+        return torch.cat([dense(piece) for piece in pieces])
+
+    transposed = bool(getattr(owner, "is_transposed", False))
+    if isinstance(expert(0), QuantizedWeight):
+        return QuantizedStack(LazyExperts(len(experts), expert), transposed=transposed)
+    whole = torch.stack([expert(e) for e in range(len(experts))])
+    return whole.transpose(1, 2).contiguous() if transposed else whole
 
 
 def _weight(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | QuantizedWeight:
@@ -84,11 +127,12 @@ def _weight(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Quant
 
 
 def _read_ahead(model: PreTrainedModel) -> None:
-    """Read the next block's quantized weights while one block's are used."""
+    """Read the next block's quantized weights while one block's are used, and experts when the
+    router has chosen them."""
     blocks: dict[str, list[QuantizedWeight]] = defaultdict(list)
     for path, layer in quantized_layers(model).items():
         block = re.match(r".*?\.\d+(?=\.)", path)
         if block:
             blocks[block[0]].append(layer.quantized_weight)
     if hasattr(mmap, "MADV_DONTNEED"):
-        ReadAhead(list(blocks.values()))
+        ReadAhead(list(blocks.values()), list(quantized_stacks(model).values()))

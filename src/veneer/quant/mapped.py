@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedWeight
 
 DTYPES = {
@@ -66,15 +67,24 @@ class ReadAhead:
     A group is what is used together, such as a decoder layer. A forward pass uses the groups in
     order, a backward pass in reverse; the last two groups used tell which it is. Where memory is
     short, the kernel drops unmapped pages first, and these were used longest ago.
+
+    Experts of `stacks` are in no group: they are read when the router has chosen them, one after
+    the other, and stay mapped, since the next pass may choose the same.
     """
 
-    def __init__(self, groups: Sequence[Iterable[QuantizedWeight]]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Iterable[QuantizedWeight]],
+        stacks: Sequence[QuantizedStack] = (),
+    ) -> None:
         self._groups = [[t for weight in group for t in _large(weight)] for group in groups]
         self._current, self._requested = -1, -1
         self._reader = ThreadPoolExecutor(1, "veneer-read-ahead")
         for number, group in enumerate(groups):
             for weight in group:
                 weight.before_use = partial(self.note_use, number)
+        for stack in stacks:
+            stack.before_routed = partial(self.note_routed, stack, {})
 
     def note_use(self, number: int) -> None:
         """Take note that group `number` is in use."""
@@ -91,6 +101,20 @@ class ReadAhead:
         if 0 <= following < len(self._groups) and following != self._requested:
             self._requested = following
             self._reader.submit(_populate, self._groups[following])
+
+
+    def note_routed(
+        self, stack: QuantizedStack, tensors: dict[int, list[Tensor]], ids: Sequence[int]
+    ) -> None:
+        """Take note that these experts of a stack are used next. tensors: a cache of theirs."""
+        for e in ids:
+            self._reader.submit(_populate_expert, stack, tensors, int(e))
+
+
+def _populate_expert(stack: QuantizedStack, tensors: dict[int, list[Tensor]], e: int) -> None:
+    if e not in tensors:
+        tensors[e] = _large(stack.expert(e))
+    _populate(tensors[e])
 
 
 def _large(weight: QuantizedWeight) -> list[Tensor]:

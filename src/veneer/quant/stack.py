@@ -12,6 +12,28 @@ from veneer.quant.settings import Bits
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight
 
 
+class LazyExperts(Sequence[QuantizedWeight]):
+    """Experts of a stored stack, each made when it is first used."""
+
+    def __init__(self, count: int, make: Callable[[int], QuantizedWeight]) -> None:
+        self._made: list[QuantizedWeight | None] = [None] * count
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, e: Any) -> Any:
+        if isinstance(e, slice):
+            return [self[i] for i in range(*e.indices(len(self)))]
+        expert = self._made[e]
+        if expert is None:
+            expert = self._made[e] = self._make(range(len(self))[e])
+        return expert
+
+    def __deepcopy__(self, memo: dict) -> LazyExperts:
+        return self
+
+
 class QuantizedStack(nn.Module):
     """Stands in an experts module in place of the parameter (experts, out, in) of the same name.
 
@@ -46,9 +68,13 @@ class QuantizedStack(nn.Module):
         return self.experts[0].kind
 
     @property
+    def label(self) -> str:
+        return self.experts[0].label
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales of all experts."""
-        return sum(expert.nbytes for expert in self.experts)
+        """Bytes of codes and scales of all experts, which all have the same."""
+        return len(self) * self.experts[0].nbytes
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -75,6 +101,24 @@ class QuantizedStack(nn.Module):
         if self.before_routed is not None:
             self.before_routed(ids)
 
+    def requantized(self, weight: Tensor, dtype: torch.dtype) -> QuantizedStack | None:
+        """Return another stack quantized as this one is, or None where Veneer cannot."""
+        experts = []
+        for old, new in zip(self.experts, weight, strict=True):
+            expert = old.requantized((new.T if self.transposed else new).contiguous(), dtype)
+            if expert is None:
+                return None
+            experts.append(expert)
+        return QuantizedStack(experts, transposed=self.transposed)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of all experts, each name after the expert's number."""
+        return {
+            f"{e}.{name}": tensor
+            for e, expert in enumerate(self.experts)
+            for name, tensor in expert.tensors().items()
+        }
+
     def dense(self) -> Tensor:
         """Return all experts as the parameter keeps them, in `dtype`."""
         stack = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -82,8 +126,23 @@ class QuantizedStack(nn.Module):
             stack[e] = self[e]
         return stack
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute what code does with the whole parameter over all experts, dense for that long."""
+        args = [x.dense() if isinstance(x, QuantizedStack) else x for x in args]
+        kwargs = {
+            name: x.dense() if isinstance(x, QuantizedStack) else x
+            for name, x in (kwargs or {}).items()
+        }
+        return func(*args, **kwargs)
+
+    def transpose(self, first: int, second: int) -> Tensor:
+        return self.dense().transpose(first, second)
+
     def extra_repr(self) -> str:
-        return f"{tuple(self.shape)}, {type(self.experts[0]).__name__}"
+        return f"{tuple(self.shape)}, {self.label}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedStack:
         # Codes keep their own dtype: only a change of device moves them.
@@ -106,6 +165,14 @@ def expert_weight(
 def quantized_stacks(model: nn.Module) -> Mapping[str, QuantizedStack]:
     """Return the quantized stacks of a model by their paths, which are their parameters' names."""
     return {path: m for path, m in model.named_modules() if isinstance(m, QuantizedStack)}
+
+
+def quantized_weights(model: nn.Module) -> Mapping[str, QuantizedWeight | QuantizedStack]:
+    """Return what is quantized of a model by the paths of the modules that keep it."""
+    return {
+        path: module if isinstance(module, QuantizedStack) else module.quantized_weight
+        for path, module in quantized_modules(model).items()
+    }
 
 
 def quantized_modules(model: nn.Module) -> Mapping[str, QuantizedLinear | QuantizedStack]:
