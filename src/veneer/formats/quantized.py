@@ -158,9 +158,7 @@ def _write_shard(
     return notes
 
 
-def _expert_tensors(
-    stack: QuantizedStack, pieces: Sequence[Sequence[Piece]]
-) -> dict[str, Tensor]:
+def _expert_tensors(stack: QuantizedStack, pieces: Sequence[Sequence[Piece]]) -> dict[str, Tensor]:
     """Return the tensors of all experts, each piece's under its own name."""
     return {
         f"{piece.name.removesuffix('.weight')}.{key}": tensor

@@ -118,9 +118,7 @@ def _in_files(
     """Return the pieces of a stack by the names that the files have; none where one is missing."""
     named = tuple(
         tuple(
-            piece
-            if piece.name in file_of
-            else Piece(piece.name.removeprefix(prefix), piece.rows)
+            piece if piece.name in file_of else Piece(piece.name.removeprefix(prefix), piece.rows)
             for piece in pieces
         )
         for pieces in experts

@@ -102,7 +102,6 @@ class ReadAhead:
             self._requested = following
             self._reader.submit(_populate, self._groups[following])
 
-
     def note_routed(
         self, stack: QuantizedStack, tensors: dict[int, list[Tensor]], ids: Sequence[int]
     ) -> None:
