@@ -38,6 +38,8 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "init": ("gaussian", "gaussian"),
         "dora": (True, True),
         "lora_fa": (True, True),
+        "expert_rank": (2, 2),
+        "shared_expert_a": (True, True),
         "rank_pattern": ({"q_proj": 3, r"layers\.0\..*": 2}, {"q_proj": 3, r"layers\.0\..*": 2}),
         "alpha_pattern": ({"Layers.1.k-proj": 1.5}, {"Layers.1.k-proj": 1.5}),
     },

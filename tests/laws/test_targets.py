@@ -104,7 +104,7 @@ SETS: dict[str, tuple[set[str], set[str], set[str], set[str]]] = {
     "mixtral": (
         {f"self_attn.{name}" for name in QKVO},
         {"self_attn.q_proj", "self_attn.v_proj"},
-        set(),  # its experts are no layers, but one parameter for all of them
+        {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"},
         set(),
     ),
 }
@@ -164,7 +164,9 @@ def test_presets(name):
             assert len(many) == blocks >= 2
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = {p for p, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    assert paths(model, "all") == {p for p in linear if model.get_submodule(p) is not head}
+    stacks = {p for p in every(model) if ".experts." in p and not p.endswith("act_fn")}
+    expected = {p for p in linear if model.get_submodule(p) is not head} | stacks
+    assert paths(model, "all") == expected
     beyond = paths(model, "all") - paths(model, "attention")
     beyond -= paths(model, "mlp") if mlp else set()
     assert beyond <= others
@@ -172,7 +174,8 @@ def test_presets(name):
 
 
 def every(model: nn.Module) -> list[str]:
-    return [path for path, _ in model.named_modules()]
+    stacks = (path for path, weight in model.named_parameters() if weight.ndim == 3)
+    return [*(path for path, _ in model.named_modules()), *stacks]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

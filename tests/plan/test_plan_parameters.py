@@ -22,7 +22,6 @@ from veneer.plan.methods import adapted_layers, trained_by
 EXPERTS = {"mixtral": "experts.gate_up_proj,experts.down_proj,q_proj", "gpt_oss": "gate_up_proj"}
 MIXTURES = ("qwen2_moe", "qwen3_moe", *EXPERTS)
 EVERY = ALL | VARIANTS | {name: OTHER_DECODERS[name] for name in MIXTURES}
-EXPERTS_ALONE = ("mixtral", "gpt_oss", "qwen3_moe")  # with no feed-forward layer beside them
 # What PEFT finds by names in a configuration, of which MiniGPT has its own.
 MINIGPT = {"token_dim": 32, "num_attention_heads": 4, "num_layers": 2}
 LORAS = [
@@ -94,8 +93,6 @@ def test_full_training_and_freezing_train_what_the_model_has(name, tmp_path):
 @pytest.mark.parametrize("name", EVERY)
 def test_lora_trains_what_veneer_attaches(name):
     for settings in LORAS:
-        if settings["targets"] == "mlp" and name in EXPERTS_ALONE:
-            continue
         lora = LoRA(**settings)
         assert planned(name, lora) == report_targets(model_of(name, "meta"), lora).trained
         assert planned(name, lora) == attached(name, lora), settings
@@ -109,11 +106,16 @@ def test_lora_over_stacks_of_experts_trains_what_veneer_attaches(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_lora_and_dora_train_what_peft_trains(name):
-    lora = LoRA(rank=4, targets="all")
-    paths = [line.path for line in adapted_layers(sizes(name), lora)]
-    for method, dora in (("lora", False), ("dora", True)):
-        theirs = LoraConfig(r=4, target_modules=paths, use_dora=dora)
-        assert planned(name, lora, method=method) == peft_trains(name, theirs)
+    lora = LoRA(rank=4, targets="all", expert_rank=2 if name in MIXTURES else None)
+    lines = adapted_layers(sizes(name), lora)
+    layers = [line.path for line in lines if not line.layer.is_stack]
+    stacks = [line.path for line in lines if line.layer.is_stack]
+    theirs = LoraConfig(
+        r=4, target_modules=layers, target_parameters=stacks, rank_pattern=dict.fromkeys(stacks, 2)
+    )
+    assert planned(name, lora) == peft_trains(name, theirs)
+    theirs = LoraConfig(r=4, target_modules=layers, use_dora=True)  # which is not over stacks
+    assert planned(name, LoRA(rank=4, targets=layers), method="dora") == peft_trains(name, theirs)
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "roberta"])

@@ -290,6 +290,8 @@ KINDS: list[Kind] = [
     _lora("experts", "mixtral", targets=["q_proj", *_STACKS]),
     _lora("experts", "qwen2_moe", targets=_STACKS, rslora=True),
     _lora("experts", "qwen3_moe", targets=["down_proj", *_STACKS]),
+    _lora("experts, all", "qwen3_moe", targets="all", expert_rank=3),
+    _lora("experts, one A", "mixtral", targets=_STACKS, shared_expert_a=True),
     _lora("experts, transposed", "gpt_oss", targets=["q_proj", *_STACKS]),
     # Modules to save, biases, and rows of single tokens.
     _peft("saved norms and an mlp", r"\.adapters\.|\.1\.mlp\.|norm\.weight$"),

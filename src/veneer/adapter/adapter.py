@@ -11,7 +11,8 @@ from veneer.lowrank.formula import Factors
 class Adapter(nn.Module):
     """A (rank, in) and B (out, rank) over one layer, float32 masters, with their scaling.
 
-    Over a stack of experts, A (experts, rank, in) and B (experts, out, rank).
+    Over a stack of experts, A (experts, rank, in), or (rank, in) for all of them, and B (experts,
+    out, rank).
     magnitude (out,): DoRA's, the length of each row of the adapted weight; None for plain LoRA.
     bias (out,): added to B (A x) and scaled with it, as PEFT's lora_bias; None for zero.
     start: A₀ and B₀ of an adapter whose B A is not zero at the start (PiSSA and its like): it then

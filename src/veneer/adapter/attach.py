@@ -30,7 +30,7 @@ from veneer.adapter.modules_to_save import (
 from veneer.adapter.new_tokens import remove_tokens
 from veneer.adapter.parameters import LoRAParameters
 from veneer.adapter.start import start_from_rounding
-from veneer.adapter.targets import resolve, uncovered
+from veneer.adapter.targets import check_parameters, resolve, uncovered, with_expert_ranks
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.unfreeze import unfreeze
 from veneer.adapter.use import adapters, replacing, use
@@ -60,7 +60,7 @@ def attach(
     tokens. Virtual tokens change the outputs at once, as the tokens that they start from would;
     the `tokenizer` is for a `prompt_text`.
     Warns (VeneerWarning) of weights that the targets `all` and `mlp` seem to mean but do not reach,
-    such as experts in one parameter.
+    such as routers.
     Returns the model. Raises TargetError for targets that match nothing, AdapterError for a name
     that is taken, ConfigError for a method or a start that does not suit the model, ModelError
     where loftq finds no weights from before quantizing.
@@ -74,6 +74,8 @@ def attach(
         is_minigpt = getattr(getattr(model, "config", None), "model_type", None) == "minigpt"
         config = replace(config, init="gaussian" if is_minigpt else "kaiming")
     targets = resolve(model, config)
+    config = with_expert_ranks(config, targets)
+    check_parameters(config, targets)
     _check_start(model, config, targets)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
@@ -238,9 +240,6 @@ def _check_start(model: nn.Module, config: LoRA, targets: Sequence[Layer]) -> No
             f"{config.init} starts from a weight's directions: {'; '.join(problems)}."
         )
     for target in targets:
-        if target.parameter is not None and (config.dora or config.dropout):
-            what = "DoRA" if config.dora else "dropout"
-            raise ConfigError(f"{what} cannot be over {target.path}, a parameter of its module.")
         if isinstance(target.module, nn.Conv2d) and (why := why_not_adaptable(target.module)):
             raise ConfigError(f"{target.path} cannot be adapted: {why}.")
 

@@ -35,7 +35,7 @@ KINDS = {
     "targets": Rule(lambda value: all(isinstance(name, str) for name in value), "names"),
     "layers": Rule(lambda value: isinstance(value, str), "slices"),
     "dropout": NUMBER,
-    **dict.fromkeys(("rslora", "dora", "lora_fa"), BOOLEAN),
+    **dict.fromkeys(("rslora", "dora", "lora_fa", "shared_expert_a"), BOOLEAN),
 }
 
 
@@ -45,7 +45,9 @@ class LoRA:
 
     `scaling` is alpha / rank, or alpha / √rank with `rslora` (Kalajdzievski, arXiv 2312.03732).
     Patterns map a regular expression that matches the end of a layer's path to a rank or an alpha
-    of its own; the first that matches wins.
+    of its own; the first that matches wins. `attach` adds a pattern for each stack of experts to
+    which none gives a rank. One alpha is for all: a lower rank over experts has a larger scaling,
+    as in PEFT, so that the learning rate that suits one rank suits the other.
 
     Raises ConfigError, which lists everything that is wrong at once.
     """
@@ -69,6 +71,10 @@ class LoRA:
     """DoRA: train the length of each row of W + B A beside its direction."""
     lora_fa: bool = False
     """LoRA-FA: leave the random factor, A (B of an embedding), as it starts; train the other."""
+    expert_rank: int | None = None
+    """Rank over each expert of a mixture; rank / number of experts, at least 1, unless given."""
+    shared_expert_a: bool = False
+    """Give the experts of a stack one A (rank, in) for all, and each a B of its own."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of single layers, as a pattern of the path's end to a rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -98,6 +104,7 @@ class LoRA:
             opening=opening,
             rules={
                 "rank": RANK,
+                "expert_rank": RANK,
                 "alpha": ALPHA,
                 "dropout": at_least(0, below=1),
                 "init": one_of(Init),

@@ -153,9 +153,9 @@ class AdaptedParameter(Adapted):
 
     def add(self, name: str, config: LoRA, path: str, generator: torch.Generator | None) -> None:
         *experts, out, in_ = self.shape
-        rank = config.rank_of(path)
-        As = [new_A(rank, in_, config.init, generator) for _ in range(experts[0] if experts else 1)]
-        A = torch.stack(As) if experts else As[0]
+        rank, single = config.rank_of(path), config.shared_expert_a or not experts
+        As = [new_A(rank, in_, config.init, generator) for _ in range(1 if single else experts[0])]
+        A = As[0] if single else torch.stack(As)
         adapter = Adapter(A, torch.zeros(*experts, out, rank), scaling=config.scaling_of(path))
         adapter.lora_A.requires_grad_(not config.lora_fa)
         self.attach(name, adapter)

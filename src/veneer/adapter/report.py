@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from torch import nn
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method, description
-from veneer.adapter.targets import resolve, uncovered
+from veneer.adapter.targets import check_parameters, resolve, uncovered, with_expert_ranks
 from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, parameter_count
 from veneer.quant.stack import quantized_weights
@@ -40,7 +41,7 @@ class TargetLine:
     @cached_property
     def factors(self) -> tuple[int, int]:
         """Numbers of A and of B."""
-        A, B = self.layer.factor_shapes(self.rank)
+        A, B = self.layer.factor_shapes(self.rank, shared_a=self.config.shared_expert_a)
         return math.prod(A), math.prod(B)
 
     @cached_property
@@ -117,9 +118,12 @@ def remarks(share: float, lines: Sequence[TargetLine]) -> list[str]:
 def target_lines(model: nn.Module, config: LoRA) -> tuple[TargetLine, ...]:
     """Return the layers that `config` adapts in `model`, which may be on the meta device.
 
-    Raises TargetError for targets that match nothing.
+    Raises TargetError for targets that match nothing, ConfigError for a method that cannot be over
+    one of them.
     """
     layers = resolve(model, config)
+    check_parameters(config, layers)
+    config = with_expert_ranks(config, layers)
     return tuple(TargetLine(layer, config.rank_of(layer.path), config) for layer in layers)
 
 
@@ -130,8 +134,19 @@ def report_targets(model: nn.Module, config: LoRA) -> TargetReport:
     """
     lines = target_lines(model, config)
     trained = sum(line.trained for line in lines)
-    what, whole = f"{len(lines)} layers adapted", parameter_count(model)
-    return TargetReport(what, trained, whole, lines, uncovered(model, config))
+    whole = parameter_count(model)
+    return TargetReport(_adapted(lines), trained, whole, lines, uncovered(model, config))
+
+
+def _adapted(lines: Sequence[TargetLine]) -> str:
+    """Return how many layers are adapted, and how many stacks of experts at which ranks."""
+    stacks = Counter((line.layer.experts, line.rank) for line in lines if line.layer.is_stack)
+    layers = len(lines) - stacks.total()
+    texts = [
+        f"{count} stacks of {experts} experts, rank {rank} each"
+        for (experts, rank), count in stacks.items()
+    ]
+    return ", and ".join([f"{layers} layers adapted", *texts])
 
 
 def report_trained(model: nn.Module, config: LoRA | Method) -> TargetReport:

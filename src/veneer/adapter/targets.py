@@ -6,13 +6,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.parameters import LoRAParameters
-from veneer.adapter.patterns import MOST_PATTERNS, Matcher
+from veneer.adapter.patterns import MOST_PATTERNS, ByPath, Matcher
 from veneer.adapter.virtual_forward import VirtualTokens
 from veneer.adapter.wrapper import Wrapper
 from veneer.errors import (
@@ -20,6 +21,7 @@ from veneer.errors import (
     ConfigError,
     TargetError,
     joined,
+    listed,
     nearest,
     shortened,
 )
@@ -52,19 +54,72 @@ def resolve(model: nn.Module, config: LoRA, layers: Sequence[Layer] | None = Non
     """
     if layers is None:
         layers = describe_base(model).layers
-    named = [
+    candidates = [
         layer
         for layer in layers
-        if layer.is_matrix
-        and any(f".{layer.path}".endswith(f".{target}") for target in config.targets)
+        if layer.is_adaptable
+        or layer.is_stack
+        or (layer.is_matrix and is_named(config, layer.path))
     ]
-    return _choose(model, [*(x for x in layers if x.is_adaptable), *named], config)
+    return _choose(model, candidates, config)
+
+
+def is_named(config: LoRA, path: str) -> bool:
+    """Return whether a target is the end of a path, and no preset or pattern."""
+    return any(f".{path}".endswith(f".{target}") for target in config.targets)
+
+
+def check_parameters(config: LoRA, targets: Sequence[Layer]) -> None:
+    """Raise ConfigError for DoRA or dropout over parameters, such as stacks of experts.
+
+    A gain for each row of each expert could be trained, but its norm reads every expert's weights
+    in each step, also of those that no token is routed to; and PEFT has neither over parameters.
+    """
+    parameters = [layer.path for layer in targets if layer.parameter is not None]
+    reasons = {
+        "DoRA": (config.dora, "its norms would read the weights of all experts in each step"),
+        "dropout": (config.dropout, "no format and no other program has it there"),
+    }
+    for method, (is_set, reason) in reasons.items():
+        if is_set and parameters:
+            raise ConfigError(
+                f"{method} cannot be over parameters such as stacks of experts ({reason}): "
+                f"{listed(parameters)}. Name the layers instead: attention, or a pattern such as "
+                "re:_proj$, which selects layers only."
+            )
+
+
+def with_expert_ranks(config: LoRA, targets: Sequence[Layer]) -> LoRA:
+    """Return the settings with a rank in `rank_pattern` for each stack of experts in `targets` that
+    no pattern matches: `expert_rank`, or the rank divided by the number of experts."""
+    own = ByPath[int | None](config.rank_pattern, None)
+    ranks = {
+        layer.path: config.expert_rank or max(1, config.rank // layer.experts)
+        for layer in targets
+        if layer.is_stack and own.of(layer.path) is None
+    }
+    if not ranks:
+        return config
+    same_end: dict[str, list[str]] = defaultdict(list)
+    for layer in targets:
+        same_end[_last_names(layer.path)].append(layer.path)
+    pattern: dict[str, int] = {}
+    for path, rank in ranks.items():
+        end = _last_names(path)
+        alike = all(ranks.get(other) == rank for other in same_end[end])
+        pattern[end if alike else path] = rank
+    return replace(config, rank_pattern=config.rank_pattern | pattern)
+
+
+def _last_names(path: str) -> str:
+    """Return the last two names of a path, such as experts.down_proj."""
+    return ".".join(path.split(".")[-2:])
 
 
 def uncovered(model: nn.Module, config: LoRA) -> str | None:
     """Return which matrices of the adapted blocks stay as they are though a person who asks for
-    `all` or `mlp` may think otherwise, or None: experts that are one parameter, routers, Mamba's
-    convolutions. Raises TargetError for targets that match nothing.
+    `all` or `mlp` may think otherwise, or None: routers, Mamba's convolutions. Raises TargetError
+    for targets that match nothing.
     """
     if not WHOLE.intersection(config.targets):
         return None
@@ -72,15 +127,19 @@ def uncovered(model: nn.Module, config: LoRA) -> str | None:
     adapted = resolve(model, config, layers)
     blocks = {layer.block for layer in adapted} - {None}
     in_blocks = [layer for layer in layers if layer.block in blocks and layer.parameters]
-    matrices = [x for x in in_blocks if len(x.stored) > 1 and not x.is_adaptable]
+    matrices = [
+        layer
+        for layer in in_blocks
+        if len(layer.stored) > 1 and not layer.is_adaptable and not layer.name.endswith("bias")
+    ]
     missing = [layer for layer in matrices if layer not in adapted]
     if not missing:
         return None
     share = sum(x.parameters for x in missing) / sum(x.parameters for x in in_blocks)
     names = sorted({layer.inner_path for layer in missing})
     return (
-        f"Of the adapted blocks' weights, {share:.1%} are neither linear layers nor embeddings and "
-        f"stay as they are: {', '.join(names)}."
+        f"Of the adapted blocks' weights, {share:.1%} are neither linear layers, embeddings nor "
+        f"experts and stay as they are: {', '.join(names)}."
     )
 
 
@@ -128,6 +187,13 @@ def _choose(model: nn.Module, layers: Sequence[Layer], config: LoRA) -> list[Lay
         names = {layer.name for layer in picked} if len(problems) < MOST_PROBLEMS else ()
         hint = nearest(pattern, names)
         problems.append(f"the pattern {shortened(pattern)!r} matches none of the targets{hint}")
+    if not any(layer.is_stack for layer in picked):
+        given = {"expert_rank": config.expert_rank, "shared_expert_a": config.shared_expert_a}
+        problems += [
+            f"{name} is {value!r}, but no stack of experts is among the targets"
+            for name, value in given.items()
+            if value
+        ]
     if problems:
         raise TargetError(f"These targets do not fit the model: {joined(problems)}.")
     return picked
@@ -148,15 +214,15 @@ def _match(
     target: str, layers: Sequence[Layer], named: Mapping[str, list[Layer]], matcher: Matcher
 ) -> list[Layer]:
     if target.startswith("re:"):
-        return [layer for layer in layers if matcher.within(target, layer.path)]
+        return [x for x in layers if x.is_adaptable and matcher.within(target, x.path)]
     if target not in PRESETS:
         return named.get(target, [])
-    linear = [layer for layer in layers if layer.is_linear and not layer.is_head]
+    whole = [layer for layer in layers if (layer.is_linear or layer.is_stack) and not layer.is_head]
     if target == "all":
-        return linear
+        return whole
     if target == "mlp":
-        return [x for x in linear if x.block is not None and not x.in_attention]
-    attention = [layer for layer in linear if layer.in_attention]
+        return [x for x in whole if x.block is not None and not x.in_attention]
+    attention = [layer for layer in whole if layer.is_linear and layer.in_attention]
     if target == "attention":
         return attention
     called = [layer for layer in attention if QUERY_OR_VALUE.match(layer.name.lower())]

@@ -25,7 +25,8 @@ ROWS = "embedding_weights.pt"
 SAVED = "saved_weights.pt"
 TOKEN_ROWS = ".token_rows"  # behind the path of embedding or head
 FORMAT = 1
-LATER = {"dora", "lora_fa"}  # settings that are younger than the format; written if they are set
+# Settings that are younger than the format; written if they are set.
+LATER = {"dora", "lora_fa", "expert_rank", "shared_expert_a"}
 # Keys that are younger than the format; earlier versions refuse unknown keys.
 LATER_KEYS = {"saved", "tokens", "parts", "task", "training"}
 

@@ -56,9 +56,9 @@ class StoredLayer:
     """An adapter's tensors for one layer or parameter; adapter/adapter.py has the formula.
 
     A (rank, in), B (out, rank); of an embedding (rank, vocab) and (dim, rank); of a stack of
-    experts (experts, rank, in) and (experts, out, rank). A of a convolution, which counts as
-    linear, is (rank, in, height, width). magnitude and bias: (out,). start: A and B before
-    training, if B A was not zero then.
+    experts (experts, rank, in), or (rank, in) for all, and (experts, out, rank). A of a
+    convolution, which counts as linear, is (rank, in, height, width). magnitude and bias: (out,).
+    start: A and B before training, if B A was not zero then.
     """
 
     path: str

@@ -13,7 +13,7 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.conv import why_not_adaptable
 from veneer.adapter.method import Method
 from veneer.adapter.new_tokens import is_tied, new_tokens_of
-from veneer.adapter.targets import adaptable_layers, describe_base, resolve
+from veneer.adapter.targets import adaptable_layers, describe_base, is_named, resolve
 from veneer.adapter.unfreeze import replaced_weights
 from veneer.adapter.virtual import virtual_shape
 from veneer.errors import MOST_PROBLEMS, ConfigError, listed, nearest, shortened
@@ -171,7 +171,9 @@ def _factors(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
         problems.append(str(error).rstrip("."))
     else:
         meant = {path for path in complete if path in by_path and not by_path[path].is_matrix}
-        if missing := sorted(targets - complete - _of_same_name(config, meant, by_path)):
+        # Earlier versions wrote `all` of adapters without stacks of experts, and PEFT does.
+        named = {p for p in targets if not by_path[p].is_stack or is_named(config, p)}
+        if missing := sorted(named - complete - _of_same_name(config, meant, by_path)):
             problems.append(f"weights are missing for {listed(missing)}")
         problems += [
             f"{path} has weights, but is not among the targets"
@@ -206,7 +208,7 @@ def _layer(stored: StoredLayer, config: LoRA, layer: Layer) -> Iterator[str]:
     """
     path, out = stored.path, (layer.shape[0],)
     config.scaling_of(path)  # for its ConfigError
-    needed = layer.factor_shapes(config.rank_of(path))
+    needed = layer.factor_shapes(config.rank_of(path), shared_a=config.shared_expert_a)
     if (shapes := _shapes(stored.A, stored.B)) != needed:
         yield f"{path} has A {shapes[0]} and B {shapes[1]}, but needs {_both(needed)}"
     if config.dora != (stored.magnitude is not None):

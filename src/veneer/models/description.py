@@ -28,7 +28,8 @@ NO_MATRICES = (nn.modules.conv._ConvNd, nn.ParameterDict)
 class Layer:
     """A module with parameters, or a single parameter of a module that is no known kind of layer.
 
-    Experts are 3-D parameters (experts, out, in); others are routers, Mamba's and such.
+    Experts are stacks: 3-D parameters (experts, out, in) of a module that is named after them.
+    Others are routers, Mamba's and such.
     """
 
     path: str
@@ -63,6 +64,16 @@ class Layer:
     def is_adaptable(self) -> bool:
         """Whether `all`, a name or a pattern may select it: a layer, and no single parameter."""
         return self.is_linear or self.kind in ("embedding", "conv2d")
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of experts, which `all` selects too."""
+        return self.kind == "experts"
+
+    @property
+    def experts(self) -> int:
+        """The number of experts in a stack, or 0."""
+        return self.stored[0] if self.is_stack else 0
 
     @property
     def is_matrix(self) -> bool:
@@ -112,14 +123,19 @@ class Layer:
         names = own if self.parameter is None else [self.parameter]
         return [weight for name in names if (weight := own.get(name)) is not None]
 
-    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(
+        self, rank: int, *, shared_a: bool = False
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and B: (rank, in) and (out, rank), after a dimension of experts if
-        there are any; A of a convolution is (rank, in, height, width)."""
+        there are any; A of a convolution is (rank, in, height, width).
+
+        shared_a: one A (rank, in) for all experts of a stack.
+        """
         if self.kind == "conv2d":
             out, *window = self.stored
             return (rank, *window), (out, rank)
         *experts, out, in_ = self.oriented
-        return (*experts, rank, in_), (*experts, out, rank)
+        return (*(() if shared_a else experts), rank, in_), (*experts, out, rank)
 
 
 @dataclass(frozen=True)
@@ -276,10 +292,11 @@ def _layers_of(place: _Place, is_head: bool, owners: dict[int, str]) -> Iterator
     elif weights and is_norm(module) and all(w.ndim < 2 for w in weights.values()):
         yield layer("norm", names, tuple(weights[names[0]].shape))
     else:
+        has_experts = "experts" in type(module).__name__.lower()
         for name, weight in weights.items():
             stack = weight.ndim == 3 and not isinstance(module, NO_MATRICES)
             yield layer(
-                "norm" if is_norm(module) else "experts" if stack else "other",
+                "norm" if is_norm(module) else "experts" if stack and has_experts else "other",
                 [name],
                 tuple(weight.shape),
                 path=paths[name],

@@ -75,6 +75,8 @@ YOUNGER = {
     "train_norms": False,
     "dora": False,
     "lora_fa": False,
+    "expert_rank": None,
+    "shared_expert_a": False,
     "long_rows": None,
     "from": None,
 }

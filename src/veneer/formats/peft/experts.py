@@ -96,8 +96,9 @@ def experts_apart(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def experts_together(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Return A and B as PEFT stores them: the inverse of `experts_apart`."""
-    if A.ndim == 2:
+    if B.ndim == 2:
         return A, B
+    A = A.expand(len(B), -1, -1)  # each expert has an A of its own in PEFT
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
 
