@@ -143,13 +143,6 @@ def test_parameters_that_do_not_fit(place):
     assert "gate_up_proj has A (8, 2, 16) and B (8, 48, 2), but needs (4, 2, 16)" in refusal(place)
 
 
-def test_a_parameter_that_a_layer_multiplies_with(tmp_path):
-    options = {"target_modules": [], "target_parameters": ["q_proj.weight"]}
-    written(theirs("llama", options), tmp_path)
-    message = refusal(("llama", tmp_path))
-    assert "model.layers.0.self_attn.q_proj.weight is no layer of this model" in message
-
-
 @pytest.mark.parametrize("changes", [{"groups": 8}, {"padding_mode": "circular"}], ids=str)
 def test_convolutions_that_have_no_such_change(changes, tmp_path):
     def model():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +30,20 @@ class BaseStructure:
     def layers(self) -> dict[str, Layer]:
         """The layers that can be adapted, by path."""
         return {layer.path: layer for layer in self._description.layers if layer.is_adaptable}
+
+    @cached_property
+    def matrices(self) -> dict[str, Layer]:
+        """The single parameters that can be adapted, such as stacks of experts, by path."""
+        return {layer.path: layer for layer in self._description.layers if layer.is_matrix}
+
+    @cached_property
+    def parameters(self) -> dict[str, list[str]]:
+        """The names of the parameters of each module that is no known kind of layer, in order."""
+        names: dict[str, list[str]] = defaultdict(list)
+        for layer in self._description.layers:
+            if layer.parameter is not None:
+                names[layer.path.rpartition(".")[0]].append(layer.parameter)
+        return dict(names)
 
     @cached_property
     def embedding(self) -> str:

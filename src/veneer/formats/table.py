@@ -15,6 +15,7 @@ from veneer.errors import AdapterError
 from veneer.files import read_json
 from veneer.formats import checkpoint, loralib, mlx, native
 from veneer.formats.base_structure import structure_of
+from veneer.formats.fit import fit
 from veneer.formats.gguf import adapter as gguf_adapter
 from veneer.formats.names import FormatName
 from veneer.formats.options import FormatOptions
@@ -82,9 +83,9 @@ FORMATS: dict[FormatName, Format] = {
     "peft": Format(
         detects=peft.detects,
         read=lambda path, options: peft.read(
-            path, allow_bin=options.allow_bin, shapes_only=options.shapes_only
+            path, options.base, allow_bin=options.allow_bin, shapes_only=options.shapes_only
         ),
-        write=lambda state, path, options: peft.write(state, path),
+        write=lambda state, path, options: peft.write(state, path, options.base),
         base=lambda path: str(read_json(path / peft.CONFIG).get("base_model_name_or_path") or ""),
         holds=f"{peft.CONFIG} with {peft.WEIGHTS}",
     ),
@@ -129,7 +130,8 @@ def detect(path: Path) -> FormatName | None:
 def read(path: Path, options: FormatOptions) -> AdapterState:
     """Read an adapter of any known format.
 
-    Raises AdapterError if there is none at `path`, and for options that its format ignores.
+    Its layers are those of the base, if that is there. Raises AdapterError if there is no adapter
+    at `path`, and for options that its format ignores.
     """
     name = detect(path)
     if name is None:
@@ -139,7 +141,8 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
     training = dict(state.training or FORMATS[name].training(path))
     base_name = name_here(state.base_name, training)
     training.pop(BUILT_IN, None)
-    return replace(state, base_name=base_name, training=training)
+    state = replace(state, base_name=base_name, training=training)
+    return state if options.base is None else fit(state, options.base)
 
 
 def write(state: AdapterState, path: Path, to: FormatName, options: FormatOptions) -> list[str]:

@@ -14,6 +14,7 @@ from veneer.files import (
     write_tensors,
     write_text,
 )
+from veneer.formats.base_structure import BaseStructure
 from veneer.formats.card import card
 from veneer.formats.fold import without_start
 from veneer.formats.peft.reading import state_of
@@ -31,15 +32,16 @@ def detects(directory: Path) -> bool:
     return (directory / CONFIG).is_file() and any(file.is_file() for file in weights)
 
 
-def write(state: AdapterState, directory: Path) -> list[str]:
+def write(state: AdapterState, directory: Path, base: BaseStructure | None = None) -> list[str]:
     """Write PEFT's directory, all of it at once; return notes on what was folded.
 
-    Raises AdapterError for what PEFT has no place for.
+    base: if it is there, it says which names PEFT would take for those of experts. Raises
+    AdapterError for what PEFT has no place for.
     """
     if isinstance(state.config, Method) and state.config.replaces_weights:
         raise AdapterError(f"PEFT has no format for {state.config.method}; write it natively.")
     state, notes = without_start(new_tokens_as_trained(state))
-    tensors, config = tensors_of(state), config_of(state)
+    tensors, config = tensors_of(state, base), config_of(state, base)
     with new_directory(directory, marker=CONFIG) as new:
         write_tensors(new / WEIGHTS, tensors)
         write_text(new / CARD, card(state))
@@ -48,9 +50,18 @@ def write(state: AdapterState, directory: Path) -> list[str]:
     return notes
 
 
-def read(directory: Path, *, allow_bin: bool = False, shapes_only: bool = False) -> AdapterState:
+def read(
+    directory: Path,
+    base: BaseStructure | None = None,
+    *,
+    allow_bin: bool = False,
+    shapes_only: bool = False,
+) -> AdapterState:
     """Read PEFT's directory; with `allow_bin` also adapter_model.bin, a pickle, of which only
-    tensors are taken; with `shapes_only` no values. Raises AdapterError, naming the directory."""
+    tensors are taken; with `shapes_only` no values. Raises AdapterError, naming the directory.
+
+    base: if it is there, it says which layers and parameters target names can mean.
+    """
     config = read_json(directory / CONFIG)
     weights = directory / WEIGHTS
     if not weights.is_file():
@@ -61,7 +72,8 @@ def read(directory: Path, *, allow_bin: bool = False, shapes_only: bool = False)
                 "--allow-bin, or allow_bin=True; a file of safetensors needs no permission."
             )
     try:
-        return state_of(config, read_tensors(weights, shapes_only=shapes_only))
+        tensors = read_tensors(weights, shapes_only=shapes_only)
+        return state_of(config, tensors, base)
     except AdapterError as error:
         why = shortened(str(error), 20_000)
         raise AdapterError(f"The PEFT adapter in {directory} cannot be used: {why}.") from error

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from veneer.adapter.config import LoRA
 from veneer.errors import AdapterError, ConfigError, joined
+from veneer.formats.base_structure import BaseStructure
 from veneer.formats.peft import virtual
 from veneer.formats.peft.experts import experts_apart, parameter_paths
 from veneer.formats.peft.rules import (
@@ -45,8 +46,14 @@ class _Tensors:
     unknown: list[str] = field(default_factory=list)
 
 
-def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
+def state_of(
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    base: BaseStructure | None = None,
+) -> AdapterState:
     """Return the adapter that PEFT's configuration and tensors describe.
+
+    base: if it is there, it says which layers and parameters target names can mean.
 
     Raises AdapterError, listing every setting that cannot be honoured and every key that is
     unknown.
@@ -65,16 +72,18 @@ def state_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterState
     problems += _missing(config, by_kind)
     trained_tokens = _trained_tokens(config, by_kind.token_rows, problems)
     try:
-        parameters = parameter_paths(config, list(layers), problems)
-        problems += excluded(config, [module for module in layers if module not in parameters])
-        lora = _lora(config, layers, parameters)
+        adapted = parameter_paths(
+            config, list(layers), problems, None if base is None else base.parameters
+        )
+        problems += excluded(config, [module for module in layers if module not in adapted])
+        lora = _lora(config, layers, adapted, base)
     except (ConfigError, TypeError, KeyError) as error:
         problems.append(f"adapter_config.json does not describe a LoRA ({error})")
     if problems:
         raise AdapterError(joined(problems))
     return AdapterState(
         lora,
-        _our_tensors(layers, parameters, lora),
+        _our_tensors(layers, adapted, lora),
         base_name=str(config.get("base_model_name_or_path") or ""),
         base_weights=by_kind.base_weights,
         modules_to_save=by_kind.modules_to_save,
@@ -191,9 +200,11 @@ def _lora(
     config: Mapping[str, Any],
     layers: Mapping[str, dict[str, Tensor]],
     parameters: Mapping[str, str],
+    base: BaseStructure | None,
 ) -> LoRA:
     modules = [module for module in layers if module not in parameters]
-    targets = [*targets_of(config, modules), *sorted(set(parameters.values()))]
+    known = None if base is None else [*modules, *base.layers]
+    targets = [*targets_of(config, modules, known), *sorted(set(parameters.values()))]
     if config["lora_alpha"] is None:
         raise TypeError("lora_alpha is None")
     paths = [*modules, *parameters.values()]

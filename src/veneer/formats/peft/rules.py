@@ -7,7 +7,7 @@ in peft/tuners/tuners_utils.py, set_additional_trainable_modules in peft/utils/o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from veneer.adapter.patterns import Matcher, pattern_problems
@@ -74,11 +74,14 @@ def malformed(config: Mapping[str, Any]) -> list[str]:
     return problems or _no_patterns(config)
 
 
-def targets_of(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
+def targets_of(
+    config: Mapping[str, Any], paths: Iterable[str], known: Collection[str] | None = None
+) -> list[str]:
     """Return our targets for the modules that PEFT's settings select.
 
     paths: of the modules with tensors. They are the targets if no pattern says the same (all-linear
-    with exceptions, the head that is tied to an embedding).
+    with exceptions, the head that is tied to an embedding). known: of all the base's layers, if the
+    base is there; PEFT ignores names of others, and our targets would mean stacks of experts too.
     """
     targets = config["target_modules"]
     if targets is None and config.get("target_parameters"):
@@ -86,6 +89,9 @@ def targets_of(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     if config.get("ensure_weight_tying"):
         return sorted(paths)  # among which is the head, where the embedding is adapted
     exclusion = _exclusion(config)
+    if known is not None and not isinstance(targets, str):
+        ends = {end for path in known for end in _ends(path)}
+        targets = [name for name in targets if name in ends] or targets
     if isinstance(targets, str):
         # PEFT matches a string against the whole path.
         if targets == "all-linear":
@@ -166,6 +172,13 @@ def targets_module(config: Mapping[str, Any], path: str, matcher: Matcher) -> bo
     if isinstance(targets, str):
         return matcher.within(f"re:^(?:{targets})$", path)
     return any(f".{path}".endswith(f".{name}") for name in targets)
+
+
+def _ends(path: str) -> Iterator[str]:
+    """Yield a path, and what is left of it behind each of its dots."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
 
 
 def _exclusion(config: Mapping[str, Any]) -> str:

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, listed
+from veneer.formats.base_structure import BaseStructure
 from veneer.formats.peft import virtual
-from veneer.formats.peft.experts import experts_together, nested_keys
+from veneer.formats.peft.experts import experts_together, nested_keys, taken_for_stacks
 from veneer.formats.peft.rules import BELOW, ENDINGS, PREFIX, TOKENS, is_bias
 from veneer.formats.state import (
     BIAS,
@@ -22,24 +24,27 @@ from veneer.formats.state import (
 )
 
 
-def config_of(state: AdapterState) -> dict[str, Any]:
+def config_of(state: AdapterState, base: BaseStructure | None = None) -> dict[str, Any]:
     """Return adapter_config.json of an adapter.
 
     Patterns are whole paths: PEFT sorts patterns on saving, and the first match wins, so that
-    patterns that overlap could change their meaning.
+    patterns that overlap could change their meaning. base: as in `directory.write`.
     """
     if isinstance(state.config, Method):
         return virtual.config_of(state, state.config)
     config, layers = state.config, list(state.layers())
-    paths = [layer.path for layer in layers]
-    ranks = {path: config.rank_of(path) for path in paths}
-    alphas = {path: int_if_whole(config.alpha_of(path)) for path in paths}
+    paths = {layer.path: layer.path for layer in layers}
+    by_weight = _by_weight(state, base)
+    paths |= {path: f"{path}.weight" for path in by_weight}
+    ranks = {name: config.rank_of(path) for path, name in paths.items()}
+    alphas = {name: int_if_whole(config.alpha_of(path)) for path, name in paths.items()}
     alpha = int_if_whole(config.alpha or 0)
-    parameters = [layer.path for layer in layers if layer.kind == "parameter"]
+    are_parameters = {layer.path for layer in layers if layer.kind == "parameter"} | by_weight
+    parameters = [name for path, name in paths.items() if path in are_parameters]
     modules = _saved_modules(state)
     targets = list(config.targets)
     if parameters or modules or not paths:
-        targets = [layer.path for layer in layers if layer.kind != "parameter"]
+        targets = [path for path in paths if path not in are_parameters]
     return {
         "peft_type": "LORA",
         "task_type": state.task or None,
@@ -52,8 +57,8 @@ def config_of(state: AdapterState) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "lora_bias": any(layer.bias is not None for layer in layers),
-        "rank_pattern": {path: r for path, r in ranks.items() if r != config.rank},
-        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "rank_pattern": {name: r for name, r in ranks.items() if r != config.rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "bias": _trained_biases(state),
         "modules_to_save": modules or None,
         "trainable_token_indices": {p: list(t.ids) for p, t in state.trained_tokens.items()}
@@ -64,7 +69,7 @@ def config_of(state: AdapterState) -> dict[str, Any]:
     }
 
 
-def tensors_of(state: AdapterState) -> dict[str, Tensor]:
+def tensors_of(state: AdapterState, base: BaseStructure | None = None) -> dict[str, Tensor]:
     """Return an adapter's tensors under PEFT's keys.
 
     Raises AdapterError for parameters of one module that PEFT's file could not tell apart.
@@ -73,7 +78,10 @@ def tensors_of(state: AdapterState) -> dict[str, Tensor]:
         return virtual.tensors_of(state, state.config)
     tensors: dict[str, Tensor] = {}
     layers = list(state.layers())
-    keys = nested_keys(layer.path for layer in layers if layer.kind == "parameter")
+    keys = nested_keys(
+        (layer.path for layer in layers if layer.kind == "parameter"),
+        None if base is None else base.parameters,
+    )
     for layer in layers:
         A, B, magnitude = layer.A, layer.B, layer.magnitude
         if layer.kind == "parameter":
@@ -114,6 +122,26 @@ def new_tokens_as_trained(state: AdapterState) -> AdapterState:
     rows = zip(new.paths, (new.embedding, new.head), strict=False)
     trained = {path: StoredTokens(ids, own) for path, own in rows if own is not None}
     return replace(state, new_tokens=None, trained_tokens=trained)
+
+
+def _by_weight(state: AdapterState, base: BaseStructure | None) -> set[str]:
+    """Return the linear layers that are written as their weights, because PEFT would take their
+    names for those of experts. For PEFT the two are the same but for what only layers can have.
+
+    Raises AdapterError where an adapter has that.
+    """
+    config = state.config
+    assert isinstance(config, LoRA)
+    layers = {layer.path: layer for layer in state.layers() if layer.kind == "linear"}
+    model_type = None if base is None else getattr(base.config, "model_type", "")
+    taken = taken_for_stacks(list(layers), model_type)
+    if taken and (config.dora or any(layers[path].bias is not None for path in taken)):
+        what = "DoRA" if config.dora else "a lora_bias"
+        raise AdapterError(
+            f"PEFT takes the names of {listed(taken)} for those of experts, over which it has "
+            f"no {what.removeprefix('a ')}; merge the adapter, or write it natively."
+        )
+    return set(taken)
 
 
 def _saved_modules(state: AdapterState) -> list[str]:
