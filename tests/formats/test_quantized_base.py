@@ -140,7 +140,7 @@ def test_reading_ahead_is_set_up_by_blocks(real):
     [
         ("cut", "cannot be read as a quantized model"),
         ("missing", "lacks 1 weights: model.norm.weight"),
-        ("method", "quantized by gptq"),
+        ("method", "quantized by hqq"),
         ("report", "veneer.json cannot be read"),
         ("shape", r"up_proj\.weight is \(128, 192\), but this model's is \(192, 128\)"),
         ("scales", r"up_proj\.weight cannot be read as a quantized weight"),
@@ -174,7 +174,7 @@ def test_a_damaged_base(real, damage, message, tmp_path, capsys):
         (place / "veneer.json").write_text("{")
     else:
         config = json.loads((place / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        config["quantization_config"] = {"quant_method": "hqq", "bits": 4}
         (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(veneer.ModelError, match=message):
         load_base(place)

@@ -66,7 +66,9 @@ def exact_mxfp4(tensors: Tensors, dtype: torch.dtype | None) -> Tensor:
 
 
 def fp8(
-    block: tuple[int, int] | None, dtype: torch.dtype = torch.float32, name: str = "weight_scale_inv"
+    block: tuple[int, int] | None,
+    dtype: torch.dtype = torch.float32,
+    name: str = "weight_scale_inv",
 ) -> Callable[[int, int, torch.Generator], Tensors]:
     def write(out: int, in_: int, draw: torch.Generator) -> Tensors:
         codes = (100 * torch.randn(out, in_, generator=draw)).to(torch.float8_e4m3fn)
@@ -158,7 +160,9 @@ def exact_awq(group: int) -> Callable[[Tensors, torch.dtype | None], Tensor]:
             return ordered.flatten(1)
 
         scales = tensors["scales"] if dtype is None else tensors["scales"].to(dtype)
-        of = torch.arange(len(tensors["qweight"])) // (len(tensors["qweight"]) if group < 0 else group)
+        of = torch.arange(len(tensors["qweight"])) // (
+            len(tensors["qweight"]) if group < 0 else group
+        )
         return ((codes(tensors["qweight"]) - codes(tensors["qzeros"])[of]) * scales[of]).T
 
     return exact
@@ -231,7 +235,9 @@ def _fp8_case(name: str, block: tuple[int, int] | None, *how: Any, **config: Any
     return Case(name, own | config, fp8(block, *how), exact_fp8(block), "fp8", 8)
 
 
-def _gptq_case(name: str, bits: int, group: int, *, apart: bool = False, older: bool = True) -> Case:
+def _gptq_case(
+    name: str, bits: int, group: int, *, apart: bool = False, older: bool = True
+) -> Case:
     config = {
         "quant_method": "gptq",
         "bits": bits,
@@ -269,7 +275,12 @@ LINEAR = [
     _awq_case("awq-one-group", -1),
     _compressed_case("w4a16", "pack-quantized", num_bits=4, strategy="group", group_size=32),
     _compressed_case(
-        "w4a16-zeros", "pack-quantized", num_bits=4, strategy="group", group_size=32, symmetric=False
+        "w4a16-zeros",
+        "pack-quantized",
+        num_bits=4,
+        strategy="group",
+        group_size=32,
+        symmetric=False,
     ),
     _compressed_case("w4a16-channel", "pack-quantized", num_bits=4, strategy="channel"),
     _compressed_case("w8a16", "pack-quantized", num_bits=8, strategy="group", group_size=64),
@@ -277,12 +288,16 @@ LINEAR = [
         "w8a16-zeros", "pack-quantized", num_bits=8, strategy="channel", symmetric=False
     ),
     _compressed_case("w8a8", "int-quantized", num_bits=8, strategy="channel"),
-    _compressed_case("int8-zeros", "naive-quantized", num_bits=8, strategy="channel", symmetric=False),
+    _compressed_case(
+        "int8-zeros", "naive-quantized", num_bits=8, strategy="channel", symmetric=False
+    ),
     _compressed_case("int8-tensor", "int-quantized", num_bits=8, strategy="tensor"),
     _compressed_case(
         "fp8-channel", "float-quantized", num_bits=8, strategy="channel", type="float"
     ),
-    _compressed_case("fp8-of-a-tensor", "float-quantized", num_bits=8, strategy="tensor", type="float"),
+    _compressed_case(
+        "fp8-of-a-tensor", "float-quantized", num_bits=8, strategy="tensor", type="float"
+    ),
     _compressed_case(
         "fp8-blocks",
         "float-quantized",
@@ -290,6 +305,19 @@ LINEAR = [
         strategy="block",
         type="float",
         block_structure=[128, 128],
+    ),
+]
+# Of each format one for tiny layers, of 16 inputs and more.
+SMALL = [
+    _fp8_case("fp8", (16, 32)),
+    _gptq_case("gptq", 4, 16, apart=True),
+    _awq_case("awq", 16),
+    _compressed_case(
+        "w4a16", "pack-quantized", num_bits=4, strategy="group", group_size=16, symmetric=False
+    ),
+    _compressed_case("w8a8", "int-quantized", num_bits=8, strategy="channel"),
+    _compressed_case(
+        "fp8-channel", "float-quantized", num_bits=8, strategy="channel", type="float"
     ),
 ]
 MXFP4 = Case("mxfp4", {"quant_method": "mxfp4"}, mxfp4, exact_mxfp4, "mxfp4", 4)

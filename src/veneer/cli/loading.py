@@ -149,7 +149,7 @@ def bits_of(model: str, adapters: Mapping[str, Path]) -> tuple[Bits | None, bool
         raise ConfigError(f"--bits auto cannot follow adapters of different bits ({each}).")
     base = next(iter(bases.values()))
     stored = quantization_of(load_config(model).to_dict())
-    if stored is None:
+    if stored is None or stored.is_published:
         return base.bits, base.head
     if stored != base.quantization:
         raise ConfigError(

@@ -96,7 +96,7 @@ def _marks_of(model: nn.Module) -> dict[str, str]:
         if isinstance(weight, QuantizedStack):
             weights[_base_path(path)] = next(iter(weight.expert(0).tensors().values()))
         else:
-            weights[f"{_base_path(path)}.weight"] = weight.tensors()["weight"]
+            weights[f"{_base_path(path)}.weight"] = next(iter(weight.tensors().values()))
     weights = dict(sorted(weights.items()))
     return {
         "config": _config_mark(model, weights),

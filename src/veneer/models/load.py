@@ -26,6 +26,7 @@ from veneer.models import gguf, minigpt
 from veneer.models.dtype import resolve_dtype
 from veneer.models.hub import on_hub
 from veneer.models.locate import MINIGPT_HOME, locate
+from veneer.models.published import PublishedFiles, load_published
 from veneer.models.quantize import quantized_model
 from veneer.models.source import Source, adapter_file, open_source
 from veneer.models.stored import load_quantized
@@ -78,11 +79,18 @@ def load_base(
     notices: tuple[str, ...] = ()
     with gguf.read_once():
         config = None if _is_gguf(place) and not bits else load_config(name)
-        if config is not None and quantization_of(config.to_dict()):
+        quantization = None if config is None else quantization_of(config.to_dict())
+        if config is not None and quantization and not (bits and quantization.is_published):
             if bits:
                 raise ModelError(f"{name} is quantized already; leave bits out.")
             home = _on_disk(place)
-            model = load_quantized(home, skeleton_of(config, home), torch_dtype)
+            load = load_published if quantization.is_published else load_quantized
+            model = load(home, skeleton_of(config, home), torch_dtype)
+            if quantization.ignores:
+                notices += (
+                    f"{name} asks for {quantization.ignores}, which Veneer leaves as they are: its "
+                    "weights alone are quantized here.",
+                )
         elif config is not None and bits:
             source, notices = _open_dense(place, config)
             model = quantized_model(source, bits, torch_dtype, head=pack_head)
@@ -158,11 +166,12 @@ def load_skeleton(name: str | Path) -> PreTrainedModel:
 def open_base(name: str | Path) -> tuple[Source, PreTrainedTokenizerBase, tuple[str, ...]]:
     """Return the weights of a base one at a time, its tokenizer, and notices.
 
-    Raises ModelError for a base that is quantized already.
+    Raises ModelError for a base that is quantized by bitsandbytes or Veneer already.
     """
     with gguf.read_once():
         place, config = _at_hand(name), load_config(name)
-        if quantization_of(config.to_dict()):
+        quantization = quantization_of(config.to_dict())
+        if quantization is not None and not quantization.is_published:
             raise ModelError(f"{name} is quantized already.")
         source, notices = _open_dense(place, config)
         return source, _tokenizer(place), notices
@@ -197,6 +206,14 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
         return Source.of_model(skeleton_of(config), model, Path(place)), ()
     home = _on_disk(place)
     skeleton = skeleton_of(config, home)
+    if (quantization := quantization_of(config.to_dict())) is not None:
+        published = PublishedFiles(home, skeleton, torch.float32)
+        del skeleton.config.quantization_config
+        return published.as_source(), (
+            f"This base is published in {quantization.bits} bits ({quantization.method}), and they "
+            "are quantized again: a second rounding, of which an adapter learns to make up a part. "
+            "Without --bits the base stays as it is published.",
+        )
     source = open_source(home, skeleton)
     if source is not None:
         return source, ()

@@ -45,7 +45,7 @@ class Source:
         """Return the weights of a model in memory that was read from `place`."""
         state = model.state_dict()
         files = [] if place is None else [place] if place.is_file() else list(place.glob("*.*"))
-        return cls(skeleton, _untied(skeleton), state.__getitem__, _identity(files))
+        return cls(skeleton, untied(skeleton), state.__getitem__, identity_of(files))
 
 
 def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
@@ -54,7 +54,7 @@ def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
     None if only transformers can map them: other files, other names, or two different weights in
     the files that the configuration ties into one.
     """
-    names = _untied(skeleton)
+    names = untied(skeleton)
     if place.suffix == ".gguf":
         tensors = gguf.open_tensors(place, skeleton)
         if not set(names) <= set(tensors):
@@ -68,7 +68,7 @@ def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
             return last[name][e]
 
         return Source(
-            skeleton, names, lambda name: tensors[name](), _identity([place]), expert_in_gguf
+            skeleton, names, lambda name: tensors[name](), identity_of([place]), expert_in_gguf
         )
     files = model_files(place)
     file_of = {name: file for file in files for name in _tensor_names(file)}
@@ -109,7 +109,7 @@ def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
             one, other = read(name), read(twin)
             if one.dtype != other.dtype or not torch.equal(one, other):
                 return None
-    return Source(skeleton, names, read, _identity(files), read_expert)
+    return Source(skeleton, names, read, identity_of(files), read_expert)
 
 
 def _in_files(
@@ -163,12 +163,12 @@ def _tensor_names(file: Path) -> list[str]:
         raise ModelError(f"{file} cannot be read as safetensors ({error}).") from error
 
 
-def _identity(files: Sequence[Path]) -> str:
+def identity_of(files: Sequence[Path]) -> str:
     stats = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
-def _untied(skeleton: PreTrainedModel) -> tuple[str, ...]:
+def untied(skeleton: PreTrainedModel) -> tuple[str, ...]:
     """Return the names of all weights, without those that are tied to an earlier one."""
     tied = _ties(skeleton)
     return tuple(name for name in skeleton.state_dict() if name not in tied)

@@ -6,7 +6,7 @@ import json
 import mmap
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ def load_quantized(
         except Exception as error:  # damage raises many kinds
             raise ModelError(f"{file} cannot be read as a quantized model ({error!r}).") from error
     del skeleton.config.quantization_config
-    model = assemble(skeleton, _weights(stored, skeleton, dtype), dtype)
+    model = assemble(skeleton, weights_of(skeleton, stored, _reader(stored, dtype)), dtype)
     model.veneer_marks = _marks(directory)  # type: ignore[assignment]
-    _read_ahead(model)
+    read_ahead(model)
     return model
 
 
@@ -60,9 +60,9 @@ def _marks(directory: Path) -> dict[str, str]:
         raise ModelError(f"{report} cannot be read ({error}); quantize the model anew.") from error
 
 
-def _weights(
-    stored: Mapping[str, Tensor], skeleton: PreTrainedModel, dtype: torch.dtype
-) -> Iterator[tuple[str, AnyWeight]]:
+def _reader(
+    stored: Mapping[str, Tensor], dtype: torch.dtype
+) -> Callable[[str], Tensor | QuantizedWeight]:
     beside: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in stored.items():
         if match := BESIDE.fullmatch(name):
@@ -75,9 +75,23 @@ def _weights(
         except Exception as error:  # bitsandbytes asserts
             raise ModelError(f"{name} cannot be read as a quantized weight ({error!r}).") from error
 
+    return weight
+
+
+def weights_of(
+    skeleton: PreTrainedModel,
+    stored: Container[str],
+    weight: Callable[[str], AnyWeight],
+) -> Iterator[tuple[str, AnyWeight]]:
+    """Yield the skeleton's weights of which files have the names `stored`, by its own names.
+
+    weight: returns what the files have under a name. Raises ModelError for experts that are not
+    all there.
+    """
     names = stored_names(skeleton) if quantizable_stacks(skeleton) else None
     for name in skeleton.state_dict():
         own = name if names is None or name in stored else names.whole.get(name, name)
+        own = own if own in stored else own.removeprefix(f"{skeleton.base_model_prefix}.")
         if own in stored:
             yield name, weight(own)
         elif names is not None and name in names.counts:
@@ -93,8 +107,8 @@ def _stack(
     name: str,
     owner: nn.Module,
     experts: Sequence[Sequence[Piece]],
-    stored: Mapping[str, Tensor],
-    weight: Callable[[str], Tensor | QuantizedWeight],
+    stored: Container[str],
+    weight: Callable[[str], Any],
 ) -> Tensor | QuantizedStack:
     """Return a stack of which the files have pieces of each expert: quantized ones stay there."""
     missing = [piece.name for pieces in experts for piece in pieces if piece.name not in stored]
@@ -126,7 +140,7 @@ def _weight(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Quant
     return tensors["weight"]
 
 
-def _read_ahead(model: PreTrainedModel) -> None:
+def read_ahead(model: PreTrainedModel) -> None:
     """Read the next block's quantized weights while one block's are used, and experts when the
     router has chosen them."""
     blocks: dict[str, list[QuantizedWeight]] = defaultdict(list)

@@ -91,5 +91,5 @@ def _read(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read as settings of a model: {error}") from error
     if not isinstance(settings, dict):
         raise ModelError(f"{path} holds no settings of a model.")
-    quantization_of(settings)  # refuses what others than bitsandbytes quantized
+    quantization_of(settings)  # refuses formats that cannot be read
     return settings

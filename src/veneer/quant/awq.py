@@ -46,8 +46,8 @@ class AWQ(QuantizedWeight):
     def _dequantize_rows(self, first: int, last: int) -> Tensor:
         rows = slice(first // 8, last // 8)
         zeros = in_order(unpacked(self.zeros[:, rows], 4)).to(torch.float32)
-        scales, how = self.scales[:, first:last], {"group": self.group, "dtype": self.dtype}
-        return interleaved(self.words[:, rows], scales, zeros, **how)
+        words, scales = self.words[:, rows], self.scales[:, first:last]
+        return interleaved(words, scales, zeros, group=self.group, dtype=self.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"qweight": self.words, "qzeros": self.zeros, "scales": self.scales}
@@ -55,5 +55,5 @@ class AWQ(QuantizedWeight):
     def to(self, device: torch.device) -> Self:
         if self.device == device:
             return self
-        stored = (x.to(device) for x in (self.words, self.zeros, self.scales))
-        return type(self)(*stored, self.dtype, group=self.group)
+        words, zeros, scales = (x.to(device) for x in (self.words, self.zeros, self.scales))
+        return type(self)(words, zeros, scales, self.dtype, group=self.group)

@@ -1,8 +1,8 @@
-"""The integers of compressed-tensors: 4 or 8 bits, with scales by groups, rows or the whole tensor.
+"""The integers of compressed-tensors: 4 or 8 bits, with scales by groups, rows or for a tensor.
 
-w = (code − zero) · scale. "pack-quantized" files have codes plus 8 (or 128) in words of 32 bits, the
-codes of inputs side by side, and zero points packed so along the outputs; "int-quantized" files have
-bytes. Their FP8 is quant/fp8.py's.
+w = (code − zero) · scale. "pack-quantized" files have codes plus 8 (or 128) in words of 32 bits,
+the codes of inputs side by side, and so the zero points of outputs side by side; "int-quantized"
+files have bytes. FP8 of compressed-tensors is in quant/fp8.py.
 """
 
 from __future__ import annotations

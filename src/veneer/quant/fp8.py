@@ -1,7 +1,7 @@
 """FP8: eight bits a number as e4m3, with a float32 scale for each block, row or tensor.
 
-DeepSeek-V3 and Qwen3-FP8 have blocks of 128 × 128 (`weight_scale_inv`, which in spite of its name is
-what the codes are multiplied with), FBGEMM and compressed-tensors rows or whole tensors
+DeepSeek-V3 and Qwen3-FP8 have blocks of 128 × 128 (`weight_scale_inv`, which in spite of its name
+is what the codes are multiplied with), FBGEMM and compressed-tensors rows or whole tensors
 (`weight_scale`). Values are transformers' own (integrations/finegrained_fp8.py).
 """
 
@@ -46,7 +46,10 @@ class FP8(QuantizedWeight):
         self._rows, self._cols = codes.shape if block is None else block
         self._rows = 1 if rows == codes.shape[0] else self._rows
         self._cols = codes.shape[1] if cols == 1 else self._cols
-        needed = (1 if rows == 1 else -(codes.shape[0] // -self._rows), -(self.shape[1] // -self._cols))
+        needed = (
+            1 if rows == 1 else -(codes.shape[0] // -self._rows),
+            -(self.shape[1] // -self._cols),
+        )
         if (rows, cols) != needed:
             raise ValueError(f"there are {rows} × {cols} scales for {tuple(self.shape)} numbers")
 
@@ -84,6 +87,11 @@ class FP8(QuantizedWeight):
     def to(self, device: torch.device) -> Self:
         if self.device == device:
             return self
-        codes, scales = self.codes.to(device), self.scales.to(device)
-        how = {"block": self.block, "name": self.name, "kind": self.kind}
-        return type(self)(codes, scales, self.dtype, **how)
+        return type(self)(
+            self.codes.to(device),
+            self.scales.to(device),
+            self.dtype,
+            block=self.block,
+            name=self.name,
+            kind=self.kind,
+        )

@@ -1,14 +1,14 @@
-"""GPTQ (Frantar et al. 2022) as AutoGPTQ and gptqmodel store it: 4 or 8 bits, scales by groups of inputs.
+"""GPTQ (Frantar et al. 2022) as gptqmodel stores it: 4 or 8 bits, scales by groups of inputs.
 
 w = (code − zero) · scale. The codes of inputs side by side are in one word of 32 bits, and so are
-the zero points of outputs side by side. The older files (`checkpoint_format: gptq`) have zero points
+the zero points of outputs side by side. In the older files (`checkpoint_format: gptq`) these are
 less one; gptqmodel adds the ones to whole words, with their carries, and so it is done here.
 `g_idx` is the group of each input: with `desc_act` groups are of inputs that lie apart.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, cast
+from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ ONES = {4: 0x11111111, 8: 0x01010101}  # 1 for each code of a word
 class GPTQ(QuantizedWeight):
     """A weight (out, in) in words (in · bits / 32, out), with scales (groups, out).
 
-    zeros (groups, out · bits / 32): as stored. older: these are less one. group: inputs side by side
-    in a group, where there is no `group_of` (in,).
+    zeros (groups, out · bits / 32): as stored. older: these are less one. group: the inputs of a
+    group that lie side by side, where there is no `group_of` (in,).
     """
 
     kind = "gptq"
@@ -43,7 +43,9 @@ class GPTQ(QuantizedWeight):
     ) -> None:
         bits = words.shape[0] * 32 // inputs
         if bits not in ONES or words.shape[0] * 32 != bits * inputs:
-            raise ValueError(f"its codes are of {words.shape[0] * 32 / inputs:.3g} bits, not 4 or 8")
+            raise ValueError(
+                f"its codes are of {words.shape[0] * 32 / inputs:.3g} bits, not 4 or 8"
+            )
         self.bits = cast(Literal[4, 8], bits)
         self.words, self.zeros, self.scales, self.dtype = words, zeros, scales, dtype
         self.group_of, self.older = group_of, older
@@ -60,10 +62,9 @@ class GPTQ(QuantizedWeight):
         if group_of is not None and not bool(((group_of >= 0) & (group_of < groups)).all()):
             raise ValueError(f"its g_idx names other groups than 0 to {groups - 1}")
         # Whether groups are simply inputs side by side, which is computed faster.
-        if group_of is not None and bool((group_of == _in_turn(group_of, self.group)).all()):
-            self._groups_apart = None
-        else:
-            self._groups_apart = group_of
+        in_turn = torch.arange(inputs, device=words.device) // self.group
+        is_in_turn = group_of is not None and bool((group_of == in_turn).all())
+        self._groups_apart = None if is_in_turn else group_of
 
     @property
     def _row_unit(self) -> int:
@@ -90,12 +91,14 @@ class GPTQ(QuantizedWeight):
     def to(self, device: torch.device) -> Self:
         if self.device == device:
             return self
-        how: dict[str, Any] = {"inputs": self.shape[1], "group": self.group, "older": self.older}
-        if self.group_of is not None:
-            how["group_of"] = self.group_of.to(device)
-        stored = (x.to(device) for x in (self.words, self.zeros, self.scales))
-        return type(self)(*stored, self.dtype, **how)
-
-
-def _in_turn(group_of: Tensor, group: int) -> Tensor:
-    return torch.arange(len(group_of), device=group_of.device) // group
+        words, zeros, scales = (x.to(device) for x in (self.words, self.zeros, self.scales))
+        return type(self)(
+            words,
+            zeros,
+            scales,
+            self.dtype,
+            inputs=self.shape[1],
+            group=self.group,
+            group_of=None if self.group_of is None else self.group_of.to(device),
+            older=self.older,
+        )

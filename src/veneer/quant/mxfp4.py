@@ -37,8 +37,7 @@ class MXFP4(QuantizedWeight):
 
     def _dequantize_rows(self, first: int, last: int) -> Tensor:
         codes, scales = self.codes[first:last].flatten(1), self.scales[first:last]
-        how = {"cols": self.shape[1], "group": BLOCK, "dtype": self.dtype}
-        return by_rows("e2m1", codes, scales, **how)
+        return by_rows("e2m1", codes, scales, cols=self.shape[1], group=BLOCK, dtype=self.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"blocks": self.codes, "scales": self.scales}

@@ -1,4 +1,4 @@
-"""The table of published formats: from `quantization_config` and a layer's tensors to its weight."""
+"""The table of published formats: a weight of its tensors and the model's `quantization_config`."""
 
 from __future__ import annotations
 
@@ -26,27 +26,23 @@ Tensors = Mapping[str, Tensor]
 Settings = Mapping[str, Any]
 
 
-def published_weight(
-    tensors: Tensors, how: Settings, dtype: torch.dtype, *, inputs: int
-) -> QuantizedWeight | None:
-    """Return the weight (out, in) of a layer's tensors by the ends of their names, or None for a
-    layer that is not quantized.
+def published_weight(tensors: Tensors, how: Settings, dtype: torch.dtype) -> QuantizedWeight:
+    """Return the weight (out, in) of a quantized layer's tensors by the ends of their names.
 
-    how: the model's `quantization_config`. inputs: the layer's in. Raises ValueError for tensors
-    that do not belong together.
+    how: the model's `quantization_config`. Raises ValueError for tensors that do not belong
+    together, and KeyError for missing ones.
     """
-    if not is_quantized(tensors):
-        return None
-    return READERS[how["quant_method"]](tensors, how, dtype, inputs)
+    return READERS[how["quant_method"]](tensors, how, dtype)
 
 
 def is_quantized(tensors: Tensors) -> bool:
     """Return whether tensors are those of a quantized layer, by their names and dtypes."""
     weight = tensors.get("weight")
-    return bool(tensors) and (weight is None or weight.dtype.itemsize == 1)
+    is_eight_bits = weight is not None and weight.dtype.itemsize == 1
+    return is_eight_bits or "qweight" in tensors or "weight_packed" in tensors
 
 
-def _fp8(tensors: Tensors, how: Settings, dtype: torch.dtype, inputs: int) -> QuantizedWeight:
+def _fp8(tensors: Tensors, how: Settings, dtype: torch.dtype) -> QuantizedWeight:
     block = how.get("weight_block_size")
     return _with_scales(tensors, dtype, tuple(block) if block else None, "fp8")
 
@@ -61,48 +57,50 @@ def _with_scales(
     return FP8(tensors["weight"], tensors[name], dtype, block=sizes, name=name, kind=kind)
 
 
-def _gptq(tensors: Tensors, how: Settings, dtype: torch.dtype, inputs: int) -> QuantizedWeight:
+def _gptq(tensors: Tensors, how: Settings, dtype: torch.dtype) -> QuantizedWeight:
+    words, group_of = tensors["qweight"], tensors.get("g_idx")
+    inputs = words.shape[0] * 32 // how.get("bits", 4) if group_of is None else len(group_of)
     return GPTQ(
-        tensors["qweight"],
+        words,
         tensors["qzeros"],
         tensors["scales"],
         dtype,
         inputs=inputs,
         group=how.get("group_size", 128),
-        group_of=tensors.get("g_idx"),
+        group_of=group_of,
         older=how.get("checkpoint_format") != "gptq_v2",
     )
 
 
-def _awq(tensors: Tensors, how: Settings, dtype: torch.dtype, inputs: int) -> QuantizedWeight:
-    stored = (tensors[name] for name in ("qweight", "qzeros", "scales"))
-    return AWQ(*stored, dtype, group=how.get("group_size", 128))
+def _awq(tensors: Tensors, how: Settings, dtype: torch.dtype) -> QuantizedWeight:
+    words, zeros, scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
+    return AWQ(words, zeros, scales, dtype, group=how.get("group_size", 128))
 
 
-def _compressed(tensors: Tensors, how: Settings, dtype: torch.dtype, inputs: int) -> QuantizedWeight:
+def _compressed(tensors: Tensors, how: Settings, dtype: torch.dtype) -> QuantizedWeight:
     schemes = [group["weights"] for group in how["config_groups"].values()]
     if "weight" in tensors and tensors["weight"].dtype != torch.int8:
         blocks = [scheme.get("block_structure") for scheme in schemes]
         block = next((tuple(block) for block in blocks if block), None)
         return _with_scales(tensors, dtype, block, CompressedInt.kind)
-    if "weight" in tensors:
-        bits = 8
-    else:  # which of the schemes it is, the width of its words says
-        words = tensors["weight_packed"].shape[-1]
-        bits = next((b for b in (4, 8) if words == -(inputs * b // -32)), 0)
+    codes = tensors["weight" if "weight" in tensors else "weight_packed"]
+    inputs, bits = codes.shape[1], 8
+    if "weight_packed" in tensors:  # which of the schemes it is, the width of its words says
+        inputs = int(tensors["weight_shape"][-1])
+        bits = next((b for b in (4, 8) if codes.shape[1] == -(inputs * b // -32)), 0)
     # Groups are whole, so that the number of scales says how wide they are.
-    group = -(inputs // -tensors["weight_scale"].shape[-1]) if tensors["weight_scale"].ndim else None
+    group = (
+        -(inputs // -tensors["weight_scale"].shape[-1]) if tensors["weight_scale"].ndim else None
+    )
     return CompressedInt(tensors, dtype, bits=bits, group=group)
 
 
-READERS: Mapping[str, Callable[[Tensors, Settings, torch.dtype, int], QuantizedWeight]] = {
+READERS: Mapping[str, Callable[[Tensors, Settings, torch.dtype], QuantizedWeight]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,
-    # The layers beside its experts are dense; those are read by `published_experts`.
-    "mxfp4": _fp8,
 }
 
 
@@ -115,8 +113,8 @@ def published_experts(
     Each is (out, in), also where the module keeps them as (in, out).
     """
     if (blocks := stored.get(f"{name}_blocks")) is not None:
-        scales = stored[f"{name}_scales"]
-        return [MXFP4(*each, dtype) for each in zip(blocks, scales, strict=True)]
+        pairs = zip(blocks, stored[f"{name}_scales"], strict=True)
+        return [MXFP4(*pair, dtype) for pair in pairs]
     codes, scales = stored.get(name), stored.get(f"{name}_scale_inv")
     if codes is None or scales is None or codes.dtype.itemsize > 1:
         return None

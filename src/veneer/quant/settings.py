@@ -19,7 +19,7 @@ TAKE_ANOTHER = "Take the model before it was quantized, or one in another format
 class Quantization:
     """How a model is quantized: its bits, whether the head is quantized too, and by what method.
 
-    ignores: what the files ask for beside quantized weights, and nobody does here; empty if nothing.
+    ignores: what the files ask for beside quantized weights and Veneer leaves undone, or "".
     """
 
     bits: Bits
@@ -100,7 +100,9 @@ def _compressed_tensors(how: Mapping[str, Any]) -> Quantization:
         weights = group.get("weights")
         if not weights:
             raise ModelError(f"This model quantizes activations alone, which {_NOT_HERE}")
-        _expect(name, {"format": group.get("format") or how.get("format")}, "format", *INTEGERS, *FLOATS)
+        _expect(
+            name, {"format": group.get("format") or how.get("format")}, "format", *INTEGERS, *FLOATS
+        )
         _expect(name, weights, "type", "int", "float")
         _expect(name, weights, "num_bits", *((8,) if weights.get("type") == "float" else (4, 8)))
         _expect(name, weights, "strategy", "tensor", "channel", "group", "block")
@@ -108,7 +110,9 @@ def _compressed_tensors(how: Mapping[str, Any]) -> Quantization:
     head = not any("lm_head" in str(path) for path in how.get("ignore") or ())
     inputs = [group.get("input_activations") for group in groups]
     activations = next((each.get("num_bits", 8) for each in inputs if each), None)
-    return Quantization(bits, head, name, _activations(activations) if activations else "")
+    return Quantization(
+        bits, head, "compressed-tensors", _activations(activations) if activations else ""
+    )
 
 
 def _activations(bits: int) -> str:
@@ -124,6 +128,6 @@ def _expect(name: str, how: Mapping[str, Any], key: str, *known: object) -> None
     if value is not None and value not in known:
         choices = " or ".join(map(str, known))
         raise ModelError(
-            f"This model is quantized by {name} with {key} {value}, but only {choices} can be read. "
-            f"{TAKE_ANOTHER}"
+            f"This model is quantized by {name} with {key} {value}, but only {choices} can be "
+            f"read. {TAKE_ANOTHER}"
         )
