@@ -14,6 +14,7 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import veneer
@@ -77,6 +78,19 @@ SHAPES = {
         num_attention_heads=32,
         num_key_value_heads=32,
         pad_token_id=0,
+    ),
+    "qwen3-moe": lambda: Qwen3MoeConfig(  # 64 experts of 256, 8 of them for each token; 3 layers
+        vocab_size=LEAST_VOCAB,
+        hidden_size=1024,
+        moe_intermediate_size=256,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        num_hidden_layers=3,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=128,
+        tie_word_embeddings=True,
     ),
 }
 

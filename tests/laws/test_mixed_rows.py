@@ -14,6 +14,7 @@ from support.random_adapters import distance, ids, shake
 from support.tiny_models import tiny
 from veneer.adapter import linear
 from veneer.adapter.active import active_adapters_of
+from veneer.adapter.parameters import experts_of
 from veneer.adapter.use import use_rows
 from veneer.errors import AdapterError
 
@@ -25,7 +26,8 @@ def beside_others(kind: Kind, dtype: torch.dtype = torch.float32) -> Any:
     """Return a model with the kind's adapter, and with a wide one and a DoRA."""
     model = kind.fresh(dtype)
     veneer.attach(model, veneer.LoRA(rank=5, targets="all"), name="wide")
-    veneer.attach(model, veneer.LoRA(rank=2, targets="all", dora=True), name="dora")
+    dora = "attention" if any(experts_of(model)) else "all"  # there is no DoRA of experts
+    veneer.attach(model, veneer.LoRA(rank=2, targets=dora, dora=True), name="dora")
     return shake(model, size=0.2).requires_grad_(False)
 
 

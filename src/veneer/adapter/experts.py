@@ -44,8 +44,8 @@ class RoutedExperts:
     def experts(
         self, module: Any, updates: Mapping[str, StackUpdate | None], *, exact: bool = False
     ) -> Experts:
-        """Return the module's experts as they are now. exact: whether the gate's own function is
-        called even where it is known."""
+        """Return the module's experts as they are now. exact: whether their output without updates
+        is to be the module's own to the bit."""
 
         def stack(name: str) -> Stack:
             bias = getattr(module, f"{name}_bias") if module.has_bias else None
@@ -55,7 +55,7 @@ class RoutedExperts:
         gate: Gate | None = self.gate
         if exact or gate is None:
             gate = OwnGate(_own_gate(module), self.gate)
-        return Experts(stack(self.up), stack(self.down), gate, self.post_norm)
+        return Experts(stack(self.up), stack(self.down), gate, self.post_norm, exact)
 
     def applies(self, module: nn.Module) -> bool:
         """Return whether nobody waits for a call of its activation, and nothing but adapters

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.kernels.dropout import Mask
-from veneer.kernels.native import kernel
 from veneer.kernels.packing import Packing
+from veneer.kernels.rows import row_dots
 from veneer.kernels.score_blocks import QUERY_BLOCK, ScoreBlocks, query_blocks, visible_keys
 
 __all__ = ["NAME", "Attention", "Packing", "UnsupportedAttention", "packed_attention"]
@@ -187,7 +187,7 @@ class Attention:
         packing = self.packing
         gradients = zip(
             packing.split(packing.gradient_to_groups(dy)),
-            packing.split(packing.gradient_to_groups(_row_dots(dy, y))),
+            packing.split(packing.gradient_to_groups(row_dots(dy, y))),
             log_sums,
             strict=True,
         )
@@ -317,14 +317,3 @@ def flash_shares_keys() -> bool:
 def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what is added to scores, so that those of hidden keys are −∞."""
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
-
-
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Return Σ a ∘ b over the last dimension, in float32 or wider."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    native = kernel("row_dots", a)
-    if native is None:
-        return (a.to(wide) * b.to(wide)).sum(-1)
-    out = torch.empty(a.shape[:-1], dtype=wide)
-    native(a.contiguous(), b.contiguous(), out, out.numel(), a.shape[-1])
-    return out

@@ -28,6 +28,31 @@ void row_dots(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {
     }
 }
 
+// out = Σ w · row over the k rows at the places of each row of `out`.
+template <class T>
+void weighted_sums(const T* rows, const Size* places, const Wide<T>* weights, T* out, Size count,
+                   Size k, Size cols) {
+    using F = Wide<T>;
+    constexpr Size kColumns = 512;
+#pragma omp parallel for schedule(static) if (count * k * cols > kWorthSharing)
+    for (Size n = 0; n < count; ++n) {
+        for (Size first = 0; first < cols; first += kColumns) {
+            const Size width = cols - first < kColumns ? cols - first : kColumns;
+            F sums[kColumns];
+            for (Size i = 0; i < width; ++i) sums[i] = 0;
+            for (Size j = 0; j < k; ++j) {
+                const T* row = rows + places[n * k + j] * cols + first;
+                const F weight = weights[n * k + j];
+#pragma omp simd
+                for (Size i = 0; i < width; ++i) sums[i] += weight * load(row[i]);
+            }
+            T* y = out + n * cols + first;
+#pragma omp simd
+            for (Size i = 0; i < width; ++i) y[i] = store<T>(sums[i]);
+        }
+    }
+}
+
 // The length of each row w + s b A, or 1 for 0, from ‖w‖², w Aᵀ and A Aᵀ.
 template <class T>
 void updated_norms(const Wide<T>* squares, const T* products, const Wide<T>* gram,
@@ -149,6 +174,11 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
     }                                                                                              \
     extern "C" void row_dots_##name(const T* a, const T* b, Wide<T>* out, Size rows, Size cols) {  \
         row_dots(a, b, out, rows, cols);                                                           \
+    }                                                                                              \
+    extern "C" void weighted_sums_##name(const T* rows, const Size* places,                        \
+                                         const Wide<T>* weights, T* out, Size count, Size k,       \
+                                         Size cols) {                                              \
+        weighted_sums(rows, places, weights, out, count, k, cols);                                 \
     }                                                                                              \
     extern "C" void updated_norms_##name(                                                          \
         const Wide<T>* squares, const T* products, const Wide<T>* gram, const Wide<T>* factor,     \

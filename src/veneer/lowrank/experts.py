@@ -14,9 +14,8 @@ large: the gradients before it are linear in w, which is applied to A x and to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -24,11 +23,9 @@ from torch import Tensor
 
 from veneer.kernels.activation import Activation, activate, activate_backward
 from veneer.kernels.arena import Arena
+from veneer.kernels.rows import row_dots, weighted_sums
 from veneer.quant.stack import QuantizedStack, expert_weight
-from veneer.quant.weight import product, product_back
-
-# Rows for which a gate that is differentiated by autograd is computed at a time.
-GATE_ROWS = 4096
+from veneer.quant.weight import QuantizedWeight, product, product_back
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,10 @@ class StackUpdate:
     def shares_A(self) -> bool:
         return self.A.ndim == 2
 
+    def A_of(self, expert: int) -> Tensor:
+        """Return an expert's A (rank, in)."""
+        return self.A if self.shares_A else self.A[expert]
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -72,9 +73,21 @@ class Stack:
     def in_features(self) -> int:
         return self.weight.shape[-2 if self.transposed else -1]
 
+    @property
+    def rank(self) -> int:
+        return 0 if self.update is None else self.update.rank
+
+    def weight_of(self, expert: int, dtype: torch.dtype) -> Tensor | QuantizedWeight:
+        """Return an expert's weight (out, in), a dense one in `dtype`."""
+        weight = expert_weight(self.weight, expert, transposed=self.transposed)
+        return weight.to(dtype) if isinstance(weight, Tensor) else weight
+
     def trained(self) -> list[Tensor]:
         """Return A and B, or nothing where no adapter acts."""
         return [] if self.update is None else [self.update.A, self.update.B]
+
+    def zero_gradients(self) -> _FactorGradients:
+        return _FactorGradients(self.update)
 
 
 class Gate(Protocol):
@@ -115,25 +128,28 @@ class OwnGate:
     known: KnownGate | None = None
 
     def forward(self, up: Tensor) -> Tensor:
-        return torch.cat([self.function(rows) for rows in up.split(GATE_ROWS)])
+        return self.function(up)
 
     def backward(self, d_inner: Tensor, up: Tensor, d_up: Tensor) -> Tensor:
         if self.known is not None:
             return self.known.backward(d_inner, up, d_up)
-        inner = torch.empty_like(d_inner)
-        for rows in _chunks(len(up)):
-            inner[rows] = _pulled_back(self.function, up[rows], d_inner[rows], d_up[rows])
-        return inner
+        return _pulled_back(self.function, up, d_inner, d_up)
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a mixture. post_norm: what each expert's output goes through, row by row."""
+    """The experts of a mixture.
+
+    post_norm: what each expert's output goes through, row by row. exact: whether the output without
+    updates is to be that of transformers' own operations to the bit; for this every number of `up`
+    is kept.
+    """
 
     up: Stack
     down: Stack
     gate: Gate
     post_norm: Callable[[Tensor], Tensor] | None = None
+    exact: bool = False
 
     @property
     def count(self) -> int:
@@ -141,6 +157,12 @@ class Experts:
 
     def trained(self) -> list[Tensor]:
         return [*self.up.trained(), *self.down.trained()]
+
+    def note_routed(self, routing: Routing) -> None:
+        """Let whatever reads ahead know which experts are used next."""
+        for stack in (self.up, self.down):
+            if isinstance(stack.weight, QuantizedStack):
+                stack.weight.note_routed(routing.experts)
 
 
 def routed_experts(
@@ -153,13 +175,14 @@ def routed_experts(
     recompute_projections: bool = False,
 ) -> Tensor:
     """Return Σ_j w_tj · expert_tj(x_t), (tokens, out), in x's dtype. An index beyond the experts
-    adds nothing. The products and sums are those of transformers' own functions, to the bit where
-    the gate is the module's own.
+    adds nothing.
+
+    arena: where the output of gate and up is kept.
 
     recompute_projections: whether the backward pass computes the first stack again.
     """
     routing = Routing(index, experts.count)
-    settings = _Settings(experts, routing, arena or Arena(), recompute_projections)
+    settings = _Settings(experts, routing, arena, recompute_projections)
     y: Tensor = _RoutedExperts.apply(x, weights, settings, *experts.trained())
     return y
 
@@ -168,12 +191,12 @@ class Routing:
     """The rows of a batch, sorted by expert. index (tokens, k): the experts of each token."""
 
     def __init__(self, index: Tensor, experts: int) -> None:
-        self.tokens, self.per_token = index.shape
         flat = index.reshape(-1)
-        order = flat.argsort(stable=True)
-        self.place = torch.empty_like(order)  # of each token and choice, among the sorted rows
-        self.place[order] = torch.arange(len(order), device=order.device)
-        self.order, self.token = order, order // self.per_token  # (rows,)
+        self.order = flat.argsort(stable=True)  # (rows,)
+        self.token = self.order // index.shape[1]  # of each sorted row
+        places = torch.empty_like(self.order)
+        places[self.order] = torch.arange(len(places), device=index.device)
+        self.places = places.view_as(index)  # of each token and choice, among the sorted rows
         counts: list[int] = torch.bincount(flat, minlength=experts)[:experts].tolist()
         self.segments: list[tuple[int, slice]] = []  # of each expert that has rows
         first = 0
@@ -181,39 +204,32 @@ class Routing:
             if count:
                 self.segments.append((expert, slice(first, first + count)))
                 first += count
-        self.rows = first
+        self.routed = first  # rows of an expert; those beyond the experts follow
+        self.longest = max(counts, default=0)
 
-    @cached_property
-    def all_routed(self) -> bool:
-        """Whether no index is beyond the experts."""
-        return self.rows == len(self.order)
+    @property
+    def experts(self) -> list[int]:
+        """The experts that have rows, in their order."""
+        return [expert for expert, _ in self.segments]
 
-    def gathered(self, x: Tensor) -> Tensor:
-        """Return the token of each sorted row, (rows, ...), of x (tokens, ...)."""
-        return x.index_select(0, self.token)
+    def masks(self, stack: Stack) -> Tensor | None:
+        """Return the mask of each sorted row, (rows, rank), or None where all are 1."""
+        mask = None if stack.update is None else stack.update.mask
+        return None if mask is None else mask[self.token]
 
-    def sorted(self, weights: Tensor) -> Tensor:
-        """Return weights (tokens, k) as a column of the sorted rows, (rows, 1)."""
-        return weights.reshape(-1)[self.order].unsqueeze(1)
-
-    def unsorted(self, column: Tensor) -> Tensor:
-        """Return numbers of the sorted rows, (rows,), as (tokens, k)."""
-        return column[self.place].view(self.tokens, self.per_token)
-
-    def combined(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Return Σ_j w_tj · row_tj, (tokens, columns), in the rows' dtype.
-
-        Products have the wider dtype of both, and their sum is rounded once.
-        """
-        each = rows[self.place].view(self.tokens, self.per_token, -1)
-        return (each * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+    def combined(self, rows: Tensor, weights: Tensor, *, exact: bool = False) -> Tensor:
+        """Return Σ_j w_tj · row_tj, (tokens, columns), in the rows' dtype; by transformers' own
+        operations if `exact`."""
+        if exact:
+            return (rows[self.places] * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+        return weighted_sums(rows, self.places, weights)
 
 
 @dataclass(frozen=True)
 class _Settings:
     experts: Experts
     routing: Routing
-    arena: Arena
+    arena: Arena | None
     recompute_projections: bool
 
 
@@ -223,157 +239,169 @@ class _RoutedExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, settings: _Settings, *trained: Tensor
     ) -> Tensor:
         experts, routing, arena = settings.experts, settings.routing, settings.arena
-        up, h_up = _project(routing.gathered(x), experts.up, routing, arena)
-        inner = experts.gate.forward(up)
-        y, h_down = _project(inner, experts.down, routing, arena)
+        up, down, rows = experts.up, experts.down, len(routing.order)
+        keeps = experts.exact or not settings.recompute_projections
+        if keeps and arena is not None:
+            up_y = arena.empty(rows, up.out_features, x)
+        else:
+            up_y = x.new_empty(rows if keeps else routing.longest, up.out_features)
+        h_up, h_down = (x.new_empty(rows, stack.rank) for stack in (up, down))
+        y = x.new_empty(rows, down.out_features)
+        y[routing.routed :] = 0
+        x_rows = x.new_empty(routing.longest, up.in_features)
+        masks = routing.masks(up), routing.masks(down)
+        experts.note_routed(routing)
+        for expert, own in routing.segments:
+            count = own.stop - own.start
+            kept = own if keeps else slice(count)
+            own_x = torch.index_select(x, 0, routing.token[own], out=x_rows[:count])
+            _project(own_x, up, expert, up_y[kept], h_up[own], _rows(masks[0], own))
+            if not experts.exact:
+                inner = experts.gate.forward(up_y[kept])
+                _project(inner, down, expert, y[own], h_down[own], _rows(masks[1], own))
+        if experts.exact:
+            # How a model's own function rounds a number may depend on the shape that it is in.
+            inner = experts.gate.forward(up_y)
+            for expert, own in routing.segments:
+                _project(inner[own], down, expert, y[own], h_down[own], _rows(masks[1], own))
         if experts.post_norm is not None:
             y = experts.post_norm(y)
-        out = routing.combined(y, weights)
-        kept = (None, None) if settings.recompute_projections else (up, h_up)
         ctx.settings = settings
-        ctx.save_for_backward(x, weights, *kept, h_down)
-        return out
+        ctx.save_for_backward(x, weights, up_y if keeps else None, h_up, h_down)
+        return routing.combined(y, weights, exact=experts.exact)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, up, h_up, h_down = ctx.saved_tensors
+        x, weights, up_y, h_up, h_down = ctx.saved_tensors
         settings: _Settings = ctx.settings
-        experts, routing = settings.experts, settings.routing
+        experts, routing, dy = settings.experts, settings.routing, grads[0]
+        up, down, rows = experts.up, experts.down, len(routing.order)
         needs_x, needs_weights, *_ = ctx.needs_input_grad
-        if up is None:
-            up, h_up = _project(routing.gathered(x), experts.up, routing, settings.arena)
-        d_rows = routing.gathered(grads[0])  # (rows, out), without w
-        w = routing.sorted(weights)
-        d_weights = None
-        if experts.post_norm is not None:
-            y, _ = _project(experts.gate.forward(up), experts.down, routing, settings.arena)
-            normed = _pulled_back(experts.post_norm, y, d_rows, dy := torch.empty_like(y))
-            d_weights, d_rows = _dots(d_rows, normed), dy
-        dh_down = _gradient_of_h(d_rows, experts.down, routing)
-        d_inner = _gradient_of_x(d_rows, dh_down, experts.down, routing)
-        d_up = torch.empty_like(up)
-        inner = experts.gate.backward(d_inner, up, d_up)
-        if d_weights is None:
-            # ⟨dy, down(inner)⟩ = ⟨d_inner, inner⟩ + ⟨dy, b⟩: what `down` gave is not needed.
-            d_weights = _dots(d_inner, inner) + _dots_with_bias(d_rows, experts.down, routing)
-        d_x: Tensor | None = None
-        dh_up = _gradient_of_h(d_up, experts.up, routing)
-        if needs_x:
-            d_x = routing.combined(_gradient_of_x(d_up, dh_up, experts.up, routing), weights)
-        d_trained: list[Tensor | None] = []
-        if experts.up.update is not None:
-            d_trained += _gradients_of_update(
-                d_up, dh_up * w, routing.gathered(x), h_up * w, experts.up.update, routing
+        w = weights.reshape(-1)[routing.order].unsqueeze(1)  # (rows, 1)
+        d_x = dy.new_empty(rows, up.in_features) if needs_x else None
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        d_weights = dy.new_zeros(rows, dtype=wide)
+        if d_x is not None:
+            d_x[routing.routed :] = 0
+        d_up_factors, d_down_factors = up.zero_gradients(), down.zero_gradients()
+        y_rows, x_rows, inner_rows, up_rows, d_up_rows = (
+            dy.new_empty(routing.longest, columns)
+            for columns in (
+                *(down.out_features, up.in_features, down.in_features),
+                *(up.out_features, up.out_features),
             )
-        if experts.down.update is not None:
-            d_trained += _gradients_of_update(
-                d_rows, dh_down * w, inner, h_down * w, experts.down.update, routing
-            )
-        d_weights = routing.unsorted(d_weights).to(weights.dtype) if needs_weights else None
-        return d_x, d_weights, None, *d_trained
+        )
+        masks = routing.masks(up), routing.masks(down)
+        reads_x = up_y is None or d_up_factors.trains
+        experts.note_routed(routing)
+        for expert, own in routing.segments:
+            count = own.stop - own.start
+            token, own_w = routing.token[own], w[own]
+            own_dy = torch.index_select(dy, 0, token, out=y_rows[:count])  # without w
+            own_x = torch.index_select(x, 0, token, out=x_rows[:count]) if reads_x else None
+            if up_y is None:
+                assert own_x is not None
+                own_up, mask = up_rows[:count], _rows(masks[0], own)
+                _project(own_x, up, expert, own_up, h_up[own], mask)
+            else:
+                own_up = up_y[own]
+            if experts.post_norm is not None:
+                inner = experts.gate.forward(own_up)
+                y = torch.empty_like(own_dy)
+                _project(inner, down, expert, y, h_down[own], _rows(masks[1], own))
+                normed = _pulled_back(experts.post_norm, y, own_dy, d_y := torch.empty_like(y))
+                d_weights[own] = row_dots(own_dy, normed)
+                own_dy = d_y
+            dh_down = _gradient_of_h(own_dy, down, expert, _rows(masks[1], own))
+            d_inner = _gradient_of_x(own_dy, dh_down, down, expert, inner_rows[:count])
+            inner = experts.gate.backward(d_inner, own_up, d_up := d_up_rows[:count])
+            if needs_weights and experts.post_norm is None:
+                # ⟨dy, down(inner)⟩ = ⟨d_inner, inner⟩ + ⟨dy, b⟩: the output of `down` is not kept.
+                d_weights[own] = row_dots(d_inner, inner)
+                if down.bias is not None:
+                    d_weights[own] += own_dy.to(wide) @ down.bias[expert].to(wide)
+            dh_up = _gradient_of_h(d_up, up, expert, _rows(masks[0], own))
+            if d_x is not None:
+                _gradient_of_x(d_up, dh_up, up, expert, d_x[own])
+            d_down_factors.add(expert, own_dy, dh_down, inner, h_down[own], own_w)
+            d_up_factors.add(expert, d_up, dh_up, own_x, h_up[own], own_w)
+        return (
+            None if d_x is None else routing.combined(d_x, weights),
+            d_weights[routing.places].to(weights.dtype) if needs_weights else None,
+            None,
+            *d_up_factors.gradients(),
+            *d_down_factors.gradients(),
+        )
 
 
-def _project(x: Tensor, stack: Stack, routing: Routing, arena: Arena) -> tuple[Tensor, Tensor]:
-    """Return the stack's output of the sorted rows, (rows, out), and A x of them, (rows, rank)."""
-    y = arena.empty(len(x), stack.out_features, x)
-    y[routing.rows :] = 0
-    h = _low_rank(x, stack.update, routing)
-    _note_routed(stack, routing.segments)
-    for expert, rows in routing.segments:
-        own = y[rows]
-        product(x[rows], _weight(stack, expert, x), own)
-        if stack.update is not None:
-            own.addmm_(h[rows], stack.update.B[expert].T)
-        if stack.bias is not None:
-            own += stack.bias[expert]
-    return y, h
+class _FactorGradients:
+    """The gradients of A and B, as far as they train, added up expert by expert."""
+
+    def __init__(self, update: StackUpdate | None) -> None:
+        self.update = update
+        self.A = self.B = None
+        if update is not None and update.A.requires_grad:
+            dtype = update.A.dtype
+            # The experts' gradients of a shared A are added up; 16 bits would round each sum.
+            wide = torch.promote_types(dtype, torch.float32) if update.shares_A else dtype
+            self.A = torch.zeros_like(update.A, dtype=wide)
+        if update is not None and update.B.requires_grad:
+            self.B = torch.zeros_like(update.B)
+
+    @property
+    def trains(self) -> bool:
+        return self.A is not None or self.B is not None
+
+    def add(
+        self, expert: int, dy: Tensor, dh: Tensor, x: Tensor | None, h: Tensor, w: Tensor
+    ) -> None:
+        """Add what an expert's rows give: dA = (w dh)ᵀ x and dB = dyᵀ (w h)."""
+        if self.A is not None and self.update is not None:
+            assert x is not None
+            dh = (dh * w).to(x.dtype)
+            if self.update.shares_A:
+                self.A += dh.T @ x
+            else:
+                torch.mm(dh.T, x, out=self.A[expert])
+        if self.B is not None:
+            torch.mm(dy.T, (h * w).to(dy.dtype), out=self.B[expert])
+
+    def gradients(self) -> list[Tensor | None]:
+        if self.update is None:
+            return []
+        return [None if self.A is None else self.A.to(self.update.A.dtype), self.B]
 
 
-def _low_rank(x: Tensor, update: StackUpdate | None, routing: Routing) -> Tensor:
-    """Return A x of the sorted rows, (rows, rank)."""
-    if update is None:
-        return x.new_empty(len(x), 0)
-    if update.shares_A:
-        h = x @ update.A.T
-    else:
-        h = x.new_zeros(len(x), update.rank)
-        for expert, rows in routing.segments:
-            torch.mm(x[rows], update.A[expert].T, out=h[rows])
-    return h if update.mask is None else h * routing.gathered(update.mask)
+def _project(
+    x: Tensor, stack: Stack, expert: int, y: Tensor, h: Tensor, mask: Tensor | None
+) -> None:
+    """Write an expert's W x + B A x + b to `y`, (rows, out), and its A x to `h`, (rows, rank)."""
+    product(x, stack.weight_of(expert, x.dtype), y)
+    if stack.update is not None:
+        torch.mm(x, stack.update.A_of(expert).T, out=h)
+        if mask is not None:
+            h *= mask
+        y.addmm_(h, stack.update.B[expert].T)
+    if stack.bias is not None:
+        y += stack.bias[expert]
 
 
-def _gradient_of_h(dy: Tensor, stack: Stack, routing: Routing) -> Tensor:
-    """Return the gradient dy B of A x, (rows, rank)."""
-    update = stack.update
-    if update is None:
+def _gradient_of_h(dy: Tensor, stack: Stack, expert: int, mask: Tensor | None) -> Tensor:
+    """Return the gradient dy B of an expert's A x, (rows, rank)."""
+    if stack.update is None:
         return dy.new_empty(len(dy), 0)
-    dh = dy.new_zeros(len(dy), update.rank)
-    for expert, rows in routing.segments:
-        torch.mm(dy[rows], update.B[expert], out=dh[rows])
-    return dh if update.mask is None else dh * routing.gathered(update.mask)
+    dh = dy @ stack.update.B[expert]
+    return dh if mask is None else dh * mask
 
 
-def _gradient_of_x(dy: Tensor, dh: Tensor, stack: Stack, routing: Routing) -> Tensor:
-    """Return dy W + dh A, (rows, in)."""
-    dx = dy.new_empty(len(dy), stack.in_features)
-    dx[routing.rows :] = 0
-    update = stack.update
-    _note_routed(stack, routing.segments)
-    for expert, rows in routing.segments:
-        weight = _weight(stack, expert, dy)
-        if isinstance(weight, Tensor):
-            torch.mm(dy[rows], weight, out=dx[rows])
-        else:
-            dx[rows] = product_back(dy[rows], weight)
-        if update is not None:
-            dx[rows].addmm_(dh[rows], update.A if update.shares_A else update.A[expert])
-    return dx
-
-
-def _gradients_of_update(
-    dy: Tensor, dh: Tensor, x: Tensor, h: Tensor, update: StackUpdate, routing: Routing
-) -> list[Tensor | None]:
-    """Return dA and dB; None for what does not train. w is in dh and h, not in dy."""
-    dA = dB = None
-    dh, h = dh.to(x.dtype), h.to(x.dtype)
-    if update.A.requires_grad:
-        if update.shares_A:
-            dA = dh.T @ x
-        else:
-            dA = torch.zeros_like(update.A)
-            for expert, rows in routing.segments:
-                torch.mm(dh[rows].T, x[rows], out=dA[expert])
-    if update.B.requires_grad:
-        dB = torch.zeros_like(update.B)
-        for expert, rows in routing.segments:
-            torch.mm(dy[rows].T, h[rows], out=dB[expert])
-    return [dA, dB]
-
-
-def _dots_with_bias(dy: Tensor, stack: Stack, routing: Routing) -> Tensor | float:
-    """Return ⟨dy, b⟩ of each row, (rows,), in float32 or wider; 0 without a bias."""
-    if stack.bias is None:
-        return 0.0
-    bias = torch.zeros_like(dy)
-    for expert, rows in routing.segments:
-        bias[rows] = stack.bias[expert]
-    return _dots(dy, bias)
-
-
-def _weight(stack: Stack, expert: int, like: Tensor) -> Any:
-    weight = expert_weight(stack.weight, expert, transposed=stack.transposed)
-    return weight.to(like.dtype) if isinstance(weight, Tensor) else weight
-
-
-def _note_routed(stack: Stack, segments: Sequence[tuple[int, slice]]) -> None:
-    if isinstance(stack.weight, QuantizedStack):
-        stack.weight.note_routed([expert for expert, _ in segments])
-
-
-def _dots(x: Tensor, y: Tensor) -> Tensor:
-    """Return the product ⟨x, y⟩ of each row, in float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (x * y).sum(1, dtype=wide) if x.dtype == wide else (x.to(wide) * y).sum(1)
+def _gradient_of_x(dy: Tensor, dh: Tensor, stack: Stack, expert: int, dx: Tensor) -> Tensor:
+    """Write an expert's dy W + dh A, (rows, in), to `dx` and return it."""
+    weight = stack.weight_of(expert, dy.dtype)
+    if isinstance(weight, Tensor):
+        torch.mm(dy, weight, out=dx)
+    else:
+        dx.copy_(product_back(dy, weight))
+    return dx if stack.update is None else dx.addmm_(dh, stack.update.A_of(expert))
 
 
 def _pulled_back(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
@@ -385,5 +413,5 @@ def _pulled_back(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, dx
     return y.detach()
 
 
-def _chunks(rows: int) -> list[slice]:
-    return [slice(first, first + GATE_ROWS) for first in range(0, rows, GATE_ROWS)]
+def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    return None if mask is None else mask[rows]
