@@ -141,6 +141,12 @@ class QuantizedStack(nn.Module):
     def transpose(self, first: int, second: int) -> Tensor:
         return self.dense().transpose(first, second)
 
+    def __deepcopy__(self, memo: dict) -> QuantizedStack:
+        # The experts never change, and whoever reads ahead stays the same.
+        stack = type(self)(self.experts, transposed=self.transposed)
+        stack.before_routed = self.before_routed
+        return stack
+
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.label}"
 
