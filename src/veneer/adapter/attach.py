@@ -40,7 +40,7 @@ from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.lowrank.initial import directions
 from veneer.models.description import Layer
-from veneer.quant.stack import quantized_modules
+from veneer.quant.stack import QuantizedStack, quantized_modules
 
 
 def attach(
@@ -185,7 +185,7 @@ def adapted_layer(model: nn.Module, path: str) -> Adapted:
     """Return the adapted layer, or parameter, at a path; the base's own is wrapped if need be."""
     active_adapters = active_adapters_of(model)
     owner, name = owner_of(model, path)
-    if name in owner._parameters:
+    if name in owner._parameters or isinstance(owner._modules.get(name), QuantizedStack):
         wrapper = model.get_submodule(path.rpartition(".")[0])
         if not isinstance(wrapper, LoRAParameters):
             wrapper = LoRAParameters(wrapper)
