@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.quant.settings import Bits
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight
 
 
@@ -60,7 +59,7 @@ class QuantizedStack(nn.Module):
         return 3
 
     @property
-    def bits(self) -> Bits:
+    def bits(self) -> int:
         return self.experts[0].bits
 
     @property
