@@ -67,6 +67,10 @@ class QuantizedStack(nn.Module):
         return self.experts[0].kind
 
     @property
+    def published(self) -> bool:
+        return self.experts[0].published
+
+    @property
     def label(self) -> str:
         return self.experts[0].label
 

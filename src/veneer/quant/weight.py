@@ -31,11 +31,6 @@ class QuantizedWeight(ABC):
     # Called before each use, so that whatever reads ahead knows where in the model a pass is.
     before_use: Callable[[], None] | None = None
 
-    @property
-    def label(self) -> str:
-        """What people call the format."""
-        return type(self).__name__
-
     def requantized(self, weight: Tensor, dtype: torch.dtype) -> QuantizedWeight | None:
         """Return another weight (out, in) quantized as this one is, or None where Veneer cannot."""
         return None
