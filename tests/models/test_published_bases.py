@@ -217,3 +217,10 @@ def test_damaged_weights(damage, says, tmp_path):
     save_file(tensors, file)
     with pytest.raises(veneer.ModelError, match=says):
         load_base(tmp_path / "q")
+
+
+def test_sixteen_bits_are_the_dense_numbers_of_the_published_ones():
+    place, twin = published("qwen2", "fp8")
+    dense, expected = load_base(place, **F32, bits=16).model, twin.state_dict()
+    assert not quantized_layers(dense)
+    assert all(torch.equal(weight, expected[name]) for name, weight in dense.state_dict().items())

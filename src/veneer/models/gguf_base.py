@@ -27,7 +27,9 @@ def kinds_of(path: Path) -> list[str]:
     return sorted(kinds & FORMULAS.keys())
 
 
-def load_blocks(path: Path, skeleton: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel | None:
+def load_blocks(
+    path: Path, skeleton: PreTrainedModel, dtype: torch.dtype
+) -> PreTrainedModel | None:
     """Return the model of a GGUF file with its linear layers in the file's blocks.
 
     All else is dense, also the embedding and the head. None where no layer's blocks can stay: the

@@ -23,6 +23,7 @@ from transformers import (
 
 from veneer.errors import ConfigError, ModelError, listed, nearest
 from veneer.models import gguf, minigpt
+from veneer.models.assemble import assemble
 from veneer.models.dtype import resolve_dtype
 from veneer.models.gguf_base import kinds_of, load_blocks
 from veneer.models.hub import on_hub
@@ -82,8 +83,8 @@ def load_base(
     notices: tuple[str, ...] = ()
     with gguf.read_once():
         keeps_blocks = bits is None and _is_gguf(place) and str(name) not in BUILT_IN
-        bits = None if bits == 16 else bits
-        config = load_config(name) if bits or keeps_blocks or not _is_gguf(place) else None
+        in_place = _is_gguf(place) and not keeps_blocks and bits not in get_args(Bits)
+        config = None if in_place else load_config(name)
         quantization = None if config is None else quantization_of(config.to_dict())
         if config is not None and quantization and not (bits and quantization.is_published):
             if bits:
@@ -96,7 +97,9 @@ def load_base(
                     f"{name} asks for {quantization.ignores}, which Veneer leaves as they are: its "
                     "weights alone are quantized here.",
                 )
-        elif config is not None and bits:
+        elif quantization and config is not None and bits == 16:
+            model = _dequantized(place, config, torch_dtype)
+        elif config is not None and (bits == 4 or bits == 8):
             source, notices = _open_dense(place, config)
             model = quantized_model(source, bits, torch_dtype, head=pack_head)
             if _is_gguf(place) and str(name) not in BUILT_IN and (kinds := kinds_of(Path(place))):
@@ -238,6 +241,14 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
         config.tie_word_embeddings = False  # the files have two of them
     notice = "Its files cannot be read weight by weight, so all of the model was in memory at once."
     return Source.of_model(skeleton_of(config, home), model, home), (notice,)
+
+
+def _dequantized(
+    place: Path | str, config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Return a base that is published quantized as dense numbers."""
+    source, _ = _open_dense(place, config)
+    return assemble(source.skeleton, ((name, source.read(name)) for name in source.names), dtype)
 
 
 def _with_blocks(
