@@ -193,8 +193,7 @@ def test_what_transformers_needs_is_a_dependency_and_missing_it_is_not_blamed_on
         gguf.load_model(smollm2)
 
 
-# Those of the tiny models that transformers can read from GGUF, one that orders rows in pairs, one with
-# weights (in, out).
+# llama orders rows in pairs; gpt2 keeps weights (in, out).
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1"])
 def test_linear_layers_stay_in_the_file_s_blocks_with_the_dense_model_s_numbers(

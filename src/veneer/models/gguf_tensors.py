@@ -1,7 +1,8 @@
 """The weights of a GGUF file by the names of a model: dense, or in the blocks that they lie in.
 
-transformers maps the names and undoes what llama.cpp's converter does to each architecture's tensors:
-it orders the rows of q and k in another way, adds 1 to a norm, keeps gate and up of experts apart.
+transformers maps the names and undoes what llama.cpp's converter does to each architecture's
+tensors: it orders the rows of q and k in another way, adds 1 to a norm, keeps gate and up of
+experts apart.
 """
 
 from __future__ import annotations

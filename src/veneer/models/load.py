@@ -104,8 +104,8 @@ def load_base(
             model = quantized_model(source, bits, torch_dtype, head=pack_head)
             if _is_gguf(place) and str(name) not in BUILT_IN and (kinds := kinds_of(Path(place))):
                 notices += (
-                    f"Its weights, rounded to {listed(kinds)} in the file, are rounded a second time, "
-                    f"to {bits} bits; without --bits they stay as they are there.",
+                    f"Its weights, rounded to {listed(kinds)} in the file, are rounded a second "
+                    f"time, to {bits} bits; without --bits they stay as they are there.",
                 )
         elif config is not None and keeps_blocks:
             model, notices = _with_blocks(Path(place), config, torch_dtype)
@@ -260,8 +260,8 @@ def _with_blocks(
         return _dense(path, dtype), ()
     kinds = sorted({layer.quantized_weight.label for layer in quantized_layers(model).values()})
     return model, (
-        f"The linear layers stay in {path.name}, in its own blocks ({listed(kinds)}); --bits 16 would load "
-        "them as dense numbers: faster, and larger.",
+        f"The linear layers stay in {path.name}, in its own blocks ({listed(kinds)}); --bits 16 "
+        "would load them as dense numbers: faster, and larger.",
     )
 
 

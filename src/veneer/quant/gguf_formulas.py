@@ -1,7 +1,7 @@
 """The blocks of GGUF's formats as numbers, in torch: the formulas that kernels/gguf.cpp computes.
 
-Each takes blocks (blocks, bytes) and returns (blocks, numbers) in float32, which are gguf-py's to the
-bit. The formats are ggml's (ggml-common.h).
+Each takes blocks (blocks, bytes) and returns (blocks, numbers) in float32, which are gguf-py's to
+the bit. The formats are ggml's (ggml-common.h).
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def _signed(codes: Tensor) -> Tensor:
 
 
 def _fields(codes: Tensor, shifts: range, width: int) -> Tensor:
-    """Return `width` bits of each code (blocks, groups, n) at each shift: (blocks, groups · shifts, n)."""
+    """Return some bits of each code (blocks, groups, n), (blocks, groups · shifts, n).
+
+    They are `width` bits at each shift.
+    """
     steps = torch.tensor(shifts, dtype=torch.uint8, device=codes.device)[:, None]
     return (codes[:, :, None] >> steps & (2**width - 1)).flatten(1, 2)
 

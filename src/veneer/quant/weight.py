@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 # Numbers dequantized at a time: 16 MB in bfloat16. With 64 tokens and the layers of a 70B model a
 # product forward takes a fifth less so than with four times as many; with 512 tokens and a 7B
 # model's, up to a sixth more on the way back (`python -m bench.dequantize`; docs/performance.md).
