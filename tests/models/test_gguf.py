@@ -26,6 +26,13 @@ from veneer.quant.weight import quantized_layers
 Post = Callable[[str, dict], dict]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _parsed_once():
+    """Parse the file once for all tests: that takes most of a reader's time."""
+    with gguf.read_once():
+        yield
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     try:

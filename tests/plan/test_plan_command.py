@@ -20,24 +20,8 @@ from veneer.plan.methods import adapted_layers
 from veneer.plan.near_presets import near_presets
 from veneer.plan.plan import comparison, make_plan
 from veneer.plan.presets import PRESETS
-from veneer.plan.sizes import Sizes
 
 LLAMA = PRESETS["smollm2-135m"]
-SIZES: dict[str, Sizes] = {}
-
-
-@pytest.fixture(autouse=True)
-def _sizes_read_once(monkeypatch):
-    """Read the sizes of each configuration once for all plans: no plan changes them, and of the
-    largest models they take most of the time."""
-
-    def read_once(config):
-        text = config.to_json_string(use_diff=False)
-        if text not in SIZES:
-            SIZES[text] = sizes_of(config)
-        return SIZES[text]
-
-    monkeypatch.setattr(veneer.cli.plan_tables, "sizes_of", read_once)
 
 
 def printed(capsys, *arguments, free=24 * 10**9, monkeypatch=None):
