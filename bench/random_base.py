@@ -12,19 +12,26 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from veneer.files import write_tensors
 from veneer.models.quantize import quantizable
+from veneer.models.source import INDEX
+from veneer.models.stored_names import stored_names
 from veneer.quant.nf4 import BLOCK, BLOCK_OF_SCALES, NF4
 
 MAGNITUDE = 0.02  # the largest number of a block: such that a layer's output stays about its input
 
 
 def write_random_base(directory: Path, config: PretrainedConfig) -> int:
-    """Write a base with random NF4 codes and scales, a file a block, and return its bytes."""
+    """Write a base with random NF4 codes and scales, a file a block, and return its bytes.
+
+    Experts of a mixture are quantized one by one, as `veneer quantize` stores them.
+    """
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     layers = quantizable(skeleton)
+    conventions = stored_names(skeleton)
     noise = _Noise()
     directory.mkdir(parents=True)
     files: dict[str, dict[str, Tensor]] = {}
+    index: dict[str, str] = {}
     written = 0
     for name, weight in [*skeleton.state_dict().items(), ("", torch.empty(0))]:
         names = name.split(".")
@@ -33,18 +40,29 @@ def write_random_base(directory: Path, config: PretrainedConfig) -> int:
             ((last, tensors),) = files.items()
             file = directory / f"model-{last.zfill(5)}.safetensors"
             write_tensors(file, tensors)
+            index |= dict.fromkeys(tensors, file.name)
             written += file.stat().st_size
             files = {}
         if not name:
             break
         path = name.removesuffix(".weight")
         tensors = files.setdefault(block, {})
-        if path in layers and name != path:
+        if name in conventions.counts:
+            _, *shape = weight.shape
+            like = torch.empty(shape, device="meta")
+            for pieces in conventions.pieces(name):
+                for piece in pieces:
+                    tensors |= {
+                        f"{piece.name.removesuffix('.weight')}.{n}": t
+                        for n, t in noise.nf4(like[piece.rows].shape).items()
+                    }
+        elif path in layers and name != path:
             tensors |= {f"{path}.{n}": t for n, t in noise.nf4(weight.shape).items()}
         elif weight.ndim == 1:
             tensors[name] = torch.ones(weight.shape, dtype=torch.bfloat16)
         else:
             tensors[name] = noise.dense(weight.shape)
+    (directory / INDEX).write_text(json.dumps({"weight_map": index}), encoding="utf-8")
     settings = config.to_dict() | {
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
     }
@@ -63,9 +81,9 @@ class _Noise:
     def _stretch(self, count: int) -> Tensor:
         first = int(self.draw.integers(0, 2**20))
         stretch = self.bytes[first:]
-        return stretch.repeat(-(count // -len(stretch)))[
-            :count
-        ].clone()  # files hold no shared memory
+        if count > len(stretch):
+            stretch = stretch.repeat(-(count // -len(stretch)))
+        return stretch[:count].clone()  # files hold no shared memory
 
     def nf4(self, shape: torch.Size) -> dict[str, Tensor]:
         import bitsandbytes.functional as bnb

@@ -20,11 +20,12 @@ import torch
 import veneer
 from bench.workloads import random_rows
 from veneer.lowrank import projection
+from veneer.models.fingerprint import parameter_count
 from veneer.models.load import load_skeleton
 from veneer.models.stored import load_quantized
 from veneer.quant import weight as quantized
 from veneer.quant.nf4 import NF4
-from veneer.quant.weight import quantized_layers
+from veneer.quant.stack import quantized_weights
 from veneer.training.events import Started, Step
 from veneer.training.memory import process_memory
 
@@ -105,13 +106,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--recompute", default="none")
+    parser.add_argument("--targets", nargs="+", default=["attention"])
     parser.add_argument("--shares", action="store_true")
     asked = parser.parse_args()
     examples = random_rows(asked.steps, asked.tokens, 30_000)
     with watched() as peaks:
         start = time.perf_counter()
         model = load_quantized(asked.base, load_skeleton(asked.base), torch.bfloat16)
-        veneer.attach(model, veneer.LoRA(rank=asked.rank, targets="attention"), seed=0)
+        veneer.attach(model, veneer.LoRA(rank=asked.rank, targets=asked.targets), seed=0)
         loaded = time.perf_counter() - start
         shares = Shares() if asked.shares else None
         config = veneer.TrainConfig(
@@ -130,7 +132,7 @@ def main() -> None:
             if isinstance(event, Step):
                 steps.append(event)
                 read.append(bytes_read())
-    weights = [layer.quantized_weight for layer in quantized_layers(model).values()]
+    weights = quantized_weights(model).values()
     report = {
         "loaded_seconds": loaded,
         "proven_seconds": proven,
@@ -139,6 +141,7 @@ def main() -> None:
         "bytes_read": [b - a for a, b in pairwise(read)],
         "quantized_bytes": sum(weight.nbytes for weight in weights),
         "quantized_parameters": sum(weight.shape.numel() for weight in weights),
+        "all_parameters": parameter_count(model),
         "trained": sum(w.numel() for w in model.parameters() if w.requires_grad),
         "peaks": peaks,
     }

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from veneer.quant import mapped
 from veneer.quant.int8 import Int8
 from veneer.quant.mapped import ReadAhead, map_tensors
+from veneer.quant.stack import QuantizedStack
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -102,6 +103,34 @@ def test_the_next_group_is_read_in_the_direction_of_the_walk(advice):
     for number in (2, 3):
         advice_on_use(number)
     assert advice_on_use(0) == [(3, mmap.MADV_DONTNEED), (1, mapped.POPULATE_READ)]
+
+
+def test_experts_are_read_in_the_order_of_their_use_when_the_router_has_chosen_them(advice):
+    def stack() -> QuantizedStack:
+        weights = torch.randn(4, 64, 256)
+        return QuantizedStack([Int8.quantize(weight, torch.float32) for weight in weights])
+
+    up, down = stack(), stack()
+    pages = {
+        expert.codes.data_ptr(): (name, e)
+        for name, one in (("up", up), ("down", down))
+        for e, expert in enumerate(one.experts)
+    }
+    ReadAhead([], [[up, down]])
+    assert advice == []
+
+    def read() -> list[tuple[str, int]]:
+        assert all(what == mapped.POPULATE_READ for _, what in advice)  # and nothing is unmapped
+        reads = [pages[at] for at, _ in advice]
+        advice.clear()
+        return reads
+
+    up.note_routed([2, 0])  # a forward pass
+    assert read() == [("up", 2), ("up", 0), ("down", 2), ("down", 0)]
+    down.note_routed([2, 0])
+    assert read() == []
+    down.note_routed([2, 0])  # a backward pass
+    assert read() == [("down", 2), ("down", 0), ("up", 2), ("up", 0)]
 
 
 def test_an_older_kernel_gets_the_older_advice(monkeypatch):

@@ -28,7 +28,6 @@ class GPTQ(QuantizedWeight):
 
     kind = "gptq"
     published = True
-    bits: Literal[4, 8]
 
     def __init__(
         self,

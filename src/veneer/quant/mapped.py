@@ -68,14 +68,16 @@ class ReadAhead:
     order, a backward pass in reverse; the last two groups used tell which it is. Where memory is
     short, the kernel drops unmapped pages first, and these were used longest ago.
 
-    Experts of `stacks` are in no group: they are read when the router has chosen them, one after
-    the other, and stay mapped, since the next pass may choose the same.
+    Experts are in no group: they are read when the router has chosen them, one after the other, and
+    stay mapped, since the next pass may choose the same. Each of `stacks` are those of one module,
+    which are used one after the other: a forward pass begins with the first, a backward pass with
+    the last.
     """
 
     def __init__(
         self,
         groups: Sequence[Iterable[QuantizedWeight]],
-        stacks: Sequence[QuantizedStack] = (),
+        stacks: Sequence[Sequence[QuantizedStack]] = (),
     ) -> None:
         self._groups = [[t for weight in group for t in _large(weight)] for group in groups]
         self._current, self._requested = -1, -1
@@ -83,8 +85,11 @@ class ReadAhead:
         for number, group in enumerate(groups):
             for weight in group:
                 weight.before_use = partial(self.note_use, number)
-        for stack in stacks:
-            stack.before_routed = partial(self.note_routed, stack, {})
+        self._experts: dict[tuple[QuantizedStack, int], list[Tensor]] = {}
+        self._asked: Sequence[QuantizedStack] = ()  # the last stacks that were asked for
+        for beside in stacks:
+            for stack in beside:
+                stack.before_routed = partial(self.note_routed, stack, beside)
 
     def note_use(self, number: int) -> None:
         """Take note that group `number` is in use."""
@@ -103,17 +108,23 @@ class ReadAhead:
             self._reader.submit(_populate, self._groups[following])
 
     def note_routed(
-        self, stack: QuantizedStack, tensors: dict[int, list[Tensor]], ids: Sequence[int]
+        self, stack: QuantizedStack, beside: Sequence[QuantizedStack], ids: Sequence[int]
     ) -> None:
-        """Take note that these experts of a stack are used next. tensors: a cache of theirs."""
-        for e in ids:
-            self._reader.submit(_populate_expert, stack, tensors, int(e))
+        """Take note that these experts of a stack are used next, and then those of the stacks
+        beside it."""
+        if self._asked is beside:
+            self._asked = ()  # they were asked for with the first of them
+            return
+        self._asked = beside
+        for each in (stack, *(other for other in beside if other is not stack)):
+            for e in ids:
+                self._reader.submit(self._populate_expert, each, e)
 
-
-def _populate_expert(stack: QuantizedStack, tensors: dict[int, list[Tensor]], e: int) -> None:
-    if e not in tensors:
-        tensors[e] = _large(stack.expert(e))
-    _populate(tensors[e])
+    def _populate_expert(self, stack: QuantizedStack, e: int) -> None:
+        tensors = self._experts.get((stack, e))
+        if tensors is None:
+            tensors = self._experts[stack, e] = _large(stack.expert(e))
+        _populate(tensors)
 
 
 def _large(weight: QuantizedWeight) -> list[Tensor]:
