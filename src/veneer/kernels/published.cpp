@@ -5,6 +5,10 @@
 
 #include "numbers.h"
 
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr Size kChunk = 256;  // codes that are decoded at a time
@@ -18,7 +22,7 @@ inline T rounded(float x) {
 // Each kind of code: how many bits, and the number that it stands for.
 struct FourBits {  // 0 to 15
     static constexpr int bits = 4;
-    static float number(std::uint8_t c) { return float(c); }
+    static constexpr float number(std::uint8_t c) { return float(c); }
 };
 struct EightBits {  // 0 to 255
     static constexpr int bits = 8;
@@ -30,7 +34,7 @@ struct SignedBits {  // -128 to 127
 };
 struct E2M1 {  // twice ±0, 0.5, 1, 1.5, 2, 3, 4, 6, whose scales are halved
     static constexpr int bits = 4;
-    static float number(std::uint8_t c) {
+    static constexpr float number(std::uint8_t c) {
         const std::uint32_t magnitude = c & 7u, sign = std::uint32_t(c & 8u) << 28;
         const std::uint32_t normal = (magnitude << 22) + (127u << 23);
         const std::uint32_t small = magnitude ? 0x3f800000u : 0u;  // 1, 0
@@ -55,20 +59,79 @@ inline float scale_of(std::uint8_t e) {
     return std::bit_cast<float>(e > 1 ? std::uint32_t(e - 1) << 23 : 0x00200000u << e);
 }
 
+// (code − zero) · scale of codes in bytes; of a count that the compiler knows, if it is not 0.
+template <class Code, Size known, class T>
+inline void decode_block(const std::uint8_t* bytes, T* out, Size count, float scale, float zero) {
+    const Size n = known ? known : count;
+#pragma omp simd
+    for (Size i = 0; i < n; ++i) out[i] = rounded<T>((Code::number(bytes[i]) - zero) * scale);
+}
+
+struct Sixteen {
+    float values[16];
+};
+
+template <class Code>
+constexpr Sixteen numbers_of() {
+    Sixteen numbers{};
+    for (int i = 0; i < 16; ++i) numbers.values[i] = Code::number(std::uint8_t(i));
+    return numbers;
+}
+
+// The same by a table of the sixteen numbers that codes of four bits may be.
+template <class Code, class T>
+inline void look_up(const std::uint8_t* bytes, T* out, Size count, float scale, float zero) {
+    static constexpr auto kNumbers = numbers_of<Code>();
+    alignas(64) T table[16];
+#pragma omp simd
+    for (Size i = 0; i < 16; ++i) table[i] = rounded<T>((kNumbers.values[i] - zero) * scale);
+    Size i = 0;
+#ifdef __AVX512BW__
+    if constexpr (sizeof(T) == 2) {
+        const __m512i numbers = _mm512_castsi256_si512(_mm256_load_si256((const __m256i*)table));
+        for (; i + 32 <= count; i += 32) {
+            const auto* at = (const __m256i*)(bytes + i);
+            const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(at));
+            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(codes, numbers));
+        }
+    } else if constexpr (sizeof(T) == 4) {
+        const __m512i numbers = _mm512_load_si512(table);
+        for (; i + 16 <= count; i += 16) {
+            const auto* at = (const __m128i*)(bytes + i);
+            const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(at));
+            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(codes, numbers));
+        }
+    }
+#endif
+    for (; i < count; ++i) out[i] = table[bytes[i]];
+}
+
+// The numbers of one group from `bytes` on.
+template <class Code, class T>
+inline void decode(const std::uint8_t* bytes, T* out, Size count, float scale, float zero) {
+    if constexpr (Code::bits == 4) {
+        if (count >= 32) return look_up<Code>(bytes, out, count, scale, zero);
+    }
+    if (count >= 64) return decode_block<Code, 0>(bytes, out, count, scale, zero);
+    Size first = 0;
+    for (; first + 32 <= count; first += 32)
+        decode_block<Code, 32>(bytes + first, out + first, 32, scale, zero);
+    if (first < count) decode_block<Code, 0>(bytes + first, out + first, count - first, scale, zero);
+}
+
 // Write `count` codes as bytes; of two in a byte, the lower half is first.
 template <class Code>
 inline const std::uint8_t* bytes_of(const std::uint8_t* codes, Size count, std::uint8_t* bytes) {
-    if constexpr (Code::bits == 8) {
-        return codes;
-    } else {
-        const Size pairs = (count + 1) / 2;
+    if constexpr (Code::bits == 8) return codes;
+    const auto halves = [=](Size pairs) {
 #pragma omp simd
         for (Size i = 0; i < pairs; ++i) {
             bytes[2 * i] = codes[i] & 15;
             bytes[2 * i + 1] = codes[i] >> 4;
         }
-        return bytes;
-    }
+    };
+    count == kChunk ? halves(kChunk / 2) : halves((count + 1) / 2);
+    return bytes;
 }
 
 // w = (code − zero) · scale. Rows of `stride` bytes of codes; the scales, and zeros if there are
@@ -83,32 +146,48 @@ void by_rows(const std::uint8_t* codes, const Scale* scales, const float* zeros,
         const std::uint8_t* line = codes + row * stride;
         const Scale* scale = scales + row / row_block * groups;
         const float* zero = zeros ? zeros + row / row_block * groups : nullptr;
-        T* out = w + row * cols;
         std::uint8_t buffer[kChunk];
-        if (group_of) {
-            for (Size first = 0; first < cols; first += kChunk) {
-                const Size n = cols - first < kChunk ? cols - first : kChunk;
-                const auto* bytes = bytes_of<Code>(line + first * Code::bits / 8, n, buffer);
-                for (Size i = 0; i < n; ++i) {
-                    const Size g = group_of[first + i];
-                    const float z = zero ? zero[g] : float(offset);
-                    out[first + i] = rounded<T>((Code::number(bytes[i]) - z) * scale_of(scale[g]));
+        Size g = 0, end = group;
+        for (Size first = 0; first < cols; first += kChunk) {
+            const Size n = cols - first < kChunk ? cols - first : kChunk;
+            const auto* bytes = bytes_of<Code>(line + first * Code::bits / 8, n, buffer);
+            T* out = w + row * cols + first;
+            for (Size i = 0; i < n;) {
+                Size count = 1;
+                if (group_of) {
+                    g = group_of[first + i];
+                } else {
+                    if (first + i == end) ++g, end += group;
+                    count = end - first < n ? end - first - i : n - i;
                 }
-            }
-            continue;
-        }
-        for (Size g = 0; g < groups; ++g) {
-            const Size end = (g + 1) * group < cols ? (g + 1) * group : cols;
-            const float s = scale_of(scale[g]), z = zero ? zero[g] : float(offset);
-            for (Size first = g * group; first < end; first += kChunk) {
-                const Size n = end - first < kChunk ? end - first : kChunk;
-                const auto* bytes = bytes_of<Code>(line + first * Code::bits / 8, n, buffer);
-                T* y = out + first;
-#pragma omp simd
-                for (Size i = 0; i < n; ++i) y[i] = rounded<T>((Code::number(bytes[i]) - z) * s);
+                const float z = zero ? zero[g] : float(offset);
+                decode<Code>(bytes + i, out + i, count, scale_of(scale[g]), z);
+                i += count;
             }
         }
     }
+}
+
+constexpr Size kTile = 64, kWide = 128;  // rows and columns that are decoded together
+
+// A row of a tile of codes, decoded; `left` is the first of its columns.
+template <class Code, class T>
+inline void decode_row(const std::uint8_t* bytes, T* out, Size left, Size width, Size group,
+                       const float* scales, const float* zeros, Size stride) {
+    for (Size i = 0; i < width;) {
+        const Size g = (left + i) / group, end = (g + 1) * group - left;
+        const Size count = (end < width ? end : width) - i;
+        decode<Code>(bytes + i, out + i, count, scales[g * stride], zeros[g * stride]);
+        i += count;
+    }
+}
+
+// The eight codes of four bits in a word as bytes, the lowest bits first.
+inline std::uint64_t spread(std::uint32_t word) {
+    std::uint64_t x = word;
+    x = (x | x << 16) & 0x0000ffff0000ffffu;
+    x = (x | x << 8) & 0x00ff00ff00ff00ffu;
+    return (x | x << 4) & 0x0f0f0f0f0f0f0f0fu;
 }
 
 // Words of 32 bits whose codes belong to one row of w and to columns side by side, the lowest bits
@@ -117,43 +196,67 @@ void by_rows(const std::uint8_t* codes, const Scale* scales, const float* zeros,
 template <int bits, class T>
 void by_columns(const std::uint32_t* words, const float* scales, const float* zeros,
                 const std::int32_t* group_of, T* w, Size rows, Size cols, Size stride, Size group) {
-    constexpr Size kWord = 32 / bits, kTile = 64, kColumns = 128;
+    using Code = std::conditional_t<bits == 4, FourBits, EightBits>;
+    constexpr Size kWord = 32 / bits;
     constexpr std::uint32_t kMask = (1u << bits) - 1;
 #pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
     for (Size top = 0; top < rows; top += kTile) {
-        const Size bottom = top + kTile < rows ? top + kTile : rows;
-        for (Size left = 0; left < cols; left += kColumns) {
-            const Size right = left + kColumns < cols ? left + kColumns : cols;
-            // Whether all these columns are of one group, so that its scale is read once.
-            bool alike = !group_of && left / group == (right - 1) / group;
-            if (group_of) {
-                alike = true;
-                for (Size i = left + 1; i < right; ++i) alike &= group_of[i] == group_of[left];
-            }
-            for (Size row = top; row < bottom; ++row) {
-                T* out = w + row * cols;
-                if (alike) {
-                    const Size g = group_of ? group_of[left] : left / group;
-                    const float s = scales[g * rows + row], z = zeros[g * rows + row];
-                    for (Size i = left; i < right; i += kWord) {
-                        const std::uint32_t word = words[i / kWord * stride + row];
+        const Size height = rows - top < kTile ? rows - top : kTile;
+        alignas(64) std::uint8_t tile[kTile][kWide];
+        alignas(64) T numbers[kWide][kTile];
+        for (Size left = 0; left < cols; left += kWide) {
+            const Size width = cols - left < kWide ? cols - left : kWide;
+            T* out = w + top * cols + left;
+            const std::uint32_t* line = words + left / kWord * stride + top;
+            if (group_of) {  // a column at a time, and then turned
+                for (Size i = 0; i < width; ++i) {
+                    const std::uint32_t* word = line + i / kWord * stride;
+                    const Size shift = i % kWord * bits;
+                    const float* s = scales + group_of[left + i] * rows + top;
+                    const float* z = zeros + group_of[left + i] * rows + top;
 #pragma omp simd
-                        for (Size j = 0; j < kWord; ++j)
-                            out[i + j] = rounded<T>((float(word >> bits * j & kMask) - z) * s);
-                    }
-                } else {
-                    for (Size i = left; i < right; i += kWord) {
-                        const std::uint32_t word = words[i / kWord * stride + row];
-                        for (Size j = 0; j < kWord; ++j) {
-                            const Size g = group_of ? group_of[i + j] : (i + j) / group;
-                            const float s = scales[g * rows + row], z = zeros[g * rows + row];
-                            out[i + j] = rounded<T>((float(word >> bits * j & kMask) - z) * s);
-                        }
+                    for (Size row = 0; row < height; ++row)
+                        numbers[i][row] =
+                            rounded<T>((float(word[row] >> shift & kMask) - z[row]) * s[row]);
+                }
+                for (Size row = 0; row < height; ++row)
+                    for (Size i = 0; i < width; ++i) out[row * cols + i] = numbers[i][row];
+                continue;
+            }
+            for (Size i = 0; i < width; i += kWord, line += stride) {
+                for (Size row = 0; row < height; ++row) {
+                    if constexpr (bits == 4) {
+                        const std::uint64_t codes = spread(line[row]);
+                        std::memcpy(&tile[row][i], &codes, sizeof codes);
+                    } else {
+                        std::memcpy(&tile[row][i], &line[row], sizeof line[row]);
                     }
                 }
             }
+            for (Size row = 0; row < height; ++row)
+                decode_row<Code>(tile[row], out + row * cols, left, width, group,
+                                 scales + top + row, zeros + top + row, rows);
         }
     }
+}
+
+// Turn eight rows of eight bytes, for each k; a[r][k] is row r of them.
+template <Size count>
+inline void turn(std::uint64_t (&a)[8][count]) {
+    const auto swap = [&](int apart, int shift, std::uint64_t mask) {
+        for (int r = 0; r < 8; ++r) {
+            if (r & apart) continue;
+#pragma omp simd
+            for (Size k = 0; k < count; ++k) {
+                const std::uint64_t t = ((a[r][k] >> shift) ^ a[r + apart][k]) & mask;
+                a[r + apart][k] ^= t;
+                a[r][k] ^= t << shift;
+            }
+        }
+    };
+    swap(4, 32, 0x00000000ffffffffu);
+    swap(2, 16, 0x0000ffff0000ffffu);
+    swap(1, 8, 0x00ff00ff00ff00ffu);
 }
 
 // Words of eight 4-bit codes whose codes belong to one column of w and to rows side by side, as AWQ
@@ -162,32 +265,28 @@ void by_columns(const std::uint32_t* words, const float* scales, const float* ze
 template <class T>
 void interleaved(const std::uint32_t* words, const float* scales, const float* zeros, T* w,
                  Size rows, Size cols, Size stride, Size group) {
-    constexpr Size kTile = 128, kColumns = 64;
-    constexpr Size kOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+    constexpr Size kOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7}, kWords = kTile / 8;
 #pragma omp parallel for schedule(static) if (rows * cols > kWorthSharing)
     for (Size top = 0; top < rows; top += kTile) {
         const Size height = rows - top < kTile ? rows - top : kTile;
-        std::uint8_t tile[kTile][kColumns];
-        for (Size left = 0; left < cols; left += kColumns) {
-            const Size width = cols - left < kColumns ? cols - left : kColumns;
-            for (Size i = 0; i < width; ++i) {
-                const std::uint32_t* line = words + (left + i) * stride + top / 8;
-                for (Size k = 0; k < height / 8; ++k)
-                    for (Size j = 0; j < 8; ++j)
-                        tile[8 * k + kOrder[j]][i] = line[k] >> 4 * j & 15;
-            }
-            for (Size row = 0; row < height; ++row) {
-                T* out = w + (top + row) * cols + left;
-                for (Size first = 0; first < width;) {
-                    const Size g = (left + first) / group, end = (g + 1) * group - left;
-                    const Size last = end < width ? end : width;
-                    const float s = scales[g * rows + top + row], z = zeros[g * rows + top + row];
-#pragma omp simd
-                    for (Size i = first; i < last; ++i)
-                        out[i] = rounded<T>((float(tile[row][i]) - z) * s);
-                    first = last;
+        alignas(64) std::uint8_t tile[kTile][kWide + 8];
+        alignas(64) std::uint64_t codes[8][kWords] = {};
+        for (Size left = 0; left < cols; left += kWide) {
+            const Size width = cols - left < kWide ? cols - left : kWide;
+            for (Size first = 0; first < width; first += 8) {
+                const Size lines = width - first < 8 ? width - first : 8;
+                for (Size r = 0; r < lines; ++r) {
+                    const std::uint32_t* line = words + (left + first + r) * stride + top / 8;
+                    for (Size k = 0; k < height / 8; ++k) codes[r][k] = spread(line[k]);
                 }
+                turn(codes);
+                for (Size j = 0; j < 8; ++j)
+                    for (Size k = 0; k < kWords; ++k)
+                        std::memcpy(&tile[8 * k + kOrder[j]][first], &codes[j][k], 8);
             }
+            for (Size row = 0; row < height; ++row)
+                decode_row<FourBits>(tile[row], w + (top + row) * cols + left, left, width, group,
+                                     scales + top + row, zeros + top + row, rows);
         }
     }
 }
