@@ -1,11 +1,17 @@
 """What holds for all tests, and the small trained model that many of them share."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+
+# Importing torch and its like makes millions of objects and no garbage: looking for it takes a
+# quarter of the time. `pytest_collection_modifyitems` lets it begin.
+gc.disable()
 
 # Nothing here may reach for a hub, whatever a library would like to look up.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,10 +34,21 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _few_pictures(request, monkeypatch):
+    """Let a run write a file of no content as its loss.png, which else takes a quarter of the time
+    of a short run. Tests marked `draws` get the picture; tests/cli/test_plots.py is about it."""
+    tune = sys.modules.get("veneer.cli.tune")
+    if tune is not None and request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr(tune, "draw_losses", lambda lines, path: path.touch())
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """Let the tests that share the trained model come first, so that one process makes it while
     the others run something else."""
+    gc.enable()
+    gc.freeze()
     items.sort(key=lambda item: "minigpt_home" not in item.fixturenames)
 
 

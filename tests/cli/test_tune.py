@@ -19,6 +19,7 @@ from support.tuned_facts import (
 from veneer.cli.app import run
 
 
+@pytest.mark.draws
 def test_a_run_leaves_exactly_what_was_promised(tune, minigpt_home, tmp_path, capsys):
     out = tmp_path / "out"
     assert tune("--out", out, "--steps", 4, "--rank", 4) == 0
@@ -164,6 +165,7 @@ def test_held_out_rows_are_not_trained_on(tune, tmp_path, capsys):
     assert "leave none to train on" in capsys.readouterr().err
 
 
+@pytest.mark.draws
 def test_a_file_to_evaluate_on_is_evaluated_on(tune, data, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ("--eval-data", data, "--eval-every", 2, "--steps", 4, "--lr", 0.01)
@@ -237,6 +239,7 @@ def test_a_path_with_brackets_is_shown_as_it_is(minigpt_home, data, tmp_path, ca
     assert names(out / "lora_adapter") == ADAPTER_FILES
 
 
+@pytest.mark.draws
 def test_a_row_longer_than_the_model_s_context_is_cut_off_there(minigpt_home, tmp_path, capsys):
     data = tmp_path / "long.jsonl"
     row = {"prompt": "What does a dog say?", "completion": "A dog says woof. " * 200}

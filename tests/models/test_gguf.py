@@ -14,12 +14,23 @@ from mixed_text import SPECIAL, mixed_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from support.llama_cpp import LlamaCpp
+from support.tiny_gguf import random_model, write_model
 from veneer.errors import ModelError
+from veneer.formats.training import computed_in
 from veneer.models import gguf
-from veneer.models.load import load_skeleton
+from veneer.models.fingerprint import fingerprint
+from veneer.models.load import load_base, load_skeleton
 from veneer.models.locate import locate
+from veneer.quant.weight import quantized_layers
 
 Post = Callable[[str, dict], dict]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parsed_once():
+    """Parse the file once for all tests: that takes most of a reader's time."""
+    with gguf.read_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +198,30 @@ def test_what_transformers_needs_is_a_dependency_and_missing_it_is_not_blamed_on
     monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda: False)
     with pytest.raises(ModelError, match=r"pip install accelerate`\.$"):
         gguf.load_model(smollm2)
+
+
+# llama orders rows in pairs; gpt2 keeps weights (in, out).
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1"])
+def test_linear_layers_stay_in_the_file_s_blocks_with_the_dense_model_s_numbers(
+    name, kind, tmp_path
+):
+    file = write_model(name, random_model(name), tmp_path / "model.gguf", kind=kind)
+    kept = load_base(file, dtype="float32", tokenizer=object())
+    dense = load_base(file, dtype="float32", bits=16, tokenizer=object())
+    (notice,) = kept.notices
+    assert f"stay in model.gguf, in its own blocks ({kind})" in notice
+    assert dense.notices == ()
+    layers, weights = quantized_layers(kept.model), dense.model.state_dict()
+    assert sum(isinstance(m, torch.nn.Linear) for m in kept.model.modules()) == 1  # the head
+    for path, layer in layers.items():
+        own = layer.weight.T if layer.transposed else layer.weight
+        assert torch.equal(own, weights.pop(f"{path}.weight"))
+    assert len(layers) >= 8
+    others = kept.model.state_dict()
+    assert all(torch.equal(others[path], weight) for path, weight in weights.items())
+    assert fingerprint(kept.model) == fingerprint(dense.model)
+    assert computed_in(kept.model) == computed_in(dense.model)
+    again = load_base(file, bits=4, tokenizer=object())
+    assert f"rounded to {kind} in the file, are rounded a second time" in again.notices[-1]
+    assert fingerprint(again.model) == fingerprint(dense.model)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from support.closeness import assert_gradients_no_further, assert_no_further
+from support.closeness import assert_as_near, assert_gradients_no_further, assert_no_further
 from support.published_bases import FORMATS, published
 from support.random_adapters import ids, logits, shake, tokenizer
 from veneer.cli.app import run
@@ -21,6 +21,7 @@ from veneer.quant.awq import AWQ
 from veneer.quant.compressed import CompressedInt
 from veneer.quant.fp8 import FP8
 from veneer.quant.gptq import GPTQ
+from veneer.quant.stack import quantized_stacks
 from veneer.quant.weight import quantized_layers
 
 LINEAR = [name for name in FORMATS if name != "mxfp4"]
@@ -73,6 +74,34 @@ def test_a_base_whose_layers_keep_their_weights_by_inputs():
     model = load_base(place, **F32).model
     assert len(quantized_layers(model)) == 8
     assert_no_further(logits(model), logits(twin), logits(load_twin(twin).double()), "logits")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"), [("gpt_oss", "mxfp4"), ("qwen3_moe", "fp8"), ("qwen3_moe", "w4a16")]
+)
+def test_experts_are_those_of_the_dense_twin(architecture, name, tmp_path):
+    place, twin = published(architecture, name)
+    model, wide = load_base(place, **F32).model, load_twin(twin).double()
+    wide.set_experts_implementation("eager")  # float64 has no grouped products
+    stacks = quantized_stacks(model)
+    assert len(stacks) == 4
+    assert {stack.kind for stack in stacks.values()} == {FORMATS[name].kind}
+    for path, stack in stacks.items():
+        assert torch.equal(stack.dense(), twin.get_parameter(path))
+    assert parameter_count(model) == parameter_count(twin)
+    assert_no_further(logits(model), logits(twin), logits(wide), "logits")
+    config = veneer.LoRA(rank=4, targets="attention")
+    ours, theirs, exact = (
+        gradients(shake(veneer.attach(each, config, seed=1)))
+        for each in (model, load_twin(twin), wide)
+    )
+    assert_gradients_no_further(ours, theirs, exact)
+    merged = veneer.merge(model)
+    assert_as_near(logits(merged), logits(model), logits(wide))
+    assert isinstance(merged.model.layers[0].mlp.experts.down_proj, torch.nn.Parameter)
+    veneer.save(model, tmp_path / "a")
+    again = veneer.load(load_base(place, **F32).model, tmp_path / "a")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_weights_stay_in_their_files():
@@ -188,3 +217,10 @@ def test_damaged_weights(damage, says, tmp_path):
     save_file(tensors, file)
     with pytest.raises(veneer.ModelError, match=says):
         load_base(tmp_path / "q")
+
+
+def test_sixteen_bits_are_the_dense_numbers_of_the_published_ones():
+    place, twin = published("qwen2", "fp8")
+    dense, expected = load_base(place, **F32, bits=16).model, twin.state_dict()
+    assert not quantized_layers(dense)
+    assert all(torch.equal(weight, expected[name]) for name, weight in dense.state_dict().items())

@@ -50,11 +50,31 @@ PUBLISHED = {
     "phi-4-mini": 3_836_021_760,
     "smollm3-3b": 3_075_098_624,
     "mistral-small-24b": 23_572_403_200,
+    "mixtral-8x7b": 46_702_792_704,
     "glm-4.5": 358_337_791_296,
     "glm-4.5-air": 110_468_824_832,
 }
 # In 10⁹, where only a rounded figure is published.
-ROUNDED = {"gpt-oss-20b": 20.91, "gpt-oss-120b": 116.83, "deepseek-v3": 671}
+ROUNDED = {
+    "gpt-oss-20b": 20.91,
+    "gpt-oss-120b": 116.83,
+    "deepseek-v3": 671,
+    "kimi-k2": 1026,
+    "qwen3-next-80b-a3b": 80,
+}
+# In 10⁹, what the same sources say to compute a token, and how many matrices of the vocabulary's
+# size they leave out of it: none, the embedding, or the embedding and the head.
+ACTIVE = {
+    "mixtral-8x7b": (12.9, 0),
+    "qwen3-30b-a3b": (3.3, 0),
+    "llama-4-scout": (17, 0),
+    "gpt-oss-20b": (3.61, 1),
+    "gpt-oss-120b": (5.13, 1),
+    "deepseek-v3": (37, 1),
+    "kimi-k2": (32, 1),
+    "qwen3-next-80b-a3b": (3, 2),
+    "glm-4.5-air": (12, 2),
+}
 # Gemma 3's SigLIP, in all sizes alike, and a projection with a norm; Llama 4's vision model, whole.
 SIGLIP = 416_866_032
 LLAMA_4_VISION = 871_932_416
@@ -93,6 +113,22 @@ def test_presets_have_the_parameters_that_a_report_rounds(name):
     published = ROUNDED[name]
     digits = len(str(published).partition(".")[2])
     assert round(find_sizes(name).description.parameters / 1e9, digits) == published
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_mixtures_have_the_active_parameters_that_are_published(name):
+    published, left_out = ACTIVE[name]
+    sizes = find_sizes(name)
+    active = (sizes.active_parameters - left_out * sizes.description.embedding.parameters) / 1e9
+    digits = len(str(published).partition(".")[2])
+    # Figures are rounded; Qwen3's 3.35 is cut off.
+    cut_off = name == "qwen3-30b-a3b"
+    assert round(active - 0.05 if cut_off else active, digits) == published
+
+
+def test_a_model_without_experts_is_active_as_a_whole():
+    sizes = find_sizes("smollm2-135m")
+    assert sizes.active_parameters == sizes.description.parameters
 
 
 def test_the_preset_minigpt_is_what_pretrain_builds():

@@ -293,6 +293,8 @@ KINDS: list[Kind] = [
     _lora("experts, all", "qwen3_moe", targets="all", expert_rank=3),
     _lora("experts, one A", "mixtral", targets=_STACKS, shared_expert_a=True),
     _lora("experts, transposed", "gpt_oss", targets=["q_proj", *_STACKS]),
+    _lora("experts", "qwen2_moe", bits=4, targets=["q_proj", *_STACKS]),
+    _lora("experts, transposed", "gpt_oss", bits=8, targets="all"),
     # Modules to save, biases, and rows of single tokens.
     _peft("saved norms and an mlp", r"\.adapters\.|\.1\.mlp\.|norm\.weight$"),
     _peft("saved head", r"\.adapters\.|^lm_head\."),

@@ -15,12 +15,15 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -70,10 +73,18 @@ CONFIGS: dict[str, tuple[str, PretrainedConfig]] = {
     ),
 }
 
+_EXPERTS = _SHAPE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXTURES: dict[str, tuple[str, PretrainedConfig]] = {
+    "qwen2_moe": ("qwen2moe", Qwen2MoeConfig(**_EXPERTS, shared_expert_intermediate_size=64)),
+    "qwen3_moe": ("qwen3moe", Qwen3MoeConfig(**_EXPERTS, head_dim=128, norm_topk_prob=True)),
+    "mixtral": ("llama", MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2)),
+}
+EVERY = CONFIGS | MIXTURES
+
 
 def random_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name][1]), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(EVERY[name][1]), dtype=torch.float32)
     with torch.no_grad():
         for path, weight in model.named_parameters():
             if weight.ndim > 1:
@@ -87,7 +98,7 @@ def write_model(
     name: str, model: PreTrainedModel, path: Path, *, kind: str = "F32", rows: int | None = None
 ) -> Path:
     """Write a model as GGUF, its matrices as `kind`."""
-    architecture, config = CONFIGS[name][0], model.config
+    architecture, config = EVERY[name][0], model.config
     writer = gguf.GGUFWriter(path, architecture)
     _add_settings(writer, architecture, config)
     writer.add_tokenizer_model("gpt2")
@@ -102,7 +113,7 @@ def write_model(
     writer.add_add_bos_token(False)
     matrix_kind = gguf.GGMLQuantizationType[kind]
     for tensor, weight in tensors_of(name, model).items():
-        matrix = weight.ndim == 2 and "position" not in tensor
+        matrix = weight.ndim > 1 and "position" not in tensor and "gate_inp" not in tensor
         as_kind = matrix_kind if matrix else gguf.GGMLQuantizationType.F32
         writer.add_tensor(tensor, gguf.quantize(weight, as_kind), raw_dtype=as_kind)
     writer.write_header_to_file()
@@ -114,14 +125,14 @@ def write_model(
 
 def tensors_of(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
     """Return a model's weights under llama.cpp's names and in its order of rows."""
-    architecture, config = CONFIGS[name][0], model.config
+    architecture, config = EVERY[name][0], model.config
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tensors = {}
-    for path, parameter in model.named_parameters():  # a tied head is not named again
+    for path, parameter in _apart(model).items():  # a tied head is not named again
         tensor = names.get_name(path, try_suffixes=(".weight", ".bias"))
         assert tensor is not None, path
-        weight = parameter.detach().numpy()
+        weight = parameter.numpy()
         if architecture in ("llama", "smollm3") and ".attn_q." in tensor:
             weight = in_pairs(weight, config.num_attention_heads)
         if architecture in ("llama", "smollm3") and ".attn_k." in tensor:
@@ -130,8 +141,26 @@ def tensors_of(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
             weight = weight.T  # Conv1D
         if architecture.startswith("gemma") and tensor.endswith("norm.weight"):
             weight = weight + 1
+        if tensor.endswith("ffn_gate_inp_shexp.weight"):
+            weight = weight[0]
         tensors[tensor] = np.ascontiguousarray(weight)
     return tensors
+
+
+def _apart(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return a model's parameters, of which gate and up of experts are apart."""
+    parameters = {}
+    for path, parameter in model.named_parameters():
+        weight = parameter.detach()
+        owner, _, leaf = path.rpartition(".")
+        if leaf == "gate_up_proj" and weight.ndim == 3:
+            for name, half in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
+                parameters[f"{owner}.{name}.weight"] = half
+        elif weight.ndim == 3:
+            parameters[f"{path}.weight"] = weight
+        else:
+            parameters[path] = weight
+    return parameters
 
 
 def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -160,6 +189,13 @@ def _add_settings(writer: gguf.GGUFWriter, architecture: str, config: Any) -> No
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return
     writer.add_head_count_kv(config.num_key_value_heads)
+    if experts := getattr(config, "num_experts", getattr(config, "num_local_experts", 0)):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if experts and architecture != "llama":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if architecture == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     writer.add_key_length(width)
     writer.add_value_length(width)
     theta = config.rope_parameters

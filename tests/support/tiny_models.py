@@ -215,7 +215,9 @@ def with_large_weights(model: PreTrainedModel) -> PreTrainedModel:
 def source(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Source:
     """Return the weights of the random model, one at a time."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]))
+        skeleton = AutoModelForCausalLM.from_config(
+            copy.deepcopy((CONFIGS | OTHER_DECODERS)[architecture])
+        )
     return Source.of_model(skeleton, tiny(architecture, seed=seed, dtype=dtype))
 
 

@@ -40,7 +40,7 @@ from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.lowrank.initial import directions
 from veneer.models.description import Layer
-from veneer.quant.stack import QuantizedStack, quantized_modules
+from veneer.quant.stack import QuantizedStack, quantized_weights
 
 
 def attach(
@@ -226,7 +226,8 @@ def _attach_new_method(
 
 def _check_start(model: nn.Module, config: LoRA, targets: Sequence[Layer]) -> None:
     """Raise ConfigError where factors cannot start as `config` says, naming each such layer."""
-    if config.init == "loftq" and not quantized_modules(model):
+    quantized = quantized_weights(model).values()
+    if config.init == "loftq" and all(weight.published for weight in quantized):
         raise ConfigError("loftq makes up for what quantizing takes; give bits 4 or 8 too.")
     problems = [
         f"{target.path} {target.shape} has {min(target.shape)} of the {needed} that rank "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ class LoRAParameters(Wrapper):
         if y is not None:
             return y
         changed = {name: parameter.changed() for name, parameter in acting.items()}
-        return functional_call(self.original, changed, args, kwargs)
+        with _tensors_for_stacks(self.original, changed):
+            return functional_call(self.original, changed, args, kwargs)
 
     def routed(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], **options: Any
@@ -89,6 +91,21 @@ class LoRAParameters(Wrapper):
         inputs = (*args, *kwargs.values())
         updates = {name: p.stack_update(*inputs[:1]) for name, p in self.acting.items()}
         return routed_experts(self.original, updates, inputs, **options)
+
+
+@contextmanager
+def _tensors_for_stacks(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module have parameters in place of its quantized stacks of these names."""
+    modules = module._modules
+    stacks = [name for name in tensors if name in modules]
+    module._modules = {name: child for name, child in modules.items() if name not in stacks}
+    module._parameters |= {name: nn.Parameter(tensors[name].detach(), False) for name in stacks}
+    try:
+        yield
+    finally:
+        for name in stacks:
+            del module._parameters[name]
+        module._modules = modules
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
@@ -209,7 +226,6 @@ class AdaptedParameter(Adapted):
         assert isinstance(wrapper, LoRAParameters)
         if merged:
             weight = self.stored(merged_weight(self.base_weight, self.delta()))
-            self._owner[0]._modules.pop(name, None)  # a quantized stack
             self._owner[0]._modules.pop(name, None)  # a quantized stack
             self._owner[0]._parameters[name] = nn.Parameter(weight.contiguous(), False)
         del wrapper.adapted[name]

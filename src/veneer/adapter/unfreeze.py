@@ -26,7 +26,8 @@ def unfreeze(model: PreTrainedModel, config: Method) -> None:
     """
     if quantized_modules(model):
         raise ConfigError(
-            f"{config.method} trains weights, which quantized ones cannot; leave bits out."
+            f"{config.method} trains weights, which quantized ones cannot; leave bits out, or give "
+            "bits=16 for a file's own blocks."
         )
     if next(lora_layers(model), None) is not None or virtual_tokens_of(model) is not None:
         raise AdapterError(

@@ -34,9 +34,9 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("original"), name)
 
 
-def is_intercepted(module: nn.Module) -> bool:
+def is_intercepted(module: object) -> bool:
     """Return whether a call of a module runs hooks, or a forward that was set over its class's."""
-    return bool(
+    return isinstance(module, nn.Module) and bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from veneer.errors import ModelError
 from veneer.plan.near_presets import near_presets
 from veneer.plan.presets import PRESETS
-from veneer.quant.settings import Bits
+from veneer.quant.settings import LoadBits
 from veneer.training.recipe import DType
 
 # For a frozen dataclass: each field is a flag, and the text below the field is its help.
@@ -74,9 +74,9 @@ class BaseFlags:
 
     dtype: DType = "auto"
     """Number format to compute in; auto takes the faster one here."""
-    bits: Bits | Literal["auto"] | None = None
-    """Quantize the base's linear layers: 4 bits (NF4) or 8 a parameter; or auto, the bits that the
-    adapter was trained over."""
+    bits: LoadBits | Literal["auto"] | None = None
+    """Quantize the base's linear layers: 4 bits (NF4) or 8 a parameter; 16: dense, where a .gguf
+    file's own blocks would stay; or auto, the bits that the adapter was trained over."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def inspect(
     from veneer.formats.adapters import holds_adapter
     from veneer.models.load import skeleton_of
     from veneer.plan.find import find_config
+    from veneer.quant.settings import quantization_of
 
     quieten_libraries()
     if holds_adapter(Path(model)):
@@ -54,7 +55,8 @@ def inspect(
         return
     if picture is not None:
         raise ConfigError(f"--picture is of an adapter, and {model} holds none.")
-    skeleton = skeleton_of(find_config(model))
+    config = find_config(model)
+    skeleton = skeleton_of(config)
     report = report_targets(skeleton, lora or LoRA())
     OUTPUT.print(target_table(report))
     OUTPUT.print(target_summary(report))
@@ -63,6 +65,11 @@ def inspect(
     for remark in report.remarks:
         show_notice(remark, on=OUTPUT)
     OUTPUT.print(f"[bold]Fused[/] {escape(_fused_layers(skeleton))}", soft_wrap=True)
+    if experts := _experts(skeleton):
+        OUTPUT.print(f"[bold]Experts[/] {escape(experts)}", soft_wrap=True)
+    if quantization := quantization_of(config.to_dict()):
+        how = f"{quantization.bits} bits" + (", the head too" if quantization.head else "")
+        OUTPUT.print(f"[bold]Weights[/] quantized, in {how}", soft_wrap=True)
 
 
 def _fused_layers(skeleton: PreTrainedModel) -> str:
@@ -84,6 +91,26 @@ def _fused_layers(skeleton: PreTrainedModel) -> str:
     if fused:
         text += ", which a run proves before it begins"
     return "; ".join([text, *(f"{count} not: {why}" for why, count in reasons.items())]) + "."
+
+
+def _experts(skeleton: PreTrainedModel) -> str | None:
+    """Return a mixture's experts in words: how many, what computes a token, and whether they are
+    computed as one function; None for any other model."""
+    from veneer.adapter.experts import has_experts
+    from veneer.cli.plan_tables import feed_forward
+    from veneer.models.description import describe
+    from veneer.plan.sizes import Sizes
+
+    sizes = Sizes(describe(skeleton))
+    mixed = [block for block in sizes.blocks if block.routed]
+    if not mixed:
+        return None
+    active, parameters = sizes.active_parameters, sizes.description.parameters
+    modules = [layer.module for block in mixed for layer in block.expert_layers]
+    how = "they are computed as one function, which a run proves before it begins"
+    if not all(map(has_experts, modules)):
+        how = "they are not computed as one function: they do not follow transformers' contract"
+    return f"{feed_forward(sizes)}; {active:,} of {parameters:,} parameters compute a token; {how}."
 
 
 def _why_not_fused(layer: LayerStructure | str) -> str | None:

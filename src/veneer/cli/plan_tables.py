@@ -185,10 +185,7 @@ def notes(plan: Plan) -> list[str]:
     that are often quoted."""
     sizes = plan.sizes
     lines = [f"[dim]Left out: {escape(why)}[/]" for why in unsuited(plan)]
-    stacks = sum(layer.parameters for layer in plan.model.layers if layer.kind == "experts")
-    if stacks:
-        share = stacks / plan.model.parameters
-        lines.append(f"{share:.0%} of the weights are experts, which --bits leaves as they are.")
+    lines += mixture_lines(plan)
     if plan.notice:
         return [*lines, f"[yellow]{plan.notice}[/]"]
     under = [x for x in plan.trained.adapted if x.layer.name in ("k_proj", "v_proj")]
@@ -201,6 +198,34 @@ def notes(plan: Plan) -> list[str]:
         f"{sizes.q:,}. With as many heads of keys and values as of queries, these adapters would "
         f"have {square:,} parameters instead of {plan.trained.count:,}.[/]",
     ]
+
+
+def mixture_lines(plan: Plan) -> list[str]:
+    """Return what of a mixture a token needs and a pass reads, and what --bits leaves of it."""
+    reads = plan.reads
+    if reads is None:
+        return []
+    active, tokens = plan.sizes.active_parameters, plan.config.tokens_per_batch
+    disk = plan.memory.on_disk.value
+    where = f", of {bytes_text(disk)} on the disk" if plan.config.mapped else ""
+    lines = [
+        f"{active:,} parameters compute a token ({active / plan.model.parameters:.1%}).",
+        f"Were tokens routed evenly, a pass of {tokens:,} would reach {reads.reached:,.1f} of "
+        f"{reads.experts_a_block:,} experts in a block and read {bytes_text(reads.bytes)}{where}: "
+        f"{bytes_text(reads.shared)} for every token and {bytes_text(reads.experts)} of experts, "
+        f"{'forward and backward' if reads.ways == 2 else 'forward twice and backward'}.",
+    ]
+    if plan.config.mapped:
+        lines.append(
+            "Memory that is free beside the peak keeps what was read: with "
+            f"{bytes_text(reads.bytes)} more, nothing is read from the disk twice."
+        )
+    quantizable = {layer.path for layer in plan.model.quantizable}
+    left = [x for x in plan.model.layers if x.is_stack and x.path not in quantizable]
+    if left:
+        share = sum(layer.parameters for layer in left) / plan.model.parameters
+        lines.append(f"{share:.0%} of the weights are experts, which --bits leaves as they are.")
+    return lines
 
 
 def verdict(plan: Plan, free: int | None, *, elsewhere: bool = False) -> str:

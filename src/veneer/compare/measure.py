@@ -67,7 +67,7 @@ def measure(job: Job, runs: Path, report: Report) -> Result:
     """
     report({"doing": "loading"})
     recipe = recipe_of(job)
-    base = load_base(job.model, dtype=job.dtype, bits=recipe.bits)
+    base = load_base(job.model, dtype=job.dtype, bits=recipe.loaded_bits)
     model = base.model
     for notice in base.notices:
         report({"notice": notice})

@@ -36,8 +36,8 @@ PLACES: dict[Place, frozenset[Content]] = {
     "peft": frozenset(PRESENT),
     "mlx": frozenset({"DoRA's magnitudes"}),
     "loralib": frozenset(),
-    "gguf": frozenset(),
-    "merged GGUF": frozenset({"new tokens", "DoRA's magnitudes"}),
+    "gguf": frozenset({"stacks of experts"}),
+    "merged GGUF": frozenset({"new tokens", "DoRA's magnitudes", "stacks of experts"}),
     "serving": frozenset({"DoRA's magnitudes"}),  # what can differ from row to row
 }
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -25,7 +23,9 @@ from transformers.core_model_loading import (
 
 from veneer.adapter.config import LoRA
 from veneer.formats.base_structure import BaseStructure, targets_for
+from veneer.formats.stacks import as_one
 from veneer.formats.state import AdapterState, StoredLayer
+from veneer.lowrank.formula import Factors
 from veneer.models.description import Layer
 
 WEIGHT = ".weight"
@@ -91,26 +91,24 @@ def fit(state: AdapterState, base: BaseStructure) -> AdapterState:
 
 def fused(stack: Layer, members: Sequence[_Member], projections: int) -> StoredLayer:
     """Return one adapter of a stack that adds to each expert what the members add: A of an expert's
-    projections below each other, and B as blocks on the diagonal.
+    projections below each other, and B as blocks on the diagonal (`as_one`).
 
     The scaling is the first member's. What a member has of its own is folded into its B, and lower
     ranks and experts without an adapter are filled up with zeros.
     """
     experts, out, in_ = stack.oriented
-    ranks = [0] * projections
-    for member in members:
-        ranks[member.projection] = max(ranks[member.projection], len(member.layer.A))
-    rows = out // projections
     like = members[0].layer.A
-    A = torch.zeros(experts, sum(ranks), in_, dtype=like.dtype, device=like.device)
-    B = torch.zeros(experts, out, sum(ranks), dtype=like.dtype, device=like.device)
-    for member in members:
-        first, row = sum(ranks[: member.projection]), rows * member.projection
-        rank = slice(first, first + len(member.layer.A))
-        A[member.expert, rank] = member.layer.A
-        factor = member.scaling / members[0].scaling
-        B[member.expert, row : row + rows, rank] = member.layer.B * factor
-    return StoredLayer(stack.path, A, B, "parameter")
+    factors = []
+    for projection in range(projections):
+        own = [member for member in members if member.projection == projection]
+        rank = max((len(member.layer.A) for member in own), default=0)
+        A, B = like.new_zeros(experts, rank, in_), like.new_zeros(experts, out // projections, rank)
+        for member in own:
+            layer, factor = member.layer, member.scaling / members[0].scaling
+            A[member.expert, : len(layer.A)] = layer.A
+            B[member.expert, :, : len(layer.A)] = layer.B * factor
+        factors.append((A, B))
+    return StoredLayer(stack.path, *as_one(factors), "parameter")
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,9 @@ def _as_parameter(layer: StoredLayer, matrices: Mapping[str, Layer]) -> StoredLa
     return replace(layer, A=A, B=B, kind="parameter")
 
 
-def _as_deep(own: Layer, factors: Iterable[Tensor]) -> list[Tensor]:
+def _as_deep(own: Layer, factors: Factors) -> Factors:
     """Return factors of a single expert with the dimension that its stack has for experts."""
-    single = len(own.stored) == 3 and own.oriented[0] == 1
-    return [factor[None] if single and factor.ndim == 2 else factor for factor in factors]
+    A, B = factors
+    if len(own.stored) == 3 and own.oriented[0] == 1 and B.ndim == 2:
+        return A[None], B[None]
+    return A, B

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -52,14 +52,15 @@ class ComputedIn:
 def computed_in(model: PreTrainedModel) -> ComputedIn:
     """Return what a model's base is computed in."""
     dtype = str(next(iter(base_parameters(model).values())).dtype).removeprefix("torch.")
-    weights = quantized_weights(model).values()
-    if not weights:
+    # A published base is what its blocks say; Veneer has rounded nothing.
+    weights = (weight for weight in quantized_weights(model).values() if not weight.published)
+    weight = next(weights, None)
+    if weight is None:
         return ComputedIn(dtype)
-    weight = next(iter(weights))
     head = model.get_output_embeddings()
     in_head = head.modules() if isinstance(head, nn.Module) else ()
     has_quantized_head = any(isinstance(module, QuantizedLinear) for module in in_head)
-    return ComputedIn(dtype, weight.bits, weight.kind, has_quantized_head)
+    return ComputedIn(dtype, cast(Bits, weight.bits), weight.kind, has_quantized_head)
 
 
 def base_in(training: Mapping[str, Any]) -> ComputedIn | None:

@@ -159,10 +159,11 @@ class Experts:
         return [*self.up.trained(), *self.down.trained()]
 
     def note_routed(self, routing: Routing) -> None:
-        """Let whatever reads ahead know which experts are used next."""
-        for stack in (self.up, self.down):
-            if isinstance(stack.weight, QuantizedStack):
-                stack.weight.note_routed(routing.experts)
+        """Let whatever reads ahead know which experts are used next, in this order."""
+        stacks = [s.weight for s in (self.up, self.down) if isinstance(s.weight, QuantizedStack)]
+        for expert, _ in routing.segments:
+            for stack in stacks:
+                stack.note_routed([expert])
 
 
 def routed_experts(
@@ -206,11 +207,6 @@ class Routing:
                 first += count
         self.routed = first  # rows of an expert; those beyond the experts follow
         self.longest = max(counts, default=0)
-
-    @property
-    def experts(self) -> list[int]:
-        """The experts that have rows, in their order."""
-        return [expert for expert, _ in self.segments]
 
     def masks(self, stack: Stack) -> Tensor | None:
         """Return the mask of each sorted row, (rows, rank), or None where all are 1."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from veneer.quant.stack import QuantizedStack, quantized_weights
+from veneer.quant.weight import QuantizedWeight
 
 SAMPLES = 16  # values read of each weight, evenly spread
 # Settings that change what the same weights compute.
@@ -28,13 +29,24 @@ class Marks:
         self._names = {name: weight.shape for name, weight in own.items()}
         self.samples: dict[str, str] = {}
 
-    def see(self, name: str, weight: Tensor, *, expert: int | None = None) -> None:
-        """Take samples of a weight, or of one expert of a stack after the other."""
+    def see(
+        self,
+        name: str,
+        weight: Tensor | QuantizedWeight,
+        *,
+        expert: int | None = None,
+        transposed: bool = False,
+    ) -> None:
+        """Take samples of a weight, or of one expert of a stack after the other.
+
+        transposed: the model keeps a quantized weight (out, in) as (in, out).
+        """
         if name in self._names and expert is None:
-            self.samples[name] = _sample(weight)
+            self.samples[name] = _sample(weight, transposed=transposed)
         elif name in self._names:
-            total = weight.numel() * self._names[name][0]
-            more = _values(weight, total, first=(expert or 0) * weight.numel())
+            size = weight.shape.numel()
+            total = size * self._names[name][0]
+            more = _values(weight, total, first=(expert or 0) * size, transposed=transposed)
             before = [self.samples[name]] if expert else []
             self.samples[name] = ",".join(filter(None, [*before, _text(more)]))
 
@@ -136,16 +148,24 @@ def _base_path(path: str) -> str:
     return ".".join(name for name in path.split(".") if name != "original")
 
 
-def _sample(weight: Tensor) -> str:
-    return _text(_values(weight, weight.numel()))
+def _sample(weight: Tensor | QuantizedWeight, *, transposed: bool = False) -> str:
+    return _text(_values(weight, weight.shape.numel(), transposed=transposed))
 
 
-def _values(weight: Tensor, total: int, first: int = 0) -> Tensor:
+def _values(
+    weight: Tensor | QuantizedWeight, total: int, first: int = 0, *, transposed: bool = False
+) -> Tensor:
     """Return the samples in a weight whose numbers are the `first` and following of `total`."""
-    step = max(1, total // SAMPLES)
+    step, size = max(1, total // SAMPLES), weight.shape.numel()
     places = range(0, total, step)[:SAMPLES]
-    here = [place - first for place in places if 0 <= place - first < weight.numel()]
-    return weight.detach().reshape(-1)[here].to(torch.bfloat16).view(torch.int16)
+    here = torch.tensor([place - first for place in places if 0 <= place - first < size]).long()
+    if isinstance(weight, QuantizedWeight):
+        out, in_ = weight.shape
+        row, column = (here % out, here // out) if transposed else (here // in_, here % in_)
+        values = weight.rows(row)[torch.arange(len(here)), column]
+    else:
+        values = weight.detach().reshape(-1)[here]
+    return values.to(torch.bfloat16).view(torch.int16)
 
 
 def _text(values: Tensor) -> str:

@@ -6,18 +6,15 @@ transformers reads them; its mistakes are corrected here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
-import torch
 from tokenizers import pre_tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,12 +23,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-)
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-    load_gguf_checkpoint,
 )
 
 from veneer.errors import ModelError, listed
@@ -70,36 +61,8 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
         **options,
     )
     if missing := sorted(report["missing_keys"]):  # transformers would make them up
-        raise _unreadable(path, ValueError(f"it lacks {listed(missing)}"))
+        raise unreadable(path, ValueError(f"it lacks {listed(missing)}"))
     return model
-
-
-def open_tensors(path: Path, skeleton: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
-    """Return a reader of each tensor of a GGUF file, in float32, by the skeleton's own names.
-
-    transformers maps the names and reorders each architecture's tensors.
-    """
-    check_header(path)
-    try:
-        _check(path)
-        parsed = load_gguf_checkpoint(str(path))
-        architecture = str(_field(path, "general.architecture"))
-        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
-        names = get_gguf_hf_weights_map(skeleton, processor)
-        tensors = gguf.GGUFReader(str(path)).tensors
-    except Exception as error:
-        raise _unreadable(path, error) from error
-
-    def read(tensor: gguf.ReaderTensor) -> Tensor:
-        done = processor.process(
-            weights=gguf.dequantize(tensor.data, tensor.tensor_type),
-            name=tensor.name,
-            tensor_key_mapping=names,
-            parsed_parameters=parsed,
-        )
-        return torch.from_numpy(np.array(done.weights))
-
-    return {names[tensor.name]: partial(read, tensor) for tensor in tensors if tensor.name in names}
 
 
 @contextmanager
@@ -122,7 +85,7 @@ def read_once() -> Iterator[None]:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Read a GGUF file's tokenizer, with the splitting that `tokenizer.ggml.pre` asks for."""
     tokenizer = _read(AutoTokenizer, path)
-    splitting = PRE_TOKENIZERS.get(_field(path, "tokenizer.ggml.pre"))
+    splitting = PRE_TOKENIZERS.get(field_of(path, "tokenizer.ggml.pre"))
     if splitting is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = splitting()
     return tokenizer
@@ -131,15 +94,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def _read(auto: Any, path: Path, **options: Any) -> Any:
     check_header(path)
     try:
-        _check(path)
+        check_consistent(path)
         return auto.from_pretrained(
             str(path.parent), gguf_file=path.name, trust_remote_code=False, **options
         )
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _check(path: Path) -> None:
+def check_consistent(path: Path) -> None:
     """Raise ValueError for a file that contradicts itself and could keep readers busy for ever."""
     header = read_header(path)
     architecture = header.values.get("general.architecture")
@@ -153,7 +116,8 @@ def _check(path: Path) -> None:
         raise ValueError(f"it says {blocks} blocks, and its tensors are of {len(there)}")
 
 
-def _unreadable(path: Path, error: Exception) -> ModelError:
+def unreadable(path: Path, error: Exception) -> ModelError:
+    """Return the error for a file that could not be read."""
     if "pip install" in str(error):  # transformers lacks a package
         return ModelError(f"{path} cannot be read: {error}")
     return ModelError(
@@ -162,6 +126,7 @@ def _unreadable(path: Path, error: Exception) -> ModelError:
     )
 
 
-def _field(path: Path, name: str) -> Any:
+def field_of(path: Path, name: str) -> Any:
+    """Return a value of a GGUF file's header, or None."""
     field = gguf.GGUFReader(str(path)).get_field(name)
     return field.contents() if field else None

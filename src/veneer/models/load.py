@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,16 +21,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from veneer.errors import ConfigError, ModelError, nearest
+from veneer.errors import ConfigError, ModelError, listed, nearest
 from veneer.models import gguf, minigpt
+from veneer.models.assemble import assemble
 from veneer.models.dtype import resolve_dtype
+from veneer.models.gguf_base import kinds_of, load_blocks
 from veneer.models.hub import on_hub
-from veneer.models.locate import MINIGPT_HOME, locate
+from veneer.models.locate import BUILT_IN, MINIGPT_HOME, locate
 from veneer.models.published import PublishedFiles, load_published
 from veneer.models.quantize import quantized_model
 from veneer.models.source import Source, adapter_file, open_source
 from veneer.models.stored import load_quantized
-from veneer.quant.settings import Bits, quantization_of
+from veneer.quant.settings import Bits, LoadBits, quantization_of
+from veneer.quant.weight import quantized_layers
 
 # What every causal language model has at least one of.
 SIZES = (
@@ -58,27 +61,30 @@ def load_base(
     name: str | Path,
     *,
     dtype: str = "auto",
-    bits: Bits | None = None,
+    bits: LoadBits | None = None,
     pack_head: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
     """Load a base for training or generation, on the GPU where there is one.
 
     `name` is a built-in name, a transformers or MiniGPT directory, a .gguf file, or a hub name.
-    With `bits` its linear layers are quantized as they are read, with `pack_head` the head too; a
-    base that is quantized already stays in its files, memory-mapped. Its tokenizer is read unless
-    it is given. No code from a model's repository is ever run. Raises ModelError with what to do,
-    and ConfigError for impossible settings.
+    With 4 or 8 `bits` its linear layers are quantized as they are read, with `pack_head` the head
+    too; a base that is quantized already stays in its files, memory-mapped, and so do the linear
+    layers of a .gguf file. With 16 they are dense, in `dtype`. Its tokenizer is read unless it is
+    given. No code from a model's repository is ever run. Raises ModelError with what to do, and
+    ConfigError for impossible settings.
     """
-    if bits not in (None, 4, 8):
-        raise ConfigError(f"bits is {bits!r}, but must be 4 or 8.")
-    if pack_head and bits is None:
+    if bits not in (None, *get_args(LoadBits)):
+        raise ConfigError(f"bits is {bits!r}, but must be 4, 8 or 16.")
+    if pack_head and bits not in get_args(Bits):
         raise ConfigError("pack_head would do nothing without bits; give bits 4 or 8 too.")
     place = _at_hand(name)
     torch_dtype = dtype_of(place, dtype)
     notices: tuple[str, ...] = ()
     with gguf.read_once():
-        config = None if _is_gguf(place) and not bits else load_config(name)
+        keeps_blocks = bits is None and _is_gguf(place) and str(name) not in BUILT_IN
+        in_place = _is_gguf(place) and not keeps_blocks and bits not in get_args(Bits)
+        config = None if in_place else load_config(name)
         quantization = None if config is None else quantization_of(config.to_dict())
         if config is not None and quantization and not (bits and quantization.is_published):
             if bits:
@@ -91,9 +97,18 @@ def load_base(
                     f"{name} asks for {quantization.ignores}, which Veneer leaves as they are: its "
                     "weights alone are quantized here.",
                 )
-        elif config is not None and bits:
+        elif quantization and config is not None and bits == 16:
+            model = _dequantized(place, config, torch_dtype)
+        elif config is not None and (bits == 4 or bits == 8):
             source, notices = _open_dense(place, config)
             model = quantized_model(source, bits, torch_dtype, head=pack_head)
+            if _is_gguf(place) and str(name) not in BUILT_IN and (kinds := kinds_of(Path(place))):
+                notices += (
+                    f"Its weights, rounded to {listed(kinds)} in the file, are rounded a second "
+                    f"time, to {bits} bits; without --bits they stay as they are there.",
+                )
+        elif config is not None and keeps_blocks:
+            model, notices = _with_blocks(Path(place), config, torch_dtype)
         else:
             model = _dense(place, torch_dtype)
         tokenizer = tokenizer or _tokenizer(place)
@@ -226,6 +241,28 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
         config.tie_word_embeddings = False  # the files have two of them
     notice = "Its files cannot be read weight by weight, so all of the model was in memory at once."
     return Source.of_model(skeleton_of(config, home), model, home), (notice,)
+
+
+def _dequantized(
+    place: Path | str, config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Return a base that is published quantized as dense numbers."""
+    source, _ = _open_dense(place, config)
+    return assemble(source.skeleton, ((name, source.read(name)) for name in source.names), dtype)
+
+
+def _with_blocks(
+    path: Path, config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the model of a GGUF file, its linear layers in the file's blocks where that can be."""
+    model = load_blocks(path, skeleton_of(config), dtype)
+    if model is None:
+        return _dense(path, dtype), ()
+    kinds = sorted({layer.quantized_weight.label for layer in quantized_layers(model).values()})
+    return model, (
+        f"The linear layers stay in {path.name}, in its own blocks ({listed(kinds)}); --bits 16 "
+        "would load them as dense numbers: faster, and larger.",
+    )
 
 
 def _tokenizer(place: Path | str) -> PreTrainedTokenizerBase:

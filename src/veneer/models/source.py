@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.errors import ModelError
-from veneer.models import gguf
+from veneer.models.gguf_tensors import GGUFTensors
 from veneer.models.stored_names import Piece, stored_names
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -56,20 +56,18 @@ def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
     """
     names = untied(skeleton)
     if place.suffix == ".gguf":
-        tensors = gguf.open_tensors(place, skeleton)
-        if not set(names) <= set(tensors):
+        tensors = GGUFTensors(place, skeleton)
+        if not set(names) <= tensors.names:
             return None
         last: dict[str, Tensor] = {}  # a stack is read once for all of its experts
 
         def expert_in_gguf(name: str, e: int) -> Tensor:
             if name not in last:
                 last.clear()
-                last[name] = tensors[name]()
+                last[name] = tensors.read(name)
             return last[name][e]
 
-        return Source(
-            skeleton, names, lambda name: tensors[name](), identity_of([place]), expert_in_gguf
-        )
+        return Source(skeleton, names, tensors.read, identity_of([place]), expert_in_gguf)
     files = model_files(place)
     file_of = {name: file for file in files for name in _tensor_names(file)}
     prefix = f"{skeleton.base_model_prefix}."

@@ -10,6 +10,7 @@ from veneer.models.description import Layer
 from veneer.plan.amounts import Term
 from veneer.plan.config import PlanConfig
 from veneer.plan.methods import Trained
+from veneer.plan.routed import is_one_function, kept_by_experts
 from veneer.plan.sizes import OWN_SCORES, Block, Sizes
 
 # Packed batches are filled up to a multiple of this (TOKENS_STEP in fused/forward.py).
@@ -107,7 +108,9 @@ def holes(config: PlanConfig, sizes: Sizes, trained: Trained) -> Term:
     ]
     if recompute_of(config, sizes, trained) == "full":
         blocks = []
-    total = sum(term.value for term in kept_by_blocks(config, sizes, trained, blocks))
+    total = sum(
+        term.value for block in blocks for term in _by_autograd(config, sizes, trained, block)
+    )
     return Term.of(HOLES, "of", total, "bytes", note="holes in the heap between all these")
 
 
@@ -117,8 +120,21 @@ def kept_by_blocks(
     """Return what blocks keep that are not computed again whole; equal blocks share a term."""
     alike: Counter[Term] = Counter()
     for block in blocks:
-        by = _by_two_functions if is_fused(block, trained) else _by_autograd
-        alike.update(by(config, sizes, trained, block))
+        if is_fused(block, trained):
+            alike.update(_by_two_functions(config, sizes, trained, block))
+            continue
+        alike.update(_by_autograd(config, sizes, trained, block))
+        if is_one_function(block, trained):
+            inputs = _inputs(block, trained)
+            alike.update(
+                kept_by_experts(
+                    config,
+                    trained,
+                    block,
+                    tokens_of(config),
+                    reads_kept=(False, sizes.dim) in inputs,
+                )
+            )
     return [term.times(count, "layers") for term, count in alike.items() if term.value]
 
 
@@ -175,14 +191,12 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
     """
     tokens, width = tokens_of(config), config.width
     lines = _lines(block, trained)
+    experts, inner, routed = block.experts, block.inner, block.routed
+    if is_one_function(block, trained):
+        experts, inner, routed = 0, block.dense, 0
+        lines = [line for line in lines if not line.layer.is_stack]
     norms = sum(_norm_bytes(norm, block, config, sizes, trained) for norm in block.norms)
-    inputs = {}
-    for layer in block.layers:
-        # The layer that leads out of attention reads what attention keeps anyway.
-        touched = layer.path in trained.own_paths or layer.path in trained.lines
-        if touched and layer.is_linear and layer is not block.output:
-            half = layer.in_attention or block.has_one_norm
-            inputs[half, layer.in_] = layer.in_
+    inputs = _inputs(block, trained)
     # DoRA's magnitude multiplies each adapted layer's output, which is kept for its gradient.
     gained = sum(line.out for line in lines) if config.method == "dora" else 0
     gated = CLAMPED if getattr(sizes.config, "swiglu_limit", None) else GATED
@@ -191,7 +205,7 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
     one_product = any(layer.out > block.q for layer in block.attention)
     turned = block.q + block.kv if sizes.is_rotary and one_product else 0
     attention = 2 * block.q + 2 * block.kv + turned
-    stacks = any(x.kind == "experts" and x.path in trained.own_paths for x in block.layers)
+    stacks = any(x.is_stack and x.path in trained.own_paths for x in block.layers)
     per_expert = sizes.dim * (1 + stacks)
     sums = sum(line.out * line.in_ for line in lines if line.layer.parameter)
     trains_sinks = any(x.name == "sinks" and x.path in trained.own_paths for x in block.layers)
@@ -201,9 +215,9 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
         Term.of(tokens, "tokens", sum(inputs.values()), *numbers, note="inputs of linear layers"),
         Term.of(tokens, "tokens", gained, *numbers, note="what magnitudes multiply"),
         Term.of(tokens, "tokens", attention, *numbers, note="q, k, v and what attention gave"),
-        Term.of(tokens, "tokens", times, "", block.inner, *numbers, note="activation"),
-        Term.of(tokens, "tokens", block.experts, "experts", per_expert, *numbers, note="x and y"),
-        Term.of(tokens, "tokens", stacks * block.routed, *numbers, note="inputs of experts"),
+        Term.of(tokens, "tokens", times, "", inner, *numbers, note="activation"),
+        Term.of(tokens, "tokens", experts, "experts", per_expert, *numbers, note="x and y"),
+        Term.of(tokens, "tokens", stacks * routed, *numbers, note="inputs of experts"),
         _log_sums(config, block),
         Term.of(
             *(tokens, "tokens", block.attention_heads, "heads", config.length, "keys"),
@@ -217,6 +231,19 @@ def _by_autograd(config: PlanConfig, sizes: Sizes, trained: Trained, block: Bloc
         _ranks(config, lines),
         Term.of(sums, *numbers, note="W + s B A of adapted parameters"),
     ]
+
+
+def _inputs(block: Block, trained: Trained) -> dict[tuple[bool, int], int]:
+    """Return the widths of what linear layers that train or are adapted read; those that share an
+    input have one key."""
+    inputs = {}
+    for layer in block.layers:
+        # The layer that leads out of attention reads what attention keeps anyway.
+        touched = layer.path in trained.own_paths or layer.path in trained.lines
+        if touched and layer.is_linear and layer is not block.output:
+            half = layer.in_attention or block.has_one_norm
+            inputs[half, layer.in_] = layer.in_
+    return inputs
 
 
 def _lines(block: Block, trained: Trained) -> list[TargetLine]:

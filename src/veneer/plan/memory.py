@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from veneer.models.description import Layer
 from veneer.plan.activations import FLOAT32, holes, kept, kept_on_disk
 from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import PlanConfig
@@ -60,7 +62,7 @@ def plan_memory(
     width, count = config.width, trained.count
     own = bool(trained.weights)  # they train in their own dtype; new parameters are float32
     trained_width = width if own else FLOAT32
-    quantized, rest = _weights(config, sizes)
+    quantized, rest = weight_terms(config, sizes)
     # Weights that are stored in 16 bits and computed in 32 are copied into memory.
     mapped = [] if not config.mapped else quantized if width == FLOAT32 else quantized + rest
     weights = [term for term in quantized + rest if term not in mapped]
@@ -96,7 +98,7 @@ def plan_memory(
     )
 
 
-def _weights(config: PlanConfig, sizes: Sizes) -> tuple[list[Term], list[Term]]:
+def weight_terms(config: PlanConfig, sizes: Sizes) -> tuple[list[Term], list[Term]]:
     """Return the bytes of all weights: quantized, and in the dtype of computing."""
     width, description = config.width, sizes.description
     if config.base_bits >= 16:
@@ -109,9 +111,15 @@ def _weights(config: PlanConfig, sizes: Sizes) -> tuple[list[Term], list[Term]]:
         *(description.parameters - numbers, "parameters", width, "bytes"),
         note="embeddings, norms, biases" + ("" if config.pack_head else ", head"),
     )
+    return quantized_terms(config, layers), [rest]
+
+
+def quantized_terms(config: PlanConfig, layers: Sequence[Layer]) -> list[Term]:
+    """Return the bytes of layers in 4 or 8 bits; of a stack, each expert has scales of its own."""
+    numbers = sum(layer.out * layer.in_ for layer in layers)
     if config.base_bits == 4:
         note = f"NF4: {NF4_BITS:.3f} bits"
-        return [Term.of(numbers, "numbers", NF4_BITS / 8, "bytes", note=note)], [rest]
+        return [Term.of(numbers, "numbers", NF4_BITS / 8, "bytes", note=note)]
     rows = sum(layer.out for layer in layers)
     codes = Term.of(numbers, "numbers", 1, "byte", note="8-bit codes")
-    return [codes, Term.of(rows, "rows", FLOAT32, "bytes", note="a scale each")], [rest]
+    return [codes, Term.of(rows, "rows", FLOAT32, "bytes", note="a scale each")]

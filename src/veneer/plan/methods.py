@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.adapter.report import TargetLine, target_lines
+from veneer.adapter.targets import check_parameters
 from veneer.adapter.unfreeze import replaced_weights
 from veneer.errors import ConfigError
 from veneer.models.description import Layer
@@ -67,6 +68,9 @@ def trained_by(config: PlanConfig, sizes: Sizes, adapted: tuple[TargetLine, ...]
     if config.method in ADAPTING:
         if not adapted:
             raise ConfigError(f"{config.method} needs layers to adapt.")
+        if config.method == "dora":
+            layers = [line.layer for line in adapted]
+            check_parameters(replace(adapted[0].config, dora=True), layers)
         return _adapting(sizes, adapted, magnitudes=config.method == "dora")
     if config.method == "prefix":
         return Trained(amount("prefix", *_prefix(config, sizes)), prefix=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from veneer.adapter.report import TargetLine
 from veneer.errors import ConfigError
@@ -11,6 +12,7 @@ from veneer.models.description import ModelDescription
 from veneer.plan.config import ADAPTING, MethodName, PlanConfig
 from veneer.plan.memory import RUNTIME, MemoryPlan, plan_memory
 from veneer.plan.methods import Trained, trained_by
+from veneer.plan.reads import Reads, reads
 from veneer.plan.sizes import Sizes
 
 
@@ -39,6 +41,11 @@ class Plan:
             "What this model's state-space layers keep of their states is not counted: the peak is "
             "higher."
         )
+
+    @cached_property
+    def reads(self) -> Reads | None:
+        """The weights that a pass reads of a mixture, None for any other model."""
+        return reads(self.config, self.sizes, self.trained)
 
     @property
     def share(self) -> float:
@@ -98,9 +105,11 @@ def unsuited(plan: Plan) -> list[str]:
     """Return why each method that does not suit the plan's model does not."""
     reasons = []
     methods: tuple[MethodName, ...] = ("freeze", "prefix", "prompt")
+    if plan.adapted:
+        methods = ("dora", *methods)
     for method in methods:
         try:
-            trained_by(replace(_plain(plan), method=method), plan.sizes)
+            trained_by(replace(_plain(plan), method=method), plan.sizes, plan.adapted)
         except ConfigError as error:
             reasons.append(str(error))
     return reasons

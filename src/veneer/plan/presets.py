@@ -67,6 +67,23 @@ def _glm4(
     )
 
 
+def _deepseek3(vocab: int, context: int, *, heads: int, experts: int, dense: int) -> Config:
+    return _llama(
+        *(7168, 18432, 61, heads, heads, vocab, context),
+        model_type="deepseek_v3",
+        moe_intermediate_size=2048,
+        n_routed_experts=experts,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        first_k_dense_replace=dense,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+    )
+
+
 def _gpt2(dim: int, depth: int, heads: int) -> Config:
     return {
         "model_type": "gpt2",
@@ -212,22 +229,29 @@ PRESETS: dict[str, Config] = {
         head_dim=128,
         sliding_window=None,
     ),
+    # mistralai/Mixtral-8x7B-v0.1; Jiang et al. 2024, arXiv 2401.04088. Published file:
+    # 46,702,792,704.
+    "mixtral-8x7b": _llama(
+        *(4096, 14336, 32, 32, 8, 32000, 32768),
+        model_type="mixtral",
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    # Qwen/Qwen3-Next-80B-A3B-Instruct: 80 B, without the layer that predicts a second token.
+    "qwen3-next-80b-a3b": _llama(
+        *(2048, 5120, 48, 16, 2, 151936, 262144),
+        model_type="qwen3_next",
+        head_dim=256,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+        num_experts=512,
+        num_experts_per_tok=10,
+    ),
     # deepseek-ai/DeepSeek-V3; DeepSeek-AI 2024, arXiv 2412.19437, section 4.2: 671 B, without the
     # further layer that predicts a second token, which transformers does not build.
-    "deepseek-v3": _llama(
-        *(7168, 18432, 61, 128, 128, 129280, 163840),
-        model_type="deepseek_v3",
-        moe_intermediate_size=2048,
-        n_routed_experts=256,
-        n_shared_experts=1,
-        num_experts_per_tok=8,
-        first_k_dense_replace=3,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_rope_head_dim=64,
-        qk_nope_head_dim=128,
-        v_head_dim=128,
-    ),
+    "deepseek-v3": _deepseek3(129280, 163840, heads=128, experts=256, dense=3),
+    # moonshotai/Kimi-K2-Instruct; Kimi Team 2025, arXiv 2507.20534: 1 T.
+    "kimi-k2": _deepseek3(163840, 131072, heads=64, experts=384, dense=1),
     # zai-org/GLM-4.5*; GLM-4.5 Team 2025, arXiv 2508.06471, table 1: 355 B and 106 B. Published
     # files, with that further layer: 358,337,791,296 and 110,468,824,832.
     "glm-4.5": _glm4(5120, 12288, 92, expert=1536, experts=160, dense=3, qk_norm=True),

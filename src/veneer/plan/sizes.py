@@ -79,7 +79,7 @@ class Block:
 
     @cached_property
     def expert_layers(self) -> tuple[Layer, ...]:
-        return tuple(x for x in self.layers if x.kind == "experts" or _is_expert(x))
+        return tuple(x for x in self.layers if x.is_stack or _is_expert(x))
 
     @cached_property
     def expert_count(self) -> int:
@@ -100,6 +100,25 @@ class Block:
     def routed(self) -> int:
         """The inner width of the experts that compute a token."""
         return self.experts * self.expert_width
+
+    @cached_property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts, with their biases."""
+        layers = [x for x in self.layers if x.is_stack or ".experts." in x.path]
+        return sum(layer.parameters for layer in layers)
+
+    @property
+    def idle(self) -> int:
+        """Parameters of the experts that a token is not routed to."""
+        if not self.routed:
+            return 0
+        return self.expert_parameters * (self.expert_count - self.experts) // self.expert_count
+
+    def reached(self, tokens: int) -> float:
+        """Return how many experts compute one token at least, in the mean, if each token takes its
+        experts at random."""
+        count = self.expert_count
+        return count * (1 - (1 - self.experts / count) ** tokens)
 
     @cached_property
     def dense(self) -> int:
@@ -225,6 +244,11 @@ class Sizes:
             raise
         except Exception as error:  # many kinds: not all models compute on the meta device
             raise ConfigError(f"{method} cannot be planned for this model ({error}).") from error
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """Parameters that compute a token: all but the experts that it is not routed to."""
+        return self.description.parameters - sum(block.idle for block in self.blocks)
 
     def block_of(self, layer: Layer) -> int:
         """Return the lowest block that a layer's gradient passes: the number of blocks for the

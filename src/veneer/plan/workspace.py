@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from veneer.plan.activations import (
     FLOAT32,
     is_fused,
@@ -12,6 +14,7 @@ from veneer.plan.activations import (
 from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import PlanConfig
 from veneer.plan.methods import Trained
+from veneer.plan.routed import is_one_function, workspace_of_experts
 from veneer.plan.sizes import Block, Sizes
 
 CHUNK_LOGITS = 2**24  # logits held at a time (kernels/cross_entropy.py)
@@ -59,17 +62,23 @@ def _block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> 
     weight, and what the layer computes again."""
     tokens, width = tokens_of(config), config.width
     again = recompute_of(config, sizes, trained)
-    feed_forward = Term.of(
-        *(tokens, "tokens", 4 * block.inner + 4 * sizes.dim, "numbers", width, "bytes"),
-        note="feed-forward layer on the way back",
-    )
+    routed = is_one_function(block, trained)
+    inner = block.dense if routed else block.inner
+    feed_forward = [
+        Term.of(
+            *(tokens, "tokens", 4 * inner + 4 * sizes.dim, "numbers", width, "bytes"),
+            note="feed-forward layer on the way back",
+        )
+    ]
+    if routed:
+        feed_forward.append(workspace_of_experts(config, block, tokens))
     scores = _scores(config, block)
     rows = Term.of(
         *(tokens, "tokens", 6 * block.q + 6 * block.kv, "numbers", width, "bytes"),
         note="q, k, v and their gradients, by heads",
     )
     attention = [scores, rows]
-    larger = attention if scores.value + rows.value > feed_forward.value else [feed_forward]
+    larger = max(attention, feed_forward, key=lambda terms: sum(term.value for term in terms))
     if again == "full":
         larger += kept_by_blocks(config, sizes, trained, [block])
     elif again == "selective":
@@ -80,7 +89,9 @@ def _block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> 
             )
         )
     if config.base_bits < 16:
-        largest = max((x.out * x.in_ for x in sizes.description.quantizable), default=0)
+        # Experts are made dense one by one.
+        layers = sizes.description.quantizable
+        largest = max((math.prod(layer.oriented[-2:]) for layer in layers), default=0)
         most = min(BLOCK_NUMBERS, largest)
         larger.append(Term.of(most, "numbers", width, "bytes", note="rows made dense at a time"))
     if trained.trains_head:

@@ -28,6 +28,7 @@ class GPTQ(QuantizedWeight):
 
     kind = "gptq"
     published = True
+    bits: Literal[4, 8]
 
     def __init__(
         self,

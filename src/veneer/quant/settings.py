@@ -9,6 +9,7 @@ from typing import Any, Literal
 from veneer.errors import ModelError
 
 Bits = Literal[4, 8]
+LoadBits = Literal[4, 8, 16]  # 16: dense, where a file's own blocks could stay
 Method = Literal["bitsandbytes", "mxfp4", "fp8", "gptq", "awq", "compressed-tensors"]
 # The forms of compressed-tensors' weights, as its files call them.
 INTEGERS, FLOATS = ("pack-quantized", "int-quantized", "naive-quantized"), ("float-quantized",)

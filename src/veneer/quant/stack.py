@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.quant.settings import Bits
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight
 
 
@@ -60,12 +59,16 @@ class QuantizedStack(nn.Module):
         return 3
 
     @property
-    def bits(self) -> Bits:
+    def bits(self) -> int:
         return self.experts[0].bits
 
     @property
     def kind(self) -> str:
         return self.experts[0].kind
+
+    @property
+    def published(self) -> bool:
+        return self.experts[0].published
 
     @property
     def label(self) -> str:
@@ -140,6 +143,12 @@ class QuantizedStack(nn.Module):
 
     def transpose(self, first: int, second: int) -> Tensor:
         return self.dense().transpose(first, second)
+
+    def __deepcopy__(self, memo: dict) -> QuantizedStack:
+        # The experts never change, and whoever reads ahead stays the same.
+        stack = type(self)(self.experts, transposed=self.transposed)
+        stack.before_routed = self.before_routed
+        return stack
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.label}"

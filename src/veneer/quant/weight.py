@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.quant.settings import Bits
-
 # Numbers dequantized at a time: 16 MB in bfloat16. With 64 tokens and the layers of a 70B model a
 # product forward takes a fifth less so than with four times as many; with 512 tokens and a 7B
 # model's, up to a sixth more on the way back (`python -m bench.dequantize`; docs/performance.md).
@@ -22,28 +20,34 @@ BLOCK_NUMBERS = 2**23
 class QuantizedWeight(ABC):
     """A weight of `shape` (out, in) that never changes; `dequantize()` returns it in `dtype`."""
 
-    bits: Bits
-    kind: str  # as bitsandbytes calls it: nf4, fp4, int8
+    bits: int  # of a code, without what scales add
+    kind: str  # as its format calls it: nf4, fp4, int8, Q4_K
+    # Whether the codes are the base itself, as it was published, and nothing was rounded here.
+    published: bool = False
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
     # Called before each use, so that whatever reads ahead knows where in the model a pass is.
     before_use: Callable[[], None] | None = None
 
+    def requantized(self, weight: Tensor, dtype: torch.dtype) -> QuantizedWeight | None:
+        """Return another weight (out, in) quantized as this one is, or None where Veneer cannot."""
+        return None
+
     @property
     def label(self) -> str:
         """What people call the format."""
         return type(self).__name__
-
-    def requantized(self, weight: Tensor, dtype: torch.dtype) -> QuantizedWeight | None:
-        """Return another weight (out, in) quantized as this one is, or None where Veneer cannot."""
-        return None
 
     def dequantize(self) -> Tensor:
         """Return the weight (out, in) in `dtype`, a new tensor for the caller to drop after use."""
         if self.before_use is not None:
             self.before_use()
         return self._dequantize_rows(0, self.shape[0])
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return some rows, (rows, in), in `dtype`; index (rows,) in int64."""
+        return self.dequantize()[index]
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of rows with these rows in `dtype`, of BLOCK_NUMBERS numbers at most."""
@@ -167,7 +171,7 @@ class QuantizedLinear(nn.Module):
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
-        kind = type(self.quantized_weight).__name__
+        kind = self.quantized_weight.label
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {kind}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:

@@ -40,7 +40,7 @@ def plan_run(
     name, training = recipe.model, recipe.training
     if training.tokens_per_step is None:
         training = replace(training, tokens_per_step=PlanConfig.tokens_per_batch)
-    bits: Bits | None = recipe.bits
+    bits: Bits | None = recipe.quantized_bits
     head, mapped = recipe.pack_head, False
     preset = name in PRESETS and not Path(name).exists()
     if config is None:

@@ -11,7 +11,7 @@ from veneer.adapter.method import Method
 from veneer.checks import check_config, one_of, whole_number
 from veneer.data.rows import LongRows
 from veneer.data.sources import has_valid_files
-from veneer.quant.settings import Bits
+from veneer.quant.settings import Bits, LoadBits
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
 
@@ -72,7 +72,7 @@ class Recipe:
     training: TrainConfig = field(default_factory=TrainConfig)
     rows: DataConfig = field(default_factory=DataConfig)
     dtype: DType = "auto"
-    bits: Bits | None = None
+    bits: LoadBits | None = None
     pack_head: bool = False
     out: Path = DEFAULT_OUT
     start_from: Path | None = None
@@ -97,13 +97,13 @@ class Recipe:
             rules={},
             contradictions={
                 "pack_head would do nothing without bits; give bits 4 or 8 too": (
-                    self.pack_head and self.bits is None
+                    self.pack_head and self.quantized_bits is None
                 ),
                 "init loftq makes up for what rounding to fewer bits takes; give bits 4 or 8 too": (
-                    self.lora.init == "loftq" and self.bits is None
+                    self.lora.init == "loftq" and self.quantized_bits is None
                 ),
                 f"{method} trains weights, which cannot be in {self.bits} bits": (
-                    self.method.replaces_weights and self.bits is not None
+                    self.method.replaces_weights and self.quantized_bits is not None
                 ),
                 f"{' and '.join(of_evaluation)} would do nothing without rows to evaluate on; "
                 "give eval_rows or eval_data too": bool(of_evaluation and not evaluates),
@@ -112,6 +112,16 @@ class Recipe:
                 ),
             },
         )
+
+    @property
+    def quantized_bits(self) -> Bits | None:
+        """The bits to which the base is quantized as it is read."""
+        return None if self.bits == 16 else self.bits
+
+    @property
+    def loaded_bits(self) -> LoadBits | None:
+        """The bits to load the base with: weights that train are dense."""
+        return 16 if self.method.replaces_weights else self.bits
 
     @property
     def adapter(self) -> Path:

@@ -127,7 +127,7 @@ def tune(
     base = load_base(
         recipe.model,
         dtype=dtype,
-        bits=recipe.bits,
+        bits=recipe.loaded_bits,
         pack_head=recipe.pack_head,
         tokenizer=ahead.tokenizer,
     )

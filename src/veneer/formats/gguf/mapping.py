@@ -6,7 +6,7 @@ llama.cpp adds (alpha / rank) · B (A x), with one alpha a file and each tensor'
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from veneer.adapter.config import LoRA
 from veneer.errors import AdapterError, joined, listed, nearest
 from veneer.formats.contents import without_place
-from veneer.formats.gguf.names import HEAD, Naming, permuted, unpermuted
+from veneer.formats.gguf.names import HEAD, Naming, unpermuted
+from veneer.formats.stacks import as_one
 from veneer.formats.state import (
     AdapterState,
     StoredLayer,
@@ -26,6 +27,7 @@ from veneer.formats.state import (
     shortest_names,
 )
 from veneer.lowrank.approximate import nearest_to_dora
+from veneer.lowrank.formula import Factors
 
 A_END, B_END = ".lora_a", ".lora_b"
 
@@ -34,8 +36,9 @@ A_END, B_END = ".lora_a", ".lora_b"
 class Contents:
     """The contents of a LoRA file, and notes on what was folded.
 
-    Tensors are `<name>.lora_a` (rank, in) and `<name>.lora_b` (out, rank); of the embedding (vocab,
-    rank) and (dim, rank), since llama.cpp looks up rows of A.
+    Tensors are `<name>.lora_a` (rank, in) and `<name>.lora_b` (out, rank), after a dimension of
+    experts in a stack of them; of the embedding (vocab, rank) and (dim, rank), since llama.cpp
+    looks up rows of A.
     """
 
     architecture: str
@@ -58,19 +61,20 @@ def contents_of(state: AdapterState, naming: Naming) -> Contents:
     layers = list(state.layers())
     if problems := _not_expressed(state, naming):
         raise AdapterError(f"llama.cpp's LoRA cannot express this: {joined(problems)}.")
-    alphas = {layer.path: config.scaling_of(layer.path) * len(layer.A) for layer in layers}
+    alphas = {layer.path: config.scaling_of(layer.path) * layer.B.shape[-1] for layer in layers}
     alpha = float(np.float32(Counter(alphas.values()).most_common(1)[0][0]))
     tensors: dict[str, np.ndarray] = {}
     folded = 0
     for layer in layers:
-        place = naming.places[layer.path]
         factor = alphas[layer.path] / alpha
-        A, B = layer.A.to(torch.float32), permuted(layer.B.to(torch.float64), place.heads)
+        A, B = layer.A.to(torch.float32), layer.B.to(torch.float64)
         if abs(factor - 1) > 2**-23:  # float32 cannot tell less apart
             B, folded = factor * B, folded + 1
-        A = A.T if place.is_embedding else A
-        tensors[place.name + A_END] = np.ascontiguousarray(A.numpy())
-        tensors[place.name + B_END] = np.ascontiguousarray(B.to(torch.float32).numpy())
+        for place in naming.of(layer.path):
+            a, b = A.T if place.is_embedding else A, place.of(B).to(torch.float32)
+            a = a.expand(len(b), -1, -1) if place.is_stack else a  # also an A that experts share
+            tensors[place.name + A_END] = np.ascontiguousarray(a.numpy())
+            tensors[place.name + B_END] = np.ascontiguousarray(b.numpy())
     notes = []
     if folded:
         notes.append(
@@ -91,21 +95,23 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
         problems.append(
             f"it is for {contents.architecture!r}, and the base is {naming.architecture!r}"
         )
-    paths = {place.name: place for place in naming.places.values() if place.takes_adapters}
+    places = {name: place for name, place in naming.by_name.items() if place.takes_adapters}
     halves: dict[str, dict[str, Tensor]] = {}
     for key, array in contents.tensors.items():
         name, end = key[:-7], key[-7:]
         if end not in (A_END, B_END):
             problems.append(f"{key!r} is neither lora_a nor lora_b, and not read")
-        elif name not in paths:
-            problems.append(f"the base has no {name!r} to adapt{nearest(name, paths)}")
-        elif array.ndim != 2:
-            problems.append(f"{key!r} is no matrix")
+        elif name not in places:
+            problems.append(f"the base has no {name!r} to adapt{nearest(name, places)}")
+        elif array.ndim != 2 + places[name].is_stack:
+            what = "stack of matrices" if places[name].is_stack else "matrix"
+            problems.append(f"{key!r} is no {what}")
         else:
             halves.setdefault(name, {})[end] = torch.from_numpy(np.array(array, dtype=np.float32))
     layers: list[StoredLayer] = []
+    stacks: dict[str, dict[tuple[int, int], Factors]] = defaultdict(dict)
     for name, half in halves.items():
-        place = paths[name]
+        place = places[name]
         if set(half) != {A_END, B_END}:
             problems.append(f"{name!r} has {next(iter(half))} alone, without its other half")
             continue
@@ -113,17 +119,24 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
         if place.heads and len(B) % (2 * place.heads):
             problems.append(f"{name}{B_END} has {len(B)} rows, which do not divide among the heads")
             continue
+        if place.is_stack:
+            stacks[place.path][place.share] = A, B
+            continue
         A = A.T.contiguous() if place.is_embedding else A
         B = unpermuted(B, place.heads).contiguous()
         kind = layer_kind(is_embedding=place.is_embedding)
-        layers.append(StoredLayer(place.path, A, B, kind))
+        layers.append(StoredLayer(place.path, A, B, "parameter" if place.is_parameter else kind))
+    layers += [
+        _stack(path, shares, problems, scaled=contents.alpha != 0)
+        for path, shares in stacks.items()
+    ]
     if not layers and not problems:
         problems.append("it adapts nothing")
     if not (contents.alpha >= 0 and np.isfinite(contents.alpha)):
         problems.append(f"its alpha is {contents.alpha}")
     if problems:
         raise AdapterError(joined(problems))
-    ranks = {layer.path: layer.B.shape[1] for layer in layers}
+    ranks = {layer.path: layer.B.shape[-1] for layer in layers}
     # Where alpha is 0, llama.cpp does not scale.
     alphas = {path: contents.alpha or float(rank) for path, rank in ranks.items()}
     targets = shortest_names(set(ranks), naming.places)
@@ -133,6 +146,32 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
         base_name=contents.base_name,
         base_fingerprint=dict(contents.base_fingerprint),
     )
+
+
+def _stack(
+    path: str, shares: Mapping[tuple[int, int], Factors], problems: list[str], *, scaled: bool
+) -> StoredLayer:
+    """Return the adapter of a stack of experts whose projections have tensors of their own, and add
+    to `problems` what does not fit.
+
+    scaled: whether llama.cpp scales each by alpha and its own rank, which becomes one scaling here.
+    """
+    (A, B), *_ = shares.values()
+    counts = {count for _, count in shares}
+    sizes = {(len(a), len(b), a.shape[2], b.shape[1]) for a, b in shares.values()}
+    pairs = all(a.shape[1] == b.shape[2] for a, b in shares.values())
+    if len(counts) > 1 or len(sizes) > 1 or not pairs or len(A) != len(B):
+        problems.append(f"its tensors of {path} do not go together")
+        return StoredLayer(path, A, B, "parameter")
+    missing = A[:, :0], B[:, :, :0]
+    (count,) = counts
+    projections = [shares.get((index, count), missing) for index in range(count)]
+    one_a, one_b = as_one(projections)
+    ranks, rank = [a.shape[1] for a, _ in projections], one_a.shape[1]
+    if scaled and set(ranks) != {rank}:
+        by_rank = [(a, b * (rank / max(a.shape[1], 1))) for a, b in projections]
+        one_a, one_b = as_one(by_rank)
+    return StoredLayer(path, one_a, one_b, "parameter")
 
 
 def without_dora(
@@ -185,10 +224,10 @@ def _not_expressed(state: AdapterState, naming: Naming) -> list[str]:
     if others := [c for c in without_place(state, "gguf") if c != "DoRA's magnitudes"]:
         problems.append(f"it has no place for {listed(others)}; merge it into the model")
     for layer in state.layers():
-        place = naming.places.get(layer.path)
-        if place is None or not place.takes_adapters:
+        places = naming.of(layer.path)
+        if not places or not all(place.takes_adapters for place in places):
             problems.append(f"llama.cpp adapts no {layer.path}")
-        elif naming.tied and (place.is_embedding or place.name == HEAD):
+        elif naming.tied and (places[0].is_embedding or places[0].name == HEAD):
             # It has one tensor for both, and would adapt both.
             problems.append(f"{layer.path} is embedding and head in one there; merge it")
     return problems

@@ -20,7 +20,7 @@ from veneer.errors import AdapterError, ModelError, joined
 from veneer.files import new_file
 from veneer.formats.contents import without_place
 from veneer.formats.fold import without_start
-from veneer.formats.gguf.names import EMBEDDING, HEAD, Naming, Place, naming_over, permuted
+from veneer.formats.gguf.names import EMBEDDING, HEAD, ROUTERS, Naming, Place, naming_over, permuted
 from veneer.formats.state import AdapterState, NewTokenRows, StoredLayer
 from veneer.formats.validate import differs_from_base, same_weight, validate
 from veneer.lowrank.formula import delta_weight, rescaled
@@ -170,14 +170,20 @@ def _tensors(
     config, new_tokens = state.config, state.new_tokens
     assert isinstance(config, LoRA)
     layers = {layer.path: layer for layer in state.layers()}
-    if unknown := [path for path in layers if path not in naming.places]:
+    names = {origin.name for origin in reader.tensors} | ({HEAD} if naming.tied else set())
+    there = {place.path for name, place in naming.by_name.items() if name in names}
+    if unknown := [path for path in layers if path not in there]:
         raise AdapterError(f"GGUF has no tensor of its own for {', '.join(unknown)}.")
-    changes = {naming.places[path].name: (path, layer) for path, layer in layers.items()}
+    changes = {
+        name: (place, layers[place.path])
+        for name, place in naming.by_name.items()
+        if place.path in layers
+    }
 
     def tensor(name: str, origin: gguf.ReaderTensor) -> _Tensor:
         kind, shape = origin.tensor_type, tuple(int(n) for n in reversed(origin.shape))
-        path, layer = changes.get(name, ("", None))
-        if layer is not None:
+        place, layer = changes.get(name, (None, None))
+        if layer is not None and not name.endswith(ROUTERS):  # which llama.cpp keeps in float32
             kind = kind_for(kind) if one_kind is None else one_kind
         rows = _new_rows(new_tokens, name)
         if new_tokens is not None and rows is not None:
@@ -185,9 +191,9 @@ def _tensors(
 
         def data() -> np.ndarray:
             stored = _bytes(reader, origin)
-            if layer is not None:
-                scaling = config.scaling_of(path)
-                stored, merged = _merged(origin, name, kind, naming.places[path], layer, scaling)
+            if layer is not None and place is not None:
+                scaling = config.scaling_of(layer.path)
+                stored, merged = _merged(origin, name, kind, place, layer, scaling)
                 report.append(merged)
             if new_tokens is None or rows is None:
                 return stored
@@ -222,13 +228,15 @@ def _merged(
     """Return the bytes of W + ΔW, and how they differ from the exact sum."""
     weight = torch.from_numpy(np.array(gguf.dequantize(origin.data, origin.tensor_type)))
     weight = weight.T if place.is_embedding else weight  # (out, in), or (dim, vocab)
-    new = weight + delta_weight(layer.A, permuted(layer.B, place.heads), scaling)
+    delta = delta_weight(layer.A, place.of(layer.B), scaling)
+    new = weight.view(delta.shape) + delta  # of a gate of one row, weight is (in,)
     if layer.magnitude is not None:
         new = rescaled(new, permuted(layer.magnitude.to(torch.float32), place.heads))
-    change = new - weight
+    change = new - weight.view(new.shape)
     new, change = (new.T, change.T) if place.is_embedding else (new, change)
     stored = _stored(new.contiguous().numpy(), kind)
-    back = gguf.dequantize(stored.reshape(len(new), -1), kind).reshape(tuple(new.shape))
+    rows = stored.reshape(new.numel() // new.shape[-1], -1)
+    back = gguf.dequantize(rows, kind).reshape(tuple(new.shape))
     miss, size = torch.from_numpy(back) - new, float(new.norm())
     moved = float(change.square().sum())
     error = float(miss.norm()) / size if size else 0.0

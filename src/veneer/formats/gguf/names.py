@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import gguf
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from veneer.adapter.new_tokens import is_tied
-from veneer.adapter.targets import adaptable_layers
+from veneer.adapter.targets import describe_base
 from veneer.errors import AdapterError
 
 # model_type: llama.cpp's own architecture (convert_hf_to_gguf.py).
@@ -28,14 +29,23 @@ ARCHITECTURES = {
     "phi": "phi2",
     "phi3": "phi3",
     "gpt2": "gpt2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
 }
-# Tensors that llama.cpp multiplies in build_lora_mm, or looks rows up in with an adapter
-# (llama-graph.cpp). It ignores adapters of all others, such as GPT-2's positions.
+# Tensors that llama.cpp multiplies in build_lora_mm and build_lora_mm_id, or looks rows up in with
+# an adapter (llama-graph.cpp). It ignores adapters of all others, such as GPT-2's positions.
 ADAPTED = (
     *("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
     *("ffn_gate", "ffn_up", "ffn_down"),
+    *("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps"),
+    *("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"),
+    *("ffn_gate_inp", "ffn_gate_inp_shexp"),
     *("output", "token_embd"),
 )
+# The projections that a stack has one after the other, which llama.cpp names apart.
+PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj")}
+ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
@@ -44,27 +54,61 @@ class Place:
     """A layer of the base in llama.cpp.
 
     name: of its weight in a GGUF file. heads: groups of rows that are in another order, 0 for none.
+    is_stack: of experts. share: which of how many equal parts of a stack's rows it has, since
+    llama.cpp keeps gate and up apart. is_parameter: also a router, whose weight no layer has.
     """
 
     path: str
     name: str
-    heads: int
-    is_embedding: bool
+    heads: int = 0
+    is_embedding: bool = False
+    is_parameter: bool = False
+    is_stack: bool = False
+    share: tuple[int, int] = (0, 1)
 
     @property
     def takes_adapters(self) -> bool:
         """Whether llama.cpp applies an adapter to this layer."""
         return self.name.split(".")[-2] in ADAPTED
 
+    def of(self, rows: Tensor) -> Tensor:
+        """Return this place's share of a layer's rows, (..., out, width), in llama.cpp's order."""
+        index, count = self.share
+        return permuted(rows.chunk(count, dim=-2)[index], self.heads)
+
 
 @dataclass(frozen=True)
 class Naming:
-    """The layers of a base by path, for one of llama.cpp's architectures."""
+    """The layers of a base by path, for one of llama.cpp's architectures.
+
+    stacks: the places of a stack of experts, by its path, in the order of its rows.
+    """
 
     architecture: str
     places: dict[str, Place]
+    stacks: dict[str, tuple[Place, ...]]
     tied: bool  # whether the head is the embedding
     has_head: bool  # whether the architecture can have a head of its own
+
+    def of(self, path: str) -> tuple[Place, ...]:
+        """Return the places of a layer or stack; none where llama.cpp does not know it."""
+        place = self.places.get(path)
+        return self.stacks.get(path, () if place is None else (place,))
+
+    @cached_property
+    def by_name(self) -> dict[str, Place]:
+        """The places by their names, and those of stacks that a file may have in one tensor."""
+        every = [*self.places.values(), *(own for owns in self.stacks.values() for own in owns)]
+        every += [
+            replace(
+                owns[0],
+                name=owns[0].name.replace("ffn_gate_", "ffn_gate_up_"),
+                share=(0, 1),
+            )
+            for owns in self.stacks.values()
+            if len(owns) > 1
+        ]
+        return {place.name: place for place in every}
 
 
 def naming_of(config: PretrainedConfig) -> Naming:
@@ -88,16 +132,30 @@ def naming_over(skeleton: PreTrainedModel) -> Naming:
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = permuted_heads(config)
     places = {}
-    for layer in adaptable_layers(skeleton):
-        name = names.get_name(layer.path)
-        if name is not None:
+    stacks = {}
+    for layer in describe_base(skeleton).layers:
+        path = layer.path
+        if layer.is_stack:
+            owner, _, own = path.rpartition(".")
+            projections = PROJECTIONS.get(own, (own,))
+            gguf_names = [names.get_name(f"{owner}.{projection}") for projection in projections]
+            shares = [(i, len(projections)) for i in range(len(projections))]
+            if None not in gguf_names and not layer.transposed:
+                stacks[path] = tuple(
+                    Place(path, f"{name}.weight", is_parameter=True, is_stack=True, share=share)
+                    for name, share in zip(gguf_names, shares, strict=True)
+                )
+            continue
+        name = names.get_name(path.removesuffix(".weight") if layer.is_matrix else path)
+        if name is not None and (layer.is_adaptable or layer.is_matrix):
             groups = heads.get(name.rpartition(".")[2], 0)
-            places[layer.path] = Place(layer.path, f"{name}.weight", groups, not layer.is_linear)
+            is_embedding = layer.kind == "embedding"
+            places[path] = Place(path, f"{name}.weight", groups, is_embedding, layer.is_matrix)
     embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     assert embedding is not None
     assert head is not None
     has_head = gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[kind]
-    return Naming(architecture, places, is_tied(embedding, head), has_head)
+    return Naming(architecture, places, stacks, is_tied(embedding, head), has_head)
 
 
 def kind_of(model_type: str) -> gguf.MODEL_ARCH:
