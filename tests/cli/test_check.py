@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
+from support.peft_cases import base as peft_base
 from support.random_adapters import shake
 from support.tiny_models import tiny
 from veneer.cli.app import run
@@ -18,6 +19,7 @@ from veneer.errors import AdapterError
 from veneer.formats.names import RuntimeName
 from veneer.formats.runtimes.check import RUNTIMES, check
 
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 PEFT_READERS = ("vllm", "sglang", "tgi", "peft")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -132,6 +134,29 @@ def test_what_a_runtime_cannot_do_is_named(case, runtime, tmp_path):
     options, changes, names = REFUSED[case]
     place = edit(made(tmp_path / "a", **options), **changes)
     assert refused(place, runtime) == names.get(runtime, set())
+
+
+@pytest.mark.parametrize(
+    ("base", "stacks", "refusing"),
+    [
+        ("mistralai/Mixtral-8x7B-v0.1", STACKS, {"vllm", "sglang", "tgi", "ollama"}),
+        ("Qwen/Qwen3.5-35B-A3B", STACKS, {"sglang", "tgi", "ollama"}),
+        ("openai/gpt-oss-20b", STACKS[:1], {"vllm", "sglang", "tgi", "ollama"}),
+    ],
+)
+def test_whether_adapters_of_experts_act_is_said(base, stacks, refusing, tmp_path):
+    model = peft_base("mixtral")
+    veneer.attach(model, veneer.LoRA(rank=8, targets=["attention", *stacks]), seed=3)
+    veneer.save(shake(model), tmp_path / "a", format="peft")
+    edit(tmp_path / "a", base_model_name_or_path=base, rank_pattern={}, alpha_pattern={})
+    for runtime in (*PEFT_READERS, "ollama"):
+        name = "layers" if runtime == "tgi" else "experts"
+        assert (name in refused(tmp_path / "a", runtime)) == (runtime in refusing), runtime
+    (finding,) = (f for f in check(tmp_path / "a", "vllm").findings if f.what == "rank")
+    assert finding.says.startswith("8")
+    veneer.save(model, tmp_path / "a.gguf", format="gguf")
+    for runtime, verdict in (("llama.cpp", "ok"), ("ollama", "no")):
+        assert verdicts(tmp_path / "a.gguf", runtime)["experts"] == verdict
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from veneer.files import read_json
 from veneer.formats import mlx
 from veneer.formats.names import FormatName
 from veneer.formats.peft import directory as peft
+from veneer.formats.peft.rules import BELOW
 
 Shapes = dict[str, tuple[int, ...]]
 KEYS = ("general.", "adapter.")  # how keys of GGUF's metadata begin that are about adapters
@@ -39,17 +40,26 @@ class Facts:
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each layer, by path: the rows of PEFT's lora_A or lora_embedding_A."""
-        ranks = {}
-        for key, shape in self.shapes.items():
-            match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_A|A\.weight)", key)
-            if match and shape:
-                ranks[match[1]] = shape[0]
-        return ranks
+        return {path: rows for path, rows in self._rows.items() if not _of_experts(path)}
 
     @property
     def names(self) -> set[str]:
-        """The last names of the layers, such as q_proj."""
-        return {path.rpartition(".")[2] for path in self.ranks}
+        """The last names of the layers, such as q_proj, and of modules with stacks of experts."""
+        return {path.replace(BELOW, "").rpartition(".")[2] for path in self._rows}
+
+    @property
+    def stacks(self) -> list[str]:
+        """The places of stacks of experts in PEFT's file: `experts`, `experts.base_layer`."""
+        return [path for path in self._rows if _of_experts(path)]
+
+    @property
+    def _rows(self) -> dict[str, int]:
+        rows = {}
+        for key, shape in self.shapes.items():
+            match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_A|A\.weight)", key)
+            if match and shape:
+                rows[match[1]] = shape[0]
+        return rows
 
     @property
     def embeddings(self) -> set[str]:
@@ -63,6 +73,11 @@ class Facts:
         settings = [self.config.get("r"), *(self.config.get("rank_pattern") or {}).values()]
         whole = [rank for rank in settings if isinstance(rank, int)]
         return max([*whole, *self.ranks.values()], default=0)
+
+
+def _of_experts(path: str) -> bool:
+    """Return whether a module in PEFT's file holds stacks of experts, and is no layer."""
+    return "expert" in path.replace(BELOW, "").rpartition(".")[2] and "gate" not in path
 
 
 def facts_of(path: Path, format: FormatName) -> Facts:

@@ -35,6 +35,16 @@ def gguf_pairs(facts: Facts) -> Iterator[Finding]:
         yield Finding("no", "norms", f"ignored without a word: {listed(norms)}", MERGE)
 
 
+def gguf_experts(facts: Facts) -> Iterator[Finding]:
+    """build_lora_mm_id multiplies with stacks of experts, on the rows that are routed to each."""
+    if stacks := [key for key in facts.shapes if "_exps." in key]:
+        flat = [key for key in stacks if len(facts.shapes[key]) != 3]
+        if flat:
+            yield Finding("no", "experts", f"no stacks of matrices: {listed(flat)}", TO_GGUF)
+        else:
+            yield Finding("ok", "experts", f"{len(stacks) // 2} stacks, on routed rows alone")
+
+
 RUNTIME = Runtime(
     title="llama.cpp",
     read_in="src/llama-adapter.cpp, llama-adapter.h",
@@ -45,6 +55,7 @@ RUNTIME = Runtime(
             always("needs", "serving", "by a flag", "--lora FILE.gguf"),
             gguf_header,
             gguf_pairs,
+            gguf_experts,
         )
     },
 )

@@ -9,6 +9,7 @@ from veneer.formats.runtimes.facts import Facts
 from veneer.formats.runtimes.llama_cpp import gguf_header, gguf_pairs
 from veneer.formats.runtimes.rules import (
     LLAMA_NAMES,
+    MERGE,
     TO_GGUF,
     Finding,
     Runtime,
@@ -43,6 +44,16 @@ def layers(facts: Facts) -> Iterator[Finding]:
         yield Finding("no", "layers", f"not renamed: {listed(others)}", TO_GGUF)
 
 
+def own_engine(facts: Facts) -> Iterator[Finding]:
+    """runner/ollamarunner/runner.go has no LoRA ("loras are not yet implemented"), and runs
+    mixtures such as qwen3moe and gpt-oss (Ollama's pull request 12374)."""
+    if any("_exps." in key for key in facts.shapes) or facts.stacks:
+        says = (
+            "Ollama's own engine, which runs mixtures, has no LoRA and says so at the first request"
+        )
+        yield Finding("no", "experts", says, MERGE)
+
+
 RUNTIME = Runtime(
     title="Ollama",
     read_in="convert/convert.go, convert_llama_adapter.go; docs/import.mdx",
@@ -52,6 +63,7 @@ RUNTIME = Runtime(
             always("needs", "serving", "by a Modelfile", "FROM BASE and ADAPTER FILE.gguf"),
             gguf_header,
             gguf_pairs,
+            own_engine,
         ),
         "peft": (
             lora_only,
@@ -59,6 +71,7 @@ RUNTIME = Runtime(
             alpha,
             qk,
             layers,
+            own_engine,
             setting("use_rslora", "ignored: the scale is alpha / r", TO_GGUF),
             setting("alpha_pattern", "ignored", TO_GGUF),
             setting("use_dora", "ignored"),

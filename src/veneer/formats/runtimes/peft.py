@@ -30,10 +30,16 @@ def lora_keys(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def experts(facts: Facts) -> Iterator[Finding]:
+    """target_parameters: tuners/lora/layer.py, ParamWrapper."""
+    if stacks := facts.stacks:
+        yield Finding("ok", "experts", f"{len(stacks)} stacks, by target_parameters")
+
+
 RUNTIME = Runtime(
     title="PEFT 0.21.2",
     read_in="src/peft/utils/save_and_load.py",
     formats=("peft",),
     run=True,
-    rules={"peft": (always("ok", "settings", "its own"), lora_keys)},
+    rules={"peft": (always("ok", "settings", "its own"), experts, lora_keys)},
 )

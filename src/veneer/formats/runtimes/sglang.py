@@ -60,13 +60,22 @@ def names(facts: Facts) -> Iterator[Finding]:
     """SUPPORTED_LORA_TARGET_MODULES, as far as transformers' models have them."""
     more = {"qkv_proj", "gate_up_proj", "embed_tokens", "lm_head", "q_a_proj", "q_b_proj"}
     more |= {"kv_a_proj_with_mqa", "kv_b_proj"}
-    if others := sorted(facts.names - LLAMA_NAMES - more):
+    layers = {path.rpartition(".")[2] for path in facts.ranks}
+    if others := sorted(layers - LLAMA_NAMES - more):
         yield Finding(
             "needs",
             "layers",
             f"{listed(others)}: only over models whose class in SGLang serves them",
             "try it; if it is refused, merge",
         )
+
+
+def experts(facts: Facts) -> Iterator[Finding]:
+    """It reads an adapter of each expert, and drops the stacks that PEFT writes (its pull requests
+    25528 and 27381, which were closed); --lora-strict-loading refuses them."""
+    if facts.stacks:
+        says = "stacks, which are dropped without a word"
+        yield Finding("no", "experts", says, MERGE)
 
 
 def tokens(facts: Facts) -> Iterator[Finding]:
@@ -93,6 +102,7 @@ RUNTIME = Runtime(
             bias("ignored"),
             targets,
             stacks,
+            experts,
             names,
             tokens,
             keys((*FACTORS, r"base_layer\.weight"), "ignored"),

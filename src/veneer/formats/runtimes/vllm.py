@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from veneer.errors import listed
+from veneer.formats.peft.rules import BELOW
 from veneer.formats.runtimes.facts import Facts
 from veneer.formats.runtimes.rules import (
     FACTORS,
@@ -63,6 +64,28 @@ def embeddings(facts: Facts) -> Iterator[Finding]:
         )
 
 
+# How the names of bases begin whose class in vLLM keeps all experts of a block as one weight, and
+# then reads PEFT's stacks of experts (is_3d_moe_weight; _stack_moe_lora_weights).
+READS_STACKS = ("gpt-oss", "qwen3.5", "qwen3.6", "qwen3-vl")
+
+
+def experts(facts: Facts) -> Iterator[Finding]:
+    """Other classes look for an adapter of each expert: they find none and change nothing (vLLM's
+    pull request 41384, issue 41754)."""
+    if not (stacks := facts.stacks):
+        return
+    base = str(facts.config.get("base_model_name_or_path") or "").lower().rpartition("/")[2]
+    owners = {path.removesuffix(BELOW) for path in stacks}
+    if len(stacks) < 2 * len(owners):
+        yield Finding("no", "experts", "it reads both stacks of a block's experts or none", MERGE)
+    elif base.startswith(READS_STACKS):
+        says = "stacks, which it reads over this base; the check cannot see that they act"
+        yield Finding("needs", "experts", says, "ask it what only the adapter knows")
+    else:
+        says = "stacks, which most of its models load without a word and do not apply"
+        yield Finding("no", "experts", says, MERGE)
+
+
 RUNTIME = Runtime(
     title="vLLM 0.33.0",
     read_in="vllm/lora/peft_helper.py, lora_model.py, utils.py; vllm/config/lora.py",
@@ -82,6 +105,7 @@ RUNTIME = Runtime(
             setting("use_qalora", "refused"),
             bias("refused"),
             saved_modules,
+            experts,
             init,
             applied("use_rslora", "rank_pattern", "alpha_pattern"),
             keys(
