@@ -34,7 +34,7 @@ Place = FormatName | Literal["merged GGUF", "serving"]
 PLACES: dict[Place, frozenset[Content]] = {
     "native": frozenset(PRESENT),
     "peft": frozenset(PRESENT),
-    "mlx": frozenset({"DoRA's magnitudes"}),
+    "mlx": frozenset({"DoRA's magnitudes", "stacks of experts"}),
     "loralib": frozenset(),
     "gguf": frozenset({"stacks of experts"}),
     "merged GGUF": frozenset({"new tokens", "DoRA's magnitudes", "stacks of experts"}),

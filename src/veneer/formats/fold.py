@@ -83,11 +83,11 @@ def same_rank(state: AdapterState, rank: int | None = None) -> tuple[AdapterStat
     Raises AdapterError if `rank` is less than that of some layer, or a layer has no matrices.
     """
     layers = list(state.layers())
-    if others := [layer.path for layer in layers if layer.A.ndim != 2]:
+    if others := [layer.path for layer in layers if layer.A.ndim > 3]:  # convolutions
         raise AdapterError(
             f"Only matrices can be given one rank for all layers, unlike {listed(others)}."
         )
-    highest = max(len(layer.A) for layer in layers)
+    highest = max(layer.B.shape[-1] for layer in layers)
     common = highest if rank is None else rank
     if common < highest:
         raise AdapterError(
@@ -95,7 +95,7 @@ def same_rank(state: AdapterState, rank: int | None = None) -> tuple[AdapterStat
         )
     padded = []
     for layer in layers:
-        if more := common - len(layer.A):
+        if more := common - layer.B.shape[-1]:
             A, B = F.pad(layer.A, (0, 0, 0, more)), F.pad(layer.B, (0, more))
             padded.append(replace(layer, A=A, B=B))
     if not padded:

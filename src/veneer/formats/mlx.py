@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from veneer.files import new_directory, read_json, read_tensors, write_json, wri
 from veneer.formats.base_structure import BaseStructure, structure_of, targets_for
 from veneer.formats.contents import refuse_without_place
 from veneer.formats.fold import uniform
+from veneer.formats.mlx_experts import MIXTURES, SWITCH, from_mlx, in_mlx
 from veneer.formats.options import FormatOptions
-from veneer.formats.state import FACTORS, MAGNITUDE, AdapterState, layer_kind
+from veneer.formats.state import FACTORS, MAGNITUDE, AdapterState, StoredLayer, layer_kind
 from veneer.formats.training import name_here, read_beside, write_beside
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -76,7 +78,10 @@ def write(state: AdapterState, path: Path, options: FormatOptions) -> list[str]:
 
 def _named_base(name: object, keys: Iterable[str]) -> BaseStructure | None:
     """Return the base that an adapter names, where what is called what depends on it."""
-    unclear = any(not key.startswith(PLAIN_PATHS) for key in keys)
+    experts = (SWITCH, f".{FACTORS['parameter'][0]}")
+    unclear = any(
+        not key.startswith(PLAIN_PATHS) or any(name in key for name in experts) for key in keys
+    )
     return structure_of(str(name)) if name and unclear else None
 
 
@@ -89,14 +94,16 @@ def mlx_of(
     config = state.config
     assert isinstance(config, LoRA)
     layers = list(state.layers())
+    _refuse_unlike(layers, config, base)
+    scale = config.scaling_of(layers[0].path)
+    layers = [own for layer in layers for own in in_mlx(layer, _model_type(base))]
     paths = [layer.path for layer in layers]
-    embeddings = [layer.path for layer in layers if layer.is_embedding]
-    _refuse_unlike(paths, embeddings, config, base)
     tensors = {}
     for layer in layers:
         moved = _moved(layer.path, base, back=False)
-        tensors[f"{moved}.lora_a"] = layer.A.T  # (in, rank), or (vocab, rank)
-        tensors[f"{moved}.lora_b"] = layer.B.T  # (rank, out), or (rank, dim)
+        # (in, rank) and (rank, out), or (vocab, rank) and (rank, dim); of experts as they are
+        tensors[f"{moved}.lora_a"] = layer.A.T if layer.A.ndim == 2 else layer.A
+        tensors[f"{moved}.lora_b"] = layer.B.T if layer.B.ndim == 2 else layer.B
         if layer.magnitude is not None:
             tensors[f"{moved}.m"] = layer.magnitude
     count, keys = _keys([_moved(path, base, back=False) for path in paths], base)
@@ -107,7 +114,7 @@ def mlx_of(
             "num_layers": count,
             "lora_parameters": {
                 "rank": config.rank,
-                "scale": config.scaling_of(paths[0]),
+                "scale": scale,
                 "dropout": config.dropout,
                 "keys": keys,
             },
@@ -139,8 +146,11 @@ def state_of(
     for key, tensor in tensors.items():
         if key.rpartition(".")[2] not in ENDINGS:
             problems.append(f"the key {key!r} is unknown")
-        elif tensor.ndim > 2:
-            problems.append(f"{key} is {tuple(tensor.shape)}, of experts, which is not read")
+        elif tensor.ndim > 2 and not (tensor.ndim == 3 and _has_experts(key, base)):
+            problems.append(
+                f"{key} is {tuple(tensor.shape)}, of experts, which is read over "
+                f"{', '.join(MIXTURES)} alone"
+            )
     moved = {key.rpartition(".")[0]: "" for key in tensors}  # mlx-lm's path: transformers'
     if base is None and (unclear := [p for p in moved if not p.startswith(PLAIN_PATHS)]):
         problems.append(
@@ -172,6 +182,8 @@ def state_of(
             targets=targets_for(set(moved.values()), base),
             dora=kind == "dora",
         )
+        if base is not None and _model_type(base) in MIXTURES:
+            lora, ours = _with_stacks(lora, ours, scale, base)
     except (ConfigError, TypeError) as error:
         problems.append(f"{CONFIG} does not describe a LoRA ({error})")
     if problems or lora is None:
@@ -179,11 +191,44 @@ def state_of(
     return AdapterState(lora, ours, base_name=str(config.get("model") or ""))
 
 
-def _refuse_unlike(
-    paths: list[str], embeddings: list[str], config: LoRA, base: BaseStructure | None
-) -> None:
+def _with_stacks(
+    lora: LoRA, tensors: dict[str, Tensor], scale: float, base: BaseStructure
+) -> tuple[LoRA, dict[str, Tensor]]:
+    """Return settings and tensors with mlx-lm's projections of experts as stacks."""
+    state = AdapterState(lora, tensors)
+    before = list(state.layers())
+    layers = from_mlx(before, _model_type(base))
+    if layers == before:
+        return lora, tensors
+    ranks = {layer.path: layer.B.shape[-1] for layer in layers}
+    ranks = {path: rank for path, rank in ranks.items() if rank != lora.rank}
+    lora = replace(
+        lora,
+        targets=targets_for({layer.path for layer in layers}, base),
+        rank_pattern=ranks,
+        alpha_pattern={path: scale * rank for path, rank in ranks.items()},
+    )
+    own = {key for layer in before for key in layer.tensors()}
+    alone = {key: tensor for key, tensor in tensors.items() if key not in own}
+    return lora, {k: t for layer in layers for k, t in layer.tensors().items()} | alone
+
+
+def _model_type(base: BaseStructure | None) -> str:
+    return "" if base is None else base.config.model_type
+
+
+def _has_experts(key: str, base: BaseStructure | None) -> bool:
+    return SWITCH in key and _model_type(base) in MIXTURES
+
+
+def _refuse_unlike(layers: list[StoredLayer], config: LoRA, base: BaseStructure | None) -> None:
     """Raise AdapterError for layers that mlx-lm would compute or name differently."""
     problems = []
+    paths = [layer.path for layer in layers]
+    embeddings = [layer.path for layer in layers if layer.is_embedding]
+    if unknown := [x.path for x in layers if not in_mlx(x, _model_type(base))]:
+        names = ", ".join(MIXTURES)
+        problems.append(f"{listed(unknown)} has a name in mlx-lm that is known for {names} alone")
     if base is None:
         unclear = [path for path in paths if not path.startswith(PLAIN_PATHS)]
         if unclear:

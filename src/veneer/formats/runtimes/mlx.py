@@ -46,6 +46,12 @@ def shapes(facts: Facts) -> Iterator[Finding]:
         yield Finding("ok", "rank", f"{rank}, the same in all layers")
 
 
+def experts(facts: Facts) -> Iterator[Finding]:
+    """LoRASwitchLinear, of which each projection of the experts is one."""
+    if stacks := [key for key, shape in facts.shapes.items() if len(shape) == 3]:
+        yield Finding("ok", "experts", f"{len(stacks) // 2} projections, on routed rows alone")
+
+
 RUNTIME = Runtime(
     title="mlx-lm 0.32.2",
     read_in="mlx_lm/tuner/utils.py, lora.py, dora.py",
@@ -56,6 +62,7 @@ RUNTIME = Runtime(
             always("needs", "serving", "by a flag", "--adapter-path DIRECTORY"),
             settings,
             shapes,
+            experts,
         )
     },
 )
