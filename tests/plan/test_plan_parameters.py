@@ -58,6 +58,12 @@ def numbers(parameters):
     return sum(parameter.numel() for parameter in parameters)
 
 
+@cache
+def skeleton(name):
+    """Return a model on the meta device, to count in and not to change."""
+    return model_of(name, "meta")
+
+
 def trains(model):
     return numbers(weight for weight in model.parameters() if weight.requires_grad)
 
@@ -76,7 +82,7 @@ def test_at_least_twelve_architectures_are_tried():
 
 @pytest.mark.parametrize("name", EVERY)
 def test_full_training_and_freezing_train_what_the_model_has(name, tmp_path):
-    model = model_of(name, "meta")
+    model = skeleton(name)
     assert planned(name, method="full") == numbers(model.parameters())
     # What a saved configuration leaves out is filled in as transformers does.
     EVERY[name].save_pretrained(tmp_path)
@@ -94,14 +100,15 @@ def test_full_training_and_freezing_train_what_the_model_has(name, tmp_path):
 def test_lora_trains_what_veneer_attaches(name):
     for settings in LORAS:
         lora = LoRA(**settings)
-        assert planned(name, lora) == report_targets(model_of(name, "meta"), lora).trained
+        assert planned(name, lora) == report_targets(skeleton(name), lora).trained
         assert planned(name, lora) == attached(name, lora), settings
 
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_lora_over_stacks_of_experts_trains_what_veneer_attaches(name):
-    lora = LoRA(rank=2, targets=EXPERTS[name])
-    assert planned(name, lora) == attached(name, lora)
+    for settings in ({}, {"expert_rank": 3}, {"expert_rank": 2, "shared_expert_a": True}):
+        lora = LoRA(rank=2, targets=EXPERTS[name], **settings)
+        assert planned(name, lora) == attached(name, lora), settings
 
 
 @pytest.mark.parametrize("name", EVERY)
