@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -114,6 +114,17 @@ class Adapted(nn.Module):
         for tokens, weight in self.active_tokens():
             total[tokens.ids] += weight * tokens.change().detach()
         return total
+
+    def changes(self) -> Iterator[tuple[Tensor | QuantizedWeight, Tensor]]:
+        """Yield each matrix W and what the active adapters add to it, in float32.
+
+        There is one, or one for each expert of a stack.
+        """
+        yield self.base_weight, self.delta()
+
+    def matrices_in(self, plain: nn.Module, path: str) -> Iterator[Tensor]:
+        """Yield the matrices that `plain` has at `path`, in the order of `changes`."""
+        yield self.weight_in(plain, path)
 
     def path_in_base(self, path: str) -> str:
         """Return the base's path of what is adapted here, from the path of this module."""

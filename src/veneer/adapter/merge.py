@@ -22,7 +22,7 @@ from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import detach_virtual_tokens
 from veneer.errors import AdapterError
 from veneer.quant.stack import quantized_stacks
-from veneer.quant.weight import QuantizedWeight, quantized_layers
+from veneer.quant.weight import QuantizedWeight, dense, quantized_layers
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -119,17 +119,35 @@ def layer_roundings(model: nn.Module, plain: nn.Module) -> list[LayerRounding]:
     for path, layer in lora_layers(model):
         if not layer.active():
             continue
-        weight, delta = layer.dense_base_weight.float(), layer.delta()
-        merged, exact = layer.weight_in(plain, path).float(), weight + delta
-        # Not merged - (weight + delta), a sum in which float32 itself may lose the delta.
-        error, in_float32 = _norm((merged - weight) - delta), _norm((exact - weight) - delta)
-        requantized = None
-        if isinstance(layer.base_weight, QuantizedWeight):
-            again = layer.base_weight.requantized(exact, torch.float32)
-            if again is not None:
-                requantized = _norm((again.dequantize() - weight) - delta)
-        roundings.append(LayerRounding(path, _norm(delta), error, in_float32, requantized))
+        matrices = zip(layer.changes(), layer.matrices_in(plain, path), strict=True)
+        each = [_rounding(path, *change, merged) for change, merged in matrices]
+        requantized = [x.error_requantized for x in each if x.error_requantized is not None]
+        roundings.append(
+            LayerRounding(
+                path,
+                math.hypot(*(x.change for x in each)),
+                math.hypot(*(x.error for x in each)),
+                math.hypot(*(x.error_in_float32 for x in each)),
+                math.hypot(*requantized) if requantized else None,
+            )
+        )
     return roundings
+
+
+def _rounding(
+    path: str, base: Tensor | QuantizedWeight, delta: Tensor, merged: Tensor
+) -> LayerRounding:
+    """Return what rounding took from the change of one matrix."""
+    weight, merged = dense(base).float(), merged.float()
+    exact = weight + delta
+    # Not merged - (weight + delta), a sum in which float32 itself may lose the delta.
+    error, in_float32 = _norm((merged - weight) - delta), _norm((exact - weight) - delta)
+    requantized = None
+    if isinstance(base, QuantizedWeight):
+        again = base.requantized(exact, torch.float32)
+        if again is not None:
+            requantized = _norm((again.dequantize() - weight) - delta)
+    return LayerRounding(path, _norm(delta), error, in_float32, requantized)
 
 
 def rounded_away(model: nn.Module, plain: nn.Module) -> float:

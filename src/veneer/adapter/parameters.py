@@ -17,9 +17,10 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.experts import has_experts, recognised_experts, routed_experts
 from veneer.adapter.wrapper import Wrapper, is_intercepted
 from veneer.lowrank.experts import StackUpdate
-from veneer.lowrank.formula import merged_weight, new_A
+from veneer.lowrank.formula import delta_weight, merged_weight, new_A
 from veneer.lowrank.update import LowRankUpdate, mixed
-from veneer.quant.stack import QuantizedStack
+from veneer.quant.stack import QuantizedStack, expert_weight
+from veneer.quant.weight import QuantizedWeight, dense
 
 # The submodule of a LoRAParameters that holds the adapted ones; checkpoints have it in their keys.
 PARAMETERS = "parts"
@@ -225,12 +226,42 @@ class AdaptedParameter(Adapted):
         wrapper = model.get_submodule(owner)
         assert isinstance(wrapper, LoRAParameters)
         if merged:
-            weight = self.stored(merged_weight(self.base_weight, self.delta()))
+            weight = self._merged()
             self._owner[0]._modules.pop(name, None)  # a quantized stack
-            self._owner[0]._parameters[name] = nn.Parameter(weight.contiguous(), False)
+            self._owner[0]._parameters[name] = nn.Parameter(weight, False)
         del wrapper.adapted[name]
         if not wrapper.adapted:
             model.set_submodule(owner, wrapper.original)
+
+    def changes(self) -> Iterator[tuple[Tensor | QuantizedWeight, Tensor]]:
+        weight = self._stored_weight
+        if weight.ndim != 3:
+            yield from super().changes()
+            return
+        factors = [
+            (*(factor.detach() for factor in adapter.factors()), weight * adapter.scaling)
+            for adapter, weight in self.active()
+        ]
+        for e in range(len(weight)):
+            W = expert_weight(weight, e, transposed=self._is_transposed)
+            total = torch.zeros(W.shape, dtype=torch.float32, device=self.device)
+            for A, B, scaling in factors:
+                total += delta_weight(A if A.ndim == 2 else A[e], B[e], scaling)
+            yield W, total
+
+    def matrices_in(self, plain: nn.Module, path: str) -> Iterator[Tensor]:
+        weight = self.weight_in(plain, path)
+        yield from weight if weight.ndim == 3 else [weight]
+
+    def _merged(self) -> Tensor:
+        """Return W + Σ w s B A as the owner keeps it, rounded once; made expert by expert."""
+        merged = torch.empty(self.shape, dtype=self._stored_weight.dtype, device=self.device)
+        merged = self.stored(self.stored(merged).contiguous())  # whose memory is the owner's way
+        for own, (weight, delta) in zip(
+            merged if merged.ndim == 3 else [merged], self.changes(), strict=True
+        ):
+            own.copy_(merged_weight(dense(weight), delta))
+        return self.stored(merged)
 
     def weight_in(self, plain: nn.Module, path: str) -> Tensor:
         owner, _, name = path.rpartition(".")
