@@ -238,15 +238,13 @@ class AdaptedParameter(Adapted):
         if weight.ndim != 3:
             yield from super().changes()
             return
-        factors = [
-            (*(factor.detach() for factor in adapter.factors()), weight * adapter.scaling)
-            for adapter, weight in self.active()
-        ]
+        active = [(*adapter.factors(), share * adapter.scaling) for adapter, share in self.active()]
         for e in range(len(weight)):
             W = expert_weight(weight, e, transposed=self._is_transposed)
             total = torch.zeros(W.shape, dtype=torch.float32, device=self.device)
-            for A, B, scaling in factors:
-                total += delta_weight(A if A.ndim == 2 else A[e], B[e], scaling)
+            for A, B, scaling in active:
+                own = A if A.ndim == 2 else A[e]
+                total += delta_weight(own.detach(), B[e].detach(), scaling)
             yield W, total
 
     def matrices_in(self, plain: nn.Module, path: str) -> Iterator[Tensor]:

@@ -2,46 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
 from veneer.formats.fold import without_start
 from veneer.formats.state import (
     BIAS,
-    FACTORS,
     LAYER_KEYS,
     AdapterState,
     StoredLayer,
-    layer_kind,
     lora_settings,
 )
 from veneer.formats.validate import finite_problems
 from veneer.lowrank.formula import Factors
+from veneer.models.description import FactorKind
 
 # Names of the tensors of an adapter that is a sum of matrices B A.
-MATRIX_KEYS = LAYER_KEYS - {*FACTORS["parameter"], BIAS}
+MATRIX_KEYS = LAYER_KEYS - {BIAS}
 
 
 @dataclass(frozen=True)
 class Change:
-    """ΔW = B A of one layer, the scaling within B. A (rank, in), B (out, rank), float32."""
+    """ΔW = B A of one layer, the scaling within B. A (rank, in), B (out, rank), float32.
+
+    Over a stack of experts, B (experts, out, rank), and A (experts, rank, in) or (rank, in) for
+    all.
+    """
 
     A: Tensor
     B: Tensor
-    is_embedding: bool = False
+    kind: FactorKind = "linear"
 
     @property
     def factors(self) -> Factors:
         return self.A, self.B
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of a linear layer, (dim, vocab) of an embedding."""
-        return self.B.shape[0], self.A.shape[1]
+    def rank(self) -> int:
+        return self.A.shape[-2]
+
+    @property
+    def experts(self) -> int:
+        """The number of experts in a stack, or 0."""
+        return len(self.B) if self.B.ndim == 3 else 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) of a linear layer, (dim, vocab) of an embedding, (experts, out, in)."""
+        return (*self.B.shape[:-1], self.A.shape[-1])
+
+    def matrices(self) -> list[Change]:
+        """Return the change of each expert of a stack; of another layer, the change itself."""
+        if not self.experts:
+            return [self]
+        As = self.A.expand(self.experts, *self.A.shape[-2:])
+        return [Change(A, B, self.kind) for A, B in zip(As, self.B, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -52,6 +73,28 @@ class LayerFit:
     rank: int
     norm: float
     energy: float
+
+
+def rejoined(
+    path: str, matrices: Sequence[tuple[Factors, LayerFit]], *, experts: int, kind: FactorKind
+) -> tuple[Change, LayerFit]:
+    """Return a layer's one matrix, or those of its experts, as one change, and how much of it they
+    hold. Experts of lower ranks are filled up with zeros.
+    """
+    fits = [fit for _, fit in matrices]
+    rank = max(fit.rank for fit in fits)
+    norm = math.hypot(*(fit.norm for fit in fits))
+    As = [F.pad(A, (0, 0, 0, rank - len(A))) for (A, _), _ in matrices]
+    Bs = [F.pad(B, (0, rank - B.shape[1])) for (_, B), _ in matrices]
+    A, B = (torch.stack(factors) if experts else factors[0] for factors in (As, Bs))
+    return Change(A, B, kind), LayerFit(path, rank, norm, energy_of(fits))
+
+
+def rank_over(experts: int, rank: int | None, expert_rank: int | None) -> int | None:
+    """Return the rank over each of a number of experts, or over a layer where that is 0."""
+    if rank is None or not experts:
+        return rank
+    return expert_rank or max(1, rank // experts)
 
 
 def energy_of(fits: Iterable[LayerFit]) -> float:
@@ -71,7 +114,10 @@ def not_a_sum(state: AdapterState) -> list[str]:
         complete.add(layer.path)
         rank = config.rank_of(layer.path)
         A, B = layer.A, layer.B
-        if A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] == rank:
+        matrices = A.ndim == B.ndim == 2
+        if layer.kind == "parameter" and B.ndim == 3:  # a stack, with an A for each expert or one
+            matrices = A.ndim == 2 or (A.ndim == 3 and len(A) == len(B))
+        if not matrices or not A.shape[-2] == B.shape[-1] == rank:
             problems.append(
                 f"{layer.path} has A {tuple(A.shape)} and B {tuple(B.shape)}, but rank {rank}"
             )
@@ -100,7 +146,7 @@ def changes_of(state: AdapterState) -> dict[str, Change]:
         layer.path: Change(
             layer.A.to(torch.float32),
             layer.B.to(torch.float32) * config.scaling_of(layer.path),
-            layer.is_embedding,
+            layer.kind,
         )
         for layer in plain.layers()
     }
@@ -114,12 +160,12 @@ def state_of(
     base_fingerprint: Mapping[str, str],
 ) -> AdapterState:
     """Return changes as an adapter with alpha = rank in each layer, so that the scaling is 1."""
-    ranks = {path: len(change.A) for path, change in changes.items()}
+    ranks = {path: change.rank for path, change in changes.items()}
     alphas = {path: float(rank) for path, rank in ranks.items()}
     tensors: dict[str, Tensor] = {}
     for path, change in changes.items():
         A, B = (factor.contiguous() for factor in change.factors)
-        tensors |= StoredLayer(path, A, B, layer_kind(is_embedding=change.is_embedding)).tensors()
+        tensors |= StoredLayer(path, A, B, change.kind).tensors()
     return AdapterState(
         lora_settings(ranks, alphas, targets=targets),
         tensors,

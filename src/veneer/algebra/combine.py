@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.algebra.change import Change, LayerFit, changes_of, energy_of, not_a_sum, state_of
+from veneer.algebra.change import (
+    Change,
+    LayerFit,
+    changes_of,
+    energy_of,
+    not_a_sum,
+    rank_over,
+    rejoined,
+    state_of,
+)
 from veneer.algebra.config import CombineConfig, CombineMethod
 from veneer.errors import AdapterError, ConfigError, joined
 from veneer.formats.state import AdapterState
 from veneer.formats.training import base_in
-from veneer.lowrank.formula import delta_weight
+from veneer.lowrank.formula import Factors, delta_weight
 from veneer.lowrank.sparse import agreed, dropped, pruned, threshold, trimmed
 from veneer.lowrank.spectrum import balanced, inner, kept_energy, product_directions, truncated
 
@@ -45,6 +54,7 @@ def combine(
     *,
     method: CombineMethod = "sum",
     rank: int | None = None,
+    expert_rank: int | None = None,
     density: float | None = None,
     seed: int = 0,
 ) -> Combined:
@@ -63,16 +73,16 @@ def combine(
     AdapterError, listing everything at once, for adapters of different bases, of other methods or
     with new tokens, and for DoRA.
     """
-    config = CombineConfig(method, rank, density, seed)
+    config = CombineConfig(method, rank, expert_rank, density, seed)
     _check_weights(weights, len(states))
     _check_states(states)
     adapters = [
-        {path: Change(c.A, weight * c.B, c.is_embedding) for path, c in changes_of(state).items()}
+        {path: Change(c.A, weight * c.B, c.kind) for path, c in changes_of(state).items()}
         for state, weight in zip(states, weights, strict=True)
     ]
     _check_shapes(adapters)
     if method in ("sum", "svd"):
-        combined = dict(_summed(adapters, config.rank))
+        combined = dict(_summed(adapters, config))
     else:
         combined = dict(_sparse(adapters, config))
     state = state_of(
@@ -88,19 +98,25 @@ def combine(
 
 
 def _summed(
-    adapters: Sequence[Changes], rank: int | None
+    adapters: Sequence[Changes], config: CombineConfig
 ) -> Iterator[tuple[str, tuple[Change, LayerFit]]]:
     """Yield the sum of each layer's changes, cut to a rank if there is one."""
     for path, changes in _by_layer(adapters):
-        A = torch.cat([change.A for change in changes])  # (Σ rank, in)
-        B = torch.cat([change.B for change in changes], dim=1)  # (out, Σ rank)
-        energy, norm = 1.0, math.sqrt(max(0.0, inner((A, B), (A, B))))
-        if rank is not None:
-            U, S, V = product_directions(A, B)
-            A, B = balanced(U, S, V, rank)
-            energy = kept_energy(S[:rank], float(S.square().sum()))
-        change = Change(A, B, changes[0].is_embedding)
-        yield path, (change, LayerFit(path, len(A), norm, energy))
+        rank = rank_over(changes[0].experts, config.rank, config.expert_rank)
+        matrices = zip(*(change.matrices() for change in changes), strict=True)
+        sums = [_sum(path, matrix, rank) for matrix in matrices]
+        yield path, rejoined(path, sums, experts=changes[0].experts, kind=changes[0].kind)
+
+
+def _sum(path: str, changes: Sequence[Change], rank: int | None) -> tuple[Factors, LayerFit]:
+    A = torch.cat([change.A for change in changes])  # (Σ rank, in)
+    B = torch.cat([change.B for change in changes], dim=1)  # (out, Σ rank)
+    energy, norm = 1.0, math.sqrt(max(0.0, inner((A, B), (A, B))))
+    if rank is not None:
+        U, S, V = product_directions(A, B)
+        A, B = balanced(U, S, V, rank)
+        energy = kept_energy(S[:rank], float(S.square().sum()))
+    return (A, B), LayerFit(path, len(A), norm, energy)
 
 
 def _sparse(
@@ -113,26 +129,25 @@ def _sparse(
     if config.method == "ties":
         # The paper trims an adapter as one vector: a layer that changed little may lose everything.
         least = [threshold(partial(_all_dense, adapter), density) for adapter in adapters]
-    for path, _ in _by_layer(adapters):
+    for path, changes in _by_layer(adapters):
         generator = torch.Generator().manual_seed(_layer_seed(config.seed, path))
-        sparse = []
-        for adapter, smallest in zip(adapters, least, strict=True):
-            if path not in adapter:
-                continue
-            change = _dense(adapter[path])
-            if config.method == "ties":
-                sparse.append(trimmed(change, smallest))
-            elif config.method == "magnitude_prune":
-                sparse.append(pruned(change, density))
-            else:
-                sparse.append(dropped(change, density, generator))
-        total = (
-            agreed(sparse) if config.method in ("ties", "dare_ties") else torch.stack(sparse).sum(0)
-        )
-        factors, energy = truncated(total, rank=config.rank)
-        is_embedding = next(adapter[path].is_embedding for adapter in adapters if path in adapter)
-        fit = LayerFit(path, len(factors[0]), float(total.norm()), energy)
-        yield path, (Change(*factors, is_embedding), fit)
+        thresholds = [x for adapter, x in zip(adapters, least, strict=True) if path in adapter]
+        rank = rank_over(changes[0].experts, config.rank, config.expert_rank)
+        cut = []
+        for matrices in zip(*(change.matrices() for change in changes), strict=True):
+            sparse = []
+            for change, smallest in zip(map(_dense, matrices), thresholds, strict=True):
+                if config.method == "ties":
+                    sparse.append(trimmed(change, smallest))
+                elif config.method == "magnitude_prune":
+                    sparse.append(pruned(change, density))
+                else:
+                    sparse.append(dropped(change, density, generator))
+            agree = config.method in ("ties", "dare_ties")
+            total = agreed(sparse) if agree else torch.stack(sparse).sum(0)
+            factors, energy = truncated(total, rank=rank)
+            cut.append((factors, LayerFit(path, len(factors[0]), float(total.norm()), energy)))
+        yield path, rejoined(path, cut, experts=changes[0].experts, kind=changes[0].kind)
 
 
 def _by_layer(adapters: Sequence[Changes]) -> Iterator[tuple[str, list[Change]]]:
@@ -145,7 +160,7 @@ def _dense(change: Change) -> Tensor:
 
 
 def _all_dense(adapter: Changes) -> Iterator[Tensor]:
-    return map(_dense, adapter.values())
+    return (_dense(matrix) for change in adapter.values() for matrix in change.matrices())
 
 
 def _layer_seed(seed: int, path: str) -> int:
@@ -203,7 +218,7 @@ def _check_states(states: Sequence[AdapterState]) -> None:
 def _check_shapes(adapters: Sequence[Changes]) -> None:
     problems = []
     for path, changes in _by_layer(adapters):
-        kinds = {(change.shape, change.is_embedding) for change in changes}
+        kinds = {(change.shape, change.kind) for change in changes}
         if len(kinds) > 1:
             shapes = " and ".join(str(change.shape) for change in changes)
             problems.append(f"{path} is {shapes}")

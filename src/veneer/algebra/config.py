@@ -21,6 +21,8 @@ class CombineConfig:
     magnitude_prune (as their papers have them, over whole changes, then cut to --rank)."""
     rank: int | None = None
     """Rank of the result; not for sum, whose ranks add up."""
+    expert_rank: int | None = None
+    """Rank over each expert of a mixture; rank / number of experts, at least 1, unless given."""
     density: float | None = None
     """Share of the entries that ties, dare, dare_ties and magnitude_prune keep, above 0 up to 1."""
     seed: int = 0
@@ -32,10 +34,13 @@ class CombineConfig:
         check_config(
             self,
             opening="Adapters cannot be combined so",
-            rules={"method": method, "rank": RANK, "density": FRACTION},
+            rules={"method": method, "rank": RANK, "expert_rank": RANK, "density": FRACTION},
             contradictions={
                 "sum is exact and has the ranks that add up; for a rank, use svd": (
                     self.method == "sum" and self.rank is not None
+                ),
+                "expert_rank would do nothing without a rank": (
+                    self.rank is None and self.expert_rank is not None
                 ),
                 f"{self.method} needs a rank, which its result is cut to": (
                     method.holds(self.method) and self.method != "sum" and self.rank is None
@@ -56,6 +61,8 @@ class ExtractConfig:
 
     rank: int | None = None
     """Rank of every layer."""
+    expert_rank: int | None = None
+    """Rank over each expert of a mixture; rank / number of experts, at least 1, unless given."""
     energy: float | None = None
     """Share of each layer's ‖ΔW‖² to keep, above 0 up to 1; the ranks follow from it."""
     embeddings: bool = False
@@ -65,9 +72,12 @@ class ExtractConfig:
         check_config(
             self,
             opening="An adapter cannot be extracted so",
-            rules={"rank": RANK, "energy": FRACTION},
+            rules={"rank": RANK, "expert_rank": RANK, "energy": FRACTION},
             contradictions={
+                "expert_rank would do nothing without a rank": (
+                    self.rank is None and self.expert_rank is not None
+                ),
                 "give a rank or an energy, one of them": (self.rank is None)
-                == (self.energy is None)
+                == (self.energy is None),
             },
         )

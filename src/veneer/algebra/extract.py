@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.adapter.targets import adaptable_layers
-from veneer.algebra.change import Change, LayerFit, energy_of, state_of
+from veneer.adapter.targets import describe_base
+from veneer.algebra.change import Change, LayerFit, energy_of, rank_over, rejoined, state_of
 from veneer.algebra.config import ExtractConfig
 from veneer.errors import AdapterError, ModelError, joined
 from veneer.formats.capture import named_paths
 from veneer.formats.state import AdapterState, shortest_names
+from veneer.lowrank.formula import Factors
 from veneer.lowrank.spectrum import truncated
 from veneer.models.description import Layer
 from veneer.models.fingerprint import Marks, fingerprint
@@ -69,6 +70,7 @@ def extract(
     tuned: str | Path,
     *,
     rank: int | None = None,
+    expert_rank: int | None = None,
     energy: float | None = None,
     embeddings: bool = False,
     force: bool = False,
@@ -76,16 +78,17 @@ def extract(
     """Return the adapter over `base` that is nearest to the change from `base` to `tuned`.
 
     Layer by layer, s B A is W_tuned − W_base cut to a rank, or to the smallest rank that keeps a
-    share `energy` of ‖ΔW‖² in each layer. Only linear layers are adapted, and with `embeddings`
-    embeddings too, with a tied head; other changed weights are reported. Weights are read one by
-    one. A base of a wider dtype is first rounded to the tuned one's, as it was when tuning began:
-    tuning did not learn that rounding.
+    share `energy` of ‖ΔW‖² in each layer. Linear layers and stacks of experts are adapted, and with
+    `embeddings` embeddings too, with a tied head; other changed weights are reported. Weights are
+    read one by one. Each expert is cut to `expert_rank`, or rank / number of experts, at least 1.
+    A base of a wider dtype is first rounded to the tuned one's, as it was when tuning began: tuning
+    did not learn that rounding.
 
     Raises ConfigError for impossible settings, ModelError for models that cannot be read or whose
     weights have different names or shapes, and AdapterError if `tuned` is no fine-tune of `base`
     (unless `force`) or changed no layer.
     """
-    config = ExtractConfig(rank, energy, embeddings)
+    config = ExtractConfig(rank, expert_rank, energy, embeddings)
     before, tokenizer, notices = open_base(base)
     after, their_tokenizer, more = open_base(tuned)
     _check_shapes(before, after)
@@ -115,12 +118,15 @@ def extract(
         if name not in owners:
             uncovered.append(UncoveredWeight(name, norm, norm / own_size if own_size else math.inf))
             continue
-        (A, B), energy_held = truncated(delta, rank=config.rank, energy=config.energy)
+        cut = [_cut(name, matrix, config, owners[name][0].experts) for matrix in _matrices(delta)]
         for layer in owners[name]:
-            # Conv1D and embeddings hold their weights as (in, out): there B A is transposed.
-            factors = (A, B) if isinstance(layer.module, nn.Linear) else (B.T, A.T)
-            changes[layer.path] = Change(*factors, not layer.is_linear)
-            fits.append(LayerFit(layer.path, len(A), norm, energy_held))
+            # Conv1D, embeddings and some experts are stored as (in, out): there B A is transposed.
+            turned = [((B.T, A.T) if layer.transposed else (A, B), fit) for (A, B), fit in cut]
+            change, fit = rejoined(
+                layer.path, turned, experts=layer.experts, kind=layer.factor_kind
+            )
+            changes[layer.path] = change
+            fits.append(fit)
     relative = (changed / size) ** 0.5 if size else 0.0
     if relative > FOREIGN and not force:
         raise AdapterError(
@@ -151,16 +157,28 @@ def extract(
     )
 
 
+def _matrices(delta: Tensor) -> Iterable[Tensor]:
+    return delta if delta.ndim == 3 else [delta]
+
+
+def _cut(name: str, delta: Tensor, config: ExtractConfig, experts: int) -> tuple[Factors, LayerFit]:
+    rank = rank_over(experts, config.rank, config.expert_rank)
+    factors, energy = truncated(delta, rank=rank, energy=config.energy)
+    return factors, LayerFit(name, len(factors[0]), float(delta.norm()), energy)
+
+
 def _owners(skeleton: PreTrainedModel, *, embeddings: bool) -> dict[str, list[Layer]]:
     """Return the layers that share each weight, by its name, if all of them can have an adapter."""
     names = {id(weight): name for name, weight in skeleton.named_parameters()}
     owners: dict[str, list[Layer]] = defaultdict(list)
-    for layer in adaptable_layers(skeleton):
-        owners[names[id(layer.module.weight)]].append(layer)
+    for layer in describe_base(skeleton).layers:
+        if layer.is_linear or layer.is_stack or layer.kind == "embedding":
+            weight = layer.parameter or "weight"
+            owners[names[id(getattr(layer.module, weight))]].append(layer)
     return {
         name: layers
         for name, layers in owners.items()
-        if embeddings or all(layer.is_linear for layer in layers)
+        if embeddings or not any(layer.kind == "embedding" for layer in layers)
     }
 
 

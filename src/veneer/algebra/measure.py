@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
+
+import torch
 
 from veneer.adapter.config import LoRA
 from veneer.algebra.change import Change, changes_of, not_a_sum
@@ -14,7 +17,10 @@ from veneer.lowrank.spectrum import effective_rank, inner, product_directions
 
 @dataclass(frozen=True)
 class Measured:
-    """ΔW = s B A of one layer (out, in): ‖ΔW‖, its largest singular value, and effective rank."""
+    """ΔW = s B A of one layer (out, in): ‖ΔW‖, its largest singular value, and effective rank.
+
+    Of a stack of experts: ‖ΔW‖ of all, the largest of any, and the mean effective rank.
+    """
 
     path: str
     out: int
@@ -72,9 +78,7 @@ def diff(one: AdapterState, other: AdapterState) -> list[Pair]:
             path,
             _measured(path, left[path]) if path in left else None,
             _measured(path, right[path]) if path in right else None,
-            inner(left[path].factors, right[path].factors)
-            if path in left and path in right
-            else 0.0,
+            _inner(left[path], right[path]) if path in left and path in right else 0.0,
         )
         for path in dict.fromkeys([*left, *right])
     ]
@@ -105,10 +109,22 @@ def _changes(state: AdapterState, which: str) -> dict[str, Change]:
 
 
 def _measured(path: str, change: Change) -> Measured:
-    _, S, _ = product_directions(change.A, change.B)
+    values = [product_directions(*matrix.factors)[1] for matrix in change.matrices()]
+    *_, out, in_ = change.shape
     return Measured(
-        path, *change.shape, len(change.A), float(S.norm()), float(S[0]), effective_rank(S)
+        path,
+        out,
+        in_,
+        change.rank,
+        float(torch.stack(values).norm()),
+        max(float(S[0]) for S in values),
+        fmean(map(effective_rank, values)),
     )
+
+
+def _inner(one: Change, other: Change) -> float:
+    matrices = zip(one.matrices(), other.matrices(), strict=True)
+    return sum(inner(ours.factors, theirs.factors) for ours, theirs in matrices)
 
 
 def is_dora(state: AdapterState) -> bool:
