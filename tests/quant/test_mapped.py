@@ -116,7 +116,7 @@ def test_experts_are_read_in_the_order_of_their_use_when_the_router_has_chosen_t
         for name, one in (("up", up), ("down", down))
         for e, expert in enumerate(one.experts)
     }
-    ReadAhead([], [[up, down]])
+    ReadAhead([], [up, down])
     assert advice == []
 
     def read() -> list[tuple[str, int]]:
@@ -125,12 +125,12 @@ def test_experts_are_read_in_the_order_of_their_use_when_the_router_has_chosen_t
         advice.clear()
         return reads
 
-    up.note_routed([2, 0])  # a forward pass
-    assert read() == [("up", 2), ("up", 0), ("down", 2), ("down", 0)]
-    down.note_routed([2, 0])
-    assert read() == []
-    down.note_routed([2, 0])  # a backward pass
-    assert read() == [("down", 2), ("down", 0), ("up", 2), ("up", 0)]
+    for e in (2, 0):
+        up.note_routed([e])
+        down.note_routed([e])
+    assert read() == [("up", 2), ("down", 2), ("up", 0), ("down", 0)]
+    down.note_routed([3, 0])
+    assert read() == [("down", 3), ("down", 0)]
 
 
 def test_an_older_kernel_gets_the_older_advice(monkeypatch):

@@ -148,8 +148,5 @@ def read_ahead(model: PreTrainedModel) -> None:
         block = re.match(r".*?\.\d+(?=\.)", path)
         if block:
             blocks[block[0]].append(layer.quantized_weight)
-    stacks: dict[str, list[QuantizedStack]] = defaultdict(list)
-    for path, stack in quantized_stacks(model).items():
-        stacks[path.rpartition(".")[0]].append(stack)
     if hasattr(mmap, "MADV_DONTNEED"):
-        ReadAhead(list(blocks.values()), list(stacks.values()))
+        ReadAhead(list(blocks.values()), quantized_stacks(model).values())

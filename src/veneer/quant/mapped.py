@@ -68,16 +68,14 @@ class ReadAhead:
     order, a backward pass in reverse; the last two groups used tell which it is. Where memory is
     short, the kernel drops unmapped pages first, and these were used longest ago.
 
-    Experts are in no group: they are read when the router has chosen them, one after the other, and
-    stay mapped, since the next pass may choose the same. Each of `stacks` are those of one module,
-    which are used one after the other: a forward pass begins with the first, a backward pass with
-    the last.
+    Experts of `stacks` are in no group: they are read when the router has chosen them, in the order
+    in which they are noted, and stay mapped, since the next pass may choose the same.
     """
 
     def __init__(
         self,
         groups: Sequence[Iterable[QuantizedWeight]],
-        stacks: Sequence[Sequence[QuantizedStack]] = (),
+        stacks: Iterable[QuantizedStack] = (),
     ) -> None:
         self._groups = [[t for weight in group for t in _large(weight)] for group in groups]
         self._current, self._requested = -1, -1
@@ -86,10 +84,8 @@ class ReadAhead:
             for weight in group:
                 weight.before_use = partial(self.note_use, number)
         self._experts: dict[tuple[QuantizedStack, int], list[Tensor]] = {}
-        self._asked: Sequence[QuantizedStack] = ()  # the last stacks that were asked for
-        for beside in stacks:
-            for stack in beside:
-                stack.before_routed = partial(self.note_routed, stack, beside)
+        for stack in stacks:
+            stack.before_routed = partial(self.note_routed, stack)
 
     def note_use(self, number: int) -> None:
         """Take note that group `number` is in use."""
@@ -107,18 +103,10 @@ class ReadAhead:
             self._requested = following
             self._reader.submit(_populate, self._groups[following])
 
-    def note_routed(
-        self, stack: QuantizedStack, beside: Sequence[QuantizedStack], ids: Sequence[int]
-    ) -> None:
-        """Take note that these experts of a stack are used next, and then those of the stacks
-        beside it."""
-        if self._asked is beside:
-            self._asked = ()  # they were asked for with the first of them
-            return
-        self._asked = beside
-        for each in (stack, *(other for other in beside if other is not stack)):
-            for e in ids:
-                self._reader.submit(self._populate_expert, each, e)
+    def note_routed(self, stack: QuantizedStack, ids: Sequence[int]) -> None:
+        """Take note that these experts of a stack are used next."""
+        for e in ids:
+            self._reader.submit(self._populate_expert, stack, e)
 
     def _populate_expert(self, stack: QuantizedStack, e: int) -> None:
         tensors = self._experts.get((stack, e))
