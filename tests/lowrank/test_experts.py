@@ -71,9 +71,9 @@ class Mixture:
             return Stack(weight, self.transposed, bias)
         shape = (rank, in_) if self.shared_A else (EXPERTS, rank, in_)
         A = torch.randn(shape, **DOUBLE).requires_grad_(True)
-        B = torch.randn(EXPERTS, out, rank, **DOUBLE).requires_grad_(True)
+        Bt = torch.randn(EXPERTS, rank, out, **DOUBLE).requires_grad_(True)
         mask = (torch.rand(TOKENS, rank) < 0.5).double() if self.mask else None
-        return Stack(weight, self.transposed, bias, StackUpdate(A, B, mask))
+        return Stack(weight, self.transposed, bias, StackUpdate(A, Bt, mask))
 
 
 def plain(mixture: Mixture, experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def plain(mixture: Mixture, experts: Experts, x: Tensor, index: Tensor, weights:
             h = F.linear(x, A)
             y = y + F.linear(
                 h if stack.update.mask is None else h * stack.update.mask[token],
-                (stack.update.B[expert]),
+                (stack.update.Bt[expert].T),
             )
         return y if stack.bias is None else y + stack.bias[expert]
 
@@ -172,10 +172,10 @@ def test_experts_without_tokens_are_not_read():
     y.sum().backward()
     assert sorted(used) == sorted([0, 1, 2] * 4)  # two stacks, forward and back
     assert noted == [[0], [0], [1], [1], [2], [2]] * 2  # both stacks of each
-    for A_or_B in experts.trained():
-        assert A_or_B.grad is not None
-        assert not A_or_B.grad[3].any()
-        assert A_or_B.grad[0].any()
+    for factor in experts.trained():
+        assert factor.grad is not None
+        assert not factor.grad[3].any()
+        assert factor.grad[0].any()
 
 
 def test_the_work_is_that_of_the_routed_rows():
@@ -194,20 +194,20 @@ def test_the_work_is_that_of_the_routed_rows():
         assert products <= counter.get_total_flops() <= products + 2 * most
 
 
-@pytest.mark.parametrize("needs", [("x",), ("weights",), ("A",), ("B",)])
+@pytest.mark.parametrize("needs", ["x", "weights", "A", "Bt"])
 def test_gradients_only_where_needed(needs):
     experts, (x, index, weights) = Mixture().experts(), inputs("spread")
-    tensors = {"x": x, "weights": weights, "A": experts.up.update.A, "B": experts.up.update.B}
+    tensors = {"x": x, "weights": weights, "A": experts.up.update.A, "Bt": experts.up.update.Bt}
     expected = torch.autograd.grad(
-        routed_experts(x, index, weights, experts).square().sum(), tensors[needs[0]]
+        routed_experts(x, index, weights, experts).square().sum(), tensors[needs]
     )
-    A, B = (tensors[n] if n in needs else tensors[n].detach() for n in ("A", "B"))
-    up = replace(experts.up, update=StackUpdate(A, B))
+    A, Bt = (tensors[n] if n == needs else tensors[n].detach() for n in ("A", "Bt"))
+    up = replace(experts.up, update=StackUpdate(A, Bt))
     down = replace(
         experts.down,
-        update=StackUpdate(experts.down.update.A.detach(), experts.down.update.B.detach()),
+        update=StackUpdate(experts.down.update.A.detach(), experts.down.update.Bt.detach()),
     )
-    x, weights = (tensors[n] if n in needs else tensors[n].detach() for n in ("x", "weights"))
+    x, weights = (tensors[n] if n == needs else tensors[n].detach() for n in ("x", "weights"))
     y = routed_experts(x, index, weights, replace(experts, up=up, down=down))
-    (ours,) = torch.autograd.grad(y.square().sum(), tensors[needs[0]])
+    (ours,) = torch.autograd.grad(y.square().sum(), tensors[needs])
     torch.testing.assert_close(ours, expected[0])

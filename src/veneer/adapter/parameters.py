@@ -203,11 +203,11 @@ class AdaptedParameter(Adapted):
         row_updates = self.active_adapters.row_updates
         if row_updates is None:
             update = self.low_rank_update(self.active(), x.dtype)
-            return StackUpdate(update.A, update.B)
+            return StackUpdate(update.A, update.B.transpose(1, 2).contiguous())
         stacked = row_updates.stacked(self, row_updates.on(self))
         rows, _, rank = stacked.mask.shape
         mask = stacked.mask.expand(rows, len(x) // rows, rank).reshape(-1, rank)  # (tokens, rank)
-        return StackUpdate(stacked.A, stacked.B, mask)
+        return StackUpdate(stacked.A, stacked.B.transpose(1, 2).contiguous(), mask)
 
     def changed(self) -> Tensor:
         """Return W + Σ w s B A as the owner keeps it, differentiably, in W's dtype."""

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "dropout.h"
+#include "low_rank.h"
 #include "norm.h"
 #include "numbers.h"
 #include "rotary.h"
@@ -205,3 +206,4 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
 
 FOR_EACH_DTYPE(EXPORTED)
 FOR_EACH_DTYPE(EXPORTED_ATTENTION)
+FOR_EACH_DTYPE(EXPORTED_LOW_RANK)

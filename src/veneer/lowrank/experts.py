@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from veneer.kernels import low_rank
 from veneer.kernels.activation import Activation, activate, activate_backward
 from veneer.kernels.arena import Arena
 from veneer.kernels.rows import row_dots, weighted_sums
@@ -32,12 +33,13 @@ from veneer.quant.weight import QuantizedWeight, product, product_back
 class StackUpdate:
     """What adapters add to each expert of a stack: B (A x), scaled, in the dtype of computing.
 
-    A (experts, rank, in), or (rank, in) where the experts share it; B (experts, out, rank). mask
-    (tokens, rank): what A x is multiplied with, where tokens have updates of their own; None for 1.
+    A (experts, rank, in), or (rank, in) where the experts share it; Bt (experts, rank, out): Bᵀ of
+    each, contiguous, since products with it are faster so. mask (tokens, rank): what A x is
+    multiplied with, where tokens have updates of their own; None for 1.
     """
 
     A: Tensor
-    B: Tensor
+    Bt: Tensor
     mask: Tensor | None = None
 
     @property
@@ -83,8 +85,8 @@ class Stack:
         return weight.to(dtype) if isinstance(weight, Tensor) else weight
 
     def trained(self) -> list[Tensor]:
-        """Return A and B, or nothing where no adapter acts."""
-        return [] if self.update is None else [self.update.A, self.update.B]
+        """Return A and Bᵀ, or nothing where no adapter acts."""
+        return [] if self.update is None else [self.update.A, self.update.Bt]
 
     def zero_gradients(self) -> _FactorGradients:
         return _FactorGradients(self.update)
@@ -273,9 +275,9 @@ class _RoutedExperts(torch.autograd.Function):
         experts, routing, dy = settings.experts, settings.routing, grads[0]
         up, down, rows = experts.up, experts.down, len(routing.order)
         needs_x, needs_weights, *_ = ctx.needs_input_grad
-        w = weights.reshape(-1)[routing.order].unsqueeze(1)  # (rows, 1)
         d_x = dy.new_empty(rows, up.in_features) if needs_x else None
         wide = torch.promote_types(dy.dtype, torch.float32)
+        w = weights.reshape(-1)[routing.order].to(wide).unsqueeze(1)  # (rows, 1)
         d_weights = dy.new_zeros(rows, dtype=wide)
         if d_x is not None:
             d_x[routing.routed :] = 0
@@ -331,41 +333,42 @@ class _RoutedExperts(torch.autograd.Function):
 
 
 class _FactorGradients:
-    """The gradients of A and B, as far as they train, added up expert by expert."""
+    """The gradients of A and Bᵀ, as far as they train, added up expert by expert."""
 
     def __init__(self, update: StackUpdate | None) -> None:
         self.update = update
-        self.A = self.B = None
+        self.A = self.Bt = None
         if update is not None and update.A.requires_grad:
             dtype = update.A.dtype
             # The experts' gradients of a shared A are added up; 16 bits would round each sum.
             wide = torch.promote_types(dtype, torch.float32) if update.shares_A else dtype
             self.A = torch.zeros_like(update.A, dtype=wide)
-        if update is not None and update.B.requires_grad:
-            self.B = torch.zeros_like(update.B)
+        if update is not None and update.Bt.requires_grad:
+            self.Bt = torch.zeros_like(update.Bt)
 
     @property
     def trains(self) -> bool:
-        return self.A is not None or self.B is not None
+        return self.A is not None or self.Bt is not None
 
     def add(
         self, expert: int, dy: Tensor, dh: Tensor, x: Tensor | None, h: Tensor, w: Tensor
     ) -> None:
-        """Add what an expert's rows give: dA = (w dh)ᵀ x and dB = dyᵀ (w h)."""
+        """Add what an expert's rows give: dA = (w ∘ dh)ᵀ x and dBᵀ = (w ∘ h)ᵀ dy."""
         if self.A is not None and self.update is not None:
             assert x is not None
-            dh = (dh * w).to(x.dtype)
             if self.update.shares_A:
-                self.A += dh.T @ x
+                self.A += low_rank.gradient(dh, w, x, torch.empty_like(self.update.A))
             else:
-                torch.mm(dh.T, x, out=self.A[expert])
-        if self.B is not None:
-            torch.mm(dy.T, (h * w).to(dy.dtype), out=self.B[expert])
+                low_rank.gradient(dh, w, x, self.A[expert])
+        if self.Bt is not None:
+            low_rank.gradient(h, w, dy, self.Bt[expert])
 
     def gradients(self) -> list[Tensor | None]:
+        """Return those of A and Bᵀ."""
         if self.update is None:
             return []
-        return [None if self.A is None else self.A.to(self.update.A.dtype), self.B]
+        dA = None if self.A is None else self.A.to(self.update.A.dtype)
+        return [dA, self.Bt]
 
 
 def _project(
@@ -374,20 +377,21 @@ def _project(
     """Write an expert's W x + B A x + b to `y`, (rows, out), and its A x to `h`, (rows, rank)."""
     product(x, stack.weight_of(expert, x.dtype), y)
     if stack.update is not None:
-        torch.mm(x, stack.update.A_of(expert).T, out=h)
+        low_rank.project(x, stack.update.A_of(expert), h)
         if mask is not None:
             h *= mask
-        y.addmm_(h, stack.update.B[expert].T)
+        low_rank.add(h, stack.update.Bt[expert], y)
     if stack.bias is not None:
         y += stack.bias[expert]
 
 
 def _gradient_of_h(dy: Tensor, stack: Stack, expert: int, mask: Tensor | None) -> Tensor:
     """Return the gradient dy B of an expert's A x, (rows, rank)."""
+    dh = dy.new_empty(len(dy), stack.rank)
     if stack.update is None:
-        return dy.new_empty(len(dy), 0)
-    dh = dy @ stack.update.B[expert]
-    return dh if mask is None else dh * mask
+        return dh
+    low_rank.project(dy, stack.update.Bt[expert], dh)
+    return dh if mask is None else dh.mul_(mask)
 
 
 def _gradient_of_x(dy: Tensor, dh: Tensor, stack: Stack, expert: int, dx: Tensor) -> Tensor:
@@ -397,7 +401,7 @@ def _gradient_of_x(dy: Tensor, dh: Tensor, stack: Stack, expert: int, dx: Tensor
         torch.mm(dy, weight, out=dx)
     else:
         dx.copy_(product_back(dy, weight))
-    return dx if stack.update is None else dx.addmm_(dh, stack.update.A_of(expert))
+    return dx if stack.update is None else low_rank.add(dh, stack.update.A_of(expert), dx)
 
 
 def _pulled_back(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, dx: Tensor) -> Tensor:

@@ -1,0 +1,52 @@
+"""Products with factors of a low rank, F (rank, columns), such as an expert's A and Bᵀ.
+
+A matrix product of rank 1 takes as long as one of rank 16, and for the few rows of an expert most
+of that goes into preparing it. Up to MOST_RANKS the compiled functions are faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.native import kernel
+
+MOST_RANKS = 4
+
+
+def project(x: Tensor, factors: Tensor, h: Tensor) -> Tensor:
+    """Write x Fᵀ, (rows, rank), to `h` and return it. x (rows, columns)."""
+    native = _kernel("low_rank_project", factors, x, h)
+    if native is None:
+        return torch.mm(x, factors.T, out=h)
+    native(x, factors, h, len(x), *factors.shape)
+    return h
+
+
+def add(h: Tensor, factors: Tensor, y: Tensor) -> Tensor:
+    """Add h F, (rows, columns), to `y` and return it. h (rows, rank)."""
+    native = _kernel("low_rank_add", factors, h, y)
+    if native is None:
+        return y.addmm_(h, factors)
+    native(h, factors, y, len(y), *factors.shape)
+    return y
+
+
+def gradient(h: Tensor, weights: Tensor, x: Tensor, factors: Tensor) -> Tensor:
+    """Write (w ∘ h)ᵀ x, (rank, columns), to `factors` and return it.
+
+    h (rows, rank), x (rows, columns); weights w (rows, 1), float32 or wider.
+    """
+    native = _kernel("low_rank_gradient", factors, h, x)
+    if native is None:
+        return torch.mm((h * weights).to(x.dtype).T, x, out=factors)
+    native(h, weights, x, factors, len(x), *factors.shape)
+    return factors
+
+
+def _kernel(name: str, factors: Tensor, *others: Tensor) -> Callable[..., None] | None:
+    if len(factors) > MOST_RANKS or not all(t.is_contiguous() for t in (factors, *others)):
+        return None
+    return kernel(name, factors, *others)
