@@ -1,13 +1,14 @@
 """Does llama.cpp answer as Veneer does? The demo's task, adapter and merged model, counted.
 
-    python -m bench.llama [--out dist/llama_cpp] [--questions 88]
+    python -m bench.llama [--out dist/llama_cpp] [--questions 88] [--blocks]
 
 Trains what the demo trains, without new tokens, which a LoRA file cannot carry, and once with them,
 for the merged file. Then every question that training never showed is asked of Veneer in float32
 and of llama.cpp, greedily. Where the tokens differ, the first token that differs is shown with its
 margin: by how much our logits prefer our token to theirs. llama.cpp rounds what flows between
 layers to 8 bits; how far its logits are from ours on the same text is measured beside it. Over the
-same base in a GGUF file of float32 it rounds nothing, and is asked all of it again.
+same base in a GGUF file of float32 it rounds nothing, and is asked all of it again. With --blocks
+Veneer trains and answers over the file itself, whose blocks are the frozen weights, and merges nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ TOKENS, TOP = 32, 40  # of an answer at most; likeliest tokens that are kept of 
 BATCH = 22  # questions at a time, in Veneer
 
 
-def trained(out: Path, *, new_words: str) -> Path:
+def trained(out: Path, *, new_words: str, model: str = demo.RECIPE.model) -> Path:
     """Return the demo's adapter in `out`, trained now if it is not there yet."""
     adapter = out / "lora_adapter"
     if not adapter.exists():
@@ -54,7 +55,7 @@ def trained(out: Path, *, new_words: str) -> Path:
         lines = [json.dumps(row) + "\n" for row in cuisine.training_rows()]
         rows.write_text("".join(lines), encoding="utf-8")
         data = veneer.DataConfig(new_words=new_words)
-        recipe = replace(demo.RECIPE, data=rows, rows=data, out=out)
+        recipe = replace(demo.RECIPE, model=model, data=rows, rows=data, out=out)
         assert run_recipe(recipe, quiet=True) == 0
     return adapter
 
@@ -189,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("dist/llama_cpp"))
     parser.add_argument("--questions", type=int, default=88)
+    parser.add_argument("--blocks", action="store_true")
     asked = parser.parse_args()
     quieten_libraries()
     questions, keys = zip(*cuisine.held_out()[: asked.questions], strict=True)
@@ -197,8 +199,9 @@ def main() -> None:
     print("| llama.cpp runs | as Veneer | right | under the noise | noise, 95 % | most |")
     print("|---|---|---|---|---|---|")
 
-    plain = trained(asked.out / "plain", new_words="")
-    base, prompts = asking(questions)
+    model = str(file) if asked.blocks else demo.RECIPE.model
+    plain = trained(asked.out / ("blocks" if asked.blocks else "plain"), new_words="", model=model)
+    base, prompts = asking(questions, model=model)
     before = Answers(base, prompts)
     veneer.load(base.model, plain)
     lora = asked.out / "adapter.gguf"
@@ -213,7 +216,8 @@ def main() -> None:
         line(f"{how} base + our LoRA file", whole, server, {lora: 1.0}, keys)
         line(f"{how} base + half of it", half, server, {lora: 0.5}, keys)
         line(f"{how} base + none of it", before, server, {lora: 0.0}, keys)
-    merged_files(file, plain, asked.out, questions, keys, whole)
+    if not asked.blocks:
+        merged_files(file, plain, asked.out, questions, keys, whole)
     print("\nWhere they part, with how much our logits prefer our token:")
     print("\n".join(DIFFERING))
 
@@ -239,10 +243,10 @@ def merged_files(
 
 
 def asking(
-    questions: Sequence[str], adapter: Path | None = None
+    questions: Sequence[str], adapter: Path | None = None, *, model: str = demo.RECIPE.model
 ) -> tuple[veneer.Base, list[list[int]]]:
     """Return the base in float32, under an adapter where there is one, and the prompts."""
-    base = veneer.load_base("smollm2-135m", dtype="float32")
+    base = veneer.load_base(model, dtype="float32")
     if adapter is not None:
         veneer.load(base.model, adapter, tokenizer=base.tokenizer)
     texts = [prompt_text(base.tokenizer, [Message("user", question)]) for question in questions]

@@ -1,7 +1,8 @@
 """The main job on real input: SmolLM2-135M learns the cuisine of an invented island.
 
 Run by `make demo`. It asks questions in wordings that training never shows, before and after;
-then it shows what the two results are good for. `--bits 4` does all of it over a quantized base.
+then it shows what the two results are good for. `--bits 4` does all of it over a quantized base,
+`--model FILE.gguf` over the blocks of a file.
 """
 
 import argparse
@@ -107,6 +108,8 @@ def heading(text: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", type=int, choices=(4, 8), help="quantize the base")
+    parser.add_argument("--model", default=RECIPE.model, help="the base")
+    asked = parser.parse_args()
     start = time.monotonic()
-    main(replace(RECIPE, bits=parser.parse_args().bits))
+    main(replace(RECIPE, bits=asked.bits, model=asked.model))
     console.print(f"\nAll of it took {(time.monotonic() - start) / 60:.1f} minutes.")

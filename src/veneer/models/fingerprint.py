@@ -159,10 +159,12 @@ def _values(
     step, size = max(1, total // SAMPLES), weight.shape.numel()
     places = range(0, total, step)[:SAMPLES]
     here = torch.tensor([place - first for place in places if 0 <= place - first < size]).long()
-    if isinstance(weight, QuantizedWeight):
+    if isinstance(weight, QuantizedWeight) and len(here):
         out, in_ = weight.shape
         row, column = (here % out, here // out) if transposed else (here // in_, here % in_)
         values = weight.rows(row)[torch.arange(len(here)), column]
+    elif isinstance(weight, QuantizedWeight):
+        values = torch.empty(0)
     else:
         values = weight.detach().reshape(-1)[here]
     return values.to(torch.bfloat16).view(torch.int16)

@@ -1,24 +1,23 @@
-"""Bases whose linear layers stay in the blocks of their GGUF file, which is mapped, not read."""
+"""Bases whose linear layers and experts stay in the blocks of their GGUF file, which is mapped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 from transformers.pytorch_utils import Conv1D
 
-from veneer.models.assemble import assemble
+from veneer.models.assemble import AnyWeight, assemble
 from veneer.models.fingerprint import Marks
 from veneer.models.gguf_tensors import GGUFTensors
-from veneer.models.quantize import quantizable
+from veneer.models.quantize import quantizable, quantizable_stacks
 from veneer.models.source import untied
 from veneer.quant.gguf_formulas import FORMULAS
-from veneer.quant.weight import QuantizedWeight, quantized_layers
+from veneer.quant.stack import QuantizedStack, quantized_weights
+from veneer.quant.weight import QuantizedWeight
 
 
 def kinds_of(path: Path) -> list[str]:
@@ -30,7 +29,7 @@ def kinds_of(path: Path) -> list[str]:
 def load_blocks(
     path: Path, skeleton: PreTrainedModel, dtype: torch.dtype
 ) -> PreTrainedModel | None:
-    """Return the model of a GGUF file with its linear layers in the file's blocks.
+    """Return the model of a GGUF file with its linear layers and experts in the file's blocks.
 
     All else is dense, also the embedding and the head. None where no layer's blocks can stay: the
     file has none, or its tensors are not the model's weights one by one.
@@ -39,25 +38,31 @@ def load_blocks(
     # These architectures transformers reads in a way of its own.
     if tensors.architecture in GGUF_ARCHS or not set(names) <= tensors.names:
         return None
-    layers, marks = quantizable(skeleton), Marks(skeleton)
+    layers, stacks = quantizable(skeleton), quantizable_stacks(skeleton)
+    marks = Marks(skeleton)
     file = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
-    def weights() -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-        for name in names:
-            owner, _, leaf = name.rpartition(".")
-            layer, weight = layers.get(owner), None
-            if layer is not None and leaf == "weight":
-                weight = tensors.in_blocks(name, layer, dtype, file)
-            if weight is not None:
-                marks.see(name, weight, transposed=isinstance(layer, Conv1D))
-                yield name, weight
-            else:
-                dense = tensors.read(name)
-                marks.see(name, dense)
-                yield name, dense
+    def weight_of(name: str) -> AnyWeight:
+        owner, _, leaf = name.rpartition(".")
+        weight: QuantizedWeight | QuantizedStack | None = None
+        transposed = isinstance(layers.get(owner), Conv1D)
+        if name in stacks:
+            weight = tensors.experts_in_blocks(name, file, dtype)
+        elif owner in layers and leaf == "weight":
+            weight = tensors.in_blocks(name, file, dtype, transposed=transposed)
+        if isinstance(weight, QuantizedStack):
+            for e in range(len(weight)):
+                marks.see(name, weight.expert(e), expert=e)
+            return weight
+        if weight is not None:
+            marks.see(name, weight, transposed=transposed)
+            return weight
+        dense = tensors.read(name)
+        marks.see(name, dense)
+        return dense
 
-    model = assemble(skeleton, weights(), dtype)
-    if not quantized_layers(model):
+    model = assemble(skeleton, ((name, weight_of(name)) for name in names), dtype)
+    if not quantized_weights(model):
         return None
     model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     return model

@@ -7,15 +7,17 @@ experts apart.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
@@ -23,12 +25,14 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
     load_gguf_checkpoint,
 )
-from transformers.pytorch_utils import Conv1D
 
 from veneer.models.gguf import check_consistent, field_of, unreadable
 from veneer.models.gguf_header import check_header
 from veneer.quant.gguf_blocks import GGUFBlocks
 from veneer.quant.gguf_formulas import FORMULAS
+from veneer.quant.joined import joined
+from veneer.quant.stack import QuantizedStack
+from veneer.quant.weight import QuantizedWeight
 
 PROBE = 8  # columns of the numbers that tell what transformers does to a tensor's rows
 
@@ -50,8 +54,15 @@ class GGUFTensors:
             raise unreadable(path, error) from error
         self._tensors: dict[str, list[gguf.ReaderTensor]] = defaultdict(list)
         for tensor in self._reader.tensors:
-            if name := self._names.get(tensor.name):
+            if name := self._name_of(tensor.name):
                 self._tensors[name].append(tensor)
+
+    def _name_of(self, tensor: str) -> str | None:
+        """Return the weight that a tensor is, or a part of: gate and up of experts are apart."""
+        experts = getattr(self._processor, "GGUF_MOE_WEIGHTS_PATTERN", None)
+        if experts and "name" in experts.groupindex and (match := experts.fullmatch(tensor)):
+            tensor = match["name"]
+        return self._names.get(tensor)
 
     @property
     def names(self) -> set[str]:
@@ -63,31 +74,74 @@ class GGUFTensors:
         return self._processed(name, lambda t: gguf.dequantize(t.data, t.tensor_type))
 
     def in_blocks(
-        self, name: str, layer: nn.Module, dtype: torch.dtype, file: Tensor
-    ) -> GGUFBlocks | None:
+        self, name: str, file: Tensor, dtype: torch.dtype, *, transposed: bool = False
+    ) -> QuantizedWeight | None:
         """Return the weight of a linear layer as it lies in `file`, the bytes of the whole file.
 
-        None where its format is not one of those, or its rows are not the model's in another order.
+        transposed: the model keeps it as (in, out). None where a format is none of `FORMULAS`, or
+        the weight's rows are not rows of the file in some order.
         """
-        (tensor,) = self._tensors[name]
-        kind = tensor.tensor_type.name
-        if kind not in FORMULAS or self._reader.byte_order != "I":
+        origin = self._origin(name, transposed=transposed)
+        return None if origin is None else self._rows(name, origin, file, dtype)
+
+    def experts_in_blocks(
+        self, name: str, file: Tensor, dtype: torch.dtype
+    ) -> QuantizedStack | None:
+        """Return a stack of experts as it lies in `file`; None as above."""
+        origin = self._origin(name)
+        if origin is None:
             return None
-        rows = len(tensor.data)
-        own = np.arange(rows * PROBE, dtype=np.int64).reshape(rows, PROBE)
+        return QuantizedStack([self._rows(name, rows, file, dtype) for rows in origin])
+
+    def _origin(self, name: str, *, transposed: bool = False) -> Tensor | None:
+        """Return which row of the weight's tensors each of its rows is, (out,) or (experts, out).
+
+        Rows are numbered through all of these tensors. None where that is not all that
+        transformers does: it is found by numbers that say where they are.
+        """
+        tensors = self._tensors[name]
+        if self._reader.byte_order != "I" or any(_kind(t) not in FORMULAS for t in tensors):
+            return None
+        ends = list(accumulate(map(_rows, tensors)))
+        first = {t.name: end - _rows(t) for t, end in zip(tensors, ends, strict=True)}
+
+        def numbers(tensor: gguf.ReaderTensor) -> np.ndarray:
+            begin = first[tensor.name] * PROBE + 1  # 0 is what transformers has not written to
+            own = np.arange(begin, begin + _rows(tensor) * PROBE, dtype=np.int64)
+            return own.reshape(*tensor.data.shape[:-1], PROBE)
+
         try:
-            there = self._processed(name, lambda _: own)
+            there = self._processed(name, numbers)
         except Exception:  # it may be made for one number of columns only
             return None
-        there = there.T if isinstance(layer, Conv1D) else there
-        if there.shape != own.shape:
+        there = there.T if transposed else there
+        origin = (there[..., 0] - 1) // PROBE
+        every_row = torch.arange(ends[-1])
+        if (
+            there.shape != (*origin.shape, PROBE)
+            or not torch.equal(there, origin[..., None] * PROBE + 1 + torch.arange(PROBE))
+            or not torch.equal(origin.flatten().sort().values, every_row)
+        ):
             return None
-        order = there[:, 0] // PROBE
-        if not torch.equal(torch.from_numpy(own)[order], there) or len(order.unique()) != rows:
-            return None
-        codes = file[tensor.data_offset : tensor.data_offset + tensor.n_bytes].view(rows, -1)
-        is_own = torch.equal(order, torch.arange(rows))
-        return GGUFBlocks(kind, codes, dtype, order=None if is_own else order)
+        return origin
+
+    def _rows(self, name: str, origin: Tensor, file: Tensor, dtype: torch.dtype) -> QuantizedWeight:
+        """Return the weight whose rows are `origin`, (out,)."""
+        pieces: list[QuantizedWeight] = []
+        tensors = self._tensors[name]
+        ends = torch.tensor(list(accumulate(map(_rows, tensors))))
+        which = torch.bucketize(origin, ends, right=True)
+        for rows in torch.arange(len(origin)).tensor_split((which.diff() != 0).nonzero()[:, 0] + 1):
+            tensor = tensors[int(which[rows[0]])]
+            order = origin[rows] - (ends[which[rows[0]]] - _rows(tensor))
+            codes = file[tensor.data_offset : tensor.data_offset + tensor.n_bytes]
+            codes, begin = codes.view(_rows(tensor), -1), int(order[0])
+            if torch.equal(order, torch.arange(begin, begin + len(order))):
+                blocks = GGUFBlocks(_kind(tensor), codes[begin : begin + len(order)], dtype)
+            else:
+                blocks = GGUFBlocks(_kind(tensor), codes, dtype, order=order)
+            pieces.append(blocks)
+        return joined(pieces)
 
     def _processed(self, name: str, numbers: Callable[[gguf.ReaderTensor], np.ndarray]) -> Tensor:
         """Return what transformers makes of `numbers` of each of a weight's tensors."""
@@ -102,3 +156,11 @@ class GGUFTensors:
             parsed["tensors"].setdefault(name, torch.from_numpy(np.array(done.weights)))
         weight: Tensor = parsed["tensors"][name]
         return weight
+
+
+def _kind(tensor: gguf.ReaderTensor) -> str:
+    return tensor.tensor_type.name
+
+
+def _rows(tensor: gguf.ReaderTensor) -> int:
+    return math.prod(tensor.data.shape[:-1])

@@ -33,7 +33,7 @@ from veneer.models.quantize import quantized_model
 from veneer.models.source import Source, adapter_file, open_source
 from veneer.models.stored import load_quantized
 from veneer.quant.settings import Bits, LoadBits, quantization_of
-from veneer.quant.weight import quantized_layers
+from veneer.quant.stack import quantized_weights
 
 # What every causal language model has at least one of.
 SIZES = (
@@ -258,7 +258,7 @@ def _with_blocks(
     model = load_blocks(path, skeleton_of(config), dtype)
     if model is None:
         return _dense(path, dtype), ()
-    kinds = sorted({layer.quantized_weight.label for layer in quantized_layers(model).values()})
+    kinds = sorted({weight.label for weight in quantized_weights(model).values()})
     return model, (
         f"The linear layers stay in {path.name}, in its own blocks ({listed(kinds)}); --bits 16 "
         "would load them as dense numbers: faster, and larger.",

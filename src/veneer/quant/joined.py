@@ -21,7 +21,7 @@ class JoinedRows(QuantizedWeight):
     def __init__(self, pieces: Sequence[QuantizedWeight]) -> None:
         self.pieces = tuple(pieces)
         first = self.pieces[0]
-        self.bits, self.kind = first.bits, first.kind
+        self.bits, self.kind, self.published = first.bits, first.kind, first.published
         self.dtype, self.device = first.dtype, first.device
         rows = sum(piece.shape[0] for piece in self.pieces)
         self.shape = torch.Size((rows, first.shape[1]))
@@ -59,6 +59,14 @@ class JoinedRows(QuantizedWeight):
         ends = accumulate(piece.shape[0] for piece in self.pieces)
         for end, piece in zip(ends, self.pieces, strict=True):
             yield slice(end - piece.shape[0], end), piece
+
+    def rows(self, index: Tensor) -> Tensor:
+        values = torch.empty(len(index), self.shape[1], dtype=self.dtype, device=self.device)
+        for place, piece in self._places():
+            here = (index >= place.start) & (index < place.stop)
+            if bool(here.any()):
+                values[here] = piece.rows(index[here] - place.start)
+        return values
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of all pieces, each name after the piece's number."""
