@@ -44,9 +44,22 @@ def _digits_alone() -> PreTokenizer:
 PRE_TOKENIZERS = {"smollm": _digits_alone}
 
 
+# The widths of experts, which transformers leaves at its defaults.
+EXPERT_WIDTHS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+
+
 def load_config(path: Path) -> PretrainedConfig:
     """Read a GGUF file's model configuration; no weight is touched."""
-    return _read(AutoConfig, path)
+    config: PretrainedConfig = _read(AutoConfig, path)
+    values = read_header(path).values
+    for key, setting in EXPERT_WIDTHS.items():
+        width = values.get(f"{values.get('general.architecture')}.{key}")
+        if width is not None and hasattr(config, setting):
+            setattr(config, setting, width)
+    return config
 
 
 def load_model(path: Path, **options: Any) -> PreTrainedModel:
@@ -56,6 +69,7 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
     model, report = _read(
         AutoModelForCausalLM,
         path,
+        config=load_config(path),
         quantization_config=quantization,
         output_loading_info=True,
         **options,
