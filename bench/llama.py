@@ -8,7 +8,8 @@ and of llama.cpp, greedily. Where the tokens differ, the first token that differ
 margin: by how much our logits prefer our token to theirs. llama.cpp rounds what flows between
 layers to 8 bits; how far its logits are from ours on the same text is measured beside it. Over the
 same base in a GGUF file of float32 it rounds nothing, and is asked all of it again. With --blocks
-Veneer trains and answers over the file itself, whose blocks are the frozen weights, and merges nothing.
+Veneer trains and answers over the file itself, whose blocks are the frozen weights, and merges
+nothing.
 """
 
 from __future__ import annotations

@@ -51,6 +51,11 @@ EXPERT_WIDTHS = {
 }
 
 
+def has_experts(path: Path) -> bool:
+    """Return whether a GGUF file is of a mixture of experts, whose widths transformers mistakes."""
+    return any(key.partition(".")[2] in EXPERT_WIDTHS for key in read_header(path).values)
+
+
 def load_config(path: Path) -> PretrainedConfig:
     """Read a GGUF file's model configuration; no weight is touched."""
     config: PretrainedConfig = _read(AutoConfig, path)
@@ -69,7 +74,6 @@ def load_model(path: Path, **options: Any) -> PreTrainedModel:
     model, report = _read(
         AutoModelForCausalLM,
         path,
-        config=load_config(path),
         quantization_config=quantization,
         output_loading_info=True,
         **options,
@@ -109,8 +113,10 @@ def _read(auto: Any, path: Path, **options: Any) -> Any:
     check_header(path)
     try:
         check_consistent(path)
+        # By its whole path: transformers would take a file of that name in the working directory.
+        whole = str(path.resolve())
         return auto.from_pretrained(
-            str(path.parent), gguf_file=path.name, trust_remote_code=False, **options
+            str(path.parent), gguf_file=whole, trust_remote_code=False, **options
         )
     except Exception as error:
         raise unreadable(path, error) from error

@@ -246,7 +246,7 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
 def _dequantized(
     place: Path | str, config: PretrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Return a base that is published quantized as dense numbers."""
+    """Return a base whose files hold quantized weights as dense numbers."""
     source, _ = _open_dense(place, config)
     return assemble(source.skeleton, ((name, source.read(name)) for name in source.names), dtype)
 
@@ -283,6 +283,8 @@ def dtype_of(place: Path | str, asked: str) -> torch.dtype:
 def _dense(place: Path | str, dtype: torch.dtype) -> PreTrainedModel:
     if _is_minigpt(place):
         return _reading(place, lambda: minigpt.load(Path(place))[0]).to(dtype)
+    if _is_gguf(place) and gguf.has_experts(Path(place)):
+        return _dequantized(place, gguf.load_config(Path(place)), dtype)
     if _is_gguf(place):
         return gguf.load_model(Path(place), dtype=dtype)
     auto = AutoModelForCausalLM
