@@ -15,7 +15,7 @@ from support.published_bases import FORMATS, published
 from support.random_adapters import ids, logits, shake, tokenizer
 from veneer.cli.app import run
 from veneer.formats.merged import write_model
-from veneer.models.fingerprint import parameter_count
+from veneer.models.fingerprint import fingerprint, parameter_count
 from veneer.models.load import load_base
 from veneer.quant.awq import AWQ
 from veneer.quant.compressed import CompressedInt
@@ -43,6 +43,7 @@ def test_a_base_is_its_dense_twin(name, tmp_path):
     assert {type(layer.quantized_weight) for layer in layers.values()} == {kind_of(name)}
     assert len(layers) == 14
     assert parameter_count(model) == parameter_count(twin)
+    assert fingerprint(model) == fingerprint(load_base(place, bits=16, **F32).model)
     assert_no_further(logits(model), logits(twin), logits(wide), "logits")
     ours, theirs, exact = (
         gradients(shake(veneer.attach(each, veneer.LoRA(rank=2, targets="all"), seed=1)))
@@ -89,12 +90,14 @@ def test_experts_are_those_of_the_dense_twin(architecture, name, tmp_path):
     for path, stack in stacks.items():
         assert torch.equal(stack.dense(), twin.get_parameter(path))
     assert parameter_count(model) == parameter_count(twin)
+    assert fingerprint(model) == fingerprint(load_base(place, bits=16, **F32).model)
     assert_no_further(logits(model), logits(twin), logits(wide), "logits")
-    config = veneer.LoRA(rank=4, targets="attention")
+    config = veneer.LoRA(rank=4, targets="all")
     ours, theirs, exact = (
         gradients(shake(veneer.attach(each, config, seed=1)))
         for each in (model, load_twin(twin), wide)
     )
+    assert any("experts" in path for path in ours)
     assert_gradients_no_further(ours, theirs, exact)
     merged = veneer.merge(model)
     assert_as_near(logits(merged), logits(model), logits(wide))

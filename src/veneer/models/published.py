@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from veneer.errors import ModelError
 from veneer.models.assemble import AnyWeight, assemble
 from veneer.models.description import multiplies
+from veneer.models.fingerprint import Marks
 from veneer.models.source import Source, identity_of, model_files, untied
 from veneer.models.stored import read_ahead, weights_of
 from veneer.quant.mapped import map_tensors
@@ -105,8 +106,23 @@ def load_published(
 
     Raises ModelError for damage.
     """
-    weights = PublishedFiles(directory, skeleton, dtype).weights()
+    weights, marks = PublishedFiles(directory, skeleton, dtype).weights(), Marks(skeleton)
     del skeleton.config.quantization_config
-    model = assemble(skeleton, weights, dtype)
+    model = assemble(skeleton, _seen(weights, skeleton, marks), dtype)
+    model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     read_ahead(model)
     return model
+
+
+def _seen(
+    weights: Iterator[tuple[str, AnyWeight]], skeleton: PreTrainedModel, marks: Marks
+) -> Iterator[tuple[str, AnyWeight]]:
+    """Yield weights, of whose numbers the fingerprint is taken: it is that of a dense base."""
+    for name, weight in weights:
+        if isinstance(weight, QuantizedStack):
+            for e, expert in enumerate(weight.experts):
+                marks.see(name, expert, expert=e, transposed=weight.transposed)
+        else:
+            owner = skeleton.get_submodule(name.rpartition(".")[0])
+            marks.see(name, weight, transposed=isinstance(owner, Conv1D))
+        yield name, weight
