@@ -11,22 +11,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from veneer.files import write_tensors
-from veneer.models.quantize import quantizable
+from veneer.models.quantize import quantizable, quantizable_embedding
 from veneer.models.source import INDEX
 from veneer.models.stored_names import stored_names
+from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import BLOCK, BLOCK_OF_SCALES, NF4
 
 MAGNITUDE = 0.02  # the largest number of a block: such that a layer's output stays about its input
 
 
-def write_random_base(directory: Path, config: PretrainedConfig) -> int:
+def write_random_base(directory: Path, config: PretrainedConfig, *, pack_ends: bool = False) -> int:
     """Write a base with random NF4 codes and scales, a file a block, and return its bytes.
 
-    Experts of a mixture are quantized one by one, as `veneer quantize` stores them.
+    Experts of a mixture are quantized one by one, as `veneer quantize` stores them. pack_ends:
+    whether the head is quantized too, and the embedding in 8 bits.
     """
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
-    layers = quantizable(skeleton)
+    layers = quantizable(skeleton, head=pack_ends)
+    embedding = quantizable_embedding(skeleton) if pack_ends else None
     conventions = stored_names(skeleton)
     noise = _Noise()
     directory.mkdir(parents=True)
@@ -56,6 +59,9 @@ def write_random_base(directory: Path, config: PretrainedConfig) -> int:
                         f"{piece.name.removesuffix('.weight')}.{n}": t
                         for n, t in noise.nf4(like[piece.rows].shape).items()
                     }
+        elif name == embedding:
+            int8 = Int8.quantize(noise.dense(weight.shape), torch.bfloat16)
+            tensors |= {f"{path}.{n}": t for n, t in int8.tensors().items()}
         elif path in layers and name != path:
             tensors |= {f"{path}.{n}": t for n, t in noise.nf4(weight.shape).items()}
         elif weight.ndim == 1:
@@ -63,9 +69,9 @@ def write_random_base(directory: Path, config: PretrainedConfig) -> int:
         else:
             tensors[name] = noise.dense(weight.shape)
     (directory / INDEX).write_text(json.dumps({"weight_map": index}), encoding="utf-8")
-    settings = config.to_dict() | {
-        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    }
+    how = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    how |= {"llm_int8_skip_modules": []} if pack_ends else {}
+    settings = config.to_dict() | {"quantization_config": how}
     (directory / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     return written
 

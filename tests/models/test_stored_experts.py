@@ -4,13 +4,22 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
+from veneer.adapter.attach import attach
+from veneer.adapter.config import LoRA
+from veneer.adapter.merge import merge
+from veneer.adapter.new_tokens import add_tokens
+from veneer.errors import ConfigError, ModelError
 from veneer.formats.quantized import write_quantized
 from veneer.models import minigpt
+from veneer.models.description import describe
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import load_base, load_skeleton, open_base
+from veneer.models.quantize import quantizable_embedding
 from veneer.models.stored_names import stored_names
+from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.joined import JoinedRows
 from veneer.quant.stack import quantized_stacks
 
@@ -24,6 +33,7 @@ SIZES = {
     "head_dim": 16,
     "num_experts_per_tok": 2,
 }
+TIED = {"tie_word_embeddings": True}
 # Gate and up apart in the files; the same under other names; stacks in the files, transposed.
 CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=64),
@@ -108,11 +118,34 @@ def test_the_codes_of_each_expert_are_bitsandbytes_own(home):
             assert torch.equal(torch.cat([piece.codes for piece in pieces]), whole)
 
 
+def test_an_embedding_in_8_bits_is_dequantized_row_by_row(home, tmp_path):
+    source, tokenizer, _ = open_base(home)
+    options = {"bits": 4, "name": "x", "pack_head": True, "pack_embedding": True}
+    list(write_quantized(source, tokenizer, tmp_path / "out", **options))
+    model = load_base(tmp_path / "out", dtype="bfloat16").model
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, QuantizedEmbedding)
+    weight = source.read("model.embed_tokens.weight")
+    codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
+    assert torch.equal(embedding.quantized_weight.codes, codes)
+    assert torch.equal(embedding.quantized_weight.absmax, scales)
+    ids = torch.tensor([[3, 299, 3], [0, 7, 41]])
+    assert torch.equal(embedding(ids), embedding.weight[ids])
+    assert describe(model).parameters == describe(source.skeleton).parameters
+    assert fingerprint(model) == fingerprint(load_base(home, dtype="bfloat16").model)
+    attach(model, LoRA(rank=2, targets="all"), seed=0)
+    plain = merge(model)
+    assert torch.equal(plain.get_input_embeddings().weight, embedding.weight)
+    with pytest.raises(ModelError, match="not quantized"):
+        add_tokens(load_base(tmp_path / "out").model, tokenizer, ["plywood"])
+
+
+def test_an_embedding_that_is_the_head_stays_dense(tmp_path):
+    with pytest.raises(ConfigError, match="head too"):
+        quantizable_embedding(AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, **TIED)))
+
+
 def test_a_missing_expert_is_named(home, kind, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    from veneer.errors import ModelError
-
     quantized(home, tmp_path / "out", 4)
     file = tmp_path / "out" / "model-00001-of-00001.safetensors"
     tensors = load_file(file)

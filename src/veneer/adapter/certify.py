@@ -18,7 +18,8 @@ from veneer.adapter.virtual_context import context_left
 from veneer.data.probe import probe_rows
 from veneer.errors import MergeError, share_text
 from veneer.models.evaluating import evaluating
-from veneer.quant.stack import quantized_stacks
+from veneer.quant.embedding import QuantizedEmbedding
+from veneer.quant.stack import quantized_modules, quantized_stacks
 from veneer.quant.weight import QuantizedLinear, quantized_layers
 
 # The largest tolerated ‖error‖ / ‖ΔW‖, and the largest divergence as a share of the adapter's
@@ -177,6 +178,9 @@ def _requantized(model: PreTrainedModel, plain: PreTrainedModel) -> PreTrainedMo
         if again is None:
             return None
         owner.add_module(name, again)
+    for path, module in quantized_modules(model).items():
+        if isinstance(module, QuantizedEmbedding):  # which nothing adapts
+            result.set_submodule(path, module)
     return result
 
 

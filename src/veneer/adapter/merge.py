@@ -21,8 +21,8 @@ from veneer.adapter.new_tokens import is_tied, merge_tokens, new_tokens_of
 from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import detach_virtual_tokens
 from veneer.errors import AdapterError
-from veneer.quant.stack import quantized_stacks
-from veneer.quant.weight import QuantizedWeight, dense, quantized_layers
+from veneer.quant.stack import QuantizedStack, quantized_modules
+from veneer.quant.weight import QuantizedWeight, dense
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -47,12 +47,13 @@ def merge(model: Model) -> Model:
     detach_virtual_tokens(plain, set(adapters(plain)))
     for path, layer in list(lora_layers(plain)):
         layer.unwrap(plain, path, merged=layer.acts)
-    for path, quantized in quantized_layers(plain).items():
-        plain.set_submodule(path, quantized.to_dense())
-    for path, stack in quantized_stacks(plain).items():
+    for path, quantized in quantized_modules(plain).items():
+        if not isinstance(quantized, QuantizedStack):
+            plain.set_submodule(path, quantized.to_dense())
+            continue
         owner, name = owner_of(plain, path)
         del owner._modules[name]
-        owner.register_parameter(name, nn.Parameter(stack.dense(), False))
+        owner.register_parameter(name, nn.Parameter(quantized.dense(), False))
     if new_tokens is not None:
         merge_tokens(plain, new_tokens)
     for path in active_adapters.replaced:  # modules to save are the adapter's, which may train on

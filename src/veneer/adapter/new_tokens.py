@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapter.active import ActiveAdapters, active_adapters_of
 from veneer.adapter.wrapper import Wrapper
 from veneer.errors import ConfigError, ModelError
+from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.weight import QuantizedLinear
 
 
@@ -125,6 +126,8 @@ def add_tokens(
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or start > len(embedding.weight):  # type: ignore[arg-type]
         raise ModelError("New words need a model with an embedding and a head for every token.")
+    if isinstance(embedding, QuantizedEmbedding):
+        raise ModelError("New words need an embedding that is not quantized.")
     if isinstance(embedding, Wrapper) or isinstance(head, Wrapper):
         raise ModelError("New words are added once, and before adapters of embedding and head.")
     rows = _mean_rows(embedding.weight, pieces)  # type: ignore[arg-type]

@@ -39,6 +39,9 @@ def quantize(
     *,
     bits: Annotated[Bits, Parameter(help="Bits a parameter: 4 (NF4) or 8.")] = 4,
     pack_head: PackHead = False,
+    pack_embedding: Annotated[
+        bool, Parameter(help="Quantize the embedding to 8 bits too; only Veneer reads that.")
+    ] = False,
 ) -> None:
     """Show each file as it is written, then the layers' bits, sizes and errors."""
     from veneer.formats.quantized import write_quantized
@@ -51,7 +54,11 @@ def quantize(
         show_notice(notice)
     layers: list[QuantizedLayer] = []
     for shard in write_quantized(
-        source, tokenizer, out, bits=bits, name=model, pack_head=pack_head
+        *(source, tokenizer, out),
+        bits=bits,
+        name=model,
+        pack_head=pack_head,
+        pack_embedding=pack_embedding,
     ):
         layers += shard.layers
         there = ", there already" if shard.kept else ""

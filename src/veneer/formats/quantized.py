@@ -17,7 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from veneer.errors import VeneerError
 from veneer.files import write_json, write_tensors
 from veneer.models.fingerprint import Marks
-from veneer.models.quantize import quantizable, quantizable_stacks, quantized_weights
+from veneer.models.quantize import (
+    quantizable,
+    quantizable_embedding,
+    quantizable_stacks,
+    quantized_weights,
+)
 from veneer.models.source import INDEX, Source
 from veneer.models.stored import REPORT
 from veneer.models.stored_names import Piece, stored_names
@@ -69,6 +74,7 @@ def write_quantized(
     bits: Bits,
     name: str,
     pack_head: bool = False,
+    pack_embedding: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[Shard]:
     """Quantize a base into the directory `out`, file by file, and yield each.
@@ -79,6 +85,8 @@ def write_quantized(
     """
     skeleton = source.skeleton
     _check(out)
+    if pack_embedding:
+        quantizable_embedding(skeleton)  # or why it cannot be
     marks, layers = Marks(skeleton), quantizable(skeleton, head=pack_head)
     order: dict[str, Any] = {
         "version": VERSION,
@@ -86,6 +94,8 @@ def write_quantized(
         "pack_head": pack_head,
         "shard_bytes": shard_bytes,
     }
+    if pack_embedding:
+        order["pack_embedding"] = True
     order |= {"name": name, "files": source.identity, "config": marks.fingerprint()["config"]}
     short = {f"{path}.weight" for path in layers} | set(quantizable_stacks(skeleton))
     groups = _groups(source, short, bits, shard_bytes)
@@ -99,7 +109,7 @@ def write_quantized(
         notes = _notes(file, order, own)
         kept = notes is not None
         if notes is None:
-            notes = _write_shard(file, own, bits, pack_head, order)
+            notes = _write_shard(file, own, order)
         quantized = [QuantizedLayer(**layer) for layer in notes["layers"]]
         marks.samples |= notes["samples"]
         with safe_open(file, "pt") as opened:
@@ -117,9 +127,7 @@ def write_quantized(
     _write_config(skeleton, layers, out, bits)
 
 
-def _write_shard(
-    file: Path, source: Source, bits: Bits, pack_head: bool, order: Mapping[str, Any]
-) -> dict[str, Any]:
+def _write_shard(file: Path, source: Source, order: Mapping[str, Any]) -> dict[str, Any]:
     """Write one file and return the notes in its metadata."""
     tensors: dict[str, Tensor] = {}
     layers: list[QuantizedLayer] = []
@@ -132,7 +140,14 @@ def _write_shard(
         marks.see(name, weight, expert=expert)
         last[:] = [weight]
 
-    for name, weight in quantized_weights(source, bits, torch.bfloat16, head=pack_head, seen=see):
+    for name, weight in quantized_weights(
+        source,
+        order["bits"],
+        torch.bfloat16,
+        head=order["pack_head"],
+        embedding=order.get("pack_embedding", False),
+        seen=see,
+    ):
         if isinstance(weight, QuantizedStack):
             assert names is not None
             tensors |= _expert_tensors(weight, names.pieces(name))

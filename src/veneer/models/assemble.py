@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import ModelError, listed
+from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight
 
@@ -37,6 +38,8 @@ def assemble(
             del owner._parameters[leaf]
             owner.add_module(leaf, weight)
             _loop_over_experts(owner)
+        elif isinstance(owner, nn.Embedding) and isinstance(weight, QuantizedWeight):
+            skeleton.set_submodule(path, QuantizedEmbedding(weight, owner))
         elif isinstance(weight, QuantizedWeight):
             layer = QuantizedLinear(weight, owner, transposed=transposed)
             skeleton.set_submodule(path, layer)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.models.blocks import decoder_layers
+from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedLinear
 
@@ -263,7 +264,9 @@ def _layers_of(place: _Place, is_head: bool, owners: dict[int, str]) -> Iterator
         new = sum(weights[name].numel() for name in names if first[name] == paths[name])
         tied = next((first[name] for name in names if first[name] != paths[name]), None)
         quantized = (
-            module.quantized_weight.shape.numel() if isinstance(module, QuantizedLinear) else 0
+            module.quantized_weight.shape.numel()
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding)
+            else 0
         )
         settings: dict[str, Any] = {"path": path, "transposed": False} | others
         return Layer(
@@ -282,6 +285,8 @@ def _layers_of(place: _Place, is_head: bool, owners: dict[int, str]) -> Iterator
     names = list(weights)
     if isinstance(module, QuantizedLinear):
         yield layer("linear", names, tuple(module.quantized_weight.shape))
+    elif isinstance(module, QuantizedEmbedding):  # nothing adapts it
+        yield layer("other", names, tuple(module.quantized_weight.shape))
     elif isinstance(module, nn.Linear) and multiplies(module):
         yield layer("linear", names, tuple(weights["weight"].shape))
     elif isinstance(module, Conv1D | nn.Embedding):

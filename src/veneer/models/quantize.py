@@ -20,6 +20,8 @@ from veneer.quant.settings import Bits
 from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedWeight
 
+LOOK_UP = nn.Embedding.forward
+
 
 def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, nn.Module]:
     """Return the layers to quantize, by path: every linear one; the head only with `head`.
@@ -35,6 +37,19 @@ def quantizable(skeleton: PreTrainedModel, *, head: bool = False) -> dict[str, n
         if (isinstance(layer, Conv1D) or (isinstance(layer, nn.Linear) and multiplies(layer)))
         and (head or layer is not output)
     }
+
+
+def quantizable_embedding(skeleton: PreTrainedModel) -> str:
+    """Return the name of the embedding's weight, which can be quantized too.
+
+    Raises ConfigError where it is the head too, or does more than look rows up.
+    """
+    embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or type(embedding).forward is not LOOK_UP:
+        raise ConfigError("The embedding of this model cannot be quantized: it is one of its own.")
+    if head is not None and head.weight is embedding.weight:
+        raise ConfigError("The embedding of this model is its head too, and cannot be quantized.")
+    return next(f"{path}.weight" for path, m in skeleton.named_modules() if m is embedding)
 
 
 def quantizable_stacks(skeleton: nn.Module) -> dict[str, Tensor]:
@@ -80,10 +95,11 @@ def quantized_weights(
     dtype: torch.dtype,
     *,
     head: bool = False,
+    embedding: bool = False,
     seen: Callable[..., None],
 ) -> Iterator[tuple[str, AnyWeight]]:
     """Yield every weight of the source by its name, those of `quantizable` layers and stacks of
-    experts quantized, experts one by one.
+    experts quantized, experts one by one, and with `embedding` the embedding in 8 bits.
 
     `seen` is called with the name and each weight before that, and with the number of an expert as
     `expert`. Raises ModelError for values that are not finite, which would spread through their
@@ -92,6 +108,7 @@ def quantized_weights(
     layers = quantizable(source.skeleton, head=head)
     stacks = quantizable_stacks(source.skeleton)
     names = stored_names(source.skeleton) if stacks else None
+    looked_up = quantizable_embedding(source.skeleton) if embedding else None
     for name in source.names:
         if name in stacks:
             assert names is not None
@@ -99,6 +116,9 @@ def quantized_weights(
             continue
         weight = source.read(name)
         seen(name, weight)
+        if name == looked_up:
+            yield name, _quantized(weight, 8, dtype, name)
+            continue
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or path not in layers:
             yield name, weight

@@ -60,8 +60,13 @@ class Int8(QuantizedWeight):
     def _row_unit(self) -> int:
         return 1
 
+    def rows(self, index: Tensor) -> Tensor:
+        return self._dequantize(self.codes[index], self.absmax[index])
+
     def _dequantize_rows(self, first: int, last: int) -> Tensor:
-        codes, absmax = self.codes[first:last], self.absmax[first:last]
+        return self._dequantize(self.codes[first:last], self.absmax[first:last])
+
+    def _dequantize(self, codes: Tensor, absmax: Tensor) -> Tensor:
         values = torch.empty(codes.shape, dtype=self.dtype, device=self.device)
         native = kernel("dequantize_int8", values)
         if native is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight
 
 
@@ -162,6 +163,9 @@ class QuantizedStack(nn.Module):
         return super()._apply(fn, recurse)
 
 
+QuantizedModule = QuantizedLinear | QuantizedEmbedding | QuantizedStack
+
+
 def expert_weight(
     stack: Tensor | QuantizedStack, e: int, *, transposed: bool = False
 ) -> Tensor | QuantizedWeight:
@@ -184,7 +188,7 @@ def quantized_weights(model: nn.Module) -> Mapping[str, QuantizedWeight | Quanti
     }
 
 
-def quantized_modules(model: nn.Module) -> Mapping[str, QuantizedLinear | QuantizedStack]:
+def quantized_modules(model: nn.Module) -> Mapping[str, QuantizedModule]:
     """Return the quantized layers and stacks of a model by their paths, wrapped ones too."""
-    kinds = (QuantizedLinear, QuantizedStack)
+    kinds = (QuantizedLinear, QuantizedEmbedding, QuantizedStack)
     return {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
