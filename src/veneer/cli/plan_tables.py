@@ -14,6 +14,7 @@ from veneer.adapter.report import remarks
 from veneer.adapter.targets import uncovered
 from veneer.cli.console import bytes_text, new_table, quieten_libraries
 from veneer.models.description import Layer
+from veneer.models.load import planned_bits
 from veneer.plan.config import ADAPTING, PlanConfig
 from veneer.plan.find import find_config, sizes_of
 from veneer.plan.fit import MARGIN, flags, free_bytes, gentlest
@@ -45,6 +46,8 @@ def show_plan(
             pack_head=quantization.head,
             mapped=True,
         )
+    elif config.bits is None and config.method == "lora" and (bits := planned_bits(model)):
+        config = replace(config, method="qlora", bits=bits)
     plan = make_plan(config, sizes, adapted_layers(sizes, lora))
     free = free_bytes() if memory is None else memory
     output = Console(highlight=False, width=WIDTH)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.models.assemble import AnyWeight, assemble
 from veneer.models.fingerprint import Marks
+from veneer.models.gguf_header import read_header
 from veneer.models.gguf_tensors import GGUFTensors
 from veneer.models.quantize import quantizable, quantizable_stacks
 from veneer.models.source import untied
@@ -24,6 +25,19 @@ def kinds_of(path: Path) -> list[str]:
     """Return the formats of blocks in a GGUF file: Q4_K, Q6_K, ..."""
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(str(path)).tensors}
     return sorted(kinds & FORMULAS.keys())
+
+
+def block_bits(path: Path) -> float | None:
+    """Return the bits a number, scales included, of the weights that stay in a GGUF file's blocks,
+    by its header. None where none does."""
+    header = read_header(path)
+    if header.values.get("general.architecture") in GGUF_ARCHS:
+        return None
+    ends = ("token_embd.weight", "output.weight")
+    inside = [(n, size) for name, (n, size) in header.sizes.items() if name not in ends]
+    blocks = [(n, size) for n, size in inside if size < 2 * n]
+    numbers = sum(n for n, _ in blocks)
+    return 8 * sum(size for _, size in blocks) / numbers if blocks else None
 
 
 def load_blocks(

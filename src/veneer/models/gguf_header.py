@@ -48,10 +48,17 @@ COUNTS = ("block_count", "decoder_block_count")
 
 @dataclass(frozen=True)
 class Header:
-    """A GGUF file's single values by key, without lists, and its tensors' names."""
+    """A GGUF file's single values by key, without lists, and its tensors' names and sizes.
+
+    sizes: how many numbers each tensor has, and in how many bytes.
+    """
 
     values: Mapping[str, Any]
-    tensors: tuple[str, ...]
+    sizes: Mapping[str, tuple[int, int]]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(self.sizes)
 
 
 def is_gguf(path: Path) -> bool:
@@ -119,7 +126,8 @@ class _Walk:
             shapes[name] = self.tensor(name)
         self.places(shapes)
         self.widths(shapes)
-        return Header(self.values, tuple(shapes))
+        sizes = {name: (math.prod(shape), size) for name, (shape, size, _) in shapes.items()}
+        return Header(self.values, sizes)
 
     def scalar(self, form: str) -> Any:
         """Read a value of a fixed size."""

@@ -25,7 +25,7 @@ from veneer.errors import ConfigError, ModelError, listed, nearest
 from veneer.models import gguf, minigpt
 from veneer.models.assemble import assemble
 from veneer.models.dtype import resolve_dtype
-from veneer.models.gguf_base import kinds_of, load_blocks
+from veneer.models.gguf_base import block_bits, kinds_of, load_blocks
 from veneer.models.hub import on_hub
 from veneer.models.locate import BUILT_IN, MINIGPT_HOME, locate
 from veneer.models.published import PublishedFiles, load_published
@@ -82,7 +82,7 @@ def load_base(
     torch_dtype = dtype_of(place, dtype)
     notices: tuple[str, ...] = ()
     with gguf.read_once():
-        keeps_blocks = bits is None and _is_gguf(place) and str(name) not in BUILT_IN
+        keeps_blocks = bits is None and stays_in_blocks(name, place)
         in_place = _is_gguf(place) and not keeps_blocks and bits not in get_args(Bits)
         config = None if in_place else load_config(name)
         quantization = None if config is None else quantization_of(config.to_dict())
@@ -102,7 +102,7 @@ def load_base(
         elif config is not None and (bits == 4 or bits == 8):
             source, notices = _open_dense(place, config)
             model = quantized_model(source, bits, torch_dtype, head=pack_head)
-            if _is_gguf(place) and str(name) not in BUILT_IN and (kinds := kinds_of(Path(place))):
+            if stays_in_blocks(name, place) and (kinds := kinds_of(Path(place))):
                 notices += (
                     f"Its weights, rounded to {listed(kinds)} in the file, are rounded a second "
                     f"time, to {bits} bits; without --bits they stay as they are there.",
@@ -124,6 +124,27 @@ def load_base(
     if torch.cuda.is_available():
         model = model.to("cuda")  # type: ignore[arg-type]
     return Base(str(name), model.eval(), tokenizer, notices)
+
+
+def stays_in_blocks(name: str | Path, place: Path | str) -> bool:
+    """Return whether the base `name` at `place` keeps a GGUF file's blocks, unless told otherwise.
+
+    The built-in ones do not, for they are so small that the time is worth more than the memory.
+    """
+    return _is_gguf(place) and str(name) not in BUILT_IN
+
+
+def planned_bits(name: str | Path) -> Bits | None:
+    """Return the bits to plan with for the base `name`, nearest to those of its file's blocks.
+
+    None where no weight stays in such blocks, and where there is no such base here.
+    """
+    try:
+        place = locate(name)
+    except ModelError:
+        return None
+    own = block_bits(Path(place)) if stays_in_blocks(name, place) else None
+    return None if own is None else 4 if own < 6 else 8
 
 
 def load_config(name: str | Path) -> PretrainedConfig:

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from veneer.errors import ConfigError
-from veneer.models.load import load_config
+from veneer.models.load import load_config, planned_bits
 from veneer.plan.config import MethodName as PlannedMethod
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_config, sizes_of
@@ -47,6 +47,8 @@ def plan_run(
         config = find_config(name) if preset else load_config(name)
     if quantization := quantization_of(config.to_dict()):
         bits, head, mapped = quantization.bits, quantization.head, True
+    elif recipe.loaded_bits is None and not preset:
+        bits = planned_bits(name)
     sizes = sizes_of(config)
     method = recipe.method
     settings = PlanConfig(
