@@ -23,6 +23,8 @@ from support.peft_cases import base as peft_base
 from support.peft_cases import theirs, written
 from support.random_adapters import distance, ids, shake
 from veneer.formats.base_structure import BaseStructure
+from veneer.formats.capture import layer_tensors
+from veneer.formats.convert import convert
 from veneer.formats.peft import directory as store
 from veneer.formats.peft.experts import taken_for_stacks
 from veneer.models.description import describe
@@ -216,3 +218,22 @@ def test_what_peft_cannot_hold_beside_experts_is_refused(tmp_path):
         veneer.AdapterError, match=r"PEFT takes the names of .*shared_experts\.down"
     ):
         veneer.save(model, tmp_path / "peft", format="peft")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_ranks_of_experts_and_an_a_that_they_share(shared, tmp_path):
+    base = small("qwen3_moe")
+    targets = ["all", *stacks_of(base)]
+    config = veneer.LoRA(rank=3, expert_rank=2, shared_expert_a=shared, targets=targets)
+    model = veneer.attach(copy.deepcopy(base), config, seed=0)
+    expected = logits(shake(model))
+    stack = stacks_of(base)[0]
+    for format in ("native", "peft"):
+        veneer.save(model, tmp_path / format, format=format)
+        again = veneer.load(copy.deepcopy(base), tmp_path / format)
+        assert_same(logits(again), expected, logits(base))
+        A = layer_tensors(again, "default")[f"{stack}.lora_parameter_A"]
+        assert A.shape[:-1] == ((2,) if shared and format == "native" else (4, 2))
+    assert_same(logits(opened(base, tmp_path / "peft")), expected, logits(base))
+    convert(tmp_path / "native", tmp_path / "converted", to="peft")
+    assert_same(logits(opened(base, tmp_path / "converted")), expected, logits(base))
