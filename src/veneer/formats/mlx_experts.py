@@ -54,7 +54,7 @@ def from_mlx(layers: Iterable[StoredLayer], model_type: str) -> list[StoredLayer
             ours.append(layer)
         elif name == ROUTER:
             ours.append(replace(layer, path=f"{block}.mlp.{ROUTER}.weight", kind="parameter"))
-        elif layer.A.ndim == 3 == layer.B.ndim and SWITCH in f".{name}":
+        elif SWITCH in f".{name}" and layer.A.ndim == 3 == layer.B.ndim:
             stacks[f"{block}.mlp.experts"][name.rpartition(".")[2]] = layer
         else:
             ours.append(layer)
@@ -67,7 +67,9 @@ def _stacks(owner: str, by_projection: Mapping[str, StoredLayer]) -> list[Stored
     stacks = []
     for name, projections in STACKS.items():
         there = [by_projection[p] for p in projections if p in by_projection]
-        if there:
+        if not all(_alike(there[0], layer) for layer in there):
+            stacks += there  # no layers of any base, as `validate` says
+        elif there:
             missing = there[0].A[:, :0], there[0].B[:, :, :0]
             factors = [
                 (by_projection[p].A, by_projection[p].B) if p in by_projection else missing
@@ -75,3 +77,10 @@ def _stacks(owner: str, by_projection: Mapping[str, StoredLayer]) -> list[Stored
             ]
             stacks.append(StoredLayer(f"{owner}.{name}", *as_one(factors), "parameter"))
     return stacks
+
+
+def _alike(first: StoredLayer, layer: StoredLayer) -> bool:
+    """Return whether the shapes of a projection are whole, and go together with another's."""
+    (experts, rank, in_), (same, out, columns) = layer.A.shape, layer.B.shape
+    is_whole = experts == same and rank == columns
+    return is_whole and (experts, in_, out) == (len(first.A), first.A.shape[2], first.B.shape[1])

@@ -17,7 +17,7 @@ def as_one(projections: Sequence[Factors]) -> Factors:
     B theirs as blocks on the diagonal.
     """
     first, *others = [A for A, _ in projections]
-    if all(torch.equal(first, A) for A in others):
+    if not first.is_meta and all(torch.equal(first, A) for A in others):
         return first, torch.cat([B for _, B in projections], dim=-2)
     A = torch.cat([first, *others], dim=-2)
     rows, column = [], 0

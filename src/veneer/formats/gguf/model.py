@@ -226,23 +226,35 @@ def _merged(
     scaling: float,
 ) -> tuple[np.ndarray, MergedTensor]:
     """Return the bytes of W + ΔW, and how they differ from the exact sum."""
-    weight = torch.from_numpy(np.array(gguf.dequantize(origin.data, origin.tensor_type)))
-    weight = weight.T if place.is_embedding else weight  # (out, in), or (dim, vocab)
-    delta = delta_weight(layer.A, place.of(layer.B), scaling)
-    new = weight.view(delta.shape) + delta  # of a gate of one row, weight is (in,)
-    if layer.magnitude is not None:
-        new = rescaled(new, permuted(layer.magnitude.to(torch.float32), place.heads))
-    change = new - weight.view(new.shape)
-    new, change = (new.T, change.T) if place.is_embedding else (new, change)
-    stored = _stored(new.contiguous().numpy(), kind)
-    rows = stored.reshape(new.numel() // new.shape[-1], -1)
-    back = gguf.dequantize(rows, kind).reshape(tuple(new.shape))
-    miss, size = torch.from_numpy(back) - new, float(new.norm())
-    moved = float(change.square().sum())
-    error = float(miss.norm()) / size if size else 0.0
+    B = place.of(layer.B)
+    if place.is_stack:  # one expert after the other, or a stack would be in memory many times
+        pieces = list(zip(origin.data, layer.A.expand(len(B), -1, -1), B, strict=True))
+    else:
+        pieces = [(origin.data, layer.A, B)]
+    stored, sums = [], torch.zeros(4, dtype=torch.float64)
+    for data, A, own in pieces:
+        weight = torch.from_numpy(np.array(gguf.dequantize(data, origin.tensor_type)))
+        weight = weight.T if place.is_embedding else weight  # (out, in), or (dim, vocab)
+        delta = delta_weight(A, own, scaling)
+        new = weight.view(delta.shape) + delta  # of a gate of one row, weight is (in,)
+        if layer.magnitude is not None:
+            new = rescaled(new, permuted(layer.magnitude.to(torch.float32), place.heads))
+        change = new - weight.view(new.shape)
+        new, change = (new.T, change.T) if place.is_embedding else (new, change)
+        stored.append(_stored(new.contiguous().numpy(), kind))
+        rows = stored[-1].reshape(len(new), -1)
+        miss = torch.from_numpy(gguf.dequantize(rows, kind).reshape(tuple(new.shape))) - new
+        sums += torch.stack([(x * y).sum() for x, y in _products(miss, new, change)]).double()
+    missed, size, moved, miss_along = sums.tolist()
+    error = (missed / size) ** 0.5 if size else 0.0
     # Ŵ − W₀ = ΔW + (Ŵ − W)
-    kept = 1 + float((miss * change).sum()) / moved if moved else 1.0
-    return stored, MergedTensor(name, origin.tensor_type.name, kind.name, error, kept, moved**0.5)
+    kept = 1 + miss_along / moved if moved else 1.0
+    report = MergedTensor(name, origin.tensor_type.name, kind.name, error, kept, moved**0.5)
+    return np.concatenate(stored), report
+
+
+def _products(miss: Tensor, new: Tensor, change: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(miss, miss), (new, new), (change, change), (miss, change)]
 
 
 def _stored(weight: np.ndarray, kind: Kind) -> np.ndarray:
