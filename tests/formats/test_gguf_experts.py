@@ -1,5 +1,5 @@
-"""Adapters of experts in llama.cpp's files: it computes with them what we do, and we read
-them."""
+"""Adapters of experts in llama.cpp's files: it computes with them, and with merged models, what we
+do, and we read them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from veneer.errors import AdapterError
 from veneer.formats.capture import capture
 from veneer.formats.gguf import adapter as store
 from veneer.formats.gguf import mapping
+from veneer.formats.gguf.model import write_merged
 from veneer.formats.install import install
 
 # qwen2_moe has a shared expert beside the routed ones, with a gate of its own.
 FAST = "qwen2_moe"
 EACH = [pytest.param(name, marks=[] if name == FAST else pytest.mark.slow) for name in MIXTURES]
+READ = {"qwen2_moe", "qwen3_moe", "gpt_oss"}  # whose files transformers reads
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "all": {"rank": 3, "expert_rank": 3, "targets": ["all", *STACKS, "mlp.gate.weight"]},
+    "all": {"rank": 3, "expert_rank": 3, "targets": ["all", *STACKS, "router"]},
     "ranks and scales": {
         "rank": 4,
         "alpha": 6,
@@ -42,7 +44,11 @@ HALF = 2 * torch.finfo(torch.float16).eps  # of the norm of log probabilities
 
 
 def adapted(base: PreTrainedModel, case: str) -> PreTrainedModel:
-    model = veneer.attach(copy.deepcopy(base), veneer.LoRA(**ADAPTERS[case]), seed=0)
+    router = "mlp.router.weight" if base.config.model_type == "gpt_oss" else "mlp.gate.weight"
+    options = ADAPTERS[case]
+    targets = [router if target == "router" else target for target in options["targets"]]
+    config = veneer.LoRA(**options | {"targets": targets})
+    model = veneer.attach(copy.deepcopy(base), config, seed=0)
     return shake(model, size=0.2)
 
 
@@ -88,6 +94,18 @@ def test_what_is_written_reads_back(name, tmp_path):
         if case == "all":
             assert not notes
             assert same(again.tensors, capture(model).tensors)
+
+
+@pytest.mark.parametrize("name", [p for p in EACH if p.values[0] in READ])
+def test_a_merged_model_answers_as_here(name, tmp_path):
+    base = random_model(name)
+    place = write_model(name, base, tmp_path / "base.gguf")
+    model = adapted(base, "all")
+    write_merged(place, capture(model), tmp_path / "merged.gguf", force=True)
+    server = LlamaCpp(tmp_path / "merged.gguf", exact=True)
+    theirs = server.next_token(ids(2, 9), VOCAB)
+    assert distance(theirs, last(model)) < 2 * HALF
+    assert distance(theirs, last(base)) > 0.03
 
 
 def naming() -> Any:

@@ -13,9 +13,11 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
     Phi3Config,
     PhiConfig,
     PretrainedConfig,
@@ -74,9 +76,16 @@ CONFIGS: dict[str, tuple[str, PretrainedConfig]] = {
 }
 
 _EXPERTS = _SHAPE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_OLMOE = _SHAPE | {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}
+_GPT_OSS = _SHAPE | {
+    **{"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 8},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
 MIXTURES: dict[str, tuple[str, PretrainedConfig]] = {
     "qwen2_moe": ("qwen2moe", Qwen2MoeConfig(**_EXPERTS, shared_expert_intermediate_size=64)),
     "qwen3_moe": ("qwen3moe", Qwen3MoeConfig(**_EXPERTS, head_dim=128, norm_topk_prob=True)),
+    "olmoe": ("olmoe", OlmoeConfig(**_OLMOE)),
+    "gpt_oss": ("gpt-oss", GptOssConfig(**_GPT_OSS)),
     "mixtral": ("llama", MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2)),
 }
 EVERY = CONFIGS | MIXTURES
@@ -153,10 +162,18 @@ def _apart(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     for path, parameter in model.named_parameters():
         weight = parameter.detach()
         owner, _, leaf = path.rpartition(".")
-        if leaf == "gate_up_proj" and weight.ndim == 3:
-            for name, half in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
-                parameters[f"{owner}.{name}.weight"] = half
-        elif weight.ndim == 3:
+        is_gpt_oss = model.config.model_type == "gpt_oss"
+        leaf = leaf.removesuffix("_bias")
+        end = "bias" if path.endswith("proj_bias") else "weight"
+        if weight.ndim == 3 and is_gpt_oss:  # (experts, in, out), with gate and up in turn
+            weight = weight.transpose(1, 2).contiguous()
+        if leaf == "gate_up_proj" and "experts" in owner:
+            halves = (weight[:, 0::2], weight[:, 1::2]) if is_gpt_oss else weight.chunk(2, dim=1)
+            for name, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+                parameters[f"{owner}.{name}.{end}"] = half
+        elif leaf == "down_proj" and "experts" in owner.rpartition(".")[2]:
+            parameters[f"{owner}.{leaf}.{end}"] = weight
+        elif leaf == "sinks":
             parameters[f"{path}.weight"] = weight
         else:
             parameters[path] = weight
@@ -192,8 +209,9 @@ def _add_settings(writer: gguf.GGUFWriter, architecture: str, config: Any) -> No
     if experts := getattr(config, "num_experts", getattr(config, "num_local_experts", 0)):
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if experts and architecture != "llama":
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if experts and architecture not in ("llama", "olmoe"):
+        inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        writer.add_expert_feed_forward_length(inner)
     if architecture == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     writer.add_key_length(width)
@@ -210,5 +228,5 @@ def _add_settings(writer: gguf.GGUFWriter, architecture: str, config: Any) -> No
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if architecture in ("gemma2", "gemma3"):
+    if architecture in ("gemma2", "gemma3", "gpt-oss"):
         writer.add_sliding_window(config.sliding_window)

@@ -110,6 +110,7 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
             halves.setdefault(name, {})[end] = torch.from_numpy(np.array(array, dtype=np.float32))
     layers: list[StoredLayer] = []
     stacks: dict[str, dict[tuple[int, int], Factors]] = defaultdict(dict)
+    woven: dict[str, bool] = {}
     for name, half in halves.items():
         place = places[name]
         if set(half) != {A_END, B_END}:
@@ -121,13 +122,14 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
             continue
         if place.is_stack:
             stacks[place.path][place.share] = A, B
+            woven[place.path] = place.woven and place.share != (0, 1)
             continue
         A = A.T.contiguous() if place.is_embedding else A
         B = unpermuted(B, place.heads).contiguous()
         kind = layer_kind(is_embedding=place.is_embedding)
         layers.append(StoredLayer(place.path, A, B, "parameter" if place.is_parameter else kind))
     layers += [
-        _stack(path, shares, problems, scaled=contents.alpha != 0)
+        _stack(path, shares, problems, scaled=contents.alpha != 0, woven=woven[path])
         for path, shares in stacks.items()
     ]
     if not layers and not problems:
@@ -149,12 +151,18 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
 
 
 def _stack(
-    path: str, shares: Mapping[tuple[int, int], Factors], problems: list[str], *, scaled: bool
+    path: str,
+    shares: Mapping[tuple[int, int], Factors],
+    problems: list[str],
+    *,
+    scaled: bool,
+    woven: bool,
 ) -> StoredLayer:
     """Return the adapter of a stack of experts whose projections have tensors of their own, and add
     to `problems` what does not fit.
 
     scaled: whether llama.cpp scales each by alpha and its own rank, which becomes one scaling here.
+    woven: whether the stack has their rows in turn.
     """
     (A, B), *_ = shares.values()
     counts = {count for _, count in shares}
@@ -171,7 +179,9 @@ def _stack(
     if scaled and set(ranks) != {rank}:
         by_rank = [(a, b * (rank / max(a.shape[1], 1))) for a, b in projections]
         one_a, one_b = as_one(by_rank)
-    return StoredLayer(path, one_a, one_b, "parameter")
+    if woven:
+        one_b = one_b.unflatten(1, (count, -1)).transpose(1, 2).flatten(1, 2)
+    return StoredLayer(path, one_a, one_b.contiguous(), "parameter")
 
 
 def without_dora(

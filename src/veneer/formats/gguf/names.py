@@ -32,6 +32,8 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     "mixtral": "llama",
+    "olmoe": "olmoe",
+    "gpt_oss": "gpt-oss",
 }
 # Tensors that llama.cpp multiplies in build_lora_mm and build_lora_mm_id, or looks rows up in with
 # an adapter (llama-graph.cpp). It ignores adapters of all others, such as GPT-2's positions.
@@ -55,7 +57,8 @@ class Place:
 
     name: of its weight in a GGUF file. heads: groups of rows that are in another order, 0 for none.
     is_stack: of experts. share: which of how many equal parts of a stack's rows it has, since
-    llama.cpp keeps gate and up apart. is_parameter: also a router, whose weight no layer has.
+    llama.cpp keeps gate and up apart; woven: every second row of them, and not half after half.
+    is_parameter: also a router, whose weight no layer has.
     """
 
     path: str
@@ -65,6 +68,7 @@ class Place:
     is_parameter: bool = False
     is_stack: bool = False
     share: tuple[int, int] = (0, 1)
+    woven: bool = False
 
     @property
     def takes_adapters(self) -> bool:
@@ -74,6 +78,8 @@ class Place:
     def of(self, rows: Tensor) -> Tensor:
         """Return this place's share of a layer's rows, (..., out, width), in llama.cpp's order."""
         index, count = self.share
+        if self.woven:
+            return rows[..., index::count, :]
         return permuted(rows.chunk(count, dim=-2)[index], self.heads)
 
 
@@ -140,9 +146,17 @@ def naming_over(skeleton: PreTrainedModel) -> Naming:
             projections = PROJECTIONS.get(own, (own,))
             gguf_names = [names.get_name(f"{owner}.{projection}") for projection in projections]
             shares = [(i, len(projections)) for i in range(len(projections))]
-            if None not in gguf_names and not layer.transposed:
+            woven = not getattr(layer.module, "is_concatenated", True)
+            if None not in gguf_names:
                 stacks[path] = tuple(
-                    Place(path, f"{name}.weight", is_parameter=True, is_stack=True, share=share)
+                    Place(
+                        path,
+                        f"{name}.weight",
+                        is_parameter=True,
+                        is_stack=True,
+                        share=share,
+                        woven=woven,
+                    )
                     for name, share in zip(gguf_names, shares, strict=True)
                 )
             continue
