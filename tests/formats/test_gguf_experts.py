@@ -26,7 +26,7 @@ from veneer.formats.install import install
 # qwen2_moe has a shared expert beside the routed ones, with a gate of its own.
 FAST = "qwen2_moe"
 EACH = [pytest.param(name, marks=[] if name == FAST else pytest.mark.slow) for name in MIXTURES]
-READ = {"qwen2_moe", "qwen3_moe", "gpt_oss"}  # whose files transformers reads
+READ = {"qwen2_moe", "qwen3_moe"}  # whose files transformers reads
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"rank": 3, "expert_rank": 3, "targets": ["all", *STACKS, "router"]},

@@ -87,10 +87,12 @@ class LoRAParameters(Wrapper):
     ) -> Tensor | None:
         """Return the output of routed experts, or None where this is something else, or somebody
         waits for a call of the original. options: those of `routed_experts`."""
-        if is_intercepted(self.original):
+        acting = self.acting
+        # A router has one matrix for all tokens, and so have biases, and no update of a stack.
+        if is_intercepted(self.original) or any(len(p.shape) != 3 for p in acting.values()):
             return None
         inputs = (*args, *kwargs.values())
-        updates = {name: p.stack_update(*inputs[:1]) for name, p in self.acting.items()}
+        updates = {name: p.stack_update(*inputs[:1]) for name, p in acting.items()}
         return routed_experts(self.original, updates, inputs, **options)
 
 
