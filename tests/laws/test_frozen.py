@@ -44,7 +44,8 @@ def test_only_what_should_train_changes(kind):
     model = kind.attached()
     marks, before = fingerprint(model), snapshot(model)
     base = base_tensors(model)
-    assert not kind.bits or any(name.endswith(("absmax", "SCB")) for name in base)
+    codes = ("absmax", "SCB", "weight_scale_inv", "scales")
+    assert not kind.bits or any(name.endswith(codes) for name in base)
     named = dict(model.named_parameters())
     start = {name: weight.detach().clone() for name, weight in named.items()}
     trained = {name for name, weight in named.items() if weight.requires_grad}

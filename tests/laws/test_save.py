@@ -62,7 +62,7 @@ def test_another_base_is_refused(kind, tmp_path):
 def test_trained_over_a_quantized_base_it_belongs_to_the_base(kind, tmp_path):
     model = kind.shaken()
     veneer.save(model, tmp_path, name="default")
-    dense = veneer.load(tiny(kind.architecture), tmp_path)
+    dense = veneer.load(kind.dense(), tmp_path)
     assert veneer.adapters(dense).keys() == {"default"}
     with pytest.raises(veneer.AdapterError, match="another base"):
         veneer.load(tiny(kind.architecture, seed=5), tmp_path)

@@ -17,7 +17,13 @@ from veneer.serve.run import prepare
 
 CHAT = "/v1/chat/completions"
 SERVED = [kind for kind in KINDS if is_first_of(kind, "name") and kind.reads_tokens]
-BASES = list(dict.fromkeys((kind.architecture, kind.bits, kind.on_disk) for kind in SERVED))
+
+
+def base_named(kind):
+    return kind.architecture, kind.bits, kind.on_disk, kind.published
+
+
+BASES = list(dict.fromkeys(map(base_named, SERVED)))
 
 
 def test_a_base_that_keeps_more_than_keys_and_values_is_refused():
@@ -32,7 +38,7 @@ def named(kind):
 
 @pytest.mark.parametrize("of", BASES, ids=str)
 def test_each_kind_is_served_or_refused_with_the_reason(of, tmp_path):
-    kinds = [k for k in SERVED if (k.architecture, k.bits, k.on_disk) == of]
+    kinds = [kind for kind in SERVED if base_named(kind) == of]
     for kind in kinds:
         ours = tokenizer()
         if kind.new_tokens:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import veneer
 from support import peft_cases
+from support.published_bases import published
 from support.random_adapters import (
     NEW_TOKENS,
     examples,
@@ -57,6 +58,7 @@ class Kind:
     trains: str = r"\.adapters\."
     training: Mapping[str, Any] = field(default_factory=dict)  # settings of TrainConfig
     on_disk: bool = False  # whether the base is read from a directory
+    published: str | None = None  # the published format that it is in, of published_bases
     identity: bool = True  # a fresh one changes no bit
     merges: bool = True
     mixes_rows: bool = True  # each row of a batch may have an adapter of its own
@@ -83,14 +85,24 @@ class Kind:
 
     def base(self, dtype: torch.dtype = torch.float32) -> Any:
         """Return the base, the same each time."""
+        name = str(dtype).removeprefix("torch.")
+        if self.published:
+            place, _ = published(self.architecture, self.published)
+            return veneer.load_base(place, dtype=name).model
         if self.on_disk:
-            name = str(dtype).removeprefix("torch.")
             return veneer.load_base(_written(self.architecture), dtype=name, bits=self.bits).model
         if self.bits:
             return quantized(self.architecture, self.bits, dtype=dtype)
         if self.reads_tokens:
             return tiny(self.architecture, dtype=dtype)
         return peft_cases.base(self.architecture).to(dtype)
+
+    def dense(self) -> Any:
+        """Return the base before it was quantized, or what a published one stands for."""
+        if self.published is None:
+            return tiny(self.architecture)
+        place, _ = published(self.architecture, self.published)
+        return veneer.load_base(place, dtype="float32", bits=16).model
 
     def attached(self, model: Any = None, *, seed: int = 0) -> Any:
         """Return a base with a fresh adapter on it, ready for training."""
@@ -295,6 +307,15 @@ KINDS: list[Kind] = [
     _lora("experts, transposed", "gpt_oss", targets=["q_proj", *_STACKS]),
     _lora("experts", "qwen2_moe", bits=4, targets=["q_proj", *_STACKS]),
     _lora("experts, transposed", "gpt_oss", bits=8, targets="all"),
+    # Bases that were published quantized.
+    _lora("over fp8", "qwen2", bits=8, published="fp8"),
+    _lora(
+        "over mxfp4",
+        "gpt_oss",
+        bits=4,
+        published="mxfp4",
+        targets=["q_proj", *_STACKS],
+    ),
     # Modules to save, biases, and rows of single tokens.
     _peft("saved norms and an mlp", r"\.adapters\.|\.1\.mlp\.|norm\.weight$"),
     _peft("saved head", r"\.adapters\.|^lm_head\."),

@@ -16,7 +16,7 @@ from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.virtual import Prefix, PrefixMLP, Prompt
 from veneer.data.encode import UNLABELLED, Example
 from veneer.models.fingerprint import base_parameters
-from veneer.quant.weight import quantized_layers
+from veneer.quant.stack import QuantizedStack, quantized_weights
 
 NEW_TOKENS = ("veneer", "lacquer", "walnut")
 
@@ -83,11 +83,15 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of all that the base is made of, quantized or not, by the base's own names."""
-    codes = {
-        f"{path.removesuffix('.original')}.{name}": tensor.clone()
-        for path, layer in quantized_layers(model).items()
-        for name, tensor in layer.quantized_weight.tensors().items()
-    }
+    codes = {}
+    for path, weight in quantized_weights(model).items():
+        base_path = path.removesuffix(".original")
+        if isinstance(weight, QuantizedStack):
+            each = {f"{base_path}.{e}": expert for e, expert in enumerate(weight.experts)}
+        else:
+            each = {base_path: weight}
+        for own_path, one in each.items():
+            codes |= {f"{own_path}.{name}": t.clone() for name, t in one.tensors().items()}
     own = base_parameters(model, every_name=True)
     return codes | {name: weight.detach().clone() for name, weight in own.items()}
 

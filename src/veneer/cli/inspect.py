@@ -69,6 +69,8 @@ def inspect(
         OUTPUT.print(f"[bold]Experts[/] {escape(experts)}", soft_wrap=True)
     if quantization := quantization_of(config.to_dict()):
         how = f"{quantization.bits} bits" + (", the head too" if quantization.head else "")
+        if quantization.is_published:
+            how += f" ({quantization.method}, as it was published)"
         OUTPUT.print(f"[bold]Weights[/] quantized, in {how}", soft_wrap=True)
 
 

@@ -45,7 +45,8 @@ def plan_run(
     preset = name in PRESETS and not Path(name).exists()
     if config is None:
         config = find_config(name) if preset else load_config(name)
-    if quantization := quantization_of(config.to_dict()):
+    quantization = quantization_of(config.to_dict())
+    if quantization and (recipe.loaded_bits is None or not quantization.is_published):
         bits, head, mapped = quantization.bits, quantization.head, True
     elif recipe.loaded_bits is None and not preset:
         bits = planned_bits(name)
