@@ -155,3 +155,15 @@ def test_what_cannot_be_over_stacks_is_refused_before_anything_changes(settings,
 def test_expert_rank_must_be_a_rank():
     with pytest.raises(ConfigError, match="expert_rank is 0, but must be a whole number"):
         veneer.LoRA(expert_rank=0)
+
+
+@pytest.mark.parametrize("settings", [{"init": "pissa"}, {"init": "olora", "rslora": True}])
+def test_starts_of_layers_are_folded_beside_stacks_without_one(settings, tmp_path):
+    model = tiny("qwen3_moe")
+    with pytest.warns(veneer.VeneerWarning):
+        veneer.attach(model, veneer.LoRA(rank=4, targets="all", expert_rank=3, **settings))
+    shake(model)
+    for format in ("native", "peft"):
+        veneer.save(model, tmp_path / format, format=format)
+        again = veneer.load(tiny("qwen3_moe"), tmp_path / format)
+        torch.testing.assert_close(logits(again), logits(model))

@@ -27,12 +27,15 @@ def without_start(state: AdapterState) -> tuple[AdapterState, list[str]]:
         return state, []
     layers = []
     for layer in state.layers():
-        adapter = Adapter(layer.A.flatten(1), layer.B, scaling=1.0, start=layer.start)
+        window = layer.A.shape[1:] if layer.A.ndim == 4 else None  # of a convolution
+        A = layer.A if window is None else layer.A.flatten(1)
+        adapter = Adapter(A, layer.B, scaling=1.0, start=layer.start)
         # Only linear layers have starts; zeros bring the others to the same rank.
         A, B = (factor.detach() for factor in adapter.factors())
-        more = 2 * config.rank_of(layer.path) - len(A)
-        A = F.pad(A, (0, 0, 0, more)).unflatten(1, layer.A.shape[1:])
-        layers.append(replace(layer, A=A, B=F.pad(B, (0, more)), start=None))
+        more = 2 * config.rank_of(layer.path) - B.shape[-1]
+        A, B = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
+        A = A if window is None else A.unflatten(1, window)
+        layers.append(replace(layer, A=A, B=B, start=None))
     # The scaling, alpha / rank or alpha / √rank, stays as it was.
     stronger = 2**0.5 if config.rslora else 2
     assert config.alpha is not None
