@@ -1,6 +1,7 @@
 """Stacks of experts are targets: what selects them, at which rank, with which factors."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -167,3 +168,26 @@ def test_starts_of_layers_are_folded_beside_stacks_without_one(settings, tmp_pat
         veneer.save(model, tmp_path / format, format=format)
         again = veneer.load(tiny("qwen3_moe"), tmp_path / format)
         torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_files_of_earlier_versions_load_at_the_rank_that_they_have(tmp_path):
+    model = tiny("mixtral")
+    config = veneer.LoRA(rank=3, expert_rank=3, targets="q_proj,gate_up_proj,down_proj")
+    veneer.save(shake(veneer.attach(model, config)), tmp_path)
+    edited(tmp_path, rank_pattern={}, expert_rank=None)
+    assert torch.equal(logits(veneer.load(tiny("mixtral"), tmp_path)), logits(model))
+
+
+def test_all_in_a_file_without_stacks_means_layers_alone(tmp_path):
+    model = tiny("mixtral")
+    veneer.save(shake(veneer.attach(model, veneer.LoRA(rank=3))), tmp_path)
+    edited(tmp_path, targets=["all"])
+    assert torch.equal(logits(veneer.load(tiny("mixtral"), tmp_path)), logits(model))
+
+
+def edited(directory, **settings):
+    file = directory / "lora_config.json"
+    config = json.loads(file.read_text()) | settings
+    file.write_text(
+        json.dumps({k: v for k, v in config.items() if (k, v) != ("expert_rank", None)})
+    )
