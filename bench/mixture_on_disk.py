@@ -16,12 +16,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Qwen3MoeConfig
 
 import veneer
@@ -32,6 +33,7 @@ from bench.workloads import random_rows
 from veneer.models.fingerprint import parameter_count
 from veneer.models.load import load_skeleton
 from veneer.models.stored import load_quantized
+from veneer.quant.stack import QuantizedStack, quantized_stacks
 from veneer.training.events import Started, Step
 
 TOKENS = (64, 256, 1024)
@@ -62,6 +64,7 @@ def train(base: Path, asked: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         model = load_quantized(base, load_skeleton(base), torch.bfloat16)
         veneer.attach(model, veneer.LoRA(rank=16, targets=asked.targets), seed=0)
+        routed = count_routed(model)
         loaded = time.perf_counter() - start
         for tokens in asked.tokens:
             config = veneer.TrainConfig(
@@ -71,10 +74,10 @@ def train(base: Path, asked: argparse.Namespace) -> dict[str, Any]:
                 warmup=0,
                 schedule="constant",
             )
-            steps, read = [], [bytes_read()]
+            steps, read, before = [], [bytes_read()], routed()
             for event in veneer.train(model, random_rows(asked.steps, tokens, 30_000), config):
                 if isinstance(event, Started):
-                    read = [bytes_read()]
+                    read, before = [bytes_read()], routed()
                 if not isinstance(event, Step):
                     continue
                 steps.append(event)
@@ -84,6 +87,7 @@ def train(base: Path, asked: argparse.Namespace) -> dict[str, Any]:
                 "tokens": tokens,
                 "seconds": [step.seconds for step in steps],
                 "losses": [step.loss for step in steps],
+                "experts": (routed() - before) // (2 * asked.steps),
                 "bytes_read": [b - a for a, b in pairwise(read)],
                 "anonymous": peaks["RssAnon"],
             }
@@ -94,6 +98,26 @@ def train(base: Path, asked: argparse.Namespace) -> dict[str, Any]:
         "trained": sum(w.numel() for w in model.parameters() if w.requires_grad),
         "runs": runs,
     }
+
+
+def count_routed(model: nn.Module) -> Callable[[], int]:
+    """Return what tells how many experts have been used so far, each pass by itself."""
+    counts = [0]
+
+    def counting(stack: QuantizedStack) -> Callable[[Sequence[int]], None]:
+        read_ahead = stack.before_routed
+
+        def note(ids: Sequence[int]) -> None:
+            counts[0] += len(ids)
+            if read_ahead is not None:
+                read_ahead(ids)
+
+        return note
+
+    for path, stack in quantized_stacks(model).items():
+        if path.endswith("down_proj"):
+            stack.before_routed = counting(stack)
+    return lambda: counts[0]
 
 
 def apart(asked: argparse.Namespace, enter: Callable[[], None] | None = None) -> dict[str, Any]:
@@ -140,15 +164,18 @@ def main() -> None:
         f"{8 * size / tight['parameters']:.3f} bits each; {tight['trained']:,} trained. "
         f"Opened in {tight['loaded_seconds']:.1f} s.\n"
     )
-    print("| tokens a step | memory | seconds a step | read a step | anonymous so far | losses |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| tokens a step | memory | experts a pass | seconds a step | read a step | "
+        "anonymous so far | losses |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for name, report in (("limited", tight), ("ample", free)):
         for run in report["runs"]:
             seconds = " ".join(f"{value:.1f}" for value in run["seconds"])
             read = " ".join(f"{value / 1e9:.1f}" for value in run["bytes_read"])
             losses = " ".join(f"{loss:.6f}" for loss in run["losses"])
             print(
-                f"| {run['tokens']:,} | {name} | {seconds} | {read} GB | "
+                f"| {run['tokens']:,} | {name} | {run['experts']:,} | {seconds} | {read} GB | "
                 f"{run['anonymous'] / 1e9:.2f} GB | {losses} |"
             )
     same = [run["losses"] for run in tight["runs"]] == [run["losses"] for run in free["runs"]]

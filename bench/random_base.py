@@ -17,6 +17,8 @@ from veneer.models.stored_names import stored_names
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import BLOCK, BLOCK_OF_SCALES, NF4
 
+WHOLE = BLOCK * BLOCK_OF_SCALES  # numbers in a block of scales
+NORMAL_MAXIMUM = 2.4  # about the largest of 64 normal numbers
 MAGNITUDE = 0.02  # the largest number of a block: such that a layer's output stays about its input
 
 
@@ -77,18 +79,20 @@ def write_random_base(directory: Path, config: PretrainedConfig, *, pack_ends: b
 
 
 class _Noise:
-    """Random bytes, drawn once, of which each weight takes a stretch that begins elsewhere."""
+    """Normal numbers, drawn and quantized once, of which each weight takes a stretch that begins
+    elsewhere."""
 
-    def __init__(self, size: int = 2**27) -> None:
+    def __init__(self, size: int = 2**26) -> None:
         self.draw = np.random.default_rng(0)
+        torch.manual_seed(0)
+        numbers = torch.randn(size // WHOLE, WHOLE) * (MAGNITUDE / NORMAL_MAXIMUM)
+        self.pattern = NF4.quantize(numbers, torch.bfloat16)
         self.bytes = torch.from_numpy(self.draw.integers(0, 256, size, dtype=np.uint8))
-        self.pattern = NF4.quantize(torch.randn(BLOCK, BLOCK_OF_SCALES), torch.bfloat16)
 
-    def _stretch(self, count: int) -> Tensor:
-        first = int(self.draw.integers(0, 2**20))
-        stretch = self.bytes[first:]
+    def _stretch(self, numbers: Tensor, first: int, count: int) -> Tensor:
+        stretch = numbers[first:]
         if count > len(stretch):
-            stretch = stretch.repeat(-(count // -len(stretch)))
+            stretch = torch.cat([stretch, numbers.repeat(-(count // -len(numbers)))])
         return stretch[:count].clone()  # files hold no shared memory
 
     def nf4(self, shape: torch.Size) -> dict[str, Tensor]:
@@ -97,25 +101,27 @@ class _Noise:
         numbers = shape.numel()
         blocks = -(numbers // -BLOCK)
         like = self.pattern.state
-        scales = torch.full((-(blocks // -BLOCK_OF_SCALES),), MAGNITUDE / 4)
+        first = int(self.draw.integers(0, len(like.state2.absmax)))
+        scales = -(blocks // -BLOCK_OF_SCALES)
         state = bnb.QuantState(
-            absmax=self._stretch(blocks),
+            absmax=self._stretch(like.absmax, first * BLOCK_OF_SCALES, blocks),
             shape=shape,
             code=like.code,
             blocksize=BLOCK,
             quant_type="nf4",
             dtype=torch.bfloat16,
-            offset=torch.tensor(MAGNITUDE),
+            offset=like.offset,
             state2=bnb.QuantState(
-                absmax=scales,
+                absmax=self._stretch(like.state2.absmax, first, scales),
                 blocksize=BLOCK_OF_SCALES,
                 code=like.state2.code.clone(),
                 dtype=torch.float32,
             ),
         )
-        codes = self._stretch(numbers // 2).view(-1, 1)
-        return NF4(codes, state, torch.bfloat16).tensors()
+        codes = self._stretch(self.pattern.codes.view(-1), first * WHOLE // 2, numbers // 2)
+        return NF4(codes.view(-1, 1), state, torch.bfloat16).tensors()
 
     def dense(self, shape: torch.Size) -> Tensor:
-        values = self._stretch(shape.numel()).to(torch.int8).to(torch.bfloat16)
+        first = int(self.draw.integers(0, 2**20))
+        values = self._stretch(self.bytes, first, shape.numel()).to(torch.int8).to(torch.bfloat16)
         return (values * (MAGNITUDE / 128)).view(shape)
