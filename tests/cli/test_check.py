@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
+from support.every_architecture import small
 from support.peft_cases import base as peft_base
 from support.random_adapters import shake
 from support.tiny_models import tiny
@@ -157,6 +158,17 @@ def test_whether_adapters_of_experts_act_is_said(base, stacks, refusing, tmp_pat
     veneer.save(model, tmp_path / "a.gguf", format="gguf")
     for runtime, verdict in (("llama.cpp", "ok"), ("ollama", "no")):
         assert verdicts(tmp_path / "a.gguf", runtime)["experts"] == verdict
+
+
+def test_layers_beside_experts_that_only_their_weights_name(tmp_path):
+    model = small("glm4_moe")
+    veneer.attach(
+        model, veneer.LoRA(rank=8, targets=["q_proj", "v_proj", "shared_experts.down_proj"]), seed=3
+    )
+    veneer.save(shake(model), tmp_path / "a", format="peft")
+    assert refused(tmp_path / "a", "sglang") >= {"target_parameters"}
+    assert "experts" not in verdicts(tmp_path / "a", "sglang")
+    assert check(tmp_path / "a", "vllm").loads
 
 
 @pytest.mark.parametrize(

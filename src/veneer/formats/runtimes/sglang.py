@@ -78,6 +78,18 @@ def experts(facts: Facts) -> Iterator[Finding]:
         yield Finding("no", "experts", says, MERGE)
 
 
+def by_weight(facts: Facts) -> Iterator[Finding]:
+    """get_target_module_name knows target_modules alone. Layers beside experts may be named by
+    their weights in target_parameters, since PEFT would take their own names for experts."""
+    targets = facts.config.get("target_modules") or []
+    if not facts.config.get("target_parameters") or not isinstance(targets, list):
+        return
+    named = {str(target).rpartition(".")[2] for target in targets}
+    if lacking := [path for path in facts.ranks if path.rpartition(".")[2] not in named]:
+        says = f"an error, since target_modules does not name {listed(lacking)}"
+        yield Finding("no", "target_parameters", says, MERGE)
+
+
 def tokens(facts: Facts) -> Iterator[Finding]:
     """added_tokens.json gives an adapter new tokens (get_added_tokens_config)."""
     if "added_tokens.json" in facts.files:
@@ -103,6 +115,7 @@ RUNTIME = Runtime(
             targets,
             stacks,
             experts,
+            by_weight,
             names,
             tokens,
             keys((*FACTORS, r"base_layer\.weight"), "ignored"),
