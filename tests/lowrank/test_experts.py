@@ -12,8 +12,17 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from support.closeness import assert_no_further
+from veneer.kernels import low_rank
 from veneer.kernels.arena import Arena
-from veneer.lowrank.experts import Experts, KnownGate, OwnGate, Stack, StackUpdate, routed_experts
+from veneer.lowrank.experts import (
+    Experts,
+    KnownGate,
+    OwnGate,
+    Stack,
+    StackUpdate,
+    TokenUpdates,
+    routed_experts,
+)
 from veneer.models.quantize import quantize
 from veneer.quant.stack import QuantizedStack
 
@@ -42,7 +51,6 @@ class Mixture:
     post_norm: Any = None
     bits: int | None = None
     shared_A: bool = False
-    mask: bool = False
     adapted: tuple[str, ...] = ("up", "down")
 
     def plain_gate(self, up: Tensor) -> Tensor:
@@ -72,23 +80,21 @@ class Mixture:
         shape = (rank, in_) if self.shared_A else (EXPERTS, rank, in_)
         A = torch.randn(shape, **DOUBLE).requires_grad_(True)
         Bt = torch.randn(EXPERTS, rank, out, **DOUBLE).requires_grad_(True)
-        mask = (torch.rand(TOKENS, rank) < 0.5).double() if self.mask else None
-        return Stack(weight, self.transposed, bias, StackUpdate(A, Bt, mask))
+        return Stack(weight, self.transposed, bias, StackUpdate(A, Bt))
 
 
 def plain(mixture: Mixture, experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Return the mixture's output token by token, with ordinary operations."""
 
     def linear(stack: Stack, x: Tensor, token: int, expert: int) -> Tensor:
-        weight = stack.weight[expert].to(x.dtype)
+        weight, update = stack.weight[expert].to(x.dtype), stack.update
         y = F.linear(x, weight.T if stack.transposed else weight)
-        if stack.update is not None:
-            A = stack.update.A if stack.update.shares_A else stack.update.A[expert]
-            h = F.linear(x, A)
-            y = y + F.linear(
-                h if stack.update.mask is None else h * stack.update.mask[token],
-                (stack.update.Bt[expert].T),
-            )
+        if isinstance(update, TokenUpdates):
+            which = int(update.which[token])
+            update = None if which < 0 else update.updates[which]
+        if update is not None:
+            A = update.A if update.shares_A else update.A[expert]
+            y = y + F.linear(x, A) @ update.Bt[expert]
         return y if stack.bias is None else y + stack.bias[expert]
 
     outputs = []
@@ -118,7 +124,6 @@ MIXTURES = {
     "nf4": Mixture(bits=4),
     "8 bits, transposed": Mixture(bits=8, transposed=True, bias=True),
     "shared A": Mixture(shared_A=True),
-    "masked": Mixture(mask=True),
     "down alone": Mixture(adapted=("down",)),
     "up alone, normed": Mixture(adapted=("up",), post_norm=scaled_norm),
     "base alone": Mixture(adapted=(), bias=True),
@@ -147,6 +152,37 @@ def test_output_and_gradients_equal_plain_autograd(name, route):
         assert_no_further(y, expected, expected, "the output", slack=1e-10)
         for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), gradients, strict=True):
             assert_no_further(ours, theirs, theirs, slack=1e-10)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", ["gated", "transposed, biased, own gate", "shared A", "normed"])
+@torch.no_grad()
+def test_each_token_with_an_update_of_its_own(name, route, dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(low_rank, "kernel", lambda *_: None)
+    mixture = MIXTURES[name]
+    experts, (x, index, weights) = mixture.experts(), inputs(route)
+    which = torch.tensor([0, -1, 2, 1, 0, 2])
+
+    def of_tokens(stack: Stack, dtype: torch.dtype) -> Stack:
+        assert isinstance(stack.update, StackUpdate)
+        A, Bt = stack.update.A.to(dtype), stack.update.Bt.to(dtype)
+        wide = torch.cat([A, A.flip(-1)], -2), torch.cat([Bt, Bt.flip(-1)], -2)
+        updates = [StackUpdate(A, Bt), StackUpdate(*wide), StackUpdate(A, 2 * Bt)]
+        weight, bias = stack.weight.to(dtype), stack.bias
+        bias = None if bias is None else bias.to(dtype)
+        return Stack(weight, stack.transposed, bias, TokenUpdates(updates, which))
+
+    def mixed(dtype: torch.dtype) -> Experts:
+        up, down = of_tokens(experts.up, dtype), of_tokens(experts.down, dtype)
+        return replace(experts, up=up, down=down)
+
+    expected = plain(mixture, mixed(torch.float64), x, index, weights)
+    inputs_ = x.to(dtype), index, weights.to(dtype)
+    peer = plain(mixture, mixed(dtype), *inputs_)
+    assert_no_further(routed_experts(*inputs_, mixed(dtype)), peer, expected)
 
 
 @pytest.mark.parametrize("name", ["gated", "transposed, biased, own gate"])

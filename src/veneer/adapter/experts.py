@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from veneer.adapter.wrapper import is_intercepted
 from veneer.kernels.activation import activation_of
 from veneer.kernels.arena import Arena
-from veneer.lowrank.experts import Experts, Gate, KnownGate, OwnGate, Stack, StackUpdate
+from veneer.lowrank.experts import (
+    Experts,
+    Gate,
+    KnownGate,
+    OwnGate,
+    Stack,
+    StackUpdate,
+    TokenUpdates,
+)
 from veneer.lowrank.experts import routed_experts as computed
 from veneer.quant.stack import QuantizedStack
 
@@ -42,7 +50,11 @@ class RoutedExperts:
     post_norm: nn.Module | None
 
     def experts(
-        self, module: Any, updates: Mapping[str, StackUpdate | None], *, exact: bool = False
+        self,
+        module: Any,
+        updates: Mapping[str, StackUpdate | TokenUpdates | None],
+        *,
+        exact: bool = False,
     ) -> Experts:
         """Return the module's experts as they are now. exact: whether their output without updates
         is to be the module's own to the bit."""
@@ -69,7 +81,7 @@ class RoutedExperts:
 
 def routed_experts(
     module: nn.Module,
-    updates: Mapping[str, StackUpdate | None],
+    updates: Mapping[str, StackUpdate | TokenUpdates | None],
     inputs: Sequence[Any],
     *,
     exact: bool = False,
@@ -112,6 +124,14 @@ def recognised_experts(module: nn.Module) -> RoutedExperts | str:
     if known is None:
         known = _PROVEN[module] = _recognised(module)
     return known
+
+
+def why_not_by_rows(module: nn.Module, name: str) -> str | None:
+    """Return why rows of a batch cannot each have an adapter of this parameter of their own."""
+    recognised = recognised_experts(module)
+    if isinstance(recognised, str):
+        return recognised
+    return None if name in (recognised.up, recognised.down) else "it is no stack of experts"
 
 
 def has_experts(module: nn.Module) -> bool:

@@ -14,9 +14,14 @@ from veneer.adapter.active import ActiveAdapters
 from veneer.adapter.adapted import Adapted
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
-from veneer.adapter.experts import has_experts, recognised_experts, routed_experts
+from veneer.adapter.experts import (
+    has_experts,
+    recognised_experts,
+    routed_experts,
+    why_not_by_rows,
+)
 from veneer.adapter.wrapper import Wrapper, is_intercepted
-from veneer.lowrank.experts import StackUpdate
+from veneer.lowrank.experts import StackUpdate, TokenUpdates
 from veneer.lowrank.formula import delta_weight, merged_weight, new_A
 from veneer.lowrank.update import LowRankUpdate, mixed
 from veneer.quant.stack import QuantizedStack, expert_weight
@@ -187,10 +192,7 @@ class AdaptedParameter(Adapted):
 
     def acts_by_rows(self) -> bool:
         """Return whether each row of a batch may have an adapter of its own here."""
-        recognised = recognised_experts(self._owner[0])
-        if isinstance(recognised, str):
-            return False
-        return self.name in (recognised.up, recognised.down)
+        return why_not_by_rows(self._owner[0], self.name) is None
 
     def low_rank_update(
         self, pairs: list[tuple[Adapter, float]], dtype: torch.dtype
@@ -200,16 +202,16 @@ class AdaptedParameter(Adapted):
         updates = [LowRankUpdate(A.to(dtype), B, None) for A, B in zip(As, Bs, strict=True)]
         return mixed(updates, [w for _, w in pairs], [adapter.scaling for adapter, _ in pairs])
 
-    def stack_update(self, x: Tensor) -> StackUpdate:
+    def stack_update(self, x: Tensor) -> StackUpdate | TokenUpdates:
         """Return what adapters add to each expert of a stack, for x (tokens, dim)."""
         row_updates = self.active_adapters.row_updates
         if row_updates is None:
-            update = self.low_rank_update(self.active(), x.dtype)
-            return StackUpdate(update.A, update.B.transpose(1, 2).contiguous())
-        stacked = row_updates.stacked(self, row_updates.on(self))
-        rows, _, rank = stacked.mask.shape
-        mask = stacked.mask.expand(rows, len(x) // rows, rank).reshape(-1, rank)  # (tokens, rank)
-        return StackUpdate(stacked.A, stacked.B.transpose(1, 2).contiguous(), mask)
+            return _stack_update(self.low_rank_update(self.active(), x.dtype))
+        updates, which = [], torch.full((len(row_updates.mix_of_row),), -1, device=x.device)
+        for number, (update, rows) in enumerate(row_updates.on(self)):
+            updates.append(_stack_update(update))
+            which[list(rows)] = number
+        return TokenUpdates(updates, which.repeat_interleave(len(x) // len(which)))
 
     def changed(self) -> Tensor:
         """Return W + Σ w s B A as the owner keeps it, differentiably, in W's dtype."""
@@ -267,3 +269,7 @@ class AdaptedParameter(Adapted):
         owner, _, name = path.rpartition(".")
         weight = getattr(plain.get_submodule(owner), name)
         return self.oriented(weight.dense() if isinstance(weight, QuantizedStack) else weight)
+
+
+def _stack_update(update: LowRankUpdate) -> StackUpdate:
+    return StackUpdate(update.A, update.B.transpose(1, 2).contiguous())

@@ -38,7 +38,8 @@ PLACES: dict[Place, frozenset[Content]] = {
     "loralib": frozenset(),
     "gguf": frozenset({"stacks of experts"}),
     "merged GGUF": frozenset({"new tokens", "DoRA's magnitudes", "stacks of experts"}),
-    "serving": frozenset({"DoRA's magnitudes"}),  # what can differ from row to row
+    # What can differ from row to row.
+    "serving": frozenset({"DoRA's magnitudes", "stacks of experts"}),
 }
 
 

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <vector>
+
 #include "lanes.h"
 
 namespace {
@@ -33,39 +35,58 @@ inline void project_row(const T* x, const T* factors, T* h, Size cols) {
     }
 }
 
+// h = x Fᵀ for one row.
+template <class T>
+inline void project_all(const T* x, const T* factors, T* h, Size rank, Size cols) {
+    Size r = 0;
+    for (; r + kRanks <= rank; r += kRanks) project_row<kRanks>(x, factors + r * cols, h + r, cols);
+    for (; r < rank; ++r) project_row<1>(x, factors + r * cols, h + r, cols);
+}
+
 // h = x Fᵀ: x (rows, cols), h (rows, rank).
 template <class T>
 void low_rank_project(const T* x, const T* factors, T* h, Size rows, Size rank, Size cols) {
 #pragma omp parallel for schedule(static) if (rows * rank * cols > kWorthSharing)
-    for (Size n = 0; n < rows; ++n) {
-        Size r = 0;
-        for (; r + kRanks <= rank; r += kRanks)
-            project_row<kRanks>(x + n * cols, factors + r * cols, h + n * rank + r, cols);
-        for (; r < rank; ++r) project_row<1>(x + n * cols, factors + r * cols, h + n * rank + r, cols);
+    for (Size n = 0; n < rows; ++n) project_all(x + n * cols, factors, h + n * rank, rank, cols);
+}
+
+// y += h F for one row.
+template <class T>
+inline void add_row(const T* h, const T* factors, T* y, Size rank, Size cols) {
+    using F = Wide<T>;
+    for (Size first = 0; first < cols; first += kLowRankColumns) {
+        const Size width = cols - first < kLowRankColumns ? cols - first : kLowRankColumns;
+        T* out = y + first;
+        F sums[kLowRankColumns];
+#pragma omp simd
+        for (Size i = 0; i < width; ++i) sums[i] = load(out[i]);
+        for (Size r = 0; r < rank; ++r) {
+            const F scale = load(h[r]);
+            const T* row = factors + r * cols + first;
+#pragma omp simd
+            for (Size i = 0; i < width; ++i) sums[i] += scale * load(row[i]);
+        }
+#pragma omp simd
+        for (Size i = 0; i < width; ++i) out[i] = store<T>(sums[i]);
     }
 }
 
 // y += h F: h (rows, rank), y (rows, cols).
 template <class T>
 void low_rank_add(const T* h, const T* factors, T* y, Size rows, Size rank, Size cols) {
-    using F = Wide<T>;
 #pragma omp parallel for schedule(static) if (rows * rank * cols > kWorthSharing)
+    for (Size n = 0; n < rows; ++n) add_row(h + n * rank, factors, y + n * cols, rank, cols);
+}
+
+// y += (x Aᵀ) Bᵀ, where each row has an A (rank, in) and a Bᵀ (rank, out) of its own.
+template <class T>
+void low_rank_rows(const T* x, T* y, const T* const* As, const T* const* Bts, const Size* ranks,
+                   Size rows, Size in, Size out) {
+#pragma omp parallel for schedule(static) if (rows * (in + out) > kWorthSharing)
     for (Size n = 0; n < rows; ++n) {
-        for (Size first = 0; first < cols; first += kLowRankColumns) {
-            const Size width = cols - first < kLowRankColumns ? cols - first : kLowRankColumns;
-            T* out = y + n * cols + first;
-            F sums[kLowRankColumns];
-#pragma omp simd
-            for (Size i = 0; i < width; ++i) sums[i] = load(out[i]);
-            for (Size r = 0; r < rank; ++r) {
-                const F scale = load(h[n * rank + r]);
-                const T* row = factors + r * cols + first;
-#pragma omp simd
-                for (Size i = 0; i < width; ++i) sums[i] += scale * load(row[i]);
-            }
-#pragma omp simd
-            for (Size i = 0; i < width; ++i) out[i] = store<T>(sums[i]);
-        }
+        std::vector<T> h(std::size_t(ranks[n]));
+        project_all(x + n * in, As[n], h.data(), ranks[n], in);
+        add_row(h.data(), Bts[n], y + n * out, ranks[n], out);
     }
 }
 
@@ -121,6 +142,11 @@ void low_rank_gradient(const T* h, const Wide<T>* weights, const T* x, T* factor
     extern "C" void low_rank_add_##name(const T* h, const T* factors, T* y, Size rows, Size rank,  \
                                         Size cols) {                                               \
         low_rank_add(h, factors, y, rows, rank, cols);                                             \
+    }                                                                                              \
+    extern "C" void low_rank_rows_##name(const T* x, T* y, const T* const* As,                     \
+                                         const T* const* Bts, const Size* ranks, Size rows,        \
+                                         Size in, Size out) {                                      \
+        low_rank_rows(x, y, As, Bts, ranks, rows, in, out);                                        \
     }                                                                                              \
     extern "C" void low_rank_gradient_##name(const T* h, const Wide<T>* weights, const T* x,       \
                                              T* factors, Size rows, Size rank, Size cols) {        \

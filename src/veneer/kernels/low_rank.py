@@ -6,7 +6,7 @@ of that goes into preparing it. Up to MOST_RANKS the compiled functions are fast
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,36 @@ def gradient(h: Tensor, weights: Tensor, x: Tensor, factors: Tensor) -> Tensor:
         return torch.mm((h * weights).to(x.dtype).T, x, out=factors)
     native(h, weights, x, factors, len(x), *factors.shape)
     return factors
+
+
+def add_by_rows(
+    x: Tensor, updates: Sequence[tuple[Tensor, Tensor]], which: Tensor, expert: Tensor, y: Tensor
+) -> Tensor:
+    """Add (x Aᵀ) Bᵀ to `y`, (rows, out), and return it, where rows have A and B of their own.
+
+    x (rows, in); updates: pairs of A (experts, rank, in), or (rank, in) for all experts, and Bᵀ
+    (experts, rank, out); which and expert (rows,) of int64: the number of each row's pair, or -1
+    for none, and its expert.
+    """
+    tensors = [x, y, *(t for pair in updates for t in pair)]
+    native = kernel("low_rank_rows", *tensors)
+    if native is None or not all(t.is_contiguous() for t in tensors):
+        for number, (A, Bt) in enumerate(updates):
+            for row in (which == number).nonzero()[:, 0].tolist():
+                own_A = A if A.ndim == 2 else A[expert[row]]
+                y[row] += (x[row] @ own_A.T) @ Bt[expert[row]]
+        return y
+    size = x.element_size()
+    nothing = (0, 0, 0, 0, 0)  # the last, which is where -1 leads
+    table = [
+        (A.data_ptr(), size * A.stride(0) * (A.ndim - 2), Bt.data_ptr(), size * Bt.stride(0), rank)
+        for A, Bt in updates
+        for rank in [Bt.shape[1]]
+    ]
+    firsts_A, steps_A, firsts_B, steps_B, ranks = torch.tensor([*table, nothing])[which].T
+    As, Bts = firsts_A + expert * steps_A, firsts_B + expert * steps_B
+    native(x, y, As, Bts, ranks.contiguous(), len(x), x.shape[1], y.shape[1])
+    return y
 
 
 def _kernel(name: str, factors: Tensor, *others: Tensor) -> Callable[..., None] | None:

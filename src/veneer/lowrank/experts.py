@@ -14,12 +14,14 @@ large: the gradients before it are linear in w, which is applied to A x and to t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from veneer.kernels import low_rank
 from veneer.kernels.activation import Activation, activate, activate_backward
@@ -28,19 +30,19 @@ from veneer.kernels.rows import row_dots, weighted_sums
 from veneer.quant.stack import QuantizedStack, expert_weight
 from veneer.quant.weight import QuantizedWeight, product, product_back
 
+GROUPED = (torch.bfloat16, torch.float16, torch.float32)  # what torch's grouped products take
+
 
 @dataclass(frozen=True)
 class StackUpdate:
     """What adapters add to each expert of a stack: B (A x), scaled, in the dtype of computing.
 
     A (experts, rank, in), or (rank, in) where the experts share it; Bt (experts, rank, out): Bᵀ of
-    each, contiguous, since products with it are faster so. mask (tokens, rank): what A x is
-    multiplied with, where tokens have updates of their own; None for 1.
+    each, contiguous, since products with it are faster so.
     """
 
     A: Tensor
     Bt: Tensor
-    mask: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -56,6 +58,17 @@ class StackUpdate:
 
 
 @dataclass(frozen=True)
+class TokenUpdates:
+    """Updates of which each token has one of its own; without gradients.
+
+    which (tokens,) of int64: the number of each token's update, or -1 for none.
+    """
+
+    updates: Sequence[StackUpdate]
+    which: Tensor
+
+
+@dataclass(frozen=True)
 class Stack:
     """One linear layer of every expert: W_e x + B_e A_e x + b_e.
 
@@ -65,7 +78,7 @@ class Stack:
     weight: Tensor | QuantizedStack
     transposed: bool = False
     bias: Tensor | None = None
-    update: StackUpdate | None = None
+    update: StackUpdate | TokenUpdates | None = None
 
     @property
     def out_features(self) -> int:
@@ -77,7 +90,12 @@ class Stack:
 
     @property
     def rank(self) -> int:
-        return 0 if self.update is None else self.update.rank
+        return 0 if self.of_all is None else self.of_all.rank
+
+    @property
+    def of_all(self) -> StackUpdate | None:
+        """The update that all tokens share, or None."""
+        return self.update if isinstance(self.update, StackUpdate) else None
 
     def weight_of(self, expert: int, dtype: torch.dtype) -> Tensor | QuantizedWeight:
         """Return an expert's weight (out, in), a dense one in `dtype`."""
@@ -86,10 +104,10 @@ class Stack:
 
     def trained(self) -> list[Tensor]:
         """Return A and Bᵀ, or nothing where no adapter acts."""
-        return [] if self.update is None else [self.update.A, self.update.Bt]
+        return [] if self.of_all is None else [self.of_all.A, self.of_all.Bt]
 
     def zero_gradients(self) -> _FactorGradients:
-        return _FactorGradients(self.update)
+        return _FactorGradients(self.of_all)
 
 
 class Gate(Protocol):
@@ -185,6 +203,14 @@ def routed_experts(
     recompute_projections: whether the backward pass computes the first stack again.
     """
     routing = Routing(index, experts.count)
+    leaves = (x, weights, *experts.trained())
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
+    if any(isinstance(stack.update, TokenUpdates) for stack in (experts.up, experts.down)):
+        if trains:
+            raise NotImplementedError("updates of single tokens have no gradient")
+        return _at_once(x, weights, experts, routing)
+    if experts.exact and not trains:
+        return _at_once(x, weights, experts, routing)
     settings = _Settings(experts, routing, arena, recompute_projections)
     y: Tensor = _RoutedExperts.apply(x, weights, settings, *experts.trained())
     return y
@@ -201,6 +227,7 @@ class Routing:
         places[self.order] = torch.arange(len(places), device=index.device)
         self.places = places.view_as(index)  # of each token and choice, among the sorted rows
         counts: list[int] = torch.bincount(flat, minlength=experts)[:experts].tolist()
+        self.ends = torch.bincount(flat, minlength=experts)[:experts].cumsum(0, dtype=torch.int32)
         self.segments: list[tuple[int, slice]] = []  # of each expert that has rows
         first = 0
         for expert, count in enumerate(counts):
@@ -210,10 +237,12 @@ class Routing:
         self.routed = first  # rows of an expert; those beyond the experts follow
         self.longest = max(counts, default=0)
 
-    def masks(self, stack: Stack) -> Tensor | None:
-        """Return the mask of each sorted row, (rows, rank), or None where all are 1."""
-        mask = None if stack.update is None else stack.update.mask
-        return None if mask is None else mask[self.token]
+    @cached_property
+    def expert(self) -> Tensor:
+        """The expert of each routed row, (routed,)."""
+        counts = torch.tensor([rows.stop - rows.start for _, rows in self.segments])
+        experts = torch.tensor([expert for expert, _ in self.segments], dtype=torch.int64)
+        return experts.repeat_interleave(counts).to(self.token.device)
 
     def combined(self, rows: Tensor, weights: Tensor, *, exact: bool = False) -> Tensor:
         """Return Σ_j w_tj · row_tj, (tokens, columns), in the rows' dtype; by transformers' own
@@ -221,6 +250,43 @@ class Routing:
         if exact:
             return (rows[self.places] * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
         return weighted_sums(rows, self.places, weights)
+
+
+def _at_once(x: Tensor, weights: Tensor, experts: Experts, routing: Routing) -> Tensor:
+    """Return the experts' output, each stack over all rows before the next: for few rows, where
+    calls cost more than memory."""
+    experts.note_routed(routing)
+    inner = experts.gate.forward(_stack_at_once(x[routing.token], experts.up, routing))
+    y = _stack_at_once(inner, experts.down, routing)
+    if experts.post_norm is not None:
+        y = experts.post_norm(y)
+    return routing.combined(y, weights, exact=experts.exact)
+
+
+def _stack_at_once(x: Tensor, stack: Stack, routing: Routing) -> Tensor:
+    """Return the stack's output of the sorted rows, (rows, out)."""
+    weight, routed = stack.weight, routing.routed
+    if isinstance(weight, Tensor) and x.dtype == weight.dtype and x.dtype in GROUPED:
+        weight = weight if stack.transposed else weight.transpose(1, 2)
+        y = F.grouped_mm(x, weight, offs=routing.ends)
+    else:
+        y = x.new_empty(len(x), stack.out_features)
+        for expert, rows in routing.segments:
+            product(x[rows], stack.weight_of(expert, x.dtype), y[rows])
+    y[routed:] = 0
+    update = stack.update
+    if isinstance(update, TokenUpdates):
+        pairs = [(each.A, each.Bt) for each in update.updates]
+        which = update.which[routing.token[:routed]]
+        low_rank.add_by_rows(x[:routed], pairs, which, routing.expert, y[:routed])
+    elif update is not None:
+        h = x.new_empty(len(x), update.rank)
+        for expert, rows in routing.segments:
+            low_rank.project(x[rows], update.A_of(expert), h[rows])
+            low_rank.add(h[rows], update.Bt[expert], y[rows])
+    if stack.bias is not None:
+        y[:routed] += stack.bias[routing.expert]
+    return y
 
 
 @dataclass(frozen=True)
@@ -247,21 +313,20 @@ class _RoutedExperts(torch.autograd.Function):
         y = x.new_empty(rows, down.out_features)
         y[routing.routed :] = 0
         x_rows = x.new_empty(routing.longest, up.in_features)
-        masks = routing.masks(up), routing.masks(down)
         experts.note_routed(routing)
         for expert, own in routing.segments:
             count = own.stop - own.start
             kept = own if keeps else slice(count)
             own_x = torch.index_select(x, 0, routing.token[own], out=x_rows[:count])
-            _project(own_x, up, expert, up_y[kept], h_up[own], _rows(masks[0], own))
+            _project(own_x, up, expert, up_y[kept], h_up[own])
             if not experts.exact:
                 inner = experts.gate.forward(up_y[kept])
-                _project(inner, down, expert, y[own], h_down[own], _rows(masks[1], own))
+                _project(inner, down, expert, y[own], h_down[own])
         if experts.exact:
             # How a model's own function rounds a number may depend on the shape that it is in.
             inner = experts.gate.forward(up_y)
             for expert, own in routing.segments:
-                _project(inner[own], down, expert, y[own], h_down[own], _rows(masks[1], own))
+                _project(inner[own], down, expert, y[own], h_down[own])
         if experts.post_norm is not None:
             y = experts.post_norm(y)
         ctx.settings = settings
@@ -289,7 +354,6 @@ class _RoutedExperts(torch.autograd.Function):
                 *(up.out_features, up.out_features),
             )
         )
-        masks = routing.masks(up), routing.masks(down)
         reads_x = up_y is None or d_up_factors.trains
         experts.note_routed(routing)
         for expert, own in routing.segments:
@@ -299,18 +363,18 @@ class _RoutedExperts(torch.autograd.Function):
             own_x = torch.index_select(x, 0, token, out=x_rows[:count]) if reads_x else None
             if up_y is None:
                 assert own_x is not None
-                own_up, mask = up_rows[:count], _rows(masks[0], own)
-                _project(own_x, up, expert, own_up, h_up[own], mask)
+                own_up = up_rows[:count]
+                _project(own_x, up, expert, own_up, h_up[own])
             else:
                 own_up = up_y[own]
             if experts.post_norm is not None:
                 inner = experts.gate.forward(own_up)
                 y = torch.empty_like(own_dy)
-                _project(inner, down, expert, y, h_down[own], _rows(masks[1], own))
+                _project(inner, down, expert, y, h_down[own])
                 normed = _pulled_back(experts.post_norm, y, own_dy, d_y := torch.empty_like(y))
                 d_weights[own] = row_dots(own_dy, normed)
                 own_dy = d_y
-            dh_down = _gradient_of_h(own_dy, down, expert, _rows(masks[1], own))
+            dh_down = _gradient_of_h(own_dy, down, expert)
             d_inner = _gradient_of_x(own_dy, dh_down, down, expert, inner_rows[:count])
             inner = experts.gate.backward(d_inner, own_up, d_up := d_up_rows[:count])
             if needs_weights and experts.post_norm is None:
@@ -318,7 +382,7 @@ class _RoutedExperts(torch.autograd.Function):
                 d_weights[own] = row_dots(d_inner, inner)
                 if down.bias is not None:
                     d_weights[own] += own_dy.to(wide) @ down.bias[expert].to(wide)
-            dh_up = _gradient_of_h(d_up, up, expert, _rows(masks[0], own))
+            dh_up = _gradient_of_h(d_up, up, expert)
             if d_x is not None:
                 _gradient_of_x(d_up, dh_up, up, expert, d_x[own])
             d_down_factors.add(expert, own_dy, dh_down, inner, h_down[own], own_w)
@@ -371,27 +435,20 @@ class _FactorGradients:
         return [dA, self.Bt]
 
 
-def _project(
-    x: Tensor, stack: Stack, expert: int, y: Tensor, h: Tensor, mask: Tensor | None
-) -> None:
+def _project(x: Tensor, stack: Stack, expert: int, y: Tensor, h: Tensor) -> None:
     """Write an expert's W x + B A x + b to `y`, (rows, out), and its A x to `h`, (rows, rank)."""
     product(x, stack.weight_of(expert, x.dtype), y)
-    if stack.update is not None:
-        low_rank.project(x, stack.update.A_of(expert), h)
-        if mask is not None:
-            h *= mask
-        low_rank.add(h, stack.update.Bt[expert], y)
+    if (update := stack.of_all) is not None:
+        low_rank.project(x, update.A_of(expert), h)
+        low_rank.add(h, update.Bt[expert], y)
     if stack.bias is not None:
         y += stack.bias[expert]
 
 
-def _gradient_of_h(dy: Tensor, stack: Stack, expert: int, mask: Tensor | None) -> Tensor:
+def _gradient_of_h(dy: Tensor, stack: Stack, expert: int) -> Tensor:
     """Return the gradient dy B of an expert's A x, (rows, rank)."""
     dh = dy.new_empty(len(dy), stack.rank)
-    if stack.update is None:
-        return dh
-    low_rank.project(dy, stack.update.Bt[expert], dh)
-    return dh if mask is None else dh.mul_(mask)
+    return dh if stack.of_all is None else low_rank.project(dy, stack.of_all.Bt[expert], dh)
 
 
 def _gradient_of_x(dy: Tensor, dh: Tensor, stack: Stack, expert: int, dx: Tensor) -> Tensor:
@@ -401,7 +458,7 @@ def _gradient_of_x(dy: Tensor, dh: Tensor, stack: Stack, expert: int, dx: Tensor
         torch.mm(dy, weight, out=dx)
     else:
         dx.copy_(product_back(dy, weight))
-    return dx if stack.update is None else low_rank.add(dh, stack.update.A_of(expert), dx)
+    return dx if stack.of_all is None else low_rank.add(dh, stack.of_all.A_of(expert), dx)
 
 
 def _pulled_back(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
@@ -411,7 +468,3 @@ def _pulled_back(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, dx
         y = function(leaf)
     dx.copy_(torch.autograd.grad(y, leaf, dy.to(y.dtype))[0])
     return y.detach()
-
-
-def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
-    return None if mask is None else mask[rows]

@@ -63,8 +63,8 @@ def side_by_side(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> tuple[Tensor, Te
 class StackedUpdates:
     """The updates of all rows of a batch side by side: gain ∘ (W x + B (mask ∘ A x)) + b.
 
-    A (Σ rank, in) and B (out, Σ rank), or those of each expert; mask (rows, 1, Σ rank): 1 for a
-    row's own update, 0 for the others; gain (rows, 1, out), or None where all are 1.
+    A (Σ rank, in) and B (out, Σ rank); mask (rows, 1, Σ rank): 1 for a row's own update, 0 for the
+    others; gain (rows, 1, out), or None where all are 1.
     """
 
     A: Tensor
@@ -103,7 +103,7 @@ class RowUpdates:
         if (cached := self._stacked.get(layer)) is not None:
             return cached
         A, B = side_by_side([each.A for each, _ in updates], [each.B for each, _ in updates])
-        mask = A.new_zeros(len(self.mix_of_row), 1, A.shape[-2])
+        mask = A.new_zeros(len(self.mix_of_row), 1, len(A))
         first = 0
         for update, rows in updates:
             mask[list(rows), :, first : first + update.rank] = 1

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from veneer.adapter.adapted import Adapted
 from veneer.adapter.attach import adapted_layer
 from veneer.adapter.config import LoRA
+from veneer.adapter.experts import why_not_by_rows
 from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.method import Method
+from veneer.adapter.modules_to_save import owner_of
+from veneer.adapter.parameters import AdaptedParameter
 from veneer.errors import AdapterError, joined, listed
 from veneer.formats.adapters import read
 from veneer.formats.contents import without_place
@@ -41,7 +45,7 @@ class LoadedAdapter:
     """
 
     content: str
-    layers: Mapping[AdaptedLayer, LowRankUpdate]
+    layers: Mapping[Adapted, LowRankUpdate]
     nbytes: int
     names: tuple[str, ...]
 
@@ -113,12 +117,12 @@ def load(model: PreTrainedModel, entry: Entry) -> LoadedAdapter:
     """
     state = _read(model, entry)
     config = _checked(model, state, entry)
-    updates: dict[AdaptedLayer, LowRankUpdate] = {}
+    updates: dict[Adapted, LowRankUpdate] = {}
     paths: list[str] = []
     for path, adapter in layer_adapters(state, config).items():
         layer = adapted_layer(model, path)
-        assert isinstance(layer, AdaptedLayer)
-        adapter.to(layer.base_weight.device).requires_grad_(False)
+        assert isinstance(layer, AdaptedLayer | AdaptedParameter)
+        adapter.to(layer.device).requires_grad_(False)
         updates[layer] = layer.low_rank_update([(adapter, 1.0)], layer.compute_dtype)
         paths.append(path)
     return _in_one_buffer(updates, paths, (entry.name,))
@@ -155,11 +159,20 @@ def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
     if beyond := _beyond_factors(state, entry):
         problems = [beyond]
     else:
-        problems = validate(model, state, None, force=False)
+        problems = validate(model, state, None, force=False) or _of_experts(model, state)
     if problems:
         raise AdapterError(f"{opening(entry)}: {joined(problems)}.")
     assert isinstance(state.config, LoRA)
     return state.config
+
+
+def _of_experts(model: PreTrainedModel, state: AdapterState) -> list[str]:
+    """Return which adapted parameters cannot differ from row to row, and why."""
+    problems = []
+    for layer in state.layers():
+        if layer.kind == "parameter" and (why := why_not_by_rows(*owner_of(model, layer.path))):
+            problems.append(f"it changes {layer.path}, which acts on whole batches: {why}")
+    return problems
 
 
 def _beyond_factors(state: AdapterState, entry: Entry) -> str:
@@ -198,24 +211,24 @@ def _mixed(adapters: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
 
 
 def _in_one_buffer(
-    updates: Mapping[AdaptedLayer, LowRankUpdate], labels: Sequence[str], names: tuple[str, ...]
+    updates: Mapping[Adapted, LowRankUpdate], labels: Sequence[str], names: tuple[str, ...]
 ) -> LoadedAdapter:
-    """Return updates as an adapter with all tensors in one buffer, B as (rank, out) in memory.
+    """Return updates as an adapter with all tensors in one buffer, B as (..., rank, out) in memory.
 
     labels: what else goes into the hash of its content.
     """
-    tensors = [t for update in updates.values() for t in (update.A, update.B.T, update.gain)]
+    tensors = [t for update in updates.values() for t in (update.A, update.B.mT, update.gain)]
     sizes = [0 if t is None else -(t.nbytes // -ALIGNED) * ALIGNED for t in tensors]
-    device = next(iter(updates)).base_weight.device if updates else None
+    device = next(iter(updates)).device if updates else None
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     copies = map(_copied, tensors, buffer.split(sizes))
-    layers: dict[AdaptedLayer, LowRankUpdate] = {}
+    layers: dict[Adapted, LowRankUpdate] = {}
     content = hashlib.sha256("\n".join(labels).encode())
     for layer in updates:
         A, B, gain = next(copies), next(copies), next(copies)
         assert A is not None
         assert B is not None
-        layers[layer] = LowRankUpdate(A, B.T, gain)
+        layers[layer] = LowRankUpdate(A, B.mT, gain)
         content.update(f"{tuple(A.shape)} {A.dtype} {gain is None}\n".encode())
     content.update(buffer.cpu().numpy().tobytes())
     return LoadedAdapter(content.hexdigest(), layers, buffer.nbytes, names)
