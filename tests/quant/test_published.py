@@ -83,6 +83,28 @@ def test_every_code_and_every_scale(native, monkeypatch):
         )
 
 
+def test_groups_in_numbers_of_64_bits():
+    case = next(case for case in LINEAR if case.name == "gptq-desc-act")
+    tensors = written(case)
+    exact = case.exact(tensors, torch.float32)
+    tensors["g_idx"] = tensors["g_idx"].long()
+    assert torch.equal(read(case, tensors, torch.float32).dequantize(), exact)
+
+
+def test_groups_of_inputs_that_lie_apart_in_compressed_tensors():
+    case = next(case for case in LINEAR if case.name == "w4a16-zeros")
+    tensors = written(case)
+    order = torch.randperm(IN, generator=torch.Generator().manual_seed(1))
+    exact = case.exact(tensors, torch.float32)
+    of = (torch.arange(IN) // 32)[order]
+    ours = read(case, tensors | {"weight_g_idx": of.int()}, torch.float32).dequantize()
+    same = of == torch.arange(IN) // 32
+    assert torch.equal(ours[:, same], exact[:, same])
+    assert not torch.equal(ours[:, ~same], exact[:, ~same])
+    with pytest.raises(ValueError, match="names other groups"):
+        read(case, tensors | {"weight_g_idx": of.int() + 9}, torch.float32)
+
+
 @pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_tensors_that_do_not_belong_together(case):
     tensors = written(case)

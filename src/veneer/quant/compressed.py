@@ -47,9 +47,12 @@ class CompressedInt(QuantizedWeight):
             raise ValueError(f"its codes are {tuple(self.codes.shape)} of {self.codes.dtype}")
         if not self._group or self.scales.shape[1] != -(inputs // -self._group):
             raise ValueError(f"scales are {tuple(scales.shape)} for {tuple(self.shape)} numbers")
-        self._group_of = tensors.get("weight_g_idx")
-        if self._group_of is not None and bool((self._group_of < 0).any()):
-            self._group_of = None  # −1 for each input says that groups are side by side
+        group_of, groups = tensors.get("weight_g_idx"), self.scales.shape[1]
+        # −1 for each input says that groups are side by side.
+        apart = None if group_of is None or bool((group_of < 0).any()) else group_of
+        if apart is not None and int(apart.max()) >= groups:
+            raise ValueError(f"its g_idx names other groups than 0 to {groups - 1}")
+        self._group_of = None if apart is None else apart.to(torch.int32)
 
     @property
     def _dtype_of_codes(self) -> torch.dtype:

@@ -65,7 +65,8 @@ class GPTQ(QuantizedWeight):
         # Whether groups are simply inputs side by side, which is computed faster.
         in_turn = torch.arange(inputs, device=words.device) // self.group
         is_in_turn = group_of is not None and bool((group_of == in_turn).all())
-        self._groups_apart = None if is_in_turn else group_of
+        apart = None if is_in_turn or group_of is None else group_of
+        self._groups_apart = None if apart is None else apart.to(torch.int32)
 
     @property
     def _row_unit(self) -> int:
