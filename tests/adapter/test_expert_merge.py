@@ -7,7 +7,7 @@ import torch
 
 import veneer
 from support.every_architecture import small, small_quantized
-from support.random_adapters import distance, shake
+from support.random_adapters import distance, logits, shake
 from veneer.adapter.certify import _requantized
 from veneer.adapter.layers import lora_layers
 from veneer.adapter.merge import layer_roundings, rounded_away
@@ -68,3 +68,12 @@ def test_detaching_gives_the_quantized_stacks_back():
     before = quantized_stacks(base)
     model = veneer.detach(shake(veneer.attach(base, veneer.LoRA(rank=4, targets=STACKS))))
     assert list(quantized_stacks(model).items()) == list(before.items())
+
+
+def test_a_fresh_adapter_over_quantized_experts_changes_no_bit():
+    base = small_quantized("qwen3_moe", 4, dtype=torch.float32)
+    for module in base.modules():
+        if hasattr(module, "top_k"):
+            module.top_k = 3  # outputs that are added up in another order are others
+    model = veneer.attach(copy.deepcopy(base), veneer.LoRA(rank=4, targets=STACKS))
+    assert torch.equal(logits(model), logits(base))

@@ -59,11 +59,9 @@ QUICK = {
 }
 QUICK_QUANTIZED = {"qwen3_moe", "gpt_oss", "llama4_text"}
 # By model type and bits, with the reason.
-FAILING: dict[tuple[str, int | None], str] = dict.fromkeys(
-    (("deepseek_v4", 4), ("hy_v4", 4), ("minimax_m3_vl_text", 4)),
-    "identity to a rounding: their clamped gate rounds by how many rows it is given at once, one "
-    "expert's in their own loop",
-)
+FAILING: dict[tuple[str, int | None], str] = {
+    ("deepseek_v4", 4): "a fresh adapter is an identity to a rounding only"
+}
 LORA = veneer.LoRA(rank=2, targets="all")
 ROWS = examples([7, 19, 12, 5])
 

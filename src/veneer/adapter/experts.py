@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from veneer.adapter.wrapper import is_intercepted
 from veneer.kernels.activation import activation_of
 from veneer.kernels.arena import Arena
+from veneer.lowrank.expert_loop import looped_experts
 from veneer.lowrank.experts import (
     Experts,
     Gate,
@@ -105,16 +106,31 @@ def routed_experts(
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
+    experts = recognised.experts(module, updates, exact=exact)
     with torch.autocast(device, enabled=False):
+        if exact and _loops(experts, x, weights):
+            return looped_experts(x, index, weights, experts).to(dtype)
         y = computed(
             x,
             index,
             weights,
-            recognised.experts(module, updates, exact=exact),
+            experts,
             arena=arena,
             recompute_projections=recompute_projections,
         )
     return y.to(dtype)
+
+
+def _loops(experts: Experts, x: Tensor, weights: Tensor) -> bool:
+    """Return whether the module's own output is its loop's over quantized stacks, and nothing needs
+    a gradient."""
+    stacks = (experts.up, experts.down)
+    trains = any(w.requires_grad for w in (x, weights, *experts.trained()))
+    return (
+        all(isinstance(stack.weight, QuantizedStack) for stack in stacks)
+        and not any(isinstance(stack.update, TokenUpdates) for stack in stacks)
+        and not (trains and torch.is_grad_enabled())
+    )
 
 
 def recognised_experts(module: nn.Module) -> RoutedExperts | str:
