@@ -295,11 +295,46 @@ def test_the_plans_own_row_is_the_plan():
         assert len(rows) == 8
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "gptq", "bits": 4}, "int4"])
-def test_what_others_quantized_is_not_planned(quantization, tmp_path, capsys):
+PUBLISHED = {
+    "gptq": ({"bits": 4, "group_size": 128}, 4 + 20 / 128),
+    "awq": ({"bits": 4, "group_size": 64}, 4 + 20 / 64),
+    "fp8": ({"weight_block_size": [128, 128]}, 8 + 32 / 128**2),
+    "mxfp4": ({}, 4.25),
+    "compressed-tensors": (
+        {
+            "format": "pack-quantized",
+            "config_groups": {"all": {"weights": {"num_bits": 4, "group_size": 32}}},
+            "ignore": ["lm_head"],
+        },
+        4.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_what_is_published_quantized_is_planned_by_what_its_files_hold(method, tmp_path, capsys):
+    how, bits = PUBLISHED[method]
+    name = "gpt-oss-20b" if method == "mxfp4" else "llama-2-7b"
+    config = PRESETS[name] | {"quantization_config": {"quant_method": method, **how}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = printed(capsys, str(tmp_path), "--formulas")
+    assert f"{method}: {bits:.3f} bits" in text
+    description = find_sizes(name).description
+    layers = [x for x in description.quantizable if method != "mxfp4" or x.is_stack]
+    numbers = sum(layer.out * layer.in_ for layer in layers)
+    size = numbers * bits / 8 + 2 * (description.parameters - numbers)
+    assert f"on disk, mapped {size / 1e9:.1f} GB" in text
+    assert run(["inspect", str(tmp_path)]) == 0
+    assert f"quantized, in {bits:.2f} bits a number" in capsys.readouterr().out
+    # Asked for, the base is quantized again.
+    assert "NF4: 4.127 bits" in printed(capsys, str(tmp_path), "--formulas", "--bits", "4")
+
+
+@pytest.mark.parametrize("quantization", [{"quant_method": "hqq", "bits": 4}, "int4"])
+def test_what_cannot_be_read_is_not_planned(quantization, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": quantization}))
     assert run(["plan", str(tmp_path)]) == 2
-    assert "bitsandbytes" in capsys.readouterr().err
+    assert "Take the model before it was quantized" in capsys.readouterr().err
 
 
 def test_a_quantized_head_is_seen(tmp_path, capsys):

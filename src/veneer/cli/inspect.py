@@ -45,7 +45,7 @@ def inspect(
     from veneer.formats.adapters import holds_adapter
     from veneer.models.load import skeleton_of
     from veneer.plan.find import find_config
-    from veneer.quant.settings import quantization_of
+    from veneer.plan.stored import stored_of
 
     quieten_libraries()
     if holds_adapter(Path(model)):
@@ -67,10 +67,12 @@ def inspect(
     OUTPUT.print(f"[bold]Fused[/] {escape(_fused_layers(skeleton))}", soft_wrap=True)
     if experts := _experts(skeleton):
         OUTPUT.print(f"[bold]Experts[/] {escape(experts)}", soft_wrap=True)
-    if quantization := quantization_of(config.to_dict()):
-        how = f"{quantization.bits} bits" + (", the head too" if quantization.head else "")
-        if quantization.is_published:
-            how += f" ({quantization.method}, as it was published)"
+    if stored := stored_of(model, config):
+        how = f"{stored.bits} bits" + (", the head too" if stored.head else "")
+        if stored.format:
+            which = ", experts alone" if stored.experts_alone else ""
+            how = f"{stored.bits_a_number:.2f} bits a number{which}"
+            how += f" ({stored.format}, as it was published)"
         OUTPUT.print(f"[bold]Weights[/] quantized, in {how}", soft_wrap=True)
 
 

@@ -14,14 +14,13 @@ from veneer.adapter.report import remarks
 from veneer.adapter.targets import uncovered
 from veneer.cli.console import bytes_text, new_table, quieten_libraries
 from veneer.models.description import Layer
-from veneer.models.load import planned_bits
 from veneer.plan.config import ADAPTING, PlanConfig
 from veneer.plan.find import find_config, sizes_of
 from veneer.plan.fit import MARGIN, flags, free_bytes, gentlest
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, comparison, make_plan, unsuited
 from veneer.plan.sizes import Sizes
-from veneer.quant.settings import quantization_of
+from veneer.plan.stored import stored_of
 
 # Columns of the output, whatever the terminal's: in fewer, numbers would be cut off or broken.
 WIDTH = 100
@@ -36,18 +35,18 @@ def show_plan(
     """
     quieten_libraries()
     settings = find_config(model)
-    sizes, quantization = sizes_of(settings), quantization_of(settings.to_dict())
-    if quantization and config.bits is None and config.method in ("lora", "qlora"):
+    sizes, stored = sizes_of(settings), stored_of(model, settings)
+    if stored:
+        sizes = replace(sizes, stored=stored)
+    if stored and config.bits is None and config.method in ("lora", "qlora"):
         # As it is on the disk.
         config = replace(
             config,
             method="qlora",
-            bits=quantization.bits,
-            pack_head=quantization.head,
+            bits=stored.bits,
+            pack_head=stored.head,
             mapped=True,
         )
-    elif config.bits is None and config.method == "lora" and (bits := planned_bits(model)):
-        config = replace(config, method="qlora", bits=bits)
     plan = make_plan(config, sizes, adapted_layers(sizes, lora))
     free = free_bytes() if memory is None else memory
     output = Console(highlight=False, width=WIDTH)

@@ -134,17 +134,16 @@ def stays_in_blocks(name: str | Path, place: Path | str) -> bool:
     return _is_gguf(place) and str(name) not in BUILT_IN
 
 
-def planned_bits(name: str | Path) -> Bits | None:
-    """Return the bits to plan with for the base `name`, nearest to those of its file's blocks.
+def bits_of_blocks(name: str | Path) -> float | None:
+    """Return the bits a number of the base `name`'s weights that stay in its GGUF file's blocks.
 
-    None where no weight stays in such blocks, and where there is no such base here.
+    None where no weight does, and where there is no such base here.
     """
     try:
         place = locate(name)
     except ModelError:
         return None
-    own = block_bits(Path(place)) if stays_in_blocks(name, place) else None
-    return None if own is None else 4 if own < 6 else 8
+    return block_bits(Path(place)) if stays_in_blocks(name, place) else None
 
 
 def load_config(name: str | Path) -> PretrainedConfig:

@@ -10,6 +10,7 @@ from veneer.plan.activations import FLOAT32, holes, kept, kept_on_disk
 from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import PlanConfig
 from veneer.plan.methods import Trained
+from veneer.plan.routed import prepared_products
 from veneer.plan.sizes import Sizes
 from veneer.plan.workspace import workspace
 
@@ -92,7 +93,9 @@ def plan_memory(
         activations=activations,
         workspace=passing,
         runtime=amount(
-            "runtime", Term.of(runtime, "bytes", note="libraries, threads, what loading leaves")
+            "runtime",
+            Term.of(runtime, "bytes", note="libraries, threads, what loading leaves"),
+            *prepared_products(config, sizes.blocks, config.tokens_per_batch),
         ),
         on_disk=amount("on disk, mapped", *mapped, *kept_on_disk(config, sizes, trained)),
     )
@@ -103,20 +106,24 @@ def weight_terms(config: PlanConfig, sizes: Sizes) -> tuple[list[Term], list[Ter
     width, description = config.width, sizes.description
     if config.base_bits >= 16:
         return [], [Term.of(description.parameters, "parameters", width, "bytes")]
-    layers = list(description.quantizable)
-    if config.pack_head and description.head is not None:
-        layers.append(description.head)
+    layers = sizes.quantized(as_stored=config.mapped, head=config.pack_head)
     numbers = sum(layer.out * layer.in_ for layer in layers)
     rest = Term.of(
         *(description.parameters - numbers, "parameters", width, "bytes"),
         note="embeddings, norms, biases" + ("" if config.pack_head else ", head"),
     )
-    return quantized_terms(config, layers), [rest]
+    return quantized_terms(config, sizes, layers), [rest]
 
 
-def quantized_terms(config: PlanConfig, layers: Sequence[Layer]) -> list[Term]:
-    """Return the bytes of layers in 4 or 8 bits; of a stack, each expert has scales of its own."""
+def quantized_terms(config: PlanConfig, sizes: Sizes, layers: Sequence[Layer]) -> list[Term]:
+    """Return the bytes of layers in 4 or 8 bits, or in the published format of their files; of a
+    stack, each expert has scales of its own."""
     numbers = sum(layer.out * layer.in_ for layer in layers)
+    stored = sizes.stored
+    if config.mapped and stored is not None and stored.format:
+        bits = stored.bits_a_number
+        note = f"{stored.format}: {bits:.3f} bits"
+        return [Term.of(numbers, "numbers", bits / 8, "bytes", note=note)]
     if config.base_bits == 4:
         note = f"NF4: {NF4_BITS:.3f} bits"
         return [Term.of(numbers, "numbers", NF4_BITS / 8, "bytes", note=note)]

@@ -68,9 +68,10 @@ def _expert_bytes(config: PlanConfig, sizes: Sizes, block: Block) -> float:
     """Return the bytes of all experts of a block."""
     if config.base_bits >= 16:
         return float(block.expert_parameters * config.width)
-    quantizable = {layer.path for layer in sizes.description.quantizable}
-    layers = [layer for layer in block.expert_layers if layer.path in quantizable]
+    quantized = sizes.quantized(as_stored=config.mapped, head=False)
+    paths = {layer.path for layer in quantized}
+    layers = [layer for layer in block.expert_layers if layer.path in paths]
     numbers = sum(layer.out * layer.in_ for layer in layers)
-    return sum(term.value for term in quantized_terms(config, layers)) + config.width * (
+    return sum(term.value for term in quantized_terms(config, sizes, layers)) + config.width * (
         block.expert_parameters - numbers
     )

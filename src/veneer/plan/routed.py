@@ -3,6 +3,8 @@ keeps for the backward pass, and what it takes for a moment."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from veneer.adapter.experts import has_experts
 from veneer.adapter.report import TargetLine
 from veneer.models.description import Layer
@@ -14,6 +16,10 @@ from veneer.plan.sizes import Block
 # The stack that reads the residual stream, by transformers' contract (integrations/moe.py).
 FIRST_STACKS = ("gate_up_proj", "up_proj")
 FLOAT32 = 4
+# oneDNN keeps each product that it has prepared for a shape, up to this many; 300 of them in 16
+# bits took 171 MB, whatever their widths. Each expert has another number of rows in each step.
+PREPARED, PREPARED_BYTES = 1024, 570_000
+WAYS = 4  # products of an expert: with both stacks, forward and backward
 
 
 def is_one_function(block: Block, trained: Trained) -> bool:
@@ -60,6 +66,15 @@ def workspace_of_experts(config: PlanConfig, block: Block, tokens: int) -> Term:
         *("numbers", config.width, "bytes"),
         note="experts on the way back",
     )
+
+
+def prepared_products(config: PlanConfig, blocks: Sequence[Block], tokens: int) -> list[Term]:
+    """Return what oneDNN keeps of products with experts, beside the few that other layers need."""
+    if config.width == FLOAT32 or not any(block.routed for block in blocks):
+        return []
+    count = min(PREPARED, WAYS * tokens)
+    note = "oneDNN's, for each number of rows of an expert"
+    return [Term.of(count, "products", PREPARED_BYTES, "bytes", note=note)]
 
 
 def _stacks(block: Block) -> list[Layer]:

@@ -16,6 +16,7 @@ from veneer.fused.structure import LayerStructure
 from veneer.fused.watch import attention_is_asked_for
 from veneer.models.description import Layer, ModelDescription
 from veneer.plan.sdpa import keeps_scores
+from veneer.plan.stored import Stored
 
 # Layers that lead out of attention: their input is its output, not the residual stream.
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -166,6 +167,7 @@ class Sizes:
     """The widths of a model, in numbers a token, and how it computes."""
 
     description: ModelDescription
+    stored: Stored | None = None  # how its files are quantized
 
     @cached_property
     def config(self) -> Any:
@@ -244,6 +246,16 @@ class Sizes:
             raise
         except Exception as error:  # many kinds: not all models compute on the meta device
             raise ConfigError(f"{method} cannot be planned for this model ({error}).") from error
+
+    def quantized(self, *, as_stored: bool, head: bool) -> list[Layer]:
+        """Return the layers that are quantized: in the files if `as_stored`, else by --bits."""
+        description, stored = self.description, self.stored
+        layers = list(description.quantizable)
+        if as_stored and stored is not None and stored.experts_alone:
+            return [layer for layer in layers if layer.is_stack]
+        if head and description.head is not None:
+            layers.append(description.head)
+        return layers
 
     @cached_property
     def active_parameters(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from veneer.errors import ConfigError
-from veneer.models.load import load_config, planned_bits
+from veneer.models.load import load_config
 from veneer.plan.config import MethodName as PlannedMethod
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_config, sizes_of
@@ -18,7 +18,8 @@ from veneer.plan.memory import GROWTH, RUNTIME
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, make_plan
 from veneer.plan.presets import PRESETS
-from veneer.quant.settings import Bits, quantization_of
+from veneer.plan.stored import stored_of
+from veneer.quant.settings import Bits
 from veneer.training.memory import process_memory
 from veneer.training.recipe import Recipe
 
@@ -45,13 +46,10 @@ def plan_run(
     preset = name in PRESETS and not Path(name).exists()
     if config is None:
         config = find_config(name) if preset else load_config(name)
-    quantization = quantization_of(config.to_dict())
-    if quantization and (recipe.loaded_bits is None or not quantization.is_published):
-        bits, head, mapped = quantization.bits, quantization.head, True
-    elif recipe.loaded_bits is None and not preset:
-        bits = planned_bits(name)
-    sizes = sizes_of(config)
-    method = recipe.method
+    stored, method = stored_of(name, config), recipe.method
+    sizes = replace(sizes_of(config), stored=stored)
+    if stored is not None and (recipe.loaded_bits is None or not stored.format):
+        bits, head, mapped = stored.bits, stored.head, True
     settings = PlanConfig(
         method=_planned_method(recipe, bits),
         bits=bits,
