@@ -1,4 +1,4 @@
-"""How many rows of a quantized weight should be dequantized at a time?
+"""How many rows of a quantized weight should be dequantized at a time, and how fast is each format?
 
 python -m bench.dequantize
 python -m bench.dequantize --published   # how long each published format takes, beside a copy
@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable
 
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from veneer.kernels.heap import kept_heap
 from veneer.quant import weight as quantized
 from veneer.quant.awq import AWQ
 from veneer.quant.compressed import CompressedInt
 from veneer.quant.fp8 import FP8
+from veneer.quant.gguf_blocks import GGUFBlocks
+from veneer.quant.gguf_formulas import FORMULAS
 from veneer.quant.gptq import GPTQ
 from veneer.quant.mxfp4 import MXFP4
 from veneer.quant.nf4 import NF4
@@ -109,6 +112,20 @@ def show_published() -> None:
         print(f"copy: {best(lambda: copied.copy_(source), 9):.2f} ms")
 
 
+def rates() -> None:
+    """Print how many numbers a second are made of each of GGUF's formats, and of NF4."""
+    rows, cols = 4096, 2048
+    weights: list[QuantizedWeight] = [NF4.quantize(0.02 * torch.randn(rows, cols), torch.bfloat16)]
+    for kind in FORMULAS:
+        numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        codes = torch.randint(0, 100, (rows, cols // numbers * size), dtype=torch.uint8)
+        weights.append(GGUFBlocks(kind, codes, torch.bfloat16))
+    print("\n| format | thousand million numbers a second |\n|---|---|")
+    for weight in weights:
+        rate = rows * cols / best(weight.dequantize, 9) / 1e6
+        print(f"| {weight.label} | {rate:.1f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--published", action="store_true")
@@ -121,6 +138,7 @@ def main() -> None:
         for tokens, out, in_ in CASES:
             cells = " | ".join(times(tokens, out, in_))
             print(f"| {tokens}, {out} × {in_} | {cells} |", flush=True)
+        rates()
 
 
 if __name__ == "__main__":

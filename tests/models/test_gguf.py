@@ -21,6 +21,7 @@ from veneer.models import gguf
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import load_base, load_skeleton
 from veneer.models.locate import locate
+from veneer.quant.stack import quantized_stacks
 from veneer.quant.weight import quantized_layers
 
 Post = Callable[[str, dict], dict]
@@ -200,8 +201,8 @@ def test_what_transformers_needs_is_a_dependency_and_missing_it_is_not_blamed_on
         gguf.load_model(smollm2)
 
 
-# llama orders rows in pairs; gpt2 keeps weights (in, out).
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+# llama orders rows in pairs; gpt2 keeps weights (in, out); mixtures have gate and up apart.
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1"])
 def test_linear_layers_stay_in_the_file_s_blocks_with_the_dense_model_s_numbers(
     name, kind, tmp_path
@@ -213,7 +214,13 @@ def test_linear_layers_stay_in_the_file_s_blocks_with_the_dense_model_s_numbers(
     assert f"stay in model.gguf, in its own blocks ({kind})" in notice
     assert dense.notices == ()
     layers, weights = quantized_layers(kept.model), dense.model.state_dict()
-    assert sum(isinstance(m, torch.nn.Linear) for m in kept.model.modules()) == 1  # the head
+    own_linear = [m for m in kept.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert kept.model.get_output_embeddings() in own_linear
+    assert len(own_linear) <= 1 + 2 * name.endswith("moe")  # gates of shared experts are in float32
+    stacks = quantized_stacks(kept.model)
+    assert len(stacks) == 4 * name.endswith("moe")
+    for path, stack in stacks.items():
+        assert torch.equal(stack.dense(), weights.pop(path))
     for path, layer in layers.items():
         own = layer.weight.T if layer.transposed else layer.weight
         assert torch.equal(own, weights.pop(f"{path}.weight"))

@@ -62,7 +62,7 @@ def load_blocks(
         transposed = isinstance(layers.get(owner), Conv1D)
         if name in stacks:
             weight = tensors.experts_in_blocks(name, file, dtype)
-        elif owner in layers and leaf == "weight":
+        elif leaf == "weight":
             weight = tensors.in_blocks(name, file, dtype, transposed=transposed)
         if isinstance(weight, QuantizedStack):
             for e in range(len(weight)):
@@ -70,7 +70,8 @@ def load_blocks(
             return weight
         if weight is not None:
             marks.see(name, weight, transposed=transposed)
-            return weight
+            # The embedding and the head: less time and memory than as float32 in between.
+            return weight if owner in layers else weight.dequantize()
         dense = tensors.read(name)
         marks.see(name, dense)
         return dense

@@ -82,14 +82,16 @@ class GGUFTensors:
         the weight's rows are not rows of the file in some order.
         """
         origin = self._origin(name, transposed=transposed)
-        return None if origin is None else self._rows(name, origin, file, dtype)
+        if origin is None or origin.ndim != 1:
+            return None
+        return self._rows(name, origin, file, dtype)
 
     def experts_in_blocks(
         self, name: str, file: Tensor, dtype: torch.dtype
     ) -> QuantizedStack | None:
         """Return a stack of experts as it lies in `file`; None as above."""
         origin = self._origin(name)
-        if origin is None:
+        if origin is None or origin.ndim != 2:
             return None
         return QuantizedStack([self._rows(name, rows, file, dtype) for rows in origin])
 
