@@ -14,15 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from support.closeness import assert_no_further
 from veneer.kernels import low_rank
 from veneer.kernels.arena import Arena
-from veneer.lowrank.experts import (
-    Experts,
-    KnownGate,
-    OwnGate,
-    Stack,
-    StackUpdate,
-    TokenUpdates,
-    routed_experts,
-)
+from veneer.lowrank.expert_gates import KnownGate, OwnGate
+from veneer.lowrank.expert_stacks import Stack, StackUpdate, TokenUpdates
+from veneer.lowrank.experts import Experts, routed_experts
 from veneer.models.quantize import quantize
 from veneer.quant.stack import QuantizedStack
 

@@ -15,16 +15,10 @@ from torch import Tensor, nn
 from veneer.adapter.wrapper import is_intercepted
 from veneer.kernels.activation import activation_of
 from veneer.kernels.arena import Arena
+from veneer.lowrank.expert_gates import Gate, KnownGate, OwnGate
 from veneer.lowrank.expert_loop import looped_experts
-from veneer.lowrank.experts import (
-    Experts,
-    Gate,
-    KnownGate,
-    OwnGate,
-    Stack,
-    StackUpdate,
-    TokenUpdates,
-)
+from veneer.lowrank.expert_stacks import Stack, StackUpdate, TokenUpdates
+from veneer.lowrank.experts import Experts
 from veneer.lowrank.experts import routed_experts as computed
 from veneer.quant.stack import QuantizedStack
 

@@ -21,7 +21,7 @@ from veneer.adapter.experts import (
     why_not_by_rows,
 )
 from veneer.adapter.wrapper import Wrapper, is_intercepted
-from veneer.lowrank.experts import StackUpdate, TokenUpdates
+from veneer.lowrank.expert_stacks import StackUpdate, TokenUpdates
 from veneer.lowrank.formula import delta_weight, merged_weight, new_A
 from veneer.lowrank.update import LowRankUpdate, mixed
 from veneer.quant.stack import QuantizedStack, expert_weight

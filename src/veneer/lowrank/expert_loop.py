@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.lowrank.experts import Experts, OwnGate, Routing, Stack, StackUpdate
+from veneer.lowrank.expert_gates import OwnGate
+from veneer.lowrank.expert_stacks import Stack, StackUpdate
+from veneer.lowrank.experts import Experts
+from veneer.lowrank.routing import Routing
 from veneer.quant.weight import product
 
 

@@ -14,146 +14,24 @@ large: the gradients before it are linear in w, which is applied to A x and to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels import low_rank
-from veneer.kernels.activation import Activation, activate, activate_backward
 from veneer.kernels.arena import Arena
-from veneer.kernels.rows import row_dots, weighted_sums
-from veneer.quant.stack import QuantizedStack, expert_weight
-from veneer.quant.weight import QuantizedWeight, product, product_back
+from veneer.kernels.rows import row_dots
+from veneer.lowrank.expert_gates import Gate, pulled_back
+from veneer.lowrank.expert_stacks import Stack, StackUpdate, TokenUpdates
+from veneer.lowrank.routing import Routing
+from veneer.quant.stack import QuantizedStack
+from veneer.quant.weight import product, product_back
 
 GROUPED = (torch.bfloat16, torch.float16, torch.float32)  # what torch's grouped products take
-
-
-@dataclass(frozen=True)
-class StackUpdate:
-    """What adapters add to each expert of a stack: B (A x), scaled, in the dtype of computing.
-
-    A (experts, rank, in), or (rank, in) where the experts share it; Bt (experts, rank, out): Bᵀ of
-    each, contiguous, since products with it are faster so.
-    """
-
-    A: Tensor
-    Bt: Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[-2]
-
-    @property
-    def shares_A(self) -> bool:
-        return self.A.ndim == 2
-
-    def A_of(self, expert: int) -> Tensor:
-        """Return an expert's A (rank, in)."""
-        return self.A if self.shares_A else self.A[expert]
-
-
-@dataclass(frozen=True)
-class TokenUpdates:
-    """Updates of which each token has one of its own; without gradients.
-
-    which (tokens,) of int64: the number of each token's update, or -1 for none.
-    """
-
-    updates: Sequence[StackUpdate]
-    which: Tensor
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One linear layer of every expert: W_e x + B_e A_e x + b_e.
-
-    weight (experts, out, in), or (experts, in, out) if `transposed`; frozen. bias (experts, out).
-    """
-
-    weight: Tensor | QuantizedStack
-    transposed: bool = False
-    bias: Tensor | None = None
-    update: StackUpdate | TokenUpdates | None = None
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[-1 if self.transposed else -2]
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[-2 if self.transposed else -1]
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.of_all is None else self.of_all.rank
-
-    @property
-    def of_all(self) -> StackUpdate | None:
-        """The update that all tokens share, or None."""
-        return self.update if isinstance(self.update, StackUpdate) else None
-
-    def weight_of(self, expert: int, dtype: torch.dtype) -> Tensor | QuantizedWeight:
-        """Return an expert's weight (out, in), a dense one in `dtype`."""
-        weight = expert_weight(self.weight, expert, transposed=self.transposed)
-        return weight.to(dtype) if isinstance(weight, Tensor) else weight
-
-    def trained(self) -> list[Tensor]:
-        """Return A and Bᵀ, or nothing where no adapter acts."""
-        return [] if self.of_all is None else [self.of_all.A, self.of_all.Bt]
-
-    def zero_gradients(self) -> _FactorGradients:
-        return _FactorGradients(self.of_all)
-
-
-class Gate(Protocol):
-    """What is between the two stacks, row by row."""
-
-    def forward(self, up: Tensor) -> Tensor:
-        """Return what the down projection reads, (rows, inner), of the first stack's output."""
-
-    def backward(self, d_inner: Tensor, up: Tensor, d_up: Tensor) -> Tensor:
-        """Write the gradient of `up` to `d_up` and return what `forward` returns."""
-
-
-@dataclass(frozen=True)
-class KnownGate:
-    """act(gate) · up of gate and up side by side, or act(up) alone."""
-
-    activation: Activation
-    is_gated: bool = True
-
-    def forward(self, up: Tensor) -> Tensor:
-        return activate(self.activation, *self._halves(up))
-
-    def backward(self, d_inner: Tensor, up: Tensor, d_up: Tensor) -> Tensor:
-        return activate_backward(self.activation, d_inner, *self._halves(up), *self._halves(d_up))
-
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not self.is_gated:
-            return x, None
-        gate, up = x.chunk(2, -1)
-        return gate, up
-
-
-@dataclass(frozen=True)
-class OwnGate:
-    """A model's own function. known: what has the same gradient; autograd's is taken without."""
-
-    function: Callable[[Tensor], Tensor]
-    known: KnownGate | None = None
-
-    def forward(self, up: Tensor) -> Tensor:
-        return self.function(up)
-
-    def backward(self, d_inner: Tensor, up: Tensor, d_up: Tensor) -> Tensor:
-        if self.known is not None:
-            return self.known.backward(d_inner, up, d_up)
-        return _pulled_back(self.function, up, d_inner, d_up)
 
 
 @dataclass(frozen=True)
@@ -214,42 +92,6 @@ def routed_experts(
     settings = _Settings(experts, routing, arena, recompute_projections)
     y: Tensor = _RoutedExperts.apply(x, weights, settings, *experts.trained())
     return y
-
-
-class Routing:
-    """The rows of a batch, sorted by expert. index (tokens, k): the experts of each token."""
-
-    def __init__(self, index: Tensor, experts: int) -> None:
-        flat = index.reshape(-1)
-        self.order = flat.argsort(stable=True)  # (rows,)
-        self.token = self.order // index.shape[1]  # of each sorted row
-        places = torch.empty_like(self.order)
-        places[self.order] = torch.arange(len(places), device=index.device)
-        self.places = places.view_as(index)  # of each token and choice, among the sorted rows
-        counts: list[int] = torch.bincount(flat, minlength=experts)[:experts].tolist()
-        self.ends = torch.bincount(flat, minlength=experts)[:experts].cumsum(0, dtype=torch.int32)
-        self.segments: list[tuple[int, slice]] = []  # of each expert that has rows
-        first = 0
-        for expert, count in enumerate(counts):
-            if count:
-                self.segments.append((expert, slice(first, first + count)))
-                first += count
-        self.routed = first  # rows of an expert; those beyond the experts follow
-        self.longest = max(counts, default=0)
-
-    @cached_property
-    def expert(self) -> Tensor:
-        """The expert of each routed row, (routed,)."""
-        counts = torch.tensor([rows.stop - rows.start for _, rows in self.segments])
-        experts = torch.tensor([expert for expert, _ in self.segments], dtype=torch.int64)
-        return experts.repeat_interleave(counts).to(self.token.device)
-
-    def combined(self, rows: Tensor, weights: Tensor, *, exact: bool = False) -> Tensor:
-        """Return Σ_j w_tj · row_tj, (tokens, columns), in the rows' dtype; by transformers' own
-        operations if `exact`."""
-        if exact:
-            return (rows[self.places] * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
-        return weighted_sums(rows, self.places, weights)
 
 
 def _at_once(x: Tensor, weights: Tensor, experts: Experts, routing: Routing) -> Tensor:
@@ -346,7 +188,7 @@ class _RoutedExperts(torch.autograd.Function):
         d_weights = dy.new_zeros(rows, dtype=wide)
         if d_x is not None:
             d_x[routing.routed :] = 0
-        d_up_factors, d_down_factors = up.zero_gradients(), down.zero_gradients()
+        d_up_factors, d_down_factors = _FactorGradients(up.of_all), _FactorGradients(down.of_all)
         y_rows, x_rows, inner_rows, up_rows, d_up_rows = (
             dy.new_empty(routing.longest, columns)
             for columns in (
@@ -371,7 +213,7 @@ class _RoutedExperts(torch.autograd.Function):
                 inner = experts.gate.forward(own_up)
                 y = torch.empty_like(own_dy)
                 _project(inner, down, expert, y, h_down[own])
-                normed = _pulled_back(experts.post_norm, y, own_dy, d_y := torch.empty_like(y))
+                normed = pulled_back(experts.post_norm, y, own_dy, d_y := torch.empty_like(y))
                 d_weights[own] = row_dots(own_dy, normed)
                 own_dy = d_y
             dh_down = _gradient_of_h(own_dy, down, expert)
@@ -459,12 +301,3 @@ def _gradient_of_x(dy: Tensor, dh: Tensor, stack: Stack, expert: int, dx: Tensor
     else:
         dx.copy_(product_back(dy, weight))
     return dx if stack.of_all is None else low_rank.add(dh, stack.of_all.A_of(expert), dx)
-
-
-def _pulled_back(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
-    """Write the gradient of x to `dx` and return function(x)."""
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_(True)
-        y = function(leaf)
-    dx.copy_(torch.autograd.grad(y, leaf, dy.to(y.dtype))[0])
-    return y.detach()

@@ -1,0 +1,86 @@
+"""The weights of all experts of a layer, and the low-rank updates over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.quant.stack import QuantizedStack, expert_weight
+from veneer.quant.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class StackUpdate:
+    """What adapters add to each expert of a stack: B (A x), scaled, in the dtype of computing.
+
+    A (experts, rank, in), or (rank, in) where the experts share it; Bt (experts, rank, out): Bᵀ of
+    each, contiguous, since products with it are faster so.
+    """
+
+    A: Tensor
+    Bt: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2]
+
+    @property
+    def shares_A(self) -> bool:
+        return self.A.ndim == 2
+
+    def A_of(self, expert: int) -> Tensor:
+        """Return an expert's A (rank, in)."""
+        return self.A if self.shares_A else self.A[expert]
+
+
+@dataclass(frozen=True)
+class TokenUpdates:
+    """Updates of which each token has one of its own; without gradients.
+
+    which (tokens,) of int64: the number of each token's update, or -1 for none.
+    """
+
+    updates: Sequence[StackUpdate]
+    which: Tensor
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One linear layer of every expert: W_e x + B_e A_e x + b_e.
+
+    weight (experts, out, in), or (experts, in, out) if `transposed`; frozen. bias (experts, out).
+    """
+
+    weight: Tensor | QuantizedStack
+    transposed: bool = False
+    bias: Tensor | None = None
+    update: StackUpdate | TokenUpdates | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[-1 if self.transposed else -2]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[-2 if self.transposed else -1]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.of_all is None else self.of_all.rank
+
+    @property
+    def of_all(self) -> StackUpdate | None:
+        """The update that all tokens share, or None."""
+        return self.update if isinstance(self.update, StackUpdate) else None
+
+    def weight_of(self, expert: int, dtype: torch.dtype) -> Tensor | QuantizedWeight:
+        """Return an expert's weight (out, in), a dense one in `dtype`."""
+        weight = expert_weight(self.weight, expert, transposed=self.transposed)
+        return weight.to(dtype) if isinstance(weight, Tensor) else weight
+
+    def trained(self) -> list[Tensor]:
+        """Return A and Bᵀ, or nothing where no adapter acts."""
+        return [] if self.of_all is None else [self.of_all.A, self.of_all.Bt]
