@@ -1,12 +1,13 @@
 """Every part of PEFT's LoRA, both ways: its logits, and its gradients after one step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 import veneer
@@ -84,6 +85,46 @@ def test_gradients_after_one_step(case, tmp_path):
     if case not in AS_ONE:
         stepped = [step(one, kind) for one in (model, peer, reference)]
         assert_no_further(*stepped, "logits after a step")
+
+
+@pytest.mark.parametrize("case", ["experts alone", "experts, transposed"])
+def test_gradients_of_experts_with_all_tokens_one_and_none(case, tmp_path):
+    kind, options = CASES[case]
+    peer, reference = theirs(kind, options), in_float64(theirs(kind, options))
+    written(peer, tmp_path / "start")
+    model = veneer.load(base(kind), tmp_path / "start")
+    train_adapter(model)
+    torch.manual_seed(0)
+    index = torch.tensor([[0, 1], [2, 0], [0, 2], [2, 0], [0, 2]])  # 0: all, 1: one, 3: none
+    x, weights, dy = torch.randn(5, 16), torch.rand(5, 2), torch.randn(5, 16)
+
+    def gradients(model: nn.Module, experts: Callable[..., Tensor]) -> dict[str, Tensor]:
+        dtype = next(model.parameters()).dtype
+        leaves = {"x": x.to(dtype, copy=True), "weights": weights.to(dtype, copy=True)}
+        for leaf in leaves.values():
+            leaf.requires_grad_(True)
+        model.zero_grad()
+        experts(leaves["x"], index, leaves["weights"]).backward(dy.to(dtype))
+        if isinstance(model, PeftModel):
+            tensors = as_an_adapter(model, kind, tmp_path / str(dtype))
+        else:
+            with gradients_in_place_of_weights(model):
+                tensors = {name: w.detach().clone() for name, w in adapter_tensors(model).items()}
+        own = {name: w for name, w in tensors.items() if "layers.0.mlp.experts" in name}
+        assert len(own) == 4
+        return own | {name: leaf.grad for name, leaf in leaves.items()}
+
+    def first_experts(model: nn.Module) -> nn.Module:
+        return model.get_submodule("model.layers.0.mlp.experts")
+
+    exact = gradients(reference, first_experts(reference.base_model.model))
+    peers = gradients(peer, first_experts(peer.base_model.model))
+    ours = first_experts(model)
+    for forward in (ours, lambda *inputs: ours.routed(inputs, {})):  # alone, and in our passes
+        for name, gradient in gradients(model, forward).items():
+            assert_no_further(gradient, peers[name], exact[name], name)
+            if "experts" in name:
+                assert [bool(of_expert.any()) for of_expert in gradient] == [True] * 3 + [False]
 
 
 def as_an_adapter(model: nn.Module, kind: str, place: Path) -> dict[str, Tensor]:

@@ -56,12 +56,12 @@ def base(kind: str) -> PreTrainedModel:
             return _shaken(AutoModelForCausalLM.from_config(config))
         case "qwen3_moe":
             config = Qwen3MoeConfig(
-                **_MOE, head_dim=8, intermediate_size=24, moe_intermediate_size=16, num_experts=3
+                **_MOE, head_dim=8, intermediate_size=24, moe_intermediate_size=16, num_experts=4
             )
             return _shaken(AutoModelForCausalLM.from_config(config))
         case "gpt_oss":  # whose experts are (experts, in, out), and have biases
             config = GptOssConfig(
-                **_MOE, head_dim=8, intermediate_size=24, num_local_experts=3, sliding_window=8
+                **_MOE, head_dim=8, intermediate_size=24, num_local_experts=4, sliding_window=8
             )
             return _shaken(AutoModelForCausalLM.from_config(config))
         case "vit":

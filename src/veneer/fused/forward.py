@@ -42,6 +42,8 @@ from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.models.evaluating import evaluating
 
 PROBE_LENGTHS = (7, 19, 12)
+# Of mixtures, which may be larger than the memory: each token more makes a pass read more experts.
+MIXTURE_PROBE_LENGTHS, MIXTURE_PROBE_STEP = (3, 7, 4), 16
 # How far the hidden state of a token may be from what it is behind other rows, relatively: what
 # state-space layers leak from one packed row into the next reached 0.2 to 1.
 FAR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -57,7 +59,8 @@ class Forward:
     packed: rows end to end, without padding; head: what makes the logits of labelled rows alone, or
     None where the model makes those of all rows; layers: those that are computed as two functions;
     recompute: what the backward pass computes again; alone: rows one by one, where not even padding
-    is possible; experts: modules whose routed experts are computed as one function.
+    is possible; experts: modules whose routed experts are computed as one function; tokens_step:
+    packed batches are filled up to a multiple of it.
     """
 
     packed: bool
@@ -67,6 +70,7 @@ class Forward:
     recompute: Recompute = "none"
     alone: bool = False
     experts: tuple[nn.Module, ...] = ()
+    tokens_step: int = TOKENS_STEP
     arena: Arena = field(default_factory=Arena, compare=False)
     _installations: dict[nn.Module, Installation] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -79,7 +83,7 @@ class Forward:
         """
         device = model.device
         if self.packed:
-            batch = filled_up(batch, TOKENS_STEP, virtual_input_count(model))
+            batch = filled_up(batch, self.tokens_step, virtual_input_count(model))
         tokens = torch.from_numpy(batch.tokens).to(device)  # (tokens,)
         labels = torch.from_numpy(batch.labels).to(device)
         positions = torch.from_numpy(batch.positions).to(device)
@@ -177,13 +181,17 @@ def choose_forward(
     The proof compares a few short rows with the same rows computed by the model alone, one by one.
     """
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
-    rows = [
-        Example(tokens, tokens, "probe", 0)
-        for row, length in zip(_cycle(examples), PROBE_LENGTHS, strict=False)
-        if len(tokens := row.tokens[:length]) > 1
-    ]
     # Not in training mode, in which dropout would make any two passes differ.
     with torch.no_grad(), evaluating(model):
+        routed = {module: why for _, module, why in experts_of(model)}
+        experts = tuple(module for module, why in routed.items() if why is None)
+        lengths = MIXTURE_PROBE_LENGTHS if routed else PROBE_LENGTHS
+        step = MIXTURE_PROBE_STEP if routed else TOKENS_STEP
+        rows = [
+            Example(tokens, tokens, "probe", 0)
+            for row, length in zip(_cycle(examples), lengths, strict=False)
+            if len(tokens := row.tokens[:length]) > 1
+        ]
         # The first row's pass serves two proofs: a mapped base is read from disk at each pass.
         first = torch.tensor([rows[0].tokens], device=model.device)
         own, head, why_not_head = own_logits_and_head(model, first)
@@ -195,16 +203,9 @@ def choose_forward(
         layers = tuple(it for it in recognised.values() if isinstance(it, FusedLayer))
         unfused = {path: it for path, it in recognised.items() if isinstance(it, str)}
 
-        routed = {module: why for _, module, why in experts_of(model)}
-        experts = tuple(module for module, why in routed.items() if why is None)
-
         def why_not(layers: tuple[FusedLayer, ...]) -> str | None:
-            forward = Forward(True, head, layers, experts=experts)
-            return (
-                _why_not_packed(model, layers)
-                or _why_not(forward, model, rows, expected)
-                or _why_apart(forward, model, rows)
-            )
+            forward = Forward(True, head, layers, experts=experts, tokens_step=step)
+            return _why_not_packed(model, layers) or _why_not(forward, model, rows, expected)
 
         why_not_packed = why_not(layers)
         if why_not_packed and layers:
@@ -286,31 +287,30 @@ def _cycle(examples: Sequence[Example]) -> Iterator[Example]:
 def _why_not(
     forward: Forward, model: PreTrainedModel, rows: Sequence[Example], own: float
 ) -> str | None:
-    try:
-        loss = float(forward(model, pack(rows, range(len(rows)))))
-    except Exception as error:  # whatever a foreign architecture raises, the slower way is open
-        return described(error)
-    head: Any = model.get_output_embeddings()
-    if abs(loss - own) <= TOLERANCE[head.weight.dtype] * abs(own):
-        return None
-    return f"its loss of {loss:.6g} differs from the model's own {own:.6g}"
+    """Return why a way does not give the model's own loss of the rows, or None.
 
-
-def _why_apart(forward: Forward, model: PreTrainedModel, rows: Sequence[Example]) -> str | None:
-    """Return why a packed row depends on the rows before it, or None.
-
-    A loss summed over all rows may hide what leaks from one row to the next; two orders of the rows
-    do not. The same functions compute both, so that rounding is nearly the same.
+    A loss summed over all rows may hide what leaks from one packed row to the next; two orders of
+    the rows do not. The same functions compute both, so that rounding is nearly the same.
     """
     order = range(len(rows))
-    with _hidden_states(model) as outputs:
-        for indices in (order, order[::-1]):
-            forward(model, pack(rows, indices))
-    if len(outputs) != 2:
-        return None
-    lengths = [len(row.tokens) for row in rows]
+    try:
+        with _hidden_states(model) as outputs:
+            loss = float(forward(model, pack(rows, order)))
+            head: Any = model.get_output_embeddings()
+            if not abs(loss - own) <= TOLERANCE[head.weight.dtype] * abs(own):
+                return f"its loss of {loss:.6g} differs from the model's own {own:.6g}"
+            if forward.packed:
+                forward(model, pack(rows, order[::-1]))
+    except Exception as error:  # whatever a foreign architecture raises, the slower way is open
+        return described(error)
+    return _why_apart(outputs, [len(row.tokens) for row in rows]) if len(outputs) == 2 else None
+
+
+def _why_apart(outputs: Sequence[Tensor], lengths: Sequence[int]) -> str | None:
+    """Return why a packed row depends on the rows before it, or None. outputs: hidden states of the
+    rows in their order and in reverse, (1, tokens, dim)."""
     one, other = (x[0, : sum(lengths)].double() for x in outputs)  # (tokens, dim)
-    other = torch.cat(other.split(lengths[::-1])[::-1])
+    other = torch.cat(other.split(list(lengths[::-1]))[::-1])
     distance = float(((other - one).norm(dim=-1) / one.norm(dim=-1)).max())
     if distance <= FAR[outputs[0].dtype]:
         return None
