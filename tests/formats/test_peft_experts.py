@@ -120,7 +120,13 @@ OLDER = {
 
 
 def older_file(
-    model_type: str, place: Path, *, names: tuple[str, ...], experts: int = 0, **settings: Any
+    model_type: str,
+    place: Path,
+    *,
+    names: tuple[str, ...],
+    experts: int = 0,
+    blocks: int = 2,
+    **settings: Any,
 ) -> Any:
     """Write an adapter with one of its own for each expert, and return its base."""
     base = peft_base(model_type)
@@ -132,7 +138,7 @@ def older_file(
     sizes = dict(zip(projections, [(rows // 2, in_)] * 2 + [(in_, inner)], strict=True))
     tensors = {}
     generator = torch.Generator().manual_seed(5)
-    for block in range(2):
+    for block in range(blocks):
         for expert in range(experts or count):
             for name in names:
                 path = f"base_model.model.model.layers.{block}.{owner.format(expert)}{name}"
@@ -148,8 +154,15 @@ def older_file(
     return base
 
 
-@pytest.mark.parametrize("model_type", OLDER)
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "rslora"),
+    [
+        ("mixtral", False),
+        ("qwen3_moe", True),
+        pytest.param("mixtral", True, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", False, marks=pytest.mark.slow),
+    ],
+)
 def test_one_adapter_for_each_expert(model_type, rslora, tmp_path):
     _, names = OLDER[model_type]
     base = older_file(model_type, tmp_path / "old", names=names)
@@ -179,6 +192,7 @@ def test_single_projections_and_experts_of_older_files(tmp_path):
         place,
         names=("w3",),
         experts=2,
+        target_modules=r".*\.experts\.[01]\.w3",
         alpha_pattern={r"experts\.1\.w3": 9, "layers.0.block_sparse_moe.experts.0.w3": 4},
     )
     model = veneer.load(copy.deepcopy(base), place)
@@ -194,6 +208,28 @@ def test_single_projections_and_experts_of_older_files(tmp_path):
     assert_same(logits(model), logits(plain), logits(base))
     edit(place, alpha_pattern={"nothing": 1})
     veneer.load(copy.deepcopy(base), place)  # PEFT ignores patterns that match nothing
+
+
+@pytest.mark.parametrize(
+    ("ours", "changes", "message"),
+    [
+        ({"experts": 3}, {}, r"missing for model\.layers\.0\.block_sparse_moe\.experts\.3\.w1, .*3\.w2"),
+        ({"blocks": 1}, {}, r"missing for model\.layers\.1\.block_sparse_moe\.experts\.0\.w1"),
+        ({}, {"target_modules": ["w1", "w2", "w3", "q_proj"]}, r"missing for .*1\.self_attn\.q_proj"),
+        ({"experts": 3}, {"target_modules": "all-linear"}, "missing for .* and 11 more"),
+        ({}, {"target_modules": ["w1", "w3"]}, r"experts\.0\.w2 has weights, but is not among"),
+        ({"blocks": 1}, {"layers_to_transform": [0]}, None),
+    ],
+)
+def test_older_files_that_lack_what_they_name(ours, changes, message, tmp_path):
+    settings = {"names": OLDER["mixtral"][1]} | ours
+    base = older_file("mixtral", tmp_path / "old", **settings)
+    edit(tmp_path / "old", **changes)
+    if message is None:
+        veneer.load(base, tmp_path / "old")
+    else:
+        with pytest.raises(veneer.AdapterError, match=message):
+            veneer.load(base, tmp_path / "old")
 
 
 def test_experts_that_the_base_lacks(tmp_path):
@@ -220,7 +256,7 @@ def test_what_peft_cannot_hold_beside_experts_is_refused(tmp_path):
         veneer.save(model, tmp_path / "peft", format="peft")
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ranks_of_experts_and_an_a_that_they_share(shared, tmp_path):
     base = small("qwen3_moe")
     targets = ["all", *stacks_of(base)]

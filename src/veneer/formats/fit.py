@@ -7,6 +7,7 @@ PEFT can adapt a linear layer by its weight's name, which is the same as adaptin
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from transformers.core_model_loading import (
 )
 
 from veneer.adapter.config import LoRA
+from veneer.adapter.targets import resolve
+from veneer.errors import AdapterError, joined, listed
 from veneer.formats.base_structure import BaseStructure, targets_for
 from veneer.formats.stacks import as_one
 from veneer.formats.state import AdapterState, StoredLayer
@@ -44,7 +47,8 @@ class _Member:
 def fit(state: AdapterState, base: BaseStructure) -> AdapterState:
     """Return the adapter with the layers and stacks that `base` has; it computes the same.
 
-    Layers that the base lacks in whatever form stay as they are, and `validate` names them.
+    Layers that the base lacks in whatever form stay as they are, and `validate` names them. Raises
+    AdapterError for a file of single experts that lacks some which its settings name.
     """
     config = state.config
     if not isinstance(config, LoRA):
@@ -67,6 +71,8 @@ def fit(state: AdapterState, base: BaseStructure) -> AdapterState:
         moved[fitted[-1].path] = path
     if not members and all(new == old for new, old in moved.items()):
         return state if fitted == layers else state.with_layers(fitted)
+    if ways is not None and members:
+        _refuse_incomplete(config, moved, members, ways)
     ranks = {new: config.rank_of(old) for new, old in moved.items()}
     alphas = {new: config.alpha_of(old) for new, old in moved.items()}
     for path, own_members in sorted(members.items()):
@@ -111,6 +117,43 @@ def fused(stack: Layer, members: Sequence[_Member], projections: int) -> StoredL
     return StoredLayer(stack.path, *as_one(factors), "parameter")
 
 
+def _refuse_incomplete(
+    config: LoRA,
+    moved: Mapping[str, str],
+    members: Mapping[str, Sequence[_Member]],
+    ways: _Ways,
+) -> None:
+    """Raise AdapterError if a file of single experts lacks weights that its settings name, or has
+    others: experts without weights would be filled up with zeros.
+
+    The settings are resolved over the base as the file knows it, with each expert's projections as
+    layers. moved: the paths in the file of the layers that are no expert's, by path in the base.
+    """
+    base = ways.base
+    own = base.layers | base.matrices
+    if not moved.keys() <= own.keys():
+        return  # `validate` names the others
+    experts = {member.layer.path: path for path, each in members.items() for member in each}
+    layers = [layer for path, layer in base.layers.items() if path not in moved]
+    layers += [_as_linear(own[path], old) for path, old in moved.items()]
+    layers += ways.every_expert(experts)
+    there = {*moved.values(), *experts}
+    try:
+        named = {layer.path for layer in resolve(base.model, config, layers)}
+    except ValueError as error:
+        problems = [str(error).rstrip(".")]
+    else:
+        problems = [f"{x} has weights, but is not among the targets" for x in sorted(there - named)]
+        if missing := sorted(named - there):
+            problems.append(f"weights are missing for {listed(missing)}")
+    if problems:
+        raise AdapterError(f"This adapter does not fit the base: {joined(problems)}.")
+
+
+def _as_linear(layer: Layer, path: str) -> Layer:
+    return replace(layer, path=path, kind="linear", parameter=None)
+
+
 @dataclass(frozen=True)
 class _Ways:
     """How transformers turns the keys of older checkpoints into a base's, by its own rules."""
@@ -133,6 +176,27 @@ class _Ways:
         if key == layer.path + WEIGHT:
             return None
         return _of_base(replace(layer, path=key.removesuffix(WEIGHT)), self.base)
+
+    def every_expert(self, experts: Mapping[str, str]) -> list[Layer]:
+        """Return all projections of all experts as layers, with their paths in the file.
+
+        experts: the stacks' paths by the paths of those in the file, which say how it names them.
+        """
+        forms = set()
+        for path, stack in experts.items():
+            blocks, _, inner = path.partition(f".{self.base.matrices[stack].block}.")
+            forms.add((blocks, inner.rsplit(".", 2)[0]))
+        sources = {source for converter in self.converters for source in converter.source_patterns}
+        names = {source.removesuffix(WEIGHT).rpartition(".")[2] for source in sources}
+        layers = []
+        for (blocks, owner), name in itertools.product(forms, names):
+            for stack in filter(lambda x: x.is_stack, self.base.matrices.values()):
+                owner_path = f"{blocks}.{stack.block}.{owner}"
+                key = f"{owner_path}.0.{name}{WEIGHT}"
+                if rename_source_key(key, self.renamings, self.converters)[0] == stack.path:
+                    paths = (f"{owner_path}.{expert}.{name}" for expert in range(stack.experts))
+                    layers += [_as_linear(stack, path) for path in paths]
+        return layers
 
     def stack_of(self, layer: StoredLayer) -> tuple[str, int, int] | None:
         """Return the path of the stack, the expert and the projection that a layer is of, or None
