@@ -16,7 +16,7 @@ from support.closeness import assert_same_logits
 from support.llama_cpp import LlamaCpp
 from support.random_adapters import distance, ids, logits, same, shake
 from support.tiny_gguf import MIXTURES, VOCAB, random_model, write_model
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, ModelError
 from veneer.formats.capture import capture
 from veneer.formats.gguf import adapter as store
 from veneer.formats.gguf import mapping
@@ -106,6 +106,13 @@ def test_a_merged_model_answers_as_here(name, tmp_path):
     theirs = server.next_token(ids(2, 9), VOCAB)
     assert distance(theirs, last(model)) < 2 * HALF
     assert distance(theirs, last(base)) > 0.03
+
+
+def test_a_mixture_whose_file_is_not_read_whole_is_refused(tmp_path):
+    base = random_model("gpt_oss")
+    place = write_model("gpt_oss", base, tmp_path / "base.gguf")
+    with pytest.raises(ModelError, match=r"is a gpt-oss model .* let llama.cpp apply the adapter"):
+        write_merged(place, capture(adapted(base, "one A")), tmp_path / "merged.gguf")
 
 
 def naming() -> Any:

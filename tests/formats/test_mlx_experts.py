@@ -69,7 +69,7 @@ def their_logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("model_type", EACH)
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_we_write_mlx_lm_reads(model_type, shared, tmp_path):
     assert_same_logits(their_logits(theirs(model_type)), base(model_type), logits)
     targets = ["self_attn.q_proj", "mlp.gate.weight", *STACKS]

@@ -8,6 +8,7 @@ import copy
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from support.peft_cases import base as peft_base
 from support.peft_cases import theirs, written
 from support.random_adapters import distance, ids, shake
 from veneer.formats.base_structure import BaseStructure
-from veneer.formats.capture import layer_tensors
+from veneer.formats.capture import capture, layer_tensors
 from veneer.formats.convert import convert
 from veneer.formats.peft import directory as store
 from veneer.formats.peft.experts import taken_for_stacks
@@ -31,9 +32,9 @@ from veneer.models.description import describe
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 NAMES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-# Shared experts beside stacks, a dense layer first, names that PEFT takes for those of experts;
-# stacks that are transposed and have biases; experts without a gate.
-FAST = ["glm4_moe", "gpt_oss", "nemotron_h"]
+# Stacks that are transposed and have biases; experts without a gate. Of the others, glm4_moe has
+# shared experts, a dense layer first, and names that PEFT takes for those of experts.
+FAST = ["gpt_oss", "nemotron_h"]
 # PEFT renames keys of these when it loads them, and does not find its own.
 LOST_IN_PEFT = {"inkling2_text", "inkling2_loop_text", "laguna"}
 
@@ -88,7 +89,7 @@ def test_both_ways(model_type, tmp_path):
     # The names that people give in PEFT, some of which are of experts alone there.
     names = sorted({*targets, *taken_for_stacks(NAMES, base.config.model_type), "down_proj"})
     for place, asked in (("names", names), ("all", "all-linear")):
-        if targets if place == "names" else model_type in FAST[:2]:
+        if targets if place == "names" else model_type in ("glm4_moe", "gpt_oss"):
             peer = their_own(base, asked, tmp_path / place)
             ours = veneer.load(copy.deepcopy(base), tmp_path / place)
             assert_same(logits(ours), logits(peer), logits(base))
@@ -213,9 +214,17 @@ def test_single_projections_and_experts_of_older_files(tmp_path):
 @pytest.mark.parametrize(
     ("ours", "changes", "message"),
     [
-        ({"experts": 3}, {}, r"missing for model\.layers\.0\.block_sparse_moe\.experts\.3\.w1, .*3\.w2"),
+        (
+            {"experts": 3},
+            {},
+            r"missing for model\.layers\.0\.block_sparse_moe\.experts\.3\.w1, .*3\.w2",
+        ),
         ({"blocks": 1}, {}, r"missing for model\.layers\.1\.block_sparse_moe\.experts\.0\.w1"),
-        ({}, {"target_modules": ["w1", "w2", "w3", "q_proj"]}, r"missing for .*1\.self_attn\.q_proj"),
+        (
+            {},
+            {"target_modules": ["w1", "w2", "w3", "q_proj"]},
+            r"missing for .*1\.self_attn\.q_proj",
+        ),
         ({"experts": 3}, {"target_modules": "all-linear"}, "missing for .* and 11 more"),
         ({}, {"target_modules": ["w1", "w3"]}, r"experts\.0\.w2 has weights, but is not among"),
         ({"blocks": 1}, {"layers_to_transform": [0]}, None),
@@ -245,6 +254,24 @@ def test_a_layer_adapted_by_its_weights_name(tmp_path):
     model = veneer.load(peft_base("llama"), tmp_path / "peft")
     assert_same(logits(model), logits(peer), logits(peft_base("llama")))
     assert {*veneer.adapters(model)["default"].targets} == {"q_proj"}
+
+
+def test_dense_layers_of_a_mixture_are_written_by_their_weights_or_a_note_asks_for_the_base(
+    tmp_path,
+):
+    base = small("glm4_moe")
+    model = veneer.attach(copy.deepcopy(base), veneer.LoRA(rank=2, targets=["0.mlp.down_proj"]))
+    state = capture(shake(model))
+    weight = "model.layers.0.mlp.down_proj.weight"
+    base.config.save_pretrained(tmp_path / "base")
+    named = replace(state, base_name=str(tmp_path / "base"))
+    for case, own, structure in (("given", state, BaseStructure(base)), ("named", named, None)):
+        assert not store.write(own, tmp_path / case, structure)
+        assert read_config(tmp_path / case)["target_parameters"] == [weight]
+    unknown = replace(state, base_name="some/base")
+    (note,) = store.write(unknown, tmp_path / "unknown")
+    assert "The base, some/base, cannot be looked at" in note
+    assert "PEFT takes down_proj for the names of its experts" in note
 
 
 def test_what_peft_cannot_hold_beside_experts_is_refused(tmp_path):

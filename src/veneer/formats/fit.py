@@ -182,15 +182,16 @@ class _Ways:
 
         experts: the stacks' paths by the paths of those in the file, which say how it names them.
         """
+        stacks = [layer for layer in self.base.matrices.values() if layer.is_stack]
         forms = set()
-        for path, stack in experts.items():
-            blocks, _, inner = path.partition(f".{self.base.matrices[stack].block}.")
+        for path, name in experts.items():
+            blocks, _, inner = path.partition(f".{self.base.matrices[name].block}.")
             forms.add((blocks, inner.rsplit(".", 2)[0]))
         sources = {source for converter in self.converters for source in converter.source_patterns}
         names = {source.removesuffix(WEIGHT).rpartition(".")[2] for source in sources}
         layers = []
         for (blocks, owner), name in itertools.product(forms, names):
-            for stack in filter(lambda x: x.is_stack, self.base.matrices.values()):
+            for stack in stacks:
                 owner_path = f"{blocks}.{stack.block}.{owner}"
                 key = f"{owner_path}.0.{name}{WEIGHT}"
                 if rename_source_key(key, self.renamings, self.converters)[0] == stack.path:

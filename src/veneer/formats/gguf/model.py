@@ -96,7 +96,12 @@ def write_merged(
     naming = naming_over(skeleton)
     source = open_source(base, skeleton)
     if source is None:
-        raise ModelError(f"{base} lacks tensors that its architecture needs.")
+        raise ModelError(
+            f"{base} is a {naming.architecture} model in which not all weights of "
+            f"{skeleton.config.model_type} are found, so nothing can be merged into it. Merge into "
+            "the model's directory (veneer merge DIRECTORY ADAPTER OUT), or let llama.cpp apply "
+            "the adapter (veneer convert ADAPTER OUT.gguf --to gguf)."
+        )
     _check(source, state, force=force)
     state, _ = without_start(state)
     report: list[MergedTensor] = []

@@ -122,18 +122,18 @@ def naming_of(config: PretrainedConfig) -> Naming:
 
     Raises AdapterError for an architecture that is not in ARCHITECTURES.
     """
-    if config.model_type not in ARCHITECTURES:
-        raise AdapterError(
-            f"GGUF adapters are for {', '.join(ARCHITECTURES)}, not for {config.model_type}; "
-            "the formats native and peft are for any model."
-        )
+    _refuse_unknown(config)
     with torch.device("meta"):
         return naming_over(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
 
 
 def naming_over(skeleton: PreTrainedModel) -> Naming:
-    """Return llama.cpp's names of a model's layers; it may be on the meta device."""
+    """Return llama.cpp's names of a model's layers; it may be on the meta device.
+
+    Raises AdapterError for an architecture that is not in ARCHITECTURES.
+    """
     config = skeleton.config
+    _refuse_unknown(config)
     architecture, kind = ARCHITECTURES[config.model_type], kind_of(config.model_type)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = permuted_heads(config)
@@ -170,6 +170,14 @@ def naming_over(skeleton: PreTrainedModel) -> Naming:
     assert head is not None
     has_head = gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[kind]
     return Naming(architecture, places, stacks, is_tied(embedding, head), has_head)
+
+
+def _refuse_unknown(config: PretrainedConfig) -> None:
+    if config.model_type not in ARCHITECTURES:
+        raise AdapterError(
+            f"GGUF adapters are for {', '.join(ARCHITECTURES)}, not for {config.model_type}; "
+            "the formats native and peft are for any model."
+        )
 
 
 def kind_of(model_type: str) -> gguf.MODEL_ARCH:

@@ -23,8 +23,6 @@ ORDER = (
     *("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "up_proj_bias"),
     *("down_proj", "down_proj_bias"),
 )
-
-
 ROUTER = "gate.weight"
 # The last names of linear layers that PEFT takes for those of experts, by kind of mixture whose
 # experts became stacks in transformers 5 (_MOE_TARGET_MODULE_MAPPING in PEFT 0.21's
@@ -33,6 +31,7 @@ TAKEN = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
 }
+TAKEN_SOMEWHERE = frozenset().union(*TAKEN.values())
 
 
 def taken_for_stacks(paths: Sequence[str], model_type: str | None) -> list[str]:
@@ -42,7 +41,7 @@ def taken_for_stacks(paths: Sequence[str], model_type: str | None) -> list[str]:
     """
     if model_type is None:
         is_mixture = any("expert" in path for path in paths)
-        names = frozenset().union(*TAKEN.values()) if is_mixture else frozenset()
+        names = TAKEN_SOMEWHERE if is_mixture else frozenset()
     else:
         likes = {"mixtral": "mixtral", **_MODEL_TO_CONVERSION_PATTERN}
         names = TAKEN.get(likes.get(model_type, ""), frozenset())

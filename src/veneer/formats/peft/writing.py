@@ -24,17 +24,18 @@ from veneer.formats.state import (
 )
 
 
-def config_of(state: AdapterState, base: BaseStructure | None = None) -> dict[str, Any]:
+def config_of(state: AdapterState, model_type: str | None = None) -> dict[str, Any]:
     """Return adapter_config.json of an adapter.
 
     Patterns are whole paths: PEFT sorts patterns on saving, and the first match wins, so that
-    patterns that overlap could change their meaning. base: as in `directory.write`.
+    patterns that overlap could change their meaning. model_type: of the base, None where it is not
+    known.
     """
     if isinstance(state.config, Method):
         return virtual.config_of(state, state.config)
     config, layers = state.config, list(state.layers())
     paths = {layer.path: layer.path for layer in layers}
-    by_weight = _by_weight(state, base)
+    by_weight = _by_weight(state, model_type)
     paths |= {path: f"{path}.weight" for path in by_weight}
     ranks = {name: config.rank_of(path) for path, name in paths.items()}
     alphas = {name: int_if_whole(config.alpha_of(path)) for path, name in paths.items()}
@@ -124,7 +125,7 @@ def new_tokens_as_trained(state: AdapterState) -> AdapterState:
     return replace(state, new_tokens=None, trained_tokens=trained)
 
 
-def _by_weight(state: AdapterState, base: BaseStructure | None) -> set[str]:
+def _by_weight(state: AdapterState, model_type: str | None) -> set[str]:
     """Return the linear layers that are written as their weights, because PEFT would take their
     names for those of experts. For PEFT the two are the same but for what only layers can have.
 
@@ -133,7 +134,6 @@ def _by_weight(state: AdapterState, base: BaseStructure | None) -> set[str]:
     config = state.config
     assert isinstance(config, LoRA)
     layers = {layer.path: layer for layer in state.layers() if layer.kind == "linear"}
-    model_type = None if base is None else getattr(base.config, "model_type", "")
     taken = taken_for_stacks(list(layers), model_type)
     if taken and (config.dora or any(layers[path].bias is not None for path in taken)):
         what = "DoRA" if config.dora else "a lora_bias"
