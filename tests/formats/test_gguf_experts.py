@@ -146,6 +146,17 @@ def test_gate_and_up_of_two_adapters_become_one():
     assert not layer.B.chunk(2, dim=1)[0].any()
 
 
+def test_gate_and_up_that_a_stack_has_row_by_row_in_turn():
+    base = random_model("gpt_oss")
+    state, names = capture(adapted(base, "one A")), store.naming_of(base.config)
+    made = mapping.contents_of(state, names)
+    for layers in (state.layers(), mapping.state_of(made, names).layers()):
+        B = next(x.B for x in layers if x.path.endswith("0.mlp.experts.gate_up_proj"))
+        for first, name in enumerate(("gate", "up")):
+            rows = torch.from_numpy(made.tensors[f"blk.0.ffn_{name}_exps.weight.lora_b"])
+            assert torch.equal(rows, B[:, first::2])
+
+
 def test_tensors_that_do_not_go_together_are_refused():
     made = written()
     name = "blk.1.ffn_up_exps.weight"
