@@ -2,7 +2,9 @@
 functions."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import veneer
-from support.every_architecture import small_config
+from support.every_architecture import small, small_config
 from support.random_adapters import examples, shake
 from support.tiny_models import tiny
 from veneer.data.packing import pack
@@ -42,6 +44,17 @@ def step(forward: Forward, model: nn.Module) -> list[Tensor]:
     return [loss, *torch.autograd.grad(loss, trained)]
 
 
+def layer_that_passes_on(scale: float) -> Callable[..., Tensor]:
+    """Return the forward of a layer that passes a number on to its mixture."""
+
+    def forward(self: Any, hidden_states: Tensor, **options: Any) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        x = hidden_states + self.self_attn(hidden_states=normed, **options)[0]
+        return x + self.mlp(self.post_attention_layernorm(x), scale)
+
+    return forward
+
+
 def why_not(model: nn.Module) -> str:
     """Return why the second layer is not computed as two functions."""
     return choose_forward(model, ROWS)[0].unfused.get("model.layers.1", "it is")
@@ -59,6 +72,31 @@ def test_hooks_of_others_are_called(kind, path):
     assert "hooks" in why_not(model)
     hook.remove()
     assert why_not(model) == "it is"
+
+
+def test_hooks_within_a_mixture_are_called_beside_fused_attention():
+    model, calls = adapted(small("qwen3_moe")), []
+    chosen, _ = choose_forward(model, ROWS)
+    assert [layer.structure.mixture for layer in chosen.layers] == ["mlp", "mlp"]
+    expected = step(chosen, model)
+    model.model.layers[1].mlp.gate.register_forward_hook(lambda *_: calls.append("gate"))
+    assert all(layer.is_as_proven() for layer in chosen.layers)
+    assert all(map(torch.equal, step(chosen, model), expected))
+    assert calls == ["gate"]
+    # transformers' own hooks for the loss of routers are on attention too: layers are left alone.
+    ids = torch.tensor([ROWS[0].tokens])
+    assert model(input_ids=ids, labels=ids, output_router_logits=True).aux_loss > 0
+    assert not any(layer.is_as_proven() for layer in chosen.layers)
+
+
+def test_a_mixture_that_needs_more_than_it_reads_is_left_alone(monkeypatch):
+    model = adapted(small("qwen3_moe"))
+    block = type(model.model.layers[1].mlp)
+    own = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, x, scale=1.0: own(self, x) * scale)
+    layer = type(model.model.layers[1])
+    monkeypatch.setattr(layer, "forward", layer_that_passes_on(scale=0.5))
+    assert "numbers are others" in why_not(model)
 
 
 @pytest.mark.parametrize("path", ["mlp.up_proj", "mlp.act_fn", "input_layernorm"])

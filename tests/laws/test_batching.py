@@ -27,14 +27,12 @@ from veneer.training.events import Evaluated, Notice, Step
 LENGTHS = [17, 5, 30, 12, 5, 24, 2]
 ROWS = examples(LENGTHS)
 STATES = ("falcon_h1", "mamba", "mamba2")  # which pass from row to row
-NEVER_PACKED = STATES
+NEVER_PACKED = NEVER_FUSED = STATES
 HEADS = {  # of models that scale or cap their logits
     "falcon_h1": Head(Logits(scale=0.5)),
     "gemma2": Head(Logits(softcap=3.0)),
     "granite": Head(Logits(scale=1 / 4.0)),
 }
-# Whose layers are not the two functions of fused/block.py.
-NEVER_FUSED = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", *STATES)
 
 
 def new_model(architecture: str, targets: str = "everything", **options: Any) -> Any:

@@ -123,7 +123,8 @@ def proven(architecture: str) -> Proven:
         ways = "one by one" if chosen.alone else "packed" if chosen.packed else "padded"
         loop = ways if chosen.head else f"{ways}, all logits"
         if chosen.layers:
-            notes.append("layers as two functions")
+            beside = all(layer.structure.mixture for layer in chosen.layers)
+            notes.append("attention as one function" if beside else "layers as two functions")
         if not chosen.packed:
             notes.append(why_not_packed(events[0]))
         assert bool(events) == (loop != "packed")

@@ -64,12 +64,14 @@ def way_of(model: Any, forward: Forward, notices: list[str]) -> Way:
         why = in_words(notice.partition(": ")[2])
         if notice.startswith("Logits"):
             head = why
-        else:
+        elif notice.startswith("Rows"):
             rows = why if forward.alone else f"packed, {why}"
     unfused = dict.fromkeys(map(in_words, forward.unfused.values()))
     if layers is None:
         unfused = {"no decoder layers are known": None}
     reasons = [f"layers: {why}" for why in unfused if rows != f"packed, {why}"]
+    if mixtures := sum(layer.structure.mixture is not None for layer in forward.layers):
+        reasons.append(f"attention alone of {mixtures}, beside a mixture of experts")
     reasons += [f"rows: {rows}"] * bool(rows) + [f"head: {head}"] * bool(head)
     return Way(
         len(forward.layers),

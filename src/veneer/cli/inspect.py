@@ -94,6 +94,9 @@ def _fused_layers(skeleton: PreTrainedModel) -> str:
     text = f"{fused} of {len(layers)} decoder layers"
     if fused:
         text += ", which a run proves before it begins"
+    mixtures = [layer for layer in layers if not isinstance(layer, str) and layer.mixture]
+    if mixtures:
+        text += f"; of {len(mixtures)}, beside a mixture of experts, attention alone"
     return "; ".join([text, *(f"{count} not: {why}" for why, count in reasons.items())]) + "."
 
 

@@ -10,11 +10,15 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.adapter.linear import LoRALinear
 from veneer.fused.norms import may_be_norm
-from veneer.fused.structure import AttentionStructure, FeedForwardStructure, LayerStructure
-from veneer.fused.watch import Attended, Call, Dropped, LayerPass, same_memory
+from veneer.fused.structure import (
+    AttentionStructure,
+    FeedForwardStructure,
+    LayerStructure,
+    MixtureStructure,
+)
+from veneer.fused.watch import Attended, Call, Dropped, LayerPass, is_mixture, same_memory
 from veneer.quant.weight import QuantizedLinear
 
-EXPERTS = ("expert", "router", "moe")
 ONE_OF_ALL, ONE_FOR_EACH = 1, 3  # projections that give q, k and v
 
 
@@ -37,12 +41,15 @@ def is_linear(module: nn.Module) -> bool:
 
 def _structure(watched: LayerPass) -> LayerStructure:
     x, attended = watched.x, watched.attended
-    paths = [path.lower() for path, _ in watched.layer.named_modules()]
-    if any(mark in path for path in paths for mark in EXPERTS):
-        raise Unlike("it is a mixture of experts")
     if attended is None or not watched.after:
         raise Unlike("it does not attend by transformers' interface or by torch's attention")
     before, after = _linears(watched.before), _linears(watched.after)
+    mixtures = [name for name, child in watched.layer.named_children() if is_mixture(name, child)]
+    if mixtures:
+        after += [call for call in watched.after if call.path in mixtures]
+        if [call.path for call in after[1:]] != mixtures or len(mixtures) > 1:
+            raise Unlike("its mixture of experts is not a half of its own")
+        after.append(after[1])  # which is both what reads the half's input and what ends it
     norms = [call for call in (*watched.before, *watched.after) if may_be_norm(call.module)]
     if len(before) not in (ONE_OF_ALL, ONE_FOR_EACH) or not _share_input(before):
         raise Unlike(f"q, k and v come from {_named(before)}")
@@ -63,6 +70,8 @@ def _structure(watched: LayerPass) -> LayerStructure:
         _dropout_after(post or last, watched.dropped)
         for last, post in zip((output, down), posts, strict=True)
     ]
+    if mixtures and (parallel or dropouts[1]):
+        raise Unlike("its mixture of experts reads the layer's input, or is dropped out")
     if len(watched.dropped) > sum(dropout is not None for dropout in dropouts):
         raise Unlike("it drops something else than what its halves add, or what attention sums")
     used = [call for call in (first, second, q_norm, k_norm, *posts) if call is not None]
@@ -84,7 +93,11 @@ def _structure(watched: LayerPass) -> LayerStructure:
             k_norm=_path(k_norm),
             **_sizes(before, attended, watched.layer),
         ),
-        feed_forward=_feed_forward(
+        feed_forward=MixtureStructure(
+            norm=_path(second), module=down.path, post_norm=_path(posts[1])
+        )
+        if mixtures
+        else _feed_forward(
             *(watched.after, inputs, down),
             norm=_path(second),
             post_norm=_path(posts[1]),

@@ -13,7 +13,7 @@ cheap, and the backward pass computes them again. All weights are frozen but the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
@@ -183,6 +183,29 @@ class FeedForward(Half):
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """x + multiplier · post_norm(module(norm(x))), where a mixture of experts computes itself."""
+
+    norm: Norm | None
+    module: Callable[[Tensor], Any]
+    post_norm: Norm | None
+    multiplier: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the half's output (tokens, dim)."""
+        return self.add(x, self.routed(normed(x, self.norm)))
+
+    def routed(self, x: Tensor) -> Tensor:
+        """Return what the module gives, beside which it may return a router's logits."""
+        y = self.module(x.unsqueeze(0))
+        return (y[0] if isinstance(y, tuple) else y).view_as(x)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the half's output from its input and what the module gives."""
+        return torch.add(x, normed(y, self.post_norm), alpha=self.multiplier)
+
+
+@dataclass(frozen=True)
 class Sum:
     """A half's output as what it is the sum of: two tensors (tokens, dim) that are kept anyway."""
 
@@ -201,6 +224,25 @@ class Sum:
         if self.dropout is not None:
             added = self.dropout.apply(added)
         return torch.add(self.residual, added, alpha=self.factor, out=out), statistics
+
+
+class _Normed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        y, statistics = norm.forward(x)
+        ctx.save_for_backward(x, statistics)
+        ctx.norm = norm
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x, statistics = ctx.saved_tensors
+        return ctx.norm.backward(grads[0], x, statistics, None), None
+
+
+def normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """Return norm(x), of which the backward pass keeps x; x itself without a norm."""
+    return x if norm is None else _Normed.apply(x, norm)
 
 
 class _Half(torch.autograd.Function):

@@ -233,7 +233,10 @@ def choose_forward(
         notices.append(f"Norms, activations and attention take a slower way: {why}.")
     blocks = decoder_layers(model)
     on_disk = recompute == "disk"
-    suits = all_fused and not (on_disk and (model.device.type != "cpu" or not IS_AVAILABLE))
+    suits = all_fused
+    if on_disk:  # where what autograd keeps of a mixture is not
+        suits &= model.device.type == "cpu" and IS_AVAILABLE
+        suits &= all(layer.structure.mixture is None for layer in layers)
     if recompute in ("selective", "disk") and not suits:
         recompute = "full"
         what = "Keeping activations on the disk" if on_disk else "Selective recomputation"

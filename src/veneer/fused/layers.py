@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from veneer.adapter.linear import LoRALinear
 from veneer.adapter.wrapper import Wrapper, is_intercepted
 from veneer.fused.analyse import is_linear
-from veneer.fused.block import FeedForward, SelfAttention
+from veneer.fused.block import FeedForward, Mixture, SelfAttention
 from veneer.fused.heads import Heads
 from veneer.fused.norms import with_weights
 from veneer.fused.rotaries import Angles, Rotaries
-from veneer.fused.structure import LayerStructure, Variant
+from veneer.fused.structure import LayerStructure, MixtureStructure, Variant
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention, Packing
 from veneer.kernels.dropout import Mask
@@ -55,7 +55,9 @@ class FusedLayer:
         first, second = halves
         x = hidden_states[0]
         y, made_of = first(x)
-        if self.structure.parallel:
+        if isinstance(second, Mixture):
+            y = second(y)
+        elif self.structure.parallel:
             y, _ = second(x, y)
         else:
             y, _ = (second if made_of is None else replace(second, made_of=made_of))(y)
@@ -72,7 +74,7 @@ class FusedLayer:
         arena: Arena,
         recompute_projections: bool = False,
         mask_of: Callable[[float], Mask] = Mask.drawn,
-    ) -> tuple[SelfAttention, FeedForward] | None:
+    ) -> tuple[SelfAttention, FeedForward | Mixture] | None:
         """Return the two functions, or None where the layer's own forward is needed: for trained
         norms or biases, a prefix, or mixed dtypes. mask_of: what makes the masks of the base's
         dropout."""
@@ -121,6 +123,13 @@ class FusedLayer:
             ),
             **shared,
         )
+        if isinstance(feed_forward, MixtureStructure):
+            return first, Mixture(
+                norms.get(feed_forward.norm),
+                self.module(feed_forward.module),
+                norms.get(feed_forward.post_norm),
+                self.variant.multiplier,
+            )
         second = FeedForward(
             norm=norms.get(feed_forward.norm),
             inputs=tuple(linears[path] for path in feed_forward.inputs),
@@ -145,7 +154,7 @@ class FusedLayer:
         return self._linears() is not None and self._norms() is not None
 
     def linears(self) -> list[nn.Module]:
-        """Return the layer's linear layers as they are now, in the order of their use."""
+        """Return the fused halves' linear layers as they are now, in the order of their use."""
         return [self.module(path) for path in self.structure.linears]
 
     def module(self, path: str) -> Any:
@@ -167,20 +176,24 @@ class FusedLayer:
 
     @cached_property
     def _others(self) -> list[tuple[Mapping[str, Any], str, nn.Module]]:
-        """All submodules but the linear layers, and where each is."""
+        """All submodules but the linear layers and a mixture, and where each is."""
+        path = self.structure.mixture
+        mixture = set() if path is None else set(self.layer.get_submodule(path).modules())
         return [
             (parent._modules, name, module)
             for parent in (self.layer, *submodules(self.layer))
-            if not is_linear(parent)
+            if not is_linear(parent) and parent not in mixture
             for name, module in parent._modules.items()
-            if module is not None and not is_linear(module)
+            if module is not None and not is_linear(module) and module not in mixture
         ]
 
     @cached_property
     def _places(self) -> dict[str, tuple[Mapping[str, Any], str]]:
         """Where each submodule is: looking a path up takes ten times as long."""
         places: dict[str, tuple[Mapping[str, Any], str]] = {}
-        for path in (*self.structure.linears, *self.structure.norms):
+        structure = self.structure
+        mixture = () if structure.mixture is None else (structure.mixture,)
+        for path in (*structure.linears, *structure.norms, *mixture):
             parent, _, name = path.rpartition(".")
             places[path] = self.layer.get_submodule(parent)._modules, name
         return places

@@ -19,12 +19,18 @@ from transformers import PreTrainedModel
 from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.adapter.wrapper import is_intercepted
 from veneer.fused.analyse import structure_of
-from veneer.fused.block import FeedForward, SelfAttention
+from veneer.fused.block import FeedForward, Mixture, SelfAttention, normed
 from veneer.fused.layers import FusedLayer, submodules
 from veneer.fused.norms import norm_of
 from veneer.fused.patches import LayerForward, patched
 from veneer.fused.rotaries import Rotaries
-from veneer.fused.structure import LayerStructure, Turn, Variant
+from veneer.fused.structure import (
+    FeedForwardStructure,
+    LayerStructure,
+    MixtureStructure,
+    Turn,
+    Variant,
+)
 from veneer.fused.watch import LayerPass, attention_is_asked_for, known_mask, watch
 from veneer.kernels.activation import Activation, activation_of
 from veneer.kernels.arena import Arena
@@ -153,7 +159,10 @@ class _Trial:
         if isinstance(norms, str):
             return norms
         activations: Sequence[Activation] = get_args(Activation)
-        if path := structure.feed_forward.activation:
+        half = structure.feed_forward
+        if isinstance(half, MixtureStructure):
+            activations = activations[:1]  # the mixture has its own
+        elif path := half.activation:
             known = activation_of(watched.layer.get_submodule(path))
             if known is None:
                 return f"{path} is no activation that is known"
@@ -174,6 +183,7 @@ class _Trial:
         self, watched: LayerPass, base: FusedLayer, activations: Sequence[Activation]
     ) -> Iterator[Variant]:
         attention, feed_forward = base.structure.attention, base.structure.feed_forward
+        is_gated = isinstance(feed_forward, FeedForwardStructure) and feed_forward.is_gated
         separate, angles = len(attention.inputs) == 3, watched.options["position_embeddings"]
         multipliers = {1.0} | {
             value
@@ -184,7 +194,7 @@ class _Trial:
             activations,
             ("separate",) if separate else ("blocks", "by key head"),
             ("none",) if angles is None else get_args(Turn),
-            (True, False) if feed_forward.is_gated else (True,),
+            (True, False) if is_gated else (True,),
             sorted(multipliers, reverse=True),
             (False,) if base.query_scaling is None else (True, False),
             (False, True) if attention.scale == 1 else (False,),
@@ -216,6 +226,8 @@ class _Trial:
         halves = candidate.halves(watched.x, **of_pass)
         if halves is None or not _gives_within(candidate, *halves, watched):
             return False
+        if isinstance(halves[1], Mixture):
+            return True  # of which each step has been judged
         y = candidate.forward(watched.x, **of_pass)
         return y is not None and _is_near(y, watched.y, watched.x)
 
@@ -240,22 +252,43 @@ def _query_scaling(model: PreTrainedModel) -> tuple[float, int] | None:
 
 
 def _gives_within(
-    layer: FusedLayer, first: SelfAttention, second: FeedForward, watched: LayerPass
+    layer: FusedLayer, first: SelfAttention, second: FeedForward | Mixture, watched: LayerPass
 ) -> bool:
     """Return whether the halves give the queries and keys that attention has read, and what the
-    last projection has: beside a large residual, or behind small weights, these would not show."""
+    last projection has: beside a large residual, or behind small weights, these would not show.
+
+    Around a mixture each step is judged from what the layer itself read: where two experts are
+    nearly equal for a token, the rounding of attention decides between them.
+    """
     calls = {call.path: call for call in (*watched.before, *watched.after)}
     attention, feed_forward = layer.structure.attention, layer.structure.feed_forward
     attended = watched.attended
     assert attended is not None
+    rotary = first.heads.rotary
+    if rotary is not None and 2 * rotary.cos.shape[1] > first.heads.head_dim:
+        return False  # its kernel would write beyond the heads
     q, k, _ = first.heads.forward([_flat(calls[path].y) for path in attention.inputs])
-    inner, _ = second.forward([_flat(calls[path].y) for path in feed_forward.inputs])
     own_q, own_k = (x[0].transpose(0, 1).flatten(1) for x in (attended.q, attended.k))
     k = k.repeat_interleave(own_k.shape[1] // k[0].numel(), 1)  # where it is shared beforehand
-    return (
+    if not (
         _is_near(q.flatten(1) * layer.scale, own_q * attention.scale)
         and _is_near(k.flatten(1), own_k)
-        and _is_near(inner, _flat(calls[feed_forward.output].x))
+    ):
+        return False
+    if isinstance(second, FeedForward):
+        assert isinstance(feed_forward, FeedForwardStructure)
+        inner, _ = second.forward([_flat(calls[path].y) for path in feed_forward.inputs])
+        return _is_near(inner, _flat(calls[feed_forward.output].x))
+    assert isinstance(feed_forward, MixtureStructure)
+    module = calls[feed_forward.module]
+    between = _flat(calls[feed_forward.norm or feed_forward.module].x)
+    x, normed_x = _flat(watched.x), _flat(module.x)
+    y = second.routed(normed_x)  # which may need more than what it reads
+    return (
+        _is_near(first(x)[0], between, x)
+        and _is_near(normed(between, second.norm), normed_x)
+        and _is_near(y, module.y.view_as(y))
+        and _is_near(second.add(between, y), _flat(watched.y), between)
     )
 
 

@@ -37,10 +37,10 @@ def rotary_of(turn: Turn, angles: Angles | None, dtype: torch.dtype) -> Rotary |
     turns."""
     if turn == "none" or angles is None:
         return None
-    cos, sin = (x[0].to(dtype) for x in angles)  # (tokens, 2 · pairs)
+    cos, sin = (x[0].to(dtype) for x in angles)  # (tokens, pairs or 2 · pairs)
     if turn == "pairs, angles twice":
         cos, sin = cos[:, ::2], sin[:, ::2]
-    else:
+    elif turn != "halves, angles once":
         pairs = cos.shape[1] // 2
         cos, sin = cos[:, :pairs], sin[:, :pairs]
-    return Rotary(cos.contiguous(), sin.contiguous(), interleaved=turn != "halves")
+    return Rotary(cos.contiguous(), sin.contiguous(), interleaved=turn.startswith("pairs"))

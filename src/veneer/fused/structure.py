@@ -11,8 +11,9 @@ from veneer.kernels.activation import Activation
 # they follow one another as a whole (Phi-3, GPT-2) or within each key head (GPT-NeoX, Falcon).
 Order = Literal["separate", "blocks", "by key head"]
 # Which dims of a head turn together, and where their angles lie in cos and sin: i and i + pairs, as
-# in LLaMA; 2i and 2i + 1 with the angles of GLM-4, or with each angle twice, as in Cohere.
-Turn = Literal["halves", "pairs", "pairs, angles twice", "none"]
+# in LLaMA, or with each angle once, as in gpt-oss; 2i and 2i + 1 with the angles of GLM-4, or with
+# each angle twice, as in Cohere.
+Turn = Literal["halves", "halves, angles once", "pairs", "pairs, angles twice", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,16 @@ class FeedForwardStructure(HalfStructure):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureStructure:
+    """The half that takes each token alone, y = post_norm(module(norm(x))), where a mixture of
+    experts, a module of the layer, computes itself."""
+
+    norm: str | None
+    module: str
+    post_norm: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerStructure:
     """A decoder layer as two halves, each added to the residual.
 
@@ -74,13 +85,25 @@ class LayerStructure:
     """
 
     attention: AttentionStructure
-    feed_forward: FeedForwardStructure
+    feed_forward: FeedForwardStructure | MixtureStructure
     parallel: bool
     returns_tuple: bool
 
     @property
+    def mixture(self) -> str | None:
+        """The path of the module of experts, None where there is none."""
+        half = self.feed_forward
+        return half.module if isinstance(half, MixtureStructure) else None
+
+    @property
+    def halves(self) -> tuple[HalfStructure, ...]:
+        """The halves that are one function each: both, or attention beside a mixture."""
+        half = self.feed_forward
+        return (self.attention, half) if isinstance(half, HalfStructure) else (self.attention,)
+
+    @property
     def linears(self) -> tuple[str, ...]:
-        return (*self.attention.linears, *self.feed_forward.linears)
+        return tuple(path for half in self.halves for path in half.linears)
 
     @property
     def norms(self) -> tuple[str, ...]:

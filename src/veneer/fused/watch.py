@@ -30,12 +30,13 @@ WATCHED = f"{NAME}_watched"  # in transformers' AttentionInterface
 # What changes only numbers that are large: few tokens may show nothing of it.
 CLIPPING = (torch.clamp, torch.clamp_, torch.clip, torch.clip_)
 CLIPPING_METHODS = (Tensor.clamp, Tensor.clamp_, Tensor.clip, Tensor.clip_)
+EXPERTS = ("expert", "router", "moe")  # of which a mixture's submodules are named
 Options = dict[str, Any]  # keyword arguments of a layer, or of its attention
 
 
 @dataclass(frozen=True)
 class Call:
-    """A submodule without submodules of its own has read `x` and written `y`."""
+    """A submodule that counts as one (`_leaves`) has read `x` and written `y`."""
 
     path: str
     module: nn.Module
@@ -160,6 +161,12 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
             config._attn_implementation = {"": own}
 
 
+def is_mixture(path: str, module: nn.Module) -> bool:
+    """Return whether a submodule of a layer is a mixture of experts, or a part of one."""
+    paths = [path, *(inner for inner, _ in module.named_modules())]
+    return any(mark in inner.lower() for inner in paths for mark in EXPERTS)
+
+
 def known_mask(p: float) -> Mask:
     """Return the mask by which watched layers drop something out with probability p."""
     return Mask(p, seed=0)
@@ -232,6 +239,7 @@ def _hooked(layers: Sequence[nn.Module], noted: _Noted, watcher: Watcher) -> Ite
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, options: Options, y: Any) -> None:
             x = next((x for x in (*args, *options.values()) if isinstance(x, Tensor)), None)
+            y = y[0] if isinstance(y, tuple) else y  # a router's logits may be beside it
             if x is not None and isinstance(y, Tensor):
                 noted.calls.append(Call(path, module, x, y))
 
@@ -281,9 +289,10 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield what counts as one module: without submodules, or of ours."""
+    """Yield what counts as one module: without submodules, of ours, or a mixture of experts."""
     children = dict(module.named_children())
-    if path and (not children or isinstance(module, Wrapper | QuantizedLinear)):
+    is_ours = isinstance(module, Wrapper | QuantizedLinear)
+    if path and (not children or is_ours or is_mixture(path, module)):
         yield path, module
         return
     for name, child in children.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from veneer.adapter.report import TargetLine
 from veneer.models.description import Layer
@@ -40,8 +41,21 @@ def tokens_of(config: PlanConfig) -> int:
 
 
 def is_fused(block: Block, trained: Trained) -> bool:
-    """Return whether a block is computed as the two functions of fused/block.py."""
+    """Return whether a block is computed as the two functions of fused/block.py, or its attention
+    as one of them beside a mixture of experts."""
     return block.structure is not None and not (trained.weights or trained.prefix)
+
+
+def by_autograd(block: Block, trained: Trained) -> Block | None:
+    """Return what of a block is left to autograd: all of it, its mixture, or nothing."""
+    structure = block.structure
+    if structure is None or not is_fused(block, trained):
+        return block
+    if structure.mixture is None:
+        return None
+    fused = {*structure.linears, *structure.norms, structure.attention.sinks}
+    rest = tuple(layer for layer in block.layers if layer.inner_path not in fused)
+    return replace(block, layers=rest, structure=None)
 
 
 def all_fused(sizes: Sizes, trained: Trained) -> bool:
@@ -51,8 +65,11 @@ def all_fused(sizes: Sizes, trained: Trained) -> bool:
 
 def recompute_of(config: PlanConfig, sizes: Sizes, trained: Trained) -> str:
     """Return what is computed again: for `selective` and `disk` whole layers if the two functions
-    do not suit all of them, as fused/forward.py chooses."""
-    if config.recompute in ("selective", "disk") and not all_fused(sizes, trained):
+    do not suit all of them, for `disk` beside a mixture too, as fused/forward.py chooses."""
+    suits = all_fused(sizes, trained)
+    if config.recompute == "disk":
+        suits &= all(by_autograd(block, trained) is None for block in sizes.blocks)
+    if config.recompute in ("selective", "disk") and not suits:
         return "full"
     return config.recompute
 
@@ -103,9 +120,8 @@ def kept_on_disk(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Ter
 
 def holes(config: PlanConfig, sizes: Sizes, trained: Trained) -> Term:
     """Return the holes in the heap between the tensors of blocks that autograd computes."""
-    blocks = [
-        block for block in sizes.blocks[trained.first_block :] if not is_fused(block, trained)
-    ]
+    rests = (by_autograd(block, trained) for block in sizes.blocks[trained.first_block :])
+    blocks = [rest for rest in rests if rest is not None]
     if recompute_of(config, sizes, trained) == "full":
         blocks = []
     total = sum(
@@ -122,17 +138,19 @@ def kept_by_blocks(
     for block in blocks:
         if is_fused(block, trained):
             alike.update(_by_two_functions(config, sizes, trained, block))
+        if (rest := by_autograd(block, trained)) is None:
             continue
-        alike.update(_by_autograd(config, sizes, trained, block))
-        if is_one_function(block, trained):
-            inputs = _inputs(block, trained)
+        alike.update(_by_autograd(config, sizes, trained, rest))
+        if is_one_function(rest, trained):
+            inputs = _inputs(rest, trained)
             alike.update(
                 kept_by_experts(
                     config,
                     trained,
-                    block,
+                    rest,
                     tokens_of(config),
                     reads_kept=(False, sizes.dim) in inputs,
+                    selective=recompute_of(config, sizes, trained) == "selective",
                 )
             )
     return [term.times(count, "layers") for term, count in alike.items() if term.value]
@@ -145,19 +163,22 @@ def _by_two_functions(
 
     `selective` makes q, k, v, gate, up and their A x again (save_for_backward in fused/block.py).
     What the halves' last layers gave is kept for a norm over it or for their magnitudes; then the
-    second half's x need not be, unless the halves are parallel and share theirs.
+    second half's x need not be, unless the halves are parallel and share theirs, or it is a
+    mixture, whose norm keeps it.
     """
     structure = block.structure
     assert structure is not None
     tokens, width = tokens_of(config), config.width
     selective = recompute_of(config, sizes, trained) == "selective"
-    lines = _lines(block, trained)
+    of_halves = set(structure.linears)
+    lines = [line for line in _lines(block, trained) if line.layer.inner_path in of_halves]
     gained = {line.layer.inner_path for line in lines} if config.method == "dora" else set()
-    halves = (structure.attention, structure.feed_forward)
+    halves = structure.halves
     outs = {layer.inner_path: layer.out for layer in block.layers}
-    qkv, inner = (sum(outs[path] for path in half.inputs) for half in halves)
+    qkv, inner = (*(sum(outs[path] for path in half.inputs) for half in halves), 0)[:2]
     kept_outputs = [half.post_norm is not None or half.output in gained for half in halves]
-    inputs = 1 if structure.parallel or kept_outputs[0] else 2
+    shares = structure.parallel or (kept_outputs[0] and structure.mixture is None)
+    inputs = 1 if shares else 2
     widths = [
         (inputs * sizes.dim, "input of both halves"),
         (sum(kept_outputs) * sizes.dim, "what the halves' last layers gave"),

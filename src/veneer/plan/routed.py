@@ -35,19 +35,26 @@ def is_one_function(block: Block, trained: Trained) -> bool:
 
 
 def kept_by_experts(
-    config: PlanConfig, trained: Trained, block: Block, tokens: int, *, reads_kept: bool
+    config: PlanConfig,
+    trained: Trained,
+    block: Block,
+    tokens: int,
+    *,
+    reads_kept: bool,
+    selective: bool,
 ) -> list[Term]:
     """Return what the function keeps: gate and up of each row (a token with one of its experts),
     A x of both stacks, x, and the router's probabilities.
 
-    reads_kept: whether something else keeps the same x.
+    reads_kept: whether something else keeps the same x. selective: gate and up are made again.
     """
     width, rows = config.width, (tokens, "tokens", block.experts, "experts")
     first = next(stack for stack in _stacks(block) if stack.name in FIRST_STACKS)
     ranks = sum(line.rank * (1 + line.has_start) for line in _lines(block, trained))
     x = 0 if reads_kept else block.dim
+    outputs = 0 if selective else first.oriented[1]
     return [
-        Term.of(*rows, first.oriented[1], "numbers", width, "bytes", note="gate and up of experts"),
+        Term.of(*rows, outputs, "numbers", width, "bytes", note="gate and up of experts"),
         Term.of(*rows, ranks, "ranks", width, "bytes", note="A x of experts"),
         Term.of(tokens, "tokens", x, "numbers", width, "bytes", note="x of experts"),
         Term.of(

@@ -82,7 +82,7 @@ def _block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> 
     if again == "full":
         larger += kept_by_blocks(config, sizes, trained, [block])
     elif again == "selective":
-        numbers = block.q + 2 * block.kv if larger is attention else 2 * block.inner
+        numbers = block.q + 2 * block.kv if larger is attention else 2 * inner
         larger.append(
             Term.of(
                 *(tokens, "tokens", numbers, "numbers", width, "bytes"), note="projections, again"

@@ -16,7 +16,7 @@ from veneer.adapter.layers import AdaptedLayer
 from veneer.fused.layers import FusedLayer
 from veneer.fused.norms import with_weights
 from veneer.fused.recognise import recognise
-from veneer.fused.structure import LayerStructure
+from veneer.fused.structure import FeedForwardStructure, LayerStructure
 from veneer.kernels import decode
 from veneer.kernels.activation import Activation
 from veneer.kernels.rotary import Rotary
@@ -39,6 +39,8 @@ def proven_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, .
     for path, layer in recognised.items():
         if isinstance(layer, str):
             raise Unsuited(f"its layers are not made of known parts ({path}: {layer})")
+        if layer.structure.mixture is not None:
+            raise Unsuited(f"its layers are not made of known parts ({path}: a mixture of experts)")
     layers = tuple(layer for layer in recognised.values() if isinstance(layer, FusedLayer))
     if not layers or [layer.layer for layer in layers] != list(decoder_layers(model) or ()):
         raise Unsuited("its layers are not those of a decoder")
@@ -97,7 +99,7 @@ class LayerTable:
         return updates, most
 
     def _shape_of(self, row: decode.Layer, layer: FusedLayer) -> tuple[int, ...]:
-        attention, feed_forward = layer.structure.attention, layer.structure.feed_forward
+        attention, feed_forward = layer.structure.attention, _feed_forward(layer.structure)
         dim, inner = row.linears[decode.ATTENTION_INPUTS].in_, row.linears[decode.DOWN].in_
         inner_columns = 2 * inner if feed_forward.is_gated else inner
         heads = (attention.heads, attention.key_heads, attention.head_dim, attention.value_dim)
@@ -107,7 +109,7 @@ class LayerTable:
         self, row: decode.Layer, layer: FusedLayer, rotary: Rotary | None, positions: Tensor
     ) -> None:
         structure, variant = layer.structure, layer.variant
-        attention, feed_forward = structure.attention, structure.feed_forward
+        attention, feed_forward = structure.attention, _feed_forward(structure)
         for place, path in _linears(structure):
             row.linears[place] = linear_of(layer.module(path), self.dtype, self.kept)
         dim = row.linears[decode.ATTENTION_INPUTS].in_
@@ -192,10 +194,15 @@ def linear_of(module: Any, dtype: torch.dtype, kept: list[Tensor]) -> decode.Lin
 
 def _linears(structure: LayerStructure) -> list[tuple[int, str]]:
     """Return the place of each linear layer in the table, and its path."""
-    attention, feed_forward = structure.attention, structure.feed_forward
+    attention, feed_forward = structure.attention, _feed_forward(structure)
     return [
         *enumerate(attention.inputs, decode.ATTENTION_INPUTS),
         (decode.OUTPUT, attention.output),
         *enumerate(feed_forward.inputs, decode.INNER_INPUTS),
         (decode.DOWN, feed_forward.output),
     ]
+
+
+def _feed_forward(structure: LayerStructure) -> FeedForwardStructure:
+    assert isinstance(structure.feed_forward, FeedForwardStructure)  # by proven_layers
+    return structure.feed_forward
