@@ -25,9 +25,10 @@ from veneer.plan.activations import all_fused, kept
 from veneer.plan.amounts import Amount, Term
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_sizes, sizes_of
-from veneer.plan.memory import NF4_BITS
+from veneer.plan.memory import NF4_BITS, weight_terms
 from veneer.plan.methods import Trained, adapted_layers, trained_by
 from veneer.plan.plan import comparison, make_plan, replanned
+from veneer.plan.stored import Stored
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
 
@@ -275,6 +276,16 @@ def test_mapped_weights_are_on_the_disk_and_not_in_memory():
     assert mapped.memory.weights.value == 0
     assert mapped.memory.on_disk.value == plan.memory.weights.value
     assert mapped.memory.peak == plan.memory.peak - plan.memory.weights.value
+
+
+def test_dense_weights_of_another_dtype_are_cast_into_memory():
+    config = PlanConfig(method="qlora", mapped=True)
+    plan = replanned(plan_of("llama-2-7b"), config)
+    stored = Stored(4, format="gptq", bits_a_number=4.25, rest_mapped=False)
+    cast = make_plan(config, replace(plan.sizes, stored=stored), plan.adapted)
+    quantized, (rest,) = weight_terms(config, cast.sizes)
+    assert cast.memory.weights.value == rest.value > 0
+    assert cast.memory.on_disk.value == sum(term.value for term in quantized)
 
 
 def test_what_is_kept_on_the_disk_is_not_in_memory():

@@ -15,7 +15,7 @@ from veneer.adapter.method import Method, description
 from veneer.adapter.targets import check_parameters, resolve, uncovered, with_expert_ranks
 from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, parameter_count
-from veneer.quant.stack import quantized_weights
+from veneer.quant.stack import QuantizedStack, quantized_weights
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ class QuantizedReport:
 
     kind: str
     layers: int
+    stacks: int  # of experts
     parameters: int
     bytes: int
     other_parameters: int
@@ -180,9 +181,11 @@ def report_quantized(model: nn.Module) -> QuantizedReport | None:
     if not quantized:
         return None
     others = base_parameters(model).values()
+    stacks = sum(isinstance(weight, QuantizedStack) for weight in quantized)
     return QuantizedReport(
         " and ".join(sorted({weight.label for weight in quantized})),
-        len(quantized),
+        len(quantized) - stacks,
+        stacks,
         sum(weight.shape.numel() for weight in quantized),
         sum(weight.nbytes for weight in quantized),
         sum(weight.numel() for weight in others),

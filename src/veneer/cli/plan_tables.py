@@ -38,11 +38,11 @@ def show_plan(
     sizes, stored = sizes_of(settings), stored_of(model, settings)
     if stored:
         sizes = replace(sizes, stored=stored)
-    if stored and config.bits is None and config.method in ("lora", "qlora"):
+    if stored and config.bits is None and config.method not in ("full", "freeze"):
         # As it is on the disk.
         config = replace(
             config,
-            method="qlora",
+            method="qlora" if config.method == "lora" else config.method,
             bits=stored.bits,
             pack_head=stored.head,
             mapped=True,

@@ -47,8 +47,10 @@ def plan_summary(plan: Plan, free: int | None) -> str:
 
 def quantized_summary(report: QuantizedReport) -> str:
     """Return one line: what of the base is quantized, and its real size."""
+    counts = ((report.layers, "linear layers"), (report.stacks, "stacks of experts"))
+    what = " and ".join(f"{count} {name}" for count, name in counts if count)
     return (
-        f"{report.layers} linear layers in {report.kind}: {report.bits:.3f} bits a parameter, "
+        f"{what} in {report.kind}: {report.bits:.3f} bits a parameter, "
         f"{bytes_text(report.bytes)}; all else {bytes_text(report.other_bytes)}"
     )
 

@@ -245,9 +245,9 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
         published = PublishedFiles(home, skeleton, torch.float32)
         del skeleton.config.quantization_config
         return published.as_source(), (
-            f"This base is published in {quantization.bits} bits ({quantization.method}), and they "
-            "are quantized again: a second rounding, of which an adapter learns to make up a part. "
-            "Without --bits the base stays as it is published.",
+            f"This base is published in {quantization.bits} bits ({quantization.method}) and is "
+            "quantized again: a second rounding, for a part of which an adapter learns to make up. "
+            "Trained as it is published, without --bits, it needs none.",
         )
     source = open_source(home, skeleton)
     if source is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from veneer.checks import at_least, check_config, one_of
 from veneer.fused.recompute import Recompute
-from veneer.quant.settings import Bits
+from veneer.quant.settings import LoadBits
 
 MethodName = Literal["full", "freeze", "lora", "dora", "qlora", "prefix", "prompt"]
 DType = Literal["bf16", "float32"]
@@ -20,8 +20,9 @@ class PlanConfig:
 
     method: MethodName = "lora"
     """What trains: all, the last blocks, adapters (qlora over 4 bits), or virtual tokens."""
-    bits: Bits | None = None
-    """Bits a number in the frozen linear layers: 4 for qlora, else those of the dtype."""
+    bits: LoadBits | None = None
+    """Bits a number in the frozen linear layers: 4 for qlora, else those that it is stored in;
+    16 is dense, in the dtype."""
     dtype: DType = "bf16"
     """Number format to compute in, and of all weights that are not quantized."""
     pack_head: bool = False
@@ -53,7 +54,7 @@ class PlanConfig:
             opening="This cannot be planned",
             rules={
                 "method": one_of(MethodName),
-                "bits": one_of(Bits),
+                "bits": one_of(LoadBits),
                 "dtype": one_of(DType),
                 "recompute": one_of(Recompute),
                 "tokens_per_batch": count,
@@ -66,6 +67,7 @@ class PlanConfig:
                 f"{self.method} trains weights, which cannot be held in {self.bits} bits": (
                     self.method in ("full", "freeze") and self.bits in (4, 8)
                 ),
+                "qlora trains over 4 or 8 bits, not 16": self.method == "qlora" and self.bits == 16,
                 "pack_head needs a base in 4 or 8 bits": (
                     self.pack_head and self.base_bits not in (4, 8)
                 ),
@@ -83,7 +85,8 @@ class PlanConfig:
     @property
     def base_bits(self) -> int:
         """Bits a number in the frozen linear layers."""
-        return self.bits or (4 if self.method == "qlora" else 8 * self.width)
+        bits = 4 if self.bits is None and self.method == "qlora" else self.bits
+        return 8 * self.width if bits in (None, 16) else bits
 
     @property
     def width(self) -> int:

@@ -10,7 +10,7 @@ from veneer.fused.recompute import Recompute
 from veneer.plan.activations import all_fused
 from veneer.plan.config import PlanConfig
 from veneer.plan.plan import Plan, replanned
-from veneer.quant.settings import Bits
+from veneer.quant.settings import Bits, LoadBits
 
 # How much longer a step takes, as docs/performance.md measures it: 1,521 against 1,389 tokens/s for
 # selective; a second forward pass beside one forward and one backward pass for full. What the disk
@@ -91,7 +91,7 @@ def flags(before: PlanConfig, after: PlanConfig) -> str:
     return " ".join(changed + ["--mapped"] * (after.mapped and not before.mapped))
 
 
-def _bases(config: PlanConfig) -> Iterator[tuple[Bits | None, bool]]:
+def _bases(config: PlanConfig) -> Iterator[tuple[LoadBits | None, bool]]:
     yield config.bits, config.mapped
     if config.mapped or config.method in ("full", "freeze"):
         return

@@ -64,8 +64,9 @@ def plan_memory(
     own = bool(trained.weights)  # they train in their own dtype; new parameters are float32
     trained_width = width if own else FLOAT32
     quantized, rest = weight_terms(config, sizes)
-    # Weights that are stored in 16 bits and computed in 32 are copied into memory.
-    mapped = [] if not config.mapped else quantized if width == FLOAT32 else quantized + rest
+    # Dense weights that are stored in another dtype than that of computing are cast into memory.
+    is_cast = width == FLOAT32 or (sizes.stored is not None and not sizes.stored.rest_mapped)
+    mapped = [] if not config.mapped else quantized if is_cast else quantized + rest
     weights = [term for term in quantized + rest if term not in mapped]
     new = 0 if own else count + trained.beside
     optimizer = [Term.of(2, "moments", count, "parameters", FLOAT32, "bytes", note="AdamW")]

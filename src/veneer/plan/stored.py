@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from veneer.models.load import bits_of_blocks
@@ -19,7 +20,8 @@ class Stored:
 
     bits: what the format is called by. head: whether the head is quantized too. format: a published
     format's name, "" for bitsandbytes' (NF4, 8 bits). bits_a_number: of a published format, with
-    scales and all. experts_alone: whether nothing but experts is quantized.
+    scales and all. experts_alone: whether nothing but experts is quantized. rest_mapped: whether
+    what is dense is mapped too where a run computes in bfloat16, and not cast into memory.
     """
 
     bits: Bits
@@ -27,6 +29,7 @@ class Stored:
     format: str = ""
     bits_a_number: float = 0.0
     experts_alone: bool = False
+    rest_mapped: bool = True
 
 
 def stored_of(name: str | Path, config: PretrainedConfig) -> Stored | None:
@@ -42,14 +45,22 @@ def stored_of(name: str | Path, config: PretrainedConfig) -> Stored | None:
     if not quantization.is_published:
         return Stored(bits, head)
     method, how = quantization.method, settings["quantization_config"]
-    return Stored(bits, head, method, _bits(method, bits, how), experts_alone=method == "mxfp4")
+    return Stored(
+        bits,
+        head,
+        method,
+        _bits(method, bits, how),
+        experts_alone=method == "mxfp4",
+        # gpt-oss' config.json names no dtype: what is dense there is in bfloat16.
+        rest_mapped="bfloat16" in str(settings.get("dtype") or torch.bfloat16),
+    )
 
 
 def _in_gguf(name: str | Path) -> Stored | None:
     bits = bits_of_blocks(name)
     if bits is None:
         return None
-    return Stored(4 if bits < 6 else 8, format="GGUF", bits_a_number=bits)
+    return Stored(4 if bits < 6 else 8, format="GGUF", bits_a_number=bits, rest_mapped=False)
 
 
 def _bits(method: str, bits: int, how: Mapping[str, Any]) -> float:

@@ -55,6 +55,10 @@ class CompressedInt(QuantizedWeight):
         self._group_of = None if apart is None else apart.to(torch.int32)
 
     @property
+    def label(self) -> str:
+        return self.kind
+
+    @property
     def _dtype_of_codes(self) -> torch.dtype:
         return torch.int32 if self._packed else torch.int8
 
