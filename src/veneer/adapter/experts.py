@@ -97,11 +97,9 @@ def routed_experts(
     x, index, weights = inputs
     if x.ndim != 2 or index.ndim != 2 or index.shape != weights.shape:
         return None
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    dtype, x = x.dtype, x.to(compute_dtype(x))
     experts = recognised.experts(module, updates, exact=exact)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         if exact and _loops(experts, x, weights):
             return looped_experts(x, index, weights, experts).to(dtype)
         y = computed(
@@ -113,6 +111,12 @@ def routed_experts(
             recompute_projections=recompute_projections,
         )
     return y.to(dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which experts multiply x: autocast's, where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _loops(experts: Experts, x: Tensor, weights: Tensor) -> bool:
@@ -163,7 +167,8 @@ def _recognised(module: nn.Module) -> RoutedExperts | str:
     norm: Any = module.post_expert_norm if module.has_post_expert_norm else None
     own = inspect.unwrap(type(module).forward)
     try:
-        with torch.no_grad():
+        device = getattr(module, up).device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             recognised = RoutedExperts(up, down, _known_gate(module), act_fn, norm)
             return _why_not(module, recognised, own) or recognised
     except Exception as error:  # whatever a foreign architecture raises

@@ -15,6 +15,7 @@ from veneer.adapter.adapted import Adapted
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.experts import (
+    compute_dtype,
     has_experts,
     recognised_experts,
     routed_experts,
@@ -206,7 +207,7 @@ class AdaptedParameter(Adapted):
         """Return what adapters add to each expert of a stack, for x (tokens, dim)."""
         row_updates = self.active_adapters.row_updates
         if row_updates is None:
-            return _stack_update(self.low_rank_update(self.active(), x.dtype))
+            return _stack_update(self.low_rank_update(self.active(), compute_dtype(x)))
         updates, which = [], torch.full((len(row_updates.mix_of_row),), -1, device=x.device)
         for number, (update, rows) in enumerate(row_updates.on(self)):
             updates.append(_stack_update(update))

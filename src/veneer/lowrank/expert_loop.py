@@ -18,21 +18,23 @@ def looped_experts(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) 
     (tokens, k), as `routed_experts` does.
 
     A module with quantized stacks takes one expert after the other and adds up their outputs in
-    that order. Sums and activations round by how many numbers they are given at once, so only the
-    same order gives the same bits.
+    that order. Products, sums and activations round by how many numbers they are given at once and
+    by their places, so only the same order, of an expert's rows too, gives the same bits.
     """
     routing = Routing(index, experts.count)
     experts.note_routed(routing)
-    w = weights.reshape(-1)[routing.order].unsqueeze(1)  # (rows, 1)
+    k, w = index.shape[1], weights.reshape(-1, 1)  # of each row, (tokens · k, 1)
     total, gate = torch.zeros_like(x), experts.gate
     for expert, own in routing.segments:
-        token = routing.token[own]
+        rows = routing.order[own]
+        rows = rows[(rows % k).argsort(stable=True)]  # all tokens' first choices before the second
+        token = rows // k
         up = _projected(x[token], experts.up, expert)
         inner = gate.function(up) if isinstance(gate, OwnGate) else gate.forward(up)
         y = _projected(inner, experts.down, expert)
         if experts.post_norm is not None:
             y = experts.post_norm(y)
-        total.index_add_(0, token, (y * w[own]).to(total.dtype))
+        total.index_add_(0, token, (y * w[rows]).to(total.dtype))
     return total
 
 
