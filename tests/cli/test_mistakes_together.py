@@ -67,7 +67,7 @@ def test_all_mistakes_are_in_one_error(command, opening, says, refused):
         ("generate", "Give either a PROMPT or --prompts FILE."),
         ("generate hi", "MODEL is missing: veneer generate MODEL hi."),
         ("generate base", "PROMPT is missing: veneer generate base PROMPT"),
-        ("tune base rows.jsonl --bits 3", '"3" for --bits. Choose from: 4, 8, auto.'),
+        ("tune base rows.jsonl --bits 3", '"3" for --bits. Choose from: 4, 8, 16, auto.'),
         ("generate base --prompts rows.jsonl --out no/x.jsonl", "There is no directory no"),
     ],
 )

@@ -242,7 +242,7 @@ def test_a_quantized_model_is_not_written_as_a_plain_one(tmp_path):
 
 
 def test_settings_of_quantizing_that_cannot_be(real):
-    with pytest.raises(veneer.ConfigError, match="must be 4 or 8"):
+    with pytest.raises(veneer.ConfigError, match="must be 4, 8 or 16"):
         load_base(real / "dense", bits=3)
     with pytest.raises(veneer.ConfigError, match="without bits"):
         load_base(real / "dense", pack_head=True)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.kernels import attention, cross_entropy, native, norm, score_blocks
+from veneer.kernels import attention, cross_entropy, native, norm, rows, score_blocks
 from veneer.kernels.activation import Activation, activate
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Of one number, in units of its own size: two roundings of the narrower dtypes.
 CLOSE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
-MODULES = (attention, score_blocks, cross_entropy)
+MODULES = (rows, score_blocks, cross_entropy)
 
 
 @pytest.fixture

@@ -60,10 +60,11 @@ def test_beside_another_adapter(kind):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_what_starts_at_zero_and_what_does_not(architecture):
     model = tiny(architecture)
-    targets = targets_named(model, "everything")
+    targets, expert_rank = targets_named(model, "everything"), None
     if architecture == "mixtral":
         targets += ["experts.gate_up_proj", "experts.down_proj"]
-    veneer.attach(model, veneer.LoRA(rank=3, targets=targets))
+        expert_rank = 3
+    veneer.attach(model, veneer.LoRA(rank=3, targets=targets, expert_rank=expert_rank))
     for path, layer in lora_layers(model):
         adapter = layer.adapters["default"]
         zero, random = adapter.lora_B, adapter.lora_A

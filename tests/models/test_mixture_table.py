@@ -58,10 +58,6 @@ QUICK = {
     *("nemotron_h", "qwen3_next"),
 }
 QUICK_QUANTIZED = {"qwen3_moe", "gpt_oss", "llama4_text"}
-# By model type and bits, with the reason.
-FAILING: dict[tuple[str, int | None], str] = {
-    ("deepseek_v4", 4): "a fresh adapter is an identity to a rounding only"
-}
 LORA = veneer.LoRA(rank=2, targets="all")
 ROWS = examples([7, 19, 12, 5])
 
@@ -168,10 +164,7 @@ def page_with(lines: list[str]) -> str:
 
 def case(model_type: str, bits: int | None) -> Any:
     quick = model_type in (QUICK if bits is None else QUICK_QUANTIZED)
-    why = FAILING.get((model_type, bits))
-    marks = [pytest.mark.slow] * (not quick)
-    marks += [pytest.mark.xfail(reason=why, strict=True)] * (why is not None)
-    return pytest.param(model_type, bits, marks=marks)
+    return pytest.param(model_type, bits, marks=[pytest.mark.slow] * (not quick))
 
 
 @pytest.mark.parametrize(

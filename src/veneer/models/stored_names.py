@@ -86,7 +86,7 @@ def stored_names(skeleton: PreTrainedModel) -> StoredNames:
         for number, name in enumerate(numbers)
     }
     whole: dict[str, str] = {}
-    found: dict[str, dict[int, list[Piece]]] = {name: {} for name in stacks}
+    pieces_of: dict[str, dict[int, list[Piece]]] = {name: {} for name in stacks}
     for stored, tensor in _taken_apart(skeleton, tiny).items():
         name = numbers[int(tensor.reshape(-1)[0]) // SPAN]
         if torch.equal(tensor, tiny[name]):
@@ -96,11 +96,12 @@ def stored_names(skeleton: PreTrainedModel) -> StoredNames:
             expert = _oriented(tiny[name], owners[name])[e]
             for rows in PIECES:
                 if torch.equal(expert[rows], tensor):
-                    found[name].setdefault(e, []).append(Piece(stored, rows))
+                    pieces_of[name].setdefault(e, []).append(Piece(stored, rows))
     experts = {}
     for name, count in stacks.items():
         out = _oriented(weights[name], owners[name]).shape[1]
-        pieces = [sorted(found[name].get(e, ()), key=lambda p: p.rows.start) for e in range(count)]
+        by_expert = (pieces_of[name].get(e, ()) for e in range(count))
+        pieces = [sorted(each, key=lambda piece: piece.rows.start) for each in by_expert]
         if out % ROWS == 0 and all(map(_is_whole, pieces)):
             experts[name] = tuple(tuple(p.scaled(out // ROWS) for p in each) for each in pieces)
     return StoredNames(whole, experts, stacks)

@@ -47,12 +47,12 @@ class QuantizedWeight(ABC):
 
     def rows(self, index: Tensor) -> Tensor:
         """Return some rows, (rows, in), in `dtype`; index (rows,) in int64."""
-        found = [torch.empty(0, self.shape[1], dtype=self.dtype, device=self.device)]
+        picked = [torch.empty(0, self.shape[1], dtype=self.dtype, device=self.device)]
         for row in index.tolist():
             first = row // self._row_unit * self._row_unit
             last = min(first + self._row_unit, self.shape[0])
-            found.append(self._dequantize_rows(first, last)[row - first, None])
-        return torch.cat(found)
+            picked.append(self._dequantize_rows(first, last)[row - first, None])
+        return torch.cat(picked)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of rows with these rows in `dtype`, of BLOCK_NUMBERS numbers at most."""
