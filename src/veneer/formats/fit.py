@@ -53,10 +53,9 @@ def fit(state: AdapterState, base: BaseStructure) -> AdapterState:
     config = state.config
     if not isinstance(config, LoRA):
         return state
-    layers = list(state.layers())
     fitted, members, ways = list[StoredLayer](), defaultdict[str, list[_Member]](list), None
     moved: dict[str, str] = {}  # by the new path of a layer, its path in the file
-    for layer in layers:
+    for layer in state.layers():
         path = layer.path
         own = _of_base(layer, base)
         if own is None and layer.kind == "linear":
@@ -70,7 +69,7 @@ def fit(state: AdapterState, base: BaseStructure) -> AdapterState:
         fitted.append(own or layer)
         moved[fitted[-1].path] = path
     if not members and all(new == old for new, old in moved.items()):
-        return state if fitted == layers else state.with_layers(fitted)
+        return state.with_layers(fitted)
     if ways is not None and members:
         _refuse_incomplete(config, moved, members, ways)
     ranks = {new: config.rank_of(old) for new, old in moved.items()}
@@ -90,7 +89,7 @@ def fit(state: AdapterState, base: BaseStructure) -> AdapterState:
         alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != config.alpha},
     )
     tensors = {key: tensor for layer in fitted for key, tensor in layer.tensors().items()}
-    own_keys = {key for layer in layers for key in layer.tensors()}
+    own_keys = {key for layer in state.layers() for key in layer.tensors()}
     left = {key: tensor for key, tensor in state.tensors.items() if key not in own_keys}
     return replace(state, config=config, tensors=tensors | left)
 
