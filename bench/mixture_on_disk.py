@@ -33,6 +33,7 @@ from bench.workloads import random_rows
 from veneer.models.fingerprint import parameter_count
 from veneer.models.load import load_skeleton
 from veneer.models.stored import load_quantized
+from veneer.plan.presets import PRESETS
 from veneer.quant.stack import QuantizedStack, quantized_stacks
 from veneer.training.events import Started, Step
 
@@ -40,21 +41,8 @@ TOKENS = (64, 256, 1024)
 
 
 def shape(blocks: int) -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(
-        vocab_size=151_936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=blocks,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=False,
-    )
+    preset = PRESETS["qwen3-30b-a3b"] | {"num_hidden_layers": blocks}
+    return Qwen3MoeConfig(**preset, norm_topk_prob=True)
 
 
 def train(base: Path, asked: argparse.Namespace) -> dict[str, Any]:
