@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the raw results instead")
     asked = parser.parse_args()
     if asked.steps <= WARM_UP:
-        parser.error(f"--steps is {asked.steps}, but the first {WARM_UP} are not counted; take more")
+        parser.error(
+            f"--steps is {asked.steps}, but the first {WARM_UP} are not counted; take more"
+        )
     engines = asked.engines.split(",")
     results: dict[str, list[dict]] = {engine: [] for engine in engines}
     for _ in range(asked.rounds):
