@@ -1,0 +1,53 @@
+"""Exchanges between processes: the same result in each, errors too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from veneer.errors import DataError
+from veneer.processes.world import World
+
+
+def _work() -> str:
+    raise DataError("no rows")
+
+
+def _exchange(rank: int, size: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    world = World.current()
+    assert (world.rank, world.size, world.writes) == (rank, size, rank == 0)
+    values = torch.arange(3.0) + rank
+    gathered = world.gather(values)
+    assert torch.equal(gathered, torch.stack([torch.arange(3.0) + r for r in range(size)]))
+    world.add_up(values)
+    assert torch.equal(values, gathered.sum(0))
+    assert world.sent.bytes_of == {"gather": 12, "sum": 12}
+    assert world.share({"by": rank}) == {"by": 0}
+    assert world.any(rank == 1)
+    assert not world.any(False)
+    assert world.first(os.getpid) == world.share(os.getpid())
+    with pytest.raises(DataError, match="no rows"):
+        world.first(_work)
+    dist.destroy_process_group()
+
+
+def test_every_process_has_the_result_of_an_exchange(tmp_path: Path) -> None:
+    mp.spawn(_exchange, args=(2, str(tmp_path / "rendezvous")), nprocs=2)
+
+
+def test_a_process_alone_exchanges_nothing() -> None:
+    world = World.current()
+    values = torch.arange(3.0)
+    world.add_up(values)
+    assert torch.equal(world.gather(values), torch.arange(3.0)[None])
+    assert world.first(lambda: 5) == 5
+    assert world.any(True)
+    assert not world.any(False)
+    assert world.sent.total == 0
