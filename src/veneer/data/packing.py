@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from veneer.data.encode import UNLABELLED, Example
+from veneer.data.shuffle import WHOLE, Shuffled
 from veneer.errors import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+SECTION = 2**18  # rows of the shuffled order that are cut into steps at a time, where there are many
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,31 +83,112 @@ class StepOrder:
     A row longer than a limit has a step or a batch of its own.
     """
 
-    lengths: Sequence[int]
+    lengths: Sequence[int] | NDArray[np.integer]
     tokens_per_step: int
     tokens_per_batch: int
     seed: int
     in_front: int = 0
 
-    def epoch(self, epoch: int) -> list[list[list[int]]]:
+    def epoch(self, epoch: int) -> Epoch:
         """Return steps, each of batches, each of row indices; every row is in one of them.
 
         Steps are filled in shuffled order. The rows of a step go into its batches by length, the
         longest first, so that rows of like length share one and memory peaks at once.
         """
-        seeds = np.random.SeedSequence([self.seed, epoch])
-        order = np.random.default_rng(seeds).permutation(len(self.lengths))
-        lengths = np.array(self.lengths, dtype=np.int64)
-        return [
-            [batch.tolist() for batch in self._batches(step, lengths)]
-            for step in _groups(order, lengths, self.tokens_per_step)
-        ]
+        return Epoch(self, Shuffled(len(self.lengths), (self.seed, epoch)))
 
-    def _batches(
-        self, step: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> list[NDArray[np.int64]]:
-        longest_first = step[np.argsort(-lengths[step], kind="stable")]
-        return _groups(longest_first, lengths + self.in_front, self.tokens_per_batch)
+    def steps(self, epochs: float) -> int:
+        """Return how many steps `epochs` are, at least one.
+
+        Of more rows than are shuffled as a whole, the mean of their first section counts for all.
+        """
+        whole, rows = int(epochs), len(self.lengths)
+        if rows > WHOLE:
+            return max(1, math.ceil(epochs * rows / SECTION * len(self.epoch(0).section(0))))
+        steps = sum(len(self.epoch(epoch)) for epoch in range(whole))
+        if epochs > whole:
+            steps += math.ceil((epochs - whole) * len(self.epoch(whole)))
+        return max(1, steps)
+
+    def batches(self, step: NDArray[np.int64]) -> list[list[int]]:
+        """Return the batches of a step's rows."""
+        lengths = _lengths_of(self.lengths, step)
+        longest_first = np.argsort(-lengths, kind="stable")
+        step, lengths = step[longest_first], lengths[longest_first]
+        cuts = _cuts(lengths + self.in_front, self.tokens_per_batch)
+        return [step[start:end].tolist() for start, end in pairwise(cuts)]
+
+
+class Epoch(Sequence[list[list[int]]]):
+    """The steps of one epoch, each made when it is asked for.
+
+    Many rows are cut into steps in sections of the shuffled order, one after another, so that the
+    first steps do not wait for the last. `len` cuts all of them; `has` only those up to a step.
+    """
+
+    def __init__(self, order: StepOrder, shuffled: Shuffled) -> None:
+        self._order, self._shuffled = order, shuffled
+        size = shuffled.n if shuffled.n <= WHOLE else SECTION
+        self._starts = range(0, shuffled.n, max(1, size))
+        self._ends: list[int] = []  # the steps up to the end of each section that was cut
+        self._recent: tuple[int, list[NDArray[np.int64]]] | None = None
+
+    def section(self, number: int) -> list[NDArray[np.int64]]:
+        """Return the rows of each step of a section."""
+        if self._recent is None or self._recent[0] != number:
+            start = self._starts[number]
+            rows = self._shuffled.part(start, start + self._starts.step)
+            lengths = _lengths_of(self._order.lengths, rows)
+            cuts = _cuts(lengths, self._order.tokens_per_step)
+            self._recent = number, [rows[start:end] for start, end in pairwise(cuts)]
+        return self._recent[1]
+
+    def _cut_until(self, step: float) -> None:
+        """Cut as many sections as it takes to know in which a step is."""
+        while len(self._ends) < len(self._starts) and (not self._ends or self._ends[-1] <= step):
+            before = self._ends[-1] if self._ends else 0
+            self._ends.append(before + len(self.section(len(self._ends))))
+
+    def has(self, step: int) -> bool:
+        """Return whether the epoch has a step of this number, from 0."""
+        self._cut_until(step)
+        return bool(self._ends) and step < self._ends[-1]
+
+    def __len__(self) -> int:
+        self._cut_until(math.inf)
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, step: int) -> list[list[int]]: ...
+
+    @overload
+    def __getitem__(self, step: slice) -> list[list[list[int]]]: ...
+
+    def __getitem__(self, step: int | slice) -> list[list[int]] | list[list[list[int]]]:
+        if isinstance(step, slice):
+            return [self[i] for i in range(*step.indices(len(self)))]
+        step = step + len(self) if step < 0 else step
+        if step < 0 or not self.has(step):
+            raise IndexError(f"The epoch has no step {step}.")
+        number = bisect_right(self._ends, step)
+        before = self._ends[number - 1] if number else 0
+        return self._order.batches(self.section(number)[step - before])
+
+    def __eq__(self, other: object) -> bool:
+        """Two epochs are equal where their steps are."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def held_out_rows(n: int, *, eval_rows: int, seed: int) -> NDArray[np.int64]:
+    """Return which `eval_rows` of `n` rows are held out, ascending.
+
+    Raises DataError where no row would be left to train on.
+    """
+    if eval_rows >= n:
+        raise DataError(f"{eval_rows} of {n} rows held out leave none to train on; hold out fewer")
+    return np.sort(Shuffled(n, (seed,)).part(0, eval_rows))
 
 
 def split_held_out(n: int, *, eval_rows: int, seed: int) -> tuple[list[int], list[int]]:
@@ -110,20 +196,24 @@ def split_held_out(n: int, *, eval_rows: int, seed: int) -> tuple[list[int], lis
 
     Raises DataError where no row would be left to train on.
     """
-    if eval_rows >= n:
-        raise DataError(f"{eval_rows} of {n} rows held out leave none to train on; hold out fewer")
-    order = np.random.default_rng(seed).permutation(n)
-    return np.sort(order[eval_rows:]).tolist(), np.sort(order[:eval_rows]).tolist()
+    evaluation = held_out_rows(n, eval_rows=eval_rows, seed=seed)
+    return np.delete(np.arange(n), evaluation).tolist(), evaluation.tolist()
 
 
-def _groups(
-    order: NDArray[np.int64], lengths: NDArray[np.int64], limit: int
-) -> list[NDArray[np.int64]]:
-    """Cut `order` into the fewest runs of at most `limit` tokens, each near an even share.
+def _lengths_of(
+    lengths: Sequence[int] | NDArray[np.integer], rows: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the tokens of some rows."""
+    return np.asarray(lengths)[rows].astype(np.int64)
+
+
+def _cuts(lengths: NDArray[np.int64], limit: int) -> list[int]:
+    """Return where to cut rows of these lengths, in their order, into the fewest runs of at most
+    `limit` tokens, each near an even share: each run's first row, and the number of rows.
 
     A row longer than `limit` makes a run of its own.
     """
-    before = np.concatenate([[0], np.cumsum(lengths[order])])  # tokens before each possible cut
+    before = np.concatenate([[0], np.cumsum(lengths)])  # tokens before each possible cut
     middles = (before[1:] + before[:-1]) / 2
     earliest = _earliest_cuts(before, limit)
     runs = len(earliest) - 1
@@ -134,7 +224,7 @@ def _groups(
         even = int(np.searchsorted(middles, share))
         latest = int(np.searchsorted(before, before[last] + limit, side="right")) - 1
         cuts.append(min(max(even, earliest[k]), max(latest, last + 1)))
-    return [order[start:end] for start, end in pairwise(cuts)]
+    return cuts
 
 
 def _earliest_cuts(before: NDArray[np.int64], limit: int) -> list[int]:
