@@ -65,7 +65,7 @@ def measure(way: str, length: int, *, layers: int | None, steps: int, limit: int
     if limit:
         _join_group(limit)
     loaded = process_memory("RssAnon")
-    with _peak() as peak:
+    with peak_memory() as peak:
         *_, (seconds, loss) = WAYS[way](base, work)
     return {"seconds": seconds, "bytes": peak[0] - loaded, "loss": loss}
 
@@ -120,7 +120,7 @@ def _join_group(limit: int) -> None:
 
 
 @contextmanager
-def _peak() -> Iterator[list[int]]:
+def peak_memory() -> Iterator[list[int]]:
     """Yield a list of one number: the most of the process's own memory so far."""
     peak, over = [0], threading.Event()
 

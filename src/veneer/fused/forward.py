@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from veneer.adapter.parameters import LoRAParameters, experts_of
 from veneer.adapter.virtual_forward import virtual_input_count, virtual_tokens_of
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, pack
+from veneer.fused.dealt import RotaryOfAll, length_dependent_rotaries, refuse_undealt
 from veneer.fused.head import Head, described, own_logits_and_head
 from veneer.fused.layers import FusedLayer
 from veneer.fused.patches import (
@@ -37,9 +38,11 @@ from veneer.kernels import native
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
 from veneer.kernels.cross_entropy import IGNORED
+from veneer.kernels.dealt_packing import DealtPacking
 from veneer.kernels.disk_arena import IS_AVAILABLE, DiskArena
 from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.models.evaluating import evaluating
+from veneer.processes.context import ContextGroup
 
 PROBE_LENGTHS = (7, 19, 12)
 # Of mixtures, which may be larger than the memory: each token more makes a pass read more experts.
@@ -60,7 +63,8 @@ class Forward:
     None where the model makes those of all rows; layers: those that are computed as two functions;
     recompute: what the backward pass computes again; alone: rows one by one, where not even padding
     is possible; experts: modules whose routed experts are computed as one function; tokens_step:
-    packed batches are filled up to a multiple of it.
+    packed batches are filled up to a multiple of it, in each process; context: the processes that
+    share each batch's tokens, None where this one computes them all.
     """
 
     packed: bool
@@ -71,24 +75,31 @@ class Forward:
     alone: bool = False
     experts: tuple[nn.Module, ...] = ()
     tokens_step: int = TOKENS_STEP
+    context: ContextGroup | None = None
     arena: Arena = field(default_factory=Arena, compare=False)
     _installations: dict[nn.Module, Installation] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Return the sum of the label tokens' losses, a float32 scalar with a gradient.
+        """Return the sum of the label tokens' losses, a float32 scalar with a gradient: with a
+        `context`, of this process's label tokens.
 
         A call outside of `installed` patches the model for itself.
         """
         device = model.device
         if self.packed:
-            batch = filled_up(batch, self.tokens_step, virtual_input_count(model))
+            step = self.tokens_step * (1 if self.context is None else self.context.size)
+            batch = filled_up(batch, step, virtual_input_count(model))
         tokens = torch.from_numpy(batch.tokens).to(device)  # (tokens,)
         labels = torch.from_numpy(batch.labels).to(device)
         positions = torch.from_numpy(batch.positions).to(device)
         lengths = batch.lengths.tolist()
-        packing = Packing(lengths, device) if self.packed else None
+        packing = Packing(lengths, device) if self.packed and self.context is None else None
+        if self.context is not None:
+            highest = int(batch.positions.max())
+            packing = DealtPacking(lengths, self.context, device, highest=highest)
+            tokens, labels, positions = (x[packing.own] for x in (tokens, labels, positions))
         with self.installed(model) as installation, installation.running(packing):
             if packing is not None:
                 inputs: dict[str, Any] = {
@@ -142,6 +153,9 @@ class Forward:
             for layer in decoder_layers(model) or ():
                 original = forwards.get(layer, layer.forward)
                 forwards[layer] = RecomputedForward(installation, original)
+        if self.context is not None:
+            for module in length_dependent_rotaries(model):
+                forwards[module] = RotaryOfAll(installation, module.forward)
         self._installations[model] = installation
         try:
             with patched(forwards):
@@ -172,13 +186,15 @@ def choose_forward(
     *,
     recompute: Recompute = "none",
     directory: Path | None = None,
+    context: ContextGroup | None = None,
 ) -> tuple[Forward, list[str]]:
     """Return the fastest Forward that gives this model's own loss, and what did not suit it.
 
     directory: where `recompute="disk"` keeps what a pass keeps; the system's for such files unless
-    given.
+    given. context: the processes that share each batch's tokens; all of them choose at once.
 
     The proof compares a few short rows with the same rows computed by the model alone, one by one.
+    Raises ConfigError where tokens cannot be shared.
     """
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
     # Not in training mode, in which dropout would make any two passes differ.
@@ -215,6 +231,17 @@ def choose_forward(
         all_fused = sum(layer.applies() for layer in layers) == len(decoder_layers(model) or [None])
         padded = Forward(False, head, experts=experts)
         why_not_padded = why_not_packed and _why_not(padded, model, rows, expected)
+        if context is not None:
+            cut = replace(context, least=1)  # rows as short as these too
+            dealt = Forward(True, head, layers, experts=experts, tokens_step=step, context=cut)
+            refuse_undealt(
+                model,
+                context,
+                why_not_packed=why_not_packed,
+                loss=lambda: dealt(model, pack(rows, range(len(rows)))),
+                own=expected,
+                tolerance=TOLERANCE[_head_dtype(model)],
+            )
     notices = []
     if why_not_padded:
         notices.append(
@@ -248,6 +275,7 @@ def choose_forward(
         *(not why_not_packed, head, layers, unfused, recompute),
         alone=bool(why_not_padded),
         experts=experts,
+        context=context,
         arena=DiskArena(_existing(directory)) if recompute == "disk" else Arena(),
     )
     return chosen, notices
@@ -299,14 +327,19 @@ def _why_not(
     try:
         with _hidden_states(model) as outputs:
             loss = float(forward(model, pack(rows, order)))
-            head: Any = model.get_output_embeddings()
-            if not abs(loss - own) <= TOLERANCE[head.weight.dtype] * abs(own):
+            if not abs(loss - own) <= TOLERANCE[_head_dtype(model)] * abs(own):
                 return f"its loss of {loss:.6g} differs from the model's own {own:.6g}"
             if forward.packed:
                 forward(model, pack(rows, order[::-1]))
     except Exception as error:  # whatever a foreign architecture raises, the slower way is open
         return described(error)
     return _why_apart(outputs, [len(row.tokens) for row in rows]) if len(outputs) == 2 else None
+
+
+def _head_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype in which a model makes its logits."""
+    head: Any = model.get_output_embeddings()
+    return head.weight.dtype
 
 
 def _why_apart(outputs: Sequence[Tensor], lengths: Sequence[int]) -> str | None:

@@ -76,7 +76,8 @@ def packed_attention(
 @dataclass(frozen=True)
 class Attention:
     """softmax(t) v within each sequence of a packed batch, with t = scale · q kᵀ: every query sees
-    the keys up to its own position, and of those the last `window`.
+    the keys up to its own position, and of those the last `window`. Where the batch is dealt over
+    processes, q, k and v are this process's own.
 
     softcap: t = softcap · tanh(scale · q kᵀ / softcap) instead. sinks: one frozen logit for each
     head, (heads,), which takes part in the softmax's sum and has no value. dropout: what multiplies
@@ -105,15 +106,14 @@ class Attention:
         """
         outputs = []
         for query, key, value in self._groups(q, k, v):
-            before = 0
             if prefix is not None:
-                before = prefix.shape[2]
                 key, value = (
                     torch.cat([x.transpose(0, 1).expand(len(own), -1, -1, -1), own], dim=1)
                     for x, own in zip(prefix, (key, value), strict=True)
                 )  # (sequences, virtual + length, kv_heads, head_dim)
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             length = query.shape[2]
+            before = key.shape[2] - length
             plain = not (before or self._is_narrow(length) or self._changes_softmax)
             blocks = [
                 self._composed_block(
@@ -191,40 +191,47 @@ class Attention:
             log_sums,
             strict=True,
         )
-        groups = []
+        dq_groups, dk_groups, dv_groups = [], [], []
         for number, ((group_dy, delta, log_sum), tensors) in enumerate(
             zip(gradients, self._groups(q, k, v), strict=True)
         ):
             leaks = None if self.sinks is None else (self._sinks(log_sum) - log_sum).exp()
             blocks = self._blocks(number)
-            groups.append(blocks.backward(group_dy, delta, log_sum, leaks, *tensors))
-        dq, dk, dv = (packing.from_groups(list(of_all)) for of_all in zip(*groups, strict=True))
-        return dq, dk, dv
+            dq, dk, dv = blocks.backward(group_dy, delta, log_sum, leaks, *tensors)
+            dq_groups.append(dq)
+            dk_groups.append(dk)
+            dv_groups.append(dv)
+        dk, dv = packing.gradient_of_keys(dk_groups, dv_groups, k.dtype)
+        return packing.from_groups(dq_groups), dk, dv
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return y and log Σ exp of one group by torch's flash kernel."""
-        length, value_dim = v.shape[1], v.shape[3]
+        length, keys_in_all, value_dim = q.shape[1], v.shape[1], v.shape[3]
         dim = max(q.shape[3], value_dim)  # the kernel wants one for all
         q, k, v = (F.pad(x, (0, dim - x.shape[3])) if x.shape[3] < dim else x for x in (q, k, v))
         if not flash_shares_keys():
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (sequences, heads, length, dim)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        if not self._is_narrow(length):
+        before = keys_in_all - length
+        if not before and not self._is_narrow(length):
             y, log_sum = flash(q, k, v, is_causal=True, scale=self.scale)
             return y.transpose(1, 2)[..., :value_dim], log_sum.contiguous()
         y = q.new_empty(q.shape[0], length, q.shape[1], value_dim)
         log_sum = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        masks: dict[tuple[int, int], Tensor] = {}  # most blocks have the same
-        for queries, keys in query_blocks(length, self.window, QUERY_BLOCK):
-            shape = queries.stop - queries.start, keys.stop - keys.start
-            if shape not in masks:
-                masks[shape] = _bias(visible_keys(queries, keys, self.window, q.device), q.dtype)
+        blocks = list(query_blocks(length, self.window, QUERY_BLOCK, before))
+        # The last query of each block is at its last key, so one bias has those of all.
+        rows, columns = (
+            max(x.stop - x.start for x in of_all) for of_all in zip(*blocks, strict=True)
+        )
+        last = slice(length - rows, length), slice(keys_in_all - columns, keys_in_all)
+        bias = _bias(visible_keys(*last, self.window, q.device, before), q.dtype)
+        for queries, keys in blocks:
             block_y, log_sum[:, :, queries] = flash(
                 q[:, :, queries],
                 k[:, :, keys],
                 v[:, :, keys],
-                attn_mask=masks[shape],
+                attn_mask=bias[queries.start - queries.stop :, keys.start - keys.stop :],
                 scale=self.scale,
             )
             y[:, queries] = block_y.transpose(1, 2)[..., :value_dim]
@@ -232,8 +239,8 @@ class Attention:
 
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         packing = self.packing
-        groups = (packing.split(packing.to_groups(x)) for x in (q, k, v))
-        yield from zip(*groups, strict=True)
+        queries = packing.split(packing.to_groups(q))
+        yield from zip(queries, *packing.key_groups(k, v), strict=True)
 
     def _is_narrow(self, length: int) -> bool:
         """Return whether the window hides a key from a sequence of this length."""

@@ -18,27 +18,37 @@ class Packing:
     """Where the sequences of a packed batch lie, grouped by like length for attention.
 
     lengths: of the sequences, in their order; they sum to the batch's tokens. Computed once a
-    batch and used by every layer. prefix: for each layer, keys and values that all sequences see
-    before their own, or None.
+    batch and used by every layer. before: how many keys each sequence sees before its own, none
+    unless given; those of a group see equally many. prefix: for each layer, keys and values that
+    all sequences see before their own, or None.
     """
 
     prefix: Sequence[Tensor] | None = None  # keys and values, (2, kv_heads, virtual, head_dim)
 
-    def __init__(self, lengths: list[int], device: torch.device | None = None) -> None:
-        self.lengths = lengths
+    def __init__(
+        self,
+        lengths: list[int],
+        device: torch.device | None = None,
+        *,
+        before: Sequence[int] | None = None,
+    ) -> None:
+        self.lengths, self.before = lengths, before or [0] * len(lengths)
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
         self.tokens = starts[-1]
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        order = sorted(range(len(lengths)), key=lambda i: (self.before[i], -lengths[i]))
         self.groups: list[tuple[int, int]] = []  # (sequences, padded length)
+        self.members: list[list[int]] = []  # which sequences these are
         gather: list[Tensor] = []
         for i in order:
             length = -(-lengths[i] // LENGTH_STEP) * LENGTH_STEP
-            if not self.groups or length < LIKE_LENGTH * self.groups[-1][1]:
+            if not self._joins_last_group(i, length):
                 self.groups.append((0, length))
+                self.members.append([])
             count, longest = self.groups[-1]
             self.groups[-1] = (count + 1, longest)
+            self.members[-1].append(i)
             rows = torch.full((longest,), -1)
             rows[: lengths[i]] = torch.arange(starts[i], starts[i + 1])
             gather.append(rows)
@@ -49,6 +59,11 @@ class Packing:
         from_groups[padded[padded >= 0]] = (padded >= 0).nonzero().squeeze(1)
         self._from_groups = from_groups.to(device)  # (tokens,)
         self.is_identity = torch.equal(padded, torch.arange(self.tokens))
+
+    def _joins_last_group(self, sequence: int, length: int) -> bool:
+        if not self.groups or length < LIKE_LENGTH * self.groups[-1][1]:
+            return False
+        return self.before[sequence] == self.before[self.members[-1][0]]
 
     def behind(self, prefix: Sequence[Tensor]) -> Packing:
         """Return the same packing, whose sequences see a prefix before their own."""
@@ -71,6 +86,19 @@ class Packing:
         rows = [group.flatten(0, 1) for group in groups]
         padded = rows[0] if len(rows) == 1 else torch.cat(rows)
         return padded if self.is_identity else padded.index_select(0, self._from_groups)
+
+    def key_groups(self, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the keys (tokens, kv_heads, dim) that the sequences of each group see, (sequences,
+        keys, kv_heads, dim), and their values: `before` each, then as many as there are queries."""
+        return self.split(self.to_groups(k)), self.split(self.to_groups(v))
+
+    def gradient_of_keys(
+        self, dk: list[Tensor], dv: list[Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of what `key_groups` was given, in `dtype`, from those of what it
+        returned."""
+        d_keys, d_values = (self.from_groups([x.to(dtype) for x in groups]) for groups in (dk, dv))
+        return d_keys, d_values
 
     def split(self, padded: Tensor) -> list[Tensor]:
         """Return padded rows as one (sequences, padded length, ...) for each group."""

@@ -23,9 +23,11 @@ class ScoreBlocks:
     """softmax(t) v with t = scale · q kᵀ, or t = softcap · tanh(scale · q kᵀ / softcap), where
     every query sees the keys up to its own position, and of those the last `window`.
 
-    q and y are (sequences, length, heads, dim), k and v (sequences, length, kv_heads, dim); v's dim
-    may be another than q's and k's. The queries of all heads that share a key head are rows of one
-    product. dropout: what multiplies the probabilities; each block has a mask of its own.
+    q and y are (sequences, length, heads, dim), k and v (sequences, keys, kv_heads, dim); v's dim
+    may be another than q's and k's. The last query is at the last key: where there are more keys
+    than queries, these come before the first. The queries of all heads that share a key head are
+    rows of one product. dropout: what multiplies the probabilities; each block has a mask of its
+    own.
     """
 
     scale: float
@@ -35,18 +37,23 @@ class ScoreBlocks:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return y, and log Σ exp of t (sequences, heads, length) in float32 or wider."""
-        sequences, length, kv_heads = k.shape[:3]
+        sequences, keys_in_all, kv_heads = k.shape[:3]
+        length = q.shape[1]
+        before = keys_in_all - length
         q_rows, k_rows, v_rows = (by_key_head(x, kv_heads) for x in (q, k, v))
         k_rows, v_rows = k_rows.squeeze(1), v_rows.squeeze(1)
         shared = q_rows.shape[1]
         y_rows = v_rows.new_empty(*q_rows.shape[:3], v.shape[3])
         wide = torch.promote_types(q.dtype, torch.float32)
         log_sums = torch.empty(q_rows.shape[:3], dtype=wide, device=q.device)
-        buffers = self._buffers(q_rows, 2)
-        for number, (heads, queries, keys) in enumerate(self._blocks(*q_rows.shape[:3])):
+        buffers = self._buffers(q_rows, before, 2)
+        blocks = self._blocks(*q_rows.shape[:3], before=before)
+        for number, (heads, queries, keys) in enumerate(blocks):
             block_q = q_rows[heads, :, queries].flatten(1, 2)  # (heads, shared · queries, dim)
             scores = _scores(block_q, k_rows[heads, keys], buffers)
-            self._softmax(*scores, log_sums[heads].flatten(0, 1), queries.start, keys.start)
+            self._softmax(
+                *scores, log_sums[heads].flatten(0, 1), queries.start, keys.start - before
+            )
             self._drop_(scores[0], number)
             y = scores[0] @ v_rows[heads, keys]
             y_rows[heads, :, queries] = y.unflatten(1, (shared, -1))
@@ -60,7 +67,7 @@ class ScoreBlocks:
     def backward(
         self, dy: Tensor, delta: Tensor, log_sums: Tensor, leaks: Tensor | None, *qkv: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv.
+        """Return dq, and dk and dv in float32 or wider.
 
         Probabilities p = exp(t − log_sums) are computed again, and then
 
@@ -75,7 +82,8 @@ class ScoreBlocks:
         dq, where Σ ds = scale · delta · leaks.
         """
         q, k, v = qkv
-        sequences, _, kv_heads = k.shape[:3]
+        sequences, keys_in_all, kv_heads = k.shape[:3]
+        before = keys_in_all - q.shape[1]
         q_rows, k_rows, v_rows, dy_rows = (by_key_head(x, kv_heads) for x in (q, k, v, dy))
         k_rows, v_rows = k_rows.squeeze(1), v_rows.squeeze(1)
         shared, wide = q_rows.shape[1], delta.dtype
@@ -93,8 +101,9 @@ class ScoreBlocks:
             torch.zeros_like(x.transpose(1, 2), dtype=wide, memory_format=torch.contiguous_format)
             for x in (k_rows, v_rows)
         )
-        *buffers, dp_buffer = self._buffers(q_rows, 3)
-        for number, (heads, queries, keys) in enumerate(self._blocks(*q_rows.shape[:3])):
+        *buffers, dp_buffer = self._buffers(q_rows, before, 3)
+        blocks = self._blocks(*q_rows.shape[:3], before=before)
+        for number, (heads, queries, keys) in enumerate(blocks):
             block_q, block_dy = (x[heads, :, queries].flatten(1, 2) for x in (q_rows, dy_rows))
             block_k, block_v = k_rows[heads, keys], v_rows[heads, keys]
             scores, rest = _scores(block_q, block_k, buffers)  # (…, shared · queries, keys)
@@ -102,7 +111,7 @@ class ScoreBlocks:
             torch.bmm(block_dy, block_v.transpose(1, 2), out=dp)
             self._drop_(dp, number)
             own_log_sums, own_delta = (x[heads].flatten(0, 1) for x in (log_sums, delta))
-            at = queries.start, keys.start
+            at = queries.start, keys.start - before
             p, ds = self._gradient(scores, rest, dp, own_log_sums, own_delta, *at)
             dq_rows[heads, :, queries] = (ds @ centred[heads, keys]).unflatten(1, (shared, -1))
             dk_columns[heads, :, keys] += block_q.transpose(1, 2) @ ds
@@ -112,15 +121,17 @@ class ScoreBlocks:
             sums = self.scale * delta * leaks.reshape(delta.shape)
             dq_rows += sums[..., None] * mean_key[:, None]
         dk, dv = (
-            x.to(k.dtype).unflatten(0, (sequences, kv_heads)).permute(0, 3, 1, 2)
+            x.unflatten(0, (sequences, kv_heads)).permute(0, 3, 1, 2)
             for x in (dk_columns, dv_columns)
         )
         dq = dq_rows.unflatten(0, (sequences, kv_heads)).flatten(1, 2)
         return dq.transpose(1, 2), dk, dv
 
-    def _blocks(self, heads: int, shared: int, length: int) -> Iterator[tuple[slice, slice, slice]]:
+    def _blocks(
+        self, heads: int, shared: int, length: int, *, before: int
+    ) -> Iterator[tuple[slice, slice, slice]]:
         """Yield key heads, queries and the keys that these see, until all are done."""
-        for queries, keys in query_blocks(length, self.window, QUERY_BLOCK):
+        for queries, keys in query_blocks(length, self.window, QUERY_BLOCK, before):
             scores = shared * (queries.stop - queries.start) * (keys.stop - keys.start)
             at_once = max(1, SCORES_AT_ONCE // scores)
             for first in range(0, heads, at_once):
@@ -131,7 +142,7 @@ class ScoreBlocks:
         if self.dropout is not None:
             self.dropout.numbered(number).apply_(scores.flatten(0, 1))
 
-    def _buffers(self, q_rows: Tensor, count: int) -> list[Tensor]:
+    def _buffers(self, q_rows: Tensor, before: int, count: int) -> list[Tensor]:
         """Return room for the scores of the largest block, `count` times."""
         shared = q_rows.shape[1]
         sizes = (
@@ -139,7 +150,7 @@ class ScoreBlocks:
             * shared
             * (queries.stop - queries.start)
             * (keys.stop - keys.start)
-            for heads, queries, keys in self._blocks(*q_rows.shape[:3])
+            for heads, queries, keys in self._blocks(*q_rows.shape[:3], before=before)
         )
         largest = max(sizes, default=0)
         return [q_rows.new_empty(largest) for _ in range(count)]
@@ -148,7 +159,8 @@ class ScoreBlocks:
         self, scores: Tensor, rest: Tensor | None, log_sums: Tensor, start: int, first: int
     ) -> None:
         """Write p over scores (heads, shared · queries, keys), and log Σ exp t of the queries from
-        `start` on into log_sums (heads · shared, length); the first key is `first`."""
+        `start` on into log_sums (heads · shared, length). The first key is `first`, counted from
+        that of the query 0; it is negative where keys come before."""
         native = kernel("attention_softmax", scores)
         if native is not None:
             shape = self._shape(scores, log_sums, start, first)
@@ -195,7 +207,8 @@ class ScoreBlocks:
     def _shape(self, scores: Tensor, log_sums: Tensor, start: int, first: int) -> tuple[int, ...]:
         heads, length = log_sums.shape
         queries = scores.shape[0] * scores.shape[1] // heads
-        return heads, queries, scores.shape[2], length, start, first, self.window or length
+        window = self.window or start + queries - first  # or all keys
+        return heads, queries, scores.shape[2], length, start, first, window
 
     def _rows(
         self, scores: Tensor, rest: Tensor | None, log_sums: Tensor, start: int, first: int
