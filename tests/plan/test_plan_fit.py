@@ -74,6 +74,11 @@ def test_the_disk_is_taken_only_where_it_was_asked_for():
     assert {config.recompute for config in tried} == {"none", "selective", "full"}
 
 
+def test_beside_a_mixture_the_disk_is_full_recomputation_and_nothing_is_offered_for_it():
+    tried = list(alternatives(plan_of("qwen3-30b-a3b", recompute="disk")))
+    assert {config.recompute for config in tried} == {"disk"}
+
+
 def test_passes_are_not_made_shorter_than_a_row():
     tried = alternatives(plan_of("llama-2-7b", max_length=512))
     assert min(config.tokens_per_batch for config in tried) == 512

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 from dataclasses import replace
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from veneer.adapter.config import LoRA
 from veneer.cli.flags import Flat, Switch
 from veneer.errors import ConfigError
 from veneer.plan.config import PlanConfig
+from veneer.plan.hardware import bytes_of, devices_of, link_of
 
 
 def plan(
@@ -29,6 +29,17 @@ def plan(
         str | None,
         Parameter(help="Memory of another machine, as 24GB or 80GiB, to plan for instead of this."),
     ] = None,
+    devices: Annotated[
+        str | None,
+        Parameter(
+            help="Devices to share the run, as 8x24GB (8 with 24 GB each): what of the base each "
+            "holds, and what it sends."
+        ),
+    ] = None,
+    link: Annotated[
+        str | None,
+        Parameter(help="With --devices, what a device sends in a second, as 10GB/s."),
+    ] = None,
     formulas: Annotated[Switch, Parameter(help="Show the formula of each line of memory.")] = False,
 ) -> None:
     """Complete the settings, then print the plan."""
@@ -36,23 +47,23 @@ def plan(
         if settings.tokens_per_batch != PlanConfig().tokens_per_batch:
             raise ConfigError("--tokens is short for --tokens-per-batch; give one of them.")
         settings = replace(settings, tokens_per_batch=tokens)
+    if memory is not None and devices is not None:
+        raise ConfigError("--devices says what memory each has; leave out --memory.")
+    if link is not None and devices is None:
+        raise ConfigError("--link is of what devices send; give --devices too, as 8x24GB.")
     size = None if memory is None else bytes_of(memory)
+    shared = None if devices is None else devices_of(devices)
+    rate = None if link is None else link_of(link)
     # The imports make millions of objects and no garbage: collecting takes a fifth of the time.
     gc.disable()
     try:
+        if shared is not None:
+            from veneer.cli.device_tables import show_devices
+
+            show_devices(model, lora, settings, shared, link=rate, formulas=formulas)
+            return
         from veneer.cli.plan_tables import show_plan
 
         show_plan(model, lora, settings, memory=size, formulas=formulas)
     finally:
         gc.enable()
-
-
-def bytes_of(size: str) -> int:
-    """Return the bytes of a size such as 24GB (powers of 1000) or 80GiB (powers of 1024).
-
-    Raises ConfigError for anything else.
-    """
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) *([kmgt])(i?)b?", size.strip().lower())
-    if match is None or not float(match[1]):
-        raise ConfigError(f"--memory is {size!r}, but must be a size such as 24GB or 80GiB.")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "kmgt".index(match[2])))

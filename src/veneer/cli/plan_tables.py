@@ -14,6 +14,7 @@ from veneer.adapter.report import remarks
 from veneer.adapter.targets import uncovered
 from veneer.cli.console import bytes_text, new_table, quieten_libraries
 from veneer.models.description import Layer
+from veneer.plan.activations import recompute_of
 from veneer.plan.config import ADAPTING, PlanConfig
 from veneer.plan.find import find_config, sizes_of
 from veneer.plan.fit import MARGIN, flags, free_bytes, gentlest
@@ -34,6 +35,26 @@ def show_plan(
     memory: the bytes of another machine, to judge by instead of what is free here.
     """
     quieten_libraries()
+    plan = planned(model, lora, config)
+    free = free_bytes() if memory is None else memory
+    output = Console(highlight=False, width=WIDTH)
+    output.print(f"[bold]{escape(model)}[/]  {summary(plan.sizes)}\n")
+    output.print(layers_table(plan))
+    output.print(f"{trained_text(plan)}\n")
+    output.print(methods_table(plan, free))
+    output.print()
+    output.print(memory_table(plan, formulas=formulas))
+    missing = uncovered(plan.model.model, lora) if config.method in ADAPTING else None
+    if missing:
+        output.print(f"[yellow]{escape(missing)}[/]")
+    for remark in remarks(plan.share, plan.trained.adapted):
+        output.print(f"[yellow]{escape(remark)}[/]")
+    for line in (*notes(plan), verdict(plan, free, elsewhere=memory is not None)):
+        output.print(line)
+
+
+def planned(model: str, lora: LoRA, config: PlanConfig) -> Plan:
+    """Return the plan of training `model`, over its files as they are where those are quantized."""
     settings = find_config(model)
     sizes, stored = sizes_of(settings), stored_of(model, settings)
     if stored:
@@ -47,22 +68,7 @@ def show_plan(
             pack_head=stored.head,
             mapped=True,
         )
-    plan = make_plan(config, sizes, adapted_layers(sizes, lora))
-    free = free_bytes() if memory is None else memory
-    output = Console(highlight=False, width=WIDTH)
-    output.print(f"[bold]{escape(model)}[/]  {summary(sizes)}\n")
-    output.print(layers_table(plan))
-    output.print(f"{trained_text(plan)}\n")
-    output.print(methods_table(plan, free))
-    output.print()
-    output.print(memory_table(plan, formulas=formulas))
-    missing = uncovered(plan.model.model, lora) if config.method in ADAPTING else None
-    if missing:
-        output.print(f"[yellow]{escape(missing)}[/]")
-    for remark in remarks(plan.share, plan.trained.adapted):
-        output.print(f"[yellow]{escape(remark)}[/]")
-    for line in (*notes(plan), verdict(plan, free, elsewhere=memory is not None)):
-        output.print(line)
+    return make_plan(config, sizes, adapted_layers(sizes, lora))
 
 
 def summary(sizes: Sizes) -> str:
@@ -132,7 +138,7 @@ def layers_table(plan: Plan) -> Table:
     total = ("total", "", "", "", f"{plan.model.parameters:,}", count, f"{plan.share:.3%}")
     _, *numbers = zip(titles, *rows, total, strict=True)
     left = WIDTH - sum(2 + max(map(len, column)) for column in numbers)
-    table = _table(*titles)
+    table = plain_table(*titles)
     for name, *cells in rows:
         table.add_row(escape(_broken(name, left)), *cells)
     table.add_section()
@@ -143,7 +149,7 @@ def layers_table(plan: Plan) -> Table:
 def methods_table(plan: Plan, free: int | None) -> Table:
     """Return what each method would train and need, with the plan's other settings."""
     # Forward: what a pass keeps for the way back.
-    table = _table(
+    table = plain_table(
         "Method", "Trained", "Per cent", "Weights", "Gradients", "Adam", "Forward", "Peak", "Fits"
     )
     for title, other in comparison(plan):
@@ -167,7 +173,7 @@ def methods_table(plan: Plan, free: int | None) -> Table:
 def memory_table(plan: Plan, *, formulas: bool) -> Table:
     """Return the plan's memory line by line, with each line's formula if asked for."""
     config = plan.config
-    table = _table(f"Memory of {config.method}, {config.tokens_per_batch:,} tokens", "Bytes")
+    table = plain_table(f"Memory of {config.method}, {config.tokens_per_batch:,} tokens", "Bytes")
     if formulas:
         table.add_column("= sum of", overflow="fold")
     for amount in plan.memory.amounts:
@@ -188,6 +194,12 @@ def notes(plan: Plan) -> list[str]:
     sizes = plan.sizes
     lines = [f"[dim]Left out: {escape(why)}[/]" for why in unsuited(plan)]
     lines += mixture_lines(plan)
+    comes_to = recompute_of(plan.config, sizes, plan.trained)
+    if comes_to != plan.config.recompute:
+        lines.append(
+            f"[yellow]--recompute {plan.config.recompute} does not suit this model: its layers are "
+            f"computed whole again ({comes_to}).[/]"
+        )
     if plan.notice:
         return [*lines, f"[yellow]{plan.notice}[/]"]
     under = [x for x in plan.trained.adapted if x.layer.name in ("k_proj", "v_proj")]
@@ -266,7 +278,8 @@ def _broken(name: str, width: int) -> str:
     return f"{name[: end + 1]}\n{_broken(name[end + 1 :], width)}" if end else name
 
 
-def _table(first: str, *others: str) -> Table:
+def plain_table(first: str, *others: str) -> Table:
+    """Return a table of this width, none of whose numbers is broken."""
     table = new_table(first, *others, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.no_wrap = True

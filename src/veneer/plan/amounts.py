@@ -22,7 +22,7 @@ class Term:
         """Return the product of alternating numbers and names, with a note on what it is."""
         return cls(tuple(zip(factors[::2], factors[1::2], strict=True)), note)  # type: ignore[arg-type]
 
-    def times(self, count: int, name: str) -> Term:
+    def times(self, count: float, name: str) -> Term:
         """Return the product with one more factor in front."""
         return Term(((count, name), *self.factors), self.note)
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from veneer.fused.recompute import Recompute
-from veneer.plan.activations import all_fused
+from veneer.plan.activations import recompute_of
 from veneer.plan.config import PlanConfig
 from veneer.plan.plan import Plan, replanned
 from veneer.quant.settings import Bits, LoadBits
 
 # How much longer a step takes, as docs/performance.md measures it: 1,521 against 1,389 tokens/s for
-# selective; a second forward pass beside one forward and one backward pass for full. What the disk
-# costs depends on it: less than full, or nobody would ask for it.
-SLOWER: dict[Recompute, float] = {"none": 1.0, "selective": 1.09, "disk": 1.2, "full": 1.33}
+# selective; a second forward pass beside one forward and one backward pass for full. Of the disk
+# only a bound is known, for disks differ: whoever asks for it expects no more than full costs.
+SLOWER: dict[Recompute, float] = {"none": 1.0, "selective": 1.09, "disk": 1.33, "full": 1.33}
 # The fixed cost of a pass, in tokens: 0.30 s at 256, 1.15 s at 2,048 tokens (the same page).
 PASS_TOKENS = 400
 # Of the free memory, what a plan that is not to "just fit" leaves: it may be wrong by as much.
@@ -64,15 +64,17 @@ def alternatives(plan: Plan) -> Iterator[PlanConfig]:
     in 8 bits, in 4, and one that is mapped from the disk.
     """
     config = plan.config
-    levels = LEVELS[LEVELS.index(config.recompute) :]
-    fused = all_fused(plan.sizes, plan.trained)  # or selective would be full
-    others = ("selective", "full") if fused else ("full",)
-    levels = tuple(level for level in levels if level in (config.recompute, *others))
+    levels: dict[str, Recompute] = {}  # by what a level comes to for this model
+    for level in LEVELS[LEVELS.index(config.recompute) :]:
+        if level != "disk" or config.recompute == "disk":
+            comes_to = recompute_of(replace(config, recompute=level), plan.sizes, plan.trained)
+            if level in (config.recompute, comes_to):
+                levels.setdefault(comes_to, level)
     for bits, mapped in _bases(config):
         changed = [
             replace(config, bits=bits, mapped=mapped, tokens_per_batch=tokens, recompute=level)
             for tokens in _fewer(config)
-            for level in levels
+            for level in levels.values()
         ]
         yield from sorted(changed, key=_seconds)
 
@@ -83,6 +85,7 @@ def flags(before: PlanConfig, after: PlanConfig) -> str:
     for name, attribute in (
         ("recompute", "recompute"),
         ("tokens-per-batch", "tokens_per_batch"),
+        ("max-length", "max_length"),
         ("bits", "base_bits"),  # which qlora implies
     ):
         value = getattr(after, attribute)

@@ -102,18 +102,26 @@ def plan_memory(
     )
 
 
-def weight_terms(config: PlanConfig, sizes: Sizes) -> tuple[list[Term], list[Term]]:
-    """Return the bytes of all weights: quantized, and in the dtype of computing."""
-    width, description = config.width, sizes.description
+def weight_terms(
+    config: PlanConfig, sizes: Sizes, layers: Sequence[Layer] | None = None
+) -> tuple[list[Term], list[Term]]:
+    """Return the bytes of weights: quantized, and in the dtype of computing. Of all layers, unless
+    some are given."""
+    width, whole = config.width, layers is None
+    if layers is None:
+        layers = sizes.description.layers
+    parameters = sum(layer.parameters for layer in layers)
     if config.base_bits >= 16:
-        return [], [Term.of(description.parameters, "parameters", width, "bytes")]
-    layers = sizes.quantized(as_stored=config.mapped, head=config.pack_head)
-    numbers = sum(layer.out * layer.in_ for layer in layers)
+        return [], [Term.of(parameters, "parameters", width, "bytes")]
+    inside = {layer.path for layer in layers}
+    small = sizes.quantized(as_stored=config.mapped, head=config.pack_head)
+    small = [layer for layer in small if layer.path in inside]
+    numbers = sum(layer.out * layer.in_ for layer in small)
+    note = "embeddings, norms, biases" + ("" if config.pack_head else ", head")
     rest = Term.of(
-        *(description.parameters - numbers, "parameters", width, "bytes"),
-        note="embeddings, norms, biases" + ("" if config.pack_head else ", head"),
+        *(parameters - numbers, "parameters", width, "bytes"), note=note if whole else "dense"
     )
-    return quantized_terms(config, sizes, layers), [rest]
+    return quantized_terms(config, sizes, small), [rest]
 
 
 def quantized_terms(config: PlanConfig, sizes: Sizes, layers: Sequence[Layer]) -> list[Term]:

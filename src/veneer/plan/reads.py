@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from veneer.plan.activations import recompute_of
 from veneer.plan.config import PlanConfig
-from veneer.plan.memory import quantized_terms, weight_terms
+from veneer.plan.memory import weight_terms
 from veneer.plan.methods import Trained
 from veneer.plan.sizes import Block, Sizes
 
@@ -66,12 +66,5 @@ def reads(config: PlanConfig, sizes: Sizes, trained: Trained) -> Reads | None:
 
 def _expert_bytes(config: PlanConfig, sizes: Sizes, block: Block) -> float:
     """Return the bytes of all experts of a block."""
-    if config.base_bits >= 16:
-        return float(block.expert_parameters * config.width)
-    quantized = sizes.quantized(as_stored=config.mapped, head=False)
-    paths = {layer.path for layer in quantized}
-    layers = [layer for layer in block.expert_layers if layer.path in paths]
-    numbers = sum(layer.out * layer.in_ for layer in layers)
-    return sum(term.value for term in quantized_terms(config, sizes, layers)) + config.width * (
-        block.expert_parameters - numbers
-    )
+    quantized, rest = weight_terms(config, sizes, block.experts_with_biases)
+    return float(sum(term.value for term in quantized + rest))

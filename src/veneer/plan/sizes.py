@@ -103,10 +103,13 @@ class Block:
         return self.experts * self.expert_width
 
     @cached_property
+    def experts_with_biases(self) -> tuple[Layer, ...]:
+        return tuple(x for x in self.layers if x.is_stack or ".experts." in x.path)
+
+    @cached_property
     def expert_parameters(self) -> int:
         """Parameters of all experts, with their biases."""
-        layers = [x for x in self.layers if x.is_stack or ".experts." in x.path]
-        return sum(layer.parameters for layer in layers)
+        return sum(layer.parameters for layer in self.experts_with_biases)
 
     @property
     def idle(self) -> int:
