@@ -159,10 +159,10 @@ def _in_words(way: DevicePlan) -> str:
 
 def _change(plan: Plan, way: DevicePlan) -> str:
     """Return what differs from the plan, in flags or as a number of devices."""
-    devices = way.pieces == 1 and way.plan.config == plan.config
-    rows = f"rows in {way.pieces} pieces" if way.pieces > 1 else ""
-    changed = f"{way.count} devices" if devices else flags(plan.config, way.plan.config)
-    return ", ".join(filter(None, (changed, rows)))
+    changed = flags(plan.config, way.plan.config)
+    if way.pieces > 1:
+        return f"{changed} --context-parallel {way.pieces}".strip()
+    return changed or f"{way.count} devices"
 
 
 def _fits(peak: int, memory: int) -> str:

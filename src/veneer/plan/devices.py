@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from veneer.plan.activations import FLOAT32
+from veneer.plan.activations import FLOAT32, tokens_of
 from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import PlanConfig
 from veneer.plan.fit import SLOWER, alternatives
-from veneer.plan.memory import weight_terms
 from veneer.plan.plan import Plan, replanned
-from veneer.plan.sizes import Block
+from veneer.plan.row_pieces import keys_and_values, rows_of_others
+from veneer.plan.shards import Shards, shards_of
 
-# What of the base is sharded: nothing, or its blocks.
+# What of the base is sharded: nothing, or all that is large.
 Sharded = Literal["none", "base"]
-# Blocks that are whole at a time: the one that computes, and the one ahead of it.
-GATHERED_BLOCKS = 2
 LEAST_ROW = 64  # tokens of the shortest row that is proposed
+# Numbers that are added up over the processes in a step (training/step.py, training/loop.py): label
+# tokens and the loss, each with the errors of other processes, and whether to stop.
+STEP_NUMBERS, FLOAT64 = 5, 8
 
 
 @dataclass(frozen=True)
 class DevicePlan:
     """What one of `count` devices holds and sends, if each computes a pass of `plan` in a step.
 
-    sharded: whether each holds 1 / count of the base's blocks. pieces: how many devices share a
-    row. passes: how many a device computes in a step.
+    sharded: whether each holds 1 / count of the base. pieces: how many devices share the tokens of
+    a pass. passes: how many there are in a step.
     """
 
     plan: Plan
@@ -42,13 +42,13 @@ class DevicePlan:
         """The base's weights on a device."""
         if self.sharded == "none":
             return (self.plan.memory.weights,)
-        return _sharded_weights(self.plan, self.count)
+        return self._shards.own, self._shards.gathered, self._shards.whole
 
     @cached_property
     def amounts(self) -> tuple[Amount, ...]:
         """The memory of a device, in amounts that sum to its peak."""
         _, *others = self._of_a_piece.memory.amounts
-        rows = [_exchanged_rows(self.plan)] if self.pieces > 1 else []
+        rows = [rows_of_others(self.plan, self.pieces)] if self.pieces > 1 else []
         return (*self.weights, *others, *rows)
 
     @property
@@ -62,25 +62,44 @@ class DevicePlan:
         return sum(each.value for each in self.amounts)
 
     @cached_property
-    def sent(self) -> tuple[Amount, ...]:
-        """The bytes that a device sends in a step, by what they are.
-
-        A sum over N devices goes around a ring twice, once to add up and once to tell: each sends
-        (N - 1) / N of its bytes each time. What is gathered goes around once.
-        """
-        n = self.count
-        share = ((n - 1) / n, f"{n - 1} / {n}")
-        config, trained = self.plan.config, self.plan.trained
-        width = config.width if trained.weights else FLOAT32
-        gradient = Term.of(
-            *(2, "", *share, trained.count, "parameters", width, "bytes"), note="their gradient"
-        )
-        sent = [amount("adapters" if not trained.weights else "gradient", gradient)]
+    def given(self) -> dict[str, list[Term]]:
+        """The bytes that a device gives to exchanges in a step, as `World.sent` counts them."""
+        trained = self.plan.trained.count
+        given = {
+            "sum": [
+                Term.of(trained, "parameters", FLOAT32, "bytes", note="their gradient"),
+                Term.of(STEP_NUMBERS, "numbers", FLOAT64, "bytes", note="losses and counts"),
+            ]
+        }
         if self.sharded == "base":
-            sent.append(amount("base's blocks", *(_gathers(self.plan, share, self.passes))))
+            given["shards"] = self._shards.given
         if self.pieces > 1:
-            sent.append(amount("keys and values", *_row_exchanges(self.plan, self.pieces)))
-        return tuple(sent)
+            given |= keys_and_values(self.plan, self.pieces)
+        passes = (self.passes, "passes" if self.passes > 1 else "")
+        return {
+            kind: terms if kind == "sum" else [term.times(*passes) for term in terms]
+            for kind, terms in given.items()
+        }
+
+    @cached_property
+    def sent(self) -> tuple[Amount, ...]:
+        """The bytes that a device sends in a step.
+
+        A sum over N devices goes around a ring twice, once to add up and once to tell: each device
+        sends (N - 1) / N of its bytes each time. What is gathered goes to N - 1 others.
+        """
+        n, pieces = self.count, self.pieces
+        around: dict[str, list[tuple[float, str]]] = {
+            "sum": [((n - 1) / n, f"({n - 1} / {n})"), (2, "")],
+            "shards": [(n - 1, "others")],
+            "keys and values": [(pieces - 1, "others")],
+            "gradients of keys and values": [((pieces - 1) / pieces, f"({pieces - 1} / {pieces})")],
+        }
+        names = {"sum": "what trains", "shards": "the base"}
+        return tuple(
+            amount(names.get(kind, kind), *(_product(term, around[kind]) for term in terms))
+            for kind, terms in self.given.items()
+        )
 
     @property
     def sent_bytes(self) -> int:
@@ -88,13 +107,19 @@ class DevicePlan:
         return sum(each.value for each in self.sent)
 
     @cached_property
+    def _shards(self) -> Shards:
+        plan = self.plan
+        return shards_of(plan.config, plan.sizes, self.count, plan.trained.first_block)
+
+    @cached_property
     def _of_a_piece(self) -> Plan:
-        """The plan of the tokens of a row that a device computes."""
+        """The plan of the tokens that a device computes."""
         if self.pieces == 1:
             return self.plan
         config = self.plan.config
-        piece = -(-config.length // self.pieces)
-        return replanned(self.plan, replace(config, tokens_per_batch=piece, max_length=piece))
+        piece = -(-tokens_of(config) // self.pieces)
+        length = min(piece, config.length)
+        return replanned(self.plan, replace(config, tokens_per_batch=piece, max_length=length))
 
 
 def ways(plan: Plan, count: int, pieces: int = 1) -> Iterator[DevicePlan]:
@@ -190,13 +215,15 @@ def _more_devices(plan: Plan, count: int, memory: int) -> list[DevicePlan]:
     """More devices make shares smaller, and nothing else: not what is computed on each."""
     if not can_be_sharded(plan):
         return []
-    blocks = _bytes(_terms(plan, plan.sizes.blocks))
-    now = DevicePlan(plan, count, "base")
-    spare = memory - (now.peak - now.amounts[0].value)
+    own, *others = DevicePlan(plan, count, "base").weights
+    spare = memory - (DevicePlan(plan, count).peak - plan.memory.weights.value) - _bytes(others)
     if spare <= 0:
         return []
-    more = DevicePlan(plan, max(count + 1, -(-blocks // spare)), "base")
-    return [more] if more.peak <= memory else []
+    first = max(count + 1, own.value * count // spare)
+    # Shares are rounded up, so that it may take one more, or spare a little.
+    numbers = range(max(count + 1, first - 1), first + 3)
+    each = (DevicePlan(plan, number, "base") for number in numbers)
+    return [way for way in each if way.peak <= memory][:1]
 
 
 def _shorter_rows(plan: Plan, count: int, memory: int) -> list[DevicePlan]:
@@ -218,70 +245,11 @@ def _shorter_rows(plan: Plan, count: int, memory: int) -> list[DevicePlan]:
     return fits
 
 
-def _sharded_weights(plan: Plan, count: int) -> tuple[Amount, ...]:
-    """Return what a device holds of a sharded base: its share, the blocks that are gathered, and
-    what is outside of the blocks."""
-    config, sizes = plan.config, plan.sizes
-    share = [term.times(1 / count, "of") for term in _terms(plan, sizes.blocks)]
-    largest = max(sizes.blocks, key=lambda block: _bytes(_terms(plan, [block])))
-    gathered = [term.times(GATHERED_BLOCKS, "") for term in _terms(plan, [largest])]
-    inside = {layer.path for block in sizes.blocks for layer in block.layers}
-    outside = [layer for layer in sizes.description.layers if layer.path not in inside]
-    quantized, rest = weight_terms(config, sizes, outside)
-    return (
-        amount("weights' share", *share),
-        amount("a gathered block, and the next", *gathered),
-        amount("embedding, head, last norm", *quantized, *rest),
-    )
+def _product(term: Term, factors: Iterable[tuple[float, str]]) -> Term:
+    for factor in factors:
+        term = term.times(*factor)
+    return term
 
 
-def _gathers(plan: Plan, share: tuple[float, str], passes: int) -> list[Term]:
-    """Return what a device sends of the blocks that are gathered: forward, and backward down to the
-    lowest block that a gradient must reach."""
-    ways = (("forward", 0), ("backward", plan.trained.first_block))
-    return [
-        replace(term, note=way).times(*share).times(passes, "passes" if passes > 1 else "")
-        for way, first in ways
-        for term in _terms(plan, plan.sizes.blocks[first:])
-    ]
-
-
-def _exchanged_rows(plan: Plan) -> Amount:
-    """Return the keys and values of a whole row in one block, and their gradients."""
-    config = plan.config
-    return amount(
-        "keys and values of a row",
-        Term.of(
-            *(2, "", config.length, "tokens", 2 * plan.sizes.kv, "numbers", config.width, "bytes"),
-            note="of one block, and their gradients",
-        ),
-    )
-
-
-def _row_exchanges(plan: Plan, pieces: int) -> list[Term]:
-    """Return what a device sends of its piece's keys and values, and of their gradients."""
-    config = plan.config
-    around = ((pieces - 1) / pieces, f"{pieces - 1} / {pieces}")
-    alike = Counter(block.kv for block in plan.sizes.blocks)
-    return [
-        Term.of(
-            *(2, "", count, "layers", *around, config.length, "tokens"),
-            *(2 * kv, "numbers", config.width, "bytes"),
-            note="and their gradients",
-        )
-        for kv, count in alike.items()
-        if kv
-    ]
-
-
-def _terms(plan: Plan, blocks: Iterable[Block]) -> list[Term]:
-    """Return the bytes of blocks' weights; equal blocks share a term."""
-    alike: Counter[Term] = Counter()
-    for block in blocks:
-        quantized, rest = weight_terms(plan.config, plan.sizes, block.layers)
-        alike.update(quantized + rest)
-    return [term.times(count, "blocks") for term, count in alike.items() if term.value]
-
-
-def _bytes(terms: Iterable[Term]) -> int:
-    return sum(term.value for term in terms)
+def _bytes(amounts: Iterable[Amount]) -> int:
+    return sum(each.value for each in amounts)
