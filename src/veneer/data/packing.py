@@ -120,6 +120,27 @@ class StepOrder:
         cuts = _cuts(lengths + self.in_front, self.tokens_per_batch)
         return [step[start:end].tolist() for start, end in pairwise(cuts)]
 
+    def deal(self, step: Sequence[Sequence[int]], size: int) -> list[list[list[int]]]:
+        """Return the batches of each of `size` processes, which share the rows of a step.
+
+        All have about the same tokens: each row, the longest first, goes to whoever has fewest. All
+        have equally many batches, so that all make the same passes; some are empty where there are
+        not rows for all.
+        """
+        if size == 1:
+            return [[list(batch) for batch in step]]
+        rows = np.array(list(chain.from_iterable(step)), dtype=np.int64)
+        lengths = _lengths_of(self.lengths, rows) + self.in_front
+        shares: list[list[int]] = [[] for _ in range(size)]
+        tokens = [0] * size
+        for i in np.argsort(-lengths, kind="stable").tolist():
+            fewest = tokens.index(min(tokens))
+            shares[fewest].append(i)
+            tokens[fewest] += int(lengths[i])
+        dealt = [self.batches(rows[share]) for share in shares]
+        most = max(map(len, dealt))
+        return [batches + [[]] * (most - len(batches)) for batches in dealt]
+
 
 class Epoch(Sequence[list[list[int]]]):
     """The steps of one epoch, each made when it is asked for.
@@ -191,6 +212,12 @@ def held_out_rows(n: int, *, eval_rows: int, seed: int) -> NDArray[np.int64]:
     if eval_rows >= n:
         raise DataError(f"{eval_rows} of {n} rows held out leave none to train on; hold out fewer")
     return np.sort(Shuffled(n, (seed,)).part(0, eval_rows))
+
+
+def idle_rows(step: Sequence[Sequence[int]]) -> list[int]:
+    """Return the row of a step that a process without rows takes through the model where others
+    have a batch: what it computes does not count, but a base that is sharded needs all at work."""
+    return [step[-1][-1]]
 
 
 def split_held_out(n: int, *, eval_rows: int, seed: int) -> tuple[list[int], list[int]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -10,7 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from veneer.errors import TrainingError, VeneerError
+
 T = TypeVar("T")
+
+
+class LostProcess(TrainingError):
+    """An exchange failed, as it does where another process has ended."""
 
 
 @dataclass
@@ -33,8 +41,9 @@ class Sent:
 class World:
     """This process among all of a run: `rank` of `size`.
 
-    Every exchange must be made by all processes, in the same order. Sums are SUM and never AVG,
-    which gloo has not in all versions (pytorch#162338). Backends: gloo on a CPU, nccl on GPUs.
+    Every exchange must be made by all processes, in the same order; LostProcess is raised where it
+    fails. Sums are SUM and never AVG, which gloo has not in all versions (pytorch#162338).
+    Backends: gloo on a CPU, nccl on GPUs.
     """
 
     rank: int = 0
@@ -57,7 +66,8 @@ class World:
         """Replace a tensor by its sum over the processes, the same bits in each of them."""
         if self.size > 1:
             self.sent.count("sum", tensor)
-            dist.all_reduce(tensor)
+            with _exchange():
+                dist.all_reduce(tensor)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all processes, alike in shape, as (size, *shape)."""
@@ -65,38 +75,119 @@ class World:
             return tensor[None]
         self.sent.count("gather", tensor)
         flat = tensor.new_empty(self.size * tensor.numel())
-        dist.all_gather_into_tensor(flat, tensor.contiguous().view(-1))
+        with _exchange():
+            dist.all_gather_into_tensor(flat, tensor.contiguous().view(-1))
         return flat.view(self.size, *tensor.shape)
 
-    def share(self, value: T) -> T:
-        """Return the value of the process that writes, in every process. It is pickled, between
-        processes of one run only: nothing from outside is read so."""
+    def copy(self, tensor: Tensor) -> None:
+        """Replace a tensor by that of the process that writes."""
+        if self.size > 1:
+            self.sent.count("copy", tensor)
+            with _exchange():
+                dist.broadcast(tensor, src=0)
+
+    def share(self, value: T, *, of: int = 0) -> T:
+        """Return the value of one process, unless given that which writes, in every process. It is
+        pickled, between processes of one run only: nothing from outside is read so."""
         if self.size == 1:
             return value
         values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0)
+        with _exchange():
+            dist.broadcast_object_list(values, src=of)
         return values[0]
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process."""
+        return self.sums(float(flag))[0] > 0
+
+    def sums(self, *numbers: float) -> list[float]:
+        """Return the sum of each number over the processes."""
         if self.size == 1:
-            return flag
-        flags = torch.tensor(float(flag))
-        self.add_up(flags)
-        return bool(flags)
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        self.add_up(sums)
+        return sums.tolist()
+
+    def most(self, number: int) -> int:
+        """Return the greatest number that a process has."""
+        return int(self.gather(torch.tensor(number)).max())
+
+    def total(self, work: Callable[[], float]) -> float:
+        """Do `work` in every process and return the sum of the results.
+
+        Raises in every process what `work` raised in any.
+        """
+        if self.size == 1:
+            return work()
+        own, failure = 0.0, None
+        try:
+            own = work()
+        except Exception as error:
+            failure = error
+        total, failures = self.sums(own, float(failure is not None))
+        if failures:
+            self._raise(failure)
+        return total
 
     def first(self, work: Callable[[], T]) -> T:
         """Do `work` in the process that writes while the others wait, and return its result in all.
 
         Raises in every process what `work` raised.
         """
-        outcome: tuple[bool, Any] = (False, None)
+        if self.size == 1:
+            return work()
+        outcome: tuple[Any, Exception | None] = (None, None)
+        own = None
         if self.writes:
             try:
-                outcome = (True, work())
+                outcome = (work(), None)
             except Exception as error:
-                outcome = (False, error)
-        done, result = self.share(outcome)
-        if not done:
-            raise result
+                own, outcome = error, (None, _portable(error, self.rank))
+        result, failure = self.share(outcome)
+        if failure is not None:
+            raise own or failure
         return result
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """In this context the process that writes works, while the others wait in `follow`."""
+        try:
+            yield
+        except Exception as error:
+            self.share(_portable(error, self.rank))
+            raise
+        self.share(None)
+
+    def follow(self) -> None:
+        """Wait for the end of `leading`. Raises what was raised there."""
+        failure: Exception | None = self.share(None)
+        if failure is not None:
+            raise failure
+
+    def _raise(self, failure: Exception | None) -> None:
+        """Raise the error of the first process that has one, in all; its own where it has one."""
+        failed = self.gather(torch.tensor(int(failure is not None))).tolist()
+        source = failed.index(1)
+        portable = _portable(failure, source) if failure and self.rank == source else None
+        error = self.share(portable, of=source)
+        assert error is not None
+        raise failure or error
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    """Raise LostProcess where torch.distributed fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcess(f"An exchange with the other processes failed: {error}") from error
+
+
+def _portable(error: Exception, rank: int) -> Exception:
+    """Return an error for other processes: itself, where it is for a person and can be sent."""
+    if isinstance(error, VeneerError | OSError):
+        try:
+            return pickle.loads(pickle.dumps(error))
+        except Exception:  # an error with arguments of its own may not be made from a message
+            return TrainingError(str(error))
+    return TrainingError(f"Process {rank} ended with {type(error).__name__}: {error}")

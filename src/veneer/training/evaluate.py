@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.data.encode import Example
-from veneer.data.packing import StepOrder, pack
+from veneer.data.packing import StepOrder, idle_rows, pack
 from veneer.fused.forward import Forward
 from veneer.models.evaluating import evaluating
+from veneer.processes.world import World
 
 
 def evaluate(
@@ -20,15 +21,32 @@ def evaluate(
     forward: Forward,
     *,
     tokens_per_batch: int = 2048,
+    world: World | None = None,
 ) -> float:
-    """Return the mean loss over the label tokens of all examples, in nats."""
+    """Return the mean loss over the label tokens of all examples, in nats.
+
+    world: the processes that share the examples, each with a model like the others'; this one alone
+    unless given.
+    """
+    world = world or World()
     lengths = [len(example.tokens) for example in examples]
-    order = StepOrder(lengths, tokens_per_batch, tokens_per_batch, 0, virtual_input_count(model))
-    total, labels = 0.0, 0
-    with torch.no_grad(), evaluating(model), forward.installed(model):
+    order = StepOrder(
+        lengths, tokens_per_batch * world.size, tokens_per_batch, 0, virtual_input_count(model)
+    )
+    labels = 0
+
+    def own_loss() -> float:
+        nonlocal labels
+        total = 0.0
         for step in order.epoch(0):
-            for indices in step:
-                batch = pack(examples, indices)
-                total += float(forward(model, batch))
-                labels += int((batch.labels >= 0).sum())
-    return total / labels
+            for indices in order.deal(step, world.size)[world.rank]:
+                batch = pack(examples, indices or idle_rows(step))
+                loss = float(forward(model, batch))
+                if indices:
+                    total += loss
+                    labels += int((batch.labels >= 0).sum())
+        return total
+
+    with torch.no_grad(), evaluating(model), forward.installed(model):
+        total = world.total(own_loss)
+    return total / world.sums(labels)[0]

@@ -11,25 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.adapter.adapter import Adapter
-from veneer.adapter.layers import idle_adapters
-from veneer.adapter.method import Method
 from veneer.adapter.start import start_from_gradients
-from veneer.adapter.use import adapters, in_use
-from veneer.adapter.virtual_forward import idle_virtual_tokens, virtual_input_count
+from veneer.adapter.use import in_use
+from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.data.encode import Example
-from veneer.data.packing import Batch, StepOrder, pack
-from veneer.errors import DataError, DivergedError, TrainingError, joined, listed, wrong_argument
+from veneer.data.packing import StepOrder, pack
+from veneer.errors import DivergedError, TrainingError, joined, listed
 from veneer.formats.capture import capture
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
+from veneer.processes.world import World
 from veneer.training import checkpoint as checkpoints
+from veneer.training.begin import (
+    check_rows,
+    check_same_run,
+    check_types,
+    choose_course,
+    what_trains,
+)
 from veneer.training.checkpoint import Checkpoint
-from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
 from veneer.training.config import CHANGEABLE, NOT_OF_THE_COURSE, SCHEDULE, TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
@@ -47,6 +50,7 @@ from veneer.training.lora_plus import lr_ratios
 from veneer.training.memory import process_memory
 from veneer.training.optimizer import FlatAdamW
 from veneer.training.state import Progress, RunState
+from veneer.training.step import learn, seed_of
 from veneer.training.threads import worthwhile_threads
 from veneer.training.verdict import rate_advice
 
@@ -63,6 +67,7 @@ def train(
     identity: Mapping[str, Any] | None = None,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    world: World | None = None,
 ) -> Iterator[Event]:
     """Train whatever of `model` requires a gradient on `examples`, and yield events.
 
@@ -72,10 +77,14 @@ def train(
     best on them, otherwise with the last. The run ends after the step at which `should_stop`
     returns True.
 
+    world: the processes that train together, all with the same model, examples and config; those of
+    torch.distributed unless given. Each yields the same events; one of them writes checkpoints.
+
     Raises DivergedError after three steps in a row without a finite loss; TrainingError where a
     checkpoint does not belong to this run; DataError where there is nothing to learn from.
     """
-    run = _Run(model, examples, config, held_out, directory, identity or {})
+    world = World.current() if world is None else world
+    run = _Run(model, examples, config, held_out, directory, identity or {}, world)
     try:
         with kept_heap():
             forward, notices = choose_forward(
@@ -87,6 +96,7 @@ def train(
                 yield Notice(f"There is no checkpoint in {directory} to go on from; a new start.")
             if not restored:
                 run.start_from_gradients(forward)
+            run.state.replicate(world)
             if run.going_on:
                 yield Notice(run.going_on)
             model.train()
@@ -109,20 +119,22 @@ class _Run:
         held_out: Sequence[Example],
         directory: Path | None,
         identity: Mapping[str, Any],
+        world: World,
     ) -> None:
-        _check_types(model, [*examples, *held_out])
-        weights, active = _what_trains(model)
-        _check_rows(examples, held_out)
-        config, self.choices, self.usual_lr = _choose(model, examples, config)
+        check_types(model, [*examples, *held_out])
+        weights, active = what_trains(model)
+        check_rows(examples, held_out)
+        config, self.choices, self.usual_lr = choose_course(model, examples, config)
         assert config.lr is not None
         assert config.tokens_per_step is not None
         self.model, self.examples, self.config = model, examples, config
-        self.held_out, self.directory = held_out, directory
+        self.held_out, self.directory, self.world = held_out, directory, world
         course = {k: v for k, v in asdict(self.config).items() if k not in NOT_OF_THE_COURSE}
         self.identity = course | dict(identity)
         self.going_on = ""  # what changes where a run goes on otherwise than it began
+        lengths = [len(example.tokens) for example in examples]
         self.order = StepOrder(
-            [len(example.tokens) for example in examples],
+            lengths,
             config.tokens_per_step,
             config.batch_tokens,
             config.seed,
@@ -138,6 +150,7 @@ class _Run:
             weights, lr=config.lr, weight_decay=config.weight_decay, ratios=ratios
         )
         self.state = RunState(weights, active, optimizer)
+        check_same_run(world, self.identity, lengths)
 
     @property
     def progress(self) -> Progress:
@@ -158,7 +171,8 @@ class _Run:
         # By the layers' own forward, which knows whole layers to compute again, or nothing.
         recompute: Recompute = "none" if forward.recompute == "none" else "full"
         plain = replace(forward, layers=(), recompute=recompute)
-        start_from_gradients(self.model, lambda: plain(self.model, self._batches()[0]))
+        first = pack(self.examples, self.steps_of_epoch[self.progress.step_in_epoch][0])
+        start_from_gradients(self.model, lambda: plain(self.model, first))
 
     def go(self, forward: Forward, should_stop: Callable[[], bool]) -> Iterator[Event]:
         """Yield the events of all steps that are left."""
@@ -175,7 +189,7 @@ class _Run:
             at_end = progress.step == self.steps or progress.step_in_epoch == 0
             if self.held_out and (at_end or _is_due(progress.step, config.eval_every)):
                 yield self._evaluate(forward)
-            stopping = should_stop()
+            stopping = self.world.any(should_stop())
             must = stopping or self._out_of_patience() or progress.step == self.steps
             # Between skipped steps the checkpoint before them is the better one to go back to.
             due = not progress.skips and (at_end or _is_due(progress.step, config.save_every))
@@ -198,32 +212,35 @@ class _Run:
         """Return whether a step's checkpoint is to stay as one of the best."""
         return any(step == best for _, best in self.progress.best)
 
-    def _batches(self) -> list[Batch]:
-        """Return the batches of the step that comes next."""
-        return [pack(self.examples, i) for i in self.steps_of_epoch[self.progress.step_in_epoch]]
-
     def _step(self, forward: Forward) -> Step | Skipped:
         """Learn from the next step's rows, unless their loss or its gradient is not finite."""
         start = time.perf_counter()
-        progress, optimizer = self.progress, self.state.optimizer
-        batches = self._batches()
+        progress, order = self.progress, self.order
+        batches = self.steps_of_epoch[progress.step_in_epoch]
         self._advance()
         lr = self.config.lr_at(progress.step, self.steps)
-        labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
-        total = 0.0
-        optimizer.begin()
-        for batch in batches:
-            loss = forward(self.model, batch)
-            total += float(loss.detach())
-            (loss / labels).backward()
-        if not (math.isfinite(total) and optimizer.step(lr=lr, clip=self.config.clip)):
-            optimizer.forget()
-            return self._skip(batches)
+        if self.world.size > 1:
+            torch.manual_seed(seed_of(self.config.seed, progress.step, self.world.rank))
+        learnt = learn(
+            self.model,
+            forward,
+            self.state.optimizer,
+            self.examples,
+            batches,
+            order=order,
+            lr=lr,
+            clip=self.config.clip,
+            world=self.world,
+        )
+        rows = list(chain.from_iterable(batches))
+        if not learnt.finite:
+            return self._skip(rows)
         progress.skips = 0
-        tokens = sum(len(batch.tokens) for batch in batches)
+        tokens = sum(int(order.lengths[row]) for row in rows)
+        loss, labels = learnt.loss / learnt.label_tokens, learnt.label_tokens
         seconds = time.perf_counter() - start
         memory = process_memory("VmRSS")
-        return Step(progress.step, total / labels, lr, tokens, labels, seconds, memory)
+        return Step(progress.step, loss, lr, tokens, labels, seconds, memory)
 
     def _advance(self) -> None:
         """Go to the next step, and at the end of an epoch to the next epoch."""
@@ -234,11 +251,11 @@ class _Run:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
             self.steps_of_epoch = self.order.epoch(progress.epoch)
 
-    def _skip(self, batches: list[Batch]) -> Skipped:
+    def _skip(self, indices: list[int]) -> Skipped:
         """Count a step that changed nothing. Raises TrainingError for the third in a row."""
         progress = self.progress
         progress.skips += 1
-        rows = tuple(self.examples[i].where for batch in batches for i in batch.rows.tolist())
+        rows = tuple(self.examples[i].where for i in indices)
         if progress.skips == MOST_SKIPS:
             last = checkpoints.last_good(self.directory) if self.directory else None
             assert self.config.lr is not None
@@ -254,7 +271,9 @@ class _Run:
         """Measure the held-out rows, and keep the weights if none were better so far."""
         progress, tokens = self.progress, self.config.batch_tokens
         with worthwhile_threads(self.model):
-            loss = evaluate(self.model, self.held_out, forward, tokens_per_batch=tokens)
+            loss = evaluate(
+                self.model, self.held_out, forward, tokens_per_batch=tokens, world=self.world
+            )
         is_best = loss < progress.best_loss
         if is_best:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -266,17 +285,25 @@ class _Run:
         return Evaluated(progress.step, loss, math.exp(min(loss, 700.0)), is_best)
 
     def _save(self, directory: Path) -> Checkpointed:
-        """Write a checkpoint; only it and those of the best weights stay."""
+        """Write a checkpoint in one process; only it and those of the best weights stay."""
+        place = self.world.first(lambda: self._write_checkpoint(directory))
+        return Checkpointed(self.progress.step, place)
+
+    def _write_checkpoint(self, directory: Path) -> Path:
         state, progress = self.state, self.progress
         keep = {progress.best_step, *(int(step) for _, step in progress.best)}
         one = len(in_use(self.model)) == 1
         adapter = capture(self.model, copy=False) if one else None
         checkpoint = state.to_checkpoint(self.identity, self.steps, adapter)
-        return Checkpointed(progress.step, checkpoints.write(checkpoint, directory, keep=keep))
+        return checkpoints.write(checkpoint, directory, keep=keep)
 
     def restore(self) -> bool:
-        """Go back to where the newest checkpoint was, and return whether there is one."""
-        checkpoint = checkpoints.newest(self.directory) if self.directory else None
+        """Go back to where the newest checkpoint was, and return whether there is one. One process
+        reads it: the others may be on machines that do not have it."""
+        directory = self.directory
+        if directory is None:
+            return False
+        checkpoint = self.world.first(lambda: checkpoints.newest(directory))
         if checkpoint is None:
             return False
         if differing := self.state.differences_from(checkpoint, self.identity):
@@ -312,62 +339,6 @@ class _Run:
 
 def _shown(value: Any) -> str:
     return "not given" if value is None else f"{value:g}" if isinstance(value, float) else value
-
-
-def _choose(
-    model: PreTrainedModel, examples: Sequence[Example], given: TrainConfig
-) -> tuple[TrainConfig, str | None, float]:
-    """Return the course without any choice left, what was chosen in words, and the usual rate."""
-    active = [config for name, config in adapters(model).items() if name in in_use(model)]
-    lengths = [len(example.tokens) for example in examples]
-    hidden_size = hidden_size_of(model.config)
-    what_trains = active[0] if active else Method("full")
-    chosen = choose(given, lengths, what_trains=what_trains, hidden_size=hidden_size)
-    usual_lr = learning_rate(what_trains, hidden_size, lora_plus_ratio=given.lora_plus_ratio)
-    return chosen, explain(given, chosen, lengths, hidden_size=hidden_size), usual_lr
-
-
-def _what_trains(
-    model: PreTrainedModel,
-) -> tuple[dict[str, nn.Parameter], dict[str, Adapter]]:
-    """Return the weights that train, by name, and the active adapters, by path.
-
-    Raises TrainingError where there are no such weights.
-    """
-    idle_modules = chain(idle_adapters(model), idle_virtual_tokens(model))
-    idle = {id(weight) for module in idle_modules for weight in module.parameters()}
-    weights = {
-        name: weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and id(weight) not in idle
-    }
-    if not weights:
-        raise TrainingError("Nothing in this model trains; attach an adapter first.")
-    active = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, Adapter) and id(module.lora_B) not in idle
-    }
-    return weights, active
-
-
-def _check_types(model: object, examples: Sequence[object]) -> None:
-    """Raise TypeError for a base instead of its model, and for rows instead of examples."""
-    if not isinstance(model, nn.Module):
-        raise wrong_argument(model, "A model")
-    for example in examples:
-        if not isinstance(example, Example):
-            made_by = "examples, skipped = veneer.load_examples(rows, tokenizer)"
-            raise wrong_argument(example, f"An Example, made by {made_by},")
-
-
-def _check_rows(examples: Sequence[Example], held_out: Sequence[Example]) -> None:
-    """Raise DataError where there is nothing to learn, at all or from some rows."""
-    if not examples:
-        raise DataError("There are no rows to train on.")
-    empty = [example.where for example in (*examples, *held_out) if not example.label_tokens]
-    if empty:
-        raise DataError(f"No token is learnt in {len(empty)} rows: {listed(empty)}.")
 
 
 def _is_due(step: int, every: int | None) -> bool:

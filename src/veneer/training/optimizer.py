@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from veneer.processes.world import World
+
+ALONE = World()
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -84,12 +87,18 @@ class FlatAdamW:
             for name, view in buffer.views(buffer.gradient):
                 buffer.weights[name].grad = view
 
-    def step(self, *, lr: float, clip: float) -> bool:
-        """Clip the gradients to a norm of `clip` (0: not at all), update the weights, and forget
-        the gradients. Return whether they were finite; if not, the weights stay as they are."""
+    def step(self, *, lr: float, clip: float, world: World = ALONE) -> bool:
+        """Add up the gradients of all processes, clip them to a norm of `clip` (0: not at all),
+        update the weights, and forget the gradients. Return whether they were finite; if not, the
+        weights stay as they are.
+
+        Processes send the gradients once, and all have the same sum: so they clip alike, and agree
+        on what is finite.
+        """
         for buffer in self._buffers:
             # Where there are masters this is a copy, which is freed after the step.
             buffer.master.grad = buffer.gradient.to(buffer.master.dtype)
+            world.add_up(buffer.master.grad)
         masters = [buffer.master for buffer in self._buffers]
         norm = nn.utils.clip_grad_norm_(masters, clip or math.inf)
         finite = bool(torch.isfinite(norm))
@@ -127,6 +136,12 @@ class FlatAdamW:
             for key, flat in self._state(buffer).items():
                 for name, view in buffer.views(flat):
                     view.copy_(tensors[f"{key}/{name}"])
+        self._to_weights()
+
+    def replicate(self, world: World) -> None:
+        """Let the weights be those of the process that writes."""
+        for buffer in self._buffers:
+            world.copy(buffer.master.detach())
         self._to_weights()
 
     def release(self) -> None:

@@ -14,6 +14,7 @@ from veneer.adapter.adapter import Adapter
 from veneer.errors import differences
 from veneer.formats.checkpoint import description
 from veneer.formats.state import AdapterState
+from veneer.processes.world import World
 from veneer.training.checkpoint import Checkpoint
 from veneer.training.config import CHANGEABLE
 from veneer.training.optimizer import FlatAdamW
@@ -57,6 +58,16 @@ class RunState:
         """Let the weights have these values."""
         for name, weight in self.weights.items():
             weight.copy_(values[name])
+
+    def replicate(self, world: World) -> None:
+        """Let all processes hold what the one that writes does: of starts that are computed from
+        the base, two processors may have other bits, or other signs."""
+        if world.size == 1:
+            return
+        self.optimizer.replicate(world)
+        for adapter in self.adapters.values():
+            for tensor in (*adapter.buffers(), *_fixed_factors(adapter).values()):
+                world.copy(tensor.detach())
 
     def to_checkpoint(
         self, identity: Mapping[str, Any], steps: int, adapter: AdapterState | None = None

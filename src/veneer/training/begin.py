@@ -1,0 +1,107 @@
+"""Before the first step: what trains, on which rows, and with which choices; all of it checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.adapter.adapter import Adapter
+from veneer.adapter.layers import idle_adapters
+from veneer.adapter.method import Method
+from veneer.adapter.use import adapters, in_use
+from veneer.adapter.virtual_forward import idle_virtual_tokens
+from veneer.data.encode import Example
+from veneer.errors import DataError, TrainingError, listed, wrong_argument
+from veneer.processes.world import World
+from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
+from veneer.training.config import TrainConfig
+
+
+def choose_course(
+    model: PreTrainedModel, examples: Sequence[Example], given: TrainConfig
+) -> tuple[TrainConfig, str | None, float]:
+    """Return the course without any choice left, what was chosen in words, and the usual rate."""
+    active = [config for name, config in adapters(model).items() if name in in_use(model)]
+    lengths = [len(example.tokens) for example in examples]
+    hidden_size = hidden_size_of(model.config)
+    what_trains = active[0] if active else Method("full")
+    chosen = choose(given, lengths, what_trains=what_trains, hidden_size=hidden_size)
+    usual_lr = learning_rate(what_trains, hidden_size, lora_plus_ratio=given.lora_plus_ratio)
+    return chosen, explain(given, chosen, lengths, hidden_size=hidden_size), usual_lr
+
+
+def what_trains(
+    model: PreTrainedModel,
+) -> tuple[dict[str, nn.Parameter], dict[str, Adapter]]:
+    """Return the weights that train, by name, and the active adapters, by path.
+
+    Raises TrainingError where there are no such weights.
+    """
+    idle_modules = chain(idle_adapters(model), idle_virtual_tokens(model))
+    idle = {id(weight) for module in idle_modules for weight in module.parameters()}
+    weights = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and id(weight) not in idle
+    }
+    if not weights:
+        raise TrainingError("Nothing in this model trains; attach an adapter first.")
+    active = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Adapter) and id(module.lora_B) not in idle
+    }
+    return weights, active
+
+
+def check_types(model: object, examples: Sequence[object]) -> None:
+    """Raise TypeError for a base instead of its model, and for rows instead of examples."""
+    if not isinstance(model, nn.Module):
+        raise wrong_argument(model, "A model")
+    for example in examples:
+        if not isinstance(example, Example):
+            made_by = "examples, skipped = veneer.load_examples(rows, tokenizer)"
+            raise wrong_argument(example, f"An Example, made by {made_by},")
+
+
+def check_rows(examples: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """Raise DataError where there is nothing to learn, at all or from some rows."""
+    if not examples:
+        raise DataError("There are no rows to train on.")
+    empty = [example.where for example in (*examples, *held_out) if not example.label_tokens]
+    if empty:
+        raise DataError(f"No token is learnt in {len(empty)} rows: {listed(empty)}.")
+
+
+def check_same_run(world: World, identity: Mapping[str, Any], lengths: Sequence[int]) -> None:
+    """Raise TrainingError where processes have other settings, rows or bases than each other.
+
+    identity: what decides the run's course; lengths: tokens of each row
+    """
+    if world.size == 1:
+        return
+    hashes = {
+        "settings, rows or base": _hash_of(json.dumps(identity, sort_keys=True, default=str)),
+        "lengths of the rows": _hash_of(np.array(lengths, dtype=np.int64).tobytes()),
+    }
+    of_all = world.gather(torch.tensor(list(hashes.values())))  # (processes, hashes)
+    for what, column in zip(hashes, of_all.T.tolist(), strict=True):
+        if others := [rank for rank, value in enumerate(column) if value != column[0]]:
+            raise TrainingError(
+                f"The processes are not of one run: {what} of process {listed(map(str, others))} "
+                "differ from those of process 0. Start all with the same command, data and model."
+            )
+
+
+def _hash_of(data: bytes | str) -> int:
+    """Return 63 bits that tell one content from another."""
+    data = data.encode() if isinstance(data, str) else data
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
