@@ -2,4 +2,5 @@
 
 from veneer.cli import main
 
-main()
+if __name__ == "__main__":  # and not in processes that it starts
+    main()

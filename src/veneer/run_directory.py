@@ -17,6 +17,7 @@ from veneer.files import read_json, write_json, write_text
 
 DEFAULT_OUT = Path("dist/finetuning_results")
 METRICS = "metrics.jsonl"
+LAUNCH = ".launch"
 STATE, TENSORS = "state.json", "state.safetensors"  # of a checkpoint
 
 
@@ -96,6 +97,17 @@ class RunDirectory:
             return read_json(self.progress)
         except AdapterError:
             return {}
+
+    def write_launch(self, launch: str) -> None:
+        """Write which launch of processes began the run, or went on with it."""
+        write_text(self.path / LAUNCH, launch)
+
+    def read_launch(self) -> str | None:
+        """Return which launch of processes it was, None where that is not known."""
+        try:
+            return (self.path / LAUNCH).read_text(encoding="utf-8")
+        except OSError:
+            return None
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add a line to the metrics."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -15,15 +14,18 @@ from rich.markup import escape
 import veneer
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
+from veneer.cli.company import as_one, goes_on, interruptible, show_stopping
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice
 from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch, refuse_preset
 from veneer.cli.loading import bits_of
 from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
-from veneer.errors import DivergedError, VeneerError
+from veneer.errors import ConfigError, DivergedError, VeneerError
+from veneer.processes.start import joined, launch_id
+from veneer.processes.world import World
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
-from veneer.training.events import Evaluated, Event, Step, Stopped, Verdict
+from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Verdict
 from veneer.training.recipe import DataConfig, Recipe
 
 
@@ -61,6 +63,10 @@ def tune(
     tensorboard: Annotated[
         Switch, Parameter(help="Write curves for TensorBoard too, below --out.")
     ] = False,
+    processes: Annotated[
+        int | None,
+        Parameter(help="Train in this many processes of this machine, one for each GPU."),
+    ] = None,
     quiet: Annotated[Switch, Parameter(help="Print only errors.")] = False,
 ) -> int:
     """Return an exit code, as run_recipe does. `config` is read before this is called."""
@@ -82,52 +88,94 @@ def tune(
         out=out,
         start_from=start_from,
     )
-    return run_recipe(
-        recipe,
-        resume=resume,
-        force=force,
-        ignore_plan=ignore_plan,
-        tensorboard=tensorboard,
-        quiet=quiet,
-    )
+    options = {
+        "resume": resume,
+        "force": force,
+        "ignore_plan": ignore_plan,
+        "tensorboard": tensorboard,
+        "quiet": quiet,
+    }
+    if processes is None:
+        return run_recipe(recipe, **options)
+    if processes < 1:
+        raise ConfigError(f"--processes must be at least 1, not {processes}.")
+    from veneer.processes.launch import launch
+
+    work = partial(run_recipe, recipe, shows_signals=False, **options)
+    return launch(processes, work, told=show_stopping)
 
 
 def run_recipe(
     recipe: Recipe,
+    place: Path | None = None,
     *,
     resume: bool = False,
     force: bool = False,
     ignore_plan: bool = False,
     tensorboard: bool = False,
     quiet: bool = False,
+    shows_signals: bool = True,
 ) -> int:
     """Run a recipe to its end and return the exit code: 0, 3 when it diverged, 130 after Ctrl-C,
-    143 after SIGTERM."""
+    143 after SIGTERM. Of several processes, which torchrun or `--processes` started, one prints.
+
+    place: by which the processes of `--processes` find each other.
+    """
+    with joined(place) as company:
+        writes = company.world.writes
+
+        def run() -> int:
+            return show_run(
+                recipe,
+                company.world,
+                resume=resume or goes_on(company.world, RunDirectory(recipe.out)),
+                force=force,
+                ignore_plan=ignore_plan,
+                tensorboard=tensorboard and writes,
+                quiet=quiet or not writes,
+                shows_signals=shows_signals and writes,
+            )
+
+        return as_one(company, run) if place or company.world.size > 1 else run()
+
+
+def show_run(
+    recipe: Recipe,
+    world: World,
+    *,
+    resume: bool,
+    force: bool,
+    ignore_plan: bool,
+    tensorboard: bool,
+    quiet: bool,
+    shows_signals: bool,
+) -> int:
+    """Run a recipe in this process, show it unless `quiet`, and return the exit code."""
     code = 0
     quieten_libraries()
     display = None if quiet else RunDisplay()
     directory = RunDirectory(recipe.out)
     if display:
         OUTPUT.print(f"[bold]Base[/]    {escape(recipe.model)}")
-    with interruptible() as asked, display or nullcontext():
+    with interruptible(shows=shows_signals) as asked, display or nullcontext():
         events = veneer.tune(
             recipe, resume=resume, force=force, ignore_plan=ignore_plan, should_stop=asked
         )
         for event in curves(events, directory.tensorboard) if tensorboard else events:
             if display:
                 display.show(event)
+            if isinstance(event, Started) and world.writes and (launch := launch_id()):
+                directory.write_launch(launch)
             if isinstance(event, Verdict) and event.kind == "diverged":
                 code = DivergedError.exit_code
                 if quiet:
                     show_notice(event.text)
             if isinstance(event, Stopped) and event.reason == "interrupted":
-                out = escape(str(recipe.out))
-                ERRORS.print(
-                    f"Go on with the same command and --resume (results in {out}). Or try what is "
-                    f"learnt so far: veneer generate PROMPT --adapter {out}; write it as an "
-                    f"adapter: veneer export {out}"
-                )
-                return asked.exit_code
+                if world.writes:
+                    show_ways_on(recipe)
+                return 128 + world.most(asked.number)
+    if not world.writes:
+        return code
     try:
         draw_losses(directory.read_metrics(), directory.picture)
     except VeneerError as error:
@@ -135,41 +183,14 @@ def run_recipe(
     return code
 
 
-@contextmanager
-def interruptible() -> Iterator[Interrupt]:
-    """In this context the first Ctrl-C or SIGTERM asks the run to stop after a step; the second
-    ends it."""
-    asked = Interrupt()
-    before = {n: signal.signal(n, asked.ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Interrupt:
-    """Whether the run was asked to stop, and by which signal first."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    @property
-    def exit_code(self) -> int:
-        """Return what a shell has for a process that this signal ended."""
-        return 128 + self.number
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
-            if number == signal.SIGTERM:
-                raise SystemExit(128 + number)
-            raise KeyboardInterrupt
-        self.number = number
-        again = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        ERRORS.print(f"\nStopping after this step, with a checkpoint ({again} again: at once) ...")
-
-    def __call__(self) -> bool:
-        return self.number > 0
+def show_ways_on(recipe: Recipe) -> None:
+    """Print what can be done with a run that was stopped."""
+    out = escape(str(recipe.out))
+    ERRORS.print(
+        f"Go on with the same command and --resume (results in {out}). Or try what is "
+        f"learnt so far: veneer generate PROMPT --adapter {out}; write it as an "
+        f"adapter: veneer export {out}"
+    )
 
 
 def curves(events: Iterator[Event], directory: Path) -> Iterator[Event]:

@@ -129,6 +129,20 @@ class World:
             self._raise(failure)
         return total
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` in every process and return each its own result.
+
+        Raises in every process what `work` raised in any.
+        """
+        results: list[T] = []
+
+        def append() -> float:
+            results.append(work())
+            return 0.0
+
+        self.total(append)
+        return results[0]
+
     def first(self, work: Callable[[], T]) -> T:
         """Do `work` in the process that writes while the others wait, and return its result in all.
 

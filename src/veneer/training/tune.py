@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -32,6 +33,7 @@ from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
 from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
+from veneer.processes.world import World
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint, start_from
 from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
@@ -97,11 +99,15 @@ def tune(
 
     `resume` goes on from the newest checkpoint there; `force` replaces an earlier run's results,
     and starts from an adapter of another base; `ignore_plan` goes ahead where the plan needs more
-    memory, or disk, than there is.
+    memory, or disk, than there is. Processes that torch.distributed has joined train together, each
+    with the same recipe: all yield the events of the training, one writes.
     Raises VeneerError of the kind that fits where a setting, the base or the data cannot be used.
     """
-    run = RunDirectory(recipe.out)
-    ahead = preflight(recipe, resume=resume, force=force, ignore_space=ignore_plan)
+    run, world = RunDirectory(recipe.out), World.current()
+    # In one process: the others may be on machines that have no such directory.
+    ahead = world.first(
+        lambda: preflight(recipe, resume=resume, force=force, ignore_space=ignore_plan)
+    )
     recipe, start, tokenizer = ahead.recipe, ahead.start, ahead.tokenizer
     dtype = str(ahead.dtype).removeprefix("torch.")
     before = ahead.before
@@ -112,7 +118,7 @@ def tune(
         if start.new_tokens:
             tokenizer = copy.deepcopy(tokenizer)
             extend_tokenizer(tokenizer, start.new_tokens.tokens)
-    rows = load_rows(recipe, ahead.config, tokenizer)
+    rows = world.together(partial(load_rows, recipe, ahead.config, tokenizer))
     if "data" in before:
         _check_goes_on(recipe, before, data=_hash_of([*rows.examples, *rows.held_out]))
     if start and start.new_tokens and rows.new_tokens:
@@ -146,7 +152,7 @@ def tune(
     active_adapters_of(base.model).notes["default"] = {"system": rows.system} if rows.system else {}
     identity = _identity(recipe, base, [*rows.examples, *rows.held_out])
 
-    if not resume:
+    if not resume and world.writes:
         _clear_state(run)
     begin_measuring()
     events = train(
@@ -158,8 +164,18 @@ def tune(
         identity={"computed_in": dtype, **identity},
         resume=resume,
         should_stop=should_stop,
+        world=world,
     )
-    yield from record(_to_the_end(events, recipe, run, base, plan, identity, resume=resume), run)
+    if world.writes:
+        results = _to_the_end(events, recipe, run, base, plan, identity, world, resume=resume)
+        yield from record(results, run)
+        return
+    interrupted = False
+    for event in events:
+        interrupted = isinstance(event, Stopped) and event.reason == "interrupted"
+        yield event
+    if not interrupted:
+        world.follow()
 
 
 def _to_the_end(
@@ -169,6 +185,7 @@ def _to_the_end(
     base: Base,
     plan: Plan | None,
     identity: dict[str, Any],
+    world: World,
     *,
     resume: bool,
 ) -> Iterator[Event]:
@@ -191,13 +208,28 @@ def _to_the_end(
         if isinstance(event, Stopped) and event.reason == "interrupted":
             return
     assert verdict is not None
+    about = about_training(identity, step=weights_of, steps=steps)
+    with world.leading():
+        yield from _write(recipe, run, base, plan, verdict, about, resume=resume)
+
+
+def _write(
+    recipe: Recipe,
+    run: RunDirectory,
+    base: Base,
+    plan: Plan | None,
+    verdict: Verdict,
+    about: dict[str, Any],
+    *,
+    resume: bool,
+) -> Iterator[Event]:
+    """Write the results, and say what is written. about: the training, for the adapter's file."""
     if plan is not None and (peak := measured_peak(plan)):
         yield Measured(plan.memory.peak, peak)
 
     if not resume:
         _clear_results(run)
     if recipe.method.method != "full":  # whose adapter would be the merged model again
-        about = about_training(identity, step=weights_of, steps=steps)
         adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer, training=about)
         yield Written("adapter", recipe.adapter, size_of(recipe.adapter))
     yield from _merge(recipe, base, plan, verdict)

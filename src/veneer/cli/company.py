@@ -1,0 +1,110 @@
+"""One process of a run among others: signals, errors, and starting again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from veneer.cli.console import ERRORS, show_error, show_notice, warnings_as_notices
+from veneer.errors import VeneerError
+from veneer.processes.start import Company, launch_id, restarts
+from veneer.processes.world import LostProcess, World
+from veneer.run_directory import RunDirectory
+
+# torchrun passes on a signal that the terminal has sent to all processes; people are slower.
+SAME_SIGNAL = 1.0  # seconds
+
+
+def goes_on(world: World, directory: RunDirectory) -> bool:
+    """Return whether the elastic agent has started a process again whose run had begun."""
+    if not restarts():
+        return False
+    begun = world.first(lambda: directory.read_launch() == launch_id())
+    if world.writes:
+        goes_on = ", and the run goes on from its newest checkpoint" if begun else ""
+        show_notice(f"A process died. All are started again{goes_on}.")
+    return begun
+
+
+def as_one(company: Company, run: Callable[[], int]) -> int:
+    """Do a run's part in one of several processes, and return the exit code of the run.
+
+    Of those in which it fails the first prints the error. Where another process has failed, this
+    one ends with it; where one is gone without a word, by `SystemExit`, so that the elastic agent
+    starts all again.
+    """
+    error: Exception
+    try:
+        with warnings_as_notices() if company.world.writes else warnings.catch_warnings():
+            if not company.world.writes:
+                warnings.simplefilter("ignore")
+            return run()
+    except LostProcess as lost:
+        if (code := company.ended()) is None:
+            raise SystemExit(1) from lost
+        return code
+    except (VeneerError, OSError) as failure:
+        error, code = failure, getattr(failure, "exit_code", 2)
+    except (KeyboardInterrupt, SystemExit) as signalled:
+        code = signalled.code if isinstance(signalled, SystemExit) else 130
+        assert isinstance(code, int)
+        company.end(code)
+        return code
+    except Exception as failure:
+        error, code = failure, 1
+    if company.end(code):
+        if isinstance(error, VeneerError | OSError):
+            show_error(error)
+        else:
+            traceback.print_exception(error)
+    return code
+
+
+@contextmanager
+def interruptible(*, shows: bool = True) -> Iterator[Interrupt]:
+    """In this context the first Ctrl-C or SIGTERM asks the run to stop after a step; the second
+    ends it. shows: whether this process says so."""
+    asked = Interrupt(shows=shows)
+    before = {n: signal.signal(n, asked.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show_stopping(number: int) -> None:
+    """Print what a first signal brings about."""
+    again = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    ERRORS.print(f"\nStopping after this step, with a checkpoint ({again} again: at once) ...")
+
+
+class Interrupt:
+    """Whether the run was asked to stop, and by which signal first."""
+
+    def __init__(self, *, shows: bool = True) -> None:
+        self.number = 0
+        self.shows = shows
+        self._since = 0.0
+
+    def ask(self, number: int, frame: FrameType | None = None) -> None:
+        """Take a signal."""
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+            if self.shows:
+                show_stopping(number)
+            return
+        if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._since < SAME_SIGNAL:
+            return
+        if number == signal.SIGTERM:
+            raise SystemExit(128 + number)
+        raise KeyboardInterrupt
+
+    def __call__(self) -> bool:
+        return self.number > 0
