@@ -1,0 +1,140 @@
+"""Training in several processes of this machine, and the same alone."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import veneer
+from support.kinds import KINDS, Kind
+from support.random_adapters import trained_weights
+from veneer.fused import forward
+from veneer.processes.world import World
+from veneer.training.events import Evaluated, Event, Skipped, Step, Stopped, Trained
+
+LENGTHS = [11, 7, 16, 9, 13, 8, 12, 10, 15, 6]
+COURSE = veneer.TrainConfig(
+    epochs=1, lr=0.01, tokens_per_step=40, tokens_per_batch=20, eval_every=2
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A course of training; spoilt: how the loss of some pass of one process comes to be."""
+
+    kind: str
+    course: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    padded: bool = False
+    spoilt: Callable[[World, int], float] | None = None
+    stop_at: int = 0  # the step after which the last process is asked to stop
+    resumes: bool = False
+    place: str | None = None  # of checkpoints
+
+    @property
+    def of_kind(self) -> Kind:
+        return next(kind for kind in KINDS if str(kind) == self.kind)
+
+
+@dataclass
+class Result:
+    """What a process has of a case: weights, losses, and events without times."""
+
+    weights: dict[str, Tensor]
+    events: list[Event]
+    sent: dict[str, int]
+    error: str = ""
+
+    @property
+    def losses(self) -> Tensor:
+        values = [e.loss if isinstance(e, Step) else e.eval_loss for e in self.measured]
+        return torch.tensor(values, dtype=torch.float64)
+
+    @property
+    def measured(self) -> list[Any]:
+        return [event for event in self.events if isinstance(event, Step | Evaluated)]
+
+    @property
+    def flat(self) -> Tensor:
+        return torch.cat([weight.flatten().double() for weight in self.weights.values()])
+
+
+def trained(case: Case, world: World, place: Path) -> Result:
+    """Train a case in this process of a world."""
+    kind = case.of_kind
+    torch.manual_seed(world.rank)
+    model = kind.attached(kind.base(case.dtype))
+    course = replace(COURSE, **{**kind.training, **case.course})
+    own, passes, step = forward.Forward.__call__, 0, 0
+
+    def spoilt(self: Any, model: Any, batch: Any) -> Tensor:
+        nonlocal passes
+        loss = own(self, model, batch)
+        if not model.training or case.spoilt is None:
+            return loss
+        passes += 1
+        return loss * case.spoilt(world, passes)
+
+    choose = veneer.training.loop.choose_forward
+
+    def padded(*args: Any, **options: Any) -> Any:
+        chosen, notices = choose(*args, **options)
+        return replace(chosen, packed=False, layers=()), notices
+
+    result = Result({}, [], {})
+    forward.Forward.__call__ = spoilt  # type: ignore[method-assign]
+    if case.padded:
+        veneer.training.loop.choose_forward = padded
+    try:
+        for event in veneer.train(
+            model,
+            kind.rows(LENGTHS),
+            course,
+            held_out=kind.rows([9, 14, 7], seed=1),
+            directory=place / case.place if case.place else None,
+            resume=case.resumes,
+            should_stop=lambda: world.rank == world.size - 1 and step == case.stop_at,
+            world=world,
+        ):
+            step = getattr(event, "step", step)
+            if isinstance(event, Step):
+                event = replace(event, seconds=0.0, rss_bytes=0)
+            if isinstance(event, Step | Evaluated | Skipped | Stopped | Trained):
+                result.events.append(event)
+    except Exception as error:
+        result.error = f"{type(error).__name__}: {error}"
+    finally:
+        forward.Forward.__call__ = own  # type: ignore[method-assign]
+        veneer.training.loop.choose_forward = choose
+    result.weights = trained_weights(model)
+    result.sent = dict(world.sent.bytes_of)
+    return result
+
+
+def _work(rank: int, size: int, cases: Mapping[str, Case], place: Path) -> None:
+    torch.set_num_threads(1)
+    files = f"file://{place}/rendezvous-{size}"
+    dist.init_process_group("gloo", init_method=files, rank=rank, world_size=size)
+    try:
+        results = {name: trained(case, World.current(), place) for name, case in cases.items()}
+        torch.save(results, place / f"results-{size}-{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def trained_by(size: int, cases: Mapping[str, Case], place: Path) -> list[dict[str, Result]]:
+    """Return the results of each process of `size`, by the cases' names."""
+    mp.spawn(_work, args=(size, dict(cases), place), nprocs=size)
+    paths: Sequence[Path] = [place / f"results-{size}-{rank}.pt" for rank in range(size)]
+    return [torch.load(path, weights_only=False) for path in paths]
