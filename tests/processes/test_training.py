@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.closeness import assert_no_further
 from support.worlds import Case, Result, trained, trained_by
+from veneer import LoRA, Method
 from veneer.errors import DataError
 from veneer.processes.world import World
-from veneer.training.events import Skipped, Step, Stopped
 from veneer.run_directory import checkpoint_steps
-
-import torch
+from veneer.training.events import Skipped, Step, Stopped
 
 
 def nan_in_the_last(world: World, passes: int) -> float:
@@ -29,17 +29,18 @@ def refused_in_the_last(world: World, passes: int) -> float:
 
 
 CASES = {
-    "lora+": Case("lora+, llama"),
-    "quantized": Case("lora, llama, 4 bits"),
-    "new tokens": Case("new tokens, qwen2", padded=True),
-    "prefix": Case("prefix, llama"),
-    "one row a step": Case("lora, llama", {"tokens_per_step": 12, "tokens_per_batch": 12}),
-    "patience": Case("lora, llama", {"lr": 0.5, "eval_every": 1, "patience": 2, "epochs": 3}),
-    "stopped": Case("lora, llama", {"save_every": 1}, stop_at=2, place="stopped"),
+    "lora+": Case(course={"lora_plus_ratio": 6.0}),
+    "dora": Case(what=LoRA(rank=3, dora=True)),
+    "NF4": Case(bits=4),
+    "new tokens, padded": Case(architecture="qwen2", new_tokens=True, padded=True),
+    "prefix": Case(what=Method("prefix", virtual_tokens=5)),
+    "a row a step": Case(course={"tokens_per_step": 12, "tokens_per_batch": 12}),
+    "stopped": Case(course={"save_every": 1}, stop_at=2, place="stopped"),
 }
 SPOILT = {
-    "skipped": Case("lora, llama", spoilt=nan_in_the_last),
-    "refused": Case("lora, llama", spoilt=refused_in_the_last),
+    "patience": Case(course={"lr": 0.5, "eval_every": 1, "patience": 2, "epochs": 3}),
+    "skipped": Case(spoilt=nan_in_the_last),
+    "refused": Case(spoilt=refused_in_the_last),
 }
 
 
@@ -65,4 +66,46 @@ def test_two_processes_equal_one(name: str, two: tuple[Path, list[dict[str, Resu
     assert (first.error, second.error) == ("", "")
     assert first.events == second.events
     assert torch.equal(first.flat, second.flat)
-    assert_like_one(first, replace(CASES[name], stop_at=CASES[name].stop_at), place)
+    assert_like_one(first, CASES[name], place)
+
+
+def test_all_skip_a_step_in_which_one_has_no_finite_loss(
+    two: tuple[Path, list[dict[str, Result]]],
+) -> None:
+    first, second = (result["skipped"] for result in two[1])
+    assert first.events == second.events
+    assert torch.equal(first.flat, second.flat)
+    assert sum(isinstance(event, Skipped) for event in first.events) == 1
+
+
+def test_all_lose_patience_at_once(two: tuple[Path, list[dict[str, Result]]]) -> None:
+    first, second = (result["patience"] for result in two[1])
+    assert first.events == second.events
+    assert any(isinstance(event, Stopped) for event in first.events)
+
+
+def test_an_error_of_one_ends_all_with_the_same_words(
+    two: tuple[Path, list[dict[str, Result]]],
+) -> None:
+    errors = [result["refused"].error for result in two[1]]
+    assert errors == ["DataError: this row cannot be learnt"] * 2
+
+
+def test_all_stop_where_one_is_asked_to_and_one_writes(
+    two: tuple[Path, list[dict[str, Result]]],
+) -> None:
+    place, results = two
+    stopped = Stopped(2, "interrupted")
+    assert all(result["stopped"].events[-1] == stopped for result in results)
+    assert 2 in checkpoint_steps(place / "stopped")
+
+
+def test_the_gradient_of_what_trains_is_sent_once_a_step(
+    two: tuple[Path, list[dict[str, Result]]],
+) -> None:
+    for name, case in CASES.items():
+        result = two[1][0][name]
+        steps = sum(isinstance(event, Step) for event in result.events)
+        gradient = sum(weight.nbytes for weight in result.weights.values())
+        assert result.sent["sum"] - steps * gradient <= 100 * len(result.events), name
+        assert {*result.sent} <= {"sum", "gather", "copy"}, case

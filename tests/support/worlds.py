@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import veneer
-from support.kinds import KINDS, Kind
-from support.random_adapters import trained_weights
+from support.random_adapters import examples, tokenizer, trained_weights, with_new_tokens
+from support.tiny_models import VOCAB, quantized, tiny
 from veneer.fused import forward
 from veneer.processes.world import World
+from veneer.training import loop
 from veneer.training.events import Evaluated, Event, Skipped, Step, Stopped, Trained
 
 LENGTHS = [11, 7, 16, 9, 13, 8, 12, 10, 15, 6]
@@ -28,9 +30,17 @@ COURSE = veneer.TrainConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """A course of training; spoilt: how the loss of some pass of one process comes to be."""
+    """A course of training, of a kind of `support.kinds` or what the other fields say.
 
-    kind: str
+    That module takes long to import, and each process imports anew.
+    spoilt: what the loss of a process's pass is multiplied with.
+    """
+
+    kind: str | None = None
+    architecture: str = "llama"
+    bits: int | None = None
+    what: veneer.LoRA | veneer.Method = field(default_factory=partial(veneer.LoRA, rank=3))
+    new_tokens: bool = False
     course: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     padded: bool = False
@@ -39,9 +49,22 @@ class Case:
     resumes: bool = False
     place: str | None = None  # of checkpoints
 
-    @property
-    def of_kind(self) -> Kind:
-        return next(kind for kind in KINDS if str(kind) == self.kind)
+    def model(self) -> Any:
+        """Return the model with what trains, the same each time."""
+        if self.kind is not None:
+            from support.kinds import KINDS
+
+            kind = next(kind for kind in KINDS if str(kind) == self.kind)
+            return kind.attached(kind.base(self.dtype))
+        if self.bits:
+            model = quantized(self.architecture, self.bits, dtype=self.dtype)
+        else:
+            model = tiny(self.architecture, dtype=self.dtype)
+        added = with_new_tokens(model, tokenizer()) if self.new_tokens else None
+        veneer.attach(model, self.what, seed=0)
+        for rows in added.parameters() if added else ():
+            rows.requires_grad_(True)
+        return model
 
 
 @dataclass
@@ -69,11 +92,11 @@ class Result:
 
 def trained(case: Case, world: World, place: Path) -> Result:
     """Train a case in this process of a world."""
-    kind = case.of_kind
     torch.manual_seed(world.rank)
-    model = kind.attached(kind.base(case.dtype))
-    course = replace(COURSE, **{**kind.training, **case.course})
-    own, passes, step = forward.Forward.__call__, 0, 0
+    model = case.model()
+    course = replace(COURSE, **case.course)
+    vocabulary = VOCAB + 3 * case.new_tokens
+    own, passes, at = forward.Forward.__call__, 0, [0]
 
     def spoilt(self: Any, model: Any, batch: Any) -> Tensor:
         nonlocal passes
@@ -83,7 +106,7 @@ def trained(case: Case, world: World, place: Path) -> Result:
         passes += 1
         return loss * case.spoilt(world, passes)
 
-    choose = veneer.training.loop.choose_forward
+    choose = loop.choose_forward
 
     def padded(*args: Any, **options: Any) -> Any:
         chosen, notices = choose(*args, **options)
@@ -92,19 +115,19 @@ def trained(case: Case, world: World, place: Path) -> Result:
     result = Result({}, [], {})
     forward.Forward.__call__ = spoilt  # type: ignore[method-assign]
     if case.padded:
-        veneer.training.loop.choose_forward = padded
+        loop.choose_forward = padded
     try:
         for event in veneer.train(
             model,
-            kind.rows(LENGTHS),
+            examples(LENGTHS, vocabulary=vocabulary),
             course,
-            held_out=kind.rows([9, 14, 7], seed=1),
+            held_out=examples([9, 14, 7], seed=1, vocabulary=vocabulary),
             directory=place / case.place if case.place else None,
             resume=case.resumes,
-            should_stop=lambda: world.rank == world.size - 1 and step == case.stop_at,
+            should_stop=lambda: world.rank == world.size - 1 and at[0] == case.stop_at,
             world=world,
         ):
-            step = getattr(event, "step", step)
+            at[0] = getattr(event, "step", at[0])
             if isinstance(event, Step):
                 event = replace(event, seconds=0.0, rss_bytes=0)
             if isinstance(event, Step | Evaluated | Skipped | Stopped | Trained):
@@ -113,7 +136,7 @@ def trained(case: Case, world: World, place: Path) -> Result:
         result.error = f"{type(error).__name__}: {error}"
     finally:
         forward.Forward.__call__ = own  # type: ignore[method-assign]
-        veneer.training.loop.choose_forward = choose
+        loop.choose_forward = choose
     result.weights = trained_weights(model)
     result.sent = dict(world.sent.bytes_of)
     return result

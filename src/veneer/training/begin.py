@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -81,7 +82,7 @@ def check_rows(examples: Sequence[Example], held_out: Sequence[Example]) -> None
         raise DataError(f"No token is learnt in {len(empty)} rows: {listed(empty)}.")
 
 
-def check_same_run(world: World, identity: Mapping[str, Any], lengths: Sequence[int]) -> None:
+def check_same_run(world: World, identity: Mapping[str, Any], lengths: NDArray[np.int64]) -> None:
     """Raise TrainingError where processes have other settings, rows or bases than each other.
 
     identity: what decides the run's course; lengths: tokens of each row
@@ -90,7 +91,7 @@ def check_same_run(world: World, identity: Mapping[str, Any], lengths: Sequence[
         return
     hashes = {
         "settings, rows or base": _hash_of(json.dumps(identity, sort_keys=True, default=str)),
-        "lengths of the rows": _hash_of(np.array(lengths, dtype=np.int64).tobytes()),
+        "lengths of the rows": _hash_of(lengths.tobytes()),
     }
     of_all = world.gather(torch.tensor(list(hashes.values())))  # (processes, hashes)
     for what, column in zip(hashes, of_all.T.tolist(), strict=True):

@@ -29,9 +29,11 @@ def evaluate(
     unless given.
     """
     world = world or World()
+    share = 1 if forward.context is None else forward.context.size  # processes with the same rows
+    groups = world.size // share
     lengths = [len(example.tokens) for example in examples]
     order = StepOrder(
-        lengths, tokens_per_batch * world.size, tokens_per_batch, 0, virtual_input_count(model)
+        lengths, tokens_per_batch * groups, tokens_per_batch, 0, virtual_input_count(model)
     )
     labels = 0
 
@@ -39,7 +41,7 @@ def evaluate(
         nonlocal labels
         total = 0.0
         for step in order.epoch(0):
-            for indices in order.deal(step, world.size)[world.rank]:
+            for indices in order.deal(step, groups)[world.rank // share]:
                 batch = pack(examples, indices or idle_rows(step))
                 loss = float(forward(model, batch))
                 if indices:
@@ -49,4 +51,4 @@ def evaluate(
 
     with torch.no_grad(), evaluating(model), forward.installed(model):
         total = world.total(own_loss)
-    return total / world.sums(labels)[0]
+    return total / (world.sums(labels)[0] / share)

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -132,7 +133,7 @@ class _Run:
         course = {k: v for k, v in asdict(self.config).items() if k not in NOT_OF_THE_COURSE}
         self.identity = course | dict(identity)
         self.going_on = ""  # what changes where a run goes on otherwise than it began
-        lengths = [len(example.tokens) for example in examples]
+        lengths = np.array([len(example.tokens) for example in examples])
         self.order = StepOrder(
             lengths,
             config.tokens_per_step,
@@ -141,7 +142,7 @@ class _Run:
             virtual_input_count(model),
         )
         self.steps_of_epoch = self.order.epoch(0)
-        self.steps = config.steps or self._steps_in(config.epochs)
+        self.steps = config.steps or self.order.steps(config.epochs or 0)
         torch.manual_seed(config.seed)
         ratio = config.lora_plus_ratio
         ratios = None if ratio is None else lr_ratios(model, ratio=ratio, lr=config.lr)
@@ -156,15 +157,6 @@ class _Run:
     def progress(self) -> Progress:
         """How far the run has come."""
         return self.state.progress
-
-    def _steps_in(self, epochs: float | None) -> int:
-        """Return how many steps `epochs` are, at least one."""
-        assert epochs is not None
-        whole = int(epochs)
-        steps = sum(len(self.order.epoch(epoch)) for epoch in range(whole))
-        if epochs > whole:
-            steps += math.ceil((epochs - whole) * len(self.order.epoch(whole)))
-        return max(1, steps)
 
     def start_from_gradients(self, forward: Forward) -> None:
         """Give the adapters their start that take it from the gradient of the first batch."""
@@ -247,7 +239,7 @@ class _Run:
         progress = self.progress
         progress.step += 1
         progress.step_in_epoch += 1
-        if progress.step_in_epoch == len(self.steps_of_epoch):
+        if not self.steps_of_epoch.has(progress.step_in_epoch):
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
             self.steps_of_epoch = self.order.epoch(progress.epoch)
 

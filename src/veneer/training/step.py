@@ -44,7 +44,8 @@ def learn(
     The loss is the mean over the label tokens of all processes. Between them go a few numbers, and
     once the gradient of what trains.
     """
-    dealt = order.deal(step, world.size)[world.rank]
+    share = 1 if forward.context is None else forward.context.size  # processes with the same rows
+    dealt = order.deal(step, world.size // share)[world.rank // share]
     batches: list[Batch] = []
 
     def read() -> int:
@@ -52,7 +53,7 @@ def learn(
         counted = zip(batches, dealt, strict=True)
         return sum(int((batch.labels >= 0).sum()) for batch, indices in counted if indices)
 
-    labels = int(world.total(read))
+    labels = int(world.total(read)) // share
 
     def own_loss() -> float:
         total = 0.0
