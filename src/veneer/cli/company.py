@@ -52,10 +52,10 @@ def as_one(company: Company, run: Callable[[], int]) -> int:
     except (VeneerError, OSError) as failure:
         error, code = failure, getattr(failure, "exit_code", 2)
     except (KeyboardInterrupt, SystemExit) as signalled:
-        code = signalled.code if isinstance(signalled, SystemExit) else 130
-        assert isinstance(code, int)
-        company.end(code)
-        return code
+        status = signalled.code if isinstance(signalled, SystemExit) else 130
+        assert isinstance(status, int)
+        company.end(status)
+        return status
     except Exception as failure:
         error, code = failure, 1
     if company.end(code):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.markup import escape
@@ -88,7 +88,7 @@ def tune(
         out=out,
         start_from=start_from,
     )
-    options = {
+    options: dict[str, Any] = {
         "resume": resume,
         "force": force,
         "ignore_plan": ignore_plan,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import FileStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from veneer.processes.world import World
 
@@ -25,7 +27,7 @@ class Company:
     """A process and those that were started with it; store: what they all can read and write."""
 
     world: World
-    store: dist.Store | None = None
+    store: Store | None = None
 
     def end(self, code: int) -> bool:
         """Say that the run ends with an exit code. Return whether no process did so before."""
@@ -54,18 +56,18 @@ def joined(files: Path | None = None) -> Iterator[Company]:
     if dist.is_initialized() or size == 1:
         yield Company(World.current())
         return
-    store: dist.Store
+    store: Store
     rank = int(os.environ["RANK"])
     if files is None:
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=LONGEST_WAIT)))
+        store, rank, size = next(iter(rendezvous("env://", timeout=LONGEST_WAIT)))
     else:
-        store = dist.FileStore(str(files / f"workers-{restarts()}"), size)
+        store = FileStore(str(files / f"workers-{restarts()}"), size)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("veneer", store),
+        store=PrefixStore("veneer", store),
         rank=rank,
         world_size=size,
         timeout=LONGEST_WAIT,
