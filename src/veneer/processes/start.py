@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import FileStore, PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from veneer.processes.world import World
@@ -61,7 +61,7 @@ def joined(files: Path | None = None) -> Iterator[Company]:
     if files is None:
         store, rank, size = next(iter(rendezvous("env://", timeout=LONGEST_WAIT)))
     else:
-        store = FileStore(str(files / f"workers-{restarts()}"), size)
+        store = dist.FileStore(str(files / f"workers-{restarts()}"), size)  # type: ignore[attr-defined]
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
