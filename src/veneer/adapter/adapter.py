@@ -32,8 +32,9 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         assert A.shape[-2] == B.shape[-1], (A.shape, B.shape)
-        self.lora_A = nn.Parameter(A)  # (rank, in)
-        self.lora_B = nn.Parameter(B)  # (out, rank)
+        # Contiguous, because FSDP2 takes no others; a singular value decomposition gives others.
+        self.lora_A = nn.Parameter(A.contiguous())  # (rank, in)
+        self.lora_B = nn.Parameter(B.contiguous())  # (out, rank)
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)  # (out,)
         self.lora_bias = None if bias is None else nn.Parameter(bias)  # (out,)
         self.start_A: Tensor | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from veneer.adapter.active import ActiveAdapters
@@ -44,13 +45,14 @@ class LoRALinear(AdaptedLayer):
         """The weight as it acts, gain ∘ (W + B A) as the original stores it, differentiably.
 
         For model code that computes with a layer's weight instead of calling the layer (Mamba's
-        dt_proj, fused kernels). Code that only asks for the weight's dtype gets the original's own.
+        dt_proj, fused kernels). Code that only asks for the weight's dtype gets the original's own;
+        so does torch, which asks for the weights that FSDP2 holds in pieces, by their names.
         A dropout of adapters' inputs cannot be expressed in a weight, and is left out. Raises
         AdapterError while each row of a batch has adapters of its own: there is no one weight then.
         """
         active, row_updates = self.active(), self.active_adapters.row_updates
         adapted = active if row_updates is None else row_updates.on(self)
-        if not adapted or (self.place and self.place.is_looked_at):
+        if not adapted or (self.place and self.place.is_looked_at) or self._is_sharded():
             return self.original.weight  # type: ignore[return-value]
         if row_updates is not None:
             name = self.place.name if self.place else "an adapted layer"
@@ -65,6 +67,9 @@ class LoRALinear(AdaptedLayer):
             if update.gain is not None:
                 weight = apply_gain(weight, update.gain[:, None], None).to(W.dtype)
         return self.oriented(weight)
+
+    def _is_sharded(self) -> bool:
+        return any(isinstance(adapter.lora_A, DTensor) for adapter, _ in self.active())
 
     def oriented(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight

@@ -22,6 +22,8 @@ from veneer.formats.options import FormatOptions
 from veneer.formats.state import AdapterState
 from veneer.formats.training import computed_in, other_base
 from veneer.models.fingerprint import base_parameters
+from veneer.processes.sharded import is_sharded
+from veneer.processes.world import World
 
 
 def save(
@@ -41,6 +43,8 @@ def save(
     files say. Returns notes on what was folded for the format. Raises AdapterError for what the
     format cannot express. Warns (VeneerWarning) of weights of the base that train too and are not
     in the adapter.
+
+    Where FSDP2 shards the model, each process must call this, and the first one writes.
     """
     state = capture(model, name, tokenizer)
     if isinstance(state.config, LoRA) or not state.config.replaces_weights:
@@ -55,6 +59,8 @@ def save(
             )
     if training is not None:
         state = replace(state, training={**state.training, **training})
+    if is_sharded(model) and not World.current().writes:
+        return []
     options = FormatOptions(BaseStructure(model), tokenizer=tokenizer)
     return formats.write(state, Path(directory), format, options)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.active import active_adapters_of
@@ -16,6 +17,7 @@ from veneer.adapter.conv import LoRAConv2d
 from veneer.adapter.embedding import LoRAEmbedding
 from veneer.adapter.layers import lora_layers
 from veneer.adapter.method import Method, is_virtual
+from veneer.adapter.modules_to_save import owner_of
 from veneer.adapter.new_tokens import NewTokens, new_tokens_of
 from veneer.adapter.parameters import AdaptedParameter
 from veneer.adapter.tokens import TrainedTokens
@@ -35,6 +37,7 @@ from veneer.formats.state import (
 from veneer.formats.training import as_stored, computed_in
 from veneer.models.description import FactorKind
 from veneer.models.fingerprint import fingerprint
+from veneer.processes.sharded import whole
 
 
 def capture(
@@ -46,8 +49,9 @@ def capture(
 ) -> AdapterState:
     """Return the adapter called `name` (by default the one in use) as a value.
 
-    Without `copy`, tensors that the model has as they are share its memory. Raises AdapterError if
-    there is none of that name, or no single one in use.
+    Without `copy`, tensors that the model has as they are share its memory. Where FSDP2 shards the
+    model, all its processes must call this. Raises AdapterError if there is none of that name, or no
+    single one in use.
     """
     attached = adapters(model)
     if name is None:
@@ -57,7 +61,7 @@ def capture(
         name = active[0]
     if name not in attached:
         raise AdapterError(f"No adapter is called {name!r}{nearest(name, attached)}.")
-    own = _copy if copy else torch.Tensor.detach
+    own = _copy if copy else _shared
     config = attached[name]
     live: Mapping[str, Tensor]
     tensors: dict[str, Tensor]
@@ -127,7 +131,14 @@ def layer_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 def modules_to_save_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return an adapter's live modules to save, by the path of the base's weight."""
-    return active_adapters_of(model).modules_to_save.get(name, {})
+    weights = dict(active_adapters_of(model).modules_to_save.get(name, {}))
+    if in_use(model) == {name: 1.0}:
+        for path in weights:
+            owner, parameter = owner_of(model, path)
+            acting = owner._parameters[parameter]
+            if isinstance(acting, DTensor):  # what was attached is no longer what trains
+                weights[path] = acting
+    return weights
 
 
 def trained_tokens_of(model: nn.Module, name: str) -> dict[str, TrainedTokens]:
@@ -188,7 +199,11 @@ def _each(own: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> dic
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
+    return whole(tensor.detach()).clone()
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    return whole(tensor.detach())
 
 
 def _kind_of(layer: Adapted) -> FactorKind:

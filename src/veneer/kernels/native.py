@@ -92,7 +92,10 @@ def _address(argument: Tensor | ctypes.c_void_p | float | None) -> object:
         return argument
     if not argument.is_contiguous():
         raise ValueError(f"a compiled kernel takes no tensor of strides {argument.stride()}")
-    return argument.data_ptr()
+    address = argument.data_ptr()
+    if not address and argument.numel():
+        raise ValueError("a compiled kernel takes no tensor whose numbers are in other processes")
+    return address
 
 
 def load() -> tuple[ctypes.CDLL | None, str]:

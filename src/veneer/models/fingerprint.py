@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from veneer.processes.sharded import whole
 from veneer.quant.stack import QuantizedStack, quantized_weights
 from veneer.quant.weight import QuantizedWeight
 
@@ -166,7 +167,7 @@ def _values(
     elif isinstance(weight, QuantizedWeight):
         values = torch.empty(0)
     else:
-        values = weight.detach().reshape(-1)[here]
+        values = whole(weight.detach()).reshape(-1)[here]
     return values.to(torch.bfloat16).view(torch.int16)
 
 

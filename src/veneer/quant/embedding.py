@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from veneer.quant.weight import QuantizedWeight
+from veneer.quant.weight import QuantizedWeight, destination
 
 
 class QuantizedEmbedding(nn.Module):
@@ -41,5 +41,5 @@ class QuantizedEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
         # Codes keep their own dtype: only a change of device moves them.
-        self.quantized_weight = self.quantized_weight.to(fn(torch.empty(0)).device)
+        self.quantized_weight = self.quantized_weight.to(destination(fn, self.quantized_weight))
         return super()._apply(fn, recurse)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.quant.embedding import QuantizedEmbedding
-from veneer.quant.weight import QuantizedLinear, QuantizedWeight
+from veneer.quant.weight import QuantizedLinear, QuantizedWeight, destination
 
 
 class LazyExperts(Sequence[QuantizedWeight]):
@@ -156,7 +156,7 @@ class QuantizedStack(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedStack:
         # Codes keep their own dtype: only a change of device moves them.
-        device = fn(torch.empty(0)).device
+        device = destination(fn, self)
         if device != self.device:
             self.experts = [expert.to(device) for expert in self.experts]
             self.device = device

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.errors import ModelError
+
 # Numbers dequantized at a time: 16 MB in bfloat16. With 64 tokens and the layers of a 70B model a
 # product forward takes a fifth less so than with four times as many; with 512 tokens and a 7B
 # model's, up to a sixth more on the way back (`python -m bench.dequantize`; docs/performance.md).
@@ -181,8 +183,22 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # Codes keep their own dtype: only a change of device moves them.
-        self.quantized_weight = self.quantized_weight.to(fn(torch.empty(0)).device)
+        self.quantized_weight = self.quantized_weight.to(destination(fn, self.quantized_weight))
         return super()._apply(fn, recurse)
+
+
+def destination(fn: Callable[[Tensor], Tensor], weight: Any) -> torch.device:
+    """Return the device to which a module's `_apply(fn)` moves quantized weights.
+
+    Raises ModelError for the meta device, from where other programs fill parameters alone again.
+    """
+    device = fn(torch.empty(0)).device
+    if device.type == "meta" and weight.device.type != "meta":
+        raise ModelError(
+            "Quantized weights would be lost on the meta device. Where accelerate asks for it, set "
+            "fsdp_cpu_ram_efficient_loading: false in its configuration."
+        )
+    return device
 
 
 class _QuantizedProduct(torch.autograd.Function):

@@ -24,6 +24,8 @@ from veneer.adapter.wrapper import INNER
 from veneer.formats.adapters import save
 from veneer.formats.names import FormatName
 from veneer.models.fingerprint import base_parameters
+from veneer.processes.sharded import is_sharded
+from veneer.training.with_accelerate import check_sharding
 
 ADAPTER = "adapter"  # the directory's name, in a checkpoint and in the output directory
 
@@ -34,6 +36,8 @@ class SaveAdapter(TrainerCallback):
 
     `name`, `format` and `tokenizer` are those of `veneer.save`. Trainer's own checkpoints, and what
     its `save_model` writes, hold what trains and nothing of the frozen base; it resumes from them.
+    Among several processes the first one writes; FSDP2 adds checkpoints of its own, with the base.
+    Raises ConfigError where accelerate's settings would lose the adapter.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class SaveAdapter(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        if not is_sharded(kwargs["model"]):
+            check_sharding(kwargs["model"])
         # On this model alone; Trainer writes and reads by these two.
         for method in (save_pretrained, load_state_dict):
             setattr(kwargs["model"], method.__name__, MethodType(method, kwargs["model"]))
@@ -78,7 +84,7 @@ class SaveAdapter(TrainerCallback):
         self._save(state, kwargs["model"], Path(str(args.output_dir), ADAPTER))
 
     def _save(self, state: TrainerState, model: Any, place: Path) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero or is_sharded(model):  # then all of them must
             save(model, place, name=self.name, format=self.format, tokenizer=self.tokenizer)
 
 
@@ -91,8 +97,9 @@ def save_pretrained(
 ) -> None:
     """Write a model as its class does, but without the frozen base where there is an adapter."""
     frozen = _frozen(model)
+    left_out = frozen | _second_names(model)
     tensors = model.state_dict() if state_dict is None else state_dict
-    trained = {name: tensor for name, tensor in tensors.items() if name not in frozen}
+    trained = {name: tensor for name, tensor in tensors.items() if name not in left_out}
     type(model).save_pretrained(model, save_directory, state_dict=trained, **options)
     if frozen:  # nobody is to read a whole model from there, most of it random
         Path(save_directory, CONFIG_NAME).unlink(missing_ok=True)
@@ -103,11 +110,23 @@ def load_state_dict(
 ) -> Any:
     """Load as a model's class does; that the whole frozen base is missing is as it should be."""
     result = type(model).load_state_dict(model, state_dict, strict, **options)
-    frozen = _frozen(model)
+    frozen, second = _frozen(model), _second_names(model)
     missing = {key: key.replace(INNER, "") for key in result.missing_keys}
-    if frozen <= {*missing.values()}:
-        result.missing_keys[:] = [key for key, name in missing.items() if name not in frozen]
+    expected = second | frozen if frozen <= {*missing.values()} else second
+    result.missing_keys[:] = [key for key, name in missing.items() if name not in expected]
     return result
+
+
+def _second_names(model: PreTrainedModel) -> set[str]:
+    """Return further names of the adapter's tensors in a state dict: embedding and head share rows
+    of tokens, and files hold a tensor once."""
+    base = base_parameters(model, every_name=True)
+    names: dict[int, str] = {}
+    return {
+        name
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in base and names.setdefault(id(tensor), name) != name
+    }
 
 
 def _frozen(model: PreTrainedModel) -> set[str]:
