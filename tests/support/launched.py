@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,12 @@ class Case:
     format: str = "native"
     sft: bool = False
     resumes: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 CASES = {
     "lora": Case("lora, llama", resumes=True),
     "dora": Case("dora, llama", format="peft", resumes=True),
-    "nf4": Case("dora, qwen2, 4 bits", settings={"seed": 1}),
+    "nf4": Case("lora, llama, 4 bits", resumes=True),
     "pissa": Case("pissa, mistral", resumes=True),
     "experts": Case("experts, all, qwen3_moe"),
     "new tokens": Case("new tokens, llama", resumes=True),
@@ -78,7 +76,7 @@ def train(case: Case, place: Path, *, wide: bool = False, **options: Any) -> lis
     )
     start = _sft if case.sft else _trainer
     adapter = veneer.SaveAdapter(format=case.format)
-    run = start(model.double() if wide else model, kind, settings | dict(case.settings), adapter)
+    run = start(model.double() if wide else model, kind, settings, adapter)
     run.train(**options)
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
