@@ -50,8 +50,8 @@ def capture(
     """Return the adapter called `name` (by default the one in use) as a value.
 
     Without `copy`, tensors that the model has as they are share its memory. Where FSDP2 shards the
-    model, all its processes must call this. Raises AdapterError if there is none of that name, or no
-    single one in use.
+    model, all its processes must call this. Raises AdapterError if there is none of that name, or
+    no single one in use.
     """
     attached = adapters(model)
     if name is None:
