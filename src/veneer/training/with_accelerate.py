@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.adapter import Adapter
