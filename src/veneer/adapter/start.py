@@ -27,12 +27,18 @@ NOT_FINITE = (
 )
 
 
-def start_from_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+def start_from_gradients(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    *,
+    add_up: Callable[[Tensor], None] | None = None,
+) -> None:
     """Start the adapters in use that ask for `lora_ga` from the gradient of `loss()`, in place.
 
     The model's outputs stay the base's. `loss` must call each adapted layer by its own
     forward. One gradient of a whole weight is held at a time, beside the head's, which comes in
-    several summands. Raises TrainingError where the loss or a gradient is not finite, ConfigError
+    several summands. add_up: adds what other processes have to a tensor, where `loss` is of this
+    one's tokens alone. Raises TrainingError where the loss or a gradient is not finite, ConfigError
     where another layer is used several times.
     """
     waiting = dict(_waiting(model))
@@ -54,6 +60,8 @@ def start_from_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> None:
             decompose(layer, gradient)
 
     def decompose(layer: LoRALinear, gradient: Tensor) -> None:
+        if add_up is not None:
+            add_up(gradient)
         if not bool(torch.isfinite(gradient).all()):
             raise TrainingError(NOT_FINITE)
         for adapter in waiting[layer]:
@@ -68,10 +76,16 @@ def start_from_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    if not bool(torch.isfinite(total)):
+    whole = total.detach().clone()
+    if add_up is not None:
+        add_up(whole)
+    if not bool(torch.isfinite(whole)):
         raise TrainingError(NOT_FINITE)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     torch.autograd.grad(total, trained, allow_unused=True)
+    if add_up is not None and head in waiting and not head_gradient:  # no label here, but elsewhere
+        W = head.base_weight
+        head_gradient.append(torch.zeros(*W.shape, dtype=W.dtype, device=total.device))
     for gradient in head_gradient:
         decompose(head, gradient)
     # Only now, because the backward pass needed A and B. Without a gradient they stay as they are.

@@ -28,6 +28,7 @@ OTHERS = {
     "tokens_per_step": "gradient_accumulation_steps gradient_accumulation grad_accumulation_steps "
     "grad_accum",
     "recompute full": "gradient_checkpointing grad_checkpoint use_gradient_checkpointing",
+    "context_parallel": "context_parallel_size context_parallel_degree cp_size context_processes",
     "seed": "random_state random_seed data_seed",
     "save_every": "save_steps",
     "eval_every": "eval_steps steps_per_eval",

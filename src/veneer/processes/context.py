@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from veneer.errors import ConfigError
 from veneer.processes.world import Sent, World
 
 
@@ -47,8 +48,11 @@ class ContextGroup:
     @classmethod
     def of(cls, world: World, size: int) -> ContextGroup | None:
         """Return this process's group, where each `size` processes in order are one; None where
-        each process is alone. All processes of the world must ask."""
-        assert world.size % size == 0
+        each process is alone. All processes of the world must ask.
+
+        Raises ConfigError where the world cannot be divided so.
+        """
+        check_divides(world.size, size)
         if size == 1:
             return None
         # A group of its own, even of all processes: its exchanges meet no others.
@@ -79,17 +83,30 @@ class ContextGroup:
         wide = torch.promote_types(x.dtype, torch.float32)
         return every.unflatten(0, (self.size, -1)).sum(0, dtype=wide).to(x.dtype)
 
+    def add_up(self, x: Tensor) -> None:
+        """Replace a tensor by its sum over the processes."""
+        self.sent.count("sum", x)
+        dist.all_reduce(x, group=self.group)
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process of the group."""
-        flags = torch.tensor(float(flag))
-        dist.all_reduce(flags, group=self.group)
-        return bool(flags)
+        return self.sum(float(flag)) > 0
 
     def sum(self, number: float) -> float:
         """Return the sum of the processes' numbers."""
         total = torch.tensor(number, dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
+        self.add_up(total)
         return float(total)
+
+
+def check_divides(processes: int, size: int) -> None:
+    """Raise ConfigError where groups of `size` cannot be made of that many processes."""
+    if processes % size:
+        raise ConfigError(
+            f"--context-parallel {size}: rows cannot be shared by {size} processes each, since this "
+            f"run has {processes}. Start a multiple of {size} processes, by --processes or by "
+            "torchrun."
+        )
 
 
 def deal(lengths: Sequence[int], size: int, *, long: int) -> list[list[Piece]]:

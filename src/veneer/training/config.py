@@ -11,7 +11,7 @@ from veneer.fused.recompute import Recompute
 
 Schedule = Literal["constant", "cosine", "linear"]
 # Settings on which the course of the weights does not depend.
-NOT_OF_THE_COURSE = ("save_every", "keep_best", "recompute")
+NOT_OF_THE_COURSE = ("save_every", "keep_best", "recompute", "context_parallel")
 SCHEDULE = {"epochs", "steps", "lr", "schedule", "warmup"}  # which decide each step's rate
 # Settings with which a run may go on otherwise than it began: what trains, the order of the rows
 # and the optimizer's moments mean the same under all of them.
@@ -60,6 +60,9 @@ class TrainConfig:
     """What is computed again in the backward pass instead of kept: nothing, each layer's inner
     projections, or whole layers; or what is kept is kept on the disk. Less memory, more time, the
     same result."""
+    context_parallel: int = 1
+    """Processes that share each row, for rows that one cannot hold: each computes its own tokens, and
+    keys and values go between them."""
     seed: int = 0
     """Decides the start of A, the order of rows and dropout."""
     save_every: int | None = None
@@ -89,6 +92,7 @@ class TrainConfig:
                 "tokens_per_step": count,
                 "tokens_per_batch": count,
                 "recompute": one_of(Recompute),
+                "context_parallel": count,
                 "seed": whole_number(0, most=2**63 - 1),
                 "save_every": count,
                 "keep_best": count,

@@ -107,6 +107,10 @@ class Recipe:
                 ),
                 f"{' and '.join(of_evaluation)} would do nothing without rows to evaluate on; "
                 "give eval_rows or eval_data too": bool(of_evaluation and not evaluates),
+                f"context_parallel deals the tokens of a row, before all of which {method} has its "
+                "own; leave it at 1": (
+                    self.training.context_parallel > 1 and method in ("prefix", "prompt")
+                ),
                 f"{', '.join(of_adapters)} would do nothing with {method}": bool(
                     of_adapters and method != "lora"
                 ),
