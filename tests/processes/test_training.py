@@ -37,6 +37,12 @@ CASES = {
     "a row a step": Case(course={"tokens_per_step": 12, "tokens_per_batch": 12}),
     "stopped": Case(course={"save_every": 1}, stop_at=2, place="stopped"),
 }
+SHARED = {  # rows that processes share
+    "context parallel": Case(course={"context_parallel": 2}),
+    "context parallel, from gradients": Case(
+        what=LoRA(rank=3, init="lora_ga"), course={"context_parallel": 2, "recompute": "full"}
+    ),
+}
 SPOILT = {
     "patience": Case(course={"lr": 0.5, "eval_every": 1, "patience": 2, "epochs": 3}),
     "skipped": Case(spoilt=nan_in_the_last),
@@ -47,7 +53,7 @@ SPOILT = {
 def assert_like_one(result: Result, case: Case, place: Path) -> None:
     """Assert that a result is as near to the same training in float64 as that of one process is; or
     over a quantized base as near to one process's as that is itself with other batches."""
-    case = replace(case, place=None)
+    case = replace(case, place=None, course={**case.course, "context_parallel": 1})
     alone = trained(case, World(), place)
     if case.bits:
         wider = replace(case, course={**case.course, "tokens_per_batch": 40})
@@ -62,17 +68,17 @@ def assert_like_one(result: Result, case: Case, place: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Result]]]:
     place = tmp_path_factory.mktemp("two")
-    return place, trained_by(2, CASES | SPOILT, place)
+    return place, trained_by(2, CASES | SHARED | SPOILT, place)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | SHARED)
 def test_two_processes_equal_one(name: str, two: tuple[Path, list[dict[str, Result]]]) -> None:
     place, results = two
     first, second = (result[name] for result in results)
     assert (first.error, second.error) == ("", "")
     assert first.events == second.events
     assert torch.equal(first.flat, second.flat)
-    assert_like_one(first, CASES[name], place)
+    assert_like_one(first, (CASES | SHARED)[name], place)
 
 
 def test_all_skip_a_step_in_which_one_has_no_finite_loss(

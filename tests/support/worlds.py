@@ -18,6 +18,7 @@ import veneer
 from support.random_adapters import examples, tokenizer, trained_weights, with_new_tokens
 from support.tiny_models import VOCAB, quantized, tiny
 from veneer.fused import forward
+from veneer.processes.context import ContextGroup
 from veneer.processes.world import World
 from veneer.training import loop
 from veneer.training.events import Evaluated, Event, Skipped, Step, Stopped, Trained
@@ -108,14 +109,15 @@ def trained(case: Case, world: World, place: Path) -> Result:
 
     choose = loop.choose_forward
 
-    def padded(*args: Any, **options: Any) -> Any:
-        chosen, notices = choose(*args, **options)
-        return replace(chosen, packed=False, layers=()), notices
+    def chosen(*args: Any, context: ContextGroup | None = None, **options: Any) -> Any:
+        # Rows as short as these are cut too.
+        context = None if context is None else replace(context, least=2)
+        way, notices = choose(*args, context=context, **options)
+        return replace(way, packed=False, layers=()) if case.padded else way, notices
 
     result = Result({}, [], {})
     forward.Forward.__call__ = spoilt  # type: ignore[method-assign]
-    if case.padded:
-        loop.choose_forward = padded
+    loop.choose_forward = chosen
     try:
         for event in veneer.train(
             model,

@@ -103,9 +103,9 @@ def check_divides(processes: int, size: int) -> None:
     """Raise ConfigError where groups of `size` cannot be made of that many processes."""
     if processes % size:
         raise ConfigError(
-            f"--context-parallel {size}: rows cannot be shared by {size} processes each, since this "
-            f"run has {processes}. Start a multiple of {size} processes, by --processes or by "
-            "torchrun."
+            f"--context-parallel {size}: rows cannot be shared by {size} processes each, since "
+            f"this run has {processes}. Start a multiple of {size} processes, by --processes or "
+            "by torchrun."
         )
 
 

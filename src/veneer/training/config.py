@@ -61,8 +61,8 @@ class TrainConfig:
     projections, or whole layers; or what is kept is kept on the disk. Less memory, more time, the
     same result."""
     context_parallel: int = 1
-    """Processes that share each row, for rows that one cannot hold: each computes its own tokens, and
-    keys and values go between them."""
+    """Processes that share each row, for rows that one cannot hold: each computes its own tokens,
+    and keys and values go between them."""
     seed: int = 0
     """Decides the start of A, the order of rows and dropout."""
     save_every: int | None = None

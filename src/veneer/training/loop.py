@@ -24,6 +24,7 @@ from veneer.formats.capture import capture
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
+from veneer.processes.context import ContextGroup
 from veneer.processes.world import World
 from veneer.training import checkpoint as checkpoints
 from veneer.training.begin import (
@@ -82,14 +83,19 @@ def train(
     torch.distributed unless given. Each yields the same events; one of them writes checkpoints.
 
     Raises DivergedError after three steps in a row without a finite loss; TrainingError where a
-    checkpoint does not belong to this run; DataError where there is nothing to learn from.
+    checkpoint does not belong to this run; DataError where there is nothing to learn from;
+    ConfigError where processes cannot share the rows of this model (`context_parallel`).
     """
     world = World.current() if world is None else world
     run = _Run(model, examples, config, held_out, directory, identity or {}, world)
     try:
         with kept_heap():
             forward, notices = choose_forward(
-                model, examples, recompute=config.recompute, directory=directory
+                model,
+                examples,
+                recompute=config.recompute,
+                directory=directory,
+                context=ContextGroup.of(world, config.context_parallel),
             )
             yield from map(Notice, [*([run.choices] if run.choices else []), *notices])
             restored = resume and run.restore()
@@ -164,7 +170,8 @@ class _Run:
         recompute: Recompute = "none" if forward.recompute == "none" else "full"
         plain = replace(forward, layers=(), recompute=recompute)
         first = pack(self.examples, self.steps_of_epoch[self.progress.step_in_epoch][0])
-        start_from_gradients(self.model, lambda: plain(self.model, first))
+        add_up = None if forward.context is None else forward.context.add_up
+        start_from_gradients(self.model, lambda: plain(self.model, first), add_up=add_up)
 
     def go(self, forward: Forward, should_stop: Callable[[], bool]) -> Iterator[Event]:
         """Yield the events of all steps that are left."""

@@ -33,6 +33,7 @@ from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
 from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
+from veneer.processes.context import check_divides
 from veneer.processes.world import World
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint, start_from
@@ -104,6 +105,7 @@ def tune(
     Raises VeneerError of the kind that fits where a setting, the base or the data cannot be used.
     """
     run, world = RunDirectory(recipe.out), World.current()
+    check_divides(world.size, recipe.training.context_parallel)
     # In one process: the others may be on machines that have no such directory.
     ahead = world.first(
         lambda: preflight(recipe, resume=resume, force=force, ignore_space=ignore_plan)
