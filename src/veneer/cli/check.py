@@ -32,7 +32,7 @@ def check(
     OUTPUT.print(findings_table(checked))
     verdict = "will load, as it is or as said above" if checked.loads else "will not load as it is"
     runtime = checked.runtime
-    proof = "run in our tests too" if runtime.run else "not run"
+    proof = f"run by {runtime.run} too" if runtime.run else "not run"
     OUTPUT.print(
         f"[bold]{runtime.title}[/]: {verdict}. Read in its source, {proof}: "
         f"{escape(runtime.read_in)}",

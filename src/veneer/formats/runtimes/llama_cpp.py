@@ -49,7 +49,7 @@ RUNTIME = Runtime(
     title="llama.cpp",
     read_in="src/llama-adapter.cpp, llama-adapter.h",
     formats=("gguf",),
-    run=True,
+    run="our tests",
     rules={
         "gguf": (
             always("needs", "serving", "by a flag", "--lora FILE.gguf"),

@@ -56,7 +56,7 @@ RUNTIME = Runtime(
     title="mlx-lm 0.32.2",
     read_in="mlx_lm/tuner/utils.py, lora.py, dora.py",
     formats=("mlx",),
-    run=True,
+    run="our tests",
     rules={
         "mlx": (
             always("needs", "serving", "by a flag", "--adapter-path DIRECTORY"),

@@ -40,6 +40,6 @@ RUNTIME = Runtime(
     title="PEFT 0.21.2",
     read_in="src/peft/utils/save_and_load.py",
     formats=("peft",),
-    run=True,
+    run="our tests",
     rules={"peft": (always("ok", "settings", "its own"), experts, lora_keys)},
 )

@@ -35,7 +35,7 @@ class Runtime:
     read_in: str  # its files
     formats: tuple[FormatName, ...]
     rules: dict[FormatName, tuple[Rule, ...]]
-    run: bool = False  # whether our tests run it too
+    run: str = ""  # where it is run too, if it is
 
 
 MERGE = "merge it: veneer merge BASE ADAPTER OUT"

@@ -1,4 +1,4 @@
-"""vLLM, read in 0.33.0: PEFT's directory, checked before its weights are read."""
+"""vLLM, run in 0.32.0 (make proof-vllm): PEFT's directory, checked before its weights are read."""
 
 from __future__ import annotations
 
@@ -47,10 +47,14 @@ def init(facts: Facts) -> Iterator[Finding]:
 
 
 def saved_modules(facts: Facts) -> Iterator[Finding]:
-    """Whole modules: classification heads alone."""
-    saved = set(facts.config.get("modules_to_save") or ()) - {"classifier", "score"}
-    if saved:
-        yield Finding("no", "modules_to_save", f"refused: {listed(sorted(saved))}", MERGE)
+    """Whole modules: classification heads alone, over a model that is served as a classifier
+    (_validate_modules_to_save)."""
+    saved, heads = set(facts.config.get("modules_to_save") or ()), {"classifier", "score"}
+    if others := saved - heads:
+        yield Finding("no", "modules_to_save", f"refused: {listed(sorted(others))}", MERGE)
+    elif saved:
+        says = f"{listed(sorted(saved))}: refused over a base that is not served as a classifier"
+        yield Finding("needs", "modules_to_save", says, "--runner pooling --convert classify")
 
 
 def embeddings(facts: Facts) -> Iterator[Finding]:
@@ -64,14 +68,18 @@ def embeddings(facts: Facts) -> Iterator[Finding]:
         )
 
 
-# How the names of bases begin whose class in vLLM keeps all experts of a block as one weight, and
-# then reads PEFT's stacks of experts (is_3d_moe_weight; _stack_moe_lora_weights).
-READS_STACKS = ("gpt-oss", "qwen3.5", "qwen3.6", "qwen3-vl")
+# How the names of bases begin whose class in vLLM keeps all experts of a block as one weight, as
+# PEFT's stacks do (is_3d_moe_weight).
+READS_STACKS = ("gpt-oss", "qwen3.5", "qwen3.6", "qwen3-vl", "qwen3-omni", "intern-s1-pro")
+SPLIT_STACKS = (
+    "--enable-mixed-moe-lora-format --lora-modules "
+    """'{"name": "NAME", "path": "PATH", "is_3d_lora_weight": true}'"""
+)
 
 
 def experts(facts: Facts) -> Iterator[Finding]:
-    """Other classes look for an adapter of each expert: they find none and change nothing (vLLM's
-    pull request 41384, issue 41754)."""
+    """Other classes take an adapter of each expert, and stacks only if both the server and the
+    adapter's entry say so (_validate_moe_lora_format, _convert_3d_to_2d_moe_lora)."""
     if not (stacks := facts.stacks):
         return
     base = str(facts.config.get("base_model_name_or_path") or "").lower().rpartition("/")[2]
@@ -79,17 +87,18 @@ def experts(facts: Facts) -> Iterator[Finding]:
     if len(stacks) < 2 * len(owners):
         yield Finding("no", "experts", "it reads both stacks of a block's experts or none", MERGE)
     elif base.startswith(READS_STACKS):
-        says = "stacks, which it reads over this base; the check cannot see that they act"
+        says = "stacks, which it reads over this base, on an accelerator"
         yield Finding("needs", "experts", says, "ask it what only the adapter knows")
     else:
-        says = "stacks, which most of its models load without a word and do not apply"
-        yield Finding("no", "experts", says, MERGE)
+        says = "stacks, refused unless it is told to split them; on an accelerator"
+        yield Finding("needs", "experts", says, SPLIT_STACKS)
 
 
 RUNTIME = Runtime(
-    title="vLLM 0.33.0",
-    read_in="vllm/lora/peft_helper.py, lora_model.py, utils.py; vllm/config/lora.py",
+    title="vLLM 0.32.0",
+    read_in="vllm/lora/peft_helper.py, lora_model.py, model_manager.py; vllm/config/lora.py",
     formats=("peft",),
+    run="make proof-vllm",
     rules={
         "peft": (
             lora_only,
