@@ -198,6 +198,8 @@ def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, 
         foreign |= {*VALUES["lora"], "lora_plus_ratio"}
     if method in ("full", "freeze"):
         foreign |= {"bits", "pack_head"}
+    if method in ("prefix", "prompt"):
+        foreign.add("context_parallel")
     everything = {
         name: given for values in VALUES.values() for name, (given, _) in values.items()
     } | {"eval_rows": 0, "method": method}  # eval_rows excludes eval_data
