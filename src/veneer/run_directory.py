@@ -53,6 +53,16 @@ class RunDirectory:
         return self.path / "loss.png"
 
     @property
+    def faults(self) -> Path:
+        """A line for each fault of the data, where these are too many to be shown."""
+        return self.path / "faults.txt"
+
+    @property
+    def duplicates(self) -> Path:
+        """A line for each row that was left out because an earlier one is equal."""
+        return self.path / "duplicates.txt"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's files."""
         return self.path / "tensorboard"

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 import veneer.cli.progress
-from veneer.data.encode import Summary
+from veneer.data.columns import Summary
 from veneer.training.events import DataReady
 
 

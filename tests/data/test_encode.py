@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from veneer.data.chat import PLAIN_TEMPLATE, prompt_text
-from veneer.data.encode import UNLABELLED, Encoder, Example, encode_rows, summarize
+from veneer.data.columns import summarize
+from veneer.data.encode import UNLABELLED, Encoder, Example, encode_rows
 from veneer.data.problems import Located, Place
 from veneer.data.rows import Conversation, Message, PlainText, Row
 from veneer.errors import DataError

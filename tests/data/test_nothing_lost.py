@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_row_keys import TOOLS
 
-from veneer.data.encode import Encoder, encode_rows, summarize
+from veneer.data.columns import summarize
+from veneer.data.encode import Encoder, encode_rows
 from veneer.data.pieces import pieces_of
 from veneer.data.problems import Located, Place
 from veneer.data.rows import PlainText, parse_row

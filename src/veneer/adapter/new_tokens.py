@@ -5,7 +5,6 @@ Only the new rows train and are saved. The base's own rows are never copied and 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.active import ActiveAdapters, active_adapters_of
 from veneer.adapter.wrapper import Wrapper
+from veneer.data.words import count_words
 from veneer.errors import ConfigError, ModelError
 from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.weight import QuantizedLinear
@@ -105,9 +105,18 @@ def find_new_tokens(
 
     A word counts if it occurs at least `times` times and has at least `pieces` tokens.
     """
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(re.findall(r"[^\W\d_]{4,}", text))
+    return tokens_for(count_words(texts), tokenizer, pieces=pieces, times=times, most=most)
+
+
+def tokens_for(
+    counts: Counter[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pieces: int = FEWEST_PIECES,
+    times: int = FEWEST_TIMES,
+    most: int = 64,
+) -> list[str]:
+    """Return what `find_new_tokens` does, from how often each word occurs."""
     frequent = [word for word, count in counts.most_common() if count >= times]
     return [word for word in frequent if len(_pieces(word, tokenizer)) >= pieces][:most]
 

@@ -16,6 +16,7 @@ from veneer.training.events import (
     Checkpointed,
     DataReady,
     Doing,
+    Encoding,
     Evaluated,
     Event,
     Measured,
@@ -52,6 +53,8 @@ class RunDisplay:
             transient=True,
         )
         self.task: TaskID | None = None
+        self.encoding: Progress | None = None  # the bar of rows that are encoded
+        self.next_line = 0.0  # the second from which on such rows have another line
         self.steps = self.done = 0  # of the whole run, and before it went on
         self.recent: deque[Step] = deque(maxlen=20)
         self.verdict: Verdict | None = None
@@ -62,6 +65,7 @@ class RunDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._take_down_encoding()
         self._take_down()
         if self.verdict:  # last, where it is seen
             label = f"[bold {COLOURS[self.verdict.kind]}]Verdict[/]"
@@ -79,7 +83,10 @@ class RunDisplay:
                     f"[bold]Memory[/]  at most {bytes_text(peak)}, {_beside(peak / planned)} "
                     f"planned ({bytes_text(planned)})"
                 )
+            case Encoding():
+                self._encoding(event)
             case DataReady():
+                self._take_down_encoding()
                 self.evaluates = event.held_out is not None
                 self._data(event)
             case ModelReady():
@@ -131,6 +138,37 @@ class RunDisplay:
                 pass
             case _:
                 raise AssertionError(event)
+
+    def _encoding(self, event: Encoding) -> None:
+        """Move a bar, or print a line now and then where there is none."""
+        seconds = time.monotonic() - self.began
+        size = f"{bytes_text(event.bytes)} of {bytes_text(event.total)}" if event.total else ""
+        done = ", ".join(filter(None, [f"{event.rows:,} rows" if event.rows else "", size]))
+        if event.waiting:
+            done = "another run encodes these rows; waiting for it"
+        if not OUTPUT.is_terminal:
+            if seconds >= self.next_line:
+                OUTPUT.print(f"  {event.what}: {done or 'beginning'}")
+                self.next_line = max(seconds + 10, 1.2 * seconds)
+            return
+        if self.encoding is None:
+            self.encoding = Progress(
+                TextColumn("  {task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[done]}"),
+                TimeRemainingColumn(),
+                console=OUTPUT,
+                transient=True,
+            )
+            self.encoding.add_task(event.what, total=event.total, done="")
+            self.encoding.start()
+        (task,) = self.encoding.task_ids
+        self.encoding.update(task, description=event.what, completed=event.bytes, done=done)
+
+    def _take_down_encoding(self) -> None:
+        if self.encoding is not None:
+            self.encoding.stop()
+            self.encoding = None
 
     def _data(self, event: DataReady) -> None:
         summary = event.summary

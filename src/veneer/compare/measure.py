@@ -164,7 +164,9 @@ def _load_data(job: Job, recipe: Recipe, base: Base) -> _Data:
     if questions:
         turns = [question.turns for question in questions]
         check_prompts(base.model, base.tokenizer, turns, virtual=MOST_VIRTUAL)
-    examples, _ = load_examples(recipe.data, base.tokenizer, max_length=max_length, limit=job.limit)
+    examples, _ = load_examples(
+        str(recipe.data), base.tokenizer, max_length=max_length, limit=job.limit
+    )
     eval_rows = job.eval_rows or min(200, max(1, len(examples) // 10))
     # The same for all seeds, or their losses would differ by the rows that they are of.
     training, held_out = split_held_out(len(examples), eval_rows=eval_rows, seed=job.split_seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise, takewhile
 from typing import TYPE_CHECKING
@@ -205,34 +205,51 @@ class Encoder:
 
 
 def encode_rows(
-    encoder: Encoder, rows: Sequence[Located[Row]]
+    encoder: Encoder, rows: Iterable[Located[Row]]
 ) -> tuple[list[Example], list[Problem]]:
     """Return the rows as examples, and the problems of those that cannot be learnt from."""
-    rendered: list[Rendered] = []
-    problems: list[Problem] = []
-    for row in rows:
-        try:
-            rendered.append(encoder.render(row))
-        except DataError as error:
-            problems.append(Problem(row.place, str(error)))
     examples: list[Example] = []
-    for first in range(0, len(rendered), _ROWS_AT_ONCE):
-        chunk = rendered[first : first + _ROWS_AT_ONCE]
-        for row_text, pieces in zip(chunk, encoder.tokenise(chunk), strict=True):
+    problems: list[Problem] = []
+    for encoded in encoded_rows(encoder, rows):
+        if isinstance(encoded, Problem):
+            problems.append(encoded)
+        else:
+            examples += encoded.examples
+    return examples, problems
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """A row as its examples, and its place."""
+
+    examples: list[Example]
+    place: Place
+
+
+def encoded_rows(encoder: Encoder, rows: Iterable[Located[Row]]) -> Iterator[EncodedRow | Problem]:
+    """Yield each row as its examples, or why it cannot be learnt from; nothing of one left out."""
+    waiting = iter(rows)
+    while chunk := list(islice(waiting, _ROWS_AT_ONCE)):
+        rendered: list[Rendered] = []
+        for row in chunk:
+            try:
+                rendered.append(encoder.render(row))
+            except DataError as error:
+                yield Problem(row.place, str(error))
+        for row_text, pieces in zip(rendered, encoder.tokenise(rendered), strict=True):
             example, long_rows = pieces[0], encoder.long_rows(row_text)
             total = len(example.tokens) + example.truncated
             if example.truncated and long_rows == "drop":
                 encoder.dropped.append(total)
             elif example.truncated and long_rows == "error":
                 most = len(example.tokens)
-                problems.append(
-                    Problem(row_text.place, f"{total} tokens, more than the {most} of --max-length")
+                yield Problem(
+                    row_text.place, f"{total} tokens, more than the {most} of --max-length"
                 )
             elif example.label_tokens:
-                examples += pieces
+                yield EncodedRow(pieces, row_text.place)
             else:
-                problems.append(Problem(row_text.place, _why_no_label(example)))
-    return examples, problems
+                yield Problem(row_text.place, _why_no_label(example))
 
 
 def _why_no_label(example: Example) -> str:
@@ -250,41 +267,3 @@ def _continues(tokenizer: PreTrainedTokenizerBase) -> bool:
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in "ab"]
     joined = tokenizer.decode([*ids[0], *ids[1]], clean_up_tokenization_spaces=False)
     return bool(joined == "ab")
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What a data set amounts to, in rows and tokens."""
-
-    rows: int
-    tokens: int
-    label_tokens: int
-    truncated: int
-    longest: int
-    lost: int = 0
-    dropped: int = 0
-    unread: int = 0
-
-    @property
-    def lost_share(self) -> float:
-        """The share of all tokens that no example holds."""
-        return self.lost / max(1, self.tokens + self.lost)
-
-
-def summarize(examples: Sequence[Example], dropped: Sequence[int] = ()) -> Summary:
-    """Count rows and tokens; `dropped` are the tokens of each row that was left out as too long.
-
-    `truncated`, `dropped` and `unread` (with turns behind the last answer) are in rows, `longest`
-    and `lost` in tokens.
-    """
-    lengths = [len(example.tokens) for example in examples]
-    return Summary(
-        rows=len(examples),
-        tokens=sum(lengths),
-        label_tokens=sum(example.label_tokens for example in examples),
-        truncated=sum(example.truncated > 0 for example in examples),
-        longest=max(lengths, default=0),
-        lost=sum(example.truncated + example.unread for example in examples) + sum(dropped),
-        dropped=len(dropped),
-        unread=sum(example.unread > 0 for example in examples),
-    )

@@ -6,13 +6,16 @@ Instead of a value that cannot be read, it yields the problem.
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO, cast
 
 from veneer.data.problems import Located, Place, Problem
 from veneer.errors import DataError
@@ -20,6 +23,9 @@ from veneer.errors import DataError
 Entry = Located[object] | Problem
 
 _BOM = b"\xef\xbb\xbf"
+COMPRESSED = (".gz", ".zst")
+# What reading a file may raise beside OSError where its compression is damaged.
+DAMAGED = (EOFError, zlib.error)
 _BETWEEN_ITEMS = re.compile(r"[ \t\r\n]*[\[,\]]?[ \t\r\n]*")
 # Python's own limit of 131,072 characters a cell is less than one long document.
 _CELL_LIMIT = 2**31 - 1
@@ -27,11 +33,16 @@ _CELL_LIMIT = 2**31 - 1
 
 def read_json_lines(path: Path) -> Iterator[Entry]:
     """Yield one value for each line that is not blank."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.removeprefix(_BOM) if number == 1 else line
-            if line.strip():
-                yield _json_line(line, Place(str(path), number))
+    with open_bytes(path) as lines:
+        yield from json_lines(lines, str(path))
+
+
+def json_lines(lines: Iterable[bytes], file: str, first: int = 1) -> Iterator[Entry]:
+    """Yield one value for each line that is not blank; `first` is the number of the first line."""
+    for number, line in enumerate(lines, start=first):
+        line = line.removeprefix(_BOM) if number == 1 else line
+        if line.strip():
+            yield _json_line(line, Place(file, number))
 
 
 def _json_line(line: bytes, place: Place) -> Entry:
@@ -50,7 +61,8 @@ def read_json(path: Path) -> Iterator[Entry]:
     A file with an error in its syntax yields that problem alone: no telling what else it breaks.
     """
     file = str(path)
-    raw = path.read_bytes().removeprefix(_BOM)
+    with open_bytes(path) as whole:
+        raw = whole.read().removeprefix(_BOM)
     try:
         text = raw.decode()
         value = json.loads(text) if text.strip() else []
@@ -178,9 +190,39 @@ READERS: dict[str, Callable[[Path], Iterator[Entry]]] = {
 }
 
 
+LINES = (read_json_lines,)  # readers of which each line is a value by itself
+
+
+def kind_of(path: Path) -> str:
+    """Return the ending that says what a file holds, whatever it is compressed with."""
+    ending = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower()
+    return inner if ending in COMPRESSED and inner != ".parquet" else ending
+
+
+def is_readable(path: Path) -> bool:
+    """Return whether a file's name has the ending of a known kind."""
+    return kind_of(path) in READERS
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file as what it holds, decompressed where its name ends in .gz or .zst."""
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if ending == ".zst":
+        import pyarrow
+
+        compressed = pyarrow.input_stream(str(path), compression="zstd")
+        return cast(BinaryIO, io.BufferedReader(compressed, 2**20))
+    return path.open("rb")
+
+
 def _text_file(path: Path) -> TextIO:
     """Open a text file; bytes that are not UTF-8 arrive as surrogates, each in its place."""
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(
+        open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline=""
+    )
 
 
 def _undecoded(text: str, place: Place) -> Problem | None:

@@ -19,6 +19,7 @@ from veneer.adapter.layers import idle_adapters
 from veneer.adapter.method import Method
 from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import idle_virtual_tokens
+from veneer.data.columns import Columnar, column_of, lengths_of
 from veneer.data.encode import Example
 from veneer.errors import DataError, TrainingError, listed, wrong_argument
 from veneer.processes.world import World
@@ -31,7 +32,7 @@ def choose_course(
 ) -> tuple[TrainConfig, str | None, float]:
     """Return the course without any choice left, what was chosen in words, and the usual rate."""
     active = [config for name, config in adapters(model).items() if name in in_use(model)]
-    lengths = [len(example.tokens) for example in examples]
+    lengths = lengths_of(examples)
     hidden_size = hidden_size_of(model.config)
     what_trains = active[0] if active else Method("full")
     chosen = choose(given, lengths, what_trains=what_trains, hidden_size=hidden_size)
@@ -67,7 +68,7 @@ def check_types(model: object, examples: Sequence[object]) -> None:
     """Raise TypeError for a base instead of its model, and for rows instead of examples."""
     if not isinstance(model, nn.Module):
         raise wrong_argument(model, "A model")
-    for example in examples:
+    for example in () if isinstance(examples, Columnar) else examples:
         if not isinstance(example, Example):
             made_by = "examples, skipped = veneer.load_examples(rows, tokenizer)"
             raise wrong_argument(example, f"An Example, made by {made_by},")
@@ -77,12 +78,16 @@ def check_rows(examples: Sequence[Example], held_out: Sequence[Example]) -> None
     """Raise DataError where there is nothing to learn, at all or from some rows."""
     if not examples:
         raise DataError("There are no rows to train on.")
-    empty = [example.where for example in (*examples, *held_out) if not example.label_tokens]
+    empty = [
+        rows[int(i)].where
+        for rows in (examples, held_out)
+        for i in np.flatnonzero(column_of(rows, "label_counts") == 0)
+    ]
     if empty:
         raise DataError(f"No token is learnt in {len(empty)} rows: {listed(empty)}.")
 
 
-def check_same_run(world: World, identity: Mapping[str, Any], lengths: NDArray[np.int64]) -> None:
+def check_same_run(world: World, identity: Mapping[str, Any], lengths: NDArray[np.integer]) -> None:
     """Raise TrainingError where processes have other settings, rows or bases than each other.
 
     identity: what decides the run's course; lengths: tokens of each row

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method, MethodName
 from veneer.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Lengths: TypeAlias = "Sequence[int] | NDArray[np.integer]"  # tokens of each row
 
 # The rate of adapters at a hidden size of 2000, and its fall with width: 5e-5 · 10 · (2000 / h)^P,
 # P = 0.781 as fitted to Llama (Schulman et al. 2025, "LoRA Without Regret", and Tinker's documents,
@@ -39,7 +45,7 @@ HELD_OUT = (10, 100)
 
 def choose(
     config: TrainConfig,
-    lengths: Sequence[int],
+    lengths: Lengths,
     *,
     what_trains: LoRA | Method,
     hidden_size: int | None,
@@ -49,7 +55,7 @@ def choose(
     lengths: tokens of each row that is trained on. hidden_size: the base's, None for not known.
     With `steps`, epochs stay None.
     """
-    tokens = sum(lengths)
+    tokens = _total(lengths)
     share = _within(tokens / SHARE_OF_STEP, TOKENS_PER_STEP)
     epochs = config.epochs
     if epochs is None and config.steps is None:
@@ -88,14 +94,14 @@ def rows_to_hold_out(rows: int) -> int:
     return int(_within(rows // SHARE_HELD_OUT, HELD_OUT)) if rows >= FEWEST_ROWS else 0
 
 
-def steps_of_epoch(chosen: TrainConfig, lengths: Sequence[int]) -> int:
+def steps_of_epoch(chosen: TrainConfig, lengths: Lengths) -> int:
     """Return how many steps the first epoch has, over rows of these lengths."""
     # Here, for it imports numpy.
     from veneer.data.packing import StepOrder
 
     assert chosen.tokens_per_step is not None
     limit = chosen.tokens_per_step
-    return len(StepOrder(lengths, limit, limit, chosen.seed).epoch(0))
+    return StepOrder(lengths, limit, limit, chosen.seed).steps(1)
 
 
 def as_before(config: TrainConfig, earlier: Mapping[str, Any]) -> TrainConfig:
@@ -112,7 +118,7 @@ def as_before(config: TrainConfig, earlier: Mapping[str, Any]) -> TrainConfig:
 def explain(
     given: TrainConfig,
     chosen: TrainConfig,
-    lengths: Sequence[int],
+    lengths: Lengths,
     *,
     hidden_size: int | None,
     held_out: int | None = None,
@@ -138,14 +144,19 @@ def explain(
     rows = "1 row" if len(lengths) == 1 else f"{len(lengths):,} rows"
     width = f" and a hidden size of {hidden_size:,}" if hidden_size else ""
     return (
-        f"Chosen for {rows} of {sum(lengths):,} tokens{width}: {', '.join(choices)}. "
+        f"Chosen for {rows} of {_total(lengths):,} tokens{width}: {', '.join(choices)}. "
         "How: docs/training.md"
     )
 
 
-def _steps(config: TrainConfig, lengths: Sequence[int], usual: float) -> float:
+def _steps(config: TrainConfig, lengths: Lengths, usual: float) -> float:
     """Return about how many steps an epoch has; a row longer than a step has one of its own."""
-    return max(1.0, min(len(lengths), sum(lengths) / (config.tokens_per_step or usual)))
+    return max(1.0, min(len(lengths), _total(lengths) / (config.tokens_per_step or usual)))
+
+
+def _total(lengths: Lengths) -> int:
+    # A column of 32 bits may add up to more than they hold.
+    return sum(lengths) if isinstance(lengths, Sequence) else int(lengths.sum(dtype="int64"))
 
 
 def _within(value: float, bounds: tuple[float, float]) -> float:

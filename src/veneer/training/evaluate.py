@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from veneer.adapter.virtual_forward import virtual_input_count
+from veneer.data.columns import lengths_of
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder, idle_rows, pack
 from veneer.fused.forward import Forward
@@ -31,7 +32,7 @@ def evaluate(
     world = world or World()
     share = 1 if forward.context is None else forward.context.size  # processes with the same rows
     groups = world.size // share
-    lengths = [len(example.tokens) for example in examples]
+    lengths = lengths_of(examples)
     order = StepOrder(
         lengths, tokens_per_batch * groups, tokens_per_batch, 0, virtual_input_count(model)
     )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from veneer.adapter.certify import MergeReport
     from veneer.adapter.report import QuantizedReport, TargetReport
-    from veneer.data.encode import Summary
+    from veneer.data.columns import Summary
+    from veneer.data.sources import Data
     from veneer.plan.plan import Plan
 
 
@@ -43,6 +44,20 @@ class Measured(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding(Event):
+    """Rows are encoded, or their words counted, by all cores: how many rows and bytes so far.
+
+    total: bytes of all, None where that is not known; waiting: another process does it
+    """
+
+    what: str
+    rows: int
+    bytes: int
+    total: int | None
+    waiting: bool
+
+
+@dataclass(frozen=True, slots=True)
 class DataReady(Event):
     """The rows are read and encoded; `example` is one of them, in pieces, trained or not.
 
@@ -53,7 +68,7 @@ class DataReady(Event):
     held_out: Summary | None
     skipped: int
     example: list[tuple[str, bool]]
-    eval_data: Path | None = None
+    eval_data: Data | None = None
 
 
 @dataclass(frozen=True, slots=True)

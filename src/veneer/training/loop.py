@@ -10,13 +10,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from veneer.adapter.start import start_from_gradients
 from veneer.adapter.use import in_use
 from veneer.adapter.virtual_forward import virtual_input_count
+from veneer.data.columns import lengths_of
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder, pack
 from veneer.errors import DivergedError, TrainingError, joined, listed
@@ -128,7 +128,8 @@ class _Run:
         identity: Mapping[str, Any],
         world: World,
     ) -> None:
-        check_types(model, [*examples, *held_out])
+        for rows in (examples, held_out):
+            check_types(model, rows)
         weights, active = what_trains(model)
         check_rows(examples, held_out)
         config, self.choices, self.usual_lr = choose_course(model, examples, config)
@@ -139,7 +140,7 @@ class _Run:
         course = {k: v for k, v in asdict(self.config).items() if k not in NOT_OF_THE_COURSE}
         self.identity = course | dict(identity)
         self.going_on = ""  # what changes where a run goes on otherwise than it began
-        lengths = np.array([len(example.tokens) for example in examples])
+        lengths = lengths_of(examples)
         self.order = StepOrder(
             lengths,
             config.tokens_per_step,

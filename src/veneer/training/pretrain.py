@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from veneer.data.encode import Encoder, encode_rows, summarize
+from veneer.data.columns import summarize
+from veneer.data.encode import Encoder, encode_rows
 from veneer.data.preview import preview
 from veneer.data.rows import texts_of
 from veneer.data.world_text import world_rows

@@ -10,7 +10,7 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.checks import check_config, one_of, whole_number
 from veneer.data.rows import LongRows
-from veneer.data.sources import has_valid_files
+from veneer.data.sources import Data, has_valid_files, spelt
 from veneer.quant.settings import Bits, LoadBits
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
@@ -36,6 +36,8 @@ class DataConfig:
     """Rows to evaluate on, instead of held-out ones; else the valid files of a directory."""
     skip_bad_rows: bool = False
     """Leave out rows with faults, counting them, instead of refusing the data."""
+    deduplicate: bool = False
+    """Leave out rows whose tokens and labels an earlier row has, and say which."""
     new_words: str | None = None
     """Words to add to the vocabulary, comma-separated; auto: those that fall into many pieces."""
 
@@ -66,7 +68,7 @@ class Recipe:
     """
 
     model: str
-    data: Path
+    data: Data
     method: Method = field(default_factory=Method)
     lora: LoRA = field(default_factory=LoRA)
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -144,7 +146,8 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """Return every setting under its flag's name, as plain values for YAML and JSON."""
-        flat: dict[str, Any] = {"model": self.model, "data": str(self.data)}
+        paths = spelt(self.data)
+        flat: dict[str, Any] = {"model": self.model, "data": paths[0] if len(paths) == 1 else paths}
         for group in (self.method, self.lora, self.training, self.rows):
             flat.update(asdict(group))
         flat["targets"] = list(flat["targets"])

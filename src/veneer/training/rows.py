@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from veneer.adapter.new_tokens import (
     NO_NEW_TOKENS,
     check_new_tokens,
     extend_tokenizer,
-    find_new_tokens,
+    tokens_for,
 )
 from veneer.adapter.virtual_context import context_left
-from veneer.data.encode import Encoder, Example, summarize
-from veneer.data.load import good_examples
-from veneer.data.packing import split_held_out
+from veneer.data.columns import lengths_of, select, summarize
+from veneer.data.encode import Example
+from veneer.data.load import Loaded, RowFiles
+from veneer.data.mixture import duplicates, weighted_rows
+from veneer.data.packing import held_out_rows
 from veneer.data.preview import preview
-from veneer.data.problems import Located
-from veneer.data.rows import Row, common_system_prompt, texts_of, unused_keys
-from veneer.data.sources import Splits, read_rows, splits_of
+from veneer.data.readers import kind_of
+from veneer.data.rows import LongRows
+from veneer.data.sources import Source, Splits, splits_of
+from veneer.data.stream import Progress
+from veneer.data.table import ExampleTable, all_but
+from veneer.errors import DataError
+from veneer.files import new_file
+from veneer.processes.world import World
+from veneer.run_directory import RunDirectory
 from veneer.training.choose import rows_to_hold_out
-from veneer.training.events import DataReady
+from veneer.training.events import DataReady, Encoding, Event
 from veneer.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+T = TypeVar("T")
+# Rows of which a run of an earlier version may have had the hash.
+MOST_HASHED = 2**20
 
 
 @dataclass(frozen=True)
@@ -31,8 +53,8 @@ class RunRows:
     """A run's rows as tokens, the tokens to add for them, and notices about them; system: the
     system prompt of all conversations, if they have one and the same."""
 
-    examples: list[Example]
-    held_out: list[Example]
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
     new_tokens: tuple[str, ...]
     notices: list[str]
     ready: DataReady
@@ -41,20 +63,47 @@ class RunRows:
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(len(row.tokens) for row in (*self.examples, *self.held_out))
+        return max(int(lengths_of(rows).max(initial=0)) for rows in (self.examples, self.held_out))
+
+    def identity(self, before: str | None = None) -> str:
+        """Return a hash of all tokens and labels.
+
+        before: the hash of the run that is to go on, which is returned where these rows have it: of
+        a table, earlier versions had another one.
+        """
+        both = (self.examples, self.held_out)
+        if not any(isinstance(rows, ExampleTable) for rows in both):
+            return _hash_of(*both)
+        digests = [
+            rows.digest if isinstance(rows, ExampleTable) else _hash_of(rows, []) for rows in both
+        ]
+        now = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        if before not in (None, now) and len(self.examples) <= MOST_HASHED:
+            earlier = _hash_of(*both)
+            return earlier if earlier == before else now
+        return now
+
+
+def _hash_of(examples: Sequence[Example], held_out: Sequence[Example]) -> str:
+    """Return the hash of the JSON text [[tokens, labels], ...]."""
+    text = hashlib.sha256(b"[")
+    for number, row in enumerate(chain(examples, held_out)):
+        text.update((", " * (number > 0) + json.dumps([row.tokens, row.labels])).encode())
+    text.update(b"]")
+    return text.hexdigest()[:16]
 
 
 def load_rows(
     recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> RunRows:
+) -> Generator[Event, None, RunRows]:
     """Read the data once, find the tokens to add for it, and encode it with them.
 
     `tokenizer` stays as it is. Raises DataError for rows that cannot be used, and ConfigError for
     new tokens that cannot be.
     """
-    settings = recipe.rows
-    rows, problems = read_rows(recipe.data, limit=settings.limit)
-    new_tokens = _new_tokens(settings.new_words, rows, tokenizer)
+    settings, report = recipe.rows, RunDirectory(recipe.out).faults
+    rows = RowFiles(recipe.data, limit=settings.limit)
+    new_tokens = yield from _new_tokens(settings.new_words, rows, tokenizer)
     check_new_tokens(new_tokens, tokenizer)
     if new_tokens:
         tokenizer = copy.deepcopy(tokenizer)
@@ -62,52 +111,145 @@ def load_rows(
     # A model may have no position beyond its context at all.
     context = context_left(config.get_text_config(), recipe.method.virtual_tokens or 0)
     max_length = min(settings.max_length, context or settings.max_length)
-    skip_bad_rows = settings.skip_bad_rows
-    encoder = Encoder(tokenizer, max_length=max_length, long_rows=settings.long_rows)
-    examples, skipped = good_examples(rows, problems, encoder, skip_bad_rows=skip_bad_rows)
-    held_out: list[Example] = []
+    loaded = yield from _loaded(rows, tokenizer, max_length, settings.long_rows)
+    loaded.check(skip_bad_rows=settings.skip_bad_rows, report=report)
+    examples, of_sources = loaded.examples, loaded.of_sources
+    skipped, unused, systems = loaded.problem_count, Counter(loaded.unused), loaded.systems
+    notices = []
+    if settings.deduplicate:
+        examples, of_sources, notice = _without_duplicates(examples, of_sources, recipe)
+        notices.append(notice)
+    held_out: Sequence[Example] = []
     splits = splits_of(recipe.data)
     uses_valid = bool(splits.valid) and settings.eval_data is None and not settings.eval_rows
     if eval_data := recipe.data if uses_valid else settings.eval_data:
-        valid_rows, problems = read_rows(eval_data, split="valid")
-        evaluated = Encoder(tokenizer, max_length=max_length, long_rows=settings.long_rows)
-        held_out, more = good_examples(valid_rows, problems, evaluated, skip_bad_rows=skip_bad_rows)
-        rows = [*rows, *valid_rows]
-        skipped += more
+        files = RowFiles(splits.valid if uses_valid else eval_data, "valid")
+        evaluated = yield from _loaded(files, tokenizer, max_length, settings.long_rows)
+        evaluated.check(skip_bad_rows=settings.skip_bad_rows, report=report)
+        held_out = evaluated.examples
+        unused.update(evaluated.unused)
+        systems = [*systems, *(s for s in evaluated.systems if s not in systems)]
+        skipped += evaluated.problem_count
     elif eval_rows := (
         rows_to_hold_out(len(examples)) if settings.eval_rows is None else settings.eval_rows
     ):
-        training, evaluation = split_held_out(
-            len(examples), eval_rows=eval_rows, seed=recipe.training.seed
-        )
-        held_out = [examples[i] for i in evaluation]
-        examples = [examples[i] for i in training]
+        seed = recipe.training.seed
+        evaluation = held_out_rows(len(examples), eval_rows=eval_rows, seed=seed)
+        held_out = select(examples, evaluation)
+        of_sources = _counts_without(of_sources, evaluation)
+        examples = select(examples, all_but(len(examples), evaluation))
+    weights = [source.weight for source in rows.sources]
+    if len(weights) > 1 and None not in weights:
+        examples, notice = _weighted(examples, of_sources, rows.sources, recipe.training.seed)
+        notices.append(notice)
+    summary = summarize(examples)
+    count, tokens = loaded.dropped
     ready = DataReady(
-        summarize(examples, encoder.dropped),
+        replace(summary, dropped=count, lost=summary.lost + tokens),
         summarize(held_out) if held_out else None,
         skipped,
         preview(examples[0], tokenizer),
         eval_data,
     )
-    notices = []
     if splits.valid or splits.test or splits.others:
         notices.append(_about_splits(splits, uses_valid=uses_valid))
-    if any(file.suffix.lower() in (".txt", ".md") for file in splits.train):
+    if any(kind_of(file) in (".txt", ".md") for file in splits.train):
         notices.append("In .txt and .md files each paragraph, up to a blank line, is a row.")
-    if encoder.split:
+    if loaded.split:
         notices.append(
-            f"{_rows(encoder.split)} longer than {max_length:,} tokens split at the ends of "
+            f"{_rows(loaded.split)} longer than {max_length:,} tokens split at the ends of "
             "paragraphs or sentences; nothing is lost by that."
         )
-    if encoder.uses_plain_template:
+    if tokenizer.chat_template is None:
         notices.append("The tokenizer has no chat template; turns are written as plain lines.")
-    if unused := unused_keys(row.value for row in rows):
-        counts = ", ".join(f"{key!r} ({_rows(count)})" for key, count in unused.items())
+    if unused:
+        counts = ", ".join(f"{key!r} ({_rows(n)})" for key, n in unused.most_common())
         notices.append(f"Keys that nothing reads: {counts}.")
     if settings.new_words == "auto" and not new_tokens:
         notices.append(f"--new-words auto adds no token: {NO_NEW_TOKENS}.")
-    system = common_system_prompt(row.value for row in rows)
+    system = systems[0] if len(systems) == 1 else None
     return RunRows(examples, held_out, new_tokens, notices, ready, system)
+
+
+def in_every_process(world: World, work: Generator[Event, None, T]) -> Generator[Event, None, T]:
+    """Return the result of the work, which every process does, and yield its events.
+
+    Raises in every process what the work raised in any.
+    """
+    failure: Exception | None = None
+    try:
+        result = yield from work
+    except Exception as error:
+        failure = error
+
+    def outcome() -> T:
+        if failure is not None:
+            raise failure
+        return result
+
+    return world.together(outcome)
+
+
+def _loaded(
+    rows: RowFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    long_rows: LongRows | None,
+) -> Generator[Event, None, Loaded]:
+    work = rows.load(tokenizer, max_length=max_length, long_rows=long_rows)
+    return (yield from _shown("encoding", work))
+
+
+def _shown(what: str, work: Generator[Progress, None, T]) -> Generator[Event, None, T]:
+    """Return the result of the work, and yield how far it is."""
+    while True:
+        try:
+            at = next(work)
+        except StopIteration as done:
+            return done.value
+        yield Encoding(what, at.rows, at.bytes, at.total, at.waiting)
+
+
+def _without_duplicates(
+    examples: Sequence[Example], of_sources: list[int], recipe: Recipe
+) -> tuple[Sequence[Example], list[int], str]:
+    """Return the examples without those that an earlier one equals, and what was removed."""
+    removed, originals = duplicates(examples)
+    if not len(removed):
+        return examples, of_sources, "--deduplicate left out nothing: all rows differ."
+    report = RunDirectory(recipe.out).duplicates
+    with new_file(report) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row, original in zip(removed.tolist(), originals.tolist(), strict=True):
+            file.write(f"{examples[row].where} is {examples[original].where}\n")
+    first = f"{examples[int(removed[0])].where} is {examples[int(originals[0])].where}"
+    notice = (
+        f"--deduplicate left out {len(removed):,} of {_rows(len(examples))} whose tokens and "
+        f"labels an earlier one has ({first}); all of them are in {report}."
+    )
+    kept = select(examples, all_but(len(examples), removed))
+    return kept, _counts_without(of_sources, removed), notice
+
+
+def _counts_without(of_sources: Sequence[int], removed: NDArray[np.integer]) -> list[int]:
+    """Return how many rows each source has without those removed, which ascend."""
+    ends = np.cumsum(of_sources)
+    return np.diff(ends - np.searchsorted(removed, ends), prepend=0).tolist()
+
+
+def _weighted(
+    examples: Sequence[Example], of_sources: list[int], sources: Sequence[Source], seed: int
+) -> tuple[Sequence[Example], str]:
+    """Return as many rows of each source as its weight says, and that in words."""
+    if empty := [str(s.path) for s, n in zip(sources, of_sources, strict=True) if not n]:
+        raise DataError(f"No row of {', '.join(empty)} is left to train on; leave it out.")
+    weights = [source.weight or 0.0 for source in sources]
+    rows = weighted_rows(of_sources, weights, seed=seed)
+    counts = np.diff(np.searchsorted(rows, np.cumsum(of_sources)), prepend=0).tolist()
+    of_each = "; ".join(
+        f"{source.path}: {_rows(now)} of {before:,}"
+        for source, now, before in zip(sources, counts, of_sources, strict=True)
+    )
+    return select(examples, rows), f"An epoch by the weights: {of_each}."
 
 
 def _about_splits(splits: Splits, *, uses_valid: bool) -> str:
@@ -129,12 +271,12 @@ def _rows(count: int) -> str:
 
 
 def _new_tokens(
-    new_words: str | None, rows: list[Located[Row]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, ...]:
+    new_words: str | None, rows: RowFiles, tokenizer: PreTrainedTokenizerBase
+) -> Generator[Event, None, tuple[str, ...]]:
     """Return the tokens to add: those that are named, or those that `auto` finds in the rows."""
     if not new_words:
         return ()
     if new_words != "auto":
         return tuple(word.strip() for word in new_words.split(",") if word.strip())
-    texts = (text for row in rows for text in texts_of(row.value))
-    return tuple(find_new_tokens(texts, tokenizer))
+    counts = yield from _shown("counting words", rows.words())
+    return tuple(tokens_for(counts, tokenizer))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -23,7 +21,7 @@ from veneer.adapter.merge import merge, why_not_mergeable
 from veneer.adapter.method import Method, MethodName
 from veneer.adapter.new_tokens import add_tokens, extend_tokenizer, new_tokens_of
 from veneer.adapter.report import report_quantized, report_trained
-from veneer.data.encode import Example
+from veneer.data.columns import lengths_of
 from veneer.errors import ConfigError, TrainingError, VeneerWarning, joined
 from veneer.files import size_of
 from veneer.formats import adapters, merged, native
@@ -65,7 +63,7 @@ from veneer.training.planned import (
 )
 from veneer.training.preflight import Preflight, preflight
 from veneer.training.recipe import Recipe
-from veneer.training.rows import RunRows, load_rows
+from veneer.training.rows import RunRows, in_every_process, load_rows
 from veneer.training.state import other_settings
 from veneer.training.verdict import judge
 
@@ -81,6 +79,7 @@ YOUNGER = {
     "expert_rank": None,
     "shared_expert_a": False,
     "long_rows": None,
+    "deduplicate": False,
     "from": None,
 }
 # What to do where rounding takes what was learnt.
@@ -120,9 +119,10 @@ def tune(
         if start.new_tokens:
             tokenizer = copy.deepcopy(tokenizer)
             extend_tokenizer(tokenizer, start.new_tokens.tokens)
-    rows = world.together(partial(load_rows, recipe, ahead.config, tokenizer))
+    rows = yield from in_every_process(world, load_rows(recipe, ahead.config, tokenizer))
+    data = rows.identity(before.get("data"))
     if "data" in before:
-        _check_goes_on(recipe, before, data=_hash_of([*rows.examples, *rows.held_out]))
+        _check_goes_on(recipe, before, data=data)
     if start and start.new_tokens and rows.new_tokens:
         raise ConfigError(f"{recipe.start_from} has new tokens, and --new-words can add no others.")
     yield rows.ready
@@ -152,7 +152,7 @@ def tune(
     yield from _report(recipe, base, dtype, rows.new_tokens)
     # Of each checkpoint's adapter too.
     active_adapters_of(base.model).notes["default"] = {"system": rows.system} if rows.system else {}
-    identity = _identity(recipe, base, [*rows.examples, *rows.held_out])
+    identity = _identity(recipe, base, data)
 
     if not resume and world.writes:
         _clear_state(run)
@@ -243,7 +243,7 @@ def _choose(recipe: Recipe, rows: RunRows, config: PretrainedConfig) -> tuple[Re
     Raises ConfigError for settings of evaluation where no rows are held out.
     """
     hidden_size = hidden_size_of(config)
-    lengths = [len(row.tokens) for row in rows.examples]
+    lengths = lengths_of(rows.examples)
     given = recipe.training
     chosen = choose(given, lengths, what_trains=recipe.what_trains, hidden_size=hidden_size)
     held_out = 0 if rows.ready.eval_data else len(rows.held_out)
@@ -331,18 +331,13 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, Any]:
+def _identity(recipe: Recipe, base: Base, data: str) -> dict[str, Any]:
     """Return all that decides the course of a run: a checkpoint goes on only with the same."""
     return {
         **_settings(recipe),
-        "data": _hash_of(examples),
+        "data": data,
         "base": fingerprint(base.model, base.tokenizer),
     }
-
-
-def _hash_of(examples: list[Example]) -> str:
-    tokens = [(row.tokens, row.labels) for row in examples]
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
 def _clear_state(run: RunDirectory) -> None:
