@@ -61,6 +61,17 @@ class DevicePlan:
         """The most bytes that a device needs."""
         return sum(each.value for each in self.amounts)
 
+    @property
+    def of_one(self) -> Plan:
+        """The plan of what one device computes, with all that it holds."""
+        mine = self._of_a_piece
+        weights = amount("weights", *(term for each in self.weights for term in each.terms))
+        passing = mine.memory.workspace.terms
+        if self.pieces > 1:
+            passing += rows_of_others(self.plan, self.pieces).terms
+        memory = replace(mine.memory, weights=weights, workspace=amount("workspace", *passing))
+        return replace(mine, memory=memory)
+
     @cached_property
     def given(self) -> dict[str, list[Term]]:
         """The bytes that a device gives to exchanges in a step, as `World.sent` counts them."""
