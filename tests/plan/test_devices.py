@@ -84,10 +84,9 @@ def test_a_ring_sends_gradients_twice_and_the_base_forward_and_backward():
         way = DevicePlan(plan, n, "base", passes=3)
         gradient, base = (each.value for each in way.sent)
         assert gradient == pytest.approx(2 * (n - 1) * (plan.memory.gradients.value + 40) / n)
-        block = 32 * 3 * way._shards.order[1].chunk  # 32 blocks, 3 passes
-        outside = 3 * 2 * way._shards.order[0].chunk
-        # On the way back, the last block is still there.
-        assert base == (n - 1) * (block + block * 31 // 32 + outside)
+        block, outside = (way._shards.order[i].chunk for i in (1, 0))
+        # The last block is still there on the way back, and the first when the next pass begins.
+        assert base == (n - 1) * 3 * (2 * 31 * block + 2 * outside)
         assert DevicePlan(plan, n).sent_bytes == gradient
     assert DevicePlan(plan, 1, "base").sent_bytes == 0
 

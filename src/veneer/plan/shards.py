@@ -90,8 +90,14 @@ class Shards:
     @property
     def given(self) -> list[Term]:
         """What a process gives in a pass: its share of each buffer forward, and backward again of
-        the blocks below the last, which is still there, down to the lowest with a gradient."""
-        ways = (("forward", self.order), ("backward", self.order[1 + self.first_block : -2]))
+        the blocks below the last down to the lowest with a gradient.
+
+        What is there already is not gathered: the last block when a pass turns round, and, after
+        the first pass, the first block where the pass before has ended there.
+        """
+        first = 1 + self.first_block
+        forward = self.order if first > 1 else self.order[:1] + self.order[2:]
+        ways = (("forward", forward), ("backward", self.order[first:-2]))
         return [
             Term.of(number, "", chunk, "bytes", note=way)
             for way, buffers in ways

@@ -9,7 +9,7 @@ from itertools import islice
 
 from veneer.data.packing import StepOrder
 from veneer.errors import ConfigError
-from veneer.plan.devices import DevicePlan, best, least_changes, ways
+from veneer.plan.devices import DevicePlan, best, least_changes, ways, whole_by_time
 from veneer.plan.fit import flags
 from veneer.plan.plan import Plan, replanned
 from veneer.processes.world import World
@@ -83,18 +83,21 @@ def share_out(
 def _refusal(plan: Plan, way: DevicePlan, memory: int) -> str:
     """Return why processes cannot train so, and how they could."""
     count = way.count
-    proposals = [*_fewer_processes(plan, way, memory)]
-    other = best(plan, count, memory, way.pieces)
-    if other is not None:
-        proposals.insert(0, ("--shard base", other))
+    proposals: list[tuple[str, DevicePlan]] = []
+    whole, sharded = whole_by_time(plan, memory), best(plan, count, memory, way.pieces)
+    if whole is not None:
+        proposals.append((flags(plan.config, whole.config), DevicePlan(whole, count)))
+    if sharded is not None:
+        proposals.append(("", sharded))
+    proposals += _fewer_processes(plan, way, memory)
     proposals += [
         (_flags(plan, change), change)
         for change in least_changes(plan, count, memory)
-        if change.count == count and change.plan.config != plan.config
+        if change.count == count and change.plan.config not in (plan.config, whole and whole.config)
     ]
     ways_out = "; ".join(
-        f"{text}{' --shard base' * (change.sharded == 'base' and 'shard' not in text)} "
-        f"({_gb(change.peak)} each)"
+        f"{text}{' --shard base' * (change.sharded == 'base')}".strip()
+        + f" ({_gb(change.peak)} each)"
         for text, change in proposals
     )
     how = f" It would fit by: {ways_out}." if ways_out else " No settings make it fit."
