@@ -76,8 +76,9 @@ class RunDisplay:
         match event:
             case Notice(text):
                 show_notice(text, on=OUTPUT)
-            case Planned(plan, free):
-                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}", soft_wrap=True)
+            case Planned(plan, free, processes):
+                each = f", in each of {processes} processes" if processes > 1 else ""
+                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}{each}", soft_wrap=True)
             case Measured(planned, peak):
                 OUTPUT.print(
                     f"[bold]Memory[/]  at most {bytes_text(peak)}, {_beside(peak / planned)} "

@@ -28,11 +28,12 @@ class Notice(Event):
 
 @dataclass(frozen=True, slots=True)
 class Planned(Event):
-    """The memory that the run will need, and the bytes that the process has and may take, or None
-    where they are not known."""
+    """The memory that each of the run's processes will need, and the bytes that it has and may
+    take, or None where they are not known."""
 
     plan: Plan
     available: int | None
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,25 @@ from veneer.training.recipe import Recipe
 STEPS = 50  # of which the tokens that a process gets are looked at
 
 
+def plan_of_each(
+    plan: Plan,
+    recipe: Recipe,
+    lengths: Sequence[int],
+    world: World,
+    *,
+    shard: str = "none",
+    ignore: bool = False,
+) -> tuple[DevicePlan, int | None]:
+    """Return how the processes of a world train by `plan`, and the bytes that each may have.
+
+    lengths: tokens of each row. All processes must ask, and get the same. Raises ConfigError as
+    `share_out` does.
+    """
+    memory = memory_of_each(world)
+    plan = dealt(plan, recipe, lengths, world.size)
+    return share_out(plan, world.size, memory, shard=shard, ignore=ignore), memory
+
+
 def memory_of_each(world: World) -> int | None:
     """Return the bytes that each process of a world may have, None where a system does not say.
 

@@ -61,6 +61,7 @@ from veneer.training.planned import (
     why_no_merge,
     with_rows,
 )
+from veneer.training.planned_processes import plan_of_each
 from veneer.training.preflight import Preflight, preflight
 from veneer.training.recipe import Recipe
 from veneer.training.rows import RunRows, in_every_process, load_rows
@@ -130,7 +131,7 @@ def tune(
     recipe, choices = _choose(recipe, rows, ahead.config)
     if choices:
         yield Notice(choices)
-    plan = yield from _plan(recipe, ahead, rows.longest, ignore_plan=ignore_plan)
+    plan = yield from _plan(recipe, ahead, rows, world, ignore_plan=ignore_plan)
 
     base = load_base(
         recipe.model,
@@ -255,10 +256,10 @@ def _choose(recipe: Recipe, rows: RunRows, config: PretrainedConfig) -> tuple[Re
 
 
 def _plan(
-    recipe: Recipe, ahead: Preflight, longest: int, *, ignore_plan: bool
+    recipe: Recipe, ahead: Preflight, rows: RunRows, world: World, *, ignore_plan: bool
 ) -> Generator[Event, None, Plan | None]:
-    """Return the run's plan of memory with rows of up to `longest` tokens, None where there is none
-    for its architecture.
+    """Return the plan of this process's memory with these rows, None where there is none for the
+    base's architecture.
 
     Raises ConfigError where the run does not fit, unless that is to be ignored.
     """
@@ -268,10 +269,16 @@ def _plan(
     if ahead.plan is None or why:
         yield Notice(f"No memory is planned for this run: {why}")
         return None
-    plan, available = with_rows(ahead.plan, recipe, longest), available_memory()
-    if not ignore_plan:
-        check_fits(plan, available, recipe.model)
-    yield Planned(plan, available)
+    plan = with_rows(ahead.plan, recipe, rows.longest)
+    if world.size > 1:
+        lengths = [len(row.tokens) for row in rows.examples]
+        way, available = plan_of_each(plan, recipe, lengths, world, ignore=ignore_plan)
+        plan = way.of_one
+    else:
+        available = available_memory()
+        if not ignore_plan:
+            check_fits(plan, available, recipe.model)
+    yield Planned(plan, available, world.size)
     if plan.notice:
         yield Notice(plan.notice)
     return plan
