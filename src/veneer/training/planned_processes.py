@@ -33,9 +33,10 @@ def plan_of_each(
     lengths: tokens of each row. All processes must ask, and get the same. Raises ConfigError as
     `share_out` does.
     """
-    memory = memory_of_each(world)
-    plan = dealt(plan, recipe, lengths, world.size)
-    return share_out(plan, world.size, memory, shard=shard, ignore=ignore), memory
+    memory, pieces = memory_of_each(world), recipe.training.context_parallel
+    plan = dealt(plan, recipe, lengths, world.size // pieces)
+    way = share_out(plan, world.size, memory, shard=shard, pieces=pieces, ignore=ignore)
+    return way, memory
 
 
 def memory_of_each(world: World) -> int | None:
@@ -51,8 +52,8 @@ def memory_of_each(world: World) -> int | None:
 
 
 def dealt(plan: Plan, recipe: Recipe, lengths: Sequence[int], count: int) -> Plan:
-    """Return the plan with the tokens of a pass that one of `count` processes gets, the most of any
-    in the first steps of the run. lengths: tokens of each row."""
+    """Return the plan with the tokens of a pass that one of `count` processes gets (or groups that
+    share a pass), the most of any in the first steps of the run. lengths: tokens of each row."""
     training = recipe.training
     assert training.tokens_per_step is not None
     if count == 1:
@@ -129,8 +130,8 @@ def _refusal(plan: Plan, way: DevicePlan, memory: int) -> str:
 
 def _fewer_processes(plan: Plan, way: DevicePlan, memory: int) -> Iterator[tuple[str, DevicePlan]]:
     """Yield the most processes of this machine that fit: each has more memory, and more tokens."""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", way.count)) < way.count:
-        return  # there are other machines
+    if way.pieces > 1 or int(os.environ.get("LOCAL_WORLD_SIZE", way.count)) < way.count:
+        return  # a row needs them, or there are other machines
     config = plan.config
     for count in range(way.count - 1, 0, -1):
         tokens = -(-config.tokens_per_batch * way.count // count)
