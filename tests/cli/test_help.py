@@ -1,5 +1,6 @@
 """The command line: what it imports, what it explains, and what it refuses."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,36 +14,44 @@ from veneer.cli.app import app, run
 from veneer.compare.config import CompareConfig
 from veneer.training.recipe import Recipe
 
+COMMANDS = [name for name in app if not name.startswith("-")]
+HELPS = [["--help"], *([command, "--help"] for command in COMMANDS)]
+WITHOUT_MODEL = [
+    *HELPS,
+    ["--version"],
+    ["tune", "--rnk", "4"],
+    ["compare", "m", "no.jsonl"],
+    ["extract", "a", "b", "c", "--rank", "0"],
+    ["tnue"],
+]
+# Each is run in a fork of a process that has imported nothing else.
+RUN_EACH = """
+import json, os, sys
+from veneer.cli.app import run
+for arguments in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        code = run(arguments)
+        print(f"\\n{json.dumps([arguments, code, list(sys.modules)])}", flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
-def child(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout
+
+@pytest.fixture(scope="module")
+def imported() -> dict[tuple[str, ...], tuple[int, set[str]]]:
+    """The exit code of each command line, and the modules that it has imported."""
+    command = [sys.executable, "-c", RUN_EACH, json.dumps(WITHOUT_MODEL)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    return {tuple(arguments): (code, set(modules)) for arguments, code, modules in lines}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["tune", "--help"],
-        ["compare", "--help"],
-        ["--version"],
-        ["tune", "--rnk", "4"],
-        ["compare", "m", "no.jsonl"],
-        ["extract", "--help"],
-        ["extract", "a", "b", "c", "--rank", "0"],
-        ["tnue"],
-    ],
-)
-def test_what_needs_no_model_imports_no_torch(arguments):
-    loaded = child(
-        "import sys\n"
-        "from veneer.cli.app import run\n"
-        f"code = run({arguments!r})\n"
-        "heavy = 'torch transformers tokenizers gguf numpy pyarrow matplotlib'.split()\n"
-        "print('LOADED', code, [name for name in heavy if name in sys.modules])"
-    )
-    code = 0 if "--help" in arguments or "--version" in arguments else 2
-    assert loaded.splitlines()[-1] == f"LOADED {code} []"
+@pytest.mark.parametrize("arguments", WITHOUT_MODEL)
+def test_what_needs_no_model_imports_no_torch(arguments, imported):
+    code, modules = imported[tuple(arguments)]
+    assert code == (0 if "--help" in arguments or "--version" in arguments else 2)
+    heavy = "torch transformers tokenizers gguf numpy pyarrow matplotlib"
+    assert not modules.intersection(heavy.split())
 
 
 def test_python_m_veneer_is_veneer():
@@ -54,9 +63,6 @@ def test_python_m_veneer_is_veneer():
         assert ("tune" in done.stdout) if code == 0 else ("--rank" in done.stderr)
 
 
-COMMANDS = [name for name in app if not name.startswith("-")]
-
-
 def test_the_commands_are_these():
     models = {"inspect", "plan", "pretrain", "quantize", "tune", "compare", "generate", "chat"}
     adapters = {"diff", "combine", "extract", "merge", "convert", "export", "check", "serve"}
@@ -64,26 +70,16 @@ def test_the_commands_are_these():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_imports_no_other_command_and_no_torch(command):
-    modules = child(
-        "import sys\n"
-        "from veneer.cli.app import run\n"
-        f"run([{command!r}, '--help'])\n"
-        "print(*(name for name in sys.modules if name == 'torch' or 'veneer.cli.' in name))"
-    ).splitlines()[-1]
+def test_help_imports_no_other_command(command, imported):
+    _, modules = imported[command, "--help"]
     homes = {app[name].default_command.__module__ for name in COMMANDS}
-    assert "torch" not in modules.split()
-    assert len(homes & set(modules.split())) == 1
+    assert len(homes & modules) == 1
 
 
-def test_help_of_all_imports_no_command():
-    modules = child(
-        "import sys\n"
-        "from veneer.cli.app import run\n"
-        "run(['--help'])\n"
-        "print(*(name for name in sys.modules if 'veneer.cli.' in name))"
-    ).splitlines()[-1]
-    assert set(modules.split()) == {f"veneer.cli.{name}" for name in ("app", "console", "recipes")}
+def test_help_of_all_imports_no_command(imported):
+    _, modules = imported["--help",]
+    commands = {name for name in modules if name.startswith("veneer.cli.")}
+    assert commands == {f"veneer.cli.{name}" for name in ("app", "console", "recipes")}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

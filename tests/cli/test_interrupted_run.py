@@ -3,12 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from support import warm
 from support.tuned_facts import FACTS, metrics, names, same_weights, write_rows
 from veneer.cli.app import run
 from veneer.run_directory import RunDirectory
@@ -27,7 +27,7 @@ def undisturbed(minigpt_home, tmp_path_factory) -> Path:
 def started(home: Path, data: Path, out: Path, *, after: int) -> subprocess.Popen:
     """Start the long run as a process of its own, and come back when it has saved some steps."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "veneer", "tune", str(home), str(data), "--out", str(out), *LONG],
+        [warm.executable(), "-m", "veneer", "tune", str(home), str(data), "--out", str(out), *LONG],
         stderr=subprocess.PIPE,
         text=True,
     )

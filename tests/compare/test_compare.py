@@ -6,11 +6,13 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from support import warm
 from support.comparison_jobs import ROWS, write_rows
 from veneer.cli.app import run
 from veneer.compare import run as comparing
@@ -33,7 +35,12 @@ def done(minigpt_home, tmp_path_factory):
     arguments += ["--methods", ",".join(TRAINED), "--target-sets", "all,nowhere"]
     arguments += ["--out", str(home / "out")]
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "executable", warm.executable())
         code = run(arguments)
     numbers = json.loads((home / "out" / "comparison.json").read_text(encoding="utf-8"))
     return SimpleNamespace(

@@ -4,11 +4,11 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from support import warm
 from support.comparison_jobs import ROWS, write_rows
 from veneer.compare.process import why
 
@@ -18,13 +18,11 @@ def begun(minigpt_home: Path, tmp_path: Path) -> subprocess.Popen[str]:
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     flags = ["--methods", "lora", "--budget", "steps:100000", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "veneer", "compare", str(minigpt_home), str(data), *flags],
+        [warm.executable(), "-m", "veneer", "compare", str(minigpt_home), str(data), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        # Whoever runs the tests in the background may have them ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     for line in process.stdout:

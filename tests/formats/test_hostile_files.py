@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import spoilt_files
+from support import spoilt_files, warm
 
 TESTS = Path(__file__).parents[1]
 GROWTH = 256 * 2**20  # bytes; the files themselves have some thousand
@@ -17,10 +17,10 @@ GROWTH = 256 * 2**20  # bytes; the files themselves have some thousand
 FIRST = {"gguf": 40}
 
 
-def in_a_process(*arguments: str, cwd: Path | None = None) -> str:
+def in_a_process(python: str, *arguments: str, cwd: Path | None = None) -> str:
     """Run a script of the tests in a process of its own and return its last line."""
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -34,9 +34,8 @@ def in_a_process(*arguments: str, cwd: Path | None = None) -> str:
 
 def read_spoilt(kind: str, first: int, count: int) -> dict[str, int]:
     """Read so many spoilt files and return how that ended; fail where one ended wrongly."""
-    report = json.loads(
-        in_a_process(str(TESTS / "support" / "spoilt_files.py"), kind, str(first), str(count))
-    )
+    script = str(TESTS / "support" / "spoilt_files.py")
+    report = json.loads(in_a_process(warm.executable(), script, kind, str(first), str(count)))
     shown = [f"seed {x['seed']}: {x['end']}\n{x['wrong']}" for x in report["faults"][:3]]
     assert not report["faults"], f"{len(report['faults'])} faults, such as:\n" + "\n".join(shown)
     assert report["grown"] < GROWTH
@@ -86,9 +85,8 @@ def test_a_reader_that_reads_wrongly_would_be_noticed(tmp_path, monkeypatch):
 
 
 def test_hostile_directories_run_and_import_nothing(tmp_path):
-    report = json.loads(
-        in_a_process(str(TESTS / "support" / "hostile_directories.py"), str(tmp_path), cwd=tmp_path)
-    )
+    script = str(TESTS / "support" / "hostile_directories.py")
+    report = json.loads(in_a_process(sys.executable, script, str(tmp_path), cwd=tmp_path))
     assert report.pop("imported") == []
     assert report.pop("sprung") is False
     for name, (end, seconds) in report.items():

@@ -124,10 +124,11 @@ def test_the_courses_hold_what_they_should(whole):
 
 
 @pytest.mark.parametrize("course", COURSES)
-def test_stopped_at_any_step(course, whole, tmp_path):
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_stopped_at_any_step(few, course, whole, tmp_path):
     last = steps_of(whole[course])
-    # What another schedule changes, it changes after death at any checkpoint too.
-    for step in (1, 4, last) if course == "constant" else range(1, last + 1):
+    # After each step, runs end and go on below: those that die, and one that is stopped at all.
+    for step in (1, 4, last) if few else range(1, last + 1):
         run = Run(tmp_path / str(step), COURSES[course])
         run.go(resume=False, stop_at=step)
         run.go(resume=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import veneer
+from support import warm
 from support.random_adapters import shake
 from support.server import call, chat, post
 from veneer.cli.app import run
@@ -41,9 +42,9 @@ class Process:
         return {n: float(v) for n, v in (x.split() for x in lines if x[0] != "#")}
 
 
-def start(model: Path, *arguments: str) -> Process:
+def start(model: Path, *arguments: str, python: str) -> Process:
     process = subprocess.Popen(
-        [sys.executable, "-m", "veneer", "serve", str(model), "--port", "0", *arguments],
+        [python, "-m", "veneer", "serve", str(model), "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -87,7 +88,7 @@ def poem(home, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def process(home, poem):
-    served = start(home, "--adapter", f"poem={poem}", "--queue", "64")
+    served = start(home, "--adapter", f"poem={poem}", "--queue", "64", python=sys.executable)
     yield served
     served.process.kill()
     served.process.wait()
@@ -191,7 +192,8 @@ def test_a_port_in_use_is_an_error(process, home, capsys):
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 def test_a_long_stream_is_cut_properly_once_its_time_is_over(by, home):
-    end_in_a_stream(start(home, "--drain-seconds", "0.2"), home.name, by=by)
+    served = start(home, "--drain-seconds", "0.2", python=warm.executable())
+    end_in_a_stream(served, home.name, by=by)
 
 
 def test_sigterm_lets_a_stream_end_properly(process, home):

@@ -1,0 +1,143 @@
+"""Processes of Python that have imported torch and Veneer before they start.
+
+`executable()` is a program that takes Python's arguments, `-m module` or a script, and that a test
+can start, signal and kill as it would `sys.executable`. The program is forked from one process of
+this run of the tests, which has done the imports: they are most of what such a test would take.
+Tests of how Veneer starts, and of what that imports, use `sys.executable`.
+
+    launcher (what the test started) ── socket ── keeper (forked) ── the program (forked)
+"""
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+PRELOADED = (
+    "support.spoilt_files",
+    "veneer.cli.console",
+    "veneer.cli.tune",
+    "veneer.compare.measure",
+    "veneer.serve.run",
+)
+LAUNCHER = """\
+#!{python} -IS
+import json, os, signal, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({place!r})
+asked = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(server, [len(asked).to_bytes(8, "little")], [0, 1, 2])
+server.sendall(asked)
+answers = server.makefile()
+program = int(answers.readline())
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGABRT):
+    signal.signal(number, lambda number, _: os.kill(program, number))
+for number in (0, 1, 2):
+    os.close(number)
+code = int(answers.readline())
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+@cache
+def executable() -> str:
+    """Return the path of the program; the process that it forks from ends with this one."""
+    home = tempfile.TemporaryDirectory(prefix="warm-")
+    place = str(Path(home.name) / "socket")
+    launcher = Path(home.name) / "python"
+    launcher.write_text(LAUNCHER.format(python=sys.executable, place=place), encoding="utf-8")
+    launcher.chmod(0o755)
+    tests = str(Path(__file__).parents[1])
+    server = subprocess.Popen(
+        [sys.executable, "-m", "support.warm", place],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([tests, *filter(None, sys.path)])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == b"ready\n"
+    atexit.register(home.cleanup)
+    atexit.register(server.kill)
+    return str(launcher)
+
+
+def serve(place: str) -> list[str]:
+    """Fork whatever is asked for until standard input ends; return the arguments in each fork."""
+    for name in PRELOADED:
+        import_module(name)
+    sys.executable = str(Path(place).with_name("python"))  # for processes that these start
+    gc.collect()
+    gc.freeze()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(place)
+    listener.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
+    print("ready", flush=True)
+    while True:
+        ready, _, _ = select.select([listener, 0], [], [])
+        if 0 in ready:
+            os._exit(0)
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return keep(connection)
+        connection.close()
+
+
+def keep(connection: socket.socket) -> list[str]:
+    """Fork the program, which gets its arguments here, and end it where its launcher has ended."""
+    size, streams, _, _ = socket.recv_fds(connection, 8, 3)
+    asked = connection.makefile("rb").read(int.from_bytes(size, "little"))
+    arguments, folder, environment = json.loads(asked)
+    program = os.fork()
+    if program == 0:
+        connection.close()
+        # Whoever runs the tests in the background may have them ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        sys.stdout.reconfigure(line_buffering=bool(environment.get("PYTHONUNBUFFERED")))
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        return arguments
+    for number in (0, 1, 2, *streams):
+        os.close(number)
+    connection.sendall(f"{program}\n".encode())
+    ended = os.pidfd_open(program)
+    ready, _, _ = select.select([connection, ended], [], [])
+    if ended not in ready:
+        os.kill(program, signal.SIGKILL)
+    _, status = os.waitpid(program, 0)
+    if ended in ready:
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    arguments = serve(sys.argv[1])
+    # As Python itself takes them; -P only keeps modules out that lie in the current folder.
+    if arguments[0] == "-P":
+        del arguments[0]
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")
