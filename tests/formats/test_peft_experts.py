@@ -241,6 +241,32 @@ def test_older_files_that_lack_what_they_name(ours, changes, message, tmp_path):
             veneer.load(base, tmp_path / "old")
 
 
+def test_a_projection_that_an_older_file_lacks_wholly_is_said(tmp_path):
+    base = older_file("mixtral", tmp_path / "old", names=("w1", "w2"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", veneer.VeneerWarning)
+        expected = logits(veneer.load(copy.deepcopy(base), tmp_path / "old"))
+    edit(tmp_path / "old", target_modules=["w1", "w2", "w3", "fc"])
+    with pytest.warns(veneer.VeneerWarning, match=r"name fc, w3 too, of which it has no weights"):
+        model = veneer.load(copy.deepcopy(base), tmp_path / "old")
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_stack_that_is_adapted_twice_is_refused(tmp_path):
+    base = older_file("mixtral", tmp_path / "old", names=("w2",))
+    veneer.attach(base, veneer.LoRA(rank=3, alpha=5, targets="experts.down_proj", expert_rank=3))
+    veneer.save(base, tmp_path / "new", format="peft")
+    both = load_file(tmp_path / "old" / store.WEIGHTS) | load_file(tmp_path / "new" / store.WEIGHTS)
+    save_file(both, tmp_path / "old" / store.WEIGHTS)
+    edit(tmp_path / "old", target_parameters=read_config(tmp_path / "new")["target_parameters"])
+    with pytest.raises(veneer.AdapterError) as refused:
+        veneer.load(peft_base("mixtral"), tmp_path / "old")
+    assert "layers.0.mlp.experts.down_proj has an adapter as a stack, and so have its" in str(
+        refused.value
+    )
+    assert "block_sparse_moe.experts.0.w2" in str(refused.value)
+
+
 def test_experts_that_the_base_lacks(tmp_path):
     base = older_file("mixtral", tmp_path / "old", names=("w2",), experts=6)
     with pytest.raises(veneer.AdapterError, match=r"experts\.5\.w2 is no layer of this model"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,6 +68,7 @@ def fit(state: AdapterState, base: BaseStructure) -> AdapterState:
                 continue
         fitted.append(own or layer)
         moved[fitted[-1].path] = path
+    _refuse_doubles(fitted, members)
     if not members and all(new == old for new, old in moved.items()):
         return state.with_layers(fitted)
     if ways is not None and members:
@@ -114,6 +115,24 @@ def fused(stack: Layer, members: Sequence[_Member], projections: int) -> StoredL
             B[member.expert, :, : len(layer.A)] = layer.B * factor
         factors.append((A, B))
     return StoredLayer(stack.path, *as_one(factors), "parameter")
+
+
+def _refuse_doubles(
+    fitted: Sequence[StoredLayer], members: Mapping[str, Sequence[_Member]]
+) -> None:
+    """Raise AdapterError if a file adapts a layer of the base twice: as a stack and expert by
+    expert, or under two names. Only one of them would be left."""
+    own = Counter(layer.path for layer in fitted)
+    problems = [
+        f"{path} has an adapter as a stack, and so have its experts, such as {each[0].layer.path}"
+        for path, each in members.items()
+        if own[path]
+    ]
+    problems += [f"{path} has {n} adapters, under {n} names" for path, n in own.items() if n > 1]
+    if problems:
+        raise AdapterError(
+            f"This adapter adapts layers twice: {joined(problems)}. Leave one of both in the file."
+        )
 
 
 def _refuse_incomplete(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError, ConfigError, joined
+from veneer.errors import AdapterError, ConfigError, VeneerWarning, joined, listed
 from veneer.formats.base_structure import BaseStructure
 from veneer.formats.peft import virtual
 from veneer.formats.peft.experts import experts_apart, parameter_paths
@@ -25,6 +27,7 @@ from veneer.formats.peft.rules import (
     layers_of,
     malformed,
     matching,
+    names_without,
     targets_of,
     tokens_named,
     unreadable,
@@ -196,6 +199,27 @@ def _our_tensors(
     return tensors
 
 
+def _is_experts(path: str) -> bool:
+    """Return whether a path is that of a projection of one of many, as `experts.0.w1` is."""
+    return re.search(r"\.\d+\.[^.]+$", path) is not None
+
+
+def _warn_of_missing_projections(config: Mapping[str, Any], known: Collection[str]) -> None:
+    """Warn of targets without weights in a file of single experts. The base has stacks instead of
+    layers of these names, so that nobody else would miss them."""
+    names = config["target_modules"]
+    if names is None or isinstance(names, str):
+        return
+    if missing := sorted(names_without(names, known)):
+        warnings.warn(
+            "This adapter adapts experts one by one, and its target_modules name "
+            f"{listed(missing)} too, of which it has no weights: these layers stay as the base has "
+            "them.",
+            VeneerWarning,
+            stacklevel=2,
+        )
+
+
 def _lora(
     config: Mapping[str, Any],
     layers: Mapping[str, dict[str, Tensor]],
@@ -204,6 +228,8 @@ def _lora(
 ) -> LoRA:
     modules = [module for module in layers if module not in parameters]
     known = None if base is None else [*modules, *base.layers]
+    if base is not None and any(map(_is_experts, {*modules} - {*base.layers})):
+        _warn_of_missing_projections(config, [*modules, *base.layers])
     targets = [*targets_of(config, modules, known), *sorted(set(parameters.values()))]
     if config["lora_alpha"] is None:
         raise TypeError("lora_alpha is None")

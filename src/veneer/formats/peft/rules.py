@@ -90,8 +90,8 @@ def targets_of(
         return sorted(paths)  # among which is the head, where the embedding is adapted
     exclusion = _exclusion(config)
     if known is not None and not isinstance(targets, str):
-        ends = {end for path in known for end in _ends(path)}
-        targets = [name for name in targets if name in ends] or targets
+        missing = names_without(targets, known)
+        targets = [name for name in targets if name not in missing] or targets
     if isinstance(targets, str):
         # PEFT matches a string against the whole path.
         if targets == "all-linear":
@@ -101,6 +101,11 @@ def targets_of(
         return sorted(targets)
     names = "|".join(map(re.escape, sorted(targets)))
     return [f"re:^{exclusion}{_in_layers(config)}(?:.*\\.)?(?:{names})$"] if names else []
+
+
+def names_without(names: Iterable[str], paths: Iterable[str]) -> set[str]:
+    """Return those of PEFT's target names that are the end of none of the paths."""
+    return {*names} - {end for path in paths for end in _ends(path)}
 
 
 def layers_of(config: Mapping[str, Any]) -> str | None:
