@@ -84,6 +84,23 @@ def test_a_rank_over_experts_follows_from_the_rank(tmp_path):
         assert torch.equal(logits(again), logits(model))
 
 
+def test_an_a_that_all_share_stays_one():
+    shared = LoRA(
+        rank=2, targets="experts.gate_up_proj,q_proj", expert_rank=3, shared_expert_a=True
+    )
+    path = "model.layers.0.mlp.experts.gate_up_proj"
+    for other, dimensions in ((shared, 2), (PAIR[0], 3)):
+        model = model_with("mixtral", shared, other)
+        combined = combine(states_of(model), (1.0, 0.5)).state
+        assert combined.config.shared_expert_a == (dimensions == 2)
+        stack = next(layer for layer in combined.layers() if layer.path == path)
+        assert (stack.A.ndim, stack.B.ndim) == (dimensions, 3)
+        again = tiny("mixtral")
+        install(again, combined)
+        veneer.use(model, {"0": 1.0, "1": 0.5})
+        assert_same_logits(logits(again), model, logits)
+
+
 def test_an_expert_rank_without_a_rank_is_refused():
     with pytest.raises(ConfigError, match="expert_rank would do nothing without a rank"):
         combine([], [], expert_rank=2)
@@ -114,6 +131,7 @@ def test_measures_of_a_stack_are_those_of_its_experts():
 )
 def test_a_known_change_of_experts_comes_back(architecture, settings, tmp_path):
     model = tiny(architecture)
+    before = logits(model)
     base = written(model, tmp_path / "base")
     veneer.attach(model, LoRA(rank=2, targets="q_proj,experts.down_proj", expert_rank=2))
     shake(model)
@@ -124,4 +142,7 @@ def test_a_known_change_of_experts_comes_back(architecture, settings, tmp_path):
     assert {fit.rank for fit in extracted.layers if fit.path.endswith("down_proj")} == {2}
     plain = veneer.load_base(base, dtype="float32")
     install(plain.model, extracted.state, tokenizer=plain.tokenizer)
-    torch.testing.assert_close(logits(plain.model), expected, rtol=1e-2, atol=1e-2)
+    lost = max(1 - fit.energy for fit in extracted.layers) ** 0.5  # what the ranks leave out
+    moved = expected - before
+    # Behind two blocks, an error in the weights is at most some times as large in the logits.
+    assert (logits(plain.model) - expected).norm() <= (10 * lost + 1e-5) * moved.norm()

@@ -42,6 +42,19 @@ def test_combine_writes_the_weighted_sum(adapters, weights, tmp_path, shown):
         torch.testing.assert_close(logits(model), logits(mixed), rtol=1e-5, atol=1e-5)
 
 
+def test_what_a_format_says_in_another_way_is_noted(
+    adapters, models, tmp_path, monkeypatch, capsys
+):
+    def noted(state, place, *, format):
+        return [f"{format} has no place for it.", *write(state, place, format=format)]
+
+    monkeypatch.setattr("veneer.formats.adapters.write", noted)
+    for name, arguments in (("c", ["combine", *adapters]), ("e", ["extract", *models])):
+        flags = ["--rank", "1"] if name == "e" else []
+        assert run([*map(str, [*arguments, tmp_path / name]), *flags, "--format", "peft"]) == 0
+        assert "note peft has no place for it." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["svd", "ties", "dare", "dare_ties", "magnitude_prune"])
 def test_combine_cuts_to_a_rank_and_says_what_is_kept(adapters, method, tmp_path, shown):
     out = tmp_path / "out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -79,14 +79,16 @@ def rejoined(
     path: str, matrices: Sequence[tuple[Factors, LayerFit]], *, experts: int, kind: FactorKind
 ) -> tuple[Change, LayerFit]:
     """Return a layer's one matrix, or those of its experts, as one change, and how much of it they
-    hold. Experts of lower ranks are filled up with zeros.
+    hold. Experts of lower ranks are filled up with zeros; an A that all have is there once.
     """
     fits = [fit for _, fit in matrices]
     rank = max(fit.rank for fit in fits)
     norm = math.hypot(*(fit.norm for fit in fits))
     As = [F.pad(A, (0, 0, 0, rank - len(A))) for (A, _), _ in matrices]
     Bs = [F.pad(B, (0, rank - B.shape[1])) for (_, B), _ in matrices]
-    A, B = (torch.stack(factors) if experts else factors[0] for factors in (As, Bs))
+    is_shared = all(torch.equal(As[0], A) for A in As[1:])
+    A = As[0] if is_shared else torch.stack(As)
+    B = torch.stack(Bs) if experts else Bs[0]
     return Change(A, B, kind), LayerFit(path, rank, norm, energy_of(fits))
 
 
@@ -159,15 +161,24 @@ def state_of(
     base_name: str,
     base_fingerprint: Mapping[str, str],
 ) -> AdapterState:
-    """Return changes as an adapter with alpha = rank in each layer, so that the scaling is 1."""
+    """Return changes as an adapter with alpha = rank in each layer, so that the scaling is 1.
+
+    Experts have one A where those of each stack share it, for that is one setting of all stacks.
+    """
     ranks = {path: change.rank for path, change in changes.items()}
     alphas = {path: float(rank) for path, rank in ranks.items()}
+    stacks = [change for change in changes.values() if change.experts]
+    shares = bool(stacks) and all(change.A.ndim == 2 for change in stacks)
     tensors: dict[str, Tensor] = {}
     for path, change in changes.items():
-        A, B = (factor.contiguous() for factor in change.factors)
-        tensors |= StoredLayer(path, A, B, change.kind).tensors()
+        A = change.A
+        if change.experts and A.ndim == 2 and not shares:
+            A = A.expand(change.experts, *A.shape)
+        layer = StoredLayer(path, A.contiguous(), change.B.contiguous(), change.kind)
+        tensors |= layer.tensors()
+    config = lora_settings(ranks, alphas, targets=targets)
     return AdapterState(
-        lora_settings(ranks, alphas, targets=targets),
+        replace(config, shared_expert_a=shares),
         tensors,
         base_name=base_name,
         base_fingerprint=dict(base_fingerprint),

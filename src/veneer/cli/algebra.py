@@ -53,8 +53,8 @@ def combine(
     factors = [1.0] * len(adapters) if weights is None else _numbers(weights)
     quieten_libraries()
     combined = veneer.combine([read(place) for place in adapters], factors, **asdict(settings))
-    write(combined.state, out, format=format)
-    for notice in combined.notices:
+    notes = write(combined.state, out, format=format)
+    for notice in (*combined.notices, *notes):
         show_notice(notice)
     if settings.method != "sum":
         _show_fits(combined.layers)
@@ -86,8 +86,8 @@ def extract(
     refuse_to_replace(out)
     quieten_libraries()
     extracted = veneer.extract(base, tuned, **asdict(settings), force=force)
-    write(extracted.state, out, format=format)
-    for notice in extracted.notices:
+    notes = write(extracted.state, out, format=format)
+    for notice in (*extracted.notices, *notes):
         show_notice(notice)
     _show_fits(extracted.layers)
     for line in _uncovered_lines(extracted.uncovered):
