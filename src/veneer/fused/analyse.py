@@ -48,7 +48,7 @@ def _structure(watched: LayerPass) -> LayerStructure:
     if mixtures:
         after += [call for call in watched.after if call.path in mixtures]
         if [call.path for call in after[1:]] != mixtures or len(mixtures) > 1:
-            raise Unlike("its mixture of experts is not a half of its own")
+            raise Unlike(_why_no_half(after, mixtures))
         after.append(after[1])  # which is both what reads the half's input and what ends it
     norms = [call for call in (*watched.before, *watched.after) if may_be_norm(call.module)]
     if len(before) not in (ONE_OF_ALL, ONE_FOR_EACH) or not _share_input(before):
@@ -110,6 +110,19 @@ def _structure(watched: LayerPass) -> LayerStructure:
 
 def _linears(calls: Sequence[Call]) -> list[Call]:
     return [call for call in calls if is_linear(call.module)]
+
+
+def _why_no_half(after: Sequence[Call], mixtures: Sequence[str]) -> str:
+    """Return why a mixture is not all that comes after attention and its output projection.
+
+    after: the linear layers and the mixtures that are called after attention.
+    """
+    if len(mixtures) > 1:
+        return f"it has more than one mixture of experts: {', '.join(mixtures)}"
+    linears = [call for call in after if call.path not in mixtures]
+    if len(linears) == len(after):
+        return f"{mixtures[0]}, which holds a router or experts, is not called after attention"
+    return f"after attention come {_named(linears)}, and then its mixture of experts, {mixtures[0]}"
 
 
 def _share_input(calls: Sequence[Call]) -> bool:
