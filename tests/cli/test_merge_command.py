@@ -81,6 +81,14 @@ def test_a_quantized_base_is_merged_in_float32_and_the_output_says_so(home, caps
         r"quantizing it again as it was would take \d+\.\d% of the adapter's change", output
     )
     assert "the merged model is not, but in float32" in output
+    sizes = re.search(
+        r"dense numbers of float32, ([\d.]+) kB; those of the base take ([\d.]+) kB \(NF4\)", output
+    )
+    assert sizes is not None
+    assert float(sizes[1]) == pytest.approx(
+        Path("out/model.safetensors").stat().st_size / 1000, rel=0.05
+    )
+    assert float(sizes[2]) < float(sizes[1])
     assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
 
 

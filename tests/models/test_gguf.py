@@ -1,6 +1,7 @@
 """GGUF files: dense weights as the file says, and token ids as llama.cpp's."""
 
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from itertools import product
@@ -202,6 +203,17 @@ def test_what_transformers_needs_is_a_dependency_and_missing_it_is_not_blamed_on
 
 
 # llama orders rows in pairs; gpt2 keeps weights (in, out); mixtures have gate and up apart.
+def rounded_by(model: PreTrainedModel, dense: PreTrainedModel, path: str) -> float:
+    """Return ‖W − Ŵ‖ / ‖W‖ of a quantized layer, or of the first expert of a stack."""
+    weight = dense.get_parameter(path)
+    if path in (stacks := quantized_stacks(model)):
+        own, weight = stacks[path].dense()[0], weight[0]
+    else:
+        layer = quantized_layers(model)[path.removesuffix(".weight")]
+        own = layer.weight.T if layer.transposed else layer.weight
+    return float((own - weight.detach()).norm() / weight.detach().norm())
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1"])
 def test_linear_layers_stay_in_the_file_s_blocks_with_the_dense_model_s_numbers(
@@ -230,5 +242,10 @@ def test_linear_layers_stay_in_the_file_s_blocks_with_the_dense_model_s_numbers(
     assert fingerprint(kept.model) == fingerprint(dense.model)
     assert computed_in(kept.model) == computed_in(dense.model)
     again = load_base(file, bits=4, tokenizer=object())
-    assert f"rounded to {kind} in the file, are rounded a second time" in again.notices[-1]
+    notice = again.notices[-1]
+    assert f"rounded to {kind} in its files, are rounded a second time, to 4 bits" in notice
+    measured, path = re.search(r"takes ([\d.]+)% of the length of (\S+)\. An", notice).groups()
+    assert float(measured) == pytest.approx(
+        100 * rounded_by(again.model, dense.model, path), abs=0.06
+    )
     assert fingerprint(again.model) == fingerprint(dense.model)

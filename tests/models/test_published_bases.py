@@ -122,16 +122,26 @@ def test_weights_stay_in_their_files():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_bits_quantize_again_and_say_so(bits, tmp_path):
+def test_bits_quantize_again_and_say_so(bits, tmp_path, capsys):
     place, twin = published("qwen2", "fp8")
     base = load_base(place, bits=bits, **F32)
     (notice,) = base.notices
-    assert "published in 8 bits (fp8)" in notice
-    assert "second rounding" in notice
+    assert f"rounded to 8 bits (fp8) in its files, are rounded a second time, to {bits}" in notice
+    assert notice.endswith("Without --bits they stay as they are there.")
+    measured, path = re.search(
+        r"takes ([\d.]+)% of the length of (\S+)\.weight\. An", notice
+    ).groups()
+    exact = twin.get_submodule(path).weight
+    error = quantized_layers(base.model)[path].weight - exact
+    assert float(measured) == pytest.approx(100 * float(error.norm() / exact.norm()), abs=0.06)
     write_model(twin, tokenizer(), tmp_path / "twin")
     expected = load_base(tmp_path / "twin", bits=bits, **F32).model
     assert torch.equal(logits(base.model), logits(expected))
     assert run(["quantize", str(place), str(tmp_path / "q"), "--bits", str(bits)]) == 0
+    printed = capsys.readouterr().err
+    assert f"takes {measured}% of the length" in printed
+    assert "veneer tune takes the base as it is published, too." in printed
+    assert "--bits" not in printed
     stored = quantized_layers(load_base(tmp_path / "q", **F32).model)
     assert stored.keys() == quantized_layers(expected).keys()
     for path, layer in quantized_layers(expected).items():
@@ -220,6 +230,11 @@ def test_damaged_weights(damage, says, tmp_path):
     save_file(tensors, file)
     with pytest.raises(veneer.ModelError, match=says):
         load_base(tmp_path / "q")
+
+
+def test_a_mixture_of_which_experts_alone_are_published_quantized_is_measured_there():
+    (notice,) = load_base(published("gpt_oss", "mxfp4")[0], bits=8, **F32).notices
+    assert "% of the length of model.layers.0.mlp.experts." in notice
 
 
 def test_sixteen_bits_are_the_dense_numbers_of_the_published_ones():

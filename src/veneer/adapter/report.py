@@ -174,6 +174,10 @@ class QuantizedReport:
         """Bits a quantized parameter, scales included."""
         return 8 * self.bytes / self.parameters
 
+    @property
+    def whole_bytes(self) -> int:
+        return self.bytes + self.other_bytes
+
 
 def report_quantized(model: nn.Module) -> QuantizedReport | None:
     """Return what of a model's base is quantized, or None where nothing is."""

@@ -45,13 +45,15 @@ def quantize(
 ) -> None:
     """Show each file as it is written, then the layers' bits, sizes and errors."""
     from veneer.formats.quantized import write_quantized
-    from veneer.models.load import open_base
+    from veneer.models.load import cost_of_rounding, open_base
 
     refuse_preset(model)
     quieten_libraries()
     source, tokenizer, notices = open_base(model)
     for notice in notices:
         show_notice(notice)
+    if cost := cost_of_rounding(model, source, bits):
+        show_notice(f"{cost} veneer tune takes the base as it is published, too.")
     layers: list[QuantizedLayer] = []
     for shard in write_quantized(
         *(source, tokenizer, out),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 import veneer
 from veneer.cli.console import (
     OUTPUT,
+    bytes_text,
     quieten_libraries,
     refuse_to_replace,
     show_doing,
@@ -22,6 +23,9 @@ from veneer.cli.loading import NAME, base_of, load_adapted
 from veneer.cli.tables import merge_lines, merge_table, merged_table
 from veneer.data.sources import files_of
 from veneer.errors import Checks, ConfigError, MergeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def merge(
@@ -79,7 +83,7 @@ def merge(
     show_doing("Comparing the merged model with the base and its adapter")
     report = veneer.certify(loaded.model, plain, loaded.tokenizer, probe=probe)
     OUTPUT.print(merge_table(report))
-    for line in merge_lines(report):
+    for line in (*merge_lines(report), *_sizes(loaded.model, plain)):
         OUTPUT.print(f"  {line}", soft_wrap=True)
     try:
         report.check()
@@ -99,6 +103,22 @@ def merge(
         model = Path(directory) / out.stem
         veneer.write_model(plain, loaded.tokenizer, model)
         write_gguf(model, out, gguf_type)
+
+
+def _sizes(model: PreTrainedModel, plain: PreTrainedModel) -> list[str]:
+    """Return what a merged model takes where its base is quantized, and it is not."""
+    from veneer.adapter.report import report_quantized
+    from veneer.models.fingerprint import base_parameters
+
+    quantized = report_quantized(model)
+    if quantized is None:
+        return []
+    size = sum(weight.nbytes for weight in base_parameters(plain).values())
+    return [
+        f"the weights of the merged model are dense numbers of {str(plain.dtype).split('.')[-1]}, "
+        f"{bytes_text(size)}; those of the base take {bytes_text(quantized.whole_bytes)} "
+        f"({quantized.kind})"
+    ]
 
 
 def _is_gguf(base: str) -> bool:

@@ -69,6 +69,11 @@ class GGUFTensors:
         """The names of the weights that the file has."""
         return set(self._tensors)
 
+    def names_in_blocks(self) -> frozenset[str]:
+        """Return the names of the weights that are in blocks in the file."""
+        kinds = {name: tensors[0].tensor_type.name for name, tensors in self._tensors.items()}
+        return frozenset(name for name, kind in kinds.items() if kind in FORMULAS)
+
     def read(self, name: str) -> Tensor:
         """Return a weight as the model keeps it, in float32."""
         return self._processed(name, lambda t: gguf.dequantize(t.data, t.tensor_type))

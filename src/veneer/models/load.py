@@ -29,7 +29,7 @@ from veneer.models.gguf_base import block_bits, kinds_of, load_blocks
 from veneer.models.hub import on_hub
 from veneer.models.locate import BUILT_IN, MINIGPT_HOME, locate
 from veneer.models.published import PublishedFiles, load_published
-from veneer.models.quantize import quantized_model
+from veneer.models.quantize import quantized_model, second_rounding
 from veneer.models.source import Source, adapter_file, open_source
 from veneer.models.stored import load_quantized
 from veneer.quant.settings import Bits, LoadBits, quantization_of
@@ -101,12 +101,9 @@ def load_base(
             model = _dequantized(place, config, torch_dtype)
         elif config is not None and (bits == 4 or bits == 8):
             source, notices = _open_dense(place, config)
+            if cost := cost_of_rounding(name, source, bits):
+                notices += (f"{cost} Without --bits they stay as they are there.",)
             model = quantized_model(source, bits, torch_dtype, head=pack_head)
-            if stays_in_blocks(name, place) and (kinds := kinds_of(Path(place))):
-                notices += (
-                    f"Its weights, rounded to {listed(kinds)} in the file, are rounded a second "
-                    f"time, to {bits} bits; without --bits they stay as they are there.",
-                )
         elif config is not None and keeps_blocks:
             model, notices = _with_blocks(Path(place), config, torch_dtype)
         else:
@@ -124,6 +121,26 @@ def load_base(
     if torch.cuda.is_available():
         model = model.to("cuda")  # type: ignore[arg-type]
     return Base(str(name), model.eval(), tokenizer, notices)
+
+
+def cost_of_rounding(name: str | Path, source: Source, bits: Bits) -> str | None:
+    """Return what it costs to quantize the base `name` to `bits` where its files hold quantized
+    weights already, measured on one of them; None where they hold none."""
+    place = locate(name)
+    measured = second_rounding(source, bits)
+    if measured is None or (_is_gguf(place) and not stays_in_blocks(name, place)):
+        return None
+    weight, error = measured
+    if _is_gguf(place):
+        kinds = listed(kinds_of(Path(place)))
+    else:
+        how = quantization_of(load_config(name).to_dict())
+        kinds = "" if how is None else f"{how.bits} bits ({how.method})"
+    return (
+        f"This base's weights, rounded to {kinds} in its files, are rounded a second time, to "
+        f"{bits} bits, which takes {error:.1%} of the length of {weight}. An adapter "
+        "learns to make up for a part of that."
+    )
 
 
 def stays_in_blocks(name: str | Path, place: Path | str) -> bool:
@@ -241,14 +258,10 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
         return Source.of_model(skeleton_of(config), model, Path(place)), ()
     home = _on_disk(place)
     skeleton = skeleton_of(config, home)
-    if (quantization := quantization_of(config.to_dict())) is not None:
+    if quantization_of(config.to_dict()) is not None:
         published = PublishedFiles(home, skeleton, torch.float32)
         del skeleton.config.quantization_config
-        return published.as_source(), (
-            f"This base is published in {quantization.bits} bits ({quantization.method}) and is "
-            "quantized again: a second rounding, for a part of which an adapter learns to make up. "
-            "Trained as it is published, without --bits, it needs none.",
-        )
+        return published.as_source(), ()
     source = open_source(home, skeleton)
     if source is not None:
         return source, ()

@@ -95,8 +95,15 @@ class PublishedFiles:
         def read_expert(name: str, e: int) -> Tensor:
             return weights[name][e]  # type: ignore[index]
 
-        identity = identity_of(self.files)
-        return Source(self.skeleton, untied(self.skeleton), read, identity, read_expert)
+        quantized = (name for name, weight in weights.items() if not isinstance(weight, Tensor))
+        return Source(
+            self.skeleton,
+            untied(self.skeleton),
+            read,
+            identity_of(self.files),
+            read_expert,
+            frozenset(quantized),
+        )
 
 
 def load_published(

@@ -18,7 +18,7 @@ from veneer.models.stored_names import Piece, StoredNames, stored_names
 from veneer.quant.joined import joined
 from veneer.quant.settings import Bits
 from veneer.quant.stack import QuantizedStack
-from veneer.quant.weight import QuantizedWeight
+from veneer.quant.weight import QuantizedWeight, dense
 
 LOOK_UP = nn.Embedding.forward
 
@@ -73,6 +73,27 @@ def quantize(weight: Tensor, bits: Bits, dtype: torch.dtype) -> QuantizedWeight:
     from veneer.quant.int8 import Int8
 
     return Int8.quantize(weight, dtype)
+
+
+def second_rounding(source: Source, bits: Bits) -> tuple[str, float] | None:
+    """Return the first weight to quantize that the files hold quantized already, and ‖W − Ŵ‖ / ‖W‖
+    of it in `bits` bits, of a stack that of its first expert; None where there is no such weight.
+    """
+    stacks = quantizable_stacks(source.skeleton)
+    layers = {f"{path}.weight" for path in quantizable(source.skeleton)}
+    again = source.rounded & (stacks.keys() | layers)
+    name = next((name for name in source.names if name in again), None)
+    if name is None:
+        return None
+    owner = source.skeleton.get_submodule(name.rpartition(".")[0])
+    if name in stacks:
+        weight = source.expert(name, 0)
+        is_turned = bool(getattr(owner, "is_transposed", False))
+    else:
+        weight, is_turned = source.read(name), isinstance(owner, Conv1D)
+    weight = (weight.T if is_turned else weight).to(torch.float32)
+    error = dense(_quantized(weight, bits, torch.float32, name)) - weight
+    return name, float(error.norm() / weight.norm())
 
 
 def quantized_model(

@@ -25,7 +25,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 class Source:
     """The weights of a base by the skeleton's own names, in the order of its layers.
 
-    identity: a hash of the files' names, sizes and times.
+    identity: a hash of the files' names, sizes and times. rounded: the weights that the files
+    hold quantized.
     """
 
     skeleton: PreTrainedModel  # on the meta device
@@ -33,6 +34,7 @@ class Source:
     read: Callable[[str], Tensor]
     identity: str
     read_expert: Callable[[str, int], Tensor] | None = None
+    rounded: frozenset[str] = frozenset()
 
     def expert(self, name: str, e: int) -> Tensor:
         """Return one expert of a stack, as the skeleton keeps it."""
@@ -67,7 +69,8 @@ def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
                 last[name] = tensors.read(name)
             return last[name][e]
 
-        return Source(skeleton, names, tensors.read, identity_of([place]), expert_in_gguf)
+        identity, rounded = identity_of([place]), tensors.names_in_blocks()
+        return Source(skeleton, names, tensors.read, identity, expert_in_gguf, rounded)
     files = model_files(place)
     file_of = {name: file for file in files for name in _tensor_names(file)}
     prefix = f"{skeleton.base_model_prefix}."
