@@ -24,6 +24,7 @@ from bench.shapes import SHAPES, random_base
 from veneer.formats.convert import convert
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
+from veneer.models.description import keeps_experts
 from veneer.serve.engine.adapter_cache import LoadedAdapter
 from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.engine import Engine
@@ -86,6 +87,12 @@ def batches(engine: Engine, theirs: Any, few: list[LoadedAdapter], rounds: int, 
         },
         rounds,
     )
+    base, mixed = times["base"], times["mixed"]
+    row(f"{ROWS} rows, base alone", base)
+    row(f"{ROWS} rows, {ROWS} adapters", mixed, f"{mixed / base:.2f} × base alone")
+    row(f"{ROWS} rows, transformers, base alone", times["transformers"])
+    if any(keeps_experts(module) for module in theirs.modules()):
+        return  # PEFT's adapter_names cannot name adapters of experts
     peft = interleaved(
         {
             "peft": plain_decoding(*with_peft(theirs), steps),
@@ -93,10 +100,6 @@ def batches(engine: Engine, theirs: Any, few: list[LoadedAdapter], rounds: int, 
         },
         rounds,
     )
-    base, mixed = times["base"], times["mixed"]
-    row(f"{ROWS} rows, base alone", base)
-    row(f"{ROWS} rows, {ROWS} adapters", mixed, f"{mixed / base:.2f} × base alone")
-    row(f"{ROWS} rows, transformers, base alone", times["transformers"])
     ratio = peft["peft"] / peft["mixed"]
     row(f"{ROWS} rows, {ROWS} adapters, PEFT's adapter_names", peft["peft"], f"{ratio:.1f} × ours")
 
