@@ -75,6 +75,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "dtype": ("bf16", "bf16"),
         "bits": (4, 4),
         "pack_head": (True, True),
+        "shard": ("base", "base"),
         "out": ("some/where", Path("some/where")),
         "start_from": ("an/adapter", Path("an/adapter")),
         "model": ("another/model", "another/model"),
@@ -197,7 +198,7 @@ def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, 
     if method != "lora":
         foreign |= {*VALUES["lora"], "lora_plus_ratio"}
     if method in ("full", "freeze"):
-        foreign |= {"bits", "pack_head"}
+        foreign |= {"bits", "pack_head", "shard"}
     if method in ("prefix", "prompt"):
         foreign.add("context_parallel")
     everything = {

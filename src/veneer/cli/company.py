@@ -36,8 +36,8 @@ def as_one(company: Company, run: Callable[[], int]) -> int:
     """Do a run's part in one of several processes, and return the exit code of the run.
 
     Of those in which it fails the first prints the error. Where another process has failed, this
-    one ends with it; where one is gone without a word, by `SystemExit`, so that the elastic agent
-    starts all again.
+    one ends with it. Where one is gone without a word, this one is gone too, at once, so that the
+    elastic agent starts all again.
     """
     error: Exception
     try:
@@ -45,9 +45,9 @@ def as_one(company: Company, run: Callable[[], int]) -> int:
             if not company.world.writes:
                 warnings.simplefilter("ignore")
             return run()
-    except LostProcess as lost:
+    except LostProcess:
         if (code := company.ended()) is None:
-            raise SystemExit(1) from lost
+            os._exit(1)
         return code
     except (VeneerError, OSError) as failure:
         error, code = failure, getattr(failure, "exit_code", 2)

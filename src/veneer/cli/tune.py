@@ -26,7 +26,7 @@ from veneer.processes.world import World
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
 from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Verdict
-from veneer.training.recipe import DataConfig, Recipe
+from veneer.training.recipe import DataConfig, Recipe, Shard
 
 
 def tune(
@@ -63,6 +63,13 @@ def tune(
     tensorboard: Annotated[
         Switch, Parameter(help="Write curves for TensorBoard too, below --out.")
     ] = False,
+    shard: Annotated[
+        Shard,
+        Parameter(
+            help="What of several processes each holds a part of: none, all hold all; base, the "
+            "frozen weights, gathered block by block; auto, the base where it does not fit else."
+        ),
+    ] = "auto",
     processes: Annotated[
         int | None,
         Parameter(help="Train in this many processes of this machine, one for each GPU."),
@@ -85,6 +92,7 @@ def tune(
         dtype=base.dtype,
         bits=bits,
         pack_head=pack_head,
+        shard=shard,
         out=out,
         start_from=start_from,
     )

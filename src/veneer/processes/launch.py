@@ -20,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from veneer.errors import TrainingError
 
 RESTARTS = 3  # of all processes, after any of them has died; as torch's own default
+AGENT = ("torch.distributed", "torch.multiprocessing")  # whose loggers are the agent's
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -96,16 +97,16 @@ def _forwarded(told: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def _quiet_agent() -> Iterator[None]:
-    """Keep the agent's own log out of our output."""
-    logger = logging.getLogger("torch.distributed")
-    before, nothing = logger.propagate, logging.NullHandler()
-    logger.propagate = False
-    logger.addHandler(nothing)
+    """Keep the agent's own log out of our output: what it has to say, we say in fewer words."""
+    names = [n for n in logging.root.manager.loggerDict if n.startswith(AGENT)]
+    loggers = [logger for name in names if not (logger := logging.getLogger(name)).disabled]
+    for logger in loggers:
+        logger.disabled = True
     try:
         yield
     finally:
-        logger.propagate = before
-        logger.removeHandler(nothing)
+        for logger in loggers:
+            logger.disabled = False
 
 
 def _why(error: ChildFailedError) -> str:

@@ -76,7 +76,7 @@ class World:
         self.sent.count("gather", tensor)
         flat = tensor.new_empty(self.size * tensor.numel())
         with _exchange():
-            dist.all_gather_into_tensor(flat, tensor.contiguous().view(-1))
+            dist.all_gather(list(flat.chunk(self.size)), tensor.contiguous().view(-1))
         return flat.view(self.size, *tensor.shape)
 
     def copy(self, tensor: Tensor) -> None:

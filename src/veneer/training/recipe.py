@@ -16,6 +16,7 @@ from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
 
 DType = Literal["auto", "float32", "bf16"]
+Shard = Literal["none", "base", "auto"]  # what each of several processes holds a part of
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Recipe:
     dtype: DType = "auto"
     bits: LoadBits | None = None
     pack_head: bool = False
+    shard: Shard = "auto"
     out: Path = DEFAULT_OUT
     start_from: Path | None = None
 
@@ -96,8 +98,11 @@ class Recipe:
         check_config(
             self,
             opening="This run cannot be",
-            rules={},
+            rules={"shard": one_of(Shard)},
             contradictions={
+                f"{method} trains the base's own weights, which cannot be sharded": (
+                    self.shard == "base" and self.method.replaces_weights
+                ),
                 "pack_head would do nothing without bits; give bits 4 or 8 too": (
                     self.pack_head and self.quantized_bits is None
                 ),
@@ -153,5 +158,6 @@ class Recipe:
         flat["targets"] = list(flat["targets"])
         flat["eval_data"] = flat["eval_data"] and str(flat["eval_data"])
         flat |= {"dtype": self.dtype, "bits": self.bits, "pack_head": self.pack_head}
+        flat["shard"] = self.shard
         flat |= {"out": str(self.out), "from": self.start_from and str(self.start_from)}
         return flat
