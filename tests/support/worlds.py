@@ -160,6 +160,7 @@ def _work(rank: int, size: int, cases: Mapping[str, Case], place: Path) -> None:
 
 def trained_by(size: int, cases: Mapping[str, Case], place: Path) -> list[dict[str, Result]]:
     """Return the results of each process of `size`, by the cases' names."""
+    (place / f"rendezvous-{size}").unlink(missing_ok=True)
     mp.spawn(_work, args=(size, dict(cases), place), nprocs=size)
     paths: Sequence[Path] = [place / f"results-{size}-{rank}.pt" for rank in range(size)]
     return [torch.load(path, weights_only=False) for path in paths]
