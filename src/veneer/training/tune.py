@@ -106,6 +106,8 @@ def tune(
     """
     run, world = RunDirectory(recipe.out), World.current()
     check_divides(world.size, recipe.training.context_parallel)
+    if recipe.shard == "base" and world.size > 1:
+        raise ConfigError("Processes hold the whole base each; leave --shard base out.")
     # In one process: the others may be on machines that have no such directory.
     ahead = world.first(
         lambda: preflight(recipe, resume=resume, force=force, ignore_space=ignore_plan)
