@@ -11,10 +11,13 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 @contextmanager
-def limited(limit: int) -> Iterator[tuple[Callable[[], None], Callable[[], int]]]:
-    """Yield what a new process calls to come under a memory limit, and what reads its peak."""
+def limited(limit: int, name: str = "") -> Iterator[tuple[Callable[[], None], Callable[[], int]]]:
+    """Yield what a new process calls to come under a memory limit, and what reads its peak.
+
+    name: tells several groups of one bench apart.
+    """
     old = (CGROUPS / "memory").is_dir()  # version 1
-    group = (CGROUPS / "memory" if old else CGROUPS) / f"veneer-bench-{os.getpid()}"
+    group = (CGROUPS / "memory" if old else CGROUPS) / f"veneer-bench-{os.getpid()}{name}"
     group.mkdir()
     try:
         most = "memory.limit_in_bytes" if old else "memory.max"

@@ -40,6 +40,7 @@ from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.lowrank.initial import directions
 from veneer.models.description import Layer
+from veneer.models.sharded import whole
 from veneer.quant.stack import QuantizedStack, quantized_weights
 
 
@@ -82,7 +83,9 @@ def attach(
     try:
         with base_weights_in_place(model):
             for target in targets:
-                adapted_layer(model, target.path).add(name, config, target.path, generator)
+                layer = adapted_layer(model, target.path)
+                with whole(layer):  # some adapters start from its weight
+                    layer.add(name, config, target.path, generator)
             if config.init == "loftq":
                 assert isinstance(model, PreTrainedModel)
                 start_from_rounding(model, name, generator)

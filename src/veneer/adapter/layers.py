@@ -37,6 +37,21 @@ class AdaptedLayer(Adapted, Wrapper):
         return self.oriented(weight)
 
     @property
+    def shape(self) -> torch.Size:
+        if isinstance(self.original, QuantizedLinear):
+            return self.original.quantized_weight.shape
+        # Of a sharded weight that is not whole there is no view, and so no transposed one.
+        weight: Tensor = self.original.weight  # type: ignore[assignment]
+        return self.oriented(torch.empty(weight.shape, device="meta")).shape
+
+    @property
+    def device(self) -> torch.device:
+        if isinstance(self.original, QuantizedLinear):
+            return self.original.quantized_weight.device
+        weight: Tensor = self.original.weight  # type: ignore[assignment]
+        return weight.device
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype in which A and B are multiplied outside of training."""
         return self.base_weight.dtype
@@ -47,7 +62,7 @@ class AdaptedLayer(Adapted, Wrapper):
 
     def attach_tokens(self, name: str, tokens: TrainedTokens) -> None:
         """Attach rows of single tokens, on the layer's device."""
-        self.tokens[name] = tokens.to(self.base_weight.device)
+        self.tokens[name] = tokens.to(self.device)
 
     def start_magnitude(self, adapter: Adapter) -> None:
         """Start an adapter's magnitudes as the norms of the rows of W + s B A."""

@@ -19,6 +19,7 @@ from veneer.adapter.active import ActiveAdapters, active_adapters_of
 from veneer.adapter.wrapper import Wrapper
 from veneer.data.words import count_words
 from veneer.errors import ConfigError, ModelError
+from veneer.models.sharded import whole
 from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.weight import QuantizedLinear
 
@@ -139,8 +140,9 @@ def add_tokens(
         raise ModelError("New words need an embedding that is not quantized.")
     if isinstance(embedding, Wrapper) or isinstance(head, Wrapper):
         raise ModelError("New words are added once, and before adapters of embedding and head.")
-    rows = _mean_rows(embedding.weight, pieces)  # type: ignore[arg-type]
-    head_rows = None if is_tied(embedding, head) else _mean_rows(head.weight, pieces)
+    with whole(embedding, head):
+        rows = _mean_rows(embedding.weight, pieces)  # type: ignore[arg-type]
+        head_rows = None if is_tied(embedding, head) else _mean_rows(head.weight, pieces)
     extend_tokenizer(tokenizer, words)
     return attach_token_rows(model, words, rows, head_rows, start=start)
 

@@ -19,6 +19,7 @@ from veneer.errors import ConfigError, TrainingError
 from veneer.lowrank.formula import Factors
 from veneer.lowrank.initial import from_gradient, nearest_factors
 from veneer.models.load import open_base
+from veneer.models.sharded import whole
 from veneer.quant.weight import QuantizedLinear
 
 NOT_FINITE = (
@@ -115,13 +116,15 @@ def start_from_rounding(
         weight = source.read(f"{path}.weight").to(layer.base_weight.device, torch.float32)
         W = weight.T if layer.original.transposed else weight
         adapter: Any = layer.adapters[name]
-        error = W - layer.dense_base_weight.to(torch.float32)
+        with whole(layer):
+            error = W - layer.dense_base_weight.to(torch.float32)
         A, B = nearest_factors(error, adapter.rank, adapter.scaling, generator)
         with torch.no_grad():
             adapter.lora_A.copy_(A)
             adapter.lora_B.copy_(B)
         if adapter.magnitude is not None:
-            layer.start_magnitude(adapter)
+            with whole(layer):
+                layer.start_magnitude(adapter)
 
 
 def _waiting(model: nn.Module) -> Iterator[tuple[LoRALinear, list[Adapter]]]:

@@ -15,6 +15,7 @@ from veneer.errors import AdapterError, ConfigError
 from veneer.models.blocks import decoder_layers
 from veneer.models.description import is_norm
 from veneer.models.fingerprint import base_parameters, fingerprint
+from veneer.models.sharded import shards_of
 from veneer.quant.stack import quantized_modules
 
 
@@ -29,6 +30,8 @@ def unfreeze(model: PreTrainedModel, config: Method) -> None:
             f"{config.method} trains weights, which quantized ones cannot; leave bits out, or give "
             "bits=16 for a file's own blocks."
         )
+    if shards_of(model) is not None:
+        raise ConfigError(f"{config.method} trains weights of the base, which is sharded here.")
     if next(lora_layers(model), None) is not None or virtual_tokens_of(model) is not None:
         raise AdapterError(
             f"{config.method} would change the base of the adapters that are attached."

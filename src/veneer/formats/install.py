@@ -19,6 +19,7 @@ from veneer.adapter.virtual import stored_virtual_tokens
 from veneer.errors import AdapterError, joined
 from veneer.formats.state import AdapterState, StoredLayer, StoredTokens
 from veneer.formats.validate import shared_tokens, validate
+from veneer.models.sharded import whole
 
 
 def install(
@@ -90,10 +91,12 @@ def _trained_tokens(
     by_path: dict[str, TrainedTokens] = {}
     for path, tokens in stored_tokens.items():
         if tokens.rows is not None:
-            weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
+            module = model.get_submodule(path)
+            weight: Tensor = module.weight  # type: ignore[assignment]
             ids = torch.tensor(tokens.ids, device=weight.device)
             rows = tokens.rows.to(weight.device)
-            by_path[path] = TrainedTokens(ids, rows, weight[ids], vocab=len(weight))
+            with whole(module):
+                by_path[path] = TrainedTokens(ids, rows, weight[ids], vocab=len(weight))
     for head, embedding in shared_tokens(model, stored_tokens).items():
         by_path[head] = by_path[embedding]
     return by_path

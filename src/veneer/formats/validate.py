@@ -20,6 +20,7 @@ from veneer.errors import MOST_PROBLEMS, ConfigError, listed, nearest, shortened
 from veneer.formats.state import AdapterState, NewTokenRows, StoredLayer, StoredTokens
 from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, fingerprint
+from veneer.models.sharded import whole
 from veneer.quant.stack import quantized_modules
 from veneer.quant.weight import QuantizedLinear
 
@@ -233,7 +234,10 @@ def _base_weights(model: nn.Module, state: AdapterState) -> Iterator[str]:
     own = base_parameters(model, every_name=True) if state.base_weights else {}
     for path, weight in state.base_weights.items():
         base = own.get(path)
-        if base is None or not same_weight(base, weight):
+        owner = None if base is None else model.get_submodule(path.rpartition(".")[0])
+        with whole(owner):
+            differs = base is None or not same_weight(base, weight)
+        if differs:
             yield differs_from_base(path)
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from veneer.kernels.cross_entropy import PLAIN, Logits, labelled_cross_entropy
 from veneer.models.blocks import decoder_of
+from veneer.models.sharded import whole
 
 # Numbers beyond every soft cap, and numbers from 2^-8 to 2^12 of both signs. float16 holds them.
 BEYOND = (1.5e4, 3e4)
@@ -40,8 +41,9 @@ class Head:
 
     def loss(self, model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the labelled rows' losses; hidden (tokens, dim), labels (tokens,)."""
-        hidden = hidden.to(self.dtype or hidden.dtype)
-        return labelled_cross_entropy(hidden, labels, _module(model), self.logits)
+        hidden, head = hidden.to(self.dtype or hidden.dtype), _module(model)
+        with whole(head):  # whose weight is read without a call
+            return labelled_cross_entropy(hidden, labels, head, self.logits)
 
 
 def own_logits_and_head(

@@ -26,6 +26,7 @@ from veneer.kernels.dropout import Mask
 from veneer.kernels.norm import Norm
 from veneer.lowrank.projection import Projection
 from veneer.models.description import multiplies
+from veneer.models.sharded import whole
 from veneer.quant.weight import QuantizedLinear
 
 # What is known of layers whose class has a forward of its own.
@@ -151,7 +152,8 @@ class FusedLayer:
 
     def applies(self) -> bool:
         """Return whether the layer, with its adapters as they act now, can be computed so."""
-        return self._linears() is not None and self._norms() is not None
+        with whole(self.layer):
+            return self._linears() is not None and self._norms() is not None
 
     def linears(self) -> list[nn.Module]:
         """Return the fused halves' linear layers as they are now, in the order of their use."""

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import ModelError, listed
+from veneer.models.sharded import Sharder
+from veneer.processes.world import ALONE, World
 from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight
@@ -21,12 +23,17 @@ def assemble(
     skeleton: PreTrainedModel,
     weights: Iterable[tuple[str, AnyWeight]],
     dtype: torch.dtype,
+    *,
+    world: World = ALONE,
 ) -> PreTrainedModel:
     """Give a skeleton on the meta device its weights, and return it.
 
-    Tensors of `dtype` are not copied, others are cast. Raises ModelError for missing weights and
-    wrong shapes.
+    Tensors of `dtype` are not copied, others are cast. With a world of several processes, each
+    keeps its shard of a block as soon as the next block's weights come. Raises ModelError for
+    missing weights and wrong shapes.
     """
+    device = torch.device("cuda") if torch.cuda.is_available() else None
+    sharder = Sharder(skeleton, world, device) if world.size > 1 else None
     for name, weight in weights:
         path, _, leaf = name.rpartition(".")
         owner = skeleton.get_submodule(path)
@@ -49,11 +56,15 @@ def assemble(
             cast = weight.to(dtype) if weight.is_floating_point() else weight
             owner._parameters[leaf] = parameter = nn.Parameter(cast, requires_grad=False)
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        if sharder is not None:
+            sharder.note(name)
     skeleton.tie_weights()
     missing = [name for name, parameter in skeleton.named_parameters() if parameter.is_meta]
     if missing:
         raise ModelError(f"The model lacks {len(missing)} weights: {listed(missing)}.")
     _make_buffers(skeleton)
+    if sharder is not None:
+        sharder.finish()
     return skeleton.eval()
 
 

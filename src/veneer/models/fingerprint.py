@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from veneer.quant.weight import QuantizedWeight
 SAMPLES = 16  # values read of each weight, evenly spread
 # Settings that change what the same weights compute.
 SETTINGS = ("model_type", "num_attention_heads", "num_key_value_heads", "rope_parameters")
+Sampled = tuple[torch.Size, str]  # a weight's shape, and values of it
 _VOCABULARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
 
 
@@ -26,8 +27,8 @@ class Marks:
 
     def __init__(self, skeleton: nn.Module) -> None:
         own = base_parameters(skeleton)
-        self._config = _config_mark(skeleton, own)
         self._names = {name: weight.shape for name, weight in own.items()}
+        self._config = _config_mark(skeleton, self._names)
         self.samples: dict[str, str] = {}
 
     def see(
@@ -66,7 +67,7 @@ def fingerprint(
     quantized: weights are sampled before they are quantized, and samples are taken in bfloat16. The
     tokenizer is hashed without the tokens that were added to it.
     """
-    marks = dict(getattr(model, "veneer_marks", {})) or _marks_of(model)
+    marks = dict(getattr(model, "veneer_marks", {})) or marks_of(model)
     if tokenizer is not None:
         marks["tokenizer"] = _vocabulary_mark(tokenizer)
     return marks
@@ -102,18 +103,32 @@ def parameter_count(model: nn.Module) -> int:
     )
 
 
-def _marks_of(model: nn.Module) -> dict[str, str]:
-    weights = base_parameters(model)
-    for path, weight in quantized_weights(model).items():
-        # Another program quantized it: only codes are left to sample.
-        if isinstance(weight, QuantizedStack):
-            weights[_base_path(path)] = next(iter(weight.expert(0).tensors().values()))
-        else:
-            weights[f"{_base_path(path)}.weight"] = next(iter(weight.tensors().values()))
-    weights = dict(sorted(weights.items()))
+def marks_of(model: nn.Module, seen: Mapping[str, Sampled] | None = None) -> dict[str, str]:
+    """Return {"config", "weights"} of a model; seen: what has been sampled of it already."""
+    sampled = {**(seen or {}), **sampled_of(model, without=seen or ())}
+    sampled = dict(sorted(sampled.items()))
     return {
-        "config": _config_mark(model, weights),
-        "weights": _hash(map(_sample, weights.values())),
+        "config": _config_mark(model, {path: shape for path, (shape, _) in sampled.items()}),
+        "weights": _hash(text for _, text in sampled.values()),
+    }
+
+
+def sampled_of(
+    module: nn.Module, prefix: str = "", *, without: Collection[str] = ()
+) -> dict[str, Sampled]:
+    """Return the shape and samples of each weight in a module, by their paths behind a prefix."""
+    weights = {prefix + path: weight for path, weight in base_parameters(module).items()}
+    for path, weight in quantized_weights(module).items():
+        # Another program quantized it: only codes are left to sample.
+        owner = (prefix + _base_path(path)).removesuffix(".")
+        if isinstance(weight, QuantizedStack) and owner not in without:
+            weights[owner] = next(iter(weight.expert(0).tensors().values()))
+        elif isinstance(weight, QuantizedWeight) and f"{owner}.weight" not in without:
+            weights[f"{owner}.weight"] = next(iter(weight.tensors().values()))
+    return {
+        path: (weight.shape, _sample(weight))
+        for path, weight in weights.items()
+        if path not in without
     }
 
 
@@ -131,10 +146,10 @@ def _vocabulary_mark(tokenizer: PreTrainedTokenizerBase) -> str:
     return mark
 
 
-def _config_mark(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+def _config_mark(model: nn.Module, shapes: Mapping[str, torch.Size]) -> str:
     config = getattr(model, "config", None)
     settings = [f"{key}={_setting(config, key)}" for key in SETTINGS]
-    return _hash([f"{path}{tuple(weight.shape)}" for path, weight in weights.items()] + settings)
+    return _hash([f"{path}{tuple(shape)}" for path, shape in shapes.items()] + settings)
 
 
 def _setting(config: Any, key: str) -> Any:

@@ -16,6 +16,7 @@ from veneer.models.gguf_header import read_header
 from veneer.models.gguf_tensors import GGUFTensors
 from veneer.models.quantize import quantizable, quantizable_stacks
 from veneer.models.source import untied
+from veneer.processes.world import ALONE, World
 from veneer.quant.gguf_formulas import FORMULAS
 from veneer.quant.stack import QuantizedStack, quantized_weights
 from veneer.quant.weight import QuantizedWeight
@@ -41,12 +42,13 @@ def block_bits(path: Path) -> float | None:
 
 
 def load_blocks(
-    path: Path, skeleton: PreTrainedModel, dtype: torch.dtype
+    path: Path, skeleton: PreTrainedModel, dtype: torch.dtype, *, world: World = ALONE
 ) -> PreTrainedModel | None:
     """Return the model of a GGUF file with its linear layers and experts in the file's blocks.
 
-    All else is dense, also the embedding and the head. None where no layer's blocks can stay: the
-    file has none, or its tensors are not the model's weights one by one.
+    All else is dense, also the embedding and the head. With a world of several processes, each
+    has its shards in memory. None where no layer's blocks can stay: the file has none, or its
+    tensors are not the model's weights one by one.
     """
     tensors, names = GGUFTensors(path, skeleton), untied(skeleton)
     # These architectures transformers reads in a way of its own.
@@ -76,7 +78,8 @@ def load_blocks(
         marks.see(name, dense)
         return dense
 
-    model = assemble(skeleton, ((name, weight_of(name)) for name in names), dtype)
+    weights = ((name, weight_of(name)) for name in names)
+    model = assemble(skeleton, weights, dtype, world=world)
     if not quantized_weights(model):
         return None
     model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]

@@ -32,6 +32,7 @@ from veneer.models.published import PublishedFiles, load_published
 from veneer.models.quantize import quantized_model, second_rounding
 from veneer.models.source import Source, adapter_file, open_source
 from veneer.models.stored import load_quantized
+from veneer.processes.world import ALONE, World
 from veneer.quant.settings import Bits, LoadBits, quantization_of
 from veneer.quant.stack import quantized_weights
 
@@ -64,15 +65,17 @@ def load_base(
     bits: LoadBits | None = None,
     pack_head: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    world: World = ALONE,
 ) -> Base:
     """Load a base for training or generation, on the GPU where there is one.
 
     `name` is a built-in name, a transformers or MiniGPT directory, a .gguf file, or a hub name.
     With 4 or 8 `bits` its linear layers are quantized as they are read, with `pack_head` the head
     too; a base that is quantized already stays in its files, memory-mapped, and so do the linear
-    layers of a .gguf file. With 16 they are dense, in `dtype`. Its tokenizer is read unless it is
-    given. No code from a model's repository is ever run. Raises ModelError with what to do, and
-    ConfigError for impossible settings.
+    layers of a .gguf file. With 16 they are dense, in `dtype`. With a world of several processes
+    each of them holds its shard of each block, and none ever the whole base. Its tokenizer is read
+    unless it is given. No code from a model's repository is ever run. Raises ModelError with what
+    to do, and ConfigError for impossible settings.
     """
     if bits not in (None, *get_args(LoadBits)):
         raise ConfigError(f"bits is {bits!r}, but must be 4, 8 or 16.")
@@ -91,21 +94,24 @@ def load_base(
                 raise ModelError(f"{name} is quantized already; leave bits out.")
             home = _on_disk(place)
             load = load_published if quantization.is_published else load_quantized
-            model = load(home, skeleton_of(config, home), torch_dtype)
+            model = load(home, skeleton_of(config, home), torch_dtype, world=world)
             if quantization.ignores:
                 notices += (
                     f"{name} asks for {quantization.ignores}, which Veneer leaves as they are: its "
                     "weights alone are quantized here.",
                 )
         elif quantization and config is not None and bits == 16:
-            model = _dequantized(place, config, torch_dtype)
+            model, _ = _dequantized(place, config, torch_dtype, world=world)
         elif config is not None and (bits == 4 or bits == 8):
             source, notices = _open_dense(place, config)
             if cost := cost_of_rounding(name, source, bits):
                 notices += (f"{cost} Without --bits they stay as they are there.",)
-            model = quantized_model(source, bits, torch_dtype, head=pack_head)
+            model = quantized_model(source, bits, torch_dtype, head=pack_head, world=world)
         elif config is not None and keeps_blocks:
-            model, notices = _with_blocks(Path(place), config, torch_dtype)
+            model, notices = _with_blocks(Path(place), config, torch_dtype, world=world)
+        elif world.size > 1:
+            config = config or load_config(name)
+            model, notices = _dequantized(place, config, torch_dtype, world=world)
         else:
             model = _dense(place, torch_dtype)
         tokenizer = tokenizer or _tokenizer(place)
@@ -118,7 +124,7 @@ def load_base(
         )
     # Adapters and merged models carry this name, by which the base is loaded again.
     model.config._name_or_path = str(name)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # what is sharded is there already
         model = model.to("cuda")  # type: ignore[arg-type]
     return Base(str(name), model.eval(), tokenizer, notices)
 
@@ -251,7 +257,9 @@ def _at_hand(name: str | Path) -> Path | str:
     return place if isinstance(place, Path) else on_hub(place)
 
 
-def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tuple[str, ...]]:
+def _open_dense(
+    place: Path | str, config: PretrainedConfig, *, mapped: bool = False
+) -> tuple[Source, tuple[str, ...]]:
     model: Any
     if _is_minigpt(place):
         model = _dense(place, torch.float32)
@@ -262,7 +270,7 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
         published = PublishedFiles(home, skeleton, torch.float32)
         del skeleton.config.quantization_config
         return published.as_source(), ()
-    source = open_source(home, skeleton)
+    source = open_source(home, skeleton, mapped=mapped)
     if source is not None:
         return source, ()
     if _is_gguf(place):
@@ -277,18 +285,21 @@ def _open_dense(place: Path | str, config: PretrainedConfig) -> tuple[Source, tu
 
 
 def _dequantized(
-    place: Path | str, config: PretrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
-    """Return a base whose files hold quantized weights as dense numbers."""
-    source, _ = _open_dense(place, config)
-    return assemble(source.skeleton, ((name, source.read(name)) for name in source.names), dtype)
+    place: Path | str, config: PretrainedConfig, dtype: torch.dtype, *, world: World = ALONE
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return a base as dense numbers, weight by weight, whatever its files hold, with notices."""
+    source, notices = _open_dense(place, config, mapped=world.size > 1)
+    weights = ((name, source.read(name)) for name in source.names)
+    return assemble(source.skeleton, weights, dtype, world=world), notices
 
 
 def _with_blocks(
-    path: Path, config: PretrainedConfig, dtype: torch.dtype
+    path: Path, config: PretrainedConfig, dtype: torch.dtype, *, world: World = ALONE
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return the model of a GGUF file, its linear layers in the file's blocks where that can be."""
-    model = load_blocks(path, skeleton_of(config), dtype)
+    model = load_blocks(path, skeleton_of(config), dtype, world=world)
+    if model is None and world.size > 1:
+        return _dequantized(path, config, dtype, world=world)
     if model is None:
         return _dense(path, dtype), ()
     kinds = sorted({weight.label for weight in quantized_weights(model).values()})
@@ -317,7 +328,7 @@ def _dense(place: Path | str, dtype: torch.dtype) -> PreTrainedModel:
     if _is_minigpt(place):
         return _reading(place, lambda: minigpt.load(Path(place))[0]).to(dtype)
     if _is_gguf(place) and gguf.has_experts(Path(place)):
-        return _dequantized(place, gguf.load_config(Path(place)), dtype)
+        return _dequantized(place, gguf.load_config(Path(place)), dtype)[0]
     if _is_gguf(place):
         return gguf.load_model(Path(place), dtype=dtype)
     auto = AutoModelForCausalLM

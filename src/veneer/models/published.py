@@ -19,6 +19,7 @@ from veneer.models.description import multiplies
 from veneer.models.fingerprint import Marks
 from veneer.models.source import Source, identity_of, model_files, untied
 from veneer.models.stored import read_ahead, weights_of
+from veneer.processes.world import ALONE, World
 from veneer.quant.mapped import map_tensors
 from veneer.quant.published import KEYS, is_quantized, published_experts, published_weight
 from veneer.quant.stack import QuantizedStack
@@ -107,15 +108,16 @@ class PublishedFiles:
 
 
 def load_published(
-    directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype
+    directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype, *, world: World = ALONE
 ) -> PreTrainedModel:
-    """Return the model of a directory in a published format; its large tensors stay in their files.
+    """Return the model of a directory in a published format; its large tensors stay in their files,
+    or are sharded over the processes of a world.
 
     Raises ModelError for damage.
     """
     weights, marks = PublishedFiles(directory, skeleton, dtype).weights(), Marks(skeleton)
     del skeleton.config.quantization_config
-    model = assemble(skeleton, _seen(weights, skeleton, marks), dtype)
+    model = assemble(skeleton, _seen(weights, skeleton, marks), dtype, world=world)
     model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     read_ahead(model)
     return model

@@ -15,6 +15,7 @@ from veneer.models.description import keeps_experts, multiplies
 from veneer.models.fingerprint import Marks
 from veneer.models.source import Source
 from veneer.models.stored_names import Piece, StoredNames, stored_names
+from veneer.processes.world import ALONE, World
 from veneer.quant.joined import joined
 from veneer.quant.settings import Bits
 from veneer.quant.stack import QuantizedStack
@@ -97,15 +98,21 @@ def second_rounding(source: Source, bits: Bits) -> tuple[str, float] | None:
 
 
 def quantized_model(
-    source: Source, bits: Bits, dtype: torch.dtype, *, head: bool = False
+    source: Source,
+    bits: Bits,
+    dtype: torch.dtype,
+    *,
+    head: bool = False,
+    world: World = ALONE,
 ) -> PreTrainedModel:
     """Return the base with quantized linear layers and its fingerprint before that.
 
-    Raises as `quantized_weights` does.
+    Where several processes share it, each quantizes every weight, and keeps its shards. Raises as
+    `quantized_weights` does.
     """
     marks = Marks(source.skeleton)
     weights = quantized_weights(source, bits, dtype, head=head, seen=marks.see)
-    model = assemble(source.skeleton, weights, dtype)
+    model = assemble(source.skeleton, weights, dtype, world=world)
     model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     return model
 

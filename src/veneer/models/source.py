@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from veneer.errors import ModelError
 from veneer.models.gguf_tensors import GGUFTensors
 from veneer.models.stored_names import Piece, stored_names
+from veneer.quant.mapped import map_tensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -50,11 +51,12 @@ class Source:
         return cls(skeleton, untied(skeleton), state.__getitem__, identity_of(files))
 
 
-def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
+def open_source(place: Path, skeleton: PreTrainedModel, *, mapped: bool = False) -> Source | None:
     """Return the weights of a .gguf file or a directory of safetensors.
 
-    None if only transformers can map them: other files, other names, or two different weights in
-    the files that the configuration ties into one.
+    mapped: safetensors stay in their file, so that of a slice no more is read. None if only
+    transformers can map them: other files, other names, or two different weights in the files that
+    the configuration ties into one.
     """
     names = untied(skeleton)
     if place.suffix == ".gguf":
@@ -87,12 +89,15 @@ def open_source(place: Path, skeleton: PreTrainedModel) -> Source | None:
                 if not pieces[name]:
                     return None
     opened = {file: safe_open(file, "pt") for file in files}
+    in_place = (
+        {name: t for file in files for name, t in map_tensors(file).items()} if mapped else {}
+    )
 
     def read(name: str) -> Tensor:
         if name in pieces:
             return torch.stack([read_expert(name, e) for e in range(len(pieces[name]))])
         own = stored.get(name, name)
-        return opened[file_of[own]].get_tensor(own)
+        return in_place[own] if mapped else opened[file_of[own]].get_tensor(own)
 
     def read_expert(name: str, e: int) -> Tensor:
         if name not in pieces:

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from veneer.errors import ModelError, listed
 from veneer.models.assemble import AnyWeight, assemble
 from veneer.models.quantize import quantizable_stacks
+from veneer.models.sharded import shards_of
 from veneer.models.source import model_files
 from veneer.models.stored_names import Piece, stored_names
+from veneer.processes.world import ALONE, World
 from veneer.quant.joined import joined
 from veneer.quant.mapped import ReadAhead, map_tensors
 from veneer.quant.stack import LazyExperts, QuantizedStack, quantized_stacks
@@ -30,11 +32,12 @@ REPORT = "veneer.json"  # beside config.json: the base's name and fingerprint, a
 
 
 def load_quantized(
-    directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype
+    directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype, *, world: World = ALONE
 ) -> PreTrainedModel:
     """Return the quantized model of a directory; its large tensors stay in their files.
 
-    Layers are read ahead, forwards or backwards as they are used. Raises ModelError for damage.
+    Layers are read ahead, forwards or backwards as they are used. With a world of several processes
+    each reads its shards into memory instead. Raises ModelError for damage.
     """
     stored: dict[str, Tensor] = {}
     for file in model_files(directory):
@@ -43,8 +46,10 @@ def load_quantized(
         except Exception as error:  # damage raises many kinds
             raise ModelError(f"{file} cannot be read as a quantized model ({error!r}).") from error
     del skeleton.config.quantization_config
-    model = assemble(skeleton, weights_of(skeleton, stored, _reader(stored, dtype)), dtype)
-    model.veneer_marks = _marks(directory)  # type: ignore[assignment]
+    weights = weights_of(skeleton, stored, _reader(stored, dtype))
+    model = assemble(skeleton, weights, dtype, world=world)
+    if marks := _marks(directory):
+        model.veneer_marks = marks  # type: ignore[assignment]
     read_ahead(model)
     return model
 
@@ -142,7 +147,9 @@ def _weight(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Quant
 
 def read_ahead(model: PreTrainedModel) -> None:
     """Read the next block's quantized weights while one block's are used, and experts when the
-    router has chosen them."""
+    router has chosen them; of a sharded model nothing is in files any more."""
+    if shards_of(model) is not None:
+        return
     blocks: dict[str, list[QuantizedWeight]] = defaultdict(list)
     for path, layer in quantized_layers(model).items():
         block = re.match(r".*?\.\d+(?=\.)", path)

@@ -205,3 +205,6 @@ def _portable(error: Exception, rank: int) -> Exception:
         except Exception:  # an error with arguments of its own may not be made from a message
             return TrainingError(str(error))
     return TrainingError(f"Process {rank} ended with {type(error).__name__}: {error}")
+
+
+ALONE = World()  # one process by itself

@@ -1,0 +1,214 @@
+"""A base that two processes share computes what it does whole, to the bit, however it is loaded."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import veneer
+from support.random_adapters import examples, tokenizer, with_new_tokens
+from support.tiny_models import quantized, source, tiny
+from veneer.data.packing import pack
+from veneer.errors import AdapterError, ConfigError, ModelError
+from veneer.formats.quantized import write_quantized
+from veneer.fused.forward import choose_forward
+from veneer.fused.recompute import Recompute
+from veneer.models import sharded
+from veneer.models.fingerprint import fingerprint
+from veneer.models.load import load_base
+from veneer.models.sharded import shard_base, shards_of, whole
+from veneer.processes.world import World
+from veneer.quant.stack import quantized_weights
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pass over a base, forward and backward."""
+
+    architecture: str = "llama"
+    bits: int | None = None
+    what: Any = field(default_factory=lambda: veneer.LoRA(rank=3))
+    recompute: Recompute = "none"
+    padded: bool = False
+    new_tokens: bool = False
+
+    def model(self, world: World | None) -> Any:
+        """Return the model with what trains; sharded over a world."""
+        model = quantized(self.architecture, self.bits) if self.bits else tiny(self.architecture)
+        if world is not None:
+            shard_base(model, world)
+        added = with_new_tokens(model, tokenizer()) if self.new_tokens else None
+        veneer.attach(model, self.what, seed=0)
+        for rows in added.parameters() if added else ():
+            rows.requires_grad_(True)
+        generator = torch.Generator().manual_seed(1)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+        return model
+
+
+CASES = {
+    "selective": Case(recompute="selective"),
+    "full": Case(recompute="full"),
+    "padded": Case(padded=True),
+    "dora": Case(what=veneer.LoRA(rank=3, dora=True)),
+    "pissa": Case(what=veneer.LoRA(rank=3, init="pissa")),
+    "some layers": Case(what=veneer.LoRA(rank=3, targets=("re:.*layers.1.*",))),
+    "NF4": Case(bits=4),
+    "NF4, dora, padded": Case(bits=4, what=veneer.LoRA(rank=3, dora=True), padded=True),
+    "int8, full": Case(bits=8, recompute="full"),
+    "untied, new tokens": Case("qwen2", new_tokens=True),
+    "conv1d": Case("gpt2"),
+    "conv1d, padded": Case("gpt2", padded=True),
+    "experts": Case("qwen3_moe"),
+    "experts, NF4": Case("qwen3_moe", bits=4),
+    "prefix": Case(what=veneer.Method("prefix", virtual_tokens=4)),
+}
+
+
+@dataclass
+class Passed:
+    """What the second of two equal passes gave."""
+
+    loss: Tensor
+    gradients: Mapping[str, Tensor]
+    sent: int
+    logits: Tensor
+
+
+def passed(model: Any, case: Case, world: World) -> Passed:
+    rows = examples([9, 13, 5])
+    forward, _ = choose_forward(model, rows, recompute=case.recompute)
+    if case.padded:
+        forward = replace(forward, packed=False, head=None, layers=())
+    batch = pack(rows, range(len(rows)))
+    for _ in range(2):
+        before = world.sent.bytes_of.get("shards", 0)
+        model.zero_grad()
+        loss = forward(model, batch)
+        loss.backward()
+    sent = world.sent.bytes_of.get("shards", 0) - before
+    weights = {name: w for name, w in model.named_parameters() if w.grad is not None}
+    gradients = {name: weight.grad.clone() for name, weight in weights.items()}
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[3, 4, 5]])).logits
+    return Passed(loss.detach(), gradients, sent, logits)
+
+
+def frozen(model: Any) -> list[Tensor]:
+    """Return copies of all that is frozen."""
+    with whole(model):
+        weights = [w for w in model.parameters() if not w.requires_grad]
+        codes = [t for q in quantized_weights(model).values() for t in q.tensors().values()]
+        return [tensor.detach().clone() for tensor in (*weights, *codes)]
+
+
+def assert_same_pass(case: Case, world: World, name: str) -> None:
+    expected = passed(case.model(None), case, World())
+    model = case.model(world)
+    before = frozen(model)
+    result = passed(model, case, world)
+    assert torch.equal(result.loss, expected.loss), name
+    assert result.gradients.keys() == expected.gradients.keys(), name
+    for path, gradient in expected.gradients.items():
+        assert torch.equal(result.gradients[path], gradient), (name, path)
+    assert torch.equal(result.logits, expected.logits), name
+    assert all(map(torch.equal, before, frozen(model))), name
+    shards = shards_of(model)
+    assert shards is not None
+    if name not in ("some layers", "padded", "prefix"):
+        assert result.sent == shards.bytes_a_pass, name
+
+
+def assert_refuses(world: World, place: Path) -> None:
+    model = shard_base(tiny("llama"), world)
+    with pytest.raises(ConfigError, match="sharded"):
+        veneer.attach(model, veneer.Method("full"))
+    veneer.attach(model, veneer.LoRA(rank=2), seed=0)
+    with pytest.raises(AdapterError, match="sharded"):
+        veneer.merge(model)
+
+
+def assert_loads_alike(world: World, place: Path) -> None:
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    for name, options in [
+        ("llama", {"dtype": "float32"}),
+        ("llama", {"dtype": "bf16"}),
+        ("llama", {"dtype": "float32", "bits": 8}),
+        ("llama-4", {"dtype": "float32"}),
+        ("qwen3_moe", {"dtype": "float32", "bits": 4}),
+        ("qwen3_moe-4", {"dtype": "float32"}),
+    ]:
+        base, alone = (
+            load_base(place / name, tokenizer=tokenizer(), world=w, **options).model  # type: ignore[arg-type]
+            for w in (world, World())
+        )
+        assert fingerprint(base) == fingerprint(alone), name
+        assert torch.equal(base(input_ids=ids).logits, alone(input_ids=ids).logits), name
+        answers = [m.generate(ids, max_new_tokens=4, do_sample=False) for m in (base, alone)]  # type: ignore[operator]
+        assert torch.equal(*answers), name
+
+
+def assert_saves_alike(world: World, place: Path) -> None:
+    case = Case(bits=4)
+    model, alone = case.model(world), case.model(None)
+    if world.writes:  # no exchange: the others do not take part
+        for each, name in ((model, "sharded"), (alone, "alone")):
+            veneer.save(each, place / name)
+    dist.barrier()
+    for each, name in ((model, "alone"), (alone, "sharded")):
+        veneer.load(each, place / name, name="again")
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(model(input_ids=ids).logits, alone(input_ids=ids).logits)
+
+
+def _work(rank: int, size: int, place: Path) -> None:
+    torch.set_num_threads(1)
+    files = f"file://{place}/rendezvous-{size}"
+    dist.init_process_group("gloo", init_method=files, rank=rank, world_size=size)
+    sharded.SMALL = 100  # or what is quantized of so small models would not be sharded
+    world = World.current()
+    checks: list[Callable[[World, Path], None]] = [
+        assert_refuses,
+        assert_loads_alike,
+        assert_saves_alike,
+    ]
+    try:
+        for name, case in CASES.items():
+            assert_same_pass(case, world, name)
+        for check in checks:
+            check(world, place)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_sharded_base_computes_what_the_whole_does(size: int, tmp_path: Path) -> None:
+    for architecture in ("llama", "qwen3_moe"):
+        place = tmp_path / architecture
+        tiny(architecture).save_pretrained(place)
+        out = tmp_path / f"{architecture}-4"
+        for _ in write_quantized(source(architecture), tokenizer(), out, bits=4, name=str(place)):
+            pass
+    mp.spawn(_work, args=(size, tmp_path), nprocs=size)
+
+
+def test_a_model_without_known_layers_is_not_sharded() -> None:
+    model = tiny("llama")
+    model.model.layers = torch.nn.ModuleDict({str(i): m for i, m in enumerate(model.model.layers)})
+    with pytest.raises(ModelError, match="layers of this model are not known"):
+        shard_base(model, World(0, 2))
