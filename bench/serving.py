@@ -34,6 +34,8 @@ from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.sampler import Sampler, sample
 
 ROWS, PROMPT, PREFIX = 16, 32, 1000
+SHORT = 8  # tokens of a prompt beside vLLM, which gathers an A and a B for each of them
+STORY = "Once upon a time, in a small village by the sea, there lived"
 WARM_UPS = 2
 PAUSE = 0.05  # seconds in which the threads of the program before go to sleep
 Timed = Callable[[], float]  # milliseconds of one round
@@ -135,7 +137,7 @@ def beside_vllm(
         "mixed": [f"a{n}" for n in range(ROWS)],
         "base": [None] * ROWS,
     }
-    prompt = list(range(100, 100 + PROMPT))
+    prompt = tokenizer(STORY)["input_ids"][:SHORT]
     tokens: dict[str, list[list[int]]] = {}
 
     def in_vllm(which: str) -> float:
@@ -146,7 +148,7 @@ def beside_vllm(
 
     def here(which: str, adapters: list[Any]) -> float:
         time.sleep(PAUSE)
-        spent, tokens[f"{which} here"] = greedy(engine, adapters, asked.steps)
+        spent, tokens[f"{which} here"] = greedy(engine, adapters, prompt, asked.steps)
         return spent
 
     timed = {}
@@ -159,24 +161,33 @@ def beside_vllm(
     for which, what in (("base", "base alone"), ("mixed", f"{ROWS} adapters")):
         ours, other = times[f"{which} here"], times[f"{which} there"]
         pairs = list(zip(tokens[f"{which} here"], tokens[f"{which} there"], strict=True))
-        same = sum(a[: len(b)] == b[: len(a)] for a, b in pairs)
+        same = sum(first_difference(a, b) for a, b in pairs)
+        whole = sum(min(len(a), len(b)) for a, b in pairs)
         speeds = " and ".join(f"{ROWS * 1e3 / spent:.0f}" for spent in (ours, other))
-        beside = f"{other / ours:.2f} × as fast; {same} of {ROWS} rows have the same tokens"
+        beside = f"{other / ours:.2f} × as fast; the first {same} of {whole} tokens are the same"
         print(f"| {what} | {ours:.2f} | {other:.2f} | {speeds} | {beside} |", flush=True)
     vllm.close()
 
 
-def greedy(engine: Engine, adapters: list[Any], steps: int) -> tuple[float, list[list[int]]]:
+def first_difference(a: list[int], b: list[int]) -> int:
+    return next(
+        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def greedy(
+    engine: Engine, adapters: list[Any], prompt: list[int], steps: int
+) -> tuple[float, list[list[int]]]:
     """Return the milliseconds of a step that gives every row a token, and all tokens."""
     choose, runner = [Sampler(Sampling())] * len(adapters), engine.runner
     tokens: list[list[int]] = []
     for slot, adapter in enumerate(adapters):
-        logits = runner.step([Chunk(slot, range(100, 100 + PROMPT), 0, adapter, 1)])
+        logits = runner.step([Chunk(slot, prompt, 0, adapter, 1)])
         tokens.append([token.id for token in sample(logits, choose[:1])])
     start = time.perf_counter()
     for at in range(steps):
         chunks = [
-            Chunk(slot, (tokens[slot][-1],), PROMPT + at, adapter, 1, decoding=True)
+            Chunk(slot, (tokens[slot][-1],), len(prompt) + at, adapter, 1, decoding=True)
             for slot, adapter in enumerate(adapters)
         ]
         for slot, token in enumerate(sample(runner.step(chunks), choose)):

@@ -73,9 +73,9 @@ class Engine:
         names = {}
         for n, (name, prompt) in enumerate(rows):
             self.requests += 1
-            names[f"row-{self.requests}"] = n
+            names[f"row-{self.requests}-"] = n
             engine.add_request(
-                f"row-{self.requests}",
+                f"row-{self.requests}-",
                 {"prompt_token_ids": prompt},
                 self.sampling(steps + 2, None),
                 lora_request=self.adapters.get(name),

@@ -75,11 +75,13 @@ class Side:
     prompts: list[list[int]]
 
     def answers_agree(self) -> str:
-        """Let both go on from every prompt with every adapter and without, in one call, so that
-        batches mix them. Assert that vLLM is no further from the wider type than we are, times 2,
+        """Let both go on from every prompt with every adapter, in one call, so that batches mix
+        them, and without. Assert that vLLM is no further from the wider type than we are, times 2,
         that every adapter acts, and that its tokens are our likeliest but for ties."""
-        asked = [(name, prompt) for prompt in self.prompts for name in (None, *self.adapters)]
-        given = self.vllm.answer(asked, new=NEW)
+        asked = [(name, prompt) for prompt in self.prompts for name in self.adapters]
+        alone = [(None, prompt) for prompt in self.prompts]
+        given = self.vllm.answer(alone, new=NEW) + self.vllm.answer(asked, new=NEW)
+        asked = [*alone, *asked]
         counted, ties = 0, []
         for name in (None, *self.adapters):
             rows = [
@@ -222,6 +224,22 @@ def test_every_rank_answers_there_as_here(highest, capsys):
         print(said)
 
 
+@pytest.mark.parametrize("slots", [3, 2])
+def test_the_base_beside_adapters_needs_a_slot_that_is_free(slots, highest, tmp_path):
+    """On processors vLLM takes the base for the last slot: its place in the list of slots is -1
+    (vllm/lora/ops/torch_ops/lora_ops.py). Should the second case fail, docs/serving-elsewhere.md
+    can say that this is mended."""
+    names, prompts = ("rank 3", "rank 16"), highest.prompts
+    base = highest.adapters["rank 3"].parent / "base"
+    vllm = Vllm(base, tmp_path / "log", dtype="float32", max_loras=slots, max_model_len=64)
+    for name in names:
+        assert vllm.load(name, highest.adapters[name]) is None
+    (alone,) = vllm.answer([(None, prompts[0])], new=NEW)
+    beside, *_ = vllm.answer([(None, prompts[0]), *((name, prompts[1]) for name in names)], new=NEW)
+    vllm.close()
+    assert (beside[0] == alone[0]) == (slots > len(names))
+
+
 @dataclass(frozen=True)
 class Refused:
     """What vLLM refuses: how such an adapter is made, what check calls it, and vLLM's own words."""
@@ -285,6 +303,12 @@ def test_what_check_says_is_refused_is_refused_for_that(name, highest, tiny_base
     refused = highest.vllm.load(name, place)
     assert refused is not None
     assert re.search(case.words, refused), refused
+
+
+def test_no_adapter_acts_over_a_mixture_on_a_processor(tmp_path):
+    veneer.write_model(tiny("qwen3_moe"), tokenizer(), tmp_path / "base")
+    with pytest.raises(RuntimeError, match="triton"):
+        Vllm(tmp_path / "base", tmp_path / "log", max_model_len=64)
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
