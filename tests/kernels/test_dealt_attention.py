@@ -21,23 +21,37 @@ DOUBLE = {"dtype": torch.float64}
 
 @dataclass
 class Alone:
-    """One of the processes of a group whose others are not there: what they would send is given."""
+    """One of the processes of a group whose others are not there: their keys and values are given,
+    (all tokens, key heads, dim), and the gradients of all are noted."""
 
     rank: int
     size: int
-    least: int = 1
-    every: Tensor | None = None
-    sent: list[Tensor] = field(default_factory=list)
+    least: int
+    k: Tensor = field(default_factory=lambda: torch.empty(0))
+    v: Tensor = field(default_factory=lambda: torch.empty(0))
+    heads: slice = field(default_factory=lambda: slice(None))  # that were gathered last
+
+    def joined(self, heads: slice) -> Tensor:
+        return torch.cat([x[:, heads].flatten(1) for x in (self.k, self.v)], 1)
 
     def gather(self, x: Tensor) -> Tensor:
-        assert self.every is not None
-        own = self.every.unflatten(0, (self.size, -1))[self.rank]
-        assert torch.equal(own, x)
-        return self.every
+        for heads in (slice(None), slice(0, 1), slice(1, 2)):
+            every = self.joined(heads)
+            if torch.equal(every.unflatten(0, (self.size, -1))[self.rank], x):
+                self.heads = heads
+                return every
+        raise AssertionError("these are no own keys and values")
 
     def own_sum(self, x: Tensor) -> Tensor:
-        self.sent.append(x)
+        dk, dv = (torch.zeros_like(every) for every in (self.k, self.v))
+        own = x.split([each[:, self.heads][0].numel() for each in (dk, dv)], 1)
+        for each, gradient in zip((dk, dv), own, strict=True):
+            each[:, self.heads] = gradient.view_as(each[:, self.heads])
+        self.sent = [a + b for a, b in zip(self.sent, (dk, dv), strict=True)]
         return x.unflatten(0, (self.size, -1))[self.rank]
+
+    def forget(self) -> None:
+        self.sent = [torch.zeros_like(every) for every in (self.k, self.v)]
 
 
 @settings(max_examples=100)
@@ -74,11 +88,9 @@ def test_the_keys_that_a_long_rows_queries_see_are_dealt_evenly(size):
     window=st.none() | st.integers(1, 9),
     softcap=st.sampled_from([None, 0.7]),
     has_sinks=st.booleans(),
-    composed=st.booleans(),
+    way=st.sampled_from(["all heads", "each head", "composed"]),
 )
-def test_dealt_attention_equals_the_whole(
-    lengths, size, least, window, softcap, has_sinks, composed
-):
+def test_dealt_attention_equals_the_whole(lengths, size, least, window, softcap, has_sinks, way):
     torch.manual_seed(sum(lengths))
     lengths = [*lengths, -sum(lengths) % size or size]
     tokens = sum(lengths)
@@ -92,24 +104,25 @@ def test_dealt_attention_equals_the_whole(
     groups = [Alone(rank, size, least) for rank in range(size)]
     packings = [DealtPacking(lengths, group, highest=0) for group in groups]
     order = torch.cat([packing.own for packing in packings])
-    every = torch.cat([k.flatten(1), v.flatten(1)], 1)[order]
     results, sent = [], []
     for group, packing in zip(groups, packings, strict=True):
-        group.every = every
+        group.k, group.v = k[order], v[order]
+        group.forget()
         attention = Attention(packing, 0.4, window, softcap, sinks)
         own = [x[packing.own] for x in (q, k, v)]
-        if composed:
-            leaves = [x.requires_grad_() for x in (own[0], every.clone())]
-            group.gather = lambda _, every=leaves[1]: every
+        if way == "composed":
+            leaves = [x.requires_grad_() for x in (own[0], group.k, group.v)]
             y = attention.composed(*own)
-            dq, d_every = torch.autograd.grad(y, leaves, dy[packing.own])
+            dq, *sums = torch.autograd.grad(y, leaves, dy[packing.own])
         else:
+            at_once = 1 if way == "each head" else 2
+            packing.key_heads_at_once = lambda k, v, at_once=at_once: min(at_once, k.shape[1])
             y, log_sums = attention.forward(*own)
             dq, _, _ = attention.backward(dy[packing.own], *own, y, log_sums)
-            (d_every,) = group.sent
+            sums = group.sent
         results.append((y.detach(), dq))
-        sent.append(d_every)
+        sent.append(sums)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens))
     y, dq = (torch.cat(of_all)[back] for of_all in zip(*results, strict=True))
-    dk, dv = sum(sent)[back].split([6, 10], 1)
-    torch.testing.assert_close([y, dq, dk.view(k.shape), dv.view(v.shape)], expected)
+    dk, dv = (sum(of_all)[back] for of_all in zip(*sent, strict=True))
+    torch.testing.assert_close([y, dq, dk, dv], expected)

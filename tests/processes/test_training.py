@@ -81,6 +81,16 @@ def test_two_processes_equal_one(name: str, two: tuple[Path, list[dict[str, Resu
     assert_like_one(first, (CASES | SHARED)[name], place)
 
 
+@pytest.mark.slow
+def test_four_processes_in_groups_of_two_equal_one(tmp_path: Path) -> None:
+    results = trained_by(4, SHARED, tmp_path)
+    for name, case in SHARED.items():
+        first, *others = (result[name] for result in results)
+        assert all(other.error == first.error == "" for other in others)
+        assert all(torch.equal(first.flat, other.flat) for other in others)
+        assert_like_one(first, case, tmp_path)
+
+
 def test_all_skip_a_step_in_which_one_has_no_finite_loss(
     two: tuple[Path, list[dict[str, Result]]],
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ __all__ = ["NAME", "Attention", "Packing", "UnsupportedAttention", "packed_atten
 
 NAME = "veneer_packed"  # in transformers' AttentionInterface
 BLOCKS = 2**32  # more than a group of sequences has
+GROUPS = 2**16  # more than a batch has
 # Queries of a block where torch's own operations attend: a mask is never larger than this many by
 # as many and the window.
 COMPOSED_BLOCK = 2048
@@ -161,6 +162,14 @@ class Attention:
         """Return y, and log Σ exp of each group's t and sinks, (sequences, heads, length)."""
         if self._composes(q):
             return self.composed(q, k, v), []
+        if parts := self._by_key_heads(q, k, v):
+            results = [
+                one.forward(q[:, heads], k[:, keys], v[:, keys]) for one, heads, keys in parts
+            ]
+            log_sums = [
+                torch.cat(of_group, 1) for of_group in zip(*(of for _, of in results), strict=True)
+            ]
+            return torch.cat([y for y, _ in results], 1), log_sums
         outputs, log_sums = [], []
         flash = self.softcap is None and self.dropout is None and not prefers_blocks(q.dtype)
         for number, tensors in enumerate(self._groups(q, k, v)):
@@ -183,6 +192,20 @@ class Attention:
             with torch.enable_grad():
                 q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
                 dq, dk, dv = torch.autograd.grad(self.composed(q, k, v), (q, k, v), dy)
+            return dq, dk, dv
+        if parts := self._by_key_heads(q, k, v):
+            results = [
+                one.backward(
+                    dy[:, heads],
+                    q[:, heads],
+                    k[:, keys],
+                    v[:, keys],
+                    y[:, heads],
+                    [log_sum[:, heads] for log_sum in log_sums],
+                )
+                for one, heads, keys in parts
+            ]
+            dq, dk, dv = (torch.cat(of_all, 1) for of_all in zip(*results, strict=True))
             return dq, dk, dv
         packing = self.packing
         gradients = zip(
@@ -236,6 +259,23 @@ class Attention:
             )
             y[:, queries] = block_y.transpose(1, 2)[..., :value_dim]
         return y, log_sum
+
+    def _by_key_heads(
+        self, q: Tensor, k: Tensor, v: Tensor
+    ) -> list[tuple[Attention, slice, slice]]:
+        """Return the attention of some key heads at a time, with its heads and its key heads; none
+        where it takes all at once."""
+        at_once, all_heads = self.packing.key_heads_at_once(k, v), k.shape[1]
+        if at_once >= all_heads:
+            return []
+        shared, parts = q.shape[1] // all_heads, []
+        for first in range(0, all_heads, at_once):
+            keys = slice(first, min(first + at_once, all_heads))
+            heads = slice(shared * keys.start, shared * keys.stop)
+            sinks = None if self.sinks is None else self.sinks[heads]
+            dropout = self.dropout and self.dropout.numbered(first * GROUPS * BLOCKS)
+            parts.append((replace(self, sinks=sinks, dropout=dropout), heads, keys))
+        return parts
 
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         packing = self.packing

@@ -11,6 +11,10 @@ from torch import Tensor
 from veneer.kernels.packing import Packing
 from veneer.processes.context import ContextGroup, deal
 
+# Numbers of all tokens' keys and values that are gathered at a time, but at least one key head's:
+# fewer need less memory, more are fewer exchanges.
+NUMBERS_AT_ONCE = 2**23
+
 
 class DealtPacking(Packing):
     """This process's tokens of a batch, as sequences of their own that see keys before their first.
@@ -55,6 +59,10 @@ class DealtPacking(Packing):
                 first = starts[piece.row]
                 row[: piece.stop] = places[first : first + piece.stop]
             self._keys.append(keys.to(device))
+
+    def key_heads_at_once(self, k: Tensor, v: Tensor) -> int:
+        of_one_head = self.all_tokens * (k.shape[2] + v.shape[2])
+        return max(1, min(k.shape[1], NUMBERS_AT_ONCE // of_one_head))
 
     def key_groups(self, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         every = self.group.gather(torch.cat([k.flatten(1), v.flatten(1)], 1))

@@ -87,6 +87,10 @@ class Packing:
         padded = rows[0] if len(rows) == 1 else torch.cat(rows)
         return padded if self.is_identity else padded.index_select(0, self._from_groups)
 
+    def key_heads_at_once(self, k: Tensor, v: Tensor) -> int:
+        """Return of how many key heads attention takes keys and values at a time: of all."""
+        return k.shape[1]
+
     def key_groups(self, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return the keys (tokens, kv_heads, dim) that the sequences of each group see, (sequences,
         keys, kv_heads, dim), and their values: `before` each, then as many as there are queries."""

@@ -13,13 +13,17 @@ from veneer.plan.workspace import QUERY_BLOCK, SCORES_AT_ONCE
 # Of all keys and values, in the dtype of computing: as they are gathered, by rows, and what is sent
 # of their gradients; in float32: these by rows, and their sum.
 NARROW, WIDE = 3, 2
+# Numbers that are gathered at a time, or those of one key head (kernels/dealt_packing.py).
+NUMBERS_AT_ONCE = 2**23
 
 
 def rows_of_others(plan: Plan, pieces: int) -> Amount:
     """Return what a device has, beside its own tokens', of the keys and values of all, in one
     block: with their gradients, and the scores of a block of queries."""
     config, sizes = plan.config, plan.sizes
-    tokens, size = tokens_of(config), 2 * sizes.kv
+    tokens, of_one_head = tokens_of(config), 2 * sizes.head_dim
+    least = max(of_one_head, NUMBERS_AT_ONCE // tokens // of_one_head * of_one_head)
+    size = min(2 * sizes.kv, least)
     shared = sizes.q // max(1, sizes.kv)
     far = config.length - config.length // pieces
     scores = shared * min(QUERY_BLOCK, config.length) * far

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from veneer.errors import ConfigError
-from veneer.processes.world import Sent, World
+from veneer.processes.world import Sent, World, exchange
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class ContextGroup:
         """Return what `gather` does, without a gradient."""
         self.sent.count("keys and values", x)
         every = x.new_empty(self.size * len(x), *x.shape[1:])
-        dist.all_gather(list(every.chunk(self.size)), x.contiguous(), group=self.group)
+        with exchange():
+            dist.all_gather(list(every.chunk(self.size)), x.contiguous(), group=self.group)
         return every
 
     def own_sum(self, x: Tensor) -> Tensor:
@@ -79,14 +80,16 @@ class ContextGroup:
         """
         self.sent.count("gradients of keys and values", x)
         every = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(every, x.contiguous(), group=self.group)
+        with exchange():
+            dist.all_to_all_single(every, x.contiguous(), group=self.group)
         wide = torch.promote_types(x.dtype, torch.float32)
         return every.unflatten(0, (self.size, -1)).sum(0, dtype=wide).to(x.dtype)
 
     def add_up(self, x: Tensor) -> None:
         """Replace a tensor by its sum over the processes."""
         self.sent.count("sum", x)
-        dist.all_reduce(x, group=self.group)
+        with exchange():
+            dist.all_reduce(x, group=self.group)
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process of the group."""

@@ -66,7 +66,7 @@ class World:
         """Replace a tensor by its sum over the processes, the same bits in each of them."""
         if self.size > 1:
             self.sent.count("sum", tensor)
-            with _exchange():
+            with exchange():
                 dist.all_reduce(tensor)
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class World:
             return tensor[None]
         self.sent.count("gather", tensor)
         flat = tensor.new_empty(self.size * tensor.numel())
-        with _exchange():
+        with exchange():
             dist.all_gather(list(flat.chunk(self.size)), tensor.contiguous().view(-1))
         return flat.view(self.size, *tensor.shape)
 
@@ -83,7 +83,7 @@ class World:
         """Replace a tensor by that of the process that writes."""
         if self.size > 1:
             self.sent.count("copy", tensor)
-            with _exchange():
+            with exchange():
                 dist.broadcast(tensor, src=0)
 
     def share(self, value: T, *, of: int = 0) -> T:
@@ -92,7 +92,7 @@ class World:
         if self.size == 1:
             return value
         values: list[Any] = [value]
-        with _exchange():
+        with exchange():
             dist.broadcast_object_list(values, src=of)
         return values[0]
 
@@ -189,7 +189,7 @@ class World:
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
+def exchange() -> Iterator[None]:
     """Raise LostProcess where torch.distributed fails."""
     try:
         yield
