@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -172,11 +173,11 @@ def printed(capsys, *arguments):
 
 
 def test_devices_are_planned_with_what_would_fit(capsys):
-    text = printed(capsys, "llama-2-70b", "--devices", "8x24GB", "--formulas")
-    assert "base sharded 4 5.5 GB" in text
-    assert "8 devices of 24.0 GB (GB: 10⁹ bytes): it does not fit." in text
+    text = printed(capsys, "llama-2-7b", "--devices", "8x4GB", "--formulas", "--tokens", "1024")
+    assert "8 devices of 4.0 GB (GB: 10⁹ bytes): it does not fit." in text
     assert "It would fit with" in text
-    assert "80 × 107,000,832 bytes (1 / 8 of 856,006,656)" in text
+    assert "32 × 50,598,976 bytes (1 / 8 of 404,791,808)" in text
+    assert "0.8750 (7 / 8) × " in text
     text = printed(
         capsys, "llama-2-7b", "--devices", "4x24GB", "--link", "1GB/s", "--tokens", "256"
     )
@@ -184,6 +185,16 @@ def test_devices_are_planned_with_what_would_fit(capsys):
     assert re.search(r"A step of 1,024 tokens sends .* s at 1.0 GB/s", text)
     text = printed(capsys, "gpt2", "--devices", "4x100MB")
     assert "it does not fit, whatever its settings." in text
+
+
+def test_what_the_docs_say_the_planner_prints_is_what_it_prints(capsys):
+    text = (Path(__file__).parents[2] / "docs/scale.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```\n\$ veneer (plan [^\n]+)\n(.*?)\n```", text, flags=re.DOTALL)
+    assert [command.split()[-1] for command, _ in shown] == ["8x24GB", "10GB/s"]
+    for command, expected in shown:
+        assert run(command.split()) == 0
+        lines = (line.rstrip() for line in capsys.readouterr().out.strip().splitlines())
+        assert "\n".join(lines) == expected
 
 
 @pytest.mark.parametrize(
