@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,7 +55,7 @@ class About:
     examples: int = 0
     dropped: tuple[int, int] = (0, 0)
     split: int = 0
-    unused: dict[str, int] = field(default_factory=Counter)
+    unused: dict[str, int] = field(default_factory=dict)
     systems: list[str | None] = field(default_factory=list)
     problems: list[tuple[int, str]] = field(default_factory=list)
     digest: str = ""
