@@ -69,6 +69,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "eval_rows": (5, 5),
         "eval_data": ("held/out.jsonl", Path("held/out.jsonl")),
         "skip_bad_rows": (True, True),
+        "deduplicate": (True, True),
         "new_words": ("auto", "auto"),
     },
     "": {
@@ -122,6 +123,16 @@ def default(group: str, name: str) -> object:
 def write_recipe(path: Path, settings: dict[str, object]) -> Path:
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return path
+
+
+def test_several_data_arrive_together_and_from_a_recipe(caught, tmp_path):
+    several = ["a.jsonl:0.7", "b.parquet:0.3"]
+    flags = [f"--data={several[0]}", "--data", several[1]]
+    assert run(["tune", "m", *flags, "--rank", "3"]) == 0
+    assert (caught.recipe.data, caught.recipe.lora.rank) == (tuple(several), 3)
+    path = write_recipe(tmp_path / "recipe.yaml", caught.recipe.settings())
+    assert run(["tune", "--config", str(path)]) == 0
+    assert caught.recipe.data == tuple(several)
 
 
 @pytest.mark.parametrize(("group", "name"), SETTINGS)

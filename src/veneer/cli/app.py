@@ -20,6 +20,7 @@ from rich.text import Text
 
 from veneer.cli.console import ERRORS, show_error, warnings_as_notices
 from veneer.cli.recipes import from_recipe
+from veneer.cli.several_data import joined_data
 from veneer.errors import ConfigError, VeneerError
 
 
@@ -119,7 +120,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with warnings_as_notices():
             code = app(
-                arguments,
+                joined_data(arguments),
                 console=Console(),  # of this call: cyclopts would keep an earlier one's width
                 exit_on_error=False,
                 print_error=False,

@@ -80,4 +80,7 @@ def _read(path: Path, names: set[str]) -> dict[str, Any]:
         meant = {key: settings.get(key) or value for key, value in SHORT[short].items()}
         settings |= {"method": "lora"} | meant
     # A pattern may hold dots, which cyclopts would take for deeper levels, but not within JSON.
-    return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in settings.items()}
+    return {
+        k: json.dumps(v) if isinstance(v, dict) or (k == "data" and isinstance(v, list)) else v
+        for k, v in settings.items()
+    }

@@ -20,6 +20,7 @@ from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch, refuse_pr
 from veneer.cli.loading import bits_of
 from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
+from veneer.cli.several_data import data_of
 from veneer.errors import ConfigError, DivergedError, VeneerError
 from veneer.processes.start import joined, launch_id
 from veneer.processes.world import World
@@ -32,7 +33,11 @@ from veneer.training.recipe import DataConfig, Recipe, Shard
 def tune(
     model: Model,
     data: Annotated[
-        Path, Parameter(help="Rows to learn: .jsonl, .json, .csv, .parquet, .txt, or a directory.")
+        str,
+        Parameter(
+            help="Rows to learn: .jsonl, .json, .csv, .parquet, .txt, a directory, a pattern, or "
+            "hf:NAME of a data set. Several, perhaps with shares: --data a.jsonl:0.7 --data b:0.3."
+        ),
     ],
     *,
     method: Annotated[Method, Flat] = Method(),
@@ -84,7 +89,7 @@ def tune(
         pack_head = pack_head or has_head
     recipe = Recipe(
         model=model,
-        data=data,
+        data=data_of(str(data)),
         method=method,
         lora=lora,
         training=training,

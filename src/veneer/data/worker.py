@@ -105,14 +105,17 @@ def main() -> None:
     while True:
         try:
             block = pickle.load(blocks)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the other process has ended, perhaps midway
             return
         try:
             answer: object = task.do(block)
         except Exception as error:
             answer = error
-        pickle.dump((block.number, len(block.lines or ()), answer), answers)
-        answers.flush()
+        try:
+            pickle.dump((block.number, len(block.lines or ()), answer), answers)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(1)  # without a word, for nobody waits for it
 
 
 if __name__ == "__main__":

@@ -100,5 +100,5 @@ def _started() -> subprocess.Popen[bytes]:
         # Each process is busy with a core of its own.
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         # Ctrl-C reaches this process alone, which then ends the others.
-        start_new_session=True,
+        process_group=0,
     )
