@@ -28,10 +28,20 @@ from bench.limit import drop_caches, limited
 from veneer.training.events import DataReady, Encoding, Step
 from veneer.training.memory import process_memory
 
-WORDS = (
-    "the cat dog water mountain river answer because people quickly world think small house number "
-    "paper light story green letter window garden often between nothing always question music"
-).split()
+WORDS = ["the", "cat", "water", "mountain", "river", "answer", "because", "people", "quickly"]
+WORDS += [
+    "world",
+    "think",
+    "small",
+    "house",
+    "number",
+    "paper",
+    "light",
+    "story",
+    "green",
+    "letter",
+]
+WORDS += ["window", "garden", "often", "between", "nothing", "always", "question", "music"]
 
 
 def write_rows(path: Path, rows: int) -> None:
@@ -66,7 +76,7 @@ def train(asked: argparse.Namespace, began: float) -> None:
 def apart(
     asked: argparse.Namespace, enter: Callable[[], None], *, kill_at: int | None = None
 ) -> list[dict[str, Any]]:
-    """Return what `train` prints in a process of its own, killed once `kill_at` rows are encoded."""
+    """Return what `train` prints in a process of its own, killed once so many rows are encoded."""
     drop_caches()
     command = [sys.executable, "-m", "bench.rows_on_disk", asked.model, "--out", str(asked.out)]
     environment = {**os.environ, "VENEER_CACHE": str(asked.out / "cache")}

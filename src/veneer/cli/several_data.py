@@ -11,7 +11,7 @@ FLAG = "--data"
 
 
 def joined_data(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with all `--data` joined into one, a JSON list, where there are several."""
+    """Return the arguments, where several are `--data` with these joined into one, a JSON list."""
     values, others = [], []
     waiting = iter(arguments)
     for argument in waiting:
