@@ -128,12 +128,12 @@ class Encoder:
             add_special_tokens=False,
             padding=False,
             truncation=False,
-            return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        tokenised = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        # Not as `offset_mapping`, which would be made of them once more.
+        tokenised = ((tokens.ids, tokens.offsets) for tokens in encoded.encodings or ())
         return [
             self._examples(row, cuts, list(islice(tokenised, len(cuts))))
             for row, cuts in zip(rendered, segments, strict=True)
