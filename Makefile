@@ -32,7 +32,7 @@ check: $(READY)
 
 # On Python 3.11 each call of a Python function is traced, which costs up to half as much again.
 coverage: $(READY)
-	$(BIN)/pytest --cov=veneer --cov-report=
+	COVERAGE_CORE=sysmon $(BIN)/pytest --cov=veneer --cov-report=
 	$(BIN)/python tools/folder_coverage.py
 
 test-all: $(READY)

@@ -76,10 +76,10 @@ def test_the_version_is_the_installed_one():
     assert metadata.version("veneer") in done.stdout
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
-def test_no_source_leaves_work_for_later(path):
-    marks = "TO" + "DO", "FIX" + "ME", "X" * 3
-    assert not re.findall(rf"\b(?:{'|'.join(marks)})\b", path.read_text(encoding="utf-8"))
+def test_no_source_leaves_work_for_later():
+    marks = re.compile(rf"\b(?:{'|'.join(('TO' + 'DO', 'FIX' + 'ME', 'X' * 3))})\b")
+    left = [path for path in SOURCES if marks.search(path.read_text(encoding="utf-8"))]
+    assert left == []
 
 
 # Names that do not say what they are the name of.

@@ -33,6 +33,9 @@ def pretrain(out: Path, *, steps: int = 1000, seed: int = 0) -> Iterator[Event]:
     """Train a MiniGPT on a small world of general knowledge, write it to `out`, yield events."""
     register()
     check_replaceable(out, marker="model.pt")
+    course = TrainConfig(
+        steps=steps, lr=3e-3, weight_decay=0.01, tokens_per_step=TOKENS_PER_STEP, seed=seed
+    )
     rows = world_rows(seed, DOCUMENTS)
     texts = (text for row in rows for text in texts_of(row.value))
     tokenizer = wrap_tokenizer(train_tokenizer(texts))
@@ -42,9 +45,6 @@ def pretrain(out: Path, *, steps: int = 1000, seed: int = 0) -> Iterator[Event]:
     examples, problems = encode_rows(encoder, rows)
     assert not problems, problems
     yield DataReady(summarize(examples), None, 0, preview(examples[0], tokenizer))
-    course = TrainConfig(
-        steps=steps, lr=3e-3, weight_decay=0.01, tokens_per_step=TOKENS_PER_STEP, seed=seed
-    )
     yield from train(model, examples, course)
     write_model(model, tokenizer, out)
     yield Written("MiniGPT", out, size_of(out))

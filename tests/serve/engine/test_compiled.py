@@ -49,7 +49,10 @@ BASES: dict[str, Any] = {
 VARIED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "falcon", "cohere2")
 CASES = [
     *((architecture, "float32") for architecture in OFTEN),
-    *((architecture, kind) for kind in ("nf4", "int8") for architecture in VARIED),
+    *((architecture, "nf4") for architecture in VARIED[::2]),
+    *((architecture, "int8") for architecture in VARIED[1::2]),
+    *(pytest.param(architecture, "nf4", marks=pytest.mark.slow) for architecture in VARIED[1::2]),
+    *(pytest.param(architecture, "int8", marks=pytest.mark.slow) for architecture in VARIED[::2]),
     *((architecture, kind) for kind in ("bfloat16", "capped") for architecture in VARIED[:3]),
 ]
 
