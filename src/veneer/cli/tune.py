@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.markup import escape
@@ -14,7 +14,6 @@ from rich.markup import escape
 import veneer
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
-from veneer.cli.company import as_one, goes_on, interruptible, show_stopping
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice
 from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch, refuse_preset
 from veneer.cli.loading import bits_of
@@ -22,12 +21,13 @@ from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
 from veneer.cli.several_data import data_of
 from veneer.errors import ConfigError, DivergedError, VeneerError
-from veneer.processes.start import joined, launch_id
-from veneer.processes.world import World
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
 from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Verdict
 from veneer.training.recipe import DataConfig, Recipe, Shard
+
+if TYPE_CHECKING:
+    from veneer.processes.world import World
 
 
 def tune(
@@ -112,6 +112,7 @@ def tune(
         return run_recipe(recipe, **options)
     if processes < 1:
         raise ConfigError(f"--processes must be at least 1, not {processes}.")
+    from veneer.cli.company import show_stopping
     from veneer.processes.launch import launch
 
     work = partial(run_recipe, recipe, shows_signals=False, **options)
@@ -134,6 +135,9 @@ def run_recipe(
 
     place: by which the processes of `--processes` find each other.
     """
+    from veneer.cli.company import as_one, goes_on
+    from veneer.processes.start import joined
+
     with joined(place) as company:
         writes = company.world.writes
 
@@ -164,6 +168,9 @@ def show_run(
     shows_signals: bool,
 ) -> int:
     """Run a recipe in this process, show it unless `quiet`, and return the exit code."""
+    from veneer.cli.company import interruptible
+    from veneer.processes.start import launch_id
+
     code = 0
     quieten_libraries()
     display = None if quiet else RunDisplay()
