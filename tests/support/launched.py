@@ -46,7 +46,7 @@ CASES = {
     "dora": Case("dora, llama", format="peft", resumes=True),
     "nf4": Case("lora, llama, 4 bits", resumes=True),
     "pissa": Case("pissa, mistral", resumes=True),
-    "experts": Case("experts, all, qwen3_moe"),
+    "experts": Case("experts, all, qwen3_moe", resumes=True),
     "new tokens": Case("new tokens, llama", resumes=True),
     "tokens": Case("tokens, tied, llama", format="peft"),
     "modules to save": Case("saved norms and an mlp, llama", format="peft", resumes=True),

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-INNER = "original."
+ORIGINAL = "original"
+INNER = f"{ORIGINAL}."
 
 
 class Wrapper(nn.Module):
@@ -22,6 +23,16 @@ class Wrapper(nn.Module):
         self.training = original.training
         self.register_state_dict_post_hook(_without_inner)
         self.register_load_state_dict_pre_hook(_with_inner)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Return which child has what state dicts name as this module's own: torch's distributed
+        checkpoints ask for it under this name."""
+        inner = self.original
+        names = {*inner._modules, *inner._parameters, *inner._buffers}
+        if isinstance(inner, Wrapper):
+            names |= {*inner._fqn_modifiers()}
+        own = {*self._modules, *self._parameters, *self._buffers}
+        return dict.fromkeys(names - own, ORIGINAL)
 
     def __getattr__(self, name: str) -> Any:
         # Its own modules come first: they are read many times a step.

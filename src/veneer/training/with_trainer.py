@@ -108,12 +108,15 @@ def save_pretrained(
 def load_state_dict(
     model: PreTrainedModel, state_dict: Mapping[str, Tensor], strict: bool = True, **options: Any
 ) -> Any:
-    """Load as a model's class does; that the whole frozen base is missing is as it should be."""
-    result = type(model).load_state_dict(model, state_dict, strict, **options)
+    """Load as a model's class does; that the whole frozen base is missing is as it should be, and
+    so are second names of a tensor."""
+    result = type(model).load_state_dict(model, state_dict, strict=False, **options)
     frozen, second = _frozen(model), _second_names(model)
     missing = {key: key.replace(INNER, "") for key in result.missing_keys}
     expected = second | frozen if frozen <= {*missing.values()} else second
     result.missing_keys[:] = [key for key, name in missing.items() if name not in expected]
+    if strict and (wrong := [*result.missing_keys, *result.unexpected_keys]):
+        raise RuntimeError(f"These tensors are missing or not expected: {', '.join(wrong)}.")
     return result
 
 
