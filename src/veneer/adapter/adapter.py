@@ -32,15 +32,16 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         assert A.shape[-2] == B.shape[-1], (A.shape, B.shape)
-        # Contiguous, because FSDP2 takes no others; a singular value decomposition gives others.
+        # Contiguous, because FSDP2 takes no others, and torch sends others in another order to other
+        # processes. Singular value decompositions give others.
         self.lora_A = nn.Parameter(A.contiguous())  # (rank, in)
         self.lora_B = nn.Parameter(B.contiguous())  # (out, rank)
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)  # (out,)
         self.lora_bias = None if bias is None else nn.Parameter(bias)  # (out,)
         self.start_A: Tensor | None
         self.start_B: Tensor | None
-        self.register_buffer("start_A", None if start is None else start[0])
-        self.register_buffer("start_B", None if start is None else start[1])
+        self.register_buffer("start_A", None if start is None else start[0].contiguous())
+        self.register_buffer("start_B", None if start is None else start[1].contiguous())
         self.scaling = scaling
         self.dropout = dropout
         self.cached_norms: tuple[object, Tensor] | None = None  # while nothing can change them
@@ -64,7 +65,8 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def start_at(self, A: Tensor, B: Tensor) -> None:
         """Start A and B at these values, in place; the adapter adds nothing yet."""
-        self.start_A, self.start_B = A.to(self.lora_A), B.to(self.lora_B)
+        self.start_A = A.to(self.lora_A).contiguous()
+        self.start_B = B.to(self.lora_B).contiguous()
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
 
