@@ -3,9 +3,9 @@
     pip install 'ray[train]'
     python examples/scale/ray_train.py MODEL DATA OUT --workers 16 --gpu
 
-Ray starts the workers on whatever machines its cluster has, and sets up torch.distributed among them;
-Veneer finds it there. OUT and DATA are on a file system that all machines share. Where a worker dies,
-Ray starts all of them again, and the run goes on from its newest checkpoint.
+Ray starts the workers on whatever machines its cluster has, and sets up torch.distributed among
+them; Veneer finds it there. OUT and DATA are on a file system that all machines share. Where a
+worker dies, Ray starts all of them again, and the run goes on from its newest checkpoint.
 """
 
 import argparse

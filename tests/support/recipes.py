@@ -1,4 +1,4 @@
-"""The recipes of examples/scale: their command lines, and a small cluster of this machine to run them."""
+"""The recipes of examples/scale: their command lines, and a small cluster to run them on."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         assert A.shape[-2] == B.shape[-1], (A.shape, B.shape)
-        # Contiguous, because FSDP2 takes no others, and torch sends others in another order to other
-        # processes. Singular value decompositions give others.
+        # Contiguous, which singular value decompositions are not: FSDP2 takes no others, and torch
+        # sends their numbers to other processes in the order of the memory.
         self.lora_A = nn.Parameter(A.contiguous())  # (rank, in)
         self.lora_B = nn.Parameter(B.contiguous())  # (out, rank)
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)  # (out,)
