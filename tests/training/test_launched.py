@@ -13,30 +13,25 @@ from tempfile import mkdtemp
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 
 import veneer
 from support.closeness import assert_no_further, assert_same_logits
 from support.launched import CASES, SAVED, STEPS, adapter_tensors, train
 from support.random_adapters import logits, same
+from support.recipes import manifest
 from support.tiny_models import tiny
 
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).parents[1] / "support" / "launched.py"
-SHARDED = """\
-distributed_type: FSDP
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_reshard_after_forward: true
-  fsdp_state_dict_type: {state_dicts}
-  fsdp_cpu_ram_efficient_loading: false
-"""
+SHARDED = manifest("accelerate-fsdp2.yaml")
+WHOLE = SHARDED["fsdp_config"] | {"fsdp_state_dict_type": "FULL_STATE_DICT"}
 WAYS = {
-    "ddp": "distributed_type: MULTI_GPU\n",
-    "fsdp2": SHARDED.format(state_dicts="FULL_STATE_DICT"),
-    "fsdp2, shards on disk": SHARDED.format(state_dicts="SHARDED_STATE_DICT"),
+    "ddp": manifest("accelerate-ddp.yaml"),
+    "fsdp2": SHARDED | {"fsdp_config": WHOLE},
+    "fsdp2, shards on disk": SHARDED,
 }
 NAMES = {way: ["dora", "new tokens"] if "disk" in way else [*CASES] for way in WAYS}
 
@@ -51,8 +46,8 @@ def launched(way: str) -> Path:
 @functools.cache
 def _launched(way: str) -> tuple[Path, str]:
     place = Path(mkdtemp())
-    config = "use_cpu: true\nnum_machines: 1\nnum_processes: 2\nmixed_precision: 'no'\n"
-    (place / "config.yaml").write_text(WAYS[way] + config)
+    config = WAYS[way] | {"use_cpu": True, "num_processes": 2}
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(place / "config.yaml"), str(WORKER), str(place)]
     paths = os.pathsep.join([str(WORKER.parents[1]), *filter(None, sys.path)])
