@@ -20,12 +20,13 @@ import veneer
 from support.closeness import assert_gradients_no_further, assert_no_further
 from support.kinds import Kind
 from support.plain import plain_pair
-from support.random_adapters import examples
+from support.random_adapters import examples, shake
 from support.tiny_models import SHAPE, with_large_weights
 from veneer.data.packing import pack
 from veneer.errors import ConfigError
 from veneer.fused.forward import choose_forward
 from veneer.kernels import dealt_packing
+from veneer.models.sharded import shard_base
 from veneer.processes.context import ContextGroup
 from veneer.processes.world import World
 
@@ -42,11 +43,13 @@ class Case:
     lengths: tuple[int, ...] = PACKED
     recompute: str = "none"
     fused: bool = True  # whether layers are two functions, or attention alone is ours
+    sharded: bool = False  # whether each process holds a part of the base
 
     def __str__(self) -> str:
         row = "" if len(self.lengths) > 1 else ", one row"
         own = "" if self.fused else ", the layers' own forward"
-        return f"{self.kind}{row}, {self.recompute}{own}"
+        shards = ", sharded" * self.sharded
+        return f"{self.kind}{row}, {self.recompute}{own}{shards}"
 
     def pass_of(self, model: Any, context: ContextGroup | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss that this process computes, and its gradients."""
@@ -101,6 +104,11 @@ SLOW = [
     ),
     *(Case(kind("lora", each), fused=False) for each in ("llama", "gemma2", "gpt_oss")),
     Case(replace(kind("lora", "llama"), bits=4)),
+    *(
+        Case(kind("lora", "llama"), lengths, recompute, sharded=True)
+        for lengths in (PACKED, ONE_ROW)
+        for recompute in ("none", "selective", "full")
+    ),
     Case(kind("embeddings", "llama", targets="everything")),
     Case(replace(kind("new tokens", "llama"), new_tokens=True)),
     Case(DynamicKind("dynamic", "llama", lora={"targets": "all"}), ONE_ROW),
@@ -132,7 +140,12 @@ def _write_sums(world: World, directory: Path, cases: list[Case]) -> None:
     for number, case in enumerate(cases):
         # Keys and values of one head at a time, or of all.
         dealt_packing.NUMBERS_AT_ONCE = 1 if number % 2 else 2**23
-        loss, gradients = case.pass_of(case.kind.shaken(), group)
+        kind = case.kind
+        if case.sharded:
+            model = shake(kind.attached(shard_base(kind.base(), world)))
+        else:
+            model = kind.shaken()
+        loss, gradients = case.pass_of(model, group)
         for tensor in (loss, *gradients.values()):
             world.add_up(tensor)
         if world.writes:
