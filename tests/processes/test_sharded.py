@@ -15,6 +15,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import veneer
+from support import worlds
+from support.closeness import assert_no_further
 from support.random_adapters import examples, tokenizer, with_new_tokens
 from support.tiny_models import quantized, source, tiny
 from veneer.data.packing import pack
@@ -212,3 +214,37 @@ def test_a_model_without_known_layers_is_not_sharded() -> None:
     model.model.layers = torch.nn.ModuleDict({str(i): m for i, m in enumerate(model.model.layers)})
     with pytest.raises(ModelError, match="layers of this model are not known"):
         shard_base(model, World(0, 2))
+
+
+TRAINED = {
+    "lora": worlds.Case(),
+    "lora+": worlds.Case(course={"lora_plus_ratio": 6.0}),
+    "full": worlds.Case(course={"recompute": "full"}),
+    "dora, padded": worlds.Case(what=veneer.LoRA(rank=3, dora=True), padded=True),
+    "new tokens": worlds.Case(architecture="qwen2", new_tokens=True),
+    "NF4": worlds.Case(bits=4),
+    "int8": worlds.Case(bits=8),
+    "prefix": worlds.Case(what=veneer.Method("prefix", virtual_tokens=5)),
+    "bf16": worlds.Case(dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_training_over_a_sharded_base_is_that_of_one_process(size: int, tmp_path: Path) -> None:
+    cases = {name: replace(case, sharded=True) for name, case in TRAINED.items()}
+    results = worlds.trained_by(size, cases, tmp_path)
+    for name, case in TRAINED.items():
+        ours = results[0][name]
+        assert ours.error == "", name
+        assert all(result[name].events == ours.events for result in results), name
+        alone = worlds.trained(case, World(), tmp_path)
+        if case.bits or case.dtype == torch.bfloat16:  # as near as with other batches
+            course = {**case.course, "tokens_per_batch": 40}
+            peer = worlds.trained(replace(case, course=course), World(), tmp_path)
+            reference = alone
+        else:
+            wide = replace(case, dtype=torch.float64)
+            peer, reference = alone, worlds.trained(wide, World(), tmp_path)
+        assert_no_further(ours.losses, peer.losses, reference.losses, f"{name}: losses")
+        assert_no_further(ours.flat, peer.flat, reference.flat, f"{name}: weights")

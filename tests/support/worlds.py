@@ -18,6 +18,8 @@ import veneer
 from support.random_adapters import examples, tokenizer, trained_weights, with_new_tokens
 from support.tiny_models import VOCAB, quantized, tiny
 from veneer.fused import forward
+from veneer.models import sharded
+from veneer.models.sharded import shard_base
 from veneer.processes.context import ContextGroup
 from veneer.processes.world import World
 from veneer.training import loop
@@ -45,22 +47,25 @@ class Case:
     course: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     padded: bool = False
+    sharded: bool = False
     spoilt: Callable[[World, int], float] | None = None
     stop_at: int = 0  # the step after which the last process is asked to stop
     resumes: bool = False
     place: str | None = None  # of checkpoints
 
-    def model(self) -> Any:
+    def model(self, world: World) -> Any:
         """Return the model with what trains, the same each time."""
+        world = world if self.sharded else World()
         if self.kind is not None:
             from support.kinds import KINDS
 
             kind = next(kind for kind in KINDS if str(kind) == self.kind)
-            return kind.attached(kind.base(self.dtype))
+            return kind.attached(shard_base(kind.base(self.dtype), world))
         if self.bits:
             model = quantized(self.architecture, self.bits, dtype=self.dtype)
         else:
             model = tiny(self.architecture, dtype=self.dtype)
+        shard_base(model, world)
         added = with_new_tokens(model, tokenizer()) if self.new_tokens else None
         veneer.attach(model, self.what, seed=0)
         for rows in added.parameters() if added else ():
@@ -94,7 +99,7 @@ class Result:
 def trained(case: Case, world: World, place: Path) -> Result:
     """Train a case in this process of a world."""
     torch.manual_seed(world.rank)
-    model = case.model()
+    model = case.model(world)
     course = replace(COURSE, **case.course)
     vocabulary = VOCAB + 3 * case.new_tokens
     own, passes, at = forward.Forward.__call__, 0, [0]
@@ -146,6 +151,7 @@ def trained(case: Case, world: World, place: Path) -> Result:
 
 def _work(rank: int, size: int, cases: Mapping[str, Case], place: Path) -> None:
     torch.set_num_threads(1)
+    sharded.SMALL = 100  # or little of so small bases would be sharded
     files = f"file://{place}/rendezvous-{size}"
     dist.init_process_group("gloo", init_method=files, rank=rank, world_size=size)
     try:

@@ -86,7 +86,7 @@ def _ends(model: PreTrainedModel) -> tuple[Any, Any]:
 def why_not_mergeable(model: nn.Module) -> str | None:
     """Return why the adapters in use cannot be merged into weights, or None if they can."""
     if shards_of(model) is not None:
-        return "its base is sharded, so no process has the whole of it."
+        return "its base is sharded, so no process has all of it; veneer merge makes one later."
     for name, config in adapters(model).items():
         if is_virtual(config) and name in in_use(model):
             return f"the virtual tokens of {name!r} are no weights."

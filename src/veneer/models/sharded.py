@@ -9,6 +9,7 @@ goes, so that layers, fused functions and autograd may keep them (docs/adr/0007-
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -287,26 +288,25 @@ def _frozen(module: nn.Module) -> tuple[list[Tensor], list[list[Replace]]]:
         note(parameter, partial(setattr, parameter, "data"))
     for quantized in quantized_modules(module).values():
         if isinstance(quantized, QuantizedStack):
-            quantized.experts = list(quantized.experts)
-            for expert in quantized.experts:
-                _note_tensors(expert, note)
+            quantized.experts = [_owned(expert, note) for expert in quantized.experts]
         else:
-            _note_tensors(quantized.quantized_weight, note)
+            quantized.quantized_weight = _owned(quantized.quantized_weight, note)
     return [tensor for tensor, _ in places.values()], [each for _, each in places.values()]
 
 
-def _note_tensors(value: Any, note: Callable[[Tensor, Replace], None]) -> None:
-    """Call `note` with every tensor that a quantized weight keeps, however its class does so."""
-    entries: Any = value if isinstance(value, dict) else vars(value)
+def _owned(value: Any, note: Callable[[Tensor, Replace], None]) -> Any:
+    """Return a copy of a quantized weight, however its class keeps its tensors, over the same ones;
+    call `note` with each. Copies of a model share their weights, and not all may be sharded."""
+    own = copy.copy(value)
+    entries: Any = own if isinstance(own, dict) else vars(own)
     for name, entry in list(entries.items()):
         if isinstance(entry, Tensor):
             note(entry, partial(entries.__setitem__, name))
         elif isinstance(entry, dict | QuantizedWeight) or hasattr(entry, "absmax"):
-            _note_tensors(entry, note)
-        elif isinstance(entry, tuple | list):
-            for item in entry:
-                if isinstance(item, QuantizedWeight):
-                    _note_tensors(item, note)
+            entries[name] = _owned(entry, note)
+        elif isinstance(entry, tuple) and any(isinstance(x, QuantizedWeight) for x in entry):
+            entries[name] = tuple(_owned(piece, note) for piece in entry)
+    return own
 
 
 def _same_weight(embedding: Any, head: Any) -> bool:

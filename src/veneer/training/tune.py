@@ -32,7 +32,7 @@ from veneer.models.load import Base, load_base
 from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.processes.context import check_divides
-from veneer.processes.world import World
+from veneer.processes.world import ALONE, World
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint, start_from
 from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
@@ -106,8 +106,6 @@ def tune(
     """
     run, world = RunDirectory(recipe.out), World.current()
     check_divides(world.size, recipe.training.context_parallel)
-    if recipe.shard == "base" and world.size > 1:
-        raise ConfigError("Processes hold the whole base each; leave --shard base out.")
     # In one process: the others may be on machines that have no such directory.
     ahead = world.first(
         lambda: preflight(recipe, resume=resume, force=force, ignore_space=ignore_plan)
@@ -133,7 +131,7 @@ def tune(
     recipe, choices = _choose(recipe, rows, ahead.config)
     if choices:
         yield Notice(choices)
-    plan = yield from _plan(recipe, ahead, rows, world, ignore_plan=ignore_plan)
+    plan, sharded = yield from _plan(recipe, ahead, rows, world, ignore_plan=ignore_plan)
 
     base = load_base(
         recipe.model,
@@ -141,7 +139,10 @@ def tune(
         bits=recipe.loaded_bits,
         pack_head=recipe.pack_head,
         tokenizer=ahead.tokenizer,
+        world=world if sharded else ALONE,
     )
+    if sharded:
+        yield Notice(f"The base is sharded: each of {world.size} processes holds its part of it.")
     yield from map(Notice, base.notices)
     if rows.new_tokens:
         add_tokens(base.model, base.tokenizer, rows.new_tokens)
@@ -259,9 +260,9 @@ def _choose(recipe: Recipe, rows: RunRows, config: PretrainedConfig) -> tuple[Re
 
 def _plan(
     recipe: Recipe, ahead: Preflight, rows: RunRows, world: World, *, ignore_plan: bool
-) -> Generator[Event, None, Plan | None]:
+) -> Generator[Event, None, tuple[Plan | None, bool]]:
     """Return the plan of this process's memory with these rows, None where there is none for the
-    base's architecture.
+    base's architecture, and whether the base is sharded.
 
     Raises ConfigError where the run does not fit, unless that is to be ignored.
     """
@@ -270,12 +271,14 @@ def _plan(
         why = "plans are of the processor's memory, and this runs on a GPU."
     if ahead.plan is None or why:
         yield Notice(f"No memory is planned for this run: {why}")
-        return None
-    plan = with_rows(ahead.plan, recipe, rows.longest)
+        return None, world.size > 1 and recipe.shard == "base"
+    plan, sharded = with_rows(ahead.plan, recipe, rows.longest), False
     if world.size > 1:
         lengths = [len(row.tokens) for row in rows.examples]
-        way, available = plan_of_each(plan, recipe, lengths, world, ignore=ignore_plan)
-        plan = way.of_one
+        way, available = plan_of_each(
+            plan, recipe, lengths, world, shard=recipe.shard, ignore=ignore_plan
+        )
+        plan, sharded = way.of_one, way.sharded == "base"
     else:
         available = available_memory()
         if not ignore_plan:
@@ -283,7 +286,7 @@ def _plan(
     yield Planned(plan, available, world.size)
     if plan.notice:
         yield Notice(plan.notice)
-    return plan
+    return plan, sharded
 
 
 def _attach(recipe: Recipe, base: Base) -> None:
