@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import veneer
 from support.random_adapters import tokenizer
 from support.tiny_models import tiny
 from veneer.formats.merged import write_model
@@ -23,6 +24,7 @@ from veneer.run_directory import RunDirectory, checkpoint_steps
 
 pytestmark = pytest.mark.slow
 
+OURS = str(Path(veneer.__file__).parents[1])
 STEPS, SAVED = 12, 3
 COURSE = {"steps": STEPS, "save-every": SAVED, "tokens-per-step": 200, "eval-rows": 12}
 COURSE |= {"eval-every": 4, "max-length": 60, "dtype": "float32", "dropout": 0.2}
@@ -49,7 +51,13 @@ class Command:
         program = [sys.executable, "-m", *(before or ("veneer",))]
         command = [*program, "tune", "base", "rows.jsonl", "--out", out, *options, *more]
         with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(command, cwd=home, stderr=errors, stdout=errors)
+            self.process = subprocess.Popen(
+                command,
+                cwd=home,
+                stderr=errors,
+                stdout=errors,
+                env=os.environ | {"PYTHONPATH": OURS},
+            )
 
     def wait_for(self, step: int) -> None:
         """Wait until the run has made a step."""
