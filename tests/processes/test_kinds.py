@@ -18,11 +18,13 @@ from veneer.processes.world import World
 
 pytestmark = pytest.mark.slow
 
-# None with dropout, whose masks differ between numbers of processes, and none over published bases.
+# None with dropout, whose masks differ between numbers of processes, and none of files.
 TRIED = [
     kind
     for kind in KINDS
-    if is_first(kind) and kind.published is None and not (kind.lora or {}).get("dropout")
+    if is_first(kind)
+    and not (kind.published or kind.on_disk)
+    and not (kind.lora or {}).get("dropout")
 ]
 CASES = {str(kind): Case(kind=str(kind), course=dict(kind.training)) for kind in TRIED}
 IN_BF16 = {f"bf16 {name}": replace(CASES[name], dtype=torch.bfloat16) for name in [*CASES][:3]}
