@@ -18,7 +18,7 @@ def in_pieces(monkeypatch):
 
 def test_few_rows_are_in_numpys_order():
     expected = np.random.default_rng(np.random.SeedSequence([3, 1])).permutation(50)
-    assert Shuffled(50, (3, 1)).part(0, 50).tolist() == expected.tolist()
+    assert Shuffled(50, (3, 1)).between(0, 50).tolist() == expected.tolist()
     train, held_out = split_held_out(50, eval_rows=7, seed=4)
     order = np.random.default_rng(4).permutation(50)
     assert (train, held_out) == (sorted(order[7:]), sorted(order[:7]))
@@ -27,17 +27,17 @@ def test_few_rows_are_in_numpys_order():
 @pytest.mark.parametrize("n", [101, 128, 129, 1000, 4097])
 def test_many_rows_come_once_each_whatever_the_pieces(in_pieces, n):
     shuffled = Shuffled(n, (0, 5))
-    whole = shuffled.part(0, n)
+    whole = shuffled.between(0, n)
     assert sorted(whole) == list(range(n))
-    pieces = [shuffled.part(start, start + 37) for start in range(0, n, 37)]
+    pieces = [shuffled.between(start, start + 37) for start in range(0, n, 37)]
     assert np.concatenate(pieces).tolist() == whole.tolist()
-    assert whole.tolist() != Shuffled(n, (0, 6)).part(0, n).tolist()
+    assert whole.tolist() != Shuffled(n, (0, 6)).between(0, n).tolist()
 
 
 def test_the_order_of_many_rows_looks_random():
     """Neighbours are as far apart, and places as little like numbers, as in numpy's order."""
     n = shuffle.WHOLE + 1
-    order = Shuffled(n, (0, 0)).part(0, 20_000) / n
+    order = Shuffled(n, (0, 0)).between(0, 20_000) / n
     assert abs(order.mean() - 0.5) < 0.01
     assert abs(np.abs(np.diff(order)).mean() - 1 / 3) < 0.01
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.03

@@ -116,7 +116,7 @@ def tune(
     from veneer.processes.launch import launch
 
     work = partial(run_recipe, recipe, shows_signals=False, **options)
-    return launch(processes, work, told=show_stopping)
+    return launch(processes, work, on_signal=show_stopping)
 
 
 def run_recipe(

@@ -33,7 +33,7 @@ def weighted_rows(
         zip(counts, np.diff(borders, prepend=0).tolist(), strict=True)
     ):
         times = np.full(count, share // count if count else 0)
-        times[Shuffled(count, (seed, number)).part(0, share % count if count else 0)] += 1
+        times[Shuffled(count, (seed, number)).between(0, share % count if count else 0)] += 1
         rows.append(first + np.repeat(np.arange(count), times))
         first += count
     return np.concatenate(rows)
@@ -44,9 +44,9 @@ def duplicates(examples: Sequence[Example]) -> tuple[NDArray[np.int64], NDArray[
     earlier row, the first of its kind."""
     repeated: list[NDArray[np.int64]] = []
     firsts: list[NDArray[np.int64]] = []
-    parts = -(-len(examples) // IN_MEMORY)
-    for part in range(parts):
-        rows, digests = _of_part(examples, part, parts)
+    chunks = -(-len(examples) // IN_MEMORY)
+    for chunk in range(chunks):
+        rows, digests = _of_part(examples, chunk, chunks)
         order = np.argsort(digests, kind="stable")
         ordered = digests[order]
         begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
@@ -54,7 +54,7 @@ def duplicates(examples: Sequence[Example]) -> tuple[NDArray[np.int64], NDArray[
         again = order != first
         repeated.append(rows[order[again]])
         firsts.append(rows[first[again]])
-    if not parts:
+    if not chunks:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     rows, originals = np.concatenate(repeated), np.concatenate(firsts)
     # Eight bytes may be the same of two rows that are not.
@@ -69,13 +69,13 @@ def duplicates(examples: Sequence[Example]) -> tuple[NDArray[np.int64], NDArray[
 
 
 def _of_part(
-    examples: Sequence[Example], part: int, parts: int
+    examples: Sequence[Example], chunk: int, chunks: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
     """Return the rows whose hash belongs to a part, and their hashes. Equal rows are in one."""
     rows, hashes = [], []
     first = 0
     for digests in _digests(examples):
-        chosen = np.flatnonzero(digests % np.uint64(parts) == part)
+        chosen = np.flatnonzero(digests % np.uint64(chunks) == chunk)
         rows.append(first + chosen)
         hashes.append(digests[chosen])
         first += len(digests)

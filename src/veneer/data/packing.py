@@ -160,7 +160,7 @@ class Epoch(Sequence[list[list[int]]]):
         """Return the rows of each step of a section."""
         if self._recent is None or self._recent[0] != number:
             start = self._starts[number]
-            rows = self._shuffled.part(start, start + self._starts.step)
+            rows = self._shuffled.between(start, start + self._starts.step)
             lengths = _lengths_of(self._order.lengths, rows)
             cuts = _cuts(lengths, self._order.tokens_per_step)
             self._recent = number, [rows[start:end] for start, end in pairwise(cuts)]
@@ -211,7 +211,7 @@ def held_out_rows(n: int, *, eval_rows: int, seed: int) -> NDArray[np.int64]:
     """
     if eval_rows >= n:
         raise DataError(f"{eval_rows} of {n} rows held out leave none to train on; hold out fewer")
-    return np.sort(Shuffled(n, (seed,)).part(0, eval_rows))
+    return np.sort(Shuffled(n, (seed,)).between(0, eval_rows))
 
 
 def idle_rows(step: Sequence[Sequence[int]]) -> list[int]:

@@ -23,7 +23,7 @@ class Shuffled:
     n: int
     seeds: tuple[int, ...]
 
-    def part(self, start: int, end: int) -> NDArray[np.int64]:
+    def between(self, start: int, end: int) -> NDArray[np.int64]:
         """Return what is at the places from `start` to before `end`."""
         end = min(end, self.n)
         if self.n <= WHOLE:

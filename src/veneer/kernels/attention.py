@@ -162,9 +162,9 @@ class Attention:
         """Return y, and log Σ exp of each group's t and sinks, (sequences, heads, length)."""
         if self._composes(q):
             return self.composed(q, k, v), []
-        if parts := self._by_key_heads(q, k, v):
+        if groups := self._by_key_heads(q, k, v):
             results = [
-                one.forward(q[:, heads], k[:, keys], v[:, keys]) for one, heads, keys in parts
+                one.forward(q[:, heads], k[:, keys], v[:, keys]) for one, heads, keys in groups
             ]
             log_sums = [
                 torch.cat(of_group, 1) for of_group in zip(*(of for _, of in results), strict=True)
@@ -193,7 +193,7 @@ class Attention:
                 q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
                 dq, dk, dv = torch.autograd.grad(self.composed(q, k, v), (q, k, v), dy)
             return dq, dk, dv
-        if parts := self._by_key_heads(q, k, v):
+        if groups := self._by_key_heads(q, k, v):
             results = [
                 one.backward(
                     dy[:, heads],
@@ -203,7 +203,7 @@ class Attention:
                     y[:, heads],
                     [log_sum[:, heads] for log_sum in log_sums],
                 )
-                for one, heads, keys in parts
+                for one, heads, keys in groups
             ]
             dq, dk, dv = (torch.cat(of_all, 1) for of_all in zip(*results, strict=True))
             return dq, dk, dv
@@ -268,14 +268,14 @@ class Attention:
         at_once, all_heads = self.packing.key_heads_at_once(k, v), k.shape[1]
         if at_once >= all_heads:
             return []
-        shared, parts = q.shape[1] // all_heads, []
+        shared, groups = q.shape[1] // all_heads, []
         for first in range(0, all_heads, at_once):
             keys = slice(first, min(first + at_once, all_heads))
             heads = slice(shared * keys.start, shared * keys.stop)
             sinks = None if self.sinks is None else self.sinks[heads]
             dropout = self.dropout and self.dropout.numbered(first * GROUPS * BLOCKS)
-            parts.append((replace(self, sinks=sinks, dropout=dropout), heads, keys))
-        return parts
+            groups.append((replace(self, sinks=sinks, dropout=dropout), heads, keys))
+        return groups
 
     def _groups(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         packing = self.packing

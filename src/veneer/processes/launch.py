@@ -25,7 +25,10 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 
 def launch(
-    count: int, work: Callable[[Path], int], *, told: Callable[[int], None] = lambda number: None
+    count: int,
+    work: Callable[[Path], int],
+    *,
+    on_signal: Callable[[int], None] = lambda number: None,
 ) -> int:
     """Do `work` in `count` processes and return what the first of them returns.
 
@@ -54,7 +57,7 @@ def launch(
             signals_to_handle="SIGHUP,SIGQUIT",
         )
         try:
-            with _forwarded(told):
+            with _forwarded(on_signal):
                 codes = elastic_launch(config, _apart)(work, Path(place))
         except ChildFailedError as error:
             raise TrainingError(_why(error)) from None
@@ -74,14 +77,14 @@ def _apart(work: Callable[[Path], int], place: Path) -> int:
 
 
 @contextmanager
-def _forwarded(told: Callable[[int], None]) -> Iterator[None]:
+def _forwarded(on_signal: Callable[[int], None]) -> Iterator[None]:
     """In this context pass signals on to the processes that this one has started."""
 
     signals: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         if not signals:
-            told(number)
+            on_signal(number)
         signals.append(number)
         for child in torch.multiprocessing.active_children():
             if child.pid is not None:
