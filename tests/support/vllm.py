@@ -7,16 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import pytest
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(os.environ.get("VENEER_VLLM", ROOT / ".venv-vllm"))
 Rows = Sequence[tuple[str | None, Sequence[int]]]  # which adapter goes on from which tokens
 
 
-def available() -> bool:
-    return (ENVIRONMENT / "bin" / "python").is_file()
+MARKS = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        not (ENVIRONMENT / "bin" / "python").is_file(),
+        reason="vLLM is not there; make proof-vllm sets it up",
+    ),
+]
 
 
 class Reader:
@@ -97,15 +102,3 @@ def _environment(threads: int) -> Mapping[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
     )
-
-
-def forced(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-    """Return how likely a model of ours finds each token in the place of each token of the answers
-    that follow the prompts, as logarithms: (rows, tokens of an answer, vocabulary)."""
-    found = []
-    with torch.no_grad():
-        for prompt, answer in rows:
-            ids = torch.tensor([[*prompt, *answer]])
-            logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-            found.append(logits.float().log_softmax(-1))
-    return torch.stack(found)
