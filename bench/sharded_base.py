@@ -74,9 +74,11 @@ def write_base(directory: Path, config: LlamaConfig) -> int:
             },
         )
         index |= dict.fromkeys(weights, file)
-    (directory / INDEX).write_text(json.dumps({"weight_map": index}), encoding="utf-8")
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    about = {"metadata": {"total_size": size}, "weight_map": index}
+    (directory / INDEX).write_text(json.dumps(about), encoding="utf-8")
     config.save_pretrained(directory)
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return size
 
 
 def train(asked: argparse.Namespace) -> dict[str, Any]:
