@@ -48,8 +48,8 @@ def test_an_epoch_of_many_rows_is_made_as_it_goes(in_pieces, monkeypatch):
     lengths = np.random.default_rng(0).integers(1, 30, 1000).astype(np.int32)
     order = StepOrder(lengths, 60, 40, seed=1)
     made = []
-    part = Shuffled.part
-    monkeypatch.setattr(Shuffled, "part", lambda *a: made.append(a[1:]) or part(*a))
+    part = Shuffled.between
+    monkeypatch.setattr(Shuffled, "between", lambda *a: made.append(a[1:]) or part(*a))
     epoch = order.epoch(0)
     first = epoch[0]
     assert made == [(0, 250)]
@@ -67,8 +67,8 @@ def test_an_epoch_of_many_rows_is_made_as_it_goes(in_pieces, monkeypatch):
 
 def test_rows_held_out_of_many_need_no_order_of_all(in_pieces, monkeypatch):
     made = []
-    part = Shuffled.part
-    monkeypatch.setattr(Shuffled, "part", lambda *a: made.append(a[1:]) or part(*a))
+    part = Shuffled.between
+    monkeypatch.setattr(Shuffled, "between", lambda *a: made.append(a[1:]) or part(*a))
     rows = held_out_rows(5000, eval_rows=20, seed=2)
     assert made == [(0, 20)]
     assert len(set(rows.tolist())) == 20
