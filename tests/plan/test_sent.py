@@ -11,6 +11,7 @@ from support.random_adapters import examples
 from support.tiny_models import quantized, tiny
 from veneer.data.packing import StepOrder
 from veneer.fused.forward import choose_forward
+from veneer.models import sharded
 from veneer.plan.config import PlanConfig
 from veneer.plan.devices import DevicePlan
 from veneer.plan.find import sizes_of
@@ -20,7 +21,6 @@ from veneer.processes.world import World
 from veneer.training.optimizer import FlatAdamW
 from veneer.training.step import learn
 
-sharded = pytest.importorskip("veneer.models.sharded")
 LENGTHS = [30, 20, 25, 15]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from veneer.models.description import Layer
+from veneer.models.sharded import ALIGNED, SMALL
 from veneer.plan.activations import FLOAT32
 from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import PlanConfig
@@ -16,7 +17,6 @@ from veneer.plan.sizes import Sizes
 
 # Of NF4 (quant/nf4.py), which is not imported: it loads bitsandbytes.
 BLOCK, BLOCK_OF_SCALES = 64, 256
-SMALL, ALIGNED = 1024, 64
 
 
 @dataclass(frozen=True)
