@@ -274,7 +274,7 @@ def _plan(
         return None, world.size > 1 and recipe.shard == "base"
     plan, sharded = with_rows(ahead.plan, recipe, rows.longest), False
     if world.size > 1:
-        lengths = [len(row.tokens) for row in rows.examples]
+        lengths = lengths_of(rows.examples)
         way, available = plan_of_each(
             plan, recipe, lengths, world, shard=recipe.shard, ignore=ignore_plan
         )
