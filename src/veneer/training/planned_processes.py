@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
+import numpy as np
+from numpy.typing import NDArray
+
 from veneer.data.packing import StepOrder
 from veneer.errors import ConfigError
 from veneer.plan.devices import DevicePlan, best, least_changes, ways, whole_by_time
@@ -22,7 +25,7 @@ STEPS = 50  # of which the tokens that a process gets are looked at
 def plan_of_each(
     plan: Plan,
     recipe: Recipe,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | NDArray[np.integer],
     world: World,
     *,
     shard: str = "none",
@@ -51,7 +54,9 @@ def memory_of_each(world: World) -> int | None:
     return least or None
 
 
-def dealt(plan: Plan, recipe: Recipe, lengths: Sequence[int], count: int) -> Plan:
+def dealt(
+    plan: Plan, recipe: Recipe, lengths: Sequence[int] | NDArray[np.integer], count: int
+) -> Plan:
     """Return the plan with the tokens of a pass that one of `count` processes gets (or groups that
     share a pass), the most of any in the first steps of the run. lengths: tokens of each row."""
     training = recipe.training
