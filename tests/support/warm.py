@@ -99,7 +99,9 @@ def serve(place: str) -> list[str]:
 
 
 def keep(connection: socket.socket) -> list[str]:
-    """Fork the program, which gets its arguments here, and end it where its launcher has ended."""
+    """Fork the program, which gets its arguments here, and end it where its launcher has ended, or
+    the run of the tests."""
+    server = os.pidfd_open(os.getppid())
     size, streams, _, _ = socket.recv_fds(connection, 8, 3)
     asked = connection.makefile("rb").read(int.from_bytes(size, "little"))
     arguments, folder, environment = json.loads(asked)
@@ -120,7 +122,7 @@ def keep(connection: socket.socket) -> list[str]:
         os.close(number)
     connection.sendall(f"{program}\n".encode())
     ended = os.pidfd_open(program)
-    ready, _, _ = select.select([connection, ended], [], [])
+    ready, _, _ = select.select([connection, ended, server], [], [])
     if ended not in ready:
         os.kill(program, signal.SIGKILL)
     _, status = os.waitpid(program, 0)
