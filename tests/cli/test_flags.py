@@ -135,6 +135,18 @@ def test_several_data_arrive_together_and_from_a_recipe(caught, tmp_path):
     assert caught.recipe.data == tuple(several)
 
 
+def test_several_data_that_are_spelt_wrong_are_said(caught, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        Path(name).touch()
+    for arguments, says in [
+        (["a.jsonl", "b.jsonl"], "--data a.jsonl --data b.jsonl"),
+        (["--data", "a.jsonl", "--data", "--steps", "2"], "--data requires an argument"),
+    ]:
+        assert run(["tune", "m", *arguments]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(("group", "name"), SETTINGS)
 def test_every_flag_arrives(caught, group, name):
     given, expected = VALUES[group][name]

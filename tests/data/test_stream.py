@@ -184,6 +184,34 @@ def test_a_run_waits_for_another_that_encodes_the_same(streamed, tokenizer, tmp_
     assert len(result_of(waits).examples) == 1
 
 
+def test_a_spoilt_cache_is_mended(streamed, tokenizer, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(folder)
+    files = RowFiles(folder / "a.jsonl")
+    expected = list(result_of(files.load(tokenizer, max_length=64)).examples)
+    (directory,) = cache.home().iterdir()
+    for name in (stream.INDEX, "chunk-000001.arrow", "lengths.npy"):
+        for content in (None, b"{"):
+            (directory / name).unlink()
+            if content:
+                (directory / name).write_bytes(content)
+            assert list(result_of(files.load(tokenizer, max_length=64)).examples) == expected
+    words = result_of(files.words())
+    (spoilt,) = cache.home().glob(f"*/{stream.WORDS}")
+    spoilt.write_bytes(b"{")
+    assert result_of(files.words()) == words
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(streamed, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "file"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "a b"}))
+    with pytest.raises(DataError, match=r"cannot be kept in .*Not a directory.* VENEER_CACHE"):
+        result_of(RowFiles(rows).load(tokenizer, max_length=9))
+
+
 def test_what_nothing_uses_is_removed(streamed, tokenizer, tmp_path):
     file = tmp_path / "rows.jsonl"
     for text in ("b", "c"):
@@ -312,7 +340,8 @@ def test_sources_with_weights_patterns_and_wrong_ones(streamed, minigpt_home, tm
     assert "a*.jsonl: 81 rows of 60" in events[-1].text
     for wrong, says in [
         ([f"{tmp_path}/b.jsonl:1", f"{tmp_path}/a1.jsonl"], "to all data or to none"),
-        ([f"{tmp_path}/b.jsonl:0"], "must be above 0"),
+        ([f"{tmp_path}/b.jsonl:0"], "b.jsonl:0: a weight of data must be a number above 0"),
+        ([f"{tmp_path}/b.jsonl:half"], "a number above 0, .* not 'half'"),
         ([f"{tmp_path}/c*.jsonl"], "matches nothing"),
         ([], "no data"),
     ]:

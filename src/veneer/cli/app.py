@@ -20,7 +20,7 @@ from rich.text import Text
 
 from veneer.cli.console import ERRORS, show_error, warnings_as_notices
 from veneer.cli.recipes import from_recipe
-from veneer.cli.several_data import joined_data
+from veneer.cli.several_data import data_flags, joined_data
 from veneer.errors import ConfigError, VeneerError
 
 
@@ -144,7 +144,8 @@ def _explained(error: Exception, arguments: Sequence[str]) -> Exception:
         flags = [name for argument in error.argument_collection for name in argument.names]
         advice = our_name(error.token.keyword or error.token.value, flags)
     elif isinstance(error, UnusedCliTokensError):
-        advice = with_commas(arguments, error.unused_tokens or ())
+        unused = error.unused_tokens or ()
+        advice = with_commas(arguments, unused) or data_flags(arguments, unused)
     elif isinstance(error, CoercionError) and get_origin(error.target_type) is dict and error.token:
         advice = our_name(error.token.keyword or "", ("--budget", "--lr"))  # no rate of its own
     elif (

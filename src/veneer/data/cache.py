@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.data.hub import dataset_of, is_hub
+from veneer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +84,18 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """In this context, raise DataError where a directory of the cache cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"Encoded rows cannot be kept in {directory}: {error.strerror or error}; mend that, or "
+            "name another directory by the environment variable VENEER_CACHE"
+        ) from error
 
 
 @contextmanager

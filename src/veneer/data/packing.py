@@ -18,9 +18,7 @@ from veneer.errors import DataError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SECTION = (
-    2**18
-)  # rows of the shuffled order that are cut into steps at a time, where there are many
+SECTION = 2**18  # of many rows in shuffled order, those that are cut into steps at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,8 +148,6 @@ def sources_of(data: Data) -> list[Source]:
     if weighted and len(weighted) < len(sources):
         without = ", ".join(str(source.path) for source in sources if source.weight is None)
         raise ConfigError(f"Give a weight to all data or to none; {without} has none.")
-    if any(not 0 < source.weight < math.inf for source in weighted if source.weight is not None):
-        raise ConfigError("A weight of data, as in rows.jsonl:0.7, must be above 0.")
     return sources
 
 
@@ -160,8 +158,16 @@ def spelt(data: Data) -> list[str]:
 
 def _source(text: str) -> Source:
     path, colon, number = text.rpartition(":")
-    if not colon or not _NUMBER.fullmatch(number) or Path(text).exists():
+    if not colon or Path(text).exists():
         return Source(Path(text))
+    is_number = _NUMBER.fullmatch(number)
+    if not is_number and not Path(path).is_file():
+        return Source(Path(text))
+    if not is_number or not 0 < float(number) < math.inf:
+        raise ConfigError(
+            f"{text}: a weight of data must be a number above 0, as in rows.jsonl:0.7, not "
+            f"{number!r}."
+        )
     return Source(Path(path), float(number))
 
 

@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from veneer.data.table import ChunkFiles, ExampleTable
 from veneer.data.words import add_up
 from veneer.data.worker import Task, chunk_path
 from veneer.data.workers import done_by_all_cores
-from veneer.errors import MOST_PROBLEMS
+from veneer.errors import MOST_PROBLEMS, AdapterError
 from veneer.files import new_file, read_json, write_json
 
 if TYPE_CHECKING:
@@ -94,8 +96,8 @@ def encode(
     settings = {"max_length": max_length, "long_rows": long_rows, "limit": limit}
     directory = cache.home() / cache.key_of(files, tokenizer, settings)
     task = Task(names, tokenizer, max_length, long_rows, directory)
-    if not (directory / INDEX).exists():
-        yield from _wait_or(directory, INDEX, lambda: _encode(task, list(files), limit))
+    work = partial(_encode, task, list(files), limit)
+    yield from _wait_or(directory, partial(_is_whole, directory), work)
     cache.note_use(directory)
     return _opened(directory, names)
 
@@ -106,19 +108,22 @@ def count_all_words(
     """Return how often each word occurs in the rows of the files, in their order."""
     directory = cache.home() / cache.key_of(files, None, {"words": True, "limit": limit})
     task = Task([str(file) for file in files])
-    if not (directory / WORDS).exists():
-        yield from _wait_or(directory, WORDS, lambda: _count(task, list(files), limit, directory))
+    work = partial(_count, task, list(files), limit, directory)
+    yield from _wait_or(directory, lambda: _json_of(directory / WORDS) is not None, work)
     cache.note_use(directory)
     return Counter(read_json(directory / WORDS))
 
 
 def _wait_or(
-    directory: Path, result: str, work: Callable[[], Iterator[Progress]]
+    directory: Path, is_done: Callable[[], bool], work: Callable[[], Iterator[Progress]]
 ) -> Iterator[Progress]:
-    """Do the work that makes a directory's result, or wait until another process has done it."""
-    while True:
-        with cache.locked(directory) as alone:
-            if (directory / result).exists():
+    """Do the work that makes a directory's result, or wait until another process has done it.
+
+    Raises DataError where nothing can be written there.
+    """
+    while not is_done():
+        with cache.writing_to(directory), cache.locked(directory) as alone:
+            if is_done():
                 return
             if alone:
                 cache.note_use(directory)
@@ -175,6 +180,28 @@ def _finished(directory: Path) -> Iterator[About]:
         # A machine that lost its power may have half of a file: it is encoded again.
         with suppress(OSError, ValueError, KeyError):
             yield Chunk(path).about
+
+
+def _json_of(path: Path) -> dict[str, Any] | None:
+    """Return what a file of the cache holds, None where it is missing or damaged."""
+    with suppress(AdapterError):
+        return read_json(path)
+    return None
+
+
+def _is_whole(directory: Path) -> bool:
+    """Return whether a directory has its index, and the files of the sizes that the index says."""
+    index = _json_of(directory / INDEX) or {}
+    try:
+        return bool(index) and index["bytes"] == _sizes_in(directory)
+    except (OSError, KeyError):
+        return False
+
+
+def _sizes_in(directory: Path) -> dict[str, int]:
+    """Return the bytes of each file that holds rows or a column of them."""
+    files = chain(directory.glob("chunk-*.arrow"), directory.glob("*.npy"))
+    return {file.name: file.stat().st_size for file in files}
 
 
 def _bytes_of(files: list[Path]) -> int | None:
@@ -245,6 +272,7 @@ def _write_index(task: Task, chunks: list[About]) -> None:
                 for p in problems[:MOST_PROBLEMS]
             ],
             "digest": digest.hexdigest(),
+            "bytes": _sizes_in(directory),
         },
     )
 

@@ -43,7 +43,7 @@ def done_by_all_cores(
                 results.put(pickle.load(process.stdout))
             process.stdin.close()
             results.put(None)
-        except (EOFError, BrokenPipeError):
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code = process.wait()
             results.put(
                 DataError(
