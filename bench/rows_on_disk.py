@@ -5,6 +5,7 @@ python -m bench.rows_on_disk MODEL --rows 400000
 Writes short questions and answers as JSON lines to --out, deleted afterwards with the cache, and
 trains a few steps of MODEL, a small one, three times, each in a process of its own with a limit of
 memory, page cache included: killed (kill -9) in the middle of encoding, going on, and once more.
+A fourth, without the limit, holds the same rows as a list, which its losses are compared with.
 Needs root on Linux, for a control group of its own.
 """
 
@@ -25,23 +26,14 @@ from typing import Any
 
 import veneer
 from bench.limit import drop_caches, limited
+from veneer.data import load
 from veneer.training.events import DataReady, Encoding, Step
 from veneer.training.memory import process_memory
 
 WORDS = ["the", "cat", "water", "mountain", "river", "answer", "because", "people", "quickly"]
-WORDS += [
-    "world",
-    "think",
-    "small",
-    "house",
-    "number",
-    "paper",
-    "light",
-    "story",
-    "green",
-    "letter",
-]
-WORDS += ["window", "garden", "often", "between", "nothing", "always", "question", "music"]
+WORDS += ["world", "think", "small", "house", "number", "paper", "light", "story", "green"]
+WORDS += ["letter", "window", "garden", "often", "between", "nothing", "always", "question", "music"]
+STEPS = 8
 
 
 def write_rows(path: Path, rows: int) -> None:
@@ -55,10 +47,12 @@ def write_rows(path: Path, rows: int) -> None:
 
 def train(asked: argparse.Namespace, began: float) -> None:
     """Train a few steps, and print what happens when, in seconds from the start of the process."""
+    if asked.in_memory:
+        load.SMALL = sys.maxsize
     recipe = veneer.Recipe(
         asked.model,
         asked.out / "rows.jsonl",
-        training=veneer.TrainConfig(steps=3, tokens_per_step=2048),
+        training=veneer.TrainConfig(steps=STEPS, tokens_per_step=2048),
         out=asked.out / "run",
     )
     for event in veneer.tune(recipe, force=True):
@@ -74,11 +68,19 @@ def train(asked: argparse.Namespace, began: float) -> None:
 
 
 def apart(
-    asked: argparse.Namespace, enter: Callable[[], None], *, kill_at: int | None = None
+    asked: argparse.Namespace,
+    enter: Callable[[], None] | None = None,
+    *,
+    kill_at: int | None = None,
+    in_memory: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return what `train` prints in a process of its own, killed once so many rows are encoded."""
+    """Return what `train` prints in a process of its own, killed once so many rows are encoded.
+
+    enter: what the process does first, to be under the limit
+    """
     drop_caches()
     command = [sys.executable, "-m", "bench.rows_on_disk", asked.model, "--out", str(asked.out)]
+    command += ["--in-memory"] if in_memory else []
     environment = {**os.environ, "VENEER_CACHE": str(asked.out / "cache")}
     process = subprocess.Popen(
         [*command, "--began", str(time.time())],
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=2.0, help="GB, page cache included")
     parser.add_argument("--out", type=Path, default=Path("/var/tmp/veneer-rows-on-disk"))
     parser.add_argument("--began", type=float, help="train in this process")
+    parser.add_argument("--in-memory", action="store_true", help="there, hold the rows as a list")
     asked = parser.parse_args()
     if asked.began:
         train(asked, asked.began)
@@ -120,6 +123,7 @@ def main() -> None:
             went_on = apart(asked, enter)
             again = apart(asked, enter)
             most = peak()
+        listed = apart(asked, in_memory=True)
         kept = sum(f.stat().st_size for f in (asked.out / "cache").rglob("*") if f.is_file())
     finally:
         shutil.rmtree(asked.out, ignore_errors=True)
@@ -128,7 +132,10 @@ def main() -> None:
     speed = (last["encoded"] - first["encoded"]) / (last["seconds"] - first["seconds"])
     ready = next(line for line in went_on if "rows" in line)
     total = ready["rows"]
-    steps = [next(line for line in run if "loss" in line) for run in (went_on, again)]
+    runs = [[line for line in run if "loss" in line] for run in (went_on, again, listed)]
+    losses = [[step["loss"] for step in steps] for steps in runs]
+    same = losses[0] == losses[1] == losses[2] and len(losses[0]) == STEPS
+    first_step = runs[1][0]
     print(
         f"{asked.rows:,} rows, {size / 1e9:.2f} GB, {ready['tokens'] / total:.0f} tokens each; "
         f"the cache has {kept / 1e9:.2f} GB.\n"
@@ -136,10 +143,10 @@ def main() -> None:
         f"{first['encoded']:,} of them.\n"
         f"{speed:,.0f} rows/s are encoded on {len(os.sched_getaffinity(0))} cores.\n"
         f"From the command to the first step of a run with everything encoded: "
-        f"{steps[1]['seconds']:.1f} s; losses are "
-        f"{'the same' if steps[0]['loss'] == steps[1]['loss'] else 'NOT the same'}.\n"
+        f"{first_step['seconds']:.1f} s; the losses of {STEPS} steps are "
+        f"{'the same' if same else 'NOT the same'} as those of a list in memory.\n"
         f"Memory of the group at most {most / 1e9:.2f} GB, cache included; "
-        f"{steps[1]['anonymous'] / 1e9:.2f} GB of the process's own."
+        f"{first_step['anonymous'] / 1e9:.2f} GB of the process's own."
     )
 
 
