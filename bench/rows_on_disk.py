@@ -32,7 +32,17 @@ from veneer.training.memory import process_memory
 
 WORDS = ["the", "cat", "water", "mountain", "river", "answer", "because", "people", "quickly"]
 WORDS += ["world", "think", "small", "house", "number", "paper", "light", "story", "green"]
-WORDS += ["letter", "window", "garden", "often", "between", "nothing", "always", "question", "music"]
+WORDS += [
+    "letter",
+    "window",
+    "garden",
+    "often",
+    "between",
+    "nothing",
+    "always",
+    "question",
+    "music",
+]
 STEPS = 8
 
 
