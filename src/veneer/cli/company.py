@@ -22,13 +22,16 @@ SAME_SIGNAL = 1.0  # seconds
 
 
 def goes_on(world: World, directory: RunDirectory) -> bool:
-    """Return whether the elastic agent has started a process again whose run had begun."""
-    if not restarts():
+    """Return whether an elastic agent has started processes again whose run had begun.
+
+    Agents count for themselves: that of a new machine has started nothing again yet.
+    """
+    if not world.any(restarts() > 0):
         return False
     begun = world.first(lambda: directory.read_launch() == launch_id())
     if world.writes:
-        goes_on = ", and the run goes on from its newest checkpoint" if begun else ""
-        show_notice(f"A process died. All are started again{goes_on}.")
+        how = ", and the run goes on from its newest checkpoint" if begun else ""
+        show_notice(f"A process died. All are started again{how}.")
     return begun
 
 

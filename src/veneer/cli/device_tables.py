@@ -115,7 +115,9 @@ def _traffic(way: DevicePlan, link: int | None) -> list[str]:
     """Return what is sent in words, and in seconds where a link is named."""
     tokens = way.count // way.pieces * way.plan.config.tokens_per_batch
     each = f"A step of {tokens:,} tokens sends {bytes_text(way.sent_bytes)} from each device"
-    ever = ", as many with more tokens a pass" if way.sharded == "base" else ""
+    ever = ""
+    if way.sharded == "base" and way.pieces == 1:
+        ever = ", and no more if its passes have more tokens"
     if link is None:
         return [f"[dim]{each}{ever}; --link 10GB/s says how long that takes.[/]"]
     seconds = way.sent_bytes / link

@@ -96,8 +96,8 @@ class DevicePlan:
     def sent(self) -> tuple[Amount, ...]:
         """The bytes that a device sends in a step.
 
-        A sum over N devices goes around a ring twice, once to add up and once to tell: each device
-        sends (N - 1) / N of its bytes each time. What is gathered goes to N - 1 others.
+        A sum over N devices goes around a ring twice, once to add up and once to hand out: each
+        device sends (N - 1) / N of its bytes each time. What is gathered goes to N - 1 others.
         """
         n, pieces = self.count, self.pieces
         around: dict[str, list[tuple[float, str]]] = {

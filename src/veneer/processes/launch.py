@@ -34,7 +34,7 @@ def launch(
 
     work: a function of a module, or a partial of one. It is given a directory by which the
     processes find each other (`start.joined`): they listen on no address but that of this machine.
-    told: what to do in this process when the first signal comes; the processes get each.
+    on_signal: what to do in this process when the first signal comes; the processes get each.
 
     Where a process dies, all are started again, up to three times. Raises TrainingError after that.
     """
