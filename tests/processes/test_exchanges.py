@@ -16,7 +16,6 @@ from veneer.errors import DataError
 from veneer.processes.world import World
 from veneer.run_directory import RunDirectory
 
-
 LAUNCH = "job 7"
 
 
