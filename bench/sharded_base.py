@@ -2,8 +2,9 @@
 
 python -m bench.sharded_base
 
-A Llama shape with random weights in bfloat16, written to --out and deleted afterwards. It trains in
-one process with a memory limit, which the kernel is expected to end; in --processes processes, each
+A Llama shape with random weights in bfloat16, written to --out and deleted afterwards, and computed
+in float32: weights in the files' dtype would stay mapped, and count as page cache. It trains in one
+process with a memory limit, which the kernel is expected to end; in --processes processes, each
 with a limit of its own that is the same, over the sharded base; and in one process without a limit,
 whose losses the sharded ones must equal but for rounding. Limits count page cache too. Needs root
 on Linux, for control groups.
@@ -92,7 +93,7 @@ def train(asked: argparse.Namespace) -> dict[str, Any]:
         )
     world = World.current()
     with watched() as peaks:
-        base: Any = load_base(asked.out, dtype="bf16", tokenizer=object(), world=world)  # type: ignore[arg-type]
+        base: Any = load_base(asked.out, dtype="float32", tokenizer=object(), world=world)  # type: ignore[arg-type]
         loaded = peaks["RssAnon"]
         veneer.attach(base.model, veneer.LoRA(rank=8), seed=0)
         rows = random_rows(2 * asked.steps, asked.tokens // 2, VOCABULARY)
@@ -136,9 +137,9 @@ def measured(process: subprocess.Popen[str]) -> dict[str, Any] | int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("/tmp/veneer-sharded-base"))
-    parser.add_argument("--blocks", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=1.8, help="GB of each process")
+    parser.add_argument("--limit", type=float, default=1.6, help="GB of each process")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rank", type=int, help="train in this process")
@@ -165,7 +166,9 @@ def main() -> None:
         free = measured(start(asked, 0, 1, None))
     finally:
         shutil.rmtree(asked.out, ignore_errors=True)
-    print(f"Base: {size / 1e9:.2f} GB; limit of each process {asked.limit:.2f} GB.\n")
+    print(
+        f"Base: {2 * size / 1e9:.2f} GB in float32; limit of each process {asked.limit:.2f} GB.\n"
+    )
     print("| processes | peak of its group | anonymous | sent a step | formula | losses |")
     print("|---|---|---|---|---|---|")
     if isinstance(alone, int):

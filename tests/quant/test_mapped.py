@@ -148,7 +148,7 @@ def test_advice_reaches_the_system(tmp_path):
     save_file({"a": torch.zeros(2**20)}, tmp_path / "x.safetensors")
     tensors = list(map_tensors(tmp_path / "x.safetensors").values())
     assert mapped._advise(tensors, mmap.MADV_WILLNEED)
-    mapped._unmap(tensors)
+    mapped.release(tensors)
     assert float(tensors[0].sum()) == 0
     assert not mapped._advise(tensors, 12345)
 
@@ -157,7 +157,7 @@ def test_pages_that_tensors_share_stay_mapped(tmp_path):
     save_file({"a": torch.ones(2**16), "b": torch.ones(16)}, tmp_path / "x.safetensors")
     tensors = map_tensors(tmp_path / "x.safetensors")
     tensors["b"] += 1  # in memory alone: the file is not written to
-    mapped._unmap([tensors["a"]])
+    mapped.release([tensors["a"]])
     assert tensors["b"].unique().tolist() == [2.0]
     assert float(tensors["a"].sum()) == 2**16
 

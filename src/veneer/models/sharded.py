@@ -10,6 +10,7 @@ goes, so that layers, fused functions and autograd may keep them (docs/adr/0007-
 from __future__ import annotations
 
 import copy
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from veneer.models.blocks import decoder_layers
 from veneer.models.fingerprint import Sampled, marks_of, sampled_of
 from veneer.processes.gathering import Gathering, begin_gathering
 from veneer.processes.world import World
+from veneer.quant.mapped import release
 from veneer.quant.stack import QuantizedStack, quantized_modules
 from veneer.quant.weight import QuantizedWeight
 
@@ -89,6 +91,9 @@ class Buffer:
 
     def _free(self) -> None:
         self._gathering = None
+        if self._whole.device.type == "cpu" and hasattr(mmap, "MADV_DONTNEED"):
+            # The heap would keep the pages, and next time may take others: in the end, of all.
+            release([self._whole])
         self._whole.untyped_storage().resize_(0)
 
 

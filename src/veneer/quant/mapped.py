@@ -94,7 +94,7 @@ class ReadAhead:
         # Any jump but one step back is the start of another forward pass.
         step = -1 if number == self._current - 1 else 1
         if self._current >= 0:
-            self._reader.submit(_unmap, self._groups[self._current])
+            self._reader.submit(release, self._groups[self._current])
             if self._requested == self._current:
                 self._requested = -1  # it may be requested again
         self._current = number
@@ -124,8 +124,9 @@ def _populate(tensors: Sequence[Tensor]) -> None:
         _advise(tensors, mmap.MADV_WILLNEED)
 
 
-def _unmap(tensors: Sequence[Tensor]) -> None:
-    """Unmap the pages that hold nothing but these tensors, which stay in their file."""
+def release(tensors: Sequence[Tensor]) -> None:
+    """Give the pages back that hold nothing but these tensors. What is mapped stays in its file;
+    of other tensors the values are gone."""
     _advise(tensors, mmap.MADV_DONTNEED, whole=True)
 
 
