@@ -31,18 +31,8 @@ from veneer.training.events import DataReady, Encoding, Step
 from veneer.training.memory import process_memory
 
 WORDS = ["the", "cat", "water", "mountain", "river", "answer", "because", "people", "quickly"]
-WORDS += ["world", "think", "small", "house", "number", "paper", "light", "story", "green"]
-WORDS += [
-    "letter",
-    "window",
-    "garden",
-    "often",
-    "between",
-    "nothing",
-    "always",
-    "question",
-    "music",
-]
+WORDS += ["world", "think", "small", "house", "number", "paper", "light", "story", "green", "music"]
+WORDS += ["letter", "window", "garden", "often", "between", "nothing", "always", "question"]
 STEPS = 8
 
 
