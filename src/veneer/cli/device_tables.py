@@ -88,17 +88,16 @@ def verdict(
     plan: Plan, chosen: DevicePlan | None, changes: list[DevicePlan], devices: Devices
 ) -> str:
     """Return whether the plan fits the devices, and in which way."""
-    here = f"{devices.count} devices of {bytes_text(devices.memory)} (GB: 10⁹ bytes)"
+    number = f"{devices.count} device{'s' * (devices.count > 1)}"
+    here = f"{number} of {bytes_text(devices.memory)} (GB: 10⁹ bytes)"
     if chosen is None:
         how = "it does not fit." if changes else "it does not fit, whatever its settings."
         return f"[yellow]{here}: {how}[/]" if changes else f"[red]{here}: {how}[/]"
-    text = (
-        f"[green]{here}: it fits, {_in_words(chosen)}, with {bytes_text(chosen.peak)} on each.[/]"
-    )
+    text = f"[green]{here}: it fits, {_in_words(chosen)}: {bytes_text(chosen.peak)} a device.[/]"
     if chosen.peak > (1 - MARGIN) * devices.memory:
         text = (
-            f"[yellow]{here}: it just fits, {_in_words(chosen)}, with {bytes_text(chosen.peak)} on "
-            f"each and less than {MARGIN:.0%} left.[/]"
+            f"[yellow]{here}: it just fits, {_in_words(chosen)}: {bytes_text(chosen.peak)} a "
+            f"device, with less than {MARGIN:.0%} left.[/]"
         )
     gentler = whole_by_time(plan, devices.memory) if chosen.sharded == "base" else None
     if gentler is not None:
@@ -118,6 +117,8 @@ def _traffic(way: DevicePlan, link: int | None) -> list[str]:
     ever = ""
     if way.sharded == "base" and way.pieces == 1:
         ever = ", and no more if its passes have more tokens"
+    if way.count == 1:
+        return []
     if link is None:
         return [f"[dim]{each}{ever}; --link 10GB/s says how long that takes.[/]"]
     seconds = way.sent_bytes / link
