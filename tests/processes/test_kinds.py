@@ -12,7 +12,7 @@ import torch
 
 from support.closeness import assert_no_further
 from support.kinds import KINDS, Kind, is_first
-from support.worlds import Case, Result, trained, trained_by
+from support.worlds import Case, Result, assert_learnt, trained, trained_by
 from veneer import LoRA
 from veneer.processes.world import World
 
@@ -49,6 +49,7 @@ def assert_as_one(case: Case, results: Results, name: str, place: Path, **other:
             assert result[name].error == "", size
             assert result[name].events == of_all[0][name].events
         ours = of_all[0][name]
+        assert_learnt(ours, case)
         assert_no_further(ours.losses, peer.losses, reference.losses, f"losses of {size}")
         assert_no_further(ours.flat, peer.flat, reference.flat, f"weights of {size}")
 
@@ -58,7 +59,7 @@ def test_every_kind_is_trained_as_by_one_process(
     kind: Kind, results: Results, tmp_path: Path
 ) -> None:
     case = CASES[str(kind)]
-    other: dict[str, Any] = {"dtype": torch.float64}
+    other: dict[str, Any] = {"wide": True}
     if kind.bits:  # which have no float64: as near as one process is with other batches
         other = {"course": {**case.course, "tokens_per_batch": 40}}
     assert_as_one(case, results, str(kind), tmp_path, **other)
@@ -66,7 +67,7 @@ def test_every_kind_is_trained_as_by_one_process(
 
 @pytest.mark.parametrize("name", IN_BF16)
 def test_bf16_is_within_its_noise(name: str, results: Results, tmp_path: Path) -> None:
-    assert_as_one(IN_BF16[name], results, name, tmp_path, dtype=torch.float64)
+    assert_as_one(IN_BF16[name], results, name, tmp_path, wide=True)
 
 
 def test_a_run_of_four_goes_on_in_two_and_in_one(tmp_path: Path) -> None:
@@ -84,7 +85,8 @@ def test_a_run_of_four_goes_on_in_two_and_in_one(tmp_path: Path) -> None:
             rests[size] = trained_by(size, {"run": rest}, tmp_path)[0]["run"]
     assert torch.equal(rests[4].flat, undisturbed.flat)
     assert rests[4].events == undisturbed.events[-len(rests[4].events) :]
-    wide = trained(replace(whole, dtype=torch.float64, place=None), World(), tmp_path)
+    wide = trained(replace(whole, wide=True, place=None), World(), tmp_path)
     alone = trained(replace(whole, place=None), World(), tmp_path)
     for size in (1, 2):
+        assert_learnt(rests[size], whole)
         assert_no_further(rests[size].flat, alone.flat, wide.flat, f"weights of {size}")

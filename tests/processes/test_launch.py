@@ -130,12 +130,17 @@ def test_a_signal_stops_all_processes_with_a_checkpoint(
     assert_same_run(resumed, undisturbed)
 
 
-def test_an_error_is_said_once(home: Path) -> None:
-    (home / "bad.jsonl").write_text('{"text": 5}\n')
-    command = Command(home, "refused", "--processes", "2", "--eval-data", "bad.jsonl")
-    assert command.end() == 2
-    assert command.text().count("Error:") == 1
-    assert "Traceback" not in command.text()
+@pytest.mark.parametrize("by_torchrun", [False, True])
+def test_an_error_is_said_once(by_torchrun: bool, home: Path) -> None:
+    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "veneer")
+    ways = {"before": torchrun} if by_torchrun else {}
+    own = () if by_torchrun else ("--processes", "2")
+    command = Command(home, "refused", *own, "--targets", "no_such_layer", **ways)
+    assert command.end() == (1 if by_torchrun else 2)  # torchrun's own for any failure
+    errors = [line for line in command.text().splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1
+    assert "no_such_layer" in errors[0]
+    assert by_torchrun or "Traceback" not in command.text()
 
 
 def test_two_agents_with_a_rendezvous_are_as_one(home: Path, undisturbed: Command) -> None:

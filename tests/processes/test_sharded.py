@@ -244,7 +244,7 @@ def test_training_over_a_sharded_base_is_that_of_one_process(size: int, tmp_path
             peer = worlds.trained(replace(case, course=course), World(), tmp_path)
             reference = alone
         else:
-            wide = replace(case, dtype=torch.float64)
+            wide = replace(case, wide=True)
             peer, reference = alone, worlds.trained(wide, World(), tmp_path)
         assert_no_further(ours.losses, peer.losses, reference.losses, f"{name}: losses")
         assert_no_further(ours.flat, peer.flat, reference.flat, f"{name}: weights")

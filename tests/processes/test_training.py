@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.closeness import assert_no_further
-from support.worlds import Case, Result, trained, trained_by
+from support.worlds import Case, Result, assert_learnt, trained, trained_by
 from veneer import LoRA, Method
 from veneer.errors import DataError
 from veneer.processes.world import World
@@ -57,13 +57,14 @@ SPOILT = {
 def assert_like_one(result: Result, case: Case, place: Path) -> None:
     """Assert that a result is as near to the same training in float64 as that of one process is; or
     over a quantized base as near to one process's as that is itself with other batches."""
+    assert_learnt(result, case)
     case = replace(case, place=None, course={**case.course, "context_parallel": 1})
     alone = trained(case, World(), place)
     if case.bits:
         wider = replace(case, course={**case.course, "tokens_per_batch": 40})
         peer, reference = trained(wider, World(), place), alone
     else:
-        peer, reference = alone, trained(replace(case, dtype=torch.float64), World(), place)
+        peer, reference = alone, trained(replace(case, wide=True), World(), place)
     assert [type(event) for event in result.events] == [type(event) for event in alone.events]
     assert_no_further(result.losses, peer.losses, reference.losses, "losses")
     assert_no_further(result.flat, peer.flat, reference.flat, "weights")

@@ -46,6 +46,7 @@ class Case:
     new_tokens: bool = False
     course: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    wide: bool = False  # the same weights in float64; a model made in it would draw others
     padded: bool = False
     sharded: bool = False
     spoilt: Callable[[World, int], float] | None = None
@@ -55,7 +56,14 @@ class Case:
 
     def model(self, world: World) -> Any:
         """Return the model with what trains, the same each time."""
-        world = world if self.sharded else World()
+        model = self._narrow_model(world if self.sharded else World())
+        if not self.wide:
+            return model
+        if any(name.endswith("experts") for name, _ in model.named_modules()):
+            model.set_experts_implementation("eager")  # float64 has no grouped products
+        return model.double()
+
+    def _narrow_model(self, world: World) -> Any:
         if self.kind is not None:
             from support.kinds import KINDS
 
@@ -101,7 +109,7 @@ def trained(case: Case, world: World, place: Path) -> Result:
     torch.manual_seed(world.rank)
     model = case.model(world)
     course = replace(COURSE, **case.course)
-    vocabulary = VOCAB + 3 * case.new_tokens
+    rows = examples(LENGTHS, vocabulary=VOCAB + 3 * case.new_tokens)
     own, passes, at = forward.Forward.__call__, 0, [0]
 
     def spoilt(self: Any, model: Any, batch: Any) -> Tensor:
@@ -126,9 +134,9 @@ def trained(case: Case, world: World, place: Path) -> Result:
     try:
         for event in veneer.train(
             model,
-            examples(LENGTHS, vocabulary=vocabulary),
+            rows,
             course,
-            held_out=examples([9, 14, 7], seed=1, vocabulary=vocabulary),
+            held_out=rows[2:5],  # learnt, so that the best weights are not those of the start
             directory=place / case.place if case.place else None,
             resume=case.resumes,
             should_stop=lambda: world.rank == world.size - 1 and at[0] == case.stop_at,
@@ -147,6 +155,16 @@ def trained(case: Case, world: World, place: Path) -> Result:
     result.weights = trained_weights(model)
     result.sent = dict(world.sent.bytes_of)
     return result
+
+
+def assert_learnt(result: Result, case: Case) -> None:
+    """Assert that a result's weights are those after some step, and that each has changed."""
+    last = result.events[-1]
+    assert isinstance(last, Stopped) or (isinstance(last, Trained) and last.weights_of > 0), last
+    start = trained_weights(case.model(World()))
+    assert start.keys() == result.weights.keys()
+    still = [name for name in start if torch.equal(start[name], result.weights[name])]
+    assert not still, still
 
 
 def _work(rank: int, size: int, cases: Mapping[str, Case], place: Path) -> None:
