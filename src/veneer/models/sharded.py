@@ -135,12 +135,12 @@ class Shards:
         """Have the buffer `number` whole, begin on the one used next, and free all others."""
         if number <= 1 and not backward:
             self._first_with_gradient = len(self._order)
-        wanted = self._order[number]
+        current = self._order[number]
         following = self._following(number, backward=backward)
         for buffer in self._order:
-            if buffer is not wanted and buffer is not following and not buffer.pins:
+            if buffer is not current and buffer is not following and not buffer.pins:
                 buffer.drop()
-        wanted.make_whole()
+        current.make_whole()
         if following is not None:
             following.begin()
 
