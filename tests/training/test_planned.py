@@ -133,6 +133,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch
     assert not Path("dist").exists()
 
 
+def test_one_process_says_that_it_does_not_shard_the_base(big):
+    for shard, says_so in (("base", True), ("auto", False)):
+        events = veneer.tune(replace(big, shard=shard), ignore_plan=True)
+        before = itertools.takewhile(lambda event: not isinstance(event, Planned), events)
+        texts = [event.text for event in before if isinstance(event, Notice)]
+        assert any("not sharded" in text for text in texts) == says_so
+
+
 def test_a_mistake_in_a_row_is_found_before_the_base_is_loaded(big):
     big.data.write_text('{"prompt": "a"}')
     with pytest.raises(veneer.DataError, match=r"rows\.jsonl:1"):

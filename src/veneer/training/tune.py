@@ -266,6 +266,8 @@ def _plan(
 
     Raises ConfigError where the run does not fit, unless that is to be ignored.
     """
+    if recipe.shard == "base" and world.size == 1:
+        yield Notice("The base is not sharded: one process alone trains. Give --processes N.")
     why = ahead.why_no_plan
     if torch.cuda.is_available():
         why = "plans are of the processor's memory, and this runs on a GPU."
