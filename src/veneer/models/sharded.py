@@ -314,9 +314,9 @@ def _owned(value: Any, note: Callable[[Tensor, Replace], None]) -> Any:
     return own
 
 
-def _same_weight(embedding: Any, head: Any) -> bool:
-    parameters = [getattr(module, "_parameters", {}).get("weight") for module in (embedding, head)]
-    return parameters[0] is not None and parameters[0] is parameters[1]
+def _same_weight(embedding: nn.Module, head: nn.Module) -> bool:
+    weight = embedding._parameters.get("weight")
+    return weight is not None and weight is head._parameters.get("weight")
 
 
 def _aligned(count: int) -> int:

@@ -37,8 +37,6 @@ def begin_gathering(own: Tensor, whole: Tensor, world: World) -> Gathering:
     with exchange():
         if dist.get_backend() != "gloo":
             return Gathering([dist.all_gather_into_tensor(whole, own, async_op=True)])
-        # Gloo's gather collects in a buffer of its own, as large as the whole, and copies it:
-        # 100 MB among two processes took 972 ms and 102 MB so, as broadcasts in place 394 ms and
-        # 2 MB.
+        # Gloo's own gather is slower and takes twice the memory (docs/adr/0007-own-sharding.md).
         works = [dist.broadcast(p, src=rank, async_op=True) for rank, p in enumerate(pieces)]
         return Gathering(works)
