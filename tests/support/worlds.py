@@ -54,6 +54,16 @@ class Case:
     resumes: bool = False
     place: str | None = None  # of checkpoints
 
+    @property
+    def adds_tokens(self) -> bool:
+        """Whether the rows may hold new tokens, for their embeddings to be learnt."""
+        return self.new_tokens or (self.kind is not None and self._kind().new_tokens)
+
+    def _kind(self) -> Any:
+        from support.kinds import KINDS
+
+        return next(kind for kind in KINDS if str(kind) == self.kind)
+
     def model(self, world: World) -> Any:
         """Return the model with what trains, the same each time."""
         model = self._narrow_model(world if self.sharded else World())
@@ -65,9 +75,7 @@ class Case:
 
     def _narrow_model(self, world: World) -> Any:
         if self.kind is not None:
-            from support.kinds import KINDS
-
-            kind = next(kind for kind in KINDS if str(kind) == self.kind)
+            kind = self._kind()
             return kind.attached(shard_base(kind.base(self.dtype), world))
         if self.bits:
             model = quantized(self.architecture, self.bits, dtype=self.dtype)
@@ -109,7 +117,7 @@ def trained(case: Case, world: World, place: Path) -> Result:
     torch.manual_seed(world.rank)
     model = case.model(world)
     course = replace(COURSE, **case.course)
-    rows = examples(LENGTHS, vocabulary=VOCAB + 3 * case.new_tokens)
+    rows = examples(LENGTHS, vocabulary=VOCAB + 3 * case.adds_tokens)
     own, passes, at = forward.Forward.__call__, 0, [0]
 
     def spoilt(self: Any, model: Any, batch: Any) -> Tensor:
