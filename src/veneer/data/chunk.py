@@ -95,7 +95,7 @@ class ChunkWriter:
         about.examples = len(self)
         about.digest = hashlib.sha256(b"".join(self._digests)).hexdigest()
         tokens = np.frombuffer(self._tokens, dtype=np.uint32)
-        if tokens.max(initial=0) < 2**16:
+        if np.max(tokens, initial=0) < 2**16:
             tokens = tokens.astype(np.uint16)
         ends = [pa.array(np.frombuffer(x, np.int32)) for x in (self._token_ends, self._learnt_ends)]
         columns = {

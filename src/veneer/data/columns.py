@@ -99,7 +99,7 @@ def summarize(examples: Sequence[Example], dropped: Sequence[int] = ()) -> Summa
         tokens=int(lengths.sum(dtype=np.int64)),
         label_tokens=int(labels.sum(dtype=np.int64)),
         truncated=int(np.count_nonzero(truncated)),
-        longest=int(lengths.max(initial=0)),
+        longest=int(np.max(lengths, initial=0)),
         lost=int(lost) + sum(dropped),
         dropped=len(dropped),
         unread=int(np.count_nonzero(unread)),

@@ -66,7 +66,7 @@ def filled_up(batch: Batch, multiple: int, in_front: int = 0) -> Batch:
         tokens=np.concatenate([batch.tokens, np.resize(batch.tokens, missing)]),
         labels=np.concatenate([batch.labels, np.full(missing, UNLABELLED)]),
         # No position beyond those of the rows, as the model may not have it.
-        positions=np.concatenate([batch.positions, np.arange(missing) % batch.lengths.max()]),
+        positions=np.concatenate([batch.positions, np.arange(missing) % np.max(batch.lengths)]),
         lengths=np.concatenate([batch.lengths, [missing]]),
         rows=batch.rows,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,7 +98,7 @@ class Forward:
         lengths = batch.lengths.tolist()
         packing = Packing(lengths, device) if self.packed and self.context is None else None
         if self.context is not None:
-            highest = int(batch.positions.max())
+            highest = int(np.max(batch.positions))
             packing = DealtPacking(lengths, self.context, device, highest=highest)
             tokens, labels, positions = (x[packing.own] for x in (tokens, labels, positions))
         with self.installed(model) as installation, installation.running(packing):

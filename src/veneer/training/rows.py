@@ -63,7 +63,9 @@ class RunRows:
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(int(lengths_of(rows).max(initial=0)) for rows in (self.examples, self.held_out))
+        return max(
+            int(np.max(lengths_of(rows), initial=0)) for rows in (self.examples, self.held_out)
+        )
 
     def identity(self, before: str | None = None) -> str:
         """Return a hash of all tokens and labels.
