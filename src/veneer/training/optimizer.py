@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.processes.world import World
+from veneer.processes.world import ALONE, World
 
-ALONE = World()
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
