@@ -35,7 +35,7 @@ from veneer.fused.patches import (
 from veneer.fused.recognise import TOLERANCE, recognise
 from veneer.fused.recompute import Recompute
 from veneer.fused.watch import attention_is_asked_for
-from veneer.kernels import native
+from veneer.kernels import choice, native
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
 from veneer.kernels.cross_entropy import IGNORED
@@ -258,6 +258,8 @@ def choose_forward(
         )
     notices += _of_slow_experts(routed)
     if model.device.type == "cpu" and (why := native.load()[1]):
+        notices.append(f"Norms, activations and attention take a slower way: {why}.")
+    if why := choice.slower_on(choice.device_of(model.device)):
         notices.append(f"Norms, activations and attention take a slower way: {why}.")
     blocks = decoder_layers(model)
     on_disk = recompute == "disk"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,10 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.kernels import choice
+from veneer.kernels.cpu_flash import flash_shares_keys, prefers_blocks
 from veneer.kernels.dropout import Mask
+from veneer.kernels.flex import flex_attention
 from veneer.kernels.packing import Packing
 from veneer.kernels.rows import row_dots
 from veneer.kernels.score_blocks import QUERY_BLOCK, ScoreBlocks, query_blocks, visible_keys
+from veneer.kernels.varlen import VarlenAttention
 
 __all__ = ["NAME", "Attention", "Packing", "UnsupportedAttention", "packed_attention"]
 
@@ -67,7 +70,7 @@ def packed_attention(
     if packing.prefix is not None:
         layer: Any = module
         y = attention.composed(q, k, v, packing.prefix[layer.layer_idx])
-    elif q.device.type != "cpu" and mask is None:
+    elif attention.composes(q, v):
         y = attention.composed(q, k, v)
     else:
         y = _PackedAttention.apply(q, k, v, attention)
@@ -100,11 +103,16 @@ class Attention:
             raise UnsupportedAttention("the gradient of attention sinks")
 
     def composed(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """Return y by torch's own differentiable operations, on any device, with masks of torch's.
+        """Return y by torch's own differentiable operations, on any device.
 
         prefix (2, kv_heads, virtual, head_dim): keys and values of tokens right before each
         sequence, which its queries see too. Autograd keeps the probabilities of soft-capped scores.
         """
+        if prefix is None and self._way(q, v) == "flex":
+            mask = self.packing.block_mask(self.window)
+            return flex_attention(
+                q, k, v, mask, self.scale, softcap=self.softcap, sinks=self.sinks
+            )
         outputs = []
         for query, key, value in self._groups(q, k, v):
             if prefix is not None:
@@ -159,9 +167,14 @@ class Attention:
         return F.dropout(p, dropout) @ v.repeat_interleave(shared, 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return y, and log Σ exp of each group's t and sinks, (sequences, heads, length)."""
-        if self._composes(q):
+        """Return y, and log Σ exp of each group's t and sinks, (sequences, heads, length); of all
+        tokens, (heads, tokens), where they are computed as they lie."""
+        if self.composes(q, v):
             return self.composed(q, k, v), []
+        if self._way(q, v) == "varlen":
+            y, log_sum = self._varlen.forward(q, k, v)
+            y, log_sum = self._with_sinks(y, log_sum)
+            return y, [log_sum]
         if groups := self._by_key_heads(q, k, v):
             results = [
                 one.forward(q[:, heads], k[:, keys], v[:, keys]) for one, heads, keys in groups
@@ -175,11 +188,7 @@ class Attention:
         for number, tensors in enumerate(self._groups(q, k, v)):
             attend = self._flash if flash else self._blocks(number).forward
             y, log_sum = attend(*tensors)
-            if self.sinks is not None:
-                # All keys together have the share exp(log_sum) of the new sum.
-                total = torch.logaddexp(log_sum, self._sinks(log_sum))
-                y = y * (log_sum - total).exp().transpose(1, 2)[..., None].to(y.dtype)
-                log_sum = total
+            y, log_sum = self._with_sinks(y, log_sum)
             outputs.append(y)
             log_sums.append(log_sum)
         return self.packing.from_groups(outputs), log_sums
@@ -188,7 +197,9 @@ class Attention:
         self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sums: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v from dy and from `forward`'s inputs and results."""
-        if self._composes(q):
+        if self._way(q, v) == "varlen":
+            return self._varlen.backward(dy, q, k, v, y, log_sums[0])
+        if self.composes(q, v):
             with torch.enable_grad():
                 q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
                 dq, dk, dv = torch.autograd.grad(self.composed(q, k, v), (q, k, v), dy)
@@ -290,13 +301,38 @@ class Attention:
     def _changes_softmax(self) -> bool:
         return self.softcap is not None or self.sinks is not None
 
-    def _composes(self, q: Tensor) -> bool:
-        """Return whether torch's operations compute y, which cannot repeat their masks."""
-        return q.device.type != "cpu" and self.dropout is None
+    def composes(self, q: Tensor, v: Tensor) -> bool:
+        """Return whether torch's differentiable operations compute y."""
+        return self._way(q, v) in ("flex", "groups")
+
+    def _way(self, q: Tensor, v: Tensor) -> choice.AttentionWay:
+        return choice.attention(
+            choice.device_of(q.device),
+            q.dtype,
+            max(q.shape[-1], v.shape[-1]),
+            softcap=self.softcap is not None,
+            dropout=self.dropout is not None,
+            other_keys=not self.packing.sees_own_keys,
+        )
+
+    @property
+    def _varlen(self) -> VarlenAttention:
+        packing = self.packing
+        window = self.window if self._is_narrow(packing.longest) else None
+        return VarlenAttention(packing.starts, packing.longest, self.scale, window)
 
     def _blocks(self, group: int) -> ScoreBlocks:
         dropout = None if self.dropout is None else self.dropout.numbered(group * BLOCKS)
         return ScoreBlocks(self.scale, self.window, self.softcap, dropout)
+
+    def _with_sinks(self, y: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log Σ exp with the sinks in the sum: y (..., length, heads, value_dim),
+        log_sum (..., heads, length)."""
+        if self.sinks is None:
+            return y, log_sum
+        # All keys together have the share exp(log_sum) of the new sum.
+        total = torch.logaddexp(log_sum, self._sinks(log_sum))
+        return y * (log_sum - total).exp().transpose(-1, -2)[..., None].to(y.dtype), total
 
     def _sinks(self, log_sum: Tensor) -> Tensor:
         assert self.sinks is not None
@@ -332,33 +368,6 @@ def _is_masked_elsewhere(module: nn.Module) -> bool:
     window = getattr(config, WINDOWS[kind], None) if kind in WINDOWS else None
     context = getattr(config, "max_position_embeddings", None)
     return window is not None and (context is None or window < context)
-
-
-def prefers_blocks(dtype: torch.dtype) -> bool:
-    """Return whether blocks of products are faster than torch's flash kernel.
-
-    They are twice as fast in bfloat16 where AVX512 multiplies it, for the kernel's small products
-    are slow there. Matrix units (AMX) suit the kernel better; elsewhere bfloat16 is emulated, and
-    blocks take twenty times as long.
-    """
-    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-    return dtype == torch.bfloat16 and avx512 and not amx
-
-
-@functools.cache
-def flash_shares_keys() -> bool:
-    """Return whether torch's flash kernel takes fewer key heads than heads: younger ones do.
-
-    Those that do not would read on behind the given heads, hence a view of enough of them here.
-    """
-    q, keys = torch.eye(4)[None, :, None], torch.eye(4)[None, :, None] + 1  # (1, 4, 1, 4)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    try:
-        y, _ = flash(q, keys[:, :2], keys[:, :2])
-    except RuntimeError:
-        return False
-    shared = keys[:, :2].repeat_interleave(2, 1)
-    return torch.equal(y, flash(q, shared, shared)[0])
 
 
 def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from veneer.kernels.flex import BlockMask, block_mask
+
 # Sequences share a product when the shortest has at least this share of the longest's length, both
 # rounded up to a multiple of LENGTH_STEP, so that products of the same shapes come again.
 LIKE_LENGTH = 0.75
@@ -37,6 +39,12 @@ class Packing:
         for length in lengths:
             starts.append(starts[-1] + length)
         self.tokens = starts[-1]
+        self.longest = max(lengths)
+        # Where sequences begin, and where the last one ends, as kernels for rows of any lengths
+        # take it: (sequences + 1,).
+        self.starts = torch.tensor(starts, dtype=torch.int32).to(device)
+        self.sees_own_keys = before is None  # and no others
+        self._block_masks: dict[int | None, BlockMask] = {}  # by window
         order = sorted(range(len(lengths)), key=lambda i: (self.before[i], -lengths[i]))
         self.groups: list[tuple[int, int]] = []  # (sequences, padded length)
         self.members: list[list[int]] = []  # which sequences these are
@@ -70,6 +78,12 @@ class Packing:
         packing = copy.copy(self)
         packing.prefix = prefix
         return packing
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """Return FlexAttention's mask of the packed rows, made once for all layers."""
+        if window not in self._block_masks:
+            self._block_masks[window] = block_mask(self.starts, self.tokens, window)
+        return self._block_masks[window]
 
     def to_groups(self, x: Tensor) -> Tensor:
         """Return packed rows (tokens, ...) as padded groups; padding repeats the first row."""

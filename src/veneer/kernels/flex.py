@@ -1,0 +1,65 @@
+"""Attention over packed rows by torch's FlexAttention, whose compiled kernel can cap scores."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import BlockMask
+
+__all__ = ["BlockMask", "block_mask", "flex_attention"]
+
+
+def flex_attention(
+    q: Tensor,  # (tokens, heads, dim)
+    k: Tensor,  # (tokens, kv_heads, dim)
+    v: Tensor,  # (tokens, kv_heads, value_dim)
+    mask: BlockMask,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (heads,)
+) -> Tensor:
+    """Return softmax(t) v, (tokens, heads, value_dim), differentiably, with t = scale · q kᵀ or
+    softcap · tanh(scale · q kᵀ / softcap), and the sinks in the softmax's sum."""
+
+    def capped(score: Tensor, *_place: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    y, more = _function(q.device.type)(
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+        score_mod=None if softcap is None else capped,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=flex.AuxRequest(lse=True),
+    )
+    y = y[0].transpose(0, 1)
+    if sinks is None:
+        return y
+    log_sums = more.lse[0].T  # (tokens, heads)
+    share = (log_sums - torch.logaddexp(log_sums, sinks.to(log_sums.dtype))).exp()
+    return y * share.unsqueeze(-1).to(y.dtype)
+
+
+def block_mask(starts: Tensor, tokens: int, window: int | None) -> BlockMask:
+    """Return which keys the queries of a packed batch see: those of the same sequence up to their
+    own, and of these the last `window`. starts (sequences + 1,): where sequences begin and end."""
+    at = torch.arange(tokens, device=starts.device)
+    sequence = torch.searchsorted(starts, at, right=True)  # (tokens,)
+
+    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (sequence[query] == sequence[key]) & (query >= key)
+        return seen if window is None else seen & (query - key < window)
+
+    return flex.create_block_mask(sees, None, None, tokens, tokens, device=starts.device)
+
+
+@functools.cache
+def _function(device: str) -> Callable[..., Any]:
+    """Return FlexAttention, compiled on a card: without, every score would be in memory."""
+    return flex.flex_attention if device == "cpu" else torch.compile(flex.flex_attention)
