@@ -110,9 +110,7 @@ class Attention:
         """
         if prefix is None and self._way(q, v) == "flex":
             mask = self.packing.block_mask(self.window)
-            return flex_attention(
-                q, k, v, mask, self.scale, softcap=self.softcap, sinks=self.sinks
-            )
+            return flex_attention(q, k, v, mask, self.scale, softcap=self.softcap, sinks=self.sinks)
         outputs = []
         for query, key, value in self._groups(q, k, v):
             if prefix is not None:

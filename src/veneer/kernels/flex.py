@@ -28,6 +28,7 @@ def flex_attention(
     softcap · tanh(scale · q kᵀ / softcap), and the sinks in the softmax's sum."""
 
     def capped(score: Tensor, *_place: Tensor) -> Tensor:
+        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     y, more = _function(q.device.type)(
@@ -61,5 +62,6 @@ def block_mask(starts: Tensor, tokens: int, window: int | None) -> BlockMask:
 
 @functools.cache
 def _function(device: str) -> Callable[..., Any]:
-    """Return FlexAttention, compiled on a card: without, every score would be in memory."""
-    return flex.flex_attention if device == "cpu" else torch.compile(flex.flex_attention)
+    """Return FlexAttention, compiled on a card: else every score would be in memory."""
+    function: Callable[..., Any] = flex.flex_attention
+    return function if device == "cpu" else torch.compile(function)

@@ -78,7 +78,7 @@ class VarlenAttention:
 def _dim_of(q: Tensor, v: Tensor) -> int:
     """Return the dim to which q, k and v are padded: the kernel wants one for all."""
     dim = max(q.shape[-1], v.shape[-1])
-    return WIDEST_HEAD if WIDE_HEAD < dim else -(dim // -LEAST_STEP) * LEAST_STEP
+    return WIDEST_HEAD if dim > WIDE_HEAD else -(dim // -LEAST_STEP) * LEAST_STEP
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:
