@@ -73,6 +73,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "new_words": ("auto", "auto"),
     },
     "": {
+        "device": ("cpu", "cpu"),
         "dtype": ("bf16", "bf16"),
         "bits": (4, 4),
         "pack_head": (True, True),
@@ -254,6 +255,7 @@ COMPARED: dict[str, tuple[str, object]] = {
     "tokens_per_step": ("512", 512),
     "lr": ("", {"lora+": 2e-4}),
     "range_test": ("", True),
+    "device": ("cpu", "cpu"),
     "dtype": ("bf16", "bf16"),
 }
 

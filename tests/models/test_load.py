@@ -260,7 +260,6 @@ def test_auto_takes_the_format_that_multiplies_faster(monkeypatch, slow):
             time.sleep(0.05)
         return torch.zeros(1)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(F, "linear", linear)
     (fast,) = {torch.float32, torch.bfloat16} - {slow}
     assert resolve_dtype("auto") == dtypes.fastest_dtype() == fast

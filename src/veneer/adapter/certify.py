@@ -17,6 +17,7 @@ from veneer.adapter.use import base_alone, in_use
 from veneer.adapter.virtual_context import context_left
 from veneer.data.probe import probe_rows
 from veneer.errors import MergeError, share_text
+from veneer.kernels.wide import wide
 from veneer.models.evaluating import evaluating
 from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.stack import quantized_modules, quantized_stacks
@@ -208,7 +209,7 @@ def _divergence(p: Tensor, q: Tensor, *, finite: bool = False) -> float:
     for a, b in zip(p.split(ROWS_AT_ONCE), q.split(ROWS_AT_ONCE), strict=True):
         if finite:
             a = a.masked_fill(~torch.isfinite(b), -torch.inf)
-        a, b = (x.log_softmax(-1, dtype=torch.float64) for x in (a, b))
+        a, b = (wide(x).log_softmax(-1) for x in (a, b))
         terms = torch.where(torch.isneginf(a), 0.0, a.exp() * (a - b))
         total += float(terms.sum().nan_to_num(torch.inf))
     return total

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from veneer.adapter.wrapper import is_intercepted
 from veneer.kernels.activation import activation_of
 from veneer.kernels.arena import Arena
+from veneer.kernels.wide import wide
 from veneer.lowrank.expert_gates import Gate, KnownGate, OwnGate
 from veneer.lowrank.expert_loop import looped_experts
 from veneer.lowrank.expert_stacks import Stack, StackUpdate, TokenUpdates
@@ -209,8 +210,8 @@ def _why_not(module: Any, recognised: RoutedExperts, own: Any) -> str | None:
     y = computed(x, index, weights, experts)
     if y.shape != expected.shape or y.dtype != expected.dtype:
         return "its output is of another shape or dtype"
-    distance = (y.double() - expected.double()).norm(dim=-1)
-    allowed = TOLERANCE[y.dtype] * expected.double().norm(dim=-1)
+    distance = (wide(y) - wide(expected)).norm(dim=-1)
+    allowed = TOLERANCE[y.dtype] * wide(expected).norm(dim=-1)
     if bool((distance <= allowed).all()):
         return None
     return "its numbers are others than those of its experts by transformers' contract"

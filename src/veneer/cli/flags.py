@@ -72,6 +72,9 @@ def refuse_preset(model: str) -> None:
 class BaseFlags:
     """How a base is loaded."""
 
+    device: str = "auto"
+    """Device to compute on: cpu, cuda, mps, xpu, or one of several as in cuda:1; auto takes an
+    accelerator where there is one."""
     dtype: DType = "auto"
     """Number format to compute in; auto takes the faster one here."""
     bits: LoadBits | Literal["auto"] | None = None

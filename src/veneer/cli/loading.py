@@ -28,7 +28,9 @@ def load_base(model: str, flags: BaseFlags, adapters: Mapping[str, Path]) -> Bas
     bits, pack_head = flags.bits, False
     if bits == "auto":
         bits, pack_head = bits_of(model, adapters)
-    base = veneer.load_base(model, dtype=flags.dtype, bits=bits, pack_head=pack_head)
+    base = veneer.load_base(
+        model, device=flags.device, dtype=flags.dtype, bits=bits, pack_head=pack_head
+    )
     for notice in base.notices:
         show_notice(notice)
     return base

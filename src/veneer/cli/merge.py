@@ -58,8 +58,10 @@ def merge(
     base = base_of(base, [adapter])
     into_gguf = out.suffix == ".gguf"
     if into_gguf and _is_gguf(base):
-        if loading.dtype != "auto" or loading.bits is not None:
-            raise ConfigError("Into GGUF the base is not computed with: leave --dtype and --bits.")
+        if loading.bits is not None or {loading.dtype, loading.device} != {"auto"}:
+            raise ConfigError(
+                "Into GGUF the base is not computed with: leave --device, --dtype and --bits."
+            )
         if probe is not None or accept_loss:
             raise ConfigError("Into GGUF nothing is probed: leave --probe and --accept-loss.")
         _merge_into_gguf(base, adapter, out, loading, kind=gguf_type)

@@ -94,6 +94,7 @@ def tune(
         lora=lora,
         training=training,
         rows=rows,
+        device=base.device,
         dtype=base.dtype,
         bits=bits,
         pack_head=pack_head,
@@ -138,7 +139,7 @@ def run_recipe(
     from veneer.cli.company import as_one, goes_on
     from veneer.processes.start import joined
 
-    with joined(place) as company:
+    with joined(place, accelerators=recipe.device != "cpu") as company:
         writes = company.world.writes
 
         def run() -> int:

@@ -11,6 +11,7 @@ from veneer.checks import ABOVE_0, broken, check_config, one_of, whole_number
 from veneer.compare.budget import Budget, parse_budget
 from veneer.compare.labels import LABELS, Label, swept
 from veneer.errors import ConfigError, nearest
+from veneer.models.device_names import DEVICE
 from veneer.training.choose import learning_rate
 from veneer.training.recipe import DType
 
@@ -55,6 +56,9 @@ class CompareConfig:
     `veneer tune` chooses."""
     range_test: bool = False
     """First try a third of each rate, the rate and three times it, for a tenth of the budget."""
+    device: str = "auto"
+    """Device to compute on: cpu, cuda, mps, xpu, or one of several as in cuda:1; auto takes an
+    accelerator where there is one."""
     dtype: DType = "auto"
     """Number format to compute in; auto takes the faster one here, the same for all."""
 
@@ -92,6 +96,7 @@ class CompareConfig:
                 "limit": whole_number(2),
                 "max_length": whole_number(2),
                 "tokens_per_step": count,
+                "device": DEVICE,
                 "dtype": one_of(DType),
             },
             contradictions={

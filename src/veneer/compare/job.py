@@ -37,6 +37,7 @@ class Job:
     limit: int | None
     max_length: int
     tokens_per_step: int | None  # None for the base alone, which chooses them for all
+    device: str
     dtype: str
     split_seed: int
     seed: int
@@ -114,7 +115,8 @@ def read_result(path: Path, job: Job) -> Result | None:
     if not path.exists():
         return None
     written = read_json(path)
-    if differing := differences(written["job"], job.settings()):
+    then = {"device": "auto", **written["job"]}  # earlier versions wrote no device
+    if differing := differences(then, job.settings()):
         raise ConfigError(
             f"{path} belongs to another comparison: {joined(differing)}. Resume with the same "
             "settings, or start anew by --force or another --out."

@@ -37,6 +37,7 @@ from veneer.fused.forward import choose_forward
 from veneer.generate.decode import answers, check_prompts
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
+from veneer.models.device import begin_peak, peak_memory
 from veneer.models.fingerprint import base_parameters, fingerprint, parameter_count
 from veneer.models.load import Base, load_base
 from veneer.quant.stack import quantized_weights
@@ -67,7 +68,7 @@ def measure(job: Job, runs: Path, report: Report) -> Result:
     """
     report({"doing": "loading"})
     recipe = recipe_of(job)
-    base = load_base(job.model, dtype=job.dtype, bits=recipe.loaded_bits)
+    base = load_base(job.model, device=job.device, dtype=job.dtype, bits=recipe.loaded_bits)
     model = base.model
     for notice in base.notices:
         report({"notice": notice})
@@ -129,6 +130,7 @@ def recipe_of(job: Job) -> Recipe:
             seed=job.seed,
         ),
         rows=DataConfig(limit=job.limit, max_length=job.max_length),
+        device=job.device,
         dtype=cast(DType, job.dtype),
         bits=label.bits,
     )
@@ -210,8 +212,7 @@ def _train(
 ) -> dict[str, Any]:
     """Train, and return what it took. Evaluation comes later, so that nothing else counts."""
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    begin_peak(model.device)
     begin_measuring()
     steps: list[Step] = []
     skipped = 0
@@ -225,7 +226,7 @@ def _train(
             steps.append(event)
             numbers = {"step": event.step, "loss": event.loss, "rss": event.rss_bytes}
             report(numbers | {"speed": event.tokens / event.seconds})
-    peak = _peak()
+    peak = _peak(model.device)
     if not steps:
         raise TrainingError("No step had a finite loss and gradient; a lower rate may help.")
     warm = steps[WARM_UP:] or steps
@@ -243,11 +244,9 @@ def _train(
     }
 
 
-def _peak() -> int | None:
-    """Return the most memory since: the GPU's where there is one, else all of the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return process_memory("VmHWM") or None
+def _peak(device: torch.device) -> int | None:
+    """Return the most memory since: an accelerator's, or all of the process's."""
+    return peak_memory(device) if device.type != "cpu" else process_memory("VmHWM") or None
 
 
 def _answer(job: Job, base: Base, questions: Sequence[Question]) -> dict[str, Any]:

@@ -108,10 +108,9 @@ def _explained(comparison: Comparison, rows: Sequence[Row]) -> str:
 
 
 def _columns(comparison: Comparison) -> str:
-    whose = {
-        "cpu": "the whole process's, libraries and base included, mapped files too",
-        "cuda": "what was allocated on the GPU",
-    }[comparison.base.device]
+    whose = "the whole process's, libraries and base included, mapped files too"
+    if (device := comparison.base.device) != "cpu":
+        whose = f"what tensors took on {device}"
     text = (
         f"Peak memory while training is {whose}; tokens/s are medians of steps, and minutes those "
         "of training alone. The change of the general loss is that of the mean loss a token on "

@@ -148,6 +148,7 @@ class _Run:
             max_length=config.max_length,
             tokens_per_step=self.base.tokens_per_step if self.base else config.tokens_per_step,
             # Once, for two measurements of what is faster may differ.
+            device=config.device,
             dtype=self.base.dtype if self.base else config.dtype,
             split_seed=config.seed,
             seed=config.seed if seed is None else seed,

@@ -41,6 +41,7 @@ from veneer.kernels.attention import NAME, Packing, packed_attention
 from veneer.kernels.cross_entropy import IGNORED
 from veneer.kernels.dealt_packing import DealtPacking
 from veneer.kernels.disk_arena import IS_AVAILABLE, DiskArena
+from veneer.kernels.wide import wide
 from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.models.evaluating import evaluating
 from veneer.processes.context import ContextGroup
@@ -348,7 +349,7 @@ def _head_dtype(model: PreTrainedModel) -> torch.dtype:
 def _why_apart(outputs: Sequence[Tensor], lengths: Sequence[int]) -> str | None:
     """Return why a packed row depends on the rows before it, or None. outputs: hidden states of the
     rows in their order and in reverse, (1, tokens, dim)."""
-    one, other = (x[0, : sum(lengths)].double() for x in outputs)  # (tokens, dim)
+    one, other = (wide(x[0, : sum(lengths)]) for x in outputs)  # (tokens, dim)
     other = torch.cat(other.split(list(lengths[::-1]))[::-1])
     distance = float(((other - one).norm(dim=-1) / one.norm(dim=-1)).max())
     if distance <= FAR[outputs[0].dtype]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.kernels.norm import Norm
+from veneer.kernels.wide import wide
 from veneer.models.description import is_norm
 
 EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps")  # attributes' names
@@ -62,5 +63,5 @@ def with_weights(norm: Norm, module: Any) -> Norm:
 
 def _distance(y: Tensor, expected: Tensor) -> float:
     """Return how far y is from what is expected, relatively, in the row that is farthest."""
-    y, expected = y.double(), expected.double()
+    y, expected = wide(y), wide(expected)
     return float(((y - expected).norm(dim=-1) / expected.norm(dim=-1)).max())

@@ -36,6 +36,7 @@ from veneer.kernels.activation import Activation, activation_of
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Packing
 from veneer.kernels.norm import Norm
+from veneer.kernels.wide import wide
 from veneer.models.blocks import decoder_layers
 
 # How far a shortcut may be from the model's own way, relatively: rounding, not meaning.
@@ -300,8 +301,8 @@ def _is_near(y: Tensor, expected: Tensor, inputs: Tensor | None = None) -> bool:
     """Return whether the layer's change of every token is near the expected one, but for the
     rounding of the sum. Token by token: one large row must not hide the others."""
     dtype = y.dtype
-    y, expected = y.double(), expected.double()
-    change = expected if inputs is None else expected - inputs.double()
+    y, expected = wide(y), wide(expected)
+    change = expected if inputs is None else expected - wide(inputs)
     allowed = TOLERANCE[dtype] * change.norm(dim=-1)
     allowed += torch.finfo(dtype).eps * expected.norm(dim=-1)
     return bool(((y - expected).norm(dim=-1) <= allowed).all())

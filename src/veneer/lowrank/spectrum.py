@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.kernels.wide import wide
 from veneer.lowrank.formula import Factors
 from veneer.lowrank.initial import leading
 
@@ -17,8 +18,8 @@ def product_directions(A: Tensor, B: Tensor) -> Directions:
     B = Q R and Aᵀ = P T by QR, so that B A = Q (R Tᵀ) Pᵀ, and only R Tᵀ, no larger than
     (rank, rank), is decomposed. A (rank, in), B (out, rank); k is rank, or what the shape allows.
     """
-    Q, R = torch.linalg.qr(B.to(torch.float64))
-    P, T = torch.linalg.qr(A.to(torch.float64).T)
+    Q, R = torch.linalg.qr(wide(B))
+    P, T = torch.linalg.qr(wide(A).T)
     U, S, Vh = torch.linalg.svd(R @ T.T, full_matrices=False)
     return Q @ U, S, P @ Vh.T
 
@@ -32,7 +33,7 @@ def truncated(
     norm (Eckart and Young 1936). For a given rank, subspace iteration finds only its directions.
     """
     assert (rank is None) != (energy is None)
-    whole = float(weight.to(torch.float64).square().sum())
+    whole = float(wide(weight).square().sum())
     if rank is not None:
         U, S, V = leading(weight, rank, torch.Generator().manual_seed(0))
     else:
@@ -52,12 +53,12 @@ def balanced(U: Tensor, S: Tensor, V: Tensor, rank: int) -> Factors:
 
 def kept_energy(S: Tensor, whole: float) -> float:
     """Return Σ S² / whole, where whole is ‖ΔW‖²; 1 for a change of zeros."""
-    return min(1.0, float(S.to(torch.float64).square().sum()) / whole) if whole else 1.0
+    return min(1.0, float(wide(S).square().sum()) / whole) if whole else 1.0
 
 
 def rank_for(S: Tensor, energy: float) -> int:
     """Return the smallest rank r ≥ 1 with Σ S² up to r at least `energy` of the whole Σ S²."""
-    squares = S.to(torch.float64).square().cumsum(0)
+    squares = wide(S).square().cumsum(0)
     return 1 + int((squares[:-1] < energy * squares[-1]).sum())
 
 
@@ -67,7 +68,7 @@ def effective_rank(S: Tensor) -> float:
     Roy and Vetterli 2007, section 2: between 1 and the rank, which is reached where all singular
     values are equal; 0 for a change of zeros.
     """
-    S = S.to(torch.float64)
+    S = wide(S)
     if not float(S.sum()):
         return 0.0
     return float(torch.special.entr(S / S.sum()).sum().exp())
@@ -75,5 +76,5 @@ def effective_rank(S: Tensor) -> float:
 
 def inner(first: Factors, second: Factors) -> float:
     """Return ⟨B A, B' A'⟩ = Σ (Bᵀ B') ∘ (A A'ᵀ), in float64, from products of ranks' size."""
-    (A, B), (A2, B2) = ([x.to(torch.float64) for x in factors] for factors in (first, second))
+    (A, B), (A2, B2) = ([wide(x) for x in factors] for factors in (first, second))
     return float(((B.T @ B2) * (A @ A2.T)).sum())

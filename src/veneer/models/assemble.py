@@ -24,15 +24,16 @@ def assemble(
     weights: Iterable[tuple[str, AnyWeight]],
     dtype: torch.dtype,
     *,
+    device: torch.device | None = None,
     world: World = ALONE,
 ) -> PreTrainedModel:
     """Give a skeleton on the meta device its weights, and return it.
 
-    Tensors of `dtype` are not copied, others are cast. With a world of several processes, each
-    keeps its shard of a block as soon as the next block's weights come. Raises ModelError for
-    missing weights and wrong shapes.
+    Each weight is moved to `device`, if that is given, before the next one comes, so that the
+    processor's memory never holds them all. Tensors of `dtype` are not copied, others are cast. With
+    a world of several processes, each keeps its shard of a block as soon as the next block's weights
+    come. Raises ModelError for missing weights and wrong shapes.
     """
-    device = torch.device("cuda") if torch.cuda.is_available() else None
     sharder = Sharder(skeleton, world, device) if world.size > 1 else None
     for name, weight in weights:
         path, _, leaf = name.rpartition(".")
@@ -41,6 +42,8 @@ def assemble(
         shape, expected = tuple(weight.shape), tuple(getattr(owner, leaf).shape)
         if shape != (expected[::-1] if transposed else expected):
             raise ModelError(f"{name} is {shape}, but this model's is {expected}.")
+        if device is not None:
+            weight = weight.to(device)
         if isinstance(weight, QuantizedStack):
             del owner._parameters[leaf]
             owner.add_module(leaf, weight)
@@ -63,6 +66,8 @@ def assemble(
     if missing:
         raise ModelError(f"The model lacks {len(missing)} weights: {listed(missing)}.")
     _make_buffers(skeleton)
+    if device is not None:
+        skeleton.to(device)  # type: ignore[arg-type]
     if sharder is not None:
         sharder.finish()
     return skeleton.eval()

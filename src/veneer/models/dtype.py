@@ -8,26 +8,35 @@ import torch
 from torch.nn import functional as F
 
 from veneer.errors import ConfigError
+from veneer.models.device import CPU, computes_bf16, device_name
 
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """Return the dtype called `name`; `auto` measures which is faster on this processor.
+def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
+    """Return the dtype called `name`; `auto` is the one that the device computes faster.
 
-    Processors without AVX512-BF16 or AMX compute bfloat16 more slowly than float32.
+    Processors without AVX512-BF16 or AMX compute bfloat16 more slowly than float32. Raises
+    ConfigError for an unknown name, and for bfloat16 on an accelerator that has no such numbers.
     """
     if name == "auto":
-        return fastest_dtype()
+        return fastest_dtype(device)
     if name not in NAMES:
         raise ConfigError(f"dtype is {name!r}, but must be auto, float32 or bf16.")
-    return NAMES[name]
+    dtype, is_processor = NAMES[name], device.type == "cpu"
+    if dtype == torch.bfloat16 and not is_processor and not computes_bf16(device, slowly=True):
+        raise ConfigError(
+            f"dtype is {name!r}, but {device_name(device)} has no bfloat16: take float32, or "
+            "compute on the processor by --device cpu."
+        )
+    return dtype
 
 
-def fastest_dtype() -> torch.dtype:
-    """Return bfloat16 or float32, whichever multiplies faster here; takes about 50 ms."""
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+def fastest_dtype(device: torch.device = CPU) -> torch.dtype:
+    """Return bfloat16 or float32, whichever multiplies faster on the device; on a processor, by a
+    measurement of about 50 ms."""
+    if device.type != "cpu":
+        return torch.bfloat16 if computes_bf16(device) else torch.float32
     x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
     inputs = {dtype: (x.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
     best = dict.fromkeys(inputs, float("inf"))

@@ -42,12 +42,17 @@ def block_bits(path: Path) -> float | None:
 
 
 def load_blocks(
-    path: Path, skeleton: PreTrainedModel, dtype: torch.dtype, *, world: World = ALONE
+    path: Path,
+    skeleton: PreTrainedModel,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | None = None,
+    world: World = ALONE,
 ) -> PreTrainedModel | None:
     """Return the model of a GGUF file with its linear layers and experts in the file's blocks.
 
-    All else is dense, also the embedding and the head. With a world of several processes, each
-    has its shards in memory. None where no layer's blocks can stay: the file has none, or its
+    All else is dense, also the embedding and the head. The blocks stay in the file unless `device`
+    is another than the processor. With a world of several processes, each has its shards in memory. None where no layer's blocks can stay: the file has none, or its
     tensors are not the model's weights one by one.
     """
     tensors, names = GGUFTensors(path, skeleton), untied(skeleton)
@@ -79,7 +84,7 @@ def load_blocks(
         return dense
 
     weights = ((name, weight_of(name)) for name in names)
-    model = assemble(skeleton, weights, dtype, world=world)
+    model = assemble(skeleton, weights, dtype, device=device, world=world)
     if not quantized_weights(model):
         return None
     model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]

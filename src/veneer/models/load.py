@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,6 +24,7 @@ from transformers import (
 from veneer.errors import ConfigError, ModelError, listed, nearest
 from veneer.models import gguf, minigpt
 from veneer.models.assemble import assemble
+from veneer.models.device import CPU, resolve_device, use_device
 from veneer.models.dtype import resolve_dtype
 from veneer.models.gguf_base import block_bits, kinds_of, load_blocks
 from veneer.models.hub import on_hub
@@ -43,6 +44,11 @@ SIZES = (
 )
 # By default, transformers asks the user whether to run code that a model brings along.
 OURS_ALONE: dict[str, Any] = {"trust_remote_code": False}
+
+
+class _Where(TypedDict):
+    device: torch.device | None
+    world: World
 
 
 @dataclass(frozen=True)
@@ -65,24 +71,29 @@ def load_base(
     bits: LoadBits | None = None,
     pack_head: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "auto",
     world: World = ALONE,
 ) -> Base:
-    """Load a base for training or generation, on the GPU where there is one.
+    """Load a base for training or generation, on a device: cpu, cuda, mps or xpu, with a number for
+    one of several; auto is the accelerator where there is one.
 
     `name` is a built-in name, a transformers or MiniGPT directory, a .gguf file, or a hub name.
     With 4 or 8 `bits` its linear layers are quantized as they are read, with `pack_head` the head
     too; a base that is quantized already stays in its files, memory-mapped, and so do the linear
-    layers of a .gguf file. With 16 they are dense, in `dtype`. With a world of several processes
-    each of them holds its shard of each block, and none ever the whole base. Its tokenizer is read
-    unless it is given. No code from a model's repository is ever run. Raises ModelError with what
-    to do, and ConfigError for impossible settings.
+    layers of a .gguf file; an accelerator holds them in the same bits. With 16 they are dense, in
+    `dtype`. With a world of several processes each of them holds its shard of each block, and none
+    ever the whole base. Its tokenizer is read unless it is given. No code from a model's repository
+    is ever run. Raises ModelError with what to do, and ConfigError for impossible settings.
     """
     if bits not in (None, *get_args(LoadBits)):
         raise ConfigError(f"bits is {bits!r}, but must be 4, 8 or 16.")
     if pack_head and bits not in get_args(Bits):
         raise ConfigError("pack_head would do nothing without bits; give bits 4 or 8 too.")
+    on = resolve_device(device)
+    use_device(on)
     place = _at_hand(name)
-    torch_dtype = dtype_of(place, dtype)
+    torch_dtype = dtype_of(place, dtype, on)
+    to: _Where = {"device": None if on.type == "cpu" else on, "world": world}
     notices: tuple[str, ...] = ()
     with gguf.read_once():
         keeps_blocks = bits is None and stays_in_blocks(name, place)
@@ -94,24 +105,24 @@ def load_base(
                 raise ModelError(f"{name} is quantized already; leave bits out.")
             home = _on_disk(place)
             load = load_published if quantization.is_published else load_quantized
-            model = load(home, skeleton_of(config, home), torch_dtype, world=world)
+            model = load(home, skeleton_of(config, home), torch_dtype, **to)
             if quantization.ignores:
                 notices += (
                     f"{name} asks for {quantization.ignores}, which Veneer leaves as they are: its "
                     "weights alone are quantized here.",
                 )
         elif quantization and config is not None and bits == 16:
-            model, _ = _dequantized(place, config, torch_dtype, world=world)
+            model, _ = _dequantized(place, config, torch_dtype, **to)
         elif config is not None and (bits == 4 or bits == 8):
             source, notices = _open_dense(place, config)
             if cost := cost_of_rounding(name, source, bits):
                 notices += (f"{cost} Without --bits they stay as they are there.",)
-            model = quantized_model(source, bits, torch_dtype, head=pack_head, world=world)
+            model = quantized_model(source, bits, torch_dtype, head=pack_head, **to)
         elif config is not None and keeps_blocks:
-            model, notices = _with_blocks(Path(place), config, torch_dtype, world=world)
+            model, notices = _with_blocks(Path(place), config, torch_dtype, **to)
         elif world.size > 1:
             config = config or load_config(name)
-            model, notices = _dequantized(place, config, torch_dtype, world=world)
+            model, notices = _dequantized(place, config, torch_dtype, **to)
         else:
             model = _dense(place, torch_dtype)
         tokenizer = tokenizer or _tokenizer(place)
@@ -124,8 +135,8 @@ def load_base(
         )
     # Adapters and merged models carry this name, by which the base is loaded again.
     model.config._name_or_path = str(name)
-    if torch.cuda.is_available():  # what is sharded is there already
-        model = model.to("cuda")  # type: ignore[arg-type]
+    if on.type != "cpu":  # what came weight by weight is there already
+        model = model.to(on)  # type: ignore[arg-type]
     return Base(str(name), model.eval(), tokenizer, notices)
 
 
@@ -285,21 +296,31 @@ def _open_dense(
 
 
 def _dequantized(
-    place: Path | str, config: PretrainedConfig, dtype: torch.dtype, *, world: World = ALONE
+    place: Path | str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | None = None,
+    world: World = ALONE,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return a base as dense numbers, weight by weight, whatever its files hold, with notices."""
     source, notices = _open_dense(place, config, mapped=world.size > 1)
     weights = ((name, source.read(name)) for name in source.names)
-    return assemble(source.skeleton, weights, dtype, world=world), notices
+    return assemble(source.skeleton, weights, dtype, device=device, world=world), notices
 
 
 def _with_blocks(
-    path: Path, config: PretrainedConfig, dtype: torch.dtype, *, world: World = ALONE
+    path: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | None = None,
+    world: World = ALONE,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return the model of a GGUF file, its linear layers in the file's blocks where that can be."""
-    model = load_blocks(path, skeleton_of(config), dtype, world=world)
+    model = load_blocks(path, skeleton_of(config), dtype, device=device, world=world)
     if model is None and world.size > 1:
-        return _dequantized(path, config, dtype, world=world)
+        return _dequantized(path, config, dtype, device=device, world=world)
     if model is None:
         return _dense(path, dtype), ()
     kinds = sorted({weight.label for weight in quantized_weights(model).values()})
@@ -318,10 +339,10 @@ def _tokenizer(place: Path | str) -> PreTrainedTokenizerBase:
     return _reading(place, lambda: AutoTokenizer.from_pretrained(place, **OURS_ALONE))
 
 
-def dtype_of(place: Path | str, asked: str) -> torch.dtype:
-    """Return the dtype to compute in: the one asked for, or the faster one here."""
+def dtype_of(place: Path | str, asked: str, device: torch.device = CPU) -> torch.dtype:
+    """Return the dtype to compute in: the one asked for, or the faster one on the device."""
     # So small a model as MiniGPT gains nothing from a shorter format.
-    return resolve_dtype("float32" if _is_minigpt(place) and asked == "auto" else asked)
+    return resolve_dtype("float32" if _is_minigpt(place) and asked == "auto" else asked, device)
 
 
 def _dense(place: Path | str, dtype: torch.dtype) -> PreTrainedModel:

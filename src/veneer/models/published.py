@@ -108,16 +108,22 @@ class PublishedFiles:
 
 
 def load_published(
-    directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype, *, world: World = ALONE
+    directory: Path,
+    skeleton: PreTrainedModel,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | None = None,
+    world: World = ALONE,
 ) -> PreTrainedModel:
     """Return the model of a directory in a published format; its large tensors stay in their files,
-    or are sharded over the processes of a world.
+    go to `device`, or are sharded over the processes of a world.
 
     Raises ModelError for damage.
     """
     weights, marks = PublishedFiles(directory, skeleton, dtype).weights(), Marks(skeleton)
     del skeleton.config.quantization_config
-    model = assemble(skeleton, _seen(weights, skeleton, marks), dtype, world=world)
+    seen = _seen(weights, skeleton, marks)
+    model = assemble(skeleton, seen, dtype, device=device, world=world)
     model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     read_ahead(model)
     return model

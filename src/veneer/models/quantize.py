@@ -103,6 +103,7 @@ def quantized_model(
     dtype: torch.dtype,
     *,
     head: bool = False,
+    device: torch.device | None = None,
     world: World = ALONE,
 ) -> PreTrainedModel:
     """Return the base with quantized linear layers and its fingerprint before that.
@@ -112,7 +113,7 @@ def quantized_model(
     """
     marks = Marks(source.skeleton)
     weights = quantized_weights(source, bits, dtype, head=head, seen=marks.see)
-    model = assemble(source.skeleton, weights, dtype, world=world)
+    model = assemble(source.skeleton, weights, dtype, device=device, world=world)
     model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     return model
 

@@ -32,9 +32,15 @@ REPORT = "veneer.json"  # beside config.json: the base's name and fingerprint, a
 
 
 def load_quantized(
-    directory: Path, skeleton: PreTrainedModel, dtype: torch.dtype, *, world: World = ALONE
+    directory: Path,
+    skeleton: PreTrainedModel,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | None = None,
+    world: World = ALONE,
 ) -> PreTrainedModel:
-    """Return the quantized model of a directory; its large tensors stay in their files.
+    """Return the quantized model of a directory; its large tensors stay in their files, unless
+    `device` is another than the processor.
 
     Layers are read ahead, forwards or backwards as they are used. With a world of several processes
     each reads its shards into memory instead. Raises ModelError for damage.
@@ -47,7 +53,7 @@ def load_quantized(
             raise ModelError(f"{file} cannot be read as a quantized model ({error!r}).") from error
     del skeleton.config.quantization_config
     weights = weights_of(skeleton, stored, _reader(stored, dtype))
-    model = assemble(skeleton, weights, dtype, world=world)
+    model = assemble(skeleton, weights, dtype, device=device, world=world)
     if marks := _marks(directory):
         model.veneer_marks = marks  # type: ignore[assignment]
     read_ahead(model)
@@ -147,8 +153,9 @@ def _weight(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Quant
 
 def read_ahead(model: PreTrainedModel) -> None:
     """Read the next block's quantized weights while one block's are used, and experts when the
-    router has chosen them; of a sharded model nothing is in files any more."""
-    if shards_of(model) is not None:
+    router has chosen them; of a sharded model, and of one on an accelerator, nothing is in files any
+    more."""
+    if shards_of(model) is not None or model.device.type != "cpu":
         return
     blocks: dict[str, list[QuantizedWeight]] = defaultdict(list)
     for path, layer in quantized_layers(model).items():

@@ -46,11 +46,12 @@ class Company:
 
 
 @contextmanager
-def joined(files: Path | None = None) -> Iterator[Company]:
+def joined(files: Path | None = None, *, accelerators: bool = True) -> Iterator[Company]:
     """Join the processes that the environment names, as torchrun sets it, until the context ends.
 
-    files: a directory of this machine by which they find each other, instead of an address. A
-    process on its own, and one whose caller has set up torch.distributed, joins nobody.
+    files: a directory of this machine by which they find each other, instead of an address.
+    accelerators: whether each takes one of this machine's, where there are any. A process on its
+    own, and one whose caller has set up torch.distributed, joins nobody.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized() or size == 1:
@@ -62,9 +63,11 @@ def joined(files: Path | None = None) -> Iterator[Company]:
         store, rank, size = next(iter(rendezvous("env://", timeout=LONGEST_WAIT)))
     else:
         store = dist.FileStore(str(files / f"workers-{restarts()}"), size)  # type: ignore[attr-defined]
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
+    if accelerators and (device := torch.accelerator.current_accelerator(check_available=True)):
+        number = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
+        torch.accelerator.set_device_index(number)
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     dist.init_process_group(
         backend,
         store=PrefixStore("veneer", store),

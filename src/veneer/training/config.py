@@ -11,7 +11,10 @@ from veneer.fused.recompute import Recompute
 
 Schedule = Literal["constant", "cosine", "linear"]
 # Settings on which the course of the weights does not depend.
-NOT_OF_THE_COURSE = ("save_every", "keep_best", "recompute", "context_parallel", "shard")
+NOT_OF_THE_COURSE = (
+    *("save_every", "keep_best", "recompute", "context_parallel"),
+    *("shard", "device"),
+)
 SCHEDULE = {"epochs", "steps", "lr", "schedule", "warmup"}  # which decide each step's rate
 # Settings with which a run may go on otherwise than it began: what trains, the order of the rows
 # and the optimizer's moments mean the same under all of them.

@@ -18,6 +18,7 @@ from veneer.errors import Checks, ConfigError, ModelError, closest
 from veneer.files import check_replaceable, size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.state import AdapterState
+from veneer.models.device import device_of_run
 from veneer.models.load import dtype_of, load_config_and_tokenizer, skeleton_of
 from veneer.models.locate import locate
 from veneer.plan.activations import kept_on_disk
@@ -49,8 +50,10 @@ class Preflight:
     why_no_plan: str = ""
 
 
-def preflight(recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool) -> Preflight:
-    """Check the files, the base's name, the targets against its skeleton, and the disk.
+def preflight(
+    recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool, processes: int = 1
+) -> Preflight:
+    """Check the files, the device, the base's name, the targets against its skeleton, and the disk.
 
     Raises what is wrong: one error as it is, several as one ConfigError that lists them.
     """
@@ -73,7 +76,8 @@ def preflight(recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool) 
         # What was chosen once stays, and two measurements of what is faster may differ.
         earlier = _earlier_settings(run) if resume else {}
         asked = earlier.get("computed_in", "auto") if recipe.dtype == "auto" else recipe.dtype
-        dtype = dtype_of(locate(recipe.model), asked)
+        device = device_of_run(recipe.device, processes)
+        dtype = dtype_of(locate(recipe.model), asked, device)
         recipe = _as_before(recipe, earlier)
         config, tokenizer = load_config_and_tokenizer(recipe.model)
         start = None

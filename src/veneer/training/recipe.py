@@ -11,6 +11,7 @@ from veneer.adapter.method import Method
 from veneer.checks import check_config, one_of, whole_number
 from veneer.data.rows import LongRows
 from veneer.data.sources import Data, has_valid_files, spelt
+from veneer.models.device_names import DEVICE
 from veneer.quant.settings import Bits, LoadBits
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
@@ -74,6 +75,7 @@ class Recipe:
     lora: LoRA = field(default_factory=LoRA)
     training: TrainConfig = field(default_factory=TrainConfig)
     rows: DataConfig = field(default_factory=DataConfig)
+    device: str = "auto"
     dtype: DType = "auto"
     bits: LoadBits | None = None
     pack_head: bool = False
@@ -98,7 +100,7 @@ class Recipe:
         check_config(
             self,
             opening="This run cannot be",
-            rules={"shard": one_of(Shard)},
+            rules={"shard": one_of(Shard), "device": DEVICE},
             contradictions={
                 f"{method} trains the base's own weights, which cannot be sharded": (
                     self.shard == "base" and self.method.replaces_weights
@@ -157,7 +159,7 @@ class Recipe:
             flat.update(asdict(group))
         flat["targets"] = list(flat["targets"])
         flat["eval_data"] = flat["eval_data"] and str(flat["eval_data"])
-        flat |= {"dtype": self.dtype, "bits": self.bits, "pack_head": self.pack_head}
+        flat |= {"device": self.device, "dtype": self.dtype, "bits": self.bits, "pack_head": self.pack_head}
         flat["shard"] = self.shard
         flat |= {"out": str(self.out), "from": self.start_from and str(self.start_from)}
         return flat

@@ -16,6 +16,7 @@ from veneer.formats.checkpoint import description
 from veneer.formats.state import AdapterState
 from veneer.processes.world import World
 from veneer.training.checkpoint import Checkpoint
+from veneer.models.device import CPU, random_state, set_random_state
 from veneer.training.config import CHANGEABLE
 from veneer.training.optimizer import FlatAdamW
 
@@ -90,9 +91,8 @@ class RunState:
         tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
         tensors |= self.optimizer.state()
         tensors |= _prefixed("best", self.best_weights or {})
-        tensors["rng/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        for device in self._devices():
+            tensors[f"rng/{device.type}"] = random_state(device)
         progress = asdict(self.progress)
         if math.isinf(self.progress.best_loss):
             progress["best_loss"] = None  # JSON has no infinity
@@ -128,9 +128,13 @@ class RunState:
         self.progress = Progress(checkpoint.step, **progress)
         if self.progress.best_loss is None:
             self.progress.best_loss = math.inf
-        torch.set_rng_state(tensors["rng/cpu"])
-        if torch.cuda.is_available() and "rng/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng/cuda"])
+        for device in self._devices():
+            if (state := tensors.get(f"rng/{device.type}")) is not None:  # written on this device
+                set_random_state(device, state)
+
+    def _devices(self) -> set[torch.device]:
+        """Return the devices whose random numbers decide the course of the run."""
+        return {CPU, *(weight.device for weight in self.weights.values())}
 
 
 def other_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ from veneer.files import size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.checkpoint import about_training
 from veneer.formats.training import computed_in, other_base
+from veneer.models.device import resolve_device
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
 from veneer.plan.fit import free_bytes
@@ -108,7 +109,13 @@ def tune(
     check_divides(world.size, recipe.training.context_parallel)
     # In one process: the others may be on machines that have no such directory.
     ahead = world.first(
-        lambda: preflight(recipe, resume=resume, force=force, ignore_space=ignore_plan)
+        lambda: preflight(
+            recipe,
+            resume=resume,
+            force=force,
+            ignore_space=ignore_plan,
+            processes=world.size,
+        )
     )
     recipe, start, tokenizer = ahead.recipe, ahead.start, ahead.tokenizer
     dtype = str(ahead.dtype).removeprefix("torch.")
@@ -135,6 +142,7 @@ def tune(
 
     base = load_base(
         recipe.model,
+        device=recipe.device,
         dtype=dtype,
         bits=recipe.loaded_bits,
         pack_head=recipe.pack_head,
@@ -269,8 +277,8 @@ def _plan(
     if recipe.shard == "base" and world.size == 1:
         yield Notice("The base is not sharded: one process alone trains. Give --processes N.")
     why = ahead.why_no_plan
-    if torch.cuda.is_available():
-        why = "plans are of the processor's memory, and this runs on a GPU."
+    if (device := resolve_device(recipe.device)).type != "cpu":
+        why = f"plans are of the processor's memory, and this runs on {device}."
     if ahead.plan is None or why:
         yield Notice(f"No memory is planned for this run: {why}")
         return None, world.size > 1 and recipe.shard == "base"
