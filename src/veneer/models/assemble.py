@@ -30,9 +30,9 @@ def assemble(
     """Give a skeleton on the meta device its weights, and return it.
 
     Each weight is moved to `device`, if that is given, before the next one comes, so that the
-    processor's memory never holds them all. Tensors of `dtype` are not copied, others are cast. With
-    a world of several processes, each keeps its shard of a block as soon as the next block's weights
-    come. Raises ModelError for missing weights and wrong shapes.
+    processor's memory never holds them all. Tensors of `dtype` are not copied, others are cast.
+    With a world of several processes, each keeps its shard of a block as soon as the next block's
+    weights come. Raises ModelError for missing weights and wrong shapes.
     """
     sharder = Sharder(skeleton, world, device) if world.size > 1 else None
     for name, weight in weights:

@@ -72,7 +72,8 @@ def device_of_run(name: str, processes: int) -> torch.device:
     device = resolve_device(name)
     if processes > 1 and parse_device(name)[1] is not None:
         raise ConfigError(
-            f"device is {name!r}, but {processes} processes take one each: name {device.type} alone."
+            f"device is {name!r}, but {processes} processes take one each: name {device.type} "
+            "without a number."
         )
     if processes > 1 and device.type == "mps":
         raise ConfigError(f"{processes} processes cannot share one {device.type}: take device cpu.")
@@ -107,7 +108,7 @@ def pins(device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device) -> tuple[int, int] | None:
-    """Return the free bytes of an accelerator's memory and all of them; None where it cannot say."""
+    """Return the free bytes of an accelerator's memory and all of them; None for a processor."""
     module = _module(device)
     if device.type == "cpu":
         return None

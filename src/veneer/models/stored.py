@@ -153,8 +153,8 @@ def _weight(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Quant
 
 def read_ahead(model: PreTrainedModel) -> None:
     """Read the next block's quantized weights while one block's are used, and experts when the
-    router has chosen them; of a sharded model, and of one on an accelerator, nothing is in files any
-    more."""
+    router has chosen them; of a sharded model, and of one on an accelerator, nothing is in files
+    any more."""
     if shards_of(model) is not None or model.device.type != "cpu":
         return
     blocks: dict[str, list[QuantizedWeight]] = defaultdict(list)

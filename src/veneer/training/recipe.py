@@ -159,7 +159,12 @@ class Recipe:
             flat.update(asdict(group))
         flat["targets"] = list(flat["targets"])
         flat["eval_data"] = flat["eval_data"] and str(flat["eval_data"])
-        flat |= {"device": self.device, "dtype": self.dtype, "bits": self.bits, "pack_head": self.pack_head}
+        flat |= {
+            "device": self.device,
+            "dtype": self.dtype,
+            "bits": self.bits,
+            "pack_head": self.pack_head,
+        }
         flat["shard"] = self.shard
         flat |= {"out": str(self.out), "from": self.start_from and str(self.start_from)}
         return flat

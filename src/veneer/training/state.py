@@ -14,9 +14,9 @@ from veneer.adapter.adapter import Adapter
 from veneer.errors import differences
 from veneer.formats.checkpoint import description
 from veneer.formats.state import AdapterState
+from veneer.models.device import CPU, random_state, set_random_state
 from veneer.processes.world import World
 from veneer.training.checkpoint import Checkpoint
-from veneer.models.device import CPU, random_state, set_random_state
 from veneer.training.config import CHANGEABLE
 from veneer.training.optimizer import FlatAdamW
 

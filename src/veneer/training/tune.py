@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, get_args
 
-import torch
 from transformers import PretrainedConfig
 
 from veneer.adapter.active import active_adapters_of
