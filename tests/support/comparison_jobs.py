@@ -33,6 +33,7 @@ def job(**settings) -> Job:
         "limit": None,
         "max_length": 64,
         "tokens_per_step": 128,
+        "device": "auto",
         "dtype": "float32",
         "split_seed": 0,
         "seed": 0,
