@@ -31,8 +31,9 @@ from bench.limit import drop_caches, limited
 from bench.walk import watched
 from bench.workloads import random_rows
 from veneer.files import write_tensors
+from veneer.models.block_buffers import passes_of
 from veneer.models.load import load_base
-from veneer.models.sharded import shards_of
+from veneer.models.sharded import bytes_a_pass
 from veneer.models.source import INDEX
 from veneer.processes.world import World
 from veneer.training.events import Started, Step
@@ -108,14 +109,14 @@ def train(asked: argparse.Namespace) -> dict[str, Any]:
                 losses.append(event.loss)
                 seconds.append(event.seconds)
         sent = world.sent.bytes_of.get("shards", 0) - begun
-        shards = shards_of(base.model)
+        passes = passes_of(base.model)
     return {
         "losses": losses,
         "seconds": seconds,
         "loaded": loaded,
         "anonymous": peaks["RssAnon"],
         "sent": sent / asked.steps,
-        "formula": shards.bytes_a_pass if shards else 0,
+        "formula": bytes_a_pass(passes) if passes else 0,
     }
 
 

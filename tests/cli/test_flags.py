@@ -52,6 +52,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "warmup": (10, 10),
         "weight_decay": (0.1, 0.1),
         "clip": (0.5, 0.5),
+        "optimizer": ("adamw8bit", "adamw8bit"),
         "tokens_per_step": (512, 512),
         "tokens_per_batch": (128, 128),
         "recompute": ("selective", "selective"),

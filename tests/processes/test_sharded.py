@@ -24,10 +24,11 @@ from veneer.errors import AdapterError, ConfigError, ModelError
 from veneer.formats.quantized import write_quantized
 from veneer.fused.forward import choose_forward
 from veneer.fused.recompute import Recompute
-from veneer.models import sharded
+from veneer.models import block_buffers
+from veneer.models.block_buffers import passes_of, whole
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import load_base
-from veneer.models.sharded import shard_base, shards_of, whole
+from veneer.models.sharded import bytes_a_pass, shard_base
 from veneer.processes.world import World
 from veneer.quant.stack import quantized_weights
 
@@ -126,10 +127,10 @@ def assert_same_pass(case: Case, world: World, name: str) -> None:
         assert torch.equal(result.gradients[path], gradient), (name, path)
     assert torch.equal(result.logits, expected.logits), name
     assert all(map(torch.equal, before, frozen(model))), name
-    shards = shards_of(model)
-    assert shards is not None
+    passes = passes_of(model)
+    assert passes is not None
     if name not in ("some layers", "padded", "prefix"):
-        assert result.sent == shards.bytes_a_pass, name
+        assert result.sent == bytes_a_pass(passes), name
 
 
 def assert_refuses(world: World, place: Path) -> None:
@@ -178,7 +179,7 @@ def _work(rank: int, size: int, place: Path) -> None:
     torch.set_num_threads(1)
     files = f"file://{place}/rendezvous-{size}"
     dist.init_process_group("gloo", init_method=files, rank=rank, world_size=size)
-    sharded.SMALL = 100  # or what is quantized of so small models would not be sharded
+    block_buffers.SMALL = 100  # or what is quantized of so small models would not be sharded
     world = World.current()
     checks: list[Callable[[World, Path], None]] = [
         assert_refuses,

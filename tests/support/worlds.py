@@ -18,7 +18,7 @@ import veneer
 from support.random_adapters import examples, tokenizer, trained_weights, with_new_tokens
 from support.tiny_models import VOCAB, quantized, tiny
 from veneer.fused import forward
-from veneer.models import sharded
+from veneer.models import block_buffers
 from veneer.models.sharded import shard_base
 from veneer.processes.context import ContextGroup
 from veneer.processes.world import World
@@ -177,7 +177,7 @@ def assert_learnt(result: Result, case: Case) -> None:
 
 def _work(rank: int, size: int, cases: Mapping[str, Case], place: Path) -> None:
     torch.set_num_threads(1)
-    sharded.SMALL = 100  # or little of so small bases would be sharded
+    block_buffers.SMALL = 100  # or little of so small bases would be sharded
     files = f"file://{place}/rendezvous-{size}"
     dist.init_process_group("gloo", init_method=files, rank=rank, world_size=size)
     try:

@@ -39,8 +39,8 @@ from veneer.adapter.virtual_forward import attach_virtual_tokens, detach_virtual
 from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.lowrank.initial import directions
+from veneer.models.block_buffers import whole
 from veneer.models.description import Layer
-from veneer.models.sharded import whole
 from veneer.quant.stack import QuantizedStack, quantized_weights
 
 

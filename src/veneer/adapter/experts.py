@@ -21,6 +21,7 @@ from veneer.lowrank.expert_loop import looped_experts
 from veneer.lowrank.expert_stacks import Stack, StackUpdate, TokenUpdates
 from veneer.lowrank.experts import Experts
 from veneer.lowrank.experts import routed_experts as computed
+from veneer.models.block_buffers import whole
 from veneer.quant.stack import QuantizedStack
 
 CONTRACT = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
@@ -169,7 +170,7 @@ def _recognised(module: nn.Module) -> RoutedExperts | str:
     own = inspect.unwrap(type(module).forward)
     try:
         device = getattr(module, up).device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with whole(module), torch.no_grad(), torch.autocast(device, enabled=False):
             recognised = RoutedExperts(up, down, _known_gate(module), act_fn, norm)
             return _why_not(module, recognised, own) or recognised
     except Exception as error:  # whatever a foreign architecture raises

@@ -21,7 +21,7 @@ from veneer.adapter.new_tokens import is_tied, merge_tokens, new_tokens_of
 from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import detach_virtual_tokens
 from veneer.errors import AdapterError
-from veneer.models.sharded import shards_of
+from veneer.models.block_buffers import passes_of
 from veneer.quant.stack import QuantizedStack, quantized_modules
 from veneer.quant.weight import QuantizedWeight, dense
 
@@ -85,8 +85,8 @@ def _ends(model: PreTrainedModel) -> tuple[Any, Any]:
 
 def why_not_mergeable(model: nn.Module) -> str | None:
     """Return why the adapters in use cannot be merged into weights, or None if they can."""
-    if shards_of(model) is not None:
-        return "its base is sharded, so no process has all of it; veneer merge makes one later."
+    if (passes := passes_of(model)) is not None:
+        return f"{passes.why_not_whole}; veneer merge makes one later."
     for name, config in adapters(model).items():
         if is_virtual(config) and name in in_use(model):
             return f"the virtual tokens of {name!r} are no weights."

@@ -19,7 +19,7 @@ from veneer.adapter.active import ActiveAdapters, active_adapters_of
 from veneer.adapter.wrapper import Wrapper
 from veneer.data.words import count_words
 from veneer.errors import ConfigError, ModelError
-from veneer.models.sharded import whole
+from veneer.models.block_buffers import whole
 from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.weight import QuantizedLinear
 

@@ -18,8 +18,8 @@ from veneer.adapter.linear import LoRALinear
 from veneer.errors import ConfigError, TrainingError
 from veneer.lowrank.formula import Factors
 from veneer.lowrank.initial import from_gradient, nearest_factors
+from veneer.models.block_buffers import whole
 from veneer.models.load import open_base
-from veneer.models.sharded import whole
 from veneer.quant.weight import QuantizedLinear
 
 NOT_FINITE = (

@@ -12,10 +12,10 @@ from veneer.adapter.layers import lora_layers
 from veneer.adapter.method import Method
 from veneer.adapter.virtual_forward import virtual_tokens_of
 from veneer.errors import AdapterError, ConfigError
+from veneer.models.block_buffers import passes_of
 from veneer.models.blocks import decoder_layers
 from veneer.models.description import is_norm
 from veneer.models.fingerprint import base_parameters, fingerprint
-from veneer.models.sharded import shards_of
 from veneer.quant.stack import quantized_modules
 
 
@@ -30,8 +30,10 @@ def unfreeze(model: PreTrainedModel, config: Method) -> None:
             f"{config.method} trains weights, which quantized ones cannot; leave bits out, or give "
             "bits=16 for a file's own blocks."
         )
-    if shards_of(model) is not None:
-        raise ConfigError(f"{config.method} trains weights of the base, which is sharded here.")
+    if (passes := passes_of(model)) is not None:
+        raise ConfigError(
+            f"{config.method} trains weights of the base, but {passes.why_not_whole}."
+        )
     if next(lora_layers(model), None) is not None or virtual_tokens_of(model) is not None:
         raise AdapterError(
             f"{config.method} would change the base of the adapters that are attached."

@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from veneer.cli.app import run
 
     sleep_while_waiting()
+    expand_segments()
     sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
@@ -31,3 +32,14 @@ def sleep_while_waiting() -> None:
     chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
     if platform.machine() in ("x86_64", "AMD64") and not chosen:
         os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+def expand_segments() -> None:
+    """Let torch's memory of a GPU grow in place, unless the user's environment says how it is kept.
+
+    Passes of other lengths leave holes between fixed segments, into which nothing fits. torch reads
+    the environment once, at the latest when a GPU is first used.
+    """
+    names = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+    if sys.platform == "linux" and not names & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

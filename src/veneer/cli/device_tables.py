@@ -19,6 +19,7 @@ from veneer.plan.hardware import Devices
 from veneer.plan.plan import Plan, replanned
 from veneer.quant.settings import Bits
 
+_HOSTS = {"cpu": "the host's memory", "disk": "the disk"}  # where an offloaded base is
 FEWER_BITS: tuple[Bits, ...] = (8, 4)
 
 
@@ -56,7 +57,7 @@ def show_devices(
     output.print()
     output.print(_amounts_table("Sent by a device", shown.sent, "a step", formulas=formulas))
     output.print()
-    for line in [*mixture_lines(plan), *_traffic(shown, link)]:
+    for line in [*mixture_lines(plan), *_copied(shown), *_traffic(shown, link)]:
         output.print(line)
 
 
@@ -128,6 +129,16 @@ def _traffic(way: DevicePlan, link: int | None) -> list[str]:
     ]
 
 
+def _copied(way: DevicePlan) -> list[str]:
+    """Return in words what of an offloaded base is beside a device."""
+    if not way.is_offloaded:
+        return []
+    return [
+        f"{bytes_text(way.on_host.value)} of the base stay in {_HOSTS[way.plan.config.offload]}, "
+        f"from where a step copies {bytes_text(way.copied.value)} to each device."
+    ]
+
+
 def _by_bits(plan: Plan) -> list[Plan]:
     """Return the plan, and its like over a base in fewer bits where that is frozen."""
     config = plan.config
@@ -140,6 +151,7 @@ def _by_bits(plan: Plan) -> list[Plan]:
 def _how(way: DevicePlan) -> tuple[str, str, str]:
     """Return a way in cells: its base, the base's bits, its rows."""
     base = "base sharded" if way.sharded == "base" else "replicated"
+    base = "offloaded" if way.is_offloaded else base
     return (
         base,
         f"{way.plan.config.base_bits}",
@@ -157,6 +169,8 @@ def _in_words(way: DevicePlan) -> str:
         if way.sharded == "base"
         else "with the whole base on each (replicated)"
     )
+    if way.is_offloaded:
+        base = f"with the base copied from {_HOSTS[way.plan.config.offload]}, block by block"
     return f"{base} and each row in {way.pieces} pieces" if way.pieces > 1 else base
 
 

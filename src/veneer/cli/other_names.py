@@ -13,6 +13,7 @@ OTHERS = {
     "epochs": "num_epochs num_train_epochs n_epochs max_epochs",
     "steps": "iters max_steps max_iters num_steps iterations",
     "clip": "max_grad_norm grad_clip gradient_clip gradient_clipping clip_grad_norm",
+    "optimizer": "optim optimizer_type",
     "rank": "lora_r lora_rank r lora_dim",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",

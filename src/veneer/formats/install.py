@@ -19,7 +19,7 @@ from veneer.adapter.virtual import stored_virtual_tokens
 from veneer.errors import AdapterError, joined
 from veneer.formats.state import AdapterState, StoredLayer, StoredTokens
 from veneer.formats.validate import shared_tokens, validate
-from veneer.models.sharded import whole
+from veneer.models.block_buffers import whole
 
 
 def install(

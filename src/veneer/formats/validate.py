@@ -18,9 +18,9 @@ from veneer.adapter.unfreeze import replaced_weights
 from veneer.adapter.virtual import virtual_shape
 from veneer.errors import MOST_PROBLEMS, ConfigError, listed, nearest, shortened
 from veneer.formats.state import AdapterState, NewTokenRows, StoredLayer, StoredTokens
+from veneer.models.block_buffers import whole
 from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, fingerprint
-from veneer.models.sharded import whole
 from veneer.quant.stack import quantized_modules
 from veneer.quant.weight import QuantizedLinear
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.kernels.cross_entropy import PLAIN, Logits, labelled_cross_entropy
+from veneer.models.block_buffers import whole
 from veneer.models.blocks import decoder_of
-from veneer.models.sharded import whole
 
 # Numbers beyond every soft cap, and numbers from 2^-8 to 2^12 of both signs. float16 holds them.
 BEYOND = (1.5e4, 3e4)

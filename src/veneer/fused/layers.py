@@ -25,8 +25,8 @@ from veneer.kernels.attention import Attention, Packing
 from veneer.kernels.dropout import Mask
 from veneer.kernels.norm import Norm
 from veneer.lowrank.projection import Projection
+from veneer.models.block_buffers import whole
 from veneer.models.description import multiplies
-from veneer.models.sharded import whole
 from veneer.quant.weight import QuantizedLinear
 
 # What is known of layers whose class has a forward of its own.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import ModelError, listed
-from veneer.models.sharded import Sharder
+from veneer.models.sharded import sharder as sharder_of
 from veneer.processes.world import ALONE, World
 from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.stack import QuantizedStack
@@ -34,7 +34,7 @@ def assemble(
     With a world of several processes, each keeps its shard of a block as soon as the next block's
     weights come. Raises ModelError for missing weights and wrong shapes.
     """
-    sharder = Sharder(skeleton, world, device) if world.size > 1 else None
+    sharder = sharder_of(skeleton, world, device) if world.size > 1 else None
     for name, weight in weights:
         path, _, leaf = name.rpartition(".")
         owner = skeleton.get_submodule(path)

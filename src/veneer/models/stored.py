@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from veneer.errors import ModelError, listed
 from veneer.models.assemble import AnyWeight, assemble
+from veneer.models.block_buffers import passes_of
 from veneer.models.quantize import quantizable_stacks
-from veneer.models.sharded import shards_of
 from veneer.models.source import model_files
 from veneer.models.stored_names import Piece, stored_names
 from veneer.processes.world import ALONE, World
@@ -155,7 +155,7 @@ def read_ahead(model: PreTrainedModel) -> None:
     """Read the next block's quantized weights while one block's are used, and experts when the
     router has chosen them; of a sharded model, and of one on an accelerator, nothing is in files
     any more."""
-    if shards_of(model) is not None or model.device.type != "cpu":
+    if passes_of(model) is not None or model.device.type != "cpu":
         return
     blocks: dict[str, list[QuantizedWeight]] = defaultdict(list)
     for path, layer in quantized_layers(model).items():

@@ -7,10 +7,12 @@ from typing import Literal
 
 from veneer.checks import at_least, check_config, one_of
 from veneer.fused.recompute import Recompute
-from veneer.quant.settings import LoadBits
+from veneer.quant.settings import LoadBits, Offload
 
 MethodName = Literal["full", "freeze", "lora", "dora", "qlora", "prefix", "prompt"]
 DType = Literal["bf16", "float32"]
+# AdamW with moments in float32, in 8 bits, or in 8 bits in memory that CUDA moves to the host.
+OptimizerName = Literal["adamw", "adamw8bit", "paged-adamw8bit"]
 ADAPTING = ("lora", "dora", "qlora")  # methods with low-rank adapters
 
 
@@ -34,6 +36,9 @@ class PlanConfig:
     recompute: Recompute = "none"
     """What is computed again instead of kept: nothing, inner projections, or whole layers; disk
     keeps it there."""
+    optimizer: OptimizerName = "adamw"
+    """AdamW with moments in float32, in 8 bits, or in 8 bits that leave the card where it is full
+    (paged)."""
     trained_blocks: int = 2
     """Blocks that freeze trains, the last ones (as many as LLaMA-Factory does)."""
     train_head: bool = False
@@ -46,6 +51,9 @@ class PlanConfig:
     """With prefix, the width of an MLP that makes the keys and values while training."""
     mapped: bool = False
     """Count the weights as on disk, mapped from a directory that veneer quantize wrote."""
+    offload: Offload = "none"
+    """Where the frozen base is while it is not used: on the device (none), in this machine's memory
+    (cpu), or on its disk, from where blocks are copied to the device ahead of their use."""
 
     def __post_init__(self) -> None:
         count = at_least(1)
@@ -57,8 +65,10 @@ class PlanConfig:
                 "bits": one_of(LoadBits),
                 "dtype": one_of(DType),
                 "recompute": one_of(Recompute),
+                "optimizer": one_of(OptimizerName),
                 "tokens_per_batch": count,
                 "max_length": count,
+                "offload": one_of(Offload),
                 "trained_blocks": count,
                 "virtual_tokens": count,
                 "prefix_mlp": count,
@@ -70,6 +80,9 @@ class PlanConfig:
                 "qlora trains over 4 or 8 bits, not 16": self.method == "qlora" and self.bits == 16,
                 "pack_head needs a base in 4 or 8 bits": (
                     self.pack_head and self.base_bits not in (4, 8)
+                ),
+                f"{self.method} trains the base's own weights, which cannot be offloaded": (
+                    self.method in ("full", "freeze") and self.offload != "none"
                 ),
                 "mapped needs a base in 4 or 8 bits": (
                     self.mapped and self.base_bits not in (4, 8)

@@ -40,9 +40,27 @@ class DevicePlan:
     @cached_property
     def weights(self) -> tuple[Amount, ...]:
         """The base's weights on a device."""
+        if self.is_offloaded:
+            return self._shards.gathered, self._shards.whole
         if self.sharded == "none":
             return (self.plan.memory.weights,)
         return self._shards.own, self._shards.gathered, self._shards.whole
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the base is on a device only block by block."""
+        return self.plan.config.offload != "none"
+
+    @property
+    def on_host(self) -> Amount:
+        """The base's weights that each device's process keeps beside it."""
+        return amount("beside the device", *(self._shards.own.terms if self.is_offloaded else ()))
+
+    @property
+    def copied(self) -> Amount:
+        """The bytes that are copied to a device in a step."""
+        terms = self._shards.given if self.is_offloaded else []
+        return amount("copied", *(term.times(self.passes, "passes") for term in terms))
 
     @cached_property
     def amounts(self) -> tuple[Amount, ...]:
@@ -119,8 +137,8 @@ class DevicePlan:
 
     @cached_property
     def _shards(self) -> Shards:
-        plan = self.plan
-        return shards_of(plan.config, plan.sizes, self.count, plan.trained.first_block)
+        plan, count = self.plan, 1 if self.is_offloaded else self.count
+        return shards_of(plan.config, plan.sizes, count, plan.trained.first_block)
 
     @cached_property
     def _of_a_piece(self) -> Plan:
@@ -137,7 +155,7 @@ def ways(plan: Plan, count: int, pieces: int = 1) -> Iterator[DevicePlan]:
     """Yield each way to train on `count` devices with a plan's settings, the one that sends less
     first: the base on each, and sharded."""
     yield DevicePlan(plan, count, "none", pieces)
-    if count > 1 and can_be_sharded(plan):
+    if count > 1 and plan.config.offload == "none" and can_be_sharded(plan):
         yield DevicePlan(plan, count, "base", pieces)
 
 
@@ -181,12 +199,13 @@ def can_be_cut(plan: Plan) -> bool:
 
 def least_changes(plan: Plan, count: int, memory: int) -> list[DevicePlan]:
     """Return ways that need at most `memory` bytes a device, each by another change of the plan:
-    other settings that cost only time, rows in pieces, fewer bits, more devices, shorter rows.
-    Changes that cannot help are left out."""
+    other settings that cost only time, rows in pieces, fewer bits, the base offloaded, more
+    devices, shorter rows. Changes that cannot help are left out."""
     changes = [*_other_settings(plan, count, memory)]
     pieces = _in_pieces([plan.config], plan, count, memory)
     if pieces is not None and all(way.pieces == 1 for way in changes):
         changes.insert(sum(x.plan.config.bits == plan.config.bits for x in changes), pieces)
+    changes += _offloaded(plan, count, memory)
     changes += _more_devices(plan, count, memory)
     return changes + _shorter_rows(plan, count, memory)
 
@@ -207,6 +226,19 @@ def _other_settings(plan: Plan, count: int, memory: int) -> Iterator[DevicePlan]
             yield way
 
 
+def _offloaded(plan: Plan, count: int, memory: int) -> Iterator[DevicePlan]:
+    """Yield the gentlest settings that fit with the base in the host's memory, in the bits that it
+    has."""
+    if plan.config.offload != "none" or not can_be_sharded(plan):
+        return
+    config = replace(plan.config, offload="cpu")
+    same_bits = (c for c in alternatives(replanned(plan, config)) if c.bits == config.bits)
+    each = (best(replanned(plan, c), count, memory) for c in same_bits if not c.mapped)
+    way = next((way for way in each if way is not None), None)
+    if way is not None:
+        yield way
+
+
 def _in_pieces(
     configs: Iterable[PlanConfig], plan: Plan, count: int, memory: int
 ) -> DevicePlan | None:
@@ -224,7 +256,7 @@ def _in_pieces(
 
 def _more_devices(plan: Plan, count: int, memory: int) -> list[DevicePlan]:
     """More devices make shares smaller, and nothing else: not what is computed on each."""
-    if not can_be_sharded(plan):
+    if plan.config.offload != "none" or not can_be_sharded(plan):
         return []
     own, *others = DevicePlan(plan, count, "base").weights
     spare = memory - (DevicePlan(plan, count).peak - plan.memory.weights.value) - _bytes(others)

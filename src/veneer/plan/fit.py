@@ -87,6 +87,7 @@ def flags(before: PlanConfig, after: PlanConfig) -> str:
         ("tokens-per-batch", "tokens_per_batch"),
         ("max-length", "max_length"),
         ("bits", "base_bits"),  # which qlora implies
+        ("offload", "offload"),
     ):
         value = getattr(after, attribute)
         if value != getattr(before, attribute):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from veneer.models.description import Layer
 from veneer.plan.activations import FLOAT32, holes, kept, kept_on_disk
 from veneer.plan.amounts import Amount, Term, amount
-from veneer.plan.config import PlanConfig
+from veneer.plan.config import OptimizerName, PlanConfig
 from veneer.plan.methods import Trained
 from veneer.plan.routed import prepared_products
 from veneer.plan.sizes import Sizes
@@ -17,6 +17,10 @@ from veneer.plan.workspace import workspace
 # Bits of a number in NF4: its code, 8 bits a block of 64 for the scale, and 32 bits for each 256 of
 # those (Dettmers et al. 2023, section 3).
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+# Bytes of a moment of AdamW: in float32; in 8 bits, with a float32 scale for each 256 of them
+# (training/adamw8bit.py, where small weights' are in float32 nevertheless).
+MOMENT: dict[OptimizerName, float] = {"adamw": 4, "adamw8bit": 1 + 4 / 256}
+MOMENT["paged-adamw8bit"] = MOMENT["adamw8bit"]
 # Resident besides all that is planned, on Linux: 350 MB after importing Veneer, torch and
 # transformers, 85 MB more after reading a model and its tokenizer, and 85 MB from the first step on
 # (threads, products prepared by oneDNN). `python -m bench.planned` prints the first two.
@@ -69,7 +73,8 @@ def plan_memory(
     mapped = [] if not config.mapped else quantized if is_cast else quantized + rest
     weights = [term for term in quantized + rest if term not in mapped]
     new = 0 if own else count + trained.beside
-    optimizer = [Term.of(2, "moments", count, "parameters", FLOAT32, "bytes", note="AdamW")]
+    moment, note = MOMENT[config.optimizer], "AdamW" + " in 8 bits" * (config.optimizer != "adamw")
+    optimizer = [Term.of(2, "moments", count, "parameters", moment, "bytes", note=note)]
     if own and masters and width < FLOAT32:
         optimizer.append(Term.of(count, "masters", FLOAT32, "bytes", note="float32"))
     lasting = [*kept(config, sizes, trained), holes(config, sizes, trained)]

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from veneer.models.block_buffers import ALIGNED, SMALL
 from veneer.models.description import Layer
-from veneer.models.sharded import ALIGNED, SMALL
 from veneer.plan.activations import FLOAT32
 from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import PlanConfig
@@ -66,7 +66,10 @@ class Shards:
         return amount(
             "weights' share",
             *(
-                Term.of(number, "", chunk, "bytes", note=f"1 / {count} of {count * chunk:,}")
+                Term.of(
+                    *(number, "", chunk, "bytes"),
+                    note=f"1 / {count} of {count * chunk:,}" if count > 1 else "",
+                )
                 for chunk, number in alike.items()
             ),
         )

@@ -101,7 +101,7 @@ class ReadAhead:
         following = number + step
         if 0 <= following < len(self._groups) and following != self._requested:
             self._requested = following
-            self._reader.submit(_populate, self._groups[following])
+            self._reader.submit(populate, self._groups[following])
 
     def note_routed(self, stack: QuantizedStack, ids: Sequence[int]) -> None:
         """Take note that these experts of a stack are used next."""
@@ -112,16 +112,27 @@ class ReadAhead:
         tensors = self._experts.get((stack, e))
         if tensors is None:
             tensors = self._experts[stack, e] = _large(stack.expert(e))
-        _populate(tensors)
+        populate(tensors)
 
 
 def _large(weight: QuantizedWeight) -> list[Tensor]:
     return [t for t in weight.tensors().values() if t.nbytes >= mmap.PAGESIZE]
 
 
-def _populate(tensors: Sequence[Tensor]) -> None:
+def populate(tensors: Sequence[Tensor]) -> None:
+    """Read the pages of mapped tensors in."""
     if not _advise(tensors, POPULATE_READ):  # an older kernel can at least read
         _advise(tensors, mmap.MADV_WILLNEED)
+
+
+def are_mapped(tensors: Sequence[Tensor]) -> list[bool]:
+    """Return for each tensor whether its memory is mapped from a file, where the system says so."""
+    maps, ranges = Path("/proc/self/maps"), []
+    for line in maps.read_text(errors="replace").splitlines() if maps.exists() else ():
+        addresses, *_, path = [*line.split(maxsplit=5), ""][:6]
+        if path.startswith("/") and not path.startswith(("/dev/", "/memfd:")):
+            ranges.append(range(*(int(address, 16) for address in addresses.split("-"))))
+    return [any(t.data_ptr() in pages for pages in ranges) for t in tensors]
 
 
 def release(tensors: Sequence[Tensor]) -> None:

@@ -1,4 +1,5 @@
-"""How config.json says that a base is quantized. Imports no torch."""
+"""How a base's weights are kept, and how config.json says that they are quantized. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from veneer.errors import ModelError
 
 Bits = Literal[4, 8]
 LoadBits = Literal[4, 8, 16]  # 16: dense, where a file's own blocks could stay
+# Where a frozen base's weights are while they are not used: on the device, in this machine's
+# memory, or on its disk.
+Offload = Literal["none", "cpu", "disk"]
 Method = Literal["bitsandbytes", "mxfp4", "fp8", "gptq", "awq", "compressed-tensors"]
 # The forms of compressed-tensors' weights, as its files call them.
 INTEGERS, FLOATS = ("pack-quantized", "int-quantized", "naive-quantized"), ("float-quantized",)

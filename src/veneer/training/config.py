@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from veneer.checks import ABOVE_0, at_least, check_config, one_of, whole_number
 from veneer.fused.recompute import Recompute
+from veneer.plan.config import OptimizerName
 
 Schedule = Literal["constant", "cosine", "linear"]
 # Settings on which the course of the weights does not depend.
@@ -15,6 +16,9 @@ NOT_OF_THE_COURSE = (
     *("save_every", "keep_best", "recompute", "context_parallel"),
     *("shard", "device"),
 )
+# Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
+# these values is the run of such a checkpoint.
+YOUNGER = {"optimizer": "adamw"}
 SCHEDULE = {"epochs", "steps", "lr", "schedule", "warmup"}  # which decide each step's rate
 # Settings with which a run may go on otherwise than it began: what trains, the order of the rows
 # and the optimizer's moments mean the same under all of them.
@@ -55,6 +59,9 @@ class TrainConfig:
     """Decoupled weight decay of AdamW."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 leaves it as it is."""
+    optimizer: OptimizerName = "adamw"
+    """AdamW with moments in float32; in 8 bits, a quarter of the memory (adamw8bit); or in 8 bits
+    that leave a CUDA card where it is full (paged-adamw8bit)."""
     tokens_per_step: int | None = None
     """Real tokens in an optimizer step, at most; chosen by how many there are unless given."""
     tokens_per_batch: int | None = None
@@ -92,6 +99,7 @@ class TrainConfig:
                 "warmup": at_least(0),
                 "weight_decay": at_least(0),
                 "clip": at_least(0),
+                "optimizer": one_of(OptimizerName),
                 "tokens_per_step": count,
                 "tokens_per_batch": count,
                 "recompute": one_of(Recompute),
@@ -103,6 +111,15 @@ class TrainConfig:
                 "patience": count,
             },
         )
+
+    @property
+    def course(self) -> dict[str, Any]:
+        """The settings on which the course of the weights depends, as checkpoints have them."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in NOT_OF_THE_COURSE and YOUNGER.get(name, ...) != value
+        }
 
     @property
     def batch_tokens(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from veneer.training.begin import (
     what_trains,
 )
 from veneer.training.checkpoint import Checkpoint
-from veneer.training.config import CHANGEABLE, NOT_OF_THE_COURSE, SCHEDULE, TrainConfig
+from veneer.training.config import CHANGEABLE, SCHEDULE, TrainConfig
 from veneer.training.evaluate import evaluate
 from veneer.training.events import (
     Checkpointed,
@@ -137,8 +137,7 @@ class _Run:
         assert config.tokens_per_step is not None
         self.model, self.examples, self.config = model, examples, config
         self.held_out, self.directory, self.world = held_out, directory, world
-        course = {k: v for k, v in asdict(self.config).items() if k not in NOT_OF_THE_COURSE}
-        self.identity = course | dict(identity)
+        self.identity = config.course | dict(identity)
         self.going_on = ""  # what changes where a run goes on otherwise than it began
         lengths = lengths_of(examples)
         self.order = StepOrder(
@@ -155,7 +154,11 @@ class _Run:
         ratios = None if ratio is None else lr_ratios(model, ratio=ratio, lr=config.lr)
         # Last, for until it is released the weights are views of its buffers.
         optimizer = FlatAdamW(
-            weights, lr=config.lr, weight_decay=config.weight_decay, ratios=ratios
+            weights,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            ratios=ratios,
+            optimizer=config.optimizer,
         )
         self.state = RunState(weights, active, optimizer)
         check_same_run(world, self.identity, lengths)

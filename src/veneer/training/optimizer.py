@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from veneer.plan.config import OptimizerName
 from veneer.processes.world import ALONE, World
+from veneer.training.adamw8bit import BLOCK, LEAST, Moments8bit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What weights of one buffer have in common: dtype, device, ratio of learning rates, optimizer.
+_Kind = tuple[torch.dtype, torch.device, float, OptimizerName]
 
 
 @dataclass
@@ -23,6 +28,9 @@ class _Buffer:
 
     Weights of 16 bits have masters in float32, or most of a step's change would be rounded away
     (Micikevicius et al. 2018, section 3.1).
+
+    With moments of 8 bits each weight begins at a multiple of BLOCK, so that it shares no scale
+    with another; between them are zeros, which stay zeros.
     """
 
     weights: dict[str, nn.Parameter]
@@ -30,22 +38,35 @@ class _Buffer:
     gradient: Tensor  # as `values`; the weights' gradients are views of it
     master: nn.Parameter  # as `values`, in float32 or wider; `values` itself where it is that
     ratio: float  # of the weights' learning rate to the optimizer's
+    moments: Moments8bit | None = None  # None where they are torch's, in the master's dtype
 
     @classmethod
-    def of(cls, weights: dict[str, nn.Parameter], ratio: float) -> _Buffer:
-        values = torch.cat([weight.detach().flatten() for weight in weights.values()])
+    def of(
+        cls, weights: dict[str, nn.Parameter], ratio: float, optimizer: OptimizerName
+    ) -> _Buffer:
+        unit = 1 if optimizer == "adamw" else BLOCK
+        flat = (weight.detach().flatten() for weight in weights.values())
+        values = torch.cat([F.pad(x, (0, -len(x) % unit)) if len(x) % unit else x for x in flat])
         wide = torch.promote_types(values.dtype, torch.float32)
         master = nn.Parameter(values.to(wide))
         buffer = cls(weights, values, torch.zeros_like(values), master, ratio)
+        if unit == BLOCK:
+            buffer.moments = Moments8bit(master, paged=optimizer == "paged-adamw8bit")
         for name, view in buffer.views(values):
             weights[name].data = view
         return buffer
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield each weight's name, and its numbers in a tensor like `values`, in its shape."""
-        slices = flat.split([weight.numel() for weight in self.weights.values()])
-        for (name, weight), numbers in zip(self.weights.items(), slices, strict=True):
-            yield name, numbers.view(weight.shape)
+        unit = 1 if self.moments is None else BLOCK
+        sizes = [-(weight.numel() // -unit) * unit for weight in self.weights.values()]
+        for (name, weight), numbers in zip(self.weights.items(), flat.split(sizes), strict=True):
+            yield name, numbers[: weight.numel()].view(weight.shape)
+
+    def scales(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight's name, and its blocks' scales in those of all."""
+        sizes = [-(weight.numel() // -BLOCK) for weight in self.weights.values()]
+        yield from zip(self.weights, flat.split(sizes), strict=True)
 
     @property
     def has_masters(self) -> bool:
@@ -58,6 +79,7 @@ class FlatAdamW:
     While it lives, the weights are views of its buffers, and from `begin` to `step` so are their
     gradients, which add up there; a weight without one has a gradient of zero. `release` gives the
     weights memory of their own again. `ratios` multiply the learning rate of the weights named.
+    optimizer: its moments in 32 bits, or those of weights with LEAST numbers and more in 8.
     """
 
     def __init__(
@@ -67,18 +89,24 @@ class FlatAdamW:
         lr: float,
         weight_decay: float,
         ratios: Mapping[str, float] | None = None,
+        optimizer: OptimizerName = "adamw",
     ) -> None:
-        alike: dict[tuple[torch.dtype, torch.device, float], dict[str, nn.Parameter]] = {}
+        alike: dict[_Kind, dict[str, nn.Parameter]] = {}
         for name, weight in weights.items():
             ratio = (ratios or {}).get(name, 1.0)
-            alike.setdefault((weight.dtype, weight.device, ratio), {})[name] = weight
-        self._buffers = [_Buffer.of(group, ratio) for (_, _, ratio), group in alike.items()]
-        groups = [{"params": [buffer.master], "ratio": buffer.ratio} for buffer in self._buffers]
-        self._adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
-        for buffer in self._buffers:
-            moments = {key: torch.zeros_like(buffer.master) for key in MOMENTS}
-            step = torch.zeros((), dtype=torch.float32, device=buffer.master.device)
-            self._adamw.state[buffer.master] = {"step": step, **moments}
+            kind = optimizer if weight.numel() >= LEAST else "adamw"
+            alike.setdefault((weight.dtype, weight.device, ratio, kind), {})[name] = weight
+        self._buffers = [_Buffer.of(each, *kind[2:]) for kind, each in alike.items()]
+        self._weight_decay, self._steps = weight_decay, 0
+        wide = [buffer for buffer in self._buffers if buffer.moments is None]
+        groups = [{"params": [buffer.master], "ratio": buffer.ratio} for buffer in wide]
+        self._adamw: torch.optim.AdamW | None = None
+        if groups:
+            self._adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+            for buffer in wide:
+                moments = {key: torch.zeros_like(buffer.master) for key in MOMENTS}
+                step = torch.zeros((), dtype=torch.float32, device=buffer.master.device)
+                self._adamw.state[buffer.master] = {"step": step, **moments}
 
     def begin(self) -> None:
         """Let the weights' gradients add up in the buffers from here on."""
@@ -102,12 +130,26 @@ class FlatAdamW:
         norm = nn.utils.clip_grad_norm_(masters, clip or math.inf)
         finite = bool(torch.isfinite(norm))
         if finite:
-            for group in self._adamw.param_groups:
-                group["lr"] = lr * group["ratio"]
-            self._adamw.step()
+            self._update(lr)
             self._to_weights()
         self.forget()
         return finite
+
+    def _update(self, lr: float) -> None:
+        self._steps += 1
+        if self._adamw is not None:
+            for group in self._adamw.param_groups:
+                group["lr"] = lr * group["ratio"]
+            self._adamw.step()
+        for buffer in self._buffers:
+            if buffer.moments is not None:
+                assert buffer.master.grad is not None
+                buffer.moments.step(
+                    *(buffer.master, buffer.master.grad),
+                    lr=lr * buffer.ratio,
+                    weight_decay=self._weight_decay,
+                    step=self._steps,
+                )
 
     def forget(self) -> None:
         """Free all gradients."""
@@ -118,23 +160,20 @@ class FlatAdamW:
                 weight.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return the moments as `exp_avg/<weight>`, `exp_avg_sq/<weight>`, masters, where there are
-        some, as `master/<weight>`, and the steps done."""
-        tensors = {}
-        for buffer in self._buffers:
-            tensors["step"] = self._adamw.state[buffer.master]["step"].clone()
-            for key, flat in self._state(buffer).items():
-                for name, view in buffer.views(flat):
-                    tensors[f"{key}/{name}"] = view.clone()
-        return tensors
+        """Return the moments as `exp_avg/<weight>`, `exp_avg_sq/<weight>`, of those in 8 bits the
+        scales as `exp_avg_scales/<weight>`, masters, where there are some, as `master/<weight>`,
+        and the steps done."""
+        tensors = {name: view.clone() for name, view in self._views()}
+        return tensors | {"step": torch.tensor(float(self._steps))}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned."""
-        for buffer in self._buffers:
-            self._adamw.state[buffer.master]["step"].copy_(tensors["step"])
-            for key, flat in self._state(buffer).items():
-                for name, view in buffer.views(flat):
-                    view.copy_(tensors[f"{key}/{name}"])
+        self._steps = int(tensors["step"])
+        if self._adamw is not None:
+            for state in self._adamw.state.values():
+                state["step"].copy_(tensors["step"])
+        for name, view in self._views():
+            view.copy_(tensors[name])
         self._to_weights()
 
     def replicate(self, world: World) -> None:
@@ -150,11 +189,22 @@ class FlatAdamW:
                 weight.data = weight.detach().clone()
                 weight.grad = None
 
-    def _state(self, buffer: _Buffer) -> dict[str, Tensor]:
-        """Return the moments of a buffer, and its master where that is not the weights' own."""
-        state = self._adamw.state[buffer.master]
-        moments: dict[str, Tensor] = {key: state[key] for key in MOMENTS}
-        return moments | ({"master": buffer.master.detach()} if buffer.has_masters else {})
+    def _views(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what a weight has in each buffer's moments, scales and master, by its name."""
+        for buffer in self._buffers:
+            flat: dict[str, Tensor] = {}
+            if buffer.moments is not None:
+                buffer.moments.wait()
+                flat |= buffer.moments.codes
+                for key, scales in buffer.moments.scales.items():
+                    yield from ((f"{key}_scales/{w}", view) for w, view in buffer.scales(scales))
+            elif self._adamw is not None:
+                state = self._adamw.state[buffer.master]
+                flat |= {key: state[key] for key in MOMENTS}
+            if buffer.has_masters:
+                flat["master"] = buffer.master.detach()
+            for key, numbers in flat.items():
+                yield from ((f"{key}/{w}", view) for w, view in buffer.views(numbers))
 
     @torch.no_grad()
     def _to_weights(self) -> None:

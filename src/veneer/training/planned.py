@@ -58,6 +58,7 @@ def plan_run(
         tokens_per_batch=training.batch_tokens,
         max_length=min(recipe.rows.max_length, sizes.context or recipe.rows.max_length),
         recompute=training.recompute,
+        optimizer=training.optimizer,
         mapped=mapped,
         trained_blocks=method.trained_blocks or PlanConfig.trained_blocks,
         train_head=method.train_head,

@@ -26,6 +26,7 @@ from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint, start_from
+from veneer.training.adamw8bit import check_optimizer
 from veneer.training.choose import as_before
 from veneer.training.planned import plan_run, why_no_merge
 from veneer.training.recipe import Recipe
@@ -77,6 +78,8 @@ def preflight(
         earlier = _earlier_settings(run) if resume else {}
         asked = earlier.get("computed_in", "auto") if recipe.dtype == "auto" else recipe.dtype
         device = device_of_run(recipe.device, processes)
+        with checks.check():
+            check_optimizer(recipe.training.optimizer, device)
         dtype = dtype_of(locate(recipe.model), asked, device)
         recipe = _as_before(recipe, earlier)
         config, tokenizer = load_config_and_tokenizer(recipe.model)

@@ -36,7 +36,7 @@ from veneer.processes.world import ALONE, World
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint, start_from
 from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
-from veneer.training.config import NOT_OF_THE_COURSE
+from veneer.training.config import NOT_OF_THE_COURSE, YOUNGER
 from veneer.training.events import (
     Doing,
     Event,
@@ -68,9 +68,9 @@ from veneer.training.rows import RunRows, in_every_process, load_rows
 from veneer.training.state import other_settings
 from veneer.training.verdict import judge
 
-# Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
-# these values is the run of such a checkpoint.
-YOUNGER = {
+# As YOUNGER, of all of a recipe.
+YOUNGER_SETTINGS = {
+    **YOUNGER,
     "pack_head": False,
     "method": "lora",
     "train_head": False,
@@ -346,7 +346,7 @@ def _check_goes_on(recipe: Recipe, before: Mapping[str, Any], **more: str) -> No
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that decide a run's course, as a checkpoint has them."""
     settings = {k: v for k, v in recipe.settings().items() if k not in ("out", *NOT_OF_THE_COURSE)}
-    for name, value in YOUNGER.items():
+    for name, value in YOUNGER_SETTINGS.items():
         if settings[name] == value:
             del settings[name]
     return json.loads(json.dumps(settings))

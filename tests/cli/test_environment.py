@@ -1,4 +1,4 @@
-"""Threads that wait for others sleep soon in a command, and only there."""
+"""What a command says to libraries before they start: only there, and never against the user."""
 
 import os
 import platform
@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from veneer.cli import SPINS
+from veneer.cli import SPINS, expand_segments
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 X86 = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="set on x86 processors alone"
 )
@@ -17,12 +18,13 @@ import contextlib, os, sys
 from veneer.cli import main
 with contextlib.suppress(SystemExit):
     main(["--version"])
+print(os.environ.get("PYTORCH_ALLOC_CONF"))
 print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
 """
 
 
 def child(code: str, **environment: str) -> subprocess.CompletedProcess:
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", *ALLOCATOR)
     others = {name: value for name, value in os.environ.items() if name not in names}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -35,7 +37,20 @@ def child(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @X86
 def test_a_command_says_so_before_torch_is_imported():
-    assert child(COMMAND).stdout.splitlines()[-1] == f"{SPINS} False"
+    allocator, threads = child(COMMAND).stdout.splitlines()[-2:]
+    assert threads == f"{SPINS} False"
+    assert allocator == ("expandable_segments:True" if sys.platform == "linux" else "None")
+
+
+@pytest.mark.parametrize("name", ALLOCATOR)
+def test_the_users_allocator_stays(name, monkeypatch):
+    for each in ALLOCATOR:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:64")
+    expand_segments()
+    assert {each: os.environ[each] for each in ALLOCATOR if each in os.environ} == {
+        name: "max_split_size_mb:64"
+    }
 
 
 @X86

@@ -1,0 +1,79 @@
+"""AdamW with moments of 8 bits, by bitsandbytes' functions (Dettmers et al. 2022, "8-bit Optimizers
+via Block-wise Quantization")."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.errors import ConfigError
+from veneer.plan.config import OptimizerName
+
+# Moments of a weight that share a scale, and the fewest numbers of a weight whose moments are in 8
+# bits: both are bitsandbytes' own (optim/optimizer.py).
+BLOCK, LEAST = 256, 4096
+BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults, which FlatAdamW has
+AT_ONCE = 2**30  # numbers of one call, which counts them in 32 bits; a multiple of BLOCK
+# Kinds of devices for which bitsandbytes has the functions; paged moments are in CUDA's managed
+# memory.
+RUNS_ON: dict[OptimizerName, tuple[str, ...]] = {
+    "adamw8bit": ("cpu", "cuda", "xpu"),
+    "paged-adamw8bit": ("cuda",),
+}
+
+
+def check_optimizer(name: OptimizerName, device: torch.device) -> None:
+    """Raise ConfigError, with what runs, for an optimizer that does not run on a device."""
+    kinds = RUNS_ON.get(name)
+    if kinds is None or device.type in kinds:
+        return
+    others = [other for other, those in RUNS_ON.items() if device.type in those]
+    raise ConfigError(
+        f"--optimizer {name} runs on {' and '.join(kinds)} alone, and this run is on {device.type}."
+        f" Take {' or '.join(['adamw', *others])}."
+    )
+
+
+class Moments8bit:
+    """Both moments of a flat parameter: codes (numbers,), and a scale for each BLOCK of them.
+
+    The numbers are a multiple of BLOCK. paged: codes are in managed memory, from which CUDA takes
+    the pages to the host where the card has no room.
+    """
+
+    def __init__(self, like: Tensor, *, paged: bool = False) -> None:
+        import bitsandbytes.functional as bnb  # takes a second
+
+        count, device = like.numel(), like.device
+        self.paged = paged
+        self.codes: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        self._maps = [bnb.create_dynamic_map(signed).to(device) for signed in (True, False)]
+        for key in ("exp_avg", "exp_avg_sq"):
+            if paged:
+                self.codes[key] = bnb.get_paged(count, dtype=torch.uint8, device=device).zero_()
+            else:
+                self.codes[key] = torch.zeros(count, dtype=torch.uint8, device=device)
+            self.scales[key] = torch.zeros(count // BLOCK, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def step(
+        self, weight: Tensor, gradient: Tensor, *, lr: float, weight_decay: float, step: int
+    ) -> None:
+        """Update a flat weight in place. step: how many there were, with this one."""
+        flat = (weight, gradient, *self.codes.values())
+        for numbers, scales in zip(
+            zip(*(tensor.split(AT_ONCE) for tensor in flat), strict=True),
+            zip(*(tensor.split(AT_ONCE // BLOCK) for tensor in self.scales.values()), strict=True),
+            strict=True,
+        ):
+            w, g, first, second = numbers
+            torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+                *("adam", g, w, first, second, *BETAS, 0.0, 0.0, EPS, step, lr),
+                *(*self._maps, *scales, weight_decay, 1.0, False),
+            )
+
+    def wait(self) -> None:
+        """Return when the host may read and write the codes: it shares paged ones with the card."""
+        if self.paged:
+            torch.accelerator.synchronize()

@@ -1,0 +1,150 @@
+"""A base that is offloaded computes what it does in memory, to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import veneer
+from support.random_adapters import examples
+from support.tiny_models import quantized, tiny
+from veneer.data.packing import pack
+from veneer.errors import AdapterError, ConfigError, ModelError
+from veneer.fused.forward import choose_forward
+from veneer.fused.recompute import Recompute
+from veneer.models import block_buffers, offload
+from veneer.models.block_buffers import passes_of, whole
+from veneer.models.offload import offload_base
+from veneer.quant.mapped import map_tensors
+from veneer.quant.settings import Offload
+from veneer.quant.stack import quantized_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_too(monkeypatch):
+    monkeypatch.setattr(block_buffers, "SMALL", 100)  # or most of so small models would stay
+
+
+@dataclass(frozen=True)
+class Case:
+    architecture: str = "llama"
+    bits: int | None = None
+    what: Any = field(default_factory=lambda: veneer.LoRA(rank=3))
+    recompute: Recompute = "none"
+
+    def model(self, place: Offload, directory: Path) -> Any:
+        model = quantized(self.architecture, self.bits) if self.bits else tiny(self.architecture)
+        if place != "none":
+            offload_base(model, place, CPU, directory=directory)
+        veneer.attach(model, self.what, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+        return model
+
+
+CASES = {
+    "lora": Case(),
+    "full": Case(recompute="full"),
+    "dora, NF4": Case(bits=4, what=veneer.LoRA(rank=3, dora=True)),
+    "int8": Case(bits=8),
+    "untied": Case("qwen2"),
+    "conv1d": Case("gpt2"),
+    "experts, NF4": Case("qwen3_moe", bits=4),
+    "prefix": Case(what=veneer.Method("prefix", virtual_tokens=4)),
+}
+
+
+def passed(model: Any, recompute: Recompute) -> dict[str, Tensor]:
+    """Return the losses and gradients of two passes, and logits."""
+    rows = examples([9, 13, 5])
+    forward, _ = choose_forward(model, rows, recompute=recompute)
+    results = {}
+    for turn in range(2):
+        model.zero_grad()
+        loss = forward(model, pack(rows, range(len(rows))))
+        loss.backward()
+        results[f"loss {turn}"] = loss.detach()
+    results |= {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
+    with torch.no_grad():
+        return results | {"logits": model(input_ids=torch.tensor([[3, 4, 5]])).logits}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_those_of_a_resident_base(name, tmp_path):
+    case = CASES[name]
+    expected = passed(case.model("none", tmp_path), case.recompute)
+    for place in ("cpu", "disk"):
+        model = case.model(place, tmp_path)
+        results = passed(model, case.recompute)
+        assert results.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(results[key], value), (place, key)
+        assert not any(tmp_path.iterdir())
+
+
+def test_two_blocks_at_most_are_whole(tmp_path, monkeypatch):
+    model = Case().model("cpu", tmp_path)
+    passes = passes_of(model)
+    assert passes is not None
+    sizes = []
+    fill = offload.HostBuffer._fill
+
+    def filled(buffer: offload.HostBuffer) -> Any:
+        sizes.append(sum(x._whole.untyped_storage().nbytes() > 0 for x in passes.buffers))
+        return fill(buffer)
+
+    monkeypatch.setattr(offload.HostBuffer, "_fill", filled)
+    rows = examples([9, 13, 5])
+    forward, _ = choose_forward(model, rows)
+    sizes.clear()
+    forward(model, pack(rows, range(len(rows)))).backward()
+    assert max(sizes) == 2
+    assert len(sizes) >= 2 * len(passes.buffers) - 3
+
+
+def test_what_is_mapped_is_read_from_its_own_file(tmp_path):
+    save_file({"w": torch.arange(4096.0)}, tmp_path / "model.safetensors")
+    mapped = map_tensors(tmp_path / "model.safetensors")["w"]
+    reader = offload._Reader(offload._Copies(CPU))
+    missing = tmp_path / "missing"
+    buffer = offload.DiskBuffer([mapped], reader, missing)
+    buffer.make_whole()
+    assert torch.equal(buffer.views[0], mapped)
+    with pytest.raises(ModelError, match="missing"):
+        offload.DiskBuffer([mapped.clone()], reader, missing)
+
+
+def test_weights_are_whole_where_they_are_asked_for(tmp_path):
+    expected = quantized_weights(quantized("llama", 4))
+    model = offload_base(quantized("llama", 4), "disk", CPU, directory=tmp_path)
+    with whole(model):
+        for path, weight in quantized_weights(model).items():
+            for name, tensor in weight.tensors().items():
+                assert torch.equal(tensor, expected[path].tensors()[name]), (path, name)
+
+
+def test_what_needs_the_whole_base_is_refused():
+    model = offload_base(tiny("llama"), "cpu", CPU)
+    with pytest.raises(ConfigError, match="offloaded"):
+        veneer.attach(model, veneer.Method("full"))
+    veneer.attach(model, veneer.LoRA(rank=2), seed=0)
+    with pytest.raises(AdapterError, match="offloaded"):
+        veneer.merge(model)
+
+
+@pytest.mark.parametrize("size", [1, 2**20, 2**20 + 1, 430_000_000])
+def test_pinned_memory_is_cut_into_powers_of_two(size):
+    lengths = offload._lengths(size)
+    assert all(length & (length - 1) == 0 for length in lengths)
+    assert lengths == sorted(lengths, reverse=True)
+    assert size <= sum(lengths) < size + offload.SMALLEST_PIECE

@@ -1,0 +1,96 @@
+"""Moments in 8 bits are bitsandbytes' own, to the bit, and go on from a checkpoint."""
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit
+from torch import nn
+
+from veneer.errors import ConfigError
+from veneer.plan.config import PlanConfig
+from veneer.plan.memory import MOMENT
+from veneer.training.adamw8bit import BLOCK, LEAST, check_optimizer
+from veneer.training.optimizer import FlatAdamW
+
+SHAPES = {"matrix": (64, 96), "odd": (71, 83), "small": (9,)}
+
+
+def weights(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    return {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in SHAPES.items()}
+
+
+def flat_of(ours: dict[str, nn.Parameter]) -> FlatAdamW:
+    return FlatAdamW(ours, lr=0.1, weight_decay=0.1, ratios={"odd": 4.0}, optimizer="adamw8bit")
+
+
+def course(flat: FlatAdamW, ours: dict[str, nn.Parameter], steps: range) -> None:
+    for step in steps:
+        flat.begin()
+        generator = torch.Generator().manual_seed(step)
+        for weight in ours.values():
+            weight.grad += torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        assert flat.step(lr=0.01, clip=0.0)
+
+
+def test_equals_bitsandbytes_to_the_bit():
+    ours, theirs = weights(), weights()
+    groups = [{"params": [w], "lr": 0.04 if n == "odd" else 0.01} for n, w in theirs.items()]
+    peer = AdamW8bit(groups, weight_decay=0.1)
+    course(flat_of(ours), ours, range(4))
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for weight in theirs.values():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        peer.step()
+    for name in ("matrix", "odd"):
+        assert torch.equal(ours[name], theirs[name]), name
+    torch.testing.assert_close(ours["small"], theirs["small"])  # in 32 bits, by torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_goes_on_from_its_state_to_the_bit(dtype):
+    undisturbed = weights(dtype)
+    course(flat_of(undisturbed), undisturbed, range(5))
+    first = weights(dtype)
+    flat = flat_of(first)
+    course(flat, first, range(2))
+    state = flat.state()
+    flat.release()
+    second = {name: nn.Parameter(weight.detach().clone()) for name, weight in first.items()}
+    other = flat_of(second)
+    other.load(state)
+    course(other, second, range(2, 5))
+    for name, weight in second.items():
+        assert torch.equal(weight, undisturbed[name]), name
+
+
+def test_moments_take_the_bytes_that_are_planned():
+    ours = {"w": nn.Parameter(torch.zeros(8 * LEAST))}
+    state = flat_of(ours).state()
+    assert state["exp_avg/w"].dtype == torch.uint8
+    assert len(state["exp_avg_scales/w"]) == 8 * LEAST // BLOCK
+    moments = sum(tensor.nbytes for name, tensor in state.items() if name != "step")
+    assert moments == 2 * MOMENT["adamw8bit"] * 8 * LEAST
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "device", "instead"),
+    [
+        ("paged-adamw8bit", "cpu", "adamw or adamw8bit"),
+        ("paged-adamw8bit", "xpu", "adamw or adamw8bit"),
+        ("adamw8bit", "mps", "adamw"),
+        ("paged-adamw8bit", "mps", "adamw"),
+    ],
+)
+def test_what_does_not_run_is_refused_with_what_does(optimizer, device, instead):
+    with pytest.raises(ConfigError, match=f"on {device}. Take {instead}\\."):
+        check_optimizer(optimizer, torch.device(device))
+
+
+def test_what_runs_is_not_refused():
+    for device in ("cpu", "cuda", "mps", "xpu"):
+        check_optimizer("adamw", torch.device(device))
+    for device in ("cpu", "cuda", "xpu"):
+        check_optimizer("adamw8bit", torch.device(device))
+    check_optimizer("paged-adamw8bit", torch.device("cuda"))
+    assert PlanConfig().optimizer == "adamw"
