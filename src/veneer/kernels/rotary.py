@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from veneer.kernels import choice
 from veneer.kernels.native import adjacent, kernel, strided
 
 
@@ -34,11 +35,16 @@ class Rotary:
 
     def _rotate(self, x: Tensor, out: Tensor, back: bool) -> Tensor:
         native = kernel("rotate", x, self.cos, self.sin)
+        if native is None and choice.uses_triton(x, self.cos, self.sin):
+            from veneer.kernels import triton_rotary
+
+            angles = self.cos, self.sin
+            return triton_rotary.rotate(x, *angles, out, back=back, interleaved=self.interleaved)
         if native is None:
             return out.copy_(self._rotated(x, -self.sin if back else self.sin))
         sign, pairs = -1.0 if back else 1.0, self.cos.shape[1]
-        angles = (self.cos, self.sin, sign, self.interleaved)
-        native(*strided(x), *angles, out, *x.shape, pairs)
+        settings = (self.cos, self.sin, sign, self.interleaved)
+        native(*strided(x), *settings, out, *x.shape, pairs)
         return out
 
     def _rotated(self, x: Tensor, sin: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.kernels import choice
 from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import apply_gain_, gain_backward
 from veneer.lowrank.masters import Masters
@@ -80,6 +81,11 @@ def project(
         torch.mm(x, _stacked_A(group).T, out=h)
     for p, own_h, y in zip(group, _columns(h, group), outputs, strict=True):
         _base_product(x, p, y)
+        if p.rank and p.gain is not None and choice.uses_triton(y, own_h, p.B, p.gain, p.bias):
+            from veneer.kernels.triton_gain import add_with_gain
+
+            add_with_gain(y, own_h, p.B, p.gain, p.bias)
+            continue
         if p.rank:
             y.addmm_(own_h, p.B.T)
         if p.gain is not None:
