@@ -26,7 +26,9 @@ def activate(kind: Activation, gate: Tensor, up: Tensor | None) -> Tensor:
     if native is None and choice.uses_triton(gate, up):
         from veneer.kernels import triton_activation
 
-        return triton_activation.activate(kind, adjacent(gate), None if up is None else adjacent(up))
+        return triton_activation.activate(
+            kind, adjacent(gate), None if up is None else adjacent(up)
+        )
     if native is None:
         y = _value(kind, gate)
         return y if up is None else y * up

@@ -158,8 +158,10 @@ def cross_entropy(
     if choice.uses_triton(z, out):
         from veneer.kernels import triton_cross_entropy as own
 
-        scale, softcap = logits.scale, logits.softcap
-        return own.cross_entropy(z, targets, out, scale=scale, softcap=softcap).sum(), out
+        losses = own.cross_entropy(
+            z, targets, out, scale=logits.scale, softcap=logits.softcap
+        )
+        return losses.sum(), out
     y = logits(z.to(wide))
     log_p = y.log_softmax(-1)
     rows = torch.arange(len(z), device=z.device)

@@ -109,17 +109,16 @@ def _value(x: Any, kind: tl.constexpr) -> Any:
     """Return act(x)."""
     if kind == "silu":
         return x * tl.sigmoid(x)
-    elif kind == "gelu":
+    if kind == "gelu":
         return 0.5 * x * (1 + tl.erf(x * ROOT_HALF))
-    elif kind == "gelu_tanh":
+    if kind == "gelu_tanh":
         return 0.5 * x * (1 + tanh((x + x * x * x * TANH_CUBE) * TANH_FACTOR))
-    elif kind == "relu":
+    if kind == "relu":
         return tl.where(x < 0, 0.0, x)
-    elif kind == "relu_squared":
+    if kind == "relu_squared":
         return tl.where(x < 0, 0.0, x * x)
-    else:
-        tl.static_assert(kind == "quick_gelu")
-        return x * tl.sigmoid(1.702 * x)
+    tl.static_assert(kind == "quick_gelu")
+    return x * tl.sigmoid(1.702 * x)
 
 
 @triton.jit
@@ -128,16 +127,15 @@ def _slope(x: Any, kind: tl.constexpr) -> Any:
     if kind == "silu":
         s = tl.sigmoid(x)
         return s * (1 + x * (1 - s))
-    elif kind == "gelu":
+    if kind == "gelu":
         return 0.5 * (1 + tl.erf(x * ROOT_HALF)) + x * DENSITY * tl.exp(-0.5 * x * x)
-    elif kind == "gelu_tanh":
+    if kind == "gelu_tanh":
         t = tanh((x + x * x * x * TANH_CUBE) * TANH_FACTOR)
         return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (1 + 3 * x * x * TANH_CUBE) * TANH_FACTOR
-    elif kind == "relu":
+    if kind == "relu":
         return tl.where(x > 0, 1.0, 0.0)
-    elif kind == "relu_squared":
+    if kind == "relu_squared":
         return tl.where(x > 0, 2 * x, 0.0)
-    else:
-        tl.static_assert(kind == "quick_gelu")
-        s = tl.sigmoid(1.702 * x)
-        return s + 1.702 * x * s * (1 - s)
+    tl.static_assert(kind == "quick_gelu")
+    s = tl.sigmoid(1.702 * x)
+    return s + 1.702 * x * s * (1 - s)

@@ -1,6 +1,6 @@
 """The low-rank product with DoRA's gain behind it: one pass over what it is added to.
 
-    y ← gain ∘ (y + h Bᵀ) + b ∘ (1 − gain)        with y = W x + b and h = A x
+y ← gain ∘ (y + h Bᵀ) + b ∘ (1 − gain)        with y = W x + b and h = A x
 """
 
 from __future__ import annotations
