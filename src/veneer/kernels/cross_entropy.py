@@ -158,9 +158,7 @@ def cross_entropy(
     if choice.uses_triton(z, out):
         from veneer.kernels import triton_cross_entropy as own
 
-        losses = own.cross_entropy(
-            z, targets, out, scale=logits.scale, softcap=logits.softcap
-        )
+        losses = own.cross_entropy(z, targets, out, scale=logits.scale, softcap=logits.softcap)
         return losses.sum(), out
     y = logits(z.to(wide))
     log_p = y.log_softmax(-1)
