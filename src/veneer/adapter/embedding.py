@@ -62,8 +62,15 @@ class LoRAEmbedding(AdaptedLayer):
         row of ids is all rows', as positions are in GPT-2."""
         ids = ids.expand(len(row_updates.mix_of_row), -1)
         y = self.original(ids)
-        for update, rows in row_updates.on(self):
-            y[list(rows)] = self._changed(y[list(rows)], ids[list(rows)], update)
+        updates = row_updates.on(self)
+        if row_updates.numbers is None:
+            for each in updates:
+                rows = row_updates.rows_on(each, ids.device)
+                y[rows] = self._changed(y[rows], ids[rows], each.update)
+            return y
+        for each in updates:  # of which no one knows here which rows they act on
+            own = (row_updates.numbers == each.mix)[:, None, None]
+            y = torch.where(own, self._changed(y, ids, each.update), y)
         return y
 
     def _changed(self, y: Tensor, ids: Tensor, update: LowRankUpdate) -> Tensor:

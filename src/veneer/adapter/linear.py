@@ -156,15 +156,18 @@ class LoRALinear(AdaptedLayer):
         updates = row_updates.on(self)
         if not updates:
             return y
-        ranks = sum(update.rank for update, _ in updates)
-        if ranks <= STACKED_RANKS and x.shape[:2].numel() <= STACKED_TOKENS:
+        ranks = sum(each.update.rank for each in updates)
+        few = ranks <= STACKED_RANKS and x.shape[:2].numel() <= STACKED_TOKENS
+        if few or row_updates.numbers is not None:
             stacked = row_updates.stacked(self, updates)
-            h = F.linear(x, stacked.A) * stacked.mask  # (rows, tokens, Σ rank)
+            h = F.linear(x, stacked.A)  # (rows, tokens, Σ rank)
+            h = h if stacked.mask is None else h * stacked.mask
             y, gain = y + F.linear(h, stacked.B), stacked.gain
         else:
             gain = row_updates.gains(updates)
-            for update, rows in updates:
-                y[list(rows)] += F.linear(F.linear(x[list(rows)], update.A), update.B)
+            for each in updates:
+                rows, update = row_updates.rows_on(each, x.device), each.update
+                y[rows] += F.linear(F.linear(x[rows], update.A), update.B)
         if gain is not None:
             bias: Tensor | None = self.original.bias  # type: ignore[assignment]
             y = apply_gain(y, gain, bias)

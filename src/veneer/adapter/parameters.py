@@ -208,11 +208,13 @@ class AdaptedParameter(Adapted):
         row_updates = self.active_adapters.row_updates
         if row_updates is None:
             return _stack_update(self.low_rank_update(self.active(), compute_dtype(x)))
-        updates, which = [], torch.full((len(row_updates.mix_of_row),), -1, device=x.device)
-        for number, (update, rows) in enumerate(row_updates.on(self)):
-            updates.append(_stack_update(update))
-            which[list(rows)] = number
-        return TokenUpdates(updates, which.repeat_interleave(len(x) // len(which)))
+        updates = row_updates.on(self)
+        mixes, rows = row_updates.numbers_on(x.device), len(row_updates.mix_of_row)
+        which = torch.full_like(mixes, -1)
+        for number, each in enumerate(updates):
+            which.masked_fill_(mixes == each.mix, number)
+        tokens = which[:, None].expand(rows, len(x) // rows).flatten()
+        return TokenUpdates([_stack_update(each.update) for each in updates], tokens)
 
     def changed(self) -> Tensor:
         """Return W + Σ w s B A as the owner keeps it, differentiably, in W's dtype."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from veneer.kernels.transfer import sent
 from veneer.lowrank.formula import total_gain
 
 
@@ -64,16 +65,33 @@ class StackedUpdates:
     """The updates of all rows of a batch side by side: gain ∘ (W x + B (mask ∘ A x)) + b.
 
     A (Σ rank, in) and B (out, Σ rank); mask (rows, 1, Σ rank): 1 for a row's own update, 0 for the
-    others; gain (rows, 1, out), or None where all are 1.
+    others, or None where all rows have the same; gain (rows, 1, out), or None where all are 1.
     """
 
     A: Tensor
     B: Tensor
-    mask: Tensor
+    mask: Tensor | None
     gain: Tensor | None
 
 
-RowsOfUpdate = tuple[LowRankUpdate, tuple[int, ...]]  # an update, and the rows that it acts on
+@dataclass(frozen=True)
+class RowsOfUpdate:
+    """An update, the number of its mix, and the rows on which it acts."""
+
+    update: LowRankUpdate
+    mix: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """What does not depend on which row has which mix: the factors side by side, the mix of each
+    rank (Σ rank,), and the gain of no mix and of each mix, (mixes + 1, out), or None for 1."""
+
+    A: Tensor
+    B: Tensor
+    mix_of_rank: Tensor
+    gains: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -83,41 +101,94 @@ class RowUpdates:
     mixes: the different adapters, or mixes of some, each as its update by layer. mix_of_row: for
     each row the number of its mix, or None for the base alone. What is stacked for a layer is
     cached here, so that one value serves many steps.
+
+    numbers (rows,): `mix_of_row` on the device, −1 for None, where the next calls have other rows
+    of the same mixes (`with_numbers`). Nothing may then depend on which rows are whose but through
+    `numbers`: all updates count as acting, and `mix_of_row` says only how many rows there are.
     """
 
     mixes: Sequence[Mapping[Any, LowRankUpdate]]
     mix_of_row: tuple[int | None, ...]
-    _stacked: dict[Hashable, StackedUpdates] = field(default_factory=dict, repr=False)
+    numbers: Tensor | None = None
+    _stacks: dict[Hashable, _Stack] = field(default_factory=dict, repr=False)
+    # Those of one value serve all layers that have the same adapters with the same ranks.
+    _masks: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _gains: dict[Hashable, Tensor | None] = field(default_factory=dict, init=False, repr=False)
+    _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def with_numbers(self, numbers: Tensor) -> RowUpdates:
+        """Return the updates for as many rows as `numbers` has, whose mixes it says."""
+        return replace(self, mix_of_row=(None,) * len(numbers), numbers=numbers)
 
     def on(self, layer: Hashable) -> list[RowsOfUpdate]:
         """Return each update that acts on a layer, with its rows."""
         updates = []
         for number, mix in enumerate(self.mixes):
+            if (update := mix.get(layer)) is None:
+                continue
             rows = tuple(row for row, own in enumerate(self.mix_of_row) if own == number)
-            if rows and (update := mix.get(layer)) is not None:
-                updates.append((update, rows))
+            if rows or self.numbers is not None:
+                updates.append(RowsOfUpdate(update, number, rows))
         return updates
+
+    def numbers_on(self, device: torch.device) -> Tensor:
+        """Return the number of each row's mix, (rows,), −1 for the base alone."""
+        if self.numbers is not None:
+            return self.numbers
+        return self._index(tuple(-1 if mix is None else mix for mix in self.mix_of_row), device)
+
+    def rows_on(self, of: RowsOfUpdate, device: torch.device) -> Tensor:
+        """Return the rows on which an update acts as an index."""
+        assert self.numbers is None
+        return self._index(of.rows, device)
 
     def stacked(self, layer: Hashable, updates: Sequence[RowsOfUpdate]) -> StackedUpdates:
         """Return the updates that act on a layer side by side."""
-        if (cached := self._stacked.get(layer)) is not None:
-            return cached
-        A, B = side_by_side([each.A for each, _ in updates], [each.B for each, _ in updates])
-        mask = A.new_zeros(len(self.mix_of_row), 1, len(A))
-        first = 0
-        for update, rows in updates:
-            mask[list(rows), :, first : first + update.rank] = 1
-            first += update.rank
-        stacked = self._stacked[layer] = StackedUpdates(A, B, mask, self.gains(updates))
-        return stacked
+        if (stack := self._stacks.get(layer)) is None:
+            stack = self._stacks[layer] = _stack(updates, len(self.mixes))
+        if layer not in self._gains:
+            self._gains[layer] = self._gain_of_rows(stack.gains)
+        return StackedUpdates(stack.A, stack.B, self._mask(stack, updates), self._gains[layer])
 
     def gains(self, updates: Sequence[RowsOfUpdate]) -> Tensor | None:
         """Return the gain of each row, (rows, 1, out), or None where all are 1."""
-        like = next((update.gain for update, _ in updates if update.gain is not None), None)
-        if like is None:
+        return self._gain_of_rows(_gains(updates, len(self.mixes)))
+
+    def _mask(self, stack: _Stack, updates: Sequence[RowsOfUpdate]) -> Tensor | None:
+        if len(updates) == 1 and len(updates[0].rows) == len(self.mix_of_row):
             return None
-        gains = like.new_ones(len(self.mix_of_row), 1, len(like))
-        for update, rows in updates:
-            if update.gain is not None:
-                gains[list(rows), 0] = update.gain
-        return gains
+        key = (stack.A.dtype, *((each.mix, each.update.rank) for each in updates))
+        if (mask := self._masks.get(key)) is None:
+            numbers = self.numbers_on(stack.A.device)
+            own = numbers[:, None] == stack.mix_of_rank  # (rows, Σ rank)
+            mask = self._masks[key] = own.to(stack.A.dtype)[:, None]
+        return mask
+
+    def _gain_of_rows(self, gains: Tensor | None) -> Tensor | None:
+        if gains is None:
+            return None
+        return gains.index_select(0, self.numbers_on(gains.device) + 1)[:, None]
+
+    def _index(self, values: tuple[int, ...], device: torch.device) -> Tensor:
+        if (index := self._indices.get(values)) is None:
+            index = self._indices[values] = sent(values, device)
+        return index
+
+
+def _stack(updates: Sequence[RowsOfUpdate], mixes: int) -> _Stack:
+    every = [each.update for each in updates]
+    A, B = side_by_side([each.A for each in every], [each.B for each in every])
+    mix_of_rank = [
+        torch.full((each.update.rank,), each.mix, dtype=torch.long, device=A.device)
+        for each in updates
+    ]
+    return _Stack(A, B, torch.cat(mix_of_rank), _gains(updates, mixes))
+
+
+def _gains(updates: Sequence[RowsOfUpdate], mixes: int) -> Tensor | None:
+    """Return the gain of no mix and of each, (mixes + 1, out), or None where all are 1."""
+    of_mix = {each.mix: each.update.gain for each in updates if each.update.gain is not None}
+    if not of_mix:
+        return None
+    ones = torch.ones_like(next(iter(of_mix.values())))
+    return torch.stack([ones, *(of_mix.get(mix, ones) for mix in range(mixes))])

@@ -21,19 +21,23 @@ from veneer.errors import (
     RequestError,
     VeneerError,
 )
+from veneer.generate.slots import NotInSlots
+from veneer.kernels.transfer import OnTheWay
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
 from veneer.serve.engine.adapter_cache import AdapterCache, Mix, why_not
 from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.general import GeneralRunner
+from veneer.serve.engine.issued import Issued, Scores
 from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import PrefixCache, block_hashes
 from veneer.serve.engine.request import EngineConfig, Reason, Request, Stats, Which
 from veneer.serve.engine.row import Row
 from veneer.serve.engine.runner import Chunk, Runner
-from veneer.serve.engine.sampler import Sampler, sample
+from veneer.serve.engine.sampler import Drawn, Sampler
+from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.stream import Stream
 
 log = logging.getLogger("veneer.serve")
@@ -65,6 +69,7 @@ class Engine:
         self._closing = False
         self._cut = False  # closing without answering what is left
         self._active: list[Row] = []
+        self._issued: Issued | None = None  # a step whose results have not been read yet
         self._free = list(range(self.config.slots))[::-1]
         self._counts = dict.fromkeys(
             ("requests", "prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0
@@ -227,6 +232,7 @@ class Engine:
                     self._step(list(self._active))
                 except Exception as error:
                     # Slots cannot be trusted after a step that failed, but the engine goes on.
+                    self._issued = None
                     for row in list(self._active):
                         self._end(row, "error", error)
         except Exception as error:
@@ -260,26 +266,63 @@ class Engine:
                 self._changed.wait()
 
     def _step(self, active: Sequence[Row]) -> None:
-        """Compute the next token of each decoding row, and a chunk of the prompts of others."""
+        """Compute the next token of each decoding row, and a chunk of the prompts of others. On a
+        device that is not to wait, take the results of the step before, while this one runs."""
+        issued = self._issue(active)
+        if isinstance(self.runner, SlotRunner):
+            issued, self._issued = self._issued, issued
+        if issued is not None:
+            self._take(issued)
+
+    def _issue(self, active: Sequence[Row]) -> Issued | None:
+        """Have a step computed."""
         scheduled = self._schedule(active)
         if not scheduled:
-            return
+            return None
         logits = self.runner.step([chunk for _, chunk in scheduled])
         self._counts["steps"] += 1
-        to_sample: list[tuple[Row, Tensor]] = []
+        rows: list[Row] = []
+        to_sample: list[Tensor] = []
+        scores: list[Scores] = []
         split = logits.split([chunk.logits for _, chunk in scheduled])
         for (row, chunk), own in zip(scheduled, split, strict=True):
             row.computed += len(chunk.tokens)
             if not chunk.decoding:
                 self._counts["prompt_tokens"] += len(chunk.tokens)
                 self._keep_block(row, chunk.start)
-            if not row.request.prompt_logprobs:
-                to_sample += [(row, own)] if chunk.logits else []
+            if row.request.prompt_logprobs:
+                coming = OnTheWay(row.scores(own, chunk.start))
+                scores.append(Scores(row, chunk.start, coming, is_last=not row.prefilling))
+            elif chunk.logits:
+                rows.append(row)
+                to_sample.append(own)
+                row.drawn += 1
+        drawn = None
+        if rows:
+            drawn = Drawn(torch.cat(to_sample), [row.sampler for row in rows])  # (rows, vocab)
+            if isinstance(self.runner, SlotRunner):
+                self.runner.take([row.slot for row in rows], drawn.ids)
+        return Issued(rows, drawn, scores)
+
+    def _take(self, issued: Issued) -> None:
+        """Give rows what a step computed for them, unless they ended meanwhile."""
+        for each in issued.scores:
+            if each.row in self._active:
+                each.row.take_scores(each.coming.arrived()[0], each.first)
+                if each.is_last:
+                    self._end(each.row, "length")
+        if issued.drawn is None:
+            return
+        for row, token in zip(issued.rows, issued.drawn.tokens(), strict=True):
+            if row not in self._active:
                 continue
-            row.take_prompt_logprobs(own, chunk.start)
-            if not row.prefilling:
-                self._end(row, "length")
-        self._sample(to_sample)
+            self._counts["new_tokens"] += 1
+            try:
+                reason, error = row.take(token), None
+            except Exception as caught:  # in its text, which is no other row's
+                reason, error = "error", caught
+            if reason is not None:
+                self._end(row, reason, error)
 
     def _schedule(self, active: Sequence[Row]) -> list[tuple[Row, Chunk]]:
         """Return the rows that this step computes: all that decode, and then prompts, of which it
@@ -289,6 +332,8 @@ class Engine:
         for row in active:
             if row.stream.cancelled:
                 self._end(row, "cancelled")
+                continue
+            if row.is_waiting:
                 continue
             if not row.computed:
                 self._use_prefix(row)
@@ -302,21 +347,6 @@ class Engine:
                 else:
                     left = 0  # prompts behind it wait with it, or it might wait for ever
         return decoding + prefilling
-
-    def _sample(self, rows: Sequence[tuple[Row, Tensor]]) -> None:
-        """Draw the next token of each row from its logits (1, vocab)."""
-        if not rows:
-            return
-        logits = torch.cat([own for _, own in rows])
-        tokens = sample(logits, [row.sampler for row, _ in rows])
-        for (row, _), token in zip(rows, tokens, strict=True):
-            self._counts["new_tokens"] += 1
-            try:
-                reason, error = row.take(token), None
-            except Exception as caught:  # in its text, which is no other row's
-                reason, error = "error", caught
-            if reason is not None:
-                self._end(row, reason, error)
 
     def _use_prefix(self, row: Row) -> None:
         """Take the first tokens of a prompt from the prefix cache, as far as it has them."""
@@ -354,11 +384,15 @@ class Engine:
 
 def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner, tuple[str, ...]]:
     """Return the fastest runner that is proven right for a base, and notices for a person."""
+    why: Exception
     try:
+        if model.device.type != "cpu":
+            return SlotRunner(model, slots, context), ()
         return CompiledRunner(model, slots, context), ()
-    except Unsuited as why:
-        notice = f"Each step goes through the model's own forward, which is slower, for {why}."
-        return GeneralRunner(model, slots), (notice,)
+    except (Unsuited, NotInSlots) as error:
+        why = error
+    notice = f"Each step goes through the model's own forward, which is slower, for {why}."
+    return GeneralRunner(model, slots), (notice,)
 
 
 def _context(base: Base, configured: int | None) -> int:

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.virtual import keys_values
 from veneer.errors import ConfigError, ModelError
+from veneer.kernels.transfer import sent
 from veneer.lowrank.update import RowUpdates
 from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
 from veneer.serve.engine.runner import Chunk
@@ -132,7 +133,7 @@ class GeneralRunner:
         cache = self.prefilling.setdefault(chunk.slot, DynamicCache())
         assert cache.get_seq_length() == chunk.start
         device = self.model.device
-        tokens = torch.tensor([list(chunk.tokens)], device=device)
+        tokens = sent([list(chunk.tokens)], device)
         end = chunk.start + tokens.shape[1]
         logits = self._forward(
             [chunk.adapter],
@@ -150,15 +151,15 @@ class GeneralRunner:
         clock = self.clock
         clock.rows, clock.low = len(chunks), clock.at - max(self.lengths)
         device = self.model.device
-        lengths = torch.tensor(self.lengths)[:, None]
-        places = torch.arange(clock.low, clock.at + 1)[None]
+        lengths = sent(self.lengths, device)[:, None]
+        places = torch.arange(clock.low, clock.at + 1, device=device)[None]
         cache = DynamicCache()
         cache.layers = list(self.shared)
         logits = self._forward(
             [chunk.adapter for chunk in chunks],
-            input_ids=torch.tensor([list(chunk.tokens) for chunk in chunks], device=device),
-            position_ids=lengths.to(device),
-            attention_mask=(places >= clock.at - lengths).long().to(device),
+            input_ids=sent([list(chunk.tokens) for chunk in chunks], device),
+            position_ids=lengths,
+            attention_mask=(places >= clock.at - lengths).long(),
             cache=cache,
             keep=1,
         )

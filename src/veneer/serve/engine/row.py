@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
+from veneer.kernels.transfer import sent
 from veneer.serve.engine.adapter_cache import LoadedAdapter, Mix
 from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.request import Answer, Reason, Request, Token
@@ -30,6 +30,7 @@ class Row:
     computed: int = 0  # tokens whose keys and values the slot holds
     cached: int = 0  # how many of them came from the prefix cache
     block_hashes: tuple[bytes, ...] = ()
+    drawn: int = 0  # tokens that were asked for; the last of them may not have come yet
     new: int = 0  # tokens generated
     last: int = -1  # the newest of them, which the slot does not hold yet
     held: list[Token] = field(default_factory=list)  # tokens whose text is not sure yet
@@ -43,6 +44,13 @@ class Row:
     def prefilling(self) -> bool:
         """Whether tokens of the prompt are still to be computed."""
         return self.computed < len(self.request.tokens)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether all that the row needs was asked for, and some of it has not come yet."""
+        if self.prefilling:
+            return False
+        return self.request.prompt_logprobs or self.drawn >= self.most
 
     def next_chunk(self, size: int) -> Chunk:
         """Return what is computed next: the newest token, or the prompt up to the next multiple of
@@ -70,15 +78,18 @@ class Row:
             return "stop"
         return "length" if self.new >= self.most else None
 
-    def take_prompt_logprobs(self, logits: Tensor, first: int) -> None:
-        """Add the log probabilities of the tokens that follow token `first` and those after it,
+    def scores(self, logits: Tensor, first: int) -> Tensor:
+        """Return the log probabilities of the tokens that follow token `first` and those after it,
         whose logits (tokens, vocab) these are."""
+        following = sent(self.request.tokens[first + 1 : first + 1 + len(logits)], logits.device)
+        logs = logits[: len(following)].log_softmax(-1)
+        return logs.gather(1, following.long()[:, None])[:, 0]
+
+    def take_scores(self, scores: Tensor, first: int) -> None:
+        """Add the log probabilities of the tokens behind token `first`."""
         if first == 0:
             self.prompt_logprobs.append(None)  # nothing comes before the first token
-        following = torch.tensor(self.request.tokens[first + 1 : first + 1 + len(logits)])
-        logs = logits[: len(following)].log_softmax(-1)
-        own = logs.gather(1, following[:, None].to(logs.device))
-        self.prompt_logprobs += own[:, 0].tolist()
+        self.prompt_logprobs += scores.tolist()
 
     def finish(self, reason: Reason, error: Exception | None = None) -> None:
         """Send the last piece: what is left of the text, and why the answer ended."""

@@ -17,7 +17,8 @@ class Chunk:
     """Tokens of one row that a step computes, after the `start` tokens that its slot holds.
 
     adapter: what acts on the row, None for the base. logits: for how many of the last tokens the
-    step returns logits. decoding: whether the row's prompt is done, and this is its newest token.
+    step returns logits. decoding: whether the row's prompt is done, and this is its newest token;
+    where the engine does not wait for tokens (`SlotRunner.take`), that is on the device alone.
     """
 
     slot: int

@@ -1,0 +1,179 @@
+"""Calls of fixed shapes as CUDA graphs: recorded once, and then asked for at once.
+
+A step of decoding is hundreds of small kernels, and asking for each takes longer than it runs. A
+graph asks for all of them with one call. It reads its inputs where they were when it was recorded,
+so there is one for each shape, inputs are copied into its own, and its results are overwritten by
+the next replay. All graphs share one pool of memory, as only one of them runs at a time.
+
+A graph is used only after its first replay has given what the function itself gave. Where it does
+not, or where recording fails, the functions go on being called as they are, and it is said once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+WARM_UPS = 2  # calls before recording, in which libraries choose their ways and get their memory
+MOST = 48  # graphs at a time; the least recently used ones are dropped
+# How far a replay may be from the call itself, relative to its length: libraries may choose another
+# way for a stream that is recorded.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.01}
+
+Tensors = Mapping[str, Tensor]
+Function = Callable[[Tensors], Tensors]
+
+
+def size_for(count: int, most: int) -> int:
+    """Return the rows of a graph for `count` rows: the next power of two, `most` at most."""
+    return min(most, 1 << max(0, count - 1).bit_length())
+
+
+def length_for(count: int, most: int, least: int = 256) -> int:
+    """Return the places of a graph for `count` places: `least` times a power of two or three
+    quarters of one, `most` at most; so a third is unused at worst."""
+    sizes = [least]
+    while sizes[-1] < count:
+        last = sizes[-1]
+        sizes.append(last * 3 // 2 if last & (last - 1) == 0 else last // 3 * 4)
+    return min(most, sizes[bisect_left(sizes, count)])
+
+
+class Recorder(Protocol):
+    """What records the work that a function asks a device for."""
+
+    def __call__(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
+        """Call a function, and return what does its work again, and the results, which that
+        overwrites."""
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs, all in one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._pool = device, None
+
+    def __call__(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
+        with torch.cuda.device(self.device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    function()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may load an adapter meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                results = function()
+        return graph.replay, results
+
+
+class _Recorded:
+    """A function of tensors that was recorded with inputs of its own."""
+
+    def __init__(self, function: Function, inputs: Tensors, record: Recorder) -> None:
+        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        self._replay, self._results = record(lambda: function(self.inputs))
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor, non_blocking=True)
+        self._replay()
+        return self._results
+
+
+class Graphs:
+    """Graphs of functions, by keys that say all that their shapes and addresses depend on.
+
+    changes: tensors that the functions change beside what they return, in a way that depends on
+    what they hold, such as gradients that add up. They hold what one call gives after each call.
+    """
+
+    def __init__(self, record: Recorder | None, *, changes: Sequence[Tensor] = ()) -> None:
+        self._record, self._changes = record, changes
+        self._graphs: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self.why_not: str | None = None if record is not None else "no recorder for this device"
+        self._announced = record is None
+
+    @classmethod
+    def on(cls, device: torch.device, *, changes: Sequence[Tensor] = ()) -> Graphs:
+        """Return graphs for a device; where it has none, functions are called as they are."""
+        recorder = CudaRecorder(device) if device.type == "cuda" else None
+        return cls(recorder, changes=changes)
+
+    def __call__(self, key: Hashable, function: Function, inputs: Tensors) -> Tensors:
+        """Return what `function` gives for `inputs`, valid until the next call."""
+        if self.why_not is not None or self._record is None:
+            return function(inputs)
+        if (graph := self._graphs.get(key)) is None:
+            return self._first(key, function, inputs, self._record)
+        self._graphs.move_to_end(key)
+        return graph(inputs)
+
+    def forget(self) -> None:
+        """Drop all graphs, because what they point to has moved."""
+        self._graphs.clear()
+
+    def notice(self) -> str | None:
+        """Return, once, why functions are called as they are although there is a recorder."""
+        if self._announced or self.why_not is None:
+            return None
+        self._announced = True
+        return f"Steps are not replayed as CUDA graphs, which would be faster: {self.why_not}."
+
+    def _first(
+        self, key: Hashable, function: Function, inputs: Tensors, record: Recorder
+    ) -> Tensors:
+        """Call a function as it is, then record it and compare what the first replay gives."""
+        before = [tensor.clone() for tensor in self._changes]
+        own = {name: tensor.clone() for name, tensor in function(inputs).items()}
+        after = [tensor.clone() for tensor in self._changes]
+        try:
+            graph = _Recorded(function, inputs, record)
+            _write(self._changes, before)
+            replayed = graph(inputs)
+            wrong = [name for name in own if not is_near(replayed[name], own[name])]
+            if not all(map(is_near, self._changes, after)):
+                wrong.append("what it changes")
+            if wrong:
+                self._give_up(f"a replay gives something else ({', '.join(wrong)})")
+        except Exception as error:  # whatever a library says of a call that cannot be recorded
+            self._give_up(
+                f"recording failed ({str(error).splitlines()[0] if str(error) else error!r})"
+            )
+        else:
+            self._graphs[key] = graph
+            while len(self._graphs) > MOST:
+                self._graphs.popitem(last=False)
+        if self.why_not is not None:
+            self.forget()
+        _write(self._changes, after)
+        return own
+
+    def _give_up(self, why: str) -> None:
+        self.why_not = why
+
+
+def is_near(replayed: Tensor, own: Tensor) -> bool:
+    """Return whether a replay's result is the call's own, but for rounding. Integers are equal."""
+    if not own.is_floating_point():
+        return torch.equal(replayed, own)
+    ours, theirs = replayed.double(), own.double()
+    finite = theirs.isfinite()
+    if not torch.equal(ours.isfinite(), finite):
+        return False
+    ours, theirs = ours.masked_fill(~finite, 0), theirs.masked_fill(~finite, 0)
+    return bool((ours - theirs).norm() <= TOLERANCE[own.dtype] * theirs.norm())
+
+
+def _write(tensors: Sequence[Tensor], values: Sequence[Any]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)

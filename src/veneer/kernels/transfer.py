@@ -1,0 +1,51 @@
+"""Tensors between the host and a device, without making either wait for the other.
+
+A copy from ordinary memory, or into it, waits until the device has done all that it was asked for
+before. A copy from or into pinned memory is only put into the device's queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PINNED = ("cuda", "xpu")  # devices that read pinned memory by themselves
+
+
+def sent(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
+    """Return numbers of the host, a tensor or (nested) lists, as a tensor on `device`."""
+    x = values if isinstance(values, Tensor) else torch.tensor(values)
+    if device.type not in PINNED:
+        return x.to(device)
+    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+    # torch frees pinned memory only after the copies from it.
+    return pinned.to(device, non_blocking=True)
+
+
+class OnTheWay:
+    """Tensors of one device that are being copied to the host.
+
+    `arrived` waits for the copies, and for nothing that the device is asked for after them.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._event: torch.Event | None = None
+        self._host = [self._begin(tensor) for tensor in tensors]
+        if self._host and tensors[0].device.type in PINNED:
+            self._event = torch.Event(tensors[0].device)
+            self._event.record()
+
+    def _begin(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type not in PINNED:
+            return tensor
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
+
+    def arrived(self) -> list[Tensor]:
+        """Return the tensors on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.cpu() for tensor in self._host]

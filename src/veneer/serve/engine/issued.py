@@ -1,0 +1,29 @@
+"""A step that a device was asked for, and whose results are on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from veneer.kernels.transfer import OnTheWay
+from veneer.serve.engine.row import Row
+from veneer.serve.engine.sampler import Drawn
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log probabilities of a prompt's tokens behind token `first`."""
+
+    row: Row
+    first: int
+    coming: OnTheWay
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Issued:
+    """What a step computes: the next tokens of rows, and scores of prompts."""
+
+    rows: Sequence[Row]
+    drawn: Drawn | None
+    scores: Sequence[Scores]
