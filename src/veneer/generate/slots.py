@@ -104,7 +104,7 @@ class SlotModel:
             raise NotInSlots("its layers do not all keep keys and values of one shape") from error
         layers, _, self.heads, _, self.dim = probe.shape
         self.where, self.places = Pass(), 0
-        with torch.inference_mode():
+        with torch.no_grad():
             empty = [probe.new_empty(slots, self.heads, 0, self.dim) for _ in range(2)]
             self.layers = [SlotLayer(self.where, *empty) for _ in range(layers)]
             self.reserve(0)
@@ -133,7 +133,7 @@ class SlotModel:
         self.places = places
         return True
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(
         self,
         slot: int,
@@ -152,7 +152,7 @@ class SlotModel:
         logits = self._forward(sent([list(tokens)], self.device), positions, updates, max(1, keep))
         return logits[0, logits.shape[1] - keep :]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(
         self, tokens: Tensor, where: Tensor, seen: int, updates: RowUpdates | None = None
     ) -> Tensor:
@@ -167,13 +167,13 @@ class SlotModel:
         updates = None if updates is None else updates.with_numbers(mixes)
         return self._forward(tokens[:, None], positions[:, None], updates, 1)[:, -1]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def block(self, slot: int, first: int, last: int) -> Tensor:
         """Return a copy of keys and values, (layers, 2, heads, tokens, head_dim)."""
         pairs = [[x[slot, :, first:last] for x in self._cached(layer)] for layer in self.layers]
         return torch.stack([torch.stack(pair) for pair in pairs])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fill(self, slot: int, blocks: Sequence[Tensor]) -> None:
         """Write such copies into an empty slot, end to end."""
         self.reserve(sum(block.shape[3] for block in blocks))

@@ -311,9 +311,8 @@ class Engine:
                 each.row.take_scores(each.coming.arrived()[0], each.first)
                 if each.is_last:
                     self._end(each.row, "length")
-        if issued.drawn is None:
-            return
-        for row, token in zip(issued.rows, issued.drawn.tokens(), strict=True):
+        tokens = [] if issued.drawn is None else issued.drawn.tokens()
+        for row, token in zip(issued.rows, tokens, strict=True):
             if row not in self._active:
                 continue
             self._counts["new_tokens"] += 1
@@ -384,14 +383,12 @@ class Engine:
 
 def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner, tuple[str, ...]]:
     """Return the fastest runner that is proven right for a base, and notices for a person."""
-    why: Exception
     try:
         if model.device.type != "cpu":
             return SlotRunner(model, slots, context), ()
         return CompiledRunner(model, slots, context), ()
-    except (Unsuited, NotInSlots) as error:
-        why = error
-    notice = f"Each step goes through the model's own forward, which is slower, for {why}."
+    except (Unsuited, NotInSlots) as why:
+        notice = f"Each step goes through the model's own forward, which is slower, for {why}."
     return GeneralRunner(model, slots), (notice,)
 
 

@@ -33,12 +33,12 @@ class SlotRunner:
     ) -> None:
         self.model = SlotModel(model, slots, context)
         self.graphs = Graphs.on(model.device) if graphs is None else graphs
-        with torch.inference_mode():
+        with torch.no_grad():
             self.newest = torch.zeros(slots, dtype=torch.long, device=model.device)
         self._adapters: tuple[LoadedAdapter, ...] = ()  # of the rows that decode, and earlier ones
         self._updates = RowUpdates([], ())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         decoding = [chunk for chunk in chunks if chunk.decoding]
         logits = [self._decode(decoding)] if decoding else []
@@ -53,7 +53,7 @@ class SlotRunner:
                 )
         return torch.cat(logits)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def take(self, slots: Sequence[int], tokens: Tensor) -> None:
         """Let tokens (rows,) of the device be the newest ones of slots."""
         self.newest.index_copy_(0, sent(slots, tokens.device), tokens)

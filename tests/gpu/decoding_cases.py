@@ -1,0 +1,145 @@
+"""Serving, generation and merging on the pretend GPU: what of it waits for the card."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+import veneer
+from support.fake_card import CARD, Watch, card, on_card
+from support.random_adapters import shake
+from support.tiny_models import tiny
+from veneer.adapter.layers import lora_layers
+from veneer.generate.sampling import Sampling
+from veneer.generate.slots import SlotModel
+from veneer.kernels.graphs import Graphs
+from veneer.kernels.transfer import OnTheWay
+from veneer.serve.engine.adapter_cache import LoadedAdapter
+from veneer.serve.engine.runner import Chunk
+from veneer.serve.engine.sampler import Drawn, Sampler
+from veneer.serve.engine.slots import SlotRunner
+
+ARCHITECTURES = ("mistral", "gpt2", "qwen3", "gpt_neox", "phi3")
+KINDS: dict[str, Any] = {
+    "lora": {"rank": 2, "targets": "all"},
+    "dora": {"rank": 3, "targets": "all", "dora": True},
+}
+GREEDY, DRAWN = Sampling(), Sampling(temperature=0.8, top_k=20, top_p=0.9)
+
+
+@contextmanager
+def served(architecture: str) -> Iterator[tuple[Watch, SlotRunner, list[LoadedAdapter | None]]]:
+    """Yield a runner on the card, and adapters that its rows may have, the base alone too."""
+    model = tiny(architecture)
+    for name, options in KINDS.items():
+        veneer.attach(model, veneer.LoRA(**options), name=name)
+    shake(model, size=0.1).requires_grad_(False)
+    veneer.use(model, None)
+    with card() as watch, mock.patch.object(SlotModel, "_prove"):
+        copied = on_card(model)
+        adapters: list[LoadedAdapter | None] = [None]
+        with torch.no_grad():
+            for name in KINDS:
+                layers = {
+                    layer: layer.low_rank_update(layer.named([(name, 1.0)]), layer.compute_dtype)
+                    for _, layer in lora_layers(copied)
+                }
+                adapters.append(LoadedAdapter(name, layers, 0, (name,)))
+        yield watch, SlotRunner(copied, 4, 64, Graphs(None)), adapters
+
+
+def _on_card(*tensors: torch.Tensor) -> bool:
+    return all(tensor.device == CARD for tensor in tensors)
+
+
+def _sampled(
+    runner: SlotRunner, logits: torch.Tensor, slots: Sequence[int], sampling: Sampling
+) -> tuple[Drawn, bool]:
+    samplers = [Sampler(sampling, None, 2 if slot == 1 else None) for slot in slots]
+    drawn = Drawn(logits, samplers)
+    runner.take(slots, drawn.ids)
+    return drawn, _on_card(logits, drawn.ids) and logits.dtype == torch.float32
+
+
+def prefill(architecture: str) -> Callable[[], dict]:
+    def case() -> dict:
+        with served(architecture) as (watch, runner, adapters), watch.counting() as waits:
+            fits = []
+            for slot, adapter in enumerate(adapters):
+                logits = runner.step([Chunk(slot, range(3, 15), 0, adapter, 0)])
+                logits = runner.step([Chunk(slot, range(3, 9), 12, adapter, 1)])
+                fits.append(_sampled(runner, logits, [slot], GREEDY)[1])
+            block = runner.block(0, 0, 16)
+            runner.fill(3, [block])
+        return {"waits": waits, "fits": all(fits) and _on_card(block)}
+
+    return case
+
+
+def decoding(architecture: str, sampling: Sampling) -> Callable[[], dict]:
+    """Three rows, each with an adapter of its own, and a prompt beside them."""
+
+    def case() -> dict:
+        with served(architecture) as (watch, runner, adapters):
+            for slot, adapter in enumerate(adapters):
+                runner.step([Chunk(slot, range(3, 15), 0, adapter, 1)])
+            with watch.counting() as waits:
+                fits, drawn = [], []
+                for step in range(3):
+                    chunks = [
+                        Chunk(slot, (-1,), 12 + step, adapter, 1, decoding=True)
+                        for slot, adapter in enumerate(adapters)
+                    ]
+                    chunks.append(Chunk(3, range(3, 7), 4 * step, None, 1))
+                    logits = runner.step(chunks)
+                    each, fit = _sampled(runner, logits, range(4), sampling)
+                    drawn.append(each)
+                    fits.append(fit)
+            with watch.counting() as reading, mock.patch.object(OnTheWay, "arrived", _ones):
+                tokens = [each.tokens() for each in drawn]
+        return {
+            "waits": waits,
+            "reading": reading,
+            "fits": all(fits),
+            "tokens": [len(each) for each in tokens],
+            "tops": [len(each[1].top) for each in tokens],
+        }
+
+    return case
+
+
+def _ones(self: OnTheWay) -> list[torch.Tensor]:
+    """Stand in for tensors that have come, which have no numbers here."""
+    return [torch.ones(tensor.shape, dtype=tensor.dtype) for tensor in self._host]
+
+
+def put_back() -> dict:
+    """A step whose small matrix is sent as it was before, and one whose tokens are read at once."""
+
+    def sent_slowly(values: Any, device: torch.device) -> torch.Tensor:
+        return torch.as_tensor(values).to(device)
+
+    with served("llama") as (watch, runner, _):
+        chunk = Chunk(0, (-1,), 5, None, 1, decoding=True)
+        with (
+            watch.counting() as sending,
+            mock.patch("veneer.serve.engine.slots.sent", sent_slowly),
+        ):
+            logits = runner.step([chunk])
+        with watch.counting() as reading:
+            logits.argmax(-1).tolist()
+    return {"sending": sending, "reading": reading}
+
+
+CASES = {
+    **{f"prefill, {name}": prefill(name) for name in ("gemma3",)},
+    **{f"decoding, {name}": decoding(name, GREEDY) for name in ("gemma3",)},
+    "decoding, llama, drawn": decoding("llama", DRAWN),
+    "put back": put_back,
+}
+SLOW_CASES = {
+    **{f"prefill, {name}": prefill(name) for name in ARCHITECTURES},
+    **{f"decoding, {name}": decoding(name, GREEDY) for name in ARCHITECTURES},
+}

@@ -1,0 +1,29 @@
+"""Law 13 for what answers: a step on a card asks it for no value."""
+
+import pytest
+
+from gpu.decoding_cases import CASES, SLOW_CASES
+
+
+def cases(kind: str) -> list:
+    slow = [pytest.param(case, "SLOW_CASES", marks=pytest.mark.slow) for case in SLOW_CASES]
+    both = [*(pytest.param(case, "CASES") for case in CASES), *slow]
+    return [case for case in both if case.values[0].startswith(kind)]
+
+
+@pytest.mark.parametrize(("case", "table"), cases("prefill"))
+def test_a_prompt_is_read_without_waiting(case, table, pretend):
+    assert pretend("decoding_cases", case, table) == {"waits": [], "fits": True}
+
+
+@pytest.mark.parametrize(("case", "table"), cases("decoding"))
+def test_a_step_waits_for_nothing(case, table, pretend):
+    """Rows with adapters of their own, and a prompt beside them; tokens are read later."""
+    expected = {"waits": [], "reading": [], "fits": True, "tokens": [4] * 3, "tops": [2] * 3}
+    assert pretend("decoding_cases", case, table) == expected
+
+
+def test_what_waits_again_is_noticed(pretend):
+    waits = pretend("decoding_cases", "put back")
+    assert len(waits["sending"]) == 1
+    assert waits["reading"]

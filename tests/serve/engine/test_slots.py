@@ -1,0 +1,195 @@
+"""Rows in slots, whose steps ask nothing of a device: here on a CPU, where tokens are numbers."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import veneer
+from support.closeness import assert_no_further
+from support.serving_bases import PROMPT, base_of, generated, write_adapters
+from support.tiny_models import tiny
+from veneer.generate import slots
+from veneer.generate.sampling import Sampling
+from veneer.generate.slots import NotInSlots, SlotModel
+from veneer.serve.engine import engine as engines
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.library import Library
+from veneer.serve.engine.request import EngineConfig, Request
+from veneer.serve.engine.sampler import Sampler, drawn_at_once
+from veneer.serve.engine.slots import SlotRunner
+from veneer.serve.engine.stream import Stream
+
+GREEDY = Sampling(max_new_tokens=8)
+SMALL = EngineConfig(slots=5, chunk=16)
+SUITED = [
+    *("llama", "gpt_oss"),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("minigpt", "mistral", "gpt2", "gemma3")
+    ),
+]
+
+
+@pytest.fixture
+def in_slots(monkeypatch):
+    """Let engines compute in slots, as on a card."""
+    runners: list[SlotRunner] = []
+
+    def runner(model: Any, count: int, context: int) -> tuple[SlotRunner, tuple[str, ...]]:
+        runners.append(SlotRunner(model, count, context))
+        return runners[-1], ()
+
+    monkeypatch.setattr(engines, "runner_for", runner)
+    return runners
+
+
+def ids_of(stream: Stream) -> list[int]:
+    return [token.id for token in stream.result().tokens]
+
+
+def asked(number: int, which: Any = None, **options: Any) -> Request:
+    own = torch.randint(3, 90, (number % 7 + 1,), generator=torch.Generator().manual_seed(number))
+    return Request((*PROMPT, *own.tolist()), which, **{"sampling": GREEDY, **options})
+
+
+@pytest.mark.usefixtures("in_slots")
+@pytest.mark.parametrize("architecture", SUITED)
+def test_answers_together_equal_generate_alone(architecture, tmp_path, monkeypatch):
+    monkeypatch.setattr(slots, "FIRST_PLACES", 16)  # so that rows outgrow them
+    homes = {} if architecture == "gpt_oss" else write_adapters(tmp_path, architecture)
+    requests = [asked(n, which) for n, which in enumerate([None, *homes, None, *homes])]
+    with Engine(base_of(architecture), Library(homes), SMALL) as engine:
+        answers = [ids_of(each) for each in [engine.submit(each) for each in requests]]
+        assert engine.stats.new_tokens == 8 * len(requests)
+        assert engine.stats.cached_tokens > 0
+    model = base_of(architecture).model
+    for name, home in homes.items():
+        veneer.load(model, home, name=name)
+    for each, answer in zip(requests, answers, strict=True):
+        veneer.use(model, each.adapter)
+        assert [answer] == generated(model, [each.tokens], 8), each.adapter
+
+
+def test_logits_are_the_models_own():
+    """Of rows of different lengths, one of which sits out, and behind a copied block."""
+    model = tiny("llama")
+    in_slots = SlotModel(model, 4, 64)
+    tokens = torch.randint(3, 90, (3, 20))
+    lengths, rows = [9, 14, 19], [0, 1, 3]
+    for slot, length, row in zip(rows, lengths, tokens, strict=True):
+        in_slots.prefill(slot, row[:length].tolist(), 0, keep=1)
+    blocks = [in_slots.block(3, 0, 8), in_slots.block(3, 8, 19)]
+    in_slots.fill(2, blocks)
+    newest = torch.tensor([tokens[0, 9], tokens[1, 14], tokens[2, 19], tokens[2, 19]])
+    unread = in_slots.unread
+    where = torch.tensor([[9, 14, 19, 0], [9, 14, 19, unread], [-1] * 4])
+    logits = in_slots.decode(newest, where, 32)
+    for slot, (row, length) in enumerate(zip(tokens, lengths, strict=True)):
+        with torch.no_grad():
+            own = model(row[None, : length + 1]).logits[0, -1]
+            exact = tiny("llama").double()(row[None, : length + 1]).logits[0, -1]
+        assert_no_further(logits[slot], own, exact)
+
+
+def test_the_end_is_read_one_step_late(in_slots):
+    """An answer that its own end cuts short, whose slot goes to another."""
+    base = base_of("llama")
+    number, alone = next(
+        (n, answer)
+        for n in range(20)
+        if len(set(answer := generated(base.model, [asked(n).tokens], 8)[0])) > 2
+    )
+    end = list(dict.fromkeys(alone))[2]
+    base.model.generation_config.eos_token_id = end
+    with Engine(base, config=EngineConfig(slots=1, chunk=16)) as engine:
+        streams = [engine.submit(asked(n)) for n in (number, number + 1, number)]
+        answers = [stream.result() for stream in streams]
+    assert answers[0].reason == answers[2].reason == "stop"
+    expected = alone[: alone.index(end)]
+    for answer in (answers[0], answers[2]):
+        assert [token.id for token in answer.tokens] == expected
+        assert answer.new_tokens == len(expected) + 1
+
+
+@pytest.mark.usefixtures("in_slots")
+def test_scores_are_those_of_the_other_runner():
+    with Engine(base_of("llama"), config=SMALL) as engine:
+        assert isinstance(engine.runner, SlotRunner)
+        ours = engine.score(asked(6).tokens)
+    model = tiny("llama")
+    with torch.no_grad():
+        logs = [
+            m(torch.tensor([asked(6).tokens])).logits[0].log_softmax(-1)
+            for m in (model, model.double())
+        ]
+    own, exact = (x[range(len(ours) - 1), asked(6).tokens[1:]] for x in logs)
+    assert ours[0] is None
+    assert_no_further(torch.tensor(ours[1:]), own, exact)
+
+
+@pytest.mark.parametrize("architecture", ["falcon_h1", "mamba"])
+def test_what_keeps_more_than_keys_and_values_is_not_in_slots(architecture):
+    with pytest.raises(NotInSlots):
+        SlotModel(tiny(architecture), 2, 64)
+
+
+def test_a_model_that_gives_something_else_is_noticed(monkeypatch):
+    model = tiny("mistral")
+    model.config.sliding_window = 5
+    in_slots = SlotModel(model, 2, 64)
+    monkeypatch.setattr(SlotModel, "_masks", lambda self, positions: None)
+    with pytest.raises(NotInSlots):
+        in_slots._prove()
+
+
+def test_other_devices_take_slots_and_others_their_own_forward(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(type(model), "device", torch.device("meta"), raising=False)
+    monkeypatch.setattr(engines, "SlotRunner", lambda *_: (_ for _ in ()).throw(NotInSlots("it")))
+    monkeypatch.setattr(engines, "GeneralRunner", lambda *_: "general")
+    runner, notices = engines.runner_for(model, 2, 64)
+    assert (runner, len(notices)) == ("general", 1)
+
+
+# ---- the sampler ----
+
+
+def test_rows_are_drawn_at_once_as_each_asks():
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    settings = [
+        Sampling(),
+        Sampling(temperature=1.0, top_k=3, seed=1),
+        Sampling(temperature=0.7, top_p=0.6, seed=2),
+        Sampling(temperature=1.5, top_k=8, top_p=0.5, seed=3),
+        Sampling(temperature=2.0, seed=4),
+    ]
+    device = torch.device("cpu")
+
+    def samplers() -> list[Sampler]:
+        return [Sampler.of(Request((1,), sampling=each), device) for each in settings]
+
+    ours = samplers()
+    drawn = torch.stack([drawn_at_once(logits, ours) for _ in range(200)])
+    again = samplers()
+    assert torch.equal(drawn[:5], torch.stack([drawn_at_once(logits, again) for _ in range(5)]))
+    # Alone a row is drawn as it is among others.
+    alone = samplers()[3:4]
+    assert torch.equal(
+        drawn[:5, 3], torch.cat([drawn_at_once(logits[3:4], alone) for _ in range(5)])
+    )
+    for row, sampling in enumerate(settings):
+        if sampling.temperature == 0:
+            assert set(drawn[:, row].tolist()) == {int(logits[row].argmax())}
+            continue
+        chances, order = (logits[row] / sampling.temperature).softmax(-1).sort(descending=True)
+        chances = chances[: sampling.top_k or None]
+        before = (chances.cumsum(0) - chances) / chances.sum()
+        allowed = order[: len(chances)][before < sampling.top_p].tolist()
+        seen = set(drawn[:, row].tolist())
+        assert seen <= set(allowed)
+        assert len(seen) > 1
+        # The likeliest comes about as often as it should: within five standard deviations.
+        share = float(chances[0] / chances[before < sampling.top_p].sum())
+        often = float((drawn[:, row] == order[0]).float().mean())
+        assert abs(often - share) < 5 * (share * (1 - share) / 200) ** 0.5
