@@ -57,7 +57,8 @@ class CudaRecorder:
     """Records CUDA graphs, all in one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self._pool = device, None
+        self.device = device
+        self._pool: Any = None
 
     def __call__(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         with torch.cuda.device(self.device):
