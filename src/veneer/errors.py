@@ -84,6 +84,10 @@ class UnknownModel(RequestError):
     """A request names a base or an adapter that is not served."""
 
 
+class Missing(RequestError):
+    """A request names a file or a job that is not here."""
+
+
 class ContextExceeded(RequestError):
     """A prompt, or a prompt with its answer, is longer than the context."""
 

@@ -38,7 +38,7 @@ def serve(
     try:
         from veneer.serve import run
     except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
+        if error.name not in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
             raise
         raise VeneerError("veneer serve needs: pip install 'veneer[serve]'") from error
     with run.listen(settings) as listener:

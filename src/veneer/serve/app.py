@@ -13,12 +13,13 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.types import ASGIApp
 
-from veneer.serve.api import errors, loading, openai
+from veneer.serve.api import errors, files, fine_tuning, loading, openai
 from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
 from veneer.serve.api.guard import Guard
 from veneer.serve.api.metrics import CountResponses, Metrics
 from veneer.serve.config import Keys, Limits
 from veneer.serve.engine.served import Served
+from veneer.serve.jobs.service import Jobs
 from veneer.serve.page import panel
 from veneer.serve.page.runs import Runs
 
@@ -30,12 +31,14 @@ def create_app(
     limits: Limits | None = None,
     runs: Path | None = None,
     loading_root: Path | None = None,
+    jobs: Jobs | None = None,
     is_draining: Callable[[], bool] = lambda: False,
 ) -> ASGIApp:
     """Return the application that serves `served`.
 
     runs: the directory whose training runs are shown. loading_root: the directory below which
-    adapters may be loaded, or None where that is off. is_draining: whether the server is ending.
+    adapters may be loaded, or None where that is off. jobs: the trainings beside serving, or None
+    where there are none. is_draining: whether the server is ending.
     """
     # FastAPI's own pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="Veneer", version=version("veneer"), docs_url=None, redoc_url=None)
@@ -43,6 +46,8 @@ def create_app(
     errors.install(app)
     app.include_router(openai.routes(served, metrics))
     app.include_router(loading.routes(served, loading_root))
+    app.include_router(files.routes(jobs))
+    app.include_router(fine_tuning.routes(jobs))
     app.include_router(panel.routes(served, Runs(runs) if runs is not None else None))
     panel.add_page(app)
 

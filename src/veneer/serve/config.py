@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from veneer.checks import Rule, at_least, check_config, whole_number
+from veneer.checks import ABOVE_0, Rule, at_least, check_config, whole_number
 from veneer.errors import ConfigError
 
 # Names of adapters: nothing that a path, a header or a page could misread.
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SHARE = Rule(lambda value: at_least(0).holds(value) and value <= 1, "from 0 to 1")
 KEY = re.compile(r"[!-~]{16,512}")  # visible ASCII, as a header carries it
 
 
@@ -27,13 +28,25 @@ class ServeConfig:
     adapters_dir: Path | None = None
     """Directory whose subdirectories are adapters, each called as its directory is."""
     runs: Path | None = None
-    """Directory of training runs (each a result of veneer tune), shown as they go."""
+    """Directory of training runs (each a result of veneer tune), shown as they go; with
+    --enable-training, those of jobs go there too."""
     api_key_file: Path | None = None
     """File with the key that requests must carry; or set VENEER_API_KEY."""
     admin_key_file: Path | None = None
-    """File with the key for loading adapters; or set VENEER_ADMIN_KEY."""
+    """File with the key for loading adapters and for training; or set VENEER_ADMIN_KEY."""
     enable_lora_loading: bool = False
     """Let holders of the admin key load and unload adapters below --adapters-dir."""
+    enable_training: bool = False
+    """Let holders of the admin key send files and train adapters, below --runs."""
+    training_share: float = 0.1
+    """Share of the processors' time that training has while answers are computed; without any, it
+    has all."""
+    training_hours: float = 24.0
+    """Hours that one training job may take."""
+    training_disk: float = 50.0
+    """Gigabytes that all files and runs below --runs may take together."""
+    upload_size: float = 512.0
+    """Megabytes that one file of rows may have."""
     slots: int = 16
     """Requests that are answered at the same time, in one batch."""
     queue: int = 64
@@ -55,16 +68,28 @@ class ServeConfig:
                 "drain_seconds": at_least(0),
                 "adapters_dir": directory,
                 "runs": directory,
+                "training_share": SHARE,
+                "training_hours": ABOVE_0,
+                "training_disk": ABOVE_0,
+                "upload_size": ABOVE_0,
             },
             contradictions={
                 "enable_lora_loading needs adapters_dir, below which adapters lie": (
                     self.enable_lora_loading and self.adapters_dir is None
                 ),
-                "admin_key_file would do nothing without enable_lora_loading": (
-                    self.admin_key_file is not None and not self.enable_lora_loading
+                "enable_training needs runs, below which files and results go": (
+                    self.enable_training and self.runs is None
+                ),
+                "admin_key_file would do nothing without enable_lora_loading or enable_training": (
+                    self.admin_key_file is not None and not self.needs_admin_key
                 ),
             },
         )
+
+    @property
+    def needs_admin_key(self) -> bool:
+        """Whether something is enabled that not everybody may do."""
+        return self.enable_lora_loading or self.enable_training
 
     @property
     def is_loopback(self) -> bool:
@@ -93,6 +118,8 @@ class Limits:
     """From the end of the headers to the end of the body."""
     in_flight: int = 256
     """Requests with a body that are read or answered at the same time."""
+    upload_bytes: int = 0
+    """Of a form with a file; 0 where none is taken."""
 
 
 def read_keys(config: ServeConfig, environment: Mapping[str, str]) -> Keys:
@@ -102,12 +129,12 @@ def read_keys(config: ServeConfig, environment: Mapping[str, str]) -> Keys:
     """
     api = _key(config.api_key_file, environment.get("VENEER_API_KEY"), "API")
     admin = None
-    if config.enable_lora_loading:
+    if config.needs_admin_key:
         admin = _key(config.admin_key_file, environment.get("VENEER_ADMIN_KEY"), "admin")
         if admin is None:
+            what = "Loading adapters needs" if config.enable_lora_loading else "Training needs"
             raise ConfigError(
-                "Loading adapters needs a key of its own: give --admin-key-file, or set "
-                "VENEER_ADMIN_KEY."
+                f"{what} a key of its own: give --admin-key-file, or set VENEER_ADMIN_KEY."
             )
         if admin == api:
             raise ConfigError("The admin key must be another than the API key.")

@@ -17,8 +17,9 @@ from uvicorn.config import LOGGING_CONFIG
 from veneer.errors import AdapterError, ConfigError, VeneerError, listed
 from veneer.formats.locate import locate as find_adapter
 from veneer.formats.training import ComputedIn, computed_in, other_base
-from veneer.models.load import Base
+from veneer.models.load import Base, load_config
 from veneer.models.locate import locate
+from veneer.quant.settings import quantization_of
 from veneer.serve.api.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
 from veneer.serve.config import ADAPTER_NAME, Keys, Limits, ServeConfig
@@ -27,6 +28,10 @@ from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import EngineConfig
 from veneer.serve.engine.served import EngineLike, Served
+from veneer.serve.jobs.service import Jobs
+from veneer.serve.jobs.settings import TrainingBase
+from veneer.serve.jobs.supervisor import Bounds
+from veneer.training.recipe import DType
 
 # uvicorn's own, which goes to stderr, for our messages too.
 LOGGING = {
@@ -62,17 +67,22 @@ def serve(
     Raises AdapterError for adapters that cannot be served.
     """
     served, notices = prepare(base, adapters, config)
-    engine = served.engine
+    engine, jobs = served.engine, None
     with listener:
         try:
+            jobs = jobs_of(base, served, config)
             ending = Ending(config.drain_seconds, engine)
             app = create_app(
                 served,
                 keys=keys,
                 # Requests that the queue would refuse are refused before their bodies are read.
-                limits=Limits(in_flight=config.slots + config.queue),
+                limits=Limits(
+                    in_flight=config.slots + config.queue,
+                    upload_bytes=jobs.bounds.upload_bytes if jobs is not None else 0,
+                ),
                 runs=config.runs,
                 loading_root=config.adapters_dir if config.enable_lora_loading else None,
+                jobs=jobs,
                 is_draining=lambda: ending.begun,
             )
             host, port = listener.getsockname()[:2]
@@ -89,10 +99,40 @@ def serve(
                 server_header=False,
                 backlog=AT_A_TIME,
             )
+            if jobs is not None:
+                jobs.start()
             with ending.on_signal():
                 _Server(listening, ending).run(sockets=[listener])
         finally:
+            if jobs is not None:
+                jobs.close()
             engine.close(drain=False)
+
+
+def jobs_of(base: Base, served: Served, config: ServeConfig) -> Jobs | None:
+    """Return the trainings beside serving, over the base as it is loaded, where they are enabled.
+
+    Raises VeneerError where another server has those below the directory of runs.
+    """
+    if not config.enable_training or config.runs is None:
+        return None
+    here = served.computed_in
+    # A stored base that is quantized already is loaded so by its own files.
+    is_stored = quantization_of(load_config(base.name).to_dict()) is not None
+    dtype: DType = "float32" if here.dtype == "float32" else "bf16"
+    training = TrainingBase(
+        base.name,
+        dtype,
+        None if is_stored else here.bits,
+        here.head and not is_stored,
+    )
+    bounds = Bounds(
+        share=config.training_share,
+        hours=config.training_hours,
+        disk_bytes=int(config.training_disk * 1e9),
+        upload_bytes=int(config.upload_size * 1e6),
+    )
+    return Jobs(config.runs, served, training, bounds)
 
 
 def prepare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from veneer.errors import (
     ContextExceeded,
+    Missing,
     QueueFull,
     RequestError,
     UnknownModel,
@@ -23,7 +24,7 @@ from veneer.errors import (
     joined,
     nearest,
 )
-from veneer.serve.api import protocol
+from veneer.serve.api import job_protocol, protocol
 
 log = logging.getLogger("veneer.serve")
 
@@ -36,6 +37,7 @@ TYPES |= {429: "rate_limit_error", 503: "service_unavailable"}
 STATUSES: tuple[tuple[type[VeneerError], int, str | None], ...] = (
     (UnknownModel, 404, "model_not_found"),
     (ContextExceeded, 400, "context_length_exceeded"),
+    (Missing, 404, "not_found"),
     (QueueFull, 429, "queue_full"),
     (VeneerError, 400, None),
 )
@@ -121,7 +123,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
-        problems = invalid_parameters(error.errors())
+        problems = invalid_parameters(error.errors(), _names_at(request.url.path))
         param = next(filter(None, problems), None)
         text = joined(f"{name or 'the body'} {what}" for name, what in problems.items())
         refusal = RequestError(f"This request cannot be followed: {text}.", param=param)
@@ -145,8 +147,15 @@ def install(app: FastAPI) -> None:
         return failed(error, request.state.request_id).response()
 
 
-def invalid_parameters(errors: Sequence[Any]) -> dict[str, str]:
-    """Return what is wrong with each parameter, from pydantic's errors.
+def _names_at(path: str) -> set[str]:
+    """Return the parameters that a route knows."""
+    if path.startswith("/v1/fine_tuning"):
+        return {*job_protocol.JobRequest.model_fields}
+    return {*protocol.NEUTRAL, *protocol.IGNORED, *protocol.ChatRequest.model_fields}
+
+
+def invalid_parameters(errors: Sequence[Any], names: Collection[str]) -> dict[str, str]:
+    """Return what is wrong with each parameter, from pydantic's errors. names: of those that exist.
 
     A value that fits none of several types has an error for each. Those count that found the right
     type and looked further.
@@ -158,7 +167,7 @@ def invalid_parameters(errors: Sequence[Any]) -> dict[str, str]:
         if path in of_value and error["type"] != "value_error":
             continue
         texts = by_path.setdefault(path, {})
-        text = _what(error)
+        text = _what(error, names)
         texts[text.removeprefix("should be ") if texts else text] = None
     return {
         path: " or ".join(texts)
@@ -173,7 +182,7 @@ def _path(loc: Sequence[str | int]) -> str:
     return "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in names).removeprefix(".")
 
 
-def _what(error: Any) -> str:
+def _what(error: Any, names: Collection[str]) -> str:
     name = str(error["loc"][-1])
     match error["type"]:
         case "json_invalid":
@@ -184,7 +193,6 @@ def _what(error: Any) -> str:
             values = map(json.dumps, protocol.NEUTRAL.get(name, ()))
             return f"is not supported ({', or give '.join(['leave it out', *values])})"
         case "extra_forbidden":
-            names = {*protocol.NEUTRAL, *protocol.IGNORED, *protocol.ChatRequest.model_fields}
             return f"is no parameter{nearest(name, names)}"
         case "model_attributes_type":
             return "should be a JSON object"

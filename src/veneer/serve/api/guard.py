@@ -16,7 +16,8 @@ from veneer.serve.config import Keys, Limits
 
 OPEN = ("/", "/health", "/ready")  # these and the page's own files need no key
 PAGE = "/page/"
-ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/files", "/v1/fine_tuning")
+UPLOAD = "/v1/files"  # takes a form, which is not kept in memory
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 LINGER_SECONDS = 2.0
 # The page needs nothing from elsewhere, runs no script but its own, and may be in no frame.
@@ -73,6 +74,9 @@ class Guard:
             return
         self.in_flight += 1
         try:
+            if self._is_upload(scope):
+                await self.app(scope, self._limited(receive), guarded)
+                return
             body = await self._read(receive)
             if body is not None:  # else the client has disconnected
                 await self.app(scope, _replay(body, receive), guarded)
@@ -92,7 +96,9 @@ class Guard:
                 code="host_not_allowed",
             )
         needed, which = self.keys.api, "the API key"
-        if path in ADMIN and self.keys.admin is not None:  # else the route answers that it is off
+        if (
+            _is_below(path, ADMIN) and self.keys.admin is not None
+        ):  # else the route answers that it is off
             needed, which = self.keys.admin, "the admin key"
         elif path in OPEN or path.startswith(PAGE):
             needed = None
@@ -104,12 +110,17 @@ class Guard:
         if self.is_draining():
             raise ApiError(503, "The server is about to end.", code="draining")
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self.limits.body_bytes:
-            raise self._too_large()
-        # A browser lets a page of another site post text or forms, but JSON only if we allow it.
+        is_upload = self._is_upload(scope)
+        most = self.limits.upload_bytes if is_upload else self.limits.body_bytes
+        if not length.isdigit() or int(length) > most:
+            raise _too_large(most)
+        # A browser lets a page of another site post text or forms, but JSON only if we allow it;
+        # and a form without the admin key has been refused above.
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(415, "The body must be JSON, with the content type application/json.")
+        expected = "multipart/form-data" if is_upload else "application/json"
+        if kind != expected:
+            what = "a form" if is_upload else "JSON"
+            raise ApiError(415, f"The body must be {what}, with the content type {expected}.")
         if self.in_flight >= self.limits.in_flight:
             raise ApiError(429, "Too many requests at once; come again later.", code="too_many")
 
@@ -125,15 +136,39 @@ class Guard:
                     chunks.append(message.get("body", b""))
                     size += len(chunks[-1])
                     if size > self.limits.body_bytes:
-                        raise self._too_large()
+                        raise _too_large(self.limits.body_bytes)
                     if not message.get("more_body", False):
                         return b"".join(chunks)
         except TimeoutError as error:
             seconds = f"{self.limits.body_seconds:g}"
             raise ApiError(408, f"The body took over {seconds} s to come.") from error
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"The body is larger than {self.limits.body_bytes:,} bytes.")
+    def _is_upload(self, scope: Scope) -> bool:
+        """Return whether a request may bring a file. Without an admin key none does."""
+        takes = self.limits.upload_bytes > 0 and self.keys.admin is not None
+        return takes and scope["method"] == "POST" and scope["path"] == UPLOAD
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Return a `receive` that raises ApiError for a form that is too large, or stops coming."""
+        size, most, seconds = 0, self.limits.upload_bytes, self.limits.body_seconds
+        is_whole = False
+
+        async def limited() -> Message:
+            nonlocal size, is_whole
+            if is_whole:
+                return await receive()
+            try:
+                async with asyncio.timeout(seconds):
+                    message = await receive()
+            except TimeoutError as error:
+                raise ApiError(408, f"The file stopped coming for {seconds:g} s.") from error
+            size += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
+            if size > most:
+                raise _too_large(most)
+            return message
+
+        return limited
 
 
 def with_headers(send: Send, request_id: str) -> Send:
@@ -189,6 +224,14 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"The body is larger than {most:,} bytes.")
+
+
+def _is_below(path: str, places: tuple[str, ...]) -> bool:
+    return any(path == place or path.startswith(f"{place}/") for place in places)
 
 
 def _has_body(headers: dict[str, str]) -> bool:

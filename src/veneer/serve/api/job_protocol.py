@@ -1,0 +1,120 @@
+"""Bodies of requests for jobs: OpenAI's parameters, and beside them the settings of `tune`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from veneer.errors import RequestError
+from veneer.serve.api.protocol import Text
+from veneer.serve.jobs.service import Order
+from veneer.serve.jobs.settings import GROUPS, HYPERPARAMETERS, OWN
+
+Auto = Literal["auto"]
+MethodType = Literal["supervised", "dpo", "reinforcement"]
+SUPPORTED: MethodType = "supervised"
+
+
+class Body(BaseModel):
+    """A JSON object in which every name is known. null is the same as leaving a name out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {k: v for k, v in body.items() if v is not None and v not in cls.neutral.get(k, ())}
+
+
+class Hyperparameters(Body):
+    """OpenAI's own settings of a supervised training."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=65536)] = "auto"
+
+
+class Supervised(Body):
+    """What the method "supervised" takes."""
+
+    hyperparameters: Hyperparameters | None = None
+
+
+class JobMethod(Body):
+    """By what to train."""
+
+    type: MethodType
+    supervised: Supervised | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class OpenAiJob(Body):
+    """POST /v1/fine_tuning/jobs, as OpenAI has it."""
+
+    neutral = {"integrations": ([],)}
+
+    model: Annotated[Text, Field(max_length=512)]
+    training_file: Annotated[Text, Field(max_length=80)]
+    validation_file: Annotated[Text, Field(max_length=80)] | None = None
+    hyperparameters: Hyperparameters | None = None
+    method: JobMethod | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    suffix: Annotated[Text, Field(min_length=1, max_length=64)] | None = None
+    metadata: (
+        Annotated[
+            dict[
+                Annotated[Text, Field(max_length=64)],
+                Annotated[Text, Field(max_length=512)],
+            ],
+            Field(max_length=16),
+        ]
+        | None
+    ) = None
+
+    def order(self) -> Order:
+        """Return what is asked for. Raises RequestError for what is not trained here, by name."""
+        method = self.method or JobMethod(type=SUPPORTED)
+        if method.type != SUPPORTED:
+            raise RequestError(
+                f"The method {method.type} is not trained here yet; supervised is.",
+                param="method",
+            )
+        for name in ("dpo", "reinforcement"):
+            if getattr(method, name) is not None:
+                raise RequestError(f"{name} would do nothing with supervised.", param="method")
+        of_method = method.supervised and method.supervised.hyperparameters
+        if of_method and self.hyperparameters:
+            raise RequestError("Give hyperparameters once, in method.", param="hyperparameters")
+        chosen = of_method or self.hyperparameters or Hyperparameters()
+        return Order(
+            self.model,
+            self.training_file,
+            self.validation_file,
+            {name: getattr(chosen, name) for name in HYPERPARAMETERS},
+            {name: v for name in OWN if (v := getattr(self, name)) is not None},
+            self.seed or 0,
+            self.suffix,
+            self.metadata,
+        )
+
+
+def _own_fields() -> dict[str, Any]:
+    """Return the settings of a run as fields of a body, each with its type and its help."""
+    hints = {group: get_type_hints(config) for group, config in GROUPS.items()}
+    return {
+        field.name: (hints[group][field.name] | None, None)
+        for group, config in GROUPS.items()
+        for field in fields(config)
+        if OWN.get(field.name) == group
+    }
+
+
+JobRequest = create_model(
+    "JobRequest", __base__=OpenAiJob, __doc__=OpenAiJob.__doc__, **_own_fields()
+)

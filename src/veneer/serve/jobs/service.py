@@ -1,0 +1,226 @@
+"""All that clients can ask of files and jobs; HTTP is in `api/`."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from veneer.errors import Missing, QueueFull, RequestError, VeneerError
+from veneer.files import size_of
+from veneer.run_directory import RunDirectory
+from veneer.serve.engine.served import Served
+from veneer.serve.jobs import uploads
+from veneer.serve.jobs.publisher import Publisher
+from veneer.serve.jobs.settings import TrainingBase, settings_of
+from veneer.serve.jobs.store import Store
+from veneer.serve.jobs.supervisor import WORKER, Bounds, Supervisor
+from veneer.serve.jobs.values import (
+    MOST_OF_NAME,
+    Job,
+    JobEvent,
+    Places,
+    Status,
+    StoredFile,
+    new_id,
+)
+
+UNENDED: tuple[Status, ...] = ("queued", "running", "paused")
+_STRANGE = re.compile(r"[^A-Za-z0-9]+")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a client asks to be trained."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    suffix: str | None = None
+    metadata: Mapping[str, str] | None = None
+
+
+class Jobs:
+    """The files and jobs below a directory, of one server. For any thread."""
+
+    def __init__(
+        self,
+        root: Path,
+        served: Served,
+        base: TrainingBase,
+        bounds: Bounds | None = None,
+        *,
+        worker: Sequence[str] = WORKER,
+    ) -> None:
+        """Open what is below `root`. Raises VeneerError where another server trains there."""
+        self.places, self.base, self.bounds = Places(root.resolve()), base, bounds or Bounds()
+        self.served = served
+        self._lock = _held(self.places.lock, root)
+        self.store = Store(self.places.database)
+        self.publisher = Publisher(served, self.places)
+        self.supervisor = Supervisor(
+            self.store,
+            self.places,
+            self.bounds,
+            is_busy=self._is_busy,
+            publish=self.publisher.publish,
+            keep_results=self._keep_results,
+            worker=worker,
+        )
+
+    def start(self) -> None:
+        """Serve what was trained before, and go on with what was not ended."""
+        for job in self.store.jobs():
+            self.publisher.publish(job, result=job.status == "succeeded", load=False)
+        self.supervisor.start()
+
+    def close(self) -> None:
+        """Let a training stop with a checkpoint; the next server goes on with it."""
+        self.supervisor.close()
+        self.store.close()
+        self._lock.close()
+
+    # Files
+
+    def upload(self, filename: str, source: BinaryIO, size: int) -> StoredFile:
+        """Check and keep a file. Raises RequestError for faults, with their places."""
+        self._check_disk(size)
+        return uploads.keep(self.store, self.places, filename, source)
+
+    def file(self, id: str, *, param: str = "file_id") -> StoredFile:
+        """Return a file. Raises Missing."""
+        if (file := self.store.file(id)) is None:
+            raise Missing(f"There is no file {id[:80]!r}.", param=param)
+        return file
+
+    def remove_file(self, id: str) -> None:
+        """Remove a file. Raises Missing, and RequestError where a job needs it."""
+        uploads.remove(self.store, self.places, self.file(id))
+
+    # Jobs
+
+    def create(self, order: Order) -> Job:
+        """Take a job into the queue. Raises RequestError, ConfigError or QueueFull."""
+        adapter = self.served.adapter(order.model)
+        training = self._rows(order.training_file, "training_file")
+        valid = order.validation_file and self._rows(order.validation_file, "validation_file")
+        self._check_disk(0)
+        if len(self.store.jobs(*UNENDED)) >= self.bounds.waiting:
+            raise QueueFull(f"{self.bounds.waiting} jobs wait already; cancel some, or wait.")
+        id = new_id("ftjob")
+        called = _STRANGE.sub("-", order.suffix or order.model).strip("-")[:MOST_OF_NAME]
+        name = f"ft-{called.strip('-') or 'model'}-{id[-8:]}"
+        job = Job(
+            id,
+            order.model,
+            name,
+            int(time.time()),
+            order.training_file,
+            settings_of(
+                self.base,
+                data=self.places.file(training),
+                valid=self.places.file(valid) if valid else None,
+                out=self.places.root / name,
+                start_from=self.served.library.info(adapter).directory if adapter else None,
+                seed=order.seed,
+                hyperparameters=order.hyperparameters,
+                own=order.own,
+            ),
+            dict(order.hyperparameters),
+            order.validation_file,
+            order.seed,
+            order.suffix,
+            order.metadata,
+        )
+        events = [
+            f"Created fine-tuning job: {id}",
+            f"Validating training file: {training.id}",
+            "Files validated, moving job to queued state",
+        ]
+        self.store.add_job(job, [JobEvent(text) for text in events])
+        self.supervisor.asked.set()
+        return job
+
+    def job(self, id: str) -> Job:
+        """Return a job. Raises Missing."""
+        if (job := self.store.job(id)) is None:
+            raise Missing(f"There is no job {id[:80]!r}.", param="fine_tuning_job_id")
+        return job
+
+    def losses(self, job: Job) -> list[dict[str, Any]]:
+        """Return the losses of a job's run, a mapping for each step and each evaluation."""
+        return RunDirectory(self.places.run(job)).read_metrics()
+
+    def cancel(self, id: str) -> Job:
+        """End a job for good; its checkpoints stay."""
+        finished = int(time.time())
+        return self._move(id, UNENDED, "cancelled", "The job was cancelled.", finished=finished)
+
+    def pause(self, id: str) -> Job:
+        """Let a job stop after its step, until it is resumed."""
+        return self._move(id, ("queued", "running"), "paused", "The job is paused.")
+
+    def resume(self, id: str) -> Job:
+        """Let a job go on that was paused, or that failed."""
+        fresh = {"fault": None, "finished": None, "seconds": 0.0, "deaths": 0}
+        return self._move(id, ("paused", "failed"), "queued", "The job is to go on.", **fresh)
+
+    def _move(
+        self, id: str, only: Sequence[Status], status: Status, text: str, **fields: Any
+    ) -> Job:
+        job = self.job(id)
+        moved = self.store.change(id, JobEvent(text), only=only, status=status, **fields)
+        if moved is None:
+            now = self.job(id).status
+            raise RequestError(
+                f"{job.id} is {now}; only a job that is {' or '.join(only)} can become {status}.",
+                param="fine_tuning_job_id",
+            )
+        self.supervisor.asked.set()
+        return moved
+
+    def _rows(self, id: str, param: str) -> StoredFile:
+        file = self.file(id, param=param)
+        if file.purpose != "fine-tune":
+            raise RequestError(f"{id} holds results, no rows to learn.", param=param)
+        return file
+
+    def _check_disk(self, more: int) -> None:
+        used, most = size_of(self.places.root), self.bounds.disk_bytes
+        if used + more > most:
+            raise RequestError(
+                f"Files and runs take {used / 1e9:.1f} GB of the {most / 1e9:g} GB that they may; "
+                "delete files, or runs below --runs."
+            )
+
+    def _is_busy(self) -> bool:
+        stats = self.served.engine.stats
+        return bool(stats.active or stats.waiting)
+
+    def _keep_results(self, job: Job) -> str:
+        """Keep a run's losses as a file, as OpenAI's jobs have it, and return its name."""
+        lines = ["step,train_loss,valid_loss"]
+        for line in self.losses(job):
+            lines.append(f"{line['step']},{line.get('loss', '')},{line.get('eval_loss', '')}")
+        text = "\n".join([*lines, ""])
+        name = f"{job.name}-metrics.csv"
+        kept = uploads.keep_text(self.store, self.places, name, text, "fine-tune-results")
+        return kept.id
+
+
+def _held(path: Path, root: Path) -> TextIO:
+    """Hold the lock of a directory. Raises VeneerError where another server does."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise VeneerError(f"Another server trains below {root}; name another --runs.") from error
+    return file

@@ -1,0 +1,158 @@
+"""From what a client asks to the recipe of a run, which is `tune`'s own. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from veneer.adapter.config import LoRA
+from veneer.errors import ConfigError
+from veneer.quant.settings import LoadBits
+from veneer.run_directory import RunDirectory
+from veneer.training.config import TrainConfig
+from veneer.training.recipe import DataConfig, DType, Recipe
+
+AUTO = "auto"
+HYPERPARAMETERS = ("n_epochs", "learning_rate_multiplier", "batch_size")
+# Settings of a run that OpenAI has a parameter for, or that are the server's to decide.
+_NOT_OWN = {"seed", "context_parallel", "eval_data"}
+GROUPS: dict[str, type] = {"lora": LoRA, "training": TrainConfig, "rows": DataConfig}
+# Each setting that a client may give beside OpenAI's parameters, by the group that it is of.
+OWN = {
+    field.name: group
+    for group, config in GROUPS.items()
+    for field in fields(config)
+    if field.name not in _NOT_OWN
+}
+
+
+@dataclass(frozen=True)
+class TrainingBase:
+    """The base of all jobs, loaded as the server has it."""
+
+    name: str
+    dtype: DType = "auto"
+    bits: LoadBits | None = None
+    pack_head: bool = False
+
+
+def settings_of(
+    base: TrainingBase,
+    *,
+    data: Path,
+    valid: Path | None,
+    out: Path,
+    start_from: Path | None,
+    seed: int,
+    hyperparameters: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return a job's settings as plain values for JSON, and check them.
+
+    Raises ConfigError for settings that cannot be, or that say one thing twice.
+    """
+    epochs, multiplier, batch = (_given(hyperparameters.get(name)) for name in HYPERPARAMETERS)
+    twice = {
+        "n_epochs and epochs or steps": epochs and (own.get("epochs") or own.get("steps")),
+        "learning_rate_multiplier and lr": multiplier and own.get("lr"),
+        "batch_size and tokens_per_step": batch and own.get("tokens_per_step"),
+    }
+    if problems := [names for names, given in twice.items() if given]:
+        raise ConfigError(f"Of {', '.join(problems)}, give one: they say the same thing.")
+    groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for name, value in own.items():
+        groups[OWN[name]][name] = value
+    groups["training"] |= {"seed": seed} | ({"epochs": float(epochs)} if epochs else {})
+    if valid is not None:
+        groups["rows"]["eval_data"] = str(valid)
+    settings = {
+        "model": base.name,
+        "data": str(data),
+        "out": str(out),
+        "start_from": start_from and str(start_from),
+        "dtype": base.dtype,
+        "bits": base.bits,
+        "pack_head": base.pack_head,
+        "learning_rate_multiplier": multiplier,
+        "batch_size": batch,
+        **groups,
+    }
+    recipe_of(settings)
+    return settings
+
+
+def recipe_of(settings: Mapping[str, Any]) -> Recipe:
+    """Return the recipe, without what needs the rows. Raises ConfigError."""
+    rows = dict(settings["rows"])
+    if "eval_data" in rows:
+        rows["eval_data"] = Path(rows["eval_data"])
+    return Recipe(
+        model=settings["model"],
+        data=settings["data"],
+        lora=LoRA(**settings["lora"]),
+        training=TrainConfig(**settings["training"]),
+        rows=DataConfig(**rows),
+        dtype=settings["dtype"],
+        bits=settings["bits"],
+        pack_head=settings["pack_head"],
+        out=Path(settings["out"]),
+        start_from=Path(settings["start_from"]) if settings["start_from"] else None,
+    )
+
+
+def settled(settings: Mapping[str, Any], *, resume: bool) -> Recipe:
+    """Return the recipe with the rate and the tokens of a step that OpenAI's two other parameters
+    ask for: a multiple of the usual rate, and as many tokens as that many rows have in the mean.
+
+    Raises what `preflight` and reading the rows raise.
+    """
+    recipe = recipe_of(settings)
+    multiplier, batch = settings["learning_rate_multiplier"], settings["batch_size"]
+    if multiplier is None and batch is None:
+        return recipe
+    training = recipe.training
+    earlier = RunDirectory(recipe.out).read_recipe() if resume else {}
+    if not {"lr", "tokens_per_step"} <= {*earlier}:
+        earlier = _of_rows(recipe, multiplier, batch, resume=resume)
+    if multiplier is not None:
+        training = replace(training, lr=earlier["lr"])
+    if batch is not None:
+        training = replace(training, tokens_per_step=earlier["tokens_per_step"])
+    return replace(recipe, training=training)
+
+
+def _of_rows(
+    recipe: Recipe, multiplier: float | None, batch: int | None, *, resume: bool
+) -> dict[str, Any]:
+    """Return the rate, and the tokens of a step, None where they are not asked for."""
+    # Here, for they import torch.
+    from veneer.data.columns import lengths_of
+    from veneer.training.choose import hidden_size_of, learning_rate
+    from veneer.training.preflight import preflight
+    from veneer.training.rows import load_rows
+
+    ahead = preflight(recipe, resume=resume, force=False, ignore_space=False)
+    chosen: dict[str, Any] = {"lr": None, "tokens_per_step": None}
+    if multiplier is not None:
+        usual = learning_rate(
+            ahead.recipe.what_trains,
+            hidden_size_of(ahead.config),
+            lora_plus_ratio=recipe.training.lora_plus_ratio,
+        )
+        chosen["lr"] = usual * multiplier
+    if batch is not None:
+        loading = load_rows(ahead.recipe, ahead.config, ahead.tokenizer)
+        while True:
+            try:
+                next(loading)
+            except StopIteration as ended:
+                lengths = lengths_of(ended.value.examples)
+                break
+        chosen["tokens_per_step"] = max(1, round(batch * sum(map(int, lengths)) / len(lengths)))
+    return chosen
+
+
+def _given(value: Any) -> Any:
+    return None if value in (None, AUTO) else value

@@ -1,0 +1,120 @@
+"""Files that clients send: checked as they arrive, and kept as they came."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from veneer.data.problems import Problem, data_error
+from veneer.data.rows import parse_row
+from veneer.data.sources import no_rows_in, parsed_values
+from veneer.errors import MOST_PROBLEMS, DataError, RequestError, listed
+from veneer.serve.jobs.store import Store
+from veneer.serve.jobs.values import Places, Purpose, StoredFile, new_id
+
+# Plain text alone: a small file that unpacks to a large one would pass every limit of size.
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
+DEFAULT_NAME = "rows.jsonl"
+_STRANGE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def keep(store: Store, places: Places, filename: str, source: BinaryIO) -> StoredFile:
+    """Check a file of rows, keep it, and return what it is.
+
+    Raises RequestError, with `file:line` of each fault, for rows that cannot be learnt.
+    """
+    name = name_on_disk(filename)
+    if not name.lower().endswith(KINDS):
+        raise RequestError(
+            f"{name} is of a kind that is not trained on here; it may be {listed(KINDS, most=9)}.",
+            param="file",
+        )
+    file = StoredFile(
+        new_id("file"), filename[:255] or DEFAULT_NAME, name, "fine-tune", 0, int(time.time())
+    )
+    path = places.file(file)
+    path.parent.mkdir(parents=True)
+    try:
+        with path.open("wb") as target:
+            shutil.copyfileobj(source, target, 2**20)
+        rows = count_rows(path)
+        return _add(store, file, path, rows)
+    except BaseException:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        raise
+
+
+def keep_text(store: Store, places: Places, name: str, text: str, purpose: Purpose) -> StoredFile:
+    """Keep a text of ours as a file that clients can read."""
+    file = StoredFile(new_id("file"), name, name, purpose, 0, int(time.time()))
+    path = places.file(file)
+    path.parent.mkdir(parents=True)
+    path.write_text(text, encoding="utf-8")
+    return _add(store, file, path, 0)
+
+
+def _add(store: Store, file: StoredFile, path: Path, rows: int) -> StoredFile:
+    sized = StoredFile(
+        file.id, file.filename, file.name, file.purpose, path.stat().st_size, file.created, rows
+    )
+    store.add_file(sized)
+    return sized
+
+
+def remove(store: Store, places: Places, file: StoredFile) -> None:
+    """Remove a file. Raises RequestError where a job that has not ended needs it."""
+    users = [
+        job.id
+        for job in store.jobs("queued", "running", "paused")
+        if file.id in (job.training_file, job.validation_file)
+    ]
+    if users:
+        raise RequestError(
+            f"{file.id} is needed by {listed(users)}; cancel that first.", param="file_id"
+        )
+    store.remove_file(file.id)
+    shutil.rmtree(places.file(file).parent, ignore_errors=True)
+
+
+def count_rows(path: Path) -> int:
+    """Return how many rows a file has. Raises RequestError where any of them cannot be one.
+
+    A row is checked for its shape here. Whether a base's template takes it, and whether its answer
+    is not cut off, depends on a job, which says so itself.
+    """
+    rows = count = 0
+    problems: list[Problem] = []
+    try:
+        for row in parsed_values(path, parse_row):
+            if isinstance(row, Problem):
+                count += 1
+                problems += [row] * (len(problems) < MOST_PROBLEMS)
+            else:
+                rows += 1
+        if not rows + count:
+            raise no_rows_in(path)
+        if count:
+            heading = f"{count:,} of {rows + count:,} rows cannot be used; mend them:"
+            raise data_error(heading, problems, count)
+    except DataError as error:
+        raise RequestError(without_directory(str(error), path), param="file") from error
+    return rows
+
+
+def without_directory(text: str, *paths: Path) -> str:
+    """Return a message with the names of files as the client knows them."""
+    for path in paths:
+        text = text.replace(f"{path.parent}/", "")
+    return text
+
+
+def name_on_disk(filename: str) -> str:
+    """Return a name that is safe on any disk, as like a client's as can be."""
+    name = PurePosixPath(filename.replace("\\", "/")).name
+    stem, dot, ending = _STRANGE.sub("_", name).strip("._").rpartition(".")
+    if not dot:
+        return f"{ending[:80]}.jsonl" if ending else DEFAULT_NAME
+    return f"{stem[:80] or 'rows'}.{ending[:16]}"

@@ -1,0 +1,129 @@
+"""What jobs may take, and what becomes of them when their server is gone."""
+
+import http.client
+import os
+import signal
+import time
+from threading import Event
+
+import openai
+import pytest
+
+from support.jobs import ROWS, client_of, training, until, upload
+from support.server import ADMIN, AS_ADMIN, call, running, scripted
+from veneer.errors import VeneerError
+from veneer.serve.config import Keys
+from veneer.serve.jobs.log import WorkerLog, read_on
+from veneer.serve.jobs.pace import Pace
+from veneer.serve.jobs.service import Jobs
+from veneer.serve.jobs.settings import TrainingBase
+from veneer.serve.jobs.supervisor import Bounds
+from veneer.serve.jobs.values import JobEvent
+
+
+def test_training_is_off_unless_it_is_enabled():
+    with running(scripted(), keys=Keys(admin=ADMIN)) as server:
+        for path in ("/v1/files", "/v1/fine_tuning/jobs", "/v1/files/file-1/content"):
+            status, _, reply = call(server.url, path, headers=AS_ADMIN)
+            assert (status, "--enable-training" in reply["error"]["message"]) == (404, True)
+
+
+def test_what_is_too_large_or_too_many_is_refused(tmp_path):
+    bounds = Bounds(upload_bytes=3000, disk_bytes=120_000, waiting=1)
+    with training(tmp_path / "runs", bounds=bounds) as server:
+        client = client_of(server)
+        with pytest.raises(openai.APIStatusError) as refused:
+            upload(client, ROWS * 4)
+        assert refused.value.status_code == 413
+        connection = http.client.HTTPConnection(server.url[7:], timeout=20)
+        kind = {"content-type": "multipart/form-data; boundary=x"}
+        chunks = (b"--x\r\n" + b"y" * 500 for _ in range(9))  # of a length that nobody tells
+        connection.request("POST", "/v1/files", chunks, {**AS_ADMIN, **kind}, encode_chunked=True)
+        assert connection.getresponse().status in (400, 413)
+        connection.close()
+        file = upload(client)
+        (server.jobs.places.root / "wait").write_text("1")
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+        with pytest.raises(openai.RateLimitError):
+            client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+        (server.jobs.places.root / "large").write_bytes(bytes(120_000))
+        with pytest.raises(openai.BadRequestError, match="delete files"):
+            upload(client)
+
+
+def test_a_job_ends_at_its_limit_and_can_go_on(tmp_path):
+    with training(tmp_path / "runs") as server:
+        client, supervisor = client_of(server), server.jobs.supervisor
+        wait = server.jobs.places.root / "wait"
+        wait.write_text("1")
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client).id)
+        while not client.fine_tuning.jobs.retrieve(job.id).step:
+            time.sleep(0.01)
+        supervisor.bounds = Bounds(hours=0.01 / 3600)
+        assert until(client, job.id, "failed").error.code == "time_limit"
+        supervisor.bounds = Bounds()
+        wait.unlink()
+        client.fine_tuning.jobs.resume(job.id)
+        assert until(client, job.id, "succeeded").step == 3
+
+
+def test_the_next_server_goes_on_with_jobs_and_serves_their_results(tmp_path):
+    runs = tmp_path / "runs"
+    with training(runs) as server:
+        client = client_of(server)
+        file = upload(client)
+        done = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+        name = until(client, done.id, "succeeded").fine_tuned_model
+        (runs / "wait").write_text("2")
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+        while client.fine_tuning.jobs.retrieve(job.id).step < 2:
+            time.sleep(0.01)
+        with pytest.raises(VeneerError, match="Another server trains below"):
+            Jobs(runs, scripted(), TrainingBase("tiny"))
+    (runs / "wait").unlink()
+    with training(runs) as server:
+        client = client_of(server)
+        assert name in [model.id for model in client.models.list()]
+        assert until(client, job.id, "succeeded").step == 3
+        steps = [e.message for e in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+        assert len([text for text in steps if text.startswith("Step ")]) == 3
+
+
+def test_a_log_is_read_on_over_half_lines(tmp_path):
+    path = tmp_path / "events.jsonl"
+    assert read_on(path, 0) == ([], 0)
+    WorkerLog(path, 1).add(JobEvent("one"))
+    with path.open("ab") as file:
+        file.write(b'{"attempt": 1, "mess')
+    (first,), at = read_on(path, 0)
+    assert first.content.message == "one"
+    WorkerLog(path, 2).end("succeeded")
+    (last,), at = read_on(path, at)
+    assert (last.attempt, last.content.how) == (2, "succeeded")
+    assert read_on(path, at) == ([], at)
+
+
+def test_a_worker_stands_still_while_answers_are_computed():
+    busy = Event()
+    child = os.fork()
+    if child == 0:
+        while True:
+            time.sleep(0.01)
+    try:
+        pace = Pace(child, busy.is_set, share=0.0)
+        pace.step()
+        assert _state(child) != "T"
+        busy.set()
+        pace.step()
+        assert _state(child) == "T"
+        busy.clear()
+        pace.step()
+        assert _state(child) != "T"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _state(process: int) -> str:
+    with open(f"/proc/{process}/stat") as file:  # noqa: PTH123
+        return file.read().rpartition(") ")[2][0]

@@ -1,0 +1,166 @@
+"""The true worker: what it trains is what `tune` trains, to the bit, whatever kills its server."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from support.jobs import ROWS, lines, until, upload
+from support.recipes import environment, small_run
+from support.server import ADMIN, call
+from veneer.cli.app import run as veneer_cli
+from veneer.files import read_tensors, write_json
+from veneer.run_directory import RunDirectory, checkpoint_steps
+from veneer.serve.jobs.log import End, read_on
+from veneer.serve.jobs.settings import TrainingBase, settings_of
+from veneer.serve.jobs.values import WorkerFiles
+from veneer.serve.jobs.worker import Asked, work
+
+
+def weights(run: Path):
+    tensors = read_tensors(run / "lora_adapter" / "lora_weights.pt")
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def tuned_again(run: Path, place: Path):
+    """Return what the command line trains by the recipe that a job has left."""
+    command = ["tune", "--config", run / "recipe.yaml", "--out", place, "--quiet"]
+    settings = RunDirectory(run).read_recipe()
+    assert veneer_cli([str(x) for x in [*command, settings["model"], settings["data"]]]) == 0
+    return weights(place)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("small"))
+
+
+def asked(small, run, **own):
+    base, data = small
+    hyperparameters = {"n_epochs": 2, "learning_rate_multiplier": 0.5, "batch_size": 6}
+    files = WorkerFiles(run)
+    files.directory.mkdir(parents=True)
+    settings = settings_of(
+        TrainingBase(str(base), "float32"),
+        data=data,
+        valid=None,
+        out=run,
+        start_from=None,
+        seed=3,
+        hyperparameters=hyperparameters,
+        own={"rank": 2, "max_length": 64, **own},
+    )
+    write_json(files.settings, settings)
+    return files.log
+
+
+class AfterSteps(Asked):
+    """Asks to stop after so many looks."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__(None)
+        self.looks = looks
+
+    def __call__(self) -> bool:
+        self.looks -= 1
+        return self.looks <= 0
+
+
+def test_a_job_stops_goes_on_and_is_the_run_of_its_recipe(small, tmp_path):
+    run = tmp_path / "run"
+    log = asked(small, run)
+    work(run, 1, AfterSteps(3))
+    found, at = read_on(log, 0)
+    assert found[-1].content == End("stopped")
+    assert max(checkpoint_steps(run / "checkpoints")) == 3
+    work(run, 2, Asked(None))
+    again, at = read_on(log, at)
+    assert again[-1].content == End("succeeded")
+    texts = [line.content.message for line in again[:-1]]
+    assert "Training goes on after step 3 of 10." in texts
+    settings = RunDirectory(run).read_recipe()
+    assert settings["tokens_per_step"] == 71  # of 6 rows, of 284 / 24 tokens in the mean
+    assert settings["lr"] == 0.0025  # half of the usual one
+    assert weights(run) == tuned_again(run, tmp_path / "again")
+    work(run, 3, Asked(None))  # its end was not heard
+    assert read_on(log, at)[0][0].content == End("succeeded")
+
+
+def test_what_is_wrong_with_rows_is_said_without_our_paths(small, tmp_path):
+    run = tmp_path / "run"
+    log = asked(small, run, long_rows="error", max_length=2)
+    work(run, 1, Asked(None))
+    end = read_on(log, 0)[0][-1].content
+    assert (end.how, end.fault.code) == ("failed", "invalid_training_file")
+    assert "rows.jsonl:1" in end.fault.message
+    assert str(small[1].parent) not in end.fault.message
+
+
+def serve(base: Path, runs: Path) -> tuple[subprocess.Popen, openai.OpenAI]:
+    command = [sys.executable, "-m", "veneer", "serve", str(base), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--runs", str(runs), "--enable-training"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(VENEER_ADMIN_KEY=ADMIN, COLUMNS="200"),
+    )
+    output = ""
+    for line in process.stdout:
+        output += line
+        if url := re.search(r"http://127\.0\.0\.1:\d+", line):
+            break
+    assert url, output
+    while call(url.group(), "/ready")[0] != 200:
+        time.sleep(0.05)
+    return process, openai.OpenAI(base_url=f"{url.group()}/v1", api_key=ADMIN, max_retries=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker_too", [False, True])
+def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too):
+    """Shown to the bit beside `tune`, with the worker left to itself, and killed too."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    server, client = serve(small[0], runs)
+    steps = {"steps": 120, "save_every": 10, "rank": 2, "tokens_per_step": 100}
+    file = upload(client, ROWS)
+    assert client.files.content(file.id).read() == lines(ROWS)
+    job = client.fine_tuning.jobs.create(
+        model=small[0].name, training_file=file.id, extra_body=steps
+    )
+    while client.fine_tuning.jobs.retrieve(job.id).step < 20:
+        time.sleep(0.01)
+    below = Path(f"/proc/{server.pid}/task")
+    children = [int(x) for task in below.iterdir() for x in (task / "children").read_text().split()]
+    server.kill()
+    if worker_too:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+    server.wait()
+    run = next(runs.glob("ft-*"))
+    server, client = serve(small[0], runs)
+    try:
+        done = until(client, job.id, "succeeded", "failed", seconds=240)
+        assert done.status == "succeeded", done
+        events = [x.message for x in client.fine_tuning.jobs.list_events(job.id, limit=500)]
+        assert any(text.startswith("Training goes on after step") for text in events)
+        answer = client.chat.completions.create(
+            model=done.fine_tuned_model, messages=[{"role": "user", "content": "a"}], max_tokens=3
+        )
+        assert answer.usage.completion_tokens >= 1
+        checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
+        assert checkpoint.step_number == 120
+        server.terminate()
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.wait()
+    assert json.loads((run / "progress.json").read_text())["ended"] in ("finished", "diverged")
+    assert weights(run) == tuned_again(run, tmp_path / "again")

@@ -1,0 +1,66 @@
+"""A server that trains with a pretended worker, or with the true one, and OpenAI's client of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from support.server import ADMIN, running, scripted
+from veneer.serve.config import Keys, Limits
+from veneer.serve.jobs.service import Jobs
+from veneer.serve.jobs.settings import TrainingBase
+from veneer.serve.jobs.supervisor import Bounds
+
+PRETENDED = (sys.executable, str(Path(__file__).with_name("pretend_worker.py")))
+ROWS = [{"prompt": "a b c d"[: 1 + i % 7], "completion": "efghijklm"[i % 5 :]} for i in range(24)]
+
+
+def lines(rows: Sequence[Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@contextmanager
+def training(
+    runs: Path,
+    *,
+    bounds: Bounds | None = None,
+    worker: Sequence[str] = PRETENDED,
+    adapters: dict[str, Path] | None = None,
+    **options: Any,
+) -> Iterator[Any]:
+    """Serve, and train below `runs`."""
+    runs.mkdir(exist_ok=True)
+    jobs = Jobs(runs, scripted(adapters), TrainingBase("tiny"), bounds, worker=worker)
+    limits = Limits(upload_bytes=jobs.bounds.upload_bytes)
+    options |= {"keys": Keys(admin=ADMIN), "limits": limits, "runs": runs, "jobs": jobs}
+    jobs.start()
+    try:
+        with running(jobs.served, **options) as server:
+            server.jobs = jobs
+            yield server
+    finally:
+        jobs.close()
+
+
+def client_of(server: Any, key: str = ADMIN) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+
+def upload(client: openai.OpenAI, rows: Sequence[Any] = ROWS, name: str = "rows.jsonl") -> Any:
+    return client.files.create(file=(name, lines(rows)), purpose="fine-tune")
+
+
+def until(client: openai.OpenAI, id: str, *statuses: str, seconds: float = 60.0) -> Any:
+    """Return a job once it has one of some statuses."""
+    end = time.monotonic() + seconds
+    while (job := client.fine_tuning.jobs.retrieve(id)).status not in statuses:
+        assert time.monotonic() < end, (job, client.fine_tuning.jobs.list_events(id).data)
+        time.sleep(0.02)
+    return job
