@@ -28,6 +28,7 @@ from veneer.formats.quantized import write_quantized
 from veneer.fused.forward import choose_forward
 from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
+from veneer.models.device import CPU, synchronize
 from veneer.models.load import open_base
 from veneer.quant.settings import Bits
 from veneer.training.memory import begin_measuring, process_memory
@@ -54,7 +55,7 @@ def run_veneer(
     optimizer = FlatAdamW(weights, lr=LR, weight_decay=0.0)
     with kept_heap():
         forward, notices = choose_forward(model, work.examples, recompute=recompute)
-        assert not notices, notices
+        assert not notices or model.device.type != "cpu", notices
         model.train()
         with forward.installed(model):
             for rows in work.steps:
@@ -65,12 +66,13 @@ def run_veneer(
                 loss = forward(model, batch) / labels
                 loss.backward()
                 optimizer.step(lr=LR, clip=CLIP)
+                synchronize(model.device)
                 yield time.perf_counter() - start, float(loss.detach())
     optimizer.release()
 
 
 def run_peft(base: veneer.Base, work: Workload, *, dora: bool = False, dropout: float = 0.0) -> Run:
-    yield from _run_padded(peft_model(base.model, dora=dora, dropout=dropout), work)
+    yield from run_padded(peft_model(base.model, dora=dora, dropout=dropout), work)
 
 
 def run_loralib(base: veneer.Base, work: Workload) -> Run:
@@ -84,24 +86,34 @@ def run_loralib(base: veneer.Base, work: Workload) -> Run:
                 new.to(weight.dtype).weight = weight
                 setattr(module, name, new)
     loralib.mark_only_lora_as_trainable(base.model)
-    yield from _run_padded(base.model, work)
+    yield from run_padded(base.model, work)
 
 
-def _run_padded(model: torch.nn.Module, work: Workload) -> Run:
+def run_padded(model: torch.nn.Module, work: Workload) -> Run:
+    """Train what has a gradient in any model that takes rows as transformers does."""
     weights = [w for w in model.parameters() if w.requires_grad]
+    device = weights[0].device
     optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0, fused=True)
     model.train()
     for rows in work.steps:
         start = time.perf_counter()
-        loss = model(**padded([work.examples[i] for i in rows])).loss
+        loss = model(**padded([work.examples[i] for i in rows], device)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
         yield time.perf_counter() - start, float(loss.detach())
 
 
-def run_trl(base: veneer.Base, work: Workload) -> Run:
+def run_trl(
+    base: veneer.Base,
+    work: Workload,
+    *,
+    packing: bool = False,
+    tokens: list[int] | None = None,
+) -> Run:
+    """tokens: takes those of each step, which with packing are others than the workload's."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -115,6 +127,7 @@ def run_trl(base: veneer.Base, work: Workload) -> Run:
             marks.append(time.perf_counter())
 
         def on_step_end(self, *args, **kwargs):
+            synchronize(base.model.device)
             marks.append(time.perf_counter())
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -122,6 +135,8 @@ def run_trl(base: veneer.Base, work: Workload) -> Run:
                 losses.append(float(logs["loss"]))
 
     rows = [work.examples[i] for step in work.steps for i in step]
+    longest = max(len(row.tokens) for row in rows)
+    size = work.tokens(0) // longest if packing else len(work.steps[0])
     data = Dataset.from_list(
         [
             {"input_ids": row.tokens, "completion_mask": [int(x >= 0) for x in row.labels]}
@@ -130,16 +145,17 @@ def run_trl(base: veneer.Base, work: Workload) -> Run:
     )
     config = SFTConfig(
         output_dir="dist/bench-trl",
-        per_device_train_batch_size=len(work.steps[0]),
+        per_device_train_batch_size=size,
         max_steps=len(work.steps),
         learning_rate=LR,
         lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=base.model.device.type == "cpu",
         bf16=False,
-        max_length=None,
+        max_length=longest if packing else None,
+        packing=packing,
         completion_only_loss=True,
     )
     trainer = SFTTrainer(
@@ -151,7 +167,11 @@ def run_trl(base: veneer.Base, work: Workload) -> Run:
         callbacks=[Clock()],
     )
     # The same rows in the same steps as everybody else.
+    data = trainer.train_dataset
     trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(data)
+    if tokens is not None:
+        lengths = list(map(len, data["input_ids"]))
+        tokens += [sum(lengths[i : i + size]) for i in range(0, len(lengths), size)]
     trainer.train()
     seconds = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]
     yield from zip(seconds, losses, strict=False)
@@ -170,16 +190,17 @@ def peft_model(model, *, dora: bool = False, dropout: float = 0.0):
     return get_peft_model(model, config)
 
 
-def padded(rows: list[Example]) -> dict[str, torch.Tensor]:
+def padded(rows: list[Example], device: torch.device = CPU) -> dict[str, torch.Tensor]:
     """Return rows as transformers takes them, padded on the right to the longest."""
     tokens = [torch.tensor(row.tokens) for row in rows]
     labels = [torch.tensor(row.labels) for row in rows]
     mask = [torch.ones(len(row.tokens), dtype=torch.long) for row in rows]
-    return {
+    batch = {
         "input_ids": pad_sequence(tokens, batch_first=True),
         "attention_mask": pad_sequence(mask, batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
     }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 ENGINES: dict[str, Callable[..., Run]] = {

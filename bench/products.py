@@ -10,6 +10,7 @@ from torch import nn
 
 from veneer.adapter.parameters import experts_of
 from veneer.kernels.cross_entropy import CHUNK_LOGITS
+from veneer.models.device import synchronize
 from veneer.quant.weight import QuantizedLinear
 
 
@@ -26,11 +27,13 @@ def replay_seconds(model: nn.Module, tokens: int, labels: int, repeats: int = 3)
     dtype = head.weight.dtype
     stacks = [*_stacks(model, tokens)]
     widest = max(max(shape) for shape in (*shapes, *(stack.shape[1:] for stack, _ in stacks)))
-    x = torch.randn(tokens, widest, dtype=dtype)
+    device = head.weight.device
+    x = torch.randn(tokens, widest, dtype=dtype, device=device)
     chunk = max(1, CHUNK_LOGITS // head.weight.shape[0])
-    weights = {shape: torch.randn(*shape, dtype=dtype) for shape in set(shapes)}
+    weights = {s: torch.randn(*s, dtype=dtype, device=device) for s in set(shapes)}
     seconds = []
     for _ in range(repeats):
+        synchronize(device)
         start = time.perf_counter()
         for out, in_ in shapes:
             weight = weights[out, in_]
@@ -45,6 +48,7 @@ def replay_seconds(model: nn.Module, tokens: int, labels: int, repeats: int = 3)
             rows = min(chunk, labels - first)
             logits = nn.functional.linear(x[:rows, : head.weight.shape[1]], head.weight)
             logits @ head.weight
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[len(seconds) // 2]
 
