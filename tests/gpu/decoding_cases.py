@@ -17,6 +17,7 @@ from veneer.generate.slots import SlotModel
 from veneer.kernels.graphs import Graphs
 from veneer.kernels.transfer import OnTheWay
 from veneer.serve.engine.adapter_cache import LoadedAdapter
+from veneer.serve.engine.request import Adjustments
 from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.sampler import Drawn, Sampler
 from veneer.serve.engine.slots import SlotRunner
@@ -26,6 +27,7 @@ KINDS: dict[str, Any] = {
     "lora": {"rank": 2, "targets": "all"},
     "dora": {"rank": 3, "targets": "all", "dora": True},
 }
+PENALIZED = Adjustments(0.5, 0.5, 1.2, ((7, 1.0),), 0.05)
 GREEDY, DRAWN = Sampling(), Sampling(temperature=0.8, top_k=20, top_p=0.9)
 
 
@@ -58,6 +60,8 @@ def _sampled(
     runner: SlotRunner, logits: torch.Tensor, slots: Sequence[int], sampling: Sampling
 ) -> tuple[Drawn, bool]:
     samplers = [Sampler(sampling, None, 2 if slot == 1 else None) for slot in slots]
+    if sampling is DRAWN:
+        samplers[-1].adjustments, samplers[-1].prompt = PENALIZED, range(3, 9)
     drawn = Drawn(logits, samplers)
     runner.take(slots, drawn.ids)
     return drawn, _on_card(logits, drawn.ids) and logits.dtype == torch.float32

@@ -4,7 +4,7 @@ import openai
 import pytest
 
 from support.server import API, BASE, running, scripted
-from veneer.serve.api import protocol
+from veneer.serve.api import protocol, strict
 from veneer.serve.config import Keys
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -160,7 +160,7 @@ HARMLESS = [
 
 def test_what_changes_no_answer_is_accepted_and_noted_once(client, server, caplog):
     assert IGNORED.keys() == protocol.IGNORED.keys()
-    protocol._note.cache_clear()
+    strict._note.cache_clear()
     caplog.set_level("INFO", "veneer.serve")
     engine = server.served.engine
 

@@ -1,5 +1,6 @@
 """Rows in slots, whose steps ask nothing of a device: here on a CPU, where tokens are numbers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from veneer.generate.slots import NotInSlots, SlotModel
 from veneer.serve.engine import engine as engines
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
-from veneer.serve.engine.request import EngineConfig, Request
+from veneer.serve.engine.request import Adjustments, EngineConfig, Grammar, Request
 from veneer.serve.engine.sampler import Sampler, drawn_at_once
 from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.stream import Stream
@@ -112,6 +113,23 @@ def test_the_end_is_read_one_step_late(in_slots):
         assert answer.new_tokens == len(expected) + 1
 
 
+def test_rows_with_penalties_and_grammars_are_as_with_the_other_runner(request):
+    kinds = [
+        {"adjustments": adjustments, "grammar": grammar}
+        for adjustments in (Adjustments(), Adjustments(0.5, 0.5, 1.3, ((7, 1.0),)))
+        for grammar in (None, Grammar("regex", "[0-9]{3}[a-f]*"))
+    ]
+
+    def answers() -> list[list[int]]:
+        with Engine(base_of("llama"), config=SMALL) as engine:
+            streams = [engine.submit(asked(n, **kind)) for n, kind in enumerate(kinds)]
+            return [ids_of(stream) for stream in streams]
+
+    expected = answers()
+    request.getfixturevalue("in_slots")
+    assert answers() == expected
+
+
 @pytest.mark.usefixtures("in_slots")
 def test_scores_are_those_of_the_other_runner():
     with Engine(base_of("llama"), config=SMALL) as engine:
@@ -156,7 +174,7 @@ def test_other_devices_take_slots_and_others_their_own_forward(monkeypatch):
 
 
 def test_rows_are_drawn_at_once_as_each_asks():
-    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
     settings = [
         Sampling(),
         Sampling(temperature=1.0, top_k=3, seed=1),
@@ -165,9 +183,11 @@ def test_rows_are_drawn_at_once_as_each_asks():
         Sampling(temperature=2.0, seed=4),
     ]
     device = torch.device("cpu")
+    settings = [Request((1,), sampling=each) for each in settings]
+    settings.append(replace(settings[-1], adjustments=Adjustments(min_p=0.3)))
 
     def samplers() -> list[Sampler]:
-        return [Sampler.of(Request((1,), sampling=each), device) for each in settings]
+        return [Sampler.of(each, device) for each in settings]
 
     ours = samplers()
     drawn = torch.stack([drawn_at_once(logits, ours) for _ in range(200)])
@@ -178,12 +198,13 @@ def test_rows_are_drawn_at_once_as_each_asks():
     assert torch.equal(
         drawn[:5, 3], torch.cat([drawn_at_once(logits[3:4], alone) for _ in range(5)])
     )
-    for row, sampling in enumerate(settings):
+    for row, each in enumerate(settings):
+        sampling, min_p = each.sampling, each.adjustments.min_p
         if sampling.temperature == 0:
             assert set(drawn[:, row].tolist()) == {int(logits[row].argmax())}
             continue
         chances, order = (logits[row] / sampling.temperature).softmax(-1).sort(descending=True)
-        chances = chances[: sampling.top_k or None]
+        chances = chances[chances >= min_p * chances[0]][: sampling.top_k or None]
         before = (chances.cumsum(0) - chances) / chances.sum()
         allowed = order[: len(chances)][before < sampling.top_p].tolist()
         seen = set(drawn[:, row].tolist())

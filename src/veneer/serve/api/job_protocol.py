@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from veneer.errors import RequestError
-from veneer.serve.api.protocol import Text
+from veneer.serve.api.strict import Text
 from veneer.serve.jobs.service import Order
 from veneer.serve.jobs.settings import GROUPS, HYPERPARAMETERS, OWN
 

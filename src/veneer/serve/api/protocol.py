@@ -6,44 +6,43 @@ which others are accepted: with the values that ask for nothing, or ignored what
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from veneer.data.rows import ROLES, Message
 from veneer.generate.sampling import Sampling
-from veneer.serve.engine.request import Request, Which
+from veneer.serve.api.formats import (
+    FORMATS,
+    Choices,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    grammar_of,
+)
+from veneer.serve.api.strict import Strict, Text
+from veneer.serve.engine.request import Adjustments, Grammar, Request, Which
 
 MOST_ANSWERS = 16  # to one request, over all prompts
 SEEDS = 2**63
+BIASED = 4096  # tokens that one request may bias
 TOP_CHAT, TOP_COMPLETION = 20, 5  # OpenAI's own limits of likeliest tokens
-
-log = logging.getLogger("veneer.serve")
 
 # Parameters that are not supported, with the values that ask for nothing. So does null.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
-    "min_p": (0,),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
     "reasoning_effort": (),  # also "none": a template that knows it would think by itself
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_k": (-1, 0),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -58,68 +57,22 @@ IGNORED: dict[str, str] = {
     "store": "answers are not stored",
     "user": "it names the caller",
 }
-# Tools, with the parameter that is "none" where the model must not call them.
-NOT_TO_CALL = {"tools": "tool_choice", "functions": "function_call"}
 
 
-@cache
-def _note(name: str, why: str) -> None:
-    """Write into the log, once, that a parameter is ignored."""
-    log.info("The parameter %s is ignored: %s.", name, why)
-
-
-def _whole(text: str) -> str:
-    """Refuse half a character, which JSON can say and no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("has half a character (a lone surrogate)") from error
-    return text
-
-
-Text = Annotated[str, AfterValidator(_whole)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # a token's id, as a key of JSON
 Weight = Annotated[float, Field(allow_inf_nan=False, ge=-16, le=16)]
-
-
-class Strict(BaseModel):
-    """A JSON object: every value has the type it should have, and no name is unknown.
-
-    neutral: names that are accepted with some values. ignored: names that always are, and why.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    ignored: ClassVar[Mapping[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_changes_nothing(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        unused = {
-            name: f'{choice} is "none"'
-            for name, choice in NOT_TO_CALL.items()
-            if name in cls.neutral and body.get(choice) == "none"
-        }
-        ignored = {**cls.ignored, **unused}
-        kept = {}
-        for name, value in body.items():
-            if name in ignored:
-                if value:  # false, null and nothing ask for nothing
-                    _note(name, ignored[name])
-            elif name not in cls.neutral or not (value is None or value in cls.neutral[name]):
-                kept[name] = value
-        return kept
 
 
 class StreamOptions(Strict):
     """What a stream contains beside the answer."""
 
-    neutral = {"continuous_usage_stats": (False,)}
-    ignored = {"include_obfuscation": "chunks are not padded"}
+    neutral: ClassVar = {"continuous_usage_stats": (False,)}
+    ignored: ClassVar = {"include_obfuscation": "chunks are not padded"}
 
     include_usage: bool | None = None
 
@@ -132,13 +85,25 @@ class AnswerRequest(Strict):
     model: Annotated[str, Field(max_length=512)]
     adapters: Annotated[dict[str, Weight], Field(min_length=1, max_length=16)] | None = None
     """A mix, as adapters' names with their weights; `model` is then the base. Veneer's own."""
+    frequency_penalty: Penalty | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
+    guided_json: Schema | None = None
+    guided_regex: Text | None = None
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=BIASED)] | None = None
     max_tokens: Count | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    response_format: ResponseFormat | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
 
     def requests(
@@ -149,14 +114,41 @@ class AnswerRequest(Strict):
             max_new_tokens=new_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(self.top_k or 0, 0),  # -1 is vLLM's older name for none
             seed=self.seed,
         )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        first = Request(tuple(tokens), adapter, sampling, stop, logprobs)
+        first = Request(
+            tuple(tokens),
+            adapter,
+            sampling,
+            adjustments=self.adjustments,
+            grammar=self.grammar,
+            stop=stop,
+            logprobs=logprobs,
+        )
         if self.seed is None:
             return [first] * (self.n or 1)
         seeds = [(self.seed + i + SEEDS) % (2 * SEEDS) - SEEDS for i in range(self.n or 1)]
         return [replace(first, sampling=replace(sampling, seed=seed)) for seed in seeds]
+
+    @property
+    def adjustments(self) -> Adjustments:
+        """Return what changes the logits."""
+        penalty = self.repetition_penalty
+        return Adjustments(
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            repetition_penalty=1.0 if penalty is None else penalty,
+            logit_bias=tuple((int(token), b) for token, b in (self.logit_bias or {}).items()),
+            min_p=self.min_p or 0.0,
+        )
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """Return what the answer must be, None where it may be anything."""
+        asked = {name: getattr(self, name) for name in FORMATS if getattr(self, name) is not None}
+        return grammar_of(asked)
 
     @property
     def usage_in_stream(self) -> bool:
@@ -174,14 +166,14 @@ class TextContent(Strict):
 class ChatMessage(Strict):
     """One turn of a conversation. An answer of ours can be sent back as it is."""
 
-    neutral = {
+    neutral: ClassVar = {
         "annotations": ([],),
         "audio": (),
         "function_call": (),
         "refusal": (),
         "tool_calls": ([],),
     }
-    ignored = {"name": "chat templates get roles and contents alone"}
+    ignored: ClassVar = {"name": "chat templates get roles and contents alone"}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextContent], Field(min_length=1)]

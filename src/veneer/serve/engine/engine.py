@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import (
     AdapterError,
-    ConfigError,
     ContextExceeded,
     QueueFull,
     RequestError,
@@ -29,6 +28,7 @@ from veneer.serve.engine.adapter_cache import AdapterCache, Mix, why_not
 from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.general import GeneralRunner
+from veneer.serve.engine.grammar import Grammars
 from veneer.serve.engine.issued import Issued, Scores
 from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
@@ -41,8 +41,6 @@ from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.stream import Stream
 
 log = logging.getLogger("veneer.serve")
-
-LONGEST_CONTEXT = 4096  # tokens of a context, unless the configuration says otherwise
 
 
 class Engine:
@@ -58,11 +56,13 @@ class Engine:
         self.config = config or EngineConfig()
         self.library = library or Library()
         self.base = base
-        self.context = _context(base, self.config.context)
+        self.context = self.config.context_of(base.model.config.get_text_config())
         self.adapters = AdapterCache(base.model, self.config.adapter_bytes)
         self.runner, self.notices = runner_for(base.model, self.config.slots, self.context)
         self._prefixes = PrefixCache(self.config.cache_bytes)
         self._ends = frozenset({*end_tokens(base.model), base.tokenizer.eos_token_id} - {None})
+        self._vocab = base.model.config.get_text_config().vocab_size
+        self._grammars = Grammars(base.tokenizer, self._vocab)
         self._changed = Condition()  # guards what follows
         self._ready: deque[Row] = deque()  # rows that wait for a slot
         self._loading = 0  # rows that wait for their adapter
@@ -94,7 +94,7 @@ class Engine:
         row = Row(
             stream,
             self._mix(request.adapter),
-            Sampler.of(request, self.base.model.device),
+            self._sampler(request),
             Detokenizer(self.tokenizer, request.stop),
             most=min(request.sampling.max_new_tokens, self.context - len(request.tokens)),
             ends=self._ends,
@@ -171,9 +171,14 @@ class Engine:
                 f"The prompt has {len(request.tokens):,} tokens, which leaves no room for an "
                 f"answer in the context of {self.context:,}."
             )
-        vocab = self.base.model.config.get_text_config().vocab_size
-        if wrong := [token for token in request.tokens if not 0 <= token < vocab]:
-            raise RequestError(f"{wrong[0]} is no token; there are {vocab:,}.")
+        biased = (token for token, _ in request.adjustments.logit_bias)
+        if wrong := [t for t in (*request.tokens, *biased) if not 0 <= t < self._vocab]:
+            raise RequestError(f"{wrong[0]} is no token; there are {self._vocab:,}.")
+
+    def _sampler(self, request: Request) -> Sampler:
+        matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
+        ends = [token for token in self._ends if token < self._vocab]
+        return Sampler.of(request, self.base.model.device, ends=ends, matcher=matcher)
 
     def _mix(self, which: Which) -> Mix:
         """Return the versions that names mean now, with their weights."""
@@ -315,6 +320,9 @@ class Engine:
         for row, token in zip(issued.rows, tokens, strict=True):
             if row not in self._active:
                 continue
+            if isinstance(token, Exception):
+                self._end(row, "error", token)
+                continue
             self._counts["new_tokens"] += 1
             try:
                 reason, error = row.take(token), None
@@ -390,11 +398,3 @@ def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner
     except (Unsuited, NotInSlots) as why:
         notice = f"Each step goes through the model's own forward, which is slower, for {why}."
     return GeneralRunner(model, slots), (notice,)
-
-
-def _context(base: Base, configured: int | None) -> int:
-    own = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = LONGEST_CONTEXT if configured is None else configured
-    if own is not None and configured is not None and configured > own:
-        raise ConfigError(f"context is {configured:,}, but this model's is {own:,}.")
-    return longest if own is None else min(own, longest)

@@ -8,13 +8,52 @@ from types import MappingProxyType
 from typing import Literal
 
 from veneer.checks import Rule, at_least, check_config
-from veneer.errors import RequestError
+from veneer.errors import ConfigError, RequestError
 from veneer.generate.sampling import Sampling
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 Which = str | Mapping[str, float] | None  # an adapter's name, a weighted mix, or the base alone
 MOST_LOGPROBS = 20  # as in OpenAI's interface
+LONGEST_CONTEXT = 4096  # tokens of a context, unless the configuration says otherwise
 CHUNK_MULTIPLE = 16  # compiled steps keep keys in blocks of 16 tokens
+
+
+@dataclass(frozen=True)
+class Adjustments:
+    """What changes a row's logits before its sampler draws, each as vLLM defines it."""
+
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit as often as the answer has it."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of each token that the answer has."""
+    repetition_penalty: float = 1.0
+    """Divides a positive logit, and multiplies any other, of tokens in the prompt or the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens with what is added to their logits."""
+    min_p: float = 0.0
+    """Draw only from tokens that are at least this share as likely as the likeliest."""
+
+    @property
+    def of_logits(self) -> bool:
+        """Whether any logit changes, so that the likeliest token may be another."""
+        return bool(self.logit_bias) or self.penalizes
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether it matters which tokens a row has so far."""
+        penalties = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty)
+        return penalties != (0.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must be: JSON of a schema (the schema's own JSON), text that a regular
+    expression matches whole, or text of a grammar in Lark's form or llama.cpp's GBNF."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str = field(repr=False)
+    asked_by: str = "grammar"
+    """The parameter that asks for it, for messages."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +75,10 @@ class Request:
     """How many of the likeliest tokens to give beside each token's own; None gives neither."""
     prompt_logprobs: bool = False
     """Give the log probability of each token of the prompt instead of an answer."""
+    adjustments: Adjustments = field(default_factory=Adjustments)
+    """What changes the logits before a token is chosen."""
+    grammar: Grammar | None = None
+    """What the answer must be, if anything."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -126,6 +169,15 @@ class EngineConfig:
                 "adapter_bytes": at_least(0),
             },
         )
+
+    def context_of(self, model: object) -> int:
+        """Return the context over a model, whose configuration this is. Raises ConfigError where
+        the model's own is shorter than what was asked for."""
+        own = getattr(model, "max_position_embeddings", None)
+        if own is not None and self.context is not None and self.context > own:
+            raise ConfigError(f"context is {self.context:,}, but this model's is {own:,}.")
+        longest = LONGEST_CONTEXT if self.context is None else self.context
+        return longest if own is None else min(own, longest)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class Row:
         """Whether all that the row needs was asked for, and some of it has not come yet."""
         if self.prefilling:
             return False
+        if self.sampler.matcher is not None and self.drawn > self.new:
+            return True  # what a grammar allows next depends on the token that is on its way
         return self.request.prompt_logprobs or self.drawn >= self.most
 
     def next_chunk(self, size: int) -> Chunk:
@@ -74,7 +76,7 @@ class Row:
         if sure:
             self.stream.add(Answer(sure, tuple(self.held)))
             self.held.clear()
-        if self.detokenizer.stopped:
+        if self.sampler.accept(token.id) or self.detokenizer.stopped:
             return "stop"
         return "length" if self.new >= self.most else None
 
