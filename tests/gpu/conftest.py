@@ -16,8 +16,8 @@ MODULES = sorted(f"gpu.{path.stem}" for path in HERE.glob("*_cases.py"))
 
 
 @pytest.fixture(scope="session")
-def pretend(tmp_path_factory) -> Callable[[str, str, str], Any]:
-    """Return a function of a module of cases, a case of it, and the table that has it.
+def pretend(tmp_path_factory) -> Callable[..., Any]:
+    """Return a function of a module of cases, a case of it, the table that has it, and the device.
 
     It returns what the case returned, fails with the case's own traceback, and skips where there
     can be no pretend GPU. Processes of one run of the tests share the results.
@@ -27,15 +27,15 @@ def pretend(tmp_path_factory) -> Callable[[str, str, str], Any]:
         root = root.parent
     read: dict[Path, Mapping[str, Any]] = {}
 
-    def result(module: str, case: str, table: str = "CASES") -> Any:
+    def result(module: str, case: str, table: str = "CASES", device: str = "cuda") -> Any:
         name = f"gpu.{module}"
         modules = MODULES if table == "CASES" else [name]
-        place = root / f"pretend-{'all' if table == 'CASES' else module}-{table}.json"
+        place = root / f"pretend-{'all' if table == 'CASES' else module}-{table}-{device}.json"
         if place not in read:
             with FileLock(place.with_suffix(".lock")):
                 if not place.exists():
                     try:
-                        outcomes: Any = pretend_gpu.run(modules, table)
+                        outcomes: Any = pretend_gpu.run(modules, table, device)
                     except pretend_gpu.NoPretendGPU as reason:
                         outcomes = str(reason)
                     place.write_text(json.dumps(outcomes))

@@ -164,7 +164,12 @@ def test_random_numbers_go_on_from_their_state(monkeypatch, device):
 
 # The files that may name CUDA: what belongs to NVIDIA's and AMD's cards alone.
 OWN_CUDA = {
+    "cli/__init__.py": "the setting of its allocator",
+    "kernels/choice.py": "which kernels a card has",
+    "kernels/graphs.py": "its graphs",
+    "kernels/transfer.py": "which devices read pinned memory by themselves",
     "models/device_names.py": "the names of devices",
+    "training/adamw8bit.py": "for which devices bitsandbytes has optimizers",
 }
 
 

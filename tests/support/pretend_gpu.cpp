@@ -1,11 +1,24 @@
-// A card that is none: lets a torch without CUDA have fake tensors on cuda:0. Streams and events do
-// nothing. Built and loaded by pretend_gpu.py, before torch is imported.
+// A card that is none: lets a torch without cards have fake tensors on cuda:0, mps:0 or xpu:0, whichever
+// KIND is (CUDA, MPS or XPU). Streams and events do nothing. Built and loaded by pretend_gpu.py, before
+// torch is imported.
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/detail/MPSHooksInterface.h>
+#include <ATen/detail/XPUHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+
+// Names that the kind is a part of: CUDAHooks and CUDAHooksRegistry.
+#define JOINED(a, b) a##b
+#define JOIN(a, b) JOINED(a, b)
+#define HOOKS JOIN(KIND, Hooks)
+#define REGISTRY JOIN(HOOKS, Registry)
+#define REGISTERER JOIN(Registerer, REGISTRY)
+// The macros of torch write down the names that they are given.
+#define REGISTER_GUARD(kind, guard) C10_REGISTER_GUARD_IMPL(kind, guard)
+#define REGISTER_HOOKS(registry, hooks) C10_REGISTER_CLASS(registry, hooks, hooks)
 
 namespace {
 
-constexpr auto kind = c10::DeviceType::CUDA;
+constexpr auto kind = c10::DeviceType::KIND;
 const c10::Device first(kind, 0);
 
 struct PretendGuard : c10::impl::NoOpDeviceGuardImpl<kind> {
@@ -30,25 +43,23 @@ struct PretendGuard : c10::impl::NoOpDeviceGuardImpl<kind> {
   c10::Stream stream() const noexcept { return c10::Stream(c10::Stream::DEFAULT, first); }
 };
 
-C10_REGISTER_GUARD_IMPL(CUDA, PretendGuard)
+REGISTER_GUARD(KIND, PretendGuard)
 
 // The macro that registers them looks these names up here.
-using at::CUDAHooksArgs;
-using at::CUDAHooksRegistry;
-using at::RegistererCUDAHooksRegistry;
+using at::REGISTERER;
+using at::REGISTRY;
 
-struct CUDAHooks : at::CUDAHooksInterface {
-  explicit CUDAHooks(CUDAHooksArgs) {}
-  bool hasCUDA() const override { return true; }
+struct HOOKS : at::JOIN(HOOKS, Interface) {
+  HOOKS(at::CUDAHooksArgs = {}) {}  // which those of CUDA alone are given
+  bool JOIN(has, KIND)() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   bool isAvailable() const override { return true; }
   bool isBuilt() const override { return true; }
   void init() const override {}
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
-  c10::DeviceIndex current_device() const override { return 0; }
-  int getNumGPUs() const override { return 1; }
 };
-REGISTER_CUDA_HOOKS(CUDAHooks)
+
+REGISTER_HOOKS(REGISTRY, HOOKS)
 
 }  // namespace

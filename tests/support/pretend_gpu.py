@@ -1,4 +1,5 @@
-"""A GPU for tests where there is none: fake tensors on cuda:0, in a process of their own.
+"""A GPU for tests where there is none: fake tensors on cuda:0, mps:0 or xpu:0, in a process of
+their own.
 
 Fake tensors have shapes, dtypes and devices and no numbers, so that a step on a GPU runs here in
 all but its arithmetic. A torch without CUDA allows them once a guard that does nothing is loaded
@@ -37,13 +38,14 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILERS = ("g++", "c++", "clang++")
 BELOW = ("libc10.so", "libtorch_cpu.so")  # what the guard's library needs, in this order
 MOST_SECONDS = 600
+DEVICE = "VENEER_PRETEND_DEVICE"  # the environment variable that says which it is there
 
 
 class NoPretendGPU(Exception):
     """Why there can be no pretend GPU here."""
 
 
-def library() -> Path | None:
+def library(device: str = "cuda") -> Path | None:
     """Return the guard's library, built once for a machine and a torch; None where torch has a
     guard of its own, because it was built for CUDA and there is a card.
 
@@ -51,7 +53,7 @@ def library() -> Path | None:
     """
     torch = _torch()
     if (torch / "lib" / "libtorch_cuda.so").exists():
-        if Path("/dev/nvidia0").exists():
+        if device == "cuda" and Path("/dev/nvidia0").exists():
             return None
         raise NoPretendGPU("this torch is built for CUDA, whose own guards need a card")
     if not sys.platform.startswith("linux"):
@@ -62,7 +64,8 @@ def library() -> Path | None:
     if not (torch / "include" / "ATen" / "detail" / "CUDAHooksInterface.h").exists():
         raise NoPretendGPU(f"torch's headers are missing: there are none in {torch / 'include'}")
     version = importlib.metadata.version("torch")
-    key = hashlib.sha256(f"{version} {torch} {compiler} {SOURCE.read_text()}".encode()).hexdigest()
+    what = f"{version} {torch} {compiler} {device} {SOURCE.read_text()}"
+    key = hashlib.sha256(what.encode()).hexdigest()
     place = Path(tempfile.gettempdir()) / f"veneer-pretend-gpu-{os.getuid()}"
     place.mkdir(mode=0o700, exist_ok=True)
     if place.stat().st_uid != os.getuid():
@@ -72,25 +75,27 @@ def library() -> Path | None:
         with tempfile.TemporaryDirectory(dir=place) as scratch:
             shared = Path(scratch) / "guard.so"
             command = [compiler, "-O0", "-std=c++20", "-fPIC", "-shared", str(SOURCE)]
-            command += [f"-I{torch / 'include'}", "-o", str(shared)]
+            command += [f"-DKIND={device.upper()}", f"-I{torch / 'include'}", "-o", str(shared)]
             command += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
             subprocess.run(command, check=True)
             shared.replace(built)
     return built
 
 
-def run(modules: Sequence[str], table: str) -> dict[str, dict[str, dict[str, Any]]]:
+def run(
+    modules: Sequence[str], table: str, device: str = "cuda"
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Run the cases that `modules` have in their `table`, and return by module and name what came
     of each: its "result" or its "error", a traceback. A module that cannot be imported has one
     error, under the name "". Raises NoPretendGPU."""
-    guard = library()
+    guard = library(device)
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results.json"
         command = [sys.executable, "-m", __name__, str(guard or ""), str(results), table, *modules]
         environment = {
             **os.environ,
             **{"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            "HF_HUB_OFFLINE": "1",
+            **{"HF_HUB_OFFLINE": "1", DEVICE: device},
         }
         done = subprocess.run(
             command,

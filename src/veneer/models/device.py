@@ -101,12 +101,6 @@ def computes_bf16(device: torch.device, *, slowly: bool = False) -> bool:
     return torch.bfloat16 in torch.accelerator.get_device_capability(device)["supported_dtypes"]
 
 
-def pins(device: torch.device) -> bool:
-    """Return whether copies to the device are faster, and asynchronous, from pinned memory."""
-    # Apple's processors and GPUs share one memory.
-    return device.type not in ("cpu", "mps")
-
-
 def free_memory(device: torch.device) -> tuple[int, int] | None:
     """Return the free bytes of an accelerator's memory and all of them; None for a processor."""
     module = _module(device)
