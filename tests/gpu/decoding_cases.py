@@ -9,13 +9,14 @@ import torch
 
 import veneer
 from support.fake_card import CARD, Watch, card, on_card
-from support.random_adapters import shake
+from support.random_adapters import shake, tokenizer
 from support.tiny_models import tiny
 from veneer.adapter.layers import lora_layers
 from veneer.generate.sampling import Sampling
 from veneer.generate.slots import SlotModel
 from veneer.kernels.graphs import Graphs
 from veneer.kernels.transfer import OnTheWay
+from veneer.models.quantize import quantized_model
 from veneer.serve.engine.adapter_cache import LoadedAdapter
 from veneer.serve.engine.request import Adjustments
 from veneer.serve.engine.runner import Chunk
@@ -137,11 +138,50 @@ def put_back() -> dict:
     return {"sending": sending, "reading": reading}
 
 
+def merging(kind: str, dtype: torch.dtype, bits: int | None) -> Callable[[], dict]:
+    def case() -> dict:
+        model = (
+            tiny("llama", dtype) if bits is None else quantized_model(tiny("llama", dtype), bits)
+        )
+        veneer.attach(model, veneer.LoRA(**KINDS[kind]))
+        with card() as watch:
+            copied = on_card(shake(model, size=0.1))
+            with watch.counting() as waits:
+                plain = veneer.merge(copied)
+            with watch.counting() as using:
+                veneer.use(copied, None)
+                veneer.use(copied, "default")
+        fits = _on_card(*plain.parameters(), *plain.buffers(), *copied.parameters())
+        return {
+            "waits": waits + using,
+            "fits": fits,
+            "dtypes": sorted({str(p.dtype) for p in plain.parameters()}),
+        }
+
+    return case
+
+
+def generating(batch: int) -> dict:
+    """Answers to questions, by transformers' own loop; what waits in our code and in theirs."""
+    model = tiny("llama")
+    veneer.attach(model, veneer.LoRA(**KINDS["dora"]))
+    questions = ["abc", "defghi", "kl"]
+    sampling = Sampling(max_new_tokens=4)
+    with card() as watch:
+        copied = on_card(shake(model, size=0.1))
+        with watch.counting() as waits:
+            veneer.answers(copied, tokenizer(), questions, sampling=sampling, batch=batch)
+    return {"waits": waits}
+
+
 CASES = {
     **{f"prefill, {name}": prefill(name) for name in ("gemma3",)},
     **{f"decoding, {name}": decoding(name, GREEDY) for name in ("gemma3",)},
     "decoding, llama, drawn": decoding("llama", DRAWN),
     "put back": put_back,
+    "merging, dora": merging("dora", torch.bfloat16, None),
+    "merging, lora, NF4": merging("lora", torch.bfloat16, 4),
+    "generating": lambda: generating(3),
 }
 SLOW_CASES = {
     **{f"prefill, {name}": prefill(name) for name in ARCHITECTURES},

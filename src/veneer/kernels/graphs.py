@@ -145,11 +145,10 @@ class Graphs:
             if not all(map(is_near, self._changes, after)):
                 wrong.append("what it changes")
             if wrong:
-                self._give_up(f"a replay gives something else ({', '.join(wrong)})")
+                self.why_not = f"a replay gives something else ({', '.join(wrong)})"
         except Exception as error:  # whatever a library says of a call that cannot be recorded
-            self._give_up(
-                f"recording failed ({str(error).splitlines()[0] if str(error) else error!r})"
-            )
+            reason = str(error).partition("\n")[0] or repr(error)
+            self.why_not = f"recording failed ({reason})"
         else:
             self._graphs[key] = graph
             while len(self._graphs) > MOST:
@@ -158,9 +157,6 @@ class Graphs:
             self.forget()
         _write(self._changes, after)
         return own
-
-    def _give_up(self, why: str) -> None:
-        self.why_not = why
 
 
 def is_near(replayed: Tensor, own: Tensor) -> bool:

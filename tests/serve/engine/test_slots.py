@@ -8,11 +8,13 @@ import torch
 
 import veneer
 from support.closeness import assert_no_further
+from support.recorders import StandIn
 from support.serving_bases import PROMPT, base_of, generated, write_adapters
 from support.tiny_models import tiny
 from veneer.generate import slots
 from veneer.generate.sampling import Sampling
 from veneer.generate.slots import NotInSlots, SlotModel
+from veneer.kernels.graphs import Graphs
 from veneer.serve.engine import engine as engines
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
@@ -34,11 +36,11 @@ SUITED = [
 
 @pytest.fixture
 def in_slots(monkeypatch):
-    """Let engines compute in slots, as on a card."""
+    """Let engines compute in slots, as on a card, and by what plays the part of graphs."""
     runners: list[SlotRunner] = []
 
     def runner(model: Any, count: int, context: int) -> tuple[SlotRunner, tuple[str, ...]]:
-        runners.append(SlotRunner(model, count, context))
+        runners.append(SlotRunner(model, count, context, Graphs(StandIn())))
         return runners[-1], ()
 
     monkeypatch.setattr(engines, "runner_for", runner)
@@ -54,9 +56,8 @@ def asked(number: int, which: Any = None, **options: Any) -> Request:
     return Request((*PROMPT, *own.tolist()), which, **{"sampling": GREEDY, **options})
 
 
-@pytest.mark.usefixtures("in_slots")
 @pytest.mark.parametrize("architecture", SUITED)
-def test_answers_together_equal_generate_alone(architecture, tmp_path, monkeypatch):
+def test_answers_together_equal_generate_alone(architecture, in_slots, tmp_path, monkeypatch):
     monkeypatch.setattr(slots, "FIRST_PLACES", 16)  # so that rows outgrow them
     homes = {} if architecture == "gpt_oss" else write_adapters(tmp_path, architecture)
     requests = [asked(n, which) for n, which in enumerate([None, *homes, None, *homes])]
@@ -64,6 +65,7 @@ def test_answers_together_equal_generate_alone(architecture, tmp_path, monkeypat
         answers = [ids_of(each) for each in [engine.submit(each) for each in requests]]
         assert engine.stats.new_tokens == 8 * len(requests)
         assert engine.stats.cached_tokens > 0
+    assert in_slots[0].graphs.why_not is None
     model = base_of(architecture).model
     for name, home in homes.items():
         veneer.load(model, home, name=name)
