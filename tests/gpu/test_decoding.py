@@ -27,3 +27,14 @@ def test_what_waits_again_is_noticed(pretend):
     waits = pretend("decoding_cases", "put back")
     assert len(waits["sending"]) == 1
     assert waits["reading"]
+
+
+@pytest.mark.parametrize(("case", "table"), cases("merging"))
+def test_merging_and_switching_wait_for_nothing(case, table, pretend):
+    expected = {"waits": [], "fits": True, "dtypes": ["torch.bfloat16"]}
+    assert pretend("decoding_cases", case, table) == expected
+
+
+@pytest.mark.parametrize(("case", "table"), cases("generating"))
+def test_answers_wait_for_nothing_but_their_tokens(case, table, pretend):
+    assert pretend("decoding_cases", case, table) == {"waits": [], "pieces": [[1] * 3] * 3}

@@ -1,4 +1,4 @@
-"""What plays the part of a CUDA graph where there is no card; on one, bench/gpu.py tries true ones."""
+"""What plays the part of a CUDA graph where there is no card."""
 
 from collections.abc import Callable
 

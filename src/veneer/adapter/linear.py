@@ -13,6 +13,7 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError
+from veneer.kernels import choice
 from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import apply_gain
 from veneer.lowrank.formula import new_A
@@ -156,9 +157,15 @@ class LoRALinear(AdaptedLayer):
         updates = row_updates.on(self)
         if not updates:
             return y
+        dtypes = {y.dtype, x.dtype, *(each.update.A.dtype for each in updates)}
         ranks = sum(each.update.rank for each in updates)
         few = ranks <= STACKED_RANKS and x.shape[:2].numel() <= STACKED_TOKENS
-        if few or row_updates.numbers is not None:
+        if len(dtypes) == 1 and choice.mixed(choice.device_of(x.device), *dtypes) == "triton":
+            from veneer.kernels.triton_mixed import add_by_addresses
+
+            addresses, gain = row_updates.addressed(self, updates)
+            y = add_by_addresses(x.contiguous(), y.contiguous(), addresses)
+        elif few or row_updates.numbers is not None:
             stacked = row_updates.stacked(self, updates)
             h = F.linear(x, stacked.A)  # (rows, tokens, Σ rank)
             h = h if stacked.mask is None else h * stacked.mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ from veneer.data.chat import prompt_text
 from veneer.data.messages import read_turns
 from veneer.data.rows import Message
 from veneer.errors import ConfigError, wrong_argument
+from veneer.generate.in_slots import in_slots
 from veneer.generate.sampling import Sampling
+from veneer.kernels.transfer import sent
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
 
@@ -89,6 +91,7 @@ def answers_as_ready(
     batch = batch if takes_padding(model, longest) else 1
     window = window or max(len(prompts), 1)
     ends = {*(end_tokens(model) or (tokenizer.eos_token_id,))}
+    slots = in_slots(model, min(batch, len(prompts))) if prompts else None
     for first in range(0, len(prompts), window):
         order = sorted(
             range(first, min(first + window, len(prompts))), key=lambda i: len(prompts[i])
@@ -100,12 +103,18 @@ def answers_as_ready(
             options = _options(model, tokenizer, sampling, inputs)
             if early is not None and _one_beam(model):
                 options["streamer"] = _RowStreamer(tokenizer, indices, ends, early)
-            tokens = model.generate(**inputs, **options)  # type: ignore[operator]
-            new = tokens[:, inputs["input_ids"].shape[1] :]
+            new: list[list[int]]
+            if slots is not None:
+                most = replace(sampling, max_new_tokens=options["max_new_tokens"])
+                rows, streamer = [prompts[i] for i in indices], options.get("streamer")
+                new = slots.answers(rows, most, ends=ends, streamer=streamer)
+            else:
+                tokens = model.generate(**inputs, **options)  # type: ignore[operator]
+                new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
             decoded = tokenizer.batch_decode(
                 new, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
-            for i, text, ids in zip(indices, decoded, new.tolist(), strict=True):
+            for i, text, ids in zip(indices, decoded, new, strict=True):
                 yield i, Answer(text, "length" if ends.isdisjoint(ids) else "stop")
 
 
@@ -192,7 +201,8 @@ def stream(
     _check_types(model, tokenizer)
     sampling = sampling or Sampling()
     _seed(sampling)
-    inputs = _padded(model, tokenizer, [_encode(tokenizer, question)])
+    prompt = _encode(tokenizer, question)
+    inputs = _padded(model, tokenizer, [prompt])
     streamer = TextIteratorStreamer(
         tokenizer,
         skip_prompt=True,
@@ -204,7 +214,13 @@ def stream(
 
     def generate() -> None:
         try:
-            model.generate(**inputs, **options, streamer=streamer)  # type: ignore[operator]
+            if (slots := in_slots(model, 1)) is not None:
+                most = replace(sampling, max_new_tokens=options["max_new_tokens"])
+                ends = {*(end_tokens(model) or (tokenizer.eos_token_id,))}
+                slots.answers([prompt], most, ends=ends, streamer=streamer)
+                streamer.end()
+            else:
+                model.generate(**inputs, **options, streamer=streamer)  # type: ignore[operator]
         except BaseException as error:
             failures.append(error)
             streamer.end()
@@ -251,7 +267,7 @@ def _padded(
     pad = _padding(tokenizer)["pad_token_id"]
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    return {"input_ids": sent(ids, model.device), "attention_mask": sent(mask, model.device)}
 
 
 def _options(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.kernels.mixed import Addresses
 from veneer.kernels.transfer import sent
 from veneer.lowrank.formula import total_gain
 
@@ -95,6 +96,16 @@ class _Stack:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """Where A and Bᵀ of no mix and of each are, and their rank, (3, mixes + 1); what lies
+    there, and the gains as in `_Stack`."""
+
+    places: Tensor
+    factors: tuple[Tensor, ...]
+    gains: Tensor | None
+
+
+@dataclass(frozen=True)
 class RowUpdates:
     """Which updates act on each row of a batch.
 
@@ -111,6 +122,7 @@ class RowUpdates:
     mix_of_row: tuple[int | None, ...]
     numbers: Tensor | None = None
     _stacks: dict[Hashable, _Stack] = field(default_factory=dict, repr=False)
+    _tables: dict[Hashable, _Table] = field(default_factory=dict, repr=False)
     # Those of one value serve all layers that have the same adapters with the same ranks.
     _masks: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
     _gains: dict[Hashable, Tensor | None] = field(default_factory=dict, init=False, repr=False)
@@ -150,6 +162,18 @@ class RowUpdates:
             self._gains[layer] = self._gain_of_rows(stack.gains)
         return StackedUpdates(stack.A, stack.B, self._mask(stack, updates), self._gains[layer])
 
+    def addressed(
+        self, layer: Hashable, updates: Sequence[RowsOfUpdate]
+    ) -> tuple[Addresses, Tensor | None]:
+        """Return where the factors are that act on each row, and the gain of each row, (rows, 1,
+        out), or None where all are 1."""
+        if (table := self._tables.get(layer)) is None:
+            table = self._tables[layer] = _table(updates, len(self.mixes))
+        A, B, ranks = table.places.index_select(1, self.numbers_on(table.places.device) + 1)
+        most = max(each.update.rank for each in updates)
+        addresses = Addresses(A, B, ranks, most, table.factors, B_is_transposed=True)
+        return addresses, self._gain_of_rows(table.gains)
+
     def gains(self, updates: Sequence[RowsOfUpdate]) -> Tensor | None:
         """Return the gain of each row, (rows, 1, out), or None where all are 1."""
         return self._gain_of_rows(_gains(updates, len(self.mixes)))
@@ -183,6 +207,17 @@ def _stack(updates: Sequence[RowsOfUpdate], mixes: int) -> _Stack:
         for each in updates
     ]
     return _Stack(A, B, torch.cat(mix_of_rank), _gains(updates, mixes))
+
+
+def _table(updates: Sequence[RowsOfUpdate], mixes: int) -> _Table:
+    places = [(0, 0, 0)] * (mixes + 1)
+    factors: list[Tensor] = []
+    for each in updates:
+        A, Bt = each.update.A.contiguous(), each.update.B.mT.contiguous()
+        places[each.mix + 1] = A.data_ptr(), Bt.data_ptr(), len(A)
+        factors += [A, Bt]
+    table = sent(torch.tensor(places).T.contiguous(), factors[0].device)
+    return _Table(table, tuple(factors), _gains(updates, mixes))
 
 
 def _gains(updates: Sequence[RowsOfUpdate], mixes: int) -> Tensor | None:

@@ -25,13 +25,8 @@ from veneer.serve.engine.stream import Stream
 
 GREEDY = Sampling(max_new_tokens=8)
 SMALL = EngineConfig(slots=5, chunk=16)
-SUITED = [
-    *("llama", "gpt_oss"),
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("minigpt", "mistral", "gpt2", "gemma3")
-    ),
-]
+SLOW = ("gpt_oss", "minigpt", "mistral", "gpt2", "gemma3")
+SUITED = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 @pytest.fixture

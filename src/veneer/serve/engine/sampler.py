@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from veneer.generate.draws import Draw, next_tokens
 from veneer.generate.sampling import Sampling
 from veneer.kernels.transfer import OnTheWay, sent
 from veneer.serve.engine.grammar import Matcher
@@ -243,41 +244,9 @@ def chances_of(scores: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor | None]
 
 def drawn_at_once(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """Return the next token of each row, (rows,), on the device of `logits` (rows, vocab)."""
-    tokens = logits.argmax(-1)
-    rows = [row for row, sampler in enumerate(samplers) if sampler.sampling.temperature > 0]
-    if not rows:
-        return tokens
-    drawing, index = [samplers[row] for row in rows], sent(rows, logits.device)
-    return tokens.index_copy(0, index, _drawn_rows(logits.index_select(0, index), drawing))
-
-
-def _drawn_rows(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """Draw as `_drawn` does, for all rows (rows, vocab). A token is drawn with probability p by
-    taking the largest p / e, where the e are exponentially distributed."""
-    vocab, settings = scores.shape[1], [sampler.sampling for sampler in samplers]
-    # A top_p of 1 hides nothing, however the sum of all chances was rounded.
-    bounds = [
-        (s.temperature, s.top_k or vocab, s.top_p if s.top_p < 1 else 2.0, own.adjustments.min_p)
-        for s, own in zip(settings, samplers, strict=True)
-    ]
-    # Each (rows, 1).
-    temperature, top_k, top_p, min_p = sent(bounds, scores.device).unsqueeze(-1).unbind(1)
-    chances, tokens = (scores / temperature).softmax(-1), None
-    if any(sampler.adjustments.min_p for sampler in samplers):
-        chances = chances.masked_fill(chances < min_p * chances.amax(-1, keepdim=True), 0.0)
-        chances = chances / chances.sum(-1, keepdim=True)
-    if any(s.top_k or s.top_p < 1 for s in settings):
-        chances, tokens = chances.sort(-1, descending=True)
-        beyond = torch.arange(vocab, device=scores.device) >= top_k
-        chances = chances.masked_fill(beyond, 0.0)
-        before = chances.cumsum(-1) - chances
-        # top_p is a share of what top_k leaves, as in transformers.
-        chances = chances.masked_fill(before >= top_p * chances.sum(-1, keepdim=True), 0.0)
-    waits = torch.empty_like(chances)
-    for row, sampler in zip(waits, samplers, strict=True):
-        row.exponential_(generator=sampler.generator)
-    drawn = (chances / waits).argmax(-1, keepdim=True)
-    return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)
+    return next_tokens(
+        logits, [Draw(each.sampling, each.generator, each.adjustments.min_p) for each in samplers]
+    )
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, samplers: Sequence[Sampler]) -> list[Tensor]:
