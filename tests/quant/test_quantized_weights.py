@@ -71,6 +71,22 @@ def test_nf4_codes_of_any_shape(out, in_, seed, dtype):
     assert torch.equal(ours[1], absmax)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float64_holds_what_float32_does(shape, quant_type):
+    codes, state = reference.quantize_4bit(
+        drawn(shape, torch.float32), compress_statistics=True, quant_type=quant_type
+    )
+    narrow, wide = (NF4(codes, state, dtype) for dtype in (torch.float32, torch.float64))
+    assert torch.equal(wide.dequantize(), narrow.dequantize().double())
+    if quant_type == "nf4":
+        ours = NF4.quantize(drawn(shape, torch.float32).double(), torch.float64)
+        assert torch.equal(
+            ours.codes, NF4.quantize(drawn(shape, torch.float32), torch.float32).codes
+        )
+        assert ours.dequantize().dtype == torch.float64
+
+
 def test_ties_and_the_ends_of_the_table():
     table = reference.get_4bit_type("nf4", device="cpu")
     ends = torch.cat([table, (table[1:] + table[:-1]) / 2, torch.tensor([1.0, -1.0])])

@@ -85,9 +85,10 @@ class NF4(QuantizedWeight):
             block,
             state.quant_type,
             shape,
-            self.dtype,
+            # For wider dtypes bitsandbytes' kernel for CPUs returns memory that it has not written.
+            torch.float32 if self.dtype == torch.float64 else self.dtype,
         )
-        return values.view(-1)[:numbers].view(last - first, self.shape[1])
+        return values.view(-1)[:numbers].view(last - first, self.shape[1]).to(self.dtype)
 
     def scales(self) -> Tensor:
         """Return the largest magnitude of each block of numbers, in float32."""
