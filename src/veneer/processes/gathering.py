@@ -11,6 +11,9 @@ from torch import Tensor
 
 from veneer.processes.world import World, exchange
 
+# Under its name before torch 2.13 a later torch warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Gathering:
@@ -36,7 +39,7 @@ def begin_gathering(own: Tensor, whole: Tensor, world: World) -> Gathering:
     pieces[world.rank] = own
     with exchange():
         if dist.get_backend() != "gloo":
-            return Gathering([dist.all_gather_into_tensor(whole, own, async_op=True)])
+            return Gathering([_all_gather(whole, own, async_op=True)])
         # Gloo's own gather is slower and takes twice the memory (docs/adr/0007-own-sharding.md).
         works = [dist.broadcast(p, src=rank, async_op=True) for rank, p in enumerate(pieces)]
         return Gathering(works)
