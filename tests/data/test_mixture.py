@@ -1,12 +1,14 @@
 """Several sources of rows: weights, patterns, sets of `datasets`, and rows that repeat others."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import veneer
 from support.row_tables import both_ways
+from veneer.data import load
 from veneer.data.load import RowFiles
 from veneer.data.mixture import duplicates, weighted_rows
 from veneer.errors import DataError
@@ -49,9 +51,29 @@ def test_sources_with_weights_patterns_and_wrong_ones(streamed, minigpt_home, tm
         ([f"{tmp_path}/b.jsonl:half"], "a number above 0, .* not 'half'"),
         ([f"{tmp_path}/c*.jsonl"], "matches nothing"),
         ([], "no data"),
+        (["hf:name:3"], "hf:name:3: a number behind a name is a weight, .* write hf:name:3:1 for"),
     ]:
         with pytest.raises(veneer.VeneerError, match=says):
             RowFiles(wrong)
+
+
+def test_sources_that_a_limit_leaves_out_are_named(streamed, minigpt_home, tmp_path, monkeypatch):
+    data = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    for file in data:
+        Path(file).write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n" * 9)
+    says = f"--limit 2 ends before {data[2]}"
+    rows = veneer.DataConfig(eval_rows=0, limit=2)
+    for size in (-1, 2**30):  # as a table, and in memory
+        monkeypatch.setattr(load, "SMALL", size)
+        run = veneer.tune(
+            veneer.Recipe(str(minigpt_home), tuple(data), rows=rows, out=tmp_path / "out")
+        )
+        assert any(isinstance(event, Notice) and says in event.text for event in run)
+        run.close()
+        weighted = tuple(f"{file}:1" for file in data)
+        recipe = veneer.Recipe(str(minigpt_home), weighted, rows=rows, out=tmp_path / "weighted")
+        with pytest.raises(DataError, match=f"{says}, so that no row of it can be drawn"):
+            list(veneer.tune(recipe))
 
 
 def test_a_data_set_of_datasets(streamed, tokenizer, tmp_path, monkeypatch):

@@ -328,3 +328,22 @@ def test_blocks_are_the_lines_of_a_file_whatever_is_done(tmp_path):
     done = {0: found[0].about, 2: found[2].about}
     assert [block.number for block in blocks_of([file], 8, done)] == [1]
     assert isinstance(found[0], Block)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.txt", "rows.json"])
+def test_blocks_of_values_are_no_longer_than_those_of_lines(name, tmp_path):
+    file = tmp_path / name
+    rows = [{"text": f"{n} " * 50} for n in range(10, 30)]  # of 150 characters
+    text = {
+        ".csv": "text\n" + "\n".join(row["text"] for row in rows),
+        ".txt": "\n\n".join(row["text"] for row in rows),
+        ".json": json.dumps(rows),
+    }
+    if file.suffix in text:
+        file.write_text(text[file.suffix])
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), file)
+    made = list(blocks_of([file], 600, {}))
+    assert [len(block.values) for block in made] == [4] * 5
+    assert [entry.value for block in made for entry in block.values] == rows
+    assert [len(block.values) for block in blocks_of([file], 10**6, {})] == [20]

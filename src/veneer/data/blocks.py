@@ -1,7 +1,8 @@
 """Files of rows in blocks that other processes parse and encode, each of which can be found again.
 
-Files of lines are cut by their bytes, all others by the number of their values. The blocks are a
-function of the files and of `size_of_blocks`, so that a run which goes on makes the same ones.
+Files of lines are cut by their bytes, all others by the number and the length of their values. The
+blocks are a function of the files and of `size_of_blocks`, so that a run which goes on makes the
+same ones.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from veneer.data.readers import COMPRESSED, LINES, READERS, Entry, json_lines, k
 from veneer.data.rows import parse_row
 from veneer.data.sources import entries_of, readable
 
-_VALUES = 4096  # of a block, where a file is not cut by its bytes
+_VALUES = 4096  # of a block at most, where a file is not cut by its bytes
 _LEAST, _MOST, _BLOCKS = 2**20, 2**24, 1024  # bytes of a block; blocks that are enough
 
 
@@ -56,7 +57,7 @@ class Block:
 
 
 def size_of_blocks(files: list[Path]) -> int:
-    """Return the bytes of a block of lines."""
+    """Return the bytes of a block of lines, which are the characters of a block of values."""
     total = sum(file.stat().st_size for file in files if not is_hub(file))
     return max(_LEAST, min(_MOST, total // _BLOCKS), total // (8 * _BLOCKS))
 
@@ -71,7 +72,7 @@ def blocks_of(files: list[Path], size: int, done: Mapping[int, About]) -> Iterat
         with readable(file):
             is_lines = not is_hub(file) and READERS[kind_of(file)] in LINES
             cut = _lines(file, index, number, size, done) if is_lines else None
-            for block in cut or _values(file, index, number):
+            for block in cut or _values(file, index, number, size):
                 number = block.number + 1
                 if block.number not in done:
                     yield block
@@ -108,13 +109,33 @@ def _pass_over(file: BinaryIO, count: int, path: Path) -> None:
         count -= read
 
 
-def _values(path: Path, index: int, number: int) -> Iterator[Block]:
-    entries, first = iter(entries_of(path)), 1
-    while values := list(islice(entries, _VALUES)):
+def _values(path: Path, index: int, number: int, size: int) -> Iterator[Block]:
+    """Yield the blocks of a file that is not cut by its bytes. The last value of a block may make
+    it longer than `size` characters."""
+    entries = iter(entries_of(path))
+    while values := list(_next_values(entries, size)):
         # Places of lines may be far apart; the next block's first is one of them too.
         first = values[0].place.number
         yield Block(number, index, first, first, 0, None, values)
         number += 1
+
+
+def _next_values(entries: Iterator[Entry], size: int) -> Iterator[Entry]:
+    length = 0
+    for entry in islice(entries, _VALUES):
+        yield entry
+        length += _characters(entry.value) if isinstance(entry, Located) else 0
+        if length >= size:
+            return
+
+
+def _characters(value: object) -> int:
+    """Return how many characters the texts in a value have."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def limited(blocks: Iterator[Block], limit: int, names: list[str]) -> Iterator[Block]:

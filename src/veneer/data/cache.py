@@ -24,7 +24,7 @@ from veneer.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # of the chunks; another one is another content
+FORMAT = 2  # of the chunks; another one is another content
 WHOLE_FILE = 2**26
 SAMPLES, SAMPLE = 64, 2**16  # of a larger file, evenly spread, its first and last bytes among them
 DAYS = 30

@@ -27,6 +27,11 @@ def is_hub(path: Path) -> bool:
     return str(path).startswith(PREFIX)
 
 
+def has_no_configuration(path: Path) -> bool:
+    """Return whether a path is the name of a data set without a configuration."""
+    return is_hub(path) and ":" not in str(path).removeprefix(PREFIX)
+
+
 def splits_of_hub(path: Path) -> dict[str, list[Path]]:
     """Return the splits of a data set, each as a path, by what they are for.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,7 @@ class Loaded:
     """Rows as examples, one source's after another's, and what was met in making them.
 
     of_sources     how many examples each source has
+    sources_read   how many sources were begun before a limit ended the reading
     dropped        the tokens of rows left out as too long: how many rows, and their tokens
     split          rows that became several examples
     unused         keys that nothing reads, each with the number of rows
@@ -80,6 +82,7 @@ class Loaded:
 
     examples: Sequence[Example] = ()
     of_sources: list[int] = field(default_factory=list)
+    sources_read: int = 0
     dropped: tuple[int, int] = (0, 0)
     split: int = 0
     unused: Mapping[str, int] = field(default_factory=dict)
@@ -151,9 +154,11 @@ class RowFiles:
             self.files, tokenizer, max_length=max_length, long_rows=long_rows, limit=self.limit
         )
         counts = iter(encoded.examples_of_files)
+        firsts = accumulate((len(files) for files in self._files), initial=0)
         return Loaded(
             encoded.table,
             [sum(next(counts) for _ in files) for files in self._files],
+            sum(first < encoded.files_read for first in [*firsts][:-1]),
             encoded.dropped,
             encoded.split,
             encoded.unused,
@@ -165,12 +170,14 @@ class RowFiles:
 
     def _listed(self, encoder: Encoder) -> Loaded:
         of_each = [encode_rows(encoder, rows) for rows, _ in self._read]
+        of_each += [([], []) for _ in self.sources[len(of_each) :]]
         problems = [problem for _, bad in self._read for problem in bad]
         problems += [problem for _, bad in of_each for problem in bad]
         rows = [row for rows, _ in self._read for row in rows]
         return Loaded(
             [example for examples, _ in of_each for example in examples],
             [len(examples) for examples, _ in of_each],
+            len(self._read),
             (len(encoder.dropped), sum(encoder.dropped)),
             encoder.split,
             unused_keys(row.value for row in rows),
@@ -182,13 +189,12 @@ class RowFiles:
 
     @cached_property
     def _read(self) -> list[tuple[list[Located[Row]], list[Problem]]]:
-        """The rows of each source and their problems."""
+        """The rows of each source and their problems, as far as the limit goes."""
         read: list[tuple[list[Located[Row]], list[Problem]]] = []
         left = self.limit
         for source in self.sources:
             if left == 0:
-                read.append(([], []))
-                continue
+                break
             rows, problems = read_rows(source.path, split=self.split, limit=left)
             left = None if left is None else left - len(rows)
             read.append((rows, problems))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from veneer.data.hub import is_hub, read_hub, splits_of_hub
+from veneer.data.hub import has_no_configuration, is_hub, read_hub, splits_of_hub
 from veneer.data.problems import Located, Place, Problem, data_error
 from veneer.data.readers import DAMAGED, READERS, Entry, is_readable, kind_of
 from veneer.data.rows import Row, parse_row
@@ -145,6 +145,12 @@ def sources_of(data: Data) -> list[Source]:
     if not sources:
         raise ConfigError("There is no data; name a file, a directory or a pattern.")
     weighted = [source for source in sources if source.weight is not None]
+    if len(sources) == len(weighted) == 1 and has_no_configuration(path := sources[0].path):
+        number = spelt(data)[0].rpartition(":")[2]
+        raise ConfigError(
+            f"{path}:{number}: a number behind a name is a weight, and one data set alone needs "
+            f"none. Leave it out, or write {path}:{number}:1 for the configuration {number!r}."
+        )
     if weighted and len(weighted) < len(sources):
         without = ", ".join(str(source.path) for source in sources if source.weight is None)
         raise ConfigError(f"Give a weight to all data or to none; {without} has none.")

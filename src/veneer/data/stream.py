@@ -56,6 +56,7 @@ class Encoded:
 
     table         every example, in the order of the files
     examples_of_files  how many of them are of each file
+    files_read    how many files were begun before a limit ended the reading
     dropped       rows left out as too long, and their tokens
     split         rows that became several examples
     unused        keys that nothing reads, each with the number of rows
@@ -65,6 +66,7 @@ class Encoded:
 
     table: ExampleTable
     examples_of_files: list[int]
+    files_read: int
     dropped: tuple[int, int]
     split: int
     unused: dict[str, int]
@@ -262,6 +264,7 @@ def _write_index(task: Task, chunks: list[About]) -> None:
         {
             "chunks": [[about.number, about.examples] for about in chunks],
             "examples_of_files": examples,
+            "files_read": min(last + 1, len(task.names)),
             "dropped": [sum(about.dropped[i] for about in chunks) for i in (0, 1)],
             "split": sum(about.split for about in chunks),
             "unused": dict(unused.most_common()),
@@ -296,6 +299,7 @@ def _opened(directory: Path, names: list[str]) -> Encoded:
     return Encoded(
         ExampleTable(ChunkFiles(paths, names, sizes), columns, index["digest"]),
         index["examples_of_files"],
+        index["files_read"],
         tuple(index["dropped"]),
         index["split"],
         index["unused"],

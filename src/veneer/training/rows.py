@@ -118,6 +118,11 @@ def load_rows(
     examples, of_sources = loaded.examples, loaded.of_sources
     skipped, unused, systems = loaded.problem_count, Counter(loaded.unused), loaded.systems
     notices = []
+    if unread := [str(source.path) for source in rows.sources[loaded.sources_read :]]:
+        ends = f"--limit {settings.limit} ends before {', '.join(unread)}"
+        if rows.sources[0].weight is not None:
+            raise DataError(f"{ends}, so that no row of it can be drawn; raise it or leave it out.")
+        notices.append(f"{ends}, of which no row is read.")
     if settings.deduplicate:
         examples, of_sources, notice = _without_duplicates(examples, of_sources, recipe)
         notices.append(notice)
