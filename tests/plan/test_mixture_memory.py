@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixture_run import LENGTH, ROWS
+from measured_run import LENGTH
+from mixture_run import ROWS
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from support.random_adapters import tokenizer

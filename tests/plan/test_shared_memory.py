@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared_run import LENGTH, ROWS
+from measured_run import LENGTH
+from shared_run import ROWS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from support.random_adapters import tokenizer
