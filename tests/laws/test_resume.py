@@ -1,7 +1,6 @@
 """Law 6: a resumed run equals the uninterrupted one, bit for bit."""
 
 import copy
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,82 +11,26 @@ import torch
 from torch import Tensor
 
 import veneer
+from support.interrupted import COURSE, COURSES, LENGTHS, ROWS, Run, steps_of
 from support.kinds import KINDS, is_first_of
-from support.random_adapters import examples, same, snapshot, trained_weights
+from support.random_adapters import same, snapshot, trained_weights
 from support.tiny_models import tiny
 from veneer.formats import checkpoint as formats
 from veneer.formats import native
 from veneer.formats.capture import capture
 from veneer.formats.state import AdapterState
-from veneer.run_directory import RunDirectory, checkpoint_steps
+from veneer.run_directory import checkpoint_steps
 from veneer.training import checkpoint
 from veneer.training.events import (
     Checkpointed,
     Evaluated,
     Event,
     Notice,
-    Skipped,
     Started,
     Step,
     Stopped,
     Trained,
 )
-from veneer.training.metrics import record
-
-LENGTHS = [11, 7, 16, 9, 13, 8, 12, 10, 15, 6]
-ROWS = examples(LENGTHS)
-HELD_OUT = examples([9, 14, 7], seed=1)
-COURSE = veneer.TrainConfig(
-    epochs=2.5, lr=0.02, tokens_per_step=40, tokens_per_batch=20, eval_every=2, save_every=1
-)
-COURSES: dict[str, veneer.TrainConfig] = {
-    "accumulation": COURSE,
-    "constant": replace(COURSE, schedule="constant", warmup=2, weight_decay=0.1, clip=0),
-    "seldom saved": replace(COURSE, save_every=3, eval_every=None),
-    "patience": replace(COURSE, lr=1.0, eval_every=1, patience=2, epochs=9),
-}
-
-
-def new_model() -> Any:
-    return veneer.attach(tiny("llama"), veneer.LoRA(rank=2, dropout=0.3, targets="qv"), seed=0)
-
-
-class Run:
-    """A run in pieces: each piece has a model of its own, as a process of its own would have."""
-
-    def __init__(self, place: Path, course: veneer.TrainConfig, **options: Any) -> None:
-        self.place, self.course, self.options = place, course, options
-        self.events: list[Event] = []
-        self.weights: dict[str, Tensor] = {}
-
-    def go(self, *, resume: bool, stop_at: int = 0, leave: Any = lambda event: False) -> None:
-        """Train until the end, until `stop_at` asks for it, or until the process dies."""
-        model = new_model()
-        step = 0
-        events = veneer.train(
-            model,
-            ROWS,
-            self.course,
-            directory=self.place / "checkpoints",
-            resume=resume,
-            should_stop=lambda: step == stop_at,
-            **({"held_out": HELD_OUT} | self.options),
-        )
-        for event in (recorded := record(events, RunDirectory(self.place))):
-            step = getattr(event, "step", step)
-            self.events.append(event)
-            if leave(event):
-                recorded.close()
-                events.close()
-                break
-        self.weights = trained_weights(model)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        lines = RunDirectory(self.place).read_metrics()
-        return [
-            {key: value for key, value in line.items() if key not in ("seconds", "rss_bytes")}
-            for line in lines
-        ]
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +47,6 @@ def assert_equal(run: Run, whole: Run) -> None:
     assert run.metrics() == whole.metrics()
     ends = [e for e in whole.events if isinstance(e, Trained | Stopped)]
     assert run.events[-len(ends) :] == ends
-
-
-def steps_of(run: Run) -> int:
-    return max(event.step for event in run.events if isinstance(event, Step))
 
 
 def test_the_courses_hold_what_they_should(whole):
@@ -258,23 +197,6 @@ def test_without_evaluation(tmp_path):
     assert sorted(checkpoint_steps(run.place / "checkpoints")) == [steps_of(whole)]
 
 
-def test_steps_that_were_skipped_in_a_row_are_remembered(tmp_path, monkeypatch):
-    from veneer.fused.forward import Forward
-
-    def spoilt(self: Forward, model: Any, batch: Any, call: Any = Forward.__call__) -> Tensor:
-        loss = call(self, model, batch)
-        return loss * float("nan") if model.training else loss
-
-    monkeypatch.setattr(Forward, "__call__", spoilt)
-    run = Run(tmp_path, COURSE, held_out=())
-    run.go(resume=False, stop_at=2)
-    kinds = [type(event) for event in run.events[1:]]
-    assert kinds == [Skipped, Skipped, Checkpointed, Stopped]
-    with pytest.raises(veneer.TrainingError, match="in 3 steps in a row, up to step 3") as caught:
-        run.go(resume=True)
-    assert "checkpoint" not in str(caught.value)  # that of step 2 is no good one
-
-
 def test_nothing_to_resume_is_a_new_run(whole, tmp_path):
     run = Run(tmp_path, COURSE)
     run.go(resume=True)
@@ -347,46 +269,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(file, whole, tmp_path)
     started = [event for event in run.events if isinstance(event, Started)]
     assert started[-1].done == best[-1]
     assert_equal(run, whole["patience"])
-
-
-def test_another_run_is_refused(tmp_path):
-    identity = {"data": "abc", "rank": 4, "base": "x"}
-    run = Run(tmp_path, COURSE, identity=identity)
-    run.go(resume=False, stop_at=2)
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    other = Run(tmp_path, COURSE, identity={"data": "abd", "rank": 4, "words": "y"})
-    with pytest.raises(veneer.TrainingError) as caught:
-        other.go(resume=True)
-    message = str(caught.value)
-    for key in ("data", "base", "words"):
-        assert key in message
-    assert "'abc' there, 'abd' here" in message
-    assert "rank" not in message
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    run.go(resume=True)
-
-
-@pytest.mark.parametrize("identity", [None, "abc"])
-def test_a_checkpoint_without_an_identity_is_refused(identity, tmp_path):
-    run = Run(tmp_path, COURSE)
-    run.go(resume=False, stop_at=2)
-    state = tmp_path / "checkpoints" / "step-000002" / checkpoint.STATE
-    numbers = json.loads(state.read_text())
-    state.write_text(json.dumps({**numbers, "identity": identity}))
-    with pytest.raises(veneer.TrainingError, match=r"step-000002.*'identity'.*--force"):
-        run.go(resume=True)
-
-
-@pytest.mark.parametrize("rank", [3, 2])
-def test_another_adapter_is_refused(rank, tmp_path):
-    Run(tmp_path, COURSE).go(resume=False, stop_at=2)
-    model = tiny("llama")
-    targets = "qv" if rank == 3 else "mlp"
-    veneer.attach(model, veneer.LoRA(rank=rank, targets=targets), seed=0)
-    before = trained_weights(model)
-    with pytest.raises(veneer.TrainingError, match="another"):
-        list(veneer.train(model, ROWS, COURSE, directory=tmp_path / "checkpoints", resume=True))
-    assert same(trained_weights(model), before)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full", "disk"])
