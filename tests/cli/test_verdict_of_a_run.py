@@ -39,7 +39,7 @@ def no_space(*_: object) -> None:
 
 
 def test_a_run_that_diverged_has_a_code_of_its_own_and_keeps_its_best_weights(
-    tune, data, tmp_path, capsys
+    tune, data, tmp_path, capsys, minigpt_home
 ):
     out = tmp_path / "out"
     course = ("--lr", 0.3, "--schedule", "constant", "--warmup", 0, "--tokens-per-step", 48)
@@ -54,5 +54,7 @@ def test_a_run_that_diverged_has_a_code_of_its_own_and_keeps_its_best_weights(
     assert all(not w.any() for name, w in weights(out).items() if name.endswith("lora_B"))
     assert not (out / "lora_merged").exists()
     assert "No merged model is written: the run diverged" in printed
+    command = f"veneer merge {minigpt_home} {out}/lora_adapter {out}/lora_merged"
+    assert command in " ".join(printed.split())
     assert tune("--out", out, "--force", "--quiet", "--steps", 12, *course) == 3
     assert "weights are those of the end" in " ".join(capsys.readouterr().err.split())

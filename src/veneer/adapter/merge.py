@@ -83,10 +83,13 @@ def _ends(model: PreTrainedModel) -> tuple[Any, Any]:
         return None, None
 
 
-def why_not_mergeable(model: nn.Module) -> str | None:
-    """Return why the adapters in use cannot be merged into weights, or None if they can."""
+def why_not_mergeable(model: nn.Module, command: str = "veneer merge") -> str | None:
+    """Return why the adapters in use cannot be merged into weights, or None if they can.
+
+    command: by which they can be later, if they can.
+    """
     if (passes := passes_of(model)) is not None:
-        return f"{passes.why_not_whole}; veneer merge makes one later."
+        return f"{passes.why_not_whole}. To make one: {command}"
     for name, config in adapters(model).items():
         if is_virtual(config) and name in in_use(model):
             return f"the virtual tokens of {name!r} are no weights."

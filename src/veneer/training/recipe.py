@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +146,11 @@ class Recipe:
     def merged(self) -> Path:
         """Where the merged model goes, such as lora_merged below `out`."""
         return RunDirectory(self.out).merged(self.method.method)
+
+    @property
+    def merge_command(self) -> str:
+        """The command line that merges the adapter into its base."""
+        return shlex.join(map(str, ("veneer", "merge", self.model, self.adapter, self.merged)))
 
     @property
     def what_trains(self) -> LoRA | Method:

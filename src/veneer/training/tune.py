@@ -382,12 +382,14 @@ def _clear_results(run: RunDirectory) -> None:
 def _merge(recipe: Recipe, base: Base, plan: Plan | None, verdict: Verdict) -> Iterator[Event]:
     """Write the merged model, with a certificate, where there can be one, and where the run did not
     diverge, unless that model is all that stays of it."""
-    why = why_not_mergeable(base.model) or (plan and why_no_merge(plan, free_bytes()))
+    command = recipe.merge_command
+    why = why_not_mergeable(base.model, command)
+    why = why or (plan and why_no_merge(plan, free_bytes(), command))
     if verdict.kind == "diverged" and recipe.method.method != "full":
-        why = why or f"the run diverged (veneer merge makes one of {recipe.adapter})."
+        why = why or f"the run diverged. To make one all the same: {command}"
     if why:
-        stale = f" That in {recipe.merged} is of fewer steps." if recipe.merged.exists() else ""
-        yield Notice(f"No merged model is written: {why}{stale}")
+        stale = f"That in {recipe.merged} is of fewer steps. " if recipe.merged.exists() else ""
+        yield Notice(f"{stale}No merged model is written: {why}")
         return
     yield Doing("merging")
     plain = merge(base.model)
