@@ -44,7 +44,9 @@ CASES = {
 SHARED = {  # rows that processes share
     "context parallel": Case(course={"context_parallel": 2}),
     "context parallel, from gradients": Case(
-        what=LoRA(rank=3, init="lora_ga"), course={"context_parallel": 2, "recompute": "full"}
+        what=LoRA(rank=3, init="lora_ga"),
+        # In long steps, signs of the start's vectors matter, and they differ from dtype to dtype.
+        course={"context_parallel": 2, "recompute": "full", "lr": 1e-4},
     ),
 }
 SPOILT = {
@@ -67,7 +69,9 @@ def assert_like_one(result: Result, case: Case, place: Path) -> None:
         peer, reference = alone, trained(replace(case, wide=True), World(), place)
     assert [type(event) for event in result.events] == [type(event) for event in alone.events]
     assert_no_further(result.losses, peer.losses, reference.losses, "losses")
-    assert_no_further(result.flat, peer.flat, reference.flat, "weights")
+    assert_no_further(result.learnt, peer.learnt, reference.learnt, "weights")
+    # Or whatever was learnt would be near enough.
+    assert (peer.learnt - reference.learnt).norm() < 0.05 * reference.learnt.norm()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +19,7 @@ from torch import Tensor
 import veneer
 from support.random_adapters import examples, tokenizer, trained_weights, with_new_tokens
 from support.tiny_models import VOCAB, quantized, tiny
+from veneer.adapter.layers import lora_layers
 from veneer.fused import forward
 from veneer.models import block_buffers
 from veneer.models.sharded import shard_base
@@ -91,12 +94,17 @@ class Case:
 
 @dataclass
 class Result:
-    """What a process has of a case: weights, losses, and events without times."""
+    """What a process has of a case: weights, losses, and events without times.
+
+    changes: of adapters that start from a decomposition, what they add to each layer's weight. The
+    factors themselves are of arbitrary sign there, so that those of other dtypes tell nothing.
+    """
 
     weights: dict[str, Tensor]
     events: list[Event]
     sent: dict[str, int]
     error: str = ""
+    changes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def losses(self) -> Tensor:
@@ -110,6 +118,12 @@ class Result:
     @property
     def flat(self) -> Tensor:
         return torch.cat([weight.flatten().double() for weight in self.weights.values()])
+
+    @property
+    def learnt(self) -> Tensor:
+        """What is the same in each dtype, but for rounding."""
+        learnt = self.changes or self.weights
+        return torch.cat([weight.flatten().double() for weight in learnt.values()])
 
 
 def trained(case: Case, world: World, place: Path) -> Result:
@@ -161,6 +175,8 @@ def trained(case: Case, world: World, place: Path) -> Result:
         forward.Forward.__call__ = own  # type: ignore[method-assign]
         loop.choose_forward = choose
     result.weights = trained_weights(model)
+    if isinstance(case.what, veneer.LoRA) and case.what.has_start:
+        result.changes = {path: layer.delta() for path, layer in lora_layers(model)}
     result.sent = dict(world.sent.bytes_of)
     return result
 
@@ -185,9 +201,9 @@ def _work(rank: int, size: int, cases: Mapping[str, Case], place: Path) -> None:
         torch.save(results, place / f"results-{size}-{rank}.pt")
     except BaseException:
         traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
+        sys.stderr.flush()
+        os._exit(1)  # or the others would wait for this one
+    dist.destroy_process_group()
 
 
 def trained_by(size: int, cases: Mapping[str, Case], place: Path) -> list[dict[str, Result]]:
