@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +19,7 @@ from torch import Tensor
 import veneer
 from support import worlds
 from support.closeness import assert_no_further
+from support.published_bases import published
 from support.random_adapters import examples, tokenizer, with_new_tokens
 from support.tiny_models import quantized, source, tiny
 from veneer.data.packing import pack
@@ -151,6 +154,9 @@ def assert_loads_alike(world: World, place: Path) -> None:
         ("llama-4", {"dtype": "float32"}),
         ("qwen3_moe", {"dtype": "float32", "bits": 4}),
         ("qwen3_moe-4", {"dtype": "float32"}),
+        ("llama-fp8", {"dtype": "float32"}),
+        ("llama-gptq", {"dtype": "float32"}),
+        ("qwen3_moe-fp8", {"dtype": "float32"}),
     ]:
         base, alone = (
             load_base(place / name, tokenizer=tokenizer(), world=w, **options).model  # type: ignore[arg-type]
@@ -193,9 +199,9 @@ def _work(rank: int, size: int, place: Path) -> None:
             check(world, place)
     except BaseException:
         traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
+        sys.stderr.flush()
+        os._exit(1)  # or the others would wait for this one
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -207,6 +213,8 @@ def test_a_sharded_base_computes_what_the_whole_does(size: int, tmp_path: Path) 
         out = tmp_path / f"{architecture}-4"
         for _ in write_quantized(source(architecture), tokenizer(), out, bits=4, name=str(place)):
             pass
+    for architecture, name in (("llama", "fp8"), ("llama", "gptq"), ("qwen3_moe", "fp8")):
+        (tmp_path / f"{architecture}-{name}").symlink_to(published(architecture, name)[0])
     mp.spawn(_work, args=(size, tmp_path), nprocs=size)
 
 
