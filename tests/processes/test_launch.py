@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
 from support.random_adapters import tokenizer
-from support.tiny_models import tiny
+from support.tiny_models import SHAPE, tiny, with_large_weights
 from veneer.formats.merged import write_model
 from veneer.run_directory import RunDirectory, checkpoint_steps
 
 pytestmark = pytest.mark.slow
 
+PROGRAMS = Path(__file__).parents[1] / "support"
 OURS = str(Path(veneer.__file__).parents[1])
 STEPS, SAVED = 12, 3
 COURSE = {"steps": STEPS, "save-every": SAVED, "tokens-per-step": 200, "eval-rows": 12}
@@ -44,15 +46,31 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Command:
     """A run of `veneer tune` in a process of its own, and those that it starts."""
 
-    def __init__(self, home: Path, out: str, *more: str, before: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        home: Path,
+        out: str,
+        *more: str,
+        before: tuple[str, ...] = ("-m", "veneer"),
+        base: str = "base",
+    ) -> None:
         self.directory = RunDirectory(home / out)
         self.errors = home / f"{out}-{time.monotonic_ns()}.txt"
         options = [word for name, value in COURSE.items() for word in (f"--{name}", str(value))]
-        program = [sys.executable, "-m", *(before or ("veneer",))]
-        command = [*program, "tune", "base", "rows.jsonl", "--out", out, *options, *more]
+        command = [
+            sys.executable,
+            *before,
+            "tune",
+            "base",
+            "rows.jsonl",
+            "--out",
+            out,
+            *options,
+            *more,
+        ]
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                command,
+                [*command, *options, *more],
                 cwd=home,
                 stderr=errors,
                 stdout=errors,
@@ -70,8 +88,12 @@ class Command:
         commands = {int(pid): Path(f"/proc/{pid}/cmdline") for pid in children.split()}
         return [pid for pid, command in commands.items() if "spawn_main" in command.read_text()]
 
-    def end(self) -> int:
-        code = self.process.wait()
+    def end(self, timeout: float | None = None) -> int:
+        """Return the exit code, for which to wait that many seconds at most."""
+        try:
+            code = self.process.wait(timeout)
+        finally:
+            self.process.kill()  # processes that it started end with it
         sys.stdout.write(self.text())
         return code
 
@@ -130,12 +152,18 @@ def test_a_signal_stops_all_processes_with_a_checkpoint(
     assert_same_run(resumed, undisturbed)
 
 
+def torchrun(*options: str) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--nproc-per-node", "2", *options)
+
+
 @pytest.mark.parametrize("by_torchrun", [False, True])
 def test_an_error_is_said_once(by_torchrun: bool, home: Path) -> None:
-    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "veneer")
-    ways = {"before": torchrun} if by_torchrun else {}
-    own = () if by_torchrun else ("--processes", "2")
-    command = Command(home, "refused", *own, "--targets", "no_such_layer", **ways)
+    options = ("--targets", "no_such_layer")
+    if by_torchrun:  # which starts again whatever has failed
+        before = torchrun("--max-restarts", "2", "-m", "veneer")
+        command = Command(home, "refused", *options, before=before)
+    else:
+        command = Command(home, "refused", *options, "--processes", "2")
     assert command.end() == (1 if by_torchrun else 2)  # torchrun's own for any failure
     errors = [line for line in command.text().splitlines() if line.startswith("Error:")]
     assert len(errors) == 1
@@ -143,13 +171,47 @@ def test_an_error_is_said_once(by_torchrun: bool, home: Path) -> None:
     assert by_torchrun or "Traceback" not in command.text()
 
 
+@pytest.mark.parametrize("by_torchrun", [False, True])
+@pytest.mark.parametrize("way", [("--context-parallel", "2"), ("--shard", "base")])
+def test_an_error_in_one_ends_those_that_wait_in_a_pass(
+    way: tuple[str, str], by_torchrun: bool, home: Path
+) -> None:
+    program, out = str(PROGRAMS / "failing_pass.py"), f"fails{by_torchrun}{way[0]}"
+    if by_torchrun:
+        command = Command(home, out, *way, before=torchrun(program))
+    else:
+        command = Command(home, out, *way, "--processes", "2", before=(program,))
+    assert command.end(timeout=120) == 1
+    assert command.text().count("\nMemoryError: no memory is left") == 1
+    assert not [line for line in command.text().splitlines() if line.startswith("Error:")]
+    assert "started again" not in command.text()
+
+
+def test_a_base_is_sharded_where_it_does_not_fit_whole(home: Path) -> None:
+    torch.manual_seed(0)
+    deep = LlamaConfig(**SHAPE | {"num_hidden_layers": 12})
+    base = with_large_weights(AutoModelForCausalLM.from_config(deep))
+    write_model(base, tokenizer(), home / "deep")
+    ways = {"whole": ("-m", "veneer"), "auto": (str(PROGRAMS / "short_of_memory.py"),)}
+    runs = {
+        name: Command(home, name, "--processes", "2", before=before, base="deep")
+        for name, before in ways.items()
+    }
+    assert [run.end() for run in runs.values()] == [0, 0]
+    said = "The base is sharded: each of 2 processes holds its part of it."
+    assert [said in " ".join(run.text().split()) for run in runs.values()] == [False, True]
+    whole, auto = ([m["loss"] for m in run.metrics() if "loss" in m] for run in runs.values())
+    assert len(whole) == STEPS
+    assert auto == pytest.approx(whole, rel=1e-4)
+
+
 def test_two_agents_with_a_rendezvous_are_as_one(home: Path, undisturbed: Command) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torchrun = ("torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-id")
-    torchrun += ("v", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}")
-    torchrun += ("--local-addr", "127.0.0.1", "-m", "veneer")
-    agents = [Command(home, "agents", before=torchrun) for _ in range(2)]
+    machine = ("--nnodes", "2", "--rdzv-id", "v", "--rdzv-backend", "c10d")
+    machine += ("--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1")
+    before = torchrun(*machine, "-m", "veneer")
+    agents = [Command(home, "agents", before=before) for _ in range(2)]
     assert [agent.end() for agent in agents] == [0, 0]
     assert_same_run(agents[0], undisturbed)

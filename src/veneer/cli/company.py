@@ -38,34 +38,38 @@ def goes_on(world: World, directory: RunDirectory) -> bool:
 def as_one(company: Company, run: Callable[[], int]) -> int:
     """Do a run's part in one of several processes, and return the exit code of the run.
 
-    Of those in which it fails the first prints the error. Where another process has failed, this
-    one ends with it. Where one is gone without a word, this one is gone too, at once, so that the
+    Of those in which it fails the first prints the error. Where another process has failed and is
+    gone, this one ends with it, at once; and where it is gone without a word too, so that the
     elastic agent starts all again.
     """
-    error: Exception
+    error: Exception | None = None
     try:
         with warnings_as_notices() if company.world.writes else warnings.catch_warnings():
             if not company.world.writes:
                 warnings.simplefilter("ignore")
-            return run()
-    except LostProcess:
-        if (code := company.ended()) is None:
-            os._exit(1)
+            code = run()
+        if code:
+            company.end(code)
         return code
+    except LostProcess:
+        if (ended := company.ended()) is None:
+            os._exit(1)
+        company.end(ended)
+        os._exit(ended)
     except (VeneerError, OSError) as failure:
         error, code = failure, getattr(failure, "exit_code", 2)
     except (KeyboardInterrupt, SystemExit) as signalled:
         status = signalled.code if isinstance(signalled, SystemExit) else 130
         assert isinstance(status, int)
-        company.end(status)
-        return status
+        code = status
     except Exception as failure:
         error, code = failure, 1
-    if company.end(code):
+    if company.end(code) and error is not None:
         if isinstance(error, VeneerError | OSError):
             show_error(error)
         else:
             traceback.print_exception(error)
+    company.leave(code)
     return code
 
 

@@ -44,6 +44,7 @@ from veneer.kernels.disk_arena import IS_AVAILABLE, DiskArena
 from veneer.kernels.wide import wide
 from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.models.evaluating import evaluating
+from veneer.models.sharded import is_shared
 from veneer.processes.context import ContextGroup
 
 PROBE_LENGTHS = (7, 19, 12)
@@ -125,6 +126,10 @@ class Forward:
             return self._loss(
                 installation, {"input_ids": rows, "attention_mask": mask}, labels, mask.bool()
             )
+
+    def exchanges(self, model: PreTrainedModel) -> bool:
+        """Return whether a pass of this process waits for those of others."""
+        return self.context is not None or is_shared(model)
 
     @contextmanager
     def installed(self, model: PreTrainedModel) -> Iterator[Installation]:

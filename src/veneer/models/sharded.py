@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.models.block_buffers import Buffer, BufferedBase, Filling, Passes, aligned, offsets_of
+from veneer.models.block_buffers import (
+    Buffer,
+    BufferedBase,
+    Filling,
+    Passes,
+    aligned,
+    offsets_of,
+    passes_of,
+)
 from veneer.processes.gathering import begin_gathering
 from veneer.processes.world import World
 
@@ -48,6 +56,12 @@ def bytes_a_pass(passes: Passes) -> int:
     order = passes.order
     gathered = [order[0], *order[2:], *order[1:-2]]
     return sum(buffer.chunk for buffer in gathered if isinstance(buffer, SharedBuffer))
+
+
+def is_shared(model: PreTrainedModel) -> bool:
+    """Return whether each of several processes holds its part only of a model's base."""
+    passes = passes_of(model)
+    return passes is not None and any(isinstance(b, SharedBuffer) for b in passes.buffers)
 
 
 def shard_base(model: PreTrainedModel, world: World) -> PreTrainedModel:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,14 +22,21 @@ from veneer.processes.world import World
 # noticed at once, since its connections close.
 LONGEST_WAIT = timedelta(hours=12)
 ENDED = "veneer/ended"  # how many processes have said how the run ends
+MISTAKE, SIGNALLED = 2, 128  # the first exit codes of errors for a person, and of signals
+OTHERS_END = 5.0  # seconds in which processes that fail together have all said so
 
 
 @dataclass(frozen=True)
 class Company:
-    """A process and those that were started with it; store: what they all can read and write."""
+    """A process and those that were started with it.
+
+    store: what they all can read and write. by_torchrun: whether torchrun started them, and not
+    `launch`.
+    """
 
     world: World
     store: Store | None = None
+    by_torchrun: bool = True
 
     def end(self, code: int) -> bool:
         """Say that the run ends with an exit code. Return whether no process did so before."""
@@ -36,7 +45,27 @@ class Company:
         first = self.store.add(ENDED, 1) == 1
         if first:
             self.store.set(f"{ENDED}/code", str(code))
+        # What fails in every run alike is not tried again; the rest, as often as torchrun may.
+        if not self.by_torchrun or MISTAKE <= code < SIGNALLED:
+            _note_outcome(code)
         return first
+
+    def leave(self, code: int) -> None:
+        """Return when all processes have said that the run ends; or end this one, where others wait
+        for it in the middle of a pass and never would.
+
+        Only the end of a process closes all its connections: `destroy_process_group` waits for
+        exchanges that have begun, and leaves a group open that the frames of an error refer to.
+        """
+        if self.store is None:
+            return
+        last = time.monotonic() + OTHERS_END
+        while self.store.add(ENDED, 0) < self.world.size:
+            if time.monotonic() > last:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            time.sleep(0.05)
 
     def ended(self) -> int | None:
         """Return the exit code with which another process ended the run, None where none did."""
@@ -76,9 +105,33 @@ def joined(files: Path | None = None, *, accelerators: bool = True) -> Iterator[
         timeout=LONGEST_WAIT,
     )
     try:
-        yield Company(World.current(), store)
+        yield Company(World.current(), store, by_torchrun=files is None)
     finally:
         dist.destroy_process_group()
+
+
+def _note_outcome(code: int) -> None:
+    """Note, for processes that the elastic agent starts again, that the run has ended with an exit
+    code."""
+    if (file := _outcome_file()) is not None:
+        with suppress(OSError):  # without it, whatever ended the run is met again
+            file.write_text(str(code), encoding="ascii")
+
+
+def noted_outcome() -> int | None:
+    """Return the exit code with which the run ended before the elastic agent started this process
+    again; None where it had not."""
+    file = _outcome_file()
+    with suppress(OSError, ValueError):
+        return None if file is None else int(file.read_text(encoding="ascii"))
+    return None
+
+
+def _outcome_file() -> Path | None:
+    """Return where this machine's processes of a launch note its outcome: in the directory where
+    their agent looks for errors. None for a process that no agent has started."""
+    errors = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # .../attempt_0/RANK/error.json
+    return errors.parents[2] / "veneer-outcome" if errors.name == "error.json" else None
 
 
 def restarts() -> int:

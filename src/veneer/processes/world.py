@@ -112,11 +112,15 @@ class World:
         """Return the greatest number that a process has."""
         return int(self.gather(torch.tensor(number)).max())
 
-    def total(self, work: Callable[[], float]) -> float:
+    def total(self, work: Callable[[], float], *, exchanges: bool = False) -> float:
         """Do `work` in every process and return the sum of the results.
 
-        Raises in every process what `work` raised in any.
+        Raises in every process what `work` raised in any. exchanges: whether `work` itself waits
+        for the other processes. Then what it raises is raised in that process alone, which has to
+        end: as soon as it has, LostProcess is raised in the others.
         """
+        if exchanges:
+            return self.sums(work())[0]
         if self.size == 1:
             return work()
         own, failure = 0.0, None
@@ -204,7 +208,9 @@ def _portable(error: Exception, rank: int) -> Exception:
             return pickle.loads(pickle.dumps(error))
         except Exception:  # an error with arguments of its own may not be made from a message
             return TrainingError(str(error))
-    return TrainingError(f"Process {rank} ended with {type(error).__name__}: {error}")
+    unexpected = TrainingError(f"Process {rank} ended with {type(error).__name__}: {error}")
+    unexpected.exit_code = 1  # as that of the process itself
+    return unexpected
 
 
 ALONE = World()  # one process by itself

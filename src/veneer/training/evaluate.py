@@ -51,5 +51,5 @@ def evaluate(
         return total
 
     with torch.no_grad(), evaluating(model), forward.installed(model):
-        total = world.total(own_loss)
+        total = world.total(own_loss, exchanges=forward.exchanges(model))
     return total / (world.sums(labels)[0] / share)

@@ -65,7 +65,7 @@ def learn(
         return total
 
     optimizer.begin()
-    total = world.total(own_loss)
+    total = world.total(own_loss, exchanges=forward.exchanges(model))
     finite = math.isfinite(total) and optimizer.step(lr=lr, clip=clip, world=world)
     if not finite:
         optimizer.forget()
