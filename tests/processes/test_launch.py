@@ -57,17 +57,7 @@ class Command:
         self.directory = RunDirectory(home / out)
         self.errors = home / f"{out}-{time.monotonic_ns()}.txt"
         options = [word for name, value in COURSE.items() for word in (f"--{name}", str(value))]
-        command = [
-            sys.executable,
-            *before,
-            "tune",
-            "base",
-            "rows.jsonl",
-            "--out",
-            out,
-            *options,
-            *more,
-        ]
+        command = [sys.executable, *before, "tune", base, "rows.jsonl", "--out", out]
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [*command, *options, *more],
@@ -82,19 +72,26 @@ class Command:
         while self.process.poll() is None and step not in {int(m["step"]) for m in self.metrics()}:
             time.sleep(0.02)
 
+    def children(self) -> list[int]:
+        """Return the processes that this one has started, as Linux knows them."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
     def workers(self) -> list[int]:
-        """Return the processes that compute, as the system knows them."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        commands = {int(pid): Path(f"/proc/{pid}/cmdline") for pid in children.split()}
+        """Return the processes that compute."""
+        commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in self.children()}
         return [pid for pid, command in commands.items() if "spawn_main" in command.read_text()]
 
     def end(self, timeout: float | None = None) -> int:
         """Return the exit code, for which to wait that many seconds at most."""
         try:
             code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            for pid in (*self.children(), self.process.pid):
+                os.kill(pid, signal.SIGKILL)
+            raise
         finally:
-            self.process.kill()  # processes that it started end with it
-        sys.stdout.write(self.text())
+            sys.stdout.write(self.text())
         return code
 
     def text(self) -> str:
@@ -169,6 +166,13 @@ def test_an_error_is_said_once(by_torchrun: bool, home: Path) -> None:
     assert len(errors) == 1
     assert "no_such_layer" in errors[0]
     assert by_torchrun or "Traceback" not in command.text()
+
+
+def test_a_wrong_flag_is_said_by_each_process_and_starts_nothing_again(home: Path) -> None:
+    before = torchrun("--max-restarts", "2", "-m", "veneer")
+    command = Command(home, "wrong", "--no-such-flag", "1", before=before)
+    assert command.end() == 1
+    assert 1 <= command.text().count("Error: Unknown option") <= 2
 
 
 @pytest.mark.parametrize("by_torchrun", [False, True])

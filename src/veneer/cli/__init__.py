@@ -15,11 +15,18 @@ SPINS = "5000"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 2 for what the user can mend, 130 after Ctrl-C."""
+    from veneer.processes.outcome import is_final, note_outcome, noted_outcome
+
+    if (code := noted_outcome()) is not None:
+        sys.exit(code)  # torchrun has started again what had no need of it
     from veneer.cli.app import run
 
     sleep_while_waiting()
     expand_segments()
-    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+    code = run(sys.argv[1:] if arguments is None else list(arguments))
+    if is_final(code):
+        note_outcome(code)
+    sys.exit(code)
 
 
 def sleep_while_waiting() -> None:

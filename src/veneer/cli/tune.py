@@ -137,10 +137,11 @@ def run_recipe(
     place: by which the processes of `--processes` find each other.
     """
     from veneer.cli.company import as_one, goes_on
-    from veneer.processes.start import joined, noted_outcome
+    from veneer.processes.outcome import noted_outcome
+    from veneer.processes.start import joined
 
     if (code := noted_outcome()) is not None:
-        return code  # torchrun starts again whatever has failed, an error of the user's too
+        return code
     with joined(place, accelerators=recipe.device != "cpu") as company:
         writes = company.world.writes
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from veneer.processes.outcome import is_final, note_outcome
 from veneer.processes.world import World
 
 # One process may read data or write a model for long while others wait; that another has died is
 # noticed at once, since its connections close.
 LONGEST_WAIT = timedelta(hours=12)
 ENDED = "veneer/ended"  # how many processes have said how the run ends
-MISTAKE, SIGNALLED = 2, 128  # the first exit codes of errors for a person, and of signals
 OTHERS_END = 5.0  # seconds in which processes that fail together have all said so
 
 
@@ -45,9 +45,8 @@ class Company:
         first = self.store.add(ENDED, 1) == 1
         if first:
             self.store.set(f"{ENDED}/code", str(code))
-        # What fails in every run alike is not tried again; the rest, as often as torchrun may.
-        if not self.by_torchrun or MISTAKE <= code < SIGNALLED:
-            _note_outcome(code)
+        if not self.by_torchrun or is_final(code):
+            note_outcome(code)
         return first
 
     def leave(self, code: int) -> None:
@@ -108,30 +107,6 @@ def joined(files: Path | None = None, *, accelerators: bool = True) -> Iterator[
         yield Company(World.current(), store, by_torchrun=files is None)
     finally:
         dist.destroy_process_group()
-
-
-def _note_outcome(code: int) -> None:
-    """Note, for processes that the elastic agent starts again, that the run has ended with an exit
-    code."""
-    if (file := _outcome_file()) is not None:
-        with suppress(OSError):  # without it, whatever ended the run is met again
-            file.write_text(str(code), encoding="ascii")
-
-
-def noted_outcome() -> int | None:
-    """Return the exit code with which the run ended before the elastic agent started this process
-    again; None where it had not."""
-    file = _outcome_file()
-    with suppress(OSError, ValueError):
-        return None if file is None else int(file.read_text(encoding="ascii"))
-    return None
-
-
-def _outcome_file() -> Path | None:
-    """Return where this machine's processes of a launch note its outcome: in the directory where
-    their agent looks for errors. None for a process that no agent has started."""
-    errors = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # .../attempt_0/RANK/error.json
-    return errors.parents[2] / "veneer-outcome" if errors.name == "error.json" else None
 
 
 def restarts() -> int:
