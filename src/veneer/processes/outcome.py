@@ -16,7 +16,7 @@ def is_final(code: int) -> bool:
 
 
 def note_outcome(code: int) -> None:
-    """Note that the run has ended with an exit code, where an elastic agent started this process."""
+    """Note that the run has ended with an exit code, where an elastic agent has begun this one."""
     if (file := _file()) is not None:
         with suppress(OSError):  # without it, whatever ended the run is met again
             file.write_text(str(code), encoding="ascii")
