@@ -136,13 +136,17 @@ def measured_peak(plan: Plan) -> int | None:
     return None if is_mapped else process_memory("VmHWM") or None
 
 
-def why_no_merge(plan: Plan, free: int | None, command: str = "veneer merge") -> str | None:
-    """Return why a quantized base cannot be merged in `free` bytes, or None where it can.
+def why_no_merge(
+    plan: Plan | None, free: int | None, command: str = "veneer merge"
+) -> str | None:
+    """Return why a quantized base cannot be merged in `free` bytes, None where it can or has no plan.
 
     command: by which it can be where there are more.
     """
+    if plan is None or plan.config.base_bits >= 16 or free is None:
+        return None
     needed = plan.model.parameters * plan.config.width  # all of it dequantized
-    if plan.config.base_bits >= 16 or free is None or needed <= free:
+    if needed <= free:
         return None
     return (
         f"dequantized, it needs {_gb(needed)}, and {_gb(free)} are free. "

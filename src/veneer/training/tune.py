@@ -383,8 +383,7 @@ def _merge(recipe: Recipe, base: Base, plan: Plan | None, verdict: Verdict) -> I
     """Write the merged model, with a certificate, where there can be one, and where the run did not
     diverge, unless that model is all that stays of it."""
     command = recipe.merge_command
-    why = why_not_mergeable(base.model, command)
-    why = why or (plan and why_no_merge(plan, free_bytes(), command))
+    why = why_not_mergeable(base.model, command) or why_no_merge(plan, free_bytes(), command)
     if verdict.kind == "diverged" and recipe.method.method != "full":
         why = why or f"the run diverged. To make one all the same: {command}"
     if why:
