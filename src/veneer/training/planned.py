@@ -136,10 +136,9 @@ def measured_peak(plan: Plan) -> int | None:
     return None if is_mapped else process_memory("VmHWM") or None
 
 
-def why_no_merge(
-    plan: Plan | None, free: int | None, command: str = "veneer merge"
-) -> str | None:
-    """Return why a quantized base cannot be merged in `free` bytes, None where it can or has no plan.
+def why_no_merge(plan: Plan | None, free: int | None, command: str = "veneer merge") -> str | None:
+    """Return why a quantized base cannot be merged in `free` bytes; None where it can, or where
+    nothing is planned.
 
     command: by which it can be where there are more.
     """
