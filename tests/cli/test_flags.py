@@ -79,6 +79,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "bits": (4, 4),
         "pack_head": (True, True),
         "shard": ("base", "base"),
+        "offload": ("disk", "disk"),
         "out": ("some/where", Path("some/where")),
         "start_from": ("an/adapter", Path("an/adapter")),
         "model": ("another/model", "another/model"),

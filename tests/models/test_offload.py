@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import veneer
-from support.random_adapters import examples
-from support.tiny_models import quantized, tiny
+from support.random_adapters import examples, tokenizer
+from support.tiny_models import quantized, source, tiny
 from veneer.data.packing import pack
 from veneer.errors import AdapterError, ConfigError, ModelError
+from veneer.formats.quantized import write_quantized
 from veneer.fused.forward import choose_forward
 from veneer.fused.recompute import Recompute
 from veneer.models import block_buffers, offload
 from veneer.models.block_buffers import passes_of, whole
+from veneer.models.fingerprint import fingerprint
+from veneer.models.load import load_base
 from veneer.models.offload import offload_base
 from veneer.quant.mapped import map_tensors
 from veneer.quant.settings import Offload
@@ -122,6 +126,39 @@ def test_what_is_mapped_is_read_from_its_own_file(tmp_path):
     assert torch.equal(buffer.views[0], mapped)
     with pytest.raises(ModelError, match="missing"):
         offload.DiskBuffer([mapped.clone()], reader, missing)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {"dtype": "float32"}),
+        ("llama", {"dtype": "bf16"}),
+        ("llama", {"dtype": "float32", "bits": 8}),
+        ("qwen3_moe", {"dtype": "float32", "bits": 4}),
+        ("llama-4", {}),
+        ("qwen3_moe-4", {}),
+    ],
+)
+def test_a_base_is_loaded_so(architecture, options, tmp_path):
+    name, _, bits = architecture.partition("-")
+    tiny(name).save_pretrained(tmp_path / name)
+    if bits:
+        options = {"bits": int(bits), "name": name}
+        list(write_quantized(source(name), tokenizer(), tmp_path / architecture, **options))
+        options = {"dtype": "float32"}
+    load = partial(load_base, tmp_path / architecture, tokenizer=tokenizer(), **options)
+    alone, base = load().model, load(offload="disk", offload_directory=tmp_path / "out").model
+    assert passes_of(base) is not None
+    assert fingerprint(base) == fingerprint(alone)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    assert torch.equal(base(input_ids=ids).logits, alone(input_ids=ids).logits)
+
+
+def test_what_is_in_the_memory_that_computes_is_not_offloaded_to_it(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    base = load_base(tmp_path, tokenizer=tokenizer(), device="cpu", offload="cpu")
+    assert passes_of(base.model) is None
+    assert "not offloaded: cpu computes in the memory" in base.notices[0]
 
 
 def test_weights_are_whole_where_they_are_asked_for(tmp_path):

@@ -133,9 +133,10 @@ def _copied(way: DevicePlan) -> list[str]:
     """Return in words what of an offloaded base is beside a device."""
     if not way.is_offloaded:
         return []
+    beside = sum(each.value for each in way.plan.memory.beside)
     return [
-        f"{bytes_text(way.on_host.value)} of the base stay in {_HOSTS[way.plan.config.offload]}, "
-        f"from where a step copies {bytes_text(way.copied.value)} to each device."
+        f"{bytes_text(beside)} of the base stay in {_HOSTS[way.plan.config.offload]}, from where a "
+        f"step copies {bytes_text(way.copied.value)} to each device."
     ]
 
 

@@ -181,8 +181,7 @@ def memory_table(plan: Plan, *, formulas: bool) -> Table:
         table.add_row(*row, *([amount.formula] if formulas else []))
     table.add_section()
     table.add_row("peak", bytes_text(plan.memory.peak), style="bold")
-    if plan.memory.on_disk.value:
-        amount = plan.memory.on_disk
+    for amount in plan.memory.beside:
         row = [amount.name, bytes_text(amount.value)]
         table.add_row(*row, *([amount.formula] if formulas else []), style="dim")
     return table

@@ -38,7 +38,7 @@ def plan_summary(plan: Plan, free: int | None) -> str:
     """Return one line: the memory that a run needs at its peak, for what, and what is free."""
     amounts = [
         f"{amount.name} {bytes_text(amount.value)}"
-        for amount in (*plan.memory.amounts, plan.memory.on_disk)
+        for amount in (*plan.memory.amounts, *plan.memory.beside)
         if amount.value
     ]
     of = "" if free is None else f" of {bytes_text(free)} that are free"

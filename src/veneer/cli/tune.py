@@ -21,6 +21,7 @@ from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
 from veneer.cli.several_data import data_of
 from veneer.errors import ConfigError, DivergedError, VeneerError
+from veneer.quant.settings import Offload
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
 from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Verdict
@@ -75,6 +76,14 @@ def tune(
             "frozen weights, gathered block by block; auto, the base where it does not fit else."
         ),
     ] = "auto",
+    offload: Annotated[
+        Offload,
+        Parameter(
+            help="Where the frozen base is while it is not used: none, on the device; cpu, in this "
+            "machine's memory; disk, in its files. Blocks are copied to the device ahead of their "
+            "use, so that a base larger than its memory trains."
+        ),
+    ] = "none",
     processes: Annotated[
         int | None,
         Parameter(help="Train in this many processes of this machine, one for each GPU."),
@@ -99,6 +108,7 @@ def tune(
         bits=bits,
         pack_head=pack_head,
         shard=shard,
+        offload=offload,
         out=out,
         start_from=start_from,
     )

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import ModelError, listed
-from veneer.models.sharded import sharder as sharder_of
-from veneer.processes.world import ALONE, World
+from veneer.models.placement import AS_THEY_ARE, Placement
 from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight
@@ -24,17 +23,17 @@ def assemble(
     weights: Iterable[tuple[str, AnyWeight]],
     dtype: torch.dtype,
     *,
-    device: torch.device | None = None,
-    world: World = ALONE,
+    to: Placement = AS_THEY_ARE,
 ) -> PreTrainedModel:
     """Give a skeleton on the meta device its weights, and return it.
 
-    Each weight is moved to `device`, if that is given, before the next one comes, so that the
-    processor's memory never holds them all. Tensors of `dtype` are not copied, others are cast.
-    With a world of several processes, each keeps its shard of a block as soon as the next block's
-    weights come. Raises ModelError for missing weights and wrong shapes.
+    Each weight goes to its device before the next one comes, so that the processor's memory never
+    holds them all. Tensors of `dtype` are not copied, others are cast. Where blocks are sharded or
+    offloaded, each is so as soon as the next block's weights come. Raises ModelError for missing
+    weights and wrong shapes.
     """
-    sharder = sharder_of(skeleton, world, device) if world.size > 1 else None
+    buffers = to.buffers(skeleton)
+    device = to.device if to.offload == "none" else None
     for name, weight in weights:
         path, _, leaf = name.rpartition(".")
         owner = skeleton.get_submodule(path)
@@ -59,8 +58,8 @@ def assemble(
             cast = weight.to(dtype) if weight.is_floating_point() else weight
             owner._parameters[leaf] = parameter = nn.Parameter(cast, requires_grad=False)
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        if sharder is not None:
-            sharder.note(name)
+        if buffers is not None:
+            buffers.note(name)
     skeleton.tie_weights()
     missing = [name for name, parameter in skeleton.named_parameters() if parameter.is_meta]
     if missing:
@@ -68,8 +67,8 @@ def assemble(
     _make_buffers(skeleton)
     if device is not None:
         skeleton.to(device)  # type: ignore[arg-type]
-    if sharder is not None:
-        sharder.finish()
+    if buffers is not None:
+        buffers.finish()
     return skeleton.eval()
 
 

@@ -14,9 +14,9 @@ from veneer.models.assemble import AnyWeight, assemble
 from veneer.models.fingerprint import Marks
 from veneer.models.gguf_header import read_header
 from veneer.models.gguf_tensors import GGUFTensors
+from veneer.models.placement import AS_THEY_ARE, Placement
 from veneer.models.quantize import quantizable, quantizable_stacks
 from veneer.models.source import untied
-from veneer.processes.world import ALONE, World
 from veneer.quant.gguf_formulas import FORMULAS
 from veneer.quant.stack import QuantizedStack, quantized_weights
 from veneer.quant.weight import QuantizedWeight
@@ -46,8 +46,7 @@ def load_blocks(
     skeleton: PreTrainedModel,
     dtype: torch.dtype,
     *,
-    device: torch.device | None = None,
-    world: World = ALONE,
+    to: Placement = AS_THEY_ARE,
 ) -> PreTrainedModel | None:
     """Return the model of a GGUF file with its linear layers and experts in the file's blocks.
 
@@ -85,7 +84,7 @@ def load_blocks(
         return dense
 
     weights = ((name, weight_of(name)) for name in names)
-    model = assemble(skeleton, weights, dtype, device=device, world=world)
+    model = assemble(skeleton, weights, dtype, to=to)
     if not quantized_weights(model):
         return None
     model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,17 +24,18 @@ from transformers import (
 from veneer.errors import ConfigError, ModelError, listed, nearest
 from veneer.models import gguf, minigpt
 from veneer.models.assemble import assemble
-from veneer.models.device import CPU, resolve_device, use_device
+from veneer.models.device import CPU, pins, resolve_device, use_device
 from veneer.models.dtype import resolve_dtype
 from veneer.models.gguf_base import block_bits, kinds_of, load_blocks
 from veneer.models.hub import on_hub
 from veneer.models.locate import BUILT_IN, MINIGPT_HOME, locate
+from veneer.models.placement import AS_THEY_ARE, Placement
 from veneer.models.published import PublishedFiles, load_published
 from veneer.models.quantize import quantized_model, second_rounding
 from veneer.models.source import Source, adapter_file, open_source
 from veneer.models.stored import load_quantized
 from veneer.processes.world import ALONE, World
-from veneer.quant.settings import Bits, LoadBits, quantization_of
+from veneer.quant.settings import Bits, LoadBits, Offload, quantization_of
 from veneer.quant.stack import quantized_weights
 
 # What every causal language model has at least one of.
@@ -44,11 +45,6 @@ SIZES = (
 )
 # By default, transformers asks the user whether to run code that a model brings along.
 OURS_ALONE: dict[str, Any] = {"trust_remote_code": False}
-
-
-class _Where(TypedDict):
-    device: torch.device | None
-    world: World
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,8 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device = "auto",
     world: World = ALONE,
+    offload: Offload = "none",
+    offload_directory: Path | None = None,
 ) -> Base:
     """Load a base for training or generation, on a device: cpu, cuda, mps or xpu, with a number for
     one of several; auto is the accelerator where there is one.
@@ -82,19 +80,26 @@ def load_base(
     too; a base that is quantized already stays in its files, memory-mapped, and so do the linear
     layers of a .gguf file; an accelerator holds them in the same bits. With 16 they are dense, in
     `dtype`. With a world of several processes each of them holds its shard of each block, and none
-    ever the whole base. Its tokenizer is read unless it is given. No code from a model's repository
+    ever the whole base. With `offload` its blocks are in this machine's memory (cpu) or in files
+    (disk; what is in none yet goes to one in `offload_directory`), and are copied to the device
+    ahead of their use. Its tokenizer is read unless it is given. No code from a model's repository
     is ever run. Raises ModelError with what to do, and ConfigError for impossible settings.
     """
     if bits not in (None, *get_args(LoadBits)):
         raise ConfigError(f"bits is {bits!r}, but must be 4, 8 or 16.")
     if pack_head and bits not in get_args(Bits):
         raise ConfigError("pack_head would do nothing without bits; give bits 4 or 8 too.")
+    if world.size > 1 and offload != "none":
+        raise ConfigError("A base is sharded over processes or offloaded, not both; leave out one.")
     on = resolve_device(device)
     use_device(on)
     place = _at_hand(name)
     torch_dtype = dtype_of(place, dtype, on)
-    to: _Where = {"device": None if on.type == "cpu" else on, "world": world}
     notices: tuple[str, ...] = ()
+    if offload == "cpu" and not pins(on):
+        offload = "none"
+        notices += (f"The base is not offloaded: {on} computes in the memory that it would go to.",)
+    to = Placement(None if on.type == "cpu" else on, world, offload, offload_directory)
     with gguf.read_once():
         keeps_blocks = bits is None and stays_in_blocks(name, place)
         in_place = _is_gguf(place) and not keeps_blocks and bits not in get_args(Bits)
@@ -105,24 +110,27 @@ def load_base(
                 raise ModelError(f"{name} is quantized already; leave bits out.")
             home = _on_disk(place)
             load = load_published if quantization.is_published else load_quantized
-            model = load(home, skeleton_of(config, home), torch_dtype, **to)
+            model = load(home, skeleton_of(config, home), torch_dtype, to=to)
             if quantization.ignores:
                 notices += (
                     f"{name} asks for {quantization.ignores}, which Veneer leaves as they are: its "
                     "weights alone are quantized here.",
                 )
         elif quantization and config is not None and bits == 16:
-            model, _ = _dequantized(place, config, torch_dtype, **to)
+            model, _ = _dequantized(place, config, torch_dtype, to=to)
         elif config is not None and (bits == 4 or bits == 8):
-            source, notices = _open_dense(place, config)
+            source, more = _open_dense(place, config)
+            notices += more
             if cost := cost_of_rounding(name, source, bits):
                 notices += (f"{cost} Without --bits they stay as they are there.",)
-            model = quantized_model(source, bits, torch_dtype, head=pack_head, **to)
+            model = quantized_model(source, bits, torch_dtype, head=pack_head, to=to)
         elif config is not None and keeps_blocks:
-            model, notices = _with_blocks(Path(place), config, torch_dtype, **to)
-        elif world.size > 1:
+            model, more = _with_blocks(Path(place), config, torch_dtype, to=to)
+            notices += more
+        elif to.is_by_blocks:
             config = config or load_config(name)
-            model, notices = _dequantized(place, config, torch_dtype, **to)
+            model, more = _dequantized(place, config, torch_dtype, to=to)
+            notices += more
         else:
             model = _dense(place, torch_dtype)
         tokenizer = tokenizer or _tokenizer(place)
@@ -300,13 +308,12 @@ def _dequantized(
     config: PretrainedConfig,
     dtype: torch.dtype,
     *,
-    device: torch.device | None = None,
-    world: World = ALONE,
+    to: Placement = AS_THEY_ARE,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return a base as dense numbers, weight by weight, whatever its files hold, with notices."""
-    source, notices = _open_dense(place, config, mapped=world.size > 1)
+    source, notices = _open_dense(place, config, mapped=to.stays_in_files)
     weights = ((name, source.read(name)) for name in source.names)
-    return assemble(source.skeleton, weights, dtype, device=device, world=world), notices
+    return assemble(source.skeleton, weights, dtype, to=to), notices
 
 
 def _with_blocks(
@@ -314,13 +321,12 @@ def _with_blocks(
     config: PretrainedConfig,
     dtype: torch.dtype,
     *,
-    device: torch.device | None = None,
-    world: World = ALONE,
+    to: Placement = AS_THEY_ARE,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return the model of a GGUF file, its linear layers in the file's blocks where that can be."""
-    model = load_blocks(path, skeleton_of(config), dtype, device=device, world=world)
-    if model is None and world.size > 1:
-        return _dequantized(path, config, dtype, device=device, world=world)
+    model = load_blocks(path, skeleton_of(config), dtype, to=to)
+    if model is None and to.is_by_blocks:
+        return _dequantized(path, config, dtype, to=to)
     if model is None:
         return _dense(path, dtype), ()
     kinds = sorted({weight.label for weight in quantized_weights(model).values()})

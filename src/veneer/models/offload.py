@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from veneer.errors import ModelError
 from veneer.models.block_buffers import Buffer, BufferedBase, Filling, aligned, offsets_of
+from veneer.models.device import pins
 from veneer.quant.mapped import are_mapped, populate, release
 from veneer.quant.settings import Offload
 
@@ -43,7 +44,7 @@ class _Copies:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.is_beside = device.type != "cpu"
+        self.is_beside = pins(device)
         self._stream = torch.Stream(device) if self.is_beside else None
 
     def ready(self) -> torch.Event | None:
@@ -196,7 +197,8 @@ def offloader(
     if place == "cpu":
         buffer_of = partial(HostBuffer, copies=copies)
     else:
-        at = Path(tempfile.gettempdir()) if directory is None else directory
+        at = Path(tempfile.gettempdir()) if directory is None else directory.absolute()
+        at = next(place for place in (at, *at.parents) if place.exists())
         buffer_of = partial(DiskBuffer, reader=_Reader(copies), directory=at)
     return BufferedBase(model, buffer_of, device=device, why_not_whole=WHY_NOT_WHOLE)
 

@@ -17,9 +17,9 @@ from veneer.errors import ModelError
 from veneer.models.assemble import AnyWeight, assemble
 from veneer.models.description import multiplies
 from veneer.models.fingerprint import Marks
+from veneer.models.placement import AS_THEY_ARE, Placement
 from veneer.models.source import Source, identity_of, model_files, untied
 from veneer.models.stored import read_ahead, weights_of
-from veneer.processes.world import ALONE, World
 from veneer.quant.mapped import map_tensors
 from veneer.quant.published import KEYS, is_quantized, published_experts, published_weight
 from veneer.quant.stack import QuantizedStack
@@ -112,8 +112,7 @@ def load_published(
     skeleton: PreTrainedModel,
     dtype: torch.dtype,
     *,
-    device: torch.device | None = None,
-    world: World = ALONE,
+    to: Placement = AS_THEY_ARE,
 ) -> PreTrainedModel:
     """Return the model of a directory in a published format; its large tensors stay in their files,
     go to `device`, or are sharded over the processes of a world.
@@ -123,7 +122,7 @@ def load_published(
     weights, marks = PublishedFiles(directory, skeleton, dtype).weights(), Marks(skeleton)
     del skeleton.config.quantization_config
     seen = _seen(weights, skeleton, marks)
-    model = assemble(skeleton, seen, dtype, device=device, world=world)
+    model = assemble(skeleton, seen, dtype, to=to)
     model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     read_ahead(model)
     return model

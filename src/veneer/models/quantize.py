@@ -13,9 +13,9 @@ from veneer.errors import ConfigError, ModelError
 from veneer.models.assemble import AnyWeight, assemble
 from veneer.models.description import keeps_experts, multiplies
 from veneer.models.fingerprint import Marks
+from veneer.models.placement import AS_THEY_ARE, Placement
 from veneer.models.source import Source
 from veneer.models.stored_names import Piece, StoredNames, stored_names
-from veneer.processes.world import ALONE, World
 from veneer.quant.joined import joined
 from veneer.quant.settings import Bits
 from veneer.quant.stack import QuantizedStack
@@ -103,8 +103,7 @@ def quantized_model(
     dtype: torch.dtype,
     *,
     head: bool = False,
-    device: torch.device | None = None,
-    world: World = ALONE,
+    to: Placement = AS_THEY_ARE,
 ) -> PreTrainedModel:
     """Return the base with quantized linear layers and its fingerprint before that.
 
@@ -113,7 +112,7 @@ def quantized_model(
     """
     marks = Marks(source.skeleton)
     weights = quantized_weights(source, bits, dtype, head=head, seen=marks.see)
-    model = assemble(source.skeleton, weights, dtype, device=device, world=world)
+    model = assemble(source.skeleton, weights, dtype, to=to)
     model.veneer_marks = marks.fingerprint()  # type: ignore[assignment]
     return model
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from veneer.errors import ModelError, listed
 from veneer.models.assemble import AnyWeight, assemble
 from veneer.models.block_buffers import passes_of
+from veneer.models.placement import AS_THEY_ARE, Placement
 from veneer.models.quantize import quantizable_stacks
 from veneer.models.source import model_files
 from veneer.models.stored_names import Piece, stored_names
-from veneer.processes.world import ALONE, World
 from veneer.quant.joined import joined
 from veneer.quant.mapped import ReadAhead, map_tensors
 from veneer.quant.stack import LazyExperts, QuantizedStack, quantized_stacks
@@ -36,8 +36,7 @@ def load_quantized(
     skeleton: PreTrainedModel,
     dtype: torch.dtype,
     *,
-    device: torch.device | None = None,
-    world: World = ALONE,
+    to: Placement = AS_THEY_ARE,
 ) -> PreTrainedModel:
     """Return the quantized model of a directory; its large tensors stay in their files, unless
     `device` is another than the processor.
@@ -53,7 +52,7 @@ def load_quantized(
             raise ModelError(f"{file} cannot be read as a quantized model ({error!r}).") from error
     del skeleton.config.quantization_config
     weights = weights_of(skeleton, stored, _reader(stored, dtype))
-    model = assemble(skeleton, weights, dtype, device=device, world=world)
+    model = assemble(skeleton, weights, dtype, to=to)
     if marks := _marks(directory):
         model.veneer_marks = marks  # type: ignore[assignment]
     read_ahead(model)

@@ -40,8 +40,6 @@ class DevicePlan:
     @cached_property
     def weights(self) -> tuple[Amount, ...]:
         """The base's weights on a device."""
-        if self.is_offloaded:
-            return self._shards.gathered, self._shards.whole
         if self.sharded == "none":
             return (self.plan.memory.weights,)
         return self._shards.own, self._shards.gathered, self._shards.whole
@@ -50,11 +48,6 @@ class DevicePlan:
     def is_offloaded(self) -> bool:
         """Whether the base is on a device only block by block."""
         return self.plan.config.offload != "none"
-
-    @property
-    def on_host(self) -> Amount:
-        """The base's weights that each device's process keeps beside it."""
-        return amount("beside the device", *(self._shards.own.terms if self.is_offloaded else ()))
 
     @property
     def copied(self) -> Amount:

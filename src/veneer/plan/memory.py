@@ -11,6 +11,7 @@ from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import OptimizerName, PlanConfig
 from veneer.plan.methods import Trained
 from veneer.plan.routed import prepared_products
+from veneer.plan.shards import shards_of
 from veneer.plan.sizes import Sizes
 from veneer.plan.workspace import workspace
 
@@ -30,7 +31,8 @@ GROWTH = 170_000_000  # the part of it after the imports
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run needs at its peak, in bytes; `on_disk` is mapped and not counted."""
+    """What a run needs at its peak, in bytes. Not counted is what is mapped, `on_disk`, and what is
+    in the memory of a GPU's host, `on_host`."""
 
     weights: Amount
     adapters: Amount
@@ -40,11 +42,18 @@ class MemoryPlan:
     workspace: Amount
     runtime: Amount
     on_disk: Amount
+    on_host: Amount
 
     @property
     def amounts(self) -> tuple[Amount, ...]:
         """The amounts that sum to the peak."""
-        return tuple(getattr(self, f.name) for f in fields(self) if f.name != "on_disk")
+        beside = ("on_disk", "on_host")
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name not in beside)
+
+    @property
+    def beside(self) -> tuple[Amount, ...]:
+        """The amounts that do not count, as far as there are some."""
+        return tuple(each for each in (self.on_disk, self.on_host) if each.value)
 
     @property
     def peak(self) -> int:
@@ -72,6 +81,11 @@ def plan_memory(
     is_cast = width == FLOAT32 or (sizes.stored is not None and not sizes.stored.rest_mapped)
     mapped = [] if not config.mapped else quantized if is_cast else quantized + rest
     weights = [term for term in quantized + rest if term not in mapped]
+    offloaded: tuple[Term, ...] = ()
+    if config.offload != "none":
+        order = shards_of(config, sizes, 1, trained.first_block)
+        weights, offloaded = [*order.gathered.terms, *order.whole.terms], order.own.terms
+        mapped = list(offloaded) if config.offload == "disk" else []
     new = 0 if own else count + trained.beside
     moment, note = MOMENT[config.optimizer], "AdamW" + " in 8 bits" * (config.optimizer != "adamw")
     optimizer = [Term.of(2, "moments", count, "parameters", moment, "bytes", note=note)]
@@ -104,6 +118,7 @@ def plan_memory(
             *prepared_products(config, sizes.blocks, config.tokens_per_batch),
         ),
         on_disk=amount("on disk, mapped", *mapped, *kept_on_disk(config, sizes, trained)),
+        on_host=amount("in the host's memory", *(offloaded if config.offload == "cpu" else ())),
     )
 
 

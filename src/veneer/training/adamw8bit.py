@@ -13,7 +13,9 @@ from veneer.plan.config import OptimizerName
 # bits: both are bitsandbytes' own (optim/optimizer.py).
 BLOCK, LEAST = 256, 4096
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults, which FlatAdamW has
-AT_ONCE = 2**30  # numbers of one call, which counts them in 32 bits; a multiple of BLOCK
+# Numbers of one call, a multiple of BLOCK: it counts them in 32 bits, and what they were is kept
+# meanwhile.
+AT_ONCE = 2**26
 # Kinds of devices for which bitsandbytes has the functions; paged moments are in CUDA's managed
 # memory.
 RUNS_ON: dict[OptimizerName, tuple[str, ...]] = {
@@ -58,9 +60,24 @@ class Moments8bit:
 
     @torch.no_grad()
     def step(
-        self, weight: Tensor, gradient: Tensor, *, lr: float, weight_decay: float, step: int
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        *,
+        lr: float,
+        weight_decay: float,
+        step: int,
+        only_if: Tensor,
     ) -> None:
-        """Update a flat weight in place. step: how many there were, with this one."""
+        """Update a flat weight in place, unless `only_if` is False. step: how many there were, with
+        this one.
+
+        The card is not waited for, but where moments are paged: then the host has to know whether
+        anything changes, for it cannot keep what was there in the card's order.
+        """
+        decides_here = self.paged or weight.device.type == "cpu"
+        if decides_here and not bool(only_if):
+            return
         flat = (weight, gradient, *self.codes.values())
         for numbers, scales in zip(
             zip(*(tensor.split(AT_ONCE) for tensor in flat), strict=True),
@@ -68,10 +85,14 @@ class Moments8bit:
             strict=True,
         ):
             w, g, first, second = numbers
+            changed = [] if decides_here else [w, first, second, *scales]
+            before = [tensor.clone() for tensor in changed]
             torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
                 *("adam", g, w, first, second, *BETAS, 0.0, 0.0, EPS, step, lr),
                 *(*self._maps, *scales, weight_decay, 1.0, False),
             )
+            for tensor, old in zip(changed, before, strict=True):
+                torch.where(only_if, tensor, old, out=tensor)
 
     def wait(self) -> None:
         """Return when the host may read and write the codes: it shares paged ones with the card."""

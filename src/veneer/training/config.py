@@ -14,7 +14,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 # Settings on which the course of the weights does not depend.
 NOT_OF_THE_COURSE = (
     *("save_every", "keep_best", "recompute", "context_parallel"),
-    *("shard", "device"),
+    *("shard", "device", "offload"),
 )
 # Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
 # these values is the run of such a checkpoint.

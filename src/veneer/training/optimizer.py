@@ -130,12 +130,12 @@ class FlatAdamW:
         norm = nn.utils.clip_grad_norm_(masters, clip or math.inf)
         finite = bool(torch.isfinite(norm))
         if finite:
-            self._update(lr)
+            self._update(lr, torch.isfinite(norm))
             self._to_weights()
         self.forget()
         return finite
 
-    def _update(self, lr: float) -> None:
+    def _update(self, lr: float, only_if: Tensor) -> None:
         self._steps += 1
         if self._adamw is not None:
             for group in self._adamw.param_groups:
@@ -149,6 +149,7 @@ class FlatAdamW:
                     lr=lr * buffer.ratio,
                     weight_decay=self._weight_decay,
                     step=self._steps,
+                    only_if=only_if,
                 )
 
     def forget(self) -> None:

@@ -60,6 +60,7 @@ def plan_run(
         recompute=training.recompute,
         optimizer=training.optimizer,
         mapped=mapped,
+        offload=recipe.offload,
         trained_blocks=method.trained_blocks or PlanConfig.trained_blocks,
         train_head=method.train_head,
         train_norms=method.train_norms,

@@ -13,7 +13,7 @@ from veneer.checks import check_config, one_of, whole_number
 from veneer.data.rows import LongRows
 from veneer.data.sources import Data, has_valid_files, spelt
 from veneer.models.device_names import DEVICE
-from veneer.quant.settings import Bits, LoadBits
+from veneer.quant.settings import Bits, LoadBits, Offload
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
 
@@ -81,6 +81,7 @@ class Recipe:
     bits: LoadBits | None = None
     pack_head: bool = False
     shard: Shard = "auto"
+    offload: Offload = "none"
     out: Path = DEFAULT_OUT
     start_from: Path | None = None
 
@@ -101,10 +102,16 @@ class Recipe:
         check_config(
             self,
             opening="This run cannot be",
-            rules={"shard": one_of(Shard), "device": DEVICE},
+            rules={"shard": one_of(Shard), "offload": one_of(Offload), "device": DEVICE},
             contradictions={
                 f"{method} trains the base's own weights, which cannot be sharded": (
                     self.shard == "base" and self.method.replaces_weights
+                ),
+                f"{method} trains the base's own weights, which cannot be offloaded": (
+                    self.offload != "none" and self.method.replaces_weights
+                ),
+                "a base is sharded or offloaded, not both; leave out shard or offload": (
+                    self.shard == "base" and self.offload != "none"
                 ),
                 "pack_head would do nothing without bits; give bits 4 or 8 too": (
                     self.pack_head and self.quantized_bits is None
@@ -171,6 +178,6 @@ class Recipe:
             "bits": self.bits,
             "pack_head": self.pack_head,
         }
-        flat["shard"] = self.shard
+        flat |= {"shard": self.shard, "offload": self.offload}
         flat |= {"out": str(self.out), "from": self.start_from and str(self.start_from)}
         return flat

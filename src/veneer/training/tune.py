@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, get_args
 
@@ -26,7 +26,6 @@ from veneer.files import size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.checkpoint import about_training
 from veneer.formats.training import computed_in, other_base
-from veneer.models.device import resolve_device
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
 from veneer.plan.fit import free_bytes
@@ -44,7 +43,6 @@ from veneer.training.events import (
     Merged,
     ModelReady,
     Notice,
-    Planned,
     Started,
     Stopped,
     Trained,
@@ -54,15 +52,12 @@ from veneer.training.events import (
 from veneer.training.loop import train
 from veneer.training.memory import begin_measuring
 from veneer.training.metrics import record
+from veneer.training.plan_before import plan_before
 from veneer.training.planned import (
-    available_memory,
-    check_fits,
     measured_peak,
     why_no_merge,
-    with_rows,
 )
-from veneer.training.planned_processes import plan_of_each
-from veneer.training.preflight import Preflight, preflight
+from veneer.training.preflight import preflight
 from veneer.training.recipe import Recipe
 from veneer.training.rows import RunRows, in_every_process, load_rows
 from veneer.training.state import other_settings
@@ -137,7 +132,7 @@ def tune(
     recipe, choices = _choose(recipe, rows, ahead.config)
     if choices:
         yield Notice(choices)
-    plan, sharded = yield from _plan(recipe, ahead, rows, world, ignore_plan=ignore_plan)
+    plan, sharded = yield from plan_before(recipe, ahead, rows, world, ignore_plan=ignore_plan)
 
     base = load_base(
         recipe.model,
@@ -147,6 +142,8 @@ def tune(
         pack_head=recipe.pack_head,
         tokenizer=ahead.tokenizer,
         world=world if sharded else ALONE,
+        offload=recipe.offload,
+        offload_directory=recipe.out,
     )
     if sharded:
         yield Notice(f"The base is sharded: each of {world.size} processes holds its part of it.")
@@ -263,39 +260,6 @@ def _choose(recipe: Recipe, rows: RunRows, config: PretrainedConfig) -> tuple[Re
         given, chosen, lengths, hidden_size=hidden_size, held_out=None if asks else held_out
     )
     return replace(recipe, training=chosen, rows=replace(recipe.rows, eval_rows=held_out)), choices
-
-
-def _plan(
-    recipe: Recipe, ahead: Preflight, rows: RunRows, world: World, *, ignore_plan: bool
-) -> Generator[Event, None, tuple[Plan | None, bool]]:
-    """Return the plan of this process's memory with these rows, None where there is none for the
-    base's architecture, and whether the base is sharded.
-
-    Raises ConfigError where the run does not fit, unless that is to be ignored.
-    """
-    if recipe.shard == "base" and world.size == 1:
-        yield Notice("The base is not sharded: one process alone trains. Give --processes N.")
-    why = ahead.why_no_plan
-    if (device := resolve_device(recipe.device)).type != "cpu":
-        why = f"plans are of the processor's memory, and this runs on {device}."
-    if ahead.plan is None or why:
-        yield Notice(f"No memory is planned for this run: {why}")
-        return None, world.size > 1 and recipe.shard == "base"
-    plan, sharded = with_rows(ahead.plan, recipe, rows.longest), False
-    if world.size > 1:
-        lengths = lengths_of(rows.examples)
-        way, available = plan_of_each(
-            plan, recipe, lengths, world, shard=recipe.shard, ignore=ignore_plan
-        )
-        plan, sharded = way.of_one, way.sharded == "base"
-    else:
-        available = available_memory()
-        if not ignore_plan:
-            check_fits(plan, available, recipe.model)
-    yield Planned(plan, available, world.size)
-    if plan.notice:
-        yield Notice(plan.notice)
-    return plan, sharded
 
 
 def _attach(recipe: Recipe, base: Base) -> None:

@@ -1,0 +1,49 @@
+"""The memory of a run, planned before its base is loaded and compared with what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from veneer.data.columns import lengths_of
+from veneer.models.device import resolve_device
+from veneer.plan.plan import Plan
+from veneer.processes.world import World
+from veneer.training.events import Event, Notice, Planned
+from veneer.training.planned import available_memory, check_fits, with_rows
+from veneer.training.planned_processes import plan_of_each
+from veneer.training.preflight import Preflight
+from veneer.training.recipe import Recipe
+from veneer.training.rows import RunRows
+
+
+def plan_before(
+    recipe: Recipe, ahead: Preflight, rows: RunRows, world: World, *, ignore_plan: bool
+) -> Generator[Event, None, tuple[Plan | None, bool]]:
+    """Return the plan of this process's memory with these rows, None where there is none for the
+    base's architecture, and whether the base is sharded.
+
+    Raises ConfigError where the run does not fit, unless that is to be ignored.
+    """
+    if recipe.shard == "base" and world.size == 1:
+        yield Notice("The base is not sharded: one process alone trains. Give --processes N.")
+    why = ahead.why_no_plan
+    if (device := resolve_device(recipe.device)).type != "cpu":
+        why = f"plans are of the processor's memory, and this runs on {device}."
+    if ahead.plan is None or why:
+        yield Notice(f"No memory is planned for this run: {why}")
+        return None, world.size > 1 and recipe.shard == "base"
+    plan, sharded = with_rows(ahead.plan, recipe, rows.longest), False
+    if world.size > 1:
+        lengths = lengths_of(rows.examples)
+        way, available = plan_of_each(
+            plan, recipe, lengths, world, shard=recipe.shard, ignore=ignore_plan
+        )
+        plan, sharded = way.of_one, way.sharded == "base"
+    else:
+        available = available_memory()
+        if not ignore_plan:
+            check_fits(plan, available, recipe.model)
+    yield Planned(plan, available, world.size)
+    if plan.notice:
+        yield Notice(plan.notice)
+    return plan, sharded
