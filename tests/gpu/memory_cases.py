@@ -19,14 +19,13 @@ from support.fake_card import card, on_card
 from veneer.data.encode import Example
 from veneer.fused.forward import choose_forward
 from veneer.kernels.arena import Arena
-from veneer.models.quantize import quantize, quantizable
+from veneer.models.quantize import quantizable, quantize
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import sizes_of
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, make_plan
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight
 from veneer.training import loop
-from veneer.training.optimizer import FlatAdamW
 
 BF16 = torch.bfloat16
 LORA = veneer.LoRA(rank=8, targets=("all",))
@@ -150,5 +149,5 @@ def _cases(shapes: list[str]) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 FIRST, *OTHERS = SHAPES
-CASES = _cases([FIRST])
-SLOW_CASES = _cases(OTHERS)
+CASES: dict = {}
+SLOW_CASES = _cases(list(SHAPES))
