@@ -103,9 +103,9 @@ def step(shape: Shape, settings: PlanConfig) -> dict[str, Any]:
     with card():
         model, forward = on_card((model, forward))
         memory.note(list(tensors_of(model)))
-        with patch.object(loop, "choose_forward", lambda *a, **k: (forward, [])):
-            with memory.counting():
-                list(veneer.train(model, rows, course))
+        chosen = patch.object(loop, "choose_forward", lambda *a, **k: (forward, []))
+        with chosen, memory.counting():
+            list(veneer.train(model, rows, course))
     plan = planned(shape, settings)
     amounts = {each.name: each.value for each in plan.memory.amounts}
     return {"peak": memory.peak, "lasting": memory.now, "plan": amounts}
