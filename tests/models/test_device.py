@@ -168,8 +168,6 @@ OWN_CUDA = {
     "kernels/choice.py": "which kernels a card has",
     "kernels/graphs.py": "its graphs",
     "kernels/transfer.py": "which devices read pinned memory by themselves",
-    "cli/__init__.py": "the variables of torch's allocator, one of which is called after it",
-    "training/adamw8bit.py": "where bitsandbytes' optimizers run",
     "models/device_names.py": "the names of devices",
     "training/adamw8bit.py": "for which devices bitsandbytes has optimizers",
 }
