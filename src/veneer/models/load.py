@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from veneer.errors import ConfigError, ModelError, listed, nearest
+from veneer.kernels.transfer import PINNED
 from veneer.models import gguf, minigpt
 from veneer.models.assemble import assemble
-from veneer.models.device import CPU, pins, resolve_device, use_device
+from veneer.models.device import CPU, resolve_device, use_device
 from veneer.models.dtype import resolve_dtype
 from veneer.models.gguf_base import block_bits, kinds_of, load_blocks
 from veneer.models.hub import on_hub
@@ -96,7 +97,7 @@ def load_base(
     place = _at_hand(name)
     torch_dtype = dtype_of(place, dtype, on)
     notices: tuple[str, ...] = ()
-    if offload == "cpu" and not pins(on):
+    if offload == "cpu" and on.type not in PINNED:
         offload = "none"
         notices += (f"The base is not offloaded: {on} computes in the memory that it would go to.",)
     to = Placement(None if on.type == "cpu" else on, world, offload, offload_directory)

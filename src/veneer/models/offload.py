@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.errors import ModelError
+from veneer.kernels.transfer import PINNED
 from veneer.models.block_buffers import Buffer, BufferedBase, Filling, aligned, offsets_of
-from veneer.models.device import pins
 from veneer.quant.mapped import are_mapped, populate, release
 from veneer.quant.settings import Offload
 
@@ -44,7 +44,7 @@ class _Copies:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.is_beside = pins(device)
+        self.is_beside = device.type in PINNED
         self._stream = torch.Stream(device) if self.is_beside else None
 
     def ready(self) -> torch.Event | None:
