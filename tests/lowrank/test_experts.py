@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from support.closeness import assert_no_further
-from veneer.kernels import low_rank
+from veneer.kernels import choice, low_rank
 from veneer.kernels.arena import Arena
 from veneer.lowrank.expert_gates import KnownGate, OwnGate
-from veneer.lowrank.expert_stacks import Stack, StackUpdate, TokenUpdates
-from veneer.lowrank.experts import Experts, routed_experts
+from veneer.lowrank.expert_stacks import Experts, Stack, StackUpdate, TokenUpdates
+from veneer.lowrank.experts import routed_experts
 from veneer.models.quantize import quantize
 from veneer.quant.stack import QuantizedStack
 
@@ -241,3 +241,44 @@ def test_gradients_only_where_needed(needs):
     y = routed_experts(x, index, weights, replace(experts, up=up, down=down))
     (ours,) = torch.autograd.grad(y.square().sum(), tensors[needs])
     torch.testing.assert_close(ours, expected[0])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", [n for n in MIXTURES if MIXTURES[n].bits is None])
+def test_one_product_for_all_experts_equals_plain_autograd(name, route, monkeypatch):
+    """The way of a card that has such products; the CPU has them in float32."""
+    monkeypatch.setattr(choice, "experts", lambda *_, **__: "grouped")
+    mixture = MIXTURES[name]
+    exact, (x, index, weights) = mixture.experts(), inputs(route)
+    leaves = [x, weights, *exact.trained()]
+    expected = plain(mixture, exact, x, index, weights)
+    dy = torch.randn(expected.shape, **DOUBLE)
+    gradients = torch.autograd.grad(expected, leaves, dy)
+    single = with_dtype(exact, torch.float32)
+    x, weights = (t.detach().float().requires_grad_() for t in (x, weights))
+    leaves = [x, weights, *single.trained()]
+    peer = plain(mixture, single, x, index, weights)
+    peers = torch.autograd.grad(peer, leaves, dy.float())
+    for recompute in (False, True):
+        y = routed_experts(x, index, weights, single, recompute_projections=recompute)
+        assert_no_further(y, peer, expected, "the output")
+        ours = torch.autograd.grad(y, leaves, dy.float())
+        for own, other, wide in zip(ours, peers, gradients, strict=True):
+            assert_no_further(own, other, wide)
+    with torch.no_grad():
+        y = routed_experts(x, index, weights, replace(single, exact=True))
+        assert_no_further(y, peer, expected, "the output without gradients")
+
+
+def with_dtype(experts: Experts, dtype: torch.dtype) -> Experts:
+    """Return the same experts in another dtype, whose updates are leaves."""
+
+    def of(stack: Stack) -> Stack:
+        bias = None if stack.bias is None else stack.bias.to(dtype)
+        update = stack.update
+        if isinstance(update, StackUpdate):
+            A, Bt = (t.detach().to(dtype).requires_grad_() for t in (update.A, update.Bt))
+            update = StackUpdate(A, Bt)
+        return Stack(stack.weight.to(dtype), stack.transposed, bias, update)
+
+    return replace(experts, up=of(experts.up), down=of(experts.down))

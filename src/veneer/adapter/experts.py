@@ -18,8 +18,7 @@ from veneer.kernels.arena import Arena
 from veneer.kernels.wide import wide
 from veneer.lowrank.expert_gates import Gate, KnownGate, OwnGate
 from veneer.lowrank.expert_loop import looped_experts
-from veneer.lowrank.expert_stacks import Stack, StackUpdate, TokenUpdates
-from veneer.lowrank.experts import Experts
+from veneer.lowrank.expert_stacks import Experts, Stack, StackUpdate, TokenUpdates
 from veneer.lowrank.experts import routed_experts as computed
 from veneer.models.block_buffers import whole
 from veneer.quant.stack import QuantizedStack

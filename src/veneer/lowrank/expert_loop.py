@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from veneer.lowrank.expert_gates import OwnGate
-from veneer.lowrank.expert_stacks import Stack, StackUpdate
-from veneer.lowrank.experts import Experts
+from veneer.lowrank.expert_stacks import Experts, Stack, StackUpdate
 from veneer.lowrank.routing import Routing
 from veneer.quant.weight import product
 

@@ -1,13 +1,15 @@
-"""The weights of all experts of a layer, and the low-rank updates over them."""
+"""The experts of a layer: the weights of all, and the low-rank updates over them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from veneer.lowrank.expert_gates import Gate
+from veneer.lowrank.routing import Routing
 from veneer.quant.stack import QuantizedStack, expert_weight
 from veneer.quant.weight import QuantizedWeight
 
@@ -84,3 +86,35 @@ class Stack:
     def trained(self) -> list[Tensor]:
         """Return A and Bᵀ, or nothing where no adapter acts."""
         return [] if self.of_all is None else [self.of_all.A, self.of_all.Bt]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a mixture.
+
+    post_norm: what each expert's output goes through, row by row. exact: whether the output without
+    updates is to be that of transformers' own operations to the bit; for this every number of `up`
+    is kept.
+    """
+
+    up: Stack
+    down: Stack
+    gate: Gate
+    post_norm: Callable[[Tensor], Tensor] | None = None
+    exact: bool = False
+
+    @property
+    def count(self) -> int:
+        return self.up.weight.shape[0]
+
+    def trained(self) -> list[Tensor]:
+        return [*self.up.trained(), *self.down.trained()]
+
+    def note_routed(self, routing: Routing) -> None:
+        """Let whatever reads ahead know which experts are used next, in this order."""
+        stacks = [s.weight for s in (self.up, self.down) if isinstance(s.weight, QuantizedStack)]
+        if not stacks:
+            return  # the segments might have to be asked for
+        for expert, _ in routing.segments:
+            for stack in stacks:
+                stack.note_routed([expert])

@@ -14,7 +14,6 @@ large: the gradients before it are linear in w, which is applied to A x and to t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,46 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels import low_rank
+from veneer.kernels import choice, low_rank
 from veneer.kernels.arena import Arena
 from veneer.kernels.rows import row_dots
-from veneer.lowrank.expert_gates import Gate, pulled_back
-from veneer.lowrank.expert_stacks import Stack, StackUpdate, TokenUpdates
+from veneer.lowrank.expert_gates import pulled_back
+from veneer.lowrank.expert_stacks import Experts, Stack, StackUpdate, TokenUpdates
+from veneer.lowrank.grouped_experts import add_update, grouped_experts
 from veneer.lowrank.routing import Routing
-from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import product, product_back
 
 GROUPED = (torch.bfloat16, torch.float16, torch.float32)  # what torch's grouped products take
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The experts of a mixture.
-
-    post_norm: what each expert's output goes through, row by row. exact: whether the output without
-    updates is to be that of transformers' own operations to the bit; for this every number of `up`
-    is kept.
-    """
-
-    up: Stack
-    down: Stack
-    gate: Gate
-    post_norm: Callable[[Tensor], Tensor] | None = None
-    exact: bool = False
-
-    @property
-    def count(self) -> int:
-        return self.up.weight.shape[0]
-
-    def trained(self) -> list[Tensor]:
-        return [*self.up.trained(), *self.down.trained()]
-
-    def note_routed(self, routing: Routing) -> None:
-        """Let whatever reads ahead know which experts are used next, in this order."""
-        stacks = [s.weight for s in (self.up, self.down) if isinstance(s.weight, QuantizedStack)]
-        for expert, _ in routing.segments:
-            for stack in stacks:
-                stack.note_routed([expert])
 
 
 def routed_experts(
@@ -80,7 +49,15 @@ def routed_experts(
 
     recompute_projections: whether the backward pass computes the first stack again.
     """
-    routing = Routing(index, experts.count)
+    is_grouped = _is_grouped(x, experts)
+    if is_grouped:
+        # Rows beyond the experts are the last one's, with weight 0: nothing depends on how many.
+        beyond = index >= experts.count
+        index, weights = (
+            index.masked_fill(beyond, experts.count - 1),
+            weights.masked_fill(beyond, 0),
+        )
+    routing = Routing(index, experts.count, is_whole=is_grouped)
     leaves = (x, weights, *experts.trained())
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
     if any(isinstance(stack.update, TokenUpdates) for stack in (experts.up, experts.down)):
@@ -89,9 +66,22 @@ def routed_experts(
         return _at_once(x, weights, experts, routing)
     if experts.exact and not trains:
         return _at_once(x, weights, experts, routing)
+    if is_grouped:
+        return grouped_experts(x, weights, experts, routing, recompute=recompute_projections)
     settings = _Settings(experts, routing, arena, recompute_projections)
     y: Tensor = _RoutedExperts.apply(x, weights, settings, *experts.trained())
     return y
+
+
+def _is_grouped(x: Tensor, experts: Experts) -> bool:
+    """Return whether one product computes a whole stack, whatever rows each expert has."""
+    stacks = experts.up, experts.down
+    quantized = not all(
+        isinstance(stack.weight, Tensor) and stack.weight.dtype == x.dtype for stack in stacks
+    )
+    widths = [width for stack in stacks for width in (stack.in_features, stack.out_features)]
+    device = choice.device_of(x.device)
+    return choice.experts(device, x.dtype, *widths, quantized=quantized) == "grouped"
 
 
 def _at_once(x: Tensor, weights: Tensor, experts: Experts, routing: Routing) -> Tensor:
@@ -121,6 +111,8 @@ def _stack_at_once(x: Tensor, stack: Stack, routing: Routing) -> Tensor:
         pairs = [(each.A, each.Bt) for each in update.updates]
         which = update.which[routing.token[:routed]]
         low_rank.add_by_rows(x[:routed], pairs, which, routing.expert, y[:routed])
+    elif update is not None and routing.is_whole:
+        add_update(x, y, update, routing)
     elif update is not None:
         h = x.new_empty(len(x), update.rank)
         for expert, rows in routing.segments:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -9,26 +11,50 @@ from veneer.kernels.rows import weighted_sums
 
 
 class Routing:
-    """The rows of a batch, sorted by expert. index (tokens, k): the experts of each token."""
+    """The rows of a batch, sorted by expert. index (tokens, k): the experts of each token.
 
-    def __init__(self, index: Tensor, experts: int) -> None:
+    is_whole: whether no index is beyond the experts. `segments` and `longest`, and `routed` unless
+    it is whole, ask the device for numbers and wait for it; nothing else does.
+    """
+
+    def __init__(self, index: Tensor, experts: int, *, is_whole: bool = False) -> None:
+        self.is_whole = is_whole
         flat = index.reshape(-1)
         self.order = flat.argsort(stable=True)  # (rows,)
         self.token = self.order // index.shape[1]  # of each sorted row
         places = torch.empty_like(self.order)
         places[self.order] = torch.arange(len(places), device=index.device)
         self.places = places.view_as(index)  # of each token and choice, among the sorted rows
-        counts = torch.bincount(flat, minlength=experts)[:experts]
-        self.ends = counts.cumsum(0, dtype=torch.int32)  # of each expert's rows
-        self.segments: list[tuple[int, slice]] = []  # of each expert that has rows
-        first = 0
-        for expert, count in enumerate(counts.tolist()):
-            if count:
-                self.segments.append((expert, slice(first, first + count)))
-                first += count
-        self.routed = first  # rows of an expert; those beyond the experts follow
-        self.longest = max((rows.stop - rows.start for _, rows in self.segments), default=0)
-        self.expert = flat[self.order[:first]]  # of each routed row
+        self._experts = flat[self.order]
+        numbers = torch.arange(experts, device=index.device)
+        # Of each expert's rows, (experts,).
+        self.ends = torch.searchsorted(self._experts, numbers, right=True, out_int32=True)
+
+    @cached_property
+    def segments(self) -> list[tuple[int, slice]]:
+        """The rows of each expert that has some."""
+        segments, first = [], 0
+        for expert, end in enumerate(self.ends.tolist()):
+            if end > first:
+                segments.append((expert, slice(first, end)))
+            first = end
+        return segments
+
+    @property
+    def routed(self) -> int:
+        """How many rows have an expert; those beyond the experts follow."""
+        if self.is_whole:
+            return len(self.order)
+        return self.segments[-1][1].stop if self.segments else 0
+
+    @property
+    def longest(self) -> int:
+        return max((rows.stop - rows.start for _, rows in self.segments), default=0)
+
+    @property
+    def expert(self) -> Tensor:
+        """The expert of each routed row."""
+        return self._experts[: self.routed]
 
     def combined(self, rows: Tensor, weights: Tensor, *, exact: bool = False) -> Tensor:
         """Return Σ_j w_tj · row_tj, (tokens, columns), in the rows' dtype; by transformers' own
