@@ -93,5 +93,5 @@ $(GPU): $(READY)
 	$(BIN)/python -m venv .venv-gpu
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  "$$(.venv-gpu/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
-	.venv-gpu/bin/python -m pip install --quiet 'triton>=3.4' 'liger-kernel>=0.6'
+	.venv-gpu/bin/python -m pip install --quiet 'triton>=3.4' 'liger-kernel>=0.8.5,<0.9'
 	@touch $@

@@ -20,6 +20,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # busy with other things costs tenfold. It also makes sums, here and in child processes, repeat.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Where there is no card, kernels in Triton are interpreted: it asks when it is first imported.
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tables are as wide here as in any terminal, whatever the tests run in.
 os.environ["COLUMNS"] = "120"
 

@@ -7,12 +7,14 @@ from unittest.mock import patch
 
 import torch
 
-from support.fake_card import CARD, card
+from support.fake_card import CARD, card, on_card
 from veneer.kernels import choice
 from veneer.kernels.attention import Attention, Packing
 from veneer.lowrank.expert_gates import KnownGate
 from veneer.lowrank.expert_stacks import Experts, Stack, StackUpdate
 from veneer.lowrank.experts import routed_experts
+from veneer.quant.nf4 import NF4
+from veneer.quant.weight import product, product_back
 
 HOPPER = choice.Device("cuda", (9, 0), flash=True)
 BF16 = {"dtype": torch.bfloat16, "device": CARD}
@@ -68,7 +70,22 @@ def experts(rank: int, shares_A: bool) -> dict[str, Any]:
         return {"waits": waits, **shapes}
 
 
+def nf4(tokens: int) -> dict[str, Any]:
+    weight = NF4.quantize(torch.randn(48, 64), torch.bfloat16)
+    with card() as watch:
+        weight.codes, weight.state = on_card((weight.codes, weight.state))
+        weight.device = CARD
+        x = torch.randn(tokens, 64, **BF16)
+        with watch.counting() as waits:
+            few = weight.product_of_few(x)
+            y = product(x, weight, x.new_empty(tokens, 48))
+            dx = product_back(y, weight)
+        return {"waits": waits, "by codes": few is not None, "dx": list(dx.shape)}
+
+
 CASES = {
+    "nf4, few tokens": lambda: nf4(4),
+    "nf4, many tokens": lambda: nf4(600),
     "attention": lambda: attention(None, False),
     "attention in a window": lambda: attention(5, False),
     "attention with sinks": lambda: attention(None, True),

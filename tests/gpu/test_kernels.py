@@ -22,3 +22,9 @@ def test_experts_have_gradients_of_their_factors_shapes(case, pretend):
     result = pretend("kernels_cases", case)
     assert result["y"] == [20, 48]
     assert all(result["as leaves"])
+
+
+def test_few_tokens_are_multiplied_with_the_codes(pretend):
+    few, many = (pretend("kernels_cases", f"nf4, {n} tokens") for n in ("few", "many"))
+    assert (few["by codes"], few["dx"]) == (True, [4, 64])
+    assert (many["by codes"], many["dx"]) == (False, [600, 64])

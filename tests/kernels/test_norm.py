@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -14,19 +13,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from support.closeness import assert_no_further
+from support.norms import KINDS, exact, norm_of
 from veneer.kernels import norm
 from veneer.kernels.norm import Norm
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-KINDS: dict[str, dict[str, Any]] = {
-    "llama": {"rounds": True},
-    "gemma": {"offset": 1.0},
-    "olmo2": {},
-    "cohere": {"centred": True},
-    "layer_norm": {"centred": True, "bias": True},
-    "no_weight": {"centred": True, "weight": False},
-    "rms_bias": {"bias": True, "rounds": True},
-}
 MODULES = {
     "llama": LlamaRMSNorm,
     "gemma": GemmaRMSNorm,
@@ -35,24 +26,6 @@ MODULES = {
     "cohere": CohereLayerNorm,
     "layer_norm": nn.LayerNorm,
 }
-
-
-def norm_of(kind: str, dim: int, dtype: torch.dtype) -> Norm:
-    settings = dict(KINDS[kind])
-    weight = torch.randn(dim).to(dtype) if settings.pop("weight", True) else None
-    bias = torch.randn(dim).to(dtype) if settings.pop("bias", False) else None
-    return Norm(weight, bias=bias, eps=1e-5, **settings)
-
-
-def exact(own: Norm, x: Tensor) -> Tensor:
-    """Return what torch's functions give in float64."""
-    weight = torch.ones(x.shape[-1]) if own.weight is None else own.weight
-    bias = None if own.bias is None else own.bias.double()
-    scale = weight.double() + own.offset
-    if own.centred:
-        return F.layer_norm(x.double(), x.shape[-1:], scale, bias, own.eps)
-    y = F.rms_norm(x.double(), x.shape[-1:], scale, own.eps)
-    return y if bias is None else y + bias
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -134,6 +134,26 @@ def test_all_kinds_that_others_store(quant_type, nested):
     assert torch.equal(ours.dequantize(), by_definition(codes, state, torch.bfloat16))
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_bitsandbytes_multiplies_with_our_codes(quant_type, nested):
+    """As a card does for few tokens; here its own formula computes."""
+    codes, state = reference.quantize_4bit(
+        drawn((130, 192), torch.float32),
+        blocksize=64,
+        compress_statistics=nested,
+        quant_type=quant_type,
+    )
+    weight = NF4(codes, state, torch.float32)
+    values, x = weight.dequantize(), drawn((5, 192), torch.float32, 1)
+    exact = x.double() @ values.double().T
+    assert_no_further(weight._product(x), x @ values.T, exact)
+    if quant_type == "nf4" and nested:
+        ours = NF4.quantize(drawn((130, 192), torch.float32), torch.float32)
+        assert torch.equal(ours._product(x), weight._product(x))
+    assert weight.product_of_few(x) is None  # on the CPU our own kernels are faster
+
+
 @pytest.mark.parametrize("kind", [NF4, Int8])
 @pytest.mark.parametrize("shape", [(1024, 100), (130, 192), (700, 64), (33, 7)])
 def test_products_by_blocks_of_rows(kind, shape, monkeypatch):

@@ -1,18 +1,11 @@
-"""Kernels in Triton, run on a card where there is one, and else by Triton's interpreter.
+"""Kernels in Triton, run on a card where there is one, and else by Triton's interpreter."""
 
-Imported before any kernel: Triton asks for its interpreter where a kernel is defined.
-"""
-
-import os
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
 needs_triton = [
     pytest.mark.triton,
     pytest.mark.skipif(

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from veneer.kernels import choice
 from veneer.kernels.native import kernel
 
 
@@ -38,6 +39,17 @@ class Norm:
         (rows, 2) in float32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
         native = kernel("norm", x, self.weight, self.bias)
+        way = self._way(x)
+        if way == "liger":
+            from veneer.kernels import liger_norm
+
+            assert self.weight is not None
+            settings = (self.weight, self.eps, self.offset)
+            y, rstd = liger_norm.forward(x, *settings, rounds=self.rounds)
+            return y, torch.stack([torch.zeros_like(rstd), rstd], 1)
+        if way == "layer_norm":
+            y, *two = torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            return y, torch.cat([x.view(-1, 1) for x in two], 1)
         if native is None:
             hat = x.to(wide)
             mean = hat.mean(-1, keepdim=True) if self.centred else torch.zeros_like(hat[..., :1])
@@ -62,6 +74,18 @@ class Norm:
         """Return the gradient of x, shaped as x, with `residual` added to it: the gradient of x
         from what else uses it. statistics: as `forward` returned them."""
         native = kernel("norm_backward", x, dy, self.weight, residual)
+        way = self._way(x)
+        if way == "liger":
+            from veneer.kernels import liger_norm
+
+            assert self.weight is not None
+            inputs = (dy, x, self.weight, statistics[:, 1].contiguous(), residual, self.offset)
+            return liger_norm.backward(*inputs, rounds=self.rounds)
+        if way == "layer_norm":
+            two = (own.reshape(*x.shape[:-1], 1) for own in statistics.T.contiguous())
+            inputs = (dy, x, x.shape[-1:], *two, self.weight, self.bias, [True, False, False])
+            dx, *_ = torch.ops.aten.native_layer_norm_backward(*inputs)
+            return dx if residual is None else residual + dx
         if native is None:
             mean, rstd = statistics.view(*x.shape[:-1], 2).split(1, -1)
             hat = (x.to(statistics.dtype) - mean) * rstd
@@ -76,6 +100,15 @@ class Norm:
         inputs = (dy.contiguous(), x, weight, statistics, residual)
         native(*inputs, offset, self.centred, dx, x.numel() // dim, dim)
         return dx
+
+    def _way(self, x: Tensor) -> choice.NormWay:
+        like = all(w is None or w.dtype == x.dtype for w in (self.weight, self.bias))
+        if self.centred:
+            plain = like and not self.offset and not self.rounds
+        else:
+            plain = like and self.weight is not None and self.bias is None
+        device = choice.device_of(x.device)
+        return choice.norm(device, x.dtype, centred=self.centred, plain=plain)
 
     def _weight_of(self, x: Tensor) -> tuple[Tensor, float]:
         """Return w and offset; w = 0 and offset = 1 where there is no weight."""

@@ -22,6 +22,9 @@ from veneer.kernels.native import kernel
 from veneer.quant.weight import QuantizedWeight
 
 BLOCK, BLOCK_OF_SCALES = 64, 256
+# Tokens up to which bitsandbytes may multiply with the codes on a card; beyond, it says itself, the
+# dequantized weight is faster (backends/cuda/ops.py), of which we make a piece at a time.
+FEW = 512
 STATE = "weight.quant_state.bitsandbytes__"  # followed by the kind, nf4 or fp4
 
 
@@ -64,6 +67,34 @@ class NF4(QuantizedWeight):
         state = bnb.QuantState.from_dict(entries, device=codes.device)
         # Some files have the bytes as wider numbers, which FSDP needs.
         return cls(codes.view(torch.uint8).view(-1, 1), state, dtype)
+
+    def product_of_few(self, x: Tensor) -> Tensor | None:
+        state = self.state
+        if x.device.type != "cuda" or len(x) > FEW or self.shape[1] % state.blocksize:
+            return None
+        if state.nested and state.state2.blocksize != BLOCK_OF_SCALES:
+            return None
+        if not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # which 0.50 brought
+            return None
+        if self.before_use is not None:
+            self.before_use()
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ by bitsandbytes, which on a card chooses by size whether its kernel reads
+        the codes, or the weight is dequantized."""
+        state = self.state
+        nested: dict[str, Tensor] = {}
+        if state.nested:
+            nested = {
+                "absmax_8bit": state.absmax,
+                "absmax_code": state.state2.code,
+                "absmax_offset": state.offset,
+            }
+        scales = state.state2.absmax if state.nested else state.absmax
+        settings = (self.shape, scales, state.blocksize, state.quant_type)
+        y: Tensor = torch.ops.bitsandbytes.gemm_4bit(x, self.codes, *settings, **nested)
+        return y
 
     @property
     def _row_unit(self) -> int:

@@ -67,6 +67,11 @@ class QuantizedWeight(ABC):
             last = min(first + step, out)
             yield slice(first, last), self._dequantize_rows(first, last)
 
+    def product_of_few(self, x: Tensor) -> Tensor | None:
+        """Return x Wᵀ, (tokens, out), by a kernel that reads the codes themselves, or None where
+        there is none. x (tokens, in), of W's dtype."""
+        return None
+
     @property
     @abstractmethod
     def _row_unit(self) -> int:
@@ -111,6 +116,8 @@ def product(x: Tensor, weight: Tensor | QuantizedWeight, out: Tensor) -> Tensor:
     """Write x Wᵀ, (tokens, out), to `out` and return it. x (tokens, in), all of W's dtype."""
     if isinstance(weight, Tensor):
         return torch.mm(x, weight.T, out=out)
+    if (y := weight.product_of_few(x)) is not None:
+        return out.copy_(y)
     for rows, values in weight.blocks():
         torch.mm(x, values.to(x.dtype).T, out=out[:, rows])
     return out
