@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from support.closeness import assert_no_further
-from support.interpreted import DEVICE, DTYPES, needs_triton
+from support.interpreted import DEVICE, DTYPES, MARKS
 from support.norms import exact, norm_of
 from veneer.kernels import choice, norm
 from veneer.kernels.norm import Norm
@@ -64,7 +64,7 @@ def test_layer_norm_by_torchs_own_kernel(shape, kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gemma", "olmo2"])
 @pytest.mark.parametrize("shape", [(6, 48), (2, 3, 33)])
 class TestLiger:
-    pytestmark = needs_triton
+    pytestmark = MARKS
 
     def test_rms_norm(self, shape, kind, dtype, monkeypatch):
         pytest.importorskip("liger_kernel")

@@ -1,6 +1,5 @@
 """Kernels in Triton: each is as near to float64 as the formula in torch that stands beside it."""
 
-import itertools
 from typing import get_args
 
 import pytest
@@ -9,14 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from support.closeness import assert_no_further
-from support.interpreted import DEVICE, DTYPES, needs_triton
-from veneer.kernels import activation, cross_entropy
+from support.interpreted import DEVICE, DTYPES, MARKS
+from veneer.kernels import activation, choice, cross_entropy, low_rank
 from veneer.kernels.activation import Activation
 from veneer.kernels.cross_entropy import Logits
 from veneer.kernels.gain import apply_gain
+from veneer.kernels.mixed import FactorTable
 from veneer.kernels.rotary import Rotary
 
-pytestmark = [*needs_triton, pytest.mark.parametrize("dtype", DTYPES)]
+pytestmark = [*MARKS, pytest.mark.parametrize("dtype", DTYPES)]
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -115,25 +115,48 @@ def test_low_rank_product_with_a_gain(tokens, out, rank, has_bias, dtype):
 @pytest.mark.parametrize(("tokens", "columns", "out"), [(1, 40, 30), (18, 140, 150)])
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_rows_with_factors_of_their_own(is_transposed, tokens, columns, out, dtype):
-    from veneer.kernels import triton_mixed
-    from veneer.kernels.mixed import Addresses
+    from veneer.kernels.triton_mixed import add_own
 
     torch.manual_seed(0)
-    ranks = [3, 17, 8]
     pairs = [
         (
             random(rank, columns, dtype=dtype),
             random(*((rank, out) if is_transposed else (out, rank)), dtype=dtype),
         )
-        for rank in ranks
+        for rank in (3, 17, 8)
     ]
-    row_pairs = [1, None, 0, 1, 2]
-    x, y = (random(len(row_pairs), tokens, n, dtype=dtype) for n in (columns, out))
-    factors = Addresses.of(pairs, row_pairs, B_is_transposed=is_transposed)
-    ours = triton_mixed.add_by_addresses(x, y.clone(), factors)
-    assert torch.equal(ours[1], y[1])
-    for row, pair in itertools.compress(enumerate(row_pairs), [p is not None for p in row_pairs]):
-        A, B = pairs[pair]
+    numbers = torch.tensor([1, -1, 0, 2, 1, 3], device=DEVICE)  # the last has nothing
+    x, y = (random(len(numbers), tokens, n, dtype=dtype) for n in (columns, out))
+    table = FactorTable.of([*pairs, None], B_is_transposed=is_transposed)
+    ours = add_own(x, y.clone(), numbers, table)
+    for row, number in enumerate(numbers.tolist()):
+        if number in (-1, 3):
+            assert torch.equal(ours[row], y[row])
+            continue
+        A, B = pairs[number]
         B = B if is_transposed else B.T
         exact = y[row].double() + x[row].double() @ A.double().T @ B.double()
         assert_no_further(ours[row], y[row] + x[row] @ A.T @ B, exact, f"row {row}")
+
+
+@pytest.mark.parametrize("shares_A", [False, True])
+def test_rows_with_experts_of_their_own(shares_A, dtype, monkeypatch):
+    torch.manual_seed(0)
+    experts, columns, out = 3, 40, 30
+    pairs = [
+        (
+            random(*(() if shares_A else (experts,)), rank, columns, dtype=dtype),
+            random(experts, rank, out, dtype=dtype),
+        )
+        for rank in (3, 17)
+    ]
+    which, expert = (torch.tensor(t, device=DEVICE) for t in ([1, -1, 0, 1, 0], [2, 0, 1, 0, 2]))
+    x, y = random(5, columns, dtype=dtype), random(5, out, dtype=dtype)
+
+    def by(way: str, dtype: torch.dtype) -> Tensor:
+        monkeypatch.setattr(choice, "mixed", lambda *_: way)
+        wide = [tuple(t.to(dtype) for t in pair) for pair in pairs]
+        return low_rank.add_by_rows(x.to(dtype), wide, which, expert, y.to(dtype))
+
+    monkeypatch.setattr(low_rank, "kernel", lambda *_: None)
+    assert_no_further(by("triton", dtype), by("torch", dtype), by("torch", torch.float64))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import veneer
 from support.closeness import assert_no_further
+from support.interpreted import DEVICE, needs_triton
 from support.kinds import Kind, each_kind
 from support.plain import Plain
 from support.random_adapters import distance, ids, shake
@@ -17,6 +18,7 @@ from veneer.adapter.active import active_adapters_of
 from veneer.adapter.parameters import experts_of
 from veneer.adapter.use import use_rows
 from veneer.errors import AdapterError
+from veneer.kernels import choice
 
 # Some twice, some mixed, and the base between them.
 ROWS = ["default", None, "wide", {"default": 0.7, "dora": -0.4}, "dora", "default", {"wide": 0.5}]
@@ -61,6 +63,20 @@ def test_rows_equal_separate_runs(kind, monkeypatch):
         assert_no_further(together, alone, exact)
         veneer.use(model, None)
         assert active_adapters_of(model).row_updates is None
+
+
+@needs_triton
+@each_kind(lambda kind: str(kind) in ("lora, qwen2", "dora, llama"))
+@torch.no_grad()
+def test_rows_find_their_own_factors(kind, monkeypatch):
+    """As on a card, where one kernel follows the factors' addresses."""
+    model, tokens = beside_others(kind).to(DEVICE), ids(len(ROWS), 9).to(DEVICE)
+    use_rows(model, ROWS)
+    stacked = model(tokens, use_cache=False).logits
+    monkeypatch.setattr(choice, "mixed", lambda *_: "triton")
+    together = model(tokens, use_cache=False).logits
+    assert not torch.equal(together, stacked)  # it is another way
+    assert_no_further(together, stacked, exactly(kind, model, tokens))
 
 
 @each_kind(lambda kind: str(kind) in ("lora, qwen2", "dora, llama"))

@@ -2,7 +2,6 @@
 
 import torch
 
-from veneer.kernels.mixed import Addresses
 from veneer.lowrank.update import LowRankUpdate, RowUpdates
 
 
@@ -17,13 +16,17 @@ ROWS = (1, None, 0, 2, 1)
 
 def test_places_are_those_of_each_rows_own_factors():
     rows = RowUpdates(MIXES, ROWS)
-    addresses, gains = rows.addressed("q", rows.on("q"))
-    pairs = [(mix["q"].A, mix["q"].B.mT) for mix in MIXES[:2]]
-    of_rows = [1, None, 0, None, 1]
-    expected = Addresses.of(pairs, of_rows, B_is_transposed=True)
-    for name in ("A", "B", "ranks"):
-        assert torch.equal(getattr(addresses, name), getattr(expected, name)), name
-    assert addresses.most == 4
+    table, gains = rows.addressed("q", rows.on("q"))
+    numbers = rows.numbers_on(torch.device("cpu")).tolist()
+    for row, number in enumerate(numbers):
+        own = None if ROWS[row] is None else MIXES[ROWS[row]].get("q")
+        if own is None:
+            assert number == -1 or not table.ranks[number]
+            continue
+        places = (own.A.data_ptr(), own.B.data_ptr(), own.rank)
+        assert (table.A[number], table.B[number], table.ranks[number]) == places
+    assert table.B_is_transposed
+    assert table.most == 4
     assert gains is not None
     assert gains.shape == (5, 1, 5)
     assert torch.equal(gains[[1, 2, 3]], torch.ones(3, 1, 5))

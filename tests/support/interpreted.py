@@ -1,12 +1,22 @@
 """Kernels in Triton, run on a card where there is one, and else by Triton's interpreter."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-needs_triton = [
+
+
+def needs_triton(test: Any) -> Any:
+    """Mark a test, or let it be skipped where Triton is not installed."""
+    for mark in MARKS:
+        test = mark(test)
+    return test
+
+
+MARKS = [
     pytest.mark.triton,
     pytest.mark.skipif(
         find_spec("triton") is None, reason="triton is not there; make proof-gpu installs it"

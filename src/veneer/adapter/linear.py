@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,7 +21,7 @@ from veneer.kernels.gain import apply_gain
 from veneer.lowrank.formula import new_A
 from veneer.lowrank.initial import start_factors
 from veneer.lowrank.projection import LowRankLinear, Masks, Projection
-from veneer.lowrank.update import RowUpdates
+from veneer.lowrank.update import RowsOfUpdate, RowUpdates
 from veneer.quant.weight import linear
 
 # Up to so many ranks in all, and tokens, updates of different rows are stacked and masked; beyond,
@@ -157,14 +159,13 @@ class LoRALinear(AdaptedLayer):
         updates = row_updates.on(self)
         if not updates:
             return y
-        dtypes = {y.dtype, x.dtype, *(each.update.A.dtype for each in updates)}
         ranks = sum(each.update.rank for each in updates)
         few = ranks <= STACKED_RANKS and x.shape[:2].numel() <= STACKED_TOKENS
-        if len(dtypes) == 1 and choice.mixed(choice.device_of(x.device), *dtypes) == "triton":
-            from veneer.kernels.triton_mixed import add_by_addresses
+        if _finds_own_rows(x, y, updates):
+            from veneer.kernels.triton_mixed import add_own
 
-            addresses, gain = row_updates.addressed(self, updates)
-            y = add_by_addresses(x.contiguous(), y.contiguous(), addresses)
+            table, gain = row_updates.addressed(self, updates)
+            y = add_own(x.contiguous(), y, row_updates.numbers_on(x.device), table)
         elif few or row_updates.numbers is not None:
             stacked = row_updates.stacked(self, updates)
             h = F.linear(x, stacked.A)  # (rows, tokens, Σ rank)
@@ -179,3 +180,14 @@ class LoRALinear(AdaptedLayer):
             bias: Tensor | None = self.original.bias  # type: ignore[assignment]
             y = apply_gain(y, gain, bias)
         return y.to(x.dtype)
+
+
+def _finds_own_rows(x: Tensor, y: Tensor, updates: Sequence[RowsOfUpdate]) -> bool:
+    """Return whether the kernel by which each row finds its own factors takes these tensors. It
+    has no gradient, and adds to y in place."""
+    factors = [factor for each in updates for factor in (each.update.A, each.update.B)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors)):
+        return False
+    dtypes = {t.dtype for t in (x, y, *factors)}
+    way = choice.mixed(choice.device_of(x.device), *dtypes)
+    return way == "triton" and len(dtypes) == 1 and y.is_contiguous()

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from veneer.kernels import choice
+from veneer.kernels.mixed import FactorTable
 from veneer.kernels.native import kernel
 
 MOST_RANKS = 4
@@ -57,6 +59,15 @@ def add_by_rows(
     """
     tensors = [x, y, *(t for pair in updates for t in pair)]
     native = kernel("low_rank_rows", *tensors)
+    dtypes = {t.dtype for t in tensors}
+    way = choice.mixed(choice.device_of(x.device), *dtypes)
+    if native is None and way == "triton" and len(dtypes) == 1 and y.is_contiguous():
+        from veneer.kernels.triton_mixed import add_own
+
+        experts = len(updates[0][1])
+        table = FactorTable.of(updates, experts=experts, B_is_transposed=True)
+        numbers = torch.where(which < 0, which, which * experts + expert)
+        return add_own(x.contiguous()[:, None], y[:, None], numbers, table)[:, 0]
     if native is None or not all(t.is_contiguous() for t in tensors):
         for number, (A, Bt) in enumerate(updates):
             for row in (which == number).nonzero()[:, 0].tolist():

@@ -1,4 +1,4 @@
-"""Where the factors are that each row of a batch has of its own, for kernels that follow them."""
+"""Where the factors of several adapters are, for kernels in which each row finds its own."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from veneer.kernels.transfer import sent
+
 
 @dataclass(frozen=True)
-class Addresses:
-    """Where each row's A (rank, in) is, and its B (out, rank), or Bᵀ (rank, out); contiguous, and
+class FactorTable:
+    """Where each pair's A (rank, in) is, and its B (out, rank), or Bᵀ (rank, out): contiguous, and
     all of one dtype.
 
-    A, B, ranks (rows,), int64, on the device; the rank is 0 where nothing acts on a row. most: the
-    highest rank. factors: what lies there, which nobody else may hold.
+    A, B, ranks (pairs,), int64, on the device. The rank is 0 where a pair adds nothing. most: the
+    highest rank. factors: what lies there, kept for as long as the table.
     """
 
     A: Tensor
@@ -28,18 +30,25 @@ class Addresses:
     @classmethod
     def of(
         cls,
-        pairs: Sequence[tuple[Tensor, Tensor]],
-        pair_of_row: Sequence[int | None],
+        pairs: Sequence[tuple[Tensor, Tensor] | None],
         *,
+        experts: int = 1,
         B_is_transposed: bool = False,
-    ) -> Addresses:
-        """Return where the factors of rows are. pairs: A and B, or Bᵀ; pair_of_row: the number of
-        each row's pair, or None where nothing acts."""
-        pairs = [(A.contiguous(), B.contiguous()) for A, B in pairs]
-        places = [(A.data_ptr(), B.data_ptr(), len(A)) for A, B in pairs]
-        rows = [(0, 0, 0) if pair is None else places[pair] for pair in pair_of_row]
-        table = torch.tensor(rows, dtype=torch.int64).T.contiguous()
-        A, B, ranks = table.to(pairs[0][0].device, non_blocking=True)
-        most = max(len(A) for A, _ in pairs)
-        factors = tuple(factor for pair in pairs for factor in pair)
-        return cls(A, B, ranks, most, factors, B_is_transposed)
+    ) -> FactorTable:
+        """Return the table of pairs of A and B; None adds nothing. With experts each pair is as
+        many of the table: B has them in a dimension before its own, and so has A unless they share
+        it."""
+        given = [pair and (pair[0].contiguous(), pair[1].contiguous()) for pair in pairs]
+        factors = tuple(factor for pair in given if pair for factor in pair)
+        nothing = torch.zeros(3, experts, dtype=torch.int64)
+        columns = [nothing if pair is None else _places(*pair, experts) for pair in given]
+        table = sent(torch.cat(columns, 1), factors[0].device)
+        most = max(A.shape[-2] for A in factors[::2])
+        return cls(*table, most, factors, B_is_transposed)
+
+
+def _places(A: Tensor, B: Tensor, experts: int) -> Tensor:
+    """Return the addresses of A and B and the rank, (3, experts)."""
+    each = torch.arange(experts)
+    addresses = [x.data_ptr() + each * (x[0].nbytes if x.ndim > 2 else 0) for x in (A, B)]
+    return torch.stack([*addresses, torch.full_like(each, A.shape[-2])])

@@ -44,8 +44,7 @@ class Norm:
             from veneer.kernels import liger_norm
 
             assert self.weight is not None
-            settings = (self.weight, self.eps, self.offset)
-            y, rstd = liger_norm.forward(x, *settings, rounds=self.rounds)
+            y, rstd = liger_norm.forward(x, self.weight, self.eps, self.offset, rounds=self.rounds)
             return y, torch.stack([torch.zeros_like(rstd), rstd], 1)
         if way == "layer_norm":
             y, *two = torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
@@ -79,12 +78,16 @@ class Norm:
             from veneer.kernels import liger_norm
 
             assert self.weight is not None
-            inputs = (dy, x, self.weight, statistics[:, 1].contiguous(), residual, self.offset)
-            return liger_norm.backward(*inputs, rounds=self.rounds)
+            rstd = statistics[:, 1].contiguous()
+            return liger_norm.backward(
+                dy, x, self.weight, rstd, residual, self.offset, rounds=self.rounds
+            )
         if way == "layer_norm":
-            two = (own.reshape(*x.shape[:-1], 1) for own in statistics.T.contiguous())
-            inputs = (dy, x, x.shape[-1:], *two, self.weight, self.bias, [True, False, False])
-            dx, *_ = torch.ops.aten.native_layer_norm_backward(*inputs)
+            each = (own.reshape(*x.shape[:-1], 1) for own in statistics.T.contiguous())
+            weights = (self.weight, self.bias, [True, False, False])  # a gradient of x alone
+            dx: Tensor = torch.ops.aten.native_layer_norm_backward(
+                dy, x, x.shape[-1:], *each, *weights
+            )[0]
             return dx if residual is None else residual + dx
         if native is None:
             mean, rstd = statistics.view(*x.shape[:-1], 2).split(1, -1)

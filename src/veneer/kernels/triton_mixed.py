@@ -1,4 +1,4 @@
-"""y_r ← y_r + (x_r A_rᵀ) B_rᵀ, where each row r of a batch has factors of its own, at addresses.
+"""y_r ← y_r + (x_r Aᵀ) Bᵀ, where each row r of a batch finds factors of its own by their addresses.
 
 Rows of one token are Punica's BGMV, rows of many its SGMV (Chen et al. 2023); here both are one
 pair of kernels, since all tokens of a row share its factors, whose ranks may differ.
@@ -13,28 +13,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.mixed import Addresses
+from veneer.kernels.mixed import FactorTable
 
 # Of a program's block. A product takes no fewer than 16 of anything.
 TOKENS, RANKS, COLUMNS = 16, 16, 128
 
 
-def add_by_addresses(x: Tensor, y: Tensor, factors: Addresses) -> Tensor:
-    """Add each row's own to y (rows, tokens, out), contiguous, and return it. x (rows, tokens, in),
-    contiguous, of y's dtype and the factors'."""
+def add_own(x: Tensor, y: Tensor, numbers: Tensor, table: FactorTable) -> Tensor:
+    """Add each row's own to y (rows, tokens, out), and return it.
+
+    x (rows, tokens, in); both contiguous, and of the factors' dtype. numbers (rows,), int64: which
+    pair of the table is a row's, or -1 for none.
+    """
     rows, tokens, columns = x.shape
     out = y.shape[2]
-    if not factors.most or not x.numel():
+    if not table.most or not x.numel():
         return y
-    h = torch.empty(rows, tokens, factors.most, dtype=x.dtype, device=x.device)
+    h = torch.empty(rows, tokens, table.most, dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(tokens, TOKENS)
-    _project[(rows, blocks, triton.cdiv(factors.most, RANKS))](
-        *(x, factors.A, factors.ranks, h, tokens, columns, factors.most),
+    _project[(rows, blocks, triton.cdiv(table.most, RANKS))](
+        *(x, numbers, table.A, table.ranks, h, tokens, columns, table.most),
         *(TOKENS, RANKS, COLUMNS),
     )
     _add[(rows, blocks, triton.cdiv(out, COLUMNS))](
-        *(h, factors.B, factors.ranks, y, tokens, out, factors.most),
-        *(factors.B_is_transposed, TOKENS, RANKS, COLUMNS),
+        *(h, numbers, table.B, table.ranks, y, tokens, out, table.most),
+        *(table.B_is_transposed, TOKENS, RANKS, COLUMNS),
     )
     return y
 
@@ -42,6 +45,7 @@ def add_by_addresses(x: Tensor, y: Tensor, factors: Addresses) -> Tensor:
 @triton.jit
 def _project(
     x: Any,
+    numbers: Any,
     addresses: Any,
     ranks: Any,
     h: Any,
@@ -54,10 +58,11 @@ def _project(
 ) -> None:
     """h_r = x_r A_rᵀ, (tokens, rank)."""
     row = tl.program_id(0).to(tl.int64)
-    rank = tl.load(ranks + row)
+    number = tl.load(numbers + row)
+    rank = tl.load(ranks + number, mask=number >= 0, other=0)
     along = tl.program_id(2) * block_ranks + tl.arange(0, block_ranks)
     if tl.program_id(2) * block_ranks < rank:
-        A = tl.load(addresses + row).to(tl.pointer_type(x.dtype.element_ty))
+        A = tl.load(addresses + number).to(tl.pointer_type(x.dtype.element_ty))
         token = (tl.program_id(1) * block_tokens + tl.arange(0, block_tokens))[:, None]
         total = tl.zeros((block_tokens, block_ranks), tl.float32)
         for first in range(0, columns, block_columns):
@@ -74,6 +79,7 @@ def _project(
 @triton.jit
 def _add(
     h: Any,
+    numbers: Any,
     addresses: Any,
     ranks: Any,
     y: Any,
@@ -87,9 +93,10 @@ def _add(
 ) -> None:
     """y_r += h_r B_rᵀ, (tokens, out)."""
     row = tl.program_id(0).to(tl.int64)
-    rank = tl.load(ranks + row)
+    number = tl.load(numbers + row)
+    rank = tl.load(ranks + number, mask=number >= 0, other=0)
     if rank > 0:
-        B = tl.load(addresses + row).to(tl.pointer_type(h.dtype.element_ty))
+        B = tl.load(addresses + number).to(tl.pointer_type(h.dtype.element_ty))
         token = (tl.program_id(1) * block_tokens + tl.arange(0, block_tokens))[:, None]
         column = (tl.program_id(2) * block_columns + tl.arange(0, block_columns))[None, :]
         total = tl.zeros((block_tokens, block_columns), tl.float32)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels.mixed import Addresses
+from veneer.kernels.mixed import FactorTable
 from veneer.kernels.transfer import sent
 from veneer.lowrank.formula import total_gain
 
@@ -95,14 +95,7 @@ class _Stack:
     gains: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Where A and Bᵀ of no mix and of each are, and their rank, (3, mixes + 1); what lies
-    there, and the gains as in `_Stack`."""
-
-    places: Tensor
-    factors: tuple[Tensor, ...]
-    gains: Tensor | None
+_Table = tuple[FactorTable, Tensor | None]  # of all mixes, and their gains as in `_Stack`
 
 
 @dataclass(frozen=True)
@@ -164,15 +157,17 @@ class RowUpdates:
 
     def addressed(
         self, layer: Hashable, updates: Sequence[RowsOfUpdate]
-    ) -> tuple[Addresses, Tensor | None]:
-        """Return where the factors are that act on each row, and the gain of each row, (rows, 1,
-        out), or None where all are 1."""
-        if (table := self._tables.get(layer)) is None:
-            table = self._tables[layer] = _table(updates, len(self.mixes))
-        A, B, ranks = table.places.index_select(1, self.numbers_on(table.places.device) + 1)
-        most = max(each.update.rank for each in updates)
-        addresses = Addresses(A, B, ranks, most, table.factors, B_is_transposed=True)
-        return addresses, self._gain_of_rows(table.gains)
+    ) -> tuple[FactorTable, Tensor | None]:
+        """Return where the factors are of each mix, by its number, and the gain of each row,
+        (rows, 1, out), or None where all are 1."""
+        if layer not in self._tables:
+            every = [mix.get(layer) for mix in self.mixes]
+            # Bᵀ is how the adapter cache keeps B: no copy.
+            pairs = [own and (own.A, own.B.mT) for own in every]
+            table = FactorTable.of(pairs, B_is_transposed=True)
+            self._tables[layer] = table, _gains(updates, len(self.mixes))
+        table, gains = self._tables[layer]
+        return table, self._gain_of_rows(gains)
 
     def gains(self, updates: Sequence[RowsOfUpdate]) -> Tensor | None:
         """Return the gain of each row, (rows, 1, out), or None where all are 1."""
@@ -207,17 +202,6 @@ def _stack(updates: Sequence[RowsOfUpdate], mixes: int) -> _Stack:
         for each in updates
     ]
     return _Stack(A, B, torch.cat(mix_of_rank), _gains(updates, mixes))
-
-
-def _table(updates: Sequence[RowsOfUpdate], mixes: int) -> _Table:
-    places = [(0, 0, 0)] * (mixes + 1)
-    factors: list[Tensor] = []
-    for each in updates:
-        A, Bt = each.update.A.contiguous(), each.update.B.mT.contiguous()
-        places[each.mix + 1] = A.data_ptr(), Bt.data_ptr(), len(A)
-        factors += [A, Bt]
-    table = sent(torch.tensor(places).T.contiguous(), factors[0].device)
-    return _Table(table, tuple(factors), _gains(updates, mixes))
 
 
 def _gains(updates: Sequence[RowsOfUpdate], mixes: int) -> Tensor | None:
