@@ -65,9 +65,9 @@ def add_by_rows(
         from veneer.kernels.triton_mixed import add_own
 
         experts = len(updates[0][1])
-        table = FactorTable.of(updates, experts=experts, B_is_transposed=True)
+        factors = FactorTable.of(updates, experts=experts, B_is_transposed=True)
         numbers = torch.where(which < 0, which, which * experts + expert)
-        return add_own(x.contiguous()[:, None], y[:, None], numbers, table)[:, 0]
+        return add_own(x.contiguous()[:, None], y[:, None], numbers, factors)[:, 0]
     if native is None or not all(t.is_contiguous() for t in tensors):
         for number, (A, Bt) in enumerate(updates):
             for row in (which == number).nonzero()[:, 0].tolist():

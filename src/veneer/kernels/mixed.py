@@ -42,9 +42,9 @@ class FactorTable:
         factors = tuple(factor for pair in given if pair for factor in pair)
         nothing = torch.zeros(3, experts, dtype=torch.int64)
         columns = [nothing if pair is None else _places(*pair, experts) for pair in given]
-        table = sent(torch.cat(columns, 1), factors[0].device)
+        A, B, ranks = sent(torch.cat(columns, 1), factors[0].device)
         most = max(A.shape[-2] for A in factors[::2])
-        return cls(*table, most, factors, B_is_transposed)
+        return cls(A, B, ranks, most, factors, B_is_transposed)
 
 
 def _places(A: Tensor, B: Tensor, experts: int) -> Tensor:
