@@ -106,5 +106,11 @@ def test_what_is_missing_is_said_once_and_with_what_to_do():
     assert "flash attention" in choice.slower_on(replace(HOPPER, flash=False))
 
 
+def test_experts_that_wait_are_announced_where_they_do():
+    assert choice.slower_experts_on(HOPPER, BF16) == choice.slower_experts_on(CPU, BF16) == ""
+    assert "waits for the card" in choice.slower_experts_on(ADA, BF16)
+    assert "grouped products want bf16" in choice.slower_experts_on(HOPPER, F16)
+
+
 def test_this_machine_is_described():
     assert choice.device_of(torch.device("cpu")) == CPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,14 +149,21 @@ def test_output_and_gradients_equal_plain_autograd(name, route):
             assert_no_further(ours, theirs, theirs, slack=1e-10)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        *itertools.product(["compiled", "formula"], [torch.float64, torch.float32]),
+        ("grouped", torch.float32),
+    ],
+)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", ["gated", "transposed, biased, own gate", "shared A", "normed"])
 @torch.no_grad()
-def test_each_token_with_an_update_of_its_own(name, route, dtype, compiled, monkeypatch):
-    if not compiled:
+def test_each_token_with_an_update_of_its_own(name, route, dtype, way, monkeypatch):
+    if way == "formula":
         monkeypatch.setattr(low_rank, "kernel", lambda *_: None)
+    if way == "grouped":
+        monkeypatch.setattr(choice, "experts", lambda *_, **__: "grouped")
     mixture = MIXTURES[name]
     experts, (x, index, weights) = mixture.experts(), inputs(route)
     which = torch.tensor([0, -1, 2, 1, 0, 2])

@@ -263,9 +263,12 @@ def choose_forward(
             f"{why_not_head}"
         )
     notices += _of_slow_experts(routed)
+    device = choice.device_of(model.device)
+    if routed and (why := choice.slower_experts_on(device, model.dtype)):
+        notices.append(f"{why}.")
     if model.device.type == "cpu" and (why := native.load()[1]):
         notices.append(f"Norms, activations and attention take a slower way: {why}.")
-    if why := choice.slower_on(choice.device_of(model.device)):
+    if why := choice.slower_on(device):
         notices.append(f"Norms, activations and attention take a slower way: {why}.")
     blocks = decoder_layers(model)
     on_disk = recompute == "disk"

@@ -143,6 +143,16 @@ def uses_triton(*tensors: Tensor | None) -> bool:
     return elementwise(device_of(given[0].device), *(x.dtype for x in given)) == "triton"
 
 
+def slower_experts_on(device: Device, dtype: torch.dtype) -> str:
+    """Return what a person should know of a mixture's experts on a device, or ""."""
+    if device.type != "cuda" or experts(device, dtype, quantized=False) == "grouped":
+        return ""
+    return (
+        "Experts are computed one after the other, and each mixture waits for the card to say how "
+        "many rows they have: grouped products want bf16 on Hopper or Blackwell for data centres"
+    )
+
+
 def _has_triton(device: Device, *dtypes: torch.dtype) -> bool:
     return (
         device.triton

@@ -108,9 +108,13 @@ def _stack_at_once(x: Tensor, stack: Stack, routing: Routing) -> Tensor:
     y[routed:] = 0
     update = stack.update
     if isinstance(update, TokenUpdates):
-        pairs = [(each.A, each.Bt) for each in update.updates]
         which = update.which[routing.token[:routed]]
-        low_rank.add_by_rows(x[:routed], pairs, which, routing.expert, y[:routed])
+        if routing.is_whole and choice.mixed(choice.device_of(x.device), x.dtype) == "torch":
+            for number, each in enumerate(update.updates):
+                add_update(x, y, each, routing, which == number)
+        else:
+            pairs = [(each.A, each.Bt) for each in update.updates]
+            low_rank.add_by_rows(x[:routed], pairs, which, routing.expert, y[:routed])
     elif update is not None and routing.is_whole:
         add_update(x, y, update, routing)
     elif update is not None:

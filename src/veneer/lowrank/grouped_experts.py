@@ -39,10 +39,16 @@ def grouped_experts(
     return y
 
 
-def add_update(x: Tensor, y: Tensor, update: StackUpdate, routing: Routing) -> Tensor:
+def add_update(
+    x: Tensor, y: Tensor, update: StackUpdate, routing: Routing, acts: Tensor | None = None
+) -> Tensor:
     """Add B (A x) of each row's expert to `y`, (rows, out), and return A x, (rows, aligned rank).
-    x (rows, in): sorted."""
+
+    x (rows, in): sorted. acts (rows,): whether the update acts on each row; it does if None.
+    """
     h = _through_A(x, update, routing)
+    if acts is not None:
+        h *= acts[:, None]
     y += F.grouped_mm(h, _aligned(update.Bt), offs=routing.ends)
     return h
 
