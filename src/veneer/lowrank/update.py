@@ -163,7 +163,7 @@ class RowUpdates:
         if layer not in self._tables:
             every = [mix.get(layer) for mix in self.mixes]
             # Bᵀ is how the adapter cache keeps B: no copy.
-            pairs = [own and (own.A, own.B.mT) for own in every]
+            pairs = [None if own is None else (own.A, own.B.mT) for own in every]
             table = FactorTable.of(pairs, B_is_transposed=True)
             self._tables[layer] = table, _gains(updates, len(self.mixes))
         table, gains = self._tables[layer]
