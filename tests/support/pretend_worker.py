@@ -3,11 +3,13 @@
     python tests/support/pretend_worker.py RUN ATTEMPT SERVER
 
 It makes the steps that the job's settings ask for; after the one in the file `wait`, it waits until
-that file is gone. It fails where they ask for a rank of 13, and dies at once at 14.
+that file is gone. The adapter that it leaves is a copy of the directory `result`. It fails where
+they ask for a rank of 13, and dies at once at 14.
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -38,7 +40,8 @@ def main(run: str, attempt: str, server: str) -> None:
     wait = Path(run).parent / "wait"
     for step in range(done + 1, steps + 1):
         data = {"step": step, "total_steps": steps, "train_loss": 1 / step, "tokens": 10}
-        directory.append_metrics({"step": step, "loss": 1 / step})
+        line = {"step": step, "loss": 1 / step, "tokens": 10, "seconds": 0.1}
+        directory.append_metrics(line)
         (directory.checkpoints / f"step-{step:06d}").mkdir(parents=True)
         log.add(JobEvent(f"Step {step}/{steps}: training loss={1 / step:.4f}", data=data))
         log.add(JobEvent(f"Checkpoint created at step {step}.", data={"checkpoint": step}))
@@ -48,7 +51,11 @@ def main(run: str, attempt: str, server: str) -> None:
             log.add(JobEvent(f"Stopped after step {step}.", data={"stopped": step}))
             log.end("stopped")
             return
-    directory.adapter().mkdir()
+    result = Path(run).parent / "result"
+    if result.exists():
+        shutil.copytree(result, directory.adapter())
+    else:
+        directory.adapter().mkdir()
     log.end("succeeded")
 
 

@@ -48,7 +48,7 @@ def create_app(
     app.include_router(loading.routes(served, loading_root))
     app.include_router(files.routes(jobs))
     app.include_router(fine_tuning.routes(jobs))
-    app.include_router(panel.routes(served, Runs(runs) if runs is not None else None))
+    app.include_router(panel.routes(served, Runs(runs) if runs is not None else None, jobs))
     panel.add_page(app)
 
     @app.get("/health")

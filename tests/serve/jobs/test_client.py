@@ -1,5 +1,7 @@
 """OpenAI's own client, as it is, against the routes for files and jobs."""
 
+import time
+
 import openai
 import pytest
 
@@ -131,7 +133,7 @@ def test_a_job_is_paused_resumed_and_cancelled(client, file, wait, server):
     job = jobs.create(model="tiny", training_file=file.id, extra_body={"steps": 4})
     behind = jobs.create(model="tiny", training_file=file.id)
     while not jobs.retrieve(job.id).step:
-        pass
+        time.sleep(0.02)
     assert jobs.retrieve(behind.id).status == "queued"
     with pytest.raises(openai.BadRequestError, match="needed by"):
         client.files.delete(file.id)
@@ -140,12 +142,12 @@ def test_a_job_is_paused_resumed_and_cancelled(client, file, wait, server):
     with pytest.raises(openai.BadRequestError, match="is paused"):
         jobs.pause(job.id)
     while not server.jobs.store.events(job.id, limit=1, kind="stopped"):
-        pass
+        time.sleep(0.02)
     wait.write_text("3")
     assert jobs.resume(job.id).status == "queued"
     until(client, job.id, "running")
     while jobs.retrieve(job.id).step < 3:
-        pass
+        time.sleep(0.02)
     assert jobs.cancel(job.id).status == "cancelled"
     assert jobs.cancel(behind.id).status == "cancelled"
     for refused in (jobs.cancel, jobs.resume, jobs.pause):

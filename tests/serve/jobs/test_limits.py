@@ -29,7 +29,7 @@ def test_training_is_off_unless_it_is_enabled():
 
 
 def test_what_is_too_large_or_too_many_is_refused(tmp_path):
-    bounds = Bounds(upload_bytes=3000, disk_bytes=120_000, waiting=1)
+    bounds = Bounds(upload_bytes=3000, disk_bytes=20_000_000, waiting=1)
     with training(tmp_path / "runs", bounds=bounds) as server:
         client = client_of(server)
         with pytest.raises(openai.APIStatusError) as refused:
@@ -46,7 +46,8 @@ def test_what_is_too_large_or_too_many_is_refused(tmp_path):
         client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
         with pytest.raises(openai.RateLimitError):
             client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
-        (server.jobs.places.root / "large").write_bytes(bytes(120_000))
+        with (server.jobs.places.root / "large").open("wb") as large:
+            large.truncate(20_000_000)
         with pytest.raises(openai.BadRequestError, match="delete files"):
             upload(client)
 

@@ -2,31 +2,16 @@
 
 import json
 import re
-import shutil
 import time
 
 import pytest
 import yaml
 
+from support.browser import needs_chromium, opened, serious
 from support.server import API, running, scripted
 from veneer.serve.config import Keys
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no Chromium here (Debian's package chromium)"
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+pytestmark = needs_chromium
 
 
 class Training:
@@ -64,32 +49,8 @@ def site(two, tmp_path_factory):
 
 @pytest.fixture(params=["light", "dark"])
 def page(browser, site, request):
-    context = browser.new_context(color_scheme=request.param, reduced_motion="reduce")
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    page.faults = []
-    page.on("pageerror", lambda error: page.faults.append(str(error)))
-    page.on("console", lambda line: page.faults.append(line.text) if line.type == "error" else None)
-    page.on(
-        "request",
-        lambda asked: page.faults.append(asked.url) if site.url not in asked.url else None,
-    )
-    page.goto(site.url)
-    yield page
-    assert page.faults == []
-    context.close()
-
-
-def serious(page):
-    """Return what axe finds that keeps somebody from using the page."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    violations = Axe().run(page).response["violations"]
-    return [
-        (each["id"], each["impact"], [node["target"] for node in each["nodes"]])
-        for each in violations
-        if each["impact"] in ("serious", "critical", "moderate")
-    ]
+    with opened(browser, site.url, request.param) as page:
+        yield page
 
 
 def ask(page, text, form="chat"):
@@ -196,12 +157,12 @@ def test_a_run_is_followed_as_it_goes(page, site):
 def test_it_works_without_a_mouse_and_on_a_small_screen(page):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
-    for _ in range(3):
+    for _ in range(4):
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     assert page.evaluate("location.hash") == "#adapters"
     page.set_viewport_size({"width": 360, "height": 700})
-    for name in ("Chat", "Compare", "Adapters", "Runs"):
+    for name in ("Chat", "Compare", "Train", "Adapters", "Runs"):
         page.get_by_role("link", name=name).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert serious(page) == []

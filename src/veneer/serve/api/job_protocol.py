@@ -118,3 +118,10 @@ def _own_fields() -> dict[str, Any]:
 JobRequest = create_model(
     "JobRequest", __base__=OpenAiJob, __doc__=OpenAiJob.__doc__, **_own_fields()
 )
+
+
+class RowsRequest(Body):
+    """POST /api/rows: how the model reads a file's first rows."""
+
+    file: Annotated[Text, Field(max_length=80)]
+    model: Annotated[Text, Field(max_length=512)]

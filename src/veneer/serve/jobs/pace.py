@@ -12,7 +12,7 @@ from contextlib import suppress
 PERIOD = (
     0.05  # seconds, in which a process runs and is stopped once: about as long as a token takes
 )
-LOOK = 0.005  # seconds between looks at whether answers are computed
+LOOK = 0.002  # seconds between looks at whether answers are computed
 CAN_STOP = sys.platform == "linux"  # elsewhere a stopped process would outlive its server
 
 
@@ -33,11 +33,12 @@ class Pace:
             self.free()
             time.sleep(LOOK)
             return
+        # Stopped first, for an answer that has just been asked for.
+        self._stop()
+        time.sleep((1 - self.share) * PERIOD)
         if self.share > 0:
             self.free()
             time.sleep(self.share * PERIOD)
-        self._stop()
-        time.sleep((1 - self.share) * PERIOD)
 
     def free(self) -> None:
         """Let the process run."""

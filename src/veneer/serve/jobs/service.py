@@ -196,7 +196,7 @@ class Jobs:
         used, most = size_of(self.places.root), self.bounds.disk_bytes
         if used + more > most:
             raise RequestError(
-                f"Files and runs take {used / 1e9:.1f} GB of the {most / 1e9:g} GB that they may; "
+                f"Files and runs take {used / 1e6:,.0f} of the {most / 1e6:,.0f} MB that they may; "
                 "delete files, or runs below --runs."
             )
 

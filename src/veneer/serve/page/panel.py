@@ -12,9 +12,13 @@ from starlette.staticfiles import StaticFiles
 
 from veneer.errors import RequestError
 from veneer.serve.api.errors import ERROR_RESPONSES
+from veneer.serve.api.files import enabled
+from veneer.serve.api.job_protocol import RowsRequest
 from veneer.serve.api.protocol import TokensRequest
 from veneer.serve.engine.served import Served
+from veneer.serve.jobs.service import Jobs
 from veneer.serve.page.about import about
+from veneer.serve.page.rows import first_rows
 from veneer.serve.page.runs import Runs
 
 STATIC = Path(__file__).parent / "static"
@@ -31,8 +35,8 @@ def add_page(app: FastAPI) -> None:
     app.mount("/page", StaticFiles(directory=STATIC), name="page")
 
 
-def routes(served: Served, runs: Runs | None) -> APIRouter:
-    """Return the routes below /api."""
+def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
+    """Return the routes below /api. jobs: None where training is off."""
     router = APIRouter(prefix="/api", responses=ERROR_RESPONSES)
 
     @router.get("/adapters")
@@ -52,6 +56,7 @@ def routes(served: Served, runs: Runs | None) -> APIRouter:
         return {
             "base": {"name": served.name, "root": served.root, "context": served.context},
             "adapters": [{**each, "resident": each["name"] in in_memory} for each in described],
+            "training": jobs is not None,
         }
 
     @router.get("/runs")
@@ -59,6 +64,13 @@ def routes(served: Served, runs: Runs | None) -> APIRouter:
         """Return the runs below --runs; `enabled` is false where none are shown."""
         shown = await asyncio.to_thread(runs.shown) if runs is not None else []
         return {"enabled": runs is not None, "runs": shown}
+
+    @router.post("/rows")
+    async def show_rows(asked: RowsRequest) -> dict[str, Any]:
+        """Return the first rows of a file as the model reads them, and which pieces it learns."""
+        service = enabled(jobs)
+        served.adapter(asked.model)
+        return await asyncio.to_thread(first_rows, service, served, asked.file)
 
     @router.post("/tokens")
     async def tokens(asked: TokensRequest) -> dict[str, Any]:

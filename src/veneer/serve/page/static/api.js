@@ -1,6 +1,7 @@
-// What the page asks the server for. The key, if there is one, stays in this tab.
+// What the page asks the server for. The keys, if there are any, stay in this tab.
 
-const KEY = "veneer-key";
+const KEY = "veneer-key", ADMIN_KEY = "veneer-admin-key";
+const TRAINING = ["/v1/files", "/v1/fine_tuning", "/api/rows"]; // ask for the admin key
 
 export class Refused extends Error {
   constructor(message, status) {
@@ -10,13 +11,14 @@ export class Refused extends Error {
 }
 
 async function ask(path, options = {}) {
-  const headers = { ...(options.body ? { "content-type": "application/json" } : {}) };
-  const key = sessionStorage.getItem(KEY);
+  const headers = { ...(typeof options.body === "string" ? { "content-type": "application/json" } : {}) };
+  const which = TRAINING.some((start) => path.startsWith(start)) ? ADMIN_KEY : KEY;
+  const key = sessionStorage.getItem(which);
   if (key) headers.authorization = `Bearer ${key}`;
   const response = await fetch(path, { ...options, headers });
   if (response.ok) return response;
   if (response.status === 401) {
-    await newKey();
+    await newKey(which);
     return ask(path, options);
   }
   const errorBody = await response.json().catch(() => null);
@@ -29,6 +31,14 @@ export async function get(path) {
 
 export async function post(path, body, signal) {
   return (await ask(path, { method: "POST", body: JSON.stringify(body), signal })).json();
+}
+
+// Send a file of rows.
+export async function upload(file) {
+  const body = new FormData();
+  body.append("purpose", "fine-tune");
+  body.append("file", file, file.name);
+  return (await ask("/v1/files", { method: "POST", body })).json();
 }
 
 // Yield the pieces of an answer as they come.
@@ -54,12 +64,16 @@ export async function* answer(body, signal) {
 
 let asking = null;
 
-// Ask the person for the key, once for all that wait for it.
-function newKey() {
+// Ask the person for a key, once for all that wait for one.
+function newKey(which) {
   asking ??= new Promise((resolve) => {
-    const dialog = document.getElementById("key");
+    const dialog = document.getElementById("key"), text = document.getElementById("key-text");
+    const isAdmin = which === ADMIN_KEY;
+    document.getElementById("key-title").textContent = isAdmin ? "Training asks for the admin key" : "This server asks for a key";
+    document.querySelector("label[for=key-text]").textContent = isAdmin ? "Admin key" : "API key";
+    text.value = "";
     dialog.addEventListener("close", () => {
-      sessionStorage.setItem(KEY, document.getElementById("key-text").value.trim());
+      sessionStorage.setItem(which, text.value.trim());
       asking = null;
       resolve();
     }, { once: true });

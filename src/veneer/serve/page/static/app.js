@@ -1,4 +1,4 @@
-// The page: four views of one server.
+// The page: five views of one server.
 
 import { get } from "./api.js";
 import { followRuns, method, showAdapters, showRuns } from "./cards.js";
@@ -6,8 +6,9 @@ import { startChat } from "./chat.js";
 import { startCompare } from "./compare.js";
 import { byId, bytes, make, showError } from "./dom.js";
 import { fitSettings, addSettings, propose } from "./settings.js";
+import { offerBases, showJobs, startTraining } from "./train.js";
 
-const VIEWS = ["chat", "compare", "adapters", "runs"];
+const VIEWS = ["chat", "compare", "train", "adapters", "runs"];
 let served = { base: { name: "" }, adapters: [] };
 
 const isAdapter = (name) => served.adapters.some((each) => each.name === name);
@@ -30,6 +31,7 @@ async function show({ focus }) {
   try {
     if (shown === "runs") await showRuns();
     else await refresh();
+    if (shown === "train" && served.training) await showJobs();
   } catch (error) {
     showError(error);
   }
@@ -53,6 +55,15 @@ async function refresh() {
   byId("base").textContent = served.base.name;
   fitSettings(served.base.context);
   showAdapters(served);
+  offerBases(served);
+}
+
+// Go to the chat, with an adapter that has just been trained.
+async function chatWith(name) {
+  await refresh().catch(showError);
+  byId("chat-model").value = name;
+  describeModel();
+  location.hash = "#chat";
 }
 
 function describeModel() {
@@ -69,3 +80,4 @@ byId("chat-model").addEventListener("change", describeModel);
 window.addEventListener("hashchange", () => show({ focus: true }));
 show({ focus: false });
 followRuns(() => view() === "runs");
+startTraining(() => view() === "train" && served.training, chatWith);

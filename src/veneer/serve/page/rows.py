@@ -1,0 +1,38 @@
+"""A file's first rows as the model reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from veneer.data.encode import UNLABELLED, Encoder, encode_rows
+from veneer.data.preview import preview
+from veneer.data.sources import read_rows
+from veneer.serve.engine.served import Served
+from veneer.serve.jobs.service import Jobs
+from veneer.serve.jobs.uploads import without_directory
+
+SHOWN, READ = 5, 200  # rows that are shown, and rows of which faults are looked for
+MAX_LENGTH = 1024  # tokens of a row, as `tune` has it unless it is told otherwise
+
+
+def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
+    """Return the first rows of a file in pieces, each with whether it is learnt, and the faults of
+    those near the beginning: what the model's template does not take, or what is too long.
+
+    Raises Missing.
+    """
+    path = jobs.places.file(jobs.file(id, param="file"))
+    rows, problems = read_rows(path, limit=READ)
+    encoder = Encoder(served.tokenizer, max_length=MAX_LENGTH)
+    examples, more = encode_rows(encoder, rows)
+    return {
+        "rows": [
+            {
+                "pieces": preview(example, served.tokenizer),
+                "tokens": len(example.tokens),
+                "learnt": sum(label != UNLABELLED for label in example.labels),
+            }
+            for example in examples[:SHOWN]
+        ],
+        "faults": [without_directory(str(problem), path) for problem in [*problems, *more][:SHOWN]],
+    }

@@ -1,0 +1,196 @@
+// Training: rows in, a job, its loss as it goes, and what it learnt in the chat.
+
+import { get, post, upload } from "./api.js";
+import { curve } from "./curve.js";
+import { announce, byId, duration, facts, make, showError } from "./dom.js";
+
+const JOBS = "/v1/fine_tuning/jobs";
+const number = (value) => (value == null ? null : value.toFixed(3));
+const OFFERS = {
+  running: ["Pause", "Stop"],
+  queued: ["Pause", "Stop"],
+  paused: ["Go on", "Stop"],
+  failed: ["Go on"],
+};
+const ROUTES = { Pause: "pause", Stop: "cancel", "Go on": "resume" };
+let file = null; // the rows that are to be learnt
+let shownRows = 0; // so that an answer that comes late shows nothing
+
+const form = () => byId("train-form");
+const isBase = () => byId("train-model").selectedIndex === 0;
+
+function fault(text) {
+  const place = byId("train-fault");
+  place.textContent = text ?? "";
+  place.hidden = !text;
+}
+
+function ready() {
+  form().querySelector("button[type=submit]").disabled = !file;
+  for (const name of ["rank", "targets"]) form().elements[name].disabled = !isBase();
+}
+
+// One row as the model reads it; what it learns to write is marked.
+function rowView(row) {
+  const text = make("p", { class: "row" });
+  for (const [piece, learnt] of row.pieces) text.append(learnt ? make("mark", {}, piece) : piece);
+  return make("li", {}, text, make("p", { class: "quiet" }, `${row.tokens} tokens, of which ${row.learnt} are learnt`));
+}
+
+async function take(rows) {
+  const mine = ++shownRows;
+  fault(null);
+  file = null;
+  ready();
+  const place = byId("train-rows");
+  place.replaceChildren(make("p", { class: "quiet" }, `Reading ${rows.name} …`));
+  try {
+    const sent = await upload(rows);
+    const shown = await post("/api/rows", { file: sent.id, model: byId("train-model").value });
+    if (mine !== shownRows) return;
+    file = sent;
+    const summary = `${sent.filename}: ${sent.rows.toLocaleString("en")} ${sent.rows === 1 ? "row" : "rows"}. The model learns to write what is marked.`;
+    place.replaceChildren(make("p", {}, summary), make("ol", { class: "plain-list" }, ...shown.rows.map(rowView)));
+    if (shown.faults.length) fault(shown.faults.join("\n"));
+    announce(summary);
+  } catch (error) {
+    if (mine !== shownRows) return;
+    place.replaceChildren();
+    fault(error.message);
+  }
+  ready();
+}
+
+async function start(event) {
+  event.preventDefault();
+  if (!file) return;
+  fault(null);
+  const { suffix, model, rank, targets, epochs } = form().elements;
+  const body = { training_file: file.id, model: model.value };
+  if (suffix.value.trim()) body.suffix = suffix.value.trim();
+  if (isBase()) Object.assign(body, { rank: Number(rank.value), targets: targets.value });
+  if (epochs.value) body.epochs = Number(epochs.value);
+  try {
+    const job = await post(JOBS, body);
+    announce(`${job.run} waits for its turn.`);
+    await showJobs();
+    cards.get(job.id)?.querySelector("h4").focus();
+  } catch (error) {
+    fault(error.message);
+  }
+}
+
+const cards = new Map();
+
+function jobCard(job, chat) {
+  const title = make("h4", { tabindex: "-1" }, job.run);
+  const card = make("article", { class: "card run", "aria-label": job.run }, title, make("p", { class: "state" }), make("p", { class: "fault" }), make("p", { class: "quiet now-text" }),
+    make("progress", { "aria-label": `Steps of ${job.run}` }), make("div", { class: "now" }), make("div", { class: "picture" }), make("p", { class: "acts" }));
+  card.chat = chat;
+  return card;
+}
+
+function act(job, text) {
+  const button = make("button", { type: "button", class: "plain small", "aria-label": `${text} ${job.run}` }, text);
+  let asked = false; // a disabled button would lose the focus
+  button.addEventListener("click", async () => {
+    if (asked) return;
+    asked = true;
+    try {
+      await post(`${JOBS}/${job.id}/${ROUTES[text]}`, {});
+      await showJobs();
+    } catch (error) {
+      showError(error);
+    }
+    asked = false;
+  });
+  return button;
+}
+
+function fill(card, job, run, said) {
+  const before = card.dataset.state;
+  card.dataset.state = job.status;
+  card.querySelector(".state").textContent = job.status;
+  card.querySelector(".fault").textContent = job.error?.message ?? "";
+  card.querySelector(".fault").hidden = !job.error;
+  const now = card.querySelector(".now-text");
+  now.textContent = said ?? "";
+  now.hidden = !said || Boolean(job.error);
+  const progress = card.querySelector("progress");
+  progress.hidden = job.steps == null;
+  if (job.steps != null) Object.assign(progress, { max: job.steps, value: job.step });
+  const left = job.estimated_finish == null ? null : duration(Math.max(0, job.estimated_finish - Date.now() / 1000));
+  card.querySelector(".now").replaceChildren(facts([
+    ["Step", job.steps == null ? null : `${job.step} of ${job.steps}`],
+    ["Loss", number(run?.loss)],
+    ["Evaluation loss", number(run?.evaluations.at(-1)?.[1])],
+    ["Time left", left],
+    ["Starts from", job.model],
+  ]));
+  card.querySelector(".picture").replaceChildren(...(run?.curve.length ? [curve(run.curve, run.evaluations, job.steps)] : []));
+  if (before === job.status) return;
+  const acts = card.querySelector(".acts");
+  const hadFocus = acts.contains(document.activeElement);
+  acts.replaceChildren(...(OFFERS[job.status] ?? []).map((text) => act(job, text)));
+  if (job.fine_tuned_model) {
+    const ask = make("button", { type: "button", class: "small", "aria-label": `Chat with ${job.run}` }, "Chat with it");
+    ask.addEventListener("click", () => card.chat(job.fine_tuned_model));
+    acts.append(ask);
+  }
+  if (hadFocus) (acts.querySelector("button") ?? card.querySelector("h4")).focus();
+  if (before) announce(`${job.run}: ${job.status}`);
+}
+
+let chatWith = () => {};
+
+export async function showJobs() {
+  const [{ data }, { runs }] = await Promise.all([get(`${JOBS}?limit=50`), get("/api/runs")]);
+  const container = byId("jobs");
+  byId("jobs-none").hidden = data.length > 0;
+  for (const job of data.reverse()) { // the newest comes first on the page
+    const isNew = !cards.has(job.id);
+    if (isNew) {
+      cards.set(job.id, jobCard(job, (name) => chatWith(name)));
+      container.prepend(cards.get(job.id));
+    }
+    const card = cards.get(job.id);
+    if (!isNew && card.dataset.state === job.status && !["running", "queued"].includes(job.status)) continue;
+    const events = await get(`${JOBS}/${job.id}/events?limit=1`);
+    fill(card, job, runs.find((run) => run.name === job.run), events.data[0]?.message);
+  }
+}
+
+// Offer the base and the adapters to start from, keeping what was chosen.
+export function offerBases({ base, adapters, training }) {
+  byId("train-off").hidden = training;
+  byId("train-on").hidden = !training;
+  const select = byId("train-model"), before = select.value;
+  const names = [base.name, ...adapters.filter((each) => !each.error).map((each) => each.name)];
+  select.replaceChildren(...names.map((name, i) => make("option", { value: name }, i ? name : `${name} (base)`)));
+  select.value = names.includes(before) ? before : base.name;
+  ready();
+}
+
+export function startTraining(isShown, chat) {
+  chatWith = chat;
+  form().addEventListener("submit", start);
+  byId("train-model").addEventListener("change", ready);
+  byId("train-file").addEventListener("change", ({ target }) => target.files[0] && take(target.files[0]));
+  byId("train-paste").addEventListener("click", () => {
+    const text = byId("train-text").value;
+    if (text.trim()) take(new File([text], "pasted.jsonl"));
+  });
+  const drop = byId("drop");
+  for (const name of ["dragover", "dragleave", "drop"]) {
+    drop.addEventListener(name, (event) => {
+      event.preventDefault();
+      drop.classList.toggle("over", name === "dragover");
+      if (name === "drop" && event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
+    });
+  }
+  const look = async () => {
+    if (isShown() && !document.hidden) await showJobs().catch(showError);
+    setTimeout(look, 1000);
+  };
+  look();
+}

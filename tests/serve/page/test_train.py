@@ -1,0 +1,111 @@
+"""From rows to an adapter in a real browser: by mouse, and by keyboard alone on a small screen."""
+
+import json
+import shutil
+
+import pytest
+
+from support.browser import needs_chromium, opened, serious
+from support.jobs import ROWS, lines, training
+from support.server import ADMIN
+
+pytestmark = needs_chromium
+
+
+@pytest.fixture
+def site(tmp_path, two):
+    with training(tmp_path / "runs") as server:
+        shutil.copytree(two["cooking"], tmp_path / "runs" / "result")
+        (tmp_path / "runs" / "wait").write_text("2")
+        server.wait = tmp_path / "runs" / "wait"
+        yield server
+
+
+def give_key(page):
+    page.get_by_label("Admin key", exact=True).fill(ADMIN)
+    page.keyboard.press("Enter")
+
+
+def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
+    rows = tmp_path / "island.jsonl"
+    rows.write_bytes(lines(ROWS[3:]))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\n{"promt": "a"}\n')
+    with opened(browser, site.url, "light", allowed="status of 40") as page:
+        page.get_by_role("link", name="Train").click()
+        give_key(page)
+        page.get_by_text("None yet.").first.wait_for()
+        start = page.get_by_role("button", name="Start training")
+        page.get_by_label("Rows to learn, from a file").set_input_files(broken)
+        fault = page.locator("#train-fault")
+        fault.filter(has_text="broken.jsonl:2: ").wait_for()
+        assert start.is_disabled()
+        page.get_by_label("Rows to learn, from a file").set_input_files(rows)
+        page.get_by_text("island.jsonl: 21 rows.").first.wait_for()
+        assert not fault.is_visible()
+        first = page.locator("#train-rows li").first
+        assert first.locator("mark").inner_text().strip() == "hijklm</s>"
+        assert "are learnt" in first.inner_text()
+        page.get_by_label("Name").fill("island")
+        page.get_by_label("Size").select_option("8")
+        assert serious(page) == []
+        start.click()
+        card = page.locator("#jobs .run")
+        card.filter(has_text="2 of 3").wait_for()
+        assert "running" in card.inner_text()
+        card.get_by_role("img").wait_for()
+        assert serious(page) == []
+        card.get_by_role("button", name="Pause").click()
+        card.get_by_role("button", name="Go on").wait_for()
+        site.wait.unlink()
+        card.get_by_role("button", name="Go on").click()
+        card.get_by_role("button", name="Chat with").click()
+        page.locator("#chat-text").wait_for()
+        name = page.get_by_label("Answered by").first.input_value()
+        assert name.startswith("ft-island-")
+        page.get_by_label("Longest answer").first.fill("2")
+        page.locator("#chat-text").fill("Hello")
+        page.keyboard.press("Enter")
+        page.locator(".turn.assistant .text").filter(has_text=f"{name} says").wait_for()
+    settings = site.jobs.store.jobs()[0].settings
+    assert settings["lora"] == {"rank": 8, "targets": "all"}
+
+
+@pytest.mark.slow
+def test_it_trains_by_keyboard_alone_on_a_small_screen(browser, site):
+    with opened(browser, site.url, "dark", allowed="status of 40") as page:
+        page.set_viewport_size({"width": 360, "height": 700})
+        press = page.keyboard.press
+
+        def go_to(holds, key="Tab"):
+            for _ in range(40):
+                if page.evaluate(
+                    f"(() => {{ const at = document.activeElement; return {holds} }})()"
+                ):
+                    return
+                press(key)
+            raise AssertionError(page.evaluate("document.activeElement.outerHTML"))
+
+        go_to("at.hash === '#train'")
+        press("Enter")
+        page.get_by_label("Admin key", exact=True).wait_for()
+        page.keyboard.type(ADMIN)
+        press("Enter")
+        page.get_by_text("None yet.").first.wait_for()
+        go_to("at.tagName === 'SUMMARY'")
+        press("Enter")
+        go_to("at.id === 'train-text'")
+        page.keyboard.insert_text("\n".join(json.dumps(row) for row in ROWS))
+        go_to("at.id === 'train-paste'")
+        press("Enter")
+        page.get_by_text("pasted.jsonl: 24 rows.").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        go_to("at.type === 'submit' && at.form.id === 'train-form'")
+        press("Enter")
+        page.locator("#jobs .run").filter(has_text="2 of 3").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        go_to("at.textContent === 'Stop'")
+        press("Enter")
+        page.locator("#status").filter(has_text="cancelled").wait_for(state="attached")
+        assert page.evaluate("document.activeElement.tagName") == "H4"  # not lost
+        assert serious(page) == []
