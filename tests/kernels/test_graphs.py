@@ -53,6 +53,31 @@ def test_the_least_recently_used_graph_goes(monkeypatch):
     assert stand_in.recorded == 4  # b twice
 
 
+def test_what_was_recorded_as_a_constant_is_noticed():
+    """By the second call, whose inputs are others."""
+
+    class Constant(StandIn):
+        def __call__(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
+            results = function()
+            return lambda: None, results
+
+    calls = Graphs(Constant())
+    for number in range(1, 4):
+        y = calls("a", doubled, {"x": torch.full((3,), float(number))})["y"]
+        assert y.tolist() == [2.0 * number] * 3
+    assert "a replay gives something else (y)" in (calls.notice() or "")
+
+
+def test_another_function_may_say_what_is_right():
+    """The call as it is elsewhere, of which what is recorded is another form."""
+    calls = Graphs(StandIn())
+    right = calls("a", doubled, {"x": torch.ones(3)}, own=lambda inputs: {"y": inputs["x"] * 2.0})
+    assert right["y"].tolist() == [2.0] * 3
+    assert calls.why_not is None
+    calls("b", doubled, {"x": torch.ones(3)}, own=lambda inputs: {"y": inputs["x"] * 3.0})
+    assert calls.why_not is not None
+
+
 @pytest.mark.parametrize(
     ("recorder", "why"),
     [

@@ -5,8 +5,9 @@ graph asks for all of them with one call. It reads its inputs where they were wh
 so there is one for each shape, inputs are copied into its own, and its results are overwritten by
 the next replay. All graphs share one pool of memory, as only one of them runs at a time.
 
-A graph is used only after its first replay has given what the function itself gave. Where it does
-not, or where recording fails, the functions go on being called as they are, and it is said once.
+A graph is used only after its first two replays have given what the function itself gave: the
+second with other inputs, as something of the first might have been recorded as a constant. Where
+they do not, or where recording fails, functions go on being called as they are, and it is said once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 WARM_UPS = 2  # calls before recording, in which libraries choose their ways and get their memory
+PROOFS = 2  # replays that are compared: with the inputs that were recorded, and with the next ones
 MOST = 48  # graphs at a time; the least recently used ones are dropped
 # How far a replay may be from the call itself, relative to its length: libraries may choose another
 # way for a stream that is recorded.
@@ -64,6 +66,7 @@ class CudaRecorder:
         with torch.cuda.device(self.device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()  # what calls leave there would be kept beside the pool
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -78,7 +81,10 @@ class CudaRecorder:
 
 
 class _Recorded:
-    """A function of tensors that was recorded with inputs of its own."""
+    """A function of tensors that was recorded with inputs of its own. proofs: how often a replay
+    was compared with the function."""
+
+    proofs = 0
 
     def __init__(self, function: Function, inputs: Tensors, record: Recorder) -> None:
         self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -110,12 +116,20 @@ class Graphs:
         recorder = CudaRecorder(device) if device.type == "cuda" else None
         return cls(recorder, changes=changes)
 
-    def __call__(self, key: Hashable, function: Function, inputs: Tensors) -> Tensors:
-        """Return what `function` gives for `inputs`, valid until the next call."""
+    def __call__(
+        self, key: Hashable, function: Function, inputs: Tensors, *, own: Function | None = None
+    ) -> Tensors:
+        """Return what `function` gives for `inputs`, valid until the next call.
+
+        own: what gives it where nothing is recorded, and what replays are compared with, if that is
+        not the function itself.
+        """
+        own = function if own is None else own
         if self.why_not is not None or self._record is None:
-            return function(inputs)
-        if (graph := self._graphs.get(key)) is None:
-            return self._first(key, function, inputs, self._record)
+            return own(inputs)
+        graph = self._graphs.get(key)
+        if graph is None or graph.proofs < PROOFS:
+            return self._prove(key, graph, function, inputs, own)
         self._graphs.move_to_end(key)
         return graph(inputs)
 
@@ -130,18 +144,25 @@ class Graphs:
         self._announced = True
         return f"Steps are not replayed as CUDA graphs, which would be faster: {self.why_not}."
 
-    def _first(
-        self, key: Hashable, function: Function, inputs: Tensors, record: Recorder
+    def _prove(
+        self,
+        key: Hashable,
+        graph: _Recorded | None,
+        function: Function,
+        inputs: Tensors,
+        own: Function,
     ) -> Tensors:
-        """Call a function as it is, then record it and compare what the first replay gives."""
+        """Call a function as it is, and compare what a replay gives."""
+        assert self._record is not None
         before = [tensor.clone() for tensor in self._changes]
-        own = {name: tensor.clone() for name, tensor in function(inputs).items()}
+        expected = {name: tensor.clone() for name, tensor in own(inputs).items()}
         after = [tensor.clone() for tensor in self._changes]
         try:
-            graph = _Recorded(function, inputs, record)
+            if graph is None:
+                graph = _Recorded(function, inputs, self._record)
             _write(self._changes, before)
             replayed = graph(inputs)
-            wrong = [name for name in own if not is_near(replayed[name], own[name])]
+            wrong = [name for name in expected if not is_near(replayed[name], expected[name])]
             if not all(map(is_near, self._changes, after)):
                 wrong.append("what it changes")
             if wrong:
@@ -150,13 +171,15 @@ class Graphs:
             reason = str(error).partition("\n")[0] or repr(error)
             self.why_not = f"recording failed ({reason})"
         else:
+            graph.proofs += 1
             self._graphs[key] = graph
+            self._graphs.move_to_end(key)
             while len(self._graphs) > MOST:
                 self._graphs.popitem(last=False)
         if self.why_not is not None:
             self.forget()
         _write(self._changes, after)
-        return own
+        return expected
 
 
 def is_near(replayed: Tensor, own: Tensor) -> bool:
