@@ -7,7 +7,8 @@ the next replay. All graphs share one pool of memory, as only one of them runs a
 
 A graph is used only after its first two replays have given what the function itself gave: the
 second with other inputs, as something of the first might have been recorded as a constant. Where
-they do not, or where recording fails, functions go on being called as they are, and it is said once.
+they do not, or where recording fails, functions go on being called as they are, and one notice says
+so.
 """
 
 from __future__ import annotations
