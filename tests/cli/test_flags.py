@@ -224,12 +224,12 @@ def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, 
     if method != "lora":
         foreign |= {*VALUES["lora"], "lora_plus_ratio"}
     if method in ("full", "freeze"):
-        foreign |= {"bits", "pack_head", "shard"}
+        foreign |= {"bits", "pack_head", "shard", "offload"}
     if method in ("prefix", "prompt"):
         foreign.add("context_parallel")
     everything = {
         name: given for values in VALUES.values() for name, (given, _) in values.items()
-    } | {"eval_rows": 0, "method": method}  # eval_rows excludes eval_data
+    } | {"eval_rows": 0, "method": method, "shard": "none"}  # eval_data and offload exclude others
     given = {FLAGS.get(n, n): value for n, value in everything.items() if n not in foreign}
     assert run(["tune", "--config", str(write_recipe(tmp_path / "all.yaml", given))]) == 0
     first = caught.recipe
