@@ -10,7 +10,7 @@ from veneer.adapter.adapter import Adapter
 from veneer.adapter.linear import LoRALinear
 from veneer.adapter.new_tokens import NewTokenHead
 from veneer.kernels import cross_entropy
-from veneer.kernels.cross_entropy import IGNORED, Logits, labelled_cross_entropy
+from veneer.kernels.cross_entropy import IGNORED, Labelled, Logits, labelled_cross_entropy
 
 DOUBLE = {"dtype": torch.float64}
 DIM, VOCAB = 6, 11
@@ -56,7 +56,7 @@ def test_labelled_cross_entropy(kind, labelled, chunk, factor, behind, monkeypat
     labels = torch.full((20,), IGNORED)
     labels[torch.randperm(20)[:labelled]] = torch.randint(0, VOCAB, (labelled,))
     inputs = [hidden, *(weight for weight in head.parameters() if weight.requires_grad)]
-    loss = labelled_cross_entropy(hidden, labels, head, logits)
+    loss = labelled_cross_entropy(hidden, Labelled.of(labels), head, logits)
     own = logits(head(hidden))
     expected = F.cross_entropy(own, labels, ignore_index=IGNORED, reduction="sum")
     assert loss.dtype == torch.float32
@@ -71,7 +71,7 @@ def test_labelled_cross_entropy_without_a_gradient_for_hidden(kind):
     head = heads()[kind]
     hidden, labels = torch.randn(5, DIM, **DOUBLE), torch.tensor([1, IGNORED, 4, 9, 0])
     trained = [weight for weight in head.parameters() if weight.requires_grad]
-    loss = labelled_cross_entropy(hidden, labels, head)
+    loss = labelled_cross_entropy(hidden, Labelled.of(labels), head)
     assert loss.requires_grad == bool(trained)
     if trained:
         expected = F.cross_entropy(head(hidden), labels, reduction="sum")
@@ -85,7 +85,7 @@ def test_labelled_cross_entropy_measures_a_head_whose_adapter_rests():
     head.active_adapters.weights = {}
     hidden, labels = torch.randn(5, DIM, **DOUBLE), torch.tensor([1, IGNORED, 4, 9, 0])
     with torch.no_grad():
-        loss = labelled_cross_entropy(hidden, labels, head)
+        loss = labelled_cross_entropy(hidden, Labelled.of(labels), head)
         expected = F.cross_entropy(head(hidden), labels, reduction="sum")
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -101,6 +101,6 @@ def test_no_more_logits_than_a_chunk(monkeypatch):
     monkeypatch.setattr(cross_entropy, "cross_entropy", noted)
     hidden = torch.randn(30, DIM, **DOUBLE, requires_grad=True)
     labels = torch.randint(0, VOCAB, (30,)).index_fill(0, torch.arange(0, 30, 3), IGNORED)
-    labelled_cross_entropy(hidden, labels, head)
+    labelled_cross_entropy(hidden, Labelled.of(labels), head)
     assert max(seen) <= 4 * VOCAB
     assert sum(seen) == 20 * VOCAB

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -26,7 +27,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers.utils import import_utils
 
+from veneer.kernels import choice
+from veneer.quant.weight import QuantizedWeight
+
 CARD = torch.device("cuda:0")
+# The card that it is; kernels of Triton would need a true one.
+HOPPER, HOST = choice.Device("cuda", (9, 0), flash=True), choice.Device("cpu")
 aten = torch.ops.aten
 # Operations that look on the host at whether they have worked.
 CHECKED = {"_linalg_check_errors", "_linalg_svd", "_linalg_eigh", "linalg_eig"}
@@ -38,14 +44,17 @@ OURS = ("/src/veneer/", "/site-packages/transformers/")
 @contextmanager
 def card() -> Iterator[Watch]:
     """Let tensors be on cuda:0 as fake ones, and yield what watches over them."""
-    # With fake tensors transformers leaves out readings that it does with true ones.
-    is_fake_tensor = import_utils.is_fake_tensor
-    import_utils.is_fake_tensor = lambda tensor: False
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
-            yield watch
-    finally:
-        import_utils.is_fake_tensor = is_fake_tensor
+    state = torch.zeros(16, dtype=torch.uint8)
+    with (
+        # With fake tensors transformers leaves out readings that it does with true ones.
+        patch.object(import_utils, "is_fake_tensor", lambda tensor: False),
+        patch.object(choice, "device_of", lambda device: HOPPER if device == CARD else HOST),
+        patch.object(torch.cuda, "get_rng_state", lambda *args: state),
+        patch.object(torch.cuda, "set_rng_state", lambda *args: None),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        Watch() as watch,
+    ):
+        yield watch
 
 
 def on_card(value: Any) -> Any:
@@ -53,7 +62,11 @@ def on_card(value: Any) -> Any:
 
     Parameters are replaced one by one: `to` does not exchange true tensors for fake ones.
     """
-    with _ToCard():
+
+    def quantized(weight: QuantizedWeight, memo: dict[int, Any]) -> QuantizedWeight:
+        return memo.setdefault(id(weight), weight.to(CARD))
+
+    with patch.object(QuantizedWeight, "__deepcopy__", quantized), _ToCard():
         return copy.deepcopy(value)
 
 
@@ -138,6 +151,9 @@ class Watch(TorchDispatchMode):
             return self._index(func, args, kwargs)
         if func in (aten._to_copy.default, aten.copy_.default):
             self._copy(func, args, kwargs)
+            if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
+                with _disable_current_modes():
+                    return args[0].fill_(1)  # memory of the host, whose numbers are read
         elif is_card and (
             (WAITING_TAGS & set(func.tags) and kwargs.get(NOT_WAITING.get(name, "")) is None)
             or name.removeprefix("aten::") in CHECKED
@@ -172,7 +188,7 @@ class Watch(TorchDispatchMode):
             # To the host it takes pinned memory by itself.
             is_async &= to.type == "cpu" or self.is_pinned(source)
         kinds = source.device.type, to.type
-        if not is_async and kinds in ((CARD.type, "cpu"), ("cpu", CARD.type)):
+        if source.numel() and not is_async and kinds in ((CARD.type, "cpu"), ("cpu", CARD.type)):
             self._note(f"{func.name()} to the {'host' if to.type == 'cpu' else 'card'}")
 
     def _pins(self, func: Any, tensor: Tensor) -> Any:

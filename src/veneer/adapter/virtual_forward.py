@@ -20,6 +20,7 @@ from veneer.adapter.virtual import Prefix, PrefixMLP, Prompt
 from veneer.adapter.virtual_context import attention_window
 from veneer.errors import AdapterError
 from veneer.kernels.attention import Packing
+from veneer.kernels.transfer import has_queue
 from veneer.models.blocks import decoder_of
 
 ATTRIBUTE = "veneer_virtual"  # of a model: its VirtualTokens
@@ -154,13 +155,21 @@ def _shift(decoder: Any, arguments: Arguments, count: int) -> None:
                 "time."
             )
         arguments["attention_mask"] = F.pad(mask, (count, 0), value=1)
-        if arguments.get("position_ids") is None and not bool(mask.all()):
+        if arguments.get("position_ids") is None and _needs_positions(decoder, mask):
             # Counted with padding, a row would be farther from its virtual tokens than alone.
             text = arguments.get("inputs_embeds")
             tokens = (arguments["input_ids"] if text is None else text).shape[1]
             arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
     if (positions := arguments.get("position_ids")) is not None:
         arguments["position_ids"] = positions + count
+
+
+def _needs_positions(decoder: Any, mask: Tensor) -> bool:
+    """Return whether a mask has padding. A device with a queue is not asked: counted by the mask,
+    positions are right either way, and so are given to whatever takes them."""
+    if has_queue(mask.device):
+        return "position_ids" in inspect.signature(decoder.forward).parameters
+    return not bool(mask.all())
 
 
 def _prepend(first: Tensor, packed: Tensor, lengths: Sequence[int]) -> Tensor:

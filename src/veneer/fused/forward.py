@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,6 +23,7 @@ from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, pack
 from veneer.fused.dealt import RotaryOfAll, length_dependent_rotaries, refuse_undealt
 from veneer.fused.head import Head, described, own_logits_and_head
+from veneer.fused.inputs import PassInputs, by_rows, padded, unread_masks
 from veneer.fused.layers import FusedLayer
 from veneer.fused.patches import (
     ExpertsForward,
@@ -38,7 +39,7 @@ from veneer.fused.watch import attention_is_asked_for
 from veneer.kernels import choice, native
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
-from veneer.kernels.cross_entropy import IGNORED
+from veneer.kernels.cross_entropy import IGNORED, Labelled
 from veneer.kernels.dealt_packing import DealtPacking
 from veneer.kernels.disk_arena import IS_AVAILABLE, DiskArena
 from veneer.kernels.wide import wide
@@ -94,38 +95,27 @@ class Forward:
         if self.packed:
             step = self.tokens_step * (1 if self.context is None else self.context.size)
             batch = filled_up(batch, step, virtual_input_count(model))
-        tokens = torch.from_numpy(batch.tokens).to(device)  # (tokens,)
-        labels = torch.from_numpy(batch.labels).to(device)
-        positions = torch.from_numpy(batch.positions).to(device)
+        tokens, labels, positions = batch.tokens, batch.labels, batch.positions
         lengths = batch.lengths.tolist()
         packing = Packing(lengths, device) if self.packed and self.context is None else None
         if self.context is not None:
-            highest = int(np.max(batch.positions))
-            packing = DealtPacking(lengths, self.context, device, highest=highest)
-            tokens, labels, positions = (x[packing.own] for x in (tokens, labels, positions))
+            packing = dealt = DealtPacking(
+                lengths, self.context, device, highest=int(np.max(positions))
+            )
+            tokens, labels, positions = (x[dealt.own.numpy()] for x in (tokens, labels, positions))
+        send = partial(PassInputs.sent, device=device, labelled_alone=self.head is not None)
         with self.installed(model) as installation, installation.running(packing):
             if packing is not None:
-                inputs: dict[str, Any] = {
-                    "input_ids": tokens[None],
-                    "position_ids": positions[None],
-                }
-                if installation.attention:
-                    inputs["packing"] = packing
-                return self._loss(installation, inputs, labels, None)
+                arguments = {"input_ids": tokens[None], "position_ids": positions[None]}
+                options = {"packing": packing} if installation.attention else {}
+                return self._loss(installation, send(arguments, labels), **options)
             if self.alone:
-                pairs = zip(tokens.split(lengths), labels.split(lengths), strict=True)
-                losses = [
-                    self._loss(installation, {"input_ids": t[None]}, y, None) for t, y in pairs
-                ]
-                return torch.stack(losses).sum()
-            rows = pad_sequence(  # (rows, longest), filled as packed batches are
-                list(tokens.split(lengths)), batch_first=True, padding_value=int(batch.tokens[0])
-            )
-            ones = [torch.ones(n, dtype=torch.long) for n in lengths]
-            mask = pad_sequence(ones, batch_first=True).to(device)
-            return self._loss(
-                installation, {"input_ids": rows, "attention_mask": mask}, labels, mask.bool()
-            )
+                rows = zip(by_rows(tokens, lengths), by_rows(labels, lengths), strict=True)
+                inputs = [send({"input_ids": row[None]}, row_labels) for row, row_labels in rows]
+                return torch.stack([self._loss(installation, each) for each in inputs]).sum()
+            arguments, places = padded(tokens, lengths)
+            with unread_masks(device):
+                return self._loss(installation, send(arguments, labels, places=places))
 
     def exchanges(self, model: PreTrainedModel) -> bool:
         """Return whether a pass of this process waits for those of others."""
@@ -170,21 +160,15 @@ class Forward:
         finally:
             del self._installations[model]
 
-    def _loss(
-        self,
-        installation: Installation,
-        inputs: dict[str, Any],
-        labels: Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:
-        model = installation.model
-        if self.head is not None:
-            hidden = installation.decoder(**inputs, use_cache=False).last_hidden_state
-            hidden = hidden[0] if mask is None else hidden[mask]  # (tokens, dim)
-            return self.head.loss(model, hidden, labels)
-        logits = model(**inputs, use_cache=False).logits
-        logits = logits[0] if mask is None else logits[mask]  # (tokens, vocab)
-        return _full_loss(logits, labels)
+    def _loss(self, installation: Installation, inputs: PassInputs, **options: Any) -> Tensor:
+        model, labels = installation.model, inputs.labels
+        options |= {"use_cache": False, **inputs.arguments}
+        if isinstance(labels, Labelled):
+            assert self.head is not None
+            hidden = installation.decoder(**options).last_hidden_state  # (rows, tokens, dim)
+            return self.head.loss(model, hidden.flatten(0, 1), labels)
+        logits = model(**options).logits.flatten(0, 1)  # (rows · tokens, vocab)
+        return _full_loss(logits if inputs.places is None else logits[inputs.places], labels)
 
 
 def choose_forward(
@@ -236,8 +220,8 @@ def choose_forward(
             layers = ()
             why_not_packed = why_not(layers)
         all_fused = sum(layer.applies() for layer in layers) == len(decoder_layers(model) or [None])
-        padded = Forward(False, head, experts=experts)
-        why_not_padded = why_not_packed and _why_not(padded, model, rows, expected)
+        with_padding = Forward(False, head, experts=experts)
+        why_not_padded = why_not_packed and _why_not(with_padding, model, rows, expected)
         if context is not None:
             cut = replace(context, least=1)  # rows as short as these too
             dealt = Forward(True, head, layers, experts=experts, tokens_step=step, context=cut)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.kernels.cross_entropy import PLAIN, Logits, labelled_cross_entropy
+from veneer.kernels.cross_entropy import PLAIN, Labelled, Logits, labelled_cross_entropy
 from veneer.models.block_buffers import whole
 from veneer.models.blocks import decoder_of
 
@@ -39,11 +39,11 @@ class Head:
         z: Tensor = _module(model)(hidden.to(self.dtype or hidden.dtype))
         return z
 
-    def loss(self, model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of the labelled rows' losses; hidden (tokens, dim), labels (tokens,)."""
+    def loss(self, model: PreTrainedModel, hidden: Tensor, labelled: Labelled) -> Tensor:
+        """Return the sum of the labelled rows' losses; hidden (tokens, dim)."""
         hidden, head = hidden.to(self.dtype or hidden.dtype), _module(model)
         with whole(head):  # whose weight is read without a call
-            return labelled_cross_entropy(hidden, labels, head, self.logits)
+            return labelled_cross_entropy(hidden, labelled, head, self.logits)
 
 
 def own_logits_and_head(

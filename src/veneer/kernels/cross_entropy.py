@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from veneer.kernels import choice
@@ -45,19 +47,45 @@ class Logits:
 PLAIN = Logits()
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Which rows have a label, and which label: known on the host, so that no device is asked.
+
+    rows     (labelled,)  int64
+    targets  (labelled,)  int64: the token that follows each of these rows
+    lowest, highest       of the targets, 0 where there are none
+    """
+
+    rows: Tensor
+    targets: Tensor
+    lowest: int
+    highest: int
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Labelled:
+        """Return the labelled ones of rows (tokens,) on the host, where the others are IGNORED."""
+        rows = (labels != IGNORED).nonzero().squeeze(1)
+        targets = labels[rows]
+        return cls(rows, targets, *bounds(targets.numpy()))
+
+
+def bounds(targets: NDArray[np.int64]) -> tuple[int, int]:
+    """Return the lowest and the highest of some labels, 0 where there are none."""
+    return (int(targets.min()), int(targets.max())) if len(targets) else (0, 0)
+
+
 def labelled_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: nn.Module, logits: Logits = PLAIN
+    hidden: Tensor, labelled: Labelled, head: nn.Module, logits: Logits = PLAIN
 ) -> Tensor:
     """Return Σ −log softmax(logits(head(h)))[label] over the labelled rows, a float32 scalar.
 
-    hidden (tokens, dim); labels (tokens,), where labels[t] is the token that follows row t, or
-    IGNORED. `head` may be any module from (rows, dim) to (rows, vocab); gradients reach `hidden`
-    and whatever of the head's parameters trains. Peak memory is one chunk of logits.
+    hidden (tokens, dim). `head` may be any module from (rows, dim) to (rows, vocab); gradients
+    reach `hidden` and whatever of the head's parameters trains. Peak memory is one chunk of logits.
+    Raises IndexError for a label outside of the vocabulary.
     """
-    labelled = (labels != IGNORED).nonzero().squeeze(1)  # (rows,)
-    rows, targets = hidden[labelled], labels[labelled]
+    rows = hidden[labelled.rows]
     trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-    return _ChunkedLoss.apply(rows, targets, head, logits, *trained)
+    return _ChunkedLoss.apply(rows, labelled, head, logits, *trained)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -65,7 +93,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, targets: Tensor, head: nn.Module, logits: Logits, *trained: Tensor
+        ctx: Any,
+        rows: Tensor,
+        labelled: Labelled,
+        head: nn.Module,
+        logits: Logits,
+        *trained: Tensor,
     ) -> Tensor:
         needs_rows = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -73,6 +106,7 @@ class _ChunkedLoss(torch.autograd.Function):
         d_trained = [torch.zeros_like(parameter) for parameter in trained]
         # `out_features` first: the weight of a quantized layer is dequantized at each access.
         vocab = int(getattr(head, "out_features", 0) or head.weight.shape[0])  # type: ignore[index]
+        targets = labelled.targets
         step = max(1, CHUNK_LOGITS // vocab)
         plain = (
             type(head) is nn.Linear
@@ -86,6 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if plain:
                 z = buffer[: len(rows[here])]
                 _write_product(rows[here], head, z)
+                _check(labelled.lowest, labelled.highest, vocab)
                 loss, gradient = cross_entropy(z, targets[here], z, logits)
                 if d_rows is not None:
                     d_rows[here] = _through(gradient, head.weight)  # type: ignore[arg-type]
@@ -95,6 +130,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 with torch.set_grad_enabled(bool(inputs)):
                     z = head(chunk)
                 values = z.detach()
+                _check(labelled.lowest, labelled.highest, z.shape[1])
                 out = torch.empty_like(values)
                 loss, gradient = cross_entropy(values, targets[here], out, logits)
                 grads = list(torch.autograd.grad(z, inputs, gradient)) if inputs else []
@@ -138,16 +174,21 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(first, first + BLOCK_TOKENS)
 
 
+def _check(lowest: int, highest: int, vocab: int) -> None:
+    if not 0 <= lowest <= highest < vocab:
+        raise IndexError(f"A label is none of the {vocab} tokens that the head knows.")
+
+
 def cross_entropy(
     z: Tensor, targets: Tensor, out: Tensor, logits: Logits = PLAIN
 ) -> tuple[Tensor, Tensor]:
     """Return Σ −log softmax(logits(z))[target], and its gradient with respect to z, in `out`.
 
-    z, out (rows, vocab), which may be one tensor; targets (rows,). Raises IndexError for a target
-    outside of the vocabulary.
+    z, out (rows, vocab), which may be one tensor; targets (rows,). On a CPU, IndexError is raised
+    for a target outside of the vocabulary.
     """
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < z.shape[1]:
-        raise IndexError(f"A label is none of the {z.shape[1]} tokens that the head knows.")
+    if targets.device.type == "cpu":
+        _check(*bounds(targets.numpy()), z.shape[1])
     wide = torch.promote_types(z.dtype, torch.float32)
     native = kernel("cross_entropy", z)
     if native is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.packing import Packing
+from veneer.kernels.transfer import sent
 from veneer.processes.context import ContextGroup, deal
 
 # Numbers of all tokens' keys and values that are gathered at a time, but at least one key head's:
@@ -20,9 +21,9 @@ class DealtPacking(Packing):
     """This process's tokens of a batch, as sequences of their own that see keys before their first.
 
     lengths: of the batch's rows, in their order; they sum to a multiple of the group's size. `own`
-    (tokens,): which of the batch's tokens are this process's, in its order. Queries are its own,
-    keys and values those of all processes, in the order in which they are gathered. highest: the
-    highest position in the batch.
+    (tokens,), on the host: which of the batch's tokens are this process's, in its order. Queries
+    are its own, keys and values those of all processes, in the order in which they are gathered.
+    highest: the highest position in the batch.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class DealtPacking(Packing):
         super().__init__(
             [len(piece) for piece in pieces], device, before=[piece.start for piece in pieces]
         )
-        self.own = order.view(group.size, -1)[group.rank].to(device)
+        self.own = order.view(group.size, -1)[group.rank]
         self.all_tokens = len(order)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order))
@@ -58,7 +59,7 @@ class DealtPacking(Packing):
                 piece = pieces[member]
                 first = starts[piece.row]
                 row[: piece.stop] = places[first : first + piece.stop]
-            self._keys.append(keys.to(device))
+            self._keys.append(sent(keys, device))
 
     def key_heads_at_once(self, k: Tensor, v: Tensor) -> int:
         of_one_head = self.all_tokens * (k.shape[2] + v.shape[2])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from veneer.kernels.flex import BlockMask, block_mask
+from veneer.kernels.transfer import sent, sent_together
 
 # Sequences share a product when the shortest has at least this share of the longest's length, both
 # rounded up to a multiple of LENGTH_STEP, so that products of the same shapes come again.
@@ -42,7 +44,7 @@ class Packing:
         self.longest = max(lengths)
         # Where sequences begin, and where the last one ends, as kernels for rows of any lengths
         # take it: (sequences + 1,).
-        self.starts = torch.tensor(starts, dtype=torch.int32).to(device)
+        self.starts = sent(torch.tensor(starts, dtype=torch.int32), device)
         self.sees_own_keys = before is None  # and no others
         self._block_masks: dict[int | None, BlockMask] = {}  # by window
         order = sorted(range(len(lengths)), key=lambda i: (self.before[i], -lengths[i]))
@@ -61,12 +63,11 @@ class Packing:
             rows[: lengths[i]] = torch.arange(starts[i], starts[i + 1])
             gather.append(rows)
         padded = torch.cat(gather)
-        self._padding = (padded < 0).nonzero().squeeze(1).to(device)
-        self._to_groups = padded.clamp(min=0).to(device)  # (padded tokens,)
+        self.is_identity = torch.equal(padded, torch.arange(self.tokens))
         from_groups = torch.empty(self.tokens, dtype=torch.long)
         from_groups[padded[padded >= 0]] = (padded >= 0).nonzero().squeeze(1)
-        self._from_groups = from_groups.to(device)  # (tokens,)
-        self.is_identity = torch.equal(padded, torch.arange(self.tokens))
+        padding = (padded < 0).nonzero().squeeze(1)
+        self._device, self._places = device, (padded.clamp(min=0), from_groups, padding)
 
     def _joins_last_group(self, sequence: int, length: int) -> bool:
         if not self.groups or length < LIKE_LENGTH * self.groups[-1][1]:
@@ -85,21 +86,28 @@ class Packing:
             self._block_masks[window] = block_mask(self.starts, self.tokens, window)
         return self._block_masks[window]
 
+    @cached_property
+    def _grouping(self) -> list[Tensor]:
+        """For each token of the padded groups the packed one, (padded tokens,); for each packed one
+        its place in the groups, (tokens,); and which of the padded ones are padding."""
+        return sent_together(self._places, self._device)
+
     def to_groups(self, x: Tensor) -> Tensor:
         """Return packed rows (tokens, ...) as padded groups; padding repeats the first row."""
-        return x if self.is_identity else x.index_select(0, self._to_groups)
+        return x if self.is_identity else x.index_select(0, self._grouping[0])
 
     def gradient_to_groups(self, dy: Tensor) -> Tensor:
         """Return the rows of a gradient as padded groups, with 0 for padding."""
         if self.is_identity:
             return dy
-        return dy.index_select(0, self._to_groups).index_fill_(0, self._padding, 0)
+        to_groups, _, padding = self._grouping
+        return dy.index_select(0, to_groups).index_fill_(0, padding, 0)
 
     def from_groups(self, groups: list[Tensor]) -> Tensor:
         """Return the packed rows (tokens, ...) of groups (sequences, padded length, ...)."""
         rows = [group.flatten(0, 1) for group in groups]
         padded = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return padded if self.is_identity else padded.index_select(0, self._from_groups)
+        return padded if self.is_identity else padded.index_select(0, self._grouping[1])
 
     def key_heads_at_once(self, k: Tensor, v: Tensor) -> int:
         """Return of how many key heads attention takes keys and values at a time: of all."""

@@ -9,20 +9,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 PINNED = ("cuda", "xpu")  # devices that read pinned memory by themselves
 
 
-def sent(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
+def has_queue(device: torch.device) -> bool:
+    """Return whether the host can go on while a device works, and hear of it later."""
+    return device.type in PINNED
+
+
+def sent(values: Sequence[Any] | Tensor, device: torch.device | None) -> Tensor:
     """Return numbers of the host, a tensor or (nested) lists, as a tensor on `device`."""
     x = values if isinstance(values, Tensor) else torch.tensor(values)
-    if device.type not in PINNED:
+    if device is None or device.type not in PINNED:
         return x.to(device)
     pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
     # torch frees pinned memory only after the copies from it.
     return pinned.to(device, non_blocking=True)
+
+
+def sent_together(
+    hosts: Sequence[Tensor | NDArray[np.int64]], device: torch.device | None
+) -> list[Tensor]:
+    """Return tensors of the host, of one dtype, on a device; where it has a queue, by one copy."""
+    tensors = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in hosts]
+    if device is None or not has_queue(device):
+        return [sent(x, device) for x in tensors]
+    together = sent(torch.cat([x.flatten() for x in tensors]), device)
+    pieces = together.split([x.numel() for x in tensors])
+    return [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
 
 
 class OnTheWay:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapter.virtual_forward import virtual_input_count
@@ -14,6 +15,7 @@ from veneer.data.packing import StepOrder, idle_rows, pack
 from veneer.fused.forward import Forward
 from veneer.models.evaluating import evaluating
 from veneer.processes.world import World
+from veneer.training.step import no_loss, total_over
 
 
 def evaluate(
@@ -38,18 +40,18 @@ def evaluate(
     )
     labels = 0
 
-    def own_loss() -> float:
+    def own_loss() -> Tensor:
         nonlocal labels
-        total = 0.0
+        total = no_loss(model)
         for step in order.epoch(0):
             for indices in order.deal(step, groups)[world.rank // share]:
                 batch = pack(examples, indices or idle_rows(step))
-                loss = float(forward(model, batch))
+                loss = forward(model, batch)
                 if indices:
                     total += loss
                     labels += int((batch.labels >= 0).sum())
         return total
 
     with torch.no_grad(), evaluating(model), forward.installed(model):
-        total = world.total(own_loss, exchanges=forward.exchanges(model))
+        total = float(total_over(world, own_loss, exchanges=forward.exchanges(model)))
     return total / (world.sums(labels)[0] / share)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from veneer.formats.capture import capture
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.recompute import Recompute
 from veneer.kernels.heap import kept_heap
+from veneer.kernels.transfer import has_queue
 from veneer.processes.context import ContextGroup
 from veneer.processes.world import World
 from veneer.training import checkpoint as checkpoints
@@ -52,7 +54,7 @@ from veneer.training.lora_plus import lr_ratios
 from veneer.training.memory import process_memory
 from veneer.training.optimizer import FlatAdamW
 from veneer.training.state import Progress, RunState
-from veneer.training.step import learn, seed_of
+from veneer.training.step import Learning, learn, seed_of
 from veneer.training.threads import worthwhile_threads
 from veneer.training.verdict import rate_advice
 
@@ -77,7 +79,8 @@ def train(
     along another schedule where that is asked for. It must have the same `identity`: what else
     decides the run's course. With `held_out` examples the model ends with the weights that were
     best on them, otherwise with the last. The run ends after the step at which `should_stop`
-    returns True.
+    returns True. On a GPU the event of a step may come when the next one has begun, but before
+    anything is measured or saved.
 
     world: the processes that train together, all with the same model, examples and config; those of
     torch.distributed unless given. Each yields the same events; one of them writes checkpoints.
@@ -115,6 +118,22 @@ def train(
         model.eval()
 
 
+def reads_late(device: torch.device) -> bool:
+    """Return whether a step is read while the next one is computed."""
+    return has_queue(device)
+
+
+@dataclass(frozen=True)
+class _StepUnderWay:
+    """A step that was begun at `start`: its number, rows and rate, and what is learnt in it."""
+
+    number: int
+    rows: list[int]
+    lr: float
+    start: float
+    learning: Learning
+
+
 class _Run:
     """A run's settings, its rows in their order, and its state."""
 
@@ -138,6 +157,7 @@ class _Run:
         self.model, self.examples, self.config = model, examples, config
         self.held_out, self.directory, self.world = held_out, directory, world
         self.identity = config.course | dict(identity)
+        self.last_end = 0.0  # when the last step's event was made
         self.going_on = ""  # what changes where a run goes on otherwise than it began
         lengths = lengths_of(examples)
         self.order = StepOrder(
@@ -182,20 +202,29 @@ class _Run:
         config, progress, state = self.config, self.progress, self.state
         if self.held_out and progress.step == 0:
             yield self._evaluate(forward)
+        under_way: deque[_StepUnderWay] = deque()
+        # A device with a queue computes a step while the host makes the next one ready.
+        most = 1 if reads_late(self.model.device) else 0
         while progress.step < self.steps:
             if self._out_of_patience():
                 yield Stopped(progress.step, "patience")
                 break
             with worthwhile_threads(self.model):
-                event = self._step(forward)
-            yield event
+                under_way.append(self._step(forward))
             at_end = progress.step == self.steps or progress.step_in_epoch == 0
-            if self.held_out and (at_end or _is_due(progress.step, config.eval_every)):
+            evaluates = self.held_out and (at_end or _is_due(progress.step, config.eval_every))
+            is_due = at_end or _is_due(progress.step, config.save_every)
+            pauses = evaluates or (is_due if self.directory else progress.step == self.steps)
+            while len(under_way) > (0 if pauses else most):
+                yield self._end(under_way.popleft())
+            if evaluates:
                 yield self._evaluate(forward)
             stopping = self.world.any(should_stop())
+            while stopping and under_way:
+                yield self._end(under_way.popleft())
             must = stopping or self._out_of_patience() or progress.step == self.steps
             # Between skipped steps the checkpoint before them is the better one to go back to.
-            due = not progress.skips and (at_end or _is_due(progress.step, config.save_every))
+            due = not progress.skips and is_due
             if self.directory and (must or due or self._is_kept(progress.step)):
                 yield self._save(self.directory)
             if stopping and progress.step < self.steps:
@@ -215,7 +244,7 @@ class _Run:
         """Return whether a step's checkpoint is to stay as one of the best."""
         return any(step == best for _, best in self.progress.best)
 
-    def _step(self, forward: Forward) -> Step | Skipped:
+    def _step(self, forward: Forward) -> _StepUnderWay:
         """Learn from the next step's rows, unless their loss or its gradient is not finite."""
         start = time.perf_counter()
         progress, order = self.progress, self.order
@@ -224,7 +253,7 @@ class _Run:
         lr = self.config.lr_at(progress.step, self.steps)
         if self.world.size > 1:
             torch.manual_seed(seed_of(self.config.seed, progress.step, self.world.rank))
-        learnt = learn(
+        learning = learn(
             self.model,
             forward,
             self.state.optimizer,
@@ -236,14 +265,21 @@ class _Run:
             world=self.world,
         )
         rows = list(chain.from_iterable(batches))
+        return _StepUnderWay(progress.step, rows, lr, start, learning)
+
+    def _end(self, step: _StepUnderWay) -> Step | Skipped:
+        """Return what became of a step."""
+        learnt = step.learning.wait()
+        now = time.perf_counter()
+        # While the step before it was computed, this one waited.
+        seconds, self.last_end = now - max(step.start, self.last_end), now
         if not learnt.finite:
-            return self._skip(rows)
-        progress.skips = 0
-        tokens = sum(int(order.lengths[row]) for row in rows)
+            return self._skip(step)
+        self.progress.skips = 0
+        tokens = sum(int(self.order.lengths[row]) for row in step.rows)
         loss, labels = learnt.loss / learnt.label_tokens, learnt.label_tokens
-        seconds = time.perf_counter() - start
         memory = process_memory("VmRSS")
-        return Step(progress.step, loss, lr, tokens, labels, seconds, memory)
+        return Step(step.number, loss, step.lr, tokens, labels, seconds, memory)
 
     def _advance(self) -> None:
         """Go to the next step, and at the end of an epoch to the next epoch."""
@@ -254,21 +290,21 @@ class _Run:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
             self.steps_of_epoch = self.order.epoch(progress.epoch)
 
-    def _skip(self, indices: list[int]) -> Skipped:
+    def _skip(self, step: _StepUnderWay) -> Skipped:
         """Count a step that changed nothing. Raises TrainingError for the third in a row."""
         progress = self.progress
         progress.skips += 1
-        rows = tuple(self.examples[i].where for i in indices)
+        rows = tuple(self.examples[i].where for i in step.rows)
         if progress.skips == MOST_SKIPS:
             last = checkpoints.last_good(self.directory) if self.directory else None
             assert self.config.lr is not None
             suspects = f"the rows of that step ({listed(rows)})"
             raise DivergedError(
                 f"Loss or gradient was not finite in {MOST_SKIPS} steps in a row, up to step "
-                f"{progress.step}. {rate_advice(self.config.lr, self.usual_lr, rows=suspects)}"
+                f"{step.number}. {rate_advice(self.config.lr, self.usual_lr, rows=suspects)}"
                 + (f" The last good checkpoint is {last}." if last else "")
             )
-        return Skipped(progress.step, rows)
+        return Skipped(step.number, rows)
 
     def _evaluate(self, forward: Forward) -> Evaluated:
         """Measure the held-out rows, and keep the weights if none were better so far."""

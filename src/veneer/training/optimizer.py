@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.kernels.transfer import OnTheWay
 from veneer.plan.config import OptimizerName
 from veneer.processes.world import ALONE, World
 from veneer.training.adamw8bit import BLOCK, LEAST, Moments8bit
@@ -98,6 +99,7 @@ class FlatAdamW:
             alike.setdefault((weight.dtype, weight.device, ratio, kind), {})[name] = weight
         self._buffers = [_Buffer.of(each, *kind[2:]) for kind, each in alike.items()]
         self._weight_decay, self._steps = weight_decay, 0
+        self._last: OnTheWay | None = None  # of whether the last step has changed something
         wide = [buffer for buffer in self._buffers if buffer.moments is None]
         groups = [{"params": [buffer.master], "ratio": buffer.ratio} for buffer in wide]
         self._adamw: torch.optim.AdamW | None = None
@@ -114,10 +116,13 @@ class FlatAdamW:
             for name, view in buffer.views(buffer.gradient):
                 buffer.weights[name].grad = view
 
-    def step(self, *, lr: float, clip: float, world: World = ALONE) -> bool:
+    def step(
+        self, *, lr: float, clip: float, world: World = ALONE, only_if: Tensor | None = None
+    ) -> Tensor:
         """Add up the gradients of all processes, clip them to a norm of `clip` (0: not at all),
-        update the weights, and forget the gradients. Return whether they were finite; if not, the
-        weights stay as they are.
+        update the weights, and forget the gradients. Where these are not finite, or `only_if` is
+        False, everything stays as it is. Return whether it was updated, on the weights' device:
+        but for paged moments nothing waits for it here.
 
         Processes send the gradients once, and all have the same sum: so they clip alike, and agree
         on what is finite.
@@ -128,18 +133,24 @@ class FlatAdamW:
             world.add_up(buffer.master.grad)
         masters = [buffer.master for buffer in self._buffers]
         norm = nn.utils.clip_grad_norm_(masters, clip or math.inf)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            self._update(lr, torch.isfinite(norm))
-            self._to_weights()
+        finite = norm.isfinite()
+        if only_if is not None:
+            finite &= only_if.to(finite.device)
+        self._update(lr, finite)
+        self._to_weights()
         self.forget()
         return finite
 
     def _update(self, lr: float, only_if: Tensor) -> None:
+        if self._in_8_bits:
+            self._settle()
+            self._last = OnTheWay(only_if)
         self._steps += 1
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 group["lr"] = lr * group["ratio"]
+            # As torch's GradScaler tells a fused optimizer to change nothing.
+            self._adamw.found_inf = (~only_if).float()  # type: ignore[attr-defined]
             self._adamw.step()
         for buffer in self._buffers:
             if buffer.moments is not None:
@@ -152,6 +163,16 @@ class FlatAdamW:
                     only_if=only_if,
                 )
 
+    def _settle(self) -> None:
+        """Count the last step only if it has changed something, which is known by now."""
+        if self._last is not None and not all(self._last.arrived()):
+            self._steps -= 1
+        self._last = None
+
+    @property
+    def _in_8_bits(self) -> bool:
+        return any(buffer.moments is not None for buffer in self._buffers)
+
     def forget(self) -> None:
         """Free all gradients."""
         for buffer in self._buffers:
@@ -161,15 +182,19 @@ class FlatAdamW:
                 weight.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return the moments as `exp_avg/<weight>`, `exp_avg_sq/<weight>`, of those in 8 bits the
-        scales as `exp_avg_scales/<weight>`, masters, where there are some, as `master/<weight>`,
-        and the steps done."""
-        tensors = {name: view.clone() for name, view in self._views()}
-        return tensors | {"step": torch.tensor(float(self._steps))}
+        """Return on the host the moments as `exp_avg/<weight>`, `exp_avg_sq/<weight>`, of those in
+        8 bits the scales as `exp_avg_scales/<weight>`, masters, where there are some, as
+        `master/<weight>`, and the steps that changed something."""
+        tensors = {name: view.to("cpu", copy=True) for name, view in self._views()}
+        self._settle()
+        steps = torch.tensor(float(self._steps))
+        if self._adamw is not None:  # which knows by itself of steps that changed nothing
+            steps = next(iter(self._adamw.state.values()))["step"].to("cpu", copy=True)
+        return tensors | {"step": steps}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned."""
-        self._steps = int(tensors["step"])
+        self._steps, self._last = int(tensors["step"]), None
         if self._adamw is not None:
             for state in self._adamw.state.values():
                 state["step"].copy_(tensors["step"])

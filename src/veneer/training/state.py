@@ -88,9 +88,11 @@ class RunState:
         if adapter is not None:
             about["adapter"], others = description(adapter, live)
             live |= others
-        tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
+        # Not beside the live ones on a device, which may be full.
+        tensors = {name: t.detach().to("cpu", copy=True) for name, t in live.items()}
         tensors |= self.optimizer.state()
-        tensors |= _prefixed("best", self.best_weights or {})
+        best = {name: weight.cpu() for name, weight in (self.best_weights or {}).items()}
+        tensors |= _prefixed("best", best)
         for device in self._devices():
             tensors[f"rng/{device.type}"] = random_state(device)
         progress = asdict(self.progress)
