@@ -6,8 +6,6 @@ act(gate) · up, which the backward pass of a fused layer needs beside them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -51,12 +49,12 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def _forward(
-    gate: Any,
-    up: Any,
-    y: Any,
-    gate_stride: Any,
-    up_stride: Any,
-    columns: Any,
+    gate: tl.tensor,
+    up: tl.tensor,
+    y: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
+    columns: tl.tensor,
     kind: tl.constexpr,
     is_gated: tl.constexpr,
     block: tl.constexpr,
@@ -73,18 +71,18 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy: Any,
-    gate: Any,
-    up: Any,
-    d_gate: Any,
-    d_up: Any,
-    y: Any,
-    dy_stride: Any,
-    gate_stride: Any,
-    up_stride: Any,
-    d_gate_stride: Any,
-    d_up_stride: Any,
-    columns: Any,
+    dy: tl.tensor,
+    gate: tl.tensor,
+    up: tl.tensor,
+    d_gate: tl.tensor,
+    d_up: tl.tensor,
+    y: tl.tensor,
+    dy_stride: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
+    d_gate_stride: tl.tensor,
+    d_up_stride: tl.tensor,
+    columns: tl.tensor,
     kind: tl.constexpr,
     is_gated: tl.constexpr,
     block: tl.constexpr,
@@ -105,37 +103,42 @@ def _backward(
 
 
 @triton.jit
-def _value(x: Any, kind: tl.constexpr) -> Any:
+def _value(x: tl.tensor, kind: tl.constexpr) -> tl.tensor:
     """Return act(x)."""
+    # Triton goes on behind a return, so that there is one, at the end.
     if kind == "silu":
-        return x * tl.sigmoid(x)
-    if kind == "gelu":
-        return 0.5 * x * (1 + tl.erf(x * ROOT_HALF))
-    if kind == "gelu_tanh":
-        return 0.5 * x * (1 + tanh((x + x * x * x * TANH_CUBE) * TANH_FACTOR))
-    if kind == "relu":
-        return tl.where(x < 0, 0.0, x)
-    if kind == "relu_squared":
-        return tl.where(x < 0, 0.0, x * x)
-    tl.static_assert(kind == "quick_gelu")
-    return x * tl.sigmoid(1.702 * x)
+        y = x * tl.sigmoid(x)
+    elif kind == "gelu":
+        y = 0.5 * x * (1 + tl.erf(x * ROOT_HALF))
+    elif kind == "gelu_tanh":
+        y = 0.5 * x * (1 + tanh((x + x * x * x * TANH_CUBE) * TANH_FACTOR))
+    elif kind == "relu":
+        y = tl.where(x < 0, 0.0, x)
+    elif kind == "relu_squared":
+        y = tl.where(x < 0, 0.0, x * x)
+    else:
+        tl.static_assert(kind == "quick_gelu")
+        y = x * tl.sigmoid(1.702 * x)
+    return y
 
 
 @triton.jit
-def _slope(x: Any, kind: tl.constexpr) -> Any:
+def _slope(x: tl.tensor, kind: tl.constexpr) -> tl.tensor:
     """Return act'(x)."""
     if kind == "silu":
         s = tl.sigmoid(x)
-        return s * (1 + x * (1 - s))
-    if kind == "gelu":
-        return 0.5 * (1 + tl.erf(x * ROOT_HALF)) + x * DENSITY * tl.exp(-0.5 * x * x)
-    if kind == "gelu_tanh":
+        d = s * (1 + x * (1 - s))
+    elif kind == "gelu":
+        d = 0.5 * (1 + tl.erf(x * ROOT_HALF)) + x * DENSITY * tl.exp(-0.5 * x * x)
+    elif kind == "gelu_tanh":
         t = tanh((x + x * x * x * TANH_CUBE) * TANH_FACTOR)
-        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (1 + 3 * x * x * TANH_CUBE) * TANH_FACTOR
-    if kind == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
-    if kind == "relu_squared":
-        return tl.where(x > 0, 2 * x, 0.0)
-    tl.static_assert(kind == "quick_gelu")
-    s = tl.sigmoid(1.702 * x)
-    return s + 1.702 * x * s * (1 - s)
+        d = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (1 + 3 * x * x * TANH_CUBE) * TANH_FACTOR
+    elif kind == "relu":
+        d = tl.where(x > 0, 1.0, 0.0)
+    elif kind == "relu_squared":
+        d = tl.where(x > 0, 2 * x, 0.0)
+    else:
+        tl.static_assert(kind == "quick_gelu")
+        s = tl.sigmoid(1.702 * x)
+        d = s + 1.702 * x * s * (1 - s)
+    return d

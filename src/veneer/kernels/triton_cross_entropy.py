@@ -6,8 +6,6 @@ Liger's function asks the card how many labels there are and how large they are,
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -36,15 +34,15 @@ def cross_entropy(
 
 @triton.jit
 def _cross_entropy(
-    z: Any,
-    targets: Any,
-    losses: Any,
-    out: Any,
-    z_stride: Any,
-    out_stride: Any,
-    vocab: Any,
-    scale: Any,
-    softcap: Any,
+    z: tl.tensor,
+    targets: tl.tensor,
+    losses: tl.tensor,
+    out: tl.tensor,
+    z_stride: tl.tensor,
+    out_stride: tl.tensor,
+    vocab: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
     is_capped: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
@@ -52,6 +50,8 @@ def _cross_entropy(
     target = tl.load(targets + row)
     z += row * z_stride
     out += row * out_stride
+    # Before the sums, at which all threads meet: afterwards another may have written over it.
+    own = _logits(z + target, target < vocab, scale, softcap, is_capped)
     highest = float("-inf")  # of the columns so far, and Σ exp(y − highest) of them
     total = 0.0
     for first in range(0, vocab, block):
@@ -64,9 +64,6 @@ def _cross_entropy(
         total += tl.sum(tl.exp(y - highest_here), 0)
         highest = highest_here
     log_sum = highest + tl.log(total)
-    own = tl.load(z + target).to(tl.float32) * scale
-    if is_capped:
-        own = softcap * tanh(own / softcap)
     tl.store(losses + row, log_sum - own)
     for first in range(0, vocab, block):
         column = first + tl.arange(0, block)
@@ -80,7 +77,9 @@ def _cross_entropy(
 
 
 @triton.jit
-def _logits(z: Any, inside: Any, scale: Any, softcap: Any, is_capped: tl.constexpr) -> Any:
+def _logits(
+    z: tl.tensor, inside: tl.tensor, scale: tl.tensor, softcap: tl.tensor, is_capped: tl.constexpr
+) -> tl.tensor:
     """Return y."""
     y = tl.load(z, mask=inside, other=0.0).to(tl.float32) * scale
     return softcap * tanh(y / softcap) if is_capped else y

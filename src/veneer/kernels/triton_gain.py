@@ -5,8 +5,6 @@ y ← gain ∘ (y + h Bᵀ) + b ∘ (1 − gain)        with y = W x + b and h =
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,18 +26,18 @@ def add_with_gain(y: Tensor, h: Tensor, B: Tensor, gain: Tensor, bias: Tensor | 
 
 @triton.jit
 def _add_with_gain(
-    y: Any,
-    h: Any,
-    B: Any,
-    gain: Any,
-    bias: Any,
-    y_stride: Any,
-    h_stride: Any,
-    B_stride: Any,
-    B_step: Any,
-    tokens: Any,
-    out: Any,
-    rank: Any,
+    y: tl.tensor,
+    h: tl.tensor,
+    B: tl.tensor,
+    gain: tl.tensor,
+    bias: tl.tensor,
+    y_stride: tl.tensor,
+    h_stride: tl.tensor,
+    B_stride: tl.tensor,
+    B_step: tl.tensor,
+    tokens: tl.tensor,
+    out: tl.tensor,
+    rank: tl.tensor,
     has_bias: tl.constexpr,
     block_tokens: tl.constexpr,
     block_columns: tl.constexpr,

@@ -6,8 +6,6 @@ pair of kernels, since all tokens of a row share its factors, whose ranks may di
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -44,14 +42,14 @@ def add_own(x: Tensor, y: Tensor, numbers: Tensor, table: FactorTable) -> Tensor
 
 @triton.jit
 def _project(
-    x: Any,
-    numbers: Any,
-    addresses: Any,
-    ranks: Any,
-    h: Any,
-    tokens: Any,
-    columns: Any,
-    most: Any,
+    x: tl.tensor,
+    numbers: tl.tensor,
+    addresses: tl.tensor,
+    ranks: tl.tensor,
+    h: tl.tensor,
+    tokens: tl.tensor,
+    columns: tl.tensor,
+    most: tl.tensor,
     block_tokens: tl.constexpr,
     block_ranks: tl.constexpr,
     block_columns: tl.constexpr,
@@ -78,14 +76,14 @@ def _project(
 
 @triton.jit
 def _add(
-    h: Any,
-    numbers: Any,
-    addresses: Any,
-    ranks: Any,
-    y: Any,
-    tokens: Any,
-    out: Any,
-    most: Any,
+    h: tl.tensor,
+    numbers: tl.tensor,
+    addresses: tl.tensor,
+    ranks: tl.tensor,
+    y: tl.tensor,
+    tokens: tl.tensor,
+    out: tl.tensor,
+    most: tl.tensor,
     is_transposed: tl.constexpr,
     block_tokens: tl.constexpr,
     block_ranks: tl.constexpr,
@@ -104,9 +102,12 @@ def _add(
             along = first + tl.arange(0, block_ranks)
             own = (token < tokens) & (along[None, :] < rank)
             left = tl.load(h + (row * tokens + token) * most + along[None, :], own, other=0.0)
-            step, stride = (out, 1) if is_transposed else (1, rank)
+            if is_transposed:
+                places = along[:, None] * out + column
+            else:
+                places = along[:, None] + column * rank
             shared = (along[:, None] < rank) & (column < out)
-            right = tl.load(B + along[:, None] * step + column * stride, shared, other=0.0)
+            right = tl.load(B + places, shared, other=0.0)
             total += tl.dot(left, right, input_precision="ieee")
         inside = (token < tokens) & (column < out)
         at = y + (row * tokens + token) * out + column

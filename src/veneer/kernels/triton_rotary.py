@@ -7,8 +7,6 @@ stays as it is.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,16 +32,16 @@ def rotate(
 
 @triton.jit
 def _rotate(
-    x: Any,
-    cos: Any,
-    sin: Any,
-    out: Any,
-    token_stride: Any,
-    head_stride: Any,
-    heads: Any,
-    dim: Any,
-    pairs: Any,
-    sign: Any,
+    x: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    out: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    heads: tl.tensor,
+    dim: tl.tensor,
+    pairs: tl.tensor,
+    sign: tl.tensor,
     interleaved: tl.constexpr,
     block_heads: tl.constexpr,
     block_pairs: tl.constexpr,
