@@ -33,11 +33,12 @@ def training(
     bounds: Bounds | None = None,
     worker: Sequence[str] = PRETENDED,
     adapters: dict[str, Path] | None = None,
+    base: str = "tiny",
     **options: Any,
 ) -> Iterator[Any]:
     """Serve, and train below `runs`."""
     runs.mkdir(exist_ok=True)
-    jobs = Jobs(runs, scripted(adapters), TrainingBase("tiny"), bounds, worker=worker)
+    jobs = Jobs(runs, scripted(adapters), TrainingBase(base), bounds, worker=worker)
     limits = Limits(upload_bytes=jobs.bounds.upload_bytes)
     options |= {"keys": Keys(admin=ADMIN), "limits": limits, "runs": runs, "jobs": jobs}
     jobs.start()

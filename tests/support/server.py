@@ -87,6 +87,9 @@ class ScriptedEngine:
     def load(self, name: str) -> None:
         self.library.info(name)
 
+    def refuse_unservable(self) -> dict[str, str]:
+        return {}
+
     def close(self, *, drain: bool = True) -> None:
         pass
 

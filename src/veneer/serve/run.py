@@ -71,7 +71,7 @@ def serve(
     with listener:
         try:
             jobs = jobs_of(base, served, config)
-            ending = Ending(config.drain_seconds, engine)
+            ending = Ending(config.drain_seconds, engine, jobs)
             app = create_app(
                 served,
                 keys=keys,
@@ -120,8 +120,10 @@ def jobs_of(base: Base, served: Served, config: ServeConfig) -> Jobs | None:
     # A stored base that is quantized already is loaded so by its own files.
     is_stored = quantization_of(load_config(base.name).to_dict()) is not None
     dtype: DType = "float32" if here.dtype == "float32" else "bf16"
+    # A later server may be started elsewhere.
+    name = str(Path(base.name).resolve()) if Path(base.name).exists() else base.name
     training = TrainingBase(
-        base.name,
+        name,
         dtype,
         None if is_stored else here.bits,
         here.head and not is_stored,
@@ -251,10 +253,12 @@ def listen(config: ServeConfig) -> socket.socket:
 
 
 class Ending:
-    """Whether the server is ending. From the first signal on, running answers have some seconds."""
+    """Whether the server is ending. From the first signal on, running answers have some seconds,
+    and a training stops."""
 
-    def __init__(self, seconds: float, engine: EngineLike) -> None:
+    def __init__(self, seconds: float, engine: EngineLike, jobs: Jobs | None = None) -> None:
         self.begun = False
+        self._jobs = jobs
         self._cut = Timer(seconds, lambda: engine.close(drain=False))
         self._cut.daemon = True
 
@@ -262,6 +266,8 @@ class Ending:
         if not self.begun:
             self.begun = True
             self._cut.start()
+            if self._jobs is not None:
+                self._jobs.end()
 
     @contextmanager
     def on_signal(self) -> Iterator[None]:

@@ -7,14 +7,18 @@ import pytest
 
 from support.browser import needs_chromium, opened, serious
 from support.jobs import ROWS, lines, training
+from support.random_adapters import tokenizer
 from support.server import ADMIN
+from support.tiny_models import tiny
+from veneer.formats.merged import write_model
 
 pytestmark = needs_chromium
 
 
 @pytest.fixture
 def site(tmp_path, two):
-    with training(tmp_path / "runs") as server:
+    write_model(tiny("llama"), tokenizer(), tmp_path / "base")
+    with training(tmp_path / "runs", base=str(tmp_path / "base")) as server:
         shutil.copytree(two["cooking"], tmp_path / "runs" / "result")
         (tmp_path / "runs" / "wait").write_text("2")
         server.wait = tmp_path / "runs" / "wait"
@@ -47,7 +51,14 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         assert first.locator("mark").inner_text().strip() == "hijklm</s>"
         assert "are learnt" in first.inner_text()
         page.get_by_label("Name").fill("island")
+        plan = page.locator("#train-plan")
+        plan.filter(has_text="parameters train, in at most").wait_for()
+        before = plan.inner_text()
         page.get_by_label("Size").select_option("8")
+        page.wait_for_function(
+            "t => document.getElementById('train-plan').textContent !== t", arg=before
+        )
+        assert int(plan.inner_text().split()[0].replace(",", "")) > 0
         assert serious(page) == []
         start.click()
         card = page.locator("#jobs .run")

@@ -125,3 +125,10 @@ class RowsRequest(Body):
 
     file: Annotated[Text, Field(max_length=80)]
     model: Annotated[Text, Field(max_length=512)]
+
+
+class PlanRequest(Body):
+    """POST /api/plan: what an adapter would take to train."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)]
+    targets: Annotated[Text, Field(min_length=1, max_length=512)]

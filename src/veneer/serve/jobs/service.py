@@ -79,10 +79,15 @@ class Jobs:
         """Serve what was trained before, and go on with what was not ended."""
         for job in self.store.jobs():
             self.publisher.publish(job, result=job.status == "succeeded", load=False)
+        self.served.engine.refuse_unservable()
         self.supervisor.start()
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Let a training stop with a checkpoint; the next server goes on with it."""
+        self.supervisor.end()
+
+    def close(self) -> None:
+        """End, and wait until nothing trains any more."""
         self.supervisor.close()
         self.store.close()
         self._lock.close()

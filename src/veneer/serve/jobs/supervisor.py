@@ -24,6 +24,7 @@ log = logging.getLogger("veneer.serve")
 
 WORKER = (sys.executable, "-m", "veneer.serve.jobs.worker")
 LOOK_SECONDS = 0.2  # between looks at a worker's log, and at what is asked of it
+NOTE_SECONDS = 5.0  # between writings of how long it has trained, where nothing else happens
 DISK_SECONDS = 10.0  # between looks at the size of its run
 STOP_SECONDS = 120.0  # for the step that a worker is in, until it is ended by force
 MOST_DEATHS = 3  # of a job's workers, until it is given up
@@ -74,11 +75,16 @@ class Supervisor:
         """Begin, or go on with what the server before this one left."""
         self._thread.start()
 
-    def close(self) -> None:
-        """Let the worker stop after its step, with a checkpoint, and wait for it."""
+    def end(self) -> None:
+        """Let the worker stop after its step, with a checkpoint, and start no other."""
         self._ending = True
         self.asked.set()
-        self._thread.join()
+
+    def close(self) -> None:
+        """End, and wait for it."""
+        self.end()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._ending:
@@ -144,7 +150,10 @@ class Supervisor:
             return  # the next server goes on with it
         elif end is None and job.deaths + 1 >= MOST_DEATHS:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            text = f"Its process died {MOST_DEATHS} times ({how}), perhaps for want of memory."
+            text = (
+                f"Its process died {MOST_DEATHS} times ({how}), perhaps for want of memory. What "
+                f"it printed is in {job.name}/.job/output.txt below --runs."
+            )
             self._fail(id, Fault("worker_died", text))
         elif end is None:
             text = "The process that trains died; another one goes on."
@@ -182,8 +191,14 @@ class _Watched:
         self.files = WorkerFiles(supervisor.places.run(job))
         self.limit: Fault | None = None
         self._before, self._began = job.seconds, time.monotonic()
+        self._noted = 0.0  # when its time was last written down
         self._asked_at: float | None = None  # when it was asked to stop
         self._end: End | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long the job has trained, in all its processes."""
+        return self._before + time.monotonic() - self._began
 
     def until_it_ends(self) -> None:
         """Return when the process has ended, after reading its log again and again."""
@@ -220,13 +235,19 @@ class _Watched:
         store = self.supervisor.store
         while True:
             lines, read = read_on(self.files.log, self.read)
+            if not lines and time.monotonic() < self._noted + NOTE_SECONDS:
+                return self._end
+            self._noted = time.monotonic()
             events = [line.content for line in lines if isinstance(line.content, JobEvent)]
             for line in lines:
                 if isinstance(line.content, End) and line.attempt == self.attempt:
                     self._end = line.content
-            seconds = self._before + time.monotonic() - self._began
             job = store.change(
-                self.id, *events, read=read, seconds=seconds, **_progress(events, store, self.id)
+                self.id,
+                *events,
+                read=read,
+                seconds=self.seconds,
+                **_progress(events, store, self.id),
             )
             if job is not None and any("checkpoint" in (event.data or {}) for event in events):
                 self.supervisor.publish(job, result=False)
@@ -238,7 +259,7 @@ class _Watched:
         supervisor = self.supervisor
         job = supervisor.store.job(self.id)
         assert job is not None
-        if job.seconds > 3600 * supervisor.bounds.hours and self.limit is None:
+        if self.seconds > 3600 * supervisor.bounds.hours and self.limit is None:
             text = f"It trained for the {supervisor.bounds.hours:g} hours that a job may take."
             self.limit = Fault("time_limit", text)
         return supervisor._ending or job.status != "running" or self.limit is not None

@@ -13,11 +13,12 @@ from starlette.staticfiles import StaticFiles
 from veneer.errors import RequestError
 from veneer.serve.api.errors import ERROR_RESPONSES
 from veneer.serve.api.files import enabled
-from veneer.serve.api.job_protocol import RowsRequest
+from veneer.serve.api.job_protocol import PlanRequest, RowsRequest
 from veneer.serve.api.protocol import TokensRequest
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.page.about import about
+from veneer.serve.page.planned import planned
 from veneer.serve.page.rows import first_rows
 from veneer.serve.page.runs import Runs
 
@@ -71,6 +72,12 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
         service = enabled(jobs)
         served.adapter(asked.model)
         return await asyncio.to_thread(first_rows, service, served, asked.file)
+
+    @router.post("/plan")
+    async def plan(asked: PlanRequest) -> dict[str, Any]:
+        """Return what the planner says of an adapter over the base, before it is trained."""
+        base = enabled(jobs).base
+        return await asyncio.to_thread(planned, base, asked.rank, asked.targets)
 
     @router.post("/tokens")
     async def tokens(asked: TokensRequest) -> dict[str, Any]:

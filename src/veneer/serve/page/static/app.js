@@ -6,7 +6,7 @@ import { startChat } from "./chat.js";
 import { startCompare } from "./compare.js";
 import { byId, bytes, make, showError } from "./dom.js";
 import { fitSettings, addSettings, propose } from "./settings.js";
-import { offerBases, showJobs, startTraining } from "./train.js";
+import { offerBases, openTraining, startTraining } from "./train.js";
 
 const VIEWS = ["chat", "compare", "train", "adapters", "runs"];
 let served = { base: { name: "" }, adapters: [] };
@@ -31,7 +31,7 @@ async function show({ focus }) {
   try {
     if (shown === "runs") await showRuns();
     else await refresh();
-    if (shown === "train" && served.training) await showJobs();
+    if (shown === "train" && served.training) await openTraining();
   } catch (error) {
     showError(error);
   }

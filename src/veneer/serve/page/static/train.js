@@ -2,7 +2,7 @@
 
 import { get, post, upload } from "./api.js";
 import { curve } from "./curve.js";
-import { announce, byId, duration, facts, make, showError } from "./dom.js";
+import { announce, byId, bytes, duration, facts, make, showError } from "./dom.js";
 
 const JOBS = "/v1/fine_tuning/jobs";
 const number = (value) => (value == null ? null : value.toFixed(3));
@@ -59,6 +59,20 @@ async function take(rows) {
     fault(error.message);
   }
   ready();
+}
+
+// What the planner says of the size and the layers that are chosen.
+async function showPlan() {
+  const place = byId("train-plan"), { rank, targets } = form().elements;
+  if (!isBase()) {
+    place.textContent = "It goes on with the adapter's own size and layers.";
+    return;
+  }
+  const asked = `${rank.value} ${targets.value}`;
+  const { parameters, memory, free, why } = await post("/api/plan", { rank: Number(rank.value), targets: targets.value });
+  if (asked !== `${rank.value} ${targets.value}`) return; // another choice came meanwhile
+  const room = free == null ? "" : memory > free ? `: more than the ${bytes(free)} that are free` : ` of the ${bytes(free)} that are free`;
+  place.textContent = why ?? `${parameters.toLocaleString("en")} parameters train, in at most ${bytes(memory)}${room}.`;
 }
 
 async function start(event) {
@@ -143,7 +157,13 @@ function fill(card, job, run, said) {
 
 let chatWith = () => {};
 
-export async function showJobs() {
+// What the view shows when it is opened.
+export async function openTraining() {
+  await showJobs();
+  await showPlan();
+}
+
+async function showJobs() {
   const [{ data }, { runs }] = await Promise.all([get(`${JOBS}?limit=50`), get("/api/runs")]);
   const container = byId("jobs");
   byId("jobs-none").hidden = data.length > 0;
@@ -175,6 +195,9 @@ export function startTraining(isShown, chat) {
   chatWith = chat;
   form().addEventListener("submit", start);
   byId("train-model").addEventListener("change", ready);
+  for (const id of ["train-model", "train-size", "train-layers"]) {
+    byId(id).addEventListener("change", () => showPlan().catch(showError));
+  }
   byId("train-file").addEventListener("change", ({ target }) => target.files[0] && take(target.files[0]));
   byId("train-paste").addEventListener("click", () => {
     const text = byId("train-text").value;
