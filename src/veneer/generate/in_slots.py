@@ -19,7 +19,7 @@ from veneer.adapter.virtual_context import virtual_count
 from veneer.generate.draws import Draw, next_tokens
 from veneer.generate.sampling import Sampling
 from veneer.generate.slots import NotInSlots, SlotModel
-from veneer.kernels.graphs import Graphs, Tensors, length_for
+from veneer.kernels.graphs import NONE_HERE, Graphs, Tensors, length_for
 from veneer.kernels.transfer import OnTheWay, sent
 
 log = logging.getLogger("veneer.generate")
@@ -113,7 +113,7 @@ class InSlots:
 
             where = sent([positions, positions, [-1] * rows], model.device)
             logits = [self.graphs((rows, seen), decode, {"where": where})["logits"]]
-            if notice := self.graphs.notice():
+            if self.graphs.why_not != NONE_HERE and (notice := self.graphs.notice()):
                 log.warning(notice)
             newest.copy_(next_tokens(logits[0], draws))
 

@@ -28,6 +28,8 @@ MOST = 48  # graphs at a time; the least recently used ones are dropped
 # way for a stream that is recorded.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.01}
 
+NONE_HERE = "only NVIDIA's and AMD's cards have them"
+
 Tensors = Mapping[str, Tensor]
 Function = Callable[[Tensors], Tensors]
 
@@ -108,8 +110,8 @@ class Graphs:
     def __init__(self, record: Recorder | None, *, changes: Sequence[Tensor] = ()) -> None:
         self._record, self._changes = record, changes
         self._graphs: OrderedDict[Hashable, _Recorded] = OrderedDict()
-        self.why_not: str | None = None if record is not None else "no recorder for this device"
-        self._announced = record is None
+        self.why_not: str | None = None if record is not None else NONE_HERE
+        self._announced = False
 
     @classmethod
     def on(cls, device: torch.device, *, changes: Sequence[Tensor] = ()) -> Graphs:
@@ -139,11 +141,11 @@ class Graphs:
         self._graphs.clear()
 
     def notice(self) -> str | None:
-        """Return, once, why functions are called as they are although there is a recorder."""
+        """Return, once, why functions are called as they are."""
         if self._announced or self.why_not is None:
             return None
         self._announced = True
-        return f"Steps are not replayed as CUDA graphs, which would be faster: {self.why_not}."
+        return f"Nothing is replayed as a CUDA graph, which would be faster: {self.why_not}."
 
     def _prove(
         self,

@@ -70,6 +70,9 @@ class TrainConfig:
     """What is computed again in the backward pass instead of kept: nothing, each layer's inner
     projections, or whole layers; or what is kept is kept on the disk. Less memory, more time, the
     same result."""
+    cuda_graphs: bool = False
+    """Replay passes of few sizes as CUDA graphs, where each first gives what the pass gives: for
+    small models, whose kernels take less time than asking for them."""
     context_parallel: int = 1
     """Processes that share each row, for rows that one cannot hold: each computes its own tokens,
     and keys and values go between them."""

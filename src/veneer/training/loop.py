@@ -53,6 +53,7 @@ from veneer.training.events import (
 from veneer.training.lora_plus import lr_ratios
 from veneer.training.memory import process_memory
 from veneer.training.optimizer import FlatAdamW
+from veneer.training.recorded import RecordedPasses
 from veneer.training.state import Progress, RunState
 from veneer.training.step import Learning, learn, seed_of
 from veneer.training.threads import worthwhile_threads
@@ -158,6 +159,7 @@ class _Run:
         self.held_out, self.directory, self.world = held_out, directory, world
         self.identity = config.course | dict(identity)
         self.last_end = 0.0  # when the last step's event was made
+        self.passes: RecordedPasses | None = None
         self.going_on = ""  # what changes where a run goes on otherwise than it began
         lengths = lengths_of(examples)
         self.order = StepOrder(
@@ -202,6 +204,9 @@ class _Run:
         config, progress, state = self.config, self.progress, self.state
         if self.held_out and progress.step == 0:
             yield self._evaluate(forward)
+        if config.cuda_graphs and self.world.size == 1:
+            tokens, gradients = config.batch_tokens, state.optimizer.gradients
+            self.passes = RecordedPasses(self.model, forward, gradients, tokens_per_batch=tokens)
         under_way: deque[_StepUnderWay] = deque()
         # A device with a queue computes a step while the host makes the next one ready.
         most = 1 if reads_late(self.model.device) else 0
@@ -211,6 +216,8 @@ class _Run:
                 break
             with worthwhile_threads(self.model):
                 under_way.append(self._step(forward))
+            if self.passes is not None and (why := self.passes.notice()):
+                yield Notice(why)
             at_end = progress.step == self.steps or progress.step_in_epoch == 0
             evaluates = self.held_out and (at_end or _is_due(progress.step, config.eval_every))
             is_due = at_end or _is_due(progress.step, config.save_every)
@@ -263,6 +270,7 @@ class _Run:
             lr=lr,
             clip=self.config.clip,
             world=self.world,
+            passes=self.passes,
         )
         rows = list(chain.from_iterable(batches))
         return _StepUnderWay(progress.step, rows, lr, start, learning)

@@ -173,6 +173,11 @@ class FlatAdamW:
     def _in_8_bits(self) -> bool:
         return any(buffer.moments is not None for buffer in self._buffers)
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The tensors in which gradients add up, the same ones in all steps."""
+        return [buffer.gradient for buffer in self._buffers]
+
     def forget(self) -> None:
         """Free all gradients."""
         for buffer in self._buffers:

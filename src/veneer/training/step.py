@@ -16,6 +16,7 @@ from veneer.fused.forward import Forward
 from veneer.kernels.transfer import OnTheWay, has_queue
 from veneer.processes.world import World
 from veneer.training.optimizer import FlatAdamW
+from veneer.training.recorded import RecordedPasses
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ def learn(
     lr: float,
     clip: float,
     world: World,
+    passes: RecordedPasses | None = None,
 ) -> Learning:
     """Learn from the rows of a step, which the processes share, unless the loss or its gradient is
     not finite.
 
     The loss is the mean over the label tokens of all processes. Between them go a few numbers, and
-    once the gradient of what trains. Nothing here waits for a device with a queue of its own.
+    once the gradient of what trains. passes: what makes them instead of `forward`, in one process
+    alone. Nothing here waits for a device with a queue of its own.
     """
     share = 1 if forward.context is None else forward.context.size  # processes with the same rows
     dealt = order.deal(step, world.size // share)[world.rank // share]
@@ -73,6 +76,9 @@ def learn(
     def own_loss() -> Tensor:
         total = no_loss(model)
         for batch, indices in zip(batches, dealt, strict=True):
+            if passes is not None:
+                total += passes(batch, labels)
+                continue
             loss = forward(model, batch)
             loss = loss if indices else 0 * loss
             total += loss.detach()

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.generate.slots import SlotModel
-from veneer.kernels.graphs import Graphs, Tensors, length_for, size_for
+from veneer.kernels.graphs import NONE_HERE, Graphs, Tensors, length_for, size_for
 from veneer.kernels.transfer import sent
 from veneer.lowrank.update import RowUpdates
 from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
@@ -89,7 +89,7 @@ class SlotRunner:
 
         inputs = {"where": sent(where, model.device)}
         logits = self.graphs((rows, seen, self._adapters), decode, inputs)["logits"]
-        if notice := self.graphs.notice():
+        if self.graphs.why_not != NONE_HERE and (notice := self.graphs.notice()):
             log.warning(notice)
         if slots == list(range(rows)):
             return logits
