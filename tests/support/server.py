@@ -41,6 +41,7 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.cancelled = self.active = self.waiting = 0
         self.fail = ""
+        self.script: list[str] = []  # what it says instead
         self._free, self._lock = Semaphore(slots), Lock()
 
     def submit(self, request: Request) -> Stream:
@@ -58,8 +59,8 @@ class ScriptedEngine:
             with self._lock:
                 self.waiting, self.active = self.waiting - 1, self.active + 1
             name = request.adapter if isinstance(request.adapter, str) else "base"
-            words = [name, " says", *(f" word {i}" for i in range(10_000))]
-            reason, new = "length", 0
+            words = self.script or [name, " says", *(f" word {i}" for i in range(10_000))]
+            reason, new = "stop" if self.script else "length", 0
             for word in words[: request.sampling.max_new_tokens]:
                 time.sleep(self.pace)
                 if stream.cancelled:

@@ -13,6 +13,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from veneer.errors import RequestError
+from veneer.serve.api.calling import Tools
+from veneer.serve.api.calls import MOST_CALLS
 from veneer.serve.api.errors import ERROR_RESPONSES, failed
 from veneer.serve.api.metrics import Metrics
 from veneer.serve.api.protocol import (
@@ -51,15 +53,29 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
         if asked.top_logprobs and not asked.logprobs:
             raise RequestError("top_logprobs needs logprobs.", param="top_logprobs")
         adapter = served.which(asked.model, asked.adapters)
+        tools = await asyncio.to_thread(Tools.of, asked, served.tokenizer)
 
         def prepare() -> list[Request]:
-            tokens = served.chat_tokens([message.turn for message in asked.messages])
+            turns = [message.turn for message in asked.messages]
+            tokens = served.chat_tokens(turns, [tool.for_template for tool in tools.all])
             most = asked.max_completion_tokens or asked.max_tokens
             new = served.new_tokens(tokens, most, None)
-            logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-            return asked.requests(tokens, adapter, new_tokens=new, logprobs=logprobs)
+            return asked.requests(
+                tokens,
+                adapter,
+                new_tokens=new,
+                logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+                grammar=tools.grammar,
+                special=tools.special,
+            )
 
-        reply = ChatReply(asked.model, served.text_of, logprobs=bool(asked.logprobs))
+        reply = ChatReply(
+            asked.model,
+            served.text_of,
+            logprobs=bool(asked.logprobs),
+            readers=tools.reader if tools.all else None,
+            most_calls=1 if asked.parallel_tool_calls is False else MOST_CALLS,
+        )
         return await respond(asked, prepare, reply, http)
 
     @router.post("/completions", responses=STREAMED)
@@ -176,7 +192,8 @@ async def events(
             if piece.text or piece.tokens:
                 delta = reply.delta(number, piece, lengths[number])
                 lengths[number] += len(piece.text)
-                yield _event(reply.chunk(delta, **more))
+                if delta is not None:
+                    yield _event(reply.chunk(delta, **more))
             if piece.reason is None:
                 continue
             ends[number] = piece

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from veneer.data.rows import ROLES, Message
+from veneer.errors import RequestError
 from veneer.generate.sampling import Sampling
+from veneer.serve.api.calls import MOST_CALLS
 from veneer.serve.api.formats import (
     FORMATS,
     Choices,
@@ -23,6 +25,7 @@ from veneer.serve.api.formats import (
     grammar_of,
 )
 from veneer.serve.api.strict import Strict, Text
+from veneer.serve.api.tools import MOST_TOOLS, NamedTool, Tool, ToolCall, ToolChoice
 from veneer.serve.engine.request import Adjustments, Grammar, Request, Which
 
 MOST_ANSWERS = 16  # to one request, over all prompts
@@ -41,7 +44,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),  # also "none": a template that knows it would think by itself
     "service_tier": ("auto", "default"),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
+    "tool_choice": ("none", "auto"),  # of completions, as the next one
     "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -49,7 +52,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Parameters that change no answer, and why; the log names each once.
 IGNORED: dict[str, str] = {
     "metadata": "answers are not stored",
-    "parallel_tool_calls": "there are no tools to call",
     "prediction": "it would only make the answer come faster",
     "prompt_cache_key": "the cache finds prompts by their tokens",
     "prompt_cache_retention": "the cache keeps prompts while there is memory",
@@ -107,9 +109,20 @@ class AnswerRequest(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
 
     def requests(
-        self, tokens: Sequence[int], adapter: Which, *, new_tokens: int, logprobs: int | None
+        self,
+        tokens: Sequence[int],
+        adapter: Which,
+        *,
+        new_tokens: int,
+        logprobs: int | None,
+        grammar: Grammar | None = None,
+        special: bool = False,
     ) -> list[Request]:
-        """Return what the engine is asked for one prompt: `n` requests, each with its own seed."""
+        """Return what the engine is asked for one prompt: `n` requests, each with its own seed.
+
+        grammar: what the answer must be, where the request itself does not say.
+        special: whether special tokens show in the text.
+        """
         sampling = Sampling(
             max_new_tokens=new_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -123,7 +136,8 @@ class AnswerRequest(Strict):
             adapter,
             sampling,
             adjustments=self.adjustments,
-            grammar=self.grammar,
+            grammar=self.grammar or grammar,
+            special=special,
             stop=stop,
             logprobs=logprobs,
         )
@@ -175,15 +189,32 @@ class ChatMessage(Strict):
     }
     ignored: ClassVar = {"name": "chat templates get roles and contents alone"}
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextContent], Field(min_length=1)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextContent], Field(min_length=1)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_CALLS)] | None = None
+    tool_call_id: Text | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> ChatMessage:
+        if self.content is None and self.tool_calls is None:
+            raise ValueError("should have content")
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError("should have tool_calls only where its role is assistant")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("should have tool_call_id where its role is tool, and nowhere else")
+        return self
 
     @property
     def turn(self) -> Message:
         """Return the message as chat templates take it, its contents as one text."""
-        contents = self.content
+        contents = self.content or ""
         text = contents if isinstance(contents, str) else "".join(each.text for each in contents)
-        return Message(ROLES[self.role], text)
+        fields: dict[str, object] = {}
+        if self.tool_calls is not None:
+            fields["tool_calls"] = [call.for_template for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            fields["tool_call_id"] = self.tool_call_id
+        return Message(ROLES[self.role], text, fields=fields)
 
 
 class ChatRequest(AnswerRequest):
@@ -192,7 +223,29 @@ class ChatRequest(AnswerRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
+    parallel_tool_calls: bool | None = None
+    tool_choice: ToolChoice | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_CHAT)] | None = None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Return the tools that the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def called_tools(self) -> list[Tool]:
+        """Return the tools of which the answer must call one; none where it need not.
+
+        Raises RequestError for a choice that is none of the tools.
+        """
+        choice = self.tool_choice
+        if choice is None or choice in ("none", "auto"):
+            return []
+        name = choice.function.name if isinstance(choice, NamedTool) else None
+        tools = [t for t in self.callable_tools if name is None or t.function.name == name]
+        if not tools:
+            raise RequestError("tool_choice asks for none of the tools.", param="tool_choice")
+        return tools
 
 
 class CompletionRequest(AnswerRequest):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from uuid import uuid4
 
+from veneer.serve.api.calls import MOST_CALLS, Call, CallReader
 from veneer.serve.engine.request import Answer, Token
 
 LEAST = -9999.0  # OpenAI's stand-in for the logarithm of 0, which JSON cannot express
@@ -41,8 +42,9 @@ class Reply(ABC):
     def whole(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
         """Return the response that holds whole answers."""
         choices = [
-            {"index": i, **self.content(answer), "finish_reason": _finish_reason(answer)}
+            {"index": i, **content, "finish_reason": self.finish_reason(content, answer)}
             for i, answer in enumerate(answers)
+            for content in [self.content(answer)]
         ]
         return {**self.head, "object": self.whole_object, "choices": choices, "usage": usage}
 
@@ -54,13 +56,18 @@ class Reply(ABC):
     def content(self, answer: Answer) -> dict[str, Any]:
         """Return what the choice of a whole answer holds."""
 
+    def finish_reason(self, content: dict[str, Any], answer: Answer) -> str:
+        """Return why an answer ended, whose choice holds `content`."""
+        return _finish_reason(answer)
+
     @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
         """Return the choice that opens a stream, if there is one."""
 
     @abstractmethod
-    def delta(self, index: int, piece: Answer, start: int) -> dict[str, Any]:
-        """Return the choice with the text of a piece, before which `start` characters came."""
+    def delta(self, index: int, piece: Answer, start: int) -> dict[str, Any] | None:
+        """Return the choice with the text of a piece, before which `start` characters came; None
+        where nothing of it is sure yet."""
 
     @abstractmethod
     def ending(self, index: int, piece: Answer) -> dict[str, Any]:
@@ -68,22 +75,62 @@ class Reply(ABC):
 
 
 class ChatReply(Reply):
-    """Answers of /v1/chat/completions."""
+    """Answers of /v1/chat/completions. readers: makes what reads calls from an answer's text, None
+    where it may have none. most_calls: how many of them count."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self,
+        model: str,
+        text_of: Callable[[int], str],
+        *,
+        logprobs: bool,
+        readers: Callable[[], CallReader] | None = None,
+        most_calls: int = MOST_CALLS,
+    ) -> None:
+        super().__init__(model, text_of, logprobs=logprobs)
+        self._make_reader, self._most_calls = readers, most_calls
+        self._readers: dict[int, CallReader] = {}  # by choice
+
     def content(self, answer: Answer) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if self._make_reader is not None:
+            reader = self._make_reader()
+            content, calls = reader.feed(answer.text)
+            content += reader.end()
+            if calls:
+                message["content"] = content.strip() or None
+                message["tool_calls"] = [_tool_call(call) for call in calls[: self._most_calls]]
         return {"message": message, "logprobs": self._logprobs(answer.tokens)}
+
+    def finish_reason(self, content: dict[str, Any], answer: Answer) -> str:
+        has_calls = "tool_calls" in content["message"]
+        return "tool_calls" if has_calls else _finish_reason(answer)
 
     def opening(self, index: int) -> dict[str, Any]:
         return self._choice(index, {"role": "assistant", "content": ""})
 
-    def delta(self, index: int, piece: Answer, start: int) -> dict[str, Any]:
-        return self._choice(index, {"content": piece.text}, logprobs=self._logprobs(piece.tokens))
+    def delta(self, index: int, piece: Answer, start: int) -> dict[str, Any] | None:
+        logprobs = self._logprobs(piece.tokens)
+        if self._make_reader is None:
+            return self._choice(index, {"content": piece.text}, logprobs=logprobs)
+        reader = self._readers.setdefault(index, self._make_reader())
+        before = reader.calls
+        content, calls = reader.feed(piece.text)
+        delta: dict[str, Any] = {"content": content} if content else {}
+        if shown := calls[: max(0, self._most_calls - before)]:
+            delta["tool_calls"] = [
+                {"index": before + n, **_tool_call(call)} for n, call in enumerate(shown)
+            ]
+        return self._choice(index, delta, logprobs=logprobs) if delta or logprobs else None
 
     def ending(self, index: int, piece: Answer) -> dict[str, Any]:
-        return self._choice(index, {}, reason=_finish_reason(piece))
+        reader = self._readers.get(index)
+        rest = "" if reader is None else reader.end()
+        calls = reader is not None and reader.calls > 0
+        reason = "tool_calls" if calls else _finish_reason(piece)
+        return self._choice(index, {"content": rest} if rest else {}, reason=reason)
 
     def _choice(
         self, index: int, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None
@@ -137,6 +184,11 @@ class CompletionReply(Reply):
             ],
             "text_offset": offsets,
         }
+
+
+def _tool_call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _finish_reason(answer: Answer) -> str:

@@ -10,9 +10,13 @@ UNFINISHED = "�"  # what a tokenizer shows for bytes that are no whole charact
 
 
 class Detokenizer:
-    """The text of an answer, which grows by tokens and ends before the first stop text."""
+    """The text of an answer, which grows by tokens and ends before the first stop text. special:
+    whether special tokens show in it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], *, special: bool = False
+    ) -> None:
+        self.special = special
         self.stop = tuple(stop)
         self.stopped = False
         self._tokenizer = tokenizer
@@ -56,7 +60,7 @@ class Detokenizer:
     def _decode(self) -> str:
         ids = self._ids[self._from :]
         text = self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ids, skip_special_tokens=not self.special, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)
         return text

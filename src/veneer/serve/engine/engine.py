@@ -95,7 +95,7 @@ class Engine:
             stream,
             self._mix(request.adapter),
             self._sampler(request),
-            Detokenizer(self.tokenizer, request.stop),
+            Detokenizer(self.tokenizer, request.stop, special=request.special),
             most=min(request.sampling.max_new_tokens, self.context - len(request.tokens)),
             ends=self._ends,
         )

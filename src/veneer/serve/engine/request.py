@@ -79,6 +79,8 @@ class Request:
     """What changes the logits before a token is chosen."""
     grammar: Grammar | None = None
     """What the answer must be, if anything."""
+    special: bool = False
+    """Let special tokens show in the text."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from veneer.data.chat import prompt_text
+from veneer.data.chat import Chat
 from veneer.data.rows import Message
 from veneer.errors import ContextExceeded, DataError, RequestError, UnknownModel, nearest
 from veneer.formats.training import ComputedIn
@@ -85,13 +85,24 @@ class Served:
                 raise RequestError(f"{name} is the base, not an adapter.", param="adapters")
         return dict(mix)
 
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens after which the model answers a conversation. Raises RequestError where
-        its chat template refuses the messages."""
+    def chat_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = ()
+    ) -> list[int]:
+        """Return the tokens after which the model answers a conversation, with tools that it may
+        call. Raises RequestError where its chat template refuses the messages, or writes no tools.
+        """
+        chat = Chat(self.tokenizer)
         try:
-            text = prompt_text(self.tokenizer, messages)
+            text = chat.render(messages, tools, prompt=True)
+            writes_tools = not tools or text != chat.render(messages, prompt=True)
         except DataError as error:
             raise RequestError(f"{error}.", param="messages") from error
+        except TypeError as error:  # of a template that has other ideas of a call
+            why = f"the model's chat template cannot write the messages: {error}."
+            raise RequestError(why, param="messages") from error
+        if not writes_tools:
+            why = "the model's chat template writes no tools."
+            raise RequestError(f"tools cannot be followed: {why}", param="tools")
         return self.encode(text, special=False)
 
     def prompt_tokens(self, prompt: str | list[int]) -> list[int]:
