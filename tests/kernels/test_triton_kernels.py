@@ -12,6 +12,7 @@ from support.interpreted import DEVICE, DTYPES, MARKS
 from veneer.kernels import activation, choice, cross_entropy, low_rank
 from veneer.kernels.activation import Activation
 from veneer.kernels.cross_entropy import Logits
+from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import apply_gain
 from veneer.kernels.mixed import FactorTable
 from veneer.kernels.rotary import Rotary
@@ -92,6 +93,20 @@ def test_cross_entropy(vocab, scale, softcap, dtype):
         ours = triton_cross_entropy.cross_entropy(z, targets, out, scale=scale, softcap=softcap)
         assert_no_further(ours.sum(), loss, exact.sum().detach(), "loss")
         assert_no_further(out, peer, gradient, "gradient")
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**62 - 1])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 37), (3, 2050)])
+def test_dropout_has_the_processors_mask(rows, columns, seed, dtype):
+    from veneer.kernels import triton_dropout
+
+    torch.manual_seed(0)
+    x, y = random(rows, columns + 3, dtype=dtype)[:, 3:], random(rows, columns, dtype=dtype)
+    mask = Mask(0.3, seed)
+    settings = {"seed": seed, "dropped": mask._dropped}
+    dropped = triton_dropout.write(x, torch.empty_like(y), adds=False, **settings)
+    assert torch.equal(dropped, mask.apply(x))
+    assert torch.equal(triton_dropout.write(x, y.clone(), adds=True, **settings), y + dropped)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

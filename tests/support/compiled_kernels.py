@@ -14,6 +14,7 @@ from triton.compiler import ASTSource, compile
 from veneer.kernels import (
     triton_activation,
     triton_cross_entropy,
+    triton_dropout,
     triton_gain,
     triton_mixed,
     triton_rotary,
@@ -53,6 +54,12 @@ KERNELS: list[tuple[Any, str, dict[str, str], list[dict[str, Any]]]] = [
         "z out",
         {"targets": "*i64", "losses": "*fp32", "scale": "fp32", "softcap": "fp32"},
         [{"is_capped": is_capped, "block": 4096} for is_capped in OF_TRUTHS],
+    ),
+    (
+        triton_dropout._drop,
+        "x y",
+        {"seeds": "*i64"},
+        [{"adds": adds, "block": 1024} for adds in OF_TRUTHS],
     ),
     (
         triton_gain._add_with_gain,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from veneer.kernels.native import kernel
+from veneer.kernels import choice
+from veneer.kernels.native import adjacent, kernel
 
 LEVELS = 2**16  # probabilities are multiples of 1 / LEVELS
 SEEDS = 2**62
@@ -54,6 +55,11 @@ class Mask:
 
     def _write(self, x: Tensor, y: Tensor, *, adds: bool = False) -> Tensor:
         native = kernel("dropout", x, y)
+        if native is None and choice.uses_triton(x, y):
+            from veneer.kernels import triton_dropout
+
+            x = adjacent(x)
+            return triton_dropout.write(x, y, seed=self.seed, dropped=self._dropped, adds=adds)
         if native is None:
             x = x.masked_fill(self._bits(x) < self._dropped, 0)
             return y.add_(x) if adds else y.copy_(x)
