@@ -7,6 +7,7 @@ import pytest
 
 from support.jobs import ROWS, client_of, training, until, upload
 from support.server import AS_ADMIN, call, chat
+from veneer.serve.jobs import uploads
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,13 @@ def test_faults_of_a_file_are_named_by_their_places(client, server, name, conten
     assert all(text in refused.value.body["message"] for text in fault)
     assert str(server.jobs.places.root) not in refused.value.body["message"]
     assert {*(server.jobs.places.root / "files").glob("*")} == kept
+
+
+def test_a_large_file_is_checked_in_a_process_of_its_own(client, monkeypatch):
+    monkeypatch.setattr(uploads, "LARGE", 100)
+    assert upload(client).rows == len(ROWS)
+    with pytest.raises(openai.BadRequestError, match=r"rows\.jsonl:25: "):
+        upload(client, [*ROWS, {"prompt": "a"}])
 
 
 def test_other_purposes_and_fields_are_refused_by_name(client):

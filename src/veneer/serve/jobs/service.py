@@ -64,6 +64,7 @@ class Jobs:
         self.served = served
         self._lock = _held(self.places.lock, root)
         self.store = Store(self.places.database)
+        uploads.remove_unknown(self.store, self.places)
         self.publisher = Publisher(served, self.places)
         self.supervisor = Supervisor(
             self.store,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ log = logging.getLogger("veneer.serve")
 
 WORKER = (sys.executable, "-m", "veneer.serve.jobs.worker")
 LOOK_SECONDS = 0.2  # between looks at a worker's log, and at what is asked of it
+PAUSE_SECONDS = 5.0  # after an error of the server's own
 NOTE_SECONDS = 5.0  # between writings of how long it has trained, where nothing else happens
 DISK_SECONDS = 10.0  # between looks at the size of its run
 STOP_SECONDS = 120.0  # for the step that a worker is in, until it is ended by force
@@ -97,7 +99,9 @@ class Supervisor:
                 self._train(waiting[0])
             except Exception as error:
                 log.exception("Job %s failed.", waiting[0].id)
-                self._fail(waiting[0].id, Fault("server_error", f"The server failed: {error}"))
+                with suppress(sqlite3.Error):  # the disk may be full, and that the very error
+                    self._fail(waiting[0].id, Fault("server_error", f"The server failed: {error}"))
+                self.asked.wait(PAUSE_SECONDS)
 
     def _train(self, job: Job) -> None:
         """Let one job train until its worker ends, and note what has become of it."""

@@ -115,8 +115,12 @@ class Places:
         """Held by the server that trains below this directory: there is one."""
         return self.root / ".jobs.lock"
 
+    @property
+    def files(self) -> Path:
+        return self.root / "files"
+
     def file(self, file: StoredFile) -> Path:
-        return self.root / "files" / file.id / file.name
+        return self.files / file.id / file.name
 
     def run(self, job: Job) -> Path:
         return self.root / job.name
