@@ -20,7 +20,7 @@ from veneer.plan.config import PlanConfig
 from veneer.plan.find import sizes_of
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import make_plan
-from veneer.training import planned, preflight, tune
+from veneer.training import plan_before, planned, preflight, tune
 from veneer.training.config import TrainConfig
 from veneer.training.events import DataReady, Measured, ModelReady, Notice, Planned, Written
 from veneer.training.planned import check_fits, measured_peak, plan_run, why_no_merge
@@ -218,7 +218,7 @@ def test_what_a_program_holds_beside_is_planned(big, monkeypatch):
 
 
 def test_on_a_gpu_nothing_is_planned(big, monkeypatch):
-    monkeypatch.setattr(planned.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(plan_before, "resolve_device", lambda name: torch.device("cuda", 0))
     _, *notices = itertools.islice(veneer.tune(big), 4)
     assert notices[-1].text.startswith("No memory is planned for this run: plans are of the proc")
 
