@@ -21,6 +21,7 @@ from veneer.formats.state import AdapterState, shortest_names
 from veneer.lowrank.formula import Factors
 from veneer.lowrank.spectrum import truncated
 from veneer.models.description import Layer
+from veneer.models.device import resolve_device
 from veneer.models.fingerprint import Marks, fingerprint
 from veneer.models.load import open_base
 from veneer.models.source import Source
@@ -74,6 +75,7 @@ def extract(
     energy: float | None = None,
     embeddings: bool = False,
     force: bool = False,
+    device: str | torch.device = "auto",
 ) -> Extracted:
     """Return the adapter over `base` that is nearest to the change from `base` to `tuned`.
 
@@ -82,13 +84,14 @@ def extract(
     `embeddings` embeddings too, with a tied head; other changed weights are reported. Weights are
     read one by one. Each expert is cut to `expert_rank`, or rank / number of experts, at least 1.
     A base of a wider dtype is first rounded to the tuned one's, as it was when tuning began: tuning
-    did not learn that rounding.
+    did not learn that rounding. Changes are decomposed on `device`, one weight at a time.
 
     Raises ConfigError for impossible settings, ModelError for models that cannot be read or whose
     weights have different names or shapes, and AdapterError if `tuned` is no fine-tune of `base`
     (unless `force`) or changed no layer.
     """
     config = ExtractConfig(rank, expert_rank, energy, embeddings)
+    on = resolve_device(device)
     before, tokenizer, notices = open_base(base)
     after, their_tokenizer, more = open_base(tuned)
     _check_shapes(before, after)
@@ -107,8 +110,8 @@ def extract(
         if not new.is_floating_point():
             continue  # a mask, or another constant of the architecture
         rounded |= _is_wider(old, new)
-        old = (old.to(new.dtype) if _is_wider(old, new) else old).to(torch.float32)
-        delta = new.to(torch.float32) - old
+        old = (old.to(new.dtype) if _is_wider(old, new) else old).to(on, torch.float32)
+        delta = new.to(on, torch.float32) - old
         norm, own_size = float(delta.norm()), float(old.norm())
         changed, size = changed + norm**2, size + own_size**2
         if not math.isfinite(norm):
@@ -164,7 +167,8 @@ def _matrices(delta: Tensor) -> Iterable[Tensor]:
 def _cut(name: str, delta: Tensor, config: ExtractConfig, experts: int) -> tuple[Factors, LayerFit]:
     rank = rank_over(experts, config.rank, config.expert_rank)
     factors, energy = truncated(delta, rank=rank, energy=config.energy)
-    return factors, LayerFit(name, len(factors[0]), float(delta.norm()), energy)
+    A, B = (factor.cpu() for factor in factors)
+    return (A, B), LayerFit(name, len(A), float(delta.norm()), energy)
 
 
 def _owners(skeleton: PreTrainedModel, *, embeddings: bool) -> dict[str, list[Layer]]:

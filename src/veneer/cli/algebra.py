@@ -20,7 +20,7 @@ from veneer.cli.console import (
     show_notice,
     show_saved,
 )
-from veneer.cli.flags import AdapterFormat, Flat, Model, Switch
+from veneer.cli.flags import AdapterFormat, Device, Flat, Model, Switch
 from veneer.cli.grid import grid_table
 from veneer.cli.tables import span
 from veneer.errors import ConfigError
@@ -74,6 +74,7 @@ def extract(
     /,
     *,
     settings: Annotated[ExtractConfig | None, Flat] = None,  # it has no default: see below
+    device: Device = "auto",
     format: AdapterFormat = "native",
     force: Annotated[
         Switch, Parameter(help="Go on even if TUNED does not look like a tuned BASE.")
@@ -85,7 +86,7 @@ def extract(
     settings = settings or ExtractConfig()  # raises ConfigError: a rank or an energy is needed
     refuse_to_replace(out)
     quieten_libraries()
-    extracted = veneer.extract(base, tuned, **asdict(settings), force=force)
+    extracted = veneer.extract(base, tuned, **asdict(settings), force=force, device=device)
     notes = write(extracted.state, out, format=format)
     for notice in (*extracted.notices, *notes):
         show_notice(notice)

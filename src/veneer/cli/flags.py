@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from veneer.errors import ModelError
+from veneer.models.device_names import DEVICE
 from veneer.plan.near_presets import near_presets
 from veneer.plan.presets import PRESETS
 from veneer.quant.settings import LoadBits
@@ -37,6 +38,12 @@ System = Annotated[
     str | None,
     Parameter(
         help="System prompt; by default the one that the adapter was trained with, '' for none."
+    ),
+]
+Device = Annotated[
+    str,
+    Parameter(
+        help=f"Device to compute on: {DEVICE.text}; auto takes an accelerator where there is one."
     ),
 ]
 AdapterFormat = Annotated[Literal["native", "peft"], Parameter(help="Format of the adapter.")]
@@ -72,9 +79,7 @@ def refuse_preset(model: str) -> None:
 class BaseFlags:
     """How a base is loaded."""
 
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps, xpu, or one of several as in cuda:1; auto takes an
-    accelerator where there is one."""
+    device: Device = "auto"
     dtype: DType = "auto"
     """Number format to compute in; auto takes the faster one here."""
     bits: LoadBits | Literal["auto"] | None = None

@@ -72,5 +72,13 @@ def leading(
     basis = torch.randn(W.shape[1], count, generator=generator).to(W.device)
     for _ in range(ITERATIONS):
         basis, _ = torch.linalg.qr(W.T @ (W @ basis))
-    U, S, V = torch.linalg.svd(W @ basis, full_matrices=False)
+    U, S, V = decomposed(W @ basis)
     return U[:, :rank], S[:rank], (basis @ V.T)[:, :rank]
+
+
+def decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S, Vᵀ of a matrix, on its device; where that has no such function (MPS), they are
+    computed on the processor."""
+    there = matrix.cpu() if matrix.device.type == "mps" else matrix
+    U, S, Vh = torch.linalg.svd(there, full_matrices=False)
+    return U.to(matrix.device), S.to(matrix.device), Vh.to(matrix.device)

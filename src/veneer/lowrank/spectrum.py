@@ -7,7 +7,7 @@ from torch import Tensor
 
 from veneer.kernels.wide import wide
 from veneer.lowrank.formula import Factors
-from veneer.lowrank.initial import leading
+from veneer.lowrank.initial import decomposed, leading
 
 Directions = tuple[Tensor, Tensor, Tensor]  # U (out, k), S (k,), V (in, k)
 
@@ -38,7 +38,7 @@ def truncated(
         U, S, V = leading(weight, rank, torch.Generator().manual_seed(0))
     else:
         assert energy is not None
-        U, S, Vh = torch.linalg.svd(weight.to(torch.float32), full_matrices=False)
+        U, S, Vh = decomposed(weight.to(torch.float32))
         V = Vh.T
         rank = rank_for(S, energy)
     return balanced(U, S, V, rank), kept_energy(S[:rank], whole)

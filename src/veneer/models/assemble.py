@@ -64,9 +64,7 @@ def assemble(
     missing = [name for name, parameter in skeleton.named_parameters() if parameter.is_meta]
     if missing:
         raise ModelError(f"The model lacks {len(missing)} weights: {listed(missing)}.")
-    _make_buffers(skeleton)
-    if device is not None:
-        skeleton.to(device)  # type: ignore[arg-type]
+    _make_buffers(skeleton, device)
     if buffers is not None:
         buffers.finish()
     return skeleton.eval()
@@ -82,7 +80,7 @@ def _loop_over_experts(module: nn.Module) -> None:
         config._experts_implementation = "eager"  # type: ignore[union-attr]
 
 
-def _make_buffers(model: PreTrainedModel) -> None:
+def _make_buffers(model: PreTrainedModel, device: torch.device | None) -> None:
     """Compute buffers that no file holds, such as the frequencies of rotary embeddings."""
     for module in model.modules():
         absent = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
@@ -92,3 +90,5 @@ def _make_buffers(model: PreTrainedModel) -> None:
             }
             with torch.no_grad():
                 model._init_weights(module)  # which computes the buffers of each architecture
+            if device is not None:
+                module._buffers |= {n: getattr(module, n).to(device) for n in absent}

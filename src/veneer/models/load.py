@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -144,7 +145,8 @@ def load_base(
         )
     # Adapters and merged models carry this name, by which the base is loaded again.
     model.config._name_or_path = str(name)
-    if on.type != "cpu":  # what came weight by weight is there already
+    # What came weight by weight is there already.
+    if any(tensor.device != on for tensor in chain(model.parameters(), model.buffers())):
         model = model.to(on)  # type: ignore[arg-type]
     return Base(str(name), model.eval(), tokenizer, notices)
 
