@@ -41,6 +41,7 @@ from veneer.models.load import open_base
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))  # the table of kinds, and how near a result has to be
+from support.card_graphs import broken_graphs  # noqa: E402
 from support.device_laws import LAWS, broken_laws, kinds_to_try  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance-gpu.md"
@@ -237,6 +238,9 @@ def laws(device: torch.device, seconds: float, most: int | None) -> tuple[list[s
         if time.monotonic() > until:
             break
     rows = [f"| {law} | {count} |" for law, count in kept.items()]
+    for what, why in broken_graphs(device).items():
+        rows.append(f"| {what} | {'no' if why else 'kept'} |")
+        failures += [f"- **{what}**: {_one_line(why)}"] if why else []
     text = f"{tried} of {len(kinds)} kinds of adapters were tried; {len(failures)} laws are broken."
     return ["| law | kinds that keep it |", "|---|---:|", *rows, "", text, *failures], not failures
 

@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,8 @@ from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import EngineConfig, Request
 from veneer.serve.engine.runner import Chunk
-from veneer.serve.engine.sampler import Sampler, sample
+from veneer.serve.engine.sampler import Drawn, Sampler, sample
+from veneer.serve.engine.slots import SlotRunner
 
 ROWS, PROMPT, PREFIX = 16, 32, 1000
 SHORT = 8  # tokens of a prompt beside vLLM, which gathers an A and a B for each of them
@@ -184,14 +186,23 @@ def greedy(
     for slot, adapter in enumerate(adapters):
         logits = runner.step([Chunk(slot, prompt, 0, adapter, 1)])
         tokens.append([token.id for token in sample(logits, choose[:1])])
+    slots, late = list(range(len(adapters))), isinstance(runner, SlotRunner)
+    if isinstance(runner, SlotRunner):  # the newest tokens are on the device
+        newest = [own[-1] for own in tokens]
+        runner.take(slots, torch.tensor(newest, device=runner.newest.device))
+    under_way: deque[Drawn] = deque()
     start = time.perf_counter()
     for at in range(steps):
         chunks = [
             Chunk(slot, (tokens[slot][-1],), len(prompt) + at, adapter, 1, decoding=True)
             for slot, adapter in enumerate(adapters)
         ]
-        for slot, token in enumerate(sample(runner.step(chunks), choose)):
-            tokens[slot].append(token.id)
+        under_way.append(Drawn(runner.step(chunks), choose))
+        if isinstance(runner, SlotRunner):
+            runner.take(slots, under_way[-1].ids)
+        while len(under_way) > (late and at + 1 < steps):  # one step late, as the engine reads
+            for slot, token in enumerate(under_way.popleft().tokens()):
+                tokens[slot].append(token.id)
     spent = (time.perf_counter() - start) * 1e3 / steps
     for slot in range(len(adapters)):
         runner.free(slot)

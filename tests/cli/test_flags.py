@@ -56,7 +56,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "tokens_per_step": (512, 512),
         "tokens_per_batch": (128, 128),
         "recompute": ("selective", "selective"),
-        "cuda_graphs": (True, True),
+        "replay_passes": (True, True),
         "context_parallel": (2, 2),
         "seed": (3, 3),
         "save_every": (4, 4),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from support import device_laws
+from support.card_graphs import broken_graphs
 from support.device_laws import LAWS, broken_laws, kinds_to_try
 from veneer.models.device import CPU
 
@@ -25,6 +26,12 @@ def gpu(monkeypatch):
 def test_a_device_keeps_the_laws():
     kind = next(kind for kind in kinds_to_try() if str(kind) == "lora, llama")
     assert broken_laws(kind, CPU) == dict.fromkeys(LAWS, "")
+
+
+def test_graphs_are_tried():
+    broken = broken_graphs(CPU)
+    assert broken == dict.fromkeys(broken, "")
+    assert len(broken) == 3
 
 
 def test_the_kinds_that_differ_most_come_first():

@@ -125,7 +125,7 @@ def test_a_run_without_graphs_says_so_and_is_the_same():
         config = TrainConfig(steps=3, lr=1e-3, tokens_per_step=64, **options)
         return list(train(model_of("llama", torch.float32), BATCHES[0] * 3, config))
 
-    events = run(cuda_graphs=True)
+    events = run(replay_passes=True)
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert any(NONE_HERE in text for text in notices)
     losses = [[e.loss for e in each if isinstance(e, Step)] for each in (events, run())]

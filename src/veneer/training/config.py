@@ -14,7 +14,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 # Settings on which the course of the weights does not depend.
 NOT_OF_THE_COURSE = (
     *("save_every", "keep_best", "recompute", "context_parallel"),
-    *("shard", "device", "offload"),
+    *("shard", "device", "offload", "replay_passes"),
 )
 # Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
 # these values is the run of such a checkpoint.
@@ -70,7 +70,7 @@ class TrainConfig:
     """What is computed again in the backward pass instead of kept: nothing, each layer's inner
     projections, or whole layers; or what is kept is kept on the disk. Less memory, more time, the
     same result."""
-    cuda_graphs: bool = False
+    replay_passes: bool = False
     """Replay passes of few sizes as CUDA graphs, where each first gives what the pass gives: for
     small models, whose kernels take less time than asking for them."""
     context_parallel: int = 1

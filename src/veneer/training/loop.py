@@ -204,7 +204,7 @@ class _Run:
         config, progress, state = self.config, self.progress, self.state
         if self.held_out and progress.step == 0:
             yield self._evaluate(forward)
-        if config.cuda_graphs and self.world.size == 1:
+        if config.replay_passes and self.world.size == 1:
             tokens, gradients = config.batch_tokens, state.optimizer.gradients
             self.passes = RecordedPasses(self.model, forward, gradients, tokens_per_batch=tokens)
         under_way: deque[_StepUnderWay] = deque()
