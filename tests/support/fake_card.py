@@ -27,7 +27,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers.utils import import_utils
 
+from veneer.adapter import experts
 from veneer.kernels import choice
+from veneer.quant.stack import QuantizedStack
 from veneer.quant.weight import QuantizedWeight
 
 CARD = torch.device("cuda:0")
@@ -49,6 +51,7 @@ def card() -> Iterator[Watch]:
         # With fake tensors transformers leaves out readings that it does with true ones.
         patch.object(import_utils, "is_fake_tensor", lambda tensor: False),
         patch.object(choice, "device_of", lambda device: HOPPER if device == CARD else HOST),
+        patch.object(torch.cuda, "get_device_capability", lambda *args: HOPPER.capability),
         patch.object(torch.cuda, "get_rng_state", lambda *args: state),
         patch.object(torch.cuda, "set_rng_state", lambda *args: None),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -66,8 +69,22 @@ def on_card(value: Any) -> Any:
     def quantized(weight: QuantizedWeight, memo: dict[int, Any]) -> QuantizedWeight:
         return memo.setdefault(id(weight), weight.to(CARD))
 
-    with patch.object(QuantizedWeight, "__deepcopy__", quantized), _ToCard():
-        return copy.deepcopy(value)
+    def stacked(stack: QuantizedStack, memo: dict[int, Any]) -> QuantizedStack:
+        each = [quantized(weight, memo) for weight in stack.experts]
+        return QuantizedStack(each, transposed=stack.transposed)
+
+    memo: dict[int, Any] = {}
+    with (
+        patch.object(QuantizedWeight, "__deepcopy__", quantized),
+        patch.object(QuantizedStack, "__deepcopy__", stacked),
+        _ToCard(),
+    ):
+        copied = copy.deepcopy(value, memo)
+        # What was proven of a module by numbers holds for its copy, which has none.
+        for module, proven in list(experts._PROVEN.items()):
+            if (other := memo.get(id(module))) is not None:
+                experts._PROVEN[other] = copy.deepcopy(proven, memo)
+    return copied
 
 
 class _ToCard(TorchFunctionMode):

@@ -104,7 +104,11 @@ class Forward:
             )
             tokens, labels, positions = (x[dealt.own.numpy()] for x in (tokens, labels, positions))
         send = partial(PassInputs.sent, device=device, labelled_alone=self.head is not None)
-        with self.installed(model) as installation, installation.running(packing):
+        with (
+            unread_masks(device),
+            self.installed(model) as installation,
+            installation.running(packing),
+        ):
             if packing is not None:
                 arguments = {"input_ids": tokens[None], "position_ids": positions[None]}
                 options = {"packing": packing} if installation.attention else {}
@@ -114,8 +118,7 @@ class Forward:
                 inputs = [send({"input_ids": row[None]}, row_labels) for row, row_labels in rows]
                 return torch.stack([self._loss(installation, each) for each in inputs]).sum()
             arguments, places = padded(tokens, lengths)
-            with unread_masks(device):
-                return self._loss(installation, send(arguments, labels, places=places))
+            return self._loss(installation, send(arguments, labels, places=places))
 
     def exchanges(self, model: PreTrainedModel) -> bool:
         """Return whether a pass of this process waits for those of others."""
