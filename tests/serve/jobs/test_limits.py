@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from support.jobs import ROWS, client_of, training, until, upload
-from support.server import ADMIN, AS_ADMIN, call, running, scripted
+from support.server import ADMIN, AS_ADMIN, call, connected, running, scripted
 from veneer.errors import VeneerError
 from veneer.serve.config import Keys
 from veneer.serve.jobs.log import WorkerLog, read_on
@@ -50,6 +50,19 @@ def test_what_is_too_large_or_too_many_is_refused(tmp_path):
             large.truncate(20_000_000)
         with pytest.raises(openai.BadRequestError, match="delete files"):
             upload(client)
+
+
+def test_a_client_that_goes_in_the_middle_of_a_file_leaves_nothing(tmp_path, caplog):
+    head = [f"{name}: {value}" for name, value in AS_ADMIN.items()]
+    head += ["host: localhost", "content-type: multipart/form-data; boundary=x"]
+    start = "\r\n".join(["POST /v1/files HTTP/1.1", *head, "content-length: 900", "", "--x\r\n"])
+    with training(tmp_path / "runs") as server:
+        with connected(server.url, start.encode()):
+            time.sleep(0.1)
+        assert client_of(server).files.list().data == []
+        time.sleep(0.1)
+        assert not [*server.jobs.places.root.glob("files/*")]
+    assert not caplog.records
 
 
 def test_a_job_ends_at_its_limit_and_can_go_on(tmp_path):

@@ -42,9 +42,12 @@ def small(tmp_path_factory):
     return small_run(tmp_path_factory.mktemp("small"))
 
 
-def asked(small, run, **own):
+ASKED = {"n_epochs": 2, "learning_rate_multiplier": 0.5, "batch_size": 6}
+
+
+def asked(small, run, *, start_from=None, hyperparameters=ASKED, rank=2, **own):
     base, data = small
-    hyperparameters = {"n_epochs": 2, "learning_rate_multiplier": 0.5, "batch_size": 6}
+    own = {"max_length": 64} | own | ({"rank": rank} if rank else {})
     files = WorkerFiles(run)
     files.directory.mkdir(parents=True)
     settings = settings_of(
@@ -52,10 +55,10 @@ def asked(small, run, **own):
         data=data,
         valid=None,
         out=run,
-        start_from=None,
+        start_from=start_from,
         seed=3,
         hyperparameters=hyperparameters,
-        own={"rank": 2, "max_length": 64, **own},
+        own=own,
     )
     write_json(files.settings, settings)
     return files.log
@@ -101,6 +104,19 @@ def test_what_is_wrong_with_rows_is_said_without_our_paths(small, tmp_path):
     assert (end.how, end.fault.code) == ("failed", "invalid_training_file")
     assert "rows.jsonl:1" in end.fault.message
     assert str(small[1].parent) not in end.fault.message
+
+
+@pytest.mark.slow
+def test_a_job_starts_from_an_adapter(small, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    asked(small, first, steps=2, hyperparameters={})
+    work(first, 1, Asked(None))
+    log = asked(
+        small, second, steps=1, start_from=first / "lora_adapter", rank=None, hyperparameters={}
+    )
+    work(second, 1, Asked(None))
+    assert read_on(log, 0)[0][-1].content == End("succeeded")
+    assert RunDirectory(second).read_recipe()["rank"] == 2
 
 
 def serve(base: Path, runs: Path) -> tuple[subprocess.Popen, openai.OpenAI]:

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from fastapi import Request as HttpRequest
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
 
 from veneer.errors import Missing, RequestError
 from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
@@ -37,11 +38,15 @@ def routes(jobs: Jobs | None) -> APIRouter:
     """Return the routes below /v1/files; where training is off, they answer 404."""
     router = APIRouter(prefix=UPLOAD, responses=ERROR_RESPONSES)
 
-    @router.post("", openapi_extra=FORM)
-    async def upload(http: HttpRequest) -> dict[str, Any]:
+    @router.post("", openapi_extra=FORM, response_model=dict[str, Any])
+    async def upload(http: HttpRequest) -> Any:
         """Check a file of rows, and keep it."""
         kept = enabled(jobs)
-        async with http.form(max_files=1, max_fields=8) as form:
+        try:
+            await http.form(max_files=1, max_fields=8)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        async with http.form() as form:
             fields = dict[str, Any](form.multi_items())
             file = fields.pop("file", None)
             purpose = fields.pop("purpose", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from veneer.files import size_of
 from veneer.run_directory import RunDirectory
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs import uploads
+from veneer.serve.jobs.lock import take
 from veneer.serve.jobs.publisher import Publisher
 from veneer.serve.jobs.settings import TrainingBase, settings_of
 from veneer.serve.jobs.store import Store
@@ -224,9 +224,7 @@ class Jobs:
 def _held(path: Path, root: Path) -> TextIO:
     """Hold the lock of a directory. Raises VeneerError where another server does."""
     file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    if not take(file, wait=False):
         file.close()
-        raise VeneerError(f"Another server trains below {root}; name another --runs.") from error
+        raise VeneerError(f"Another server trains below {root}; name another --runs.")
     return file

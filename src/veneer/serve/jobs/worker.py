@@ -9,7 +9,6 @@ outlives the server, and the next one goes on from there, to the bit.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from veneer.errors import ConfigError, DataError, VeneerError
 from veneer.files import read_json
 from veneer.run_directory import RunDirectory, checkpoint_steps
+from veneer.serve.jobs.lock import take
 from veneer.serve.jobs.log import End, WorkerLog, read_on
 from veneer.serve.jobs.messages import event_of
 from veneer.serve.jobs.settings import settled
@@ -116,7 +116,7 @@ def alone(lock: Path) -> Iterator[None]:
     """Hold a lock, once whoever holds it has let it go: the worker of a server that was killed is
     still about to stop."""
     with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        take(file, wait=True)
         yield
 
 
