@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch
         (3_000_000_000, "veneer quantize"),
         (100_000_000, "no settings make it fit"),
     ):
-        monkeypatch.setattr(tune, "available_memory", lambda space=space: space)
+        monkeypatch.setattr(plan_before, "available_memory", lambda space=space: space)
         code = run(["tune", big.model, str(big.data), "--dtype", "bf16", "--quiet"])
         printed = capsys.readouterr().err
         assert code == 2
