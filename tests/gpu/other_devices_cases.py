@@ -23,7 +23,6 @@ from veneer.data.packing import pack
 from veneer.fused.forward import choose_forward
 from veneer.kernels import choice
 from veneer.kernels.arena import Arena
-from veneer.quant.weight import QuantizedWeight
 from veneer.training.optimizer import FlatAdamW
 
 DEVICE = torch.device(os.environ.get(pretend_gpu.DEVICE, "cuda"), 0)
@@ -65,14 +64,9 @@ def device() -> Iterator[Operations]:
         fake_card.card(),
         patch.object(F, "scaled_dot_product_attention", plain_attention),
         patch.object(choice, "device_of", lambda device: choice.Device(device.type)),
-        patch.object(QuantizedWeight, "__deepcopy__", _moved),
         Operations() as operations,
     ):
         yield operations
-
-
-def _moved(weight: QuantizedWeight, memo: dict[int, Any]) -> QuantizedWeight:
-    return memo.setdefault(id(weight), weight.to(DEVICE))
 
 
 def step(architecture: str, *, bits: int | None = None, dtype: str = "bfloat16", **lora: Any):
