@@ -49,7 +49,7 @@ proof-ray: $(READY) $(RAY)
 	$(BIN)/pytest -n 0 -m ray -v
 
 proof-gpu: $(READY) $(GPU)
-	.venv-gpu/bin/python -m pytest -n 0 -m triton -v
+	PYTHONPATH=src .venv-gpu/bin/python -m pytest -n 0 -m triton -v
 
 hooks: $(READY)
 	$(BIN)/pre-commit install

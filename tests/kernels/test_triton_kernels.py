@@ -95,6 +95,18 @@ def test_cross_entropy(vocab, scale, softcap, dtype):
         assert_no_further(out, peer, gradient, "gradient")
 
 
+@pytest.mark.parametrize(("n", "k", "columns"), [(1, 1, 1), (5, 3, 37), (4, 2, 1100)])
+def test_weighted_sums(n, k, columns, dtype):
+    from veneer.kernels import triton_rows
+
+    torch.manual_seed(0)
+    rows, weights = random(7, columns, dtype=dtype), random(n, k, dtype=dtype)
+    places = torch.randint(7, (n, k), device=DEVICE)
+    ours = triton_rows.weighted_sums(rows, places, weights, torch.empty_like(rows[:n]))
+    exact = (rows.double()[places] * weights.double()[..., None]).sum(1)
+    assert_no_further(ours, (rows[places] * weights[..., None]).sum(1), exact)
+
+
 @pytest.mark.parametrize("seed", [0, 7, 2**62 - 1])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 37), (3, 2050)])
 def test_dropout_has_the_processors_mask(rows, columns, seed, dtype):

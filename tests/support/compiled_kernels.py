@@ -18,6 +18,7 @@ from veneer.kernels import (
     triton_gain,
     triton_mixed,
     triton_rotary,
+    triton_rows,
 )
 from veneer.kernels.activation import Activation
 
@@ -70,6 +71,7 @@ KERNELS: list[tuple[Any, str, dict[str, str], list[dict[str, Any]]]] = [
             for has_bias in OF_TRUTHS
         ],
     ),
+    (triton_rows._sum, "rows weights sums", {"places": "*i64"}, [{"block": 1024}]),
     (triton_mixed._project, "x h", OWN, [BLOCKS]),
     (triton_mixed._add, "h y", OWN, [{"is_transposed": t, **BLOCKS} for t in OF_TRUTHS]),
 ]

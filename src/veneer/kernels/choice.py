@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -54,7 +55,7 @@ def device_of(device: torch.device) -> Device:
         torch.cuda.get_device_capability(device),
         flash=torch.backends.cuda.is_flash_attention_available(),
         triton=find_spec("triton") is not None,
-        liger=find_spec("liger_kernel") is not None,
+        liger=_has_liger(),
     )
 
 
@@ -151,6 +152,14 @@ def slower_experts_on(device: Device, dtype: torch.dtype) -> str:
         "Experts are computed one after the other, and each mixture waits for the card to say how "
         "many rows they have: grouped products want bf16 on Hopper or Blackwell for data centres"
     )
+
+
+def _has_liger() -> bool:
+    """Return whether Liger is here in a version whose functions, which are its own affair, are
+    those that `liger_norm` calls."""
+    if find_spec("liger_kernel") is None:
+        return False
+    return version("liger_kernel").startswith("0.8.")
 
 
 def _has_triton(device: Device, *dtypes: torch.dtype) -> bool:

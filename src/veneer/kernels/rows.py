@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.kernels import choice
 from veneer.kernels.native import kernel
 
 
@@ -26,6 +27,12 @@ def weighted_sums(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     native = kernel("weighted_sums", rows)
+    if native is None and choice.uses_triton(rows, weights):
+        from veneer.kernels import triton_rows
+
+        sums = rows.new_empty(len(places), rows.shape[1])
+        inputs = (x.contiguous() for x in (rows, places, weights))
+        return triton_rows.weighted_sums(*inputs, sums)
     if native is None:
         return (rows[places].to(wide) * weights.unsqueeze(-1).to(wide)).sum(1).to(rows.dtype)
     sums = rows.new_empty(len(places), rows.shape[1])
