@@ -31,8 +31,8 @@ def weighted_sums(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
         from veneer.kernels import triton_rows
 
         sums = rows.new_empty(len(places), rows.shape[1])
-        inputs = (x.contiguous() for x in (rows, places, weights))
-        return triton_rows.weighted_sums(*inputs, sums)
+        rows, places, weights = rows.contiguous(), places.contiguous(), weights.contiguous()
+        return triton_rows.weighted_sums(rows, places, weights, sums)
     if native is None:
         return (rows[places].to(wide) * weights.unsqueeze(-1).to(wide)).sum(1).to(rows.dtype)
     sums = rows.new_empty(len(places), rows.shape[1])
