@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from support.random_adapters import tokenizer
 from support.server import ADMIN
 from support.tiny_models import tiny
 from veneer.formats.merged import write_model
+from veneer.serve.page.download import zipped
 
 pytestmark = needs_chromium
 
@@ -70,6 +73,11 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         card.get_by_role("button", name="Go on").wait_for()
         site.wait.unlink()
         card.get_by_role("button", name="Go on").click()
+        with page.expect_download() as saved:
+            card.get_by_label("Download").select_option("peft")
+        with zipfile.ZipFile(saved.value.path()) as archive:
+            names = {Path(name).name for name in archive.namelist()}
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= names
         card.get_by_role("button", name="Chat with").click()
         page.locator("#chat-text").wait_for()
         name = page.get_by_label("Answered by").first.input_value()
@@ -78,8 +86,14 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         page.locator("#chat-text").fill("Hello")
         page.keyboard.press("Enter")
         page.locator(".turn.assistant .text").filter(has_text=f"{name} says").wait_for()
-    settings = site.jobs.store.jobs()[0].settings
-    assert settings["lora"] == {"rank": 8, "targets": "all"}
+    (job,) = site.jobs.store.jobs()
+    assert job.settings["lora"] == {"rank": 8, "targets": "all"}
+    endings = {"native": "lora_weights.pt", "gguf": ".gguf", "mlx": "adapters.safetensors"}
+    for format, ending in endings.items():
+        path = zipped(site.jobs, job.id, format)
+        with zipfile.ZipFile(path) as archive:
+            assert any(name.endswith(ending) for name in archive.namelist())
+        path.unlink()
 
 
 @pytest.mark.slow

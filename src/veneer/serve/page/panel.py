@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
+from starlette.background import BackgroundTask
 from starlette.staticfiles import StaticFiles
 
 from veneer.errors import RequestError
@@ -18,10 +19,12 @@ from veneer.serve.api.protocol import TokensRequest
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.page.about import about
+from veneer.serve.page.download import Format, zipped
 from veneer.serve.page.planned import planned
 from veneer.serve.page.rows import first_rows
 from veneer.serve.page.runs import Runs
 
+ZIP: dict[int | str, dict[str, Any]] = {200: {"content": {"application/zip": {}}}}
 STATIC = Path(__file__).parent / "static"
 
 
@@ -78,6 +81,13 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
         """Return what the planner says of an adapter over the base, before it is trained."""
         base = enabled(jobs).base
         return await asyncio.to_thread(planned, base, asked.rank, asked.targets)
+
+    @router.get("/jobs/{job_id}/adapter", response_class=FileResponse, responses=ZIP)
+    async def adapter(job_id: str, format: Format = "native") -> FileResponse:
+        """Return the adapter that a job has trained, as a zip file."""
+        path = await asyncio.to_thread(zipped, enabled(jobs), job_id, format)
+        done = BackgroundTask(path.unlink)
+        return FileResponse(path, media_type="application/zip", background=done)
 
     @router.post("/tokens")
     async def tokens(asked: TokensRequest) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 // What the page asks the server for. The keys, if there are any, stay in this tab.
 
 const KEY = "veneer-key", ADMIN_KEY = "veneer-admin-key";
-const TRAINING = ["/v1/files", "/v1/fine_tuning", "/api/rows", "/api/plan"]; // ask for the admin key
+const TRAINING = ["/v1/files", "/v1/fine_tuning", "/api/rows", "/api/plan", "/api/jobs"]; // ask for the admin key
 
 export class Refused extends Error {
   constructor(message, status) {
@@ -39,6 +39,14 @@ export async function upload(file) {
   body.append("purpose", "fine-tune");
   body.append("file", file, file.name);
   return (await ask("/v1/files", { method: "POST", body })).json();
+}
+
+// Let the browser save what is at a path, which a link could not ask for with a key.
+export async function save(path, name) {
+  const url = URL.createObjectURL(await (await ask(path)).blob());
+  const link = Object.assign(document.createElement("a"), { href: url, download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
 // Yield the pieces of an answer as they come.

@@ -1,6 +1,6 @@
 // Training: rows in, a job, its loss as it goes, and what it learnt in the chat.
 
-import { get, post, upload } from "./api.js";
+import { get, post, save, upload } from "./api.js";
 import { curve } from "./curve.js";
 import { announce, byId, bytes, duration, facts, make, showError } from "./dom.js";
 
@@ -12,6 +12,7 @@ const OFFERS = {
   paused: ["Go on", "Stop"],
   failed: ["Go on"],
 };
+const FORMATS = [["native", "as Veneer's own"], ["peft", "for PEFT and vLLM"], ["gguf", "for llama.cpp (GGUF)"], ["mlx", "for MLX"]];
 const ROUTES = { Pause: "pause", Stop: "cancel", "Go on": "resume" };
 let file = null; // the rows that are to be learnt
 let shownRows = 0; // so that an answer that comes late shows nothing
@@ -121,6 +122,24 @@ function act(job, text) {
   return button;
 }
 
+// A choice of formats; choosing one saves the adapter in it.
+function download(job) {
+  const select = make("select", { class: "small", "aria-label": `Download ${job.run}` }, make("option", { value: "" }, "Download …"),
+    ...FORMATS.map(([value, text]) => make("option", { value }, text)));
+  select.addEventListener("change", async () => {
+    const format = select.value;
+    select.value = "";
+    if (!format) return;
+    try {
+      await save(`/api/jobs/${job.id}/adapter?format=${format}`, `${job.run}-${format}.zip`);
+      announce(`${job.run} is saved as ${format}.`);
+    } catch (error) {
+      showError(error);
+    }
+  });
+  return select;
+}
+
 function fill(card, job, run, said) {
   const before = card.dataset.state;
   card.dataset.state = job.status;
@@ -149,7 +168,7 @@ function fill(card, job, run, said) {
   if (job.fine_tuned_model) {
     const ask = make("button", { type: "button", class: "small", "aria-label": `Chat with ${job.run}` }, "Chat with it");
     ask.addEventListener("click", () => card.chat(job.fine_tuned_model));
-    acts.append(ask);
+    acts.append(ask, download(job));
   }
   if (hadFocus) (acts.querySelector("button") ?? card.querySelector("h4")).focus();
   if (before) announce(`${job.run}: ${job.status}`);
