@@ -13,7 +13,6 @@ from veneer.models.device import (
     computes_bf16,
     device_name,
     device_of_run,
-    free_memory,
     peak_memory,
     resolve_device,
 )
@@ -134,13 +133,11 @@ def test_auto_is_bf16_where_the_card_multiplies_it(machine, card):
 
 
 def test_what_apple_s_gpu_does_not_say_is_left_open(machine):
-    machine("mps", 1, recommended_max_memory=lambda: 9, driver_allocated_memory=lambda: 4)
+    machine("mps", 1)
     device = torch.device("mps", 0)
     assert not computes_bf16(device)
     assert peak_memory(device) is None
     assert device_name(device) == "mps:0"
-    assert free_memory(device) == (5, 9)
-    assert free_memory(CPU) is None
     assert peak_memory(CPU) is None
 
 
@@ -174,9 +171,6 @@ OWN_CUDA = {
 }
 
 
-FLAG = "cuda_graphs"  # of training, whose name says what it is for
-
-
 def names_of_cuda(file: Path) -> list[str]:
     """Return where a file's code names CUDA: attributes, names, texts that document nothing."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -190,7 +184,7 @@ def names_of_cuda(file: Path) -> list[str]:
             ast.alias: lambda n: n.name,
             ast.keyword: lambda n: n.arg,
         }.get(type(node), lambda n: None)(node)
-        if isinstance(text, str) and "cuda" in text.lower() and text != FLAG:
+        if isinstance(text, str) and "cuda" in text.lower():
             named.append(f"{file.name}:{getattr(node, 'lineno', 0)} {text}")
     return named
 

@@ -1,4 +1,4 @@
-"""The device that a run computes on: which there is, its memory, and what it computes well.
+"""The device that a run computes on: which there is, what it computes well, what it counts.
 
 Everything that differs between CUDA, MPS and XPU is asked of torch by the device, so that no other
 module asks for one of them by name.
@@ -99,18 +99,6 @@ def computes_bf16(device: torch.device, *, slowly: bool = False) -> bool:
     if ask is not None:
         return bool(ask(including_emulation=slowly))
     return torch.bfloat16 in torch.accelerator.get_device_capability(device)["supported_dtypes"]
-
-
-def free_memory(device: torch.device) -> tuple[int, int] | None:
-    """Return the free bytes of an accelerator's memory and all of them; None for a processor."""
-    module = _module(device)
-    if device.type == "cpu":
-        return None
-    if hasattr(module, "recommended_max_memory"):  # MPS: of the memory that it shares
-        most = int(module.recommended_max_memory())
-        return max(0, most - int(module.driver_allocated_memory())), most
-    free, total = torch.accelerator.get_memory_info(device)
-    return int(free), int(total)
 
 
 def begin_peak(device: torch.device) -> None:
