@@ -103,6 +103,11 @@ class CompiledRunner:
             cache.values[:, :, first:last] = block.values
             first = last
 
+    def copy(self, slot: int, other: int, length: int) -> None:
+        cache = self.slots[slot]
+        assert cache is not None
+        self.slots[other] = KVBlock(cache.keys.clone(), cache.values.clone())
+
     def free(self, slot: int) -> None:
         self.slots[slot] = None
 

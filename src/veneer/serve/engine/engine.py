@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Condition, Thread
 
@@ -15,18 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import (
     AdapterError,
-    ContextExceeded,
     QueueFull,
-    RequestError,
     VeneerError,
 )
 from veneer.generate.slots import NotInSlots
 from veneer.kernels.transfer import OnTheWay
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
-from veneer.serve.engine.adapter_cache import AdapterCache, Mix, why_not
+from veneer.serve.engine.adapter_cache import AdapterCache, why_not
+from veneer.serve.engine.admission import check, mix_of
 from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.detokenizer import Detokenizer
+from veneer.serve.engine.embedder import Embedder
 from veneer.serve.engine.general import GeneralRunner
 from veneer.serve.engine.grammar import Grammars
 from veneer.serve.engine.issued import Issued, Scores
@@ -59,6 +59,7 @@ class Engine:
         self.context = self.config.context_of(base.model.config.get_text_config())
         self.adapters = AdapterCache(base.model, self.config.adapter_bytes)
         self.runner, self.notices = runner_for(base.model, self.config.slots, self.context)
+        self._embedder = Embedder(base.model)
         self._prefixes = PrefixCache(self.config.cache_bytes)
         self._ends = frozenset({*end_tokens(base.model), base.tokenizer.eos_token_id} - {None})
         self._vocab = base.model.config.get_text_config().vocab_size
@@ -89,11 +90,11 @@ class Engine:
         adapter that the library refuses, QueueFull where too many requests wait. Errors that come
         later end the stream.
         """
-        self._check(request)
+        check(request, context=self.context, vocab=self._vocab)
         stream = Stream(request)
         row = Row(
             stream,
-            self._mix(request.adapter),
+            mix_of(self.library, request.adapter),
             self._sampler(request),
             Detokenizer(self.tokenizer, request.stop, special=request.special),
             most=min(request.sampling.max_new_tokens, self.context - len(request.tokens)),
@@ -162,36 +163,9 @@ class Engine:
     def _waiting(self) -> int:
         return len(self._ready) + self._loading
 
-    def _check(self, request: Request) -> None:
-        """Raise RequestError for a prompt that the context has no space for, or with tokens that
-        the model does not have."""
-        new = 0 if request.prompt_logprobs else 1
-        if len(request.tokens) + new > self.context:
-            raise ContextExceeded(
-                f"The prompt has {len(request.tokens):,} tokens, which leaves no room for an "
-                f"answer in the context of {self.context:,}."
-            )
-        biased = (token for token, _ in request.adjustments.logit_bias)
-        if wrong := [t for t in (*request.tokens, *biased) if not 0 <= t < self._vocab]:
-            raise RequestError(f"{wrong[0]} is no token; there are {self._vocab:,}.")
-
     def _sampler(self, request: Request) -> Sampler:
         matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
-        ends = [token for token in self._ends if token < self._vocab]
-        return Sampler.of(request, self.base.model.device, ends=ends, matcher=matcher)
-
-    def _mix(self, which: Which) -> Mix:
-        """Return the versions that names mean now, with their weights."""
-        if which is None:
-            return ()
-        weights: Mapping[str, float] = {which: 1.0} if isinstance(which, str) else which
-        try:
-            mix = tuple((self.library.info(name), float(w)) for name, w in weights.items())
-        except AdapterError as error:
-            raise RequestError(str(error)) from error
-        if refusals := [entry.refusal for entry, _ in mix if entry.refusal]:
-            raise AdapterError(" ".join(refusals))
-        return mix
+        return Sampler.of(request, self.base.model.device, ends=self._ends, matcher=matcher)
 
     def _accept(self, row: Row) -> None:
         row.adapter = self.adapters.find(row.mix) if row.mix else None
@@ -273,11 +247,21 @@ class Engine:
     def _step(self, active: Sequence[Row]) -> None:
         """Compute the next token of each decoding row, and a chunk of the prompts of others. On a
         device that is not to wait, take the results of the step before, while this one runs."""
-        issued = self._issue(active)
+        self._embed([row for row in active if row.request.embedding])
+        issued = self._issue([row for row in active if not row.request.embedding])
         if isinstance(self.runner, SlotRunner):
             issued, self._issued = self._issued, issued
         if issued is not None:
             self._take(issued)
+
+    def _embed(self, rows: Sequence[Row]) -> None:
+        """Compute a chunk of the first text that is to be embedded."""
+        for row in rows[:1]:
+            if row.stream.cancelled:
+                self._end(row, "cancelled")
+            elif self._embedder.advance(row, self.config.chunk):
+                self._counts["prompt_tokens"] += row.computed
+                self._end(row, "length")
 
     def _issue(self, active: Sequence[Row]) -> Issued | None:
         """Have a step computed."""
@@ -299,9 +283,12 @@ class Engine:
                 coming = OnTheWay(row.scores(own, chunk.start))
                 scores.append(Scores(row, chunk.start, coming, is_last=not row.prefilling))
             elif chunk.logits:
-                rows.append(row)
-                to_sample.append(own)
-                row.drawn += 1
+                # Rows that wait for this prompt have it now, and draw from the same logits.
+                others = () if chunk.decoding else self._give_prompt(row)
+                for each in (row, *others):
+                    rows.append(each)
+                    to_sample.append(own)
+                    each.drawn += 1
         drawn = None
         if rows:
             drawn = Drawn(torch.cat(to_sample), [row.sampler for row in rows])  # (rows, vocab)
@@ -336,13 +323,17 @@ class Engine:
         takes `chunk` tokens at most."""
         size = left = self.config.chunk
         decoding, prefilling = [], []
+        earlier: list[Row] = []
         for row in active:
             if row.stream.cancelled:
                 self._end(row, "cancelled")
                 continue
+            earlier.append(row)
             if row.is_waiting:
                 continue
             if not row.computed:
+                if any(row.shares_prompt(other) and other.prefilling for other in earlier):
+                    continue  # that one computes the prompt for both
                 self._use_prefix(row)
             if not row.prefilling:
                 decoding.append((row, row.next_chunk(size)))
@@ -354,6 +345,15 @@ class Engine:
                 else:
                     left = 0  # prompts behind it wait with it, or it might wait for ever
         return decoding + prefilling
+
+    def _give_prompt(self, row: Row) -> list[Row]:
+        """Give all of a row's prompt to rows that wait for it, and return them."""
+        others = [r for r in self._active if not r.computed and row.shares_prompt(r)]
+        for other in others:
+            self.runner.copy(row.slot, other.slot, row.computed)
+            other.computed = other.cached = row.computed
+            self._counts["cached_tokens"] += other.cached
+        return others
 
     def _use_prefix(self, row: Row) -> None:
         """Take the first tokens of a prompt from the prefix cache, as far as it has them."""

@@ -116,6 +116,9 @@ class GeneralRunner:
         for layer, (keys, values) in enumerate(torch.cat(list(blocks), 3)):
             cache.update(keys[None], values[None], layer)
 
+    def copy(self, slot: int, other: int, length: int) -> None:
+        self.fill(other, [self.block(slot, 0, length)])
+
     def free(self, slot: int) -> None:
         self.prefilling.pop(slot, None)
         if slot in self.decoding:  # the last row of the shared cache takes its place

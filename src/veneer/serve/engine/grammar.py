@@ -61,7 +61,7 @@ class Matcher:
         self._check()
         mask[self.end] = False
         mask = mask[: self.vocab]
-        mask[list(ends)] = self.matcher.is_accepting()
+        mask[[end for end in ends if end < self.vocab]] = self.matcher.is_accepting()
         if not mask.any():
             raise _refused(self.asked_by, NO_TOKEN)
         return torch.from_numpy(mask)

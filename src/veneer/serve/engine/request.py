@@ -81,6 +81,13 @@ class Request:
     """What the answer must be, if anything."""
     special: bool = False
     """Let special tokens show in the text."""
+    embedding: Literal["mean", "last"] | None = None
+    """Give the prompt's embedding instead of an answer: over all of its tokens, or of its last."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether the request is for an answer, and not for something about its prompt."""
+        return not self.prompt_logprobs and self.embedding is None
 
     def __post_init__(self) -> None:
         problems = []
@@ -129,6 +136,8 @@ class Answer:
     """Where asked for: of each token of the prompt after those before it; None for the first."""
     error: Exception | None = None
     """What failed, where the reason is "error"."""
+    embedding: tuple[float, ...] = ()
+    """Where asked for: of the prompt, of length 1."""
 
     @classmethod
     def joined(cls, pieces: Sequence[Answer]) -> Answer:

@@ -35,6 +35,7 @@ class Row:
     last: int = -1  # the newest of them, which the slot does not hold yet
     held: list[Token] = field(default_factory=list)  # tokens whose text is not sure yet
     prompt_logprobs: list[float | None] = field(default_factory=list)
+    embedding: tuple[float, ...] = ()
 
     @property
     def request(self) -> Request:
@@ -44,6 +45,15 @@ class Row:
     def prefilling(self) -> bool:
         """Whether tokens of the prompt are still to be computed."""
         return self.computed < len(self.request.tokens)
+
+    def shares_prompt(self, other: Row) -> bool:
+        """Whether another row reads the same tokens by the same adapter, to answer them too."""
+        mine, its = self.request, other.request
+        if self is other or not (mine.answers and its.answers) or mine.tokens != its.tokens:
+            return False
+        if self.adapter is None or other.adapter is None:
+            return self.adapter is other.adapter
+        return self.adapter.content == other.adapter.content
 
     @property
     def is_waiting(self) -> bool:
@@ -107,5 +117,6 @@ class Row:
                 new_tokens=self.new,
                 prompt_logprobs=tuple(self.prompt_logprobs),
                 error=error,
+                embedding=self.embedding,
             )
         )

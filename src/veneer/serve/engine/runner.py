@@ -50,6 +50,11 @@ class Runner(Protocol):
         """Write blocks into an empty slot, end to end."""
         ...
 
+    def copy(self, slot: int, other: int, length: int) -> None:
+        """Write the keys and values of a slot that holds a prompt of `length` tokens, and nothing
+        else yet, into another that is empty."""
+        ...
+
     def free(self, slot: int) -> None:
         """Empty a slot."""
         ...

@@ -64,6 +64,9 @@ class SlotRunner:
     def fill(self, slot: int, blocks: Sequence[Any]) -> None:
         self.model.fill(slot, blocks)
 
+    def copy(self, slot: int, other: int, length: int) -> None:
+        self.fill(other, [self.block(slot, 0, length)])
+
     def free(self, slot: int) -> None:
         """Nothing: the next row of a slot writes over what is in it, and sees nothing else."""
 
