@@ -61,7 +61,7 @@ class ScriptedEngine:
             name = request.adapter if isinstance(request.adapter, str) else "base"
             words = self.script or [name, " says", *(f" word {i}" for i in range(10_000))]
             reason, new = "stop" if self.script else "length", 0
-            for word in words[: request.sampling.max_new_tokens]:
+            for word in words[: request.sampling.max_new_tokens if request.answers else 0]:
                 time.sleep(self.pace)
                 if stream.cancelled:
                     reason = "cancelled"
@@ -79,6 +79,10 @@ class ScriptedEngine:
             error = RuntimeError(self.fail) if self.fail else None
             reason = "error" if error else reason
             prompt = len(request.tokens)
+            if request.embedding is not None:
+                vector = (0.6, -0.8 if request.embedding == "last" else 0.8)
+                stream.add(Answer("", (), reason, prompt, error=error, embedding=vector))
+                return
             stream.add(Answer("", (), reason, prompt, new_tokens=new, error=error))
 
     def score(self, tokens: Any, adapter: Any = None) -> tuple[float | None, ...]:

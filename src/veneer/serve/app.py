@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.types import ASGIApp
 
-from veneer.serve.api import errors, files, fine_tuning, loading, openai
+from veneer.serve.api import embeddings, errors, files, fine_tuning, loading, openai
 from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
 from veneer.serve.api.guard import Guard
 from veneer.serve.api.metrics import CountResponses, Metrics
@@ -45,6 +45,7 @@ def create_app(
     metrics = Metrics(lambda: _numbers(served))
     errors.install(app)
     app.include_router(openai.routes(served, metrics))
+    app.include_router(embeddings.routes(served, metrics))
     app.include_router(loading.routes(served, loading_root))
     app.include_router(files.routes(jobs))
     app.include_router(fine_tuning.routes(jobs))

@@ -68,6 +68,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # a token's id, as a key of JSON
 Weight = Annotated[float, Field(allow_inf_nan=False, ge=-16, le=16)]
+Mix = Annotated[dict[str, Weight], Field(min_length=1, max_length=16)]
 
 
 class StreamOptions(Strict):
@@ -85,7 +86,7 @@ class AnswerRequest(Strict):
     neutral, ignored = NEUTRAL, IGNORED
 
     model: Annotated[str, Field(max_length=512)]
-    adapters: Annotated[dict[str, Weight], Field(min_length=1, max_length=16)] | None = None
+    adapters: Mix | None = None
     """A mix, as adapters' names with their weights; `model` is then the base. Veneer's own."""
     frequency_penalty: Penalty | None = None
     guided_choice: Choices | None = None

@@ -105,17 +105,17 @@ class Served:
             raise RequestError(f"tools cannot be followed: {why}", param="tools")
         return self.encode(text, special=False)
 
-    def prompt_tokens(self, prompt: str | list[int]) -> list[int]:
+    def prompt_tokens(self, prompt: str | list[int], *, param: str = "prompt") -> list[int]:
         """Return the tokens of a prompt that is text, or tokens already. Raises RequestError."""
         if isinstance(prompt, str):
             tokens = self.encode(prompt, special=True)
             if not tokens:
-                raise RequestError("The prompt is empty.", param="prompt")
+                raise RequestError("The prompt is empty.", param=param)
             return tokens
         if (largest := max(prompt)) >= self.vocabulary:
             raise RequestError(
                 f"The prompt has the token {largest}, but the model has {self.vocabulary:,}.",
-                param="prompt",
+                param=param,
             )
         return prompt
 
