@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from threading import Thread
 from typing import Any
 from unittest import mock
 
@@ -10,8 +12,10 @@ import torch
 import veneer
 from support.fake_card import CARD, Watch, card, on_card
 from support.random_adapters import shake
+from support.serving_bases import PROMPT, base_of
 from support.tiny_models import quantized, tiny
 from veneer.adapter.layers import lora_layers
+from veneer.adapter.parameters import experts_of
 from veneer.generate.in_slots import InSlots
 from veneer.generate.sampling import Sampling
 from veneer.generate.slots import SlotModel
@@ -19,17 +23,19 @@ from veneer.kernels.graphs import Graphs
 from veneer.kernels.transfer import OnTheWay
 from veneer.quant.weight import QuantizedLinear
 from veneer.serve.engine.adapter_cache import LoadedAdapter
-from veneer.serve.engine.request import Adjustments
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.request import Adjustments, EngineConfig, Request
 from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.sampler import Drawn, Sampler
 from veneer.serve.engine.slots import SlotRunner
 
-ARCHITECTURES = ("mistral", "gpt2", "qwen3", "gpt_neox", "phi3", "gemma3")
+ARCHITECTURES = ("mistral", "gpt2", "qwen3", "gpt_neox", "phi3", "gemma2", "gemma3")
 KINDS: dict[str, Any] = {
     "lora": {"rank": 2, "targets": "all"},
     "dora": {"rank": 3, "targets": "all", "dora": True},
 }
 PENALIZED = Adjustments(0.5, 0.5, 1.2, ((7, 1.0),), 0.05)
+SMALL = EngineConfig(slots=3, chunk=16)
 GREEDY, DRAWN = Sampling(), Sampling(temperature=0.8, top_k=20, top_p=0.9)
 
 
@@ -38,6 +44,8 @@ def served(architecture: str) -> Iterator[tuple[Watch, SlotRunner, list[LoadedAd
     """Yield a runner on the card, and adapters that its rows may have, the base alone too."""
     model = tiny(architecture)
     for name, options in KINDS.items():
+        if options.get("dora") and any(experts_of(model)):  # there is no DoRA of experts
+            options = {**options, "targets": "attention"}
         veneer.attach(model, veneer.LoRA(**options), name=name)
     shake(model, size=0.1).requires_grad_(False)
     veneer.use(model, None)
@@ -49,6 +57,7 @@ def served(architecture: str) -> Iterator[tuple[Watch, SlotRunner, list[LoadedAd
                 layers = {
                     layer: layer.low_rank_update(layer.named([(name, 1.0)]), layer.compute_dtype)
                     for _, layer in lora_layers(copied)
+                    if layer.named([(name, 1.0)])
                 }
                 adapters.append(LoadedAdapter(name, layers, 0, (name,)))
         yield watch, SlotRunner(copied, 4, 64, Graphs(None)), adapters
@@ -121,6 +130,43 @@ def _ones(self: OnTheWay) -> list[torch.Tensor]:
     return [torch.ones(tensor.shape, dtype=tensor.dtype) for tensor in self._host]
 
 
+def engine_of(architecture: str) -> Callable[[], dict]:
+    """The engine's own steps: prompts in chunks, a cached prefix, answers, and scores of a text."""
+
+    def case() -> dict:
+        base = base_of(architecture)
+        requests = [
+            Request((*PROMPT, 5, 6), sampling=Sampling(max_new_tokens=3), logprobs=2),
+            Request((*PROMPT, 7), sampling=Sampling(max_new_tokens=3, temperature=0.0)),
+            Request(PROMPT, prompt_logprobs=True),
+        ]
+        with (
+            card() as watch,
+            mock.patch.object(SlotModel, "_prove"),
+            mock.patch.object(Thread, "start"),  # this thread makes the steps
+            mock.patch.object(OnTheWay, "arrived", _ones),
+        ):
+            engine = Engine(replace(base, model=on_card(base.model)), config=SMALL)
+            engine.runner.graphs = Graphs(None)
+            streams = [engine.submit(request) for request in requests]
+            steps = 0
+            with watch.counting() as waits:
+                while engine._active or engine._ready:
+                    engine._admit()
+                    engine._step(list(engine._active))
+                    steps += 1
+        answers = [stream.result() for stream in streams]
+        return {
+            "waits": waits,
+            "steps": steps,
+            "tokens": [len(answer.tokens) for answer in answers],
+            "scores": len(answers[2].prompt_logprobs),
+            "errors": [repr(answer.error) for answer in answers if answer.error],
+        }
+
+    return case
+
+
 def put_back() -> dict:
     """A step whose small matrix is sent as it was before, and one whose tokens are read at once."""
 
@@ -185,6 +231,7 @@ def generating(sampling: Sampling) -> Callable[[], dict]:
 CASES = {
     "prefill, gemma3": prefill("gemma3"),
     "decoding, llama, drawn": decoding("llama", DRAWN),
+    "engine, llama": engine_of("llama"),
     "put back": put_back,
     "merging, dora": merging("dora", None),
     "generating": generating(Sampling(max_new_tokens=3)),
@@ -192,6 +239,7 @@ CASES = {
 SLOW_CASES = {
     **{f"prefill, {name}": prefill(name) for name in ARCHITECTURES},
     **{f"decoding, {name}": decoding(name, GREEDY) for name in ARCHITECTURES},
+    "engine, gpt2": engine_of("gpt2"),
     "merging, lora, NF4": merging("lora", 4),
     "generating, drawn": generating(Sampling(max_new_tokens=3, temperature=0.7, top_p=0.9)),
 }

@@ -38,3 +38,10 @@ def test_merging_and_switching_wait_for_nothing(case, table, pretend):
 @pytest.mark.parametrize(("case", "table"), cases("generating"))
 def test_answers_wait_for_nothing_but_their_tokens(case, table, pretend):
     assert pretend("decoding_cases", case, table) == {"waits": [], "pieces": [[1] * 3] * 3}
+
+
+@pytest.mark.parametrize(("case", "table"), cases("engine"))
+def test_the_engine_waits_for_nothing_in_its_steps(case, table, pretend):
+    result = pretend("decoding_cases", case, table)
+    assert result["waits"] == result["errors"] == []
+    assert (result["tokens"], result["scores"]) == ([3, 3, 0], 20)
