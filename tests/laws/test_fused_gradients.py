@@ -3,45 +3,14 @@ chooses, are those of plain autograd over a model whose weights are W + s B A.""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from support.closeness import assert_gradients_no_further, assert_no_further
-from support.every_architecture import OFTEN, small, small_quantized
-from support.kinds import Kind
+from support.every_architecture import OFTEN
 from support.plain import Float64, plain_pair
-from support.random_adapters import examples
-from veneer.data.packing import pack
+from support.small_kinds import LAYERS, MIXTURES, ROWS, SmallKind, gradients
 from veneer.fused.forward import choose_forward
-
-# Longer than the windows of attention, and shorter.
-ROWS = examples([7, 19, 12, 5])
-LAYERS = 2
-MIXTURES = ("qwen3_moe", "gpt_oss")
-
-
-@dataclass(frozen=True)
-class SmallKind(Kind):
-    """A kind of adapter over the small model of an architecture."""
-
-    def base(self, dtype: torch.dtype = torch.float32) -> Any:
-        if self.bits:
-            return small_quantized(self.architecture, self.bits, dtype=dtype)  # type: ignore[arg-type]
-        return small(self.architecture, dtype=dtype)
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    """Return the gradients of what trains, by the way that a run chooses."""
-    chosen, _ = choose_forward(model, ROWS)
-    assert len(chosen.layers) == LAYERS  # or the law would be tried on nothing
-    loss = chosen(model, pack(ROWS, range(len(ROWS))))
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    found = torch.autograd.grad(loss, list(trained.values()))
-    return dict(zip(trained, found, strict=True))
 
 
 @pytest.mark.parametrize("architecture", [*OFTEN, *MIXTURES])
