@@ -61,10 +61,10 @@ def answer(client: openai.OpenAI, model: str) -> tuple[float, list[float]]:
 
 def until(client: openai.OpenAI, job: str, holds: Any) -> Any:
     """Return a job once something holds of it."""
-    while not holds(found := client.fine_tuning.jobs.retrieve(job)):
-        assert found.status not in ("failed", "cancelled"), found.error
+    while not holds(now := client.fine_tuning.jobs.retrieve(job)):
+        assert now.status not in ("failed", "cancelled"), now.error
         time.sleep(0.05)
-    return found
+    return now
 
 
 def step_seconds(client: openai.OpenAI, job: str, count: int) -> list[float]:
@@ -99,7 +99,7 @@ def measure(client: openai.OpenAI, model: str, rounds: int, place: Path) -> None
     jobs = client.fine_tuning.jobs
     own = {"rank": 8, "targets": "all", "steps": 10_000, "tokens_per_step": 512, "eval_rows": 0}
     job = jobs.create(model=name, training_file=sent.id, extra_body=own).id
-    until(client, job, lambda found: found.step >= 2)
+    until(client, job, lambda now: now.step >= 2)
     answer(client, name)
     first: dict[str, list[float]] = {"alone": [], "beside": []}
     between: dict[str, list[float]] = {"alone": [], "beside": []}
@@ -116,13 +116,13 @@ def measure(client: openai.OpenAI, model: str, rounds: int, place: Path) -> None
                 first[kind].append(seconds)
                 between[kind] += others
             if kind == "beside":
-                steps = until(client, job, lambda found: True).step - before.step
+                steps = until(client, job, lambda now: True).step - before.step
                 busy.append(steps / (time.perf_counter() - began))
         jobs.resume(job)
         at = jobs.retrieve(job).step
-        until(client, job, lambda found, at=at: found.step >= at + 2)
+        until(client, job, lambda now, at=at: now.step >= at + 2)
     at = jobs.retrieve(job).step
-    until(client, job, lambda found: found.step >= at + IDLE_STEPS)
+    until(client, job, lambda now: now.step >= at + IDLE_STEPS)
     idle = statistics.median(step_seconds(client, job, IDLE_STEPS))
     for what, times in (("first token", first), ("between tokens", between)):
         for text, share in (("median", 0.5), ("95th percentile", 0.95)):

@@ -131,8 +131,8 @@ def test_a_job_from_its_creation_to_an_answer(client, server, file):
     assert [c.step_number for c in checkpoints] == [3, 2, 1]
     assert checkpoints.data[0].metrics.train_loss == pytest.approx(1 / 3)
     assert checkpoints.data[0].fine_tuned_model_checkpoint in server.jobs.served.library.names()
-    found = client.fine_tuning.jobs.list(metadata={"who": "me"})
-    assert [each.id for each in found] == [job.id]
+    matching = client.fine_tuning.jobs.list(metadata={"who": "me"})
+    assert [each.id for each in matching] == [job.id]
     assert not client.fine_tuning.jobs.list(metadata={"who": "you"}).data
 
 

@@ -1,8 +1,7 @@
 """What jobs may take, and what becomes of them when their server is gone."""
 
 import http.client
-import os
-import signal
+import subprocess
 import time
 from threading import Event
 
@@ -11,10 +10,10 @@ import pytest
 
 from support.jobs import ROWS, client_of, training, until, upload
 from support.server import ADMIN, AS_ADMIN, call, connected, running, scripted
-from veneer.errors import VeneerError
-from veneer.serve.config import Keys
+from veneer.errors import ConfigError, VeneerError
+from veneer.serve.config import Keys, ServeConfig, read_keys
 from veneer.serve.jobs.log import WorkerLog, read_on
-from veneer.serve.jobs.pace import Pace
+from veneer.serve.jobs.pace import CAN_STOP, Pace
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.jobs.settings import TrainingBase
 from veneer.serve.jobs.supervisor import Bounds
@@ -119,25 +118,31 @@ def test_a_log_is_read_on_over_half_lines(tmp_path):
     assert read_on(path, at) == ([], at)
 
 
+@pytest.mark.skipif(not CAN_STOP, reason="only Linux wakes what is stopped when its server dies")
 def test_a_worker_stands_still_while_answers_are_computed():
     busy = Event()
-    child = os.fork()
-    if child == 0:
-        while True:
-            time.sleep(0.01)
-    try:
-        pace = Pace(child, busy.is_set, share=0.0)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        pace = Pace(child.pid, busy.is_set, share=0.0)
         pace.step()
-        assert _state(child) != "T"
+        assert _state(child.pid) != "T"
         busy.set()
         pace.step()
-        assert _state(child) == "T"
+        assert _state(child.pid) == "T"
         busy.clear()
         pace.step()
-        assert _state(child) != "T"
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        assert _state(child.pid) != "T"
+        child.kill()
+
+
+def test_training_needs_a_key_and_a_directory(tmp_path):
+    with pytest.raises(ConfigError, match="enable_training needs runs"):
+        ServeConfig(enable_training=True)
+    config = ServeConfig(enable_training=True, runs=tmp_path)
+    with pytest.raises(ConfigError, match="Training needs a key of its own"):
+        read_keys(config, {})
+    assert read_keys(config, {"VENEER_ADMIN_KEY": ADMIN}).admin == ADMIN
+    with pytest.raises(ConfigError, match="training_share is 2, but must be from 0 to 1"):
+        ServeConfig(enable_training=True, runs=tmp_path, training_share=2)
 
 
 def _state(process: int) -> str:

@@ -80,8 +80,8 @@ def test_a_job_stops_goes_on_and_is_the_run_of_its_recipe(small, tmp_path):
     run = tmp_path / "run"
     log = asked(small, run)
     work(run, 1, AfterSteps(3))
-    found, at = read_on(log, 0)
-    assert found[-1].content == End("stopped")
+    before, at = read_on(log, 0)
+    assert before[-1].content == End("stopped")
     assert max(checkpoint_steps(run / "checkpoints")) == 3
     work(run, 2, Asked(None))
     again, at = read_on(log, at)
@@ -96,7 +96,7 @@ def test_a_job_stops_goes_on_and_is_the_run_of_its_recipe(small, tmp_path):
     assert read_on(log, at)[0][0].content == End("succeeded")
 
 
-def test_what_is_wrong_with_rows_is_said_without_our_paths(small, tmp_path):
+def test_faults_of_rows_are_named_without_our_paths(small, tmp_path):
     run = tmp_path / "run"
     log = asked(small, run, long_rows="error", max_length=2)
     work(run, 1, Asked(None))

@@ -70,7 +70,7 @@ class Supervisor:
         self.is_busy, self.publish, self.keep_results = is_busy, publish, keep_results
         self.worker = tuple(worker)
         self.asked = Event()  # something may have changed
-        self._ending = False
+        self.is_ending = False
         self._thread = Thread(target=self._run, name="jobs", daemon=True)
 
     def start(self) -> None:
@@ -79,7 +79,7 @@ class Supervisor:
 
     def end(self) -> None:
         """Let the worker stop after its step, with a checkpoint, and start no other."""
-        self._ending = True
+        self.is_ending = True
         self.asked.set()
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class Supervisor:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._ending:
+        while not self.is_ending:
             self.asked.clear()
             waiting = self.store.jobs("running") or self.store.jobs("queued")
             if not waiting:
@@ -150,7 +150,7 @@ class Supervisor:
             self._fail(id, limit)
         elif end is not None and end.fault is not None:
             self._fail(id, end.fault)
-        elif self._ending:
+        elif self.is_ending:
             return  # the next server goes on with it
         elif end is None and job.deaths + 1 >= MOST_DEATHS:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -266,7 +266,7 @@ class _Watched:
         if self.seconds > 3600 * supervisor.bounds.hours and self.limit is None:
             text = f"It trained for the {supervisor.bounds.hours:g} hours that a job may take."
             self.limit = Fault("time_limit", text)
-        return supervisor._ending or job.status != "running" or self.limit is not None
+        return supervisor.is_ending or job.status != "running" or self.limit is not None
 
     def _ask(self, now: float) -> None:
         """Ask the process to stop; end it where it has been asked long ago."""
