@@ -27,6 +27,10 @@ MOMENT["paged-adamw8bit"] = MOMENT["adamw8bit"]
 # (threads, products prepared by oneDNN). `python -m bench.planned` prints the first two.
 RUNTIME = 520_000_000
 GROWTH = 170_000_000  # the part of it after the imports
+# Of a card, beside tensors: CUDA's context with its kernels, and cuBLAS' workspace (32 MB on Hopper,
+# 8 MB elsewhere). A guess that no card has been asked for yet.
+CARD_RUNTIME = 600_000_000
+RUNTIME_NOTES = ("libraries, threads, what loading leaves", "CUDA's context and kernels")
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,13 @@ def plan_memory(
     *,
     runtime: int = RUNTIME,
     masters: bool = True,
+    on_card: bool = False,
 ) -> MemoryPlan:
     """Return the memory that training `trained` of a model needs.
 
     runtime: bytes that are resident before any model is. masters: whether weights of 16 bits that
     train have float32 ones, to which the steps are added (Micikevicius et al. 2018, section 3.1).
+    on_card: whether it is a GPU's memory.
     """
     width, count = config.width, trained.count
     own = bool(trained.weights)  # they train in their own dtype; new parameters are float32
@@ -91,9 +97,11 @@ def plan_memory(
     optimizer = [Term.of(2, "moments", count, "parameters", moment, "bytes", note=note)]
     if own and masters and width < FLOAT32:
         optimizer.append(Term.of(count, "masters", FLOAT32, "bytes", note="float32"))
-    lasting = [*kept(config, sizes, trained), holes(config, sizes, trained)]
+    lasting = kept(config, sizes, trained)
+    if not on_card:  # whose memory is no heap
+        lasting.append(holes(config, sizes, trained))
     activations = amount("activations", *lasting)
-    passing = workspace(config, sizes, trained)
+    passing = workspace(config, sizes, trained, on_card=on_card)
     if len(optimizer) > 1:
         stepping = Term.of(
             *(count, "parameters", FLOAT32, "bytes"),
@@ -114,8 +122,8 @@ def plan_memory(
         workspace=passing,
         runtime=amount(
             "runtime",
-            Term.of(runtime, "bytes", note="libraries, threads, what loading leaves"),
-            *prepared_products(config, sizes.blocks, config.tokens_per_batch),
+            Term.of(runtime, "bytes", note=RUNTIME_NOTES[on_card]),
+            *([] if on_card else prepared_products(config, sizes.blocks, config.tokens_per_batch)),
         ),
         on_disk=amount("on disk, mapped", *mapped, *kept_on_disk(config, sizes, trained)),
         on_host=amount("in the host's memory", *(offloaded if config.offload == "cpu" else ())),

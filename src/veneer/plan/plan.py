@@ -10,7 +10,7 @@ from veneer.adapter.report import TargetLine
 from veneer.errors import ConfigError
 from veneer.models.description import ModelDescription
 from veneer.plan.config import ADAPTING, MethodName, PlanConfig
-from veneer.plan.memory import RUNTIME, MemoryPlan, plan_memory
+from veneer.plan.memory import CARD_RUNTIME, RUNTIME, MemoryPlan, plan_memory
 from veneer.plan.methods import Trained, trained_by
 from veneer.plan.reads import Reads, reads
 from veneer.plan.sizes import Sizes
@@ -27,6 +27,7 @@ class Plan:
     trained: Trained
     memory: MemoryPlan
     runtime: int
+    on_card: bool = False
 
     @property
     def model(self) -> ModelDescription:
@@ -58,18 +59,26 @@ def make_plan(
     sizes: Sizes,
     adapted: tuple[TargetLine, ...] = (),
     *,
-    runtime: int = RUNTIME,
+    runtime: int | None = None,
+    on_card: bool = False,
 ) -> Plan:
-    """Return the plan of training a model as `config` says. runtime: resident bytes of the process
-    besides. Raises ConfigError for a method that does not suit the model."""
+    """Return the plan of training a model as `config` says, on the processor or on a card.
+
+    runtime: bytes that are taken besides, the usual ones unless given. Raises ConfigError for a
+    method that does not suit the model.
+    """
     trained = trained_by(config, sizes, adapted)
-    memory = plan_memory(config, sizes, trained, runtime=runtime)
-    return Plan(config, sizes, adapted, trained, memory, runtime)
+    if runtime is None:
+        runtime = CARD_RUNTIME if on_card else RUNTIME
+    memory = plan_memory(config, sizes, trained, runtime=runtime, on_card=on_card)
+    return Plan(config, sizes, adapted, trained, memory, runtime, on_card)
 
 
 def replanned(plan: Plan, config: PlanConfig) -> Plan:
     """Return the plan for the same model with other settings."""
-    return make_plan(config, plan.sizes, plan.adapted, runtime=plan.runtime)
+    return make_plan(
+        config, plan.sizes, plan.adapted, runtime=plan.runtime, on_card=plan.on_card
+    )
 
 
 def comparison(plan: Plan) -> list[tuple[str, Plan]]:
@@ -86,7 +95,8 @@ def comparison(plan: Plan) -> list[tuple[str, Plan]]:
     textbook = replace(
         full,
         memory=plan_memory(
-            full.config, full.sizes, full.trained, runtime=full.runtime, masters=False
+            *(full.config, full.sizes, full.trained),
+            **{"runtime": full.runtime, "masters": False, "on_card": full.on_card},
         ),
     )
     titled = [("full, textbook", textbook), ("full", full)]
