@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ class CardMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now, self.peak = 0, 0
+        self._paused = False
         self._sizes: dict[int, int] = {}
         self._watched: dict[int, Any] = {}
 
@@ -57,12 +58,25 @@ class CardMemory(TorchDispatchMode):
                     self._watched[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
                     self._set(key, storage.nbytes())
 
-    def begin_peak(self) -> None:
-        self.peak = self.now
+    def as_one(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of which only the result is counted: an operation that is one kernel on
+        a card, and that a torch without CUDA makes of others."""
+
+        def counted(*args: Any, **options: Any) -> Any:
+            self._paused = True
+            try:
+                result = function(*args, **options)
+            finally:
+                self._paused = False
+            self.note(result)
+            return result
+
+        return counted
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.note(result)
+        if not self._paused:
+            self.note(result)
         return result
 
     def _set(self, key: int, size: int) -> None:

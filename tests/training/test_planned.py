@@ -14,6 +14,7 @@ import veneer
 from support.random_adapters import tokenizer
 from veneer.adapter.report import report_quantized
 from veneer.cli.app import run
+from veneer.models.load import load_config
 from veneer.models.quantize import quantized_model
 from veneer.models.source import Source
 from veneer.plan.config import PlanConfig
@@ -117,7 +118,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(big, monkeypatch
         (3_000_000_000, "veneer quantize"),
         (100_000_000, "no settings make it fit"),
     ):
-        monkeypatch.setattr(plan_before, "available_memory", lambda space=space: space)
+        monkeypatch.setattr(plan_before, "available_memory", lambda device, space=space: space)
         code = run(["tune", big.model, str(big.data), "--dtype", "bf16", "--quiet"])
         printed = capsys.readouterr().err
         assert code == 2
@@ -217,10 +218,23 @@ def test_what_a_program_holds_beside_is_planned(big, monkeypatch):
     assert planned_run(big).memory.runtime.value == 3_170_000_000 > usual
 
 
-def test_on_a_gpu_nothing_is_planned(big, monkeypatch):
-    monkeypatch.setattr(plan_before, "resolve_device", lambda name: torch.device("cuda", 0))
+def test_on_apple_s_gpu_nothing_is_planned(big, monkeypatch):
+    monkeypatch.setattr(plan_before, "resolve_device", lambda name: torch.device("mps", 0))
     _, *notices = itertools.islice(veneer.tune(big), 4)
-    assert notices[-1].text.startswith("No memory is planned for this run: plans are of the proc")
+    assert notices[-1].text.startswith("No memory is planned for this run: plans are of processors")
+
+
+def test_a_card_s_memory_is_planned_and_its_base_may_stay_beside_it(big):
+    settings = {"config": load_config(big.model), "on_card": True}
+    plan = plan_run(big, torch.bfloat16, **settings)
+    assert plan.on_card
+    with pytest.raises(ConfigError, match="by: --bits 8"):
+        check_fits(plan, 11_000_000_000, big.model)
+    with pytest.raises(ConfigError, match="by: .*--offload cpu"):
+        check_fits(plan, 3_000_000_000, big.model)
+    beside = plan_run(replace(big, offload="cpu"), torch.bfloat16, **settings)
+    assert beside.memory.weights.value < plan.memory.weights.value / 4
+    assert beside.memory.on_host.value > 12_000_000_000
 
 
 def test_what_a_mapped_base_took_is_not_compared(big, monkeypatch):

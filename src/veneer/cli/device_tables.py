@@ -37,7 +37,7 @@ def show_devices(
     link: bytes that a device sends in a second.
     """
     quieten_libraries()
-    plan = planned(model, lora, config)
+    plan = planned(model, lora, config, on_card=True)
     count, memory = devices.count, devices.memory
     chosen = best(plan, count, memory)
     changes: list[DevicePlan] = []

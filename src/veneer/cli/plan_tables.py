@@ -53,7 +53,7 @@ def show_plan(
         output.print(line)
 
 
-def planned(model: str, lora: LoRA, config: PlanConfig) -> Plan:
+def planned(model: str, lora: LoRA, config: PlanConfig, *, on_card: bool = False) -> Plan:
     """Return the plan of training `model`, over its files as they are where those are quantized."""
     settings = find_config(model)
     sizes, stored = sizes_of(settings), stored_of(model, settings)
@@ -68,7 +68,7 @@ def planned(model: str, lora: LoRA, config: PlanConfig) -> Plan:
             pack_head=stored.head,
             mapped=True,
         )
-    return make_plan(config, sizes, adapted_layers(sizes, lora))
+    return make_plan(config, sizes, adapted_layers(sizes, lora), on_card=on_card)
 
 
 def summary(sizes: Sizes) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError
+from veneer.kernels.transfer import PINNED
 from veneer.models.device_names import ACCELERATORS, parse_device
 
 CPU = torch.device("cpu")
@@ -99,6 +100,23 @@ def computes_bf16(device: torch.device, *, slowly: bool = False) -> bool:
     if ask is not None:
         return bool(ask(including_emulation=slowly))
     return torch.bfloat16 in torch.accelerator.get_device_capability(device)["supported_dtypes"]
+
+
+def free_memory(device: torch.device) -> tuple[int, int] | None:
+    """Return the free bytes of an accelerator's memory and all of them; None for a processor."""
+    module = _module(device)
+    if device.type == "cpu":
+        return None
+    if hasattr(module, "recommended_max_memory"):  # MPS: of the memory that it shares
+        most = int(module.recommended_max_memory())
+        return max(0, most - int(module.driver_allocated_memory())), most
+    free, total = torch.accelerator.get_memory_info(device)
+    return int(free), int(total)
+
+
+def has_memory_of_its_own(device: torch.device) -> bool:
+    """Return whether a device computes in other memory than the processor's, and says how much."""
+    return device.type in PINNED
 
 
 def begin_peak(device: torch.device) -> None:

@@ -170,7 +170,9 @@ def whole_by_time(plan: Plan, memory: int) -> Plan | None:
     None."""
     config = plan.config
     same_base = (
-        c for c in alternatives(plan) if (c.bits, c.mapped) == (config.bits, config.mapped)
+        c
+        for c in alternatives(plan)
+        if (c.bits, c.mapped, c.offload) == (config.bits, config.mapped, config.offload)
     )
     return next(
         (other for c in same_base if (other := replanned(plan, c)).memory.peak <= memory), None
@@ -208,7 +210,7 @@ def _other_settings(plan: Plan, count: int, memory: int) -> Iterator[DevicePlan]
     rows, or else in pieces. Passes are shortened last: each gathers the whole base."""
     by_base: dict[int, list[PlanConfig]] = {}
     for config in alternatives(plan):
-        if config.mapped == plan.config.mapped:
+        if (config.mapped, config.offload) == (plan.config.mapped, plan.config.offload):
             by_base.setdefault(config.base_bits, []).append(config)
     for configs in by_base.values():
         configs.sort(key=lambda config: (-config.tokens_per_batch, SLOWER[config.recompute]))

@@ -10,7 +10,7 @@ from veneer.fused.recompute import Recompute
 from veneer.plan.activations import recompute_of
 from veneer.plan.config import PlanConfig
 from veneer.plan.plan import Plan, replanned
-from veneer.quant.settings import Bits, LoadBits
+from veneer.quant.settings import Bits
 
 # How much longer a step takes, as docs/performance.md measures it: 1,521 against 1,389 tokens/s for
 # selective; a second forward pass beside one forward and one backward pass for full. Of the disk
@@ -61,7 +61,8 @@ def alternatives(plan: Plan) -> Iterator[PlanConfig]:
 
     First those that cost only time, ordered by how much longer a token takes: smaller passes, and
     computing again. They do not change what is learnt. Fewer bits do, so these come after: a base
-    in 8 bits, in 4, and one that is mapped from the disk.
+    in 8 bits, in 4, and one that is mapped from the disk, or that a GPU's host keeps, which changes
+    nothing either, but copies all of it in each pass.
     """
     config = plan.config
     levels: dict[str, Recompute] = {}  # by what a level comes to for this model
@@ -70,9 +71,9 @@ def alternatives(plan: Plan) -> Iterator[PlanConfig]:
             comes_to = recompute_of(replace(config, recompute=level), plan.sizes, plan.trained)
             if level in (config.recompute, comes_to):
                 levels.setdefault(comes_to, level)
-    for bits, mapped in _bases(config):
+    for base in _bases(config, on_card=plan.on_card):
         changed = [
-            replace(config, bits=bits, mapped=mapped, tokens_per_batch=tokens, recompute=level)
+            replace(base, tokens_per_batch=tokens, recompute=level)
             for tokens in _fewer(config)
             for level in levels.values()
         ]
@@ -95,15 +96,20 @@ def flags(before: PlanConfig, after: PlanConfig) -> str:
     return " ".join(changed + ["--mapped"] * (after.mapped and not before.mapped))
 
 
-def _bases(config: PlanConfig) -> Iterator[tuple[LoadBits | None, bool]]:
-    yield config.bits, config.mapped
-    if config.mapped or config.method in ("full", "freeze"):
+def _bases(config: PlanConfig, *, on_card: bool) -> Iterator[PlanConfig]:
+    yield config
+    if config.method in ("full", "freeze"):
         return
-    smaller: tuple[Bits, ...] = (8, 4)
+    smaller: tuple[Bits, ...] = () if config.mapped else (8, 4)
     for bits in smaller:
         if bits < config.base_bits:
-            yield bits, False
-    yield 4, True
+            yield replace(config, bits=bits)
+    if on_card and config.offload == "none":
+        yield replace(config, offload="cpu")
+    if on_card and not config.mapped:
+        yield replace(config, bits=4, offload="cpu")
+    elif not config.mapped:
+        yield replace(config, bits=4, mapped=True)
 
 
 def _fewer(config: PlanConfig) -> Iterator[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from veneer.models.description import Layer
 from veneer.plan.activations import FLOAT32, holes, kept, kept_on_disk
 from veneer.plan.amounts import Amount, Term, amount
+from veneer.plan.card import card_workspace
 from veneer.plan.config import OptimizerName, PlanConfig
 from veneer.plan.methods import Trained
 from veneer.plan.routed import prepared_products
@@ -27,8 +28,8 @@ MOMENT["paged-adamw8bit"] = MOMENT["adamw8bit"]
 # (threads, products prepared by oneDNN). `python -m bench.planned` prints the first two.
 RUNTIME = 520_000_000
 GROWTH = 170_000_000  # the part of it after the imports
-# Of a card, beside tensors: CUDA's context with its kernels, and cuBLAS' workspace (32 MB on Hopper,
-# 8 MB elsewhere). A guess that no card has been asked for yet.
+# Of a card, beside tensors: CUDA's context with its kernels, and cuBLAS' workspace (32 MB on
+# Hopper, 8 MB elsewhere). A guess that no card has been asked for yet.
 CARD_RUNTIME = 600_000_000
 RUNTIME_NOTES = ("libraries, threads, what loading leaves", "CUDA's context and kernels")
 
@@ -85,7 +86,8 @@ def plan_memory(
     quantized, rest = weight_terms(config, sizes)
     # Dense weights that are stored in another dtype than that of computing are cast into memory.
     is_cast = width == FLOAT32 or (sizes.stored is not None and not sizes.stored.rest_mapped)
-    mapped = [] if not config.mapped else quantized if is_cast else quantized + rest
+    stays = config.mapped and not on_card  # a card has a copy
+    mapped = [] if not stays else quantized if is_cast else quantized + rest
     weights = [term for term in quantized + rest if term not in mapped]
     offloaded: tuple[Term, ...] = ()
     if config.offload != "none":
@@ -101,7 +103,7 @@ def plan_memory(
     if not on_card:  # whose memory is no heap
         lasting.append(holes(config, sizes, trained))
     activations = amount("activations", *lasting)
-    passing = workspace(config, sizes, trained, on_card=on_card)
+    passing = (card_workspace if on_card else workspace)(config, sizes, trained)
     if len(optimizer) > 1:
         stepping = Term.of(
             *(count, "parameters", FLOAT32, "bytes"),

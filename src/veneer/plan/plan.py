@@ -76,9 +76,7 @@ def make_plan(
 
 def replanned(plan: Plan, config: PlanConfig) -> Plan:
     """Return the plan for the same model with other settings."""
-    return make_plan(
-        config, plan.sizes, plan.adapted, runtime=plan.runtime, on_card=plan.on_card
-    )
+    return make_plan(config, plan.sizes, plan.adapted, runtime=plan.runtime, on_card=plan.on_card)
 
 
 def comparison(plan: Plan) -> list[tuple[str, Plan]]:
@@ -95,8 +93,12 @@ def comparison(plan: Plan) -> list[tuple[str, Plan]]:
     textbook = replace(
         full,
         memory=plan_memory(
-            *(full.config, full.sizes, full.trained),
-            **{"runtime": full.runtime, "masters": False, "on_card": full.on_card},
+            full.config,
+            full.sizes,
+            full.trained,
+            runtime=full.runtime,
+            masters=False,
+            on_card=full.on_card,
         ),
     )
     titled = [("full, textbook", textbook), ("full", full)]

@@ -26,14 +26,8 @@ SCORES_AT_ONCE = (
 )  # scores held at a time, if more than one key head's (kernels/score_blocks.py)
 
 
-def workspace(
-    config: PlanConfig, sizes: Sizes, trained: Trained, *, on_card: bool = False
-) -> Amount:
+def workspace(config: PlanConfig, sizes: Sizes, trained: Trained) -> Amount:
     """Return the larger of the head's needs and those of a layer's backward pass."""
-    if on_card:
-        stages = [head_on_card(config, sizes, trained)]
-        stages += [block_on_card(config, sizes, trained, x) for x in sizes.kinds_of_block]
-        return max(stages, key=lambda stage: stage.value)
     stages = [_head(config, sizes, trained)]
     stages += [_block(config, sizes, trained, block) for block in sizes.kinds_of_block]
     return max(stages, key=lambda stage: stage.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from veneer.data.columns import lengths_of
-from veneer.models.device import resolve_device
+from veneer.models.device import has_memory_of_its_own, resolve_device
 from veneer.plan.plan import Plan
 from veneer.processes.world import World
 from veneer.training.events import Event, Notice, Planned
@@ -27,8 +27,9 @@ def plan_before(
     if recipe.shard == "base" and world.size == 1:
         yield Notice("The base is not sharded: one process alone trains. Give --processes N.")
     why = ahead.why_no_plan
-    if (device := resolve_device(recipe.device)).type != "cpu":
-        why = f"plans are of the processor's memory, and this runs on {device}."
+    device = resolve_device(recipe.device)
+    if device.type != "cpu" and not has_memory_of_its_own(device):
+        why = f"plans are of processors and of cards with their own memory, and this is {device}."
     if ahead.plan is None or why:
         yield Notice(f"No memory is planned for this run: {why}")
         return None, world.size > 1 and recipe.shard == "base"
@@ -36,11 +37,11 @@ def plan_before(
     if world.size > 1:
         lengths = lengths_of(rows.examples)
         way, available = plan_of_each(
-            plan, recipe, lengths, world, shard=recipe.shard, ignore=ignore_plan
+            plan, recipe, lengths, world, device, shard=recipe.shard, ignore=ignore_plan
         )
         plan, sharded = way.of_one, way.sharded == "base"
     else:
-        available = available_memory()
+        available = available_memory(device)
         if not ignore_plan:
             check_fits(plan, available, recipe.model)
     yield Planned(plan, available, world.size)

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from veneer.errors import ConfigError
+from veneer.models.device import free_memory, peak_memory
 from veneer.models.load import load_config
 from veneer.plan.config import MethodName as PlannedMethod
 from veneer.plan.config import PlanConfig
@@ -29,9 +30,10 @@ def plan_run(
     dtype: torch.dtype,
     *,
     config: PretrainedConfig | None = None,
+    on_card: bool = False,
 ) -> Plan:
-    """Return the plan of a run that computes in `dtype` on the processor, with rows as long as the
-    recipe and the model's context allow.
+    """Return the plan of a run that computes in `dtype`, on the processor or on a card, with rows
+    as long as the recipe and the model's context allow.
 
     config: the model's, which is read unless given.
 
@@ -68,17 +70,20 @@ def plan_run(
         prefix_mlp=method.prefix_mlp,
     )
     adapted = adapted_layers(sizes, recipe.lora) if method.method == "lora" else ()
-    return make_plan(settings, sizes, adapted, runtime=_runtime())
+    return make_plan(settings, sizes, adapted, runtime=_runtime(on_card), on_card=on_card)
 
 
 def with_rows(plan: Plan, recipe: Recipe, longest: int) -> Plan:
     """Return the plan with the tokens of a pass that were chosen for rows of up to `longest`."""
     tokens = recipe.training.batch_tokens
     config = replace(plan.config, tokens_per_batch=tokens, max_length=longest)
-    return make_plan(config, plan.sizes, plan.adapted, runtime=_runtime())
+    runtime = _runtime(plan.on_card)
+    return make_plan(config, plan.sizes, plan.adapted, runtime=runtime, on_card=plan.on_card)
 
 
-def _runtime() -> int:
+def _runtime(on_card: bool) -> int | None:
+    if on_card:
+        return None
     # A program that calls this may hold more than the libraries.
     return max(RUNTIME, process_memory("VmRSS") + GROWTH)
 
@@ -91,8 +96,11 @@ def _planned_method(recipe: Recipe, bits: Bits | None) -> PlannedMethod:
     return "qlora" if bits else "lora"
 
 
-def available_memory() -> int | None:
-    """Return the bytes that this process has and may still take, None where they are not known."""
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process has and may still take for what it computes on a device,
+    None where they are not known."""
+    if (of_card := free_memory(device)) is not None:
+        return of_card[0]
     free = free_bytes()
     return None if free is None else free + process_memory("VmRSS")
 
@@ -127,12 +135,21 @@ def check_fits(plan: Plan, available: int | None, model: str) -> None:
     )
 
 
-def measured_peak(plan: Plan) -> int | None:
-    """Return the most memory that was resident since `begin_measuring`, None where it is not known.
+def planned_and_measured(plan: Plan, device: torch.device) -> tuple[int, int] | None:
+    """Return the peak that was planned, and the most memory that was taken since `begin_measuring`,
+    None where it is not known. Of a card it is that of tensors.
 
     Nor is it where the base or what passes keep is mapped: these pages count as resident, and are
     not planned.
     """
+    if plan.on_card:
+        planned, peak = plan.memory.peak - plan.runtime, peak_memory(device)
+    else:
+        planned, peak = plan.memory.peak, measured_peak(plan)
+    return (planned, peak) if peak else None
+
+
+def measured_peak(plan: Plan) -> int | None:
     is_mapped = plan.config.mapped or plan.memory.on_disk.value
     return None if is_mapped else process_memory("VmHWM") or None
 

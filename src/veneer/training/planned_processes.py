@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from veneer.data.packing import StepOrder
@@ -27,6 +28,7 @@ def plan_of_each(
     recipe: Recipe,
     lengths: Sequence[int] | NDArray[np.integer],
     world: World,
+    device: torch.device,
     *,
     shard: str = "none",
     ignore: bool = False,
@@ -36,19 +38,21 @@ def plan_of_each(
     lengths: tokens of each row. All processes must ask, and get the same. Raises ConfigError as
     `share_out` does.
     """
-    memory, pieces = memory_of_each(world), recipe.training.context_parallel
+    memory, pieces = memory_of_each(world, device), recipe.training.context_parallel
     plan = dealt(plan, recipe, lengths, world.size // pieces)
     way = share_out(plan, world.size, memory, shard=shard, pieces=pieces, ignore=ignore)
     return way, memory
 
 
-def memory_of_each(world: World) -> int | None:
+def memory_of_each(world: World, device: torch.device) -> int | None:
     """Return the bytes that each process of a world may have, None where a system does not say.
 
-    Processes of one machine share its memory evenly; on unlike machines, the least decides.
+    device: on which this process computes, a card of its own or the processor. Processes of one
+    machine share its memory evenly; on unlike machines or cards, the least decides.
     """
-    free = available_memory()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    free = available_memory(device)
+    shares = device.type == "cpu"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if shares else 1
     each = 0 if free is None else free // here
     least = -world.most(-each)
     return least or None

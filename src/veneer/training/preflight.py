@@ -18,7 +18,7 @@ from veneer.errors import Checks, ConfigError, ModelError, closest
 from veneer.files import check_replaceable, size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.state import AdapterState
-from veneer.models.device import device_of_run
+from veneer.models.device import device_of_run, has_memory_of_its_own
 from veneer.models.load import dtype_of, load_config_and_tokenizer, skeleton_of
 from veneer.models.locate import locate
 from veneer.plan.activations import kept_on_disk
@@ -92,7 +92,8 @@ def preflight(
             check_replaceable(recipe.adapter, marker=native.config_name(recipe.method.method))
             check_replaceable(recipe.merged, marker=merged.marker_of(config))
         try:
-            plan = plan_run(recipe, dtype, config=config)
+            on_card = has_memory_of_its_own(device)
+            plan = plan_run(recipe, dtype, config=config, on_card=on_card)
         except ModelError as error:
             result = Preflight(recipe, earlier, start, dtype, config, tokenizer, None, str(error))
         else:

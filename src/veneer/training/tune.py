@@ -26,6 +26,7 @@ from veneer.files import size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.checkpoint import about_training
 from veneer.formats.training import computed_in, other_base
+from veneer.models.device import begin_peak
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
 from veneer.plan.fit import free_bytes
@@ -54,7 +55,7 @@ from veneer.training.memory import begin_measuring
 from veneer.training.metrics import record
 from veneer.training.plan_before import plan_before
 from veneer.training.planned import (
-    measured_peak,
+    planned_and_measured,
     why_no_merge,
 )
 from veneer.training.preflight import preflight
@@ -165,6 +166,7 @@ def tune(
     if not resume and world.writes:
         _clear_state(run)
     begin_measuring()
+    begin_peak(base.model.device)
     events = train(
         base.model,
         rows.examples,
@@ -234,8 +236,8 @@ def _write(
     resume: bool,
 ) -> Iterator[Event]:
     """Write the results, and say what is written. about: the training, for the adapter's file."""
-    if plan is not None and (peak := measured_peak(plan)):
-        yield Measured(plan.memory.peak, peak)
+    if plan is not None and (peaks := planned_and_measured(plan, base.model.device)):
+        yield Measured(*peaks)
 
     if not resume:
         _clear_results(run)
