@@ -1,4 +1,4 @@
-"""Memory on the pretend GPU: planned as counted on fake tensors, and a base that stays beside it."""
+"""Memory on the pretend GPU: as planned, and a base that stays beside it."""
 
 import pytest
 
