@@ -12,6 +12,7 @@ MATRIX = [name for name in CASES if name != "a reading in a step"]
 # the rows that each has, which a notice says. A prefix before windows asks if rows have padding
 # on their left, and the cache for it sends the window's length.
 WAITS = {
+    "falcon": ("modeling_falcon.py",),  # whose own code takes heads by a list of indices
     "nf4": ("lowrank/routing.py",),
     "prefix, padded": ("adapter/virtual_forward.py", "cache_utils.py"),
 }

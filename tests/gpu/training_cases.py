@@ -156,7 +156,14 @@ _OTHERS = [
     for each in every_architecture.MODEL_TYPES
     if each not in _EACH and each not in every_architecture.NO_MODEL
 ]
-_ALL = [(each, kind, way) for each in _EACH for kind in KINDS for way in WAYS]
+_STATES = ("mamba", "mamba2", "falcon_h1")  # in which virtual tokens have no place
+_ALL = [
+    (each, kind, way)
+    for each in _EACH
+    for kind in KINDS
+    for way in WAYS
+    if not (kind == "prefix" and each in _STATES)
+]
 _ALL += [(each, "lora", "packed") for each in _OTHERS]
 SLOW_CASES: dict[str, Callable[[], Any]] = {
     name: partial(run, *case) for case in _ALL if (name := ", ".join(case)) not in CASES
