@@ -27,9 +27,9 @@ COMPILED = 32  # grammars that are kept
 # llguidance's own limits but for the states, of 1 to 2 kB each: a request's grammar takes at most
 # 100 MB, and a mask at most some 15 ms.
 MOST_STATES = 50_000
-# As much white space as a pretty-printed document has anywhere; without an end, a model that began
-# to write spaces might never stop.
-WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# A space, or a new line with its indentation, as in any document that is laid out. Without such an
+# end a model that began to write white space would go on with it.
+WHITE_SPACE = r"\x20|\x0A[\x20\x09]{0,32}"
 NO_TOKEN = "no token of this model can come next"
 TRIED = 64  # sequences by which a tokenizer is tried
 
