@@ -87,10 +87,12 @@ class DevicePlan:
     def given(self) -> dict[str, list[Term]]:
         """The bytes that a device gives to exchanges in a step, as `World.sent` counts them."""
         trained = self.plan.trained.count
+        # A pass that exchanges by itself says nothing of errors (`World.total`).
+        numbers = STEP_NUMBERS - (self.sharded == "base" or self.pieces > 1)
         given = {
             "sum": [
                 Term.of(trained, "parameters", FLOAT32, "bytes", note="their gradient"),
-                Term.of(STEP_NUMBERS, "numbers", FLOAT64, "bytes", note="losses and counts"),
+                Term.of(numbers, "numbers", FLOAT64, "bytes", note="losses and counts"),
             ]
         }
         if self.sharded == "base":

@@ -31,7 +31,7 @@ GROWTH = 170_000_000  # the part of it after the imports
 # Of a card, beside tensors: CUDA's context with its kernels, and cuBLAS' workspace (32 MB on
 # Hopper, 8 MB elsewhere). A guess that no card has been asked for yet.
 CARD_RUNTIME = 600_000_000
-RUNTIME_NOTES = ("libraries, threads, what loading leaves", "CUDA's context and kernels")
+RUNTIME_NOTES = ("libraries, threads, what loading leaves", "the card's context and kernels")
 
 
 @dataclass(frozen=True)
