@@ -44,7 +44,7 @@ class Embedder:
             out = decoder(
                 input_ids=sent([list(chunk)], device),
                 position_ids=positions,
-                past_key_values=self._cache,
+                cache=self._cache,
                 use_cache=True,
             )
         finally:

@@ -131,7 +131,9 @@ def _compile(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
 
 def _refused(asked_by: str, why: str) -> RequestError:
     # llguidance ends the message with the grammar, and has a word alone for a dead end.
-    first = NO_TOKEN if why.startswith("NoExtension") else f"{why}\n".splitlines()[0][:500]
+    lines = why.strip().splitlines() or [""]
+    more = [line for line in lines[1:] if line.startswith("error:")][:1]
+    first = NO_TOKEN if why.startswith("NoExtension") else " ".join([lines[0], *more])[:500]
     first = first.strip().rstrip(".")
     return RequestError(f"{asked_by} cannot be followed: {first}.", param=asked_by)
 
