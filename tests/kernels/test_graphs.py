@@ -1,9 +1,11 @@
 """Calls recorded as graphs: sizes, the store of graphs, and the proof by the first replay."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from support.recorders import StandIn
 from veneer.kernels import graphs
@@ -38,10 +40,27 @@ def test_a_shape_is_recorded_once_and_replayed_with_the_inputs_of_each_call():
     assert (stand_in.recorded, stand_in.replayed) == (1, 4)  # one of them is the proof
     calls("b", doubled, {"x": torch.ones(5)})
     assert stand_in.recorded == 2
-    calls.forget()
-    calls("a", doubled, {"x": torch.ones(3)})
-    assert stand_in.recorded == 3
     assert calls.notice() is None
+
+
+def test_what_a_graph_reads_stays_in_memory_with_it(monkeypatch):
+    """A true graph keeps addresses alone."""
+    monkeypatch.setattr(graphs, "MOST", 1)
+    factor = torch.ones(3)
+    alive = weakref.ref(factor)
+
+    def scaled(inputs: Tensors, factor: Tensor = factor) -> Tensors:
+        return {"y": inputs["x"] * factor}
+
+    def forgetful(function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
+        return lambda: None, function()
+
+    calls = Graphs(forgetful)
+    calls("a", scaled, {"x": torch.ones(3)})
+    del scaled, factor
+    assert alive() is not None
+    calls("b", doubled, {"x": torch.ones(3)})
+    assert alive() is None
 
 
 def test_the_least_recently_used_graph_goes(monkeypatch):

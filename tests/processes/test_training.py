@@ -50,7 +50,9 @@ SHARED = {  # rows that processes share
     ),
 }
 SPOILT = {
-    "patience": Case(course={"lr": 0.5, "eval_every": 1, "patience": 2, "epochs": 3}),
+    "patience": Case(
+        course={"lr": 0.5, "eval_every": 1, "patience": 2, "epochs": 3, "replay_passes": True}
+    ),
     "skipped": Case(spoilt=nan_in_the_last),
     "refused": Case(spoilt=refused_in_the_last),
 }
@@ -113,6 +115,13 @@ def test_all_lose_patience_at_once(two: tuple[Path, list[dict[str, Result]]]) ->
     first, second = (result["patience"] for result in two[1])
     assert first.events == second.events
     assert any(isinstance(event, Stopped) for event in first.events)
+
+
+def test_passes_that_several_processes_make_are_not_replayed_and_a_notice_says_so(
+    two: tuple[Path, list[dict[str, Result]]],
+) -> None:
+    notices = two[1][0]["patience"].notices
+    assert any("several processes train together" in text for text in notices), notices
 
 
 def test_an_error_of_one_ends_all_with_the_same_words(

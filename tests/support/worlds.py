@@ -26,7 +26,7 @@ from veneer.models.sharded import shard_base
 from veneer.processes.context import ContextGroup
 from veneer.processes.world import World
 from veneer.training import loop
-from veneer.training.events import Evaluated, Event, Skipped, Step, Stopped, Trained
+from veneer.training.events import Evaluated, Event, Notice, Skipped, Step, Stopped, Trained
 
 LENGTHS = [11, 7, 16, 9, 13, 8, 12, 10, 15, 6]
 COURSE = veneer.TrainConfig(
@@ -105,6 +105,7 @@ class Result:
     sent: dict[str, int]
     error: str = ""
     changes: dict[str, Tensor] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
     @property
     def losses(self) -> Tensor:
@@ -169,6 +170,8 @@ def trained(case: Case, world: World, place: Path) -> Result:
                 event = replace(event, seconds=0.0, rss_bytes=0)
             if isinstance(event, Step | Evaluated | Skipped | Stopped | Trained):
                 result.events.append(event)
+            elif isinstance(event, Notice):
+                result.notices.append(event.text)
     except Exception as error:
         result.error = f"{type(error).__name__}: {error}"
     finally:

@@ -70,7 +70,7 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Pass:
     """A pass through the model: what its head read (tokens, dim), what it gave, and the logits that
     the model made of that. The last two are (tokens + more, vocab); the rows of `_numbers` come

@@ -18,7 +18,7 @@ from veneer.kernels.cross_entropy import IGNORED, Labelled, bounds
 from veneer.kernels.transfer import has_queue, sent_together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PassInputs:
     """The arguments of a pass, and what its loss needs.
 

@@ -19,6 +19,7 @@ from veneer.errors import ConfigError, wrong_argument
 from veneer.generate.in_slots import in_slots
 from veneer.generate.sampling import Sampling
 from veneer.kernels.transfer import sent
+from veneer.models.device import use_device
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
 
@@ -214,6 +215,7 @@ def stream(
 
     def generate() -> None:
         try:
+            use_device(model.device)
             if (slots := in_slots(model, 1)) is not None:
                 most = replace(sampling, max_new_tokens=options["max_new_tokens"])
                 ends = {*(end_tokens(model) or (tokenizer.eos_token_id,))}

@@ -95,27 +95,27 @@ class InSlots:
         """Yield the tokens of each step, (rows,), on the device."""
         model, rows = self.model, len(prompts)
         draws = [Draw(sampling)] * rows
-        logits = [self._prompt(slot, prompt) for slot, prompt in enumerate(prompts)]
+        logits = torch.cat([self._prompt(slot, prompt) for slot, prompt in enumerate(prompts)])
         newest = self._newest[:rows]  # in one place, for the graphs
-        newest.copy_(next_tokens(torch.cat(logits), draws))
+        newest.copy_(next_tokens(logits, draws))
         for step in range(sampling.max_new_tokens):
             yield newest.clone()
             if step + 1 == sampling.max_new_tokens:
                 return
             positions = [len(prompt) + step for prompt in prompts]
             most = max(positions) + 1
-            if model.reserve(most):
-                self.graphs.forget()
+            model.reserve(most)
             seen = length_for(most, model.places)
 
             def decode(inputs: Tensors, seen: int = seen) -> Tensors:
                 return {"logits": model.decode(newest, inputs["where"], seen)}
 
             where = sent([positions, positions, [-1] * rows], model.device)
-            logits = [self.graphs((rows, seen), decode, {"where": where})["logits"]]
+            key = (rows, seen, model.places)  # the cache has moved where it has other places
+            logits = self.graphs(key, decode, {"where": where})["logits"]
             if self.graphs.why_not != NONE_HERE and (notice := self.graphs.notice()):
                 log.warning(notice)
-            newest.copy_(next_tokens(logits[0], draws))
+            newest.copy_(next_tokens(logits, draws))
 
     def _prompt(self, slot: int, prompt: Sequence[int]) -> Tensor:
         """Compute a prompt, and return the logits (1, vocab) of its last token."""

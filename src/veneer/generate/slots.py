@@ -38,7 +38,7 @@ class NotInSlots(Exception):
     """The model cannot be decoded in slots; the message says why."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Pass:
     """Where the tokens of a pass are. A prompt's are in places `start` to `end` of `slot`; of rows
     that decode, the first ones of the cache, each has one, in the place that `at` says."""
@@ -119,10 +119,10 @@ class SlotModel:
         """The place that nobody reads."""
         return self.places - 1
 
-    def reserve(self, tokens: int) -> bool:
-        """Have places for rows of so many tokens; return whether the cache was moved for that."""
+    def reserve(self, tokens: int) -> None:
+        """Have places for rows of so many tokens. The cache moves where that takes more places."""
         if tokens < self.places:
-            return False
+            return
         places = max(self.places, FIRST_PLACES)
         while places <= tokens:
             places *= 2
@@ -131,7 +131,6 @@ class SlotModel:
             layer.keys = self._longer(layer.keys, places)
             layer.values = self._longer(layer.values, places)
         self.places = places
-        return True
 
     @torch.no_grad()
     def prefill(

@@ -47,7 +47,7 @@ class Logits:
 PLAIN = Logits()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Labelled:
     """Which rows have a label, and which label: known on the host, so that no device is asked.
 

@@ -69,17 +69,22 @@ class CudaRecorder:
         with torch.cuda.device(self.device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            torch.cuda.empty_cache()  # what calls leave there would be kept beside the pool
-            stream = torch.cuda.Stream()
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    function()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may load an adapter meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                results = function()
+            try:
+                # Around all of it: where recording fails, torch.cuda.graph leaves its stream as the
+                # current one.
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UPS):
+                        function()
+                    # Other threads may load an adapter meanwhile.
+                    mode = "thread_local"
+                    with torch.cuda.graph(
+                        graph, pool=self._pool, stream=stream, capture_error_mode=mode
+                    ):
+                        results = function()
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
         return graph.replay, results
 
 
@@ -90,6 +95,7 @@ class _Recorded:
     proofs = 0
 
     def __init__(self, function: Function, inputs: Tensors, record: Recorder) -> None:
+        self.function = function  # a replay reads what it refers to, which must stay in memory
         self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._replay, self._results = record(lambda: function(self.inputs))
 
@@ -136,16 +142,12 @@ class Graphs:
         self._graphs.move_to_end(key)
         return graph(inputs)
 
-    def forget(self) -> None:
-        """Drop all graphs, because what they point to has moved."""
-        self._graphs.clear()
-
     def notice(self) -> str | None:
         """Return, once, why functions are called as they are."""
         if self._announced or self.why_not is None:
             return None
         self._announced = True
-        return f"Nothing is replayed as a CUDA graph, which would be faster: {self.why_not}."
+        return notice_of(self.why_not)
 
     def _prove(
         self,
@@ -180,9 +182,14 @@ class Graphs:
             while len(self._graphs) > MOST:
                 self._graphs.popitem(last=False)
         if self.why_not is not None:
-            self.forget()
+            self._graphs.clear()
         _write(self._changes, after)
         return expected
+
+
+def notice_of(why_not: str) -> str:
+    """Return, for a person, why functions are called as they are."""
+    return f"Nothing is replayed as a CUDA graph, which would be faster: {why_not}."
 
 
 def is_near(replayed: Tensor, own: Tensor) -> bool:

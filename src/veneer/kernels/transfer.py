@@ -54,8 +54,10 @@ class OnTheWay:
         self._event: torch.Event | None = None
         self._host = [self._begin(tensor) for tensor in tensors]
         if self._host and tensors[0].device.type in PINNED:
-            self._event = torch.Event(tensors[0].device)
-            self._event.record()
+            device = tensors[0].device
+            self._event = torch.Event(device)
+            # By itself it takes the stream of the thread's current device, which may be another.
+            self._event.record(torch.accelerator.current_stream(device))
 
     def _begin(self, tensor: Tensor) -> Tensor:
         if tensor.device.type not in PINNED:

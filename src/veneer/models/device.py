@@ -82,8 +82,8 @@ def device_of_run(name: str, processes: int) -> torch.device:
 
 
 def use_device(device: torch.device) -> None:
-    """Make one of several accelerators the one on which this process computes, where torch and
-    other libraries name none."""
+    """Make one of several accelerators the one on which this thread computes, where torch and other
+    libraries name none. A new thread begins with the first."""
     if device.type != "cpu" and device.index != torch.accelerator.current_device_index():
         torch.accelerator.set_device_index(device)
 

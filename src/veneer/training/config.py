@@ -72,7 +72,7 @@ class TrainConfig:
     same result."""
     replay_passes: bool = False
     """Replay passes of few sizes as CUDA graphs, where each first gives what the pass gives: for
-    small models, whose kernels take less time than asking for them."""
+    one process and small models, whose kernels take less time than asking for them."""
     context_parallel: int = 1
     """Processes that share each row, for rows that one cannot hold: each computes its own tokens,
     and keys and values go between them."""

@@ -24,6 +24,7 @@ from veneer.errors import DivergedError, TrainingError, joined, listed
 from veneer.formats.capture import capture
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.recompute import Recompute
+from veneer.kernels.graphs import notice_of
 from veneer.kernels.heap import kept_heap
 from veneer.kernels.transfer import has_queue
 from veneer.processes.context import ContextGroup
@@ -204,7 +205,9 @@ class _Run:
         config, progress, state = self.config, self.progress, self.state
         if self.held_out and progress.step == 0:
             yield self._evaluate(forward)
-        if config.replay_passes and self.world.size == 1:
+        if config.replay_passes and self.world.size > 1:
+            yield Notice(notice_of("several processes train together"))
+        elif config.replay_passes:
             tokens, gradients = config.batch_tokens, state.optimizer.gradients
             self.passes = RecordedPasses(self.model, forward, gradients, tokens_per_batch=tokens)
         under_way: deque[_StepUnderWay] = deque()

@@ -22,6 +22,7 @@ from veneer.adapter.layers import lora_layers
 from veneer.adapter.virtual_forward import virtual_tokens_of
 from veneer.data.packing import Batch, filled_up
 from veneer.fused.forward import Forward
+from veneer.fused.inputs import unread_masks
 from veneer.kernels.cross_entropy import IGNORED, Labelled
 from veneer.kernels.graphs import Graphs, Tensors, length_for
 from veneer.kernels.packing import Packing
@@ -131,7 +132,11 @@ class RecordedPasses:
         forward, model = self.forward, self.model
         assert forward.head is not None
         packing = StartsOfRows(tensors["starts"], tokens=sizes.tokens, longest=sizes.longest)
-        with forward.installed(model) as installation, installation.running(packing):
+        with (
+            unread_masks(model.device),
+            forward.installed(model) as installation,
+            installation.running(packing),
+        ):
             options = {"packing": packing} if installation.attention else {}
             arguments = {"input_ids": tensors["tokens"], "position_ids": tensors["positions"]}
             out = installation.decoder(**arguments, **options, use_cache=False)

@@ -29,7 +29,7 @@ class Learnt:
     finite: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Learning:
     """A step that the device has been given and may still be computing."""
 

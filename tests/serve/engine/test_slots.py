@@ -1,6 +1,7 @@
 """Rows in slots, whose steps ask nothing of a device: here on a CPU, where tokens are numbers."""
 
 from dataclasses import replace
+from threading import current_thread
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from veneer.generate import slots
 from veneer.generate.sampling import Sampling
 from veneer.generate.slots import NotInSlots, SlotModel
 from veneer.kernels.graphs import Graphs
+from veneer.serve.engine import adapter_cache
 from veneer.serve.engine import engine as engines
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Adjustments, EngineConfig, Grammar, Request
+from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.sampler import Sampler, drawn_at_once
 from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.stream import Stream
@@ -88,6 +91,40 @@ def test_logits_are_the_models_own():
             own = model(row[None, : length + 1]).logits[0, -1]
             exact = tiny("llama").double()(row[None, : length + 1]).logits[0, -1]
         assert_no_further(logits[slot], own, exact)
+
+
+def test_a_prompt_that_moves_the_cache_leaves_no_graph_of_the_old_one():
+    class AtOneAddress(StandIn):
+        def __call__(self, function: Any) -> Any:
+            replay, results = super().__call__(function)
+            keys = runner.model.layers[0].keys
+
+            def replayed() -> None:
+                assert runner.model.layers[0].keys is keys
+                replay()
+
+            return replayed, results
+
+    recorder = AtOneAddress()
+    runner = SlotRunner(tiny("llama"), 2, 600, Graphs(recorder))
+    runner.step([Chunk(0, range(3, 9), 0, None, 1)])
+    for step in range(8):
+        if step == 4:  # longer than the places of a slot at first
+            runner.step([Chunk(1, [5] * slots.FIRST_PLACES, 0, None, 1)])
+        runner.step([Chunk(0, (-1,), 6 + step, None, 1, decoding=True)])
+    assert runner.graphs.why_not is None
+    assert (recorder.recorded, recorder.replayed) == (2, 8)
+
+
+def test_threads_that_compute_are_on_the_bases_device(in_slots, tmp_path, monkeypatch):
+    """A thread begins on the first of several."""
+    threads = set()
+    for module in (engines, adapter_cache):
+        monkeypatch.setattr(module, "use_device", lambda _: threads.add(current_thread().name))
+    homes = write_adapters(tmp_path, "llama")
+    with Engine(base_of("llama"), Library(homes), SMALL) as engine:
+        assert ids_of(engine.submit(asked(1, next(iter(homes)))))
+    assert threads == {"veneer-engine", "veneer-loader_0"}
 
 
 def test_the_end_is_read_one_step_late(in_slots):

@@ -29,6 +29,7 @@ from veneer.formats.install import layer_adapters
 from veneer.formats.state import AdapterState
 from veneer.formats.validate import validate
 from veneer.lowrank.update import LowRankUpdate, RowUpdates, mixed
+from veneer.models.device import use_device
 from veneer.serve.engine.library import Entry
 
 log = logging.getLogger("veneer.serve")
@@ -80,6 +81,7 @@ class AdapterCache:
 
     def get(self, mix: Mix) -> LoadedAdapter:
         """Return a mix, loading what is not in memory. Raises AdapterError for a misfit."""
+        use_device(self.model.device)
         with self._loading:
             return self._get(mix)
 

@@ -30,7 +30,7 @@ PROBE = 40  # tokens that are compared, more than one block of the compiled step
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVBlock:
     """Keys (layers, heads, tokens / 16, head_dim, 16) and values (layers, heads, tokens, head_dim)
     of some tokens."""

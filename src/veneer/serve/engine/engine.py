@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import (
-    AdapterError,
-    QueueFull,
-    VeneerError,
-)
+from veneer.errors import AdapterError, QueueFull, VeneerError
 from veneer.generate.slots import NotInSlots
 from veneer.kernels.transfer import OnTheWay
+from veneer.models.device import use_device
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
 from veneer.serve.engine.adapter_cache import AdapterCache, why_not
@@ -206,6 +203,7 @@ class Engine:
 
     def _work(self) -> None:
         try:
+            use_device(self.base.model.device)
             while self._admit():
                 try:
                     self._step(list(self._active))

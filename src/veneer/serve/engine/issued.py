@@ -10,7 +10,7 @@ from veneer.serve.engine.row import Row
 from veneer.serve.engine.sampler import Drawn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """Log probabilities of a prompt's tokens behind token `first`."""
 
@@ -20,7 +20,7 @@ class Scores:
     is_last: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Issued:
     """What a step computes: the next tokens of rows, and scores of prompts."""
 

@@ -74,8 +74,7 @@ class SlotRunner:
         """Compute the newest token of each decoding row, and return the logits (rows, vocab)."""
         model, slots = self.model, [chunk.slot for chunk in chunks]
         most = max(chunk.start for chunk in chunks) + 1
-        if model.reserve(most):
-            self.graphs.forget()
+        model.reserve(most)
         rows = size_for(max(slots) + 1, model.slots)
         seen = length_for(most, model.places)
         numbers = self._numbers([chunk.adapter for chunk in chunks])
@@ -91,7 +90,9 @@ class SlotRunner:
             return {"logits": logits}
 
         inputs = {"where": sent(where, model.device)}
-        logits = self.graphs((rows, seen, self._adapters), decode, inputs)["logits"]
+        # The cache has moved where it has other places, be it for a row here or for a prompt.
+        key = (rows, seen, model.places, self._adapters)
+        logits = self.graphs(key, decode, inputs)["logits"]
         if self.graphs.why_not != NONE_HERE and (notice := self.graphs.notice()):
             log.warning(notice)
         if slots == list(range(rows)):
