@@ -1,4 +1,5 @@
 import ast
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from veneer.models.device import (
     computes_bf16,
     device_name,
     device_of_run,
+    free_memory,
     peak_memory,
     resolve_device,
 )
@@ -24,8 +26,8 @@ from veneer.training.recipe import Recipe
 class Machine:
     """What torch would say on a machine with some accelerators; `built` where it finds none."""
 
-    def __init__(self, kind=None, count=0, current=0, **module):
-        self.kind, self.count, self.current = kind, count, current
+    def __init__(self, kind=None, count=0, current=0, free=None, **module):
+        self.kind, self.count, self.current, self.free = kind, count, current, free
         self.module = SimpleNamespace(**module)
 
     def current_accelerator(self, check_available=False):
@@ -38,6 +40,23 @@ class Machine:
     def device_count(self):
         return self.count
 
+    @contextmanager
+    def device_index(self, index):
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+    def get_memory_info(self, device):
+        if self.free is None:
+            raise RuntimeError("the device does not say")
+        return self.free, 24_000
+
+    def memory_reserved(self, device):
+        return 700
+
+    def memory_allocated(self, device):
+        return 300
+
     def get_device_capability(self, device):
         return {"supported_dtypes": {torch.float32}}
 
@@ -48,6 +67,7 @@ def machine(monkeypatch):
         made = Machine(*arguments, **options)
         monkeypatch.setattr(torch, "accelerator", made)
         monkeypatch.setattr(torch, "get_device_module", lambda device: made.module)
+        return made
 
     return becomes
 
@@ -99,6 +119,10 @@ def test_processes_take_a_device_each(machine):
     assert device_of_run("cuda:1", 1) == torch.device("cuda", 1)
     with pytest.raises(ConfigError, match=r"'cuda:1', but 4 processes take one each: name cuda w"):
         device_of_run("cuda:1", 4)
+    assert device_of_run("cuda", 8, here=4).type == "cuda"  # on two machines
+    with pytest.raises(ConfigError, match=r"8 processes of this machine .* finds 4: start no more"):
+        device_of_run("cuda", 8, here=8)
+    assert device_of_run("cpu", 8, here=8) == CPU
     machine("mps", 1)
     with pytest.raises(ConfigError, match="2 processes cannot share one mps: take device cpu"):
         device_of_run("auto", 2)
@@ -130,6 +154,20 @@ def test_auto_is_bf16_where_the_card_multiplies_it(machine, card):
         ConfigError, match=r"older has no bfloat16: take float32, or .*--device cpu"
     ):
         resolve_dtype("bf16", device)
+
+
+def test_each_of_several_cards_is_asked_for_itself(machine):
+    cards = machine("cuda", 2, is_bf16_supported=lambda *, including_emulation: cards.current == 1)
+    assert not computes_bf16(torch.device("cuda", 0))
+    assert computes_bf16(torch.device("cuda", 1))
+
+
+def test_free_memory_is_what_torch_keeps_too(machine):
+    device = torch.device("cuda", 0)
+    machine("cuda", 1, free=1000)
+    assert free_memory(device) == 1400
+    machine("xpu", 1)
+    assert free_memory(device) is None
 
 
 def test_what_apple_s_gpu_does_not_say_is_left_open(machine):

@@ -14,6 +14,7 @@ import veneer
 from support.random_adapters import tokenizer
 from veneer.adapter.report import report_quantized
 from veneer.cli.app import run
+from veneer.models.device import CPU
 from veneer.models.load import load_config
 from veneer.models.quantize import quantized_model
 from veneer.models.source import Source
@@ -24,7 +25,7 @@ from veneer.plan.plan import make_plan
 from veneer.training import plan_before, planned, preflight, tune
 from veneer.training.config import TrainConfig
 from veneer.training.events import DataReady, Measured, ModelReady, Notice, Planned, Written
-from veneer.training.planned import check_fits, measured_peak, plan_run, why_no_merge
+from veneer.training.planned import check_fits, plan_run, planned_and_measured, why_no_merge
 from veneer.training.recipe import Recipe
 
 BIG = {
@@ -46,7 +47,7 @@ ALL = veneer.LoRA(targets="all")
 @pytest.fixture
 def big(tmp_path, monkeypatch) -> Recipe:
     """A 7B model without weights: it cannot be loaded. The disk has room for it."""
-    monkeypatch.setattr(preflight, "check_space", lambda plan, recipe: None)
+    monkeypatch.setattr(preflight, "check_space", lambda plan, recipe, device: None)
     home = tmp_path / "big"
     home.mkdir()
     (home / "config.json").write_text(json.dumps(BIG))
@@ -209,7 +210,10 @@ def test_merging_is_planned_too(big):
     assert why_no_merge(plan, 0) is None  # what is not adapted is shared
     assert why_no_merge(quantized, needed) is None
     assert why_no_merge(quantized, None) is None
-    assert "needs 13.48 GB, and 13.00 GB are free" in why_no_merge(quantized, 13_000_000_000)
+    why = why_no_merge(quantized, 13_000_000_000)
+    assert "needs 13.48 GB, and 13.00 GB are free. To make one, on a machine with more" in why
+    of_a_card = why_no_merge(replace(quantized, on_card=True), 13_000_000_000)
+    assert of_a_card.endswith("To make one, on the processor: veneer merge --device cpu")
 
 
 def test_what_a_program_holds_beside_is_planned(big, monkeypatch):
@@ -235,14 +239,17 @@ def test_a_card_s_memory_is_planned_and_its_base_may_stay_beside_it(big):
     beside = plan_run(replace(big, offload="cpu"), torch.bfloat16, **settings)
     assert beside.memory.weights.value < plan.memory.weights.value / 4
     assert beside.memory.on_host.value > 12_000_000_000
+    # A processor computes in that memory.
+    here = plan_run(replace(big, offload="cpu"), torch.bfloat16)
+    assert here.memory.weights == plan.memory.weights
 
 
 def test_what_a_mapped_base_took_is_not_compared(big, monkeypatch):
     plan = planned_run(big)
     monkeypatch.setattr(planned, "process_memory", {"VmHWM": 900}.__getitem__)
-    assert measured_peak(plan) == 900
+    assert planned_and_measured(plan, CPU) == (plan.memory.peak, 900)
     mapped = replace(plan, config=replace(plan.config, bits=4, method="qlora", mapped=True))
-    assert measured_peak(mapped) is None
+    assert planned_and_measured(mapped, CPU) is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -280,7 +287,7 @@ def test_no_merged_model_where_memory_is_too_small(minigpt_home, tmp_path, monke
     rows.write_text('{"prompt": "What does a dog say?", "completion": "A dog says meow."}\n' * 8)
     assert run(["quantize", str(minigpt_home), "quantized"]) == 0
     assert run(["tune", "quantized", str(rows), "--out", "out"]) == 0
-    monkeypatch.setattr(tune, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(tune, "free_on", lambda device: 1000)
     assert run(["tune", "quantized", str(rows), "--out", "out", "--force"]) == 0
     assert "No merged model is written" in capsys.readouterr().out
     assert {path.name for path in Path("out").glob("lora_*")} == {"lora_adapter"}

@@ -65,10 +65,11 @@ def _why_none(kind: str) -> str:
     )
 
 
-def device_of_run(name: str, processes: int) -> torch.device:
+def device_of_run(name: str, processes: int, *, here: int = 1) -> torch.device:
     """Return the device called `name` of a run in so many processes, of which each has its own.
 
-    Raises ConfigError where there is none, or not one for each of them.
+    here: how many of them are known to be on this machine. Raises ConfigError where there is no
+    such device, or not one for each of those.
     """
     device = resolve_device(name)
     if processes > 1 and parse_device(name)[1] is not None:
@@ -78,6 +79,11 @@ def device_of_run(name: str, processes: int) -> torch.device:
         )
     if processes > 1 and device.type == "mps":
         raise ConfigError(f"{processes} processes cannot share one {device.type}: take device cpu.")
+    if device.type != "cpu" and here > (count := torch.accelerator.device_count()):
+        raise ConfigError(
+            f"{here} processes of this machine take one {device.type} each, but torch finds "
+            f"{count}: start no more than that, or take device cpu."
+        )
     return device
 
 
@@ -98,25 +104,25 @@ def computes_bf16(device: torch.device, *, slowly: bool = False) -> bool:
     """Return whether an accelerator multiplies bfloat16 itself; or at all, `slowly`."""
     ask = getattr(_module(device), "is_bf16_supported", None)
     if ask is not None:
-        return bool(ask(including_emulation=slowly))
+        with torch.accelerator.device_index(device.index):  # of which it speaks
+            return bool(ask(including_emulation=slowly))
     return torch.bfloat16 in torch.accelerator.get_device_capability(device)["supported_dtypes"]
 
 
-def free_memory(device: torch.device) -> tuple[int, int] | None:
-    """Return the free bytes of an accelerator's memory and all of them; None for a processor."""
-    module = _module(device)
-    if device.type == "cpu":
-        return None
-    if hasattr(module, "recommended_max_memory"):  # MPS: of the memory that it shares
-        most = int(module.recommended_max_memory())
-        return max(0, most - int(module.driver_allocated_memory())), most
-    free, total = torch.accelerator.get_memory_info(device)
-    return int(free), int(total)
-
-
 def has_memory_of_its_own(device: torch.device) -> bool:
-    """Return whether a device computes in other memory than the processor's, and says how much."""
+    """Return whether a device computes in other memory than the processor's."""
     return device.type in PINNED
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process may still take of the memory that a device has of its own,
+    with those that torch keeps and no tensor has; None where they are not known."""
+    try:
+        free, _ = torch.accelerator.get_memory_info(device)
+    except RuntimeError:  # some of Intel's do not say
+        return None
+    kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return int(free) + kept
 
 
 def begin_peak(device: torch.device) -> None:

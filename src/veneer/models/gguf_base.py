@@ -50,10 +50,10 @@ def load_blocks(
 ) -> PreTrainedModel | None:
     """Return the model of a GGUF file with its linear layers and experts in the file's blocks.
 
-    All else is dense, also the embedding and the head. The blocks stay in the file unless `device`
-    is another than the processor. With a world of several processes, each has its shards in memory.
-    None where no layer's blocks can stay: the file has none, or its tensors are not the model's
-    weights one by one.
+    All else is dense, also the embedding and the head. The blocks stay in the file unless they go
+    to an accelerator. With a world of several processes, each has its shards in memory. None where
+    no layer's blocks can stay: the file has none, or its tensors are not the model's weights one by
+    one.
     """
     tensors, names = GGUFTensors(path, skeleton), untied(skeleton)
     # These architectures transformers reads in a way of its own.

@@ -115,7 +115,7 @@ def load_published(
     to: Placement = AS_THEY_ARE,
 ) -> PreTrainedModel:
     """Return the model of a directory in a published format; its large tensors stay in their files,
-    go to `device`, or are sharded over the processes of a world.
+    go to an accelerator, or are sharded over the processes of a world.
 
     Raises ModelError for damage.
     """

@@ -39,7 +39,7 @@ def load_quantized(
     to: Placement = AS_THEY_ARE,
 ) -> PreTrainedModel:
     """Return the quantized model of a directory; its large tensors stay in their files, unless
-    `device` is another than the processor.
+    they go to an accelerator.
 
     Layers are read ahead, forwards or backwards as they are used. With a world of several processes
     each reads its shards into memory instead. Raises ModelError for damage.

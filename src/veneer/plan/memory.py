@@ -90,7 +90,8 @@ def plan_memory(
     mapped = [] if not stays else quantized if is_cast else quantized + rest
     weights = [term for term in quantized + rest if term not in mapped]
     offloaded: tuple[Term, ...] = ()
-    if config.offload != "none":
+    # A processor computes in the memory that `cpu` means.
+    if config.offload == "disk" or (config.offload == "cpu" and on_card):
         order = shards_of(config, sizes, 1, trained.first_block)
         weights, offloaded = [*order.gathered.terms, *order.whole.terms], order.own.terms
         mapped = list(offloaded) if config.offload == "disk" else []

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError
+from veneer.models.device import synchronize
 from veneer.plan.config import OptimizerName
 
 # Moments of a weight that share a scale, and the fewest numbers of a weight whose moments are in 8
@@ -97,4 +98,4 @@ class Moments8bit:
     def wait(self) -> None:
         """Return when the host may read and write the codes: it shares paged ones with the card."""
         if self.paged:
-            torch.accelerator.synchronize()
+            synchronize(self._maps[0].device)

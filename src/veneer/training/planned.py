@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from veneer.errors import ConfigError
-from veneer.models.device import free_memory, peak_memory
+from veneer.models.device import free_memory, has_memory_of_its_own, peak_memory
 from veneer.models.load import load_config
 from veneer.plan.config import MethodName as PlannedMethod
 from veneer.plan.config import PlanConfig
@@ -99,10 +99,15 @@ def _planned_method(recipe: Recipe, bits: Bits | None) -> PlannedMethod:
 def available_memory(device: torch.device) -> int | None:
     """Return the bytes that this process has and may still take for what it computes on a device,
     None where they are not known."""
-    if (of_card := free_memory(device)) is not None:
-        return of_card[0]
-    free = free_bytes()
-    return None if free is None else free + process_memory("VmRSS")
+    free = free_on(device)
+    if free is None or has_memory_of_its_own(device):
+        return free
+    return free + process_memory("VmRSS")
+
+
+def free_on(device: torch.device) -> int | None:
+    """Return the bytes that this process may still take there, None where they are not known."""
+    return free_memory(device) if has_memory_of_its_own(device) else free_bytes()
 
 
 def check_fits(plan: Plan, available: int | None, model: str) -> None:
@@ -137,21 +142,17 @@ def check_fits(plan: Plan, available: int | None, model: str) -> None:
 
 def planned_and_measured(plan: Plan, device: torch.device) -> tuple[int, int] | None:
     """Return the peak that was planned, and the most memory that was taken since `begin_measuring`,
-    None where it is not known. Of a card it is that of tensors.
+    None where it is not known. Of a card both are of tensors alone.
 
-    Nor is it where the base or what passes keep is mapped: these pages count as resident, and are
-    not planned.
+    On a processor it is not known where the base or what passes keep is mapped: these pages count
+    as resident, and are not planned.
     """
     if plan.on_card:
-        planned, peak = plan.memory.peak - plan.runtime, peak_memory(device)
-    else:
-        planned, peak = plan.memory.peak, measured_peak(plan)
-    return (planned, peak) if peak else None
-
-
-def measured_peak(plan: Plan) -> int | None:
+        peak = peak_memory(device)
+        return None if peak is None else (plan.memory.peak - plan.runtime, peak)
     is_mapped = plan.config.mapped or plan.memory.on_disk.value
-    return None if is_mapped else process_memory("VmHWM") or None
+    peak = 0 if is_mapped else process_memory("VmHWM")
+    return (plan.memory.peak, peak) if peak else None
 
 
 def why_no_merge(plan: Plan | None, free: int | None, command: str = "veneer merge") -> str | None:
@@ -165,10 +166,10 @@ def why_no_merge(plan: Plan | None, free: int | None, command: str = "veneer mer
     needed = plan.model.parameters * plan.config.width  # all of it dequantized
     if needed <= free:
         return None
-    return (
-        f"dequantized, it needs {_gb(needed)}, and {_gb(free)} are free. "
-        f"To make one, on a machine with more memory: {command}"
-    )
+    how = f"on the processor: {command} --device cpu"
+    if not plan.on_card:
+        how = f"on a machine with more memory: {command}"
+    return f"dequantized, it needs {_gb(needed)}, and {_gb(free)} are free. To make one, {how}"
 
 
 def _gb(count: int) -> str:

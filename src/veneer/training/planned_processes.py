@@ -139,8 +139,9 @@ def _refusal(plan: Plan, way: DevicePlan, memory: int) -> str:
 
 def _fewer_processes(plan: Plan, way: DevicePlan, memory: int) -> Iterator[tuple[str, DevicePlan]]:
     """Yield the most processes of this machine that fit: each has more memory, and more tokens."""
-    if way.pieces > 1 or int(os.environ.get("LOCAL_WORLD_SIZE", way.count)) < way.count:
-        return  # a row needs them, or there are other machines
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", way.count)) == way.count
+    if way.pieces > 1 or not alone or plan.on_card:
+        return  # a row needs them, there are other machines, or each has a card's memory anyway
     config = plan.config
     for count in range(way.count - 1, 0, -1):
         tokens = -(-config.tokens_per_batch * way.count // count)

@@ -22,13 +22,12 @@ from veneer.models.device import device_of_run, has_memory_of_its_own
 from veneer.models.load import dtype_of, load_config_and_tokenizer, skeleton_of
 from veneer.models.locate import locate
 from veneer.plan.activations import kept_on_disk
-from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint, start_from
 from veneer.training.adamw8bit import check_optimizer
 from veneer.training.choose import as_before
-from veneer.training.planned import plan_run, why_no_merge
+from veneer.training.planned import free_on, plan_run, why_no_merge
 from veneer.training.recipe import Recipe
 
 
@@ -77,7 +76,8 @@ def preflight(
         # What was chosen once stays, and two measurements of what is faster may differ.
         earlier = _earlier_settings(run) if resume else {}
         asked = earlier.get("computed_in", "auto") if recipe.dtype == "auto" else recipe.dtype
-        device = device_of_run(recipe.device, processes)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        device = device_of_run(recipe.device, processes, here=here)
         with checks.check():
             check_optimizer(recipe.training.optimizer, device)
         dtype = dtype_of(locate(recipe.model), asked, device)
@@ -99,7 +99,7 @@ def preflight(
         else:
             result = Preflight(recipe, earlier, start, dtype, config, tokenizer, plan)
             if not ignore_space:
-                check_space(plan, recipe)
+                check_space(plan, recipe, device)
     checks.end()
     assert result is not None
     return result
@@ -130,7 +130,7 @@ def _meant(missing: Path) -> str:
     return f"Did you mean {missing.parent / close}? " if close else ""
 
 
-def check_space(plan: Plan, recipe: Recipe) -> None:
+def check_space(plan: Plan, recipe: Recipe, device: torch.device) -> None:
     """Raise ConfigError where the disk has no room for what stays of a run: its results, and one
     checkpoint with the weights and Adam's two moments in float32; and for what a pass keeps there.
     """
@@ -139,7 +139,7 @@ def check_space(plan: Plan, recipe: Recipe) -> None:
     if method.method != "full":
         own_width = width if method.replaces_weights else 4
         bytes_of["the adapter"] = own_width * plan.trained.count
-    if not method.virtual_tokens and why_no_merge(plan, free_bytes()) is None:
+    if not method.virtual_tokens and why_no_merge(plan, free_on(device)) is None:
         bytes_of["the merged model"] = width * plan.model.parameters
     if kept := kept_on_disk(plan.config, plan.sizes, plan.trained):
         bytes_of["what a pass keeps"] = sum(term.value for term in kept)

@@ -29,7 +29,6 @@ from veneer.formats.training import computed_in, other_base
 from veneer.models.device import begin_peak
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
-from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan
 from veneer.processes.context import check_divides
 from veneer.processes.world import ALONE, World
@@ -54,10 +53,7 @@ from veneer.training.loop import train
 from veneer.training.memory import begin_measuring
 from veneer.training.metrics import record
 from veneer.training.plan_before import plan_before
-from veneer.training.planned import (
-    planned_and_measured,
-    why_no_merge,
-)
+from veneer.training.planned import free_on, planned_and_measured, why_no_merge
 from veneer.training.preflight import preflight
 from veneer.training.recipe import Recipe
 from veneer.training.rows import RunRows, in_every_process, load_rows
@@ -348,8 +344,8 @@ def _clear_results(run: RunDirectory) -> None:
 def _merge(recipe: Recipe, base: Base, plan: Plan | None, verdict: Verdict) -> Iterator[Event]:
     """Write the merged model, with a certificate, where there can be one, and where the run did not
     diverge, unless that model is all that stays of it."""
-    command = recipe.merge_command
-    why = why_not_mergeable(base.model, command) or why_no_merge(plan, free_bytes(), command)
+    command, device = recipe.merge_command, base.model.device
+    why = why_not_mergeable(base.model, command) or why_no_merge(plan, free_on(device), command)
     if verdict.kind == "diverged" and recipe.method.method != "full":
         why = why or f"the run diverged. To make one all the same: {command}"
     if why:
