@@ -82,6 +82,23 @@ def test_flex_attention_caps_scores(shape, window, has_sinks):
     torch.testing.assert_close(y, dense(same, q, k, v))
 
 
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300, 1000])
+@pytest.mark.parametrize("lengths", [[640], [1], [129], [100, 28, 300, 5, 400], [384, 128, 127]])
+def test_blocks_of_a_mask_are_torchs_without_the_whole_mask(lengths, window):
+    packing = Packing(lengths)
+    ours = packing.block_mask(window)
+    peer = flex.flex.create_block_mask(ours.mask_mod, None, None, *ours.seq_lengths, device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(peer, name)), name
+    assert torch.equal(ours.to_dense(), peer.to_dense())
+    for count, own, theirs in (
+        ("kv_num_blocks", ours.kv_indices, peer.kv_indices),
+        ("full_kv_num_blocks", ours.full_kv_indices, peer.full_kv_indices),
+    ):
+        for row, n in enumerate(getattr(ours, count).flatten().tolist()):
+            assert own[0, 0, row, :n].tolist() == theirs[0, 0, row, :n].tolist()
+
+
 def test_soft_caps_choose_flex_attention(monkeypatch):
     card = choice.Device("cuda", (8, 9), flash=True, triton=True)
     monkeypatch.setattr(choice, "device_of", lambda device: card)

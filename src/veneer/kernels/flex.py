@@ -13,6 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["BlockMask", "block_mask", "flex_attention"]
 
+BLOCK = 128  # queries, and keys, of a block of a mask, as FlexAttention has it
+
 
 def flex_attention(
     q: Tensor,  # (tokens, heads, dim)
@@ -49,15 +51,36 @@ def flex_attention(
 
 def block_mask(starts: Tensor, tokens: int, window: int | None) -> BlockMask:
     """Return which keys the queries of a packed batch see: those of the same sequence up to their
-    own, and of these the last `window`. starts (sequences + 1,): where sequences begin and end."""
-    at = torch.arange(tokens, device=starts.device)
-    sequence = torch.searchsorted(starts, at, right=True)  # (tokens,)
+    own, and of these the last `window`. starts (sequences + 1,): where sequences begin and end.
+
+    Has the blocks of torch's `create_block_mask`, which computes the whole (tokens, tokens) first.
+    """
+    sequence = torch.searchsorted(starts, torch.arange(tokens, device=starts.device), right=True)
 
     def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = (sequence[query] == sequence[key]) & (query >= key)
         return seen if window is None else seen & (query - key < window)
 
-    return flex.create_block_mask(sees, None, None, tokens, tokens, device=starts.device)
+    block = torch.arange(-(tokens // -BLOCK), device=starts.device)
+    first, last = block * BLOCK, block * BLOCK + BLOCK - 1  # queries of each block
+    begin, late_begin = (starts[sequence[i.clamp(max=tokens - 1)] - 1] for i in (first, last))
+    if window is not None:
+        begin, late_begin = (
+            torch.maximum(x, i - window + 1) for x, i in ((begin, first), (late_begin, last))
+        )
+    # Blocks of keys from `some` on are seen; from `all_` up to the queries' own, by every query.
+    some = begin // BLOCK
+    all_ = torch.where(last < tokens, -(late_begin // -BLOCK), block).minimum(block)
+    partly, number = all_ - some, block[None]
+    partly_seen = torch.where(number < partly[:, None], some[:, None] + number, block[:, None])
+    whole = (all_[:, None] + number).clamp(max=len(block) - 1)
+    blocks = (partly + 1, partly_seen, block - all_, whole)
+    return BlockMask.from_kv_blocks(
+        *(x.to(torch.int32)[None, None] for x in blocks),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(tokens, tokens),
+    )
 
 
 @functools.cache
