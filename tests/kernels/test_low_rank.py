@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.closeness import assert_no_further
 from veneer.kernels import low_rank
+from veneer.kernels.mixed import FactorTable
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -30,3 +32,18 @@ def test_products_equal_torch(rows, columns, rank, dtype, monkeypatch):
     slack = 4 * torch.finfo(dtype).eps
     for (name, ours, exact), (_, theirs, _) in zip(compiled, results(), strict=True):
         assert_no_further(ours, theirs, exact, name, slack=slack)
+
+
+def test_a_table_of_factors_copies_nothing_from_the_host():
+    operations: list[str] = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    A, B = torch.empty(3, 2, 8, device="meta"), torch.empty(3, 2, 5, device="meta")
+    with Noted():
+        table = FactorTable.of([(A, B), None], experts=3, B_is_transposed=True)
+    assert table.A.device == table.ranks.device == A.device
+    assert operations and not {"aten::copy_", "aten::_to_copy"} & {*operations}

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.kernels.transfer import sent
-
 
 @dataclass(frozen=True)
 class FactorTable:
@@ -37,18 +35,22 @@ class FactorTable:
     ) -> FactorTable:
         """Return the table of pairs of A and B; None adds nothing. With experts each pair is as
         many of the table: B has them in a dimension before its own, and so has A unless they share
-        it."""
-        given = [pair and (pair[0].contiguous(), pair[1].contiguous()) for pair in pairs]
-        factors = tuple(factor for pair in given if pair for factor in pair)
-        nothing = torch.zeros(3, experts, dtype=torch.int64)
-        columns = [nothing if pair is None else _places(*pair, experts) for pair in given]
-        A, B, ranks = sent(torch.cat(columns, 1), factors[0].device)
+        it.
+
+        The device writes the table itself, so that a CUDA graph may be recorded meanwhile: it would
+        read a copy's source again at each replay.
+        """
+        own = [pair and (pair[0].contiguous(), pair[1].contiguous()) for pair in pairs]
+        factors = tuple(factor for pair in own if pair for factor in pair)
+        nothing = torch.zeros(3, experts, dtype=torch.int64, device=factors[0].device)
+        columns = [nothing if pair is None else _places(*pair, experts) for pair in own]
+        A, B, ranks = torch.cat(columns, 1)
         most = max(A.shape[-2] for A in factors[::2])
         return cls(A, B, ranks, most, factors, B_is_transposed)
 
 
 def _places(A: Tensor, B: Tensor, experts: int) -> Tensor:
     """Return the addresses of A and B and the rank, (3, experts)."""
-    each = torch.arange(experts)
+    each = torch.arange(experts, device=A.device)
     addresses = [x.data_ptr() + each * (x[0].nbytes if x.ndim > 2 else 0) for x in (A, B)]
     return torch.stack([*addresses, torch.full_like(each, A.shape[-2])])
