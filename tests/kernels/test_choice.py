@@ -107,9 +107,13 @@ def test_what_is_missing_is_said_once_and_with_what_to_do():
 
 
 def test_experts_that_wait_are_announced_where_they_do():
-    assert choice.slower_experts_on(HOPPER, BF16) == choice.slower_experts_on(CPU, BF16) == ""
-    assert "waits for the card" in choice.slower_experts_on(ADA, BF16)
-    assert "grouped products want bf16" in choice.slower_experts_on(HOPPER, F16)
+    def why(device: Device, dtype: torch.dtype, *, quantized: bool = False) -> str:
+        return choice.slower_experts_on(device, dtype, quantized=quantized)
+
+    assert why(HOPPER, BF16) == why(CPU, BF16) == why(CPU, BF16, quantized=True) == ""
+    assert "waits for the card" in why(ADA, BF16)
+    assert "in bf16" in why(HOPPER, F16)
+    assert "not quantized" in why(HOPPER, BF16, quantized=True)
 
 
 def test_this_machine_is_described():

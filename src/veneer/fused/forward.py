@@ -47,6 +47,7 @@ from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.models.evaluating import evaluating
 from veneer.models.sharded import is_shared
 from veneer.processes.context import ContextGroup
+from veneer.quant.stack import QuantizedStack
 
 PROBE_LENGTHS = (7, 19, 12)
 # Of mixtures, which may be larger than the memory: each token more makes a pass read more experts.
@@ -251,7 +252,8 @@ def choose_forward(
         )
     notices += _of_slow_experts(routed)
     device = choice.device_of(model.device)
-    if routed and (why := choice.slower_experts_on(device, model.dtype)):
+    quantized = any(isinstance(module, QuantizedStack) for module in model.modules())
+    if routed and (why := choice.slower_experts_on(device, model.dtype, quantized=quantized)):
         notices.append(f"{why}.")
     if model.device.type == "cpu" and (why := native.load()[1]):
         notices.append(f"Norms, activations and attention take a slower way: {why}.")

@@ -140,17 +140,18 @@ def slower_on(device: Device) -> str:
 
 def uses_triton(*tensors: Tensor | None) -> bool:
     """Return whether the elementwise kernels in Triton take these tensors, of one device."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return elementwise(device_of(given[0].device), *(x.dtype for x in given)) == "triton"
+    own = [tensor for tensor in tensors if tensor is not None]
+    return elementwise(device_of(own[0].device), *(x.dtype for x in own)) == "triton"
 
 
-def slower_experts_on(device: Device, dtype: torch.dtype) -> str:
+def slower_experts_on(device: Device, dtype: torch.dtype, *, quantized: bool) -> str:
     """Return what a person should know of a mixture's experts on a device, or ""."""
-    if device.type != "cuda" or experts(device, dtype, quantized=False) == "grouped":
+    if device.type != "cuda" or experts(device, dtype, quantized=quantized) == "grouped":
         return ""
     return (
         "Experts are computed one after the other, and each mixture waits for the card to say how "
-        "many rows they have: grouped products want bf16 on Hopper or Blackwell for data centres"
+        "many rows they have: grouped products want experts that are not quantized, in bf16, on "
+        "Hopper or Blackwell for data centres"
     )
 
 
