@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from support.closeness import assert_no_further
 from veneer.kernels import choice, low_rank
 from veneer.kernels.arena import Arena
+from veneer.lowrank import grouped_experts
 from veneer.lowrank.expert_gates import KnownGate, OwnGate
 from veneer.lowrank.expert_stacks import Experts, Stack, StackUpdate, TokenUpdates
 from veneer.lowrank.experts import routed_experts
@@ -276,6 +277,17 @@ def test_one_product_for_all_experts_equals_plain_autograd(name, route, monkeypa
     with torch.no_grad():
         y = routed_experts(x, index, weights, replace(single, exact=True))
         assert_no_further(y, peer, expected, "the output without gradients")
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_grouped_products_get_factors_that_begin_at_16_bytes(rank):
+    """Trained ones are views of one tensor, and begin anywhere."""
+    A = torch.randn(1 + 2 * rank * 8, dtype=torch.bfloat16)[1:].view(2, rank, 8)
+    aligned = grouped_experts._aligned(A)
+    assert aligned.storage_offset() % 8 == 0
+    assert aligned.shape[1] % 8 == 0
+    assert torch.equal(aligned[:, :rank], A)
+    assert not aligned[:, rank:].any()
 
 
 def with_dtype(experts: Experts, dtype: torch.dtype) -> Experts:

@@ -164,6 +164,8 @@ def _weight(stack: Stack) -> Tensor:
 
 
 def _aligned(factors: Tensor) -> Tensor:
-    """Return A or Bᵀ, (..., rank, columns), with ranks of zeros up to a multiple of `ALIGNED`."""
-    missing = -factors.shape[-2] % ALIGNED
-    return F.pad(factors, (0, 0, 0, missing)) if missing else factors
+    """Return A or Bᵀ, (..., rank, columns), with ranks of zeros up to a multiple of `ALIGNED`, and
+    where that many numbers begin: of trained ones side by side in memory some may not."""
+    if missing := -factors.shape[-2] % ALIGNED:
+        return F.pad(factors, (0, 0, 0, missing))
+    return factors.clone() if factors.storage_offset() % ALIGNED else factors
