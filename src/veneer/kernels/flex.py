@@ -68,15 +68,23 @@ def block_mask(starts: Tensor, tokens: int, window: int | None) -> BlockMask:
         begin, late_begin = (
             torch.maximum(x, i - window + 1) for x, i in ((begin, first), (late_begin, last))
         )
-    # Blocks of keys from `some` on are seen; from `all_` up to the queries' own, by every query.
-    some = begin // BLOCK
-    all_ = torch.where(last < tokens, -(late_begin // -BLOCK), block).minimum(block)
-    partly, number = all_ - some, block[None]
-    partly_seen = torch.where(number < partly[:, None], some[:, None] + number, block[:, None])
-    whole = (all_[:, None] + number).clamp(max=len(block) - 1)
-    blocks = (partly + 1, partly_seen, block - all_, whole)
+    # Blocks of keys are seen from `lowest` up to the queries' own, and by every query from
+    # `lowest_whole` up to the one before; torch has none for queries that are not a whole block.
+    lowest = begin // BLOCK
+    lowest_whole = torch.where(last < tokens, -(late_begin // -BLOCK), block).minimum(block)
+    partly = lowest_whole - lowest  # blocks besides the queries' own
+    number = block[None]
+    seen_partly = torch.where(number < partly[:, None], lowest[:, None] + number, block[:, None])
+    seen_whole = (lowest_whole[:, None] + number).clamp(max=len(block) - 1)
+    counts, seen_partly, counts_whole, seen_whole = (
+        x.to(torch.int32)[None, None]
+        for x in (partly + 1, seen_partly, block - lowest_whole, seen_whole)
+    )
     return BlockMask.from_kv_blocks(
-        *(x.to(torch.int32)[None, None] for x in blocks),
+        counts,
+        seen_partly,
+        counts_whole,
+        seen_whole,
         BLOCK_SIZE=BLOCK,
         mask_mod=sees,
         seq_lengths=(tokens, tokens),
