@@ -36,7 +36,13 @@ from veneer.cli.console import quieten_libraries
 from veneer.formats.convert import convert
 from veneer.formats.quantized import write_quantized
 from veneer.models import minigpt
-from veneer.models.device import begin_peak, device_name, peak_memory, resolve_device
+from veneer.models.device import (
+    begin_peak,
+    device_name,
+    peak_memory,
+    resolve_device,
+    use_device,
+)
 from veneer.models.load import open_base
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +53,7 @@ from support.device_laws import LAWS, broken_laws, kinds_to_try  # noqa: E402
 PAGE = ROOT / "docs" / "performance-gpu.md"
 MARK = "<!-- measured: everything below is written by python -m bench.gpu -->"
 MINUTES = 9.0
-SHARES = {"laws": 0.35, "training": 0.45, "decoding": 0.2}  # of the time
+SHARES = {"laws": 0.35, "training": 0.45, "decoding": 0.2}  # of the time, once bases are written
 WARM_UP, STEPS = 3, 8  # of each run
 OBSERVED = 2  # steps after those that are timed: one with a profiler, one that counts waits
 
@@ -327,27 +333,30 @@ def main() -> int:
     quieten_libraries()
     if asked.job:
         job = json.loads(asked.job)
+        use_device(torch.device(job["device"]))
         run = run_decoding if job["engine"] == "decoding" else run_engine
         print(json.dumps(run(job)))
         return 0
     device = resolve_device("cpu" if asked.pretend else asked.device)
     if device.type == "cpu" and not asked.pretend:
         sys.exit("There is no accelerator here. --pretend does the same on the processor.")
-    begun, only = time.monotonic(), asked.only.split(",")
+    use_device(device)
+    begun, parts = time.monotonic(), [part for part in SHARES if part in asked.only.split(",")]
     name = "No card (--pretend)" if asked.pretend else device_name(device)
     lines = [f"## {name}", "", f"{_versions()}. Rank {engines.RANK}, all linear layers, bf16.", ""]
     shapes = ["small"] if asked.pretend else ["8B", "0.6B"]
     kept, bases = True, {}
     with tempfile.TemporaryDirectory() as home:
-        for part in filter(only.__contains__, SHARES):
-            left = asked.minutes * 60 - (time.monotonic() - begun)
-            seconds = min(left, asked.minutes * 60 * SHARES[part])
+        for part in parts:
             try:
+                if part != "laws":
+                    bases = bases or {s: write_base(s, Path(home), device) for s in shapes}
+                left = asked.minutes * 60 - (time.monotonic() - begun)
+                seconds = left * SHARES[part] / sum(SHARES[p] for p in parts[parts.index(part) :])
                 if part == "laws":
                     most = 4 if asked.pretend and asked.kinds is None else asked.kinds
                     more, kept = laws(device, seconds, most)
                 else:
-                    bases = bases or {s: write_base(s, Path(home), device) for s in shapes}
                     more = {"training": training, "decoding": decoding}[part](
                         bases, device, seconds
                     )

@@ -63,6 +63,20 @@ def test_processes_of_other_machines_are_not_taken_away(monkeypatch):
 def test_what_cannot_be_sharded_is_refused():
     assert "shard base needs" in refusal(plan_of(method="full"), 4, 10**12, shard="base")
     assert "shard base needs" in refusal(plan_of(), 1, 10**12, shard="base")
+    stored = plan_of(method="qlora", mapped=True)
+    assert "mapped from the disk" in refusal(stored, 4, 10**12, shard="base")
+
+
+def test_cards_have_memory_of_their_own(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    plan = on_cards(plan_of(max_length=512))
+    assert "--processes" not in refusal(plan, 4, plan.memory.peak - 1, shard="none")
+    # What stays mapped for a processor is copied to each of them, or its shard.
+    stored = on_cards(plan_of(method="qlora", mapped=True))
+    whole = stored.memory.weights.value
+    sharded = share_out(stored, 4, stored.memory.peak - 1)
+    assert sharded.sharded == "base"
+    assert whole / 4 < sharded.of_one.memory.weights.value < whole / 2
 
 
 def test_a_process_gets_its_share_of_a_step_and_no_less_than_the_longest_row():
@@ -76,6 +90,10 @@ def test_a_process_gets_its_share_of_a_step_and_no_less_than_the_longest_row():
     assert dealt(replace_length(plan, 100), smaller, [100] * 50, 2).config.tokens_per_batch == 200
     # Tokens of a pass over several processes are those of the processes that share it.
     assert DevicePlan(plan, 2, pieces=2).of_one.config.tokens_per_batch == 512
+
+
+def on_cards(plan):
+    return make_plan(plan.config, plan.sizes, plan.adapted, on_card=True)
 
 
 def replace_length(plan, length):

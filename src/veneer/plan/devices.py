@@ -183,8 +183,8 @@ def whole_by_time(plan: Plan, memory: int) -> Plan | None:
 
 def can_be_sharded(plan: Plan) -> bool:
     """Return whether a plan's base can be sharded: it is frozen, in blocks, and in memory."""
-    config = plan.config
-    return not plan.trained.weights and plan.model.depth > 0 and not config.mapped
+    is_frozen = not plan.trained.weights
+    return is_frozen and plan.model.depth > 0 and (plan.on_card or not plan.config.mapped)
 
 
 def can_be_cut(plan: Plan) -> bool:
@@ -229,8 +229,12 @@ def _offloaded(plan: Plan, count: int, memory: int) -> Iterator[DevicePlan]:
     if plan.config.offload != "none" or not can_be_sharded(plan):
         return
     config = replace(plan.config, offload="cpu")
-    same_bits = (c for c in alternatives(replanned(plan, config)) if c.bits == config.bits)
-    each = (best(replanned(plan, c), count, memory) for c in same_bits if not c.mapped)
+    same_base = (
+        c
+        for c in alternatives(replanned(plan, config))
+        if (c.bits, c.mapped) == (config.bits, config.mapped)
+    )
+    each = (best(replanned(plan, c), count, memory) for c in same_base)
     way = next((way for way in each if way is not None), None)
     if way is not None:
         yield way
