@@ -167,7 +167,7 @@ def engine_of(architecture: str) -> Callable[[], dict]:
     return case
 
 
-def put_back() -> dict:
+def waiting_again() -> dict:
     """A step whose small matrix is sent as it was before, and one whose tokens are read at once."""
 
     def sent_slowly(values: Any, device: torch.device) -> torch.Tensor:
@@ -232,7 +232,7 @@ CASES = {
     "prefill, gemma3": prefill("gemma3"),
     "decoding, llama, drawn": decoding("llama", DRAWN),
     "engine, llama": engine_of("llama"),
-    "put back": put_back,
+    "waiting again": waiting_again,
     "merging, dora": merging("dora", None),
     "generating": generating(Sampling(max_new_tokens=3)),
 }

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.nn import functional as F
 
 from support.fake_card import CARD, card, on_card
+from veneer.kernels.transfer import OnTheWay
 
 
 def step_of_a_layer() -> dict:
@@ -109,6 +111,17 @@ QUIET: dict[str, Callable[[torch.Tensor], object]] = {
 }
 
 
+def stream_of_an_event() -> list[str]:
+    """Whose stream what is on its way to the host is waited for in."""
+    devices: list[str] = []
+    with (
+        card(),
+        patch.object(torch.accelerator, "current_stream", lambda d: devices.append(str(d))),
+    ):
+        OnTheWay(torch.ones(3, device=CARD), torch.ones(4, device=CARD)).arrived()
+    return devices
+
+
 def _event() -> torch.Event:
     event = torch.Event(CARD)
     event.record()
@@ -121,6 +134,7 @@ CASES = {
     "ties": ties,
     "host": numbers_of_the_host,
     "another device": another_device,
+    "stream": stream_of_an_event,
     **{f"waiting: {name}": _waits(operation) for name, operation in WAITING.items()},
     **{f"quiet: {name}": _waits(operation) for name, operation in QUIET.items()},
 }

@@ -24,7 +24,7 @@ def test_a_step_waits_for_nothing(case, table, pretend):
 
 
 def test_what_waits_again_is_noticed(pretend):
-    waits = pretend("decoding_cases", "put back")
+    waits = pretend("decoding_cases", "waiting again")
     assert len(waits["sending"]) == 1
     assert waits["reading"]
 

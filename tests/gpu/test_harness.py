@@ -28,6 +28,11 @@ def test_tensors_of_two_devices_do_not_mix(pretend):
     assert "cpu" in raised
 
 
+def test_what_is_on_its_way_is_waited_for_in_its_own_devices_stream(pretend):
+    """And not in one of the thread's current device."""
+    assert pretend("harness_cases", "stream") == ["cuda:0"]
+
+
 @pytest.mark.parametrize("operation", WAITING)
 def test_what_waits_is_noted(operation, pretend):
     assert len(set(pretend("harness_cases", f"waiting: {operation}"))) == 1

@@ -15,9 +15,9 @@ SAME = {"prim::device"}  # which compute nothing
 @cache
 def implemented(device: str) -> frozenset[str]:
     """Return the operations that torch has for a device, or for every one, by its own table."""
-    found = importlib.util.find_spec("torchgen")
-    assert found is not None
-    table = Path(found.origin or "").parent / "packaged/ATen/native/native_functions.yaml"
+    spec = importlib.util.find_spec("torchgen")
+    assert spec is not None
+    table = Path(spec.origin or "").parent / "packaged/ATen/native/native_functions.yaml"
     functions = yaml.load(table.read_text(encoding="utf-8"), yaml.CSafeLoader)
     by_name = {function["func"].partition("(")[0]: function for function in functions}
 

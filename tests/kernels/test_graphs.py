@@ -1,7 +1,10 @@
 """Calls recorded as graphs: sizes, the store of graphs, and the proof by the first replay."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -70,6 +73,53 @@ def test_the_least_recently_used_graph_goes(monkeypatch):
     for key in ("a", "b", "a", "c", "a", "b"):
         calls(key, doubled, {"x": torch.ones(2)})
     assert stand_in.recorded == 4  # b twice
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_recording_the_stream_is_the_one_before_and_waits_for_it(fails, monkeypatch):
+    """By streams that only note who waits; torch leaves a graph's own where capturing fails."""
+    waits: list[tuple[str, str]] = []
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Any) -> None:
+            waits.append((self.name, other.name))
+
+    current = [Stream("own")]
+
+    @contextmanager
+    def of(stream: Stream) -> Iterator[None]:
+        before, current[0] = current[0], stream
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def capture(graph: Any, *, stream: Stream, **options: Any) -> Iterator[None]:
+        before, current[0] = current[0], stream
+        yield
+        current[0] = before
+
+    fakes = {"device": nullcontext, "graph_pool_handle": object, "Stream": Stream, "stream": of}
+    fakes |= {"CUDAGraph": Mock, "graph": capture, "current_stream": lambda: current[0]}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    calls: list[str] = []
+
+    def function() -> Tensors:
+        calls.append(current[0].name)
+        if fails and len(calls) > graphs.WARM_UPS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return {}
+
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        graphs.CudaRecorder(torch.device("cuda:1"))(function)
+    assert calls == ["side"] * (graphs.WARM_UPS + 1)
+    assert current[0].name == "own"
+    assert waits == [("side", "own"), ("own", "side")]
 
 
 def test_what_was_recorded_as_a_constant_is_noticed():

@@ -47,7 +47,8 @@ def sent_together(
 class OnTheWay:
     """Tensors of one device that are being copied to the host.
 
-    `arrived` waits for the copies, and for nothing that the device is asked for after them.
+    `arrived` waits for the copies, and for nothing that the device is asked for after them; without
+    a queue it copies, and waits for all.
     """
 
     def __init__(self, *tensors: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Rows in slots, whose steps ask nothing of a device: here on a CPU, where tokens are numbers."""
 
 from dataclasses import replace
+from itertools import count
 from threading import current_thread
 from typing import Any
 
@@ -145,6 +146,40 @@ def test_the_end_is_read_one_step_late(in_slots):
     for answer in (answers[0], answers[2]):
         assert [token.id for token in answer.tokens] == expected
         assert answer.new_tokens == len(expected) + 1
+
+
+@pytest.mark.parametrize("ends_by", ["a stop text", "a reader that goes", "a step that fails"])
+def test_what_ends_a_row_leaves_nothing_to_the_next_one_of_its_slot(ends_by, in_slots, monkeypatch):
+    """Tokens of the ended row are on their way then."""
+    base, plain_step, steps = base_of("llama"), SlotRunner.step, count()
+    alone, next_one = (generated(base.model, [asked(n).tokens], 8)[0] for n in (1, 2))
+    text = base.tokenizer.decode(alone)
+    stop = text[3:5] if ends_by == "a stop text" else "no such text"
+
+    def step(self: SlotRunner, chunks: Any) -> torch.Tensor:
+        if ends_by == "a step that fails" and next(steps) == 4:
+            raise RuntimeError("lost")
+        return plain_step(self, chunks)
+
+    monkeypatch.setattr(SlotRunner, "step", step)
+    with Engine(base, config=EngineConfig(slots=1, chunk=16)) as engine:
+        long = Sampling(max_new_tokens=8 if ends_by == "a stop text" else 200)
+        first = engine.submit(asked(1, sampling=long, stop=(stop,)))
+        second = engine.submit(asked(2))
+        if ends_by == "a reader that goes":
+            next(iter(first))
+            first.cancel()
+        answer, after = first.result(), second.result()
+        assert engine.stats.requests == 2
+        assert engine.stats.new_tokens == answer.new_tokens + after.new_tokens
+    assert [token.id for token in after.tokens] == next_one
+    assert answer.new_tokens < long.max_new_tokens
+    if ends_by == "a stop text":
+        assert (answer.reason, answer.text) == ("stop", text[: text.index(stop)])
+    elif ends_by == "a reader that goes":
+        assert answer.reason == "cancelled"
+    else:
+        assert (answer.reason, str(answer.error)) == ("error", "lost")
 
 
 def test_rows_with_penalties_and_grammars_are_as_with_the_other_runner(request):
