@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +178,62 @@ def test_what_needs_the_whole_base_is_refused():
     veneer.attach(model, veneer.LoRA(rank=2), seed=0)
     with pytest.raises(AdapterError, match="offloaded"):
         veneer.merge(model)
+
+
+class Queue:
+    """A stream of a device that is not there, which notes what it is asked for."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def record_event(self) -> Any:
+        self.log.append(f"{self.name} records")
+        return SimpleNamespace(name=self.name, synchronize=lambda: self.log.append("host waits"))
+
+    def wait_event(self, event: Any) -> None:
+        self.log.append(f"{self.name} waits for {event.name}")
+
+    def __enter__(self) -> None:
+        self.log.append(f"{self.name} takes")
+
+    def __exit__(self, *_: object) -> None:
+        self.log.append(f"{self.name} has taken")
+
+
+@pytest.fixture
+def log(monkeypatch):
+    asked: list[str] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "Stream", lambda device: Queue("copies", asked))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Queue("device", asked))
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **o: empty(*size, **o))
+    return asked
+
+
+def test_copies_wait_for_their_memory_and_the_device_for_copies(log):
+    copies = offload._Copies(torch.device("cuda", 1))
+    target, source = torch.zeros(8, dtype=torch.uint8), torch.ones(8, dtype=torch.uint8)
+    copied = copies.begin(target, [offload._Piece(0, source)], copies.ready())
+    assert torch.equal(target, source)
+    copied.wait()
+    copying = ["copies waits for device", "copies takes", "copies has taken", "copies records"]
+    assert log == ["device records", *copying, "device waits for copies"]
+
+
+def test_a_pinned_block_is_written_when_its_copy_is_done(log, tmp_path):
+    save_file({str(n): torch.full((64,), n) for n in range(5)}, tmp_path / "model.safetensors")
+    mapped = map_tensors(tmp_path / "model.safetensors")
+    reader = offload._Reader(offload._Copies(torch.device("cuda", 1)))
+    waits, blocks = [], []
+    for n in range(5):
+        target = torch.zeros(512, dtype=torch.uint8)
+        source = mapped[str(n)].view(torch.uint8)
+        reader.begin(target, [offload._Piece(0, source)]).wait()
+        assert torch.equal(target.view(torch.int64), torch.full((64,), n))
+        waits.append(log.count("host waits"))
+        blocks.append(reader._blocks[-1].data_ptr())
+    assert waits == [0, 0, 1, 2, 3]
+    assert blocks[0] == blocks[2] == blocks[4] != blocks[1] == blocks[3]
 
 
 @pytest.mark.parametrize("size", [1, 2**20, 2**20 + 1, 430_000_000])

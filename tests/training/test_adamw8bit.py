@@ -8,6 +8,7 @@ from torch import nn
 from veneer.errors import ConfigError
 from veneer.plan.config import PlanConfig
 from veneer.plan.memory import MOMENT
+from veneer.training import adamw8bit
 from veneer.training.adamw8bit import BLOCK, LEAST, check_optimizer
 from veneer.training.optimizer import FlatAdamW
 
@@ -45,6 +46,27 @@ def test_equals_bitsandbytes_to_the_bit():
     for name in ("matrix", "odd"):
         assert torch.equal(ours[name], theirs[name]), name
     torch.testing.assert_close(ours["small"], theirs["small"])  # in 32 bits, by torch
+
+
+@pytest.mark.parametrize("host_decides", [True, False])  # on a card it does not
+def test_a_gradient_that_is_not_finite_changes_nothing(host_decides, monkeypatch):
+    monkeypatch.setattr(adamw8bit, "AT_ONCE", 4 * BLOCK)
+    undisturbed, ours = weights(), weights()
+    course(flat_of(undisturbed), undisturbed, range(4))
+    flat = flat_of(ours)
+    for buffer in flat._buffers:
+        if buffer.moments is not None:
+            buffer.moments._host_decides = host_decides
+    course(flat, ours, range(2))
+    for weight in (ours["matrix"], ours["small"]):
+        before = flat.state()
+        flat.begin()
+        weight.grad[0] = torch.nan
+        assert not flat.step(lr=0.01, clip=1.0)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in flat.state().items())
+    course(flat, ours, range(2, 4))
+    for name, weight in ours.items():
+        assert torch.equal(weight, undisturbed[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -229,7 +229,7 @@ def _in_file(source: Tensor, directory: Path) -> Tensor:
     """Return bytes as they are mapped from a new file without a name."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(source.cpu().numpy().tobytes())
+            file.write(source.cpu().numpy().data)
             file.flush()
             return torch.frombuffer(mmap.mmap(file.fileno(), len(source)), dtype=torch.uint8)
     except OSError as error:

@@ -49,6 +49,7 @@ class Moments8bit:
 
         count, device = like.numel(), like.device
         self.paged = paged
+        self._host_decides = paged or device.type == "cpu"
         self.codes: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self._maps = [bnb.create_dynamic_map(signed).to(device) for signed in (True, False)]
@@ -76,8 +77,7 @@ class Moments8bit:
         The card is not waited for, but where moments are paged: then the host has to know whether
         anything changes, for it cannot keep what was there in the card's order.
         """
-        decides_here = self.paged or weight.device.type == "cpu"
-        if decides_here and not bool(only_if):
+        if self._host_decides and not bool(only_if):
             return
         flat = (weight, gradient, *self.codes.values())
         for numbers, scales in zip(
@@ -86,7 +86,7 @@ class Moments8bit:
             strict=True,
         ):
             w, g, first, second = numbers
-            changed = [] if decides_here else [w, first, second, *scales]
+            changed = [] if self._host_decides else [w, first, second, *scales]
             before = [tensor.clone() for tensor in changed]
             torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
                 *("adam", g, w, first, second, *BETAS, 0.0, 0.0, EPS, step, lr),
