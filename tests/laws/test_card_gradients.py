@@ -12,12 +12,18 @@ import torch
 from support.closeness import assert_gradients_no_further
 from support.every_architecture import OFTEN
 from support.flash_by_formula import CARD, flash_by_formula
-from support.interpreted import MARKS
+from support.interpreted import INTERPRETED, MARKS
 from support.plain import plain_pair
 from support.small_kinds import MIXTURES, ROWS, SmallKind, gradients
 from veneer.kernels import choice, native
 
-pytestmark = [*MARKS, pytest.mark.slow]
+pytestmark = [
+    *MARKS,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not INTERPRETED, reason="kernels run on the card; TRITON_INTERPRET=1 interprets them"
+    ),
+]
 # Liger's kernels take more than the interpreter has (tests/kernels/test_card_norm.py).
 HOPPER = replace(CARD, triton=True)
 

@@ -72,6 +72,7 @@ def test_rows_find_their_own_factors(kind, monkeypatch):
     """As on a card, where one kernel follows the factors' addresses."""
     model, tokens = beside_others(kind).to(DEVICE), ids(len(ROWS), 9).to(DEVICE)
     use_rows(model, ROWS)
+    monkeypatch.setattr(choice, "mixed", lambda *_: "torch")
     stacked = model(tokens, use_cache=False).logits
     monkeypatch.setattr(choice, "mixed", lambda *_: "triton")
     together = model(tokens, use_cache=False).logits

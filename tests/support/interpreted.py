@@ -1,12 +1,14 @@
 """Kernels in Triton, run on a card where there is one, and else by Triton's interpreter."""
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/conftest.py sets it
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 
 
 def needs_triton(test: Any) -> Any:
@@ -23,4 +25,4 @@ MARKS = [
     ),
 ]
 # The interpreter's products of bfloat16 are wrong.
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
