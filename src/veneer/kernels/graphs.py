@@ -59,17 +59,19 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs, all in one pool of memory."""
+    """Records CUDA graphs, all in one pool of memory and on one stream, as torch keeps memory for
+    cuBLAS by stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
+        self._stream: Any = None
 
     def __call__(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         with torch.cuda.device(self.device):
             if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            stream, graph = self._stream, torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())
             try:
                 # Around all of it: where recording fails, torch.cuda.graph leaves its stream as the
@@ -179,6 +181,7 @@ class Graphs:
             graph.proofs += 1
             self._graphs[key] = graph
             self._graphs.move_to_end(key)
+            # Never all of them: torch records to a pool again only while a graph of it is there.
             while len(self._graphs) > MOST:
                 self._graphs.popitem(last=False)
         if self.why_not is not None:
