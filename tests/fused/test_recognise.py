@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import veneer
-from support.every_architecture import small, small_config
+from support.every_architecture import small, small_config, small_quantized
 from support.random_adapters import examples, shake
 from support.tiny_models import tiny
 from veneer.data.packing import pack
@@ -21,6 +21,7 @@ from veneer.fused.head import Head
 from veneer.fused.layers import FusedLayer
 from veneer.fused.recognise import recognise
 from veneer.fused.structure import Variant
+from veneer.kernels import choice
 
 ROWS = examples([14, 9, 20], seed=3)
 HOOKS = {
@@ -249,3 +250,19 @@ def test_sinks_and_soft_caps_reach_the_two_functions(option):
         step(fused, model), step(replace(fused, layers=()), model), strict=True
     ):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_experts_that_wait_for_a_card_are_announced(quantized, monkeypatch):
+    model = (
+        small_quantized("qwen3_moe", 4, dtype=torch.float32) if quantized else small("qwen3_moe")
+    )
+    why = choice.slower_experts_on
+    hopper = choice.Device("cuda", (9, 0))
+
+    def on_a_card(_device: choice.Device, _dtype: torch.dtype, *, quantized: bool) -> str:
+        return why(hopper, torch.bfloat16, quantized=quantized)
+
+    monkeypatch.setattr(choice, "slower_experts_on", on_a_card)
+    _, notices = choose_forward(adapted(model, targets="attention"), ROWS)
+    assert any("waits for the card" in notice for notice in notices) is quantized

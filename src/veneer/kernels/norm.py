@@ -48,7 +48,7 @@ class Norm:
             return y, torch.stack([torch.zeros_like(rstd), rstd], 1)
         if way == "layer_norm":
             y, *two = torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-            return y, torch.cat([x.view(-1, 1) for x in two], 1)
+            return y, torch.cat([own.view(-1, 1) for own in two], 1)
         if native is None:
             hat = x.to(wide)
             mean = hat.mean(-1, keepdim=True) if self.centred else torch.zeros_like(hat[..., :1])
