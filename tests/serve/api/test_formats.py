@@ -107,6 +107,7 @@ DEEP = json.loads('{"a":' * 100 + "{}" + "}" * 100)
         ({"structured_outputs": {}}, "should have one of"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag"),
         ({"guided_json": "{"}, "but not JSON"),
+        ({"guided_grammar": "x" * 200_001}, "at most 200000"),
         ({"guided_json": DEEP}, "more than 64 deep"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),

@@ -12,8 +12,10 @@ from support.random_adapters import tokenizer
 from support.server import BASE, running, scripted
 from veneer.errors import RequestError
 from veneer.serve.api.calls import CallReader, call_form
+from veneer.serve.api.replies import ChatReply
 from veneer.serve.api.tools import Tool, grammar_of_calls
 from veneer.serve.engine.grammar import Grammars
+from veneer.serve.engine.request import Answer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # Mistral's two forms, short.
@@ -201,6 +203,21 @@ def test_openais_client_gets_calls_whole_and_streamed(served):
         create(**asked, tool_choice="none")
         assert served.engine.requests[-1].grammar is None
         assert "weather" not in served.tokenizer.decode(served.engine.requests[-1].tokens)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_was_cut_says_so_behind_a_whole_call(streamed):
+    form = call_form(of_template("qwen2_5"))
+    reply = ChatReply(BASE, str, logprobs=False, readers=lambda: CallReader(form, {"weather"}))
+    for reason, expected in (("stop", "tool_calls"), ("length", "length")):
+        answer = Answer(FORMS["qwen2_5"] % CLOSED, reason=reason)
+        if streamed:
+            assert reply.delta(0, answer, 0)["delta"]["tool_calls"]
+            choice = reply.ending(0, answer)
+        else:
+            (choice,) = reply.whole([answer], {})["choices"]
+            assert choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == expected
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from support.tiny_models import SHAPE, with_large_weights
 from veneer.errors import RequestError
 from veneer.generate.sampling import Sampling
 from veneer.models.load import Base, load_base
+from veneer.serve.engine import grammar as grammars
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.grammar import choice_of
+from veneer.serve.engine.grammar import Grammars, choice_of
 from veneer.serve.engine.request import Adjustments, EngineConfig, Grammar, Request
 
 VOCAB = 98  # all of ASCII that prints
@@ -124,6 +125,30 @@ def test_what_cannot_be_followed_is_refused_with_its_reason(engine):
         assert why in str(error)
         assert error.param == grammar.asked_by
     assert ask(engine, Grammar("regex", "[0-9]{3}")).text.isdigit()
+
+
+def test_a_grammar_beyond_the_limits_is_refused_before_any_row_waits_for_it(engine):
+    for grammar in (
+        Grammar("regex", "(a{1000}){1000}"),
+        Grammar("grammar", choice_of(["x" * 400 + str(n) for n in range(1024)])),
+    ):
+        with pytest.raises(RequestError, match="too many"):  # by `submit`, not in the answer
+            engine.submit(Request(PROMPT, None, GREEDY, grammar=grammar))
+
+
+def test_a_grammar_is_compiled_once_while_it_is_used(monkeypatch):
+    compiled = []
+
+    def compile_(tokenizer, grammar, real=grammars._compile):
+        compiled.append(grammar.text)
+        return real(tokenizer, grammar)
+
+    monkeypatch.setattr(grammars, "_compile", compile_)
+    monkeypatch.setattr(grammars, "COMPILED", 2)
+    own = Grammars(tokenizer(VOCAB), VOCAB)
+    for text in "abacaba":
+        own.matcher(Grammar("regex", text)).accept(own.tokenizer.encode(text)[0])
+    assert compiled == ["a", "b", "c", "b"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from veneer.serve.api.strict import Strict, Text
 from veneer.serve.engine.grammar import choice_of
 from veneer.serve.engine.request import Grammar
 
+LONGEST = 200_000  # characters of a grammar or an expression, which compile in a second
 DEEPEST = 64  # objects and arrays within each other in a schema, as in vLLM
 # Parameters that say what an answer must be; a request has one of them.
 FORMATS = (
@@ -58,6 +59,7 @@ def _schema(schema: dict[str, Any] | str) -> dict[str, Any]:
 
 Object = Annotated[dict[str, Any], AfterValidator(_shallow)]
 Schema = Annotated[dict[str, Any] | Text, AfterValidator(_schema)]
+Source = Annotated[Text, Field(max_length=LONGEST)]
 Choices = Annotated[
     list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=1024)
 ]
@@ -102,10 +104,10 @@ class StructuredOutputs(Strict):
     }
 
     choice: Choices | None = None
-    grammar_: Annotated[Text | None, Field(alias="grammar")] = None
+    grammar_: Annotated[Source | None, Field(alias="grammar")] = None
     json_: Annotated[Schema | None, Field(alias="json")] = None
     json_object: bool | None = None
-    regex: Text | None = None
+    regex: Source | None = None
 
     @model_validator(mode="after")
     def _is_one(self) -> StructuredOutputs:

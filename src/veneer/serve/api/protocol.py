@@ -21,6 +21,7 @@ from veneer.serve.api.formats import (
     Choices,
     ResponseFormat,
     Schema,
+    Source,
     StructuredOutputs,
     grammar_of,
 )
@@ -90,9 +91,9 @@ class AnswerRequest(Strict):
     """A mix, as adapters' names with their weights; `model` is then the base. Veneer's own."""
     frequency_penalty: Penalty | None = None
     guided_choice: Choices | None = None
-    guided_grammar: Text | None = None
+    guided_grammar: Source | None = None
     guided_json: Schema | None = None
-    guided_regex: Text | None = None
+    guided_regex: Source | None = None
     logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=BIASED)] | None = None
     max_tokens: Count | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -245,7 +246,9 @@ class ChatRequest(AnswerRequest):
         name = choice.function.name if isinstance(choice, NamedTool) else None
         tools = [t for t in self.callable_tools if name is None or t.function.name == name]
         if not tools:
-            raise RequestError("tool_choice asks for none of the tools.", param="tool_choice")
+            missing = "but there are none" if name is None else f"among which is no {name}"
+            why = f"tool_choice asks for a call of one of the tools, {missing}."
+            raise RequestError(why, param="tool_choice")
         return tools
 
 

@@ -105,8 +105,7 @@ class ChatReply(Reply):
         return {"message": message, "logprobs": self._logprobs(answer.tokens)}
 
     def finish_reason(self, content: dict[str, Any], answer: Answer) -> str:
-        has_calls = "tool_calls" in content["message"]
-        return "tool_calls" if has_calls else _finish_reason(answer)
+        return _finish_reason(answer, has_calls="tool_calls" in content["message"])
 
     def opening(self, index: int) -> dict[str, Any]:
         return self._choice(index, {"role": "assistant", "content": ""})
@@ -128,8 +127,7 @@ class ChatReply(Reply):
     def ending(self, index: int, piece: Answer) -> dict[str, Any]:
         reader = self._readers.get(index)
         rest = "" if reader is None else reader.end()
-        calls = reader is not None and reader.calls > 0
-        reason = "tool_calls" if calls else _finish_reason(piece)
+        reason = _finish_reason(piece, has_calls=reader is not None and reader.calls > 0)
         return self._choice(index, {"content": rest} if rest else {}, reason=reason)
 
     def _choice(
@@ -191,9 +189,12 @@ def _tool_call(call: Call) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _finish_reason(answer: Answer) -> str:
-    # "length" also where the server had to cut the answer: OpenAI has no word for that.
-    return "stop" if answer.reason == "stop" else "length"
+def _finish_reason(answer: Answer, *, has_calls: bool = False) -> str:
+    # "length" also where the server had to cut the answer: OpenAI has no word for that. Behind the
+    # calls of an answer that was cut there may have been more.
+    if answer.reason != "stop":
+        return "length"
+    return "tool_calls" if has_calls else "stop"
 
 
 def _token(text: str, logprob: float | None) -> dict[str, Any]:

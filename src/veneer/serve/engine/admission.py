@@ -19,9 +19,12 @@ def check(request: Request, *, context: int, vocab: int) -> None:
             f"The prompt has {len(request.tokens):,} tokens, which {why} the context of "
             f"{context:,}."
         )
-    biased = (token for token, _ in request.adjustments.logit_bias)
-    if wrong := [token for token in (*request.tokens, *biased) if not 0 <= token < vocab]:
-        raise RequestError(f"{wrong[0]} is no token; there are {vocab:,}.")
+    biased = [token for token, _ in request.adjustments.logit_bias]
+    for tokens, param in ((request.tokens, None), (biased, "logit_bias")):
+        if wrong := [token for token in tokens if not 0 <= token < vocab]:
+            where = f"{param}: " if param else ""
+            why = f"{where}{wrong[0]} is no token; the model's are 0 to {vocab - 1:,}."
+            raise RequestError(why, param=param)
 
 
 def mix_of(library: Library, which: Which) -> Mix:

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 COMPILED = 32  # grammars that are kept
-# llguidance's own limits but for the states, of 1 to 2 kB each: a request's grammar takes at most
-# 100 MB, and a mask at most some 15 ms.
+# llguidance's own limits but for two. States take 1 to 2 kB each, so that a request's grammar takes
+# at most 100 MB. The fuel bounds what a mask may take: with llguidance's own, an expression such as
+# (a{1000}){1000} keeps every row waiting for seconds.
 MOST_STATES = 50_000
+FUEL = 250_000
 # A space, or a new line with its indentation, as in any document that is laid out. Without such an
 # end a model that began to write white space would go on with it.
 WHITE_SPACE = r"\x20|\x0A[\x20\x09]{0,32}"
@@ -93,7 +95,7 @@ class Grammars:
         be followed, with the reason."""
         key = (grammar.kind, grammar.text)
         with self._lock:
-            compiled = self._compiled.pop(key, None)
+            compiled = self._compiled.get(key)
             own = self._of_tokenizer = self._of_tokenizer or _tokenizer_of(
                 self.tokenizer, self.vocab, grammar.asked_by
             )
@@ -101,6 +103,7 @@ class Grammars:
             compiled = _compile(own, grammar)
         with self._lock:
             self._compiled[key] = compiled
+            self._compiled.move_to_end(key)
             while len(self._compiled) > COMPILED:
                 self._compiled.popitem(last=False)
             return Matcher(compiled.deep_copy(), self.vocab, own.eos_token, grammar.asked_by)
@@ -122,10 +125,19 @@ def _compile(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
                 source = grammar_from("grammar", text)
     except (ValueError, RecursionError) as error:
         raise _refused(grammar.asked_by, str(error)) from error
-    limits = LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
+    limits = LLParserLimits(
+        max_lexer_states=MOST_STATES, initial_lexer_fuel=FUEL, verbose_errors=False
+    )
     matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
-    if matcher.is_error():
-        raise _refused(grammar.asked_by, matcher.get_error())
+    # The first mask is the dearest. It is computed here, where no other row waits, and copies have
+    # its states. Some grammars show only behind a token that they are beyond the limits.
+    tokens = np.frombuffer(matcher.compute_logit_bias(), np.uint8).nonzero()[0].tolist()
+    trial = matcher.deep_copy()
+    for token in [token for token in tokens if token != tokenizer.eos_token][:1]:
+        trial.consume_token(token)
+    for each in (matcher, trial):
+        if each.is_error():
+            raise _refused(grammar.asked_by, each.get_error())
     return matcher
 
 
