@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
 from types import FrameType
+from typing import cast, get_args
 
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
@@ -17,9 +18,10 @@ from uvicorn.config import LOGGING_CONFIG
 from veneer.errors import AdapterError, ConfigError, VeneerError, listed
 from veneer.formats.locate import locate as find_adapter
 from veneer.formats.training import ComputedIn, computed_in, other_base
-from veneer.models.load import Base, load_config
+from veneer.models.load import Base, bits_of_blocks, load_config
 from veneer.models.locate import locate
-from veneer.quant.settings import quantization_of
+from veneer.quant.settings import Bits, LoadBits, quantization_of
+from veneer.quant.stack import quantized_weights
 from veneer.serve.api.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
 from veneer.serve.config import ADAPTER_NAME, Keys, Limits, ServeConfig
@@ -116,17 +118,16 @@ def jobs_of(base: Base, served: Served, config: ServeConfig) -> Jobs | None:
     """
     if not config.enable_training or config.runs is None:
         return None
-    here = served.computed_in
-    # A stored base that is quantized already is loaded so by its own files.
-    is_stored = quantization_of(load_config(base.name).to_dict()) is not None
+    here, bits = served.computed_in, bits_of_jobs(base)
     dtype: DType = "float32" if here.dtype == "float32" else "bf16"
     # A later server may be started elsewhere.
     name = str(Path(base.name).resolve()) if Path(base.name).exists() else base.name
     training = TrainingBase(
         name,
         dtype,
-        None if is_stored else here.bits,
-        here.head and not is_stored,
+        bits,
+        here.head and bits in get_args(Bits),
+        str(base.model.device),
     )
     bounds = Bounds(
         share=config.training_share,
@@ -135,6 +136,20 @@ def jobs_of(base: Base, served: Served, config: ServeConfig) -> Jobs | None:
         upload_bytes=int(config.upload_size * 1e6),
     )
     return Jobs(config.runs, served, training, bounds)
+
+
+def bits_of_jobs(base: Base) -> LoadBits | None:
+    """Return the bits with which a job loads the weights that are served here."""
+    stored = quantization_of(load_config(base.name).to_dict())
+    weights = list(quantized_weights(base.model).values())
+    if rounded := [weight for weight in weights if not weight.published]:
+        # `veneer quantize` has written them so, or they were rounded as they were read.
+        is_written = stored is not None and not stored.is_published
+        return None if is_written else cast(LoadBits, rounded[0].bits)
+    if weights:
+        return None  # as they are in the files
+    in_fewer_bits = stored is not None or bits_of_blocks(base.name) is not None
+    return 16 if in_fewer_bits else None
 
 
 def prepare(

@@ -1,8 +1,10 @@
 """What jobs may take, and what becomes of them when their server is gone."""
 
 import http.client
+import sqlite3
 import subprocess
 import time
+from dataclasses import replace
 from threading import Event
 
 import openai
@@ -11,7 +13,9 @@ import pytest
 from support.jobs import ROWS, client_of, training, until, upload
 from support.server import ADMIN, AS_ADMIN, call, connected, running, scripted
 from veneer.errors import ConfigError, VeneerError
+from veneer.serve.api.fine_tuning import shown
 from veneer.serve.config import Keys, ServeConfig, read_keys
+from veneer.serve.jobs import supervisor as supervisor_module
 from veneer.serve.jobs.log import WorkerLog, read_on
 from veneer.serve.jobs.pace import CAN_STOP, Pace
 from veneer.serve.jobs.service import Jobs
@@ -78,6 +82,78 @@ def test_a_job_ends_at_its_limit_and_can_go_on(tmp_path):
         wait.unlink()
         client.fine_tuning.jobs.resume(job.id)
         assert until(client, job.id, "succeeded").step == 3
+
+
+def test_a_store_that_cannot_be_read_for_a_moment_ends_no_training(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(supervisor_module, "PAUSE_SECONDS", 0.05)
+    with training(tmp_path / "runs") as server:
+        client, store = client_of(server), server.jobs.store
+        file = upload(client)
+        read = store.jobs
+
+        def locked(*statuses):
+            if statuses == ("running",):
+                raise sqlite3.OperationalError("database is locked")
+            return read(*statuses)
+
+        monkeypatch.setattr(store, "jobs", locked)
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+        while not caplog.records:
+            time.sleep(0.01)
+        monkeypatch.setattr(store, "jobs", read)
+        assert until(client, job.id, "succeeded").step == 3
+    assert "database is locked" in caplog.text
+
+
+def test_what_is_cancelled_at_its_end_stays_cancelled(tmp_path):
+    with training(tmp_path / "runs") as server:
+        client, supervisor = client_of(server), server.jobs.supervisor
+        keep = supervisor.keep_results
+
+        def cancel_meanwhile(job):
+            server.jobs.cancel(job.id)
+            return keep(job)
+
+        supervisor.keep_results = cancel_meanwhile
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client).id)
+        until(client, job.id, "cancelled")
+        supervisor.end()
+        supervisor.close()
+        assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
+
+
+def test_the_time_that_is_left_outlives_a_pause(tmp_path):
+    with training(tmp_path / "runs") as server:
+        jobs, (wait, client) = server.jobs, (tmp_path / "runs" / "wait", client_of(server))
+        wait.write_text("1")
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client).id)
+        while not client.fine_tuning.jobs.retrieve(job.id).step:
+            time.sleep(0.01)
+        client.fine_tuning.jobs.pause(job.id)
+        while not jobs.store.events(job.id, limit=1, kind="stopped"):
+            time.sleep(0.01)
+        jobs.store.change(job.id, seconds=100.0)
+        assert jobs.resume(job.id).seconds == 100.0
+        running = replace(jobs.job(job.id), status="running", step=1, steps=3)
+        assert shown(running)["estimated_finish"] - time.time() == pytest.approx(200, abs=5)
+        failed = replace(running, seconds=10.0, since=1, step=2)
+        assert shown(failed)["estimated_finish"] - time.time() == pytest.approx(10, abs=5)
+        wait.unlink()
+
+
+def test_a_name_of_half_characters_can_be_listed(tmp_path):
+    with training(tmp_path / "runs") as server:
+        form = (
+            b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+            b'--x\r\ncontent-disposition: form-data; name="file"; filename="\\ud800.jsonl"\r\n\r\n'
+            b'{"text": "a"}\r\n--x--\r\n'
+        )
+        connection = http.client.HTTPConnection(server.url[7:], timeout=20)
+        kind = {"content-type": "multipart/form-data; charset=unicode_escape; boundary=x"}
+        connection.request("POST", "/v1/files", form, {**AS_ADMIN, **kind})
+        assert connection.getresponse().status == 200
+        connection.close()
+        assert [file.filename for file in client_of(server).files.list()] == ["?.jsonl"]
 
 
 def test_the_next_server_goes_on_with_jobs_and_serves_their_results(tmp_path):

@@ -96,6 +96,24 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         path.unlink()
 
 
+def test_who_has_no_admin_key_can_leave_the_question(browser, site):
+    with opened(browser, site.url, "light", allowed="status of 401") as page:
+        page.get_by_role("link", name="Train").click()
+        for leave in (
+            lambda: page.keyboard.press("Escape"),
+            lambda: page.get_by_role("button", name="Cancel").click(),
+        ):
+            question = page.get_by_label("Admin key", exact=True)
+            question.wait_for()
+            leave()
+            page.locator("#fault").filter(has_text="needs the admin key").wait_for()
+            page.wait_for_timeout(1200)  # longer than the view waits until it looks again
+            assert not question.is_visible()
+            page.get_by_role("link", name="Chat").click()
+            page.locator("#fault").wait_for(state="hidden")
+            page.get_by_role("link", name="Train").click()
+
+
 @pytest.mark.slow
 def test_it_trains_by_keyboard_alone_on_a_small_screen(browser, site):
     with opened(browser, site.url, "dark", allowed="status of 40") as page:

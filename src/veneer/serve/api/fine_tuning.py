@@ -110,8 +110,9 @@ def routes(jobs: Jobs | None) -> APIRouter:
 def shown(job: Job) -> dict[str, Any]:
     """Return a job as OpenAI has it; `step`, `steps` and `settings` are ours."""
     left = None
-    if job.status == "running" and job.step and job.steps:
-        left = int(time.time() + job.seconds / job.step * (job.steps - job.step))
+    if job.status == "running" and job.step > job.since and job.steps:
+        each = job.seconds / (job.step - job.since)
+        left = int(time.time() + each * (job.steps - job.step))
     fault = job.fault
     own = {k: v for group in ("lora", "training", "rows") for k, v in job.settings[group].items()}
     own.pop("eval_data", None)

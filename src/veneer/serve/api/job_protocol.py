@@ -5,47 +5,32 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import Field, create_model
 
 from veneer.errors import RequestError
-from veneer.serve.api.strict import Text
+from veneer.serve.api.strict import Strict, Text
 from veneer.serve.jobs.service import Order
-from veneer.serve.jobs.settings import GROUPS, HYPERPARAMETERS, OWN
+from veneer.serve.jobs.settings import AUTO, GROUPS, HYPERPARAMETERS, OWN
 
-Auto = Literal["auto"]
 MethodType = Literal["supervised", "dpo", "reinforcement"]
 SUPPORTED: MethodType = "supervised"
 
 
-class Body(BaseModel):
-    """A JSON object in which every name is known. null is the same as leaving a name out."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {k: v for k, v in body.items() if v is not None and v not in cls.neutral.get(k, ())}
-
-
-class Hyperparameters(Body):
+class Hyperparameters(Strict):
     """OpenAI's own settings of a supervised training."""
 
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
-    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
-    batch_size: Auto | Annotated[int, Field(ge=1, le=65536)] = "auto"
+    n_epochs: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] | None = None
+    learning_rate_multiplier: Literal["auto"] | Annotated[float, Field(gt=0, le=1000)] | None = None
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] | None = None
 
 
-class Supervised(Body):
+class Supervised(Strict):
     """What the method "supervised" takes."""
 
     hyperparameters: Hyperparameters | None = None
 
 
-class JobMethod(Body):
+class JobMethod(Strict):
     """By what to train."""
 
     type: MethodType
@@ -54,10 +39,10 @@ class JobMethod(Body):
     reinforcement: dict[str, Any] | None = None
 
 
-class OpenAiJob(Body):
+class OpenAiJob(Strict):
     """POST /v1/fine_tuning/jobs, as OpenAI has it."""
 
-    neutral = {"integrations": ([],)}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"integrations": ([],)}
 
     model: Annotated[Text, Field(max_length=512)]
     training_file: Annotated[Text, Field(max_length=80)]
@@ -96,7 +81,7 @@ class OpenAiJob(Body):
             self.model,
             self.training_file,
             self.validation_file,
-            {name: getattr(chosen, name) for name in HYPERPARAMETERS},
+            {name: getattr(chosen, name) or AUTO for name in HYPERPARAMETERS},
             {name: v for name in OWN if (v := getattr(self, name)) is not None},
             self.seed or 0,
             self.suffix,
@@ -120,14 +105,14 @@ JobRequest = create_model(
 )
 
 
-class RowsRequest(Body):
+class RowsRequest(Strict):
     """POST /api/rows: how the model reads a file's first rows."""
 
     file: Annotated[Text, Field(max_length=80)]
     model: Annotated[Text, Field(max_length=512)]
 
 
-class PlanRequest(Body):
+class PlanRequest(Strict):
     """POST /api/plan: what an adapter would take to train."""
 
     rank: Annotated[int, Field(ge=1, le=4096)]

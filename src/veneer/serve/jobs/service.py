@@ -21,6 +21,7 @@ from veneer.serve.jobs.store import Store
 from veneer.serve.jobs.supervisor import WORKER, Bounds, Supervisor
 from veneer.serve.jobs.values import (
     MOST_OF_NAME,
+    UNENDED,
     Job,
     JobEvent,
     Places,
@@ -29,7 +30,6 @@ from veneer.serve.jobs.values import (
     new_id,
 )
 
-UNENDED: tuple[Status, ...] = ("queued", "running", "paused")
 _STRANGE = re.compile(r"[^A-Za-z0-9]+")
 
 
@@ -175,7 +175,15 @@ class Jobs:
 
     def resume(self, id: str) -> Job:
         """Let a job go on that was paused, or that failed."""
-        fresh = {"fault": None, "finished": None, "seconds": 0.0, "deaths": 0}
+        job, fresh = self.job(id), {}
+        if job.status == "failed":  # the limit of time begins anew
+            fresh = {
+                "fault": None,
+                "finished": None,
+                "seconds": 0.0,
+                "since": job.step,
+                "deaths": 0,
+            }
         return self._move(id, ("paused", "failed"), "queued", "The job is to go on.", **fresh)
 
     def _move(

@@ -36,6 +36,7 @@ class TrainingBase:
     dtype: DType = "auto"
     bits: LoadBits | None = None
     pack_head: bool = False
+    device: str = "auto"
 
 
 def settings_of(
@@ -75,6 +76,7 @@ def settings_of(
         "dtype": base.dtype,
         "bits": base.bits,
         "pack_head": base.pack_head,
+        "device": base.device,
         "learning_rate_multiplier": multiplier,
         "batch_size": batch,
         **groups,
@@ -97,6 +99,7 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
         dtype=settings["dtype"],
         bits=settings["bits"],
         pack_head=settings["pack_head"],
+        device=settings["device"],
         out=Path(settings["out"]),
         start_from=Path(settings["start_from"]) if settings["start_from"] else None,
     )

@@ -19,7 +19,7 @@ from veneer.files import size_of, write_json
 from veneer.serve.jobs.log import End, read_on
 from veneer.serve.jobs.pace import Pace
 from veneer.serve.jobs.store import Store
-from veneer.serve.jobs.values import Fault, Job, JobEvent, Places, WorkerFiles
+from veneer.serve.jobs.values import UNENDED, Fault, Job, JobEvent, Places, WorkerFiles
 
 log = logging.getLogger("veneer.serve")
 
@@ -91,16 +91,18 @@ class Supervisor:
     def _run(self) -> None:
         while not self.is_ending:
             self.asked.clear()
-            waiting = self.store.jobs("running") or self.store.jobs("queued")
-            if not waiting:
-                self.asked.wait(1.0)
-                continue
+            waiting: list[Job] = []
             try:
-                self._train(waiting[0])
+                waiting = self.store.jobs("running") or self.store.jobs("queued")
+                if waiting:
+                    self._train(waiting[0])
+                else:
+                    self.asked.wait(1.0)
             except Exception as error:
-                log.exception("Job %s failed.", waiting[0].id)
+                log.exception("Training failed (%s).", waiting[0].id if waiting else "no job yet")
                 with suppress(sqlite3.Error):  # the disk may be full, and that the very error
-                    self._fail(waiting[0].id, Fault("server_error", f"The server failed: {error}"))
+                    for job in waiting[:1]:
+                        self._fail(job.id, Fault("server_error", f"The server failed: {error}"))
                 self.asked.wait(PAUSE_SECONDS)
 
     def _train(self, job: Job) -> None:
@@ -171,6 +173,7 @@ class Supervisor:
             job.id,
             JobEvent(f"It cannot be served: {why}", "warn") if why else JobEvent(text),
             JobEvent("The job has successfully completed."),
+            only=UNENDED,  # it may have just been cancelled
             status="succeeded",
             finished=int(time.time()),
             result_files=(result,),
@@ -180,6 +183,7 @@ class Supervisor:
         self.store.change(
             id,
             JobEvent(fault.message, "error"),
+            only=UNENDED,
             status="failed",
             finished=int(time.time()),
             fault=fault,

@@ -17,7 +17,7 @@ from veneer.data.rows import parse_row
 from veneer.data.sources import no_rows_in, parsed_values
 from veneer.errors import MOST_PROBLEMS, DataError, RequestError, listed
 from veneer.serve.jobs.store import Store
-from veneer.serve.jobs.values import Places, Purpose, StoredFile, new_id
+from veneer.serve.jobs.values import UNENDED, Places, Purpose, StoredFile, new_id
 
 # Plain text alone: a small file that unpacks to a large one would pass every limit of size.
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
@@ -39,9 +39,10 @@ def keep(store: Store, places: Places, filename: str, source: BinaryIO) -> Store
             f"{name} is of a kind that is not trained on here; it may be {listed(KINDS, most=9)}.",
             param="file",
         )
-    file = StoredFile(
-        new_id("file"), filename[:255] or DEFAULT_NAME, name, "fine-tune", 0, int(time.time())
-    )
+    shown = (
+        filename[:255].encode(errors="replace").decode()
+    )  # no half characters: it goes into JSON
+    file = StoredFile(new_id("file"), shown or DEFAULT_NAME, name, "fine-tune", 0, int(time.time()))
     path = places.file(file)
     path.parent.mkdir(parents=True)
     try:
@@ -78,7 +79,7 @@ def remove(store: Store, places: Places, file: StoredFile) -> None:
     """Remove a file. Raises RequestError where a job that has not ended needs it."""
     users = [
         job.id
-        for job in store.jobs("queued", "running", "paused")
+        for job in store.jobs(*UNENDED)
         if file.id in (job.training_file, job.validation_file)
     ]
     if users:

@@ -12,6 +12,7 @@ Purpose = Literal["fine-tune", "fine-tune-results"]
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
 ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
+UNENDED: tuple[Status, ...] = ("queued", "running", "paused")
 MOST_OF_NAME = 40  # characters of a suffix in a model's name, so that `.step-000000` fits behind it
 
 
@@ -46,7 +47,9 @@ class Job:
     name           what the result is called, and its run's directory
     settings       what the worker makes a recipe of (`settings.py`)
     hyperparameters  as OpenAI has them, each a number or "auto"
-    seconds        trained so far, in all processes; deaths: of those that ended without a word
+    seconds        trained since the job was created or resumed after a failure, in all processes
+    since          the step that it had come to then
+    deaths         processes that ended without a word
     read           bytes of the worker's log that are in the database
     """
 
@@ -68,6 +71,7 @@ class Job:
     steps: int | None = None
     tokens: int = 0
     seconds: float = 0.0
+    since: int = 0
     deaths: int = 0
     attempt: int = 0
     read: int = 0

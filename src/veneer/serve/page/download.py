@@ -36,8 +36,13 @@ def zipped(jobs: Jobs, id: str, format: Format) -> Path:
             convert(source, out, to=format, base=base, base_name=jobs.base.name)
         files = [file for file in [out, *out.rglob("*")] if file.is_file()]
         with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as target:
-            # The weights are what is large, and compression finds nothing in them.
-            with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-                for file in sorted(files):
-                    archive.write(file, file.relative_to(place))
-            return Path(target.name)
+            path = Path(target.name)
+            try:
+                # The weights are what is large, and compression finds nothing in them.
+                with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+                    for file in sorted(files):
+                        archive.write(file, file.relative_to(place))
+            except BaseException:  # the disk may be full
+                path.unlink()
+                raise
+        return path

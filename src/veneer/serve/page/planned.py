@@ -35,6 +35,7 @@ def _amounts(base: TrainingBase, rank: int, targets: str) -> tuple[int, int]:
         dtype=base.dtype,
         bits=base.bits,
         pack_head=base.pack_head,
+        device=base.device,
     )
     dtype = torch.float32 if base.dtype == "float32" else torch.bfloat16
     plan = plan_run(recipe, dtype)

@@ -17,7 +17,7 @@ async function ask(path, options = {}) {
   if (key) headers.authorization = `Bearer ${key}`;
   const response = await fetch(path, { ...options, headers });
   if (response.ok) return response;
-  if (response.status === 401) {
+  if (response.status === 401 && !declined.has(which)) {
     await newKey(which);
     return ask(path, options);
   }
@@ -71,18 +71,25 @@ export async function* answer(body, signal) {
 }
 
 let asking = null;
+const declined = new Set(); // keys that nobody gave: views that follow something would ask each second
+addEventListener("hashchange", () => declined.clear());
 
-// Ask the person for a key, once for all that wait for one.
+// Ask the person for a key, once for all that wait for one; whoever gives none stays without.
 function newKey(which) {
-  asking ??= new Promise((resolve) => {
+  asking ??= new Promise((resolve, reject) => {
     const dialog = document.getElementById("key"), text = document.getElementById("key-text");
     const isAdmin = which === ADMIN_KEY;
     document.getElementById("key-title").textContent = isAdmin ? "Training asks for the admin key" : "This server asks for a key";
     document.querySelector("label[for=key-text]").textContent = isAdmin ? "Admin key" : "API key";
-    text.value = "";
+    text.value = dialog.returnValue = "";
     dialog.addEventListener("close", () => {
-      sessionStorage.setItem(which, text.value.trim());
       asking = null;
+      if (dialog.returnValue !== "given") {
+        declined.add(which);
+        reject(new Refused(`This needs the ${isAdmin ? "admin" : "API"} key; open the view again to give it.`, 401));
+        return;
+      }
+      sessionStorage.setItem(which, text.value.trim());
       resolve();
     }, { once: true });
     dialog.showModal();

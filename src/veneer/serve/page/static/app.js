@@ -16,6 +16,7 @@ const view = () => (VIEWS.includes(location.hash.slice(1)) ? location.hash.slice
 
 async function show({ focus }) {
   const shown = view();
+  showError(null); // of another view
   for (const name of VIEWS) {
     byId(`view-${name}`).hidden = name !== shown;
     const link = document.querySelector(`nav a[href="#${name}"]`);

@@ -72,8 +72,8 @@ async function showPlan() {
   const asked = `${rank.value} ${targets.value}`;
   const { parameters, memory, free, why } = await post("/api/plan", { rank: Number(rank.value), targets: targets.value });
   if (asked !== `${rank.value} ${targets.value}`) return; // another choice came meanwhile
-  const room = free == null ? "" : memory > free ? `: more than the ${bytes(free)} that are free` : ` of the ${bytes(free)} that are free`;
-  place.textContent = why ?? `${parameters.toLocaleString("en")} parameters train, in at most ${bytes(memory)}${room}.`;
+  const available = free == null ? "" : memory > free ? `: more than the ${bytes(free)} that are free` : ` of the ${bytes(free)} that are free`;
+  place.textContent = why ?? `${parameters.toLocaleString("en")} parameters train, in at most ${bytes(memory)}${available}.`;
 }
 
 async function start(event) {
@@ -140,15 +140,15 @@ function download(job) {
   return select;
 }
 
-function fill(card, job, run, said) {
+function fill(card, job, run, message) {
   const before = card.dataset.state;
   card.dataset.state = job.status;
   card.querySelector(".state").textContent = job.status;
   card.querySelector(".fault").textContent = job.error?.message ?? "";
   card.querySelector(".fault").hidden = !job.error;
   const now = card.querySelector(".now-text");
-  now.textContent = said ?? "";
-  now.hidden = !said || Boolean(job.error);
+  now.textContent = message ?? "";
+  now.hidden = !message || Boolean(job.error);
   const progress = card.querySelector("progress");
   progress.hidden = job.steps == null;
   if (job.steps != null) Object.assign(progress, { max: job.steps, value: job.step });
