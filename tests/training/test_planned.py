@@ -25,7 +25,13 @@ from veneer.plan.plan import make_plan
 from veneer.training import plan_before, planned, preflight, tune
 from veneer.training.config import TrainConfig
 from veneer.training.events import DataReady, Measured, ModelReady, Notice, Planned, Written
-from veneer.training.planned import check_fits, plan_run, planned_and_measured, why_no_merge
+from veneer.training.planned import (
+    check_fits,
+    check_host,
+    plan_run,
+    planned_and_measured,
+    why_no_merge,
+)
 from veneer.training.recipe import Recipe
 
 BIG = {
@@ -228,7 +234,7 @@ def test_on_apple_s_gpu_nothing_is_planned(big, monkeypatch):
     assert notices[-1].text.startswith("No memory is planned for this run: plans are of processors")
 
 
-def test_a_card_s_memory_is_planned_and_its_base_may_stay_beside_it(big):
+def test_a_card_s_memory_is_planned_and_its_base_may_stay_beside_it(big, monkeypatch):
     settings = {"config": load_config(big.model), "on_card": True}
     plan = plan_run(big, torch.bfloat16, **settings)
     assert plan.on_card
@@ -239,6 +245,11 @@ def test_a_card_s_memory_is_planned_and_its_base_may_stay_beside_it(big):
     beside = plan_run(replace(big, offload="cpu"), torch.bfloat16, **settings)
     assert beside.memory.weights.value < plan.memory.weights.value / 4
     assert beside.memory.on_host.value > 12_000_000_000
+    monkeypatch.setattr(planned, "free_bytes", lambda: beside.memory.on_host.value)
+    check_host(beside, 1)
+    check_host(plan, 2)
+    with pytest.raises(veneer.ConfigError, match=r"keep 2\d\.\d+ GB .* Take --offload disk"):
+        check_host(beside, 2)
     # A processor computes in that memory.
     here = plan_run(replace(big, offload="cpu"), torch.bfloat16)
     assert here.memory.weights == plan.memory.weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 
 from veneer.data.columns import lengths_of
@@ -9,7 +10,7 @@ from veneer.models.device import has_memory_of_its_own, resolve_device
 from veneer.plan.plan import Plan
 from veneer.processes.world import World
 from veneer.training.events import Event, Notice, Planned
-from veneer.training.planned import available_memory, check_fits, with_rows
+from veneer.training.planned import available_memory, check_fits, check_host, with_rows
 from veneer.training.planned_processes import plan_of_each
 from veneer.training.preflight import Preflight
 from veneer.training.recipe import Recipe
@@ -44,6 +45,8 @@ def plan_before(
         available = available_memory(device)
         if not ignore_plan:
             check_fits(plan, available, recipe.model)
+    if not ignore_plan:
+        check_host(plan, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
     yield Planned(plan, available, world.size)
     if plan.notice:
         yield Notice(plan.notice)

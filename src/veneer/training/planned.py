@@ -140,6 +140,18 @@ def check_fits(plan: Plan, available: int | None, model: str) -> None:
     )
 
 
+def check_host(plan: Plan, processes: int) -> None:
+    """Raise ConfigError where this machine's memory does not hold what offloading leaves there for
+    each of its processes."""
+    free, needed = free_bytes(), processes * plan.memory.on_host.value
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"--offload cpu would keep {_gb(needed)} of the base in this machine's memory, but "
+            f"there is {_gb(free)}. Take --offload disk, or fewer --bits. To go ahead all the "
+            "same: --ignore-plan."
+        )
+
+
 def planned_and_measured(plan: Plan, device: torch.device) -> tuple[int, int] | None:
     """Return the peak that was planned, and the most memory that was taken since `begin_measuring`,
     None where it is not known. Of a card both are of tensors alone.
