@@ -1,5 +1,7 @@
 """The cross-entropy over labelled rows equals that over all, and so do its gradients."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,3 +106,23 @@ def test_no_more_logits_than_a_chunk(monkeypatch):
     labelled_cross_entropy(hidden, Labelled.of(labels), head)
     assert max(seen) <= 4 * VOCAB
     assert sum(seen) == 20 * VOCAB
+
+
+class NothingLeft(nn.Linear):
+    """A head that begins with a chunk only when the logits of the one before are gone."""
+
+    before: tuple[weakref.ref, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert all(logits() is None for logits in self.before)
+        y = super().forward(x)
+        self.before = (weakref.ref(y),)
+        return y
+
+
+def test_a_chunk_is_gone_before_the_next_one_begins(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 4 * VOCAB)
+    head, hidden = NothingLeft(DIM, VOCAB), torch.randn(10, DIM, requires_grad=True)
+    labelled_cross_entropy(hidden, Labelled.of(torch.arange(10)), head).backward()
+    assert head.before
+    assert head.weight.grad is not None

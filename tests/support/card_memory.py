@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,13 +26,14 @@ class CardMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now, self.peak = 0, 0
-        self._paused = False
         self._sizes: dict[int, int] = {}
         self._watched: dict[int, Any] = {}
 
     @contextmanager
     def counting(self) -> Iterator[CardMemory]:
-        """Count from here on, with storages that are given and taken memory."""
+        """Count from here on, with storages that are given and taken memory, and operations that
+        are one kernel on a card, as torch's list of its functions (native_functions.yaml) says, but
+        several where torch was built without CUDA."""
         resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
@@ -42,10 +43,16 @@ class CardMemory(TorchDispatchMode):
             return result
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
+        library = torch.library.Library("aten", "IMPL")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::silu_backward", "CUDA"):
+            library.impl("silu_backward", lambda dy, x: torch.empty_like(x), "CUDA")
         try:
-            with self:
+            # A thread of autograd's would need the interpreter to let go of its last fake tensors,
+            # as it does not of others, and these would be counted too long.
+            with torch.autograd.set_multithreading_enabled(False), self:
                 yield self
         finally:
+            library._destroy()
             torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
     def note(self, tensors: Any) -> None:
@@ -58,25 +65,9 @@ class CardMemory(TorchDispatchMode):
                     self._watched[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
                     self._set(key, storage.nbytes())
 
-    def as_one(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of which only the result is counted: an operation that is one kernel on
-        a card, and that a torch without CUDA makes of others."""
-
-        def counted(*args: Any, **options: Any) -> Any:
-            self._paused = True
-            try:
-                result = function(*args, **options)
-            finally:
-                self._paused = False
-            self.note(result)
-            return result
-
-        return counted
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if not self._paused:
-            self.note(result)
+        self.note(result)
         return result
 
     def _set(self, key: int, size: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,19 +125,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 if d_rows is not None:
                     d_rows[here] = _through(gradient, head.weight)  # type: ignore[arg-type]
             else:
-                chunk = rows[here].detach().requires_grad_(needs_rows)
-                inputs = [chunk, *trained] if needs_rows else list(trained)
-                with torch.set_grad_enabled(bool(inputs)):
-                    z = head(chunk)
-                values = z.detach()
-                _check(labelled.lowest, labelled.highest, z.shape[1])
-                out = torch.empty_like(values)
-                loss, gradient = cross_entropy(values, targets[here], out, logits)
-                grads = list(torch.autograd.grad(z, inputs, gradient)) if inputs else []
-                if d_rows is not None:
-                    d_rows[here] = grads.pop(0)
-                for sum_, grad in zip(d_trained, grads, strict=True):
-                    sum_ += grad
+                loss = _by_autograd(
+                    *(head, rows[here], labelled, targets[here], logits),
+                    *(trained, d_trained, None if d_rows is None else d_rows[here]),
+                )
             total += loss
         ctx.save_for_backward(d_rows, *d_trained)
         return total
@@ -148,6 +139,33 @@ class _ChunkedLoss(torch.autograd.Function):
         scale = grads[0]
         first = None if d_rows is None else d_rows * scale.to(d_rows.dtype)
         return first, None, None, None, *(grad * scale for grad in d_trained)
+
+
+def _by_autograd(
+    head: nn.Module,
+    rows: Tensor,
+    labelled: Labelled,
+    targets: Tensor,
+    logits: Logits,
+    trained: Sequence[Tensor],
+    d_trained: Sequence[Tensor],
+    d_rows: Tensor | None,
+) -> Tensor:
+    """Return the loss of one chunk, add its gradients to d_trained, and write those of its rows to
+    d_rows, if any. What the chunk took is free when this returns, before the next one begins."""
+    chunk = rows.detach().requires_grad_(d_rows is not None)
+    inputs = [*trained] if d_rows is None else [chunk, *trained]
+    with torch.set_grad_enabled(bool(inputs)):
+        z = head(chunk)
+    values = z.detach()
+    _check(labelled.lowest, labelled.highest, z.shape[1])
+    loss, gradient = cross_entropy(values, targets, torch.empty_like(values), logits)
+    grads = list(torch.autograd.grad(z, inputs, gradient)) if inputs else []
+    if d_rows is not None:
+        d_rows.copy_(grads.pop(0))
+    for sum_, grad in zip(d_trained, grads, strict=True):
+        sum_ += grad
+    return loss
 
 
 def _write_product(rows: Tensor, head: nn.Module, z: Tensor) -> None:

@@ -21,10 +21,13 @@ from veneer.plan.routed import is_one_function, workspace_of_experts
 from veneer.plan.sizes import Block, Sizes
 from veneer.plan.workspace import CHUNK_LOGITS
 
-# Tensors of the inner width, in the dtype of computing, that are there at once when the backward
-# pass goes through a gated activation: in the two functions, as counted on fake tensors, and by
-# autograd.
-OF_ACTIVATION, BY_AUTOGRAD = 6, 6
+# Tensors in the dtype of computing that the backward pass of a layer has at once beside what the
+# layers keep, as counted on fake tensors (tests/gpu/test_memory.py): of the inner width where it
+# goes through a gated activation, by autograd and in the two functions, ...
+BY_AUTOGRAD, OF_ACTIVATION = 2, 6
+# ... and where it goes through the two functions' norm, of the inner width and of the model's. Of
+# these eight are four in float32; the last norm's, which are kept, are gone by then.
+INNER_AT_NORM, DIM_AT_NORM = 4, 9
 
 
 def card_workspace(config: PlanConfig, sizes: Sizes, trained: Trained) -> Amount:
@@ -66,21 +69,28 @@ def _head(config: PlanConfig, sizes: Sizes, trained: Trained) -> Amount:
 
 
 def _block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> Amount:
-    """What a layer's backward pass has at once, most of it where it goes through the activation,
-    and what it computes again."""
+    """What a layer's backward pass has at once, most of it where it goes through the activation or
+    through a norm in Python, and what it computes again. Of a weight that is head and embedding,
+    autograd keeps the head's gradient until it has both."""
     tokens, width = tokens_of(config), config.width
     again = recompute_of(config, sizes, trained)
     routed = is_one_function(block, trained)
     inner = block.dense if routed else block.inner
-    times = OF_ACTIVATION if is_fused(block, trained) else BY_AUTOGRAD
+    fused = is_fused(block, trained)
+    times = OF_ACTIVATION if fused else BY_AUTOGRAD
+    numbers = ("numbers", width, "bytes")
     terms = [
-        Term.of(
-            *(tokens, "tokens", times, "", inner, "numbers", width, "bytes"),
-            note="activation on the way back",
-        )
+        Term.of(tokens, "tokens", times, "", inner, *numbers, note="activation on the way back")
     ]
     if routed:
         terms.append(workspace_of_experts(config, block, tokens))
+    if fused and sizes.norms_in_python:
+        of_norm = INNER_AT_NORM * inner + DIM_AT_NORM * sizes.dim
+        norm = Term.of(tokens, "tokens", of_norm, *numbers, note="norm on the way back")
+        terms = max(terms, [norm], key=lambda stage: sum(term.value for term in stage))
+    if any(layer.is_head and layer.tied_to for layer in trained.weights):
+        note = "gradient of the head, until the embedding's is there too"
+        terms.append(Term.of(sizes.vocab, "vocab", sizes.dim, *numbers, note=note))
     if again == "full":
         terms += kept_by_blocks(config, sizes, trained, [block])
     elif again == "selective":
