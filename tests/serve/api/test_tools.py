@@ -205,6 +205,26 @@ def test_openais_client_gets_calls_whole_and_streamed(served):
         assert "weather" not in served.tokenizer.decode(served.engine.requests[-1].tokens)
 
 
+@pytest.mark.parametrize("most", [1, 16])
+def test_several_calls_of_one_answer_are_numbered_and_as_many_as_may_be(most):
+    form = call_form(of_template("qwen2_5"))
+    call = FORMS["qwen2_5"] % CLOSED
+    reply = ChatReply(
+        BASE,
+        str,
+        logprobs=False,
+        readers=lambda: CallReader(form, {"weather"}),
+        most_calls=most,
+    )
+    pieces = [Answer(call), Answer(f"\n{call}\n{call}", reason="stop")]
+    (choice,) = reply.whole([Answer.joined(pieces)], {})["choices"]
+    deltas = [reply.delta(0, piece, 0) or {"delta": {}} for piece in pieces]
+    streamed = [c for choice in deltas for c in choice["delta"].get("tool_calls", [])]
+    assert [c["index"] for c in streamed] == list(range(min(most, 3)))
+    assert len({c["id"] for c in streamed}) == len(streamed)
+    assert len(choice["message"]["tool_calls"]) == len(streamed)
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_answer_that_was_cut_says_so_behind_a_whole_call(streamed):
     form = call_form(of_template("qwen2_5"))
