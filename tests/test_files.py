@@ -188,3 +188,12 @@ def test_tensors_without_values_are_refused(tmp_path):
     torch.save({"a": torch.empty(2, device="meta")}, tmp_path / "a.pt")
     with pytest.raises(veneer.AdapterError, match="tensors without values"):
         read_tensors(tmp_path / "a.pt")
+
+
+def test_the_size_of_a_directory_passes_over_what_goes_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "kept").write_bytes(b"four")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # as it was a moment ago
+    assert files.size_of(tmp_path) == 4
+    assert files.size_of(tmp_path / "in" / "kept") == 4
