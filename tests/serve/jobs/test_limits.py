@@ -141,6 +141,16 @@ def test_the_time_that_is_left_outlives_a_pause(tmp_path):
         wait.unlink()
 
 
+def test_a_checkpoint_that_goes_meanwhile_ends_no_job(tmp_path, monkeypatch):
+    with training(tmp_path / "runs") as server:
+        client, publisher = client_of(server), server.jobs.publisher
+        monkeypatch.setattr(
+            publisher, "checkpoints", lambda job: {f"{job.name}.step-1": tmp_path / "gone"}
+        )
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client).id)
+        assert until(client, job.id, "succeeded", "failed").status == "succeeded"
+
+
 def test_a_name_of_half_characters_can_be_listed(tmp_path):
     with training(tmp_path / "runs") as server:
         form = (

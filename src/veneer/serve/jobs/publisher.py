@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from veneer.errors import AdapterError
@@ -26,10 +27,12 @@ class Publisher:
         checkpoints = self.checkpoints(job)
         for name in [entry.name for entry in library.entries()]:
             if name.startswith(f"{job.name}.step-") and name not in checkpoints:
-                library.remove(name)
+                with suppress(AdapterError):  # it was unloaded meanwhile
+                    library.remove(name)
         for name, place in checkpoints.items():
             if library.find(name) is None:
-                library.add(name, place)
+                with suppress(AdapterError):  # the run has just removed it
+                    library.add(name, place)
         if not result:
             return ""
         try:
