@@ -33,26 +33,29 @@ def runner(request, monkeypatch):
 
 
 def test_one_prompt_is_computed_once_for_all_that_ask_it(runner, tmp_path):
-    library = Library({"plain": write_adapters(tmp_path)["plain"]})
+    names = ("plain", "wide")
+    directories = write_adapters(tmp_path)
+    library = Library({name: directories[name] for name in names})
     requests = [
         Request(LONG, which, Sampling(max_new_tokens=8, temperature=1.0, seed=n), logprobs=1)
-        for which in (None, "plain")
-        for n in range(4)
+        for which in (None, *names)
+        for n in range(3)
     ]
-    config = EngineConfig(slots=8, chunk=16, cache_bytes=0)
+    config = EngineConfig(slots=9, chunk=16, cache_bytes=0)
     with Engine(base_of(), library, config) as engine:
-        engine.load("plain")
+        for name in names:
+            engine.load(name)
         alone = [engine.submit(request).result().tokens for request in requests]
         before = engine.stats.prompt_tokens
         with engine._changed:  # so that the engine sees them all at once
             streams = [engine.submit(request) for request in requests]
         together = [stream.result() for stream in streams]
-        assert engine.stats.prompt_tokens - before == 2 * len(LONG)
+        assert engine.stats.prompt_tokens - before == 3 * len(LONG)
     if runner == "compiled":  # to the bit, log probabilities too
         assert [answer.tokens for answer in together] == alone
     ids = [[token.id for token in answer.tokens] for answer in together]
     assert ids == [[token.id for token in tokens] for tokens in alone]
-    assert sorted(answer.cached_tokens for answer in together) == [0, 0] + [len(LONG)] * 6
+    assert sorted(answer.cached_tokens for answer in together) == [0] * 3 + [len(LONG)] * 6
 
 
 def test_rows_whose_twin_goes_away_compute_the_prompt_themselves():
