@@ -52,7 +52,7 @@ def card() -> Iterator[Watch]:
         patch.object(import_utils, "is_fake_tensor", lambda tensor: False),
         patch.object(choice, "device_of", lambda device: HOPPER if device == CARD else HOST),
         patch.object(torch.cuda, "get_device_capability", lambda *args: HOPPER.capability),
-        patch.object(torch.accelerator, "current_stream", lambda *args: None),
+        patch.object(torch.accelerator, "current_stream", lambda *args: torch.Stream(CARD)),
         patch.object(torch.cuda, "get_rng_state", lambda *args: state),
         patch.object(torch.cuda, "set_rng_state", lambda *args: None),
         FakeTensorMode(allow_non_fake_inputs=True),
