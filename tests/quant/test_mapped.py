@@ -138,7 +138,7 @@ def test_an_older_kernel_gets_the_older_advice(monkeypatch):
     monkeypatch.setattr(
         mapped, "_advise", lambda _, what: calls.append(what) or what == mmap.MADV_WILLNEED
     )
-    mapped._populate([torch.zeros(1)])
+    mapped.populate([torch.zeros(1)])
     assert calls == [mapped.POPULATE_READ, mmap.MADV_WILLNEED]
 
 

@@ -71,7 +71,7 @@ class Labelled:
 
 def bounds(targets: NDArray[np.int64]) -> tuple[int, int]:
     """Return the lowest and the highest of some labels, 0 where there are none."""
-    return (int(targets.min()), int(targets.max())) if len(targets) else (0, 0)
+    return (int(np.min(targets)), int(np.max(targets))) if len(targets) else (0, 0)
 
 
 def labelled_cross_entropy(

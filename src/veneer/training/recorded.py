@@ -70,7 +70,7 @@ class Sizes:
             tokens,
             min(tokens, -(-labelled // step) * step),
             length_for(len(batch.lengths), tokens, least=LEAST_ROWS),
-            length_for(int(batch.lengths.max()), tokens, least=LEAST_LENGTH),
+            length_for(int(np.max(batch.lengths)), tokens, least=LEAST_LENGTH),
         )
 
 
@@ -172,7 +172,7 @@ def _inputs(
     inputs["starts"] = inputs["starts"].to(torch.int32)
     idle_rows, step_labels = inputs.pop("counts").float().unbind()
     inputs |= {"idle": idle_rows, "share": 1 / step_labels}
-    return inputs, (int(targets.min()), int(targets.max())) if len(rows) else (0, 0)
+    return inputs, (int(np.min(targets)), int(np.max(targets))) if len(rows) else (0, 0)
 
 
 def why_not_recorded(model: PreTrainedModel, forward: Forward) -> str | None:
