@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -46,16 +47,25 @@ ATTACH: dict[str, Callable[[Any], Any]] = {
 KINDS, WAYS = ("lora", "dora", "nf4", "prefix"), ("packed", "padded")
 
 
-def ready(
-    architecture: str, kind: str, way: str, *, dtype: torch.dtype = torch.bfloat16, **options: Any
-) -> tuple[Any, Forward]:
-    """Return a model with an adapter, and its way of computing, proven by numbers on the CPU."""
-    bits = 4 if kind == "nf4" else None
+def weights(model: Any) -> Counter[str]:
+    """Count a model's frozen weights by dtype and shape."""
+    return Counter(f"{w.dtype} {[*w.shape]}" for w in model.parameters() if not w.requires_grad)
+
+
+def base(architecture: str, dtype: torch.dtype, *, bits: Any = None) -> Any:
+    """Return a small model, as transformers makes it or quantized."""
     if architecture in CAUSAL:
         quantized, plain = tiny_models.quantized, tiny_models.tiny
     else:
         quantized, plain = every_architecture.small_quantized, every_architecture.small
-    model = quantized(architecture, bits, dtype=dtype) if bits else plain(architecture, dtype=dtype)
+    return quantized(architecture, bits, dtype=dtype) if bits else plain(architecture, dtype=dtype)
+
+
+def ready(
+    architecture: str, kind: str, way: str, *, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> tuple[Any, Forward]:
+    """Return a model with an adapter, and its way of computing, proven by numbers on the CPU."""
+    model = base(architecture, dtype, bits=4 if kind == "nf4" else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = ATTACH[kind](model)
@@ -66,15 +76,24 @@ def ready(
 
 
 def run(
-    architecture: str, kind: str, way: str, *, brief: bool = False, goes_on: bool = False
+    architecture: str,
+    kind: str,
+    way: str,
+    *,
+    brief: bool = False,
+    goes_on: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
     """Train on the card, measure and save, and go on from what was saved if asked for; a brief run
     is one step that is saved.
 
-    Return what would have waited in steps and in evaluations, and on which devices and in which
-    dtypes the weights are. "packed" takes the way that the model has been proven to suit.
+    Return what would have waited in steps and in evaluations, on which devices the weights are, and
+    which of the frozen ones have another dtype than transformers made them in: some models have
+    weights in float32 beside those in `dtype`. "packed" takes the way that the model has been
+    proven to suit.
     """
-    model, forward = ready(architecture, kind, way)
+    made = weights(base(architecture, dtype).requires_grad_(False))
+    model, forward = ready(architecture, kind, way, dtype=dtype)
     with card() as watch, TemporaryDirectory() as directory, ExitStack() as stack:
         model, forward = on_card((model, forward))
         stack.enter_context(patch.object(loop, "choose_forward", lambda *a, **k: (forward, [])))
@@ -88,14 +107,13 @@ def run(
             course = replace(course, steps=3)
             events += _train(model, course, directory, held_out=HELD_OUT, resume=True)
         devices = {str(weight.device) for weight in model.parameters()}
-        dtypes = {str(w.dtype) for w in model.parameters() if not w.requires_grad}
     return {
         "in_steps": sorted({*steps.seen, *ends.seen}),
         "evaluations": evaluations.calls,
         "in_evaluations": evaluations.seen,
         "events": [type(event).__name__ for event in events],
         "devices": sorted(devices),
-        "dtypes": sorted(dtypes),
+        "of_another_dtype": sorted(weights(model) - made),
     }
 
 
@@ -142,19 +160,34 @@ def reading_in_a_step() -> dict[str, Any]:
         return run("llama", "lora", "packed", brief=True)
 
 
+def widened_weights() -> dict[str, Any]:
+    """A run whose frozen weights were widened as an adapter was attached."""
+    attach = ATTACH["lora"]
+    with patch.dict(ATTACH, lora=lambda model: attach(model.float())):
+        return run("llama", "lora", "packed", brief=True)
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "llama, lora, packed": partial(run, "llama", "lora", "packed", goes_on=True),
     "llama, dora, padded": partial(run, "llama", "dora", "padded", brief=True),
     "llama, prefix, packed": partial(run, "llama", "prefix", "packed", brief=True),
     "a reading in a step": reading_in_a_step,
+    "widened weights": widened_weights,
 }
 # Each kind and way over the models of tests/support/tiny_models.py and over what people tune; one
 # over every other model that transformers knows.
 _EACH = [*CAUSAL, *(each for each in every_architecture.OFTEN if each not in CAUSAL)]
+# Tensors without numbers cannot go through these models' own code in transformers.
+NUMBERS_NEEDED = {
+    "blt": "it takes from a mask as many numbers as its rows have, and reshapes them",
+    "jetmoe": "it splits tokens by how many each expert has",
+}
+# Whose own code in transformers multiplies bf16 by float32, which raises on every device.
+_FLOAT32 = ("xlnet", "xlstm")
 _OTHERS = [
     each
     for each in every_architecture.MODEL_TYPES
-    if each not in _EACH and each not in every_architecture.NO_MODEL
+    if each not in {*_EACH, *every_architecture.NO_MODEL, *NUMBERS_NEEDED, *_FLOAT32}
 ]
 _STATES = ("mamba", "mamba2", "falcon_h1")  # in which virtual tokens have no place
 _ALL = [
@@ -167,4 +200,8 @@ _ALL = [
 _ALL += [(each, "lora", "packed") for each in _OTHERS]
 SLOW_CASES: dict[str, Callable[[], Any]] = {
     name: partial(run, *case) for case in _ALL if (name := ", ".join(case)) not in CASES
+}
+SLOW_CASES |= {
+    f"{each}, lora, packed": partial(run, each, "lora", "packed", dtype=torch.float32)
+    for each in _FLOAT32
 }
