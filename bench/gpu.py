@@ -342,8 +342,9 @@ def main() -> int:
         sys.exit("There is no accelerator here. --pretend does the same on the processor.")
     use_device(device)
     begun, parts = time.monotonic(), [part for part in SHARES if part in asked.only.split(",")]
-    name = "No card (--pretend)" if asked.pretend else device_name(device)
+    name = "No card: its times say nothing" if asked.pretend else device_name(device)
     lines = [f"## {name}", "", f"{_versions()}. Rank {engines.RANK}, all linear layers, bf16.", ""]
+    print("\n".join(lines), flush=True)
     shapes = ["small"] if asked.pretend else ["8B", "0.6B"]
     kept, bases = True, {}
     with tempfile.TemporaryDirectory() as home:
