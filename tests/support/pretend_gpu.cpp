@@ -1,5 +1,5 @@
 // A card that is none: lets a torch without cards have fake tensors on cuda:0, mps:0 or xpu:0, whichever
-// KIND is (CUDA, MPS or XPU). Streams and events do nothing. Built and loaded by pretend_gpu.py, before
+// KIND is (CUDA, MPS or XPU; FOR_CUDA too for the first). Streams and events do nothing. Built and loaded by pretend_gpu.py, before
 // torch is imported.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/detail/MPSHooksInterface.h>
@@ -14,7 +14,9 @@
 #define REGISTERER JOIN(Registerer, REGISTRY)
 // The macros of torch write down the names that they are given.
 #define REGISTER_GUARD(kind, guard) C10_REGISTER_GUARD_IMPL(kind, guard)
-#define REGISTER_HOOKS(registry, hooks) C10_REGISTER_CLASS(registry, hooks, hooks)
+// Before those of a torch that was built for CUDA, which come later and are then skipped.
+#define REGISTER_HOOKS(registry, hooks) \
+  C10_REGISTER_CLASS_WITH_PRIORITY(registry, hooks, c10::REGISTRY_PREFERRED, hooks)
 
 namespace {
 
@@ -58,8 +60,18 @@ struct HOOKS : at::JOIN(HOOKS, Interface) {
   void init() const override {}
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
+#ifdef FOR_CUDA  // a torch that was built for it asks these before it chooses an attention
+  long versionCuDNN() const override { return 0; }
+  long versionRuntimeCuDNN() const override { return 0; }
+#endif
 };
 
 REGISTER_HOOKS(REGISTRY, HOOKS)
 
 }  // namespace
+
+// A torch that was built for CUDA registers its own guard when it is imported.
+extern "C" void guard_again() {
+  static PretendGuard guard;
+  c10::impl::device_guard_impl_registry[static_cast<size_t>(kind)].store(&guard);
+}

@@ -2,9 +2,9 @@
 their own.
 
 Fake tensors have shapes, dtypes and devices and no numbers, so that a step on a GPU runs here in
-all but its arithmetic. A torch without CUDA allows them once a guard that does nothing is loaded
-(pretend_gpu.cpp). It must be there before torch is, and nothing else in a process with it would be
-as it was: so a whole table of cases runs in one process more.
+all but its arithmetic. A torch without a card allows them, whether it was built for CUDA or not,
+once a guard that does nothing is loaded (pretend_gpu.cpp). It must be there before torch is, and
+nothing else in a process with it would be as it was: so a whole table of cases runs in one more.
 
 A module of cases is tests/gpu/<name>_cases.py. Its `CASES`, and `SLOW_CASES` where it has any, are
 functions by name that return what JSON can say. In them `support.fake_card` has what they need;
@@ -52,10 +52,9 @@ def library(device: str = "cuda") -> Path | None:
     Raises NoPretendGPU with a reason to skip.
     """
     torch = _torch()
-    if (torch / "lib" / "libtorch_cuda.so").exists():
-        if device == "cuda" and Path("/dev/nvidia0").exists():
-            return None
-        raise NoPretendGPU("this torch is built for CUDA, whose own guards need a card")
+    is_for_cuda = (torch / "lib" / "libtorch_cuda.so").exists()
+    if is_for_cuda and device == "cuda" and Path("/dev/nvidia0").exists():
+        return None
     if not sys.platform.startswith("linux"):
         raise NoPretendGPU("the pretend GPU is built on Linux only")
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
@@ -75,7 +74,8 @@ def library(device: str = "cuda") -> Path | None:
         with tempfile.TemporaryDirectory(dir=place) as scratch:
             shared = Path(scratch) / "guard.so"
             command = [compiler, "-O0", "-std=c++20", "-fPIC", "-shared", str(SOURCE)]
-            command += [f"-DKIND={device.upper()}", f"-I{torch / 'include'}", "-o", str(shared)]
+            command += [f"-DKIND={device.upper()}", f"-DFOR_{device.upper()}"]
+            command += [f"-I{torch / 'include'}", "-o", str(shared)]
             command += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
             subprocess.run(command, check=True)
             shared.replace(built)
@@ -122,7 +122,9 @@ def _main(guard: str, results: str, table: str, *modules: str) -> None:
     if guard:
         for name in BELOW:
             ctypes.CDLL(str(_torch() / "lib" / name), ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(guard, ctypes.RTLD_GLOBAL)
+        loaded = ctypes.CDLL(guard, ctypes.RTLD_GLOBAL)
+        importlib.import_module("torch")
+        loaded.guard_again()
     outcomes: dict[str, dict[str, dict[str, Any]]] = {}
     for name in modules:
         outcomes[name] = {}
