@@ -55,6 +55,8 @@ def library(device: str = "cuda") -> Path | None:
     is_for_cuda = (torch / "lib" / "libtorch_cuda.so").exists()
     if is_for_cuda and device == "cuda" and Path("/dev/nvidia0").exists():
         return None
+    if is_for_cuda and device != "cuda":
+        raise NoPretendGPU(f"this torch is built for CUDA, beside which it takes no {device}")
     if not sys.platform.startswith("linux"):
         raise NoPretendGPU("the pretend GPU is built on Linux only")
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
