@@ -29,11 +29,12 @@ from veneer.serve.engine.grammar import Grammars
 from veneer.serve.engine.issued import Issued, Scores
 from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
-from veneer.serve.engine.prefix import PrefixCache, block_hashes
+from veneer.serve.engine.prefix import PrefixCache
 from veneer.serve.engine.request import EngineConfig, Reason, Request, Stats, Which
 from veneer.serve.engine.row import Row
-from veneer.serve.engine.runner import Chunk, Runner
+from veneer.serve.engine.runner import Runner
 from veneer.serve.engine.sampler import Drawn, Sampler
+from veneer.serve.engine.scheduler import Scheduler
 from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.stream import Stream
 
@@ -57,7 +58,8 @@ class Engine:
         self.adapters = AdapterCache(base.model, self.config.adapter_bytes)
         self.runner, self.notices = runner_for(base.model, self.config.slots, self.context)
         self._embedder = Embedder(base.model)
-        self._prefixes = PrefixCache(self.config.cache_bytes)
+        prefixes = PrefixCache(self.config.cache_bytes)
+        self._scheduler = Scheduler(self.runner, prefixes, self.config.chunk)
         self._ends = frozenset({*end_tokens(base.model), base.tokenizer.eos_token_id} - {None})
         self._vocab = base.model.config.get_text_config().vocab_size
         self._grammars = Grammars(base.tokenizer, self._vocab)
@@ -69,9 +71,7 @@ class Engine:
         self._active: list[Row] = []
         self._issued: Issued | None = None  # a step whose results have not been read yet
         self._free = list(range(self.config.slots))[::-1]
-        self._counts = dict.fromkeys(
-            ("requests", "prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0
-        )
+        self._counts = dict.fromkeys(("requests", "prompt_tokens", "new_tokens", "steps"), 0)
         self._loader = ThreadPoolExecutor(1, "veneer-loader")
         self._thread = Thread(target=self._work, name="veneer-engine", daemon=True)
         self._thread.start()
@@ -147,7 +147,8 @@ class Engine:
                 active=len(self._active),
                 waiting=self._waiting,
                 slots=self.config.slots,
-                cache_bytes=self._prefixes.nbytes,
+                cached_tokens=self._scheduler.cached_tokens,
+                cache_bytes=self._scheduler.prefixes.nbytes,
                 resident=self.adapters.names(),
                 resident_bytes=self.adapters.nbytes,
                 evicted=self.adapters.evicted,
@@ -245,6 +246,10 @@ class Engine:
     def _step(self, active: Sequence[Row]) -> None:
         """Compute the next token of each decoding row, and a chunk of the prompts of others. On a
         device that is not to wait, take the results of the step before, while this one runs."""
+        cancelled = [row for row in active if row.stream.cancelled]
+        for row in cancelled:
+            self._end(row, "cancelled")
+        active = [row for row in active if row not in cancelled]
         self._embed([row for row in active if row.request.embedding])
         issued = self._issue([row for row in active if not row.request.embedding])
         if isinstance(self.runner, SlotRunner):
@@ -255,15 +260,13 @@ class Engine:
     def _embed(self, rows: Sequence[Row]) -> None:
         """Compute a chunk of the first text that is to be embedded."""
         for row in rows[:1]:
-            if row.stream.cancelled:
-                self._end(row, "cancelled")
-            elif self._embedder.advance(row, self.config.chunk):
+            if self._embedder.advance(row, self.config.chunk):
                 self._counts["prompt_tokens"] += row.computed
                 self._end(row, "length")
 
     def _issue(self, active: Sequence[Row]) -> Issued | None:
         """Have a step computed."""
-        scheduled = self._schedule(active)
+        scheduled = self._scheduler.next_step(active)
         if not scheduled:
             return None
         logits = self.runner.step([chunk for _, chunk in scheduled])
@@ -276,13 +279,13 @@ class Engine:
             row.computed += len(chunk.tokens)
             if not chunk.decoding:
                 self._counts["prompt_tokens"] += len(chunk.tokens)
-                self._keep_block(row, chunk.start)
+                self._scheduler.keep_block(row, chunk.start)
             if row.request.prompt_logprobs:
                 coming = OnTheWay(row.scores(own, chunk.start))
                 scores.append(Scores(row, chunk.start, coming, is_last=not row.prefilling))
             elif chunk.logits:
                 # Rows that wait for this prompt have it now, and draw from the same logits.
-                others = () if chunk.decoding else self._give_prompt(row)
+                others = [] if chunk.decoding else self._scheduler.give_prompt(row, self._active)
                 for each in (row, *others):
                     rows.append(each)
                     to_sample.append(own)
@@ -315,62 +318,6 @@ class Engine:
                 reason, error = "error", caught
             if reason is not None:
                 self._end(row, reason, error)
-
-    def _schedule(self, active: Sequence[Row]) -> list[tuple[Row, Chunk]]:
-        """Return the rows that this step computes: all that decode, and then prompts, of which it
-        takes `chunk` tokens at most."""
-        size = left = self.config.chunk
-        decoding, prefilling = [], []
-        earlier: list[Row] = []
-        for row in active:
-            if row.stream.cancelled:
-                self._end(row, "cancelled")
-                continue
-            earlier.append(row)
-            if row.is_waiting:
-                continue
-            if not row.computed:
-                if any(row.shares_prompt(other) and other.prefilling for other in earlier):
-                    continue  # that one computes the prompt for both
-                self._use_prefix(row)
-            if not row.prefilling:
-                decoding.append((row, row.next_chunk(size)))
-            elif left:
-                chunk = row.next_chunk(size)
-                if len(chunk.tokens) <= left:
-                    prefilling.append((row, chunk))
-                    left -= len(chunk.tokens)
-                else:
-                    left = 0  # prompts behind it wait with it, or it might wait for ever
-        return decoding + prefilling
-
-    def _give_prompt(self, row: Row) -> list[Row]:
-        """Give all of a row's prompt to rows that wait for it, and return them."""
-        others = [r for r in self._active if not r.computed and row.shares_prompt(r)]
-        for other in others:
-            self.runner.copy(row.slot, other.slot, row.computed)
-            other.computed = other.cached = row.computed
-            self._counts["cached_tokens"] += other.cached
-        return others
-
-    def _use_prefix(self, row: Row) -> None:
-        """Take the first tokens of a prompt from the prefix cache, as far as it has them."""
-        if row.request.prompt_logprobs:
-            return  # all logits of the prompt are needed, so all of it is computed
-        content = "" if row.adapter is None else row.adapter.content
-        row.block_hashes = block_hashes(row.request.tokens, content, self.config.chunk)
-        if blocks := self._prefixes.find(row.block_hashes):
-            self.runner.fill(row.slot, blocks)
-            row.computed = row.cached = len(blocks) * self.config.chunk
-            self._counts["cached_tokens"] += row.cached
-
-    def _keep_block(self, row: Row, first: int) -> None:
-        """Put the block of a prompt that begins at token `first` into the prefix cache, if it is
-        a whole one and new there."""
-        number = first // self.config.chunk
-        if number < len(row.block_hashes) and self._prefixes.wants(row.block_hashes[number]):
-            block = self.runner.block(row.slot, first, first + self.config.chunk)
-            self._prefixes.add(row.block_hashes, number, block)
 
     def _end(self, row: Row, reason: Reason, error: Exception | None = None) -> None:
         """End an answer. Its slot is free before the last piece is sent, so that whoever waits for

@@ -1,0 +1,74 @@
+"""What a step computes: which rows, which chunks of their prompts, and what of a prompt need not be
+computed, because the prefix cache or another row has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from veneer.serve.engine.prefix import PrefixCache, block_hashes
+from veneer.serve.engine.row import Row
+from veneer.serve.engine.runner import Chunk, Runner
+
+
+class Scheduler:
+    """Chooses the rows and the chunks of each step; for the engine's thread alone.
+
+    chunk: tokens of prompts in a step, at most, and of a prefix block. cached_tokens: how many
+    tokens of prompts were not computed.
+    """
+
+    def __init__(self, runner: Runner, prefixes: PrefixCache, chunk: int) -> None:
+        self.runner, self.prefixes, self.chunk = runner, prefixes, chunk
+        self.cached_tokens = 0
+
+    def next_step(self, active: Sequence[Row]) -> list[tuple[Row, Chunk]]:
+        """Return the rows that a step computes: all that decode, and then prompts, of which it
+        takes `chunk` tokens at most."""
+        left = self.chunk
+        decoding, prefilling = [], []
+        for number, row in enumerate(active):
+            if row.is_waiting:
+                continue
+            if not row.computed:
+                earlier = active[:number]
+                if any(row.shares_prompt(other) and other.prefilling for other in earlier):
+                    continue  # that one computes the prompt for both
+                self._use_prefix(row)
+            if not row.prefilling:
+                decoding.append((row, row.next_chunk(self.chunk)))
+            elif left:
+                chunk = row.next_chunk(self.chunk)
+                if len(chunk.tokens) <= left:
+                    prefilling.append((row, chunk))
+                    left -= len(chunk.tokens)
+                else:
+                    left = 0  # prompts behind it wait with it, or it might wait for ever
+        return decoding + prefilling
+
+    def give_prompt(self, row: Row, active: Sequence[Row]) -> list[Row]:
+        """Give all of a row's prompt to rows that wait for it, and return them."""
+        others = [other for other in active if not other.computed and row.shares_prompt(other)]
+        for other in others:
+            self.runner.copy(row.slot, other.slot, row.computed)
+            other.computed = other.cached = row.computed
+            self.cached_tokens += other.cached
+        return others
+
+    def keep_block(self, row: Row, first: int) -> None:
+        """Add the block of a prompt that begins at token `first` to the prefix cache, if it is a
+        whole one and new there."""
+        number = first // self.chunk
+        if number < len(row.block_hashes) and self.prefixes.wants(row.block_hashes[number]):
+            block = self.runner.block(row.slot, first, first + self.chunk)
+            self.prefixes.add(row.block_hashes, number, block)
+
+    def _use_prefix(self, row: Row) -> None:
+        """Take the first tokens of a prompt from the prefix cache, as far as it has them."""
+        if row.request.prompt_logprobs:
+            return  # all logits of the prompt are needed, so all of it is computed
+        content = "" if row.adapter is None else row.adapter.content
+        row.block_hashes = block_hashes(row.request.tokens, content, self.chunk)
+        if blocks := self.prefixes.find(row.block_hashes):
+            self.runner.fill(row.slot, blocks)
+            row.computed = row.cached = len(blocks) * self.chunk
+            self.cached_tokens += row.cached
