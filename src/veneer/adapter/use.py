@@ -67,8 +67,15 @@ def use(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
 @contextmanager
 def base_alone(model: nn.Module) -> Iterator[None]:
     """Let no adapter act while the context lasts; weights that trained themselves are the base."""
+    with acting(model, dict.fromkeys(replacing(model), 1.0)):
+        yield
+
+
+@contextmanager
+def acting(model: nn.Module, which: str | Mapping[str, float] | None) -> Iterator[None]:
+    """Let these adapters act while the context lasts, as `use` takes them."""
     before = in_use(model)
-    use(model, dict.fromkeys(replacing(model), 1.0))
+    use(model, which)
     try:
         yield
     finally:
