@@ -139,7 +139,7 @@ def test_adapters(page, two):
 
 def test_a_run_is_followed_as_it_goes(page, site):
     page.get_by_role("link", name="Runs").click()
-    card = page.locator(".run")
+    card = page.locator(".run").filter(has_text="letters.jsonl")
     card.filter(has_text=f"{site.training.done} of 40").wait_for()
     shown = card.inner_text()
     assert "running" in shown
@@ -152,6 +152,38 @@ def test_a_run_is_followed_as_it_goes(page, site):
     assert label.startswith("Loss from 3.000 at step 1")
     assert "evaluation loss 0.500" in label
     assert serious(page) == []
+
+
+def test_two_runs_are_compared(page, site):
+    twin = site.training.place.parent / "numbers"
+    if not twin.exists():
+        other = Training(twin)
+        recipe = {"model": "smollm2-135m", "data": "numbers.jsonl", "rank": 16, "seed": 0}
+        (twin / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        other.go(4)
+    page.get_by_role("link", name="Runs").click()
+    compared = page.get_by_role("region", name="Two runs side by side")
+    page.get_by_label("Compare letters").check()
+    assert not compared.is_visible()
+    page.get_by_label("Compare numbers").check()
+    table = compared.get_by_role("table", name="Settings in which they differ")
+    table.wait_for()
+    rows = [row.inner_text().split() for row in table.locator("tbody tr").all()]
+    assert rows == [
+        ["data", "letters.jsonl", "numbers.jsonl"],
+        ["rank", "8", "16"],
+        ["seed", "–", "0"],
+    ]
+    picture = compared.get_by_role("img").get_attribute("aria-label")
+    assert "letters from 3.000 to" in picture
+    assert "numbers from 3.000 to 0.750 at step 4" in picture
+    results = compared.get_by_role("table", name="What became of them")
+    assert "0.750" in results.inner_text()
+    page.set_viewport_size({"width": 360, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert serious(page) == []
+    page.get_by_label("Compare letters").uncheck()
+    compared.wait_for(state="hidden")
 
 
 def test_it_works_without_a_mouse_and_on_a_small_screen(page):

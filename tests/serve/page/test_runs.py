@@ -146,6 +146,30 @@ def test_what_is_no_run_of_ours_hides_no_other(directory, tmp_path):
         assert call(server.url, "/api/runs")[2]["runs"][0]["curve"] == [[1, 1.0]]
 
 
+def test_what_two_runs_differ_in(directory, tmp_path):
+    root = tmp_path / "runs"
+    other = root / "two"
+    other.mkdir()
+    for place, recipe in (
+        (directory, "rank: 4\ntargets: all\nout: here\nlr: 0.1\n"),
+        (other, "rank: 8\ntargets: [q_proj, v_proj]\nout: there\nlr: 0.1\ndora: true\n"),
+    ):
+        write(place, 1)
+        RunDirectory(place).recipe.write_text(recipe)
+    names = ["deep/one", "two"]
+    assert Runs(root).differences(names) == [
+        {"setting": "rank", "values": ["4", "8"]},
+        {"setting": "targets", "values": ["all", '["q_proj", "v_proj"]']},
+        {"setting": "dora", "values": [None, "true"]},
+    ]
+    with running(scripted(), runs=root) as server:
+        ask = "/api/runs/differences?run=two&run="
+        assert len(call(server.url, f"{ask}deep%2Fone")[2]["differences"]) == 3
+        for name in ("no", "..", "..%2F..%2Foutside", ""):
+            assert call(server.url, f"{ask}{name}")[0] == 404
+        assert call(server.url, "/api/runs/differences?run=two")[0] == 400
+
+
 def test_a_real_run_shows_its_steps_and_its_end(tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{i} is", "completion": f" {i}."}) + "\n" for i in range(9))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Query
 from fastapi.responses import FileResponse
 from starlette.background import BackgroundTask
 from starlette.staticfiles import StaticFiles
 
-from veneer.errors import RequestError
+from veneer.errors import Missing, RequestError
 from veneer.serve.api.errors import ERROR_RESPONSES
 from veneer.serve.api.files import enabled
 from veneer.serve.api.job_protocol import PlanRequest, RowsRequest
@@ -68,6 +68,15 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
         """Return the runs below --runs; `enabled` is false where none are shown."""
         shown = await asyncio.to_thread(runs.shown) if runs is not None else []
         return {"enabled": runs is not None, "runs": shown}
+
+    @router.get("/runs/differences")
+    async def differences(
+        run: Annotated[list[str], Query(min_length=2, max_length=2)],
+    ) -> dict[str, Any]:
+        """Return the settings in which two runs differ."""
+        if runs is None:
+            raise Missing("No runs are shown: start with --runs DIRECTORY.", param="run")
+        return {"runs": run, "differences": await asyncio.to_thread(runs.differences, run)}
 
     @router.post("/rows")
     async def show_rows(asked: RowsRequest) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import json
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from veneer.errors import shortened
+from veneer.errors import Missing, shortened
 from veneer.run_directory import METRICS, RunDirectory
 from veneer.serve.page.curve import Curve
 
@@ -29,6 +30,8 @@ STATES = {
 }
 # Settings of a recipe by which a person tells runs apart.
 SETTINGS = ("model", "data", "method", "rank", "alpha", "targets", "lr", "epochs", "bits", "dora")
+
+NOT_COMPARED = ("out",)  # of a recipe: it says nothing of the training
 
 
 @dataclass
@@ -112,6 +115,23 @@ class Runs:
                 )
         return shown
 
+    def differences(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return each setting in which some runs differ, with its value in each of them, None where
+        the recipe has none. Raises Missing."""
+        places = {str(file.parent.relative_to(self.root)): file.parent for _, file in self._newest()}
+        recipes = []
+        for name in names:
+            if name not in places:
+                raise Missing(f"There is no run {name[:200]!r}.", param="run")
+            recipes.append(RunDirectory(places[name]).read_recipe())
+        settings = dict.fromkeys(name for recipe in recipes for name in recipe)
+        rows = {name: [_in_words(recipe.get(name)) for recipe in recipes] for name in settings}
+        return [
+            {"setting": name, "values": values}
+            for name, values in rows.items()
+            if name not in NOT_COMPARED and len({*values}) > 1
+        ]
+
     def _newest(self) -> list[tuple[float, Path]]:
         """Return the metrics files, each behind the time of its last change."""
         newest = []
@@ -152,3 +172,11 @@ def settings_of(directory: Path) -> dict[str, Any]:
     """Return the settings that identify a run for a person; none where it has no recipe."""
     recipe = RunDirectory(directory).read_recipe()
     return {name: recipe[name] for name in SETTINGS if recipe.get(name) is not None}
+
+
+def _in_words(value: Any) -> str | None:
+    """Return a setting's value as short text, None for none."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return shortened(text.strip('"'), 200)

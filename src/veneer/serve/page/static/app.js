@@ -1,10 +1,11 @@
 // The page: five views of one server.
 
+import { method, showAdapters } from "./adapters.js";
 import { get } from "./api.js";
-import { followRuns, method, showAdapters, showRuns } from "./cards.js";
 import { startChat } from "./chat.js";
 import { startCompare } from "./compare.js";
 import { byId, bytes, make, showError } from "./dom.js";
+import { followRuns, showRuns } from "./runs.js";
 import { fitSettings, addSettings, propose } from "./settings.js";
 import { offerBases, openTraining, startTraining } from "./train.js";
 

@@ -30,3 +30,28 @@ export function curve(points, evaluations = [], last = null) {
   for (const [a, b] of evaluations) picture.append(svg("circle", { cx: x(a), cy: y(b), r: 2.6, class: "dot" }));
   return picture;
 }
+
+// The curves of two runs over the same axes, which carry their ends in numbers.
+export function curves(runs) {
+  const picture = svg("svg", { viewBox: "0 0 640 200", role: "img", class: "curve both" });
+  const all = runs.flatMap((run) => [...run.curve, ...run.evaluations]);
+  if (!all.length) return picture;
+  const right = Math.max(...runs.map((run) => run.steps ?? 0), ...all.map(([x]) => x)), left = Math.min(...all.map(([x]) => x));
+  const low = Math.min(...all.map(([, y]) => y)), high = Math.max(...all.map(([, y]) => y));
+  const x = (v) => 44 + (588 * (v - left)) / (right - left || 1);
+  const y = (v) => 176 - (164 * (v - low)) / (high - low || 1);
+  const label = (text, at) => picture.append(Object.assign(svg("text", at), { textContent: text }));
+  picture.append(svg("line", { x1: 44, x2: 632, y1: 180, y2: 180, class: "ground" }));
+  label(high.toFixed(2), { x: 38, y: 16, "text-anchor": "end" });
+  label(low.toFixed(2), { x: 38, y: 179, "text-anchor": "end" });
+  label(`step ${left}`, { x: 44, y: 196 });
+  label(`step ${right}`, { x: 632, y: 196, "text-anchor": "end" });
+  runs.forEach((run, i) => {
+    const points = run.curve.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ");
+    picture.append(svg("polyline", { points, class: `line of${i}` }));
+    for (const [a, b] of run.evaluations) picture.append(svg("circle", { cx: x(a), cy: y(b), r: 3, class: `dot of${i}` }));
+  });
+  const words = runs.map((run) => (run.curve.length ? `${run.name} from ${run.curve[0][1].toFixed(3)} to ${run.curve.at(-1)[1].toFixed(3)} at step ${run.curve.at(-1)[0]}` : `${run.name} without a step`));
+  picture.setAttribute("aria-label", `Losses: ${words.join("; ")}`);
+  return picture;
+}

@@ -1,0 +1,44 @@
+// Adapters, as cards.
+
+import { curve } from "./curve.js";
+import { byId, bytes, facts, make } from "./dom.js";
+
+const number = (value, digits = 3) => (value == null ? null : value.toFixed(digits));
+
+export function method(adapter) {
+  if (adapter.method) return adapter.method;
+  return adapter.dora ? "DoRA" : "LoRA";
+}
+
+const list = (value) => (Array.isArray(value) ? value.join(", ") : value);
+
+export function showAdapters({ base, adapters }) {
+  const container = byId("adapters");
+  container.replaceChildren();
+  if (!adapters.length) container.append(make("p", { class: "quiet" }, `None yet: ${base.name} is served as it is. Start with --adapter name=directory, or --adapters-dir.`));
+  for (const adapter of adapters) {
+    const trained = adapter.trained ?? {};
+    const card = make("article", { class: adapter.error ? "card refused" : "card" }, make("h3", {}, adapter.name));
+    if (adapter.resident) card.append(make("p", { class: "state" }, "in memory"));
+    if (adapter.note) card.append(make("p", { class: "quiet" }, adapter.note));
+    if (adapter.error) card.append(make("p", { class: "fault" }, adapter.error));
+    card.append(facts([
+      ["Method", adapter.error ? null : method(adapter)],
+      ["Rank", adapter.rank],
+      ["Alpha", adapter.alpha],
+      ["Targets", list(adapter.targets)],
+      ["Layers", adapter.layers],
+      ["Virtual tokens", adapter.virtual_tokens],
+      ["Size", bytes(adapter.bytes)],
+      ["Made for", adapter.base],
+      ["Trained over", adapter.over],
+      ["System prompt", adapter.system],
+      ["Trained on", trained.data],
+      ["Steps", trained.steps],
+      ["Last loss", number(adapter.loss)],
+      ["Evaluation loss", number(adapter.eval_loss)],
+    ]));
+    if (adapter.curve) card.append(curve(adapter.curve, adapter.evaluations));
+    container.append(card);
+  }
+}
