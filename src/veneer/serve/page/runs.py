@@ -118,7 +118,9 @@ class Runs:
     def differences(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return each setting in which some runs differ, with its value in each of them, None where
         the recipe has none. Raises Missing."""
-        places = {str(file.parent.relative_to(self.root)): file.parent for _, file in self._newest()}
+        places = {
+            str(file.parent.relative_to(self.root)): file.parent for _, file in self._newest()
+        }
         recipes = []
         for name in names:
             if name not in places:
