@@ -4,7 +4,8 @@ from io import StringIO
 
 from rich.console import Console
 
-from veneer.cli.grid import OUTSIDE, grid_of, grid_table
+from veneer.algebra.grid import OUTSIDE, grid_of
+from veneer.cli.grid import grid_table
 
 
 def test_blocks_are_rows_and_kinds_columns_by_their_last_names():

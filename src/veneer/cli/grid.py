@@ -1,8 +1,7 @@
-"""Numbers of layers in a grid: a row for each block, a column for each kind of layer."""
+"""Numbers of layers as a table, and as a picture."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
+from veneer.algebra.grid import Grid, grid_of
 from veneer.cli.console import new_table
 from veneer.errors import VeneerError
 
-IN_BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<block>\d+)\.(?P<kind>.+)")
-OUTSIDE = "–"  # the row for layers that are in no block
 # Dark to light, evenly to the eye and in grey alike (Nuñez et al. 2018).
 COLOURS = "cividis"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The cell of each layer, {path: (row, column)}, and the rows and columns in their order."""
-
-    cells: Mapping[str, tuple[str, str]]
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -36,23 +25,6 @@ class Panel:
     values: Mapping[str, float]
     text: str = "{:.3g}"
     span: tuple[float | None, float | None] = (0.0, None)
-
-
-def grid_of(paths: Sequence[str]) -> Grid:
-    """Return the grid of layers, its rows and columns named as briefly as stays unambiguous."""
-    matches = {path: IN_BLOCK.fullmatch(path) for path in paths}
-    stacks = {match["stack"] for match in matches.values() if match}
-    kinds = list(dict.fromkeys(m["kind"] if m else p for p, m in matches.items()))
-    last = [kind.rpartition(".")[2] for kind in kinds]
-    short = dict(zip(kinds, last if len(set(last)) == len(last) else kinds, strict=True))
-    cells = {}
-    for path, match in matches.items():
-        block = OUTSIDE
-        if match:
-            block = match["block"] if len(stacks) == 1 else f"{match['stack']}.{match['block']}"
-        cells[path] = block, short[match["kind"] if match else path]
-    rows = dict.fromkeys(row for row, _ in cells.values())
-    return Grid(cells, tuple(rows), tuple(short.values()))
 
 
 def grid_table(title: str, cells: Mapping[str, str]) -> Table:

@@ -26,6 +26,7 @@ from veneer.serve.api.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientSe
 from veneer.serve.app import create_app
 from veneer.serve.config import ADAPTER_NAME, Keys, Limits, ServeConfig
 from veneer.serve.engine.adapter_cache import opening
+from veneer.serve.engine.base_weights import BaseWeights
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import EngineConfig
@@ -194,6 +195,7 @@ def prepare(
         context=engine.context,
         vocabulary=base.model.config.get_text_config().vocab_size,
         computed_in=here,
+        weights=BaseWeights(base.model),
     )
     return served, tuple(notices)
 

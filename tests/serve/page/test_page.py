@@ -9,7 +9,9 @@ import yaml
 
 from support.browser import needs_chromium, opened, serious
 from support.server import API, running, scripted
+from support.tiny_models import tiny
 from veneer.serve.config import Keys
+from veneer.serve.engine.base_weights import BaseWeights
 
 pytestmark = needs_chromium
 
@@ -42,6 +44,7 @@ def site(two, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     with running(served := scripted(two, pace=0.005), runs=runs) as server:
         served.library.add("words", two["law"], refusal="It adds 3 new tokens; merge it.")
+        served.weights = BaseWeights(tiny("llama"))
         server.served, server.training = served, Training(runs / "letters")
         server.training.go(3)
         yield server
@@ -130,6 +133,22 @@ def test_adapters(page, two):
     assert re.search(r"Trained over\s+32 bits \(float32\)", shown)
     law = page.locator("#adapters .card").filter(has_text="law").inner_text()
     assert re.search(r"System prompt\s+Be just\.", law)
+    # What each layer's change is beside its weight.
+    card.get_by_role("button", name="What cooking changes").click()
+    picture = card.get_by_role("region", name="What cooking changes, layer by layer")
+    heads = picture.locator("thead th").all_inner_texts()
+    assert heads == ["Block", "q", "k", "v", "o"]
+    numbers = [float(cell) for cell in picture.locator("td").all_inner_texts()]
+    assert len(numbers) == 4 * picture.locator("tbody tr").count()
+    assert picture.locator(".heat6").count() >= 1
+    sentence = card.locator(".layers p").inner_text()
+    assert sentence.startswith("All changes together are")
+    assert f"the largest is {max(numbers):g} %" in sentence
+    page.set_viewport_size({"width": 360, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert serious(page) == []
+    page.keyboard.press("Enter")  # on the button again
+    picture.wait_for(state="hidden")
     # What cannot be served is shown with the reason, and offered nowhere.
     assert "It adds 3 new tokens; merge it." in page.locator("#adapters .refused").inner_text()
     options = page.get_by_label("Answered by").first.locator("option")

@@ -14,6 +14,7 @@ from veneer.data.chat import Chat
 from veneer.data.rows import Message
 from veneer.errors import ContextExceeded, DataError, RequestError, UnknownModel, nearest
 from veneer.formats.training import ComputedIn
+from veneer.serve.engine.base_weights import BaseWeights
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Request, Stats, Which
 from veneer.serve.engine.stream import Stream, cancel
@@ -43,6 +44,7 @@ class Served:
     name, root: what requests call the base, and where it came from.
     context: the most tokens that a prompt and its answer may have together, None without an end.
     computed_in: what the base is computed in.
+    weights: the base's own, None where there are none to measure.
     """
 
     engine: EngineLike
@@ -53,6 +55,7 @@ class Served:
     context: int | None
     vocabulary: int
     computed_in: ComputedIn
+    weights: BaseWeights | None = None
     started: float = field(default_factory=time.time)
 
     def adapter(self, model: str, *, param: str = "model") -> str | None:

@@ -19,6 +19,7 @@ from veneer.serve.api.protocol import TokensRequest
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.page.about import about
+from veneer.serve.page.changed import changed
 from veneer.serve.page.download import Format, zipped
 from veneer.serve.page.planned import planned
 from veneer.serve.page.rows import first_rows
@@ -62,6 +63,15 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
             "adapters": [{**each, "resident": each["name"] in in_memory} for each in described],
             "training": jobs is not None,
         }
+
+    @router.get("/adapters/{name}/layers")
+    async def layers(name: str) -> dict[str, Any]:
+        """Return how much an adapter changes each layer."""
+        adapter = served.adapter(name)
+        if adapter is None:
+            raise RequestError(f"{name} is the base, which changes nothing.", param="name")
+        entry = served.library.info(adapter)
+        return await asyncio.to_thread(changed, entry.directory, entry.version, served.weights)
 
     @router.get("/runs")
     async def show_runs() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import { curve } from "./curve.js";
 import { byId, bytes, facts, make } from "./dom.js";
+import { layersButton } from "./layers.js";
 
 const number = (value, digits = 3) => (value == null ? null : value.toFixed(digits));
 
@@ -39,6 +40,7 @@ export function showAdapters({ base, adapters }) {
       ["Evaluation loss", number(adapter.eval_loss)],
     ]));
     if (adapter.curve) card.append(curve(adapter.curve, adapter.evaluations));
+    if (!adapter.error && adapter.rank) card.append(make("p", { class: "acts" }, layersButton(card, adapter.name)));
     container.append(card);
   }
 }
