@@ -36,9 +36,7 @@ def test_each_change_is_that_of_the_merged_weight(architecture, tmp_path, monkey
     ("architecture", "path"),
     [
         ("llama", "model.layers.0.mlp.up_proj"),
-        pytest.param(
-            "qwen3_moe", "model.layers.0.mlp.experts.down_proj", marks=pytest.mark.slow
-        ),
+        pytest.param("qwen3_moe", "model.layers.0.mlp.experts.down_proj", marks=pytest.mark.slow),
     ],
 )
 def test_a_quantized_weight_is_measured_as_it_computes(architecture, path):
