@@ -1,0 +1,122 @@
+"""The server of a soak: a small random base that takes tools, adapters over it, and what the
+process holds of the machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import veneer
+from bench.island import rows as island_rows
+from veneer.models import minigpt
+
+KEY = "the-admin-key-of-a-measurement"
+SEPARATORS = ["<|im_start|>", "<|im_end|>"]
+# Hermes' form: tools in the system's turn, calls as JSON between tags.
+CHAT_TEMPLATE = """{% if tools %}<|im_start|>system
+Tools:{% for tool in tools %} {{ tool | tojson }}{% endfor %}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.tool_calls is defined and m.tool_calls %}{% for call in m.tool_calls %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+# Adapters by name; the two that are called changing-... take turns under one name.
+ADAPTERS = {
+    "plain": veneer.LoRA(rank=4, targets="all"),
+    "dora": veneer.LoRA(rank=2, targets="attention", dora=True),
+    "changing-1": veneer.LoRA(rank=2, targets="all"),
+    "changing-2": veneer.LoRA(rank=6, targets="mlp"),
+}
+
+
+def write_base(place: Path) -> None:
+    """Write a random Llama of two layers, whose tokenizer knows the island's texts."""
+    texts = [str(row) for row in island_rows("qa", 200, seed=0)]
+    tokenizer = minigpt.wrap_tokenizer(minigpt.train_tokenizer(texts, 700))
+    tokenizer.add_special_tokens({"additional_special_tokens": SEPARATORS})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.eos_token = SEPARATORS[1]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    veneer.write_model(LlamaForCausalLM(config).eval(), tokenizer, place)
+
+
+def write_adapters(base: str, place: Path) -> None:
+    """Write ADAPTERS with random values below `place`."""
+    for seed, (name, settings) in enumerate(ADAPTERS.items()):
+        loaded = veneer.load_base(base)
+        model = veneer.attach(loaded.model, settings)
+        noise = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
+        veneer.save(model, place / name, tokenizer=loaded.tokenizer)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds: bytes of memory, descriptors, threads."""
+
+    memory: int
+    descriptors: int
+    threads: int
+
+
+class ServerProcess:
+    """`veneer serve` over a base, with adapters that can be loaded and jobs that can be trained."""
+
+    def __init__(self, base: str, place: Path, *flags: str) -> None:
+        self.log = place / "server.log"
+        (place / "runs").mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "veneer", "serve", base, "--port", "0"]
+        command += ["--adapters-dir", str(place / "adapters"), "--enable-lora-loading"]
+        command += ["--runs", str(place / "runs"), "--enable-training", *flags]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"VENEER_ADMIN_KEY": KEY, "COLUMNS": "200"},
+            )
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if match := re.search(r"http://[\d.]+:\d+", line):
+                self.url = match.group()
+                return
+        raise RuntimeError(self.log.read_text())
+
+    def held(self) -> Held:
+        """Return what the server's own process holds now, without its workers."""
+        home = Path("/proc") / str(self.process.pid)
+        resident = int((home / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        descriptors, threads = (len(list((home / name).iterdir())) for name in ("fd", "task"))
+        return Held(resident, descriptors, threads)
+
+    def failures(self) -> int:
+        """Return how often the log has a traceback."""
+        return self.log.read_text(errors="replace").count("Traceback (most recent call last)")
+
+    def stop(self) -> int:
+        """End the server as SIGTERM does, and return how it exited."""
+        self.process.terminate()
+        return self.process.wait(120)
