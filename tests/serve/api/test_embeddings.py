@@ -33,6 +33,26 @@ def test_texts_and_tokens_by_the_base_and_an_adapter(client, server):
     assert dict(engine.requests[-1].adapter) == {"law": 0.5}
 
 
+def test_all_texts_and_choices_are_of_one_version(server, two):
+    served, seen = server.served, []
+    submit = served.engine.submit
+
+    def submit_and_replace(request):
+        seen.append(request.versions)
+        served.library.add("law", two["law"])
+        return submit(request)
+
+    served.engine.submit = submit_and_replace
+    first = served.library.info("law")
+    body = {"model": "law", "input": ["Once", "more"]}
+    assert call(server.url, "/v1/embeddings", body)[0] == 200
+    assert seen == [((first, 1.0),)] * 2
+    second = served.library.info("law")
+    body = {"model": "law", "prompt": ["Once", "more"], "n": 2, "max_tokens": 2}
+    assert call(server.url, "/v1/completions", body)[0] == 200
+    assert seen[2:] == [((second, 1.0),)] * 4
+
+
 def test_base64_is_little_endian_float32(server):
     body = {"model": BASE, "input": "a", "encoding_format": "base64"}
     status, _, reply = call(server.url, "/v1/embeddings", body)

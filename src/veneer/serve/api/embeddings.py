@@ -67,9 +67,12 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
             tokens = served.prompt_tokens(text, param="input")
             return Request(tuple(tokens), adapter, embedding=pooling)
 
+        def all_requests() -> list[Request]:
+            return served.pinned([request_of(each) for each in asked.texts])
+
         async def all_of() -> list[Answer]:
             # All are looked at first. Each is computed alone, so one after another waits no longer.
-            requests = await asyncio.to_thread(lambda: [request_of(each) for each in asked.texts])
+            requests = await asyncio.to_thread(all_requests)
             answers: list[Answer] = []
             for request in requests:
                 streams = await asyncio.to_thread(served.submit, [request])

@@ -30,12 +30,11 @@ from veneer.formats.state import AdapterState
 from veneer.formats.validate import validate
 from veneer.lowrank.update import LowRankUpdate, RowUpdates, mixed
 from veneer.models.device import use_device
-from veneer.serve.engine.library import Entry
+from veneer.serve.engine.library import Entry, Mix
 
 log = logging.getLogger("veneer.serve")
 
 ALIGNED = 64  # bytes, a line of the processor's cache
-Mix = tuple[tuple[Entry, float], ...]  # adapters with their weights; none for the base alone
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from veneer.errors import AdapterError, ContextExceeded, RequestError
-from veneer.serve.engine.adapter_cache import Mix
-from veneer.serve.engine.library import Library
-from veneer.serve.engine.request import Request, Which
+from veneer.serve.engine.library import Library, Mix
+from veneer.serve.engine.request import Request
 
 
 def check(request: Request, *, context: int, vocab: int) -> None:
@@ -27,9 +26,12 @@ def check(request: Request, *, context: int, vocab: int) -> None:
             raise RequestError(why, param=param)
 
 
-def mix_of(library: Library, which: Which) -> Mix:
-    """Return the versions that names mean now, with their weights. Raises RequestError for one that
-    is not in the library, AdapterError for one that it refuses."""
+def mix_of(library: Library, request: Request) -> Mix:
+    """Return the versions that a request's adapters mean, with their weights. Raises RequestError
+    for one that is not in the library, AdapterError for one that it refuses."""
+    which = request.adapter
+    if request.versions is not None:
+        return request.versions
     if which is None:
         return ()
     weights: Mapping[str, float] = {which: 1.0} if isinstance(which, str) else which

@@ -91,7 +91,7 @@ class Engine:
         stream = Stream(request)
         row = Row(
             stream,
-            mix_of(self.library, request.adapter),
+            mix_of(self.library, request),
             self._sampler(request),
             Detokenizer(self.tokenizer, request.stop, special=request.special),
             most=min(request.sampling.max_new_tokens, self.context - len(request.tokens)),

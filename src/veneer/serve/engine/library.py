@@ -26,6 +26,9 @@ class Entry:
     refusal: str = ""
 
 
+Mix = tuple[tuple[Entry, float], ...]  # versions with their weights; none for the base alone
+
+
 class Library:
     """Adapters by name, for any thread.
 

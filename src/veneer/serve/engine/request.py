@@ -10,6 +10,7 @@ from typing import Literal
 from veneer.checks import Rule, at_least, check_config
 from veneer.errors import ConfigError, RequestError
 from veneer.generate.sampling import Sampling
+from veneer.serve.engine.library import Mix
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 Which = str | Mapping[str, float] | None  # an adapter's name, a weighted mix, or the base alone
@@ -83,6 +84,8 @@ class Request:
     """Let special tokens show in the text."""
     embedding: Literal["mean", "last"] | None = None
     """Give the prompt's embedding instead of an answer: over all of its tokens, or of its last."""
+    versions: Mix | None = None
+    """What the adapter's names mean, where that was looked up already."""
 
     @property
     def answers(self) -> bool:

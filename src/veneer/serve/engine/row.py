@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from veneer.kernels.transfer import sent
-from veneer.serve.engine.adapter_cache import LoadedAdapter, Mix
+from veneer.serve.engine.adapter_cache import LoadedAdapter
 from veneer.serve.engine.detokenizer import Detokenizer
+from veneer.serve.engine.library import Mix
 from veneer.serve.engine.request import Answer, Reason, Request, Token
 from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.sampler import Sampler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from veneer.data.chat import Chat
 from veneer.data.rows import Message
 from veneer.errors import ContextExceeded, DataError, RequestError, UnknownModel, nearest
 from veneer.formats.training import ComputedIn
+from veneer.serve.engine.admission import mix_of
 from veneer.serve.engine.base_weights import BaseWeights
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Request, Stats, Which
@@ -166,11 +167,17 @@ class Served:
             )
         return most or min(left, default or left)
 
+    def pinned(self, requests: Sequence[Request]) -> list[Request]:
+        """Return requests, all of one adapter or mix, that mean the versions of this moment, also
+        where an adapter is replaced before the last of them is computed."""
+        mix = mix_of(self.library, requests[0])
+        return [replace(request, versions=mix) for request in requests]
+
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
-        """Give requests to the engine, all of them or none."""
+        """Give requests of one adapter or mix to the engine, all of them or none."""
         streams: list[Stream] = []
         try:
-            for request in requests:
+            for request in self.pinned(requests):
                 streams.append(self.engine.submit(request))
         except BaseException:
             cancel(streams)
