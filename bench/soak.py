@@ -212,9 +212,7 @@ def watch(server: ServerProcess, load: Load, minutes: float, out: TextIO) -> lis
     return samples
 
 
-def verdict(
-    samples: list[Sample], findings: Findings, failures: int, out: TextIO
-) -> bool:
+def verdict(samples: list[Sample], findings: Findings, failures: int, out: TextIO) -> bool:
     """Write what was done and what was wrong, and return whether nothing was.
 
     failures: tracebacks in the server's log.

@@ -92,13 +92,19 @@ QUESTIONS = (
         {"temperature": 0.9, "top_p": 0.95, "seed": 7, "n": 3, "max_tokens": 20},
         text=_long(2, 6),
     ),
-    Question("tool", {**GREEDY, "max_tokens": 80, "tools": [TOOL], "tool_choice": "required"}, text="Tide?"),
+    Question(
+        "tool",
+        {**GREEDY, "max_tokens": 80, "tools": [TOOL], "tool_choice": "required"},
+        text="Tide?",
+    ),
     Question(
         "behind a tool",
         {**GREEDY, "max_tokens": 12, "tools": [TOOL]},
         messages=(ASK, CALLED, RESULT),
     ),
-    Question("schema", {**GREEDY, "max_tokens": 90, "response_format": FORMAT}, text="An islander."),
+    Question(
+        "schema", {**GREEDY, "max_tokens": 90, "response_format": FORMAT}, text="An islander."
+    ),
     Question(
         "several prompts",
         {**GREEDY, "max_tokens": 10, "prompt": ["The tide", "Blue cloth", _long(3, 8)]},

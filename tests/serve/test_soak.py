@@ -3,7 +3,6 @@
 import io
 
 import pytest
-
 from bench import soak
 from bench.soak_server import Held
 
