@@ -69,10 +69,26 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         assert "running" in card.inner_text()
         card.get_by_role("img").wait_for()
         assert serious(page) == []
+        # Whoever looks sees what it answers by then, beside what it answered before.
+        card.get_by_text("Answers as it learns").click()
+        samples = card.get_by_role("log")
+        samples.locator("article").nth(2).wait_for()
+        assert card.get_by_label("Question to").input_value() == "a b "
+        assert "Its first row answers: hijklm" in card.inner_text()
+        named = [each.get_attribute("aria-label") for each in samples.locator("article").all()]
+        assert named == ["before: tiny", "step 1", "step 2"]
+        name = card.get_attribute("aria-label")
+        assert samples.locator("mark").all_inner_texts() == [f"{name}.step-{i:06d}" for i in (1, 2)]
+        assert serious(page) == []
         card.get_by_role("button", name="Pause").click()
         card.get_by_role("button", name="Go on").wait_for()
         site.wait.unlink()
         card.get_by_role("button", name="Go on").click()
+        samples.get_by_label("the result").filter(has_text="says").wait_for()
+        card.get_by_label("Question to").fill("Why?")
+        card.get_by_label("Question to").press("Tab")
+        samples.get_by_label("the result").filter(has_text="says").wait_for()
+        assert site.jobs.served.engine.requests[-1].sampling.temperature == 0
         with page.expect_download() as saved:
             card.get_by_label("Download").select_option("peft")
         with zipfile.ZipFile(saved.value.path()) as archive:

@@ -6,6 +6,7 @@ from typing import Any
 
 from veneer.data.encode import UNLABELLED, Encoder, encode_rows
 from veneer.data.preview import preview
+from veneer.data.rows import Conversation, Row
 from veneer.data.sources import read_rows
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs.service import Jobs
@@ -17,7 +18,8 @@ MAX_LENGTH = 1024  # tokens of a row, as `tune` has it unless it is told otherwi
 
 def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
     """Return the first rows of a file in pieces, each with whether it is learnt, and the faults of
-    those near the beginning: what the model's template does not take, or what is too long.
+    those near the beginning: what the model's template does not take, or what is too long; and
+    what they ask and answer.
 
     Raises Missing.
     """
@@ -34,5 +36,18 @@ def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
             }
             for example in examples[:SHOWN]
         ],
+        "asks": [ask for row in rows[:SHOWN] if (ask := _ask(row.value)) is not None],
         "faults": [without_directory(str(problem), path) for problem in [*problems, *more][:SHOWN]],
     }
+
+
+def _ask(row: Row) -> dict[str, Any] | None:
+    """Return the turns before a row's first answer, and that answer; None for a text."""
+    if not isinstance(row, Conversation):
+        return None
+    at = next(i for i, turn in enumerate(row.messages) if turn.role == "assistant" and turn.learn)
+    turns = row.messages[:at]
+    if not turns or turns[-1].role != "user":
+        return None
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    return {"messages": messages, "answer": row.messages[at].content}

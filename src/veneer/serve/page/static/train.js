@@ -4,6 +4,7 @@ import { get, post, save, upload } from "./api.js";
 import { curve } from "./curve.js";
 import { announce, byId, bytes, duration, facts, make, showError } from "./dom.js";
 import { layersButton } from "./layers.js";
+import { samplesOf } from "./samples.js";
 
 const JOBS = "/v1/fine_tuning/jobs";
 const number = (value) => (value == null ? null : value.toFixed(3));
@@ -15,6 +16,7 @@ const OFFERS = {
 };
 const FORMATS = [["native", "as Veneer's own"], ["peft", "for PEFT and vLLM"], ["gguf", "for llama.cpp (GGUF)"], ["mlx", "for MLX"]];
 const ROUTES = { Pause: "pause", Stop: "cancel", "Go on": "resume" };
+const STEPS_APART = 16; // between checkpoints, which can be asked; a few rows have their epochs' ends
 let file = null; // the rows that are to be learnt
 let shownRows = 0; // so that an answer that comes late shows nothing
 
@@ -85,6 +87,7 @@ async function start(event) {
   const body = { training_file: file.id, model: model.value };
   if (suffix.value.trim()) body.suffix = suffix.value.trim();
   if (isBase()) Object.assign(body, { rank: Number(rank.value), targets: targets.value });
+  if (file.rows >= STEPS_APART) body.save_every = STEPS_APART;
   if (epochs.value) body.epochs = Number(epochs.value);
   try {
     const job = await post(JOBS, body);
@@ -102,6 +105,8 @@ function jobCard(job, chat) {
   const title = make("h4", { tabindex: "-1" }, job.run);
   const card = make("article", { class: "card run", "aria-label": job.run }, title, make("p", { class: "state" }), make("p", { class: "fault" }), make("p", { class: "quiet now-text" }),
     make("progress", { "aria-label": `Steps of ${job.run}` }), make("div", { class: "now" }), make("div", { class: "picture" }), make("p", { class: "acts" }));
+  card.samples = samplesOf(JOBS, job);
+  card.append(card.samples.details);
   card.chat = chat;
   return card;
 }
@@ -194,6 +199,7 @@ async function showJobs() {
       container.prepend(cards.get(job.id));
     }
     const card = cards.get(job.id);
+    card.samples.follow(job);
     if (!isNew && card.dataset.state === job.status && !["running", "queued"].includes(job.status)) continue;
     const events = await get(`${JOBS}/${job.id}/events?limit=1`);
     fill(card, job, runs.find((run) => run.name === job.run), events.data[0]?.message);
