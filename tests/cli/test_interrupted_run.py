@@ -75,28 +75,28 @@ def test_a_killed_run_resumes_to_the_bit(tune, minigpt_home, data, undisturbed, 
 
 
 def test_the_second_ctrl_c_ends_at_once(tune, tmp_path, monkeypatch, capsys):
-    from veneer.training import loop
+    from veneer.training.run import Run
 
-    def interrupted_twice(self, forward):
+    def interrupted_twice(self):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop._Run, "_step", interrupted_twice)
+    monkeypatch.setattr(Run, "_step", interrupted_twice)
     before = signal.getsignal(signal.SIGINT)
     assert tune("--out", tmp_path / "out", "--steps", 5) == 130
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_sigterm_saves_too_and_has_its_own_code(tune, tmp_path, monkeypatch, capsys):
-    from veneer.training import loop
+    from veneer.training.run import Run
 
-    step = loop._Run._step
+    step = Run._step
 
-    def terminated(self, forward):
+    def terminated(self):
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, forward)
+        return step(self)
 
-    monkeypatch.setattr(loop._Run, "_step", terminated)
+    monkeypatch.setattr(Run, "_step", terminated)
     before = signal.getsignal(signal.SIGTERM)
     assert tune("--out", tmp_path / "out", "--steps", 5) == 128 + signal.SIGTERM
     assert names(tmp_path / "out" / "checkpoints") == {"step-000001"}

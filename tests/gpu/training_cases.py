@@ -25,6 +25,7 @@ from veneer.files import write_tensors
 from veneer.fused.forward import Forward, choose_forward
 from veneer.kernels.arena import Arena
 from veneer.training import checkpoint, loop, step
+from veneer.training import run as running
 from veneer.training.events import Event
 
 ROWS = examples([7, 19, 12, 5, 9, 14])
@@ -100,7 +101,7 @@ def run(
         stack.enter_context(patch.object(checkpoint, "write_tensors", _write))
         steps = Counted(watch, stack, loop, "learn")
         ends = Counted(watch, stack, step.Learning, "wait")
-        evaluations = Counted(watch, stack, loop, "evaluate")
+        evaluations = Counted(watch, stack, running, "evaluate")
         course = replace(COURSE, steps=1, tokens_per_batch=40) if brief else COURSE
         events = _train(model, course, directory, held_out=() if brief else HELD_OUT)
         if goes_on:

@@ -13,7 +13,7 @@ from measured_run import LENGTH, measured_run
 
 from veneer.data.packing import StepOrder
 from veneer.processes.world import ALONE, World
-from veneer.training.step import learn
+from veneer.training.step import StepToLearn, learn
 
 ROWS, STEPS = 4, 3  # rows of each process
 
@@ -25,7 +25,9 @@ def main(home: str, shard: str, rank: int, size: int, file: str) -> None:
     order = StepOrder([LENGTH] * rows, LENGTH * rows, ROWS * LENGTH, seed=0)
 
     def step(*run: Any) -> None:
-        learn(*run, order.epoch(0)[0], order=order, lr=1e-3, clip=1.0, world=world)
+        model, forward, optimizer, examples = run
+        asked = StepToLearn(examples, order.epoch(0)[0], optimizer, order, lr=1e-3, clip=1.0)
+        learn(model, forward, asked, world=world)
 
     measured = measured_run(
         home,

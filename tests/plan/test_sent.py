@@ -1,7 +1,5 @@
 """Bytes that a plan says a process sends in a step, against those that World counts."""
 
-from functools import partial
-
 import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -19,7 +17,7 @@ from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import make_plan
 from veneer.processes.world import World
 from veneer.training.optimizer import FlatAdamW
-from veneer.training.step import learn
+from veneer.training.step import StepToLearn, learn
 
 LENGTHS = [30, 20, 25, 15]
 
@@ -66,11 +64,15 @@ def test_what_is_planned_to_be_sent_is_what_is_sent(
     model.train()
     order = StepOrder(LENGTHS, 90, 20, seed=0)
     step = order.epoch(0)[0]
-    train = partial(learn, model, forward, optimizer, rows, step, order=order, lr=0.1, clip=1.0)
+
+    def train() -> None:
+        asked = StepToLearn(rows, step, optimizer, order, lr=0.1, clip=1.0)
+        learn(model, forward, asked, world=world)
+
     with forward.installed(model):
-        train(world=world)
+        train()
         before = dict(world.sent.bytes_of)
-        train(world=world)
+        train()
         world.any(False)  # whether to stop, as in each step of the loop
     counted = {
         kind: number - before.get(kind, 0)

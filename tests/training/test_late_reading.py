@@ -11,7 +11,7 @@ import veneer
 from support.random_adapters import examples, same, trained_weights
 from support.runs import COURSE, ROWS, new_model, of
 from training.test_skips import spoil
-from veneer.training import loop
+from veneer.training import run as running
 from veneer.training.events import Event, Skipped, Step, Stopped
 
 HELD_OUT = examples([12, 5], seed=8)
@@ -21,7 +21,7 @@ MEASURED = ("seconds", "rss_bytes")  # other ones in each run
 
 def events_of(late: bool, monkeypatch: Any, directory: Path, **options: Any) -> Any:
     """Run, and return the events without what is measured, the model's weights, and the files."""
-    monkeypatch.setattr(loop, "reads_late", lambda device: late)
+    monkeypatch.setattr(running, "reads_late", lambda device: late)
     model = new_model(dropout=0.1)
     course = options.pop("course", LONG)
     directory.mkdir(exist_ok=True)

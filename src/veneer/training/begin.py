@@ -26,6 +26,8 @@ from veneer.processes.world import World
 from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
 from veneer.training.config import TrainConfig
 
+DEFAULT = "default"  # the name of an adapter to which nobody gives another
+
 
 def choose_course(
     model: PreTrainedModel, examples: Sequence[Example], given: TrainConfig
@@ -41,27 +43,33 @@ def choose_course(
 
 
 def what_trains(
-    model: PreTrainedModel,
+    model: PreTrainedModel, adapter: str = DEFAULT
 ) -> tuple[dict[str, nn.Parameter], dict[str, Adapter]]:
-    """Return the weights that train, by name, and the active adapters, by path.
+    """Return the weights that train, by name, and the active adapters, by path; those of `adapter`
+    as if it were called "default".
 
     Raises TrainingError where there are no such weights.
     """
     idle_modules = chain(idle_adapters(model), idle_virtual_tokens(model))
     idle = {id(weight) for module in idle_modules for weight in module.parameters()}
     weights = {
-        name: weight
+        as_default(name, adapter): weight
         for name, weight in model.named_parameters()
         if weight.requires_grad and id(weight) not in idle
     }
     if not weights:
         raise TrainingError("Nothing in this model trains; attach an adapter first.")
     active = {
-        path: module
+        as_default(path, adapter): module
         for path, module in model.named_modules()
         if isinstance(module, Adapter) and id(module.lora_B) not in idle
     }
     return weights, active
+
+
+def as_default(path: str, adapter: str) -> str:
+    """Return what a weight or module of an adapter is called where the adapter is "default"."""
+    return f"{path}.".replace(f".adapters.{adapter}.", f".adapters.{DEFAULT}.", 1)[:-1]
 
 
 def check_types(model: object, examples: Sequence[object]) -> None:

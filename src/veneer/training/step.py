@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, idle_rows, pack
 from veneer.fused.forward import Forward
 from veneer.kernels.transfer import OnTheWay, has_queue
-from veneer.processes.world import World
+from veneer.processes.world import ALONE, World
+from veneer.training.events import Event
 from veneer.training.optimizer import FlatAdamW
 from veneer.training.recorded import RecordedPasses
 
@@ -42,19 +43,82 @@ class Learning:
         return Learnt(loss, self.label_tokens, bool(finite))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepToLearn(Event):
+    """What a run asks of whoever computes for it, which then has `learning`: a step of its rows.
+
+    step: batches of indices of `examples`; `order` has made them. clip: the gradient's largest norm
+    """
+
+    examples: Sequence[Example]
+    step: Sequence[Sequence[int]]
+    optimizer: FlatAdamW
+    order: StepOrder
+    lr: float
+    clip: float
+    _answer: list[Learning] = field(default_factory=list)
+
+    @property
+    def learning(self) -> Learning:
+        """What was learnt."""
+        (learning,) = self._answer
+        return learning
+
+    def learnt(self, learning: Learning) -> None:
+        """Let the run go on with what was learnt."""
+        self._answer.append(learning)
+
+
+@dataclass(frozen=True, eq=False)
+class StepUnderWay:
+    """A step whose passes are being made.
+
+    batches: those of this process, with whether each counts; an idle one does not. labels: label
+    tokens of the step, in all processes. total: the sum of this process's losses so far.
+    """
+
+    asked: StepToLearn
+    batches: Sequence[tuple[Batch, bool]]
+    labels: int
+    total: Tensor
+
+    @classmethod
+    def of(
+        cls, asked: StepToLearn, model: PreTrainedModel, *, world: World = ALONE, share: int = 1
+    ) -> StepUnderWay:
+        """Begin a step: its gradients add up from here on. share: processes with the same rows."""
+        step, examples = asked.step, asked.examples
+        dealt = asked.order.deal(step, world.size // share)[world.rank // share]
+        batches: list[tuple[Batch, bool]] = []
+
+        def read() -> int:
+            batches.extend(
+                (pack(examples, indices or idle_rows(step)), bool(indices)) for indices in dealt
+            )
+            return sum(int((batch.labels >= 0).sum()) for batch, counts in batches if counts)
+
+        labels = int(world.total(read)) // share
+        asked.optimizer.begin()
+        return cls(asked, batches, labels, no_loss(model))
+
+    def end(self, total: Tensor, world: World = ALONE) -> None:
+        """Let the weights change, unless a loss or the gradient is not finite. total: the sum of
+        the losses in all processes."""
+        asked = self.asked
+        finite = asked.optimizer.step(
+            lr=asked.lr, clip=asked.clip, world=world, only_if=total.isfinite()
+        )
+        asked.learnt(Learning(self.labels, OnTheWay(total, finite)))
+
+
 def learn(
     model: PreTrainedModel,
     forward: Forward,
-    optimizer: FlatAdamW,
-    examples: Sequence[Example],
-    step: Sequence[Sequence[int]],
+    asked: StepToLearn,
     *,
-    order: StepOrder,
-    lr: float,
-    clip: float,
     world: World,
     passes: RecordedPasses | None = None,
-) -> Learning:
+) -> None:
     """Learn from the rows of a step, which the processes share, unless the loss or its gradient is
     not finite.
 
@@ -62,33 +126,22 @@ def learn(
     once the gradient of what trains. passes: what makes them instead of `forward`, in one process
     alone. Nothing here waits for a device with a queue of its own.
     """
-    share = 1 if forward.context is None else forward.context.size  # processes with the same rows
-    dealt = order.deal(step, world.size // share)[world.rank // share]
-    batches: list[Batch] = []
-
-    def read() -> int:
-        batches.extend(pack(examples, indices or idle_rows(step)) for indices in dealt)
-        counted = zip(batches, dealt, strict=True)
-        return sum(int((batch.labels >= 0).sum()) for batch, indices in counted if indices)
-
-    labels = int(world.total(read)) // share
+    share = 1 if forward.context is None else forward.context.size
+    step = StepUnderWay.of(asked, model, world=world, share=share)
 
     def own_loss() -> Tensor:
-        total = no_loss(model)
-        for batch, indices in zip(batches, dealt, strict=True):
+        total = step.total
+        for batch, counts in step.batches:
             if passes is not None:
-                total += passes(batch, labels)
+                total += passes(batch, step.labels)
                 continue
             loss = forward(model, batch)
-            loss = loss if indices else 0 * loss
+            loss = loss if counts else 0 * loss
             total += loss.detach()
-            (loss / labels).backward()
+            (loss / step.labels).backward()
         return total
 
-    optimizer.begin()
-    total = total_over(world, own_loss, exchanges=forward.exchanges(model))
-    finite = optimizer.step(lr=lr, clip=clip, world=world, only_if=total.isfinite())
-    return Learning(labels, OnTheWay(total, finite))
+    step.end(total_over(world, own_loss, exchanges=forward.exchanges(model)), world)
 
 
 def no_loss(model: PreTrainedModel) -> Tensor:

@@ -1,0 +1,343 @@
+"""A run: its rows in their order, its state, and what is done after each of its steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from veneer.adapter.start import start_from_gradients
+from veneer.adapter.use import in_use
+from veneer.adapter.virtual_forward import virtual_input_count
+from veneer.data.columns import lengths_of
+from veneer.data.encode import Example
+from veneer.data.packing import StepOrder, pack
+from veneer.errors import DivergedError, TrainingError, joined, listed
+from veneer.formats.capture import capture
+from veneer.fused.forward import Forward
+from veneer.fused.recompute import Recompute
+from veneer.kernels.transfer import has_queue
+from veneer.processes.world import World
+from veneer.training import checkpoint as checkpoints
+from veneer.training.begin import (
+    DEFAULT,
+    as_default,
+    check_rows,
+    check_same_run,
+    check_types,
+    choose_course,
+    what_trains,
+)
+from veneer.training.checkpoint import Checkpoint
+from veneer.training.config import CHANGEABLE, SCHEDULE, TrainConfig
+from veneer.training.evaluate import evaluate
+from veneer.training.events import (
+    Checkpointed,
+    Evaluated,
+    Event,
+    Notice,
+    Skipped,
+    Started,
+    Step,
+    Stopped,
+    Trained,
+)
+from veneer.training.lora_plus import lr_ratios
+from veneer.training.memory import process_memory
+from veneer.training.optimizer import FlatAdamW
+from veneer.training.state import Progress, RunState
+from veneer.training.step import StepToLearn, seed_of
+from veneer.training.threads import worthwhile_threads
+from veneer.training.verdict import rate_advice
+
+MOST_SKIPS = 3  # steps in a row without a finite loss; going on after them makes no sense
+
+
+def reads_late(device: torch.device) -> bool:
+    """Return whether a step is read while the next one is computed."""
+    return has_queue(device)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step that was begun at `start`: its number and rows, and what is learnt in it."""
+
+    number: int
+    rows: list[int]
+    start: float
+    asked: StepToLearn
+
+
+class Run:
+    """A run's settings, its rows in their order, and its state.
+
+    Its steps are computed by others, which are asked for them: by `train`, for a run alone, or
+    together with the steps of other runs over the same model. Whatever a run does, the adapter that
+    it trains acts, and torch's random numbers are its own.
+
+    adapter: the name under which that is attached, where the run's checkpoints are to be those of a
+    run alone, in which it is called "default".
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Example],
+        config: TrainConfig,
+        held_out: Sequence[Example],
+        directory: Path | None,
+        identity: Mapping[str, Any],
+        world: World,
+        *,
+        adapter: str = DEFAULT,
+    ) -> None:
+        for rows in (examples, held_out):
+            check_types(model, rows)
+        weights, active = what_trains(model, adapter)
+        check_rows(examples, held_out)
+        config, self.choices, self.usual_lr = choose_course(model, examples, config)
+        assert config.lr is not None
+        assert config.tokens_per_step is not None
+        self.model, self.examples, self.config = model, examples, config
+        self.held_out, self.directory, self.world = held_out, directory, world
+        self.identity = config.course | dict(identity)
+        self.last_end = 0.0  # when the last step's event was made
+        self.going_on = ""  # what changes where a run goes on otherwise than it began
+        lengths = lengths_of(examples)
+        self.order = StepOrder(
+            lengths,
+            config.tokens_per_step,
+            config.batch_tokens,
+            config.seed,
+            virtual_input_count(model),
+        )
+        self.steps_of_epoch = self.order.epoch(0)
+        self.steps = config.steps or self.order.steps(config.epochs or 0)
+        torch.manual_seed(config.seed)
+        ratio = config.lora_plus_ratio
+        ratios = {}
+        if ratio is not None:
+            for name, times in lr_ratios(model, ratio=ratio, lr=config.lr).items():
+                ratios[as_default(name, adapter)] = times
+        # Last, for until it is released the weights are views of its buffers.
+        optimizer = FlatAdamW(
+            weights,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            ratios=ratios,
+            optimizer=config.optimizer,
+        )
+        self.state = RunState(weights, active, optimizer)
+        check_same_run(world, self.identity, lengths)
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        return self.state.progress
+
+    def begin(self, forward: Forward, *, resume: bool) -> Iterator[Event]:
+        """Go back to the newest checkpoint, if that is asked for and there is one, or start."""
+        restored = resume and self.restore()
+        if resume and not restored:
+            yield Notice(f"There is no checkpoint in {self.directory} to go on from; a new start.")
+        if not restored:
+            self._start_from_gradients(forward)
+        self.state.replicate(self.world)
+        if self.going_on:
+            yield Notice(self.going_on)
+
+    def _start_from_gradients(self, forward: Forward) -> None:
+        """Give the adapters their start that take it from the gradient of the first batch."""
+        # By the layers' own forward, which knows whole layers to compute again, or nothing.
+        recompute: Recompute = "none" if forward.recompute == "none" else "full"
+        plain = replace(forward, layers=(), recompute=recompute)
+        first = pack(self.examples, self.steps_of_epoch[self.progress.step_in_epoch][0])
+        add_up = None if forward.context is None else forward.context.add_up
+        start_from_gradients(self.model, lambda: plain(self.model, first), add_up=add_up)
+
+    def go(self, forward: Forward, should_stop: Callable[[], bool]) -> Iterator[Event]:
+        """Yield the events of all steps that are left, and ask for each of these steps."""
+        config, progress, state = self.config, self.progress, self.state
+        yield Started(self.steps, progress.step)
+        if self.held_out and progress.step == 0:
+            yield self._evaluate(forward)
+        under_way: deque[_Begun] = deque()
+        # A device with a queue computes a step while the host makes the next one ready.
+        most = 1 if reads_late(self.model.device) else 0
+        while progress.step < self.steps:
+            if self._out_of_patience():
+                yield Stopped(progress.step, "patience")
+                break
+            step = self._step()
+            yield step.asked
+            under_way.append(step)
+            at_end = progress.step == self.steps or progress.step_in_epoch == 0
+            evaluates = self.held_out and (at_end or _is_due(progress.step, config.eval_every))
+            is_due = at_end or _is_due(progress.step, config.save_every)
+            pauses = evaluates or (is_due if self.directory else progress.step == self.steps)
+            while len(under_way) > (0 if pauses else most):
+                yield self._end(under_way.popleft())
+            if evaluates:
+                yield self._evaluate(forward)
+            stopping = self.world.any(should_stop())
+            while stopping and under_way:
+                yield self._end(under_way.popleft())
+            must = stopping or self._out_of_patience() or progress.step == self.steps
+            # Between skipped steps the checkpoint before them is the better one to go back to.
+            due = not progress.skips and is_due
+            if self.directory and (must or due or self._is_kept(progress.step)):
+                yield self._save(self.directory)
+            if stopping and progress.step < self.steps:
+                yield Stopped(progress.step, "interrupted")
+                return
+        if state.best_weights is not None and progress.best_step != progress.step:
+            state.take_weights(state.best_weights)
+            yield Trained(progress.step, progress.best_step)
+        else:
+            yield Trained(progress.step, progress.step)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.progress.evaluations_since_best >= patience
+
+    def _is_kept(self, step: int) -> bool:
+        """Return whether a step's checkpoint is to stay as one of the best."""
+        return any(step == best for _, best in self.progress.best)
+
+    def _step(self) -> _Begun:
+        """Go to the next step, and return what it is to learn."""
+        start = time.perf_counter()
+        progress, config = self.progress, self.config
+        batches = self.steps_of_epoch[progress.step_in_epoch]
+        self._advance()
+        lr = config.lr_at(progress.step, self.steps)
+        if self.world.size > 1:
+            torch.manual_seed(seed_of(config.seed, progress.step, self.world.rank))
+        asked = StepToLearn(
+            self.examples, batches, self.state.optimizer, self.order, lr, config.clip
+        )
+        return _Begun(progress.step, list(chain.from_iterable(batches)), start, asked)
+
+    def _end(self, step: _Begun) -> Step | Skipped:
+        """Return what became of a step."""
+        learnt = step.asked.learning.wait()
+        now = time.perf_counter()
+        # While the step before it was computed, this one waited.
+        seconds, self.last_end = now - max(step.start, self.last_end), now
+        if not learnt.finite:
+            return self._skip(step)
+        self.progress.skips = 0
+        tokens = sum(int(self.order.lengths[row]) for row in step.rows)
+        loss, labels = learnt.loss / learnt.label_tokens, learnt.label_tokens
+        memory = process_memory("VmRSS")
+        return Step(step.number, loss, step.asked.lr, tokens, labels, seconds, memory)
+
+    def _advance(self) -> None:
+        """Go to the next step, and at the end of an epoch to the next epoch."""
+        progress = self.progress
+        progress.step += 1
+        progress.step_in_epoch += 1
+        if not self.steps_of_epoch.has(progress.step_in_epoch):
+            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+            self.steps_of_epoch = self.order.epoch(progress.epoch)
+
+    def _skip(self, step: _Begun) -> Skipped:
+        """Count a step that changed nothing. Raises TrainingError for the third in a row."""
+        progress = self.progress
+        progress.skips += 1
+        rows = tuple(self.examples[i].where for i in step.rows)
+        if progress.skips == MOST_SKIPS:
+            last = checkpoints.last_good(self.directory) if self.directory else None
+            assert self.config.lr is not None
+            suspects = f"the rows of that step ({listed(rows)})"
+            raise DivergedError(
+                f"Loss or gradient was not finite in {MOST_SKIPS} steps in a row, up to step "
+                f"{step.number}. {rate_advice(self.config.lr, self.usual_lr, rows=suspects)}"
+                + (f" The last good checkpoint is {last}." if last else "")
+            )
+        return Skipped(step.number, rows)
+
+    def _evaluate(self, forward: Forward) -> Evaluated:
+        """Measure the held-out rows, and keep the weights if none were better so far."""
+        progress, tokens = self.progress, self.config.batch_tokens
+        with worthwhile_threads(self.model):
+            loss = evaluate(
+                self.model, self.held_out, forward, tokens_per_batch=tokens, world=self.world
+            )
+        is_best = loss < progress.best_loss
+        if is_best:
+            progress.best_loss, progress.best_step = loss, progress.step
+            self.state.best_weights = self.state.copy_of_weights()
+        if self.config.keep_best and progress.step and math.isfinite(loss):
+            best = sorted([*progress.best, [loss, progress.step]])
+            progress.best = best[: self.config.keep_best]
+        progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
+        return Evaluated(progress.step, loss, math.exp(min(loss, 700.0)), is_best)
+
+    def _save(self, directory: Path) -> Checkpointed:
+        """Write a checkpoint in one process; only it and those of the best weights stay."""
+        place = self.world.first(lambda: self._write_checkpoint(directory))
+        return Checkpointed(self.progress.step, place)
+
+    def _write_checkpoint(self, directory: Path) -> Path:
+        state, progress = self.state, self.progress
+        keep = {progress.best_step, *(int(step) for _, step in progress.best)}
+        one = len(in_use(self.model)) == 1
+        adapter = capture(self.model, copy=False) if one else None
+        checkpoint = state.to_checkpoint(self.identity, self.steps, adapter)
+        return checkpoints.write(checkpoint, directory, keep=keep)
+
+    def restore(self) -> bool:
+        """Go back to where the newest checkpoint was, and return whether there is one. One process
+        reads it: the others may be on machines that do not have it."""
+        directory = self.directory
+        if directory is None:
+            return False
+        checkpoint = self.world.first(lambda: checkpoints.newest(directory))
+        if checkpoint is None:
+            return False
+        if differing := self.state.differences_from(checkpoint, self.identity):
+            raise TrainingError(
+                f"The checkpoint in {self.directory} belongs to another run: {joined(differing)}. "
+                f"Only {', '.join(CHANGEABLE)} may be others. Resume with that run's settings, or "
+                "start anew: elsewhere by another --out (and --from its adapter), or by --force."
+            )
+        self.going_on = self._other_schedule(checkpoint)
+        self.state.restore(checkpoint)
+        self.steps_of_epoch = self.order.epoch(self.progress.epoch)
+        return True
+
+    def _other_schedule(self, checkpoint: Checkpoint) -> str:
+        """Return what is other than when the run began, for a person; nothing where it is the same.
+
+        Raises TrainingError where no step would be left.
+        """
+        before, now = checkpoint.identity, self.identity
+        changed = [key for key in CHANGEABLE if before.get(key) != now.get(key)]
+        changes = ", ".join(
+            f"{key} {_shown(now.get(key))} ({_shown(before.get(key))} before)" for key in changed
+        )
+        if changed and checkpoint.step >= self.steps:
+            raise TrainingError(
+                f"With {changes} the run in {self.directory} ends at step {self.steps}, and it has "
+                f"made {checkpoint.step}. Ask for more epochs or steps, or replace it by --force."
+            )
+        follows = "; the learning rate follows the new schedule" if {*changed} & SCHEDULE else ""
+        step = f"step {checkpoint.step + 1} of {self.steps}"
+        return changes and f"Going on from {step} with {changes}{follows}."
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else value
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
