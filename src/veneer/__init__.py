@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from veneer.models.load import Base, load_base
     from veneer.training.config import TrainConfig
     from veneer.training.loop import train
+    from veneer.training.many.running import Job
+    from veneer.training.many.train import train_many
     from veneer.training.pretrain import pretrain
     from veneer.training.recipe import DataConfig, Recipe
     from veneer.training.tune import tune
@@ -47,6 +49,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DataConfig": "training.recipe",
     "DataError": "errors",
+    "Job": "training.many.running",
     "LoRA": "adapter.config",
     "MergeError": "errors",
     "MergeReport": "adapter.certify",
@@ -79,6 +82,7 @@ _HOMES = {
     "save": "formats.adapters",
     "stream": "generate.decode",
     "train": "training.loop",
+    "train_many": "training.many.train",
     "tune": "training.tune",
     "use": "adapter.use",
     "write_model": "formats.merged",
@@ -90,6 +94,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DataError",
+    "Job",
     "LoRA",
     "MergeError",
     "MergeReport",
@@ -122,6 +127,7 @@ __all__ = [
     "save",
     "stream",
     "train",
+    "train_many",
     "tune",
     "use",
     "write_model",

@@ -15,13 +15,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.adapter.adapter import Adapter
-from veneer.adapter.layers import idle_adapters
+from veneer.adapter.config import LoRA
+from veneer.adapter.embedding import LoRAEmbedding
+from veneer.adapter.layers import idle_adapters, lora_layers
 from veneer.adapter.method import Method
 from veneer.adapter.use import adapters, in_use
-from veneer.adapter.virtual_forward import idle_virtual_tokens
+from veneer.adapter.virtual_forward import idle_virtual_tokens, virtual_tokens_of
 from veneer.data.columns import Columnar, column_of, lengths_of
 from veneer.data.encode import Example
 from veneer.errors import DataError, TrainingError, listed, wrong_argument
+from veneer.formats.capture import modules_to_save_of
 from veneer.processes.world import World
 from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
 from veneer.training.config import TrainConfig
@@ -65,6 +68,24 @@ def what_trains(
         if isinstance(module, Adapter) and id(module.lora_B) not in idle
     }
     return weights, active
+
+
+def let_train(model: PreTrainedModel, name: str) -> None:
+    """Let an attached adapter train again, which loading, or attaching another, has frozen."""
+    config = adapters(model)[name]
+    for _, layer in lora_layers(model):
+        for modules in (layer.adapters, layer.tokens):
+            if name in modules:
+                modules[name].requires_grad_(True)
+        if isinstance(config, LoRA) and config.lora_fa and name in layer.adapters:
+            adapter: Any = layer.adapters[name]
+            fixed = adapter.lora_B if isinstance(layer, LoRAEmbedding) else adapter.lora_A
+            fixed.requires_grad_(False)
+    for weight in modules_to_save_of(model, name).values():
+        weight.requires_grad_(True)
+    virtual = virtual_tokens_of(model)
+    if virtual is not None and name in virtual.adapters:
+        virtual.adapters[name].requires_grad_(True)
 
 
 def as_default(path: str, adapter: str) -> str:

@@ -138,6 +138,13 @@ class Stopped(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Failed(Event):
+    """An error ended a run that shares its passes with others, which go on."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict(Event):
     """What became of the training, as its losses have it; `text` says what to do next."""
 

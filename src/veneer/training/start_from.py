@@ -8,19 +8,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from veneer.adapter.config import LoRA
-from veneer.adapter.embedding import LoRAEmbedding
-from veneer.adapter.layers import lora_layers
 from veneer.adapter.method import Method, description
 from veneer.adapter.targets import resolve
-from veneer.adapter.virtual_forward import virtual_tokens_of
 from veneer.errors import ConfigError, differences, joined
-from veneer.formats.capture import modules_to_save_of
 from veneer.formats.install import install
 from veneer.formats.state import AdapterState
 from veneer.models.load import Base
+from veneer.training.begin import DEFAULT, let_train
 from veneer.training.recipe import Recipe
 
-NAME = "default"
 OWN = ("dropout", "lora_fa")  # settings of training, which a run from an adapter may choose
 
 
@@ -57,24 +53,21 @@ def settled(recipe: Recipe, state: AdapterState, skeleton: PreTrainedModel) -> R
     return replace(recipe, lora=replace(config, **own))
 
 
-def begin(base: Base, state: AdapterState, what_trains: LoRA | Method, *, force: bool) -> None:
+def begin(
+    base: Base,
+    state: AdapterState,
+    what_trains: LoRA | Method,
+    *,
+    force: bool,
+    name: str = DEFAULT,
+) -> None:
     """Attach a stored adapter, all of which trains. Raises AdapterError where it does not fit."""
     model = base.model
     # In the base's dtype already, or its modules would get copies.
     modules = {path: weight.to(model.dtype) for path, weight in state.modules_to_save.items()}
     state = replace(state, config=what_trains, modules_to_save=modules)
-    install(model, state, name=NAME, tokenizer=base.tokenizer, force=force)
-    for _, layer in lora_layers(model):
-        for module in (layer.adapters, layer.tokens):
-            module.requires_grad_(True)
-        if isinstance(what_trains, LoRA) and what_trains.lora_fa and NAME in layer.adapters:
-            adapter: Any = layer.adapters[NAME]
-            fixed = adapter.lora_B if isinstance(layer, LoRAEmbedding) else adapter.lora_A
-            fixed.requires_grad_(False)
-    for weight in modules_to_save_of(model, NAME).values():
-        weight.requires_grad_(True)
-    if (virtual := virtual_tokens_of(model)) is not None:
-        virtual.requires_grad_(True)
+    install(model, state, name=name, tokenizer=base.tokenizer, force=force)
+    let_train(model, name)
 
 
 def in_words(config: LoRA | Method) -> str:

@@ -1,0 +1,1 @@
+"""Several runs over one base at a time, whose steps share its passes."""

@@ -1,0 +1,155 @@
+"""A run among others over the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.adapter.use import acting
+from veneer.data.encode import Example
+from veneer.fused.forward import Forward
+from veneer.fused.together import AdapterBatch
+from veneer.processes.world import ALONE
+from veneer.training.begin import let_train
+from veneer.training.config import TrainConfig
+from veneer.training.events import Event, Notice
+from veneer.training.many.schedule import Waiting
+from veneer.training.run import Run
+from veneer.training.step import StepToLearn, StepUnderWay
+
+Events = Iterator[Event]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What one run of several learns, and how: as the arguments of `train`.
+
+    through: what is done with the run's events as they come, while its adapter acts; it passes all
+    of them on.
+    """
+
+    examples: Sequence[Example]
+    config: TrainConfig = field(default_factory=TrainConfig)
+    held_out: Sequence[Example] = ()
+    directory: Path | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    resume: bool = False
+    through: Callable[[Events], Events] | None = None
+
+
+class RunningJob:
+    """A job whose run has begun, and the step that is being made of it.
+
+    name: of the job and of the adapter that it trains. What the run does by itself it does in a
+    turn of its own, in which that adapter alone acts and torch's random numbers are the run's.
+    """
+
+    def __init__(self, name: str, job: Job, model: PreTrainedModel) -> None:
+        self.name, self.job, self.model = name, job, model
+        self.generator = torch.Generator()
+        self.ended = False
+        self.step: StepUnderWay | None = None
+        self.next_batch = 0  # of that step
+        self._events: Events = iter(())
+        let_train(model, name)
+        with self.turn():
+            self.run = Run(
+                model,
+                job.examples,
+                job.config,
+                job.held_out,
+                job.directory,
+                job.identity,
+                ALONE,
+                adapter=name,
+            )
+
+    def begin(
+        self, forward: Forward, notices: Iterable[Event], should_stop: Callable[[], bool]
+    ) -> None:
+        """Make the run's events ready, of which the first are these notices."""
+        events = self._course(forward, notices, should_stop)
+        self._events = events if self.job.through is None else self.job.through(events)
+
+    def _course(
+        self, forward: Forward, notices: Iterable[Event], should_stop: Callable[[], bool]
+    ) -> Events:
+        try:
+            if self.run.choices:
+                yield Notice(self.run.choices)
+            yield from notices
+            yield from self.run.begin(forward, resume=self.job.resume)
+            yield from self.run.go(forward, should_stop)
+        finally:  # before the results are written
+            self.run.state.optimizer.release()
+            self.model.eval()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Let this run's adapter act, and torch draw from its generator."""
+        before = torch.get_rng_state()
+        with acting(self.model, self.name):
+            torch.set_rng_state(self.generator.get_state())
+            try:
+                yield
+            finally:
+                self.generator.set_state(torch.get_rng_state())
+                torch.set_rng_state(before)
+
+    def go_on(self) -> Events:
+        """Yield the run's events until a step of it has batches to compute, or it has ended."""
+        while self.step is None and not self.ended:
+            with self.turn():
+                event = next(self._events, None)
+            if event is None:
+                self.ended = True
+            elif isinstance(event, StepToLearn):
+                self.step, self.next_batch = StepUnderWay.of(event, self.model), 0
+            else:
+                yield event
+
+    @property
+    def waiting(self) -> Waiting:
+        """What the next pass may take of it."""
+        progress = self.run.progress
+        return Waiting(len(self._batch.batch.tokens), progress.step / self.run.steps)
+
+    @property
+    def _batch(self) -> AdapterBatch:
+        assert self.step is not None
+        batch, _ = self.step.batches[self.next_batch]
+        return AdapterBatch(self.name, batch, self.step.labels, self.generator)
+
+    def take(self) -> AdapterBatch:
+        """Return the batch that the next pass takes."""
+        batch = self._batch
+        self.next_batch += 1
+        return batch
+
+    def learnt(self, loss: Tensor) -> None:
+        """Count what the batch that was taken last has lost; the step's last one ends the step."""
+        step = self.step
+        assert step is not None
+        step.total.add_(loss)
+        if self.next_batch == len(step.batches):
+            step.end(step.total)
+            self.step = None
+
+    def end(self, error: Exception | None = None) -> None:
+        """End the run where it is; `error` is what it fails by, which it notes."""
+        if self.ended:
+            return
+        self.ended, self.step = True, None
+        if isinstance(self._events, Generator):
+            with self.turn(), suppress(Exception):
+                if error is not None:
+                    self._events.throw(error)
+                self._events.close()
+        self.run.state.optimizer.release()  # of a run that had not begun, too

@@ -1,0 +1,145 @@
+"""Train several adapters over one base at a time, in passes that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from transformers import PreTrainedModel
+
+from veneer.adapter.use import acting, in_use
+from veneer.errors import ConfigError, VeneerError, joined
+from veneer.fused.forward import Forward, choose_forward
+from veneer.fused.together import backward_together
+from veneer.kernels.heap import kept_heap
+from veneer.processes.world import World
+from veneer.training.begin import let_train
+from veneer.training.events import Event, Failed, Notice
+from veneer.training.many.running import Job, RunningJob
+from veneer.training.many.schedule import choose
+from veneer.training.threads import worthwhile_threads
+
+TOKENS_PER_PASS = 4096
+
+
+def train_many(
+    model: PreTrainedModel,
+    jobs: Mapping[str, Job],
+    *,
+    tokens_per_pass: int = TOKENS_PER_PASS,
+    joining: Callable[[], Mapping[str, Job]] = dict,
+    should_stop: Callable[[str], bool] = lambda name: False,
+) -> Iterator[tuple[str, Event]]:
+    """Train several attached adapters at a time, each as `train` would by itself, and yield each
+    event with the name of its job.
+
+    jobs: by the names of the adapters that they train. A pass over the base takes the next batches
+    of several jobs, of `tokens_per_pass` tokens in all unless one of them alone has more. Each job
+    has its own steps, optimizer, random numbers and end: its losses and weights are those of a run
+    of its own but for rounding, whatever becomes of the others. `joining` is asked before each pass
+    for jobs that begin now, whose adapters are attached by then; a job ends after the step at which
+    `should_stop` returns True for its name. Of one that fails the last event is Failed, and the
+    others go on. At the end the adapters hold what they have learnt, and those act that did before.
+
+    Raises, before the first step, what `train` raises of any of `jobs`; ConfigError for settings
+    with which passes cannot be shared; AdapterError for a name that is not attached.
+    """
+    before = in_use(model)
+    running: list[RunningJob] = []
+    forward: Forward | None = None
+    new = dict(jobs)
+    try:
+        with kept_heap(), acting(model, before):
+            _check(new.values(), tokens_per_pass)
+            while new or running:
+                begun: list[RunningJob] = []
+                for name, job in new.items():
+                    try:
+                        _check([job, *(each.job for each in running)], tokens_per_pass)
+                        running.append(RunningJob(name, job, model))
+                        begun.append(running[-1])
+                    except VeneerError as error:
+                        if forward is None:
+                            raise
+                        yield name, Failed(error)
+                if begun:
+                    forward, notices = _forward(begun[0], forward)
+                    for each in begun:
+                        each.begin(forward, notices, partial(should_stop, each.name))
+                    for each in running:
+                        let_train(model, each.name)  # attaching one freezes the others
+                for each in running:
+                    yield from _until_a_step(each)
+                running = [each for each in running if not each.ended]
+                if running:
+                    assert forward is not None
+                    _pass(model, forward, running, tokens_per_pass)
+                new = dict(joining())
+    finally:
+        for each in running:
+            each.end()
+        model.eval()
+
+
+def _check(jobs: Iterable[Job], tokens_per_pass: int) -> None:
+    """Raise ConfigError for jobs whose passes cannot be shared."""
+    configs = [job.config for job in jobs]
+    problems = []
+    if tokens_per_pass < 1:
+        problems.append(f"tokens_per_pass is {tokens_per_pass}, but must be at least 1")
+    if World.current().size > 1:
+        problems.append("several jobs train in one process; start one alone")
+    if len(ways := {config.recompute for config in configs}) > 1:
+        problems.append(f"recompute must be the same for all, and is {' and '.join(sorted(ways))}")
+    if any(config.context_parallel > 1 for config in configs):
+        problems.append("context_parallel must be 1")
+    if any(config.replay_passes for config in configs):
+        problems.append("replay_passes is for a job alone")
+    if problems:
+        raise ConfigError(f"These jobs cannot train together: {joined(problems)}.")
+
+
+def _forward(job: RunningJob, before: Forward | None) -> tuple[Forward, list[Notice]]:
+    """Return how passes are computed from here on, and what is to be known of it. It is proven
+    anew where adapters have been attached since."""
+    with job.turn():
+        forward, notices = choose_forward(
+            job.model,
+            job.job.examples,
+            recompute=job.run.config.recompute,
+            directory=job.job.directory,
+        )
+    if before is not None:  # whose memory is there already
+        forward = replace(forward, arena=before.arena)
+    return forward, [Notice(text) for text in notices]
+
+
+def _until_a_step(job: RunningJob) -> Iterator[tuple[str, Event]]:
+    """Yield a job's events until it has a step to learn, or has ended, be it by an error."""
+    try:
+        for event in job.go_on():
+            yield job.name, event
+    except (VeneerError, OSError) as error:
+        job.end()
+        yield job.name, Failed(error)
+
+
+def _pass(
+    model: PreTrainedModel, forward: Forward, running: Sequence[RunningJob], tokens: int
+) -> None:
+    """Compute one pass for as many jobs as share it, and let those learn whose steps it ends."""
+    chosen = choose([each.waiting for each in running], tokens)
+    sharing = [running[number] for number in chosen]
+    batches = [each.take() for each in sharing]
+    try:
+        if not model.training:
+            model.train()
+        with worthwhile_threads(model), forward.installed(model):
+            losses = backward_together(forward, model, batches)
+            for each, loss in zip(sharing, losses.unbind(), strict=True):
+                each.learnt(loss)
+    except Exception as error:
+        for each in running:
+            each.end(error)
+        raise

@@ -1,0 +1,76 @@
+"""Law 9: runs that share the passes over one base are each the run that it would be alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.many_runs import KINDS, Kind, Result, alone, one_by_one, together
+from support.random_adapters import same
+from veneer.errors import DivergedError
+from veneer.training.events import Event, Failed, Step, Stopped, Trained
+from veneer.training.many import train as many
+
+# The run of a rate at which nothing stays finite.
+WILD = Kind({"rank": 2, "targets": "mlp"}, course={"lr": 1e30, "clip": 0, "warmup": 0})
+ALL = KINDS | {"wild": WILD}
+
+
+@pytest.fixture(scope="module")
+def solo(tmp_path_factory) -> dict[str, Result]:
+    place = tmp_path_factory.mktemp("alone")
+    return {name: alone(kind, place / name) for name, kind in ALL.items()}
+
+
+@pytest.fixture(autouse=True)
+def oracle(monkeypatch):
+    """Each job's batch is a pass of its own: all else is to be the same to the bit."""
+    monkeypatch.setattr(many, "backward_together", one_by_one)
+
+
+def assert_as_alone(result: Result, solo: Result) -> None:
+    assert result.plain() == solo.plain()
+    assert [type(event) for event in result.events] == [type(event) for event in solo.events]
+    assert same(result.weights, solo.weights)
+
+
+def test_each_run_is_what_it_is_alone_whatever_becomes_of_the_others(solo, tmp_path):
+    first = {name: kind for name, kind in ALL.items() if name != "dora"}
+    steps: dict[str, int] = {}
+
+    def leave(name: str, event: Event) -> bool:
+        steps[name] = getattr(event, "step", 0)
+        return False
+
+    results = together(
+        first,
+        tmp_path,
+        later={"dora": ALL["dora"], "cancelled": ALL["qv"]},
+        tokens_per_pass=60,
+        leave=leave,
+        should_stop=lambda name: name == "cancelled" and steps["cancelled"] == 2,
+    )
+    cancelled = results.pop("cancelled")
+    assert results.keys() == solo.keys()
+    for name, result in results.items():
+        assert_as_alone(result, solo[name])
+    assert isinstance(results["wild"].events[-1], Failed)
+    assert isinstance(results["wild"].events[-1].error, DivergedError)
+    assert Stopped(2, "interrupted") == cancelled.events[-1]
+    assert cancelled.losses == solo["qv"].losses[:2]
+
+
+def test_runs_that_died_go_on_from_where_each_was(solo, tmp_path):
+    kinds = {name: KINDS[name] for name in ("qv", "patience", "plus")}
+    steps = 0
+
+    def dies(name: str, event: Event) -> bool:
+        nonlocal steps
+        steps += isinstance(event, Step)
+        return steps == 9
+
+    together(kinds, tmp_path, tokens_per_pass=60, leave=dies)
+    for name, result in together(kinds, tmp_path, resume=True).items():
+        ends = [event for event in solo[name].events if isinstance(event, Trained | Stopped)]
+        assert result.events[-len(ends) :] == ends
+        assert same(result.weights, solo[name].weights)
+        assert solo[name].losses[-len(result.losses) :] == result.losses
