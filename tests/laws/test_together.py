@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import veneer
+from support.closeness import assert_gradients_no_further, assert_no_further
+from support.kinds import KINDS, Kind
+from support.plain import Float64, Plain
 from support.random_adapters import examples, shake
 from support.tiny_models import tiny
 from veneer.adapter.beside import attach_beside
+from veneer.adapter.layers import AdaptedLayer, lora_layers
+from veneer.adapter.parameters import experts_of
 from veneer.adapter.use import acting
+from veneer.data.encode import UNLABELLED
 from veneer.data.packing import Batch, pack
 from veneer.fused.forward import Forward, choose_forward
-from veneer.fused.together import AdapterBatch, backward_together, losses_together
+from veneer.fused.together import AdapterBatch, backward_together, why_alone
 
 ROWS = examples([7, 19, 12, 5, 9, 16])
 # The rows of each adapter.
 BATCHES = {"default": [0, 3], "wide": [1], "dora": [5, 2, 4]}
 LABELS = {"default": 10, "wide": 18, "dora": 34}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {"rank": 3, "targets": "qv", "dropout": 0.5},
-    "wide": {"rank": 5, "targets": "all"},
-    "dora": {"rank": 2, "targets": "all", "dora": True},
-}
 
 
-def beside() -> tuple[Any, Forward]:
-    """Return a model in training mode, with all adapters beside each other, and its forward."""
-    model = tiny("llama")
-    for name, settings in SETTINGS.items():
-        attach_beside(model, veneer.LoRA(**settings), name=name, seed=0)
-    shake(model)
-    forward, _ = choose_forward(model, ROWS)
-    return model.train(), forward
+def beside(kind: Kind) -> Any:
+    """Return a model with the kind's adapter, and beside it a wide one and a DoRA. It is in
+    training mode, in which adapters drop out, but where the base is quantized."""
+    model = kind.fresh()
+    targets = "attention" if any(experts_of(model)) else "all"  # there is no DoRA of experts
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", veneer.VeneerWarning)  # of uncovered weights
+        wide, dora = (
+            veneer.LoRA(rank=5, targets=targets, dropout=0.3),
+            veneer.LoRA(rank=2, targets=targets, dora=True),
+        )
+        attach_beside(model, wide, name="wide", seed=1)
+        attach_beside(model, dora, name="dora", seed=2)
+    veneer.use(model, None)
+    return shake(model, size=0.2).train(not kind.bits)
 
 
-def batches(seeds: int = 1) -> list[AdapterBatch]:
+def batches() -> list[AdapterBatch]:
     return [
         AdapterBatch(name, packed(name), LABELS[name], torch.Generator().manual_seed(number))
         for number, name in enumerate(BATCHES)
@@ -55,6 +68,137 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return named
 
 
+def each_alone(forward: Forward, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the losses and gradients of a pass for each adapter."""
+    losses = []
+    for number, name in enumerate(BATCHES):
+        torch.manual_seed(number)
+        with acting(model, name):
+            losses.append(forward(model, packed(name)))
+            (losses[-1] / LABELS[name]).backward()
+    return torch.stack(losses).detach(), gradients(model)
+
+
+def exactly(kind: Kind, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the losses and gradients in float64: by passes for each adapter with the same masks,
+    or by plain operations."""
+    if not kind.bits:
+        wide = copy.deepcopy(model).double()
+        if any(experts_of(wide)):
+            wide.set_experts_implementation("eager")  # float64 has no grouped products
+        with Float64():
+            return each_alone(choose_forward(wide, ROWS)[0], wide)
+    losses, of_all = [], {}
+    for name in BATCHES:
+        with acting(model, name):
+            plain = Plain(kind, model, torch.float64)
+        losses.append(plain.loss([ROWS[i] for i in BATCHES[name]]))
+        of_all |= plain.gradients(losses[-1] / LABELS[name])
+    return torch.stack(losses).detach(), of_all
+
+
+FAST = ("lora, llama", "dora, qwen2, 4 bits", "head, qwen2")
+SHARING = [kind for kind in KINDS if kind.mixes_rows and not kind.beside]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if str(k) in FAST else pytest.mark.slow) for k in SHARING],
+    ids=str,
+)
+def test_a_pass_for_all_equals_a_pass_for_each(kind):
+    model = beside(kind)
+    forward, _ = choose_forward(model, ROWS)
+    alone = why_alone(forward, model, list(BATCHES), ROWS)
+    assert set(alone) == (set(BATCHES) if not forward.packed else {"default"} & has_stacks(model))
+    losses = backward_together(forward, model, batches(), alone=alone)
+    ours = gradients(model)
+    peer, theirs = each_alone(forward, model)
+    exact, expected = exactly(kind, model)
+    assert_no_further(losses, peer, exact)
+    assert_gradients_no_further(ours, theirs, expected)
+    assert_gradients_no_further(theirs, ours, expected)
+    assert veneer.in_use(model) == {}
+
+
+def has_stacks(model: Any) -> set[str]:
+    """Return the adapters that change experts."""
+    return {n for _, x in lora_layers(model) if not isinstance(x, AdaptedLayer) for n in x.adapters}
+
+
+def of_llama(recompute: Any = "none") -> tuple[Any, Forward]:
+    model = beside(Kind("lora", "llama", lora={"dropout": 0.5}))
+    forward, _ = choose_forward(model, ROWS, recompute=recompute)
+    return model, forward
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_layers_are_computed_again_with_the_same_masks(recompute):
+    model, forward = of_llama(recompute)
+    each = batches()
+    losses = backward_together(forward, model, each)
+    ours = gradients(model)
+    plain = replace(forward, recompute="none")
+    others = batches()
+    assert torch.equal(losses, backward_together(plain, model, others))
+    assert_equal(ours, gradients(model))
+    for one, other in zip(each, others, strict=True):  # which go on with the same masks
+        assert torch.equal(one.generator.get_state(), other.generator.get_state())
+
+
+def test_numbers_that_are_not_finite_stay_with_their_adapter():
+    model, forward = of_llama()
+    before, gradients_before = backward_together(forward, model, batches()), gradients(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".wide.lora_" in name:
+                weight.fill_(torch.nan)
+    after, gradients_after = backward_together(forward, model, batches()), gradients(model)
+    assert after.isfinite().tolist() == [True, False, True]
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    others = [name for name in gradients_before if ".wide." not in name]
+    assert_equal({n: gradients_after[n] for n in others}, {n: gradients_before[n] for n in others})
+
+
+def test_one_adapter_has_the_pass_that_it_has_by_itself():
+    model, forward = of_llama()
+    (first, *_) = batches()
+    losses = backward_together(forward, model, [first])
+    ours, (peer, theirs) = gradients(model), each_alone(forward, model)
+    assert torch.equal(losses, peer[:1])
+    assert_equal(ours, {name: g for name, g in theirs.items() if ".default." in name})
+
+
+def test_a_batch_without_labels():
+    """Its loss is 0, and so are its gradients."""
+    model, forward = of_llama()
+    none, *others = batches()
+    unlabelled = replace(none.batch, labels=np.full_like(none.batch.labels, UNLABELLED))
+    losses = backward_together(forward, model, [replace(none, batch=unlabelled), *others])
+    assert losses[0] == 0
+    assert all(not g.any() for n, g in gradients(model).items() if ".default." in n)
+
+
+def test_what_needs_a_pass_of_its_own_says_why():
+    model = tiny("gpt2")
+    attach_beside(model, veneer.LoRA(rank=2), name="plain")
+    veneer.attach(model, veneer.Method(method="prefix", virtual_tokens=3), name="prefix")
+    veneer.use(model, None)
+    forward, _ = choose_forward(model, ROWS)
+    names = ["plain", "prefix"]
+    assert why_alone(forward, model, names, ROWS) == {"prefix": "prefix has no low-rank factors"}
+    model.transformer.h[1].attn.resid_dropout.p = 0.25
+    reasons = why_alone(forward, model, names, ROWS)
+    assert reasons["plain"] == "the base drops out by itself, with p = 0.25"
+    alone = why_alone(replace(forward, packed=False), model, ["plain"], ROWS)
+    assert alone == {"plain": "rows are not packed"}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys() != set()
+    assert all(torch.equal(ours[name], gradient) for name, gradient in theirs.items())
+
+
 def test_attaching_beside_leaves_the_others_as_they_are():
     model = tiny("llama")
     first = attach_beside(model, veneer.LoRA(rank=2, targets="qv"), name="first", seed=0)
@@ -63,21 +207,4 @@ def test_attaching_beside_leaves_the_others_as_they_are():
     assert all(name.endswith(".second.lora_B") for name in second)
     trains = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trains == first.keys() | second.keys() != set()
-    assert veneer.in_use(model) == {}
-
-
-def test_a_pass_for_all_equals_a_pass_for_each():
-    model, forward = beside()
-    together = backward_together(forward, model, batches())
-    ours, alone, losses = gradients(model), {}, []
-    for number, name in enumerate(BATCHES):
-        torch.manual_seed(number)
-        with acting(model, name):
-            losses.append(forward(model, packed(name)))
-            (losses[-1] / LABELS[name]).backward()
-        alone |= gradients(model)
-    assert torch.equal(together, torch.stack(losses))
-    assert ours.keys() == alone.keys() != set()
-    assert all(torch.equal(ours[name], gradient) for name, gradient in alone.items())
-    assert torch.equal(losses_together(forward, model, batches()), together)
     assert veneer.in_use(model) == {}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from veneer.errors import AdapterError, nearest, wrong_argument
@@ -13,8 +16,22 @@ from veneer.lowrank.update import RowUpdates
 Weights = dict[str, nn.Parameter]  # by the path of a weight in the base
 
 
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Which adapter acts on which tokens of a packed batch, in training.
+
+    tokens: how many tokens the batch has. of_adapters: each adapter's name, its own tokens, one
+    behind the other, and what the masks of its dropout are drawn from, None for torch's own
+    generator on the CPU. The base alone acts on all other tokens.
+    """
+
+    tokens: int
+    of_adapters: tuple[tuple[str, slice, torch.Generator | None], ...]
+
+
 class ActiveAdapters:
-    """Which adapters act, and how strongly: one, a weighted mix, or none; or some on each row.
+    """Which adapters act, and how strongly: one, a weighted mix, or none; or some on each row, or
+    on each segment of a batch.
 
     All adapted layers of a model share one of these, so that switching costs one assignment however
     many layers there are.
@@ -30,6 +47,8 @@ class ActiveAdapters:
         self.notes: dict[str, Mapping[str, Any]] = {}  # by name, how an adapter was trained
         # While each row of a batch has adapters of its own; `weights` then has no effect.
         self.row_updates: RowUpdates | None = None
+        # While adapters learn together from a packed batch; `weights` is then empty.
+        self.segments: Segments | None = None
 
     @property
     def idle(self) -> bool:
@@ -43,6 +62,25 @@ class ActiveAdapters:
         """
         self.weights = self.checked(which)
         self.row_updates = None
+
+    @contextmanager
+    def by_segments(self, segments: Segments) -> Iterator[None]:
+        """Let adapters act on segments of a batch while the context lasts, as nothing else does."""
+        assert not self.weights
+        self.segments = segments
+        try:
+            yield
+        finally:
+            self.segments = None
+
+    @contextmanager
+    def on_all(self, name: str) -> Iterator[None]:
+        """Let one adapter of the segments act on all that is computed while the context lasts."""
+        segments, self.segments, self.weights = self.segments, None, {name: 1.0}
+        try:
+            yield
+        finally:
+            self.segments, self.weights = segments, {}
 
     def checked(self, which: str | Mapping[str, float] | None) -> dict[str, float]:
         """Return names and weights. Raises AdapterError for a name that is not attached."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from veneer.adapter.active import active_adapters_of
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.attach import attach
 from veneer.adapter.config import LoRA
+from veneer.adapter.embedding import LoRAEmbedding
+from veneer.adapter.layers import AdaptedLayer, lora_layers
+from veneer.adapter.linear import LoRALinear
+from veneer.adapter.method import Method
 from veneer.adapter.use import acting, in_use
 
 
@@ -26,3 +31,26 @@ def attach_beside(
     for weight in trained:
         weight.requires_grad_(True)
     return own
+
+
+def why_alone_of(model: nn.Module, name: str) -> str | None:
+    """Return why an adapter cannot act on some tokens of a batch alone in training, or None."""
+    active_adapters = active_adapters_of(model)
+    config = active_adapters.configs[name]
+    if isinstance(config, Method):
+        return f"{config.method} has no low-rank factors"
+    if name in active_adapters.modules_to_save:
+        return "it has modules to save"
+    for path, layer in lora_layers(model):
+        if name in layer.tokens:
+            return f"it trains single tokens of {path}"
+        if name not in layer.adapters:
+            continue
+        if not isinstance(layer, LoRALinear | LoRAEmbedding):
+            kind = "convolution" if isinstance(layer, AdaptedLayer) else "parameter of its own"
+            return f"{path} is a {kind}"
+        adapter = layer.adapters[name]
+        assert isinstance(adapter, Adapter)
+        if adapter.lora_bias is not None:
+            return f"it has a bias of its own on {path}"
+    return None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from veneer.adapter.active import Segments
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
@@ -41,6 +42,8 @@ class LoRAEmbedding(AdaptedLayer):
         self._attach_fresh(name, adapter, config)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if (segments := self.active_adapters.segments) is not None:
+            return self._with_segments(ids, segments)
         if self.active_adapters.row_updates is not None:
             return self._by_rows(ids, self.active_adapters.row_updates)
         y = self._adapted(ids)
@@ -56,6 +59,15 @@ class LoRAEmbedding(AdaptedLayer):
         if not active:
             return y
         return self._changed(y, ids, self.low_rank_update(active, active[0][0].lora_A.dtype))
+
+    def _with_segments(self, ids: Tensor, segments: Segments) -> Tensor:
+        """Return rows of the embedding for the ids of a packed batch, (1, tokens)."""
+        y = self.original(ids)
+        for name, tokens, _ in segments.of_adapters:
+            if pairs := self.named([(name, 1.0)]):
+                update = self.low_rank_update(pairs, pairs[0][0].lora_A.dtype)
+                y[:, tokens] = self._changed(y[:, tokens].clone(), ids[:, tokens], update)
+        return y
 
     def _by_rows(self, ids: Tensor, row_updates: RowUpdates) -> Tensor:
         """Return rows of the embedding for ids (rows, tokens), each row with its own adapters; one

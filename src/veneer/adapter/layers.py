@@ -76,6 +76,12 @@ class AdaptedLayer(Adapted, Wrapper):
         if config.dora:
             self.start_magnitude(adapter)
 
+    def acting_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters on which the layer's output depends now."""
+        adapters = [adapter for adapter, _ in self.active()]
+        for module in (self.original, *adapters, *(tokens for tokens, _ in self.active_tokens())):
+            yield from module.parameters()
+
     def active_bias(self, pairs: list[tuple[Adapter, float]]) -> Tensor | None:
         """Return b + Σ w s b_B, (out,); the original's own b where no adapter has a bias."""
         bias: Tensor | None = getattr(self.original, "bias", None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from veneer.adapter.active import ActiveAdapters
+from veneer.adapter.active import ActiveAdapters, Segments
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.layers import AdaptedLayer
@@ -20,7 +21,7 @@ from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import apply_gain
 from veneer.lowrank.formula import new_A
 from veneer.lowrank.initial import start_factors
-from veneer.lowrank.projection import LowRankLinear, Masks, Projection
+from veneer.lowrank.projection import LowRankLinear, Masks, ProjectedSegments, Projection
 from veneer.lowrank.update import RowsOfUpdate, RowUpdates
 from veneer.quant.weight import linear
 
@@ -53,16 +54,14 @@ class LoRALinear(AdaptedLayer):
         A dropout of adapters' inputs cannot be expressed in a weight, and is left out. Raises
         AdapterError while each row of a batch has adapters of its own: there is no one weight then.
         """
-        active, row_updates = self.active(), self.active_adapters.row_updates
-        adapted = active if row_updates is None else row_updates.on(self)
-        if not adapted or (self.place and self.place.is_looked_at) or self._is_sharded():
+        if not self._acts_here() or (self.place and self.place.is_looked_at) or self._is_sharded():
             return self.original.weight  # type: ignore[return-value]
-        if row_updates is not None:
-            name = self.place.name if self.place else "an adapted layer"
+        if self.active_adapters.row_updates is not None or self.active_adapters.segments:
             raise AdapterError(
-                f"The model's code computes with the weight of {name}, so rows of a batch cannot "
-                "each have adapters of their own; use one adapter for the whole batch."
+                f"The model's code computes with the weight of {self._name}, so rows of a batch "
+                "cannot each have adapters of their own; use one adapter for the whole batch."
             )
+        active = self.active()
         W = self.dense_base_weight
         with torch.autocast(W.device.type, enabled=False):
             update = self.low_rank_update(active, W.dtype)
@@ -70,6 +69,13 @@ class LoRALinear(AdaptedLayer):
             if update.gain is not None:
                 weight = apply_gain(weight, update.gain[:, None], None).to(W.dtype)
         return self.oriented(weight)
+
+    def _acts_here(self) -> bool:
+        """Return whether an adapter acts on this layer, if only on some rows."""
+        active = self.active_adapters
+        if active.segments is not None:
+            return any(name in self.adapters for name, *_ in active.segments.of_adapters)
+        return bool(self.active() if active.row_updates is None else active.row_updates.on(self))
 
     def _is_sharded(self) -> bool:
         return any(isinstance(adapter.lora_A, DTensor) for adapter, _ in self.active())
@@ -106,15 +112,38 @@ class LoRALinear(AdaptedLayer):
         W = self.base_weight
         if isinstance(W, Tensor) and W.requires_grad:
             return None
-        if not active:
+        if (segments := self.active_adapters.segments) is not None:
+            return self._by_segments(segments, W.dtype)
+        return self._projection(active, bias, W.dtype)
+
+    def _projection(
+        self,
+        pairs: list[tuple[Adapter, float]],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        generator: torch.Generator | None = None,
+    ) -> Projection:
+        W = self.base_weight
+        if not pairs:
             return Projection.plain(W, bias)
-        masks = self._masks(active)
-        if (masters := self.masters(active, masks)) is not None:
-            return Projection(W, bias, *masters.rounded(W.dtype), masks=masks, masters=masters)
-        update = self.low_rank_update(active, W.dtype, masks)
+        masks = self._masks(pairs, generator)
+        if (masters := self.masters(pairs, masks)) is not None:
+            return Projection(W, bias, *masters.rounded(dtype), masks=masks, masters=masters)
+        update = self.low_rank_update(pairs, dtype, masks)
         return Projection(W, bias, update.A, update.B, update.gain, masks)
 
+    def _by_segments(self, segments: Segments, dtype: torch.dtype) -> Projection:
+        """Return the projection in which each adapter acts on its own tokens."""
+        bias = self.active_bias([])
+        own = tuple(
+            (tokens, self._projection(self.named([(name, 1.0)]), bias, dtype, generator))
+            for name, tokens, generator in segments.of_adapters
+        )
+        return replace(Projection.plain(self.base_weight, bias), segments=own)
+
     def forward(self, x: Tensor) -> Tensor:
+        if (segments := self.active_adapters.segments) is not None:
+            return self._with_segments(x, segments)
         if self.active_adapters.row_updates is not None:
             return self._by_rows(x, self.active_adapters.row_updates)
         y = self._adapted(x)
@@ -136,14 +165,32 @@ class LoRALinear(AdaptedLayer):
         y = y.view(*x.shape[:-1], y.shape[-1])
         return y if update.gain is None else apply_gain(y, update.gain, bias).to(x.dtype)
 
-    def _masks(self, pairs: list[tuple[Adapter, float]]) -> Masks:
+    def _masks(
+        self, pairs: list[tuple[Adapter, float]], generator: torch.Generator | None = None
+    ) -> Masks:
         """Return a new mask for each adapter that drops its inputs, as this layer is training."""
         if not self.training or not any(adapter.dropout for adapter, _ in pairs):
             return ()
         return tuple(
-            (adapter.total_rank, Mask.drawn(adapter.dropout) if adapter.dropout else None)
+            (adapter.total_rank, Mask.drawn(p, generator) if (p := adapter.dropout) else None)
             for adapter, _ in pairs
         )
+
+    def _with_segments(self, x: Tensor, segments: Segments) -> Tensor:
+        """Return the output for the tokens of a packed batch, x (1, tokens, in) or (tokens, in)."""
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) != segments.tokens:
+            raise AdapterError(
+                f"{self._name} reads {len(flat)} rows of a batch of {segments.tokens} tokens, so "
+                "adapters cannot learn together there; train them one after another."
+            )
+        projection = self._by_segments(segments, x.dtype)
+        y: Tensor = ProjectedSegments.apply(flat, projection, *projection.trained())
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @property
+    def _name(self) -> str:
+        return self.place.name if self.place else "an adapted layer"
 
     def _by_rows(self, x: Tensor, row_updates: RowUpdates) -> Tensor:
         """Return the output for x (rows, tokens, in), where each row has adapters of its own.

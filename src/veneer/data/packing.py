@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, overload
 
@@ -51,6 +51,12 @@ def pack(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
         lengths=np.array([len(row.tokens) for row in rows], dtype=np.int64),
         rows=np.array(indices, dtype=np.int64),
     )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return the rows of several batches, of any examples each, as one batch, in their order."""
+    names = [field.name for field in fields(Batch)]
+    return Batch(*(np.concatenate([getattr(each, name) for each in batches]) for name in names))
 
 
 def filled_up(batch: Batch, multiple: int, in_front: int = 0) -> Batch:

@@ -28,15 +28,15 @@ from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import activate_gain_backward
 from veneer.kernels.norm import Norm
 from veneer.lowrank.projection import (
+    Gains,
     Projection,
     gradient_of_h,
     gradient_of_x,
     gradients_of_trained,
     project,
+    shape_of_h,
     through_gains,
 )
-
-Gains = list[Tensor | None]  # the gradients of gains, None where there is no gain
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class FeedForward(Half):
         )
         d_gains = [d_gate_gain, d_up_gain] if self.gate_first else [d_up_gain, d_gate_gain]
         d_gains = d_gains if len(outputs) == 2 else [torch.cat(d_gains)]
-        return d_outputs, [*d_gains], inner
+        return d_outputs, [[d_gain] for d_gain in d_gains], inner
 
     def _gate_and_up(self, tensors: Sequence[Any]) -> tuple[Any, Any]:
         """Return what belongs to gate and to up, None for what is not there: of one tensor for
@@ -256,7 +256,7 @@ class _Half(torch.autograd.Function):
         h, *outputs = half.project(x)
         inner, kept = half.forward(outputs)
         y = statistics = None
-        if output.gain is not None or half.post_norm is not None:
+        if output.has_gain or half.post_norm is not None:
             y = half.arena.empty(len(x), output.out_features, x)
             project(inner, [output], [y], h_out)
             _, statistics = half.sum(onto, y).make(out)
@@ -326,5 +326,5 @@ def _back_to_x(
 
 def _empty(x: Tensor, group: Sequence[Projection], arena: Arena) -> list[Tensor]:
     """Return empty tensors for the A x of `group` and for its outputs."""
-    columns = (sum(p.rank for p in group), *(p.out_features for p in group))
-    return [arena.empty(len(x), n, x) for n in columns]
+    h = arena.empty(*shape_of_h(group, len(x)), x)
+    return [h, *(arena.empty(len(x), p.out_features, x) for p in group)]

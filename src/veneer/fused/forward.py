@@ -172,7 +172,7 @@ class Forward:
             hidden = installation.decoder(**options).last_hidden_state  # (rows, tokens, dim)
             return self.head.loss(model, hidden.flatten(0, 1), labels)
         logits = model(**options).logits.flatten(0, 1)  # (rows · tokens, vocab)
-        return _full_loss(logits if inputs.places is None else logits[inputs.places], labels)
+        return full_loss(logits if inputs.places is None else logits[inputs.places], labels)
 
 
 def choose_forward(
@@ -206,7 +206,7 @@ def choose_forward(
         # The first row's pass serves two proofs: a mapped base is read from disk at each pass.
         first = torch.tensor([rows[0].tokens], device=model.device)
         own, head, why_not_head = own_logits_and_head(model, first)
-        losses = [_full_loss(own[:-1], first[0, 1:])]
+        losses = [full_loss(own[:-1], first[0, 1:])]
         losses += [_own_loss(model, row) for row in rows[1:]]
         expected = sum(map(float, losses))
         last = torch.tensor([rows[-1].tokens], device=model.device)
@@ -373,8 +373,9 @@ def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 def _own_loss(model: PreTrainedModel, row: Example) -> Tensor:
     tokens = torch.tensor([row.tokens], device=model.device)
     logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-    return _full_loss(logits, tokens[0, 1:])
+    return full_loss(logits, tokens[0, 1:])
 
 
-def _full_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def full_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the losses of all tokens (tokens,) that have a label, in float32."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")

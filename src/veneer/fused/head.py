@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from veneer.adapter.layers import AdaptedLayer
 from veneer.kernels.cross_entropy import PLAIN, Labelled, Logits, labelled_cross_entropy
 from veneer.models.block_buffers import whole
 from veneer.models.blocks import decoder_of
@@ -43,7 +44,8 @@ class Head:
         """Return the sum of the labelled rows' losses; hidden (tokens, dim)."""
         hidden, head = hidden.to(self.dtype or hidden.dtype), _module(model)
         with whole(head):  # whose weight is read without a call
-            return labelled_cross_entropy(hidden, labelled, head, self.logits)
+            acting = head.acting_parameters() if isinstance(head, AdaptedLayer) else None
+            return labelled_cross_entropy(hidden, labelled, head, self.logits, acting=acting)
 
 
 def own_logits_and_head(

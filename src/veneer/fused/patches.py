@@ -33,8 +33,9 @@ class Installation:
     attention: the name of the attention to use in a pass, or None for the model's own. packing: of
     the pass that is running, where rows are packed. checkpointed: modules that transformers' own
     checkpointing computes again; it would do so after a pass, without the patches, and does not.
-    rotaries: of the pass that is running. experts: the forwards of modules inside of layers, which
-    are replaced only while a pass is running: the backward pass may run a layer again.
+    rotaries: of the pass that is running. generators: what the masks of dropout in that pass are
+    drawn from, beside torch's own generator. experts: the forwards of modules inside of layers,
+    which are replaced only while a pass is running: the backward pass may run a layer again.
     """
 
     model: PreTrainedModel
@@ -44,15 +45,22 @@ class Installation:
     checkpointed: Sequence[nn.Module] = ()
     rotaries: Rotaries = field(default_factory=Rotaries)
     experts: dict[nn.Module, LayerForward] = field(default_factory=dict)
+    generators: Sequence[torch.Generator] = ()
 
     def __post_init__(self) -> None:
         self.decoder = decoder_of(self.model)  # to find it takes as long as a layer
 
     @contextmanager
-    def running(self, packing: Packing | None = None) -> Iterator[None]:
-        """Let the patches act while the context lasts; without a packing, over the one before."""
-        before = self.is_running, self.packing
+    def running(
+        self,
+        packing: Packing | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Iterator[None]:
+        """Let the patches act while the context lasts; without a packing, over the one before, and
+        so for the generators."""
+        before = self.is_running, self.packing, self.generators
         self.is_running, self.packing = True, packing or self.packing
+        self.generators = self.generators if generators is None else generators
         checkpointed = [module for module in self.checkpointed if _is_checkpointed(module)]
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -61,7 +69,7 @@ class Installation:
             with ours, patched(self.experts):
                 yield
         finally:
-            self.is_running, self.packing = before
+            self.is_running, self.packing, self.generators = before
             self.rotaries.forget()
             for module in checkpointed:
                 module.gradient_checkpointing = True  # type: ignore[assignment]
@@ -156,7 +164,26 @@ class RecomputedForward(Patch):
         )
 
     def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), self.installation.running(self.installation.packing)
+        return nullcontext(), self._again(self.installation.packing)
+
+    def _again(self, packing: Packing | None) -> AbstractContextManager:
+        """Return the context in which the layer draws the same masks once more."""
+        generators = self.installation.generators
+        states = [generator.get_state() for generator in generators]
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            after = [generator.get_state() for generator in generators]
+            with self.installation.running(packing):
+                for generator, state in zip(generators, states, strict=True):
+                    generator.set_state(state)
+                try:
+                    yield
+                finally:
+                    for generator, state in zip(generators, after, strict=True):
+                        generator.set_state(state)
+
+        return again()
 
 
 @contextmanager

@@ -1,18 +1,36 @@
-"""One pass over a base for several adapters, each of which learns from rows of its own."""
+"""One pass over a base for several adapters, each of which learns from rows of its own.
+
+The rows of all are one packed batch, those of an adapter one behind the other. The base's products
+are made once for all tokens; each adapter's own, on its own tokens (`lowrank/projection.py`). The
+losses of the batches add up to one number, whose gradient falls apart by adapter: no other's loss
+depends on it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from veneer.adapter.active import Segments, active_adapters_of
+from veneer.adapter.adapter import Adapter
+from veneer.adapter.beside import why_alone_of
 from veneer.adapter.use import acting
-from veneer.data.packing import Batch
-from veneer.fused.forward import Forward
+from veneer.data.encode import Example
+from veneer.data.packing import Batch, filled_up, joined, pack
+from veneer.fused.forward import PROBE_LENGTHS, Forward, full_loss
+from veneer.fused.head import described
+from veneer.fused.inputs import PassInputs, unread_masks
+from veneer.fused.recognise import TOLERANCE
+from veneer.kernels.attention import Packing
+from veneer.kernels.cross_entropy import IGNORED, Labelled
+from veneer.models.evaluating import evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,33 +50,166 @@ class AdapterBatch:
 
 
 def losses_together(
-    forward: Forward, model: PreTrainedModel, batches: Sequence[AdapterBatch]
+    forward: Forward,
+    model: PreTrainedModel,
+    batches: Sequence[AdapterBatch],
+    *,
+    alone: Mapping[str, str] | None = None,
 ) -> Tensor:
     """Return the sum of the label tokens' losses of each batch, (batches,), in float32 and without
-    a gradient. The model is in evaluation mode, or in training mode, as it is."""
-    with torch.no_grad():
-        return torch.stack([_alone(forward, model, each) for each in batches])
+    a gradient. alone: as `backward_together` takes it."""
+    return _pass(forward, model, batches, alone or {}, backward=False)
 
 
 def backward_together(
-    forward: Forward, model: PreTrainedModel, batches: Sequence[AdapterBatch]
+    forward: Forward,
+    model: PreTrainedModel,
+    batches: Sequence[AdapterBatch],
+    *,
+    alone: Mapping[str, str] | None = None,
 ) -> Tensor:
     """Add to the gradients of each adapter those of its batch's loss / labels, and return the sums
     of losses, (batches,), in float32.
+
+    alone: the adapters that need a pass of their own, as `why_alone` names them.
 
     Each adapter's loss and gradients are those of a pass of its own, but for rounding: nothing of
     one batch reaches another, not even a number that is not finite. The names must differ. Which
     adapters act afterwards is what it was before.
     """
-    losses = []
-    for each in batches:
-        loss = _alone(forward, model, each, backward=True)
-        losses.append(loss)
-    return torch.stack(losses)
+    return _pass(forward, model, batches, alone or {}, backward=True)
+
+
+def why_alone(
+    forward: Forward, model: PreTrainedModel, names: Sequence[str], rows: Sequence[Example]
+) -> dict[str, str]:
+    """Return the adapters that need passes of their own, and why: the kind of each, and for all of
+    them what a trial on a few tokens of `rows` shows, or what the base is."""
+    reasons = {name: why for name in names if (why := why_alone_of(model, name))}
+    sharing = [name for name in names if name not in reasons]
+    if not forward.packed:
+        why_none: str | None = "rows are not packed"
+    elif forward.context is not None:
+        why_none = "processes share each row's tokens"
+    elif p := _own_dropout(model):
+        why_none = f"the base drops out by itself, with p = {p:g}"
+    else:
+        why_none = _why_not_together(forward, model, sharing, rows) if len(sharing) > 1 else None
+    return reasons | (dict.fromkeys(sharing, why_none) if why_none else {})
+
+
+def _why_not_together(
+    forward: Forward, model: PreTrainedModel, names: Sequence[str], rows: Sequence[Example]
+) -> str | None:
+    """Return why one pass does not give the loss of a pass for each adapter, or None."""
+    short = [
+        Example(tokens, tokens, "probe", 0)
+        for row, length in zip(rows, PROBE_LENGTHS, strict=False)
+        if len(tokens := row.tokens[:length]) > 1
+    ]
+    batches = [AdapterBatch(name, pack(short, [i % len(short)])) for i, name in enumerate(names)]
+    with evaluating(model):
+        expected = losses_together(forward, model, batches, alone=dict.fromkeys(names, ""))
+        try:
+            losses = losses_together(forward, model, batches)
+        except Exception as error:  # whatever a foreign architecture raises
+            return described(error)
+    far = (losses - expected).abs() > TOLERANCE[model.dtype] * expected.abs()
+    if not far.any():
+        return None
+    which = int(far.int().argmax())
+    return f"its loss of {losses[which]:.6g} differs from {expected[which]:.6g} alone"
+
+
+def _own_dropout(model: PreTrainedModel) -> float:
+    """Return the largest probability with which a base drops out by itself, in training."""
+    probabilities = [0.0]
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            probabilities.append(module.p)
+        elif not isinstance(module, Adapter):
+            named = vars(module).items()
+            probabilities += [p for n, p in named if "dropout" in n and isinstance(p, float)]
+    return max(probabilities)
+
+
+def _pass(
+    forward: Forward,
+    model: PreTrainedModel,
+    batches: Sequence[AdapterBatch],
+    alone: Mapping[str, str],
+    *,
+    backward: bool,
+) -> Tensor:
+    losses: dict[str, Tensor] = {}
+    sharing = [each for each in batches if each.adapter not in alone]
+    if len(sharing) == 1:  # to the bit what it is by itself
+        sharing = []
+    with torch.set_grad_enabled(backward):
+        if sharing:
+            with _losses(forward, model, sharing) as of_all:
+                if backward:
+                    labels = of_all.new_tensor([each.labels for each in sharing])
+                    (of_all / labels).sum().backward()
+            names = [each.adapter for each in sharing]
+            losses |= dict(zip(names, of_all.detach(), strict=True))
+        for each in batches:
+            if each.adapter not in losses:
+                losses[each.adapter] = _alone(forward, model, each, backward=backward)
+    return torch.stack([losses[each.adapter] for each in batches])
+
+
+@contextmanager
+def _losses(
+    forward: Forward, model: PreTrainedModel, batches: Sequence[AdapterBatch]
+) -> Iterator[Tensor]:
+    """Yield the sum of each batch's losses, (batches,), by one pass. The backward pass belongs into
+    the context, where it may compute layers again."""
+    device, active = model.device, active_adapters_of(model)
+    batch = filled_up(joined([each.batch for each in batches]), forward.tokens_step)
+    ends = accumulate((len(each.batch.tokens) for each in batches), initial=0)
+    tokens = [slice(*pair) for pair in pairwise(ends)]
+    own_tokens = zip(batches, tokens, strict=True)
+    of_adapters = tuple((each.adapter, own, each.generator) for each, own in own_tokens)
+    segments = Segments(len(batch.tokens), of_adapters)
+    packing = Packing(batch.lengths.tolist(), device)
+    arguments = {"input_ids": batch.tokens[None], "position_ids": batch.positions[None]}
+    inputs = PassInputs.sent(
+        arguments, batch.labels, device, labelled_alone=forward.head is not None
+    )
+    generators = [each.generator for each in batches if each.generator is not None]
+    with (
+        unread_masks(device),
+        forward.installed(model) as installation,
+        acting(model, None),
+        active.by_segments(segments),
+        installation.running(packing, generators),
+    ):
+        options: dict[str, Any] = {"packing": packing} if installation.attention else {}
+        options |= {"use_cache": False, **inputs.arguments}
+        if isinstance(inputs.labels, Labelled):
+            assert forward.head is not None
+            hidden = installation.decoder(**options).last_hidden_state.flatten(0, 1)
+            losses = []
+            for each, labelled in zip(batches, _by_adapter(inputs.labels, batches), strict=True):
+                with active.on_all(each.adapter):
+                    losses.append(forward.head.loss(model, hidden, labelled))
+        else:
+            logits = model(**options).logits.flatten(0, 1)
+            losses = [full_loss(logits[own], inputs.labels[own]) for own in tokens]
+        yield torch.stack(losses)
+
+
+def _by_adapter(labelled: Labelled, batches: Sequence[AdapterBatch]) -> Iterator[Labelled]:
+    """Yield the labelled rows of each batch, of those of all."""
+    counts = [int((each.batch.labels != IGNORED).sum()) for each in batches]
+    pairs = zip(labelled.rows.split(counts), labelled.targets.split(counts), strict=True)
+    for rows, targets in pairs:
+        yield replace(labelled, rows=rows, targets=targets)
 
 
 def _alone(
-    forward: Forward, model: PreTrainedModel, each: AdapterBatch, *, backward: bool = False
+    forward: Forward, model: PreTrainedModel, each: AdapterBatch, *, backward: bool
 ) -> Tensor:
     """Return the sum of losses of a batch by a pass of its own."""
     with acting(model, each.adapter), _drawing_from(each.generator):

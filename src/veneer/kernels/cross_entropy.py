@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,16 +75,23 @@ def bounds(targets: NDArray[np.int64]) -> tuple[int, int]:
 
 
 def labelled_cross_entropy(
-    hidden: Tensor, labelled: Labelled, head: nn.Module, logits: Logits = PLAIN
+    hidden: Tensor,
+    labelled: Labelled,
+    head: nn.Module,
+    logits: Logits = PLAIN,
+    *,
+    acting: Iterable[nn.Parameter] | None = None,
 ) -> Tensor:
     """Return Σ −log softmax(logits(head(h)))[label] over the labelled rows, a float32 scalar.
 
     hidden (tokens, dim). `head` may be any module from (rows, dim) to (rows, vocab); gradients
-    reach `hidden` and whatever of the head's parameters trains. Peak memory is one chunk of logits.
+    reach `hidden` and whatever of the head's parameters trains. acting: those of them on which its
+    output depends now; all unless given. Peak memory is one chunk of logits.
     Raises IndexError for a label outside of the vocabulary.
     """
     rows = hidden[labelled.rows]
-    trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
+    acting = head.parameters() if acting is None else acting
+    trained = [p for p in acting if p.requires_grad and torch.is_grad_enabled()]
     return _ChunkedLoss.apply(rows, labelled, head, logits, *trained)
 
 

@@ -29,9 +29,9 @@ class Mask:
     seed: int
 
     @classmethod
-    def drawn(cls, p: float) -> Mask:
-        """Return a mask whose seed comes from torch's generator on the CPU."""
-        return cls(p, int(torch.randint(SEEDS, (), device="cpu")))
+    def drawn(cls, p: float, generator: torch.Generator | None = None) -> Mask:
+        """Return a mask whose seed comes from a generator on the CPU, torch's own unless given."""
+        return cls(p, int(torch.randint(SEEDS, (), device="cpu", generator=generator)))
 
     def numbered(self, number: int) -> Mask:
         """Return one of many masks that are independent of each other."""

@@ -33,6 +33,10 @@ class Projection:
     where nothing acts. gain (out,), float32 or wider: DoRA's factor of each output, or None for 1.
     With masks, each adapter adds B A (x ∘ mask). masters: what trains in place of A and B, or None
     where they do so themselves.
+
+    segments: where adapters act on some rows of x each, these rows and the projection as it acts on
+    them, in the same order in all projections of a pass. Then A and B here are of rank 0, and rows
+    that are in no segment are the base's own.
     """
 
     weight: Tensor | QuantizedWeight
@@ -42,6 +46,7 @@ class Projection:
     gain: Tensor | None = None
     masks: Masks = ()
     masters: Masters | None = None
+    segments: tuple[tuple[slice, Projection], ...] = ()
 
     @classmethod
     def plain(cls, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Projection:
@@ -58,65 +63,165 @@ class Projection:
     def out_features(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def has_gain(self) -> bool:
+        """Whether some of its outputs have a gain."""
+        return self.gain is not None or any(own.gain is not None for _, own in self.segments)
+
     def trained(self) -> list[Tensor]:
-        """Return A, B and gain, as far as there are some: what gradients are for."""
+        """Return A, B and gain, as far as there are some, of each segment: what gradients are
+        for."""
+        if self.segments:
+            return [tensor for _, own in self.segments for tensor in own.trained()]
         if not self.rank:
             return []
         factors = self if self.masters is None else self.masters
         return [factors.A, factors.B] if self.gain is None else [factors.A, factors.B, self.gain]
 
 
+Group = Sequence[Projection]  # projections that share an input
+Gains = Sequence[Sequence[Tensor | None]]  # of each projection, of each of its segments, or of all
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows of a batch on which the same adapters act, and the projections as they act there."""
+
+    rows: slice
+    tokens: int
+    group: Group
+
+    @property
+    def rank(self) -> int:
+        return sum(p.rank for p in self.group)
+
+
+def _segments(group: Group, tokens: int) -> list[_Segment]:
+    """Return the segments of a batch; one where the same adapters act on all rows."""
+    cut = next((p.segments for p in group if p.segments), ())
+    if not cut:
+        return [_Segment(slice(None), tokens, group)]
+    return [
+        _Segment(
+            rows,
+            len(range(tokens)[rows]),
+            [p.segments[number][1] if p.segments else p for p in group],
+        )
+        for number, (rows, _) in enumerate(cut)
+    ]
+
+
+def shape_of_h(group: Group, tokens: int) -> tuple[int, int]:
+    """Return the shape of a matrix with room for A x of all projections, segment after segment."""
+    segments = _segments(group, tokens)
+    columns = max(segment.rank for segment in segments)
+    numbers = sum(segment.tokens * segment.rank for segment in segments)
+    return (tokens, columns) if len(segments) == 1 else (-(numbers // -max(columns, 1)), columns)
+
+
+def _of_segments(h: Tensor, segments: Sequence[_Segment]) -> list[Tensor]:
+    """Return A x of each segment, (its tokens, Σ rank), from the matrix that holds all."""
+    if len(segments) == 1:
+        return [h]
+    sizes = [segment.tokens * segment.rank for segment in segments]
+    pieces = h.flatten()[: sum(sizes)].split_with_sizes(sizes)
+    return [
+        piece.view(segment.tokens, segment.rank)
+        for piece, segment in zip(pieces, segments, strict=True)
+    ]
+
+
 def project(
     x: Tensor,
-    group: Sequence[Projection],
+    group: Group,
     outputs: Sequence[Tensor],
     h: Tensor,
 ) -> None:
     """Write gain ∘ (W x + B A x) + b of each projection to `outputs`, (tokens, out), and A x of all
-    side by side to `h`, (tokens, Σ rank). x (tokens, in)."""
+    side by side to `h`, which has `shape_of_h`: (tokens, Σ rank). x (tokens, in)."""
+    segments = _segments(group, len(x))
+    adapted = []
+    for segment, own_h in zip(segments, _of_segments(h, segments), strict=True):
+        if segment.rank or len(segments) == 1:
+            _write_h(x[segment.rows], segment.group, own_h)
+            adapted.append((segment, _columns(own_h, segment.group)))
+    for number, (p, y) in enumerate(zip(group, outputs, strict=True)):
+        _base_product(x, p, y)
+        for segment, columns in adapted:
+            _add_update(columns[number], segment.group[number], y[segment.rows])
+
+
+def _write_h(x: Tensor, group: Group, h: Tensor) -> None:
     if _are_masked(group):
         for ranks, A, mask in _by_mask(group):
             torch.mm(x if mask is None else mask.apply(x), A.T, out=h[:, ranks])
     else:
         torch.mm(x, _stacked_A(group).T, out=h)
-    for p, own_h, y in zip(group, _columns(h, group), outputs, strict=True):
-        _base_product(x, p, y)
-        if p.rank and p.gain is not None and choice.uses_triton(y, own_h, p.B, p.gain, p.bias):
-            from veneer.kernels.triton_gain import add_with_gain
 
-            add_with_gain(y, own_h, p.B, p.gain, p.bias)
-            continue
-        if p.rank:
-            y.addmm_(own_h, p.B.T)
-        if p.gain is not None:
-            apply_gain_(y, p.gain, p.bias)
+
+def _add_update(h: Tensor, p: Projection, y: Tensor) -> None:
+    """Make gain ∘ (y + B h) + b of y = W x + b."""
+    if p.rank and p.gain is not None and choice.uses_triton(y, h, p.B, p.gain, p.bias):
+        from veneer.kernels.triton_gain import add_with_gain
+
+        add_with_gain(y, h, p.B, p.gain, p.bias)
+        return
+    if p.rank:
+        y.addmm_(h, p.B.T)
+    if p.gain is not None:
+        apply_gain_(y, p.gain, p.bias)
 
 
 def through_gains(
     d_outputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
-    group: Sequence[Projection],
+    group: Group,
     *,
     in_place: bool,
-) -> tuple[list[Tensor], list[Tensor | None]]:
+) -> tuple[list[Tensor], Gains]:
     """Return the gradients dz of z = W x + B A x, (tokens, out) each, and those of the gains.
 
     outputs: what `project` wrote; read only where there is a gain. With `in_place`, dz may be
     written over `d_outputs`.
     """
     pairs = [
-        (dy, None) if p.gain is None else gain_backward(dy, y, p.gain, p.bias, in_place=in_place)
+        _through_gain(dy, y, p, in_place=in_place)
         for dy, y, p in zip(d_outputs, outputs, group, strict=True)
     ]
-    return [dz for dz, _ in pairs], [d_gain for _, d_gain in pairs]
+    return [dz for dz, _ in pairs], [d_gains for _, d_gains in pairs]
 
 
-def gradient_of_h(dz: Sequence[Tensor], group: Sequence[Projection]) -> Tensor:
-    """Return dh = dz B of every projection side by side, (tokens, Σ rank)."""
-    return _joined([d @ p.B for d, p in zip(dz, group, strict=True)], dim=1)
+def _through_gain(
+    dy: Tensor, y: Tensor, p: Projection, *, in_place: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    if not p.has_gain:
+        return dy, [None] * max(1, len(p.segments))
+    if p.gain is not None:
+        dz, d_gain = gain_backward(dy, y, p.gain, p.bias, in_place=in_place)
+        return dz, [d_gain]
+    dz = dy if in_place else dy.clone()
+    d_gains: list[Tensor | None] = []
+    for rows, own in p.segments:
+        if own.gain is None:
+            d_gains.append(None)
+            continue
+        before = dz[rows]
+        through, of_gain = gain_backward(before, y[rows], own.gain, own.bias, in_place=True)
+        if through is not before:
+            before.copy_(through)
+        d_gains.append(of_gain)
+    return dz, d_gains
 
 
-def gradient_of_x(dz: Sequence[Tensor], dh: Tensor, group: Sequence[Projection]) -> Tensor:
+def gradient_of_h(dz: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """Return dh = dz B of every projection side by side, (its tokens, Σ rank) of each segment."""
+    return [
+        _joined([d[segment.rows] @ p.B for d, p in zip(dz, segment.group, strict=True)], dim=1)
+        for segment in _segments(group, len(dz[0]))
+    ]
+
+
+def gradient_of_x(dz: Sequence[Tensor], dh: Sequence[Tensor], group: Group) -> Tensor:
     """Return dx = Σ (dz W) + dh A, (tokens, in), where each adapter's dh A has its mask."""
     dx = product_back(dz[0], group[0].weight)
     for d, p in zip(dz[1:], group[1:], strict=True):
@@ -124,41 +229,52 @@ def gradient_of_x(dz: Sequence[Tensor], dh: Tensor, group: Sequence[Projection])
             dx.addmm_(d, p.weight)
         else:
             dx += product_back(d, p.weight)
-    if not dh.shape[1]:
-        return dx
-    if not _are_masked(group):
-        return dx.addmm_(dh, _stacked_A(group))
-    for ranks, A, mask in _by_mask(group):
-        dx = dx.addmm_(dh[:, ranks], A) if mask is None else mask.add_(dx, dh[:, ranks] @ A)
+    for segment, own_dh in zip(_segments(group, len(dx)), dh, strict=True):
+        if segment.rank:
+            _add_through_A(dx[segment.rows], own_dh, segment.group)
     return dx
+
+
+def _add_through_A(dx: Tensor, dh: Tensor, group: Group) -> None:
+    if not _are_masked(group):
+        dx.addmm_(dh, _stacked_A(group))
+        return
+    for ranks, A, mask in _by_mask(group):
+        if mask is None:
+            dx.addmm_(dh[:, ranks], A)
+        else:
+            mask.add_(dx, dh[:, ranks] @ A)
 
 
 def gradients_of_trained(
     dz: Sequence[Tensor],
-    d_gains: Sequence[Tensor | None],
-    dh: Tensor,
+    d_gains: Gains,
+    dh: Sequence[Tensor],
     x: Tensor,
     h: Tensor,
-    group: Sequence[Projection],
+    group: Group,
 ) -> list[Tensor | None]:
     """Return dA = dhᵀ (x ∘ mask), dB = dzᵀ h and the gain's gradient of every projection, in the
     order of `trained`; None for an A or B that does not train."""
-    if not dh.shape[1]:
-        return []
-    dAs: Sequence[Tensor | None] = [None] * len(group)
-    trained = [p.trained() for p in group]
-    if any(A.requires_grad for A, *_ in filter(None, trained)):
-        dAs = _gradient_of_A(dh, x, group).split_with_sizes([p.rank for p in group])
-    gradients: list[Tensor | None] = []
-    for p, d, d_gain, dA, own_h, own in zip(
-        group, dz, d_gains, dAs, _columns(h, group), trained, strict=True
+    segments = _segments(group, len(x))
+    of_projections: list[list[Tensor | None]] = [[] for _ in group]
+    for number, (segment, own_dh, own_h) in enumerate(
+        zip(segments, dh, _of_segments(h, segments), strict=True)
     ):
-        if own:
-            dB = d.T @ own_h if own[1].requires_grad else None
-            gradients += [dA, dB] if p.masters is None else p.masters.gradients(dA, dB)
-        if d_gain is not None:
-            gradients.append(d_gain)
-    return gradients
+        if not segment.rank:
+            continue
+        rows = segment.rows
+        dAs = _gradients_of_A(own_dh, x[rows], segment.group)
+        columns = _columns(own_h, segment.group)
+        for own, d, dA, own_column, of_gains, gradients in zip(
+            *(segment.group, dz, dAs, columns, d_gains, of_projections), strict=True
+        ):
+            if trained := own.trained():
+                dB = d[rows].T @ own_column if trained[1].requires_grad else None
+                gradients += [dA, dB] if own.masters is None else own.masters.gradients(dA, dB)
+            if own.gain is not None:
+                gradients.append(of_gains[number])
+    return [gradient for gradients in of_projections for gradient in gradients]
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -195,12 +311,33 @@ class LowRankLinear(torch.autograd.Function):
         dy = grads[0]  # (tokens, out)
         needs_x, needs_W, needs_b, needs_A, *_ = ctx.needs_input_grad
         group = [Projection(ctx.weight, None, A, B, masks=ctx.masks)]
-        dh = gradient_of_h([dy], group) if needs_x or needs_A else h
-        dA, dB = gradients_of_trained([dy], [None], dh, x, h, group)
+        dh = gradient_of_h([dy], group) if needs_x or needs_A else [h]
+        dA, dB = gradients_of_trained([dy], [[None]], dh, x, h, group)
         dx = gradient_of_x([dy], dh, group) if needs_x else None
         dW = dy.T @ x if needs_W else None  # (out, in)
         db = dy.sum(0) if needs_b else None  # (out,)
         return dx, dW, db, dA, dB, None
+
+
+class ProjectedSegments(torch.autograd.Function):
+    """The output of a projection with segments, (tokens, out), for x (tokens, in)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Projection, *trained: Tensor) -> Tensor:
+        y = x.new_empty(len(x), p.out_features)
+        h = x.new_empty(shape_of_h([p], len(x)))
+        project(x, [p], [y], h)
+        ctx.projection = p
+        ctx.save_for_backward(x, h, y if p.has_gain else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        group, (x, h, y) = [ctx.projection], ctx.saved_tensors
+        dz, d_gains = through_gains(grads, [y], group, in_place=False)
+        dh = gradient_of_h(dz, group)
+        d_trained = gradients_of_trained(dz, d_gains, dh, x, h, group)
+        return gradient_of_x(dz, dh, group) if ctx.needs_input_grad[0] else None, None, *d_trained
 
 
 def _base_product(x: Tensor, p: Projection, out: Tensor) -> None:
@@ -216,7 +353,14 @@ def _base_product(x: Tensor, p: Projection, out: Tensor) -> None:
         torch.addmm(bias, x, p.weight.to(x.dtype).T, out=out)
 
 
-def _gradient_of_A(dh: Tensor, x: Tensor, group: Sequence[Projection]) -> Tensor:
+def _gradients_of_A(dh: Tensor, x: Tensor, group: Group) -> Sequence[Tensor | None]:
+    """Return dhᵀ (x ∘ mask) of each projection, (rank, in); all None where no A trains."""
+    if not any(A.requires_grad for A, *_ in filter(None, (p.trained() for p in group))):
+        return [None] * len(group)
+    return _gradient_of_A(dh, x, group).split_with_sizes([p.rank for p in group])
+
+
+def _gradient_of_A(dh: Tensor, x: Tensor, group: Group) -> Tensor:
     """Return dhᵀ (x ∘ mask) of all adapters, (Σ rank, in)."""
     if not _are_masked(group):
         return dh.T @ x
@@ -226,11 +370,11 @@ def _gradient_of_A(dh: Tensor, x: Tensor, group: Sequence[Projection]) -> Tensor
     return dA
 
 
-def _are_masked(group: Sequence[Projection]) -> bool:
+def _are_masked(group: Group) -> bool:
     return any(p.masks for p in group)
 
 
-def _by_mask(group: Sequence[Projection]) -> Iterator[tuple[slice, Tensor, Mask | None]]:
+def _by_mask(group: Group) -> Iterator[tuple[slice, Tensor, Mask | None]]:
     """Yield which of Σ rank belong to each adapter, its A (rank, in) and its mask."""
     start = 0
     for p in group:
@@ -241,12 +385,12 @@ def _by_mask(group: Sequence[Projection]) -> Iterator[tuple[slice, Tensor, Mask 
             start += rank
 
 
-def _columns(h: Tensor, group: Sequence[Projection]) -> Sequence[Tensor]:
+def _columns(h: Tensor, group: Group) -> Sequence[Tensor]:
     """Return each projection's part of h (tokens, Σ rank)."""
     return [h] if len(group) == 1 else h.split_with_sizes([p.rank for p in group], 1)
 
 
-def _stacked_A(group: Sequence[Projection]) -> Tensor:
+def _stacked_A(group: Group) -> Tensor:
     return _joined([p.A for p in group], dim=0)  # (Σ rank, in)
 
 
