@@ -38,6 +38,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "init": ("gaussian", "gaussian"),
         "dora": (True, True),
         "lora_fa": (True, True),
+        "invocation": ("<|assistant|>", "<|assistant|>"),
         "expert_rank": (2, 2),
         "shared_expert_a": (True, True),
         "rank_pattern": ({"q_proj": 3, r"layers\.0\..*": 2}, {"q_proj": 3, r"layers\.0\..*": 2}),
@@ -188,6 +189,7 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
         "init": "kaiming",
         "method": "lora",
         "prompt_text": "Other:",
+        "invocation": "<|other|>",
         "bits": 8,
         "new_words": "some",
         "eval_data": "more.jsonl",
@@ -228,6 +230,7 @@ def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, 
         foreign |= {"bits", "pack_head", "shard", "offload"}
     if method in ("prefix", "prompt"):
         foreign.add("context_parallel")
+    foreign.add("invocation")  # which excludes dora, new_words and context_parallel
     everything = {
         name: given for values in VALUES.values() for name, (given, _) in values.items()
     } | {"eval_rows": 0, "method": method, "shard": "none"}  # eval_data and offload exclude others
@@ -239,6 +242,14 @@ def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, 
     again = write_recipe(tmp_path / "again.yaml", first.settings())
     assert run(["tune", "--config", str(again)]) == 0
     assert caught.recipe == first
+
+
+@pytest.mark.parametrize("invocation", ["<|assistant|>", (5, 9), (7,)])
+def test_an_invocation_is_read_back_as_a_text_or_as_ids(caught, tmp_path, invocation):
+    recipe = Recipe("m", ("d",), lora=LoRA(invocation=invocation))
+    path = write_recipe(tmp_path / "recipe.yaml", recipe.settings())
+    assert run(["tune", "--config", str(path)]) == 0
+    assert caught.recipe.lora.invocation == invocation
 
 
 COMPARED: dict[str, tuple[str, object]] = {

@@ -311,7 +311,7 @@ def with_settings(path: Path, **settings: Any) -> Path:
     [
         ({"general.type": "model"}, "general.type is 'model'"),
         ({"adapter.type": "control_vector"}, "adapter.type is 'control_vector'"),
-        ({"adapter.alora.invocation_tokens": [1, 2]}, "aLoRA"),
+        ({"adapter.alora.invocation_tokens": [1, 2]}, "is no list of UINT32"),
         ({"adapter.lora.alpha": "much"}, "alpha is 'much'"),
         ({"adapter.lora.alpha": float("nan")}, "alpha is nan"),
         ({"adapter.lora.alpha": -1.0}, "alpha is -1"),

@@ -114,7 +114,7 @@ NOT_READ: dict[str, Any] = {
     "lora_bias": True,
     "exclude_modules": ["q_proj"],
     "target_parameters": ["experts"],
-    "alora_invocation_tokens": [3],
+    "alora_invocation_tokens": "say",
     "use_qalora": True,
     "arrow_config": {"top_k": 2},
     "use_bdlora": {"nblocks": 2},

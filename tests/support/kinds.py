@@ -4,8 +4,8 @@ trains, and what it cannot do."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -26,11 +26,12 @@ from support.random_adapters import (
     shake,
     targets_named,
     tokenizer,
+    with_invocation,
     with_new_tokens,
 )
 from support.tiny_models import VOCAB, quantized, tiny
 from veneer.adapter.start import start_from_gradients
-from veneer.data.encode import Example
+from veneer.data.encode import UNLABELLED, Example
 from veneer.formats.merged import write_model
 
 PICTURES = ("vit", "convnext")  # architectures that read no tokens
@@ -154,7 +155,13 @@ class Kind:
     def inputs(self, rows: int = 2) -> dict[str, Tensor]:
         if not self.reads_tokens:
             return peft_cases.inputs_of(self.architecture)
-        return {"input_ids": ids(rows, vocabulary=self.vocabulary)}
+        tokens = ids(rows, vocabulary=self.vocabulary)
+        return {"input_ids": torch.stack([with_invocation(row, self.invocation) for row in tokens])}
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens from which on alone the adapter acts, none where it acts on all."""
+        return (self.lora or {}).get("invocation", ())
 
     def logits(self, model: Any) -> Tensor:
         """Return a model's logits, with a gradient."""
@@ -168,7 +175,20 @@ class Kind:
         return self.logits(model)
 
     def rows(self, lengths: list[int], **options: Any) -> list[Example]:
-        return examples(lengths, vocabulary=self.vocabulary, **options)
+        rows = examples(lengths, vocabulary=self.vocabulary, **options)
+        if not self.invocation:
+            return rows
+        changed = [with_invocation(torch.tensor(row.tokens), self.invocation) for row in rows]
+        return [
+            replace(row, tokens=tokens.tolist(), labels=_relabelled(row.labels, tokens))
+            for row, tokens in zip(rows, changed, strict=True)
+        ]
+
+
+def _relabelled(labels: Sequence[int], tokens: Tensor) -> list[int]:
+    return [
+        UNLABELLED if own == UNLABELLED else int(t) for own, t in zip(labels, tokens, strict=True)
+    ]
 
 
 @cache
@@ -334,6 +354,16 @@ KINDS: list[Kind] = [
     _peft("all at once", r"\.adapters\.|\.rows$|norm\.weight$|[qkv]_proj\.original\.bias$"),
     _lora("new tokens", "qwen2", new_tokens=True, trains=r"\.adapters\.|\.rows$", mixes_rows=False),
     _lora("new tokens", "llama", new_tokens=True, trains=r"\.adapters\.|\.rows$", mixes_rows=False),
+    # From an invocation on.
+    _lora("activated", "llama", invocation=(7, 5), merges=False, mixes_rows=False),
+    _lora(
+        *("activated", "qwen2"),
+        bits=4,
+        dropout=0.5,
+        invocation=(9,),
+        merges=False,
+        mixes_rows=False,
+    ),
     # Virtual tokens.
     _method("prefix", "llama", _VIRTUAL, method="prefix", virtual_tokens=5),
     _method("prefix", "falcon", _VIRTUAL, method="prefix", virtual_tokens=5),

@@ -162,6 +162,7 @@ def train_adapter(model: nn.Module) -> None:
 
 # Tokens of the text, so that their rows in the embedding have a gradient.
 SEEN = ids().flatten().unique().tolist()
+SEEN_LAST = ids()[0, 4:6].tolist()  # in the middle of a row, and in no other
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 # The base, and the settings of PEFT.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -194,6 +195,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "DoRA, embedding and Conv1D": (
         "gpt2",
         {"target_modules": ["wte", "c_attn"], "use_dora": True, "fan_in_fan_out": True},
+    ),
+    "activated": (
+        "qwen2",
+        {"target_modules": ["q_proj", "down_proj"], "alora_invocation_tokens": SEEN_LAST},
     ),
     "rsLoRA": ("mistral", {"target_modules": ["q_proj", "up_proj"], "use_rslora": True}),
     "patterns": (

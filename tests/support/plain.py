@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 import veneer
@@ -62,6 +63,7 @@ class Plain:
         frozen = {name: (id(weight), weight) for name, weight in own}
         trained = {i: self.leaves[name] for name, (i, _) in frozen.items() if name in self.leaves}
         self.weights = {name: trained.get(i, weight) for name, (i, weight) in frozen.items()}
+        self.base_weights = dict(self.weights)
         self._replace(adapted)
         self._change(adapted)
         self._lengthen(adapted)
@@ -123,6 +125,8 @@ class Plain:
             self.weights[f"{path}.weight"] = torch.cat([weight, self.live(rows)])
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        if self.kind.invocation:
+            return torch.cat([self._from_invocation(row) for row in inputs["input_ids"]])
         inputs = {k: x.to(self.dtype) if x.is_floating_point() else x for k, x in inputs.items()}
         options = {"use_cache": False} if self.kind.reads_tokens else {}
         with Float64() if self.dtype == torch.float64 else nullcontext():
@@ -132,6 +136,25 @@ class Plain:
                 self.model, self.weights, (), inputs | options, tie_weights=False
             )
             return call.logits
+
+    def _from_invocation(self, row: Tensor) -> Tensor:
+        """Return a row's logits, (1, tokens, vocab): of the changed weights from the invocation on,
+        over the keys and values that the base's own have of what comes before."""
+        tokens, invocation = row.tolist(), [*self.kind.invocation]
+        places = range(len(tokens) - len(invocation) + 1)
+        starts = [i for i in places if tokens[i : i + len(invocation)] == invocation]
+        start = starts[-1] if starts else len(tokens)
+        cache, logits = DynamicCache(), []
+        with Float64() if self.dtype == torch.float64 else nullcontext():
+            for weights, tokens_of in (
+                (self.base_weights, row[:start]),
+                (self.weights, row[start:]),
+            ):
+                if len(tokens_of):
+                    inputs = {"input_ids": tokens_of[None], "cache": cache, "use_cache": True}
+                    call = functional_call(self.model, weights, (), inputs, tie_weights=False)
+                    logits.append(call.logits)
+        return torch.cat(logits, 1)
 
     def loss(self, rows: list[Example]) -> Tensor:
         """Return the sum of the label tokens' losses, row by row."""

@@ -124,6 +124,16 @@ def examples(
     return rows
 
 
+def with_invocation(tokens: Tensor, invocation: Sequence[int]) -> Tensor:
+    """Return a row with an invocation in its first half and another behind it, as far as it has
+    space for them. The second is the last, from which on an adapter acts."""
+    tokens = tokens.clone()
+    for place in (len(tokens) // 6, len(tokens) // 3) if invocation else ():
+        if place + len(invocation) <= len(tokens):
+            tokens[place : place + len(invocation)] = torch.tensor(invocation)
+    return tokens
+
+
 def tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
     """Return a tokenizer of single characters, with `size` tokens in all."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2}

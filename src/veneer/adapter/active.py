@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.errors import AdapterError, nearest, wrong_argument
 from veneer.lowrank.update import RowUpdates
@@ -45,6 +45,10 @@ class ActiveAdapters:
         self.modules_to_save: dict[str, Weights] = {}
         self.replaced: Weights = {}
         self.notes: dict[str, Mapping[str, Any]] = {}  # by name, how an adapter was trained
+        # Of adapters that act from an invocation on: what finds it (invocation.Invocations), and on
+        # which tokens of the newest pass each acts, (tokens, 1) of bool, None before the first.
+        self.invocations: Any = None
+        self.acts_on: dict[str, Tensor | None] = {}
         # While each row of a batch has adapters of its own; `weights` then has no effect.
         self.row_updates: RowUpdates | None = None
         # While adapters learn together from a packed batch; `weights` is then empty.

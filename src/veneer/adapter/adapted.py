@@ -12,6 +12,7 @@ from veneer.adapter.active import ActiveAdapters
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.tokens import TrainedTokens
+from veneer.errors import AdapterError
 from veneer.lowrank.formula import delta_weight, rescaled
 from veneer.quant.weight import QuantizedWeight, dense
 
@@ -92,6 +93,33 @@ class Adapted(nn.Module):
         """Return the adapters of these names that are attached here, with their weights."""
         adapters: Mapping[str, Any] = self.adapters._modules
         return [(adapters[name], weight) for name, weight in weights if name in adapters]
+
+    def acts_on(self, dtype: torch.dtype, names: Iterable[str] | None = None) -> Tensor | None:
+        """Return on which tokens of the pass adapters act, the active ones unless named, as a
+        `Projection` takes it; None for all tokens, as without an invocation."""
+        by_name = self.active_adapters.acts_on
+        names = self.active_adapters.weights if names is None else names
+        own = [name for name in names if name in self.adapters]
+        if not any(name in by_name for name in own):
+            return None
+        some = next(by_name[name] for name in own if name in by_name)
+        if some is None:
+            raise AdapterError(
+                "An adapter acts from an invocation on, which is found when the model is called; "
+                "this layer was called alone."
+            )
+        if len(own) == 1:
+            return some.to(dtype)
+        everywhere = torch.ones_like(some)
+        adapters: Mapping[str, Any] = self.adapters._modules
+        ranks = [adapters[name].total_rank for name in own]
+        columns = [by_name.get(name, everywhere) for name in own]
+        wide = [
+            column.expand(-1, rank)
+            for column, rank in zip(columns, ranks, strict=True)
+            if column is not None
+        ]
+        return torch.cat(wide, 1).to(dtype)
 
     def active_tokens(self) -> list[tuple[TrainedTokens, float]]:
         """Return the active adapters' rows of single tokens, with their weights."""

@@ -17,6 +17,12 @@ from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.conv import LoRAConv2d, why_not_adaptable
 from veneer.adapter.embedding import LoRAEmbedding
+from veneer.adapter.invocation import (
+    attach_invocation,
+    detach_invocations,
+    invocation_problems,
+    tokenized,
+)
 from veneer.adapter.layers import AdaptedLayer, lora_layers
 from veneer.adapter.linear import LoRALinear
 from veneer.adapter.method import Method
@@ -37,7 +43,7 @@ from veneer.adapter.use import adapters, replacing, use
 from veneer.adapter.virtual import new_virtual_tokens
 from veneer.adapter.virtual_forward import attach_virtual_tokens, detach_virtual_tokens
 from veneer.adapter.weight_access import Place
-from veneer.errors import AdapterError, ConfigError, VeneerWarning
+from veneer.errors import AdapterError, ConfigError, VeneerWarning, joined
 from veneer.lowrank.initial import directions
 from veneer.models.block_buffers import whole
 from veneer.models.description import Layer
@@ -59,7 +65,7 @@ def attach(
     it is.
     A `Method` trains something else than a low-rank adapter: weights of the base, or virtual
     tokens. Virtual tokens change the outputs at once, as the tokens that they start from would;
-    the `tokenizer` is for a `prompt_text`.
+    the `tokenizer` is for a `prompt_text`, and for an `invocation` that is a text.
     Warns (VeneerWarning) of weights that the targets `all` and `mlp` seem to mean but do not reach,
     such as routers.
     Returns the model. Raises TargetError for targets that match nothing, AdapterError for a name
@@ -74,7 +80,10 @@ def attach(
     if config.init == "auto":
         is_minigpt = getattr(getattr(model, "config", None), "model_type", None) == "minigpt"
         config = replace(config, init="gaussian" if is_minigpt else "kaiming")
+    config = tokenized(config, tokenizer)
     targets = resolve(model, config)
+    if problems := invocation_problems(model, config.invocation_tokens, targets):
+        raise ConfigError(f"This adapter cannot be: {joined(problems)}.")
     config = with_expert_ranks(config, targets)
     check_parameters(config, targets)
     _check_start(model, config, targets)
@@ -92,8 +101,7 @@ def attach(
     except BaseException:
         _detach_from_layers(model, {name})
         raise
-    active_adapters_of(model).configs[name] = config
-    use(model, name)
+    _activate(model, name, config)
     if text := uncovered(model, config):
         warnings.warn(text, VeneerWarning, stacklevel=2)
     return model
@@ -121,8 +129,7 @@ def attach_adapter(
             assert isinstance(layer, AdaptedLayer)
             layer.attach_tokens(name, rows.requires_grad_(False))
         attach_modules_to_save(model, name, modules_to_save or {})
-    active_adapters_of(model).configs[name] = config
-    use(model, name)
+    _activate(model, name, config)
 
 
 def attach_method(
@@ -157,6 +164,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     detach_modules_to_save(model, names)
     _detach_from_layers(model, names)
     detach_virtual_tokens(model, names)
+    detach_invocations(model, names)
     for each in names:
         del active_adapters.configs[each]
         active_adapters.notes.pop(each, None)
@@ -207,6 +215,13 @@ def adapted_layer(model: nn.Module, path: str) -> Adapted:
         layer.place = Place(type(owner), name)
     owner.set_submodule(name, layer)
     return layer
+
+
+def _activate(model: nn.Module, name: str, config: LoRA) -> None:
+    """Let an adapter act whose tensors are attached."""
+    active_adapters_of(model).configs[name] = config
+    attach_invocation(model, name, config)
+    use(model, name)
 
 
 def _attach_new_method(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,11 +21,13 @@ from veneer.checks import (
     one_of,
     whole_number,
 )
+from veneer.errors import ConfigError
 
 Init = Literal["auto", "kaiming", "gaussian", "pissa", "olora", "lora_ga", "loftq"]
 Value = TypeVar("Value")
 LARGEST_RANK_OR_ALPHA = 2**31  # a file can name numbers that no arithmetic here holds
 RANK = whole_number(1, most=LARGEST_RANK_OR_ALPHA)
+TOKEN = whole_number(0, most=LARGEST_RANK_OR_ALPHA)
 ALPHA = Rule(
     lambda value: ABOVE_0.holds(value) and value <= LARGEST_RANK_OR_ALPHA,
     f"a number above 0 and at most {LARGEST_RANK_OR_ALPHA}",
@@ -33,6 +37,10 @@ KINDS = {
         ("rank_pattern", "alpha_pattern"), Rule(lambda value: isinstance(value, dict), "a map")
     ),
     "targets": Rule(lambda value: all(isinstance(name, str) for name in value), "names"),
+    "invocation": Rule(
+        lambda value: bool(value) and (isinstance(value, str) or all(map(TOKEN.holds, value))),
+        "a text, or the ids of its tokens",
+    ),
     "layers": Rule(lambda value: isinstance(value, str), "slices"),
     "dropout": NUMBER,
     **dict.fromkeys(("rslora", "dora", "lora_fa", "shared_expert_a"), BOOLEAN),
@@ -71,6 +79,9 @@ class LoRA:
     """DoRA: train the length of each row of W + B A beside its direction."""
     lora_fa: bool = False
     """LoRA-FA: leave the random factor, A (B of an embedding), as it starts; train the other."""
+    invocation: str | Sequence[int] | None = None
+    """Activated LoRA: act from this text on, where a row has it last, and not before. Tokens before
+    it are the base's own, so that a server computes them once for all. As "[5, 9]", token ids."""
     expert_rank: int | None = None
     """Rank over each expert of a mixture; rank / number of experts, at least 1, unless given."""
     shared_expert_a: bool = False
@@ -86,6 +97,7 @@ class LoRA:
         else:
             names = tuple(self.targets)
         object.__setattr__(self, "targets", names)
+        object.__setattr__(self, "invocation", _invocation(self.invocation))
         self._check()
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
@@ -110,10 +122,25 @@ class LoRA:
                 "init": one_of(Init),
             },
             contradictions={
-                "targets is empty; name layers or a preset such as attention": not self.targets
+                "targets is empty; name layers or a preset such as attention": not self.targets,
+                "dora scales outputs of W before an invocation too; leave one of them out": (
+                    self.dora and self.invocation is not None
+                ),
             },
             problems=problems,
         )
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        """The ids of the invocation's tokens; none where the adapter acts on all tokens.
+
+        Raises ConfigError for a text, which `adapter/invocation.py` makes tokens of.
+        """
+        if isinstance(self.invocation, str):
+            raise ConfigError(
+                f"The invocation {self.invocation!r} is a text; give its token ids, or a tokenizer."
+            )
+        return tuple(self.invocation or ())
 
     @property
     def has_start(self) -> bool:
@@ -141,6 +168,14 @@ class LoRA:
     def _alphas(self) -> ByPath[float]:
         assert self.alpha is not None
         return ByPath(self.alpha_pattern, self.alpha)
+
+
+def _invocation(given: object) -> object:
+    """Return ids as a tuple, be they in a sequence or in a text as JSON has it."""
+    if isinstance(given, str) and re.fullmatch(r"\[\s*\d+\s*(,\s*\d+\s*)*\]", given):
+        given = json.loads(given)
+    is_sequence = isinstance(given, Sequence) and not isinstance(given, str)
+    return tuple(given) if is_sequence else given  # type: ignore[arg-type]
 
 
 def split_names(targets: str) -> list[str]:

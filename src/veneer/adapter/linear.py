@@ -56,6 +56,11 @@ class LoRALinear(AdaptedLayer):
         """
         if not self._acts_here() or (self.place and self.place.is_looked_at) or self._is_sharded():
             return self.original.weight  # type: ignore[return-value]
+        if self.acts_on(torch.float32) is not None:
+            raise AdapterError(
+                f"The model's code computes with the weight of {self._name}, which cannot act from "
+                "an invocation on; leave it out of the targets."
+            )
         if self.active_adapters.row_updates is not None or self.active_adapters.segments:
             raise AdapterError(
                 f"The model's code computes with the weight of {self._name}, so rows of a batch "
@@ -114,7 +119,7 @@ class LoRALinear(AdaptedLayer):
             return None
         if (segments := self.active_adapters.segments) is not None:
             return self._by_segments(segments, W.dtype)
-        return self._projection(active, bias, W.dtype)
+        return self._projection(active, bias, W.dtype, acts_on=self.acts_on(W.dtype))
 
     def _projection(
         self,
@@ -122,24 +127,29 @@ class LoRALinear(AdaptedLayer):
         bias: Tensor | None,
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
+        acts_on: Tensor | None = None,
     ) -> Projection:
         W = self.base_weight
         if not pairs:
             return Projection.plain(W, bias)
         masks = self._masks(pairs, generator)
         if (masters := self.masters(pairs, masks)) is not None:
-            return Projection(W, bias, *masters.rounded(dtype), masks=masks, masters=masters)
+            return Projection(
+                *(W, bias, *masters.rounded(dtype)), masks=masks, masters=masters, acts_on=acts_on
+            )
         update = self.low_rank_update(pairs, dtype, masks)
-        return Projection(W, bias, update.A, update.B, update.gain, masks)
+        return Projection(W, bias, update.A, update.B, update.gain, masks, acts_on=acts_on)
 
     def _by_segments(self, segments: Segments, dtype: torch.dtype) -> Projection:
         """Return the projection in which each adapter acts on its own tokens."""
         bias = self.active_bias([])
-        own = tuple(
-            (tokens, self._projection(self.named([(name, 1.0)]), bias, dtype, generator))
-            for name, tokens, generator in segments.of_adapters
-        )
-        return replace(Projection.plain(self.base_weight, bias), segments=own)
+        own = []
+        for name, tokens, generator in segments.of_adapters:
+            acts_on = self.acts_on(dtype, (name,))
+            acts_on = None if acts_on is None else acts_on[tokens]
+            pairs = self.named([(name, 1.0)])
+            own.append((tokens, self._projection(pairs, bias, dtype, generator, acts_on)))
+        return replace(Projection.plain(self.base_weight, bias), segments=tuple(own))
 
     def forward(self, x: Tensor) -> Tensor:
         if (segments := self.active_adapters.segments) is not None:
@@ -161,7 +171,14 @@ class LoRALinear(AdaptedLayer):
         update = self.low_rank_update(active, x.dtype, masks)
         bias = self.active_bias(active)
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        y = LowRankLinear.apply(flat, self.base_weight, bias, update.A, update.B, masks)
+        acts_on = self.acts_on(x.dtype)
+        if acts_on is not None and len(acts_on) != len(flat):
+            raise AdapterError(
+                f"{self._name} reads {len(flat)} rows of a batch of {len(acts_on)} tokens, so "
+                "nobody knows on which an adapter acts from its invocation on; leave the layer out "
+                "of its targets."
+            )
+        y = LowRankLinear.apply(flat, self.base_weight, bias, update.A, update.B, masks, acts_on)
         y = y.view(*x.shape[:-1], y.shape[-1])
         return y if update.gain is None else apply_gain(y, update.gain, bias).to(x.dtype)
 

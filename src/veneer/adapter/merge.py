@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter.active import active_adapters_of
+from veneer.adapter.invocation import invoked
 from veneer.adapter.layers import lora_layers
 from veneer.adapter.method import is_virtual
 from veneer.adapter.modules_to_save import owner_of
@@ -93,6 +94,11 @@ def why_not_mergeable(model: nn.Module, command: str = "veneer merge") -> str | 
     for name, config in adapters(model).items():
         if is_virtual(config) and name in in_use(model):
             return f"the virtual tokens of {name!r} are no weights."
+    if names := invoked(model):
+        return (
+            f"{', '.join(names)} acts from an invocation on, and a merged weight would act on all "
+            "tokens; serve the adapter over its base."
+        )
     for path, layer in lora_layers(model):
         biases = [adapter.lora_bias is not None for adapter, _ in layer.active()]
         if any(biases) and getattr(layer.original, "bias", None) is None:

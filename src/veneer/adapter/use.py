@@ -94,8 +94,8 @@ def use_rows(model: nn.Module, rows: Sequence[str | Mapping[str, float] | None])
     names = {name for mix in mixes for name, _ in mix}
     if unsuited := sorted(name for name in names if not _acts_by_rows(model, name)):
         raise AdapterError(
-            f"{', '.join(unsuited)} has no low-rank factors, or more than these, and acts on "
-            "whole batches."
+            f"{', '.join(unsuited)} has no low-rank factors, or more than these (an invocation, "
+            "say), and acts on whole batches."
         )
     different = list(dict.fromkeys(mix for mix in mixes if mix))
     updates: list[dict[Hashable, LowRankUpdate]] = [{} for _ in different]
@@ -114,7 +114,8 @@ def _acts_by_rows(model: nn.Module, name: str) -> bool:
     """Return whether an adapter is no more than what a row of a batch can have alone."""
     active_adapters = active_adapters_of(model)
     is_method = isinstance(active_adapters.configs[name], Method)
-    if is_method or name in active_adapters.modules_to_save:
+    by_position = name in active_adapters.acts_on
+    if is_method or by_position or name in active_adapters.modules_to_save:
         return False
     for _, layer in lora_layers(model):
         if name in layer.tokens:

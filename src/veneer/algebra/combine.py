@@ -25,6 +25,7 @@ from veneer.algebra.change import (
 )
 from veneer.algebra.config import CombineConfig, CombineMethod
 from veneer.errors import AdapterError, ConfigError, joined
+from veneer.formats.contents import has_invocation
 from veneer.formats.state import AdapterState
 from veneer.formats.training import base_in
 from veneer.lowrank.formula import Factors, delta_weight
@@ -202,6 +203,8 @@ def _check_states(states: Sequence[AdapterState]) -> None:
                 "is of full rank, so that no factors hold it (merge it, and extract an adapter "
                 "from the merged model)"
             )
+        if has_invocation(state):
+            own.append("it acts from an invocation on, and what is combined on all tokens")
         if state.new_tokens is not None:
             own.append("it has new tokens, whose rows belong to its own tokenizer")
         if state.modules_to_save or state.trained_tokens:

@@ -14,6 +14,7 @@ from cyclopts.token import Token
 from veneer.errors import ConfigError, nearest
 
 # Methods that are LoRA with other settings: tune runs, and keeps in recipe.yaml, what they mean.
+AS_JSON = ("data", "invocation")  # whose lists cyclopts would take apart
 SHORT: dict[str, dict[str, Any]] = {"qlora": {"bits": 4}, "dora": {"dora": True}}
 
 
@@ -81,6 +82,6 @@ def _read(path: Path, names: set[str]) -> dict[str, Any]:
         settings |= {"method": "lora"} | meant
     # A pattern may hold dots, which cyclopts would take for deeper levels, but not within JSON.
     return {
-        k: json.dumps(v) if isinstance(v, dict) or (k == "data" and isinstance(v, list)) else v
+        k: json.dumps(v) if isinstance(v, dict) or (k in AS_JSON and isinstance(v, list)) else v
         for k, v in settings.items()
     }

@@ -18,6 +18,7 @@ Content = Literal[
     "modules to save or biases that replace the base's",
     "rows of single tokens",
     "DoRA's magnitudes",
+    "an invocation from which on alone it acts",
 ]
 PRESENT: dict[Content, Callable[[AdapterState], bool]] = {
     "new tokens": lambda s: s.new_tokens is not None,
@@ -27,6 +28,7 @@ PRESENT: dict[Content, Callable[[AdapterState], bool]] = {
     "modules to save or biases that replace the base's": lambda s: bool(s.modules_to_save),
     "rows of single tokens": lambda s: bool(s.trained_tokens),
     "DoRA's magnitudes": lambda s: isinstance(s.config, LoRA) and s.config.dora,
+    "an invocation from which on alone it acts": lambda s: has_invocation(s),
 }
 Place = FormatName | Literal["merged GGUF", "serving"]
 # If B A did not start at zero, all formats but ours get a plain LoRA of twice the rank
@@ -36,7 +38,7 @@ PLACES: dict[Place, frozenset[Content]] = {
     "peft": frozenset(PRESENT),
     "mlx": frozenset({"DoRA's magnitudes", "stacks of experts"}),
     "loralib": frozenset(),
-    "gguf": frozenset({"stacks of experts"}),
+    "gguf": frozenset({"stacks of experts", "an invocation from which on alone it acts"}),
     "merged GGUF": frozenset({"new tokens", "DoRA's magnitudes", "stacks of experts"}),
     # What can differ from row to row.
     "serving": frozenset({"DoRA's magnitudes", "stacks of experts"}),
@@ -57,7 +59,12 @@ def refuse_without_place(state: AdapterState, format: FormatName) -> None:
             f"The format {format} has no place for {config.method}; write it natively."
         )
     if contents := without_place(state, format):
+        others = "" if has_invocation(state) else "merge the adapter, or "
         raise AdapterError(
-            f"The format {format} has no place for {listed(contents)}; merge the adapter, or "
-            "write it natively."
+            f"The format {format} has no place for {listed(contents)}; {others}write it natively."
         )
+
+
+def has_invocation(state: AdapterState) -> bool:
+    """Return whether an adapter acts from an invocation on, and not on all tokens."""
+    return isinstance(state.config, LoRA) and bool(state.config.invocation)

@@ -26,7 +26,7 @@ SAVED = "saved_weights.pt"
 TOKEN_ROWS = ".token_rows"  # behind the path of embedding or head
 FORMAT = 1
 # Settings that are younger than the format; written if they are set.
-LATER = {"dora", "lora_fa", "expert_rank", "shared_expert_a"}
+LATER = {"dora", "lora_fa", "invocation", "expert_rank", "shared_expert_a"}
 # Keys that are younger than the format; earlier versions refuse unknown keys.
 LATER_KEYS = {"saved", "tokens", "parts", "task", "training"}
 

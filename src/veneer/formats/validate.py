@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.conv import why_not_adaptable
+from veneer.adapter.invocation import invocation_problems
 from veneer.adapter.method import Method
 from veneer.adapter.new_tokens import is_tied, new_tokens_of
 from veneer.adapter.targets import adaptable_layers, describe_base, is_named, resolve
@@ -43,6 +44,7 @@ def validate(
     config = state.config
     if isinstance(config, LoRA):
         problems += _factors(model, state, config)
+        problems += _invocation(model, state, config)
         problems += _base_weights(model, state)
         problems += _modules_to_save(model, state)
         problems += _trained_tokens(model, state)
@@ -181,6 +183,30 @@ def _factors(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
             for path in sorted(complete - targets)
         ]
     return problems
+
+
+def _invocation(model: nn.Module, state: AdapterState, config: LoRA) -> list[str]:
+    """Return what keeps an adapter from acting from its invocation on alone."""
+    if config.invocation is None:
+        return []
+    if isinstance(config.invocation, str):
+        return [f"its invocation is a text, {config.invocation!r}, and must be token ids"]
+    stored = {layer.path for layer in state.layers()}
+    adapted = [layer for layer in describe_base(model).layers if layer.path in stored]
+    beside = {
+        "modules to save": state.modules_to_save,
+        "rows of single tokens": state.trained_tokens,
+        "new tokens": state.new_tokens,
+        "biases of its own": any(layer.bias is not None for layer in state.layers()),
+    }
+    return [
+        *invocation_problems(model, config.invocation_tokens, adapted),
+        *(
+            f"it has {name}, which would act before its invocation too"
+            for name, is_there in beside.items()
+            if is_there
+        ),
+    ]
 
 
 def _why_no_layer(model: nn.Module, path: str, by_path: Mapping[str, Layer], *, hint: bool) -> str:

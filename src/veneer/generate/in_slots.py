@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from veneer.adapter.invocation import invoked
 from veneer.adapter.virtual_context import virtual_count
 from veneer.generate.draws import Draw, next_tokens
 from veneer.generate.sampling import Sampling
@@ -41,6 +42,8 @@ class InSlots:
     def __init__(self, model: PreTrainedModel, rows: int, graphs: Graphs | None = None) -> None:
         if virtual_count(model):
             raise NotInSlots("virtual tokens act")
+        if invoked(model):
+            raise NotInSlots("an adapter acts from an invocation on")
         config = getattr(model, "generation_config", None)
         settings: dict[str, Any] = {} if config is None else config.to_diff_dict()
         if others := sorted(key for key in settings if key not in HARMLESS and settings[key]):

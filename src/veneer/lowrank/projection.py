@@ -32,7 +32,8 @@ class Projection:
     or None. A (rank, in) and B (out, rank): those of all adapters, stacked and scaled, with rank 0
     where nothing acts. gain (out,), float32 or wider: DoRA's factor of each output, or None for 1.
     With masks, each adapter adds B A (x ∘ mask). masters: what trains in place of A and B, or None
-    where they do so themselves.
+    where they do so themselves. acts_on (tokens, rank), or (tokens, 1) for all ranks: 1 where a
+    token has A x added and 0 where not, in x's dtype; None for 1.
 
     segments: where adapters act on some rows of x each, these rows and the projection as it acts on
     them, in the same order in all projections of a pass. Then A and B here are of rank 0, and rows
@@ -46,6 +47,7 @@ class Projection:
     gain: Tensor | None = None
     masks: Masks = ()
     masters: Masters | None = None
+    acts_on: Tensor | None = None
     segments: tuple[tuple[slice, Projection], ...] = ()
 
     @classmethod
@@ -138,7 +140,8 @@ def project(
     h: Tensor,
 ) -> None:
     """Write gain ∘ (W x + B A x) + b of each projection to `outputs`, (tokens, out), and A x of all
-    side by side to `h`, which has `shape_of_h`: (tokens, Σ rank). x (tokens, in)."""
+    side by side to `h`, which has `shape_of_h`: (tokens, Σ rank), with 0 where it does not act.
+    x (tokens, in)."""
     segments = _segments(group, len(x))
     adapted = []
     for segment, own_h in zip(segments, _of_segments(h, segments), strict=True):
@@ -157,6 +160,9 @@ def _write_h(x: Tensor, group: Group, h: Tensor) -> None:
             torch.mm(x if mask is None else mask.apply(x), A.T, out=h[:, ranks])
     else:
         torch.mm(x, _stacked_A(group).T, out=h)
+    for p, own_h in zip(group, _columns(h, group), strict=True):
+        if p.acts_on is not None:
+            own_h *= p.acts_on
 
 
 def _add_update(h: Tensor, p: Projection, y: Tensor) -> None:
@@ -214,11 +220,17 @@ def _through_gain(
 
 
 def gradient_of_h(dz: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """Return dh = dz B of every projection side by side, (its tokens, Σ rank) of each segment."""
+    """Return dh = dz B of every projection side by side, (its tokens, Σ rank) of each segment, with
+    0 where it does not act."""
     return [
-        _joined([d[segment.rows] @ p.B for d, p in zip(dz, segment.group, strict=True)], dim=1)
-        for segment in _segments(group, len(dz[0]))
+        _joined([_own(d[each.rows] @ p.B, p) for d, p in zip(dz, each.group, strict=True)], dim=1)
+        for each in _segments(group, len(dz[0]))
     ]
+
+
+def _own(h: Tensor, p: Projection) -> Tensor:
+    """Return A x, or its gradient, with 0 where a projection's update does not act."""
+    return h if p.acts_on is None else h * p.acts_on
 
 
 def gradient_of_x(dz: Sequence[Tensor], dh: Sequence[Tensor], group: Group) -> Tensor:
@@ -278,7 +290,8 @@ def gradients_of_trained(
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + x Aᵀ Bᵀ, with B already scaled; with masks, each adapter's x has its own.
+    """y = x Wᵀ + b + x Aᵀ Bᵀ, with B already scaled; with masks, each adapter's x has its own;
+    acts_on is that of `Projection`.
 
     Plain autograd would keep x for W, x again (dropped out) for A, and both factors' outputs. Here
     x is kept once, together with x Aᵀ (tokens, rank). W and b cost nothing while they are frozen;
@@ -294,14 +307,15 @@ class LowRankLinear(torch.autograd.Function):
         A: Tensor,  # (rank, in), x's dtype
         B: Tensor,  # (out, rank), x's dtype, scaled
         masks: Masks,
+        acts_on: Tensor | None = None,
     ) -> Tensor:
         # Never a view: what follows may add to y in place (Falcon does), and autograd forbids that
         # for views that are made in here.
         y = x.new_empty(len(x), weight.shape[0])  # (tokens, out)
         h = x.new_empty(len(x), len(A))  # (tokens, rank)
-        project(x, [Projection(weight, bias, A, B, masks=masks)], [y], h)
+        project(x, [Projection(weight, bias, A, B, masks=masks, acts_on=acts_on)], [y], h)
         ctx.weight = weight  # no step changes it before the backward pass
-        ctx.masks = masks
+        ctx.masks, ctx.acts_on = masks, acts_on
         ctx.save_for_backward(x, A, B, h)
         return y
 
@@ -310,13 +324,13 @@ class LowRankLinear(torch.autograd.Function):
         x, A, B, h = ctx.saved_tensors
         dy = grads[0]  # (tokens, out)
         needs_x, needs_W, needs_b, needs_A, *_ = ctx.needs_input_grad
-        group = [Projection(ctx.weight, None, A, B, masks=ctx.masks)]
+        group = [Projection(ctx.weight, None, A, B, masks=ctx.masks, acts_on=ctx.acts_on)]
         dh = gradient_of_h([dy], group) if needs_x or needs_A else [h]
         dA, dB = gradients_of_trained([dy], [[None]], dh, x, h, group)
         dx = gradient_of_x([dy], dh, group) if needs_x else None
         dW = dy.T @ x if needs_W else None  # (out, in)
         db = dy.sum(0) if needs_b else None  # (out,)
-        return dx, dW, db, dA, dB, None
+        return dx, dW, db, dA, dB, None, None
 
 
 class ProjectedSegments(torch.autograd.Function):

@@ -128,6 +128,13 @@ class Recipe:
                 "own; leave it at 1": (
                     self.training.context_parallel > 1 and method in ("prefix", "prompt")
                 ),
+                "new_words act wherever they stand, before an invocation too; leave one out": (
+                    self.lora.invocation is not None and self.rows.new_words is not None
+                ),
+                "context_parallel deals the tokens of a row, and an invocation may be another "
+                "process's; leave it at 1": (
+                    self.lora.invocation is not None and self.training.context_parallel > 1
+                ),
                 f"{', '.join(of_adapters)} would do nothing with {method}": bool(
                     of_adapters and method != "lora"
                 ),
@@ -171,6 +178,8 @@ class Recipe:
         for group in (self.method, self.lora, self.training, self.rows):
             flat.update(asdict(group))
         flat["targets"] = list(flat["targets"])
+        if isinstance(flat["invocation"], tuple):
+            flat["invocation"] = list(flat["invocation"])
         flat["eval_data"] = flat["eval_data"] and str(flat["eval_data"])
         flat |= {
             "device": self.device,

@@ -69,6 +69,7 @@ YOUNGER_SETTINGS = {
     "train_norms": False,
     "dora": False,
     "lora_fa": False,
+    "invocation": None,
     "expert_rank": None,
     "shared_expert_a": False,
     "long_rows": None,

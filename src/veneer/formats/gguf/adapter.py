@@ -25,6 +25,7 @@ from veneer.models.load import open_base
 from veneer.quant.weight import dense
 
 MARK, TRAINING = "veneer.base_fingerprint.", "veneer.training"  # ours, which llama.cpp ignores
+INVOCATION = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS
 HUB = "https://huggingface.co/"
 DTypes = Literal["float32", "float16"]
 
@@ -117,6 +118,9 @@ def _write_contents(
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, contents.alpha)
         kinds = gguf.LlamaFileType
         writer.add_file_type(kinds.ALL_F32 if dtype == "float32" else kinds.MOSTLY_F16)
+        if contents.invocation:
+            types = gguf.GGUFValueType
+            writer.add_key_value(INVOCATION, [*contents.invocation], types.ARRAY, types.UINT32)
         if contents.base_name:
             writer.add_base_model_count(1)
             writer.add_base_model_name(0, contents.base_name)
@@ -143,8 +147,7 @@ def _read_contents(path: Path) -> Contents:
         if values.get(key) != needed:
             problems.append(f"its {key} is {values.get(key)!r}, and must be {needed!r}")
     reader = gguf.GGUFReader(path)
-    if reader.get_field(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS) is not None:
-        problems.append("it acts only from certain tokens on (aLoRA), which is not read")
+    invocation = _invocation(reader, problems)
     alpha: Any = values.get(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
     if not isinstance(alpha, float):
         problems.append(f"its alpha is {alpha!r}, which is no number of 32 bits")
@@ -153,4 +156,17 @@ def _read_contents(path: Path) -> Contents:
     tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     marks = {k.removeprefix(MARK): str(v) for k, v in values.items() if k.startswith(MARK)}
     name = str(values.get("general.base_model.0.name", ""))
-    return Contents(str(values.get("general.architecture")), alpha, tensors, name, marks)
+    architecture = str(values.get("general.architecture"))
+    return Contents(architecture, alpha, tensors, name, marks, invocation)
+
+
+def _invocation(reader: gguf.GGUFReader, problems: list[str]) -> tuple[int, ...]:
+    """Return the ids of the tokens from which on the adapter acts, and add to `problems` what
+    llama.cpp would refuse."""
+    if (entry := reader.get_field(INVOCATION)) is None:
+        return ()
+    types = gguf.GGUFValueType
+    if entry.types != [types.ARRAY, types.UINT32]:
+        problems.append(f"its {INVOCATION} is no list of UINT32")
+        return ()
+    return tuple(map(int, entry.contents()))

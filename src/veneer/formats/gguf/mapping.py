@@ -46,6 +46,7 @@ class Contents:
     tensors: dict[str, np.ndarray]
     base_name: str = ""
     base_fingerprint: Mapping[str, str] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()  # the ids of the tokens from which on it acts; all without
     notes: tuple[str, ...] = ()
 
 
@@ -82,7 +83,10 @@ def contents_of(state: AdapterState, naming: Naming) -> Contents:
             "are folded into their B"
         )
     name, marks = state.hub_name, dict(state.base_fingerprint)
-    return Contents(naming.architecture, alpha, tensors, name, marks, tuple(notes))
+    return Contents(
+        *(naming.architecture, alpha, tensors, name, marks, config.invocation_tokens),
+        notes=tuple(notes),
+    )
 
 
 def state_of(contents: Contents, naming: Naming) -> AdapterState:
@@ -142,8 +146,9 @@ def state_of(contents: Contents, naming: Naming) -> AdapterState:
     # Where alpha is 0, llama.cpp does not scale.
     alphas = {path: contents.alpha or float(rank) for path, rank in ranks.items()}
     targets = shortest_names(set(ranks), naming.places)
+    settings = lora_settings(ranks, alphas, targets=targets)
     return AdapterState(
-        lora_settings(ranks, alphas, targets=targets),
+        replace(settings, invocation=contents.invocation or None),
         {key: tensor for layer in layers for key, tensor in layer.tensors().items()},
         base_name=contents.base_name,
         base_fingerprint=dict(contents.base_fingerprint),
@@ -232,7 +237,8 @@ def _not_expressed(state: AdapterState, naming: Naming) -> list[str]:
             "(approximate)"
         )
     if others := [c for c in without_place(state, "gguf") if c != "DoRA's magnitudes"]:
-        problems.append(f"it has no place for {listed(others)}; merge it into the model")
+        do = "write it natively" if config.invocation else "merge it into the model"
+        problems.append(f"it has no place for {listed(others)}; {do}")
     for layer in state.layers():
         places = naming.of(layer.path)
         if not places or not all(place.takes_adapters for place in places):

@@ -220,6 +220,15 @@ def _warn_of_missing_projections(config: Mapping[str, Any], known: Collection[st
         )
 
 
+def _invocation(tokens: object) -> tuple[int, ...] | None:
+    """Return the ids of an invocation's tokens. Raises TypeError for anything but a list of ids."""
+    if not tokens:
+        return None
+    if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
+        raise TypeError(f"alora_invocation_tokens is {tokens!r}, but must be a list of numbers")
+    return tuple(tokens)
+
+
 def _lora(
     config: Mapping[str, Any],
     layers: Mapping[str, dict[str, Tensor]],
@@ -242,6 +251,7 @@ def _lora(
         layers=layers_of(config),
         rslora=bool(config.get("use_rslora", False)),
         dora=bool(config.get("use_dora", False)),
+        invocation=_invocation(config.get("alora_invocation_tokens")),
         rank_pattern=matching(config.get("rank_pattern") or {}, paths),
         alpha_pattern=matching(config.get("alpha_pattern") or {}, paths),
     )

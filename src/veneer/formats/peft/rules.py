@@ -23,12 +23,19 @@ BELOW = ".base_layer"  # the base's layer in an adapted one
 
 # Settings that change what an adapter computes or what its base is, and that we do not read.
 NOT_READ = (
-    *("alora_invocation_tokens", "arrow_config", "enable_lora", "kasa_config", "layer_replication"),
+    *("arrow_config", "enable_lora", "kasa_config", "layer_replication"),
     *("megatron_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
 )
 # Settings that we read, or that no longer matter once an adapter is trained.
 READ = (
-    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config"),
+    *(
+        "alora_invocation_tokens",
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+    ),
     *("ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
     *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha"),
     *("lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "merge_weights"),

@@ -46,6 +46,7 @@ def config_of(state: AdapterState, model_type: str | None = None) -> dict[str, A
     targets = list(config.targets)
     if parameters or modules or not paths:
         targets = [path for path in paths if path not in are_parameters]
+    invocation = [*config.invocation_tokens]
     return {
         "peft_type": "LORA",
         "task_type": state.task or None,
@@ -67,7 +68,7 @@ def config_of(state: AdapterState, model_type: str | None = None) -> dict[str, A
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-    }
+    } | ({"alora_invocation_tokens": invocation} if invocation else {})
 
 
 def tensors_of(state: AdapterState, base: BaseStructure | None = None) -> dict[str, Tensor]:

@@ -35,6 +35,13 @@ def gguf_pairs(facts: Facts) -> Iterator[Finding]:
         yield Finding("no", "norms", f"ignored without a word: {listed(norms)}", MERGE)
 
 
+def gguf_invocation(facts: Facts) -> Iterator[Finding]:
+    """llama-server looks for the invocation in each prompt, from its end (tools/server)."""
+    if tokens := facts.config.get("adapter.alora.invocation_tokens"):
+        says = f"acts from its {len(tokens)} tokens on in llama-server, and elsewhere on all tokens"
+        yield Finding("needs", "invocation", says, "serve it by llama-server")
+
+
 def gguf_experts(facts: Facts) -> Iterator[Finding]:
     """build_lora_mm_id multiplies with stacks of experts, on the rows that are routed to each."""
     if stacks := [key for key in facts.shapes if "_exps." in key]:
@@ -55,6 +62,7 @@ RUNTIME = Runtime(
             always("needs", "serving", "by a flag", "--lora FILE.gguf"),
             gguf_header,
             gguf_pairs,
+            gguf_invocation,
             gguf_experts,
         )
     },
