@@ -31,6 +31,8 @@ from bench.soak_questions import BAD, CHANGING, QUESTIONS, VERSIONS, Question
 from bench.soak_server import Held, ServerProcess, write_adapters, write_base
 
 LEAK = 50e6  # bytes that memory may grow by after the first fifth of the time
+# Fewer slots than clients, so that some wait; and files of prefix blocks that have to make space.
+FLAGS = ("--slots", "6", "--prefix-cache-size", "0.01")
 TOGETHER = 0.03  # seconds in which the clients of a round ask
 SHARES = {"ask": 62, "break off": 10, "bad": 12, "replace": 5, "look": 6, "sample": 5}
 LOOKS = ("/metrics", "/v1/models", "/health", "/ready", "/api/adapters", "/api/runs", "/")
@@ -243,7 +245,7 @@ def soak(place: Path, model: str | None, options: argparse.Namespace, out: TextI
     if model is None:
         write_base(place / "base")
     write_adapters(base, place / "adapters")
-    server = ServerProcess(base, place, "--slots", "6")
+    server = ServerProcess(base, place, *FLAGS, "--prefix-cache", str(place / "prefixes"))
     try:
         name = Client(server.url).base()
         load = Load(server.url, name, options.requests_per_second, options.clients)

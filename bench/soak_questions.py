@@ -28,8 +28,8 @@ class Question:
 
     def body_for(self, model: str) -> dict[str, Any]:
         """Return the body that asks a model."""
-        said = self.messages or ({"role": "user", "content": self.text},)
-        about = {"messages": said} if self.path.startswith("/v1/chat") else {}
+        turns = self.messages or ({"role": "user", "content": self.text},)
+        about = {"messages": turns} if self.path.startswith("/v1/chat") else {}
         return {"model": model, **about, **self.body}
 
 

@@ -53,6 +53,10 @@ class ServeConfig:
     """Requests that may wait for a slot; further ones are refused (429)."""
     context: int | None = None
     """Tokens of a prompt with its answer; the model's own context, at most 4096, unless given."""
+    prefix_cache: Path | None = None
+    """Directory that keeps keys and values of prompts' first tokens from one start to the next."""
+    prefix_cache_size: float = 10.0
+    """Gigabytes that all files below --prefix-cache may take."""
     drain_seconds: float = 30.0
     """How long running answers may go on after SIGTERM, in seconds, before they are cut."""
 
@@ -66,6 +70,7 @@ class ServeConfig:
                 "slots": at_least(1),
                 "queue": at_least(1),
                 "drain_seconds": at_least(0),
+                "prefix_cache_size": ABOVE_0,
                 "adapters_dir": directory,
                 "runs": directory,
                 "training_share": SHARE,

@@ -167,7 +167,13 @@ def prepare(
     for entry in library.entries():
         if not ADAPTER_NAME.fullmatch(entry.name):
             library.refuse(entry, f"{opening(entry)}: {NAMED_SO}.")
-    settings = EngineConfig(slots=config.slots, queue=config.queue, context=config.context)
+    settings = EngineConfig(
+        slots=config.slots,
+        queue=config.queue,
+        context=config.context,
+        cache_directory=config.prefix_cache,
+        cache_file_bytes=int(config.prefix_cache_size * 1e9),
+    )
     engine = Engine(base, library, settings)
     try:
         refusals, problems = engine.refuse_unservable(), []

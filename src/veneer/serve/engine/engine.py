@@ -26,10 +26,12 @@ from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.embedder import Embedder
 from veneer.serve.engine.general import GeneralRunner
 from veneer.serve.engine.grammar import Grammars
+from veneer.serve.engine.identity import identity_of_blocks
 from veneer.serve.engine.issued import Issued, Scores
 from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import PrefixCache
+from veneer.serve.engine.prefix_files import PrefixFiles
 from veneer.serve.engine.request import EngineConfig, Reason, Request, Stats, Which
 from veneer.serve.engine.row import Row
 from veneer.serve.engine.runner import Runner
@@ -58,7 +60,7 @@ class Engine:
         self.adapters = AdapterCache(base.model, self.config.adapter_bytes)
         self.runner, self.notices = runner_for(base.model, self.config.slots, self.context)
         self._embedder = Embedder(base.model)
-        prefixes = PrefixCache(self.config.cache_bytes)
+        prefixes = PrefixCache(self.config.cache_bytes, self._block_files())
         self._scheduler = Scheduler(self.runner, prefixes, self.config.chunk)
         self._ends = frozenset({*end_tokens(base.model), base.tokenizer.eos_token_id} - {None})
         self._vocab = base.model.config.get_text_config().vocab_size
@@ -133,6 +135,7 @@ class Engine:
             self._changed.notify_all()
         self._thread.join()
         self._loader.shutdown()
+        self._scheduler.prefixes.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -149,11 +152,19 @@ class Engine:
                 slots=self.config.slots,
                 cached_tokens=self._scheduler.cached_tokens,
                 cache_bytes=self._scheduler.prefixes.nbytes,
+                stored_bytes=self._scheduler.prefixes.stored_bytes,
                 resident=self.adapters.names(),
                 resident_bytes=self.adapters.nbytes,
                 evicted=self.adapters.evicted,
                 **self._counts,
             )
+
+    def _block_files(self) -> PrefixFiles | None:
+        config, device = self.config, self.base.model.device
+        if config.cache_directory is None:
+            return None
+        identity = identity_of_blocks(self.base, self.runner, config.chunk)
+        return PrefixFiles(config.cache_directory, config.cache_file_bytes, identity, device)
 
     # ---- on the threads of callers, and on the loader's ----
 

@@ -33,13 +33,61 @@ def block_hashes(tokens: Sequence[int], content: str, size: int) -> tuple[bytes,
     return tuple(hashes)
 
 
-class PrefixCache:
-    """Blocks in memory up to `limit` bytes; the least recently used are dropped first."""
+class BlockFiles(Protocol):
+    """Blocks on a disk, which nobody waits for (`prefix_files.py`)."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    @property
+    def nbytes(self) -> int: ...
+
+    def fetch(self, hashes: Sequence[bytes], most: int) -> None: ...
+
+    def take(self) -> list[tuple[bytes, PrefixBlock]]: ...
+
+    def is_reading(self, hashes: Sequence[bytes]) -> bool: ...
+
+    def wait(self, seconds: float) -> None: ...
+
+    def use(self, hashes: Sequence[bytes]) -> None: ...
+
+    def keep(self, key: bytes, block: PrefixBlock) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PrefixCache:
+    """Blocks in memory up to `limit` bytes; the least recently used are dropped first.
+
+    files: where blocks are kept as well, also when memory drops them and the server ends.
+    """
+
+    def __init__(self, limit: int, files: BlockFiles | None = None) -> None:
+        self.limit, self.files = limit, files
         self.nbytes = 0
         self._blocks: OrderedDict[bytes, PrefixBlock] = OrderedDict()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of blocks in files, those of other bases among them."""
+        return 0 if self.files is None else self.files.nbytes
+
+    def fetch(self, hashes: Sequence[bytes]) -> None:
+        """Begin to read what files have of a prompt and memory has not."""
+        if self.files is not None:
+            here = next((n for n, key in enumerate(hashes) if key not in self._blocks), len(hashes))
+            self.files.fetch(hashes[here:], self.limit)
+
+    def is_fetching(self, hashes: Sequence[bytes]) -> bool:
+        """Say whether blocks of a prompt are still being read; what has been read is here."""
+        if self.files is None:
+            return False
+        for key, block in self.files.take():
+            self._insert(key, block)
+        return self.files.is_reading(hashes)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a block that is being read, for at most so long."""
+        if self.files is not None:
+            self.files.wait(seconds)
 
     def find(self, hashes: Sequence[bytes]) -> list[PrefixBlock]:
         """Return the blocks of a prompt from the first on, up to one that is not here."""
@@ -62,12 +110,30 @@ class PrefixCache:
             return
         self._blocks[key] = block
         self.nbytes += block.nbytes
+        if self.files is not None:
+            self.files.keep(key, block)
         self._touch(hashes[: number + 1])
+        self._drop_oldest()
+
+    def close(self) -> None:
+        """Let files be whole."""
+        if self.files is not None:
+            self.files.close()
+
+    def _insert(self, key: bytes, block: PrefixBlock) -> None:
+        if key not in self._blocks:
+            self._blocks[key] = block
+            self.nbytes += block.nbytes
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
         while self.nbytes > self.limit:
             _, dropped = self._blocks.popitem(last=False)
             self.nbytes -= dropped.nbytes
 
     def _touch(self, hashes: Sequence[bytes]) -> None:
+        if self.files is not None:
+            self.files.use(hashes)
         # Last block first, so that the first one is dropped last: without it no other is of use.
         for key in reversed(hashes):
             if key in self._blocks:

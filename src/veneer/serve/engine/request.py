@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -163,6 +164,10 @@ class EngineConfig:
     """Tokens of prompts that are computed between two tokens of the running answers."""
     cache_bytes: int = 2**30
     """Memory for the keys and values of prefix blocks."""
+    cache_directory: Path | None = None
+    """Where prefix blocks are kept for later engines over the same base."""
+    cache_file_bytes: int = 10 * 10**9
+    """Space for the files there, those of other bases among them."""
     adapter_bytes: int = 4 * 2**30
     """Memory for adapters that are ready to act."""
 
@@ -180,6 +185,7 @@ class EngineConfig:
                 "queue": at_least(0),
                 "chunk": multiple,
                 "cache_bytes": at_least(0),
+                "cache_file_bytes": at_least(0),
                 "adapter_bytes": at_least(0),
             },
         )
@@ -218,3 +224,5 @@ class Stats:
     resident_bytes: int
     evicted: int
     """Adapters that were dropped from the cache to keep its limit."""
+    stored_bytes: int = 0
+    """Prefix blocks in files."""

@@ -9,6 +9,8 @@ from veneer.serve.engine.prefix import PrefixCache, block_hashes
 from veneer.serve.engine.row import Row
 from veneer.serve.engine.runner import Chunk, Runner
 
+READING_SECONDS = 0.005  # for which a step waits where nothing but blocks on the disk is missing
+
 
 class Scheduler:
     """Chooses the rows and the chunks of each step; for the engine's thread alone.
@@ -25,7 +27,7 @@ class Scheduler:
         """Return the rows that a step computes: all that decode, and then prompts, of which it
         takes `chunk` tokens at most."""
         left = self.chunk
-        decoding, prefilling = [], []
+        decoding, prefilling, fetching = [], [], False
         for number, row in enumerate(active):
             if row.is_waiting:
                 continue
@@ -33,7 +35,9 @@ class Scheduler:
                 earlier = active[:number]
                 if any(row.shares_prompt(other) and other.prefilling for other in earlier):
                     continue  # that one computes the prompt for both
-                self._use_prefix(row)
+                if not self._use_prefix(row):
+                    fetching = True
+                    continue
             if not row.prefilling:
                 decoding.append((row, row.next_chunk(self.chunk)))
             elif left:
@@ -43,6 +47,8 @@ class Scheduler:
                     left -= len(chunk.tokens)
                 else:
                     left = 0  # prompts behind it wait with it, or it might wait for ever
+        if fetching and not decoding and not prefilling:
+            self.prefixes.wait(READING_SECONDS)
         return decoding + prefilling
 
     def give_prompt(self, row: Row, active: Sequence[Row]) -> list[Row]:
@@ -62,13 +68,19 @@ class Scheduler:
             block = self.runner.block(row.slot, first, first + self.chunk)
             self.prefixes.add(row.block_hashes, number, block)
 
-    def _use_prefix(self, row: Row) -> None:
-        """Take the first tokens of a prompt from the prefix cache, as far as it has them."""
+    def _use_prefix(self, row: Row) -> bool:
+        """Take the first tokens of a prompt from the prefix cache, as far as it has them; return
+        False while some of them are being read from files."""
         if row.request.prompt_logprobs:
-            return  # all logits of the prompt are needed, so all of it is computed
-        content = "" if row.adapter is None else row.adapter.content
-        row.block_hashes = block_hashes(row.request.tokens, content, self.chunk)
+            return True  # all logits of the prompt are needed, so all of it is computed
+        if not row.block_hashes:
+            content = "" if row.adapter is None else row.adapter.content
+            row.block_hashes = block_hashes(row.request.tokens, content, self.chunk)
+            self.prefixes.fetch(row.block_hashes)
+        if self.prefixes.is_fetching(row.block_hashes):
+            return False
         if blocks := self.prefixes.find(row.block_hashes):
             self.runner.fill(row.slot, blocks)
             row.computed = row.cached = len(blocks) * self.chunk
             self.cached_tokens += row.cached
+        return True
