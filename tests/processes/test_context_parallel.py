@@ -4,15 +4,12 @@ to those of one process. Whatever mixes tokens elsewhere than in attention is re
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -22,6 +19,7 @@ from support.kinds import Kind
 from support.plain import plain_pair
 from support.random_adapters import examples, shake
 from support.tiny_models import SHAPE, with_large_weights
+from support.together import together
 from veneer.data.packing import pack
 from veneer.errors import ConfigError
 from veneer.fused.forward import choose_forward
@@ -118,21 +116,6 @@ REFUSED = [
     (kind("lora", "mamba2"), "cannot be packed"),
     (kind("lora", "falcon_h1"), "cannot be packed"),
 ]
-
-
-def together(work: Callable[..., None], size: int, directory: Path, *args: Any) -> None:
-    """Do `work(world, ...)` in `size` processes, which are forked: importing takes seconds."""
-    mp.start_processes(
-        _begin, (size, str(directory), work, *args), nprocs=size, start_method="fork"
-    )
-
-
-def _begin(rank: int, size: int, directory: str, work: Callable[..., None], *args: Any) -> None:
-    torch.set_num_threads(1)
-    rendezvous = f"file://{directory}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
-    work(World.current(), Path(directory), *args)
-    dist.destroy_process_group()
 
 
 def _write_sums(world: World, directory: Path, cases: list[Case]) -> None:

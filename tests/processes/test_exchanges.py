@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from support.together import together
 from veneer.cli.company import goes_on
 from veneer.errors import DataError
 from veneer.processes.world import World
@@ -23,10 +23,8 @@ def _work() -> str:
     raise DataError("no rows")
 
 
-def _exchange(rank: int, size: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
-    world = World.current()
+def _exchange(world: World, directory: Path) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
     assert (world.rank, world.size, world.writes) == (rank, size, rank == 0)
     values = torch.arange(3.0) + rank
     gathered = world.gather(values)
@@ -43,13 +41,12 @@ def _exchange(rank: int, size: int, rendezvous: str) -> None:
     # Only one of two agents has counted a restart; both go on, or they would wait for each other.
     elastic = {"TORCHELASTIC_RUN_ID": LAUNCH, "TORCHELASTIC_RESTART_COUNT": str(rank)}
     with mock.patch.dict(os.environ, elastic):
-        assert goes_on(world, RunDirectory(Path(rendezvous).parent))
-    dist.destroy_process_group()
+        assert goes_on(world, RunDirectory(directory))
 
 
 def test_every_process_has_the_result_of_an_exchange(tmp_path: Path) -> None:
     RunDirectory(tmp_path).write_launch(LAUNCH)
-    mp.spawn(_exchange, args=(2, str(tmp_path / "rendezvous")), nprocs=2)
+    together(_exchange, 2, tmp_path)
 
 
 def test_a_process_alone_exchanges_nothing() -> None:

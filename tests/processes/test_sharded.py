@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import veneer
@@ -22,6 +18,7 @@ from support.closeness import assert_no_further
 from support.published_bases import published
 from support.random_adapters import examples, tokenizer, with_new_tokens
 from support.tiny_models import quantized, source, tiny
+from support.together import together
 from veneer.data.packing import pack
 from veneer.errors import AdapterError, ConfigError, ModelError
 from veneer.formats.quantized import write_quantized
@@ -181,27 +178,17 @@ def assert_saves_alike(world: World, place: Path) -> None:
     assert torch.equal(model(input_ids=ids).logits, alone(input_ids=ids).logits)
 
 
-def _work(rank: int, size: int, place: Path) -> None:
-    torch.set_num_threads(1)
-    files = f"file://{place}/rendezvous-{size}"
-    dist.init_process_group("gloo", init_method=files, rank=rank, world_size=size)
+def _work(world: World, place: Path) -> None:
     block_buffers.SMALL = 100  # or what is quantized of so small models would not be sharded
-    world = World.current()
     checks: list[Callable[[World, Path], None]] = [
         assert_refuses,
         assert_loads_alike,
         assert_saves_alike,
     ]
-    try:
-        for name, case in CASES.items():
-            assert_same_pass(case, world, name)
-        for check in checks:
-            check(world, place)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # or the others would wait for this one
-    dist.destroy_process_group()
+    for name, case in CASES.items():
+        assert_same_pass(case, world, name)
+    for check in checks:
+        check(world, place)
 
 
 @pytest.mark.slow
@@ -215,7 +202,7 @@ def test_a_sharded_base_computes_what_the_whole_does(size: int, tmp_path: Path) 
             pass
     for architecture, name in (("llama", "fp8"), ("llama", "gptq"), ("qwen3_moe", "fp8")):
         (tmp_path / f"{architecture}-{name}").symlink_to(published(architecture, name)[0])
-    mp.spawn(_work, args=(size, tmp_path), nprocs=size)
+    together(_work, size, tmp_path)
 
 
 def test_a_model_without_known_layers_is_not_sharded() -> None:

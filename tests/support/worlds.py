@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import veneer
 from support.random_adapters import examples, tokenizer, trained_weights, with_new_tokens
 from support.tiny_models import VOCAB, quantized, tiny
+from support.together import together
 from veneer.adapter.layers import lora_layers
 from veneer.fused import forward
 from veneer.models import block_buffers
@@ -38,7 +34,6 @@ COURSE = veneer.TrainConfig(
 class Case:
     """A course of training, of a kind of `support.kinds` or what the other fields say.
 
-    That module takes long to import, and each process imports anew.
     spoilt: what the loss of a process's pass is multiplied with.
     """
 
@@ -194,24 +189,15 @@ def assert_learnt(result: Result, case: Case) -> None:
     assert not still, still
 
 
-def _work(rank: int, size: int, cases: Mapping[str, Case], place: Path) -> None:
-    torch.set_num_threads(1)
+def _work(world: World, place: Path, cases: Mapping[str, Case]) -> None:
     block_buffers.SMALL = 100  # or little of so small bases would be sharded
-    files = f"file://{place}/rendezvous-{size}"
-    dist.init_process_group("gloo", init_method=files, rank=rank, world_size=size)
-    try:
-        results = {name: trained(case, World.current(), place) for name, case in cases.items()}
-        torch.save(results, place / f"results-{size}-{rank}.pt")
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # or the others would wait for this one
-    dist.destroy_process_group()
+    # Each with a world of its own, which counts what it sends.
+    results = {name: trained(case, World.current(), place) for name, case in cases.items()}
+    torch.save(results, place / f"results-{world.size}-{world.rank}.pt")
 
 
 def trained_by(size: int, cases: Mapping[str, Case], place: Path) -> list[dict[str, Result]]:
     """Return the results of each process of `size`, by the cases' names."""
-    (place / f"rendezvous-{size}").unlink(missing_ok=True)
-    mp.spawn(_work, args=(size, dict(cases), place), nprocs=size)
+    together(_work, size, place, dict(cases))
     paths: Sequence[Path] = [place / f"results-{size}-{rank}.pt" for rank in range(size)]
     return [torch.load(path, weights_only=False) for path in paths]
