@@ -6,11 +6,18 @@ import torch
 from veneer.cli.app import run
 from veneer.data.world import facts
 from veneer.models.load import load_base
+from veneer.training import pretrain as pretraining
 from veneer.training.events import Step, Written
 from veneer.training.pretrain import pretrain
 
 
-def test_it_writes_exactly_three_files_and_says_so(tmp_path, capsys):
+@pytest.fixture
+def short(monkeypatch):
+    """Let the model read a few of its texts, most of which two steps would not come to."""
+    monkeypatch.setattr(pretraining, "DOCUMENTS", 600)
+
+
+def test_it_writes_exactly_three_files_and_says_so(short, tmp_path, capsys):
     assert run(["pretrain", str(tmp_path / "home"), "--steps", "2"]) == 0
     names = {path.name for path in (tmp_path / "home").iterdir()}
     assert names == {"config.json", "model.pt", "tokenizer.json"}
@@ -20,7 +27,7 @@ def test_it_writes_exactly_three_files_and_says_so(tmp_path, capsys):
     assert "step2/2" in printed
 
 
-def test_the_seed_alone_decides_the_model(tmp_path):
+def test_the_seed_alone_decides_the_model(short, tmp_path):
     runs = {}
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         events = list(pretrain(tmp_path / name, steps=2, seed=seed))
