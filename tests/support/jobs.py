@@ -18,6 +18,7 @@ from veneer.serve.jobs.service import Jobs
 from veneer.serve.jobs.settings import TrainingBase
 from veneer.serve.jobs.supervisor import Bounds
 
+MERGER = (sys.executable, str(Path(__file__).with_name("pretend_merger.py")))
 PRETENDED = (sys.executable, str(Path(__file__).with_name("pretend_worker.py")))
 ROWS = [{"prompt": "a b c d"[: 1 + i % 7], "completion": "efghijklm"[i % 5 :]} for i in range(24)]
 
@@ -38,7 +39,7 @@ def training(
 ) -> Iterator[Any]:
     """Serve, and train below `runs`."""
     runs.mkdir(exist_ok=True)
-    jobs = Jobs(runs, scripted(adapters), TrainingBase(base), bounds, worker=worker)
+    jobs = Jobs(runs, scripted(adapters), TrainingBase(base), bounds, worker=worker, merger=MERGER)
     limits = Limits(upload_bytes=jobs.bounds.upload_bytes)
     options |= {"keys": Keys(admin=ADMIN), "limits": limits, "runs": runs, "jobs": jobs}
     jobs.start()

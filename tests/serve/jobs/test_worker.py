@@ -88,6 +88,8 @@ def test_a_job_stops_goes_on_and_is_the_run_of_its_recipe(small, tmp_path):
     assert again[-1].content == End("succeeded")
     texts = [line.content.message for line in again[:-1]]
     assert "Training goes on after step 3 of 10." in texts
+    (merged,) = [x.content.data for x in again[:-1] if "certificate" in (x.content.data or {})]
+    assert merged["certificate"]["effect"] > 0
     settings = RunDirectory(run).read_recipe()
     assert settings["tokens_per_step"] == 71  # of 6 rows, of 284 / 24 tokens in the mean
     assert settings["lr"] == 0.0025  # half of the usual one

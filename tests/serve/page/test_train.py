@@ -89,8 +89,17 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         card.get_by_label("Question to").press("Tab")
         samples.get_by_label("the result").filter(has_text="says").wait_for()
         assert site.jobs.served.engine.requests[-1].sampling.temperature == 0
+        merged = card.locator(".merge")
+        merged.get_by_text("Merged model").click()
+        merged.get_by_role("button", name="Merge").press("Enter")
+        merged.get_by_text("answers as the adapter does, but for 0.50% of what").wait_for()
+        assert serious(page) == []
         with page.expect_download() as saved:
-            card.get_by_label("Download").select_option("peft")
+            merged.get_by_role("button", name="Download merged").click()
+        with zipfile.ZipFile(saved.value.path()) as archive:
+            assert archive.namelist() == ["model/config.json"]
+        with page.expect_download() as saved:
+            card.get_by_label("Download ft-").select_option("peft")
         with zipfile.ZipFile(saved.value.path()) as archive:
             names = {Path(name).name for name in archive.namelist()}
         assert {"adapter_config.json", "adapter_model.safetensors"} <= names

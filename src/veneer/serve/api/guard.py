@@ -17,7 +17,8 @@ from veneer.serve.config import Keys, Limits
 OPEN = ("/", "/health", "/ready")  # these and the page's own files need no key
 PAGE = "/page/"
 LOADING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-ADMIN = (*LOADING, "/v1/files", "/v1/fine_tuning", "/api/rows", "/api/plan", "/api/jobs")
+PANEL = ("/api/rows", "/api/plan", "/api/jobs", "/api/merges")  # the page's, of training
+ADMIN = (*LOADING, "/v1/files", "/v1/fine_tuning", *PANEL)
 UPLOAD = "/v1/files"  # takes a form, which is not kept in memory
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 LINGER_SECONDS = 2.0

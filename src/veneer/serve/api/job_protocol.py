@@ -117,3 +117,9 @@ class PlanRequest(Strict):
 
     rank: Annotated[int, Field(ge=1, le=4096)]
     targets: Annotated[Text, Field(min_length=1, max_length=512)]
+
+
+class MergeRequest(Strict):
+    """POST /api/merges: an adapter to merge into the base."""
+
+    model: Annotated[Text, Field(max_length=512)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from veneer.serve.jobs.certificate import certificate_of
 from veneer.serve.jobs.values import JobEvent
 from veneer.training.events import (
     Checkpointed,
@@ -10,6 +11,7 @@ from veneer.training.events import (
     Evaluated,
     Event,
     Measured,
+    Merged,
     ModelReady,
     Notice,
     Planned,
@@ -81,6 +83,12 @@ def event_of(event: Event, steps: int | None) -> JobEvent | None:
         case Measured(planned, peak):
             text = f"Most memory taken: {peak / 1e6:,.0f} MB ({planned / 1e6:,.0f} MB planned)."
             return JobEvent(text)
+        case Merged(report):
+            certificate = certificate_of(report)
+            text = (
+                f"Merged: its answers are {report.divergence:.2g} nats a token from the adapter's."
+            )
+            return JobEvent(text, data={"certificate": certificate})
         case Written(what, _, size):
             return JobEvent(f"Written: the {what}, {size / 1e6:,.1f} MB.")
     return None

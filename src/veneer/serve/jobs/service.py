@@ -15,6 +15,7 @@ from veneer.run_directory import RunDirectory
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs import uploads
 from veneer.serve.jobs.lock import take
+from veneer.serve.jobs.merges import MERGER, Merge, Merges
 from veneer.serve.jobs.publisher import Publisher
 from veneer.serve.jobs.settings import TrainingBase, settings_of
 from veneer.serve.jobs.store import Store
@@ -58,6 +59,7 @@ class Jobs:
         bounds: Bounds | None = None,
         *,
         worker: Sequence[str] = WORKER,
+        merger: Sequence[str] = MERGER,
     ) -> None:
         """Open what is below `root`. Raises VeneerError where another server trains there."""
         self.places, self.base, self.bounds = Places(root.resolve()), base, bounds or Bounds()
@@ -75,6 +77,13 @@ class Jobs:
             keep_results=self._keep_results,
             worker=worker,
         )
+        self.merges = Merges(
+            self.places.merged,
+            base,
+            is_busy=self._is_busy,
+            share=self.bounds.share,
+            worker=merger,
+        )
 
     def start(self) -> None:
         """Serve what was trained before, and go on with what was not ended."""
@@ -90,6 +99,7 @@ class Jobs:
     def close(self) -> None:
         """End, and wait until nothing trains any more."""
         self.supervisor.close()
+        self.merges.close()
         self.store.close()
         self._lock.close()
 
@@ -186,6 +196,37 @@ class Jobs:
             }
         return self._move(id, ("paused", "failed"), "queued", "The job is to go on.", **fresh)
 
+    # Merged models
+
+    def merge(self, name: str) -> Merge:
+        """Begin to merge an adapter that is served. Raises RequestError or QueueFull."""
+        if self.served.adapter(name) is None:
+            raise RequestError(f"{name} is the base, which has nothing to merge.", param="model")
+        left = self._check_disk(0)
+        return self.merges.start(name, self.served.library.info(name).directory, left)
+
+    def merged(self, name: str) -> Merge | None:
+        """Return what is merged of an adapter, on demand or by its job; None for nothing yet."""
+        if (merge := self.merges.find(name)) is not None:
+            return merge
+        job = next((job for job in self.store.jobs("succeeded") if job.name == name), None)
+        if job is None:
+            return None
+        run = RunDirectory(self.places.run(job))
+        events = self.store.events(job.id, limit=1, kind="certificate")
+        if not events or not run.merged().is_dir():
+            return None
+        certificate, size = (events[0].data or {})["certificate"], size_of(run.merged())
+        return Merge(
+            name,
+            str(run.adapter()),
+            str(run.merged()),
+            state="done",
+            doing="",
+            certificate=certificate,
+            bytes=size,
+        )
+
     def _move(
         self, id: str, only: Sequence[Status], status: Status, text: str, **fields: Any
     ) -> Job:
@@ -206,13 +247,15 @@ class Jobs:
             raise RequestError(f"{id} holds results, no rows to learn.", param=param)
         return file
 
-    def _check_disk(self, more: int) -> None:
+    def _check_disk(self, more: int) -> int:
+        """Return the bytes that are left. Raises RequestError where there are not as many more."""
         used, most = size_of(self.places.root), self.bounds.disk_bytes
         if used + more > most:
             raise RequestError(
                 f"Files and runs take {used / 1e6:,.0f} of the {most / 1e6:,.0f} MB that they may; "
                 "delete files, or runs below --runs."
             )
+        return most - used
 
     def _is_busy(self) -> bool:
         stats = self.served.engine.stats

@@ -123,6 +123,11 @@ class Places:
     def files(self) -> Path:
         return self.root / "files"
 
+    @property
+    def merged(self) -> Path:
+        """Models that were merged on demand; those of jobs are in their runs."""
+        return self.root / "merged"
+
     def file(self, file: StoredFile) -> Path:
         return self.files / file.id / file.name
 

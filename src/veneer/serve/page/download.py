@@ -34,15 +34,31 @@ def zipped(jobs: Jobs, id: str, format: Format) -> Path:
         else:
             base = load_skeleton(jobs.base.name)
             convert(source, out, to=format, base=base, base_name=jobs.base.name)
-        files = [file for file in [out, *out.rglob("*")] if file.is_file()]
-        with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as target:
-            path = Path(target.name)
-            try:
-                # The weights are what is large, and compression finds nothing in them.
-                with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-                    for file in sorted(files):
-                        archive.write(file, file.relative_to(place))
-            except BaseException:  # the disk may be full
-                path.unlink()
-                raise
-        return path
+        return _zip_of(out)
+
+
+def zipped_model(jobs: Jobs, name: str) -> Path:
+    """Return a zip file with the model that an adapter was merged into, which the caller removes.
+
+    Raises RequestError where there is none.
+    """
+    merge = jobs.merged(name)
+    if merge is None or merge.state != "done":
+        raise RequestError(f"{name[:80]} has no merged model.", param="model")
+    return _zip_of(Path(merge.model))
+
+
+def _zip_of(source: Path) -> Path:
+    """Return a zip file of a file or directory, with its name in it."""
+    files = [file for file in [source, *source.rglob("*")] if file.is_file()]
+    with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as target:
+        path = Path(target.name)
+        try:
+            # The weights are what is large, and compression finds nothing in them.
+            with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+                for file in sorted(files):
+                    archive.write(file, file.relative_to(source.parent))
+        except BaseException:  # the disk may be full
+            path.unlink()
+            raise
+    return path

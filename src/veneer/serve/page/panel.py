@@ -14,13 +14,14 @@ from starlette.staticfiles import StaticFiles
 from veneer.errors import Missing, RequestError
 from veneer.serve.api.errors import ERROR_RESPONSES
 from veneer.serve.api.files import enabled
-from veneer.serve.api.job_protocol import PlanRequest, RowsRequest
+from veneer.serve.api.job_protocol import MergeRequest, PlanRequest, RowsRequest
 from veneer.serve.api.protocol import TokensRequest
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.page.about import about
 from veneer.serve.page.changed import changed
-from veneer.serve.page.download import Format, zipped
+from veneer.serve.page.download import Format, zipped, zipped_model
+from veneer.serve.page.merged import shown
 from veneer.serve.page.planned import planned
 from veneer.serve.page.rows import first_rows
 from veneer.serve.page.runs import Runs
@@ -105,6 +106,23 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
     async def adapter(job_id: str, format: Format = "native") -> FileResponse:
         """Return the adapter that a job has trained, as a zip file."""
         path = await asyncio.to_thread(zipped, enabled(jobs), job_id, format)
+        done = BackgroundTask(path.unlink)
+        return FileResponse(path, media_type="application/zip", background=done)
+
+    @router.get("/merges")
+    async def merge_of(model: str) -> dict[str, Any]:
+        """Return what is merged of an adapter, or is being merged."""
+        return shown(model, await asyncio.to_thread(enabled(jobs).merged, model))
+
+    @router.post("/merges")
+    async def merge(asked: MergeRequest) -> dict[str, Any]:
+        """Begin to merge an adapter into the base, in a process of its own."""
+        return shown(asked.model, await asyncio.to_thread(enabled(jobs).merge, asked.model))
+
+    @router.get("/merges/model", response_class=FileResponse, responses=ZIP)
+    async def merged_model(model: str) -> FileResponse:
+        """Return a merged model, as a zip file."""
+        path = await asyncio.to_thread(zipped_model, enabled(jobs), model)
         done = BackgroundTask(path.unlink)
         return FileResponse(path, media_type="application/zip", background=done)
 

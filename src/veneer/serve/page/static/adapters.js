@@ -3,6 +3,7 @@
 import { curve } from "./curve.js";
 import { byId, bytes, facts, make } from "./dom.js";
 import { layersButton } from "./layers.js";
+import { mergeOf } from "./merge.js";
 
 const number = (value, digits = 3) => (value == null ? null : value.toFixed(digits));
 
@@ -13,7 +14,7 @@ export function method(adapter) {
 
 const list = (value) => (Array.isArray(value) ? value.join(", ") : value);
 
-export function showAdapters({ base, adapters }) {
+export function showAdapters({ base, adapters, training }) {
   const container = byId("adapters");
   container.replaceChildren();
   if (!adapters.length) container.append(make("p", { class: "quiet" }, `None yet: ${base.name} is served as it is. Start with --adapter name=directory, or --adapters-dir.`));
@@ -41,6 +42,7 @@ export function showAdapters({ base, adapters }) {
     ]));
     if (adapter.curve) card.append(curve(adapter.curve, adapter.evaluations));
     if (!adapter.error && adapter.rank) card.append(make("p", { class: "acts" }, layersButton(card, adapter.name)));
+    if (training && !adapter.error) card.append(mergeOf(adapter.name));
     container.append(card);
   }
 }

@@ -1,7 +1,7 @@
 // What the page asks the server for. The keys, if there are any, stay in this tab.
 
 const KEY = "veneer-key", ADMIN_KEY = "veneer-admin-key";
-const TRAINING = ["/v1/files", "/v1/fine_tuning", "/api/rows", "/api/plan", "/api/jobs"]; // ask for the admin key
+const TRAINING = ["/v1/files", "/v1/fine_tuning", "/api/rows", "/api/plan", "/api/jobs", "/api/merges"]; // ask for the admin key
 
 export class Refused extends Error {
   constructor(message, status) {

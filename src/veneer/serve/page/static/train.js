@@ -4,6 +4,7 @@ import { get, post, save, upload } from "./api.js";
 import { curve } from "./curve.js";
 import { announce, byId, bytes, duration, facts, make, showError } from "./dom.js";
 import { layersButton } from "./layers.js";
+import { mergeOf } from "./merge.js";
 import { samplesOf } from "./samples.js";
 
 const JOBS = "/v1/fine_tuning/jobs";
@@ -174,6 +175,7 @@ function fill(card, job, run, message) {
   if (job.fine_tuned_model) {
     const ask = make("button", { type: "button", class: "small", "aria-label": `Chat with ${job.run}` }, "Chat with it");
     ask.addEventListener("click", () => card.chat(job.fine_tuned_model));
+    card.append(mergeOf(job.fine_tuned_model));
     acts.append(ask, layersButton(card, job.fine_tuned_model), download(job));
   }
   if (hadFocus) (acts.querySelector("button") ?? card.querySelector("h4")).focus();
