@@ -41,7 +41,13 @@ PLACES: dict[Place, frozenset[Content]] = {
     "gguf": frozenset({"stacks of experts", "an invocation from which on alone it acts"}),
     "merged GGUF": frozenset({"new tokens", "DoRA's magnitudes", "stacks of experts"}),
     # What can differ from row to row.
-    "serving": frozenset({"DoRA's magnitudes", "stacks of experts"}),
+    "serving": frozenset(
+        {
+            "DoRA's magnitudes",
+            "stacks of experts",
+            "an invocation from which on alone it acts",
+        }
+    ),
 }
 
 

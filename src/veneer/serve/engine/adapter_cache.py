@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import torch
@@ -42,12 +42,14 @@ class LoadedAdapter:
     """What an adapter, or a mix, adds to each layer of the base.
 
     content: a hash of all that it computes with. Equal hashes give equal answers, whatever names.
+    invocation: the tokens from which on alone it acts; none where it acts on all.
     """
 
     content: str
     layers: Mapping[Adapted, LowRankUpdate]
     nbytes: int
     names: tuple[str, ...]
+    invocation: tuple[int, ...] = ()
 
 
 def row_updates(adapters: Sequence[LoadedAdapter | None]) -> RowUpdates:
@@ -126,7 +128,9 @@ def load(model: PreTrainedModel, entry: Entry) -> LoadedAdapter:
         adapter.to(layer.device).requires_grad_(False)
         updates[layer] = layer.low_rank_update([(adapter, 1.0)], layer.compute_dtype)
         paths.append(path)
-    return _in_one_buffer(updates, paths, (entry.name,))
+    invocation = config.invocation_tokens
+    labels = [*paths, f"from {invocation} on"] if invocation else paths
+    return replace(_in_one_buffer(updates, labels, (entry.name,)), invocation=invocation)
 
 
 def why_not(model: PreTrainedModel, entry: Entry) -> str:
@@ -197,7 +201,14 @@ def _beyond_factors(state: AdapterState, entry: Entry) -> str:
 
 
 def _mixed(adapters: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
-    """Return a mix of adapters as one."""
+    """Return a mix of adapters as one. Raises AdapterError where one of them acts from an
+    invocation on and others do not."""
+    invocations = {adapter.invocation for adapter, _ in adapters}
+    if len(invocations) > 1:
+        later = listed(adapter.names[0] for adapter, _ in adapters if adapter.invocation)
+        raise AdapterError(
+            f"{later} cannot be mixed with adapters that do not act from the same invocation on."
+        )
     layers = dict.fromkeys(layer for adapter, _ in adapters for layer in adapter.layers)
     updates = {
         layer: mixed(
@@ -208,7 +219,7 @@ def _mixed(adapters: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
     }
     contents = [f"{adapter.content}*{weight!r}" for adapter, weight in adapters]
     names = tuple(f"{weight:g}*{adapter.names[0]}" for adapter, weight in adapters)
-    return _in_one_buffer(updates, contents, names)
+    return replace(_in_one_buffer(updates, contents, names), invocation=invocations.pop())
 
 
 def _in_one_buffer(

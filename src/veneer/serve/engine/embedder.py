@@ -34,12 +34,12 @@ class Embedder:
             self._row, self._cache, self._sum = row, DynamicCache(), None
             row.computed = 0
         tokens, first = row.request.tokens, row.computed
-        chunk = tokens[first : first + size]
+        chunk = tokens[first : row.until(first, first + size)]
         device = self.model.device
         positions = torch.arange(first, first + len(chunk), device=device)[None]
         decoder: Any = decoder_of(self.model)
         active = active_adapters_of(self.model)
-        active.row_updates = row_updates([row.adapter])
+        active.row_updates = row_updates([row.adapter_at(first)])
         try:
             out = decoder(
                 input_ids=sent([list(chunk)], device),

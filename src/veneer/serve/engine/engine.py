@@ -290,7 +290,7 @@ class Engine:
             row.computed += len(chunk.tokens)
             if not chunk.decoding:
                 self._counts["prompt_tokens"] += len(chunk.tokens)
-                self._scheduler.keep_block(row, chunk.start)
+                self._scheduler.keep_block(row)
             if row.request.prompt_logprobs:
                 coming = OnTheWay(row.scores(own, chunk.start))
                 scores.append(Scores(row, chunk.start, coming, is_last=not row.prefilling))

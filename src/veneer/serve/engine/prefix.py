@@ -20,14 +20,19 @@ class PrefixBlock(Protocol):
     def nbytes(self) -> int: ...
 
 
-def block_hashes(tokens: Sequence[int], content: str, size: int) -> tuple[bytes, ...]:
+def block_hashes(
+    tokens: Sequence[int], content: str, size: int, start: float = 0
+) -> tuple[bytes, ...]:
     """Return a hash for each whole block of `size` tokens; content: the adapter's, "" for none.
 
-    The last token is in no block: its logits are needed, so it is computed in any case.
+    start: the token from which on the adapter acts. Whole blocks before it are the base's own. The
+    last token is in no block: its logits are needed, so it is computed in any case.
     """
-    hashes, state = [], hashlib.sha256(content.encode()).digest()
+    hashes, state = [], hashlib.sha256((content if start == 0 else "").encode()).digest()
     for first in range(0, len(tokens) - size, size):
         ids = ",".join(map(str, tokens[first : first + size]))
+        if start > 0 and first <= start < first + size:
+            ids += f";{content} from {start - first}"
         state = hashlib.sha256(state + ids.encode()).digest()
         hashes.append(state)
     return tuple(hashes)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import inf
 
 from torch import Tensor
 
+from veneer.adapter.invocation import invocation_start
 from veneer.kernels.transfer import sent
 from veneer.serve.engine.adapter_cache import LoadedAdapter
 from veneer.serve.engine.detokenizer import Detokenizer
@@ -42,6 +45,22 @@ class Row:
     def request(self) -> Request:
         return self.stream.request
 
+    @cached_property
+    def acts_from(self) -> float:
+        """The token of the prompt from which on the adapter acts; infinity where it never does."""
+        if self.adapter is None or not self.adapter.invocation:
+            return 0
+        start = invocation_start(self.request.tokens, self.adapter.invocation)
+        return inf if start is None else start
+
+    def adapter_at(self, place: int) -> LoadedAdapter | None:
+        """Return what acts on the token at a place of the prompt or of the answer."""
+        return self.adapter if place >= self.acts_from else None
+
+    def until(self, place: int, end: int) -> int:
+        """Return up to where, `end` at most, the same acts as on the token at `place`."""
+        return min(end, int(self.acts_from)) if place < self.acts_from < inf else end
+
     @property
     def prefilling(self) -> bool:
         """Whether tokens of the prompt are still to be computed."""
@@ -67,14 +86,16 @@ class Row:
 
     def next_chunk(self, size: int) -> Chunk:
         """Return what is computed next: the newest token, or the prompt up to the next multiple of
-        `size`, so that the cut never depends on what was in the prefix cache."""
+        `size`, so that the cut never depends on what was in the prefix cache, or to where its
+        adapter begins to act."""
         start, prompt = self.computed, self.request.tokens
+        adapter = self.adapter_at(start)
         if not self.prefilling:
-            return Chunk(self.slot, (self.last,), start, self.adapter, 1, decoding=True)
-        tokens = prompt[start : start // size * size + size]
+            return Chunk(self.slot, (self.last,), start, adapter, 1, decoding=True)
+        tokens = prompt[start : self.until(start, start // size * size + size)]
         is_last = start + len(tokens) == len(prompt)
         logits = len(tokens) if self.request.prompt_logprobs else int(is_last)
-        return Chunk(self.slot, tokens, start, self.adapter, logits)
+        return Chunk(self.slot, tokens, start, adapter, logits)
 
     def take(self, token: Token) -> Reason | None:
         """Add a token to the answer, send what is sure of it, and return why it ends, or None."""

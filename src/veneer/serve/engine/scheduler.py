@@ -60,10 +60,13 @@ class Scheduler:
             self.cached_tokens += other.cached
         return others
 
-    def keep_block(self, row: Row, first: int) -> None:
-        """Add the block of a prompt that begins at token `first` to the prefix cache, if it is a
-        whole one and new there."""
-        number = first // self.chunk
+    def keep_block(self, row: Row) -> None:
+        """Add the block of a prompt that ends with its newest token to the prefix cache, if one
+        does and it is new there."""
+        if row.computed % self.chunk:
+            return
+        number = row.computed // self.chunk - 1
+        first = number * self.chunk
         if number < len(row.block_hashes) and self.prefixes.wants(row.block_hashes[number]):
             block = self.runner.block(row.slot, first, first + self.chunk)
             self.prefixes.add(row.block_hashes, number, block)
@@ -75,7 +78,8 @@ class Scheduler:
             return True  # all logits of the prompt are needed, so all of it is computed
         if not row.block_hashes:
             content = "" if row.adapter is None else row.adapter.content
-            row.block_hashes = block_hashes(row.request.tokens, content, self.chunk)
+            tokens = row.request.tokens
+            row.block_hashes = block_hashes(tokens, content, self.chunk, row.acts_from)
             self.prefixes.fetch(row.block_hashes)
         if self.prefixes.is_fetching(row.block_hashes):
             return False
