@@ -92,6 +92,28 @@ def test_labelled_cross_entropy_measures_a_head_whose_adapter_rests():
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_sums_of_several_batches(monkeypatch):
+    """They are each what it is by itself, wherever chunks end, and so are the gradients."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 4 * VOCAB)
+    head, hidden = heads()["frozen"], torch.randn(13, DIM, **DOUBLE, requires_grad=True)
+    labels, counts, weights = torch.randint(0, VOCAB, (13,)), [3, 0, 9, 1], [1.0, 2.0, 0.5, -3.0]
+    sums = labelled_cross_entropy(hidden, Labelled.of(labels), head, counts=counts)
+    weighted = sums @ sums.new_tensor(weights)
+    (gradient,) = torch.autograd.grad(weighted, hidden)
+    for own, weight, of_sum, own_labels, own_gradient in zip(
+        hidden.detach().split(counts),
+        weights,
+        sums,
+        labels.split(counts),
+        gradient.split(counts),
+        strict=True,
+    ):
+        own.requires_grad_()
+        alone = labelled_cross_entropy(own, Labelled.of(own_labels), head)
+        torch.testing.assert_close(of_sum, alone)
+        torch.testing.assert_close(own_gradient, torch.autograd.grad(weight * alone, own)[0])
+
+
 def test_no_more_logits_than_a_chunk(monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 4 * VOCAB)
     head, seen, plain = heads()["frozen"], [], cross_entropy.cross_entropy

@@ -68,8 +68,8 @@ def test_cross_entropy(dtype, vocab, scale, softcap, formulas):
 def test_what_is_not_finite_stays_so(dtype, bad):
     logits, targets = random(4, 50, dtype=dtype), torch.zeros(4, dtype=torch.long)
     logits[2, 7] = bad
-    loss, _ = cross_entropy.cross_entropy(logits, targets, torch.empty_like(logits))
-    assert not torch.isfinite(loss)
+    losses, _ = cross_entropy.cross_entropy(logits, targets, torch.empty_like(logits))
+    assert torch.isfinite(losses).tolist() == [True, True, False, True]
     gate = random(4, 50, dtype=dtype)
     gate[1, 3] = float("nan")
     for kind in get_args(Activation):

@@ -78,9 +78,11 @@ class ActiveAdapters:
             self.segments = None
 
     @contextmanager
-    def on_all(self, name: str) -> Iterator[None]:
-        """Let one adapter of the segments act on all that is computed while the context lasts."""
-        segments, self.segments, self.weights = self.segments, None, {name: 1.0}
+    def on_all(self, name: str | None) -> Iterator[None]:
+        """Let one adapter of the segments, or none, act on all that is computed while the context
+        lasts."""
+        segments, self.segments = self.segments, None
+        self.weights = {} if name is None else {name: 1.0}
         try:
             yield
         finally:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter.active import Segments, active_adapters_of
+from veneer.adapter.adapted import Adapted
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.beside import why_alone_of
 from veneer.adapter.use import acting
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, joined, pack
 from veneer.fused.forward import PROBE_LENGTHS, Forward, full_loss
-from veneer.fused.head import described
+from veneer.fused.head import Head, described
 from veneer.fused.inputs import PassInputs, unread_masks
 from veneer.fused.recognise import TOLERANCE
 from veneer.kernels.attention import Packing
@@ -190,22 +191,35 @@ def _losses(
         if isinstance(inputs.labels, Labelled):
             assert forward.head is not None
             hidden = installation.decoder(**options).last_hidden_state.flatten(0, 1)
-            losses = []
-            for each, labelled in zip(batches, _by_adapter(inputs.labels, batches), strict=True):
-                with active.on_all(each.adapter):
-                    losses.append(forward.head.loss(model, hidden, labelled))
+            yield _from_hidden(forward.head, model, hidden, inputs.labels, batches)
         else:
             logits = model(**options).logits.flatten(0, 1)
-            losses = [full_loss(logits[own], inputs.labels[own]) for own in tokens]
-        yield torch.stack(losses)
+            yield torch.stack([full_loss(logits[own], inputs.labels[own]) for own in tokens])
 
 
-def _by_adapter(labelled: Labelled, batches: Sequence[AdapterBatch]) -> Iterator[Labelled]:
-    """Yield the labelled rows of each batch, of those of all."""
+def _from_hidden(
+    head: Head,
+    model: PreTrainedModel,
+    hidden: Tensor,
+    labelled: Labelled,
+    batches: Sequence[AdapterBatch],
+) -> Tensor:
+    """Return the sum of each batch's losses, (batches,), for what the decoder gives of all; hidden
+    (tokens, dim). Adapters of the head read labelled rows alone, and so act one after another."""
+    active, module = active_adapters_of(model), model.get_output_embeddings()
     counts = [int((each.batch.labels != IGNORED).sum()) for each in batches]
-    pairs = zip(labelled.rows.split(counts), labelled.targets.split(counts), strict=True)
-    for rows, targets in pairs:
-        yield replace(labelled, rows=rows, targets=targets)
+    adapted = isinstance(module, Adapted) and {each.adapter for each in batches} & {
+        *module.adapters
+    }
+    if not adapted:
+        with active.on_all(None):
+            return head.loss(model, hidden, labelled, counts)
+    losses = []
+    pieces = zip(batches, labelled.rows.split(counts), labelled.targets.split(counts), strict=True)
+    for each, rows, targets in pieces:
+        with active.on_all(each.adapter):
+            losses.append(head.loss(model, hidden, replace(labelled, rows=rows, targets=targets)))
+    return torch.stack(losses)
 
 
 def _alone(

@@ -81,8 +81,12 @@ def labelled_cross_entropy(
     logits: Logits = PLAIN,
     *,
     acting: Iterable[nn.Parameter] | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Return Σ −log softmax(logits(head(h)))[label] over the labelled rows, a float32 scalar.
+
+    With counts, return the sum over each so many of these rows in their order, (sums,), which is
+    for a head of which nothing trains.
 
     hidden (tokens, dim). `head` may be any module from (rows, dim) to (rows, vocab); gradients
     reach `hidden` and whatever of the head's parameters trains. acting: those of them on which its
@@ -92,7 +96,10 @@ def labelled_cross_entropy(
     rows = hidden[labelled.rows]
     acting = head.parameters() if acting is None else acting
     trained = [p for p in acting if p.requires_grad and torch.is_grad_enabled()]
-    return _ChunkedLoss.apply(rows, labelled, head, logits, *trained)
+    assert counts is None or not trained
+    sizes = [len(rows)] if counts is None else [*counts]
+    sums: Tensor = _ChunkedLoss.apply(rows, labelled, sizes, head, logits, *trained)
+    return sums[0] if counts is None else sums
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -103,12 +110,13 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         labelled: Labelled,
+        sizes: list[int],
         head: nn.Module,
         logits: Logits,
         *trained: Tensor,
     ) -> Tensor:
         needs_rows = ctx.needs_input_grad[0]
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         d_rows = torch.empty_like(rows) if needs_rows else None
         d_trained = [torch.zeros_like(parameter) for parameter in trained]
         # `out_features` first: the weight of a quantized layer is dequantized at each access.
@@ -128,24 +136,28 @@ class _ChunkedLoss(torch.autograd.Function):
                 z = buffer[: len(rows[here])]
                 _write_product(rows[here], head, z)
                 _check(labelled.lowest, labelled.highest, vocab)
-                loss, gradient = cross_entropy(z, targets[here], z, logits)
+                losses[here], gradient = cross_entropy(z, targets[here], z, logits)
                 if d_rows is not None:
                     d_rows[here] = _through(gradient, head.weight)  # type: ignore[arg-type]
             else:
-                loss = _by_autograd(
+                losses[here] = _by_autograd(
                     *(head, rows[here], labelled, targets[here], logits),
                     *(trained, d_trained, None if d_rows is None else d_rows[here]),
                 )
-            total += loss
         ctx.save_for_backward(d_rows, *d_trained)
-        return total
+        ctx.sizes = sizes
+        return torch.stack([own.sum() for own in losses.split(sizes)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_rows, *d_trained = ctx.saved_tensors
-        scale = grads[0]
-        first = None if d_rows is None else d_rows * scale.to(d_rows.dtype)
-        return first, None, None, None, *(grad * scale for grad in d_trained)
+        scales = grads[0]  # (sums,)
+        first = None
+        if d_rows is not None:
+            pairs = zip(d_rows.split(ctx.sizes), scales.to(d_rows.dtype), strict=True)
+            scaled = [own * scale for own, scale in pairs]
+            first = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+        return first, None, None, None, None, *(grad * scales[0] for grad in d_trained)
 
 
 def _by_autograd(
@@ -158,21 +170,22 @@ def _by_autograd(
     d_trained: Sequence[Tensor],
     d_rows: Tensor | None,
 ) -> Tensor:
-    """Return the loss of one chunk, add its gradients to d_trained, and write those of its rows to
-    d_rows, if any. What the chunk took is free when this returns, before the next one begins."""
+    """Return the losses of one chunk's rows, (rows,), add its gradients to d_trained, and write
+    those of its rows to d_rows, if any. What the chunk took is free when this returns, before the
+    next one begins."""
     chunk = rows.detach().requires_grad_(d_rows is not None)
     inputs = [*trained] if d_rows is None else [chunk, *trained]
     with torch.set_grad_enabled(bool(inputs)):
         z = head(chunk)
     values = z.detach()
     _check(labelled.lowest, labelled.highest, z.shape[1])
-    loss, gradient = cross_entropy(values, targets, torch.empty_like(values), logits)
+    losses, gradient = cross_entropy(values, targets, torch.empty_like(values), logits)
     grads = list(torch.autograd.grad(z, inputs, gradient)) if inputs else []
     if d_rows is not None:
         d_rows.copy_(grads.pop(0))
     for sum_, grad in zip(d_trained, grads, strict=True):
         sum_ += grad
-    return loss
+    return losses
 
 
 def _write_product(rows: Tensor, head: nn.Module, z: Tensor) -> None:
@@ -207,7 +220,8 @@ def _check(lowest: int, highest: int, vocab: int) -> None:
 def cross_entropy(
     z: Tensor, targets: Tensor, out: Tensor, logits: Logits = PLAIN
 ) -> tuple[Tensor, Tensor]:
-    """Return Σ −log softmax(logits(z))[target], and its gradient with respect to z, in `out`.
+    """Return −log softmax(logits(z))[target] of each row, (rows,), float32 or wider, and the
+    gradient of their sum with respect to z, in `out`.
 
     z, out (rows, vocab), which may be one tensor; targets (rows,). On a CPU, IndexError is raised
     for a target outside of the vocabulary.
@@ -220,16 +234,16 @@ def cross_entropy(
         losses = torch.empty(len(z), dtype=wide)
         softcap = logits.softcap or 0.0
         native(z.contiguous(), targets, losses, out, logits.scale, softcap, *z.shape)
-        return losses.sum(), out
+        return losses, out
     if choice.uses_triton(z, out):
         from veneer.kernels import triton_cross_entropy as own
 
         losses = own.cross_entropy(z, targets, out, scale=logits.scale, softcap=logits.softcap)
-        return losses.sum(), out
+        return losses, out
     y = logits(z.to(wide))
     log_p = y.log_softmax(-1)
     rows = torch.arange(len(z), device=z.device)
-    loss = -log_p[rows, targets].sum()
+    losses = -log_p[rows, targets]
     gradient = log_p.exp_()
     gradient[rows, targets] -= 1
-    return loss, out.copy_(gradient.mul_(logits.slope(y)))
+    return losses, out.copy_(gradient.mul_(logits.slope(y)))
