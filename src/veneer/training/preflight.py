@@ -49,6 +49,11 @@ class Preflight:
     plan: Plan | None
     why_no_plan: str = ""
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as settings have it."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def preflight(
     recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool, processes: int = 1
