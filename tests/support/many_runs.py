@@ -53,7 +53,7 @@ def course(kind: Kind) -> veneer.TrainConfig:
     return replace(COURSE, **kind.course)
 
 
-def one_by_one(forward: Any, model: Any, batches: Any) -> Tensor:
+def one_by_one(forward: Any, model: Any, batches: Any, **_: Any) -> Tensor:
     """Return the losses of a pass for each batch alone: what `backward_together` has to equal."""
     losses = []
     for each in batches:

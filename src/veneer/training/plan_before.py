@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 
+import torch
+
 from veneer.data.columns import lengths_of
 from veneer.models.device import has_memory_of_its_own, resolve_device
 from veneer.plan.plan import Plan
@@ -27,10 +29,8 @@ def plan_before(
     """
     if recipe.shard == "base" and world.size == 1:
         yield Notice("The base is not sharded: one process alone trains. Give --processes N.")
-    why = ahead.why_no_plan
     device = resolve_device(recipe.device)
-    if device.type != "cpu" and not has_memory_of_its_own(device):
-        why = f"plans are of processors and of cards with their own memory, and this is {device}."
+    why = why_no_plan(ahead, device)
     if ahead.plan is None or why:
         yield Notice(f"No memory is planned for this run: {why}")
         return None, world.size > 1 and recipe.shard == "base"
@@ -51,3 +51,10 @@ def plan_before(
     if plan.notice:
         yield Notice(plan.notice)
     return plan, sharded
+
+
+def why_no_plan(ahead: Preflight, device: torch.device) -> str:
+    """Return why no memory is planned for a run, or nothing where it is."""
+    if device.type != "cpu" and not has_memory_of_its_own(device):
+        return f"plans are of processors and of cards with their own memory, and this is {device}."
+    return ahead.why_no_plan

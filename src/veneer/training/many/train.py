@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from veneer.adapter.use import acting, in_use
 from veneer.errors import ConfigError, VeneerError, joined
 from veneer.fused.forward import Forward, choose_forward
-from veneer.fused.together import backward_together
+from veneer.fused.together import backward_together, why_alone
 from veneer.kernels.heap import kept_heap
 from veneer.processes.world import World
 from veneer.training.begin import let_train
@@ -47,7 +47,7 @@ def train_many(
     """
     before = in_use(model)
     running: list[RunningJob] = []
-    forward: Forward | None = None
+    passes: _Passes | None = None
     new = dict(jobs)
     try:
         with kept_heap(), acting(model, before):
@@ -60,21 +60,22 @@ def train_many(
                         running.append(RunningJob(name, job, model))
                         begun.append(running[-1])
                     except VeneerError as error:
-                        if forward is None:
+                        if passes is None:
                             raise
                         yield name, Failed(error)
                 if begun:
-                    forward, notices = _forward(begun[0], forward)
-                    for each in begun:
-                        each.begin(forward, notices, partial(should_stop, each.name))
                     for each in running:
                         let_train(model, each.name)  # attaching one freezes the others
+                    passes = _Passes.of(running, begun[0], passes)
+                    for each in begun:
+                        notices = passes.notices(each.name)
+                        each.begin(passes.forward, notices, partial(should_stop, each.name))
                 for each in running:
                     yield from _until_a_step(each)
                 running = [each for each in running if not each.ended]
                 if running:
-                    assert forward is not None
-                    _pass(model, forward, running, tokens_per_pass)
+                    assert passes is not None
+                    passes.make(running, tokens_per_pass)
                 new = dict(joining())
     finally:
         for each in running:
@@ -100,21 +101,6 @@ def _check(jobs: Iterable[Job], tokens_per_pass: int) -> None:
         raise ConfigError(f"These jobs cannot train together: {joined(problems)}.")
 
 
-def _forward(job: RunningJob, before: Forward | None) -> tuple[Forward, list[Notice]]:
-    """Return how passes are computed from here on, and what is to be known of it. It is proven
-    anew where adapters have been attached since."""
-    with job.turn():
-        forward, notices = choose_forward(
-            job.model,
-            job.job.examples,
-            recompute=job.run.config.recompute,
-            directory=job.job.directory,
-        )
-    if before is not None:  # whose memory is there already
-        forward = replace(forward, arena=before.arena)
-    return forward, [Notice(text) for text in notices]
-
-
 def _until_a_step(job: RunningJob) -> Iterator[tuple[str, Event]]:
     """Yield a job's events until it has a step to learn, or has ended, be it by an error."""
     try:
@@ -125,21 +111,52 @@ def _until_a_step(job: RunningJob) -> Iterator[tuple[str, Event]]:
         yield job.name, Failed(error)
 
 
-def _pass(
-    model: PreTrainedModel, forward: Forward, running: Sequence[RunningJob], tokens: int
-) -> None:
-    """Compute one pass for as many jobs as share it, and let those learn whose steps it ends."""
-    chosen = choose([each.waiting for each in running], tokens)
-    sharing = [running[number] for number in chosen]
-    batches = [each.take() for each in sharing]
-    try:
-        if not model.training:
-            model.train()
-        with worthwhile_threads(model), forward.installed(model):
-            losses = backward_together(forward, model, batches)
-            for each, loss in zip(sharing, losses.unbind(), strict=True):
-                each.learnt(loss)
-    except Exception as error:
-        for each in running:
-            each.end(error)
-        raise
+@dataclass(frozen=True, eq=False)
+class _Passes:
+    """How passes are computed, as long as no adapter is attached; `alone`: by the names of jobs
+    whose batches share none, why."""
+
+    model: PreTrainedModel
+    forward: Forward
+    remarks: Sequence[str]
+    alone: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls, running: Sequence[RunningJob], begun: RunningJob, before: _Passes | None
+    ) -> _Passes:
+        """Return how passes are computed for these jobs; `begun` is one that is new."""
+        model, rows = begun.model, begun.job.examples
+        with begun.turn():
+            forward, remarks = choose_forward(
+                model, rows, recompute=begun.run.config.recompute, directory=begun.job.directory
+            )
+        if before is not None:  # whose memory is there already
+            forward = replace(forward, arena=before.forward.arena)
+        alone = why_alone(forward, model, [each.name for each in running], rows)
+        return cls(model, forward, remarks, alone)
+
+    def notices(self, name: str) -> list[Notice]:
+        """Return what is to be known of the passes of a job."""
+        why = self.alone.get(name)
+        alone = [f"Its steps have passes of their own: {why}."] if why else []
+        return [Notice(text) for text in (*self.remarks, *alone)]
+
+    def make(self, running: Sequence[RunningJob], tokens: int) -> None:
+        """Compute one pass for as many jobs as share it, of at most so many tokens, and let those
+        learn whose steps it ends."""
+        model, forward = self.model, self.forward
+        chosen = choose([each.waiting for each in running], tokens)
+        sharing = [running[number] for number in chosen]
+        batches = [each.take() for each in sharing]
+        try:
+            if not model.training:
+                model.train()
+            with worthwhile_threads(model), forward.installed(model):
+                losses = backward_together(forward, model, batches, alone=self.alone)
+                for each, loss in zip(sharing, losses.unbind(), strict=True):
+                    each.learnt(loss)
+        except Exception as error:
+            for each in running:
+                each.end(error)
+            raise

@@ -1,0 +1,40 @@
+"""The memory of several runs that share the passes over one base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from veneer.plan.amounts import Amount, amount
+from veneer.plan.plan import Plan, make_plan
+from veneer.training.planned import with_rows
+from veneer.training.prepare import Prepared
+
+
+def plan_together(jobs: Sequence[Prepared], tokens_per_pass: int) -> Plan:
+    """Return what jobs need together: the base and one pass, as the job needs them that needs most,
+    and every job's adapter, gradients and moments.
+
+    tokens_per_pass: at most, in a pass that is shared
+    """
+    plans = []
+    longest = max(job.rows.longest for job in jobs)
+    batches = [job.recipe.training.batch_tokens for job in jobs]
+    tokens = max(*batches, min(tokens_per_pass, sum(batches)))
+    for job in jobs:
+        assert job.ahead.plan is not None
+        plan = with_rows(job.ahead.plan, job.recipe, longest)
+        config = replace(plan.config, tokens_per_batch=tokens)
+        plans.append(
+            make_plan(config, plan.sizes, plan.adapted, runtime=plan.runtime, on_card=plan.on_card)
+        )
+    most = max(plans, key=lambda plan: plan.memory.peak)
+    of_all = {
+        name: _sum(name, [getattr(plan.memory, name) for plan in plans])
+        for name in ("adapters", "gradients", "optimizer")
+    }
+    return replace(most, memory=replace(most.memory, **of_all))
+
+
+def _sum(name: str, amounts: Sequence[Amount]) -> Amount:
+    return amount(name, *(term for each in amounts for term in each.terms))
