@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from veneer.training.loop import train
     from veneer.training.many.running import Job
     from veneer.training.many.train import train_many
+    from veneer.training.many.tune import tune_many
     from veneer.training.pretrain import pretrain
     from veneer.training.recipe import DataConfig, Recipe
     from veneer.training.tune import tune
@@ -84,6 +85,7 @@ _HOMES = {
     "train": "training.loop",
     "train_many": "training.many.train",
     "tune": "training.tune",
+    "tune_many": "training.many.tune",
     "use": "adapter.use",
     "write_model": "formats.merged",
 }
@@ -129,6 +131,7 @@ __all__ = [
     "train",
     "train_many",
     "tune",
+    "tune_many",
     "use",
     "write_model",
 ]

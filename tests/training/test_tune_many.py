@@ -1,0 +1,107 @@
+"""Several runs over one base leave in each directory what a run alone would have left there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import veneer
+from support.many_runs import one_by_one
+from support.random_adapters import tokenizer
+from support.tiny_models import tiny
+from veneer.formats.merged import write_model
+from veneer.run_directory import RunDirectory
+from veneer.training.events import Event, Measured, ModelReady, Planned, Step, Written
+from veneer.training.many import train as many
+
+ROWS = [
+    {"prompt": "veneer is thin"[: 3 + i], "completion": "walnut lacquer"[: 4 + i]} for i in range(8)
+]
+JOBS: dict[str, dict[str, Any]] = {
+    "dora": {"lora": veneer.LoRA(rank=2, dora=True), "lr": 1e-3},
+    "r=4 at 0.01": {"lora": veneer.LoRA(rank=4, dropout=0.2), "lr": 0.01, "eval": True},
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("many")
+    write_model(tiny("llama"), tokenizer(), place / "base")
+    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    for name in JOBS:
+        list(veneer.tune(recipe(place, "alone", name)))
+    return place
+
+
+def recipe(home: Path, out: str, name: str, **options: Any) -> veneer.Recipe:
+    job = JOBS.get(name, JOBS["dora"])
+    return veneer.Recipe(
+        str(home / "base"),
+        home / "rows.jsonl",
+        lora=job["lora"],
+        training=veneer.TrainConfig(lr=job["lr"], steps=3, tokens_per_step=40, save_every=1),
+        rows=veneer.DataConfig(eval_rows=2 if "eval" in job else 0),
+        device="cpu",
+        dtype="float32",
+        out=home / out / name,
+        **options,
+    )
+
+
+def recipes(home: Path, out: str) -> dict[str, veneer.Recipe]:
+    return {name: recipe(home, out, name) for name in JOBS}
+
+
+def files(place: Path) -> dict[str, Any]:
+    """Return what is in a run's directory, without its own place and what is measured anew."""
+    content: dict[str, Any] = {
+        str(path.relative_to(place)): path.read_bytes()
+        for path in sorted(place.rglob("*"))
+        if path.is_file()
+    }
+    run = RunDirectory(place)
+    content["recipe.yaml"] = run.read_recipe() | {"out": None}
+    measured = {"seconds", "rss_bytes"}
+    lines = [{k: v for k, v in line.items() if k not in measured} for line in run.read_metrics()]
+    return content | {"metrics.jsonl": lines}
+
+
+@pytest.fixture(autouse=True)
+def oracle(monkeypatch):
+    monkeypatch.setattr(many, "backward_together", one_by_one)
+
+
+def test_each_directory_is_that_of_a_run_alone_and_goes_on_after_a_kill(home):
+    events: list[tuple[str, Event]] = []
+    runs = veneer.tune_many(recipes(home, "together"))
+    for name, event in runs:
+        events.append((name, event))
+        if sum(isinstance(event, Step) for _, event in events) == 3:
+            runs.close()
+            break
+    assert isinstance(dict(reversed(events))[""], Planned)
+    assert [name for name, event in events if isinstance(event, ModelReady)] == [*JOBS]
+    with pytest.raises(veneer.ConfigError) as refused:
+        list(veneer.tune_many(recipes(home, "together")))
+    assert all(f"\n  - {name}: " in str(refused.value) for name in JOBS)
+    events = [*veneer.tune_many(recipes(home, "together"), resume=True)]
+    assert [name for name, event in events if isinstance(event, Written)].count("dora") == 2
+    assert isinstance(events[-1][1], Measured)
+    for name in JOBS:
+        assert files(home / "together" / name) == files(home / "alone" / name)
+
+
+def test_what_cannot_share_a_base_is_said_at_once(home):
+    jobs = {
+        "good": recipe(home, "bad", "good"),
+        "other": recipe(home, "bad", "other", bits=8),
+        "beside": recipe(home, "bad", "good"),
+    }
+    with pytest.raises(veneer.ConfigError) as refused:
+        list(veneer.tune_many(jobs))
+    assert "\n  - other: bits is 8, but None for the first job" in str(refused.value)
+    assert "good is another job's directory too" in str(refused.value)
+    assert not (home / "bad").exists()
