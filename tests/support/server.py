@@ -25,6 +25,7 @@ from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Answer, Request, Stats, Token
 from veneer.serve.engine.served import Served
 from veneer.serve.engine.stream import Stream
+from veneer.serve.engine.vocabulary import Vocabulary
 
 BASE = "tiny"
 API, ADMIN = "a-key-of-some-length", "an-admin-key-of-its-own"
@@ -38,6 +39,7 @@ class ScriptedEngine:
         self, library: Library, *, slots: int = 4, queue: int = 8, pace: float = 0.0
     ) -> None:
         self.library, self.pace, self.queue, self.slots = library, pace, queue, slots
+        self.words = Vocabulary(tokenizer(), VOCAB)
         self.requests: list[Request] = []
         self.cancelled = self.active = self.waiting = 0
         self.fail = ""
@@ -89,6 +91,9 @@ class ScriptedEngine:
         change = 0.0 if adapter is None else 1.0
         return (None, *(-3.0 + change * (i % 2) for i in range(1, len(tokens))))
 
+    def vocabulary(self, which: Any) -> Vocabulary:
+        return self.words
+
     def load(self, name: str) -> None:
         self.library.info(name)
 
@@ -115,7 +120,6 @@ def scripted(
         name=BASE,
         root="made/of/nothing",
         context=context,
-        vocabulary=VOCAB,
         computed_in=ComputedIn("float32"),
     )
 

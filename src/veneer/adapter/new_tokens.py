@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.active import ActiveAdapters, active_adapters_of
-from veneer.adapter.wrapper import Wrapper
+from veneer.adapter.wrapper import Wrapper, unwrapped
 from veneer.data.words import count_words
 from veneer.errors import ConfigError, ModelError
 from veneer.models.block_buffers import whole
@@ -167,6 +167,7 @@ add_words = add_tokens  # its public name in earlier versions
 
 def is_tied(embedding: nn.Module, head: nn.Module) -> bool:
     """Return whether embedding and head are one weight, which a quantized head never is."""
+    embedding, head = unwrapped(embedding), unwrapped(head)
     return not isinstance(head, QuantizedLinear) and head.weight is embedding.weight
 
 

@@ -45,6 +45,13 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("original"), name)
 
 
+def unwrapped(module: Any) -> Any:
+    """Return what a module wraps, or the module itself."""
+    while isinstance(module, Wrapper):
+        module = module.original
+    return module
+
+
 def is_intercepted(module: object) -> bool:
     """Return whether a call of a module runs hooks, or a forward that was set over its class's."""
     return isinstance(module, nn.Module) and bool(

@@ -40,14 +40,9 @@ PLACES: dict[Place, frozenset[Content]] = {
     "loralib": frozenset(),
     "gguf": frozenset({"stacks of experts", "an invocation from which on alone it acts"}),
     "merged GGUF": frozenset({"new tokens", "DoRA's magnitudes", "stacks of experts"}),
-    # What can differ from row to row.
-    "serving": frozenset(
-        {
-            "DoRA's magnitudes",
-            "stacks of experts",
-            "an invocation from which on alone it acts",
-        }
-    ),
+    # What can differ from row to row. Of modules to save, those of embedding and head.
+    "serving": frozenset(PRESENT)
+    - frozenset({"biases of its own (lora_bias)", "windows of convolutions"}),
 }
 
 

@@ -17,6 +17,7 @@ from veneer.adapter.new_tokens import is_tied, new_tokens_of
 from veneer.adapter.targets import adaptable_layers, describe_base, is_named, resolve
 from veneer.adapter.unfreeze import replaced_weights
 from veneer.adapter.virtual import virtual_shape
+from veneer.adapter.wrapper import unwrapped
 from veneer.errors import MOST_PROBLEMS, ConfigError, listed, nearest, shortened
 from veneer.formats.state import AdapterState, NewTokenRows, StoredLayer, StoredTokens
 from veneer.models.block_buffers import whole
@@ -36,9 +37,16 @@ def validate(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     force: bool,
+    beside: bool = False,
+    keys_values: Shape | None = None,
 ) -> list[str]:
     """Return every problem of an adapter on `model`: another base (unless `force`), missing and
-    unknown keys, wrong shapes, values that are not finite."""
+    unknown keys, wrong shapes, values that are not finite.
+
+    beside: whether it is to act on rows of batches beside others, which may adapt embedding and
+    head, instead of being installed. keys_values: the shape (layers, 2, kv_heads, tokens, head_dim)
+    of those of the model; without it, the model is run where a prefix needs them.
+    """
     problems = list(_width(model, state))
     problems += [] if force else _foreign(model, state, tokenizer)
     config = state.config
@@ -51,9 +59,9 @@ def validate(
     elif config.replaces_weights and quantized_modules(model):
         problems.append(f"{config.method} replaces weights, and those of this base are quantized")
     else:
-        problems += _method(model, state, config)
+        problems += _method(model, state, config, keys_values)
     if state.new_tokens is not None:
-        problems += _new_tokens(model, state.new_tokens, tokenizer)
+        problems += _new_tokens(model, state.new_tokens, tokenizer, beside=beside)
     return problems
 
 
@@ -120,12 +128,17 @@ def _width(model: PreTrainedModel, state: AdapterState) -> Iterator[str]:
         yield f"it was made for a base of width {widths.pop():,}, and this one has {width:,}"
 
 
-def _method(model: PreTrainedModel, state: AdapterState, config: Method) -> Iterator[str]:
+def _method(
+    model: PreTrainedModel, state: AdapterState, config: Method, keys_values: Shape | None
+) -> Iterator[str]:
     """Yield the problems of replaced weights, or of virtual tokens."""
     try:
         if config.replaces_weights:
             weights = replaced_weights(model, config)
             needed: dict[str, Shape] = {key: tuple(w.shape) for key, w in weights.items()}
+        elif config.method == "prefix" and keys_values is not None:
+            assert config.virtual_tokens is not None
+            needed = {"prefix": (*keys_values[:3], config.virtual_tokens, keys_values[4])}
         else:
             needed = {config.method: virtual_shape(model, config)}
     except ConfigError as error:
@@ -334,9 +347,15 @@ def _trained_tokens(model: PreTrainedModel, state: AdapterState) -> Iterator[str
 
 
 def _new_tokens(
-    model: PreTrainedModel, new: NewTokenRows, tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel,
+    new: NewTokenRows,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    beside: bool,
 ) -> Iterator[str]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if beside:
+        embedding, head = unwrapped(embedding), unwrapped(head)
     if new_tokens_of(model) is not None:
         yield "the model has new tokens already, and this adapter brings its own"
         return

@@ -15,11 +15,13 @@ from veneer.kernels.transfer import sent
 @dataclass(frozen=True)
 class Draw:
     """How a row is drawn. generator: the row's own, or torch's for all that have none. min_p: a
-    token is at least so many times as likely as the likeliest."""
+    token is at least so many times as likely as the likeliest. size: the tokens that may be drawn
+    are the first ones, so many; None for all."""
 
     sampling: Sampling
     generator: torch.Generator | None = None
     min_p: float = 0.0
+    size: int | None = None
 
 
 def next_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -59,8 +61,8 @@ def _drawn(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
         before = chances.cumsum(-1) - chances
         # top_p is a share of what top_k leaves, as in transformers.
         chances = chances.masked_fill(before >= top_p * chances.sum(-1, keepdim=True), 0.0)
-    waits = torch.empty_like(chances)
+    waits = torch.ones_like(chances)
     for row, draw in zip(waits, draws, strict=True):
-        row.exponential_(generator=draw.generator)
+        row[: draw.size].exponential_(generator=draw.generator)
     drawn = (chances / waits).argmax(-1, keepdim=True)
     return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from veneer.adapter.active import active_adapters_of
+from veneer.adapter.own_rows import BatchUpdates, acting
 from veneer.adapter.virtual import keys_values
 from veneer.errors import ConfigError
 from veneer.kernels.transfer import sent
@@ -96,7 +96,6 @@ class SlotModel:
 
     def __init__(self, model: PreTrainedModel, slots: int, context: int) -> None:
         self.model, self.slots, self.context = model, slots, context
-        self.active_adapters = active_adapters_of(model)
         self._kinds, self._window, self._is_additive = _masks_of(model)
         try:
             probe = keys_values(model, torch.zeros(1, dtype=torch.long))
@@ -189,8 +188,7 @@ class SlotModel:
     ) -> Tensor:
         cache = DynamicCache()
         cache.layers = list(self.layers)
-        self.active_adapters.row_updates = updates
-        try:
+        with acting(self.model, updates):
             out = self.model(
                 input_ids=ids,
                 position_ids=positions,
@@ -199,9 +197,8 @@ class SlotModel:
                 use_cache=True,
                 logits_to_keep=keep,
             )
-        finally:
-            self.active_adapters.row_updates = None
-        return out.logits.float()
+        logits = out.logits.float()
+        return updates.limited(logits) if isinstance(updates, BatchUpdates) else logits
 
     def _masks(self, positions: Tensor) -> Any:
         """Return what each token (rows, tokens) sees of the places, as the model takes it."""

@@ -199,7 +199,6 @@ def prepare(
         name=name,
         root=base.name,
         context=engine.context,
-        vocabulary=base.model.config.get_text_config().vocab_size,
         computed_in=here,
         weights=BaseWeights(base.model),
     )

@@ -16,6 +16,7 @@ from veneer.serve.api.replies import ChatReply
 from veneer.serve.api.tools import Tool, grammar_of_calls
 from veneer.serve.engine.grammar import Grammars
 from veneer.serve.engine.request import Answer
+from veneer.serve.engine.vocabulary import Vocabulary
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # Mistral's two forms, short.
@@ -162,6 +163,7 @@ def test_an_answer_that_must_call_is_held_to_the_form(name, several):
 def served(request):
     served = scripted()
     served.tokenizer = of_template(request.param)
+    served.engine.words = Vocabulary(served.tokenizer, len(served.tokenizer))
     served.call = FORMS[request.param] % CLOSED
     return served
 

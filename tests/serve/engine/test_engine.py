@@ -1,7 +1,9 @@
 """The engine: each answer is what its request alone would get, whatever else is asked."""
 
 import asyncio
+import re
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ from transformers import PreTrainedModel
 
 import veneer
 from support.closeness import assert_no_further
-from support.random_adapters import distance, tokenizer
+from support.random_adapters import distance
 from support.serving_bases import PROMPT, base_of, generated, write_adapter, write_adapters
 from support.tiny_models import tiny
 from veneer.errors import AdapterError, ConfigError, QueueFull, RequestError
+from veneer.formats.adapters import write
+from veneer.formats.capture import capture
 from veneer.generate.sampling import Sampling
 from veneer.kernels import native
 from veneer.models.load import load_base
@@ -304,24 +308,22 @@ def test_what_cannot_be_asked(homes):
 def test_an_adapter_that_does_not_fit_is_an_error_of_its_requests_alone(homes, tmp_path):
     homes["foreign"] = write_adapter(tmp_path / "foreign", "qwen2", seed=2, rank=2)
     model = tiny("llama")
-    veneer.save(
-        veneer.attach(model, veneer.Method("prompt", virtual_tokens=2)), tmp_path / "virtual"
-    )
-    homes["virtual"] = tmp_path / "virtual"
-    model, larger = tiny("llama"), tokenizer()
-    veneer.add_tokens(model, larger, ["veneer"])
-    homes["tokens"] = tmp_path / "tokens"
-    veneer.save(veneer.attach(model, veneer.LoRA(rank=2)), homes["tokens"], tokenizer=larger)
+    veneer.save(veneer.attach(model, veneer.Method("full")), tmp_path / "full")
+    homes["full"] = tmp_path / "full"
+    state = capture(veneer.attach(tiny("llama"), veneer.LoRA(rank=2)))
+    norm = {"model.norm.weight": torch.ones(32)}
+    write(replace(state, modules_to_save=norm), tmp_path / "norm")
+    homes["norm"] = tmp_path / "norm"
     with Engine(base_of(), Library(homes), SMALL) as engine:
         good = engine.submit(request(1, "plain"))
         for name, why in (
             ("foreign", "another base"),
-            ("virtual", "its 2 virtual tokens"),
-            ("tokens", "1 new tokens"),
+            ("full", r"replaces weights of the base \(full\)"),
+            ("norm", "it has model.norm.weight beside its factors"),
         ):
             end = engine.submit(request(1, name)).result()
             assert end.reason == "error"
-            assert why in str(end.error)
+            assert re.search(why, str(end.error))
             assert str(homes[name]) in str(end.error)
             with pytest.raises(AdapterError, match=why):
                 engine.load(name)

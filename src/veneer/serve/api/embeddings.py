@@ -64,7 +64,7 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
         pooling = asked.pooling or "mean"
 
         def request_of(text: str | list[int]) -> Request:
-            tokens = served.prompt_tokens(text, param="input")
+            tokens = served.prompt_tokens(text, param="input", which=adapter)
             return Request(tuple(tokens), adapter, embedding=pooling)
 
         def all_requests() -> list[Request]:

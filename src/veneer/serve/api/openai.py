@@ -54,12 +54,14 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
             raise RequestError("top_logprobs needs logprobs.", param="top_logprobs")
         adapter = served.which(asked.model, asked.adapters)
         tools = await asyncio.to_thread(Tools.of, asked, served.tokenizer)
+        text_of = await asyncio.to_thread(served.text_of, adapter)
 
         def prepare() -> list[Request]:
             turns = [message.turn for message in asked.messages]
-            tokens = served.chat_tokens(turns, [tool.for_template for tool in tools.all])
+            for_template = [tool.for_template for tool in tools.all]
+            tokens = served.chat_tokens(turns, for_template, which=adapter)
             most = asked.max_completion_tokens or asked.max_tokens
-            new = served.new_tokens(tokens, most, None)
+            new = served.new_tokens(tokens, most, None, which=adapter)
             return asked.requests(
                 tokens,
                 adapter,
@@ -71,7 +73,7 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
 
         reply = ChatReply(
             asked.model,
-            served.text_of,
+            text_of,
             logprobs=bool(asked.logprobs),
             readers=tools.reader if tools.all else None,
             most_calls=1 if asked.parallel_tool_calls is False else MOST_CALLS,
@@ -89,12 +91,13 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
         def prepare() -> list[Request]:
             requests: list[Request] = []
             for prompt in asked.prompts:
-                tokens = served.prompt_tokens(prompt)
-                new = served.new_tokens(tokens, asked.max_tokens, COMPLETION_TOKENS)
+                tokens = served.prompt_tokens(prompt, which=adapter)
+                new = served.new_tokens(tokens, asked.max_tokens, COMPLETION_TOKENS, which=adapter)
                 requests += asked.requests(tokens, adapter, new_tokens=new, logprobs=asked.logprobs)
             return requests
 
-        reply = CompletionReply(asked.model, served.text_of, logprobs=asked.logprobs is not None)
+        text_of = await asyncio.to_thread(served.text_of, adapter)
+        reply = CompletionReply(asked.model, text_of, logprobs=asked.logprobs is not None)
         return await respond(asked, prepare, reply, http)
 
     def model_of(name: str) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.adapted import Adapted
 from veneer.adapter.attach import adapted_layer
@@ -21,15 +23,24 @@ from veneer.adapter.experts import why_not_by_rows
 from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.method import Method
 from veneer.adapter.modules_to_save import owner_of
+from veneer.adapter.own_rows import BatchUpdates, OwnRows, tensors_of
 from veneer.adapter.parameters import AdaptedParameter
-from veneer.errors import AdapterError, joined, listed
+from veneer.adapter.virtual import keys_values
+from veneer.errors import AdapterError, ConfigError, joined, listed
 from veneer.formats.adapters import read
 from veneer.formats.contents import without_place
 from veneer.formats.install import layer_adapters
 from veneer.formats.state import AdapterState
 from veneer.formats.validate import validate
-from veneer.lowrank.update import LowRankUpdate, RowUpdates, mixed
+from veneer.lowrank.update import LowRankUpdate, mixed
 from veneer.models.device import use_device
+from veneer.serve.engine.adapter_rows import (
+    has_own_rows,
+    own_rows,
+    shared_by_all,
+    virtual_count,
+    why_not_mixed,
+)
 from veneer.serve.engine.library import Entry, Mix
 
 log = logging.getLogger("veneer.serve")
@@ -39,10 +50,12 @@ ALIGNED = 64  # bytes, a line of the processor's cache
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """What an adapter, or a mix, adds to each layer of the base.
+    """What an adapter, or a mix, adds to each layer of the base, and has for itself.
 
     content: a hash of all that it computes with. Equal hashes give equal answers, whatever names.
-    invocation: the tokens from which on alone it acts; none where it acts on all.
+    invocation: the tokens from which on alone it acts; none where it acts on all. own: rows of
+    embedding and head. prefix: keys and values that come first in each slot, (layers, 2, kv_heads,
+    virtual, head_dim). why_not_mixed: why it acts alone or not at all, if it does.
     """
 
     content: str
@@ -50,13 +63,17 @@ class LoadedAdapter:
     nbytes: int
     names: tuple[str, ...]
     invocation: tuple[int, ...] = ()
+    own: OwnRows | None = None
+    prefix: Tensor | None = None
+    why_not_mixed: str = ""
 
 
-def row_updates(adapters: Sequence[LoadedAdapter | None]) -> RowUpdates:
+def row_updates(adapters: Sequence[LoadedAdapter | None]) -> BatchUpdates:
     """Return which adapter acts on each row of a batch, as adapted layers take it."""
     distinct = list(dict.fromkeys(adapter for adapter in adapters if adapter is not None))
     which = tuple(None if adapter is None else distinct.index(adapter) for adapter in adapters)
-    return RowUpdates([adapter.layers for adapter in distinct], which)
+    own = [adapter.own for adapter in distinct]
+    return BatchUpdates([adapter.layers for adapter in distinct], which, own=own)
 
 
 class AdapterCache:
@@ -65,7 +82,13 @@ class AdapterCache:
     A row keeps its adapter whole in memory, also when the cache has dropped it.
     """
 
-    def __init__(self, model: PreTrainedModel, limit: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        limit: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.fit = Fit(model, tokenizer)
         self.model, self.limit = model, limit
         self.nbytes = self.evicted = 0
         self._adapters: OrderedDict[object, LoadedAdapter] = OrderedDict()  # last used last
@@ -95,7 +118,7 @@ class AdapterCache:
         if (adapter := self.find(mix)) is not None:
             return adapter
         if len(mix) == 1 and mix[0][1] == 1.0:
-            adapter = load(self.model, mix[0][0])
+            adapter = load(self.fit, mix[0][0])
         else:
             adapter = _mixed([(self._get(((entry, 1.0),)), weight) for entry, weight in mix])
         with self._lock:
@@ -112,63 +135,84 @@ def _key(mix: Mix) -> object:
     return tuple((entry.version, weight) for entry, weight in mix)
 
 
+class Fit:
+    """What adapters must fit: a model and its tokenizer."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.keys_values: tuple[int, ...] | None = None
+        with suppress(ConfigError):  # a prefix is then refused
+            # Now, for nothing else may run the model once the engine does.
+            self.keys_values = tuple(keys_values(model, torch.zeros(1, dtype=torch.long)).shape)
+
+    def why_not(self, entry: Entry) -> str:
+        """Return why an adapter cannot be served, or nothing where it can.
+
+        Settings and shapes decide; values are read, and damage among them is seen, when it is
+        loaded.
+        """
+        try:
+            self.check(self.read(entry, shapes_only=True), entry)
+        except AdapterError as error:
+            return str(error)
+        except Exception:
+            log.exception("The adapter %r in %s cannot be read.", entry.name, entry.directory)
+            return f"{opening(entry)}: reading it failed, and the log says why."
+        return ""
+
+    def read(self, entry: Entry, *, shapes_only: bool = False) -> AdapterState:
+        """Return what an adapter's files say. Raises AdapterError."""
+        try:
+            return read(entry.directory, self.model, shapes_only=shapes_only)
+        except AdapterError as error:
+            raise AdapterError(f"{opening(entry)}: {error}") from error
+
+    def check(self, state: AdapterState, entry: Entry) -> None:
+        """Raise AdapterError, which lists everything that is wrong."""
+        model = self.model
+        if beyond := _beyond_rows(model, state, entry):
+            problems = [beyond]
+        else:
+            # Only ids of new tokens depend on a vocabulary.
+            tokenizer = None if state.new_tokens is None else self.tokenizer
+            problems = validate(
+                *(model, state, tokenizer), force=False, beside=True, keys_values=self.keys_values
+            ) or _of_experts(model, state)
+        if problems:
+            raise AdapterError(f"{opening(entry)}: {joined(problems)}.")
+
+
 @torch.no_grad()
-def load(model: PreTrainedModel, entry: Entry) -> LoadedAdapter:
-    """Read an adapter and return it ready to act over `model`, whose layers it leaves unchanged.
+def load(fit: Fit, entry: Entry) -> LoadedAdapter:
+    """Read an adapter and return it ready to act over a model, whose layers it leaves unchanged.
 
     Raises AdapterError, which lists everything that is wrong.
     """
-    state = _read(model, entry)
-    config = _checked(model, state, entry)
+    model, state = fit.model, fit.read(entry)
+    fit.check(state, entry)
     updates: dict[Adapted, LowRankUpdate] = {}
     paths: list[str] = []
-    for path, adapter in layer_adapters(state, config).items():
+    config = state.config
+    for path, adapter in layer_adapters(state, config).items() if isinstance(config, LoRA) else ():
         layer = adapted_layer(model, path)
         assert isinstance(layer, AdaptedLayer | AdaptedParameter)
         adapter.to(layer.device).requires_grad_(False)
         updates[layer] = layer.low_rank_update([(adapter, 1.0)], layer.compute_dtype)
         paths.append(path)
-    invocation = config.invocation_tokens
+    invocation = config.invocation_tokens if isinstance(config, LoRA) else ()
     labels = [*paths, f"from {invocation} on"] if invocation else paths
-    return replace(_in_one_buffer(updates, labels, (entry.name,)), invocation=invocation)
-
-
-def why_not(model: PreTrainedModel, entry: Entry) -> str:
-    """Return why an adapter cannot be served over `model`, or nothing where it can.
-
-    Settings and shapes decide; values are read, and damage among them is seen, when it is loaded.
-    """
-    try:
-        _checked(model, _read(model, entry, shapes_only=True), entry)
-    except AdapterError as error:
-        return str(error)
-    except Exception:
-        log.exception("The adapter %r in %s cannot be read.", entry.name, entry.directory)
-        return f"{opening(entry)}: reading it failed, and the log says why."
-    return ""
+    prefix = state.tensors.get("prefix") if virtual_count(state) else None
+    loaded = _in_one_buffer(
+        *(updates, labels, (entry.name,)),
+        own=own_rows(model, state),
+        prefix=None if prefix is None else prefix.to(model.device, model.dtype),
+    )
+    return replace(loaded, invocation=invocation, why_not_mixed=why_not_mixed(state))
 
 
 def opening(entry: Entry) -> str:
     """Return how each message about an adapter that is not served begins."""
     return f"The adapter {entry.name!r} in {entry.directory} cannot be served"
-
-
-def _read(model: PreTrainedModel, entry: Entry, *, shapes_only: bool = False) -> AdapterState:
-    try:
-        return read(entry.directory, model, shapes_only=shapes_only)
-    except AdapterError as error:
-        raise AdapterError(f"{opening(entry)}: {error}") from error
-
-
-def _checked(model: PreTrainedModel, state: AdapterState, entry: Entry) -> LoRA:
-    if beyond := _beyond_factors(state, entry):
-        problems = [beyond]
-    else:
-        problems = validate(model, state, None, force=False) or _of_experts(model, state)
-    if problems:
-        raise AdapterError(f"{opening(entry)}: {joined(problems)}.")
-    assert isinstance(state.config, LoRA)
-    return state.config
 
 
 def _of_experts(model: PreTrainedModel, state: AdapterState) -> list[str]:
@@ -180,29 +224,36 @@ def _of_experts(model: PreTrainedModel, state: AdapterState) -> list[str]:
     return problems
 
 
-def _beyond_factors(state: AdapterState, entry: Entry) -> str:
+def _beyond_rows(model: PreTrainedModel, state: AdapterState, entry: Entry) -> str:
     """Return what of an adapter cannot differ from row to row, and what to do; nothing where all of
     it can."""
     merge = f"merge it and serve the result (veneer merge BASE {entry.directory} OUT)"
     config = state.config
-    if isinstance(config, Method) and not config.replaces_weights:
-        return (
-            f"its {config.virtual_tokens} virtual tokens ({config.method}) act on whole batches; "
-            f"ask it alone (veneer chat BASE --adapter {entry.directory})"
-        )
     if isinstance(config, Method):
-        return f"it replaces weights of the base ({config.method}), which all share; {merge}"
-    if state.new_tokens is not None:
-        count = len(state.new_tokens.tokens)
-        return f"it adds {count} new tokens to the vocabulary, which all share; {merge}"
-    if beyond := without_place(state, "serving"):
+        if config.replaces_weights:
+            return f"it replaces weights of the base ({config.method}), which all share; {merge}"
+        return ""
+    beyond = without_place(state, "serving")
+    if state.modules_to_save and (shared := shared_by_all(model, state)):
+        beyond = [*beyond, *shared]
+    if beyond:
         return f"it has {listed(beyond)} beside its factors, which act on whole batches; {merge}"
+    if isinstance(config, LoRA) and config.invocation_tokens and has_own_rows(state):
+        # Base rows have no ids for what comes before the invocation.
+        return "it has an invocation beside tokens or rows of its own, which act on all tokens"
     return ""
 
 
 def _mixed(adapters: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
-    """Return a mix of adapters as one. Raises AdapterError where one of them acts from an
-    invocation on and others do not."""
+    """Return a mix of adapters as one. Raises AdapterError for adapters that cannot be mixed."""
+    for adapter, _ in adapters:
+        if adapter.why_not_mixed:
+            why = f"{adapter.why_not_mixed}, which act alone or not at all"
+            raise AdapterError(f"{adapter.names[0]} cannot be mixed: it {why}.")
+    with_tokens = [adapter for adapter, _ in adapters if adapter.own is not None]
+    if len(with_tokens) > 1:
+        both = listed([adapter.names[0] for adapter in with_tokens])
+        raise AdapterError(f"{both} cannot be mixed: each has new tokens, with the same ids.")
     invocations = {adapter.invocation for adapter, _ in adapters}
     if len(invocations) > 1:
         later = listed(adapter.names[0] for adapter, _ in adapters if adapter.invocation)
@@ -219,19 +270,27 @@ def _mixed(adapters: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
     }
     contents = [f"{adapter.content}*{weight!r}" for adapter, weight in adapters]
     names = tuple(f"{weight:g}*{adapter.names[0]}" for adapter, weight in adapters)
-    return replace(_in_one_buffer(updates, contents, names), invocation=invocations.pop())
+    own = with_tokens[0].own if with_tokens else None
+    return replace(_in_one_buffer(updates, contents, names, own=own), invocation=invocations.pop())
 
 
 def _in_one_buffer(
-    updates: Mapping[Adapted, LowRankUpdate], labels: Sequence[str], names: tuple[str, ...]
+    updates: Mapping[Adapted, LowRankUpdate],
+    labels: Sequence[str],
+    names: tuple[str, ...],
+    *,
+    own: OwnRows | None = None,
+    prefix: Tensor | None = None,
 ) -> LoadedAdapter:
     """Return updates as an adapter with all tensors in one buffer, B as (..., rank, out) in memory.
 
-    labels: what else goes into the hash of its content.
+    labels: what else goes into the hash of its content. own, prefix: copied into the buffer too.
     """
+    fields = {} if own is None else tensors_of(own)
     tensors = [t for update in updates.values() for t in (update.A, update.B.mT, update.gain)]
+    tensors += [*fields.values(), prefix]
     sizes = [0 if t is None else -(t.nbytes // -ALIGNED) * ALIGNED for t in tensors]
-    device = next(iter(updates)).device if updates else None
+    device = next((t.device for t in tensors if t is not None), None)
     buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     copies = map(_copied, tensors, buffer.split(sizes))
     layers: dict[Adapted, LowRankUpdate] = {}
@@ -242,8 +301,17 @@ def _in_one_buffer(
         assert B is not None
         layers[layer] = LowRankUpdate(A, B.mT, gain)
         content.update(f"{tuple(A.shape)} {A.dtype} {gain is None}\n".encode())
+    if own is not None:
+        copied: dict[str, Any] = {name: next(copies) for name in fields}
+        own = replace(own, **copied)
+        shapes = {name: tuple(x.shape) for name, x in fields.items()}
+        content.update(f"{own.size} {shapes}\n".encode())
+    if prefix is not None:
+        prefix = next(copies)
+        assert prefix is not None
+        content.update(f"{tuple(prefix.shape)}\n".encode())
     content.update(buffer.cpu().numpy().tobytes())
-    return LoadedAdapter(content.hexdigest(), layers, buffer.nbytes, names)
+    return LoadedAdapter(content.hexdigest(), layers, buffer.nbytes, names, own=own, prefix=prefix)
 
 
 def _copied(tensor: Tensor | None, memory: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from veneer.errors import AdapterError, ContextExceeded, RequestError
 from veneer.serve.engine.library import Library, Mix
-from veneer.serve.engine.request import Request
+from veneer.serve.engine.request import Request, Which
 
 
 def check(request: Request, *, context: int, vocab: int) -> None:
@@ -27,11 +27,14 @@ def check(request: Request, *, context: int, vocab: int) -> None:
 
 
 def mix_of(library: Library, request: Request) -> Mix:
-    """Return the versions that a request's adapters mean, with their weights. Raises RequestError
-    for one that is not in the library, AdapterError for one that it refuses."""
-    which = request.adapter
-    if request.versions is not None:
-        return request.versions
+    """Return the versions that a request's adapters mean, with their weights. Raises as `mix_named`
+    does."""
+    return mix_named(library, request.adapter) if request.versions is None else request.versions
+
+
+def mix_named(library: Library, which: Which) -> Mix:
+    """Return the versions that names mean now, with their weights. Raises RequestError for one that
+    is not in the library, AdapterError for one that it refuses."""
     if which is None:
         return ()
     weights: Mapping[str, float] = {which: 1.0} if isinstance(which, str) else which

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from veneer.fused.head import own_logits_and_head
@@ -102,6 +103,14 @@ class CompiledRunner:
             cache.keys[:, :, first // decode.KEYS : last // decode.KEYS] = block.keys
             cache.values[:, :, first:last] = block.values
             first = last
+
+    def begin(self, slot: int, prefix: Tensor) -> None:
+        count, size = prefix.shape[3], decode.KEYS
+        cache = self._cache_for(slot, count)
+        keys, values = F.pad(prefix, (0, 0, 0, -count % size)).unbind(1)
+        blocks = keys.unflatten(2, (-1, size)).mT  # (layers, heads, tokens / 16, head_dim, 16)
+        cache.keys[:, :, : blocks.shape[2]] = blocks
+        cache.values[:, :, :count] = values[:, :, :count]
 
     def copy(self, slot: int, other: int, length: int) -> None:
         cache = self.slots[slot]

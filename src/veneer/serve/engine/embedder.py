@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from veneer.adapter.active import active_adapters_of
+from veneer.adapter.own_rows import acting
 from veneer.kernels.transfer import sent
 from veneer.models.blocks import decoder_of
 from veneer.serve.engine.adapter_cache import row_updates
@@ -32,32 +32,37 @@ class Embedder:
         (dim,)."""
         if row is not self._row:
             self._row, self._cache, self._sum = row, DynamicCache(), None
-            row.computed = 0
-        tokens, first = row.request.tokens, row.computed
+            row.computed = self._begin(row)
+        tokens, first = row.tokens, row.computed
         chunk = tokens[first : row.until(first, first + size)]
         device = self.model.device
         positions = torch.arange(first, first + len(chunk), device=device)[None]
         decoder: Any = decoder_of(self.model)
-        active = active_adapters_of(self.model)
-        active.row_updates = row_updates([row.adapter_at(first)])
-        try:
+        with acting(self.model, row_updates([row.adapter_at(first)])):
             out = decoder(
                 input_ids=sent([list(chunk)], device),
                 position_ids=positions,
                 cache=self._cache,
                 use_cache=True,
             )
-        finally:
-            active.row_updates = None
-        hidden = out.last_hidden_state[0].float()  # (tokens, dim)
         row.computed += len(chunk)
+        # Without those of virtual tokens, (tokens, dim).
+        hidden = out.last_hidden_state[0, max(0, len(row.virtual) - first) :].float()
         if row.request.embedding == "mean":
             total = hidden.sum(0)
             self._sum = total if self._sum is None else self._sum + total
         else:
-            self._sum = hidden[-1]
+            self._sum = hidden[-1] if len(hidden) else None
         if row.prefilling:
             return False
         vector, self._row, self._cache, self._sum = self._sum, None, DynamicCache(), None
+        assert vector is not None
         row.embedding = tuple(F.normalize(vector, dim=0).tolist())  # a mean has its sum's direction
         return True
+
+    def _begin(self, row: Row) -> int:
+        """Write a row's prefix into the cache, and return how many tokens that has now."""
+        prefix = None if row.adapter is None else row.adapter.prefix
+        for layer, (keys, values) in enumerate(() if prefix is None else prefix):
+            self._cache.update(keys[None], values[None], layer)
+        return 0 if prefix is None else len(row.virtual)

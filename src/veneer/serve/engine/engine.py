@@ -19,13 +19,12 @@ from veneer.kernels.transfer import OnTheWay
 from veneer.models.device import use_device
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
-from veneer.serve.engine.adapter_cache import AdapterCache, why_not
-from veneer.serve.engine.admission import check, mix_of
+from veneer.serve.engine.adapter_cache import AdapterCache
+from veneer.serve.engine.admission import check, mix_named, mix_of
 from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.embedder import Embedder
 from veneer.serve.engine.general import GeneralRunner
-from veneer.serve.engine.grammar import Grammars
 from veneer.serve.engine.identity import identity_of_blocks
 from veneer.serve.engine.issued import Issued, Scores
 from veneer.serve.engine.layer_table import Unsuited
@@ -39,6 +38,7 @@ from veneer.serve.engine.sampler import Drawn, Sampler
 from veneer.serve.engine.scheduler import Scheduler
 from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.stream import Stream
+from veneer.serve.engine.vocabulary import Vocabularies, Vocabulary
 
 log = logging.getLogger("veneer.serve")
 
@@ -57,14 +57,13 @@ class Engine:
         self.library = library or Library()
         self.base = base
         self.context = self.config.context_of(base.model.config.get_text_config())
-        self.adapters = AdapterCache(base.model, self.config.adapter_bytes)
+        self.adapters = AdapterCache(base.model, self.config.adapter_bytes, base.tokenizer)
+        self.vocabularies = Vocabularies(self.adapters.fit, base.tokenizer)
         self.runner, self.notices = runner_for(base.model, self.config.slots, self.context)
         self._embedder = Embedder(base.model)
         prefixes = PrefixCache(self.config.cache_bytes, self._block_files())
         self._scheduler = Scheduler(self.runner, prefixes, self.config.chunk)
         self._ends = frozenset({*end_tokens(base.model), base.tokenizer.eos_token_id} - {None})
-        self._vocab = base.model.config.get_text_config().vocab_size
-        self._grammars = Grammars(base.tokenizer, self._vocab)
         self._changed = Condition()  # guards what follows
         self._ready: deque[Row] = deque()  # rows that wait for a slot
         self._loading = 0  # rows that wait for their adapter
@@ -89,15 +88,19 @@ class Engine:
         adapter that the library refuses, QueueFull where too many requests wait. Errors that come
         later end the stream.
         """
-        check(request, context=self.context, vocab=self._vocab)
+        mix = mix_of(self.library, request)
+        own = self.vocabularies.of(mix)
+        context = self.context - own.virtual
+        check(request, context=context, vocab=own.size)
         stream = Stream(request)
         row = Row(
             stream,
-            mix_of(self.library, request),
-            self._sampler(request),
-            Detokenizer(self.tokenizer, request.stop, special=request.special),
-            most=min(request.sampling.max_new_tokens, self.context - len(request.tokens)),
+            mix,
+            self._sampler(request, own),
+            Detokenizer(own.tokenizer, request.stop, special=request.special),
+            most=min(request.sampling.max_new_tokens, context - len(request.tokens)),
             ends=self._ends,
+            virtual=own.virtual_ids,
         )
         self._accept(row)
         return stream
@@ -115,6 +118,10 @@ class Engine:
             raise VeneerError("The engine was closed.")
         return answer.prompt_logprobs
 
+    def vocabulary(self, which: Which) -> Vocabulary:
+        """Return the tokens that adapters read and answer in. Raises as `submit` does."""
+        return self.vocabularies.of(mix_named(self.library, which))
+
     def load(self, name: str) -> None:
         """Load an adapter now. Raises AdapterError if it is unknown or does not fit."""
         self.adapters.get(((self.library.info(name), 1.0),))
@@ -123,7 +130,7 @@ class Engine:
         """Look at the settings and shapes of all adapters, and let the library refuse those that
         cannot be served; return why, by name."""
         for entry in self.library.entries():
-            if not entry.refusal and (why := why_not(self.base.model, entry)):
+            if not entry.refusal and (why := self.adapters.fit.why_not(entry)):
                 self.library.refuse(entry, why)
         return {entry.name: entry.refusal for entry in self.library.entries() if entry.refusal}
 
@@ -172,9 +179,10 @@ class Engine:
     def _waiting(self) -> int:
         return len(self._ready) + self._loading
 
-    def _sampler(self, request: Request) -> Sampler:
-        matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
-        return Sampler.of(request, self.base.model.device, ends=self._ends, matcher=matcher)
+    def _sampler(self, request: Request, own: Vocabulary) -> Sampler:
+        matcher = None if request.grammar is None else own.grammars.matcher(request.grammar)
+        device = self.base.model.device
+        return Sampler.of(request, device, ends=self._ends, matcher=matcher, size=own.size)
 
     def _accept(self, row: Row) -> None:
         row.adapter = self.adapters.find(row.mix) if row.mix else None
@@ -290,10 +298,10 @@ class Engine:
             row.computed += len(chunk.tokens)
             if not chunk.decoding:
                 self._counts["prompt_tokens"] += len(chunk.tokens)
-                self._scheduler.keep_block(row)
+                self._scheduler.keep_blocks(row, chunk.start)
             if row.request.prompt_logprobs:
                 coming = OnTheWay(row.scores(own, chunk.start))
-                scores.append(Scores(row, chunk.start, coming, is_last=not row.prefilling))
+                scores.append(Scores(row, coming, is_last=not row.prefilling))
             elif chunk.logits:
                 # Rows that wait for this prompt have it now, and draw from the same logits.
                 others = [] if chunk.decoding else self._scheduler.give_prompt(row, self._active)
@@ -312,7 +320,7 @@ class Engine:
         """Give rows what a step computed for them, unless they ended meanwhile."""
         for each in issued.scores:
             if each.row in self._active:
-                each.row.take_scores(each.coming.arrived()[0], each.first)
+                each.row.take_scores(each.coming.arrived()[0])
                 if each.is_last:
                     self._end(each.row, "length")
         tokens = [] if issued.drawn is None else issued.drawn.tokens()

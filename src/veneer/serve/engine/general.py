@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from veneer.adapter.active import active_adapters_of
+from veneer.adapter.own_rows import BatchUpdates, acting, joined
 from veneer.adapter.virtual import keys_values
 from veneer.errors import ConfigError, ModelError
 from veneer.kernels.transfer import sent
-from veneer.lowrank.update import RowUpdates
 from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
 from veneer.serve.engine.runner import Chunk
 
@@ -74,7 +73,6 @@ class GeneralRunner:
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
         self.model, self.slots = model, slots
-        self.active_adapters = active_adapters_of(model)
         try:
             shape = keys_values(model, torch.zeros(1, dtype=torch.long)).shape
         except ConfigError as error:
@@ -87,7 +85,7 @@ class GeneralRunner:
         self.prefilling: dict[int, DynamicCache] = {}  # by slot
         self.decoding: list[int] = []  # slots, in the order of the shared cache's rows
         self.lengths: list[int] = []  # of these rows
-        self._last_updates: tuple[tuple[Hashable, ...], RowUpdates] | None = None
+        self._last_updates: tuple[tuple[Hashable, ...], BatchUpdates] | None = None
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         decoding = {chunk.slot: chunk for chunk in chunks if chunk.decoding}
@@ -103,7 +101,7 @@ class GeneralRunner:
         for chunk in chunks:
             if not chunk.decoding:
                 logits[chunk.slot] = self._prefill(chunk)
-        return torch.cat([logits[chunk.slot] for chunk in chunks])
+        return joined([logits[chunk.slot] for chunk in chunks])
 
     def block(self, slot: int, first: int, last: int) -> Tensor:
         """Return keys and values (layers, 2, heads, tokens, head_dim)."""
@@ -115,6 +113,9 @@ class GeneralRunner:
         cache = self.prefilling[slot] = DynamicCache()
         for layer, (keys, values) in enumerate(torch.cat(list(blocks), 3)):
             cache.update(keys[None], values[None], layer)
+
+    def begin(self, slot: int, prefix: Tensor) -> None:
+        self.fill(slot, [prefix])
 
     def copy(self, slot: int, other: int, length: int) -> None:
         self.fill(other, [self.block(slot, 0, length)])
@@ -174,15 +175,12 @@ class GeneralRunner:
         self, adapters: Sequence[LoadedAdapter | None], *, keep: int, **inputs: Any
     ) -> Tensor:
         """Return the last `keep` logits of each row, float32."""
-        self.active_adapters.row_updates = self._row_updates(adapters)
-        try:
-            with torch.inference_mode():
-                out = self.model(**inputs, use_cache=True, logits_to_keep=keep)
-        finally:
-            self.active_adapters.row_updates = None
-        return out.logits.float()
+        updates = self._row_updates(adapters)
+        with acting(self.model, updates), torch.inference_mode():
+            out = self.model(**inputs, use_cache=True, logits_to_keep=keep)
+            return updates.limited(out.logits.float())
 
-    def _row_updates(self, adapters: Sequence[LoadedAdapter | None]) -> RowUpdates:
+    def _row_updates(self, adapters: Sequence[LoadedAdapter | None]) -> BatchUpdates:
         """Return which adapter acts on which row: the same value while decoding rows stay the same,
         as layers keep in it what they have stacked."""
         key = tuple(adapters)

@@ -12,10 +12,9 @@ from veneer.serve.engine.sampler import Drawn
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Log probabilities of a prompt's tokens behind token `first`."""
+    """Log probabilities of a prompt's tokens that follow those before."""
 
     row: Row
-    first: int
     coming: OnTheWay
     is_last: bool
 

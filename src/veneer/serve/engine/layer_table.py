@@ -163,11 +163,8 @@ def linear_of(module: Any, dtype: torch.dtype, kept: list[Tensor]) -> decode.Lin
     """Return a linear layer without its adapters. `kept` gets what has to live as long as that.
     Raises Unsuited."""
     module = module.original if isinstance(module, AdaptedLayer) else module
-    bias = None
-    if module.bias is not None:
-        if module.bias.dtype != dtype:
-            raise Unsuited("its biases are of another dtype")
-        bias = module.bias.data_ptr()
+    if module.bias is not None and module.bias.dtype != dtype:
+        raise Unsuited("its biases are of another dtype")
     if isinstance(module, nn.Linear | Conv1D):
         W = module.weight
         if isinstance(module, Conv1D):  # whose weight is (in, out)
@@ -175,7 +172,8 @@ def linear_of(module: Any, dtype: torch.dtype, kept: list[Tensor]) -> decode.Lin
             kept.append(W)
         if W.dtype != dtype or not W.is_contiguous():
             raise Unsuited("its weights are of different dtypes")
-        return decode.Linear(W.data_ptr(), bias, None, None, *W.shape, decode.NUMBERS)
+        return plain_linear(W, module.bias)
+    bias = None if module.bias is None else module.bias.data_ptr()
     weight = module.quantized_weight if isinstance(module, QuantizedLinear) else None
     if not isinstance(weight, Int8 | NF4) or weight.before_use is not None or weight.dtype != dtype:
         raise Unsuited("its weights lie in files, or are of a kind that has no compiled product")
@@ -190,6 +188,12 @@ def linear_of(module: Any, dtype: torch.dtype, kept: list[Tensor]) -> decode.Lin
     return decode.Linear(
         codes, bias, scales.data_ptr(), values.data_ptr(), out, in_, decode.FOUR_BITS
     )
+
+
+def plain_linear(W: Tensor, bias: Tensor | None) -> decode.Linear:
+    """Return a linear layer of W (out, in), contiguous, and a bias; both have to live as long."""
+    address = None if bias is None else bias.data_ptr()
+    return decode.Linear(W.data_ptr(), address, None, None, *W.shape, decode.NUMBERS)
 
 
 def _linears(structure: LayerStructure) -> list[tuple[int, str]]:

@@ -29,6 +29,7 @@ class Row:
     detokenizer: Detokenizer
     most: int  # new tokens
     ends: frozenset[int]  # tokens that end an answer
+    virtual: tuple[int, ...] = ()  # ids of the adapter's virtual tokens
     adapter: LoadedAdapter | None = None
     slot: int = -1
     computed: int = 0  # tokens whose keys and values the slot holds
@@ -38,8 +39,11 @@ class Row:
     new: int = 0  # tokens generated
     last: int = -1  # the newest of them, which the slot does not hold yet
     held: list[Token] = field(default_factory=list)  # tokens whose text is not sure yet
-    prompt_logprobs: list[float | None] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
     embedding: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.tokens = (*self.virtual, *self.request.tokens)  # which come before the answer
 
     @property
     def request(self) -> Request:
@@ -64,7 +68,7 @@ class Row:
     @property
     def prefilling(self) -> bool:
         """Whether tokens of the prompt are still to be computed."""
-        return self.computed < len(self.request.tokens)
+        return self.computed < len(self.tokens)
 
     def shares_prompt(self, other: Row) -> bool:
         """Whether another row reads the same tokens by the same adapter, to answer them too."""
@@ -88,7 +92,7 @@ class Row:
         """Return what is computed next: the newest token, or the prompt up to the next multiple of
         `size`, so that the cut never depends on what was in the prefix cache, or to where its
         adapter begins to act."""
-        start, prompt = self.computed, self.request.tokens
+        start, prompt = self.computed, self.tokens
         adapter = self.adapter_at(start)
         if not self.prefilling:
             return Chunk(self.slot, (self.last,), start, adapter, 1, decoding=True)
@@ -115,15 +119,24 @@ class Row:
     def scores(self, logits: Tensor, first: int) -> Tensor:
         """Return the log probabilities of the tokens that follow token `first` and those after it,
         whose logits (tokens, vocab) these are."""
-        following = sent(self.request.tokens[first + 1 : first + 1 + len(logits)], logits.device)
-        logs = logits[: len(following)].log_softmax(-1)
-        return logs.gather(1, following.long()[:, None])[:, 0]
+        following = sent(self.tokens[first + 1 : first + 1 + len(logits)], logits.device)
+        logs = logits[: len(following), : self.sampler.size].log_softmax(-1)
+        # Those of virtual tokens, which are none of the vocabulary's, are not shown.
+        following = following.long().clamp(max=logs.shape[1] - 1)
+        return logs.gather(1, following[:, None])[:, 0]
 
-    def take_scores(self, scores: Tensor, first: int) -> None:
-        """Add the log probabilities of the tokens behind token `first`."""
-        if first == 0:
-            self.prompt_logprobs.append(None)  # nothing comes before the first token
+    def take_scores(self, scores: Tensor) -> None:
+        """Add the log probabilities of the tokens that follow."""
         self.prompt_logprobs += scores.tolist()
+
+    @property
+    def scored(self) -> tuple[float | None, ...]:
+        """The log probability of each token of the request after those before it."""
+        if not self.request.prompt_logprobs:
+            return ()
+        # Nothing of the text comes before its first token.
+        virtual = len(self.prompt_logprobs) - (len(self.request.tokens) - 1)
+        return (None, *self.prompt_logprobs[virtual:])
 
     def finish(self, reason: Reason, error: Exception | None = None) -> None:
         """Send the last piece: what is left of the text, and why the answer ended."""
@@ -135,9 +148,9 @@ class Row:
                 tokens,
                 reason,
                 prompt_tokens=len(self.request.tokens),
-                cached_tokens=self.cached,
+                cached_tokens=max(0, self.cached - len(self.virtual)),
                 new_tokens=self.new,
-                prompt_logprobs=tuple(self.prompt_logprobs),
+                prompt_logprobs=self.scored if is_whole else (),
                 error=error,
                 embedding=self.embedding,
             )

@@ -39,7 +39,7 @@ class Runner(Protocol):
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         """Compute the chunks, each of another slot, and return the logits that they ask for, in
-        order: (Σ logits, vocab), float32."""
+        order: (Σ logits, vocab), float32; -∞ for tokens that a row's adapter has not."""
         ...
 
     def block(self, slot: int, first: int, last: int) -> PrefixBlock:
@@ -48,6 +48,11 @@ class Runner(Protocol):
 
     def fill(self, slot: int, blocks: Sequence[Any]) -> None:
         """Write blocks into an empty slot, end to end."""
+        ...
+
+    def begin(self, slot: int, prefix: Tensor) -> None:
+        """Write the keys and values of a prefix (layers, 2, kv_heads, virtual, head_dim) into an
+        empty slot."""
         ...
 
     def copy(self, slot: int, other: int, length: int) -> None:

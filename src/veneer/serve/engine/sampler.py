@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from veneer.adapter.own_rows import padded
 from veneer.generate.draws import Draw, next_tokens
 from veneer.generate.sampling import Sampling
 from veneer.kernels.transfer import OnTheWay, sent
@@ -28,7 +29,8 @@ class Sampler:
     """How a row's tokens are drawn. generator: the row's own, so that other rows change nothing.
 
     prompt: its tokens. ends: tokens that end an answer. matcher: where the answer is in its
-    grammar, None without one.
+    grammar, None without one. size: how many logits a token of the row has; those of a matrix may
+    be more, and are then -∞. None for all of them.
     """
 
     sampling: Sampling
@@ -38,6 +40,7 @@ class Sampler:
     prompt: Sequence[int] = ()
     ends: Sequence[int] = ()
     matcher: Matcher | None = None
+    size: int | None = None
     _history: History | None = None
 
     @classmethod
@@ -48,6 +51,7 @@ class Sampler:
         *,
         ends: Iterable[int] = (),
         matcher: Matcher | None = None,
+        size: int | None = None,
     ) -> Sampler:
         """Return the sampler that a request asks for."""
         sampling, generator = request.sampling, None
@@ -65,6 +69,7 @@ class Sampler:
             request.tokens,
             tuple(ends),
             matcher,
+            size,
         )
 
     @property
@@ -172,7 +177,8 @@ class Drawn:
         rows = list(logits)
         for row, sampler in enumerate(self._samplers):
             try:
-                rows[row] = sampler.adjusted(rows[row])
+                own = sampler.adjusted(rows[row][: sampler.size])
+                rows[row] = padded(own, logits.shape[1])
             except Exception as error:  # of this row, and no other
                 self._failed[row] = error
         return torch.stack(rows)
@@ -187,7 +193,7 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | Exceptio
     tokens: list[Token | Exception] = []
     for scores, sampler, best in zip(logits, samplers, likeliest, strict=True):
         try:
-            tokens.append(_next_token(scores, sampler, best))
+            tokens.append(_next_token(scores[: sampler.size], sampler, best))
         except Exception as error:  # of this row, and no other
             tokens.append(error)
     return tokens
@@ -245,7 +251,11 @@ def chances_of(scores: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor | None]
 def drawn_at_once(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """Return the next token of each row, (rows,), on the device of `logits` (rows, vocab)."""
     return next_tokens(
-        logits, [Draw(each.sampling, each.generator, each.adjustments.min_p) for each in samplers]
+        logits,
+        [
+            Draw(each.sampling, each.generator, each.adjustments.min_p, each.size)
+            for each in samplers
+        ],
     )
 
 

@@ -60,26 +60,23 @@ class Scheduler:
             self.cached_tokens += other.cached
         return others
 
-    def keep_block(self, row: Row) -> None:
-        """Add the block of a prompt that ends with its newest token to the prefix cache, if one
-        does and it is new there."""
-        if row.computed % self.chunk:
-            return
-        number = row.computed // self.chunk - 1
-        first = number * self.chunk
-        if number < len(row.block_hashes) and self.prefixes.wants(row.block_hashes[number]):
-            block = self.runner.block(row.slot, first, first + self.chunk)
-            self.prefixes.add(row.block_hashes, number, block)
+    def keep_blocks(self, row: Row, first: int) -> None:
+        """Add the blocks of a prompt that are whole since token `first` was computed to the prefix
+        cache, if they are new there."""
+        last = min(row.computed // self.chunk, len(row.block_hashes))
+        for number in range(first // self.chunk, last):
+            if self.prefixes.wants(row.block_hashes[number]):
+                start = number * self.chunk
+                block = self.runner.block(row.slot, start, start + self.chunk)
+                self.prefixes.add(row.block_hashes, number, block)
 
     def _use_prefix(self, row: Row) -> bool:
-        """Take the first tokens of a prompt from the prefix cache, as far as it has them; return
-        False while some of them are being read from files."""
-        if row.request.prompt_logprobs:
-            return True  # all logits of the prompt are needed, so all of it is computed
-        if not row.block_hashes:
+        """Take the first tokens of a prompt from the prefix cache, as far as it has them, or from
+        the adapter; return False while some of them are being read from files."""
+        # Where all logits of the prompt are needed, all of it is computed.
+        if not row.block_hashes and not row.request.prompt_logprobs:
             content = "" if row.adapter is None else row.adapter.content
-            tokens = row.request.tokens
-            row.block_hashes = block_hashes(tokens, content, self.chunk, row.acts_from)
+            row.block_hashes = block_hashes(row.tokens, content, self.chunk, row.acts_from)
             self.prefixes.fetch(row.block_hashes)
         if self.prefixes.is_fetching(row.block_hashes):
             return False
@@ -87,4 +84,8 @@ class Scheduler:
             self.runner.fill(row.slot, blocks)
             row.computed = row.cached = len(blocks) * self.chunk
             self.cached_tokens += row.cached
+        elif row.adapter is not None and row.adapter.prefix is not None:
+            self.runner.begin(row.slot, row.adapter.prefix)
+            row.computed = len(row.virtual)
+            self.keep_blocks(row, 0)
         return True

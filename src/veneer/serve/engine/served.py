@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from veneer.serve.engine.base_weights import BaseWeights
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Request, Stats, Which
 from veneer.serve.engine.stream import Stream, cancel
+from veneer.serve.engine.vocabulary import Vocabulary
 
 
 class EngineLike(Protocol):
@@ -27,6 +28,8 @@ class EngineLike(Protocol):
     def submit(self, request: Request) -> Stream: ...
 
     def score(self, tokens: Sequence[int], adapter: Which = None) -> tuple[float | None, ...]: ...
+
+    def vocabulary(self, which: Which) -> Vocabulary: ...
 
     def load(self, name: str) -> None: ...
 
@@ -54,7 +57,6 @@ class Served:
     name: str
     root: str
     context: int | None
-    vocabulary: int
     computed_in: ComputedIn
     weights: BaseWeights | None = None
     started: float = field(default_factory=time.time)
@@ -90,10 +92,14 @@ class Served:
         return dict(mix)
 
     def chat_tokens(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, object]] = (),
+        *,
+        which: Which = None,
     ) -> list[int]:
-        """Return the tokens after which the model answers a conversation, with tools that it may
-        call. Raises RequestError where its chat template refuses the messages, or writes no tools.
+        """Return the tokens after which adapters answer a conversation, with tools that they may
+        call. Raises RequestError where the chat template refuses the messages, or writes no tools.
         """
         chat = Chat(self.tokenizer)
         try:
@@ -107,36 +113,41 @@ class Served:
         if not writes_tools:
             why = "the model's chat template writes no tools."
             raise RequestError(f"tools cannot be followed: {why}", param="tools")
-        return self.encode(text, special=False)
+        return self.encode(text, special=False, which=which)
 
-    def prompt_tokens(self, prompt: str | list[int], *, param: str = "prompt") -> list[int]:
+    def prompt_tokens(
+        self, prompt: str | list[int], *, param: str = "prompt", which: Which = None
+    ) -> list[int]:
         """Return the tokens of a prompt that is text, or tokens already. Raises RequestError."""
         if isinstance(prompt, str):
-            tokens = self.encode(prompt, special=True)
+            tokens = self.encode(prompt, special=True, which=which)
             if not tokens:
                 raise RequestError("The prompt is empty.", param=param)
             return tokens
-        if (largest := max(prompt)) >= self.vocabulary:
+        size = self.engine.vocabulary(which).size
+        if (largest := max(prompt)) >= size:
             raise RequestError(
-                f"The prompt has the token {largest}, but the model has {self.vocabulary:,}.",
-                param=param,
+                f"The prompt has the token {largest}, but the model has {size:,}.", param=param
             )
         return prompt
 
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return the tokens of a text. Raises ContextExceeded for one that no context can hold."""
-        least = -(-len(text) // _longest_token(self.tokenizer))
+    def encode(self, text: str, *, special: bool, which: Which = None) -> list[int]:
+        """Return the tokens of a text for adapters. Raises ContextExceeded for one that no context
+        can hold."""
+        own = self.engine.vocabulary(which)
+        least = -(-len(text) // own.longest)
         if self.context is not None and least > self.context:
             # Tokenising a book only to refuse it would keep everybody waiting.
             raise self._too_long(f"at least {least:,}")
         # As a batch, for the tokenizer holds no lock while it works on one.
-        return list(self.tokenizer([text], add_special_tokens=special)["input_ids"][0])
+        return list(own.tokenizer([text], add_special_tokens=special)["input_ids"][0])
 
-    def spans(self, text: str) -> list[tuple[int, str]]:
-        """Return the tokens of a text, each with its characters; where several tokens make up one
-        character, the first has it and the others have nothing."""
-        self.encode(text, special=False)
-        encoded = self.tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
+    def spans(self, text: str, which: Which = None) -> list[tuple[int, str]]:
+        """Return the tokens of a text for adapters, each with its characters; where several tokens
+        make up one character, the first has it and the others have nothing."""
+        self.encode(text, special=False, which=which)
+        tokenizer = self.engine.vocabulary(which).tokenizer
+        encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
         spans, done = [], 0
         for token, (_, end) in zip(
             encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True
@@ -145,23 +156,38 @@ class Served:
             done = max(done, end)
         return spans
 
-    def check_context(self, tokens: Sequence[int]) -> None:
-        """Raise ContextExceeded, with both numbers, where not one more token would fit."""
-        if self.context is not None and len(tokens) >= self.context:
-            raise self._too_long(f"{len(tokens):,}")
+    def context_of(self, which: Which) -> int | None:
+        """Return the most tokens that a text and its answer may have together for adapters, whose
+        virtual tokens take some of the context."""
+        own = self.engine.vocabulary(which)
+        return None if self.context is None else self.context - own.virtual
 
-    def new_tokens(self, prompt: Sequence[int], most: int | None, default: int | None) -> int:
+    def check_context(self, tokens: Sequence[int], which: Which = None) -> None:
+        """Raise ContextExceeded, with both numbers, where not one more token would fit."""
+        context = self.context_of(which)
+        if context is not None and len(tokens) >= context:
+            raise self._too_long(f"{len(tokens):,}", which)
+
+    def new_tokens(
+        self,
+        prompt: Sequence[int],
+        most: int | None,
+        default: int | None,
+        *,
+        which: Which = None,
+    ) -> int:
         """Return how many tokens an answer may have: `most`, or the default where that is None.
 
         Raises ContextExceeded, with both numbers, where prompt and answer are too long together.
         """
-        self.check_context(prompt)
-        if self.context is None:
+        self.check_context(prompt, which)
+        context = self.context_of(which)
+        if context is None:
             return most or default or 1024
-        left = self.context - len(prompt)
+        left = context - len(prompt)
         if most is not None and most > left:
             raise ContextExceeded(
-                f"This model's context is {self.context:,} tokens, but {len(prompt):,} of the "
+                f"This model's context is {context:,} tokens, but {len(prompt):,} of the "
                 f"prompt and {most:,} of the answer are {len(prompt) + most:,}.",
                 param="max_tokens",
             )
@@ -184,18 +210,49 @@ class Served:
             raise
         return streams
 
-    def text_of(self, token: int) -> str:
-        """Return the text of one token by itself."""
-        return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    def text_of(self, which: Which) -> Callable[[int], str]:
+        """Return what gives the text of one token of an adapter's answers by itself."""
+        tokenizer = self.engine.vocabulary(which).tokenizer
+        return lambda token: str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
-    def _too_long(self, tokens: str) -> ContextExceeded:
+    def compared(
+        self, messages: Sequence[Message], answer: str, adapter: str
+    ) -> Iterator[tuple[str, float, float]]:
+        """Yield an answer's tokens, each with its log probability by the base and by an adapter.
+
+        Where the adapter has other tokens than the base, as many as make up the same text are one.
+        """
+        scored = []
+        for which in (None, adapter):
+            prompt = self.chat_tokens(messages, which=which)
+            spans = self.spans(answer, which)
+            tokens = [*prompt, *(token for token, _ in spans)]
+            self.check_context(tokens, which)
+            scores = self.engine.score(tokens, which)[-len(spans) :]
+            texts = [text for _, text in spans]
+            scored.append([(t, s or 0.0) for t, s in zip(texts, scores, strict=True)])
+        base, own = scored
+        if [text for text, _ in base] == [text for text, _ in own]:
+            for (text, first), (_, second) in zip(base, own, strict=True):
+                yield text, first, second
+            return
+        ends = [{*accumulate(len(text) for text, _ in each)} for each in scored]
+        both = sorted(ends[0] & ends[1])
+        for start, end in pairwise([0, *both]):
+            sums = [_sum_between(each, start, end) for each in scored]
+            yield answer[start:end], sums[0], sums[1]
+
+    def _too_long(self, tokens: str, which: Which = None) -> ContextExceeded:
         return ContextExceeded(
-            f"This model's context is {self.context:,} tokens, but the prompt has {tokens}, which "
-            "leaves no room for an answer."
+            f"This model's context is {self.context_of(which):,} tokens, but the prompt has "
+            f"{tokens}, which leaves no room for an answer."
         )
 
 
-@lru_cache(maxsize=4)
-def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the characters of the longest token: a text has at least its length / that tokens."""
-    return max(map(len, tokenizer.get_vocab()))
+def _sum_between(scored: Sequence[tuple[str, float]], start: int, end: int) -> float:
+    """Return the log probability of the tokens whose characters begin at `start` or later, and end
+    by `end`."""
+    ends = list(accumulate(len(text) for text, _ in scored))
+    starts = [0, *ends[:-1]]
+    each = zip(scored, starts, ends, strict=True)
+    return sum(score for (_, score), first, last in each if start <= first and last <= end)

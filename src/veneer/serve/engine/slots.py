@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from veneer.adapter.own_rows import joined
 from veneer.generate.slots import SlotModel
 from veneer.kernels.graphs import NONE_HERE, Graphs, Tensors, length_for, size_for
 from veneer.kernels.transfer import sent
-from veneer.lowrank.update import RowUpdates
 from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
 from veneer.serve.engine.runner import Chunk
 
@@ -36,7 +36,7 @@ class SlotRunner:
         with torch.no_grad():
             self.newest = torch.zeros(slots, dtype=torch.long, device=model.device)
         self._adapters: tuple[LoadedAdapter, ...] = ()  # of the rows that decode, and earlier ones
-        self._updates = RowUpdates([], ())
+        self._updates = row_updates(())
 
     @torch.no_grad()
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -51,7 +51,7 @@ class SlotRunner:
                         updates=row_updates([chunk.adapter]),
                     )
                 )
-        return torch.cat(logits)
+        return joined(logits)
 
     @torch.no_grad()
     def take(self, slots: Sequence[int], tokens: Tensor) -> None:
@@ -63,6 +63,9 @@ class SlotRunner:
 
     def fill(self, slot: int, blocks: Sequence[Any]) -> None:
         self.model.fill(slot, blocks)
+
+    def begin(self, slot: int, prefix: Tensor) -> None:
+        self.fill(slot, [prefix])
 
     def copy(self, slot: int, other: int, length: int) -> None:
         self.fill(other, [self.block(slot, 0, length)])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapter.active import active_adapters_of
 from veneer.adapter.layers import AdaptedLayer
+from veneer.adapter.own_rows import acting, padded
 from veneer.fused.analyse import is_linear
 from veneer.fused.head import Head
 from veneer.fused.layers import FusedLayer
@@ -33,9 +33,10 @@ from veneer.kernels.attention import NAME
 from veneer.kernels.cross_entropy import PLAIN
 from veneer.kernels.norm import Norm
 from veneer.kernels.rotary import Rotary
+from veneer.lowrank.update import RowUpdates
 from veneer.models.blocks import decoder_of
 from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
-from veneer.serve.engine.layer_table import Unsuited, linear_of
+from veneer.serve.engine.layer_table import Unsuited, linear_of, plain_linear
 
 POSITIONS = 1024  # whose angles are computed at once
 Adapters = Sequence[LoadedAdapter | None]  # of each token
@@ -58,7 +59,6 @@ class Surroundings:
         self, model: PreTrainedModel, layers: Sequence[FusedLayer], head: Head, context: int
     ) -> None:
         self.model, self.layers, self.dtype = model, layers, model.dtype
-        self.active_adapters = active_adapters_of(model)
         self.head = head
         self._kept: list[Tensor] = []  # what the compiled head points to, beside the model's own
         self._compiled_head = self._as_compiled()
@@ -75,17 +75,15 @@ class Surroundings:
     def embed(self, ids: Tensor, positions: Tensor, adapters: Adapters) -> Tensor:
         """Return what the first layer reads, (tokens, dim), contiguous and new."""
         embedding: Any = self.model.get_input_embeddings()
-        acts = isinstance(embedding, AdaptedLayer)
+        own = any(adapter is not None and adapter.own is not None for adapter in adapters)
+        acts = own or isinstance(embedding, AdaptedLayer)
         if self._embeds_alone and not acts:
             return embedding(ids).to(self.dtype).contiguous()
-        self.active_adapters.row_updates = row_updates(adapters) if acts else None
-        try:
+        with acting(self.model, row_updates(adapters) if acts else None):
             if self._embeds_alone:
                 x = embedding(ids[:, None])
             else:
                 x = self._pass_over(ids[:, None], positions[:, None]).x
-        finally:
-            self.active_adapters.row_updates = None
         return x[:, 0].to(self.dtype).contiguous()
 
     def logits(self, x: Tensor, adapters: Adapters, compiled: decode.Decode) -> Tensor:
@@ -93,10 +91,29 @@ class Surroundings:
         if self.norm is not None:
             x, _ = self.norm.forward(x)
         z = self._product(x.contiguous(), adapters, compiled)
+        z, sizes = self._with_own(z, x, adapters, compiled)
         if self.head.logits != PLAIN:
-            for row in z:  # one by one: a row's logits may not depend on how many are beside it
-                row.copy_(self.head.logits(row))
+            # One by one: a row's logits may not depend on how many are beside it.
+            for row, size in zip(z, sizes, strict=True):
+                row[:size].copy_(self.head.logits(row[:size]))
         return z
+
+    def _with_own(
+        self, z: Tensor, x: Tensor, adapters: Adapters, compiled: decode.Decode
+    ) -> tuple[Tensor, list[int]]:
+        """Return what the head gives for x (tokens, dim), z (tokens, vocab), with the rows that
+        adapters have for themselves, and how many logits each token has."""
+        sizes = [z.shape[1] if a is None or a.own is None else a.own.size for a in adapters]
+        z = padded(z, max(sizes, default=0))
+        for adapter in dict.fromkeys(adapters):
+            own = None if adapter is None else adapter.own
+            if own is None or own.head is None:
+                continue
+            assert own.head_ids is not None
+            tokens = torch.tensor([n for n, each in enumerate(adapters) if each is adapter])
+            linear = plain_linear(own.head, own.bias)
+            z[tokens[:, None], own.head_ids] = compiled.product(x[tokens], linear)
+        return z, sizes
 
     def _product(self, x: Tensor, adapters: Adapters, compiled: decode.Decode) -> Tensor:
         """Return what the head gives, (tokens, vocab), in float32. Where no compiled product does,
@@ -115,11 +132,11 @@ class Surroundings:
         vocab = self.model.get_output_embeddings().weight.shape[0]
         z = torch.empty(len(x), vocab, dtype=torch.float32)
         for row, adapter in enumerate(adapters):
-            self.active_adapters.row_updates = row_updates([adapter])
-            try:
+            # Own rows of the head come later.
+            layers = [] if adapter is None else [adapter.layers]
+            updates = RowUpdates(layers, (0 if layers else None,))
+            with acting(self.model, updates):
                 z[row] = self.head.product(self.model, x[None, row : row + 1])[0, 0]
-            finally:
-                self.active_adapters.row_updates = None
         return z
 
     def _as_compiled(self) -> decode.Linear | None:

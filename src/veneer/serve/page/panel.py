@@ -134,16 +134,10 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
             raise RequestError("This needs an adapter, to compare with the base.", param="model")
 
         def look() -> list[dict[str, Any]]:
-            prompt = served.chat_tokens([message.turn for message in asked.messages])
-            spans = served.spans(asked.answer)
-            ids = [*prompt, *(token for token, _ in spans)]
-            served.check_context(ids)
-            with_adapter, without = (
-                served.engine.score(ids, which)[-len(spans) :] for which in (adapter, None)
-            )
+            turns = [message.turn for message in asked.messages]
             return [
                 {"text": text, "base": base, "adapter": ours}
-                for (_, text), base, ours in zip(spans, without, with_adapter, strict=True)
+                for text, base, ours in served.compared(turns, asked.answer, adapter)
             ]
 
         return {"model": asked.model, "tokens": await asyncio.to_thread(look)}

@@ -1,0 +1,105 @@
+"""The tokens that prompts and answers are made of: a base's, or these with an adapter's own."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
+from weakref import WeakValueDictionary
+
+from transformers import PreTrainedTokenizerBase
+
+from veneer.adapter.new_tokens import extend_tokenizer
+from veneer.errors import AdapterError
+from veneer.formats.state import NewTokenRows
+from veneer.serve.engine.adapter_cache import Fit
+from veneer.serve.engine.adapter_rows import size_of, virtual_count, vocab_of
+from veneer.serve.engine.grammar import Grammars
+from veneer.serve.engine.library import Entry, Mix
+
+MOST_VERSIONS = 1024  # of adapters whose vocabulary is kept
+
+
+@dataclass(eq=False)
+class Vocabulary:
+    """A tokenizer, and how many logits a token has.
+
+    virtual: how many virtual tokens stand before each text. Their ids come behind all others, so
+    that no text and no answer has them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    size: int
+    virtual: int = 0
+
+    @property
+    def virtual_ids(self) -> tuple[int, ...]:
+        return tuple(range(self.size, self.size + self.virtual))
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The compiled grammars of answers in these tokens."""
+        return Grammars(self.tokenizer, self.size)
+
+    @cached_property
+    def longest(self) -> int:
+        """The characters of the longest token: a text has at least its length / that tokens."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+
+class Vocabularies:
+    """The vocabulary of each adapter over one base, for any thread."""
+
+    def __init__(self, fit: Fit, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.fit = fit
+        self.base = Vocabulary(tokenizer, vocab_of(fit.model))
+        self._of_version: OrderedDict[int, Vocabulary] = OrderedDict()
+        # Adapters with the same new tokens share a tokenizer, which may be large.
+        self._tokenizers: WeakValueDictionary[tuple[str, ...], PreTrainedTokenizerBase] = (
+            WeakValueDictionary()
+        )
+        self._lock = Lock()
+
+    def of(self, mix: Mix) -> Vocabulary:
+        """Return the vocabulary of adapters: that of the one that has tokens of its own.
+
+        The base's for one that cannot be served; why, is said when it is loaded.
+        """
+        each = [self._of(entry) for entry, _ in mix]
+        return next((own for own in each if own is not self.base), self.base)
+
+    def _of(self, entry: Entry) -> Vocabulary:
+        with self._lock:
+            vocabulary = self._of_version.get(entry.version)
+        vocabulary = vocabulary or self._read(entry)
+        with self._lock:
+            self._of_version[entry.version] = vocabulary
+            self._of_version.move_to_end(entry.version)
+            while len(self._of_version) > MOST_VERSIONS:
+                self._of_version.popitem(last=False)
+        return vocabulary
+
+    def _read(self, entry: Entry) -> Vocabulary:
+        try:
+            state = self.fit.read(entry, shapes_only=True)
+            self.fit.check(state, entry)
+        except AdapterError:
+            return self.base
+        virtual = virtual_count(state)
+        if state.new_tokens is None:
+            return (
+                Vocabulary(self.base.tokenizer, self.base.size, virtual) if virtual else self.base
+            )
+        tokenizer = self._tokenizer(state.new_tokens)
+        return Vocabulary(tokenizer, size_of(state, self.base.size), virtual)
+
+    def _tokenizer(self, new: NewTokenRows) -> PreTrainedTokenizerBase:
+        with self._lock:
+            tokenizer = self._tokenizers.get(new.tokens)
+            if tokenizer is None:
+                tokenizer = copy.deepcopy(self.base.tokenizer)
+                extend_tokenizer(tokenizer, new.tokens)
+                self._tokenizers[new.tokens] = tokenizer
+        return tokenizer
