@@ -160,7 +160,7 @@ def test_what_is_not_served_is_refused_by_name(server):
         ({"temperatur": 1}, "temperatur", "is no parameter; did you mean 'temperature'?"),
         ({"temperature": 9}, "temperature", "should be less than or equal to 2."),
         ({"stop": 5}, "stop", "should be a valid string or a valid list."),
-        ({"stop": [""]}, "stop[0]", "should have at least 1 item, not 0."),
+        ({"stop": [""]}, "stop[0]", "should have at least 1 character, not 0."),
         ({"functions": [{}]}, "functions", "is not supported (leave it out, or give [])."),
         ({"reasoning_effort": "none"}, "reasoning_effort", "is not supported (leave it out)."),
         (

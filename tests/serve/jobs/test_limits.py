@@ -180,9 +180,9 @@ def test_the_next_server_goes_on_with_jobs_and_serves_their_results(tmp_path):
         with pytest.raises(VeneerError, match="Another server trains below"):
             Jobs(runs, scripted(), TrainingBase("tiny"))
     (runs / "wait").unlink()
-    (runs / "files" / "file-half").mkdir()
+    (runs / "files" / ".coming-file-half").mkdir()
     with training(runs) as server:
-        assert not (runs / "files" / "file-half").exists()
+        assert not (runs / "files" / ".coming-file-half").exists()
         client = client_of(server)
         assert name in [model.id for model in client.models.list()]
         assert until(client, job.id, "succeeded").step == 3

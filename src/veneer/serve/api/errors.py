@@ -194,6 +194,10 @@ def _what(error: Any, names: Collection[str]) -> str:
             return f"is not supported ({', or give '.join(['leave it out', *values])})"
         case "extra_forbidden":
             return f"is no parameter{nearest(name, names)}"
+        case "too_long" | "too_short" if isinstance(error["input"], str):
+            # pydantic counts items in whatever has a validator of ours, texts too.
+            text = MESSAGE.sub(r"\1", str(error["msg"])).replace(" after validation", "")
+            return text.replace(" items", " characters").replace(" item", " character")
         case "model_attributes_type":
             return "should be a JSON object"
         case _:

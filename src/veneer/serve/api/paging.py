@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from veneer.errors import RequestError
+
 
 def page(items: Sequence[dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
-    """Return the `limit` items behind the one called `after`, from the first where that is None or
-    gone."""
+    """Return the `limit` items behind the one called `after`, from the first where that is None.
+
+    Raises RequestError where no item is called so: from the first again, a client might never end.
+    """
     ids = [item["id"] for item in items]
-    start = ids.index(after) + 1 if after in ids else 0
+    if after is not None and after not in ids:
+        why = f"after: nothing in this list is called {after[:80]!r}; leave it out for the first."
+        raise RequestError(why, param="after")
+    start = 0 if after is None else ids.index(after) + 1
     return listed(items[start : start + limit], has_more=start + limit < len(items))
 
 

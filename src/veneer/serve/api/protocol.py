@@ -232,8 +232,8 @@ class ChatRequest(AnswerRequest):
 
     @property
     def callable_tools(self) -> list[Tool]:
-        """Return the tools that the answer may call."""
-        return [] if self.tool_choice == "none" else self.tools or []
+        """Return the tools that the answer may call; `Strict` drops them where it must not."""
+        return self.tools or []
 
     def called_tools(self) -> list[Tool]:
         """Return the tools of which the answer must call one; none where it need not.

@@ -66,7 +66,7 @@ class Jobs:
         self.served = served
         self._lock = _held(self.places.lock, root)
         self.store = Store(self.places.database)
-        uploads.remove_unknown(self.store, self.places)
+        uploads.remove_unfinished(self.places)
         self.publisher = Publisher(served, self.places)
         self.supervisor = Supervisor(
             self.store,
@@ -128,8 +128,6 @@ class Jobs:
         training = self._rows(order.training_file, "training_file")
         valid = order.validation_file and self._rows(order.validation_file, "validation_file")
         self._check_disk(0)
-        if len(self.store.jobs(*UNENDED)) >= self.bounds.waiting:
-            raise QueueFull(f"{self.bounds.waiting} jobs wait already; cancel some, or wait.")
         id = new_id("ftjob")
         called = _STRANGE.sub("-", order.suffix or order.model).strip("-")[:MOST_OF_NAME]
         name = f"ft-{called.strip('-') or 'model'}-{id[-8:]}"
@@ -160,7 +158,9 @@ class Jobs:
             f"Validating training file: {training.id}",
             "Files validated, moving job to queued state",
         ]
-        self.store.add_job(job, [JobEvent(text) for text in events])
+        most = self.bounds.waiting
+        if not self.store.add_job(job, [JobEvent(text) for text in events], most=most):
+            raise QueueFull(f"{most} jobs wait already; cancel some, or wait.")
         self.supervisor.asked.set()
         return job
 

@@ -15,7 +15,7 @@ from threading import RLock
 from typing import Any
 
 from veneer.errors import VeneerError
-from veneer.serve.jobs.values import Fault, Job, JobEvent, Status, StoredFile
+from veneer.serve.jobs.values import UNENDED, Fault, Job, JobEvent, Status, StoredFile
 
 VERSION = 1
 TABLES = """
@@ -75,13 +75,17 @@ class Store:
 
     # Jobs
 
-    def add_job(self, job: Job, events: Sequence[JobEvent]) -> None:
+    def add_job(self, job: Job, events: Sequence[JobEvent], *, most: int) -> bool:
+        """Add a job, unless `most` jobs have not ended; return whether it was added."""
         with self._lock, self._connection:
+            if len(self.jobs(*UNENDED)) >= most:
+                return False
             self._connection.execute(
                 "INSERT INTO jobs (id, status, body) VALUES (?, ?, ?)",
                 (job.id, job.status, _text(asdict(job))),
             )
             self._add_events(job.id, events)
+            return True
 
     def job(self, id: str) -> Job | None:
         rows = self._read("SELECT body FROM jobs WHERE id = ?", id)

@@ -9,22 +9,29 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from threading import BoundedSemaphore
+from typing import Any, BinaryIO
 
-from veneer.data.problems import Problem, data_error
-from veneer.data.rows import parse_row
-from veneer.data.sources import no_rows_in, parsed_values
-from veneer.errors import MOST_PROBLEMS, DataError, RequestError, listed
+from veneer.data.problems import Located, Place, Problem, data_error
+from veneer.data.rows import Row, parse_row
+from veneer.data.sources import entries_of, no_rows_in, parsed_values, read_rows
+from veneer.errors import MOST_PROBLEMS, DataError, QueueFull, RequestError, listed
 from veneer.serve.jobs.store import Store
 from veneer.serve.jobs.values import UNENDED, Places, Purpose, StoredFile, new_id
 
 # Plain text alone: a small file that unpacks to a large one would pass every limit of size.
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
 DEFAULT_NAME = "rows.jsonl"
-LARGE = (
-    2**20
-)  # bytes that are read in a moment; more would keep answers waiting for the interpreter
+# Bytes that are read in a moment; more would keep answers waiting for the interpreter.
+LARGE = 2**20
+AT_A_TIME = 2  # large files that are read; each takes a core and much memory
+READING_SECONDS = 300.0  # for one of them
+LEAST_MEMORY = 2**30  # bytes that reading may take, whatever is free
+UNFINISHED = ".coming-"  # begins the directory of a file that has not been taken in
+_READING = BoundedSemaphore(AT_A_TIME)
 _STRANGE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -44,17 +51,20 @@ def keep(store: Store, places: Places, filename: str, source: BinaryIO) -> Store
     )  # no half characters: it goes into JSON
     file = StoredFile(new_id("file"), shown or DEFAULT_NAME, name, "fine-tune", 0, int(time.time()))
     path = places.file(file)
-    path.parent.mkdir(parents=True)
+    coming = path.parent.with_name(f"{UNFINISHED}{file.id}") / path.name
+    coming.parent.mkdir(parents=True)
     try:
-        with path.open("wb") as target:
+        with coming.open("wb") as target:
             shutil.copyfileobj(source, target, 2**20)
             target.flush()
             os.fsync(target.fileno())
-        is_large = path.stat().st_size > LARGE
-        rows = _count_elsewhere(path) if is_large else count_rows(path)
+        is_large = coming.stat().st_size > LARGE
+        rows = int(_elsewhere("count", coming)) if is_large else count_rows(coming)
+        coming.parent.rename(path.parent)
         return _add(store, file, path, rows)
     except BaseException:
-        shutil.rmtree(path.parent, ignore_errors=True)
+        for place in (coming, path):
+            shutil.rmtree(place.parent, ignore_errors=True)
         raise
 
 
@@ -115,24 +125,49 @@ def count_rows(path: Path) -> int:
     return rows
 
 
-def _count_elsewhere(path: Path) -> int:
-    """Do what `count_rows` does in a process of its own, beside which answers go on as before."""
-    command = [sys.executable, "-m", "veneer.serve.jobs.uploads", str(path)]
-    counting = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    if counting.returncode:
+def first_rows(path: Path, limit: int) -> tuple[list[Located[Row]], list[Problem]]:
+    """Return the first `limit` good rows of a file, and the problems before them."""
+    if path.suffix.lower() != ".json" or path.stat().st_size <= LARGE:
+        return read_rows(path, limit=limit)
+    # Only this kind is read as a whole.
+    rows: list[Located[Row]] = []
+    problems: list[Problem] = []
+    for number, is_line, value, what in _elsewhere("first", path, str(limit)):
+        place = Place(str(path), number, is_line=is_line)
+        if what is not None:
+            problems.append(Problem(place, what))
+        else:
+            rows.append(Located(parse_row(value), place))
+    return rows, problems
+
+
+def _elsewhere(task: str, path: Path, *arguments: str) -> Any:
+    """Return what a task of TASKS gives, in a process of its own, beside which answers go on as
+    before. Raises RequestError, and QueueFull where others read already."""
+    command = [sys.executable, "-m", "veneer.serve.jobs.uploads", task, str(path), *arguments]
+    if not _READING.acquire(blocking=False):
+        raise QueueFull(f"{AT_A_TIME} large files are being read already; come again later.")
+    try:
+        reading = subprocess.run(
+            command, stdout=subprocess.PIPE, check=False, timeout=READING_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        why = f"{path.name} cannot be read in {READING_SECONDS:g} seconds."
+        raise RequestError(why, param="file") from error
+    finally:
+        _READING.release()
+    if reading.returncode:
         raise RequestError(f"{path.name} cannot be read in the memory that there is.", param="file")
-    counted = json.loads(counting.stdout)
-    if "problem" in counted:
-        raise RequestError(counted["problem"], param="file")
-    return int(counted["rows"])
+    answer = json.loads(reading.stdout)
+    if "problem" in answer:
+        raise RequestError(answer["problem"], param="file")
+    return answer["result"]
 
 
-def remove_unknown(store: Store, places: Places) -> None:
+def remove_unfinished(places: Places) -> None:
     """Remove what a server that was killed left of files that it had not taken in yet."""
-    known = {file.id for file in store.files()}
-    for directory in places.files.glob("file-*"):
-        if directory.name not in known:
-            shutil.rmtree(directory, ignore_errors=True)
+    for directory in places.files.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def without_directory(text: str, *paths: Path) -> str:
@@ -151,10 +186,40 @@ def name_on_disk(filename: str) -> str:
     return f"{stem[:80] or 'rows'}.{ending[:16]}"
 
 
-def main(path: str) -> None:
-    """Print what `count_rows` says of a file, as JSON."""
+def first_values(path: Path, limit: str) -> list[tuple[int, bool, object, str | None]]:
+    """Return the number of each of a file's first entries, whether it counts lines, its value, and
+    what is wrong with it, up to the last of `limit` good rows."""
+    first: list[tuple[int, bool, object, str | None]] = []
+    good = 0
+    for entry in entries_of(path):
+        value, what = None, None
+        if isinstance(entry, Problem):
+            what = entry.what
+        else:
+            try:
+                parse_row(entry.value)
+                value, good = entry.value, good + 1
+            except ValueError as error:
+                what = str(error)
+        first.append((entry.place.number, entry.place.is_line, value, what))
+        if good == int(limit):
+            break
+    return first
+
+
+TASKS: dict[str, Callable[..., object]] = {"count": count_rows, "first": first_values}
+
+
+def main(task: str, path: str, *arguments: str) -> None:
+    """Print what a task says of a file, as JSON. It may take half of the memory that is free."""
+    with suppress(ImportError, ValueError, OSError):  # where a process has no such limit
+        import resource
+
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        most = max(free // 2, LEAST_MEMORY)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     try:
-        print(json.dumps({"rows": count_rows(Path(path))}))
+        print(json.dumps({"result": TASKS[task](Path(path), *arguments)}))
     except RequestError as error:
         print(json.dumps({"problem": str(error)}))
 

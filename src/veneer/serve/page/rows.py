@@ -7,10 +7,9 @@ from typing import Any
 from veneer.data.encode import UNLABELLED, Encoder, encode_rows
 from veneer.data.preview import preview
 from veneer.data.rows import Conversation, Row
-from veneer.data.sources import read_rows
 from veneer.serve.engine.served import Served
+from veneer.serve.jobs import uploads
 from veneer.serve.jobs.service import Jobs
-from veneer.serve.jobs.uploads import without_directory
 
 SHOWN, READ = 5, 200  # rows that are shown, and rows of which faults are looked for
 MAX_LENGTH = 1024  # tokens of a row, as `tune` has it unless it is told otherwise
@@ -24,7 +23,7 @@ def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
     Raises Missing.
     """
     path = jobs.places.file(jobs.file(id, param="file"))
-    rows, problems = read_rows(path, limit=READ)
+    rows, problems = uploads.first_rows(path, READ)
     encoder = Encoder(served.tokenizer, max_length=MAX_LENGTH)
     examples, more = encode_rows(encoder, rows)
     return {
@@ -37,7 +36,9 @@ def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
             for example in examples[:SHOWN]
         ],
         "asks": [ask for row in rows[:SHOWN] if (ask := _ask(row.value)) is not None],
-        "faults": [without_directory(str(problem), path) for problem in [*problems, *more][:SHOWN]],
+        "faults": [
+            uploads.without_directory(str(problem), path) for problem in [*problems, *more][:SHOWN]
+        ],
     }
 
 

@@ -1,0 +1,89 @@
+"""Files that clients send: read beside the answers, within bounds, and never lost."""
+
+import json
+from threading import Barrier, Thread
+
+import openai
+import pytest
+
+from support.jobs import ROWS, client_of, training, upload
+from support.server import AS_ADMIN, call
+from veneer.data.sources import read_rows
+from veneer.errors import QueueFull, RequestError
+from veneer.serve.jobs import uploads
+from veneer.serve.jobs.store import Store
+from veneer.serve.jobs.values import Job, JobEvent
+
+
+def test_a_large_file_of_one_value_is_read_elsewhere_with_its_places(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    rows = [*ROWS[:3], {"prompt": 5}, *ROWS[3:]]
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")
+    expected = read_rows(path, limit=5)
+    assert len(expected[1]) == 1
+    assert expected[0][4].place.number == 7
+    monkeypatch.setattr(uploads, "LARGE", 100)
+    assert uploads.first_rows(path, 5) == expected
+    # Whatever is large, but read row by row, stays in this process.
+    monkeypatch.setattr(uploads, "_elsewhere", None)
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(uploads.first_rows(lines, 5)[0]) == 5
+
+
+def test_only_some_large_files_are_read_at_a_time_and_not_for_ever(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    path.write_text("[]")
+    monkeypatch.setattr(uploads, "READING_SECONDS", 1e-3)
+    for _ in range(3):  # each gives its place back
+        with pytest.raises(RequestError, match=r"rows\.json cannot be read in 0\.001 seconds"):
+            uploads._elsewhere("count", path)
+    with uploads._READING, uploads._READING, pytest.raises(QueueFull, match="2 large files"):
+        uploads._elsewhere("count", path)
+
+
+def test_files_outlive_their_database_and_half_a_file_does_not(tmp_path):
+    runs = tmp_path / "runs"
+    with training(runs) as server:
+        file = upload(client_of(server))
+    (path,) = (runs / "files").glob("*/*")
+    half = runs / "files" / f"{uploads.UNFINISHED}file-0" / "rows.jsonl"
+    half.parent.mkdir()
+    half.write_text("{")
+    for lost in runs.glob("jobs.sqlite*"):
+        lost.unlink()
+    with training(runs) as server:
+        client = client_of(server)
+        assert client.files.list().data == []
+        assert upload(client).rows == file.rows
+    assert path.exists()
+    assert not half.parent.exists()
+
+
+def test_a_list_goes_on_behind_what_is_in_it_alone(tmp_path):
+    with training(tmp_path / "runs") as server:
+        file = upload(client_of(server))
+        for path in ("/v1/files", "/v1/fine_tuning/jobs"):
+            status, _, reply = call(server.url, f"{path}?after=x", headers=AS_ADMIN)
+            assert (status, reply["error"]["param"]) == (400, "after")
+        assert client_of(server).files.list(after=file.id).data == []
+        with pytest.raises(openai.BadRequestError, match="training_file should have at most 80 ch"):
+            client_of(server).fine_tuning.jobs.create(model="tiny", training_file="x" * 81)
+
+
+def test_no_more_jobs_are_taken_than_may_wait(tmp_path):
+    store, begin, taken = Store(tmp_path / "jobs.sqlite"), Barrier(8), []
+
+    def add(number: int) -> None:
+        job = Job(f"ftjob-{number}", "tiny", f"run-{number}", 0, "file-1", {}, {})
+        begin.wait()
+        taken.append(store.add_job(job, [JobEvent("Created.")], most=3))
+
+    threads = [Thread(target=add, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == [False] * 5 + [True] * 3
+    assert len(store.jobs()) == 3
+    store.close()
