@@ -175,7 +175,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the server held at a moment, and the bytes of its prefix cache among its memory."""
+    """What the server held at a moment, and the bytes of its caches among its memory."""
 
     seconds: float
     held: Held
@@ -183,7 +183,7 @@ class Sample:
 
     @property
     def memory(self) -> float:
-        """Bytes beside the prefix cache, which is meant to grow up to its limit."""
+        """Bytes beside the caches, which are meant to grow up to their limits."""
         return self.held.memory - self.cached
 
 
@@ -191,7 +191,7 @@ def watch(server: ServerProcess, load: Load, minutes: float, out: TextIO) -> lis
     """Take samples until the time is over, and write a line a minute."""
     began, samples, shown = time.monotonic(), list[Sample](), 0
     names = ("minute", "requests", "429", "5xx", "faults")
-    held = ("MB", "of which cache", "descriptors", "threads")
+    held = ("MB", "of which caches", "descriptors", "threads")
     print(*names, *held, sep=" | ", file=out, flush=True)
     while (passed := time.monotonic() - began) < 60 * minutes:
         if server.process.poll() is not None:
@@ -227,7 +227,7 @@ def verdict(samples: list[Sample], findings: Findings, failures: int, out: TextI
     for what, count in sorted(findings.done.items()):
         print(f"{count:7}  {what}", file=out)
     print(f"statuses: {dict(sorted(findings.statuses.items()))}", file=out)
-    print(f"memory beside the prefix cache grew by {growth / 1e6:.1f} MB", file=out)
+    print(f"memory beside the caches grew by {growth / 1e6:.1f} MB", file=out)
     for name in ("descriptors", "threads"):
         first, last = (median(getattr(x.held, name) for x in each) for each in (early, late))
         print(f"{name}: {first:g}, at the end {last:g}", file=out)

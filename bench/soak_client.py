@@ -98,7 +98,10 @@ class Client:
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
     def cache_bytes(self) -> float:
-        return self.numbers()["veneer_engine_cache_bytes"]
+        """Return the bytes of prefix blocks and adapters in memory, which have limits of their
+        own."""
+        numbers = self.numbers()
+        return numbers["veneer_engine_cache_bytes"] + numbers["veneer_engine_resident_bytes"]
 
     def load(self, name: str, directory: str) -> None:
         body = {"lora_name": name, "lora_path": directory, "load_inplace": True}

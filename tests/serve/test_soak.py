@@ -22,7 +22,7 @@ def judged(*faults, growth=0.0, cached=0.0, status=200, failures=0):
 
 def test_what_is_wrong_is_seen():
     assert judged(growth=40e6)[0]
-    assert judged(growth=10e6, cached=5e8)[0]  # the prefix cache may grow
+    assert judged(growth=10e6, cached=5e8)[0]  # caches may grow
     assert judged(status=429)[0]
     assert not judged(growth=60e6)[0]
     assert not judged(failures=1)[0]

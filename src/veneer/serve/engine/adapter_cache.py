@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -45,6 +45,7 @@ from veneer.serve.engine.library import Entry, Mix
 
 log = logging.getLogger("veneer.serve")
 
+_Key = tuple[tuple[int, float], ...]  # versions of adapters, with their weights
 ALIGNED = 64  # bytes, a line of the processor's cache
 
 
@@ -91,7 +92,7 @@ class AdapterCache:
         self.fit = Fit(model, tokenizer)
         self.model, self.limit = model, limit
         self.nbytes = self.evicted = 0
-        self._adapters: OrderedDict[object, LoadedAdapter] = OrderedDict()  # last used last
+        self._adapters: OrderedDict[_Key, LoadedAdapter] = OrderedDict()  # last used last
         self._lock = Lock()
         self._loading = Lock()  # one at a time: it takes memory and all cores
 
@@ -114,6 +115,13 @@ class AdapterCache:
         with self._lock:
             return tuple(" + ".join(adapter.names) for adapter in self._adapters.values())
 
+    def drop_gone(self, versions: Collection[int]) -> None:
+        """Drop what is made of versions other than these. Rows that use it keep it."""
+        with self._lock:
+            for key in list(self._adapters):
+                if not {version for version, _ in key} <= {*versions}:
+                    self.nbytes -= self._adapters.pop(key).nbytes
+
     def _get(self, mix: Mix) -> LoadedAdapter:
         if (adapter := self.find(mix)) is not None:
             return adapter
@@ -131,7 +139,7 @@ class AdapterCache:
         return adapter
 
 
-def _key(mix: Mix) -> object:
+def _key(mix: Mix) -> _Key:
     return tuple((entry.version, weight) for entry, weight in mix)
 
 

@@ -123,8 +123,10 @@ class Engine:
         return self.vocabularies.of(mix_named(self.library, which))
 
     def load(self, name: str) -> None:
-        """Load an adapter now. Raises AdapterError if it is unknown or does not fit."""
+        """Load an adapter now, and drop those that were replaced or removed. Raises AdapterError if
+        it is unknown or does not fit."""
         self.adapters.get(((self.library.info(name), 1.0),))
+        self.adapters.drop_gone({entry.version for entry in self.library.entries()})
 
     def refuse_unservable(self) -> dict[str, str]:
         """Look at the settings and shapes of all adapters, and let the library refuse those that

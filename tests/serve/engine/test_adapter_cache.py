@@ -1,0 +1,31 @@
+"""The adapter cache holds what is served, and nothing that was replaced or removed."""
+
+from support.serving_bases import PROMPT, base_of, write_adapter
+from veneer.generate.sampling import Sampling
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.library import Library
+from veneer.serve.engine.request import EngineConfig, Request
+
+
+def test_replaced_and_removed_adapters_leave_memory(tmp_path):
+    homes = {
+        name: write_adapter(tmp_path / name, "llama", seed=seed, rank=2)
+        for seed, name in enumerate(("plain", "other"))
+    }
+    library = Library(homes)
+    sampling = Sampling(max_new_tokens=30)
+    with Engine(base_of(), library, EngineConfig(slots=2, chunk=16)) as engine:
+        expected = engine.submit(Request(PROMPT, "plain", sampling)).result().tokens
+        engine.submit(Request(PROMPT, {"plain": 0.5, "other": 0.5}, sampling)).result()
+        assert len(engine.stats.resident) == 3
+        stream = engine.submit(Request(PROMPT, "plain", sampling))
+        first = stream.next()  # it goes on with what it began with
+        library.add("plain", homes["other"])
+        library.remove("other")
+        engine.load("plain")
+        assert engine.stats.resident == ("plain",)
+        assert (
+            engine.stats.resident_bytes
+            == engine.adapters.get(((library.info("plain"), 1.0),)).nbytes
+        )
+        assert (*first.tokens, *stream.result().tokens) == expected
