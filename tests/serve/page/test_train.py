@@ -54,14 +54,20 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         assert first.locator("mark").inner_text().strip() == "hijklm</s>"
         assert "are learnt" in first.inner_text()
         page.get_by_label("Name").fill("island")
-        plan = page.locator("#train-plan")
-        plan.filter(has_text="parameters train, in at most").wait_for()
-        before = plan.inner_text()
-        page.get_by_label("Size").select_option("8")
-        page.wait_for_function(
-            "t => document.getElementById('train-plan').textContent !== t", arg=before
-        )
-        assert int(plan.inner_text().split()[0].replace(",", "")) > 0
+        plans = page.locator("#train-presets .plan")
+        plans.nth(0).filter(has_text="passes over the rows, about").wait_for()
+        counts = [int(plans.nth(i).inner_text().split()[0].replace(",", "")) for i in range(3)]
+        assert counts == sorted({*counts})
+        assert "in at most" in plans.nth(2).inner_text()
+        page.get_by_label("My own").check()
+        page.get_by_role("spinbutton", name="Rank").fill("13")
+        page.get_by_label("Layers", exact=True).select_option("mlp")
+        plans.nth(3).filter(has_text="numbers train").wait_for()
+        page.get_by_label("Passes").fill("2")
+        page.keyboard.press("Tab")
+        plans.nth(1).filter(has_text="2 passes").wait_for()
+        page.get_by_label("Passes").fill("")
+        page.get_by_label("A manner").check()
         assert serious(page) == []
         start.click()
         card = page.locator("#jobs .run")
@@ -112,7 +118,7 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         page.keyboard.press("Enter")
         page.locator(".turn.assistant .text").filter(has_text=f"{name} says").wait_for()
     (job,) = site.jobs.store.jobs()
-    assert job.settings["lora"] == {"rank": 8, "targets": "all"}
+    assert job.settings["lora"] == {"rank": 8, "targets": "attention"}
     endings = {"native": "lora_weights.pt", "gguf": ".gguf", "mlx": "adapters.safetensors"}
     for format, ending in endings.items():
         path = zipped(site.jobs, job.id, format)

@@ -113,10 +113,13 @@ class RowsRequest(Strict):
 
 
 class PlanRequest(Strict):
-    """POST /api/plan: what an adapter would take to train."""
+    """POST /api/plan: what an adapter would take to train, over so many rows of so many tokens."""
 
     rank: Annotated[int, Field(ge=1, le=4096)]
     targets: Annotated[Text, Field(min_length=1, max_length=512)]
+    rows: Annotated[int, Field(ge=0, le=10**12)] = 0
+    tokens: Annotated[int, Field(ge=0, le=10**15)] = 0
+    epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
 
 
 class MergeRequest(Strict):

@@ -22,7 +22,7 @@ from veneer.serve.page.about import about
 from veneer.serve.page.changed import changed
 from veneer.serve.page.download import Format, zipped, zipped_model
 from veneer.serve.page.merged import shown
-from veneer.serve.page.planned import planned
+from veneer.serve.page.planned import Asked, planned
 from veneer.serve.page.rows import first_rows
 from veneer.serve.page.runs import Runs
 
@@ -100,7 +100,12 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
     async def plan(asked: PlanRequest) -> dict[str, Any]:
         """Return what the planner says of an adapter over the base, before it is trained."""
         base = enabled(jobs).base
-        return await asyncio.to_thread(planned, base, asked.rank, asked.targets)
+        adapter = Asked(**asked.model_dump())
+
+        def look() -> dict[str, Any]:
+            return planned(base, adapter, runs.speed(base.name) if runs is not None else None)
+
+        return await asyncio.to_thread(look)
 
     @router.get("/jobs/{job_id}/adapter", response_class=FileResponse, responses=ZIP)
     async def adapter(job_id: str, format: Format = "native") -> FileResponse:

@@ -17,8 +17,8 @@ MAX_LENGTH = 1024  # tokens of a row, as `tune` has it unless it is told otherwi
 
 def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
     """Return the first rows of a file in pieces, each with whether it is learnt, and the faults of
-    those near the beginning: what the model's template does not take, or what is too long; and
-    what they ask and answer.
+    those near the beginning: what the model's template does not take, or what is too long; what
+    they ask and answer, and how many tokens a row has in the mean.
 
     Raises Missing.
     """
@@ -35,6 +35,7 @@ def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
             }
             for example in examples[:SHOWN]
         ],
+        "mean_tokens": sum(len(x.tokens) for x in examples) / max(1, len(rows)),
         "asks": [ask for row in rows[:SHOWN] if (ask := _ask(row.value)) is not None],
         "faults": [
             uploads.without_directory(str(problem), path) for problem in [*problems, *more][:SHOWN]

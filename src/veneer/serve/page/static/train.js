@@ -5,6 +5,7 @@ import { curve } from "./curve.js";
 import { announce, byId, bytes, duration, facts, make, showError } from "./dom.js";
 import { layersButton } from "./layers.js";
 import { mergeOf } from "./merge.js";
+import { chosenAdapter, showPlans, startPresets } from "./presets.js";
 import { samplesOf } from "./samples.js";
 
 const JOBS = "/v1/fine_tuning/jobs";
@@ -32,7 +33,6 @@ function fault(text) {
 
 function ready() {
   form().querySelector("button[type=submit]").disabled = !file;
-  for (const name of ["rank", "targets"]) form().elements[name].disabled = !isBase();
 }
 
 // One row as the model reads it; what it learns to write is marked.
@@ -53,7 +53,7 @@ async function take(rows) {
     const sent = await upload(rows);
     const shown = await post("/api/rows", { file: sent.id, model: byId("train-model").value });
     if (mine !== shownRows) return;
-    file = sent;
+    file = { ...sent, meanTokens: shown.mean_tokens };
     const summary = `${sent.filename}: ${sent.rows.toLocaleString("en")} ${sent.rows === 1 ? "row" : "rows"}. The model learns to write what is marked.`;
     place.replaceChildren(make("p", {}, summary), make("ol", { class: "plain-list" }, ...shown.rows.map(rowView)));
     if (shown.faults.length) fault(shown.faults.join("\n"));
@@ -64,30 +64,20 @@ async function take(rows) {
     fault(error.message);
   }
   ready();
+  showPlan().catch(showError);
 }
 
-// What the planner says of the size and the layers that are chosen.
-async function showPlan() {
-  const place = byId("train-plan"), { rank, targets } = form().elements;
-  if (!isBase()) {
-    place.textContent = "It goes on with the adapter's own size and layers.";
-    return;
-  }
-  const asked = `${rank.value} ${targets.value}`;
-  const { parameters, memory, free, why } = await post("/api/plan", { rank: Number(rank.value), targets: targets.value });
-  if (asked !== `${rank.value} ${targets.value}`) return; // another choice came meanwhile
-  const available = free == null ? "" : memory > free ? `: more than the ${bytes(free)} that are free` : ` of the ${bytes(free)} that are free`;
-  place.textContent = why ?? `${parameters.toLocaleString("en")} parameters train, in at most ${bytes(memory)}${available}.`;
-}
+// What the planner says of each preset, for the rows that are there.
+const showPlan = () => showPlans(file && { rows: file.rows, tokens: Math.round(file.rows * file.meanTokens) }, isBase());
 
 async function start(event) {
   event.preventDefault();
   if (!file) return;
   fault(null);
-  const { suffix, model, rank, targets, epochs } = form().elements;
+  const { suffix, model, epochs } = form().elements;
   const body = { training_file: file.id, model: model.value };
   if (suffix.value.trim()) body.suffix = suffix.value.trim();
-  if (isBase()) Object.assign(body, { rank: Number(rank.value), targets: targets.value });
+  if (isBase()) Object.assign(body, chosenAdapter());
   if (file.rows >= STEPS_APART) body.save_every = STEPS_APART;
   if (epochs.value) body.epochs = Number(epochs.value);
   try {
@@ -222,10 +212,8 @@ export function offerBases({ base, adapters, training }) {
 export function startTraining(isShown, chat) {
   chatWith = chat;
   form().addEventListener("submit", start);
-  byId("train-model").addEventListener("change", ready);
-  for (const id of ["train-model", "train-size", "train-layers"]) {
-    byId(id).addEventListener("change", () => showPlan().catch(showError));
-  }
+  byId("train-model").addEventListener("change", () => showPlan().catch(showError));
+  startPresets(showPlan);
   byId("train-file").addEventListener("change", ({ target }) => target.files[0] && take(target.files[0]));
   byId("train-paste").addEventListener("click", () => {
     const text = byId("train-text").value;
