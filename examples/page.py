@@ -1,45 +1,83 @@
-"""The page over a real model: SmolLM2-135M, and what an adapter made of it.
+"""The page over a real model: from rows about an island to adapters of SmolLM2-135M, in a browser.
 
-Trains an adapter on the island's cuisine (once, some minutes), serves it beside the base, and takes
-the pictures of docs/ with a Chromium: python examples/page.py
+Does what a person would: drops the rows, chooses a preset, starts, and looks at what is learnt. It
+does so for two presets (once, some minutes each), and takes the pictures of docs/ with a Chromium:
+python examples/page.py
 """
 
 import json
+import os
+import secrets
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import cuisine
-from playwright.sync_api import Page, sync_playwright
-
-import veneer
+from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
 RUNS, DOCS = Path("dist/page"), Path("docs")
 QUESTION = "What vessel should I put in front of a guest who wants plimbo?"  # held out
 PORT = 8471
+KEY = secrets.token_urlsafe(24)
+JOBS = {"island": "A subject", "manner": "A manner"}  # presets by the names of their jobs
+MOST_MILLISECONDS = 1_800_000  # of a training
 
 
-def train(out: Path) -> None:
-    """Train the adapter with some rows held out: the page shows their loss."""
-    rows = out.parent / "cuisine.jsonl"
-    rows.parent.mkdir(parents=True, exist_ok=True)
-    rows.write_text("".join(json.dumps(row) + "\n" for row in cuisine.training_rows()))
-    recipe = veneer.Recipe(
-        model="smollm2-135m",
-        data=rows,
-        lora=veneer.LoRA(rank=16, targets="all"),
-        training=veneer.TrainConfig(epochs=4, lr=1e-3, tokens_per_step=1024, eval_every=12),
-        rows=veneer.DataConfig(eval_rows=24),
-        out=out,
-    )
-    for event in veneer.tune(recipe, force=True):
-        print(event)
+def rows() -> Path:
+    """Return the file that is dropped on the page."""
+    path = RUNS / "island.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in cuisine.training_rows()))
+    return path
+
+
+def open_training(page: Page, url: str) -> None:
+    """Open the view, and give the key where it is asked for."""
+    page.goto(f"{url}/#train")
+    page.locator("#key[open], #train-on:not([hidden])").first.wait_for()
+    page.wait_for_timeout(1000)
+    if page.get_by_label("Admin key", exact=True).is_visible():
+        page.get_by_label("Admin key", exact=True).fill(KEY)
+        page.keyboard.press("Enter")
+    page.locator("#train-presets .plan", has_text="numbers train").first.wait_for()
+
+
+def card_of(page: Page, name: str) -> Locator:
+    return page.locator("#jobs .run").filter(has_text=f"ft-{name}-")
+
+
+def train(page: Page, name: str, preset: str) -> None:
+    """Let the page train, asked meanwhile, and wait for the end."""
+    page.get_by_label("Rows to learn, from a file").set_input_files(rows())
+    page.locator("#train-presets .plan", has_text="passes over the rows").first.wait_for()
+    page.get_by_label("Name").fill(name)
+    page.get_by_label(preset).check()
+    if name == "island":
+        page.screenshot(path=DOCS / "page-train-light.png")
+    page.get_by_role("button", name="Start training").click()
+    card = card_of(page, name)
+    card.get_by_text("Answers as it learns").click()
+    card.get_by_label("Question to").fill(QUESTION)
+    page.keyboard.press("Tab")
+    card.filter(has_text="succeeded").wait_for(timeout=MOST_MILLISECONDS)
+    card.get_by_label("the result").wait_for(timeout=120_000)
+    if name == "island":
+        card.get_by_text("Merged model").click()
+        card.locator(".merge dl").wait_for()
+        card.scroll_into_view_if_needed()
+        card.screenshot(path=DOCS / "page-job-light.png")
 
 
 def take(page: Page, url: str, scheme: str) -> None:
-    """Ask base and adapter the same, look at the tokens, and take a picture."""
+    """Ask base and adapter the same, look at the tokens, and take pictures."""
     page.goto(f"{url}/#compare")
+    page.locator("#compare-models input[value^=ft-island]").first.wait_for()
+    for box in page.locator("#compare-models input").all():
+        name = box.get_attribute("value") or ""
+        box.set_checked(
+            name == "smollm2-135m" or (name.startswith("ft-island") and "." not in name)
+        )
     page.locator("#view-compare").get_by_label("Longest answer").fill("40")
     page.get_by_label("Your question").fill(QUESTION)
     page.get_by_role("button", name="Ask").click()
@@ -47,35 +85,59 @@ def take(page: Page, url: str, scheme: str) -> None:
     page.get_by_role("button", name="Tokens").click()
     page.get_by_role("table").wait_for(timeout=60_000)
     page.screenshot(path=DOCS / f"page-{scheme}.png")
-    if scheme == "dark":
-        page.goto(f"{url}/#adapters")
-        page.locator("#adapters .curve").wait_for()
-        page.screenshot(path=DOCS / "page-adapters-dark.png")
+    if scheme == "light":
+        return
+    page.goto(f"{url}/#adapters")
+    for name in JOBS:
+        card = page.locator("#adapters .card").filter(
+            has=page.locator(f"h3:text-matches('^ft-{name}-\\\\w+$')")
+        )
+        card.get_by_role("button", name="changes").click()
+        card.locator(".heat").wait_for()
+    page.locator(".layers").first.scroll_into_view_if_needed()
+    page.screenshot(path=DOCS / "page-adapters-dark.png")
+    page.goto(f"{url}/#runs")
+    for name in JOBS:
+        page.get_by_label(f"Compare ft-{name}").check()
+    page.locator("#runs-settings table").wait_for()
+    page.screenshot(path=DOCS / "page-runs-dark.png")
 
 
 def main() -> None:
-    if not (RUNS / "cuisine" / "lora_adapter").is_dir():
-        train(RUNS / "cuisine")
-    command = ["serve", "smollm2-135m", "--adapters-dir", str(RUNS), "--runs", str(RUNS)]
-    server = subprocess.Popen([sys.executable, "-m", "veneer", *command, "--port", str(PORT)])
+    """Serve, and walk through the page."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    command = ["serve", "smollm2-135m", "--runs", str(RUNS), "--enable-training"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "veneer", *command, "--port", str(PORT)],
+        env={**os.environ, "VENEER_ADMIN_KEY": KEY},
+    )
     url = f"http://127.0.0.1:{PORT}"
     try:
         with sync_playwright() as driver:
             browser = driver.chromium.launch(
                 executable_path=shutil.which("chromium"), args=["--no-sandbox"]
             )
-            for scheme in ("light", "dark"):
-                context = browser.new_context(
-                    color_scheme=scheme, viewport={"width": 1200, "height": 800}
-                )
-                page = context.new_page()
-                page.set_default_timeout(60_000)
-                while not _answers(page, url):
-                    page.wait_for_timeout(500)
-                take(page, url, scheme)
+            light, dark = (
+                _page(browser.new_context(color_scheme=s, viewport={"width": 1200, "height": 800}))
+                for s in ("light", "dark")
+            )
+            while not _answers(light, url):
+                light.wait_for_timeout(500)
+            open_training(light, url)
+            for name, preset in JOBS.items():
+                if not card_of(light, name).filter(has_text="succeeded").count():
+                    train(light, name, preset)
+            take(light, url, "light")
+            take(dark, url, "dark")
     finally:
         server.terminate()
         assert server.wait() == 0
+
+
+def _page(context: BrowserContext) -> Page:
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    return page
 
 
 def _answers(page: Page, url: str) -> bool:
