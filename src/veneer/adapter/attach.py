@@ -19,8 +19,8 @@ from veneer.adapter.conv import LoRAConv2d, why_not_adaptable
 from veneer.adapter.embedding import LoRAEmbedding
 from veneer.adapter.invocation import (
     attach_invocation,
+    check_invocation,
     detach_invocations,
-    invocation_problems,
     tokenized,
 )
 from veneer.adapter.layers import AdaptedLayer, lora_layers
@@ -43,7 +43,7 @@ from veneer.adapter.use import adapters, replacing, use
 from veneer.adapter.virtual import new_virtual_tokens
 from veneer.adapter.virtual_forward import attach_virtual_tokens, detach_virtual_tokens
 from veneer.adapter.weight_access import Place
-from veneer.errors import AdapterError, ConfigError, VeneerWarning, joined
+from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.lowrank.initial import directions
 from veneer.models.block_buffers import whole
 from veneer.models.description import Layer
@@ -82,8 +82,7 @@ def attach(
         config = replace(config, init="gaussian" if is_minigpt else "kaiming")
     config = tokenized(config, tokenizer)
     targets = resolve(model, config)
-    if problems := invocation_problems(model, config.invocation_tokens, targets):
-        raise ConfigError(f"This adapter cannot be: {joined(problems)}.")
+    check_invocation(model, config, targets)
     config = with_expert_ranks(config, targets)
     check_parameters(config, targets)
     _check_start(model, config, targets)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.active import ActiveAdapters, active_adapters_of
 from veneer.adapter.config import LoRA
-from veneer.errors import AdapterError, ConfigError, listed
+from veneer.errors import AdapterError, ConfigError, joined, listed
 from veneer.kernels.transfer import sent
 from veneer.models.blocks import decoder_of
 from veneer.models.description import Layer
@@ -50,18 +50,23 @@ def invocation_start(tokens: Sequence[int], invocation: Sequence[int]) -> int | 
     return None
 
 
-def invocation_problems(
-    model: nn.Module, invocation: Sequence[int], targets: Sequence[Layer]
-) -> list[str]:
-    """Return what keeps an adapter over `targets` from acting from an invocation on."""
-    if not invocation:
+def check_invocation(model: nn.Module, config: LoRA, targets: Sequence[Layer]) -> None:
+    """Raise ConfigError where an adapter over `targets` cannot act from its invocation on."""
+    if problems := invocation_problems(model, config, targets):
+        raise ConfigError(f"This adapter cannot be: {joined(problems)}.")
+
+
+def invocation_problems(model: nn.Module, config: LoRA, targets: Sequence[Layer]) -> list[str]:
+    """Return what keeps an adapter over `targets` from acting from its invocation on."""
+    if config.invocation is None:
         return []
     embedding: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     if not hasattr(embedding, "weight"):
         return ["an invocation is for models that read tokens"]
     problems = []
     vocab = embedding.weight.shape[0]
-    if beyond := [token for token in invocation if token >= vocab]:
+    tokens = () if isinstance(config.invocation, str) else config.invocation_tokens
+    if beyond := [token for token in tokens if token >= vocab]:
         problems.append(
             f"the invocation has the tokens {listed(map(str, beyond))}, and the model {vocab:,}"
         )

@@ -11,6 +11,7 @@ from functools import cached_property
 from torch import nn
 
 from veneer.adapter.config import LoRA
+from veneer.adapter.invocation import check_invocation
 from veneer.adapter.method import Method, description
 from veneer.adapter.targets import check_parameters, resolve, uncovered, with_expert_ranks
 from veneer.models.description import Layer
@@ -123,6 +124,7 @@ def target_lines(model: nn.Module, config: LoRA) -> tuple[TargetLine, ...]:
     """
     layers = resolve(model, config)
     check_parameters(config, layers)
+    check_invocation(model, config, layers)
     config = with_expert_ranks(config, layers)
     return tuple(TargetLine(layer, config.rank_of(layer.path), config) for layer in layers)
 

@@ -213,7 +213,7 @@ def _invocation(model: nn.Module, state: AdapterState, config: LoRA) -> list[str
         "biases of its own": any(layer.bias is not None for layer in state.layers()),
     }
     return [
-        *invocation_problems(model, config.invocation_tokens, adapted),
+        *invocation_problems(model, config, adapted),
         *(
             f"it has {name}, which would act before its invocation too"
             for name, is_there in beside.items()

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from veneer.adapter.invocation import tokenized
 from veneer.adapter.method import MethodName
 from veneer.data.sources import files_of
 from veneer.errors import Checks, ConfigError, ModelError, closest
@@ -88,6 +89,7 @@ def preflight(
         dtype = dtype_of(locate(recipe.model), asked, device)
         recipe = _as_before(recipe, earlier)
         config, tokenizer = load_config_and_tokenizer(recipe.model)
+        recipe = replace(recipe, lora=tokenized(recipe.lora, tokenizer))
         start = None
         if recipe.start_from is not None:
             skeleton = skeleton_of(config)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from veneer.adapter.config import LoRA
+from veneer.adapter.invocation import invocation_start
 from veneer.adapter.new_tokens import (
     NO_NEW_TOKENS,
     check_new_tokens,
@@ -22,7 +24,7 @@ from veneer.adapter.new_tokens import (
 )
 from veneer.adapter.virtual_context import context_left
 from veneer.data.columns import lengths_of, select, summarize
-from veneer.data.encode import Example
+from veneer.data.encode import UNLABELLED, Example
 from veneer.data.load import Loaded, RowFiles
 from veneer.data.mixture import duplicates, weighted_rows
 from veneer.data.packing import held_out_rows
@@ -32,7 +34,7 @@ from veneer.data.rows import LongRows
 from veneer.data.sources import Source, Splits, splits_of
 from veneer.data.stream import Progress
 from veneer.data.table import ExampleTable, all_but
-from veneer.errors import DataError
+from veneer.errors import DataError, listed
 from veneer.files import new_file
 from veneer.processes.world import World
 from veneer.run_directory import RunDirectory
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Rows of which a run of an earlier version may have had the hash.
 MOST_HASHED = 2**20
+MOST_LOOKED_THROUGH = 1000  # rows, for an invocation
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,55 @@ def load_rows(
         notices.append(f"Keys that nothing reads: {counts}.")
     if settings.new_words == "auto" and not new_tokens:
         notices.append(f"--new-words auto adds no token: {NO_NEW_TOKENS}.")
+    notices += _about_invocation(recipe.lora, examples, tokenizer)
     system = systems[0] if len(systems) == 1 else None
     return RunRows(examples, held_out, new_tokens, notices, ready, system)
+
+
+def _about_invocation(
+    lora: LoRA, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Say from where on an adapter with an invocation acts, and what it learns nothing from.
+
+    Raises DataError where no row has the invocation, of the first ones.
+    """
+    if not (invocation := lora.invocation_tokens):
+        return []
+    rows = [examples[i] for i in range(min(len(examples), MOST_LOOKED_THROUGH))]
+    starts = [invocation_start(row.tokens, invocation) for row in rows]
+    text, ids = tokenizer.decode([*invocation]), ", ".join(map(str, invocation))
+    without = [row.where for row, start in zip(rows, starts, strict=True) if start is None]
+    of_all = (
+        f"of {_rows(len(rows))}"
+        if len(rows) == len(examples)
+        else f"of the first {_rows(len(rows))}"
+    )
+    if len(without) == len(rows):
+        raise DataError(
+            f"None {of_all} has the invocation {text!r} (tokens {ids}), from which on alone the "
+            "adapter acts, so it would learn nothing. Name one that the chat template writes into "
+            "each row, or write it into the rows."
+        )
+    notices = [f"The adapter acts from {text!r} (tokens {ids}) on, where a row has it last."]
+    if without:
+        notices.append(
+            f"{len(without):,} {of_all} have no invocation, and the adapter learns nothing "
+            f"from them: {listed(without)}."
+        )
+    # The output of each token is the next one, so that of the first is the first to change.
+    early = sum(
+        label != UNLABELLED
+        for row, start in zip(rows, starts, strict=True)
+        if start is not None
+        for label in row.labels[: start + 1]
+    )
+    if early:
+        learnt = sum(row.label_tokens for row in rows)
+        notices.append(
+            f"{early:,} of {learnt:,} tokens that are learnt come before the invocation, and the "
+            "adapter learns nothing from them."
+        )
+    return notices
 
 
 def in_every_process(world: World, work: Generator[Event, None, T]) -> Generator[Event, None, T]:
