@@ -120,7 +120,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, set[str]]]] =
     "a pattern": ({}, {"target_modules": r".*\.q_proj"}, {"sglang": {"target_modules"}}),
     "all-linear": ({}, {"target_modules": "all-linear"}, {}),
     "replication": ({}, {"layer_replication": [[0, 1]]}, {"vllm": {"layer_replication"}}),
-    "aLoRA": ({}, {"alora_invocation_tokens": [3]}, {"vllm": {"alora_invocation_tokens"}}),
+    "aLoRA": (
+        {},
+        {"alora_invocation_tokens": [3]},
+        {name: {"alora_invocation_tokens"} for name in ("vllm", "sglang", "tgi")},
+    ),
     "another method": (
         {},
         {"peft_type": "LOHA"},

@@ -11,7 +11,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification
 
 import veneer
 from support.closeness import assert_same_logits
-from support.random_adapters import distance, logits, shake, targets_named
+from support.random_adapters import distance, ids, logits, shake, targets_named
 from support.tiny_models import tiny
 from veneer.formats import table as formats
 from veneer.formats.base_structure import BaseStructure
@@ -40,10 +40,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pissa": ("llama", {"init": "pissa", "targets": "all"}),
     "olora": ("gpt2", {"init": "olora"}),
     "pissa with patterns": ("llama", {"init": "pissa", "rank_pattern": {"q_proj": 4}}),
+    "activated": ("llama", {"targets": "all", "invocation": ids()[0, 4:6].tolist()}),
     "dora": ("llama", {"dora": True, "targets": "all"}),
     "dora with patterns": ("gpt2", {"dora": True, "alpha_pattern": {r".*\.0\..*": 7}}),
 }
-REFUSED = {"dora": {"loralib"}, "dora with patterns": {"loralib"}}
+REFUSED = {
+    "activated": {"mlx", "loralib"},
+    "dora": {"loralib"},
+    "dora with patterns": {"loralib"},
+}
 
 
 def adapted(case: str) -> Any:

@@ -110,6 +110,26 @@ def test_what_is_written_reads_back(name, tmp_path):
             assert again.config.targets == state.config.targets
 
 
+def test_llama_cpp_acts_from_the_invocation_on(tmp_path):
+    """In its server: from the last occurrence on, and in a prompt without one not at all."""
+    base, tokens = random_model("llama"), ids(2, 9)
+    assert tokens[0, 4:6].tolist() not in tokens[1].unfold(0, 2, 1).tolist()
+    tokens[0, 1:3] = tokens[0, 4:6]
+    invocation = tokens[0, 4:6].tolist()
+    model = adapted(copy.deepcopy(base), rank=4, targets="all", invocation=invocation)
+    state, file = capture(model), tmp_path / "adapter.gguf"
+    store.write(state, file, base.config)
+    assert store.read(file, base.config).config.invocation == tuple(invocation)
+    server = LlamaCpp(write_model("llama", base, tmp_path / "base.gguf"), [file], exact=True)
+    assert server.ask("/lora-adapters")[0]["alora_invocation_tokens"] == invocation
+    plain, ours = last(base), last(model)
+    off = distance(server.next_token(tokens, VOCAB), plain)
+    theirs = server.next_token(tokens, VOCAB, {file: 1.0})
+    assert distance(theirs, ours) < HALF + 2 * off
+    assert distance(ours[0], plain[0]) > 0.03
+    assert torch.equal(ours[1], plain[1])
+
+
 def contents(model: PreTrainedModel) -> mapping.Contents:
     return mapping.contents_of(capture(model), store.naming_of(model.config))
 

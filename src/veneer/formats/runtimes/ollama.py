@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from veneer.errors import listed
 from veneer.formats.runtimes.facts import Facts
-from veneer.formats.runtimes.llama_cpp import gguf_header, gguf_pairs
+from veneer.formats.runtimes.llama_cpp import gguf_header, gguf_invocation, gguf_pairs
 from veneer.formats.runtimes.rules import (
     LLAMA_NAMES,
     MERGE,
@@ -15,6 +15,7 @@ from veneer.formats.runtimes.rules import (
     Runtime,
     always,
     bias,
+    invocation,
     lora_only,
     setting,
 )
@@ -63,6 +64,7 @@ RUNTIME = Runtime(
             always("needs", "serving", "by a Modelfile", "FROM BASE and ADAPTER FILE.gguf"),
             gguf_header,
             gguf_pairs,
+            gguf_invocation,
             own_engine,
         ),
         "peft": (
@@ -75,6 +77,7 @@ RUNTIME = Runtime(
             setting("use_rslora", "ignored: the scale is alpha / r", TO_GGUF),
             setting("alpha_pattern", "ignored", TO_GGUF),
             setting("use_dora", "ignored"),
+            invocation("ignored: it acts on all tokens"),
             setting("modules_to_save", "ignored"),
             bias("ignored"),
         ),

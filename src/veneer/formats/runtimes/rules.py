@@ -56,6 +56,11 @@ def setting(name: str, says: str, do: str = MERGE) -> Rule:
     return rule
 
 
+def invocation(says: str) -> Rule:
+    """An adapter that acts from an invocation on, as no merged weight does."""
+    return setting("alora_invocation_tokens", says, "serve it by veneer serve, PEFT, llama-server")
+
+
 def bias(says: str) -> Rule:
     """Trained biases: any setting of `bias` but none."""
 

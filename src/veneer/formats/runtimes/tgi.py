@@ -16,6 +16,7 @@ from veneer.formats.runtimes.rules import (
     always,
     applied,
     bias,
+    invocation,
     lora_only,
     setting,
 )
@@ -78,6 +79,7 @@ RUNTIME = Runtime(
             always("needs", "serving", "off unless asked", "LORA_ADAPTERS=NAME=PATH"),
             rank,
             setting("use_dora", "ignored without a word"),
+            invocation("ignored without a word: it acts on all tokens"),
             patterns,
             setting("modules_to_save", "ignored without a word"),
             setting("lora_bias", "ignored without a word"),
