@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from threading import Lock, Semaphore, Thread
 from typing import Any
@@ -105,7 +106,9 @@ class ScriptedEngine:
 
     @property
     def stats(self) -> Stats:
-        return Stats(self.active, self.waiting, self.slots, 0, 0, 0, 0, 0, 0, (), 0, 0)
+        zeros = {field.name: 0 for field in fields(Stats)}
+        own = {"active": self.active, "waiting": self.waiting, "slots": self.slots}
+        return Stats(**zeros | own | {"resident": ()})
 
 
 def scripted(

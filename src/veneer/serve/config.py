@@ -57,6 +57,9 @@ class ServeConfig:
     """Directory that keeps keys and values of prompts' first tokens from one start to the next."""
     prefix_cache_size: float = 10.0
     """Gigabytes that all files below --prefix-cache may take."""
+    speculate: int | None = None
+    """Tokens of an answer that are guessed and computed at once, at most, where its prompt or the
+    answer itself had the same before; 16 unless given, on CPUs. Answers stay the same."""
     drain_seconds: float = 30.0
     """How long running answers may go on after SIGTERM, in seconds, before they are cut."""
 
@@ -69,6 +72,7 @@ class ServeConfig:
                 "port": whole_number(0, most=65535),
                 "slots": at_least(1),
                 "queue": at_least(1),
+                "speculate": at_least(0),
                 "drain_seconds": at_least(0),
                 "prefix_cache_size": ABOVE_0,
                 "adapters_dir": directory,

@@ -170,6 +170,7 @@ def prepare(
     settings = EngineConfig(
         slots=config.slots,
         queue=config.queue,
+        speculate=config.speculate,
         context=config.context,
         cache_directory=config.prefix_cache,
         cache_file_bytes=int(config.prefix_cache_size * 1e9),

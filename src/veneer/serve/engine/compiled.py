@@ -47,6 +47,9 @@ class KVBlock:
 class CompiledRunner:
     """A runner over decode.cpp. Raises Unsuited for a model that it does not compute."""
 
+    is_exact = True
+    cut = 4  # tokens that share one reading of a weight
+
     def __init__(self, model: PreTrainedModel, slots: int, context: int) -> None:
         self.model, self.context = model.requires_grad_(False), context
         self.dtype = model.dtype

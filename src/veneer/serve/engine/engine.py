@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Condition, Thread
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -23,24 +24,34 @@ from veneer.serve.engine.adapter_cache import AdapterCache
 from veneer.serve.engine.admission import check, mix_named, mix_of
 from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.detokenizer import Detokenizer
+from veneer.serve.engine.drafts import Drafter
 from veneer.serve.engine.embedder import Embedder
 from veneer.serve.engine.general import GeneralRunner
 from veneer.serve.engine.identity import identity_of_blocks
-from veneer.serve.engine.issued import Issued, Scores
+from veneer.serve.engine.issued import Draft, Issued, Scores
 from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import PrefixCache
 from veneer.serve.engine.prefix_files import PrefixFiles
-from veneer.serve.engine.request import EngineConfig, Reason, Request, Stats, Which
+from veneer.serve.engine.request import DRAFTED, EngineConfig, Reason, Request, Stats, Token, Which
 from veneer.serve.engine.row import Row
 from veneer.serve.engine.runner import Runner
-from veneer.serve.engine.sampler import Drawn, Sampler
+from veneer.serve.engine.sampler import Drawn, Sampler, sample
 from veneer.serve.engine.scheduler import Scheduler
 from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.stream import Stream
 from veneer.serve.engine.vocabulary import Vocabularies, Vocabulary
 
 log = logging.getLogger("veneer.serve")
+
+NOT_DRAFTED = (
+    "No tokens are guessed ahead (speculate): the answers would not stay the same, for only the "
+    "compiled steps of a CPU give the same numbers whatever is computed beside them."
+)
+COUNTED = (  # of Stats
+    *("requests", "prompt_tokens", "new_tokens", "steps"),
+    *("drafted_tokens", "accepted_tokens"),
+)
 
 
 class Engine:
@@ -62,7 +73,11 @@ class Engine:
         self.runner, self.notices = runner_for(base.model, self.config.slots, self.context)
         self._embedder = Embedder(base.model)
         prefixes = PrefixCache(self.config.cache_bytes, self._block_files())
-        self._scheduler = Scheduler(self.runner, prefixes, self.config.chunk)
+        asked = self.config.speculate
+        drafted = (DRAFTED if asked is None else asked) if self.runner.is_exact else 0
+        if asked and not drafted:
+            self.notices += (NOT_DRAFTED,)
+        self._scheduler = Scheduler(self.runner, prefixes, self.config.chunk, drafted=drafted)
         self._ends = frozenset({*end_tokens(base.model), base.tokenizer.eos_token_id} - {None})
         self._changed = Condition()  # guards what follows
         self._ready: deque[Row] = deque()  # rows that wait for a slot
@@ -72,7 +87,7 @@ class Engine:
         self._active: list[Row] = []
         self._issued: Issued | None = None  # a step whose results have not been read yet
         self._free = list(range(self.config.slots))[::-1]
-        self._counts = dict.fromkeys(("requests", "prompt_tokens", "new_tokens", "steps"), 0)
+        self._counts = dict.fromkeys(COUNTED, 0)
         self._loader = ThreadPoolExecutor(1, "veneer-loader")
         self._thread = Thread(target=self._work, name="veneer-engine", daemon=True)
         self._thread.start()
@@ -101,6 +116,7 @@ class Engine:
             most=min(request.sampling.max_new_tokens, context - len(request.tokens)),
             ends=self._ends,
             virtual=own.virtual_ids,
+            drafter=Drafter(request.tokens) if self._scheduler.drafts(request) else None,
         )
         self._accept(row)
         return stream
@@ -290,15 +306,25 @@ class Engine:
         scheduled = self._scheduler.next_step(active)
         if not scheduled:
             return None
+        begun = perf_counter()
         logits = self.runner.step([chunk for _, chunk in scheduled])
+        if self.runner.cut is not None:
+            tokens = sum(len(chunk.tokens) for _, chunk in scheduled)
+            self._scheduler.cost.add(tokens, perf_counter() - begun)
         self._counts["steps"] += 1
         rows: list[Row] = []
         to_sample: list[Tensor] = []
+        drafts: list[Draft] = []
         scores: list[Scores] = []
         split = logits.split([chunk.logits for _, chunk in scheduled])
         for (row, chunk), own in zip(scheduled, split, strict=True):
-            row.computed += len(chunk.tokens)
-            if not chunk.decoding:
+            draft: Draft = ()
+            if chunk.decoding:
+                row.computed += 1
+                draft = list(zip(chunk.tokens[1:], own[1:], strict=True))
+                self._counts["drafted_tokens"] += len(draft)
+            else:
+                row.computed += len(chunk.tokens)
                 self._counts["prompt_tokens"] += len(chunk.tokens)
                 self._scheduler.keep_blocks(row, chunk.start)
             if row.request.prompt_logprobs:
@@ -309,14 +335,15 @@ class Engine:
                 others = [] if chunk.decoding else self._scheduler.give_prompt(row, self._active)
                 for each in (row, *others):
                     rows.append(each)
-                    to_sample.append(own)
+                    to_sample.append(own[:1])
+                    drafts.append(draft)
                     each.drawn += 1
         drawn = None
         if rows:
             drawn = Drawn(torch.cat(to_sample), [row.sampler for row in rows])  # (rows, vocab)
             if isinstance(self.runner, SlotRunner):
                 self.runner.take([row.slot for row in rows], drawn.ids)
-        return Issued(rows, drawn, scores)
+        return Issued(rows, drawn, drafts, scores)
 
     def _take(self, issued: Issued) -> None:
         """Give rows what a step computed for them, unless they ended meanwhile."""
@@ -326,19 +353,35 @@ class Engine:
                 if each.is_last:
                     self._end(each.row, "length")
         tokens = [] if issued.drawn is None else issued.drawn.tokens()
-        for row, token in zip(issued.rows, tokens, strict=True):
-            if row not in self._active:
-                continue
-            if isinstance(token, Exception):
-                self._end(row, "error", token)
-                continue
-            self._counts["new_tokens"] += 1
-            try:
-                reason, error = row.take(token), None
-            except Exception as caught:  # in its text, which is no other row's
-                reason, error = "error", caught
-            if reason is not None:
-                self._end(row, reason, error)
+        for row, token, draft in zip(issued.rows, tokens, issued.drafts, strict=True):
+            if row in self._active and self._give(row, token):
+                self._go_on(row, draft)
+
+    def _go_on(self, row: Row, draft: Draft) -> None:
+        """Give a row the tokens behind those of its draft, up to the first that is another."""
+        for guess, logits in draft:
+            if row.last != guess:
+                return
+            row.computed += 1
+            row.drawn += 1
+            self._counts["accepted_tokens"] += 1
+            (token,) = sample(logits[None], [row.sampler])
+            if not self._give(row, token):
+                return
+
+    def _give(self, row: Row, token: Token | Exception) -> bool:
+        """Give a row a token, or what keeps it from having one; return whether it goes on."""
+        if isinstance(token, Exception):
+            self._end(row, "error", token)
+            return False
+        self._counts["new_tokens"] += 1
+        try:
+            reason, error = row.take(token), None
+        except Exception as caught:  # in its text, which is no other row's
+            reason, error = "error", caught
+        if reason is not None:
+            self._end(row, reason, error)
+        return reason is None
 
     def _end(self, row: Row, reason: Reason, error: Exception | None = None) -> None:
         """End an answer. Its slot is free before the last piece is sent, so that whoever waits for

@@ -21,6 +21,7 @@ from veneer.adapter.virtual import keys_values
 from veneer.errors import ConfigError, ModelError
 from veneer.kernels.transfer import sent
 from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
+from veneer.serve.engine.request import CHUNK_MULTIPLE
 from veneer.serve.engine.runner import Chunk
 
 MORE_PLACES = 256  # by which the shared cache grows, at least
@@ -70,6 +71,9 @@ class GeneralRunner:
     that all decoding rows share. Raises ModelError for a model that does not keep keys and values,
     as nothing else can be copied into blocks and back.
     """
+
+    is_exact = False
+    cut = CHUNK_MULTIPLE
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
         self.model, self.slots = model, slots

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from veneer.kernels.transfer import OnTheWay
 from veneer.serve.engine.row import Row
 from veneer.serve.engine.sampler import Drawn
+
+# Guesses behind a row's newest token, each with the logits (vocab,) of what follows it.
+Draft = Sequence[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +26,9 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Issued:
-    """What a step computes: the next tokens of rows, and scores of prompts."""
+    """What a step computes: the next tokens of rows, each with its draft, and scores of prompts."""
 
     rows: Sequence[Row]
     drawn: Drawn | None
+    drafts: Sequence[Draft]
     scores: Sequence[Scores]

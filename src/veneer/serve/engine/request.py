@@ -17,6 +17,7 @@ Reason = Literal["stop", "length", "cancelled", "error"]
 Which = str | Mapping[str, float] | None  # an adapter's name, a weighted mix, or the base alone
 MOST_LOGPROBS = 20  # as in OpenAI's interface
 LONGEST_CONTEXT = 4096  # tokens of a context, unless the configuration says otherwise
+DRAFTED = 16  # tokens that are guessed at most, unless the configuration says otherwise
 CHUNK_MULTIPLE = 16  # compiled steps keep keys in blocks of 16 tokens
 
 
@@ -161,7 +162,10 @@ class EngineConfig:
     queue: int = 256
     """Requests that may wait for a slot; more are refused."""
     chunk: int = 64
-    """Tokens of prompts that are computed between two tokens of the running answers."""
+    """Tokens of prompts that a step computes at most, and of a prefix block."""
+    speculate: int | None = None
+    """Tokens that are guessed behind a row's newest one and computed with it, at most; 16 unless
+    given, where the runner is exact."""
     cache_bytes: int = 2**30
     """Memory for the keys and values of prefix blocks."""
     cache_directory: Path | None = None
@@ -184,6 +188,7 @@ class EngineConfig:
                 "context": at_least(2),
                 "queue": at_least(0),
                 "chunk": multiple,
+                "speculate": at_least(0),
                 "cache_bytes": at_least(0),
                 "cache_file_bytes": at_least(0),
                 "adapter_bytes": at_least(0),
@@ -216,6 +221,10 @@ class Stats:
     cached_tokens: int
     """Tokens of prompts that came from the prefix cache."""
     new_tokens: int
+    drafted_tokens: int
+    """Tokens that were guessed, and computed behind those that rows had."""
+    accepted_tokens: int
+    """How many of these were right."""
     steps: int
     """Passes through the model."""
     cache_bytes: int

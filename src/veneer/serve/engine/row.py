@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
@@ -12,6 +13,7 @@ from veneer.adapter.invocation import invocation_start
 from veneer.kernels.transfer import sent
 from veneer.serve.engine.adapter_cache import LoadedAdapter
 from veneer.serve.engine.detokenizer import Detokenizer
+from veneer.serve.engine.drafts import Drafter
 from veneer.serve.engine.library import Mix
 from veneer.serve.engine.request import Answer, Reason, Request, Token
 from veneer.serve.engine.runner import Chunk
@@ -30,6 +32,7 @@ class Row:
     most: int  # new tokens
     ends: frozenset[int]  # tokens that end an answer
     virtual: tuple[int, ...] = ()  # ids of the adapter's virtual tokens
+    drafter: Drafter | None = None  # None where nothing is guessed
     adapter: LoadedAdapter | None = None
     slot: int = -1
     computed: int = 0  # tokens whose keys and values the slot holds
@@ -88,15 +91,18 @@ class Row:
             return True  # what a grammar allows next depends on the token that is on its way
         return self.request.prompt_logprobs or self.drawn >= self.most
 
-    def next_chunk(self, size: int) -> Chunk:
-        """Return what is computed next: the newest token, or the prompt up to the next multiple of
-        `size`, so that the cut never depends on what was in the prefix cache, or to where its
-        adapter begins to act."""
+    def next_token(self, draft: Sequence[int] = ()) -> Chunk:
+        """Return the newest token as what is computed next, and a draft of those behind it."""
+        tokens, adapter = (self.last, *draft), self.adapter_at(self.computed)
+        return Chunk(self.slot, tokens, self.computed, adapter, len(tokens), decoding=True)
+
+    def next_of_prompt(self, size: int, most: int) -> Chunk:
+        """Return what is computed next of the prompt: up to the next multiple of `size`, or to
+        where its adapter begins to act, and of it `most` tokens at most."""
         start, prompt = self.computed, self.tokens
         adapter = self.adapter_at(start)
-        if not self.prefilling:
-            return Chunk(self.slot, (self.last,), start, adapter, 1, decoding=True)
-        tokens = prompt[start : self.until(start, start // size * size + size)]
+        end = min(start // size * size + size, start + most)
+        tokens = prompt[start : self.until(start, end)]
         is_last = start + len(tokens) == len(prompt)
         logits = len(tokens) if self.request.prompt_logprobs else int(is_last)
         return Chunk(self.slot, tokens, start, adapter, logits)
@@ -105,6 +111,8 @@ class Row:
         """Add a token to the answer, send what is sure of it, and return why it ends, or None."""
         self.new += 1
         self.last = token.id
+        if self.drafter is not None:
+            self.drafter.add(token.id)
         if token.id in self.ends:
             return "stop"
         text, sure = self.detokenizer.add(token.id)

@@ -37,6 +37,18 @@ class Runner(Protocol):
     only the adapter cache. So neither a runner nor a prefix cache needs a lock.
     """
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether a token has the same numbers to the bit whatever is computed in its step, other
+        tokens of its own row too."""
+        ...
+
+    @property
+    def cut(self) -> int | None:
+        """The tokens by which a prompt is computed beside rows that decode, or a multiple of them;
+        None where a step is not waited for, and a prompt has always its whole chunk."""
+        ...
+
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         """Compute the chunks, each of another slot, and return the logits that they ask for, in
         order: (Σ logits, vocab), float32; -∞ for tokens that a row's adapter has not."""

@@ -28,6 +28,9 @@ log = logging.getLogger("veneer.serve")
 class SlotRunner:
     """A runner over a model in slots. Raises NotInSlots for a model that does not suit them."""
 
+    is_exact = False
+    cut: int | None = None
+
     def __init__(
         self, model: PreTrainedModel, slots: int, context: int, graphs: Graphs | None = None
     ) -> None:
