@@ -18,8 +18,8 @@ from veneer.kernels import native
 from veneer.kernels.cross_entropy import Logits
 from veneer.quant.weight import QuantizedLinear
 from veneer.serve.engine.adapter_cache import AdapterCache, LoadedAdapter
+from veneer.serve.engine.choice import runner_for
 from veneer.serve.engine.compiled import CompiledRunner
-from veneer.serve.engine.engine import runner_for
 from veneer.serve.engine.general import GeneralRunner
 from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library

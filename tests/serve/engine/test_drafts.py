@@ -195,7 +195,7 @@ def test_what_is_not_exact_guesses_nothing(monkeypatch):
     def refuse(*_: Any) -> None:
         raise Unsuited("a test asks for the other runner")
 
-    monkeypatch.setattr("veneer.serve.engine.engine.CompiledRunner", refuse)
+    monkeypatch.setattr("veneer.serve.engine.choice.CompiledRunner", refuse)
     for most, noticed in ((None, False), (0, False), (4, True)):
         with Engine(base_of(), config=EngineConfig(chunk=16, speculate=most)) as engine:
             engine.submit(Request(REPEATING, None, Sampling(max_new_tokens=8))).result()

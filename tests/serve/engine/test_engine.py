@@ -64,7 +64,7 @@ def runner_kind(compiled, monkeypatch):
         raise Unsuited("a test asks for the other runner")
 
     if not compiled:
-        monkeypatch.setattr("veneer.serve.engine.engine.CompiledRunner", refuse)
+        monkeypatch.setattr("veneer.serve.engine.choice.CompiledRunner", refuse)
 
 
 @pytest.mark.usefixtures("runner_kind")

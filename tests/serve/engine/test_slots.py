@@ -17,7 +17,7 @@ from veneer.generate import slots
 from veneer.generate.sampling import Sampling
 from veneer.generate.slots import NotInSlots, SlotModel
 from veneer.kernels.graphs import Graphs
-from veneer.serve.engine import adapter_cache
+from veneer.serve.engine import adapter_cache, choice
 from veneer.serve.engine import engine as engines
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
@@ -233,9 +233,9 @@ def test_a_model_that_gives_something_else_is_noticed(monkeypatch):
 def test_other_devices_take_slots_and_others_their_own_forward(monkeypatch):
     model = tiny("llama")
     monkeypatch.setattr(type(model), "device", torch.device("meta"), raising=False)
-    monkeypatch.setattr(engines, "SlotRunner", lambda *_: (_ for _ in ()).throw(NotInSlots("it")))
-    monkeypatch.setattr(engines, "GeneralRunner", lambda *_: "general")
-    runner, notices = engines.runner_for(model, 2, 64)
+    monkeypatch.setattr(choice, "SlotRunner", lambda *_: (_ for _ in ()).throw(NotInSlots("it")))
+    monkeypatch.setattr(choice, "GeneralRunner", lambda *_: "general")
+    runner, notices = choice.runner_for(model, 2, 64)
     assert (runner, len(notices)) == ("general", 1)
 
 

@@ -12,30 +12,26 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import AdapterError, QueueFull, VeneerError
-from veneer.generate.slots import NotInSlots
 from veneer.kernels.transfer import OnTheWay
 from veneer.models.device import use_device
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
 from veneer.serve.engine.adapter_cache import AdapterCache
 from veneer.serve.engine.admission import check, mix_named, mix_of
-from veneer.serve.engine.compiled import CompiledRunner
+from veneer.serve.engine.choice import runner_for
 from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.drafts import Drafter
 from veneer.serve.engine.embedder import Embedder
-from veneer.serve.engine.general import GeneralRunner
 from veneer.serve.engine.identity import identity_of_blocks
 from veneer.serve.engine.issued import Draft, Issued, Scores
-from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import PrefixCache
 from veneer.serve.engine.prefix_files import PrefixFiles
 from veneer.serve.engine.request import DRAFTED, EngineConfig, Reason, Request, Stats, Token, Which
 from veneer.serve.engine.row import Row
-from veneer.serve.engine.runner import Runner
 from veneer.serve.engine.sampler import Drawn, Sampler, sample
 from veneer.serve.engine.scheduler import Scheduler
 from veneer.serve.engine.slots import SlotRunner
@@ -396,14 +392,3 @@ class Engine:
             row.finish(reason, error)
         except Exception as caught:  # whoever waits for the last piece must not wait for ever
             row.finish("error", caught)
-
-
-def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner, tuple[str, ...]]:
-    """Return the fastest runner that is proven right for a base, and notices for a person."""
-    try:
-        if model.device.type != "cpu":
-            return SlotRunner(model, slots, context), ()
-        return CompiledRunner(model, slots, context), ()
-    except (Unsuited, NotInSlots) as why:
-        notice = f"Each step goes through the model's own forward, which is slower, for {why}."
-    return GeneralRunner(model, slots), (notice,)

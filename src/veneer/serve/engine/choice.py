@@ -1,0 +1,23 @@
+"""Which runner computes a base."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from veneer.generate.slots import NotInSlots
+from veneer.serve.engine.compiled import CompiledRunner
+from veneer.serve.engine.general import GeneralRunner
+from veneer.serve.engine.layer_table import Unsuited
+from veneer.serve.engine.runner import Runner
+from veneer.serve.engine.slots import SlotRunner
+
+
+def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner, tuple[str, ...]]:
+    """Return the fastest runner that is proven right for a base, and notices for a person."""
+    try:
+        if model.device.type != "cpu":
+            return SlotRunner(model, slots, context), ()
+        return CompiledRunner(model, slots, context), ()
+    except (Unsuited, NotInSlots) as why:
+        notice = f"Each step goes through the model's own forward, which is slower, for {why}."
+    return GeneralRunner(model, slots), (notice,)
