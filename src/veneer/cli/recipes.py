@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,13 @@ from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 from cyclopts.token import Token
 
+from veneer.cli.file_settings import SHORT, as_flags
 from veneer.errors import ConfigError, nearest
-
-# Methods that are LoRA with other settings: tune runs, and keeps in recipe.yaml, what they mean.
-AS_JSON = ("data", "invocation")  # whose lists cyclopts would take apart
-SHORT: dict[str, dict[str, Any]] = {"qlora": {"bits": 4}, "dora": {"dora": True}}
 
 
 def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fill in the settings of the recipe that --config names; cyclopts calls this before parsing.
+    """Fill in the settings of the recipe that --config names, and read the jobs of --jobs; cyclopts
+    calls this before parsing.
 
     Raises ConfigError, with the problems of all groups of settings at once.
     """
@@ -30,6 +27,13 @@ def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         names = {name.removeprefix("--") for a in arguments for name in a.names}
         settings = _read(path, names - {"config"})
         Dict(settings, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+    (jobs,) = [argument for argument in arguments if "--jobs" in argument.names]
+    if jobs.tokens:
+        from veneer.cli.jobs_file import arguments_of_jobs
+
+        path = Path(jobs.tokens[-1].value)
+        of_jobs = arguments_of_jobs(path, app, commands, arguments)
+        jobs.tokens = [jobs.tokens[-1].evolve(value="", implicit_value=of_jobs)]
     problems = []
     for argument in arguments:
         try:
@@ -80,8 +84,4 @@ def _read(path: Path, names: set[str]) -> dict[str, Any]:
     if isinstance(short, str) and short in SHORT:
         meant = {key: settings.get(key) or value for key, value in SHORT[short].items()}
         settings |= {"method": "lora"} | meant
-    # A pattern may hold dots, which cyclopts would take for deeper levels, but not within JSON.
-    return {
-        k: json.dumps(v) if isinstance(v, dict) or (k in AS_JSON and isinstance(v, list)) else v
-        for k, v in settings.items()
-    }
+    return as_flags(settings)

@@ -23,23 +23,21 @@ from veneer.cli.several_data import data_of
 from veneer.errors import ConfigError, DivergedError, VeneerError
 from veneer.quant.settings import Offload
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
-from veneer.training.config import TrainConfig
+from veneer.training.config import TOKENS_PER_PASS, TrainConfig
 from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Verdict
 from veneer.training.recipe import DataConfig, Recipe, Shard
 
 if TYPE_CHECKING:
     from veneer.processes.world import World
+DATA_HELP = (
+    "Rows to learn: .jsonl, .json, .csv, .parquet, .txt, a directory, a pattern, or hf:NAME of a "
+    "data set. Several, perhaps with shares: --data a.jsonl:0.7 --data b:0.3."
+)
 
 
 def tune(
     model: Model,
-    data: Annotated[
-        str,
-        Parameter(
-            help="Rows to learn: .jsonl, .json, .csv, .parquet, .txt, a directory, a pattern, or "
-            "hf:NAME of a data set. Several, perhaps with shares: --data a.jsonl:0.7 --data b:0.3."
-        ),
-    ],
+    data: Annotated[str | None, Parameter(help=DATA_HELP)] = None,
     *,
     method: Annotated[Method, Flat] = Method(),
     lora: Annotated[LoRA, Flat] = LoRA(),
@@ -55,6 +53,17 @@ def tune(
             help="Start from this adapter, of any format, with its settings, and not anew.",
         ),
     ] = None,
+    jobs: Annotated[
+        Any,  # a path, of which `from_recipe` makes the arguments of each job by its name
+        Parameter(
+            help="A file of several runs, jobs.yaml, to train at a time over one base, each below "
+            "--out: a list under jobs:, in which each has a name and any of these flags."
+        ),
+    ] = None,
+    tokens_per_pass: Annotated[
+        int,
+        Parameter(help="With --jobs, real tokens of a pass that several of them share, at most."),
+    ] = TOKENS_PER_PASS,
     config: Annotated[
         Path | None, Parameter(help="Recipe of an earlier run; flags on this line override it.")
     ] = None,
@@ -92,11 +101,68 @@ def tune(
 ) -> int:
     """Return an exit code, as run_recipe does. `config` is read before this is called."""
     refuse_preset(model)
+    options: dict[str, Any] = {
+        "resume": resume,
+        "force": force,
+        "ignore_plan": ignore_plan,
+        "tensorboard": tensorboard,
+        "quiet": quiet,
+    }
+    if jobs is not None:
+        from veneer.cli.many import recipes_of, run_jobs
+
+        if processes is not None:
+            raise ConfigError("--jobs trains in one process; leave out --processes.")
+        recipes = recipes_of(jobs, out, recipe_of)
+        return run_jobs(recipes, out, tokens_per_pass=tokens_per_pass, **options)
+    if data is None:
+        raise ConfigError(f"DATA is missing. {DATA_HELP}")
+    recipe = recipe_of(
+        model=model,
+        data=data,
+        method=method,
+        lora=lora,
+        training=training,
+        rows=rows,
+        base=base,
+        pack_head=pack_head,
+        shard=shard,
+        offload=offload,
+        out=out,
+        start_from=start_from,
+    )
+    if processes is None:
+        return run_recipe(recipe, **options)
+    if processes < 1:
+        raise ConfigError(f"--processes must be at least 1, not {processes}.")
+    from veneer.cli.company import show_stopping
+    from veneer.processes.launch import launch
+
+    work = partial(run_recipe, recipe, shows_signals=False, **options)
+    return launch(processes, work, on_signal=show_stopping)
+
+
+def recipe_of(
+    *,
+    model: str,
+    data: str,
+    out: Path,
+    method: Method = Method(),
+    lora: LoRA = LoRA(),
+    training: TrainConfig = TrainConfig(),
+    rows: DataConfig = DataConfig(),
+    base: BaseFlags = BaseFlags(),
+    pack_head: bool = False,
+    shard: Shard = "auto",
+    offload: Offload = "none",
+    start_from: Path | None = None,
+) -> Recipe:
+    """Return the recipe of a command line, or of a job, by the arguments of `tune`."""
     bits = base.bits
     if bits == "auto":
         bits, has_head = bits_of(model, {} if start_from is None else {"--from": start_from})
         pack_head = pack_head or has_head
-    recipe = Recipe(
+    return Recipe(
         model=model,
         data=data_of(str(data)),
         method=method,
@@ -112,22 +178,6 @@ def tune(
         out=out,
         start_from=start_from,
     )
-    options: dict[str, Any] = {
-        "resume": resume,
-        "force": force,
-        "ignore_plan": ignore_plan,
-        "tensorboard": tensorboard,
-        "quiet": quiet,
-    }
-    if processes is None:
-        return run_recipe(recipe, **options)
-    if processes < 1:
-        raise ConfigError(f"--processes must be at least 1, not {processes}.")
-    from veneer.cli.company import show_stopping
-    from veneer.processes.launch import launch
-
-    work = partial(run_recipe, recipe, shows_signals=False, **options)
-    return launch(processes, work, on_signal=show_stopping)
 
 
 def run_recipe(

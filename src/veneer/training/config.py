@@ -35,6 +35,7 @@ CHANGEABLE = (
     "eval_every",
     "patience",
 )
+TOKENS_PER_PASS = 4096  # of a pass that several runs share, at most, unless asked otherwise
 
 
 @dataclass(frozen=True)

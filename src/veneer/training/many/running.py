@@ -106,8 +106,12 @@ class RunningJob:
     def go_on(self) -> Events:
         """Yield the run's events until a step of it has batches to compute, or it has ended."""
         while self.step is None and not self.ended:
-            with self.turn():
-                event = next(self._events, None)
+            try:
+                with self.turn():
+                    event = next(self._events, None)
+            except Exception:
+                self._events = iter(())  # has ended, and perhaps detached the adapter
+                raise
             if event is None:
                 self.ended = True
             elif isinstance(event, StepToLearn):

@@ -15,12 +15,11 @@ from veneer.fused.together import backward_together, why_alone
 from veneer.kernels.heap import kept_heap
 from veneer.processes.world import World
 from veneer.training.begin import let_train
+from veneer.training.config import TOKENS_PER_PASS
 from veneer.training.events import Event, Failed, Notice
 from veneer.training.many.running import Job, RunningJob
 from veneer.training.many.schedule import choose
 from veneer.training.threads import worthwhile_threads
-
-TOKENS_PER_PASS = 4096
 
 
 def train_many(

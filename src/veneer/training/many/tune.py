@@ -16,10 +16,11 @@ from veneer.models.load import Base, load_base
 from veneer.plan.plan import Plan
 from veneer.processes.world import World
 from veneer.run_directory import RunDirectory
+from veneer.training.config import TOKENS_PER_PASS
 from veneer.training.events import Event, Measured, Notice, Planned
 from veneer.training.many.planned import plan_together
 from veneer.training.many.running import Job
-from veneer.training.many.train import TOKENS_PER_PASS, train_many
+from veneer.training.many.train import train_many
 from veneer.training.memory import begin_measuring
 from veneer.training.metrics import record
 from veneer.training.plan_before import why_no_plan

@@ -1,0 +1,224 @@
+"""jobs.yaml: several runs over one base, a list of settings for each, by the names of tune's flags.
+
+    jobs:
+      - name: small
+        data: rows.jsonl
+        rank: 4
+      - name: large
+        data: rows.jsonl
+        rank: 64
+
+What is wrong is collected, each with its line and its job, and raised at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from cyclopts import App, Argument, ArgumentCollection, CycloptsError
+from cyclopts.config import Dict
+from cyclopts.utils import UNSET
+
+from veneer.cli.file_settings import SHORT, as_flags
+from veneer.errors import ConfigError, VeneerError, nearest
+
+OF_A_JOB = ("data", "from")  # beside the settings of its adapter, its course and its rows
+GROUPS = ("method", "lora", "training", "rows")
+# Settings of these groups that belong to passes, which the jobs share.
+OF_PASSES = ("recompute", "replay_passes", "context_parallel")
+RESERVED = ("", ".", "..")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value, and its line in the file."""
+
+    value: Any
+    line: int
+
+
+@dataclass(frozen=True)
+class JobEntry:
+    """A job as the file has it: its settings by their flags' names, with underscores."""
+
+    name: str
+    line: int
+    settings: Mapping[str, Setting]
+
+
+@dataclass
+class Problems:
+    """What is wrong with a file of jobs."""
+
+    path: Path
+    lines: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, line: int, job: str, text: str) -> None:
+        """Note a problem on a line of the file, of a job that has a name or not."""
+        of = f", job {job!r}" if job else ""
+        self.lines.append((line, f"line {line}{of}: {text.removesuffix('.')}"))
+
+    def end(self) -> None:
+        """Raise ConfigError where there are problems."""
+        if self.lines:
+            each = "".join(f"\n  - {text}" for _, text in sorted(self.lines))
+            raise ConfigError(f"The jobs in {self.path} cannot begin:{each}")
+
+
+def arguments_of_jobs(
+    path: Path, app: App, commands: tuple[str, ...], arguments: ArgumentCollection
+) -> dict[str, dict[str, Any]]:
+    """Return what tune would be called with for each job, by its name: what the command line says,
+    and in its place what the job says.
+
+    Raises ConfigError for everything that is wrong with the file and its settings.
+    """
+    problems = Problems(path)
+    flags = {name.removeprefix("--").replace("-", "_") for a in arguments for name in a.names}
+    groups = [a for a in arguments if not a.keys and a.field_info.name in GROUPS]
+    own = {str(child.field_info.name) for group in groups for child in group.children}
+    own |= {*OF_A_JOB}
+    jobs: dict[str, dict[str, Any]] = {}
+    for entry in _entries(path, problems):
+        _check_names(entry, own - {*OF_PASSES}, flags - {"*"}, problems)
+        settings = {key: each for key, each in entry.settings.items() if key in own}
+        if "data" not in settings and not any(
+            a.tokens for a in arguments if a.field_info.name == "data"
+        ):
+            problems.add(entry.line, entry.name, "data is missing: the rows that it learns")
+        values = _values(path, entry, settings, (app, commands, arguments), problems)
+        if entry.name in jobs:
+            problems.add(entry.line, entry.name, "an earlier job has that name too")
+        jobs[entry.name] = values
+    if not problems.lines and not jobs:
+        problems.add(1, "", "there are no jobs; list them under jobs:")
+    problems.end()
+    return jobs
+
+
+def _entries(path: Path, problems: Problems) -> Iterator[JobEntry]:
+    """Yield the jobs of a file, and note what is no job. Raises ConfigError for what is no YAML."""
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        top = loader.get_single_node()
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no file of jobs {path}.") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"The jobs in {path} cannot be read as YAML: {error}") from error
+    if not isinstance(top, yaml.MappingNode):
+        problems.add(1, "", "the file must hold jobs: and a list of them")
+        return
+    for key, node in top.value:
+        if key.value != "jobs":
+            text = f"{key.value!r} is unknown{nearest(str(key.value), ['jobs'])}"
+            problems.add(_line(key), "", f"{text}; what holds for all jobs is said by flags")
+        elif not isinstance(node, yaml.SequenceNode):
+            problems.add(_line(node), "", "jobs: must hold a list, in which each begins by - name:")
+        else:
+            for item in node.value:
+                if (entry := _entry(loader, item, problems)) is not None:
+                    yield entry
+
+
+def _entry(loader: yaml.SafeLoader, node: yaml.Node, problems: Problems) -> JobEntry | None:
+    if not isinstance(node, yaml.MappingNode):
+        problems.add(_line(node), "", "a job must be settings, one a line, as in name: small")
+        return None
+    settings: dict[str, Setting] = {}
+    repeated: list[tuple[int, str]] = []
+    for key_node, value_node in node.value:
+        key = str(key_node.value).replace("-", "_")
+        if key in settings:
+            repeated.append((_line(key_node), key))
+        try:
+            value = loader.construct_object(value_node, deep=True)
+        except yaml.YAMLError as error:
+            problems.add(_line(value_node), "", f"{key} cannot be read: {error}")
+            continue
+        settings[key] = Setting(value, _line(key_node))
+    name = settings.pop("name", None)
+    text = "" if name is None else str(name.value)
+    for line, key in repeated:
+        problems.add(line, text, f"{key} is given twice")
+    if name is None:
+        problems.add(_line(node), "", "the job has no name: that of its directory below --out")
+        return None
+    if isinstance(name.value, list | dict) or text in RESERVED or {*text} & {"/", "\\", "\0"}:
+        what = f"{name.value!r} is no name of a directory; choose another name"
+        problems.add(name.line, "", what)
+        return None
+    return JobEntry(text, _line(node), settings)
+
+
+def _check_names(entry: JobEntry, own: set[str], flags: set[str], problems: Problems) -> None:
+    """Note settings that are unknown, and those that only the command line can have."""
+    from veneer.cli.other_names import our_name
+
+    for key, setting in entry.settings.items():
+        if key in own:
+            continue
+        if key in flags:
+            flag = f"--{key.replace('_', '-')}"
+            text = f"{key} is the same for all jobs; give {flag} on the command line"
+        else:
+            text = our_name(key, own) or f"{key!r} is unknown{nearest(key, own)}"
+        problems.add(setting.line, entry.name, text)
+
+
+def _values(
+    path: Path,
+    entry: JobEntry,
+    settings: Mapping[str, Setting],
+    command: tuple[App, tuple[str, ...], ArgumentCollection],
+    problems: Problems,
+) -> dict[str, Any]:
+    """Return what tune is called with for a job, without what is not given anywhere."""
+    app, commands, arguments = command
+    values = {key: setting.value for key, setting in settings.items()}
+    method = values.get("method")
+    if isinstance(method, str) and method in SHORT:
+        if "bits" in SHORT[method]:
+            line, bits = settings["method"].line, SHORT[method]["bits"]
+            text = f"{method} is LoRA over {bits} bits, and all jobs share the base"
+            problems.add(line, entry.name, f"{text}; give --bits {bits} on the command line")
+        values = {**values, "method": "lora"} | {
+            key: value for key, value in SHORT[method].items() if key != "bits"
+        }
+    own = copy.deepcopy(arguments)
+    names = {f"--{key.replace('_', '-')}" for key in values}
+    for argument in own:
+        if names & {*argument.names}:
+            argument.tokens = []  # of the command line
+    flat = as_flags({key: value for key, value in values.items() if value is not None})
+    Dict(flat, source=str(path), use_commands_as_keys=False)(app, commands, own)
+    called: dict[str, Any] = {}
+    for argument in own:
+        try:
+            value = argument.convert()
+        except (VeneerError, CycloptsError) as error:
+            if isinstance(error, VeneerError) or not argument.children:  # else its child says it
+                if isinstance(error, CycloptsError):
+                    error.verbose = False
+                text = " ".join(str(error).split())
+                problems.add(_line_of(text, argument, settings, entry.line), entry.name, text)
+            continue
+        if not argument.keys and value is not UNSET:
+            called[str(argument.field_info.name)] = value
+    return called
+
+
+def _line_of(text: str, argument: Argument, settings: Mapping[str, Setting], otherwise: int) -> int:
+    """Return the line of the first setting that an error is of, or that it names."""
+    for key, setting in settings.items():
+        if f"--{key.replace('_', '-')}" in argument.names or f"{key} is " in text:
+            return setting.line
+    return otherwise
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1

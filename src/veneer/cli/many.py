@@ -1,0 +1,222 @@
+"""`veneer tune --jobs`: run several recipes over one base, and show them as they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+import veneer
+from veneer.cli.company import interruptible
+from veneer.cli.console import (
+    ERRORS,
+    LINES,
+    OUTPUT,
+    bytes_text,
+    new_table,
+    print_wide,
+    quieten_libraries,
+    show_notice,
+)
+from veneer.cli.plots import draw_losses
+from veneer.cli.tables import plan_summary
+from veneer.errors import ConfigError, DivergedError, VeneerError
+from veneer.run_directory import RunDirectory
+from veneer.training.events import (
+    DataReady,
+    Evaluated,
+    Event,
+    Failed,
+    Measured,
+    Notice,
+    Planned,
+    Skipped,
+    Started,
+    Step,
+    Stopped,
+    Trained,
+    Verdict,
+    Written,
+)
+from veneer.training.recipe import Recipe
+
+Events = Iterator[tuple[str, Event]]
+
+
+def recipes_of(
+    jobs: Mapping[str, Mapping[str, Any]], out: Path, recipe_of: Callable[..., Recipe]
+) -> dict[str, Recipe]:
+    """Return the recipe of each job, in a directory of its own.
+
+    jobs: the arguments of tune for each. Raises ConfigError for all that are none, by their names.
+    """
+    taken = {*signature(recipe_of).parameters}
+    recipes: dict[str, Recipe] = {}
+    problems = []
+    for name, arguments in jobs.items():
+        own = {key: value for key, value in arguments.items() if key in taken}
+        try:
+            recipes[name] = recipe_of(**{**own, "out": out / name})
+        except VeneerError as error:
+            problems.append(f"\n  - {name}: {error}")
+    if problems:
+        raise ConfigError(f"These jobs cannot begin:{''.join(problems)}")
+    return recipes
+
+
+def run_jobs(
+    recipes: Mapping[str, Recipe], out: Path, *, tensorboard: bool, quiet: bool, **options: Any
+) -> int:
+    """Run all recipes and return the exit code: 0; 3 when one of them diverged, 2 when one failed
+    otherwise; 130 after Ctrl-C, 143 after SIGTERM. options: those of `tune_many`."""
+    if tensorboard:
+        raise ConfigError("--tensorboard is for a run alone; each job's metrics.jsonl has it all.")
+    quieten_libraries()
+    states = {name: JobState() for name in recipes}
+    display = None if quiet else JobsDisplay(states)
+    with interruptible() as asked, display or nullcontext():
+        for name, event in veneer.tune_many(recipes, should_stop=lambda _: asked(), **options):
+            if name:
+                states[name].take(event)
+            if display:
+                display.show(name, event)
+            if isinstance(event, Failed):
+                show_notice(f"{name} failed: {event.error}")
+            if isinstance(event, Written) and event.what == "adapter":
+                run = RunDirectory(recipes[name].out)
+                try:
+                    draw_losses(run.read_metrics(), run.picture)
+                except VeneerError as error:
+                    show_notice(str(error))
+    if display:
+        show_results(states, out)
+    if asked.number:
+        ERRORS.print(f"Go on with the same command and --resume (results in {escape(str(out))}).")
+        return 128 + asked.number
+    codes = {state.exit_code for state in states.values()}
+    return min(codes - {0}, default=0)
+
+
+@dataclass
+class JobState:
+    """What is known of a job so far, for the table at the end."""
+
+    steps: int = 0
+    step: int = 0
+    first: float | None = None
+    last: float | None = None
+    best: float | None = None
+    ended: str = ""
+    exit_code: int = 0
+
+    def take(self, event: Event) -> None:
+        """Take what an event says."""
+        match event:
+            case Started(steps, done):
+                self.steps, self.step = steps, done
+            case Step(step, loss):
+                self.step, self.last = step, loss
+                self.first = loss if self.first is None else self.first
+            case Evaluated(_, loss, _, best) if best:
+                self.best = loss
+            case Stopped(_, reason) if reason == "interrupted":
+                self.ended = "stopped"
+            case Verdict(kind):
+                self.ended = kind
+                self.exit_code = DivergedError.exit_code if kind == "diverged" else 0
+            case Failed(error):
+                diverged = isinstance(error, DivergedError)
+                self.ended = "diverged" if diverged else "failed"
+                self.exit_code = getattr(error, "exit_code", 2)
+
+
+class JobsDisplay:
+    """Shows the events of several jobs: a bar for each on a terminal, some lines elsewhere."""
+
+    def __init__(self, states: Mapping[str, JobState]) -> None:
+        self.states = states
+        self.tasks: dict[str, TaskID] = {}
+        self.seen: dict[str, set[str]] = {}  # notices, and of which jobs they are
+        self.every = max(1, LINES // max(1, len(states)))  # lines of steps that a job has
+        self.progress = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn("loss {task.fields[loss]}"),
+            console=OUTPUT,
+            transient=True,
+        )
+
+    def __enter__(self) -> JobsDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, name: str, event: Event) -> None:
+        """Print what an event means, or move a bar."""
+        of = f"[bold]{escape(name)}[/]" if name else ""
+        match event:
+            case Notice(text):
+                if text not in self.seen:  # what holds for several is said once
+                    show_notice(f"{name}: {text}" if name else text, on=OUTPUT)
+                self.seen.setdefault(text, set()).add(name)
+            case Planned(plan, free):
+                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}", soft_wrap=True)
+            case Measured(planned, peak):
+                OUTPUT.print(
+                    f"[bold]Memory[/]  at most {bytes_text(peak)}, planned {bytes_text(planned)}"
+                )
+            case DataReady(summary, held_out):
+                beside = f", {held_out.rows:,} held out" if held_out else ""
+                rows = f"{summary.rows:,} rows, {summary.tokens:,} tokens{beside}"
+                OUTPUT.print(f"[bold]Data[/]    {of}: {rows}")
+            case Started(steps, done):
+                if OUTPUT.is_terminal:
+                    self.tasks[name] = self.progress.add_task(
+                        escape(name), total=steps, completed=done, loss="-"
+                    )
+                    self.progress.start()
+                elif done:
+                    OUTPUT.print(f"  {of}: going on after step {done} of {steps}")
+            case Step(step, loss):
+                self._step(name, step, loss)
+            case Evaluated(step, loss, _, best):
+                mark = ", the best so far" if best and step else ""
+                when = f"step {step}" if step else "before training"
+                OUTPUT.print(f"  {of}: {when}: evaluation loss {loss:.4f}{mark}")
+            case Skipped(step):
+                OUTPUT.print(f"  {of}: [red]step {step} skipped[/]: loss or gradient not finite")
+            case Stopped(step, reason):
+                why = "no better evaluation" if reason == "patience" else "interrupted"
+                OUTPUT.print(f"  {of}: stopped after step {step}: {why}")
+            case Trained(step) if name in self.tasks:
+                self.progress.remove_task(self.tasks.pop(name))
+            case Verdict(_, text):
+                OUTPUT.print(f"  {of}: {escape(text)}", soft_wrap=True)
+
+    def _step(self, name: str, step: int, loss: float) -> None:
+        if name in self.tasks:
+            self.progress.update(self.tasks[name], completed=step, loss=f"{loss:.3f}")
+            return
+        steps = self.states[name].steps
+        if step % max(1, steps // self.every) == 0 or step == steps:
+            OUTPUT.print(f"  {escape(name)}: step {step}/{steps}  loss {loss:.3f}")
+
+
+def show_results(states: Mapping[str, JobState], out: Path) -> None:
+    """Print a line for each job: how far it came, its losses, and what became of it."""
+    table = new_table("job", "steps", "loss at first", "at last", "best evaluation", "verdict")
+    for name, state in states.items():
+        losses = [
+            "-" if loss is None else f"{loss:.4f}" for loss in (state.first, state.last, state.best)
+        ]
+        table.add_row(escape(name), f"{state.step}/{state.steps}", *losses, state.ended or "-")
+    print_wide(table)
+    OUTPUT.print(f"[bold]Saved[/]   below {escape(str(out))}", soft_wrap=True)

@@ -1,0 +1,133 @@
+"""`veneer tune --jobs`: a file of runs, what is wrong with it, and what becomes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import veneer.cli.many
+from support.tuned_facts import FACTS, write_rows
+from veneer.cli.app import run
+from veneer.training.recipe import Recipe
+
+BAD = """\
+job: 3
+jobs:
+  - name: small
+    rnak: 2
+    lr: often
+  - name: small
+    method: qlora
+    device: cpu
+    rank: 0
+    data: rows.jsonl
+    epochs: -1
+    learning_rate: 3
+    rank: 4
+  - rank: 3
+  - name: ../x
+  - 7
+"""
+WRONG = [
+    "line 1: 'job' is unknown; did you mean 'jobs'?",
+    "line 3, job 'small': data is missing: the rows that it learns",
+    "line 4, job 'small': 'rnak' is unknown; did you mean 'rank'?",
+    "line 5, job 'small': Invalid value for [lr] from jobs.yaml: unable to convert \"often\"",
+    "line 6, job 'small': an earlier job has that name too",
+    "line 7, job 'small': qlora is LoRA over 4 bits, and all jobs share the base; give --bits 4",
+    "line 8, job 'small': device is the same for all jobs; give --device on the command line",
+    "line 11, job 'small': This run cannot be: epochs is -1.0, but must be a number above 0",
+    "line 12, job 'small': learning_rate is called lr here",
+    "line 13, job 'small': rank is given twice",
+    "line 14: the job has no name: that of its directory below --out",
+    "line 15: '../x' is no name of a directory; choose another name",
+    "line 16: a job must be settings, one a line, as in name: small",
+]
+GOOD = """\
+jobs:
+  - name: small
+    data: [a.jsonl, b.jsonl:2]
+    rank: 4
+    lr: 1e-3
+    targets: [q_proj, "re:v.*"]
+  - name: dora 4.5
+    method: dora
+    eval-rows: 3
+    epochs: 2
+    rank_pattern: {"layers.0.q_proj": 3}
+    from: null
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def jobs(here, monkeypatch) -> dict[str, Recipe]:
+    """The recipes of the jobs that the command would run."""
+    caught: dict[str, Recipe] = {}
+
+    def catch(recipes, out, **options):
+        caught.update(recipes)
+        return 0
+
+    monkeypatch.setattr(veneer.cli.many, "run_jobs", catch)
+    return caught
+
+
+def test_all_that_is_wrong_is_said_with_its_line_and_job(here, refused):
+    (here / "jobs.yaml").write_text(BAD)
+    error = refused("tune", "base", "--jobs", "jobs.yaml")
+    places = [error.index(f" - {text}") for text in WRONG]
+    assert places == sorted(places)
+    assert error.count(" - line ") == len(WRONG)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("jobs: [", "cannot be read as YAML"),
+        ("- name: x", "line 1: the file must hold jobs: and a list of them"),
+        ("jobs: 3", "line 1: jobs: must hold a list"),
+        ("jobs: []", "there are no jobs"),
+    ],
+)
+def test_a_file_that_holds_no_jobs(text, error, here, refused):
+    (here / "jobs.yaml").write_text(text)
+    assert error in refused("tune", "base", "--jobs", "jobs.yaml")
+    assert "There is no file of jobs no.yaml" in refused("tune", "base", "--jobs", "no.yaml")
+
+
+def test_a_job_has_the_settings_of_the_command_line_but_for_its_own(here, jobs):
+    (here / "jobs.yaml").write_text(GOOD)
+    flags = ["--rank", "16", "--data", "all.jsonl", "--epochs", "7", "--dtype", "bf16"]
+    assert run(["tune", "owner/base", "--jobs", "jobs.yaml", "--out", "runs", *flags]) == 0
+    small, dora = (job.settings() for job in jobs.values())
+    assert [*jobs] == ["small", "dora 4.5"]
+    assert (small["data"], dora["data"]) == (["a.jsonl", "b.jsonl:2"], "all.jsonl")
+    assert (small["out"], dora["out"]) == ("runs/small", "runs/dora 4.5")
+    assert (small["rank"], small["alpha"], dora["rank"], dora["alpha"]) == (4, 8.0, 16, 32.0)
+    assert (small["epochs"], dora["epochs"], small["lr"], dora["lr"]) == (7, 2, 1e-3, None)
+    assert (small["targets"], small["dora"], dora["dora"]) == (["q_proj", "re:v.*"], False, True)
+    assert (dora["eval_rows"], dora["rank_pattern"]) == (3, {"layers.0.q_proj": 3})
+    assert {small["dtype"], dora["dtype"]} == {"bf16"}
+
+
+@pytest.mark.slow
+def test_jobs_run_to_their_ends_and_the_worst_of_them_is_the_exit_code(here, minigpt_home, capsys):
+    write_rows(here / "facts.jsonl", FACTS)
+    (here / "jobs.yaml").write_text(
+        "jobs: [{name: good, rank: 2}, {name: wild, lr: 1e30, clip: 0, warmup: 0}]"
+    )
+    command = ["tune", str(minigpt_home), "facts.jsonl", "--jobs", "jobs.yaml", "--out", "runs"]
+    assert run([*command, "--steps", "8", "--eval-rows", "0"]) == 3
+    printed = capsys.readouterr()
+    assert "wild failed: Loss or gradient was not finite" in " ".join(printed.err.split())
+    assert [line.split()[0] for line in printed.out.splitlines()[-3:]] == ["good", "wild", "Saved"]
+    assert {path.name for path in Path("runs/good").iterdir()} >= {"lora_adapter", "loss.png"}
+    assert not Path("runs/wild/lora_adapter").exists()
+    assert run([*command, "--steps", "8", "--eval-rows", "0"]) == 2
