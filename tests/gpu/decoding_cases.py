@@ -13,8 +13,9 @@ import veneer
 from support.fake_card import CARD, Watch, card, on_card
 from support.random_adapters import shake
 from support.serving_bases import PROMPT, base_of
-from support.tiny_models import quantized, tiny
+from support.tiny_models import VOCAB, quantized, tiny
 from veneer.adapter.layers import lora_layers
+from veneer.adapter.own_rows import OwnRows
 from veneer.adapter.parameters import experts_of
 from veneer.generate.in_slots import InSlots
 from veneer.generate.sampling import Sampling
@@ -59,8 +60,16 @@ def served(architecture: str) -> Iterator[tuple[Watch, SlotRunner, list[LoadedAd
                     for _, layer in lora_layers(copied)
                     if layer.named([(name, 1.0)])
                 }
-                adapters.append(LoadedAdapter(name, layers, 0, (name,)))
+                own = own_rows() if name == "lora" else None
+                adapters.append(LoadedAdapter(name, layers, 0, (name,), own=own))
         yield watch, SlotRunner(copied, 4, 64, Graphs(None)), adapters
+
+
+def own_rows() -> OwnRows:
+    """Return rows of two new tokens, on the card."""
+    ids, rows = torch.arange(VOCAB, VOCAB + 2, device=CARD), torch.ones(2, 32, device=CARD)
+    places = torch.zeros(VOCAB + 2, dtype=torch.long, device=CARD)
+    return OwnRows(VOCAB, VOCAB + 2, places, rows, ids, rows)
 
 
 def _on_card(*tensors: torch.Tensor) -> bool:

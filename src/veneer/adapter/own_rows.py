@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class BatchUpdates(RowUpdates):
     """Which adapters act on each row of a batch, with the rows that each mix has for itself."""
 
     own: Sequence[OwnRows | None] = ()
+    # By device, so that a step that is recorded as a graph sends nothing.
+    _sizes: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def vocab(self) -> int | None:
@@ -86,8 +88,10 @@ class BatchUpdates(RowUpdates):
         """Return logits (rows, tokens, size), -∞ for the tokens that a row's adapter has not."""
         if self.vocab is None or logits.shape[-1] == self.vocab:
             return logits
-        sizes = [self.vocab, *(self.vocab if own is None else own.size for own in self.own)]
-        ends = sent(sizes, logits.device)[self.numbers_on(logits.device) + 1]
+        if (sizes := self._sizes.get(logits.device)) is None:
+            each = [self.vocab, *(self.vocab if own is None else own.size for own in self.own)]
+            sizes = self._sizes[logits.device] = sent(each, logits.device)
+        ends = sizes.index_select(0, self.numbers_on(logits.device) + 1)
         columns = torch.arange(logits.shape[-1], device=logits.device)
         return logits.masked_fill(columns >= ends[:, None, None], -torch.inf)
 
