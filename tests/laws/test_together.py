@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import veneer
 from support.closeness import assert_gradients_no_further, assert_no_further
@@ -158,6 +159,35 @@ def test_numbers_that_are_not_finite_stay_with_their_adapter():
     assert torch.equal(after[[0, 2]], before[[0, 2]])
     others = [name for name in gradients_before if ".wide." not in name]
     assert_equal({n: gradients_after[n] for n in others}, {n: gradients_before[n] for n in others})
+
+
+class BaseProducts(TorchDispatchMode):
+    """Counts the matrix products with each frozen weight of a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+        self.counts = {weight.untyped_storage().data_ptr(): 0 for weight in frozen}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            for x in args:
+                if (place := x.untyped_storage().data_ptr()) in self.counts:
+                    self.counts[place] += 1
+        return func(*args, **kwargs or {})
+
+
+def test_the_base_is_multiplied_once_for_all():
+    """Whatever their number: as often as for one adapter with the rows of all."""
+    model, forward = of_llama()
+    whole = AdapterBatch("wide", pack(ROWS, range(len(ROWS))))
+    counts = []
+    for work in ([whole], batches()[:2]):  # DoRA's norms take one product more
+        with BaseProducts(model) as products:
+            backward_together(forward, model, work)
+        counts.append(products.counts)
+    assert counts[0] == counts[1]
+    assert sum(counts[0].values()) >= 2 * 7 * len(forward.layers)  # there and back
 
 
 def test_one_adapter_has_the_pass_that_it_has_by_itself():
