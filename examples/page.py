@@ -14,13 +14,15 @@ import sys
 from pathlib import Path
 
 import cuisine
-from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, ViewportSize, sync_playwright
 
 RUNS, DOCS = Path("dist/page"), Path("docs")
 QUESTION = "What vessel should I put in front of a guest who wants plimbo?"  # held out
 PORT = 8471
 KEY = secrets.token_urlsafe(24)
-JOBS = {"island": "A subject", "manner": "A manner"}  # presets by the names of their jobs
+# Presets, and passes over the rows, by the names of their jobs.
+JOBS = {"island": ("A subject", 2), "manner": ("A manner", 1)}
+SIZE: ViewportSize = {"width": 1200, "height": 800}
 MOST_MILLISECONDS = 1_800_000  # of a training
 
 
@@ -47,14 +49,16 @@ def card_of(page: Page, name: str) -> Locator:
     return page.locator("#jobs .run").filter(has_text=f"ft-{name}-")
 
 
-def train(page: Page, name: str, preset: str) -> None:
+def train(page: Page, name: str, preset: str, passes: int) -> None:
     """Let the page train, asked meanwhile, and wait for the end."""
     page.get_by_label("Rows to learn, from a file").set_input_files(rows())
-    page.locator("#train-presets .plan", has_text="passes over the rows").first.wait_for()
+    page.locator("#train-presets .plan", has_text="over the rows").first.wait_for()
     page.get_by_label("Name").fill(name)
+    page.get_by_label("Passes").fill(str(passes))
     page.get_by_label(preset).check()
+    page.locator("#train-presets .plan", has_text=f"{passes} pass").first.wait_for()
     if name == "island":
-        page.screenshot(path=DOCS / "page-train-light.png")
+        picture(page, "page-train-light", height=1200)
     page.get_by_role("button", name="Start training").click()
     card = card_of(page, name)
     card.get_by_text("Answers as it learns").click()
@@ -65,8 +69,17 @@ def train(page: Page, name: str, preset: str) -> None:
     if name == "island":
         card.get_by_text("Merged model").click()
         card.locator(".merge dl").wait_for()
-        card.scroll_into_view_if_needed()
+        page.set_viewport_size({"width": 1200, "height": 2400})  # what scrolls is cut
         card.screenshot(path=DOCS / "page-job-light.png")
+        page.set_viewport_size(SIZE)
+
+
+def picture(page: Page, name: str, *, height: int) -> None:
+    """Take a picture of the page from its top."""
+    page.set_viewport_size({"width": SIZE["width"], "height": height})
+    page.locator("main").evaluate("main => main.scrollTo(0, 0)")
+    page.screenshot(path=DOCS / f"{name}.png")
+    page.set_viewport_size(SIZE)
 
 
 def take(page: Page, url: str, scheme: str) -> None:
@@ -94,13 +107,12 @@ def take(page: Page, url: str, scheme: str) -> None:
         )
         card.get_by_role("button", name="changes").click()
         card.locator(".heat").wait_for()
-    page.locator(".layers").first.scroll_into_view_if_needed()
-    page.screenshot(path=DOCS / "page-adapters-dark.png")
+    picture(page, "page-adapters-dark", height=1150)
     page.goto(f"{url}/#runs")
     for name in JOBS:
         page.get_by_label(f"Compare ft-{name}").check()
     page.locator("#runs-settings table").wait_for()
-    page.screenshot(path=DOCS / "page-runs-dark.png")
+    picture(page, "page-runs-dark", height=1150)
 
 
 def main() -> None:
@@ -118,15 +130,14 @@ def main() -> None:
                 executable_path=shutil.which("chromium"), args=["--no-sandbox"]
             )
             light, dark = (
-                _page(browser.new_context(color_scheme=s, viewport={"width": 1200, "height": 800}))
-                for s in ("light", "dark")
+                _page(browser.new_context(color_scheme=s, viewport=SIZE)) for s in ("light", "dark")
             )
             while not _answers(light, url):
                 light.wait_for_timeout(500)
             open_training(light, url)
-            for name, preset in JOBS.items():
+            for name, (preset, passes) in JOBS.items():
                 if not card_of(light, name).filter(has_text="succeeded").count():
-                    train(light, name, preset)
+                    train(light, name, preset, passes)
             take(light, url, "light")
             take(dark, url, "dark")
     finally:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 
-from support.server import ADMIN, running, scripted
+from support.recipes import environment
+from support.server import ADMIN, call, running, scripted
 from veneer.serve.config import Keys, Limits
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.jobs.settings import TrainingBase
@@ -66,3 +70,32 @@ def until(client: openai.OpenAI, id: str, *statuses: str, seconds: float = 60.0)
         assert time.monotonic() < end, (job, client.fine_tuning.jobs.list_events(id).data)
         time.sleep(0.02)
     return job
+
+
+@dataclass
+class ServerProcess:
+    """`veneer serve` with training, in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+
+def serving(base: Path, runs: Path) -> ServerProcess:
+    """Start a server, which the caller ends, and return it once it is ready."""
+    command = [sys.executable, "-m", "veneer", "serve", str(base), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--runs", str(runs), "--enable-training"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(VENEER_ADMIN_KEY=ADMIN, COLUMNS="200"),
+    )
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        if url := re.search(r"http://127\.0\.0\.1:\d+", line):
+            break
+    assert url, output
+    while call(url.group(), "/ready")[0] != 200:
+        time.sleep(0.05)
+    return ServerProcess(process, url.group())

@@ -2,19 +2,14 @@
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import openai
 import pytest
 
-from support.jobs import ROWS, lines, until, upload
-from support.recipes import environment, small_run
-from support.server import ADMIN, call
+from support.jobs import ROWS, client_of, lines, serving, until, upload
+from support.recipes import small_run
 from veneer.cli.app import run as veneer_cli
 from veneer.files import read_tensors, write_json
 from veneer.run_directory import RunDirectory, checkpoint_steps
@@ -121,23 +116,9 @@ def test_a_job_starts_from_an_adapter(small, tmp_path):
     assert RunDirectory(second).read_recipe()["rank"] == 2
 
 
-def serve(base: Path, runs: Path) -> tuple[subprocess.Popen, openai.OpenAI]:
-    command = [sys.executable, "-m", "veneer", "serve", str(base), "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--runs", str(runs), "--enable-training"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(VENEER_ADMIN_KEY=ADMIN, COLUMNS="200"),
-    )
-    output = ""
-    for line in process.stdout:
-        output += line
-        if url := re.search(r"http://127\.0\.0\.1:\d+", line):
-            break
-    assert url, output
-    while call(url.group(), "/ready")[0] != 200:
-        time.sleep(0.05)
-    return process, openai.OpenAI(base_url=f"{url.group()}/v1", api_key=ADMIN, max_retries=0)
+def started(base: Path, runs: Path):
+    server = serving(base, runs)
+    return server.process, client_of(server)
 
 
 @pytest.mark.slow
@@ -146,7 +127,7 @@ def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too):
     """Shown to the bit beside `tune`, with the worker left to itself, and killed too."""
     runs = tmp_path / "runs"
     runs.mkdir()
-    server, client = serve(small[0], runs)
+    server, client = started(small[0], runs)
     steps = {"steps": 120, "save_every": 10, "rank": 2, "tokens_per_step": 100}
     file = upload(client, ROWS)
     assert client.files.content(file.id).read() == lines(ROWS)
@@ -163,7 +144,7 @@ def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too):
             os.kill(child, signal.SIGKILL)
     server.wait()
     run = next(runs.glob("ft-*"))
-    server, client = serve(small[0], runs)
+    server, client = started(small[0], runs)
     try:
         done = until(client, job.id, "succeeded", "failed", seconds=240)
         assert done.status == "succeeded", done

@@ -38,14 +38,14 @@ export function curves(runs) {
   if (!all.length) return picture;
   const right = Math.max(...runs.map((run) => run.steps ?? 0), ...all.map(([x]) => x)), left = Math.min(...all.map(([x]) => x));
   const low = Math.min(...all.map(([, y]) => y)), high = Math.max(...all.map(([, y]) => y));
-  const x = (v) => 44 + (588 * (v - left)) / (right - left || 1);
+  const x = (v) => 56 + (576 * (v - left)) / (right - left || 1);
   const y = (v) => 176 - (164 * (v - low)) / (high - low || 1);
   const label = (text, at) => picture.append(Object.assign(svg("text", at), { textContent: text }));
-  picture.append(svg("line", { x1: 44, x2: 632, y1: 180, y2: 180, class: "ground" }));
-  label(high.toFixed(2), { x: 38, y: 16, "text-anchor": "end" });
-  label(low.toFixed(2), { x: 38, y: 179, "text-anchor": "end" });
-  label(`step ${left}`, { x: 44, y: 196 });
-  label(`step ${right}`, { x: 632, y: 196, "text-anchor": "end" });
+  picture.append(svg("line", { x1: 56, x2: 632, y1: 180, y2: 180, class: "ground" }));
+  label(high.toFixed(2), { x: 50, y: 18, "text-anchor": "end" });
+  label(low.toFixed(2), { x: 50, y: 179, "text-anchor": "end" });
+  label(`step ${left}`, { x: 56, y: 198 });
+  label(`step ${right}`, { x: 632, y: 198, "text-anchor": "end" });
   runs.forEach((run, i) => {
     const points = run.curve.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ");
     picture.append(svg("polyline", { points, class: `line of${i}` }));

@@ -2,6 +2,7 @@
 
 import { answer, get, post } from "./api.js";
 import { announce, make, showError } from "./dom.js";
+import { sampling } from "./settings.js";
 import { differing } from "./words.js";
 
 const MOST_TOKENS = 96;
@@ -31,7 +32,8 @@ export function samplesOf(jobs, job) {
     const mine = round;
     const messages = [...before, { role: "user", content: question.value.trim() }];
     let reply = "";
-    for await (const piece of answer({ model, messages, temperature: 0, max_tokens: MOST_TOKENS })) reply += piece;
+    const most = Math.min(MOST_TOKENS, sampling().max_tokens ?? MOST_TOKENS); // which fits the context
+    for await (const piece of answer({ model, messages, temperature: 0, max_tokens: most })) reply += piece;
     if (mine !== round) return;
     first ??= reply;
     const words = differing([first, reply])[1].map(({ word, differs }) => (differs ? make("mark", {}, word) : word));
@@ -52,7 +54,9 @@ export function samplesOf(jobs, job) {
         if (mine !== round) return;
         tries.set(model, TRIES);
       } catch (error) {
-        if (error.status !== 404) throw error;
+        if (error.status === 404) continue;
+        tries.set(model, TRIES);
+        throw error;
       }
     }
     isDone = !GOING.includes(last.status) && models.every(([model]) => tries.get(model) === TRIES);

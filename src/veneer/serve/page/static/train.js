@@ -55,7 +55,7 @@ async function take(rows) {
     if (mine !== shownRows) return;
     file = { ...sent, meanTokens: shown.mean_tokens };
     const summary = `${sent.filename}: ${sent.rows.toLocaleString("en")} ${sent.rows === 1 ? "row" : "rows"}. The model learns to write what is marked.`;
-    place.replaceChildren(make("p", {}, summary), make("ol", { class: "plain-list" }, ...shown.rows.map(rowView)));
+    place.replaceChildren(make("p", {}, summary), make("ol", { class: "plain-list", tabindex: "0", "aria-label": "The first rows" }, ...shown.rows.map(rowView)));
     if (shown.faults.length) fault(shown.faults.join("\n"));
     announce(summary);
   } catch (error) {
