@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 import veneer.cli.many
-from support.tuned_facts import FACTS, write_rows
+from support import warm
+from support.tuned_facts import FACTS, metrics, same_weights, write_rows
 from veneer.cli.app import run
 from veneer.training.recipe import Recipe
 
@@ -115,6 +119,32 @@ def test_a_job_has_the_settings_of_the_command_line_but_for_its_own(here, jobs):
     assert (small["targets"], small["dora"], dora["dora"]) == (["q_proj", "re:v.*"], False, True)
     assert (dora["eval_rows"], dora["rank_pattern"]) == (3, {"layers.0.q_proj": 3})
     assert {small["dtype"], dora["dtype"]} == {"bf16"}
+
+
+@pytest.mark.slow
+def test_killed_jobs_go_on_to_the_bit_where_no_pass_is_shared(here, minigpt_home):
+    write_rows(here / "facts.jsonl", FACTS)
+    names = {"small": ["--rank", "2"], "drops": ["--dropout", "0.2", "--lr", "0.004"]}
+    jobs = "jobs: [{name: small, rank: 2}, {name: drops, dropout: 0.2, lr: 0.004}]"
+    (here / "jobs.yaml").write_text(jobs)
+    course = ["--steps", "60", "--save-every", "1", "--quiet", "--tokens-per-pass", "1"]
+    command = ["tune", str(minigpt_home), "facts.jsonl", "--jobs", "jobs.yaml", "--out", "runs"]
+    line = [warm.executable(), "-m", "veneer", *command, *course]
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not all(
+        list(Path(f"runs/{name}/checkpoints").glob("step-00000[5-9]")) for name in names
+    ):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    assert not Path("runs/small/lora_adapter").exists()
+    assert run([*command, *course, "--resume"]) == 0
+    for name, flags in names.items():
+        alone = ["tune", str(minigpt_home), "facts.jsonl", "--out", f"alone/{name}", *flags]
+        assert run([*alone, *course[:-2]]) == 0
+        assert same_weights(Path("runs", name), Path("alone", name))
+        lines, whole = metrics(Path("runs", name)), metrics(Path("alone", name))
+        assert [line.get("loss") for line in lines] == [line.get("loss") for line in whole]
 
 
 @pytest.mark.slow

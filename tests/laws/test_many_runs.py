@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from support.many_runs import KINDS, Kind, Result, alone, one_by_one, together
+from support.closeness import assert_no_further
+from support.many_runs import KINDS, TWELVE, Kind, Result, alone, one_by_one, together
 from support.random_adapters import same
 from veneer.errors import DivergedError
-from veneer.training.events import Event, Failed, Step, Stopped, Trained
+from veneer.training.events import Checkpointed, Event, Failed, Step, Stopped, Trained
 from veneer.training.many import train as many
 
 # The run of a rate at which nothing stays finite.
@@ -21,7 +23,7 @@ def solo(tmp_path_factory) -> dict[str, Result]:
     return {name: alone(kind, place / name) for name, kind in ALL.items()}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def oracle(monkeypatch):
     """Each job's batch is a pass of its own: all else is to be the same to the bit."""
     monkeypatch.setattr(many, "backward_together", one_by_one)
@@ -33,6 +35,7 @@ def assert_as_alone(result: Result, solo: Result) -> None:
     assert same(result.weights, solo.weights)
 
 
+@pytest.mark.usefixtures("oracle")
 def test_each_run_is_what_it_is_alone_whatever_becomes_of_the_others(solo, tmp_path):
     first = {name: kind for name, kind in ALL.items() if name != "dora"}
     steps: dict[str, int] = {}
@@ -59,6 +62,7 @@ def test_each_run_is_what_it_is_alone_whatever_becomes_of_the_others(solo, tmp_p
     assert cancelled.losses == solo["qv"].losses[:2]
 
 
+@pytest.mark.usefixtures("oracle")
 def test_runs_that_died_go_on_from_where_each_was(solo, tmp_path):
     kinds = {name: KINDS[name] for name in ("qv", "patience", "plus")}
     steps = 0
@@ -74,3 +78,45 @@ def test_runs_that_died_go_on_from_where_each_was(solo, tmp_path):
         assert result.events[-len(ends) :] == ends
         assert same(result.weights, solo[name].weights)
         assert solo[name].losses[-len(result.losses) :] == result.losses
+
+
+def assert_near(ours: Result, theirs: Result, wide: Result, name: str) -> None:
+    """Assert that a run that shared its passes is as near to one in float64 as a run alone is."""
+    assert [type(event) for event in ours.events] == [type(event) for event in theirs.events]
+    numbers = zip(*(each.numbers().items() for each in (ours, theirs, wide)), strict=True)
+    for (what, own), (_, peer), (_, reference) in numbers:
+        assert_no_further(own, peer, reference, f"{what} of {name}")
+
+
+def test_passes_that_are_shared_move_no_run_further_than_rounding(solo):
+    for name, result in together(KINDS).items():
+        wide = alone(KINDS[name], dtype=torch.float64)
+        unsaved = [e for e in solo[name].events if not isinstance(e, Checkpointed)]
+        assert_near(result, Result(unsaved, solo[name].weights), wide, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_twelve_jobs_that_join_and_end_at_different_times(seed):
+    names = [*TWELVE]
+    first = {name: TWELVE[name] for name in names[::2]}
+    later = {name: TWELVE[name] for name in names[1::2]} | {"wild": WILD, "cancelled": KINDS["qv"]}
+    steps: dict[str, int] = {}
+
+    def leave(name: str, event: Event) -> bool:
+        steps[name] = getattr(event, "step", 0)
+        return False
+
+    results = together(
+        first,
+        later=later,
+        seed=seed,
+        leave=leave,
+        should_stop=lambda name: name == "cancelled" and steps[name] == 2,
+    )
+    assert isinstance(results.pop("wild").events[-1], Failed)
+    assert results.pop("cancelled").events[-1] == Stopped(2, "interrupted")
+    assert results.keys() == TWELVE.keys()
+    for name, result in results.items():
+        wide = alone(TWELVE[name], dtype=torch.float64, seed=seed)
+        assert_near(result, alone(TWELVE[name], seed=seed), wide, name)

@@ -86,9 +86,14 @@ class Result:
     def losses(self) -> list[float]:
         return [e.loss for e in self.events if isinstance(e, Step)]
 
-    @property
-    def eval_losses(self) -> list[float]:
-        return [e.eval_loss for e in self.events if isinstance(e, Evaluated)]
+    def numbers(self) -> dict[str, Tensor]:
+        """Return the losses, those on held-out rows, and all weights, end to end."""
+        held_out = [e.eval_loss for e in self.events if isinstance(e, Evaluated)]
+        return {
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "held-out losses": torch.tensor(held_out, dtype=torch.float64),
+            "weights": torch.cat([w.double().flatten() for w in self.weights.values()]),
+        }
 
     def plain(self) -> list[Event]:
         """Return the events without what is measured in each run anew, and without places."""
@@ -108,11 +113,16 @@ def weights_of(model: Any, name: str) -> dict[str, Tensor]:
 
 
 def alone(
-    kind: Kind, place: Path | None = None, *, dtype: torch.dtype = torch.float32, **options: Any
+    kind: Kind,
+    place: Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **options: Any,
 ) -> Result:
     """Return what becomes of a job in a run of its own."""
-    model = veneer.attach(tiny("llama", dtype=dtype), veneer.LoRA(**kind.lora), seed=0)
-    given = rows(kind) | options
+    model = veneer.attach(tiny("llama"), veneer.LoRA(**kind.lora), seed=seed).to(dtype)
+    given = rows(kind, seed=seed) | options
     events: list[Event] = []
     try:
         for event in veneer.train(
@@ -131,11 +141,12 @@ def together(
     later: Mapping[str, Kind] | None = None,
     leave: Callable[[str, Event], bool] = lambda name, event: False,
     resume: bool = False,
+    seed: int = 0,
     **options: Any,
 ) -> dict[str, Result]:
     """Return what becomes of jobs over one model, up to the event at which `leave` is true.
 
-    later: jobs that join one after another, after each twelfth event.
+    later: jobs that join one after another, after so many events.
     """
     model = tiny("llama")
     waiting = dict(later or {})
@@ -144,14 +155,15 @@ def together(
     def new(kinds: Mapping[str, Kind]) -> dict[str, Job]:
         jobs = {}
         for name, kind in kinds.items():
-            veneer.attach(model, veneer.LoRA(**kind.lora), name=name, seed=0)
+            veneer.attach(model, veneer.LoRA(**kind.lora), name=name, seed=seed)
             directory = None if place is None else place / name
-            jobs[name] = Job(config=course(kind), directory=directory, resume=resume, **rows(kind))
+            own = rows(kind, seed=seed)
+            jobs[name] = Job(config=course(kind), directory=directory, resume=resume, **own)
             events[name] = []
         return jobs
 
     def joining() -> dict[str, Job]:
-        if waiting and sum(map(len, events.values())) > 12 * len(events):
+        if waiting and sum(map(len, events.values())) > 5 * len(events):
             name = next(iter(waiting))
             return new({name: waiting.pop(name)})
         return {}
@@ -163,3 +175,22 @@ def together(
             running.close()
             break
     return {name: Result(events[name], weights_of(model, name)) for name in events}
+
+
+# Twelve jobs: what an adapter can be, on rows of its own, each as long as it likes.
+_MORE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"rank": 16, "targets": "all"}, {"epochs": 4}),
+    ({"rank": 2, "targets": "qv", "init": "pissa"}, {"schedule": "constant"}),
+    ({"rank": 3, "targets": "mlp", "init": "olora"}, {"epochs": 1}),
+    ({"rank": 4, "targets": "all", "init": "lora_ga"}, {"tokens_per_step": 25}),
+    ({"rank": 1, "targets": ["embed_tokens", "all"]}, {"clip": 0, "warmup": 2}),
+    ({"rank": 5, "targets": "attention", "dropout": 0.5, "alpha": 3}, {"epochs": 3}),
+    ({"rank": 2, "targets": "lm_head", "rslora": True}, {"tokens_per_step": 60}),
+    ({"rank": 3, "targets": "all", "dora": True, "dropout": 0.2}, {"seed": 3}),
+]
+TWELVE = KINDS | {
+    f"more {number}": Kind(
+        lora, (7 + number, 19, 4, 12 - number, 23), course, (8, 11)[: number % 3]
+    )
+    for number, (lora, course) in enumerate(_MORE)
+}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from veneer.adapter.active import active_adapters_of
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.embedding import LoRAEmbedding
@@ -71,8 +72,11 @@ def what_trains(
 
 
 def let_train(model: PreTrainedModel, name: str) -> None:
-    """Let an attached adapter train again, which loading, or attaching another, has frozen."""
-    config = adapters(model)[name]
+    """Let an attached adapter train again, which loading, or attaching another, has frozen. Raises
+    AdapterError for a name that is not attached."""
+    active_adapters = active_adapters_of(model)
+    active_adapters.checked(name)
+    config = active_adapters.configs[name]
     for _, layer in lora_layers(model):
         for modules in (layer.adapters, layer.tokens):
             if name in modules:

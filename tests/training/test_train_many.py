@@ -1,0 +1,80 @@
+"""Which jobs share a pass, and which cannot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import veneer
+from support.many_runs import COURSE, KINDS, together
+from support.random_adapters import examples
+from support.tiny_models import tiny
+from veneer.training.events import Notice, Step
+from veneer.training.many import train as many
+from veneer.training.many.schedule import Waiting, choose
+
+
+@pytest.mark.parametrize(
+    ("waiting", "chosen"),
+    [
+        ([(300, 0.0), (300, 0.0), (300, 0.0)], [0, 1, 2]),
+        ([(600, 0.5), (600, 0.1)], [1]),  # who is least far comes first
+        ([(600, 0.5), (600, 0.1), (400, 0.9)], [1, 2]),  # and who fits takes what is left
+        ([(4000, 0.2), (10, 0.1)], [1]),
+        ([(4000, 0.2), (10, 0.3)], [0]),  # a batch larger than a pass has one of its own
+        ([(500, 0.2), (500, 0.2), (1, 0.2)], [0, 1]),
+    ],
+)
+def test_passes_are_filled_by_those_that_are_least_far(waiting, chosen):
+    assert choose([Waiting(*each) for each in waiting], 1000) == chosen
+
+
+def test_jobs_of_many_lengths_fill_passes_and_end_together(monkeypatch):
+    passes: list[list[str]] = []
+
+    def seen(forward: Any, model: Any, batches: Any, **options: Any) -> Any:
+        passes.append([each.adapter for each in batches])
+        return own(forward, model, batches, **options)
+
+    own = many.backward_together
+    monkeypatch.setattr(many, "backward_together", seen)
+    long = replace(KINDS["qv"], course={"steps": 6})
+    short = replace(KINDS["qv"], course={"steps": 2, "tokens_per_batch": 10}, lengths=(9, 8, 10))
+    results = together({"long": long, "short": short, "other": long})
+    assert [len(result.losses) for result in results.values()] == [6, 2, 6]
+    # Two steps of three batches each, so that every pass but those of the last steps has them all.
+    assert passes == [["long", "short", "other"]] * 6
+    steps = [e for e in results["short"].events if isinstance(e, Step)]
+    assert [e.tokens for e in steps] == [27, 27]
+
+
+def job(**course: Any) -> veneer.Job:
+    return veneer.Job(examples([9, 8]), replace(COURSE, **course))
+
+
+def test_what_cannot_train_together_is_said_before_the_first_step():
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=1), name="one", seed=0)
+    veneer.attach(model, veneer.LoRA(rank=1), name="two", seed=0)
+    jobs = {"one": job(recompute="full"), "two": job(replay_passes=True)}
+    with pytest.raises(veneer.ConfigError, match=r"recompute must be the same.*replay_passes is"):
+        next(veneer.train_many(model, jobs))
+    with pytest.raises(veneer.AdapterError, match=r"'tow' \(attached: one, two\); did you mean"):
+        next(veneer.train_many(model, {"tow": job()}))
+    with pytest.raises(veneer.DataError, match="no rows"):
+        next(veneer.train_many(model, {"one": job(), "two": veneer.Job([])}))
+    assert veneer.in_use(model) == {"two": 1.0}
+
+
+@pytest.mark.slow
+def test_who_has_passes_of_his_own_is_told_why():
+    model = tiny("mixtral")
+    for name, target in (("experts", "experts.down_proj"), ("plain", "q_proj"), ("qv", "qv")):
+        veneer.attach(model, veneer.LoRA(rank=1, targets=[target]), name=name, seed=0)
+    events = list(veneer.train_many(model, {name: job() for name in ("experts", "plain", "qv")}))
+    texts = {
+        name for name, e in events if isinstance(e, Notice) and "passes of their own" in e.text
+    }
+    assert "experts" in texts
+    assert {name for name, event in events if isinstance(event, Step)} == {"experts", "plain", "qv"}
