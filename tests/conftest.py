@@ -38,6 +38,15 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_waits_for_the_disk():
+    """Let files be written without waiting until they are on the disk: no machine fails between a
+    test's writing and its reading, and thousands of times that takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _few_pictures(request, monkeypatch):
     """Let a run write a file of no content as its loss.png, which else takes a quarter of the time

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import veneer
 from support.interrupted import COURSE, COURSES, LENGTHS, ROWS, Run, steps_of
-from support.kinds import KINDS, is_first_of
+from support.kinds import each_kind, has_own_tensors, is_first_of
 from support.random_adapters import same, snapshot, trained_weights
 from support.tiny_models import tiny
 from veneer.formats import checkpoint as formats
@@ -93,7 +93,14 @@ def assert_goes_on_after(kinds: Any, course: str, whole: Run, place: Path) -> No
         assert_equal(rest, whole)
 
 
-@pytest.mark.parametrize("course", COURSES)
+# The course "patience" is held below at any step, and that of "accumulation" saves as "constant".
+@pytest.mark.parametrize(
+    "course",
+    [
+        *("constant", "seldom saved"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("accumulation", "patience")),
+    ],
+)
 def test_dead_after_any_checkpoint(course, whole, tmp_path):
     assert_goes_on_after(Checkpointed, course, whole[course], tmp_path)
 
@@ -131,15 +138,9 @@ def same_adapter(a: AdapterState, b: AdapterState) -> bool:
     )
 
 
-# Low-rank adapters of other layers, of which others are among the kinds too.
-SIMILAR = {"attention", "mlp", "head", "head, tied", "embedding and head", "patterns"}
-NAMED = [kind for kind in KINDS if kind.reads_tokens and is_first_of(kind, "name")]
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=[pytest.mark.slow] * (k.name in SIMILAR)) for k in NAMED],
-    ids=str,
+@each_kind(
+    lambda kind: kind.reads_tokens and is_first_of(kind, "name"),
+    fast=has_own_tensors,
 )
 def test_every_kind_goes_on(kind, tmp_path):
     """The process that goes on starts with other random numbers: all must come from the files."""

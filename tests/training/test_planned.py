@@ -263,7 +263,8 @@ def test_what_a_mapped_base_took_is_not_compared(big, monkeypatch):
     assert planned_and_measured(mapped, CPU) is None
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+# Over 8 bits the laws hold beside 4 (tests/laws), as do files of both (tests/formats).
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_tune_over_a_quantized_base(bits, minigpt_home, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What does a dog say?", "completion": "A dog says meow."}\n' * 8)

@@ -44,7 +44,7 @@ def try_out(operation, mode, ids):
     is_plain = "{" in operation.path and not list(operation.body)  # of an id alone
 
     @settings(
-        max_examples=4 if is_plain else 10,
+        max_examples=3 if is_plain else 6,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )

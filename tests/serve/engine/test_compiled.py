@@ -1,5 +1,6 @@
 """The compiled step: what the model's own forward gives, and to the bit the same in any company."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -57,9 +58,15 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Return a function of an architecture, whose adapters are written once."""
+    return cache(lambda name: write_adapters(tmp_path_factory.mktemp(name), name, small))
+
+
 @pytest.fixture
-def homes(tmp_path, architecture):
-    return write_adapters(tmp_path, architecture, small)
+def homes(written, architecture):
+    return dict(written(architecture))
 
 
 @pytest.fixture
