@@ -27,6 +27,7 @@ from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
 from veneer.models.description import keeps_experts
 from veneer.serve.engine.adapter_cache import LoadedAdapter
+from veneer.serve.engine.admission import mix_named
 from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
@@ -348,7 +349,7 @@ def write_adapters(model: Any, home: Path) -> list[Path]:
 
 
 def ready(engine: Engine, name: str) -> LoadedAdapter:
-    return engine.adapters.get(engine._mix(name))
+    return engine.adapters.get(mix_named(engine.library, name))
 
 
 def interleaved(timed: dict[str, Timed], rounds: int) -> dict[str, float]:
