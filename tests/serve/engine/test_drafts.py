@@ -19,10 +19,13 @@ from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import PrefixCache
 from veneer.serve.engine.request import Adjustments, EngineConfig, Grammar, Request
+from veneer.serve.engine.row import Row
+from veneer.serve.engine.sampler import Sampler
 from veneer.serve.engine.scheduler import MARGIN, Scheduler
 from veneer.serve.engine.step_cost import LEAST, MOST, UNMEASURED, StepCost
 
 compiles = pytest.mark.skipif(native.library_of("decode")[0] is None, reason="needs a compiler")
+GREEDY = Sampling(max_new_tokens=40)
 REPEATING = (*PROMPT[:9], *PROMPT[:9], *PROMPT[:4])
 
 
@@ -61,14 +64,10 @@ def drafts(rows: list[Any], reading: float, most: int = 16) -> dict[Any, list[in
     return scheduler._drafts(rows, reading + len(rows))
 
 
-class OneRow(SimpleNamespace):
-    """A row that decodes."""
-
-    __hash__ = object.__hash__
-
-
 def row(drafter: Drafter | None, most: int = 100) -> Any:
-    return OneRow(drafter=drafter, most=most, new=1)
+    stream: Any = SimpleNamespace(request=Request((1,)))
+    nothing: Any = None
+    return Row(stream, (), Sampler(GREEDY), nothing, most, frozenset(), drafter=drafter, new=1)
 
 
 def sure() -> Drafter:
@@ -182,13 +181,26 @@ def test_text_that_repeats_itself_takes_fewer_steps():
         with Engine(base_of(), config=EngineConfig(chunk=16, speculate=most)) as engine:
             # A bias that outweighs everything lets the model say one thing for ever.
             again = Adjustments(logit_bias=((9, 1e4),))
-            sampling = Sampling(max_new_tokens=40)
-            engine.submit(Request((5, 9, 9, 9), None, sampling, adjustments=again)).result()
+            engine.submit(Request((5, 9, 9, 9), None, GREEDY, adjustments=again)).result()
             stats = engine.stats
         steps[most] = stats.steps
     assert steps[0] == 40
     assert steps[4] <= 10
     assert stats.accepted_tokens == stats.drafted_tokens
+
+
+@compiles
+def test_text_that_a_grammar_leaves_no_choice_of_takes_fewer_steps():
+    grammar = Grammar("regex", "(abcdefgh|hgfedcba)xyz[0-9]{2}")
+    answers = {}
+    for most in (0, 16):
+        config = EngineConfig(chunk=16, speculate=most)
+        with Engine(base("llama"), config=config) as engine:
+            answer = engine.submit(Request((5, 6), None, GREEDY, grammar=grammar)).result()
+            answers[most], steps = answer.text, engine.stats.steps
+            assert (engine.stats.accepted_tokens > 8) == (most > 0)
+    assert answers[0] == answers[16]
+    assert steps < 6
 
 
 def test_what_is_not_exact_guesses_nothing(monkeypatch):

@@ -23,7 +23,6 @@ from veneer.serve.engine.adapter_cache import AdapterCache
 from veneer.serve.engine.admission import check, mix_named, mix_of
 from veneer.serve.engine.choice import runner_for
 from veneer.serve.engine.detokenizer import Detokenizer
-from veneer.serve.engine.drafts import Drafter
 from veneer.serve.engine.embedder import Embedder
 from veneer.serve.engine.identity import identity_of_blocks
 from veneer.serve.engine.issued import Draft, Issued, Scores
@@ -112,7 +111,7 @@ class Engine:
             most=min(request.sampling.max_new_tokens, context - len(request.tokens)),
             ends=self._ends,
             virtual=own.virtual_ids,
-            drafter=Drafter(request.tokens) if self._scheduler.drafts(request) else None,
+            drafts=self._scheduler.drafts(request),
         )
         self._accept(row)
         return stream

@@ -68,6 +68,10 @@ class Matcher:
             raise _refused(self.asked_by, NO_TOKEN)
         return torch.from_numpy(mask)
 
+    def forced(self) -> list[int]:
+        """Return tokens of the text that must come next; none where there is a choice."""
+        return list(self.matcher.compute_ff_tokens())
+
     def accept(self, token: int) -> None:
         """Go on by a token. Raises RequestError where the grammar grows beyond its limits."""
         self.matcher.consume_token(token)

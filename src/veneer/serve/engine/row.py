@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
@@ -32,7 +32,8 @@ class Row:
     most: int  # new tokens
     ends: frozenset[int]  # tokens that end an answer
     virtual: tuple[int, ...] = ()  # ids of the adapter's virtual tokens
-    drafter: Drafter | None = None  # None where nothing is guessed
+    drafts: bool = False  # whether its tokens are guessed
+    drafter: Drafter | None = None  # from its first token on
     adapter: LoadedAdapter | None = None
     slot: int = -1
     computed: int = 0  # tokens whose keys and values the slot holds
@@ -91,6 +92,14 @@ class Row:
             return True  # what a grammar allows next depends on the token that is on its way
         return self.request.prompt_logprobs or self.drawn >= self.most
 
+    def guess(self, most: int) -> Iterator[tuple[int, float]]:
+        """Yield guesses at the tokens behind the newest one, each with the chance that it and all
+        before it are right."""
+        most = min(most, self.most - self.new - 1)  # the last token is none
+        if self.drafter is not None and most > 0:
+            matcher = self.sampler.matcher
+            yield from self.drafter.guess(most, () if matcher is None else matcher.forced())
+
     def next_token(self, draft: Sequence[int] = ()) -> Chunk:
         """Return the newest token as what is computed next, and a draft of those behind it."""
         tokens, adapter = (self.last, *draft), self.adapter_at(self.computed)
@@ -111,7 +120,9 @@ class Row:
         """Add a token to the answer, send what is sure of it, and return why it ends, or None."""
         self.new += 1
         self.last = token.id
-        if self.drafter is not None:
+        if self.drafts:
+            if self.drafter is None:
+                self.drafter = Drafter(self.request.tokens)
             self.drafter.add(token.id)
         if token.id in self.ends:
             return "stop"

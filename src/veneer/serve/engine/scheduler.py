@@ -101,10 +101,7 @@ class Scheduler:
         left = int(beside / 2) if len(rows) > 1 else self.drafted
         guesses: list[tuple[float, int, Row, int]] = []
         for number, row in enumerate(rows):
-            if row.drafter is None:
-                continue
-            most = min(self.drafted, left, row.most - row.new - 1)
-            for token, chance in row.drafter.guess(most):
+            for token, chance in row.guess(min(self.drafted, left)):
                 if chance * spent <= MARGIN * tokens:
                     break
                 guesses.append((-chance, number, row, token))
