@@ -28,7 +28,7 @@ from typing import Any, TextIO
 from bench.soak_client import Client, Refused
 from bench.soak_jobs import train_now_and_then
 from bench.soak_questions import BAD, CHANGING, QUESTIONS, VERSIONS, Question
-from bench.soak_server import Held, ServerProcess, write_adapters, write_base
+from bench.soak_server import ADAPTERS, Held, ServerProcess, write_adapters, write_base
 
 LEAK = 50e6  # bytes that memory may grow by after the first fifth of the time
 # Fewer slots than clients, so that some wait; and files of prefix blocks that have to make space.
@@ -69,7 +69,8 @@ class Load:
         self.url, self.base, self.round = url, base, clients / rate
         self.findings, self.over = Findings(), threading.Event()
         self.expected: dict[tuple[str, str], Any] = {}
-        self.models = (base, "plain", "dora", CHANGING)
+        self.fixed = (base, *(name for name in ADAPTERS if name not in VERSIONS))
+        self.models = (*self.fixed, CHANGING)
         self._threads = [
             threading.Thread(target=self._guarded, args=(self._client, number), daemon=True)
             for number in range(clients)
@@ -79,7 +80,7 @@ class Load:
         """Ask every question of every model while nobody else does."""
         client = Client(self.url)
         for question in QUESTIONS:
-            for model in (self.base, "plain", "dora"):
+            for model in self.fixed:
                 self.expected[question.name, model] = client.ask(question, model)
         for version in VERSIONS:
             client.load(CHANGING, version)

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,10 +28,16 @@ Tools:{% for tool in tools %} {{ tool | tojson }}{% endfor %}<|im_end|>
 </tool_call>{% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+NEW_WORDS = ("plimbo", "tharnow")  # of the adapter "tokens"
+INVOCATION = "<|im_start|>assistant\n"
 # Adapters by name; the two that are called changing-... take turns under one name.
-ADAPTERS = {
+ADAPTERS: dict[str, veneer.LoRA | veneer.Method] = {
     "plain": veneer.LoRA(rank=4, targets="all"),
     "dora": veneer.LoRA(rank=2, targets="attention", dora=True),
+    "tokens": veneer.LoRA(rank=2, targets="mlp"),
+    "prompt": veneer.Method("prompt", virtual_tokens=7),
+    "prefix": veneer.Method("prefix", virtual_tokens=20),
+    "activated": veneer.LoRA(rank=2, targets="attention", invocation=INVOCATION),
     "changing-1": veneer.LoRA(rank=2, targets="all"),
     "changing-2": veneer.LoRA(rank=6, targets="mlp"),
 }
@@ -63,6 +69,11 @@ def write_adapters(base: str, place: Path) -> None:
     """Write ADAPTERS with random values below `place`."""
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
         loaded = veneer.load_base(base)
+        if name == "tokens":
+            veneer.add_words(loaded.model, loaded.tokenizer, NEW_WORDS)
+        if isinstance(settings, veneer.LoRA) and settings.invocation is not None:
+            ids = loaded.tokenizer.encode(INVOCATION, add_special_tokens=False)
+            settings = replace(settings, invocation=ids)
         model = veneer.attach(loaded.model, settings)
         noise = torch.Generator().manual_seed(seed)
         with torch.no_grad():
