@@ -1,9 +1,11 @@
 """Hostile requests are refused in OpenAI's shape, and all others are still served."""
 
+import asyncio
 import http.client
 import json
 import sys
 import time
+from itertools import count, pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,7 +25,10 @@ from support.server import (
     running,
     scripted,
 )
+from veneer.serve.api.openai import events
+from veneer.serve.api.replies import ChatReply
 from veneer.serve.config import Keys, Limits
+from veneer.serve.engine.request import Answer
 
 NAMES = [
     # Paths,
@@ -286,3 +291,31 @@ def test_every_response_has_the_headers_that_browsers_heed(server):
         assert "default-src 'none'" in received["content-security-policy"]
         assert received["x-content-type-options"] == "nosniff"
         assert "access-control-allow-origin" not in received
+
+
+def test_each_event_of_a_stream_has_a_turn_of_its_own():
+    """So a connection that was lost is seen before more is written to it, which the log would
+    tell for each event."""
+
+    async def ready():
+        for word in ("a", "b", "c", "d"):
+            yield 0, Answer(word)
+        yield 0, Answer("", (), "length")
+
+    async def seen():
+        turns, at = count(), []
+        turning = asyncio.ensure_future(turn(turns))
+        reply = ChatReply(BASE, str, logprobs=False)
+        async for _ in events(ready(), 1, reply, None, "id"):
+            at.append(next(turns))
+        turning.cancel()
+        return at
+
+    async def turn(turns):
+        while True:
+            next(turns)
+            await asyncio.sleep(0)
+
+    opening, *words, end, done = asyncio.run(seen())
+    assert (opening, done) == (0, end + 1)
+    assert all(b > a + 1 for a, b in pairwise([opening, *words, end]))

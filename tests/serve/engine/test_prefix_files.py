@@ -4,6 +4,7 @@ way."""
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -235,6 +236,19 @@ def test_what_a_killed_server_left_is_removed_in_time(tmp_path):
     files.close()
     assert not old.exists()
     assert fresh.exists()  # another server may be writing it
+
+
+def test_a_servers_notes_of_use_do_not_pile_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix_files, "MOST_NOTED", 3)
+    keep(opened(tmp_path), *KEYS)
+    path = blocks_in(tmp_path)[0]
+    os.utime(path, (1.0, 1.0))
+    files = opened(tmp_path)
+    files.use(KEYS)
+    while path.stat().st_mtime == 1.0:
+        time.sleep(0.005)
+    assert len(files._used) <= 3
+    files.close()
 
 
 def test_no_more_is_read_than_memory_takes(tmp_path):

@@ -192,6 +192,9 @@ async def events(
             if opening := reply.opening(number):
                 yield _event(reply.chunk(opening, **more))
         async for number, piece in pieces:
+            # A connection that was lost with the last event is seen now; the system's errors of
+            # many more would fill the log.
+            await asyncio.sleep(0)
             if piece.text or piece.tokens:
                 delta = reply.delta(number, piece, lengths[number])
                 lengths[number] += len(piece.text)

@@ -35,6 +35,7 @@ ENDING = ".kvblock"
 IDENTITY = "base.json"  # marks a directory of blocks, and says of which base
 DIGEST = hashlib.sha256().digest_size
 MOST_WAITING = 2**28  # bytes of blocks that wait to be written; more are not written
+MOST_NOTED = 4096  # blocks whose use is noted in memory alone
 LEFT_OVER = 3600.0  # seconds after which a file that was never finished is nobody's any more
 SHRINK_TO = 0.9  # of the limit, so that not every block has to look for an older one
 ORDER = 1e-3  # seconds by which a block counts as older than the one before it in its prompt
@@ -119,6 +120,8 @@ class PrefixFiles:
         now = time.time()
         with self._changed:
             self._used.update((key, now - ORDER * number) for number, key in enumerate(hashes))
+            if len(self._used) > MOST_NOTED:
+                self._changed.notify_all()
 
     def keep(self, key: bytes, block: PrefixBlock) -> None:
         """Have a block written, unless it is here already or too much waits to be written."""
@@ -147,7 +150,7 @@ class PrefixFiles:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._to_read or self._to_write or self._closing)
+                self._changed.wait_for(self._has_work)
                 key = self._to_read.popleft() if self._to_read else None
                 write = self._to_write.popleft() if key is None and self._to_write else None
             if key is not None:
@@ -159,9 +162,15 @@ class PrefixFiles:
                 self._write(write)
                 with self._changed:
                     self._waiting -= write.nbytes
+            elif not self._closing:
+                self._note_use()
             else:
                 break
         self._note_use()
+
+    def _has_work(self) -> bool:
+        too_many = len(self._used) > MOST_NOTED
+        return bool(self._to_read or self._to_write or self._closing or too_many)
 
     def _read(self, key: bytes) -> PrefixBlock | None:
         """Return a block, or None where its file is gone or is not what it should be."""
