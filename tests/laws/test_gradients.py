@@ -22,7 +22,7 @@ from veneer.adapter.embedding import LoRAEmbedding
 from veneer.adapter.linear import LoRALinear
 from veneer.adapter.use import use
 from veneer.kernels.dropout import Mask
-from veneer.lowrank.projection import LowRankLinear
+from veneer.lowrank.linear import LowRankLinear
 from veneer.models.quantize import quantize
 from veneer.quant.weight import QuantizedLinear
 

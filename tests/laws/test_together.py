@@ -20,7 +20,6 @@ from support.plain import Float64, Plain
 from support.random_adapters import examples, shake
 from support.tiny_models import tiny
 from veneer.adapter.beside import attach_beside
-from veneer.adapter.layers import AdaptedLayer, lora_layers
 from veneer.adapter.parameters import experts_of
 from veneer.adapter.use import acting
 from veneer.data.encode import UNLABELLED
@@ -111,7 +110,7 @@ def test_a_pass_for_all_equals_a_pass_for_each(kind):
     model = beside(kind)
     forward, _ = choose_forward(model, ROWS)
     alone = why_alone(forward, model, list(BATCHES), ROWS)
-    assert set(alone) == (set(BATCHES) if not forward.packed else {"default"} & has_stacks(model))
+    assert set(alone) == (set() if forward.packed else set(BATCHES))
     losses = backward_together(forward, model, batches(), alone=alone)
     ours = gradients(model)
     peer, theirs = each_alone(forward, model)
@@ -120,11 +119,6 @@ def test_a_pass_for_all_equals_a_pass_for_each(kind):
     assert_gradients_no_further(ours, theirs, expected)
     assert_gradients_no_further(theirs, ours, expected)
     assert veneer.in_use(model) == {}
-
-
-def has_stacks(model: Any) -> set[str]:
-    """Return the adapters that change experts."""
-    return {n for _, x in lora_layers(model) if not isinstance(x, AdaptedLayer) for n in x.adapters}
 
 
 def of_llama(recompute: Any = "none") -> tuple[Any, Forward]:

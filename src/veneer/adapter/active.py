@@ -28,6 +28,14 @@ class Segments:
     tokens: int
     of_adapters: tuple[tuple[str, slice, torch.Generator | None], ...]
 
+    def check(self, x: Tensor, name: str) -> None:
+        """Raise AdapterError where a layer reads other rows than the batch's tokens."""
+        if len(x) != self.tokens:
+            raise AdapterError(
+                f"{name} reads {len(x)} rows of a batch of {self.tokens} tokens, so adapters "
+                "cannot learn together there; train them one after another."
+            )
+
 
 class ActiveAdapters:
     """Which adapters act, and how strongly: one, a weighted mix, or none; or some on each row, or

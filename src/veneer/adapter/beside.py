@@ -9,9 +9,10 @@ from veneer.adapter.adapter import Adapter
 from veneer.adapter.attach import attach
 from veneer.adapter.config import LoRA
 from veneer.adapter.embedding import LoRAEmbedding
-from veneer.adapter.layers import AdaptedLayer, lora_layers
+from veneer.adapter.layers import lora_layers
 from veneer.adapter.linear import LoRALinear
 from veneer.adapter.method import Method
+from veneer.adapter.parameters import AdaptedParameter
 from veneer.adapter.use import acting, in_use
 
 
@@ -46,9 +47,11 @@ def why_alone_of(model: nn.Module, name: str) -> str | None:
             return f"it trains single tokens of {path}"
         if name not in layer.adapters:
             continue
-        if not isinstance(layer, LoRALinear | LoRAEmbedding):
-            kind = "convolution" if isinstance(layer, AdaptedLayer) else "parameter of its own"
-            return f"{path} is a {kind}"
+        if isinstance(layer, AdaptedParameter):
+            if why := layer.why_not_by_segments():
+                return f"it changes {path}: {why}"
+        elif not isinstance(layer, LoRALinear | LoRAEmbedding):
+            return f"{path} is a convolution"
         adapter = layer.adapters[name]
         assert isinstance(adapter, Adapter)
         if adapter.lora_bias is not None:

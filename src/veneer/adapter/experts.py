@@ -18,7 +18,13 @@ from veneer.kernels.arena import Arena
 from veneer.kernels.wide import wide
 from veneer.lowrank.expert_gates import Gate, KnownGate, OwnGate
 from veneer.lowrank.expert_loop import looped_experts
-from veneer.lowrank.expert_stacks import Experts, Stack, StackUpdate, TokenUpdates
+from veneer.lowrank.expert_stacks import (
+    Experts,
+    SegmentUpdates,
+    Stack,
+    StackUpdate,
+    TokenUpdates,
+)
 from veneer.lowrank.experts import routed_experts as computed
 from veneer.models.block_buffers import whole
 from veneer.quant.stack import QuantizedStack
@@ -48,7 +54,7 @@ class RoutedExperts:
     def experts(
         self,
         module: Any,
-        updates: Mapping[str, StackUpdate | TokenUpdates | None],
+        updates: Mapping[str, StackUpdate | SegmentUpdates | TokenUpdates | None],
         *,
         exact: bool = False,
     ) -> Experts:
@@ -77,7 +83,7 @@ class RoutedExperts:
 
 def routed_experts(
     module: nn.Module,
-    updates: Mapping[str, StackUpdate | TokenUpdates | None],
+    updates: Mapping[str, StackUpdate | SegmentUpdates | TokenUpdates | None],
     inputs: Sequence[Any],
     *,
     exact: bool = False,

@@ -21,7 +21,8 @@ from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import apply_gain
 from veneer.lowrank.formula import new_A
 from veneer.lowrank.initial import start_factors
-from veneer.lowrank.projection import LowRankLinear, Masks, ProjectedSegments, Projection
+from veneer.lowrank.linear import LowRankLinear, ProjectedSegments
+from veneer.lowrank.projection import Masks, Projection
 from veneer.lowrank.update import RowsOfUpdate, RowUpdates
 from veneer.quant.weight import linear
 
@@ -196,11 +197,7 @@ class LoRALinear(AdaptedLayer):
     def _with_segments(self, x: Tensor, segments: Segments) -> Tensor:
         """Return the output for the tokens of a packed batch, x (1, tokens, in) or (tokens, in)."""
         flat = x.reshape(-1, x.shape[-1])
-        if len(flat) != segments.tokens:
-            raise AdapterError(
-                f"{self._name} reads {len(flat)} rows of a batch of {segments.tokens} tokens, so "
-                "adapters cannot learn together there; train them one after another."
-            )
+        segments.check(flat, self._name)
         projection = self._by_segments(segments, x.dtype)
         y: Tensor = ProjectedSegments.apply(flat, projection, *projection.trained())
         return y.view(*x.shape[:-1], y.shape[-1])

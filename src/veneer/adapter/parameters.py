@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from veneer.adapter.active import ActiveAdapters
+from veneer.adapter.active import ActiveAdapters, Segments
 from veneer.adapter.adapted import Adapted
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
@@ -22,7 +22,8 @@ from veneer.adapter.experts import (
     why_not_by_rows,
 )
 from veneer.adapter.wrapper import Wrapper, is_intercepted
-from veneer.lowrank.expert_stacks import StackUpdate, TokenUpdates
+from veneer.errors import AdapterError
+from veneer.lowrank.expert_stacks import SegmentUpdates, StackUpdate, TokenUpdates
 from veneer.lowrank.formula import delta_weight, merged_weight, new_A
 from veneer.lowrank.update import LowRankUpdate, mixed
 from veneer.quant.stack import QuantizedStack, expert_weight
@@ -188,12 +189,20 @@ class AdaptedParameter(Adapted):
 
     @property
     def acts(self) -> bool:
+        if (segments := self.active_adapters.segments) is not None:
+            return any(name in self.adapters for name, *_ in segments.of_adapters)
         row_updates = self.active_adapters.row_updates
         return bool(self.active() if row_updates is None else row_updates.on(self))
 
     def acts_by_rows(self) -> bool:
         """Return whether each row of a batch may have an adapter of its own here."""
         return why_not_by_rows(self._owner[0], self.name) is None
+
+    def why_not_by_segments(self) -> str | None:
+        """Return why an adapter cannot act here on some tokens of a batch alone, in training."""
+        if self.device.type != "cpu":
+            return "one product computes all experts on a card"
+        return why_not_by_rows(self._owner[0], self.name)
 
     def low_rank_update(
         self, pairs: list[tuple[Adapter, float]], dtype: torch.dtype
@@ -203,8 +212,10 @@ class AdaptedParameter(Adapted):
         updates = [LowRankUpdate(A.to(dtype), B, None) for A, B in zip(As, Bs, strict=True)]
         return mixed(updates, [w for _, w in pairs], [adapter.scaling for adapter, _ in pairs])
 
-    def stack_update(self, x: Tensor) -> StackUpdate | TokenUpdates:
+    def stack_update(self, x: Tensor) -> StackUpdate | SegmentUpdates | TokenUpdates:
         """Return what adapters add to each expert of a stack, for x (tokens, dim)."""
+        if (segments := self.active_adapters.segments) is not None:
+            return self._by_segments(x, segments)
         row_updates = self.active_adapters.row_updates
         if row_updates is None:
             return _stack_update(self.low_rank_update(self.active(), compute_dtype(x)))
@@ -216,8 +227,21 @@ class AdaptedParameter(Adapted):
         tokens = which[:, None].expand(rows, len(x) // rows).flatten()
         return TokenUpdates([_stack_update(each.update) for each in updates], tokens)
 
+    def _by_segments(self, x: Tensor, segments: Segments) -> SegmentUpdates:
+        """Return the updates that each act on their own tokens of a batch, x (tokens, dim)."""
+        segments.check(x, self.name)
+        return SegmentUpdates(
+            [
+                (tokens, _stack_update(self.low_rank_update(pairs, compute_dtype(x))))
+                for name, tokens, _ in segments.of_adapters
+                if (pairs := self.named([(name, 1.0)]))
+            ]
+        )
+
     def changed(self) -> Tensor:
         """Return W + Σ w s B A as the owner keeps it, differentiably, in W's dtype."""
+        if self.active_adapters.segments is not None:
+            raise AdapterError(f"{self.name} has one weight for all tokens of a batch.")
         total = self.base_weight
         for adapter, weight in self.active():
             A, B = (factor.to(total.dtype) for factor in adapter.factors())

@@ -50,6 +50,13 @@ class TokenUpdates:
 
 
 @dataclass(frozen=True)
+class SegmentUpdates:
+    """Updates that act on tokens of their own each, one token behind the other."""
+
+    of_tokens: Sequence[tuple[slice, StackUpdate]]
+
+
+@dataclass(frozen=True)
 class Stack:
     """One linear layer of every expert: W_e x + B_e A_e x + b_e.
 
@@ -59,7 +66,7 @@ class Stack:
     weight: Tensor | QuantizedStack
     transposed: bool = False
     bias: Tensor | None = None
-    update: StackUpdate | TokenUpdates | None = None
+    update: StackUpdate | SegmentUpdates | TokenUpdates | None = None
 
     @property
     def out_features(self) -> int:
@@ -71,7 +78,21 @@ class Stack:
 
     @property
     def rank(self) -> int:
-        return 0 if self.of_all is None else self.of_all.rank
+        """The largest rank of what has a gradient."""
+        return max((update.rank for _, update in self.segments), default=0)
+
+    @property
+    def segments(self) -> Sequence[tuple[slice, StackUpdate]]:
+        """The updates that have gradients, and the tokens on which they act."""
+        if isinstance(self.update, SegmentUpdates):
+            return self.update.of_tokens
+        return [] if self.of_all is None else [(slice(None), self.of_all)]
+
+    def rows_of_segments(self, routing: Routing) -> list[list[slice]]:
+        """Return which rows of each of `routing.segments` are of each segment's tokens."""
+        if not isinstance(self.update, SegmentUpdates):
+            return [[tokens for tokens, _ in self.segments]] * len(routing.segments)
+        return routing.rows_of([tokens for tokens, _ in self.segments])
 
     @property
     def of_all(self) -> StackUpdate | None:
@@ -84,8 +105,8 @@ class Stack:
         return weight.to(dtype) if isinstance(weight, Tensor) else weight
 
     def trained(self) -> list[Tensor]:
-        """Return A and Bᵀ, or nothing where no adapter acts."""
-        return [] if self.of_all is None else [self.of_all.A, self.of_all.Bt]
+        """Return A and Bᵀ of each segment; nothing where no adapter acts."""
+        return [factor for _, update in self.segments for factor in (update.A, update.Bt)]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ large: the gradients before it are linear in w, which is applied to A x and to t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,17 @@ from veneer.kernels import choice, low_rank
 from veneer.kernels.arena import Arena
 from veneer.kernels.rows import row_dots
 from veneer.lowrank.expert_gates import pulled_back
-from veneer.lowrank.expert_stacks import Experts, Stack, StackUpdate, TokenUpdates
+from veneer.lowrank.expert_stacks import (
+    Experts,
+    SegmentUpdates,
+    Stack,
+    TokenUpdates,
+)
 from veneer.lowrank.grouped_experts import add_update, grouped_experts
 from veneer.lowrank.routing import Routing
 from veneer.quant.weight import product, product_back
+
+Rows = Sequence[slice]  # of an expert's rows, those on which each update of a stack acts
 
 GROUPED = (torch.bfloat16, torch.float16, torch.float32)  # what torch's grouped products take
 
@@ -76,6 +84,8 @@ def routed_experts(
 def _is_grouped(x: Tensor, experts: Experts) -> bool:
     """Return whether one product computes a whole stack, whatever rows each expert has."""
     stacks = experts.up, experts.down
+    if any(isinstance(stack.update, SegmentUpdates) for stack in stacks):
+        return False
     quantized = not all(
         isinstance(stack.weight, Tensor) and stack.weight.dtype == x.dtype for stack in stacks
     )
@@ -107,6 +117,7 @@ def _stack_at_once(x: Tensor, stack: Stack, routing: Routing) -> Tensor:
             product(x[rows], stack.weight_of(expert, x.dtype), y[rows])
     y[routed:] = 0
     update = stack.update
+    assert not isinstance(update, SegmentUpdates)  # those are for training
     if isinstance(update, TokenUpdates):
         which = update.which[routing.token[:routed]]
         if routing.is_whole and choice.mixed(choice.device_of(x.device), x.dtype) == "torch":
@@ -151,20 +162,21 @@ class _RoutedExperts(torch.autograd.Function):
         y = x.new_empty(rows, down.out_features)
         y[routing.routed :] = 0
         x_rows = x.new_empty(routing.longest, up.in_features)
+        own_rows = [*zip(*(stack.rows_of_segments(routing) for stack in (up, down)), strict=True)]
         experts.note_routed(routing)
-        for expert, own in routing.segments:
+        for (expert, own), (up_rows, down_rows) in zip(routing.segments, own_rows, strict=True):
             count = own.stop - own.start
             kept = own if keeps else slice(count)
             own_x = torch.index_select(x, 0, routing.token[own], out=x_rows[:count])
-            _project(own_x, up, expert, up_y[kept], h_up[own])
+            _project(own_x, up, expert, up_y[kept], h_up[own], up_rows)
             if not experts.exact:
                 inner = experts.gate.forward(up_y[kept])
-                _project(inner, down, expert, y[own], h_down[own])
+                _project(inner, down, expert, y[own], h_down[own], down_rows)
         if experts.exact:
             # How a model's own function rounds a number may depend on the shape that it is in.
             inner = experts.gate.forward(up_y)
-            for expert, own in routing.segments:
-                _project(inner[own], down, expert, y[own], h_down[own])
+            for (expert, own), (_, rows) in zip(routing.segments, own_rows, strict=True):
+                _project(inner[own], down, expert, y[own], h_down[own], rows)
         if experts.post_norm is not None:
             y = experts.post_norm(y)
         ctx.settings = settings
@@ -184,8 +196,9 @@ class _RoutedExperts(torch.autograd.Function):
         d_weights = dy.new_zeros(rows, dtype=wide)
         if d_x is not None:
             d_x[routing.routed :] = 0
-        d_up_factors, d_down_factors = _FactorGradients(up.of_all), _FactorGradients(down.of_all)
-        y_rows, x_rows, inner_rows, up_rows, d_up_rows = (
+        d_up_factors, d_down_factors = _FactorGradients(up), _FactorGradients(down)
+        own_rows = [*zip(*(stack.rows_of_segments(routing) for stack in (up, down)), strict=True)]
+        y_rows, x_rows, inner_rows, up_y_rows, d_up_rows = (
             dy.new_empty(routing.longest, columns)
             for columns in (
                 *(down.out_features, up.in_features, down.in_features),
@@ -194,37 +207,37 @@ class _RoutedExperts(torch.autograd.Function):
         )
         reads_x = up_y is None or d_up_factors.trains
         experts.note_routed(routing)
-        for expert, own in routing.segments:
+        for (expert, own), (up_rows, down_rows) in zip(routing.segments, own_rows, strict=True):
             count = own.stop - own.start
             token, own_w = routing.token[own], w[own]
             own_dy = torch.index_select(dy, 0, token, out=y_rows[:count])  # without w
             own_x = torch.index_select(x, 0, token, out=x_rows[:count]) if reads_x else None
             if up_y is None:
                 assert own_x is not None
-                own_up = up_rows[:count]
-                _project(own_x, up, expert, own_up, h_up[own])
+                own_up = up_y_rows[:count]
+                _project(own_x, up, expert, own_up, h_up[own], up_rows)
             else:
                 own_up = up_y[own]
             if experts.post_norm is not None:
                 inner = experts.gate.forward(own_up)
                 y = torch.empty_like(own_dy)
-                _project(inner, down, expert, y, h_down[own])
+                _project(inner, down, expert, y, h_down[own], down_rows)
                 normed = pulled_back(experts.post_norm, y, own_dy, d_y := torch.empty_like(y))
                 d_weights[own] = row_dots(own_dy, normed)
                 own_dy = d_y
-            dh_down = _gradient_of_h(own_dy, down, expert)
-            d_inner = _gradient_of_x(own_dy, dh_down, down, expert, inner_rows[:count])
+            dh_down = _gradient_of_h(own_dy, down, expert, down_rows)
+            d_inner = _gradient_of_x(own_dy, dh_down, down, expert, inner_rows[:count], down_rows)
             inner = experts.gate.backward(d_inner, own_up, d_up := d_up_rows[:count])
             if needs_weights and experts.post_norm is None:
                 # ⟨dy, down(inner)⟩ = ⟨d_inner, inner⟩ + ⟨dy, b⟩: the output of `down` is not kept.
                 d_weights[own] = row_dots(d_inner, inner)
                 if down.bias is not None:
                     d_weights[own] += own_dy.to(wide) @ down.bias[expert].to(wide)
-            dh_up = _gradient_of_h(d_up, up, expert)
+            dh_up = _gradient_of_h(d_up, up, expert, up_rows)
             if d_x is not None:
-                _gradient_of_x(d_up, dh_up, up, expert, d_x[own])
-            d_down_factors.add(expert, own_dy, dh_down, inner, h_down[own], own_w)
-            d_up_factors.add(expert, d_up, dh_up, own_x, h_up[own], own_w)
+                _gradient_of_x(d_up, dh_up, up, expert, d_x[own], up_rows)
+            d_down_factors.add(expert, own_dy, dh_down, inner, h_down[own], own_w, down_rows)
+            d_up_factors.add(expert, d_up, dh_up, own_x, h_up[own], own_w, up_rows)
         return (
             None if d_x is None else routing.combined(d_x, weights),
             d_weights[routing.places].to(weights.dtype) if needs_weights else None,
@@ -235,65 +248,88 @@ class _RoutedExperts(torch.autograd.Function):
 
 
 class _FactorGradients:
-    """The gradients of A and Bᵀ, as far as they train, added up expert by expert."""
+    """The gradients of A and Bᵀ of a stack's updates, as far as they train, added up expert by
+    expert."""
 
-    def __init__(self, update: StackUpdate | None) -> None:
-        self.update = update
-        self.A = self.Bt = None
-        if update is not None and update.A.requires_grad:
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.As: list[Tensor | None] = []
+        self.Bts: list[Tensor | None] = []
+        for _, update in stack.segments:
             dtype = update.A.dtype
             # The experts' gradients of a shared A are added up; 16 bits would round each sum.
             wide = torch.promote_types(dtype, torch.float32) if update.shares_A else dtype
-            self.A = torch.zeros_like(update.A, dtype=wide)
-        if update is not None and update.Bt.requires_grad:
-            self.Bt = torch.zeros_like(update.Bt)
+            trains = update.A.requires_grad, update.Bt.requires_grad
+            self.As.append(torch.zeros_like(update.A, dtype=wide) if trains[0] else None)
+            self.Bts.append(torch.zeros_like(update.Bt) if trains[1] else None)
 
     @property
     def trains(self) -> bool:
-        return self.A is not None or self.Bt is not None
+        return any(gradient is not None for gradient in (*self.As, *self.Bts))
 
     def add(
-        self, expert: int, dy: Tensor, dh: Tensor, x: Tensor | None, h: Tensor, w: Tensor
+        self,
+        expert: int,
+        dy: Tensor,
+        dh: Tensor,
+        x: Tensor | None,
+        h: Tensor,
+        w: Tensor,
+        rows: Rows,
     ) -> None:
         """Add what an expert's rows give: dA = (w ∘ dh)ᵀ x and dBᵀ = (w ∘ h)ᵀ dy."""
-        if self.A is not None and self.update is not None:
-            assert x is not None
-            if self.update.shares_A:
-                self.A += low_rank.gradient(dh, w, x, torch.empty_like(self.update.A))
-            else:
-                low_rank.gradient(dh, w, x, self.A[expert])
-        if self.Bt is not None:
-            low_rank.gradient(h, w, dy, self.Bt[expert])
+        for own, (_, update), dA, dBt in zip(
+            rows, self.stack.segments, self.As, self.Bts, strict=True
+        ):
+            ranks = slice(update.rank)
+            if dA is not None:
+                assert x is not None
+                if update.shares_A:
+                    dA += low_rank.gradient(
+                        dh[own, ranks], w[own], x[own], torch.empty_like(update.A)
+                    )
+                else:
+                    low_rank.gradient(dh[own, ranks], w[own], x[own], dA[expert])
+            if dBt is not None:
+                low_rank.gradient(h[own, ranks], w[own], dy[own], dBt[expert])
 
     def gradients(self) -> list[Tensor | None]:
-        """Return those of A and Bᵀ."""
-        if self.update is None:
-            return []
-        dA = None if self.A is None else self.A.to(self.update.A.dtype)
-        return [dA, self.Bt]
+        """Return those of A and Bᵀ, in the order of `Stack.trained`."""
+        gradients: list[Tensor | None] = []
+        for (_, update), dA, dBt in zip(self.stack.segments, self.As, self.Bts, strict=True):
+            gradients += [None if dA is None else dA.to(update.A.dtype), dBt]
+        return gradients
 
 
-def _project(x: Tensor, stack: Stack, expert: int, y: Tensor, h: Tensor) -> None:
-    """Write an expert's W x + B A x + b to `y`, (rows, out), and its A x to `h`, (rows, rank)."""
+def _project(x: Tensor, stack: Stack, expert: int, y: Tensor, h: Tensor, rows: Rows) -> None:
+    """Write an expert's W x + B A x + b to `y`, (rows, out), and its A x to `h`, (rows, rank).
+    rows: which of them each update acts on."""
     product(x, stack.weight_of(expert, x.dtype), y)
-    if (update := stack.of_all) is not None:
-        low_rank.project(x, update.A_of(expert), h)
-        low_rank.add(h, update.Bt[expert], y)
+    for own, (_, update) in zip(rows, stack.segments, strict=True):
+        own_h = h[own, : update.rank]
+        low_rank.project(x[own], update.A_of(expert), own_h)
+        low_rank.add(own_h, update.Bt[expert], y[own])
     if stack.bias is not None:
         y += stack.bias[expert]
 
 
-def _gradient_of_h(dy: Tensor, stack: Stack, expert: int) -> Tensor:
+def _gradient_of_h(dy: Tensor, stack: Stack, expert: int, rows: Rows) -> Tensor:
     """Return the gradient dy B of an expert's A x, (rows, rank)."""
     dh = dy.new_empty(len(dy), stack.rank)
-    return dh if stack.of_all is None else low_rank.project(dy, stack.of_all.Bt[expert], dh)
+    for own, (_, update) in zip(rows, stack.segments, strict=True):
+        low_rank.project(dy[own], update.Bt[expert], dh[own, : update.rank])
+    return dh
 
 
-def _gradient_of_x(dy: Tensor, dh: Tensor, stack: Stack, expert: int, dx: Tensor) -> Tensor:
+def _gradient_of_x(
+    dy: Tensor, dh: Tensor, stack: Stack, expert: int, dx: Tensor, rows: Rows
+) -> Tensor:
     """Write an expert's dy W + dh A, (rows, in), to `dx` and return it."""
     weight = stack.weight_of(expert, dy.dtype)
     if isinstance(weight, Tensor):
         torch.mm(dy, weight, out=dx)
     else:
         dx.copy_(product_back(dy, weight))
-    return dx if stack.of_all is None else low_rank.add(dh, stack.of_all.A_of(expert), dx)
+    for own, (_, update) in zip(rows, stack.segments, strict=True):
+        low_rank.add(dh[own, : update.rank], update.A_of(expert), dx[own])
+    return dx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -39,6 +40,18 @@ class Routing:
                 segments.append((expert, slice(first, end)))
             first = end
         return segments
+
+    def rows_of(self, tokens: Sequence[slice]) -> list[list[slice]]:
+        """Return, for each of `segments`, which of its rows are of each run of tokens."""
+        count, device = len(self.places), self.token.device
+        bounds = torch.tensor([[own.start, own.stop] for own in tokens], device=device)
+        experts = torch.tensor([expert for expert, _ in self.segments], device=device)
+        keys = self.expert * count + self.token[: self.routed]  # ascending
+        ends = torch.searchsorted(keys, experts[:, None, None] * count + bounds).tolist()
+        return [
+            [slice(first - own.start, end - own.start) for first, end in pairs]
+            for (_, own), pairs in zip(self.segments, ends, strict=True)
+        ]
 
     @property
     def routed(self) -> int:
