@@ -48,5 +48,5 @@ export async function showPlans(rows, isBase) {
 }
 
 export function startPresets(show) {
-  for (const name of ["train-presets", "train-passes"]) byId(name).addEventListener("change", () => show().catch(showError));
+  for (const name of ["train-presets", "train-passes"]) byId(name).addEventListener("input", () => show().catch(showError));
 }
