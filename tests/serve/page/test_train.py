@@ -68,6 +68,7 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         plans.nth(1).filter(has_text="2 passes").wait_for()
         page.get_by_label("Passes").fill("")
         page.get_by_label("A manner").check()
+        page.get_by_label("a token of its own: hijklm, ").check()
         assert serious(page) == []
         start.click()
         card = page.locator("#jobs .run")
@@ -118,6 +119,7 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         page.keyboard.press("Enter")
         page.locator(".turn.assistant .text").filter(has_text=f"{name} says").wait_for()
     (job,) = site.jobs.store.jobs()
+    assert job.settings["rows"] == {"new_words": "auto"}
     assert job.settings["lora"] == {"rank": 8, "targets": "attention"}
     endings = {"native": "lora_weights.pt", "gguf": ".gguf", "mlx": "adapters.safetensors"}
     for format, ending in endings.items():

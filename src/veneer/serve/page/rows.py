@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from veneer.adapter.new_tokens import find_new_tokens
 from veneer.data.encode import UNLABELLED, Encoder, encode_rows
 from veneer.data.preview import preview
-from veneer.data.rows import Conversation, Row
+from veneer.data.rows import Conversation, Row, texts_of
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs import uploads
 from veneer.serve.jobs.service import Jobs
@@ -18,7 +19,7 @@ MAX_LENGTH = 1024  # tokens of a row, as `tune` has it unless it is told otherwi
 def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
     """Return the first rows of a file in pieces, each with whether it is learnt, and the faults of
     those near the beginning: what the model's template does not take, or what is too long; what
-    they ask and answer, and how many tokens a row has in the mean.
+    they ask and answer, how many tokens a row has in the mean, and which words have many tokens.
 
     Raises Missing.
     """
@@ -26,6 +27,7 @@ def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
     rows, problems = uploads.first_rows(path, READ)
     encoder = Encoder(served.tokenizer, max_length=MAX_LENGTH)
     examples, more = encode_rows(encoder, rows)
+    texts = [text for row in rows for text in texts_of(row.value)]
     return {
         "rows": [
             {
@@ -36,6 +38,7 @@ def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
             for example in examples[:SHOWN]
         ],
         "mean_tokens": sum(len(x.tokens) for x in examples) / max(1, len(rows)),
+        "new_words": find_new_tokens(texts, served.tokenizer),
         "asks": [ask for row in rows[:SHOWN] if (ask := _ask(row.value)) is not None],
         "faults": [
             uploads.without_directory(str(problem), path) for problem in [*problems, *more][:SHOWN]

@@ -18,6 +18,7 @@ const OFFERS = {
 };
 const FORMATS = [["native", "as Veneer's own"], ["peft", "for PEFT and vLLM"], ["gguf", "for llama.cpp (GGUF)"], ["mlx", "for MLX"]];
 const ROUTES = { Pause: "pause", Stop: "cancel", "Go on": "resume" };
+const MOST_WORDS = 12; // that are shown of those proposed
 const STEPS_APART = 16; // between checkpoints, which can be asked; a few rows have their epochs' ends
 let file = null; // the rows that are to be learnt
 let shownRows = 0; // so that an answer that comes late shows nothing
@@ -42,10 +43,19 @@ function rowView(row) {
   return make("li", {}, text, make("p", { class: "quiet" }, `${row.tokens} tokens, of which ${row.learnt} are learnt`));
 }
 
+// Propose tokens of their own for words that the model reads in many pieces.
+function proposeWords(words) {
+  const place = byId("train-words"), shown = words.slice(0, MOST_WORDS).join(", ");
+  place.hidden = !words.length || !isBase();
+  place.querySelector("input").checked = false;
+  place.querySelector("span").textContent = `Give each word that the model reads in many pieces a token of its own: ${shown}${words.length > MOST_WORDS ? " …" : ""}`;
+}
+
 async function take(rows) {
   const mine = ++shownRows;
   fault(null);
   file = null;
+  proposeWords([]);
   ready();
   const place = byId("train-rows");
   place.replaceChildren(make("p", { class: "quiet" }, `Reading ${rows.name} …`));
@@ -53,7 +63,8 @@ async function take(rows) {
     const sent = await upload(rows);
     const shown = await post("/api/rows", { file: sent.id, model: byId("train-model").value });
     if (mine !== shownRows) return;
-    file = { ...sent, meanTokens: shown.mean_tokens };
+    file = { ...sent, meanTokens: shown.mean_tokens, newWords: shown.new_words };
+    proposeWords(file.newWords);
     const summary = `${sent.filename}: ${sent.rows.toLocaleString("en")} ${sent.rows === 1 ? "row" : "rows"}. The model learns to write what is marked.`;
     place.replaceChildren(make("p", {}, summary), make("ol", { class: "plain-list", tabindex: "0", "aria-label": "The first rows" }, ...shown.rows.map(rowView)));
     if (shown.faults.length) fault(shown.faults.join("\n"));
@@ -78,6 +89,7 @@ async function start(event) {
   const body = { training_file: file.id, model: model.value };
   if (suffix.value.trim()) body.suffix = suffix.value.trim();
   if (isBase()) Object.assign(body, chosenAdapter());
+  if (!byId("train-words").hidden && form().elements.new_words.checked) body.new_words = "auto";
   if (file.rows >= STEPS_APART) body.save_every = STEPS_APART;
   if (epochs.value) body.epochs = Number(epochs.value);
   try {
@@ -212,7 +224,10 @@ export function offerBases({ base, adapters, training }) {
 export function startTraining(isShown, chat) {
   chatWith = chat;
   form().addEventListener("submit", start);
-  byId("train-model").addEventListener("change", () => showPlan().catch(showError));
+  byId("train-model").addEventListener("change", () => {
+    proposeWords(file?.newWords ?? []);
+    showPlan().catch(showError);
+  });
   startPresets(showPlan);
   byId("train-file").addEventListener("change", ({ target }) => target.files[0] && take(target.files[0]));
   byId("train-paste").addEventListener("click", () => {
