@@ -17,7 +17,7 @@ import veneer
 from support.closeness import assert_gradients_no_further, assert_no_further
 from support.kinds import KINDS, Kind
 from support.plain import Float64, Plain
-from support.random_adapters import examples, shake
+from support.random_adapters import shake
 from support.tiny_models import tiny
 from veneer.adapter.beside import attach_beside
 from veneer.adapter.parameters import experts_of
@@ -27,9 +27,8 @@ from veneer.data.packing import Batch, pack
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.together import AdapterBatch, backward_together, why_alone
 
-ROWS = examples([7, 19, 12, 5, 9, 16])
-for row in ROWS:  # from which the adapters act that wait for these tokens
-    row.tokens[1:4] = [9, 7, 5]
+# With the invocation of the kind that acts from one on; for the others they are any tokens.
+ROWS = next(kind for kind in KINDS if kind.invocation).rows([7, 19, 12, 5, 9, 16])
 # The rows of each adapter.
 BATCHES = {"default": [0, 3], "wide": [1], "dora": [5, 2, 4]}
 LABELS = {"default": 10, "wide": 18, "dora": 34}
@@ -99,12 +98,8 @@ def exactly(kind: Kind, model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.stack(losses).detach(), of_all
 
 
-FAST = ("lora, llama", "dora, qwen2, 4 bits", "head, qwen2")
-SHARING = [
-    kind
-    for kind in KINDS
-    if not kind.beside and (kind.mixes_rows or "invocation" in (kind.lora or {}))
-]
+FAST = ("lora, llama", "dora, qwen2, 4 bits", "head, qwen2", "activated, llama")
+SHARING = [kind for kind in KINDS if (kind.mixes_rows or kind.invocation) and not kind.beside]
 
 
 @pytest.mark.parametrize(

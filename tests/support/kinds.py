@@ -177,7 +177,7 @@ KINDS: list[Kind] = [
         *("activated", "qwen2"),
         bits=4,
         dropout=0.5,
-        invocation=(9,),
+        invocation=(5,),
         merges=False,
         mixes_rows=False,
     ),

@@ -44,6 +44,9 @@ class Plain:
 
     def __init__(self, kind: Kind, adapted: Any, dtype: torch.dtype) -> None:
         self.kind, self.dtype = kind, dtype
+        configs = veneer.adapters(adapted)
+        acting = [getattr(configs[name], "invocation", None) for name in veneer.in_use(adapted)]
+        self.invocation = next(filter(None, acting), ())
         if kind.is_virtual:  # no change of a weight: the model's own forward is the plain one
             self.model = copy.deepcopy(adapted).to(dtype)
             self.leaves = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
@@ -125,7 +128,7 @@ class Plain:
             self.weights[f"{path}.weight"] = torch.cat([weight, self.live(rows)])
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        if self.kind.invocation:
+        if self.invocation:
             return torch.cat([self._from_invocation(row) for row in inputs["input_ids"]])
         inputs = {k: x.to(self.dtype) if x.is_floating_point() else x for k, x in inputs.items()}
         options = {"use_cache": False} if self.kind.reads_tokens else {}
@@ -140,7 +143,7 @@ class Plain:
     def _from_invocation(self, row: Tensor) -> Tensor:
         """Return a row's logits, (1, tokens, vocab): of the changed weights from the invocation on,
         over the keys and values that the base's own have of what comes before."""
-        tokens, invocation = row.tolist(), [*self.kind.invocation]
+        tokens, invocation = row.tolist(), [*self.invocation]
         places = range(len(tokens) - len(invocation) + 1)
         starts = [i for i in places if tokens[i : i + len(invocation)] == invocation]
         start = starts[-1] if starts else len(tokens)
