@@ -72,6 +72,7 @@ def test_padding_and_the_ends_of_rows_invoke_nothing():
 
     mask = torch.ones(2, 14, dtype=torch.long)
     mask[1, 9:] = 0
+    other = row(3, tokens=9)
     right = torch.tensor([one, [*other, *INVOCATION, 3, 3, 3]])  # an invocation of padding
     with torch.no_grad():
         padded = model(right, attention_mask=mask).logits

@@ -40,6 +40,9 @@ ATTACH: dict[str, Callable[[Any], Any]] = {
     "dropout": lambda model: veneer.attach(model, veneer.LoRA(**LORA, dropout=0.1)),
     # Not over stacks of experts, whose norms would read all of them.
     "dora": lambda model: veneer.attach(model, veneer.LoRA(rank=2, targets=LAYERS, dora=True)),
+    "activated": lambda model: veneer.attach(
+        model, veneer.LoRA(**LORA, invocation=ROWS[2].tokens[3:5])
+    ),
     "nf4": lambda model: veneer.attach(model, veneer.LoRA(**LORA)),
     "prefix": lambda model: veneer.attach(model, veneer.Method(method="prefix", virtual_tokens=3)),
     "prompt": lambda model: veneer.attach(model, veneer.Method(method="prompt", virtual_tokens=3)),
@@ -172,6 +175,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "llama, lora, packed": partial(run, "llama", "lora", "packed", goes_on=True),
     "llama, dora, padded": partial(run, "llama", "dora", "padded", brief=True),
     "llama, prefix, packed": partial(run, "llama", "prefix", "packed", brief=True),
+    "llama, activated, packed": partial(run, "llama", "activated", "packed", brief=True),
     "a reading in a step": reading_in_a_step,
     "widened weights": widened_weights,
 }

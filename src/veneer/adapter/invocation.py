@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapter.active import ActiveAdapters, active_adapters_of
 from veneer.adapter.config import LoRA
 from veneer.errors import AdapterError, ConfigError, joined, listed
-from veneer.kernels.transfer import sent
 from veneer.models.blocks import decoder_of
 from veneer.models.description import Layer
 
@@ -148,13 +147,12 @@ def acts_from(
     (lines, tokens): False for padding; None where there is none.
     """
     count = tokens.shape[1]
-    own = sent([*invocation], tokens.device)
     begins = torch.zeros_like(tokens, dtype=torch.bool)
-    places = count - len(own) + 1  # where it has space
+    places = count - len(invocation) + 1  # where it has space
     if places <= 0:
         return begins
     begins[:, :places] = True
-    for offset, token in enumerate(own):
+    for offset, token in enumerate(invocation):
         behind = slice(offset, offset + places)
         fits = (tokens[:, behind] == token) & (rows[:, behind] == rows[:, :places])
         if is_text is not None:
