@@ -38,6 +38,7 @@ from veneer.quant.stack import QuantizedStack, quantized_stacks
 from veneer.training.events import Started, Step
 
 TOKENS = (64, 256, 1024)
+APART = 1_000.0  # by this the embedding outweighs all that 48 random blocks add to it
 
 
 def shape(blocks: int) -> Qwen3MoeConfig:
@@ -131,6 +132,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--targets", nargs="+", default=["all"])
     parser.add_argument("--recompute", default="selective")
+    parser.add_argument(
+        "--balanced",
+        action="store_true",
+        help="an embedding so large that the routers tell tokens apart, and reach most experts",
+    )
     parser.add_argument("--here", action="store_true", help="train in this process")
     asked = parser.parse_args()
     if asked.here:
@@ -138,7 +144,8 @@ def main() -> None:
         return
     try:
         if not (asked.keep and asked.out.is_dir()):
-            write_random_base(asked.out, shape(asked.blocks), pack_ends=True)
+            scale = APART if asked.balanced else 1.0
+            write_random_base(asked.out, shape(asked.blocks), pack_ends=True, embedding_scale=scale)
         size = sum(file.stat().st_size for file in asked.out.glob("*.safetensors"))
         with limited(int(asked.limit * 1e9)) as (enter, peak):
             tight = apart(asked, enter)

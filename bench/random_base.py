@@ -22,11 +22,18 @@ NORMAL_MAXIMUM = 2.4  # about the largest of 64 normal numbers
 MAGNITUDE = 0.02  # the largest number of a block: such that a layer's output stays about its input
 
 
-def write_random_base(directory: Path, config: PretrainedConfig, *, pack_ends: bool = False) -> int:
+def write_random_base(
+    directory: Path,
+    config: PretrainedConfig,
+    *,
+    pack_ends: bool = False,
+    embedding_scale: float = 1.0,
+) -> int:
     """Write a base with random NF4 codes and scales, a file a block, and return its bytes.
 
     Experts of a mixture are quantized one by one, as `veneer quantize` stores them. pack_ends:
-    whether the head is quantized too, and the embedding in 8 bits.
+    whether the head is quantized too, and the embedding in 8 bits. embedding_scale: by how much
+    the embedding is larger: with a large one tokens stay apart through all blocks.
     """
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
@@ -62,7 +69,8 @@ def write_random_base(directory: Path, config: PretrainedConfig, *, pack_ends: b
                         for n, t in noise.nf4(like[piece.rows].shape).items()
                     }
         elif name == embedding:
-            int8 = Int8.quantize(noise.dense(weight.shape), torch.bfloat16)
+            rows = noise.dense(weight.shape) * embedding_scale
+            int8 = Int8.quantize(rows, torch.bfloat16)
             tensors |= {f"{path}.{n}": t for n, t in int8.tensors().items()}
         elif path in layers and name != path:
             tensors |= {f"{path}.{n}": t for n, t in noise.nf4(weight.shape).items()}
