@@ -116,19 +116,21 @@ def main() -> None:
     if asked.engine:
         print(json.dumps(measure(asked.engine, asked.blocks, asked.tokens[0], asked.steps)))
         return
-    print("| tokens a step | engine | tokens/s | seconds a step | peak above weights |")
-    print("|---|---|---|---|---|")
+    print(
+        "| tokens a step | engine | tokens/s | seconds a step | weights | peak above them |"
+        " trained |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for tokens in asked.tokens:
         for engine in ENGINES:
             got = apart(engine, asked.blocks, tokens, asked.steps)
             if got is None:
-                print(f"| {tokens:,} | {engine} | did not fit | | |", flush=True)
+                print(f"| {tokens:,} | {engine} | did not fit | | | | |", flush=True)
                 continue
             seconds, above = got["seconds"], (got["peak"] - got["weights"]) / 1e9
             print(
                 f"| {tokens:,} | {engine} | {tokens / seconds:.1f} | {seconds:.2f} | "
-                f"{above:.2f} GB | <!-- {got['weights'] / 1e9:.2f} GB of weights, "
-                f"{got['trained']:,} trained -->",
+                f"{got['weights'] / 1e9:.2f} GB | {above:.2f} GB | {got['trained']:,} |",
                 flush=True,
             )
 

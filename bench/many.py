@@ -1,0 +1,184 @@
+"""Several jobs over one base, trained together, one after another, and one after another by PEFT.
+
+python -m bench.many --data e2e/train.jsonl --jobs 8 --model smollm2-135m
+
+Each job has a rank of its own (4 to 64) on all linear layers, rows of its own, and the same number
+of steps. What is timed begins with the first step and ends with the last, of each run; each way
+runs in a process of its own, one after another, as often as --rounds says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import veneer
+from bench.engines import padded
+from bench.shapes import SHAPES, random_base
+from veneer.data.encode import Example
+from veneer.data.load import load_examples
+from veneer.training.events import Event, Started, Step
+from veneer.training.memory import begin_measuring, process_memory
+
+WAYS = ("together", "one after another", "peft")
+RANKS = (4, 8, 16, 32, 64, 8, 16, 4)
+LR = 2e-4
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Clock:
+    """Tokens of steps, and the seconds from the first step's beginning to the last one's end."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds, self._begun = 0, 0.0, 0.0
+
+    def take(self, event: Event) -> None:
+        """Count an event of a run, or of one of several that go on at a time."""
+        now = time.perf_counter()
+        if isinstance(event, Started):
+            self._begun = now
+        elif isinstance(event, Step):
+            self.tokens += event.tokens
+            self.seconds += now - self._begun
+            self._begun = now
+
+
+def course(asked: argparse.Namespace, job: int) -> veneer.TrainConfig:
+    return veneer.TrainConfig(
+        steps=asked.steps,
+        tokens_per_step=asked.tokens,
+        lr=LR,
+        warmup=0,
+        schedule="constant",
+        seed=job,
+    )
+
+
+def lora(job: int) -> veneer.LoRA:
+    return veneer.LoRA(rank=RANKS[job % len(RANKS)], targets="all")
+
+
+def together(base: veneer.Base, rows: Sequence[list[Example]], asked: argparse.Namespace) -> Clock:
+    jobs = {}
+    for number, own in enumerate(rows):
+        veneer.attach(base.model, lora(number), name=f"job-{number}", seed=number)
+        jobs[f"job-{number}"] = veneer.Job(own, course(asked, number))
+    clock = Clock()
+    for _, event in veneer.train_many(base.model, jobs, tokens_per_pass=asked.tokens_per_pass):
+        clock.take(event)
+    return clock
+
+
+def one_after_another(
+    base: veneer.Base, rows: Sequence[list[Example]], asked: argparse.Namespace
+) -> Clock:
+    clock = Clock()
+    for number, own in enumerate(rows):
+        veneer.attach(base.model, lora(number), seed=number)
+        for event in veneer.train(base.model, own, course(asked, number)):
+            clock.take(event)
+        veneer.detach(base.model)
+    return clock
+
+
+def peft(base: veneer.Base, rows: Sequence[list[Example]], asked: argparse.Namespace) -> Clock:
+    """The same rows in the same steps, padded."""
+    from peft import LoraConfig, get_peft_model
+
+    clock, model = Clock(), base.model
+    for number, own in enumerate(rows):
+        config = LoraConfig(r=RANKS[number % len(RANKS)], target_modules=LINEAR)
+        adapted = get_peft_model(model, config)
+        weights = [weight for weight in adapted.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0, fused=True)
+        adapted.train()
+        for step in steps_of(own, asked):
+            start = time.perf_counter()
+            adapted(**padded(step)).loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            clock.seconds += time.perf_counter() - start
+            clock.tokens += sum(len(row.tokens) for row in step)
+        model = adapted.unload()
+    return clock
+
+
+def steps_of(rows: Sequence[Example], asked: argparse.Namespace) -> Iterator[list[Example]]:
+    """Yield rows of about `--tokens` tokens, neighbours in length, as Veneer's steps have them."""
+    from veneer.data.columns import lengths_of
+    from veneer.data.packing import StepOrder
+
+    order = StepOrder(lengths_of(rows), asked.tokens, 4096, 0, 0).epoch(0)
+    for number in range(asked.steps):
+        yield [rows[i] for batch in order[number] for i in batch]
+
+
+def measure(asked: argparse.Namespace) -> dict[str, float]:
+    """Return tokens/s and bytes of one way, in this process."""
+    warnings.simplefilter("ignore")
+    base = (
+        random_base(asked.model, "bf16")
+        if asked.model in SHAPES
+        else veneer.load_base(asked.model, dtype="bf16")
+    )
+    examples, _ = load_examples(asked.data, base.tokenizer)
+    rows = [examples[number :: asked.jobs] for number in range(asked.jobs)]
+    weights = sum(weight.nbytes for weight in base.model.parameters())
+    begin_measuring()
+    way = {"together": together, "one after another": one_after_another, "peft": peft}[asked.way]
+    clock = way(base, rows, asked)
+    return {
+        "tokens": clock.tokens / clock.seconds,
+        "above": process_memory("VmHWM") - weights,
+    }
+
+
+def apart(way: str, argv: Sequence[str]) -> dict[str, float]:
+    """Return what `measure` does, from a process of its own."""
+    command = [sys.executable, "-m", "bench.many", *argv, "--way", way]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=500, help="of a step of a job")
+    parser.add_argument("--tokens-per-pass", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--way", choices=WAYS, help="this one, in this process")
+    asked = parser.parse_args()
+    if asked.way:
+        print(json.dumps(measure(asked)))
+        return
+    results: dict[str, list[dict[str, float]]] = {}
+    for _ in range(asked.rounds):
+        for way in asked.ways.split(","):
+            results.setdefault(way, []).append(apart(way, sys.argv[1:]))
+    first = statistics.median(each["tokens"] for each in next(iter(results.values())))
+    print(f"{asked.model}, {asked.jobs} jobs, {asked.tokens} tokens a step\n")
+    print("| | tokens/s | together is | peak above weights |\n|---|---:|---:|---:|")
+    for way, runs in results.items():
+        rate = statistics.median(run["tokens"] for run in runs)
+        above = max(run["above"] for run in runs) / 1e9
+        print(f"| {way} | {rate:,.0f} | {first / rate:.2f} x | {above:.2f} GB |")
+
+
+if __name__ == "__main__":
+    main()
