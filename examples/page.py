@@ -49,16 +49,20 @@ def card_of(page: Page, name: str) -> Locator:
     return page.locator("#jobs .run").filter(has_text=f"ft-{name}-")
 
 
-def train(page: Page, name: str, preset: str, passes: int) -> None:
-    """Let the page train, asked meanwhile, and wait for the end."""
+def fill(page: Page, name: str) -> None:
+    """Fill the form in."""
+    preset, passes = JOBS[name]
     page.get_by_label("Rows to learn, from a file").set_input_files(rows())
     page.locator("#train-presets .plan", has_text="over the rows").first.wait_for()
     page.get_by_label("Name").fill(name)
     page.get_by_label("Passes").fill(str(passes))
     page.get_by_label(preset).check()
     page.locator("#train-presets .plan", has_text=f"{passes} pass").first.wait_for()
-    if name == "island":
-        picture(page, "page-train-light", height=1200)
+
+
+def train(page: Page, name: str) -> None:
+    """Let the page train, asked meanwhile, and wait for the end."""
+    fill(page, name)
     page.get_by_role("button", name="Start training").click()
     card = card_of(page, name)
     card.get_by_text("Answers as it learns").click()
@@ -135,9 +139,11 @@ def main() -> None:
             while not _answers(light, url):
                 light.wait_for_timeout(500)
             open_training(light, url)
-            for name, (preset, passes) in JOBS.items():
+            fill(light, "island")
+            picture(light, "page-train-light", height=1250)
+            for name in JOBS:
                 if not card_of(light, name).filter(has_text="succeeded").count():
-                    train(light, name, preset, passes)
+                    train(light, name)
             take(light, url, "light")
             take(dark, url, "dark")
     finally:

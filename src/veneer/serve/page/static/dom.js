@@ -39,7 +39,7 @@ export const percent = (p) => (p >= 0.1 ? `${(100 * p).toFixed(0)} %` : `${(100 
 export function duration(seconds) {
   const s = Math.round(seconds);
   if (s < 60) return `${s} s`;
-  if (s < 3600) return `${Math.floor(s / 60)} min ${s % 60} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min${s % 60 ? ` ${s % 60} s` : ""}`;
   return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
 }
 

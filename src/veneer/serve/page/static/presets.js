@@ -7,6 +7,9 @@ const form = () => byId("train-form");
 const boxes = () => [...form().querySelectorAll("input[name=preset]")];
 const inWords = (n) => (n < 1e6 ? n.toLocaleString("en") : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} million`);
 
+// Seconds below a minute by tens, and else by minutes: nobody knows them better.
+const roughly = (seconds) => (seconds < 60 ? Math.max(10, 10 * Math.round(seconds / 10)) : 60 * Math.round(seconds / 60));
+
 // Return {rank, targets} of a preset.
 function adapterOf(box) {
   const { rank, targets } = form().elements;
@@ -22,7 +25,7 @@ function sentence({ parameters, memory, free, passes, seconds, why }) {
   const words = [`${inWords(parameters)} numbers train, in at most ${bytes(memory)}`];
   if (free != null && memory > free) words[0] = `Does not fit: needs up to ${bytes(memory)}, and ${bytes(free)} are free`;
   else if (free != null) words[0] += ` of the ${bytes(free)} that are free`;
-  if (passes) words.push(`${passes} ${passes === 1 ? "pass" : "passes"} over the rows${seconds == null ? "" : `, about ${duration(Math.max(1, seconds))}`}`);
+  if (passes) words.push(`${passes} ${passes === 1 ? "pass" : "passes"} over the rows${seconds == null ? "" : `, about ${duration(roughly(seconds))}`}`);
   return `${words.join("; ")}.`;
 }
 
