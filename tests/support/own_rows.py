@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import veneer
-from support.random_adapters import shake, tokenizer, with_new_tokens
+from support.random_adapters import shake, targets_named, tokenizer, with_new_tokens
 from support.serving_bases import write_adapter
 from support.tiny_models import VOCAB, tiny
 from veneer.formats.adapters import write
@@ -19,8 +19,8 @@ from veneer.formats.capture import capture
 from veneer.formats.state import StoredTokens
 from veneer.serve.engine.adapter_rows import Ends
 
-KINDS = ("tokens", "prompt", "prefix", "modules", "rows", "dora")
-VIRTUAL = 5
+KINDS = ("tokens", "prompt", "prefix", "modules", "rows", "dora", "embedding")
+VIRTUAL = 20  # more than a block of the engines that serve them
 Make = Callable[[str], PreTrainedModel]
 
 
@@ -31,6 +31,10 @@ def write_every_kind(
     homes = {name: home / name for name in KINDS}
     own = {"rank": 2, "targets": "attention"}
     write_adapter(homes["dora"], architecture, seed=2, make=make, **own, dora=True)
+    positions = ["wpe"] if architecture == "gpt2" else []
+    targets = targets_named(make(architecture), "everything") + positions
+    more = {"rank": 2, "targets": targets}
+    write_adapter(homes["embedding"], architecture, seed=4, make=make, **more)
     model, larger = make(architecture), tokenizer(start)
     with_new_tokens(model, larger)
     shake(veneer.attach(model, veneer.LoRA(**own)), size=0.3)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapter.adapted import Adapted
 from veneer.adapter.attach import adapted_layer
 from veneer.adapter.config import LoRA
+from veneer.adapter.embedding import LoRAEmbedding
 from veneer.adapter.experts import why_not_by_rows
 from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.method import Method
@@ -67,6 +69,11 @@ class LoadedAdapter:
     own: OwnRows | None = None
     prefix: Tensor | None = None
     why_not_mixed: str = ""
+
+    @cached_property
+    def embeds(self) -> bool:
+        """Whether it adds to embeddings, of tokens or of positions."""
+        return any(isinstance(layer, LoRAEmbedding) for layer in self.layers)
 
 
 def row_updates(adapters: Sequence[LoadedAdapter | None]) -> BatchUpdates:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.own_rows import acting, padded
 from veneer.fused.analyse import is_linear
 from veneer.fused.head import Head
@@ -74,12 +73,21 @@ class Surroundings:
 
     def embed(self, ids: Tensor, positions: Tensor, adapters: Adapters) -> Tensor:
         """Return what the first layer reads, (tokens, dim), contiguous and new."""
-        embedding: Any = self.model.get_input_embeddings()
         own = any(adapter is not None and adapter.own is not None for adapter in adapters)
-        acts = own or isinstance(embedding, AdaptedLayer)
-        if self._embeds_alone and not acts:
+        x = self._embedded(ids, positions, adapters if own else ())
+        for token, adapter in enumerate(adapters):
+            if adapter is not None and adapter.embeds:
+                # Alone: the rounding of a product may depend on how many rows it has.
+                here = slice(token, token + 1)
+                x[here] = self._embedded(ids[here], positions[here], [adapter])
+        return x
+
+    def _embedded(self, ids: Tensor, positions: Tensor, adapters: Adapters) -> Tensor:
+        """Return what the first layer reads. adapters: none for the base alone."""
+        embedding: Any = self.model.get_input_embeddings()
+        if self._embeds_alone and not adapters:
             return embedding(ids).to(self.dtype).contiguous()
-        with acting(self.model, row_updates(adapters) if acts else None):
+        with acting(self.model, row_updates(adapters) if adapters else None):
             if self._embeds_alone:
                 x = embedding(ids[:, None])
             else:
