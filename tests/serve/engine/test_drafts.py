@@ -14,14 +14,14 @@ from veneer.generate.sampling import Sampling
 from veneer.kernels import native
 from veneer.models.load import Base
 from veneer.serve.engine.drafts import CHANCES, Drafter
-from veneer.serve.engine.engine import NOT_DRAFTED, Engine
+from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import PrefixCache
 from veneer.serve.engine.request import Adjustments, EngineConfig, Grammar, Request
 from veneer.serve.engine.row import Row
 from veneer.serve.engine.sampler import Sampler
-from veneer.serve.engine.scheduler import MARGIN, Scheduler
+from veneer.serve.engine.scheduler import MARGIN, NOT_DRAFTED, Scheduler
 from veneer.serve.engine.step_cost import LEAST, MOST, UNMEASURED, StepCost
 
 compiles = pytest.mark.skipif(native.library_of("decode")[0] is None, reason="needs a compiler")
@@ -223,13 +223,14 @@ def test_a_prompt_delays_others_by_a_tokens_time():
     long = tuple(3 + n % 80 for n in range(61))
     with Engine(base_of(), config=config) as engine:
         alone = engine.submit(Request(long, None, Sampling(max_new_tokens=2))).result()
+        vector = engine.submit(Request(long[::-1], None, embedding="mean")).result().embedding
     with Engine(base_of(), config=config) as engine:
 
         def noted(chunks, step=engine.runner.step):
             steps.append(list(chunks))
             if len(steps) == 3:
                 streams.append(engine.submit(Request(long, None, Sampling(max_new_tokens=2))))
-                streams.append(engine.submit(Request(long[::-1], None, Sampling(max_new_tokens=2))))
+                streams.append(engine.submit(Request(long[::-1], None, embedding="mean")))
             return step(chunks)
 
         engine.runner.step = noted
@@ -239,6 +240,7 @@ def test_a_prompt_delays_others_by_a_tokens_time():
             streams[0].next(timeout=60)
         answers = [stream.result() for stream in streams]
     assert answers[2].tokens == alone.tokens
+    assert answers[3].embedding == vector  # to the bit, though it was cut otherwise
     mixed = [chunks for chunks in steps if len({chunk.decoding for chunk in chunks}) == 2]
     assert len(mixed) >= 120 / (UNMEASURED + 4)
     for chunks in mixed:

@@ -188,7 +188,12 @@ def test_new_tokens_are_read_and_written(homes):
             assert all(each.id < VOCAB for each in drawn.tokens)
 
 
-def test_scores_and_embeddings_behind_virtual_tokens(homes):
+@pytest.mark.parametrize("kind", ["compiled", "general"])
+def test_scores_and_embeddings_behind_virtual_tokens(kind, homes, monkeypatch):
+    if kind == "general":
+        monkeypatch.setattr(
+            "veneer.serve.engine.engine.runner_for", lambda *args: (RUNNERS[kind](*args), ())
+        )
     with Engine(base_of(), Library(homes), SMALL) as engine:
         for which in ("tokens", "prompt", "prefix"):
             model = installed(base_of(), homes[which])

@@ -71,9 +71,14 @@ def test_rows_whose_twin_goes_away_compute_the_prompt_themselves():
         assert [answer.tokens for answer in others] == [expected] * 2
 
 
-@pytest.mark.parametrize("which", [None, "plain", "dora"])
+@pytest.mark.parametrize(
+    ("which", "kind"),
+    [(None, "compiled"), ("plain", "compiled"), ("dora", "compiled"), ("dora", "general")],
+)
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_embeddings_are_what_the_decoder_gives(pooling, which, tmp_path):
+def test_embeddings_are_what_the_decoder_gives(pooling, which, kind, tmp_path, monkeypatch):
+    if RUNNERS[kind] is not None:
+        monkeypatch.setattr(engines, "runner_for", RUNNERS[kind])
     homes = write_adapters(tmp_path)
     with Engine(base_of(), Library(homes), EngineConfig(slots=4, chunk=16)) as engine:
         answering = engine.submit(Request(PROMPT, "plain", Sampling(max_new_tokens=12)))

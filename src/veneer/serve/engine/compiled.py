@@ -70,6 +70,7 @@ class CompiledRunner:
         self.table = LayerTable(layers, self.surroundings.angles, positions, self.dtype)
         self.slots: list[KVBlock | None] = [None] * slots
         self._workspace: tuple[tuple[int, ...], decode.Workspace, list[Tensor]] | None = None
+        self.hidden: dict[int, Tensor] = {}
         self._prove(tokens, own_logits)
 
     # ---- what the engine asks for ----
@@ -82,7 +83,12 @@ class CompiledRunner:
         with torch.inference_mode():
             x = self.surroundings.embed(ids, positions, adapters)  # (tokens, dim)
             self._through_layers(chunks, positions, x)
-            ends = accumulate(len(chunk.tokens) for chunk in chunks)
+            ends = list(accumulate(len(chunk.tokens) for chunk in chunks))
+            self.hidden = {
+                chunk.slot: self.surroundings.normed(x[end - len(chunk.tokens) : end]).float()
+                for chunk, end in zip(chunks, ends, strict=True)
+                if chunk.hidden
+            }
             rows = [
                 row
                 for chunk, end in zip(chunks, ends, strict=True)

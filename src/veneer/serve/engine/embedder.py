@@ -1,12 +1,10 @@
-"""Embeddings of texts: what the decoder gives for their tokens, as one vector of length 1."""
+"""Embeddings of texts by the model's own decoder, where a runner does not give what they need."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from veneer.adapter.own_rows import acting
@@ -24,15 +22,14 @@ class Embedder:
         self.model = model
         self._row: Row | None = None
         self._cache = DynamicCache()
-        self._sum: Tensor | None = None
 
     @torch.inference_mode()
     def advance(self, row: Row, size: int) -> bool:
         """Compute up to `size` more tokens of a row, and return whether it has its embedding now,
         (dim,)."""
         if row is not self._row:
-            self._row, self._cache, self._sum = row, DynamicCache(), None
-            row.computed = self._begin(row)
+            self._row, self._cache = row, DynamicCache()
+            row.computed, row.pooled = self._begin(row), None
         tokens, first = row.tokens, row.computed
         chunk = tokens[first : row.until(first, first + size)]
         device = self.model.device
@@ -46,19 +43,10 @@ class Embedder:
                 use_cache=True,
             )
         row.computed += len(chunk)
-        # Without those of virtual tokens, (tokens, dim).
-        hidden = out.last_hidden_state[0, max(0, len(row.virtual) - first) :].float()
-        if row.request.embedding == "mean":
-            total = hidden.sum(0)
-            self._sum = total if self._sum is None else self._sum + total
-        else:
-            self._sum = hidden[-1] if len(hidden) else None
-        if row.prefilling:
-            return False
-        vector, self._row, self._cache, self._sum = self._sum, None, DynamicCache(), None
-        assert vector is not None
-        row.embedding = tuple(F.normalize(vector, dim=0).tolist())  # a mean has its sum's direction
-        return True
+        row.take_hidden(out.last_hidden_state[0].float(), first)
+        if not row.prefilling:
+            self._row, self._cache = None, DynamicCache()
+        return not row.prefilling
 
     def _begin(self, row: Row) -> int:
         """Write a row's prefix into the cache, and return how many tokens that has now."""

@@ -29,20 +29,16 @@ from veneer.serve.engine.issued import Draft, Issued, Scores
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import PrefixCache
 from veneer.serve.engine.prefix_files import PrefixFiles
-from veneer.serve.engine.request import DRAFTED, EngineConfig, Reason, Request, Stats, Token, Which
+from veneer.serve.engine.request import EngineConfig, Reason, Request, Stats, Token, Which
 from veneer.serve.engine.row import Row
 from veneer.serve.engine.sampler import Drawn, Sampler, sample
-from veneer.serve.engine.scheduler import Scheduler
+from veneer.serve.engine.scheduler import Scheduler, most_drafted
 from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.stream import Stream
 from veneer.serve.engine.vocabulary import Vocabularies, Vocabulary
 
 log = logging.getLogger("veneer.serve")
 
-NOT_DRAFTED = (
-    "No tokens are guessed ahead (speculate): the answers would not stay the same, for only the "
-    "compiled steps of a CPU give the same numbers whatever is computed beside them."
-)
 COUNTED = (  # of Stats
     *("requests", "prompt_tokens", "new_tokens", "steps"),
     *("drafted_tokens", "accepted_tokens"),
@@ -68,10 +64,8 @@ class Engine:
         self.runner, self.notices = runner_for(base.model, self.config.slots, self.context)
         self._embedder = Embedder(base.model)
         prefixes = PrefixCache(self.config.cache_bytes, self._block_files())
-        asked = self.config.speculate
-        drafted = (DRAFTED if asked is None else asked) if self.runner.is_exact else 0
-        if asked and not drafted:
-            self.notices += (NOT_DRAFTED,)
+        drafted, notices = most_drafted(self.runner, self.config.speculate)
+        self.notices += notices
         self._scheduler = Scheduler(self.runner, prefixes, self.config.chunk, drafted=drafted)
         self._ends = frozenset({*end_tokens(base.model), base.tokenizer.eos_token_id} - {None})
         self._changed = Condition()  # guards what follows
@@ -282,8 +276,11 @@ class Engine:
         for row in cancelled:
             self._end(row, "cancelled")
         active = [row for row in active if row not in cancelled]
-        self._embed([row for row in active if row.request.embedding])
-        issued = self._issue([row for row in active if not row.request.embedding])
+        embedded: list[Row] = []
+        if self.runner.hidden is None:
+            embedded = [row for row in active if row.request.embedding]
+            self._embed(embedded)
+        issued = self._issue([row for row in active if row not in embedded])
         if isinstance(self.runner, SlotRunner):
             issued, self._issued = self._issued, issued
         if issued is not None:
@@ -322,7 +319,12 @@ class Engine:
                 row.computed += len(chunk.tokens)
                 self._counts["prompt_tokens"] += len(chunk.tokens)
                 self._scheduler.keep_blocks(row, chunk.start)
-            if row.request.prompt_logprobs:
+            if row.request.embedding:
+                assert self.runner.hidden is not None
+                row.take_hidden(self.runner.hidden[row.slot], chunk.start)
+                if not row.prefilling:
+                    self._end(row, "length")
+            elif row.request.prompt_logprobs:
                 coming = OnTheWay(row.scores(own, chunk.start))
                 scores.append(Scores(row, coming, is_last=not row.prefilling))
             elif chunk.logits:

@@ -74,6 +74,7 @@ class GeneralRunner:
 
     is_exact = False
     cut = CHUNK_MULTIPLE
+    hidden = None
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
         self.model, self.slots = model, slots

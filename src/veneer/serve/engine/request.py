@@ -94,6 +94,11 @@ class Request:
         """Whether the request is for an answer, and not for something about its prompt."""
         return not self.prompt_logprobs and self.embedding is None
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether something of each token of the prompt is asked for."""
+        return self.prompt_logprobs or self.embedding == "mean"
+
     def __post_init__(self) -> None:
         problems = []
         if not self.tokens:

@@ -8,6 +8,7 @@ from functools import cached_property
 from math import inf
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from veneer.adapter.invocation import invocation_start
 from veneer.kernels.transfer import sent
@@ -45,6 +46,7 @@ class Row:
     held: list[Token] = field(default_factory=list)  # tokens whose text is not sure yet
     prompt_logprobs: list[float] = field(default_factory=list)
     embedding: tuple[float, ...] = ()
+    pooled: Tensor | None = None  # what it is made of, (dim,)
 
     def __post_init__(self) -> None:
         self.tokens = (*self.virtual, *self.request.tokens)  # which come before the answer
@@ -90,7 +92,7 @@ class Row:
             return False
         if self.sampler.matcher is not None and self.drawn > self.new:
             return True  # what a grammar allows next depends on the token that is on its way
-        return self.request.prompt_logprobs or self.drawn >= self.most
+        return not self.request.answers or self.drawn >= self.most
 
     def guess(self, most: int) -> Iterator[tuple[int, float]]:
         """Yield guesses at the tokens behind the newest one, each with the chance that it and all
@@ -114,6 +116,8 @@ class Row:
         tokens = prompt[start : self.until(start, end)]
         is_last = start + len(tokens) == len(prompt)
         logits = len(tokens) if self.request.prompt_logprobs else int(is_last)
+        if self.request.embedding:
+            return Chunk(self.slot, tokens, start, adapter, 0, hidden=True)
         return Chunk(self.slot, tokens, start, adapter, logits)
 
     def take(self, token: Token) -> Reason | None:
@@ -156,6 +160,19 @@ class Row:
         # Nothing of the text comes before its first token.
         virtual = len(self.prompt_logprobs) - (len(self.request.tokens) - 1)
         return (None, *self.prompt_logprobs[virtual:])
+
+    def take_hidden(self, hidden: Tensor, first: int) -> None:
+        """Add what the decoder gives for tokens from `first` on, (tokens, dim), to the embedding,
+        which is whole with the last of them."""
+        own = hidden[max(0, len(self.virtual) - first) :]
+        # One by one, so that the sum does not depend on how the text was cut.
+        for token in own if self.request.embedding == "mean" else own[-1:]:
+            is_first = self.pooled is None or self.request.embedding == "last"
+            self.pooled = token if is_first else self.pooled + token
+        if not self.prefilling:
+            assert self.pooled is not None
+            # A mean has its sum's direction.
+            self.embedding = tuple(F.normalize(self.pooled, dim=0).tolist())
 
     def finish(self, reason: Reason, error: Exception | None = None) -> None:
         """Send the last piece: what is left of the text, and why the answer ended."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ class Chunk:
     adapter: what acts on the row, None for the base. logits: for how many of the last tokens the
     step returns logits. decoding: whether the row's prompt is done, and this is its newest token;
     where the engine does not wait for tokens (`SlotRunner.take`), that is on the device alone.
+    hidden: whether `Runner.hidden` is to have what the decoder gives for the tokens.
     """
 
     slot: int
@@ -27,6 +28,7 @@ class Chunk:
     adapter: LoadedAdapter | None
     logits: int
     decoding: bool = False
+    hidden: bool = False
 
 
 class Runner(Protocol):
@@ -47,6 +49,12 @@ class Runner(Protocol):
     def cut(self) -> int | None:
         """The tokens by which a prompt is computed beside rows that decode, or a multiple of them;
         None where a step is not waited for, and a prompt has always its whole chunk."""
+        ...
+
+    @property
+    def hidden(self) -> Mapping[int, Tensor] | None:
+        """What the decoder gave in the last step, by slot: (tokens, dim), float32, behind its last
+        norm. None where a runner does not say it."""
         ...
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:

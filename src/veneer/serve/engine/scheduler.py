@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from operator import itemgetter
 
 from veneer.serve.engine.prefix import PrefixCache, block_hashes
-from veneer.serve.engine.request import Request
+from veneer.serve.engine.request import DRAFTED, Request
 from veneer.serve.engine.row import Row
 from veneer.serve.engine.runner import Chunk, Runner
 from veneer.serve.engine.step_cost import StepCost
 
 MARGIN = 1.25  # by which a guess must be worth more than it takes: for what is not measured
+NOT_DRAFTED = (
+    "No tokens are guessed ahead (speculate): the answers would not stay the same, for only the "
+    "compiled steps of a CPU give the same numbers whatever is computed beside them."
+)
 READING_SECONDS = 0.005  # for which a step waits where nothing but blocks on the disk is missing
 
 
@@ -136,8 +140,8 @@ class Scheduler:
     def _use_prefix(self, row: Row) -> bool:
         """Take the first tokens of a prompt from the prefix cache, as far as it has them, or from
         the adapter; return False while some of them are being read from files."""
-        # Where all logits of the prompt are needed, all of it is computed.
-        if not row.block_hashes and not row.request.prompt_logprobs:
+        # Where something of each token is asked for, all of them are computed.
+        if not row.block_hashes and not row.request.reads_all:
             content = "" if row.adapter is None else row.adapter.content
             row.block_hashes = block_hashes(row.tokens, content, self.chunk, row.acts_from)
             self.prefixes.fetch(row.block_hashes)
@@ -152,3 +156,10 @@ class Scheduler:
             row.computed = len(row.virtual)
             self.keep_blocks(row, 0)
         return True
+
+
+def most_drafted(runner: Runner, asked: int | None) -> tuple[int, tuple[str, ...]]:
+    """Return how many tokens are guessed behind a row's newest one at most, and notices."""
+    if runner.is_exact:
+        return DRAFTED if asked is None else asked, ()
+    return 0, (NOT_DRAFTED,) if asked else ()

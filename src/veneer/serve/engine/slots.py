@@ -30,6 +30,7 @@ class SlotRunner:
 
     is_exact = False
     cut: int | None = None
+    hidden = None
 
     def __init__(
         self, model: PreTrainedModel, slots: int, context: int, graphs: Graphs | None = None

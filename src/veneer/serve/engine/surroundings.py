@@ -94,10 +94,13 @@ class Surroundings:
                 x = self._pass_over(ids[:, None], positions[:, None]).x
         return x[:, 0].to(self.dtype).contiguous()
 
+    def normed(self, x: Tensor) -> Tensor:
+        """Return what the decoder gives of its last layer's x (tokens, dim)."""
+        return x if self.norm is None else self.norm.forward(x)[0]
+
     def logits(self, x: Tensor, adapters: Adapters, compiled: decode.Decode) -> Tensor:
         """Return the logits (tokens, vocab), in float32, of what the last layer gives."""
-        if self.norm is not None:
-            x, _ = self.norm.forward(x)
+        x = self.normed(x)
         z = self._product(x.contiguous(), adapters, compiled)
         z, sizes = self._with_own(z, x, adapters, compiled)
         if self.head.logits != PLAIN:
