@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import veneer
 from support.many_runs import one_by_one
@@ -15,6 +16,7 @@ from support.random_adapters import tokenizer
 from support.tiny_models import tiny
 from veneer.formats.merged import write_model
 from veneer.run_directory import RunDirectory
+from veneer.training import preflight
 from veneer.training.events import Event, Failed, Measured, ModelReady, Planned, Step, Written
 from veneer.training.many import train as many
 
@@ -115,3 +117,22 @@ def test_what_cannot_share_a_base_is_said_at_once(home):
     assert "\n  - other: bits is 8, but None for the first job" in str(refused.value)
     assert "good is another job's directory too" in str(refused.value)
     assert not (home / "bad").exists()
+
+
+def test_memory_is_planned_for_the_adapters_of_all_and_the_base_is_read_once(home, monkeypatch):
+    reads = []
+
+    def read(*arguments: Any) -> Any:
+        reads.append(arguments)
+        return own(*arguments)
+
+    own = preflight.load_config_and_tokenizer
+    monkeypatch.setattr(preflight, "load_config_and_tokenizer", read)
+    events = veneer.tune_many(recipes(home, "planned"))
+    planned = next(event for _, event in events if isinstance(event, Planned))
+    events.close()
+    assert len(reads) == 1
+    stored = [next((home / "alone" / name).glob("checkpoints/*/*.safetensors")) for name in JOBS]
+    weights = [w for file in stored for key, w in load_file(file).items() if key[:8] == "weights/"]
+    moments = 2 * 4 * sum(weight.numel() for weight in weights)
+    assert planned.plan.memory.optimizer.value == moments

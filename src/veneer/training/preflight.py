@@ -57,9 +57,17 @@ class Preflight:
 
 
 def preflight(
-    recipe: Recipe, *, resume: bool, force: bool, ignore_space: bool, processes: int = 1
+    recipe: Recipe,
+    *,
+    resume: bool,
+    force: bool,
+    ignore_space: bool,
+    processes: int = 1,
+    beside: Preflight | None = None,
 ) -> Preflight:
     """Check the files, the device, the base's name, the targets against its skeleton, and the disk.
+
+    beside: of another run over the same base, which is not read again.
 
     Raises what is wrong: one error as it is, several as one ConfigError that lists them.
     """
@@ -86,9 +94,15 @@ def preflight(
         device = device_of_run(recipe.device, processes, here=here)
         with checks.check():
             check_optimizer(recipe.training.optimizer, device)
-        dtype = dtype_of(locate(recipe.model), asked, device)
+        if asked == "auto" and beside is not None:
+            dtype = beside.dtype
+        else:
+            dtype = dtype_of(locate(recipe.model), asked, device)
         recipe = _as_before(recipe, earlier)
-        config, tokenizer = load_config_and_tokenizer(recipe.model)
+        if beside is None:
+            config, tokenizer = load_config_and_tokenizer(recipe.model)
+        else:
+            config, tokenizer = beside.config, beside.tokenizer
         recipe = replace(recipe, lora=tokenized(recipe.lora, tokenizer))
         start = None
         if recipe.start_from is not None:

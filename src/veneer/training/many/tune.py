@@ -71,9 +71,15 @@ def tune_many(
     resumes = {name: resume and recipe.out.exists() for name, recipe in recipes.items()}
     for name, recipe in recipes.items():
         with problems.of(name):
-            begun[name] = preflight(
-                recipe, resume=resumes[name], force=force, ignore_space=ignore_plan
+            begun[name] = ahead = preflight(
+                recipe,
+                resume=resumes[name],
+                force=force,
+                ignore_space=ignore_plan,
+                beside=next(iter(begun.values()), None),
             )
+            if ahead.dtype != (dtype := next(iter(begun.values())).dtype):
+                raise ConfigError(f"it was computed in {ahead.dtype_name}, the others in {dtype}")
     problems.end()
     prepared: dict[str, Prepared] = {}
     rows: dict[Any, RunRows] = {}  # by all that decides them
