@@ -130,3 +130,11 @@ def test_what_a_server_left_has_failed(merges, tmp_path):
     assert later.find("a").state == "failed"
     (tmp_path / "a" / STATE).write_text("{")
     assert later.find("a") is None
+
+
+def test_no_name_leads_out_of_the_directory(merges, tmp_path):
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    outside.mkdir()
+    write_json(outside / STATE, asdict(Merge("x", "x", "/etc", state="done")))
+    for name in (f"../{outside.name}", str(outside), "..", ""):
+        assert merges.find(name) is None

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from veneer.errors import AdapterError, QueueFull
 from veneer.files import read_json, write_json
+from veneer.serve.config import ADAPTER_NAME
 from veneer.serve.jobs.pace import Pace
 from veneer.serve.jobs.settings import TrainingBase
 
@@ -83,6 +84,8 @@ class Merges:
 
     def find(self, name: str) -> Merge | None:
         """Return what is merged of a name, or is being merged."""
+        if not ADAPTER_NAME.fullmatch(name):  # it may lead out of the directory
+            return None
         try:
             return Merge(**read_json(self.root / name / STATE))
         except (AdapterError, TypeError):
