@@ -176,6 +176,11 @@ def test_a_damaged_block_is_left_out_and_written_anew(damage, tmp_path, caplog):
     files.close()
 
 
+def test_nobody_else_reads_blocks(tmp_path):
+    files = keep(opened(tmp_path), *KEYS)
+    assert files.home.stat().st_mode & 0o777 == 0o700
+
+
 def test_another_bases_block_is_none_of_ours(tmp_path, caplog):
     keep(opened(tmp_path, base="b"), *KEYS)
     (other,) = {path.parent for path in blocks_in(tmp_path)}

@@ -66,6 +66,8 @@ class PrefixFiles:
         self._identity = json.dumps(dict(sorted(identity.items())))
         self.home = directory / hashlib.sha256(self._identity.encode()).hexdigest()[:32]
         try:
+            # For its owner alone, as blocks tell what prompts said.
+            self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_json(self.home / IDENTITY, identity)
             _remove_left_over(self.home)
             self._sizes = {_hash_in(path): path.stat().st_size for path in _blocks_in(self.home)}
