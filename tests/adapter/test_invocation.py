@@ -158,8 +158,9 @@ def test_a_mix_acts_where_each_of_its_adapters_does():
 def test_what_it_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="dora scales outputs of W before an invocation too"):
         veneer.LoRA(invocation=INVOCATION, dora=True)
-    with pytest.raises(ConfigError, match=r"invocation is \(\), but must be a text, or the ids"):
-        veneer.LoRA(invocation=[])
+    for wrong in ([], "", 5, {3: 4}, ["a"], [[3]], [-1], [True]):
+        with pytest.raises(ConfigError, match=r"invocation is .*, but must be a text, or the ids"):
+            veneer.LoRA(invocation=wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="'say' is a text; give its token ids, or a tokenizer"):
         veneer.attach(tiny("llama"), veneer.LoRA(invocation="say"))
     with pytest.raises(ConfigError, match=rf"has the tokens {VOCAB}, and the model {VOCAB}"):
@@ -198,6 +199,8 @@ def test_detached_it_leaves_nothing():
     assert not active_adapters_of(model).acts_on
     assert not model.model._forward_pre_hooks
     assert not model.model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
     assert torch.equal(logits(model, own), logits(tiny("llama"), own))
     assert torch.equal(logits(twin, own), expected)  # which has its own
 

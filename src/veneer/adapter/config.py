@@ -38,7 +38,11 @@ KINDS = {
     ),
     "targets": Rule(lambda value: all(isinstance(name, str) for name in value), "names"),
     "invocation": Rule(
-        lambda value: bool(value) and (isinstance(value, str) or all(map(TOKEN.holds, value))),
+        lambda value: (
+            bool(value)
+            and isinstance(value, str | tuple)
+            and (isinstance(value, str) or all(map(TOKEN.holds, value)))
+        ),
         "a text, or the ids of its tokens",
     ),
     "layers": Rule(lambda value: isinstance(value, str), "slices"),

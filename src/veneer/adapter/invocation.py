@@ -79,22 +79,38 @@ def invocation_problems(model: nn.Module, config: LoRA, targets: Sequence[Layer]
 
 
 class Invocations:
-    """Finds, before each pass of a decoder, on which tokens adapters with an invocation act."""
+    """Finds, before each pass of a decoder, on which tokens adapters with an invocation act.
 
-    def __init__(self, decoder: PreTrainedModel, active_adapters: ActiveAdapters) -> None:
+    Some models give their decoder embeddings and masks of their own: then the model's own input
+    counts.
+    """
+
+    def __init__(self, model: PreTrainedModel, active_adapters: ActiveAdapters) -> None:
         self.active_adapters = active_adapters
         self.invocations: dict[str, tuple[int, ...]] = {}  # by adapter
-        self._names = tuple(inspect.signature(decoder.forward).parameters)
         self._state: dict[str, Tensor] = {}  # of the pass that is running
-        self._hooks = (
+        self._of_model: dict[str, Any] = {}  # what the model is called with, while it runs
+        decoder = decoder_of(model)
+        self._hooks = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after),
-        )
+        ]
+        if decoder is not model:
+            self._hooks += [
+                model.register_forward_pre_hook(self._note, with_kwargs=True),
+                model.register_forward_hook(self._forget, always_call=True),
+            ]
 
     def remove_hooks(self) -> None:
         """Leave the decoder as it was."""
         for hook in self._hooks:
             hook.remove()
+
+    def _note(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._of_model = _arguments(model, args, kwargs) if self.invocations else {}
+
+    def _forget(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self._of_model = {}
 
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._state = {}
@@ -104,15 +120,17 @@ class Invocations:
         active = {name: own for name, own in self.invocations.items() if name in acting}
         if not active:
             return
-        arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        arguments = _arguments(decoder, args, kwargs)
         tokens: Tensor | None = arguments.get("input_ids")
+        mask = arguments.get("attention_mask")
+        if tokens is None:
+            tokens, mask = map(self._of_model.get, ("input_ids", "attention_mask"))
         if tokens is None:
             raise AdapterError(
                 f"{listed(active)} acts from an invocation on, which is found among token ids; "
                 "give the model input_ids in place of embeddings."
             )
         rows = _rows_of(tokens, arguments.get("position_ids"))
-        mask = arguments.get("attention_mask")
         is_text = None
         if isinstance(mask, Tensor) and mask.ndim == 2:
             is_text = mask[:, -tokens.shape[1] :].bool()
@@ -172,7 +190,7 @@ def attach_invocation(model: nn.Module, name: str, config: LoRA) -> None:
     assert isinstance(model, PreTrainedModel)
     active_adapters = active_adapters_of(model)
     if active_adapters.invocations is None:
-        active_adapters.invocations = Invocations(decoder_of(model), active_adapters)
+        active_adapters.invocations = Invocations(model, active_adapters)
     active_adapters.invocations.invocations[name] = tokens
     active_adapters.acts_on[name] = None
 
@@ -194,6 +212,14 @@ def invoked(model: nn.Module) -> list[str]:
     """Return the names of the adapters in use that act from an invocation on."""
     active_adapters = active_adapters_of(model)
     return [name for name in active_adapters.weights if name in active_adapters.acts_on]
+
+
+def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a module is called with, by name."""
+    if not args:
+        return dict(kwargs)
+    names = inspect.signature(module.forward).parameters
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def _cache_in(arguments: Mapping[str, Any]) -> Any:

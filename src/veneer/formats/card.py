@@ -27,7 +27,8 @@ def card(state: AdapterState) -> str:
         head["pipeline_tag"] = USES[state.task]
     base = base_name or "an unnamed base"
     if isinstance(config, LoRA):
-        name, layers = "DoRA" if config.dora else "LoRA", sum(1 for _ in state.layers())
+        name = "Activated LoRA" if config.invocation else "DoRA" if config.dora else "LoRA"
+        layers = sum(1 for _ in state.layers())
         summary = f"{name} of rank {config.rank} and alpha {config.alpha:g} over {layers} layers of"
     else:
         summary = f"{description(config).capitalize()} for"
