@@ -18,6 +18,7 @@ from veneer.errors import AdapterError, ContextExceeded, RequestError
 from veneer.generate.sampling import Sampling
 from veneer.kernels import native
 from veneer.kernels.graphs import Graphs
+from veneer.serve.engine.adapter_cache import AdapterCache
 from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.general import GeneralRunner
@@ -25,6 +26,7 @@ from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Adjustments, EngineConfig, Grammar, Request
 from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.slots import SlotRunner
+from veneer.serve.engine.vocabulary import Vocabularies
 
 ROWS = (None, *KINDS)
 SMALL = EngineConfig(slots=len(ROWS), chunk=16)
@@ -70,34 +72,33 @@ def test_each_row_is_what_the_model_gives_with_that_adapter(architecture, kind, 
     base = base_of(architecture)
     if architecture != "llama":
         base = replace(base, tokenizer=tokenizer(VOCAB - 2))
-    with Engine(base, Library(homes), SMALL) as engine:
-        runner = RUNNERS[kind](engine.base.model, len(ROWS), 64)
-        tokens, chunks = ids(len(ROWS), 19), []
-        for slot, (row, name) in enumerate(zip(tokens.tolist(), ROWS, strict=True)):
-            own = None
-            if name is not None:
-                engine.load(name)
-                own = engine.adapters.get(((engine.library.info(name), 1.0),))
-            if name == "tokens":
-                row[3], row[9] = (VOCAB - 2 * (architecture != "llama") + n for n in (0, 2))
-            virtual = engine.vocabulary(name).virtual_ids
-            start = 0
-            if own is not None and own.prefix is not None:
-                runner.begin(slot, own.prefix)
-                start = len(virtual)
-            row = (*virtual, *row)[start:]
-            chunks.append(Chunk(slot, row, start, own, logits=19))
-        read = runner.step(chunks).split(19)
-        # And a token that each decodes beside the others.
-        if isinstance(runner, SlotRunner):
-            runner.take(range(len(ROWS)), torch.full((len(ROWS),), 7))
-        ends = [chunk.start + len(chunk.tokens) for chunk in chunks]
-        newest = runner.step(
-            [
-                replace(chunk, tokens=(7,), start=end, logits=1, decoding=True)
-                for chunk, end in zip(chunks, ends, strict=True)
-            ]
-        )
+    library = Library(homes)
+    cache = AdapterCache(base.model, 2**30, base.tokenizer)
+    vocabularies = Vocabularies(cache.fit, base.tokenizer)
+    runner = RUNNERS[kind](base.model, len(ROWS), 64)
+    tokens, chunks = ids(len(ROWS), 19), []
+    for slot, (row, name) in enumerate(zip(tokens.tolist(), ROWS, strict=True)):
+        mix = () if name is None else ((library.info(name), 1.0),)
+        own = cache.get(mix) if mix else None
+        if name == "tokens":
+            row[3], row[9] = (VOCAB - 2 * (architecture != "llama") + n for n in (0, 2))
+        virtual = vocabularies.of(mix).virtual_ids
+        start = 0
+        if own is not None and own.prefix is not None:
+            runner.begin(slot, own.prefix)
+            start = len(virtual)
+        chunks.append(Chunk(slot, (*virtual, *row)[start:], start, own, logits=19))
+    read = runner.step(chunks).split(19)
+    # And a token that each decodes beside the others.
+    if isinstance(runner, SlotRunner):
+        runner.take(range(len(ROWS)), torch.full((len(ROWS),), 7))
+    ends = [chunk.start + len(chunk.tokens) for chunk in chunks]
+    newest = runner.step(
+        [
+            replace(chunk, tokens=(7,), start=end, logits=1, decoding=True)
+            for chunk, end in zip(chunks, ends, strict=True)
+        ]
+    )
     for name, chunk, *ours in zip(ROWS, chunks, read, newest.split(1), strict=True):
         logits = joined(ours)
         model = installed(replace(base, model=tiny(architecture)), homes.get(name))
@@ -136,18 +137,19 @@ def test_together_is_to_the_bit_as_alone(homes):
     assert len({str(tokens) for tokens in alone[: len(ROWS)]}) == len(ROWS)
 
 
-@pytest.mark.parametrize("kind", ["general", "slots"])
+@pytest.mark.parametrize("kind", [pytest.param("general", marks=pytest.mark.slow), "slots"])
 def test_answers_equal_generate_with_that_adapter(homes, kind, monkeypatch):
     monkeypatch.setattr(
         "veneer.serve.engine.engine.runner_for", lambda *args: (RUNNERS[kind](*args), ())
     )
     with Engine(base_of(), Library(homes), SMALL) as engine:
-        streams = [engine.submit(request(which)) for which in ROWS]
+        short = replace(GREEDY, max_new_tokens=3)
+        streams = [engine.submit(request(which, sampling=short)) for which in ROWS]
         answers = [[token.id for token in stream.result().tokens] for stream in streams]
         assert kind != "slots" or engine.runner.graphs.why_not is None
     for which, answer in zip(ROWS, answers, strict=True):
         model = installed(base_of(), homes.get(which))
-        assert [answer] == generated(model, [(*PROMPT, 5)], 8), which
+        assert [answer] == generated(model, [(*PROMPT, 5)], 3), which
 
 
 NEW = NEW_TOKENS[0]
