@@ -9,7 +9,7 @@ from gpu.training_cases import CASES, SLOW_CASES
 EVENTS = ["Started", "Evaluated", "Step", "Step", "Evaluated", "Checkpointed", "Trained"]
 BRIEF = ["Started", "Step", "Checkpointed", "Trained"]
 GOING_ON = ["Notice", "Started", "Step", "Evaluated", "Checkpointed", "Trained"]
-MATRIX = [name for name in CASES if name not in ("a reading in a step", "widened weights")]
+MATRIX = [name for name in CASES if name.startswith("llama, ")]
 # What waits nevertheless, by the kind and the way. Quantized experts are dequantized one by one for
 # the rows that each has, which a notice says. A prefix before windows asks if rows have padding
 # on their left, and the cache for it sends the window's length.
@@ -69,6 +69,11 @@ def test_no_step_waits(case, pretend):
     check(case, result)
     is_brief = case != "llama, lora, packed"
     assert result["events"] == (BRIEF if is_brief else EVENTS + GOING_ON)
+
+
+def test_no_pass_of_several_adapters_waits(pretend):
+    result = pretend("training_cases", "together")
+    assert result == {"alone": {}, "in_passes": [], "left_out": []}
 
 
 def test_one_reading_more_is_seen(pretend):

@@ -21,8 +21,12 @@ from support import every_architecture, tiny_models
 from support.fake_card import Watch, card, on_card
 from support.random_adapters import examples
 from support.tiny_models import CAUSAL
+from veneer.adapter.beside import attach_beside
+from veneer.data.packing import pack
 from veneer.files import write_tensors
+from veneer.fused import together as fused_together
 from veneer.fused.forward import Forward, choose_forward
+from veneer.fused.together import AdapterBatch, why_alone
 from veneer.kernels.arena import Arena
 from veneer.training import checkpoint, loop, step
 from veneer.training import run as running
@@ -171,7 +175,28 @@ def widened_weights() -> dict[str, Any]:
         return run("llama", "lora", "packed", brief=True)
 
 
+def together() -> dict[str, Any]:
+    """A pass in which several adapters learn, twice: what would have waited in it, and which
+    weights have gradients."""
+    model = base("llama", torch.bfloat16)
+    names = ("lora", "dora", "dropout")
+    for name, options in zip(names, ({}, {"dora": True}, {"dropout": 0.1}), strict=True):
+        attach_beside(model, veneer.LoRA(**LORA, **options), name=name)
+    forward, _ = choose_forward(model, ROWS)
+    apart = why_alone(forward, model, names, ROWS)
+    batches = [AdapterBatch(name, pack(ROWS, [i, i + 3]), 9) for i, name in enumerate(names)]
+    with card() as watch, ExitStack() as stack:
+        model, forward = on_card((model.train(), replace(forward, arena=Arena())))
+        passes = Counted(watch, stack, fused_together, "backward_together")
+        for _ in range(2):
+            fused_together.backward_together(forward, model, batches, alone=apart)
+        learnt = {n for n, w in model.named_parameters() if w.grad is not None}
+        trained = {n for n, w in model.named_parameters() if w.requires_grad}
+    return {"alone": apart, "in_passes": sorted({*passes.seen}), "left_out": [*trained - learnt]}
+
+
 CASES: dict[str, Callable[[], Any]] = {
+    "together": together,
     "llama, lora, packed": partial(run, "llama", "lora", "packed", goes_on=True),
     "llama, dora, padded": partial(run, "llama", "dora", "padded", brief=True),
     "llama, prefix, packed": partial(run, "llama", "prefix", "packed", brief=True),

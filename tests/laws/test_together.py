@@ -38,11 +38,12 @@ def beside(kind: Kind) -> Any:
     """Return a model with the kind's adapter, and beside it a wide one and a DoRA. It is in
     training mode, in which adapters drop out, but where the base is quantized."""
     model = kind.fresh()
-    targets = "attention" if any(experts_of(model)) else "all"  # there is no DoRA of experts
+    stacks = any(experts_of(model))  # of which there is no DoRA, and which drop nothing out
+    targets, dropout = ("attention", 0.0) if stacks else ("all", 0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", veneer.VeneerWarning)  # of uncovered weights
         wide, dora = (
-            veneer.LoRA(rank=5, targets=targets, dropout=0.3),
+            veneer.LoRA(rank=5, targets="all", dropout=dropout),
             veneer.LoRA(rank=2, targets=targets, dora=True),
         )
         attach_beside(model, wide, name="wide", seed=1)

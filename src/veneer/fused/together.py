@@ -152,8 +152,8 @@ def _pass(
         if sharing:
             with _losses(forward, model, sharing) as of_all:
                 if backward:
-                    labels = of_all.new_tensor([each.labels for each in sharing])
-                    (of_all / labels).sum().backward()
+                    pairs = zip(of_all, sharing, strict=True)
+                    torch.stack([loss / each.labels for loss, each in pairs]).sum().backward()
             names = [each.adapter for each in sharing]
             losses |= dict(zip(names, of_all.detach(), strict=True))
         for each in batches:

@@ -124,7 +124,7 @@ def shape_of_h(group: Group, tokens: int) -> tuple[int, int]:
 def _of_segments(h: Tensor, segments: Sequence[_Segment]) -> list[Tensor]:
     """Return A x of each segment, (its tokens, Σ rank), from the matrix that holds all."""
     if len(segments) == 1:
-        return [h]
+        return [h[: segments[0].tokens]]
     sizes = [segment.tokens * segment.rank for segment in segments]
     pieces = h.flatten()[: sum(sizes)].split_with_sizes(sizes)
     return [
