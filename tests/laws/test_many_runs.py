@@ -62,15 +62,16 @@ def test_each_run_is_what_it_is_alone_whatever_becomes_of_the_others(solo, tmp_p
     assert cancelled.losses == solo["qv"].losses[:2]
 
 
+@pytest.mark.slow  # tests/training/test_tune_many.py holds the same of whole runs
 @pytest.mark.usefixtures("oracle")
 def test_runs_that_died_go_on_from_where_each_was(solo, tmp_path):
-    kinds = {name: KINDS[name] for name in ("qv", "patience", "plus")}
+    kinds = {name: KINDS[name] for name in ("qv", "patience")}
     steps = 0
 
     def dies(name: str, event: Event) -> bool:
         nonlocal steps
         steps += isinstance(event, Step)
-        return steps == 9
+        return steps == 5
 
     together(kinds, tmp_path, tokens_per_pass=60, leave=dies)
     for name, result in together(kinds, tmp_path, resume=True).items():
@@ -89,7 +90,8 @@ def assert_near(ours: Result, theirs: Result, wide: Result, name: str) -> None:
 
 
 def test_passes_that_are_shared_move_no_run_further_than_rounding(solo):
-    for name, result in together(KINDS).items():
+    kinds = {name: KINDS[name] for name in ("qv", "dora")}  # the slow proof below has them all
+    for name, result in together(kinds).items():
         wide = alone(KINDS[name], dtype=torch.float64)
         unsaved = [e for e in solo[name].events if not isinstance(e, Checkpointed)]
         assert_near(result, Result(unsaved, solo[name].weights), wide, name)

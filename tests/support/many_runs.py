@@ -33,7 +33,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "qv": Kind({"rank": 2, "targets": "qv", "dropout": 0.3}, course={"tokens_per_batch": 20}),
-    "dora": Kind({"rank": 3, "targets": "all", "dora": True}, (5, 19, 30, 8), {"epochs": 3}),
+    "dora": Kind({"rank": 3, "targets": "all", "dora": True}, (5, 19, 30, 8)),
     "plus": Kind(
         {"rank": 4, "targets": "mlp", "rslora": True},
         (25, 3, 14, 9),

@@ -17,7 +17,16 @@ from support.tiny_models import tiny
 from veneer.formats.merged import write_model
 from veneer.run_directory import RunDirectory
 from veneer.training import preflight
-from veneer.training.events import Event, Failed, Measured, ModelReady, Planned, Step, Written
+from veneer.training.events import (
+    Event,
+    Failed,
+    Measured,
+    ModelReady,
+    Planned,
+    Started,
+    Step,
+    Written,
+)
 from veneer.training.many import train as many
 
 ROWS = [
@@ -100,6 +109,7 @@ def test_each_directory_is_that_of_a_run_alone_and_goes_on_after_a_kill(home):
     assert all(f"\n  - {name}: " in str(refused.value) for name in JOBS)
     events = [*veneer.tune_many(recipes(home, "together"), resume=True)]
     assert [name for name, event in events if isinstance(event, Written)].count("dora") == 2
+    assert all(event.done > 0 for _, event in events if isinstance(event, Started))
     assert isinstance(events[-1][1], Measured)
     assert [name for name, event in events if isinstance(event, Failed)] == ["wild"]
     for name in JOBS:
