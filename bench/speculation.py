@@ -9,6 +9,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from json import dumps
 
 import torch
 
@@ -16,7 +18,7 @@ import veneer
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.request import Answer, EngineConfig, Request
+from veneer.serve.engine.request import Answer, EngineConfig, Grammar, Request
 
 CODE = """def mean(values):
     total = 0
@@ -43,6 +45,23 @@ REPEATING = {
     "code, one name changed": f"Rename the function mean to average_of in this code:\n\n{CODE}",
     "sentences, as a list": f"List the sentences of this letter, with numbers:\n\n{LETTER}",
 }
+SOUPS = "Give me three soups, each with its name, its minutes and how difficult it is."
+SCHEMA = {
+    "type": "array",
+    "minItems": 3,
+    "maxItems": 3,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "preparation_minutes": {"type": "integer", "maximum": 99},
+            "difficulty": {"enum": ["easy", "moderate", "hard"]},
+        },
+        "required": ["name", "preparation_minutes", "difficulty"],
+        "additionalProperties": False,
+    },
+}
+LONG = 1500  # tokens of a prompt that comes while an answer runs
 OTHER = {
     "a story": "Tell me a story of a lighthouse keeper who finds a map.",
     "an explanation": "Why is the sky blue, and why is it red in the evening?",
@@ -72,11 +91,13 @@ def main() -> None:
             tuple(ids), None, Sampling(asked.new, temperature=0.8 if drawn else 0.0, seed=1)
         )
 
+    soups = replace(request(SOUPS, drawn=False), grammar=Grammar("json_schema", dumps(SCHEMA)))
     texts = {**REPEATING, **OTHER}
     one = {what: [request(text, drawn="drawn" in what)] for what, text in texts.items()}
     cases = {
         **one,
-        "all seven together": [each for rows in one.values() for each in rows],
+        "JSON by a schema": [soups],
+        "all but the JSON, together": [each for rows in one.values() for each in rows],
     }
     with kept_heap(), torch.inference_mode():
         engines = [
@@ -90,6 +111,7 @@ def main() -> None:
             compare(what, engines, requests, asked.rounds, clock)
         reading = engines[1]._scheduler.cost.reading
         print(f"\nReading the weights takes as long as {reading:.1f} tokens.")
+        delays(engines[0], request(OTHER["a story"], drawn=False), clock)
         for engine in engines:
             engine.close()
 
@@ -121,6 +143,35 @@ def compare(
         f"{(stats.steps - before.steps) / runs:.0f} |",
         flush=True,
     )
+
+
+def delays(engine: Engine, asked: Request, clock: Callable[[], float]) -> None:
+    """What a token of a running answer waits for, with and without a long prompt beside it."""
+    print("\n| a token of an answer | median ms | longest of 20 |\n|---|---:|---:|")
+    cut = engine.runner.cut
+    draw = torch.Generator().manual_seed(1)
+    for what, beside, own in (
+        ("alone", False, cut),
+        (f"beside a prompt of {LONG:,} tokens", True, cut),
+        ("the same, 64 of them a step", True, None),
+    ):
+        gaps = []
+        engine.runner.cut = own  # type: ignore[misc]
+        stream = engine.submit(replace(asked, sampling=Sampling(30)))
+        pieces = iter(stream)
+        for _ in range(4):
+            next(pieces)
+        if beside:
+            tokens = torch.randint(100, 20000, (LONG,), generator=draw).tolist()
+            engine.submit(Request(tuple(tokens), None, Sampling(1))).listen(lambda: None)
+        before = clock()
+        for _ in range(20):
+            next(pieces)
+            gaps.append((clock() - before) * 1e3)
+            before = clock()
+        list(pieces)
+        print(f"| {what} | {statistics.median(gaps[1:]):.1f} | {max(gaps[1:]):.1f} |", flush=True)
+    engine.runner.cut = cut  # type: ignore[misc]
 
 
 def answer(
