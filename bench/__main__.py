@@ -63,6 +63,7 @@ QUESTIONS = (
             "-m bench.serving --model gemma3-270m --resident 16",
         ),
     ),
+    ("A conversation in which the base and an adapter take turns", ("-m bench.activated",)),
     ("Adapters of different rows in a layer of their own", ("-m bench.mixed_products",)),
     ("Loading an adapter, and swapping", ("-m bench.loading",)),
     (
