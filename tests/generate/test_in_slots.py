@@ -4,15 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import veneer
+from support.every_architecture import small
 from support.random_adapters import shake, tokenizer
 from support.recorders import StandIn
 from support.tiny_models import VOCAB, tiny
 from veneer.generate import decode
 from veneer.generate.in_slots import InSlots, in_slots
 from veneer.generate.sampling import Sampling
-from veneer.generate.slots import NotInSlots
+from veneer.generate.slots import NotInSlots, SlotModel
 from veneer.kernels.graphs import Graphs
 
 QUESTIONS = ["abc", "defghi", "k", "lmnopqrst"]
@@ -71,6 +73,25 @@ def test_what_slots_do_not_suit():
     model = veneer.attach(tiny("llama"), veneer.Method("prefix", virtual_tokens=3))
     with pytest.raises(NotInSlots, match="virtual tokens"):
         InSlots(model, 2)
+    with pytest.raises(NotInSlots, match="windows from the end"):
+        InSlots(small("gpt_neo"), 2)
+    with pytest.raises(NotInSlots, match="takes no masks"):  # for more places than its context has
+        InSlots(small("mpt"), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_proven_too(dtype, monkeypatch):
+    """By a bound of their own, that a row which sees too little does not keep to."""
+    model = tiny("llama", dtype=dtype)
+    SlotModel(model, 2, 64)
+    monkeypatch.setattr(SlotModel, "_masks", sees_itself_alone)
+    with pytest.raises(NotInSlots, match="something else"):
+        SlotModel(model, 2, 64)
+
+
+def sees_itself_alone(self: SlotModel, positions: Tensor) -> Tensor:
+    places = torch.arange(self.where.end)
+    return places == positions[:, None, :, None]
 
 
 def test_a_row_ends_while_others_go_on():

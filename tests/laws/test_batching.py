@@ -133,9 +133,21 @@ def assert_equals_own(model: Any, way: Forward, rows: list[Example]) -> None:
     assert_gradients_no_further(ours, peers, gradients(model, exact))
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *STATES])
-def test_bf16_takes_the_same_way(architecture):
-    model = tiny(architecture, dtype=torch.bfloat16)
+# A model may come in float16 too, which is what some GPUs of Apple's have.
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        *((each, torch.bfloat16) for each in (*ARCHITECTURES, *STATES)),
+        ("llama", torch.float16),
+        *(
+            pytest.param(each, torch.float16, marks=pytest.mark.slow)
+            for each in (*ARCHITECTURES, *STATES, "gemma2", "qwen3_moe", "gpt_oss")
+            if each != "llama"
+        ),
+    ],
+)
+def test_16_bits_take_the_same_way(architecture, dtype):
+    model = tiny(architecture, dtype=dtype)
     shake(veneer.attach(model, veneer.LoRA(rank=2, targets="all")))
     chosen, notices = choose_forward(model, ROWS)
     packs = architecture not in NEVER_PACKED
@@ -146,7 +158,7 @@ def test_bf16_takes_the_same_way(architecture):
         ours = chosen(model, pack(ROWS, range(len(ROWS))))
         peer = own_loss(model, ROWS)
         exact = own_loss(model.double(), ROWS)
-        assert_no_further(ours, peer, exact, slack=torch.finfo(torch.bfloat16).eps)
+        assert_no_further(ours, peer, exact, slack=torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("packed", [True, False])

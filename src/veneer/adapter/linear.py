@@ -209,12 +209,13 @@ class LoRALinear(AdaptedLayer):
     def _by_rows(self, x: Tensor, row_updates: RowUpdates) -> Tensor:
         """Return the output for x (rows, tokens, in), where each row has adapters of its own.
 
-        A mixture gives its shared experts all tokens as one, (rows · tokens, in).
+        A mixture gives its shared experts all tokens as one, (rows · tokens, in); latent attention
+        gives what it has cached, (rows, heads, tokens, in).
         """
         rows_of_x = len(row_updates.mix_of_row)
-        if x.ndim == 2:
-            y = self._by_rows(x.view(rows_of_x, -1, x.shape[-1]), row_updates)
-            return y.flatten(0, 1)
+        if x.ndim != 3:
+            y = self._by_rows(x.reshape(rows_of_x, -1, x.shape[-1]), row_updates)
+            return y.view(*x.shape[:-1], y.shape[-1])
         assert len(x) == rows_of_x, (x.shape, rows_of_x)
         y = self.original(x)  # (rows, tokens, out)
         updates = row_updates.on(self)

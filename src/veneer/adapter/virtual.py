@@ -132,17 +132,23 @@ def keys_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return the keys and values that the base caches for tokens (tokens,):
     (layers, 2, kv_heads, tokens, head_dim). No config gives their shape for every architecture.
 
-    Raises ConfigError where some layers have none, or of another shape.
+    Raises ConfigError where some layers have none, of another shape, or not one for each token.
     """
     decoder = decoder_of(model)
     cache = DynamicCache()  # without a config, it keeps more than an attention window too
     _check_cache(decoder)
     with torch.no_grad(), base_alone(model), evaluating(decoder):
-        decoder(input_ids=ids[None].to(model.device), use_cache=True, cache=cache)
+        try:
+            decoder(input_ids=ids[None].to(model.device), use_cache=True, cache=cache)
+        except Exception as error:  # of foreign code, which may need a cache of its own kind
+            raise ConfigError(
+                "prefix needs a model that takes a cache of keys and values alone, and this one's "
+                f"code raises {type(error).__name__}: {error}"
+            ) from error
     layers: list[Any] = cache.layers
     cached: list[Any] = [getattr(layer, x, None) for layer in layers for x in ("keys", "values")]
     shapes = {None if x is None else tuple(x.shape) for x in cached}
-    if len(shapes) != 1 or None in shapes:
+    if len(shapes) != 1 or not all(shape and shape[2] == len(ids) for shape in shapes):
         raise ConfigError(
             "prefix needs a model that keeps keys and values of one shape in all layers."
         )

@@ -48,7 +48,9 @@ class InSlots:
         settings: dict[str, Any] = {} if config is None else config.to_diff_dict()
         if others := sorted(key for key in settings if key not in HARMLESS and settings[key]):
             raise NotInSlots(f"its generation_config has {', '.join(others)}")
-        context = getattr(model.config, "max_position_embeddings", None) or LONGEST_CONTEXT
+        own = model.config.get_text_config()
+        named = (getattr(own, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        context = next(filter(None, named), LONGEST_CONTEXT)
         self.model = SlotModel(model, rows, context)
         self.graphs = Graphs.on(model.device) if graphs is None else graphs
         self._newest = torch.zeros(rows, dtype=torch.long, device=model.device)

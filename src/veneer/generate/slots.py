@@ -248,7 +248,9 @@ class SlotModel:
                 for i in range(read, count):
                     where = [[*row, last] for row, last in zip(places, (i, i, -1), strict=True)]
                     rows = tokens[i].expand(self.slots)
-                    logits.append(self.decode(rows, sent(where, self.device), count)[slot:])
+                    # As steps do: they see more places than their rows have tokens.
+                    seen = count if i % 2 else self.places
+                    logits.append(self.decode(rows, sent(where, self.device), seen)[slot:])
             except Exception as error:  # whatever a foreign architecture raises
                 why = f"{type(error).__name__}: {error}"
                 raise NotInSlots(f"its own code takes no masks of ours ({why})") from error
@@ -263,6 +265,8 @@ def _masks_of(model: PreTrainedModel) -> tuple[frozenset[str] | tuple[str], int 
     config: Any = model.config.get_text_config()
     if config._attn_implementation not in MASKED_BY:
         raise NotInSlots(f"its attention ({config._attn_implementation}) takes no mask of ours")
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo's
+        raise NotInSlots("its own code counts its windows from the end of the cache")
     window = getattr(config, "sliding_window", None)
     if getattr(config, "layer_types", None) is not None:
         kinds: frozenset[str] | tuple[str] = frozenset(config.layer_types)

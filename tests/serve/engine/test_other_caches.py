@@ -1,0 +1,68 @@
+"""Models that cache something else than usual: rows with adapters of their own equal separate runs
+over latent attention, which gives its layers what it has cached; other caches are refused."""
+
+import pytest
+import torch
+
+import veneer
+from support.closeness import assert_no_further
+from support.every_architecture import small
+from support.random_adapters import shake
+from veneer.adapter.layers import lora_layers
+from veneer.errors import ModelError
+from veneer.kernels.graphs import Graphs
+from veneer.serve.engine.adapter_cache import LoadedAdapter
+from veneer.serve.engine.general import GeneralRunner
+from veneer.serve.engine.runner import Chunk
+from veneer.serve.engine.slots import SlotRunner
+
+PROMPT, NEXT = tuple(range(3, 15)), 5
+RUNNERS = {
+    "general": lambda model: GeneralRunner(model, 2),
+    "slots": lambda model: SlotRunner(model, 2, 64, Graphs(None)),
+}
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["deepseek_v2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("deepseek_v3", "youtu"))],
+)
+@pytest.mark.parametrize("runner", RUNNERS)
+@torch.no_grad()
+def test_rows_with_adapters_of_their_own_equal_separate_runs(architecture, runner):
+    model = veneer.attach(small(architecture), veneer.LoRA(rank=2, targets="all"))
+    model = shake(model, size=0.1).requires_grad_(False).eval()
+    mix = [("default", 1.0)]
+    layers = {
+        layer: layer.low_rank_update(layer.named(mix), torch.float32)
+        for _, layer in lora_layers(model)
+    }
+    adapter = LoadedAdapter("default", layers, 0, ("default",))
+    tokens, own, exact = torch.tensor([[*PROMPT, NEXT]]), [], []
+    rows = RUNNERS[runner](model)
+    for slot, each in enumerate((adapter, None)):
+        veneer.use(model, "default" if each else None)
+        own.append(model(tokens, use_cache=False).logits[0, -1])
+        veneer.use(model, None)
+        rows.step([Chunk(slot, PROMPT, 0, each, 1)])
+    is_late = isinstance(rows, SlotRunner)
+    if is_late:
+        rows.take([0, 1], torch.tensor([NEXT, NEXT]))
+    token, at = -1 if is_late else NEXT, len(PROMPT)
+    logits = rows.step(
+        [Chunk(s, (token,), at, a, 1, decoding=True) for s, a in enumerate((adapter, None))]
+    )
+    model.double().set_experts_implementation("eager")  # float64 has no grouped products
+    for which in ("default", None):
+        veneer.use(model, which)
+        exact.append(model(tokens, use_cache=False).logits[0, -1])
+        veneer.use(model, None)
+    assert not torch.equal(own[0], own[1])
+    assert_no_further(logits, torch.stack(own), torch.stack(exact))
+
+
+# Of an index beside keys and values, and of more tokens than a prompt has.
+@pytest.mark.parametrize("architecture", ["deepseek_v32", "cpmant"])
+def test_a_cache_of_another_kind_is_refused(architecture):
+    with pytest.raises(ModelError, match="keep keys and values"):
+        GeneralRunner(small(architecture), 2)
