@@ -163,6 +163,9 @@ def test_new_tokens_are_read_and_written(homes):
         assert own.size == VOCAB + len(NEW_TOKENS)
         assert own.tokenizer(f"a {NEW} b")["input_ids"] == [68, 3, token, 3, 69]
         assert engine.vocabulary(None).tokenizer is engine.tokenizer
+        assert engine.vocabulary("prefix").grammars is engine.vocabulary(None).grammars
+        engine.library.add("again", homes["tokens"])
+        assert engine.vocabulary("again") is own
         assert len(engine.tokenizer) == VOCAB
 
         def asked(which: Any = "tokens", **options: Any) -> Any:

@@ -27,12 +27,13 @@ class Vocabulary:
     """A tokenizer, and how many logits a token has.
 
     virtual: how many virtual tokens stand before each text. Their ids come behind all others, so
-    that no text and no answer has them.
+    that no text and no answer has them. alike: another one of the same tokens, if there is one.
     """
 
     tokenizer: PreTrainedTokenizerBase
     size: int
     virtual: int = 0
+    alike: Vocabulary | None = None
 
     @property
     def virtual_ids(self) -> tuple[int, ...]:
@@ -41,7 +42,7 @@ class Vocabulary:
     @cached_property
     def grammars(self) -> Grammars:
         """The compiled grammars of answers in these tokens."""
-        return Grammars(self.tokenizer, self.size)
+        return Grammars(self.tokenizer, self.size) if self.alike is None else self.alike.grammars
 
     @cached_property
     def longest(self) -> int:
@@ -56,10 +57,8 @@ class Vocabularies:
         self.fit = fit
         self.base = Vocabulary(tokenizer, vocab_of(fit.model))
         self._of_version: OrderedDict[int, Vocabulary] = OrderedDict()
-        # Adapters with the same new tokens share a tokenizer, which may be large.
-        self._tokenizers: WeakValueDictionary[tuple[str, ...], PreTrainedTokenizerBase] = (
-            WeakValueDictionary()
-        )
+        # Adapters with the same new tokens share one, for a tokenizer may be large.
+        self._of_tokens: WeakValueDictionary[tuple[str, ...], Vocabulary] = WeakValueDictionary()
         self._lock = Lock()
 
     def of(self, mix: Mix) -> Vocabulary:
@@ -87,19 +86,18 @@ class Vocabularies:
             self.fit.check(state, entry)
         except AdapterError:
             return self.base
-        virtual = virtual_count(state)
+        if (virtual := virtual_count(state)) > 0:
+            return Vocabulary(self.base.tokenizer, self.base.size, virtual, self.base)
         if state.new_tokens is None:
-            return (
-                Vocabulary(self.base.tokenizer, self.base.size, virtual) if virtual else self.base
-            )
-        tokenizer = self._tokenizer(state.new_tokens)
-        return Vocabulary(tokenizer, size_of(state, self.base.size), virtual)
+            return self.base
+        return self._extended(state.new_tokens, size_of(state, self.base.size))
 
-    def _tokenizer(self, new: NewTokenRows) -> PreTrainedTokenizerBase:
+    def _extended(self, new: NewTokenRows, size: int) -> Vocabulary:
+        """Return the base's vocabulary with new tokens, whose ids follow the tokenizer's own."""
         with self._lock:
-            tokenizer = self._tokenizers.get(new.tokens)
-            if tokenizer is None:
+            vocabulary = self._of_tokens.get(new.tokens)
+            if vocabulary is None:
                 tokenizer = copy.deepcopy(self.base.tokenizer)
                 extend_tokenizer(tokenizer, new.tokens)
-                self._tokenizers[new.tokens] = tokenizer
-        return tokenizer
+                vocabulary = self._of_tokens[new.tokens] = Vocabulary(tokenizer, size)
+        return vocabulary
