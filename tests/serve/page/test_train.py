@@ -100,6 +100,7 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         merged.get_by_text("Merged model").click()
         merged.get_by_role("button", name="Merge").press("Enter")
         merged.get_by_text("answers as the adapter does, but for 0.50% of what").wait_for()
+        assert f"merged/{name}/model" in merged.inner_text()
         assert serious(page) == []
         with page.expect_download() as saved:
             merged.get_by_role("button", name="Download merged").click()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from veneer.errors import share_text
 from veneer.serve.jobs.merges import Merge
 
 
-def shown(name: str, merge: Merge | None) -> dict[str, Any]:
-    """Return a merge for the page; `state` is "none" where nothing is merged yet."""
+def shown(name: str, merge: Merge | None, root: Path) -> dict[str, Any]:
+    """Return a merge for the page; `state` is "none" where nothing is merged yet. root: of runs."""
     if merge is None:
         return {"model": name, "state": "none"}
     certificate = merge.certificate
@@ -20,7 +22,7 @@ def shown(name: str, merge: Merge | None) -> dict[str, Any]:
         "doing": merge.doing or None,
         "why": merge.why or None,
         "bytes": merge.bytes or None,
-        "place": merge.model if merge.state == "done" else None,
+        "place": os.path.relpath(merge.model, root) if merge.state == "done" else None,
         "certificate": certificate,
         "verdict": None if certificate is None else verdict(certificate),
     }

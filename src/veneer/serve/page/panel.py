@@ -117,12 +117,15 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
     @router.get("/merges")
     async def merge_of(model: str) -> dict[str, Any]:
         """Return what is merged of an adapter, or is being merged."""
-        return shown(model, await asyncio.to_thread(enabled(jobs).merged, model))
+        service = enabled(jobs)
+        return shown(model, await asyncio.to_thread(service.merged, model), service.places.root)
 
     @router.post("/merges")
     async def merge(asked: MergeRequest) -> dict[str, Any]:
         """Begin to merge an adapter into the base, in a process of its own."""
-        return shown(asked.model, await asyncio.to_thread(enabled(jobs).merge, asked.model))
+        service = enabled(jobs)
+        begun = await asyncio.to_thread(service.merge, asked.model)
+        return shown(asked.model, begun, service.places.root)
 
     @router.get("/merges/model", response_class=FileResponse, responses=ZIP)
     async def merged_model(model: str) -> FileResponse:

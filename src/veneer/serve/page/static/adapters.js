@@ -12,6 +12,7 @@ export function method(adapter) {
   return adapter.dora ? "DoRA" : "LoRA";
 }
 
+const fileName = (path) => path?.split("/").at(-1); // its directory says nothing to most
 const list = (value) => (Array.isArray(value) ? value.join(", ") : value);
 
 export function showAdapters({ base, adapters, training }) {
@@ -35,7 +36,7 @@ export function showAdapters({ base, adapters, training }) {
       ["Made for", adapter.base],
       ["Trained over", adapter.over],
       ["System prompt", adapter.system],
-      ["Trained on", trained.data],
+      ["Trained on", fileName(trained.data)],
       ["Steps", trained.steps],
       ["Last loss", number(adapter.loss)],
       ["Evaluation loss", number(adapter.eval_loss)],

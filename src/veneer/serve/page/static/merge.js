@@ -43,7 +43,7 @@ export function mergeOf(name) {
         ["Weights", certificate.dtype],
         ["Compared on", `${certificate.tokens} tokens`],
         ["Size", bytes(merge.bytes)],
-        ["Lies in", merge.place],
+        ["Below --runs", merge.place],
       ]), download);
     }
     if (hadFocus) (content.querySelector("button") ?? content.firstChild).focus();

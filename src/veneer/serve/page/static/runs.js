@@ -41,7 +41,7 @@ function fill(card, run) {
     ["Speed", speed(run)],
     ["Time left", run.seconds_left == null ? null : duration(run.seconds_left)],
     ["Model", model],
-    ["Trained on", data],
+    ["Trained on", data?.split("/").at(-1)],
   ]));
   card.querySelector(".picture").replaceChildren(curve(run.curve, run.evaluations, run.steps));
 }
