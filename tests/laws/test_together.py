@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,7 @@ def test_a_pass_for_all_equals_a_pass_for_each(kind):
     assert veneer.in_use(model) == {}
 
 
+@cache
 def of_llama(recompute: Any = "none") -> tuple[Any, Forward]:
     model = beside(Kind("lora", "llama", lora={"dropout": 0.5}))
     forward, _ = choose_forward(model, ROWS, recompute=recompute)
@@ -144,7 +146,7 @@ def test_layers_are_computed_again_with_the_same_masks(recompute):
 
 
 def test_numbers_that_are_not_finite_stay_with_their_adapter():
-    model, forward = of_llama()
+    model, forward = of_llama.__wrapped__()  # of its own, since it is spoilt
     before, gradients_before = backward_together(forward, model, batches()), gradients(model)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -182,6 +184,7 @@ def test_the_base_is_multiplied_once_for_all():
         with BaseProducts(model) as products:
             backward_together(forward, model, work)
         counts.append(products.counts)
+        assert gradients(model)
     assert counts[0] == counts[1]
     # There and back, but into the embedding, and the head.
     assert sum(counts[0].values()) == 2 * 7 * len(forward.layers) - 3 + 2
