@@ -13,7 +13,7 @@ from support.tiny_models import VOCAB
 from veneer.generate.sampling import Sampling
 from veneer.kernels import native
 from veneer.models.load import Base
-from veneer.serve.engine.drafts import CHANCES, Drafter
+from veneer.serve.engine.drafts import CHANCES, GRAMMAR_CHANCE, Drafter
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
@@ -57,6 +57,10 @@ def test_chances_follow_what_came():
         for token in (100 + n, 1, 2):
             wrong.add(token)
     assert next(wrong.guess(1))[1] < CHANCES[2] / 4
+    for n in range(20):  # a grammar asks for 7, and the model writes it in other tokens
+        assert next(wrong.guess(1, [7]))[0] == 7
+        wrong.add(200 + n)
+    assert next(wrong.guess(1, [7]))[1] < GRAMMAR_CHANCE / 4
 
 
 def drafts(rows: list[Any], reading: float, most: int = 16) -> dict[Any, list[int]]:
