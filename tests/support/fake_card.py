@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -53,12 +53,18 @@ def card() -> Iterator[Watch]:
         patch.object(choice, "device_of", lambda device: HOPPER if device == CARD else HOST),
         patch.object(torch.cuda, "get_device_capability", lambda *args: HOPPER.capability),
         patch.object(torch.accelerator, "current_stream", lambda *args: torch.Stream(CARD)),
+        # In inference mode an empty tensor is made where fake tensors do not see it.
+        patch.object(torch, "inference_mode", _without_gradients),
         patch.object(torch.cuda, "get_rng_state", lambda *args: state),
         patch.object(torch.cuda, "set_rng_state", lambda *args: None),
         FakeTensorMode(allow_non_fake_inputs=True),
         Watch() as watch,
     ):
         yield watch
+
+
+def _without_gradients(mode: bool = True) -> AbstractContextManager[Any]:
+    return torch.no_grad() if mode else nullcontext()
 
 
 def on_card(value: Any) -> Any:

@@ -1,0 +1,67 @@
+"""What a card does of every causal language model of transformers: merge adapters, answer, and take
+steps of serving, in which no value is asked of it."""
+
+import re
+
+import pytest
+
+from gpu.zoo_cases import SLOW_CASES
+
+pytestmark = pytest.mark.slow
+
+# Kinds of states beside keys and values, or of other shapes in other layers: not served at all.
+REFUSED = "Only models that keep keys and values, of one shape in all layers, can be served."
+SENDS, READS = "aten::_to_copy to the card in", "aten::_local_scalar_dense in"
+# What waits in transformers' own code, in slots and out of them.
+OWN_WAITS = {
+    "falcon": {f"{SENDS} models/falcon/modeling_falcon.py _split_heads"},
+    "gemma3n_text": {f"{SENDS} models/gemma3n/modeling_gemma3n.py _gaussian_topk"},
+    "gpt_neo": {f"{SENDS} models/gpt_neo/modeling_gpt_neo.py _attn"},
+    "longcat_flash": {
+        "aten::nonzero in models/longcat_flash/modeling_longcat_flash.py forward",
+        f"{READS} models/longcat_flash/modeling_longcat_flash.py forward",
+    },
+    "phimoe": {f"{SENDS} models/phimoe/modeling_phimoe.py forward"},
+    "xmod": {
+        "aten::index.Tensor by a mask in models/xmod/modeling_xmod.py lang_adapter",
+        "aten::index_put_ by a mask in models/xmod/modeling_xmod.py lang_adapter",
+    },
+}
+# Out of slots each model makes its masks from a row's padding, which it reads.
+MASKS = {
+    f"{READS} masking_utils.py {name}"
+    for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
+}
+
+
+def places(waits: list[str]) -> set[str]:
+    """Return what waits, without the numbers of lines."""
+    return {re.sub(r":\d+ ", " ", each) for each in waits}
+
+
+@pytest.mark.parametrize("case", SLOW_CASES)
+def test_only_known_places_wait(case, pretend):
+    result = pretend("zoo_cases", case, "SLOW_CASES")
+    assert result["merging"] == {"waits": [], "fits": True}
+    if result["refused"]:
+        assert result["refused"] == REFUSED
+        assert result["not in slots"]
+        return
+    assert result["serving"]["fits"]
+    assert result["serving"]["shape"] == [2]
+    known = OWN_WAITS.get(case, set())
+    if result["not in slots"]:
+        assert places(result["serving"]["waits"]) <= known | MASKS
+        return
+    assert result["answering"]["tokens"] == [2] * 3
+    for what in ("answering", "serving"):
+        assert places(result[what]["waits"]) == known
+
+
+def test_most_models_are_in_slots(pretend):
+    """The table of docs/gpu.md."""
+    results = [pretend("zoo_cases", case, "SLOW_CASES") for case in SLOW_CASES]
+    in_slots = [result for result in results if not result["not in slots"]]
+    served = [result for result in results if not result["refused"]]
+    print(f"{len(results)} models: {len(served)} are served, {len(in_slots)} of them in slots")
+    assert len(in_slots) > len(results) / 2
