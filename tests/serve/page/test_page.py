@@ -105,7 +105,7 @@ def test_compare(page):
     )  # hashchange comes later
     boxes = page.locator("#compare-models input")
     assert [box.get_attribute("value") for box in boxes.all()] == ["tiny", "cooking", "law"]
-    page.get_by_label("law").check()
+    page.locator("#compare-models").get_by_label("law").check()
     page.locator("#view-compare").get_by_label("Longest answer").fill("4")
     ask(page, "Who are you?", "compare")
     page.locator("#status").filter(has_text="3 answers; 3 words differ").wait_for(state="attached")
@@ -136,6 +136,7 @@ def test_adapters(page, two):
     # What each layer's change is beside its weight.
     card.get_by_role("button", name="What cooking changes").click()
     picture = card.get_by_role("region", name="What cooking changes, layer by layer")
+    picture.wait_for()
     heads = picture.locator("thead th").all_inner_texts()
     assert heads == ["Block", "q", "k", "v", "o"]
     numbers = [float(cell) for cell in picture.locator("td").all_inner_texts()]

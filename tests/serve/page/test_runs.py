@@ -159,7 +159,7 @@ def test_what_two_runs_differ_in(directory, tmp_path):
     names = ["deep/one", "two"]
     assert Runs(root).differences(names) == [
         {"setting": "rank", "values": ["4", "8"]},
-        {"setting": "targets", "values": ["all", '["q_proj", "v_proj"]']},
+        {"setting": "targets", "values": ["all", "q_proj, v_proj"]},
         {"setting": "dora", "values": [None, "true"]},
     ]
     with running(scripted(), runs=root) as server:

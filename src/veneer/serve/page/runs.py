@@ -187,5 +187,6 @@ def _in_words(value: Any) -> str | None:
     """Return a setting's value as short text, None for none."""
     if value is None:
         return None
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return shortened(text.strip('"'), 200)
+    if isinstance(value, list):
+        value = ", ".join(map(str, value))
+    return shortened(value if isinstance(value, str) else json.dumps(value, default=str), 200)

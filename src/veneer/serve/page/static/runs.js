@@ -83,7 +83,7 @@ async function showCompared(runs) {
   const asked = new URLSearchParams(names.map((name) => ["run", name]));
   const { differences } = await get(`/api/runs/differences?${asked}`);
   if (shown !== names.join("\n")) return; // another choice came meanwhile
-  const rows = differences.map(({ setting, values }) => [setting.replaceAll("_", " "), values]);
+  const rows = differences.map(({ setting, values }) => [setting.replaceAll("_", " "), setting === "data" ? values.map((value) => value?.split("/").at(-1)) : values]);
   byId("runs-settings").replaceChildren(rows.length ? table(names, rows, "Settings in which they differ") : make("p", { class: "quiet" }, "Their settings are the same."));
   announce(`${names.join(" and ")} are compared: ${rows.length} settings differ.`);
 }
