@@ -140,6 +140,8 @@ def _entry(loader: yaml.SafeLoader, node: yaml.Node, problems: Problems) -> JobE
         except yaml.YAMLError as error:
             problems.add(_line(value_node), "", f"{key} cannot be read: {error}")
             continue
+        if key == "name" and isinstance(value_node, yaml.ScalarNode):
+            value = value_node.value  # as it is written, not as 7 for 007
         settings[key] = Setting(value, _line(key_node))
     name = settings.pop("name", None)
     text = "" if name is None else str(name.value)
@@ -162,7 +164,9 @@ def _check_names(entry: JobEntry, own: set[str], flags: set[str], problems: Prob
     for key, setting in entry.settings.items():
         if key in own:
             continue
-        if key in flags:
+        if key in flags and (positive := key.removeprefix("no_")) in own:
+            text = f"{key} is a flag, and no setting; write {positive}: false"
+        elif key in flags:
             flag = f"--{key.replace('_', '-')}"
             text = f"{key} is the same for all jobs; give {flag} on the command line"
         else:
@@ -189,27 +193,43 @@ def _values(
         values = {**values, "method": "lora"} | {
             key: value for key, value in SHORT[method].items() if key != "bits"
         }
+    elif method is not None:  # and so not one that is short for others
+        values = {"dora": None, **values}
     own = copy.deepcopy(arguments)
     names = {f"--{key.replace('_', '-')}" for key in values}
     for argument in own:
         if names & {*argument.names}:
             argument.tokens = []  # of the command line
+    source = str(path)
     flat = as_flags({key: value for key, value in values.items() if value is not None})
-    Dict(flat, source=str(path), use_commands_as_keys=False)(app, commands, own)
+    for key, value in flat.items():
+        try:
+            Dict({key: value}, source=source, use_commands_as_keys=False)(app, commands, own)
+        except CycloptsError as error:  # a list where there is to be one value
+            problems.add(settings[key].line, entry.name, _text(error))
     called: dict[str, Any] = {}
     for argument in own:
         try:
             value = argument.convert()
-        except (VeneerError, CycloptsError) as error:
-            if isinstance(error, VeneerError) or not argument.children:  # else its child says it
-                if isinstance(error, CycloptsError):
-                    error.verbose = False
-                text = " ".join(str(error).split())
+        except VeneerError as error:
+            text = _text(error)
+            problems.add(_line_of(text, argument, settings, entry.line), entry.name, text)
+            continue
+        except CycloptsError as error:
+            # Its child says it, or for the command line, where this is no job's, cyclopts itself.
+            if not argument.children and any(t.source == source for t in argument.tokens):
+                text = _text(error)
                 problems.add(_line_of(text, argument, settings, entry.line), entry.name, text)
             continue
         if not argument.keys and value is not UNSET:
             called[str(argument.field_info.name)] = value
     return called
+
+
+def _text(error: VeneerError | CycloptsError) -> str:
+    if isinstance(error, CycloptsError):
+        error.verbose = False
+    return " ".join(str(error).split())
 
 
 def _line_of(text: str, argument: Argument, settings: Mapping[str, Setting], otherwise: int) -> int:
