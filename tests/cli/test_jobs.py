@@ -13,6 +13,8 @@ import veneer.cli.many
 from support import warm
 from support.tuned_facts import FACTS, metrics, same_weights, write_rows
 from veneer.cli.app import run
+from veneer.cli.many import JobsDisplay
+from veneer.training.events import Notice
 from veneer.training.recipe import Recipe
 
 BAD = """\
@@ -32,6 +34,10 @@ jobs:
   - rank: 3
   - name: ../x
   - 7
+  - name: 007
+    no-dora: true
+    eval_data: [a, b]
+  - name:
 """
 WRONG = [
     "line 1: 'job' is unknown; did you mean 'jobs'?",
@@ -47,6 +53,10 @@ WRONG = [
     "line 14: the job has no name: that of its directory below --out",
     "line 15: '../x' is no name of a directory; choose another name",
     "line 16: a job must be settings, one a line, as in name: small",
+    "line 17, job '007': data is missing: the rows that it learns",
+    "line 18, job '007': no_dora is a flag, and no setting; write dora: false",
+    "line 19, job '007': Invalid value for [eval_data] from jobs.yaml: unable to convert",
+    "line 20: '' is no name of a directory; choose another name",
 ]
 GOOD = """\
 jobs:
@@ -121,6 +131,30 @@ def test_a_job_has_the_settings_of_the_command_line_but_for_its_own(here, jobs):
     assert {small["dtype"], dora["dtype"]} == {"bf16"}
 
 
+def test_a_job_of_method_lora_is_no_dora_though_the_others_are(here, jobs):
+    (here / "jobs.yaml").write_text("jobs: [{name: plain, method: lora}, {name: others}]")
+    assert run(["tune", "owner/base", "a.jsonl", "--jobs", "jobs.yaml", "--method", "dora"]) == 0
+    assert [job.lora.dora for job in jobs.values()] == [False, True]
+
+
+def test_what_is_wrong_with_the_command_line_is_said_of_no_job(here, refused):
+    (here / "jobs.yaml").write_text("jobs: [{name: one}, {name: two}]")
+    error = refused("tune", "owner/base", "a.jsonl", "--jobs", "jobs.yaml", "--steps", "x")
+    assert "Invalid value for --steps" in error
+    assert "job 'one'" not in error
+
+
+def test_a_notice_of_several_jobs_is_in_full_once_and_names_each(capsys):
+    display = JobsDisplay({})
+    for name in ("one", "two"):
+        display.show(name, Notice("Its steps have passes of their own: " + 9 * "a_reason"))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("note one: Its steps have passes of their own: " + 9 * "a_reason")
+    assert second.endswith(
+        "note two: as one: Its steps have passes of their own: a_reasona_reasona_reason..."
+    )
+
+
 @pytest.mark.slow
 def test_killed_jobs_go_on_to_the_bit_where_no_pass_is_shared(here, minigpt_home):
     write_rows(here / "facts.jsonl", FACTS)
@@ -137,6 +171,7 @@ def test_killed_jobs_go_on_to_the_bit_where_no_pass_is_shared(here, minigpt_home
         time.sleep(0.02)
     process.kill()
     assert process.wait(timeout=120) == -signal.SIGKILL
+    before = {name: metrics(Path("runs", name))[:5] for name in names}
     assert not Path("runs/small/lora_adapter").exists()
     assert run([*command, *course, "--resume"]) == 0
     for name, flags in names.items():
@@ -144,6 +179,7 @@ def test_killed_jobs_go_on_to_the_bit_where_no_pass_is_shared(here, minigpt_home
         assert run([*alone, *course[:-2]]) == 0
         assert same_weights(Path("runs", name), Path("alone", name))
         lines, whole = metrics(Path("runs", name)), metrics(Path("alone", name))
+        assert lines[:5] == before[name]  # with their seconds: these steps were not made again
         assert [line.get("loss") for line in lines] == [line.get("loss") for line in whole]
 
 

@@ -11,7 +11,7 @@ import veneer
 from support.many_runs import COURSE, KINDS, together
 from support.random_adapters import examples
 from support.tiny_models import tiny
-from veneer.training.events import Notice, Step
+from veneer.training.events import Failed, Notice, Step
 from veneer.training.many import train as many
 from veneer.training.many.schedule import Waiting, choose
 
@@ -65,6 +65,25 @@ def test_what_cannot_train_together_is_said_before_the_first_step():
     with pytest.raises(veneer.DataError, match="no rows"):
         next(veneer.train_many(model, {"one": job(), "two": veneer.Job([])}))
     assert veneer.in_use(model) == {"two": 1.0}
+
+
+def test_jobs_that_cannot_join_leave_the_others_learning():
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=1), name="one", seed=0)
+    late = iter([{"one": job()}, {"late": veneer.Job([])}])
+
+    def joining() -> dict[str, veneer.Job]:
+        jobs = next(late, {})
+        for name in {*jobs} - {"one"}:
+            veneer.attach(model, veneer.LoRA(rank=1), name=name, seed=0)
+        return jobs
+
+    events = list(veneer.train_many(model, {"one": job(steps=4)}, joining=joining))
+    failed = [(name, str(event.error)) for name, event in events if isinstance(event, Failed)]
+    assert failed == [
+        ("one", "one is a job that trains already."),
+        ("late", "There are no rows to train on."),
+    ]
+    assert sum(isinstance(event, Step) for _, event in events) == 4
 
 
 @pytest.mark.slow

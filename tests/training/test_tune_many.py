@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from veneer.formats.merged import write_model
 from veneer.run_directory import RunDirectory
 from veneer.training import preflight
 from veneer.training.events import (
+    Checkpointed,
     Event,
     Failed,
     Measured,
@@ -28,6 +30,7 @@ from veneer.training.events import (
     Written,
 )
 from veneer.training.many import train as many
+from veneer.training.many import tune as many_runs
 
 ROWS = [
     {"prompt": "veneer is thin"[: 3 + i], "completion": "walnut lacquer"[: 4 + i]} for i in range(8)
@@ -107,13 +110,22 @@ def test_each_directory_is_that_of_a_run_alone_and_goes_on_after_a_kill(home):
     with pytest.raises(veneer.ConfigError) as refused:
         list(veneer.tune_many(recipes(home, "together")))
     assert all(f"\n  - {name}: " in str(refused.value) for name in JOBS)
-    events = [*veneer.tune_many(recipes(home, "together"), resume=True)]
+    # One that began with the others goes on alone, and one that began alone with the others.
+    alone = [*veneer.tune(recipe(home, "together", "dora"), resume=True)]
+    assert [event.done > 0 for event in alone if isinstance(event, Started)] == [True]
+    assert files(home / "together" / "dora") == files(home / "alone" / "dora")
+    begun = veneer.tune(recipe(home, "together", "twin"))
+    next(event for event in begun if isinstance(event, Checkpointed))
+    begun.close()
+    jobs = recipes(home, "together") | {"twin": recipe(home, "together", "twin")}
+    events = [*veneer.tune_many(jobs, resume=True)]
     assert [name for name, event in events if isinstance(event, Written)].count("dora") == 2
     assert all(event.done > 0 for _, event in events if isinstance(event, Started))
-    assert isinstance(events[-1][1], Measured)
+    assert [name for name, event in events if isinstance(event, Measured)] == [""]
     assert [name for name, event in events if isinstance(event, Failed)] == ["wild"]
     for name in JOBS:
         assert files(home / "together" / name) == files(home / "alone" / name)
+    assert files(home / "together" / "twin") == files(home / "alone" / "dora")
 
 
 def test_what_cannot_share_a_base_is_said_at_once(home):
@@ -127,6 +139,19 @@ def test_what_cannot_share_a_base_is_said_at_once(home):
     assert "\n  - other: bits is 8, but None for the first job" in str(refused.value)
     assert "good is another job's directory too" in str(refused.value)
     assert not (home / "bad").exists()
+
+
+def test_jobs_with_the_same_rows_have_invocations_of_their_own(home):
+    invoked = replace(recipe(home, "rows", "other"), lora=veneer.LoRA(invocation=(95, 94)))
+    jobs = {"good": recipe(home, "rows", "good"), "other": invoked}
+    with pytest.raises(veneer.ConfigError, match="- other: None of 8 rows has the invocation"):
+        list(veneer.tune_many(jobs))
+
+
+def test_jobs_that_need_too_much_memory_are_refused_by_what_they_need_together(home, monkeypatch):
+    monkeypatch.setattr(many_runs, "available_memory", lambda device: 10**6)
+    with pytest.raises(veneer.ConfigError, match=r"These jobs .* 0.00 GB. Train fewer of them"):
+        list(veneer.tune_many(recipes(home, "large")))
 
 
 def test_memory_is_planned_for_the_adapters_of_all_and_the_base_is_read_once(home, monkeypatch):

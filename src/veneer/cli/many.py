@@ -26,7 +26,7 @@ from veneer.cli.console import (
 )
 from veneer.cli.plots import draw_losses
 from veneer.cli.tables import plan_summary
-from veneer.errors import ConfigError, DivergedError, VeneerError
+from veneer.errors import ConfigError, DivergedError, VeneerError, shortened
 from veneer.run_directory import RunDirectory
 from veneer.training.events import (
     DataReady,
@@ -44,6 +44,7 @@ from veneer.training.events import (
     Verdict,
     Written,
 )
+from veneer.training.many.problems import JobProblems
 from veneer.training.recipe import Recipe
 
 Events = Iterator[tuple[str, Event]]
@@ -58,15 +59,12 @@ def recipes_of(
     """
     taken = {*signature(recipe_of).parameters}
     recipes: dict[str, Recipe] = {}
-    problems = []
+    problems = JobProblems()
     for name, arguments in jobs.items():
         own = {key: value for key, value in arguments.items() if key in taken}
-        try:
+        with problems.of(name):
             recipes[name] = recipe_of(**{**own, "out": out / name})
-        except VeneerError as error:
-            problems.append(f"\n  - {name}: {error}")
-    if problems:
-        raise ConfigError(f"These jobs cannot begin:{''.join(problems)}")
+    problems.end()
     return recipes
 
 
@@ -88,6 +86,8 @@ def run_jobs(
                 display.show(name, event)
             if isinstance(event, Failed):
                 show_notice(f"{name} failed: {event.error}")
+            if quiet and isinstance(event, Verdict) and event.kind == "diverged":
+                show_notice(f"{name}: {event.text}")
             if isinstance(event, Written) and event.what == "adapter":
                 run = RunDirectory(recipes[name].out)
                 try:
@@ -142,7 +142,7 @@ class JobsDisplay:
     def __init__(self, states: Mapping[str, JobState]) -> None:
         self.states = states
         self.tasks: dict[str, TaskID] = {}
-        self.seen: dict[str, set[str]] = {}  # notices, and of which jobs they are
+        self.first: dict[str, str] = {}  # by the text of a notice, the job that had it first
         self.every = max(1, LINES // max(1, len(states)))  # lines of steps that a job has
         self.progress = Progress(
             TextColumn("  {task.description}"),
@@ -164,9 +164,10 @@ class JobsDisplay:
         of = f"[bold]{escape(name)}[/]" if name else ""
         match event:
             case Notice(text):
-                if text not in self.seen:  # what holds for several is said once
-                    show_notice(f"{name}: {text}" if name else text, on=OUTPUT)
-                self.seen.setdefault(text, set()).add(name)
+                first = self.first.setdefault(text, name)
+                if first and first != name:  # in full once
+                    text = f"as {first}: {shortened(text, 60)}"
+                show_notice(f"{name}: {text}" if name else text, on=OUTPUT)
             case Planned(plan, free):
                 OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}", soft_wrap=True)
             case Measured(planned, peak):
@@ -196,7 +197,7 @@ class JobsDisplay:
             case Stopped(step, reason):
                 why = "no better evaluation" if reason == "patience" else "interrupted"
                 OUTPUT.print(f"  {of}: stopped after step {step}: {why}")
-            case Trained(step) if name in self.tasks:
+            case Trained() | Failed() if name in self.tasks:
                 self.progress.remove_task(self.tasks.pop(name))
             case Verdict(_, text):
                 OUTPUT.print(f"  {of}: {escape(text)}", soft_wrap=True)

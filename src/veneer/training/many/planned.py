@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from veneer.errors import ConfigError
 from veneer.plan.amounts import Amount, amount
 from veneer.plan.plan import Plan, make_plan
 from veneer.training.planned import with_rows
@@ -34,6 +35,20 @@ def plan_together(jobs: Sequence[Prepared], tokens_per_pass: int) -> Plan:
         for name in ("adapters", "gradients", "optimizer")
     }
     return replace(most, memory=replace(most.memory, **of_all))
+
+
+def check_fits_together(plan: Plan, available: int | None) -> None:
+    """Raise ConfigError, with what would make it fit, where jobs need more memory than is there.
+
+    available: what the process has and may still take, in bytes, None for not known.
+    """
+    if available is not None and plan.memory.peak > available:
+        raise ConfigError(
+            f"These jobs would need {plan.memory.peak / 1e9:.2f} GB at their peak, but there is "
+            f"{available / 1e9:.2f} GB. Train fewer of them at a time, or take fewer --bits, less "
+            "--tokens-per-pass and --tokens-per-batch, or --recompute full. To go ahead all the "
+            "same: --ignore-plan."
+        )
 
 
 def _sum(name: str, amounts: Sequence[Amount]) -> Amount:

@@ -85,6 +85,7 @@ class RunningJob:
             if self.run.choices:
                 yield Notice(self.run.choices)
             yield from notices
+            self.model.eval()  # as for a run alone, whatever the others do
             yield from self.run.begin(forward, resume=self.job.resume)
             yield from self.run.go(forward, should_stop)
         finally:  # before the results are written

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from veneer.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
@@ -13,6 +15,12 @@ class Waiting:
 
     tokens: int
     done: float
+
+
+def check_limit(tokens_per_pass: int) -> None:
+    """Raise ConfigError where passes would have no tokens."""
+    if tokens_per_pass < 1:
+        raise ConfigError(f"tokens_per_pass is {tokens_per_pass}, but must be at least 1.")
 
 
 def choose(waiting: Sequence[Waiting], limit: int) -> list[int]:

@@ -18,7 +18,7 @@ from veneer.training.begin import let_train
 from veneer.training.config import TOKENS_PER_PASS
 from veneer.training.events import Event, Failed, Notice
 from veneer.training.many.running import Job, RunningJob
-from veneer.training.many.schedule import choose
+from veneer.training.many.schedule import check_limit, choose
 from veneer.training.threads import worthwhile_threads
 
 
@@ -50,21 +50,25 @@ def train_many(
     new = dict(jobs)
     try:
         with kept_heap(), acting(model, before):
-            _check(new.values(), tokens_per_pass)
+            check_limit(tokens_per_pass)
+            _check(new.values())
             while new or running:
                 begun: list[RunningJob] = []
                 for name, job in new.items():
                     try:
-                        _check([job, *(each.job for each in running)], tokens_per_pass)
+                        if any(each.name == name for each in running):
+                            raise ConfigError(f"{name} is a job that trains already.")
+                        _check([job, *(each.job for each in running)])
                         running.append(RunningJob(name, job, model))
                         begun.append(running[-1])
                     except VeneerError as error:
                         if passes is None:
                             raise
                         yield name, Failed(error)
-                if begun:
+                if new:
                     for each in running:
                         let_train(model, each.name)  # attaching one freezes the others
+                if begun:
                     passes = _Passes.of(running, begun[0], passes)
                     for each in begun:
                         notices = passes.notices(each.name)
@@ -82,12 +86,10 @@ def train_many(
         model.eval()
 
 
-def _check(jobs: Iterable[Job], tokens_per_pass: int) -> None:
+def _check(jobs: Iterable[Job]) -> None:
     """Raise ConfigError for jobs whose passes cannot be shared."""
     configs = [job.config for job in jobs]
     problems = []
-    if tokens_per_pass < 1:
-        problems.append(f"tokens_per_pass is {tokens_per_pass}, but must be at least 1")
     if World.current().size > 1:
         problems.append("several jobs train in one process; start one alone")
     if len(ways := {config.recompute for config in configs}) > 1:

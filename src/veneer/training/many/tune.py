@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from veneer.adapter.attach import detach
 from veneer.adapter.use import use
 from veneer.data.sources import spelt
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError
 from veneer.models.device import begin_peak, resolve_device
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
@@ -18,18 +17,15 @@ from veneer.processes.world import World
 from veneer.run_directory import RunDirectory
 from veneer.training.config import TOKENS_PER_PASS
 from veneer.training.events import Event, Measured, Notice, Planned
-from veneer.training.many.planned import plan_together
+from veneer.training.many.planned import check_fits_together, plan_together
+from veneer.training.many.problems import JobProblems
 from veneer.training.many.running import Job
+from veneer.training.many.schedule import check_limit
 from veneer.training.many.train import train_many
 from veneer.training.memory import begin_measuring
 from veneer.training.metrics import record
 from veneer.training.plan_before import why_no_plan
-from veneer.training.planned import (
-    available_memory,
-    check_fits,
-    check_host,
-    planned_and_measured,
-)
+from veneer.training.planned import available_memory, check_host
 from veneer.training.preflight import Preflight, preflight
 from veneer.training.prepare import Prepared, prepare
 from veneer.training.recipe import Recipe
@@ -62,11 +58,12 @@ def tune_many(
     Raises, before the base is loaded, ConfigError for whatever is wrong with any of the recipes,
     all of it at once and by the names of the jobs.
     """
+    check_limit(tokens_per_pass)
     _check_together(recipes)
     if resume and not any(recipe.out.exists() for recipe in recipes.values()):
         places = ", ".join(str(recipe.out) for recipe in recipes.values())
         raise ConfigError(f"There are no runs to go on with: none of {places} exists.")
-    problems = _Problems()
+    problems = JobProblems()
     begun: dict[str, Preflight] = {}
     resumes = {name: resume and recipe.out.exists() for name, recipe in recipes.items()}
     for name, recipe in recipes.items():
@@ -78,8 +75,11 @@ def tune_many(
                 ignore_space=ignore_plan,
                 beside=next(iter(begun.values()), None),
             )
-            if ahead.dtype != (dtype := next(iter(begun.values())).dtype):
-                raise ConfigError(f"it was computed in {ahead.dtype_name}, the others in {dtype}")
+            if ahead.dtype_name != (shared := next(iter(begun.values())).dtype_name):
+                raise ConfigError(
+                    f"its checkpoint was computed in {ahead.dtype_name}, and the first job is in "
+                    f"{shared}; go on with it by itself"
+                )
     problems.end()
     prepared: dict[str, Prepared] = {}
     rows: dict[Any, RunRows] = {}  # by all that decides them
@@ -95,16 +95,18 @@ def tune_many(
     first = next(iter(prepared.values()))
     device = resolve_device(first.recipe.device)
     plan: Plan | None = None
-    if why := why_no_plan(first.ahead, device):
+    if why := next(filter(None, (why_no_plan(each, device) for each in begun.values())), ""):
         yield ALL, Notice(f"No memory is planned for these jobs: {why}")
     else:
         plan = plan_together([*prepared.values()], tokens_per_pass)
         available = available_memory(device)
         if not ignore_plan:
-            check_fits(plan, available, first.recipe.model)
+            check_fits_together(plan, available)
             check_host(plan, 1)
         yield ALL, Planned(plan, available)
     recipe = first.recipe
+    if recipe.shard == "base":
+        yield ALL, Notice("The base is not sharded: jobs train in one process.")
     base = load_base(
         recipe.model,
         device=recipe.device,
@@ -119,13 +121,15 @@ def tune_many(
         yield ALL, Notice(text)
     of_base = fingerprint(base.model, base.tokenizer)
     jobs: dict[str, Job] = {}
-    names = {_adapter(name): name for name in prepared}
+    names = {f"job {number}": name for number, name in enumerate(prepared)}  # of adapters
     for adapter, name in names.items():
         with problems.of(name):
             base.model.requires_grad_(False)
             attaching = attach_job(prepared[name], base, force=force, name=adapter)
             yield from ((name, event) for event in attaching)
-            jobs[adapter] = _job(prepared[name], base, of_base, adapter, resume=resumes[name])
+            jobs[adapter] = _job(
+                prepared[name], base, of_base, adapter, plan=plan, resume=resumes[name]
+            )
     problems.end()
     for name, each in prepared.items():
         if not resumes[name]:
@@ -133,26 +137,35 @@ def tune_many(
     use(base.model, None)  # adapters go as their jobs end
     begin_measuring()
     begin_peak(base.model.device)
+    measured = False
     for adapter, event in train_many(
         base.model,
         jobs,
         tokens_per_pass=tokens_per_pass,
         should_stop=lambda adapter: should_stop(names[adapter]),
     ):
-        yield names[adapter], event
-    if plan is not None and (peaks := planned_and_measured(plan, base.model.device)):
-        yield ALL, Measured(*peaks)
+        if not isinstance(event, Measured):
+            yield names[adapter], event
+        elif not measured:  # for the first, no model has been merged yet, which takes more
+            measured = True
+            yield ALL, event
 
 
 def _job(
-    prepared: Prepared, base: Base, of_base: Mapping[str, str], adapter: str, *, resume: bool
+    prepared: Prepared,
+    base: Base,
+    of_base: Mapping[str, str],
+    adapter: str,
+    *,
+    plan: Plan | None,
+    resume: bool,
 ) -> Job:
     """Return a run as a job, which writes what `tune` does and then detaches its adapter."""
     recipe, rows = prepared.recipe, prepared.rows
     run, identity = RunDirectory(recipe.out), prepared.identity(of_base)
 
     def through(events: Iterator[Event]) -> Iterator[Event]:
-        results = to_the_end(events, recipe, base, identity, resume=resume)
+        results = to_the_end(events, recipe, base, identity, plan=plan, resume=resume)
         try:
             yield from record(results, run)
         finally:
@@ -169,11 +182,6 @@ def _job(
     )
 
 
-def _adapter(name: str) -> str:
-    """Return under which name the adapter of a job is attached: none of a module's own names."""
-    return f"job {name.replace('.', '·')}"
-
-
 def _named(
     name: str, work: Generator[Event, None, Prepared]
 ) -> Generator[tuple[str, Event], None, Prepared]:
@@ -186,15 +194,16 @@ def _named(
 
 
 def _key_of_rows(ahead: Preflight) -> Any:
-    """Return all that decides a run's rows and what is reported of them, to compare it by."""
+    """Return all that decides a run's rows and what is said of them, to compare it by."""
     recipe = ahead.recipe
     reports = recipe.out if recipe.rows.deduplicate or recipe.rows.skip_bad_rows else None
-    return (tuple(spelt(recipe.data)), recipe.rows, recipe.training.seed, reports)
+    invocation = recipe.lora.invocation
+    return (tuple(spelt(recipe.data)), recipe.rows, recipe.training.seed, invocation, reports)
 
 
 def _check_together(recipes: Mapping[str, Recipe]) -> None:
     """Raise ConfigError for recipes that cannot share a base and its passes."""
-    problems = _Problems()
+    problems = JobProblems()
     if not recipes:
         raise ConfigError("There are no jobs.")
     if World.current().size > 1:
@@ -214,32 +223,10 @@ def _check_together(recipes: Mapping[str, Recipe]) -> None:
             wrong.append(f"new_words {EXTENDS}")
         if recipe.training.context_parallel > 1 or recipe.training.replay_passes:
             wrong.append("context_parallel and replay_passes are for a job alone")
+        if name == ALL:
+            wrong.append("a job must have a name")
         if places.count(recipe.out.absolute()) > 1:
             wrong.append(f"{recipe.out} is another job's directory too")
         for text in wrong:
             problems.add(name, text)
     problems.end()
-
-
-class _Problems:
-    """What is wrong with jobs, to be said at once."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def add(self, name: str, text: str) -> None:
-        """Note a problem of a job."""
-        self._lines.append(f"\n  - {name}: {text}")
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """Note the error that ends this context as one of a job."""
-        try:
-            yield
-        except (VeneerError, OSError) as error:
-            self.add(name, str(error))
-
-    def end(self) -> None:
-        """Raise ConfigError where there are problems."""
-        if self._lines:
-            raise ConfigError(f"These jobs cannot begin:{''.join(self._lines)}")
