@@ -237,3 +237,5 @@ def test_what_can_be_mixed(homes):
             error = engine.submit(request(mix)).result().error
             assert isinstance(error, AdapterError)
             assert why in str(error)
+        # Nobody's mix takes an adapter from those who ask for it alone.
+        assert engine.library.names() == tuple(sorted(KINDS))

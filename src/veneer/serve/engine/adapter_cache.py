@@ -43,7 +43,7 @@ from veneer.serve.engine.adapter_rows import (
     virtual_count,
     why_not_mixed,
 )
-from veneer.serve.engine.library import Entry, Mix
+from veneer.serve.engine.library import Entry, Mix, unmixed
 
 log = logging.getLogger("veneer.serve")
 
@@ -132,8 +132,8 @@ class AdapterCache:
     def _get(self, mix: Mix) -> LoadedAdapter:
         if (adapter := self.find(mix)) is not None:
             return adapter
-        if len(mix) == 1 and mix[0][1] == 1.0:
-            adapter = load(self.fit, mix[0][0])
+        if (alone := unmixed(mix)) is not None:
+            adapter = load(self.fit, alone)
         else:
             adapter = _mixed([(self._get(((entry, 1.0),)), weight) for entry, weight in mix])
         with self._lock:
@@ -325,7 +325,7 @@ def _in_one_buffer(
         prefix = next(copies)
         assert prefix is not None
         content.update(f"{tuple(prefix.shape)}\n".encode())
-    content.update(buffer.cpu().numpy().tobytes())
+    content.update(buffer.cpu().numpy())
     return LoadedAdapter(content.hexdigest(), layers, buffer.nbytes, names, own=own, prefix=prefix)
 
 

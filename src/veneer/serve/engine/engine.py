@@ -26,7 +26,7 @@ from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.embedder import Embedder
 from veneer.serve.engine.identity import identity_of_blocks
 from veneer.serve.engine.issued import Draft, Issued, Scores
-from veneer.serve.engine.library import Library
+from veneer.serve.engine.library import Library, unmixed
 from veneer.serve.engine.prefix import PrefixCache
 from veneer.serve.engine.prefix_files import PrefixFiles
 from veneer.serve.engine.request import EngineConfig, Reason, Request, Stats, Token, Which
@@ -213,8 +213,9 @@ class Engine:
             row.adapter = self.adapters.get(row.mix)
         except Exception as caught:
             error = caught
-            if isinstance(error, AdapterError) and len(row.mix) == 1:
-                self.library.refuse(row.mix[0][0], str(error))
+            # What cannot be mixed can be served alone.
+            if isinstance(error, AdapterError) and (entry := unmixed(row.mix)) is not None:
+                self.library.refuse(entry, str(error))
                 log.warning("%s", error)
         with self._changed:
             self._loading -= 1

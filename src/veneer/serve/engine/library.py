@@ -29,6 +29,11 @@ class Entry:
 Mix = tuple[tuple[Entry, float], ...]  # versions with their weights; none for the base alone
 
 
+def unmixed(mix: Mix) -> Entry | None:
+    """Return the one adapter that a mix is, at its full weight; None for every other mix."""
+    return mix[0][0] if len(mix) == 1 and mix[0][1] == 1.0 else None
+
+
 class Library:
     """Adapters by name, for any thread.
 
