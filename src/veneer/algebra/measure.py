@@ -54,7 +54,7 @@ def inspect(state: AdapterState) -> list[Measured]:
     For DoRA, which rescales W + B A row by row, only B A is measured. Raises AdapterError for an
     adapter without low-rank factors.
     """
-    return [_measured(path, change) for path, change in _changes(state, "it").items()]
+    return [_measured(path, change) for path, change in _changes(state, "This adapter").items()]
 
 
 def diff(one: AdapterState, other: AdapterState) -> list[Pair]:
@@ -63,7 +63,7 @@ def diff(one: AdapterState, other: AdapterState) -> list[Pair]:
     Nothing as large as ΔW is made. Raises AdapterError for adapters without low-rank factors, and
     for layers of different shapes.
     """
-    left, right = _changes(one, "the first"), _changes(other, "the second")
+    left, right = _changes(one, "The first adapter"), _changes(other, "The second adapter")
     problems = [
         f"{path} is {left[path].shape} and {right[path].shape}"
         for path in left
@@ -104,7 +104,7 @@ def cosine(product: float, one: float, other: float) -> float | None:
 
 def _changes(state: AdapterState, which: str) -> dict[str, Change]:
     if problems := not_a_sum(state):
-        raise AdapterError(f"This adapter cannot be measured: {which}: {joined(problems)}.")
+        raise AdapterError(f"{which} cannot be measured: {joined(problems)}.")
     return changes_of(state)
 
 

@@ -6,6 +6,7 @@ import pytest
 from support.server import API, BASE, running, scripted
 from veneer.serve.api import protocol, strict
 from veneer.serve.config import Keys
+from veneer.serve.engine.vocabulary import Vocabulary
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -19,8 +20,12 @@ def client(server):
     return client_of(server)
 
 
-def test_it_lists_the_base_and_the_adapters(client):
+def test_it_lists_the_base_and_the_adapters(client, server, monkeypatch):
+    engine = server.served.engine
+    behind = Vocabulary(engine.words.tokenizer, engine.words.size, virtual=20)
+    monkeypatch.setattr(engine, "vocabulary", lambda which: behind if which == "law" else engine.words)
     models = client.models.list().data
+    assert [model.max_model_len for model in models] == [4096, 4096, 4076]
     assert [model.id for model in models] == [BASE, "cooking", "law"]
     assert [model.parent for model in models] == [None, BASE, BASE]
     assert models[0].root == "made/of/nothing"

@@ -1,7 +1,11 @@
 """The adapter cache holds what is served, and nothing that was replaced or removed."""
 
+import veneer
+from support.random_adapters import shake
 from support.serving_bases import PROMPT, base_of, write_adapter
+from support.tiny_models import tiny
 from veneer.generate.sampling import Sampling
+from veneer.serve.engine.adapter_cache import AdapterCache
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import EngineConfig, Request
@@ -29,3 +33,18 @@ def test_replaced_and_removed_adapters_leave_memory(tmp_path):
             == engine.adapters.get(((library.info("plain"), 1.0),)).nbytes
         )
         assert (*first.tokens, *stream.result().tokens) == expected
+
+
+def test_contents_differ_where_any_number_does(tmp_path):
+    """For the prefix cache knows adapters by them alone."""
+    homes = {}
+    for seed in (0, 2):
+        homes[f"lora {seed}"] = write_adapter(tmp_path / f"l{seed}", "llama", seed=seed, rank=2)
+        for method in ("prompt", "prefix"):
+            model = veneer.attach(tiny("llama"), veneer.Method(method, virtual_tokens=3))
+            homes[f"{method} {seed}"] = tmp_path / f"{method}{seed}"
+            veneer.save(shake(model, seed=seed), homes[f"{method} {seed}"])
+    library, cache = Library({**homes, "again": homes["lora 0"]}), AdapterCache(tiny("llama"), 2**30)
+    content = {name: cache.get(((library.info(name), 1.0),)).content for name in library.names()}
+    assert content.pop("again") == content["lora 0"]
+    assert len({*content.values()}) == len(homes) == 6

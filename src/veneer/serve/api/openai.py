@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,7 +13,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from veneer.errors import RequestError
+from veneer.errors import AdapterError, RequestError
 from veneer.serve.api.calling import Tools
 from veneer.serve.api.calls import MOST_CALLS
 from veneer.serve.api.errors import ERROR_RESPONSES, failed
@@ -38,15 +39,12 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        return {
-            "object": "list",
-            "data": [model_of(n) for n in (served.name, *served.library.names())],
-        }
+        return {"object": "list", "data": await asyncio.to_thread(all_models)}
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         served.adapter(model)
-        return model_of(model)
+        return await asyncio.to_thread(model_of, model)
 
     @router.post("/chat/completions", responses=STREAMED)
     async def chat(asked: ChatRequest, http: HttpRequest) -> Response:
@@ -100,6 +98,13 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
         reply = CompletionReply(asked.model, text_of, logprobs=asked.logprobs is not None)
         return await respond(asked, prepare, reply, http)
 
+    def all_models() -> list[dict[str, Any]]:
+        shown = []
+        for name in (served.name, *served.library.names()):
+            with suppress(AdapterError, RequestError):  # one that was unloaded meanwhile
+                shown.append(model_of(name))
+        return shown
+
     def model_of(name: str) -> dict[str, Any]:
         is_base = name == served.name
         return {
@@ -109,7 +114,7 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
             "owned_by": "veneer",
             "root": served.root if is_base else str(served.library.info(name).directory),
             "parent": None if is_base else served.name,
-            "max_model_len": served.context,
+            "max_model_len": served.context_of(None if is_base else name),
         }
 
     async def respond(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
@@ -134,11 +135,11 @@ class Served:
     def encode(self, text: str, *, special: bool, which: Which = None) -> list[int]:
         """Return the tokens of a text for adapters. Raises ContextExceeded for one that no context
         can hold."""
-        own = self.engine.vocabulary(which)
+        own, context = self.engine.vocabulary(which), self.context_of(which)
         least = -(-len(text) // own.longest)
-        if self.context is not None and least > self.context:
+        if context is not None and least > context:
             # Tokenising a book only to refuse it would keep everybody waiting.
-            raise self._too_long(f"at least {least:,}")
+            raise self._too_long(f"at least {least:,}", which)
         # As a batch, for the tokenizer holds no lock while it works on one.
         return list(own.tokenizer([text], add_special_tokens=special)["input_ids"][0])
 
@@ -221,6 +222,7 @@ class Served:
         """Yield an answer's tokens, each with its log probability by the base and by an adapter.
 
         Where the adapter has other tokens than the base, as many as make up the same text are one.
+        Raises as `check_context` and `Engine.score` do.
         """
         scored = []
         for which in (None, adapter):
@@ -228,7 +230,7 @@ class Served:
             spans = self.spans(answer, which)
             tokens = [*prompt, *(token for token, _ in spans)]
             self.check_context(tokens, which)
-            scores = self.engine.score(tokens, which)[-len(spans) :]
+            scores = self.engine.score(tokens, which)[len(prompt) :]
             texts = [text for _, text in spans]
             scored.append([(t, s or 0.0) for t, s in zip(texts, scores, strict=True)])
         base, own = scored
@@ -237,22 +239,23 @@ class Served:
                 yield text, first, second
             return
         ends = [{*accumulate(len(text) for text, _ in each)} for each in scored]
-        both = sorted(ends[0] & ends[1])
-        for start, end in pairwise([0, *both]):
-            sums = [_sum_between(each, start, end) for each in scored]
-            yield answer[start:end], sums[0], sums[1]
+        common = sorted((ends[0] & ends[1]) - {0} | {len(answer)})
+        sums = [_sums_up_to(common, each) for each in scored]
+        for (start, end), first, second in zip(pairwise([0, *common]), *sums, strict=True):
+            yield answer[start:end], first, second
 
-    def _too_long(self, tokens: str, which: Which = None) -> ContextExceeded:
+    def _too_long(self, tokens: str, which: Which) -> ContextExceeded:
         return ContextExceeded(
             f"This model's context is {self.context_of(which):,} tokens, but the prompt has "
             f"{tokens}, which leaves no room for an answer."
         )
 
 
-def _sum_between(scored: Sequence[tuple[str, float]], start: int, end: int) -> float:
-    """Return the log probability of the tokens whose characters begin at `start` or later, and end
-    by `end`."""
-    ends = list(accumulate(len(text) for text, _ in scored))
-    starts = [0, *ends[:-1]]
-    each = zip(scored, starts, ends, strict=True)
-    return sum(score for (_, score), first, last in each if start <= first and last <= end)
+def _sums_up_to(ends: Sequence[int], scored: Sequence[tuple[str, float]]) -> list[float]:
+    """Return the log probability of the tokens up to each of these ends, from the end before it on.
+    The ends, in characters, are ends of tokens, and the last is the text's."""
+    sums, at = [0.0] * len(ends), 0
+    for text, score in scored:
+        at += len(text)
+        sums[bisect_left(ends, at)] += score
+    return sums
