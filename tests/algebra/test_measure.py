@@ -127,7 +127,9 @@ def test_what_has_no_factors_is_refused():
     (lora,) = states_of(model_with("llama", LoRA(rank=2)))
     with pytest.raises(veneer.AdapterError, match="prompt, and has no low-rank factors"):
         inspect(prompt)
-    with pytest.raises(veneer.AdapterError, match="The second adapter cannot be measured: it was made by"):
+    with pytest.raises(
+        veneer.AdapterError, match="The second adapter cannot be measured: it was made by"
+    ):
         diff(lora, prompt)
     (other,) = states_of(model_with("qwen3", LoRA(rank=2)))
     wider = changed(other, lambda A, B: (torch.ones(2, 7), B))

@@ -23,7 +23,9 @@ def client(server):
 def test_it_lists_the_base_and_the_adapters(client, server, monkeypatch):
     engine = server.served.engine
     behind = Vocabulary(engine.words.tokenizer, engine.words.size, virtual=20)
-    monkeypatch.setattr(engine, "vocabulary", lambda which: behind if which == "law" else engine.words)
+    monkeypatch.setattr(
+        engine, "vocabulary", lambda which: behind if which == "law" else engine.words
+    )
     models = client.models.list().data
     assert [model.max_model_len for model in models] == [4096, 4096, 4076]
     assert [model.id for model in models] == [BASE, "cooking", "law"]

@@ -44,7 +44,10 @@ def test_contents_differ_where_any_number_does(tmp_path):
             model = veneer.attach(tiny("llama"), veneer.Method(method, virtual_tokens=3))
             homes[f"{method} {seed}"] = tmp_path / f"{method}{seed}"
             veneer.save(shake(model, seed=seed), homes[f"{method} {seed}"])
-    library, cache = Library({**homes, "again": homes["lora 0"]}), AdapterCache(tiny("llama"), 2**30)
+    library, cache = (
+        Library({**homes, "again": homes["lora 0"]}),
+        AdapterCache(tiny("llama"), 2**30),
+    )
     content = {name: cache.get(((library.info(name), 1.0),)).content for name in library.names()}
     assert content.pop("again") == content["lora 0"]
     assert len({*content.values()}) == len(homes) == 6

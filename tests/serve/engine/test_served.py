@@ -13,7 +13,9 @@ def compare(monkeypatch):
         served = scripted()
         monkeypatch.setattr(served, "chat_tokens", lambda messages, which: [9, 9])
         monkeypatch.setattr(
-            served, "spans", lambda text, which: [(5, piece) for piece, _ in tokens[which or "base"]]
+            served,
+            "spans",
+            lambda text, which: [(5, piece) for piece, _ in tokens[which or "base"]],
         )
         monkeypatch.setattr(
             served.engine,

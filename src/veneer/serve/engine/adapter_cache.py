@@ -325,7 +325,7 @@ def _in_one_buffer(
         prefix = next(copies)
         assert prefix is not None
         content.update(f"{tuple(prefix.shape)}\n".encode())
-    content.update(buffer.cpu().numpy())
+    content.update(buffer.cpu().numpy().data)
     return LoadedAdapter(content.hexdigest(), layers, buffer.nbytes, names, own=own, prefix=prefix)
 
 
