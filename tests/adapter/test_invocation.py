@@ -158,6 +158,10 @@ def test_a_mix_acts_where_each_of_its_adapters_does():
 def test_what_it_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="dora scales outputs of W before an invocation too"):
         veneer.LoRA(invocation=INVOCATION, dora=True)
+    for text in ("[5, 9]", "[ 5,009 ]", "[5,9]"):
+        assert veneer.LoRA(invocation=text).invocation == INVOCATION
+    for text in ("[٣]", "[5,]", "[-5]", f"[{'9' * 5000}]"):
+        assert veneer.LoRA(invocation=text).invocation == text
     for wrong in ([], "", 5, {3: 4}, ["a"], [[3]], [-1], [True]):
         with pytest.raises(ConfigError, match=r"invocation is .*, but must be a text, or the ids"):
             veneer.LoRA(invocation=wrong)  # type: ignore[arg-type]
@@ -228,3 +232,28 @@ def test_peft_s_file_with_more_is_refused(tmp_path):
         theirs.save_pretrained(tmp_path)
     with pytest.raises(veneer.AdapterError, match="modules to save, which would act before"):
         veneer.load(tiny("qwen2"), tmp_path, force=True)
+
+
+def test_checkpointed_layers_act_as_in_their_own_pass():
+    """Or two passes before a backward pass are refused: layers that are computed again would act
+    as in the newest pass."""
+    rows = [torch.tensor([row(3)]), torch.tensor([row(9)])]
+
+    def gradients(model: Any) -> list[Tensor]:
+        for own in rows:
+            model(own, labels=own, use_cache=False).loss.backward()
+        return [weight.grad for weight in model.parameters() if weight.requires_grad]
+
+    expected = gradients(activated().train())
+    model = activated().train()
+    model.activation_checkpointing_enable()
+    model(rows[0], use_cache=False)  # whose graph nobody keeps
+    loss = model(rows[0], labels=rows[0], use_cache=False).loss
+    with pytest.raises(AdapterError, match="call backward before the next pass"):
+        model(rows[1], use_cache=False)
+    with pytest.raises(AdapterError, match="call backward before the next pass"), torch.no_grad():
+        model(rows[1], use_cache=False)
+    loss.backward()
+    model.zero_grad()
+    for ours, own in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, own)

@@ -3,11 +3,16 @@
 import json
 import re
 
+import pytest
 import torch
 
 import veneer
+from support.random_adapters import tokenizer
 from support.tuned_facts import FACTS, metrics, names
 from veneer.cli.app import run
+from veneer.data.encode import Example
+from veneer.errors import DataError
+from veneer.training import rows
 
 
 def test_an_activated_adapter_from_end_to_end(tune, minigpt_home, tmp_path, capsys):
@@ -51,3 +56,13 @@ def test_rows_without_the_invocation_are_named(tune, tmp_path, capsys):
     assert tune("--invocation", " dog", *flags) == 2
     refusal = " ".join(capsys.readouterr().err.split())
     assert "linear layers of the decoder's blocks alone" in refusal
+
+
+def test_a_run_is_refused_only_where_no_row_at_all_has_the_invocation(monkeypatch):
+    monkeypatch.setattr(rows, "MOST_LOOKED_THROUGH", 2)
+    config = veneer.LoRA(invocation=(3, 4))
+    examples = [Example(own, own, "row", 0) for own in ([1, 2], [3, 5], [4, 3], [1, 3, 4])]
+    notices = rows._about_invocation(config, examples, tokenizer())
+    assert notices[1].startswith("2 of the first 2 rows have no invocation")
+    with pytest.raises(DataError, match="None of 3 rows has the invocation"):
+        rows._about_invocation(config, examples[:3], tokenizer())

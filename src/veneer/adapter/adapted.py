@@ -97,28 +97,23 @@ class Adapted(nn.Module):
     def acts_on(self, dtype: torch.dtype, names: Iterable[str] | None = None) -> Tensor | None:
         """Return on which tokens of the pass adapters act, the active ones unless named, as a
         `Projection` takes it; None for all tokens, as without an invocation."""
-        by_name = self.active_adapters.acts_on
         names = self.active_adapters.weights if names is None else names
         own = [name for name in names if name in self.adapters]
-        if not any(name in by_name for name in own):
+        by_position = {n: x for n, x in self.active_adapters.acts_on.items() if n in own}
+        if not by_position:
             return None
-        some = next(by_name[name] for name in own if name in by_name)
-        if some is None:
+        columns = {name: column for name, column in by_position.items() if column is not None}
+        if len(columns) < len(by_position):
             raise AdapterError(
                 "An adapter acts from an invocation on, which is found when the model is called; "
                 "this layer was called alone."
             )
+        first = next(iter(columns.values()))
         if len(own) == 1:
-            return some.to(dtype)
-        everywhere = torch.ones_like(some)
+            return first.to(dtype)
+        everywhere = torch.ones_like(first)
         adapters: Mapping[str, Any] = self.adapters._modules
-        ranks = [adapters[name].total_rank for name in own]
-        columns = [by_name.get(name, everywhere) for name in own]
-        wide = [
-            column.expand(-1, rank)
-            for column, rank in zip(columns, ranks, strict=True)
-            if column is not None
-        ]
+        wide = [columns.get(n, everywhere).expand(-1, adapters[n].total_rank) for n in own]
         return torch.cat(wide, 1).to(dtype)
 
     def active_tokens(self) -> list[tuple[TrainedTokens, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ Value = TypeVar("Value")
 LARGEST_RANK_OR_ALPHA = 2**31  # a file can name numbers that no arithmetic here holds
 RANK = whole_number(1, most=LARGEST_RANK_OR_ALPHA)
 TOKEN = whole_number(0, most=LARGEST_RANK_OR_ALPHA)
+IDS = re.compile(r"\[\s*[0-9]{1,18}\s*(,\s*[0-9]{1,18}\s*)*\]")  # of tokens, as JSON has them
 ALPHA = Rule(
     lambda value: ABOVE_0.holds(value) and value <= LARGEST_RANK_OR_ALPHA,
     f"a number above 0 and at most {LARGEST_RANK_OR_ALPHA}",
@@ -175,9 +175,9 @@ class LoRA:
 
 
 def _invocation(given: object) -> object:
-    """Return ids as a tuple, be they in a sequence or in a text as JSON has it."""
-    if isinstance(given, str) and re.fullmatch(r"\[\s*\d+\s*(,\s*\d+\s*)*\]", given):
-        given = json.loads(given)
+    """Return ids as a tuple, be they in a sequence or in a text."""
+    if isinstance(given, str) and IDS.fullmatch(given):
+        given = [int(token) for token in given.strip("[]").split(",")]
     is_sequence = isinstance(given, Sequence) and not isinstance(given, str)
     return tuple(given) if is_sequence else given  # type: ignore[arg-type]
 

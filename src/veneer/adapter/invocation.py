@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,10 @@ def invocation_problems(model: nn.Module, config: LoRA, targets: Sequence[Layer]
     return problems
 
 
+class _Pass:
+    """A pass whose backward pass has not begun; its graph alone keeps it."""
+
+
 class Invocations:
     """Finds, before each pass of a decoder, on which tokens adapters with an invocation act.
 
@@ -90,6 +95,7 @@ class Invocations:
         self.invocations: dict[str, tuple[int, ...]] = {}  # by adapter
         self._state: dict[str, Tensor] = {}  # of the pass that is running
         self._of_model: dict[str, Any] = {}  # what the model is called with, while it runs
+        self._not_backward: WeakSet[_Pass] = WeakSet()
         decoder = decoder_of(model)
         self._hooks = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -120,6 +126,12 @@ class Invocations:
         active = {name: own for name, own in self.invocations.items() if name in acting}
         if not active:
             return
+        if self._not_backward and any(map(_is_checkpointed, decoder.modules())):
+            raise AdapterError(
+                "Gradient checkpointing computes layers again, and it is known of one pass alone "
+                f"on which tokens {listed(active)} acts; call backward before the next pass, or "
+                "turn gradient checkpointing off."
+            )
         arguments = _arguments(decoder, args, kwargs)
         tokens: Tensor | None = arguments.get("input_ids")
         mask = arguments.get("attention_mask")
@@ -149,10 +161,18 @@ class Invocations:
             self.active_adapters.acts_on[name] = acts.reshape(-1, 1)
 
     def _after(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        """Note in the cache that the pass has filled, and perhaps made, where adapters act."""
-        cache = _cache_in(output) if self._state and isinstance(output, Mapping) else None
+        """Note in the cache that the pass has filled, and perhaps made, where adapters act; and
+        that the backward pass is still to come."""
+        if not self._state:
+            return
+        cache = _cache_in(output) if isinstance(output, Mapping) else None
         if cache is not None:
             setattr(cache, STATE, self._state)
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.requires_grad:
+            this = _Pass()
+            self._not_backward.add(this)
+            hidden.register_hook(lambda _: self._not_backward.discard(this))
 
 
 def acts_from(
@@ -220,6 +240,10 @@ def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dic
         return dict(kwargs)
     names = inspect.signature(module.forward).parameters
     return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return module.training and bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _cache_in(arguments: Mapping[str, Any]) -> Any:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Rows of which a run of an earlier version may have had the hash.
 MOST_HASHED = 2**20
-MOST_LOOKED_THROUGH = 1000  # rows, for an invocation
+MOST_LOOKED_THROUGH = 1000  # rows, to say where an invocation is
 
 
 @dataclass(frozen=True)
@@ -187,24 +187,22 @@ def _about_invocation(
 ) -> list[str]:
     """Say from where on an adapter with an invocation acts, and what it learns nothing from.
 
-    Raises DataError where no row has the invocation, of the first ones.
+    Raises DataError where no row has the invocation.
     """
     if not (invocation := lora.invocation_tokens):
         return []
-    rows = [examples[i] for i in range(min(len(examples), MOST_LOOKED_THROUGH))]
+    first = min(len(examples), MOST_LOOKED_THROUGH)
+    rows = [examples[i] for i in range(first)]
     starts = [invocation_start(row.tokens, invocation) for row in rows]
     text, ids = tokenizer.decode([*invocation]), ", ".join(map(str, invocation))
     without = [row.where for row, start in zip(rows, starts, strict=True) if start is None]
-    of_all = (
-        f"of {_rows(len(rows))}"
-        if len(rows) == len(examples)
-        else f"of the first {_rows(len(rows))}"
-    )
-    if len(without) == len(rows):
+    of_all = f"of {_rows(first)}" if first == len(examples) else f"of the first {_rows(first)}"
+    behind = (examples[i].tokens for i in range(first, len(examples)))
+    if len(without) == first and all(invocation_start(row, invocation) is None for row in behind):
         raise DataError(
-            f"None {of_all} has the invocation {text!r} (tokens {ids}), from which on alone the "
-            "adapter acts, so it would learn nothing. Name one that the chat template writes into "
-            "each row, or write it into the rows."
+            f"None of {_rows(len(examples))} has the invocation {text!r} (tokens {ids}), from "
+            "which on alone the adapter acts, so it would learn nothing. Name one that the chat "
+            "template writes into each row, or write it into the rows."
         )
     notices = [f"The adapter acts from {text!r} (tokens {ids}) on, where a row has it last."]
     if without:

@@ -36,9 +36,10 @@ def gguf_pairs(facts: Facts) -> Iterator[Finding]:
 
 
 def gguf_invocation(facts: Facts) -> Iterator[Finding]:
-    """llama-server looks for the invocation in each prompt, from its end (tools/server)."""
-    if tokens := facts.config.get("adapter.alora.invocation_tokens"):
-        says = f"acts from its {len(tokens)} tokens on in llama-server, and elsewhere on all tokens"
+    """llama-server looks for the invocation in each prompt, from its end (server-context.cpp), and
+    so does what is built upon it: llama-cli, and Ollama since llm/llama_server.go starts it."""
+    if facts.config.get("adapter.alora.invocation_tokens"):
+        says = "followed by llama-server and what is built upon it; else it acts on all tokens"
         yield Finding("needs", "invocation", says, "serve it by llama-server")
 
 
