@@ -1,5 +1,6 @@
 """Every kind of adapter is served: each row of a batch as its adapter alone, in any company."""
 
+import weakref
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -191,6 +192,14 @@ def test_new_tokens_are_read_and_written(homes):
             }
             drawn = asked(which, sampling=replace(DRAWN, temperature=1e4, max_new_tokens=30))
             assert all(each.id < VOCAB for each in drawn.tokens)
+        # It leaves memory with the adapters that had it, as they do.
+        left = weakref.ref(own)
+        del own
+        for name in ("tokens", "again"):
+            assert left() is not None
+            engine.library.remove(name)
+            engine.load("dora")
+        assert left() is None
 
 
 @pytest.mark.parametrize("kind", ["compiled", "general"])

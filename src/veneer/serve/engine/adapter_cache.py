@@ -126,7 +126,7 @@ class AdapterCache:
         """Drop what is made of versions other than these. Rows that use it keep it."""
         with self._lock:
             for key in list(self._adapters):
-                if not {version for version, _ in key} <= {*versions}:
+                if not all(version in versions for version, _ in key):
                     self.nbytes -= self._adapters.pop(key).nbytes
 
     def _get(self, mix: Mix) -> LoadedAdapter:

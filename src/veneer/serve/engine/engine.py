@@ -131,7 +131,9 @@ class Engine:
         """Load an adapter now, and drop those that were replaced or removed. Raises AdapterError if
         it is unknown or does not fit."""
         self.adapters.get(((self.library.info(name), 1.0),))
-        self.adapters.drop_gone({entry.version for entry in self.library.entries()})
+        versions = {entry.version for entry in self.library.entries()}
+        self.adapters.drop_gone(versions)
+        self.vocabularies.drop_gone(versions)
 
     def refuse_unservable(self) -> dict[str, str]:
         """Look at the settings and shapes of all adapters, and let the library refuse those that

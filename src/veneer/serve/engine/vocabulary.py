@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -18,8 +18,6 @@ from veneer.serve.engine.adapter_cache import Fit
 from veneer.serve.engine.adapter_rows import size_of, virtual_count, vocab_of
 from veneer.serve.engine.grammar import Grammars
 from veneer.serve.engine.library import Entry, Mix
-
-MOST_VERSIONS = 1024  # of adapters whose vocabulary is kept
 
 
 @dataclass(eq=False)
@@ -56,7 +54,7 @@ class Vocabularies:
     def __init__(self, fit: Fit, tokenizer: PreTrainedTokenizerBase) -> None:
         self.fit = fit
         self.base = Vocabulary(tokenizer, vocab_of(fit.model))
-        self._of_version: OrderedDict[int, Vocabulary] = OrderedDict()
+        self._of_version: dict[int, Vocabulary] = {}
         # Adapters with the same new tokens share one, for a tokenizer may be large.
         self._of_tokens: WeakValueDictionary[tuple[str, ...], Vocabulary] = WeakValueDictionary()
         self._lock = Lock()
@@ -69,15 +67,18 @@ class Vocabularies:
         each = [self._of(entry) for entry, _ in mix]
         return next((own for own in each if own is not self.base), self.base)
 
+    def drop_gone(self, versions: Collection[int]) -> None:
+        """Drop those of versions other than these. Rows that use them keep them."""
+        with self._lock:
+            self._of_version = {v: own for v, own in self._of_version.items() if v in versions}
+
     def _of(self, entry: Entry) -> Vocabulary:
         with self._lock:
             vocabulary = self._of_version.get(entry.version)
-        vocabulary = vocabulary or self._read(entry)
-        with self._lock:
-            self._of_version[entry.version] = vocabulary
-            self._of_version.move_to_end(entry.version)
-            while len(self._of_version) > MOST_VERSIONS:
-                self._of_version.popitem(last=False)
+        if vocabulary is None:
+            vocabulary = self._read(entry)
+            with self._lock:
+                self._of_version[entry.version] = vocabulary
         return vocabulary
 
     def _read(self, entry: Entry) -> Vocabulary:
