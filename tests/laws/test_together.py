@@ -18,14 +18,16 @@ import veneer
 from support.closeness import assert_gradients_no_further, assert_no_further
 from support.kinds import KINDS, Kind
 from support.plain import Float64, Plain
-from support.random_adapters import shake
+from support.random_adapters import shake, tokenizer, with_new_tokens
 from support.tiny_models import tiny
+from veneer.adapter.active import Segments, active_adapters_of
 from veneer.adapter.beside import attach_beside
 from veneer.adapter.parameters import experts_of
 from veneer.adapter.use import acting
 from veneer.data.encode import UNLABELLED
 from veneer.data.packing import Batch, pack
 from veneer.fused.forward import Forward, choose_forward
+from veneer.fused.head import Head
 from veneer.fused.together import AdapterBatch, backward_together, why_alone
 
 # With the invocation of the kind that acts from one on; for the others they are any tokens.
@@ -211,17 +213,73 @@ def test_a_batch_without_labels():
 
 def test_what_needs_a_pass_of_its_own_says_why():
     model = tiny("gpt2")
-    attach_beside(model, veneer.LoRA(rank=2), name="plain")
+    for name in ("plain", "other"):
+        attach_beside(model, veneer.LoRA(rank=2), name=name)
     veneer.attach(model, veneer.Method(method="prefix", virtual_tokens=3), name="prefix")
     veneer.use(model, None)
     forward, _ = choose_forward(model, ROWS)
-    names = ["plain", "prefix"]
+    names = ["plain", "other", "prefix"]
     assert why_alone(forward, model, names, ROWS) == {"prefix": "prefix has no low-rank factors"}
     model.transformer.h[1].attn.resid_dropout.p = 0.25
-    reasons = why_alone(forward, model, names, ROWS)
-    assert reasons["plain"] == "the base drops out by itself, with p = 0.25"
+    reasons = why_alone(choose_forward(model, ROWS)[0], model, names, ROWS)
+    assert reasons["plain"] == reasons["other"] == DRAWS
     alone = why_alone(replace(forward, packed=False), model, ["plain"], ROWS)
     assert alone == {"plain": "rows are not packed"}
+
+
+DRAWS = "the base draws random numbers by itself in training, as dropout does"
+
+
+def test_bases_whose_passes_are_not_shared():
+    model = with_two("mixtral", targets="attention")
+    forward, _ = choose_forward(model, ROWS)
+    assert why_alone(forward, model, ["one", "two"], ROWS) == {}
+    model.model.layers[1].mlp.jitter_noise = 0.1
+    before = torch.get_rng_state()
+    assert why_alone(forward, model, ["one", "two"], ROWS) == dict.fromkeys(["one", "two"], DRAWS)
+    assert torch.equal(torch.get_rng_state(), before)
+    model = tiny("llama")
+    with_new_tokens(model, tokenizer())
+    model = with_two(model)
+    forward, _ = choose_forward(model, ROWS)
+    reasons = why_alone(forward, model, ["one", "two"], ROWS)
+    assert set(reasons.values()) == {"the base has new tokens"}
+
+
+def test_a_trial_finds_losses_that_are_not_those_of_passes_alone(monkeypatch):
+    model = with_two("llama")
+    forward, _ = choose_forward(model, ROWS)
+    own = Head.loss
+    for wrong in (1.1, torch.nan):
+
+        def loss(self, model, hidden, labelled, counts=None, wrong=wrong):
+            return own(self, model, hidden, labelled, counts) * (1 if counts is None else wrong)
+
+        monkeypatch.setattr(Head, "loss", loss)
+        reasons = why_alone(forward, model, ["one", "two"], ROWS)
+        assert set(reasons) == {"one", "two"}
+        assert all("differs from" in why for why in reasons.values())
+
+
+def test_an_embedding_reads_the_tokens_of_a_batch_in_any_shape():
+    model = shake(with_two("llama", targets="embed_tokens"))
+    embedding, ids = model.get_input_embeddings(), torch.tensor([3, 5, 7, 5])
+    segments = Segments(4, (("one", slice(3), None), ("two", slice(3, 4), None)))
+    with active_adapters_of(model).by_segments(segments):
+        rows = embedding(ids)
+        assert torch.equal(embedding(ids[None])[0], rows)
+        with pytest.raises(veneer.AdapterError, match="16 rows of a batch of 4 tokens"):
+            embedding(ids.expand(4, 4))
+    assert not torch.equal(rows[1], rows[3])
+
+
+def with_two(base: Any, **options: Any) -> Any:
+    """Return a model, or a tiny one of an architecture, with two adapters, none of which acts."""
+    model = tiny(base) if isinstance(base, str) else base
+    for name in ("one", "two"):
+        attach_beside(model, veneer.LoRA(rank=2, **options), name=name)
+    veneer.use(model, None)
+    return model
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

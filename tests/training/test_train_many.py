@@ -94,6 +94,9 @@ def test_who_has_passes_of_his_own_is_told_why():
         veneer.attach(model, veneer.LoRA(rank=1), name=name, seed=0)
     events = list(veneer.train_many(model, {"one": job(), "two": job()}))
     texts = {(name, event.text) for name, event in events if isinstance(event, Notice)}
-    why = "Its steps have passes of their own: the base drops out by itself, with p = 0.1."
+    why = (
+        "Its steps have passes of their own: the base draws random numbers by itself in training, "
+        "as dropout does."
+    )
     assert {(name, why) for name in ("one", "two")} <= texts
     assert {name for name, event in events if isinstance(event, Step)} == {"one", "two"}

@@ -61,13 +61,15 @@ class LoRAEmbedding(AdaptedLayer):
         return self._changed(y, ids, self.low_rank_update(active, active[0][0].lora_A.dtype))
 
     def _with_segments(self, ids: Tensor, segments: Segments) -> Tensor:
-        """Return rows of the embedding for the ids of a packed batch, (1, tokens)."""
-        y = self.original(ids)
+        """Return rows of the embedding for the ids of a packed batch, one for each token."""
+        y, flat = self.original(ids), ids.reshape(-1)
+        segments.check(flat, "an adapted embedding")
+        rows = y.reshape(-1, y.shape[-1])
         for name, tokens, _ in segments.of_adapters:
             if pairs := self.named([(name, 1.0)]):
                 update = self.low_rank_update(pairs, pairs[0][0].lora_A.dtype)
-                y[:, tokens] = self._changed(y[:, tokens].clone(), ids[:, tokens], update)
-        return y
+                rows[tokens] = self._changed(rows[tokens].clone(), flat[tokens], update)
+        return rows.view_as(y)
 
     def _by_rows(self, ids: Tensor, row_updates: RowUpdates) -> Tensor:
         """Return rows of the embedding for ids (rows, tokens), each row with its own adapters; one

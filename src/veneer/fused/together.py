@@ -15,13 +15,13 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapter.active import Segments, active_adapters_of
 from veneer.adapter.adapted import Adapted
-from veneer.adapter.adapter import Adapter
 from veneer.adapter.beside import why_alone_of
+from veneer.adapter.new_tokens import new_tokens_of
 from veneer.adapter.use import acting
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, joined, pack
@@ -31,6 +31,7 @@ from veneer.fused.inputs import PassInputs, unread_masks
 from veneer.fused.recognise import TOLERANCE
 from veneer.kernels.attention import Packing
 from veneer.kernels.cross_entropy import IGNORED, Labelled
+from veneer.models.device import random_state, set_random_state
 from veneer.models.evaluating import evaluating
 
 SHAPES = 16  # numbers of tokens, between one power of two and the next, that segments have
@@ -52,18 +53,6 @@ class AdapterBatch:
     generator: torch.Generator | None = None
 
 
-def losses_together(
-    forward: Forward,
-    model: PreTrainedModel,
-    batches: Sequence[AdapterBatch],
-    *,
-    alone: Mapping[str, str] | None = None,
-) -> Tensor:
-    """Return the sum of the label tokens' losses of each batch, (batches,), in float32 and without
-    a gradient. alone: as `backward_together` takes it."""
-    return _pass(forward, model, batches, alone or {}, backward=False)
-
-
 def backward_together(
     forward: Forward,
     model: PreTrainedModel,
@@ -77,8 +66,9 @@ def backward_together(
     alone: the adapters that need a pass of their own, as `why_alone` names them.
 
     Each adapter's loss and gradients are those of a pass of its own, but for rounding: nothing of
-    one batch reaches another, not even a number that is not finite. The names must differ. Which
-    adapters act afterwards is what it was before.
+    one batch reaches another. Nor does a number that is not finite, but in compiled FlexAttention
+    (soft-capped scores on a card), which multiplies the values of hidden keys by 0. The names must
+    differ. Which adapters act afterwards is what it was before.
     """
     return _pass(forward, model, batches, alone or {}, backward=True)
 
@@ -94,8 +84,8 @@ def why_alone(
         why_none: str | None = "rows are not packed"
     elif forward.context is not None:
         why_none = "processes share each row's tokens"
-    elif p := _own_dropout(model):
-        why_none = f"the base drops out by itself, with p = {p:g}"
+    elif new_tokens_of(model) is not None:
+        why_none = "the base has new tokens"
     else:
         why_none = _why_not_together(forward, model, sharing, rows) if len(sharing) > 1 else None
     return reasons | (dict.fromkeys(sharing, why_none) if why_none else {})
@@ -112,28 +102,34 @@ def _why_not_together(
     ]
     batches = [AdapterBatch(name, pack(short, [i % len(short)])) for i, name in enumerate(names)]
     with evaluating(model):
-        expected = losses_together(forward, model, batches, alone=dict.fromkeys(names, ""))
+        expected = _pass(forward, model, batches, dict.fromkeys(names, ""), backward=False)
         try:
-            losses = losses_together(forward, model, batches)
+            losses = _pass(forward, model, batches, {}, backward=False)
+            draws = _draws(forward, model, batches[0].batch)
         except Exception as error:  # whatever a foreign architecture raises
             return described(error)
-    far = (losses - expected).abs() > TOLERANCE[model.dtype] * expected.abs()
-    if not far.any():
+    if draws:
+        return "the base draws random numbers by itself in training, as dropout does"
+    tolerance = TOLERANCE[model.dtype]
+    near = torch.isclose(losses, expected, rtol=tolerance, atol=0.0, equal_nan=True)
+    if near.all():
         return None
-    which = int(far.int().argmax())
+    which = int(near.int().argmin())
     return f"its loss of {losses[which]:.6g} differs from {expected[which]:.6g} alone"
 
 
-def _own_dropout(model: PreTrainedModel) -> float:
-    """Return the largest probability with which a base drops out by itself, in training."""
-    probabilities = [0.0]
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            probabilities.append(module.p)
-        elif not isinstance(module, Adapter):
-            named = vars(module).items()
-            probabilities += [p for n, p in named if "dropout" in n and isinstance(p, float)]
-    return max(probabilities)
+def _draws(forward: Forward, model: PreTrainedModel, batch: Batch) -> bool:
+    """Return whether the base draws random numbers in training: by dropout, or in its routers. They
+    would come from no adapter's own generator."""
+    states = {device: random_state(device) for device in (torch.device("cpu"), model.device)}
+    with evaluating(model), acting(model, None), torch.no_grad():
+        model.train()
+        forward(model, batch)
+    drawn = False
+    for device, before in states.items():
+        drawn |= not torch.equal(random_state(device), before)
+        set_random_state(device, before)
+    return drawn
 
 
 def _pass(
@@ -202,8 +198,8 @@ def _losses(
 
 def _of_like_shape(batch: Batch) -> Batch:
     """Return an adapter's rows, filled up so that its products have one of a few shapes: to prepare
-    new ones took a tenth of a pass over 135M weights for eight adapters with 50 tokens each. At
-    most a sixteenth of the tokens, and a thirty-second in the mean, is for that."""
+    new ones took a tenth of a pass over 135M weights for eight adapters with 50 tokens each. Of 48
+    tokens or more at most a sixteenth, and a thirty-second in the mean, is added."""
     tokens = len(batch.tokens)
     return filled_up(batch, 2 ** max(2, (tokens // SHAPES).bit_length() - 1))
 
