@@ -31,6 +31,7 @@ from bench.soak_questions import BAD, CHANGING, QUESTIONS, VERSIONS, Question
 from bench.soak_server import ADAPTERS, Held, ServerProcess, write_adapters, write_base
 
 LEAK = 50e6  # bytes that memory may grow by after the first fifth of the time
+MORE = 4  # descriptors or threads, by which their median may grow meanwhile
 # Fewer slots than clients, so that some wait; and files of prefix blocks that have to make space.
 FLAGS = ("--slots", "6", "--prefix-cache-size", "0.01")
 TOGETHER = 0.03  # seconds in which the clients of a round ask
@@ -229,13 +230,14 @@ def verdict(samples: list[Sample], findings: Findings, failures: int, out: TextI
         print(f"{count:7}  {what}", file=out)
     print(f"statuses: {dict(sorted(findings.statuses.items()))}", file=out)
     print(f"memory beside the caches grew by {growth / 1e6:.1f} MB", file=out)
+    good = not findings.faults and growth <= LEAK and not failures
     for name in ("descriptors", "threads"):
         first, last = (median(getattr(x.held, name) for x in each) for each in (early, late))
+        good = good and last - first <= MORE
         print(f"{name}: {first:g}, at the end {last:g}", file=out)
     print(f"tracebacks in the server's log: {failures}", file=out)
     for fault in findings.faults[:40]:
         print(f"FAULT {fault}", file=out)
-    good = not findings.faults and growth <= LEAK and not failures
     print("held out" if good else "DID NOT HOLD OUT", file=out, flush=True)
     return good
 
@@ -255,9 +257,10 @@ def soak(place: Path, model: str | None, options: argparse.Namespace, out: TextI
         load.start()
         samples = watch(server, load, options.minutes, out)
         load.end()
-        numbers = Client(server.url).numbers()
-        steps, new = (numbers[f"veneer_engine_{name}"] for name in ("steps", "new_tokens"))
-        print(f"{new:g} new tokens in {steps:g} steps", file=out)
+        if server.process.poll() is None:
+            numbers = Client(server.url).numbers()
+            steps, new = (numbers[f"veneer_engine_{name}"] for name in ("steps", "new_tokens"))
+            print(f"{new:g} new tokens in {steps:g} steps", file=out)
     finally:
         status = server.stop()
     if status:

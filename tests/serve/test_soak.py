@@ -1,21 +1,22 @@
 """The soak finds what it looks for, and a server holds out for a moment of it."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from bench import soak
 from bench.soak_server import Held
 
 
-def judged(*faults, growth=0.0, cached=0.0, status=200, failures=0):
+def judged(*faults, growth=0.0, cached=0.0, more=0, status=200, failures=0):
     findings = soak.Findings()
     findings.add("ask", status)
     for fault in faults:
         findings.add("ask", 200, fault)
-    samples = [
-        soak.Sample(i, Held(int(1e8 + (growth + cached) * (i > 50)), 10, 9), cached * (i > 50))
-        for i in range(101)
-    ]
+    early = soak.Sample(0, Held(10**8, 10, 9), 0)
+    late = Held(int(1e8 + growth + cached), 10 + more, 9)
+    samples = [replace(early, seconds=i) for i in range(51)]
+    samples += [soak.Sample(i, late, cached) for i in range(51, 101)]
     out = io.StringIO()
     return soak.verdict(samples, findings, failures, out), out.getvalue()
 
@@ -25,6 +26,8 @@ def test_what_is_wrong_is_seen():
     assert judged(growth=10e6, cached=5e8)[0]  # caches may grow
     assert judged(status=429)[0]
     assert not judged(growth=60e6)[0]
+    assert judged(more=2)[0]
+    assert not judged(more=9)[0]
     assert not judged(failures=1)[0]
     assert not judged(status=503)[0]
     good, text = judged("the answer was another")

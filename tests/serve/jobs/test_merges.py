@@ -1,5 +1,6 @@
 """Merging on demand: the true process' model and certificate, and what becomes of a merge."""
 
+import os
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 import veneer
 from support.jobs import MERGER
 from support.random_adapters import shake, tokenizer
+from support.server import scripted
 from support.tiny_models import tiny
 from veneer.errors import QueueFull
 from veneer.files import write_json
@@ -18,6 +20,7 @@ from veneer.serve.jobs.certificate import certificate_of
 from veneer.serve.jobs.merge_worker import merge_in
 from veneer.serve.jobs.merges import STATE, Merge, Merges
 from veneer.serve.jobs.messages import event_of
+from veneer.serve.jobs.service import Jobs
 from veneer.serve.jobs.settings import TrainingBase
 from veneer.training.events import Merged
 
@@ -118,6 +121,44 @@ def test_one_goes_on_at_a_time_and_a_dead_one_has_failed(merges, tmp_path):
     assert failed.state == "failed"
     assert "signal 9" in failed.why
     again.close()
+
+
+def test_a_process_that_does_not_start_has_failed(tmp_path):
+    merges = Merges(tmp_path, TrainingBase("x"), is_busy=bool, share=1.0, worker=("/no/such",))
+    merges.start("a", tmp_path, 1)
+    assert "did not start" in until_ended(merges, "a").why
+    merges.close()
+
+
+def test_a_merge_of_what_a_name_meant_before_is_none(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+    (tmp_path / "runs").mkdir()
+    jobs = Jobs(
+        tmp_path / "runs",
+        scripted({"one": tmp_path / "one"}),
+        TrainingBase("tiny"),
+        merger=MERGER,
+    )
+
+    def state():
+        merge = jobs.merged("one")
+        return None if merge is None else merge.state
+
+    jobs.merge("one")
+    assert until_ended(jobs.merges, "one").state == state() == "done"
+    jobs.served.library.add("one", tmp_path / "other")
+    assert state() is None
+    jobs.served.library.add("one", tmp_path / "one")
+    assert state() == "done"
+    os.utime(tmp_path / "one" / "weights", (1, 2**32))  # it was replaced in its place
+    assert state() is None
+    (tmp_path / "runs" / "merged" / "wait").touch()
+    jobs.merges._thread.join()  # its process may just be ending
+    jobs.merge("one")
+    assert state() == "running"
+    jobs.close()
 
 
 def test_what_a_server_left_has_failed(merges, tmp_path):

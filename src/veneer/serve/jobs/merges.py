@@ -29,7 +29,7 @@ class Merge:
 
     base: how the base is loaded. most_bytes: that the model may take. doing: what the process does
     now. why: it failed. certificate: how near the merged model is (`certificate.py`). model: where
-    that goes.
+    that goes. changed: when the adapter's files last did, as `last_change` has it.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Merge:
     why: str = ""
     certificate: Mapping[str, Any] | None = None
     bytes: int = 0
+    changed: int = 0
 
 
 class Merges:
@@ -74,7 +75,8 @@ class Merges:
                 raise QueueFull("Another adapter is merged now; come again when that is done.")
             base = asdict(self.base)
             model = str(self.root / name / MODEL)
-            merge = Merge(name, str(adapter), model, base, max(0, most_bytes))
+            most, changed = max(0, most_bytes), last_change(adapter)
+            merge = Merge(name, str(adapter), model, base, most, changed=changed)
             shutil.rmtree(self.root / name, ignore_errors=True)
             (self.root / name).mkdir(parents=True)
             write_json(self.root / name / STATE, asdict(merge))
@@ -105,14 +107,18 @@ class Merges:
     def _watch(self, merge: Merge) -> None:
         """Let the process work until it ends. It is this thread's child, and ends with it."""
         directory = self.root / merge.name
-        with (directory / OUTPUT).open("ab") as output:
-            process = subprocess.Popen(
-                [*self.worker, str(directory), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
+        try:
+            with (directory / OUTPUT).open("ab") as output:
+                process = subprocess.Popen(
+                    [*self.worker, str(directory), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                )
+        except OSError as error:
+            self._fail(merge, f"Its process did not start ({error}).")
+            return
         try:
             pace = Pace(process.pid, self.is_busy, self.share)
             while process.poll() is None and not self._closing.is_set():
@@ -132,3 +138,12 @@ class Merges:
             self.root / merge.name / STATE,
             asdict(replace(merge, state="failed", doing="", why=why)),
         )
+
+
+def last_change(adapter: Path) -> int:
+    """Return when the newest of an adapter's files changed, in nanoseconds; 0 for none."""
+    changes = [0]
+    for place in (adapter, *adapter.rglob("*")):
+        with suppress(FileNotFoundError):  # it is just being replaced
+            changes.append(place.stat().st_mtime_ns)
+    return max(changes)

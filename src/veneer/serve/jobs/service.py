@@ -15,7 +15,7 @@ from veneer.run_directory import RunDirectory
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs import uploads
 from veneer.serve.jobs.lock import take
-from veneer.serve.jobs.merges import MERGER, Merge, Merges
+from veneer.serve.jobs.merges import MERGER, Merge, Merges, last_change
 from veneer.serve.jobs.publisher import Publisher
 from veneer.serve.jobs.settings import TrainingBase, settings_of
 from veneer.serve.jobs.store import Store
@@ -206,9 +206,10 @@ class Jobs:
         return self.merges.start(name, self.served.library.info(name).directory, left)
 
     def merged(self, name: str) -> Merge | None:
-        """Return what is merged of an adapter, on demand or by its job; None for nothing yet."""
+        """Return what is merged of an adapter, on demand or by its job; None for nothing yet, and
+        where the name means another adapter by now."""
         if (merge := self.merges.find(name)) is not None:
-            return merge
+            return None if self._is_outdated(merge) else merge
         job = next((job for job in self.store.jobs("succeeded") if job.name == name), None)
         if job is None:
             return None
@@ -226,6 +227,13 @@ class Jobs:
             certificate=certificate,
             bytes=size,
         )
+
+    def _is_outdated(self, merge: Merge) -> bool:
+        entry = self.served.library.find(merge.name)
+        if merge.state == "running" or entry is None:
+            return False
+        now = (str(entry.directory), last_change(entry.directory))
+        return (merge.adapter, merge.changed) != now
 
     def _move(
         self, id: str, only: Sequence[Status], status: Status, text: str, **fields: Any
