@@ -44,7 +44,7 @@ def tensors_of(own: OwnRows) -> dict[str, Tensor]:
     return {name: x for name, x in vars(own).items() if isinstance(x, Tensor)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchUpdates(RowUpdates):
     """Which adapters act on each row of a batch, with the rows that each mix has for itself."""
 

@@ -98,7 +98,7 @@ class _Stack:
 _Table = tuple[FactorTable, Tensor | None]  # of all mixes, and their gains as in `_Stack`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowUpdates:
     """Which updates act on each row of a batch.
 

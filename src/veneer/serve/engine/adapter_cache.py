@@ -37,7 +37,6 @@ from veneer.formats.validate import validate
 from veneer.lowrank.update import LowRankUpdate, mixed
 from veneer.models.device import use_device
 from veneer.serve.engine.adapter_rows import (
-    has_own_rows,
     own_rows,
     shared_by_all,
     virtual_count,
@@ -248,14 +247,8 @@ def _beyond_rows(model: PreTrainedModel, state: AdapterState, entry: Entry) -> s
         if config.replaces_weights:
             return f"it replaces weights of the base ({config.method}), which all share; {merge}"
         return ""
-    beyond = without_place(state, "serving")
-    if state.modules_to_save and (shared := shared_by_all(model, state)):
-        beyond = [*beyond, *shared]
-    if beyond:
+    if beyond := [*without_place(state, "serving"), *shared_by_all(model, state)]:
         return f"it has {listed(beyond)} beside its factors, which act on whole batches; {merge}"
-    if isinstance(config, LoRA) and config.invocation_tokens and has_own_rows(state):
-        # Base rows have no ids for what comes before the invocation.
-        return "it has an invocation beside tokens or rows of its own, which act on all tokens"
     return ""
 
 

@@ -75,18 +75,13 @@ def why_not_mixed(state: AdapterState) -> str:
     return ""
 
 
-def has_own_rows(state: AdapterState) -> bool:
-    """Return whether an adapter has rows of embedding or head, or virtual tokens."""
-    has_rows = state.new_tokens is not None or state.modules_to_save or state.trained_tokens
-    return bool(has_rows or virtual_count(state))
-
-
 def own_rows(model: PreTrainedModel, state: AdapterState) -> OwnRows | None:
     """Return the rows that an adapter has for itself, None where it has none."""
-    vocab = vocab_of(model)
-    size, virtual = size_of(state, vocab), virtual_count(state)
-    if not has_own_rows(state):
+    vocab, virtual = vocab_of(model), virtual_count(state)
+    has_rows = state.new_tokens is not None or state.modules_to_save or state.trained_tokens
+    if not has_rows and not virtual:
         return None
+    size = size_of(state, vocab)
     ends = Ends.of(model)
     embedding, head = list(_of_embedding(model, state, ends)), list(_of_head(model, state, ends))
     options: dict[str, Any] = {}
