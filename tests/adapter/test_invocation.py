@@ -216,6 +216,10 @@ def test_stored_and_loaded(format, tmp_path):
     loaded = veneer.load(tiny("llama"), tmp_path / "adapter")
     assert veneer.adapters(loaded)["default"].invocation == INVOCATION
     assert torch.equal(logits(loaded, own), logits(model, own))
+    if format == "peft":
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        assert "Activated LoRA of rank 3" in card
+        assert "It acts from the last occurrence of the tokens 5, 9 on in each row" in card
 
 
 def test_peft_s_file_with_more_is_refused(tmp_path):

@@ -168,3 +168,11 @@ def test_dora_and_brackets_are_shown_as_they_are(tmp_path, capsys, refused):
     assert "[bold]" in "".join(printed.out.split())  # a long path is wrapped
     assert "DoRA: B A is measured" in printed.err
     assert "of full rank" in refused("combine", place, place, "out")
+
+
+def test_inspect_says_from_where_on_an_adapter_acts(tmp_path, capsys):
+    (state,) = states_of(model_with("llama", LoRA(rank=2, invocation=(5, 9))))
+    write(state, tmp_path / "adapter")
+    assert run(["inspect", str(tmp_path / "adapter")]) == 0
+    notice = " ".join(capsys.readouterr().err.split())
+    assert "acts from the last occurrence of the tokens 5, 9 on alone" in notice

@@ -200,7 +200,10 @@ def _measured_table(place: Path, layers: Sequence[Measured | None]) -> Table:
 
 def _show_what_is_not_measured(state: AdapterState, place: Path) -> None:
     from veneer.algebra.measure import is_dora
+    from veneer.formats.contents import acts_from
 
+    if where := acts_from(state):
+        show_notice(f"{place} acts {where} alone.")
     if is_dora(state):
         show_notice(f"{place} is DoRA: B A is measured, without the lengths of the rows.")
     if state.new_tokens is not None:

@@ -8,6 +8,7 @@ import yaml
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import description
+from veneer.formats.contents import acts_from
 from veneer.formats.state import AdapterState
 from veneer.formats.training import base_in, system_prompt, unfinished
 
@@ -34,6 +35,8 @@ def card(state: AdapterState) -> str:
         summary = f"{description(config).capitalize()} for"
     lines = ["---", yaml.safe_dump(head, sort_keys=True).rstrip(), "---", ""]
     lines += [f"# An adapter for {base}", "", f"{summary} {base}, trained with Veneer.", ""]
+    if where := acts_from(state):
+        lines += [f"It acts {where} in each row, and on no token before.", ""]
     lines += [
         "    from peft import PeftModel",
         "    PeftModel.from_pretrained(base, directory)",

@@ -69,3 +69,12 @@ def refuse_without_place(state: AdapterState, format: FormatName) -> None:
 def has_invocation(state: AdapterState) -> bool:
     """Return whether an adapter acts from an invocation on, and not on all tokens."""
     return isinstance(state.config, LoRA) and bool(state.config.invocation)
+
+
+def acts_from(state: AdapterState) -> str:
+    """Return in words from where on an adapter with an invocation acts, "" for any other."""
+    if not has_invocation(state):
+        return ""
+    assert isinstance(state.config, LoRA)
+    tokens = ", ".join(map(str, state.config.invocation_tokens))
+    return f"from the last occurrence of the tokens {tokens} on"

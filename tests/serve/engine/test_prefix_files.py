@@ -21,7 +21,7 @@ from veneer.generate.sampling import Sampling
 from veneer.kernels.graphs import Graphs
 from veneer.models.load import Base
 from veneer.serve.engine import engine as engines
-from veneer.serve.engine import prefix_files
+from veneer.serve.engine import identity, prefix_files
 from veneer.serve.engine.compiled import KVBlock
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.general import GeneralRunner
@@ -93,12 +93,15 @@ def test_the_next_engine_answers_the_same_to_the_bit(runner, tmp_path, monkeypat
     assert len(blocks_in(tmp_path / "blocks")) == 6
 
 
-def test_blocks_belong_to_one_base_and_one_way_to_compute(tmp_path):
+def test_blocks_belong_to_one_base_and_one_way_to_compute(tmp_path, monkeypatch):
     base = base_of()
     first = identity_of_blocks(base, object(), 16)
     assert identity_of_blocks(base_of(), object(), 16) == first
     assert identity_of_blocks(base, object(), 32) != first
     assert identity_of_blocks(base, "", 16) != first  # another runner
+    with monkeypatch.context() as patched:
+        patched.setattr(identity, "version", lambda name: {"transformers": "6"}.get(name, "1"))
+        assert "transformers 6" in identity_of_blocks(base, object(), 16)["versions"]
     base.model.model.layers[0].mlp.up_proj.weight.data[3, 5] += 1  # which no sample may see
     assert identity_of_blocks(base, object(), 16) != first
     veneer.write_model(base.model, base.tokenizer, tmp_path / "base")
@@ -179,6 +182,40 @@ def test_a_damaged_block_is_left_out_and_written_anew(damage, tmp_path, caplog):
 def test_nobody_else_reads_blocks(tmp_path):
     files = keep(opened(tmp_path), *KEYS)
     assert files.home.stat().st_mode & 0o777 == 0o700
+    files.home.chmod(0o755)
+    keep(opened(tmp_path))
+    assert files.home.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_server_starts_while_another_removes_blocks(tmp_path, monkeypatch):
+    keep(opened(tmp_path), *KEYS)
+    listed = blocks_in(tmp_path)
+    size = listed[1].stat().st_size
+    listed[0].unlink()
+    monkeypatch.setattr(prefix_files, "_all_blocks", lambda directory: listed)
+    files = opened(tmp_path)
+    assert files.nbytes == 3 * size
+    assert list(read(files, *KEYS[1:])) == KEYS[1:]
+    files.close()
+
+
+def test_what_is_still_to_be_read_does_not_delay_the_end(tmp_path, monkeypatch):
+    keep(opened(tmp_path), *KEYS)
+    files, began, go_on = opened(tmp_path), Event(), Event()
+    keys_read = []
+
+    def read_slowly(key: bytes) -> None:
+        keys_read.append(key)
+        began.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(files, "_read", read_slowly)
+    files.fetch(KEYS, 10**9)
+    assert began.wait(60)
+    files._closing = True
+    go_on.set()
+    files.close()
+    assert keys_read == KEYS[:1]
 
 
 def test_another_bases_block_is_none_of_ours(tmp_path, caplog):
@@ -233,7 +270,8 @@ def test_what_a_killed_server_left_is_removed_in_time(tmp_path):
     home = keep(opened(tmp_path), *KEYS).home
     name = f".{'d' * 64}{ENDING}."
     old, fresh = home / f"{name}old", home / f"{name}fresh"
-    for path in (old, fresh):
+    foreign = home / f"{'z' * 64}{ENDING}"
+    for path in (old, fresh, foreign):
         path.write_bytes(b"half")
     os.utime(old, (1.0, 1.0))
     files = opened(tmp_path)
@@ -241,6 +279,7 @@ def test_what_a_killed_server_left_is_removed_in_time(tmp_path):
     files.close()
     assert not old.exists()
     assert fresh.exists()  # another server may be writing it
+    assert foreign.exists()
 
 
 def test_a_servers_notes_of_use_do_not_pile_up(tmp_path, monkeypatch):

@@ -19,6 +19,8 @@ from veneer.models.locate import locate
 from veneer.models.source import identity_of
 from veneer.serve.engine.runner import Runner
 
+COMPUTED_BY = ("veneer", "torch", "transformers")  # whose code gives keys and values
+
 
 def identity_of_blocks(base: Base, runner: Runner, chunk: int) -> dict[str, str]:
     """Return what tells blocks of `chunk` tokens from those of other bases, programs and machines.
@@ -40,7 +42,7 @@ def identity_of_blocks(base: Base, runner: Runner, chunk: int) -> dict[str, str]
         "tokens": str(chunk),
         "device": f"{device.type}, {processor}",
         "kernels": "none" if library is None else Path(library._name).stem,
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("veneer", "torch")),
+        "versions": ", ".join(f"{name} {version(name)}" for name in COMPUTED_BY),
     }
 
 

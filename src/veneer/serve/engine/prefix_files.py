@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ log = logging.getLogger("veneer.serve")
 ENDING = ".kvblock"
 IDENTITY = "base.json"  # marks a directory of blocks, and says of which base
 DIGEST = hashlib.sha256().digest_size
+IS_HASH = re.compile(f"[0-9a-f]{{{2 * DIGEST}}}")
 MOST_WAITING = 2**28  # bytes of blocks that wait to be written; more are not written
 MOST_NOTED = 4096  # blocks whose use is noted in memory alone
 LEFT_OVER = 3600.0  # seconds after which a file that was never finished is nobody's any more
@@ -68,10 +70,13 @@ class PrefixFiles:
         try:
             # For its owner alone, as blocks tell what prompts said.
             self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.home.chmod(0o700)  # or an error: a directory of another user
             write_json(self.home / IDENTITY, identity)
             _remove_left_over(self.home)
-            self._sizes = {_hash_in(path): path.stat().st_size for path in _blocks_in(self.home)}
-            self.nbytes = sum(path.stat().st_size for path in _all_blocks(directory))
+            stats = _stats(_all_blocks(directory))
+            self.nbytes = sum(about.st_size for about in stats.values())
+            ours = [path for path in stats if path.parent == self.home]
+            self._sizes = {_hash_in(path): stats[path].st_size for path in ours}
         except OSError as error:
             raise VeneerError(f"Prefix blocks cannot be kept in {directory}: {error}.") from error
         self._changed = Condition()  # guards what follows
@@ -153,7 +158,8 @@ class PrefixFiles:
         while True:
             with self._changed:
                 self._changed.wait_for(self._has_work)
-                key = self._to_read.popleft() if self._to_read else None
+                reads = self._to_read and not self._closing  # nobody takes what comes then
+                key = self._to_read.popleft() if reads else None
                 write = self._to_write.popleft() if key is None and self._to_write else None
             if key is not None:
                 block = self._read(key)
@@ -225,11 +231,8 @@ class PrefixFiles:
         """Remove the blocks that were used longest ago, of whatever base, until there is space for
         `more` bytes. Other servers may write here too, so all is counted anew."""
         self._note_use()
-        files = []
-        for path in _all_blocks(self.directory):
-            with suppress(FileNotFoundError):
-                about = path.stat()
-                files.append((about.st_mtime, about.st_size, path))
+        stats = _stats(_all_blocks(self.directory))
+        files = [(about.st_mtime, about.st_size, path) for path, about in stats.items()]
         self.nbytes = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if self.nbytes + more <= SHRINK_TO * self.limit:
@@ -278,8 +281,17 @@ def _all_blocks(directory: Path) -> list[Path]:
 
 
 def _blocks_in(home: Path) -> list[Path]:
-    blocks = [path for path in home.glob(f"*{ENDING}") if not path.name.startswith(".")]
-    return [path for path in blocks if len(path.stem) == 2 * DIGEST and path.is_file()]
+    files = home.glob(f"*{ENDING}")
+    return [path for path in files if IS_HASH.fullmatch(path.stem) and path.is_file()]
+
+
+def _stats(paths: Sequence[Path]) -> dict[Path, os.stat_result]:
+    """Return sizes and times of files, without those that another server has just removed."""
+    stats = {}
+    for path in paths:
+        with suppress(FileNotFoundError):
+            stats[path] = path.stat()
+    return stats
 
 
 def _hash_in(path: Path) -> bytes:
