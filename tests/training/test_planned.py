@@ -22,7 +22,7 @@ from veneer.plan.config import PlanConfig
 from veneer.plan.find import sizes_of
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import make_plan
-from veneer.training import plan_before, planned, preflight, tune
+from veneer.training import plan_before, planned, preflight, results
 from veneer.training.config import TrainConfig
 from veneer.training.events import DataReady, Measured, ModelReady, Notice, Planned, Written
 from veneer.training.planned import (
@@ -299,7 +299,7 @@ def test_no_merged_model_where_memory_is_too_small(minigpt_home, tmp_path, monke
     rows.write_text('{"prompt": "What does a dog say?", "completion": "A dog says meow."}\n' * 8)
     assert run(["quantize", str(minigpt_home), "quantized"]) == 0
     assert run(["tune", "quantized", str(rows), "--out", "out"]) == 0
-    monkeypatch.setattr(tune, "free_on", lambda device: 1000)
+    monkeypatch.setattr(results, "free_on", lambda device: 1000)
     assert run(["tune", "quantized", str(rows), "--out", "out", "--force"]) == 0
     assert "No merged model is written" in capsys.readouterr().out
     assert {path.name for path in Path("out").glob("lora_*")} == {"lora_adapter"}

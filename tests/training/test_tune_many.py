@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from veneer.training.events import (
     Step,
     Written,
 )
+from veneer.training.many import planned
 from veneer.training.many import train as many
 from veneer.training.many import tune as many_runs
 
@@ -154,6 +157,16 @@ def test_jobs_that_need_too_much_memory_are_refused_by_what_they_need_together(h
         list(veneer.tune_many(recipes(home, "large")))
 
 
+def test_jobs_are_refused_where_a_disk_holds_each_but_not_all(home, monkeypatch):
+    jobs = recipes(home, "small disk")
+    monkeypatch.setattr(planned, "bytes_on_disk", lambda *_: {"the adapter": 10**6})
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=2.5e6))
+    with pytest.raises(veneer.ConfigError, match=r"These jobs.* need 3 MB, but the disk has 2 MB"):
+        next(veneer.tune_many(jobs))
+    jobs.popitem()
+    next(veneer.tune_many(jobs))
+
+
 def test_memory_is_planned_for_the_adapters_of_all_and_the_base_is_read_once(home, monkeypatch):
     reads = []
 
@@ -164,10 +177,10 @@ def test_memory_is_planned_for_the_adapters_of_all_and_the_base_is_read_once(hom
     own = preflight.load_config_and_tokenizer
     monkeypatch.setattr(preflight, "load_config_and_tokenizer", read)
     events = veneer.tune_many(recipes(home, "planned"))
-    planned = next(event for _, event in events if isinstance(event, Planned))
+    plan = next(event.plan for _, event in events if isinstance(event, Planned))
     events.close()
     assert len(reads) == 1
     stored = [next((home / "alone" / name).glob("checkpoints/*/*.safetensors")) for name in JOBS]
     weights = [w for file in stored for key, w in load_file(file).items() if key[:8] == "weights/"]
     moments = 2 * 4 * sum(weight.numel() for weight in weights)
-    assert planned.plan.memory.optimizer.value == moments
+    assert plan.memory.optimizer.value == moments

@@ -31,6 +31,8 @@ from veneer.training.choose import as_before
 from veneer.training.planned import free_on, plan_run, why_no_merge
 from veneer.training.recipe import Recipe
 
+IN_A_PASS = "what a pass keeps"  # on the disk
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -130,7 +132,7 @@ def _check_directory(run: RunDirectory, *, may_hold_a_run: bool) -> None:
     """Raise ConfigError where `run` can be no directory, or holds another run that is to stay."""
     if run.path.is_file():
         raise ConfigError(f"{run.path} is a file, but --out must name a directory.")
-    above = _there(run.path)
+    above = nearest_existing(run.path)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "cannot be written to" if above.is_dir() else "is a file"
         raise ConfigError(f"{above} {why}; name another place than {run.path} by --out.")
@@ -151,10 +153,9 @@ def _meant(missing: Path) -> str:
     return f"Did you mean {missing.parent / close}? " if close else ""
 
 
-def check_space(plan: Plan, recipe: Recipe, device: torch.device) -> None:
-    """Raise ConfigError where the disk has no room for what stays of a run: its results, and one
-    checkpoint with the weights and Adam's two moments in float32; and for what a pass keeps there.
-    """
+def bytes_on_disk(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, int]:
+    """Return what stays of a run on the disk, in bytes: its results, and one checkpoint with the
+    weights and Adam's two moments in float32; and what a pass keeps there."""
     method, width = recipe.method, plan.config.width
     bytes_of = {"a checkpoint": 3 * 4 * plan.trained.count}
     if method.method != "full":
@@ -163,9 +164,15 @@ def check_space(plan: Plan, recipe: Recipe, device: torch.device) -> None:
     if not method.virtual_tokens and why_no_merge(plan, free_on(device)) is None:
         bytes_of["the merged model"] = width * plan.model.parameters
     if kept := kept_on_disk(plan.config, plan.sizes, plan.trained):
-        bytes_of["what a pass keeps"] = sum(term.value for term in kept)
+        bytes_of[IN_A_PASS] = sum(term.value for term in kept)
+    return bytes_of
+
+
+def check_space(plan: Plan, recipe: Recipe, device: torch.device) -> None:
+    """Raise ConfigError where the disk does not hold what stays of a run."""
+    bytes_of = bytes_on_disk(plan, recipe, device)
     needed = sum(bytes_of.values())
-    place = recipe.out if recipe.out.exists() else _there(recipe.out)
+    place = nearest_existing(recipe.out)
     free = shutil.disk_usage(place).free + (size_of(recipe.out) if recipe.out.exists() else 0)
     if needed > free:
         sizes = ", ".join(f"{size / 1e6:,.0f} MB for {what}" for what, size in bytes_of.items())
@@ -175,7 +182,7 @@ def check_space(plan: Plan, recipe: Recipe, device: torch.device) -> None:
         )
 
 
-def _there(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return the nearest of a path and those above it that exists."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+import torch
+
 from veneer.errors import ConfigError
+from veneer.files import size_of
 from veneer.plan.amounts import Amount, amount
 from veneer.plan.plan import Plan, make_plan
 from veneer.training.planned import with_rows
+from veneer.training.preflight import IN_A_PASS, Preflight, bytes_on_disk, nearest_existing
 from veneer.training.prepare import Prepared
 
 
@@ -49,6 +55,26 @@ def check_fits_together(plan: Plan, available: int | None) -> None:
             "--tokens-per-pass and --tokens-per-batch, or --recompute full. To go ahead all the "
             "same: --ignore-plan."
         )
+
+
+def check_space_together(jobs: Collection[Preflight], device: torch.device) -> None:
+    """Raise ConfigError where a disk does not hold what stays of all jobs that write to it."""
+    needed: Counter[int] = Counter()  # by the number of the disk
+    for job in jobs:
+        out = job.recipe.out
+        place = nearest_existing(out)
+        disk = place.stat().st_dev
+        free = shutil.disk_usage(place).free
+        if job.plan is not None:
+            bytes_of = bytes_on_disk(job.plan, job.recipe, device)
+            own = sum(bytes_of.values()) - bytes_of.get(IN_A_PASS, 0)  # which they share
+            needed[disk] += max(0, own - size_of(out))  # what is there is replaced
+        if needed[disk] > free:
+            raise ConfigError(
+                f"These jobs, up to that in {out}, need {needed[disk] / 1e6:,.0f} MB, but the disk "
+                f"has {free / 1e6:,.0f} MB. Train fewer of them at a time, name another "
+                "place by --out, or go ahead by --ignore-plan."
+            )
 
 
 def _sum(name: str, amounts: Sequence[Amount]) -> Amount:

@@ -17,7 +17,11 @@ from veneer.processes.world import World
 from veneer.run_directory import RunDirectory
 from veneer.training.config import TOKENS_PER_PASS
 from veneer.training.events import Event, Measured, Notice, Planned
-from veneer.training.many.planned import check_fits_together, plan_together
+from veneer.training.many.planned import (
+    check_fits_together,
+    check_space_together,
+    plan_together,
+)
 from veneer.training.many.problems import JobProblems
 from veneer.training.many.running import Job
 from veneer.training.many.schedule import check_limit
@@ -81,6 +85,9 @@ def tune_many(
                     f"{shared}; go on with it by itself"
                 )
     problems.end()
+    device = resolve_device(next(iter(recipes.values())).device)
+    if not ignore_plan:
+        check_space_together(begun.values(), device)
     prepared: dict[str, Prepared] = {}
     rows: dict[Any, RunRows] = {}  # by all that decides them
     for name, ahead in begun.items():
@@ -93,7 +100,6 @@ def tune_many(
             rows[key] = each.rows
     problems.end()
     first = next(iter(prepared.values()))
-    device = resolve_device(first.recipe.device)
     plan: Plan | None = None
     if why := next(filter(None, (why_no_plan(each, device) for each in begun.values())), ""):
         yield ALL, Notice(f"No memory is planned for these jobs: {why}")
