@@ -142,6 +142,8 @@ def test_what_is_wrong_with_the_command_line_is_said_of_no_job(here, refused):
     error = refused("tune", "owner/base", "a.jsonl", "--jobs", "jobs.yaml", "--steps", "x")
     assert "Invalid value for --steps" in error
     assert "job 'one'" not in error
+    error = refused("tune", "owner/base", "a.jsonl", "--tokens-per-pass", "9")
+    assert "--tokens-per-pass is for --jobs" in error
 
 
 def test_a_notice_of_several_jobs_is_in_full_once_and_names_each(capsys):

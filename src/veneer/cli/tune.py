@@ -115,6 +115,8 @@ def tune(
             raise ConfigError("--jobs trains in one process; leave out --processes.")
         recipes = recipes_of(jobs, out, recipe_of)
         return run_jobs(recipes, out, tokens_per_pass=tokens_per_pass, **options)
+    if tokens_per_pass != TOKENS_PER_PASS:
+        raise ConfigError("--tokens-per-pass is for --jobs; for a run alone: --tokens-per-batch.")
     if data is None:
         raise ConfigError(f"DATA is missing. {DATA_HELP}")
     recipe = recipe_of(
