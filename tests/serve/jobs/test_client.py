@@ -220,3 +220,12 @@ def test_only_holders_of_the_admin_key_train(client, server):
             upload(other)
     status, _, reply = call(server.url, "/v1/files", {"purpose": "fine-tune"}, headers=AS_ADMIN)
     assert (status, reply["error"]["type"]) == (415, "invalid_request_error")
+
+
+def test_nothing_of_training_goes_without_the_admin_key(server):
+    for path in ("files", "fine_tuning/jobs"):
+        assert call(server.url, f"/v1/{path}")[0] == 401
+    for path in ("jobs/x/adapter", "merges?model=x", "merges/model?model=x"):
+        assert call(server.url, f"/api/{path}")[0] == 401
+    for path in ("/v1/fine_tuning/jobs", "/api/rows", "/api/plan", "/api/merges"):
+        assert call(server.url, path, {})[0] == 401

@@ -36,10 +36,10 @@ def test_a_curve_stays_small_and_keeps_the_mean(count):
         assert shown == [(i + 1, float(i)) for i in range(count)]
 
 
-def write(directory, steps, *, start=1):
+def write(directory, steps, *, start=1, seconds=0.5):
     with (directory / METRICS).open("a") as file:
         for step in range(start, start + steps):
-            line = {"step": step, "loss": 1.0 / step, "tokens": 100, "seconds": 0.5}
+            line = {"step": step, "loss": 1.0 / step, "tokens": 100, "seconds": seconds}
             file.write(json.dumps(line) + "\n")
 
 
@@ -96,6 +96,18 @@ def test_how_a_run_ended(directory, tmp_path, ended, state):
     run = only_run(Runs(tmp_path / "runs"))
     assert (run["state"], run["seconds_left"]) == (state, None)
     assert (run["verdict"], run["why"]) == ("It did.", None)
+
+
+def test_speed_is_that_of_the_run_that_was_disturbed_least(directory, tmp_path):
+    runs = Runs(tmp_path / "runs")
+    assert runs.speed("tiny") is None
+    for name, model, seconds in (("b", "tiny", 2.0), ("c", "other", 0.1), ("one", "tiny", 0.5)):
+        place = directory.with_name(name)
+        place.mkdir(exist_ok=True)
+        write(place, 2, seconds=seconds)
+        RunDirectory(place).recipe.write_text(f"model: {model}\n")
+    os.utime(directory.with_name("b") / METRICS)  # the newest is another
+    assert runs.speed("tiny") == 200
 
 
 def test_a_failed_run_says_why(directory, tmp_path):

@@ -7,6 +7,11 @@ import { announce, byId, duration, facts, make, showError } from "./dom.js";
 const number = (value) => (value == null ? null : value.toFixed(3));
 const speed = (run) => (run.tokens_per_second == null ? null : `${Math.round(run.tokens_per_second).toLocaleString("en")} tokens/s`);
 const evaluation = (run) => (run.evaluations.length ? Math.min(...run.evaluations.map(([, loss]) => loss)) : null);
+// Files by what they are called, and where they lie only where that is all that tells them apart.
+const fileNames = (paths) => {
+  const names = paths.map((path) => path?.split("/").at(-1));
+  return new Set(names).size < names.length ? paths.map((path) => path?.split("/").slice(-2).join("/")) : names;
+};
 const cards = new Map();
 let chosen = []; // the names of at most two runs that are compared
 let shown = ""; // the two of which the differences are on the screen
@@ -83,7 +88,7 @@ async function showCompared(runs) {
   const asked = new URLSearchParams(names.map((name) => ["run", name]));
   const { differences } = await get(`/api/runs/differences?${asked}`);
   if (shown !== names.join("\n")) return; // another choice came meanwhile
-  const rows = differences.map(({ setting, values }) => [setting.replaceAll("_", " "), setting === "data" ? values.map((value) => value?.split("/").at(-1)) : values]);
+  const rows = differences.map(({ setting, values }) => [setting.replaceAll("_", " "), setting === "data" ? fileNames(values) : values]);
   byId("runs-settings").replaceChildren(rows.length ? table(names, rows, "Settings in which they differ") : make("p", { class: "quiet" }, "Their settings are the same."));
   announce(`${names.join(" and ")} are compared: ${rows.length} settings differ.`);
 }
@@ -95,6 +100,7 @@ export async function showRuns() {
   if (!runs.length) {
     cards.clear();
     container.replaceChildren(make("p", { class: "quiet" }, enabled ? "No run has written anything yet." : "Start with --runs DIRECTORY to see runs of veneer tune as they go."));
+    await showCompared(runs);
     return;
   }
   if (!cards.size) container.replaceChildren();
