@@ -248,3 +248,16 @@ def test_what_can_be_mixed(homes):
             assert why in str(error)
         # Nobody's mix takes an adapter from those who ask for it alone.
         assert engine.library.names() == tuple(sorted(KINDS))
+
+
+def test_a_token_of_a_row_that_ended_is_nothing_to_other_adapters(homes):
+    """Rows that sit out a step of slots go through the model too, where it may lack their token."""
+    model, library = base_of().model, Library(homes)
+    cache, runner = AdapterCache(model, 2**30, tokenizer()), RUNNERS["slots"](model, 2, 64)
+    for slot, name in ((0, "tokens"), (1, "dora"), (1, "embedding")):
+        chunk = Chunk(slot, PROMPT, 0, cache.get(((library.info(name), 1.0),)), 1)
+        runner.step([chunk])
+        runner.take([slot], torch.tensor([VOCAB if name == "tokens" else 5]))
+        logits = runner.step([replace(chunk, tokens=(-1,), start=len(PROMPT), decoding=True)])
+        assert logits[:, :VOCAB].isfinite().all()
+        runner.free(slot)

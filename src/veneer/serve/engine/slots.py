@@ -75,7 +75,9 @@ class SlotRunner:
         self.fill(other, [self.block(slot, 0, length)])
 
     def free(self, slot: int) -> None:
-        """Nothing: the next row of a slot writes over what is in it, and sees nothing else."""
+        """Forget a slot's newest token, which may be one that only its adapter has: the slot is
+        computed beside others. The next row writes over all else, and sees nothing of it."""
+        self.newest[slot] = 0
 
     def _decode(self, chunks: Sequence[Chunk]) -> Tensor:
         """Compute the newest token of each decoding row, and return the logits (rows, vocab)."""
