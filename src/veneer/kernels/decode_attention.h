@@ -85,7 +85,8 @@ void attend(const Layer& layer, const Attending<T>& a) {
             for (int g = 0; g < G; ++g) {
                 const float by = load(q[g * dim + i]);
 #pragma omp simd
-                for (Size l = 0; l < kKeys; ++l) acc[g][l] += by * load(block[i * kKeys + l]);
+                for (Size l = 0; l < kKeys; ++l)
+                    acc[g][l] = plus_product(acc[g][l], by, load(block[i * kKeys + l]));
             }
         for (int g = 0; g < G; ++g)
             for (Size l = 0; l < kKeys; ++l) {
@@ -127,13 +128,14 @@ void attend(const Layer& layer, const Attending<T>& a) {
                     const float by = scores[g * capacity + key];
 #pragma omp simd
                     for (Size l = 0; l < kWide; ++l)
-                        acc[g][l] += by * load(values[key * value_dim + d + l]);
+                        acc[g][l] = plus_product(acc[g][l], by, load(values[key * value_dim + d + l]));
                 }
         } else {
             for (Size key = first; key <= p; ++key)
                 for (int g = 0; g < G; ++g)
                     for (Size l = 0; l < wide; ++l)
-                        acc[g][l] += scores[g * capacity + key] * load(values[key * value_dim + d + l]);
+                        acc[g][l] = plus_product(acc[g][l], scores[g * capacity + key],
+                                                 load(values[key * value_dim + d + l]));
         }
         for (int g = 0; g < G; ++g)
             for (Size l = 0; l < wide; ++l)

@@ -146,8 +146,9 @@ inline void dots(const T* x, Size x_stride, const T* w, Size w_stride, Size n, f
             float acc[kLanes] = {};
             Size i = 0;
             for (; i + kLanes <= n; i += kLanes)
-                for (Size l = 0; l < kLanes; ++l) acc[l] += load(a[i + l]) * load(b[i + l]);
-            for (Size l = 0; i < n; ++i, ++l) acc[l] += load(a[i]) * load(b[i]);
+                for (Size l = 0; l < kLanes; ++l)
+                    acc[l] = plus_product(acc[l], load(a[i + l]), load(b[i + l]));
+            for (Size l = 0; i < n; ++i, ++l) acc[l] = plus_product(acc[l], load(a[i]), load(b[i]));
             for (Size half = kLanes / 2; half; half /= 2)
                 for (Size l = 0; l < half; ++l) acc[l] += acc[l + half];
             out[m * out_stride + o] = acc[0];

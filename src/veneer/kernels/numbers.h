@@ -35,6 +35,16 @@ inline T store(Wide<T> x) {
     }
 }
 
+// sum + a · b, rounded once where the processor can. A compiler that may choose (GCC does by what
+// surrounds a sum, when it tunes for AMD's) rounds the same sum otherwise in another function.
+inline float plus_product(float sum, float a, float b) {
+#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF)
+    return __builtin_fmaf(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 // exp by 2^n · polynomial (Cephes' coefficients), to 2 units in the last place; vectorises. The
 // bounds keep it, and a number divided by it, out of the denormals, which are a hundred times slower.
 inline float exponential(float x) {

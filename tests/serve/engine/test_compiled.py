@@ -1,12 +1,13 @@
 """The compiled step: what the model's own forward gives, and to the bit the same in any company."""
 
+import platform
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import veneer
 from support.changed_logits import changed
@@ -15,7 +16,7 @@ from support.every_architecture import OFTEN, small, small_quantized
 from support.random_adapters import ids
 from support.serving_bases import write_adapters
 from support.tiny_models import tiny
-from veneer.kernels import native
+from veneer.kernels import decode, native
 from veneer.kernels.cross_entropy import Logits
 from veneer.quant.weight import QuantizedLinear
 from veneer.serve.engine.adapter_cache import AdapterCache, LoadedAdapter
@@ -161,6 +162,44 @@ def test_the_same_to_the_bit_in_any_company(architecture, homes, kind, three_thr
             logits[slot].append(row)
     for slot, rows in logits.items():
         assert torch.equal(torch.cat(rows), together[slot]), ROWS[slot]
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        None,
+        *(
+            pytest.param(flags, marks=pytest.mark.slow, id=flags)
+            for flags in ("-march=native -mtune=znver4", "-march=haswell -mtune=znver1")
+        ),
+    ],
+)
+def test_the_same_to_the_bit_by_any_threads(tuning, monkeypatch, tmp_path):
+    """More threads than before, and parts of a group of queries for each, as compilers tune it."""
+    if tuning is not None:
+        if platform.machine() != "x86_64":
+            pytest.skip("needs an x86 processor")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(native, "TUNINGS", (tuning.split(),))
+        monkeypatch.setattr(decode, "library_of", native.library_of.__wrapped__)
+    config = LlamaConfig(
+        **{"hidden_size": 192, "intermediate_size": 77, "num_hidden_layers": 1, "head_dim": 24},
+        **{"num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 99},
+    )
+    torch.manual_seed(0)
+    model, tokens = LlamaForCausalLM(config), ids(1, 60)[0].tolist()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        runner = CompiledRunner(model, 1, 64)
+        together = runner.step([Chunk(0, tokens, 0, None, 60)])
+        runner.free(0)
+        torch.set_num_threads(3)
+        steps = [Chunk(0, tokens[:54], 0, None, 54)]
+        steps += [Chunk(0, [tokens[at]], at, None, 1, decoding=True) for at in range(54, 60)]
+        assert torch.equal(torch.cat([runner.step([step]) for step in steps]), together)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_blocks_go_into_another_slot():

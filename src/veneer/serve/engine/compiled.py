@@ -181,13 +181,13 @@ class CompiledRunner:
 
     def _workspace_for(self, tokens: int, ranks: int, capacity: int) -> decode.Workspace:
         """Return memory for a step's intermediate results; it grows and is used again."""
-        sizes = (tokens, ranks, capacity)
+        sizes = (tokens, ranks, capacity, torch.get_num_threads())
         if self._workspace is not None:
             sizes = tuple(map(max, self._workspace[0], sizes))  # type: ignore[assignment]
             if sizes == self._workspace[0]:
                 return self._workspace[1]
-        tokens, ranks, capacity = sizes
-        shape, threads = self.table.shape, torch.get_num_threads()
+        tokens, ranks, capacity, threads = sizes
+        shape = self.table.shape
         group = shape.heads // shape.key_heads
         qkv = shape.heads * shape.head_dim + shape.key_heads * (shape.head_dim + shape.value_dim)
         attended = shape.heads * shape.value_dim
