@@ -98,9 +98,8 @@ class Guard:
                 code="host_not_allowed",
             )
         needed, which = self.keys.api, "the API key"
-        if (
-            _is_below(path, ADMIN) and self.keys.admin is not None
-        ):  # else the route answers that it is off
+        # Without an admin key, the route answers that it is off.
+        if _is_below(path, ADMIN) and self.keys.admin is not None:
             needed, which = self.keys.admin, "the admin key"
         elif path in OPEN or path.startswith(PAGE):
             needed = None

@@ -64,6 +64,7 @@ class Merges:
         self.worker = tuple(worker)
         self._lock, self._closing = Lock(), Event()
         self._thread: Thread | None = None
+        self._last = ""  # the name that the thread's process merges
         for merge in self.all():
             if merge.state == "running":  # the server before this one was killed
                 self._fail(merge, "The server ended meanwhile.")
@@ -72,7 +73,10 @@ class Merges:
         """Begin to merge an adapter, in place of what was merged of its name. Raises QueueFull."""
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
-                raise QueueFull("Another adapter is merged now; come again when that is done.")
+                last = self.find(self._last)
+                if last is None or last.state == "running":
+                    raise QueueFull("Another adapter is merged now; come again when that is done.")
+                self._thread.join()  # its process has written what it had to, and is ending
             base = asdict(self.base)
             model = str(self.root / name / MODEL)
             most, changed = max(0, most_bytes), last_change(adapter)
@@ -80,6 +84,7 @@ class Merges:
             shutil.rmtree(self.root / name, ignore_errors=True)
             (self.root / name).mkdir(parents=True)
             write_json(self.root / name / STATE, asdict(merge))
+            self._last = name
             self._thread = Thread(target=self._watch, args=(merge,), name="merge", daemon=True)
             self._thread.start()
         return merge

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-PERIOD = (
-    0.05  # seconds, in which a process runs and is stopped once: about as long as a token takes
-)
+# Seconds, in which a process runs and is stopped once: about as long as a token takes.
+PERIOD = 0.05
 LOOK = 0.002  # seconds between looks at whether answers are computed
 CAN_STOP = sys.platform == "linux"  # elsewhere a stopped process would outlive its server
 

@@ -46,9 +46,8 @@ def keep(store: Store, places: Places, filename: str, source: BinaryIO) -> Store
             f"{name} is of a kind that is not trained on here; it may be {listed(KINDS, most=9)}.",
             param="file",
         )
-    shown = (
-        filename[:255].encode(errors="replace").decode()
-    )  # no half characters: it goes into JSON
+    # No half characters: it goes into JSON.
+    shown = filename[:255].encode(errors="replace").decode()
     file = StoredFile(new_id("file"), shown or DEFAULT_NAME, name, "fine-tune", 0, int(time.time()))
     path = places.file(file)
     coming = path.parent.with_name(f"{UNFINISHED}{file.id}") / path.name
