@@ -6,11 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 import veneer
 from support.many_runs import COURSE, KINDS, together
 from support.random_adapters import examples
 from support.tiny_models import tiny
+from veneer.formats.capture import capture
+from veneer.formats.install import install
+from veneer.formats.state import StoredTokens
+from veneer.training.begin import let_train
+from veneer.training.checkpoint import newest
 from veneer.training.events import Failed, Notice, Step
 from veneer.training.many import train as many
 from veneer.training.many.schedule import Waiting, choose
@@ -84,6 +90,29 @@ def test_jobs_that_cannot_join_leave_the_others_learning():
         ("late", "There are no rows to train on."),
     ]
     assert sum(isinstance(event, Step) for _, event in events) == 4
+
+
+def test_rows_of_single_tokens_are_learnt_by_their_own_job_alone(tmp_path):
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=1), seed=0)
+    path, weight = "model.embed_tokens", model.get_input_embeddings().weight.detach()
+    state = replace(capture(model), trained_tokens={path: StoredTokens((7, 9), weight[[7, 9]])})
+    alone, model = tiny("llama"), tiny("llama")
+    install(alone, state, name="default", tokenizer=None)
+    let_train(alone, "default")
+    list(
+        veneer.train(alone, examples([9, 8]), replace(COURSE, lr=0.3), directory=tmp_path / "alone")
+    )
+    jobs = {}
+    for name, lr in (("one", 0.3), ("two", 0.01)):
+        install(model, state, name=name, tokenizer=None)
+        course = replace(COURSE, lr=lr)
+        jobs[name] = veneer.Job(examples([9, 8]), course, directory=tmp_path / name)
+    assert not any(isinstance(event, Failed) for _, event in veneer.train_many(model, jobs))
+    rows = [each.get_submodule(path).tokens for each in (alone, model)]
+    assert torch.equal(rows[0]["default"].rows, rows[1]["one"].rows)
+    assert not torch.equal(rows[1]["one"].rows, rows[1]["two"].rows)
+    stored = [newest(tmp_path / name).tensors for name in ("alone", "one", "two")]
+    assert stored[0].keys() == stored[1].keys() == stored[2].keys()
 
 
 @pytest.mark.slow

@@ -199,10 +199,10 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
             yield module.path_in_base(path), module
 
 
-def idle_adapters(model: nn.Module) -> Iterator[Adapter]:
-    """Yield the adapters that are attached but not active."""
+def idle_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the adapters of layers, and the rows of single tokens, that are attached but not
+    active."""
     for _, layer in lora_layers(model):
-        for name, adapter in layer.adapters.items():
+        for name, module in (*layer.adapters.items(), *layer.tokens.items()):
             if name not in layer.active_adapters.weights:
-                assert isinstance(adapter, Adapter)
-                yield adapter
+                yield module

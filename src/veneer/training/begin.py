@@ -18,7 +18,7 @@ from veneer.adapter.active import active_adapters_of
 from veneer.adapter.adapter import Adapter
 from veneer.adapter.config import LoRA
 from veneer.adapter.embedding import LoRAEmbedding
-from veneer.adapter.layers import idle_adapters, lora_layers
+from veneer.adapter.layers import idle_modules, lora_layers
 from veneer.adapter.method import Method
 from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import idle_virtual_tokens, virtual_tokens_of
@@ -54,8 +54,8 @@ def what_trains(
 
     Raises TrainingError where there are no such weights.
     """
-    idle_modules = chain(idle_adapters(model), idle_virtual_tokens(model))
-    idle = {id(weight) for module in idle_modules for weight in module.parameters()}
+    modules = chain(idle_modules(model), idle_virtual_tokens(model))
+    idle = {id(weight) for module in modules for weight in module.parameters()}
     weights = {
         as_default(name, adapter): weight
         for name, weight in model.named_parameters()
@@ -94,7 +94,10 @@ def let_train(model: PreTrainedModel, name: str) -> None:
 
 def as_default(path: str, adapter: str) -> str:
     """Return what a weight or module of an adapter is called where the adapter is "default"."""
-    return f"{path}.".replace(f".adapters.{adapter}.", f".adapters.{DEFAULT}.", 1)[:-1]
+    for modules in ("adapters", "tokens"):
+        own, default = f".{modules}.{adapter}.", f".{modules}.{DEFAULT}."
+        path = f"{path}.".replace(own, default, 1)[:-1]
+    return path
 
 
 def check_types(model: object, examples: Sequence[object]) -> None:
