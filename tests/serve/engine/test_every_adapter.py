@@ -233,6 +233,10 @@ def test_virtual_tokens_take_some_of_the_context(homes):
             assert (answer.prompt_tokens, answer.new_tokens) == (20, 8)
             with pytest.raises(ContextExceeded, match="the context of 28"):
                 engine.submit(Request((5,) * 28, which))
+    with Engine(base_of(), Library(homes), replace(SMALL, context=VIRTUAL)) as engine:
+        refused = engine.refuse_unservable()
+        assert {*refused} == {"prompt", "prefix"}
+        assert f"its {VIRTUAL} virtual tokens fill the context of {VIRTUAL}" in refused["prefix"]
 
 
 def test_what_can_be_mixed(homes):

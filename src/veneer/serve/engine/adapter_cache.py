@@ -94,8 +94,9 @@ class AdapterCache:
         model: PreTrainedModel,
         limit: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        context: int | None = None,
     ) -> None:
-        self.fit = Fit(model, tokenizer)
+        self.fit = Fit(model, tokenizer, context)
         self.model, self.limit = model, limit
         self.nbytes = self.evicted = 0
         self._adapters: OrderedDict[_Key, LoadedAdapter] = OrderedDict()  # last used last
@@ -150,10 +151,15 @@ def _key(mix: Mix) -> _Key:
 
 
 class Fit:
-    """What adapters must fit: a model and its tokenizer."""
+    """What adapters must fit: a model, its tokenizer, and the tokens that it reads at most."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        context: int | None,
+    ) -> None:
+        self.model, self.tokenizer, self.context = model, tokenizer, context
         self.keys_values: tuple[int, ...] | None = None
         with suppress(ConfigError):  # a prefix is then refused
             # Now, for nothing else may run the model once the engine does.
@@ -192,6 +198,8 @@ class Fit:
             problems = validate(
                 *(model, state, tokenizer), force=False, beside=True, keys_values=self.keys_values
             ) or _of_experts(model, state)
+            if self.context is not None and (count := virtual_count(state)) >= self.context:
+                problems.append(f"its {count:,} virtual tokens fill the context of {self.context:,}")
         if problems:
             raise AdapterError(f"{opening(entry)}: {joined(problems)}.")
 

@@ -59,7 +59,8 @@ class Engine:
         self.library = library or Library()
         self.base = base
         self.context = self.config.context_of(base.model.config.get_text_config())
-        self.adapters = AdapterCache(base.model, self.config.adapter_bytes, base.tokenizer)
+        memory = self.config.adapter_bytes
+        self.adapters = AdapterCache(base.model, memory, base.tokenizer, self.context)
         self.vocabularies = Vocabularies(self.adapters.fit, base.tokenizer)
         self.runner, self.notices = runner_for(base.model, self.config.slots, self.context)
         self._embedder = Embedder(base.model)
