@@ -199,7 +199,9 @@ class Fit:
                 *(model, state, tokenizer), force=False, beside=True, keys_values=self.keys_values
             ) or _of_experts(model, state)
             if self.context is not None and (count := virtual_count(state)) >= self.context:
-                problems.append(f"its {count:,} virtual tokens fill the context of {self.context:,}")
+                problems.append(
+                    f"its {count:,} virtual tokens fill the context of {self.context:,}"
+                )
         if problems:
             raise AdapterError(f"{opening(entry)}: {joined(problems)}.")
 
