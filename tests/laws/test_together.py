@@ -24,17 +24,17 @@ from veneer.adapter.active import Segments, active_adapters_of
 from veneer.adapter.beside import attach_beside
 from veneer.adapter.parameters import experts_of
 from veneer.adapter.use import acting
-from veneer.data.encode import UNLABELLED
+from veneer.data.encode import UNLABELLED, Example
 from veneer.data.packing import Batch, pack
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.head import Head
-from veneer.fused.together import AdapterBatch, backward_together, why_alone
+from veneer.fused.together import AdapterBatch, backward_together, of_like_shape, why_alone
 
 # With the invocation of the kind that acts from one on; for the others they are any tokens.
 ROWS = next(kind for kind in KINDS if kind.invocation).rows([7, 19, 12, 5, 9, 16])
-# The rows of each adapter.
-BATCHES = {"default": [0, 3], "wide": [1], "dora": [5, 2, 4]}
-LABELS = {"default": 10, "wide": 18, "dora": 34}
+# The rows of each adapter; the kind's own is none that begins where the batch does.
+BATCHES = {"wide": [1], "default": [0, 3], "dora": [5, 2, 4]}
+LABELS = {"wide": 18, "default": 10, "dora": 34}
 
 
 def beside(kind: Kind) -> Any:
@@ -155,8 +155,8 @@ def test_numbers_that_are_not_finite_stay_with_their_adapter():
             if ".wide.lora_" in name:
                 weight.fill_(torch.nan)
     after, gradients_after = backward_together(forward, model, batches()), gradients(model)
-    assert after.isfinite().tolist() == [True, False, True]
-    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    assert after.isfinite().tolist() == [name != "wide" for name in BATCHES]
+    assert torch.equal(after[1:], before[1:])
     others = [name for name in gradients_before if ".wide." not in name]
     assert_equal({n: gradients_after[n] for n in others}, {n: gradients_before[n] for n in others})
 
@@ -194,21 +194,31 @@ def test_the_base_is_multiplied_once_for_all():
 
 def test_one_adapter_has_the_pass_that_it_has_by_itself():
     model, forward = of_llama()
-    (first, *_) = batches()
-    losses = backward_together(forward, model, [first])
+    _, own, _ = batches()
+    losses = backward_together(forward, model, [own])
     ours, (peer, theirs) = gradients(model), each_alone(forward, model)
-    assert torch.equal(losses, peer[:1])
+    assert torch.equal(losses, peer[1:2])
     assert_equal(ours, {name: g for name, g in theirs.items() if ".default." in name})
+    _, among_others, _ = each = batches()
+    backward_together(forward, model, each)
+    assert gradients(model)
+    assert torch.equal(own.generator.get_state(), among_others.generator.get_state())
+
+
+@pytest.mark.parametrize(("tokens", "filled"), [(5, 8), (48, 48), (127, 128), (250, 256), (257, 272)])
+def test_rows_are_filled_up_to_few_lengths(tokens, filled):
+    batch = pack([Example([3] * tokens, [3] * tokens, "", 0)], [0])
+    assert len(of_like_shape(batch).tokens) == filled
 
 
 def test_a_batch_without_labels():
     """Its loss is 0, and so are its gradients."""
     model, forward = of_llama()
-    none, *others = batches()
+    *others, none = batches()
     unlabelled = replace(none.batch, labels=np.full_like(none.batch.labels, UNLABELLED))
     losses = backward_together(forward, model, [replace(none, batch=unlabelled), *others])
     assert losses[0] == 0
-    assert all(not g.any() for n, g in gradients(model).items() if ".default." in n)
+    assert all(not g.any() for n, g in gradients(model).items() if ".dora." in n)
 
 
 def test_what_needs_a_pass_of_its_own_says_why():

@@ -165,7 +165,7 @@ def _losses(
     """Yield the sum of each batch's losses, (batches,), by one pass. The backward pass belongs into
     the context, where it may compute layers again."""
     device, active = model.device, active_adapters_of(model)
-    batches = [replace(each, batch=_of_like_shape(each.batch)) for each in batches]
+    batches = [replace(each, batch=of_like_shape(each.batch)) for each in batches]
     batch = filled_up(joined([each.batch for each in batches]), forward.tokens_step)
     ends = accumulate((len(each.batch.tokens) for each in batches), initial=0)
     tokens = [slice(*pair) for pair in pairwise(ends)]
@@ -196,7 +196,7 @@ def _losses(
             yield torch.stack([full_loss(logits[own], inputs.labels[own]) for own in tokens])
 
 
-def _of_like_shape(batch: Batch) -> Batch:
+def of_like_shape(batch: Batch) -> Batch:
     """Return an adapter's rows, filled up so that its products have one of a few shapes: to prepare
     new ones took a tenth of a pass over 135M weights for eight adapters with 50 tokens each. Of 48
     tokens or more at most a sixteenth, and a thirty-second in the mean, is added."""

@@ -51,6 +51,7 @@ class Packing:
         self.groups: list[tuple[int, int]] = []  # (sequences, padded length)
         self.members: list[list[int]] = []  # which sequences these are
         gather: list[Tensor] = []
+        pads: list[Tensor] = []
         for i in order:
             length = -(-lengths[i] // LENGTH_STEP) * LENGTH_STEP
             if not self._joins_last_group(i, length):
@@ -59,15 +60,16 @@ class Packing:
             count, longest = self.groups[-1]
             self.groups[-1] = (count + 1, longest)
             self.members[-1].append(i)
-            rows = torch.full((longest,), -1)
+            rows = torch.full((longest,), starts[i])
             rows[: lengths[i]] = torch.arange(starts[i], starts[i + 1])
             gather.append(rows)
-        padded = torch.cat(gather)
-        self.is_identity = torch.equal(padded, torch.arange(self.tokens))
+            pads.append(torch.arange(longest) >= lengths[i])
+        to_groups, is_padding = torch.cat(gather), torch.cat(pads)
+        self.is_identity = torch.equal(to_groups, torch.arange(self.tokens))
         from_groups = torch.empty(self.tokens, dtype=torch.long)
-        from_groups[padded[padded >= 0]] = (padded >= 0).nonzero().squeeze(1)
-        padding = (padded < 0).nonzero().squeeze(1)
-        self._device, self._places = device, (padded.clamp(min=0), from_groups, padding)
+        from_groups[to_groups[~is_padding]] = (~is_padding).nonzero().squeeze(1)
+        padding = is_padding.nonzero().squeeze(1)
+        self._device, self._places = device, (to_groups, from_groups, padding)
 
     def _joins_last_group(self, sequence: int, length: int) -> bool:
         if not self.groups or length < LIKE_LENGTH * self.groups[-1][1]:
@@ -93,7 +95,8 @@ class Packing:
         return sent_together(self._places, self._device)
 
     def to_groups(self, x: Tensor) -> Tensor:
-        """Return packed rows (tokens, ...) as padded groups; padding repeats the first row."""
+        """Return packed rows (tokens, ...) as padded groups. Padding repeats a row of its own
+        sequence: 0 · ∞ of another's would reach it."""
         return x if self.is_identity else x.index_select(0, self._grouping[0])
 
     def gradient_to_groups(self, dy: Tensor) -> Tensor:
