@@ -205,7 +205,9 @@ def test_one_adapter_has_the_pass_that_it_has_by_itself():
     assert torch.equal(own.generator.get_state(), among_others.generator.get_state())
 
 
-@pytest.mark.parametrize(("tokens", "filled"), [(5, 8), (48, 48), (127, 128), (250, 256), (257, 272)])
+@pytest.mark.parametrize(
+    ("tokens", "filled"), [(5, 8), (48, 48), (127, 128), (250, 256), (257, 272)]
+)
 def test_rows_are_filled_up_to_few_lengths(tokens, filled):
     batch = pack([Example([3] * tokens, [3] * tokens, "", 0)], [0])
     assert len(of_like_shape(batch).tokens) == filled
