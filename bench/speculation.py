@@ -146,7 +146,7 @@ def compare(
 
 
 def delays(engine: Engine, asked: Request, clock: Callable[[], float]) -> None:
-    """What a token of a running answer waits for, with and without a long prompt beside it."""
+    """Measure what a token of a running answer waits for, with a long prompt beside it or none."""
     print("\n| a token of an answer | median ms | longest of 20 |\n|---|---:|---:|")
     cut = engine.runner.cut
     draw = torch.Generator().manual_seed(1)
@@ -163,13 +163,16 @@ def delays(engine: Engine, asked: Request, clock: Callable[[], float]) -> None:
             next(pieces)
         if beside:
             tokens = torch.randint(100, 20000, (LONG,), generator=draw).tolist()
-            engine.submit(Request(tuple(tokens), None, Sampling(1))).listen(lambda: None)
+            prompt = engine.submit(Request(tuple(tokens), None, Sampling(1)))
         before = clock()
         for _ in range(20):
             next(pieces)
             gaps.append((clock() - before) * 1e3)
             before = clock()
-        list(pieces)
+        for _ in pieces:
+            pass
+        if beside:
+            prompt.result()  # nothing of it is left for the next measurement
         print(f"| {what} | {statistics.median(gaps[1:]):.1f} | {max(gaps[1:]):.1f} |", flush=True)
     engine.runner.cut = cut  # type: ignore[misc]
 

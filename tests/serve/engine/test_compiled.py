@@ -183,8 +183,8 @@ def test_the_same_to_the_bit_by_any_threads(tuning, monkeypatch, tmp_path):
         monkeypatch.setattr(native, "TUNINGS", (tuning.split(),))
         monkeypatch.setattr(decode, "library_of", native.library_of.__wrapped__)
     config = LlamaConfig(
-        **{"hidden_size": 192, "intermediate_size": 77, "num_hidden_layers": 1, "head_dim": 24},
-        **{"num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 99},
+        **{"hidden_size": 144, "intermediate_size": 77, "num_hidden_layers": 2, "head_dim": 24},
+        **{"num_attention_heads": 6, "num_key_value_heads": 1, "vocab_size": 99},
     )
     torch.manual_seed(0)
     model, tokens = LlamaForCausalLM(config), ids(1, 60)[0].tolist()

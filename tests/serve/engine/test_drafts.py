@@ -15,6 +15,7 @@ from veneer.kernels import native
 from veneer.models.load import Base
 from veneer.serve.engine.drafts import CHANCES, GRAMMAR_CHANCE, Drafter
 from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.grammar import Matcher
 from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import PrefixCache
@@ -205,6 +206,12 @@ def test_text_that_a_grammar_leaves_no_choice_of_takes_fewer_steps():
             assert (engine.stats.accepted_tokens > 8) == (most > 0)
     assert answers[0] == answers[16]
     assert steps < 6
+
+
+def test_what_a_grammar_asks_for_is_a_token_of_the_model():
+    """A tokenizer may write a text in added tokens that the model has no embeddings of."""
+    llguidance: Any = SimpleNamespace(compute_ff_tokens=lambda: [3, 9, 4])
+    assert Matcher(llguidance, vocab=9, end=9, asked_by="regex").forced() == [3]
 
 
 def test_what_is_not_exact_guesses_nothing(monkeypatch):

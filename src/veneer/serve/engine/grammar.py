@@ -9,6 +9,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,10 @@ class Matcher:
         return torch.from_numpy(mask)
 
     def forced(self) -> list[int]:
-        """Return tokens of the text that must come next; none where there is a choice."""
-        return list(self.matcher.compute_ff_tokens())
+        """Return tokens of the text that must come next, up to the first that the model does not
+        have; none where there is a choice."""
+        tokens = self.matcher.compute_ff_tokens()
+        return list(takewhile(lambda token: token < self.vocab, tokens))
 
     def accept(self, token: int) -> None:
         """Go on by a token. Raises RequestError where the grammar grows beyond its limits."""
