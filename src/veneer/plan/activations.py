@@ -120,13 +120,12 @@ def kept_on_disk(config: PlanConfig, sizes: Sizes, trained: Trained) -> list[Ter
 
 def holes(config: PlanConfig, sizes: Sizes, trained: Trained) -> Term:
     """Return the holes in the heap between the tensors of blocks that autograd computes."""
-    rests = (by_autograd(block, trained) for block in sizes.blocks[trained.first_block :])
-    blocks = [rest for rest in rests if rest is not None]
-    if recompute_of(config, sizes, trained) == "full":
-        blocks = []
-    total = sum(
-        term.value for block in blocks for term in _by_autograd(config, sizes, trained, block)
-    )
+    total = 0
+    if recompute_of(config, sizes, trained) != "full":
+        for block, count in trained.counted(sizes.blocks[trained.first_block :]):
+            if (rest := by_autograd(block, trained)) is not None:
+                terms = _by_autograd(config, sizes, trained, rest)
+                total += count * sum(term.value for term in terms)
     return Term.of(HOLES, "of", total, "bytes", note="holes in the heap between all these")
 
 
@@ -135,25 +134,29 @@ def kept_by_blocks(
 ) -> list[Term]:
     """Return what blocks keep that are not computed again whole; equal blocks share a term."""
     alike: Counter[Term] = Counter()
-    for block in blocks:
-        if is_fused(block, trained):
-            alike.update(_by_two_functions(config, sizes, trained, block))
-        if (rest := by_autograd(block, trained)) is None:
-            continue
-        alike.update(_by_autograd(config, sizes, trained, rest))
-        if is_one_function(rest, trained):
-            inputs = _inputs(rest, trained)
-            alike.update(
-                kept_by_experts(
-                    config,
-                    trained,
-                    rest,
-                    tokens_of(config),
-                    reads_kept=(False, sizes.dim) in inputs,
-                    selective=recompute_of(config, sizes, trained) == "selective",
-                )
-            )
+    for block, count in trained.counted(blocks):
+        for term in _kept_by_block(config, sizes, trained, block):
+            alike[term] += count
     return [term.times(count, "layers") for term, count in alike.items() if term.value]
+
+
+def _kept_by_block(config: PlanConfig, sizes: Sizes, trained: Trained, block: Block) -> list[Term]:
+    terms = []
+    if is_fused(block, trained):
+        terms += _by_two_functions(config, sizes, trained, block)
+    if (rest := by_autograd(block, trained)) is None:
+        return terms
+    terms += _by_autograd(config, sizes, trained, rest)
+    if is_one_function(rest, trained):
+        terms += kept_by_experts(
+            config,
+            trained,
+            rest,
+            tokens_of(config),
+            reads_kept=(False, sizes.dim) in _inputs(rest, trained),
+            selective=recompute_of(config, sizes, trained) == "selective",
+        )
+    return terms
 
 
 def _by_two_functions(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from veneer.errors import ConfigError
 from veneer.models.description import Layer
 from veneer.plan.amounts import Amount, Term, amount
 from veneer.plan.config import ADAPTING, PlanConfig
-from veneer.plan.sizes import Sizes
+from veneer.plan.sizes import Block, Sizes
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,21 @@ class Trained:
     def lines(self) -> dict[str, TargetLine]:
         """Layers with adapters, by path."""
         return {line.path: line for line in self.adapted}
+
+    def counted(self, blocks: Iterable[Block]) -> list[tuple[Block, int]]:
+        """Return the first of all blocks that are equal and train alike, and how many they are."""
+        alike: dict[Hashable, list[Block]] = {}
+        for block in blocks:
+            alike.setdefault((block.kind, self._ways(block)), []).append(block)
+        return [(first, 1 + len(others)) for first, *others in alike.values()]
+
+    def _ways(self, block: Block) -> Hashable:
+        """Return for each layer of a block whether it trains, and how large its adapter is."""
+        lines, own = self.lines, self.own_paths
+        return tuple(
+            (x.path in own, (line := lines.get(x.path)) and (line.rank, line.has_start))
+            for x in block.layers
+        )
 
 
 def trained_by(config: PlanConfig, sizes: Sizes, adapted: tuple[TargetLine, ...] = ()) -> Trained:

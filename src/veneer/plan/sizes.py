@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,7 +34,8 @@ class Block:
 
     q, kv: of all heads together. inner: of the feed-forward layers, and of the experts that compute
     a token. state: of a state-space layer's state. structure: as two functions (fused/), None for a
-    block that is not likely computed so.
+    block that is not likely computed so. kind: a number that all blocks of the model share whose
+    layers are equal but for the block's index.
     """
 
     layers: tuple[Layer, ...]
@@ -41,6 +43,7 @@ class Block:
     heads: int
     experts: int  # how many compute a token, 0 for none
     structure: LayerStructure | None
+    kind: int
 
     @cached_property
     def attention(self) -> tuple[Layer, ...]:
@@ -199,16 +202,15 @@ class Sizes:
         configs = [self.config] * len(by_block)
         if self.config.is_heterogeneous:
             configs = list(self.config.per_layer_config)
-        return tuple(
-            Block(
-                layers,
-                self.dim,
-                _first_number(config, ("num_attention_heads",)),
-                _first_number(config, EXPERTS_PER_TOKEN),
-                structure,
-            )
-            for layers, config, structure in zip(by_block, configs, self._structures, strict=True)
-        )
+        kinds: dict[Hashable, int] = {}
+        blocks = []
+        for layers, config, structure in zip(by_block, configs, self._structures, strict=True):
+            heads = _first_number(config, ("num_attention_heads",))
+            experts = _first_number(config, EXPERTS_PER_TOKEN)
+            widths = (tuple(map(_kind, layers)), heads, experts, structure)
+            kind = kinds.setdefault(widths, len(kinds))
+            blocks.append(Block(layers, self.dim, heads, experts, structure, kind))
+        return tuple(blocks)
 
     @property
     def _structures(self) -> list[LayerStructure | None]:
@@ -342,6 +344,15 @@ class Sizes:
         shares = getattr(self.config, "multi_query", False)
         shares &= not getattr(self.config, "new_decoder_architecture", False)
         return OWN_SCORES if keeps_scores(self.heads, 1 if shares else self.heads) else 0
+
+
+def _kind(layer: Layer) -> Hashable:
+    """Return all that decides how a layer of a block is planned: everything but the block's index
+    in its path."""
+    return (
+        *(layer.inner_path, type(layer.module), layer.kind, layer.stored, layer.transposed),
+        *(layer.bias, layer.parameters, layer.in_attention, layer.is_head, layer.parameter),
+    )
 
 
 def _is_scan(layer: Layer) -> bool:
