@@ -86,12 +86,14 @@ class Reads(nn.Module):
     def forward(self, x: Any) -> Any:
         assert isinstance(self.a.weight, torch.Tensor)
         assert self.b.weight.dtype == x.dtype
-        return (x @ self.b.weight.T).to(self.c.weight.dtype)
+        return self.a((x @ self.b.weight.T).to(self.c.weight.dtype)) * self.e(x) @ self.e.weight
 
 
-def test_which_weights_are_only_looked_at():
-    looked_at = [Place(Reads, name).is_looked_at for name in "abcd"]
-    assert looked_at == [True, False, True, False]
+def test_which_weights_are_only_looked_at_and_which_layers_never_called():
+    looked_at = [Place(Reads, name).is_looked_at for name in "abcde"]
+    assert looked_at == [True, False, True, False, False]
+    never_called = [Place(Reads, name).is_never_called for name in "abcde"]
+    assert never_called == [False, True, False, False, False]
     assert not Place(type("Unseen", (nn.Module,), {}), "a").is_looked_at
 
 

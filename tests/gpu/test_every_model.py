@@ -9,8 +9,9 @@ from gpu.zoo_cases import SLOW_CASES
 
 pytestmark = pytest.mark.slow
 
-# Kinds of states beside keys and values, or of other shapes in other layers: not served at all.
-REFUSED = "Only models that keep keys and values, of one shape in all layers, can be served."
+# Kinds of states beside keys and values, or of other shapes in other layers, encoders, and code
+# that reads no prompt in chunks: not served at all.
+REFUSED = r"Only models that (keep keys and values|read a prompt in|give the same logits where)"
 SENDS, READS = "aten::_to_copy to the card in", "aten::_local_scalar_dense in"
 # What waits in transformers' own code, in slots and out of them.
 OWN_WAITS = {
@@ -22,10 +23,6 @@ OWN_WAITS = {
         f"{READS} models/longcat_flash/modeling_longcat_flash.py forward",
     },
     "phimoe": {f"{SENDS} models/phimoe/modeling_phimoe.py forward"},
-    "xmod": {
-        "aten::index.Tensor by a mask in models/xmod/modeling_xmod.py lang_adapter",
-        "aten::index_put_ by a mask in models/xmod/modeling_xmod.py lang_adapter",
-    },
 }
 # Out of slots each model makes its masks from a row's padding, which it reads.
 MASKS = {
@@ -44,7 +41,7 @@ def test_only_known_places_wait(case, pretend):
     result = pretend("zoo_cases", case, "SLOW_CASES")
     assert result["merging"] == {"waits": [], "fits": True}
     if result["refused"]:
-        assert result["refused"] == REFUSED
+        assert re.match(REFUSED, result["refused"])
         assert result["not in slots"]
         return
     assert result["serving"]["fits"]

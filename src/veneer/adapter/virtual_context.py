@@ -9,6 +9,7 @@ from torch import nn
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.method import Method
 from veneer.errors import ConfigError
+from veneer.models.context import own_context
 
 
 def virtual_count(model: nn.Module) -> int:
@@ -29,14 +30,14 @@ def context_left(config: Any, count: int) -> int | None:
 
     None where the context has no end. Raises ConfigError where fewer than two are left.
     """
-    context = getattr(config, "max_position_embeddings", None)
+    context = own_context(config)
     if context is None:
         return None
     if context - count < 2:
         raise ConfigError(
             f"{count} virtual tokens leave no room in the model's context of {context:,}."
         )
-    return int(context - count)
+    return context - count
 
 
 def attention_window(model: Any) -> int | None:

@@ -19,6 +19,7 @@ from veneer.errors import ConfigError, wrong_argument
 from veneer.generate.in_slots import in_slots
 from veneer.generate.sampling import Sampling
 from veneer.kernels.transfer import sent
+from veneer.models.context import own_context
 from veneer.models.device import use_device
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
@@ -291,10 +292,10 @@ def _longest_answer(model: PreTrainedModel, prompt: int, virtual: int) -> int | 
 
     prompt, virtual: tokens before it. Raises ConfigError where none is left.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = own_context(model.config)
     if context is None:
         return None
-    longest: int = context - virtual - prompt
+    longest = context - virtual - prompt
     if longest <= 0:
         beside = f" and {virtual:,} virtual ones before them" if virtual else ""
         raise ConfigError(

@@ -22,6 +22,7 @@ from veneer.generate.sampling import Sampling
 from veneer.generate.slots import NotInSlots, SlotModel
 from veneer.kernels.graphs import NONE_HERE, Graphs, Tensors, length_for
 from veneer.kernels.transfer import OnTheWay, sent
+from veneer.models.context import own_context
 
 log = logging.getLogger("veneer.generate")
 
@@ -48,9 +49,7 @@ class InSlots:
         settings: dict[str, Any] = {} if config is None else config.to_diff_dict()
         if others := sorted(key for key in settings if key not in HARMLESS and settings[key]):
             raise NotInSlots(f"its generation_config has {', '.join(others)}")
-        own = model.config.get_text_config()
-        named = (getattr(own, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-        context = next(filter(None, named), LONGEST_CONTEXT)
+        context = own_context(model.config.get_text_config()) or LONGEST_CONTEXT
         self.model = SlotModel(model, rows, context)
         self.graphs = Graphs.on(model.device) if graphs is None else graphs
         self._newest = torch.zeros(rows, dtype=torch.long, device=model.device)

@@ -15,6 +15,7 @@ from veneer.errors import ConfigError
 from veneer.fused.recognise import structures
 from veneer.fused.structure import LayerStructure
 from veneer.fused.watch import attention_is_asked_for
+from veneer.models.context import own_context
 from veneer.models.description import Layer, ModelDescription
 from veneer.plan.sdpa import keeps_scores
 from veneer.plan.stored import Stored
@@ -307,7 +308,7 @@ class Sizes:
     @cached_property
     def context(self) -> int | None:
         """The most tokens in a row that the model reads."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return own_context(self.config)
 
     @cached_property
     def norms_in_python(self) -> bool:

@@ -1,18 +1,20 @@
-"""Models that cache something else than usual: rows with adapters of their own equal separate runs
-over latent attention, which gives its layers what it has cached; other caches are refused."""
+"""Models that are other than usual: rows with adapters of their own equal separate runs over latent
+attention, which gives its layers what it has cached; what no rows can be served of is refused."""
 
 import pytest
 import torch
 
 import veneer
 from support.closeness import assert_no_further
-from support.every_architecture import small
+from support.every_architecture import small, small_config
 from support.random_adapters import shake
 from veneer.adapter.layers import lora_layers
-from veneer.errors import ModelError
+from veneer.errors import AdapterError, ModelError
 from veneer.kernels.graphs import Graphs
-from veneer.serve.engine.adapter_cache import LoadedAdapter
+from veneer.serve.engine.adapter_cache import Fit, LoadedAdapter
 from veneer.serve.engine.general import GeneralRunner
+from veneer.serve.engine.library import Entry
+from veneer.serve.engine.request import EngineConfig
 from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.slots import SlotRunner
 
@@ -66,3 +68,39 @@ def test_rows_with_adapters_of_their_own_equal_separate_runs(architecture, runne
 def test_a_cache_of_another_kind_is_refused(architecture):
     with pytest.raises(ModelError, match="keep keys and values"):
         GeneralRunner(small(architecture), 2)
+
+
+# Of encoders, whose tokens see those behind them, and of code that takes no second chunk.
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [
+        ("bert", "an encoder"),
+        ("xlm", "code raises AssertionError"),
+        *(
+            pytest.param(name, why, marks=pytest.mark.slow)
+            for name, why in {
+                **dict.fromkeys(("electra", "camembert", "roc_bert", "xmod"), "an encoder"),
+                "prophetnet": "code raises AssertionError",
+            }.items()
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_that_cannot_be_read_in_chunks_is_refused(architecture, why, dtype):
+    with pytest.raises(ModelError, match=f"in chunks.*{why}"):
+        GeneralRunner(small(architecture, dtype=dtype), 2)
+
+
+def test_an_adapter_of_a_weight_that_code_computes_with_is_refused(tmp_path):
+    """By its files, before a step over several rows could fail of it."""
+    targets = veneer.LoRA(rank=2, targets="classifier,o_proj")
+    veneer.save(veneer.attach(small("longcat_flash"), targets), tmp_path)
+    fit = Fit(small("longcat_flash"), None, None)
+    entry = Entry("router", tmp_path, 0)
+    with pytest.raises(AdapterError, match=r"classifier, which acts on whole batches") as caught:
+        fit.check(fit.read(entry), entry)
+    assert "o_proj" not in str(caught.value)
+
+
+def test_the_context_of_mpt_is_known():
+    assert EngineConfig().context_of(small_config("mpt")) == 64

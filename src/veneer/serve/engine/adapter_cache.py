@@ -28,6 +28,7 @@ from veneer.adapter.modules_to_save import owner_of
 from veneer.adapter.own_rows import BatchUpdates, OwnRows, tensors_of
 from veneer.adapter.parameters import AdaptedParameter
 from veneer.adapter.virtual import keys_values
+from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError, ConfigError, joined, listed
 from veneer.formats.adapters import read
 from veneer.formats.contents import without_place
@@ -197,7 +198,7 @@ class Fit:
             tokenizer = None if state.new_tokens is None else self.tokenizer
             problems = validate(
                 *(model, state, tokenizer), force=False, beside=True, keys_values=self.keys_values
-            ) or _of_experts(model, state)
+            ) or _of_whole_batches(model, state)
             if self.context is not None and (count := virtual_count(state)) >= self.context:
                 problems.append(
                     f"its {count:,} virtual tokens fill the context of {self.context:,}"
@@ -239,11 +240,17 @@ def opening(entry: Entry) -> str:
     return f"The adapter {entry.name!r} in {entry.directory} cannot be served"
 
 
-def _of_experts(model: PreTrainedModel, state: AdapterState) -> list[str]:
-    """Return which adapted parameters cannot differ from row to row, and why."""
+def _of_whole_batches(model: PreTrainedModel, state: AdapterState) -> list[str]:
+    """Return which adapted layers and parameters cannot differ from row to row, and why."""
     problems = []
     for layer in state.layers():
-        if layer.kind == "parameter" and (why := why_not_by_rows(*owner_of(model, layer.path))):
+        owner, name = owner_of(model, layer.path)
+        if layer.kind == "parameter":
+            why = why_not_by_rows(owner, name)
+        else:
+            computes = Place(type(owner), name).is_never_called
+            why = "the model's code computes with its weight" if computes else ""
+        if why:
             problems.append(f"it changes {layer.path}, which acts on whole batches: {why}")
     return problems
 

@@ -17,9 +17,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from veneer.adapter.own_rows import BatchUpdates, acting, joined
+from veneer.adapter.use import base_alone
 from veneer.adapter.virtual import keys_values
 from veneer.errors import ConfigError, ModelError
+from veneer.generate.slots import PROBE, equal_within_rounding, probe_ids
 from veneer.kernels.transfer import sent
+from veneer.models.context import own_context
+from veneer.models.evaluating import evaluating
 from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
 from veneer.serve.engine.request import CHUNK_MULTIPLE
 from veneer.serve.engine.runner import Chunk
@@ -69,7 +73,8 @@ class GeneralRunner:
 
     A prompt is read into a cache of its own; with its first new token the row moves to the cache
     that all decoding rows share. Raises ModelError for a model that does not keep keys and values,
-    as nothing else can be copied into blocks and back.
+    as nothing else can be copied into blocks and back, and for one whose logits are others where a
+    prompt is read in chunks: encoders see a whole text.
     """
 
     is_exact = False
@@ -91,6 +96,7 @@ class GeneralRunner:
         self.decoding: list[int] = []  # slots, in the order of the shared cache's rows
         self.lengths: list[int] = []  # of these rows
         self._last_updates: tuple[tuple[Hashable, ...], BatchUpdates] | None = None
+        self._prove()
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         decoding = {chunk.slot: chunk for chunk in chunks if chunk.decoding}
@@ -136,6 +142,33 @@ class GeneralRunner:
             for of_rows in (self.decoding, self.lengths):
                 of_rows[at] = of_rows[last]
                 of_rows.pop()
+
+    def _prove(self) -> None:
+        """Raise ModelError where two chunks and a step do not give the model's own logits."""
+        count = min(PROBE, own_context(self.model.config.get_text_config()) or PROBE)
+        ids, half = probe_ids(self.model, count), count // 2
+        chunks = [
+            Chunk(0, ids[:half], 0, None, half),
+            Chunk(0, ids[half:-1], half, None, count - 1 - half),
+            Chunk(0, ids[-1:], count - 1, None, 1, decoding=True),
+        ]
+        with torch.no_grad(), base_alone(self.model), evaluating(self.model):
+            inputs = sent([ids], self.model.device)
+            own = self.model(input_ids=inputs, use_cache=False).logits[0]
+            try:
+                logits = torch.cat([self.step([chunk]) for chunk in chunks])
+            except Exception as error:  # of foreign code
+                raise ModelError(
+                    "Only models that read a prompt in chunks can be served, and this one's code "
+                    f"raises {type(error).__name__}: {error}"
+                ) from error
+        self.free(0)
+        if not equal_within_rounding(logits, own, self.model.dtype):
+            raise ModelError(
+                "Only models that give the same logits where a prompt is read in chunks can be "
+                "served, and this one does not. It may be an encoder, whose tokens see those "
+                "behind them."
+            )
 
     def _prefill(self, chunk: Chunk) -> Tensor:
         """Compute tokens of a prompt, and return the logits that the chunk asks for."""

@@ -11,6 +11,7 @@ from typing import Literal
 from veneer.checks import Rule, at_least, check_config
 from veneer.errors import ConfigError, RequestError
 from veneer.generate.sampling import Sampling
+from veneer.models.context import own_context
 from veneer.serve.engine.library import Mix
 
 Reason = Literal["stop", "length", "cancelled", "error"]
@@ -203,7 +204,7 @@ class EngineConfig:
     def context_of(self, model: object) -> int:
         """Return the context over a model, whose configuration this is. Raises ConfigError where
         the model's own is shorter than what was asked for."""
-        own = getattr(model, "max_position_embeddings", None)
+        own = own_context(model)
         if own is not None and self.context is not None and self.context > own:
             raise ConfigError(f"context is {self.context:,}, but this model's is {own:,}.")
         longest = LONGEST_CONTEXT if self.context is None else self.context
