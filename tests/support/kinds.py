@@ -218,10 +218,13 @@ KINDS: list[Kind] = [
 ]
 
 
+READ_BITS = ("lora", "dora", "pissa", "experts", "experts, transposed")
+
+
 def is_typical(kind: Kind) -> bool:
     """Return whether a kind is the first of its name, plain LoRA over a dense base, or the first of
-    LoRA, DoRA and experts over a base of so many bits."""
-    over_bits = kind.bits is not None and kind.name in ("lora", "dora", "experts")
+    those over a base of so many bits that read its quantized weights in a way of their own."""
+    over_bits = kind.bits is not None and kind.name in READ_BITS
     first = is_first_of(kind, "name", "bits" if over_bits else "name")
     return first or (kind.name == "lora" and not kind.bits)
 
