@@ -56,6 +56,16 @@ def test_tensors_that_break_off_leave_the_old_ones(suffix, tmp_path, monkeypatch
     assert torch.equal(read_tensors(path)["a"], torch.arange(3.0))
 
 
+def test_a_view_is_written_without_the_rest_of_its_memory(tmp_path):
+    path, memory = tmp_path / "x.pt", torch.arange(1001, dtype=torch.uint8)
+    view = memory[8:16].view(torch.float32)
+    write_tensors(path, {"a": view})
+    with zipfile.ZipFile(path) as archive:
+        (record,) = (each for each in archive.infolist() if each.filename.endswith("data/0"))
+    assert record.file_size == view.nbytes
+    assert torch.equal(read_tensors(path)["a"], view)
+
+
 def test_a_directory_that_breaks_off_leaves_the_old_one(tmp_path):
     place = tmp_path / "a"
     for old in (False, True):

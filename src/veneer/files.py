@@ -114,12 +114,18 @@ def write_tensors(
     import torch  # here, because writing text needs no torch
     from safetensors.torch import save_file
 
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: _by_itself(t.detach().cpu().contiguous()) for name, t in tensors.items()}
     with new_file(path) as temporary:
         if path.suffix == ".safetensors":
             save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
         else:
             torch.save(plain, temporary)
+
+
+def _by_itself(tensor: Tensor) -> Tensor:
+    """Return a tensor that is all of its memory: with a view torch.save would write all that it is
+    a view of, such as a mapped file, of which torch 2.15 reads no odd number of bytes back."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
