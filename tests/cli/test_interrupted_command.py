@@ -31,7 +31,11 @@ def test_ctrl_c_leaves_nothing_half_written(command, minigpt_home, tmp_path, mon
 
     monkeypatch.setattr(files, "_settle", interrupt)
     capsys.readouterr()
-    assert run(arguments) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    try:
+        assert run(arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert interrupted
     *doing, last = capsys.readouterr().err.splitlines()
     assert last == "Interrupted."

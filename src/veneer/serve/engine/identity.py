@@ -13,6 +13,7 @@ import torch
 from veneer.errors import ModelError
 from veneer.formats.training import computed_in
 from veneer.kernels.native import library_of
+from veneer.models.device import device_name
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.models.load import Base
 from veneer.models.locate import locate
@@ -29,10 +30,10 @@ def identity_of_blocks(base: Base, runner: Runner, chunk: int) -> dict[str, str]
     """
     device = base.model.device
     library, _ = library_of("decode")
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
+    if device.type == "cpu":
         processor = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    else:
+        processor = device_name(device)
     here = computed_in(base.model)
     return {
         "base": base.name,
