@@ -113,6 +113,16 @@ def test_each_row_is_what_the_model_gives_with_that_adapter(architecture, kind, 
 
 
 @needs_compiler
+def test_blocks_that_hold_a_part_of_a_prefix_are_not_taken(homes):
+    """Of the short prompt one block is kept: the first 16 of the prefix's 20 virtual tokens."""
+    with Engine(base_of(), Library(homes), SMALL) as engine:
+        engine.submit(Request(PROMPT[:3], "prefix", sampling=GREEDY)).result()
+        behind = engine.submit(request("prefix", logprobs=3)).result()
+    with Engine(base_of(), Library(homes), replace(SMALL, cache_bytes=0)) as engine:
+        assert behind.tokens == engine.submit(request("prefix", logprobs=3)).result().tokens
+
+
+@needs_compiler
 def test_together_is_to_the_bit_as_alone(homes):
     """All in one batch, twice, then behind cached prefixes: tokens and log probabilities."""
     requests = [

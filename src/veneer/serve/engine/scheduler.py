@@ -147,14 +147,17 @@ class Scheduler:
             self.prefixes.fetch(row.block_hashes)
         if self.prefixes.is_fetching(row.block_hashes):
             return False
-        if blocks := self.prefixes.find(row.block_hashes):
+        blocks = self.prefixes.find(row.block_hashes)
+        prefix = None if row.adapter is None else row.adapter.prefix
+        # What blocks do not hold of a prefix cannot be computed: its virtual tokens are no tokens.
+        if prefix is not None and len(blocks) * self.chunk < len(row.virtual):
+            self.runner.begin(row.slot, prefix)
+            row.computed = len(row.virtual)
+            self.keep_blocks(row, 0)
+        elif blocks:
             self.runner.fill(row.slot, blocks)
             row.computed = row.cached = len(blocks) * self.chunk
             self.cached_tokens += row.cached
-        elif row.adapter is not None and row.adapter.prefix is not None:
-            self.runner.begin(row.slot, row.adapter.prefix)
-            row.computed = len(row.virtual)
-            self.keep_blocks(row, 0)
         return True
 
 
