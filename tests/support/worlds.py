@@ -71,6 +71,12 @@ class Case:
             model.set_experts_implementation("eager")  # float64 has no grouped products
         return model.double()
 
+    def rows(self) -> Any:
+        """Return the rows that are learnt; those of a kind with an invocation have it."""
+        if self.kind is not None and self._kind().invocation:
+            return self._kind().rows(LENGTHS)
+        return examples(LENGTHS, vocabulary=VOCAB + 3 * self.adds_tokens)
+
     def _narrow_model(self, world: World) -> Any:
         if self.kind is not None:
             kind = self._kind()
@@ -127,7 +133,7 @@ def trained(case: Case, world: World, place: Path) -> Result:
     torch.manual_seed(world.rank)
     model = case.model(world)
     course = replace(COURSE, **case.course)
-    rows = examples(LENGTHS, vocabulary=VOCAB + 3 * case.adds_tokens)
+    rows = case.rows()
     own, passes, at = forward.Forward.__call__, 0, [0]
 
     def spoilt(self: Any, model: Any, batch: Any) -> Tensor:
