@@ -9,7 +9,12 @@ import pytest
 import torch
 
 import veneer
-from support.file_trees import Cut, assert_modes_follow_the_umask, tree
+from support.file_trees import (
+    Cut,
+    assert_modes_follow_the_umask,
+    on_disk_before_it_is_renamed,
+    tree,
+)
 from veneer import files
 from veneer.files import (
     new_directory,
@@ -64,6 +69,20 @@ def test_a_view_is_written_without_the_rest_of_its_memory(tmp_path):
         (record,) = (each for each in archive.infolist() if each.filename.endswith("data/0"))
     assert record.file_size == view.nbytes
     assert torch.equal(read_tensors(path)["a"], view)
+
+
+def test_all_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    with on_disk_before_it_is_renamed(monkeypatch) as names:
+        for content in ("old", "new"):
+            write_text(tmp_path / "a.txt", content)
+            write_json(tmp_path / "deep" / "a.json", {"a": content})
+            for suffix in (".pt", ".safetensors"):
+                write_tensors(tmp_path / f"a{suffix}", {"a": torch.arange(3.0)})
+            with new_directory(tmp_path / "a", marker="mark") as new:
+                (new / "mark").write_text(content)
+                (new / "below" / "it").mkdir(parents=True)
+                (new / "below" / "it" / "file").write_text(content)
+    assert names == ["a.txt", "a.json", "a.pt", "a.safetensors", "a"] * 2
 
 
 def test_a_directory_that_breaks_off_leaves_the_old_one(tmp_path):

@@ -47,9 +47,11 @@ def new_directory(path: Path, *, marker: str) -> Iterator[Path]:
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _settle(file)
+        for inside in temporary.rglob("*"):
+            if inside.is_file():
+                _settle(inside)
+            elif inside.is_dir():
+                _sync(inside)  # a file is lost without the entry that names it
         temporary.chmod(0o777 & ~_umask())
         _sync(temporary)
         if path.exists():

@@ -12,10 +12,12 @@ import veneer
 from support.file_trees import (
     assert_modes_follow_the_umask,
     assert_whole_wherever_it_is_cut,
+    on_disk_before_it_is_renamed,
     tree,
 )
 from support.random_adapters import logits, same, shake, snapshot, tokenizer, with_new_tokens
 from support.tiny_models import tiny
+from veneer.formats.table import FORMATS
 
 
 @pytest.mark.parametrize("what", ["native", "peft", "model"])
@@ -30,6 +32,13 @@ def test_writing_that_breaks_off_leaves_a_whole_directory(what, tmp_path, monkey
             veneer.save(model, tmp_path / "a", format=what)
 
     assert_whole_wherever_it_is_cut(write, lambda: shake(model, seed=2), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("format", sorted(set(FORMATS) - {"native", "peft"}))
+def test_each_format_is_on_the_disk_before_it_takes_its_place(format, tmp_path, monkeypatch):
+    model = shake(veneer.attach(tiny("llama"), veneer.LoRA(rank=2, targets="qv")))
+    with on_disk_before_it_is_renamed(monkeypatch):
+        veneer.save(model, tmp_path / "a", format=format)
 
 
 def test_modes_follow_the_umask(tmp_path):

@@ -2,7 +2,8 @@
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,46 @@ def tree(place: Path) -> dict[str, bytes]:
     }
 
 
+@contextmanager
+def on_disk_before_it_is_renamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Check that whatever takes another name inside is on the disk by then, with all that is below
+    it, and that the new name is brought there too. Yields the names taken so far.
+
+    What is moved aside, or back, was there before: it is told by its name, which ends with .old.
+    """
+    settled: dict[int, tuple[int, int]] = {}  # by inode, the state that is on the disk
+    renamed_in: set[int] = set()  # directories whose new entries are not on the disk yet
+    names: list[str] = []
+
+    def state(status: os.stat_result) -> tuple[int, int]:
+        return status.st_mtime_ns, status.st_size
+
+    def fsync(handle: int) -> None:
+        status = os.fstat(handle)
+        settled[status.st_ino] = state(status)
+        renamed_in.discard(status.st_ino)
+
+    def watched(rename: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def watch(source: Any, target: Any) -> None:
+            if not str(source).endswith(".old") and not str(target).endswith(".old"):
+                top = Path(source)
+                for path in (top, *top.rglob("*")):
+                    assert settled.get(path.stat().st_ino) == state(path.stat()), path
+                renamed_in.add(Path(target).parent.stat().st_ino)
+                names.append(Path(target).name)
+            rename(source, target)
+
+        return watch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(os, "rename", watched(os.rename))
+        patch.setattr(os, "replace", watched(os.replace))
+        yield names
+    assert names
+    assert not renamed_in
+
+
 def assert_whole_wherever_it_is_cut(
     write: Callable[[], Any],
     change: Callable[[], Any],
@@ -32,7 +73,8 @@ def assert_whole_wherever_it_is_cut(
 ) -> None:
     """Write, change what is written, and break off writing it again at every possible moment: the
     old files stay, or the new ones are there as a whole."""
-    write()
+    with on_disk_before_it_is_renamed(monkeypatch):
+        write()
     before, calls = tree(place), 0
     sync = files._sync
 

@@ -6,6 +6,7 @@ from threading import Barrier, Thread
 import openai
 import pytest
 
+from support.file_trees import on_disk_before_it_is_renamed
 from support.jobs import ROWS, client_of, training, upload
 from support.server import AS_ADMIN, call
 from veneer.data.sources import read_rows
@@ -58,6 +59,12 @@ def test_files_outlive_their_database_and_half_a_file_does_not(tmp_path):
         assert upload(client).rows == file.rows
     assert path.exists()
     assert not half.parent.exists()
+
+
+def test_a_file_is_on_the_disk_before_it_is_taken_in(tmp_path, monkeypatch):
+    with training(tmp_path / "runs") as server, on_disk_before_it_is_renamed(monkeypatch) as names:
+        file = upload(client_of(server))
+        assert file.id in names
 
 
 def test_a_list_goes_on_behind_what_is_in_it_alone(tmp_path):

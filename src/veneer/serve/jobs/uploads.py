@@ -19,6 +19,7 @@ from veneer.data.problems import Located, Place, Problem, data_error
 from veneer.data.rows import Row, parse_row
 from veneer.data.sources import entries_of, no_rows_in, parsed_values, read_rows
 from veneer.errors import MOST_PROBLEMS, DataError, QueueFull, RequestError, listed
+from veneer.files import new_directory
 from veneer.serve.jobs.store import Store
 from veneer.serve.jobs.values import UNENDED, Places, Purpose, StoredFile, new_id
 
@@ -30,7 +31,7 @@ LARGE = 2**20
 AT_A_TIME = 2  # large files that are read; each takes a core and much memory
 READING_SECONDS = 300.0  # for one of them
 LEAST_MEMORY = 2**30  # bytes that reading may take, whatever is free
-UNFINISHED = ".coming-"  # begins the directory of a file that has not been taken in
+UNFINISHED = "."  # begins the directory of a file that has not been taken in
 _READING = BoundedSemaphore(AT_A_TIME)
 _STRANGE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -50,20 +51,16 @@ def keep(store: Store, places: Places, filename: str, source: BinaryIO) -> Store
     shown = filename[:255].encode(errors="replace").decode()
     file = StoredFile(new_id("file"), shown or DEFAULT_NAME, name, "fine-tune", 0, int(time.time()))
     path = places.file(file)
-    coming = path.parent.with_name(f"{UNFINISHED}{file.id}") / path.name
-    coming.parent.mkdir(parents=True)
     try:
-        with coming.open("wb") as target:
-            shutil.copyfileobj(source, target, 2**20)
-            target.flush()
-            os.fsync(target.fileno())
-        is_large = coming.stat().st_size > LARGE
-        rows = int(_elsewhere("count", coming)) if is_large else count_rows(coming)
-        coming.parent.rename(path.parent)
+        with new_directory(path.parent, marker=path.name) as directory:
+            coming = directory / path.name
+            with coming.open("wb") as target:
+                shutil.copyfileobj(source, target, 2**20)
+            is_large = coming.stat().st_size > LARGE
+            rows = int(_elsewhere("count", coming)) if is_large else count_rows(coming)
         return _add(store, file, path, rows)
     except BaseException:
-        for place in (coming, path):
-            shutil.rmtree(place.parent, ignore_errors=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
         raise
 
 
