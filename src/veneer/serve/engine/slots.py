@@ -77,7 +77,7 @@ class SlotRunner:
     def free(self, slot: int) -> None:
         """Forget a slot's newest token, which may be one that only its adapter has: the slot is
         computed beside others. The next row writes over all else, and sees nothing of it."""
-        self.newest[slot] = 0
+        self.newest[slot].zero_()
 
     def _decode(self, chunks: Sequence[Chunk]) -> Tensor:
         """Compute the newest token of each decoding row, and return the logits (rows, vocab)."""
