@@ -137,6 +137,11 @@ def test_adapters(page, two):
     card.get_by_role("button", name="What cooking changes").click()
     picture = card.get_by_role("region", name="What cooking changes, layer by layer")
     picture.wait_for()
+    # It stays open while the list is asked for again.
+    page.get_by_role("link", name="Chat").click()
+    with page.expect_response("**/api/adapters"):
+        page.get_by_role("link", name="Adapters").click()
+    page.wait_for_load_state("networkidle")
     heads = picture.locator("thead th").all_inner_texts()
     assert heads == ["Block", "q", "k", "v", "o"]
     numbers = [float(cell) for cell in picture.locator("td").all_inner_texts()]
@@ -148,7 +153,7 @@ def test_adapters(page, two):
     page.set_viewport_size({"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert serious(page) == []
-    page.keyboard.press("Enter")  # on the button again
+    card.get_by_role("button", name="What cooking changes").press("Enter")
     picture.wait_for(state="hidden")
     # What cannot be served is shown with the reason, and offered nowhere.
     assert "It adds 3 new tokens; merge it." in page.locator("#adapters .refused").inner_text()
