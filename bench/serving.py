@@ -23,18 +23,18 @@ import veneer
 from bench.engines import ALPHA, LINEAR, RANK
 from bench.shapes import SHAPES, random_base
 from veneer.formats.convert import convert
+from veneer.generate.runners.compiled import CompiledRunner
+from veneer.generate.runners.loaded import LoadedAdapter
+from veneer.generate.runners.runner import Chunk
+from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
 from veneer.models.description import keeps_experts
-from veneer.serve.engine.adapter_cache import LoadedAdapter
 from veneer.serve.engine.admission import mix_named
-from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import EngineConfig, Request
-from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.sampler import Drawn, Sampler, sample
-from veneer.serve.engine.slots import SlotRunner
 
 ROWS, PROMPT, PREFIX = 16, 32, 1000
 SHORT = 8  # tokens of a prompt beside vLLM, which gathers an A and a B for each of them

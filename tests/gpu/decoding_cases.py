@@ -18,17 +18,17 @@ from veneer.adapter.layers import lora_layers
 from veneer.adapter.own_rows import OwnRows
 from veneer.adapter.parameters import experts_of
 from veneer.generate.in_slots import InSlots
+from veneer.generate.runners.loaded import LoadedAdapter
+from veneer.generate.runners.runner import Chunk
+from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.sampling import Sampling
 from veneer.generate.slots import SlotModel
 from veneer.kernels.graphs import Graphs
 from veneer.kernels.transfer import OnTheWay
 from veneer.quant.weight import QuantizedLinear
-from veneer.serve.engine.adapter_cache import LoadedAdapter
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import Adjustments, EngineConfig, Request
-from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.sampler import Drawn, Sampler
-from veneer.serve.engine.slots import SlotRunner
 
 ARCHITECTURES = ("mistral", "gpt2", "qwen3", "gpt_neox", "phi3", "gemma2", "gemma3")
 KINDS: dict[str, Any] = {
@@ -186,7 +186,7 @@ def waiting_again() -> dict:
         chunk = Chunk(0, (-1,), 5, None, 1, decoding=True)
         with (
             watch.counting() as sending,
-            mock.patch("veneer.serve.engine.slots.sent", sent_slowly),
+            mock.patch("veneer.generate.runners.slots.sent", sent_slowly),
         ):
             logits = runner.step([chunk])
         with watch.counting() as reading:

@@ -18,14 +18,14 @@ from support.random_adapters import shake
 from veneer.adapter.layers import lora_layers
 from veneer.errors import ModelError
 from veneer.generate.in_slots import InSlots
+from veneer.generate.runners.general import GeneralRunner
+from veneer.generate.runners.loaded import LoadedAdapter
+from veneer.generate.runners.runner import Chunk, Runner
+from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.sampling import Sampling
 from veneer.generate.slots import NotInSlots, SlotModel
 from veneer.kernels.graphs import Graphs
 from veneer.kernels.transfer import OnTheWay
-from veneer.serve.engine.adapter_cache import LoadedAdapter
-from veneer.serve.engine.general import GeneralRunner
-from veneer.serve.engine.runner import Chunk, Runner
-from veneer.serve.engine.slots import SlotRunner
 
 CONTEXT, SLOTS = 64, 3
 # Its code reads the weight of its router, in which rows have no adapters of their own.

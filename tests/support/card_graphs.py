@@ -20,11 +20,11 @@ from veneer.data.encode import Example
 from veneer.data.packing import pack
 from veneer.fused.forward import choose_forward
 from veneer.generate.in_slots import InSlots
+from veneer.generate.runners.loaded import LoadedAdapter
+from veneer.generate.runners.runner import Chunk
+from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.sampling import Sampling
 from veneer.kernels.graphs import Graphs, is_near
-from veneer.serve.engine.adapter_cache import LoadedAdapter
-from veneer.serve.engine.runner import Chunk
-from veneer.serve.engine.slots import SlotRunner
 from veneer.training.recorded import RecordedPasses
 
 DTYPE = torch.bfloat16  # which flash attention takes

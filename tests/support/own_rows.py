@@ -17,7 +17,7 @@ from support.tiny_models import VOCAB, tiny
 from veneer.formats.adapters import write
 from veneer.formats.capture import capture
 from veneer.formats.state import StoredTokens
-from veneer.serve.engine.adapter_rows import Ends
+from veneer.generate.runners.adapter_rows import Ends
 
 KINDS = ("tokens", "prompt", "prefix", "modules", "rows", "dora", "embedding")
 VIRTUAL = 20  # more than a block of the engines that serve them

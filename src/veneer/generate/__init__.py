@@ -1,1 +1,1 @@
-"""Answers to conversations, by transformers' own generation."""
+"""What a model says: answers to conversations, and the runners that compute many rows at once."""

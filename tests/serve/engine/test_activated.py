@@ -12,14 +12,14 @@ import veneer
 from support.closeness import assert_no_further
 from support.serving_bases import base_of, generated, write_adapter
 from support.tiny_models import tiny
+from veneer.generate.runners.general import GeneralRunner
+from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.sampling import Sampling
 from veneer.serve.engine import engine as engines
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.general import GeneralRunner
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import block_hashes
 from veneer.serve.engine.request import Answer, EngineConfig, Request
-from veneer.serve.engine.slots import SlotRunner
 
 INVOCATION, OTHER = (7, 5), (9,)
 CONTEXT = tuple(20 + n % 60 for n in range(37))  # two blocks and some

@@ -9,7 +9,7 @@ import veneer
 from support.tiny_models import VOCAB, tiny
 from veneer.formats.capture import capture
 from veneer.formats.state import NewTokenRows
-from veneer.serve.engine.adapter_rows import Ends, own_rows
+from veneer.generate.runners.adapter_rows import Ends, own_rows
 
 
 def test_new_tokens_have_no_bias_and_others_have_theirs():

@@ -16,16 +16,17 @@ from support.every_architecture import OFTEN, small, small_quantized
 from support.random_adapters import ids
 from support.serving_bases import write_adapters
 from support.tiny_models import tiny
+from veneer.generate.runners.choice import runner_for
+from veneer.generate.runners.compiled import CompiledRunner
+from veneer.generate.runners.general import GeneralRunner
+from veneer.generate.runners.layer_table import Unsuited
+from veneer.generate.runners.loaded import LoadedAdapter
+from veneer.generate.runners.runner import Chunk
 from veneer.kernels import decode, native
 from veneer.kernels.cross_entropy import Logits
 from veneer.quant.weight import QuantizedLinear
-from veneer.serve.engine.adapter_cache import AdapterCache, LoadedAdapter
-from veneer.serve.engine.choice import runner_for
-from veneer.serve.engine.compiled import CompiledRunner
-from veneer.serve.engine.general import GeneralRunner
-from veneer.serve.engine.layer_table import Unsuited
+from veneer.serve.engine.adapter_cache import AdapterCache
 from veneer.serve.engine.library import Library
-from veneer.serve.engine.runner import Chunk
 
 pytestmark = pytest.mark.skipif(native.library_of("decode")[0] is None, reason="no C++ compiler")
 

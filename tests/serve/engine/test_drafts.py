@@ -10,13 +10,13 @@ import pytest
 from support.random_adapters import tokenizer
 from support.serving_bases import PROMPT, base_of, write_adapters
 from support.tiny_models import VOCAB
+from veneer.generate.runners.layer_table import Unsuited
 from veneer.generate.sampling import Sampling
 from veneer.kernels import native
 from veneer.models.load import Base
 from veneer.serve.engine.drafts import CHANCES, GRAMMAR_CHANCE, Drafter
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.grammar import Matcher
-from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix import PrefixCache
 from veneer.serve.engine.request import Adjustments, EngineConfig, Grammar, Request
@@ -218,7 +218,7 @@ def test_what_is_not_exact_guesses_nothing(monkeypatch):
     def refuse(*_: Any) -> None:
         raise Unsuited("a test asks for the other runner")
 
-    monkeypatch.setattr("veneer.serve.engine.choice.CompiledRunner", refuse)
+    monkeypatch.setattr("veneer.generate.runners.choice.CompiledRunner", refuse)
     for most, noticed in ((None, False), (0, False), (4, True)):
         with Engine(base_of(), config=EngineConfig(chunk=16, speculate=most)) as engine:
             engine.submit(Request(REPEATING, None, Sampling(max_new_tokens=8))).result()

@@ -18,13 +18,13 @@ from support.tiny_models import tiny
 from veneer.errors import AdapterError, ConfigError, QueueFull, RequestError
 from veneer.formats.adapters import write
 from veneer.formats.capture import capture
+from veneer.generate.runners.compiled import CompiledRunner
+from veneer.generate.runners.layer_table import Unsuited
 from veneer.generate.sampling import Sampling
 from veneer.kernels import native
 from veneer.models.load import load_base
 from veneer.serve.engine.adapter_cache import AdapterCache
-from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.layer_table import Unsuited
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Answer, EngineConfig, Request
 
@@ -64,7 +64,7 @@ def runner_kind(compiled, monkeypatch):
         raise Unsuited("a test asks for the other runner")
 
     if not compiled:
-        monkeypatch.setattr("veneer.serve.engine.choice.CompiledRunner", refuse)
+        monkeypatch.setattr("veneer.generate.runners.choice.CompiledRunner", refuse)
 
 
 @pytest.mark.usefixtures("runner_kind")

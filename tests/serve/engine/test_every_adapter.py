@@ -16,17 +16,17 @@ from support.serving_bases import PROMPT, base_of, generated
 from support.tiny_models import VOCAB, tiny
 from veneer.adapter.own_rows import joined
 from veneer.errors import AdapterError, ContextExceeded, RequestError
+from veneer.generate.runners.compiled import CompiledRunner
+from veneer.generate.runners.general import GeneralRunner
+from veneer.generate.runners.runner import Chunk
+from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.sampling import Sampling
 from veneer.kernels import native
 from veneer.kernels.graphs import Graphs
 from veneer.serve.engine.adapter_cache import AdapterCache
-from veneer.serve.engine.compiled import CompiledRunner
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.general import GeneralRunner
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Adjustments, EngineConfig, Grammar, Request
-from veneer.serve.engine.runner import Chunk
-from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.vocabulary import Vocabularies
 
 ROWS = (None, *KINDS)

@@ -10,13 +10,14 @@ from support.every_architecture import small, small_config
 from support.random_adapters import shake
 from veneer.adapter.layers import lora_layers
 from veneer.errors import AdapterError, ModelError
+from veneer.generate.runners.general import GeneralRunner
+from veneer.generate.runners.loaded import LoadedAdapter
+from veneer.generate.runners.runner import Chunk
+from veneer.generate.runners.slots import SlotRunner
 from veneer.kernels.graphs import Graphs
-from veneer.serve.engine.adapter_cache import Fit, LoadedAdapter
-from veneer.serve.engine.general import GeneralRunner
+from veneer.serve.engine.adapter_cache import Fit
 from veneer.serve.engine.library import Entry
 from veneer.serve.engine.request import EngineConfig
-from veneer.serve.engine.runner import Chunk
-from veneer.serve.engine.slots import SlotRunner
 
 PROMPT, NEXT = tuple(range(3, 15)), 5
 RUNNERS = {

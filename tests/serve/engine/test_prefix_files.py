@@ -17,19 +17,19 @@ from support.random_adapters import ids
 from support.recorders import StandIn
 from support.serving_bases import base_of, write_adapter
 from veneer.errors import VeneerError
+from veneer.generate.runners.compiled import KVBlock
+from veneer.generate.runners.general import GeneralRunner
+from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.sampling import Sampling
 from veneer.kernels.graphs import Graphs
 from veneer.models.load import Base
 from veneer.serve.engine import engine as engines
 from veneer.serve.engine import identity, prefix_files
-from veneer.serve.engine.compiled import KVBlock
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.general import GeneralRunner
 from veneer.serve.engine.identity import identity_of_blocks
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.prefix_files import ENDING, PrefixFiles
 from veneer.serve.engine.request import Answer, EngineConfig, Request
-from veneer.serve.engine.slots import SlotRunner
 
 PROMPT = tuple(ids(1, 50, seed=5)[0].tolist())  # three blocks and two tokens
 WHOLE = 48

@@ -9,13 +9,13 @@ from support.closeness import assert_no_further
 from support.serving_bases import PROMPT, base_of, write_adapters
 from support.tiny_models import tiny
 from veneer.errors import RequestError
+from veneer.generate.runners.general import GeneralRunner
+from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.sampling import Sampling
 from veneer.serve.engine import engine as engines
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.general import GeneralRunner
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import EngineConfig, Request
-from veneer.serve.engine.slots import SlotRunner
 
 RUNNERS = {
     "compiled": None,

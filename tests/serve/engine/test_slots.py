@@ -14,17 +14,18 @@ from support.recorders import StandIn
 from support.serving_bases import PROMPT, base_of, generated, write_adapters
 from support.tiny_models import tiny
 from veneer.generate import slots
+from veneer.generate.runners import choice
+from veneer.generate.runners.runner import Chunk
+from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.sampling import Sampling
 from veneer.generate.slots import NotInSlots, SlotModel
 from veneer.kernels.graphs import Graphs
-from veneer.serve.engine import adapter_cache, choice
+from veneer.serve.engine import adapter_cache
 from veneer.serve.engine import engine as engines
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import Adjustments, EngineConfig, Grammar, Request
-from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.sampler import Sampler, drawn_at_once
-from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.stream import Stream
 
 GREEDY = Sampling(max_new_tokens=8)

@@ -3,85 +3,38 @@ recently used are dropped where memory ends."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from threading import Lock
-from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.adapter.adapted import Adapted
-from veneer.adapter.attach import adapted_layer
-from veneer.adapter.config import LoRA
-from veneer.adapter.embedding import LoRAEmbedding
 from veneer.adapter.experts import why_not_by_rows
-from veneer.adapter.layers import AdaptedLayer
 from veneer.adapter.method import Method
 from veneer.adapter.modules_to_save import owner_of
-from veneer.adapter.own_rows import BatchUpdates, OwnRows, tensors_of
-from veneer.adapter.parameters import AdaptedParameter
 from veneer.adapter.virtual import keys_values
 from veneer.adapter.weight_access import Place
 from veneer.errors import AdapterError, ConfigError, joined, listed
 from veneer.formats.adapters import read
 from veneer.formats.contents import without_place
-from veneer.formats.install import layer_adapters
 from veneer.formats.state import AdapterState
 from veneer.formats.validate import validate
-from veneer.lowrank.update import LowRankUpdate, mixed
-from veneer.models.device import use_device
-from veneer.serve.engine.adapter_rows import (
-    own_rows,
+from veneer.generate.runners.adapter_rows import (
     shared_by_all,
     virtual_count,
-    why_not_mixed,
 )
+from veneer.generate.runners.loaded import LoadedAdapter, in_one_buffer, made_ready
+from veneer.lowrank.update import mixed
+from veneer.models.device import use_device
 from veneer.serve.engine.library import Entry, Mix, unmixed
 
 log = logging.getLogger("veneer.serve")
 
 _Key = tuple[tuple[int, float], ...]  # versions of adapters, with their weights
-ALIGNED = 64  # bytes, a line of the processor's cache
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedAdapter:
-    """What an adapter, or a mix, adds to each layer of the base, and has for itself.
-
-    content: a hash of all that it computes with. Equal hashes give equal answers, whatever names.
-    invocation: the tokens from which on alone it acts; none where it acts on all. own: rows of
-    embedding and head. prefix: keys and values that come first in each slot, (layers, 2, kv_heads,
-    virtual, head_dim). why_not_mixed: why it acts alone or not at all, if it does.
-    """
-
-    content: str
-    layers: Mapping[Adapted, LowRankUpdate]
-    nbytes: int
-    names: tuple[str, ...]
-    invocation: tuple[int, ...] = ()
-    own: OwnRows | None = None
-    prefix: Tensor | None = None
-    why_not_mixed: str = ""
-
-    @cached_property
-    def embeds(self) -> bool:
-        """Whether it adds to embeddings, of tokens or of positions."""
-        return any(isinstance(layer, LoRAEmbedding) for layer in self.layers)
-
-
-def row_updates(adapters: Sequence[LoadedAdapter | None]) -> BatchUpdates:
-    """Return which adapter acts on each row of a batch, as adapted layers take it."""
-    distinct = list(dict.fromkeys(adapter for adapter in adapters if adapter is not None))
-    which = tuple(None if adapter is None else distinct.index(adapter) for adapter in adapters)
-    own = [adapter.own for adapter in distinct]
-    return BatchUpdates([adapter.layers for adapter in distinct], which, own=own)
 
 
 class AdapterCache:
@@ -207,32 +160,14 @@ class Fit:
             raise AdapterError(f"{opening(entry)}: {joined(problems)}.")
 
 
-@torch.no_grad()
 def load(fit: Fit, entry: Entry) -> LoadedAdapter:
     """Read an adapter and return it ready to act over a model, whose layers it leaves unchanged.
 
     Raises AdapterError, which lists everything that is wrong.
     """
-    model, state = fit.model, fit.read(entry)
+    state = fit.read(entry)
     fit.check(state, entry)
-    updates: dict[Adapted, LowRankUpdate] = {}
-    paths: list[str] = []
-    config = state.config
-    for path, adapter in layer_adapters(state, config).items() if isinstance(config, LoRA) else ():
-        layer = adapted_layer(model, path)
-        assert isinstance(layer, AdaptedLayer | AdaptedParameter)
-        adapter.to(layer.device).requires_grad_(False)
-        updates[layer] = layer.low_rank_update([(adapter, 1.0)], layer.compute_dtype)
-        paths.append(path)
-    invocation = config.invocation_tokens if isinstance(config, LoRA) else ()
-    labels = [*paths, f"from {invocation} on"] if invocation else paths
-    prefix = state.tensors.get("prefix") if virtual_count(state) else None
-    loaded = _in_one_buffer(
-        *(updates, labels, (entry.name,)),
-        own=own_rows(model, state),
-        prefix=None if prefix is None else prefix.to(model.device, model.dtype),
-    )
-    return replace(loaded, invocation=invocation, why_not_mixed=why_not_mixed(state))
+    return made_ready(fit.model, state, entry.name)
 
 
 def opening(entry: Entry) -> str:
@@ -296,51 +231,4 @@ def _mixed(adapters: Sequence[tuple[LoadedAdapter, float]]) -> LoadedAdapter:
     contents = [f"{adapter.content}*{weight!r}" for adapter, weight in adapters]
     names = tuple(f"{weight:g}*{adapter.names[0]}" for adapter, weight in adapters)
     own = with_tokens[0].own if with_tokens else None
-    return replace(_in_one_buffer(updates, contents, names, own=own), invocation=invocations.pop())
-
-
-def _in_one_buffer(
-    updates: Mapping[Adapted, LowRankUpdate],
-    labels: Sequence[str],
-    names: tuple[str, ...],
-    *,
-    own: OwnRows | None = None,
-    prefix: Tensor | None = None,
-) -> LoadedAdapter:
-    """Return updates as an adapter with all tensors in one buffer, B as (..., rank, out) in memory.
-
-    labels: what else goes into the hash of its content. own, prefix: copied into the buffer too.
-    """
-    fields = {} if own is None else tensors_of(own)
-    tensors = [t for update in updates.values() for t in (update.A, update.B.mT, update.gain)]
-    tensors += [*fields.values(), prefix]
-    sizes = [0 if t is None else -(t.nbytes // -ALIGNED) * ALIGNED for t in tensors]
-    device = next((t.device for t in tensors if t is not None), None)
-    buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
-    copies = map(_copied, tensors, buffer.split(sizes))
-    layers: dict[Adapted, LowRankUpdate] = {}
-    content = hashlib.sha256("\n".join(labels).encode())
-    for layer in updates:
-        A, B, gain = next(copies), next(copies), next(copies)
-        assert A is not None
-        assert B is not None
-        layers[layer] = LowRankUpdate(A, B.mT, gain)
-        content.update(f"{tuple(A.shape)} {A.dtype} {gain is None}\n".encode())
-    if own is not None:
-        copied: dict[str, Any] = {name: next(copies) for name in fields}
-        own = replace(own, **copied)
-        shapes = {name: tuple(x.shape) for name, x in fields.items()}
-        content.update(f"{own.size} {shapes}\n".encode())
-    if prefix is not None:
-        prefix = next(copies)
-        assert prefix is not None
-        content.update(f"{tuple(prefix.shape)}\n".encode())
-    content.update(buffer.cpu().numpy().data)
-    return LoadedAdapter(content.hexdigest(), layers, buffer.nbytes, names, own=own, prefix=prefix)
-
-
-def _copied(tensor: Tensor | None, memory: Tensor) -> Tensor | None:
-    """Copy a tensor into memory (bytes,) of at least its size, and return it there."""
-    if tensor is None:
-        return None
-    return memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return replace(in_one_buffer(updates, contents, names, own=own), invocation=invocations.pop())

@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from veneer.adapter.own_rows import acting
+from veneer.generate.runners.loaded import row_updates
 from veneer.kernels.transfer import sent
 from veneer.models.blocks import decoder_of
-from veneer.serve.engine.adapter_cache import row_updates
 from veneer.serve.engine.row import Row
 
 

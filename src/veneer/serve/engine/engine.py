@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import AdapterError, QueueFull, VeneerError
+from veneer.generate.runners.choice import runner_for
+from veneer.generate.runners.slots import SlotRunner
 from veneer.kernels.transfer import OnTheWay
 from veneer.models.device import use_device
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
 from veneer.serve.engine.adapter_cache import AdapterCache
 from veneer.serve.engine.admission import check, mix_named, mix_of
-from veneer.serve.engine.choice import runner_for
 from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.embedder import Embedder
 from veneer.serve.engine.identity import identity_of_blocks
@@ -33,7 +34,6 @@ from veneer.serve.engine.request import EngineConfig, Reason, Request, Stats, To
 from veneer.serve.engine.row import Row
 from veneer.serve.engine.sampler import Drawn, Sampler, sample
 from veneer.serve.engine.scheduler import Scheduler, most_drafted
-from veneer.serve.engine.slots import SlotRunner
 from veneer.serve.engine.stream import Stream
 from veneer.serve.engine.vocabulary import Vocabularies, Vocabulary
 

@@ -12,13 +12,13 @@ import torch
 
 from veneer.errors import ModelError
 from veneer.formats.training import computed_in
+from veneer.generate.runners.runner import Runner
 from veneer.kernels.native import library_of
 from veneer.models.device import device_name
 from veneer.models.fingerprint import base_parameters, fingerprint
 from veneer.models.load import Base
 from veneer.models.locate import locate
 from veneer.models.source import identity_of
-from veneer.serve.engine.runner import Runner
 
 COMPUTED_BY = ("veneer", "torch", "transformers")  # whose code gives keys and values
 

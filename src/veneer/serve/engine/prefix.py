@@ -12,12 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
-
-class PrefixBlock(Protocol):
-    """Keys and values of one block of tokens, in whatever layout the model's runner uses."""
-
-    @property
-    def nbytes(self) -> int: ...
+from veneer.generate.runners.runner import PrefixBlock
 
 
 def block_hashes(

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from veneer.errors import VeneerError
 from veneer.files import new_file, write_json
+from veneer.generate.runners.compiled import KVBlock
+from veneer.generate.runners.runner import PrefixBlock
 from veneer.kernels.transfer import OnTheWay, sent
-from veneer.serve.engine.compiled import KVBlock
-from veneer.serve.engine.prefix import PrefixBlock
 
 log = logging.getLogger("veneer.serve")
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.adapter.invocation import invocation_start
+from veneer.generate.runners.loaded import LoadedAdapter
+from veneer.generate.runners.runner import Chunk
 from veneer.kernels.transfer import sent
-from veneer.serve.engine.adapter_cache import LoadedAdapter
 from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.drafts import Drafter
 from veneer.serve.engine.library import Mix
 from veneer.serve.engine.request import Answer, Reason, Request, Token
-from veneer.serve.engine.runner import Chunk
 from veneer.serve.engine.sampler import Sampler
 from veneer.serve.engine.stream import Stream
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import itemgetter
 
+from veneer.generate.runners.runner import Chunk, Runner
 from veneer.serve.engine.prefix import PrefixCache, block_hashes
 from veneer.serve.engine.request import DRAFTED, Request
 from veneer.serve.engine.row import Row
-from veneer.serve.engine.runner import Chunk, Runner
 from veneer.serve.engine.step_cost import StepCost
 
 MARGIN = 1.25  # by which a guess must be worth more than it takes: for what is not measured

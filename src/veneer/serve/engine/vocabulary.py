@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from veneer.adapter.new_tokens import extend_tokenizer
 from veneer.errors import AdapterError
 from veneer.formats.state import NewTokenRows
+from veneer.generate.runners.adapter_rows import size_of, virtual_count, vocab_of
 from veneer.serve.engine.adapter_cache import Fit
-from veneer.serve.engine.adapter_rows import size_of, virtual_count, vocab_of
 from veneer.serve.engine.grammar import Grammars
 from veneer.serve.engine.library import Entry, Mix
 

@@ -20,13 +20,13 @@ from veneer.adapter.own_rows import BatchUpdates, acting, joined
 from veneer.adapter.use import base_alone
 from veneer.adapter.virtual import keys_values
 from veneer.errors import ConfigError, ModelError
+from veneer.generate.runners.loaded import LoadedAdapter, row_updates
+from veneer.generate.runners.runner import Chunk
 from veneer.generate.slots import PROBE, equal_within_rounding, probe_ids
+from veneer.kernels.decode import KEYS
 from veneer.kernels.transfer import sent
 from veneer.models.context import own_context
 from veneer.models.evaluating import evaluating
-from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
-from veneer.serve.engine.request import CHUNK_MULTIPLE
-from veneer.serve.engine.runner import Chunk
 
 MORE_PLACES = 256  # by which the shared cache grows, at least
 
@@ -78,7 +78,7 @@ class GeneralRunner:
     """
 
     is_exact = False
-    cut = CHUNK_MULTIPLE
+    cut = KEYS
     hidden = None
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:

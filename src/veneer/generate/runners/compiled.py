@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from veneer.fused.head import own_logits_and_head
+from veneer.generate.runners.layer_table import LayerTable, Unsuited, proven_layers
+from veneer.generate.runners.runner import Chunk
+from veneer.generate.runners.surroundings import Surroundings, tokens_of
 from veneer.kernels import decode
-from veneer.serve.engine.layer_table import LayerTable, Unsuited, proven_layers
-from veneer.serve.engine.runner import Chunk
-from veneer.serve.engine.surroundings import Surroundings, tokens_of
 
 FIRST_TOKENS = 256  # that a slot has space for at first; the space doubles as it fills
 PROBE = 40  # tokens that are compared, more than one block of the compiled step

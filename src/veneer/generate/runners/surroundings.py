@@ -27,6 +27,8 @@ from veneer.fused.watch import (
     attention_is_asked_for,
     same_memory,
 )
+from veneer.generate.runners.layer_table import Unsuited, linear_of, plain_linear
+from veneer.generate.runners.loaded import LoadedAdapter, row_updates
 from veneer.kernels import decode
 from veneer.kernels.attention import NAME
 from veneer.kernels.cross_entropy import PLAIN
@@ -34,8 +36,6 @@ from veneer.kernels.norm import Norm
 from veneer.kernels.rotary import Rotary
 from veneer.lowrank.update import RowUpdates
 from veneer.models.blocks import decoder_of
-from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
-from veneer.serve.engine.layer_table import Unsuited, linear_of, plain_linear
 
 POSITIONS = 1024  # whose angles are computed at once
 Adapters = Sequence[LoadedAdapter | None]  # of each token

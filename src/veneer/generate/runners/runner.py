@@ -8,8 +8,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from veneer.serve.engine.adapter_cache import LoadedAdapter
-from veneer.serve.engine.prefix import PrefixBlock
+from veneer.generate.runners.loaded import LoadedAdapter
+
+
+class PrefixBlock(Protocol):
+    """Keys and values of one block of tokens, in whatever layout the model's runner uses."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)

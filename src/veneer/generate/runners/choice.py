@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from veneer.generate.runners.compiled import CompiledRunner
+from veneer.generate.runners.general import GeneralRunner
+from veneer.generate.runners.layer_table import Unsuited
+from veneer.generate.runners.runner import Runner
+from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.slots import NotInSlots
-from veneer.serve.engine.compiled import CompiledRunner
-from veneer.serve.engine.general import GeneralRunner
-from veneer.serve.engine.layer_table import Unsuited
-from veneer.serve.engine.runner import Runner
-from veneer.serve.engine.slots import SlotRunner
 
 
 def runner_for(model: PreTrainedModel, slots: int, context: int) -> tuple[Runner, tuple[str, ...]]:

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapter.own_rows import joined
+from veneer.generate.runners.loaded import LoadedAdapter, row_updates
+from veneer.generate.runners.runner import Chunk
 from veneer.generate.slots import SlotModel
 from veneer.kernels.graphs import NONE_HERE, Graphs, Tensors, length_for, size_for
 from veneer.kernels.transfer import sent
-from veneer.serve.engine.adapter_cache import LoadedAdapter, row_updates
-from veneer.serve.engine.runner import Chunk
 
 log = logging.getLogger("veneer.serve")
 

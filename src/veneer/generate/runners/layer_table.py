@@ -17,6 +17,7 @@ from veneer.fused.layers import FusedLayer
 from veneer.fused.norms import with_weights
 from veneer.fused.recognise import recognise
 from veneer.fused.structure import FeedForwardStructure, LayerStructure
+from veneer.generate.runners.loaded import LoadedAdapter
 from veneer.kernels import decode
 from veneer.kernels.activation import Activation
 from veneer.kernels.rotary import Rotary
@@ -24,7 +25,6 @@ from veneer.models.blocks import decoder_layers
 from veneer.quant.int8 import Int8
 from veneer.quant.nf4 import NF4
 from veneer.quant.weight import QuantizedLinear
-from veneer.serve.engine.adapter_cache import LoadedAdapter
 
 ACTIVATIONS: Sequence[Activation] = get_args(Activation)  # in the order of decode.cpp
 
