@@ -30,7 +30,7 @@ from veneer.generate.runners.slots import SlotRunner
 from veneer.generate.sampling import Sampling
 from veneer.kernels.heap import kept_heap
 from veneer.models.description import keeps_experts
-from veneer.serve.engine.admission import mix_named
+from veneer.serve.engine.admission import mix_of
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.library import Library
 from veneer.serve.engine.request import EngineConfig, Request
@@ -349,7 +349,7 @@ def write_adapters(model: Any, home: Path) -> list[Path]:
 
 
 def ready(engine: Engine, name: str) -> LoadedAdapter:
-    return engine.adapters.get(mix_named(engine.library, name))
+    return engine.adapters.get(mix_of(engine.library, name))
 
 
 def interleaved(timed: dict[str, Timed], rounds: int) -> dict[str, float]:

@@ -61,7 +61,7 @@ class ScriptedEngine:
         with self._free:
             with self._lock:
                 self.waiting, self.active = self.waiting - 1, self.active + 1
-            name = request.adapter if isinstance(request.adapter, str) else "base"
+            name = _name_of(request.adapter)
             words = self.script or [name, " says", *(f" word {i}" for i in range(10_000))]
             reason, new = "stop" if self.script else "length", 0
             for word in words[: request.sampling.max_new_tokens if request.answers else 0]:
@@ -89,7 +89,7 @@ class ScriptedEngine:
             stream.add(Answer("", (), reason, prompt, new_tokens=new, error=error))
 
     def score(self, tokens: Any, adapter: Any = None) -> tuple[float | None, ...]:
-        change = 0.0 if adapter is None else 1.0
+        change = 1.0 if adapter else 0.0
         return (None, *(-3.0 + change * (i % 2) for i in range(1, len(tokens))))
 
     def vocabulary(self, which: Any) -> Vocabulary:
@@ -98,7 +98,7 @@ class ScriptedEngine:
     def load(self, name: str) -> None:
         self.library.info(name)
 
-    def refuse_unservable(self) -> dict[str, str]:
+    def refuse_unservable(self, since: int = 0) -> dict[str, str]:
         return {}
 
     def close(self, *, drain: bool = True) -> None:
@@ -109,6 +109,11 @@ class ScriptedEngine:
         zeros = {field.name: 0 for field in fields(Stats)}
         own = {"active": self.active, "waiting": self.waiting, "slots": self.slots}
         return Stats(**zeros | own | {"resident": ()})
+
+
+def _name_of(which: Any) -> str:
+    mix = which if isinstance(which, tuple) else ()
+    return str(mix[0][0].name) if len(mix) == 1 else "base"
 
 
 def scripted(

@@ -18,7 +18,7 @@ def test_texts_and_tokens_by_the_base_and_an_adapter(client, server):
     engine = server.served.engine
     one = client.embeddings.create(model="law", input="Once")  # the client asks for base64
     assert one.data[0].embedding == pytest.approx([0.6, 0.8])
-    assert (engine.requests[-1].adapter, engine.requests[-1].embedding) == ("law", "mean")
+    assert (_names(engine.requests[-1]), engine.requests[-1].embedding) == ({"law": 1.0}, "mean")
     assert one.usage.prompt_tokens == len(engine.requests[-1].tokens) == 4
     several = client.embeddings.create(
         model=BASE, input=["Once", "more"], encoding_format="float", extra_body={"pooling": "last"}
@@ -30,7 +30,11 @@ def test_texts_and_tokens_by_the_base_and_an_adapter(client, server):
     client.embeddings.create(model=BASE, input=[[5, 6], [7]], dimensions=2)
     assert [request.tokens for request in engine.requests[-2:]] == [(5, 6), (7,)]
     client.embeddings.create(model=BASE, input=[5, 6], extra_body={"adapters": {"law": 0.5}})
-    assert dict(engine.requests[-1].adapter) == {"law": 0.5}
+    assert _names(engine.requests[-1]) == {"law": 0.5}
+
+
+def _names(request):
+    return {entry.name: weight for entry, weight in request.adapter}
 
 
 def test_all_texts_and_choices_are_of_one_version(server, two):
@@ -38,7 +42,7 @@ def test_all_texts_and_choices_are_of_one_version(server, two):
     submit = served.engine.submit
 
     def submit_and_replace(request):
-        seen.append(request.versions)
+        seen.append(request.adapter)
         served.library.add("law", two["law"])
         return submit(request)
 

@@ -12,6 +12,7 @@ from support.closeness import assert_no_further
 from support.own_rows import KINDS, VIRTUAL, installed, write_every_kind
 from support.random_adapters import NEW_TOKENS, ids, tokenizer
 from support.recorders import StandIn
+from support.server import scripted
 from support.serving_bases import PROMPT, base_of, generated
 from support.tiny_models import VOCAB, tiny
 from veneer.adapter.own_rows import joined
@@ -202,6 +203,19 @@ def test_new_tokens_are_read_and_written(homes):
             }
             drawn = asked(which, sampling=replace(DRAWN, temperature=1e4, max_new_tokens=30))
             assert all(each.id < VOCAB for each in drawn.tokens)
+        # Whoever has begun goes on with the tokens that the name meant then.
+        served = scripted()
+        served.engine, served.library = engine, engine.library
+        which = served.which("again", None)
+        engine.library.add("again", homes["dora"])
+        engine.load("again")
+        tokens = served.encode(f"a {NEW}", special=False, which=which)
+        assert tokens[-1] == token
+        (stream,) = served.submit([Request(tuple(tokens), which, sampling=GREEDY)])
+        assert stream.result().reason == "length"
+        assert token not in served.encode(NEW, special=False, which=served.which("again", None))
+        engine.library.add("again", homes["tokens"])
+        assert engine.vocabulary("again") is own
         # It leaves memory with the adapters that had it, as they do.
         left = weakref.ref(own)
         del own

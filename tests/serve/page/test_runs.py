@@ -223,5 +223,11 @@ def test_adapters_of_both_formats(tmp_path):
         )
         assert shown["bytes"] == sum(file.stat().st_size for file in directory.iterdir())
         assert "trained" not in shown
+        assert "invocation" not in shown
+    lora = veneer.LoRA(rank=2, targets="attention", invocation=(5, 6))
+    for format in ("native", "peft"):
+        directory = tmp_path / f"activated-{format}"
+        veneer.save(veneer.attach(tiny("llama"), lora), directory, format=format)
+        assert about(directory, 1, HERE)["invocation"] == [5, 6]
     (tmp_path / "native" / "lora_config.json").write_text("{")
     assert "cannot be read" in about(tmp_path / "native", 2, HERE)["error"]

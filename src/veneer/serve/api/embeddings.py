@@ -68,7 +68,7 @@ def routes(served: Served, metrics: Metrics) -> APIRouter:
             return Request(tuple(tokens), adapter, embedding=pooling)
 
         def all_requests() -> list[Request]:
-            return served.pinned([request_of(each) for each in asked.texts])
+            return [request_of(each) for each in asked.texts]
 
         async def all_of() -> list[Answer]:
             # All are looked at first. Each is computed alone, so one after another waits no longer.

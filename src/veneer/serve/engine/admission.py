@@ -26,17 +26,11 @@ def check(request: Request, *, context: int, vocab: int) -> None:
             raise RequestError(why, param=param)
 
 
-def mix_of(library: Library, request: Request) -> Mix:
-    """Return the versions that a request's adapters mean, with their weights. Raises as `mix_named`
-    does."""
-    return mix_named(library, request.adapter) if request.versions is None else request.versions
-
-
-def mix_named(library: Library, which: Which) -> Mix:
-    """Return the versions that names mean now, with their weights. Raises RequestError for one that
-    is not in the library, AdapterError for one that it refuses."""
-    if which is None:
-        return ()
+def mix_of(library: Library, which: Which) -> Mix:
+    """Return the versions that names mean now, with their weights; versions as they are. Raises
+    RequestError for a name that is not in the library, AdapterError for one that it refuses."""
+    if which is None or isinstance(which, tuple):
+        return which or ()
     weights: Mapping[str, float] = {which: 1.0} if isinstance(which, str) else which
     try:
         mix = tuple((library.info(name), float(w)) for name, w in weights.items())

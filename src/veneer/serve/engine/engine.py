@@ -22,7 +22,7 @@ from veneer.models.device import use_device
 from veneer.models.end_tokens import end_tokens
 from veneer.models.load import Base
 from veneer.serve.engine.adapter_cache import AdapterCache
-from veneer.serve.engine.admission import check, mix_named, mix_of
+from veneer.serve.engine.admission import check, mix_of
 from veneer.serve.engine.detokenizer import Detokenizer
 from veneer.serve.engine.embedder import Embedder
 from veneer.serve.engine.identity import identity_of_blocks
@@ -93,7 +93,7 @@ class Engine:
         adapter that the library refuses, QueueFull where too many requests wait. Errors that come
         later end the stream.
         """
-        mix = mix_of(self.library, request)
+        mix = mix_of(self.library, request.adapter)
         own = self.vocabularies.of(mix)
         context = self.context - own.virtual
         check(request, context=context, vocab=own.size)
@@ -126,7 +126,7 @@ class Engine:
 
     def vocabulary(self, which: Which) -> Vocabulary:
         """Return the tokens that adapters read and answer in. Raises as `submit` does."""
-        return self.vocabularies.of(mix_named(self.library, which))
+        return self.vocabularies.of(mix_of(self.library, which))
 
     def load(self, name: str) -> None:
         """Load an adapter now, and drop those that were replaced or removed. Raises AdapterError if
@@ -136,11 +136,13 @@ class Engine:
         self.adapters.drop_gone(versions)
         self.vocabularies.drop_gone(versions)
 
-    def refuse_unservable(self) -> dict[str, str]:
-        """Look at the settings and shapes of all adapters, and let the library refuse those that
-        cannot be served; return why, by name."""
+    def refuse_unservable(self, since: int = 0) -> dict[str, str]:
+        """Look at the settings and shapes of adapters, and let the library refuse those that cannot
+        be served; return why, by name. since: a version, of which and before which all were looked
+        at already."""
         for entry in self.library.entries():
-            if not entry.refusal and (why := self.adapters.fit.why_not(entry)):
+            is_new = entry.version > since
+            if is_new and not entry.refusal and (why := self.adapters.fit.why_not(entry)):
                 self.library.refuse(entry, why)
         return {entry.name: entry.refusal for entry in self.library.entries() if entry.refusal}
 

@@ -15,7 +15,8 @@ from veneer.models.context import own_context
 from veneer.serve.engine.library import Mix
 
 Reason = Literal["stop", "length", "cancelled", "error"]
-Which = str | Mapping[str, float] | None  # an adapter's name, a weighted mix, or the base alone
+# An adapter's name, a weighted mix, either as versions that were looked up, or the base alone.
+Which = str | Mapping[str, float] | Mix | None
 MOST_LOGPROBS = 20  # as in OpenAI's interface
 LONGEST_CONTEXT = 4096  # tokens of a context, unless the configuration says otherwise
 DRAFTED = 16  # tokens that are guessed at most, unless the configuration says otherwise
@@ -70,7 +71,8 @@ class Request:
     tokens: tuple[int, ...]
     """The prompt."""
     adapter: Which = None
-    """An adapter's name, a mix as names to weights, or None for the base alone."""
+    """An adapter's name, a mix as names to weights, the versions that these mean, or None for the
+    base alone."""
     sampling: Sampling = field(default_factory=Sampling)
     """How each next token is chosen, and how many there may be."""
     stop: tuple[str, ...] = ()
@@ -87,8 +89,6 @@ class Request:
     """Let special tokens show in the text."""
     embedding: Literal["mean", "last"] | None = None
     """Give the prompt's embedding instead of an answer: over all of its tokens, or of its last."""
-    versions: Mix | None = None
-    """What the adapter's names mean, where that was looked up already."""
 
     @property
     def answers(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from veneer.errors import ContextExceeded, DataError, RequestError, UnknownModel
 from veneer.formats.training import ComputedIn
 from veneer.serve.engine.admission import mix_of
 from veneer.serve.engine.base_weights import BaseWeights
-from veneer.serve.engine.library import Library
+from veneer.serve.engine.library import Library, Mix
 from veneer.serve.engine.request import Request, Stats, Which
 from veneer.serve.engine.stream import Stream, cancel
 from veneer.serve.engine.vocabulary import Vocabulary
@@ -34,7 +34,7 @@ class EngineLike(Protocol):
 
     def load(self, name: str) -> None: ...
 
-    def refuse_unservable(self) -> Mapping[str, str]: ...
+    def refuse_unservable(self, since: int = 0) -> Mapping[str, str]: ...
 
     def close(self, *, drain: bool = True) -> None: ...
 
@@ -78,19 +78,21 @@ class Served:
             raise RequestError(entry.refusal, param=param)
         return model
 
-    def which(self, model: str, mix: Mapping[str, float] | None) -> Which:
-        """Return what is to answer: an adapter, the base, or a mix of adapters over it.
+    def which(self, model: str, mix: Mapping[str, float] | None) -> Mix:
+        """Return what is to answer: an adapter, a mix of adapters, or nothing for the base alone.
 
-        Raises RequestError for what is not here.
+        These are the versions of this moment. Whoever encodes a prompt for them and has it answered
+        by them later is not disturbed by an adapter that is replaced meanwhile, perhaps by one with
+        other tokens. Raises RequestError for what is not here.
         """
         if mix is None:
-            return self.adapter(model)
+            return mix_of(self.library, self.adapter(model))
         if model != self.name:
             raise RequestError(f"With adapters, model must be {self.name}.", param="model")
         for name in mix:
             if self.adapter(name, param="adapters") is None:
                 raise RequestError(f"{name} is the base, not an adapter.", param="adapters")
-        return dict(mix)
+        return mix_of(self.library, mix)
 
     def chat_tokens(
         self,
@@ -194,17 +196,11 @@ class Served:
             )
         return most or min(left, default or left)
 
-    def pinned(self, requests: Sequence[Request]) -> list[Request]:
-        """Return requests, all of one adapter or mix, that mean the versions of this moment, also
-        where an adapter is replaced before the last of them is computed."""
-        mix = mix_of(self.library, requests[0])
-        return [replace(request, versions=mix) for request in requests]
-
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
-        """Give requests of one adapter or mix to the engine, all of them or none."""
+        """Give requests to the engine, all of them or none."""
         streams: list[Stream] = []
         try:
-            for request in self.pinned(requests):
+            for request in requests:
                 streams.append(self.engine.submit(request))
         except BaseException:
             cancel(streams)
@@ -217,7 +213,7 @@ class Served:
         return lambda token: str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
     def compared(
-        self, messages: Sequence[Message], answer: str, adapter: str
+        self, messages: Sequence[Message], answer: str, adapter: Which
     ) -> Iterator[tuple[str, float, float]]:
         """Yield an answer's tokens, each with its log probability by the base and by an adapter.
 

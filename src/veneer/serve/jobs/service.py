@@ -87,9 +87,10 @@ class Jobs:
 
     def start(self) -> None:
         """Serve what was trained before, and go on with what was not ended."""
+        before = max((entry.version for entry in self.served.library.entries()), default=0)
         for job in self.store.jobs():
             self.publisher.publish(job, result=job.status == "succeeded", load=False)
-        self.served.engine.refuse_unservable()
+        self.served.engine.refuse_unservable(since=before)
         self.supervisor.start()
 
     def end(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import AdapterError
 from veneer.files import read_json, size_of
@@ -15,8 +18,15 @@ from veneer.formats.training import ComputedIn, base_in, other_base, system_prom
 from veneer.run_directory import RunDirectory
 from veneer.serve.page.runs import follow_file, settings_of
 
-NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "use_dora": "dora"}
+NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    "use_dora": "dora",
+    "alora_invocation_tokens": "invocation",
+}
 SHOWN = ("method", "rank", "alpha", "targets", "layers", "dora", "rslora", "virtual_tokens")
+SHOWN += ("invocation",)
 
 
 @lru_cache(maxsize=4096)
@@ -49,6 +59,20 @@ def about(directory: Path, version: int, here: ComputedIn) -> dict[str, Any]:
             "eval_loss": min((loss for _, loss in evaluations), default=None),
         }
     return shown
+
+
+def with_invocation(
+    shown: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Return what is shown of an adapter with its invocation as a text in place of token ids, and
+    without one that holds anything else."""
+    tokens = shown.get("invocation")
+    others = {name: value for name, value in shown.items() if name != "invocation"}
+    if not isinstance(tokens, list):
+        return others
+    if not all(isinstance(t, int) and 0 <= t < len(tokenizer) for t in tokens):
+        return others
+    return others | {"invocation": tokenizer.decode(tokens)}
 
 
 def _config(adapter: Located) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query
-from fastapi.responses import FileResponse
-from starlette.background import BackgroundTask
+from fastapi.responses import FileResponse, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
 from veneer.errors import Missing, RequestError
@@ -18,7 +17,7 @@ from veneer.serve.api.job_protocol import MergeRequest, PlanRequest, RowsRequest
 from veneer.serve.api.protocol import TokensRequest
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs.service import Jobs
-from veneer.serve.page.about import about
+from veneer.serve.page.about import about, with_invocation
 from veneer.serve.page.changed import changed
 from veneer.serve.page.download import Format, zipped, zipped_model
 from veneer.serve.page.merged import shown
@@ -50,12 +49,13 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
         """Return the base, and for each adapter what its files say."""
 
         def look() -> list[dict[str, Any]]:
-            entries = served.library.entries()
-            return [
-                {"name": e.name, **about(e.directory, e.version, served.computed_in)}
-                | ({"error": e.refusal} if e.refusal else {})
-                for e in entries
-            ]
+            shown = []
+            for entry in served.library.entries():
+                own = about(entry.directory, entry.version, served.computed_in)
+                refusal = {"error": entry.refusal} if entry.refusal else {}
+                in_words = with_invocation(own, served.tokenizer)
+                shown.append({"name": entry.name, **in_words, **refusal})
+            return shown
 
         in_memory = set(served.engine.stats.resident)
         described = await asyncio.to_thread(look)
@@ -107,12 +107,11 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
 
         return await asyncio.to_thread(look)
 
-    @router.get("/jobs/{job_id}/adapter", response_class=FileResponse, responses=ZIP)
-    async def adapter(job_id: str, format: Format = "native") -> FileResponse:
+    @router.get("/jobs/{job_id}/adapter", response_class=StreamingResponse, responses=ZIP)
+    async def adapter(job_id: str, format: Format = "native") -> StreamingResponse:
         """Return the adapter that a job has trained, as a zip file."""
-        path = await asyncio.to_thread(zipped, enabled(jobs), job_id, format)
-        done = BackgroundTask(path.unlink)
-        return FileResponse(path, media_type="application/zip", background=done)
+        content = await asyncio.to_thread(zipped, enabled(jobs), job_id, format)
+        return StreamingResponse(content, media_type="application/zip")
 
     @router.get("/merges")
     async def merge_of(model: str) -> dict[str, Any]:
@@ -127,18 +126,17 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
         begun = await asyncio.to_thread(service.merge, asked.model)
         return shown(asked.model, begun, service.places.root)
 
-    @router.get("/merges/model", response_class=FileResponse, responses=ZIP)
-    async def merged_model(model: str) -> FileResponse:
+    @router.get("/merges/model", response_class=StreamingResponse, responses=ZIP)
+    async def merged_model(model: str) -> StreamingResponse:
         """Return a merged model, as a zip file."""
-        path = await asyncio.to_thread(zipped_model, enabled(jobs), model)
-        done = BackgroundTask(path.unlink)
-        return FileResponse(path, media_type="application/zip", background=done)
+        content = await asyncio.to_thread(zipped_model, enabled(jobs), model)
+        return StreamingResponse(content, media_type="application/zip")
 
     @router.post("/tokens")
     async def tokens(asked: TokensRequest) -> dict[str, Any]:
         """Return how likely each token of an answer is, with the adapter and without."""
-        adapter = served.adapter(asked.model)
-        if adapter is None:
+        adapter = served.which(asked.model, None)
+        if not adapter:
             raise RequestError("This needs an adapter, to compare with the base.", param="model")
 
         def look() -> list[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from veneer.adapter.new_tokens import find_new_tokens
 from veneer.data.encode import UNLABELLED, Encoder, encode_rows
 from veneer.data.preview import preview
-from veneer.data.rows import Conversation, Row, texts_of
+from veneer.data.rows import Conversation, Message, Row, texts_of
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs import uploads
 from veneer.serve.jobs.service import Jobs
@@ -47,12 +49,57 @@ def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
 
 
 def _ask(row: Row) -> dict[str, Any] | None:
-    """Return the turns before a row's first answer, and that answer; None for a text."""
+    """Return the turns before a row's first answer and its tools as a chat's body has them, and
+    that answer; None for a text."""
     if not isinstance(row, Conversation):
         return None
     at = next(i for i, turn in enumerate(row.messages) if turn.role == "assistant" and turn.learn)
     turns = row.messages[:at]
     if not turns or turns[-1].role != "user":
         return None
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    return {"messages": messages, "answer": row.messages[at].content}
+    answer = row.messages[at]
+    calls = [f"{name} {arguments}" for name, arguments in _calls(answer)]
+    return {
+        "messages": _messages(turns),
+        "tools": [{"type": "function", "function": _described(tool)} for tool in row.tools],
+        "answer": "\n".join([answer.content] * bool(answer.content) + calls),
+    }
+
+
+def _messages(turns: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return turns as a chat's body has them. Calls without an id, and results without that of
+    their call, get one in their order."""
+    messages, waiting, number = [], list[str](), 0
+    for turn in turns:
+        message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+        if turn.role == "tool":
+            in_order = waiting.pop(0) if waiting else "call_0"
+            message["tool_call_id"] = str(turn.fields.get("tool_call_id", in_order))
+        if calls := _calls(turn):
+            written = turn.fields["tool_calls"]
+            assert isinstance(written, list)
+            waiting = [str(call.get("id", f"call_{number + i}")) for i, call in enumerate(written)]
+            number += len(calls)
+            message["tool_calls"] = [
+                {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+                for id, (name, arguments) in zip(waiting, calls, strict=True)
+            ]
+        messages.append(message)
+    return messages
+
+
+def _calls(turn: Message) -> list[tuple[str, str]]:
+    """Return the calls of a turn: the function's name, and its arguments as JSON."""
+    calls = turn.fields.get("tool_calls", ())
+    assert isinstance(calls, Sequence)
+    functions = [call.get("function", call) for call in calls]
+    return [
+        (function["name"], json.dumps(function["arguments"], ensure_ascii=False))
+        for function in functions
+    ]
+
+
+def _described(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a chat's body says of a function."""
+    function = tool.get("function", tool)
+    return {key: function[key] for key in ("name", "description", "parameters") if key in function}

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -100,7 +101,10 @@ class Runs:
         """Return all runs for the page, the one that changed last first."""
         shown, now = [], time.time()
         with self._lock:
-            for changed, metrics in self._newest():
+            newest = self._newest()
+            kept = {metrics for _, metrics in newest}
+            self._runs = {file: run for file, run in self._runs.items() if file in kept}
+            for changed, metrics in newest:
                 directory = metrics.parent
                 try:
                     run = self._follow(metrics)
@@ -182,6 +186,17 @@ def follow_file(metrics: Path) -> Run:
 
 def settings_of(directory: Path) -> dict[str, Any]:
     """Return the settings that identify a run for a person; none where it has no recipe."""
+    try:
+        status = RunDirectory(directory).recipe.stat()
+    except OSError:
+        return {}
+    # Parsing takes milliseconds, for each of many runs at each look, and recipes change rarely.
+    return dict(_settings(directory, (status.st_ino, status.st_size, status.st_mtime_ns)))
+
+
+@lru_cache(maxsize=2 * MOST_RUNS)
+def _settings(directory: Path, changed: tuple[int, ...]) -> dict[str, Any]:
+    """Return the settings of a recipe; changed: differs whenever its file does."""
     recipe = RunDirectory(directory).read_recipe()
     return {name: recipe[name] for name in SETTINGS if recipe.get(name) is not None}
 

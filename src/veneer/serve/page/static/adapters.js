@@ -9,6 +9,7 @@ const number = (value, digits = 3) => (value == null ? null : value.toFixed(digi
 
 export function method(adapter) {
   if (adapter.method) return adapter.method;
+  if (adapter.invocation) return "Activated LoRA";
   return adapter.dora ? "DoRA" : "LoRA";
 }
 
@@ -43,6 +44,7 @@ function cardOf(adapter, training) {
     ["Targets", list(adapter.targets)],
     ["Layers", adapter.layers],
     ["Virtual tokens", adapter.virtual_tokens],
+    ["Acts from", adapter.invocation],
     ["Size", bytes(adapter.bytes)],
     ["Made for", adapter.base],
     ["Trained over", adapter.over],

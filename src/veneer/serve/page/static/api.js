@@ -64,8 +64,9 @@ export async function* answer(body, signal) {
       if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
       const event = JSON.parse(line.slice(6));
       if (event.error) throw new Refused(event.error.message, 500);
-      const piece = event.choices[0]?.delta?.content;
-      if (piece) yield piece;
+      const delta = event.choices[0]?.delta;
+      if (delta?.content) yield delta.content;
+      for (const { function: called } of delta?.tool_calls ?? []) yield `${called.name ? `${called.name} ` : ""}${called.arguments ?? ""}`;
     }
   }
 }

@@ -3,6 +3,7 @@
 import { get, post, save } from "./api.js";
 import { announce, bytes, facts, make, showError } from "./dom.js";
 
+const RETRY = 3000; // milliseconds after a look that failed
 const nats = (value) => (value == null ? null : `${value.toPrecision(2)} nats a token`);
 
 // Return a place in a card which looks once it is opened, and again each second while it merges.
@@ -10,7 +11,7 @@ export function mergeOf(name) {
   const content = make("div", {});
   const details = make("details", { class: "merge" }, make("summary", {}, "Merged model"), content);
   const path = `/api/merges?${new URLSearchParams({ model: name })}`;
-  let state = "";
+  let state = "", timer = 0;
 
   function button(text, act) {
     const made = make("button", { type: "button", class: "plain small", "aria-label": `${text} ${name}` }, text);
@@ -49,12 +50,22 @@ export function mergeOf(name) {
     if (hadFocus) (content.querySelector("button") ?? content.firstChild).focus();
     if (state === "running" && merge.state !== "running") announce(merge.verdict ?? merge.why);
     state = merge.state;
-    if (state === "running") setTimeout(look, 1000);
+    if (state === "running") lookAgain(1000);
+  }
+
+  function lookAgain(milliseconds) {
+    clearTimeout(timer); // one look follows, however often the place was opened
+    timer = setTimeout(look, milliseconds);
   }
 
   async function look() {
     if (!details.isConnected || !details.open) return;
-    await get(path).then(show, showError);
+    try {
+      show(await get(path));
+    } catch (error) {
+      showError(error);
+      if (error.status !== 401) lookAgain(RETRY); // without the key every look would fail
+    }
   }
 
   details.addEventListener("toggle", look);

@@ -3,6 +3,7 @@
 import { post } from "./api.js";
 import { byId, bytes, duration, showError } from "./dom.js";
 
+const PAUSE = 300; // milliseconds without a change
 const form = () => byId("train-form");
 const boxes = () => [...form().querySelectorAll("input[name=preset]")];
 const inWords = (n) => (n < 1e6 ? n.toLocaleString("en") : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} million`);
@@ -50,6 +51,12 @@ export async function showPlans(rows, isBase) {
   }));
 }
 
+// Ask once a person pauses, not at each key.
 export function startPresets(show) {
-  for (const name of ["train-presets", "train-passes"]) byId(name).addEventListener("input", () => show().catch(showError));
+  let timer = 0;
+  const later = () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => show().catch(showError), PAUSE);
+  };
+  for (const name of ["train-presets", "train-passes"]) byId(name).addEventListener("input", later);
 }

@@ -83,11 +83,15 @@ async function showCompared(runs) {
     ["Best evaluation loss", two.map((run) => number(evaluation(run)))],
     ["Speed", two.map(speed)],
   ], "What became of them"));
-  if (shown === names.join("\n")) return;
-  shown = names.join("\n");
+  const both = names.join("\n");
+  if (shown === both) return;
+  shown = both;
   const asked = new URLSearchParams(names.map((name) => ["run", name]));
-  const { differences } = await get(`/api/runs/differences?${asked}`);
-  if (shown !== names.join("\n")) return; // another choice came meanwhile
+  const { differences } = await get(`/api/runs/differences?${asked}`).catch((error) => {
+    if (shown === both) shown = ""; // the next look asks again
+    throw error;
+  });
+  if (shown !== both) return; // another choice came meanwhile
   const rows = differences.map(({ setting, values }) => [setting.replaceAll("_", " "), setting === "data" ? fileNames(values) : values]);
   byId("runs-settings").replaceChildren(rows.length ? table(names, rows, "Settings in which they differ") : make("p", { class: "quiet" }, "Their settings are the same."));
   announce(`${names.join(" and ")} are compared: ${rows.length} settings differ.`);

@@ -15,7 +15,7 @@ export function samplesOf(jobs, job) {
   const expected = make("p", { class: "quiet" });
   const log = make("div", { class: "samples-log", role: "log", "aria-label": `Answers of ${job.run} as it learns`, tabindex: "0" });
   const details = make("details", { class: "samples" }, make("summary", {}, "Answers as it learns"), question, expected, log);
-  let before = []; // the turns before the question
+  let before = [], tools = []; // the turns before the question, and the functions that an answer may call
   let tries = new Map(); // by model
   let first = null; // the answer of the model that the job starts from
   let last = job, round = 0, isBusy = false, isReady = false, isDone = false;
@@ -24,6 +24,7 @@ export function samplesOf(jobs, job) {
     const { asks } = await post("/api/rows", { file: job.training_file, model: job.model });
     if (!asks.length || question.value) return;
     before = asks[0].messages.slice(0, -1);
+    tools = asks[0].tools;
     question.value = asks[0].messages.at(-1).content;
     expected.textContent = `Its first row answers: ${asks[0].answer}`;
   }
@@ -33,7 +34,8 @@ export function samplesOf(jobs, job) {
     const messages = [...before, { role: "user", content: question.value.trim() }];
     let reply = "";
     const most = Math.min(MOST_TOKENS, sampling().max_tokens ?? MOST_TOKENS); // which fits the context
-    for await (const piece of answer({ model, messages, temperature: 0, max_tokens: most })) reply += piece;
+    const body = { model, messages, temperature: 0, max_tokens: most, ...(tools.length ? { tools } : {}) };
+    for await (const piece of answer(body)) reply += piece;
     if (mine !== round) return;
     first ??= reply;
     const words = differing([first, reply])[1].map(({ word, differs }) => (differs ? make("mark", {}, word) : word));
