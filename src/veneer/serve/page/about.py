@@ -25,8 +25,10 @@ NAMES = {
     "use_dora": "dora",
     "alora_invocation_tokens": "invocation",
 }
-SHOWN = ("method", "rank", "alpha", "targets", "layers", "dora", "rslora", "virtual_tokens")
-SHOWN += ("invocation",)
+SHOWN = (
+    *("method", "rank", "alpha", "targets", "layers", "dora", "rslora", "virtual_tokens"),
+    "invocation",
+)
 
 
 @lru_cache(maxsize=4096)
@@ -61,9 +63,7 @@ def about(directory: Path, version: int, here: ComputedIn) -> dict[str, Any]:
     return shown
 
 
-def with_invocation(
-    shown: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def with_invocation(shown: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what is shown of an adapter with its invocation as a text in place of token ids, and
     without one that holds anything else."""
     tokens = shown.get("invocation")

@@ -33,7 +33,9 @@ def zipped(jobs: Jobs, id: str, format: Format) -> Iterator[bytes]:
     place = tempfile.TemporaryDirectory()
     out = Path(place.name) / (f"{job.name}.gguf" if format == "gguf" else job.name)
     try:
-        convert(source, out, to=format, base=load_skeleton(jobs.base.name), base_name=jobs.base.name)
+        convert(
+            source, out, to=format, base=load_skeleton(jobs.base.name), base_name=jobs.base.name
+        )
     except BaseException:
         place.cleanup()
         raise
@@ -86,7 +88,10 @@ class _Sink:
         return len(data)
 
     def flush(self) -> None:
-        pass
+        """Do nothing: the bytes are here."""
+
+    def close(self) -> None:
+        """Do nothing: what was written can still be taken."""
 
     def taken(self) -> bytes:
         """Return what was written since the last call."""
