@@ -146,5 +146,5 @@ def all_but(n: int, excluded: NDArray[np.integer]) -> NDArray[np.integer]:
 
 
 def _large_files() -> Path:
-    place = Path("/var/tmp")
+    place = Path("/var/tmp")  # noqa: S108, files there have no name
     return place if place.is_dir() else Path(tempfile.gettempdir())

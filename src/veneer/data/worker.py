@@ -102,14 +102,14 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     blocks = sys.stdin.buffer
-    task: Task = pickle.load(blocks)
+    task: Task = pickle.load(blocks)  # noqa: S301, from the process that started this one
     # Rows make many short-lived lists and tuples, over which Python would look for cycles again and
     # again: a tenth of the time. It does so between blocks, and passes over what stays.
     gc.freeze()
     gc.disable()
     while True:
         try:
-            block = pickle.load(blocks)
+            block = pickle.load(blocks)  # noqa: S301
         except (EOFError, pickle.UnpicklingError):  # the other process has ended, perhaps midway
             return
         try:

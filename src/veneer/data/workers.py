@@ -40,7 +40,7 @@ def done_by_all_cores(
             while (block := next_block()) is not None:
                 pickle.dump(block, process.stdin)
                 process.stdin.flush()
-                results.put(pickle.load(process.stdout))
+                results.put(pickle.load(process.stdout))  # noqa: S301, of our own process
             process.stdin.close()
             results.put(None)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):

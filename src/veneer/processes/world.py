@@ -205,7 +205,7 @@ def _portable(error: Exception, rank: int) -> Exception:
     """Return an error for other processes: itself, where it is for a person and can be sent."""
     if isinstance(error, VeneerError | OSError):
         try:
-            return pickle.loads(pickle.dumps(error))
+            return pickle.loads(pickle.dumps(error))  # noqa: S301, what was pickled here
         except Exception:  # an error with arguments of its own may not be made from a message
             return TrainingError(str(error))
     unexpected = TrainingError(f"Process {rank} ended with {type(error).__name__}: {error}")
