@@ -9,6 +9,7 @@ Tests of how Veneer starts, and of what that imports, use `sys.executable`.
 """
 
 import atexit
+import ctypes
 import gc
 import json
 import os
@@ -23,8 +24,11 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from support import faults_shim
+
 PRELOADED = (
     "support.spoilt_files",
+    "veneer.cli.app",
     "veneer.cli.console",
     "veneer.cli.tune",
     "veneer.compare.measure",
@@ -46,7 +50,8 @@ for number in (0, 1, 2):
     os.close(number)
 code = int(answers.readline())
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if code != -signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)
 """
@@ -61,9 +66,12 @@ def executable() -> str:
     launcher.write_text(LAUNCHER.format(python=sys.executable, place=place), encoding="utf-8")
     launcher.chmod(0o755)
     tests = str(Path(__file__).parents[1])
+    shim = faults_shim.build(Path(home.name))  # which does nothing unless a program asks for it
     server = subprocess.Popen(
         [sys.executable, "-m", "support.warm", place],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([tests, *filter(None, sys.path)])},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([tests, *filter(None, sys.path)])}
+        | ({} if shim is None else {"LD_PRELOAD": str(shim)}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -117,6 +125,8 @@ def keep(connection: socket.socket) -> list[str]:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
+        if "FAULTS_STATE" in environment:
+            ctypes.CDLL(None).faults_attach()
         return arguments
     for number in (0, 1, 2, *streams):
         os.close(number)

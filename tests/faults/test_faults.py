@@ -1,0 +1,48 @@
+"""Whatever call of the disk fails, and wherever a command is killed: what was whole stays whole,
+nothing half-written is read as whole, and the command says in one line what to do."""
+
+from collections import Counter
+
+import pytest
+
+from support.faults import NONE, SUFFERS, Case, Fault
+from support.faulty_commands import NAMES, commands
+
+SAMPLE = 8  # faults of a normal run
+
+
+def try_all(case: Case, faults: list[Fault], record) -> None:
+    """Let each fault happen, note how many there were of each kind, and fail on any violation."""
+    points = dict(Counter(fault.kind for fault in faults))
+    violations = [wrong for fault in faults if (wrong := case.violation(fault)) is not None]
+    record("fault points", {"command": case.command.name, "points": points})
+    shown = "\n".join(violations[:5])
+    assert not violations, f"{len(violations)} of {len(faults)} faults, such as\n{shown}"
+
+
+@pytest.mark.slow
+def test_a_command_under_a_few_faults(inputs, tmp_path, record_property):
+    case = Case(commands(inputs)["convert, replacing"], tmp_path)
+    faults = list(case.faults())
+    assert len(faults) > 10 * SAMPLE
+    try_all(case, faults[:: len(faults) // SAMPLE], record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SUFFERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_fault(name, kind, inputs, tmp_path, record_property):
+    case = Case(commands(inputs)[name], tmp_path)
+    try_all(case, [fault for fault in case.faults() if fault.kind == kind], record_property)
+
+
+def test_calls_are_counted_and_the_kth_is_hit(inputs, tmp_path):
+    case = Case(commands(inputs)["convert to peft"], tmp_path)
+    counts = case.undisturbed.counts
+    assert counts["any"] == sum(n for kind, n in counts.items() if kind != "any")
+    assert min(counts["open"], counts["write"], counts["fsync"], counts["rename"]) > 0
+    assert case.run(NONE).counts == counts  # the same calls each time
+    outcome = case.run(Fault("rename", "EIO", 1))
+    assert (outcome.hits, outcome.counts["rename"] > 0) == (1, True)
+    assert str(case.disk) in outcome.where
+    assert case.run(Fault("any", "kill", 3)).code == -9
