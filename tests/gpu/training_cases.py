@@ -158,13 +158,13 @@ class Counted:
 
 def reading_in_a_step() -> dict[str, Any]:
     """A run whose loss reads whether it is finite, as one did that waited for the card."""
-    plain = Forward.__call__
+    plain = Forward.losses
 
-    def forward(self: Forward, model: Any, batch: Any) -> Tensor:
-        loss = plain(self, model, batch)
-        return loss if loss.isfinite() else 0 * loss
+    def losses(self: Forward, model: Any, batch: Any) -> Tensor:
+        own = plain(self, model, batch)
+        return own if own.isfinite().all() else 0 * own
 
-    with patch.object(Forward, "__call__", forward):
+    with patch.object(Forward, "losses", losses):
         return run("llama", "lora", "packed", brief=True)
 
 

@@ -58,14 +58,20 @@ def test_labelled_cross_entropy(kind, labelled, chunk, factor, behind, monkeypat
     labels = torch.full((20,), IGNORED)
     labels[torch.randperm(20)[:labelled]] = torch.randint(0, VOCAB, (labelled,))
     inputs = [hidden, *(weight for weight in head.parameters() if weight.requires_grad)]
-    loss = labelled_cross_entropy(hidden, Labelled.of(labels), head, logits)
+    losses = labelled_cross_entropy(hidden, Labelled.of(labels), head, logits)
     own = logits(head(hidden))
-    expected = F.cross_entropy(own, labels, ignore_index=IGNORED, reduction="sum")
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        torch.autograd.grad(loss * factor, inputs), torch.autograd.grad(expected * factor, inputs)
-    )
+    every = F.cross_entropy(own, labels, ignore_index=IGNORED, reduction="none")
+    expected = every[labels != IGNORED]
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
+    for weights in (torch.tensor(factor), factor * torch.randn(labelled)):
+        weighted, of_expected = (losses * weights).sum(), (expected * weights).sum()
+        torch.testing.assert_close(
+            torch.autograd.grad(weighted, inputs, retain_graph=True),
+            torch.autograd.grad(of_expected, inputs, retain_graph=True),
+        )
+    sums = torch.autograd.grad(losses.sum() * factor, inputs)  # one weight for all
+    torch.testing.assert_close(sums, torch.autograd.grad(expected.sum() * factor, inputs))
 
 
 @pytest.mark.parametrize("kind", heads())
@@ -73,7 +79,7 @@ def test_labelled_cross_entropy_without_a_gradient_for_hidden(kind):
     head = heads()[kind]
     hidden, labels = torch.randn(5, DIM, **DOUBLE), torch.tensor([1, IGNORED, 4, 9, 0])
     trained = [weight for weight in head.parameters() if weight.requires_grad]
-    loss = labelled_cross_entropy(hidden, Labelled.of(labels), head)
+    loss = labelled_cross_entropy(hidden, Labelled.of(labels), head).sum()
     assert loss.requires_grad == bool(trained)
     if trained:
         expected = F.cross_entropy(head(hidden), labels, reduction="sum")
@@ -87,7 +93,7 @@ def test_labelled_cross_entropy_measures_a_head_whose_adapter_rests():
     head.active_adapters.weights = {}
     hidden, labels = torch.randn(5, DIM, **DOUBLE), torch.tensor([1, IGNORED, 4, 9, 0])
     with torch.no_grad():
-        loss = labelled_cross_entropy(hidden, Labelled.of(labels), head)
+        loss = labelled_cross_entropy(hidden, Labelled.of(labels), head).sum()
         expected = F.cross_entropy(head(hidden), labels, reduction="sum")
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -97,7 +103,8 @@ def test_sums_of_several_batches(monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 4 * VOCAB)
     head, hidden = heads()["frozen"], torch.randn(13, DIM, **DOUBLE, requires_grad=True)
     labels, counts, weights = torch.randint(0, VOCAB, (13,)), [3, 0, 9, 1], [1.0, 2.0, 0.5, -3.0]
-    sums = labelled_cross_entropy(hidden, Labelled.of(labels), head, counts=counts)
+    losses = labelled_cross_entropy(hidden, Labelled.of(labels), head)
+    sums = torch.stack([own.sum() for own in losses.split(counts)])
     weighted = sums @ sums.new_tensor(weights)
     (gradient,) = torch.autograd.grad(weighted, hidden)
     for own, weight, of_sum, own_labels, own_gradient in zip(
@@ -109,7 +116,7 @@ def test_sums_of_several_batches(monkeypatch):
         strict=True,
     ):
         own.requires_grad_()
-        alone = labelled_cross_entropy(own, Labelled.of(own_labels), head)
+        alone = labelled_cross_entropy(own, Labelled.of(own_labels), head).sum()
         torch.testing.assert_close(of_sum, alone)
         torch.testing.assert_close(own_gradient, torch.autograd.grad(weight * alone, own)[0])
 
@@ -145,6 +152,6 @@ class NothingLeft(nn.Linear):
 def test_a_chunk_is_gone_before_the_next_one_begins(monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 4 * VOCAB)
     head, hidden = NothingLeft(DIM, VOCAB), torch.randn(10, DIM, requires_grad=True)
-    labelled_cross_entropy(hidden, Labelled.of(torch.arange(10)), head).backward()
+    labelled_cross_entropy(hidden, Labelled.of(torch.arange(10)), head).sum().backward()
     assert head.before
     assert head.weight.grad is not None

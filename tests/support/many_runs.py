@@ -60,8 +60,8 @@ def one_by_one(forward: Any, model: Any, batches: Any, **_: Any) -> Tensor:
         before = torch.get_rng_state()
         torch.set_rng_state(each.generator.get_state())
         with acting(model, each.adapter):
-            loss = forward(model, each.batch)
-            (loss / each.labels).backward()
+            loss = each.loss(forward.losses(model, each.batch))
+            (loss / each.divisor).backward()
         each.generator.set_state(torch.get_rng_state())
         torch.set_rng_state(before)
         losses.append(loss.detach())

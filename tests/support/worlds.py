@@ -134,15 +134,15 @@ def trained(case: Case, world: World, place: Path) -> Result:
     model = case.model(world)
     course = replace(COURSE, **case.course)
     rows = case.rows()
-    own, passes, at = forward.Forward.__call__, 0, [0]
+    own, passes, at = forward.Forward.losses, 0, [0]
 
     def spoilt(self: Any, model: Any, batch: Any) -> Tensor:
         nonlocal passes
-        loss = own(self, model, batch)
+        losses = own(self, model, batch)
         if not model.training or case.spoilt is None:
-            return loss
+            return losses
         passes += 1
-        return loss * case.spoilt(world, passes)
+        return losses * case.spoilt(world, passes)
 
     choose = loop.choose_forward
 
@@ -153,7 +153,7 @@ def trained(case: Case, world: World, place: Path) -> Result:
         return replace(way, packed=False, layers=()) if case.padded else way, notices
 
     result = Result({}, [], {})
-    forward.Forward.__call__ = spoilt  # type: ignore[method-assign]
+    forward.Forward.losses = spoilt  # type: ignore[method-assign]
     loop.choose_forward = chosen
     try:
         for event in veneer.train(
@@ -176,7 +176,7 @@ def trained(case: Case, world: World, place: Path) -> Result:
     except Exception as error:
         result.error = f"{type(error).__name__}: {error}"
     finally:
-        forward.Forward.__call__ = own  # type: ignore[method-assign]
+        forward.Forward.losses = own  # type: ignore[method-assign]
         loop.choose_forward = choose
     result.weights = trained_weights(model)
     if isinstance(case.what, veneer.LoRA) and case.what.has_start:

@@ -19,9 +19,9 @@ ROWS = examples([11, 7, 16, 9])
 def some_events(steps: range, done: int) -> list[Event]:
     events: list[Event] = [Started(10, done)]
     for step in steps:
-        events.append(Step(step, 1.0 / step, 0.1, 30, 20, 0.5, 100))
+        events.append(Step(step, 1.0 / step, 0.1, 30, 20, 0.5, 100, {"margin": 0.25}))
         if step % 2 == 0:
-            events.append(Evaluated(step, 2.0, 7.4, True))
+            events.append(Evaluated(step, 2.0, None, True, {"accuracy": 0.5}))
     return [*events, Trained(steps[-1], steps[-1])]
 
 
@@ -35,8 +35,9 @@ def test_numbers_are_written_as_they_happen(tmp_path):
         assert len(directory.read_metrics()) == written
     lines = directory.read_metrics()
     assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
-    assert lines[0] == asdict(events[1])
-    assert lines[2] == {"step": 2, "eval_loss": 2.0, "perplexity": 7.4}
+    step = asdict(events[1])
+    assert lines[0] == step | step.pop("metrics")
+    assert lines[2] == {"step": 2, "eval_loss": 2.0, "perplexity": None, "eval_accuracy": 0.5}
 
 
 @pytest.mark.parametrize("reason", ["finished", "patience", "interrupted"])

@@ -102,12 +102,14 @@ class RunDisplay:
                 self._start(steps, done)
             case Step():
                 self._step(event)
-            case Evaluated(step, loss, perplexity, best):
+            case Evaluated(step, loss, perplexity, best, metrics):
                 mark = ", the best so far" if best and step else ""
                 when = f"step {step}" if step else "before training"
-                OUTPUT.print(
-                    f"  {when}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}{mark}"
-                )
+                beside = {name.replace("_", " "): x for name, x in metrics.items()}
+                if perplexity is not None:
+                    beside = {"perplexity": perplexity}
+                numbers = "".join(f", {name} {x:.2f}" for name, x in beside.items())
+                OUTPUT.print(f"  {when}: evaluation loss {loss:.4f}{numbers}{mark}")
             case Skipped(step, rows):
                 OUTPUT.print(
                     f"  [red]step {step} skipped[/]: loss or gradient not finite; rows "

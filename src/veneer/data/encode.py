@@ -32,6 +32,9 @@ class Example:
     The first token follows nothing, so it is never learnt. `truncated` counts the tokens of the
     row that no example holds because of the length, `unread` those of the turns behind the last
     answer.
+
+    Of a pair, the tokens are the chosen answer's row and behind it, from `second` on, that of the
+    rejected one; both begin with the prompt. desirable: of a row that was judged by itself.
     """
 
     tokens: list[int]
@@ -39,6 +42,8 @@ class Example:
     where: str
     truncated: int
     unread: int = 0
+    second: int = 0
+    desirable: bool = True
 
     @property
     def label_tokens(self) -> int:

@@ -30,7 +30,7 @@ class Batch:
                        learnt, else -100; always -100 at the last token of a row
     positions  (T,)    from 0 in each row
     lengths    (rows,) tokens of each row
-    rows       (rows,) which example each row is
+    rows       (rows,) which example each row is of; a pair is two rows, one behind the other
     """
 
     tokens: NDArray[np.int64]
@@ -42,15 +42,24 @@ class Batch:
 
 def pack(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
     """Return the batch of `examples[i]` for each i of `indices`, in this order."""
-    rows = [examples[i] for i in indices]
-    shifted = [[*row.labels[1:], UNLABELLED] for row in rows]
+    of_indices = [(i, row) for i in indices for row in _rows_of(examples[i])]
+    rows = [row for _, row in of_indices]
+    shifted = [[*labels[1:], UNLABELLED] for _, labels in rows]
     return Batch(
-        tokens=_joined(row.tokens for row in rows),
+        tokens=_joined(tokens for tokens, _ in rows),
         labels=_joined(shifted),
-        positions=_joined(range(len(row.tokens)) for row in rows),
-        lengths=np.array([len(row.tokens) for row in rows], dtype=np.int64),
-        rows=np.array(indices, dtype=np.int64),
+        positions=_joined(range(len(tokens)) for tokens, _ in rows),
+        lengths=np.array([len(tokens) for tokens, _ in rows], dtype=np.int64),
+        rows=np.array([i for i, _ in of_indices], dtype=np.int64),
     )
+
+
+def _rows_of(example: Example) -> list[tuple[list[int], list[int]]]:
+    """Return the tokens and labels of each row of an example."""
+    tokens, labels, second = example.tokens, example.labels, example.second
+    if not second:
+        return [(tokens, labels)]
+    return [(tokens[:second], labels[:second]), (tokens[second:], labels[second:])]
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

@@ -39,7 +39,7 @@ from veneer.fused.watch import attention_is_asked_for
 from veneer.kernels import choice, native
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
-from veneer.kernels.cross_entropy import IGNORED, Labelled
+from veneer.kernels.cross_entropy import Labelled
 from veneer.kernels.dealt_packing import DealtPacking
 from veneer.kernels.disk_arena import IS_AVAILABLE, DiskArena
 from veneer.kernels.wide import wide
@@ -87,8 +87,12 @@ class Forward:
     )
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Return the sum of the label tokens' losses, a float32 scalar with a gradient: with a
-        `context`, of this process's label tokens.
+        """Return the sum of the label tokens' losses, a float32 scalar with a gradient."""
+        return self.losses(model, batch).sum()
+
+    def losses(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Return −log p of each label token in the batch's order, (labelled,), in float32 and with
+        a gradient: with a `context`, of this process's label tokens.
 
         A call outside of `installed` patches the model for itself.
         """
@@ -104,7 +108,7 @@ class Forward:
                 lengths, self.context, device, highest=int(np.max(positions))
             )
             tokens, labels, positions = (x[dealt.own.numpy()] for x in (tokens, labels, positions))
-        send = partial(PassInputs.sent, device=device, labelled_alone=self.head is not None)
+        send = partial(PassInputs.sent, device=device)
         with (
             unread_masks(device),
             self.installed(model) as installation,
@@ -113,13 +117,13 @@ class Forward:
             if packing is not None:
                 arguments = {"input_ids": tokens[None], "position_ids": positions[None]}
                 options = {"packing": packing} if installation.attention else {}
-                return self._loss(installation, send(arguments, labels), **options)
+                return self._losses(installation, send(arguments, labels), **options)
             if self.alone:
                 rows = zip(by_rows(tokens, lengths), by_rows(labels, lengths), strict=True)
                 inputs = [send({"input_ids": row[None]}, row_labels) for row, row_labels in rows]
-                return torch.stack([self._loss(installation, each) for each in inputs]).sum()
+                return torch.cat([self._losses(installation, each) for each in inputs])
             arguments, places = padded(tokens, lengths)
-            return self._loss(installation, send(arguments, labels, places=places))
+            return self._losses(installation, send(arguments, labels, places=places))
 
     def exchanges(self, model: PreTrainedModel) -> bool:
         """Return whether a pass of this process waits for those of others."""
@@ -164,15 +168,13 @@ class Forward:
         finally:
             del self._installations[model]
 
-    def _loss(self, installation: Installation, inputs: PassInputs, **options: Any) -> Tensor:
+    def _losses(self, installation: Installation, inputs: PassInputs, **options: Any) -> Tensor:
         model, labels = installation.model, inputs.labels
         options |= {"use_cache": False, **inputs.arguments}
-        if isinstance(labels, Labelled):
-            assert self.head is not None
+        if self.head is not None:
             hidden = installation.decoder(**options).last_hidden_state  # (rows, tokens, dim)
-            return self.head.loss(model, hidden.flatten(0, 1), labels)
-        logits = model(**options).logits.flatten(0, 1)  # (rows · tokens, vocab)
-        return full_loss(logits if inputs.places is None else logits[inputs.places], labels)
+            return self.head.losses(model, hidden.flatten(0, 1), labels)
+        return losses_of(model(**options).logits.flatten(0, 1), labels)
 
 
 def choose_forward(
@@ -206,7 +208,7 @@ def choose_forward(
         # The first row's pass serves two proofs: a mapped base is read from disk at each pass.
         first = torch.tensor([rows[0].tokens], device=model.device)
         own, head, why_not_head = own_logits_and_head(model, first)
-        losses = [full_loss(own[:-1], first[0, 1:])]
+        losses = [_sum_of_losses(own, first[0])]
         losses += [_own_loss(model, row) for row in rows[1:]]
         expected = sum(map(float, losses))
         last = torch.tensor([rows[-1].tokens], device=model.device)
@@ -372,10 +374,16 @@ def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 def _own_loss(model: PreTrainedModel, row: Example) -> Tensor:
     tokens = torch.tensor([row.tokens], device=model.device)
-    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-    return full_loss(logits, tokens[0, 1:])
+    return _sum_of_losses(model(input_ids=tokens, use_cache=False).logits[0], tokens[0])
 
 
-def full_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of the losses of all tokens (tokens,) that have a label, in float32."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+def _sum_of_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the loss of a row's tokens behind the first, by the logits (tokens, vocab) of all."""
+    return F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum")
+
+
+def losses_of(logits: Tensor, labelled: Labelled) -> Tensor:
+    """Return −log p of the label of each labelled row, (labelled,), in float32; logits (tokens,
+    vocab) are those of all tokens."""
+    rows = logits[labelled.rows].float()
+    return F.cross_entropy(rows, labelled.targets, reduction="none")

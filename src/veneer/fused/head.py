@@ -8,7 +8,7 @@ what comes out in their place is fitted. The same pass gives the logits that the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,21 +40,12 @@ class Head:
         z: Tensor = _module(model)(hidden.to(self.dtype or hidden.dtype))
         return z
 
-    def loss(
-        self,
-        model: PreTrainedModel,
-        hidden: Tensor,
-        labelled: Labelled,
-        counts: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Return the sum of the labelled rows' losses; hidden (tokens, dim). With counts, the sum
-        over each so many of these rows, (sums,), where nothing of the head trains."""
+    def losses(self, model: PreTrainedModel, hidden: Tensor, labelled: Labelled) -> Tensor:
+        """Return −log p of the label of each labelled row, (labelled,); hidden (tokens, dim)."""
         hidden, head = hidden.to(self.dtype or hidden.dtype), _module(model)
         with whole(head):  # whose weight is read without a call
             acting = head.acting_parameters() if isinstance(head, AdaptedLayer) else None
-            return labelled_cross_entropy(
-                hidden, labelled, head, self.logits, acting=acting, counts=counts
-            )
+            return labelled_cross_entropy(hidden, labelled, head, self.logits, acting=acting)
 
 
 def own_logits_and_head(

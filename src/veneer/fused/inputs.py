@@ -23,13 +23,11 @@ class PassInputs:
     """The arguments of a pass, and what its loss needs.
 
     arguments  of the decoder or the model by name, (rows, tokens) each
-    labels     which of its rows have a label, of all (rows · tokens); or the label of each token
-    places     where among all these rows the tokens are that `labels` has; None: all in order
+    labels     which of all (rows · tokens) have a label, in the order of the batch's tokens
     """
 
     arguments: dict[str, Tensor]
-    labels: Labelled | Tensor
-    places: Tensor | None = None
+    labels: Labelled
 
     @classmethod
     def sent(
@@ -38,22 +36,17 @@ class PassInputs:
         labels: NDArray[np.int64],
         device: torch.device,
         *,
-        labelled_alone: bool,
         places: NDArray[np.int64] | None = None,
     ) -> PassInputs:
-        """Return the inputs on a device. labels (tokens,): IGNORED where there is none;
-        labelled_alone: whether the loss reads labelled rows and no others."""
-        if labelled_alone:
-            labelled = np.flatnonzero(labels != IGNORED)
-            labels = labels[labelled]
-            places = labelled if places is None else places[labelled]
-        more = [labels] if places is None else [labels, places]
-        tensors = sent_together([*arguments.values(), *more], device)
+        """Return the inputs on a device. labels (tokens,): IGNORED where there is none; places:
+        where among all rows of the pass these tokens are, in their order unless given."""
+        labelled = np.flatnonzero(labels != IGNORED)
+        targets = labels[labelled]
+        rows = labelled if places is None else places[labelled]
+        tensors = sent_together([*arguments.values(), targets, rows], device)
         by_name = dict(zip(arguments, tensors, strict=False))
-        own, *rows = tensors[len(arguments) :]
-        if labelled_alone:
-            return cls(by_name, Labelled(rows[0], own, *bounds(labels)))
-        return cls(by_name, own, rows[0] if rows else None)
+        on_device, places_of_labels = tensors[len(arguments) :]
+        return cls(by_name, Labelled(places_of_labels, on_device, *bounds(targets)))
 
 
 def padded(

@@ -8,7 +8,7 @@ depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -25,7 +25,7 @@ from veneer.adapter.new_tokens import new_tokens_of
 from veneer.adapter.use import acting
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, joined, pack
-from veneer.fused.forward import PROBE_LENGTHS, Forward, full_loss
+from veneer.fused.forward import PROBE_LENGTHS, Forward, losses_of
 from veneer.fused.head import Head, described
 from veneer.fused.inputs import PassInputs, unread_masks
 from veneer.fused.recognise import TOLERANCE
@@ -43,14 +43,16 @@ class AdapterBatch:
 
     adapter    the name under which it is attached
     batch      its rows
-    labels     what its loss is divided by before the backward pass: the label tokens of its step
+    divisor    what its loss is divided by before the backward pass, such as its step's label tokens
     generator  what the masks of its dropout are drawn from, on the CPU; None: torch's own
+    loss       what makes its loss of the losses of its label tokens, (labelled,): their sum
     """
 
     adapter: str
     batch: Batch
-    labels: int = 1
+    divisor: int = 1
     generator: torch.Generator | None = None
+    loss: Callable[[Tensor], Tensor] = Tensor.sum
 
 
 def backward_together(
@@ -60,8 +62,8 @@ def backward_together(
     *,
     alone: Mapping[str, str] | None = None,
 ) -> Tensor:
-    """Add to the gradients of each adapter those of its batch's loss / labels, and return the sums
-    of losses, (batches,), in float32.
+    """Add to the gradients of each adapter those of its batch's loss / divisor, and return the
+    losses, (batches,), in float32.
 
     alone: the adapters that need a pass of their own, as `why_alone` names them.
 
@@ -149,7 +151,7 @@ def _pass(
             with _losses(forward, model, sharing) as of_all:
                 if backward:
                     pairs = zip(of_all, sharing, strict=True)
-                    torch.stack([loss / each.labels for loss, each in pairs]).sum().backward()
+                    torch.stack([loss / each.divisor for loss, each in pairs]).sum().backward()
             names = [each.adapter for each in sharing]
             losses |= dict(zip(names, of_all.detach(), strict=True))
         for each in batches:
@@ -162,7 +164,7 @@ def _pass(
 def _losses(
     forward: Forward, model: PreTrainedModel, batches: Sequence[AdapterBatch]
 ) -> Iterator[Tensor]:
-    """Yield the sum of each batch's losses, (batches,), by one pass. The backward pass belongs into
+    """Yield each batch's loss, (batches,), by one pass. The backward pass belongs into
     the context, where it may compute layers again."""
     device, active = model.device, active_adapters_of(model)
     batches = [replace(each, batch=of_like_shape(each.batch)) for each in batches]
@@ -174,9 +176,7 @@ def _losses(
     segments = Segments(len(batch.tokens), of_adapters)
     packing = Packing(batch.lengths.tolist(), device)
     arguments = {"input_ids": batch.tokens[None], "position_ids": batch.positions[None]}
-    inputs = PassInputs.sent(
-        arguments, batch.labels, device, labelled_alone=forward.head is not None
-    )
+    inputs = PassInputs.sent(arguments, batch.labels, device)
     generators = [each.generator for each in batches if each.generator is not None]
     with (
         unread_masks(device),
@@ -187,13 +187,14 @@ def _losses(
     ):
         options: dict[str, Any] = {"packing": packing} if installation.attention else {}
         options |= {"use_cache": False, **inputs.arguments}
-        if isinstance(inputs.labels, Labelled):
-            assert forward.head is not None
+        if forward.head is not None:
             hidden = installation.decoder(**options).last_hidden_state.flatten(0, 1)
-            yield _from_hidden(forward.head, model, hidden, inputs.labels, batches)
+            losses = _from_hidden(forward.head, model, hidden, inputs.labels, batches)
         else:
             logits = model(**options).logits.flatten(0, 1)
-            yield torch.stack([full_loss(logits[own], inputs.labels[own]) for own in tokens])
+            losses = losses_of(logits, inputs.labels).split(_label_counts(batches))
+        pairs = zip(batches, losses, strict=True)
+        yield torch.stack([each.loss(own) for each, own in pairs])
 
 
 def of_like_shape(batch: Batch) -> Batch:
@@ -210,33 +211,39 @@ def _from_hidden(
     hidden: Tensor,
     labelled: Labelled,
     batches: Sequence[AdapterBatch],
-) -> Tensor:
-    """Return the sum of each batch's losses, (batches,), for what the decoder gives of all; hidden
-    (tokens, dim). Adapters of the head read labelled rows alone, and so act one after another."""
+) -> Sequence[Tensor]:
+    """Return the losses of each batch's label tokens, (labelled,), for what the decoder gives of
+    all; hidden (tokens, dim). Adapters of the head read labelled rows alone, and so act one after
+    another."""
     active, module = active_adapters_of(model), model.get_output_embeddings()
-    counts = [int((each.batch.labels != IGNORED).sum()) for each in batches]
+    counts = _label_counts(batches)
     adapted = isinstance(module, Adapted) and {each.adapter for each in batches} & {
         *module.adapters
     }
     if not adapted:
         with active.on_all(None):
-            return head.loss(model, hidden, labelled, counts)
+            return head.losses(model, hidden, labelled).split(counts)
     losses = []
     pieces = zip(batches, labelled.rows.split(counts), labelled.targets.split(counts), strict=True)
     for each, rows, targets in pieces:
         with active.on_all(each.adapter):
-            losses.append(head.loss(model, hidden, replace(labelled, rows=rows, targets=targets)))
-    return torch.stack(losses)
+            own = replace(labelled, rows=rows, targets=targets)
+            losses.append(head.losses(model, hidden, own))
+    return losses
+
+
+def _label_counts(batches: Sequence[AdapterBatch]) -> list[int]:
+    return [int((each.batch.labels != IGNORED).sum()) for each in batches]
 
 
 def _alone(
     forward: Forward, model: PreTrainedModel, each: AdapterBatch, *, backward: bool
 ) -> Tensor:
-    """Return the sum of losses of a batch by a pass of its own."""
+    """Return the loss of a batch by a pass of its own."""
     with acting(model, each.adapter), _drawing_from(each.generator):
-        loss = forward(model, each.batch)
+        loss = each.loss(forward.losses(model, each.batch))
         if backward:
-            (loss / each.labels).backward()
+            (loss / each.divisor).backward()
     return loss.detach()
 
 

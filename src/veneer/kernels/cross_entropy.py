@@ -81,25 +81,20 @@ def labelled_cross_entropy(
     logits: Logits = PLAIN,
     *,
     acting: Iterable[nn.Parameter] | None = None,
-    counts: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return Σ −log softmax(logits(head(h)))[label] over the labelled rows, a float32 scalar.
-
-    With counts, return the sum over each so many of these rows in their order, (sums,), which is
-    for a head of which nothing trains.
+    """Return −log softmax(logits(head(h)))[label] of each labelled row, (labelled,), in float32.
 
     hidden (tokens, dim). `head` may be any module from (rows, dim) to (rows, vocab); gradients
     reach `hidden` and whatever of the head's parameters trains. acting: those of them on which its
-    output depends now; all unless given. Peak memory is one chunk of logits.
+    output depends now; all unless given. Peak memory is one chunk of logits. Where the head trains,
+    it is computed once more on the way back, unless all losses have one weight, as in a sum.
     Raises IndexError for a label outside of the vocabulary.
     """
     rows = hidden[labelled.rows]
     acting = head.parameters() if acting is None else acting
     trained = [p for p in acting if p.requires_grad and torch.is_grad_enabled()]
-    assert counts is None or not trained
-    sizes = [len(rows)] if counts is None else [*counts]
-    sums: Tensor = _ChunkedLoss.apply(rows, labelled, sizes, head, logits, *trained)
-    return sums[0] if counts is None else sums
+    losses: Tensor = _ChunkedLoss.apply(rows, labelled, head, logits, *trained)
+    return losses
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -110,7 +105,6 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         labelled: Labelled,
-        sizes: list[int],
         head: nn.Module,
         logits: Logits,
         *trained: Tensor,
@@ -144,20 +138,28 @@ class _ChunkedLoss(torch.autograd.Function):
                     *(head, rows[here], labelled, targets[here], logits),
                     *(trained, d_trained, None if d_rows is None else d_rows[here]),
                 )
-        ctx.save_for_backward(d_rows, *d_trained)
-        ctx.sizes = sizes
-        return torch.stack([own.sum() for own in losses.split(sizes)])
+        ctx.save_for_backward(d_rows, rows if trained else None, *trained, *d_trained)
+        ctx.labelled, ctx.head, ctx.logits, ctx.step = labelled, head, logits, step
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_rows, *d_trained = ctx.saved_tensors
-        scales = grads[0]  # (sums,)
-        first = None
-        if d_rows is not None:
-            pairs = zip(d_rows.split(ctx.sizes), scales.to(d_rows.dtype), strict=True)
-            scaled = [own * scale for own, scale in pairs]
-            first = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
-        return first, None, None, None, None, *(grad * scales[0] for grad in d_trained)
+        d_rows, rows, *tensors = ctx.saved_tensors
+        trained, d_trained = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        weights = grads[0]  # (labelled,)
+        first = None if d_rows is None else d_rows * weights.to(d_rows.dtype)[:, None]
+        if not trained or not len(weights):
+            return first, None, None, None, *d_trained
+        if weights.stride() == (0,):  # one number for all
+            return first, None, None, None, *(grad * weights[0] for grad in d_trained)
+        d_trained = [torch.zeros_like(parameter) for parameter in trained]
+        for start in range(0, len(rows), ctx.step):
+            here = slice(start, start + ctx.step)
+            _by_autograd(
+                *(ctx.head, rows[here], ctx.labelled, ctx.labelled.targets[here], ctx.logits),
+                *(trained, d_trained, None, weights[here]),
+            )
+        return first, None, None, None, *d_trained
 
 
 def _by_autograd(
@@ -169,10 +171,11 @@ def _by_autograd(
     trained: Sequence[Tensor],
     d_trained: Sequence[Tensor],
     d_rows: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the losses of one chunk's rows, (rows,), add its gradients to d_trained, and write
-    those of its rows to d_rows, if any. What the chunk took is free when this returns, before the
-    next one begins."""
+    those of its rows to d_rows, if any. weights: of the rows' losses in the gradients, 1 each
+    unless given. What the chunk took is free when this returns, before the next one begins."""
     chunk = rows.detach().requires_grad_(d_rows is not None)
     inputs = [*trained] if d_rows is None else [chunk, *trained]
     with torch.set_grad_enabled(bool(inputs)):
@@ -180,6 +183,8 @@ def _by_autograd(
     values = z.detach()
     _check(labelled.lowest, labelled.highest, z.shape[1])
     losses, gradient = cross_entropy(values, targets, torch.empty_like(values), logits)
+    if weights is not None:
+        gradient = gradient * weights.to(gradient.dtype)[:, None]
     grads = list(torch.autograd.grad(z, inputs, gradient)) if inputs else []
     if d_rows is not None:
         d_rows.copy_(grads.pop(0))

@@ -22,10 +22,12 @@ from veneer.adapter.layers import idle_modules, lora_layers
 from veneer.adapter.method import Method
 from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import idle_virtual_tokens, virtual_tokens_of
+from veneer.checks import check_config
 from veneer.data.columns import Columnar, column_of, lengths_of
 from veneer.data.encode import Example
 from veneer.errors import DataError, TrainingError, listed, wrong_argument
 from veneer.formats.capture import modules_to_save_of
+from veneer.objectives.config import Objective
 from veneer.processes.world import World
 from veneer.training.choose import choose, explain, hidden_size_of, learning_rate
 from veneer.training.config import TrainConfig
@@ -34,15 +36,33 @@ DEFAULT = "default"  # the name of an adapter to which nobody gives another
 
 
 def choose_course(
-    model: PreTrainedModel, examples: Sequence[Example], given: TrainConfig
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    given: TrainConfig,
+    *,
+    share_of_rate: float = 1.0,
 ) -> tuple[TrainConfig, str | None, float]:
-    """Return the course without any choice left, what was chosen in words, and the usual rate."""
+    """Return the course without any choice left, what was chosen in words, and the usual rate.
+
+    share_of_rate: of the objective
+    """
     active = [config for name, config in adapters(model).items() if name in in_use(model)]
     lengths = lengths_of(examples)
     hidden_size = hidden_size_of(model.config)
     what_trains = active[0] if active else Method("full")
-    chosen = choose(given, lengths, what_trains=what_trains, hidden_size=hidden_size)
-    usual_lr = learning_rate(what_trains, hidden_size, lora_plus_ratio=given.lora_plus_ratio)
+    chosen = choose(
+        given,
+        lengths,
+        what_trains=what_trains,
+        hidden_size=hidden_size,
+        share_of_rate=share_of_rate,
+    )
+    usual_lr = learning_rate(
+        what_trains,
+        hidden_size,
+        lora_plus_ratio=given.lora_plus_ratio,
+        share_of_rate=share_of_rate,
+    )
     return chosen, explain(given, chosen, lengths, hidden_size=hidden_size), usual_lr
 
 
@@ -108,6 +128,24 @@ def check_types(model: object, examples: Sequence[object]) -> None:
         if not isinstance(example, Example):
             made_by = "examples, skipped = veneer.load_examples(rows, tokenizer)"
             raise wrong_argument(example, f"An Example, made by {made_by},")
+
+
+def check_objective(objective: Objective, config: TrainConfig, examples: Sequence[Example]) -> None:
+    """Raise ConfigError for settings with which an objective cannot be, DataError for rows that are
+    not what it learns from. examples: one or two of the rows."""
+    if objective.shape == "answers":
+        if any(example.second for example in examples):
+            raise DataError("These rows are pairs; name an objective that learns from pairs.")
+        return
+    contradictions = objective.against(
+        context_parallel=config.context_parallel, replay_passes=config.replay_passes
+    )
+    check_config(config, opening="This run cannot be", rules={}, contradictions=contradictions)
+    if any(not example.second for example in examples):
+        raise DataError(
+            f"{objective.objective} learns from rows that are {objective.shape}; make them by "
+            "load_examples(..., objective=objective)."
+        )
 
 
 def check_rows(examples: Sequence[Example], held_out: Sequence[Example]) -> None:

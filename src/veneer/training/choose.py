@@ -49,18 +49,25 @@ def choose(
     *,
     what_trains: LoRA | Method,
     hidden_size: int | None,
+    share_of_rate: float = 1.0,
 ) -> TrainConfig:
     """Return `config` with a choice for whatever of epochs, tokens_per_step and lr is None.
 
     lengths: tokens of each row that is trained on. hidden_size: the base's, None for not known.
-    With `steps`, epochs stay None.
+    With `steps`, epochs stay None. share_of_rate: of the objective, whose rate it is of that for
+    answers.
     """
     tokens = _total(lengths)
     share = _within(tokens / SHARE_OF_STEP, TOKENS_PER_STEP)
     epochs = config.epochs
     if epochs is None and config.steps is None:
         epochs = float(round(_within(STEPS / _steps(config, lengths, share), EPOCHS)))
-    rate = learning_rate(what_trains, hidden_size, lora_plus_ratio=config.lora_plus_ratio)
+    rate = learning_rate(
+        what_trains,
+        hidden_size,
+        lora_plus_ratio=config.lora_plus_ratio,
+        share_of_rate=share_of_rate,
+    )
     return replace(
         config,
         epochs=epochs,
@@ -70,18 +77,22 @@ def choose(
 
 
 def learning_rate(
-    what_trains: LoRA | Method, hidden_size: int | None, *, lora_plus_ratio: float | None = None
+    what_trains: LoRA | Method,
+    hidden_size: int | None,
+    *,
+    lora_plus_ratio: float | None = None,
+    share_of_rate: float = 1.0,
 ) -> float:
     """Return the peak learning rate that suits what trains over a base of `hidden_size`."""
     method = what_trains.method if isinstance(what_trains, Method) else "lora"
     if method in VIRTUAL_LR:
-        return VIRTUAL_LR[method]
+        return _rounded(VIRTUAL_LR[method] * share_of_rate)
     rate = min(HIGHEST_LR, LORA_LR * (WIDTH / (hidden_size or WIDTH)) ** FALL) * SHARES[method]
     if isinstance(what_trains, LoRA) and what_trains.rslora:
         rate /= what_trains.rank**0.5  # by which alpha / √rank is more than alpha / rank
     if lora_plus_ratio is not None:
         rate *= min(1.0, MOST_OF_B / lora_plus_ratio)
-    return _rounded(rate)
+    return _rounded(rate * share_of_rate)
 
 
 def hidden_size_of(config: Any) -> int | None:

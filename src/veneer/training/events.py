@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -92,7 +93,8 @@ class Started(Event):
 
 @dataclass(frozen=True, slots=True)
 class Step(Event):
-    """One optimizer step. `loss` is the mean over its label tokens; `tokens` are real ones."""
+    """One optimizer step. `loss` is the mean over its label tokens, or what its objective takes the
+    mean of; `tokens` are real ones. metrics: what the objective measures beside."""
 
     step: int
     loss: float
@@ -101,6 +103,7 @@ class Step(Event):
     label_tokens: int
     seconds: float
     rss_bytes: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +116,14 @@ class Skipped(Event):
 
 @dataclass(frozen=True, slots=True)
 class Evaluated(Event):
-    """Held-out rows were measured, at step 0 before the first: mean loss over label tokens."""
+    """Held-out rows were measured, at step 0 before the first: the mean loss over label tokens, or
+    by the run's objective, where there is no perplexity; and what that measures beside."""
 
     step: int
     eval_loss: float
-    perplexity: float
+    perplexity: float | None
     best: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from veneer.data.encode import Example
 from veneer.fused.forward import Forward, choose_forward
 from veneer.kernels.graphs import notice_of
 from veneer.kernels.heap import kept_heap
+from veneer.objectives.config import ANSWERS, Objective
 from veneer.processes.context import ContextGroup
 from veneer.processes.world import World
 from veneer.training.config import TrainConfig
@@ -27,6 +28,7 @@ def train(
     examples: Sequence[Example],
     config: TrainConfig,
     *,
+    objective: Objective = ANSWERS,
     held_out: Sequence[Example] = (),
     directory: Path | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -43,6 +45,9 @@ def train(
     returns True. On a GPU the event of a step may come when the next one has begun, but before
     anything is measured or saved.
 
+    objective: what is learnt by. For others than answers, the examples are pairs or judged answers,
+    as `load_examples(..., objective=...)` makes them.
+
     world: the processes that train together, all with the same model, examples and config; those of
     torch.distributed unless given. Each yields the same events; one of them writes checkpoints.
 
@@ -51,7 +56,9 @@ def train(
     ConfigError where processes cannot share the rows of this model (`context_parallel`).
     """
     world = World.current() if world is None else world
-    run = Run(model, examples, config, held_out, directory, identity or {}, world)
+    run = Run(
+        *(model, examples, config, held_out, directory, identity or {}, world), objective=objective
+    )
     try:
         with kept_heap():
             forward, notices = choose_forward(

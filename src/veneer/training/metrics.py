@@ -28,6 +28,8 @@ def record(events: Iterable[Event], directory: RunDirectory) -> Iterator[Event]:
                 case Step() | Evaluated():
                     line = asdict(event)
                     line.pop("best", None)
+                    before = "eval_" if isinstance(event, Evaluated) else ""
+                    line |= {before + name: x for name, x in line.pop("metrics").items()}
                     directory.append_metrics(line)
                 case Stopped():
                     directory.write_progress(steps=steps, ended=event.reason)

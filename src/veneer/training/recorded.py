@@ -143,11 +143,11 @@ class RecordedPasses:
             hidden = out.last_hidden_state[0]  # (tokens, dim)
             nothing = hidden.new_zeros(1, hidden.shape[1])
             labelled = Labelled(tensors["rows"], tensors["targets"], *of_labels)
-            loss = forward.head.loss(model, torch.cat([hidden, nothing]), labelled)
+            loss = forward.head.losses(model, torch.cat([hidden, nothing]), labelled).sum()
             first = tensors["rows"].new_zeros(1)
             with torch.no_grad():
-                of_nothing = forward.head.loss(model, nothing, Labelled(first, first, 0, 0))
-        return loss - tensors["idle"] * of_nothing
+                of_nothing = forward.head.losses(model, nothing, Labelled(first, first, 0, 0))
+        return loss - tensors["idle"] * of_nothing[0]
 
 
 def _inputs(

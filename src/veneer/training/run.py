@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapter.start import start_from_gradients
@@ -25,11 +26,14 @@ from veneer.formats.capture import capture
 from veneer.fused.forward import Forward
 from veneer.fused.recompute import Recompute
 from veneer.kernels.transfer import has_queue
-from veneer.processes.world import World
+from veneer.objectives.config import ANSWERS, Objective
+from veneer.objectives.criterion import MEAN_LOSS, Criterion
+from veneer.processes.world import ALONE, World
 from veneer.training import checkpoint as checkpoints
 from veneer.training.begin import (
     DEFAULT,
     as_default,
+    check_objective,
     check_rows,
     check_same_run,
     check_types,
@@ -38,9 +42,10 @@ from veneer.training.begin import (
 )
 from veneer.training.checkpoint import Checkpoint
 from veneer.training.config import CHANGEABLE, SCHEDULE, TrainConfig
-from veneer.training.evaluate import evaluate
+from veneer.training.evaluate import measure
 from veneer.training.events import (
     Checkpointed,
+    Doing,
     Evaluated,
     Event,
     Notice,
@@ -53,8 +58,9 @@ from veneer.training.events import (
 from veneer.training.lora_plus import lr_ratios
 from veneer.training.memory import process_memory
 from veneer.training.optimizer import FlatAdamW
+from veneer.training.reference import criterion_over
 from veneer.training.state import Progress, RunState
-from veneer.training.step import StepToLearn, seed_of
+from veneer.training.step import StepToLearn, counts_of, seed_of
 from veneer.training.threads import worthwhile_threads
 from veneer.training.verdict import rate_advice
 
@@ -97,18 +103,26 @@ class Run:
         identity: Mapping[str, Any],
         world: World,
         *,
+        objective: Objective = ANSWERS,
         adapter: str = DEFAULT,
     ) -> None:
         for rows in (examples, held_out):
             check_types(model, rows)
         weights, active = what_trains(model, adapter)
         check_rows(examples, held_out)
-        config, self.choices, self.usual_lr = choose_course(model, examples, config)
+        check_objective(objective, config, [*examples[:1], *held_out[:1]])
+        config, self.choices, self.usual_lr = choose_course(
+            model, examples, config, share_of_rate=objective.share_of_rate
+        )
+        self.objective = objective
+        # Until `begin`, which measures what the reference gives.
+        self.criterion: Criterion = MEAN_LOSS
+        self.held_out_criterion: Criterion = MEAN_LOSS
         assert config.lr is not None
         assert config.tokens_per_step is not None
         self.model, self.examples, self.config = model, examples, config
         self.held_out, self.directory, self.world = held_out, directory, world
-        self.identity = config.course | dict(identity)
+        self.identity = config.course | objective.course | dict(identity)
         self.last_end = 0.0  # when the last step's event was made
         self.going_on = ""  # what changes where a run goes on otherwise than it began
         lengths = lengths_of(examples)
@@ -145,6 +159,7 @@ class Run:
 
     def begin(self, forward: Forward, *, resume: bool) -> Iterator[Event]:
         """Go back to the newest checkpoint, if that is asked for and there is one, or start."""
+        yield from self._take_objective(forward)
         restored = resume and self.restore()
         if resume and not restored:
             yield Notice(f"There is no checkpoint in {self.directory} to go on from; a new start.")
@@ -161,7 +176,31 @@ class Run:
         plain = replace(forward, layers=(), recompute=recompute)
         first = pack(self.examples, self.steps_of_epoch[self.progress.step_in_epoch][0])
         add_up = None if forward.context is None else forward.context.add_up
-        start_from_gradients(self.model, lambda: plain(self.model, first), add_up=add_up)
+        counts = counts_of(self.criterion, [(first, True)], ALONE)
+
+        def loss() -> Tensor:
+            return self.criterion(plain.losses(self.model, first), first, counts).loss
+
+        start_from_gradients(self.model, loss, add_up=add_up)
+
+    def _take_objective(self, forward: Forward) -> Iterator[Event]:
+        """Make the objective one over these rows, which its reference measures, if it has one."""
+        if self.objective.has_reference:
+            yield Doing("Measuring the rows by the reference model")
+        with worthwhile_threads(self.model):
+            self.criterion, self.held_out_criterion = (
+                criterion_over(
+                    self.objective,
+                    rows,
+                    self.model,
+                    forward,
+                    identity=self.identity,
+                    world=self.world,
+                    tokens_per_batch=self.config.batch_tokens,
+                    split=split,
+                )
+                for split, rows in (("train", self.examples), ("valid", self.held_out))
+            )
 
     def go(self, forward: Forward, should_stop: Callable[[], bool]) -> Iterator[Event]:
         """Yield the events of all steps that are left, and ask for each of these steps."""
@@ -222,7 +261,13 @@ class Run:
         if self.world.size > 1:
             torch.manual_seed(seed_of(config.seed, progress.step, self.world.rank))
         asked = StepToLearn(
-            self.examples, batches, self.state.optimizer, self.order, lr, config.clip
+            self.examples,
+            batches,
+            self.state.optimizer,
+            self.order,
+            lr,
+            config.clip,
+            self.criterion,
         )
         return _Begun(progress.step, list(chain.from_iterable(batches)), start, asked)
 
@@ -236,9 +281,9 @@ class Run:
             return self._skip(step)
         self.progress.skips = 0
         tokens = sum(int(self.order.lengths[row]) for row in step.rows)
-        loss, labels = learnt.loss / learnt.label_tokens, learnt.label_tokens
         memory = process_memory("VmRSS")
-        return Step(step.number, loss, step.asked.lr, tokens, labels, seconds, memory)
+        lr, labels = step.asked.lr, learnt.label_tokens
+        return Step(step.number, learnt.loss, lr, tokens, labels, seconds, memory, learnt.metrics)
 
     def _advance(self) -> None:
         """Go to the next step, and at the end of an epoch to the next epoch."""
@@ -269,9 +314,15 @@ class Run:
         """Measure the held-out rows, and keep the weights if none were better so far."""
         progress, tokens = self.progress, self.config.batch_tokens
         with worthwhile_threads(self.model):
-            loss = evaluate(
-                self.model, self.held_out, forward, tokens_per_batch=tokens, world=self.world
+            measured = measure(
+                self.model,
+                self.held_out,
+                forward,
+                criterion=self.held_out_criterion,
+                tokens_per_batch=tokens,
+                world=self.world,
             )
+        loss = measured.loss
         is_best = loss < progress.best_loss
         if is_best:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -280,7 +331,9 @@ class Run:
             best = sorted([*progress.best, [loss, progress.step]])
             progress.best = best[: self.config.keep_best]
         progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
-        return Evaluated(progress.step, loss, math.exp(min(loss, 700.0)), is_best)
+        is_mean = self.held_out_criterion is MEAN_LOSS
+        perplexity = math.exp(min(loss, 700.0)) if is_mean else None
+        return Evaluated(progress.step, loss, perplexity, is_best, measured.metrics)
 
     def _save(self, directory: Path) -> Checkpointed:
         """Write a checkpoint in one process; only it and those of the best weights stay."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, idle_rows, pack
 from veneer.fused.forward import Forward
 from veneer.kernels.transfer import OnTheWay, has_queue
+from veneer.objectives.criterion import MEAN_LOSS, Criterion, Outcome, StepCounts
 from veneer.processes.world import ALONE, World
 from veneer.training.events import Event
 from veneer.training.optimizer import FlatAdamW
@@ -22,12 +23,13 @@ from veneer.training.recorded import RecordedPasses
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a step learnt from, in all processes: the sum of the losses of its label tokens, how
-    many these were, and whether loss and gradient were finite, so that the weights changed."""
+    """What a step learnt from, in all processes: its loss, how many label tokens it had, whether
+    loss and gradient were finite, so that the weights changed, and what was measured beside."""
 
     loss: float
     label_tokens: int
     finite: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +37,16 @@ class Learning:
     """A step that the device has been given and may still be computing."""
 
     label_tokens: int
-    _loss_and_finite: OnTheWay
+    divisor: int
+    metrics: Sequence[str]
+    _sums_and_finite: OnTheWay
 
     def wait(self) -> Learnt:
         """Return what it learnt, once that is known."""
-        loss, finite = map(float, self._loss_and_finite.arrived())
-        return Learnt(loss, self.label_tokens, bool(finite))
+        sums, finite = self._sums_and_finite.arrived()
+        loss, *measured = means(sums, self.divisor)
+        metrics = dict(zip(self.metrics, measured, strict=True))
+        return Learnt(loss, self.label_tokens, bool(finite), metrics)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +54,7 @@ class StepToLearn(Event):
     """What a run asks of whoever computes for it, which then has `learning`: a step of its rows.
 
     step: batches of indices of `examples`; `order` has made them. clip: the gradient's largest norm
+    criterion: what makes the loss, over the same examples
     """
 
     examples: Sequence[Example]
@@ -56,6 +63,7 @@ class StepToLearn(Event):
     order: StepOrder
     lr: float
     clip: float
+    criterion: Criterion = MEAN_LOSS
     _answer: list[Learning] = field(default_factory=list)
 
     @property
@@ -73,14 +81,14 @@ class StepToLearn(Event):
 class StepUnderWay:
     """A step whose passes are being made.
 
-    batches: those of this process, with whether each counts; an idle one does not. labels: label
-    tokens of the step, in all processes. total: the sum of this process's losses so far.
+    batches: those of this process, with whether each counts; an idle one does not. counts: of the
+    step, in all processes. sums: of this process so far, its loss and what is measured beside.
     """
 
     asked: StepToLearn
     batches: Sequence[tuple[Batch, bool]]
-    labels: int
-    total: Tensor
+    counts: StepCounts
+    sums: Tensor
 
     @classmethod
     def of(
@@ -91,24 +99,36 @@ class StepUnderWay:
         dealt = asked.order.deal(step, world.size // share)[world.rank // share]
         batches: list[tuple[Batch, bool]] = []
 
-        def read() -> int:
-            batches.extend(
-                (pack(examples, indices or idle_rows(step)), bool(indices)) for indices in dealt
-            )
-            return sum(int((batch.labels >= 0).sum()) for batch, counts in batches if counts)
+        def read() -> Iterator[tuple[Batch, bool]]:
+            for indices in dealt:
+                batches.append((pack(examples, indices or idle_rows(step)), bool(indices)))
+                yield batches[-1]
 
-        labels = int(world.total(read)) // share
+        counts = counts_of(asked.criterion, read(), world, share=share)
         asked.optimizer.begin()
-        return cls(asked, batches, labels, no_loss(model))
+        return cls(asked, batches, counts, no_sums(model, asked.criterion))
 
-    def end(self, total: Tensor, world: World = ALONE) -> None:
-        """Let the weights change, unless a loss or the gradient is not finite. total: the sum of
-        the losses in all processes."""
+    @property
+    def divisor(self) -> int:
+        """What its losses are divided by."""
+        return self.asked.criterion.divisor(self.counts)
+
+    def loss(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Return a batch's loss, with its gradient, and count it among the sums. losses (labelled,)
+        are −log p of its label tokens."""
+        outcome = self.asked.criterion(losses, batch, self.counts)
+        add_outcome(self.sums, outcome)
+        return outcome.loss
+
+    def end(self, sums: Tensor, world: World = ALONE) -> None:
+        """Let the weights change, unless a loss or the gradient is not finite. sums: those of all
+        processes."""
         asked = self.asked
         finite = asked.optimizer.step(
-            lr=asked.lr, clip=asked.clip, world=world, only_if=total.isfinite()
+            lr=asked.lr, clip=asked.clip, world=world, only_if=sums[0].isfinite()
         )
-        asked.learnt(Learning(self.labels, OnTheWay(total, finite)))
+        names, labels = asked.criterion.metrics, self.counts.labels
+        asked.learnt(Learning(labels, self.divisor, names, OnTheWay(sums, finite)))
 
 
 def learn(
@@ -122,48 +142,79 @@ def learn(
     """Learn from the rows of a step, which the processes share, unless the loss or its gradient is
     not finite.
 
-    The loss is the mean over the label tokens of all processes. Between them go a few numbers, and
-    once the gradient of what trains. passes: what makes them instead of `forward`, in one process
-    alone. Nothing here waits for a device with a queue of its own.
+    The loss is the mean over what the step's criterion counts in all processes. Between them go a
+    few numbers, and once the gradient of what trains. passes: what makes them instead of `forward`,
+    in one process alone, of the mean loss. Nothing here waits for a device with a queue of its own.
     """
     share = 1 if forward.context is None else forward.context.size
     step = StepUnderWay.of(asked, model, world=world, share=share)
 
-    def own_loss() -> Tensor:
-        total = step.total
+    def own_sums() -> Tensor:
         for batch, counts in step.batches:
             if passes is not None:
-                total += passes(batch, step.labels)
+                step.sums[0] += passes(batch, step.divisor)
                 continue
-            loss = forward(model, batch)
-            loss = loss if counts else 0 * loss
-            total += loss.detach()
-            (loss / step.labels).backward()
-        return total
+            losses = forward.losses(model, batch)
+            loss = step.loss(losses, batch) if counts else 0 * losses.sum()
+            (loss / step.divisor).backward()
+        return step.sums
 
-    step.end(total_over(world, own_loss, exchanges=forward.exchanges(model)), world)
+    step.end(sums_over(world, own_sums, exchanges=forward.exchanges(model)), world)
 
 
-def no_loss(model: PreTrainedModel) -> Tensor:
-    """Return a sum of losses to add to, on the model's device, as wide as Python's floats."""
+def counts_of(
+    criterion: Criterion, batches: Iterable[tuple[Batch, bool]], world: World, *, share: int = 1
+) -> StepCounts:
+    """Return what the batches of all processes count together. batches: this one's, at least one,
+    with whether each counts. share: processes with the same rows."""
+    others: list[list[int]] = []
+
+    def read() -> int:
+        labels = 0
+        for batch, counts in batches:
+            labels += counts * int((batch.labels >= 0).sum())
+            others.append([counts * number for number in criterion.counts(batch)])
+        return labels
+
+    labels = int(world.total(read)) // share
+    sums = [sum(numbers) for numbers in zip(*others, strict=True)]
+    return StepCounts(labels, tuple(map(int, world.sums(*sums))) if sums else ())
+
+
+def no_sums(model: PreTrainedModel, criterion: Criterion = MEAN_LOSS) -> Tensor:
+    """Return sums of a loss and of what is measured beside to add to, (1 + metrics,), on the
+    model's device, as wide as Python's floats."""
     device = model.device
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no wider one
-    return torch.zeros((), dtype=wide, device=device)
+    return torch.zeros(1 + len(criterion.metrics), dtype=wide, device=device)
 
 
-def total_over(world: World, work: Callable[[], Tensor], *, exchanges: bool) -> Tensor:
-    """Return what `World.total` does, of scalars on a device, which is not waited for."""
+def add_outcome(sums: Tensor, outcome: Outcome) -> None:
+    """Add what a criterion makes of a batch."""
+    sums[0] += outcome.loss.detach()
+    if outcome.metrics is not None:
+        sums[1:] += outcome.metrics
+
+
+def means(sums: Tensor, divisor: int) -> list[float]:
+    """Return a loss, and what is measured beside, of their sums on the host."""
+    return [float(total) / divisor for total in sums]
+
+
+def sums_over(world: World, work: Callable[[], Tensor], *, exchanges: bool) -> Tensor:
+    """Return what `World.total` does, of numbers on a device, which is not waited for."""
     if world.size == 1:
         return work()
     own: list[Tensor] = []
 
     def on_host() -> float:
         own.append(work())
-        return 0.0 if has_queue(own[0].device) else float(own[0])
+        late = len(own[0]) > 1 or has_queue(own[0].device)
+        return 0.0 if late else float(own[0])
 
     total = world.total(on_host, exchanges=exchanges)
-    if not has_queue(own[0].device):
-        return own[0].new_tensor(total)
+    if len(own[0]) == 1 and not has_queue(own[0].device):
+        return own[0].new_tensor([total])
     world.add_up(own[0])
     return own[0]
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapter.use import acting
 from veneer.data.encode import Example
 from veneer.fused.forward import Forward
 from veneer.fused.together import AdapterBatch
+from veneer.objectives.config import ANSWERS, Objective
 from veneer.processes.world import ALONE
 from veneer.training.begin import let_train
 from veneer.training.config import TrainConfig
@@ -37,6 +38,7 @@ class Job:
 
     examples: Sequence[Example]
     config: TrainConfig = field(default_factory=TrainConfig)
+    objective: Objective = ANSWERS
     held_out: Sequence[Example] = ()
     directory: Path | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class RunningJob:
                 job.directory,
                 job.identity,
                 ALONE,
+                objective=job.objective,
                 adapter=name,
             )
 
@@ -130,7 +133,8 @@ class RunningJob:
     def _batch(self) -> AdapterBatch:
         assert self.step is not None
         batch, _ = self.step.batches[self.next_batch]
-        return AdapterBatch(self.name, batch, self.step.labels, self.generator)
+        loss = partial(self.step.loss, batch=batch)
+        return AdapterBatch(self.name, batch, self.step.divisor, self.generator, loss)
 
     def take(self) -> AdapterBatch:
         """Return the batch that the next pass takes."""
@@ -138,13 +142,12 @@ class RunningJob:
         self.next_batch += 1
         return batch
 
-    def learnt(self, loss: Tensor) -> None:
-        """Count what the batch that was taken last has lost; the step's last one ends the step."""
+    def learnt(self) -> None:
+        """Note that the batch that was taken last is learnt; the step's last one ends the step."""
         step = self.step
         assert step is not None
-        step.total.add_(loss)
         if self.next_batch == len(step.batches):
-            step.end(step.total)
+            step.end(step.sums)
             self.step = None
 
     def end(self, error: Exception | None = None) -> None:

@@ -154,9 +154,9 @@ class _Passes:
             if not model.training:
                 model.train()
             with worthwhile_threads(model), forward.installed(model):
-                losses = backward_together(forward, model, batches, alone=self.alone)
-                for each, loss in zip(sharing, losses.unbind(), strict=True):
-                    each.learnt(loss)
+                backward_together(forward, model, batches, alone=self.alone)
+                for each in sharing:
+                    each.learnt()
         except Exception as error:
             for each in running:
                 each.end(error)

@@ -1,0 +1,129 @@
+"""Which objective, and its numbers: a frozen, validated value that imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from veneer.checks import ABOVE_0, at_least, check_config, one_of
+
+ObjectiveName = Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "cpo"]
+RowShape = Literal["answers", "pairs", "judged"]  # what a row of the data is
+Reference = Literal["base", "start"]
+
+# The strength that each paper's experiments have: DPO section 6, IPO section 5.4 (tau), SimPO
+# table 7 (beta), ORPO section 5.1 (lambda), KTO section 4.2, CPO section 4.1.
+USUAL_BETA: Mapping[ObjectiveName, float] = {
+    "dpo": 0.1,
+    "ipo": 0.1,
+    "simpo": 2.0,
+    "orpo": 0.1,
+    "kto": 0.1,
+    "cpo": 0.1,
+}
+SMOOTHED = ("dpo", "cpo")
+WITH_REFERENCE = ("dpo", "ipo", "kto")
+# Preferences are learnt from a model that answers already, and a rate that suits new answers takes
+# it apart: the papers' rates are a tenth of those for answers and less.
+SHARE_OF_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run learns by. Raises ConfigError, which lists everything that is wrong."""
+
+    objective: ObjectiveName = "sft"
+    """What is learnt by: answers (sft); pairs of a chosen and a rejected answer (dpo, ipo, simpo,
+    orpo, cpo); or answers that were judged one by one (kto)."""
+    beta: float | None = None
+    """How strongly preferences hold the model to its reference, or weigh beside the answers (orpo);
+    that of the objective's paper unless given."""
+    label_smoothing: float = 0.0
+    """The share of pairs whose judgement is taken to be wrong; of dpo and cpo."""
+    simpo_margin: float = 1.0
+    """By how much the chosen answer's reward is to lead, before beta; of simpo."""
+    nll_weight: float = 1.0
+    """The weight of the chosen answer's own loss beside the preference; of cpo."""
+    desirable_weight: float = 1.0
+    """The weight of desirable answers; of kto."""
+    undesirable_weight: float = 1.0
+    """The weight of undesirable answers; of kto."""
+    reference: Reference = "base"
+    """The model that preferences are measured from: the base without any adapter, or the model
+    as the run starts (start), such as with the adapter of --from."""
+
+    def __post_init__(self) -> None:
+        name = self.objective
+        only = {
+            "label_smoothing": SMOOTHED,
+            "simpo_margin": ("simpo",),
+            "nll_weight": ("cpo",),
+            "desirable_weight": ("kto",),
+            "undesirable_weight": ("kto",),
+            "reference": WITH_REFERENCE,
+            "beta": tuple(USUAL_BETA),
+        }
+        check_config(
+            self,
+            opening="This objective cannot be",
+            rules={
+                "objective": one_of(ObjectiveName),
+                "beta": ABOVE_0,
+                "label_smoothing": at_least(0, below=0.5),  # more turns the preference round
+                "simpo_margin": at_least(0),
+                "nll_weight": at_least(0),
+                "desirable_weight": ABOVE_0,
+                "undesirable_weight": ABOVE_0,
+                "reference": one_of(Reference),
+            },
+            contradictions={
+                f"{key} would do nothing with {name}; it is of {', '.join(names)}": (
+                    name not in names
+                    and getattr(self, key) != type(self).__dataclass_fields__[key].default
+                )
+                for key, names in only.items()
+            },
+        )
+
+    @property
+    def course(self) -> dict[str, Any]:
+        """The settings on which the course of the weights depends, as checkpoints have them: those
+        that are not the usual ones, as earlier versions knew none."""
+        usual = type(self)().__dict__
+        return {name: value for name, value in asdict(self).items() if value != usual[name]}
+
+    def against(self, *, context_parallel: int, replay_passes: bool) -> dict[str, bool]:
+        """Return a message for each setting of a run that does not go with this objective, and
+        whether it is set."""
+        others = self.objective != "sft"
+        return {
+            f"{self.objective} reads whole rows, and context_parallel deals their tokens; leave it "
+            "at 1": others and context_parallel > 1,
+            f"replay_passes records passes of answers alone, not of {self.objective}": (
+                others and replay_passes
+            ),
+        }
+
+    @property
+    def strength(self) -> float:
+        """Beta: the one that was asked for, or the paper's."""
+        return self.beta or USUAL_BETA[self.objective]
+
+    @property
+    def shape(self) -> RowShape:
+        """What a row of the data is."""
+        return {"sft": "answers", "kto": "judged"}.get(self.objective, "pairs")  # type: ignore[return-value]
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss measures from a reference model."""
+        return self.objective in WITH_REFERENCE
+
+    @property
+    def share_of_rate(self) -> float:
+        """The learning rate, as a share of that for answers."""
+        return 1.0 if self.objective in ("sft", "orpo", "cpo") else SHARE_OF_RATE
+
+
+ANSWERS = Objective()  # supervised fine-tuning

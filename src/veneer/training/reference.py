@@ -1,0 +1,129 @@
+"""What a reference model gives the rows of a run: computed once, before the first step, and kept
+beside the encoded rows for whoever trains on the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from veneer.adapter.use import base_alone
+from veneer.adapter.virtual_forward import virtual_input_count
+from veneer.data import cache
+from veneer.data.columns import lengths_of
+from veneer.data.encode import Example
+from veneer.data.packing import StepOrder, idle_rows, pack
+from veneer.files import new_file
+from veneer.fused.forward import Forward
+from veneer.models.evaluating import evaluating
+from veneer.objectives.config import Objective
+from veneer.objectives.criterion import Criterion, rows_of
+from veneer.objectives.preferences import LogProbabilities, criterion_of
+from veneer.processes.world import World
+
+# What of a run's identity its reference's numbers depend on; sizes of passes, by their rounding.
+DECIDES = (
+    *("base", "data", "computed_in", "bits", "pack_head", "device", "reference"),
+    *("tokens_per_step", "tokens_per_batch"),
+)
+FILE = "reference.npy"
+
+
+def criterion_over(
+    objective: Objective,
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    forward: Forward,
+    *,
+    identity: Mapping[str, Any],
+    world: World,
+    tokens_per_batch: int,
+    split: str,
+) -> Criterion:
+    """Return an objective over examples, which are measured by its reference where it has one.
+
+    identity: of the run; split: which of its rows these are. The model is as the run starts.
+    """
+    if not objective.has_reference:
+        return criterion_of(objective, examples)
+    of_base = objective.reference == "base"
+    place = _place(identity, split) if of_base and "base" in identity else None
+    shape = (len(examples), 2)
+    values = world.first(lambda: _read(place, shape))
+    if values is None:
+        with base_alone(model) if of_base else nullcontext():
+            values = log_probabilities(
+                model, examples, forward, world=world, tokens_per_batch=tokens_per_batch
+            )
+        world.first(lambda: _write(place, values))
+    return criterion_of(objective, examples, values)
+
+
+def log_probabilities(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    forward: Forward,
+    *,
+    world: World,
+    tokens_per_batch: int,
+) -> LogProbabilities:
+    """Return what the model gives the label tokens of both rows of each example, (examples, 2)."""
+    order = StepOrder(
+        lengths_of(examples),
+        tokens_per_batch * world.size,
+        tokens_per_batch,
+        0,
+        virtual_input_count(model),
+    )
+    values = torch.zeros(len(examples), 2)
+
+    def own() -> float:
+        for step in order.epoch(0):
+            for indices in order.deal(step, world.size)[world.rank]:
+                batch = pack(examples, indices or idle_rows(step))
+                log_p, _ = rows_of(forward.losses(model, batch), batch)
+                if indices:
+                    values[batch.rows[::2]] = log_p.view(-1, 2).float().cpu()
+        return 0.0
+
+    with torch.no_grad(), evaluating(model), forward.installed(model):
+        world.total(own, exchanges=forward.exchanges(model))
+    world.add_up(values)
+    return values.numpy()
+
+
+def _place(identity: Mapping[str, Any], split: str) -> Path:
+    settings = [split, {name: identity.get(name) for name in DECIDES}]
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return cache.home() / hashlib.sha256(text.encode()).hexdigest()[:32] / FILE
+
+
+def _read(place: Path | None, shape: tuple[int, int]) -> LogProbabilities | None:
+    """Return what is kept, None where nothing is, or nothing whole."""
+    if place is None:
+        return None
+    with suppress(OSError, ValueError, EOFError):
+        values = np.load(place, allow_pickle=False)
+        if values.shape == shape and values.dtype == np.float32:
+            cache.note_use(place.parent)
+            return values
+    return None
+
+
+def _write(place: Path | None, values: LogProbabilities) -> None:
+    """Keep the numbers, unless the disk does not take them: they can be computed again."""
+    if place is None:
+        return
+    with suppress(OSError):
+        cache.prune(place.parent.parent)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(place) as temporary, temporary.open("wb") as file:
+            np.save(file, values, allow_pickle=False)
+        cache.note_use(place.parent)
