@@ -131,6 +131,22 @@ def test_each_directory_is_that_of_a_run_alone_and_goes_on_after_a_kill(home):
     assert files(home / "together" / "twin") == files(home / "alone" / "dora")
 
 
+def test_a_recipe_that_joins_is_what_it_is_alone_and_one_that_cannot_fails(home):
+    quantized = replace(recipe(home, "joined", "quantized"), bits=8)
+    late = recipe(home, "joined", "r=4 at 0.01")
+    waiting = iter(({}, {"quantized": quantized}, {"r=4 at 0.01": late}))
+    first = {"dora": recipe(home, "joined", "dora")}
+    events = [*veneer.tune_many(first, joining=lambda: next(waiting, {}), merges=False)]
+    names = ["dora", "r=4 at 0.01"]
+    failed = {name: event.error for name, event in events if isinstance(event, Failed)}
+    assert [*failed] == ["quantized"]
+    assert "bits is 8" in str(failed["quantized"])
+    assert [name for name, event in events if isinstance(event, ModelReady)] == names
+    for name in names:
+        alone = {k: v for k, v in files(home / "alone" / name).items() if "merged" not in k}
+        assert files(home / "joined" / name) == alone
+
+
 def test_what_cannot_share_a_base_is_said_at_once(home):
     jobs = {
         "good": recipe(home, "bad", "good"),

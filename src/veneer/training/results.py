@@ -48,8 +48,12 @@ def to_the_end(
     plan: Plan | None = None,
     world: World = ALONE,
     resume: bool,
+    merges: bool = True,
 ) -> Iterator[Event]:
-    """Pass on the events of the training, judge it, write the results, and say what is written."""
+    """Pass on the events of the training, judge it, write the results, and say what is written.
+
+    merges: write the merged model too
+    """
     run = RunDirectory(recipe.out)
     verdict: Verdict | None = None
     steps = weights_of = 0
@@ -71,7 +75,9 @@ def to_the_end(
     assert verdict is not None
     about = about_training(identity, step=weights_of, steps=steps)
     with world.leading():
-        yield from _write(recipe, run, base, plan, verdict, about, resume=resume)
+        yield from _write(recipe, run, base, plan, about, resume=resume)
+        if merges:
+            yield from _merge(recipe, base, plan, verdict)
 
 
 def _write(
@@ -79,12 +85,11 @@ def _write(
     run: RunDirectory,
     base: Base,
     plan: Plan | None,
-    verdict: Verdict,
     about: dict[str, Any],
     *,
     resume: bool,
 ) -> Iterator[Event]:
-    """Write the results, and say what is written. about: the training, for the adapter's file."""
+    """Write the adapter, and say what is written. about: the training, for its file."""
     if plan is not None and (peaks := planned_and_measured(plan, base.model.device)):
         yield Measured(*peaks)
 
@@ -93,7 +98,6 @@ def _write(
     if recipe.method.method != "full":  # whose adapter would be the merged model again
         adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer, training=about)
         yield Written("adapter", recipe.adapter, size_of(recipe.adapter))
-    yield from _merge(recipe, base, plan, verdict)
 
 
 def clear_state(run: RunDirectory) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from veneer.adapter.attach import detach
 from veneer.adapter.use import use
 from veneer.data.sources import spelt
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, VeneerError
 from veneer.models.device import begin_peak, resolve_device
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
@@ -16,7 +16,7 @@ from veneer.plan.plan import Plan
 from veneer.processes.world import World
 from veneer.run_directory import RunDirectory
 from veneer.training.config import TOKENS_PER_PASS
-from veneer.training.events import Event, Measured, Notice, Planned
+from veneer.training.events import Event, Failed, Measured, Notice, Planned
 from veneer.training.many.planned import (
     check_fits_together,
     check_space_together,
@@ -50,142 +50,255 @@ def tune_many(
     force: bool = False,
     ignore_plan: bool = False,
     tokens_per_pass: int = TOKENS_PER_PASS,
+    joining: Callable[[], Mapping[str, Recipe]] = dict,
     should_stop: Callable[[str], bool] = lambda name: False,
+    merges: bool = True,
 ) -> Iterator[tuple[str, Event]]:
     """Train as each recipe says, by `train_many`, and yield each event with the name of its job, or
     with "" where it is of all.
 
-    Every recipe has a directory of its own, `out`, with what `tune` would leave there. `resume`
-    goes on from the newest checkpoint in each, and starts those that have none. A job that fails
-    ends by Failed, and the others go on.
+    Every recipe has a directory of its own, `out`, with what `tune` would leave there; without its
+    merged model unless `merges`. `resume` goes on from the newest checkpoint in each, and starts
+    those that have none. `joining` is asked before each pass for recipes that begin now. A job that
+    fails, or cannot join, ends by Failed, and the others go on.
 
-    Raises, before the base is loaded, ConfigError for whatever is wrong with any of the recipes,
-    all of it at once and by the names of the jobs.
+    Raises, before the base is loaded, ConfigError for whatever is wrong with any of `recipes`, all
+    of it at once and by the names of the jobs.
     """
     check_limit(tokens_per_pass)
-    _check_together(recipes)
+    if not recipes:
+        raise ConfigError("There are no jobs.")
+    if World.current().size > 1:
+        raise ConfigError("Several jobs train in one process; start one alone, without torchrun.")
     if resume and not any(recipe.out.exists() for recipe in recipes.values()):
         places = ", ".join(str(recipe.out) for recipe in recipes.values())
         raise ConfigError(f"There are no runs to go on with: none of {places} exists.")
-    problems = JobProblems()
-    begun: dict[str, Preflight] = {}
-    resumes = {name: resume and recipe.out.exists() for name, recipe in recipes.items()}
-    for name, recipe in recipes.items():
-        with problems.of(name):
-            begun[name] = ahead = preflight(
-                recipe,
-                resume=resumes[name],
-                force=force,
-                ignore_space=ignore_plan,
-                beside=next(iter(begun.values()), None),
-            )
-            if ahead.dtype_name != (shared := next(iter(begun.values())).dtype_name):
-                raise ConfigError(
-                    f"its checkpoint was computed in {ahead.dtype_name}, and the first job is in "
-                    f"{shared}; go on with it by itself"
-                )
-    problems.end()
-    device = resolve_device(next(iter(recipes.values())).device)
-    if not ignore_plan:
-        check_space_together(begun.values(), device)
-    prepared: dict[str, Prepared] = {}
-    rows: dict[Any, RunRows] = {}  # by all that decides them
-    for name, ahead in begun.items():
-        with problems.of(name):
-            key = _key_of_rows(ahead)
-            work = prepare(ahead, rows=rows.get(key))
-            if ahead.start is not None and ahead.start.new_tokens:
-                raise ConfigError(f"{ahead.recipe.start_from} {EXTENDS}")
-            prepared[name] = each = yield from _named(name, work)
-            rows[key] = each.rows
-    problems.end()
-    first = next(iter(prepared.values()))
-    plan: Plan | None = None
-    if why := next(filter(None, (why_no_plan(each, device) for each in begun.values())), ""):
-        yield ALL, Notice(f"No memory is planned for these jobs: {why}")
-    else:
-        plan = plan_together([*prepared.values()], tokens_per_pass)
-        available = available_memory(device)
-        if not ignore_plan:
-            check_fits_together(plan, available)
-            check_host(plan, 1)
-        yield ALL, Planned(plan, available)
-    recipe = first.recipe
-    if recipe.shard == "base":
-        yield ALL, Notice("The base is not sharded: jobs train in one process.")
-    base = load_base(
-        recipe.model,
-        device=recipe.device,
-        dtype=first.ahead.dtype_name,
-        bits=recipe.loaded_bits,
-        pack_head=recipe.pack_head,
-        tokenizer=first.ahead.tokenizer,
-        offload=recipe.offload,
-        offload_directory=recipe.out,
-    )
-    for text in base.notices:
-        yield ALL, Notice(text)
-    of_base = fingerprint(base.model, base.tokenizer)
+    runs = _Runs(recipes, resume, force, ignore_plan, tokens_per_pass, merges)
+    yield from runs.prepare(recipes)
+    yield from runs.load()
     jobs: dict[str, Job] = {}
-    names = {f"job {number}": name for number, name in enumerate(prepared)}  # of adapters
-    for adapter, name in names.items():
-        with problems.of(name):
-            base.model.requires_grad_(False)
-            attaching = attach_job(prepared[name], base, force=force, name=adapter)
-            yield from ((name, event) for event in attaching)
-            jobs[adapter] = _job(
-                prepared[name], base, of_base, adapter, plan=plan, resume=resumes[name]
-            )
-    problems.end()
-    for name, each in prepared.items():
-        if not resumes[name]:
-            clear_state(RunDirectory(each.recipe.out))
-    use(base.model, None)  # adapters go as their jobs end
+    yield from runs.begin(recipes, jobs)
     begin_measuring()
-    begin_peak(base.model.device)
+    begin_peak(runs.base.model.device)
     measured = False
+    of_joining: list[tuple[str, Event]] = []  # which came while nothing could be yielded
+
+    def join() -> dict[str, Job]:
+        begun: dict[str, Job] = {}
+        for name, recipe in joining().items():
+            try:
+                of_joining.extend(runs.prepare({name: recipe}))
+                of_joining.extend(runs.begin({name: recipe}, begun))
+            except (VeneerError, OSError) as error:
+                of_joining.append((name, Failed(error)))
+        return begun
+
     for adapter, event in train_many(
-        base.model,
+        runs.base.model,
         jobs,
         tokens_per_pass=tokens_per_pass,
-        should_stop=lambda adapter: should_stop(names[adapter]),
+        joining=join,
+        should_stop=lambda adapter: should_stop(runs.names[adapter]),
     ):
+        yield from of_joining
+        of_joining.clear()
         if not isinstance(event, Measured):
-            yield names[adapter], event
+            yield runs.names[adapter], event
         elif not measured:  # for the first, no model has been merged yet, which takes more
             measured = True
             yield ALL, event
+    yield from of_joining
 
 
-def _job(
-    prepared: Prepared,
-    base: Base,
-    of_base: Mapping[str, str],
-    adapter: str,
-    *,
-    plan: Plan | None,
-    resume: bool,
-) -> Job:
-    """Return a run as a job, which writes what `tune` does and then detaches its adapter."""
-    recipe, rows = prepared.recipe, prepared.rows
-    run, identity = RunDirectory(recipe.out), prepared.identity(of_base)
+class _Runs:
+    """The runs of recipes over one base: what is read and planned for each, and their jobs.
 
-    def through(events: Iterator[Event]) -> Iterator[Event]:
-        results = to_the_end(events, recipe, base, identity, plan=plan, resume=resume)
-        try:
-            yield from record(results, run)
-        finally:
-            detach(base.model, adapter)
+    names: of the runs, by those of their adapters
+    """
 
-    return Job(
-        rows.examples,
-        recipe.training,
-        held_out=rows.held_out,
-        directory=run.checkpoints,
-        identity={"computed_in": prepared.ahead.dtype_name, **identity},
-        resume=resume,
-        through=through,
-    )
+    def __init__(
+        self,
+        recipes: Mapping[str, Recipe],
+        resume: bool,
+        force: bool,
+        ignore_plan: bool,
+        tokens_per_pass: int,
+        merges: bool,
+    ) -> None:
+        self.resume, self.force, self.ignore_plan = resume, force, ignore_plan
+        self.tokens_per_pass, self.merges = tokens_per_pass, merges
+        self.first = next(iter(recipes.values()))
+        self.names: dict[str, str] = {}
+        self.device = resolve_device(self.first.device)
+        self.plan: Plan | None = None
+        self._ahead: Preflight | None = None  # of the first run
+        self._prepared: dict[str, Prepared] = {}  # of runs that have not ended
+        self._rows: dict[Any, RunRows] = {}  # by all that decides them
+        self._base: Base | None = None
+
+    @property
+    def base(self) -> Base:
+        """The base, once it is loaded."""
+        assert self._base is not None
+        return self._base
+
+    def resumes(self, recipe: Recipe) -> bool:
+        """Return whether a run goes on from what is in its directory."""
+        return self.resume and recipe.out.exists()
+
+    def prepare(self, recipes: Mapping[str, Recipe]) -> Iterator[tuple[str, Event]]:
+        """Check the recipes, read their rows, and see that there is room for them beside those
+        that train. Raises ConfigError for all that is wrong with them."""
+        self._check_together(recipes)
+        problems = JobProblems()
+        begun: dict[str, Preflight] = {}
+        for name, recipe in recipes.items():
+            with problems.of(name):
+                ahead = preflight(
+                    recipe,
+                    resume=self.resumes(recipe),
+                    force=self.force,
+                    ignore_space=self.ignore_plan,
+                    beside=self._ahead,
+                )
+                self._ahead = self._ahead or ahead
+                if ahead.dtype_name != (shared := self._ahead.dtype_name):
+                    raise ConfigError(
+                        f"its checkpoint was computed in {ahead.dtype_name}, and the first job is "
+                        f"in {shared}; go on with it by itself"
+                    )
+                begun[name] = ahead
+        problems.end()
+        if not self.ignore_plan:
+            check_space_together(begun.values(), self.device)
+        new: dict[str, Prepared] = {}
+        for name, ahead in begun.items():
+            with problems.of(name):
+                key = _key_of_rows(ahead)
+                work = prepare(ahead, rows=self._rows.get(key))
+                if ahead.start is not None and ahead.start.new_tokens:
+                    raise ConfigError(f"{ahead.recipe.start_from} {EXTENDS}")
+                new[name] = each = yield from _named(name, work)
+                self._rows[key] = each.rows
+        problems.end()
+        joins = self._base is not None  # while others train, and say nothing of the plan again
+        of_all = [*self._prepared.values(), *new.values()]
+        if why := next(filter(None, (why_no_plan(e.ahead, self.device) for e in of_all)), ""):
+            if not joins:
+                yield ALL, Notice(f"No memory is planned for these jobs: {why}")
+        else:
+            self.plan = plan_together(of_all, self.tokens_per_pass)
+            available = available_memory(self.device)
+            if not self.ignore_plan:
+                check_fits_together(self.plan, available)
+                check_host(self.plan, 1)
+            if not joins:
+                yield ALL, Planned(self.plan, available)
+        self._prepared |= new
+
+    def load(self) -> Iterator[tuple[str, Event]]:
+        """Load the base."""
+        assert self._ahead is not None
+        first = self.first
+        if first.shard == "base":
+            yield ALL, Notice("The base is not sharded: jobs train in one process.")
+        self._base = load_base(
+            first.model,
+            device=first.device,
+            dtype=self._ahead.dtype_name,
+            bits=first.loaded_bits,
+            pack_head=first.pack_head,
+            tokenizer=self._ahead.tokenizer,
+            offload=first.offload,
+            offload_directory=first.out,
+        )
+        for text in self._base.notices:
+            yield ALL, Notice(text)
+        self._base.model.requires_grad_(False)
+        self._fingerprint = fingerprint(self._base.model, self._base.tokenizer)
+
+    def begin(
+        self, recipes: Mapping[str, Recipe], jobs: dict[str, Job]
+    ) -> Iterator[tuple[str, Event]]:
+        """Attach the adapters of recipes that are prepared, and add their jobs by these adapters'
+        names. Nothing of earlier runs is touched before all of them are attached."""
+        problems, model = JobProblems(), self.base.model
+        training = [weight for weight in model.parameters() if weight.requires_grad]
+        new: dict[str, Job] = {}
+        for name in recipes:
+            adapter = f"job {len(self.names)}"
+            self.names[adapter] = name
+            with problems.of(name):
+                model.requires_grad_(False)
+                attaching = attach_job(
+                    self._prepared[name], self.base, force=self.force, name=adapter
+                )
+                yield from ((name, event) for event in attaching)
+                new[adapter] = self._job(name, adapter)
+        use(model, None)  # adapters go as their jobs end
+        for weight in training:  # which attaching has frozen
+            weight.requires_grad_(True)
+        problems.end()
+        for recipe in recipes.values():
+            if not self.resumes(recipe):
+                clear_state(RunDirectory(recipe.out))
+        jobs.update(new)
+
+    def _job(self, name: str, adapter: str) -> Job:
+        """Return a run as a job, which writes what `tune` does and then detaches its adapter."""
+        prepared, base = self._prepared[name], self.base
+        recipe, rows = prepared.recipe, prepared.rows
+        run, identity = RunDirectory(recipe.out), prepared.identity(self._fingerprint)
+        resume, plan = self.resumes(recipe), self.plan
+
+        def through(events: Iterator[Event]) -> Iterator[Event]:
+            results = to_the_end(
+                events, recipe, base, identity, plan=plan, resume=resume, merges=self.merges
+            )
+            try:
+                yield from record(results, run)
+            finally:
+                detach(base.model, adapter)
+                del self._prepared[name]
+
+        return Job(
+            rows.examples,
+            recipe.training,
+            held_out=rows.held_out,
+            directory=run.checkpoints,
+            identity={"computed_in": prepared.ahead.dtype_name, **identity},
+            resume=resume,
+            through=through,
+        )
+
+    def _check_together(self, recipes: Mapping[str, Recipe]) -> None:
+        """Raise ConfigError for recipes that cannot share a base and its passes."""
+        problems = JobProblems()
+        first = self.first.settings()
+        training = [each.recipe.out.absolute() for each in self._prepared.values()]
+        places = training + [recipe.out.absolute() for recipe in recipes.values()]
+        for name, recipe in recipes.items():
+            own = recipe.settings()
+            wrong = [
+                f"{key} is {own[key]!r}, but {first[key]!r} for the first job, and all share it"
+                for key in SHARED
+                if own[key] != first[key]
+            ]
+            if recipe.method.method != "lora":
+                wrong.append(f"{recipe.method.method} is no low-rank adapter; train it by itself")
+            if recipe.rows.new_words is not None:
+                wrong.append(f"new_words {EXTENDS}")
+            if recipe.training.context_parallel > 1 or recipe.training.replay_passes:
+                wrong.append("context_parallel and replay_passes are for a job alone")
+            if name == ALL:
+                wrong.append("a job must have a name")
+            if name in self._prepared:
+                wrong.append("a job of that name trains already")
+            if places.count(recipe.out.absolute()) > 1:
+                wrong.append(f"{recipe.out} is another job's directory too")
+            for text in wrong:
+                problems.add(name, text)
+        problems.end()
 
 
 def _named(
@@ -205,34 +318,3 @@ def _key_of_rows(ahead: Preflight) -> Any:
     reports = recipe.out if recipe.rows.deduplicate or recipe.rows.skip_bad_rows else None
     invocation = recipe.lora.invocation
     return (tuple(spelt(recipe.data)), recipe.rows, recipe.training.seed, invocation, reports)
-
-
-def _check_together(recipes: Mapping[str, Recipe]) -> None:
-    """Raise ConfigError for recipes that cannot share a base and its passes."""
-    problems = JobProblems()
-    if not recipes:
-        raise ConfigError("There are no jobs.")
-    if World.current().size > 1:
-        raise ConfigError("Several jobs train in one process; start one alone, without torchrun.")
-    first = next(iter(recipes.values())).settings()
-    places = [recipe.out.absolute() for recipe in recipes.values()]
-    for name, recipe in recipes.items():
-        own = recipe.settings()
-        wrong = [
-            f"{key} is {own[key]!r}, but {first[key]!r} for the first job, and all share it"
-            for key in SHARED
-            if own[key] != first[key]
-        ]
-        if recipe.method.method != "lora":
-            wrong.append(f"{recipe.method.method} is no low-rank adapter; train it by itself")
-        if recipe.rows.new_words is not None:
-            wrong.append(f"new_words {EXTENDS}")
-        if recipe.training.context_parallel > 1 or recipe.training.replay_passes:
-            wrong.append("context_parallel and replay_passes are for a job alone")
-        if name == ALL:
-            wrong.append("a job must have a name")
-        if places.count(recipe.out.absolute()) > 1:
-            wrong.append(f"{recipe.out} is another job's directory too")
-        for text in wrong:
-            problems.add(name, text)
-    problems.end()
