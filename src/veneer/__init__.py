@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from veneer.training.many.tune import tune_many
     from veneer.training.pretrain import pretrain
     from veneer.training.recipe import DataConfig, Recipe
+    from veneer.training.search.config import SearchConfig
+    from veneer.training.search.run import search
     from veneer.training.tune import tune
     from veneer.training.with_trainer import SaveAdapter
 
@@ -59,6 +61,7 @@ _HOMES = {
     "Recipe": "training.recipe",
     "Sampling": "generate.sampling",
     "SaveAdapter": "training.with_trainer",
+    "SearchConfig": "training.search.config",
     "TargetError": "errors",
     "TrainConfig": "training.config",
     "TrainingError": "errors",
@@ -81,6 +84,7 @@ _HOMES = {
     "merge": "adapter.merge",
     "pretrain": "training.pretrain",
     "save": "formats.adapters",
+    "search": "training.search.run",
     "stream": "generate.decode",
     "train": "training.loop",
     "train_many": "training.many.train",
@@ -105,6 +109,7 @@ __all__ = [
     "Recipe",
     "Sampling",
     "SaveAdapter",
+    "SearchConfig",
     "TargetError",
     "TrainConfig",
     "TrainingError",
@@ -127,6 +132,7 @@ __all__ = [
     "merge",
     "pretrain",
     "save",
+    "search",
     "stream",
     "train",
     "train_many",

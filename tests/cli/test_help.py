@@ -64,7 +64,8 @@ def test_python_m_veneer_is_veneer():
 
 
 def test_the_commands_are_these():
-    models = {"inspect", "plan", "pretrain", "quantize", "tune", "compare", "generate", "chat"}
+    models = {"inspect", "plan", "pretrain", "quantize", "tune", "search", "compare"}
+    models |= {"generate", "chat"}
     adapters = {"diff", "combine", "extract", "merge", "convert", "export", "check", "serve"}
     assert set(COMMANDS) == models | adapters
 

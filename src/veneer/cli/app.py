@@ -50,6 +50,12 @@ app.command(
     config=from_recipe,
 )
 app.command(
+    "veneer.cli.search:search",
+    synonym=("sweep", "hpo"),
+    help="Try settings of tune for MODEL on DATA, several at a time over one base: bad ones end "
+    "early, and the best one's adapter and recipe stay.",
+)
+app.command(
     "veneer.cli.compare:compare",
     help="Train MODEL on DATA by several methods with an equal budget, and compare the results.",
 )

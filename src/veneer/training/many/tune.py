@@ -178,7 +178,7 @@ class _Runs:
                 work = prepare(ahead, rows=self._rows.get(key))
                 if ahead.start is not None and ahead.start.new_tokens:
                     raise ConfigError(f"{ahead.recipe.start_from} {EXTENDS}")
-                new[name] = each = yield from _named(name, work)
+                new[name] = each = yield from named(name, work)
                 self._rows[key] = each.rows
         problems.end()
         joins = self._base is not None  # while others train, and say nothing of the plan again
@@ -301,9 +301,10 @@ class _Runs:
         problems.end()
 
 
-def _named(
+def named(
     name: str, work: Generator[Event, None, Prepared]
 ) -> Generator[tuple[str, Event], None, Prepared]:
+    """Yield the events of what makes a run ready with a name, and return what it does."""
     while True:
         try:
             event = next(work)

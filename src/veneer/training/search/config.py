@@ -1,0 +1,42 @@
+"""How a search goes: a frozen, validated value that imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from veneer.checks import ABOVE_0, check_config, one_of, whole_number
+
+Sampler = Literal["tpe", "random"]
+Pruner = Literal["halving", "median", "none"]
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How a search goes. Raises ConfigError, which lists everything that is wrong."""
+
+    trials: int = 24
+    """Trials in all, those included that end early."""
+    together: int = 8
+    """Trials that train at a time, in passes that they share."""
+    minutes: float | None = None
+    """Begin no trial after so many minutes; those that train go on to their ends."""
+    sampler: Sampler = "tpe"
+    """Optuna's sampler, which draws the settings of a trial: tpe learns from the trials before it;
+    random does not."""
+    pruner: Pruner = "halving"
+    """Which trials end early: at a ninth and a third of their steps all but the best third so far
+    (halving); those worse than the median of the others at the same point (median); or none."""
+
+    def __post_init__(self) -> None:
+        check_config(
+            self,
+            opening="There can be no such search",
+            rules={
+                "trials": whole_number(1),
+                "together": whole_number(1),
+                "minutes": ABOVE_0,
+                "sampler": one_of(Sampler),
+                "pruner": one_of(Pruner),
+            },
+        )

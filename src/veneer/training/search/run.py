@@ -1,0 +1,366 @@
+"""A search from end to end: trials that train together, and the best of them left as a run."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from veneer.data.columns import lengths_of
+from veneer.data.packing import StepOrder
+from veneer.errors import Checks, ConfigError, DivergedError, VeneerError
+from veneer.files import new_directory, write_text
+from veneer.formats import native
+from veneer.run_directory import METRICS, RunDirectory
+from veneer.training.config import TOKENS_PER_PASS
+from veneer.training.events import (
+    DataReady,
+    Encoding,
+    Evaluated,
+    Event,
+    Failed,
+    ModelReady,
+    Notice,
+    Started,
+    Step,
+    Stopped,
+    Written,
+)
+from veneer.training.many.tune import ALL, named, tune_many
+from veneer.training.preflight import Preflight, preflight
+from veneer.training.prepare import Prepared, prepare, settings_of
+from veneer.training.recipe import Recipe
+from veneer.training.search.config import SearchConfig
+from veneer.training.search.result import (
+    NUMBERS,
+    PICTURE,
+    TABLE,
+    Cost,
+    Searched,
+    SearchResult,
+    State,
+    TrialBegun,
+    TrialEnded,
+    TrialResult,
+    ranked,
+    write_result,
+)
+from veneer.training.search.space import Over, Space, Values, space_of, usual_values, with_values
+from veneer.training.search.study import MEASUREMENTS, SearchStudy
+
+STUDY, TRIALS = "study.db", "trials"
+# Steps that the first trial makes alone, of which the first is not timed: what it costs to share no
+# pass is measured, and nothing is done twice for it.
+ALONE = 3
+
+
+def search(
+    recipe: Recipe,
+    over: Over,
+    config: SearchConfig | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    ignore_plan: bool = False,
+    tokens_per_pass: int = TOKENS_PER_PASS,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[str, Event]]:
+    """Try settings of a recipe, several at a time over one base, and yield each event with the name
+    of its trial, or with "" where it is of all; the last is Searched.
+
+    over: what varies, as in {"lr": "1e-4..3e-3", "rank": [4, 8, 16]}; all else is the recipe's. The
+    first trial is the recipe's own run, where the ranges have it. Trials that do badly on the
+    held-out rows end early, and others begin in their places. Below `recipe.out` are the study,
+    each trial's recipe and metrics, a table, and, as a run's directory has them, the adapter, the
+    recipe and the metrics of the best trial.
+
+    `resume` goes on with the search there, `force` replaces it. Raises VeneerError of the kind that
+    fits where the recipe, the data or a value cannot be used, before anything is trained.
+    """
+    if recipe.method.method != "lora":
+        raise ConfigError(
+            f"A search is over low-rank adapters, and {recipe.method.method} is none."
+        )
+    space = space_of(over, recipe)
+    _check_directory(recipe.out, resume=resume, force=force)
+    ahead = _checked_values(recipe, space, ignore_space=ignore_plan)
+    prepared = yield from named(ALL, prepare(ahead))
+    if not prepared.rows.held_out:
+        raise ConfigError(
+            "A search compares trials by rows that none of them learns. Hold some out by "
+            "--eval-rows, or name others by --eval-data."
+        )
+    if force:
+        _clear(recipe.out)
+    trials = _Trials(recipe, prepared, space, config or SearchConfig(), should_stop)
+    yield from trials.unsaid
+    while first := trials.first():
+        yield from trials.unsaid
+        trials.unsaid.clear()
+        for name, event in tune_many(
+            first,
+            resume=any(each.out.exists() for each in first.values()),
+            ignore_plan=ignore_plan,
+            tokens_per_pass=tokens_per_pass,
+            joining=trials.joining,
+            should_stop=trials.should_stop,
+            merges=False,
+        ):
+            yield from trials.take(name, event)
+    result = trials.result()
+    write_result(result, recipe.out)
+    if result.best is not None:
+        _leave_best(result.best, recipe.out)
+    yield ALL, Searched(result)
+
+
+class _Trials:
+    """The trials of a search: which train, which begin next, and what becomes of each.
+
+    unsaid: events of trials that began while nothing could be yielded
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prepared: Prepared,
+        space: Space,
+        config: SearchConfig,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.out, self.config, self.asked_to_stop = recipe.out, config, should_stop
+        self.prepared = prepared
+        # A rate that the recipe leaves open is chosen by each trial for itself.
+        course = replace(prepared.recipe.training, lr=recipe.training.lr)
+        self.recipe = replace(prepared.recipe, training=course)
+        self.study = SearchStudy(
+            recipe.out / STUDY, space, config, seed=recipe.training.seed % 2**32
+        )
+        of_space = {name: str(each) for name, each in space.items()}
+        self.study.settle({**settings_of(self.recipe), "data": prepared.data, "over": of_space})
+        self.unsaid: list[tuple[str, Event]] = []
+        self.began = time.perf_counter()
+        self.training: dict[str, TrialResult] = {}  # by name
+        self.steps: dict[str, int] = {}  # that each has in all
+        self.leaving: set[str] = set()  # those that make way for others
+        self.timed: list[Step] = []  # of the first trial, alone
+        self.interrupted = self.study.unfinished()
+        earlier = self.study.trials()
+        self.drawn = len(earlier)
+        losses = (trial.loss for trial in earlier if trial.state == "complete")
+        self.best = min((loss for loss in losses if loss is not None), default=math.inf)
+        if not earlier and (usual := usual_values(prepared.recipe, space)):
+            self.study.first(usual)
+        self.steps_of = cache(self._steps_of)
+
+    def first(self) -> dict[str, Recipe]:
+        """Return the trials that begin before the others: those that a search was interrupted in,
+        or else one."""
+        if self.interrupted:
+            trials, self.interrupted = self.interrupted, []
+            return self._begin(trials)
+        return self._next(1)
+
+    def joining(self) -> dict[str, Recipe]:
+        """Return the trials that begin now, in the places of those that have ended."""
+        alone = self.study.speed_alone is None and len(self.timed) < ALONE
+        if alone and len(self.training) == 1 and not self.leaving:
+            return {}
+        return self._next(self.config.together - len(self.training))
+
+    def _next(self, most: int) -> dict[str, Recipe]:
+        minutes = self.config.minutes
+        late = minutes is not None and time.perf_counter() - self.began > 60 * minutes
+        if late or self.asked_to_stop():
+            return {}
+        begun: dict[str, Recipe] = {}
+        while len(begun) < most and self.drawn < self.config.trials:
+            self.drawn += 1
+            begun |= self._begin([self.study.ask()])
+        return begun
+
+    def _begin(self, trials: list[TrialResult]) -> dict[str, Recipe]:
+        """Return the recipes of trials; one that can be none has failed."""
+        recipes = {}
+        for trial in trials:
+            self.training[trial.name] = trial
+            self.unsaid.append((trial.name, TrialBegun(trial)))
+            try:
+                recipes[trial.name] = self._recipe(trial)
+            except VeneerError as error:
+                self.unsaid.append(self._end(trial.name, "failed", why=str(error)))
+        return recipes
+
+    def _recipe(self, trial: TrialResult) -> Recipe:
+        recipe = with_values(self.recipe, trial.values)
+        course = recipe.training
+        if course.eval_every is None:
+            steps = course.steps or self.steps_of(course.tokens_per_step, course.seed)
+            course = replace(course, eval_every=math.ceil(steps / MEASUREMENTS))
+        return replace(recipe, training=course, out=self.out / TRIALS / trial.name)
+
+    def _steps_of(self, tokens_per_step: int, seed: int) -> int:
+        """Return the steps of a run with so many tokens in each."""
+        course = replace(self.prepared.recipe.training, tokens_per_step=tokens_per_step, seed=seed)
+        lengths = lengths_of(self.prepared.rows.examples)
+        order = StepOrder(lengths, tokens_per_step, course.batch_tokens, seed)
+        return order.steps(course.epochs or 1)
+
+    def should_stop(self, name: str) -> bool:
+        """Return whether a trial ends after its step."""
+        return name in self.leaving or self.asked_to_stop()
+
+    def take(self, name: str, event: Event) -> Iterator[tuple[str, Event]]:
+        """Take what an event of a trial says, and yield what is to be known of it."""
+        yield from self.unsaid
+        self.unsaid.clear()
+        # What a trial is made ready with is that of all, which was said.
+        if name == ALL or not isinstance(event, DataReady | Encoding | ModelReady | Notice):
+            yield name, event
+        match event:
+            case Started(steps):
+                self.steps[name] = steps
+            case Step() if self.study.speed_alone is None and len(self.training) == 1:
+                self._time(event)
+            case Evaluated(step, loss) if step:
+                trial = self.training[name]
+                done = round(100 * step / self.steps[name])
+                if math.isfinite(loss):
+                    self.training[name] = replace(trial, losses={**trial.losses, done: loss})
+                if done not in trial.losses and self.study.report(trial.number, done, loss):
+                    self.leaving.add(name)
+            case Stopped(_, "interrupted") if name in self.leaving:
+                yield self._end(name, "pruned")
+            case Stopped(_, "interrupted"):
+                del self.training[name]
+            case Written("adapter", place):
+                yield self._complete(name, place)
+            case Failed(error):
+                state: State = "pruned" if isinstance(error, DivergedError) else "failed"
+                yield self._end(name, state, why=str(error))
+
+    def _time(self, step: Step) -> None:
+        """Time the first steps of a trial that is alone."""
+        self.timed.append(step)
+        if len(self.timed) == ALONE:
+            timed = self.timed[1:]
+            seconds = sum(each.seconds for each in timed)
+            self.study.speed_alone = sum(each.tokens for each in timed) / seconds
+
+    def _complete(self, name: str, adapter: Path) -> tuple[str, Event]:
+        """Keep the adapter of a trial if none was better, and note that the trial is complete."""
+        loss = self.training[name].loss
+        if loss is None:  # nothing finite was measured
+            return self._end(name, "pruned")
+        if loss < self.best:
+            self.best = loss
+            kept = RunDirectory(self.out).adapter()
+            with new_directory(kept, marker=native.config_name("lora")) as directory:
+                shutil.copytree(adapter, directory, dirs_exist_ok=True)
+        return self._end(name, "complete")
+
+    def _end(self, name: str, state: State, *, why: str = "") -> tuple[str, Event]:
+        """Note how a trial has ended, and keep its recipe and its metrics alone."""
+        trial, run = self.training.pop(name), RunDirectory(self.out / TRIALS / name)
+        self.leaving.discard(name)
+        steps = [line for line in run.read_metrics() if "loss" in line]
+        trial = replace(
+            trial,
+            state=state,
+            steps=len(steps),
+            tokens=sum(line["tokens"] for line in steps),
+            all_steps=self.steps.get(name, 0),
+        )
+        self.study.end(trial)
+        for directory in (run.checkpoints, run.adapter()):
+            shutil.rmtree(directory, ignore_errors=True)
+        self._note_seconds()
+        return name, TrialEnded(trial, why)
+
+    def _note_seconds(self) -> None:
+        now = time.perf_counter()
+        self.study.seconds += now - self.began
+        self.began = now
+
+    def result(self) -> SearchResult:
+        """Return what has become of all trials."""
+        self._note_seconds()
+        trials, recipe = self.study.trials(), self.recipe
+        cost = Cost(
+            seconds=self.study.seconds,
+            tokens=sum(trial.tokens for trial in trials),
+            all_tokens=round(sum(t.tokens / t.steps * t.all_steps for t in trials if t.steps)),
+            alone=self.study.speed_alone,
+        )
+        data = str(recipe.settings()["data"])
+        return SearchResult(recipe.model, data, ranked(trials), cost)
+
+
+def _checked_values(recipe: Recipe, space: Space, *, ignore_space: bool) -> Preflight:
+    """Check the recipe before its base is loaded, with each of the values that it may have."""
+    recipe = replace(recipe, out=recipe.out / TRIALS / "000")
+    checks = Checks("There can be no such search")
+
+    def checked(values: dict[str, object], beside: Preflight | None) -> Preflight | None:
+        with checks.check():
+            return preflight(
+                with_values(recipe, values),
+                resume=False,
+                force=True,  # of the trials before, which are asked for by their search
+                ignore_space=ignore_space,
+                beside=beside,
+            )
+        return None
+
+    ahead = checked({}, None)
+    for name, each in space.items():
+        for value in each.bounds if ahead and isinstance(each, Values) else ():
+            checked({name: value}, ahead)
+    checks.end()
+    assert ahead is not None
+    return ahead
+
+
+def _check_directory(out: Path, *, resume: bool, force: bool) -> None:
+    """Raise ConfigError where a search may not be in `out`."""
+    study = out / STUDY
+    if resume and not study.exists():
+        raise ConfigError(
+            f"There is no search in {out} to go on with (no {STUDY}). Name its directory by --out, "
+            "or leave out --resume for a new one."
+        )
+    if study.exists() and not (resume or force):
+        raise ConfigError(
+            f"{out} holds an earlier search. Go on with it by --resume, replace it by --force, or "
+            "name another place by --out."
+        )
+    if not study.exists() and (adapter := RunDirectory(out).adapter()).exists() and not force:
+        raise ConfigError(
+            f"{out} holds an earlier run ({adapter.name}). Replace it by --force, or name another "
+            "place by --out."
+        )
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier search, and what its best trial left."""
+    run = RunDirectory(out)
+    for file in (out / STUDY, out / TABLE, out / NUMBERS, out / PICTURE):
+        file.unlink(missing_ok=True)
+    for file in (run.recipe, run.metrics, run.progress, run.picture):
+        file.unlink(missing_ok=True)
+    shutil.rmtree(out / TRIALS, ignore_errors=True)
+    if (run.adapter() / native.config_name("lora")).is_file():
+        shutil.rmtree(run.adapter())
+
+
+def _leave_best(best: TrialResult, out: Path) -> None:
+    """Leave the recipe and the metrics of the best trial beside its adapter."""
+    trial, run = RunDirectory(out / TRIALS / best.name), RunDirectory(out)
+    run.write_recipe(trial.read_recipe() | {"out": str(out)})
+    write_text(run.metrics, (trial.path / METRICS).read_text(encoding="utf-8"))
+    progress = trial.read_progress()
+    run.write_progress(**{"steps": best.steps, **progress})

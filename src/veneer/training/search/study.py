@@ -1,0 +1,178 @@
+"""Trials kept in an Optuna study, in a file that Optuna and its dashboard open."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from veneer.errors import ConfigError, VeneerError, joined
+from veneer.training.search.config import SearchConfig
+from veneer.training.search.result import State, TrialResult
+from veneer.training.search.space import Range, Space, Value, Values
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.trial import FrozenTrial, Trial
+
+NAME = "veneer"  # of the study in its file
+# A trial is measured at each ninth of its steps, so that one that is a third, and one that is a
+# ninth, of the way may make way for others (successive halving by three).
+MEASUREMENTS, KEEP_ONE_OF = 9, 3
+AT_RANDOM = 10  # trials, at most, of which the sampler learns before it chooses
+FIRST = 100 // MEASUREMENTS  # per cent of the steps at which a trial is measured first
+# Attributes of the study, and of its trials.
+SETTINGS, SPEED, SECONDS, STEPS = "settings", "tokens a second alone", "seconds", "steps"
+
+
+class SearchStudy:
+    """A study in a file: trials are asked of it, and told how they go.
+
+    Raises VeneerError where Optuna, which comes with the extra `search`, is not installed.
+    """
+
+    def __init__(self, path: Path, space: Space, config: SearchConfig, *, seed: int) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise VeneerError("A search needs Optuna: pip install 'veneer[search]'") from error
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        samplers = optuna.samplers
+        self._optuna, self._space = optuna, space
+        # Of a study that goes on, trials that were drawn are not drawn again.
+        self.study: Study = optuna.create_study(
+            storage=f"sqlite:///{path}",
+            study_name=NAME,
+            load_if_exists=True,
+            pruner=self._pruner(config.pruner),
+        )
+        seed += len(self.study.trials)
+        self.study.sampler = (
+            samplers.RandomSampler(seed=seed)
+            if config.sampler == "random"
+            else samplers.TPESampler(
+                seed=seed,
+                n_startup_trials=max(1, min(AT_RANDOM, config.trials // KEEP_ONE_OF)),
+                constant_liar=True,  # of trials that train yet
+            )
+        )
+        self._live: dict[int, Trial] = {}  # by number
+        self._distributions = {name: self._distribution(each) for name, each in space.items()}
+
+    def _pruner(self, name: Literal["halving", "median", "none"]) -> BasePruner:
+        pruners = self._optuna.pruners
+        if name == "none":
+            return pruners.NopPruner()
+        if name == "median":
+            return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=FIRST)
+        return pruners.SuccessiveHalvingPruner(min_resource=FIRST, reduction_factor=KEEP_ONE_OF)
+
+    def _distribution(self, each: Range | Values) -> BaseDistribution:
+        kinds = self._optuna.distributions
+        if isinstance(each, Values):
+            return kinds.CategoricalDistribution(each.bounds)
+        if each.whole:
+            return kinds.IntDistribution(int(each.low), int(each.high), log=each.log)
+        return kinds.FloatDistribution(each.low, each.high, log=each.log)
+
+    def settle(self, settings: Mapping[str, Any]) -> None:
+        """Keep what decides all trials, or check that it is still the same.
+
+        Raises ConfigError where a search that goes on is another one.
+        """
+        now = json.loads(json.dumps(settings))
+        before = self.study.user_attrs.get(SETTINGS)
+        if before is None:
+            self.study.set_user_attr(SETTINGS, now)
+            return
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if names:
+            changes = (f"{name} ({before.get(name)} there, {now.get(name)} here)" for name in names)
+            raise ConfigError(
+                f"The search is another one than that in its directory: {joined(changes)}. Leave "
+                "that as it was, or start anew by --force or another --out."
+            )
+
+    def first(self, values: Mapping[str, Value]) -> None:
+        """Let the first trial have these values."""
+        self.study.enqueue_trial(dict(values), skip_if_exists=True)
+
+    def ask(self) -> TrialResult:
+        """Return a new trial, with its values."""
+        trial = self.study.ask(self._distributions)
+        self._live[trial.number] = trial
+        return TrialResult(trial.number, trial.params, "running")
+
+    def report(self, number: int, done: int, loss: float) -> bool:
+        """Note the loss of a trial that has done so many per cent of its steps, and return whether
+        it is to make way for another."""
+        if not math.isfinite(loss):
+            return done < 100
+        trial = self._live[number]
+        trial.report(loss, done)
+        return done < 100 and trial.should_prune()
+
+    def end(self, trial: TrialResult) -> None:
+        """Note how a trial has ended, with its loss if it is complete."""
+        in_study, states = self._live.pop(trial.number), self._optuna.trial.TrialState
+        in_study.set_user_attr(STEPS, [trial.steps, trial.tokens, trial.all_steps])
+        if trial.state == "complete":
+            self.study.tell(in_study, trial.loss)
+        else:
+            state = states.PRUNED if trial.state == "pruned" else states.FAIL
+            self.study.tell(in_study, state=state)
+
+    @property
+    def speed_alone(self) -> float | None:
+        """Tokens that a trial alone learns from in a second, None where that is not known yet."""
+        return self.study.user_attrs.get(SPEED)
+
+    @speed_alone.setter
+    def speed_alone(self, value: float) -> None:
+        self.study.set_user_attr(SPEED, value)
+
+    @property
+    def seconds(self) -> float:
+        """How long the search has taken, in all its sessions."""
+        return float(self.study.user_attrs.get(SECONDS, 0.0))
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self.study.set_user_attr(SECONDS, value)
+
+    def unfinished(self) -> list[TrialResult]:
+        """Return the trials that had not ended when the search was interrupted, to go on."""
+        running = [trial for trial in self.trials() if trial.state == "running"]
+        ids = {trial.number: trial._trial_id for trial in self.study.trials}
+        for trial in running:
+            self._live[trial.number] = self._optuna.trial.Trial(self.study, ids[trial.number])
+        return running
+
+    def trials(self) -> list[TrialResult]:
+        """Return all trials that were drawn, by their numbers."""
+        waiting = self._optuna.trial.TrialState.WAITING
+        return [self._result(trial) for trial in self.study.trials if trial.state != waiting]
+
+    def _result(self, trial: FrozenTrial) -> TrialResult:
+        states: dict[str, State] = {
+            "RUNNING": "running",
+            "COMPLETE": "complete",
+            "PRUNED": "pruned",
+            "FAIL": "failed",
+        }
+        steps, tokens, all_steps = trial.user_attrs.get(STEPS, (0, 0, 0))
+        losses = dict(sorted(trial.intermediate_values.items()))
+        return TrialResult(
+            trial.number,
+            trial.params,
+            states[trial.state.name],
+            losses,
+            steps=steps,
+            tokens=tokens,
+            all_steps=all_steps,
+        )

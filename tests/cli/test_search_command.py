@@ -1,0 +1,76 @@
+"""`veneer search`: what it asks for, what it shows, and the picture of its trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import veneer
+from veneer.cli.app import run
+from veneer.cli.response import axes_of, draw_response
+from veneer.training.search.result import Cost, Searched, SearchResult, TrialEnded, TrialResult
+
+TRIALS = [
+    TrialResult(0, {"rank": 4, "lr": 3e-4, "targets": "all"}, "complete", {100: 1.5}, 9, 90, 9),
+    TrialResult(2, {"rank": 16, "lr": 1e-3, "targets": "all"}, "complete", {100: 1.75}, 9, 90, 9),
+    TrialResult(1, {"rank": 4, "lr": 2e-3, "targets": "qv"}, "pruned", {12: 3.0}, 2, 20, 9),
+]
+RESULT = SearchResult("base", "rows.jsonl", TRIALS, Cost(10.0, 200, 270, 20.0))
+
+
+@pytest.fixture
+def asked(monkeypatch) -> dict:
+    """What the command asks of `veneer.search`, which then ends with RESULT."""
+    seen: dict = {}
+
+    def search(recipe, over, config, **options):
+        seen.update(recipe=recipe, over=over, config=config, options=options)
+        yield "001", TrialEnded(TRIALS[2], "its loss was not finite")
+        yield "", Searched(seen.get("result", RESULT))
+
+    monkeypatch.setattr(veneer, "search", search)
+    return seen
+
+
+def test_the_settings_of_a_search_and_of_its_trials(asked, tmp_path, capsys):
+    flags = ["--over", "lr=1e-4..3e-3", "--over", "rank=4,8", "--trials", "9", "--pruner", "none"]
+    course = ["--alpha", "16", "--epochs", "2", "--dtype", "bf16", "--out", str(tmp_path)]
+    assert run(["search", "owner/base", "rows.jsonl", *flags, *course, "--together", "3"]) == 0
+    assert asked["over"] == {"lr": "1e-4..3e-3", "rank": "4,8"}
+    config = asked["config"]
+    assert (config.trials, config.together, config.pruner, config.minutes) == (9, 3, "none", None)
+    settings = asked["recipe"].settings()
+    assert (settings["alpha"], settings["epochs"], settings["dtype"]) == (16, 2, "bf16")
+    printed = capsys.readouterr()
+    shown = " ".join(printed.out.split())
+    assert "trial 1: its loss was not finite" in printed.err
+    assert "0 4 0.0003 all 1.5000 9/9 complete" in shown
+    assert "1 4 0.002 qv 3.0000 2/9 pruned at 12 %" in shown
+    assert "200 tokens in 10 s. To their ends one after another" in shown
+    assert "in about 14 s at the 20 tokens/s" in shown
+    assert "Best rank 4, lr 0.0003, targets all" in shown
+    assert (tmp_path / "response.png").stat().st_size > 0
+
+
+def test_a_search_of_which_no_trial_came_to_its_end_says_so(asked, tmp_path, capsys):
+    asked["result"] = SearchResult("base", "rows.jsonl", TRIALS[2:], RESULT.cost)
+    arguments = ["search", "owner/base", "rows.jsonl", "--over", "lr=1..2", "--out", str(tmp_path)]
+    assert run(arguments) == 2
+    assert "No trial came to its end" in capsys.readouterr().err
+
+
+def test_what_over_cannot_say(refused):
+    error = refused("search", "owner/base", "rows.jsonl", "--over", "lr", "--over", "rank=4")
+    assert "--over cannot be followed: 'lr' must be SETTING=A..B or SETTING=A,B,C" in error
+    error = refused("search", "owner/base", "rows.jsonl", "--trials", "0", "--minutes", "-1")
+    assert "trials is 0, but must be a whole number of at least 1" in error
+    assert "minutes is -1.0, but must be a number above 0" in error
+
+
+def test_the_picture_has_the_rate_along_the_axis_and_a_series_for_each_rank(tmp_path):
+    assert axes_of(TRIALS) == ("lr", "rank", "targets")
+    assert axes_of([TrialResult(0, {"rank": 4}, "complete", {100: 1.0})]) == ("rank", None, None)
+    no_losses = SearchResult("base", "rows", [TrialResult(0, {"lr": 1.0}, "failed")], RESULT.cost)
+    with pytest.raises(veneer.VeneerError, match="no trial was measured"):
+        draw_response(no_losses, Path(tmp_path / "response.png"))

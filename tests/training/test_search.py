@@ -1,0 +1,173 @@
+"""A search: trials that train together, make way for others, and leave the best one's run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+import veneer
+from support.many_runs import one_by_one
+from support.random_adapters import tokenizer
+from support.tiny_models import tiny
+from veneer.formats.merged import write_model
+from veneer.run_directory import RunDirectory
+from veneer.training.events import Event, Step
+from veneer.training.many import train as many
+from veneer.training.search.result import Cost, TrialBegun, TrialEnded, markdown
+
+ROWS = [
+    {"prompt": "veneer is thin"[: 3 + i], "completion": "walnut lacquer"[: 4 + i]} for i in range(8)
+]
+# The second value ruins the model at once, so that a trial of it must make way.
+OVER: dict[str, Any] = {"lr": [0.02, 1e4], "rank": "1..4"}
+CONFIG = veneer.SearchConfig(trials=6, together=3)
+
+
+def recipe(home: Path, out: str, **options: Any) -> veneer.Recipe:
+    return veneer.Recipe(
+        str(home / "base"),
+        home / "rows.jsonl",
+        lora=veneer.LoRA(rank=2),
+        training=veneer.TrainConfig(steps=9, lr=0.02, tokens_per_step=30, clip=0),
+        rows=veneer.DataConfig(eval_rows=2),
+        device="cpu",
+        dtype="float32",
+        out=home / out,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("search")
+    write_model(tiny("llama"), tokenizer(), place / "base")
+    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return place
+
+
+@pytest.fixture(scope="module")
+def searched(home) -> SimpleNamespace:
+    """A search that dies when its first trial has ended, and goes on."""
+    own, events = recipe(home, "out"), list[tuple[str, Event]]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(many, "backward_together", one_by_one)
+        first = veneer.search(own, OVER, CONFIG)
+        for name, event in first:
+            events.append((name, event))
+            if isinstance(event, TrialEnded):
+                first.close()
+        died = len(events)
+        events += veneer.search(own, OVER, CONFIG, resume=True)
+    ended = [event.trial for _, event in events if isinstance(event, TrialEnded)]
+    result = events[-1][1].result
+    return SimpleNamespace(recipe=own, events=events, died=died, ended=ended, result=result)
+
+
+def test_places_of_trials_that_do_badly_go_to_others(searched):
+    training: set[str] = set()
+    alone = 0  # steps before a second trial begins
+    for number, (name, event) in enumerate(searched.events):
+        if number == searched.died:
+            training.clear()
+        if isinstance(event, TrialBegun):
+            training.add(name)
+        elif isinstance(event, TrialEnded):
+            training.remove(name)
+        elif isinstance(event, Step) and number < searched.died:
+            alone += {*training} == {"000"}
+        assert len(training) <= CONFIG.together
+    assert alone >= 3
+    assert sorted(trial.number for trial in searched.ended) == [*range(CONFIG.trials)]
+    ruined = [trial for trial in searched.ended if trial.values["lr"] == 1e4]
+    assert ruined
+    assert {trial.state for trial in ruined} == {"pruned"}
+    assert all(trial.steps < 9 for trial in ruined)
+    assert searched.ended[0].values["lr"] == 0.02 or searched.ended[0].state == "pruned"
+
+
+def test_the_best_trial_is_left_as_the_run_that_it_is_alone(searched, home):
+    best, out = searched.result.best, RunDirectory(searched.recipe.out)
+    assert best.state == "complete"
+    assert best.loss == min(t.loss for t in searched.ended if t.state == "complete")
+    settings = out.read_recipe()
+    assert {name: settings[name] for name in best.values} == best.values
+    lora = replace(searched.recipe.lora, rank=best.values["rank"], alpha=None)
+    course = replace(searched.recipe.training, lr=best.values["lr"], eval_every=1)
+    alone = replace(searched.recipe, lora=lora, training=course, out=home / "alone")
+    list(veneer.tune(alone))
+    ours, theirs = (
+        torch.load(place / "lora_adapter" / "lora_weights.pt", weights_only=True)
+        for place in (out.path, home / "alone")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    losses = [line["eval_loss"] for line in out.read_metrics() if "eval_loss" in line]
+    assert min(losses[1:]) == best.loss
+    assert out.read_progress()["ended"] == "finished"
+    left = {path.name for path in (out.path / "trials").rglob("*") if path.is_dir()}
+    assert left == {trial.name for trial in searched.ended}
+
+
+def test_optuna_opens_the_study(searched):
+    study = optuna.load_study(
+        study_name="veneer", storage=f"sqlite:///{searched.recipe.out / 'study.db'}"
+    )
+    assert len(study.trials) == CONFIG.trials
+    assert study.best_value == searched.result.best.loss
+    assert study.best_params == searched.result.best.values
+
+
+def test_the_cost_is_that_of_all_steps_and_the_table_has_every_trial(searched):
+    cost = searched.result.cost
+    own = [event for _, event in searched.events[: searched.died] if isinstance(event, Step)]
+    assert cost.tokens == sum(trial.tokens for trial in searched.ended)
+    assert cost.tokens < cost.all_tokens
+    assert cost.alone == pytest.approx(
+        sum(step.tokens for step in own[1:3]) / sum(step.seconds for step in own[1:3])
+    )
+    table = (searched.recipe.out / "search.md").read_text()
+    assert table == markdown(searched.result)
+    assert table.count("\n| ") == CONFIG.trials + 1
+    numbers = json.loads((searched.recipe.out / "search.json").read_text())
+    assert numbers["best"] == searched.result.best.number
+    assert len(numbers["trials"]) == CONFIG.trials
+
+
+def test_a_search_is_another_one_with_other_settings(searched):
+    with pytest.raises(veneer.ConfigError, match="holds an earlier search"):
+        next(veneer.search(searched.recipe, OVER, CONFIG))
+    other = replace(searched.recipe, lora=veneer.LoRA(rank=2, dora=True))
+    with pytest.raises(veneer.ConfigError, match=r"another one .* dora \(None there, True here\)"):
+        list(veneer.search(other, OVER, CONFIG, resume=True))
+    with pytest.raises(veneer.ConfigError, match="over"):
+        list(veneer.search(searched.recipe, {"lr": [0.02, 2.0]}, CONFIG, resume=True))
+    more = [*veneer.search(searched.recipe, OVER, CONFIG, resume=True)]
+    assert more[-1][1].result.best == searched.result.best
+
+
+def test_what_cannot_be_searched_is_refused_before_anything_trains(home):
+    no_rows = replace(recipe(home, "none"), rows=veneer.DataConfig(eval_rows=0))
+    with pytest.raises(veneer.ConfigError, match="rows that none of them learns"):
+        list(veneer.search(no_rows, OVER, CONFIG))
+    over = {"targets": ["attention", "q_prj", "atention"]}
+    with pytest.raises(veneer.ConfigError, match=r"q_prj.*\n.*atention"):
+        list(veneer.search(recipe(home, "none"), over, CONFIG))
+    with pytest.raises(veneer.ConfigError, match=r"no search in .* to go on with"):
+        list(veneer.search(recipe(home, "none"), OVER, CONFIG, resume=True))
+    full = veneer.Recipe("base", Path("rows"), method=veneer.Method("full"))
+    with pytest.raises(veneer.ConfigError, match="full is none"):
+        list(veneer.search(full, OVER, CONFIG))
+    assert not (home / "none").exists()
+
+
+def test_what_trials_would_have_cost_alone():
+    cost = Cost(seconds=50.0, tokens=1000, all_tokens=4000, alone=40.0)
+    assert cost.one_after_another == 100.0
+    assert "in about 100 s at the 40 tokens/s" in str(cost)
+    assert Cost(50.0, 1000, 4000, None).one_after_another is None
