@@ -43,6 +43,16 @@ class RunDirectory:
         return self.path / "progress.json"
 
     @property
+    def samples(self) -> Path:
+        """A JSON line for each answer that a run on samples has drawn, with its rewards."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def samples_page(self) -> Path:
+        """Some of these answers, as a page."""
+        return self.path / "samples.html"
+
+    @property
     def checkpoints(self) -> Path:
         """The directory of checkpoints."""
         return self.path / "checkpoints"

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from veneer.checks import ABOVE_0, at_least, check_config, one_of
 
-ObjectiveName = Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "cpo"]
-RowShape = Literal["answers", "pairs", "judged"]  # what a row of the data is
+ObjectiveName = Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "cpo", "grpo", "rloo"]
+RowShape = Literal["answers", "pairs", "judged", "prompts"]  # what a row of the data is
 Reference = Literal["base", "start"]
 
 # The strength that each paper's experiments have: DPO section 6, IPO section 5.4 (tau), SimPO
@@ -24,6 +24,7 @@ USUAL_BETA: Mapping[ObjectiveName, float] = {
 }
 SMOOTHED = ("dpo", "cpo")
 WITH_REFERENCE = ("dpo", "ipo", "kto")
+ON_POLICY = ("grpo", "rloo")  # which learn from the model's own samples
 # Preferences are learnt from a model that answers already, and a rate that suits new answers takes
 # it apart: the papers' rates are a tenth of those for answers and less.
 SHARE_OF_RATE = 0.1
@@ -35,7 +36,8 @@ class Objective:
 
     objective: ObjectiveName = "sft"
     """What is learnt by: answers (sft); pairs of a chosen and a rejected answer (dpo, ipo, simpo,
-    orpo, cpo); or answers that were judged one by one (kto)."""
+    orpo, cpo); answers that were judged one by one (kto); or the model's own answers to prompts,
+    which rewards judge (grpo, rloo)."""
     beta: float | None = None
     """How strongly preferences hold the model to its reference, or weigh beside the answers (orpo);
     that of the objective's paper unless given."""
@@ -113,6 +115,8 @@ class Objective:
     @property
     def shape(self) -> RowShape:
         """What a row of the data is."""
+        if self.objective in ON_POLICY:
+            return "prompts"
         return {"sft": "answers", "kto": "judged"}.get(self.objective, "pairs")  # type: ignore[return-value]
 
     @property

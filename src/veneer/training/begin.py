@@ -141,7 +141,7 @@ def check_objective(objective: Objective, config: TrainConfig, examples: Sequenc
         context_parallel=config.context_parallel, replay_passes=config.replay_passes
     )
     check_config(config, opening="This run cannot be", rules={}, contradictions=contradictions)
-    if any(not example.second for example in examples):
+    if objective.shape != "prompts" and any(not example.second for example in examples):
         raise DataError(
             f"{objective.objective} learns from rows that are {objective.shape}; make them by "
             "load_examples(..., objective=objective)."

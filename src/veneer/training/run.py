@@ -73,7 +73,7 @@ def reads_late(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class Begun:
     """A step that was begun at `start`: its number and rows, and what is learnt in it."""
 
     number: int
@@ -208,7 +208,7 @@ class Run:
         yield Started(self.steps, progress.step)
         if self.held_out and progress.step == 0:
             yield self._evaluate(forward)
-        under_way: deque[_Begun] = deque()
+        under_way: deque[Begun] = deque()
         # A device with a queue computes a step while the host makes the next one ready.
         most = 1 if reads_late(self.model.device) else 0
         while progress.step < self.steps:
@@ -251,7 +251,7 @@ class Run:
         """Return whether a step's checkpoint is to stay as one of the best."""
         return any(step == best for _, best in self.progress.best)
 
-    def _step(self) -> _Begun:
+    def _step(self) -> Begun:
         """Go to the next step, and return what it is to learn."""
         start = time.perf_counter()
         progress, config = self.progress, self.config
@@ -269,9 +269,9 @@ class Run:
             config.clip,
             self.criterion,
         )
-        return _Begun(progress.step, list(chain.from_iterable(batches)), start, asked)
+        return Begun(progress.step, list(chain.from_iterable(batches)), start, asked)
 
-    def _end(self, step: _Begun) -> Step | Skipped:
+    def _end(self, step: Begun) -> Step | Skipped:
         """Return what became of a step."""
         learnt = step.asked.learning.wait()
         now = time.perf_counter()
@@ -294,7 +294,7 @@ class Run:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
             self.steps_of_epoch = self.order.epoch(progress.epoch)
 
-    def _skip(self, step: _Begun) -> Skipped:
+    def _skip(self, step: Begun) -> Skipped:
         """Count a step that changed nothing. Raises TrainingError for the third in a row."""
         progress = self.progress
         progress.skips += 1

@@ -1,0 +1,253 @@
+"""A run on the model's own samples: each step draws them, has them judged, and learns from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.adapter.active import active_adapters_of
+from veneer.adapter.config import LoRA
+from veneer.adapter.use import in_use
+from veneer.adapter.virtual_forward import virtual_input_count
+from veneer.data.columns import lengths_of
+from veneer.data.encode import Example
+from veneer.data.packing import StepOrder
+from veneer.errors import ConfigError
+from veneer.fused.forward import Forward, choose_forward
+from veneer.generate.samples import ROWS, SampleDecoder
+from veneer.kernels.heap import kept_heap
+from veneer.models.context import own_context
+from veneer.models.end_tokens import end_tokens
+from veneer.objectives.config import Objective
+from veneer.objectives.on_policy import PolicyCriterion
+from veneer.objectives.policy_config import OnPolicy
+from veneer.processes.world import ALONE
+from veneer.rewards.judged import Weighted
+from veneer.run_directory import RunDirectory
+from veneer.training.config import TrainConfig
+from veneer.training.events import Event, Notice, Skipped, Step
+from veneer.training.on_policy.page import SampleLog
+from veneer.training.on_policy.prompts import Prompts
+from veneer.training.on_policy.rollout import Roller, Rollout, base_log_probabilities
+from veneer.training.run import Begun, Run
+from veneer.training.step import StepToLearn, learn
+from veneer.training.threads import worthwhile_threads
+
+STEPS = 100  # of a run, unless it is given steps or epochs
+TOKENS_PER_PASS = 2048  # of samples in a forward and backward pass, unless given
+LONGEST_CONTEXT = 4096  # of a prompt with its answer, where the model's own is longer
+
+
+def train_on_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    config: TrainConfig,
+    *,
+    objective: Objective,
+    on_policy: OnPolicy,
+    rewards: Sequence[Weighted],
+    directory: RunDirectory | None = None,
+    identity: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train the adapter that acts on its own answers to prompts, and yield events.
+
+    Each step draws `group_size` answers to each of `prompts_per_step` prompts, and learns by how
+    much each is better than the others. With a `directory`, checkpoints and samples go there.
+    Raises as `train` does, and TrainingError where a reward fails and the run is to stop then.
+    """
+    _check(model, config)
+    run = OnPolicyRun(
+        *(model, tokenizer, prompts, config),
+        objective=objective,
+        on_policy=on_policy,
+        rewards=rewards,
+        directory=directory,
+        identity=identity or {},
+    )
+    try:
+        with kept_heap():
+            forward, notices = choose_forward(
+                model, prompts.examples, recompute=run.config.recompute, directory=run.directory
+            )
+            yield from map(Notice, [run.course, *notices])
+            yield from run.begin(forward, resume=resume)
+            yield from map(Notice, run.make_decoder())
+            model.train()
+            with forward.installed(model):
+                for event in run.go(forward, should_stop):
+                    if isinstance(event, StepToLearn):
+                        run.learn(forward, event)
+                    else:
+                        yield event
+                    yield from run.take_notices()
+    finally:
+        run.log.end()
+        run.state.optimizer.release()
+        model.eval()
+
+
+def _check(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Raise ConfigError for what cannot be trained on samples."""
+    active = active_adapters_of(model)
+    names = list(in_use(model))
+    adapter = active.configs[names[0]] if len(names) == 1 else None
+    problems = []
+    if not isinstance(adapter, LoRA):
+        problems.append("one adapter of low rank has to act, as samples are drawn with it")
+    elif adapter.invocation is not None:
+        problems.append("an adapter that acts from an invocation on draws no samples yet")
+    elif beside := sorted(active.modules_to_save.get(names[0], {})):
+        problems.append(f"the adapter replaces weights that rows of a batch share ({beside[0]})")
+    if config.context_parallel > 1 or config.replay_passes:
+        problems.append("context_parallel and replay_passes are for answers that are given")
+    if problems:
+        raise ConfigError(f"This run on samples cannot be: {'; '.join(problems)}.")
+
+
+class OnPolicyRun(Run):
+    """A run whose rows are prompts. What it learns from is drawn anew for each step, from the
+    weights as they are and random numbers of the step's own, so that a resumed run draws the same.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        config: TrainConfig,
+        *,
+        objective: Objective,
+        on_policy: OnPolicy,
+        rewards: Sequence[Weighted],
+        directory: RunDirectory | None,
+        identity: Mapping[str, Any],
+    ) -> None:
+        if config.steps is None and config.epochs is None:
+            config = replace(config, steps=STEPS)
+        config = replace(config, tokens_per_step=config.tokens_per_step or TOKENS_PER_PASS)
+        super().__init__(
+            *(model, prompts.examples, config, ()),
+            None if directory is None else directory.checkpoints,
+            identity,
+            ALONE,
+            objective=objective,
+        )
+        self.tokenizer, self.prompts, self.rewards = tokenizer, prompts, rewards
+        self.on_policy = on_policy
+        self.of_answers = objective.objective == "rloo"
+        count = on_policy.prompts_per_step
+        self.order = StepOrder([1] * len(prompts.examples), count, count, self.config.seed)
+        self.steps_of_epoch = self.order.epoch(0)
+        self.steps = self.config.steps or self.order.steps(self.config.epochs or 0)
+        self.course = (
+            f"{self.steps} steps of {count} prompts with {on_policy.group_size} answers each, at a "
+            f"learning rate of {self.config.lr:g}."
+        )
+        self.log = SampleLog(directory)
+        self.roller: Roller | None = None
+        self._rollouts: dict[int, tuple[Rollout, PolicyCriterion]] = {}
+        self._notices: list[str] = []
+        self._faulty: set[str] = set()
+
+    def make_decoder(self) -> tuple[str, ...]:
+        """Make what draws the samples, and return notices. The run is where it begins."""
+        model, config = self.model, self.on_policy
+        longest = max(len(example.tokens) for example in self.examples) + config.max_new_tokens
+        group = config.group_size
+        decoder = SampleDecoder(
+            model,
+            {*end_tokens(model), self.tokenizer.eos_token_id} - {None},
+            context=min(longest, context_of(model)),
+            rows=max(1, ROWS // group) * group,
+        )
+        self.roller = Roller(
+            *(decoder, self.tokenizer, self.prompts, self.rewards, config),
+            of_answers=self.of_answers,
+            seed=self.config.seed,
+        )
+        self.log.begin(self.progress.step)
+        return decoder.notices
+
+    def learn(self, forward: Forward, asked: StepToLearn) -> None:
+        """Make a step's updates."""
+        with worthwhile_threads(self.model):
+            for _ in range(self.on_policy.updates):
+                update = replace(asked, _answer=[])
+                learn(self.model, forward, update, world=self.world)
+        asked.learnt(update.learning)
+
+    def take_notices(self) -> Iterator[Notice]:
+        """Yield what a person should know since the last time."""
+        notices, self._notices = self._notices, []
+        yield from map(Notice, notices)
+
+    def _take_objective(self, forward: Forward) -> Iterator[Event]:
+        self.forward = forward
+        return iter(())
+
+    def _step(self) -> Begun:
+        """Go to the next step, draw its samples, and return what it is to learn."""
+        assert self.roller is not None
+        start = time.perf_counter()
+        progress = self.progress
+        (rows,) = self.steps_of_epoch[progress.step_in_epoch]
+        self._advance()
+        lr = self.config.lr_at(progress.step, self.steps)
+        rollout = self.roller.roll(progress.step, rows, self._reference)
+        self._note_faults(rollout)
+        self.log.add(rollout.lines)
+        order, batches = self._batches(rollout.examples)
+        criterion = PolicyCriterion(self.on_policy, rollout.drawn, self.of_answers)
+        self._rollouts[progress.step] = rollout, criterion
+        optimizer, clip = self.state.optimizer, self.config.clip
+        asked = StepToLearn(rollout.examples, batches, optimizer, order, lr, clip, criterion)
+        return Begun(progress.step, rows, start, asked)
+
+    def _batches(self, examples: Sequence[Example]) -> tuple[StepOrder, list[list[int]]]:
+        """Return the passes in which samples are computed."""
+        config, lengths = self.config, lengths_of(examples)
+        virtual = virtual_input_count(self.model)
+        order = StepOrder(lengths, int(lengths.sum()), config.batch_tokens, config.seed, virtual)
+        return order, order.batches(np.arange(len(examples)))
+
+    def _reference(self, examples: Sequence[Example]) -> list[list[float]]:
+        with worthwhile_threads(self.model):
+            _, batches = self._batches(examples)
+            return base_log_probabilities(self.model, self.forward, examples, batches)
+
+    def _end(self, step: Begun) -> Step | Skipped:
+        """Return what became of a step, with what was measured of its samples."""
+        event = super()._end(step)
+        rollout, criterion = self._rollouts.pop(step.number)
+        if isinstance(event, Skipped):
+            return event
+        metrics = {**rollout.metrics, **event.metrics}
+        if criterion.largest_gap is not None:
+            metrics["largest_sampler_gap"] = float(criterion.largest_gap)
+        tokens = sum(len(example.tokens) for example in rollout.examples)
+        return replace(event, tokens=tokens, metrics=metrics)
+
+    def _note_faults(self, rollout: Rollout) -> None:
+        """Tell a person of each fault of a reward when it comes for the first time."""
+        judged = rollout.judged
+        if new := judged.faults.keys() - self._faulty:
+            self._faulty |= new
+            counts = ", ".join(f"{what} {n} times" for what, n in sorted(judged.faults.items()))
+            self._notices.append(
+                f"{judged.first_fault} In this step: {counts}. Such answers count for nothing; "
+                "metrics.jsonl has their number (reward_faults)."
+            )
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Return how many tokens a prompt and its answer may have."""
+    own = own_context(model.config.get_text_config())
+    return LONGEST_CONTEXT if own is None else min(own, LONGEST_CONTEXT)

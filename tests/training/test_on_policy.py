@@ -1,0 +1,187 @@
+"""A run on samples learns what is rewarded, and goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+
+import veneer
+from support.random_adapters import tokenizer, trained_weights
+from support.runs import new_model, of
+from veneer.data.problems import Located, Place
+from veneer.data.questions import Question
+from veneer.data.rows import Message
+from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.objectives.config import Objective
+from veneer.objectives.policy_config import OnPolicy
+from veneer.rewards.judged import RewardFault, Weighted
+from veneer.run_directory import RunDirectory
+from veneer.training.events import Notice, Step, Stopped
+from veneer.training.on_policy.page import page_of
+from veneer.training.on_policy.prompts import encoded
+from veneer.training.on_policy.run import train_on_policy
+
+COURSE = veneer.TrainConfig(lr=0.03, steps=4, warmup=0, tokens_per_batch=60)
+SHORT = OnPolicy(group_size=4, prompts_per_step=2, max_new_tokens=6)
+GRPO, RLOO = Objective("grpo"), Objective("rloo")
+
+
+class Vowels:
+    """How many of an answer's characters are vowels."""
+
+    name = "vowels"
+
+    def __call__(self, answer):
+        return sum(c in "aeiou" for c in answer.text) / max(1, len(answer.text))
+
+    def close(self):
+        pass
+
+
+class Failing(Vowels):
+    """A reward that fails for some answers."""
+
+    name = "failing"
+
+    def __call__(self, answer):
+        if len(answer.text) % 3 == 1:
+            raise RewardFault("raised", "ValueError: no.")
+        return math.nan if len(answer.text) % 3 == 2 else 1.0
+
+
+def prompts(texts=("Name a fruit", "Say it again", "And now?"), **options):
+    rows = [
+        Located(Question((Message("user", text),), ("apple",)), Place("prompts.jsonl", i + 1))
+        for i, text in enumerate(texts)
+    ]
+    return encoded(rows, tokenizer(), **{"context": 60, "max_new_tokens": 6} | options)
+
+
+def run(model, course=COURSE, config=SHORT, *, objective=GRPO, reward=Vowels, out=None, **options):
+    return train_on_policy(
+        *(model, tokenizer(), prompts(), course),
+        objective=objective,
+        on_policy=config,
+        rewards=[Weighted(reward())],
+        directory=None if out is None else RunDirectory(out),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("objective", [GRPO, pytest.param(RLOO, marks=pytest.mark.slow)])
+def test_what_is_rewarded_is_said_more_often(objective):
+    config = OnPolicy(group_size=8, prompts_per_step=3, max_new_tokens=6, updates=2)
+    course = veneer.TrainConfig(lr=0.05, steps=10, warmup=0, schedule="constant")
+    steps = of(Step, list(run(new_model(), course, config, objective=objective)))
+    rewards = [step.metrics["reward"] for step in steps]
+    assert sum(rewards[-3:]) > 1.5 * sum(rewards[:3])
+    assert all(step.metrics["largest_sampler_gap"] < 1e-3 for step in steps)
+    assert all(0 < step.metrics["entropy"] < math.log(96) for step in steps)
+    assert any(step.metrics["clipped"] > 0 for step in steps)
+
+
+def test_the_adapter_alone_changes_and_the_base_is_the_reference(tmp_path):
+    model = new_model()
+    before = {n: w.clone() for n, w in model.named_parameters() if not w.requires_grad}
+    config = OnPolicy(group_size=4, prompts_per_step=2, max_new_tokens=6, kl_weight=0.1)
+    steps = of(Step, list(run(model, config=config)))
+    assert steps[0].metrics["kl"] == pytest.approx(0, abs=1e-6)
+    assert steps[-1].metrics["kl"] > steps[0].metrics["kl"]
+    assert all(torch.equal(w, before[n]) for n, w in model.named_parameters() if n in before)
+
+
+def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path):
+    course = replace(COURSE, save_every=1, steps=3)
+    config = replace(SHORT, updates=2)
+    whole, resumed = new_model(), new_model()
+    events = list(run(whole, course, config, out=tmp_path / "whole"))
+    stop = iter([False, True])
+    first = list(
+        run(new_model(), course, config, out=tmp_path / "cut", should_stop=partial(next, stop))
+    )
+    assert of(Stopped, first)[0].step == 2
+    rest = list(run(resumed, course, config, out=tmp_path / "cut", resume=True))
+    expected, own = trained_weights(whole), trained_weights(resumed)
+    assert all(torch.equal(own[name], weight) for name, weight in expected.items())
+    both = [*of(Step, first), *of(Step, rest)]
+    timed = ("sample_tokens_per_second",)
+
+    def numbers(step):
+        return {name: x for name, x in step.metrics.items() if name not in timed}
+
+    assert list(map(numbers, both)) == list(map(numbers, of(Step, events)))
+    lines = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
+    assert lines[0] == lines[1]
+
+
+def test_samples_and_their_rewards_are_written(tmp_path):
+    list(run(new_model(), out=tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 3 * 4  # in two epochs of three prompts
+    assert {line["step"] for line in lines} == {1, 2, 3, 4}
+    assert {line["row"] for line in lines} <= {f"prompts.jsonl:{i}" for i in (1, 2, 3)}
+    for line in lines:
+        assert line["reward"] == line["rewards"]["vowels"]
+    page = (tmp_path / "samples.html").read_text()
+    assert "24 samples in 4 steps" in page
+
+
+def test_nothing_in_an_answer_is_markup():
+    line = {"step": 1, "row": "<b>", "prompt": "<i>", "answer": "<script>", "ended": True}
+    page = page_of([line | {"reward": None, "advantage": 0.0, "rewards": {"<u>": None}}])
+    for text in ("<b>", "<i>", "<script>", "<u>"):
+        assert text not in page
+
+
+def test_a_reward_that_fails_is_named_and_the_run_goes_on():
+    events = list(run(new_model(), reward=Failing))
+    (notice,) = [e.text for e in of(Notice, events) if "reward failing" in e.text][:1]
+    assert "The reward failing" in notice
+    assert "prompts.jsonl:" in notice
+    assert all(step.metrics["reward_faults"] > 0 for step in of(Step, events))
+    assert all(math.isfinite(step.loss) for step in of(Step, events))
+
+
+def test_or_stops_where_that_is_asked(tmp_path):
+    config = replace(SHORT, on_reward_fault="stop")
+    with pytest.raises(TrainingError, match=r"The reward failing .*prompts\.jsonl.*--resume"):
+        list(run(new_model(), config=config, reward=Failing, out=tmp_path))
+
+
+def test_what_cannot_be_trained_on_samples_is_refused():
+    model = new_model(invocation=(5,))
+    with pytest.raises(ConfigError, match="acts from an invocation on draws no samples"):
+        next(run(model))
+    with pytest.raises(ConfigError, match="one adapter of low rank has to act"):
+        next(
+            run(new_model().requires_grad_(True), config=SHORT)
+            if veneer.use(model, None)
+            else run(model)
+        )
+
+
+def test_prompts_that_cannot_be_used_are_listed_at_once():
+    with pytest.raises(
+        DataError, match=r"(?s)3 of 3 prompts.*no room for an answer of 50"
+    ) as error:
+        prompts(("a" * 20, "b" * 30, ""), context=60, max_new_tokens=50)
+    assert len(error.value.problems) == 3
+
+
+def test_a_run_goes_through_all_prompts_once_an_epoch():
+    course = veneer.TrainConfig(lr=0.01, epochs=2, warmup=0)
+    config = replace(SHORT, prompts_per_step=1)
+    assert len(of(Step, list(run(new_model(), course, config)))) == 6
+
+
+def test_sampling_waits_for_nobody():
+    """A run can be left after any event."""
+    model = new_model()
+    assert len(list(islice(run(model), 3))) == 3
+    assert not model.training
