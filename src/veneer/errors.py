@@ -72,6 +72,12 @@ class DivergedError(TrainingError):
     exit_code = 3
 
 
+class StorageError(VeneerError, OSError):
+    """A disk is full, or fails."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
+
+
 class RequestError(VeneerError, ValueError):
     """A request cannot be followed; `param` names the one parameter at fault, if there is one."""
 

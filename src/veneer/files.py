@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import glob
 import json
 import os
 import shutil
@@ -12,57 +15,211 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import AdapterError, VeneerError, listed
+from veneer.checksums import SUMS, sums_of
+from veneer.errors import AdapterError, ConfigError, StorageError, VeneerError, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# In the names of what is being written, and of a directory that is being replaced. Their random end
+# comes after the last dot, for torch writes what is before that into the file.
+PARTIAL, OLD = ".partial-", ".old-"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h and linux/fs.h
+# By which torch's and safetensors' own errors say what the system's error was.
+SIGNS_OF_FULL = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
+SIGNS_OF_FAILURE = (
+    "Input/output error",
+    "os error 5)",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+)
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what is written there takes its place at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    """Yield a temporary path beside `path`; what is written there takes its place at the end.
+
+    Raises StorageError where the disk is full or fails.
+    """
+    with _storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
     temporary = Path(name)
     try:
-        yield temporary
-        _settle(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
+        with _storage(path):
+            _claim(handle)
+            yield temporary
+            _settle(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_directory(path: Path, *, marker: str) -> Iterator[Path]:
-    """Yield an empty temporary directory; it takes the place of `path` as a whole at the end.
+    """Yield an empty temporary directory; it takes the place of `path` as a whole at the end, with
+    the checksums of its files.
 
     An existing directory is replaced only if it holds the file `marker`, or nothing, so that nobody
-    else's files are deleted. Raises VeneerError otherwise.
+    else's files are deleted. Raises VeneerError otherwise, StorageError where the disk is full or
+    fails.
     """
+    remove_leftovers(path.parent, path.name)
     check_replaceable(path, marker=marker)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    old = temporary.with_name(temporary.name + ".old")
+    with _storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+        handle = os.open(temporary, os.O_RDONLY)
     try:
-        yield temporary
-        for inside in temporary.rglob("*"):
-            if inside.is_file():
-                _settle(inside)
-            elif inside.is_dir():
-                _sync(inside)  # a file is lost without the entry that names it
-        temporary.chmod(0o777 & ~_umask())
-        _sync(temporary)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
+        with _storage(path):
+            _claim(handle)
+            yield temporary
+            (temporary / SUMS).write_text(sums_of(temporary), encoding="utf-8")
+            for place in temporary.rglob("*"):
+                if place.is_file():
+                    _settle(place)
+                elif place.is_dir():
+                    _sync(place)
+            temporary.chmod(0o777 & ~_umask())
+            _sync(temporary)
+            _take_place(temporary, path)
+            _sync(path.parent)
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)  # the new one could not take its place
+        os.close(handle)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Give a directory the name `path`. What has that name goes to the temporary name, or away."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    if _exchange(temporary, path):
+        return
+    old = temporary.with_name(temporary.name.replace(PARTIAL, OLD))
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at one moment, and return whether that was done: only Linux can, and not
+    with every file system."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory of ours so that at no moment half of it has its name."""
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+    path.replace(temporary)  # an empty directory may be replaced
+    shutil.rmtree(temporary)
+
+
+def remove_leftovers(directory: Path, name: str = "*") -> None:
+    """Remove what processes that were killed left of writing `name` in a directory, `*` for any,
+    and give a directory its name back that was about to be replaced.
+
+    What another process is writing has a lock, and stays.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    for old in directory.glob(f".{_literal(name)}{OLD}*"):
+        original = old.with_name(old.name[1:].rpartition(OLD)[0])
+        with suppress(OSError):
+            shutil.rmtree(old) if original.exists() else old.rename(original)
+    for leftover in directory.glob(f".{_literal(name)}{PARTIAL}*"):
+        with suppress(OSError):
+            handle = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            finally:
+                os.close(handle)
+
+
+def _claim(handle: int) -> None:
+    """Lock a temporary file or directory, for `remove_leftovers`, until it is closed."""
+    with suppress(ImportError, OSError):  # not all systems have locks, nor all file systems
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}{PARTIAL}"
+
+
+def _literal(name: str) -> str:
+    return name if name == "*" else glob.escape(name)
+
+
+def check_writable(directory: Path) -> None:
+    """Raise ConfigError where a directory cannot be made or written into, StorageError where the
+    disk is full."""
+    above = nearest_existing(directory)
+    try:
+        with tempfile.TemporaryFile(dir=above) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        if explained := storage_error(error, directory):
+            raise explained from error
+        raise ConfigError(
+            f"{above} cannot be written to ({error.strerror or error}); name another place than "
+            f"{directory}."
+        ) from error
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return the nearest of a path and those above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def storage_error(error: BaseException, path: Path | None = None) -> StorageError | None:
+    """Return what an error of a full or failing disk means to a person; None for other errors.
+
+    path: what was being written
+    """
+    if isinstance(error, VeneerError):
+        return error if isinstance(error, StorageError) else None
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in SIGNS_OF_FULL):
+        why = "the disk is full" if number != errno.EDQUOT else "the disk quota is used up"
+    elif number == errno.EIO or any(sign in text for sign in SIGNS_OF_FAILURE):
+        why = "the disk is full, or fails"
+    else:
+        return None
+    named = error.filename if path is None and isinstance(error, OSError) else path
+    place = "A file" if named is None else str(named)
+    return StorageError(
+        f"{place} cannot be written: {why}. What was whole is still whole. Make room or name "
+        "another place, and run the command again; a training run goes on with --resume."
+    )
+
+
+@contextmanager
+def _storage(path: Path) -> Iterator[None]:
+    """In this context errors of the disk, whatever library raises them, are StorageErrors."""
+    try:
+        yield
+    except Exception as error:
+        inner = error.__cause__ if isinstance(error, StorageError) else error
+        if inner is not None and (explained := storage_error(inner, path)):
+            raise explained from inner
+        raise
 
 
 def check_replaceable(path: Path, *, marker: str) -> None:

@@ -61,6 +61,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "context_parallel": (2, 2),
         "seed": (3, 3),
         "save_every": (4, 4),
+        "keep": (3, 3),
         "keep_best": (3, 3),
         "eval_every": (6, 6),
         "patience": (2, 2),

@@ -67,6 +67,7 @@ def test_the_commands_are_these():
     models = {"inspect", "plan", "pretrain", "quantize", "tune", "search", "compare"}
     models |= {"generate", "chat"}
     adapters = {"diff", "combine", "extract", "merge", "convert", "export", "check", "serve"}
+    adapters |= {"verify"}
     assert set(COMMANDS) == models | adapters
 
 
@@ -102,6 +103,7 @@ def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
     switches = ("resume", "force", "ignore_plan", "tensorboard", "quiet", "config")
     tuned = len(Recipe("m", Path("d")).settings()) + len(switches)
     flags = {"tune": tuned, "compare": compared, "inspect": 13, "combine": 7, "extract": 8}
+    flags["verify"] = 1
     assert len(rows) >= flags.get(command, 2)
     for row in rows:
         name, _, explained = row.lstrip("* ").partition("  ")

@@ -78,7 +78,7 @@ def test_an_empty_directory_is_taken_and_an_own_one_replaced(tmp_path):
     veneer.save(model, tmp_path / "a", tokenizer=tokenizer())
     assert (tmp_path / "a" / "tokenizer.json").exists()
     veneer.save(model, tmp_path / "a")
-    assert sorted(tree(tmp_path)) == ["a/lora_config.json", "a/lora_weights.pt"]
+    assert sorted(tree(tmp_path)) == ["a/SHA256SUMS", "a/lora_config.json", "a/lora_weights.pt"]
 
 
 def test_formats_do_not_replace_each_other(tmp_path):

@@ -11,6 +11,7 @@ from support.adapter_states import edit_json, edit_tensors, refusal, same_state,
 from support.closeness import assert_same_logits
 from support.random_adapters import logits, same, shake, snapshot, targets_named, tokenizer
 from support.tiny_models import VOCAB, tiny
+from veneer.checksums import SUMS
 from veneer.formats.adapters import read
 from veneer.formats.capture import capture
 
@@ -53,10 +54,8 @@ def test_round_trip(architecture, case, tmp_path):
     veneer.save(again, tmp_path / "b")
     for name in (CONFIG, WEIGHTS):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
-        CONFIG,
-        WEIGHTS,
-    ]
+    files = {file.name for file in (tmp_path / "a").iterdir()}
+    assert files == {CONFIG, WEIGHTS, SUMS}
 
 
 def test_layers_beside_stacks_of_the_same_name(tmp_path):

@@ -17,6 +17,7 @@ from support.closeness import assert_same_logits
 from support.peft_cases import CASES, SEEN, adapter_tensors, base, logits, opened, theirs, written
 from support.random_adapters import same, shake, tokenizer, with_new_tokens
 from support.tiny_models import quantized
+from veneer.checksums import SUMS
 from veneer.formats import native
 from veneer.formats.adapters import read
 from veneer.formats.capture import capture
@@ -353,6 +354,7 @@ def test_our_own_files(place, tmp_path):
 
     del beside["model.norm.weight"]
     torch.save(beside, tmp_path / "own" / native.SAVED)
+    (tmp_path / "own" / SUMS).unlink()
     assert "does not hold what" in refusal((kind, tmp_path / "own"))
     (tmp_path / "own" / native.SAVED).unlink()
     assert "does not hold what" in refusal((kind, tmp_path / "own"))

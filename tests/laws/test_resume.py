@@ -195,7 +195,8 @@ def test_without_evaluation(tmp_path):
     run.go(resume=False, stop_at=5)
     run.go(resume=True)
     assert_equal(run, whole)
-    assert sorted(checkpoint_steps(run.place / "checkpoints")) == [steps_of(whole)]
+    last = steps_of(whole)
+    assert sorted(checkpoint_steps(run.place / "checkpoints")) == [last - 1, last]
 
 
 def test_nothing_to_resume_is_a_new_run(whole, tmp_path):
@@ -209,11 +210,12 @@ def test_best_and_last_are_kept(whole):
         run = whole[course]
         best = [event.step for event in run.events if isinstance(event, Evaluated) and event.best]
         kept = checkpoint_steps(run.place / "checkpoints")
-        assert sorted(kept) == sorted({best[-1], steps_of(run)})
+        last = steps_of(run)
+        assert sorted(kept) == sorted({best[-1], last - 1, last})
 
 
 def test_the_k_best_checkpoints_are_kept(tmp_path):
-    course = replace(COURSE, keep_best=2, save_every=None, lr=1.0)
+    course = replace(COURSE, keep_best=2, keep=1, save_every=None, lr=1.0)
     run = Run(tmp_path, course)
     run.go(resume=False, stop_at=5)
     run.go(resume=True)
@@ -231,7 +233,7 @@ def test_a_run_goes_on_along_another_schedule(at_end, whole, tmp_path):
     run = Run(tmp_path, COURSE, held_out=())
     run.go(resume=False, stop_at=0 if at_end else 4)
     done = steps_of(run)
-    (place,) = checkpoint_steps(tmp_path / "checkpoints").values()
+    place = checkpoint_steps(tmp_path / "checkpoints")[done]
     stored = checkpoint.read(place).tensors
     longer = replace(COURSE, epochs=5, lr=0.01, weight_decay=0.1, tokens_per_batch=40)
     run.course = longer
@@ -267,8 +269,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(file, whole, tmp_path)
     spoilt = places[best[-1] + 1] / file
     spoilt.write_bytes(spoilt.read_bytes()[:-20])
     run.go(resume=True)
-    started = [event for event in run.events if isinstance(event, Started)]
-    assert started[-1].done == best[-1]
+    *_, notice, started = [e for e in run.events if isinstance(e, Notice | Started)]
+    assert started.done == best[-1]
+    assert spoilt.parent.name in notice.text
+    assert "an older checkpoint" in notice.text
     assert_equal(run, whole["patience"])
 
 

@@ -25,6 +25,7 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.layers import lora_layers
 from veneer.adapter.linear import LoRALinear
 from veneer.adapter.start import start_from_gradients
+from veneer.checksums import SUMS
 from veneer.formats.merged import write_model
 from veneer.lowrank.initial import from_gradient, leading, nearest_factors
 from veneer.quant.weight import quantized_layers
@@ -118,6 +119,7 @@ def test_a_start_that_is_missing_is_named(tmp_path):
     tensors = torch.load(path)
     key = next(key for key in tensors if key.endswith("start_A"))
     torch.save({k: v for k, v in tensors.items() if k != key}, path)
+    (tmp_path / "a" / SUMS).unlink()
     with pytest.raises(veneer.AdapterError, match="where it started"):
         veneer.load(tiny("llama"), tmp_path / "a")
 

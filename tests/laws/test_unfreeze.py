@@ -19,6 +19,7 @@ from support.random_adapters import (
 )
 from support.tiny_models import ARCHITECTURES, quantized, tiny
 from veneer.adapter.use import in_use
+from veneer.checksums import SUMS
 from veneer.models.fingerprint import base_parameters
 from veneer.training.config import TrainConfig
 
@@ -152,6 +153,7 @@ def test_what_cannot_be_is_named(tmp_path):
     del damaged[first]
     damaged[second] = torch.full((3,), torch.nan)
     torch.save(damaged, path)
+    (tmp_path / "a" / SUMS).unlink()
     with pytest.raises(veneer.AdapterError) as error:
         veneer.load(tiny("llama"), tmp_path / "a")
     for problem in (

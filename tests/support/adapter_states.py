@@ -15,6 +15,7 @@ import veneer
 from support.random_adapters import same, shake, snapshot, tokenizer, with_new_tokens
 from support.tiny_models import tiny
 from veneer.adapter.config import LoRA
+from veneer.checksums import SUMS
 from veneer.formats.capture import capture
 from veneer.formats.merged import write_model
 from veneer.formats.state import AdapterState
@@ -95,6 +96,7 @@ def edit_tensors(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> None
     tensors = torch.load(file, weights_only=True) if is_pt else load_file(file)
     change(tensors)
     (torch.save if is_pt else save_file)(tensors, file)
+    (file.parent / SUMS).unlink(missing_ok=True)  # as whoever changes a file on purpose does
 
 
 def whole(state: AdapterState) -> dict[str, Tensor]:

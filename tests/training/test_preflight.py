@@ -1,8 +1,13 @@
 """Everything that is cheap is checked before the base is loaded, and all of it is told at once."""
 
+import errno
+import os
 import shutil
+import tempfile
 from collections import namedtuple
 from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -110,8 +115,12 @@ def test_all_mistakes_are_told_at_once(recipe):
 
 
 def test_a_place_that_cannot_be_written_to_is_refused(recipe, monkeypatch):
-    monkeypatch.setattr(preflight.os, "access", lambda path, mode: False)
-    assert f"{recipe.out.parent} cannot be written to" in str(refusal(recipe))
+    def refuse(dir: Path) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    message = str(refusal(recipe))
+    assert f"{recipe.out.parent} cannot be written to (Read-only file system)" in message
 
 
 def test_a_disk_without_room_for_the_results_is_refused(recipe, monkeypatch):
@@ -121,7 +130,8 @@ def test_a_disk_without_room_for_the_results_is_refused(recipe, monkeypatch):
     parameters = sum(weight.numel() for weight in model.parameters())
     veneer.attach(model, recipe.lora)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    needed = 4 * (parameters + trained + 3 * trained)  # model, adapter, and a checkpoint of it
+    checkpoints = 4  # two of the newest, the best, and one that is being written
+    needed = 4 * (parameters + trained + checkpoints * 3 * trained)  # with model and adapter
     for free, enough in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: Usage(free))
         if enough:

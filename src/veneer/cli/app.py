@@ -22,6 +22,7 @@ from veneer.cli.console import ERRORS, show_error, warnings_as_notices
 from veneer.cli.recipes import from_recipe
 from veneer.cli.several_data import data_flags, joined_data
 from veneer.errors import ConfigError, VeneerError
+from veneer.files import storage_error
 
 
 class Paragraphs(DefaultFormatter):
@@ -110,6 +111,11 @@ app.command(
     help="Read ADAPTER as another runtime would, and say what it needs there: 0 if it will load.",
 )
 app.command(
+    "veneer.cli.verify:verify",
+    help="Compare files of adapters, checkpoints, models and whole runs with their checksums: 0 if "
+    "all are as they were written.",
+)
+app.command(
     "veneer.cli.chat:generate",
     synonym=("inference", "infer", "run"),
     help="Print MODEL's answer to PROMPT, or to each prompt of a file as JSON lines.",
@@ -132,7 +138,8 @@ def run(arguments: Sequence[str]) -> int:
                 print_error=False,
                 result_action="return_value",
             )
-    except (VeneerError, CycloptsError, OSError) as error:  # OSError: a full disk, for example
+    except (VeneerError, CycloptsError, OSError) as error:
+        error = storage_error(error) or error  # where nobody has said what was being written
         show_error(_explained(error, arguments))
         return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from types import FrameType
 
 from veneer.cli.console import ERRORS, show_error, show_notice, warnings_as_notices
 from veneer.errors import VeneerError
+from veneer.files import storage_error
 from veneer.processes.start import Company, launch_id, restarts
 from veneer.processes.world import LostProcess, World
 from veneer.run_directory import RunDirectory
@@ -57,7 +58,8 @@ def as_one(company: Company, run: Callable[[], int]) -> int:
         company.end(ended)
         os._exit(ended)
     except (VeneerError, OSError) as failure:
-        error, code = failure, getattr(failure, "exit_code", 2)
+        error = storage_error(failure) or failure
+        code = getattr(error, "exit_code", 2)
     except (KeyboardInterrupt, SystemExit) as signalled:
         status = signalled.code if isinstance(signalled, SystemExit) else 130
         assert isinstance(status, int)

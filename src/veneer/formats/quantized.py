@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from veneer.checksums import SUMS, sums_of
 from veneer.errors import VeneerError
-from veneer.files import write_json, write_tensors
+from veneer.files import write_json, write_tensors, write_text
 from veneer.models.fingerprint import Marks
 from veneer.models.quantize import (
     quantizable,
@@ -125,6 +126,7 @@ def write_quantized(
     tokenizer.save_pretrained(out)
     skeleton.generation_config.save_pretrained(out)
     _write_config(skeleton, layers, out, bits)
+    write_text(out / SUMS, sums_of(out))
 
 
 def _write_shard(file: Path, source: Source, order: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from veneer.checksums import check_directory
 from veneer.errors import AdapterError
 from veneer.files import read_json
 from veneer.formats import checkpoint, loralib, mlx, native
@@ -131,7 +132,7 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
     """Read an adapter of any known format.
 
     Its layers are those of the base, if that is there. Raises AdapterError if there is no adapter
-    at `path`, and for options that its format ignores.
+    at `path`, for options that its format ignores, and for weights that are not as written.
     """
     name = detect(path)
     if name is None:
@@ -142,7 +143,11 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
     base_name = name_here(state.base_name, training)
     training.pop(BUILT_IN, None)
     state = replace(state, base_name=base_name, training=training)
-    return state if options.base is None else fit(state, options.base)
+    state = state if options.base is None else fit(state, options.base)
+    if not options.shapes_only:
+        # Last, for a fault that has a name says more. Settings are for people to change.
+        check_directory(path, only=(".pt", ".safetensors"))
+    return state
 
 
 def write(state: AdapterState, path: Path, to: FormatName, options: FormatOptions) -> list[str]:

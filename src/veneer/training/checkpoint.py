@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from veneer.checksums import check_directory
 from veneer.errors import AdapterError, TrainingError
-from veneer.files import new_directory, read_json, read_tensors, write_json, write_tensors
+from veneer.files import (
+    new_directory,
+    read_json,
+    read_tensors,
+    remove_directory,
+    write_json,
+    write_tensors,
+)
 from veneer.run_directory import STATE, TENSORS, checkpoint_steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Everything that the next step depends on: tensors, and the plain numbers beside them."""
+    """Everything that the next step depends on: tensors, and the plain numbers beside them.
+
+    passed_over: why newer ones than this could not be read
+    """
 
     step: int
     tensors: dict[str, Tensor]
     progress: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -43,21 +54,25 @@ def write(checkpoint: Checkpoint, directory: Path, *, keep: Collection[int]) -> 
     The older ones go only once the new one is on the disk.
     """
     place = directory / _name(checkpoint.step)
+    if place.is_dir() and not (place / STATE).is_file():
+        remove_directory(place)  # a damaged one of ours, by its name
     with new_directory(place, marker=STATE) as new:
         write_tensors(new / TENSORS, checkpoint.tensors)
         write_json(new / STATE, {"step": checkpoint.step, **checkpoint.progress})
     for step, older in checkpoint_steps(directory).items():
         if step not in {checkpoint.step, *keep}:
-            shutil.rmtree(older)
+            remove_directory(older)
     return place
 
 
 def read(place: Path) -> Checkpoint:
-    """Read one checkpoint. Raises AdapterError if it is damaged."""
+    """Read one checkpoint. Raises AdapterError if it is damaged, by its checksums too."""
     progress = read_json(place / STATE)
     if not isinstance(progress.get("step"), int):
         raise AdapterError(f"{place / STATE} does not say which step it holds.")
-    return Checkpoint(progress.pop("step"), read_tensors(place / TENSORS), progress)
+    checkpoint = Checkpoint(progress.pop("step"), read_tensors(place / TENSORS), progress)
+    check_directory(place)
+    return checkpoint
 
 
 def newest(directory: Path) -> Checkpoint | None:
@@ -65,14 +80,14 @@ def newest(directory: Path) -> Checkpoint | None:
 
     Raises AdapterError if there are some, but all are damaged.
     """
-    failure: AdapterError | None = None
+    failures: list[AdapterError] = []
     for _, place in sorted(checkpoint_steps(directory).items(), reverse=True):
         try:
-            return read(place)
+            return replace(read(place), passed_over=tuple(map(str, failures)))
         except AdapterError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
+            failures.append(error)
+    if failures:
+        raise failures[0]
     return None
 
 
@@ -88,7 +103,7 @@ def last_good(directory: Path) -> Path | None:
 def remove_all(directory: Path) -> None:
     """Remove the checkpoints below `directory`, and nothing else that may lie there."""
     for place in checkpoint_steps(directory).values():
-        shutil.rmtree(place)
+        remove_directory(place)
 
 
 def _name(step: int) -> str:

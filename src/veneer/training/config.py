@@ -13,7 +13,7 @@ from veneer.plan.config import OptimizerName
 Schedule = Literal["constant", "cosine", "linear"]
 # Settings on which the course of the weights does not depend.
 NOT_OF_THE_COURSE = (
-    *("save_every", "keep_best", "recompute", "context_parallel"),
+    *("save_every", "keep", "keep_best", "recompute", "context_parallel"),
     *("shard", "device", "offload", "replay_passes"),
 )
 # Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
@@ -81,9 +81,11 @@ class TrainConfig:
     """Decides the start of A, the order of rows and dropout."""
     save_every: int | None = None
     """Steps between checkpoints; at the end of each epoch unless given."""
+    keep: int = 2
+    """Keep this many of the newest checkpoints, beside those of the best evaluations."""
     keep_best: int | None = None
-    """Keep the checkpoints of this many evaluations, the best, beside the newest; just one best
-    unless given."""
+    """Keep the checkpoints of this many evaluations, the best, beside the newest ones; just one
+    best unless given."""
     eval_every: int | None = None
     """Steps between evaluations; at the end of each epoch unless given."""
     patience: int | None = None
@@ -110,6 +112,7 @@ class TrainConfig:
                 "context_parallel": count,
                 "seed": whole_number(0, most=2**63 - 1),
                 "save_every": count,
+                "keep": count,
                 "keep_best": count,
                 "eval_every": count,
                 "patience": count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from veneer.adapter.invocation import tokenized
 from veneer.adapter.method import MethodName
 from veneer.data.sources import files_of
 from veneer.errors import Checks, ConfigError, ModelError, closest
-from veneer.files import check_replaceable, size_of
+from veneer.files import check_replaceable, check_writable, nearest_existing, size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.state import AdapterState
 from veneer.models.device import device_of_run, has_memory_of_its_own
@@ -133,9 +134,9 @@ def _check_directory(run: RunDirectory, *, may_hold_a_run: bool) -> None:
     if run.path.is_file():
         raise ConfigError(f"{run.path} is a file, but --out must name a directory.")
     above = nearest_existing(run.path)
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        why = "cannot be written to" if above.is_dir() else "is a file"
-        raise ConfigError(f"{above} {why}; name another place than {run.path} by --out.")
+    if not above.is_dir():
+        raise ConfigError(f"{above} is a file; name another place than {run.path} by --out.")
+    check_writable(run.path)
     results = [place for m in get_args(MethodName) for place in (run.adapter(m), run.merged(m))]
     earlier = [place.name for place in (*results, run.checkpoints) if place.exists()]
     if earlier and not may_hold_a_run:
@@ -154,10 +155,14 @@ def _meant(missing: Path) -> str:
 
 
 def bytes_on_disk(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, int]:
-    """Return what stays of a run on the disk, in bytes: its results, and one checkpoint with the
-    weights and Adam's two moments in float32; and what a pass keeps there."""
-    method, width = recipe.method, plan.config.width
-    bytes_of = {"a checkpoint": 3 * 4 * plan.trained.count}
+    """Return what a run needs on the disk, in bytes: its results; its checkpoints, each with the
+    weights and Adam's two moments in float32, those that stay and one that is being written; and
+    what a pass keeps there."""
+    method, width, training = recipe.method, plan.config.width, recipe.training
+    checkpoints = training.keep + (training.keep_best or 1) + 1
+    if training.epochs and training.steps is None and training.save_every is None:
+        checkpoints = min(checkpoints, math.ceil(training.epochs))  # one at the end of each
+    bytes_of = {f"{checkpoints} checkpoints": checkpoints * 3 * 4 * plan.trained.count}
     if method.method != "full":
         own_width = width if method.replaces_weights else 4
         bytes_of["the adapter"] = own_width * plan.trained.count
@@ -180,12 +185,6 @@ def check_space(plan: Plan, recipe: Recipe, device: torch.device) -> None:
             f"{recipe.out} needs {needed / 1e6:,.0f} MB ({sizes}), but the disk has "
             f"{free / 1e6:,.0f} MB. Name another place by --out, or go ahead by --ignore-plan."
         )
-
-
-def nearest_existing(path: Path) -> Path:
-    """Return the nearest of a path and those above it that exists."""
-    path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _earlier_settings(run: RunDirectory) -> Mapping[str, Any]:

@@ -29,6 +29,7 @@ from veneer.kernels.transfer import has_queue
 from veneer.objectives.config import ANSWERS, Objective
 from veneer.objectives.criterion import MEAN_LOSS, Criterion
 from veneer.processes.world import ALONE, World
+from veneer.run_directory import checkpoint_steps
 from veneer.training import checkpoint as checkpoints
 from veneer.training.begin import (
     DEFAULT,
@@ -124,7 +125,8 @@ class Run:
         self.held_out, self.directory, self.world = held_out, directory, world
         self.identity = config.course | objective.course | dict(identity)
         self.last_end = 0.0  # when the last step's event was made
-        self.going_on = ""  # what changes where a run goes on otherwise than it began
+        self.saved: list[int] = []  # the steps of this run's checkpoints, as far as they are whole
+        self.going_on: list[str] = []  # what is to be known of a run that goes on
         lengths = lengths_of(examples)
         self.order = StepOrder(
             lengths,
@@ -166,8 +168,7 @@ class Run:
         if not restored:
             self._start_from_gradients(forward)
         self.state.replicate(self.world)
-        if self.going_on:
-            yield Notice(self.going_on)
+        yield from map(Notice, self.going_on)
 
     def _start_from_gradients(self, forward: Forward) -> None:
         """Give the adapters their start that take it from the gradient of the first batch."""
@@ -343,6 +344,8 @@ class Run:
     def _write_checkpoint(self, directory: Path) -> Path:
         state, progress = self.state, self.progress
         keep = {progress.best_step, *(int(step) for _, step in progress.best)}
+        self.saved = [*(step for step in self.saved if step < progress.step), progress.step]
+        keep |= {*self.saved[-self.config.keep :]}
         one = len(in_use(self.model)) == 1
         adapter = capture(self.model, copy=False) if one else None
         checkpoint = state.to_checkpoint(self.identity, self.steps, adapter)
@@ -363,7 +366,11 @@ class Run:
                 f"Only {', '.join(CHANGEABLE)} may be others. Resume with that run's settings, or "
                 "start anew: elsewhere by another --out (and --from its adapter), or by --force."
             )
-        self.going_on = self._other_schedule(checkpoint)
+        lost = [f"{why} Going on from an older checkpoint." for why in checkpoint.passed_over]
+        self.going_on = [*lost, *filter(None, [self._other_schedule(checkpoint)])]
+        if self.world.writes:
+            steps = sorted(checkpoint_steps(directory))
+            self.saved = [step for step in steps if step <= checkpoint.step]
         self.state.restore(checkpoint)
         self.steps_of_epoch = self.order.epoch(self.progress.epoch)
         return True

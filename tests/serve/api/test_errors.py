@@ -14,6 +14,7 @@ from support.serving_bases import base_of
 from support.tiny_models import tiny
 from veneer.adapter.attach import attach
 from veneer.adapter.config import LoRA
+from veneer.checksums import SUMS
 from veneer.errors import AdapterError, QueueFull
 from veneer.files import read_tensors, write_tensors
 from veneer.formats.adapters import save
@@ -38,6 +39,7 @@ def root(adapter_dirs, tmp_path):
     tensors = read_tensors(root / "nan" / weights)
     next(iter(tensors.values()))[0, 0] = torch.nan
     write_tensors(root / "nan" / weights, tensors)
+    (root / "nan" / SUMS).unlink()
     (root / "empty" / weights).unlink()
     save(shake(attach(tiny("llama", seed=5), LoRA(rank=2))), root / "foreign")
     (root / "notes").mkdir()

@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 
 from veneer.errors import ConfigError
-from veneer.files import size_of
+from veneer.files import nearest_existing, size_of
 from veneer.plan.amounts import Amount, amount
 from veneer.plan.plan import Plan, make_plan
 from veneer.training.planned import with_rows
-from veneer.training.preflight import IN_A_PASS, Preflight, bytes_on_disk, nearest_existing
+from veneer.training.preflight import IN_A_PASS, Preflight, bytes_on_disk
 from veneer.training.prepare import Prepared
 
 
