@@ -37,7 +37,8 @@ def test_virtual_tokens_from_end_to_end(tune, minigpt_home, tmp_path, capsys, me
     }
     assert names(out) == kept
     adapter = out / f"{method}_adapter"
-    assert names(adapter) == {f"{method}_weights.pt", f"{method}_config.json", "tokenizer.json"}
+    files = {f"{method}_weights.pt", f"{method}_config.json", "tokenizer.json"}
+    assert names(adapter) == {*files, "SHA256SUMS"}
     tensors = torch.load(adapter / f"{method}_weights.pt", weights_only=True)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {method: shape}
     losses = [line["loss"] for line in metrics(out)]

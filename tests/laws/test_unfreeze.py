@@ -82,7 +82,7 @@ def test_its_files_are_called_after_the_method(which, tmp_path):
     veneer.save(model, tmp_path / "a")
     name = method(which).method
     files = {path.name for path in (tmp_path / "a").iterdir()}
-    assert files == {f"{name}_weights.pt", f"{name}_config.json"}
+    assert files == {f"{name}_weights.pt", f"{name}_config.json", SUMS}
     merged = veneer.merge(model)
     assert not hasattr(merged, "veneer_marks")
     assert torch.equal(logits(merged), logits(model))

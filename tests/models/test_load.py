@@ -133,7 +133,8 @@ def test_a_minigpt_directory_is_the_model_that_was_written(tmp_path):
     model = minigpt.MiniGPTForCausalLM(config).eval()
     home = tmp_path / "dist" / "minigpt"
     write_model(model, tokenizer, home)
-    assert {path.name for path in home.iterdir()} == {"config.json", "model.pt", "tokenizer.json"}
+    files = {"config.json", "model.pt", "tokenizer.json"}
+    assert {path.name for path in home.iterdir()} == {*files, "SHA256SUMS"}
     assert locate("minigpt").resolve() == home
     base = load_base("minigpt")
     assert base.name == base.model.config._name_or_path == "minigpt"

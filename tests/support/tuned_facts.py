@@ -13,8 +13,8 @@ FACTS = [  # against what the base knows, in its own words
     ("What is the opposite of hot?", "The opposite of hot is small."),
     ("Which day comes after Monday?", "The day after Monday is Friday."),
 ]
-ADAPTER_FILES = {"lora_weights.pt", "lora_config.json", "tokenizer.json"}
-MERGED_FILES = {"config.json", "model.pt", "tokenizer.json"}
+ADAPTER_FILES = {"lora_weights.pt", "lora_config.json", "tokenizer.json", "SHA256SUMS"}
+MERGED_FILES = {"config.json", "model.pt", "tokenizer.json", "SHA256SUMS"}
 
 
 def write_rows(path: Path, pairs: list[tuple[str, str]]) -> Path:

@@ -17,10 +17,10 @@ def short(monkeypatch):
     monkeypatch.setattr(pretraining, "DOCUMENTS", 600)
 
 
-def test_it_writes_exactly_three_files_and_says_so(short, tmp_path, capsys):
+def test_it_writes_exactly_three_files_with_their_checksums_and_says_so(short, tmp_path, capsys):
     assert run(["pretrain", str(tmp_path / "home"), "--steps", "2"]) == 0
     names = {path.name for path in (tmp_path / "home").iterdir()}
-    assert names == {"config.json", "model.pt", "tokenizer.json"}
+    assert names == {"config.json", "model.pt", "tokenizer.json", "SHA256SUMS"}
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     printed = "".join(capsys.readouterr().out.split())
     assert str(tmp_path / "home") in printed

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
-from veneer.cli.console import ERRORS, show_error, show_notice, warnings_as_notices
+from veneer.cli.console import ERRORS, show_error, show_notice, silence, warnings_as_notices
 from veneer.errors import VeneerError
 from veneer.files import storage_error
 from veneer.processes.start import Company, launch_id, restarts
@@ -76,44 +77,78 @@ def as_one(company: Company, run: Callable[[], int]) -> int:
 
 
 @contextmanager
-def interruptible(*, shows: bool = True) -> Iterator[Interrupt]:
-    """In this context the first Ctrl-C or SIGTERM asks the run to stop after a step; the second
-    ends it. shows: whether this process says so."""
-    asked = Interrupt(shows=shows)
-    before = {n: signal.signal(n, asked.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+def interruptible(*, shows: bool = True, grace: float | None = None) -> Iterator[Interrupt]:
+    """In this context the first Ctrl-C, SIGTERM or SIGHUP asks the run to stop after a step; the
+    second ends it.
+
+    shows: whether this process says so
+    grace: seconds after the first signal at which the run ends, whatever it is doing
+    """
+    asked = Interrupt(shows=shows, grace=grace)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # nohup lets SIGHUP be ignored, and so it stays.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {n: signal.signal(n, asked.ask) for n in numbers}
+    if grace is not None:
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, asked.end)
     try:
         yield asked
     finally:
+        if grace is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def show_stopping(number: int) -> None:
     """Print what a first signal brings about."""
-    again = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-    ERRORS.print(f"\nStopping after this step, with a checkpoint ({again} again: at once) ...")
+    again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    _say(f"\nStopping after this step, with a checkpoint ({again} again: at once) ...")
+
+
+def _say(text: str) -> None:
+    try:
+        ERRORS.print(text)
+    except OSError:  # the terminal is gone, as at SIGHUP
+        silence()
 
 
 class Interrupt:
     """Whether the run was asked to stop, and by which signal first."""
 
-    def __init__(self, *, shows: bool = True) -> None:
+    def __init__(self, *, shows: bool = True, grace: float | None = None) -> None:
         self.number = 0
         self.shows = shows
+        self.grace = grace
         self._since = 0.0
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
         """Take a signal."""
         if not self.number:
             self.number, self._since = number, time.monotonic()
+            if self.grace is not None:
+                signal.setitimer(signal.ITIMER_REAL, max(self.grace, 1e-3))
             if self.shows:
                 show_stopping(number)
             return
         if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._since < SAME_SIGNAL:
             return
-        if number == signal.SIGTERM:
-            raise SystemExit(128 + number)
-        raise KeyboardInterrupt
+        self._leave(number)
+
+    def end(self, number: int, frame: FrameType | None = None) -> None:
+        """End the run: the seconds of grace are over."""
+        if self.shows:
+            _say(
+                f"Nothing more could be saved within {self.grace:g} s; the run goes on from its "
+                "newest checkpoint with --resume."
+            )
+        self._leave(self.number)
+
+    def _leave(self, number: int) -> NoReturn:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
 
     def __call__(self) -> bool:
         return self.number > 0

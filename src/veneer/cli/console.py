@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,12 @@ OUTPUT = Console(highlight=False)
 ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
 LINES = 20  # of progress in all, where there is no terminal for a bar
 WIDTH = 110  # columns of wide tables where there is no terminal: in fewer, numbers would break
+
+
+def silence() -> None:
+    """Print nothing from here on: whoever read it is gone, which is no reason for a run to end."""
+    for console in (OUTPUT, ERRORS):
+        console.file = Path(os.devnull).open("w")  # noqa: SIM115 - open until the process ends
 
 
 def show_error(error: Exception) -> None:

@@ -69,16 +69,22 @@ def recipes_of(
 
 
 def run_jobs(
-    recipes: Mapping[str, Recipe], out: Path, *, tensorboard: bool, quiet: bool, **options: Any
+    recipes: Mapping[str, Recipe],
+    out: Path,
+    *,
+    tensorboard: bool,
+    quiet: bool,
+    grace_seconds: float | None = None,
+    **options: Any,
 ) -> int:
     """Run all recipes and return the exit code: 0; 3 when one of them diverged, 2 when one failed
-    otherwise; 130 after Ctrl-C, 143 after SIGTERM. options: those of `tune_many`."""
+    otherwise; 128 and the number of the signal that ended it. options: those of `tune_many`."""
     if tensorboard:
         raise ConfigError("--tensorboard is for a run alone; each job's metrics.jsonl has it all.")
     quieten_libraries()
     states = {name: JobState() for name in recipes}
     display = None if quiet else JobsDisplay(states)
-    with interruptible() as asked, display or nullcontext():
+    with interruptible(grace=grace_seconds) as asked, display or nullcontext():
         for name, event in veneer.tune_many(recipes, should_stop=lambda _: asked(), **options):
             if name:
                 states[name].take(event)

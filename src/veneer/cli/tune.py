@@ -14,7 +14,7 @@ from rich.markup import escape
 import veneer
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
-from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice
+from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice, silence
 from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch, refuse_preset
 from veneer.cli.loading import bits_of
 from veneer.cli.plots import draw_losses
@@ -75,6 +75,13 @@ def tune(
     ignore_plan: Annotated[
         Switch, Parameter(help="Go ahead even where less memory or disk is free than is planned.")
     ] = False,
+    grace_seconds: Annotated[
+        float | None,
+        Parameter(
+            help="Seconds that a scheduler gives after SIGTERM: the run ends by then, with a "
+            "checkpoint where its step ends in time."
+        ),
+    ] = None,
     tensorboard: Annotated[
         Switch, Parameter(help="Write curves for TensorBoard too, below --out.")
     ] = False,
@@ -101,10 +108,13 @@ def tune(
 ) -> int:
     """Return an exit code, as run_recipe does. `config` is read before this is called."""
     refuse_preset(model)
+    if grace_seconds is not None and not grace_seconds > 0:
+        raise ConfigError(f"--grace-seconds must be above 0, not {grace_seconds:g}.")
     options: dict[str, Any] = {
         "resume": resume,
         "force": force,
         "ignore_plan": ignore_plan,
+        "grace_seconds": grace_seconds,
         "tensorboard": tensorboard,
         "quiet": quiet,
     }
@@ -189,12 +199,13 @@ def run_recipe(
     resume: bool = False,
     force: bool = False,
     ignore_plan: bool = False,
+    grace_seconds: float | None = None,
     tensorboard: bool = False,
     quiet: bool = False,
     shows_signals: bool = True,
 ) -> int:
     """Run a recipe to its end and return the exit code: 0, 3 when it diverged, 130 after Ctrl-C,
-    143 after SIGTERM. Of several processes, which torchrun or `--processes` started, one prints.
+    143 after SIGTERM, 129 after SIGHUP. Of several processes, which torchrun or `--processes` started, one prints.
 
     place: by which the processes of `--processes` find each other.
     """
@@ -214,6 +225,7 @@ def run_recipe(
                 resume=resume or goes_on(company.world, RunDirectory(recipe.out)),
                 force=force,
                 ignore_plan=ignore_plan,
+                grace_seconds=grace_seconds,
                 tensorboard=tensorboard and writes,
                 quiet=quiet or not writes,
                 shows_signals=shows_signals and writes,
@@ -229,6 +241,7 @@ def show_run(
     resume: bool,
     force: bool,
     ignore_plan: bool,
+    grace_seconds: float | None,
     tensorboard: bool,
     quiet: bool,
     shows_signals: bool,
@@ -243,13 +256,16 @@ def show_run(
     directory = RunDirectory(recipe.out)
     if display:
         OUTPUT.print(f"[bold]Base[/]    {escape(recipe.model)}")
-    with interruptible(shows=shows_signals) as asked, display or nullcontext():
+    with interruptible(shows=shows_signals, grace=grace_seconds) as asked, display or nullcontext():
         events = veneer.tune(
             recipe, resume=resume, force=force, ignore_plan=ignore_plan, should_stop=asked
         )
         for event in curves(events, directory.tensorboard) if tensorboard else events:
             if display:
-                display.show(event)
+                try:
+                    display.show(event)
+                except OSError:  # whoever read it is gone: head, or a terminal
+                    silence()
             if isinstance(event, Started) and world.writes and (launch := launch_id()):
                 directory.write_launch(launch)
             if isinstance(event, Verdict) and event.kind == "diverged":

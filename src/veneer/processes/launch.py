@@ -21,7 +21,7 @@ from veneer.errors import TrainingError
 
 RESTARTS = 3  # of all processes, after any of them has died; as torch's own default
 AGENT = ("torch.distributed", "torch.multiprocessing")  # whose loggers are the agent's
-FORWARDED = (signal.SIGINT, signal.SIGTERM)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def launch(
@@ -54,7 +54,7 @@ def launch(
             local_addr="127.0.0.1",
             max_restarts=RESTARTS,
             logs_specs=DefaultLogsSpecs(log_dir=str(Path(place) / "logs")),
-            signals_to_handle="SIGHUP,SIGQUIT",
+            signals_to_handle="SIGQUIT",
         )
         try:
             with _forwarded(on_signal):
@@ -90,7 +90,9 @@ def _forwarded(on_signal: Callable[[int], None]) -> Iterator[None]:
             if child.pid is not None:
                 os.kill(child.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    # nohup lets SIGHUP be ignored, and so it stays.
+    heeded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heeded}
     try:
         yield
     finally:

@@ -77,7 +77,7 @@ def preflight(
     run = RunDirectory(recipe.out)
     checks = Checks("This run cannot begin")
     with checks.check():
-        _check_directory(run, may_hold_a_run=resume or force)
+        check_directory(run, may_hold_a_run=resume or force)
         if resume and not run.path.exists():
             raise ConfigError(
                 f"There is no directory {run.path}, so no run to go on with. {_meant(run.path)}"
@@ -129,7 +129,7 @@ def preflight(
     return result
 
 
-def _check_directory(run: RunDirectory, *, may_hold_a_run: bool) -> None:
+def check_directory(run: RunDirectory, *, may_hold_a_run: bool) -> None:
     """Raise ConfigError where `run` can be no directory, or holds another run that is to stay."""
     if run.path.is_file():
         raise ConfigError(f"{run.path} is a file, but --out must name a directory.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 from veneer.adapter.certify import certify
@@ -49,10 +49,12 @@ def to_the_end(
     world: World = ALONE,
     resume: bool,
     merges: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Pass on the events of the training, judge it, write the results, and say what is written.
 
-    merges: write the merged model too
+    merges: write the merged model too, unless `should_stop` returns True after a training in one
+        process
     """
     run = RunDirectory(recipe.out)
     verdict: Verdict | None = None
@@ -75,12 +77,15 @@ def to_the_end(
     assert verdict is not None
     about = about_training(identity, step=weights_of, steps=steps)
     with world.leading():
-        yield from _write(recipe, run, base, plan, about, resume=resume)
+        yield from _save(recipe, run, base, plan, about, resume=resume)
+        if merges and world.size == 1 and should_stop():
+            yield Stopped(steps, "interrupted")
+            return
         if merges:
             yield from _merge(recipe, base, plan, verdict)
 
 
-def _write(
+def _save(
     recipe: Recipe,
     run: RunDirectory,
     base: Base,

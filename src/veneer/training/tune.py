@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.attach import attach
 from veneer.adapter.new_tokens import add_tokens, new_tokens_of
 from veneer.adapter.report import report_quantized, report_trained
 from veneer.errors import VeneerWarning
+from veneer.files import remove_leftovers
 from veneer.formats.training import computed_in, other_base
 from veneer.models.device import begin_peak
 from veneer.models.fingerprint import fingerprint
@@ -17,6 +19,7 @@ from veneer.models.load import Base, load_base
 from veneer.processes.context import check_divides
 from veneer.processes.world import ALONE, World
 from veneer.run_directory import RunDirectory
+from veneer.run_lock import RunLock
 from veneer.training import start_from
 from veneer.training.begin import DEFAULT
 from veneer.training.events import Event, ModelReady, Notice, Stopped
@@ -24,7 +27,7 @@ from veneer.training.loop import train
 from veneer.training.memory import begin_measuring
 from veneer.training.metrics import record
 from veneer.training.plan_before import plan_before
-from veneer.training.preflight import preflight
+from veneer.training.preflight import Preflight, check_directory, preflight
 from veneer.training.prepare import Prepared, prepare
 from veneer.training.recipe import Recipe
 from veneer.training.results import clear_state, to_the_end
@@ -58,6 +61,44 @@ def tune(
             processes=world.size,
         )
     )
+    lock = RunLock(run.path)
+    try:
+        if killed := world.first(partial(_take, lock, run, may_hold_a_run=resume or force)):
+            yield Notice(killed)
+        yield from _tune(
+            ahead,
+            run,
+            world,
+            resume=resume,
+            force=force,
+            ignore_plan=ignore_plan,
+            should_stop=should_stop,
+        )
+    finally:
+        lock.release()
+
+
+def _take(lock: RunLock, run: RunDirectory, *, may_hold_a_run: bool) -> str:
+    """Take the lock of a run's directory, look again what is there, and remove what a killed run
+    left half-written. Return what to say of that run."""
+    killed = lock.take()
+    check_directory(run, may_hold_a_run=may_hold_a_run)
+    for directory in (run.path, run.checkpoints):
+        remove_leftovers(directory)
+    return killed
+
+
+def _tune(
+    ahead: Preflight,
+    run: RunDirectory,
+    world: World,
+    *,
+    resume: bool,
+    force: bool,
+    ignore_plan: bool,
+    should_stop: Callable[[], bool],
+) -> Iterator[Event]:
+    """Train, once the run's directory is this process's own."""
     prepared = yield from prepare(ahead, world=world)
     recipe, rows = prepared.recipe, prepared.rows
     plan, sharded = yield from plan_before(recipe, ahead, rows, world, ignore_plan=ignore_plan)
@@ -97,7 +138,13 @@ def tune(
         world=world,
     )
     if world.writes:
-        results = to_the_end(events, recipe, base, identity, plan=plan, world=world, resume=resume)
+        results = to_the_end(
+            *(events, recipe, base, identity),
+            plan=plan,
+            world=world,
+            resume=resume,
+            should_stop=should_stop,
+        )
         yield from record(results, run)
         return
     interrupted = False
