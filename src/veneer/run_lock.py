@@ -1,7 +1,7 @@
 """The lock of a run's directory: two runs that write into one would spoil each other's files.
 
-It is a lock of the system on a file, and goes with the process that holds it, however that ends. The
-file says whose it is.
+It is a lock of the system on a file, and goes with the process that holds it, however that ends.
+The file says whose it is.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RunLock:
         file.write(json.dumps(me) + "\n")
         file.flush()
         self._file = file
-        return killed and f"An earlier run there ended without a word ({_named(killed)})."
+        return f"An earlier run there ended without a word ({_named(killed)})." if killed else ""
 
     def release(self) -> None:
         """Let others have the directory; one that is empty and was made for the lock goes too."""

@@ -11,7 +11,9 @@ import pytest
 from support import warm
 from support.tuned_facts import FACTS, metrics, names, same_weights, write_rows
 from veneer.cli.app import run
+from veneer.errors import ConfigError
 from veneer.run_directory import RunDirectory
+from veneer.run_lock import LOCK, RunLock
 
 LONG = ("--steps", "120", "--save-every", "1", "--lr", "0.005", "--dropout", "0.1", "--quiet")
 
@@ -39,6 +41,18 @@ def started(home: Path, data: Path, out: Path, *, after: int) -> subprocess.Pope
     return process
 
 
+def wait_for_its_end(out: Path) -> None:
+    """Wait until nobody holds the lock of a run whose launcher was killed."""
+    lock = RunLock(out)
+    while True:
+        try:
+            lock.take()
+        except ConfigError:
+            time.sleep(0.02)
+        else:
+            return lock.release()
+
+
 def test_ctrl_c_saves_and_resume_ends_as_if_undisturbed(
     tune, minigpt_home, data, undisturbed, tmp_path
 ):
@@ -50,7 +64,7 @@ def test_ctrl_c_saves_and_resume_ends_as_if_undisturbed(
     assert "--resume" in output
     assert "Traceback" not in output
     assert not (out / "lora_adapter").exists()
-    (place,) = names(out / "checkpoints")
+    place = max(names(out / "checkpoints"))
     assert 5 <= int(place[5:]) < 120
     assert tune("--out", out, *LONG, "--resume") == 0
     assert same_weights(out, undisturbed)
@@ -66,6 +80,7 @@ def test_a_killed_run_resumes_to_the_bit(tune, minigpt_home, data, undisturbed, 
     process.kill()
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
+    wait_for_its_end(out)
     assert not (out / "lora_adapter").exists()
     assert tune("--out", out, *LONG, "--resume", "--recompute", "full") == 0
     assert same_weights(out, undisturbed)
@@ -87,20 +102,103 @@ def test_the_second_ctrl_c_ends_at_once(tune, tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_sigterm_saves_too_and_has_its_own_code(tune, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_save_too_and_have_their_own_code(
+    number, tune, tmp_path, monkeypatch, capsys
+):
     from veneer.training.run import Run
 
     step = Run._step
 
     def terminated(self):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return step(self)
 
     monkeypatch.setattr(Run, "_step", terminated)
-    before = signal.getsignal(signal.SIGTERM)
-    assert tune("--out", tmp_path / "out", "--steps", 5) == 128 + signal.SIGTERM
+    before = signal.getsignal(number)
+    out = ("--out", tmp_path / "out", "--steps", 5)
+    assert tune(*out, "--grace-seconds", 1000) == 128 + number
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert names(tmp_path / "out" / "checkpoints") == {"step-000001"}
     assert "--resume" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     assert run(["export", str(tmp_path / "out"), str(tmp_path / "there"), "--format", "peft"]) == 0
     assert "These are the weights of step 1 of 5;" in (tmp_path / "there/README.md").read_text()
+
+
+def test_a_run_ends_when_its_time_of_grace_is_over(tune, tmp_path, monkeypatch, capsys):
+    from veneer.training.run import Run
+
+    step = Run._step
+
+    def endless(self):
+        if self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGALRM)  # what the timer sends
+        return step(self)
+
+    monkeypatch.setattr(Run, "_step", endless)
+    out = ("--out", tmp_path / "out", "--steps", 5, "--save-every", 1)
+    with pytest.raises(SystemExit) as ended:
+        tune(*out, "--grace-seconds", 1000)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "within 1000 s; the run goes on from its newest checkpoint" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert names(tmp_path / "out" / "checkpoints") == {"step-000001", "step-000002"}
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_a_signal_after_the_training_leaves_the_adapter(tune, tmp_path, monkeypatch, capsys):
+    from veneer.training import results
+
+    merge, asked = results._merge, []
+
+    def terminated(*arguments):
+        asked.append(arguments)
+        return merge(*arguments)
+
+    save = results._save
+
+    def saved(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from save(*arguments, **options)
+
+    monkeypatch.setattr(results, "_save", saved)
+    monkeypatch.setattr(results, "_merge", terminated)
+    out = tmp_path / "out"
+    assert tune("--out", out, "--steps", 2) == 128 + signal.SIGTERM
+    assert not asked
+    assert (out / "lora_adapter").is_dir()
+    monkeypatch.setattr(results, "_save", save)
+    assert tune("--out", out, "--steps", 2, "--resume") == 0
+    assert (out / "lora_merged").is_dir()
+
+
+def test_output_that_nobody_reads_ends_no_run(tune, tmp_path, monkeypatch):
+    from veneer.cli import progress
+    from veneer.cli import tune as command
+
+    silenced = []
+
+    def closed(self, event):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(progress.RunDisplay, "_step", closed)
+    monkeypatch.setattr(command, "silence", lambda: silenced.append(True))
+    assert tune("--out", tmp_path / "out", "--steps", 2) == 0
+    assert silenced
+
+
+def test_two_runs_do_not_write_into_one_directory(tune, tmp_path, capsys):
+    lock = RunLock(tmp_path / "out")
+    lock.take()
+    try:
+        assert tune("--out", tmp_path / "out", "--steps", 2) == 2
+        assert f"(process {os.getpid()} on" in capsys.readouterr().err
+        assert names(tmp_path / "out") == {LOCK}
+    finally:
+        lock.release()
+    assert tune("--out", tmp_path / "out", "--steps", 2) == 0
+    assert LOCK not in names(tmp_path / "out")

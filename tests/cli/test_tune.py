@@ -138,6 +138,7 @@ def test_a_checkpoint_that_names_no_run_is_refused(tune, tmp_path, capsys):
     numbers = json.loads(state.read_text())
     del numbers["identity"]
     state.write_text(json.dumps(numbers))
+    (state.parent / "SHA256SUMS").unlink()
     capsys.readouterr()
     assert tune("--out", out, "--steps", 2, "--resume") == 2
     error = " ".join(capsys.readouterr().err.split())

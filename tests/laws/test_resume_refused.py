@@ -10,6 +10,7 @@ import veneer
 from support.interrupted import COURSE, ROWS, Run
 from support.random_adapters import same, trained_weights
 from support.tiny_models import tiny
+from veneer.checksums import SUMS
 from veneer.training import checkpoint
 from veneer.training.events import Checkpointed, Skipped, Stopped
 
@@ -55,6 +56,7 @@ def test_a_checkpoint_without_an_identity_is_refused(identity, tmp_path):
     state = tmp_path / "checkpoints" / "step-000002" / checkpoint.STATE
     numbers = json.loads(state.read_text())
     state.write_text(json.dumps({**numbers, "identity": identity}))
+    (state.parent / SUMS).unlink()
     with pytest.raises(veneer.TrainingError, match=r"step-000002.*'identity'.*--force"):
         run.go(resume=True)
 

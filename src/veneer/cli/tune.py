@@ -205,7 +205,8 @@ def run_recipe(
     shows_signals: bool = True,
 ) -> int:
     """Run a recipe to its end and return the exit code: 0, 3 when it diverged, 130 after Ctrl-C,
-    143 after SIGTERM, 129 after SIGHUP. Of several processes, which torchrun or `--processes` started, one prints.
+    143 after SIGTERM, 129 after SIGHUP. Of several processes, which torchrun or `--processes`
+    started, one prints.
 
     place: by which the processes of `--processes` find each other.
     """
