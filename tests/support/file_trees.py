@@ -30,7 +30,7 @@ def on_disk_before_it_is_renamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[li
     """Check that whatever takes another name inside is on the disk by then, with all that is below
     it, and that the new name is brought there too. Yields the names taken so far.
 
-    What is moved aside, or back, was there before: it is told by its name, which ends with .old.
+    What is moved aside, or back, was there before: it is told by its name, which has .old- in it.
     """
     settled: dict[int, tuple[int, int]] = {}  # by inode, the state that is on the disk
     renamed_in: set[int] = set()  # directories whose new entries are not on the disk yet
@@ -44,15 +44,15 @@ def on_disk_before_it_is_renamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[li
         settled[status.st_ino] = state(status)
         renamed_in.discard(status.st_ino)
 
-    def watched(rename: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-        def watch(source: Any, target: Any) -> None:
-            if not str(source).endswith(".old") and not str(target).endswith(".old"):
+    def watched(rename: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def watch(source: Any, target: Any) -> Any:
+            if files.OLD not in f"{source}{target}":
                 top = Path(source)
                 for path in (top, *top.rglob("*")):
                     assert settled.get(path.stat().st_ino) == state(path.stat()), path
                 renamed_in.add(Path(target).parent.stat().st_ino)
                 names.append(Path(target).name)
-            rename(source, target)
+            return rename(source, target)
 
         return watch
 
@@ -60,6 +60,7 @@ def on_disk_before_it_is_renamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[li
         patch.setattr(os, "fsync", fsync)
         patch.setattr(os, "rename", watched(os.rename))
         patch.setattr(os, "replace", watched(os.replace))
+        patch.setattr(files, "_exchange", watched(files._exchange))
         yield names
     assert names
     assert not renamed_in
