@@ -47,6 +47,9 @@ def commands(home: Path) -> dict[str, Command]:
         rows = str(home / "rows.jsonl")
         return to("out", "tune", str(home / base), rows, "--out", "OUT", *TRAINING, *flags)
 
+    def go_on(disk: Path) -> list[str]:
+        return tune("llama", *(["--resume"] if (disk / "out").exists() else []))(disk)
+
     def convert(format: str, out: str = "out") -> Command:
         flags = ["--base", llama] if format == "gguf" else []
         arguments = to(out, "convert", a, "OUT", "--to", format, "--force", *flags)
@@ -67,7 +70,7 @@ def commands(home: Path) -> dict[str, Command]:
         Command("combine", to("out", "combine", a, b, "OUT"), ("out",)),
         Command("extract", to("out", "extract", llama, tuned, "OUT", "--rank", "2"), ("out",)),
         Command("pretrain", to("out", "pretrain", "OUT", "--steps", "1"), ("out",)),
-        Command("tune", tune("llama"), RUN, again=tune("llama", "--resume"), plain=_timeless),
+        Command("tune", tune("llama"), RUN, again=go_on, plain=_timeless),
         Command(
             "tune, replacing",
             tune("llama", "--force", "--seed", "1"),

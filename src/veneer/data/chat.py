@@ -12,7 +12,8 @@ from jinja2 import TemplateError
 
 from veneer.data.rows import Conversation, Message
 from veneer.data.spans import Span
-from veneer.errors import DataError
+from veneer.data.template_limits import check_template, limited
+from veneer.errors import DataError, VeneerError, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self.plain = tokenizer.chat_template is None
+        self._templates = _templates_of(tokenizer)
         start = start_tokens(tokenizer) if self.plain else []
         self._start = "".join(tokenizer.convert_ids_to_tokens(start))
         self._eos = tokenizer.eos_token or ""
@@ -84,18 +86,26 @@ class Chat:
     ) -> str:
         """Return the messages as text, with the opening of an answer behind them if `prompt`.
 
-        Raises DataError where the template refuses the messages.
+        Raises DataError where the template refuses the messages, fails, or does not end.
         """
+        for template in self._templates:
+            check_template(template)
         try:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content, **m.fields} for m in messages],  # type: ignore[arg-type]
-                tools=list(tools) or None,  # type: ignore[arg-type]
-                chat_template=PLAIN_TEMPLATE if self.plain else None,
-                add_generation_prompt=prompt,
-                tokenize=False,
-            )
+            with limited():
+                text = self._tokenizer.apply_chat_template(
+                    [{"role": m.role, "content": m.content, **m.fields} for m in messages],  # type: ignore[arg-type]
+                    tools=list(tools) or None,  # type: ignore[arg-type]
+                    chat_template=PLAIN_TEMPLATE if self.plain else None,
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                )
         except TemplateError as error:
             raise DataError(f"the model's chat template refuses the messages: {error}") from error
+        except VeneerError:
+            raise
+        except Exception as error:  # of whatever kind: a template computes with what it is given
+            what = shortened(f"{type(error).__name__}: {error}")
+            raise DataError(f"the model's chat template fails on the messages: {what}") from error
         assert isinstance(text, str)
         return self._start + text
 
@@ -204,6 +214,13 @@ class Chat:
             closed.append((start + added, end + added + len(more)))
             taken, added = end, added + len(more)
         return "".join([*pieces, text[taken:]]), closed
+
+
+def _templates_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the tokenizer's chat templates, of which it may have several by name."""
+    template = tokenizer.chat_template
+    every = template.values() if isinstance(template, Mapping) else (template,)
+    return tuple(text for text in every if isinstance(text, str))
 
 
 def _holds(text: str, answer: Message) -> bool:
