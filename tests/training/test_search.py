@@ -166,6 +166,16 @@ def test_what_cannot_be_searched_is_refused_before_anything_trains(home):
     assert not (home / "none").exists()
 
 
+@pytest.mark.slow  # the parts are held in test_search_space.py, and by the search above
+def test_a_grid_trains_every_combination_once(home):
+    config = veneer.SearchConfig(sampler="grid", pruner="none", trials=9)
+    over = {"rank": [1, 3], "lr": [0.01, 0.02]}
+    result = [*veneer.search(recipe(home, "grid"), over, config)][-1][1].result
+    values = [trial.values for trial in sorted(result.trials, key=lambda trial: trial.number)]
+    assert values == [{"rank": r, "lr": lr} for r in (1, 3) for lr in (0.01, 0.02)]
+    assert {trial.state for trial in result.trials} == {"complete"}
+
+
 def test_what_trials_would_have_cost_alone():
     cost = Cost(seconds=50.0, tokens=1000, all_tokens=4000, alone=40.0)
     assert cost.one_after_another == 100.0

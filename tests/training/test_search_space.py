@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 import veneer
-from veneer.training.search.space import Range, Values, space_of, usual_values, with_values
+from veneer.training.search.space import (
+    Range,
+    Values,
+    grid_of,
+    space_of,
+    usual_values,
+    with_values,
+)
 
 RECIPE = veneer.Recipe("base", Path("rows.jsonl"), training=veneer.TrainConfig(lr=2e-4))
 
@@ -81,3 +88,10 @@ def test_the_first_trial_is_the_recipe_itself_where_the_ranges_have_it():
     assert usual_values(RECIPE, space_of(over, RECIPE)) == usual
     assert usual_values(RECIPE, space_of({"rank": "2,4"}, RECIPE)) is None
     assert usual_values(RECIPE, space_of({"lr": "1e-3..1e-2"}, RECIPE)) is None
+
+
+def test_a_grid_has_every_combination_and_takes_no_range():
+    space = space_of({"rank": "4,8", "lr": [1e-3, 2e-3]}, RECIPE)
+    assert grid_of(space) == [{"rank": r, "lr": lr} for r in (4, 8) for lr in (1e-3, 2e-3)]
+    with pytest.raises(veneer.ConfigError, match="give those of lr as A,B,C"):
+        grid_of(space_of({"rank": "4,8", "lr": "1e-3..2e-3"}, RECIPE))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from veneer.checks import ABOVE_0, check_config, one_of, whole_number
 
-Sampler = Literal["tpe", "random"]
+Sampler = Literal["tpe", "random", "grid"]
 Pruner = Literal["halving", "median", "none"]
 
 
@@ -22,8 +22,8 @@ class SearchConfig:
     minutes: float | None = None
     """Begin no trial after so many minutes; those that train go on to their ends."""
     sampler: Sampler = "tpe"
-    """Optuna's sampler, which draws the settings of a trial: tpe learns from the trials before it;
-    random does not."""
+    """Who draws the settings of a trial: Optuna's tpe, which learns from the trials before it;
+    random; or grid, all combinations of values in their order."""
     pruner: Pruner = "halving"
     """Which trials end early: at a ninth and a third of their steps all but the best third so far
     (halving); those worse than the median of the others at the same point (median); or none."""

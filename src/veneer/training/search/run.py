@@ -49,7 +49,16 @@ from veneer.training.search.result import (
     ranked,
     write_result,
 )
-from veneer.training.search.space import Over, Space, Values, space_of, usual_values, with_values
+from veneer.training.search.space import (
+    Over,
+    Space,
+    Value,
+    Values,
+    grid_of,
+    space_of,
+    usual_values,
+    with_values,
+)
 from veneer.training.search.study import MEASUREMENTS, SearchStudy
 
 STUDY, TRIALS = "study.db", "trials"
@@ -81,11 +90,13 @@ def search(
     `resume` goes on with the search there, `force` replaces it. Raises VeneerError of the kind that
     fits where the recipe, the data or a value cannot be used, before anything is trained.
     """
+    config = config or SearchConfig()
     if recipe.method.method != "lora":
         raise ConfigError(
             f"A search is over low-rank adapters, and {recipe.method.method} is none."
         )
     space = space_of(over, recipe)
+    grid = grid_of(space)[: config.trials] if config.sampler == "grid" else []
     _check_directory(recipe.out, resume=resume, force=force)
     ahead = _checked_values(recipe, space, ignore_space=ignore_plan)
     prepared = yield from named(ALL, prepare(ahead))
@@ -96,7 +107,10 @@ def search(
         )
     if force:
         _clear(recipe.out)
-    trials = _Trials(recipe, prepared, space, config or SearchConfig(), should_stop)
+    if grid:
+        config = replace(config, trials=len(grid))
+    trials = _Trials(recipe, prepared, space, config, should_stop)
+    trials.start_with(grid)
     yield from trials.unsaid
     while first := trials.first():
         yield from trials.unsaid
@@ -153,9 +167,14 @@ class _Trials:
         self.drawn = len(earlier)
         losses = (trial.loss for trial in earlier if trial.state == "complete")
         self.best = min((loss for loss in losses if loss is not None), default=math.inf)
-        if not earlier and (usual := usual_values(prepared.recipe, space)):
-            self.study.first(usual)
+        self.usual = usual_values(prepared.recipe, space)
         self.steps_of = cache(self._steps_of)
+
+    def start_with(self, grid: list[dict[str, Value]]) -> None:
+        """Let a search that begins now have these trials first, or the recipe's own run."""
+        if self.drawn == 0:
+            for values in grid or ([self.usual] if self.usual else []):
+                self.study.first(values)
 
     def first(self) -> dict[str, Recipe]:
         """Return the trials that begin before the others: those that a search was interrupted in,

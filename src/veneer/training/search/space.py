@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from typing import Any, TypeAlias
 
 from veneer.adapter.config import LoRA
@@ -109,6 +110,19 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         lora=replace(recipe.lora, **own),
         training=replace(recipe.training, **course),
     )
+
+
+def grid_of(space: Space) -> list[dict[str, Value]]:
+    """Return all combinations of values, the last setting's fastest. Raises ConfigError for a range
+    of a setting."""
+    if ranges := [name for name, each in space.items() if isinstance(each, Range)]:
+        raise ConfigError(
+            f"A grid is of values: give those of {', '.join(ranges)} as A,B,C, or another sampler."
+        )
+    return [
+        dict(zip(space, values, strict=True))
+        for values in product(*(each.bounds for each in space.values()))
+    ]
 
 
 def usual_values(recipe: Recipe, space: Space) -> dict[str, Value] | None:

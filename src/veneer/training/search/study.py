@@ -54,7 +54,7 @@ class SearchStudy:
         seed += len(self.study.trials)
         self.study.sampler = (
             samplers.RandomSampler(seed=seed)
-            if config.sampler == "random"
+            if config.sampler != "tpe"  # a grid draws nothing
             else samplers.TPESampler(
                 seed=seed,
                 n_startup_trials=max(1, min(AT_RANDOM, config.trials // KEEP_ONE_OF)),
