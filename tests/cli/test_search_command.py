@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import veneer
+import veneer.cli.trials
 from veneer.cli.app import run
 from veneer.cli.response import axes_of, draw_response
 from veneer.training.search.result import Cost, Searched, SearchResult, TrialEnded, TrialResult
@@ -74,3 +76,23 @@ def test_the_picture_has_the_rate_along_the_axis_and_a_series_for_each_rank(tmp_
     no_losses = SearchResult("base", "rows", [TrialResult(0, {"lr": 1.0}, "failed")], RESULT.cost)
     with pytest.raises(veneer.VeneerError, match="no trial was measured"):
         draw_response(no_losses, Path(tmp_path / "response.png"))
+
+
+def test_auto_is_settled_before_the_run_and_all_else_is_the_commands(caught, monkeypatch, refused):
+    seen = {}
+
+    def before(recipe, names, **options):
+        seen.update(names=names, options=options)
+        return replace(recipe, training=replace(recipe.training, lr=0.5))
+
+    monkeypatch.setattr(veneer.cli.trials, "search_before", before)
+    line = ["tune", "owner/base", "rows.jsonl", "--lr", "auto", "--rank", "auto"]
+    assert run([*line, "--epochs", "3", "--ignore-plan"]) == 0
+    assert seen["names"] == ("lr", "rank")
+    assert seen["options"]["ignore_plan"]
+    assert (caught.recipe.training.lr, caught.recipe.training.epochs) == (0.5, 3)
+    assert run(["tune", "owner/base", "rows.jsonl", "--lr", "1e-3"]) == 0
+    assert caught.recipe.training.lr == 1e-3
+    monkeypatch.setattr(veneer.cli.trials, "search_before", lambda *_, **__: 130)
+    assert run(line) == 130
+    assert "auto searches in one process" in refused(*line, "--processes", "2")

@@ -65,7 +65,8 @@ class LoRA:
     """
 
     rank: int = 8
-    """Rank of the update: each adapted layer gets A (rank, in) and B (out, rank)."""
+    """Rank of the update: each adapted layer gets A (rank, in) and B (out, rank). `veneer tune
+    --rank auto` chooses it by a short search before the run."""
     alpha: float | None = None
     """Strength of the update; scaling is alpha / rank. Twice the rank unless given."""
     dropout: float = 0.0

@@ -8,6 +8,7 @@ from typing import Any
 
 # Methods that are LoRA with other settings: tune runs, and keeps in recipe.yaml, what they mean.
 SHORT: dict[str, dict[str, Any]] = {"qlora": {"bits": 4}, "dora": {"dora": True}}
+SEARCHED = ("lr", "rank")  # which a search before the run chooses where they are "auto"
 AS_JSON = ("data", "invocation")  # whose lists cyclopts would take apart
 
 

@@ -10,7 +10,7 @@ from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 from cyclopts.token import Token
 
-from veneer.cli.file_settings import SHORT, as_flags
+from veneer.cli.file_settings import SEARCHED, SHORT, as_flags
 from veneer.errors import ConfigError, nearest
 
 
@@ -27,6 +27,7 @@ def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         names = {name.removeprefix("--") for a in arguments for name in a.names}
         settings = _read(path, names - {"config"})
         Dict(settings, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+    _take_autos(arguments)
     (jobs,) = [argument for argument in arguments if "--jobs" in argument.names]
     if jobs.tokens:
         from veneer.cli.jobs_file import arguments_of_jobs
@@ -44,6 +45,21 @@ def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
             continue
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _take_autos(arguments: ArgumentCollection) -> None:
+    """Leave settings that are "auto" to the search before the run."""
+    flags = {name: argument for argument in arguments for name in argument.names}
+    autos = [
+        name
+        for name in SEARCHED
+        if (tokens := flags[f"--{name}"].tokens) and tokens[-1].value == "auto"
+    ]
+    for name in autos:
+        flags[f"--{name}"].tokens = []
+    if autos:
+        value = Token(keyword="--search-first", source="cli", implicit_value=tuple(autos))
+        flags["--search-first"].tokens = [value]
 
 
 def _spell_out_method(arguments: ArgumentCollection) -> None:

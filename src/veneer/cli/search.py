@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 import veneer
 from veneer.adapter.config import LoRA
@@ -23,12 +22,11 @@ from veneer.cli.console import (
 from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch, refuse_preset
 from veneer.cli.plots import draw_losses
 from veneer.cli.response import draw_response
-from veneer.cli.tables import plan_summary
+from veneer.cli.trials import SearchDisplay
 from veneer.errors import ConfigError, VeneerError
 from veneer.quant.settings import Offload
 from veneer.run_directory import RunDirectory
 from veneer.training.config import TOKENS_PER_PASS, TrainConfig
-from veneer.training.events import DataReady, Evaluated, Event, Notice, Planned, Started, Step
 from veneer.training.recipe import DataConfig
 from veneer.training.search.config import SearchConfig
 from veneer.training.search.result import (
@@ -36,9 +34,7 @@ from veneer.training.search.result import (
     TABLE,
     Searched,
     SearchResult,
-    TrialBegun,
     TrialEnded,
-    TrialResult,
     ending,
 )
 from veneer.training.search.space import in_words
@@ -145,69 +141,6 @@ def spaces(over: tuple[str, ...]) -> dict[str, str]:
     if problems:
         raise ConfigError(f"--over cannot be followed: {'; '.join(problems)}.")
     return by_name
-
-
-class SearchDisplay:
-    """Shows a search: a bar for each trial on a terminal, a line for each that has ended."""
-
-    def __init__(self, trials: int) -> None:
-        self.trials = trials
-        self.ended = 0
-        self.tasks: dict[str, TaskID] = {}
-        self.titles: dict[str, str] = {}  # of the trials that train
-        self.progress = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            TextColumn("step {task.completed}/{task.total}"),
-            TextColumn("evaluation loss {task.fields[loss]}"),
-            console=OUTPUT,
-            transient=True,
-        )
-
-    def __enter__(self) -> SearchDisplay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def show(self, name: str, event: Event) -> None:
-        """Print what an event means, or move a bar."""
-        match event:
-            case Notice(text):
-                show_notice(text, on=OUTPUT)
-            case Planned(plan, free):
-                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}", soft_wrap=True)
-            case DataReady(summary, held_out):
-                beside = f", {held_out.rows:,} held out" if held_out else ""
-                OUTPUT.print(
-                    f"[bold]Data[/]    {summary.rows:,} rows, {summary.tokens:,} tokens{beside}"
-                )
-            case TrialBegun(trial):
-                self.titles[name] = title(trial)
-            case Started(steps, done) if OUTPUT.is_terminal:
-                self.tasks[name] = self.progress.add_task(
-                    self.titles[name], total=steps, completed=done, loss="-"
-                )
-                self.progress.start()
-            case Step(step) if name in self.tasks:
-                self.progress.update(self.tasks[name], completed=step)
-            case Evaluated(_, measured) if name in self.tasks:
-                self.progress.update(self.tasks[name], loss=f"{measured:.4f}")
-            case TrialEnded(trial):
-                self.ended += 1
-                if name in self.tasks:
-                    self.progress.remove_task(self.tasks.pop(name))
-                loss = "-" if trial.loss is None else f"{trial.loss:.4f}"
-                OUTPUT.print(
-                    f"  {title(trial)}: evaluation loss {loss}, {ending(trial)} "
-                    f"({self.ended} of {self.trials})",
-                    soft_wrap=True,
-                )
-
-
-def title(trial: TrialResult) -> str:
-    """Return what a trial is called where it is shown."""
-    return escape(f"trial {trial.number}: {in_words(trial.values)}")
 
 
 def show_result(result: SearchResult, out: Path) -> None:

@@ -60,6 +60,10 @@ def tune(
             "--out: a list under jobs:, in which each has a name and any of these flags."
         ),
     ] = None,
+    search_first: Annotated[
+        Any,  # the settings that are "auto", which `from_recipe` makes of their flags
+        Parameter(show=False),
+    ] = (),
     tokens_per_pass: Annotated[
         int,
         Parameter(help="With --jobs, real tokens of a pass that several of them share, at most."),
@@ -123,6 +127,8 @@ def tune(
 
         if processes is not None:
             raise ConfigError("--jobs trains in one process; leave out --processes.")
+        if search_first:
+            raise ConfigError("auto is for a run alone; for several, try veneer search.")
         recipes = recipes_of(jobs, out, recipe_of)
         return run_jobs(recipes, out, tokens_per_pass=tokens_per_pass, **options)
     if tokens_per_pass != TOKENS_PER_PASS:
@@ -143,6 +149,15 @@ def tune(
         out=out,
         start_from=start_from,
     )
+    if search_first:
+        from veneer.cli.trials import search_before
+
+        if processes is not None:
+            raise ConfigError("auto searches in one process; leave out --processes.")
+        settled = search_before(recipe, search_first, **options)
+        if isinstance(settled, int):
+            return settled
+        recipe = settled
     if processes is None:
         return run_recipe(recipe, **options)
     if processes < 1:

@@ -49,7 +49,8 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps, whatever the epochs."""
     lr: float | None = None
-    """Peak learning rate of AdamW; chosen by the method and the base's width unless given."""
+    """Peak learning rate of AdamW; chosen by the method and the base's width unless given. `veneer
+    tune --lr auto` chooses it by a short search before the run."""
     lora_plus_ratio: float | None = None
     """LoRA+: B's learning rate as a multiple of A's; 4 to 16 are usual."""
     schedule: Schedule = "cosine"

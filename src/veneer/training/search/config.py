@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from veneer.checks import ABOVE_0, check_config, one_of, whole_number
+from veneer.checks import ABOVE_0, FRACTION, check_config, one_of, whole_number
 
 Sampler = Literal["tpe", "random", "grid"]
 Pruner = Literal["halving", "median", "none"]
@@ -19,6 +19,9 @@ class SearchConfig:
     """Trials in all, those included that end early."""
     together: int = 8
     """Trials that train at a time, in passes that they share."""
+    share: float = 1.0
+    """Part of a run's steps that a trial makes, with a schedule as long as that: shorter trials
+    cost less, and prefer higher rates than a whole run does."""
     minutes: float | None = None
     """Begin no trial after so many minutes; those that train go on to their ends."""
     sampler: Sampler = "tpe"
@@ -35,6 +38,7 @@ class SearchConfig:
             rules={
                 "trials": whole_number(1),
                 "together": whole_number(1),
+                "share": FRACTION,
                 "minutes": ABOVE_0,
                 "sampler": one_of(Sampler),
                 "pruner": one_of(Pruner),

@@ -150,6 +150,10 @@ class _Trials:
         self.prepared = prepared
         # A rate that the recipe leaves open is chosen by each trial for itself.
         course = replace(prepared.recipe.training, lr=recipe.training.lr)
+        self.steps_of = cache(self._steps_of)
+        if config.share < 1:
+            steps = course.steps or self.steps_of(course.tokens_per_step, course.seed)
+            course = replace(course, epochs=None, steps=math.ceil(config.share * steps))
         self.recipe = replace(prepared.recipe, training=course)
         self.study = SearchStudy(
             recipe.out / STUDY, space, config, seed=recipe.training.seed % 2**32
@@ -168,7 +172,6 @@ class _Trials:
         losses = (trial.loss for trial in earlier if trial.state == "complete")
         self.best = min((loss for loss in losses if loss is not None), default=math.inf)
         self.usual = usual_values(prepared.recipe, space)
-        self.steps_of = cache(self._steps_of)
 
     def start_with(self, grid: list[dict[str, Value]]) -> None:
         """Let a search that begins now have these trials first, or the recipe's own run."""
