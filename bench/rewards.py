@@ -1,0 +1,194 @@
+"""A skill that rewards teach: sums of three numbers in a required format, by GRPO.
+
+    python -m bench.rewards --steps 100
+    python -m bench.rewards --steps 3 --beside-trl
+
+Each step draws answers, judges them by a pattern and by the sum, and learns. What comes out are the
+rewards of the first and the last steps, the reward on prompts that were never trained on, how far
+sampler and trainer are apart, and where the time goes. With --beside-trl the same prompts are
+answered by transformers' `generate`, which TRL draws with, in turns with ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+import veneer
+from veneer.data.problems import Located, Place
+from veneer.data.questions import Question
+from veneer.data.rows import Message
+from veneer.generate.samples import SampleDecoder
+from veneer.models.end_tokens import end_tokens
+from veneer.objectives.config import Objective
+from veneer.objectives.policy_config import OnPolicy
+from veneer.rewards.checkers import Matches
+from veneer.rewards.judged import Weighted, judge
+from veneer.run_directory import RunDirectory
+from veneer.training.events import Notice, Step
+from veneer.training.metrics import record
+from veneer.training.on_policy.prompts import Prompts, encoded
+from veneer.training.on_policy.run import context_of, train_on_policy
+
+RIGHT, SHAPE = r"^The sum is (?<answer>\d+)\.$", r"^The sum is \d+\.$"
+REWARDS = [Weighted(Matches(RIGHT, name="right"), 0.8), Weighted(Matches(SHAPE, name="shape"), 0.2)]
+
+
+def sums(count: int, *, seed: int) -> list[Located[Question]]:
+    """Return questions for the sum of three numbers."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        numbers = [draw.randint(1, 9) for _ in range(3)]
+        text = (
+            f"What is {numbers[0]} + {numbers[1]} + {numbers[2]}? Answer with one sentence of this "
+            "form: The sum is 12."
+        )
+        question = Question((Message("user", text),), (str(sum(numbers)),))
+        rows.append(Located(question, Place("sums", i + 1)))
+    return rows
+
+
+def decoder_of(base: Any, prompts: Prompts, config: OnPolicy) -> SampleDecoder:
+    longest = max(len(row.tokens) for row in prompts.examples) + config.max_new_tokens
+    ends = {*end_tokens(base.model), base.tokenizer.eos_token_id} - {None}
+    context = min(longest, context_of(base.model))
+    return SampleDecoder(base.model, ends, context=context, rows=4 * config.group_size)
+
+
+def reward_on(base: Any, prompts: Prompts, config: OnPolicy) -> float:
+    """Return the mean reward of one answer to each prompt."""
+    count = config.group_size
+    groups = decoder_of(base, prompts, config).samples(
+        [row.tokens for row in prompts.examples],
+        count=count,
+        most=config.max_new_tokens,
+        seeds=list(range(len(prompts.examples))),
+    )
+    texts = [
+        base.tokenizer.batch_decode([s.tokens for s in group], skip_special_tokens=True)
+        for group in groups
+    ]
+    answers = [
+        veneer_answer(prompts, row, text) for row, group in enumerate(texts) for text in group
+    ]
+    return fmean(judge(answers, REWARDS).rewards)
+
+
+def veneer_answer(prompts: Prompts, row: int, text: str) -> Any:
+    from veneer.rewards.judged import Answered
+
+    return Answered(text, prompts.messages(row), prompts.questions[row].references)
+
+
+def beside_generate(base: Any, prompts: Prompts, config: OnPolicy, rounds: int) -> None:
+    """Print tokens a second of our sampler and of transformers' `generate`, in turns."""
+    decoder = decoder_of(base, prompts, config)
+    rows = [row.tokens for row in prompts.examples[: config.prompts_per_step]]
+    seconds: dict[str, list[float]] = {"ours": [], "generate": []}
+    rates: dict[str, list[float]] = {"ours": [], "generate": []}
+    pad = base.tokenizer.pad_token_id or base.tokenizer.eos_token_id
+    longest = max(map(len, rows))
+    for number in range(rounds):
+        begun = time.process_time()
+        groups = decoder.samples(
+            rows, count=config.group_size, most=config.max_new_tokens, seeds=[number] * len(rows)
+        )
+        seconds["ours"].append(time.process_time() - begun)
+        tokens = sum(len(sample.tokens) for group in groups for sample in group)
+        rates["ours"].append(tokens / seconds["ours"][-1])
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        ids = ids.repeat_interleave(config.group_size, 0)
+        mask = (
+            torch.arange(longest) >= torch.tensor([longest - len(r) for r in rows])[:, None]
+        ).long()
+        begun = time.process_time()
+        with torch.no_grad():
+            out = base.model.generate(
+                input_ids=ids,
+                attention_mask=mask.repeat_interleave(config.group_size, 0),
+                do_sample=True,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=0,
+                max_new_tokens=config.max_new_tokens,
+                pad_token_id=pad,
+            )
+        seconds["generate"].append(time.process_time() - begun)
+        tokens = int((out[:, longest:] != pad).sum())
+        rates["generate"].append(tokens / seconds["generate"][-1])
+    ours, theirs = median(rates["ours"]), median(rates["generate"])
+    print(
+        f"tokens a second of processor time: ours {ours:.1f}, transformers' generate {theirs:.1f}, "
+        f"ratio {ours / theirs:.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--prompts-per-step", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--held-out", type=int, default=16)
+    parser.add_argument("--beside-trl", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    base = veneer.load_base(args.model, dtype=args.dtype)
+    veneer.attach(base.model, veneer.LoRA(rank=args.rank, targets="all"))
+    config = OnPolicy(
+        group_size=args.group_size,
+        prompts_per_step=args.prompts_per_step,
+        max_new_tokens=args.max_new_tokens,
+    )
+    limits = {"context": context_of(base.model), "max_new_tokens": args.max_new_tokens}
+    prompts = encoded(sums(500, seed=1), base.tokenizer, **limits)
+    held_out = encoded(sums(args.held_out, seed=2), base.tokenizer, **limits)
+    if args.beside_trl:
+        beside_generate(base, prompts, config, rounds=3)
+    print(f"held-out reward before: {reward_on(base, held_out, config):.3f}")
+    directory = None if args.out is None else RunDirectory(args.out)
+    begun, process = time.perf_counter(), time.process_time()
+    events = train_on_policy(
+        *(base.model, base.tokenizer, prompts),
+        veneer.TrainConfig(steps=args.steps, lr=args.lr, schedule="constant"),
+        objective=Objective("grpo"),
+        on_policy=config,
+        rewards=REWARDS,
+        directory=directory,
+    )
+    steps: list[Step] = []
+    for event in events if directory is None else record(events, directory):
+        if isinstance(event, Notice):
+            print(event.text)
+        if isinstance(event, Step):
+            steps.append(event)
+            m = event.metrics
+            print(
+                f"step {event.step:4d}  reward {m['reward']:.3f}  right {m['reward/right']:.3f}  "
+                f"entropy {m['entropy']:.2f}  tokens {m['answer_tokens']:.1f}  gap "
+                f"{m['sampler_gap']:.2e} (most {m['largest_sampler_gap']:.2e})  "
+                f"{event.seconds:.1f} s",
+                flush=True,
+            )
+    few = max(1, len(steps) // 10)
+    ends = [fmean(s.metrics["reward"] for s in part) for part in (steps[:few], steps[-few:])]
+    print(
+        f"reward {ends[0]:.3f} -> {ends[1]:.3f} in {time.perf_counter() - begun:.0f} s "
+        f"({time.process_time() - process:.0f} s of processor time)"
+    )
+    print(f"held-out reward after: {reward_on(base, held_out, config):.3f}")
+
+
+if __name__ == "__main__":
+    main()
