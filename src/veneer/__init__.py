@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from veneer.generate.decode import answer, answers, stream
     from veneer.generate.sampling import Sampling
     from veneer.models.load import Base, load_base
+    from veneer.objectives.config import Objective
     from veneer.training.config import TrainConfig
     from veneer.training.loop import train
     from veneer.training.many.running import Job
@@ -58,6 +59,7 @@ _HOMES = {
     "MergeReport": "adapter.certify",
     "Method": "adapter.method",
     "ModelError": "errors",
+    "Objective": "objectives.config",
     "Recipe": "training.recipe",
     "Sampling": "generate.sampling",
     "SaveAdapter": "training.with_trainer",
@@ -106,6 +108,7 @@ __all__ = [
     "MergeReport",
     "Method",
     "ModelError",
+    "Objective",
     "Recipe",
     "Sampling",
     "SaveAdapter",

@@ -13,10 +13,17 @@ from veneer.adapter.method import Method
 from veneer.cli.app import run
 from veneer.compare.config import CompareConfig
 from veneer.errors import VeneerError
+from veneer.objectives.config import Objective
 from veneer.training.config import TrainConfig
 from veneer.training.recipe import DataConfig, Recipe
 
-GROUPS = {"method": Method, "lora": LoRA, "training": TrainConfig, "rows": DataConfig}
+GROUPS = {
+    "method": Method,
+    "lora": LoRA,
+    "training": TrainConfig,
+    "objective": Objective,
+    "rows": DataConfig,
+}
 # A value for each field that is not its default: as the flag takes it, and as it must arrive.
 VALUES: dict[str, dict[str, tuple[object, object]]] = {
     "method": {
@@ -66,6 +73,16 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "eval_every": (6, 6),
         "patience": (2, 2),
     },
+    "objective": {
+        "objective": ("orpo", "orpo"),
+        "beta": (0.25, 0.25),
+        "label_smoothing": (0.125, 0.125),
+        "simpo_margin": (0.75, 0.75),
+        "nll_weight": (0.5, 0.5),
+        "desirable_weight": (1.5, 1.5),
+        "undesirable_weight": (1.25, 1.25),
+        "reference": ("start", "start"),
+    },
     "rows": {
         "limit": (9, 9),
         "max_length": (77, 77),
@@ -97,6 +114,9 @@ BESIDE["pack_head"] = {"bits": 4}
 BESIDE |= {n: {"method": "freeze"} for n in ("trained_blocks", "train_head", "train_norms")}
 BESIDE |= {n: {"method": "prefix"} for n in ("virtual_tokens", "prefix_mlp")}
 BESIDE["prompt_text"] = {"method": "prompt"}
+BESIDE |= {n: {"objective": "dpo"} for n in ("beta", "label_smoothing", "reference")}
+BESIDE |= {n: {"objective": "kto"} for n in ("desirable_weight", "undesirable_weight")}
+BESIDE |= {"simpo_margin": {"objective": "simpo"}, "nll_weight": {"objective": "cpo"}}
 # What follows from a setting that is left as it is.
 FOLLOWS = {"rank": ["alpha"]}
 FOLLOWS |= {n: ["method", "trained_blocks"] for n in BESIDE if n.startswith("train")}
@@ -231,7 +251,7 @@ def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, 
         foreign |= {"bits", "pack_head", "shard", "offload"}
     if method in ("prefix", "prompt"):
         foreign.add("context_parallel")
-    foreign.add("invocation")  # which excludes dora, new_words and context_parallel
+    foreign |= {"invocation", *VALUES["objective"]}  # which exclude others
     everything = {
         name: given for values in VALUES.values() for name, (given, _) in values.items()
     } | {"eval_rows": 0, "method": method, "shard": "none"}  # eval_data and offload exclude others
@@ -243,6 +263,18 @@ def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, 
     again = write_recipe(tmp_path / "again.yaml", first.settings())
     assert run(["tune", "--config", str(again)]) == 0
     assert caught.recipe == first
+
+
+def test_an_objective_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path):
+    for flags in (
+        ["--objective", "dpo", "--beta", "0.3", "--label-smoothing", "0.1", "--reference", "start"],
+        ["--objective", "kto", "--desirable-weight", "1.5"],
+    ):
+        assert run(["tune", "m", "d", *flags]) == 0
+        first = caught.recipe
+        path = write_recipe(tmp_path / "recipe.yaml", first.settings())
+        assert run(["tune", "--config", str(path)]) == 0
+        assert caught.recipe == first
 
 
 @pytest.mark.parametrize("invocation", ["<|assistant|>", (5, 9), (7,)])

@@ -21,6 +21,7 @@ from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
 from veneer.cli.several_data import data_of
 from veneer.errors import ConfigError, DivergedError, VeneerError
+from veneer.objectives.config import ANSWERS, Objective
 from veneer.quant.settings import Offload
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TOKENS_PER_PASS, TrainConfig
@@ -42,6 +43,7 @@ def tune(
     method: Annotated[Method, Flat] = Method(),
     lora: Annotated[LoRA, Flat] = LoRA(),
     training: Annotated[TrainConfig, Flat] = TrainConfig(),
+    objective: Annotated[Objective, Flat] = ANSWERS,
     rows: Annotated[DataConfig, Flat] = DataConfig(),
     base: Annotated[BaseFlags, Flat] = BaseFlags(),
     pack_head: PackHead = False,
@@ -141,6 +143,7 @@ def tune(
         method=method,
         lora=lora,
         training=training,
+        objective=objective,
         rows=rows,
         base=base,
         pack_head=pack_head,
@@ -177,6 +180,7 @@ def recipe_of(
     method: Method = Method(),
     lora: LoRA = LoRA(),
     training: TrainConfig = TrainConfig(),
+    objective: Objective = ANSWERS,
     rows: DataConfig = DataConfig(),
     base: BaseFlags = BaseFlags(),
     pack_head: bool = False,
@@ -195,6 +199,7 @@ def recipe_of(
         method=method,
         lora=lora,
         training=training,
+        objective=objective,
         rows=rows,
         device=base.device,
         dtype=base.dtype,

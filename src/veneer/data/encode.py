@@ -95,7 +95,7 @@ class Encoder:
         self._start = start_tokens(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
         self._continues = _continues(tokenizer)
-        self._max_length = max_length
+        self.max_length = max_length
         self._long_rows = long_rows
         self.dropped: list[int] = []
         self.split = 0
@@ -112,7 +112,8 @@ class Encoder:
         """Return one row as text. Raises DataError where the template refuses it."""
         if isinstance(row.value, PlainText):
             text = row.value.text
-            return Rendered(text, [(0, len(text))], row.place, whole=True)
+            spans = [(row.value.learnt_from, len(text))]
+            return Rendered(text, spans, row.place, whole=True)
         text, spans = self._chat.conversation(row.value)
         turns = takewhile(lambda m: m.role != "assistant" or not m.learn, row.value.messages[::-1])
         unread = "\n".join(turn.content for turn in reversed(list(turns)))
@@ -170,7 +171,7 @@ class Encoder:
             end = [] if self._eos is None or tokens[-1:] == [self._eos] else [self._eos]
             tokens, labels = [*tokens, *end], [*labels, *end]
             offsets += [(len(row.text), len(row.text))] * len(end)
-        size = max(1, self._max_length - len(start))
+        size = max(1, self.max_length - len(start))
         least = 1 if start else 2  # so that each piece has a token to learn
         if len(tokens) <= size or self.long_rows(row) != "split":
             spans = [(0, min(len(tokens), size))]
@@ -203,8 +204,8 @@ class Encoder:
     def _example(
         self, row: Rendered, start: list[int], tokens: list[int], labels: list[int]
     ) -> Example:
-        tokens = [*start, *tokens][: self._max_length]
-        labels = [*[UNLABELLED] * len(start), *labels][: self._max_length]
+        tokens = [*start, *tokens][: self.max_length]
+        labels = [*[UNLABELLED] * len(start), *labels][: self.max_length]
         labels[:1] = [UNLABELLED] * len(labels[:1])
         return Example(tokens, labels, str(row.place), truncated=0)
 
@@ -242,19 +243,22 @@ def encoded_rows(encoder: Encoder, rows: Iterable[Located[Row]]) -> Iterator[Enc
             except DataError as error:
                 yield Problem(row.place, str(error))
         for row_text, pieces in zip(rendered, encoder.tokenise(rendered), strict=True):
-            example, long_rows = pieces[0], encoder.long_rows(row_text)
-            total = len(example.tokens) + example.truncated
-            if example.truncated and long_rows == "drop":
-                encoder.dropped.append(total)
-            elif example.truncated and long_rows == "error":
-                most = len(example.tokens)
-                yield Problem(
-                    row_text.place, f"{total} tokens, more than the {most} of --max-length"
-                )
-            elif example.label_tokens:
+            why = why_unusable(encoder, row_text, pieces[0])
+            if why is None:
                 yield EncodedRow(pieces, row_text.place)
-            else:
-                yield Problem(row_text.place, _why_no_label(example))
+            elif why:
+                yield Problem(row_text.place, why)
+
+
+def why_unusable(encoder: Encoder, row: Rendered, example: Example) -> str | None:
+    """Return why nothing is learnt from a row, "" where it is left out as too long, or None."""
+    long_rows, total = encoder.long_rows(row), len(example.tokens) + example.truncated
+    if example.truncated and long_rows == "drop":
+        encoder.dropped.append(total)
+        return ""
+    if example.truncated and long_rows == "error":
+        return f"{total} tokens, more than the {len(example.tokens)} of --max-length"
+    return None if example.label_tokens else _why_no_label(example)
 
 
 def _why_no_label(example: Example) -> str:

@@ -7,20 +7,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from veneer.data.encode import Encoder, Example, encode_rows
 from veneer.data.hub import dataset_of, is_hub
+from veneer.data.pairs import PARSERS, Preference, each_of, encode_preferences, rows_in
 from veneer.data.problems import Located, Problem, data_error
 from veneer.data.readers import COMPRESSED
-from veneer.data.rows import Conversation, LongRows, Row, texts_of, unused_keys
+from veneer.data.rows import Conversation, LongRows, Row, RowShape, parse_row, texts_of, unused_keys
 from veneer.data.sources import (
     Data,
     Split,
     check,
     files_of_source,
-    parse_rows,
+    parse_values,
     read_rows,
+    read_values,
     sources_of,
 )
 from veneer.data.stream import Progress, count_all_words, encode
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from collections import Counter
 
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 # Data of up to this many bytes is encoded here and kept in memory: that takes a few seconds, in
 # which processes for it would hardly have begun.
@@ -47,21 +51,32 @@ def load_examples(
     max_length: int = 1024,
     limit: int | None = None,
     skip_bad_rows: bool = False,
+    shape: RowShape = "answers",
 ) -> tuple[list[Example], int]:
     """Return the rows of a file as examples, and how many bad ones were skipped.
 
-    Instead of a path it takes the rows themselves: a list of mappings, or a `datasets.Dataset`.
+    shape: what a row is: an answer to learn, a pair of a chosen and a rejected one, or an answer
+    that was judged; `Objective.shape` says which of them an objective learns from. Instead of a
+    path it takes the rows themselves: a list of mappings, or a `datasets.Dataset`.
     Rows that cannot be read, written with the chat template, or learnt from (because their answer
     lies beyond `max_length`) are all named in one DataError, unless they are to be skipped.
     """
-    if isinstance(path, str | Path):
-        rows, problems = read_rows(Path(path), limit=limit)
-    elif isinstance(path, Mapping) or not isinstance(path, Iterable):
-        raise wrong_argument(path, "A path or a list of rows")
+
+    def read(parse: Callable[[object], T]) -> tuple[list[Located[T]], list[Problem]]:
+        if isinstance(path, str | Path):
+            return read_values(Path(path), parse, limit=limit)
+        if isinstance(path, Mapping) or not isinstance(path, Iterable):
+            raise wrong_argument(path, "A path or a list of rows")
+        return parse_values(path, parse, limit=limit)
+
+    if shape == "answers":
+        rows, problems = read(parse_row)
+        encoder = Encoder(tokenizer, max_length=max_length)
+        examples, more = encode_rows(encoder, rows)
     else:
-        rows, problems = parse_rows(path, limit=limit)
-    encoder = Encoder(tokenizer, max_length=max_length)
-    examples, more = encode_rows(encoder, rows)
+        preferences, problems = read(PARSERS[shape])
+        encoder = Encoder(tokenizer, max_length=max_length, long_rows="cut")
+        examples, more = encode_preferences(encoder, each_of(preferences))
     problems += more
     _refuse_nothing(len(examples), len(problems), bool(encoder.dropped))
     return check(examples, problems, skip_bad_rows=skip_bad_rows), len(problems)
@@ -115,13 +130,22 @@ def _refuse_nothing(examples: int, problems: int, dropped: bool) -> None:
 
 class RowFiles:
     """The files that a person names as data, for one split: read once, in memory where the rows are
-    few, and else encoded by other processes into a table on the disk.
+    few, and else encoded by other processes into a table on the disk. Preferences are in memory
+    always.
 
-    limit: the good rows after which to stop.
+    limit: the good rows after which to stop; shape: what a row is.
     """
 
-    def __init__(self, data: Data, split: Split = "train", limit: int | None = None) -> None:
+    def __init__(
+        self,
+        data: Data,
+        split: Split = "train",
+        limit: int | None = None,
+        *,
+        shape: RowShape = "answers",
+    ) -> None:
         self.sources, self.split, self.limit = sources_of(data), split, limit
+        self.shape: RowShape = shape
         self._files = [files_of_source(source.path, split) for source in self.sources]
 
     @property
@@ -148,6 +172,9 @@ class RowFiles:
 
         Raises DataError where a file cannot be read; problems of rows are in what is returned.
         """
+        if self.shape != "answers":
+            cut: LongRows = long_rows or "cut"
+            return self._preferences(Encoder(tokenizer, max_length=max_length, long_rows=cut))
         if is_small(self.files, self.limit):
             return self._listed(Encoder(tokenizer, max_length=max_length, long_rows=long_rows))
         encoded = yield from encode(
@@ -182,6 +209,39 @@ class RowFiles:
             encoder.split,
             unused_keys(row.value for row in rows),
             _systems_of(rows),
+            len(problems),
+            problems,
+            lambda: sorted(problems, key=lambda problem: problem.place),
+        )
+
+    def _preferences(self, encoder: Encoder) -> Loaded:
+        examples: list[Example] = []
+        of_sources: list[int] = []
+        problems: list[Problem] = []
+        rows: list[Located[Preference]] = []
+        left, read = self.limit, 0
+        for source in self.sources:
+            if left != 0:
+                parse = PARSERS[self.shape]
+                values, bad = read_values(source.path, parse, split=self.split, limit=left)
+                left = None if left is None else left - len(values)
+                own = each_of(values)
+                encoded, more = encode_preferences(encoder, own)
+                read, rows = read + 1, rows + own
+                problems += bad + more
+            else:
+                encoded = []
+            examples += encoded
+            of_sources.append(len(encoded))
+        both = [Located(row, each.place) for each in rows for row in rows_in(each.value)]
+        return Loaded(
+            examples,
+            of_sources,
+            read,
+            (len(encoder.dropped), sum(encoder.dropped)),
+            0,
+            unused_keys(row.value for row in both),
+            _systems_of(both),
             len(problems),
             problems,
             lambda: sorted(problems, key=lambda problem: problem.place),

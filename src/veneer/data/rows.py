@@ -51,13 +51,15 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class PlainText:
-    """Text that is no conversation, all of which is learnt."""
+    """Text that is no conversation, learnt from a character on."""
 
     text: str
     unused: tuple[str, ...] = field(default=(), compare=False)
+    learnt_from: int = 0
 
 
 Row = Conversation | PlainText
+RowShape = Literal["answers", "pairs", "judged", "prompts"]  # what a row of the data is
 LongRows = Literal["cut", "split", "drop", "error"]  # what becomes of rows that are too long
 
 

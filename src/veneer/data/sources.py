@@ -34,11 +34,18 @@ def read_rows(
     `limit`: the good rows after which to stop. Raises DataError where `data` is missing, cannot be
     read, is of an unknown kind, or holds nothing.
     """
-    rows: list[Located[Row]] = []
+    return read_values(data, parse_row, split=split, limit=limit)
+
+
+def read_values(
+    data: Data, parse: Callable[[object], T], *, split: Split = "train", limit: int | None = None
+) -> tuple[list[Located[T]], list[Problem]]:
+    """Return what `read_rows` does, of values that `parse` makes of those in the files."""
+    rows: list[Located[T]] = []
     problems: list[Problem] = []
     for file in files_of(data, split):
         empty = True
-        for row in parsed_values(file, parse_row):
+        for row in parsed_values(file, parse):
             if len(rows) == limit:
                 return rows, problems
             empty = False
@@ -96,14 +103,14 @@ def _parsed(
             yield Located(value, entry.place)
 
 
-def parse_rows(
-    values: Iterable[object], *, limit: int | None = None
-) -> tuple[list[Located[Row]], list[Problem]]:
-    """Return what `read_rows` does, from rows that are decoded already."""
-    rows: list[Located[Row]] = []
+def parse_values(
+    values: Iterable[object], parse: Callable[[object], T], *, limit: int | None = None
+) -> tuple[list[Located[T]], list[Problem]]:
+    """Return what `read_values` does, from values that are decoded already."""
+    rows: list[Located[T]] = []
     problems: list[Problem] = []
     entries = (Located(value, Place("", n, is_line=False)) for n, value in enumerate(values, 1))
-    for row in _parsed(entries, parse_row):
+    for row in _parsed(entries, parse):
         if len(rows) == limit:
             break
         if isinstance(row, Problem):

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from veneer.checks import ABOVE_0, at_least, check_config, one_of
+from veneer.data.rows import RowShape
 
 ObjectiveName = Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "cpo", "grpo", "rloo"]
-RowShape = Literal["answers", "pairs", "judged", "prompts"]  # what a row of the data is
 Reference = Literal["base", "start"]
 
 # The strength that each paper's experiments have: DPO section 6, IPO section 5.4 (tau), SimPO
@@ -95,11 +95,26 @@ class Objective:
         usual = type(self)().__dict__
         return {name: value for name, value in asdict(self).items() if value != usual[name]}
 
-    def against(self, *, context_parallel: int, replay_passes: bool) -> dict[str, bool]:
+    def against(
+        self,
+        *,
+        context_parallel: int,
+        replay_passes: bool,
+        splits: bool = False,
+        deduplicates: bool = False,
+        new_words: bool = False,
+    ) -> dict[str, bool]:
         """Return a message for each setting of a run that does not go with this objective, and
         whether it is set."""
         others = self.objective != "sft"
         return {
+            f"long_rows split makes several rows of one, and {self.objective} compares whole ones; "
+            "take cut, drop or error": others and splits,
+            f"deduplicate compares answers, not what {self.objective} learns from": (
+                others and deduplicates
+            ),
+            f"new_words would be learnt from preferences; train the words on answers first, and "
+            f"start {self.objective} from that model": others and new_words,
             f"{self.objective} reads whole rows, and context_parallel deals their tokens; leave it "
             "at 1": others and context_parallel > 1,
             f"replay_passes records passes of answers alone, not of {self.objective}": (

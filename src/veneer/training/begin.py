@@ -144,7 +144,7 @@ def check_objective(objective: Objective, config: TrainConfig, examples: Sequenc
     if objective.shape != "prompts" and any(not example.second for example in examples):
         raise DataError(
             f"{objective.objective} learns from rows that are {objective.shape}; make them by "
-            "load_examples(..., objective=objective)."
+            f"load_examples(..., shape={objective.shape!r})."
         )
 
 

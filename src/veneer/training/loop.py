@@ -46,7 +46,7 @@ def train(
     anything is measured or saved.
 
     objective: what is learnt by. For others than answers, the examples are pairs or judged answers,
-    as `load_examples(..., objective=...)` makes them.
+    as `load_examples(..., shape=objective.shape)` makes them.
 
     world: the processes that train together, all with the same model, examples and config; those of
     torch.distributed unless given. Each yields the same events; one of them writes checkpoints.

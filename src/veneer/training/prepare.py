@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -15,6 +15,7 @@ from veneer.adapter.method import Method
 from veneer.adapter.new_tokens import extend_tokenizer
 from veneer.data.columns import lengths_of
 from veneer.errors import ConfigError, TrainingError, joined
+from veneer.objectives.config import ANSWERS
 from veneer.processes.world import ALONE, World
 from veneer.training import start_from
 from veneer.training.choose import choose, explain, hidden_size_of
@@ -28,6 +29,7 @@ from veneer.training.state import other_settings
 # As YOUNGER, of all of a recipe.
 YOUNGER_SETTINGS = {
     **YOUNGER,
+    **asdict(ANSWERS),
     "pack_head": False,
     "method": "lora",
     "train_head": False,
@@ -99,7 +101,13 @@ def _choose(recipe: Recipe, rows: RunRows, config: PretrainedConfig) -> tuple[Re
     hidden_size = hidden_size_of(config)
     lengths = lengths_of(rows.examples)
     given = recipe.training
-    chosen = choose(given, lengths, what_trains=recipe.what_trains, hidden_size=hidden_size)
+    chosen = choose(
+        given,
+        lengths,
+        what_trains=recipe.what_trains,
+        hidden_size=hidden_size,
+        share_of_rate=recipe.objective.share_of_rate,
+    )
     held_out = 0 if rows.ready.eval_data else len(rows.held_out)
     asks = recipe.rows.eval_rows is not None or rows.ready.eval_data
     choices = explain(

@@ -13,6 +13,7 @@ from veneer.checks import check_config, one_of, whole_number
 from veneer.data.rows import LongRows
 from veneer.data.sources import Data, has_valid_files, spelt
 from veneer.models.device_names import DEVICE
+from veneer.objectives.config import ANSWERS, Objective
 from veneer.quant.settings import Bits, LoadBits, Offload
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
@@ -75,6 +76,7 @@ class Recipe:
     method: Method = field(default_factory=Method)
     lora: LoRA = field(default_factory=LoRA)
     training: TrainConfig = field(default_factory=TrainConfig)
+    objective: Objective = ANSWERS
     rows: DataConfig = field(default_factory=DataConfig)
     device: str = "auto"
     dtype: DType = "auto"
@@ -138,6 +140,16 @@ class Recipe:
                 f"{', '.join(of_adapters)} would do nothing with {method}": bool(
                     of_adapters and method != "lora"
                 ),
+                f"{self.objective.objective} learns from samples, which tune does not draw yet": (
+                    self.objective.shape == "prompts"
+                ),
+                **self.objective.against(
+                    context_parallel=self.training.context_parallel,
+                    replay_passes=self.training.replay_passes,
+                    splits=self.rows.long_rows == "split",
+                    deduplicates=self.rows.deduplicate,
+                    new_words=self.rows.new_words is not None,
+                ),
             },
         )
 
@@ -175,7 +187,7 @@ class Recipe:
         """Return every setting under its flag's name, as plain values for YAML and JSON."""
         paths = spelt(self.data)
         flat: dict[str, Any] = {"model": self.model, "data": paths[0] if len(paths) == 1 else paths}
-        for group in (self.method, self.lora, self.training, self.rows):
+        for group in (self.method, self.lora, self.training, self.objective, self.rows):
             flat.update(asdict(group))
         flat["targets"] = list(flat["targets"])
         if isinstance(flat["invocation"], tuple):

@@ -93,7 +93,10 @@ def _hash_of(examples: Sequence[Example], held_out: Sequence[Example]) -> str:
     """Return the hash of the JSON text [[tokens, labels], ...]."""
     text = hashlib.sha256(b"[")
     for number, row in enumerate(chain(examples, held_out)):
-        text.update((", " * (number > 0) + json.dumps([row.tokens, row.labels])).encode())
+        content: list[object] = [row.tokens, row.labels]
+        if row.second:
+            content += [row.second, row.desirable]
+        text.update((", " * (number > 0) + json.dumps(content)).encode())
     text.update(b"]")
     return text.hexdigest()[:16]
 
@@ -107,7 +110,8 @@ def load_rows(
     new tokens that cannot be.
     """
     settings, report = recipe.rows, RunDirectory(recipe.out).faults
-    rows = RowFiles(recipe.data, limit=settings.limit)
+    shape = recipe.objective.shape
+    rows = RowFiles(recipe.data, limit=settings.limit, shape=shape)
     new_tokens = yield from _new_tokens(settings.new_words, rows, tokenizer)
     check_new_tokens(new_tokens, tokenizer)
     if new_tokens:
@@ -133,7 +137,7 @@ def load_rows(
     splits = splits_of(recipe.data)
     uses_valid = bool(splits.valid) and settings.eval_data is None and not settings.eval_rows
     if eval_data := recipe.data if uses_valid else settings.eval_data:
-        files = RowFiles(splits.valid if uses_valid else eval_data, "valid")
+        files = RowFiles(splits.valid if uses_valid else eval_data, "valid", shape=shape)
         evaluated = yield from _loaded(files, tokenizer, max_length, settings.long_rows)
         evaluated.check(skip_bad_rows=settings.skip_bad_rows, report=report)
         held_out = evaluated.examples

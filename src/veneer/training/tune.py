@@ -130,6 +130,7 @@ def _tune(
         base.model,
         rows.examples,
         recipe.training,
+        objective=recipe.objective,
         held_out=rows.held_out,
         directory=run.checkpoints,
         identity={"computed_in": ahead.dtype_name, **identity},

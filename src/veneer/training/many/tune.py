@@ -264,6 +264,7 @@ class _Runs:
         return Job(
             rows.examples,
             recipe.training,
+            recipe.objective,
             held_out=rows.held_out,
             directory=run.checkpoints,
             identity={"computed_in": prepared.ahead.dtype_name, **identity},
@@ -317,5 +318,5 @@ def _key_of_rows(ahead: Preflight) -> Any:
     """Return all that decides a run's rows and what is said of them, to compare it by."""
     recipe = ahead.recipe
     reports = recipe.out if recipe.rows.deduplicate or recipe.rows.skip_bad_rows else None
-    invocation = recipe.lora.invocation
-    return (tuple(spelt(recipe.data)), recipe.rows, recipe.training.seed, invocation, reports)
+    of_rows = (recipe.objective.shape, recipe.lora.invocation, reports)
+    return (tuple(spelt(recipe.data)), recipe.rows, recipe.training.seed, *of_rows)
