@@ -21,11 +21,11 @@ import numpy as np
 
 import veneer
 from bench.shapes import SHAPES, random_base
-from veneer.adapter.beside import attach_beside
 from veneer.data.encode import Example
 from veneer.data.packing import pack
 from veneer.fused.forward import choose_forward
 from veneer.fused.together import AdapterBatch, backward_together, why_alone
+from veneer.training.begin import let_train
 
 RANKS = (4, 8, 16, 64)
 SHORTEST, LONGEST = 20, 100  # tokens of a row
@@ -44,7 +44,10 @@ def main() -> None:
     model = base(asked.model, asked.dtype, asked.bits)
     names = [f"job{number}" for number in range(asked.jobs)]
     for number, name in enumerate(names):
-        attach_beside(model, veneer.LoRA(rank=RANKS[number % len(RANKS)]), name=name, seed=number)
+        veneer.attach(model, veneer.LoRA(rank=RANKS[number % len(RANKS)]), name=name, seed=number)
+    for name in names:
+        let_train(model, name)  # attaching one freezes the others
+    veneer.use(model, None)
     draw = np.random.default_rng(0)
     rows = [row(draw, model.config.vocab_size) for _ in range(ROWS)]
     forward, notices = choose_forward(model, rows)

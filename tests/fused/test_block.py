@@ -19,7 +19,7 @@ from veneer.kernels.dropout import Mask
 from veneer.kernels.norm import Norm
 from veneer.kernels.packing import Packing
 from veneer.kernels.rotary import Rotary
-from veneer.lowrank.projection import Projection
+from veneer.lowrank.group import Group, Projection
 
 DOUBLE = {"dtype": torch.float64}
 LENGTHS, DIM, HEADS, KEY_HEADS, HEAD_DIM, INNER = [5, 3, 2], 6, 4, 2, 6, 7
@@ -169,14 +169,14 @@ def half_of(
         settings = {"activation": "silu", **settings}
         kind, inner = FeedForward, INNER
     flags = list(zip(ADAPTED[adapted], DORA[dora], strict=True))
-    inputs = tuple(
+    inputs = Group(
         projection(DIM, out, n, bias=bias, dora=gain, drops=drops)
         for out, (n, gain) in zip(outs, flags, strict=False)
     )
     n, gain = flags[-1]
     return kind(
         inputs=inputs,
-        output=projection(inner, DIM, n, bias=bias, dora=gain, drops=drops),
+        output=Group([projection(inner, DIM, n, bias=bias, dora=gain, drops=drops)]),
         arena=Arena(),
         recompute_projections=recompute,
         **settings,
@@ -269,14 +269,14 @@ def plain(half: Half, x: Tensor, residual: Tensor | None) -> Tensor:
     outputs = [projected(p, normed(half.norm, x)) for p in half.inputs]
     is_attention = isinstance(half, SelfAttention)
     inner = (plain_attention if is_attention else plain_feed_forward)(half, outputs)
-    added = normed(half.post_norm, projected(half.output, inner))
+    added = normed(half.post_norm, projected(half.output[0], inner))
     if half.dropout is not None:
         added = added * half.dropout.apply(torch.ones_like(added)) * half.dropout.scale
     return (x if residual is None else residual) + half.multiplier * added
 
 
 def trained(half: Half) -> list[Tensor]:
-    return [tensor for p in (*half.inputs, half.output) for tensor in p.trained()]
+    return [tensor for p in (*half.inputs, *half.output) for tensor in p.trained()]
 
 
 CASES = [
@@ -310,9 +310,9 @@ def test_passes_gradcheck(which, dora):
         new = iter(tensors)
         fresh = [
             replace(p, A=next(new), B=next(new), gain=p.gain if p.gain is None else next(new))
-            for p in (*half.inputs, half.output)
+            for p in (*half.inputs, *half.output)
         ]
-        return replace(half, inputs=tuple(fresh[:-1]), output=fresh[-1])(x)[0]
+        return replace(half, inputs=Group(fresh[:-1]), output=Group(fresh[-1:]))(x)[0]
 
     assert torch.autograd.gradcheck(forward, (x, *trained(half)), fast_mode=False)
 

@@ -21,7 +21,6 @@ from support import every_architecture, tiny_models
 from support.fake_card import Watch, card, on_card
 from support.random_adapters import examples
 from support.tiny_models import CAUSAL
-from veneer.adapter.beside import attach_beside
 from veneer.data.packing import pack
 from veneer.files import write_tensors
 from veneer.fused import together as fused_together
@@ -30,6 +29,7 @@ from veneer.fused.together import AdapterBatch, why_alone
 from veneer.kernels.arena import Arena
 from veneer.training import checkpoint, loop, step
 from veneer.training import run as running
+from veneer.training.begin import let_train
 from veneer.training.events import Event
 
 ROWS = examples([7, 19, 12, 5, 9, 14])
@@ -181,7 +181,10 @@ def together() -> dict[str, Any]:
     model = base("llama", torch.bfloat16)
     names = ("lora", "dora", "dropout")
     for name, options in zip(names, ({}, {"dora": True}, {"dropout": 0.1}), strict=True):
-        attach_beside(model, veneer.LoRA(**LORA, **options), name=name)
+        veneer.attach(model, veneer.LoRA(**LORA, **options), name=name)
+    for name in names:
+        let_train(model, name)  # attaching one freezes the others
+    veneer.use(model, None)
     forward, _ = choose_forward(model, ROWS)
     apart = why_alone(forward, model, names, ROWS)
     batches = [AdapterBatch(name, pack(ROWS, [i, i + 3]), 9) for i, name in enumerate(names)]

@@ -21,7 +21,6 @@ from support.plain import Float64, Plain
 from support.random_adapters import shake, tokenizer, with_new_tokens
 from support.tiny_models import tiny
 from veneer.adapter.active import Segments, active_adapters_of
-from veneer.adapter.beside import attach_beside
 from veneer.adapter.parameters import experts_of
 from veneer.adapter.use import acting
 from veneer.data.encode import UNLABELLED, Example
@@ -29,6 +28,7 @@ from veneer.data.packing import Batch, pack
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.head import Head
 from veneer.fused.together import AdapterBatch, backward_together, of_like_shape, why_alone
+from veneer.training.begin import let_train
 
 # With the invocation of the kind that acts from one on; for the others they are any tokens.
 ROWS = next(kind for kind in KINDS if kind.invocation).rows([7, 19, 12, 5, 9, 16])
@@ -49,9 +49,9 @@ def beside(kind: Kind) -> Any:
             veneer.LoRA(rank=5, targets="all", dropout=dropout),
             veneer.LoRA(rank=2, targets=targets, dora=True),
         )
-        attach_beside(model, wide, name="wide", seed=1)
-        attach_beside(model, dora, name="dora", seed=2)
-    veneer.use(model, None)
+        veneer.attach(model, wide, name="wide", seed=1)
+        veneer.attach(model, dora, name="dora", seed=2)
+    all_train(model)
     return shake(model, size=0.2).train(not kind.bits)
 
 
@@ -226,7 +226,7 @@ def test_a_batch_without_labels():
 def test_what_needs_a_pass_of_its_own_says_why():
     model = tiny("gpt2")
     for name in ("plain", "other"):
-        attach_beside(model, veneer.LoRA(rank=2), name=name)
+        veneer.attach(model, veneer.LoRA(rank=2), name=name)
     veneer.attach(model, veneer.Method(method="prefix", virtual_tokens=3), name="prefix")
     veneer.use(model, None)
     forward, _ = choose_forward(model, ROWS)
@@ -290,7 +290,14 @@ def with_two(base: Any, **options: Any) -> Any:
     """Return a model, or a tiny one of an architecture, with two adapters, none of which acts."""
     model = tiny(base) if isinstance(base, str) else base
     for name in ("one", "two"):
-        attach_beside(model, veneer.LoRA(rank=2, **options), name=name)
+        veneer.attach(model, veneer.LoRA(rank=2, **options), name=name)
+    return all_train(model)
+
+
+def all_train(model: Any) -> Any:
+    """Let all adapters of a model train and none act, and return it."""
+    for name in veneer.adapters(model):
+        let_train(model, name)  # attaching one has frozen the others
     veneer.use(model, None)
     return model
 
@@ -300,12 +307,15 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert all(torch.equal(ours[name], gradient) for name, gradient in theirs.items())
 
 
-def test_attaching_beside_leaves_the_others_as_they_are():
+def test_adapters_train_beside_each_other():
     model = tiny("llama")
-    first = attach_beside(model, veneer.LoRA(rank=2, targets="qv"), name="first", seed=0)
-    second = attach_beside(model, veneer.LoRA(rank=3, lora_fa=True), name="second", seed=1)
-    assert all(".first." in name for name in first)
+    veneer.attach(model, veneer.LoRA(rank=2, targets="qv"), name="first", seed=0)
+    veneer.attach(model, veneer.LoRA(rank=3, lora_fa=True), name="second", seed=1)
+    all_train(model)
+    trains = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    first, second = ([n for n in trains if f".{own}." in n] for own in ("first", "second"))
+    assert len(first) == 2 * 2 * len(model.model.layers)
+    assert len(second) == 4 * len(model.model.layers)
     assert all(name.endswith(".second.lora_B") for name in second)
-    trains = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trains == first.keys() | second.keys() != set()
+    assert len(trains) == len(first) + len(second)
     assert veneer.in_use(model) == {}

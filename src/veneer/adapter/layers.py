@@ -15,8 +15,8 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.wrapper import Wrapper
 from veneer.lowrank.formula import merged_weight, updated_norms
+from veneer.lowrank.group import Masks
 from veneer.lowrank.masters import Masters
-from veneer.lowrank.projection import Masks
 from veneer.lowrank.update import LowRankUpdate, mixed
 from veneer.quant.weight import QuantizedLinear, QuantizedWeight, row_squares
 

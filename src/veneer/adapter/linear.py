@@ -20,9 +20,9 @@ from veneer.kernels import choice
 from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import apply_gain
 from veneer.lowrank.formula import new_A
+from veneer.lowrank.group import Masks, Projection
 from veneer.lowrank.initial import start_factors
 from veneer.lowrank.linear import LowRankLinear, ProjectedSegments
-from veneer.lowrank.projection import Masks, Projection
 from veneer.lowrank.update import RowsOfUpdate, RowUpdates
 from veneer.quant.weight import linear
 

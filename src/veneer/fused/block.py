@@ -27,9 +27,9 @@ from veneer.kernels.attention import Attention
 from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import activate_gain_backward
 from veneer.kernels.norm import Norm
+from veneer.lowrank.group import Group
 from veneer.lowrank.projection import (
     Gains,
-    Projection,
     gradient_of_h,
     gradient_of_x,
     gradients_of_trained,
@@ -44,12 +44,13 @@ class Half:
     """residual + multiplier · dropout(post_norm(output(inner(inputs(norm(x)))))).
 
     With `recompute_projections`, the backward pass computes the inputs' outputs again; they are not
-    kept. made_of: what x is the sum of, to the bit; then x is not kept.
+    kept. output: a group of one. made_of: what x is the sum of, to
+    the bit; then x is not kept.
     """
 
     norm: Norm | None
-    inputs: tuple[Projection, ...]
-    output: Projection
+    inputs: Group
+    output: Group
     _: KW_ONLY
     arena: Arena
     post_norm: Norm | None = None
@@ -63,7 +64,7 @@ class Half:
 
         residual: what the half is added to, if not x.
         """
-        projections = (*self.inputs, self.output)
+        projections = (*self.inputs, *self.output)
         trained = [tensor for projection in projections for tensor in projection.trained()]
         out, y = _Half.apply(x, residual, self, *trained)
         onto = x if residual is None else residual
@@ -252,19 +253,19 @@ class _Half(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         onto, output = x if residual is None else residual, half.output
         ctx.before = half.arena.next_half()
-        h_out, out = _empty(x, [output], half.arena)
+        h_out, out = _empty(x, output, half.arena)
         h, *outputs = half.project(x)
         inner, kept = half.forward(outputs)
         y = statistics = None
-        if output.has_gain or half.post_norm is not None:
-            y = half.arena.empty(len(x), output.out_features, x)
-            project(inner, [output], [y], h_out)
+        if output[0].has_gain or half.post_norm is not None:
+            y = half.arena.empty(len(x), output[0].out_features, x)
+            project(inner, output, [y], h_out)
             _, statistics = half.sum(onto, y).make(out)
             ctx.mark_non_differentiable(y)
         else:
             # The residual is added last: it is much the largest, and a sum with it is rounded at
             # its size.
-            project(inner, [output], [out], h_out)
+            project(inner, output, [out], h_out)
             if half.dropout is not None:
                 half.dropout.apply_(out)
             torch.add(onto, out, alpha=half.factor, out=out)
@@ -292,7 +293,7 @@ class _Half(torch.autograd.Function):
         dy = dy if half.factor == 1 else dy * half.factor
         if half.post_norm is not None:
             dy = half.post_norm.backward(dy, y, statistics, None)
-        output = [half.output]
+        output = half.output
         dz, d_gain = through_gains([dy], [y], output, in_place=False)
         dh = gradient_of_h(dz, output)
         d_inner = gradient_of_x(dz, dh, output)
@@ -324,7 +325,7 @@ def _back_to_x(
     return d_normed if residual is None else d_normed + residual, d_trained
 
 
-def _empty(x: Tensor, group: Sequence[Projection], arena: Arena) -> list[Tensor]:
+def _empty(x: Tensor, group: Group, arena: Arena) -> list[Tensor]:
     """Return empty tensors for the A x of `group` and for its outputs."""
     h = arena.empty(*shape_of_h(group, len(x)), x)
     return [h, *(arena.empty(len(x), p.out_features, x) for p in group)]

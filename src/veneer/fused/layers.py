@@ -24,7 +24,7 @@ from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention, Packing
 from veneer.kernels.dropout import Mask
 from veneer.kernels.norm import Norm
-from veneer.lowrank.projection import Projection
+from veneer.lowrank.group import Group, Projection
 from veneer.models.block_buffers import whole
 from veneer.models.description import multiplies
 from veneer.quant.weight import QuantizedLinear
@@ -99,8 +99,8 @@ class FusedLayer:
         }
         first = SelfAttention(
             norm=norms.get(attention.norm),
-            inputs=tuple(linears[path] for path in attention.inputs),
-            output=linears[attention.output],
+            inputs=Group(linears[path] for path in attention.inputs),
+            output=Group([linears[attention.output]]),
             post_norm=norms.get(attention.post_norm),
             dropout=mask(attention.dropout),
             heads=Heads(
@@ -133,8 +133,8 @@ class FusedLayer:
             )
         second = FeedForward(
             norm=norms.get(feed_forward.norm),
-            inputs=tuple(linears[path] for path in feed_forward.inputs),
-            output=linears[feed_forward.output],
+            inputs=Group(linears[path] for path in feed_forward.inputs),
+            output=Group([linears[feed_forward.output]]),
             post_norm=norms.get(feed_forward.post_norm),
             dropout=mask(feed_forward.dropout),
             activation=self.variant.activation,

@@ -12,6 +12,7 @@
 #include "norm.h"
 #include "numbers.h"
 #include "rotary.h"
+#include "segments.h"
 
 namespace {
 
@@ -207,3 +208,4 @@ void dequantize_int8(const std::int8_t* codes, const float* absmax, T* w, Size r
 FOR_EACH_DTYPE(EXPORTED)
 FOR_EACH_DTYPE(EXPORTED_ATTENTION)
 FOR_EACH_DTYPE(EXPORTED_LOW_RANK)
+FOR_EACH_DTYPE(EXPORTED_SEGMENTS)

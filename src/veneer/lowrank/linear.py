@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.lowrank.group import Group, Masks, Projection
 from veneer.lowrank.projection import (
-    Masks,
-    Projection,
     gradient_of_h,
     gradient_of_x,
     gradients_of_trained,
@@ -44,7 +43,8 @@ class LowRankLinear(torch.autograd.Function):
         # for views that are made in here.
         y = x.new_empty(len(x), weight.shape[0])  # (tokens, out)
         h = x.new_empty(len(x), len(A))  # (tokens, rank)
-        project(x, [Projection(weight, bias, A, B, masks=masks, acts_on=acts_on)], [y], h)
+        group = Group([Projection(weight, bias, A, B, masks=masks, acts_on=acts_on)])
+        project(x, group, [y], h)
         ctx.weight = weight  # no step changes it before the backward pass
         ctx.masks, ctx.acts_on = masks, acts_on
         ctx.save_for_backward(x, A, B, h)
@@ -55,8 +55,8 @@ class LowRankLinear(torch.autograd.Function):
         x, A, B, h = ctx.saved_tensors
         dy = grads[0]  # (tokens, out)
         needs_x, needs_W, needs_b, needs_A, *_ = ctx.needs_input_grad
-        group = [Projection(ctx.weight, None, A, B, masks=ctx.masks, acts_on=ctx.acts_on)]
-        dh = gradient_of_h([dy], group) if needs_x or needs_A else [h]
+        group = Group([Projection(ctx.weight, None, A, B, masks=ctx.masks, acts_on=ctx.acts_on)])
+        dh = gradient_of_h([dy], group) if needs_x or needs_A else h
         dA, dB = gradients_of_trained([dy], [[None]], dh, x, h, group)
         dx = gradient_of_x([dy], dh, group) if needs_x else None
         dW = dy.T @ x if needs_W else None  # (out, in)
@@ -70,15 +70,15 @@ class ProjectedSegments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: Projection, *trained: Tensor) -> Tensor:
         y = x.new_empty(len(x), p.out_features)
-        h = x.new_empty(shape_of_h([p], len(x)))
-        project(x, [p], [y], h)
-        ctx.projection = p
+        ctx.group = group = Group([p])
+        h = x.new_empty(shape_of_h(group, len(x)))
+        project(x, group, [y], h)
         ctx.save_for_backward(x, h, y if p.has_gain else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        group, (x, h, y) = [ctx.projection], ctx.saved_tensors
+        group, (x, h, y) = ctx.group, ctx.saved_tensors
         dz, d_gains = through_gains(grads, [y], group, in_place=False)
         dh = gradient_of_h(dz, group)
         d_trained = gradients_of_trained(dz, d_gains, dh, x, h, group)

@@ -2,13 +2,13 @@
 
 A single layer is a group of one (`linear.py`); the fused halves of a decoder layer call the same
 functions with groups of several. Where adapters learn together, each acts on a segment of the
-tokens: W x is one product for all of them, and what each adapter adds has products of its own.
+tokens: W x is one product for all of them. What each adapter adds has products of its own: those
+of a group's table are one call (`kernels/segments.py`), and all others are made one after another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,112 +16,21 @@ from torch import Tensor
 from veneer.kernels import choice
 from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import apply_gain_, gain_backward
-from veneer.lowrank.masters import Masters
-from veneer.quant.weight import QuantizedWeight, product, product_back
+from veneer.lowrank.group import Group, Projection, Segment
+from veneer.quant.weight import product, product_back
 
-# For each of the adapters stacked in A and B its rank, and what it multiplies x with in a step of
-# training, None for 1. No masks at all where all are None.
-Masks = tuple[tuple[int, Mask | None], ...]
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer as it acts in one step, in the dtype of computing: gain ∘ (W x + B A x) + b.
-
-    weight (out, in), frozen; a quantized one is dequantized for each product. bias (out,), frozen,
-    or None. A (rank, in) and B (out, rank): those of all adapters, stacked and scaled, with rank 0
-    where nothing acts. gain (out,), float32 or wider: DoRA's factor of each output, or None for 1.
-    With masks, each adapter adds B A (x ∘ mask). masters: what trains in place of A and B, or None
-    where they do so themselves. acts_on (tokens, rank), or (tokens, 1) for all ranks: 1 where a
-    token has A x added and 0 where not, in x's dtype; None for 1.
-
-    segments: where adapters act on some rows of x each, these rows and the projection as it acts on
-    them, in the same order in all projections of a pass. Then A and B here are of rank 0, and rows
-    that are in no segment are the base's own.
-    """
-
-    weight: Tensor | QuantizedWeight
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    gain: Tensor | None = None
-    masks: Masks = ()
-    masters: Masters | None = None
-    acts_on: Tensor | None = None
-    segments: tuple[tuple[slice, Projection], ...] = ()
-
-    @classmethod
-    def plain(cls, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Projection:
-        """Return the projection on which no adapter acts."""
-        out, in_ = weight.shape
-        nothing = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        return cls(weight, bias, nothing.view(0, in_), nothing.view(out, 0))
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def has_gain(self) -> bool:
-        """Whether some of its outputs have a gain."""
-        return self.gain is not None or any(own.gain is not None for _, own in self.segments)
-
-    def trained(self) -> list[Tensor]:
-        """Return A, B and gain, as far as there are some, of each segment: what gradients are
-        for."""
-        if self.segments:
-            return [tensor for _, own in self.segments for tensor in own.trained()]
-        if not self.rank:
-            return []
-        factors = self if self.masters is None else self.masters
-        return [factors.A, factors.B] if self.gain is None else [factors.A, factors.B, self.gain]
-
-
-Group = Sequence[Projection]  # projections that share an input
 Gains = Sequence[Sequence[Tensor | None]]  # of each projection, of each of its segments, or of all
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """Rows of a batch on which the same adapters act, and the projections as they act there."""
-
-    rows: slice
-    tokens: int
-    group: Group
-
-    @property
-    def rank(self) -> int:
-        return sum(p.rank for p in self.group)
-
-
-def _segments(group: Group, tokens: int) -> list[_Segment]:
-    """Return the segments of a batch; one where the same adapters act on all rows."""
-    cut = next((p.segments for p in group if p.segments), ())
-    if not cut:
-        return [_Segment(slice(None), tokens, group)]
-    return [
-        _Segment(
-            rows,
-            len(range(tokens)[rows]),
-            [p.segments[number][1] if p.segments else p for p in group],
-        )
-        for number, (rows, _) in enumerate(cut)
-    ]
 
 
 def shape_of_h(group: Group, tokens: int) -> tuple[int, int]:
     """Return the shape of a matrix with room for A x of all projections, segment after segment."""
-    segments = _segments(group, tokens)
+    segments = group.segments(tokens)
     columns = max(segment.rank for segment in segments)
     numbers = sum(segment.tokens * segment.rank for segment in segments)
     return (tokens, columns) if len(segments) == 1 else (-(numbers // -max(columns, 1)), columns)
 
 
-def _of_segments(h: Tensor, segments: Sequence[_Segment]) -> list[Tensor]:
+def _of_segments(h: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
     """Return A x of each segment, (its tokens, Σ rank), from the matrix that holds all."""
     if len(segments) == 1:
         return [h[: segments[0].tokens]]
@@ -142,19 +51,30 @@ def project(
     """Write gain ∘ (W x + B A x) + b of each projection to `outputs`, (tokens, out), and A x of all
     side by side to `h`, which has `shape_of_h`: (tokens, Σ rank), with 0 where it does not act.
     x (tokens, in)."""
-    segments = _segments(group, len(x))
+    segments = group.segments(len(x))
+    table = group.table(len(x))
+    if table is not None:
+        table.project([x] * len(group), h, by_A=True)
     adapted = []
     for segment, own_h in zip(segments, _of_segments(h, segments), strict=True):
         if segment.rank or len(segments) == 1:
-            _write_h(x[segment.rows], segment.group, own_h)
+            if not segment.in_table:
+                _write_h(x[segment.rows], segment.group, own_h)
             adapted.append((segment, _columns(own_h, segment.group)))
-    for number, (p, y) in enumerate(zip(group, outputs, strict=True)):
+    for p, y in zip(group, outputs, strict=True):
         _base_product(x, p, y)
+    if table is not None:
+        table.add(h, outputs, by_A=False)
+    for number, y in enumerate(outputs):
         for segment, columns in adapted:
-            _add_update(columns[number], segment.group[number], y[segment.rows])
+            p = segment.group[number]
+            if not segment.in_table:
+                _add_update(columns[number], p, y[segment.rows])
+            elif p.gain is not None:
+                apply_gain_(y[segment.rows], p.gain, p.bias)
 
 
-def _write_h(x: Tensor, group: Group, h: Tensor) -> None:
+def _write_h(x: Tensor, group: Sequence[Projection], h: Tensor) -> None:
     if _are_masked(group):
         for ranks, A, mask in _by_mask(group):
             torch.mm(x if mask is None else mask.apply(x), A.T, out=h[:, ranks])
@@ -219,13 +139,25 @@ def _through_gain(
     return dz, d_gains
 
 
-def gradient_of_h(dz: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """Return dh = dz B of every projection side by side, (its tokens, Σ rank) of each segment, with
-    0 where it does not act."""
-    return [
-        _joined([_own(d[each.rows] @ p.B, p) for d, p in zip(dz, each.group, strict=True)], dim=1)
-        for each in _segments(group, len(dz[0]))
-    ]
+def gradient_of_h(dz: Sequence[Tensor], group: Group) -> Tensor:
+    """Return dh = dz B of every projection side by side, with 0 where it does not act; it lies as h
+    does."""
+    tokens = len(dz[0])
+    segments, table = group.segments(tokens), group.table(tokens)
+    if len(segments) == 1:
+        return _gradient_of_h(dz, segments[0])
+    dh = segments[0].group[0].A.new_empty(shape_of_h(group, tokens))
+    if table is not None:
+        table.project(dz, dh, by_A=False)
+    for segment, own_dh in zip(segments, _of_segments(dh, segments), strict=True):
+        if segment.rank and not segment.in_table:
+            own_dh.copy_(_gradient_of_h(dz, segment))
+    return dh
+
+
+def _gradient_of_h(dz: Sequence[Tensor], segment: Segment) -> Tensor:
+    pairs = zip(dz, segment.group, strict=True)
+    return _joined([_own(d[segment.rows] @ p.B, p) for d, p in pairs], dim=1)
 
 
 def _own(h: Tensor, p: Projection) -> Tensor:
@@ -233,7 +165,7 @@ def _own(h: Tensor, p: Projection) -> Tensor:
     return h if p.acts_on is None else h * p.acts_on
 
 
-def gradient_of_x(dz: Sequence[Tensor], dh: Sequence[Tensor], group: Group) -> Tensor:
+def gradient_of_x(dz: Sequence[Tensor], dh: Tensor, group: Group) -> Tensor:
     """Return dx = Σ (dz W) + dh A, (tokens, in), where each adapter's dh A has its mask."""
     dx = product_back(dz[0], group[0].weight)
     for d, p in zip(dz[1:], group[1:], strict=True):
@@ -241,13 +173,16 @@ def gradient_of_x(dz: Sequence[Tensor], dh: Sequence[Tensor], group: Group) -> T
             dx.addmm_(d, p.weight)
         else:
             dx += product_back(d, p.weight)
-    for segment, own_dh in zip(_segments(group, len(dx)), dh, strict=True):
-        if segment.rank:
+    segments, table = group.segments(len(dx)), group.table(len(dx))
+    if table is not None:
+        table.add(dh, [dx] * len(group), by_A=True)
+    for segment, own_dh in zip(segments, _of_segments(dh, segments), strict=True):
+        if segment.rank and not segment.in_table:
             _add_through_A(dx[segment.rows], own_dh, segment.group)
     return dx
 
 
-def _add_through_A(dx: Tensor, dh: Tensor, group: Group) -> None:
+def _add_through_A(dx: Tensor, dh: Tensor, group: Sequence[Projection]) -> None:
     if not _are_masked(group):
         dx.addmm_(dh, _stacked_A(group))
         return
@@ -261,21 +196,33 @@ def _add_through_A(dx: Tensor, dh: Tensor, group: Group) -> None:
 def gradients_of_trained(
     dz: Sequence[Tensor],
     d_gains: Gains,
-    dh: Sequence[Tensor],
+    dh: Tensor,
     x: Tensor,
     h: Tensor,
     group: Group,
 ) -> list[Tensor | None]:
     """Return dA = dhᵀ (x ∘ mask), dB = dzᵀ h and the gain's gradient of every projection, in the
     order of `trained`; None for an A or B that does not train."""
-    segments = _segments(group, len(x))
+    segments = group.segments(len(x))
     of_projections: list[list[Tensor | None]] = [[] for _ in group]
+    table = group.table(len(x))
+    of_table = iter(() if table is None else table.gradients(dh, x, h, dz))
     for number, (segment, own_dh, own_h) in enumerate(
-        zip(segments, dh, _of_segments(h, segments), strict=True)
+        zip(segments, _of_segments(dh, segments), _of_segments(h, segments), strict=True)
     ):
         if not segment.rank:
             continue
         rows = segment.rows
+        if segment.in_table:
+            for p, of_gains, gradients in zip(segment.group, d_gains, of_projections, strict=True):
+                if p.rank:
+                    gradients += [
+                        None if gradient is None else gradient.to(weight.dtype)
+                        for gradient, weight in zip(next(of_table), p.trained()[:2], strict=True)
+                    ]
+                if p.gain is not None:
+                    gradients.append(of_gains[number])
+            continue
         dAs = _gradients_of_A(own_dh, x[rows], segment.group)
         columns = _columns(own_h, segment.group)
         for own, d, dA, own_column, of_gains, gradients in zip(
@@ -302,14 +249,14 @@ def _base_product(x: Tensor, p: Projection, out: Tensor) -> None:
         torch.addmm(bias, x, p.weight.to(x.dtype).T, out=out)
 
 
-def _gradients_of_A(dh: Tensor, x: Tensor, group: Group) -> Sequence[Tensor | None]:
+def _gradients_of_A(dh: Tensor, x: Tensor, group: Sequence[Projection]) -> Sequence[Tensor | None]:
     """Return dhᵀ (x ∘ mask) of each projection, (rank, in); all None where no A trains."""
     if not any(A.requires_grad for A, *_ in filter(None, (p.trained() for p in group))):
         return [None] * len(group)
     return _gradient_of_A(dh, x, group).split_with_sizes([p.rank for p in group])
 
 
-def _gradient_of_A(dh: Tensor, x: Tensor, group: Group) -> Tensor:
+def _gradient_of_A(dh: Tensor, x: Tensor, group: Sequence[Projection]) -> Tensor:
     """Return dhᵀ (x ∘ mask) of all adapters, (Σ rank, in)."""
     if not _are_masked(group):
         return dh.T @ x
@@ -319,11 +266,11 @@ def _gradient_of_A(dh: Tensor, x: Tensor, group: Group) -> Tensor:
     return dA
 
 
-def _are_masked(group: Group) -> bool:
+def _are_masked(group: Sequence[Projection]) -> bool:
     return any(p.masks for p in group)
 
 
-def _by_mask(group: Group) -> Iterator[tuple[slice, Tensor, Mask | None]]:
+def _by_mask(group: Sequence[Projection]) -> Iterator[tuple[slice, Tensor, Mask | None]]:
     """Yield which of Σ rank belong to each adapter, its A (rank, in) and its mask."""
     start = 0
     for p in group:
@@ -334,12 +281,12 @@ def _by_mask(group: Group) -> Iterator[tuple[slice, Tensor, Mask | None]]:
             start += rank
 
 
-def _columns(h: Tensor, group: Group) -> Sequence[Tensor]:
+def _columns(h: Tensor, group: Sequence[Projection]) -> Sequence[Tensor]:
     """Return each projection's part of h (tokens, Σ rank)."""
     return [h] if len(group) == 1 else h.split_with_sizes([p.rank for p in group], 1)
 
 
-def _stacked_A(group: Group) -> Tensor:
+def _stacked_A(group: Sequence[Projection]) -> Tensor:
     return _joined([p.A for p in group], dim=0)  # (Σ rank, in)
 
 
