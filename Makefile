@@ -5,6 +5,7 @@
 # make proof-vllm  whether vLLM reads and answers as Veneer does; installs it (6 GB) in .venv-vllm
 # make proof-ray  whether Ray Train's workers train as one process does; installs Ray in .venv-ray
 # make proof-faults  whether each call of the disk may fail, and each command be killed at any
+# make determinism  whether the same run twice gives the same bits, for every kind of adapter
 # make proof-gpu  whether the kernels for cards are right, interpreted where there is no card
 # make hooks     let git run the checks before each commit
 # make demo      teach a real model something new, and show what it learnt
@@ -20,7 +21,7 @@ RAY := .venv-ray/.ready
 GPU := .venv-gpu/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test check coverage test-all proof-vllm proof-ray proof-faults proof-gpu hooks demo bench clean
+.PHONY: help test check coverage test-all proof-vllm proof-ray proof-faults determinism proof-gpu hooks demo bench clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -51,6 +52,9 @@ proof-ray: $(READY) $(RAY)
 
 proof-faults: $(READY)
 	$(BIN)/pytest -m "slow or not slow" tests/faults
+
+determinism: $(READY)
+	$(BIN)/pytest -m "slow or not slow" tests/laws/test_determinism.py
 
 proof-gpu: $(READY) $(GPU)
 	PYTHONPATH=src .venv-gpu/bin/python -m pytest -n 0 -m triton -v

@@ -66,6 +66,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "recompute": ("selective", "selective"),
         "replay_passes": (True, True),
         "context_parallel": (2, 2),
+        "on_spike": ("skip", "skip"),
         "seed": (3, 3),
         "save_every": (4, 4),
         "keep": (3, 3),

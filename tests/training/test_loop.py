@@ -222,7 +222,7 @@ def test_the_weights_before_the_first_step_are_kept_where_none_are_better(tmp_pa
     assert_is_mean_loss(first.eval_loss, new_model(), held_out)
     assert events[-1] == Trained(8, 0)
     assert same(trained_weights(model), before)
-    assert sum(1 for _ in tmp_path.iterdir()) == 1  # step 0 needs no checkpoint
+    assert sum(1 for _ in tmp_path.iterdir()) == course.keep  # step 0 needs no checkpoint
 
 
 def test_without_held_out_rows_the_last_weights_are_kept():

@@ -198,8 +198,8 @@ class JobsDisplay:
                 mark = ", the best so far" if best and step else ""
                 when = f"step {step}" if step else "before training"
                 OUTPUT.print(f"  {of}: {when}: evaluation loss {loss:.4f}{mark}")
-            case Skipped(step):
-                OUTPUT.print(f"  {of}: [red]step {step} skipped[/]: loss or gradient not finite")
+            case Skipped(step, _, why):
+                OUTPUT.print(f"  {of}: [red]step {step} skipped[/]: {why}")
             case Stopped(step, reason):
                 why = "no better evaluation" if reason == "patience" else "interrupted"
                 OUTPUT.print(f"  {of}: stopped after step {step}: {why}")

@@ -110,10 +110,9 @@ class RunDisplay:
                     beside = {"perplexity": perplexity}
                 numbers = "".join(f", {name} {x:.2f}" for name, x in beside.items())
                 OUTPUT.print(f"  {when}: evaluation loss {loss:.4f}{numbers}{mark}")
-            case Skipped(step, rows):
+            case Skipped(step, rows, why):
                 OUTPUT.print(
-                    f"  [red]step {step} skipped[/]: loss or gradient not finite; rows "
-                    f"{escape(', '.join(rows[:8]))}"
+                    f"  [red]step {step} skipped[/]: {why}; rows {escape(', '.join(rows[:8]))}"
                 )
             case Stopped(step, reason):
                 self._take_down()

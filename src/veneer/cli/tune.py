@@ -120,10 +120,11 @@ def tune(
         "resume": resume,
         "force": force,
         "ignore_plan": ignore_plan,
-        "grace_seconds": grace_seconds,
         "tensorboard": tensorboard,
         "quiet": quiet,
     }
+    if grace_seconds is not None:
+        options["grace_seconds"] = grace_seconds
     if jobs is not None:
         from veneer.cli.many import recipes_of, run_jobs
 

@@ -221,7 +221,7 @@ def _train(
             report({"notice": event.text})
         elif isinstance(event, Skipped):
             skipped += 1
-            report({"notice": f"step {event.step} skipped: loss or gradient not finite"})
+            report({"notice": f"step {event.step} skipped: {event.why}"})
         elif isinstance(event, Step):
             steps.append(event)
             numbers = {"step": event.step, "loss": event.loss, "rss": event.rss_bytes}

@@ -11,6 +11,7 @@ from veneer.fused.recompute import Recompute
 from veneer.plan.config import OptimizerName
 
 Schedule = Literal["constant", "cosine", "linear"]
+OnSpike = Literal["warn", "skip", "stop"]
 # Settings on which the course of the weights does not depend.
 NOT_OF_THE_COURSE = (
     *("save_every", "keep", "keep_best", "recompute", "context_parallel"),
@@ -18,7 +19,7 @@ NOT_OF_THE_COURSE = (
 )
 # Settings that are younger than the oldest checkpoints, which lack them; a run in which they have
 # these values is the run of such a checkpoint.
-YOUNGER = {"optimizer": "adamw"}
+YOUNGER = {"optimizer": "adamw", "on_spike": "warn"}
 SCHEDULE = {"epochs", "steps", "lr", "schedule", "warmup"}  # which decide each step's rate
 # Settings with which a run may go on otherwise than it began: what trains, the order of the rows
 # and the optimizer's moments mean the same under all of them.
@@ -78,6 +79,9 @@ class TrainConfig:
     context_parallel: int = 1
     """Processes that share each row, for rows that one cannot hold: each computes its own tokens,
     and keys and values go between them."""
+    on_spike: OnSpike = "warn"
+    """What becomes of a step whose loss stands out from those before it: warn says so; skip learns
+    nothing from it; stop ends the run."""
     seed: int = 0
     """Decides the start of A, the order of rows and dropout."""
     save_every: int | None = None
@@ -111,6 +115,7 @@ class TrainConfig:
                 "tokens_per_batch": count,
                 "recompute": one_of(Recompute),
                 "context_parallel": count,
+                "on_spike": one_of(OnSpike),
                 "seed": whole_number(0, most=2**63 - 1),
                 "save_every": count,
                 "keep": count,

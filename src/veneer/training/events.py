@@ -108,10 +108,12 @@ class Step(Event):
 
 @dataclass(frozen=True, slots=True)
 class Skipped(Event):
-    """A step whose loss or gradient was not finite; the weights were left as they were."""
+    """A step that was left out, since loss or gradient was not finite, or the loss stood out; the
+    weights are as they were before it."""
 
     step: int
     rows: tuple[str, ...]
+    why: str = "loss or gradient not finite"
 
 
 @dataclass(frozen=True, slots=True)

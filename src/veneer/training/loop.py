@@ -17,6 +17,7 @@ from veneer.processes.context import ContextGroup
 from veneer.processes.world import World
 from veneer.training.config import TrainConfig
 from veneer.training.events import Event, Notice
+from veneer.training.frozen import FrozenBase
 from veneer.training.recorded import RecordedPasses
 from veneer.training.run import Run
 from veneer.training.step import StepToLearn, learn
@@ -70,6 +71,7 @@ def train(
             )
             yield from map(Notice, [*([run.choices] if run.choices else []), *notices])
             yield from run.begin(forward, resume=resume)
+            run.watch.frozen_base = FrozenBase(model)
             model.train()
             with forward.installed(model):
                 yield from _alone(run, forward, should_stop)

@@ -21,7 +21,7 @@ from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.data.columns import lengths_of
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder, pack
-from veneer.errors import DivergedError, TrainingError, joined, listed
+from veneer.errors import TrainingError, joined
 from veneer.formats.capture import capture
 from veneer.fused.forward import Forward
 from veneer.fused.recompute import Recompute
@@ -63,9 +63,7 @@ from veneer.training.reference import criterion_over
 from veneer.training.state import Progress, RunState
 from veneer.training.step import StepToLearn, counts_of, seed_of
 from veneer.training.threads import worthwhile_threads
-from veneer.training.verdict import rate_advice
-
-MOST_SKIPS = 3  # steps in a row without a finite loss; going on after them makes no sense
+from veneer.training.watch import Watch
 
 
 def reads_late(device: torch.device) -> bool:
@@ -115,6 +113,7 @@ class Run:
         config, self.choices, self.usual_lr = choose_course(
             model, examples, config, share_of_rate=objective.share_of_rate
         )
+        self.watch = Watch(model, examples, config, directory, world, usual_lr=self.usual_lr)
         self.objective = objective
         # Until `begin`, which measures what the reference gives.
         self.criterion: Criterion = MEAN_LOSS
@@ -206,6 +205,7 @@ class Run:
     def go(self, forward: Forward, should_stop: Callable[[], bool]) -> Iterator[Event]:
         """Yield the events of all steps that are left, and ask for each of these steps."""
         config, progress, state = self.config, self.progress, self.state
+        self.watch.forward = forward
         yield Started(self.steps, progress.step)
         if self.held_out and progress.step == 0:
             yield self._evaluate(forward)
@@ -224,12 +224,12 @@ class Run:
             is_due = at_end or _is_due(progress.step, config.save_every)
             pauses = evaluates or (is_due if self.directory else progress.step == self.steps)
             while len(under_way) > (0 if pauses else most):
-                yield self._end(under_way.popleft())
+                yield from self._ended(under_way.popleft())
             if evaluates:
                 yield self._evaluate(forward)
             stopping = self.world.any(should_stop())
             while stopping and under_way:
-                yield self._end(under_way.popleft())
+                yield from self._ended(under_way.popleft())
             must = stopping or self._out_of_patience() or progress.step == self.steps
             # Between skipped steps the checkpoint before them is the better one to go back to.
             due = not progress.skips and is_due
@@ -238,6 +238,7 @@ class Run:
             if stopping and progress.step < self.steps:
                 yield Stopped(progress.step, "interrupted")
                 return
+        self.watch.check_base(all=True)
         if state.best_weights is not None and progress.best_step != progress.step:
             state.take_weights(state.best_weights)
             yield Trained(progress.step, progress.best_step)
@@ -269,8 +270,15 @@ class Run:
             lr,
             config.clip,
             self.criterion,
+            self.watch.most_to_learn(progress),
         )
         return Begun(progress.step, list(chain.from_iterable(batches)), start, asked)
+
+    def _ended(self, step: Begun) -> Iterator[Event]:
+        """Yield what became of a step, and what there is to say of it."""
+        yield self._end(step)
+        yield from map(Notice, self.watch.unsaid)
+        self.watch.unsaid.clear()
 
     def _end(self, step: Begun) -> Step | Skipped:
         """Return what became of a step."""
@@ -278,9 +286,9 @@ class Run:
         now = time.perf_counter()
         # While the step before it was computed, this one waited.
         seconds, self.last_end = now - max(step.start, self.last_end), now
-        if not learnt.finite:
-            return self._skip(step)
-        self.progress.skips = 0
+        left_out = self.watch.step(self.state, step.number, step.rows, learnt, step.asked.most)
+        if left_out is not None:
+            return left_out
         tokens = sum(int(self.order.lengths[row]) for row in step.rows)
         memory = process_memory("VmRSS")
         lr, labels = step.asked.lr, learnt.label_tokens
@@ -294,22 +302,6 @@ class Run:
         if not self.steps_of_epoch.has(progress.step_in_epoch):
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
             self.steps_of_epoch = self.order.epoch(progress.epoch)
-
-    def _skip(self, step: Begun) -> Skipped:
-        """Count a step that changed nothing. Raises TrainingError for the third in a row."""
-        progress = self.progress
-        progress.skips += 1
-        rows = tuple(self.examples[i].where for i in step.rows)
-        if progress.skips == MOST_SKIPS:
-            last = checkpoints.last_good(self.directory) if self.directory else None
-            assert self.config.lr is not None
-            suspects = f"the rows of that step ({listed(rows)})"
-            raise DivergedError(
-                f"Loss or gradient was not finite in {MOST_SKIPS} steps in a row, up to step "
-                f"{step.number}. {rate_advice(self.config.lr, self.usual_lr, rows=suspects)}"
-                + (f" The last good checkpoint is {last}." if last else "")
-            )
-        return Skipped(step.number, rows)
 
     def _evaluate(self, forward: Forward) -> Evaluated:
         """Measure the held-out rows, and keep the weights if none were better so far."""
@@ -338,6 +330,7 @@ class Run:
 
     def _save(self, directory: Path) -> Checkpointed:
         """Write a checkpoint in one process; only it and those of the best weights stay."""
+        self.watch.check_base()
         place = self.world.first(lambda: self._write_checkpoint(directory))
         return Checkpointed(self.progress.step, place)
 

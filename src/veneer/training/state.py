@@ -29,6 +29,8 @@ class Progress:
     epoch: int = 0
     step_in_epoch: int = 0
     skips: int = 0  # steps in a row, up to this one, without a finite loss and gradient
+    spikes: int = 0  # steps in a row, up to this one, that were left out for their loss
+    losses: list[list[float]] = field(default_factory=list)  # the last steps, and their losses
     evaluations_since_best: int = 0
     best_loss: float = math.inf
     best_step: int = 0

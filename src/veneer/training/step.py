@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -55,6 +56,7 @@ class StepToLearn(Event):
 
     step: batches of indices of `examples`; `order` has made them. clip: the gradient's largest norm
     criterion: what makes the loss, over the same examples
+    most: the largest loss from which is learnt
     """
 
     examples: Sequence[Example]
@@ -64,6 +66,7 @@ class StepToLearn(Event):
     lr: float
     clip: float
     criterion: Criterion = MEAN_LOSS
+    most: float = math.inf
     _answer: list[Learning] = field(default_factory=list)
 
     @property
@@ -121,12 +124,13 @@ class StepUnderWay:
         return outcome.loss
 
     def end(self, sums: Tensor, world: World = ALONE) -> None:
-        """Let the weights change, unless a loss or the gradient is not finite. sums: those of all
-        processes."""
+        """Let the weights change, unless a loss or the gradient is not finite, or the loss is too
+        large. sums: those of all processes."""
         asked = self.asked
-        finite = asked.optimizer.step(
-            lr=asked.lr, clip=asked.clip, world=world, only_if=sums[0].isfinite()
-        )
+        learns = sums[0].isfinite()
+        if asked.most < math.inf:
+            learns &= sums[0] <= asked.most * self.divisor
+        finite = asked.optimizer.step(lr=asked.lr, clip=asked.clip, world=world, only_if=learns)
         names, labels = asked.criterion.metrics, self.counts.labels
         asked.learnt(Learning(labels, self.divisor, names, OnTheWay(sums, finite)))
 

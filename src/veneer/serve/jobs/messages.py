@@ -65,8 +65,8 @@ def event_of(event: Event, steps: int | None) -> JobEvent | None:
                 f"Step {event.step}/{steps}: validation loss={event.eval_loss:.4f}",
                 data={"step": event.step, "total_steps": steps, "valid_loss": event.eval_loss},
             )
-        case Skipped(step, rows):
-            text = f"Step {step} was left out: its loss was not finite ({', '.join(rows[:3])})."
+        case Skipped(step, rows, why):
+            text = f"Step {step} was left out: {why} ({', '.join(rows[:3])})."
             return JobEvent(text, "warn")
         case Checkpointed(step):
             return JobEvent(f"Checkpoint created at step {step}.", data={"checkpoint": step})

@@ -140,6 +140,7 @@ class OnPolicyRun(Run):
             ALONE,
             objective=objective,
         )
+        self.watch.detects_spikes = False  # what a policy loses differs from sample to sample
         self.tokenizer, self.prompts, self.rewards = tokenizer, prompts, rewards
         self.on_policy = on_policy
         self.of_answers = objective.objective == "rloo"
