@@ -41,9 +41,11 @@ def training(
     base: str = "tiny",
     **options: Any,
 ) -> Iterator[Any]:
-    """Serve, and train below `runs`."""
+    """Serve, and train below `runs`, one job at a time unless `bounds` says otherwise."""
     runs.mkdir(exist_ok=True)
-    jobs = Jobs(runs, scripted(adapters), TrainingBase(base), bounds, worker=worker, merger=MERGER)
+    bounds = bounds or Bounds(together=1)
+    processes: dict[str, Any] = {"worker": worker, "merger": MERGER}
+    jobs = Jobs(runs, scripted(adapters), TrainingBase(base), bounds, **processes)
     limits = Limits(upload_bytes=jobs.bounds.upload_bytes)
     options |= {"keys": Keys(admin=ADMIN), "limits": limits, "runs": runs, "jobs": jobs}
     jobs.start()

@@ -41,6 +41,8 @@ class ServeConfig:
     training_share: float = 0.1
     """Share of the processors' time that training has while answers are computed; without any, it
     has all."""
+    training_together: int = 4
+    """Jobs that may train at the same time, in passes that they share; 1 for one after another."""
     training_hours: float = 24.0
     """Hours that one training job may take."""
     training_disk: float = 50.0
@@ -78,6 +80,7 @@ class ServeConfig:
                 "adapters_dir": directory,
                 "runs": directory,
                 "training_share": SHARE,
+                "training_together": at_least(1),
                 "training_hours": ABOVE_0,
                 "training_disk": ABOVE_0,
                 "upload_size": ABOVE_0,

@@ -135,6 +135,7 @@ def jobs_of(base: Base, served: Served, config: ServeConfig) -> Jobs | None:
         hours=config.training_hours,
         disk_bytes=int(config.training_disk * 1e9),
         upload_bytes=int(config.upload_size * 1e6),
+        together=config.training_together,
     )
     return Jobs(config.runs, served, training, bounds)
 

@@ -152,6 +152,11 @@ class Failed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Ended(Event):
+    """All of a run that shares its passes with others is done: nothing more comes of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict(Event):
     """What became of the training, as its losses have it; `text` says what to do next."""
 

@@ -93,6 +93,53 @@ def test_a_job_stops_goes_on_and_is_the_run_of_its_recipe(small, tmp_path):
     assert read_on(log, at)[0][0].content == End("succeeded")
 
 
+def join(first: Path, attempt: int, *others: Path):
+    lines = [f"{other}\t{attempt}\n" for other in others]
+    WorkerFiles(first).joined(attempt).write_text("".join(lines))
+
+
+def end_of(log: Path) -> End:
+    """Return the end of the last attempt; everything else is read once."""
+    return read_on(log, 0)[0][-1].content
+
+
+def test_jobs_train_together_and_go_on_together(small, tmp_path):
+    first, second, bad = (tmp_path / name for name in ("first", "second", "bad"))
+    logs = [
+        asked(small, first, steps=6, hyperparameters={}),
+        asked(small, second, rank=3, steps=4, hyperparameters={}),
+        asked(small, bad, max_length=2, long_rows="error", hyperparameters={}),
+    ]
+    join(first, 1, second, bad)
+    work(first, 1, AfterSteps(8))
+    assert [end_of(log).how for log in logs] == ["stopped", "stopped", "apart"]
+    steps = [max(checkpoint_steps(run / "checkpoints")) for run in (first, second)]
+    assert 0 < steps[0] < 6
+    assert 0 < steps[1] < 4
+    assert "It trains beside 1 other job." in read_on(logs[1], 0)[0][0].content.message
+    join(first, 2, second)
+    WorkerFiles(second).stop(1).touch()  # of an attempt that is over
+    work(first, 2, Asked(None))
+    for run, log, count in ((first, logs[0], 6), (second, logs[1], 4)):
+        assert end_of(log) == End("succeeded")
+        assert [line["step"] for line in RunDirectory(run).read_metrics()] == [*range(1, count + 1)]
+        assert weights(run)
+        assert RunDirectory(run).merged().is_dir()
+    # One that is to stop does, and the other ends.
+    third = tmp_path / "third"
+    log = asked(small, third, steps=2, hyperparameters={})
+    fourth = tmp_path / "fourth"
+    left = asked(small, fourth, steps=1, hyperparameters={})
+    WorkerFiles(fourth).stop(1).touch()
+    # It comes again, in the same process.
+    lines = "".join(f"{fourth}\t{attempt}\n" for attempt in (1, 2))
+    WorkerFiles(third).joined(1).write_text(lines)
+    work(third, 1, Asked(None))
+    assert end_of(log) == End("succeeded")
+    ends = [x for x in read_on(left, 0)[0] if isinstance(x.content, End)]
+    assert [(x.attempt, x.content.how) for x in ends] == [(1, "stopped"), (2, "succeeded")]
+
+
 def test_faults_of_rows_are_named_without_our_paths(small, tmp_path):
     run = tmp_path / "run"
     log = asked(small, run, long_rows="error", max_length=2)

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from veneer.serve.jobs.values import Fault, JobEvent
 
-How = Literal["succeeded", "stopped", "failed"]
+How = Literal["succeeded", "stopped", "failed", "apart"]
 MOST_BYTES = 2**20  # that are read at once
 
 
 @dataclass(frozen=True)
 class End:
-    """How a worker's work ended; without one, it was killed."""
+    """How a worker's work ended; without one, it was killed. "apart": before it began, since it
+    cannot train beside the jobs that do."""
 
     how: How
     fault: Fault | None = None

@@ -11,7 +11,7 @@ from veneer.adapter.config import LoRA
 from veneer.errors import ConfigError
 from veneer.quant.settings import LoadBits
 from veneer.run_directory import RunDirectory
-from veneer.training.config import TrainConfig
+from veneer.training.config import TOKENS_PER_PASS, TrainConfig
 from veneer.training.recipe import DataConfig, DType, Recipe
 
 AUTO = "auto"
@@ -103,6 +103,18 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
         out=Path(settings["out"]),
         start_from=Path(settings["start_from"]) if settings["start_from"] else None,
     )
+
+
+def sharing_of(settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return what must be equal for jobs to train in passes that they share, None for a job that
+    trains by itself: it cannot share any, or its steps are so large that none has a place beside
+    them and all would only wait for each other."""
+    training = settings["training"]
+    is_large = (training.get("tokens_per_step") or 0) > TOKENS_PER_PASS // 2
+    if settings["rows"].get("new_words") or training.get("replay_passes") or is_large:
+        return None
+    base = (settings[name] for name in ("model", "dtype", "bits", "pack_head", "device"))
+    return (*base, training.get("recompute"))
 
 
 def settled(settings: Mapping[str, Any], *, resume: bool) -> Recipe:

@@ -155,6 +155,14 @@ class WorkerFiles:
         """A JSON line for each event, written as they happen."""
         return self.directory / "events.jsonl"
 
+    def stop(self, attempt: int) -> Path:
+        """Written where one of a worker's jobs is to stop, and the others go on."""
+        return self.directory / f"stop-{attempt}"
+
+    def joined(self, attempt: int) -> Path:
+        """The runs that join the worker that this one began, each with its attempt on a line."""
+        return self.directory / f"joined-{attempt}"
+
     @property
     def output(self) -> Path:
         """What the process and its libraries print."""

@@ -1,9 +1,11 @@
-"""The process that trains one job: `tune`, with a log for the server.
+"""The process that trains jobs: `tune`, with a log for the server; or several in passes that they
+share, of which the first begins it and others join.
 
     python -m veneer.serve.jobs.worker RUN ATTEMPT SERVER
 
 It stops after a step, with a checkpoint, on SIGTERM and when the server is gone: nothing of ours
-outlives the server, and the next one goes on from there, to the bit.
+outlives the server, and the next one goes on from there, to the bit where a job trains by itself. A
+file beside a job's log stops that job alone.
 """
 
 from __future__ import annotations
@@ -13,22 +15,22 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from veneer.errors import ConfigError, DataError, VeneerError
 from veneer.files import read_json
 from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.serve.jobs.lock import take
-from veneer.serve.jobs.log import End, WorkerLog, read_on
+from veneer.serve.jobs.log import End, How, WorkerLog, read_on
 from veneer.serve.jobs.messages import event_of
-from veneer.serve.jobs.settings import settled
+from veneer.serve.jobs.settings import settled, sharing_of
 from veneer.serve.jobs.uploads import without_directory
-from veneer.serve.jobs.values import Fault, WorkerFiles
-from veneer.training.events import Started, Stopped, Verdict
+from veneer.serve.jobs.values import Fault, JobEvent, WorkerFiles
+from veneer.training.events import Ended, Event, Failed, Started, Stopped, Verdict
+from veneer.training.recipe import Recipe
 
 NICENESS = 10  # behind the server, wherever both want a processor
 PR_SET_PDEATHSIG = 1
@@ -51,48 +53,210 @@ class Asked:
             raise SystemExit(0)
 
 
+class Work:
+    """One job in this process: its settings, its log, and how it ended, once it has."""
+
+    def __init__(self, run: Path, attempt: int, asked: Asked) -> None:
+        self.run, self.attempt, self.asked = run, attempt, asked
+        self.files = WorkerFiles(run)
+        self.log = WorkerLog(self.files.log, attempt)
+        self.settings: dict[str, Any] = read_json(self.files.settings)
+        self.has_ended = self.has_started = False
+        self._steps: int | None = None
+        self._verdict: Verdict | None = None
+
+    def recipe(self) -> Recipe:
+        """Return what is to be trained. Raises what `settled` raises."""
+        return settled(self.settings, resume=self.resumes)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return bool(checkpoint_steps(RunDirectory(self.run).checkpoints))
+
+    def is_to_stop(self) -> bool:
+        return self.asked() or self.files.stop(self.attempt).exists()
+
+    def take(self, event: Event) -> None:
+        """Write an event into the log, and the end where the job ends by it."""
+        match event:
+            case Started():
+                self._steps, self.has_started = event.steps, True
+                self.asked.training = True
+            case Verdict():
+                self._verdict = event
+            case Failed(error):
+                self.fail(error)
+            case Ended():
+                self.end("succeeded")
+        if (entry := event_of(event, self._steps)) is not None:
+            self.log.add(entry)
+        if isinstance(event, Stopped) and event.reason == "interrupted":
+            self.end("stopped")
+
+    def end(self, how: How, fault: Fault | None = None) -> None:
+        """Write how the job ended, if it has not ended before."""
+        if self.has_ended:
+            return
+        if how == "succeeded" and self._verdict is not None and self._verdict.kind == "diverged":
+            how, fault = "failed", Fault("diverged", self._verdict.text)
+        self.has_ended = True
+        self.files.stop(self.attempt).unlink(missing_ok=True)
+        self.log.end(how, fault)
+
+    def fail(self, error: Exception) -> None:
+        """Write by which error the job ended."""
+        if not isinstance(error, VeneerError | OSError):
+            traceback.print_exception(error)
+        fault = fault_of(error)
+        rows = self.settings["rows"]
+        sources = [
+            Path(self.settings["data"]),
+            Path(rows.get("eval_data") or self.settings["data"]),
+        ]
+        message = without_directory(fault.message, *sources)
+        self.end("failed", Fault(fault.code, message, fault.param))
+
+    def has_succeeded(self) -> bool:
+        """Return whether the job succeeded under the server before this one, while that was
+        away."""
+        lines, at = read_on(self.files.log, 0)
+        while lines:
+            if any(isinstance(x.content, End) and x.content.how == "succeeded" for x in lines):
+                return True
+            lines, at = read_on(self.files.log, at)
+        return False
+
+
 def work(run: Path, attempt: int, asked: Asked) -> None:
-    """Train the job in `run`, or go on with it, and write what becomes of it into its log."""
-    files = WorkerFiles(run)
-    log = WorkerLog(files.log, attempt)
-    settings = read_json(files.settings)
-    sources = [Path(settings["data"]), Path(settings["rows"].get("eval_data") or settings["data"])]
-    with alone(files.lock):
-        if _has_succeeded(files.log):  # under the server before this one, while that was away
-            log.end("succeeded")
+    """Train the job in `run`, or go on with it, and those that join it, and write what becomes of
+    each into its log."""
+    first = Work(run, attempt, asked)
+    with Together(first) as together:
+        if first.has_succeeded():
+            first.end("succeeded")
             return
         try:
-            log.end(*_train(run, settings, log, asked))
+            if sharing_of(first.settings) is None:
+                _train_alone(first)
+            else:
+                together.train()
         except SystemExit:
-            log.end("stopped")
+            together.end_all("stopped")
         except Exception as error:
-            if not isinstance(error, VeneerError | OSError):
-                traceback.print_exception(error)
-            fault = fault_of(error)
-            message = without_directory(fault.message, *sources)
-            log.end("failed", Fault(fault.code, message, fault.param))
+            together.fail_all(error)
 
 
-def _train(run: Path, settings: dict[str, Any], log: WorkerLog, asked: Asked) -> tuple[Any, ...]:
-    """Train, and return how it ended, with the fault if there is one."""
-    # Here, for they import torch: a signal that comes meanwhile ends the process at once.
+def _train_alone(job: Work) -> None:
+    # Here, for it imports torch: a signal that comes meanwhile ends the process at once.
     from veneer.training.tune import tune
 
-    resume = bool(checkpoint_steps(RunDirectory(run).checkpoints))
-    recipe = settled(settings, resume=resume)
-    steps, verdict = None, None
-    for event in tune(recipe, resume=resume, should_stop=asked):
-        if isinstance(event, Started):
-            steps, asked.training = event.steps, True
-        if isinstance(event, Verdict):
-            verdict = event
-        if (entry := event_of(event, steps)) is not None:
-            log.add(entry)
-        if isinstance(event, Stopped) and event.reason == "interrupted":
-            return ("stopped",)
-    if verdict is not None and verdict.kind == "diverged":
-        return "failed", Fault("diverged", verdict.text)
-    return ("succeeded",)
+    for event in tune(job.recipe(), resume=job.resumes, should_stop=job.is_to_stop):
+        job.take(event)
+        if job.has_ended:
+            return
+    job.take(Ended())
+
+
+class Together:
+    """Jobs that train in passes that they share, and those that join them."""
+
+    def __init__(self, first: Work) -> None:
+        self.asked, self.jobs = first.asked, {first.run.name: first}
+        self._joined = first.files.joined(first.attempt)
+        self._read = 0  # lines of that file
+        self._waiting: list[Work] = []  # for the locks of their runs
+        self._locks: dict[str, IO[str]] = {}  # held, by the names of runs that have not ended
+
+    def __enter__(self) -> Together:
+        for job in self.jobs.values():
+            # The worker of a server that was killed is still about to stop.
+            assert self._holds(job, wait=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for lock in self._locks.values():
+            lock.close()
+
+    def train(self) -> None:
+        """Train them all. Raises what the first one's recipe raises before it trains."""
+        from veneer.training.many.tune import tune_many
+
+        (first,) = self.jobs.values()
+        events = tune_many(
+            {first.run.name: first.recipe()},
+            resume=True,
+            joining=self._joining,
+            should_stop=lambda name: self.jobs[name].is_to_stop(),
+        )
+        for name, event in events:
+            for job in [self.jobs[name]] if name else list(self.jobs.values()):
+                if isinstance(event, Failed) and not job.has_started and job is not first:
+                    # By itself it may have the memory, or fail by its own fault.
+                    job.end("apart")
+                elif not job.has_ended:
+                    job.take(event)
+                self._let_go(job)
+
+    def end_all(self, how: How) -> None:
+        """End what has not ended."""
+        for job in (*self.jobs.values(), *self._waiting):
+            job.end(how)
+
+    def fail_all(self, error: Exception) -> None:
+        """End what has not ended by an error of all."""
+        for job in self.jobs.values():
+            job.fail(error)
+        for job in self._waiting:
+            job.end("apart")
+
+    def _joining(self) -> Mapping[str, Recipe]:
+        """Return the recipes of jobs that join now."""
+        self._waiting += self._new()
+        recipes: dict[str, Recipe] = {}
+        for job in list(self._waiting):
+            if not self._holds(job, wait=False):
+                continue
+            self._waiting.remove(job)
+            self.jobs[job.run.name] = job
+            others = len([each for each in self.jobs.values() if not each.has_ended]) - 1
+            try:
+                if job.has_succeeded():
+                    job.end("succeeded")
+                elif job.is_to_stop():
+                    job.end("stopped")
+                else:
+                    recipes[job.run.name] = job.recipe()
+                    text = f"It trains beside {others} other job{'s' * (others > 1)}."
+                    job.log.add(JobEvent(text))
+            except (VeneerError, OSError) as error:
+                job.fail(error)
+            self._let_go(job)
+        return recipes
+
+    def _holds(self, job: Work, *, wait: bool) -> bool:
+        """Return whether this process has the lock of a job's run from now on."""
+        file = job.files.lock.open("a")
+        if not take(file, wait=wait):
+            file.close()
+            return False
+        self._locks[job.run.name] = file
+        return True
+
+    def _let_go(self, job: Work) -> None:
+        """Let others have the run of a job that has ended, this process again among them."""
+        if job.has_ended and job.run.name in self._locks:
+            self._locks.pop(job.run.name).close()
+
+    def _new(self) -> list[Work]:
+        """Return the jobs that the server has let join since the last look."""
+        try:
+            lines = self._joined.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        new, self._read = lines[self._read :], len(lines)
+        runs = (line.rsplit("\t", 1) for line in new)
+        return [Work(Path(run), int(attempt), self.asked) for run, attempt in runs]
 
 
 def fault_of(error: Exception) -> Fault:
@@ -109,24 +273,6 @@ def fault_of(error: Exception) -> Fault:
     return Fault(
         "server_error", f"The worker failed ({type(error).__name__}); its output says why."
     )
-
-
-@contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Hold a lock, once whoever holds it has let it go: the worker of a server that was killed is
-    still about to stop."""
-    with lock.open("a") as file:
-        take(file, wait=True)
-        yield
-
-
-def _has_succeeded(log: Path) -> bool:
-    lines, at = read_on(log, 0)
-    while lines:
-        if any(isinstance(x.content, End) and x.content.how == "succeeded" for x in lines):
-            return True
-        lines, at = read_on(log, at)
-    return False
 
 
 def wake_without(server: int) -> None:

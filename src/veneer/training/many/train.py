@@ -16,7 +16,7 @@ from veneer.kernels.heap import kept_heap
 from veneer.processes.world import World
 from veneer.training.begin import let_train
 from veneer.training.config import TOKENS_PER_PASS
-from veneer.training.events import Event, Failed, Notice
+from veneer.training.events import Ended, Event, Failed, Notice
 from veneer.training.many.running import Job, RunningJob
 from veneer.training.many.schedule import check_limit, choose
 from veneer.training.threads import worthwhile_threads
@@ -31,7 +31,7 @@ def train_many(
     should_stop: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[tuple[str, Event]]:
     """Train several attached adapters at a time, each as `train` would by itself, and yield each
-    event with the name of its job.
+    event with the name of its job; the last of one that does not fail is Ended.
 
     jobs: by the names of the adapters that they train. A pass over the base takes the next batches
     of several jobs, of `tokens_per_pass` tokens in all unless one of them alone has more. Each job
@@ -107,6 +107,8 @@ def _until_a_step(job: RunningJob) -> Iterator[tuple[str, Event]]:
     try:
         for event in job.go_on():
             yield job.name, event
+        if job.ended:
+            yield job.name, Ended()
     except (VeneerError, OSError) as error:
         job.end()
         yield job.name, Failed(error)

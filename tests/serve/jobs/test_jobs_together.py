@@ -1,0 +1,148 @@
+"""Several jobs of a server in one process: who joins, who leaves, and what becomes of each."""
+
+import time
+
+import pytest
+
+from support.jobs import client_of, training, until, upload
+from veneer.serve.jobs.settings import TrainingBase, settings_of, sharing_of
+from veneer.serve.jobs.supervisor import Bounds
+
+
+@pytest.fixture
+def server(tmp_path):
+    with training(tmp_path / "runs", bounds=Bounds(together=3)) as server:
+        server.wait = server.jobs.places.root / "wait"
+        server.wait.write_text("1")
+        yield server
+
+
+@pytest.fixture
+def create(server):
+    client = client_of(server)
+    file = upload(client).id
+    return lambda **own: client.fine_tuning.jobs.create(
+        model="tiny", training_file=file, extra_body=own
+    )
+
+
+def texts(client, job):
+    return [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+
+
+def until_it_stops(server, job):
+    end = time.monotonic() + 60
+    while not (stopped := server.jobs.store.events(job.id, limit=1, kind="stopped")):
+        assert time.monotonic() < end, [
+            e.message for e in server.jobs.store.events(job.id, limit=99)
+        ]
+        time.sleep(0.01)
+    return stopped
+
+
+def processes(server, *jobs):
+    """Return which of the jobs' runs began a worker."""
+    runs = [server.jobs.places.run(server.jobs.job(job.id)) for job in jobs]
+    return [job for job, run in zip(jobs, runs, strict=True) if (run / ".job/output.txt").exists()]
+
+
+def test_jobs_join_leave_and_end_by_themselves(server, create):
+    client = client_of(server)
+    jobs = client.fine_tuning.jobs
+    first, second, _, fourth = all_four = [create() for _ in range(4)]
+    for job in all_four[:3]:
+        until(client, job.id, "running")
+    assert jobs.retrieve(fourth.id).status == "queued"
+    # The place of one that is paused goes to the next.
+    jobs.pause(second.id)
+    until_it_stops(server, second)
+    until(client, fourth.id, "running")
+    # The one that began the process leaves it too, and the others go on.
+    jobs.cancel(first.id)
+    until_it_stops(server, first)
+    jobs.resume(second.id)
+    until(client, second.id, "running")
+    server.wait.unlink()
+    for job in all_four[1:]:
+        done = until(client, job.id, "succeeded", "failed")
+        assert (done.status, done.step) == ("succeeded", 3)
+        assert done.fine_tuned_model in [model.id for model in client.models.list()]
+        assert len([text for text in texts(client, job) if text.startswith("Step ")]) == 3
+    assert jobs.retrieve(first.id).status == "cancelled"
+    assert processes(server, *all_four) == [first]
+
+
+def test_who_cannot_train_beside_others_trains_after_them(server, create):
+    client = client_of(server)
+    first, failing = create(), create(rank=13)
+    assert until(client, failing.id, "failed").error.code == "invalid_training_file"
+    apart = create(rank=12)
+    until(client, apart.id, "running")
+    until(client, apart.id, "queued")
+    assert client.fine_tuning.jobs.retrieve(first.id).status == "running"
+    server.wait.unlink()
+    for job in (first, apart):
+        assert until(client, job.id, "succeeded", "failed").status == "succeeded"
+    assert processes(server, first, apart, failing) == [first, apart]
+
+
+def test_who_waits_is_passed_by_nobody(server, create):
+    client = client_of(server)
+    first, large, small = create(), create(tokens_per_step=4000), create()
+    until(client, first.id, "running")
+    server.jobs.pause(large.id)  # then it waits for nothing
+    until(client, small.id, "running")
+    server.jobs.resume(large.id)
+    server.wait.unlink()
+    until(client, small.id, "succeeded")
+    server.wait.write_text("1")
+    until(client, large.id, "running")
+    behind = [create(new_words="auto"), create()]
+    server.wait.unlink()
+    for job in (large, *behind):
+        until(client, job.id, "succeeded")
+    all_of_them = (first, large, small, *behind)
+    assert processes(server, *all_of_them) == [first, large, *behind]
+
+
+def test_jobs_whose_worker_dies_train_by_themselves(server, create):
+    client = client_of(server)
+    first = create()
+    until(client, first.id, "running")
+    deadly = create(rank=14)
+    server.wait.unlink()
+    assert until(client, first.id, "succeeded", "failed").status == "succeeded"
+    assert "signal 9" in until(client, deadly.id, "failed").error.message
+    assert processes(server, first, deadly) == [first, deadly]
+
+
+def test_a_server_that_ends_leaves_all_of_them_to_the_next(tmp_path):
+    runs, bounds = tmp_path / "runs", Bounds(together=2)
+    with training(runs, bounds=bounds) as server:
+        (runs / "wait").write_text("1")
+        client = client_of(server)
+        file = upload(client).id
+        jobs = [client.fine_tuning.jobs.create(model="tiny", training_file=file) for _ in range(2)]
+        for job in jobs:
+            while not client.fine_tuning.jobs.retrieve(job.id).step:
+                time.sleep(0.01)
+    (runs / "wait").unlink()
+    with training(runs, bounds=bounds) as server:
+        client = client_of(server)
+        for job in jobs:
+            assert until(client, job.id, "succeeded", "failed").step == 3
+            assert "The fine-tuning job goes on." in texts(client, job)
+
+
+def test_only_small_steps_over_one_base_share_passes(tmp_path):
+    def key(base="tiny", **own):
+        paths = {"data": tmp_path, "valid": None, "out": tmp_path, "start_from": None}
+        settings = settings_of(TrainingBase(base), **paths, seed=0, hyperparameters={}, own=own)
+        return sharing_of(settings)
+
+    assert key() == key(rank=3, targets="attention", lr=0.1, epochs=2.0) is not None
+    assert key() != key("other")
+    assert key() != key(recompute="full")
+    for own in ({"new_words": "auto"}, {"tokens_per_step": 2049}, {"replay_passes": True}):
+        assert key(**own) is None, own
+    assert key(tokens_per_step=2048) == key()
