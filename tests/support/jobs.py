@@ -20,7 +20,7 @@ from support.server import ADMIN, call, running, scripted
 from veneer.serve.config import Keys, Limits
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.jobs.settings import TrainingBase
-from veneer.serve.jobs.supervisor import Bounds
+from veneer.serve.jobs.watching import Bounds
 
 MERGER = (sys.executable, str(Path(__file__).with_name("pretend_merger.py")))
 PRETENDED = (sys.executable, str(Path(__file__).with_name("pretend_worker.py")))

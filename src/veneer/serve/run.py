@@ -33,7 +33,7 @@ from veneer.serve.engine.request import EngineConfig
 from veneer.serve.engine.served import EngineLike, Served
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.jobs.settings import TrainingBase
-from veneer.serve.jobs.supervisor import Bounds
+from veneer.serve.jobs.watching import Bounds
 from veneer.training.recipe import DType
 
 # uvicorn's own, which goes to stderr, for our messages too.

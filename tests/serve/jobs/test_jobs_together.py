@@ -6,7 +6,7 @@ import pytest
 
 from support.jobs import client_of, training, until, upload
 from veneer.serve.jobs.settings import TrainingBase, settings_of, sharing_of
-from veneer.serve.jobs.supervisor import Bounds
+from veneer.serve.jobs.watching import Bounds
 
 
 @pytest.fixture

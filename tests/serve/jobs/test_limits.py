@@ -20,7 +20,7 @@ from veneer.serve.jobs.log import WorkerLog, read_on
 from veneer.serve.jobs.pace import CAN_STOP, Pace
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.jobs.settings import TrainingBase
-from veneer.serve.jobs.supervisor import Bounds
+from veneer.serve.jobs.watching import Bounds
 from veneer.serve.jobs.values import JobEvent
 
 

@@ -19,7 +19,7 @@ from veneer.serve.jobs.merges import MERGER, Merge, Merges, last_change
 from veneer.serve.jobs.publisher import Publisher
 from veneer.serve.jobs.settings import TrainingBase, settings_of
 from veneer.serve.jobs.store import Store
-from veneer.serve.jobs.supervisor import WORKER, Bounds, Supervisor
+from veneer.serve.jobs.supervisor import WORKER, Supervisor
 from veneer.serve.jobs.values import (
     MOST_OF_NAME,
     UNENDED,
@@ -30,6 +30,7 @@ from veneer.serve.jobs.values import (
     StoredFile,
     new_id,
 )
+from veneer.serve.jobs.watching import Bounds
 
 _STRANGE = re.compile(r"[^A-Za-z0-9]+")
 
