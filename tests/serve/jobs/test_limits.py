@@ -20,8 +20,8 @@ from veneer.serve.jobs.log import WorkerLog, read_on
 from veneer.serve.jobs.pace import CAN_STOP, Pace
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.jobs.settings import TrainingBase
-from veneer.serve.jobs.watching import Bounds
 from veneer.serve.jobs.values import JobEvent
+from veneer.serve.jobs.watching import Bounds
 
 
 def test_training_is_off_unless_it_is_enabled():
