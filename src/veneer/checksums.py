@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from veneer.errors import AdapterError, listed
 
@@ -22,9 +24,12 @@ def sum_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sums_of(directory: Path) -> str:
-    """Return the checksums of all files below a directory, as its list has them."""
-    return "".join(f"{sum_of(directory / name)}  {name}\n" for name in _names(directory))
+def sums_of(directory: Path, *, coming: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the checksums of all files below a directory, as its list has them. coming: texts of
+    files that are not there yet"""
+    sums = {name: sum_of(directory / name) for name in _names(directory)}
+    sums |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in coming.items()}
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
 
 
 def read_sums(directory: Path) -> dict[str, str]:

@@ -32,6 +32,7 @@ SIGNS_OF_FAILURE = (
     "os error 5)",
     "PytorchStreamWriter failed",
     "unexpected pos",
+    "iostream error",
 )
 
 
@@ -41,12 +42,12 @@ def new_file(path: Path) -> Iterator[Path]:
 
     Raises StorageError where the disk is full or fails.
     """
-    with _storage(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
     temporary = Path(name)
     try:
-        with _storage(path):
+        with disk_errors(path):
             _claim(handle)
             yield temporary
             _settle(temporary)
@@ -68,12 +69,12 @@ def new_directory(path: Path, *, marker: str) -> Iterator[Path]:
     """
     remove_leftovers(path.parent, path.name)
     check_replaceable(path, marker=marker)
-    with _storage(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
         handle = os.open(temporary, os.O_RDONLY)
     try:
-        with _storage(path):
+        with disk_errors(path):
             _claim(handle)
             yield temporary
             (temporary / SUMS).write_text(sums_of(temporary), encoding="utf-8")
@@ -211,8 +212,9 @@ def storage_error(error: BaseException, path: Path | None = None) -> StorageErro
 
 
 @contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    """In this context errors of the disk, whatever library raises them, are StorageErrors."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """In this context errors of the disk at writing `path` are StorageErrors, whatever library
+    raises them."""
     try:
         yield
     except Exception as error:
@@ -249,7 +251,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file for people to read, in one piece."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """Return JSON as `write_json` writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterError
-from veneer.files import read_json, write_json, write_text
+from veneer.files import disk_errors, read_json, write_json, write_text
 
 DEFAULT_OUT = Path("dist/finetuning_results")
 METRICS = "metrics.jsonl"
@@ -131,7 +131,7 @@ class RunDirectory:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add a line to the metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with disk_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def cut_metrics(self, step: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from veneer.errors import ConfigError
+from veneer.files import disk_errors
 
 LOCK = ".lock"
 
@@ -31,8 +32,13 @@ class RunLock:
         """Make the directory, if need be, and take its lock. Return what to say of a run that was
         killed there, or nothing.
 
-        Raises ConfigError, which names the owner, where another process has it.
+        Raises ConfigError, which names the owner, where another process has it, and StorageError
+        where the disk is full or fails.
         """
+        with disk_errors(self.path):
+            return self._take()
+
+    def _take(self) -> str:
         above = self.path.parent.absolute()
         while not above.exists():
             self._made.append(above)
@@ -54,8 +60,14 @@ class RunLock:
         file.truncate(0)
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         me = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        file.write(json.dumps(me) + "\n")
-        file.flush()
+        try:
+            file.write(json.dumps(me) + "\n")
+            file.flush()
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.close()  # which tries to write once more
+            raise
         self._file = file
         return f"An earlier run there ended without a word ({_named(killed)})." if killed else ""
 

@@ -26,7 +26,7 @@ def test_a_run_that_learnt_says_so_and_again_when_it_is_resumed(
     # A run whose results cannot be written has failed, whatever it learnt.
     with monkeypatch.context() as patch:
         patch.setattr(merged, "write_model", no_space)
-        assert tune(*flags, "--resume") == 2
+        assert tune(*flags, "--resume") == 75
     failed = {"ended": "failed", "why": "After the training: [Errno 28] No space left on device"}
     assert RunDirectory(out).read_progress() == progress | failed
     assert locate(out).path == out / "lora_adapter"  # which was written before that

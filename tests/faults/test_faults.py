@@ -20,7 +20,6 @@ def try_all(case: Case, faults: list[Fault], record) -> None:
     assert not violations, f"{len(violations)} of {len(faults)} faults, such as\n{shown}"
 
 
-@pytest.mark.slow
 def test_a_command_under_a_few_faults(inputs, tmp_path, record_property):
     case = Case(commands(inputs)["convert, replacing"], tmp_path)
     faults = list(case.faults())

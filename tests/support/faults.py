@@ -64,6 +64,8 @@ class Command:
     arguments: for a disk, with `again` instead of them where the second try has others
     results: what it leaves, below the disk, each of which is whole or as it was
     before: makes the disk what it is before the command
+    marker: the file without which a directory of results is taken for none: such a directory is
+        written piece by piece, and a second try goes on with it
     plain: takes out of a file what no two runs have in common, such as the seconds of a step
     """
 
@@ -72,6 +74,7 @@ class Command:
     results: tuple[str, ...]
     before: Callable[[Path], None] = lambda disk: None
     again: Callable[[Path], list[str]] | None = None
+    marker: str | None = None
     plain: Callable[[str, bytes], bytes] = lambda name, content: content
 
 
@@ -221,6 +224,8 @@ class Case:
             files = (
                 tree(path) if path.is_dir() else {"": path.read_bytes()} if path.exists() else {}
             )
+            if self.command.marker is not None and self.command.marker not in files:
+                files = {}
             units[name] = {n: self.command.plain(n or name, c) for n, c in files.items()} or None
         return units
 

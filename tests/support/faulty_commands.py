@@ -66,7 +66,7 @@ def commands(home: Path) -> dict[str, Command]:
             ("out",),
             before=partial(_copied, home / "a", "out"),
         ),
-        Command("quantize", to("out", "quantize", llama, "OUT"), ("out",)),
+        Command("quantize", to("out", "quantize", llama, "OUT"), ("out",), marker="config.json"),
         Command("combine", to("out", "combine", a, b, "OUT"), ("out",)),
         Command("extract", to("out", "extract", llama, tuned, "OUT", "--rank", "2"), ("out",)),
         Command("pretrain", to("out", "pretrain", "OUT", "--steps", "1"), ("out",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.checksums import SUMS, sums_of
 from veneer.errors import VeneerError
-from veneer.files import write_json, write_tensors, write_text
+from veneer.files import disk_errors, json_text, write_json, write_tensors, write_text
 from veneer.models.fingerprint import Marks
 from veneer.models.quantize import (
     quantizable,
@@ -123,10 +124,14 @@ def write_quantized(
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     report = {"base": name, "bits": bits, "fingerprint": marks.fingerprint()}
     write_json(out / REPORT, report | {"layers": [asdict(layer) for layer in done]})
-    tokenizer.save_pretrained(out)
-    skeleton.generation_config.save_pretrained(out)
-    _write_config(skeleton, layers, out, bits)
-    write_text(out / SUMS, sums_of(out))
+    with disk_errors(out):
+        tokenizer.save_pretrained(out)
+        skeleton.generation_config.save_pretrained(out)
+    config = json_text(_config(skeleton, layers, bits))
+    with disk_errors(out):
+        sums = sums_of(out, coming={CONFIG: config})
+    write_text(out / SUMS, sums)
+    write_text(out / CONFIG, config)  # the last, for with it the model is there
 
 
 def _write_shard(file: Path, source: Source, order: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,9 +248,7 @@ def _groups(source: Source, quantized: set[str], bits: Bits, most: int) -> list[
     return groups
 
 
-def _write_config(
-    skeleton: PreTrainedModel, quantized: Mapping[str, Any], out: Path, bits: Bits
-) -> None:
+def _config(skeleton: PreTrainedModel, quantized: Mapping[str, Any], bits: Bits) -> dict[str, Any]:
     head = skeleton.get_output_embeddings()
     whole = [path for path, m in skeleton.named_modules() if m is head and path not in quantized]
     how: dict[str, Any] = {"load_in_8bit": True}
@@ -258,12 +261,11 @@ def _write_config(
         }
     config = skeleton.config.to_dict()
     config.pop("_name_or_path", None)  # a path of this machine
-    config |= {
+    return config | {
         "architectures": [type(skeleton).__name__],
         "dtype": "bfloat16",
         "quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=whole, **how).to_dict(),
     }
-    write_json(out / CONFIG, config)
 
 
 def _check(out: Path) -> None:
@@ -295,5 +297,8 @@ def _says_ours(shard: Path) -> bool:
 
 
 def _is_half_written(file: Path) -> bool:
-    names = ("model-", INDEX, REPORT, CONFIG)
-    return file.name.startswith(tuple(f".{name}" for name in names))
+    names = ("model-", INDEX, REPORT, SUMS, CONFIG)
+    # safetensors writes beside a shard, to a name of its own.
+    return file.name.startswith(tuple(f".{name}" for name in names)) or bool(
+        re.fullmatch(r"\.tmp\w{6}", file.name)
+    )

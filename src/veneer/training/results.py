@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 from veneer.adapter.certify import certify
@@ -77,29 +78,22 @@ def to_the_end(
     assert verdict is not None
     about = about_training(identity, step=weights_of, steps=steps)
     with world.leading():
-        yield from _save(recipe, run, base, plan, about, resume=resume)
+        yield from _save(recipe, base, plan, about)
         if merges and world.size == 1 and should_stop():
             yield Stopped(steps, "interrupted")
             return
-        if merges:
-            yield from _merge(recipe, base, plan, verdict)
+        written = {recipe.adapter} if recipe.method.method != "full" else set()
+        if merges and (yield from _merge(recipe, base, plan, verdict, resume=resume)):
+            written.add(recipe.merged)
+        if not resume:
+            _clear_results(run, keep=written)
 
 
-def _save(
-    recipe: Recipe,
-    run: RunDirectory,
-    base: Base,
-    plan: Plan | None,
-    about: dict[str, Any],
-    *,
-    resume: bool,
-) -> Iterator[Event]:
+def _save(recipe: Recipe, base: Base, plan: Plan | None, about: dict[str, Any]) -> Iterator[Event]:
     """Write the adapter, and say what is written. about: the training, for its file."""
     if plan is not None and (peaks := planned_and_measured(plan, base.model.device)):
         yield Measured(*peaks)
 
-    if not resume:
-        _clear_results(run)
     if recipe.method.method != "full":  # whose adapter would be the merged model again
         adapters.save(base.model, recipe.adapter, tokenizer=base.tokenizer, training=about)
         yield Written("adapter", recipe.adapter, size_of(recipe.adapter))
@@ -112,28 +106,32 @@ def clear_state(run: RunDirectory) -> None:
     checkpoint.remove_all(run.checkpoints)
 
 
-def _clear_results(run: RunDirectory) -> None:
-    """Remove what an earlier run left as its results, of whatever method, and nothing else."""
+def _clear_results(run: RunDirectory, *, keep: Collection[Path]) -> None:
+    """Remove what an earlier run left as its results, of whatever method, and nothing else. keep:
+    what this run has written"""
     for method in get_args(MethodName):
         for place, markers in (
             (run.adapter(method), (native.config_name(method),)),
             (run.merged(method), merged.MARKERS),
         ):
-            if any((place / marker).is_file() for marker in markers):
+            if place not in keep and any((place / marker).is_file() for marker in markers):
                 shutil.rmtree(place)
 
 
-def _merge(recipe: Recipe, base: Base, plan: Plan | None, verdict: Verdict) -> Iterator[Event]:
+def _merge(
+    recipe: Recipe, base: Base, plan: Plan | None, verdict: Verdict, *, resume: bool
+) -> Generator[Event, None, bool]:
     """Write the merged model, with a certificate, where there can be one, and where the run did not
-    diverge, unless that model is all that stays of it."""
+    diverge, unless that model is all that stays of it. Return whether it is written."""
     command, device = recipe.merge_command, base.model.device
     why = why_not_mergeable(base.model, command) or why_no_merge(plan, free_on(device), command)
     if verdict.kind == "diverged" and recipe.method.method != "full":
         why = why or f"the run diverged. To make one all the same: {command}"
     if why:
-        stale = f"That in {recipe.merged} is of fewer steps. " if recipe.merged.exists() else ""
+        is_stale = resume and recipe.merged.exists()
+        stale = f"That in {recipe.merged} is of fewer steps. " if is_stale else ""
         yield Notice(f"{stale}No merged model is written: {why}")
-        return
+        return False
     yield Doing("merging")
     plain = merge(base.model)
     if recipe.method.method == "lora":  # all other weights are taken as they are
@@ -148,3 +146,4 @@ def _merge(recipe: Recipe, base: Base, plan: Plan | None, verdict: Verdict) -> I
     yield Doing("writing the merged model")
     merged.write_model(plain, base.tokenizer, recipe.merged)
     yield Written("merged model", recipe.merged, size_of(recipe.merged))
+    return True
