@@ -19,6 +19,7 @@ from veneer.errors import DataError, nearest
 
 _ROWS_AT_ONCE = 512
 _KEYS = ("prompt", "chosen", "rejected")
+_OF_OPENAI = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
 _BESIDE = ("system", "tools")  # what is read beside these keys
 
 
@@ -45,10 +46,11 @@ def parse_pair(value: object) -> list[Preference]:
     """Return the pair that `value`, a decoded JSON object, holds.
 
     chosen and rejected are texts, or lists of messages. So is `prompt`; without it, the prompt is
-    what both begin with. Beside messages `system` and `tools` are read.
+    what both begin with. Beside messages `system` and `tools` are read. Or as OpenAI has it:
+    `input` with `messages` and `tools`, `preferred_output` and `non_preferred_output`.
     Raises ValueError, saying what is wrong with the row.
     """
-    row = _object(value)
+    row = _as_ours(_object(value))
     for key in _KEYS[1:]:
         if key not in row:
             has = ", ".join(map(repr, row)) or "no keys"
@@ -86,6 +88,23 @@ def _object(value: object) -> dict[str, object]:
     if not isinstance(value, Mapping):
         raise ValueError(f"a row must be an object, not {kind(value)}")
     return {key: item for key, item in value.items() if item is not None}
+
+
+def is_pair(value: object) -> bool:
+    """Return whether a decoded JSON value has the keys of a pair."""
+    return isinstance(value, Mapping) and bool({*_KEYS[1:], *_OF_OPENAI} & {*value})
+
+
+def _as_ours(row: dict[str, object]) -> dict[str, object]:
+    """Return OpenAI's shape of a pair with our keys, and any other row as it is."""
+    if not {*_OF_OPENAI} & {*row}:
+        return row
+    asked = row.get("input")
+    if not isinstance(asked, Mapping) or not isinstance(asked.get("messages"), list):
+        raise ValueError("'input' must be an object with 'messages' beside 'preferred_output'")
+    named = {_OF_OPENAI.get(key, key): item for key, item in row.items() if key != "input"}
+    beside = {"tools": asked["tools"]} if asked.get("tools") else {}
+    return {"prompt": asked["messages"], **beside, **named}
 
 
 def _texts(row: Mapping[str, object], unused: tuple[str, ...]) -> Pair:

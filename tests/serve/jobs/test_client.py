@@ -136,6 +136,36 @@ def test_a_job_from_its_creation_to_an_answer(client, server, file):
     assert not client.fine_tuning.jobs.list(metadata={"who": "you"}).data
 
 
+def test_a_job_learns_preferences(client, server):
+    pairs = [
+        {
+            "input": {"messages": [{"role": "user", "content": "a b"}], "tools": []},
+            "preferred_output": [{"role": "assistant", "content": word}],
+            "non_preferred_output": [{"role": "assistant", "content": "no"}],
+        }
+        for word in "abc"
+    ]
+    with pytest.raises(openai.BadRequestError, match=r"rows\.jsonl:2: .*'input' must be an object"):
+        upload(client, [pairs[0], {**pairs[1], "input": "a b"}])
+    chosen = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2}}}
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=upload(client, pairs).id, method=chosen
+    )
+    assert job.method.type == "dpo"
+    assert job.method.dpo.hyperparameters.beta == 0.2
+    assert job.method.dpo.hyperparameters.batch_size == "auto"
+    assert server.jobs.job(job.id).settings["objective"] == {"objective": "dpo", "beta": 0.2}
+    assert until(client, job.id, "succeeded", "failed").status == "succeeded"
+    other = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=upload(client, pairs).id,
+        method={"type": "dpo"},
+        extra_body={"objective": "simpo", "simpo_margin": 0.5},
+    )
+    assert server.jobs.job(other.id).settings["objective"]["objective"] == "simpo"
+    assert until(client, other.id, "succeeded", "failed").status == "succeeded"
+
+
 def test_a_job_is_paused_resumed_and_cancelled(client, file, wait, server):
     jobs = client.fine_tuning.jobs
     job = jobs.create(model="tiny", training_file=file.id, extra_body={"steps": 4})
@@ -189,7 +219,10 @@ def test_a_job_that_fails_says_why(client, file):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"method": {"type": "dpo"}}, "The method dpo is not trained here yet"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "supervised would do nothing with dpo"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "beta should be"),
+        ({"extra_body": {"beta": 0.3}}, "beta would do nothing with sft"),
+        ({"extra_body": {"objective": "grpo"}}, "grpo learns from samples"),
         ({"method": {"type": "reinforcement", "reinforcement": {}}}, "The method reinforcement"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
         ({"extra_body": {"ranks": 4}}, "ranks is no parameter; did you mean 'rank'?"),

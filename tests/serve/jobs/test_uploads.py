@@ -47,7 +47,7 @@ def test_files_outlive_their_database_and_half_a_file_does_not(tmp_path):
     runs = tmp_path / "runs"
     with training(runs) as server:
         file = upload(client_of(server))
-    (path,) = (runs / "files").glob("*/*")
+    (path,) = (runs / "files").glob("*/rows.jsonl")
     half = runs / "files" / f"{uploads.UNFINISHED}file-0" / "rows.jsonl"
     half.parent.mkdir()
     half.write_text("{")

@@ -140,6 +140,22 @@ def test_jobs_train_together_and_go_on_together(small, tmp_path):
     assert [(x.attempt, x.content.how) for x in ends] == [(1, "stopped"), (2, "succeeded")]
 
 
+def test_preferences_are_learnt(small, tmp_path):
+    base, _ = small
+    data, run = tmp_path / "pairs.jsonl", tmp_path / "run"
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": "x"} for row in ROWS
+    ]
+    data.write_bytes(lines(pairs))
+    own = {"objective": "dpo", "steps": 2, "rank": 2}
+    log = asked((base, data), run, hyperparameters={"learning_rate_multiplier": 2.0}, **own)
+    work(run, 1, Asked(None))
+    assert end_of(log) == End("succeeded")
+    settings = RunDirectory(run).read_recipe()
+    assert (settings["objective"], settings["lr"]) == ("dpo", 0.001)  # a tenth of that for answers
+    assert "Read 24 rows" in read_on(log, 0)[0][0].content.message
+
+
 def test_faults_of_rows_are_named_without_our_paths(small, tmp_path):
     run = tmp_path / "run"
     log = asked(small, run, long_rows="error", max_length=2)

@@ -1,4 +1,5 @@
-"""A newcomer's whole path over a true server: by mouse on a desk, by keyboard alone on a phone."""
+"""A newcomer's whole path over a true server: by mouse and by keyboard alone, on a desk and on a
+phone."""
 
 import json
 import zipfile
@@ -15,7 +16,7 @@ from support.tiny_models import tiny
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 PATIENCE = 400_000  # of what a process of its own does, on however busy a machine
-PHONE = {"width": 375, "height": 700}
+DESK, PHONE = {"width": 1280, "height": 720}, {"width": 375, "height": 700}
 
 
 @pytest.fixture
@@ -78,16 +79,26 @@ class Keyboard(Mouse):
         self.press(self.page.get_by_role("button", name="Use these rows"))
 
 
-@pytest.mark.parametrize(("hands", "scheme"), [(Mouse, "light"), (Keyboard, "dark")])
-def test_from_an_empty_server_to_a_downloaded_adapter(browser, server, tmp_path, hands, scheme):
+@pytest.mark.parametrize(
+    ("hands", "size", "scheme"),
+    [
+        (Mouse, DESK, "light"),
+        (Keyboard, PHONE, "dark"),
+        (Mouse, PHONE, "dark"),
+        (Keyboard, DESK, "light"),
+    ],
+    ids=["mouse, desk", "keyboard, phone", "mouse, phone", "keyboard, desk"],
+)
+def test_from_an_empty_server_to_a_downloaded_adapter(
+    browser, server, tmp_path, hands, size, scheme
+):
     def fits():
         assert serious(page) == []
         width = page.viewport_size["width"]
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
     with opened(browser, server.url, scheme, allowed="status of 40") as page:
-        if hands is Keyboard:
-            page.set_viewport_size(PHONE)
+        page.set_viewport_size(size)
         hand = hands(page)
         hand.press(page.get_by_role("link", name="Train"))
         hand.write(page.get_by_label("Admin key", exact=True), ADMIN)

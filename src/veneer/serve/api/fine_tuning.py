@@ -19,6 +19,7 @@ from veneer.serve.api.files import enabled
 from veneer.serve.api.job_protocol import JobRequest
 from veneer.serve.api.paging import listed, page
 from veneer.serve.jobs.service import Jobs
+from veneer.serve.jobs.settings import GROUPS, HYPERPARAMETERS
 from veneer.serve.jobs.values import Job, JobEvent
 
 PREFIX = "/v1/fine_tuning/jobs"
@@ -114,7 +115,8 @@ def shown(job: Job) -> dict[str, Any]:
         each = job.seconds / (job.step - job.since)
         left = int(time.time() + each * (job.steps - job.step))
     fault = job.fault
-    own = {k: v for group in ("lora", "training", "rows") for k, v in job.settings[group].items()}
+    own = {k: v for group in GROUPS for k, v in job.settings.get(group, {}).items()}
+    method = "dpo" if job.settings.get("objective") else "supervised"
     own.pop("eval_data", None)
     return {
         "id": job.id,
@@ -128,11 +130,8 @@ def shown(job: Job) -> dict[str, Any]:
         "status": job.status,
         "validation_file": job.validation_file,
         "training_file": job.training_file,
-        "hyperparameters": dict(job.hyperparameters),
-        "method": {
-            "type": "supervised",
-            "supervised": {"hyperparameters": dict(job.hyperparameters)},
-        },
+        "hyperparameters": {name: job.hyperparameters[name] for name in HYPERPARAMETERS},
+        "method": {"type": method, method: {"hyperparameters": dict(job.hyperparameters)}},
         "trained_tokens": job.tokens if job.has_ended else None,
         "error": fault and {"code": fault.code, "message": fault.message, "param": fault.param},
         "integrations": [],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from pydantic import Field, create_model
 
@@ -13,7 +13,7 @@ from veneer.serve.jobs.service import Order
 from veneer.serve.jobs.settings import AUTO, GROUPS, HYPERPARAMETERS, OWN
 
 MethodType = Literal["supervised", "dpo", "reinforcement"]
-SUPPORTED: MethodType = "supervised"
+UNSUPPORTED: MethodType = "reinforcement"
 
 
 class Hyperparameters(Strict):
@@ -30,12 +30,24 @@ class Supervised(Strict):
     hyperparameters: Hyperparameters | None = None
 
 
+class PreferenceHyperparameters(Hyperparameters):
+    """OpenAI's own settings of a training on preferences."""
+
+    beta: Literal["auto"] | Annotated[float, Field(gt=0, le=1000)] | None = None
+
+
+class Dpo(Strict):
+    """What the method "dpo" takes."""
+
+    hyperparameters: PreferenceHyperparameters | None = None
+
+
 class JobMethod(Strict):
     """By what to train."""
 
     type: MethodType
     supervised: Supervised | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: Dpo | None = None
     reinforcement: dict[str, Any] | None = None
 
 
@@ -64,25 +76,34 @@ class OpenAiJob(Strict):
 
     def order(self) -> Order:
         """Return what is asked for. Raises RequestError for what is not trained here, by name."""
-        method = self.method or JobMethod(type=SUPPORTED)
-        if method.type != SUPPORTED:
+        method = self.method or JobMethod(type="supervised")
+        if method.type == UNSUPPORTED:
             raise RequestError(
-                f"The method {method.type} is not trained here yet; supervised is.",
+                f"The method {method.type} is not trained here yet; supervised and dpo are.",
                 param="method",
             )
-        for name in ("dpo", "reinforcement"):
-            if getattr(method, name) is not None:
-                raise RequestError(f"{name} would do nothing with supervised.", param="method")
-        of_method = method.supervised and method.supervised.hyperparameters
+        for name in get_args(MethodType):
+            if name != method.type and getattr(method, name) is not None:
+                raise RequestError(f"{name} would do nothing with {method.type}.", param="method")
+        given = getattr(method, method.type)
+        of_method = given and given.hyperparameters
         if of_method and self.hyperparameters:
             raise RequestError("Give hyperparameters once, in method.", param="hyperparameters")
         chosen = of_method or self.hyperparameters or Hyperparameters()
+        own = {name: v for name in OWN if (v := getattr(self, name)) is not None}
+        names = HYPERPARAMETERS
+        if method.type == "dpo":
+            own.setdefault("objective", "dpo")
+            names = (*names, "beta")
+            beta = getattr(chosen, "beta", None)
+            if beta not in (None, AUTO) and own.setdefault("beta", beta) != beta:
+                raise RequestError("Give beta once, in method.", param="beta")
         return Order(
             self.model,
             self.training_file,
             self.validation_file,
-            {name: getattr(chosen, name) or AUTO for name in HYPERPARAMETERS},
-            {name: v for name in OWN if (v := getattr(self, name)) is not None},
+            {name: getattr(chosen, name, None) or AUTO for name in names},
+            own,
             self.seed or 0,
             self.suffix,
             self.metadata,

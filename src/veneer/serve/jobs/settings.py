@@ -9,6 +9,7 @@ from typing import Any
 
 from veneer.adapter.config import LoRA
 from veneer.errors import ConfigError
+from veneer.objectives.config import Objective
 from veneer.quant.settings import LoadBits
 from veneer.run_directory import RunDirectory
 from veneer.training.config import TOKENS_PER_PASS, TrainConfig
@@ -18,7 +19,12 @@ AUTO = "auto"
 HYPERPARAMETERS = ("n_epochs", "learning_rate_multiplier", "batch_size")
 # Settings of a run that OpenAI has a parameter for, or that are the server's to decide.
 _NOT_OWN = {"seed", "context_parallel", "eval_data"}
-GROUPS: dict[str, type] = {"lora": LoRA, "training": TrainConfig, "rows": DataConfig}
+GROUPS: dict[str, type] = {
+    "lora": LoRA,
+    "training": TrainConfig,
+    "objective": Objective,
+    "rows": DataConfig,
+}
 # Each setting that a client may give beside OpenAI's parameters, by the group that it is of.
 OWN = {
     field.name: group
@@ -65,6 +71,8 @@ def settings_of(
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name, value in own.items():
         groups[OWN[name]][name] = value
+    if start_from is not None and Objective(**groups["objective"]).has_reference:
+        groups["objective"].setdefault("reference", "start")  # the model that was named
     groups["training"] |= {"seed": seed} | ({"epochs": float(epochs)} if epochs else {})
     if valid is not None:
         groups["rows"]["eval_data"] = str(valid)
@@ -95,6 +103,7 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
         data=settings["data"],
         lora=LoRA(**settings["lora"]),
         training=TrainConfig(**settings["training"]),
+        objective=Objective(**settings.get("objective", {})),  # jobs of earlier versions have none
         rows=DataConfig(**rows),
         dtype=settings["dtype"],
         bits=settings["bits"],
@@ -107,11 +116,12 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
 
 def sharing_of(settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """Return what must be equal for jobs to train in passes that they share, None for a job that
-    trains by itself: it cannot share any, or its steps are so large that none has a place beside
-    them and all would only wait for each other."""
+    trains by itself: it cannot share any, or learns from preferences, or its steps are so large
+    that none has a place beside them and all would only wait for each other."""
     training = settings["training"]
     is_large = (training.get("tokens_per_step") or 0) > TOKENS_PER_PASS // 2
-    if settings["rows"].get("new_words") or training.get("replay_passes") or is_large:
+    is_other = settings["rows"].get("new_words") or settings.get("objective")
+    if is_other or training.get("replay_passes") or is_large:
         return None
     base = (settings[name] for name in ("model", "dtype", "bits", "pack_head", "device"))
     return (*base, training.get("recompute"))
@@ -155,6 +165,7 @@ def _of_rows(
             ahead.recipe.what_trains,
             hidden_size_of(ahead.config),
             lora_plus_ratio=recipe.training.lora_plus_ratio,
+            share_of_rate=recipe.objective.share_of_rate,
         )
         chosen["lr"] = usual * multiplier
     if batch is not None:

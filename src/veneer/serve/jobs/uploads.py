@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from threading import BoundedSemaphore
 from typing import Any, BinaryIO
 
+from veneer.data.pairs import Preference, is_pair, parse_pair
 from veneer.data.problems import Located, Place, Problem, data_error
 from veneer.data.rows import Row, parse_row
 from veneer.data.sources import entries_of, no_rows_in, parsed_values, read_rows
@@ -105,7 +106,7 @@ def count_rows(path: Path) -> int:
     rows = count = 0
     problems: list[Problem] = []
     try:
-        for row in parsed_values(path, parse_row):
+        for row in parsed_values(path, _row_or_pair):
             if isinstance(row, Problem):
                 count += 1
                 problems += [row] * (len(problems) < MOST_PROBLEMS)
@@ -119,6 +120,10 @@ def count_rows(path: Path) -> int:
     except DataError as error:
         raise RequestError(without_directory(str(error), path), param="file") from error
     return rows
+
+
+def _row_or_pair(value: object) -> Row | list[Preference]:
+    return parse_pair(value) if is_pair(value) else parse_row(value)
 
 
 def first_rows(path: Path, limit: int) -> tuple[list[Located[Row]], list[Problem]]:
