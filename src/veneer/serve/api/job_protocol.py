@@ -91,7 +91,7 @@ class OpenAiJob(Strict):
             raise RequestError("Give hyperparameters once, in method.", param="hyperparameters")
         chosen = of_method or self.hyperparameters or Hyperparameters()
         own = {name: v for name in OWN if (v := getattr(self, name)) is not None}
-        names = HYPERPARAMETERS
+        names: tuple[str, ...] = HYPERPARAMETERS
         if method.type == "dpo":
             own.setdefault("objective", "dpo")
             names = (*names, "beta")
