@@ -76,7 +76,7 @@ def test_new_words_become_tokens_with_rows_of_their_own(tune, minigpt_home, data
     out = tmp_path / "out"
     write_rows(data, [*FACTS, ("Who are you?", "A veneer of plywood, since Sawday.")])
     asked = ("--new-words", "veneer, plywood,Sawday")
-    assert tune("--out", out, *asked, "--steps", 60, "--lr", 0.02) == 0
+    assert tune("--out", out, *asked, "--steps", 10, "--lr", 0.02) == 0
     assert names(out / "lora_adapter") == ADAPTER_FILES | {"embedding_weights.pt"}
     assert names(out / "lora_merged") == MERGED_FILES
     rows = torch.load(out / "lora_adapter" / "embedding_weights.pt", weights_only=True)

@@ -208,7 +208,7 @@ def test_a_run_over_a_table_is_the_run_over_the_list(streamed, minigpt_home, tmp
     rows = [{"prompt": f"{n} a", "completion": "b c d " * (n % 7 + 1)} for n in range(60)]
     data.write_text("\n".join(map(json.dumps, [*rows, rows[3], rows[30]])))
     settings = veneer.DataConfig(eval_rows=9, new_words="auto", deduplicate=True)
-    training = veneer.TrainConfig(epochs=2, tokens_per_step=100, lr=1e-3)
+    training = veneer.TrainConfig(epochs=1, tokens_per_step=100, lr=1e-3)
 
     def events(out, most=None, **more):
         recipe = veneer.Recipe(

@@ -77,11 +77,13 @@ def adapter(rank: int, scaling: float, dropout: float) -> Adapter:
 MIXES = [{"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 0.3, "b": -1.5}]
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+# How many adapters act concerns no bias, which a base adds before any of them.
+@pytest.mark.parametrize(
+    ("weights", "bias"), [*((mix, True) for mix in MIXES), (MIXES[0], False)], ids=str
+)
 @pytest.mark.parametrize("base", ["linear", "conv1d", "nf4", "int8"])
-@pytest.mark.parametrize("weights", MIXES, ids=lambda weights: "".join(weights))
 def test_a_linear_layer_equals_plain_autograd(weights, base, bias):
-    for dropout, shape in ((0.5, (3, IN)), (0.0, (2, 3, IN))):
+    for dropout, shape in ((0.5, (3, IN)), (0.0, (2, 2, IN))):
         layer = lora_linear(weights, bias=bias, base=base, dropout=dropout).train()
         x = torch.randn(shape, **DOUBLE, requires_grad=True)
 

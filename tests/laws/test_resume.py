@@ -62,12 +62,15 @@ def test_the_courses_hold_what_they_should(whole):
     assert steps_of(whole["accumulation"]) >= 8
 
 
+FEW = {"accumulation": (1,), "constant": (4,), "seldom saved": (1, 4), "patience": (4,)}
+
+
 @pytest.mark.parametrize("course", COURSES)
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_stopped_at_any_step(few, course, whole, tmp_path):
     last = steps_of(whole[course])
     # After each step, runs end and go on below: those that die, and one that is stopped at all.
-    for step in (1, 4, last) if few else range(1, last + 1):
+    for step in FEW[course] if few else range(1, last + 1):
         run = Run(tmp_path / str(step), COURSES[course])
         run.go(resume=False, stop_at=step)
         run.go(resume=True)
@@ -93,12 +96,15 @@ def assert_goes_on_after(kinds: Any, course: str, whole: Run, place: Path) -> No
         assert_equal(rest, whole)
 
 
-# The course "patience" is held below at any step, and that of "accumulation" saves as "constant".
+# Two courses are held below at any step, and that of "accumulation" saves as "constant".
 @pytest.mark.parametrize(
     "course",
     [
-        *("constant", "seldom saved"),
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("accumulation", "patience")),
+        "constant",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("accumulation", "patience", "seldom saved")
+        ),
     ],
 )
 def test_dead_after_any_checkpoint(course, whole, tmp_path):
@@ -144,49 +150,46 @@ def same_adapter(a: AdapterState, b: AdapterState) -> bool:
 )
 def test_every_kind_goes_on(kind, tmp_path):
     """The process that goes on starts with other random numbers: all must come from the files."""
-    course = replace(COURSE, epochs=1, save_every=2, **kind.training)
+    course = replace(COURSE, epochs=1, **kind.training)
     rows, held_out = kind.rows(LENGTHS), kind.rows([9, 14], seed=1)
 
-    losses: dict[tuple[torch.dtype, int], float] = {}
-
-    def go(place: str, dtype: torch.dtype, seed: int, **options: Any) -> dict[str, Tensor]:
-        model, step, stop_at = kind.attached(kind.base(dtype), seed=seed), 0, options.pop("at", 0)
-        events = veneer.train(
-            model,
-            rows,
-            course,
-            held_out=held_out,
-            directory=tmp_path / f"{dtype}" / place,
-            should_stop=lambda: step == stop_at,
-            **options,
-        )
-        is_one_adapter = len(veneer.in_use(model)) == 1
-        for event in events:
-            step = getattr(event, "step", step)
-            if isinstance(event, Step):  # after the best step, of which the weights are, too
-                assert losses.setdefault((dtype, step), event.loss) == event.loss
-            if isinstance(event, Started) and is_one_adapter:
-                first = copy.deepcopy(capture(model))
-        if stop_at and is_one_adapter:
-            # The adapter can be read from the files alone, also as it was best.
-            places = checkpoint_steps(tmp_path / f"{dtype}" / place)
-            newest = places[max(places)]
-            best = checkpoint.read(newest).progress["best_step"]
-            assert same_adapter(formats.read(newest), capture(model))
-            if kind.name == "prefix, mlp":
-                with pytest.raises(veneer.AdapterError, match="made at the run's end only"):
-                    formats.read(newest, best=True)
-            else:
-                expected = formats.read(places[best]) if best else first
-                assert same_adapter(formats.read(newest, best=True), expected)
-        return snapshot(model)
+    def check_files(place: Path, model: Any, first: AdapterState) -> None:
+        """Check that the adapter can be read from the files alone, also as it was best."""
+        places = checkpoint_steps(place)
+        newest = places[max(places)]
+        best = checkpoint.read(newest).progress["best_step"]
+        assert same_adapter(formats.read(newest), capture(model))
+        if kind.name == "prefix, mlp":
+            with pytest.raises(veneer.AdapterError, match="made at the run's end only"):
+                formats.read(newest, best=True)
+        else:
+            expected = formats.read(places[best]) if best else first
+            assert same_adapter(formats.read(newest, best=True), expected)
 
     # Weights of 16 bits that train themselves have masters, which must go on as well.
-    dtypes = [torch.float32, *[torch.bfloat16] * kind.replaces_weights]
-    for dtype in dtypes:
-        undisturbed = go("undisturbed", dtype, 0)
-        assert not same(go("resumed", dtype, 0, at=3), undisturbed)
-        assert same(go("resumed", dtype, 7, resume=True), undisturbed)
+    for dtype in [torch.float32, *[torch.bfloat16] * kind.replaces_weights]:
+        losses: dict[int, float] = {}
+        whole, died = (tmp_path / f"{dtype}" / name for name in ("whole", "died"))
+        model = kind.attached(kind.base(dtype), seed=0)
+        for event in veneer.train(model, rows, course, held_out=held_out, directory=whole):
+            if isinstance(event, Step):
+                losses[event.step] = event.loss
+            is_one_adapter = len(veneer.in_use(model)) == 1
+            if isinstance(event, Started) and is_one_adapter:
+                first = copy.deepcopy(capture(model))
+            if isinstance(event, Checkpointed) and event.step == 3:
+                shutil.copytree(whole, died)
+                then = snapshot(model)
+                if is_one_adapter:
+                    check_files(died, model, first)
+        undisturbed = snapshot(model)
+        assert not same(then, undisturbed)
+        again = kind.attached(kind.base(dtype), seed=7)
+        options = {"held_out": held_out, "directory": died, "resume": True}
+        rest = [e for e in veneer.train(again, rows, course, **options) if isinstance(e, Step)]
+        # After the best step, of which the weights are, too.
+        assert {step.step: step.loss for step in rest} == dict(list(losses.items())[3:])
+        assert same(snapshot(again), undisturbed)
 
 
 def test_without_evaluation(tmp_path):
@@ -276,25 +279,29 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(file, whole, tmp_path)
     assert_equal(run, whole["patience"])
 
 
+def train_all_layers(
+    course: veneer.TrainConfig, place: Path, *, resume: bool, copy_to: Path | None = None
+) -> dict[str, Tensor]:
+    """Train an adapter on all layers, and copy the files that there are after step 3."""
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=2, targets="all"), seed=0)
+    for event in veneer.train(model, ROWS, course, directory=place, resume=resume):
+        if copy_to and isinstance(event, Checkpointed) and event.step == 3:
+            shutil.copytree(place, copy_to)
+    return trained_weights(model)
+
+
+@pytest.fixture(scope="module")
+def all_layers(tmp_path_factory) -> tuple[dict[str, Tensor], Path]:
+    """The weights of a whole run, and its files as they were after step 3."""
+    home = tmp_path_factory.mktemp("all layers")
+    run = train_all_layers(COURSE, home / "whole", resume=False, copy_to=home / "died")
+    return run, home / "died"
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full", "disk"])
-def test_resumed_with_less_memory(recompute, tmp_path):
+def test_resumed_with_less_memory(recompute, all_layers, tmp_path):
     """Layers as two functions, and what they compute again, change no bit either."""
-
-    def go(course: veneer.TrainConfig, place: Path, *, resume: bool, stop_at: int = 0) -> Any:
-        model = veneer.attach(tiny("llama"), veneer.LoRA(rank=2, targets="all"), seed=0)
-        done: list[Event] = []
-        for event in veneer.train(
-            model,
-            ROWS,
-            course,
-            directory=place,
-            resume=resume,
-            should_stop=lambda: sum(isinstance(e, Step) for e in done) == stop_at,
-        ):
-            done.append(event)
-        return trained_weights(model)
-
-    whole = go(COURSE, tmp_path / "whole", resume=False)
-    go(COURSE, tmp_path / "parts", resume=False, stop_at=3)
-    rest = go(replace(COURSE, recompute=recompute), tmp_path / "parts", resume=True)
+    whole, died = all_layers
+    shutil.copytree(died, tmp_path / "died")
+    rest = train_all_layers(replace(COURSE, recompute=recompute), tmp_path / "died", resume=True)
     assert same(rest, whole)

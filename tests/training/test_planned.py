@@ -298,9 +298,10 @@ def test_no_merged_model_where_memory_is_too_small(minigpt_home, tmp_path, monke
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What does a dog say?", "completion": "A dog says meow."}\n' * 8)
     assert run(["quantize", str(minigpt_home), "quantized"]) == 0
-    assert run(["tune", "quantized", str(rows), "--out", "out"]) == 0
+    assert run(["tune", "quantized", str(rows), "--steps", "1", "--out", "out"]) == 0
+    assert Path("out/lora_merged").exists()
     monkeypatch.setattr(results, "free_on", lambda device: 1000)
-    assert run(["tune", "quantized", str(rows), "--out", "out", "--force"]) == 0
+    assert run(["tune", "quantized", str(rows), "--steps", "1", "--out", "out", "--force"]) == 0
     assert "No merged model is written" in capsys.readouterr().out
     assert {path.name for path in Path("out").glob("lora_*")} == {"lora_adapter"}
 

@@ -231,27 +231,37 @@ class Sizes:
         suits = len(read) == depth and (self.attends_by_name or None not in read)
         return read if suits else none
 
-    @cached_property
+    @property
     def prefix_shape(self) -> tuple[int, ...]:
         """Shape of the keys and values of a virtual token: (layers, 2, kv_heads, 1, head_dim).
 
         Raises ConfigError for a model with layers that have none.
         """
-        return self._virtual_shape("prefix")
+        return _or_raise(self._prefix_shape)
 
-    @cached_property
+    @property
     def prompt_shape(self) -> tuple[int, ...]:
         """Shape of the embedding of a virtual token: (1, dim). Raises ConfigError for a model that
         takes no virtual tokens."""
+        return _or_raise(self._prompt_shape)
+
+    # Errors are kept as well: each comparison of methods asks again, and a forward of 61 blocks
+    # on the meta device takes a second.
+    @cached_property
+    def _prefix_shape(self) -> tuple[int, ...] | ConfigError:
+        return self._virtual_shape("prefix")
+
+    @cached_property
+    def _prompt_shape(self) -> tuple[int, ...] | ConfigError:
         return self._virtual_shape("prompt")
 
-    def _virtual_shape(self, method: MethodName) -> tuple[int, ...]:
+    def _virtual_shape(self, method: MethodName) -> tuple[int, ...] | ConfigError:
         try:
             return virtual_shape(self.description.model, Method(method, virtual_tokens=1))
-        except ConfigError:
-            raise
+        except ConfigError as error:
+            return error
         except Exception as error:  # many kinds: not all models compute on the meta device
-            raise ConfigError(f"{method} cannot be planned for this model ({error}).") from error
+            return ConfigError(f"{method} cannot be planned for this model ({error}).")
 
     def quantized(self, *, as_stored: bool, head: bool) -> list[Layer]:
         """Return the layers that are quantized: in the files if `as_stored`, else by --bits."""
@@ -354,6 +364,12 @@ def _kind(layer: Layer) -> Hashable:
         *(layer.inner_path, type(layer.module), layer.kind, layer.stored, layer.transposed),
         *(layer.bias, layer.parameters, layer.in_attention, layer.is_head, layer.parameter),
     )
+
+
+def _or_raise(outcome: tuple[int, ...] | ConfigError) -> tuple[int, ...]:
+    if isinstance(outcome, ConfigError):
+        raise outcome
+    return outcome
 
 
 def _is_scan(layer: Layer) -> bool:
