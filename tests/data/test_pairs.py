@@ -7,6 +7,7 @@ import pytest
 import veneer
 from support.random_adapters import tokenizer
 from veneer.data.encode import UNLABELLED, Example
+from veneer.data.preview import preview
 
 TOKENS = tokenizer()
 ASKED = [{"role": "user", "content": "a b"}]
@@ -51,6 +52,16 @@ def test_every_shape_of_a_pair_is_the_same_pair(shape):
     (prompt, chosen), (same, rejected) = both(example)
     assert prompt == same
     assert (chosen[0], rejected[0]) == ("c", "d")
+
+
+def test_a_person_sees_both_rows_and_what_is_learnt_of_them():
+    (example,) = loaded({"chosen": "a b: c d", "rejected": "a b: c e f"})
+    pieces = preview(example, TOKENS)
+    assert [text for text, learnt in pieces if learnt] == [" d</s>", " e f</s>"]
+    assert (
+        f"({example.second} tokens; beside it, with {len(example.tokens) - example.second}:)"
+        in (pieces[2][0])
+    )
 
 
 def test_earlier_answers_that_both_share_are_not_learnt():

@@ -25,18 +25,43 @@ from veneer.fused.forward import Forward
 from veneer.models.evaluating import evaluating
 from veneer.objectives.config import Objective
 from veneer.objectives.criterion import Criterion, rows_of
-from veneer.objectives.preferences import LogProbabilities, criterion_of
+from veneer.objectives.preferences import LogProbabilities, Pairs, criterion_of
 from veneer.processes.world import World
+from veneer.training.threads import worthwhile_threads
 
 # What of a run's identity its reference's numbers depend on; sizes of passes, by their rounding.
 DECIDES = (
-    *("base", "data", "computed_in", "bits", "pack_head", "device", "reference"),
+    *("split", "base", "data", "computed_in", "bits", "pack_head", "device", "reference"),
     *("tokens_per_step", "tokens_per_batch"),
 )
 FILE = "reference.npy"
 
 
-def criterion_over(
+def criteria_over(
+    objective: Objective,
+    splits: Mapping[str, Sequence[Example]],
+    model: PreTrainedModel,
+    forward: Forward,
+    *,
+    identity: Mapping[str, Any],
+    world: World,
+    tokens_per_batch: int,
+) -> list[Criterion]:
+    """Return an objective over the examples of each split of a run's rows, which are measured by
+    its reference where it has one. identity: of the run. The model is as the run starts."""
+    with worthwhile_threads(model):
+        return [
+            _criterion_over(
+                *(objective, examples, model, forward),
+                identity={"split": split, **identity},
+                world=world,
+                tokens_per_batch=tokens_per_batch,
+            )
+            for split, examples in splits.items()
+        ]
+
+
+def _criterion_over(
     objective: Objective,
     examples: Sequence[Example],
     model: PreTrainedModel,
@@ -45,16 +70,11 @@ def criterion_over(
     identity: Mapping[str, Any],
     world: World,
     tokens_per_batch: int,
-    split: str,
 ) -> Criterion:
-    """Return an objective over examples, which are measured by its reference where it has one.
-
-    identity: of the run; split: which of its rows these are. The model is as the run starts.
-    """
     if not objective.has_reference:
         return criterion_of(objective, examples)
     of_base = objective.reference == "base"
-    place = _place(identity, split) if of_base and "base" in identity else None
+    place = _place(identity) if of_base and "base" in identity else None
     shape = (len(examples), 2)
     values = world.first(lambda: _read(place, shape))
     if values is None:
@@ -64,6 +84,20 @@ def criterion_over(
             )
         world.first(lambda: _write(place, values))
     return criterion_of(objective, examples, values)
+
+
+def preference_of(criterion: Criterion) -> str | None:
+    """Say what the reference of a criterion over pairs prefers; None where there is none."""
+    if not isinstance(criterion, Pairs) or criterion.reference is None:
+        return None
+    chosen, rejected = criterion.reference.T
+    agrees, lead = int((chosen > rejected).sum()), float((chosen - rejected).mean())
+    more = "more" if lead >= 0 else "less"
+    return (
+        f"The reference gives the chosen answer the higher probability in {agrees:,} of "
+        f"{len(chosen):,} pairs; in the mean, its logarithm is {abs(lead):.3g} {more} than that of "
+        "the rejected one."
+    )
 
 
 def log_probabilities(
@@ -99,8 +133,8 @@ def log_probabilities(
     return values.numpy()
 
 
-def _place(identity: Mapping[str, Any], split: str) -> Path:
-    settings = [split, {name: identity.get(name) for name in DECIDES}]
+def _place(identity: Mapping[str, Any]) -> Path:
+    settings = {name: identity.get(name) for name in DECIDES}
     text = json.dumps(settings, sort_keys=True, default=str)
     return cache.home() / hashlib.sha256(text.encode()).hexdigest()[:32] / FILE
 

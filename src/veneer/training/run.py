@@ -59,7 +59,7 @@ from veneer.training.events import (
 from veneer.training.lora_plus import lr_ratios
 from veneer.training.memory import process_memory
 from veneer.training.optimizer import FlatAdamW
-from veneer.training.reference import criterion_over
+from veneer.training.reference import criteria_over, preference_of
 from veneer.training.state import Progress, RunState
 from veneer.training.step import StepToLearn, counts_of, seed_of
 from veneer.training.threads import worthwhile_threads
@@ -187,20 +187,17 @@ class Run:
         """Make the objective one over these rows, which its reference measures, if it has one."""
         if self.objective.has_reference:
             yield Doing("Measuring the rows by the reference model")
-        with worthwhile_threads(self.model):
-            self.criterion, self.held_out_criterion = (
-                criterion_over(
-                    self.objective,
-                    rows,
-                    self.model,
-                    forward,
-                    identity=self.identity,
-                    world=self.world,
-                    tokens_per_batch=self.config.batch_tokens,
-                    split=split,
-                )
-                for split, rows in (("train", self.examples), ("valid", self.held_out))
-            )
+        self.criterion, self.held_out_criterion = criteria_over(
+            self.objective,
+            {"train": self.examples, "valid": self.held_out},
+            self.model,
+            forward,
+            identity=self.identity,
+            world=self.world,
+            tokens_per_batch=self.config.batch_tokens,
+        )
+        if text := preference_of(self.criterion):
+            yield Notice(text)
 
     def go(self, forward: Forward, should_stop: Callable[[], bool]) -> Iterator[Event]:
         """Yield the events of all steps that are left, and ask for each of these steps."""
