@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from veneer.generate.sampling import Sampling
     from veneer.models.load import Base, load_base
     from veneer.objectives.config import Objective
+    from veneer.objectives.policy_config import OnPolicy
     from veneer.training.config import TrainConfig
     from veneer.training.loop import train
     from veneer.training.many.running import Job
@@ -60,6 +61,7 @@ _HOMES = {
     "Method": "adapter.method",
     "ModelError": "errors",
     "Objective": "objectives.config",
+    "OnPolicy": "objectives.policy_config",
     "Recipe": "training.recipe",
     "Sampling": "generate.sampling",
     "SaveAdapter": "training.with_trainer",
@@ -109,6 +111,7 @@ __all__ = [
     "Method",
     "ModelError",
     "Objective",
+    "OnPolicy",
     "Recipe",
     "Sampling",
     "SaveAdapter",

@@ -14,6 +14,7 @@ from veneer.cli.app import run
 from veneer.compare.config import CompareConfig
 from veneer.errors import VeneerError
 from veneer.objectives.config import Objective
+from veneer.objectives.policy_config import OnPolicy
 from veneer.training.config import TrainConfig
 from veneer.training.recipe import DataConfig, Recipe
 
@@ -22,6 +23,7 @@ GROUPS = {
     "lora": LoRA,
     "training": TrainConfig,
     "objective": Objective,
+    "on_policy": OnPolicy,
     "rows": DataConfig,
 }
 # A value for each field that is not its default: as the flag takes it, and as it must arrive.
@@ -84,6 +86,23 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "undesirable_weight": (1.25, 1.25),
         "reference": ("start", "start"),
     },
+    "on_policy": {
+        "reward": ("exact", ("exact",)),
+        "reward_weights": (0.5, (0.5,)),
+        "reward_seconds": (2.5, (2.5,)),
+        "on_reward_fault": ("stop", "stop"),
+        "group_size": (4, 4),
+        "prompts_per_step": (3, 3),
+        "max_new_tokens": (64, 64),
+        "updates": (2, 2),
+        "kl_weight": (0.04, 0.04),
+        "clip_low": (0.1, 0.1),
+        "clip_high": (0.28, 0.28),
+        "loss_level": ("token", "token"),
+        "scale_rewards": (False, False),
+        "overlong_margin": (16, 16),
+        "importance_cap": (2.0, 2.0),
+    },
     "rows": {
         "limit": (9, 9),
         "max_length": (77, 77),
@@ -118,6 +137,9 @@ BESIDE["prompt_text"] = {"method": "prompt"}
 BESIDE |= {n: {"objective": "dpo"} for n in ("beta", "label_smoothing", "reference")}
 BESIDE |= {n: {"objective": "kto"} for n in ("desirable_weight", "undesirable_weight")}
 BESIDE |= {"simpo_margin": {"objective": "simpo"}, "nll_weight": {"objective": "cpo"}}
+SAMPLES = {"objective": "grpo", "reward": "exact"}
+BESIDE |= dict.fromkeys(VALUES["on_policy"], SAMPLES)
+BESIDE["reward"] = {"objective": "grpo"}
 # What follows from a setting that is left as it is.
 FOLLOWS = {"rank": ["alpha"]}
 FOLLOWS |= {n: ["method", "trained_blocks"] for n in BESIDE if n.startswith("train")}
@@ -139,6 +161,8 @@ def flag(name: str, value: object) -> list[str]:
     option = f"--{FLAGS.get(name, name).replace('_', '-')}"
     if value is True:
         return [option]
+    if value is False:
+        return [f"--no-{name.replace('_', '-')}"]
     return [option, json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
@@ -216,6 +240,7 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
         "new_words": "some",
         "eval_data": "more.jsonl",
         "start_from": "another/adapter",
+        "reward": "tests",
         "model": "n",
         "data": "e",
     }.get(name, 1 if usual is None else usual)
@@ -228,6 +253,8 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
     overridden = arrived(caught.recipe, group, name)
     if name == "targets":
         overriding = ("all",)
+    elif isinstance(overridden, tuple):
+        overriding = (overriding,)
     elif isinstance(overridden, Path):
         overriding = Path(str(overriding))
     assert overridden == overriding != expected
@@ -252,7 +279,7 @@ def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, 
         foreign |= {"bits", "pack_head", "shard", "offload"}
     if method in ("prefix", "prompt"):
         foreign.add("context_parallel")
-    foreign |= {"invocation", *VALUES["objective"]}  # which exclude others
+    foreign |= {"invocation", *VALUES["objective"], *VALUES["on_policy"]}  # which exclude others
     everything = {
         name: given for values in VALUES.values() for name, (given, _) in values.items()
     } | {"eval_rows": 0, "method": method, "shard": "none"}  # eval_data and offload exclude others
@@ -261,6 +288,19 @@ def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, 
     first = caught.recipe
     if method == "lora":
         assert asdict(first.lora)["rank_pattern"] == VALUES["lora"]["rank_pattern"][1]
+    again = write_recipe(tmp_path / "again.yaml", first.settings())
+    assert run(["tune", "--config", str(again)]) == 0
+    assert caught.recipe == first
+
+
+def test_settings_of_samples_are_read_back_as_the_same_recipe(caught, tmp_path):
+    given = {name: value for name, (value, _) in VALUES["on_policy"].items()}
+    given |= {"model": "m", "data": "d", "objective": "grpo", "reward": ["exact", "a.py:f"]}
+    given |= {"reward_weights": [1, 0.5], "reward_seconds": None}
+    assert run(["tune", "--config", str(write_recipe(tmp_path / "all.yaml", given))]) == 0
+    first = caught.recipe
+    assert first.on_policy.weights == (1.0, 0.5)
+    assert first.on_policy.seconds == (10.0, 10.0)
     again = write_recipe(tmp_path / "again.yaml", first.settings())
     assert run(["tune", "--config", str(again)]) == 0
     assert caught.recipe == first

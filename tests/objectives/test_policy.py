@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
 import pytest
 import torch
 
+from veneer.adapter.method import Method
 from veneer.data.encode import UNLABELLED, Example
 from veneer.data.packing import pack
 from veneer.errors import ConfigError
 from veneer.objectives import policy
+from veneer.objectives.config import Objective
 from veneer.objectives.criterion import StepCounts
 from veneer.objectives.on_policy import Drawn, PolicyCriterion
 from veneer.objectives.policy_config import OnPolicy
+from veneer.training.recipe import Recipe
 
 NAN = math.nan
 REWARDS = [[1.0, 0.0, 0.5, 0.0], [2.0, NAN, 1.0, 4.0], [1.0] * 4, [NAN, NAN, 3.0, NAN]]
@@ -177,6 +181,14 @@ def test_settings_that_cannot_be_are_listed_at_once():
         OnPolicy(reward=("exact", "tests"), reward_weights=(1.0,))
     with pytest.raises(ConfigError, match="overlong_margin is more than max_new_tokens"):
         OnPolicy(overlong_margin=300)
-    with pytest.raises(ConfigError, match="name one by --reward"):
-        OnPolicy().check_rewards()
+    with pytest.raises(ConfigError, match="grpo learns from what rewards say of samples"):
+        Recipe("m", Path("d"), objective=Objective("grpo"))
+    with pytest.raises(ConfigError, match="group_size would do nothing with sft"):
+        Recipe("m", Path("d"), on_policy=OnPolicy(group_size=4))
+    with pytest.raises(ConfigError, match="draws samples with an adapter of low rank"):
+        Recipe(
+            *("m", Path("d"), Method("full")),
+            objective=Objective("grpo"),
+            on_policy=OnPolicy(reward="exact"),
+        )
     assert OnPolicy(reward="exact").weights == (1.0,)

@@ -126,3 +126,22 @@ def test_a_run_that_diverged_is_told_from_where_and_the_likely_cause():
     assert "--dtype float32" in text
     assert "a:7" in rate_advice(1e-5, USUAL, rows="a:7")
     assert "a:7" in rate_advice(1, USUAL, rows="a:7")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "equal", "kind", "says"),
+    [
+        ([0.1, 0.12, 0.2, 0.4, 0.6, 0.7, 0.8, 0.82], 0.1, "learnt", "reward 0.110 → 0.810"),
+        ([0.8, 0.78, 0.6, 0.5, 0.4, 0.2, 0.1, 0.1], 0.1, "diverged", "--kl-weight"),
+        ([0.1, 0.12, 0.09, 0.11, 0.1, 0.12, 0.1, 0.11], 0.1, "hardly learnt", "--group-size"),
+        ([0.0] * 8, 0.9, "hardly learnt", "In 90% of the groups all answers have one reward"),
+    ],
+)
+def test_a_run_on_samples_is_judged_by_its_rewards(rewards, equal, kind, says):
+    lines = [
+        {"step": i, "loss": 0.0, "lr": 1e-4, "reward": reward, "equal_groups": equal}
+        for i, reward in enumerate(rewards, 1)
+    ]
+    verdict = judge(lines, usual_lr=1e-4)
+    assert verdict.kind == kind
+    assert says in verdict.text

@@ -24,6 +24,9 @@ def draw_losses(lines: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     steps = [line for line in lines if "loss" in line]
+    if any("reward" in line for line in steps):
+        _draw_rewards(steps, path)
+        return
     held_out = [line for line in lines if "eval_loss" in line]
     x, y = [line["step"] for line in steps], [line["loss"] for line in steps]
     figure, (top, bottom) = pyplot.subplots(
@@ -58,6 +61,46 @@ def draw_losses(lines: list[dict[str, Any]], path: Path) -> None:
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _draw_rewards(steps: list[dict[str, Any]], path: Path) -> None:
+    """Draw a run on samples: its rewards, and below how long, how varied and how far from the base
+    its answers are."""
+    from matplotlib import pyplot
+
+    below = {"answer_tokens": "tokens of an answer", "entropy": "entropy (nats)"}
+    if any(line.get("kl") for line in steps):
+        below["kl"] = "KL to the base"
+    figure, axes = pyplot.subplots(
+        *(1 + len(below), 1),
+        figsize=(8, 3.4 + 1.4 * len(below)),
+        sharex=True,
+        height_ratios=(3, *[1] * len(below)),
+        layout="constrained",
+    )
+    top, colours = axes[0], ("#b5482a", "#5a8f4e", "#8a5a9e", "#b08a2a")
+    names = sorted({key for line in steps for key in line if key.startswith("reward/")})
+    for name, colour in zip(names if len(names) > 1 else (), colours, strict=False):
+        own = [(line["step"], line[name]) for line in steps if name in line]
+        y = smoothed([value for _, value in own])
+        label = name.removeprefix("reward/")
+        top.plot([step for step, _ in own], y, "--", color=colour, linewidth=1.4, label=label)
+    judged = [line for line in steps if "reward" in line]
+    x, y = [line["step"] for line in judged], [line["reward"] for line in judged]
+    top.plot(x, y, color="#9db4c8", linewidth=1, label="each step")
+    top.plot(x, smoothed(y), color="#17517e", linewidth=2.2, label="reward, smoothed")
+    top.set_ylabel("mean reward")
+    top.legend(frameon=False)
+    for place, (key, label) in zip(axes[1:], below.items(), strict=True):
+        x = [line["step"] for line in steps]
+        place.plot(x, [line[key] for line in steps], color="#5a5a5a", linewidth=1.4)
+        place.set_ylabel(label, fontsize=8)
+    axes[-1].set_xlabel("step")
+    for place in axes:
+        place.spines[["top", "right"]].set_visible(False)
+        place.grid(alpha=0.25)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -45,7 +45,7 @@ class RunDisplay:
         self.progress = Progress(
             TextColumn("  step {task.completed}/{task.total}"),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[speed]} tokens/s"),
             TextColumn("{task.fields[memory]}"),
             TimeRemainingColumn(),
@@ -214,7 +214,7 @@ class RunDisplay:
         self.show(Doing("evaluating" if self.evaluates and not done else "training"))
         if OUTPUT.is_terminal:
             self.task = self.progress.add_task(
-                "", total=steps, completed=done, loss="-", speed="-", memory=""
+                "", total=steps, completed=done, loss="loss -", speed="-", memory=""
             )
             self.progress.start()
 
@@ -225,11 +225,14 @@ class RunDisplay:
     def _step(self, event: Step) -> None:
         self.recent.append(event)
         speed = sum(e.tokens for e in self.recent) / sum(e.seconds for e in self.recent)
+        # The loss of samples says nothing: its gradient is what counts.
+        reward = event.metrics.get("reward")
+        what, value = ("loss", event.loss) if reward is None else ("reward", reward)
         if self.task is not None:
             self.progress.update(
                 self.task,
                 completed=event.step,
-                loss=f"{event.loss:.3f}",
+                loss=f"{what} {value:.3f}",
                 speed=f"{speed:,.0f}",
                 memory=bytes_text(event.rss_bytes),
             )
@@ -237,7 +240,7 @@ class RunDisplay:
             mean = sum(e.seconds for e in self.recent) / len(self.recent)
             left = _duration(mean * (self.steps - event.step))
             OUTPUT.print(
-                f"  step {event.step}/{self.steps}  loss {event.loss:.3f}  {speed:,.0f} tokens/s  "
+                f"  step {event.step}/{self.steps}  {what} {value:.3f}  {speed:,.0f} tokens/s  "
                 f"{bytes_text(event.rss_bytes)}  {left} left"
             )
         if event.step == self.steps and self.evaluates:

@@ -22,6 +22,7 @@ from veneer.cli.progress import RunDisplay
 from veneer.cli.several_data import data_of
 from veneer.errors import ConfigError, DivergedError, VeneerError
 from veneer.objectives.config import ANSWERS, Objective
+from veneer.objectives.policy_config import OnPolicy
 from veneer.quant.settings import Offload
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TOKENS_PER_PASS, TrainConfig
@@ -44,6 +45,7 @@ def tune(
     lora: Annotated[LoRA, Flat] = LoRA(),
     training: Annotated[TrainConfig, Flat] = TrainConfig(),
     objective: Annotated[Objective, Flat] = ANSWERS,
+    on_policy: Annotated[OnPolicy, Flat] = OnPolicy(),
     rows: Annotated[DataConfig, Flat] = DataConfig(),
     base: Annotated[BaseFlags, Flat] = BaseFlags(),
     pack_head: PackHead = False,
@@ -145,6 +147,7 @@ def tune(
         lora=lora,
         training=training,
         objective=objective,
+        on_policy=on_policy,
         rows=rows,
         base=base,
         pack_head=pack_head,
@@ -182,6 +185,7 @@ def recipe_of(
     lora: LoRA = LoRA(),
     training: TrainConfig = TrainConfig(),
     objective: Objective = ANSWERS,
+    on_policy: OnPolicy = OnPolicy(),
     rows: DataConfig = DataConfig(),
     base: BaseFlags = BaseFlags(),
     pack_head: bool = False,
@@ -201,6 +205,7 @@ def recipe_of(
         lora=lora,
         training=training,
         objective=objective,
+        on_policy=on_policy,
         rows=rows,
         device=base.device,
         dtype=base.dtype,

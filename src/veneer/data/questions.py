@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from veneer.data.problems import Located, Problem, data_error
 from veneer.data.rows import Conversation, Message, PlainText, nonblank_text, parse_row
-from veneer.data.sources import check, files_of, parsed_values
+from veneer.data.sources import Split, check, files_of, parsed_values
 from veneer.errors import DataError
 
 # The key of each shape's answer; and how the shapes that are lists of turns write one.
@@ -70,15 +70,15 @@ def _parse(value: object) -> Question:
     return Question(turns, (row.messages[last].content,))
 
 
-def read_prompts(path: Path) -> list[Located[Question]]:
+def read_prompts(path: Path, *, split: Split = "test") -> list[Located[Question]]:
     """Return every prompt of a file, in order; `-` is standard input.
 
     A row is any that `tune` reads, or one without its answer. A last answer becomes the reference,
     and a text (each paragraph of a .txt file) is what a user asks. Standard input is JSON lines if
-    it begins with a brace, and otherwise read as .txt is. Of a directory, the files for testing
+    it begins with a brace, and otherwise read as .txt is. Of a directory, the files for `split`
     are read. Raises DataError with every problem of every row.
     """
-    rows = list(_prompts(path))
+    rows = list(_prompts(path, split))
     problems = [row for row in rows if isinstance(row, Problem)]
     if problems:
         raise data_error(f"{len(problems)} of {len(rows)} prompts cannot be used:", problems)
@@ -99,9 +99,9 @@ def behind(
     ]
 
 
-def _prompts(path: Path) -> Iterator[Located[Question] | Problem]:
+def _prompts(path: Path, split: Split) -> Iterator[Located[Question] | Problem]:
     if path != Path("-"):
-        for file in files_of(path, "test"):
+        for file in files_of(path, split):
             yield from parsed_values(file, _parse_prompt)
         return
     with TemporaryDirectory() as directory:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from veneer.checks import ABOVE_0, BOOLEAN, at_least, check_config, one_of, whole_number
-from veneer.errors import ConfigError
 from veneer.rewards.judged import OnFault
 
 LossLevel = Literal["answer", "token", "budget"]
@@ -103,10 +102,28 @@ class OnPolicy:
         """The time limit of each reward."""
         return self.reward_seconds or (10.0,) * len(self.reward)
 
-    def check_rewards(self) -> None:
-        """Raise ConfigError where nothing judges the answers."""
-        if not self.reward:
-            raise ConfigError(
-                "Samples are learnt from by their rewards: name one by --reward, such as "
-                "rewards.py:function, exact or regex:PATTERN."
-            )
+    @property
+    def course(self) -> dict[str, Any]:
+        """The settings that are not the usual ones, as checkpoints have them."""
+        usual = type(self)().settings()
+        return {name: value for name, value in self.settings().items() if value != usual[name]}
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting as a plain value for YAML and JSON."""
+        values = asdict(self).items()
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in values}
+
+    def against(self, name: str, *, is_on_policy: bool) -> dict[str, bool]:
+        """Return a message for what of these settings does not go with the objective of this name,
+        and whether it is so."""
+        others = ", ".join(self.course)
+        return {
+            f"{others} would do nothing with {name}; it is of grpo and rloo": (
+                bool(others) and not is_on_policy
+            ),
+            f"{name} learns from what rewards say of samples; name one by reward, such as "
+            "rewards.py:function, exact or regex:PATTERN": is_on_policy and not self.reward,
+            "scale_rewards and loss_level are of grpo; rloo compares whole answers as they are": (
+                name == "rloo" and not {"scale_rewards", "loss_level"}.isdisjoint(self.course)
+            ),
+        }

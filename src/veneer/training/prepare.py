@@ -16,6 +16,7 @@ from veneer.adapter.new_tokens import extend_tokenizer
 from veneer.data.columns import lengths_of
 from veneer.errors import ConfigError, TrainingError, joined
 from veneer.objectives.config import ANSWERS
+from veneer.objectives.policy_config import OnPolicy
 from veneer.processes.world import ALONE, World
 from veneer.training import start_from
 from veneer.training.choose import choose, explain, hidden_size_of
@@ -30,6 +31,7 @@ from veneer.training.state import other_settings
 YOUNGER_SETTINGS = {
     **YOUNGER,
     **asdict(ANSWERS),
+    **OnPolicy().settings(),
     "pack_head": False,
     "method": "lora",
     "train_head": False,

@@ -14,6 +14,7 @@ from veneer.data.rows import LongRows
 from veneer.data.sources import Data, has_valid_files, spelt
 from veneer.models.device_names import DEVICE
 from veneer.objectives.config import ANSWERS, Objective
+from veneer.objectives.policy_config import OnPolicy
 from veneer.quant.settings import Bits, LoadBits, Offload
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TrainConfig
@@ -77,6 +78,7 @@ class Recipe:
     lora: LoRA = field(default_factory=LoRA)
     training: TrainConfig = field(default_factory=TrainConfig)
     objective: Objective = ANSWERS
+    on_policy: OnPolicy = field(default_factory=OnPolicy)
     rows: DataConfig = field(default_factory=DataConfig)
     device: str = "auto"
     dtype: DType = "auto"
@@ -97,6 +99,7 @@ class Recipe:
             f.name for f in fields(LoRA) if getattr(self.lora, f.name) != getattr(usual, f.name)
         ]
         of_adapters += ["lora_plus_ratio"] * (self.training.lora_plus_ratio is not None)
+        on_samples = self.objective.shape == "prompts"
         may_choose = self.rows.eval_rows is None
         evaluates = (
             may_choose or self.rows.eval_rows or self.rows.eval_data or has_valid_files(self.data)
@@ -140,9 +143,6 @@ class Recipe:
                 f"{', '.join(of_adapters)} would do nothing with {method}": bool(
                     of_adapters and method != "lora"
                 ),
-                f"{self.objective.objective} learns from samples, which tune does not draw yet": (
-                    self.objective.shape == "prompts"
-                ),
                 **self.objective.against(
                     context_parallel=self.training.context_parallel,
                     replay_passes=self.training.replay_passes,
@@ -150,6 +150,14 @@ class Recipe:
                     deduplicates=self.rows.deduplicate,
                     new_words=self.rows.new_words is not None,
                 ),
+                **self.on_policy.against(self.objective.objective, is_on_policy=on_samples),
+                f"{self.objective.objective} draws samples with an adapter of low rank that acts "
+                f"on all tokens, not with {method} or an invocation": (
+                    on_samples and (method != "lora" or self.lora.invocation is not None)
+                ),
+                f"{self.objective.objective} takes prompts of one file or directory, and none of "
+                "them is held out": on_samples
+                and (len(spelt(self.data)) > 1 or bool(self.rows.eval_rows or of_evaluation)),
             },
         )
 
@@ -189,6 +197,7 @@ class Recipe:
         flat: dict[str, Any] = {"model": self.model, "data": paths[0] if len(paths) == 1 else paths}
         for group in (self.method, self.lora, self.training, self.objective, self.rows):
             flat.update(asdict(group))
+        flat.update(self.on_policy.settings())
         flat["targets"] = list(flat["targets"])
         if isinstance(flat["invocation"], tuple):
             flat["invocation"] = list(flat["invocation"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.attach import attach
@@ -18,6 +19,7 @@ from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
 from veneer.processes.context import check_divides
 from veneer.processes.world import ALONE, World
+from veneer.rewards.judged import Weighted
 from veneer.run_directory import RunDirectory
 from veneer.run_lock import RunLock
 from veneer.training import start_from
@@ -26,6 +28,8 @@ from veneer.training.events import Event, ModelReady, Notice, Stopped
 from veneer.training.loop import train
 from veneer.training.memory import begin_measuring
 from veneer.training.metrics import record
+from veneer.training.on_policy.begin import prompts_of, rewards_of, with_course
+from veneer.training.on_policy.run import train_on_policy
 from veneer.training.plan_before import plan_before
 from veneer.training.preflight import Preflight, check_directory, preflight
 from veneer.training.prepare import Prepared, prepare
@@ -65,15 +69,14 @@ def tune(
     try:
         if killed := world.first(partial(_take, lock, run, may_hold_a_run=resume or force)):
             yield Notice(killed)
-        yield from _tune(
-            ahead,
-            run,
-            world,
-            resume=resume,
-            force=force,
-            ignore_plan=ignore_plan,
-            should_stop=should_stop,
-        )
+        with rewards_of(ahead.recipe, processes=world.size) as rewards:
+            yield from _tune(
+                *(ahead, run, world, rewards),
+                resume=resume,
+                force=force,
+                ignore_plan=ignore_plan,
+                should_stop=should_stop,
+            )
     finally:
         lock.release()
 
@@ -92,14 +95,18 @@ def _tune(
     ahead: Preflight,
     run: RunDirectory,
     world: World,
+    rewards: Sequence[Weighted],
     *,
     resume: bool,
     force: bool,
     ignore_plan: bool,
     should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
-    """Train, once the run's directory is this process's own."""
-    prepared = yield from prepare(ahead, world=world)
+    """Train, once the run's directory is this process's own. rewards: of samples, if it learns from
+    these."""
+    prompts = prompts_of(ahead) if rewards else None
+    ahead = with_course(ahead) if rewards else ahead
+    prepared = yield from prepare(ahead, world=world, rows=prompts)
     recipe, rows = prepared.recipe, prepared.rows
     plan, sharded = yield from plan_before(recipe, ahead, rows, world, ignore_plan=ignore_plan)
 
@@ -126,18 +133,28 @@ def _tune(
         clear_state(run)
     begin_measuring()
     begin_peak(base.model.device)
-    events = train(
-        base.model,
-        rows.examples,
-        recipe.training,
-        objective=recipe.objective,
-        held_out=rows.held_out,
-        directory=run.checkpoints,
-        identity={"computed_in": ahead.dtype_name, **identity},
-        resume=resume,
-        should_stop=should_stop,
-        world=world,
-    )
+    course: dict[str, Any] = {
+        "objective": recipe.objective,
+        "identity": {"computed_in": ahead.dtype_name, **identity},
+        "resume": resume,
+        "should_stop": should_stop,
+    }
+    if prompts is not None:
+        events = train_on_policy(
+            *(base.model, base.tokenizer, prompts.prompts, recipe.training),
+            on_policy=recipe.on_policy,
+            rewards=rewards,
+            directory=run,
+            **course,
+        )
+    else:
+        events = train(
+            *(base.model, rows.examples, recipe.training),
+            held_out=rows.held_out,
+            directory=run.checkpoints,
+            world=world,
+            **course,
+        )
     if world.writes:
         results = to_the_end(
             *(events, recipe, base, identity),

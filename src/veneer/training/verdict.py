@@ -33,6 +33,8 @@ SMALL_RATE = 0.2
 BY_HEART = 0.1
 # More than this many times the usual one is far above it.
 LARGE_RATE = 5
+# Where more groups than these have answers of one reward, that is what a run lacks.
+MOSTLY_EQUAL = 0.5
 # What a run that hardly learnt is advised to take: this many times its steps, but some at least.
 LONGER, LEAST_STEPS = 3, 60
 
@@ -41,9 +43,12 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
     """Return the verdict on a run that has ended.
 
     lines: of metrics.jsonl, in their order; usual_lr: the learning rate that suits the method.
-    Held-out loss decides where it was measured at least twice, training loss otherwise.
+    Held-out loss decides where it was measured at least twice, training loss otherwise; of a run on
+    samples, their rewards.
     """
     steps = [line for line in lines if "loss" in line]
+    if any("reward" in line for line in steps):
+        return _by_rewards(steps)
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     if not steps:
         return Verdict("diverged", "The run diverged: no step had a finite loss and gradient.")
@@ -101,6 +106,29 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
         "hardly learnt",
         f"Hardly learnt: {_losses(what, first, reached)} in {len(steps)} steps.{kept} {advice}",
     )
+
+
+def _by_rewards(steps: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Return the verdict on a run on samples: whether the end's rewards are clearly higher."""
+    rewards = [line["reward"] for line in steps if "reward" in line]
+    size = max(math.ceil(WINDOW * len(rewards)), min(MOST_IN_SHORT, len(rewards) // 4), 1)
+    first, last = fmean(rewards[:size]), fmean(rewards[-size:])
+    changes = [abs(b - a) for a, b in pairwise(rewards)]
+    noise = STANDARD_ERRORS * SIGMA * median(changes or [0.0]) * math.sqrt(2 / size)
+    what = f"reward {first:.3f} → {last:.3f} in {len(steps)} steps"
+    if last - first > noise:
+        return Verdict("learnt", f"Learnt: {what}. samples.html shows what was said.")
+    if first - last > noise:
+        advice = "Try a lower --lr, or a --kl-weight that holds the model to its base."
+        return Verdict("diverged", f"The run diverged: {what}. {advice}")
+    equal = fmean(line.get("equal_groups", 0.0) for line in steps)
+    advice = "Train longer, or in larger groups (--group-size)."
+    if equal > MOSTLY_EQUAL:
+        advice = (
+            f"In {equal:.0%} of the groups all answers have one reward, and nothing is learnt from "
+            "these: ask what succeeds now and then, or reward a part of the way."
+        )
+    return Verdict("hardly learnt", f"Hardly learnt: {what}. {advice}")
 
 
 def rate_advice(lr: float, usual_lr: float, *, rows: str = "the rows") -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from veneer.adapter.attach import detach
 from veneer.adapter.use import use
 from veneer.data.sources import spelt
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError, VeneerError, listed
 from veneer.models.device import begin_peak, resolve_device
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
@@ -70,6 +70,11 @@ def tune_many(
         raise ConfigError("There are no jobs.")
     if World.current().size > 1:
         raise ConfigError("Several jobs train in one process; start one alone, without torchrun.")
+    if on_samples := [n for n, each in recipes.items() if each.objective.shape == "prompts"]:
+        raise ConfigError(
+            f"{listed(on_samples)} learn from their own samples, which jobs do not draw together "
+            "yet; train each alone."
+        )
     if resume and not any(recipe.out.exists() for recipe in recipes.values()):
         places = ", ".join(str(recipe.out) for recipe in recipes.values())
         raise ConfigError(f"There are no runs to go on with: none of {places} exists.")

@@ -45,7 +45,10 @@ def load_prompts(
     tokens of a prompt with its answer. Raises DataError with every prompt that cannot be used.
     """
     return encoded(
-        read_prompts(path)[:limit], tokenizer, context=context, max_new_tokens=max_new_tokens
+        read_prompts(path, split="train")[:limit],
+        tokenizer,
+        context=context,
+        max_new_tokens=max_new_tokens,
     )
 
 

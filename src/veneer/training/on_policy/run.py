@@ -130,13 +130,10 @@ class OnPolicyRun(Run):
         directory: RunDirectory | None,
         identity: Mapping[str, Any],
     ) -> None:
-        if config.steps is None and config.epochs is None:
-            config = replace(config, steps=STEPS)
-        config = replace(config, tokens_per_step=config.tokens_per_step or TOKENS_PER_PASS)
         super().__init__(
-            *(model, prompts.examples, config, ()),
+            *(model, prompts.examples, course_of(config), ()),
             None if directory is None else directory.checkpoints,
-            identity,
+            on_policy.course | dict(identity),
             ALONE,
             objective=objective,
         )
@@ -149,8 +146,8 @@ class OnPolicyRun(Run):
         self.steps_of_epoch = self.order.epoch(0)
         self.steps = self.config.steps or self.order.steps(self.config.epochs or 0)
         self.course = (
-            f"{self.steps} steps of {count} prompts with {on_policy.group_size} answers each, at a "
-            f"learning rate of {self.config.lr:g}."
+            f"{self.steps} steps of at most {count} prompts, with {on_policy.group_size} answers "
+            f"to each, at a learning rate of {self.config.lr:g}."
         )
         self.log = SampleLog(directory)
         self.roller: Roller | None = None
@@ -246,6 +243,13 @@ class OnPolicyRun(Run):
                 f"{judged.first_fault} In this step: {counts}. Such answers count for nothing; "
                 "metrics.jsonl has their number (reward_faults)."
             )
+
+
+def course_of(training: TrainConfig) -> TrainConfig:
+    """Return a course whose steps and passes are not chosen by the tokens of prompts."""
+    if training.steps is None and training.epochs is None:
+        training = replace(training, steps=STEPS)
+    return replace(training, tokens_per_step=training.tokens_per_step or TOKENS_PER_PASS)
 
 
 def context_of(model: PreTrainedModel) -> int:

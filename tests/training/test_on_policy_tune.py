@@ -1,0 +1,76 @@
+"""`tune` on samples: from a file of prompts and a reward by its name to an adapter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import veneer
+from support.random_adapters import tokenizer
+from support.runs import of
+from support.tiny_models import tiny
+from veneer.errors import ConfigError, TrainingError
+from veneer.formats.merged import write_model
+from veneer.objectives.config import Objective
+from veneer.objectives.policy_config import OnPolicy
+from veneer.training.events import DataReady, Planned, Stopped, Verdict
+from veneer.training.recipe import Recipe
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    write_model(tiny("llama"), tokenizer(), tmp_path / "base")
+    rows = [{"prompt": text, "references": ["a"]} for text in ("Name it", "Say it", "And now?")]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Recipe(
+        str(tmp_path / "base"),
+        data,
+        lora=veneer.LoRA(rank=2),
+        training=veneer.TrainConfig(steps=3, lr=0.01),
+        objective=Objective("grpo"),
+        on_policy=OnPolicy(
+            reward=("regex:[aeiou]", "exact"),
+            reward_weights=(1.0, 0.5),
+            group_size=4,
+            prompts_per_step=2,
+            max_new_tokens=6,
+        ),
+        dtype="float32",
+        out=tmp_path / "out",
+    )
+
+
+def test_a_recipe_trains_on_samples_and_goes_on(recipe, tmp_path):
+    stop = iter([False, True])
+    first = list(veneer.tune(recipe, should_stop=lambda: next(stop)))
+    assert of(Stopped, first)
+    (ready,), (planned,) = of(DataReady, first), of(Planned, first)
+    assert ready.summary.rows == 3
+    assert not any(learnt for _, learnt in ready.example)
+    assert planned.plan is not None
+    other = replace(recipe, on_policy=replace(recipe.on_policy, group_size=3))
+    with pytest.raises(TrainingError, match=r"group_size \(4 there, 3 here\)"):
+        list(veneer.tune(other, resume=True))
+    rest = list(veneer.tune(recipe, resume=True))
+    (verdict,) = of(Verdict, rest)
+    assert "reward" in verdict.text
+    lines = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        reward = line["reward/regex:[aeiou]"] + 0.5 * line["reward/exact"]
+        assert line["reward"] == pytest.approx(reward)
+    assert (recipe.out / "samples.html").exists()
+    assert (recipe.out / "lora_adapter").is_dir()
+    assert (recipe.out / "recipe.yaml").read_text().count("regex:[aeiou]") == 1
+
+
+def test_rewards_are_looked_at_before_the_base_is_loaded(recipe, monkeypatch):
+    monkeypatch.setattr("veneer.training.tune.load_base", lambda *_, **__: pytest.fail("loaded"))
+    wrong = replace(recipe, on_policy=OnPolicy(reward=("regex:(", "magic")))
+    with pytest.raises(ConfigError, match=r"(?s)2 reasons.*no regular expression.*'magic' names"):
+        list(veneer.tune(wrong))
+    with pytest.raises(ConfigError, match="which jobs do not draw together"):
+        list(veneer.tune_many({"a": recipe}))
