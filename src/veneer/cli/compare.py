@@ -202,10 +202,11 @@ def _result_table(comparison: Comparison, first: str, rows: list[Row]) -> Table:
     titles = ("Trained", "Memory", "tokens/s", "Eval loss", *quality, "General", "On disk")
     table = new_table(first, *titles)
     for row in rows:
+        shared = "shared" if row.together else ""
         numbers = [
             "" if row.trained is None else f"{row.trained:,}",
-            "" if row.peak is None else bytes_text(row.peak),
-            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            shared if row.peak is None else bytes_text(row.peak),
+            shared if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
             "" if row.eval_loss is None else row.eval_loss.text(4),
         ]
         if comparison.measure:

@@ -56,6 +56,9 @@ class CompareConfig:
     `veneer tune` chooses."""
     range_test: bool = False
     """First try a third of each rate, the rate and three times it, for a tenth of the budget."""
+    together: bool = False
+    """Train the low-rank methods of a seed together, in passes over the base that they share: less
+    time for all, and no time or memory of a single one."""
     device: str = "auto"
     """Device to compute on: cpu, cuda, mps, xpu, or one of several as in cuda:1; auto takes an
     accelerator where there is one."""
@@ -100,6 +103,9 @@ class CompareConfig:
                 "dtype": one_of(DType),
             },
             contradictions={
+                "minutes are of a method's own training; give steps or tokens with together": (
+                    self.together and (self.budget or "").startswith("minutes")
+                ),
                 "methods is empty; name at least one": not self.methods,
                 "test_rows would do nothing without test": (
                     self.test_rows is not None and self.test is None

@@ -94,6 +94,7 @@ class Result:
     tokens_per_second: float = 0.0
     train_loss: float | None = None  # mean of the last tenth of the steps
     losses: list[float] = field(default_factory=list)
+    together: int = 1  # runs that trained in the same passes, whose times and memory are of all
     skipped: int = 0  # steps whose loss or gradient was not finite, and that changed nothing
     peak: int | None = None
     kept: int | None = None  # size of the files that the task alone needs

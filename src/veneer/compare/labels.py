@@ -34,6 +34,11 @@ class Label:
             object.__setattr__(self, "run", self.name)
 
     @property
+    def trains_together(self) -> bool:
+        """Whether its runs can share passes with others: low-rank ones over the base as it is."""
+        return bool(self.lora) and self.bits is None
+
+    @property
     def what_trains(self) -> LoRA | Method:
         """The adapter, or the method that has none."""
         return LoRA(**self.lora) if self.lora else Method(**self.method)

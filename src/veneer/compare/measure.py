@@ -44,7 +44,7 @@ from veneer.quant.stack import quantized_weights
 from veneer.training.choose import choose, hidden_size_of, steps_of_epoch
 from veneer.training.config import TrainConfig
 from veneer.training.evaluate import evaluate
-from veneer.training.events import Notice, Skipped, Step
+from veneer.training.events import Event, Notice, Skipped, Step
 from veneer.training.loop import train
 from veneer.training.memory import begin_measuring, process_memory
 from veneer.training.recipe import DataConfig, DType, Recipe
@@ -73,18 +73,9 @@ def measure(job: Job, runs: Path, report: Report) -> Result:
     for notice in base.notices:
         report({"notice": notice})
     torch.set_num_threads(threads_for(model))
-    data = _load_data(job, recipe, base)
+    data = load_data(job, base)
     digests = base_digests(model) if job.kind == "run" else {}
-    result: dict[str, Any] = {
-        "base": fingerprint(model, base.tokenizer),
-        "base_parameters": parameter_count(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "rows": len(data.training),
-        "held_out": len(data.held_out),
-        **_steps_of(job, data.training, recipe.training),
-        "hidden_size": hidden_size_of(model.config),
-    }
+    result = facts_of(job, base, data)
     if job.kind != "base":
         attach(model, recipe.what_trains, seed=job.seed)
         try:
@@ -94,12 +85,35 @@ def measure(job: Job, runs: Path, report: Report) -> Result:
                 raise
             report({"notice": str(error)})
             return Result(**result, eval_loss=math.inf)
+    return Result(**result, **after_training(job, base, data, digests, runs, report))
+
+
+def facts_of(job: Job, base: Base, data: Data) -> dict[str, Any]:
+    """Return what is known of a job before it trains."""
+    model = base.model
+    return {
+        "base": fingerprint(model, base.tokenizer),
+        "base_parameters": parameter_count(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "rows": len(data.training),
+        "held_out": len(data.held_out),
+        **_steps_of(job, data.training, recipe_of(job).training),
+        "hidden_size": hidden_size_of(model.config),
+    }
+
+
+def after_training(
+    job: Job, base: Base, data: Data, digests: Mapping[str, str], runs: Path, report: Report
+) -> dict[str, Any]:
+    """Measure what is in use over the base. digests: of the base's weights before the training."""
+    model, result = base.model, dict[str, Any]()
     report({"doing": "evaluating"})
     with kept_heap():
         forward, notices = choose_forward(model, data.held_out)
         result["eval_loss"] = evaluate(model, data.held_out, forward)
         if job.kind == "trial":
-            return Result(**result)
+            return result
         result["general_loss"] = evaluate(model, data.general, forward)
     if data.questions:
         report({"doing": "answering"})
@@ -107,11 +121,11 @@ def measure(job: Job, runs: Path, report: Report) -> Result:
     result["notices"] = list(dict.fromkeys([*base.notices, *notices]))
     if job.kind == "run":
         report({"doing": "measuring"})
-        result["kept"] = _bytes_of_task(base, recipe, runs / f"{job.name}{TASK_FILES}")
+        result["kept"] = _bytes_of_task(base, recipe_of(job), runs / f"{job.name}{TASK_FILES}")
         after = base_digests(model)
         result["base_unchanged"] = all(after.get(n) == digest for n, digest in digests.items())
         result["swappable"] = _is_swappable(model)
-    return Result(**result)
+    return result
 
 
 def recipe_of(job: Job) -> Recipe:
@@ -151,14 +165,17 @@ def base_digests(model: PreTrainedModel) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Data:
+class Data:
+    """The rows of a comparison, the same for all of its runs."""
+
     training: list[Example]
     held_out: list[Example]
     general: list[Example]
     questions: list[Question]
 
 
-def _load_data(job: Job, recipe: Recipe, base: Base) -> _Data:
+def load_data(job: Job, base: Base) -> Data:
+    """Read the rows of a job, and divide them."""
     # As many as any method needs, or long rows would not be the same for all.
     context = context_left(base.model.config, MOST_VIRTUAL)
     max_length = min(job.max_length, context or job.max_length)
@@ -166,13 +183,11 @@ def _load_data(job: Job, recipe: Recipe, base: Base) -> _Data:
     if questions:
         turns = [question.turns for question in questions]
         check_prompts(base.model, base.tokenizer, turns, virtual=MOST_VIRTUAL)
-    examples, _ = load_examples(
-        str(recipe.data), base.tokenizer, max_length=max_length, limit=job.limit
-    )
+    examples, _ = load_examples(job.data, base.tokenizer, max_length=max_length, limit=job.limit)
     eval_rows = job.eval_rows or min(200, max(1, len(examples) // 10))
     # The same for all seeds, or their losses would differ by the rows that they are of.
     training, held_out = split_held_out(len(examples), eval_rows=eval_rows, seed=job.split_seed)
-    return _Data(
+    return Data(
         [examples[i] for i in training],
         [examples[i] for i in held_out],
         _general_text(job, base, max_length),
@@ -214,37 +229,49 @@ def _train(
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     begin_peak(model.device)
     begin_measuring()
-    steps: list[Step] = []
-    skipped = 0
+    taken = Taken(report)
     for event in train(model, rows, course):
+        taken.take(event)
+    return {**taken.facts(), "trained": trained, "peak": peak_of(model.device)}
+
+
+class Taken:
+    """The steps of a run, reported as they come, and what they took."""
+
+    def __init__(self, report: Report) -> None:
+        self.report, self.steps, self.skipped = report, list[Step](), 0
+
+    def take(self, event: Event) -> None:
+        """Count what happens in the run."""
         if isinstance(event, Notice):
-            report({"notice": event.text})
+            self.report({"notice": event.text})
         elif isinstance(event, Skipped):
-            skipped += 1
-            report({"notice": f"step {event.step} skipped: {event.why}"})
+            self.skipped += 1
+            self.report({"notice": f"step {event.step} skipped: {event.why}"})
         elif isinstance(event, Step):
-            steps.append(event)
+            self.steps.append(event)
             numbers = {"step": event.step, "loss": event.loss, "rss": event.rss_bytes}
-            report(numbers | {"speed": event.tokens / event.seconds})
-    peak = _peak(model.device)
-    if not steps:
-        raise TrainingError("No step had a finite loss and gradient; a lower rate may help.")
-    warm = steps[WARM_UP:] or steps
-    losses = [step.loss for step in steps]
-    return {
-        "trained": trained,
-        "tokens": sum(step.tokens for step in steps),
-        "seconds": sum(step.seconds for step in steps),
-        "seconds_a_step": median(step.seconds for step in warm),
-        "tokens_per_second": median(step.tokens / step.seconds for step in warm),
-        "train_loss": mean(losses[-math.ceil(len(losses) / 10) :]),
-        "losses": losses,
-        "skipped": skipped,
-        "peak": peak,
-    }
+            self.report(numbers | {"speed": event.tokens / event.seconds})
+
+    def facts(self) -> dict[str, Any]:
+        """Return what it took. Raises TrainingError where no step was finite."""
+        steps = self.steps
+        if not steps:
+            raise TrainingError("No step had a finite loss and gradient; a lower rate may help.")
+        warm = steps[WARM_UP:] or steps
+        losses = [step.loss for step in steps]
+        return {
+            "tokens": sum(step.tokens for step in steps),
+            "seconds": sum(step.seconds for step in steps),
+            "seconds_a_step": median(step.seconds for step in warm),
+            "tokens_per_second": median(step.tokens / step.seconds for step in warm),
+            "train_loss": mean(losses[-math.ceil(len(losses) / 10) :]),
+            "losses": losses,
+            "skipped": self.skipped,
+        }
 
 
-def _peak(device: torch.device) -> int | None:
+def peak_of(device: torch.device) -> int | None:
     """Return the most memory since: an accelerator's, or all of the process's."""
     return peak_memory(device) if device.type != "cpu" else process_memory("VmHWM") or None
 

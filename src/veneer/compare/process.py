@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,27 @@ SECONDS_TO_END = 10  # for a process that is asked to
 
 def do_job(job: Job, runs: Path) -> Generator[Event, None, Result | str]:
     """Do a job in a process of its own, yield how it goes, and return its result, or its error."""
+    (result,) = yield from do_together([job], runs)
+    return result
+
+
+def do_together(jobs: Sequence[Job], runs: Path) -> Generator[Event, None, list[Result | str]]:
+    """Do jobs in one process of their own, yield how they go, and return the result or the error of
+    each."""
     runs.mkdir(parents=True, exist_ok=True)
-    job_file, log = runs / f"{job.name}{JOB}", runs / f"{job.name}{LOG}"
-    job.write(job_file)
-    error: str | None = None
+    files = [runs / f"{job.name}{JOB}" for job in jobs]
+    log = runs / f"{jobs[0].name}{LOG}"
+    for job, file in zip(jobs, files, strict=True):
+        job.write(file)
+    by_name = {job.name: job for job in jobs}
+    errors: dict[str, str] = {}
     keep_log = False
     try:
         with log.open("w", encoding="utf-8") as stderr:
             # A session of its own: Ctrl-C reaches this process alone, which then ends the other.
             process = subprocess.Popen(
                 # -P: no module comes from where the user happens to be.
-                [sys.executable, "-P", "-m", "veneer.compare.worker", str(job_file)],
+                [sys.executable, "-P", "-m", "veneer.compare.worker", *map(str, files)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -48,20 +58,27 @@ def do_job(job: Job, runs: Path) -> Generator[Event, None, Result | str]:
             try:
                 for line in process.stdout:
                     message = _parse(line)
-                    error = message.get("error", error)
+                    job = by_name.get(message.get("job", ""), jobs[0])
+                    if "error" in message:  # of one, or of all
+                        of = [message["job"]] if "job" in message else by_name
+                        errors |= dict.fromkeys(of, message["error"])
                     yield from _events(job, message)
                 code = process.wait()
             finally:
                 _end(process)
-        if code == 0:
+        results: list[Result | str] = []
+        for job in jobs:
             result = read_result(runs / f"{job.name}{RESULT}", job)
-            assert result is not None
-            return result
-        keep_log = error is None  # as it may say more
-        return why(code, log) if error is None else error
+            if result is None:
+                keep_log |= job.name not in errors  # as it may say more
+                results.append(errors.get(job.name) or why(code, log))
+            else:
+                results.append(result)
+        return results
     finally:
-        job_file.unlink(missing_ok=True)
-        shutil.rmtree(runs / f"{job.name}{TASK_FILES}", ignore_errors=True)
+        for job, file in zip(jobs, files, strict=True):
+            file.unlink(missing_ok=True)
+            shutil.rmtree(runs / f"{job.name}{TASK_FILES}", ignore_errors=True)
         if not keep_log:
             log.unlink(missing_ok=True)
 

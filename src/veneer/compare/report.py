@@ -64,13 +64,13 @@ def cells(comparison: Comparison, row: Row) -> dict[str, str]:
     if comparison.measure:
         shown = "" if row.quality is None else row.quality.text(1)
         quality = {TITLES[comparison.measure]: shown}
-    speed = row.tokens_per_second
+    speed, shared = row.tokens_per_second, "shared" if row.together else ""
     return {
         "Trained parameters": "failed" if row.errors and not row.seeds else trained,
         "%": "" if row.share is None else f"{row.share:.3%}".removesuffix("%"),
-        "Peak memory (GB)": "" if row.peak is None else f"{row.peak / 1e9:.2f}",
-        "tokens/s": "" if speed is None else f"{speed:,.0f}",
-        "Minutes": "" if row.minutes is None else f"{row.minutes:.2f}",
+        "Peak memory (GB)": shared if row.peak is None else f"{row.peak / 1e9:.2f}",
+        "tokens/s": shared if speed is None else f"{speed:,.0f}",
+        "Minutes": shared if row.minutes is None else f"{row.minutes:.2f}",
         "Evaluation loss": "" if row.eval_loss is None else row.eval_loss.text(4),
         **quality,
         "General loss, change": "" if row.forgotten is None else row.forgotten.text(4, signed=True),
@@ -120,6 +120,11 @@ def _columns(comparison: Comparison) -> str:
     if comparison.config.allowed_of(comparison.base.steps).unit == "minutes":
         text += (
             " Each method's steps were chosen by its speed, measured first, to fill its minutes."
+        )
+    if comparison.config.together:
+        text += (
+            " Shared: these runs trained together, in passes over one base, so that neither time "
+            "nor memory is of one of them."
         )
     if comparison.config.seeds > 1:
         text += " ± is the standard deviation over seeds."

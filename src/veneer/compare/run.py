@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from veneer.compare.config import CompareConfig
 from veneer.compare.events import ComparisonStarted, JobDone, JobFailed, JobStarted
 from veneer.compare.job import RESULT, Job, Kind, Result, read_result
 from veneer.compare.labels import BASE, Label
-from veneer.compare.process import do_job
+from veneer.compare.process import do_job, do_together
 from veneer.compare.quality import Measure, measure_of
 from veneer.compare.summary import Comparison
 from veneer.data.questions import read_questions
@@ -63,6 +63,7 @@ def compare(
     run.base = base
     courses: dict[str, tuple[int, float] | None] = {}
     for seed in run.seeds:
+        sharing: list[Job] = []
         for label in run.labels:
             if label.run not in courses:
                 courses[label.run] = yield from run.course(label)
@@ -71,8 +72,11 @@ def compare(
                 job = run.job(
                     f"{label.run}-seed{seed}", "run", label, seed=seed, steps=steps, lr=lr
                 )
-                if result := (yield from run.result(job)):
+                if config.together and label.trains_together:
+                    sharing.append(job)
+                elif result := (yield from run.result(job)):
                     run.results.setdefault(label.run, {})[seed] = result
+        yield from run.train_together(sharing)
     return Comparison(
         model=model,
         data=data,
@@ -185,11 +189,35 @@ class _Run:
 
     def result(self, job: Job) -> Generator[Event, None, Result | None]:
         """Return what a job measures, or measured earlier; None where it fails, which is noted."""
-        result: Result | str | None = read_result(self.runs / f"{job.name}{RESULT}", job)
-        is_earlier = result is not None
+        earlier = read_result(self.runs / f"{job.name}{RESULT}", job)
+        result: Result | str | None = earlier
         if result is None:
             yield JobStarted(job)
             result = yield from do_job(job, self.runs)
+        return (yield from self._ended(job, result, earlier is not None))
+
+    def train_together(self, jobs: Sequence[Job]) -> Generator[Event, None, None]:
+        """Do jobs of which some were done earlier, the others in passes that they share."""
+        results: dict[str, Result | str] = {}
+        waiting = []
+        for job in jobs:
+            if (earlier := read_result(self.runs / f"{job.name}{RESULT}", job)) is None:
+                waiting.append(job)
+                yield JobStarted(job)
+            else:
+                results[job.name] = earlier
+        if waiting:
+            done = yield from do_together(waiting, self.runs)
+            results |= {job.name: result for job, result in zip(waiting, done, strict=True)}
+        for job in jobs:
+            result = yield from self._ended(job, results[job.name], job not in waiting)
+            if result:
+                self.results.setdefault(job.label.run, {})[job.seed] = result
+
+    def _ended(
+        self, job: Job, result: Result | str, is_earlier: bool
+    ) -> Generator[Event, None, Result | None]:
+        """Note how a job has ended; of one that failed return None."""
         if isinstance(result, str):
             self.errors.setdefault(job.label.run, []).append(f"{job.name}: {result}")
             yield JobFailed(job, result)

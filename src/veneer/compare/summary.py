@@ -39,6 +39,7 @@ class Row:
     peak      bytes at most while training, the process's own (a GPU's where there is one)
     forgotten change of the loss on the general sample, against the base as it is
     kept      bytes on the disk that this task alone needs
+    together  whether its runs trained in passes with others, so that they have no time of their own
     errors    of runs that failed; a row may have both these and numbers
     """
 
@@ -59,6 +60,7 @@ class Row:
     kept: int | None = None
     base_unchanged: bool | None = None
     swappable: bool | None = None
+    together: bool = False
     errors: tuple[str, ...] = ()
 
 
@@ -139,6 +141,8 @@ class Comparison:
             values = [x for run in runs if (x := value(run)) is not None]
             return Spread.of(values) if values else None
 
+        together = any(run.together > 1 for run in runs)
+
         def forgotten(run: Result) -> float | None:
             after = run.general_loss
             return None if after is None or before is None else after - before
@@ -151,9 +155,10 @@ class Comparison:
             trained=runs[0].trained,
             share=runs[0].trained / runs[0].base_parameters,
             tokens=mean(run.tokens for run in runs),
-            peak=max((run.peak for run in runs if run.peak), default=None),
-            tokens_per_second=mean(run.tokens_per_second for run in runs),
-            minutes=mean(run.seconds for run in runs) / 60,
+            peak=None if together else max((run.peak for run in runs if run.peak), default=None),
+            tokens_per_second=None if together else mean(run.tokens_per_second for run in runs),
+            minutes=None if together else mean(run.seconds for run in runs) / 60,
+            together=together,
             train_loss=spread(lambda run: run.train_loss),
             eval_loss=spread(lambda run: run.eval_loss),
             quality=self._quality(runs),
