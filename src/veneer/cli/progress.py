@@ -25,6 +25,7 @@ from veneer.training.events import (
     Notice,
     Planned,
     Skipped,
+    Space,
     Started,
     Step,
     Stopped,
@@ -79,6 +80,13 @@ class RunDisplay:
             case Planned(plan, free, processes):
                 each = f", in each of {processes} processes" if processes > 1 else ""
                 OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}{each}", soft_wrap=True)
+            case Space(needed, free):
+                sizes = (f"{bytes_text(size)} for {what}" for what, size in needed.items())
+                OUTPUT.print(
+                    f"[bold]Disk[/]    {bytes_text(sum(needed.values()))} at most "
+                    f"({', '.join(sizes)}), {bytes_text(free)} free",
+                    soft_wrap=True,
+                )
             case Measured(planned, peak):
                 OUTPUT.print(
                     f"[bold]Memory[/]  at most {bytes_text(peak)}, {_beside(peak / planned)} "

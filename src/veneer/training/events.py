@@ -38,6 +38,15 @@ class Planned(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Space(Event):
+    """The bytes that the run needs on the disk at most, by what they are for, and how many are free
+    there."""
+
+    needed: Mapping[str, int]
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
 class Measured(Event):
     """The most memory that the run took, in bytes, beside what was planned."""
 

@@ -11,10 +11,10 @@ from veneer.data.columns import lengths_of
 from veneer.models.device import has_memory_of_its_own, resolve_device
 from veneer.plan.plan import Plan
 from veneer.processes.world import World
-from veneer.training.events import Event, Notice, Planned
+from veneer.training.events import Event, Notice, Planned, Space
 from veneer.training.planned import available_memory, check_fits, check_host, with_rows
 from veneer.training.planned_processes import plan_of_each
-from veneer.training.preflight import Preflight
+from veneer.training.preflight import Preflight, bytes_on_disk, free_on_disk
 from veneer.training.recipe import Recipe
 from veneer.training.rows import RunRows
 
@@ -48,6 +48,8 @@ def plan_before(
     if not ignore_plan:
         check_host(plan, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
     yield Planned(plan, available, world.size)
+    if world.writes:
+        yield Space(bytes_on_disk(plan, recipe, device), free_on_disk(recipe.out))
     if plan.notice:
         yield Notice(plan.notice)
     return plan, sharded

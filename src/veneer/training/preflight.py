@@ -173,12 +173,16 @@ def bytes_on_disk(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str,
     return bytes_of
 
 
+def free_on_disk(out: Path) -> int:
+    """Return the bytes that a run may write below `out`, of which what is there is replaced."""
+    return shutil.disk_usage(nearest_existing(out)).free + size_of(out)
+
+
 def check_space(plan: Plan, recipe: Recipe, device: torch.device) -> None:
     """Raise ConfigError where the disk does not hold what stays of a run."""
     bytes_of = bytes_on_disk(plan, recipe, device)
     needed = sum(bytes_of.values())
-    place = nearest_existing(recipe.out)
-    free = shutil.disk_usage(place).free + (size_of(recipe.out) if recipe.out.exists() else 0)
+    free = free_on_disk(recipe.out)
     if needed > free:
         sizes = ", ".join(f"{size / 1e6:,.0f} MB for {what}" for what, size in bytes_of.items())
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from veneer.adapter.active import active_adapters_of
@@ -67,7 +68,7 @@ def tune(
     )
     lock = RunLock(run.path)
     try:
-        if killed := world.first(partial(_take, lock, run, may_hold_a_run=resume or force)):
+        if killed := world.first(partial(take, lock, run.path, may_hold_a_run=resume or force)):
             yield Notice(killed)
         with rewards_of(ahead.recipe, processes=world.size) as rewards:
             yield from _tune(
@@ -81,10 +82,10 @@ def tune(
         lock.release()
 
 
-def _take(lock: RunLock, run: RunDirectory, *, may_hold_a_run: bool) -> str:
+def take(lock: RunLock, out: Path, *, may_hold_a_run: bool) -> str:
     """Take the lock of a run's directory, look again what is there, and remove what a killed run
     left half-written. Return what to say of that run."""
-    killed = lock.take()
+    killed, run = lock.take(), RunDirectory(out)
     check_directory(run, may_hold_a_run=may_hold_a_run)
     for directory in (run.path, run.checkpoints):
         remove_leftovers(directory)

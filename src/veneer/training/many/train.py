@@ -17,6 +17,7 @@ from veneer.processes.world import World
 from veneer.training.begin import let_train
 from veneer.training.config import TOKENS_PER_PASS
 from veneer.training.events import Ended, Event, Failed, Notice
+from veneer.training.frozen import FrozenBase
 from veneer.training.many.running import Job, RunningJob
 from veneer.training.many.schedule import check_limit, choose
 from veneer.training.threads import worthwhile_threads
@@ -52,6 +53,7 @@ def train_many(
         with kept_heap(), acting(model, before):
             check_limit(tokens_per_pass)
             _check(new.values())
+            frozen_base = FrozenBase(model)  # which all of them share
             while new or running:
                 begun: list[RunningJob] = []
                 for name, job in new.items():
@@ -60,6 +62,7 @@ def train_many(
                             raise ConfigError(f"{name} is a job that trains already.")
                         _check([job, *(each.job for each in running)])
                         running.append(RunningJob(name, job, model))
+                        running[-1].run.watch.frozen_base = frozen_base
                         begun.append(running[-1])
                     except VeneerError as error:
                         if passes is None:

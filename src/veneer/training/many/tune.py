@@ -15,6 +15,7 @@ from veneer.models.load import Base, load_base
 from veneer.plan.plan import Plan
 from veneer.processes.world import World
 from veneer.run_directory import RunDirectory
+from veneer.run_lock import RunLock
 from veneer.training.config import TOKENS_PER_PASS
 from veneer.training.events import Event, Failed, Measured, Notice, Planned
 from veneer.training.many.planned import (
@@ -35,7 +36,7 @@ from veneer.training.prepare import Prepared, prepare
 from veneer.training.recipe import Recipe
 from veneer.training.results import clear_state, to_the_end
 from veneer.training.rows import RunRows
-from veneer.training.tune import attach_job
+from veneer.training.tune import attach_job, take
 
 ALL = ""  # the name with events that are of no job, but of all of them
 # Settings of the base and of passes, which jobs share.
@@ -79,40 +80,44 @@ def tune_many(
         places = ", ".join(str(recipe.out) for recipe in recipes.values())
         raise ConfigError(f"There are no runs to go on with: none of {places} exists.")
     runs = _Runs(recipes, resume, force, ignore_plan, tokens_per_pass, merges)
-    yield from runs.prepare(recipes)
-    yield from runs.load()
-    jobs: dict[str, Job] = {}
-    yield from runs.begin(recipes, jobs)
-    begin_measuring()
-    begin_peak(runs.base.model.device)
-    measured = False
-    of_joining: list[tuple[str, Event]] = []  # which came while nothing could be yielded
+    try:
+        yield from runs.prepare(recipes)
+        yield from runs.load()
+        jobs: dict[str, Job] = {}
+        yield from runs.begin(recipes, jobs)
+        begin_measuring()
+        begin_peak(runs.base.model.device)
+        measured = False
+        of_joining: list[tuple[str, Event]] = []  # which came while nothing could be yielded
 
-    def join() -> dict[str, Job]:
-        begun: dict[str, Job] = {}
-        for name, recipe in joining().items():
-            try:
-                of_joining.extend(runs.prepare({name: recipe}))
-                of_joining.extend(runs.begin({name: recipe}, begun))
-            except (VeneerError, OSError) as error:
-                of_joining.append((name, Failed(error)))
-        return begun
+        def join() -> dict[str, Job]:
+            begun: dict[str, Job] = {}
+            for name, recipe in joining().items():
+                try:
+                    of_joining.extend(runs.prepare({name: recipe}))
+                    of_joining.extend(runs.begin({name: recipe}, begun))
+                except (VeneerError, OSError) as error:
+                    of_joining.append((name, Failed(error)))
+                    runs.release(name)
+            return begun
 
-    for adapter, event in train_many(
-        runs.base.model,
-        jobs,
-        tokens_per_pass=tokens_per_pass,
-        joining=join,
-        should_stop=lambda adapter: should_stop(runs.names[adapter]),
-    ):
+        for adapter, event in train_many(
+            runs.base.model,
+            jobs,
+            tokens_per_pass=tokens_per_pass,
+            joining=join,
+            should_stop=lambda adapter: should_stop(runs.names[adapter]),
+        ):
+            yield from of_joining
+            of_joining.clear()
+            if not isinstance(event, Measured):
+                yield runs.names[adapter], event
+            elif not measured:  # for the first, no model has been merged yet, which takes more
+                measured = True
+                yield ALL, event
         yield from of_joining
-        of_joining.clear()
-        if not isinstance(event, Measured):
-            yield runs.names[adapter], event
-        elif not measured:  # for the first, no model has been merged yet, which takes more
-            measured = True
-            yield ALL, event
-    yield from of_joining
+    finally:
+        runs.release()
 
 
 class _Runs:
@@ -140,6 +145,8 @@ class _Runs:
         self._prepared: dict[str, Prepared] = {}  # of runs that have not ended
         self._rows: dict[Any, RunRows] = {}  # by all that decides them
         self._base: Base | None = None
+        self._resumed: dict[str, bool] = {}  # whether a run goes on from what is in its directory
+        self._locks: dict[str, RunLock] = {}
 
     @property
     def base(self) -> Base:
@@ -147,9 +154,11 @@ class _Runs:
         assert self._base is not None
         return self._base
 
-    def resumes(self, recipe: Recipe) -> bool:
-        """Return whether a run goes on from what is in its directory."""
-        return self.resume and recipe.out.exists()
+    def release(self, *names: str) -> None:
+        """Let others have the directories of these runs, or of all."""
+        for name in names or [*self._locks]:
+            if lock := self._locks.pop(name, None):
+                lock.release()
 
     def prepare(self, recipes: Mapping[str, Recipe]) -> Iterator[tuple[str, Event]]:
         """Check the recipes, read their rows, and see that there is room for them beside those
@@ -159,9 +168,10 @@ class _Runs:
         begun: dict[str, Preflight] = {}
         for name, recipe in recipes.items():
             with problems.of(name):
+                self._resumed[name] = self.resume and recipe.out.exists()
                 ahead = preflight(
                     recipe,
-                    resume=self.resumes(recipe),
+                    resume=self._resumed[name],
                     force=self.force,
                     ignore_space=self.ignore_plan,
                     beside=self._ahead,
@@ -173,6 +183,10 @@ class _Runs:
                         f"in {shared}; go on with it by itself"
                     )
                 begun[name] = ahead
+                self._locks[name] = RunLock(recipe.out)
+                may_hold_a_run = self._resumed[name] or self.force
+                if killed := take(self._locks[name], recipe.out, may_hold_a_run=may_hold_a_run):
+                    yield name, Notice(killed)
         problems.end()
         if not self.ignore_plan:
             check_space_together(begun.values(), self.device)
@@ -244,8 +258,8 @@ class _Runs:
         for weight in training:  # which attaching has frozen
             weight.requires_grad_(True)
         problems.end()
-        for recipe in recipes.values():
-            if not self.resumes(recipe):
+        for name, recipe in recipes.items():
+            if not self._resumed[name]:
                 clear_state(RunDirectory(recipe.out))
         jobs.update(new)
 
@@ -254,7 +268,7 @@ class _Runs:
         prepared, base = self._prepared[name], self.base
         recipe, rows = prepared.recipe, prepared.rows
         run, identity = RunDirectory(recipe.out), prepared.identity(self._fingerprint)
-        resume, plan = self.resumes(recipe), self.plan
+        resume, plan = self._resumed[name], self.plan
 
         def through(events: Iterator[Event]) -> Iterator[Event]:
             results = to_the_end(
@@ -265,6 +279,7 @@ class _Runs:
             finally:
                 detach(base.model, adapter)
                 del self._prepared[name]
+                self.release(name)
 
         return Job(
             rows.examples,
