@@ -12,6 +12,7 @@ from veneer.cli.console import OUTPUT, bytes_text, quieten_libraries, show_notic
 from veneer.cli.flags import Model, PackHead, refuse_preset
 from veneer.cli.progress import RunDisplay
 from veneer.cli.tables import quantized_table
+from veneer.files import check_writable
 from veneer.quant.settings import Bits
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def pretrain(
     seed: Annotated[int, Parameter(help="Decides the text and the model's start.")] = 0,
 ) -> None:
     """Show the training as any other run."""
+    check_writable(out)
     quieten_libraries()
     with RunDisplay() as display:
         for event in veneer.pretrain(out, steps=steps, seed=seed):

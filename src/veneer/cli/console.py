@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.errors import VeneerError, VeneerWarning
-from veneer.files import size_of
+from veneer.files import check_writable, remove_leftovers, size_of
 
 OUTPUT = Console(highlight=False)
 ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -96,11 +96,14 @@ def print_wide(table: Table) -> None:
 
 
 def refuse_to_replace(out: Path) -> None:
-    """Raise VeneerError if `out` is a file, or a directory that holds anything."""
+    """Raise VeneerError if `out` is a file, holds anything, or cannot be written to. What a killed
+    process left of writing it goes."""
     if out.is_file():
         raise VeneerError(f"{out} is there already; name another place.")
     if out.exists() and any(out.iterdir()):
         raise VeneerError(f"{out} holds something already; name another place.")
+    check_writable(out)
+    remove_leftovers(out.parent, out.name)
 
 
 def quieten_libraries() -> None:

@@ -21,7 +21,7 @@ from veneer.compare.summary import Comparison
 from veneer.data.questions import read_questions
 from veneer.data.sources import files_of
 from veneer.errors import Checks, ConfigError, VeneerError
-from veneer.files import check_replaceable, write_text
+from veneer.files import check_replaceable, check_writable, write_text
 from veneer.training.events import Event, Notice
 
 RUNS = "runs"
@@ -236,6 +236,7 @@ def _check_directory(out: Path, *, resume: bool, force: bool) -> None:
     runs = out / RUNS
     if out.is_file():
         raise ConfigError(f"{out} is a file, but --out must name a directory.")
+    check_writable(out)
     check_replaceable(runs, marker=MARKER)
     if any(runs.glob(f"*{RESULT}")) and not (force or resume):
         raise ConfigError(

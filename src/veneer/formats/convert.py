@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from veneer.adapter.config import LoRA
 from veneer.adapter.targets import PRESETS
 from veneer.errors import AdapterError, VeneerError, joined
+from veneer.files import check_writable, remove_leftovers
 from veneer.formats import table as formats
 from veneer.formats.base_structure import BaseStructure, targets_for
 from veneer.formats.fold import uniform
@@ -54,6 +55,8 @@ def convert(
     source, kind = located.path, located.format
     if out.exists() and not force and (out.is_file() or any(out.iterdir())):
         raise VeneerError(f"{out} holds something already; name another place, or use --force.")
+    check_writable(out)
+    remove_leftovers(out.parent, out.name)
     structure = BaseStructure(base) if base is not None else None
     # Reading a loralib file takes enable_lora; for all other adapters it is for writing.
     for_reading = enable_lora if kind == "loralib" and source.is_file() else None

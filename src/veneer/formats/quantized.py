@@ -17,7 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.checksums import SUMS, sums_of
 from veneer.errors import VeneerError
-from veneer.files import disk_errors, json_text, write_json, write_tensors, write_text
+from veneer.files import (
+    check_writable,
+    disk_errors,
+    json_text,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from veneer.models.fingerprint import Marks
 from veneer.models.quantize import (
     quantizable,
@@ -275,6 +282,7 @@ def _check(out: Path) -> None:
         raise VeneerError(f"{out} holds a model already; name another place.")
     if out.is_file() or (out.exists() and not all(map(_is_ours, out.iterdir()))):
         raise VeneerError(f"{out} holds other things; name another place.")
+    check_writable(out)
     for leftover in filter(_is_half_written, out.glob(".*")):
         leftover.unlink()
 
