@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -202,3 +203,35 @@ def test_two_runs_do_not_write_into_one_directory(tune, tmp_path, capsys):
         lock.release()
     assert tune("--out", tmp_path / "out", "--steps", 2) == 0
     assert LOCK not in names(tmp_path / "out")
+
+
+PRINTS = """
+import os, sys
+from veneer.cli.company import interruptible
+from veneer.cli.console import ERRORS, OUTPUT
+os.write(2, b"ready\\n")
+sys.stdin.readline()
+with interruptible():
+    for _ in range(2):
+        OUTPUT.print("x" * 100_000)
+    ERRORS.print("still here")
+OUTPUT.print("x")
+"""
+
+
+def test_only_what_cannot_be_printed_is_silenced():
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr.readline() == "ready\n"
+    process.stdout.close()
+    process.stdout = None
+    _, complained = process.communicate("go\n")
+    assert complained == "still here\n"
+    assert process.returncode == 0

@@ -24,7 +24,15 @@ from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import make_plan
 from veneer.training import plan_before, planned, preflight, results
 from veneer.training.config import TrainConfig
-from veneer.training.events import DataReady, Measured, ModelReady, Notice, Planned, Written
+from veneer.training.events import (
+    DataReady,
+    Measured,
+    ModelReady,
+    Notice,
+    Planned,
+    Space,
+    Written,
+)
 from veneer.training.planned import (
     check_fits,
     check_host,
@@ -188,7 +196,10 @@ def test_a_run_yields_its_plan_and_what_it_took(minigpt_home, tmp_path):
     assert measured.planned == plan.plan.memory.peak
     assert measured.peak > 100e6
     kinds = [type(event) for event in events]
-    assert [kinds.index(kind) for kind in (DataReady, Notice, Planned, ModelReady)] == [0, 1, 2, 3]
+    order = (DataReady, Notice, Planned, Space, ModelReady)
+    assert [kinds.index(kind) for kind in order] == [0, 1, 2, 3, 4]
+    needed = events[kinds.index(Space)].needed
+    assert list(needed) == ["4 checkpoints", "the adapter", "the merged model"]
     assert sum(isinstance(event, Written) for event in events) == 2
 
 

@@ -12,7 +12,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from veneer.cli.console import ERRORS, show_error, show_notice, silence, warnings_as_notices
+from veneer.cli.console import (
+    ERRORS,
+    Terminal,
+    show_error,
+    show_notice,
+    silence,
+    warnings_as_notices,
+)
 from veneer.errors import VeneerError
 from veneer.files import storage_error
 from veneer.processes.start import Company, launch_id, restarts
@@ -93,8 +100,10 @@ def interruptible(*, shows: bool = True, grace: float | None = None) -> Iterator
     if grace is not None:
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, asked.end)
     try:
+        Terminal.goes_on = True
         yield asked
     finally:
+        Terminal.goes_on = False
         if grace is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():

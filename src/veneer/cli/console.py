@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,16 +18,36 @@ from rich.table import Table
 from veneer.errors import VeneerError, VeneerWarning
 from veneer.files import check_writable, remove_leftovers, size_of
 
-OUTPUT = Console(highlight=False)
-ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class Terminal(Console):
+    """A console that ends the program where nobody reads it any more, unless work `goes_on`."""
+
+    goes_on = False
+
+    def on_broken_pipe(self) -> None:
+        """Take that a pipe is closed."""
+        if not Terminal.goes_on:
+            super().on_broken_pipe()
+        silence(self)
+
+
+OUTPUT = Terminal(highlight=False)
+ERRORS = Terminal(stderr=True, highlight=False, soft_wrap=True)
 LINES = 20  # of progress in all, where there is no terminal for a bar
 WIDTH = 110  # columns of wide tables where there is no terminal: in fewer, numbers would break
 
 
-def silence() -> None:
-    """Print nothing from here on: whoever read it is gone, which is no reason for a run to end."""
-    for console in (OUTPUT, ERRORS):
-        console.file = Path(os.devnull).open("w")  # noqa: SIM115 - open until the process ends
+def silence(*consoles: Console) -> None:
+    """Print nothing more there: whoever read it is gone, which is no reason for a run to end.
+
+    consoles: all that print on a terminal unless given
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for console in consoles or (OUTPUT, ERRORS):
+        handle = console.file.fileno()
+        if consoles or stat.S_ISCHR(os.fstat(handle).st_mode):
+            os.dup2(nowhere, handle)
+    os.close(nowhere)
 
 
 def show_error(error: Exception) -> None:

@@ -48,10 +48,10 @@ def plan_before(
     if not ignore_plan:
         check_host(plan, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
     yield Planned(plan, available, world.size)
-    if world.writes:
-        yield Space(bytes_on_disk(plan, recipe, device), free_on_disk(recipe.out))
     if plan.notice:
         yield Notice(plan.notice)
+    if world.writes:
+        yield Space(bytes_on_disk(plan, recipe, device), free_on_disk(recipe.out))
     return plan, sharded
 
 
