@@ -65,7 +65,8 @@ class Installation:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]
         try:
-            ours = attention(self.model, self.attention) if self.attention else nullcontext()
+            model, name = self.model, self.attention
+            ours = attention(model, self.decoder, name) if name else nullcontext()
             with ours, patched(self.experts):
                 yield
         finally:

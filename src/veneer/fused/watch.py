@@ -124,7 +124,7 @@ def watch(
         with (
             torch.random.fork_rng(devices=[]),  # what is random in training mode
             _hooked(layers, noted, watcher),
-            attention(model, WATCHED) if asks else nullcontext(),
+            attention(model, decoder, WATCHED) if asks else nullcontext(),
             _NotedFunctions(noted, attention=not asks),
         ):
             decoder(**inputs, use_cache=False)
@@ -145,12 +145,12 @@ def angles_of(args: tuple, options: Options) -> tuple[Tensor, Tensor] | None:
 
 
 @contextmanager
-def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+def attention(model: PreTrainedModel, decoder: Any, name: str) -> Iterator[None]:
     """Let the decoder of `model` attend by the implementation that transformers knows as `name`.
 
     Other parts, such as a vision tower, keep their own.
     """
-    configs = [model.config, decoder_of(model).config]
+    configs = [model.config, decoder.config]
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = {"": name}

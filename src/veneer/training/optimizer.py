@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class _Buffer:
         for (name, weight), numbers in zip(self.weights.items(), flat.split(sizes), strict=True):
             yield name, numbers[: weight.numel()].view(weight.shape)
 
+    @cached_property
+    def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each weight, and its numbers in `gradient`."""
+        return [(self.weights[name], view) for name, view in self.views(self.gradient)]
+
     def scales(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield each weight's name, and its blocks' scales in those of all."""
         sizes = [-(weight.numel() // -BLOCK) for weight in self.weights.values()]
@@ -113,8 +119,8 @@ class FlatAdamW:
     def begin(self) -> None:
         """Let the weights' gradients add up in the buffers from here on."""
         for buffer in self._buffers:
-            for name, view in buffer.views(buffer.gradient):
-                buffer.weights[name].grad = view
+            for weight, view in buffer.gradients:
+                weight.grad = view
 
     def step(
         self, *, lr: float, clip: float, world: World = ALONE, only_if: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -50,7 +51,7 @@ def train_many(
     passes: _Passes | None = None
     new = dict(jobs)
     try:
-        with kept_heap(), acting(model, before):
+        with kept_heap(), acting(model, before), ExitStack() as installed:
             check_limit(tokens_per_pass)
             _check(new.values())
             frozen_base = FrozenBase(model)  # which all of them share
@@ -72,7 +73,9 @@ def train_many(
                     for each in running:
                         let_train(model, each.name)  # attaching one freezes the others
                 if begun:
+                    installed.close()
                     passes = _Passes.of(running, begun[0], passes)
+                    installed.enter_context(passes.forward.installed(model))
                     for each in begun:
                         notices = passes.notices(each.name)
                         each.begin(passes.forward, notices, partial(should_stop, each.name))
@@ -158,7 +161,7 @@ class _Passes:
         try:
             if not model.training:
                 model.train()
-            with worthwhile_threads(model), forward.installed(model):
+            with worthwhile_threads(model):
                 backward_together(forward, model, batches, alone=self.alone)
                 for each in sharing:
                     each.learnt()
