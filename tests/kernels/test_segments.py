@@ -98,6 +98,7 @@ def compared(*of_all: Numbers) -> Iterator[tuple[str, list[Tensor]]]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_products_of_segments_equal_torch(dtype, monkeypatch):
+    monkeypatch.setattr(segments, "_is_wide", lambda: True)
     group = group_of(dtype)
     x = torch.randn(ROWS, IN).to(dtype)
     # Not all of them lie row behind row, as gradients of heads do not.
@@ -139,8 +140,11 @@ def test_a_segment_has_the_same_numbers_in_any_company_and_by_any_threads():
     assert len(one) > differing
 
 
-def test_factors_that_the_table_cannot_hold_are_left_to_torch():
-    group = group_of(torch.float32)
+def test_what_the_table_cannot_hold_or_is_slower_by_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(segments, "_is_wide", lambda: False)
+    assert group_of(torch.float32).table(ROWS) is None
+    group = group_of(torch.bfloat16)
+    assert group.table(ROWS) is not None
     (rows, own), *others = group[0].segments
     strided = replace(own, A=own.A.T.contiguous().T)
     apart = replace(group[0], segments=((rows, strided), *others))

@@ -7,8 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "dots.h"
-#include "lanes.h"
+#include "steps.h"
 
 namespace {
 
@@ -29,81 +28,14 @@ struct Place {
 };
 
 constexpr Size kTile = 4;              // rows, and ranks, of which sums stay in registers
+#if defined(__AVX512F__)
+constexpr Size kAcross = 4;            // vectors of columns whose sums do so
+#else
+constexpr Size kAcross = 1;
+#endif
 constexpr Size kRowBlock = 32;         // rows of a thread's piece of work
 constexpr Size kColumnBlock = 64;      // columns that are transposed at a time
 constexpr Size kDepthBlock = 128;      // tokens of a gradient's sum at a time, which stay in the L1
-template <class T>
-constexpr Size kLanes = Size(64 / sizeof(Wide<T>));
-
-// 64 bytes of two rows multiplied and added up, and for sums down a column `kDeep` rows at a time.
-template <class T>
-struct Steps {
-    using F = Wide<T>;
-    using Line = F;  // what a column has at each step
-    static constexpr Size kColumns = std::is_same_v<T, BFloat16> ? 32 : 64 / sizeof(T), kDeep = 1;
-
-    static void dot(Vector<F>& sum, const T* a, const T* b) {
-        sum += Half<F, 0>{0}.read(a) * Half<F, 0>{0}.read(b);
-        if constexpr (std::is_same_v<T, BFloat16>) sum += Half<F, 1>{0}.read(a) * Half<F, 1>{0}.read(b);
-    }
-    static Line line(const T* value, Size, Size) { return load(*value); }
-    static Vector<F> spread(Line x) { return Vector<F>{} + x; }
-    static void add(Vector<F>& sum, Vector<F> scale, const Line* lines) {
-        Vector<F> x;
-        std::memcpy(&x, lines, sizeof x);
-        sum += scale * x;
-    }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Steps<BFloat16> {
-    using F = float;
-    using Line = std::uint32_t;  // two rows' numbers
-    static constexpr Size kColumns = 32, kDeep = 2;
-
-    static __m512bh pairs(const void* x) {
-        __m512bh y;
-        std::memcpy(&y, x, sizeof y);
-        return y;
-    }
-    static void dot(Vector<F>& sum, const BFloat16* a, const BFloat16* b) {
-        sum = Vector<F>(_mm512_dpbf16_ps(__m512(sum), pairs(a), pairs(b)));
-    }
-    static Line line(const BFloat16* value, Size stride, Size rows) {
-        const Line low = Line(value[0]);
-        return rows < 2 ? low : low | Line(value[stride]) << 16;
-    }
-    static Vector<F> spread(Line x) {
-        return Vector<F>(_mm512_castsi512_ps(_mm512_set1_epi32(int(x))));
-    }
-    static void add(Vector<F>& sum, Vector<F> scale, const Line* lines) {
-        const auto x = (__m512bh)_mm512_castps_si512(__m512(scale));
-        sum = Vector<F>(_mm512_dpbf16_ps(__m512(sum), x, pairs(lines)));
-    }
-};
-#endif
-
-// The sum of each of `count` vectors.
-template <class F>
-inline void added_up(const Vector<F>* vectors, F* totals, Size count) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<F, float>) {
-        if (count == 16) {
-            __m512 all[16];
-            std::memcpy(all, vectors, sizeof all);
-            _mm512_storeu_ps(totals, sums(all));
-            return;
-        }
-    }
-#endif
-    for (Size i = 0; i < count; ++i) {
-        F total = 0;
-#pragma omp simd reduction(+ : total)
-        for (Size j = 0; j < Size(64 / sizeof(F)); ++j) total += vectors[i][j];
-        totals[i] = total;
-    }
-}
 
 // h = x Fᵀ for `rows` rows of x and `ranks` rows of F.
 template <Size rows, Size ranks, class T>
@@ -263,8 +195,8 @@ inline void add_columns(const typename Steps<T>::Line* scales, Size depth,
                         const typename Steps<T>::Line* lines, Size lines_stride, T* y,
                         Size y_stride, Size cols) {
     constexpr Size kL = kLanes<T>;
-    if (cols >= kTile * kL) {
-        add_tile<rows, kTile>(scales, depth, lines, lines_stride, y, y_stride, cols);
+    if (cols >= kAcross * kL) {
+        add_tile<rows, kAcross>(scales, depth, lines, lines_stride, y, y_stride, cols);
         return;
     }
     for (Size first = 0; first < cols; first += kL)
@@ -275,7 +207,7 @@ inline void add_columns(const typename Steps<T>::Line* scales, Size depth,
 template <class T>
 void segments_up(const Update<T>* updates, Size count, Size by_A, const T* h, const Place* targets) {
     using S = Steps<T>;
-    constexpr Size kWidth = kTile * kLanes<T>;
+    constexpr Size kWidth = kAcross * kLanes<T>;
     const auto firsts = chains(updates, count, by_A);
     const Size chain_count = Size(firsts.size()) - 1;
     std::vector<Work> work;
@@ -343,7 +275,7 @@ void segments_gradient(const Update<T>* updates, Size count, Size of_A, const T*
     using S = Steps<T>;
     using F = Wide<T>;
     using Line = typename S::Line;
-    constexpr Size kWidth = kTile * kLanes<T>;
+    constexpr Size kWidth = kAcross * kLanes<T>;
     std::vector<Work> work;
     std::vector<std::vector<Line>> scales(static_cast<std::size_t>(count));  // hᵀ (rank, steps)
     Size size = 0;
@@ -382,9 +314,9 @@ void segments_gradient(const Update<T>* updates, Size count, Size of_A, const T*
                          lines.data());
                 for (Size t = 0; t < tiles; ++t) {
                     F* tile = sums.data() + t * kTile * kWidth;
-                    Vector<F> local[kTile][kTile];
+                    Vector<F> local[kTile][kAcross];
                     std::memcpy(local, tile, sizeof local);
-                    sums_of<kTile, kTile, T>(scales[u].data() + t * kTile * depth + n / S::kDeep, depth,
+                    sums_of<kTile, kAcross, T>(scales[u].data() + t * kTile * depth + n / S::kDeep, depth,
                                              lines.data(), kWidth, steps(there, S::kDeep), local);
                     std::memcpy(tile, local, sizeof local);
                 }

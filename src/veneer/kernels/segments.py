@@ -7,6 +7,7 @@ segment, where there is no table. One call does all segments and projections of 
 from __future__ import annotations
 
 import ctypes
+import functools
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class SegmentTable:
             return None
         if not all(factor.is_contiguous() for factor in factors):
             return None
-        return cls(updates, factors[0].dtype)
+        dtype = factors[0].dtype
+        return cls(updates, dtype) if dtype == torch.bfloat16 or _is_wide() else None
 
     def project(self, sources: Sequence[Tensor], h: Tensor, *, by_A: bool) -> None:
         """Write x Aᵀ, or dz B, of each update to `h`. sources: what each projection reads."""
@@ -108,6 +110,13 @@ class SegmentTable:
         function: Callable[..., None] | None = kernel(name, _like(self._dtype))
         assert function is not None
         function(_pointer(self._entries), len(self.updates), *arguments)
+
+
+@functools.cache
+def _is_wide() -> bool:
+    """Return whether vectors have 512 bits. With fewer, products in float32 are slower here than
+    torch's, by two and more; those in bfloat16 are faster by any."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _like(dtype: torch.dtype) -> Tensor:
