@@ -219,11 +219,11 @@ class Surroundings:
 
         # Masks are for layers. For an attention that transformers has no mask for, it makes none.
         asks = attention_is_asked_for(self.model)
+        decoder: Any = decoder_of(self.model)
         with (
             patched({layer.layer: forward_of(layer) for layer in self.layers}),
-            attention(self.model, NAME) if asks else nullcontext(),
+            attention(self.model, decoder, NAME) if asks else nullcontext(),
         ):
-            decoder: Any = decoder_of(self.model)
             out = decoder(input_ids=ids, position_ids=positions, use_cache=False)
         if not inputs or any(not same_memory(x, inputs[0]) for x in inputs):
             raise Unsuited("something happens between its layers")
