@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -29,7 +30,7 @@ from veneer.models.end_tokens import end_tokens
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
 from veneer.rewards.checkers import Matches
-from veneer.rewards.judged import Weighted, judge
+from veneer.rewards.judged import Answered, Weighted, judge
 from veneer.run_directory import RunDirectory
 from veneer.training.events import Notice, Step
 from veneer.training.metrics import record
@@ -40,19 +41,26 @@ RIGHT, SHAPE = r"^The sum is (?<answer>\d+)\.$", r"^The sum is \d+\.$"
 REWARDS = [Weighted(Matches(RIGHT, name="right"), 0.8), Weighted(Matches(SHAPE, name="shape"), 0.2)]
 
 
+SHOWN = ((2, 3, 4), (5, 1, 2))  # examples of the form, before each question
+
+
 def sums(count: int, *, seed: int) -> list[Located[Question]]:
-    """Return questions for the sum of three numbers."""
+    """Return questions for the sum of three numbers, each behind two examples of the form."""
     draw = random.Random(seed)
     rows = []
     for i in range(count):
         numbers = [draw.randint(1, 9) for _ in range(3)]
-        text = (
-            f"What is {numbers[0]} + {numbers[1]} + {numbers[2]}? Answer with one sentence of this "
-            "form: The sum is 12."
-        )
-        question = Question((Message("user", text),), (str(sum(numbers)),))
+        turns = []
+        for shown in SHOWN:
+            turns.append(Message("user", _asked(shown)))
+            turns.append(Message("assistant", f"The sum is {sum(shown)}."))
+        question = Question((*turns, Message("user", _asked(numbers))), (str(sum(numbers)),))
         rows.append(Located(question, Place("sums", i + 1)))
     return rows
+
+
+def _asked(numbers: Sequence[int]) -> str:
+    return f"What is {' + '.join(map(str, numbers))}?"
 
 
 def decoder_of(base: Any, prompts: Prompts, config: OnPolicy) -> SampleDecoder:
@@ -75,15 +83,11 @@ def reward_on(base: Any, prompts: Prompts, config: OnPolicy) -> float:
         base.tokenizer.batch_decode([s.tokens for s in group], skip_special_tokens=True)
         for group in groups
     ]
-    answers = [
-        veneer_answer(prompts, row, text) for row, group in enumerate(texts) for text in group
-    ]
+    answers = [answered(prompts, row, text) for row, group in enumerate(texts) for text in group]
     return fmean(judge(answers, REWARDS).rewards)
 
 
-def veneer_answer(prompts: Prompts, row: int, text: str) -> Any:
-    from veneer.rewards.judged import Answered
-
+def answered(prompts: Prompts, row: int, text: str) -> Answered:
     return Answered(text, prompts.messages(row), prompts.questions[row].references)
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import veneer
+from support.every_architecture import small_quantized
 from support.random_adapters import tokenizer, trained_weights
 from support.runs import new_model, of
 from veneer.data.problems import Located, Place
 from veneer.data.questions import Question
 from veneer.data.rows import Message
-from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.errors import ConfigError, DataError, ModelError, TrainingError
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
 from veneer.rewards.judged import RewardFault, Weighted
@@ -72,6 +73,34 @@ def run(model, course=COURSE, config=SHORT, *, objective=GRPO, reward=Vowels, ou
         directory=None if out is None else RunDirectory(out),
         **options,
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("nf4", {}),
+        pytest.param("llama", {"dora": True}, marks=pytest.mark.slow),
+        pytest.param("llama", {"init": "pissa"}, marks=pytest.mark.slow),
+        pytest.param("gpt2", {}, marks=pytest.mark.slow),
+        pytest.param("mixtral", {}, marks=pytest.mark.slow),
+        pytest.param("mamba", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_any_base_and_adapter_learns_from_samples(architecture, options):
+    """Sampler and trainer agree, also where the weights are quantized, and after they changed."""
+    if architecture == "nf4":
+        config = veneer.LoRA(rank=2, targets="all")
+        model = veneer.attach(small_quantized("llama", 4, dtype=torch.float32), config)
+    else:
+        model = new_model(architecture, **options)
+    if architecture == "mamba":
+        with pytest.raises(ModelError, match="No samples can be drawn from this model: Only models"):
+            list(run(model, course=replace(COURSE, steps=2)))
+        return
+    steps = of(Step, list(run(model, course=replace(COURSE, steps=2))))
+    assert [step.step for step in steps] == [1, 2]
+    assert all(step.metrics["largest_sampler_gap"] < 1e-3 for step in steps)
+    assert all(math.isfinite(step.loss) for step in steps)
 
 
 @pytest.mark.parametrize("objective", [GRPO, pytest.param(RLOO, marks=pytest.mark.slow)])

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapter.use import base_alone, in_use
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, ModelError
 from veneer.formats.capture import capture
 from veneer.generate.runners.choice import runner_for
 from veneer.generate.runners.loaded import LoadedAdapter, made_ready
@@ -59,7 +59,8 @@ class SampleDecoder:
     """Draws answers from a model, whose weights may change between two calls.
 
     ends: tokens that end an answer. rows: that decode at a time. `notices` says what a person
-    should know of how steps are computed. What trains stays as it is.
+    should know of how steps are computed. What trains stays as it is. Raises ModelError for a model
+    that keeps no keys and values.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class SampleDecoder:
         self.model, self.ends, self.context = model, frozenset(ends), context
         self.rows = rows
         with _frozen(model), base_alone(model), evaluating(model):
-            self.runner, self.notices = runner_for(model, rows, context)
+            try:
+                self.runner, self.notices = runner_for(model, rows, context)
+            except ModelError as error:
+                raise ModelError(f"No samples can be drawn from this model: {error}") from error
 
     @torch.no_grad()
     def samples(
