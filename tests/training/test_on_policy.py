@@ -94,7 +94,9 @@ def test_any_base_and_adapter_learns_from_samples(architecture, options):
     else:
         model = new_model(architecture, **options)
     if architecture == "mamba":
-        with pytest.raises(ModelError, match="No samples can be drawn from this model: Only models"):
+        with pytest.raises(
+            ModelError, match="No samples can be drawn from this model: Only models"
+        ):
             list(run(model, course=replace(COURSE, steps=2)))
         return
     steps = of(Step, list(run(model, course=replace(COURSE, steps=2))))
