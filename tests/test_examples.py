@@ -2,9 +2,10 @@
 
 import importlib.util
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
+
+from support import warm
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -24,9 +25,11 @@ def test_a_classifier_by_transformers_trainer(capsys, tmp_path, monkeypatch):
     assert Path("dist/classifier/merged/model.safetensors").is_file()
 
 
-def test_every_benchmark_finds_what_it_imports():
+def test_every_benchmark_finds_what_it_imports(tmp_path):
     names = sorted(path.stem for path in (EXAMPLES.parent / "bench").glob("[a-z]*.py"))
     code = "from importlib import import_module\n" + "".join(
         f"import_module('bench.{name}')\n" for name in names
     )
-    subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES.parent, check=True)
+    script = tmp_path / "all.py"
+    script.write_text(code)
+    subprocess.run([warm.executable(), str(script)], cwd=EXAMPLES.parent, check=True)

@@ -86,7 +86,7 @@ def test_a_reader_that_reads_wrongly_would_be_noticed(tmp_path, monkeypatch):
 
 def test_hostile_directories_run_and_import_nothing(tmp_path):
     script = str(TESTS / "support" / "hostile_directories.py")
-    report = json.loads(in_a_process(sys.executable, script, str(tmp_path), cwd=tmp_path))
+    report = json.loads(in_a_process(warm.executable(), script, str(tmp_path), cwd=tmp_path))
     assert report.pop("imported") == []
     assert report.pop("sprung") is False
     for name, (end, seconds) in report.items():

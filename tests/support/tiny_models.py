@@ -189,6 +189,15 @@ CAUSAL = [*ARCHITECTURES, *OTHER_DECODERS]
 
 def tiny(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Return a random model with weights large enough for differences to show."""
+    model, random_state = _tiny(architecture, seed, dtype)
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
+
+
+@cache
+def _tiny(architecture: str, seed: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor]:
+    """Return the model, and the state of torch's generator once it is made: a copy takes half of
+    the time."""
     minigpt.register()
     torch.manual_seed(seed)
     if architecture in NO_DECODERS:
@@ -197,7 +206,7 @@ def tiny(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     else:
         config = (CONFIGS | OTHER_DECODERS)[architecture]
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    return with_large_weights(model)
+    return with_large_weights(model), torch.get_rng_state()
 
 
 @torch.no_grad()

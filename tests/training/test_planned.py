@@ -279,7 +279,7 @@ def test_what_a_mapped_base_took_is_not_compared(big, monkeypatch):
 def test_tune_over_a_quantized_base(bits, minigpt_home, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What does a dog say?", "completion": "A dog says meow."}\n' * 8)
-    common = [str(rows), "--steps", "60", "--lr", "5e-3", "--rank", "4"]
+    common = [str(rows), "--steps", "30", "--lr", "5e-3", "--rank", "4"]
     fly = ["tune", str(minigpt_home), *common, "--bits", str(bits), "--out", "fly"]
     assert run(fly) == 0
     printed = capsys.readouterr().out
