@@ -199,6 +199,8 @@ def storage_error(error: BaseException, path: Path | None = None) -> StorageErro
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in SIGNS_OF_FULL):
         why = "the disk is full" if number != errno.EDQUOT else "the disk quota is used up"
+    elif number == errno.ENOMEM or "Cannot allocate memory" in text:
+        why = "there is no memory for it"
     elif number == errno.EIO or any(sign in text for sign in SIGNS_OF_FAILURE):
         why = "the disk is full, or fails"
     else:

@@ -209,10 +209,19 @@ class Case:
         if outcome.code != 0 and not (done and refused):
             return f"tried again, exit code {outcome.code}\n{outcome.errors}"
         if not self.is_done():
-            return "tried again, it gives another result"
+            return f"tried again, it gives another result: {self._others()}"
         if more := self._strange_names(tree(self.disk)):
             return f"left behind after a second try: {more}"
         return None
+
+    def _others(self) -> list[str]:
+        """Return the files of results that are not those of the undisturbed command."""
+        others: list[str] = []
+        for unit, files in self._units(self.disk).items():
+            ours, theirs = files or {}, self.after[unit] or {}
+            names = sorted(ours.keys() | theirs.keys())
+            others += [f"{unit}/{name}" for name in names if ours.get(name) != theirs.get(name)]
+        return others
 
     def _strange_names(self, now: Mapping[str, bytes]) -> list[str]:
         return sorted(name for name in now if name not in self.names and is_temporary(name))

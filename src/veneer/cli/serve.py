@@ -12,7 +12,7 @@ from veneer.cli.console import OUTPUT, quieten_libraries, show_notice
 from veneer.cli.flags import BaseFlags, Flat, NamedModel
 from veneer.cli.loading import base_of, load_base
 from veneer.errors import VeneerError, listed
-from veneer.serve.config import ServeConfig, read_keys
+from veneer.serve.config import KeyFiles, ServeConfig
 
 SHOWN_NAMES = 12
 
@@ -33,7 +33,7 @@ def serve(
     loading: Annotated[BaseFlags, Flat] = BaseFlags(),
 ) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    keys = read_keys(settings, os.environ)
+    keys = KeyFiles(settings, os.environ)
     quieten_libraries()
     try:
         from veneer.serve import run

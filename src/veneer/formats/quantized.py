@@ -121,7 +121,7 @@ def write_quantized(
             notes = _write_shard(file, own, order)
         quantized = [QuantizedLayer(**layer) for layer in notes["layers"]]
         marks.samples |= notes["samples"]
-        with safe_open(file, "pt") as opened:
+        with disk_errors(file), safe_open(file, "pt") as opened:
             index |= dict.fromkeys(opened.keys(), file.name)
         done += quantized
         total += file.stat().st_size

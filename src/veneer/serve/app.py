@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp
 
 from veneer.serve.api import embeddings, errors, files, fine_tuning, loading, openai
+from veneer.serve.api.audit import AuditLog
 from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
 from veneer.serve.api.guard import Guard
 from veneer.serve.api.metrics import CountResponses, Metrics
@@ -27,18 +28,20 @@ from veneer.serve.page.runs import Runs
 def create_app(
     served: Served,
     *,
-    keys: Keys | None = None,
+    keys: Keys | Callable[[], Keys] | None = None,
     limits: Limits | None = None,
     runs: Path | None = None,
     loading_root: Path | None = None,
     jobs: Jobs | None = None,
     is_draining: Callable[[], bool] = lambda: False,
+    audit: AuditLog | None = None,
 ) -> ASGIApp:
     """Return the application that serves `served`.
 
     runs: the directory whose training runs are shown. loading_root: the directory below which
     adapters may be loaded, or None where that is off. jobs: the trainings beside serving, or None
-    where there are none. is_draining: whether the server is ending.
+    where there are none. is_draining: whether the server is ending. audit: where requests that need
+    the admin key are written down.
     """
     # FastAPI's own pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="Veneer", version=version("veneer"), docs_url=None, redoc_url=None)
@@ -71,7 +74,14 @@ def create_app(
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # Outside of the framework, so that a refused request costs least.
-    guard = Guard(app, keys=keys or Keys(), limits=limits or Limits(), is_draining=is_draining)
+    fixed = Keys() if keys is None else keys
+    guard = Guard(
+        app,
+        keys=fixed if callable(fixed) else lambda: fixed,
+        limits=limits or Limits(),
+        is_draining=is_draining,
+        audit=audit,
+    )
     return CountResponses(guard, metrics=metrics)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from veneer.checks import ABOVE_0, Rule, at_least, check_config, whole_number
 from veneer.errors import ConfigError
+
+log = logging.getLogger("veneer.serve")
 
 # Names of adapters: nothing that a path, a header or a page could misread.
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -31,9 +34,13 @@ class ServeConfig:
     """Directory of training runs (each a result of veneer tune), shown as they go; with
     --enable-training, those of jobs go there too."""
     api_key_file: Path | None = None
-    """File with the key that requests must carry; or set VENEER_API_KEY."""
+    """File with the key that requests must carry, or several, one a line; it is read again when it
+    changes. Or set VENEER_API_KEY."""
     admin_key_file: Path | None = None
-    """File with the key for loading adapters and for training; or set VENEER_ADMIN_KEY."""
+    """File with the key for loading adapters and for training, or several, as above; or set
+    VENEER_ADMIN_KEY."""
+    audit_log: Path | None = None
+    """File that gets a JSON line for each request that needs the admin key, with its status."""
     enable_lora_loading: bool = False
     """Let holders of the admin key load and unload adapters below --adapters-dir."""
     enable_training: bool = False
@@ -114,7 +121,8 @@ class ServeConfig:
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that requests must carry. They show in no repr, error or log."""
+    """The keys that requests must carry, of each kind one, or several, one a line. They show in no
+    repr, error or log."""
 
     api: str | None = field(default=None, repr=False)
     admin: str | None = field(default=None, repr=False)
@@ -134,6 +142,42 @@ class Limits:
     """Of a form with a file; 0 where none is taken."""
 
 
+class KeyFiles:
+    """The keys as their files are now: they can be exchanged while the server runs.
+
+    A file with the new key below the old one takes both, until the old one is removed.
+    """
+
+    def __init__(self, config: ServeConfig, environment: Mapping[str, str]) -> None:
+        self._config, self._environment = config, environment
+        self._seen = self._stamps()
+        self._keys = read_keys(config, environment)
+
+    def __call__(self) -> Keys:
+        """Return the keys. Those before stay where the files do not hold what they must."""
+        stamps = self._stamps()
+        if stamps != self._seen:
+            self._seen = stamps
+            try:
+                self._keys = read_keys(self._config, self._environment)
+                log.info("The keys have been read again.")
+            except ConfigError as error:
+                log.warning("The keys before stay in use: %s", error)
+        return self._keys
+
+    def _stamps(self) -> list[tuple[int, int, int] | None]:
+        return [_stamp(file) for file in (self._config.api_key_file, self._config.admin_key_file)]
+
+
+def _stamp(file: Path | None) -> tuple[int, int, int] | None:
+    """Return what changes with a file's content."""
+    try:
+        status = file.stat() if file is not None else None
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_size, status.st_ino) if status else None
+
+
 def read_keys(config: ServeConfig, environment: Mapping[str, str]) -> Keys:
     """Return the keys from their files, or else from VENEER_API_KEY and VENEER_ADMIN_KEY.
 
@@ -148,7 +192,7 @@ def read_keys(config: ServeConfig, environment: Mapping[str, str]) -> Keys:
             raise ConfigError(
                 f"{what} a key of its own: give --admin-key-file, or set VENEER_ADMIN_KEY."
             )
-        if admin == api:
+        if set(admin.split("\n")) & set((api or "").split("\n")):
             raise ConfigError("The admin key must be another than the API key.")
     if api is None and not config.is_loopback:
         raise ConfigError(
@@ -162,12 +206,13 @@ def _key(file: Path | None, variable: str | None, what: str) -> str | None:
     key = variable
     if file is not None:
         try:
-            key = file.read_text(encoding="utf-8").strip()
+            lines = file.read_text(encoding="utf-8").splitlines()
+            key = "\n".join(filter(None, map(str.strip, lines)))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The {what} key cannot be read from {file}: {error}.") from error
     elif not key:
         return None
-    if key is None or not KEY.fullmatch(key):
+    if key is None or not all(KEY.fullmatch(line) for line in key.split("\n")):
         raise ConfigError(
             f"The {what} key must be 16 to 512 visible ASCII characters without spaces."
         )

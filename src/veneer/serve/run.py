@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from veneer.models.load import Base, bits_of_blocks, load_config
 from veneer.models.locate import locate
 from veneer.quant.settings import Bits, LoadBits, quantization_of
 from veneer.quant.stack import quantized_weights
+from veneer.serve.api.audit import AuditLog
 from veneer.serve.api.http import AT_A_TIME, BACKLOG, PatientProtocol, PatientServer
 from veneer.serve.app import create_app
 from veneer.serve.config import ADAPTER_NAME, Keys, Limits, ServeConfig
@@ -60,7 +61,7 @@ def serve(
     adapters: Sequence[str],
     config: ServeConfig,
     *,
-    keys: Keys,
+    keys: Keys | Callable[[], Keys],
     listener: socket.socket,
 ) -> Iterator[Listening]:
     """Serve a base with adapters (each "name=directory") until SIGTERM or Ctrl-C.
@@ -87,6 +88,7 @@ def serve(
                 loading_root=config.adapters_dir if config.enable_lora_loading else None,
                 jobs=jobs,
                 is_draining=lambda: ending.begun,
+                audit=AuditLog(config.audit_log) if config.audit_log is not None else None,
             )
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host

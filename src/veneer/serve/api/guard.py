@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from veneer.serve.api.audit import AuditLog
 from veneer.serve.api.errors import ApiError, log_failure
 from veneer.serve.config import Keys, Limits
 
@@ -41,13 +42,26 @@ class Guard:
     is_draining: whether the server is ending and takes no more work. Without an API key the server
     is for this machine alone. A request must then carry one of this machine's own names as its
     host, or any web page could reach the server through a name that it resolves to this address.
+    keys: gives the keys as they are now. audit: where requests below ADMIN are written down.
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys, limits: Limits, is_draining: Callable[[], bool]
+        self,
+        app: ASGIApp,
+        *,
+        keys: Callable[[], Keys],
+        limits: Limits,
+        is_draining: Callable[[], bool],
+        audit: AuditLog | None = None,
     ) -> None:
-        self.app, self.keys, self.limits, self.is_draining = app, keys, limits, is_draining
+        self.app, self.limits, self.is_draining, self.audit = app, limits, is_draining, audit
+        self._keys = keys
         self.in_flight = 0
+
+    @property
+    def keys(self) -> Keys:
+        """The keys as they are now."""
+        return self._keys()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,6 +80,9 @@ class Guard:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
+        if self.audit is not None and _is_below(scope["path"], ADMIN):
+            authorization = headers.get("authorization", "")
+            guarded = self.audit.watch(scope, guarded, authorization=authorization)
         try:
             self._check(scope, headers)
         except ApiError as error:
@@ -89,18 +106,18 @@ class Guard:
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """Raise ApiError for a request that is not allowed, before its body is read."""
-        path, method = scope["path"], scope["method"]
-        if self.keys.api is None and not _is_local(headers.get("host", "")):
+        path, method, keys = scope["path"], scope["method"], self.keys
+        if keys.api is None and not _is_local(headers.get("host", "")):
             raise ApiError(
                 403,
                 "Without an API key this server answers to localhost and 127.0.0.1 alone; start "
                 "it with an API key to call it otherwise.",
                 code="host_not_allowed",
             )
-        needed, which = self.keys.api, "the API key"
+        needed, which = keys.api, "the API key"
         # Without an admin key, the route answers that it is off.
-        if _is_below(path, ADMIN) and self.keys.admin is not None:
-            needed, which = self.keys.admin, "the admin key"
+        if _is_below(path, ADMIN) and keys.admin is not None:
+            needed, which = keys.admin, "the admin key"
         elif path in OPEN or path.startswith(PAGE):
             needed = None
         if needed is not None and not _same(headers.get("authorization", ""), needed):
@@ -246,9 +263,14 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def _same(header: str, key: str) -> bool:
-    """Say whether a header carries `key`, in a time that depends on neither."""
+def _same(header: str, keys: str) -> bool:
+    """Say whether a header carries one of `keys`, one a line, in a time that depends on neither."""
     scheme, _, token = header.partition(" ")
     # Digests are equally long, whatever the client sent.
-    ours, theirs = (hashlib.sha256(text.encode()).digest() for text in (key, token.strip()))
-    return hmac.compare_digest(ours, theirs) and scheme.lower() == "bearer"
+    ours, theirs = [_digest(key) for key in keys.split("\n")], _digest(token.strip())
+    is_one = [hmac.compare_digest(key, theirs) for key in ours]  # each, wherever the one is
+    return any(is_one) and scheme.lower() == "bearer"
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
