@@ -109,3 +109,19 @@ def test_damage_that_training_meets(tmp_path):
     cut(tmp_path / "step-000001" / checkpoint.TENSORS)
     with pytest.raises(veneer.AdapterError, match="step-000001"):
         list(veneer.train(model, examples([9, 9]), course, directory=tmp_path, resume=True))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_adapter_of_a_run_is_that_of_its_newest_whole_checkpoint(fault, tmp_path):
+    model = veneer.attach(tiny("llama"), veneer.LoRA(rank=2), seed=0)
+    course = veneer.TrainConfig(steps=2, save_every=1)
+    list(veneer.train(model, examples([9, 9]), course, directory=tmp_path / "checkpoints"))
+    FAULTS[fault](tmp_path / "checkpoints" / "step-000002")
+    with pytest.warns(veneer.VeneerWarning, match=r"is taken, step 1.* Step 2 is newer, but dam"):
+        veneer.load(tiny("llama"), tmp_path)
+
+
+def test_an_adapter_that_is_half_written_is_none(tmp_path):
+    veneer.save(veneer.attach(tiny("llama"), veneer.LoRA(rank=2)), tmp_path / ".a.partial-x")
+    with pytest.raises(veneer.AdapterError):
+        veneer.load(tiny("llama"), tmp_path)

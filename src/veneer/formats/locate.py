@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from veneer.adapter.method import MethodName
+from veneer.checksums import problems_of
 from veneer.errors import AdapterError, VeneerWarning, closest, listed, nearest
 from veneer.files import read_json
 from veneer.formats.names import FormatName
@@ -80,17 +82,29 @@ def pick(run: Path, *, step: int | None = None) -> Path:
     if step is not None and step not in checkpoints:
         there = listed(map(str, sorted(checkpoints)), most=MOST_LISTED)
         raise AdapterError(f"{run} holds no checkpoint of step {step}, but of {there}.")
-    return checkpoints[max(checkpoints) if step is None else step]
+    return checkpoints[_newest_whole(checkpoints) if step is None else step]
+
+
+def _newest_whole(checkpoints: dict[int, Path]) -> int:
+    """Return the newest step whose checkpoint is as it was written, the newest where none is: what
+    is wrong with it is told when it is read."""
+    for step, place in sorted(checkpoints.items(), reverse=True):
+        with suppress(AdapterError):
+            if (place / STATE).is_file() and not problems_of(place):
+                return step
+    return max(checkpoints)
 
 
 def _checkpoint(
     path: Path, checkpoints: dict[int, Path], steps: object, results: list[Path]
 ) -> Located:
-    """Return the newest checkpoint, and say which it is."""
-    newest = max(checkpoints)
+    """Return the newest checkpoint that is whole, and say which it is."""
+    newest = _newest_whole(checkpoints)
     place = checkpoints[newest]
     of = f" of {steps:,}" if isinstance(steps, int) else ""
     text = f"The newest checkpoint in {path} is taken, step {newest:,}{of}."
+    if newest < max(checkpoints):
+        text += f" Step {max(checkpoints):,} is newer, but damaged: veneer verify {path}."
     if results:
         text += f" The run has not ended; to take {results[0].name} there, name it."
     best = read_json(place / STATE).get("best_step")
@@ -111,9 +125,11 @@ def _adapters_below(directory: Path, *, depth: int) -> Iterator[Path]:
     """Yield the adapters in a directory: directories and .gguf files, for any .pt file may be one
     of loralib's."""
     for child in sorted(directory.iterdir()):
+        if child.name.startswith("."):
+            continue  # such as what a killed process has not finished to write
         if (child.is_dir() or child.suffix == ".gguf") and detect(child):
             yield child
-        elif child.is_dir() and depth > 1 and not child.name.startswith("."):
+        elif child.is_dir() and depth > 1:
             yield from _adapters_below(child, depth=depth - 1)
 
 
