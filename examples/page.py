@@ -1,8 +1,8 @@
 """The page over a real model: from rows about an island to adapters of SmolLM2-135M, in a browser.
 
 Does what a person would: drops the rows, chooses a preset, starts, and looks at what is learnt. It
-does so for two presets (once, some minutes each), and takes the pictures of docs/ with a Chromium:
-python examples/page.py
+does so for two presets, which train together for a minute or two (once: those that are there stay),
+and takes all pictures of docs/ with a Chromium: python examples/page.py
 """
 
 import json
@@ -60,22 +60,32 @@ def fill(page: Page, name: str) -> None:
     page.locator("#train-presets .plan", has_text=f"{passes} pass").first.wait_for()
 
 
-def train(page: Page, name: str) -> None:
-    """Let the page train, asked meanwhile, and wait for the end."""
-    fill(page, name)
-    page.get_by_role("button", name="Start training").click()
+def start(page: Page, name: str) -> None:
+    """Let the page train, unless it has before, and ask what is learnt meanwhile."""
     card = card_of(page, name)
+    if not card.filter(has_text="succeeded").count():
+        fill(page, name)
+        page.get_by_role("button", name="Start training").click()
     card.get_by_text("Answers as it learns").click()
     card.get_by_label("Question to").fill(QUESTION)
     page.keyboard.press("Tab")
+
+
+def see_end(page: Page, name: str) -> None:
+    """Wait for the end of a job and the answer of its result."""
+    card = card_of(page, name)
     card.filter(has_text="succeeded").wait_for(timeout=MOST_MILLISECONDS)
-    card.get_by_label("the result").wait_for(timeout=120_000)
-    if name == "island":
-        card.get_by_text("Merged model").click()
-        card.locator(".merge dl").wait_for()
-        page.set_viewport_size({"width": 1200, "height": 2400})  # what scrolls is cut
-        card.screenshot(path=DOCS / "page-job-light.png")
-        page.set_viewport_size(SIZE)
+    card.get_by_label("the result").wait_for(timeout=MOST_MILLISECONDS)
+
+
+def picture_of_job(page: Page, name: str) -> None:
+    """Take a picture of a job that has ended, with its certificate."""
+    card = card_of(page, name)
+    card.get_by_text("Merged model").click()
+    card.locator(".merge dl").wait_for()
+    page.set_viewport_size({"width": 1200, "height": 2400})  # what scrolls is cut
+    card.screenshot(path=DOCS / "page-job-light.png")
+    page.set_viewport_size(SIZE)
 
 
 def picture(page: Page, name: str, *, height: int) -> None:
@@ -98,9 +108,9 @@ def take(page: Page, url: str, scheme: str) -> None:
     page.locator("#view-compare").get_by_label("Longest answer").fill("40")
     page.get_by_label("Your question").fill(QUESTION)
     page.get_by_role("button", name="Ask").click()
-    page.locator("#answers mark").first.wait_for(timeout=120_000)
+    page.locator("#answers mark").first.wait_for()
     page.get_by_role("button", name="Tokens").click()
-    page.get_by_role("table").wait_for(timeout=60_000)
+    page.get_by_role("table").wait_for()
     page.screenshot(path=DOCS / f"page-{scheme}.png")
     if scheme == "light":
         return
@@ -141,9 +151,10 @@ def main() -> None:
             open_training(light, url)
             fill(light, "island")
             picture(light, "page-train-light", height=1250)
-            for name in JOBS:
-                if not card_of(light, name).filter(has_text="succeeded").count():
-                    train(light, name)
+            for each in (start, see_end):
+                for name in JOBS:
+                    each(light, name)
+            picture_of_job(light, "island")
             take(light, url, "light")
             take(dark, url, "dark")
     finally:
@@ -153,7 +164,7 @@ def main() -> None:
 
 def _page(context: BrowserContext) -> Page:
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(MOST_MILLISECONDS)
     return page
 
 

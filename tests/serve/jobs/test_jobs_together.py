@@ -88,8 +88,12 @@ def test_who_cannot_train_beside_others_trains_after_them(server, create):
 
 def test_who_waits_is_passed_by_nobody(server, create):
     client = client_of(server)
-    first, large, small = create(), create(tokens_per_step=4000), create()
-    until(client, first.id, "running")
+    first, large, small = create(steps=5), create(tokens_per_step=4000), create()
+    for step in (2, 3):  # between which the server has looked for whoever joins
+        server.wait.write_text(str(step))
+        while client.fine_tuning.jobs.retrieve(first.id).step < step:
+            time.sleep(0.01)
+    assert client.fine_tuning.jobs.retrieve(small.id).status == "queued"
     server.jobs.pause(large.id)  # then it waits for nothing
     until(client, small.id, "running")
     server.jobs.resume(large.id)
@@ -116,6 +120,7 @@ def test_jobs_whose_worker_dies_train_by_themselves(server, create):
     assert processes(server, first, deadly) == [first, deadly]
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_leaves_all_of_them_to_the_next(tmp_path):
     runs, bounds = tmp_path / "runs", Bounds(together=2)
     with training(runs, bounds=bounds) as server:
