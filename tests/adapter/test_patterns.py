@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import veneer
 from support.tiny_models import tiny
+from veneer.adapter import patterns
 from veneer.adapter.patterns import LONGEST_PATTERN, MOST_PATTERNS, Matcher
 from veneer.adapter.targets import resolve
 from veneer.errors import ConfigError
@@ -67,6 +68,13 @@ def test_names_and_dots_are_the_expressions_that_they_look_like(pattern, path):
     assert Matcher().at_end(pattern, path) == expected
 
 
+@pytest.fixture
+def _soon(monkeypatch):
+    """What has no end is given up soon: each matcher would take all of its time."""
+    monkeypatch.setattr(patterns, "MATCHING_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("_soon")
 @pytest.mark.parametrize("pattern", ENDLESS)
 def test_patterns_without_end_end(pattern):
     began, matcher = time.process_time(), Matcher()
@@ -99,6 +107,7 @@ def test_too_many_and_too_long():
         veneer.LoRA(rank_pattern={"x*" * LONGEST_PATTERN: 2})
 
 
+@pytest.mark.usefixtures("_soon")
 @pytest.mark.parametrize("pattern", ENDLESS)
 def test_endless_patterns_in_every_place(pattern):
     model, began = tiny("llama"), time.process_time()

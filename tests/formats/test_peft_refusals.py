@@ -17,6 +17,7 @@ from support.closeness import assert_same_logits
 from support.peft_cases import CASES, SEEN, adapter_tensors, base, logits, opened, theirs, written
 from support.random_adapters import same, shake, tokenizer, with_new_tokens
 from support.tiny_models import quantized
+from veneer.adapter import patterns
 from veneer.checksums import SUMS
 from veneer.formats import native
 from veneer.formats.adapters import read
@@ -216,7 +217,8 @@ NEVER = r"([a-z._0-9]|[a-z._0-9][a-z._0-9])+!"
     ids=str,
 )
 @of("linear")
-def test_patterns_that_take_too_long(changes, place):
+def test_patterns_that_take_too_long(changes, place, monkeypatch):
+    monkeypatch.setattr(patterns, "MATCHING_SECONDS", 0.05)
     edit(place, **changes)
     assert "takes too long to match" in refusal(place)
 
