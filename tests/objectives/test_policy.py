@@ -93,7 +93,7 @@ class Numbers:
         own, old = self.log_p.split(LENGTHS), self.old.split(LENGTHS)
         counts = StepCounts(sum(LENGTHS), (4,))
         assert [criterion.counts(batch) for batch in batches] == [(2,), (2,)]
-        total, metrics = torch.zeros((), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+        total, metrics = torch.zeros((), dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
         for update in (old, own):
             outcomes = [
                 criterion(-torch.cat([update[row] for row in batch.rows]), batch, counts)
@@ -153,6 +153,8 @@ def test_the_loss_is_that_of_the_paper(name):
     torch.testing.assert_close(gradient, expected)
     gaps = (numbers.old - numbers.sampled).abs()
     assert metrics["sampler_gap"] == pytest.approx(gaps.mean().item())
+    bias = (numbers.old - numbers.sampled).mean().item()
+    assert metrics["sampler_bias"] == pytest.approx(bias)
     assert criterion.largest_gap.item() == pytest.approx(gaps.max().item())
     assert (0 < metrics["clipped"] < 1) == (name != "rloo")  # of whole answers none is clipped here
     if options.get("reference", True):

@@ -38,8 +38,8 @@ class PolicyCriterion:
     The first update notes what the weights that drew the samples give them, by which later ones are
     measured: GRPO's π_old.
     metrics: of the tokens, the distance from the reference (k3), the share whose ratio is clipped,
-    and the mean difference, without its sign, between the trainer's log-probability and the
-    sampler's. `largest_gap` is the largest such difference.
+    and the mean difference between the trainer's log-probability and the sampler's, without its
+    sign and with it. `largest_gap` is the largest such difference.
     """
 
     config: OnPolicy
@@ -47,7 +47,7 @@ class PolicyCriterion:
     of_answers: bool = False
     largest_gap: Tensor | None = None  # a scalar on the device, which nobody waits for
     old: dict[int, Tensor] = field(default_factory=dict)
-    metrics: Sequence[str] = ("kl", "clipped", "sampler_gap")
+    metrics: Sequence[str] = ("kl", "clipped", "sampler_gap", "sampler_bias")
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
         """Return the samples of a batch."""
@@ -99,11 +99,12 @@ class PolicyCriterion:
         if config.loss_level == "answer" and not self.of_answers:
             loss = loss / sent([float(length) for length in lengths], device).to(dtype)[of_row]
         with torch.no_grad():
-            gap = (old - sampled).abs()
+            bias = old - sampled
+            gap = bias.abs()
             most = gap.max()
             before = self.largest_gap
             self.largest_gap = most if before is None else torch.maximum(before, most)
-            measured = torch.stack([kl.detach().sum(), share_clipped.sum(), gap.sum()])
+            measured = torch.stack([kl.detach().sum(), share_clipped.sum(), gap.sum(), bias.sum()])
             # The step divides by its own divisor, and these are means over tokens.
             measured = measured * (self.divisor(counts) / counts.labels)
         return Outcome(loss.sum(), measured)
