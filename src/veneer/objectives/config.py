@@ -12,8 +12,7 @@ from veneer.data.rows import RowShape
 ObjectiveName = Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "cpo", "grpo", "rloo"]
 Reference = Literal["base", "start"]
 
-# The strength that each paper's experiments have: DPO section 6, IPO section 5.4 (tau), SimPO
-# table 7 (beta), ORPO section 5.1 (lambda), KTO section 4.2, CPO section 4.1.
+# TRL's defaults, but for SimPO, whose authors advise 2 to 2.5, and half of that for its margin.
 USUAL_BETA: Mapping[ObjectiveName, float] = {
     "dpo": 0.1,
     "ipo": 0.1,
@@ -40,7 +39,7 @@ class Objective:
     which rewards judge (grpo, rloo)."""
     beta: float | None = None
     """How strongly preferences hold the model to its reference, or weigh beside the answers (orpo);
-    that of the objective's paper unless given."""
+    0.1 unless given, and 2 for simpo."""
     label_smoothing: float = 0.0
     """The share of pairs whose judgement is taken to be wrong; of dpo and cpo."""
     simpo_margin: float = 1.0
@@ -124,7 +123,7 @@ class Objective:
 
     @property
     def strength(self) -> float:
-        """Beta: the one that was asked for, or the paper's."""
+        """Beta: the one that was asked for, or the usual one."""
         return self.beta or USUAL_BETA[self.objective]
 
     @property
@@ -133,6 +132,11 @@ class Objective:
         if self.objective in ON_POLICY:
             return "prompts"
         return {"sft": "answers", "kto": "judged"}.get(self.objective, "pairs")  # type: ignore[return-value]
+
+    @property
+    def rows_of_an_example(self) -> int:
+        """How many rows an example has, which share a pass."""
+        return 2 if self.shape in ("pairs", "judged") else 1
 
     @property
     def has_reference(self) -> bool:

@@ -52,7 +52,7 @@ def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
 def cpo(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Return what `dpo` does, of log-probabilities: the reference is uniform.
 
-    Xu et al. 2024 (arXiv:2401.08417), equation 3.
+    Xu et al. 2024 (arXiv:2401.08417), section 3.
     """
     return dpo(chosen, rejected, beta=beta, label_smoothing=label_smoothing)
 
@@ -71,7 +71,7 @@ def kto(
 
     desirable (n,) of bool; kl (): how far the model is from its reference, on answers to other
     questions; no gradient goes through it.
-    Ethayarajh et al. 2024 (arXiv:2402.01306), equation 8.
+    Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.
     """
     sign = torch.where(desirable, 1.0, -1.0).to(answers)
     weight = torch.where(desirable, desirable_weight, undesirable_weight).to(answers)

@@ -58,7 +58,8 @@ def plan_run(
         dtype="float32" if dtype == torch.float32 else "bf16",
         pack_head=head,
         tokens_per_batch=training.batch_tokens,
-        max_length=min(recipe.rows.max_length, sizes.context or recipe.rows.max_length),
+        max_length=min(recipe.rows.max_length, sizes.context or recipe.rows.max_length)
+        * recipe.objective.rows_of_an_example,
         recompute=training.recompute,
         optimizer=training.optimizer,
         mapped=mapped,
