@@ -44,7 +44,8 @@ class Pairs:
     """DPO, IPO, SimPO, ORPO and CPO, in the mean over pairs. The rows of a pair follow each other.
 
     metrics: the mean rewards, β times what the loss compares; the share of pairs whose chosen
-    answer has the higher one, and by how much; and the loss of a chosen answer's token.
+    answer has the higher one, equal ones by half, and by how much; and the loss of a chosen
+    answer's token.
     """
 
     metrics: Sequence[str] = ("reward_chosen", "reward_rejected", "accuracy", "margin", "nll")
@@ -90,7 +91,8 @@ class Pairs:
                 loss = loss + objective.nll_weight * share * nll
         with torch.no_grad():
             good, bad = beta * chosen, beta * rejected
-            measured = (good, bad, (good > bad).to(good), good - bad)
+            wins = (good > bad).to(good) + 0.5 * (good == bad)  # as at the first step, by DPO
+            measured = (good, bad, wins, good - bad)
             sums = torch.stack([*(values.sum() for values in measured), share * nll])
         return Outcome(loss, sums)
 
