@@ -84,6 +84,7 @@ def picture_of_job(page: Page, name: str) -> None:
     card.get_by_text("Merged model").click()
     card.locator(".merge dl").wait_for()
     page.set_viewport_size({"width": 1200, "height": 2400})  # what scrolls is cut
+    card.locator(".samples-log").evaluate("log => { log.style.maxHeight = 'none' }")
     card.screenshot(path=DOCS / "page-job-light.png")
     page.set_viewport_size(SIZE)
 
