@@ -38,7 +38,12 @@ def log_p(model, prompt, tokens):
 
 @pytest.mark.parametrize(
     ("architecture", "lora"),
-    [("llama", {}), ("llama", {"dora": True}), ("llama", {"init": "pissa"}), ("mixtral", {})],
+    [
+        ("llama", {}),
+        ("mixtral", {}),
+        pytest.param("llama", {"dora": True}, marks=pytest.mark.slow),
+        pytest.param("llama", {"init": "pissa"}, marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_have_the_log_probabilities_that_the_model_gives(architecture, lora):
     model = adapted(architecture, **lora)

@@ -78,7 +78,7 @@ def run(model, course=COURSE, config=SHORT, *, objective=GRPO, reward=Vowels, ou
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
-        ("nf4", {}),
+        pytest.param("nf4", {}, marks=pytest.mark.slow),
         pytest.param("llama", {"dora": True}, marks=pytest.mark.slow),
         pytest.param("llama", {"init": "pissa"}, marks=pytest.mark.slow),
         pytest.param("gpt2", {}, marks=pytest.mark.slow),
@@ -205,12 +205,14 @@ def test_prompts_that_cannot_be_used_are_listed_at_once():
     assert len(error.value.problems) == 3
 
 
+@pytest.mark.slow
 def test_a_run_goes_through_all_prompts_once_an_epoch():
     course = veneer.TrainConfig(lr=0.01, epochs=2, warmup=0)
     config = replace(SHORT, prompts_per_step=1)
     assert len(of(Step, list(run(new_model(), course, config)))) == 6
 
 
+@pytest.mark.slow
 def test_sampling_waits_for_nobody():
     """A run can be left after any event."""
     model = new_model()
