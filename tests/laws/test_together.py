@@ -25,6 +25,7 @@ from veneer.adapter.parameters import experts_of
 from veneer.adapter.use import acting
 from veneer.data.encode import UNLABELLED, Example
 from veneer.data.packing import Batch, pack
+from veneer.fused import together
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.head import Head
 from veneer.fused.together import AdapterBatch, backward_together, of_like_shape, why_alone
@@ -211,6 +212,25 @@ def test_one_adapter_has_the_pass_that_it_has_by_itself():
 def test_rows_are_filled_up_to_few_lengths(tokens, filled):
     batch = pack([Example([3] * tokens, [3] * tokens, "", 0)], [0])
     assert len(of_like_shape(batch).tokens) == filled
+
+
+def test_rows_stay_as_many_where_compiled_functions_multiply(monkeypatch):
+    lengths = []
+
+    def noted(batch):
+        lengths.append(len(batch.tokens))
+        return of_like_shape(batch)
+
+    monkeypatch.setattr(together, "of_like_shape", noted)
+    for compiled in (True, False):
+        monkeypatch.setattr(together, "are_compiled", lambda _, compiled=compiled: compiled)
+        model, forward = of_llama()
+        backward_together(forward, model, batches())
+        gradients(model)
+        of_all = [len(each.batch.tokens) for each in batches()]
+        # The wide one drops inputs out, and the kind's own too.
+        assert lengths == (of_all[:2] if compiled else of_all)
+        lengths.clear()
 
 
 def test_a_batch_without_labels():

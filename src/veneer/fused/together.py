@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from veneer.adapter.active import Segments, active_adapters_of
 from veneer.adapter.adapted import Adapted
 from veneer.adapter.beside import why_alone_of
+from veneer.adapter.config import LoRA
 from veneer.adapter.new_tokens import new_tokens_of
 from veneer.adapter.use import acting
 from veneer.data.encode import Example
@@ -31,6 +32,7 @@ from veneer.fused.inputs import PassInputs, unread_masks
 from veneer.fused.recognise import TOLERANCE
 from veneer.kernels.attention import Packing
 from veneer.kernels.cross_entropy import IGNORED, Labelled
+from veneer.kernels.segments import are_compiled
 from veneer.models.device import random_state, set_random_state
 from veneer.models.evaluating import evaluating
 
@@ -167,7 +169,10 @@ def _losses(
     """Yield each batch's loss, (batches,), by one pass. The backward pass belongs into
     the context, where it may compute layers again."""
     device, active = model.device, active_adapters_of(model)
-    batches = [replace(each, batch=of_like_shape(each.batch)) for each in batches]
+    batches = [
+        each if _has_table(model, each) else replace(each, batch=of_like_shape(each.batch))
+        for each in batches
+    ]
     batch = filled_up(joined([each.batch for each in batches]), forward.tokens_step)
     ends = accumulate((len(each.batch.tokens) for each in batches), initial=0)
     tokens = [slice(*pair) for pair in pairwise(ends)]
@@ -197,10 +202,18 @@ def _losses(
         yield torch.stack([each.loss(own) for each, own in pairs])
 
 
+def _has_table(model: PreTrainedModel, batch: AdapterBatch) -> bool:
+    """Return whether compiled functions multiply rows, of any number, with the factors."""
+    config = active_adapters_of(model).configs[batch.adapter]
+    if not isinstance(config, LoRA) or config.dropout or config.invocation_tokens:
+        return False
+    return are_compiled(torch.empty(0, dtype=model.dtype, device=model.device))
+
+
 def of_like_shape(batch: Batch) -> Batch:
-    """Return an adapter's rows, filled up so that its products have one of a few shapes: to prepare
-    new ones took a tenth of a pass over 135M weights for eight adapters with 50 tokens each. Of 48
-    tokens or more at most a sixteenth, and a thirty-second in the mean, is added."""
+    """Return an adapter's rows, filled up so that torch's products have one of a few shapes: to
+    prepare new ones took a tenth of a pass over 135M weights for eight adapters with 50 tokens
+    each. Of 48 tokens or more at most a sixteenth, and a thirty-second in the mean, is added."""
     tokens = len(batch.tokens)
     return filled_up(batch, 2 ** max(2, (tokens // SHAPES).bit_length() - 1))
 

@@ -64,12 +64,10 @@ class SegmentTable:
     def of(cls, updates: Sequence[SegmentUpdate]) -> SegmentTable | None:
         """Return the table, or None where torch has to make the products, or there are none."""
         factors = [factor for own in updates for factor in (own.A, own.B)]
-        if not factors or any(kernel(name, *factors) is None for name in _FUNCTIONS):
+        if not factors or not are_compiled(*factors):
             return None
-        if not all(factor.is_contiguous() for factor in factors):
-            return None
-        dtype = factors[0].dtype
-        return cls(updates, dtype) if dtype == torch.bfloat16 or _is_wide() else None
+        contiguous = all(factor.is_contiguous() for factor in factors)
+        return cls(updates, factors[0].dtype) if contiguous else None
 
     def project(self, sources: Sequence[Tensor], h: Tensor, *, by_A: bool) -> None:
         """Write x Aᵀ, or dz B, of each update to `h`. sources: what each projection reads."""
@@ -110,6 +108,13 @@ class SegmentTable:
         function: Callable[..., None] | None = kernel(name, _like(self._dtype))
         assert function is not None
         function(_pointer(self._entries), len(self.updates), *arguments)
+
+
+def are_compiled(like: Tensor, *others: Tensor) -> bool:
+    """Return whether tables take tensors such as these, where torch would be slower."""
+    if any(kernel(name, like, *others) is None for name in _FUNCTIONS):
+        return False
+    return like.dtype == torch.bfloat16 or _is_wide()
 
 
 @functools.cache
