@@ -156,9 +156,9 @@ def test_a_signal_after_the_training_leaves_the_adapter(tune, tmp_path, monkeypa
 
     merge, asked = results._merge, []
 
-    def terminated(*arguments):
+    def terminated(*arguments, **options):
         asked.append(arguments)
-        return merge(*arguments)
+        return merge(*arguments, **options)
 
     save = results._save
 
