@@ -114,7 +114,7 @@ def main() -> None:
     ]
     for kind in asked.kinds:
         result = grid(kind, asked)
-        text = f"## {TITLES[kind]}\n\n{table(result, asked.rates, asked.ranks)}\n\n{result.cost}.\n"
+        text = f"## {TITLES[kind]}\n\n{table(result, asked.rates, asked.ranks)}\n"
         print(text, flush=True)
         picture = asked.out / f"choosing-{kind}.png"
         draw_response(result, picture)

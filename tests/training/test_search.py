@@ -54,33 +54,43 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def searched(home) -> SimpleNamespace:
-    """A search that dies when its first trial has ended, and goes on."""
+    """A search that is stopped at the first end of a trial, dies at the next, and goes on."""
     own, events = recipe(home, "out"), list[tuple[str, Event]]()
+
+    def has_ended() -> bool:
+        return any(isinstance(event, TrialEnded) for _, event in events)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(many, "backward_together", one_by_one)
-        first = veneer.search(own, OVER, CONFIG)
-        for name, event in first:
-            events.append((name, event))
-            if isinstance(event, TrialEnded):
-                first.close()
-        died = len(events)
+        for each in veneer.search(own, OVER, CONFIG, should_stop=has_ended):
+            events.append(each)
+        stopped = events[-1][1].result
+        died = [len(events)]
+        second = veneer.search(own, OVER, CONFIG, resume=True)
+        for each in second:
+            events.append(each)
+            if isinstance(each[1], TrialEnded):
+                second.close()
+        died.append(len(events))
         events += veneer.search(own, OVER, CONFIG, resume=True)
     ended = [event.trial for _, event in events if isinstance(event, TrialEnded)]
     result = events[-1][1].result
-    return SimpleNamespace(recipe=own, events=events, died=died, ended=ended, result=result)
+    return SimpleNamespace(
+        recipe=own, events=events, died=died, ended=ended, result=result, stopped=stopped
+    )
 
 
 def test_places_of_trials_that_do_badly_go_to_others(searched):
     training: set[str] = set()
     alone = 0  # steps before a second trial begins
     for number, (name, event) in enumerate(searched.events):
-        if number == searched.died:
+        if number in searched.died:
             training.clear()
         if isinstance(event, TrialBegun):
             training.add(name)
         elif isinstance(event, TrialEnded):
             training.remove(name)
-        elif isinstance(event, Step) and number < searched.died:
+        elif isinstance(event, Step) and number < searched.died[0]:
             alone += {*training} == {"000"}
         assert len(training) <= CONFIG.together
     assert alone >= 3
@@ -114,6 +124,19 @@ def test_the_best_trial_is_left_as_the_run_that_it_is_alone(searched, home):
     assert left == {trial.name for trial in searched.ended}
 
 
+def test_a_search_that_is_stopped_says_how_far_each_trial_is(searched):
+    running = [trial for trial in searched.stopped.trials if trial.state == "running"]
+    assert running
+    for trial in running:
+        own = [
+            event
+            for name, event in searched.events[: searched.died[0]]
+            if name == trial.name and isinstance(event, Step)
+        ]
+        assert (trial.steps, trial.tokens) == (len(own), sum(step.tokens for step in own))
+        assert trial.all_steps == 9
+
+
 def test_optuna_opens_the_study(searched):
     study = optuna.load_study(
         study_name="veneer", storage=f"sqlite:///{searched.recipe.out / 'study.db'}"
@@ -125,7 +148,7 @@ def test_optuna_opens_the_study(searched):
 
 def test_the_cost_is_that_of_all_steps_and_the_table_has_every_trial(searched):
     cost = searched.result.cost
-    own = [event for _, event in searched.events[: searched.died] if isinstance(event, Step)]
+    own = [event for _, event in searched.events[: searched.died[0]] if isinstance(event, Step)]
     assert cost.tokens == sum(trial.tokens for trial in searched.ended)
     assert cost.tokens < cost.all_tokens
     assert cost.alone == pytest.approx(

@@ -258,6 +258,7 @@ class _Trials:
             case Stopped(_, "interrupted") if name in self.leaving:
                 yield self._end(name, "pruned")
             case Stopped(_, "interrupted"):
+                self.study.note_steps(self._counted(name))
                 del self.training[name]
             case Written("adapter", place):
                 yield self._complete(name, place)
@@ -287,21 +288,26 @@ class _Trials:
 
     def _end(self, name: str, state: State, *, why: str = "") -> tuple[str, Event]:
         """Note how a trial has ended, and keep its recipe and its metrics alone."""
-        trial, run = self.training.pop(name), RunDirectory(self.out / TRIALS / name)
+        trial = replace(self._counted(name), state=state)
+        del self.training[name]
         self.leaving.discard(name)
-        steps = [line for line in run.read_metrics() if "loss" in line]
-        trial = replace(
-            trial,
-            state=state,
-            steps=len(steps),
-            tokens=sum(line["tokens"] for line in steps),
-            all_steps=self.steps.get(name, 0),
-        )
         self.study.end(trial)
+        run = RunDirectory(self.out / TRIALS / name)
         for directory in (run.checkpoints, run.adapter()):
             shutil.rmtree(directory, ignore_errors=True)
         self._note_seconds()
         return name, TrialEnded(trial, why)
+
+    def _counted(self, name: str) -> TrialResult:
+        """Return a trial with the steps and tokens that it has learnt from by its metrics."""
+        lines = RunDirectory(self.out / TRIALS / name).read_metrics()
+        steps = [line for line in lines if "loss" in line]
+        return replace(
+            self.training[name],
+            steps=len(steps),
+            tokens=sum(line["tokens"] for line in steps),
+            all_steps=self.steps.get(name, 0),
+        )
 
     def _note_seconds(self) -> None:
         now = time.perf_counter()

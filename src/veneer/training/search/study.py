@@ -117,10 +117,15 @@ class SearchStudy:
         trial.report(loss, done)
         return done < 100 and trial.should_prune()
 
+    def note_steps(self, trial: TrialResult) -> None:
+        """Note how many steps and tokens a trial has learnt from, and the steps that it has."""
+        counts = [trial.steps, trial.tokens, trial.all_steps]
+        self._live[trial.number].set_user_attr(STEPS, counts)
+
     def end(self, trial: TrialResult) -> None:
         """Note how a trial has ended, with its loss if it is complete."""
+        self.note_steps(trial)
         in_study, states = self._live.pop(trial.number), self._optuna.trial.TrialState
-        in_study.set_user_attr(STEPS, [trial.steps, trial.tokens, trial.all_steps])
         if trial.state == "complete":
             self.study.tell(in_study, trial.loss)
         else:
