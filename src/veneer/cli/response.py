@@ -28,7 +28,7 @@ def draw_response(result: SearchResult, path: Path) -> None:
             f"There is no {path.name} without matplotlib: pip install 'veneer[search]'"
         ) from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     trials = [trial for trial in result.trials if trial.loss is not None]
     if not trials:
@@ -50,10 +50,13 @@ def draw_response(result: SearchResult, path: Path) -> None:
             _draw_series(axes, own, x, number, "" if series is None else f"{series} {name}")
         if panels is not None:
             axes.set_title(f"{panels} {column}", fontsize=10)
-        axes.set_xlabel(x)
+        axes.set_xlabel("learning rate" if x == "lr" else x)
         values = [trial.values[x] for trial in trials]
         if all(isinstance(value, float) and value > 0 for value in values):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0)))
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     all_axes[0][0].set_ylabel("evaluation loss per label token (nats)")
