@@ -131,15 +131,24 @@ def test_each_directory_is_that_of_a_run_alone_and_goes_on_after_a_kill(home):
     assert files(home / "together" / "twin") == files(home / "alone" / "dora")
 
 
-def test_a_recipe_that_joins_is_what_it_is_alone_and_one_that_cannot_fails(home):
+def test_a_recipe_that_joins_is_what_it_is_alone_and_one_that_cannot_fails(home, monkeypatch):
+    own = many_runs.attach_job
+
+    def attach(prepared: Any, *arguments: Any, **options: Any) -> Any:
+        if prepared.recipe.out.name == "unattached":
+            raise veneer.AdapterError("cannot be attached")
+        return own(prepared, *arguments, **options)
+
+    monkeypatch.setattr(many_runs, "attach_job", attach)
     quantized = replace(recipe(home, "joined", "quantized"), bits=8)
     late = recipe(home, "joined", "r=4 at 0.01")
-    waiting = iter(({}, {"quantized": quantized}, {"r=4 at 0.01": late}))
+    unattached = {"unattached": recipe(home, "joined", "unattached")}
+    waiting = iter(({}, {"quantized": quantized}, unattached, {"r=4 at 0.01": late}))
     first = {"dora": recipe(home, "joined", "dora")}
     events = [*veneer.tune_many(first, joining=lambda: next(waiting, {}), merges=False)]
     names = ["dora", "r=4 at 0.01"]
     failed = {name: event.error for name, event in events if isinstance(event, Failed)}
-    assert [*failed] == ["quantized"]
+    assert [*failed] == ["quantized", "unattached"]
     assert "bits is 8" in str(failed["quantized"])
     assert [name for name, event in events if isinstance(event, ModelReady)] == names
     for name in names:

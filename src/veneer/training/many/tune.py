@@ -257,7 +257,12 @@ class _Runs:
         use(model, None)  # adapters go as their jobs end
         for weight in training:  # which attaching has frozen
             weight.requires_grad_(True)
-        problems.end()
+        try:
+            problems.end()
+        except ConfigError:
+            for name in recipes:
+                self._prepared.pop(name)
+            raise
         for name, recipe in recipes.items():
             if not self._resumed[name]:
                 clear_state(RunDirectory(recipe.out))
