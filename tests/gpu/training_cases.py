@@ -108,7 +108,7 @@ def run(
         stack.enter_context(patch.object(checkpoint, "write_tensors", _write))
         steps = Counted(watch, stack, loop, "learn")
         ends = Counted(watch, stack, step.Learning, "wait")
-        evaluations = Counted(watch, stack, running, "evaluate")
+        evaluations = Counted(watch, stack, running, "measure")
         course = replace(COURSE, steps=1, tokens_per_batch=40) if brief else COURSE
         events = _train(model, course, directory, held_out=() if brief else HELD_OUT)
         if goes_on:
