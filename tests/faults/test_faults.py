@@ -45,3 +45,25 @@ def test_calls_are_counted_and_the_kth_is_hit(inputs, tmp_path):
     assert (outcome.hits, outcome.counts["rename"] > 0) == (1, True)
     assert str(case.disk) in outcome.where
     assert case.run(Fault("any", "kill", 3)).code == -9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bug", "name", "kind", "effect", "shown"),
+    [
+        ("says nothing", "convert, replacing", "write", "ENOSPC", "exit code 0, but"),
+        ("explains nothing", "convert to peft", "write", "ENOSPC", "a traceback"),
+        ("removes first", "convert, replacing", "rename", "EIO", "out is gone"),
+        ("cleans nothing", "convert, replacing", "write", "EIO", "left behind"),
+        ("clears nothing", "convert, replacing", "any", "kill", "left behind after a second try"),
+    ],
+)
+def test_bugs_are_found(bug, name, kind, effect, shown, inputs, tmp_path, monkeypatch):
+    case = Case(commands(inputs)[name], tmp_path)
+    count = case.undisturbed.counts[kind]
+    # The first write tries whether there can be any; the last renaming is the directory's.
+    fault = Fault(kind, effect, {"rename": count, "write": 2}.get(kind, 3 * count // 4))
+    assert case.violation(fault) is None
+    case.seen.clear()
+    monkeypatch.setenv("FAULTY_BUG", bug)
+    assert shown in (case.violation(fault) or "")

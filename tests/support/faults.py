@@ -100,7 +100,7 @@ class Case:
         self.before = self._units(self.template)
         self.undisturbed = self.run(NONE)
         assert self.undisturbed.code == 0, self.undisturbed.errors
-        self.after, self.names = self._units(self.disk), set(tree(self.disk))
+        self.after, self.names = self._units(self.disk), paths_below(self.disk)
 
     def run(self, fault: Fault) -> Outcome:
         """Run the command once, on the disk as it was before."""
@@ -193,7 +193,7 @@ class Case:
                 return f"{name} is {what}{self._more(outcome)}"
         # What cannot be removed waits for the next start.
         if fault.kind not in ("any", "read", "remove") and (
-            more := self._strange_names(tree(self.disk))
+            more := self._strange_names(paths_below(self.disk))
         ):
             return f"left behind: {more}{self._more(outcome)}"
         return None
@@ -210,7 +210,7 @@ class Case:
             return f"tried again, exit code {outcome.code}\n{outcome.errors}"
         if not self.is_done():
             return f"tried again, it gives another result: {self._others()}"
-        if more := self._strange_names(tree(self.disk)):
+        if more := self._strange_names(paths_below(self.disk)):
             return f"left behind after a second try: {more}"
         return None
 
@@ -223,7 +223,7 @@ class Case:
             others += [f"{unit}/{name}" for name in names if ours.get(name) != theirs.get(name)]
         return others
 
-    def _strange_names(self, now: Mapping[str, bytes]) -> list[str]:
+    def _strange_names(self, now: set[str]) -> list[str]:
         return sorted(name for name in now if name not in self.names and is_temporary(name))
 
     def _units(self, disk: Path) -> dict[str, dict[str, bytes] | None]:
@@ -237,6 +237,11 @@ class Case:
                 files = {}
             units[name] = {n: self.command.plain(n or name, c) for n, c in files.items()} or None
         return units
+
+
+def paths_below(disk: Path) -> set[str]:
+    """Return all files and directories below a disk."""
+    return {str(path.relative_to(disk)) for path in disk.rglob("*")}
 
 
 def is_temporary(name: str) -> bool:
