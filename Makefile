@@ -2,6 +2,7 @@
 # make check     format, lint, types, import contracts, and the coverage that was measured last
 # make coverage  the tests once more slowly, to measure which lines they run
 # make test-all  the tests and the slow proofs
+# make proof     faults of the disk, kills, and whether runs repeat: what proves that nothing is lost
 # make proof-vllm  whether vLLM reads and answers as Veneer does; installs it (6 GB) in .venv-vllm
 # make proof-ray  whether Ray Train's workers train as one process does; installs Ray in .venv-ray
 # make proof-faults  whether each call of the disk may fail, and each command be killed at any
@@ -21,7 +22,7 @@ RAY := .venv-ray/.ready
 GPU := .venv-gpu/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test check coverage test-all proof-vllm proof-ray proof-faults determinism proof-gpu hooks demo bench clean
+.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults determinism proof-gpu hooks demo bench clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -43,6 +44,8 @@ coverage: $(READY)
 
 test-all: $(READY)
 	$(BIN)/pytest -m "slow or not slow"
+
+proof: proof-faults determinism
 
 proof-vllm: $(READY) $(VLLM)
 	$(BIN)/pytest -n 0 -m vllm -v
