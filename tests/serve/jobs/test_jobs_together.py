@@ -77,8 +77,11 @@ def test_who_cannot_train_beside_others_trains_after_them(server, create):
     first, failing = create(), create(rank=13)
     assert until(client, failing.id, "failed").error.code == "invalid_training_file"
     apart = create(rank=12)
-    until(client, apart.id, "running")
-    until(client, apart.id, "queued")
+    end = time.monotonic() + 60
+    while "It cannot train beside the other jobs" not in " ".join(texts(client, apart)):
+        assert time.monotonic() < end, texts(client, apart)
+        time.sleep(0.02)
+    assert client.fine_tuning.jobs.retrieve(apart.id).status == "queued"
     assert client.fine_tuning.jobs.retrieve(first.id).status == "running"
     server.wait.unlink()
     for job in (first, apart):
@@ -97,10 +100,9 @@ def test_who_waits_is_passed_by_nobody(server, create):
     server.jobs.pause(large.id)  # then it waits for nothing
     until(client, small.id, "running")
     server.jobs.resume(large.id)
-    server.wait.unlink()
+    server.wait.write_text("4")  # behind the last step of the small one, and not of the first
     until(client, small.id, "succeeded")
-    server.wait.write_text("1")
-    until(client, large.id, "running")
+    assert client.fine_tuning.jobs.retrieve(large.id).status == "queued"
     behind = [create(new_words="auto"), create()]
     server.wait.unlink()
     for job in (large, *behind):

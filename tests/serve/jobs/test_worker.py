@@ -16,7 +16,7 @@ from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.serve.jobs.log import End, read_on
 from veneer.serve.jobs.settings import TrainingBase, settings_of
 from veneer.serve.jobs.values import WorkerFiles
-from veneer.serve.jobs.worker import Asked, work
+from veneer.serve.jobs.worker import Asked, Together, Work, work
 
 
 def weights(run: Path):
@@ -116,7 +116,7 @@ def test_jobs_train_together_and_go_on_together(small, tmp_path):
     steps = [max(checkpoint_steps(run / "checkpoints")) for run in (first, second)]
     assert 0 < steps[0] < 6
     assert 0 < steps[1] < 4
-    assert "It trains beside 1 other job." in read_on(logs[1], 0)[0][0].content.message
+    assert read_on(logs[1], 0)[0][0].content.message.startswith("It joins a process")
     join(first, 2, second)
     WorkerFiles(second).stop(1).touch()  # of an attempt that is over
     work(first, 2, Asked(None))
@@ -138,6 +138,20 @@ def test_jobs_train_together_and_go_on_together(small, tmp_path):
     assert end_of(log) == End("succeeded")
     ends = [x for x in read_on(left, 0)[0] if isinstance(x.content, End)]
     assert [(x.attempt, x.content.how) for x in ends] == [(1, "stopped"), (2, "succeeded")]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_of_all_ends_a_job_alone_and_parts_several(small, tmp_path, capsys, count):
+    runs = [tmp_path / str(number) for number in range(count)]
+    logs = [asked(small, run) for run in runs]
+    first, *others = (Work(run, 1, Asked(None)) for run in runs)
+    together = Together(first)
+    together.jobs |= {job.run.name: job for job in others}
+    together.fail_all(RuntimeError("out of memory"))
+    ends = [end_of(log) for log in logs]
+    assert [end.how for end in ends] == (["failed"] if count == 1 else ["apart", "apart"])
+    assert "out of memory" in capsys.readouterr().err
+    assert not any("out of memory" in (end.fault.message if end.fault else "") for end in ends)
 
 
 def test_preferences_are_learnt(small, tmp_path):

@@ -7,13 +7,19 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from pydantic import Field, create_model
 
-from veneer.errors import RequestError
+from veneer.errors import RequestError, listed
+from veneer.objectives.config import USUAL_BETA, ObjectiveName
 from veneer.serve.api.strict import Strict, Text
 from veneer.serve.jobs.service import Order
 from veneer.serve.jobs.settings import AUTO, GROUPS, HYPERPARAMETERS, OWN
 
 MethodType = Literal["supervised", "dpo", "reinforcement"]
 UNSUPPORTED: MethodType = "reinforcement"
+# What may be learnt by, with each method that is trained.
+OBJECTIVES: dict[str, tuple[ObjectiveName, ...]] = {
+    "supervised": ("sft",),
+    "dpo": tuple(USUAL_BETA),
+}
 
 
 class Hyperparameters(Strict):
@@ -91,9 +97,15 @@ class OpenAiJob(Strict):
             raise RequestError("Give hyperparameters once, in method.", param="hyperparameters")
         chosen = of_method or self.hyperparameters or Hyperparameters()
         own = {name: v for name in OWN if (v := getattr(self, name)) is not None}
+        objective, objectives = own.pop("objective", None), OBJECTIVES[method.type]
+        if objective not in (None, *objectives):
+            raise RequestError(
+                f"With the method {method.type}, objective may be {listed(objectives, most=9)}.",
+                param="objective",
+            )
         names: tuple[str, ...] = HYPERPARAMETERS
         if method.type == "dpo":
-            own.setdefault("objective", "dpo")
+            own["objective"] = objective or "dpo"
             names = (*names, "beta")
             beta = getattr(chosen, "beta", None)
             if beta not in (None, AUTO) and own.setdefault("beta", beta) != beta:

@@ -137,9 +137,8 @@ class Engine:
         self.vocabularies.drop_gone(versions)
 
     def refuse_unservable(self, since: int = 0) -> dict[str, str]:
-        """Look at the settings and shapes of adapters, and let the library refuse those that cannot
-        be served; return why, by name. since: a version, of which and before which all were looked
-        at already."""
+        """Let the library refuse adapters whose settings or shapes cannot be served, and return why
+        by name. since: a version up to which all were looked at before."""
         for entry in self.library.entries():
             is_new = entry.version > since
             if is_new and not entry.refusal and (why := self.adapters.fit.why_not(entry)):

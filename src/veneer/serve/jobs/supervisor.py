@@ -169,7 +169,8 @@ class Supervisor:
             self._fail(job.id, end.fault)
         elif end is not None and end.how == "apart":
             self._alone.add(job.id)
-            self.store.change(job.id, only=("running",), status="queued")
+            text = "It cannot train beside the other jobs, and waits to train by itself."
+            self.store.change(job.id, JobEvent(text), only=("running",), status="queued")
         elif self.is_ending:
             return  # the next server goes on with it
         elif end is None and not watched.is_heard and watched.joins:

@@ -47,13 +47,8 @@ class Watched:
     others already."""
 
     def __init__(self, job: Job, places: Places, *, joins: bool) -> None:
-        self.joins = joins
-        self.id, self.attempt, self.read, self.settings = (
-            job.id,
-            job.attempt,
-            job.read,
-            job.settings,
-        )
+        self.id, self.attempt, self.joins = job.id, job.attempt, joins
+        self.read, self.settings = job.read, job.settings
         self.files = WorkerFiles(places.run(job))
         self.limit: Fault | None = None
         self.end: End | None = None
@@ -136,21 +131,23 @@ class WatchedWorker:
         """
         pace = Pace(self.process.pid, is_busy, self.bounds().share)
         look = disk = 0.0
+        stops = False  # a job, for which the process must run
         while self.process.poll() is None:
             now = time.monotonic()
             if now >= look:
                 look = now + LOOK_SECONDS
-                self._look(pace, now, is_ending=is_ending())
+                stops = self._look(now, is_ending=is_ending())
             if now >= disk:
                 disk = now + DISK_SECONDS
                 if size_of(places.root) > (most := self.bounds().disk_bytes):
                     text = f"Files and runs take more than the {most / 1e9:g} GB that they may."
                     for job in self.jobs:
                         job.limit = job.limit or Fault("disk_limit", text)
-            if self._asked_at is None:
-                pace.step()
-            else:
+            if stops:
+                pace.free()
                 time.sleep(LOOK_SECONDS / 4)
+            else:
+                pace.step()
 
     def end(self) -> None:
         """End the process where it has not ended, and settle what is left of its jobs."""
@@ -162,9 +159,9 @@ class WatchedWorker:
             self.settle(job, code)
         self.jobs = []
 
-    def _look(self, pace: Pace, now: float, *, is_ending: bool) -> None:
-        """Take what the worker has written, settle jobs that have ended, and tell it what is
-        asked."""
+    def _look(self, now: float, *, is_ending: bool) -> bool:
+        """Take what the worker has written, settle jobs that have ended, tell it what is asked, and
+        return whether a job is to stop."""
         for job in list(self.jobs):
             job.read_log(self.store, self.publish)
             # The last one's end is its worker's, which is about to come.
@@ -172,17 +169,16 @@ class WatchedWorker:
                 self.jobs.remove(job)
                 self.settle(job, None)
         stopping = [j for j in self.jobs if is_ending or j.is_to_stop(self.store, self.bounds())]
-        if stopping:
-            pace.free()
         if len(stopping) == len(self.jobs):
             self._ask(now)
-            return
+            return True
         for job in stopping:
             if not job.is_asked:
                 job.is_asked = True
                 write_text(job.files.stop(job.attempt), "")
         if not stopping and any(job.end is None for job in self.jobs):
             self._join()
+        return bool(stopping)
 
     def _join(self) -> None:
         new = self.joining(self.jobs)

@@ -170,8 +170,7 @@ class Together:
 
     def __enter__(self) -> Together:
         for job in self.jobs.values():
-            # The worker of a server that was killed is still about to stop.
-            assert self._holds(job, wait=True)
+            self._holds(job, wait=True)  # for a killed server's worker, which is about to stop
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -204,9 +203,16 @@ class Together:
             job.end(how)
 
     def fail_all(self, error: Exception) -> None:
-        """End what has not ended by an error of all."""
-        for job in self.jobs.values():
-            job.fail(error)
+        """End what has not ended by an error of all: a job alone fails, and each of several goes on
+        by itself, where it may have the memory, or fail by its own fault."""
+        jobs = [job for job in self.jobs.values() if not job.has_ended]
+        if len(jobs) > 1:
+            traceback.print_exception(error)
+        for job in jobs:
+            if len(jobs) > 1:
+                job.end("apart")
+            else:
+                job.fail(error)
         for job in self._waiting:
             job.end("apart")
 
@@ -219,7 +225,6 @@ class Together:
                 continue
             self._waiting.remove(job)
             self.jobs[job.run.name] = job
-            others = len([each for each in self.jobs.values() if not each.has_ended]) - 1
             try:
                 if job.has_succeeded():
                     job.end("succeeded")
@@ -227,9 +232,8 @@ class Together:
                     job.end("stopped")
                 else:
                     recipes[job.run.name] = job.recipe()
-                    text = f"It trains beside {others} other job{'s' * (others > 1)}."
-                    job.log.add(JobEvent(text))
-            except (VeneerError, OSError) as error:
+                    job.log.add(JobEvent("It joins a process that trains other jobs."))
+            except Exception as error:  # the others go on
                 job.fail(error)
             self._let_go(job)
         return recipes

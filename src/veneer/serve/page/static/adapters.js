@@ -26,6 +26,7 @@ export function showAdapters({ base, adapters, training }) {
     if (cards.get(adapter.name)?.[0] !== known) cards.set(adapter.name, [known, cardOf(adapter, training)]);
     return cards.get(adapter.name)[1];
   });
+  for (const name of cards.keys()) if (!adapters.some((adapter) => adapter.name === name)) cards.delete(name);
   if (!shown.length) shown.push(make("p", { class: "quiet" }, `None yet: ${base.name} is served as it is. Start with --adapter name=directory, or --adapters-dir.`));
   const same = shown.length === container.children.length && shown.every((card, at) => card === container.children[at]);
   if (!same) container.replaceChildren(...shown); // a card that is moved loses the focus
