@@ -1,5 +1,6 @@
 """Low-rank products of segments: the compiled functions equal their formulas in torch."""
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -160,3 +161,25 @@ def test_what_projections_add_to_a_row_is_rounded_once():
     x = torch.ones(1, 40).bfloat16()
     table.add(torch.full((1, 3), 3 * 2.0**-10).bfloat16(), [x] * 3, by_A=True)
     assert torch.equal(x, torch.full_like(x, 1 + 2.0**-7))
+
+
+def test_a_table_refuses_what_it_would_misread():
+    group = group_of(torch.bfloat16)
+    table = group.table(ROWS)
+    assert table is not None
+    h = torch.zeros(shape_of_h(group, ROWS), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"takes no matrix of torch\.float32"):
+        table.project([torch.zeros(ROWS, IN)] * len(group), h, by_A=True)
+    outputs = [torch.zeros(out, ROWS).bfloat16().T for out in OUTS]
+    with pytest.raises(ValueError, match=f"rows of stride {ROWS}"):
+        table.add(h, outputs, by_A=False)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_a_group_holds_is_freed_with_it(alone):
+    """At once, and not when the collector of cycles runs."""
+    group = Group(p.segments[0][1] if alone else p for p in group_of(torch.bfloat16))
+    held = weakref.ref(group[0].A)
+    group.segments(ROWS)
+    del group
+    assert held() is None

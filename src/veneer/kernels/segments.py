@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.kernels.native import NAMES, adjacent, kernel
+from veneer.kernels.native import adjacent, kernel
 
 _FUNCTIONS = ("segments_down", "segments_up", "segments_gradient")
 
@@ -71,15 +71,13 @@ class SegmentTable:
 
     def project(self, sources: Sequence[Tensor], h: Tensor, *, by_A: bool) -> None:
         """Write x Aᵀ, or dz B, of each update to `h`. sources: what each projection reads."""
-        places, held = _places(sources)
-        self._call("segments_down", int(by_A), places, h)
-        del held
+        rows = [adjacent(source) for source in sources]
+        self._call("segments_down", int(by_A), self._places(rows), h)
 
     def add(self, h: Tensor, targets: Sequence[Tensor], *, by_A: bool) -> None:
         """Add h Bᵀ, or the sum of dh A over all projections of a segment, to the segment's rows of
         what each projection has in `targets`, whose rows' numbers lie side by side."""
-        places, _ = _places(targets)
-        self._call("segments_up", int(by_A), h, places)
+        self._call("segments_up", int(by_A), h, self._places(targets))
 
     def gradients(
         self, dh: Tensor, x: Tensor, h: Tensor, dz: Sequence[Tensor]
@@ -87,10 +85,10 @@ class SegmentTable:
         """Return dA = dhᵀ x and dB = factor · dzᵀ h of each update, in float32 or wider; None where
         one does not train."""
         flat = torch.empty(self._numbers, dtype=self._wide)
-        for of_A, rows, sources in ((1, dh, [x] * len(dz)), (0, h, dz)):
-            places, held = _places(sources)
-            self._call("segments_gradient", of_A, rows, places, self._factors, flat)
-            del held
+        for of_A, down, sources in ((1, dh, [adjacent(x)] * len(dz)), (0, h, map(adjacent, dz))):
+            rows = [*sources]
+            places = self._places(rows)
+            self._call("segments_gradient", of_A, down, places, self._factors, flat)
         sizes = [
             weight.numel()
             for own in self.updates
@@ -104,10 +102,23 @@ class SegmentTable:
 
         return [(of(own.A, own.trains[0]), of(own.B, own.trains[1])) for own in self.updates]
 
-    def _call(self, name: str, *arguments: object) -> None:
-        function: Callable[..., None] | None = kernel(name, _like(self._dtype))
+    def _places(self, matrices: Sequence[Tensor]) -> array[int]:
+        """Return the address and the stride of each matrix's rows, which have to be in the table's
+        dtype, their numbers side by side."""
+        numbers = array("q")
+        for matrix in matrices:
+            if matrix.stride(-1) != 1 and matrix.shape[-1] > 1:
+                raise ValueError(f"a table takes no rows of stride {matrix.stride(-1)}")
+            if matrix.dtype != self._dtype:
+                raise ValueError(f"a table of {self._dtype} takes no matrix of {matrix.dtype}")
+            numbers.extend((matrix.data_ptr(), matrix.stride(0)))
+        return numbers
+
+    def _call(self, name: str, *arguments: int | Tensor | array[int]) -> None:
+        function: Callable[..., None] | None = kernel(name, self.updates[0].A)
         assert function is not None
-        function(_pointer(self._entries), len(self.updates), *arguments)
+        pointers = (_pointer(each) if isinstance(each, array) else each for each in arguments)
+        function(_pointer(self._entries), len(self.updates), *pointers)
 
 
 def are_compiled(like: Tensor, *others: Tensor) -> bool:
@@ -122,23 +133,6 @@ def _is_wide() -> bool:
     """Return whether vectors have 512 bits. With fewer, products in float32 are slower here than
     torch's, by two and more; those in bfloat16 are faster by any."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-def _like(dtype: torch.dtype) -> Tensor:
-    return _EMPTY[dtype]
-
-
-_EMPTY = {dtype: torch.empty(0, dtype=dtype) for dtype in NAMES}
-
-
-def _places(matrices: Sequence[Tensor]) -> tuple[ctypes.c_void_p, object]:
-    """Return where the address and the stride of each matrix's rows stand, and what must stay in
-    memory until they have been read."""
-    rows = [adjacent(matrix) for matrix in matrices]
-    numbers = array("q")
-    for matrix in rows:
-        numbers.extend((matrix.data_ptr(), matrix.stride(0)))
-    return _pointer(numbers), (rows, numbers)
 
 
 def _pointer(numbers: array[int]) -> ctypes.c_void_p:

@@ -116,7 +116,8 @@ class Group(tuple[Projection, ...]):
     def _layout(self, tokens: int) -> tuple[Sequence[Segment], SegmentTable | None]:
         cut = next((p.segments for p in self if p.segments), ())
         if not cut:
-            return [Segment(slice(None), tokens, self, 0)], None
+            # A list: a segment that held the group would keep it until the collector runs.
+            return [Segment(slice(None), tokens, [*self], 0)], None
         segments: list[Segment] = []
         start = 0
         for number, (rows, _) in enumerate(cut):
