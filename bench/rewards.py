@@ -39,8 +39,6 @@ from veneer.training.on_policy.run import context_of, train_on_policy
 
 RIGHT, SHAPE = r"^The sum is (?<answer>\d+)\.$", r"^The sum is \d+\.$"
 REWARDS = [Weighted(Matches(RIGHT, name="right"), 0.8), Weighted(Matches(SHAPE, name="shape"), 0.2)]
-
-
 SHOWN = ((2, 3, 4), (5, 1, 2))  # examples of the form, before each question
 
 
@@ -125,7 +123,8 @@ def beside_generate(base: Any, prompts: Prompts, config: OnPolicy, rounds: int) 
                 pad_token_id=pad,
             )
         seconds["generate"].append(time.process_time() - begun)
-        tokens = int((out[:, longest:] != pad).sum())
+        ended = torch.isin(out[:, longest:], torch.tensor([*decoder.ends, pad]))
+        tokens = int((ended.cumsum(1) - ended.long() == 0).sum())  # with the one that ends it
         rates["generate"].append(tokens / seconds["generate"][-1])
     ours, theirs = median(rates["ours"]), median(rates["generate"])
     print(
@@ -186,7 +185,7 @@ def main() -> None:
                 flush=True,
             )
     few = max(1, len(steps) // 10)
-    ends = [fmean(s.metrics["reward"] for s in part) for part in (steps[:few], steps[-few:])]
+    ends = [fmean(s.metrics["reward"] for s in some) for some in (steps[:few], steps[-few:])]
     print(
         f"reward {ends[0]:.3f} -> {ends[1]:.3f} in {time.perf_counter() - begun:.0f} s "
         f"({time.process_time() - process:.0f} s of processor time)"

@@ -41,6 +41,11 @@ def one_of(literal: Any) -> Rule:
     return Rule(lambda value: value in values, f"one of {', '.join(map(str, values))}")
 
 
+def each(rule: Rule) -> Rule:
+    """Several values that all keep to a rule."""
+    return Rule(lambda values: all(map(rule.holds, values)), f"{rule.text}, each")
+
+
 NUMBER = Rule(lambda value: _is_number(value), "a number")
 ABOVE_0 = Rule(lambda value: _is_number(value) and value > 0, "a number above 0")
 FRACTION = Rule(lambda value: _is_number(value) and 0 < value <= 1, "above 0 and at most 1")

@@ -181,6 +181,10 @@ def test_settings_that_cannot_be_are_listed_at_once():
         OnPolicy(group_size=1, loss_level="row")
     with pytest.raises(ConfigError, match="reward_weights has 1 numbers for 2 rewards"):
         OnPolicy(reward=("exact", "tests"), reward_weights=(1.0,))
+    with pytest.raises(ConfigError, match=r"reward_weights.*a number, each; reward_seconds.*above"):
+        OnPolicy(reward=("exact", "tests"), reward_weights=(1.0, math.nan), reward_seconds=(1, 0))
+    with pytest.raises(ConfigError, match=r"reward is \(7,\), but must be a text, each"):
+        OnPolicy(reward=7)
     with pytest.raises(ConfigError, match="overlong_margin is more than max_new_tokens"):
         OnPolicy(overlong_margin=300)
     with pytest.raises(ConfigError, match="grpo learns from what rewards say of samples"):

@@ -13,7 +13,15 @@ from veneer.rewards.judged import Answered, RewardFault
 from veneer.rewards.worker import load, serve
 
 MODULE = """
+from __future__ import annotations
+
+import sys
 import time
+from dataclasses import dataclass
+
+@dataclass
+class Judge:  # which looks for its module
+    strict: bool
 
 def brief(completion):
     print("this is no reward")
@@ -25,6 +33,10 @@ def right(completion, *, references, **others):
 def cursed(completion):
     if completion == "raise":
         return 1 / 0
+    if completion == "exit":
+        sys.exit("no more")
+    if completion == "read":
+        return len(sys.stdin.read())
     if completion == "hang":
         time.sleep(1000)
     if completion == "end":
@@ -58,6 +70,8 @@ def test_a_function_is_given_what_it_names(module):
     assert replies(f"{module}:right", row) == [{"ready": True}, {"reward": 2.0}]
     raised = replies(f"{module}:cursed", {**row, "completion": "raise"}, row)
     assert raised[1:] == [{"raised": "ZeroDivisionError: division by zero"}, {"reward": 1.0}]
+    exits = replies(f"{module}:cursed", {**row, "completion": "exit"}, row)
+    assert exits[1:] == [{"raised": "SystemExit: no more"}, {"reward": 1.0}]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +105,7 @@ def test_a_process_that_hangs_or_ends_is_replaced(module):
         with pytest.raises(RewardFault, match="ended by itself") as caught:
             reward(Answered("end"))
         assert caught.value.kind == "raised"
+        assert reward(Answered("read")) == 0.0  # what it reads is no request
         assert reward(Answered("fine")) == 1.0
     finally:
         reward.close()

@@ -99,6 +99,8 @@ def test_json_is_judged_by_a_schema(tmp_path):
     assert valid(Answered('{"sum": 7}')) == 1
     assert valid(Answered('{"total": 7}')) == 0
     assert valid(Answered("[" * 100_000)) == 0
+    assert valid(Answered('"\\ud800"')) == 0  # half a character
+    assert valid(Answered('{"sum": NaN}')) == 0
     assert valid(Answered("The sum is 7")) == 0
     schema.write_text('{"type": 7}')
     with pytest.raises(ConfigError, match="no JSON schema"):
@@ -113,7 +115,7 @@ def test_a_program_is_the_last_fenced_block():
 def test_a_program_gets_the_share_of_tests_that_it_passes():
     answer = "```python\ndef double(x):\n    return 2 * x\n```"
     tests = ["assert double(2) == 4", "assert double(2) == 5"]
-    assert PassesTests()(Answered(answer, references=tests)) == 0.5
+    assert PassesTests(seconds=60)(Answered(answer, references=tests)) == 0.5
     with pytest.raises(RewardFault, match="no tests"):
         PassesTests()(Answered(answer))
 
@@ -124,7 +126,11 @@ def test_a_program_cannot_take_more_than_its_time_and_memory():
     endless, greedy = "while True: pass", "x = bytearray(2**30)"
     assert limited(Answered(endless, references=["assert True"])) == 0
     assert limited(Answered(greedy, references=["assert True"])) == 0
-    assert limited(Answered("import os; os.fork(); os._exit(0)", references=["x"])) == 1
+
+
+def test_a_program_that_ends_itself_passes_no_test():
+    answer = "def double(x):\n    raise SystemExit(0)"
+    assert PassesTests(seconds=60)(Answered(answer, references=["assert double(2) == 4"])) == 0
 
 
 def test_rewards_have_names():

@@ -23,8 +23,8 @@ from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
 from veneer.rewards.judged import RewardFault, Weighted
 from veneer.run_directory import RunDirectory
-from veneer.training.events import Notice, Step, Stopped
-from veneer.training.on_policy.page import page_of
+from veneer.training.events import Notice, Started, Step, Stopped
+from veneer.training.on_policy.page import SampleLog, page_of
 from veneer.training.on_policy.prompts import encoded
 from veneer.training.on_policy.run import train_on_policy
 
@@ -163,9 +163,31 @@ def test_samples_and_their_rewards_are_written(tmp_path):
     assert "24 samples in 4 steps" in page
 
 
+def test_a_line_that_was_cut_off_in_a_character_is_left_out(tmp_path):
+    log, lines = SampleLog(RunDirectory(tmp_path)), [{"step": 1}, {"step": 2}]
+    log.add(lines)
+    with log.directory.samples.open("ab") as file:
+        file.write('{"step": 3, "answer": "é'.encode()[:-1])
+    for step in (2, 1, 0):
+        log.begin(step)
+        kept = log.directory.samples.read_text().splitlines()
+        assert list(map(json.loads, kept)) == lines[:step]
+
+
+def test_a_base_that_changes_meanwhile_ends_the_run():
+    model = new_model()
+    events = run(model, course=replace(COURSE, steps=1))
+    while not isinstance(next(events), Started):
+        pass
+    model.get_input_embeddings().weight.data[0, 0] += 1
+    with pytest.raises(TrainingError, match="The base is frozen, but"):
+        list(events)
+
+
 def test_nothing_in_an_answer_is_markup():
     line = {"step": 1, "row": "<b>", "prompt": "<i>", "answer": "<script>", "ended": True}
-    page = page_of([line | {"reward": None, "advantage": 0.0, "rewards": {"<u>": None}}])
+    line |= {"reward": None, "advantage": 0.0, "rewards": {"<u>": None}}
+    page = page_of([line], {1: 1})
     for text in ("<b>", "<i>", "<script>", "<u>"):
         assert text not in page
 

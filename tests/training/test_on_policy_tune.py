@@ -72,5 +72,13 @@ def test_rewards_are_looked_at_before_the_base_is_loaded(recipe, monkeypatch):
     wrong = replace(recipe, on_policy=OnPolicy(reward=("regex:(", "magic")))
     with pytest.raises(ConfigError, match=r"(?s)2 reasons.*no regular expression.*'magic' names"):
         list(veneer.tune(wrong))
+    with pytest.raises(ConfigError, match="long_rows and on_spike would do nothing with samples"):
+        replace(
+            recipe,
+            rows=replace(recipe.rows, long_rows="cut"),
+            training=replace(recipe.training, on_spike="stop"),
+        )
+    with pytest.raises(ConfigError, match="none of them is held out"):
+        replace(recipe, rows=replace(recipe.rows, eval_data=recipe.data))
     with pytest.raises(ConfigError, match="which jobs do not draw together"):
         list(veneer.tune_many({"a": recipe}))

@@ -145,3 +145,10 @@ def test_a_run_on_samples_is_judged_by_its_rewards(rewards, equal, kind, says):
     verdict = judge(lines, usual_lr=1e-4)
     assert verdict.kind == kind
     assert says in verdict.text
+
+
+def test_a_run_whose_rewards_all_failed_is_not_judged_by_its_loss():
+    lines = [{"step": i, "loss": 1.0 / i, "lr": 1e-4, "equal_groups": 1.0} for i in range(1, 9)]
+    verdict = judge(lines, usual_lr=1e-4)
+    assert verdict.kind == "hardly learnt"
+    assert "the rewards failed" in verdict.text

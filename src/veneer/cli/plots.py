@@ -24,7 +24,7 @@ def draw_losses(lines: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     steps = [line for line in lines if "loss" in line]
-    if any("reward" in line for line in steps):
+    if any("equal_groups" in line for line in steps):
         _draw_rewards(steps, path)
         return
     held_out = [line for line in lines if "eval_loss" in line]

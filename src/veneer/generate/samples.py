@@ -68,7 +68,7 @@ class SampleDecoder:
     ) -> None:
         self.model, self.ends, self.context = model, frozenset(ends), context
         self.rows = rows
-        with _frozen(model), base_alone(model), evaluating(model):
+        with _thawed(model), base_alone(model), evaluating(model):
             try:
                 self.runner, self.notices = runner_for(model, rows, context)
             except ModelError as error:
@@ -210,8 +210,8 @@ def _uniforms(seed: int, number: int, count: int) -> list[float]:
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Let nothing train while the context lasts: a runner keeps what it computes with."""
+def _thawed(model: PreTrainedModel) -> Iterator[None]:
+    """Let train again behind the context what a runner freezes in it."""
     training = [weight for weight in model.parameters() if weight.requires_grad]
     try:
         yield

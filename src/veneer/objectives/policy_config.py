@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from veneer.checks import ABOVE_0, BOOLEAN, at_least, check_config, one_of, whole_number
+from veneer.checks import (
+    ABOVE_0,
+    BOOLEAN,
+    NUMBER,
+    TEXT,
+    at_least,
+    check_config,
+    each,
+    one_of,
+    whole_number,
+)
 from veneer.rewards.judged import OnFault
 
 LossLevel = Literal["answer", "token", "budget"]
@@ -25,7 +35,8 @@ class OnPolicy:
     reward_weights: tuple[float, ...] | None = None
     """The weight of each reward in their sum; 1 unless given."""
     reward_seconds: tuple[float, ...] | None = None
-    """Seconds that each reward may take for an answer; 10 unless given."""
+    """Seconds that each reward may take for an answer, or tests for each of its tests; 10 unless
+    given."""
     on_reward_fault: OnFault = "skip"
     """Where a reward raises, hangs or is not finite: the answer counts for nothing (skip), or the
     run stops (stop)."""
@@ -65,6 +76,9 @@ class OnPolicy:
             self,
             opening="Samples cannot be learnt from so",
             rules={
+                "reward": each(TEXT),
+                "reward_weights": each(NUMBER),
+                "reward_seconds": each(ABOVE_0),
                 "on_reward_fault": one_of(OnFault),
                 "group_size": whole_number(2),
                 "prompts_per_step": whole_number(1),

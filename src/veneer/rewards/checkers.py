@@ -87,10 +87,15 @@ class ValidJSON:
 
     def __call__(self, answer: Answered) -> float:
         try:
-            value = json.loads(answer.text)
-        except (ValueError, RecursionError):
+            value = json.loads(answer.text, parse_constant=_refuse)
+            return float(self._validator.is_valid(value))
+        except (ValueError, RecursionError):  # half a character, as in "\ud800", among them
             return 0.0
-        return float(self._validator.is_valid(value))
 
     def close(self) -> None:
         """There is nothing to end."""
+
+
+def _refuse(constant: str) -> None:
+    """Raise ValueError for NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(f"{constant} is no JSON.")

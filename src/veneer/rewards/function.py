@@ -52,7 +52,7 @@ class Function:
         if self._process is None:
             return
         process, self._process, self._unread = self._process, None, b""
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):  # of a group that has ended
             os.killpg(process.pid, signal.SIGKILL)  # with what the function may have started
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
@@ -89,6 +89,9 @@ class Function:
             raise RewardFault("timed out", f"no reward came within {seconds:g} s.") from error
         except OSError:
             line = b""
+        except BaseException:  # Ctrl-C, which does not reach the process itself
+            self.close()
+            raise
         if not line:
             self.close()
             raise RewardFault("raised", f"its process ended by itself ({process.returncode}).")

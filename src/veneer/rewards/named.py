@@ -20,7 +20,8 @@ KINDS = (
 
 
 def reward_named(spec: str, *, seconds: float) -> Reward:
-    """Return the reward that a text names. seconds: that judging one answer may take.
+    """Return the reward that a text names. seconds: that judging one answer, or one of its `tests`,
+    may take.
 
     Raises ConfigError where there is no such reward.
     """

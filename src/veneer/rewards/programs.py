@@ -5,7 +5,9 @@ The limits keep a wrong program from taking the machine; they are no wall agains
 
 from __future__ import annotations
 
+import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -37,8 +39,9 @@ class PassesTests:
     """The share of a row's tests that an answer's program passes.
 
     The program is the answer's last fenced block, or all of it. A test is a text of Python that is
-    run behind the program and passes where the process ends with 0. seconds, memory (bytes): what
-    one test may take; a test that takes more has failed.
+    run behind the program and passes where it comes to its end: a program that ends the process
+    before has failed. seconds, memory (bytes): what one test may take; one that takes more has
+    failed.
     """
 
     seconds: float = 10.0
@@ -58,23 +61,25 @@ class PassesTests:
     def _passes(self, text: str) -> bool:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
             file = Path(directory) / "program.py"
+            end = Path(directory) / secrets.token_hex()  # which is there once the test has ended
+            text += f'__import__("pathlib").Path({str(end)!r}).touch()\n'
             file.write_text(text, encoding="utf-8", errors="replace")
-            limits = (str(max(1, round(self.seconds))), str(self.memory), str(file))
+            limits = (str(math.ceil(self.seconds)), str(self.memory), str(file))
             process = subprocess.Popen(
                 [sys.executable, "-I", "-c", LIMITED, *limits],
                 cwd=directory,
-                env={"PATH": os.defpath},
+                env={"PATH": os.defpath, "OMP_NUM_THREADS": "1"},  # each thread takes memory
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
             try:
-                return process.wait(self.seconds) == 0
+                return process.wait(self.seconds) == 0 and end.exists()
             except subprocess.TimeoutExpired:
                 return False
             finally:
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, PermissionError):  # of a group that has ended
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 

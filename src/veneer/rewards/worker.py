@@ -1,7 +1,7 @@
 """The process in which a user's reward function runs: `python -m veneer.rewards.worker FUNCTION`.
 
 It reads a line of JSON for each answer and writes one with its reward. What the function prints
-goes to the standard error.
+goes to the standard error, and there is nothing for it to read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import os
 import sys
@@ -45,9 +46,10 @@ def _module(where: str) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look for their module
         spec.loader.exec_module(module)
         return module
-    except Exception as error:  # whatever a user's module raises
+    except (Exception, SystemExit) as error:  # whatever a user's module raises
         raise ConfigError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
 
 
@@ -92,14 +94,20 @@ def serve(spec: str, requests: TextIO, replies: TextIO) -> None:
     for line in requests:
         try:
             reply(reward=float(function(**_arguments(function, json.loads(line)))))
-        except Exception as error:  # of the user's function
+        except (Exception, SystemExit) as error:  # of the user's function
             reply(raised=f"{type(error).__name__}: {error}")
 
 
 def main() -> None:
+    requests = os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8")
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, sys.stdin.fileno())
+    os.close(nothing)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    serve(sys.argv[1], sys.stdin, replies)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)  # what is printed before the process is ended
+    serve(sys.argv[1], requests, replies)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,9 @@ class Recipe:
         ]
         of_adapters += ["lora_plus_ratio"] * (self.training.lora_plus_ratio is not None)
         on_samples = self.objective.shape == "prompts"
+        of_answers = ["long_rows"] * (self.rows.long_rows is not None)
+        of_answers += ["skip_bad_rows"] * self.rows.skip_bad_rows
+        of_answers += ["on_spike"] * (self.training.on_spike != "warn")
         may_choose = self.rows.eval_rows is None
         evaluates = (
             may_choose or self.rows.eval_rows or self.rows.eval_data or has_valid_files(self.data)
@@ -157,7 +160,13 @@ class Recipe:
                 ),
                 f"{self.objective.objective} takes prompts of one file or directory, and none of "
                 "them is held out": on_samples
-                and (len(spelt(self.data)) > 1 or bool(self.rows.eval_rows or of_evaluation)),
+                and (
+                    len(spelt(self.data)) > 1
+                    or bool(self.rows.eval_rows or self.rows.eval_data or of_evaluation)
+                ),
+                f"{' and '.join(of_answers)} would do nothing with samples": bool(
+                    on_samples and of_answers
+                ),
             },
         )
 

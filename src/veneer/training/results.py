@@ -101,7 +101,7 @@ def _save(recipe: Recipe, base: Base, plan: Plan | None, about: dict[str, Any]) 
 
 def clear_state(run: RunDirectory) -> None:
     """Make way for a new run, once everything about it has proved right."""
-    for file in (run.metrics, run.recipe, run.progress):
+    for file in (run.metrics, run.recipe, run.progress, run.samples, run.samples_page):
         file.unlink(missing_ok=True)
     checkpoint.remove_all(run.checkpoints)
 

@@ -35,19 +35,24 @@ class Learnt:
 
 @dataclass(frozen=True, eq=False)
 class Learning:
-    """A step that the device has been given and may still be computing."""
+    """A step that the device has been given and may still be computing.
+
+    before: the earlier updates by the same rows, all of which have to be finite too.
+    """
 
     label_tokens: int
     divisor: int
     metrics: Sequence[str]
     _sums_and_finite: OnTheWay
+    before: Sequence[Learning] = ()
 
     def wait(self) -> Learnt:
         """Return what it learnt, once that is known."""
         sums, finite = self._sums_and_finite.arrived()
         loss, *measured = means(sums, self.divisor)
         metrics = dict(zip(self.metrics, measured, strict=True))
-        return Learnt(loss, self.label_tokens, bool(finite), metrics)
+        all_finite = bool(finite) and all(earlier.wait().finite for earlier in self.before)
+        return Learnt(loss, self.label_tokens, all_finite, metrics)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -47,7 +47,7 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
     samples, their rewards.
     """
     steps = [line for line in lines if "loss" in line]
-    if any("reward" in line for line in steps):
+    if any("equal_groups" in line for line in steps):
         return _by_rewards(steps)
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     if not steps:
@@ -111,6 +111,10 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
 def _by_rewards(steps: Sequence[Mapping[str, Any]]) -> Verdict:
     """Return the verdict on a run on samples: whether the end's rewards are clearly higher."""
     rewards = [line["reward"] for line in steps if "reward" in line]
+    if not rewards:
+        return Verdict(
+            "hardly learnt", "Nothing was learnt: the rewards failed for all answers. Mend them."
+        )
     size = max(math.ceil(WINDOW * len(rewards)), min(MOST_IN_SHORT, len(rewards) // 4), 1)
     first, last = fmean(rewards[:size]), fmean(rewards[-size:])
     changes = [abs(b - a) for a, b in pairwise(rewards)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from veneer.files import write_text
+from veneer.files import disk_errors, new_file, write_text
 from veneer.run_directory import RunDirectory
 
 SHOWN_STEPS = 12  # of which the page shows some samples, spread over the run
@@ -33,27 +34,36 @@ class SampleLog:
 
     def begin(self, step: int) -> None:
         """Keep the lines up to a step: a run that goes on repeats what came after."""
-        if self.directory is not None:
-            lines = [line for line in self._read() if line["step"] <= step] if step else []
-            write_text(self.directory.samples, "".join(map(_line, lines)))
+        if self.directory is None:
+            return
+        with new_file(self.directory.samples) as file, file.open("w", encoding="utf-8") as kept:
+            for line in self._read():
+                if line["step"] > step:
+                    break
+                kept.write(_line(line))
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Add the samples of a step."""
-        if self.directory is not None:
-            with self.directory.samples.open("a", encoding="utf-8") as file:
-                file.write("".join(map(_line, lines)))
+        if self.directory is None:
+            return
+        samples = self.directory.samples
+        with disk_errors(samples), samples.open("a", encoding="utf-8") as file:
+            file.write("".join(map(_line, lines)))
 
     def end(self) -> None:
         """Write the page."""
         if self.directory is not None and self.directory.samples.exists():
-            write_text(self.directory.samples_page, page_of(list(self._read())))
+            counts = Counter(line["step"] for line in self._read())
+            shown = {*_spread(list(counts), SHOWN_STEPS)}
+            lines = [line for line in self._read() if line["step"] in shown]
+            write_text(self.directory.samples_page, page_of(lines, counts))
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """Yield the lines, up to one that was cut off in writing."""
         assert self.directory is not None
         if not self.directory.samples.exists():
             return
-        with self.directory.samples.open(encoding="utf-8") as file:
+        with self.directory.samples.open(encoding="utf-8", errors="replace") as file:
             for text in file:
                 try:
                     yield json.loads(text)
@@ -65,15 +75,18 @@ def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def page_of(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return a page of some groups of samples, from the run's beginning to its end."""
+def page_of(lines: Sequence[Mapping[str, Any]], counts: Mapping[int, int]) -> str:
+    """Return a page of some groups of samples, from the run's beginning to its end.
+
+    lines: of the steps that are shown. counts: samples of each step of the run.
+    """
     steps = {step: list(own) for step, own in groupby(lines, key=lambda line: line["step"])}
-    shown = _spread(list(steps), SHOWN_STEPS)
-    sections = "".join(_section(step, steps[step]) for step in shown)
+    sections = "".join(_section(step, own) for step, own in steps.items())
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Samples and their rewards'
         f"</title><style>{STYLE}</style><h1>Samples and their rewards</h1>"
-        f"<p>{len(lines):,} samples in {len(steps):,} steps; here are some of {len(shown)} steps. "
+        f"<p>{sum(counts.values()):,} samples in {len(counts):,} steps; here are some of "
+        f"{len(steps)} steps. "
         f"All are in samples.jsonl.</p>{sections}</html>\n"
     )
 

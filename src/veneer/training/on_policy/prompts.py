@@ -71,7 +71,8 @@ def encoded(
         if len(tokens) + max_new_tokens > context:
             why = (
                 f"the prompt has {len(tokens):,} tokens, which leaves no room for an answer of "
-                f"{max_new_tokens:,} in the context of {context:,}"
+                f"{max_new_tokens:,} in {context:,}, which are max_length and max_new_tokens, or "
+                "the model's context"
             )
             problems.append(Problem(prompt.place, why))
         elif len(tokens) < 2:

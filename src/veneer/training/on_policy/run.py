@@ -31,11 +31,12 @@ from veneer.rewards.judged import Weighted
 from veneer.run_directory import RunDirectory
 from veneer.training.config import TrainConfig
 from veneer.training.events import Event, Notice, Skipped, Step
+from veneer.training.frozen import FrozenBase
 from veneer.training.on_policy.page import SampleLog
 from veneer.training.on_policy.prompts import Prompts
 from veneer.training.on_policy.rollout import Roller, Rollout, base_log_probabilities
 from veneer.training.run import Begun, Run
-from veneer.training.step import StepToLearn, learn
+from veneer.training.step import Learning, StepToLearn, learn
 from veneer.training.threads import worthwhile_threads
 
 STEPS = 100  # of a run, unless it is given steps or epochs
@@ -80,6 +81,7 @@ def train_on_policy(
             yield from map(Notice, [run.course, *notices])
             yield from run.begin(forward, resume=resume)
             yield from map(Notice, run.make_decoder())
+            run.watch.frozen_base = FrozenBase(model)
             model.train()
             with forward.installed(model):
                 for event in run.go(forward, should_stop):
@@ -89,9 +91,9 @@ def train_on_policy(
                         yield event
                     yield from run.take_notices()
     finally:
-        run.log.end()
         run.state.optimizer.release()
         model.eval()
+        run.log.end()
 
 
 def _check(model: PreTrainedModel, config: TrainConfig) -> None:
@@ -177,10 +179,12 @@ class OnPolicyRun(Run):
     def learn(self, forward: Forward, asked: StepToLearn) -> None:
         """Make a step's updates."""
         with worthwhile_threads(self.model):
+            learnings: list[Learning] = []
             for _ in range(self.on_policy.updates):
                 update = replace(asked, _answer=[])
                 learn(self.model, forward, update, world=self.world)
-        asked.learnt(update.learning)
+                learnings.append(update.learning)
+        asked.learnt(replace(learnings[-1], before=learnings[:-1]))
 
     def take_notices(self) -> Iterator[Notice]:
         """Yield what a person should know since the last time."""
