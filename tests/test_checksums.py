@@ -141,6 +141,7 @@ FULL = {
     "quota": OSError(122, "Disk quota exceeded"),
     "safetensors": RuntimeError("I/O error: No space left on device (os error 28)"),
     "torch": RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"),
+    "numpy": OSError("96 requested and 0 written"),
     "device": OSError(5, "Input/output error"),
 }
 

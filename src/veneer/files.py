@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # comes after the last dot, for torch writes what is before that into the file.
 PARTIAL, OLD = ".partial-", ".old-"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h and linux/fs.h
-# By which torch's and safetensors' own errors say what the system's error was.
+# By which errors of torch, safetensors and numpy say what the system's error was.
 SIGNS_OF_FULL = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
 SIGNS_OF_FAILURE = (
     "Input/output error",
@@ -33,6 +33,7 @@ SIGNS_OF_FAILURE = (
     "PytorchStreamWriter failed",
     "unexpected pos",
     "iostream error",
+    " requested and ",  # so many bytes, and fewer written
 )
 
 
@@ -78,13 +79,8 @@ def new_directory(path: Path, *, marker: str) -> Iterator[Path]:
             _claim(handle)
             yield temporary
             (temporary / SUMS).write_text(sums_of(temporary), encoding="utf-8")
-            for place in temporary.rglob("*"):
-                if place.is_file():
-                    _settle(place)
-                elif place.is_dir():
-                    _sync(place)
             temporary.chmod(0o777 & ~_umask())
-            _sync(temporary)
+            sync_directory(temporary)
             _take_place(temporary, path)
             _sync(path.parent)
     finally:
@@ -342,6 +338,16 @@ def _check_stored(path: Path) -> None:
         # torch writes without compression, but would read a compressed file.
         if any(member.file_size != member.compress_size for member in members):
             raise ValueError("it is compressed")
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring a directory and all that is below it to the disk, files with the mode of new ones."""
+    for place in directory.rglob("*"):
+        if place.is_file():
+            _settle(place)
+        elif place.is_dir():
+            _sync(place)
+    _sync(directory)
 
 
 def _settle(path: Path) -> None:

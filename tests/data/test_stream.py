@@ -1,5 +1,6 @@
 """Large data as a table on the disk: the same rows, faults and order as of a list in memory."""
 
+import errno
 import gzip
 import json
 import os
@@ -23,7 +24,7 @@ from veneer.data.columns import COLUMNS, column_of, select
 from veneer.data.load import RowFiles
 from veneer.data.packing import pack
 from veneer.data.table import all_but
-from veneer.errors import DataError
+from veneer.errors import DataError, StorageError
 from veneer.training.events import DataReady, Encoding, Evaluated, Notice, Step
 
 
@@ -273,6 +274,17 @@ def test_columns_of_many_rows_are_on_the_disk(monkeypatch):
     remaining = all_but(95, np.array([0, 9, 10, 94]))
     assert isinstance(remaining, np.memmap)
     assert remaining.tolist() == [n for n in range(95) if n not in (0, 9, 10, 94)]
+
+
+def test_a_full_disk_is_an_error_before_a_column_is_mapped(monkeypatch):
+    def full(file, start, size):
+        assert (start, size) == (0, 91 * 8)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(table, "IN_MEMORY", 10)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        all_but(95, np.array([0, 9, 10, 94]))
 
 
 ENCODE = """

@@ -1,5 +1,6 @@
 """A base's chat template comes from anyone: it can neither hang a process nor fill its memory."""
 
+import os
 import threading
 
 import pytest
@@ -60,12 +61,32 @@ def test_each_thread_is_ended_for_itself(watched):
     assert sorted(ends) == ["<|im_start|>", "the model's", "the model's"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")
+def test_a_fork_has_a_watcher_of_its_own(watched):
+    assert chat(CHATML).render(MESSAGES)
+    with template_limits._lock:  # as another thread of the forked process may hold it
+        template_limits._now[1] = None
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                chat(LONG).render(MESSAGES)
+            except DataError:
+                code = 7
+            finally:
+                os._exit(code)
+        del template_limits._now[1]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
 @pytest.mark.parametrize(
     ("template", "what"),
     [
         ("{{ 9 ** 9 ** 9 }}", "a power in line 1"),
         ("a\n{{ 'a' * 10000000000 }}", "the number 10000000000 in line 2"),
         ("{{ 'a' * 0xffffffffff }}", "the number 0xffffffffff in line 1"),
+        (f"{{{{ {'9' * 5000} }}}}", "the number 99999999999999999999 in line 1"),
+        ("{{ 'a' * (1e10 | int) }}", "the number 1e10 in line 1"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ messages + 1 }}", "TypeError"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),

@@ -240,6 +240,20 @@ def test_nothing_is_overwritten_unless_asked(to, tmp_path):
         assert_same_logits(logits(again), adapted("plain"), logits)
 
 
+def test_a_file_is_replaced_where_asked(tmp_path):
+    veneer.save(adapted("plain"), tmp_path / "adapter")
+    out, base = tmp_path / "out.gguf", tiny("llama")
+    convert(tmp_path / "adapter", out, to="gguf", base=base)
+    before = out.read_bytes()
+    with pytest.raises(veneer.VeneerError, match="--force"):
+        convert(tmp_path / "adapter", out, to="gguf", base=base)
+    convert(tmp_path / "adapter", out, to="gguf", base=base, force=True)
+    assert out.read_bytes() == before
+    with pytest.raises(veneer.VeneerError, match="holds other things"):
+        convert(tmp_path / "adapter", out, to="peft", force=True)
+    assert out.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

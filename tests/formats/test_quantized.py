@@ -1,6 +1,7 @@
 """Quantized bases on disk: what is written, and what an earlier try left."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,18 @@ def test_what_stands_there_is_never_touched(what, tmp_path):
         write("llama", out)
     kept = out if what == "file" else next(out.iterdir())
     assert kept.read_text() == "mine"
+
+
+def test_all_is_on_the_disk_before_the_file_that_makes_it_a_model(tmp_path, monkeypatch):
+    out, on_disk, replace = tmp_path / "out", set[int](), os.replace
+
+    def watch(source: Any, target: Any) -> None:
+        if Path(target).name == "config.json":
+            assert [path.name for path in out.iterdir() if path.stat().st_ino not in on_disk] == []
+            on_disk.clear()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: on_disk.add(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "replace", watch)
+    write("minigpt", out)
+    assert on_disk == {out.stat().st_ino}  # with the new name, and nothing else

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INDEX, WORDS = "table.json", "words.json"
+_INT32 = np.lib.format.dtype_to_descr(np.dtype(np.int32))
 _SECONDS_BETWEEN_LOOKS = 0.5  # at what another process encodes
 
 
@@ -239,15 +240,19 @@ def _write_index(task: Task, chunks: list[About]) -> None:
             raise no_rows_in(task.names[file])
     rows = sum(about.examples for about in chunks)
     for column in COLUMNS:
-        with new_file(directory / f"{column}.npy") as temporary:
-            # A file of no bytes cannot be mapped.
-            values = np.lib.format.open_memmap(temporary, "w+", np.int32, (max(1, rows),))
-            filled = 0
+        # Written, not mapped: a full disk is an error then, and no signal that ends the process.
+        with (
+            new_file(directory / f"{column}.npy") as temporary,
+            temporary.open("wb") as column_file,
+        ):
+            shape = (max(1, rows),)  # a file of no bytes could not be mapped
+            header = {"descr": _INT32, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(column_file, header)
             for about in chunks:
-                chunk = Chunk(chunk_path(directory, about.number))
-                values[filled : filled + about.examples] = chunk.column(column)
-                filled += about.examples
-            values.flush()
+                values = Chunk(chunk_path(directory, about.number)).column(column)
+                column_file.write(values.astype(np.int32).tobytes())
+            if not rows:
+                column_file.write(np.zeros(1, np.int32).tobytes())
     examples, unused = [0] * len(task.names), Counter[str]()
     systems: list[str | None] = []
     problems: list[Problem] = []

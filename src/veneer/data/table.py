@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from veneer.data.chunk import Chunk
 from veneer.data.columns import Column, Columnar
 from veneer.data.encode import Example
+from veneer.files import disk_errors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -128,7 +130,10 @@ def new_column(size: int, dtype: Any) -> NDArray[Any]:
     if size <= IN_MEMORY:
         return np.empty(size, dtype)
     # Not in /tmp, which may be memory.
-    with tempfile.TemporaryFile(dir=_large_files()) as file:
+    place = _large_files()
+    with disk_errors(place), tempfile.TemporaryFile(dir=place) as file:
+        if hasattr(os, "posix_fallocate"):  # a page without room would end the process
+            os.posix_fallocate(file.fileno(), 0, size * np.dtype(dtype).itemsize)
         return np.memmap(file, dtype, "w+", shape=(size,))
 
 

@@ -8,6 +8,7 @@ and products of large numbers, is refused before.
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import os
 import sys
@@ -27,6 +28,7 @@ SECONDS = 10.0  # of the processor, for one conversation; an ordinary one takes 
 BYTES = 2**30  # that the process may grow meanwhile
 INTERVAL = 1.0  # seconds between two looks
 LARGEST = 1_000_000  # a number in a template; it may be a factor of a text
+LONGEST = 100  # characters of a number
 
 
 class _TooMuch(BaseException):
@@ -43,7 +45,18 @@ class _Rendering:
 
 _lock = threading.Lock()
 _now: dict[int, _Rendering] = {}
-_watcher: tuple[int, threading.Thread] | None = None
+_watcher: threading.Thread | None = None
+
+
+def _forget() -> None:
+    """Begin anew in a fork, which has no thread but its own, and perhaps a lock that one held."""
+    global _lock, _watcher
+    _lock, _watcher = threading.Lock(), None
+    _now.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 @lru_cache
@@ -54,13 +67,19 @@ def check_template(template: str) -> None:
     except TemplateError:
         return  # rendering says what is wrong
     for line, kind, text in tokens:
-        is_large = kind == "integer" and int(text.replace("_", ""), 0) > LARGEST
+        is_large = kind in ("integer", "float") and _is_large(text.replace("_", ""))
         if is_large or (kind == "operator" and text == "**"):
             what = "a power" if text == "**" else f"the number {text[:20]}"
             raise DataError(
                 f"the model's chat template has {what} in line {line}, by which it could take all "
                 "time and memory; take it out of the template"
             )
+
+
+def _is_large(number: str) -> bool:
+    if len(number) > LONGEST:  # Python itself converts no integer of some thousand digits
+        return True
+    return float(ast.literal_eval(number)) > LARGEST
 
 
 @contextmanager
@@ -93,10 +112,9 @@ def _end(rendering: _Rendering) -> None:
 
 def _start_watcher() -> None:
     global _watcher
-    if _watcher is None or _watcher[0] != os.getpid():  # a fork has no thread but its own
-        thread = threading.Thread(target=_watch, name="templates", daemon=True)
-        _watcher = os.getpid(), thread
-        thread.start()
+    if _watcher is None:
+        _watcher = threading.Thread(target=_watch, name="templates", daemon=True)
+        _watcher.start()
 
 
 def _watch() -> None:

@@ -55,7 +55,7 @@ def convert(
     source, kind = located.path, located.format
     if out.exists() and not force and (out.is_file() or any(out.iterdir())):
         raise VeneerError(f"{out} holds something already; name another place, or use --force.")
-    check_writable(out)
+    check_writable(out.parent if out.is_file() else out)
     remove_leftovers(out.parent, out.name)
     structure = BaseStructure(base) if base is not None else None
     # Reading a loralib file takes enable_lora; for all other adapters it is for writing.

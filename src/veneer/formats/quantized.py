@@ -21,6 +21,7 @@ from veneer.files import (
     check_writable,
     disk_errors,
     json_text,
+    sync_directory,
     write_json,
     write_tensors,
     write_text,
@@ -134,6 +135,7 @@ def write_quantized(
     with disk_errors(out):
         tokenizer.save_pretrained(out)
         skeleton.generation_config.save_pretrained(out)
+        sync_directory(out)
     config = json_text(_config(skeleton, layers, bits))
     with disk_errors(out):
         sums = sums_of(out, coming={CONFIG: config})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         directory = Rule(lambda value: value.is_dir(), "a directory")
+        growing = Rule(_can_be_written, "a file that can be written to, in a directory that exists")
         check_config(
             self,
             opening="Nothing can be served so",
@@ -86,6 +88,7 @@ class ServeConfig:
                 "prefix_cache_size": ABOVE_0,
                 "adapters_dir": directory,
                 "runs": directory,
+                "audit_log": growing,
                 "training_share": SHARE,
                 "training_together": at_least(1),
                 "training_hours": ABOVE_0,
@@ -117,6 +120,10 @@ class ServeConfig:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+def _can_be_written(file: Path) -> bool:
+    return not file.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
 
 
 @dataclass(frozen=True)

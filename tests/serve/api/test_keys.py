@@ -73,6 +73,13 @@ def test_no_key_is_both_kinds(tmp_path):
         KeyFiles(config, {})
 
 
+def test_an_audit_log_that_cannot_be_written_is_refused_before_the_start(tmp_path):
+    for place in (tmp_path, tmp_path / "nowhere" / "audit.jsonl"):
+        with pytest.raises(ConfigError, match=r"audit_log .* a file that can be written"):
+            ServeConfig(audit_log=place)
+    ServeConfig(audit_log=tmp_path / "audit.jsonl")
+
+
 def test_requests_with_the_admin_key_are_written_down(tmp_path, caplog):
     place = tmp_path / "audit.jsonl"
     guard = guard_of(lambda: Keys(api=OLD, admin=ADMIN), audit=AuditLog(place))
@@ -93,6 +100,8 @@ def test_requests_with_the_admin_key_are_written_down(tmp_path, caplog):
     assert lines[2]["key"] is None
     assert not any(key in place.read_text() for key in (OLD, ADMIN))
     assert stat.S_IMODE(place.stat().st_mode) == 0o600
+    assert statuses(guard, ("GET", f"/v1/files/{'a' * 9999}", OLD)) == [401]
+    assert len(place.read_text().splitlines()[-1]) < 500  # whoever has no key fills no disk
     place.unlink()
     place.mkdir()  # where nothing can be written
     assert statuses(guard, requests[0]) == [200]

@@ -12,10 +12,14 @@ from pathlib import Path
 from starlette.types import Message, Scope, Send
 
 log = logging.getLogger("veneer.serve")
+MOST_OF_A_PATH = 200  # characters: whoever has no key can send long ones, and many
 
 
 class AuditLog:
-    """A file that only grows. Keys are in it as the first digits of their hashes."""
+    """A file that only grows, and may be moved away at any time: each line opens it anew.
+
+    Keys are in it as the first digits of their hashes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +41,7 @@ class AuditLog:
             "client": (scope.get("client") or ("",))[0],
             "key": hashlib.sha256(key.encode()).hexdigest()[:12] if key else None,
             "method": scope["method"],
-            "path": scope["path"],
+            "path": scope["path"][:MOST_OF_A_PATH],
             "status": status,
             "request": scope["state"]["request_id"],
         }
