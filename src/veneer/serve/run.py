@@ -40,8 +40,7 @@ from veneer.training.recipe import DType
 # uvicorn's own, which goes to stderr, for our messages too.
 LOGGING = {
     **LOGGING_CONFIG,
-    "loggers": LOGGING_CONFIG["loggers"]
-    | {"veneer.serve": {"handlers": ["default"], "level": "INFO"}},
+    "loggers": LOGGING_CONFIG["loggers"] | {"veneer": {"handlers": ["default"], "level": "INFO"}},
 }
 NAMED_SO = "its name must be at most 64 letters, digits, dots, dashes and underscores"
 

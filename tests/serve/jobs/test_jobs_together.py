@@ -1,6 +1,7 @@
 """Several jobs of a server in one process: who joins, who leaves, and what becomes of each."""
 
 import time
+from threading import Event
 
 import pytest
 
@@ -70,6 +71,25 @@ def test_jobs_join_leave_and_end_by_themselves(server, create):
         assert len([text for text in texts(client, job) if text.startswith("Step ")]) == 3
     assert jobs.retrieve(first.id).status == "cancelled"
     assert processes(server, *all_four) == [first]
+
+
+def test_a_paused_job_stops_while_answers_have_all_processors(tmp_path):
+    runs, busy = tmp_path / "runs", Event()
+    with training(runs, bounds=Bounds(together=2, share=0.0)) as server:
+        (runs / "wait").write_text("1")
+        server.jobs.supervisor.is_busy = busy.is_set
+        client = client_of(server)
+        file = upload(client).id
+        first, second = (
+            client.fine_tuning.jobs.create(model="tiny", training_file=file) for _ in range(2)
+        )
+        for job in (first, second):
+            while not client.fine_tuning.jobs.retrieve(job.id).step:
+                time.sleep(0.01)
+        busy.set()
+        client.fine_tuning.jobs.pause(second.id)
+        until_it_stops(server, second)
+        assert client.fine_tuning.jobs.retrieve(first.id).status == "running"
 
 
 def test_who_cannot_train_beside_others_trains_after_them(server, create):
@@ -152,4 +172,5 @@ def test_only_small_steps_over_one_base_share_passes(tmp_path):
     assert key() != key(recompute="full")
     for own in ({"new_words": "auto"}, {"tokens_per_step": 2049}, {"replay_passes": True}):
         assert key(**own) is None, own
-    assert key(tokens_per_step=2048) == key()
+    assert key(tokens_per_step=2048) == key(reference="base") == key()
+    assert key(objective="dpo") is None

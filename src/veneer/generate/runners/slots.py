@@ -22,7 +22,7 @@ from veneer.generate.slots import SlotModel
 from veneer.kernels.graphs import NONE_HERE, Graphs, Tensors, length_for, size_for
 from veneer.kernels.transfer import sent
 
-log = logging.getLogger("veneer.serve")
+log = logging.getLogger("veneer.generate")
 
 
 class SlotRunner:

@@ -19,7 +19,7 @@ from veneer.serve.api.files import enabled
 from veneer.serve.api.job_protocol import JobRequest
 from veneer.serve.api.paging import listed, page
 from veneer.serve.jobs.service import Jobs
-from veneer.serve.jobs.settings import GROUPS, HYPERPARAMETERS
+from veneer.serve.jobs.settings import GROUPS, HYPERPARAMETERS, learns_preferences
 from veneer.serve.jobs.values import Job, JobEvent
 
 PREFIX = "/v1/fine_tuning/jobs"
@@ -116,7 +116,7 @@ def shown(job: Job) -> dict[str, Any]:
         left = int(time.time() + each * (job.steps - job.step))
     fault = job.fault
     own = {k: v for group in GROUPS for k, v in job.settings.get(group, {}).items()}
-    method = "dpo" if job.settings.get("objective") else "supervised"
+    method = "dpo" if learns_preferences(job.settings) else "supervised"
     own.pop("eval_data", None)
     return {
         "id": job.id,

@@ -103,7 +103,7 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
         data=settings["data"],
         lora=LoRA(**settings["lora"]),
         training=TrainConfig(**settings["training"]),
-        objective=Objective(**settings.get("objective", {})),  # jobs of earlier versions have none
+        objective=Objective(**settings.get("objective", {})),
         rows=DataConfig(**rows),
         dtype=settings["dtype"],
         bits=settings["bits"],
@@ -114,13 +114,20 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
     )
 
 
+def learns_preferences(settings: Mapping[str, Any]) -> bool:
+    """Return whether a job has an objective, which no other method than dpo has."""
+    return "objective" in settings.get(
+        "objective", {}
+    )  # jobs of earlier versions have no such group
+
+
 def sharing_of(settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """Return what must be equal for jobs to train in passes that they share, None for a job that
     trains by itself: it cannot share any, or learns from preferences, or its steps are so large
     that none has a place beside them and all would only wait for each other."""
     training = settings["training"]
     is_large = (training.get("tokens_per_step") or 0) > TOKENS_PER_PASS // 2
-    is_other = settings["rows"].get("new_words") or settings.get("objective")
+    is_other = settings["rows"].get("new_words") or learns_preferences(settings)
     if is_other or training.get("replay_passes") or is_large:
         return None
     base = (settings[name] for name in ("model", "dtype", "bits", "pack_head", "device"))
