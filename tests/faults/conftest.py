@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from support import faulty_commands
-
-POINTS = "fault points"
+from support.faults import POINTS
 
 
 def pytest_collection_modifyitems(items):
@@ -32,7 +31,9 @@ def pytest_terminal_summary(terminalreporter):
     rows: dict[str, Counter] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
-            for name, value in getattr(report, "user_properties", ()):
+            if getattr(report, "when", None) != "call":
+                continue  # setting up and tearing down report the same again
+            for name, value in report.user_properties:
                 if name == POINTS:
                     rows.setdefault(value["command"], Counter()).update(value["points"])
     if rows:

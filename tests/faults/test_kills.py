@@ -20,7 +20,7 @@ def survive(case: Case, kills: int, seed: int) -> int:
             fault = Fault("any", draws.choice(("kill", "torn")), draws.randint(1, calls))
             outcome = case.again(fault if kills else NONE)
         assert outcome.code == 0, outcome.errors
-        assert case.is_done(), f"another result, after {kills} kills more to come"
+        assert case.is_done(), f"another result, with {kills} kills left: {case.other_files()}"
         ends += 1
     return ends
 

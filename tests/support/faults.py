@@ -38,6 +38,7 @@ SUFFERS: dict[str, tuple[str, ...]] = {
 }
 LAYOUT = struct.Struct("1024s1024s4q9q")  # `struct state` of faults_shim.c
 PROGRAM = "support.faulty_program"
+POINTS = "fault points"  # the name under which a test reports how many faults it let happen
 EXIT_CODES = (0, 2, 75)  # done all the same; to be mended; to be tried again
 
 
@@ -66,7 +67,6 @@ class Command:
     before: makes the disk what it is before the command
     marker: the file without which a directory of results is taken for none: such a directory is
         written piece by piece, and a second try goes on with it
-    plain: takes out of a file what no two runs have in common, such as the seconds of a step
     """
 
     name: str
@@ -75,7 +75,6 @@ class Command:
     before: Callable[[Path], None] = lambda disk: None
     again: Callable[[Path], list[str]] | None = None
     marker: str | None = None
-    plain: Callable[[str, bytes], bytes] = lambda name, content: content
 
 
 @dataclass(frozen=True)
@@ -209,12 +208,12 @@ class Case:
         if outcome.code != 0 and not (done and refused):
             return f"tried again, exit code {outcome.code}\n{outcome.errors}"
         if not self.is_done():
-            return f"tried again, it gives another result: {self._others()}"
+            return f"tried again, it gives another result: {self.other_files()}"
         if more := self._strange_names(paths_below(self.disk)):
             return f"left behind after a second try: {more}"
         return None
 
-    def _others(self) -> list[str]:
+    def other_files(self) -> list[str]:
         """Return the files of results that are not those of the undisturbed command."""
         others: list[str] = []
         for unit, files in self._units(self.disk).items():
@@ -235,7 +234,7 @@ class Case:
             )
             if self.command.marker is not None and self.command.marker not in files:
                 files = {}
-            units[name] = {n: self.command.plain(n or name, c) for n, c in files.items()} or None
+            units[name] = files or None
         return units
 
 

@@ -20,7 +20,6 @@ from veneer.formats.merged import write_model
 TRAINING = ("--steps", "4", "--save-every", "2", "--rank", "2", "--lr", "0.01", "--quiet")
 RUN = ("out/lora_adapter", "out/lora_merged")
 ROWS = [{"prompt": "a b c d"[: 1 + i % 7], "completion": "efghijklm"[i % 5 :]} for i in range(12)]
-TIMES = ("seconds", "rss_bytes")  # of a step, which differ from run to run
 
 
 def write_inputs(home: Path) -> None:
@@ -70,13 +69,12 @@ def commands(home: Path) -> dict[str, Command]:
         Command("combine", to("out", "combine", a, b, "OUT"), ("out",)),
         Command("extract", to("out", "extract", llama, tuned, "OUT", "--rank", "2"), ("out",)),
         Command("pretrain", to("out", "pretrain", "OUT", "--steps", "1"), ("out",)),
-        Command("tune", tune("llama"), RUN, again=go_on, plain=_timeless),
+        Command("tune", tune("llama"), RUN, again=go_on),
         Command(
             "tune, replacing",
             tune("llama", "--force", "--seed", "1"),
             RUN,
             before=partial(_tuned, home),
-            plain=_timeless,
         ),
     ]
     return {command.name: command for command in listed}
@@ -90,11 +88,6 @@ def _tuned(home: Path, disk: Path) -> None:
     arguments = [str(home / "llama"), str(home / "rows.jsonl"), "--out", str(disk / "out")]
     command = [warm.executable(), "-m", PROGRAM, "tune", *arguments, *TRAINING]
     subprocess.run(command, check=True, env=os.environ | {"VENEER_CACHE": str(disk / "cache")})
-
-
-def _timeless(name: str, content: bytes) -> bytes:
-    """Take the time of writing out of a file."""
-    return content
 
 
 NAMES = tuple(commands(Path()))
