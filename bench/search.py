@@ -4,8 +4,9 @@ python -m bench.search --kinds e2e demo --seeds 0 1 2
 
 The random trials are drawn from the same ranges and train one after another, each alone and to its
 end. The search begins with what `veneer tune` chooses and is stopped when it has taken as much
-processor time as they have; the base's loading counts for neither. Compared are the lowest
-evaluation losses. Each run is one line of the results, and is not done again.
+processor time as they have, if it has not ended before; the base's loading counts for neither.
+Compared are the lowest evaluation losses of trials that came to their ends. Each run is one line of
+the results, and is not done again.
 """
 
 from __future__ import annotations
@@ -28,26 +29,32 @@ from veneer.training.events import Evaluated, Started, Written
 from veneer.training.search.space import with_values
 
 RATES, RANKS, TARGETS = (1e-4, 1e-2), (4, 8, 16, 64), ("attention", "all")
-# So many that their ends come within the time of eight whole ones: of twenty a third or so makes
-# more than a ninth of its steps.
-TRIALS, TOGETHER = 20, 4
+# So many that all come to their ends within the time of eight whole ones: of trials that halving
+# judges, all make a ninth of their steps, a third or so makes a third, and a ninth or so all.
+TRIALS, TOGETHER = 16, 4
 OVER = {"lr": f"{RATES[0]}..{RATES[1]}", "rank": RANKS, "targets": TARGETS}
 
 
 class Taken:
-    """Processor time since the first trial's beginning, and the lowest evaluation loss."""
+    """Processor time since the first trial's beginning, and the lowest evaluation loss of trials
+    that have ended."""
 
     def __init__(self) -> None:
         self.begun: float | None = None
-        self.loss, self.ended = math.inf, 0
+        self.losses: dict[str, float] = {}  # of all trials, by name
+        self.ended: list[str] = []
 
-    def take(self, event: Any) -> None:
+    def take(self, name: str, event: Any) -> None:
         if isinstance(event, Started) and self.begun is None:
             self.begun = time.process_time()
         elif isinstance(event, Evaluated) and event.step:
-            self.loss = min(self.loss, event.eval_loss)
+            self.losses[name] = min(self.losses.get(name, math.inf), event.eval_loss)
         elif isinstance(event, Written):
-            self.ended += 1
+            self.ended.append(name)
+
+    @property
+    def loss(self) -> float:
+        return min((self.losses[name] for name in self.ended), default=math.inf)
 
     @property
     def seconds(self) -> float:
@@ -71,12 +78,12 @@ def at_random(recipe: veneer.Recipe, count: int, seed: int) -> dict[str, Any]:
     first = dict([waiting.pop(0)])
 
     def next_one() -> dict[str, veneer.Recipe]:
-        done = taken.ended == count - len(waiting)
+        done = len(taken.ended) == count - len(waiting)
         return dict([waiting.pop(0)]) if waiting and done else {}
 
-    for _, event in veneer.tune_many(first, joining=next_one, merges=False):
-        taken.take(event)
-    return {"loss": taken.loss, "seconds": taken.seconds, "trials": taken.ended}
+    for name, event in veneer.tune_many(first, joining=next_one, merges=False):
+        taken.take(name, event)
+    return {"loss": taken.loss, "seconds": taken.seconds, "trials": len(taken.ended)}
 
 
 def searched(recipe: veneer.Recipe, seconds: float, seed: int) -> dict[str, Any]:
@@ -85,11 +92,13 @@ def searched(recipe: veneer.Recipe, seconds: float, seed: int) -> dict[str, Any]
     own = replace(recipe, training=replace(recipe.training, seed=seed))
     config = veneer.SearchConfig(trials=TRIALS, together=TOGETHER)
     result = None
-    for _, event in veneer.search(own, OVER, config, should_stop=lambda: taken.seconds >= seconds):
-        taken.take(event)
+    events = veneer.search(own, OVER, config, should_stop=lambda: taken.seconds >= seconds)
+    for name, event in events:
+        taken.take(name, event)
         result = event
     trials = result.result.trials
-    return {"loss": taken.loss, "seconds": taken.seconds, "trials": len(trials)}
+    whole = sum(trial.state == "complete" for trial in trials)
+    return {"loss": taken.loss, "seconds": taken.seconds, "trials": len(trials), "whole": whole}
 
 
 def main() -> None:
@@ -109,8 +118,8 @@ def main() -> None:
     results = asked.out / "results.jsonl"
     earlier = map(json.loads, results.read_text().splitlines() if results.exists() else ())
     measured = {json.dumps(line["run"]): line["measured"] for line in earlier}
-    print("| data | seed | random: loss | trials | search: loss | trials | processor seconds |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print("| data | seed | random: loss | trials | search: loss | trials | whole | seconds |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for kind in asked.kinds:
         for seed in asked.seeds:
             recipe = veneer.Recipe(
@@ -136,7 +145,8 @@ def main() -> None:
             one, other = both["random"], both["search"]
             print(
                 f"| {kind} | {seed} | {one['loss']:.4f} | {one['trials']} | {other['loss']:.4f} "
-                f"| {other['trials']} | {one['seconds']:.0f}, {other['seconds']:.0f} |",
+                f"| {other['trials']} | {other['whole']} "
+                f"| {one['seconds']:.1f}, {other['seconds']:.1f} |",
                 flush=True,
             )
 

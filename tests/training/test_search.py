@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -18,9 +19,12 @@ from support.random_adapters import tokenizer
 from support.tiny_models import tiny
 from veneer.formats.merged import write_model
 from veneer.run_directory import RunDirectory
-from veneer.training.events import Event, Step
+from veneer.training import run
+from veneer.training.events import Checkpointed, Evaluated, Event, Step
 from veneer.training.many import train as many
 from veneer.training.search.result import Cost, TrialBegun, TrialEnded, markdown
+from veneer.training.search.run import _Trials
+from veneer.training.search.study import SearchStudy
 
 ROWS = [
     {"prompt": "veneer is thin"[: 3 + i], "completion": "walnut lacquer"[: 4 + i]} for i in range(8)
@@ -62,9 +66,11 @@ def searched(home) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(many, "backward_together", one_by_one)
+        measured = Mock(side_effect=run.measure)
+        patch.setattr(run, "measure", measured)
         for each in veneer.search(own, OVER, CONFIG, should_stop=has_ended):
             events.append(each)
-        stopped = events[-1][1].result
+        stopped, measurements = events[-1][1].result, measured.call_count
         died = [len(events)]
         second = veneer.search(own, OVER, CONFIG, resume=True)
         for each in second:
@@ -76,7 +82,13 @@ def searched(home) -> SimpleNamespace:
     ended = [event.trial for _, event in events if isinstance(event, TrialEnded)]
     result = events[-1][1].result
     return SimpleNamespace(
-        recipe=own, events=events, died=died, ended=ended, result=result, stopped=stopped
+        recipe=own,
+        events=events,
+        died=died,
+        ended=ended,
+        result=result,
+        stopped=stopped,
+        measurements=measurements,
     )
 
 
@@ -122,6 +134,32 @@ def test_the_best_trial_is_left_as_the_run_that_it_is_alone(searched, home):
     assert out.read_progress()["ended"] == "finished"
     left = {path.name for path in (out.path / "trials").rglob("*") if path.is_dir()}
     assert left == {trial.name for trial in searched.ended}
+
+
+def test_trials_are_measured_where_they_are_judged_and_their_start_once_for_all(searched):
+    for trial in searched.ended:
+        steps = (1, 3, 5, 6, 9)  # an epoch ends after the fifth
+        judged = [round(100 * step / 9) for step in steps if step <= trial.steps]
+        assert {*trial.losses} <= {*judged}
+        assert trial.state != "complete" or [*trial.losses] == judged
+    first = [event for _, event in searched.events[: searched.died[0]]]
+    evaluated = [event for event in first if isinstance(event, Evaluated)]
+    at_start = [event.eval_loss for event in evaluated if event.step == 0]
+    assert len(at_start) > 2
+    assert len({*at_start}) == 1
+    assert searched.measurements == len(evaluated) - len(at_start) + 1
+
+
+def test_only_trials_that_have_come_far_or_are_to_go_on_write_checkpoints(searched):
+    stopped = {trial.name for trial in searched.stopped.trials if trial.state == "running"}
+    early = [
+        (number, name)
+        for number, (name, event) in enumerate(searched.events)
+        if isinstance(event, Checkpointed) and event.step < 3
+    ]
+    assert {name for _, name in early} <= stopped
+    assert all(number < searched.died[0] for number, _ in early)
+    assert any(isinstance(event, Checkpointed) for _, event in searched.events)
 
 
 def test_a_search_that_is_stopped_says_how_far_each_trial_is(searched):
@@ -187,6 +225,24 @@ def test_what_cannot_be_searched_is_refused_before_anything_trains(home):
     with pytest.raises(veneer.ConfigError, match="full is none"):
         list(veneer.search(full, OVER, CONFIG))
     assert not (home / "none").exists()
+
+
+def test_no_trial_begins_after_the_minutes_however_many_have_ended_since(monkeypatch):
+    trials = object.__new__(_Trials)
+    trials.config, trials.asked_to_stop = veneer.SearchConfig(minutes=1), lambda: False
+    trials.study, trials.drawn = SimpleNamespace(seconds=0.0, ask=lambda: pytest.fail("late")), 0
+    trials.began = trials.counted = 0.0
+    for now in (50.0, 61.0):
+        monkeypatch.setattr("time.perf_counter", lambda now=now: now)
+        trials._note_seconds()
+    assert trials._next(3) == {}
+    assert trials.study.seconds == 61
+
+
+def test_a_file_that_is_no_study_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "study.db").write_text("no database, whatever its name says" * 9)
+    with pytest.raises(veneer.VeneerError, match=r"study\.db cannot be opened .* --force"):
+        SearchStudy(tmp_path / "study.db", {}, CONFIG, seed=0)
 
 
 @pytest.mark.slow  # the parts are held in test_search_space.py, and by the search above

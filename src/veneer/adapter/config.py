@@ -152,6 +152,11 @@ class LoRA:
         """Whether A and B start elsewhere than at zero, so that B A − B₀ A₀ is what is added."""
         return self.init in ("pissa", "olora", "lora_ga")
 
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether a new adapter leaves every output as it was, to the bit."""
+        return self.init in ("auto", "kaiming", "gaussian")
+
     def rank_of(self, path: str) -> int:
         """Return the rank for the layer at `path`."""
         return self._ranks.of(path)

@@ -43,7 +43,7 @@ from veneer.training.begin import (
 )
 from veneer.training.checkpoint import Checkpoint
 from veneer.training.config import CHANGEABLE, SCHEDULE, TrainConfig
-from veneer.training.evaluate import measure
+from veneer.training.evaluate import Measurement, measure
 from veneer.training.events import (
     Checkpointed,
     Doing,
@@ -58,9 +58,10 @@ from veneer.training.events import (
 )
 from veneer.training.lora_plus import lr_ratios
 from veneer.training.memory import process_memory
+from veneer.training.one_of_several import OneOfSeveral
 from veneer.training.optimizer import FlatAdamW
 from veneer.training.reference import criteria_over, preference_of
-from veneer.training.state import Progress, RunState
+from veneer.training.state import Progress, RunState, changes_of
 from veneer.training.step import StepToLearn, counts_of, seed_of
 from veneer.training.threads import worthwhile_threads
 from veneer.training.watch import Watch
@@ -89,7 +90,7 @@ class Run:
     it trains acts, and torch's random numbers are its own.
 
     adapter: the name under which that is attached, where the run's checkpoints are to be those of a
-    run alone, in which it is called "default".
+    run alone, in which it is called "default". among: others, with which the run is compared.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Run:
         *,
         objective: Objective = ANSWERS,
         adapter: str = DEFAULT,
+        among: OneOfSeveral | None = None,
     ) -> None:
         for rows in (examples, held_out):
             check_types(model, rows)
@@ -114,7 +116,7 @@ class Run:
             model, examples, config, share_of_rate=objective.share_of_rate
         )
         self.watch = Watch(model, examples, config, directory, world, usual_lr=self.usual_lr)
-        self.objective = objective
+        self.objective, self.among = objective, among or OneOfSeveral()
         # Until `begin`, which measures what the reference gives.
         self.criterion: Criterion = MEAN_LOSS
         self.held_out_criterion: Criterion = MEAN_LOSS
@@ -217,7 +219,11 @@ class Run:
             yield step.asked
             under_way.append(step)
             at_end = progress.step == self.steps or progress.step_in_epoch == 0
-            evaluates = self.held_out and (at_end or _is_due(progress.step, config.eval_every))
+            evaluates = self.held_out and (
+                at_end
+                or _is_due(progress.step, config.eval_every)
+                or self.among.evaluates(progress.step, self.steps)
+            )
             is_due = at_end or _is_due(progress.step, config.save_every)
             pauses = evaluates or (is_due if self.directory else progress.step == self.steps)
             while len(under_way) > (0 if pauses else most):
@@ -230,7 +236,8 @@ class Run:
             must = stopping or self._out_of_patience() or progress.step == self.steps
             # Between skipped steps the checkpoint before them is the better one to go back to.
             due = not progress.skips and is_due
-            if self.directory and (must or due or self._is_kept(progress.step)):
+            due = due or must or self._is_kept(progress.step)
+            if self.directory and due and self.among.saves():
                 yield self._save(self.directory)
             if stopping and progress.step < self.steps:
                 yield Stopped(progress.step, "interrupted")
@@ -302,16 +309,20 @@ class Run:
 
     def _evaluate(self, forward: Forward) -> Evaluated:
         """Measure the held-out rows, and keep the weights if none were better so far."""
-        progress, tokens = self.progress, self.config.batch_tokens
-        with worthwhile_threads(self.model):
-            measured = measure(
-                self.model,
-                self.held_out,
-                forward,
-                criterion=self.held_out_criterion,
-                tokens_per_batch=tokens,
-                world=self.world,
-            )
+        progress = self.progress
+
+        def measure_now() -> Measurement:
+            with worthwhile_threads(self.model):
+                return measure(
+                    self.model,
+                    self.held_out,
+                    forward,
+                    criterion=self.held_out_criterion,
+                    tokens_per_batch=self.config.batch_tokens,
+                    world=self.world,
+                )
+
+        measured = measure_now() if progress.step else self.among.measure_start(measure_now)
         loss = measured.loss
         is_best = loss < progress.best_loss
         if is_best:
@@ -372,9 +383,7 @@ class Run:
         """
         before, now = checkpoint.identity, self.identity
         changed = [key for key in CHANGEABLE if before.get(key) != now.get(key)]
-        changes = ", ".join(
-            f"{key} {_shown(now.get(key))} ({_shown(before.get(key))} before)" for key in changed
-        )
+        changes = ", ".join(changes_of(changed, before, now))
         if changed and checkpoint.step >= self.steps:
             raise TrainingError(
                 f"With {changes} the run in {self.directory} ends at step {self.steps}, and it has "
@@ -383,10 +392,6 @@ class Run:
         follows = "; the learning rate follows the new schedule" if {*changed} & SCHEDULE else ""
         step = f"step {checkpoint.step + 1} of {self.steps}"
         return changes and f"Going on from {step} with {changes}{follows}."
-
-
-def _shown(value: Any) -> str:
-    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else value
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -147,6 +147,17 @@ def other_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     follows = ["alpha"] if all(s.get("alpha") == 2 * s.get("rank", 0) for s in both) else []
     left_out = {*CHANGEABLE, *follows}
     return differences(*({k: v for k, v in s.items() if k not in left_out} for s in both))
+
+
+def changes_of(
+    names: Iterable[str], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[str]:
+    """Return what settings of these names are, and what they were."""
+
+    def shown(value: Any) -> str:
+        return "not given" if value is None else f"{value:g}" if isinstance(value, float) else value
+
+    return [f"{name} {shown(now.get(name))} ({shown(before.get(name))} before)" for name in names]
 
 
 def _fixed_factors(adapter: Adapter) -> dict[str, nn.Parameter]:

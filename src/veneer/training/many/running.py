@@ -22,6 +22,7 @@ from veneer.training.begin import let_train
 from veneer.training.config import TrainConfig
 from veneer.training.events import Event, Notice
 from veneer.training.many.schedule import Waiting
+from veneer.training.one_of_several import OneOfSeveral
 from veneer.training.run import Run
 from veneer.training.step import StepToLearn, StepUnderWay
 
@@ -33,7 +34,7 @@ class Job:
     """What one run of several learns, and how: as the arguments of `train`.
 
     through: what is done with the run's events as they come, while its adapter acts; it passes all
-    of them on.
+    of them on. among: others, with which the run is compared.
     """
 
     examples: Sequence[Example]
@@ -44,6 +45,7 @@ class Job:
     identity: Mapping[str, Any] = field(default_factory=dict)
     resume: bool = False
     through: Callable[[Events], Events] | None = None
+    among: OneOfSeveral | None = None
 
 
 class RunningJob:
@@ -72,6 +74,7 @@ class RunningJob:
                 ALONE,
                 objective=job.objective,
                 adapter=name,
+                among=job.among,
             )
 
     def begin(

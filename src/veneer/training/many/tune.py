@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from veneer.adapter.attach import detach
@@ -12,11 +13,13 @@ from veneer.errors import ConfigError, VeneerError, listed
 from veneer.models.device import begin_peak, resolve_device
 from veneer.models.fingerprint import fingerprint
 from veneer.models.load import Base, load_base
+from veneer.objectives.config import ANSWERS
 from veneer.plan.plan import Plan
 from veneer.processes.world import World
 from veneer.run_directory import RunDirectory
 from veneer.run_lock import RunLock
 from veneer.training.config import TOKENS_PER_PASS
+from veneer.training.evaluate import Measurement
 from veneer.training.events import Event, Failed, Measured, Notice, Planned
 from veneer.training.many.planned import (
     check_fits_together,
@@ -29,6 +32,7 @@ from veneer.training.many.schedule import check_limit
 from veneer.training.many.train import train_many
 from veneer.training.memory import begin_measuring
 from veneer.training.metrics import record
+from veneer.training.one_of_several import OneOfSeveral
 from veneer.training.plan_before import why_no_plan
 from veneer.training.planned import available_memory, check_host
 from veneer.training.preflight import Preflight, preflight
@@ -54,6 +58,8 @@ def tune_many(
     joining: Callable[[], Mapping[str, Recipe]] = dict,
     should_stop: Callable[[str], bool] = lambda name: False,
     merges: bool = True,
+    evaluate_at: Sequence[Fraction] = (),
+    saves: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[str, Event]]:
     """Train as each recipe says, by `train_many`, and yield each event with the name of its job, or
     with "" where it is of all.
@@ -61,7 +67,9 @@ def tune_many(
     Every recipe has a directory of its own, `out`, with what `tune` would leave there; without its
     merged model unless `merges`. `resume` goes on from the newest checkpoint in each, and starts
     those that have none. `joining` is asked before each pass for recipes that begin now. A job that
-    fails, or cannot join, ends by Failed, and the others go on.
+    fails, or cannot join, ends by Failed, and the others go on. For jobs that are compared: each
+    evaluates after the shares of its steps in `evaluate_at` too, and writes no checkpoint while
+    `saves` returns False for its name.
 
     Raises, before the base is loaded, ConfigError for whatever is wrong with any of `recipes`, all
     of it at once and by the names of the jobs.
@@ -79,7 +87,7 @@ def tune_many(
     if resume and not any(recipe.out.exists() for recipe in recipes.values()):
         places = ", ".join(str(recipe.out) for recipe in recipes.values())
         raise ConfigError(f"There are no runs to go on with: none of {places} exists.")
-    runs = _Runs(recipes, resume, force, ignore_plan, tokens_per_pass, merges)
+    runs = _Runs(recipes, resume, force, ignore_plan, tokens_per_pass, merges, evaluate_at, saves)
     try:
         yield from runs.prepare(recipes)
         yield from runs.load()
@@ -134,9 +142,12 @@ class _Runs:
         ignore_plan: bool,
         tokens_per_pass: int,
         merges: bool,
+        evaluate_at: Sequence[Fraction],
+        saves: Callable[[str], bool],
     ) -> None:
         self.resume, self.force, self.ignore_plan = resume, force, ignore_plan
         self.tokens_per_pass, self.merges = tokens_per_pass, merges
+        self.evaluate_at, self.saves = evaluate_at, saves
         self.first = next(iter(recipes.values()))
         self.names: dict[str, str] = {}
         self.device = resolve_device(self.first.device)
@@ -144,6 +155,8 @@ class _Runs:
         self._ahead: Preflight | None = None  # of the first run
         self._prepared: dict[str, Prepared] = {}  # of runs that have not ended
         self._rows: dict[Any, RunRows] = {}  # by all that decides them
+        # What the base's own function comes to, by the rows and how they are batched.
+        self._at_start: dict[Any, list[Measurement]] = {}
         self._base: Base | None = None
         self._resumed: dict[str, bool] = {}  # whether a run goes on from what is in its directory
         self._locks: dict[str, RunLock] = {}
@@ -295,7 +308,19 @@ class _Runs:
             identity={"computed_in": prepared.ahead.dtype_name, **identity},
             resume=resume,
             through=through,
+            among=OneOfSeveral(
+                self.evaluate_at, lambda: self.saves(name), self._measured_at_start(prepared)
+            ),
         )
+
+    def _measured_at_start(self, prepared: Prepared) -> list[Measurement]:
+        """Return where a run keeps what its held-out rows come to before the first step: with all
+        others that begin at the base's own function, or by itself."""
+        recipe = prepared.recipe
+        if recipe.start_from or recipe.objective != ANSWERS or not recipe.lora.starts_at_base:
+            return []
+        key = (_key_of_rows(prepared.ahead), recipe.training.batch_tokens)
+        return self._at_start.setdefault(key, [])
 
     def _check_together(self, recipes: Mapping[str, Recipe]) -> None:
         """Raise ConfigError for recipes that cannot share a base and its passes."""

@@ -13,8 +13,9 @@ from veneer.training.many.tune import ALL
 from veneer.training.preflight import preflight
 from veneer.training.recipe import Recipe
 from veneer.training.search.config import SearchConfig
+from veneer.training.search.directory import STUDY
 from veneer.training.search.result import TABLE, Searched, SearchResult
-from veneer.training.search.run import STUDY, search
+from veneer.training.search.run import search
 from veneer.training.search.space import in_words, with_values
 
 PLACE = "search"  # below the run's directory

@@ -7,15 +7,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
 from veneer.data.columns import lengths_of
 from veneer.data.packing import StepOrder
 from veneer.errors import Checks, ConfigError, DivergedError, VeneerError
-from veneer.files import new_directory, write_text
+from veneer.files import new_directory
 from veneer.formats import native
-from veneer.run_directory import METRICS, RunDirectory
+from veneer.run_directory import RunDirectory
 from veneer.training.config import TOKENS_PER_PASS
 from veneer.training.events import (
     DataReady,
@@ -35,10 +36,8 @@ from veneer.training.preflight import Preflight, preflight
 from veneer.training.prepare import Prepared, prepare, settings_of
 from veneer.training.recipe import Recipe
 from veneer.training.search.config import SearchConfig
+from veneer.training.search.directory import STUDY, TRIALS, check_directory, clear, leave_best
 from veneer.training.search.result import (
-    NUMBERS,
-    PICTURE,
-    TABLE,
     Cost,
     Searched,
     SearchResult,
@@ -59,9 +58,8 @@ from veneer.training.search.space import (
     usual_values,
     with_values,
 )
-from veneer.training.search.study import MEASUREMENTS, SearchStudy
+from veneer.training.search.study import KEEP_ONE_OF, MEASUREMENTS, SearchStudy
 
-STUDY, TRIALS = "study.db", "trials"
 # Steps that the first trial makes alone, of which the first is not timed: what it costs to share no
 # pass is measured, and nothing is done twice for it.
 ALONE = 3
@@ -97,7 +95,7 @@ def search(
         )
     space = space_of(over, recipe)
     grid = grid_of(space)[: config.trials] if config.sampler == "grid" else []
-    _check_directory(recipe.out, resume=resume, force=force)
+    check_directory(recipe.out, resume=resume, force=force)
     ahead = _checked_values(recipe, space, ignore_space=ignore_plan)
     prepared = yield from named(ALL, prepare(ahead))
     if not prepared.rows.held_out:
@@ -106,7 +104,7 @@ def search(
             "--eval-rows, or name others by --eval-data."
         )
     if force:
-        _clear(recipe.out)
+        clear(recipe.out)
     if grid:
         config = replace(config, trials=len(grid))
     trials = _Trials(recipe, prepared, space, config, should_stop)
@@ -123,12 +121,14 @@ def search(
             joining=trials.joining,
             should_stop=trials.should_stop,
             merges=False,
+            evaluate_at=trials.evaluate_at,
+            saves=trials.saves,
         ):
             yield from trials.take(name, event)
     result = trials.result()
     write_result(result, recipe.out)
     if result.best is not None:
-        _leave_best(result.best, recipe.out)
+        leave_best(result.best, recipe.out)
     yield ALL, Searched(result)
 
 
@@ -151,6 +151,10 @@ class _Trials:
         # A rate that the recipe leaves open is chosen by each trial for itself.
         course = replace(prepared.recipe.training, lr=recipe.training.lr)
         self.steps_of = cache(self._steps_of)
+        # Evaluations cost as much as many steps where few rows are learnt from: no more of them
+        # than the pruner asks for.
+        self.evaluate_at = [Fraction(1, MEASUREMENTS)] if config.pruner == "halving" else []
+        self.evaluations = MEASUREMENTS if config.pruner == "median" else KEEP_ONE_OF
         if config.share < 1:
             steps = course.steps or self.steps_of(course.tokens_per_step, course.seed)
             course = replace(course, epochs=None, steps=math.ceil(config.share * steps))
@@ -161,7 +165,7 @@ class _Trials:
         of_space = {name: str(each) for name, each in space.items()}
         self.study.settle({**settings_of(self.recipe), "data": prepared.data, "over": of_space})
         self.unsaid: list[tuple[str, Event]] = []
-        self.began = time.perf_counter()
+        self.began = self.counted = time.perf_counter()  # the seconds up to `counted` are noted
         self.training: dict[str, TrialResult] = {}  # by name
         self.steps: dict[str, int] = {}  # that each has in all
         self.leaving: set[str] = set()  # those that make way for others
@@ -222,7 +226,7 @@ class _Trials:
         course = recipe.training
         if course.eval_every is None:
             steps = course.steps or self.steps_of(course.tokens_per_step, course.seed)
-            course = replace(course, eval_every=math.ceil(steps / MEASUREMENTS))
+            course = replace(course, eval_every=math.ceil(steps / self.evaluations))
         return replace(recipe, training=course, out=self.out / TRIALS / trial.name)
 
     def _steps_of(self, tokens_per_step: int, seed: int) -> int:
@@ -235,6 +239,12 @@ class _Trials:
     def should_stop(self, name: str) -> bool:
         """Return whether a trial ends after its step."""
         return name in self.leaving or self.asked_to_stop()
+
+    def saves(self, name: str) -> bool:
+        """Return whether a trial's state is worth a checkpoint: one that is stopped to go on, or
+        that has come so far that it may well go to its end."""
+        far = max(self.training[name].losses, default=0) >= 100 // KEEP_ONE_OF
+        return name not in self.leaving and (far or self.asked_to_stop())
 
     def take(self, name: str, event: Event) -> Iterator[tuple[str, Event]]:
         """Take what an event of a trial says, and yield what is to be known of it."""
@@ -311,8 +321,8 @@ class _Trials:
 
     def _note_seconds(self) -> None:
         now = time.perf_counter()
-        self.study.seconds += now - self.began
-        self.began = now
+        self.study.seconds += now - self.counted
+        self.counted = now
 
     def result(self) -> SearchResult:
         """Return what has become of all trials."""
@@ -351,44 +361,3 @@ def _checked_values(recipe: Recipe, space: Space, *, ignore_space: bool) -> Pref
     checks.end()
     assert ahead is not None
     return ahead
-
-
-def _check_directory(out: Path, *, resume: bool, force: bool) -> None:
-    """Raise ConfigError where a search may not be in `out`."""
-    study = out / STUDY
-    if resume and not study.exists():
-        raise ConfigError(
-            f"There is no search in {out} to go on with (no {STUDY}). Name its directory by --out, "
-            "or leave out --resume for a new one."
-        )
-    if study.exists() and not (resume or force):
-        raise ConfigError(
-            f"{out} holds an earlier search. Go on with it by --resume, replace it by --force, or "
-            "name another place by --out."
-        )
-    if not study.exists() and (adapter := RunDirectory(out).adapter()).exists() and not force:
-        raise ConfigError(
-            f"{out} holds an earlier run ({adapter.name}). Replace it by --force, or name another "
-            "place by --out."
-        )
-
-
-def _clear(out: Path) -> None:
-    """Remove an earlier search, and what its best trial left."""
-    run = RunDirectory(out)
-    for file in (out / STUDY, out / TABLE, out / NUMBERS, out / PICTURE):
-        file.unlink(missing_ok=True)
-    for file in (run.recipe, run.metrics, run.progress, run.picture):
-        file.unlink(missing_ok=True)
-    shutil.rmtree(out / TRIALS, ignore_errors=True)
-    if (run.adapter() / native.config_name("lora")).is_file():
-        shutil.rmtree(run.adapter())
-
-
-def _leave_best(best: TrialResult, out: Path) -> None:
-    """Leave the recipe and the metrics of the best trial beside its adapter."""
-    trial, run = RunDirectory(out / TRIALS / best.name), RunDirectory(out)
-    run.write_recipe(trial.read_recipe() | {"out": str(out)})
-    write_text(run.metrics, (trial.path / METRICS).read_text(encoding="utf-8"))
-    progress = trial.read_progress()
-    run.write_progress(**{"steps": best.steps, **progress})

@@ -44,13 +44,22 @@ class SearchStudy:
         path.parent.mkdir(parents=True, exist_ok=True)
         samplers = optuna.samplers
         self._optuna, self._space = optuna, space
+        try:
+            self.study: Study = optuna.create_study(
+                storage=f"sqlite:///{path}",
+                study_name=NAME,
+                load_if_exists=True,
+                pruner=self._pruner(config.pruner),
+            )
+        except Exception as error:  # SQLAlchemy's, of many kinds
+            why = str(error).partition("\n")[0]
+            raise VeneerError(
+                f"{path} cannot be opened as a study: {why}. Start anew by --force, or "
+                "name another --out."
+            ) from error
+        # It is asked for at every step, and the file would be read for it.
+        self._speed_alone: float | None = self.study.user_attrs.get(SPEED)
         # Of a study that goes on, trials that were drawn are not drawn again.
-        self.study: Study = optuna.create_study(
-            storage=f"sqlite:///{path}",
-            study_name=NAME,
-            load_if_exists=True,
-            pruner=self._pruner(config.pruner),
-        )
         seed += len(self.study.trials)
         self.study.sampler = (
             samplers.RandomSampler(seed=seed)
@@ -135,10 +144,11 @@ class SearchStudy:
     @property
     def speed_alone(self) -> float | None:
         """Tokens that a trial alone learns from in a second, None where that is not known yet."""
-        return self.study.user_attrs.get(SPEED)
+        return self._speed_alone
 
     @speed_alone.setter
     def speed_alone(self, value: float) -> None:
+        self._speed_alone = value
         self.study.set_user_attr(SPEED, value)
 
     @property
