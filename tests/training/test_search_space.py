@@ -92,6 +92,8 @@ def test_the_first_trial_is_the_recipe_itself_where_the_ranges_have_it():
 
 def test_a_grid_has_every_combination_and_takes_no_range():
     space = space_of({"rank": "4,8", "lr": [1e-3, 2e-3]}, RECIPE)
-    assert grid_of(space) == [{"rank": r, "lr": lr} for r in (4, 8) for lr in (1e-3, 2e-3)]
+    assert grid_of(space, most=4) == [{"rank": r, "lr": lr} for r in (4, 8) for lr in (1e-3, 2e-3)]
     with pytest.raises(veneer.ConfigError, match="give those of lr as A,B,C"):
-        grid_of(space_of({"rank": "4,8", "lr": "1e-3..2e-3"}, RECIPE))
+        grid_of(space_of({"rank": "4,8", "lr": "1e-3..2e-3"}, RECIPE), most=9)
+    with pytest.raises(veneer.ConfigError, match="is 4 trials; give --trials 4"):
+        grid_of(space, most=3)

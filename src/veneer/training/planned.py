@@ -19,6 +19,7 @@ from veneer.plan.memory import GROWTH, RUNTIME
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, make_plan
 from veneer.plan.presets import PRESETS
+from veneer.plan.sizes import Sizes
 from veneer.plan.stored import stored_of
 from veneer.quant.settings import Bits
 from veneer.training.memory import process_memory
@@ -30,12 +31,13 @@ def plan_run(
     dtype: torch.dtype,
     *,
     config: PretrainedConfig | None = None,
+    sizes: Sizes | None = None,
     on_card: bool = False,
 ) -> Plan:
     """Return the plan of a run that computes in `dtype`, on the processor or on a card, with rows
     as long as the recipe and the model's context allow.
 
-    config: the model's, which is read unless given.
+    config, sizes: the model's, which are read and made unless given.
 
     Raises ModelError for what is no causal language model, and TargetError for targets that match
     nothing.
@@ -49,7 +51,7 @@ def plan_run(
     if config is None:
         config = find_config(name) if preset else load_config(name)
     stored, method = stored_of(name, config), recipe.method
-    sizes = replace(sizes_of(config), stored=stored)
+    sizes = sizes or replace(sizes_of(config), stored=stored)
     if stored is not None and (recipe.loaded_bits is None or not stored.format):
         bits, head, mapped = stored.bits, stored.head, True
     settings = PlanConfig(

@@ -117,7 +117,8 @@ def preflight(
             check_replaceable(recipe.merged, marker=merged.marker_of(config))
         try:
             on_card = has_memory_of_its_own(device)
-            plan = plan_run(recipe, dtype, config=config, on_card=on_card)
+            sizes = beside.plan.sizes if beside is not None and beside.plan is not None else None
+            plan = plan_run(recipe, dtype, config=config, sizes=sizes, on_card=on_card)
         except ModelError as error:
             result = Preflight(recipe, earlier, start, dtype, config, tokenizer, None, str(error))
         else:

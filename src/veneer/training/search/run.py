@@ -94,7 +94,7 @@ def search(
             f"A search is over low-rank adapters, and {recipe.method.method} is none."
         )
     space = space_of(over, recipe)
-    grid = grid_of(space)[: config.trials] if config.sampler == "grid" else []
+    grid = grid_of(space, most=config.trials) if config.sampler == "grid" else []
     check_directory(recipe.out, resume=resume, force=force)
     ahead = _checked_values(recipe, space, ignore_space=ignore_plan)
     prepared = yield from named(ALL, prepare(ahead))

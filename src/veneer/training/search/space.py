@@ -112,12 +112,17 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     )
 
 
-def grid_of(space: Space) -> list[dict[str, Value]]:
+def grid_of(space: Space, *, most: int) -> list[dict[str, Value]]:
     """Return all combinations of values, the last setting's fastest. Raises ConfigError for a range
-    of a setting."""
+    of a setting, and for more than so many combinations."""
     if ranges := [name for name, each in space.items() if isinstance(each, Range)]:
         raise ConfigError(
             f"A grid is of values: give those of {', '.join(ranges)} as A,B,C, or another sampler."
+        )
+    if (count := math.prod(len(each.bounds) for each in space.values())) > most:
+        raise ConfigError(
+            f"A grid of these values is {count:,} trials; give --trials {count}, fewer values, or "
+            "another sampler."
         )
     return [
         dict(zip(space, values, strict=True))
