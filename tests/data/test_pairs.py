@@ -103,6 +103,7 @@ PROBLEMS = {
     "is only what both begin with": {"chosen": "a b ", "rejected": "a b c"},
     "'chosen' must end with an answer": {"chosen": ASKED, "rejected": [answer("c")]},
     "'rejected' is empty": {"prompt": "a", "chosen": "b", "rejected": " "},
+    "learn from it by --objective kto": {"prompt": "a", "completion": "b", "label": True},
 }
 
 
@@ -122,6 +123,11 @@ def test_answers_that_differ_only_beyond_the_length_are_a_problem():
     long = {"prompt": "a", "chosen": "b c d e f g", "rejected": "b c d e f h"}
     with pytest.raises(veneer.DataError, match="do not differ within --max-length"):
         loaded(long, max_length=6)
+
+
+def test_a_pair_among_answers_says_what_learns_from_it():
+    with pytest.raises(veneer.DataError, match="is a pair of answers; .* --objective dpo"):
+        loaded(SHAPES["texts"], shape="answers")
 
 
 @pytest.mark.parametrize("label", ["yes", None])

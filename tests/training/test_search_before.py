@@ -9,6 +9,7 @@ import pytest
 
 import veneer
 from veneer.run_directory import RunDirectory
+from veneer.training.choose import usual_rate
 from veneer.training.events import Notice
 from veneer.training.search import auto
 from veneer.training.search.result import Cost, Searched, SearchResult, TrialResult
@@ -76,8 +77,10 @@ def test_a_rank_is_settled_at_the_rate_that_the_run_would_have(recipe, searches)
     assert (run.lora.rank, run.lora.alpha, run.training.lr) == (16, 32, None)
     (search,) = searches
     assert search["over"] == {"rank": (4, 8, 16, 64)}
-    assert search["recipe"].training.lr == auto.usual_rate(recipe, minigpt_config(recipe))
+    assert search["recipe"].training.lr == usual_rate(recipe, minigpt_config(recipe))
     assert search["recipe"].out == recipe.out / "search"
+    of_pairs = replace(recipe, objective=veneer.Objective("dpo"))
+    assert 10 * usual_rate(of_pairs, minigpt_config(recipe)) == pytest.approx(0.005)
     assert isinstance(notices[-1], Notice)
 
 

@@ -53,6 +53,8 @@ def parse_pair(value: object) -> list[Preference]:
     row = _as_ours(_object(value))
     for key in _KEYS[1:]:
         if key not in row:
+            if isinstance(row.get("label"), bool):
+                raise ValueError("the row is a judged answer; learn from it by --objective kto")
             has = ", ".join(map(repr, row)) or "no keys"
             guess = next((nearest(other, [key]) for other in row if nearest(other, [key])), "")
             raise ValueError(f"a pair needs 'chosen' and 'rejected', and the row has {has}{guess}")

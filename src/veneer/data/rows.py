@@ -171,6 +171,8 @@ _KEYS = [key for keys, _, _ in _SHAPES for key in keys]
 
 def _why_no_shape(row: Mapping[str, object], *, answered: bool) -> str:
     """Say which keys the row has, and which it ought to have."""
+    if "chosen" in row and "rejected" in row:
+        return "the row is a pair of answers; name what learns from pairs, as by --objective dpo"
     has = "the row has " + (", ".join(repr(key) for key in row) or "no keys")
     for key in row:
         if key not in _KEYS and (guess := nearest(key, _KEYS)):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from veneer.training.recipe import Recipe
+
 Lengths: TypeAlias = "Sequence[int] | NDArray[np.integer]"  # tokens of each row
 
 # The rate of adapters at a hidden size of 2000, and its fall with width: 5e-5 · 10 · (2000 / h)^P,
@@ -93,6 +95,16 @@ def learning_rate(
     if lora_plus_ratio is not None:
         rate *= min(1.0, MOST_OF_B / lora_plus_ratio)
     return _rounded(rate * share_of_rate)
+
+
+def usual_rate(recipe: Recipe, config: Any) -> float:
+    """Return the rate that a recipe's run would choose over a base of this configuration."""
+    return learning_rate(
+        recipe.what_trains,
+        hidden_size_of(config),
+        lora_plus_ratio=recipe.training.lora_plus_ratio,
+        share_of_rate=recipe.objective.share_of_rate,
+    )
 
 
 def hidden_size_of(config: Any) -> int | None:

@@ -31,7 +31,7 @@ from veneer.training.threads import worthwhile_threads
 
 # What of a run's identity its reference's numbers depend on; sizes of passes, by their rounding.
 DECIDES = (
-    *("split", "base", "data", "computed_in", "bits", "pack_head", "device", "reference"),
+    *("split", "base", "data", "computed_in", "method", "bits", "pack_head", "device", "reference"),
     *("tokens_per_step", "tokens_per_batch"),
 )
 FILE = "reference.npy"

@@ -18,7 +18,7 @@ from veneer.plan.plan import Plan
 from veneer.processes.world import ALONE, World
 from veneer.run_directory import RunDirectory
 from veneer.training import checkpoint
-from veneer.training.choose import hidden_size_of, learning_rate
+from veneer.training.choose import usual_rate
 from veneer.training.events import (
     Doing,
     Event,
@@ -65,11 +65,7 @@ def to_the_end(
             run.write_recipe(recipe.settings())
             steps = event.steps
         if isinstance(event, Trained):
-            usual_lr = learning_rate(
-                recipe.what_trains,
-                hidden_size_of(base.model.config),
-                lora_plus_ratio=recipe.training.lora_plus_ratio,
-            )
+            usual_lr = usual_rate(recipe, base.model.config)
             yield (verdict := judge(run.read_metrics(), usual_lr=usual_lr))
             weights_of = event.weights_of
         yield event

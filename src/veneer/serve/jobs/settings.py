@@ -161,20 +161,14 @@ def _of_rows(
     """Return the rate, and the tokens of a step, None where they are not asked for."""
     # Here, for they import torch.
     from veneer.data.columns import lengths_of
-    from veneer.training.choose import hidden_size_of, learning_rate
+    from veneer.training.choose import usual_rate
     from veneer.training.preflight import preflight
     from veneer.training.rows import load_rows
 
     ahead = preflight(recipe, resume=resume, force=False, ignore_space=False)
     chosen: dict[str, Any] = {"lr": None, "tokens_per_step": None}
     if multiplier is not None:
-        usual = learning_rate(
-            ahead.recipe.what_trains,
-            hidden_size_of(ahead.config),
-            lora_plus_ratio=recipe.training.lora_plus_ratio,
-            share_of_rate=recipe.objective.share_of_rate,
-        )
-        chosen["lr"] = usual * multiplier
+        chosen["lr"] = usual_rate(ahead.recipe, ahead.config) * multiplier
     if batch is not None:
         loading = load_rows(ahead.recipe, ahead.config, ahead.tokenizer)
         while True:

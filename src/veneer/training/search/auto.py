@@ -8,6 +8,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, TrainingError
 from veneer.run_directory import RunDirectory
+from veneer.training.choose import usual_rate
 from veneer.training.events import Event, Notice
 from veneer.training.many.tune import ALL
 from veneer.training.preflight import preflight
@@ -86,14 +87,6 @@ def settle_by_search(
     values, why = settled(result)
     yield ALL, Notice(f"{why} All trials: {short.out / TABLE}")
     return with_values(recipe, values)
-
-
-def usual_rate(recipe: Recipe, config: Any) -> float:
-    """Return the rate that the run would have without a search."""
-    from veneer.training.choose import hidden_size_of, learning_rate
-
-    ratio = recipe.training.lora_plus_ratio
-    return learning_rate(recipe.what_trains, hidden_size_of(config), lora_plus_ratio=ratio)
 
 
 def settled(result: SearchResult) -> tuple[dict[str, Any], str]:
