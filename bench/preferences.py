@@ -4,8 +4,8 @@
     python -m bench.preferences --beside-trl [--data ../shared/data/e2e] [--pairs 240] [--rounds 2]
 
 The first makes a preference: answer in one sentence, and never apologise. A rank-8 adapter over
-SmolLM2-135M in bf16 learns it at the rate that a run chooses, or at --lr. Shown are the share of
-pairs whose chosen answer has the higher reward, of topics and apologies that are not trained on, and
+SmolLM2-135M in bf16 learns it at the rate that a run chooses, or at --lr. Shown are the share
+of pairs whose chosen answer has the higher reward, of topics and apologies not trained on, and
 the loss on the text that ships as a general sample, before and after.
 
 The second trains both sides on the same pairs in the same batches, in turns of two steps, of which
@@ -85,9 +85,7 @@ def learn(count: int, epochs: float, lr: float | None) -> None:
     forward, _ = choose_forward(model, general)
     begun, before = time.process_time(), evaluate(model, general, forward)
     course = veneer.TrainConfig(epochs=epochs, lr=lr)
-    run = veneer.train(
-        model, examples, course, objective=veneer.Objective("dpo"), held_out=judging
-    )
+    run = veneer.train(model, examples, course, objective=veneer.Objective("dpo"), held_out=judging)
     for event in run:
         match event:
             case Notice(text):

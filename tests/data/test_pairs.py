@@ -126,7 +126,7 @@ def test_answers_that_differ_only_beyond_the_length_are_a_problem():
 
 
 def test_a_pair_among_answers_says_what_learns_from_it():
-    with pytest.raises(veneer.DataError, match="is a pair of answers; .* --objective dpo"):
+    with pytest.raises(veneer.DataError, match=r"is a pair of answers; .* --objective dpo"):
         loaded(SHAPES["texts"], shape="answers")
 
 

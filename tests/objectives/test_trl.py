@@ -2,6 +2,7 @@
 both are compared with."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,9 +36,24 @@ def ids_of(example: Any) -> tuple[list[int], list[int], list[int]]:
     return chosen[:prompt], chosen[prompt:], rejected[prompt:]
 
 
-def by_trainer(name: str, model: Any, base: Tensor, place: Any) -> Tensor:
+def cut(example: Any, longest: int | None) -> Any:
+    """Return a pair of which each row has at most so many tokens."""
+    second = example.second
+    tokens = [example.tokens[:second][:longest], example.tokens[second:][:longest]]
+    labels = [example.labels[:second][:longest], example.labels[second:][:longest]]
+    return replace(
+        example,
+        tokens=[*tokens[0], *tokens[1]],
+        labels=[*labels[0], *labels[1]],
+        second=len(tokens[0]),
+    )
+
+
+def by_trainer(
+    name: str, model: Any, base: Tensor, place: Any, *, longest: int | None = None
+) -> Tensor:
     """Return the loss that TRL's trainer computes of a padded batch. base: the log-probabilities
-    that the reference gives, (rows, 2)."""
+    that the reference gives, (rows, 2); longest: the tokens to which the trainer cuts rows."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -49,7 +65,7 @@ def by_trainer(name: str, model: Any, base: Tensor, place: Any) -> Tensor:
         "bf16": False,
         "report_to": [],
         "gradient_checkpointing": False,
-        "max_length": None,
+        "max_length": longest,
     }
     batch = [
         dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids_of(r), strict=True))
@@ -118,18 +134,21 @@ def by_method(name: str, model: Any) -> Tensor:
     return loss + (objective.nll_weight * nll if name == "cpo" else 0)
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_losses_and_gradients_are_trls(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "longest"), [*((name, None) for name in OURS), ("dpo", 8), ("kto", 8)]
+)
+def test_losses_and_gradients_are_trls(name, longest, tmp_path):
     import peft
 
     model = shake(veneer.attach(tiny("llama"), veneer.LoRA(rank=2, targets="all")), size=0.2)
     objective = OURS[name]
-    forward, _ = choose_forward(model, ROWS)
+    rows = [cut(row, longest) for row in ROWS]
+    forward, _ = choose_forward(model, rows)
     (criterion,) = criteria_over(
-        *(objective, {"train": ROWS}, model, forward),
+        *(objective, {"train": rows}, model, forward),
         **{"identity": {}, "world": ALONE, "tokens_per_batch": 50},
     )
-    batch = pack(ROWS, range(len(ROWS)))
+    batch = pack(rows, range(len(rows)))
     counts = counts_of(criterion, [(batch, True)], ALONE)
     loss = criterion(forward.losses(model, batch), batch, counts).loss / criterion.divisor(counts)
     weights = {n: w for n, w in model.named_parameters() if "lora_" in n}
@@ -138,7 +157,7 @@ def test_losses_and_gradients_are_trls(name, tmp_path):
 
     exact = copy.deepcopy(model).double()
     with Float64():
-        expected = expected_loss(objective, exact, ROWS)
+        expected = expected_loss(objective, exact, rows)
     wide = {n: w for n, w in exact.named_parameters() if "lora_" in n}
     exactly = zip(wide, torch.autograd.grad(expected, wide.values()), strict=True)
 
@@ -147,9 +166,9 @@ def test_losses_and_gradients_are_trls(name, tmp_path):
         tiny("llama"), str(tmp_path / "adapter"), is_trainable=True
     )
     with torch.no_grad(), theirs.disable_adapter():
-        base, _ = log_probabilities(theirs, ROWS)
+        base, _ = log_probabilities(theirs, rows)
     if name in ("dpo", "ipo", "kto"):
-        peer = by_trainer(name, theirs, base, tmp_path)
+        peer = by_trainer(name, theirs, base, tmp_path, longest=longest)
     else:
         peer = by_method(name, theirs)
     named = {n: w for n, w in theirs.named_parameters() if "lora_" in n and ".default." in n}

@@ -23,7 +23,7 @@ def model_and_forward():
 
 @pytest.fixture
 def measured(model_and_forward, tmp_path, monkeypatch):
-    """Return a function for what the reference gives the rows of a run, and whether it was asked."""
+    """Return a function for what the reference gives rows, and whether that was computed."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
     model, forward = model_and_forward
     computed = []
