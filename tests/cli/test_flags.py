@@ -343,6 +343,7 @@ COMPARED: dict[str, tuple[str, object]] = {
     "tokens_per_step": ("512", 512),
     "lr": ("", {"lora+": 2e-4}),
     "range_test": ("", True),
+    "together": ("", True),
     "device": ("cpu", "cpu"),
     "dtype": ("bf16", "bf16"),
 }
@@ -365,7 +366,7 @@ def test_every_flag_of_compare_arrives(monkeypatch):
     for name, (given, arrived) in COMPARED.items():
         assert getattr(config, name) != arrived
         option = f"--{name.replace('_', '-')}"
-        flags = {"lr": ["--lr.lora+", "2e-4"], "range_test": [option]}.get(name, [option, given])
+        flags = ["--lr.lora+", "2e-4"] if name == "lr" else [option, *([given] if given else [])]
         beside = ["--test", "t"] if name == "test_rows" else []
         assert run(["compare", "m", "d.jsonl", *flags, *beside]) == 2
         (_, _, config), _ = seen.pop()

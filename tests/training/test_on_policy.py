@@ -19,14 +19,16 @@ from veneer.data.problems import Located, Place
 from veneer.data.questions import Question
 from veneer.data.rows import Message
 from veneer.errors import ConfigError, DataError, ModelError, TrainingError
+from veneer.kernels.transfer import OnTheWay
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
 from veneer.rewards.judged import RewardFault, Weighted
 from veneer.run_directory import RunDirectory
-from veneer.training.events import Notice, Started, Step, Stopped
+from veneer.training.events import Notice, Skipped, Started, Step, Stopped
 from veneer.training.on_policy.page import SampleLog, page_of
 from veneer.training.on_policy.prompts import encoded
 from veneer.training.on_policy.run import train_on_policy
+from veneer.training.step import learn as make_update
 
 COURSE = veneer.TrainConfig(lr=0.03, steps=4, warmup=0, tokens_per_batch=60)
 SHORT = OnPolicy(group_size=4, prompts_per_step=2, max_new_tokens=6)
@@ -182,6 +184,23 @@ def test_a_base_that_changes_meanwhile_ends_the_run():
     model.get_input_embeddings().weight.data[0, 0] += 1
     with pytest.raises(TrainingError, match="The base is frozen, but"):
         list(events)
+
+
+def test_an_update_that_is_not_finite_is_reported_whichever_it_is(monkeypatch):
+    made = []
+
+    def learn(model, forward, asked, **options):
+        make_update(model, forward, asked, **options)
+        if not made:
+            sums = OnTheWay(torch.zeros(5), torch.tensor(False))
+            asked._answer[:] = [replace(asked.learning, _sums_and_finite=sums)]
+        made.append(asked)
+
+    monkeypatch.setattr("veneer.training.on_policy.run.learn", learn)
+    events = list(run(new_model(), replace(COURSE, steps=2), replace(SHORT, updates=2)))
+    assert len(made) == 4
+    assert [event.step for event in of(Skipped, events)] == [1]
+    assert [event.step for event in of(Step, events)] == [2]
 
 
 def test_nothing_in_an_answer_is_markup():

@@ -23,13 +23,14 @@ from veneer.rewards.judged import Answered, RewardFault
 FENCED = regex.compile(r"```[^\n`]*\n(.*?)```", regex.DOTALL)
 # Limits are set in the new process itself: code between fork and exec is unsafe beside threads.
 LIMITED = """\
-import os, resource, sys
+import os, resource, signal, sys
 seconds, memory = int(sys.argv[1]), int(sys.argv[2])
 for what, most in (
     (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory),
     (resource.RLIMIT_FSIZE, 2**24), (resource.RLIMIT_CORE, 0),
 ):
     resource.setrlimit(what, (most, most))
+signal.alarm(seconds + 1)  # where nobody is left who would end it
 os.execv(sys.executable, [sys.executable, "-I", sys.argv[3]])
 """
 
