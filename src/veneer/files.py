@@ -7,6 +7,7 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -26,14 +27,10 @@ if TYPE_CHECKING:
 PARTIAL, OLD = ".partial-", ".old-"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h and linux/fs.h
 # By which errors of torch, safetensors and numpy say what the system's error was.
-SIGNS_OF_FULL = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
-SIGNS_OF_FAILURE = (
-    "Input/output error",
-    "os error 5)",
-    "PytorchStreamWriter failed",
-    "unexpected pos",
-    "iostream error",
-    " requested and ",  # so many bytes, and fewer written
+SIGNS_OF_FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
+SIGNS_OF_FAILURE = re.compile(
+    r"Input/output error|os error 5\)|PytorchStreamWriter failed|unexpected pos|iostream error"
+    r"|\d requested and \d+ written"
 )
 
 
@@ -193,11 +190,11 @@ def storage_error(error: BaseException, path: Path | None = None) -> StorageErro
         return error if isinstance(error, StorageError) else None
     text = str(error)
     number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in SIGNS_OF_FULL):
+    if number in (errno.ENOSPC, errno.EDQUOT) or SIGNS_OF_FULL.search(text):
         why = "the disk is full" if number != errno.EDQUOT else "the disk quota is used up"
     elif number == errno.ENOMEM or "Cannot allocate memory" in text:
         why = "there is no memory for it"
-    elif number == errno.EIO or any(sign in text for sign in SIGNS_OF_FAILURE):
+    elif number == errno.EIO or SIGNS_OF_FAILURE.search(text):
         why = "the disk is full, or fails"
     else:
         return None
