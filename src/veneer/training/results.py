@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +9,7 @@ from typing import Any, get_args
 from veneer.adapter.certify import certify
 from veneer.adapter.merge import merge, why_not_mergeable
 from veneer.adapter.method import MethodName
-from veneer.files import size_of
+from veneer.files import remove_directory, size_of
 from veneer.formats import adapters, merged, native
 from veneer.formats.checkpoint import about_training
 from veneer.models.load import Base
@@ -111,7 +110,7 @@ def _clear_results(run: RunDirectory, *, keep: Collection[Path]) -> None:
             (run.merged(method), merged.MARKERS),
         ):
             if place not in keep and any((place / marker).is_file() for marker in markers):
-                shutil.rmtree(place)
+                remove_directory(place)  # half of it would be taken for a whole one
 
 
 def _merge(

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from veneer.errors import ConfigError
-from veneer.files import write_text
+from veneer.files import remove_directory, write_text
 from veneer.formats import native
 from veneer.run_directory import METRICS, RunDirectory
 from veneer.training.search.result import NUMBERS, PICTURE, TABLE, TrialResult
@@ -43,7 +43,7 @@ def clear(out: Path) -> None:
         file.unlink(missing_ok=True)
     shutil.rmtree(out / TRIALS, ignore_errors=True)
     if (run.adapter() / native.config_name("lora")).is_file():
-        shutil.rmtree(run.adapter())
+        remove_directory(run.adapter())
 
 
 def leave_best(best: TrialResult, out: Path) -> None:
