@@ -44,8 +44,7 @@ class Half:
     """residual + multiplier · dropout(post_norm(output(inner(inputs(norm(x)))))).
 
     With `recompute_projections`, the backward pass computes the inputs' outputs again; they are not
-    kept. output: a group of one. made_of: what x is the sum of, to
-    the bit; then x is not kept.
+    kept. output: a group of one. made_of: what x is the sum of, to the bit; then x is not kept.
     """
 
     norm: Norm | None

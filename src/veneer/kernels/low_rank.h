@@ -84,7 +84,7 @@ void low_rank_rows(const T* x, T* y, const T* const* As, const T* const* Bts, co
                    Size rows, Size in, Size out) {
 #pragma omp parallel for schedule(static) if (rows * (in + out) > kWorthSharing)
     for (Size n = 0; n < rows; ++n) {
-        std::vector<T> h(std::size_t(ranks[n]));
+        std::vector<T> h(static_cast<std::size_t>(ranks[n]));
         project_all(x + n * in, As[n], h.data(), ranks[n], in);
         add_row(h.data(), Bts[n], y + n * out, ranks[n], out);
     }

@@ -239,7 +239,8 @@ void segments_up(const Update<T>* updates, Size count, Size by_A, const T* h, co
         std::vector<typename S::Line> scales;
 #pragma omp for schedule(dynamic)
         for (Size piece = 0; piece < Size(work.size()); ++piece) {
-            const auto [c, first, last] = work[piece];
+            // By names of their own: Clang 15 captures no structured bindings.
+            const Size c = work[piece].chain, first = work[piece].first, last = work[piece].last;
             const Size depth = depths[c];
             scales.resize(std::size_t(kRowBlock * depth));
             for (Size n = first; n < last; ++n) {
@@ -299,7 +300,7 @@ void segments_gradient(const Update<T>* updates, Size count, Size of_A, const T*
                     scales[u][r * depth + n / S::kDeep] =
                         S::line(start + n * own.h_stride + r, own.h_stride, own.rows - n);
         }
-        std::vector<Line> lines(std::size_t(kDepthBlock * kWidth));
+        std::vector<Line> lines(static_cast<std::size_t>(kDepthBlock * kWidth));
         std::vector<F> sums;
 #pragma omp for schedule(dynamic)
         for (Size piece = 0; piece < Size(work.size()); ++piece) {

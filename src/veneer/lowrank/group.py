@@ -19,7 +19,7 @@ from veneer.quant.weight import QuantizedWeight
 Masks = tuple[tuple[int, Mask | None], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """A linear layer as it acts in one step, in the dtype of computing: gain ∘ (W x + B A x) + b.
 

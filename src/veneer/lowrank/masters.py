@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Masters:
     """A (rank, in) and B (out, rank), of which a step takes A and factor · B in its own dtype.
 
