@@ -85,6 +85,10 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "desirable_weight": (1.5, 1.5),
         "undesirable_weight": (1.25, 1.25),
         "reference": ("start", "start"),
+        "teacher": ("a/teacher", "a/teacher"),
+        "divergence": ("reverse", "reverse"),
+        "teacher_top_k": (16, 16),
+        "distill_temperature": (1.5, 1.5),
     },
     "on_policy": {
         "reward": ("exact", ("exact",)),
@@ -137,6 +141,9 @@ BESIDE["prompt_text"] = {"method": "prompt"}
 BESIDE |= {n: {"objective": "dpo"} for n in ("beta", "label_smoothing", "reference")}
 BESIDE |= {n: {"objective": "kto"} for n in ("desirable_weight", "undesirable_weight")}
 BESIDE |= {"simpo_margin": {"objective": "simpo"}, "nll_weight": {"objective": "cpo"}}
+TAUGHT = {"objective": "distill", "teacher": "a/teacher"}
+BESIDE |= dict.fromkeys(("divergence", "teacher_top_k", "distill_temperature"), TAUGHT)
+BESIDE["teacher"] = {"objective": "distill"}
 SAMPLES = {"objective": "grpo", "reward": "exact"}
 BESIDE |= dict.fromkeys(VALUES["on_policy"], SAMPLES)
 BESIDE["reward"] = {"objective": "grpo"}

@@ -284,9 +284,9 @@ def test_a_trial_finds_losses_that_are_not_those_of_passes_alone(monkeypatch):
     own = Head.losses
     for wrong in (1.1, torch.nan):
 
-        def losses(self, model, hidden, labelled, wrong=wrong):
+        def losses(self, model, hidden, labelled, token_loss=None, wrong=wrong):
             both = active_adapters_of(model).weights == {}
-            return own(self, model, hidden, labelled) * (wrong if both else 1)
+            return own(self, model, hidden, labelled, token_loss) * (wrong if both else 1)
 
         monkeypatch.setattr(Head, "losses", losses)
         reasons = why_alone(forward, model, ["one", "two"], ROWS)

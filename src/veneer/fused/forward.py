@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from veneer.fused.watch import attention_is_asked_for
 from veneer.kernels import choice, native
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import NAME, Packing, packed_attention
-from veneer.kernels.cross_entropy import Labelled
+from veneer.kernels.cross_entropy import From, TokenLoss, losses_of
 from veneer.kernels.dealt_packing import DealtPacking
 from veneer.kernels.disk_arena import IS_AVAILABLE, DiskArena
 from veneer.kernels.wide import wide
@@ -90,9 +91,11 @@ class Forward:
         """Return the sum of the label tokens' losses, a float32 scalar with a gradient."""
         return self.losses(model, batch).sum()
 
-    def losses(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Return −log p of each label token in the batch's order, (labelled,), in float32 and with
-        a gradient: with a `context`, of this process's label tokens.
+    def losses(
+        self, model: PreTrainedModel, batch: Batch, token_loss: TokenLoss | None = None
+    ) -> Tensor:
+        """Return −log p of each label token in the batch's order, or its token_loss, (labelled,),
+        in float32 and with a gradient: with a `context`, of this process's label tokens.
 
         A call outside of `installed` patches the model for itself.
         """
@@ -117,13 +120,19 @@ class Forward:
             if packing is not None:
                 arguments = {"input_ids": tokens[None], "position_ids": positions[None]}
                 options = {"packing": packing} if installation.attention else {}
-                return self._losses(installation, send(arguments, labels), **options)
+                return self._losses(installation, send(arguments, labels), token_loss, **options)
             if self.alone:
                 rows = zip(by_rows(tokens, lengths), by_rows(labels, lengths), strict=True)
                 inputs = [send({"input_ids": row[None]}, row_labels) for row, row_labels in rows]
-                return torch.cat([self._losses(installation, each) for each in inputs])
+                firsts = accumulate((len(each.labels.targets) for each in inputs), initial=0)
+                losses = [
+                    self._losses(installation, each, token_loss and From(token_loss, first))
+                    for each, first in zip(inputs, firsts, strict=False)
+                ]
+                return torch.cat(losses)
             arguments, places = padded(tokens, lengths)
-            return self._losses(installation, send(arguments, labels, places=places))
+            inputs_of_all = send(arguments, labels, places=places)
+            return self._losses(installation, inputs_of_all, token_loss)
 
     def exchanges(self, model: PreTrainedModel) -> bool:
         """Return whether a pass of this process waits for those of others."""
@@ -168,13 +177,19 @@ class Forward:
         finally:
             del self._installations[model]
 
-    def _losses(self, installation: Installation, inputs: PassInputs, **options: Any) -> Tensor:
+    def _losses(
+        self,
+        installation: Installation,
+        inputs: PassInputs,
+        token_loss: TokenLoss | None = None,
+        **options: Any,
+    ) -> Tensor:
         model, labels = installation.model, inputs.labels
         options |= {"use_cache": False, **inputs.arguments}
         if self.head is not None:
             hidden = installation.decoder(**options).last_hidden_state  # (rows, tokens, dim)
-            return self.head.losses(model, hidden.flatten(0, 1), labels)
-        return losses_of(model(**options).logits.flatten(0, 1), labels)
+            return self.head.losses(model, hidden.flatten(0, 1), labels, token_loss)
+        return losses_of(model(**options).logits.flatten(0, 1), labels, token_loss)
 
 
 def choose_forward(
@@ -380,10 +395,3 @@ def _own_loss(model: PreTrainedModel, row: Example) -> Tensor:
 def _sum_of_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the loss of a row's tokens behind the first, by the logits (tokens, vocab) of all."""
     return F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum")
-
-
-def losses_of(logits: Tensor, labelled: Labelled) -> Tensor:
-    """Return −log p of the label of each labelled row, (labelled,), in float32; logits (tokens,
-    vocab) are those of all tokens."""
-    rows = logits[labelled.rows].float()
-    return F.cross_entropy(rows, labelled.targets, reduction="none")

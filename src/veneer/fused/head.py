@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapter.layers import AdaptedLayer
-from veneer.kernels.cross_entropy import PLAIN, Labelled, Logits, labelled_cross_entropy
+from veneer.kernels.cross_entropy import (
+    PLAIN,
+    Labelled,
+    Logits,
+    TokenLoss,
+    labelled_cross_entropy,
+)
 from veneer.models.block_buffers import whole
 from veneer.models.blocks import decoder_of
 
@@ -40,12 +46,21 @@ class Head:
         z: Tensor = _module(model)(hidden.to(self.dtype or hidden.dtype))
         return z
 
-    def losses(self, model: PreTrainedModel, hidden: Tensor, labelled: Labelled) -> Tensor:
-        """Return −log p of the label of each labelled row, (labelled,); hidden (tokens, dim)."""
+    def losses(
+        self,
+        model: PreTrainedModel,
+        hidden: Tensor,
+        labelled: Labelled,
+        token_loss: TokenLoss | None = None,
+    ) -> Tensor:
+        """Return −log p of the label of each labelled row, or its token_loss, (labelled,); hidden
+        (tokens, dim)."""
         hidden, head = hidden.to(self.dtype or hidden.dtype), _module(model)
         with whole(head):  # whose weight is read without a call
             acting = head.acting_parameters() if isinstance(head, AdaptedLayer) else None
-            return labelled_cross_entropy(hidden, labelled, head, self.logits, acting=acting)
+            return labelled_cross_entropy(
+                *(hidden, labelled, head, self.logits), acting=acting, token_loss=token_loss
+            )
 
 
 def own_logits_and_head(

@@ -26,12 +26,12 @@ from veneer.adapter.new_tokens import new_tokens_of
 from veneer.adapter.use import acting
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, filled_up, joined, pack
-from veneer.fused.forward import PROBE_LENGTHS, Forward, losses_of
+from veneer.fused.forward import PROBE_LENGTHS, Forward
 from veneer.fused.head import Head, described
 from veneer.fused.inputs import PassInputs, unread_masks
 from veneer.fused.recognise import TOLERANCE
 from veneer.kernels.attention import Packing
-from veneer.kernels.cross_entropy import IGNORED, Labelled
+from veneer.kernels.cross_entropy import IGNORED, Labelled, TokenLoss, losses_of
 from veneer.kernels.segments import are_compiled
 from veneer.models.device import random_state, set_random_state
 from veneer.models.evaluating import evaluating
@@ -48,6 +48,7 @@ class AdapterBatch:
     divisor    what its loss is divided by before the backward pass, such as its step's label tokens
     generator  what the masks of its dropout are drawn from, on the CPU; None: torch's own
     loss       what makes its loss of the losses of its label tokens, (labelled,): their sum
+    token_loss what these losses are, −log p unless given
     """
 
     adapter: str
@@ -55,6 +56,7 @@ class AdapterBatch:
     divisor: int = 1
     generator: torch.Generator | None = None
     loss: Callable[[Tensor], Tensor] = Tensor.sum
+    token_loss: TokenLoss | None = None
 
 
 def backward_together(
@@ -197,7 +199,8 @@ def _losses(
             losses = _from_hidden(forward.head, model, hidden, inputs.labels, batches)
         else:
             logits = model(**options).logits.flatten(0, 1)
-            losses = losses_of(logits, inputs.labels).split(_label_counts(batches))
+            own_labels = _pieces(inputs.labels, batches)
+            losses = [losses_of(logits, own, each.token_loss) for each, own in own_labels]
         pairs = zip(batches, losses, strict=True)
         yield torch.stack([each.loss(own) for each, own in pairs])
 
@@ -227,22 +230,29 @@ def _from_hidden(
 ) -> Sequence[Tensor]:
     """Return the losses of each batch's label tokens, (labelled,), for what the decoder gives of
     all; hidden (tokens, dim). Adapters of the head read labelled rows alone, and so act one after
-    another."""
+    another, as losses that are not those of labels are made."""
     active, module = active_adapters_of(model), model.get_output_embeddings()
-    counts = _label_counts(batches)
     adapted = isinstance(module, Adapted) and {each.adapter for each in batches} & {
         *module.adapters
     }
-    if not adapted:
+    if not adapted and all(each.token_loss is None for each in batches):
         with active.on_all(None):
-            return head.losses(model, hidden, labelled).split(counts)
+            return head.losses(model, hidden, labelled).split(_label_counts(batches))
     losses = []
+    for each, own in _pieces(labelled, batches):
+        with active.on_all(each.adapter):
+            losses.append(head.losses(model, hidden, own, each.token_loss))
+    return losses
+
+
+def _pieces(
+    labelled: Labelled, batches: Sequence[AdapterBatch]
+) -> Iterator[tuple[AdapterBatch, Labelled]]:
+    """Yield each batch with its own ones of the labelled rows of all."""
+    counts = _label_counts(batches)
     pieces = zip(batches, labelled.rows.split(counts), labelled.targets.split(counts), strict=True)
     for each, rows, targets in pieces:
-        with active.on_all(each.adapter):
-            own = replace(labelled, rows=rows, targets=targets)
-            losses.append(head.losses(model, hidden, own))
-    return losses
+        yield each, replace(labelled, rows=rows, targets=targets)
 
 
 def _label_counts(batches: Sequence[AdapterBatch]) -> list[int]:
@@ -254,7 +264,7 @@ def _alone(
 ) -> Tensor:
     """Return the loss of a batch by a pass of its own."""
     with acting(model, each.adapter), _drawing_from(each.generator):
-        loss = each.loss(forward.losses(model, each.batch))
+        loss = each.loss(forward.losses(model, each.batch, each.token_loss))
         if backward:
             (loss / each.divisor).backward()
     return loss.detach()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from veneer.kernels import choice
 from veneer.kernels.native import kernel
@@ -69,6 +70,58 @@ class Labelled:
         return cls(rows, targets, *bounds(targets.numpy()))
 
 
+class TokenLoss(Protocol):
+    """What is learnt at the labelled rows of a pass, in place of −log p of their labels."""
+
+    @property
+    def step_logits(self) -> int:
+        """The logits of a chunk."""
+        ...
+
+    def __call__(self, z: Tensor, first: int, out: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        """Return the loss of each row of a chunk, (rows,), float32 or wider, and the gradient of
+        their sum with respect to z, in `out`.
+
+        z, out (rows, vocab), which may be one tensor; first: the number of the chunk's first row
+        among all labelled ones, in their order.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class LabelLoss:
+    """−log p of the labels."""
+
+    labelled: Labelled
+
+    @property
+    def step_logits(self) -> int:
+        """The logits of a chunk."""
+        return CHUNK_LOGITS
+
+    def __call__(self, z: Tensor, first: int, out: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        """Return what `cross_entropy` does. Raises IndexError for a label beyond the vocabulary."""
+        _check(self.labelled.lowest, self.labelled.highest, z.shape[1])
+        return cross_entropy(z, self.labelled.targets[first : first + len(z)], out, logits)
+
+
+@dataclass(frozen=True, eq=False)
+class From:
+    """A token loss over the labelled rows from one on, whose number is `start`."""
+
+    of_all: TokenLoss
+    start: int
+
+    @property
+    def step_logits(self) -> int:
+        """The logits of a chunk."""
+        return self.of_all.step_logits
+
+    def __call__(self, z: Tensor, first: int, out: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        """Return the losses of a chunk's rows and their gradient."""
+        return self.of_all(z, self.start + first, out, logits)
+
+
 def bounds(targets: NDArray[np.int64]) -> tuple[int, int]:
     """Return the lowest and the highest of some labels, 0 where there are none."""
     return (int(np.min(targets)), int(np.max(targets))) if len(targets) else (0, 0)
@@ -81,8 +134,10 @@ def labelled_cross_entropy(
     logits: Logits = PLAIN,
     *,
     acting: Iterable[nn.Parameter] | None = None,
+    token_loss: TokenLoss | None = None,
 ) -> Tensor:
-    """Return −log softmax(logits(head(h)))[label] of each labelled row, (labelled,), in float32.
+    """Return −log softmax(logits(head(h)))[label] of each labelled row, (labelled,), in float32, or
+    what `token_loss` makes of these logits.
 
     hidden (tokens, dim). `head` may be any module from (rows, dim) to (rows, vocab); gradients
     reach `hidden` and whatever of the head's parameters trains. acting: those of them on which its
@@ -93,7 +148,8 @@ def labelled_cross_entropy(
     rows = hidden[labelled.rows]
     acting = head.parameters() if acting is None else acting
     trained = [p for p in acting if p.requires_grad and torch.is_grad_enabled()]
-    losses: Tensor = _ChunkedLoss.apply(rows, labelled, head, logits, *trained)
+    token_loss = LabelLoss(labelled) if token_loss is None else token_loss
+    losses: Tensor = _ChunkedLoss.apply(rows, token_loss, head, logits, *trained)
     return losses
 
 
@@ -104,7 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Tensor,
-        labelled: Labelled,
+        token_loss: TokenLoss,
         head: nn.Module,
         logits: Logits,
         *trained: Tensor,
@@ -115,8 +171,7 @@ class _ChunkedLoss(torch.autograd.Function):
         d_trained = [torch.zeros_like(parameter) for parameter in trained]
         # `out_features` first: the weight of a quantized layer is dequantized at each access.
         vocab = int(getattr(head, "out_features", 0) or head.weight.shape[0])  # type: ignore[index]
-        targets = labelled.targets
-        step = max(1, CHUNK_LOGITS // vocab)
+        step = max(1, token_loss.step_logits // vocab)
         plain = (
             type(head) is nn.Linear
             and not trained
@@ -129,17 +184,16 @@ class _ChunkedLoss(torch.autograd.Function):
             if plain:
                 z = buffer[: len(rows[here])]
                 _write_product(rows[here], head, z)
-                _check(labelled.lowest, labelled.highest, vocab)
-                losses[here], gradient = cross_entropy(z, targets[here], z, logits)
+                losses[here], gradient = token_loss(z, first, z, logits)
                 if d_rows is not None:
                     d_rows[here] = _through(gradient, head.weight)  # type: ignore[arg-type]
             else:
                 losses[here] = _by_autograd(
-                    *(head, rows[here], labelled, targets[here], logits),
+                    *(head, rows[here], token_loss, first, logits),
                     *(trained, d_trained, None if d_rows is None else d_rows[here]),
                 )
         ctx.save_for_backward(d_rows, rows if trained else None, *trained, *d_trained)
-        ctx.labelled, ctx.head, ctx.logits, ctx.step = labelled, head, logits, step
+        ctx.token_loss, ctx.head, ctx.logits, ctx.step = token_loss, head, logits, step
         return losses
 
     @staticmethod
@@ -156,7 +210,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(rows), ctx.step):
             here = slice(start, start + ctx.step)
             _by_autograd(
-                *(ctx.head, rows[here], ctx.labelled, ctx.labelled.targets[here], ctx.logits),
+                *(ctx.head, rows[here], ctx.token_loss, start, ctx.logits),
                 *(trained, d_trained, None, weights[here]),
             )
         return first, None, None, None, *d_trained
@@ -165,8 +219,8 @@ class _ChunkedLoss(torch.autograd.Function):
 def _by_autograd(
     head: nn.Module,
     rows: Tensor,
-    labelled: Labelled,
-    targets: Tensor,
+    token_loss: TokenLoss,
+    first: int,
     logits: Logits,
     trained: Sequence[Tensor],
     d_trained: Sequence[Tensor],
@@ -174,15 +228,15 @@ def _by_autograd(
     weights: Tensor | None = None,
 ) -> Tensor:
     """Return the losses of one chunk's rows, (rows,), add its gradients to d_trained, and write
-    those of its rows to d_rows, if any. weights: of the rows' losses in the gradients, 1 each
-    unless given. What the chunk took is free when this returns, before the next one begins."""
+    those of its rows to d_rows, if any. first: the number of its first row. weights: of the rows'
+    losses in the gradients, 1 each unless given. What the chunk took is free when this returns,
+    before the next one begins."""
     chunk = rows.detach().requires_grad_(d_rows is not None)
     inputs = [*trained] if d_rows is None else [chunk, *trained]
     with torch.set_grad_enabled(bool(inputs)):
         z = head(chunk)
     values = z.detach()
-    _check(labelled.lowest, labelled.highest, z.shape[1])
-    losses, gradient = cross_entropy(values, targets, torch.empty_like(values), logits)
+    losses, gradient = token_loss(values, first, torch.empty_like(values), logits)
     if weights is not None:
         gradient = gradient * weights.to(gradient.dtype)[:, None]
     grads = list(torch.autograd.grad(z, inputs, gradient)) if inputs else []
@@ -191,6 +245,29 @@ def _by_autograd(
     for sum_, grad in zip(d_trained, grads, strict=True):
         sum_ += grad
     return losses
+
+
+def losses_of(logits: Tensor, labelled: Labelled, token_loss: TokenLoss | None = None) -> Tensor:
+    """Return −log p of the label of each labelled row, or its token_loss, (labelled,), in float32;
+    logits (tokens, vocab) are those of all tokens."""
+    rows = logits[labelled.rows].float()
+    if token_loss is None:
+        return F.cross_entropy(rows, labelled.targets, reduction="none")
+    losses: Tensor = _LossByLogits.apply(rows, token_loss)
+    return losses
+
+
+class _LossByLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, token_loss: TokenLoss) -> Tensor:
+        losses, gradient = token_loss(z, 0, torch.empty_like(z), PLAIN)
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0][:, None].to(gradient.dtype), None
 
 
 def _write_product(rows: Tensor, head: nn.Module, z: Tensor) -> None:

@@ -6,7 +6,8 @@ How a step asks for its loss (`training/step.py`):
 2. `criterion.counts(batch)` gives what else a batch counts beside its label tokens (pairs, say).
    They are added up over all batches and processes of the step, to `StepCounts`.
 3. The forward pass gives −log p of each label token of the batch, (labelled,), in float32 and with
-   a gradient; `rows_of(batch)` says whose each is.
+   a gradient; `rows_of(batch)` says whose each is. A criterion that learns more of a token than its
+   label gives what to compute there instead, `token_loss`: chunks of logits go through it.
 4. `criterion(losses, batch, counts)` returns an `Outcome`: the sum of the losses of whatever the
    criterion divides by, and sums of what is measured beside, by `criterion.metrics`.
 5. The step divides the sum by `criterion.divisor(counts)`, so that a step of many batches equals

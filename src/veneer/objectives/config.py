@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from veneer.checks import ABOVE_0, at_least, check_config, one_of
+from veneer.checks import ABOVE_0, TEXT, at_least, check_config, one_of, whole_number
 from veneer.data.rows import RowShape
 
-ObjectiveName = Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "cpo", "grpo", "rloo"]
+ObjectiveName = Literal[
+    "sft", "dpo", "ipo", "simpo", "orpo", "kto", "cpo", "distill", "grpo", "rloo"
+]
 Reference = Literal["base", "start"]
+Divergence = Literal["forward", "reverse"]
 
 # TRL's defaults, but for SimPO, whose authors advise 2 to 2.5, and half of that for its margin.
 USUAL_BETA: Mapping[ObjectiveName, float] = {
@@ -35,8 +38,8 @@ class Objective:
 
     objective: ObjectiveName = "sft"
     """What is learnt by: answers (sft); pairs of a chosen and a rejected answer (dpo, ipo, simpo,
-    orpo, cpo); answers that were judged one by one (kto); or the model's own answers to prompts,
-    which rewards judge (grpo, rloo)."""
+    orpo, cpo); answers that were judged one by one (kto); what a teacher gives the tokens of
+    answers (distill); or the model's own answers to prompts, which rewards judge (grpo, rloo)."""
     beta: float | None = None
     """How strongly preferences hold the model to its reference, or weigh beside the answers (orpo);
     0.1 unless given, and 2 for simpo."""
@@ -53,6 +56,18 @@ class Objective:
     reference: Reference = "base"
     """The model that preferences are measured from: the base without any adapter, or the model
     as the run starts (start), such as with the adapter of --from."""
+    teacher: str | None = None
+    """Another adapter's directory, over the same base, from whose probabilities is learnt; of
+    distill."""
+    divergence: Divergence = "forward"
+    """How far the student is from its teacher: by what the teacher may say (forward), or by what
+    the student says (reverse); of distill."""
+    teacher_top_k: int = 64
+    """How many of the teacher's likeliest tokens count one by one, all others together; of distill.
+    They are kept on the disk: 8 bytes each, for each token that is learnt."""
+    distill_temperature: float = 1.0
+    """By what the logits of teacher and student are divided before they are compared; of
+    distill."""
 
     def __post_init__(self) -> None:
         name = self.objective
@@ -64,6 +79,10 @@ class Objective:
             "undesirable_weight": ("kto",),
             "reference": WITH_REFERENCE,
             "beta": tuple(USUAL_BETA),
+            "teacher": ("distill",),
+            "divergence": ("distill",),
+            "teacher_top_k": ("distill",),
+            "distill_temperature": ("distill",),
         }
         check_config(
             self,
@@ -77,8 +96,16 @@ class Objective:
                 "desirable_weight": ABOVE_0,
                 "undesirable_weight": ABOVE_0,
                 "reference": one_of(Reference),
+                "teacher": TEXT,
+                "divergence": one_of(Divergence),
+                "teacher_top_k": whole_number(1),
+                "distill_temperature": ABOVE_0,
             },
             contradictions={
+                "distill learns from a teacher; name the directory of another adapter of this base "
+                "by teacher": name == "distill" and not self.teacher,
+            }
+            | {
                 f"{key} would do nothing with {name}; it is of {', '.join(names)}": (
                     name not in names
                     and getattr(self, key) != type(self).__dataclass_fields__[key].default
@@ -105,15 +132,17 @@ class Objective:
     ) -> dict[str, bool]:
         """Return a message for each setting of a run that does not go with this objective, and
         whether it is set."""
-        others = self.objective != "sft"
+        others, distills = self.objective != "sft", self.objective == "distill"
+        compares = others and not distills
         return {
             f"long_rows split makes several rows of one, and {self.objective} compares whole ones; "
-            "take cut, drop or error": others and splits,
+            "take cut, drop or error": compares and splits,
             f"deduplicate compares answers, not what {self.objective} learns from": (
-                others and deduplicates
+                compares and deduplicates
             ),
             f"new_words would be learnt from preferences; train the words on answers first, and "
-            f"start {self.objective} from that model": others and new_words,
+            f"start {self.objective} from that model": compares and new_words,
+            "new_words are tokens that the teacher does not have": distills and new_words,
             f"{self.objective} reads whole rows, and context_parallel deals their tokens; leave it "
             "at 1": others and context_parallel > 1,
             f"replay_passes records passes of answers alone, not of {self.objective}": (
@@ -131,7 +160,9 @@ class Objective:
         """What a row of the data is."""
         if self.objective in ON_POLICY:
             return "prompts"
-        return {"sft": "answers", "kto": "judged"}.get(self.objective, "pairs")  # type: ignore[return-value]
+        return {"sft": "answers", "distill": "answers", "kto": "judged"}.get(
+            self.objective, "pairs"
+        )  # type: ignore[return-value]
 
     @property
     def rows_of_an_example(self) -> int:
@@ -146,7 +177,7 @@ class Objective:
     @property
     def share_of_rate(self) -> float:
         """The learning rate, as a share of that for answers."""
-        return 1.0 if self.objective in ("sft", "orpo", "cpo") else SHARE_OF_RATE
+        return 1.0 if self.objective in ("sft", "orpo", "cpo", "distill") else SHARE_OF_RATE
 
 
 ANSWERS = Objective()  # supervised fine-tuning

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from veneer.data.encode import UNLABELLED
 from veneer.data.packing import Batch
+from veneer.kernels.cross_entropy import TokenLoss
 from veneer.kernels.transfer import sent
 
 
@@ -48,12 +50,16 @@ class Criterion(Protocol):
         """Return what the sums over a step are divided by."""
         ...
 
+    def token_loss(self, batch: Batch, device: torch.device) -> TokenLoss | None:
+        """Return what the losses of the batch's label tokens are, if not −log p."""
+        return None
+
     def __call__(self, losses: Tensor, batch: Batch, counts: StepCounts) -> Outcome:
-        """Return what a batch adds to its step, by −log p of its label tokens, (labelled,)."""
+        """Return what a batch adds to its step, by the losses of its label tokens, (labelled,)."""
         ...
 
 
-class MeanLoss:
+class MeanLoss(Criterion):
     """The mean loss of the label tokens: supervised fine-tuning."""
 
     metrics: Sequence[str] = ()

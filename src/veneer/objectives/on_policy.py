@@ -12,7 +12,7 @@ from torch import Tensor
 from veneer.data.packing import Batch
 from veneer.kernels.transfer import sent
 from veneer.objectives import policy
-from veneer.objectives.criterion import Outcome, StepCounts, label_counts
+from veneer.objectives.criterion import Criterion, Outcome, StepCounts, label_counts
 from veneer.objectives.policy_config import OnPolicy
 
 
@@ -30,7 +30,7 @@ class Drawn:
 
 
 @dataclass(eq=False)
-class PolicyCriterion:
+class PolicyCriterion(Criterion):
     """The loss of a policy over the samples of a step, in each of its updates.
 
     of_answers: whether ratios are those of whole answers, as in RLOO (Ahmadian et al. 2024, section

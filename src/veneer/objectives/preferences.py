@@ -40,7 +40,7 @@ def criterion_of(
     return Pairs(objective, reference)
 
 
-class Pairs:
+class Pairs(Criterion):
     """DPO, IPO, SimPO, ORPO and CPO, in the mean over pairs. The rows of a pair follow each other.
 
     metrics: the mean rewards, β times what the loss compares; the share of pairs whose chosen
@@ -97,7 +97,7 @@ class Pairs:
         return Outcome(loss, sums)
 
 
-class Judged:
+class Judged(Criterion):
     """KTO, in the mean over answers. Behind each answer's row is one of the same prompt with
     another prompt's answer, by which the distance from the reference is measured: of the answers
     that share a pass.

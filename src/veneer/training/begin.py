@@ -133,15 +133,13 @@ def check_types(model: object, examples: Sequence[object]) -> None:
 def check_objective(objective: Objective, config: TrainConfig, examples: Sequence[Example]) -> None:
     """Raise ConfigError for settings with which an objective cannot be, DataError for rows that are
     not what it learns from. examples: one or two of the rows."""
-    if objective.shape == "answers":
-        if any(example.second for example in examples):
-            raise DataError("These rows are pairs; name an objective that learns from pairs.")
-        return
+    if objective.shape == "answers" and any(example.second for example in examples):
+        raise DataError("These rows are pairs; name an objective that learns from pairs.")
     contradictions = objective.against(
         context_parallel=config.context_parallel, replay_passes=config.replay_passes
     )
     check_config(config, opening="This run cannot be", rules={}, contradictions=contradictions)
-    if objective.shape != "prompts" and any(not example.second for example in examples):
+    if objective.shape in ("pairs", "judged") and any(not example.second for example in examples):
         raise DataError(
             f"{objective.objective} learns from rows that are {objective.shape}; make them by "
             f"load_examples(..., shape={objective.shape!r})."

@@ -77,7 +77,7 @@ def measure(
         sums = no_sums(model, criterion)
         for rows, counts in own:
             batch = pack(examples, rows)
-            losses = forward.losses(model, batch)
+            losses = forward.losses(model, batch, criterion.token_loss(batch, model.device))
             if counts:
                 add_outcome(sums, criterion(losses, batch, of_all))
         return sums

@@ -31,6 +31,7 @@ from veneer.training.adamw8bit import check_optimizer
 from veneer.training.choose import as_before
 from veneer.training.planned import free_on, plan_run, why_no_merge
 from veneer.training.recipe import Recipe
+from veneer.training.teacher import check_alone, read_teacher
 
 IN_A_PASS = "what a pass keeps"  # on the disk
 
@@ -112,6 +113,10 @@ def preflight(
             skeleton = skeleton_of(config)
             start = adapters.read(recipe.start_from, skeleton)
             recipe = start_from.settled(recipe, start, skeleton)
+        with checks.check():
+            if (teacher := recipe.objective.teacher) is not None:
+                check_alone(processes)
+                read_teacher(teacher, skeleton_of(config))
         with checks.check():
             check_replaceable(recipe.adapter, marker=native.config_name(recipe.method.method))
             check_replaceable(recipe.merged, marker=merged.marker_of(config))

@@ -26,6 +26,7 @@ from veneer.training.preflight import Preflight
 from veneer.training.recipe import Recipe
 from veneer.training.rows import RunRows, in_every_process, load_rows
 from veneer.training.state import other_settings
+from veneer.training.teacher import DIGEST
 
 # As YOUNGER, of all of a recipe.
 YOUNGER_SETTINGS = {
@@ -123,7 +124,7 @@ def _check_goes_on(recipe: Recipe, before: Mapping[str, Any], **more: str) -> No
 
     more: what is known beside the recipe, of data, base, computed_in; the loop checks the others
     """
-    beside = {"data", "base", "computed_in"} - {*more}
+    beside = {"data", "base", "computed_in", DIGEST} - {*more}
     before, now = (
         {name: value for name, value in settings.items() if name not in beside}
         for settings in (before, {**settings_of(recipe), **more})

@@ -127,6 +127,9 @@ class Recipe:
                 "init loftq makes up for what rounding to fewer bits takes; give bits 4 or 8 too": (
                     self.lora.init == "loftq" and self.quantized_bits is None
                 ),
+                f"{method} trains the base's own weights, over which a teacher acts; take lora": (
+                    self.objective.teacher is not None and self.method.replaces_weights
+                ),
                 f"{method} trains weights, which cannot be in {self.bits} bits": (
                     self.method.replaces_weights and self.quantized_bits is not None
                 ),

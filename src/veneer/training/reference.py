@@ -3,8 +3,6 @@ beside the encoded rows for whoever trains on the same ones."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -27,13 +25,10 @@ from veneer.objectives.config import Objective
 from veneer.objectives.criterion import Criterion, rows_of
 from veneer.objectives.preferences import LogProbabilities, Pairs, criterion_of
 from veneer.processes.world import World
+from veneer.training.beside_rows import place_of
+from veneer.training.teacher import distillation_over
 from veneer.training.threads import worthwhile_threads
 
-# What of a run's identity its reference's numbers depend on; sizes of passes, by their rounding.
-DECIDES = (
-    *("split", "base", "data", "computed_in", "method", "bits", "pack_head", "device", "reference"),
-    *("tokens_per_step", "tokens_per_batch"),
-)
 FILE = "reference.npy"
 
 
@@ -48,7 +43,12 @@ def criteria_over(
     tokens_per_batch: int,
 ) -> list[Criterion]:
     """Return an objective over the examples of each split of a run's rows, which are measured by
-    its reference where it has one. identity: of the run. The model is as the run starts."""
+    its reference or its teacher where it has one. identity: of the run. The model is as the run
+    starts."""
+    if objective.teacher is not None:
+        return distillation_over(
+            *(objective, splits, model), identity=identity, tokens_per_batch=tokens_per_batch
+        )
     with worthwhile_threads(model):
         return [
             _criterion_over(
@@ -74,7 +74,7 @@ def _criterion_over(
     if not objective.has_reference:
         return criterion_of(objective, examples)
     of_base = objective.reference == "base"
-    place = _place(identity) if of_base and "base" in identity else None
+    place = place_of(identity, FILE, "reference") if of_base and "base" in identity else None
     shape = (len(examples), 2)
     values = world.first(lambda: _read(place, shape))
     if values is None:
@@ -131,12 +131,6 @@ def log_probabilities(
         world.total(own, exchanges=forward.exchanges(model))
     world.add_up(values)
     return values.numpy()
-
-
-def _place(identity: Mapping[str, Any]) -> Path:
-    settings = {name: identity.get(name) for name in DECIDES}
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return cache.home() / hashlib.sha256(text.encode()).hexdigest()[:32] / FILE
 
 
 def _read(place: Path | None, shape: tuple[int, int]) -> LogProbabilities | None:

@@ -63,6 +63,7 @@ from veneer.training.optimizer import FlatAdamW
 from veneer.training.reference import criteria_over, preference_of
 from veneer.training.state import Progress, RunState, changes_of
 from veneer.training.step import StepToLearn, counts_of, seed_of
+from veneer.training.teacher import identity_of_teacher
 from veneer.training.threads import worthwhile_threads
 from veneer.training.watch import Watch
 
@@ -124,7 +125,8 @@ class Run:
         assert config.tokens_per_step is not None
         self.model, self.examples, self.config = model, examples, config
         self.held_out, self.directory, self.world = held_out, directory, world
-        self.identity = config.course | objective.course | dict(identity)
+        taught = identity_of_teacher(objective, model, world)
+        self.identity = config.course | objective.course | taught | dict(identity)
         self.last_end = 0.0  # when the last step's event was made
         self.saved: list[int] = []  # the steps of this run's checkpoints, as far as they are whole
         self.going_on: list[str] = []  # what is to be known of a run that goes on
@@ -179,9 +181,11 @@ class Run:
         first = pack(self.examples, self.steps_of_epoch[self.progress.step_in_epoch][0])
         add_up = None if forward.context is None else forward.context.add_up
         counts = counts_of(self.criterion, [(first, True)], ALONE)
+        token_loss = self.criterion.token_loss(first, self.model.device)
 
         def loss() -> Tensor:
-            return self.criterion(plain.losses(self.model, first), first, counts).loss
+            losses = plain.losses(self.model, first, token_loss)
+            return self.criterion(losses, first, counts).loss
 
         start_from_gradients(self.model, loss, add_up=add_up)
 
@@ -189,6 +193,8 @@ class Run:
         """Make the objective one over these rows, which its reference measures, if it has one."""
         if self.objective.has_reference:
             yield Doing("Measuring the rows by the reference model")
+        if self.objective.teacher is not None:
+            yield Doing("Asking the teacher about the rows")
         self.criterion, self.held_out_criterion = criteria_over(
             self.objective,
             {"train": self.examples, "valid": self.held_out},

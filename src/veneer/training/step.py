@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from veneer.data.encode import Example
 from veneer.data.packing import Batch, StepOrder, idle_rows, pack
 from veneer.fused.forward import Forward
+from veneer.kernels.cross_entropy import TokenLoss
 from veneer.kernels.transfer import OnTheWay, has_queue
 from veneer.objectives.criterion import MEAN_LOSS, Criterion, Outcome, StepCounts
 from veneer.processes.world import ALONE, World
@@ -121,9 +122,13 @@ class StepUnderWay:
         """What its losses are divided by."""
         return self.asked.criterion.divisor(self.counts)
 
+    def token_loss(self, batch: Batch) -> TokenLoss | None:
+        """Return what the losses of a batch's label tokens are, −log p unless given."""
+        return self.asked.criterion.token_loss(batch, self.sums.device)
+
     def loss(self, losses: Tensor, batch: Batch) -> Tensor:
         """Return a batch's loss, with its gradient, and count it among the sums. losses (labelled,)
-        are −log p of its label tokens."""
+        are those of its label tokens."""
         outcome = self.asked.criterion(losses, batch, self.counts)
         add_outcome(self.sums, outcome)
         return outcome.loss
@@ -163,7 +168,7 @@ def learn(
             if passes is not None:
                 step.sums[0] += passes(batch, step.divisor)
                 continue
-            losses = forward.losses(model, batch)
+            losses = forward.losses(model, batch, step.token_loss(batch))
             loss = step.loss(losses, batch) if counts else 0 * losses.sum()
             (loss / step.divisor).backward()
         return step.sums

@@ -19,6 +19,7 @@ AUTO = "auto"
 HYPERPARAMETERS = ("n_epochs", "learning_rate_multiplier", "batch_size")
 # Settings of a run that OpenAI has a parameter for, or that are the server's to decide.
 _NOT_OWN = {"seed", "context_parallel", "eval_data"}
+_NOT_OWN |= {"teacher", "divergence", "teacher_top_k", "distill_temperature"}  # a directory here
 GROUPS: dict[str, type] = {
     "lora": LoRA,
     "training": TrainConfig,

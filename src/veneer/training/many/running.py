@@ -129,21 +129,18 @@ class RunningJob:
     @property
     def waiting(self) -> Waiting:
         """What the next pass may take of it."""
-        progress = self.run.progress
-        return Waiting(len(self._batch.batch.tokens), progress.step / self.run.steps)
-
-    @property
-    def _batch(self) -> AdapterBatch:
         assert self.step is not None
         batch, _ = self.step.batches[self.next_batch]
-        loss = partial(self.step.loss, batch=batch)
-        return AdapterBatch(self.name, batch, self.step.divisor, self.generator, loss)
+        return Waiting(len(batch.tokens), self.run.progress.step / self.run.steps)
 
     def take(self) -> AdapterBatch:
         """Return the batch that the next pass takes."""
-        batch = self._batch
+        step = self.step
+        assert step is not None
+        batch, _ = step.batches[self.next_batch]
         self.next_batch += 1
-        return batch
+        loss, token_loss = partial(step.loss, batch=batch), step.token_loss(batch)
+        return AdapterBatch(self.name, batch, step.divisor, self.generator, loss, token_loss)
 
     def learnt(self) -> None:
         """Note that the batch that was taken last is learnt; the step's last one ends the step."""

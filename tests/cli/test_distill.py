@@ -1,0 +1,49 @@
+"""`veneer tune --objective distill`: from a teacher's run to the student's, and each mistake."""
+
+import pytest
+import yaml
+
+from support.tuned_facts import metrics
+
+
+@pytest.fixture
+def tune_refused(tune, capsys):
+    """Run `veneer tune` with an objective that must fail with one error; return that."""
+
+    def tune_command(*flags: object) -> str:
+        capsys.readouterr()
+        assert tune(*flags) == 2
+        error = capsys.readouterr().err
+        assert error.count("Error:") == 1
+        assert "Traceback" not in error
+        return " ".join(error.split())
+
+    return tune_command
+
+
+def test_a_student_learns_from_a_run(tune, tune_refused, tmp_path, capsys):
+    teacher, out, nothing = (tmp_path / name for name in ("teacher", "student", "nothing"))
+    assert tune("--rank", 4, "--steps", 4, "--out", teacher) == 0
+    flags = ("--objective", "distill", "--teacher", teacher, "--rank", 2, "--steps", 6)
+    assert tune(*flags, "--out", out) == 0
+    losses = [line["loss"] for line in metrics(out)]
+    assert 0 < losses[-1] < losses[0]
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["teacher"] == str(teacher)
+    assert recipe["divergence"] == "forward"
+
+    text = tune_refused(*flags, "--out", out, "--resume", "--divergence", "reverse")
+    assert "divergence" in text
+    again = ("--objective", "distill", "--out", nothing)
+    assert "name the directory of another adapter" in tune_refused(*again)
+    assert "is no directory" in tune_refused(*again, "--teacher", tmp_path / "none")
+    assert "is a whole model" in tune_refused(*again, "--teacher", teacher / "lora_merged")
+    assert "a server's" in tune_refused(*again, "--teacher", "http://here/v1")
+    assert "would do nothing with sft" in tune_refused("--teacher", teacher, "--out", nothing)
+    text = tune_refused(*again, "--teacher", teacher, "--divergence", "both")
+    assert "both" in text
+    text = tune_refused(*again, "--teacher", teacher, "--teacher-top-k", 0)
+    assert "teacher_top_k is 0" in text
+    text = tune_refused(*again, "--teacher", teacher, "--new-words", "two words")
+    assert "new_words are tokens that the teacher does not have" in text
+    assert not nothing.exists()
