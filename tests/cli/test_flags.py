@@ -247,6 +247,7 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
         "new_words": "some",
         "eval_data": "more.jsonl",
         "start_from": "another/adapter",
+        "teacher": "another/teacher",
         "reward": "tests",
         "model": "n",
         "data": "e",

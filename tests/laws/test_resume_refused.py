@@ -18,8 +18,10 @@ from veneer.training.events import Checkpointed, Skipped, Stopped
 def test_steps_that_were_skipped_in_a_row_are_remembered(tmp_path, monkeypatch):
     from veneer.fused.forward import Forward
 
-    def spoilt(self: Forward, model: Any, batch: Any, call: Any = Forward.losses) -> Tensor:
-        losses = call(self, model, batch)
+    call: Any = Forward.losses
+
+    def spoilt(self: Forward, model: Any, *batch: Any) -> Tensor:
+        losses: Tensor = call(self, model, *batch)
         return losses * float("nan") if model.training else losses
 
     monkeypatch.setattr(Forward, "losses", spoilt)

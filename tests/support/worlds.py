@@ -136,9 +136,9 @@ def trained(case: Case, world: World, place: Path) -> Result:
     rows = case.rows()
     own, passes, at = forward.Forward.losses, 0, [0]
 
-    def spoilt(self: Any, model: Any, batch: Any) -> Tensor:
+    def spoilt(self: Any, model: Any, batch: Any, *more: Any) -> Tensor:
         nonlocal passes
-        losses = own(self, model, batch)
+        losses = own(self, model, batch, *more)
         if not model.training or case.spoilt is None:
             return losses
         passes += 1

@@ -20,8 +20,8 @@ def spoil(monkeypatch: Any, when: Any, value: float = math.nan) -> None:
     """Let the loss of those training passes be `value` times itself for which `when` says so."""
     plain, passes = Forward.losses, iter(range(10_000))
 
-    def losses(self: Forward, model: Any, batch: Any) -> Tensor:
-        own = plain(self, model, batch)
+    def losses(self: Forward, model: Any, batch: Any, *more: Any) -> Tensor:
+        own = plain(self, model, batch, *more)
         return own * value if model.training and when(next(passes), batch) else own
 
     monkeypatch.setattr(Forward, "losses", losses)
