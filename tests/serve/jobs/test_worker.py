@@ -15,7 +15,7 @@ from veneer.files import read_tensors, write_json
 from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.serve.jobs.log import End, read_on
 from veneer.serve.jobs.settings import TrainingBase, settings_of
-from veneer.serve.jobs.values import WorkerFiles
+from veneer.serve.jobs.values import JobEvent, WorkerFiles
 from veneer.serve.jobs.worker import Asked, Together, Work, work
 
 
@@ -113,6 +113,8 @@ def test_jobs_train_together_and_go_on_together(small, tmp_path):
     join(first, 1, second, bad)
     work(first, 1, AfterSteps(8))
     assert [end_of(log).how for log in logs] == ["stopped", "stopped", "apart"]
+    events = [line.content for log in logs for line in read_on(log, 0)[0]]
+    assert not [x for x in events if isinstance(x, JobEvent) and str(tmp_path) in x.message]
     steps = [max(checkpoint_steps(run / "checkpoints")) for run in (first, second)]
     assert 0 < steps[0] < 6
     assert 0 < steps[1] < 4
@@ -170,13 +172,15 @@ def test_preferences_are_learnt(small, tmp_path):
     assert "Read 24 rows" in read_on(log, 0)[0][0].content.message
 
 
-def test_faults_of_rows_are_named_without_our_paths(small, tmp_path):
+@pytest.mark.parametrize("hyperparameters", [ASKED, {}])  # without any it may share passes
+def test_faults_of_rows_are_named_without_our_paths(small, tmp_path, hyperparameters):
     run = tmp_path / "run"
-    log = asked(small, run, long_rows="error", max_length=2)
+    log = asked(small, run, long_rows="error", max_length=2, hyperparameters=hyperparameters)
     work(run, 1, Asked(None))
     end = read_on(log, 0)[0][-1].content
     assert (end.how, end.fault.code) == ("failed", "invalid_training_file")
     assert "rows.jsonl:1" in end.fault.message
+    assert run.name not in end.fault.message
     assert str(small[1].parent) not in end.fault.message
 
 

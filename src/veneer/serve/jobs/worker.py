@@ -105,7 +105,9 @@ class Work:
         self.log.end(how, fault)
 
     def fail(self, error: Exception) -> None:
-        """Write by which error the job ended."""
+        """Write by which error the job ended: its own, where one that names jobs is about that."""
+        if isinstance(error, ConfigError) and isinstance(error.__cause__, VeneerError | OSError):
+            error = error.__cause__
         if not isinstance(error, VeneerError | OSError):
             traceback.print_exception(error)
         fault = fault_of(error)

@@ -13,6 +13,7 @@ class JobProblems:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
+        self._errors: list[Exception] = []
 
     def add(self, name: str, text: str) -> None:
         """Note a problem of a job."""
@@ -25,8 +26,11 @@ class JobProblems:
             yield
         except (VeneerError, OSError) as error:
             self.add(name, str(error))
+            self._errors.append(error)
 
     def end(self) -> None:
-        """Raise ConfigError where there are problems."""
+        """Raise ConfigError where there are problems; its cause is the error of a job, where that
+        is all there is."""
         if self._lines:
-            raise ConfigError(f"These jobs cannot begin:{''.join(self._lines)}")
+            only = self._errors[0] if len(self._lines) == len(self._errors) == 1 else None
+            raise ConfigError(f"These jobs cannot begin:{''.join(self._lines)}") from only

@@ -16,7 +16,7 @@ from veneer.models.load import Base, load_base
 from veneer.objectives.config import ANSWERS
 from veneer.plan.plan import Plan
 from veneer.processes.world import World
-from veneer.run_directory import RunDirectory
+from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.run_lock import RunLock
 from veneer.training.config import TOKENS_PER_PASS
 from veneer.training.evaluate import Measurement
@@ -306,7 +306,7 @@ class _Runs:
             held_out=rows.held_out,
             directory=run.checkpoints,
             identity={"computed_in": prepared.ahead.dtype_name, **identity},
-            resume=resume,
+            resume=resume and bool(checkpoint_steps(run.checkpoints)),
             through=through,
             among=OneOfSeveral(
                 self.evaluate_at, lambda: self.saves(name), self._measured_at_start(prepared)
