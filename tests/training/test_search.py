@@ -24,6 +24,7 @@ from veneer.training.events import Checkpointed, Evaluated, Event, Step
 from veneer.training.many import train as many
 from veneer.training.search.result import Cost, TrialBegun, TrialEnded, markdown
 from veneer.training.search.run import _Trials
+from veneer.training.search.space import Range
 from veneer.training.search.study import SearchStudy
 
 ROWS = [
@@ -237,6 +238,23 @@ def test_no_trial_begins_after_the_minutes_however_many_have_ended_since(monkeyp
         trials._note_seconds()
     assert trials._next(3) == {}
     assert trials.study.seconds == 61
+
+
+def test_who_came_first_to_a_point_makes_way_once_others_are_better(tmp_path):
+    space = {"lr": Range(1e-3, 1e-1, log=True, whole=False)}
+    study = SearchStudy(tmp_path / "study.db", space, CONFIG, seed=0)
+    first, second, third = (study.ask().number for _ in range(3))
+    assert not study.report(first, 11, 3.0)
+    assert study.overtaken() == set()
+    assert not study.report(second, 11, 2.0)
+    assert study.overtaken() == {first}
+    assert not study.report(second, 33, 1.9)
+    assert not study.report(third, 11, 1.5)
+    assert study.overtaken() == {first}  # the second is past the point
+    assert not study.report(third, 33, 1.4)
+    assert study.overtaken() == {first, second}
+    assert not study.report(second, 67, 1.8)
+    assert study.overtaken() == {first}
 
 
 def test_a_file_that_is_no_study_is_refused_with_what_to_do(tmp_path):

@@ -58,7 +58,7 @@ from veneer.training.search.space import (
     usual_values,
     with_values,
 )
-from veneer.training.search.study import KEEP_ONE_OF, MEASUREMENTS, SearchStudy
+from veneer.training.search.study import KEEP_ONE_OF, MEASUREMENTS, SECOND, SearchStudy
 
 # Steps that the first trial makes alone, of which the first is not timed: what it costs to share no
 # pass is measured, and nothing is done twice for it.
@@ -243,7 +243,7 @@ class _Trials:
     def saves(self, name: str) -> bool:
         """Return whether a trial's state is worth a checkpoint: one that is stopped to go on, or
         that has come so far that it may well go to its end."""
-        far = max(self.training[name].losses, default=0) >= 100 // KEEP_ONE_OF
+        far = max(self.training[name].losses, default=0) >= SECOND
         return name not in self.leaving and (far or self.asked_to_stop())
 
     def take(self, name: str, event: Event) -> Iterator[tuple[str, Event]]:
@@ -265,6 +265,8 @@ class _Trials:
                     self.training[name] = replace(trial, losses={**trial.losses, done: loss})
                 if done not in trial.losses and self.study.report(trial.number, done, loss):
                     self.leaving.add(name)
+                overtaken = self.study.overtaken()
+                self.leaving |= {n for n, it in self.training.items() if it.number in overtaken}
             case Stopped(_, "interrupted") if name in self.leaving:
                 yield self._end(name, "pruned")
             case Stopped(_, "interrupted"):

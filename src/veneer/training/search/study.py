@@ -24,7 +24,8 @@ NAME = "veneer"  # of the study in its file
 # ninth, of the way may make way for others (successive halving by three).
 MEASUREMENTS, KEEP_ONE_OF = 9, 3
 AT_RANDOM = 10  # trials, at most, of which the sampler learns before it chooses
-FIRST = 100 // MEASUREMENTS  # per cent of the steps at which a trial is measured first
+# Per cent of the steps at which halving judges trials.
+FIRST, SECOND = 100 // MEASUREMENTS, 100 // KEEP_ONE_OF
 # Attributes of the study, and of its trials.
 SETTINGS, SPEED, SECONDS, STEPS = "settings", "tokens a second alone", "seconds", "steps"
 
@@ -43,7 +44,7 @@ class SearchStudy:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         path.parent.mkdir(parents=True, exist_ok=True)
         samplers = optuna.samplers
-        self._optuna, self._space = optuna, space
+        self._optuna, self._space, self._halves = optuna, space, config.pruner == "halving"
         try:
             self.study: Study = optuna.create_study(
                 storage=f"sqlite:///{path}",
@@ -125,6 +126,29 @@ class SearchStudy:
         trial = self._live[number]
         trial.report(loss, done)
         return done < 100 and trial.should_prune()
+
+    def overtaken(self) -> set[int]:
+        """Return the trials that train which by now are not among the best at the point that they
+        came past last: whoever comes to one first goes past it, however bad."""
+        if not self._halves:
+            return set()
+        trials = self.study.get_trials(deepcopy=False)
+        overtaken: set[int] = set()
+        for point, until in ((FIRST, SECOND), (SECOND, 2 * SECOND)):
+            losses: dict[
+                int, float
+            ] = {}  # of each trial, at the point or as soon after as measured
+            for trial in trials:
+                measured = trial.intermediate_values
+                if (done := min((d for d in measured if d >= point), default=None)) is not None:
+                    losses[trial.number] = measured[done]
+            stay = sorted(losses.values())[: max(1, len(losses) // KEEP_ONE_OF)]
+            overtaken |= {
+                number
+                for number in self._live.keys() & losses.keys()
+                if max(trials[number].intermediate_values) < until and losses[number] > stay[-1]
+            }
+        return overtaken
 
     def note_steps(self, trial: TrialResult) -> None:
         """Note how many steps and tokens a trial has learnt from, and the steps that it has."""
