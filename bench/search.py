@@ -29,9 +29,9 @@ from veneer.training.events import Evaluated, Started, Written
 from veneer.training.search.space import with_values
 
 RATES, RANKS, TARGETS = (1e-4, 1e-2), (4, 8, 16, 64), ("attention", "all")
-# So many that all come to their ends within the time of eight whole ones: of trials that halving
-# judges, all make a ninth of their steps, a third or so makes a third, and a ninth or so all.
-TRIALS, TOGETHER = 16, 4
+# So few that the best comes to its end within the time of eight whole ones, on the smallest bases
+# too, where beginning a trial costs as much as its first steps.
+TRIALS, TOGETHER = 12, 4
 OVER = {"lr": f"{RATES[0]}..{RATES[1]}", "rank": RANKS, "targets": TARGETS}
 
 
