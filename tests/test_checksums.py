@@ -46,9 +46,10 @@ def test_any_flipped_bit_is_seen(place):
     (place / "new").write_text("")
     assert problems_of(place) == {"in/b c": "missing"}
     assert unlisted(place) == ["new"]
-    (place / SUMS).write_text("no checksum\n")
-    with pytest.raises(AdapterError, match="SHA256SUMS is damaged"):
-        problems_of(place)
+    for line in ("no checksum", f"{'0' * 64}  ../b", f"{'0' * 64}  /etc/hostname"):
+        (place / SUMS).write_text(f"{line}\n")
+        with pytest.raises(AdapterError, match="SHA256SUMS is damaged"):
+            problems_of(place)
 
 
 @pytest.mark.parametrize("format", ["native", "peft"])
@@ -62,8 +63,9 @@ def test_an_adapter_with_a_flipped_bit_is_not_loaded(format, tmp_path):
     assert start > 0
     data[start] ^= 1  # the lowest bit of a number, which is a number still
     file.write_bytes(data)
-    with pytest.raises(AdapterError, match=f"{file.name} is not as it was written"):
+    with pytest.raises(AdapterError, match=f"{file.name} is not as it was written") as caught:
         veneer.load(tiny("llama"), tmp_path / "a")
+    assert f"if you changed it on purpose, remove {tmp_path / 'a' / SUMS}" in str(caught.value)
     (tmp_path / "a" / SUMS).unlink()
     veneer.load(tiny("llama"), tmp_path / "a")
 
@@ -121,6 +123,15 @@ def test_what_a_killed_process_left_is_removed(how, tmp_path):
     assert list(tmp_path.iterdir()) == [place]
 
 
+def test_what_only_looks_like_a_leftover_stays(place):
+    for name in (".a.old-backup of mine", ".a.partial-x"):
+        (place.parent / name).mkdir()
+    before = tree(place.parent)
+    remove_leftovers(place.parent, "a")
+    remove_leftovers(place.parent)
+    assert tree(place.parent) == before
+
+
 def test_a_directory_is_removed_at_one_moment(place, monkeypatch):
     def killed(path: Path) -> None:
         raise InterruptedError
@@ -160,6 +171,12 @@ def test_a_full_disk_is_one_line(error, tmp_path):
     assert "\n" not in message
     assert caught.value.exit_code == 75
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_disk_has_no_place_for_is_not_begun(tmp_path):
+    files.check_free(tmp_path / "not" / "here", 1)
+    with pytest.raises(StorageError, match=r"takes [\d,]+ MB, but the disk has .* Nothing was"):
+        files.check_free(tmp_path, 2**62)
 
 
 def test_other_errors_stay_as_they_are(tmp_path):

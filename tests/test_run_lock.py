@@ -24,6 +24,8 @@ def test_only_one_has_it(tmp_path):
     assert first.take() == ""
     with pytest.raises(ConfigError, match=rf"another run \(process {os.getpid()} on .*, since"):
         second.take()
+    with pytest.raises(ConfigError, match=rf"If that process is gone, .* remove \S+/{LOCK}\."):
+        second.take()
     second.release()  # which has nothing
     assert (tmp_path / "a" / "b" / LOCK).exists()
     first.release()

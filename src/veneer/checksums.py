@@ -44,9 +44,13 @@ def read_sums(directory: Path) -> dict[str, str]:
         matches = [_LINE.fullmatch(line) for line in place.read_text("utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise AdapterError(f"{place} cannot be read ({error}).") from error
-    if not all(matches):
-        raise AdapterError(f"{place} is damaged: it must have a checksum and a file on each line.")
-    return {match[2]: match[1] for match in matches if match}
+    sums = {match[2]: match[1] for match in matches if match}
+    if not all(matches) or not all(map(_is_below, sums)):
+        raise AdapterError(
+            f"{place} is damaged: it must have a checksum, and a file below {directory}, on each "
+            "line. Take another copy of it, or remove that list."
+        )
+    return sums
 
 
 def problems_of(directory: Path, *, only: tuple[str, ...] = ()) -> dict[str, str]:
@@ -68,18 +72,23 @@ def problems_of(directory: Path, *, only: tuple[str, ...] = ()) -> dict[str, str
 
 def unlisted(directory: Path) -> list[str]:
     """Return the files below a directory of which its list says nothing."""
-    return [name for name in _names(directory) if name not in read_sums(directory)]
+    sums = read_sums(directory)
+    return [name for name in _names(directory) if name not in sums]
 
 
-def check_directory(directory: Path, *, only: tuple[str, ...] = ()) -> None:
+def check_sums(directory: Path, *, only: tuple[str, ...] = ()) -> None:
     """Raise AdapterError, naming the files, where some are not as they were written. only: as in
     `problems_of`"""
     if problems := problems_of(directory, only=only):
         lines = listed(f"{name} is {why}" for name, why in problems.items())
         raise AdapterError(
-            f"{directory} is damaged: {lines}. Take another copy of it. If it was changed on "
-            f"purpose, remove {SUMS} there."
+            f"{directory} is damaged, or was changed: {lines}. Take another copy of it; or, if you "
+            f"changed it on purpose, remove {directory / SUMS}."
         )
+
+
+def _is_below(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in name.split("/")
 
 
 def _names(directory: Path) -> list[str]:

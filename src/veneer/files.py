@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # In the names of what is being written, and of a directory that is being replaced. Their random end
 # comes after the last dot, for torch writes what is before that into the file.
 PARTIAL, OLD = ".partial-", ".old-"
+RANDOM = 8  # characters that tempfile adds
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h and linux/fs.h
 # By which errors of torch, safetensors and numpy say what the system's error was.
 SIGNS_OF_FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
@@ -129,18 +130,23 @@ def remove_leftovers(directory: Path, name: str = "*") -> None:
         import fcntl
     except ImportError:
         return
-    for old in directory.glob(f".{_literal(name)}{OLD}*"):
+    for old in directory.glob(f".{_literal(name)}{OLD}{'?' * RANDOM}"):
         original = old.with_name(old.name[1:].rpartition(OLD)[0])
         with suppress(OSError):
             shutil.rmtree(old) if original.exists() else old.rename(original)
-    for leftover in directory.glob(f".{_literal(name)}{PARTIAL}*"):
+    for leftover in directory.glob(f".{_literal(name)}{PARTIAL}{'?' * RANDOM}"):
         with suppress(OSError):
-            handle = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
+            handle = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             finally:
                 os.close(handle)
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a name is one that `remove_leftovers` looks for."""
+    return bool(re.fullmatch(rf"\..+({re.escape(PARTIAL)}|{re.escape(OLD)}).{{{RANDOM}}}", name))
 
 
 def _claim(handle: int) -> None:
@@ -173,6 +179,16 @@ def check_writable(directory: Path) -> None:
             f"{above} cannot be written to ({error.strerror or error}); name another place than "
             f"{directory}."
         ) from error
+
+
+def check_free(path: Path, size: int) -> None:
+    """Raise StorageError where the disk has fewer free bytes than what is to be written there."""
+    usage = shutil.disk_usage(nearest_existing(path))
+    if usage.total and usage.free < size:  # some network file systems say nothing
+        raise StorageError(
+            f"{path} takes {size / 1e6:,.0f} MB, but the disk has {usage.free / 1e6:,.0f} MB. "
+            "Nothing was written. Make room or name another place, and run the command again."
+        )
 
 
 def nearest_existing(path: Path) -> Path:

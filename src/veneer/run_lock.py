@@ -51,7 +51,8 @@ class RunLock:
                 file.close()
                 raise ConfigError(
                     f"{self.path.parent} is being written by another run ({_named(owner)}). Wait "
-                    "for its end, stop it, or name another place by --out."
+                    "for its end, stop it, or name another place by --out. If that process is "
+                    f"gone, and with it all that it started, remove {self.path}."
                 )
             if _is_at(file, self.path):
                 break

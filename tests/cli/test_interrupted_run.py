@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -190,6 +189,7 @@ def test_output_that_nobody_reads_ends_no_run(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "silence", lambda: silenced.append(True))
     assert tune("--out", tmp_path / "out", "--steps", 2) == 0
     assert silenced
+    assert LOCK not in names(tmp_path / "out")
 
 
 def test_two_runs_do_not_write_into_one_directory(tune, tmp_path, capsys):
@@ -201,8 +201,6 @@ def test_two_runs_do_not_write_into_one_directory(tune, tmp_path, capsys):
         assert names(tmp_path / "out") == {LOCK}
     finally:
         lock.release()
-    assert tune("--out", tmp_path / "out", "--steps", 2) == 0
-    assert LOCK not in names(tmp_path / "out")
 
 
 PRINTS = """
@@ -219,9 +217,11 @@ OUTPUT.print("x")
 """
 
 
-def test_only_what_cannot_be_printed_is_silenced():
+def test_only_what_cannot_be_printed_is_silenced(tmp_path):
+    script = tmp_path / "prints.py"
+    script.write_text(PRINTS)
     process = subprocess.Popen(
-        [sys.executable, "-c", PRINTS],
+        [warm.executable(), str(script)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -56,9 +56,18 @@ def test_what_has_no_checksums_is_read(directory, tmp_path, capsys):
 
 
 def test_leftovers_are_named(directory, capsys):
-    shutil.copytree(directory / "lora_adapter", directory / ".lora_adapter.partial-abc")
+    shutil.copytree(directory / "lora_adapter", directory / ".lora_adapter.partial-abcd_123")
     assert run(["verify", str(directory)]) == 0
     assert "left by a killed process" in " ".join(capsys.readouterr().out.split())
+
+
+def test_names_like_leftovers_and_a_trainers_state_are_no_damage(directory, capsys):
+    kept = directory / "lora_adapter.old-2026"
+    (directory / "lora_adapter").rename(kept)
+    torch.save({"state": {}, "param_groups": [{"lr": 0.1}]}, directory / "optimizer.pt")
+    assert run(["verify", str(directory)]) == 0
+    flip(kept / "lora_weights.pt")
+    assert run(["verify", str(directory)]) == 1
 
 
 def test_nothing_to_verify(tmp_path, capsys):

@@ -230,6 +230,8 @@ def test_what_cannot_be_trained_on_samples_is_refused():
     model = new_model(invocation=(5,))
     with pytest.raises(ConfigError, match="acts from an invocation on draws no samples"):
         next(run(model))
+    with pytest.raises(ConfigError, match="on_spike skip is for answers that are given"):
+        next(run(new_model(), replace(COURSE, on_spike="skip")))
     with pytest.raises(ConfigError, match="one adapter of low rank has to act"):
         next(
             run(new_model().requires_grad_(True), config=SHORT)

@@ -132,6 +132,8 @@ def test_a_disk_without_room_for_the_results_is_refused(recipe, monkeypatch):
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     checkpoints = 4  # two of the newest, the best, and one that is being written
     needed = 4 * (parameters + trained + checkpoints * 3 * trained)  # with model and adapter
+    recipe.out.mkdir()
+    (recipe.out / "mine").write_text("It stays, and makes no room.")
     for free, enough in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: Usage(free))
         if enough:

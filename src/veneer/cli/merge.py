@@ -23,6 +23,7 @@ from veneer.cli.loading import NAME, base_of, load_adapted
 from veneer.cli.tables import merge_lines, merge_table, merged_table
 from veneer.data.sources import files_of
 from veneer.errors import Checks, ConfigError, MergeError
+from veneer.files import check_free
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +83,7 @@ def merge(
     loaded = load_adapted(base, {NAME: adapter}, loading, checks=checks, announce=True)
     show_doing("Merging")
     plain = veneer.merge(loaded.model)
+    check_free(out, sum(weight.nbytes for weight in plain.parameters()))
     show_doing("Comparing the merged model with the base and its adapter")
     report = veneer.certify(loaded.model, plain, loaded.tokenizer, probe=probe)
     OUTPUT.print(merge_table(report))

@@ -31,6 +31,7 @@ from veneer.training.recipe import DataConfig, Recipe, Shard
 
 if TYPE_CHECKING:
     from veneer.processes.world import World
+MOST_GRACE = 10**6  # seconds: timers of the system take no number at will
 DATA_HELP = (
     "Rows to learn: .jsonl, .json, .csv, .parquet, .txt, a directory, a pattern, or hf:NAME of a "
     "data set. Several, perhaps with shares: --data a.jsonl:0.7 --data b:0.3."
@@ -116,8 +117,10 @@ def tune(
 ) -> int:
     """Return an exit code, as run_recipe does. `config` is read before this is called."""
     refuse_preset(model)
-    if grace_seconds is not None and not grace_seconds > 0:
-        raise ConfigError(f"--grace-seconds must be above 0, not {grace_seconds:g}.")
+    if grace_seconds is not None and not 0 < grace_seconds <= MOST_GRACE:
+        raise ConfigError(
+            f"--grace-seconds must be above 0 and at most {MOST_GRACE}, not {grace_seconds:g}."
+        )
     options: dict[str, Any] = {
         "resume": resume,
         "force": force,

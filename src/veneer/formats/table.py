@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from veneer.checksums import check_directory
+from veneer.checksums import check_sums
 from veneer.errors import AdapterError
 from veneer.files import read_json
 from veneer.formats import checkpoint, loralib, mlx, native
@@ -146,7 +146,7 @@ def read(path: Path, options: FormatOptions) -> AdapterState:
     state = state if options.base is None else fit(state, options.base)
     if not options.shapes_only:
         # Last, for a fault that has a name says more. Settings are for people to change.
-        check_directory(path, only=(".pt", ".safetensors"))
+        check_sums(path, only=(".pt", ".safetensors"))
     return state
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from veneer.checksums import SUMS, problems_of, read_sums, unlisted
 from veneer.errors import AdapterError, ConfigError
-from veneer.files import OLD, PARTIAL, read_tensors
+from veneer.files import is_leftover, read_tensors
 
 TENSOR_FILES = (".safetensors", ".pt")
+NO_TENSORS = ("optimizer.pt", "scheduler.pt", "scaler.pt")  # a Trainer's state, which holds more
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ def verify(path: Path) -> Iterator[Verified]:
     if not path.is_dir():
         raise ConfigError(f"{path} is no directory; name that of an adapter, a model or a run.")
     seen = False
-    for place, directories, names in os.walk(path):
+    for place, directories, names in os.walk(path, onerror=_stop):
         directories.sort()
-        for name in [name for name in directories if PARTIAL in name or OLD in name]:
+        for name in [*filter(is_leftover, directories)]:
             directories.remove(name)
             yield Verified(Path(place) / name, 0, {}, leftover=True)
-        if SUMS in names or any(name.endswith(TENSOR_FILES) for name in names):
+        if SUMS in names or any(map(_holds_tensors, names)):
             seen = True
             yield _verify(Path(place))
             if SUMS in names:
@@ -70,10 +71,18 @@ def _verify(place: Path) -> Verified:
     except AdapterError as error:
         return Verified(place, 0, {SUMS: str(error)})
     for file in sorted(place.iterdir()):
-        is_read = file.name.endswith(TENSOR_FILES) and file.name not in problems
+        is_read = _holds_tensors(file.name) and file.name not in problems
         if is_read and (problem := _problem_of_tensors(file)):
             problems[file.name] = problem
     return Verified(place, len(sums), problems, tuple(others))
+
+
+def _holds_tensors(name: str) -> bool:
+    return name.endswith(TENSOR_FILES) and name not in NO_TENSORS
+
+
+def _stop(error: OSError) -> None:
+    raise ConfigError(f"{error.filename} cannot be read ({error.strerror}).") from error
 
 
 def _problem_of_tensors(file: Path) -> str:

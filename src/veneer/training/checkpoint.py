@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.checksums import check_directory
+from veneer.checksums import check_sums
 from veneer.errors import AdapterError, TrainingError
 from veneer.files import (
     new_directory,
@@ -71,7 +71,7 @@ def read(place: Path) -> Checkpoint:
     if not isinstance(progress.get("step"), int):
         raise AdapterError(f"{place / STATE} does not say which step it holds.")
     checkpoint = Checkpoint(progress.pop("step"), read_tensors(place / TENSORS), progress)
-    check_directory(place)
+    check_sums(place)
     return checkpoint
 
 

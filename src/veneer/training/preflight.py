@@ -180,8 +180,9 @@ def bytes_on_disk(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str,
 
 
 def free_on_disk(out: Path) -> int:
-    """Return the bytes that a run may write below `out`, of which what is there is replaced."""
-    return shutil.disk_usage(nearest_existing(out)).free + size_of(out)
+    """Return the bytes that a run may write below `out`: those that are free, and those of its
+    checkpoints, which go. Earlier results stay until the new ones are written."""
+    return shutil.disk_usage(nearest_existing(out)).free + size_of(RunDirectory(out).checkpoints)
 
 
 def check_space(plan: Plan, recipe: Recipe, device: torch.device) -> None:

@@ -85,8 +85,8 @@ class Watch:
         if self.config.on_spike == "stop":
             raise DivergedError(
                 f"{text}: nothing was learnt from it, and the run ends (--on-spike stop). Look at "
-                f"its rows ({listed(places)}), lower --lr, or go on by --on-spike warn or skip, "
-                f"which takes a new start.{self._last_good()}"
+                f"its rows ({listed(places)}), and start anew (--force) with a lower --lr, or "
+                f"with --on-spike warn or skip.{self._last_good()}"
             )
         if not is_left_out:
             self.unsaid.append(f"{text}. Its rows: {listed(places)}.")

@@ -13,6 +13,7 @@ from veneer.errors import ConfigError
 from veneer.files import nearest_existing, size_of
 from veneer.plan.amounts import Amount, amount
 from veneer.plan.plan import Plan, make_plan
+from veneer.run_directory import RunDirectory
 from veneer.training.planned import with_rows
 from veneer.training.preflight import IN_A_PASS, Preflight, bytes_on_disk
 from veneer.training.prepare import Prepared
@@ -68,7 +69,7 @@ def check_space_together(jobs: Collection[Preflight], device: torch.device) -> N
         if job.plan is not None:
             bytes_of = bytes_on_disk(job.plan, job.recipe, device)
             own = sum(bytes_of.values()) - bytes_of.get(IN_A_PASS, 0)  # which they share
-            needed[disk] += max(0, own - size_of(out))  # what is there is replaced
+            needed[disk] += max(0, own - size_of(RunDirectory(out).checkpoints))  # which go
         if needed[disk] > free:
             raise ConfigError(
                 f"These jobs, up to that in {out}, need {needed[disk] / 1e6:,.0f} MB, but the disk "

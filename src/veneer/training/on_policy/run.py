@@ -110,6 +110,11 @@ def _check(model: PreTrainedModel, config: TrainConfig) -> None:
         problems.append(f"the adapter replaces weights that rows of a batch share ({beside[0]})")
     if config.context_parallel > 1 or config.replay_passes:
         problems.append("context_parallel and replay_passes are for answers that are given")
+    if config.on_spike != "warn":
+        problems.append(
+            f"on_spike {config.on_spike} is for answers that are given, as the losses of samples "
+            "differ from step to step"
+        )
     if problems:
         raise ConfigError(f"This run on samples cannot be: {'; '.join(problems)}.")
 
