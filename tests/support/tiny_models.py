@@ -189,22 +189,28 @@ CAUSAL = [*ARCHITECTURES, *OTHER_DECODERS]
 
 def tiny(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Return a random model with weights large enough for differences to show."""
-    model, random_state = _tiny(architecture, seed, dtype)
+    model, random_state = _tiny(architecture, seed, dtype, _config_of(architecture).to_json_string())
     torch.set_rng_state(random_state)
     return copy.deepcopy(model)
 
 
+def _config_of(architecture: str) -> Any:
+    if architecture in NO_DECODERS:
+        return NO_DECODERS[architecture][1]
+    return (CONFIGS | OTHER_DECODERS)[architecture]
+
+
 @cache
-def _tiny(architecture: str, seed: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor]:
+def _tiny(architecture: str, seed: int, dtype: torch.dtype, _: str) -> tuple[Any, torch.Tensor]:
     """Return the model, and the state of torch's generator once it is made: a copy takes half of
-    the time."""
+    the time. The last argument is the config's text, as tests change configs for a while."""
     minigpt.register()
     torch.manual_seed(seed)
     if architecture in NO_DECODERS:
         kind, config = NO_DECODERS[architecture]
         model = kind(copy.deepcopy(config)).to(dtype)  # type: ignore[call-arg]
     else:
-        config = (CONFIGS | OTHER_DECODERS)[architecture]
+        config = _config_of(architecture)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     return with_large_weights(model), torch.get_rng_state()
 

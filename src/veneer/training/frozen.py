@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from veneer.models.block_buffers import passes_of
 from veneer.models.fingerprint import base_parameters
 from veneer.quant.mapped import are_mapped
 from veneer.quant.stack import QuantizedStack, quantized_modules
@@ -43,7 +44,8 @@ class FrozenBase:
     """The sums of a base's frozen weights as they are when this is made.
 
     Quantized weights that are mapped from files are left out: they may be more than memory holds,
-    and `veneer verify` looks at the files. So is what is not on the device now.
+    and `veneer verify` looks at the files. So is what is not on the device now, and the quantized
+    weights of a base that is sharded or read block by block.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,17 +82,26 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, weight in base_parameters(model).items():
         if not weight.requires_grad and weight.is_contiguous() and _is_here(weight):
             yield name, weight
-    named: dict[str, Tensor] = {}
-    for path, module in quantized_modules(model).items():
-        if isinstance(module, QuantizedStack):
-            continue  # whose experts are made when they are used
-        for name, tensor in module.quantized_weight.tensors().items():
-            if tensor.is_contiguous() and _is_here(tensor):
-                named[f"{path}.{name}"] = tensor
-    mapped = are_mapped([*named.values()])
-    for item, is_mapped in zip(named.items(), mapped, strict=True):
+    quantized = [
+        (name, tensor)
+        for name, tensor in quantized_tensors(model)
+        if tensor.is_contiguous() and _is_here(tensor)
+    ]
+    mapped = are_mapped([tensor for _, tensor in quantized])
+    for item, is_mapped in zip(quantized, mapped, strict=True):
         if not is_mapped:
             yield item
+
+
+def quantized_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield codes and scales of the base, by name; none where a block is filled only when it is
+    used, since between its uses they have no memory to be read from."""
+    if passes_of(model) is not None:
+        return
+    for path, module in quantized_modules(model).items():
+        if not isinstance(module, QuantizedStack):  # its experts are made when they are used
+            for name, tensor in module.quantized_weight.tensors().items():
+                yield f"{path}.{name}", tensor
 
 
 def _is_here(tensor: Tensor) -> bool:

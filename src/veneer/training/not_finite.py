@@ -13,7 +13,7 @@ from veneer.data.packing import pack
 from veneer.errors import listed
 from veneer.fused.forward import Forward
 from veneer.models.fingerprint import base_parameters
-from veneer.quant.stack import QuantizedStack, quantized_modules
+from veneer.training.frozen import quantized_tensors
 from veneer.training.optimizer import FlatAdamW
 
 MOST_ROWS = 256  # that are computed one by one, for a run that ends anyway
@@ -23,11 +23,7 @@ def in_base(model: PreTrainedModel) -> list[str]:
     """Return the base's frozen weights with numbers that are not finite, by name; of quantized ones
     those with such scales."""
     frozen = {n: w for n, w in base_parameters(model).items() if not w.requires_grad}
-    for path, module in quantized_modules(model).items():
-        if not isinstance(module, QuantizedStack):
-            for name, tensor in module.quantized_weight.tensors().items():
-                frozen[f"{path}.{name}"] = tensor
-    return _not_finite(frozen)
+    return _not_finite({**frozen, **dict(quantized_tensors(model))})
 
 
 def in_state(weights: Mapping[str, Tensor], optimizer: FlatAdamW) -> list[str]:
