@@ -14,7 +14,7 @@ import veneer
 from support.random_adapters import examples
 from support.tiny_models import tiny
 from veneer.adapter.use import acting
-from veneer.training.events import Evaluated, Event, Failed, Skipped, Step
+from veneer.training.events import Ended, Evaluated, Event, Failed, Skipped, Step
 from veneer.training.many.running import Job
 from veneer.training.many.train import train_many
 
@@ -169,11 +169,18 @@ def together(
         return {}
 
     running = train_many(model, new(kinds), joining=joining, **options)
+    ended: set[str] = set()
     for name, event in running:
+        assert name not in ended
+        if isinstance(event, Ended):  # which a run alone has no need to say
+            ended.add(name)
+            continue
         events[name].append(event)
         if leave(name, event):
             running.close()
             break
+    else:
+        assert ended == {n for n, seen in events.items() if not isinstance(seen[-1], Failed)}
     return {name: Result(events[name], weights_of(model, name)) for name in events}
 
 

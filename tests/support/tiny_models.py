@@ -189,7 +189,8 @@ CAUSAL = [*ARCHITECTURES, *OTHER_DECODERS]
 
 def tiny(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Return a random model with weights large enough for differences to show."""
-    model, random_state = _tiny(architecture, seed, dtype, _config_of(architecture).to_json_string())
+    config = _config_of(architecture).to_json_string()
+    model, random_state = _tiny(architecture, seed, dtype, config)
     torch.set_rng_state(random_state)
     return copy.deepcopy(model)
 

@@ -133,9 +133,9 @@ def _watch() -> None:
 def _takes_too_much(rendering: _Rendering) -> bool:
     size = _resident()
     rendering.bytes = rendering.bytes or size
-    return (
-        size - rendering.bytes > BYTES or _seconds(rendering.thread) - rendering.seconds > SECONDS
-    )
+    seconds = _seconds(rendering.thread) - rendering.seconds
+    # One that has hardly computed is not what the process has grown by.
+    return seconds > SECONDS or (seconds > INTERVAL and size - rendering.bytes > BYTES)
 
 
 def _seconds(thread: int) -> float:
