@@ -33,6 +33,7 @@ from support import mutated_files
 from support.random_adapters import logits, same, shake, snapshot
 from support.tiny_models import tiny
 from veneer.adapter.layers import lora_layers
+from veneer.checksums import SUMS
 from veneer.cli.console import quieten_libraries
 from veneer.files import read_tensors
 
