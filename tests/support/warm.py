@@ -33,6 +33,7 @@ PRELOADED = (
     "veneer.cli.tune",
     "veneer.compare.measure",
     "veneer.serve.run",
+    "veneer.training.tune",
 )
 LAUNCHER = """\
 #!{python} -IS

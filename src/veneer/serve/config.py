@@ -221,6 +221,7 @@ def _key(file: Path | None, variable: str | None, what: str) -> str | None:
         return None
     if key is None or not all(KEY.fullmatch(line) for line in key.split("\n")):
         raise ConfigError(
-            f"The {what} key must be 16 to 512 visible ASCII characters without spaces."
+            f"The {what} key{f' in {file}' if file else ''} must be 16 to 512 visible ASCII "
+            "characters without spaces."
         )
     return key
