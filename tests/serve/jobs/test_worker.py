@@ -11,12 +11,13 @@ import pytest
 from support.jobs import ROWS, client_of, lines, serving, until, upload
 from support.recipes import small_run
 from veneer.cli.app import run as veneer_cli
+from veneer.errors import ConfigError, DataError, StorageError, TrainingError
 from veneer.files import read_tensors, write_json
 from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.serve.jobs.log import End, read_on
 from veneer.serve.jobs.settings import TrainingBase, settings_of
 from veneer.serve.jobs.values import JobEvent, WorkerFiles
-from veneer.serve.jobs.worker import Asked, Together, Work, work
+from veneer.serve.jobs.worker import Asked, Together, Work, fault_of, work
 
 
 def weights(run: Path):
@@ -140,6 +141,17 @@ def test_jobs_train_together_and_go_on_together(small, tmp_path):
     assert end_of(log) == End("succeeded")
     ends = [x for x in read_on(left, 0)[0] if isinstance(x.content, End)]
     assert [(x.attempt, x.content.how) for x in ends] == [(1, "stopped"), (2, "succeeded")]
+
+
+def test_each_kind_of_error_has_its_code():
+    errors = {
+        "invalid_training_file": DataError(""),
+        "invalid_settings": ConfigError(""),
+        "disk_failed": StorageError(""),
+        "training_failed": TrainingError(""),
+        "server_error": ValueError(),
+    }
+    assert [fault_of(error).code for error in errors.values()] == [*errors]
 
 
 @pytest.mark.parametrize("count", [1, 2])

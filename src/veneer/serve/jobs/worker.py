@@ -272,10 +272,10 @@ def fault_of(error: Exception) -> Fault:
             return Fault("invalid_training_file", str(error), "training_file")
         case ConfigError():
             return Fault("invalid_settings", str(error))
+        case OSError():  # a StorageError is one too
+            return Fault("disk_failed", str(error))
         case VeneerError():
             return Fault("training_failed", str(error))
-        case OSError():
-            return Fault("disk_failed", str(error))
     return Fault(
         "server_error", f"The worker failed ({type(error).__name__}); its output says why."
     )
