@@ -38,12 +38,14 @@ def asked(monkeypatch) -> dict:
 def test_the_settings_of_a_search_and_of_its_trials(asked, tmp_path, capsys):
     flags = ["--over", "lr=1e-4..3e-3", "--over", "rank=4,8", "--trials", "9", "--pruner", "none"]
     course = ["--alpha", "16", "--epochs", "2", "--dtype", "bf16", "--out", str(tmp_path)]
+    course += ["--objective", "dpo", "--beta", "0.2"]
     assert run(["search", "owner/base", "rows.jsonl", *flags, *course, "--together", "3"]) == 0
     assert asked["over"] == {"lr": "1e-4..3e-3", "rank": "4,8"}
     config = asked["config"]
     assert (config.trials, config.together, config.pruner, config.minutes) == (9, 3, "none", None)
     settings = asked["recipe"].settings()
     assert (settings["alpha"], settings["epochs"], settings["dtype"]) == (16, 2, "bf16")
+    assert (settings["objective"], settings["beta"]) == ("dpo", 0.2)
     printed = capsys.readouterr()
     shown = " ".join(printed.out.split())
     assert "trial 1: its loss was not finite" in printed.err

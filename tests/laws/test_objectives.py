@@ -17,6 +17,7 @@ from support.plain import Float64
 from support.random_adapters import examples, same, shake, trained_weights
 from support.runs import of
 from support.tiny_models import quantized, tiny
+from veneer.adapter.use import base_alone
 from veneer.data.encode import Example
 from veneer.data.packing import pack
 from veneer.fused.forward import Forward, choose_forward
@@ -28,15 +29,16 @@ from veneer.training.optimizer import FlatAdamW
 from veneer.training.reference import criteria_over
 from veneer.training.step import counts_of
 
-ROWS = pairs(4)
+ROWS = pairs(3)
 ONE_STEP = veneer.TrainConfig(lr=0.01, tokens_per_step=1000, steps=1, warmup=0, clip=0)
 SEVERAL = replace(ONE_STEP, tokens_per_step=40, steps=3, save_every=1)
 
-# IPO, SimPO and CPO are made of what DPO and ORPO are, and `losses` proves their formulas.
+# IPO, SimPO and CPO are made of what DPO and ORPO are, and `losses` proves their formulas; ORPO
+# is held to its paper in small passes below.
 each_objective = pytest.mark.parametrize(
     "name",
     [
-        name if name in ("dpo", "orpo", "kto") else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("dpo", "kto") else pytest.param(name, marks=pytest.mark.slow)
         for name in OBJECTIVES
     ],
 )
@@ -87,7 +89,7 @@ def test_a_packed_batch_is_the_papers(name, model_and_forward):
         *(objective, {"train": ROWS}, model, forward),
         **{"identity": {}, "world": ALONE, "tokens_per_batch": 50},
     )
-    batch = pack(ROWS, [3, 0, 1, 2])
+    batch = pack(ROWS, [2, 0, 1])
     counts = counts_of(criterion, [(batch, True)], ALONE)
     outcome = criterion(forward.losses(model, batch), batch, counts)
     loss = outcome.loss / criterion.divisor(counts)
@@ -120,8 +122,9 @@ def shaken_nf4() -> Any:
 @pytest.mark.parametrize("base", [pytest.param(shaken, marks=pytest.mark.slow), shaken_nf4])
 def test_a_run_goes_on_to_the_bit(base, tmp_path):
     """Its reference is measured anew, as no cache knows these rows."""
-    whole, stopped, before = base(), base(), base()
-    veneer.use(before, None)
+    whole, stopped = base(), base()
+    with base_alone(whole):
+        chosen, rejected = log_probabilities(whole, ROWS)[0].unbind(1)
     seen: list[Any] = []
     options: dict[str, Any] = {"objective": OBJECTIVES["dpo"], "held_out": ROWS[:2]}
 
@@ -133,7 +136,6 @@ def test_a_run_goes_on_to_the_bit(base, tmp_path):
 
     expected = run(whole, tmp_path / "whole")
     notice, *_ = [e.text for e in of(Notice, seen) if "The reference gives" in e.text]
-    chosen, rejected = log_probabilities(before, ROWS)[0].unbind(1)
     assert f"in {int((chosen > rejected).sum())} of {len(ROWS)} pairs" in notice
     asked = iter([False, True])
     first = run(stopped, tmp_path / "stopped", should_stop=lambda: next(asked))

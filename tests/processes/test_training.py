@@ -13,6 +13,7 @@ from support.closeness import assert_no_further
 from support.worlds import Case, Result, assert_learnt, trained, trained_by
 from veneer import LoRA, Method
 from veneer.errors import DataError
+from veneer.objectives.config import Objective
 from veneer.processes.world import World
 from veneer.run_directory import checkpoint_steps
 from veneer.training.events import Skipped, Step, Stopped
@@ -35,6 +36,7 @@ CASES = {
     "new tokens, padded": Case(architecture="qwen2", new_tokens=True, padded=True),
     "prefix": Case(what=Method("prefix", virtual_tokens=5)),
     "a row a step": Case(course={"tokens_per_step": 12, "tokens_per_batch": 12}),
+    "dpo": Case(objective=Objective("dpo", beta=0.7)),
     "sharded NF4": Case(bits=4, sharded=True),
     "sharded, new tokens": Case(
         architecture="qwen2", what=LoRA(rank=3, dora=True), new_tokens=True, sharded=True

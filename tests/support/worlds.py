@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import veneer
+from support.pairs import pairs
 from support.random_adapters import examples, tokenizer, trained_weights, with_new_tokens
 from support.tiny_models import VOCAB, quantized, tiny
 from support.together import together
@@ -19,6 +20,7 @@ from veneer.adapter.layers import lora_layers
 from veneer.fused import forward
 from veneer.models import block_buffers
 from veneer.models.sharded import shard_base
+from veneer.objectives.config import ANSWERS, Objective
 from veneer.processes.context import ContextGroup
 from veneer.processes.world import World
 from veneer.training import loop
@@ -43,6 +45,7 @@ class Case:
     what: veneer.LoRA | veneer.Method = field(default_factory=partial(veneer.LoRA, rank=3))
     new_tokens: bool = False
     course: Mapping[str, Any] = field(default_factory=dict)
+    objective: Objective = ANSWERS
     dtype: torch.dtype = torch.float32
     wide: bool = False  # the same weights in float64; a model made in it would draw others
     padded: bool = False
@@ -75,6 +78,8 @@ class Case:
         """Return the rows that are learnt; those of a kind with an invocation have it."""
         if self.kind is not None and self._kind().invocation:
             return self._kind().rows(LENGTHS)
+        if self.objective.shape == "pairs":
+            return pairs(len(LENGTHS))
         return examples(LENGTHS, vocabulary=VOCAB + 3 * self.adds_tokens)
 
     def _narrow_model(self, world: World) -> Any:
@@ -160,6 +165,7 @@ def trained(case: Case, world: World, place: Path) -> Result:
             model,
             rows,
             course,
+            objective=case.objective,
             held_out=rows[2:5],  # learnt, so that the best weights are not those of the start
             directory=place / case.place if case.place else None,
             resume=case.resumes,

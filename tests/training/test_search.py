@@ -18,6 +18,7 @@ from support.many_runs import one_by_one
 from support.random_adapters import tokenizer
 from support.tiny_models import tiny
 from veneer.formats.merged import write_model
+from veneer.objectives.policy_config import OnPolicy
 from veneer.run_directory import RunDirectory
 from veneer.training import run
 from veneer.training.events import Checkpointed, Evaluated, Event, Step
@@ -225,6 +226,10 @@ def test_what_cannot_be_searched_is_refused_before_anything_trains(home):
     full = veneer.Recipe("base", Path("rows"), method=veneer.Method("full"))
     with pytest.raises(veneer.ConfigError, match="full is none"):
         list(veneer.search(full, OVER, CONFIG))
+    rewards = OnPolicy(reward=("exact",))
+    samples = replace(no_rows, objective=veneer.Objective("grpo"), on_policy=rewards)
+    with pytest.raises(veneer.ConfigError, match="grpo learns from samples"):
+        list(veneer.search(samples, OVER, CONFIG))
     assert not (home / "none").exists()
 
 

@@ -24,6 +24,7 @@ from veneer.cli.plots import draw_losses
 from veneer.cli.response import draw_response
 from veneer.cli.trials import SearchDisplay
 from veneer.errors import ConfigError, VeneerError
+from veneer.objectives.config import ANSWERS, Objective
 from veneer.quant.settings import Offload
 from veneer.run_directory import RunDirectory
 from veneer.training.config import TOKENS_PER_PASS, TrainConfig
@@ -56,6 +57,7 @@ def search(
     settings: Annotated[SearchConfig, Flat] = SearchConfig(),
     lora: Annotated[LoRA, Flat] = LoRA(),
     training: Annotated[TrainConfig, Flat] = TrainConfig(),
+    objective: Annotated[Objective, Flat] = ANSWERS,
     rows: Annotated[DataConfig, Flat] = DataConfig(),
     base: Annotated[BaseFlags, Flat] = BaseFlags(),
     pack_head: PackHead = False,
@@ -84,6 +86,7 @@ def search(
         data=data,
         lora=lora,
         training=training,
+        objective=objective,
         rows=rows,
         base=base,
         pack_head=pack_head,

@@ -93,6 +93,11 @@ def search(
         raise ConfigError(
             f"A search is over low-rank adapters, and {recipe.method.method} is none."
         )
+    if recipe.objective.shape == "prompts":
+        raise ConfigError(
+            f"Trials train together, and {recipe.objective.objective} learns from samples of its "
+            "own, which they do not draw together yet; compare runs of veneer tune instead."
+        )
     space = space_of(over, recipe)
     grid = grid_of(space, most=config.trials) if config.sampler == "grid" else []
     check_directory(recipe.out, resume=resume, force=force)
