@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import select
 
 import pytest
 
@@ -43,6 +45,13 @@ def cursed(completion):
         import os
         os._exit(3)
     return float("nan") if completion == "nan" else 1.0
+
+def starts(completion):
+    import os
+    import subprocess
+    end = os.open(completion, os.O_WRONLY)
+    subprocess.Popen(["sleep", "1000"], pass_fds=[end])
+    return 1.0
 
 def needs_more(completion, teacher):
     return 0.0
@@ -109,6 +118,20 @@ def test_a_process_that_hangs_or_ends_is_replaced(module):
         assert reward(Answered("fine")) == 1.0
     finally:
         reward.close()
+
+
+def test_what_a_function_has_started_ends_with_its_process(module, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as end:
+        reward = Function(f"{module}:starts", seconds=60.0)
+        try:
+            assert reward(Answered(str(pipe))) == 1.0
+        finally:
+            reward.close()
+        nobody_writes = select.poll()
+        nobody_writes.register(end, 0)  # what is always looked for: the other side's end
+        assert nobody_writes.poll(60_000)
 
 
 @pytest.mark.slow
