@@ -19,6 +19,7 @@ from veneer.data.problems import Located, Place
 from veneer.data.questions import Question
 from veneer.data.rows import Message
 from veneer.errors import ConfigError, DataError, ModelError, TrainingError
+from veneer.generate.samples import Sample
 from veneer.kernels.transfer import OnTheWay
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
@@ -27,6 +28,7 @@ from veneer.run_directory import RunDirectory
 from veneer.training.events import Notice, Skipped, Started, Step, Stopped
 from veneer.training.on_policy.page import SampleLog, page_of
 from veneer.training.on_policy.prompts import encoded
+from veneer.training.on_policy.rollout import Roller
 from veneer.training.on_policy.run import train_on_policy
 from veneer.training.step import learn as make_update
 
@@ -139,6 +141,8 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path):
         run(new_model(), course, config, out=tmp_path / "cut", should_stop=partial(next, stop))
     )
     assert of(Stopped, first)[0].step == 2
+    with (tmp_path / "cut" / "samples.jsonl").open("a") as file:
+        file.write('{"step": 3}\n')  # as of a step that was killed
     rest = list(run(resumed, course, config, out=tmp_path / "cut", resume=True))
     expected, own = trained_weights(whole), trained_weights(resumed)
     assert all(torch.equal(own[name], weight) for name, weight in expected.items())
@@ -151,6 +155,16 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path):
     assert list(map(numbers, both)) == list(map(numbers, of(Step, events)))
     lines = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
     assert lines[0] == lines[1]
+
+
+def test_rewards_fall_with_length_and_with_the_distance_from_the_base():
+    config = replace(SHORT, overlong_margin=2, kl_weight=0.5)
+    roller = Roller(*(None, None, None, ()), config, of_answers=True, seed=0)
+    samples = [Sample([7] * 6, [-1.0] * 6), Sample([7] * 2, [-0.5] * 2)]
+    reference = [[-2.0] * 6, [-0.5] * 2]
+    assert roller._shaped([1.0, 1.0], samples, reference).tolist() == [1 - 1 - 0.5 * 6, 1]
+    of_tokens = replace(roller, of_answers=False)  # whose loss has the distance
+    assert of_tokens._shaped([1.0, 1.0], samples, reference).tolist() == [1 - 1, 1]
 
 
 def test_samples_and_their_rewards_are_written(tmp_path):
