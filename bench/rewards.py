@@ -64,7 +64,7 @@ def _asked(numbers: Sequence[int]) -> str:
 def decoder_of(base: Any, prompts: Prompts, config: OnPolicy) -> SampleDecoder:
     longest = max(len(row.tokens) for row in prompts.examples) + config.max_new_tokens
     ends = {*end_tokens(base.model), base.tokenizer.eos_token_id} - {None}
-    context = min(longest, context_of(base.model))
+    context = min(longest, context_of(base.model.config))
     return SampleDecoder(base.model, ends, context=context, rows=4 * config.group_size)
 
 
@@ -154,7 +154,7 @@ def main() -> None:
         prompts_per_step=args.prompts_per_step,
         max_new_tokens=args.max_new_tokens,
     )
-    limits = {"context": context_of(base.model), "max_new_tokens": args.max_new_tokens}
+    limits = {"context": context_of(base.model.config), "max_new_tokens": args.max_new_tokens}
     prompts = encoded(sums(500, seed=1), base.tokenizer, **limits)
     held_out = encoded(sums(args.held_out, seed=2), base.tokenizer, **limits)
     if args.beside_trl:

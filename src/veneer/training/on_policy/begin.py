@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from veneer.adapter.virtual_context import context_left
 from veneer.data.columns import summarize
 from veneer.data.encode import UNLABELLED
 from veneer.data.preview import preview
@@ -17,7 +16,7 @@ from veneer.rewards.judged import Weighted
 from veneer.rewards.named import rewards_named
 from veneer.training.events import DataReady
 from veneer.training.on_policy.prompts import Prompts, load_prompts
-from veneer.training.on_policy.run import LONGEST_CONTEXT, course_of
+from veneer.training.on_policy.run import context_of, course_of
 from veneer.training.preflight import Preflight
 from veneer.training.recipe import Recipe
 from veneer.training.rows import RunRows
@@ -44,12 +43,11 @@ def prompts_of(ahead: Preflight) -> PromptRows:
     """Read the prompts of a run. Raises DataError with every prompt that cannot be used."""
     recipe, tokenizer = ahead.recipe, ahead.tokenizer
     (path,) = spelt(recipe.data)
-    own = context_left(ahead.config.get_text_config(), 0) or LONGEST_CONTEXT
     most = recipe.on_policy.max_new_tokens
     prompts = load_prompts(
         Path(path),
         tokenizer,
-        context=min(own, LONGEST_CONTEXT, recipe.rows.max_length + most),
+        context=min(context_of(ahead.config), recipe.rows.max_length + most),
         max_new_tokens=most,
         limit=recipe.rows.limit,
     )

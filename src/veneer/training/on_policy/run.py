@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.config import LoRA
@@ -170,7 +170,7 @@ class OnPolicyRun(Run):
         decoder = SampleDecoder(
             model,
             {*end_tokens(model), self.tokenizer.eos_token_id} - {None},
-            context=min(longest, context_of(model)),
+            context=min(longest, context_of(model.config)),
             rows=max(1, ROWS // group) * group,
         )
         self.roller = Roller(
@@ -261,7 +261,6 @@ def course_of(training: TrainConfig) -> TrainConfig:
     return replace(training, tokens_per_step=training.tokens_per_step or TOKENS_PER_PASS)
 
 
-def context_of(model: PreTrainedModel) -> int:
-    """Return how many tokens a prompt and its answer may have."""
-    own = own_context(model.config.get_text_config())
-    return LONGEST_CONTEXT if own is None else min(own, LONGEST_CONTEXT)
+def context_of(config: PretrainedConfig) -> int:
+    """Return how many tokens a prompt and its answer may have, by a model's configuration."""
+    return min(own_context(config.get_text_config()) or LONGEST_CONTEXT, LONGEST_CONTEXT)
