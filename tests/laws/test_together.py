@@ -206,6 +206,30 @@ def test_one_adapter_has_the_pass_that_it_has_by_itself():
     assert torch.equal(own.generator.get_state(), among_others.generator.get_state())
 
 
+def test_heads_with_adapters_drop_out_by_their_own_generators_whatever_tokens_weigh():
+    """Weights that differ let the head be computed once more on the way back."""
+    model = shake(with_two("llama", targets=["q_proj", "lm_head"], dropout=0.5)).train()
+    forward, _ = choose_forward(model, ROWS)
+
+    def weighed(losses):
+        return (losses * torch.arange(1.0, len(losses) + 1)).sum()
+
+    both = []
+    for alone in ({}, dict.fromkeys(("one", "two"), "")):
+        batches = [
+            AdapterBatch(name, pack(ROWS, [i, i + 2]), 9, torch.Generator().manual_seed(i), weighed)
+            for i, name in enumerate(("one", "two"))
+        ]
+        losses = backward_together(forward, model, batches, alone=alone)
+        states = [each.generator.get_state() for each in batches]
+        both.append((losses, gradients(model), states))
+    (losses, ours, states), (expected, theirs, expected_states) = both
+    torch.testing.assert_close(losses, expected)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient)
+    assert all(map(torch.equal, states, expected_states))
+
+
 @pytest.mark.parametrize(
     ("tokens", "filled"), [(5, 8), (48, 48), (127, 128), (250, 256), (257, 272)]
 )

@@ -8,7 +8,8 @@ what comes out in their place is fitted. The same pass gives the logits that the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +53,19 @@ class Head:
         hidden: Tensor,
         labelled: Labelled,
         token_loss: TokenLoss | None = None,
+        *,
+        again: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Tensor:
         """Return −log p of the label of each labelled row, or its token_loss, (labelled,); hidden
-        (tokens, dim)."""
+        (tokens, dim). again: the context of what the backward pass computes once more."""
         hidden, head = hidden.to(self.dtype or hidden.dtype), _module(model)
         with whole(head):  # whose weight is read without a call
             acting = head.acting_parameters() if isinstance(head, AdaptedLayer) else None
             return labelled_cross_entropy(
-                *(hidden, labelled, head, self.logits), acting=acting, token_loss=token_loss
+                *(hidden, labelled, head, self.logits),
+                acting=acting,
+                token_loss=token_loss,
+                again=again,
             )
 
 

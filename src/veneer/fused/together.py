@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -240,8 +241,9 @@ def _from_hidden(
             return head.losses(model, hidden, labelled).split(_label_counts(batches))
     losses = []
     for each, own in _pieces(labelled, batches):
-        with active.on_all(each.adapter):
-            losses.append(head.losses(model, hidden, own, each.token_loss))
+        acts = partial(active.on_all, each.adapter)
+        with acts(), _drawing_from(each.generator):
+            losses.append(head.losses(model, hidden, own, each.token_loss, again=acts))
     return losses
 
 

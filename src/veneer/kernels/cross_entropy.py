@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -135,6 +136,7 @@ def labelled_cross_entropy(
     *,
     acting: Iterable[nn.Parameter] | None = None,
     token_loss: TokenLoss | None = None,
+    again: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
     """Return −log softmax(logits(head(h)))[label] of each labelled row, (labelled,), in float32, or
     what `token_loss` makes of these logits.
@@ -142,14 +144,15 @@ def labelled_cross_entropy(
     hidden (tokens, dim). `head` may be any module from (rows, dim) to (rows, vocab); gradients
     reach `hidden` and whatever of the head's parameters trains. acting: those of them on which its
     output depends now; all unless given. Peak memory is one chunk of logits. Where the head trains,
-    it is computed once more on the way back, unless all losses have one weight, as in a sum.
+    it is computed once more on the way back, unless all losses have one weight, as in a sum: within
+    what `again` returns, and with the same random numbers.
     Raises IndexError for a label outside of the vocabulary.
     """
     rows = hidden[labelled.rows]
     acting = head.parameters() if acting is None else acting
     trained = [p for p in acting if p.requires_grad and torch.is_grad_enabled()]
     token_loss = LabelLoss(labelled) if token_loss is None else token_loss
-    losses: Tensor = _ChunkedLoss.apply(rows, token_loss, head, logits, *trained)
+    losses: Tensor = _ChunkedLoss.apply(rows, token_loss, head, logits, again, *trained)
     return losses
 
 
@@ -163,8 +166,10 @@ class _ChunkedLoss(torch.autograd.Function):
         token_loss: TokenLoss,
         head: nn.Module,
         logits: Logits,
+        again: Callable[[], AbstractContextManager[None]],
         *trained: Tensor,
     ) -> Tensor:
+        ctx.again, ctx.random = again, torch.get_rng_state() if trained else None
         needs_rows = ctx.needs_input_grad[0]
         losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         d_rows = torch.empty_like(rows) if needs_rows else None
@@ -203,17 +208,19 @@ class _ChunkedLoss(torch.autograd.Function):
         weights = grads[0]  # (labelled,)
         first = None if d_rows is None else d_rows * weights.to(d_rows.dtype)[:, None]
         if not trained or not len(weights):
-            return first, None, None, None, *d_trained
+            return first, None, None, None, None, *d_trained
         if weights.stride() == (0,):  # one number for all
-            return first, None, None, None, *(grad * weights[0] for grad in d_trained)
+            return first, None, None, None, None, *(grad * weights[0] for grad in d_trained)
         d_trained = [torch.zeros_like(parameter) for parameter in trained]
-        for start in range(0, len(rows), ctx.step):
-            here = slice(start, start + ctx.step)
-            _by_autograd(
-                *(ctx.head, rows[here], ctx.token_loss, start, ctx.logits),
-                *(trained, d_trained, None, weights[here]),
-            )
-        return first, None, None, None, *d_trained
+        with ctx.again(), torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(ctx.random)  # for the same masks of dropout
+            for start in range(0, len(rows), ctx.step):
+                here = slice(start, start + ctx.step)
+                _by_autograd(
+                    *(ctx.head, rows[here], ctx.token_loss, start, ctx.logits),
+                    *(trained, d_trained, None, weights[here]),
+                )
+        return first, None, None, None, None, *d_trained
 
 
 def _by_autograd(
