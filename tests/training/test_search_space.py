@@ -51,6 +51,8 @@ def test_all_that_is_wrong_is_said_at_once():
         "targets": " , ",
         "init": "pissa,zeros",
         "device": "cpu,cuda",
+        "alpha": 16,
+        "seed": [[1], [2]],
     }
     with pytest.raises(veneer.ConfigError) as refused:
         space_of(over, RECIPE)
@@ -64,6 +66,8 @@ def test_all_that_is_wrong_is_said_at_once():
         "targets has no values",
         "init=zeros: This adapter cannot be: init is 'zeros'",
         "'device' cannot be varied",
+        "alpha is 16; give a text, or a sequence of numbers",
+        "seed is [[1], [2]]; give a text",
     ):
         assert text in str(refused.value)
     with pytest.raises(veneer.ConfigError, match="nothing is varied"):

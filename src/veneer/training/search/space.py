@@ -156,6 +156,11 @@ def in_words(values: Mapping[str, Any]) -> str:
 
 def _range_or_values(name: str, spec: str | Sequence[Value], kind: str) -> Range | Values:
     """Return what one --over says. Raises ConfigError for what says nothing."""
+    if not isinstance(spec, Sequence) or not all(isinstance(each, Value) for each in spec):
+        raise ConfigError(
+            f"{name} is {spec!r}; give a text, or a sequence of numbers, texts and truth values "
+            f"(names of one value are joined, as in q_proj{JOINED}v_proj)"
+        )
     if not isinstance(spec, str):
         values: list[Value] = list(spec)
     elif BETWEEN in spec:

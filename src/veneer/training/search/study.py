@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 NAME = "veneer"  # of the study in its file
-# A trial is measured at each ninth of its steps, so that one that is a third, and one that is a
-# ninth, of the way may make way for others (successive halving by three).
+# Successive halving by three: trials are judged at a ninth of their steps and at a third.
 MEASUREMENTS, KEEP_ONE_OF = 9, 3
 AT_RANDOM = 10  # trials, at most, of which the sampler learns before it chooses
 # Per cent of the steps at which halving judges trials.
