@@ -181,5 +181,5 @@ def test_all_is_on_the_disk_before_the_file_that_makes_it_a_model(tmp_path, monk
 
     monkeypatch.setattr(os, "fsync", lambda handle: on_disk.add(os.fstat(handle).st_ino))
     monkeypatch.setattr(os, "replace", watch)
-    write("minigpt", out)
+    write("llama", out)
     assert on_disk == {out.stat().st_ino}  # with the new name, and nothing else
