@@ -230,6 +230,7 @@ def with_large_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 def source(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Source:
     """Return the weights of the random model, one at a time."""
+    minigpt.register()
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(
             copy.deepcopy((CONFIGS | OTHER_DECODERS)[architecture])
