@@ -175,6 +175,13 @@ class Objective:
         return self.objective in WITH_REFERENCE
 
     @property
+    def asks(self) -> str | None:
+        """What is done before the first step, for a person; None where nothing is."""
+        if self.teacher is not None:
+            return "Asking the teacher about the rows"
+        return "Measuring the rows by the reference model" if self.has_reference else None
+
+    @property
     def share_of_rate(self) -> float:
         """The learning rate, as a share of that for answers."""
         return 1.0 if self.objective in ("sft", "orpo", "cpo", "distill") else SHARE_OF_RATE

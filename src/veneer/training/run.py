@@ -125,8 +125,8 @@ class Run:
         assert config.tokens_per_step is not None
         self.model, self.examples, self.config = model, examples, config
         self.held_out, self.directory, self.world = held_out, directory, world
-        taught = identity_of_teacher(objective, model, world)
-        self.identity = config.course | objective.course | taught | dict(identity)
+        self.identity = config.course | objective.course | dict(identity)
+        self.identity |= identity_of_teacher(objective, model, world)
         self.last_end = 0.0  # when the last step's event was made
         self.saved: list[int] = []  # the steps of this run's checkpoints, as far as they are whole
         self.going_on: list[str] = []  # what is to be known of a run that goes on
@@ -191,15 +191,11 @@ class Run:
 
     def _take_objective(self, forward: Forward) -> Iterator[Event]:
         """Make the objective one over these rows, which its reference measures, if it has one."""
-        if self.objective.has_reference:
-            yield Doing("Measuring the rows by the reference model")
-        if self.objective.teacher is not None:
-            yield Doing("Asking the teacher about the rows")
+        if self.objective.asks is not None:
+            yield Doing(self.objective.asks)
+        splits = {"train": self.examples, "valid": self.held_out}
         self.criterion, self.held_out_criterion = criteria_over(
-            self.objective,
-            {"train": self.examples, "valid": self.held_out},
-            self.model,
-            forward,
+            *(self.objective, splits, self.model, forward),
             identity=self.identity,
             world=self.world,
             tokens_per_batch=self.config.batch_tokens,
