@@ -131,6 +131,15 @@ def test_a_job_has_the_settings_of_the_command_line_but_for_its_own(here, jobs):
     assert {small["dtype"], dora["dtype"]} == {"bf16"}
 
 
+def test_jobs_may_learn_by_other_objectives_than_each_other(here, jobs):
+    objectives = "[{name: a}, {name: b, objective: orpo, beta: 0.2}]"
+    (here / "jobs.yaml").write_text(f"jobs: {objectives}")
+    flags = ["--jobs", "jobs.yaml", "--objective", "dpo", "--out", "runs"]
+    assert run(["tune", "owner/base", "rows.jsonl", *flags]) == 0
+    learnt = [(job.objective.objective, job.objective.beta) for job in jobs.values()]
+    assert learnt == [("dpo", None), ("orpo", 0.2)]
+
+
 def test_a_job_of_method_lora_is_no_dora_though_the_others_are(here, jobs):
     (here / "jobs.yaml").write_text("jobs: [{name: plain, method: lora}, {name: others}]")
     assert run(["tune", "owner/base", "a.jsonl", "--jobs", "jobs.yaml", "--method", "dora"]) == 0

@@ -27,8 +27,8 @@ from cyclopts.utils import UNSET
 from veneer.cli.file_settings import SHORT, as_flags
 from veneer.errors import ConfigError, VeneerError, nearest
 
-OF_A_JOB = ("data", "from")  # beside the settings of its adapter, its course and its rows
-GROUPS = ("method", "lora", "training", "rows")
+OF_A_JOB = ("data", "from")  # beside what its adapter, course, objective and rows are
+GROUPS = ("method", "lora", "training", "objective", "rows")
 # Settings of these groups that belong to passes, which the jobs share.
 OF_PASSES = ("recompute", "replay_passes", "context_parallel")
 RESERVED = ("", ".", "..")
