@@ -16,8 +16,11 @@ from support.tiny_models import VOCAB, quantized, tiny
 from veneer.adapter.use import in_use
 from veneer.data import cache
 from veneer.data.encode import Example
+from veneer.data.packing import pack
 from veneer.errors import AdapterError, ConfigError, VeneerError
+from veneer.fused.forward import choose_forward
 from veneer.objectives.config import Objective
+from veneer.objectives.distillation import DistanceFromTeacher, Likeliest
 from veneer.training import teacher as teachers
 from veneer.training.begin import let_train
 from veneer.training.events import Evaluated, Step, Stopped
@@ -200,3 +203,21 @@ def test_what_cannot_teach_is_refused_by_name(teacher, tmp_path):
         run(model, Objective("distill", teacher=str(tmp_path)))
     with pytest.raises(AdapterError, match="does not fit the base"):
         run(student(tiny("qwen2")), Objective("distill", teacher=teacher))
+
+
+def test_packed_padded_and_one_by_one_are_as_far(teacher):
+    """With a head of their own rows, and without; each token with another weight."""
+    model, batch = shake(student(), size=0.2), pack(ROWS, [2, 0, 3, 1])
+    forward, _ = choose_forward(model, ROWS)
+    noted = Likeliest(6)
+    with torch.no_grad():
+        forward.losses(veneer.load(tiny("llama"), teacher), batch, noted)
+    far = DistanceFromTeacher(torch.cat(noted.tokens).long(), torch.cat(noted.log_p))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    results = []
+    for settings in ({}, {"packed": False}, {"packed": False, "alone": True}, {"head": None}):
+        losses = replace(forward, **settings).losses(model, batch, far)
+        gradients = torch.autograd.grad((losses * torch.arange(len(losses))).sum(), weights)
+        results.append([losses.detach(), *gradients])
+    for others in results[1:]:
+        torch.testing.assert_close(others, results[0], rtol=1e-3, atol=1e-4)
