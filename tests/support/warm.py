@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -61,13 +62,14 @@ os._exit(code)
 @cache
 def executable() -> str:
     """Return the path of the program; the process that it forks from ends with this one."""
-    home = tempfile.TemporaryDirectory(prefix="warm-")
-    place = str(Path(home.name) / "socket")
-    launcher = Path(home.name) / "python"
+    # Not a TemporaryDirectory, which a fork that clears what is to be done at exit would remove.
+    home = Path(tempfile.mkdtemp(prefix="warm-"))
+    place = str(home / "socket")
+    launcher = home / "python"
     launcher.write_text(LAUNCHER.format(python=sys.executable, place=place), encoding="utf-8")
     launcher.chmod(0o755)
     tests = str(Path(__file__).parents[1])
-    shim = faults_shim.build(Path(home.name))  # which does nothing unless a program asks for it
+    shim = faults_shim.build(home)  # which does nothing unless a program asks for it
     server = subprocess.Popen(
         [sys.executable, "-m", "support.warm", place],
         env=os.environ
@@ -78,7 +80,7 @@ def executable() -> str:
     )
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
-    atexit.register(home.cleanup)
+    atexit.register(shutil.rmtree, home)
     atexit.register(server.kill)
     return str(launcher)
 
