@@ -105,6 +105,7 @@ def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
     flags = {"tune": tuned, "compare": compared, "inspect": 13, "combine": 7, "extract": 8}
     flags["verify"] = 1
     assert len(rows) >= flags.get(command, 2)
+    assert printed.count("╭") >= {"tune": 8, "search": 7}.get(command, 1)  # headings of flags
     for row in rows:
         name, _, explained = row.lstrip("* ").partition("  ")
         assert re.match(r"[A-Z]+|--[a-z]", name), row

@@ -6,17 +6,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from veneer.errors import ModelError
 from veneer.models.device_names import DEVICE
 from veneer.plan.near_presets import near_presets
 from veneer.plan.presets import PRESETS
-from veneer.quant.settings import LoadBits
+from veneer.quant.settings import LoadBits, Offload
 from veneer.training.recipe import DType
 
 # For a frozen dataclass: each field is a flag, and the text below the field is its help.
 Flat = Parameter(name="*")
+
+
+def _flat(heading: str) -> Parameter:
+    """Return `Flat` for flags that --help shows below a heading, in the order of these calls."""
+    return Parameter(name="*", group=Group.create_ordered(heading))
+
+
+SearchFlags = _flat("Search")
+MethodFlags = _flat("What trains")
+LoRAFlags = _flat("Low-rank adapters")
+TrainFlags = _flat("Training")
+ObjectiveFlags = _flat("Objective")
+OnPolicyFlags = _flat("Samples and rewards (grpo, rloo)")
+RowFlags = _flat("Rows")
+Loaded = _flat("Base")
 # For a bool: there is no --no-... of it.
 Switch = Annotated[bool, Parameter(negative="")]
 
@@ -51,6 +66,14 @@ AllowBin = Annotated[
     Switch, Parameter(help="Read PEFT's adapter_model.bin too, of which only tensors.")
 ]
 PackHead = Annotated[bool, Parameter(help="With --bits, quantize the head too.")]
+OffloadBase = Annotated[
+    Offload,
+    Parameter(
+        help="Where the frozen base is while it is not used: none, on the device; cpu, in this "
+        "machine's memory; disk, in its files. Blocks are copied to the device ahead of their "
+        "use, so that a base larger than its memory trains."
+    ),
+]
 Picture = Annotated[
     Path | None, Parameter(help="Draw it too, as a heat map of blocks and kinds of layers.")
 ]

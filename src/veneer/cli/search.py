@@ -19,13 +19,25 @@ from veneer.cli.console import (
     quieten_libraries,
     show_notice,
 )
-from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch, refuse_preset
+from veneer.cli.flags import (
+    BaseFlags,
+    Loaded,
+    LoRAFlags,
+    Model,
+    ObjectiveFlags,
+    OffloadBase,
+    PackHead,
+    RowFlags,
+    SearchFlags,
+    Switch,
+    TrainFlags,
+    refuse_preset,
+)
 from veneer.cli.plots import draw_losses
 from veneer.cli.response import draw_response
 from veneer.cli.trials import SearchDisplay
 from veneer.errors import ConfigError, VeneerError
 from veneer.objectives.config import ANSWERS, Objective
-from veneer.quant.settings import Offload
 from veneer.run_directory import RunDirectory
 from veneer.training.config import TOKENS_PER_PASS, TrainConfig
 from veneer.training.recipe import DataConfig
@@ -51,17 +63,20 @@ def search(
         tuple[str, ...],
         Parameter(
             help="A setting to vary, by the name of tune's flag, with a range or values: --over "
-            "lr=1e-4..3e-3 --over rank=4,8,16,64 --over targets=attention,q_proj+v_proj,all."
+            "lr=1e-4..3e-3 --over rank=4,8,16,64 --over targets=attention,q_proj+v_proj,all.",
+            negative=(),
+            show_default=False,
+            group=SearchFlags.group,
         ),
     ] = (),
-    settings: Annotated[SearchConfig, Flat] = SearchConfig(),
-    lora: Annotated[LoRA, Flat] = LoRA(),
-    training: Annotated[TrainConfig, Flat] = TrainConfig(),
-    objective: Annotated[Objective, Flat] = ANSWERS,
-    rows: Annotated[DataConfig, Flat] = DataConfig(),
-    base: Annotated[BaseFlags, Flat] = BaseFlags(),
-    pack_head: PackHead = False,
-    offload: Annotated[Offload, Parameter(help="As for tune.")] = "none",
+    settings: Annotated[SearchConfig, SearchFlags] = SearchConfig(),
+    lora: Annotated[LoRA, LoRAFlags] = LoRA(),
+    training: Annotated[TrainConfig, TrainFlags] = TrainConfig(),
+    objective: Annotated[Objective, ObjectiveFlags] = ANSWERS,
+    rows: Annotated[DataConfig, RowFlags] = DataConfig(),
+    base: Annotated[BaseFlags, Loaded] = BaseFlags(),
+    pack_head: Annotated[PackHead, Parameter(group=Loaded.group)] = False,
+    offload: Annotated[OffloadBase, Parameter(group=Loaded.group)] = "none",
     out: Annotated[Path, Parameter(help="Directory for the results.")] = Path("dist/search"),
     start_from: Annotated[
         Path | None, Parameter(name="--from", help="Start each trial from this adapter.")

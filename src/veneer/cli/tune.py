@@ -15,7 +15,21 @@ import veneer
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice, silence
-from veneer.cli.flags import BaseFlags, Flat, Model, PackHead, Switch, refuse_preset
+from veneer.cli.flags import (
+    BaseFlags,
+    Loaded,
+    LoRAFlags,
+    MethodFlags,
+    Model,
+    ObjectiveFlags,
+    OffloadBase,
+    OnPolicyFlags,
+    PackHead,
+    RowFlags,
+    Switch,
+    TrainFlags,
+    refuse_preset,
+)
 from veneer.cli.loading import bits_of
 from veneer.cli.plots import draw_losses
 from veneer.cli.progress import RunDisplay
@@ -42,14 +56,14 @@ def tune(
     model: Model,
     data: Annotated[str | None, Parameter(help=DATA_HELP)] = None,
     *,
-    method: Annotated[Method, Flat] = Method(),
-    lora: Annotated[LoRA, Flat] = LoRA(),
-    training: Annotated[TrainConfig, Flat] = TrainConfig(),
-    objective: Annotated[Objective, Flat] = ANSWERS,
-    on_policy: Annotated[OnPolicy, Flat] = OnPolicy(),
-    rows: Annotated[DataConfig, Flat] = DataConfig(),
-    base: Annotated[BaseFlags, Flat] = BaseFlags(),
-    pack_head: PackHead = False,
+    method: Annotated[Method, MethodFlags] = Method(),
+    lora: Annotated[LoRA, LoRAFlags] = LoRA(),
+    training: Annotated[TrainConfig, TrainFlags] = TrainConfig(),
+    objective: Annotated[Objective, ObjectiveFlags] = ANSWERS,
+    on_policy: Annotated[OnPolicy, OnPolicyFlags] = OnPolicy(),
+    rows: Annotated[DataConfig, RowFlags] = DataConfig(),
+    base: Annotated[BaseFlags, Loaded] = BaseFlags(),
+    pack_head: Annotated[PackHead, Parameter(group=Loaded.group)] = False,
     out: Annotated[Path, Parameter(help="Directory for the results.")] = DEFAULT_OUT,
     start_from: Annotated[
         Path | None,
@@ -101,14 +115,7 @@ def tune(
             "frozen weights, gathered block by block; auto, the base where it does not fit else."
         ),
     ] = "auto",
-    offload: Annotated[
-        Offload,
-        Parameter(
-            help="Where the frozen base is while it is not used: none, on the device; cpu, in this "
-            "machine's memory; disk, in its files. Blocks are copied to the device ahead of their "
-            "use, so that a base larger than its memory trains."
-        ),
-    ] = "none",
+    offload: Annotated[OffloadBase, Parameter(group=Loaded.group)] = "none",
     processes: Annotated[
         int | None,
         Parameter(help="Train in this many processes of this machine, one for each GPU."),
