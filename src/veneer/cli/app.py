@@ -10,6 +10,7 @@ from cyclopts import (
     App,
     CoercionError,
     CycloptsError,
+    Group,
     MissingArgumentError,
     UnknownOptionError,
     UnusedCliTokensError,
@@ -36,6 +37,12 @@ class Paragraphs(DefaultFormatter):
         super().__call__(console, options, panel)
 
 
+# The headings of --help, in their order.
+TRAIN = Group.create_ordered("Train")
+ANSWER = Group.create_ordered("Answer")
+INSPECT = Group.create_ordered("Inspect and check")
+WRITE = Group.create_ordered("Write adapters and models")
+HELP = Group.create_ordered("Help")
 app = App(
     name="veneer",
     help="Teach a frozen language model something new with thin low-rank layers.",
@@ -43,8 +50,11 @@ app = App(
     help_formatter=Paragraphs(),
     suppress_keyboard_interrupt=False,  # run() turns it into an exit code
 )
+for flag in ("--help", "--version"):
+    app[flag].group = (HELP,)
 app.command(
     "veneer.cli.tune:tune",
+    group=TRAIN,
     synonym=("train", "finetune", "fine-tune", "lora", "sft", "fit"),  # what others call it
     help="Train an adapter over MODEL on DATA, and keep it two ways: alone, and merged. "
     "Epochs, tokens a step, rate and held-out rows are chosen from both unless given.",
@@ -52,77 +62,97 @@ app.command(
 )
 app.command(
     "veneer.cli.search:search",
+    group=TRAIN,
     synonym=("sweep", "hpo"),
     help="Try settings of tune for MODEL on DATA, several at a time over one base: bad ones end "
     "early, and the best one's adapter and recipe stay.",
 )
 app.command(
     "veneer.cli.compare:compare",
+    group=TRAIN,
     help="Train MODEL on DATA by several methods with an equal budget, and compare the results.",
 )
 app.command(
     "veneer.cli.inspect:inspect",
+    group=INSPECT,
     help="Show which layers of MODEL would train, before anything does; or, of an adapter's "
     "directory, the size and effective rank of each of its changes.",
 )
 app.command(
     "veneer.cli.inspect:diff",
+    group=INSPECT,
     help="Compare two adapters: norms, effective ranks and cosine, layer by layer.",
 )
 app.command(
     "veneer.cli.algebra:combine",
+    group=WRITE,
     help="Make one adapter of several: a weighted sum, TIES, DARE; a negative weight takes one "
     "away.",
 )
 app.command(
     "veneer.cli.algebra:extract",
+    group=WRITE,
     help="Find the adapter that lies in a full fine-tune: the change of each layer, cut to a rank.",
 )
 app.command(
     "veneer.cli.plan:plan",
+    group=INSPECT,
     help="Show parameters and memory of any method over MODEL, without loading it, and what fits.",
 )
 app.command(
     "veneer.cli.bases:pretrain",
+    group=TRAIN,
     help="Train MiniGPT from nothing, in about a minute, on a small world of general knowledge.",
 )
 app.command(
     "veneer.cli.bases:quantize",
+    group=WRITE,
     help="Quantize MODEL into the directory OUT, which is then a base that stays on disk while in "
     "use.",
 )
 app.command(
     "veneer.cli.merge:merge",
+    group=WRITE,
     synonym=("fuse", "merge-lora"),
     help="Bake ADAPTER into BASE, compare, and write a plain model to OUT.",
 )
 app.command(
     "veneer.cli.convert:convert",
+    group=WRITE,
     help="Write ADAPTER in another format, and say exactly what was folded or approximated for it; "
     "or a model's directory as GGUF.",
 )
 app.command(
     "veneer.cli.export:export",
+    group=WRITE,
     help="Write the adapter of a run to OUT: of its newest checkpoint where it has not ended, of "
     "any step, or the best so far.",
 )
 app.command(
     "veneer.cli.check:check",
+    group=INSPECT,
     help="Read ADAPTER as another runtime would, and say what it needs there: 0 if it will load.",
 )
 app.command(
     "veneer.cli.verify:verify",
+    group=INSPECT,
     help="Compare files of adapters, checkpoints, models and whole runs with their checksums: 0 if "
     "all are as they were written.",
 )
 app.command(
     "veneer.cli.chat:generate",
+    group=ANSWER,
     synonym=("inference", "infer", "run"),
     help="Print MODEL's answer to PROMPT, or to each prompt of a file as JSON lines.",
 )
-app.command("veneer.cli.chat:chat", help="Talk with MODEL; an empty line or Ctrl-D ends it.")
+app.command(
+    "veneer.cli.chat:chat",
+    group=ANSWER,
+    help="Talk with MODEL; an empty line or Ctrl-D ends it.",
+)
 app.command(
     "veneer.cli.serve:serve",
+    group=ANSWER,
     help="Serve MODEL and any number of adapters over it: OpenAI's protocol, and a page.",
 )
 
