@@ -131,13 +131,14 @@ app.command(
 app.command(
     "veneer.cli.check:check",
     group=INSPECT,
-    help="Read ADAPTER as another runtime would, and say what it needs there: 0 if it will load.",
+    help="Read ADAPTER as another runtime would, and say what it needs there; exit code 0 if it "
+    "will load.",
 )
 app.command(
     "veneer.cli.verify:verify",
     group=INSPECT,
-    help="Compare files of adapters, checkpoints, models and whole runs with their checksums: 0 if "
-    "all are as they were written.",
+    help="Compare files of adapters, checkpoints, models and whole runs with their checksums; exit "
+    "code 0 if all are as they were written.",
 )
 app.command(
     "veneer.cli.chat:generate",

@@ -63,7 +63,7 @@ Device = Annotated[
 ]
 AdapterFormat = Annotated[Literal["native", "peft"], Parameter(help="Format of the adapter.")]
 AllowBin = Annotated[
-    Switch, Parameter(help="Read PEFT's adapter_model.bin too, of which only tensors.")
+    Switch, Parameter(help="Read PEFT's adapter_model.bin too, and nothing but its tensors.")
 ]
 PackHead = Annotated[bool, Parameter(help="With --bits, quantize the head too.")]
 OffloadBase = Annotated[

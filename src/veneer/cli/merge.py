@@ -42,12 +42,13 @@ def merge(
     gguf_type: Annotated[
         str | None,
         Parameter(
-            help="Into OUT.gguf: store as q8_0, f16, ... what changed, or all matrices where BASE "
-            "is no .gguf; by default as it was."
+            help="Into OUT.gguf: type such as q8_0 or f16 in which to store what changed, or all "
+            "matrices where BASE is no .gguf; by default each keeps its own."
         ),
     ] = None,
     probe: Annotated[
-        Path | None, Parameter(help="Rows to compare merged and unmerged by, not a sample of ours.")
+        Path | None,
+        Parameter(help="Rows to compare merged and unmerged by, instead of a sample of ours."),
     ] = None,
     accept_loss: Annotated[
         Switch, Parameter(help="Write the model even where merging loses too much.")

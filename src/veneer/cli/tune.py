@@ -75,8 +75,8 @@ def tune(
     jobs: Annotated[
         Any,  # a path, of which `from_recipe` makes the arguments of each job by its name
         Parameter(
-            help="A file of several runs, jobs.yaml, to train at a time over one base, each below "
-            "--out: a list under jobs:, in which each has a name and any of these flags."
+            help="File of several runs (jobs.yaml) to train at the same time over one base, each "
+            "below --out: a list under jobs:, in which each has a name and flags of its own."
         ),
     ] = None,
     search_first: Annotated[
@@ -111,8 +111,8 @@ def tune(
     shard: Annotated[
         Shard,
         Parameter(
-            help="What of several processes each holds a part of: none, all hold all; base, the "
-            "frozen weights, gathered block by block; auto, the base where it does not fit else."
+            help="What each of several processes holds only a part of: nothing (none); the frozen "
+            "base, gathered block by block (base); or the base where it does not fit whole (auto)."
         ),
     ] = "auto",
     offload: Annotated[OffloadBase, Parameter(group=Loaded.group)] = "none",

@@ -58,7 +58,7 @@ class CompareConfig:
     """First try a third of each rate, the rate and three times it, for a tenth of the budget."""
     together: bool = False
     """Train the low-rank methods of a seed together, in passes over the base that they share: less
-    time for all, and no time or memory of a single one."""
+    time for all, but time and memory of a single one are not measured."""
     device: str = "auto"
     """Device to compute on: cpu, cuda, mps, xpu, or one of several as in cuda:1; auto takes an
     accelerator where there is one."""

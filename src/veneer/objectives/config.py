@@ -57,7 +57,7 @@ class Objective:
     """The model that preferences are measured from: the base without any adapter, or the model
     as the run starts (start), such as with the adapter of --from."""
     teacher: str | None = None
-    """Another adapter's directory, over the same base, from whose probabilities is learnt; of
+    """Directory of another adapter over the same base, whose probabilities are learnt; of
     distill."""
     divergence: Divergence = "forward"
     """How far the student is from its teacher: by what the teacher may say (forward), or by what

@@ -74,7 +74,7 @@ class TrainConfig:
     projections, or whole layers; or what is kept is kept on the disk. Less memory, more time, the
     same result."""
     replay_passes: bool = False
-    """Replay passes of few sizes as CUDA graphs, where each first gives what the pass gives: for
+    """Replay passes of few sizes as CUDA graphs, once each has given what the pass gives: for
     one process and small models, whose kernels take less time than asking for them."""
     context_parallel: int = 1
     """Processes that share each row, for rows that one cannot hold: each computes its own tokens,
