@@ -119,6 +119,7 @@ def keep(connection: socket.socket) -> list[str]:
     program = os.fork()
     if program == 0:
         connection.close()
+        atexit.register(gc.unfreeze)  # else triton's bindings complain of what is never freed
         # Whoever runs the tests in the background may have them ignore it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, stream in enumerate(streams):
