@@ -116,7 +116,11 @@ def _exchange(one: Path, other: Path) -> bool:
 def remove_directory(path: Path) -> None:
     """Remove a directory of ours so that at no moment half of it has its name."""
     temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
-    path.replace(temporary)  # an empty directory may be replaced
+    try:
+        path.replace(temporary)  # an empty directory may be replaced
+    except OSError:
+        temporary.rmdir()
+        raise
     shutil.rmtree(temporary)
 
 
