@@ -8,6 +8,7 @@
 # make proof-faults  whether each call of the disk may fail, and each command be killed at any
 # make determinism  whether the same run twice gives the same bits, for every kind of adapter
 # make proof-gpu  whether the kernels for cards are right, interpreted where there is no card
+# make docs      the documentation site, in dist/site
 # make hooks     let git run the checks before each commit
 # make demo      teach a real model something new, and show what it learnt
 # make bench     measurements beside peers
@@ -20,9 +21,11 @@ READY := .venv/.ready
 VLLM := .venv-vllm/.ready
 RAY := .venv-ray/.ready
 GPU := .venv-gpu/.ready
+# Strict: a link that leads nowhere is an error. The variable leaves an advertisement out.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults determinism proof-gpu hooks demo bench clean
+.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults determinism proof-gpu docs hooks demo bench clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -35,6 +38,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(SITE)
 	$(BIN)/python tools/folder_coverage.py
 
 # On Python 3.11 each call of a Python function is traced, which costs up to half as much again.
@@ -61,6 +65,10 @@ determinism: $(READY)
 
 proof-gpu: $(READY) $(GPU)
 	PYTHONPATH=src .venv-gpu/bin/python -m pytest -n 0 -m triton -v
+
+docs: $(READY)
+	$(SITE)
+	@echo "Look at it: $(BIN)/python -m http.server --directory dist/site 8001, then http://127.0.0.1:8001"
 
 hooks: $(READY)
 	$(BIN)/pre-commit install

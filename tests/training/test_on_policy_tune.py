@@ -15,6 +15,7 @@ from veneer.errors import ConfigError, TrainingError
 from veneer.formats.merged import write_model
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
+from veneer.training import metric_names
 from veneer.training.events import DataReady, Planned, Stopped, Verdict
 from veneer.training.recipe import Recipe
 
@@ -62,6 +63,8 @@ def test_a_recipe_trains_on_samples_and_goes_on(recipe, tmp_path):
     for line in lines:
         reward = line["reward/regex:[aeiou]"] + 0.5 * line["reward/exact"]
         assert line["reward"] == pytest.approx(reward)
+        names = {"reward/NAME" if "/" in name else name for name in line}
+        assert names - metric_names.STEPS.keys() <= metric_names.SAMPLES.keys()
     assert (recipe.out / "samples.html").exists()
     assert (recipe.out / "lora_adapter").is_dir()
     assert (recipe.out / "recipe.yaml").read_text().count("regex:[aeiou]") == 1
