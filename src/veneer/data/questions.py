@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from veneer.data.problems import Located, Problem, data_error
 from veneer.data.rows import Conversation, Message, PlainText, nonblank_text, parse_row
@@ -23,12 +24,13 @@ _TO_COME = "..."
 class Question:
     """The turns up to an answer, and every answer that is right.
 
-    `unused` are the keys of the row that nothing reads.
+    `unused` are the keys of the row that nothing reads, and `item` is the whole row.
     """
 
     turns: tuple[Message, ...]
     references: tuple[str, ...]
     unused: tuple[str, ...] = field(default=(), compare=False)
+    item: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def read_questions(path: Path, *, limit: int | None = None) -> list[Question]:
@@ -102,18 +104,23 @@ def behind(
 def _prompts(path: Path, split: Split) -> Iterator[Located[Question] | Problem]:
     if path != Path("-"):
         for file in files_of(path, split):
-            yield from parsed_values(file, _parse_prompt)
+            yield from parsed_values(file, parse_prompt)
         return
     with TemporaryDirectory() as directory:
         raw = sys.stdin.buffer.read()
         file = Path(directory) / ("stdin.jsonl" if raw.lstrip()[:1] == b"{" else "stdin.txt")
         file.write_bytes(raw)
-        for row in parsed_values(file, _parse_prompt):
+        for row in parsed_values(file, parse_prompt):
             yield replace(row, place=replace(row.place, file="stdin"))
 
 
-def _parse_prompt(value: object) -> Question:
+def parse_prompt(value: object) -> Question:
     """Return what one row asks. Raises ValueError, saying what is wrong with it."""
+    question = _parse_prompt(value)
+    return replace(question, item=value) if isinstance(value, Mapping) else question
+
+
+def _parse_prompt(value: object) -> Question:
     row = {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else {}
     if "references" in row:
         return _parse(value)

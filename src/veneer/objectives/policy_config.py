@@ -31,7 +31,7 @@ class OnPolicy:
 
     reward: tuple[str, ...] = ()
     """What answers are judged by, several if need be: MODULE:FUNCTION or FILE.py:FUNCTION; exact;
-    regex:PATTERN; json:SCHEMA.json; tests."""
+    regex:PATTERN; json:SCHEMA.json; grader:GRADER.json; tests."""
     reward_weights: tuple[float, ...] | None = None
     """The weight of each reward in their sum; 1 unless given."""
     reward_seconds: tuple[float, ...] | None = None

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from veneer.errors import TrainingError, shortened
 
@@ -20,12 +20,13 @@ class Answered:
     """An answer to be judged.
 
     messages: the turns that it answers, each with a role and a content. references: answers, or
-    tests, that the row brings. place: which row asks, for messages.
+    tests, that the row brings. item: the row's fields. place: which row asks, for messages.
     """
 
     text: str
     messages: Sequence[Mapping[str, str]] = ()
     references: Sequence[str] = ()
+    item: Mapping[str, Any] = field(default_factory=dict)
     place: str = ""
 
     @property

@@ -9,14 +9,17 @@ from pathlib import Path
 from veneer.errors import Checks, ConfigError, VeneerError
 from veneer.rewards.checkers import Exact, Matches, ValidJSON
 from veneer.rewards.function import Function
+from veneer.rewards.graders import read_grader
 from veneer.rewards.judged import Reward, Weighted
 from veneer.rewards.programs import PassesTests
 
 KINDS = (
     "MODULE:FUNCTION or FILE.py:FUNCTION; exact, an answer that is one of its row's references; "
-    "regex:PATTERN, whose group `answer` has to be a reference; json:SCHEMA.json; or tests, which "
-    "the row's references are"
+    "regex:PATTERN, whose group `answer` has to be a reference; json:SCHEMA.json; "
+    "grader:GRADER.json, as OpenAI has them; or tests, which the row's references are"
 )
+
+GRADER = "grader"  # begins the name of one that is in a file
 
 
 def reward_named(spec: str, *, seconds: float) -> Reward:
@@ -34,6 +37,8 @@ def reward_named(spec: str, *, seconds: float) -> Reward:
         return Matches(rest, seconds, name=spec)
     if kind == "json" and rest:
         return ValidJSON(Path(rest), name=spec)
+    if kind == GRADER and rest:
+        return read_grader(Path(rest))
     where, _, name = spec.rpartition(":")
     if where and name.isidentifier():
         return Function(spec, seconds=seconds)

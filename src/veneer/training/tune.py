@@ -105,7 +105,7 @@ def _tune(
 ) -> Iterator[Event]:
     """Train, once the run's directory is this process's own. rewards: of samples, if it learns from
     these."""
-    prompts = prompts_of(ahead) if rewards else None
+    prompts = prompts_of(ahead, rewards) if rewards else None
     ahead = with_course(ahead) if rewards else ahead
     prepared = yield from prepare(ahead, world=world, rows=prompts)
     recipe, rows = prepared.recipe, prepared.rows

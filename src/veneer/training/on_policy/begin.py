@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from veneer.data.encode import UNLABELLED
 from veneer.data.preview import preview
 from veneer.data.sources import spelt
 from veneer.errors import ConfigError
+from veneer.rewards.graders import Graded
 from veneer.rewards.judged import Weighted
 from veneer.rewards.named import rewards_named
 from veneer.training.events import DataReady
@@ -39,8 +40,9 @@ class PromptRows(RunRows):
         return self.prompts.identity
 
 
-def prompts_of(ahead: Preflight) -> PromptRows:
-    """Read the prompts of a run. Raises DataError with every prompt that cannot be used."""
+def prompts_of(ahead: Preflight, rewards: Sequence[Weighted]) -> PromptRows:
+    """Read the prompts of a run, to which `rewards` judge answers. Raises DataError with every
+    prompt that cannot be used."""
     recipe, tokenizer = ahead.recipe, ahead.tokenizer
     (path,) = spelt(recipe.data)
     most = recipe.on_policy.max_new_tokens
@@ -50,6 +52,7 @@ def prompts_of(ahead: Preflight) -> PromptRows:
         context=min(context_of(ahead.config), recipe.rows.max_length + most),
         max_new_tokens=most,
         limit=recipe.rows.limit,
+        graded=[each.reward for each in rewards if isinstance(each.reward, Graded)],
     )
     first = prompts.examples[0]
     asked = replace(first, labels=[UNLABELLED] * len(first.tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from veneer.data.encode import Example
 from veneer.data.problems import Located, Problem, data_error
 from veneer.data.questions import Question, read_prompts
 from veneer.errors import ConfigError, DataError
+from veneer.rewards.graders import Graded
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,20 @@ def load_prompts(
     context: int,
     max_new_tokens: int,
     limit: int | None = None,
+    graded: Sequence[Graded] = (),
 ) -> Prompts:
     """Return the prompts of a file as the model's chat template writes them.
 
     A row is any that `veneer generate` reads; an answer that it has is a reference. context: the
-    tokens of a prompt with its answer. Raises DataError with every prompt that cannot be used.
+    tokens of a prompt with its answer. graded: rewards that read fields of rows. Raises DataError
+    with every prompt that cannot be used.
     """
     return encoded(
         read_prompts(path, split="train")[:limit],
         tokenizer,
         context=context,
         max_new_tokens=max_new_tokens,
+        graded=graded,
     )
 
 
@@ -58,6 +62,7 @@ def encoded(
     *,
     context: int,
     max_new_tokens: int,
+    graded: Sequence[Graded] = (),
 ) -> Prompts:
     """Return prompts as tokens. Raises as `load_prompts` does."""
     examples, problems = [], []
@@ -77,20 +82,25 @@ def encoded(
             problems.append(Problem(prompt.place, why))
         elif len(tokens) < 2:
             problems.append(Problem(prompt.place, "the prompt is a single token"))
+        lacks = filter(None, (each.lacks(prompt.value.item) for each in graded))
+        problems += [Problem(prompt.place, what) for what in lacks]
         # No loss is ever taken of a prompt: what is learnt are the answers to it.
         examples.append(Example(tokens, tokens, str(prompt.place), 0))
     if problems:
-        raise data_error(f"{len(problems)} of {len(prompts)} prompts cannot be used:", problems)
+        count = len({problem.place for problem in problems})
+        raise data_error(f"{count} of {len(prompts)} prompts cannot be used:", problems)
     if not examples:
         raise DataError("There are no prompts to answer.")
     questions = [prompt.value for prompt in prompts]
+    if not graded:  # nothing reads them, and many rows have much
+        questions = [replace(question, item={}) for question in questions]
     return Prompts(examples, questions, _hash_of(examples, questions))
 
 
 def _hash_of(examples: Sequence[Example], questions: Sequence[Question]) -> str:
     """Return a hash of all that decides what is drawn and how it is judged."""
     rows = [
-        [example.tokens, list(question.references)]
+        [example.tokens, list(question.references), *([question.item] if question.item else [])]
         for example, question in zip(examples, questions, strict=True)
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

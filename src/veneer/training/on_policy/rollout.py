@@ -112,8 +112,8 @@ class Roller:
 
     def _answered(self, row: int, text: str) -> Answered:
         prompts = self.prompts
-        references = prompts.questions[row].references
-        return Answered(text, prompts.messages(row), references, prompts.examples[row].where)
+        question, place = prompts.questions[row], prompts.examples[row].where
+        return Answered(text, prompts.messages(row), question.references, question.item, place)
 
     def _shaped(
         self,

@@ -1,0 +1,109 @@
+"""Texts with a row's fields and the answer in them: `{{ item.x }}`, `{{ sample.output_text }}`.
+
+There are names, numbers of entries, and nothing else: no filters, no calls.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.errors import shortened
+
+_PLACE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
+_PATH = re.compile(r"(item|sample)((?:\.\w+|\[\d{1,6}\])+)")
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
+OF_SAMPLE = ("output_text", "output_json")
+
+
+class Lacking(Exception):
+    """The row, or the answer, has nothing at a place of a template."""
+
+    def __init__(self, field: Field) -> None:
+        super().__init__(f"{field} is not there")
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Field:
+    """What stands between two pairs of braces: `item` or `sample`, and the steps into it."""
+
+    root: str
+    steps: tuple[str | int, ...]
+
+    def __str__(self) -> str:
+        steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in self.steps)
+        return self.root + "".join(steps)
+
+    def text_in(self, values: Mapping[str, Any]) -> str:
+        """Return what is there: a text as it is, anything else as JSON. Raises Lacking."""
+        value: Any = values[self.root]
+        for step in self.steps:
+            is_there = (
+                isinstance(value, Sequence) and not isinstance(value, str) and step < len(value)
+                if isinstance(step, int)
+                else isinstance(value, Mapping) and step in value
+            )
+            value = value[step] if is_there else None
+            if value is None:
+                raise Lacking(self)
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A text, in pieces: as they are, and places that are filled for each answer."""
+
+    pieces: tuple[str | Field, ...]
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The places that a row has to fill."""
+        return tuple(x for x in self.pieces if isinstance(x, Field) and x.root == "item")
+
+    def fill(self, item: Mapping[str, Any], answer: str) -> str:
+        """Return the text for an answer to a row. Raises Lacking."""
+        sample = {"output_text": answer}
+        if any(isinstance(x, Field) and x.steps[0] == "output_json" for x in self.pieces):
+            sample["output_json"] = _json_of(answer)
+        values = {"item": item, "sample": sample}
+        return "".join(x if isinstance(x, str) else x.text_in(values) for x in self.pieces)
+
+
+def template_of(text: str) -> Template:
+    """Return a text as a template. Raises ValueError, saying what is wrong with it."""
+    pieces: list[str | Field] = []
+    for number, piece in enumerate(_PLACE.split(text)):
+        if number % 2:
+            pieces.append(_field(piece.strip()))
+        elif "{{" in piece:
+            raise ValueError("a {{ has no }} behind it")
+        elif piece:
+            pieces.append(piece)
+    return Template(tuple(pieces))
+
+
+def _field(text: str) -> Field:
+    if (match := _PATH.fullmatch(text)) is None:
+        raise ValueError(
+            f"{{{{ {shortened(text, 60)} }}}} names neither a field of the row, such as "
+            "{{ item.answer }}, nor {{ sample.output_text }}"
+        )
+    steps = tuple(name or int(number) for name, number in _STEP.findall(match[2]))
+    field = Field(match[1], steps)
+    if field.root == "sample" and (
+        steps[0] not in OF_SAMPLE or (steps[0] == "output_text" and len(steps) > 1)
+    ):
+        raise ValueError(f"there is no {field}; of an answer there are {' and '.join(OF_SAMPLE)}")
+    return field
+
+
+def _json_of(answer: str) -> Any:
+    """Return what an answer says in JSON; nothing where it says none."""
+    try:
+        return json.loads(answer)
+    except (ValueError, RecursionError):
+        return None
