@@ -7,6 +7,7 @@ import stat
 import pytest
 
 from veneer.errors import ConfigError
+from veneer.serve.api import audit
 from veneer.serve.api.audit import AuditLog
 from veneer.serve.api.guard import Guard
 from veneer.serve.config import KeyFiles, Keys, Limits, ServeConfig
@@ -80,7 +81,8 @@ def test_an_audit_log_that_cannot_be_written_is_refused_before_the_start(tmp_pat
     ServeConfig(audit_log=tmp_path / "audit.jsonl")
 
 
-def test_requests_with_the_admin_key_are_written_down(tmp_path, caplog):
+def test_requests_with_the_admin_key_are_written_down(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(audit.time, "monotonic", lambda: 60.0)  # all in one minute
     place = tmp_path / "audit.jsonl"
     guard = guard_of(lambda: Keys(api=OLD, admin=ADMIN), audit=AuditLog(place))
     requests = [
@@ -102,6 +104,14 @@ def test_requests_with_the_admin_key_are_written_down(tmp_path, caplog):
     assert stat.S_IMODE(place.stat().st_mode) == 0o600
     assert statuses(guard, ("GET", f"/v1/files/{'a' * 9999}", OLD)) == [401]
     assert len(place.read_text().splitlines()[-1]) < 500  # whoever has no key fills no disk
+    # Nor do many of them, and what was left out is counted.
+    monkeypatch.setattr(audit, "MOST_UNKNOWN", 4)
+    refused = ("GET", "/v1/files", None)
+    before = len(place.read_text().splitlines())
+    assert before == 4  # three of them refused
+    assert statuses(guard, *[refused] * 5, requests[0]) == [401] * 5 + [200]
+    after = [json.loads(line) for line in place.read_text().splitlines()[before:]]
+    assert [line.get("left_out") for line in after] == [None, 4]
     place.unlink()
     place.mkdir()  # where nothing can be written
     assert statuses(guard, requests[0]) == [200]

@@ -132,6 +132,19 @@ def test_a_run_that_died_has_stopped_after_a_while(directory, tmp_path):
     assert only_run(runs)["state"] == "stopped"
 
 
+def test_a_long_file_is_read_in_pieces(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs_module, "PIECE", 150)
+    write(directory, 7)
+    with (directory / METRICS).open("a") as file:
+        file.write("[" * 400 + "\n")  # longer than a piece
+        file.write('{"step": 8, "loss": 0.5, "reward": 0.25, "tokens": 1, "seconds": 1}\n{"st')
+    run = only_run(Runs(tmp_path / "runs"))
+    assert [step for step, _ in run["curve"]] == [*range(1, 9)]
+    assert run["reward"] == 0.25
+    followed = runs_module.follow_file(directory / METRICS)
+    assert (followed.step, followed.loss) == (8, 0.5)
+
+
 def test_what_is_no_run_of_ours_hides_no_other(directory, tmp_path):
     root = tmp_path / "runs"
     write(directory, 1)

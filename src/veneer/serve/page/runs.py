@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import IO, Any
 
 from veneer.errors import Missing, shortened
 from veneer.run_directory import METRICS, RunDirectory
 from veneer.serve.page.curve import Curve
 
 RECENT = 20  # steps over which speed is measured, as on the terminal
+PIECE = 2**20  # bytes of metrics that are read at once
 QUIET_SECONDS = 60.0  # a run without a step for so long, and for five steps' time, has stopped
 MOST_RUNS = 200
 # How progress.json says that a run ended, and how the page says it.
@@ -44,6 +45,7 @@ class Run:
     damaged: bool = False
     step: int = 0
     loss: float | None = None
+    reward: float | None = None  # of a run on samples
     losses: Curve = field(default_factory=Curve)
     evaluations: Curve = field(default_factory=Curve)
     recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
@@ -65,6 +67,8 @@ class Run:
             tokens, seconds = int(line["tokens"]), float(line["seconds"])
             self.step, self.loss = step, float(line["loss"])
             self.losses.add(step, self.loss)
+            reward = line.get("reward")
+            self.reward = reward if isinstance(reward, float) and math.isfinite(reward) else None
             self.recent.append((tokens, seconds))
 
     def shown(self, quiet: float, progress: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +86,7 @@ class Run:
             "step": self.step,
             "steps": steps,
             "loss": self.loss,
+            "reward": self.reward,
             "tokens_per_second": sum(n for n, _ in self.recent) / seconds if seconds else None,
             "seconds_left": left if state == "running" else None,
             "curve": self.losses.shown(),
@@ -169,19 +174,31 @@ class Runs:
             if status.st_ino != run.inode or status.st_size < run.read:
                 run = self._runs[metrics] = Run(inode=status.st_ino)
             file.seek(run.read)
-            new = file.read()
-        whole = new.rfind(b"\n") + 1  # a last line without an end is still being written
-        run.read += whole
-        run.take(new[:whole])
+            _take_on(run, file)
         return run
 
 
 def follow_file(metrics: Path) -> Run:
     """Return what a whole metrics.jsonl says; nothing where there is none, or none of ours."""
     run = Run()
-    with suppress(OSError):
-        run.take(metrics.read_bytes())
+    with suppress(OSError), metrics.open("rb") as file:
+        _take_on(run, file)
+        run.take(file.read(PIECE))  # a last line without its end
     return run
+
+
+def _take_on(run: Run, file: IO[bytes]) -> None:
+    """Take whole lines from where a file stands to its end, a piece at a time. A last line without
+    an end is still being written; one that is longer than a piece is none of ours."""
+    while new := file.read(PIECE):
+        whole = new.rfind(b"\n") + 1
+        run.take(new[:whole])
+        if not whole and len(new) == PIECE:
+            run.damaged, whole = True, PIECE
+        run.read += whole
+        file.seek(run.read)
+        if len(new) < PIECE:
+            return
 
 
 def settings_of(directory: Path) -> dict[str, Any]:
