@@ -35,9 +35,10 @@ def _train(
     draw: random.Random,
     number: int,
 ) -> None:
-    rows = "".join(json.dumps(row) + "\n" for row in island_rows("qa", 40, seed=number))
-    file = client.upload(f"rows-{number}.jsonl", rows)
-    own = {"rank": 2, "steps": 12, "tokens_per_step": 512, "max_length": 256, "eval_rows": 0}
+    kind = draw.choice(("supervised", "dpo", "reinforcement"))
+    rows, how = _rows_and_method(kind, number)
+    file = client.upload(f"rows-{number}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    own = {"rank": 2, "max_length": 256, **how}
     body = {"model": base, "training_file": file["id"], "suffix": f"soak{number}", **own}
     job = client.admin("POST", JOBS, body)
     fate = draw.choice(("let", "let", "pause", "cancel"))
@@ -50,10 +51,41 @@ def _train(
     if over.is_set():
         return
     fault = f"job {job['id']} failed: {job['error']}" if job["status"] == "failed" else ""
-    findings.add(f"job {job['status']}", 200, fault)
+    findings.add(f"{kind} job {job['status']}", 200, fault)
     if job["status"] == "succeeded":
         client.ask(QUESTIONS[0], job["fine_tuned_model"])
     client.admin("DELETE", f"/v1/files/{file['id']}")
+
+
+def _rows_and_method(kind: str, number: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return rows for a method of OpenAI's, and what to ask for beside them."""
+    rows = list(island_rows("qa", 40, seed=number))
+    steps = {"steps": 12, "tokens_per_step": 512}
+    if kind == "supervised":
+        return rows, {**steps, "eval_rows": 0}
+    if kind == "dpo":
+        pairs = [
+            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": "I cannot say."}
+            for row in rows
+        ]
+        return pairs, {**steps, "eval_rows": 0, "method": {"type": kind}}
+    asks = [
+        {
+            "messages": [{"role": "user", "content": row["prompt"]}],
+            "answer": row["completion"],
+        }
+        for row in rows
+    ]
+    grader = {
+        "type": "text_similarity",
+        "name": "near",
+        "input": "{{ sample.output_text }}",
+        "reference": "{{ item.answer }}",
+        "evaluation_metric": "fuzzy_match",
+    }
+    method = {"type": kind, kind: {"grader": grader}}
+    sizes = {"steps": 4, "group_size": 4, "prompts_per_step": 2, "max_new_tokens": 16}
+    return asks, {**sizes, "method": method}
 
 
 def _interfere(client: Client, job: str, fate: str, over: threading.Event) -> None:

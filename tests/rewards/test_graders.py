@@ -135,7 +135,7 @@ def test_a_formula_weighs_graders():
     with pytest.raises(RewardFault, match="division by zero") as fault:
         grade(alone, "8", answer="7")
     assert fault.value.kind == "not a finite number"
-    for text in ("exp(1000 * right)", "(0 - right)^0.5", "log(0 * right)"):
+    for text in ("1e308 * 10 * right", "exp(1000 * right)", "(0 - right)^0.5", "log(0 * right)"):
         with pytest.raises(RewardFault):
             grade(alone | {"calculate_output": text}, "7", answer="7")
 
@@ -176,6 +176,7 @@ MULTI = {"type": "multi", "name": "m", "graders": {"a": check()}, "calculate_out
         (check("equal", refernce="x"), ["refernce is not known", "'equal', and may be eq"]),
         (check(input=7, name=""), ["name must be a text", "input must be a text"]),
         (alike("cosine"), ["cosine is not here: .*there are fuzzy_match, rouge_1"]),
+        (check(name="\ud800"), ["half a character"]),
         (check(input="{{ item.a | upper }}"), ["input: {{ item.a . upper }} names neither"]),
         (check(input="{{ item }}"), ["names neither a field"]),
         (check(input="{{ item.a"), ["has no }}"]),

@@ -4,6 +4,7 @@ wrote one runs."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +112,13 @@ class Multi:
     def of(self, values: Mapping[str, float]) -> float:
         """Return what the formula makes of grades. Raises RewardFault where that is no number."""
         try:
-            return self.formula(values)
+            value, why = self.formula(values), "it is infinite"
         except (ArithmeticError, ValueError) as error:
-            why = f"{self.formula.text} is no number of {dict(values)}: {error}"
-            raise RewardFault("not a finite number", why) from error
+            value, why = math.nan, str(error)
+        if not math.isfinite(value):
+            of = f"{self.formula.text} is no number for {dict(values)}"
+            raise RewardFault("not a finite number", f"{of}: {why}.")
+        return value
 
 
 def grades(grader: Multi, item: Mapping[str, Any], answer: str) -> dict[str, float]:
@@ -176,6 +180,14 @@ def read_grader(path: Path) -> Graded:
 
 def grader_of(value: object) -> Grader:
     """Return the grader that a JSON value describes. Raises ConfigError with all that is wrong."""
+    try:
+        # Half characters, which JSON can say, could be sent back to nobody.
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        why = "This grader cannot be used: it has half a character (a lone surrogate)."
+        raise ConfigError(why) from None
+    except RecursionError:
+        raise ConfigError("This grader cannot be used: it is nested too deeply.") from None
     reading = _Reading()
     grader = reading.grader(value, "grader")
     if grader is None or reading.problems:

@@ -9,7 +9,7 @@ from functools import partial
 import regex
 
 _WORD = regex.compile(r"\w+")
-MOST_CHARACTERS = 100_000  # of each text: the time grows with the product of both lengths
+MOST_CHARACTERS = 32_768  # of each text: the time grows with the product of both lengths
 
 
 def common_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:

@@ -50,7 +50,10 @@ class Field:
             value = value[step] if is_there else None
             if value is None:
                 raise Lacking(self)
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        try:
+            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        except RecursionError:  # within itself too often to be a text
+            raise Lacking(self) from None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.types import ASGIApp
 
-from veneer.serve.api import embeddings, errors, files, fine_tuning, loading, openai
+from veneer.serve.api import embeddings, errors, files, fine_tuning, graders, loading, openai
 from veneer.serve.api.audit import AuditLog
 from veneer.serve.api.errors import ERROR_RESPONSES, ApiError
 from veneer.serve.api.guard import Guard
@@ -52,6 +52,7 @@ def create_app(
     app.include_router(loading.routes(served, loading_root))
     app.include_router(files.routes(jobs))
     app.include_router(fine_tuning.routes(jobs))
+    app.include_router(graders.routes(jobs))
     app.include_router(panel.routes(served, Runs(runs) if runs is not None else None, jobs))
     panel.add_page(app)
 

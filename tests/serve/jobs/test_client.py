@@ -9,6 +9,19 @@ from support.jobs import ROWS, client_of, training, until, upload
 from support.server import AS_ADMIN, call, chat
 from veneer.serve.jobs import uploads
 
+GRADER = {
+    "type": "string_check",
+    "name": "right",
+    "input": "{{ sample.output_text }}",
+    "reference": "{{ item.answer }}",
+    "operation": "ilike",
+}
+
+
+def reinforced(grader=GRADER, **hyperparameters):
+    own = {"grader": grader} | ({"hyperparameters": hyperparameters} if hyperparameters else {})
+    return {"type": "reinforcement", "reinforcement": own}
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
@@ -54,6 +67,11 @@ def test_a_file_comes_is_listed_read_and_goes(client):
 @pytest.mark.parametrize(
     ("name", "content", "fault"),
     [
+        (
+            "rows.jsonl",
+            b'{"prompt": "a", "completon": "b"}\n',
+            ("rows.jsonl:1: ", "did you mean 'completion'"),
+        ),
         (
             "rows.jsonl",
             b'{"text": "a"}\n{"txt": "b"}\n{"text"',
@@ -166,6 +184,53 @@ def test_a_job_learns_preferences(client, server):
     assert until(client, other.id, "succeeded", "failed").status == "succeeded"
 
 
+def test_a_job_learns_from_samples(client, server):
+    asks = [{"messages": [{"role": "user", "content": text}], "answer": text} for text in "abc"]
+    file = upload(client, asks)
+    assert file.rows == 3
+    chosen = {"n_epochs": 2, "batch_size": 2, "compute_multiplier": 0.5, "eval_samples": 2}
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        validation_file=file.id,
+        method=reinforced(**chosen, reasoning_effort="high"),
+        extra_body={"max_new_tokens": 8},
+    )
+    assert job.method.type == "reinforcement"
+    assert job.method.reinforcement.grader.to_dict() == GRADER
+    shown = job.method.reinforcement.hyperparameters
+    assert (shown.n_epochs, shown.eval_interval, shown.reasoning_effort) == (2, "auto", "high")
+    settings = server.jobs.job(job.id).settings
+    assert settings["objective"] == {"objective": "grpo"}
+    assert settings["on_policy"] == {"max_new_tokens": 8, "prompts_per_step": 2, "group_size": 4}
+    assert until(client, job.id, "succeeded", "failed").status == "succeeded"
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+    assert {event.message.split(":")[0] for event in events if event.level == "warn"} == {
+        "compute_multiplier",
+        "validation_file, eval_samples",
+        "reasoning_effort",
+    }
+
+
+def test_a_grader_is_tried_out(client):
+    graders = client.fine_tuning.alpha.graders
+    assert graders.validate(grader=GRADER).grader.to_dict() == GRADER
+    with pytest.raises(openai.BadRequestError, match="never runs here"):
+        graders.validate(grader={"type": "python", "name": "p", "source": "1"})
+    tried = graders.run(grader=GRADER, model_sample="It is Seven.", item={"answer": "seven"})
+    assert (tried.reward, tried.metadata.name, tried.sub_rewards) == (1, "right", {"right": 1})
+    assert not any(tried.metadata.errors.to_dict().values())
+    both = {"type": "multi", "name": "both", "graders": {"a": GRADER}, "calculate_output": "2 * a"}
+    tried = graders.run(grader=both, model_sample="seven", item={"answer": "seven"})
+    assert (tried.reward, tried.sub_rewards, tried.metadata.type) == (2, {"a": 1}, "multi")
+    for grader, error in ((GRADER, "invalid_variable_error"), (both, "invalid_variable_error")):
+        tried = graders.run(grader=grader, model_sample="seven")
+        assert (tried.reward, getattr(tried.metadata.errors, error)) == (0, True)
+    endless = both | {"calculate_output": "1e999 * a"}
+    tried = graders.run(grader=endless, model_sample="a", item={"answer": "a"})
+    assert (tried.reward, tried.metadata.errors.other_error) == (0, True)
+
+
 def test_a_job_is_paused_resumed_and_cancelled(client, file, wait, server):
     jobs = client.fine_tuning.jobs
     job = jobs.create(model="tiny", training_file=file.id, extra_body={"steps": 4})
@@ -224,7 +289,19 @@ def test_a_job_that_fails_says_why(client, file):
         ({"extra_body": {"beta": 0.3}}, "beta would do nothing with sft"),
         ({"extra_body": {"objective": "dpo"}}, "With the method supervised, objective may be sft."),
         ({"method": {"type": "dpo"}, "extra_body": {"objective": "grpo"}}, "may be dpo, ipo,"),
-        ({"method": {"type": "reinforcement", "reinforcement": {}}}, "The method reinforcement"),
+        ({"method": {"type": "reinforcement"}}, "The method reinforcement needs a grader"),
+        ({"method": reinforced({"type": "python", "source": "1", "name": "p"})}, "never runs here"),
+        ({"method": reinforced(GRADER | {"operation": "equal"})}, "operation is 'equal', and may"),
+        ({"method": reinforced(eval_interval=0)}, "eval_interval should be"),
+        ({"method": reinforced(beta=1)}, "beta is not supported"),
+        ({"method": reinforced(compute_multiplier=9)}, "group_size is 72, and may be 64"),
+        (
+            {"method": reinforced(batch_size=2), "extra_body": {"prompts_per_step": 2}},
+            "batch_size and prompts_per_step",
+        ),
+        ({"method": reinforced(), "extra_body": {"reward": ["a:b"]}}, "reward is no"),
+        ({"method": reinforced(), "extra_body": {"objective": "dpo"}}, "may be grpo, rloo"),
+        ({"extra_body": {"group_size": 4}}, "group_size would do nothing with sft"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
         ({"extra_body": {"ranks": 4}}, "ranks is no parameter; did you mean 'rank'?"),
         ({"extra_body": {"rank": 0}}, "rank is 0, but must be"),

@@ -140,6 +140,7 @@ def test_jobs_whose_worker_dies_train_by_themselves(server, create):
     assert until(client, first.id, "succeeded", "failed").status == "succeeded"
     assert "signal 9" in until(client, deadly.id, "failed").error.message
     assert processes(server, first, deadly) == [first, deadly]
+    assert not [*server.jobs.places.root.glob("*/.job/joined-*")]
 
 
 @pytest.mark.slow
@@ -162,9 +163,10 @@ def test_a_server_that_ends_leaves_all_of_them_to_the_next(tmp_path):
 
 
 def test_only_small_steps_over_one_base_share_passes(tmp_path):
-    def key(base="tiny", **own):
+    def key(base="tiny", grader=None, **own):
         paths = {"data": tmp_path, "valid": None, "out": tmp_path, "start_from": None}
-        settings = settings_of(TrainingBase(base), **paths, seed=0, hyperparameters={}, own=own)
+        chosen = {"seed": 0, "hyperparameters": {}, "own": own, "grader": grader}
+        settings = settings_of(TrainingBase(base), **paths, **chosen)
         return sharing_of(settings)
 
     assert key() == key(rank=3, targets="attention", lr=0.1, epochs=2.0) is not None
@@ -173,4 +175,12 @@ def test_only_small_steps_over_one_base_share_passes(tmp_path):
     for own in ({"new_words": "auto"}, {"tokens_per_step": 2049}, {"replay_passes": True}):
         assert key(**own) is None, own
     assert key(tokens_per_step=2048) == key(reference="base") == key()
-    assert key(objective="dpo") is None
+    assert key(objective="dpo") == key()
+    grader = {
+        "type": "string_check",
+        "name": "a",
+        "input": "a",
+        "reference": "a",
+        "operation": "eq",
+    }
+    assert key(objective="grpo", grader=grader) is None

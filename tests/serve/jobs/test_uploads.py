@@ -24,12 +24,12 @@ def test_a_large_file_of_one_value_is_read_elsewhere_with_its_places(tmp_path, m
     assert len(expected[1]) == 1
     assert expected[0][4].place.number == 7
     monkeypatch.setattr(uploads, "LARGE", 100)
-    assert uploads.first_rows(path, 5) == expected
+    assert uploads.first_rows(path, 5, "answers") == expected
     # Whatever is large, but read row by row, stays in this process.
     monkeypatch.setattr(uploads, "_elsewhere", None)
     lines = tmp_path / "rows.jsonl"
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(uploads.first_rows(lines, 5)[0]) == 5
+    assert len(uploads.first_rows(lines, 5, "answers")[0]) == 5
 
 
 def test_only_some_large_files_are_read_at_a_time_and_not_for_ever(tmp_path, monkeypatch):

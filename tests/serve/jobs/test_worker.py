@@ -41,7 +41,7 @@ def small(tmp_path_factory):
 ASKED = {"n_epochs": 2, "learning_rate_multiplier": 0.5, "batch_size": 6}
 
 
-def asked(small, run, *, start_from=None, hyperparameters=ASKED, rank=2, **own):
+def asked(small, run, *, start_from=None, hyperparameters=ASKED, rank=2, grader=None, **own):
     base, data = small
     own = {"max_length": 64} | own | ({"rank": rank} if rank else {})
     files = WorkerFiles(run)
@@ -55,6 +55,7 @@ def asked(small, run, *, start_from=None, hyperparameters=ASKED, rank=2, **own):
         seed=3,
         hyperparameters=hyperparameters,
         own=own,
+        grader=grader,
     )
     write_json(files.settings, settings)
     return files.log
@@ -122,6 +123,9 @@ def test_jobs_train_together_and_go_on_together(small, tmp_path):
     assert read_on(logs[1], 0)[0][0].content.message.startswith("It joins a process")
     join(first, 2, second)
     WorkerFiles(second).stop(1).touch()  # of an attempt that is over
+    WorkerFiles(first).remove_earlier(2)
+    left = [path.name for path in WorkerFiles(first).directory.glob("joined-*")]
+    assert left == ["joined-2"]
     work(first, 2, Asked(None))
     for run, log, count in ((first, logs[0], 6), (second, logs[1], 4)):
         assert end_of(log) == End("succeeded")
@@ -182,6 +186,57 @@ def test_preferences_are_learnt(small, tmp_path):
     settings = RunDirectory(run).read_recipe()
     assert (settings["objective"], settings["lr"]) == ("dpo", 0.001)  # a tenth of that for answers
     assert "Read 24 rows" in read_on(log, 0)[0][0].content.message
+
+
+@pytest.fixture(scope="module")
+def prompts(small, tmp_path_factory):
+    """A base, and prompts as OpenAI has them."""
+    data = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    asks = [{"messages": [{"role": "user", "content": f"Say {x}"}], "letter": x} for x in "abc"]
+    data.write_bytes(lines(asks))
+    return small[0], data
+
+
+def on_samples(prompts, run, field, **own):
+    grader = {
+        "type": "string_check",
+        "name": "has it",
+        "input": "{{ sample.output_text }}",
+        "reference": f"{{{{ item.{field} }}}}",
+        "operation": "like",
+    }
+    own |= {"objective": "grpo", "steps": 3, "max_new_tokens": 5, "kl_weight": 0.1}
+    chosen = {"batch_size": 2, "compute_multiplier": 0.5, "learning_rate_multiplier": 2.0}
+    return asked(prompts, run, hyperparameters=chosen, grader=grader, **own)
+
+
+def test_samples_are_learnt_from_and_gone_on_with(prompts, tmp_path):
+    run = tmp_path / "run"
+    log = on_samples(prompts, run, "letter")
+    work(run, 1, AfterSteps(2))
+    assert end_of(log) == End("stopped")
+    work(run, 2, Asked(None))
+    assert end_of(log) == End("succeeded")
+    settings, samples = RunDirectory(run).read_recipe(), RunDirectory(run).samples.read_text()
+    assert (settings["group_size"], settings["prompts_per_step"]) == (4, 2)
+    assert settings["lr"] == 0.001  # twice a tenth of that for answers
+    events = [x.content for x in read_on(log, 0)[0] if isinstance(x.content, JobEvent)]
+    steps = [x for x in events if "train_loss" in (x.data or {})]
+    assert [x.data["step"] for x in steps] == [1, 2, 3]
+    assert {"reward", "reward/has it", "kl", "entropy"} <= steps[0].data.keys()
+    assert ", mean reward=" in steps[0].message
+    before = weights(run)
+    assert before == tuned_again(run, tmp_path / "again")  # and never stopped
+    assert RunDirectory(tmp_path / "again").samples.read_text() == samples
+
+
+def test_prompts_without_what_a_grader_reads_are_named(prompts, tmp_path):
+    log = on_samples(prompts, tmp_path / "run", "leter")
+    work(tmp_path / "run", 1, Asked(None))
+    fault = end_of(log).fault
+    assert fault.code == "invalid_training_file"
+    assert "3 of 3 prompts cannot be used" in fault.message
+    assert "prompts.jsonl:2: the row has no item.leter, which has it reads" in fault.message
 
 
 @pytest.mark.parametrize("hyperparameters", [ASKED, {}])  # without any it may share passes

@@ -32,13 +32,13 @@ TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
 {% endfor %}"""
 
 
-def shown(tmp_path, row):
+def shown(tmp_path, row, kind="answers"):
     served = scripted()
     served.tokenizer.chat_template = TEMPLATE
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     places = SimpleNamespace(file=lambda file: path)
-    jobs = SimpleNamespace(places=places, file=lambda id, param: None)
+    jobs = SimpleNamespace(places=places, file=lambda id, param: SimpleNamespace(kind=kind))
     return first_rows(jobs, served, "file-1")
 
 
@@ -51,6 +51,24 @@ def test_a_question_keeps_calls_results_and_tools(tmp_path):
     ids = [call["id"] for call in turns[1].fields["tool_calls"]]
     assert [turn.fields["tool_call_id"] for turn in turns[2:4]] == ids == ["call_0", "call_1"]
     assert [tool.function.name for tool in asked.tools] == ["tide"]
+
+
+def test_a_pair_is_shown_with_the_answer_that_is_not_wanted(tmp_path):
+    pair = {"prompt": "a b", "chosen": "c", "rejected": "d e"}
+    answer = shown(tmp_path, pair, "pairs")
+    (row,) = answer["rows"]
+    learnt = [[text for text, is_learnt in row[key] if is_learnt] for key in ("pieces", "rejected")]
+    assert [text.strip() for (text,) in learnt] == ["assistant: c</s>", "assistant: d e</s>"]
+    assert (answer["kind"], answer["asks"][0]["answer"]) == ("pairs", "c")
+
+
+def test_a_prompt_is_shown_with_the_fields_that_graders_can_read(tmp_path):
+    asked = {"messages": [{"role": "user", "content": "a b"}], "sum": 7, "answer": "c"}
+    answer = shown(tmp_path, asked, "prompts")
+    assert (answer["kind"], answer["fields"]) == ("prompts", ["answer", "sum"])
+    assert answer["rows"][0]["learnt"] == 0
+    assert not any(learnt for _, learnt in answer["rows"][0]["pieces"])
+    assert answer["asks"] == [{"messages": asked["messages"], "tools": [], "answer": ""}]
 
 
 def test_ids_of_calls_stay(tmp_path):

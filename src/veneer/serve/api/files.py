@@ -96,7 +96,7 @@ def routes(jobs: Jobs | None) -> APIRouter:
 
 
 def shown(file: StoredFile) -> dict[str, Any]:
-    """Return a file as OpenAI has it; `rows` is ours."""
+    """Return a file as OpenAI has it; `rows` and `kind` are ours."""
     return {
         "id": file.id,
         "object": "file",
@@ -106,6 +106,7 @@ def shown(file: StoredFile) -> dict[str, Any]:
         "purpose": file.purpose,
         "status": "processed",
         "rows": file.rows,
+        "kind": file.kind,
     }
 
 

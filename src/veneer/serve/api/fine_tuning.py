@@ -19,7 +19,7 @@ from veneer.serve.api.files import enabled
 from veneer.serve.api.job_protocol import JobRequest
 from veneer.serve.api.paging import listed, page
 from veneer.serve.jobs.service import Jobs
-from veneer.serve.jobs.settings import GROUPS, HYPERPARAMETERS, learns_preferences
+from veneer.serve.jobs.settings import GROUPS, HYPERPARAMETERS, method_of
 from veneer.serve.jobs.values import Job, JobEvent
 
 PREFIX = "/v1/fine_tuning/jobs"
@@ -116,7 +116,10 @@ def shown(job: Job) -> dict[str, Any]:
         left = int(time.time() + each * (job.steps - job.step))
     fault = job.fault
     own = {k: v for group in GROUPS for k, v in job.settings.get(group, {}).items()}
-    method = "dpo" if learns_preferences(job.settings) else "supervised"
+    method, grader = method_of(job.settings), job.settings.get("grader")
+    of_method = {"hyperparameters": dict(job.hyperparameters)} | (
+        {"grader": grader} if grader else {}
+    )
     own.pop("eval_data", None)
     return {
         "id": job.id,
@@ -131,7 +134,7 @@ def shown(job: Job) -> dict[str, Any]:
         "validation_file": job.validation_file,
         "training_file": job.training_file,
         "hyperparameters": {name: job.hyperparameters[name] for name in HYPERPARAMETERS},
-        "method": {"type": method, method: {"hyperparameters": dict(job.hyperparameters)}},
+        "method": {"type": method, method: of_method},
         "trained_tokens": job.tokens if job.has_ended else None,
         "error": fault and {"code": fault.code, "message": fault.message, "param": fault.param},
         "integrations": [],

@@ -8,18 +8,19 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 from pydantic import Field, create_model
 
 from veneer.errors import RequestError, listed
-from veneer.objectives.config import USUAL_BETA, ObjectiveName
+from veneer.objectives.config import ON_POLICY, USUAL_BETA
 from veneer.serve.api.strict import Strict, Text
 from veneer.serve.jobs.service import Order
-from veneer.serve.jobs.settings import AUTO, GROUPS, HYPERPARAMETERS, OWN
+from veneer.serve.jobs.settings import AUTO, GROUPS, OWN, group_size
 
 MethodType = Literal["supervised", "dpo", "reinforcement"]
-UNSUPPORTED: MethodType = "reinforcement"
-# What may be learnt by, with each method that is trained.
-OBJECTIVES: dict[str, tuple[ObjectiveName, ...]] = {
+# What may be learnt by, with each method, the usual one first.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
     "supervised": ("sft",),
     "dpo": tuple(USUAL_BETA),
+    "reinforcement": ON_POLICY,
 }
+Effort = Literal["default", "low", "medium", "high"]
 
 
 class Hyperparameters(Strict):
@@ -48,13 +49,36 @@ class Dpo(Strict):
     hyperparameters: PreferenceHyperparameters | None = None
 
 
+class SampleHyperparameters(Hyperparameters):
+    """OpenAI's own settings of a training on samples."""
+
+    compute_multiplier: Literal["auto"] | Annotated[float, Field(gt=0, le=100)] | None = None
+    eval_interval: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
+    eval_samples: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
+    reasoning_effort: Effort | None = None
+
+
+class Reinforcement(Strict):
+    """What the method "reinforcement" takes. The grader is read by `rewards/graders.py`."""
+
+    grader: dict[Text, Any]
+    hyperparameters: SampleHyperparameters | None = None
+
+
+OF_METHOD: dict[str, type[Hyperparameters]] = {
+    "supervised": Hyperparameters,
+    "dpo": PreferenceHyperparameters,
+    "reinforcement": SampleHyperparameters,
+}
+
+
 class JobMethod(Strict):
     """By what to train."""
 
     type: MethodType
     supervised: Supervised | None = None
     dpo: Dpo | None = None
-    reinforcement: dict[str, Any] | None = None
+    reinforcement: Reinforcement | None = None
 
 
 class OpenAiJob(Strict):
@@ -83,11 +107,6 @@ class OpenAiJob(Strict):
     def order(self) -> Order:
         """Return what is asked for. Raises RequestError for what is not trained here, by name."""
         method = self.method or JobMethod(type="supervised")
-        if method.type == UNSUPPORTED:
-            raise RequestError(
-                f"The method {method.type} is not trained here yet; supervised and dpo are.",
-                param="method",
-            )
         for name in get_args(MethodType):
             if name != method.type and getattr(method, name) is not None:
                 raise RequestError(f"{name} would do nothing with {method.type}.", param="method")
@@ -95,7 +114,8 @@ class OpenAiJob(Strict):
         of_method = given and given.hyperparameters
         if of_method and self.hyperparameters:
             raise RequestError("Give hyperparameters once, in method.", param="hyperparameters")
-        chosen = of_method or self.hyperparameters or Hyperparameters()
+        given_ones = of_method or self.hyperparameters or Hyperparameters()
+        chosen = OF_METHOD[method.type](**given_ones.model_dump())
         own = {name: v for name in OWN if (v := getattr(self, name)) is not None}
         objective, objectives = own.pop("objective", None), OBJECTIVES[method.type]
         if objective not in (None, *objectives):
@@ -103,23 +123,54 @@ class OpenAiJob(Strict):
                 f"With the method {method.type}, objective may be {listed(objectives, most=9)}.",
                 param="objective",
             )
-        names: tuple[str, ...] = HYPERPARAMETERS
-        if method.type == "dpo":
-            own["objective"] = objective or "dpo"
-            names = (*names, "beta")
-            beta = getattr(chosen, "beta", None)
-            if beta not in (None, AUTO) and own.setdefault("beta", beta) != beta:
-                raise RequestError("Give beta once, in method.", param="beta")
+        if method.type != "supervised":
+            own["objective"] = objective or objectives[0]
+        beta = getattr(chosen, "beta", None)
+        if beta not in (None, AUTO) and own.setdefault("beta", beta) != beta:
+            raise RequestError("Give beta once, in method.", param="beta")
+        if method.type == "reinforcement" and method.reinforcement is None:
+            why = "The method reinforcement needs a grader, in method.reinforcement."
+            raise RequestError(why, param="method")
+        # Others have none beside them, which would do nothing.
+        grader = None if method.reinforcement is None else method.reinforcement.grader
         return Order(
             self.model,
             self.training_file,
             self.validation_file,
-            {name: getattr(chosen, name, None) or AUTO for name in names},
+            _named(chosen),
             own,
             self.seed or 0,
             self.suffix,
             self.metadata,
+            grader,
+            _remarks(chosen, self.validation_file),
         )
+
+
+def _named(given: Hyperparameters) -> dict[str, Any]:
+    """Return the hyperparameters of a method by their names, "auto" where one is not given."""
+    usual = dict.fromkeys(type(given).model_fields, AUTO) | {"reasoning_effort": "default"}
+    return {name: getattr(given, name) or usual[name] for name in type(given).model_fields}
+
+
+def _remarks(given: Hyperparameters, validation_file: str | None) -> tuple[str, ...]:
+    """Return what to tell of settings for samples: what they come to, and which do nothing here."""
+    if not isinstance(given, SampleHyperparameters):
+        return ()
+    remarks = []
+    if isinstance(given.compute_multiplier, float):
+        answers = group_size(given.compute_multiplier)
+        remarks.append(f"compute_multiplier: {answers} answers are drawn to each prompt.")
+    of_evaluation = {
+        "validation_file": validation_file,
+        "eval_interval": given.eval_interval,
+        "eval_samples": given.eval_samples,
+    }
+    if names := [name for name, value in of_evaluation.items() if value not in (None, AUTO)]:
+        remarks.append(f"{listed(names)}: no held-out prompts are evaluated, so this does nothing.")
+    if given.reasoning_effort not in (None, "default"):
+        remarks.append("reasoning_effort: the base is asked as it is, so this does nothing.")
+    return tuple(remarks)
 
 
 def _own_fields() -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from veneer.serve.jobs.certificate import certificate_of
 from veneer.serve.jobs.values import JobEvent
 from veneer.training.events import (
@@ -49,9 +51,12 @@ def event_of(event: Event, steps: int | None) -> JobEvent | None:
             text = f"Training goes on after step {done:,} of {total:,}."
             return JobEvent(text, data={"total_steps": total})
         case Step():
+            reward = event.metrics.get("reward")
+            of_samples = "" if reward is None else f", mean reward={reward:.4f}"
             return JobEvent(
-                f"Step {event.step}/{steps}: training loss={event.loss:.4f}",
+                f"Step {event.step}/{steps}: training loss={event.loss:.4f}{of_samples}",
                 data={
+                    **{name: x for name, x in event.metrics.items() if math.isfinite(x)},
                     "step": event.step,
                     "total_steps": steps,
                     "train_loss": event.loss,

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from veneer.data.rows import RowShape
 from veneer.errors import Missing, QueueFull, RequestError, VeneerError
 from veneer.files import size_of
+from veneer.objectives.config import Objective, ObjectiveName
 from veneer.run_directory import RunDirectory
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs import uploads
@@ -25,6 +27,7 @@ from veneer.serve.jobs.values import (
     UNENDED,
     Job,
     JobEvent,
+    Kind,
     Places,
     Status,
     StoredFile,
@@ -32,6 +35,14 @@ from veneer.serve.jobs.values import (
 )
 from veneer.serve.jobs.watching import Bounds
 
+OF_SAMPLES = ("reward", "kl", "entropy")  # what results have of a run on samples, beside losses
+# What rows a file may hold for each shape that an objective reads.
+KINDS_FOR: Mapping[RowShape, tuple[Kind, ...]] = {
+    "answers": ("answers",),
+    "pairs": ("pairs",),
+    "judged": ("answers", "pairs"),
+    "prompts": ("prompts", "answers"),  # of which the last one is a reference
+}
 _STRANGE = re.compile(r"[^A-Za-z0-9]+")
 
 
@@ -47,6 +58,8 @@ class Order:
     seed: int = 0
     suffix: str | None = None
     metadata: Mapping[str, str] | None = None
+    grader: Mapping[str, Any] | None = None
+    remarks: tuple[str, ...] = ()  # on what of the order does nothing here
 
 
 class Jobs:
@@ -129,6 +142,7 @@ class Jobs:
         adapter = self.served.adapter(order.model)
         training = self._rows(order.training_file, "training_file")
         valid = order.validation_file and self._rows(order.validation_file, "validation_file")
+        _check_kind(training, order.own.get("objective", "sft"))
         self._check_disk(0)
         id = new_id("ftjob")
         called = _STRANGE.sub("-", order.suffix or order.model).strip("-")[:MOST_OF_NAME]
@@ -142,12 +156,13 @@ class Jobs:
             settings_of(
                 self.base,
                 data=self.places.file(training),
-                valid=self.places.file(valid) if valid else None,
+                valid=self.places.file(valid) if valid and order.grader is None else None,
                 out=self.places.root / name,
                 start_from=self.served.library.info(adapter).directory if adapter else None,
                 seed=order.seed,
                 hyperparameters=order.hyperparameters,
                 own=order.own,
+                grader=order.grader,
             ),
             dict(order.hyperparameters),
             order.validation_file,
@@ -156,12 +171,13 @@ class Jobs:
             order.metadata,
         )
         events = [
-            f"Created fine-tuning job: {id}",
-            f"Validating training file: {training.id}",
-            "Files validated, moving job to queued state",
+            JobEvent(f"Created fine-tuning job: {id}"),
+            *(JobEvent(text, "warn") for text in order.remarks),
+            JobEvent(f"Validating training file: {training.id}"),
+            JobEvent("Files validated, moving job to queued state"),
         ]
         most = self.bounds.waiting
-        if not self.store.add_job(job, [JobEvent(text) for text in events], most=most):
+        if not self.store.add_job(job, events, most=most):
             raise QueueFull(f"{most} jobs wait already; cancel some, or wait.")
         self.supervisor.asked.set()
         return job
@@ -273,13 +289,28 @@ class Jobs:
 
     def _keep_results(self, job: Job) -> str:
         """Keep a run's losses as a file, as OpenAI's jobs have it, and return its name."""
-        lines = ["step,train_loss,valid_loss"]
-        for line in self.losses(job):
-            lines.append(f"{line['step']},{line.get('loss', '')},{line.get('eval_loss', '')}")
+        measured = self.losses(job)
+        names = {"train_loss": "loss", "valid_loss": "eval_loss"}
+        names |= {name: name for name in OF_SAMPLES if any(name in line for line in measured)}
+        lines = [",".join(["step", *names])]
+        lines += [
+            ",".join(str(line.get(key, "")) for key in ("step", *names.values()))
+            for line in measured
+        ]
         text = "\n".join([*lines, ""])
         name = f"{job.name}-metrics.csv"
         kept = uploads.keep_text(self.store, self.places, name, text, "fine-tune-results")
         return kept.id
+
+
+def _check_kind(file: StoredFile, objective: ObjectiveName) -> None:
+    """Raise RequestError where an objective cannot learn from what a file holds."""
+    learns_from = KINDS_FOR[Objective(objective).shape]
+    if file.kind is not None and file.kind not in learns_from:
+        raise RequestError(
+            f"{file.id} holds {file.kind}, and {objective} learns from {' or '.join(learns_from)}.",
+            param="training_file",
+        )
 
 
 def _held(path: Path, root: Path) -> TextIO:

@@ -9,21 +9,30 @@ from typing import Any
 
 from veneer.adapter.config import LoRA
 from veneer.errors import ConfigError
-from veneer.objectives.config import Objective
+from veneer.objectives.config import ON_POLICY, Objective
+from veneer.objectives.policy_config import OnPolicy
 from veneer.quant.settings import LoadBits
+from veneer.rewards.graders import grader_of
+from veneer.rewards.named import GRADER
 from veneer.run_directory import RunDirectory
+from veneer.serve.jobs.values import WorkerFiles
 from veneer.training.config import TOKENS_PER_PASS, TrainConfig
 from veneer.training.recipe import DataConfig, DType, Recipe
 
 AUTO = "auto"
 HYPERPARAMETERS = ("n_epochs", "learning_rate_multiplier", "batch_size")
+METHODS = ("supervised", "dpo", "reinforcement")
 # Settings of a run that OpenAI has a parameter for, or that are the server's to decide.
 _NOT_OWN = {"seed", "context_parallel", "eval_data"}
 _NOT_OWN |= {"teacher", "divergence", "teacher_top_k", "distill_temperature"}  # a directory here
+_NOT_OWN |= {"reward", "reward_weights", "reward_seconds"}  # files here, and code: graders are none
+# What a client may ask of the samples of a step, each of which takes memory and time.
+MOST_OF_SAMPLES = {"group_size": 64, "prompts_per_step": 256, "max_new_tokens": 4096, "updates": 16}
 GROUPS: dict[str, type] = {
     "lora": LoRA,
     "training": TrainConfig,
     "objective": Objective,
+    "on_policy": OnPolicy,
     "rows": DataConfig,
 }
 # Each setting that a client may give beside OpenAI's parameters, by the group that it is of.
@@ -56,19 +65,30 @@ def settings_of(
     seed: int,
     hyperparameters: Mapping[str, Any],
     own: Mapping[str, Any],
+    grader: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a job's settings as plain values for JSON, and check them.
 
-    Raises ConfigError for settings that cannot be, or that say one thing twice.
+    grader: what judges the samples of a job that learns from them, as OpenAI has it. Raises
+    ConfigError for settings that cannot be, or that say one thing twice.
     """
     epochs, multiplier, batch = (_given(hyperparameters.get(name)) for name in HYPERPARAMETERS)
+    compute = _given(hyperparameters.get("compute_multiplier"))
+    size = "tokens_per_step" if grader is None else "prompts_per_step"
     twice = {
         "n_epochs and epochs or steps": epochs and (own.get("epochs") or own.get("steps")),
         "learning_rate_multiplier and lr": multiplier and own.get("lr"),
-        "batch_size and tokens_per_step": batch and own.get("tokens_per_step"),
+        f"batch_size and {size}": batch and own.get(size),
+        "compute_multiplier and group_size": compute and own.get("group_size"),
     }
     if problems := [names for names, given in twice.items() if given]:
         raise ConfigError(f"Of {', '.join(problems)}, give one: they say the same thing.")
+    if grader is not None:
+        grader_of(grader)
+        own = {**own, **({"prompts_per_step": batch} if batch else {})}
+        own |= {"group_size": group_size(compute)} if compute else {}
+        batch = None
+        _check_samples(own)
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name, value in own.items():
         groups[OWN[name]][name] = value
@@ -88,6 +108,7 @@ def settings_of(
         "device": base.device,
         "learning_rate_multiplier": multiplier,
         "batch_size": batch,
+        "grader": grader,
         **groups,
     }
     recipe_of(settings)
@@ -99,12 +120,16 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
     rows = dict(settings["rows"])
     if "eval_data" in rows:
         rows["eval_data"] = Path(rows["eval_data"])
+    place = WorkerFiles(Path(settings["out"])).grader
+    rewards = (f"{GRADER}:{place}",) if settings.get("grader") else ()
     return Recipe(
         model=settings["model"],
         data=settings["data"],
         lora=LoRA(**settings["lora"]),
         training=TrainConfig(**settings["training"]),
+        # Jobs of earlier versions have no such groups.
         objective=Objective(**settings.get("objective", {})),
+        on_policy=OnPolicy(reward=rewards, **settings.get("on_policy", {})),
         rows=DataConfig(**rows),
         dtype=settings["dtype"],
         bits=settings["bits"],
@@ -115,20 +140,37 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
     )
 
 
-def learns_preferences(settings: Mapping[str, Any]) -> bool:
-    """Return whether a job has an objective, which no other method than dpo has."""
-    return "objective" in settings.get(
-        "objective", {}
-    )  # jobs of earlier versions have no such group
+def method_of(settings: Mapping[str, Any]) -> str:
+    """Return by which of OpenAI's METHODS a job learns."""
+    objective = settings.get("objective", {}).get("objective", "sft")
+    if objective in ON_POLICY:
+        return "reinforcement"
+    return "supervised" if objective == "sft" else "dpo"
+
+
+def group_size(compute_multiplier: float) -> int:
+    """Return how many answers are drawn to each prompt, as a multiple of how many usually are."""
+    return max(2, round(OnPolicy().group_size * compute_multiplier))
+
+
+def _check_samples(own: Mapping[str, Any]) -> None:
+    """Raise ConfigError for more samples at once than a job may draw."""
+    over = [
+        f"{name} is {own[name]:,}, and may be {most:,}"
+        for name, most in MOST_OF_SAMPLES.items()
+        if (own.get(name) or 0) > most
+    ]
+    if over:
+        raise ConfigError(f"A job may not draw so many samples: {'; '.join(over)}.")
 
 
 def sharing_of(settings: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """Return what must be equal for jobs to train in passes that they share, None for a job that
-    trains by itself: it cannot share any, or learns from preferences, or its steps are so large
-    that none has a place beside them and all would only wait for each other."""
+    trains by itself: it cannot share any, as it draws samples or has new tokens, or its steps are
+    so large that none has a place beside them and all would only wait for each other."""
     training = settings["training"]
     is_large = (training.get("tokens_per_step") or 0) > TOKENS_PER_PASS // 2
-    is_other = settings["rows"].get("new_words") or learns_preferences(settings)
+    is_other = settings["rows"].get("new_words") or method_of(settings) == "reinforcement"
     if is_other or training.get("replay_passes") or is_large:
         return None
     base = (settings[name] for name in ("model", "dtype", "bits", "pack_head", "device"))

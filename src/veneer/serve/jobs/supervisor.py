@@ -130,6 +130,7 @@ class Supervisor:
             return None
         files = WorkerFiles(self.places.run(begun))
         files.directory.mkdir(parents=True, exist_ok=True)
+        files.remove_earlier(begun.attempt)
         if not files.settings.exists():
             write_json(files.settings, begun.settings)
         return Watched(begun, self.places, joins=joins)

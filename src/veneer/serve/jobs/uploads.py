@@ -9,20 +9,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from threading import BoundedSemaphore
 from typing import Any, BinaryIO
 
 from veneer.data.pairs import Preference, is_pair, parse_pair
 from veneer.data.problems import Located, Place, Problem, data_error
+from veneer.data.questions import parse_prompt
 from veneer.data.rows import Row, parse_row
-from veneer.data.sources import entries_of, no_rows_in, parsed_values, read_rows
-from veneer.errors import MOST_PROBLEMS, DataError, QueueFull, RequestError, listed
+from veneer.data.sources import entries_of, no_rows_in, parsed_values, read_values
+from veneer.errors import MOST_PROBLEMS, DataError, QueueFull, RequestError, listed, nearest
 from veneer.files import new_directory
 from veneer.serve.jobs.store import Store
-from veneer.serve.jobs.values import UNENDED, Places, Purpose, StoredFile, new_id
+from veneer.serve.jobs.values import UNENDED, Kind, Places, Purpose, StoredFile, new_id
 
 # Plain text alone: a small file that unpacks to a large one would pass every limit of size.
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
@@ -33,6 +35,13 @@ AT_A_TIME = 2  # large files that are read; each takes a core and much memory
 READING_SECONDS = 300.0  # for one of them
 LEAST_MEMORY = 2**30  # bytes that reading may take, whatever is free
 UNFINISHED = "."  # begins the directory of a file that has not been taken in
+# How a row of each kind is read.
+PARSERS: Mapping[Kind, Callable[[object], Any]] = {
+    "answers": parse_row,
+    "pairs": parse_pair,
+    "prompts": parse_prompt,
+}
+_OF_ANSWERS = ("completion", "output", "answer")  # keys of rows
 _READING = BoundedSemaphore(AT_A_TIME)
 _STRANGE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -58,8 +67,8 @@ def keep(store: Store, places: Places, filename: str, source: BinaryIO) -> Store
             with coming.open("wb") as target:
                 shutil.copyfileobj(source, target, 2**20)
             is_large = coming.stat().st_size > LARGE
-            rows = int(_elsewhere("count", coming)) if is_large else count_rows(coming)
-        return _add(store, file, path, rows)
+            rows, kind = _elsewhere("check", coming) if is_large else check_rows(coming)
+        return _add(store, replace(file, rows=rows, kind=kind), path)
     except BaseException:
         shutil.rmtree(path.parent, ignore_errors=True)
         raise
@@ -71,13 +80,11 @@ def keep_text(store: Store, places: Places, name: str, text: str, purpose: Purpo
     path = places.file(file)
     path.parent.mkdir(parents=True)
     path.write_text(text, encoding="utf-8")
-    return _add(store, file, path, 0)
+    return _add(store, file, path)
 
 
-def _add(store: Store, file: StoredFile, path: Path, rows: int) -> StoredFile:
-    sized = StoredFile(
-        file.id, file.filename, file.name, file.purpose, path.stat().st_size, file.created, rows
-    )
+def _add(store: Store, file: StoredFile, path: Path) -> StoredFile:
+    sized = replace(file, bytes=path.stat().st_size)
     store.add_file(sized)
     return sized
 
@@ -97,48 +104,76 @@ def remove(store: Store, places: Places, file: StoredFile) -> None:
     shutil.rmtree(places.file(file).parent, ignore_errors=True)
 
 
-def count_rows(path: Path) -> int:
-    """Return how many rows a file has. Raises RequestError where any of them cannot be one.
+def check_rows(path: Path) -> tuple[int, Kind]:
+    """Return how many rows a file has, and what they are. Raises RequestError where any of them
+    cannot be one.
 
     A row is checked for its shape here. Whether a base's template takes it, and whether its answer
     is not cut off, depends on a job, which says so itself.
     """
-    rows = count = 0
+    rows = asked = count = 0
+    kind: Kind | None = None
     problems: list[Problem] = []
+    unanswered: list[Problem] = []  # prompts, which are faults among rows that have an answer
     try:
-        for row in parsed_values(path, _row_or_pair):
+        for row in parsed_values(path, _row_of_any_kind):
             if isinstance(row, Problem):
                 count += 1
                 problems += [row] * (len(problems) < MOST_PROBLEMS)
+            elif isinstance(row.value, str):
+                asked += 1
+                more = Problem(row.place, row.value)
+                unanswered += [more] * (len(unanswered) < MOST_PROBLEMS)
             else:
                 rows += 1
-        if not rows + count:
+                kind = kind or ("pairs" if isinstance(row.value, list) else "answers")
+        if rows:
+            count, asked, problems = count + asked, 0, [*problems, *unanswered]
+        if not rows + asked + count:
             raise no_rows_in(path)
         if count:
-            heading = f"{count:,} of {rows + count:,} rows cannot be used; mend them:"
+            heading = f"{count:,} of {rows + asked + count:,} rows cannot be used; mend them:"
             raise data_error(heading, problems, count)
     except DataError as error:
         raise RequestError(without_directory(str(error), path), param="file") from error
-    return rows
+    return rows + asked, kind or "prompts"
 
 
-def _row_or_pair(value: object) -> Row | list[Preference]:
-    return parse_pair(value) if is_pair(value) else parse_row(value)
+def _row_of_any_kind(value: object) -> Row | list[Preference] | str:
+    """Return a row, a pair, or, of a prompt without an answer, why it is no row to learn."""
+    if is_pair(value):
+        return parse_pair(value)
+    try:
+        return parse_row(value)
+    except ValueError as error:
+        if not _is_prompt(value):
+            raise
+        return str(error)
 
 
-def first_rows(path: Path, limit: int) -> tuple[list[Located[Row]], list[Problem]]:
-    """Return the first `limit` good rows of a file, and the problems before them."""
+def _is_prompt(value: object) -> bool:
+    """Return whether a row asks something, and no key looks like an answer's, misspelt."""
+    try:
+        unused = parse_prompt(value).unused
+    except ValueError:
+        return False
+    return not any(key not in _OF_ANSWERS and nearest(key, _OF_ANSWERS) for key in unused)
+
+
+def first_rows(path: Path, limit: int, kind: Kind) -> tuple[list[Located[Any]], list[Problem]]:
+    """Return the first `limit` good rows of a file, of a kind, as its parser makes them, and the
+    problems before them."""
     if path.suffix.lower() != ".json" or path.stat().st_size <= LARGE:
-        return read_rows(path, limit=limit)
+        return read_values(path, PARSERS[kind], limit=limit)
     # Only this kind is read as a whole.
-    rows: list[Located[Row]] = []
+    rows: list[Located[Any]] = []
     problems: list[Problem] = []
-    for number, is_line, value, what in _elsewhere("first", path, str(limit)):
+    for number, is_line, value, what in _elsewhere("first", path, str(limit), kind):
         place = Place(str(path), number, is_line=is_line)
         if what is not None:
             problems.append(Problem(place, what))
         else:
-            rows.append(Located(parse_row(value), place))
+            rows.append(Located(PARSERS[kind](value), place))
     return rows, problems
 
 
@@ -187,7 +222,7 @@ def name_on_disk(filename: str) -> str:
     return f"{stem[:80] or 'rows'}.{ending[:16]}"
 
 
-def first_values(path: Path, limit: str) -> list[tuple[int, bool, object, str | None]]:
+def first_values(path: Path, limit: str, kind: Kind) -> list[tuple[int, bool, object, str | None]]:
     """Return the number of each of a file's first entries, whether it counts lines, its value, and
     what is wrong with it, up to the last of `limit` good rows."""
     first: list[tuple[int, bool, object, str | None]] = []
@@ -198,7 +233,7 @@ def first_values(path: Path, limit: str) -> list[tuple[int, bool, object, str | 
             what = entry.what
         else:
             try:
-                parse_row(entry.value)
+                PARSERS[kind](entry.value)
                 value, good = entry.value, good + 1
             except ValueError as error:
                 what = str(error)
@@ -208,7 +243,7 @@ def first_values(path: Path, limit: str) -> list[tuple[int, bool, object, str | 
     return first
 
 
-TASKS: dict[str, Callable[..., object]] = {"count": count_rows, "first": first_values}
+TASKS: dict[str, Callable[..., object]] = {"check": check_rows, "first": first_values}
 
 
 def main(task: str, path: str, *arguments: str) -> None:

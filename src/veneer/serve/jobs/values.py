@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Purpose = Literal["fine-tune", "fine-tune-results"]
+# What the rows of a file are: answers to learn, pairs of a chosen and a rejected one, or prompts.
+Kind = Literal["answers", "pairs", "prompts"]
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
 ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
@@ -19,7 +21,8 @@ MOST_OF_NAME = 40  # characters of a suffix in a model's name, so that `.step-00
 @dataclass(frozen=True)
 class StoredFile:
     """A file of rows, or of a job's results. `filename` is what the client calls it; `name` is what
-    it is called on the disk. `created` is in seconds since 1970, as all times are."""
+    it is called on the disk. `created` is in seconds since 1970, as all times are. `kind` is that
+    of its first row, None for no rows, and for a file that came before kinds were noted."""
 
     id: str
     filename: str
@@ -28,6 +31,7 @@ class StoredFile:
     bytes: int
     created: int
     rows: int = 0
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,11 @@ class WorkerFiles:
         return self.directory / "settings.json"
 
     @property
+    def grader(self) -> Path:
+        """What judges the samples of a job that learns from them."""
+        return self.directory / "grader.json"
+
+    @property
     def log(self) -> Path:
         """A JSON line for each event, written as they happen."""
         return self.directory / "events.jsonl"
@@ -162,6 +171,12 @@ class WorkerFiles:
     def joined(self, attempt: int) -> Path:
         """The runs that join the worker that this one began, each with its attempt on a line."""
         return self.directory / f"joined-{attempt}"
+
+    def remove_earlier(self, attempt: int) -> None:
+        """Remove what a server that was killed has left for attempts before this one."""
+        for left in (*self.directory.glob("joined-*"), *self.directory.glob("stop-*")):
+            if int(left.name.rpartition("-")[2]) < attempt:
+                left.unlink(missing_ok=True)
 
     @property
     def output(self) -> Path:

@@ -154,6 +154,7 @@ class WatchedWorker:
         if self.process.poll() is None:
             self.process.kill()
         code = self.process.wait()
+        self.first.files.joined(self.first.attempt).unlink(missing_ok=True)
         for job in self.jobs:
             job.read_log(self.store, self.publish)
             self.settle(job, code)

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import IO, Any
 
 from veneer.errors import ConfigError, DataError, VeneerError
-from veneer.files import read_json
+from veneer.files import read_json, write_json
 from veneer.run_directory import RunDirectory, checkpoint_steps
 from veneer.serve.jobs.lock import take
 from veneer.serve.jobs.log import End, How, WorkerLog, read_on
@@ -67,6 +67,8 @@ class Work:
 
     def recipe(self) -> Recipe:
         """Return what is to be trained. Raises what `settled` raises."""
+        if grader := self.settings.get("grader"):
+            write_json(self.files.grader, grader)  # which the recipe names as its reward
         return settled(self.settings, resume=self.resumes)
 
     @property

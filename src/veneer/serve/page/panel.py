@@ -20,6 +20,7 @@ from veneer.serve.jobs.service import Jobs
 from veneer.serve.page.about import about, with_invocation
 from veneer.serve.page.changed import changed
 from veneer.serve.page.download import Format, zipped, zipped_model
+from veneer.serve.page.drawn import last_samples
 from veneer.serve.page.merged import shown
 from veneer.serve.page.planned import Asked, planned
 from veneer.serve.page.rows import first_rows
@@ -112,6 +113,11 @@ def routes(served: Served, runs: Runs | None, jobs: Jobs | None) -> APIRouter:
         """Return the adapter that a job has trained, as a zip file."""
         content = await asyncio.to_thread(zipped, enabled(jobs), job_id, format)
         return StreamingResponse(content, media_type="application/zip")
+
+    @router.get("/jobs/{job_id}/samples")
+    async def samples(job_id: str) -> dict[str, Any]:
+        """Return the answers of a job's last step on samples, each with its reward."""
+        return await asyncio.to_thread(last_samples, enabled(jobs), job_id)
 
     @router.get("/merges")
     async def merge_of(model: str) -> dict[str, Any]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from veneer.adapter.new_tokens import find_new_tokens
-from veneer.data.encode import UNLABELLED, Encoder, encode_rows
+from veneer.data.chat import prompt_text
+from veneer.data.encode import UNLABELLED, Encoder, Example, encode_rows
+from veneer.data.pairs import Pair, Preference, each_of, encode_preferences
 from veneer.data.preview import preview
+from veneer.data.problems import Located, Problem
+from veneer.data.questions import Question
 from veneer.data.rows import Conversation, Message, Row, texts_of
+from veneer.errors import ConfigError, DataError
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs import uploads
 from veneer.serve.jobs.service import Jobs
+from veneer.serve.jobs.values import Kind
 
 SHOWN, READ = 5, 200  # rows that are shown, and rows of which faults are looked for
+NO_FIELDS = ("messages", "conversations", "prompt", "system", "tools")  # which no answer is like
 MAX_LENGTH = 1024  # tokens of a row, as `tune` has it unless it is told otherwise
 
 
@@ -22,35 +30,93 @@ def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
     """Return the first rows of a file in pieces, each with whether it is learnt, and the faults of
     those near the beginning: what the model's template does not take, or what is too long; what
     they ask and answer, how many tokens a row has in the mean, and which words have many tokens.
+    A pair has the answer that is not wanted beside; prompts have `fields` that graders can read.
 
     Raises Missing.
     """
-    path = jobs.places.file(jobs.file(id, param="file"))
-    rows, problems = uploads.first_rows(path, READ)
-    encoder = Encoder(served.tokenizer, max_length=MAX_LENGTH)
-    examples, more = encode_rows(encoder, rows)
-    texts = [text for row in rows for text in texts_of(row.value)]
+    file = jobs.file(id, param="file")
+    path, kind = jobs.places.file(file), file.kind or "answers"
+    rows, problems = uploads.first_rows(path, READ, kind)
+    examples, more = ENCODED[kind](served, rows)
+    asked = [_asked(row.value) for row in rows]
+    texts = [text for row in asked if isinstance(row, Row) for text in texts_of(row)]
+    fields = sorted({key for row in rows if kind == "prompts" for key in row.value.item})
     return {
-        "rows": [
-            {
-                "pieces": preview(example, served.tokenizer),
-                "tokens": len(example.tokens),
-                "learnt": sum(label != UNLABELLED for label in example.labels),
-            }
-            for example in examples[:SHOWN]
-        ],
+        "kind": kind,
+        "rows": [_in_pieces(example, served) for example in examples[:SHOWN]],
+        "fields": [key for key in fields if key not in NO_FIELDS],
         "mean_tokens": sum(len(x.tokens) for x in examples) / max(1, len(rows)),
-        "new_words": find_new_tokens(texts, served.tokenizer),
-        "asks": [ask for row in rows[:SHOWN] if (ask := _ask(row.value)) is not None],
+        "new_words": find_new_tokens(texts, served.tokenizer) if kind == "answers" else [],
+        "asks": [ask for row in asked[:SHOWN] if (ask := _ask(row)) is not None],
         "faults": [
             uploads.without_directory(str(problem), path) for problem in [*problems, *more][:SHOWN]
         ],
     }
 
 
-def _ask(row: Row) -> dict[str, Any] | None:
+def _in_pieces(example: Example, served: Served) -> dict[str, Any]:
+    """Return an example in pieces; of a pair the second row in `rejected`."""
+    tokens, labels, at = example.tokens, example.labels, example.second or len(example.tokens)
+    own = [
+        replace(example, tokens=some, labels=their_labels, second=0)
+        for some, their_labels in ((tokens[:at], labels[:at]), (tokens[at:], labels[at:]))
+    ]
+    pieces = [preview(each, served.tokenizer) for each in own]
+    return {
+        "pieces": pieces[0],
+        "rejected": pieces[1],
+        "tokens": len(own[0].tokens),
+        "learnt": sum(label != UNLABELLED for label in own[0].labels),
+    }
+
+
+Encoded = tuple[list[Example], list[Problem]]
+
+
+def _answers(served: Served, rows: Sequence[Located[Row]]) -> Encoded:
+    return encode_rows(Encoder(served.tokenizer, max_length=MAX_LENGTH), rows)
+
+
+def _pairs(served: Served, rows: Sequence[Located[list[Preference]]]) -> Encoded:
+    return encode_preferences(Encoder(served.tokenizer, max_length=MAX_LENGTH), each_of(rows))
+
+
+def _prompts(served: Served, rows: Sequence[Located[Question]]) -> Encoded:
+    """Return prompts as the model reads them; nothing of them is learnt."""
+    examples, problems = [], []
+    for row in rows:
+        try:
+            text = prompt_text(served.tokenizer, list(row.value.turns))
+        except (ConfigError, DataError) as error:
+            problems.append(Problem(row.place, str(error)))
+            continue
+        tokens = list(served.tokenizer(text, add_special_tokens=False)["input_ids"])
+        examples.append(Example(tokens, [UNLABELLED] * len(tokens), str(row.place), 0))
+    return examples, problems
+
+
+ENCODED: Mapping[Kind, Callable[..., Encoded]] = {
+    "answers": _answers,
+    "pairs": _pairs,
+    "prompts": _prompts,
+}
+
+
+def _asked(value: Row | list[Preference] | Question) -> Row | Question:
+    """Return a row, of a pair that with the answer to give."""
+    if isinstance(value, list):
+        (pair,) = value
+        assert isinstance(pair, Pair)
+        return pair.chosen
+    return value
+
+
+def _ask(row: Row | Question) -> dict[str, Any] | None:
     """Return the turns before a row's first answer and its tools as a chat's body has them, and
-    that answer; None for a text."""
+    that answer, empty where there is none; None for a text."""
+    if isinstance(row, Question):
+        reference = next(iter(row.references), "")
+        return {"messages": _messages(row.turns), "tools": [], "answer": reference}
     if not isinstance(row, Conversation):
         return None
     at = next(i for i, turn in enumerate(row.messages) if turn.role == "assistant" and turn.learn)

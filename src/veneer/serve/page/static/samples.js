@@ -26,7 +26,7 @@ export function samplesOf(jobs, job) {
     before = asks[0].messages.slice(0, -1);
     tools = asks[0].tools;
     question.value = asks[0].messages.at(-1).content;
-    expected.textContent = `Its first row answers: ${asks[0].answer}`;
+    expected.textContent = asks[0].answer && `Its first row answers: ${asks[0].answer}`;
   }
 
   async function ask(model, label) {

@@ -2,9 +2,11 @@
 
 import { get, post, save, upload } from "./api.js";
 import { curve } from "./curve.js";
+import { drawnOf } from "./drawn.js";
 import { announce, byId, bytes, duration, facts, make, showError } from "./dom.js";
 import { layersButton } from "./layers.js";
 import { mergeOf } from "./merge.js";
+import { MEANS, chosenMethod, offerMethod, rowView } from "./method.js";
 import { chosenAdapter, showPlans, startPresets } from "./presets.js";
 import { samplesOf } from "./samples.js";
 
@@ -36,13 +38,6 @@ function ready() {
   form().querySelector("button[type=submit]").disabled = !file;
 }
 
-// One row as the model reads it; what it learns to write is marked.
-function rowView(row) {
-  const text = make("p", { class: "row" });
-  for (const [piece, learnt] of row.pieces) text.append(learnt ? make("mark", {}, piece) : piece);
-  return make("li", {}, text, make("p", { class: "quiet" }, `${row.tokens} tokens, of which ${row.learnt} are learnt`));
-}
-
 // Propose tokens of their own for words that the model reads in many pieces.
 function proposeWords(words) {
   const place = byId("train-words"), shown = words.slice(0, MOST_WORDS).join(", ");
@@ -56,6 +51,7 @@ async function take(rows) {
   fault(null);
   file = null;
   proposeWords([]);
+  offerMethod("answers", []);
   ready();
   const place = byId("train-rows");
   place.replaceChildren(make("p", { class: "quiet" }, `Reading ${rows.name} …`));
@@ -63,11 +59,14 @@ async function take(rows) {
     const sent = await upload(rows);
     const shown = await post("/api/rows", { file: sent.id, model: byId("train-model").value });
     if (mine !== shownRows) return;
-    file = { ...sent, meanTokens: shown.mean_tokens, newWords: shown.new_words };
-    proposeWords(file.newWords);
-    const summary = `${sent.filename}: ${sent.rows.toLocaleString("en")} ${sent.rows === 1 ? "row" : "rows"}. The model learns to write what is marked.`;
+    const why = offerMethod(shown.kind, shown.fields);
+    if (!why) file = { ...sent, kind: shown.kind, meanTokens: shown.mean_tokens, newWords: shown.new_words };
+    proposeWords(shown.new_words);
+    const [one, means] = MEANS[shown.kind];
+    const summary = `${sent.filename}: ${sent.rows.toLocaleString("en")} ${one}${sent.rows === 1 ? "" : "s"}. ${means}`;
     place.replaceChildren(make("p", {}, summary), make("ol", { class: "plain-list", tabindex: "0", "aria-label": "The first rows" }, ...shown.rows.map(rowView)));
-    if (shown.faults.length) fault(shown.faults.join("\n"));
+    const faults = [...(why ? [why] : []), ...shown.faults];
+    if (faults.length) fault(faults.join("\n"));
     announce(summary);
   } catch (error) {
     if (mine !== shownRows) return;
@@ -78,15 +77,15 @@ async function take(rows) {
   showPlan().catch(showError);
 }
 
-// What the planner says of each preset, for the rows that are there.
-const showPlan = () => showPlans(file && { rows: file.rows, tokens: Math.round(file.rows * file.meanTokens) }, isBase());
+// What the planner says of each preset, for the rows that are there; how long samples take, it knows not.
+const showPlan = () => showPlans(file && file.kind !== "prompts" && { rows: file.rows, tokens: Math.round(file.rows * file.meanTokens) }, isBase());
 
 async function start(event) {
   event.preventDefault();
   if (!file) return;
   fault(null);
   const { suffix, model, epochs } = form().elements;
-  const body = { training_file: file.id, model: model.value };
+  const body = { training_file: file.id, model: model.value, ...chosenMethod(file.kind, form().elements) };
   if (suffix.value.trim()) body.suffix = suffix.value.trim();
   if (isBase()) Object.assign(body, chosenAdapter());
   if (!byId("train-words").hidden && form().elements.new_words.checked) body.new_words = "auto";
@@ -110,6 +109,8 @@ function jobCard(job, chat) {
     make("progress", { "aria-label": `Steps of ${job.run}` }), make("div", { class: "now" }), make("div", { class: "picture" }), make("p", { class: "acts" }));
   card.samples = samplesOf(JOBS, job);
   card.append(card.samples.details);
+  card.drawn = job.method.type === "reinforcement" ? drawnOf(job) : null;
+  if (card.drawn) card.append(card.drawn.details);
   card.chat = chat;
   return card;
 }
@@ -165,6 +166,7 @@ function fill(card, job, run, message) {
   card.querySelector(".now").replaceChildren(facts([
     ["Step", job.steps == null ? null : `${job.step} of ${job.steps}`],
     ["Loss", number(run?.loss)],
+    ["Mean reward", number(run?.reward)],
     ["Evaluation loss", number(run?.evaluations.at(-1)?.[1])],
     ["Time left", left],
     ["Starts from", job.model],
@@ -204,6 +206,7 @@ async function showJobs() {
     }
     const card = cards.get(job.id);
     card.samples.follow(job);
+    card.drawn?.follow();
     if (!isNew && card.dataset.state === job.status && !["running", "queued"].includes(job.status)) continue;
     const events = await get(`${JOBS}/${job.id}/events?limit=1`);
     fill(card, job, runs.find((run) => run.name === job.run), events.data[0]?.message);
