@@ -9,6 +9,8 @@
 # make determinism  whether the same run twice gives the same bits, for every kind of adapter
 # make proof-gpu  whether the kernels for cards are right, interpreted where there is no card
 # make docs      the documentation site, in dist/site
+# make wheel     a wheel for this kind of machine with its native parts compiled, in dist/
+# make proof-wheel  whether that wheel alone, in a clean environment, does what the demo shows
 # make hooks     let git run the checks before each commit
 # make demo      teach a real model something new, and show what it learnt
 # make bench     measurements beside peers
@@ -25,7 +27,7 @@ GPU := .venv-gpu/.ready
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults determinism proof-gpu docs hooks demo bench clean
+.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults determinism proof-gpu docs wheel proof-wheel hooks demo bench clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -69,6 +71,13 @@ proof-gpu: $(READY) $(GPU)
 docs: $(READY)
 	$(SITE)
 	@echo "Look at it: $(BIN)/python -m http.server --directory dist/site 8001, then http://127.0.0.1:8001"
+
+wheel: $(READY)
+	rm -f dist/*.whl
+	HATCH_BUILD_HOOKS_ENABLE=true $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+proof-wheel: wheel
+	tools/proof_wheel.sh dist/*.whl
 
 hooks: $(READY)
 	$(BIN)/pre-commit install

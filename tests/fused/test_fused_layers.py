@@ -317,6 +317,12 @@ def test_without_a_compiler_the_same_with_a_notice(monkeypatch):
         native._kernel.cache_clear()
 
 
+def test_native_parts_of_a_wheel_that_do_not_suit_are_compiled_with_a_notice(monkeypatch):
+    monkeypatch.setattr(native, "why_compiled", lambda: "those of this wheel need avx2")
+    _, notices = choose_forward(adapted(), ROWS)
+    assert [notice for notice in notices if "on this machine" in notice and "avx2" in notice]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_on_the_disk_to_the_bit(architecture, tmp_path):
     model = adapted(architecture, dora=True).train()

@@ -37,6 +37,20 @@ class Paragraphs(DefaultFormatter):
         super().__call__(console, options, panel)
 
 
+def version_text() -> str:
+    """Return the version, what this installation is made of, and what it runs on."""
+    from importlib.metadata import PackageNotFoundError, version
+    from platform import python_version
+
+    from veneer.kernels.prebuilt import build
+
+    try:
+        torch = f"torch {version('torch')}"
+    except PackageNotFoundError:
+        torch = "no torch"
+    return f"{version('veneer')} ({build()}, Python {python_version()}, {torch})"
+
+
 # The headings of --help, in their order.
 TRAIN = Group.create_ordered("Train")
 ANSWER = Group.create_ordered("Answer")
@@ -45,6 +59,7 @@ WRITE = Group.create_ordered("Write adapters and models")
 HELP = Group.create_ordered("Help")
 app = App(
     name="veneer",
+    version=version_text,
     help="Teach a frozen language model something new with thin low-rank layers.",
     help_format="plaintext",
     help_formatter=Paragraphs(),

@@ -272,6 +272,8 @@ def choose_forward(
     quantized = any(isinstance(module, QuantizedStack) for module in model.modules())
     if routed and (why := choice.slower_experts_on(device, model.dtype, quantized=quantized)):
         notices.append(f"{why}.")
+    if model.device.type == "cpu" and (why := native.why_compiled()):
+        notices.append(f"Native parts are compiled on this machine, since {why}.")
     if model.device.type == "cpu" and (why := native.load()[1]):
         notices.append(f"Norms, activations and attention take a slower way: {why}.")
     if why := choice.slower_on(device):

@@ -1,9 +1,9 @@
-"""The kernels in C++, compiled once for this processor and called through ctypes: the elementwise
-operations of a training step (native.cpp, activation.cpp), and a whole step of many rows
-(decode.cpp).
+"""The kernels in C++, called through ctypes: the elementwise operations of a training step
+(native.cpp, activation.cpp), and a whole step of many rows (decode.cpp).
 
-Each caller has the formula in torch beside it, for other devices, other dtypes, and where there is
-no compiler. Compiling takes about a second; the user's cache keeps the result.
+They come in the wheel (prebuilt.py), or are compiled once for this processor; the user's cache
+keeps the result. Each caller has the formula in torch beside it, for other devices, other dtypes,
+and where there is neither.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).parent
+from veneer.kernels import prebuilt
+from veneer.kernels.compiling import COMMON, HERE, compile_library
+
 COMPILERS = ("g++", "c++", "clang++")
-COMMON = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # The first that this compiler and processor take: x86, ARM, anything.
 TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-mcpu=native",), ())
 MARKS = ("flags", "model name", "Features", "CPU ")  # lines of /proc/cpuinfo, on x86 and ARM
@@ -105,10 +106,13 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 @functools.cache
 def library_of(source: str, define: str = "") -> tuple[ctypes.CDLL | None, str]:
-    """Return a source's library, compiled if need be, or None; and what is wrong, or "".
+    """Return a source's library, of the wheel or compiled, or None; and what is wrong, or "".
 
     define: a macro that the source is compiled with, as NAME=VALUE.
     """
+    library, _ = _prebuilt(source, define)
+    if library is not None:
+        return library, ""
     defines = (f"-D{define}",) if define else ()
     if os.name != "posix":
         return None, "the compiled kernels are for Linux and macOS"
@@ -132,6 +136,23 @@ def library_of(source: str, define: str = "") -> tuple[ctypes.CDLL | None, str]:
     return None, problem
 
 
+def why_compiled() -> str:
+    """Return why sources are compiled though this wheel has libraries, "" where that is not so."""
+    return _prebuilt("native", "")[1]
+
+
+@functools.cache
+def _prebuilt(source: str, define: str) -> tuple[ctypes.CDLL | None, str]:
+    """Return a source's library in the wheel, or None; and why none of those in the wheel is it."""
+    path = prebuilt.path_of(source, define)
+    if path is None:
+        return None, prebuilt.level_here()[1]
+    try:
+        return ctypes.CDLL(str(path)), ""
+    except OSError as error:  # as where torch has another OpenMP runtime than GNU's
+        return None, str(error)
+
+
 def _built(source: str, compiler: str, options: tuple[str, ...]) -> Path:
     """Return the shared library, from the cache or compiled anew."""
     command, code = [compiler, *COMMON, *options], HERE / f"{source}.cpp"
@@ -146,19 +167,13 @@ def _built(source: str, compiler: str, options: tuple[str, ...]) -> Path:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=directory) as scratch:
-                object_, shared = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
-                _run([*command, "-c", str(code), "-o", str(object_)])
-                # Not linked with -fopenmp, which would bring a runtime of its own.
-                _run([compiler, "-shared", str(object_), "-o", str(shared)])
+                shared = Path(scratch) / "kernels.so"
+                compile_library(command, source, shared)
                 shared.replace(library)
         except OSError:
             continue
         return library
     raise OSError("there is no folder to compile in")
-
-
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def _caches() -> Iterator[Path]:
