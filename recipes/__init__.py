@@ -1,0 +1,1 @@
+"""Tested settings for what people train adapters for: data that is made here, settings, a score."""
