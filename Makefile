@@ -6,6 +6,7 @@
 # make proof-vllm  whether vLLM reads and answers as Veneer does; installs it (6 GB) in .venv-vllm
 # make proof-ray  whether Ray Train's workers train as one process does; installs Ray in .venv-ray
 # make proof-faults  whether each call of the disk may fail, and each command be killed at any
+# make fuzz      new bytes for every parser of foreign bytes; SECONDS=60 for each
 # make determinism  whether the same run twice gives the same bits, for every kind of adapter
 # make proof-gpu  whether the kernels for cards are right, interpreted where there is no card
 # make docs      the documentation site, in dist/site
@@ -27,7 +28,7 @@ GPU := .venv-gpu/.ready
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults determinism proof-gpu docs wheel proof-wheel hooks demo bench clean
+.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults fuzz determinism proof-gpu docs wheel proof-wheel hooks demo bench clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -61,6 +62,10 @@ proof-ray: $(READY) $(RAY)
 
 proof-faults: $(READY)
 	$(BIN)/pytest -m "slow or not slow" tests/faults
+
+SECONDS ?= 60
+fuzz: $(READY)
+	PYTHONPATH=src:tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --seconds $(SECONDS)
 
 determinism: $(READY)
 	$(BIN)/pytest -m "slow or not slow" tests/laws/test_determinism.py

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import spoilt_files, warm
+from support import endings, spoilt_files, warm
 
 TESTS = Path(__file__).parents[1]
 GROWTH = 256 * 2**20  # bytes; the files themselves have some thousand
@@ -57,29 +57,27 @@ def test_two_thousand_spoilt_files(kind):
     read_spoilt(kind, 0, 2000)
 
 
-def test_a_reader_that_reads_wrongly_would_be_noticed(tmp_path, monkeypatch):
+def test_a_reader_that_reads_wrongly_would_be_noticed(monkeypatch):
     # The harness itself: a crash, a wrong load, a hang and an error for want of memory are faults.
     def raising(error: BaseException | None):
-        def read(_: Path) -> None:
+        def read() -> None:
             if error is None:
                 while True:
                     pass
             raise error
 
-        return spoilt_files.Reader(lambda _: None, "x", lambda content, _: content, read)
+        return read
 
     import signal
 
     import veneer
 
-    signal.signal(signal.SIGPROF, spoilt_files.stop)
-    monkeypatch.setattr(spoilt_files, "SECONDS", 0.05)
+    signal.signal(signal.SIGPROF, endings.stop)
+    monkeypatch.setattr(endings, "SECONDS", 0.05)
     hungry = veneer.AdapterError("no")
     hungry.__cause__ = MemoryError()
-    ends = [
-        spoilt_files.outcome(raising(error), tmp_path)
-        for error in (None, AssertionError("x"), KeyError("x"), hungry, veneer.AdapterError("no"))
-    ]
+    errors = (None, AssertionError("x"), KeyError("x"), hungry, veneer.AdapterError("no"))
+    ends = [endings.ending(raising(error)) for error in errors]
     assert [end for end, _ in ends] == ["hang", "crash", "crash", "AdapterError", "AdapterError"]
     assert [wrong is None for _, wrong in ends] == [False, False, False, False, True]
 

@@ -297,6 +297,7 @@ def test_settings_that_cannot_be(changes, expected, tmp_path):
         {"layer": "Conv2d", "r": 3, "lora_alpha": 6},
         {"layer": "Linear", "r": 3, "lora_alpha": "much"},
         {"layer": "Linear", "r": 3, "lora_alpha": 0},
+        {"layer": "Linear", "r": 3, "lora_alpha": 10**400},
         {"layer": "MergedLinear", "r": 3, "lora_alpha": 6},
         {"layer": "MergedLinear", "r": 3, "lora_alpha": 6, "enable_lora": []},
         {"layer": "MergedLinear", "r": 3, "lora_alpha": 6, "enable_lora": [False]},

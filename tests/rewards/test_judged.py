@@ -81,6 +81,9 @@ def test_a_pattern_may_have_a_group_that_is_a_reference():
     right = Matches(r"= (?<answer>\d+)$")
     assert right(Answered("3 + 4 = 7", references=["7"])) == 1
     assert right(Answered("3 + 4 = 8", references=["7"])) == 0
+    with pytest.raises(ConfigError, match="no regular expression") as refused:
+        Matches("(" * 5000)
+    assert len(str(refused.value)) < 400
     with pytest.raises(ConfigError, match="no regular expression"):
         Matches("(")
 
@@ -102,9 +105,10 @@ def test_json_is_judged_by_a_schema(tmp_path):
     assert valid(Answered('"\\ud800"')) == 0  # half a character
     assert valid(Answered('{"sum": NaN}')) == 0
     assert valid(Answered("The sum is 7")) == 0
-    schema.write_text('{"type": 7}')
-    with pytest.raises(ConfigError, match="no JSON schema"):
-        ValidJSON(schema)
+    for text in ('{"type": 7}', '{"not": ' * 5000):
+        schema.write_text(text)
+        with pytest.raises(ConfigError, match="no JSON schema"):
+            ValidJSON(schema)
 
 
 def test_a_program_is_the_last_fenced_block():

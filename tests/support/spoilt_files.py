@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import torch
 
 import veneer
 from support import mutated_files
+from support.endings import ending, stop
 from support.random_adapters import logits, same, shake, snapshot
 from support.tiny_models import tiny
 from veneer.adapter.layers import lora_layers
@@ -37,13 +37,8 @@ from veneer.checksums import SUMS
 from veneer.cli.console import quieten_libraries
 from veneer.files import read_tensors
 
-SECONDS = 5  # of the processor, for one file; an ordinary one takes some hundredths
 ADDRESSES = 2**31  # bytes of address space beyond what the process has at the start
 NUMPY = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1"}
-
-
-class TooLong(BaseException):
-    """A file is still being read after SECONDS."""
 
 
 @dataclass(frozen=True)
@@ -245,40 +240,6 @@ READERS = {
 }
 
 
-def stop(*_: object) -> None:
-    raise TooLong
-
-
-def refused_memory(error: BaseException | None) -> bool:
-    """Return whether an error was caused, also indirectly, by too little memory."""
-    while error is not None:
-        text = str(error).lower()
-        if isinstance(error, MemoryError) or "allocate" in text or "not enough memory" in text:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def outcome(reader: Reader, place: Path) -> tuple[str, str | None]:
-    """Return how the reading ended, and what is wrong with that, if anything."""
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        reader.read(place)
-    except TooLong:
-        return "hang", "".join(traceback.format_exc())
-    except veneer.VeneerError as error:
-        message = str(error)
-        wrong = "it asked for all memory" if refused_memory(error) else None
-        if len(message) > 25_000:
-            wrong = f"the message has {len(message)} characters"
-        return type(error).__name__, wrong
-    except Exception:
-        return "crash", traceback.format_exc()
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    return "loaded", None
-
-
 def main(kind: str, first: int, count: int) -> None:
     quieten_libraries()
     reader = READERS[kind]
@@ -299,7 +260,7 @@ def main(kind: str, first: int, count: int) -> None:
         faults = []
         for seed in range(first, first + count):
             (spoilt / reader.file).write_bytes(reader.spoil(content, Random(seed)))
-            end, wrong = outcome(reader, spoilt)
+            end, wrong = ending(partial(reader.read, spoilt))
             ends[end] += 1
             if wrong:
                 faults.append({"seed": seed, "end": end, "wrong": wrong[-3000:]})

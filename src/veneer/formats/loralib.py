@@ -12,6 +12,7 @@ both into loralib_config.json beside it; a reader of another file must give them
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,6 +205,7 @@ def _kind_in(config: dict[str, Any], path: str) -> LayerType:
     if (
         kind not in KINDS
         or not isinstance(alpha, int | float)
+        or not abs(alpha) <= sys.float_info.max
         or (kind == "MergedLinear" and not (are_flags and any(enabled or ())))
     ):
         raise AdapterError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import regex
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, shortened
 from veneer.rewards.judged import Answered, RewardFault
 
 GROUP = "answer"  # of a pattern: what has to be one of the references
@@ -41,8 +41,9 @@ class Matches:
     def __post_init__(self) -> None:
         try:
             object.__setattr__(self, "_compiled", regex.compile(self.pattern))
-        except regex.error as error:
-            raise ConfigError(f"{self.pattern!r} is no regular expression: {error}.") from error
+        except (regex.error, RecursionError, OverflowError) as error:  # (((((...
+            pattern = repr(shortened(self.pattern))
+            raise ConfigError(f"{pattern} is no regular expression: {error}.") from error
 
     def __call__(self, answer: Answered) -> float:
         try:
@@ -81,7 +82,7 @@ class ValidJSON:
         try:
             schema = json.loads(self.schema.read_text(encoding="utf-8"))
             validator = jsonschema_rs.validator_for(schema)
-        except (OSError, ValueError, jsonschema_rs.ValidationError) as error:
+        except (OSError, ValueError, RecursionError, jsonschema_rs.ValidationError) as error:
             raise ConfigError(f"{self.schema} is no JSON schema: {error}.") from error
         object.__setattr__(self, "_validator", validator)
 
