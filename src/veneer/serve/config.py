@@ -61,6 +61,9 @@ class ServeConfig:
     """Requests that are answered at the same time, in one batch."""
     queue: int = 64
     """Requests that may wait for a slot; further ones are refused (429)."""
+    rate_limit: int | None = None
+    """Requests with a body that one key may make in a minute, or, without an API key, one address;
+    further ones are refused (429). No limit unless given."""
     context: int | None = None
     """Tokens of a prompt with its answer; the model's own context, at most 4096, unless given."""
     prefix_cache: Path | None = None
@@ -83,6 +86,7 @@ class ServeConfig:
                 "port": whole_number(0, most=65535),
                 "slots": at_least(1),
                 "queue": at_least(1),
+                "rate_limit": at_least(1),
                 "speculate": at_least(0),
                 "drain_seconds": at_least(0),
                 "prefix_cache_size": ABOVE_0,
@@ -147,6 +151,8 @@ class Limits:
     """Requests with a body that are read or answered at the same time."""
     upload_bytes: int = 0
     """Of a form with a file; 0 where none is taken."""
+    per_minute: int | None = None
+    """Requests with a body that one key may make in a minute, or one address without a key."""
 
 
 class KeyFiles:

@@ -82,6 +82,7 @@ def serve(
                 limits=Limits(
                     in_flight=config.slots + config.queue,
                     upload_bytes=jobs.bounds.upload_bytes if jobs is not None else 0,
+                    per_minute=config.rate_limit,
                 ),
                 runs=config.runs,
                 loading_root=config.adapters_dir if config.enable_lora_loading else None,

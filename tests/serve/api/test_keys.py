@@ -10,6 +10,7 @@ from veneer.errors import ConfigError
 from veneer.serve.api import audit
 from veneer.serve.api.audit import AuditLog
 from veneer.serve.api.guard import Guard
+from veneer.serve.api.rate import MOST_CALLERS, Rates
 from veneer.serve.config import KeyFiles, Keys, Limits, ServeConfig
 
 OLD, NEW, ADMIN = "old-key-of-16-and-more", "new-key-of-16-and-more", "admin-key-of-16-and-more"
@@ -42,6 +43,31 @@ def statuses(guard: Guard, *requests: tuple[str, str, str | None]) -> list[int]:
 
 def guard_of(keys, **options) -> Guard:
     return Guard(answer, keys=keys, limits=Limits(), is_draining=lambda: False, **options)
+
+
+def test_a_key_has_so_many_requests_a_minute():
+    limits = Limits(per_minute=2)
+    guard = Guard(
+        answer, keys=lambda: Keys(f"{OLD}\n{NEW}"), limits=limits, is_draining=lambda: False
+    )
+    post = ("POST", "/v1/completions")
+    assert statuses(guard, (*post, OLD), (*post, OLD), (*post, OLD)) == [200, 200, 429]
+    assert statuses(guard, (*post, NEW), (*post, "wrong-key")) == [200, 401]
+    # However the header is written, it is the same key; and looking costs nothing.
+    assert statuses(guard, (*post, f"  {OLD} "), ("GET", "/v1/models", OLD)) == [429, 200]
+    alone = Guard(answer, keys=Keys, limits=limits, is_draining=lambda: False)
+    assert statuses(alone, *[(*post, None)] * 3) == [200, 200, 429]
+
+
+def test_a_bucket_fills_up_evenly():
+    rates = Rates(30)
+    assert [rates.wait_of("a", now=0.0) for _ in range(31)] == [0] * 30 + [2]
+    assert [rates.wait_of("a", now=at) for at in (1.0, 2.0, 2.0)] == [1, 0, 2]
+    assert [rates.wait_of("a", now=3600.0) for _ in range(31)] == [0] * 30 + [2]
+    assert rates.wait_of("b", now=0.0) == 0
+    for number in range(MOST_CALLERS):
+        rates.wait_of(str(number), now=3600.0)
+    assert rates.wait_of("a", now=3600.0) == 0  # forgotten, which leaves the others their memory
 
 
 def test_a_key_is_exchanged_while_the_server_runs(tmp_path, caplog):

@@ -69,10 +69,17 @@ class ApiError(Exception):
     """A response with an error: an HTTP status, and what its body says."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int = RETRY_SECONDS,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
 
     @classmethod
     def of(cls, error: Exception, request_id: str) -> ApiError:
@@ -90,7 +97,7 @@ class ApiError(Exception):
         """Return the headers that belong to the status."""
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
-        return {"retry-after": str(RETRY_SECONDS)} if self.status in (429, 503) else {}
+        return {"retry-after": str(self.retry_after)} if self.status in (429, 503) else {}
 
     def body(self) -> dict[str, Any]:
         """Return the error in OpenAI's shape."""

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer.serve.api.audit import AuditLog
 from veneer.serve.api.errors import ApiError, log_failure
+from veneer.serve.api.rate import Rates
 from veneer.serve.config import Keys, Limits
 
 OPEN = ("/", "/health", "/ready")  # these and the page's own files need no key
@@ -56,6 +57,7 @@ class Guard:
     ) -> None:
         self.app, self.limits, self.is_draining, self.audit = app, limits, is_draining, audit
         self._keys = keys
+        self._rates = Rates(limits.per_minute) if limits.per_minute is not None else None
         self.in_flight = 0
 
     @property
@@ -127,6 +129,17 @@ class Guard:
             return
         if self.is_draining():
             raise ApiError(503, "The server is about to end.", code="draining")
+        if self._rates is not None:
+            # The key is a right one by now: whoever has none has been refused.
+            caller = _token(headers.get("authorization", "")) if needed else _address(scope)
+            if seconds := self._rates.wait_of(caller):
+                raise ApiError(
+                    429,
+                    f"More than {self._rates.per_minute:,} requests came within a minute; come "
+                    f"again in {seconds} s.",
+                    code="rate_limit_exceeded",
+                    retry_after=seconds,
+                )
         length = headers.get("content-length", "0")
         is_upload = self._is_upload(scope)
         most = self.limits.upload_bytes if is_upload else self.limits.body_bytes
@@ -256,6 +269,11 @@ def _has_body(headers: dict[str, str]) -> bool:
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
+def _address(scope: Scope) -> str:
+    """Return the address that a request comes from."""
+    return str((scope.get("client") or ("",))[0])
+
+
 def _is_local(host: str) -> bool:
     try:
         return urlsplit(f"//{host}").hostname in LOCAL_NAMES
@@ -265,11 +283,14 @@ def _is_local(host: str) -> bool:
 
 def _same(header: str, keys: str) -> bool:
     """Say whether a header carries one of `keys`, one a line, in a time that depends on neither."""
-    scheme, _, token = header.partition(" ")
     # Digests are equally long, whatever the client sent.
-    ours, theirs = [_digest(key) for key in keys.split("\n")], _digest(token.strip())
+    ours, theirs = [_digest(key) for key in keys.split("\n")], _digest(_token(header))
     is_one = [hmac.compare_digest(key, theirs) for key in ours]  # each, wherever the one is
-    return any(is_one) and scheme.lower() == "bearer"
+    return any(is_one) and header.partition(" ")[0].lower() == "bearer"
+
+
+def _token(header: str) -> str:
+    return header.partition(" ")[2].strip()
 
 
 def _digest(text: str) -> bytes:
