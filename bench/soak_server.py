@@ -92,6 +92,14 @@ class Held:
     threads: int
 
 
+def held_by(process: int) -> Held:
+    """Return what a process holds now, without those that it has started."""
+    home = Path("/proc") / str(process)
+    resident = int((home / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    descriptors, threads = (len(list((home / name).iterdir())) for name in ("fd", "task"))
+    return Held(resident, descriptors, threads)
+
+
 class ServerProcess:
     """`veneer serve` over a base, with adapters that can be loaded and jobs that can be trained."""
 
@@ -118,10 +126,7 @@ class ServerProcess:
 
     def held(self) -> Held:
         """Return what the server's own process holds now, without its workers."""
-        home = Path("/proc") / str(self.process.pid)
-        resident = int((home / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-        descriptors, threads = (len(list((home / name).iterdir())) for name in ("fd", "task"))
-        return Held(resident, descriptors, threads)
+        return held_by(self.process.pid)
 
     def failures(self) -> int:
         """Return how often the log has a traceback."""
