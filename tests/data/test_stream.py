@@ -25,6 +25,7 @@ from veneer.data.load import RowFiles
 from veneer.data.packing import pack
 from veneer.data.table import all_but
 from veneer.errors import DataError, StorageError
+from veneer.machine import Cores
 from veneer.training.events import DataReady, Encoding, Evaluated, Notice, Step
 
 
@@ -306,7 +307,7 @@ def test_a_run_killed_in_the_middle_goes_on(minigpt_home, tokenizer, tmp_path, m
     monkeypatch.setattr(load, "SMALL", -1)
     monkeypatch.setattr(blocks, "_LEAST", 20_000)
     monkeypatch.setattr(blocks, "_MOST", 20_000)
-    monkeypatch.setattr(workers, "cores", lambda: 1)
+    monkeypatch.setattr(workers, "cores", lambda: Cores(1, 1, None))
     file = tmp_path / "rows.jsonl"
     row = json.dumps({"prompt": "What is it?", "completion": "It is what it is. " * 3})
     file.write_text("\n".join([row] * 3000))

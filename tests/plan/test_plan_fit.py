@@ -1,14 +1,13 @@
-"""What fits: free memory as the system tells it, and the gentlest settings that fit."""
+"""What fits: the gentlest settings that do."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 
 from veneer import LoRA
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_sizes
-from veneer.plan.fit import _seconds, alternatives, flags, free_bytes, gentlest
+from veneer.plan.fit import _seconds, alternatives, flags, gentlest
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import make_plan, replanned
 
@@ -88,60 +87,3 @@ def test_flags_name_what_changed():
     after = PlanConfig(recompute="full", tokens_per_batch=512, bits=4, mapped=True)
     expected = "--recompute full --tokens-per-batch 512 --bits 4 --mapped"
     assert flags(PlanConfig(), after) == expected
-
-
-def machine(root, files):
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="ascii")
-    return root
-
-
-MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"}
-
-
-@pytest.mark.parametrize(
-    ("files", "free"),
-    [
-        ({}, None),
-        (MEMINFO, 8000 * 1024),
-        (
-            MEMINFO
-            | {
-                "proc/self/cgroup": "0::/a/b\n",
-                "sys/fs/cgroup/a/b/memory.max": "max\n",
-                "sys/fs/cgroup/a/b/memory.current": "10\n",
-                "sys/fs/cgroup/a/memory.max": "5000\n",
-                "sys/fs/cgroup/a/memory.current": "3000\n",
-                "sys/fs/cgroup/a/memory.stat": "anon 5\ninactive_file 700\n",
-            },
-            2700,
-        ),
-        (
-            {
-                "proc/self/cgroup": "4:cpu,memory:/x\n3:cpuset:/\n",
-                "sys/fs/cgroup/memory/memory.limit_in_bytes": "6000\n",
-                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n",
-                "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 1\n",
-            },
-            5001,
-        ),
-        (
-            {
-                "proc/self/cgroup": "0::/\n",
-                "sys/fs/cgroup/memory.max": "10\n",
-                "sys/fs/cgroup/memory.current": "20\n",
-            },
-            0,
-        ),
-    ],
-    ids=["nothing", "system", "cgroup 2", "cgroup 1", "over its limit"],
-)
-def test_free_memory_is_the_least_that_anybody_leaves(tmp_path, files, free):
-    assert free_bytes(machine(tmp_path, files)) == free
-
-
-def test_free_memory_of_this_machine():
-    if Path("/proc/meminfo").exists():
-        assert free_bytes() > 0

@@ -150,6 +150,12 @@ app.command(
     "will load.",
 )
 app.command(
+    "veneer.cli.doctor:doctor",
+    group=INSPECT,
+    help="Show what this machine is and how fast it computes, what will be fast here and what not, "
+    "why, and what to do: a report without private data.",
+)
+app.command(
     "veneer.cli.verify:verify",
     group=INSPECT,
     help="Compare files of adapters, checkpoints, models and whole runs with their checksums; exit "

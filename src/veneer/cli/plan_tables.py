@@ -13,11 +13,12 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.report import remarks
 from veneer.adapter.targets import uncovered
 from veneer.cli.console import bytes_text, new_table, quieten_libraries
+from veneer.machine import free_bytes
 from veneer.models.description import Layer
 from veneer.plan.activations import recompute_of
 from veneer.plan.config import ADAPTING, PlanConfig
 from veneer.plan.find import find_config, sizes_of
-from veneer.plan.fit import MARGIN, flags, free_bytes, gentlest
+from veneer.plan.fit import MARGIN, flags, gentlest
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, comparison, make_plan, unsuited
 from veneer.plan.sizes import Sizes

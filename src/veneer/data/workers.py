@@ -16,6 +16,7 @@ from veneer.data.blocks import Block
 from veneer.data.chunk import About
 from veneer.data.worker import Task
 from veneer.errors import DataError
+from veneer.machine import cores
 
 
 def done_by_all_cores(
@@ -55,7 +56,7 @@ def done_by_all_cores(
         except Exception as error:
             results.put(error)
 
-    processes = [_started() for _ in range(cores())]
+    processes = [_started() for _ in range(cores().usable)]
     threads = [threading.Thread(target=serve, args=(p,), daemon=True) for p in processes]
     try:
         for thread in threads:
@@ -82,13 +83,6 @@ def done_by_all_cores(
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _started() -> subprocess.Popen[bytes]:

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from veneer.errors import ConfigError
-from veneer.models.device import CPU, computes_bf16, device_name
+from veneer.models.device import CPU, computes_bf16, device_name, synchronize
 
+ROWS, WIDTH = 256, 1024  # of the products that are measured
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
 
@@ -37,18 +38,28 @@ def fastest_dtype(device: torch.device = CPU) -> torch.dtype:
     measurement of about 50 ms."""
     if device.type != "cpu":
         return torch.bfloat16 if computes_bf16(device) else torch.float32
-    x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
+    # One thread, so that other work on the machine decides nothing.
+    seconds = product_seconds(ROWS, WIDTH, threads=1)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def product_seconds(
+    rows: int, width: int, *, threads: int, rounds: int = 5, device: torch.device = CPU
+) -> dict[torch.dtype, float]:
+    """Return the seconds that a product (rows, width) × (width, width) takes in float32 and in
+    bfloat16: the best of some rounds, in which the two take turns."""
+    x, weight = torch.ones(rows, width, device=device), torch.ones(width, width, device=device)
     inputs = {dtype: (x.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
     best = dict.fromkeys(inputs, float("inf"))
-    # One thread, in turns, and the best of each, so that other work on the machine decides nothing.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        for _ in range(5):
+        for _ in range(rounds):
             for dtype, factors in inputs.items():
                 start = time.perf_counter()
                 F.linear(*factors)
+                synchronize(device)
                 best[dtype] = min(best[dtype], time.perf_counter() - start)
     finally:
-        torch.set_num_threads(threads)
-    return min(best, key=best.__getitem__)
+        torch.set_num_threads(before)
+    return best

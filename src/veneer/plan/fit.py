@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from veneer.fused.recompute import Recompute
 from veneer.plan.activations import recompute_of
@@ -23,31 +22,6 @@ MARGIN = 0.1
 LEAST_TOKENS = 64  # a shorter pass is mostly overhead
 # The most that is kept first; `disk`, which needs room there, is left only by those who chose it.
 LEVELS: tuple[Recompute, ...] = ("none", "selective", "disk", "full")
-
-
-def free_bytes(root: Path = Path("/")) -> int | None:
-    """Return the memory that this process may still take, or None if the system does not say.
-
-    The least of what the system has available (/proc/meminfo) and of what each control group above
-    the process leaves (cgroup 1 and 2); pages of files that can be dropped count as free.
-    """
-    amounts = [_available(root / "proc/meminfo")]
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        mount = root / "sys/fs/cgroup"
-        names = ("memory.max", "memory.current", "inactive_file")
-        if controllers:
-            if "memory" not in controllers.split(","):
-                continue
-            mount /= "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        # Within a container, its own group is mounted at the top.
-        group = mount / path.lstrip("/")
-        for directory in (group, *group.parents):
-            amounts.append(_left(directory, *names))
-            if directory == mount:
-                break
-    return min((amount for amount in amounts if amount is not None), default=None)
 
 
 def gentlest(plan: Plan, free: int) -> Plan | None:
@@ -123,25 +97,3 @@ def _fewer(config: PlanConfig) -> Iterator[int]:
 def _seconds(config: PlanConfig) -> float:
     """Return how many times the least time a token takes."""
     return SLOWER[config.recompute] * (1 + PASS_TOKENS / config.tokens_per_batch)
-
-
-def _available(meminfo: Path) -> int | None:
-    for line in _text(meminfo).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _left(group: Path, limit: str, usage: str, inactive: str) -> int | None:
-    most, used = _text(group / limit).strip(), _text(group / usage).strip()
-    if not (most.isdigit() and used.isdigit()):  # "max", or no such file
-        return None
-    stat = dict(line.split() for line in _text(group / "memory.stat").splitlines())
-    return max(0, int(most) - int(used) + int(stat.get(inactive, 0)))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""

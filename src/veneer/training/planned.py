@@ -9,12 +9,13 @@ import torch
 from transformers import PretrainedConfig
 
 from veneer.errors import ConfigError
+from veneer.machine import free_bytes
 from veneer.models.device import free_memory, has_memory_of_its_own, peak_memory
 from veneer.models.load import load_config
 from veneer.plan.config import MethodName as PlannedMethod
 from veneer.plan.config import PlanConfig
 from veneer.plan.find import find_config, sizes_of
-from veneer.plan.fit import flags, free_bytes, gentlest
+from veneer.plan.fit import flags, gentlest
 from veneer.plan.memory import GROWTH, RUNTIME
 from veneer.plan.methods import adapted_layers
 from veneer.plan.plan import Plan, make_plan

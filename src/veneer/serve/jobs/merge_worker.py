@@ -46,9 +46,9 @@ def _merge(directory: Path, asked: Merge) -> Mapping[str, Any]:
     from veneer.errors import AdapterError
     from veneer.formats.adapters import load
     from veneer.formats.merged import write_model
+    from veneer.machine import free_bytes
     from veneer.models.fingerprint import base_parameters, parameter_count
     from veneer.models.load import load_base
-    from veneer.plan.fit import free_bytes
 
     def do(what: str) -> None:
         write_json(directory / STATE, asdict(replace(asked, doing=what)))

@@ -11,8 +11,8 @@ import torch
 
 from veneer.adapter.config import LoRA
 from veneer.errors import VeneerError
+from veneer.machine import free_bytes
 from veneer.models.device import resolve_device
-from veneer.plan.fit import free_bytes
 from veneer.plan.plan import Plan, make_plan
 from veneer.serve.jobs.settings import TrainingBase
 from veneer.training.choose import choose

@@ -1,0 +1,1 @@
+"""What this machine is, how fast it computes, and what follows from that for a training run."""
