@@ -148,7 +148,8 @@ BESIDE["reward"] = {"objective": "grpo"}
 FOLLOWS = {"rank": ["alpha"]}
 FOLLOWS |= {n: ["method", "trained_blocks"] for n in BESIDE if n.startswith("train")}
 FOLLOWS |= {n: ["virtual_tokens"] for n in ("virtual_tokens", "prefix_mlp", "prompt_text")}
-SWITCHES = ("resume", "force", "ignore_plan", "tensorboard", "quiet")
+SWITCHES = ("resume", "force", "ignore_plan", "quiet")
+OPTIONS = dict.fromkeys(SWITCHES, False) | {"track": (), "as_json": False}
 
 
 def test_the_table_of_values_is_complete():
@@ -268,9 +269,9 @@ def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_p
 @pytest.mark.parametrize("name", SWITCHES)
 def test_every_switch_arrives(caught, name):
     assert run(["tune", "m", "d"]) == 0
-    assert caught.options == dict.fromkeys(SWITCHES, False)
+    assert caught.options == OPTIONS
     assert run(["tune", "m", "d", f"--{name.replace('_', '-')}"]) == 0
-    assert caught.options == dict.fromkeys(SWITCHES, False) | {name: True}
+    assert caught.options == OPTIONS | {name: True}
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "freeze", "prefix", "prompt"])

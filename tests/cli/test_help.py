@@ -100,7 +100,7 @@ def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
     rows = [line.strip("│ ") for line in printed.splitlines() if re.match(r"│[ *]{1,4}\S", line)]
     beside = ("model", "data", "out", "resume", "force", "quiet")
     compared = len(fields(CompareConfig)) + len(beside)
-    switches = ("resume", "force", "ignore_plan", "tensorboard", "quiet", "config")
+    switches = ("resume", "force", "ignore_plan", "track", "quiet", "json", "config")
     tuned = len(Recipe("m", Path("d")).settings()) + len(switches)
     flags = {"tune": tuned, "compare": compared, "inspect": 13, "combine": 7, "extract": 8}
     flags |= {"verify": 1, "doctor": 1}

@@ -40,7 +40,7 @@ def test_a_flag_of_another_program_is_answered_with_ours(theirs, ours, caught, r
 
 
 def test_all_names_lead_to_flags_of_tune_and_are_none_themselves():
-    settings = {*Recipe("m", Path("d")).settings(), "resume", "tensorboard"}
+    settings = {*Recipe("m", Path("d")).settings(), "resume", "track"}
     assert {flag.partition(" ")[0] for flag in OTHERS} <= settings
     assert not settings & set(OURS)
     assert len(OURS) == sum(len(names.split()) for names in OTHERS.values())

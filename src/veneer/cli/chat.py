@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 import veneer
-from veneer.cli.console import ERRORS, LINES, OUTPUT, questions, refuse_to_replace, show_notice
+from veneer.cli.console import ERRORS, OUTPUT, Pace, questions, refuse_to_replace, show_notice
 from veneer.cli.flags import AdapterFlags, Flat, NamedModel, System
 from veneer.cli.loading import NAME, load_adapted, opening
 from veneer.cli.side_by_side import chat_side_by_side
@@ -136,17 +136,17 @@ def _answer_many(
     count = f"{len(prompts):,} {'prompt' if len(prompts) == 1 else 'prompts'}"
     ERRORS.print(f"  Answering {count}, {min(batch, len(prompts)):,} at a time ...")
     # Progress on the terminal where the lines are printed would come between them.
-    shown = out is not None or not OUTPUT.is_terminal
+    shown, pace = out is not None or not OUTPUT.is_terminal, Pace()
     with (
         nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8") as file,
-        Progress(console=ERRORS, transient=True, disable=not (shown and ERRORS.is_terminal)) as bar,
+        Progress(console=ERRORS, transient=True, disable=not (shown and ERRORS.animates)) as bar,
     ):
         task = bar.add_task("Answers", total=len(prompts))
 
         def answered(done: int) -> None:
             bar.update(task, completed=done)
-            every = max(1, len(prompts) // LINES)
-            if shown and not ERRORS.is_terminal and done % every == 0:
+            last = done == len(prompts)
+            if shown and not ERRORS.animates and pace.due(anyway=last):
                 ERRORS.print(f"  {done:,} of {count} answered")
 
         def write(line: dict[str, Any]) -> None:

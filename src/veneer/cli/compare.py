@@ -107,7 +107,7 @@ class CompareDisplay:
         self.live = Live(console=OUTPUT, transient=True, get_renderable=self._table)
 
     def __enter__(self) -> CompareDisplay:
-        if OUTPUT.is_terminal:
+        if OUTPUT.animates:
             self.live.start()
         return self
 
@@ -165,7 +165,7 @@ class CompareDisplay:
         return self.lines[job.label.run]
 
     def _log(self, text: str) -> None:
-        if not OUTPUT.is_terminal:
+        if not OUTPUT.animates:
             OUTPUT.print(f"  {text}", soft_wrap=True)
 
     def _table(self) -> Table:

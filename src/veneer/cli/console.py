@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from veneer.errors import VeneerError, VeneerWarning
@@ -24,6 +26,18 @@ class Terminal(Console):
 
     goes_on = False
 
+    @property
+    def animates(self) -> bool:
+        """Whether what was printed can be drawn over: in no file, dumb terminal, or log of a CI,
+        even one that asks for colours."""
+        return self.is_interactive and self.file.isatty()
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        """Print. Lines that stay whole in a file (soft_wrap) are broken between words where they
+        are read, in a terminal."""
+        whole = self.soft_wrap if soft_wrap is None else soft_wrap
+        super().print(*objects, soft_wrap=whole and not self.file.isatty(), **options)
+
     def on_broken_pipe(self) -> None:
         """Take that a pipe is closed."""
         if not Terminal.goes_on:
@@ -33,8 +47,24 @@ class Terminal(Console):
 
 OUTPUT = Terminal(highlight=False)
 ERRORS = Terminal(stderr=True, highlight=False, soft_wrap=True)
-LINES = 20  # of progress in all, where there is no terminal for a bar
+PAUSE = 60.0  # seconds between two lines of progress, where there is no terminal for a bar
 WIDTH = 110  # columns of wide tables where there is no terminal: in fewer, numbers would break
+
+
+class Pace:
+    """Says when another line of progress is due: a minute after the last one."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.last = clock()
+
+    def due(self, *, anyway: bool = False) -> bool:
+        """Return whether a line is due now, or to be printed `anyway`; it is taken for printed."""
+        now = self.clock()
+        if not anyway and now - self.last < PAUSE:
+            return False
+        self.last = now
+        return True
 
 
 def silence(*consoles: Console) -> None:
@@ -114,6 +144,30 @@ def print_wide(table: Table) -> None:
     """Print a table that needs more columns than a pipe is taken to have."""
     output = OUTPUT if OUTPUT.is_terminal else Console(highlight=False, width=WIDTH)
     output.print(table)
+
+
+def page(width: int) -> Console:
+    """Return a console of `width` columns, or of the terminal's where that has fewer."""
+    return Console(highlight=False, width=min(width, OUTPUT.width) if OUTPUT.is_terminal else width)
+
+
+def print_narrow(table: Table, *spare: str, on: Console) -> None:
+    """Print a table, without the first of its `spare` columns where it would be too wide."""
+    titles, anything = list(spare), on.options.update(max_width=1000)
+    while titles and Measurement.get(on, anything, table).maximum > on.width:
+        table = _without(table, titles.pop(0))
+    on.print(table)
+
+
+def _without(table: Table, title: str) -> Table:
+    columns = [column for column in table.columns if column.header != title]
+    first, *others = (str(column.header) for column in columns)
+    fewer = new_table(first, *others, padding=table.padding)
+    for column, before in zip(fewer.columns, columns, strict=True):
+        column.no_wrap = before.no_wrap
+    for row, cells in zip(table.rows, zip(*(c.cells for c in columns), strict=True), strict=True):
+        fewer.add_row(*cells, style=row.style, end_section=row.end_section)
+    return fewer
 
 
 def refuse_to_replace(out: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from veneer.adapter.config import LoRA
-from veneer.cli.console import bytes_text, quieten_libraries
+from veneer.cli.console import bytes_text, page, quieten_libraries
 from veneer.cli.plan_tables import WIDTH, mixture_lines, plain_table, planned, summary, trained_text
 from veneer.plan.amounts import Amount
 from veneer.plan.config import PlanConfig
@@ -45,7 +44,7 @@ def show_devices(
         roomy = int((1 - MARGIN) * memory)
         changes = least_changes(plan, count, roomy) or least_changes(plan, count, memory)
     shown = chosen or (changes[0] if changes else next(ways(plan, count)))
-    output = Console(highlight=False, width=WIDTH)
+    output = page(WIDTH)
     output.print(f"[bold]{escape(model)}[/]  {summary(plan.sizes)}\n")
     output.print(f"{trained_text(plan)}\n")
     output.print(ways_table(plan, devices))

@@ -34,6 +34,15 @@ RowFlags = _flat("Rows")
 Loaded = _flat("Base")
 # For a bool: there is no --no-... of it.
 Switch = Annotated[bool, Parameter(negative="")]
+AsJson = Annotated[
+    bool,
+    Parameter(
+        name="--json",
+        negative="",
+        help="Print what happens as JSON for programs, one object a line; words go to standard "
+        "error.",
+    ),
+]
 
 Model = Annotated[
     str, Parameter(help="Built-in name, local directory, .gguf file, or hub name of the base.")

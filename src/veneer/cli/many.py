@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -16,14 +16,15 @@ import veneer
 from veneer.cli.company import interruptible
 from veneer.cli.console import (
     ERRORS,
-    LINES,
     OUTPUT,
+    Pace,
     bytes_text,
     new_table,
     print_wide,
     quieten_libraries,
     show_notice,
 )
+from veneer.cli.events import events_on_stdout
 from veneer.cli.plots import draw_losses
 from veneer.cli.tables import plan_summary
 from veneer.errors import ConfigError, DivergedError, VeneerError, shortened
@@ -72,20 +73,26 @@ def run_jobs(
     recipes: Mapping[str, Recipe],
     out: Path,
     *,
-    tensorboard: bool,
+    track: Sequence[str],
     quiet: bool,
+    as_json: bool = False,
     grace_seconds: float | None = None,
     **options: Any,
 ) -> int:
     """Run all recipes and return the exit code: 0; 3 when one of them diverged, 2 when one failed
     otherwise; 128 and the number of the signal that ended it. options: those of `tune_many`."""
-    if tensorboard:
-        raise ConfigError("--tensorboard is for a run alone; each job's metrics.jsonl has it all.")
+    if track:
+        raise ConfigError("--track is for a run alone; each job's metrics.jsonl has it all.")
     quieten_libraries()
     states = {name: JobState() for name in recipes}
     display = None if quiet else JobsDisplay(states)
-    with interruptible(grace=grace_seconds) as asked, display or nullcontext():
+    with (
+        events_on_stdout(as_json) as write,
+        interruptible(grace=grace_seconds) as asked,
+        display or nullcontext(),
+    ):
         for name, event in veneer.tune_many(recipes, should_stop=lambda _: asked(), **options):
+            write(event, job=name)
             if name:
                 states[name].take(event)
             if display:
@@ -100,8 +107,8 @@ def run_jobs(
                     draw_losses(run.read_metrics(), run.picture)
                 except VeneerError as error:
                     show_notice(str(error))
-    if display:
-        show_results(states, out)
+        if display:
+            show_results(states, out)
     if asked.number:
         ERRORS.print(f"Go on with the same command and --resume (results in {escape(str(out))}).")
         return 128 + asked.number
@@ -149,7 +156,7 @@ class JobsDisplay:
         self.states = states
         self.tasks: dict[str, TaskID] = {}
         self.first: dict[str, str] = {}  # by the text of a notice, the job that had it first
-        self.every = max(1, LINES // max(1, len(states)))  # lines of steps that a job has
+        self.paces: dict[str, Pace] = {}  # of each job's lines
         self.progress = Progress(
             TextColumn("  {task.description}"),
             BarColumn(),
@@ -185,7 +192,7 @@ class JobsDisplay:
                 rows = f"{summary.rows:,} rows, {summary.tokens:,} tokens{beside}"
                 OUTPUT.print(f"[bold]Data[/]    {of}: {rows}")
             case Started(steps, done):
-                if OUTPUT.is_terminal:
+                if OUTPUT.animates:
                     self.tasks[name] = self.progress.add_task(
                         escape(name), total=steps, completed=done, loss="-"
                     )
@@ -213,7 +220,7 @@ class JobsDisplay:
             self.progress.update(self.tasks[name], completed=step, loss=f"{loss:.3f}")
             return
         steps = self.states[name].steps
-        if step % max(1, steps // self.every) == 0 or step == steps:
+        if self.paces.setdefault(name, Pace()).due(anyway=step == steps):
             OUTPUT.print(f"  {escape(name)}: step {step}/{steps}  loss {loss:.3f}")
 
 

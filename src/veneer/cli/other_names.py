@@ -49,7 +49,7 @@ OTHERS = {
     "data": "dataset dataset_name dataset_path train_file train_data data_path datasets",
     "out": "output_dir adapter_path save_path save_dir",
     "resume": "resume_from_checkpoint",
-    "tensorboard": "report_to",
+    "track": "report_to",
 }
 # What tune has once and compare, which trains in many ways with one budget, has of its own.
 OF_COMPARE = {

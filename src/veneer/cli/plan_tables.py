@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.report import remarks
 from veneer.adapter.targets import uncovered
-from veneer.cli.console import bytes_text, new_table, quieten_libraries
+from veneer.cli.console import bytes_text, new_table, page, print_narrow, quieten_libraries
 from veneer.machine import free_bytes
 from veneer.models.description import Layer
 from veneer.plan.activations import recompute_of
@@ -24,7 +23,7 @@ from veneer.plan.plan import Plan, comparison, make_plan, unsuited
 from veneer.plan.sizes import Sizes
 from veneer.plan.stored import stored_of
 
-# Columns of the output, whatever the terminal's: in fewer, numbers would be cut off or broken.
+# Columns of the output, unless the terminal has fewer: there some of the tables' are left out.
 WIDTH = 100
 
 
@@ -38,11 +37,11 @@ def show_plan(
     quieten_libraries()
     plan = planned(model, lora, config)
     free = free_bytes() if memory is None else memory
-    output = Console(highlight=False, width=WIDTH)
+    output = page(WIDTH)
     output.print(f"[bold]{escape(model)}[/]  {summary(plan.sizes)}\n")
-    output.print(layers_table(plan))
+    print_narrow(layers_table(plan), "Each", "Times", on=output)
     output.print(f"{trained_text(plan)}\n")
-    output.print(methods_table(plan, free))
+    print_narrow(methods_table(plan, free), "Per cent", "Gradients", on=output)
     output.print()
     output.print(memory_table(plan, formulas=formulas))
     missing = uncovered(plan.model.model, lora) if config.method in ADAPTING else None
@@ -142,6 +141,7 @@ def layers_table(plan: Plan) -> Table:
     table = plain_table(*titles)
     for name, *cells in rows:
         table.add_row(escape(_broken(name, left)), *cells)
+    table.columns[0].no_wrap = True  # names are broken already
     table.add_section()
     table.add_row(*total, style="bold")
     return table
@@ -168,6 +168,7 @@ def methods_table(plan: Plan, free: int | None) -> Table:
             fits,
             style="bold" if title == plan.config.method else None,
         )
+    table.columns[0].no_wrap = True
     return table
 
 

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from veneer.cli.console import LINES, OUTPUT, bytes_text, show_notice, show_saved
+from veneer.cli.console import OUTPUT, Pace, bytes_text, show_notice, show_saved
 from veneer.cli.tables import merge_lines, plan_summary, quantized_summary, target_summary
 from veneer.training.events import (
     Checkpointed,
@@ -55,7 +55,8 @@ class RunDisplay:
         )
         self.task: TaskID | None = None
         self.encoding: Progress | None = None  # the bar of rows that are encoded
-        self.next_line = 0.0  # the second from which on such rows have another line
+        self.encodes = False  # whether a line of them was printed, where there is no bar
+        self.pace = Pace()  # of lines where there is no bar
         self.steps = self.done = 0  # of the whole run, and before it went on
         self.recent: deque[Step] = deque(maxlen=20)
         self.verdict: Verdict | None = None
@@ -151,15 +152,14 @@ class RunDisplay:
 
     def _encoding(self, event: Encoding) -> None:
         """Move a bar, or print a line now and then where there is none."""
-        seconds = time.monotonic() - self.began
         size = f"{bytes_text(event.bytes)} of {bytes_text(event.total)}" if event.total else ""
         done = ", ".join(filter(None, [f"{event.rows:,} rows" if event.rows else "", size]))
         if event.waiting:
             done = "another run encodes these rows; waiting for it"
-        if not OUTPUT.is_terminal:
-            if seconds >= self.next_line:
+        if not OUTPUT.animates:
+            if self.pace.due(anyway=not self.encodes):
                 OUTPUT.print(f"  {event.what}: {done or 'beginning'}")
-                self.next_line = max(seconds + 10, 1.2 * seconds)
+            self.encodes = True
             return
         if self.encoding is None:
             self.encoding = Progress(
@@ -204,7 +204,7 @@ class RunDisplay:
             use = "to evaluate on" if event.eval_data else "held out"
             counts.append(f"{event.held_out.rows:,} rows {use}")
         OUTPUT.print(f"[bold]Data[/]    {', '.join(counts)}")
-        coloured = OUTPUT.is_terminal and not OUTPUT.no_color
+        coloured = OUTPUT.animates and not OUTPUT.no_color
         how = "[green]trained tokens in green[/]" if coloured else "trained tokens in >> <<"
         OUTPUT.print(f"  The first row as the model sees it, {how}:")
         example = Text()
@@ -220,7 +220,7 @@ class RunDisplay:
         if done:
             OUTPUT.print(f"  going on after step {done} of {steps}")
         self.show(Doing("evaluating" if self.evaluates and not done else "training"))
-        if OUTPUT.is_terminal:
+        if OUTPUT.animates:
             self.task = self.progress.add_task(
                 "", total=steps, completed=done, loss="loss -", speed="-", memory=""
             )
@@ -244,7 +244,7 @@ class RunDisplay:
                 speed=f"{speed:,.0f}",
                 memory=bytes_text(event.rss_bytes),
             )
-        elif event.step % max(1, self.steps // LINES) == 0 or event.step in (1, self.steps):
+        elif self.pace.due(anyway=event.step in (self.done + 1, self.steps)):
             mean = sum(e.seconds for e in self.recent) / len(self.recent)
             left = _duration(mean * (self.steps - event.step))
             OUTPUT.print(

@@ -19,7 +19,9 @@ from veneer.cli.console import (
     quieten_libraries,
     show_notice,
 )
+from veneer.cli.events import events_on_stdout
 from veneer.cli.flags import (
+    AsJson,
     BaseFlags,
     Loaded,
     LoRAFlags,
@@ -90,6 +92,7 @@ def search(
         Switch, Parameter(help="Go ahead even where less memory or disk is free than is planned.")
     ] = False,
     quiet: Annotated[Switch, Parameter(help="Print only errors.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Return 0; 2 where no trial came to its end; 130 after Ctrl-C, 143 after SIGTERM."""
     from veneer.cli.company import interruptible  # which imports torch
@@ -113,7 +116,11 @@ def search(
     quieten_libraries()
     display = None if quiet else SearchDisplay(settings.trials)
     result: SearchResult | None = None
-    with interruptible() as asked, display or nullcontext():
+    with (
+        events_on_stdout(as_json) as write,
+        interruptible() as asked,
+        display or nullcontext(),
+    ):
         for name, event in veneer.search(
             recipe,
             varied,
@@ -124,16 +131,17 @@ def search(
             tokens_per_pass=tokens_per_pass,
             should_stop=asked,
         ):
+            write(event, trial=name)
             if isinstance(event, Searched):
                 result = event.result
             elif isinstance(event, TrialEnded) and event.why:
                 show_notice(f"trial {event.trial.number}: {event.why}")
             if display:
                 display.show(name, event)
-    assert result is not None
-    _draw(result, out)
-    if display:
-        show_result(result, out)
+        assert result is not None
+        _draw(result, out)
+        if display:
+            show_result(result, out)
     if asked.number:
         ERRORS.print(f"Go on with the same command and --resume (results in {escape(str(out))}).")
         return 128 + asked.number

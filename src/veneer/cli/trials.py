@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice
+from veneer.cli.events import events_on_stdout
 from veneer.cli.tables import plan_summary
 from veneer.errors import TrainingError
 from veneer.training.events import DataReady, Evaluated, Event, Notice, Planned, Started, Step
@@ -55,7 +56,7 @@ class SearchDisplay:
                 )
             case TrialBegun(trial):
                 self.titles[name] = title(trial)
-            case Started(steps, done) if OUTPUT.is_terminal:
+            case Started(steps, done) if OUTPUT.animates:
                 self.tasks[name] = self.progress.add_task(
                     self.titles[name], total=steps, completed=done, loss="-"
                 )
@@ -82,7 +83,7 @@ def title(trial: TrialResult) -> str:
 
 
 def search_before(
-    recipe: Recipe, names: Sequence[str], *, quiet: bool, **options: Any
+    recipe: Recipe, names: Sequence[str], *, quiet: bool, as_json: bool, **options: Any
 ) -> Recipe | int:
     """Search for settings that are left to it, show how, and return the run's recipe with them, or
     an exit code after Ctrl-C or SIGTERM. options: those of `tune`."""
@@ -90,9 +91,13 @@ def search_before(
     from veneer.training.search.auto import TRIALS, settle_by_search
 
     quieten_libraries()
-    options.pop("tensorboard")
+    options.pop("track")
     display = None if quiet else SearchDisplay(TRIALS[len(names)])
-    with interruptible() as asked, display or nullcontext():
+    with (
+        events_on_stdout(as_json) as write,
+        interruptible() as asked,
+        display or nullcontext(),
+    ):
         events = settle_by_search(recipe, names, should_stop=asked, **options)
         while True:
             try:
@@ -105,5 +110,6 @@ def search_before(
                     ERRORS.print(f"Go on with the same command and --resume (results in {place}).")
                     return 128 + asked.number
                 raise
+            write(event, trial=name)
             if display:
                 display.show(name, event)

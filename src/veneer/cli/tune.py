@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,9 @@ import veneer
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
 from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice, silence
+from veneer.cli.events import events_on_stdout
 from veneer.cli.flags import (
+    AsJson,
     BaseFlags,
     Loaded,
     LoRAFlags,
@@ -40,8 +42,10 @@ from veneer.objectives.policy_config import OnPolicy
 from veneer.quant.settings import Offload
 from veneer.run_directory import DEFAULT_OUT, RunDirectory
 from veneer.training.config import TOKENS_PER_PASS, TrainConfig
-from veneer.training.events import Evaluated, Event, Started, Step, Stopped, Verdict
+from veneer.training.events import Event, Started, Stopped, Verdict
 from veneer.training.recipe import DataConfig, Recipe, Shard
+from veneer.training.tracking.choice import trackers
+from veneer.training.tracking.tracker import tracked
 
 if TYPE_CHECKING:
     from veneer.processes.world import World
@@ -105,9 +109,17 @@ def tune(
             "checkpoint where its step ends in time."
         ),
     ] = None,
-    tensorboard: Annotated[
-        Switch, Parameter(help="Write curves for TensorBoard too, below --out.")
-    ] = False,
+    track: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="Give the run's numbers to a tracker: tensorboard, mlflow or wandb, perhaps with "
+            "a place: tensorboard:DIRECTORY, mlflow:DIRECTORY or address, wandb:PROJECT. May be "
+            "given several times.",
+            negative=(),
+            show_default=False,
+        ),
+    ] = (),
+    tensorboard: Annotated[Switch, Parameter(help="Short for --track tensorboard.")] = False,
     shard: Annotated[
         Shard,
         Parameter(
@@ -121,6 +133,7 @@ def tune(
         Parameter(help="Train in this many processes of this machine, one for each GPU."),
     ] = None,
     quiet: Annotated[Switch, Parameter(help="Print only errors.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Return an exit code, as run_recipe does. `config` is read before this is called."""
     refuse_preset(model)
@@ -132,8 +145,9 @@ def tune(
         "resume": resume,
         "force": force,
         "ignore_plan": ignore_plan,
-        "tensorboard": tensorboard,
+        "track": (*track, "tensorboard") if tensorboard else track,
         "quiet": quiet,
+        "as_json": as_json,
     }
     if grace_seconds is not None:
         options["grace_seconds"] = grace_seconds
@@ -236,8 +250,9 @@ def run_recipe(
     force: bool = False,
     ignore_plan: bool = False,
     grace_seconds: float | None = None,
-    tensorboard: bool = False,
+    track: Sequence[str] = (),
     quiet: bool = False,
+    as_json: bool = False,
     shows_signals: bool = True,
 ) -> int:
     """Run a recipe to its end and return the exit code: 0, 3 when it diverged, 130 after Ctrl-C,
@@ -263,8 +278,9 @@ def run_recipe(
                 force=force,
                 ignore_plan=ignore_plan,
                 grace_seconds=grace_seconds,
-                tensorboard=tensorboard and writes,
+                track=track if writes else (),
                 quiet=quiet or not writes,
+                as_json=as_json and writes,
                 shows_signals=shows_signals and writes,
             )
 
@@ -279,8 +295,9 @@ def show_run(
     force: bool,
     ignore_plan: bool,
     grace_seconds: float | None,
-    tensorboard: bool,
+    track: Sequence[str],
     quiet: bool,
+    as_json: bool,
     shows_signals: bool,
 ) -> int:
     """Run a recipe in this process, show it unless `quiet`, and return the exit code."""
@@ -291,13 +308,21 @@ def show_run(
     quieten_libraries()
     display = None if quiet else RunDisplay()
     directory = RunDirectory(recipe.out)
-    if display:
-        OUTPUT.print(f"[bold]Base[/]    {escape(recipe.model)}")
-    with interruptible(shows=shows_signals, grace=grace_seconds) as asked, display or nullcontext():
-        events = veneer.tune(
+    receivers = trackers(track, recipe.out) if track else []
+    with (
+        events_on_stdout(as_json) as write,
+        interruptible(shows=shows_signals, grace=grace_seconds) as asked,
+        display or nullcontext(),
+    ):
+        if display:
+            OUTPUT.print(f"[bold]Base[/]    {escape(recipe.model)}")
+        events: Iterator[Event] = veneer.tune(
             recipe, resume=resume, force=force, ignore_plan=ignore_plan, should_stop=asked
         )
-        for event in curves(events, directory.tensorboard) if tensorboard else events:
+        if receivers:
+            events = tracked(events, receivers, recipe.settings())
+        for event in events:
+            write(event)
             if display:
                 try:
                     display.show(event)
@@ -330,26 +355,3 @@ def show_ways_on(recipe: Recipe) -> None:
         f"learnt so far: veneer generate PROMPT --adapter {out}; write it as an "
         f"adapter: veneer export {out}"
     )
-
-
-def curves(events: Iterator[Event], directory: Path) -> Iterator[Event]:
-    """Pass events on, writing their numbers for TensorBoard too.
-
-    Raises VeneerError where TensorBoard, which comes with the extra `track`, is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise VeneerError("--tensorboard needs: pip install 'veneer[track]'") from error
-    with SummaryWriter(str(directory)) as writer:
-        for event in events:
-            if isinstance(event, Step):
-                writer.add_scalar("train/loss", event.loss, event.step)
-                writer.add_scalar("train/learning_rate", event.lr, event.step)
-                writer.add_scalar(
-                    "speed/tokens_per_second", event.tokens / event.seconds, event.step
-                )
-                writer.add_scalar("memory/resident_bytes", event.rss_bytes, event.step)
-            elif isinstance(event, Evaluated):
-                writer.add_scalar("eval/loss", event.eval_loss, event.step)
-            yield event

@@ -1,0 +1,1 @@
+"""A run's numbers for programs that draw and keep them: events in, a tracker out."""
