@@ -1,7 +1,8 @@
-"""The page in a real browser, and what axe finds on it."""
+"""The page in a real browser, read only by what waits, and what axe finds on it."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,20 +10,35 @@ from typing import Any
 
 import pytest
 
+from support.waiting import PATIENCE, eventually
+
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="there is no Chromium here (Debian's package chromium)"
 )
+# What of a locator reads the page as it is at that moment, whatever is on its way.
+AT_ONCE = (
+    *("all", "all_inner_texts", "all_text_contents", "count", "get_attribute", "inner_html"),
+    *("inner_text", "input_value", "is_checked", "is_disabled", "is_editable", "is_enabled"),
+    *("is_hidden", "is_visible", "text_content"),
+)
+SCHEMES = ("light", "dark")
 
 
 @contextmanager
 def launched() -> Iterator[Any]:
-    """Start a browser."""
-    from playwright.sync_api import sync_playwright
+    """Start a browser whose locators refuse to read at once: a test waits for what it reads."""
+    from playwright.sync_api import Locator, expect, sync_playwright
 
-    with sync_playwright() as driver:
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
+        raise TypeError(f"{self}: read it by expect(), texts() or eventually(), which wait")
+
+    expect.set_options(timeout=1000 * PATIENCE)
+    with sync_playwright() as driver, pytest.MonkeyPatch.context() as patch:
+        for name in AT_ONCE:
+            patch.setattr(Locator, name, refuse)
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -36,7 +52,7 @@ def opened(browser: Any, url: str, scheme: str, *, allowed: str = "") -> Iterato
     """
     context = browser.new_context(color_scheme=scheme, reduced_motion="reduce")
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(1000 * PATIENCE)
     faults: list[str] = []
 
     def note(line: Any) -> None:
@@ -52,13 +68,48 @@ def opened(browser: Any, url: str, scheme: str, *, allowed: str = "") -> Iterato
     context.close()
 
 
+def expect(shown: Any) -> Any:
+    """Return playwright's assertions of a locator or a page: each waits until it holds."""
+    from playwright.sync_api import expect
+
+    return expect(shown)
+
+
+def texts(locator: Any, *patterns: str) -> list[str]:
+    """Return what elements show once they are as many as the patterns and each matches its own."""
+
+    def match(seen: list[str]) -> bool:
+        return len(seen) == len(patterns) and all(map(re.search, patterns, seen))
+
+    return eventually(lambda: locator.evaluate_all("all => all.map(e => e.innerText)"), match)
+
+
+def fits(page: Any) -> None:
+    """See that the page is no wider than the screen, and that axe finds nothing on it."""
+    narrow = "width => document.documentElement.scrollWidth <= width"
+    page.wait_for_function(narrow, arg=page.viewport_size["width"])
+    assert serious(page) == []
+
+
 def serious(page: Any) -> list[Any]:
-    """Return what axe finds that keeps somebody from using the page."""
+    """Return what axe finds that keeps somebody from using the page, be it light or dark."""
     from axe_playwright_python.sync_playwright import Axe
 
-    violations = Axe().run(page).response["violations"]
+    def violations(**options: Any) -> list[Any]:
+        return (
+            Axe()
+            .run(page, options={"resultTypes": ["violations"], **options})
+            .response["violations"]
+        )
+
+    dark = "matchMedia('(prefers-color-scheme: dark)').matches"
+    now, other = SCHEMES[:: -1 if page.evaluate(dark) else 1]
+    seen = violations()
+    page.emulate_media(color_scheme=other)
+    seen += violations(runOnly=["color-contrast"])
+    page.emulate_media(color_scheme=now)
     return [
         (each["id"], each["impact"], [node["target"] for node in each["nodes"]])
-        for each in violations
+        for each in seen
         if each["impact"] in ("serious", "critical", "moderate")
     ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import os
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from support.random_adapters import tokenizer
 from support.tiny_models import VOCAB
@@ -29,6 +33,7 @@ from veneer.serve.engine.stream import Stream
 from veneer.serve.engine.vocabulary import Vocabulary
 
 BASE = "tiny"
+LATEST = 0.4  # seconds by which an answer is late where VENEER_TEST_LATE gives a seed
 API, ADMIN = "a-key-of-some-length", "an-admin-key-of-its-own"
 AS_USER, AS_ADMIN = ({"authorization": f"Bearer {key}"} for key in (API, ADMIN))
 
@@ -132,6 +137,18 @@ def scripted(
     )
 
 
+def late(app: ASGIApp, seed: str) -> ASGIApp:
+    """Let each request wait up to LATEST seconds first: answers come in any order."""
+    draw = random.Random(seed)
+
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await asyncio.sleep(draw.uniform(0, LATEST))
+        await app(scope, receive, send)
+
+    return wait
+
+
 class Server(PatientServer):
     """A server in a thread, at `url`."""
 
@@ -143,6 +160,8 @@ def running(served: Served, *, patience: float = 10.0, **options: Any) -> Iterat
     """Serve in a thread of this process, on a free port of this machine."""
     protocol = type("Protocol", (PatientProtocol,), {"header_seconds": patience})
     app = create_app(served, **options)
+    if seed := os.environ.get("VENEER_TEST_LATE"):
+        app = late(app, seed)
     config = uvicorn.Config(
         app, port=0, http=protocol, ws="none", log_level="critical", backlog=AT_A_TIME
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import veneer
-from support.browser import needs_chromium, opened, serious
+from support.browser import expect, fits, needs_chromium, opened, texts
 from support.jobs import ROWS, lines, serving
 from support.random_adapters import logits, tokenizer
 from support.server import ADMIN
@@ -92,11 +92,6 @@ class Keyboard(Mouse):
 def test_from_an_empty_server_to_a_downloaded_adapter(
     browser, server, tmp_path, hands, size, scheme
 ):
-    def fits():
-        assert serious(page) == []
-        width = page.viewport_size["width"]
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-
     with opened(browser, server.url, scheme, allowed="status of 40") as page:
         page.set_viewport_size(size)
         hand = hands(page)
@@ -107,7 +102,7 @@ def test_from_an_empty_server_to_a_downloaded_adapter(
         hand.give_rows(tmp_path)
         page.get_by_text("24 rows.").first.wait_for()
         page.locator("#plan-1", has_text="passes over the rows, about").wait_for()
-        fits()
+        fits(page)
         hand.write(page.get_by_label("Name", exact=True), "island")
         hand.write(page.get_by_label("Passes"), "30")
         page.keyboard.press("Tab")
@@ -119,7 +114,7 @@ def test_from_an_empty_server_to_a_downloaded_adapter(
         card.locator(".samples-log article").nth(1).wait_for(timeout=PATIENCE)
         hand.press(card.get_by_role("button", name="Pause"))
         card.get_by_role("button", name="Go on").wait_for(timeout=PATIENCE)
-        fits()
+        fits(page)
         hand.press(card.get_by_role("button", name="Go on"))
         card.filter(has_text="succeeded").wait_for(timeout=PATIENCE)
         card.get_by_label("the result").wait_for(timeout=PATIENCE)
@@ -127,34 +122,37 @@ def test_from_an_empty_server_to_a_downloaded_adapter(
         card.locator(".heat").wait_for()
         hand.press(card.locator("summary", has_text="Merged model"))
         card.locator(".merge dl", has_text="The adapter's effect").wait_for()
-        fits()
+        fits(page)
         with page.expect_download() as saved:
             hand.choose(card.get_by_label("Download ft-"), 2)
         with zipfile.ZipFile(saved.value.path()) as archive:
             archive.extractall(tmp_path / "saved")
-        name = card.get_attribute("aria-label")
+        (name,) = texts(card.locator("h4"), "^ft-island")
         # A checkpoint is merged on demand.
         hand.press(page.get_by_role("link", name="Adapters"))
         other = page.locator("#adapters .card").filter(has_text=".step-").last
         hand.press(other.locator("summary", has_text="Merged model"))
         hand.press(other.get_by_role("button", name="Merge ft-"))
         other.locator(".merge dl").wait_for(timeout=PATIENCE)
-        fits()
+        fits(page)
         # What it learnt, beside the base.
         hand.press(page.get_by_role("link", name="Compare"))
-        page.wait_for_function("document.activeElement.id === 'title-compare'")
-        for box in page.locator("#compare-models input").all():
-            if box.is_checked() != (box.get_attribute("value") in ("llama", name)):
-                hand.press(box, "Space")
+        expect(page.locator("#title-compare")).to_be_focused()
+        boxes = page.locator("#compare-models input")
+        expect(page.get_by_label(name, exact=True)).to_be_attached()
+        marked = boxes.evaluate_all("all => all.map(box => [box.value, box.checked])")
+        for box, is_marked in marked:
+            if is_marked != (box in ("llama", name)):
+                hand.press(page.locator(f"#compare-models input[value='{box}']"), "Space")
         hand.write(page.locator("#compare-text"), "a b c")
         page.keyboard.press("Enter")
         page.locator("#status", has_text="2 answers").wait_for(state="attached", timeout=PATIENCE)
         hand.press(page.get_by_role("button", name="Tokens"))
         page.get_by_role("table", name="What the adapter changed most").wait_for()
-        fits()
+        fits(page)
         hand.press(page.get_by_role("link", name="Runs"))
         page.locator("#runs .run", has_text=name).wait_for()
-        fits()
+        fits(page)
     # What was downloaded computes what the run's own adapter does.
     ours, saved = (
         veneer.load(tiny("llama"), place)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.browser import needs_chromium, opened, serious
+from support.browser import expect, fits, needs_chromium, opened, serious, texts
 from support.jobs import ROWS, lines, training
 from support.random_adapters import tokenizer
 from support.server import ADMIN
@@ -47,19 +47,18 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         page.get_by_label("Rows to learn, from a file").set_input_files(broken)
         fault = page.locator("#train-fault")
         fault.filter(has_text="broken.jsonl:2: ").wait_for()
-        assert start.is_disabled()
+        expect(start).to_be_disabled()
         page.get_by_label("Rows to learn, from a file").set_input_files(rows)
         page.get_by_text("island.jsonl: 21 rows.").first.wait_for()
-        assert not fault.is_visible()
+        expect(fault).to_be_hidden()
         first = page.locator("#train-rows li").first
-        assert first.locator("mark").inner_text().strip() == "hijklm</s>"
-        assert "are learnt" in first.inner_text()
+        expect(first.locator("mark")).to_have_text("hijklm</s>")
+        expect(first).to_contain_text("are learnt")
         page.get_by_label("Name").fill("island")
         plans = page.locator("#train-presets .plan")
-        plans.nth(0).filter(has_text="passes over the rows, about").wait_for()
-        counts = [int(plans.nth(i).inner_text().split()[0].replace(",", "")) for i in range(3)]
-        assert counts == sorted({*counts})
-        assert "in at most" in plans.nth(2).inner_text()
+        whole = r"^[\d,]+ numbers train, in at most .* passes over the rows, about"
+        counts = [text.split()[0].replace(",", "") for text in texts(plans, *[whole] * 3, "^$")[:3]]
+        assert [*map(int, counts)] == sorted({*map(int, counts)})
         page.get_by_label("My own").check()
         page.get_by_role("spinbutton", name="Rank").fill("13")
         page.get_by_label("Layers", exact=True).select_option("mlp")
@@ -74,19 +73,17 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         start.click()
         card = page.locator("#jobs .run")
         card.filter(has_text="2 of 3").wait_for()
-        assert "running" in card.inner_text()
+        expect(card).to_contain_text("running")
         card.get_by_role("img").wait_for()
         assert serious(page) == []
         # Whoever looks sees what it answers by then, beside what it answered before.
         card.get_by_text("Answers as it learns").click()
         samples = card.get_by_role("log")
-        samples.locator("article").nth(2).wait_for()
-        assert card.get_by_label("Question to").input_value() == "a b "
-        assert "Its first row answers: hijklm" in card.inner_text()
-        named = [each.get_attribute("aria-label") for each in samples.locator("article").all()]
-        assert named == ["before: tiny", "step 1", "step 2"]
-        name = card.get_attribute("aria-label")
-        assert samples.locator("mark").all_inner_texts() == [f"{name}.step-{i:06d}" for i in (1, 2)]
+        texts(samples.locator("article"), "^before: tiny\n", "^step 1\n", "^step 2\n")
+        expect(card.get_by_label("Question to")).to_have_value("a b ")
+        expect(card).to_contain_text("Its first row answers: hijklm")
+        (name,) = texts(card.locator("h4"), "^ft-island-")
+        expect(samples.locator("mark")).to_have_text([f"{name}.step-{i:06d}" for i in (1, 2)])
         assert serious(page) == []
         card.get_by_role("button", name="Pause").click()
         card.get_by_role("button", name="Go on").wait_for()
@@ -101,7 +98,7 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         merged.get_by_text("Merged model").click()
         merged.get_by_role("button", name="Merge").press("Enter")
         merged.get_by_text("answers as the adapter does, but for 0.50% of what").wait_for()
-        assert f"merged/{name}/model" in merged.inner_text()
+        expect(merged).to_contain_text(f"merged/{name}/model")
         assert serious(page) == []
         with page.expect_download() as saved:
             merged.get_by_role("button", name="Download merged").click()
@@ -114,8 +111,7 @@ def test_a_newcomer_trains_and_asks_the_result(browser, site, tmp_path):
         assert {"adapter_config.json", "adapter_model.safetensors"} <= names
         card.get_by_role("button", name="Chat with").click()
         page.locator("#chat-text").wait_for()
-        name = page.get_by_label("Answered by").first.input_value()
-        assert name.startswith("ft-island-")
+        expect(page.get_by_label("Answered by").first).to_have_value(name)
         page.get_by_label("Longest answer").first.fill("2")
         page.locator("#chat-text").fill("Hello")
         page.keyboard.press("Enter")
@@ -142,7 +138,7 @@ def test_who_has_no_admin_key_can_leave_the_question(browser, site):
             leave()
             page.locator("#fault").filter(has_text="needs the admin key").wait_for()
             page.wait_for_timeout(1200)  # longer than the view waits until it looks again
-            assert not question.is_visible()
+            expect(question).to_be_hidden()
             page.get_by_role("link", name="Chat").click()
             page.locator("#fault").wait_for(state="hidden")
             page.get_by_role("link", name="Train").click()
@@ -176,13 +172,13 @@ def test_it_trains_by_keyboard_alone_on_a_small_screen(browser, site):
         go_to("at.id === 'train-paste'")
         press("Enter")
         page.get_by_text("pasted.jsonl: 24 rows.").first.wait_for()
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        fits(page)
         go_to("at.type === 'submit' && at.form.id === 'train-form'")
         press("Enter")
         page.locator("#jobs .run").filter(has_text="2 of 3").wait_for()
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        fits(page)
         go_to("at.textContent === 'Stop'")
         press("Enter")
         page.locator("#status").filter(has_text="cancelled").wait_for(state="attached")
-        assert page.evaluate("document.activeElement.tagName") == "H4"  # not lost
+        expect(page.locator("#jobs h4")).to_be_focused()  # the focus is not lost
         assert serious(page) == []

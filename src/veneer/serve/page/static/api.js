@@ -13,12 +13,12 @@ export class Refused extends Error {
 async function ask(path, options = {}) {
   const headers = { ...(typeof options.body === "string" ? { "content-type": "application/json" } : {}) };
   const which = TRAINING.some((start) => path.startsWith(start)) ? ADMIN_KEY : KEY;
-  const key = sessionStorage.getItem(which);
+  const key = sessionStorage.getItem(which), mayAsk = !declined.has(which);
   if (key) headers.authorization = `Bearer ${key}`;
   const response = await fetch(path, { ...options, headers });
   if (response.ok) return response;
-  if (response.status === 401 && !declined.has(which)) {
-    await newKey(which);
+  if (response.status === 401 && mayAsk && !declined.has(which)) {
+    if (sessionStorage.getItem(which) === key) await newKey(which); // else it was given meanwhile
     return ask(path, options);
   }
   const errorBody = await response.json().catch(() => null);

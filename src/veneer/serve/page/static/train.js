@@ -246,7 +246,7 @@ export function startTraining(isShown, chat) {
     });
   }
   const look = async () => {
-    if (isShown() && !document.hidden) await showJobs().catch(showError);
+    if (isShown() && !document.hidden) await showJobs().catch((error) => isShown() && showError(error));
     setTimeout(look, 1000);
   };
   look();
