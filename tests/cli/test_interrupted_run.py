@@ -10,6 +10,7 @@ import pytest
 
 from support import warm
 from support.tuned_facts import FACTS, metrics, names, same_weights, write_rows
+from support.waiting import eventually
 from veneer.cli.app import run
 from veneer.errors import ConfigError
 from veneer.run_directory import RunDirectory
@@ -36,8 +37,7 @@ def started(home: Path, data: Path, out: Path, *, before: int) -> subprocess.Pop
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not waits.exists():
-        time.sleep(0.01)
+    eventually(lambda: waits.exists() or process.poll() is not None)
     return process
 
 

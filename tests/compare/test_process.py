@@ -4,12 +4,11 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from support import warm
 from support.comparison_jobs import ROWS, write_rows
+from support.waiting import eventually
 from veneer.compare.process import why
 
 
@@ -28,7 +27,7 @@ def begun(minigpt_home: Path, tmp_path: Path) -> subprocess.Popen[str]:
     for line in process.stdout:
         if "lora-seed0 ..." in line:
             break
-    wait_until(lambda: workers(tmp_path))
+    eventually(lambda: workers(tmp_path))
     return process
 
 
@@ -40,14 +39,14 @@ def test_ctrl_c_ends_the_worker_and_says_how_to_go_on(minigpt_home, tmp_path):
     assert "--resume" in errors
     assert "Traceback" not in errors
     assert {path.name for path in (tmp_path / "out" / "runs").glob("*.json")} == {"base.json"}
-    assert not workers(tmp_path)
+    eventually(lambda: not workers(tmp_path))
 
 
 def test_a_worker_ends_with_the_process_that_started_it(minigpt_home, tmp_path):
     process = begun(minigpt_home, tmp_path)
     process.kill()
     process.communicate(timeout=120)
-    wait_until(lambda: not workers(tmp_path))
+    eventually(lambda: not workers(tmp_path))
 
 
 def workers(home: Path) -> list[bytes]:
@@ -57,14 +56,6 @@ def workers(home: Path) -> list[bytes]:
         with contextlib.suppress(OSError):
             commands.append(file.read_bytes())
     return [line for line in commands if b"compare.worker" in line and str(home).encode() in line]
-
-
-def wait_until(true: Callable[[], object]) -> None:
-    for _ in range(600):
-        if true():
-            return
-        time.sleep(0.1)
-    raise AssertionError("a minute was not enough")
 
 
 def test_a_process_that_ends_silently_is_explained(tmp_path):

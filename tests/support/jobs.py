@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import openai
 
 from support.recipes import environment
 from support.server import ADMIN, call, running, scripted
+from support.waiting import eventually
 from veneer.serve.config import Keys, Limits
 from veneer.serve.jobs.service import Jobs
 from veneer.serve.jobs.settings import TrainingBase
@@ -65,13 +65,16 @@ def upload(client: openai.OpenAI, rows: Sequence[Any] = ROWS, name: str = "rows.
     return client.files.create(file=(name, lines(rows)), purpose="fine-tune")
 
 
-def until(client: openai.OpenAI, id: str, *statuses: str, seconds: float = 60.0) -> Any:
+def until(client: openai.OpenAI, id: str, *statuses: str) -> Any:
     """Return a job once it has one of some statuses."""
-    end = time.monotonic() + seconds
-    while (job := client.fine_tuning.jobs.retrieve(id)).status not in statuses:
-        assert time.monotonic() < end, (job, client.fine_tuning.jobs.list_events(id).data)
-        time.sleep(0.02)
-    return job
+    return eventually(
+        lambda: client.fine_tuning.jobs.retrieve(id), lambda job: job.status in statuses
+    )
+
+
+def until_step(client: openai.OpenAI, id: str, step: int) -> None:
+    """Wait until a job has made a step."""
+    eventually(lambda: client.fine_tuning.jobs.retrieve(id), lambda job: (job.step or 0) >= step)
 
 
 @dataclass
@@ -98,6 +101,5 @@ def serving(base: Path, runs: Path) -> ServerProcess:
         if url := re.search(r"http://127\.0\.0\.1:\d+", line):
             break
     assert url, output
-    while call(url.group(), "/ready")[0] != 200:
-        time.sleep(0.05)
+    eventually(lambda: call(url.group(), "/ready")[0], lambda status: status == 200)
     return ServerProcess(process, url.group())

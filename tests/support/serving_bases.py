@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -11,6 +13,7 @@ import veneer
 from support.random_adapters import ids, shake, targets_named, tokenizer
 from support.tiny_models import VOCAB, tiny
 from veneer.models.load import Base
+from veneer.serve.engine.engine import Engine
 
 PROMPT = tuple(ids(1, 20, seed=3)[0].tolist())
 
@@ -30,6 +33,17 @@ def base_of(architecture: str = "llama", model: PreTrainedModel | None = None) -
     by_character = tokenizer(VOCAB)
     by_character.eos_token = None
     return Base(architecture, model, by_character)
+
+
+def hold(engine: Engine, until: Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let steps that decode wait for an event, so that no answer ends before it."""
+
+    def held(chunks: Any, step: Any = engine.runner.step) -> Any:
+        if any(chunk.decoding for chunk in chunks):
+            until.wait()
+        return step(chunks)
+
+    monkeypatch.setattr(engine.runner, "step", held)
 
 
 def write_adapter(

@@ -50,6 +50,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGABRT):
     signal.signal(number, lambda number, _: os.kill(program, number))
 for number in (0, 1, 2):
     os.close(number)
+server.sendall(b"!")  # from here on what the test sends reaches the program, which begins now
 code = int(answers.readline())
 if code < 0:
     if code != -signal.SIGKILL:
@@ -116,9 +117,13 @@ def keep(connection: socket.socket) -> list[str]:
     size, streams, _, _ = socket.recv_fds(connection, 8, 3)
     asked = connection.makefile("rb").read(int.from_bytes(size, "little"))
     arguments, folder, environment = json.loads(asked)
+    begin, release = os.pipe()
     program = os.fork()
     if program == 0:
         connection.close()
+        os.close(release)
+        os.read(begin, 1)
+        os.close(begin)
         atexit.register(gc.unfreeze)  # else triton's bindings complain of what is never freed
         # Whoever runs the tests in the background may have them ignore it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -134,7 +139,10 @@ def keep(connection: socket.socket) -> list[str]:
         return arguments
     for number in (0, 1, 2, *streams):
         os.close(number)
+    os.close(begin)
     connection.sendall(f"{program}\n".encode())
+    connection.recv(1)
+    os.close(release)
     ended = os.pidfd_open(program)
     ready, _, _ = select.select([connection, ended, server], [], [])
     if ended not in ready:

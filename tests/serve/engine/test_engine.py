@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 import veneer
 from support.closeness import assert_no_further
 from support.random_adapters import distance
-from support.serving_bases import PROMPT, base_of, generated, write_adapter, write_adapters
+from support.serving_bases import (
+    PROMPT,
+    base_of,
+    generated,
+    hold,
+    write_adapter,
+    write_adapters,
+)
 from support.tiny_models import tiny
 from veneer.errors import AdapterError, ConfigError, QueueFull, RequestError
 from veneer.formats.adapters import write
@@ -103,7 +110,7 @@ def test_eight_threads_with_a_reload_in_the_middle(architecture, compiled, each_
 
         def ask(thread: int) -> None:
             for n in range(each_asks):
-                if n == each_asks // 2:
+                if n in (each_asks // 2, each_asks - 1):
                     half.wait()  # some answers run on while the name gets another adapter
                 each = request(thread * each_asks + n, names[(thread + n) % 4])
                 # Nobody else changes the name between these two lines but the reload below.
@@ -120,6 +127,7 @@ def test_eight_threads_with_a_reload_in_the_middle(architecture, compiled, each_
         with changing:
             first = library.info("plain").version
             library.add("plain", other)
+        half.wait()
         for thread in threads:
             thread.join()
         stats = engine.stats
@@ -252,13 +260,7 @@ def test_cancelling_frees_the_slot(monkeypatch):
     long = Sampling(max_new_tokens=40)
     cancelled = threading.Event()
     with Engine(base_of(), config=EngineConfig(slots=1, chunk=16)) as engine:
-
-        def held(chunks, step=engine.runner.step):
-            if any(chunk.decoding for chunk in chunks):  # or the answer might end first
-                cancelled.wait()
-            return step(chunks)
-
-        monkeypatch.setattr(engine.runner, "step", held)
+        hold(engine, cancelled, monkeypatch)
         stream = engine.submit(request(1, sampling=long))
         waits = engine.submit(request(2))
         stream.next()
@@ -269,15 +271,18 @@ def test_cancelling_frees_the_slot(monkeypatch):
         assert len(waits.result().tokens) == 12
 
 
-def test_waiting_has_an_end(homes):
+def test_waiting_has_an_end(homes, monkeypatch):
     config = EngineConfig(slots=1, queue=2, chunk=16)
+    asked = threading.Event()
     with Engine(base_of(), Library(homes), config) as engine:
+        hold(engine, asked, monkeypatch)
         streams, refused = [], []
         for n in range(30):
             try:
                 streams.append(engine.submit(request(n)))
             except QueueFull as full:
                 refused.append(str(full))
+        asked.set()
         assert refused
         assert all("wait already" in why for why in refused)
         assert all(len(stream.result().tokens) == 12 for stream in streams)

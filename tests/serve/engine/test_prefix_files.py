@@ -4,7 +4,6 @@ way."""
 import logging
 import os
 import shutil
-import time
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -16,6 +15,7 @@ import veneer
 from support.random_adapters import ids
 from support.recorders import StandIn
 from support.serving_bases import base_of, write_adapter
+from support.waiting import eventually
 from veneer.errors import VeneerError
 from veneer.generate.runners.compiled import KVBlock
 from veneer.generate.runners.general import GeneralRunner
@@ -289,8 +289,7 @@ def test_a_servers_notes_of_use_do_not_pile_up(tmp_path, monkeypatch):
     os.utime(path, (1.0, 1.0))
     files = opened(tmp_path)
     files.use(KEYS)
-    while path.stat().st_mtime == 1.0:
-        time.sleep(0.005)
+    eventually(lambda: path.stat().st_mtime, lambda changed: changed != 1.0)
     assert len(files._used) <= 3
     files.close()
 

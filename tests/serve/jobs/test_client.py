@@ -1,12 +1,11 @@
 """OpenAI's own client, as it is, against the routes for files and jobs."""
 
-import time
-
 import openai
 import pytest
 
-from support.jobs import ROWS, client_of, training, until, upload
+from support.jobs import ROWS, client_of, training, until, until_step, upload
 from support.server import AS_ADMIN, call, chat
+from support.waiting import eventually
 from veneer.serve.jobs import uploads
 
 GRADER = {
@@ -235,8 +234,7 @@ def test_a_job_is_paused_resumed_and_cancelled(client, file, wait, server):
     jobs = client.fine_tuning.jobs
     job = jobs.create(model="tiny", training_file=file.id, extra_body={"steps": 4})
     behind = jobs.create(model="tiny", training_file=file.id)
-    while not jobs.retrieve(job.id).step:
-        time.sleep(0.02)
+    until_step(client, job.id, 1)
     assert jobs.retrieve(behind.id).status == "queued"
     with pytest.raises(openai.BadRequestError, match="needed by"):
         client.files.delete(file.id)
@@ -244,13 +242,11 @@ def test_a_job_is_paused_resumed_and_cancelled(client, file, wait, server):
     assert jobs.pause(job.id).status == "paused"
     with pytest.raises(openai.BadRequestError, match="is paused"):
         jobs.pause(job.id)
-    while not server.jobs.store.events(job.id, limit=1, kind="stopped"):
-        time.sleep(0.02)
+    eventually(lambda: server.jobs.store.events(job.id, limit=1, kind="stopped"))
     wait.write_text("3")
     assert jobs.resume(job.id).status == "queued"
     until(client, job.id, "running")
-    while jobs.retrieve(job.id).step < 3:
-        time.sleep(0.02)
+    until_step(client, job.id, 3)
     assert jobs.cancel(job.id).status == "cancelled"
     assert jobs.cancel(behind.id).status == "cancelled"
     for refused in (jobs.cancel, jobs.resume, jobs.pause):

@@ -1,11 +1,11 @@
 """Several jobs of a server in one process: who joins, who leaves, and what becomes of each."""
 
-import time
 from threading import Event
 
 import pytest
 
-from support.jobs import client_of, training, until, upload
+from support.jobs import client_of, training, until, until_step, upload
+from support.waiting import eventually
 from veneer.serve.jobs.settings import TrainingBase, settings_of, sharing_of
 from veneer.serve.jobs.watching import Bounds
 
@@ -32,13 +32,7 @@ def texts(client, job):
 
 
 def until_it_stops(server, job):
-    end = time.monotonic() + 60
-    while not (stopped := server.jobs.store.events(job.id, limit=1, kind="stopped")):
-        assert time.monotonic() < end, [
-            e.message for e in server.jobs.store.events(job.id, limit=99)
-        ]
-        time.sleep(0.01)
-    return stopped
+    eventually(lambda: server.jobs.store.events(job.id, limit=1, kind="stopped"))
 
 
 def processes(server, *jobs):
@@ -84,8 +78,7 @@ def test_a_paused_job_stops_while_answers_have_all_processors(tmp_path):
             client.fine_tuning.jobs.create(model="tiny", training_file=file) for _ in range(2)
         )
         for job in (first, second):
-            while not client.fine_tuning.jobs.retrieve(job.id).step:
-                time.sleep(0.01)
+            until_step(client, job.id, 1)
         busy.set()
         client.fine_tuning.jobs.pause(second.id)
         until_it_stops(server, second)
@@ -97,10 +90,8 @@ def test_who_cannot_train_beside_others_trains_after_them(server, create):
     first, failing = create(), create(rank=13)
     assert until(client, failing.id, "failed").error.code == "invalid_training_file"
     apart = create(rank=12)
-    end = time.monotonic() + 60
-    while "It cannot train beside the other jobs" not in " ".join(texts(client, apart)):
-        assert time.monotonic() < end, texts(client, apart)
-        time.sleep(0.02)
+    refusal = "It cannot train beside the other jobs"
+    eventually(lambda: " ".join(texts(client, apart)), lambda seen: refusal in seen)
     assert client.fine_tuning.jobs.retrieve(apart.id).status == "queued"
     assert client.fine_tuning.jobs.retrieve(first.id).status == "running"
     server.wait.unlink()
@@ -114,8 +105,7 @@ def test_who_waits_is_passed_by_nobody(server, create):
     first, large, small = create(steps=5), create(tokens_per_step=4000), create()
     for step in (2, 3):  # between which the server has looked for whoever joins
         server.wait.write_text(str(step))
-        while client.fine_tuning.jobs.retrieve(first.id).step < step:
-            time.sleep(0.01)
+        until_step(client, first.id, step)
     assert client.fine_tuning.jobs.retrieve(small.id).status == "queued"
     server.jobs.pause(large.id)  # then it waits for nothing
     until(client, small.id, "running")
@@ -152,8 +142,7 @@ def test_a_server_that_ends_leaves_all_of_them_to_the_next(tmp_path):
         file = upload(client).id
         jobs = [client.fine_tuning.jobs.create(model="tiny", training_file=file) for _ in range(2)]
         for job in jobs:
-            while not client.fine_tuning.jobs.retrieve(job.id).step:
-                time.sleep(0.01)
+            until_step(client, job.id, 1)
     (runs / "wait").unlink()
     with training(runs, bounds=bounds) as server:
         client = client_of(server)

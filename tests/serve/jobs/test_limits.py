@@ -10,8 +10,9 @@ from threading import Event
 import openai
 import pytest
 
-from support.jobs import ROWS, client_of, training, until, upload
+from support.jobs import ROWS, client_of, training, until, until_step, upload
 from support.server import ADMIN, AS_ADMIN, call, connected, running, scripted
+from support.waiting import eventually
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.api.fine_tuning import shown
 from veneer.serve.config import Keys, ServeConfig, read_keys
@@ -61,9 +62,11 @@ def test_a_client_that_goes_in_the_middle_of_a_file_leaves_nothing(tmp_path, cap
     start = "\r\n".join(["POST /v1/files HTTP/1.1", *head, "content-length: 900", "", "--x\r\n"])
     with training(tmp_path / "runs") as server:
         with connected(server.url, start.encode()):
-            time.sleep(0.1)
+            pass
+        # Once the server has seen that the client is gone.
+        metrics = lambda: call(server.url, "/metrics")[2]  # noqa: E731
+        eventually(metrics, lambda text: 'responses_total{status="499"}' in text)
         assert client_of(server).files.list().data == []
-        time.sleep(0.1)
         assert not [*server.jobs.places.root.glob("files/*")]
     assert not caplog.records
 
@@ -74,8 +77,7 @@ def test_a_job_ends_at_its_limit_and_can_go_on(tmp_path):
         wait = server.jobs.places.root / "wait"
         wait.write_text("1")
         job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client).id)
-        while not client.fine_tuning.jobs.retrieve(job.id).step:
-            time.sleep(0.01)
+        until_step(client, job.id, 1)
         supervisor.bounds = Bounds(hours=0.01 / 3600)
         assert until(client, job.id, "failed").error.code == "time_limit"
         supervisor.bounds = Bounds()
@@ -98,8 +100,7 @@ def test_a_store_that_cannot_be_read_for_a_moment_ends_no_training(tmp_path, mon
 
         monkeypatch.setattr(store, "jobs", locked)
         job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
-        while not caplog.records:
-            time.sleep(0.01)
+        eventually(lambda: caplog.records)
         monkeypatch.setattr(store, "jobs", read)
         assert until(client, job.id, "succeeded").step == 3
     assert "database is locked" in caplog.text
@@ -127,11 +128,9 @@ def test_the_time_that_is_left_outlives_a_pause(tmp_path):
         jobs, (wait, client) = server.jobs, (tmp_path / "runs" / "wait", client_of(server))
         wait.write_text("1")
         job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client).id)
-        while not client.fine_tuning.jobs.retrieve(job.id).step:
-            time.sleep(0.01)
+        until_step(client, job.id, 1)
         client.fine_tuning.jobs.pause(job.id)
-        while not jobs.store.events(job.id, limit=1, kind="stopped"):
-            time.sleep(0.01)
+        eventually(lambda: jobs.store.events(job.id, limit=1, kind="stopped"))
         jobs.store.change(job.id, seconds=100.0)
         assert jobs.resume(job.id).seconds == 100.0
         running, now = replace(jobs.job(job.id), status="running", step=1, steps=3), time.time()
@@ -175,8 +174,7 @@ def test_the_next_server_goes_on_with_jobs_and_serves_their_results(tmp_path):
         name = until(client, done.id, "succeeded").fine_tuned_model
         (runs / "wait").write_text("2")
         job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
-        while client.fine_tuning.jobs.retrieve(job.id).step < 2:
-            time.sleep(0.01)
+        until_step(client, job.id, 2)
         with pytest.raises(VeneerError, match="Another server trains below"):
             Jobs(runs, scripted(), TrainingBase("tiny"))
     (runs / "wait").unlink()
@@ -213,10 +211,10 @@ def test_a_worker_stands_still_while_answers_are_computed():
         assert _state(child.pid) != "T"
         busy.set()
         pace.step()
-        assert _state(child.pid) == "T"
+        eventually(lambda: _state(child.pid), lambda state: state == "T")
         busy.clear()
         pace.step()
-        assert _state(child.pid) != "T"
+        eventually(lambda: _state(child.pid), lambda state: state != "T")
         child.kill()
 
 

@@ -1,7 +1,6 @@
 """Merging on demand: the true process' model and certificate, and what becomes of a merge."""
 
 import os
-import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from support.jobs import MERGER
 from support.random_adapters import shake, tokenizer
 from support.server import scripted
 from support.tiny_models import tiny
+from support.waiting import eventually
 from veneer.errors import QueueFull
 from veneer.files import write_json
 from veneer.models.fingerprint import base_parameters
@@ -98,11 +98,7 @@ def merges(tmp_path):
 
 
 def until_ended(merges, name):
-    end = time.monotonic() + 30
-    while (merge := merges.find(name)).state == "running":
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return merge
+    return eventually(lambda: merges.find(name), lambda merge: merge.state != "running")
 
 
 def test_one_goes_on_at_a_time_and_a_dead_one_has_failed(merges, tmp_path):

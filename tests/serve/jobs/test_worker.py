@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from support.jobs import ROWS, client_of, lines, serving, until, upload
+from support.jobs import ROWS, client_of, lines, serving, until, until_step, upload
 from support.recipes import small_run
 from veneer.cli.app import run as veneer_cli
 from veneer.errors import ConfigError, DataError, StorageError, TrainingError
@@ -282,8 +281,7 @@ def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too):
     job = client.fine_tuning.jobs.create(
         model=small[0].name, training_file=file.id, extra_body=steps
     )
-    while client.fine_tuning.jobs.retrieve(job.id).step < 20:
-        time.sleep(0.01)
+    until_step(client, job.id, 20)
     below = Path(f"/proc/{server.pid}/task")
     children = [int(x) for task in below.iterdir() for x in (task / "children").read_text().split()]
     server.kill()
@@ -294,7 +292,7 @@ def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too):
     run = next(runs.glob("ft-*"))
     server, client = started(small[0], runs)
     try:
-        done = until(client, job.id, "succeeded", "failed", seconds=240)
+        done = until(client, job.id, "succeeded", "failed")
         assert done.status == "succeeded", done
         events = [x.message for x in client.fine_tuning.jobs.list_events(job.id, limit=500)]
         assert any(text.startswith("Training goes on after step") for text in events)
