@@ -148,6 +148,7 @@ BESIDE["reward"] = {"objective": "grpo"}
 FOLLOWS = {"rank": ["alpha"]}
 FOLLOWS |= {n: ["method", "trained_blocks"] for n in BESIDE if n.startswith("train")}
 FOLLOWS |= {n: ["virtual_tokens"] for n in ("virtual_tokens", "prefix_mlp", "prompt_text")}
+METHODS = ("lora", "full", "freeze", "prefix", "prompt")
 SWITCHES = ("resume", "force", "ignore_plan", "quiet")
 OPTIONS = dict.fromkeys(SWITCHES, False) | {"track": (), "as_json": False}
 
@@ -174,6 +175,24 @@ def flag(name: str, value: object) -> list[str]:
 def default(group: str, name: str) -> object:
     whole = Recipe("m", Path("d"))
     return arrived(whole, group, name)
+
+
+def together(method: str) -> dict[str, object]:
+    """Return a recipe of all settings that go together with a method."""
+    foreign = {n for n, beside in BESIDE.items() if beside.get("method", method) != method}
+    if method == "prompt":
+        foreign.remove("virtual_tokens")
+    if method != "lora":
+        foreign |= {*VALUES["lora"], "lora_plus_ratio"}
+    if method in ("full", "freeze"):
+        foreign |= {"bits", "pack_head", "shard", "offload"}
+    if method in ("prefix", "prompt"):
+        foreign.add("context_parallel")
+    foreign |= {"invocation", *VALUES["objective"], *VALUES["on_policy"]}  # which exclude others
+    everything = {
+        name: given for values in VALUES.values() for name, (given, _) in values.items()
+    } | {"eval_rows": 0, "method": method, "shard": "none"}  # eval_data and offload exclude others
+    return {FLAGS.get(n, n): value for n, value in everything.items() if n not in foreign}
 
 
 def write_recipe(path: Path, settings: dict[str, object]) -> Path:
@@ -223,13 +242,24 @@ def test_every_flag_arrives(caught, group, name):
             assert arrived(caught.recipe, other_group, other) == default(other_group, other)
 
 
+# The settings whose arrival from a recipe is seen for many at once, below.
+IN_ONE = {
+    name
+    for method in METHODS
+    for name, given in together(method).items()
+    for values in VALUES.values()
+    if name in values and values[name][0] == given and name != "method"
+}
+
+
 @pytest.mark.parametrize(("group", "name"), SETTINGS)
 def test_every_setting_of_a_recipe_arrives_and_a_flag_overrides_it(caught, tmp_path, group, name):
     given, expected = VALUES[group][name]
     settings = {"model": "m", "data": "d"} | BESIDE.get(name, {}) | {FLAGS.get(name, name): given}
     recipe = write_recipe(tmp_path / "recipe.yaml", settings)
-    assert run(["tune", "--config", str(recipe)]) == 0
-    assert arrived(caught.recipe, group, name) == expected
+    if name not in IN_ONE:
+        assert run(["tune", "--config", str(recipe)]) == 0
+        assert arrived(caught.recipe, group, name) == expected
     usual = default(group, name)
     overriding = {
         "layers": "2:",
@@ -274,24 +304,14 @@ def test_every_switch_arrives(caught, name):
     assert caught.options == OPTIONS | {name: True}
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "freeze", "prefix", "prompt"])
-def test_a_recipe_s_settings_are_read_back_as_the_same_recipe(caught, tmp_path, method):
-    foreign = {n for n, beside in BESIDE.items() if beside.get("method", method) != method}
-    if method == "prompt":
-        foreign.remove("virtual_tokens")
-    if method != "lora":
-        foreign |= {*VALUES["lora"], "lora_plus_ratio"}
-    if method in ("full", "freeze"):
-        foreign |= {"bits", "pack_head", "shard", "offload"}
-    if method in ("prefix", "prompt"):
-        foreign.add("context_parallel")
-    foreign |= {"invocation", *VALUES["objective"], *VALUES["on_policy"]}  # which exclude others
-    everything = {
-        name: given for values in VALUES.values() for name, (given, _) in values.items()
-    } | {"eval_rows": 0, "method": method, "shard": "none"}  # eval_data and offload exclude others
-    given = {FLAGS.get(n, n): value for n, value in everything.items() if n not in foreign}
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_of_a_recipe_arrive_together_and_are_read_back(caught, tmp_path, method):
+    given = together(method)
     assert run(["tune", "--config", str(write_recipe(tmp_path / "all.yaml", given))]) == 0
     first = caught.recipe
+    for group, name in SETTINGS:
+        if name in IN_ONE and name in given:
+            assert arrived(first, group, name) == VALUES[group][name][1]
     if method == "lora":
         assert asdict(first.lora)["rank_pattern"] == VALUES["lora"]["rank_pattern"][1]
     again = write_recipe(tmp_path / "again.yaml", first.settings())

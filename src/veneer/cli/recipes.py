@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cyclopts import App, ArgumentCollection
+from cyclopts import App, Argument, ArgumentCollection
 from cyclopts.config import Dict
 from cyclopts.token import Token
 
@@ -20,15 +20,15 @@ def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
 
     Raises ConfigError, with the problems of all groups of settings at once.
     """
-    _spell_out_method(arguments)
-    (argument,) = [argument for argument in arguments if "--config" in argument.names]
-    if argument.tokens:
-        path = Path(argument.tokens[-1].value)
-        names = {name.removeprefix("--") for a in arguments for name in a.names}
+    flags = {name: argument for argument in arguments for name in argument.names}
+    _spell_out_method(flags)
+    if tokens := flags["--config"].tokens:
+        path = Path(tokens[-1].value)
+        names = {name.removeprefix("--") for name in flags}
         settings = _read(path, names - {"config"})
         Dict(settings, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
-    _take_autos(arguments)
-    (jobs,) = [argument for argument in arguments if "--jobs" in argument.names]
+    _take_autos(flags)
+    jobs = flags["--jobs"]
     if jobs.tokens:
         from veneer.cli.jobs_file import arguments_of_jobs
 
@@ -47,9 +47,8 @@ def from_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         raise ConfigError("\n".join(problems))
 
 
-def _take_autos(arguments: ArgumentCollection) -> None:
+def _take_autos(flags: dict[str, Argument]) -> None:
     """Leave settings that are "auto" to the search before the run."""
-    flags = {name: argument for argument in arguments for name in argument.names}
     autos = [
         name
         for name in SEARCHED
@@ -62,9 +61,8 @@ def _take_autos(arguments: ArgumentCollection) -> None:
         flags["--search-first"].tokens = [value]
 
 
-def _spell_out_method(arguments: ArgumentCollection) -> None:
+def _spell_out_method(flags: dict[str, Argument]) -> None:
     """Replace a short name of LoRA on the command line by the flags that it is short for."""
-    flags = {name: argument for argument in arguments for name in argument.names}
     method = flags["--method"]
     if not method.tokens or method.tokens[-1].value not in SHORT:
         return
