@@ -13,14 +13,7 @@ from transformers import PreTrainedModel
 import veneer
 from support.closeness import assert_no_further
 from support.random_adapters import distance
-from support.serving_bases import (
-    PROMPT,
-    base_of,
-    generated,
-    hold,
-    write_adapter,
-    write_adapters,
-)
+from support.serving_bases import PROMPT, base_of, generated, hold, write_adapter, write_adapters
 from support.tiny_models import tiny
 from veneer.errors import AdapterError, ConfigError, QueueFull, RequestError
 from veneer.formats.adapters import write

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from support.browser import needs_chromium, opened, serious
+from support.browser import expect, fits, needs_chromium, opened, serious
 from support.jobs import lines, training
 from support.random_adapters import tokenizer
 from support.server import ADMIN
@@ -31,10 +31,6 @@ def begin(page):
     page.get_by_text("None yet.").first.wait_for()
 
 
-def is_narrow(page):
-    return page.evaluate("document.documentElement.scrollWidth") <= 360
-
-
 def test_pairs_are_shown_and_preferred(browser, site, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_bytes(lines(PAIRS))
@@ -43,11 +39,11 @@ def test_pairs_are_shown_and_preferred(browser, site, tmp_path):
         page.get_by_label("Rows to learn, from a file").set_input_files(file)
         page.get_by_text("pairs.jsonl: 3 pairs.").first.wait_for()
         first = page.locator("#train-rows li").first
-        assert first.locator("mark").inner_text().strip() == "c</s>"
-        assert first.locator("del").inner_text().strip() == "no</s>"
-        assert "what is marked is chosen" in first.inner_text()
+        expect(first.locator("mark")).to_have_text("c</s>")
+        expect(first.locator("del")).to_have_text("no</s>")
+        expect(first).to_contain_text("what is marked is chosen")
         page.locator("#plan-1").filter(has_text="passes over the rows, about").wait_for()
-        assert not page.locator("#train-prompts").is_visible()
+        expect(page.locator("#train-prompts")).to_be_hidden()
         page.get_by_label("How closely it keeps to its start").fill("0.2")
         assert serious(page) == []
         page.get_by_role("button", name="Start training").click()
@@ -66,18 +62,17 @@ def test_prompts_are_learnt_from_by_keyboard_on_a_small_screen(browser, site):
         page.keyboard.insert_text("\n".join(json.dumps({"prompt": "Say a"}) for _ in range(2)))
         page.get_by_role("button", name="Use these rows").press("Enter")
         page.locator("#train-fault").filter(has_text="nothing to compare answers with").wait_for()
-        assert page.get_by_role("button", name="Start training").is_disabled()
+        expect(page.get_by_role("button", name="Start training")).to_be_disabled()
         page.get_by_label("Rows, one a line").fill("\n".join(map(json.dumps, PROMPTS)))
         page.get_by_role("button", name="Use these rows").press("Enter")
         page.get_by_text("pasted.jsonl: 3 prompts.").first.wait_for()
         page.get_by_label("An answer is right where it").focus()
         page.keyboard.press("ArrowDown")  # is exactly
         page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.value") == "answer"
+        expect(page.locator(":focus")).to_have_value("answer")
         page.keyboard.press("Tab")
         page.keyboard.type("4")
-        assert is_narrow(page)
-        assert serious(page) == []
+        fits(page)
         page.get_by_role("button", name="Start training").press("Enter")
         card = page.locator("#jobs .run")
         card.filter(has_text="succeeded").wait_for()
@@ -91,10 +86,8 @@ def test_prompts_are_learnt_from_by_keyboard_on_a_small_screen(browser, site):
         )
         card.get_by_text("Its answers and their rewards").press("Enter")
         card.get_by_text("Step 2").wait_for()
-        cells = card.locator("table.drawn td").all_inner_texts()
-        assert cells == ["a", "1.00", "b", "–"]
-        assert is_narrow(page)
-        assert serious(page) == []
+        expect(card.locator("table.drawn td")).to_have_text(["a", "1.00", "b", "–"])
+        fits(page)
     assert job.settings["on_policy"] == {"group_size": 4}
     grader = {"type": "string_check", "operation": "eq", "name": "right"}
     texts = {"input": "{{ sample.output_text }}", "reference": "{{ item.answer }}"}
