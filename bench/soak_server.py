@@ -70,7 +70,7 @@ def write_adapters(base: str, place: Path) -> None:
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
         loaded = veneer.load_base(base)
         if name == "tokens":
-            veneer.add_words(loaded.model, loaded.tokenizer, NEW_WORDS)
+            veneer.add_tokens(loaded.model, loaded.tokenizer, NEW_WORDS)
         if isinstance(settings, veneer.LoRA) and settings.invocation is not None:
             ids = loaded.tokenizer.encode(INVOCATION, add_special_tokens=False)
             settings = replace(settings, invocation=ids)

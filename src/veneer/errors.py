@@ -6,7 +6,9 @@ and exits with 2; a program catches `VeneerError`, or `ValueError` where the inp
 
 from __future__ import annotations
 
+import functools
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -60,6 +62,20 @@ def wrong_argument(value: object, expected: str) -> TypeError:
 
 class VeneerWarning(UserWarning):
     """Something was done, but perhaps not what was meant; a run reports the same as a Notice."""
+
+
+class VeneerDeprecation(VeneerWarning, FutureWarning):
+    """A name works still, and will go (docs/versions.md)."""
+
+
+@functools.cache  # so that each name is warned of once
+def deprecated(name: str, *, since: str, use: str) -> None:
+    """Warn that a name of Veneer's will go: since which version, and what takes its place.
+
+    The line that is shown is the one that called the function which calls this.
+    """
+    message = f"{name} is deprecated since Veneer {since}; use {use} instead."
+    warnings.warn(message, VeneerDeprecation, stacklevel=3)
 
 
 class TrainingError(VeneerError, RuntimeError):

@@ -68,7 +68,7 @@ def test_the_commands_are_these():
     models |= {"generate", "chat", "doctor"}
     adapters = {"diff", "combine", "extract", "merge", "convert", "export", "check", "serve"}
     adapters |= {"verify"}
-    assert set(COMMANDS) == models | adapters
+    assert set(COMMANDS) == models | adapters | {"completion"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

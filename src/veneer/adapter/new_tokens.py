@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapter.active import ActiveAdapters, active_adapters_of
 from veneer.adapter.wrapper import Wrapper, unwrapped
 from veneer.data.words import count_words
-from veneer.errors import ConfigError, ModelError
+from veneer.errors import ConfigError, ModelError, deprecated
 from veneer.models.block_buffers import whole
 from veneer.quant.embedding import QuantizedEmbedding
 from veneer.quant.weight import QuantizedLinear
@@ -162,7 +162,12 @@ def check_new_tokens(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
         raise ConfigError(f"These new words cannot be added: {'; '.join(problems)}.")
 
 
-add_words = add_tokens  # its public name in earlier versions
+def add_words(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]
+) -> NewTokens:
+    """Do what `add_tokens` does, whose name this was in earlier versions."""
+    deprecated("veneer.add_words", since="0.1", use="veneer.add_tokens")
+    return add_tokens(model, tokenizer, words)
 
 
 def is_tied(embedding: nn.Module, head: nn.Module) -> bool:

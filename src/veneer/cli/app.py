@@ -177,6 +177,11 @@ app.command(
     group=ANSWER,
     help="Serve MODEL and any number of adapters over it: OpenAI's protocol, and a page.",
 )
+app.command(
+    "veneer.cli.completion:completion",
+    group=HELP,
+    help="Print what lets SHELL (bash, zsh or fish) complete commands, flags and their values.",
+)
 
 
 def run(arguments: Sequence[str]) -> int:
