@@ -1,7 +1,6 @@
 """Names that will go: each warns once, and does what the name that takes its place does."""
 
 import re
-import warnings
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,12 @@ def test_a_name_is_warned_of_once_where_it_is_called():
     def old() -> None:
         deprecated("veneer.old", since="0.3", use="veneer.new")
 
+    def ask_twice() -> None:
+        old()
+        old()
+
     with pytest.warns(VeneerDeprecation, match="veneer.old.*since Veneer 0.3.*veneer.new") as seen:
-        old()
-        old()
+        ask_twice()
     assert [warning.filename for warning in seen] == [__file__]
     assert issubclass(VeneerDeprecation, VeneerWarning)  # the command line shows it as a notice
 
