@@ -1,7 +1,7 @@
 """Every shape that people keep rows in is read, and every problem in one is named."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.data.rows import Conversation, Message, PlainText, parse_row
@@ -136,6 +136,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=40)  # each takes as long as a hundred of the others
 @given(value=JSON)
 def test_any_value_is_a_row_or_has_a_reason(value):
     try:

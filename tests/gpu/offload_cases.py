@@ -25,11 +25,11 @@ from veneer.quant.settings import Offload
 from veneer.training import loop
 
 ROWS = examples([9, 13, 5])
-COURSE = veneer.TrainConfig(steps=3, lr=0.01, tokens_per_step=64, warmup=0)
+COURSE = veneer.TrainConfig(steps=2, lr=0.01, tokens_per_step=64, warmup=0)
 
 
 def run(place: Offload, bits: int | None = None) -> dict[str, Any]:
-    """Train for three steps, and return what would have waited, the most blocks that were on the
+    """Train for two steps, and return what would have waited, the most blocks that were on the
     card, and whether they were filled ahead."""
     model = quantized("llama", bits) if bits else tiny("llama")
     whole: list[int] = []
