@@ -15,6 +15,7 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -144,6 +145,10 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--held-out", type=int, default=16)
+    parser.add_argument("--shape-weight", type=float, default=0.2)
+    parser.add_argument("--kl-weight", type=float, default=0.0)
+    parser.add_argument("--loss-level", default="answer")
+    parser.add_argument("--plain-rewards", action="store_true", help="not divided by deviations")
     parser.add_argument("--beside-trl", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -153,7 +158,12 @@ def main() -> None:
         group_size=args.group_size,
         prompts_per_step=args.prompts_per_step,
         max_new_tokens=args.max_new_tokens,
+        kl_weight=args.kl_weight,
+        loss_level=args.loss_level,
+        scale_rewards=not args.plain_rewards,
     )
+    rewards = [replace(REWARDS[0], weight=1 - args.shape_weight)]
+    rewards += [replace(REWARDS[1], weight=args.shape_weight)] * bool(args.shape_weight)
     limits = {"context": context_of(base.model.config), "max_new_tokens": args.max_new_tokens}
     prompts = encoded(sums(500, seed=1), base.tokenizer, **limits)
     held_out = encoded(sums(args.held_out, seed=2), base.tokenizer, **limits)
@@ -167,7 +177,7 @@ def main() -> None:
         veneer.TrainConfig(steps=args.steps, lr=args.lr, schedule="constant"),
         objective=Objective("grpo"),
         on_policy=config,
-        rewards=REWARDS,
+        rewards=rewards,
         directory=directory,
     )
     steps: list[Step] = []

@@ -81,6 +81,7 @@ VALUES: dict[str, dict[str, tuple[object, object]]] = {
         "nll_weight": (0.5, 0.5),
         "desirable_weight": (1.5, 1.5),
         "undesirable_weight": (1.25, 1.25),
+        "reward_centre": (0.01, 0.01),
         "reference": ("start", "start"),
         "teacher": ("a/teacher", "a/teacher"),
         "divergence": ("reverse", "reverse"),
@@ -138,6 +139,7 @@ BESIDE["prompt_text"] = {"method": "prompt"}
 BESIDE |= {n: {"objective": "dpo"} for n in ("beta", "label_smoothing", "reference")}
 BESIDE |= {n: {"objective": "kto"} for n in ("desirable_weight", "undesirable_weight")}
 BESIDE |= {"simpo_margin": {"objective": "simpo"}, "nll_weight": {"objective": "cpo"}}
+BESIDE |= {"reward_centre": {"objective": "reward"}}
 TAUGHT = {"objective": "distill", "teacher": "a/teacher"}
 BESIDE |= dict.fromkeys(("divergence", "teacher_top_k", "distill_temperature"), TAUGHT)
 BESIDE["teacher"] = {"objective": "distill"}

@@ -32,6 +32,16 @@ STEEP = [4 * 0.8**i + 0.1 for i in range(60)]
 BACK = [*line(4, 1, 30), *line(1, 3.8, 30)]
 
 
+def test_a_teacher_that_gives_what_the_base_gives_teaches_nothing():
+    rounding = [1e-9, 0.0, 4e-8, 3e-7, 2e-6, 1e-9]
+    for held_out in (None, [1e-9, 5e-8]):
+        judged = verdict(rounding, held_out)
+        assert judged.kind == "hardly learnt"
+        assert "nothing to learn" in judged.text
+    assert verdict([*rounding, 1.0], None).kind == "diverged"
+    assert verdict([*rounding, math.nan], None).kind == "diverged"
+
+
 @pytest.mark.parametrize(
     ("kind", "losses", "held_out"),
     [

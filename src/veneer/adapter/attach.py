@@ -47,6 +47,7 @@ from veneer.errors import AdapterError, ConfigError, VeneerWarning
 from veneer.lowrank.initial import directions
 from veneer.models.block_buffers import whole
 from veneer.models.description import Layer
+from veneer.models.score import remove_score
 from veneer.quant.stack import QuantizedStack, quantized_weights
 
 
@@ -169,6 +170,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         active_adapters.notes.pop(each, None)
     if not active_adapters.configs:
         remove_tokens(model)
+        remove_score(model)
     return model
 
 

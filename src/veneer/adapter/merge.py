@@ -19,6 +19,7 @@ from veneer.adapter.layers import lora_layers
 from veneer.adapter.method import is_virtual
 from veneer.adapter.modules_to_save import owner_of
 from veneer.adapter.new_tokens import is_tied, merge_tokens, new_tokens_of
+from veneer.adapter.score import scores
 from veneer.adapter.use import adapters, in_use
 from veneer.adapter.virtual_forward import detach_virtual_tokens
 from veneer.errors import AdapterError
@@ -91,6 +92,8 @@ def why_not_mergeable(model: nn.Module, command: str = "veneer merge") -> str | 
     """
     if (passes := passes_of(model)) is not None:
         return f"{passes.why_not_whole}. To make one: {command}"
+    if ranking := [name for name in in_use(model) if scores(model, name)]:
+        return f"{', '.join(ranking)} is a reward model, whose head a language model does not have."
     for name, config in adapters(model).items():
         if is_virtual(config) and name in in_use(model):
             return f"the virtual tokens of {name!r} are no weights."

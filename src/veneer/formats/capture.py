@@ -20,6 +20,7 @@ from veneer.adapter.method import Method, is_virtual
 from veneer.adapter.modules_to_save import owner_of
 from veneer.adapter.new_tokens import NewTokens, new_tokens_of
 from veneer.adapter.parameters import AdaptedParameter
+from veneer.adapter.score import scores
 from veneer.adapter.tokens import TrainedTokens
 from veneer.adapter.unfreeze import replaced_weights
 from veneer.adapter.use import adapters, in_use
@@ -27,6 +28,7 @@ from veneer.adapter.virtual_forward import virtual_tokens_of
 from veneer.errors import AdapterError, nearest
 from veneer.formats.state import (
     CAUSAL,
+    RANKS,
     START,
     AdapterState,
     NewTokenRows,
@@ -99,7 +101,7 @@ def capture(
             path: StoredTokens(tuple(tokens.ids.tolist()), own(tokens.rows))
             for path, tokens in trained_tokens_of(model, name).items()
         },
-        task=task_of(model),
+        task=RANKS if scores(model, name) else task_of(model),
         training=training,
     )
 

@@ -20,6 +20,7 @@ from veneer.errors import AdapterError, joined
 from veneer.formats.state import AdapterState, StoredLayer, StoredTokens
 from veneer.formats.validate import shared_tokens, validate
 from veneer.models.block_buffers import whole
+from veneer.models.score import SCORE_WEIGHT, add_score
 
 
 def install(
@@ -37,6 +38,8 @@ def install(
     check_name(model, name)
     if problems := validate(model, state, tokenizer, force=force):
         raise AdapterError(f"This adapter does not fit the model: {joined(problems)}.")
+    if SCORE_WEIGHT in state.modules_to_save:
+        add_score(model)
     if isinstance(state.config, LoRA):
         attach_adapter(
             model,

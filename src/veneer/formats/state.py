@@ -16,6 +16,7 @@ from veneer.models.description import FactorKind
 from veneer.models.locate import HUB_NAMES
 
 CAUSAL = "CAUSAL_LM"
+RANKS = "SEQ_CLS"  # of a reward model: PEFT's name for classifiers
 
 # What the tensors of a layer are called, behind its path.
 FACTORS: dict[FactorKind, tuple[str, str]] = {

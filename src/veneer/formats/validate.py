@@ -23,6 +23,7 @@ from veneer.formats.state import AdapterState, NewTokenRows, StoredLayer, Stored
 from veneer.models.block_buffers import whole
 from veneer.models.description import Layer
 from veneer.models.fingerprint import base_parameters, fingerprint
+from veneer.models.score import score_of
 from veneer.quant.stack import quantized_modules
 from veneer.quant.weight import QuantizedLinear
 
@@ -47,8 +48,7 @@ def validate(
     head, instead of being installed. keys_values: the shape (layers, 2, kv_heads, tokens, head_dim)
     of those of the model; without it, the model is run where a prefix needs them.
     """
-    problems = list(_width(model, state))
-    problems += [] if force else _foreign(model, state, tokenizer)
+    problems = [*_width(model, state), *(() if force else _foreign(model, state, tokenizer))]
     config = state.config
     if isinstance(config, LoRA):
         problems += _factors(model, state, config)
@@ -300,6 +300,7 @@ def _modules_to_save(model: nn.Module, state: AdapterState) -> Iterator[str]:
     if not state.modules_to_save:
         return
     own, quantized = base_parameters(model, every_name=True), quantized_modules(model)
+    own |= score_of(model)  # the head of a reward model, which no base has
     adapted = {layer.path for layer in state.layers()}
     for path, weight in state.modules_to_save.items():
         base, layer = own.get(path), path.removesuffix(".weight")

@@ -36,15 +36,17 @@ MORE = "its head does more than multiply, scale and cap"
 
 @dataclass(frozen=True)
 class Head:
-    """How a model makes logits of its decoder's output: with its output embeddings, which read it
-    in `dtype` (None: as it is), and what `logits` says of their product."""
+    """How a model makes logits of its decoder's output: with its output embeddings, or the module
+    at `path`, which read it in `dtype` (None: as it is), and what `logits` says of their product.
+    """
 
     logits: Logits = PLAIN
     dtype: torch.dtype | None = None
+    path: str | None = None
 
     def product(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         """Return what the output embeddings give, (..., vocab), for hidden (..., dim)."""
-        z: Tensor = _module(model)(hidden.to(self.dtype or hidden.dtype))
+        z: Tensor = self._module(model)(hidden.to(self.dtype or hidden.dtype))
         return z
 
     def losses(
@@ -58,7 +60,7 @@ class Head:
     ) -> Tensor:
         """Return −log p of the label of each labelled row, or its token_loss, (labelled,); hidden
         (tokens, dim). again: the context of what the backward pass computes once more."""
-        hidden, head = hidden.to(self.dtype or hidden.dtype), _module(model)
+        hidden, head = hidden.to(self.dtype or hidden.dtype), self._module(model)
         with whole(head):  # whose weight is read without a call
             acting = head.acting_parameters() if isinstance(head, AdaptedLayer) else None
             return labelled_cross_entropy(
@@ -67,6 +69,9 @@ class Head:
                 token_loss=token_loss,
                 again=again,
             )
+
+    def _module(self, model: PreTrainedModel) -> nn.Module:
+        return _module(model) if self.path is None else model.get_submodule(self.path)
 
 
 def own_logits_and_head(

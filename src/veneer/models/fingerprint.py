@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from veneer.models.score import SCORE, SCORE_WEIGHT, Score
 from veneer.processes.sharded import whole
 from veneer.quant.stack import QuantizedStack, quantized_weights
 from veneer.quant.weight import QuantizedWeight
@@ -86,6 +87,8 @@ def base_parameters(model: nn.Module, *, every_name: bool = False) -> dict[str, 
     for path, parameter in model.named_parameters(remove_duplicate=False):
         names = path.split(".")
         if "adapters" in names or names[-1] == "rows":
+            continue
+        if path == SCORE_WEIGHT and isinstance(model.get_submodule(SCORE), Score):
             continue
         base_path = _base_path(path)
         parameter = replaced.get(base_path, parameter)

@@ -10,7 +10,7 @@ from veneer.checks import ABOVE_0, TEXT, at_least, check_config, one_of, whole_n
 from veneer.data.rows import RowShape
 
 ObjectiveName = Literal[
-    "sft", "dpo", "ipo", "simpo", "orpo", "kto", "cpo", "distill", "grpo", "rloo"
+    "sft", "dpo", "ipo", "simpo", "orpo", "kto", "cpo", "reward", "distill", "grpo", "rloo"
 ]
 Reference = Literal["base", "start"]
 Divergence = Literal["forward", "reverse"]
@@ -38,8 +38,9 @@ class Objective:
 
     objective: ObjectiveName = "sft"
     """What is learnt by: answers (sft); pairs of a chosen and a rejected answer (dpo, ipo, simpo,
-    orpo, cpo); answers that were judged one by one (kto); what a teacher gives the tokens of
-    answers (distill); or the model's own answers to prompts, which rewards judge (grpo, rloo)."""
+    orpo, cpo), or to tell which is better (reward: a reward model); answers that were judged one by
+    one (kto); what a teacher gives the tokens of answers (distill); or the model's own answers to
+    prompts, which rewards judge (grpo, rloo)."""
     beta: float | None = None
     """How strongly preferences hold the model to its reference, or weigh beside the answers (orpo);
     0.1 unless given, and 2 for simpo."""
@@ -53,6 +54,8 @@ class Objective:
     """The weight of desirable answers; of kto."""
     undesirable_weight: float = 1.0
     """The weight of undesirable answers; of kto."""
+    reward_centre: float = 0.0
+    """How strongly the rewards of a pair are held around zero; of reward. 0.01 is usual."""
     reference: Reference = "base"
     """The model that preferences are measured from: the base without any adapter, or the model
     as the run starts (start), such as with the adapter of --from."""
@@ -77,6 +80,7 @@ class Objective:
             "nll_weight": ("cpo",),
             "desirable_weight": ("kto",),
             "undesirable_weight": ("kto",),
+            "reward_centre": ("reward",),
             "reference": WITH_REFERENCE,
             "beta": tuple(USUAL_BETA),
             "teacher": ("distill",),
@@ -95,6 +99,7 @@ class Objective:
                 "nll_weight": at_least(0),
                 "desirable_weight": ABOVE_0,
                 "undesirable_weight": ABOVE_0,
+                "reward_centre": at_least(0),
                 "reference": one_of(Reference),
                 "teacher": TEXT,
                 "divergence": one_of(Divergence),
@@ -168,6 +173,11 @@ class Objective:
     def rows_of_an_example(self) -> int:
         """How many rows an example has, which share a pass."""
         return 2 if self.shape in ("pairs", "judged") else 1
+
+    @property
+    def is_ranking(self) -> bool:
+        """Whether a head of one number is learnt beside the adapter: a reward model."""
+        return self.objective == "reward"
 
     @property
     def has_reference(self) -> bool:

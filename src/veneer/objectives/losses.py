@@ -40,6 +40,15 @@ def simpo(chosen: Tensor, rejected: Tensor, *, beta: float, margin: float) -> Te
     return -F.logsigmoid(beta * (chosen - rejected) - margin)
 
 
+def bradley_terry(chosen: Tensor, rejected: Tensor, *, centre: float = 0.0) -> Tensor:
+    """Return −log σ(chosen − rejected) + centre · (chosen + rejected)², of rewards.
+
+    Ouyang et al. 2022 (arXiv:2203.02155), equation 1; the second term, by which rewards stay around
+    zero, is Eisenstein et al. 2023 (arXiv:2312.09244), equation 2.
+    """
+    return -F.logsigmoid(chosen - rejected) + centre * (chosen + rejected).square()
+
+
 def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Return −log σ(log odds(chosen) − log odds(rejected)), where odds are p / (1 − p), of mean
     log-probabilities of an answer's tokens.
@@ -71,7 +80,7 @@ def kto(
 
     desirable (n,) of bool; kl (): how far the model is from its reference, on answers to other
     questions; no gradient goes through it.
-    Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.
+    Ethayarajh et al. 2024 (arXiv:2402.01306), equation 7.
     """
     sign = torch.where(desirable, 1.0, -1.0).to(answers)
     weight = torch.where(desirable, desirable_weight, undesirable_weight).to(answers)

@@ -22,6 +22,7 @@ from veneer.objectives.criterion import (
     label_counts,
     rows_of,
 )
+from veneer.objectives.ranking import Ranking
 
 LogProbabilities = NDArray[np.float32]  # (examples, 2): of both rows of each
 
@@ -34,6 +35,8 @@ def criterion_of(
     if objective.objective == "sft":
         return MEAN_LOSS
     assert (reference is not None) == objective.has_reference
+    if objective.is_ranking:
+        return Ranking(objective)
     if objective.objective == "kto":
         assert reference is not None
         return Judged(objective, examples, reference)

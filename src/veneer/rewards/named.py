@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,15 +16,18 @@ from veneer.rewards.programs import PassesTests
 KINDS = (
     "MODULE:FUNCTION or FILE.py:FUNCTION; exact, an answer that is one of its row's references; "
     "regex:PATTERN, whose group `answer` has to be a reference; json:SCHEMA.json; "
-    "grader:GRADER.json, as OpenAI has them; or tests, which the row's references are"
+    "grader:GRADER.json, as OpenAI has them; tests, which the row's references are; or "
+    "model:ADAPTER, a reward model"
 )
 
 GRADER = "grader"  # begins the name of one that is in a file
 
 
-def reward_named(spec: str, *, seconds: float) -> Reward:
+def reward_named(
+    spec: str, *, seconds: float, model: Callable[[str], Reward] | None = None
+) -> Reward:
     """Return the reward that a text names. seconds: that judging one answer, or one of its `tests`,
-    may take.
+    may take. model: makes the reward of model:ADAPTER, which is not known here.
 
     Raises ConfigError where there is no such reward.
     """
@@ -39,6 +42,8 @@ def reward_named(spec: str, *, seconds: float) -> Reward:
         return ValidJSON(Path(rest), name=spec)
     if kind == GRADER and rest:
         return read_grader(Path(rest))
+    if kind == "model" and rest and model is not None:
+        return model(rest)
     where, _, name = spec.rpartition(":")
     if where and name.isidentifier():
         return Function(spec, seconds=seconds)
@@ -47,9 +52,14 @@ def reward_named(spec: str, *, seconds: float) -> Reward:
 
 @contextmanager
 def rewards_named(
-    specs: Sequence[str], weights: Sequence[float], seconds: Sequence[float]
+    specs: Sequence[str],
+    weights: Sequence[float],
+    seconds: Sequence[float],
+    *,
+    model: Callable[[str], Reward] | None = None,
 ) -> Iterator[list[Weighted]]:
-    """Yield rewards, each with its weight and time limit, and end their processes.
+    """Yield rewards, each with its weight and time limit, and end their processes. model: as
+    `reward_named` takes it.
 
     Raises what is wrong with all of them at once.
     """
@@ -58,7 +68,7 @@ def rewards_named(
     try:
         for spec, weight, limit in zip(specs, weights, seconds, strict=True):
             with checks.check():
-                rewards.append(Weighted(reward_named(spec, seconds=limit), weight))
+                rewards.append(Weighted(reward_named(spec, seconds=limit, model=model), weight))
         checks.end()
         yield _with_own_names(rewards)
     finally:

@@ -18,6 +18,7 @@ from veneer.processes.world import World
 from veneer.training.config import TrainConfig
 from veneer.training.events import Event, Notice
 from veneer.training.frozen import FrozenBase
+from veneer.training.ranking import begin_ranking, with_score
 from veneer.training.recorded import RecordedPasses
 from veneer.training.run import Run
 from veneer.training.step import StepToLearn, learn
@@ -47,7 +48,7 @@ def train(
     anything is measured or saved.
 
     objective: what is learnt by. For others than answers, the examples are pairs or judged answers,
-    as `load_examples(..., shape=objective.shape)` makes them.
+    as `load_examples(..., shape=objective.shape)` makes them. A reward model's head is attached.
 
     world: the processes that train together, all with the same model, examples and config; those of
     torch.distributed unless given. Each yields the same events; one of them writes checkpoints.
@@ -57,6 +58,8 @@ def train(
     ConfigError where processes cannot share the rows of this model (`context_parallel`).
     """
     world = World.current() if world is None else world
+    if objective.is_ranking:
+        examples, held_out = begin_ranking(model, examples, held_out, seed=config.seed)
     run = Run(
         *(model, examples, config, held_out, directory, identity or {}, world), objective=objective
     )
@@ -69,6 +72,7 @@ def train(
                 directory=directory,
                 context=ContextGroup.of(world, config.context_parallel),
             )
+            forward = with_score(forward) if objective.is_ranking else forward
             yield from map(Notice, [*([run.choices] if run.choices else []), *notices])
             yield from run.begin(forward, resume=resume)
             run.watch.frozen_base = FrozenBase(model)

@@ -172,7 +172,8 @@ def bytes_on_disk(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str,
     if method.method != "full":
         own_width = width if method.replaces_weights else 4
         bytes_of["the adapter"] = own_width * plan.trained.count
-    if not method.virtual_tokens and why_no_merge(plan, free_on(device)) is None:
+    is_merged = not method.virtual_tokens and not recipe.objective.is_ranking
+    if is_merged and why_no_merge(plan, free_on(device)) is None:
         bytes_of["the merged model"] = width * plan.model.parameters
     if kept := kept_on_disk(plan.config, plan.sizes, plan.trained):
         bytes_of[IN_A_PASS] = sum(term.value for term in kept)

@@ -130,6 +130,9 @@ class Recipe:
                 f"{method} trains the base's own weights, over which a teacher acts; take lora": (
                     self.objective.teacher is not None and self.method.replaces_weights
                 ),
+                f"reward trains a head beside an adapter of low rank; leave out method {method}": (
+                    self.objective.is_ranking and method != "lora"
+                ),
                 f"{method} trains weights, which cannot be in {self.bits} bits": (
                     self.method.replaces_weights and self.quantized_bits is not None
                 ),

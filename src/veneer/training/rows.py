@@ -118,7 +118,8 @@ def load_rows(
         tokenizer = copy.deepcopy(tokenizer)
         extend_tokenizer(tokenizer, new_tokens)
     # A model may have no position beyond its context at all.
-    context = context_left(config.get_text_config(), recipe.method.virtual_tokens or 0)
+    beside = (recipe.method.virtual_tokens or 0) + recipe.objective.is_ranking
+    context = context_left(config.get_text_config(), beside)
     max_length = min(settings.max_length, context or settings.max_length)
     loaded = yield from _loaded(rows, tokenizer, max_length, settings.long_rows)
     loaded.check(skip_bad_rows=settings.skip_bad_rows, report=report)

@@ -31,6 +31,8 @@ SMALL_RATE = 0.2
 # Nats a token. The mean token of an answer is then given nine tenths or more, as is seldom so for
 # rows that were not learnt by heart.
 BY_HEART = 0.1
+# Nats. Where no loss is larger there was nothing to learn, as from a teacher that is the base.
+NOTHING = 1e-4
 # More than this many times the usual one is far above it.
 LARGE_RATE = 5
 # Where more groups than these have answers of one reward, that is what a run lacks.
@@ -52,6 +54,13 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     if not steps:
         return Verdict("diverged", "The run diverged: no step had a finite loss and gradient.")
+    losses = [line["loss"] for line in steps] + [loss for _, loss in evaluations]
+    if all(loss <= NOTHING for loss in losses):
+        return Verdict(
+            "hardly learnt",
+            f"There was nothing to learn: no loss was above {NOTHING:g}. Rows, or a teacher, that "
+            "say what the base says already teach nothing.",
+        )
     course = _Course(steps)
     if held_out := len(evaluations) > 1:
         what, (start, first), (end, last) = "held-out loss", evaluations[0], evaluations[-1]

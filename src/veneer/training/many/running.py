@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.use import acting
 from veneer.data.encode import Example
+from veneer.errors import ConfigError
 from veneer.fused.forward import Forward
 from veneer.fused.together import AdapterBatch
 from veneer.objectives.config import ANSWERS, Objective
@@ -62,6 +63,8 @@ class RunningJob:
         self.step: StepUnderWay | None = None
         self.next_batch = 0  # of that step
         self._events: Events = iter(())
+        if job.objective.is_ranking:
+            raise ConfigError(f"{name} learns a reward model, which trains alone: by veneer.train.")
         let_train(model, name)
         with self.turn():
             self.run = Run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from veneer.data.columns import summarize
@@ -20,6 +21,7 @@ from veneer.training.on_policy.prompts import Prompts, load_prompts
 from veneer.training.on_policy.run import context_of, course_of
 from veneer.training.preflight import Preflight
 from veneer.training.recipe import Recipe
+from veneer.training.reward_model import ModelReward
 from veneer.training.rows import RunRows
 
 
@@ -81,5 +83,6 @@ def rewards_of(recipe: Recipe, *, processes: int) -> Iterator[list[Weighted]]:
     if processes > 1:
         raise ConfigError("Samples are learnt from in one process; leave out --processes.")
     config = recipe.on_policy
-    with rewards_named(config.reward, config.weights, config.seconds) as rewards:
+    model = partial(ModelReward, device=recipe.device)
+    with rewards_named(config.reward, config.weights, config.seconds, model=model) as rewards:
         yield rewards
