@@ -65,7 +65,7 @@ def test_python_m_veneer_is_veneer():
 
 def test_the_commands_are_these():
     models = {"inspect", "plan", "pretrain", "quantize", "tune", "search", "compare"}
-    models |= {"generate", "chat", "doctor"}
+    models |= {"generate", "chat", "doctor", "evaluate"}
     adapters = {"diff", "combine", "extract", "merge", "convert", "export", "check", "serve"}
     adapters |= {"verify"}
     assert set(COMMANDS) == models | adapters | {"completion"}

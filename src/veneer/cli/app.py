@@ -162,6 +162,13 @@ app.command(
     "code 0 if all are as they were written.",
 )
 app.command(
+    "veneer.cli.evaluate:evaluate",
+    group=INSPECT,
+    synonym=("eval", "lm-eval", "benchmark"),
+    help="Evaluate MODEL with adapters on tasks of EleutherAI's harness, or on who answers prompts "
+    "better.",
+)
+app.command(
     "veneer.cli.chat:generate",
     group=ANSWER,
     synonym=("inference", "infer", "run"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import time
@@ -168,6 +169,11 @@ def _without(table: Table, title: str) -> Table:
     for row, cells in zip(table.rows, zip(*(c.cells for c in columns), strict=True), strict=True):
         fewer.add_row(*cells, style=row.style, end_section=row.end_section)
     return fewer
+
+
+def print_json(value: object) -> None:
+    """Print a value for other programs."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def refuse_to_replace(out: Path) -> None:
