@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -11,6 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from support.dense_attention import score_mask
+from support.plain_halves import (
+    DIM,
+    DOUBLE,
+    LENGTHS,
+    TOKENS,
+    layer_norm,
+    normed,
+    projected,
+    projection,
+    rms,
+    rotary,
+    turned,
+)
 from veneer.fused.block import FeedForward, Half, SelfAttention
 from veneer.fused.heads import Heads
 from veneer.kernels.arena import Arena
@@ -18,12 +30,9 @@ from veneer.kernels.attention import Attention
 from veneer.kernels.dropout import Mask
 from veneer.kernels.norm import Norm
 from veneer.kernels.packing import Packing
-from veneer.kernels.rotary import Rotary
-from veneer.lowrank.group import Group, Projection
+from veneer.lowrank.group import Group
 
-DOUBLE = {"dtype": torch.float64}
-LENGTHS, DIM, HEADS, KEY_HEADS, HEAD_DIM, INNER = [5, 3, 2], 6, 4, 2, 6, 7
-TOKENS = sum(LENGTHS)
+HEADS, KEY_HEADS, HEAD_DIM, INNER = 4, 2, 6, 7
 SIZES = (HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM, KEY_HEADS * HEAD_DIM)
 # How many adapters act on each projection, the last of them the output's.
 ADAPTED = {
@@ -41,25 +50,12 @@ DORA = {
 }
 
 
-def rms(dim: int, **options: Any) -> Norm:
-    return Norm(torch.randn(dim, **DOUBLE), eps=1e-5, **options)
-
-
-def layer_norm(dim: int) -> Norm:
-    return rms(dim, bias=torch.randn(dim, **DOUBLE), centred=True)
-
-
-def rotary(pairs: int = HEAD_DIM // 2, *, interleaved: bool = False) -> Rotary:
-    angles = torch.rand(TOKENS, pairs, **DOUBLE)
-    return Rotary(angles.cos(), angles.sin(), interleaved)
-
-
 # What makes a half of some model: made anew for each, as all have random numbers.
 ATTENTIONS: dict[str, Any] = {
-    "llama": lambda: {"norm": rms(DIM), "rotary": rotary()},
+    "llama": lambda: {"norm": rms(DIM), "rotary": rotary(HEAD_DIM // 2)},
     "qwen3": lambda: {
         "norm": rms(DIM),
-        "rotary": rotary(),
+        "rotary": rotary(HEAD_DIM // 2),
         "q_norm": rms(HEAD_DIM),
         "k_norm": rms(HEAD_DIM),
         "q_factor": torch.rand(TOKENS, 1, 1, **DOUBLE),
@@ -67,7 +63,7 @@ ATTENTIONS: dict[str, Any] = {
     "gemma2": lambda: {
         "norm": rms(DIM, offset=1.0),
         "post_norm": rms(DIM, offset=1.0),
-        "rotary": rotary(),
+        "rotary": rotary(HEAD_DIM // 2),
     },
     "olmo2": lambda: {
         "norm": None,
@@ -87,7 +83,7 @@ ATTENTIONS: dict[str, Any] = {
     "gpt2": lambda: {"norm": layer_norm(DIM), "rotary": None, "order": "blocks", "bias": True},
     "phi3 with norms": lambda: {
         "norm": rms(DIM),
-        "rotary": rotary(),
+        "rotary": rotary(HEAD_DIM // 2),
         "order": "blocks",
         "q_norm": rms(HEAD_DIM),
         "k_norm": layer_norm(HEAD_DIM),
@@ -120,22 +116,6 @@ FEED_FORWARDS: dict[str, Any] = {
 }
 HALVES = [("attention", name) for name in ATTENTIONS] + [("feed", name) for name in FEED_FORWARDS]
 TWO = [("attention", "llama"), ("feed", "llama")]
-
-
-def projection(
-    in_: int, out: int, adapters: int, *, bias: bool, dora: bool, drops: bool
-) -> Projection:
-    ranks = range(1, adapters + 1)
-    rank = sum(ranks)
-    return Projection(
-        torch.randn(out, in_, **DOUBLE),
-        torch.randn(out, **DOUBLE) if bias else None,
-        torch.randn(rank, in_, **DOUBLE, requires_grad=True),
-        torch.randn(out, rank, **DOUBLE, requires_grad=True),
-        torch.randn(out, **DOUBLE, requires_grad=True) if dora and rank else None,
-        # Of two adapters one drops its inputs.
-        tuple((r, Mask.drawn(0.4) if r == 1 else None) for r in ranks) if drops else (),
-    )
 
 
 def half_of(
@@ -184,38 +164,6 @@ def half_of(
 
 
 # ---- the plain operations ----
-
-
-def projected(p: Projection, x: Tensor) -> Tensor:
-    y, ranks = F.linear(x, p.weight), [rank for rank, _ in p.masks] or [p.rank]
-    for mask, A, B in zip_longest(
-        [mask for _, mask in p.masks], p.A.split(ranks), p.B.split(ranks, 1)
-    ):
-        kept = x if mask is None else x * mask.apply(torch.ones_like(x))
-        y = y + F.linear(F.linear(kept, A), B)
-    y = y if p.gain is None else y * p.gain
-    return y if p.bias is None else y + p.bias
-
-
-def normed(norm: Norm | None, x: Tensor) -> Tensor:
-    if norm is None:
-        return x
-    if norm.centred:
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    return F.rms_norm(x, x.shape[-1:], norm.weight + norm.offset, norm.eps)
-
-
-def turned(rotary: Rotary | None, x: Tensor) -> Tensor:
-    if rotary is None:
-        return x
-    pairs = rotary.cos.shape[1]
-    first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
-    if rotary.interleaved:
-        first, second = x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
-    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
-    both = [first * cos - second * sin, second * cos + first * sin]
-    both = [torch.stack(both, -1).flatten(-2)] if rotary.interleaved else both
-    return torch.cat([*both, x[..., 2 * pairs :]], -1)
 
 
 def queries(norm: Norm | None, x: Tensor, heads: int) -> Tensor:

@@ -33,6 +33,7 @@ HEADS = {  # of models that scale or cap their logits
     "falcon_h1": Head(Logits(scale=0.5)),
     "gemma2": Head(Logits(softcap=3.0)),
     "granite": Head(Logits(scale=1 / 4.0)),
+    "minicpm3": Head(Logits(scale=1 / 2)),
 }
 
 

@@ -9,15 +9,20 @@ import torch
 from support.closeness import assert_gradients_no_further, assert_no_further
 from support.every_architecture import OFTEN
 from support.plain import Float64, plain_pair
-from support.small_kinds import LAYERS, MIXTURES, ROWS, SmallKind, gradients
+from support.small_kinds import LATENT, LAYERS, MIXTURES, ROWS, SmallKind, gradients
 from veneer.fused.forward import choose_forward
 
+EVERY = [
+    *(*OFTEN, *LATENT[:1], *MIXTURES),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in LATENT[1:]),
+]
 
-@pytest.mark.parametrize("architecture", [*OFTEN, *MIXTURES])
+
+@pytest.mark.parametrize("architecture", EVERY)
 @pytest.mark.parametrize("bits", [None, 4], ids=["lora", "dora, 4 bits"])
 def test_gradients_of_every_architecture(architecture, bits):
     # DoRA is for layers, and no stacks of experts.
-    targets = "attention" if bits and architecture in MIXTURES else "all"
+    targets = "attention" if bits and architecture in (*LATENT, *MIXTURES) else "all"
     lora = {"targets": targets, "dora": bits is not None}
     kind = SmallKind("small", architecture, bits=bits, lora=lora)
     model = kind.shaken()
@@ -26,7 +31,7 @@ def test_gradients_of_every_architecture(architecture, bits):
     assert_gradients_no_further(gradients(model), plain.gradients(plain.loss(ROWS)), expected)
 
 
-@pytest.mark.parametrize("architecture", [*OFTEN, *MIXTURES])
+@pytest.mark.parametrize("architecture", EVERY)
 def test_gradients_in_float64(architecture):
     kind = SmallKind("small", architecture, lora={"targets": "all"})
     model = kind.shaken()
@@ -38,7 +43,7 @@ def test_gradients_in_float64(architecture):
         assert_no_further(ours[name], gradient, gradient, name)
 
 
-@pytest.mark.parametrize("architecture", [*OFTEN, *MIXTURES])
+@pytest.mark.parametrize("architecture", EVERY)
 def test_layers_are_fused_in_16_bits(architecture):
     kind = SmallKind("small", architecture, lora={"targets": "all"})
     chosen, notices = choose_forward(kind.fresh(torch.bfloat16), ROWS)

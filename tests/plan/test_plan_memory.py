@@ -46,6 +46,7 @@ OTHER_PARTS = (
     "gpt_neox",
     "falcon",
     "granite",
+    "minicpm3",
 )
 DENSE_FIRST = Glm4MoeConfig(
     **SHAPE,

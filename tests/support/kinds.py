@@ -121,6 +121,9 @@ KINDS: list[Kind] = [
     _lora("dora from pissa", "llama", dora=True, init="pissa"),
     _lora("dora from olora", "minigpt", dora=True, init="olora"),
     _lora("dora from lora_ga", "mistral", dora=True, init="lora_ga"),
+    # Latent attention.
+    _lora("lora", "minicpm3"),
+    _lora("dora", "minicpm3", bits=4, dora=True, dropout=0.5),
     # Several adapters at a time.
     _lora("mix", "llama", **_MIXED),
     _lora("mix", "gemma", **_MIXED),

@@ -18,6 +18,7 @@ from veneer.fused.forward import choose_forward
 ROWS = examples([7, 19, 12, 5])
 LAYERS = 2
 MIXTURES = ("qwen3_moe", "gpt_oss")
+LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3", "sarvam_mla")  # each turns in its own way
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.adapter.linear import LoRALinear
+from veneer.fused.analyse_latent import Latents, latents_of
 from veneer.fused.norms import may_be_norm
 from veneer.fused.structure import (
     AttentionStructure,
@@ -51,7 +52,9 @@ def _structure(watched: LayerPass) -> LayerStructure:
             raise Unlike(_why_no_half(after, mixtures))
         after.append(after[1])  # which is both what reads the half's input and what ends it
     norms = [call for call in (*watched.before, *watched.after) if may_be_norm(call.module)]
-    if len(before) not in (ONE_OF_ALL, ONE_FOR_EACH) or not _share_input(before):
+    latents = latents_of(before, norms) if before else None
+    direct = len(before) in (ONE_OF_ALL, ONE_FOR_EACH) and _share_input(before)
+    if not direct and latents is None:
         raise Unlike(f"q, k and v come from {_named(before)}")
     if len(after) not in (3, 4) or not _share_input(after[1:-1]):
         raise Unlike(f"after attention come {_named(after)}")
@@ -62,7 +65,8 @@ def _structure(watched: LayerPass) -> LayerStructure:
     if not same_memory(begin, x):
         raise Unlike("its attention does not read the layer's input")
     parallel = same_memory(inputs[0].x if second is None else second.x, x)
-    q_norm, k_norm = _norms_of_heads(before, norms)
+    of_latents = [] if latents is None else latents.norms
+    q_norm, k_norm = _norms_of_heads(before, norms) if latents is None else (None, None)
     posts = [_norm_after(output, norms), _norm_after(down, norms)]
     if not parallel and second is None and posts[0] is not None and inputs[0].reads(posts[0].y):
         raise Unlike("its halves are not added to the residual")
@@ -74,7 +78,8 @@ def _structure(watched: LayerPass) -> LayerStructure:
         raise Unlike("its mixture of experts reads the layer's input, or is dropped out")
     if len(watched.dropped) > sum(dropout is not None for dropout in dropouts):
         raise Unlike("it drops something else than what its halves add, or what attention sums")
-    used = [call for call in (first, second, q_norm, k_norm, *posts) if call is not None]
+    usual = (first, second, q_norm, k_norm, *posts)
+    used = [*(call for call in usual if call is not None), *of_latents]
     if len({id(call) for call in used}) < len({id(call) for call in norms}):
         unknown = [call for call in norms if all(call is not other for other in used)]
         raise Unlike(f"it has a norm more than is known: {_named(unknown)}")
@@ -85,13 +90,14 @@ def _structure(watched: LayerPass) -> LayerStructure:
     return LayerStructure(
         attention=AttentionStructure(
             norm=_path(first),
-            inputs=tuple(call.path for call in before),
+            inputs=tuple(call.path for call in (before if latents is None else latents.inputs)),
             output=output.path,
             post_norm=_path(posts[0]),
             dropout=dropouts[0] or 0.0,
             q_norm=_path(q_norm),
             k_norm=_path(k_norm),
-            **_sizes(before, attended, watched.layer),
+            **_sizes(before, latents, attended),
+            **_options(attended, watched.layer),
         ),
         feed_forward=MixtureStructure(
             norm=_path(second), module=down.path, post_norm=_path(posts[1])
@@ -155,11 +161,15 @@ def _norms_of_heads(before: Sequence[Call], norms: Sequence[Call]) -> tuple[Call
     return next(iter(q), None), next(iter(k), None)
 
 
-def _sizes(before: Sequence[Call], attended: Attended, layer: nn.Module) -> dict:
-    """Return the fields of AttentionStructure that numbers of heads and options give."""
+def _sizes(before: Sequence[Call], latents: Latents | None, attended: Attended) -> dict[str, Any]:
+    """Return the fields of AttentionStructure that numbers of heads and their sizes give."""
     heads, head_dim, value_dim = attended.q.shape[1], attended.q.shape[3], attended.v.shape[3]
     columns = [call.y.shape[-1] for call in before]
-    if len(before) == ONE_FOR_EACH:
+    latent = None
+    if latents is not None:
+        latent = latents.structure(attended)
+        key_heads, fits = heads, latent is not None
+    elif len(before) == ONE_FOR_EACH:
         key_heads, fits = columns[1] // head_dim, columns[2] * head_dim == columns[1] * value_dim
         fits &= columns[0] == heads * head_dim and columns[1] % head_dim == 0
     else:
@@ -167,16 +177,23 @@ def _sizes(before: Sequence[Call], attended: Attended, layer: nn.Module) -> dict
         fits = columns[0] == (heads + 2 * key_heads) * head_dim and value_dim == head_dim
     if not fits or not key_heads or heads % key_heads:
         raise Unlike(f"{_named(before)} give more than the q, k and v that attention reads")
-    options = attended.options
-    scale, sinks = options.get("scaling"), options.get("s_aux")
-    path = next((name for name, value in layer.named_parameters() if value is sinks), None)
-    if sinks is not None and path is None:
-        raise Unlike("its attention's sinks are no parameter of it")
     return {
         "heads": heads,
         "key_heads": key_heads,
         "head_dim": head_dim,
         "value_dim": value_dim,
+        "latent": latent,
+    }
+
+
+def _options(attended: Attended, layer: nn.Module) -> dict[str, Any]:
+    """Return the fields of AttentionStructure that the options of attention give."""
+    options, head_dim = attended.options, attended.q.shape[3]
+    scale, sinks = options.get("scaling"), options.get("s_aux")
+    path = next((name for name, value in layer.named_parameters() if value is sinks), None)
+    if sinks is not None and path is None:
+        raise Unlike("its attention's sinks are no parameter of it")
+    return {
         "scale": head_dim**-0.5 if scale is None else float(scale),
         "window": options.get("sliding_window") or None,
         "softcap": options.get("softcap") or None,

@@ -15,19 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from veneer.fused.heads import Heads
+from veneer.fused.heads import Heads, LatentHeads
 from veneer.kernels.activation import Activation, activate, activate_backward
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention
 from veneer.kernels.dropout import Mask
 from veneer.kernels.gain import activate_gain_backward
 from veneer.kernels.norm import Norm
-from veneer.lowrank.group import Group
+from veneer.lowrank.group import Group, Projection
 from veneer.lowrank.projection import (
     Gains,
     gradient_of_h,
@@ -37,6 +37,19 @@ from veneer.lowrank.projection import (
     shape_of_h,
     through_gains,
 )
+
+
+class Back(NamedTuple):
+    """What a half's inner function gives on the way back.
+
+    dz, d_gains: as `through_gains` returns them for the half's inputs. inner: what `output` read,
+    made again or kept. d_between: of what trains in the half's `between`.
+    """
+
+    dz: list[Tensor]
+    d_gains: Gains
+    inner: Tensor
+    d_between: Sequence[Tensor | None] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Half:
 
         residual: what the half is added to, if not x.
         """
-        projections = (*self.inputs, *self.output)
+        projections = (*self.inputs, *self.between, *self.output)
         trained = [tensor for projection in projections for tensor in projection.trained()]
         out, y = _Half.apply(x, residual, self, *trained)
         onto = x if residual is None else residual
@@ -78,9 +91,14 @@ class Half:
         """What is added is multiplied with this; the mask's scale is in it."""
         return self.multiplier * (1.0 if self.dropout is None else self.dropout.scale)
 
+    @property
+    def between(self) -> Sequence[Projection]:
+        """Projections of the inner function's own, which read what `inputs` give."""
+        return ()
+
     def project(self, x: Tensor) -> list[Tensor]:
         """Return the low-rank A x of all inputs, and their outputs, over norm(x)."""
-        h, *outputs = _empty(x, self.inputs, self.arena)
+        h, *outputs = empty(x, self.inputs, self.arena)
         normed = x if self.norm is None else self.norm.forward(x)[0]
         project(normed, self.inputs, outputs, h)
         return [h, *outputs]
@@ -89,11 +107,8 @@ class Half:
         """Return what `output` reads, and what is kept of it."""
         raise NotImplementedError
 
-    def backward(
-        self, dy: Tensor, outputs: Sequence[Tensor], kept: Sequence[Tensor]
-    ) -> tuple[list[Tensor], Gains, Tensor]:
-        """Return the gradients that `through_gains` returns for `inputs`, and what `output` read,
-        from the gradient of that."""
+    def backward(self, dy: Tensor, outputs: Sequence[Tensor], kept: Sequence[Tensor]) -> Back:
+        """Return the gradients from that of what `output` read."""
         raise NotImplementedError
 
 
@@ -102,7 +117,7 @@ class SelfAttention(Half):
     """The half that mixes the tokens of each sequence."""
 
     _: KW_ONLY
-    heads: Heads
+    heads: Heads | LatentHeads
     attention: Attention
 
     def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -111,17 +126,21 @@ class SelfAttention(Half):
         flat.copy_(y.flatten(1))
         return flat, [flat, *log_sums]
 
-    def backward(
+    def backward(self, dy: Tensor, outputs: Sequence[Tensor], kept: Sequence[Tensor]) -> Back:
+        d_outputs = self.back_to_outputs(dy, outputs, kept)
+        return Back(*through_gains(d_outputs, outputs, self.inputs, in_place=True), kept[0])
+
+    def back_to_outputs(
         self, dy: Tensor, outputs: Sequence[Tensor], kept: Sequence[Tensor]
-    ) -> tuple[list[Tensor], Gains, Tensor]:
+    ) -> list[Tensor]:
+        """Return the gradients of what the heads read."""
         flat, *log_sums = kept
         q, k, v = self.heads.forward(outputs)
         by_head = (*q.shape[:2], v.shape[-1])
         gradients = self.attention.backward(
             dy.view(by_head), q, k, v, flat.view(by_head), list(log_sums)
         )
-        d_outputs = self.heads.backward(*gradients, outputs)
-        return *through_gains(d_outputs, outputs, self.inputs, in_place=True), flat
+        return self.heads.backward(*gradients, outputs)
 
 
 @dataclass(frozen=True)
@@ -139,20 +158,18 @@ class FeedForward(Half):
     def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         return activate(self.activation, *self._gate_and_up(outputs)), []
 
-    def backward(
-        self, dy: Tensor, outputs: Sequence[Tensor], kept: Sequence[Tensor]
-    ) -> tuple[list[Tensor], Gains, Tensor]:
+    def backward(self, dy: Tensor, outputs: Sequence[Tensor], kept: Sequence[Tensor]) -> Back:
         gate, up = self._gate_and_up(outputs)
         d_outputs = [torch.empty_like(y) for y in outputs]
         d_gate, d_up = self._gate_and_up(d_outputs)
         if up is not None and d_up is not None and all(p.gain is not None for p in self.inputs):
             return self._back_through_gains(dy, outputs, d_outputs)
         inner = activate_backward(self.activation, dy, gate, up, d_gate, d_up)
-        return *through_gains(d_outputs, outputs, self.inputs, in_place=True), inner
+        return Back(*through_gains(d_outputs, outputs, self.inputs, in_place=True), inner)
 
     def _back_through_gains(
         self, dy: Tensor, outputs: Sequence[Tensor], d_outputs: list[Tensor]
-    ) -> tuple[list[Tensor], Gains, Tensor]:
+    ) -> Back:
         """Return what `backward` returns, where gate and up have gains: in one pass over both."""
         gains = self._gate_and_up([p.gain for p in self.inputs if p.gain is not None])
         biases = self._gate_and_up([p.bias for p in self.inputs])
@@ -166,7 +183,7 @@ class FeedForward(Half):
         )
         d_gains = [d_gate_gain, d_up_gain] if self.gate_first else [d_up_gain, d_gate_gain]
         d_gains = d_gains if len(outputs) == 2 else [torch.cat(d_gains)]
-        return d_outputs, [[d_gain] for d_gain in d_gains], inner
+        return Back(d_outputs, [[d_gain] for d_gain in d_gains], inner)
 
     def _gate_and_up(self, tensors: Sequence[Any]) -> tuple[Any, Any]:
         """Return what belongs to gate and to up, None for what is not there: of one tensor for
@@ -252,7 +269,7 @@ class _Half(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         onto, output = x if residual is None else residual, half.output
         ctx.before = half.arena.next_half()
-        h_out, out = _empty(x, output, half.arena)
+        h_out, out = empty(x, output, half.arena)
         h, *outputs = half.project(x)
         inner, kept = half.forward(outputs)
         y = statistics = None
@@ -296,11 +313,11 @@ class _Half(torch.autograd.Function):
         dz, d_gain = through_gains([dy], [y], output, in_place=False)
         dh = gradient_of_h(dz, output)
         d_inner = gradient_of_x(dz, dh, output)
-        d_outputs, d_gains, inner = half.backward(d_inner, outputs, kept)
-        d_output_trained = gradients_of_trained(dz, d_gain, dh, inner, h_out, output)
-        dx, d_trained = _back_to_x(d_outputs, d_gains, x, h, half, ctx, d_out)
+        back = half.backward(d_inner, outputs, kept)
+        d_output_trained = gradients_of_trained(dz, d_gain, dh, back.inner, h_out, output)
+        dx, d_trained = _back_to_x(back.dz, back.d_gains, x, h, half, ctx, d_out)
         d_residual = None if ctx.is_serial else d_out
-        return dx, d_residual, None, *d_trained, *d_output_trained
+        return dx, d_residual, None, *d_trained, *back.d_between, *d_output_trained
 
 
 def _back_to_x(
@@ -324,7 +341,7 @@ def _back_to_x(
     return d_normed if residual is None else d_normed + residual, d_trained
 
 
-def _empty(x: Tensor, group: Group, arena: Arena) -> list[Tensor]:
+def empty(x: Tensor, group: Group, arena: Arena) -> list[Tensor]:
     """Return empty tensors for the A x of `group` and for its outputs."""
     h = arena.empty(*shape_of_h(group, len(x)), x)
     return [h, *(arena.empty(len(x), p.out_features, x) for p in group)]

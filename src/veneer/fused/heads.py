@@ -32,6 +32,16 @@ class Heads:
     rotary: Rotary | None = None
     q_factor: Tensor | None = None
 
+    @property
+    def turning(self) -> int:
+        """How many dims of a head may turn."""
+        return self.head_dim
+
+    @property
+    def first_turning(self) -> int:
+        """The first of them."""
+        return 0
+
     def split(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v before norms and rotation, as views where that is possible."""
         if self.order == "separate":
@@ -76,6 +86,58 @@ class Heads:
 
     def _turned(self, x: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary.rotate(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentHeads:
+    """How q, k (tokens, heads, head_dim) and v (tokens, heads, value_dim) come from what gives q,
+    from what gives the shared dims that turn, as its last ones, and from what gives k and v side by
+    side in each head. turning: dims of a head that turn, the last ones.
+
+    q_factor (tokens, 1, 1): what q is multiplied with last, or None for 1.
+    """
+
+    heads: int
+    head_dim: int
+    value_dim: int
+    turning: int
+    rotary: Rotary | None = None
+    q_factor: Tensor | None = None
+
+    @property
+    def first_turning(self) -> int:
+        """The first of a head's dims that turn: those before it are of no position."""
+        return self.head_dim - self.turning
+
+    def forward(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v as attention takes them."""
+        own_q, compressed, expanded = outputs
+        q = own_q.view(-1, self.heads, self.head_dim)
+        if self.rotary is not None:
+            q = torch.cat([q[..., : self.first_turning], self._turned(q[..., -self.turning :])], 2)
+        k_and_v = expanded.view(-1, self.heads, self.first_turning + self.value_dim)
+        shared = self._turned(compressed[:, None, -self.turning :])
+        k = torch.cat([k_and_v[..., : self.first_turning], shared.expand(-1, self.heads, -1)], 2)
+        v = k_and_v[..., self.first_turning :]
+        return q if self.q_factor is None else q * self.q_factor, k, v
+
+    def backward(
+        self, dq: Tensor, dk: Tensor, dv: Tensor, outputs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the gradients of the outputs from those of q, k and v; of the shared dims alone
+        where they have other numbers beside them."""
+        dq = dq if self.q_factor is None else dq * self.q_factor
+        if self.rotary is not None:
+            turned = self._turned(dq[..., -self.turning :], back=True)
+            dq = torch.cat([dq[..., : self.first_turning], turned], 2)
+        wide = torch.promote_types(dk.dtype, torch.float32)
+        shared = dk[..., -self.turning :].sum(1, keepdim=True, dtype=wide).to(dk.dtype)
+        d_shared = self._turned(shared, back=True)
+        d_expanded = torch.cat([dk[..., : self.first_turning], dv], 2)
+        return [dq.flatten(1), d_shared.flatten(1), d_expanded.flatten(1)]
+
+    def _turned(self, x: Tensor, *, back: bool = False) -> Tensor:
+        return x if self.rotary is None else self.rotary.rotate(x, back=back)
 
 
 def _by_row(x: Tensor, norm: Norm) -> Tensor:

@@ -16,10 +16,16 @@ from veneer.adapter.linear import LoRALinear
 from veneer.adapter.wrapper import Wrapper, is_intercepted
 from veneer.fused.analyse import is_linear
 from veneer.fused.block import FeedForward, Mixture, SelfAttention
-from veneer.fused.heads import Heads
+from veneer.fused.heads import Heads, LatentHeads
+from veneer.fused.latent import Expansion, LatentAttention
 from veneer.fused.norms import with_weights
 from veneer.fused.rotaries import Angles, Rotaries
-from veneer.fused.structure import LayerStructure, MixtureStructure, Variant
+from veneer.fused.structure import (
+    ExpansionStructure,
+    LayerStructure,
+    MixtureStructure,
+    Variant,
+)
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention, Packing
 from veneer.kernels.dropout import Mask
@@ -97,24 +103,13 @@ class FusedLayer:
             "multiplier": self.variant.multiplier,
             "recompute_projections": recompute_projections,
         }
-        first = SelfAttention(
-            norm=norms.get(attention.norm),
-            inputs=Group(linears[path] for path in attention.inputs),
-            output=Group([linears[attention.output]]),
-            post_norm=norms.get(attention.post_norm),
-            dropout=mask(attention.dropout),
-            heads=Heads(
-                heads=attention.heads,
-                key_heads=attention.key_heads,
-                head_dim=attention.head_dim,
-                value_dim=attention.value_dim,
-                order=self.variant.order,
-                q_norm=norms.get(attention.q_norm),
-                k_norm=norms.get(attention.k_norm),
-                rotary=rotaries.rotary(self.variant.turn, position_embeddings, dtype),
-                q_factor=self.query_factor(position_ids, dtype),
-            ),
-            attention=Attention(
+        of_attention: dict[str, Any] = {
+            "norm": norms.get(attention.norm),
+            "inputs": Group(linears[path] for path in attention.inputs),
+            "output": Group([linears[attention.output]]),
+            "post_norm": norms.get(attention.post_norm),
+            "dropout": mask(attention.dropout),
+            "attention": Attention(
                 packing,
                 self.scale,
                 attention.window,
@@ -123,7 +118,34 @@ class FusedLayer:
                 mask(attention.score_dropout),
             ),
             **shared,
-        )
+        }
+        of_heads: dict[str, Any] = {
+            "heads": attention.heads,
+            "head_dim": attention.head_dim,
+            "value_dim": attention.value_dim,
+            "rotary": rotaries.rotary(self.variant.turn, position_embeddings, dtype),
+            "q_factor": self.query_factor(position_ids, dtype),
+        }
+        if (latent := attention.latent) is None:
+            heads = Heads(
+                key_heads=attention.key_heads,
+                order=self.variant.order,
+                q_norm=norms.get(attention.q_norm),
+                k_norm=norms.get(attention.k_norm),
+                **of_heads,
+            )
+            first = SelfAttention(heads=heads, **of_attention)
+        else:
+
+            def expansion(structure: ExpansionStructure) -> Expansion:
+                return Expansion(norms.get(structure.norm), Group([linears[structure.linear]]))
+
+            first = LatentAttention(
+                heads=LatentHeads(turning=latent.turning, **of_heads),
+                q=None if latent.q is None else expansion(latent.q),
+                kv=expansion(latent.kv),
+                **of_attention,
+            )
         if isinstance(feed_forward, MixtureStructure):
             return first, Mixture(
                 norms.get(feed_forward.norm),

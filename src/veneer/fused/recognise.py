@@ -43,6 +43,7 @@ from veneer.models.blocks import decoder_layers
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that hold a layer's place
+MULTIPLIERS = ("multiplier", "scale")  # in names of what a layer multiplies its halves with
 SETTING = (bool, int, float, str)
 Recognised = dict[str, FusedLayer | str]  # by path: the layer, or why it is not computed so
 
@@ -185,11 +186,11 @@ class _Trial:
     ) -> Iterator[Variant]:
         attention, feed_forward = base.structure.attention, base.structure.feed_forward
         is_gated = isinstance(feed_forward, FeedForwardStructure) and feed_forward.is_gated
-        separate, angles = len(attention.inputs) == 3, watched.options["position_embeddings"]
+        separate, angles = len(attention.read_by_heads) == 3, watched.options["position_embeddings"]
         multipliers = {1.0} | {
             value
             for name, value in vars(watched.layer).items()
-            if isinstance(value, float) and "multiplier" in name
+            if isinstance(value, float) and any(word in name for word in MULTIPLIERS)
         }
         for activation, order, turn, gate_first, multiplier, scales, prescaled in itertools.product(
             activations,
@@ -266,14 +267,18 @@ def _gives_within(
     attended = watched.attended
     assert attended is not None
     rotary = first.heads.rotary
-    if rotary is not None and 2 * rotary.cos.shape[1] > first.heads.head_dim:
+    if rotary is not None and 2 * rotary.cos.shape[1] > first.heads.turning:
         return False  # its kernel would write beyond the heads
-    q, k, _ = first.heads.forward([_flat(calls[path].y) for path in attention.inputs])
-    own_q, own_k = (x[0].transpose(0, 1).flatten(1) for x in (attended.q, attended.k))
-    k = k.repeat_interleave(own_k.shape[1] // k[0].numel(), 1)  # where it is shared beforehand
-    if not (
-        _is_near(q.flatten(1) * layer.scale, own_q * attention.scale)
-        and _is_near(k.flatten(1), own_k)
+    q, k, _ = first.heads.forward([_flat(calls[path].y) for path in attention.read_by_heads])
+    own_q, own_k = (x[0].transpose(0, 1) for x in (attended.q, attended.k))
+    k = k.repeat_interleave(own_k[0].numel() // k[0].numel(), 1)  # where it is shared beforehand
+    layouts = [(q, k)]
+    if rotary is not None and rotary.interleaved:  # its own code may leave pairs apart
+        layouts.append((_with_pairs_apart(q, first), _with_pairs_apart(k, first)))
+    if not any(
+        _is_near(q.flatten(1) * layer.scale, own_q.flatten(1) * attention.scale)
+        and _is_near(k.flatten(1), own_k.flatten(1))
+        for q, k in layouts
     ):
         return False
     if isinstance(second, FeedForward):
@@ -291,6 +296,15 @@ def _gives_within(
         and _is_near(y, module.y.view_as(y))
         and _is_near(second.add(between, y), _flat(watched.y), between)
     )
+
+
+def _with_pairs_apart(x: Tensor, half: SelfAttention) -> Tensor:
+    """Return q or k (tokens, heads, head_dim) with the first ones of all pairs that turn before the
+    second ones: the product of both is the same."""
+    assert half.heads.rotary is not None
+    first, pairs = half.heads.first_turning, half.heads.rotary.cos.shape[1]
+    turned = x[..., first : first + 2 * pairs].unflatten(-1, (pairs, 2)).mT.flatten(-2)
+    return torch.cat([x[..., :first], turned, x[..., first + 2 * pairs :]], -1)
 
 
 def _flat(x: Tensor) -> Tensor:

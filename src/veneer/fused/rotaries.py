@@ -8,7 +8,8 @@ from torch import Tensor
 from veneer.fused.structure import Turn
 from veneer.kernels.rotary import Rotary
 
-Angles = tuple[Tensor, Tensor]  # cos and sin, (1, tokens, turning dims)
+# cos and sin, (1, tokens, turning dims), or both as complex numbers, one for each pair.
+Angles = tuple[Tensor, Tensor] | Tensor
 
 
 class Rotaries:
@@ -22,7 +23,7 @@ class Rotaries:
         """Return what `rotary_of` does."""
         if angles is None:
             return None
-        key = turn, dtype, id(angles[0])
+        key = turn, dtype, id(angles if isinstance(angles, Tensor) else angles[0])
         if key not in self._made:
             self._made[key] = angles, rotary_of(turn, angles, dtype)
         return self._made[key][1]
@@ -37,10 +38,12 @@ def rotary_of(turn: Turn, angles: Angles | None, dtype: torch.dtype) -> Rotary |
     turns."""
     if turn == "none" or angles is None:
         return None
-    cos, sin = (x[0].to(dtype) for x in angles)  # (tokens, pairs or 2 · pairs)
+    is_complex = isinstance(angles, Tensor)
+    cos, sin = (angles.real, angles.imag) if isinstance(angles, Tensor) else angles
+    cos, sin = (x[0].to(dtype) for x in (cos, sin))  # (tokens, pairs or 2 · pairs)
     if turn == "pairs, angles twice":
         cos, sin = cos[:, ::2], sin[:, ::2]
-    elif turn != "halves, angles once":
+    elif turn != "halves, angles once" and not is_complex:
         pairs = cos.shape[1] // 2
         cos, sin = cos[:, :pairs], sin[:, :pairs]
     return Rotary(cos.contiguous(), sin.contiguous(), interleaved=turn.startswith("pairs"))

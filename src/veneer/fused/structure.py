@@ -31,8 +31,36 @@ class HalfStructure:
     dropout: float = 0.0
 
     @property
+    def projections(self) -> tuple[str, ...]:
+        """The linear layers of which the half keeps what they give."""
+        return self.inputs
+
+    @property
     def linears(self) -> tuple[str, ...]:
-        return (*self.inputs, self.output)
+        return (*self.projections, self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpansionStructure:
+    """linear(norm(latent)); a norm that is not there is None."""
+
+    norm: str | None
+    linear: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentStructure:
+    """How q, k and v come from latents: the inputs are what gives q, or its latent, and what gives
+    the latent of k and v and the dims that turn, one head for all. turning: these dims, the last of
+    each head."""
+
+    q: ExpansionStructure | None
+    kv: ExpansionStructure
+    turning: int
+
+    @property
+    def expansions(self) -> tuple[ExpansionStructure, ...]:
+        return (self.kv,) if self.q is None else (self.kv, self.q)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +82,24 @@ class AttentionStructure(HalfStructure):
     softcap: float | None
     sinks: str | None
     score_dropout: float
+    latent: LatentStructure | None = None
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        expansions = () if self.latent is None else self.latent.expansions
+        return (*self.inputs, *(expansion.linear for expansion in expansions))
+
+    @property
+    def read_by_heads(self) -> tuple[str, ...]:
+        """The linear layers of whose outputs q, k and v are made."""
+        if self.latent is None:
+            return self.inputs
+        q, compressed = self.inputs
+        return (
+            (q if self.latent.q is None else self.latent.q.linear),
+            compressed,
+            self.latent.kv.linear,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +155,10 @@ class LayerStructure:
     def norms(self) -> tuple[str, ...]:
         """The paths of all norms that the layer has."""
         attention, feed_forward = self.attention, self.feed_forward
+        expansions = () if attention.latent is None else attention.latent.expansions
         norms = (
             *(attention.norm, attention.q_norm, attention.k_norm, attention.post_norm),
+            *(expansion.norm for expansion in expansions),
             *(feed_forward.norm, feed_forward.post_norm),
         )
         return tuple(norm for norm in norms if norm is not None)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.adapter.wrapper import Wrapper
+from veneer.fused.rotaries import Angles
 from veneer.kernels.attention import NAME, Packing, packed_attention
 from veneer.kernels.dropout import Mask
 from veneer.models.blocks import decoder_of
@@ -138,10 +139,14 @@ def attention_is_asked_for(model: PreTrainedModel) -> bool:
     return hasattr(code, "ALL_ATTENTION_FUNCTIONS")
 
 
-def angles_of(args: tuple, options: Options) -> tuple[Tensor, Tensor] | None:
-    """Return cos and sin (1, tokens, dims) from a layer's arguments, None where there are none."""
-    pairs = (x for x in (options.get("position_embeddings"), *args) if isinstance(x, tuple))
-    return next((pair for pair in pairs if len(pair) == 2), None)
+def angles_of(args: tuple, options: Options) -> Angles | None:
+    """Return cos and sin from a layer's arguments, None where there are none."""
+    arguments = (options.get("position_embeddings"), *args)
+    return next((x for x in arguments if _are_angles(x)), None)
+
+
+def _are_angles(x: Any) -> bool:
+    return len(x) == 2 if isinstance(x, tuple) else isinstance(x, Tensor) and x.is_complex()
 
 
 @contextmanager

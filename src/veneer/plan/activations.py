@@ -178,7 +178,7 @@ def _by_two_functions(
     gained = {line.layer.inner_path for line in lines} if config.method == "dora" else set()
     halves = structure.halves
     outs = {layer.inner_path: layer.out for layer in block.layers}
-    qkv, inner = (*(sum(outs[path] for path in half.inputs) for half in halves), 0)[:2]
+    qkv, inner = (*(sum(outs[path] for path in half.projections) for half in halves), 0)[:2]
     kept_outputs = [half.post_norm is not None or half.output in gained for half in halves]
     shares = structure.parallel or (kept_outputs[0] and structure.mixture is None)
     inputs = 1 if shares else 2
@@ -189,7 +189,7 @@ def _by_two_functions(
     ]
     if not selective:
         widths += [(qkv, "q, k, v"), (inner, "gate and up" if block.is_gated else "up")]
-    again = {path for half in halves for path in half.inputs} if selective else set()
+    again = {path for half in halves for path in half.projections} if selective else set()
     post_norms = sum(half.post_norm is not None for half in halves)
     return [
         *(

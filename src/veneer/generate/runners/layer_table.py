@@ -41,6 +41,8 @@ def proven_layers(model: PreTrainedModel, tokens: Tensor) -> tuple[FusedLayer, .
             raise Unsuited(f"its layers are not made of known parts ({path}: {layer})")
         if layer.structure.mixture is not None:
             raise Unsuited(f"its layers are not made of known parts ({path}: a mixture of experts)")
+        if layer.structure.attention.latent is not None:
+            raise Unsuited(f"its layers are not made of known parts ({path}: latent attention)")
     layers = tuple(layer for layer in recognised.values() if isinstance(layer, FusedLayer))
     if not layers or [layer.layer for layer in layers] != list(decoder_layers(model) or ()):
         raise Unsuited("its layers are not those of a decoder")
