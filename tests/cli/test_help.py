@@ -67,7 +67,7 @@ def test_the_commands_are_these():
     models = {"inspect", "plan", "pretrain", "quantize", "tune", "search", "compare"}
     models |= {"generate", "chat", "doctor", "evaluate"}
     adapters = {"diff", "combine", "extract", "merge", "convert", "export", "check", "serve"}
-    adapters |= {"verify"}
+    adapters |= {"verify", "push", "card"}
     assert set(COMMANDS) == models | adapters | {"completion"}
 
 

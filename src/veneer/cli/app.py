@@ -144,6 +144,18 @@ app.command(
     "any step, or the best so far.",
 )
 app.command(
+    "veneer.cli.push:push",
+    group=WRITE,
+    help="Give ADAPTER to the hub as NAME, with a card that says what was measured; --dry-run "
+    "writes what would be given. Every command takes hf:NAME as an adapter.",
+)
+app.command(
+    "veneer.cli.push:card",
+    group=INSPECT,
+    help="Print the card of ADAPTER: what it is, its data's hash, its recipe, what its run "
+    "measured, the licence of its base.",
+)
+app.command(
     "veneer.cli.check:check",
     group=INSPECT,
     help="Read ADAPTER as another runtime would, and say what it needs there; exit code 0 if it "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,7 +19,8 @@ USES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
 def card(state: AdapterState) -> str:
-    """Return an adapter's README.md: base, tags, and the data's hash and the recipe if known."""
+    """Return an adapter's README.md: base, tags, and of its training the data's hash, the recipe,
+    what was measured and the licence of the base, as far as they are known."""
     config = state.config
     kind = "lora" if isinstance(config, LoRA) else config.method
     head: dict[str, Any] = {"library_name": "peft", "tags": ["veneer", kind]}
@@ -42,6 +45,12 @@ def card(state: AdapterState) -> str:
         "    PeftModel.from_pretrained(base, directory)",
         "",
     ]
+    if licence := state.training.get("licence"):
+        lines += ["## Licence of the base", "", f"{base} is under {licence}.", ""]
+    if isinstance(figures := state.training.get("figures"), Mapping):
+        lines += ["## Measured", "", "| what | value |", "|---|---|"]
+        lines += [f"| {what} | {value} |" for what, value in figures.items()]
+        lines += [""]
     if base_then := base_in(state.training):
         lines += ["## Trained over", "", f"{base}, computed in {base_then}.", ""]
     if system := system_prompt(state.training):
@@ -50,8 +59,20 @@ def card(state: AdapterState) -> str:
     if data := state.training.get("data"):
         lines += ["## Data", "", f"Hash of its tokens and labels: `{data}`.", ""]
     if recipe := state.training.get("recipe"):
-        text = yaml.safe_dump(recipe, sort_keys=False).rstrip()
+        text = yaml.safe_dump(without_places(recipe), sort_keys=False).rstrip()
         lines += ["## Recipe", "", "```yaml", text, "```", ""]
         if step := unfinished(state.training):
             lines += [f"These are the weights of {step}; the recipe is of the whole run.", ""]
     return "\n".join(lines)
+
+
+def without_places(recipe: Any) -> Any:
+    """Return a recipe in which files of this machine have their names alone: where they lie is
+    nobody else's affair."""
+    if isinstance(recipe, Mapping):
+        return {key: without_places(value) for key, value in recipe.items()}
+    if isinstance(recipe, list):
+        return [without_places(value) for value in recipe]
+    if isinstance(recipe, str) and recipe.startswith(("/", "~", "../")):
+        return Path(recipe).name
+    return recipe

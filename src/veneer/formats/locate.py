@@ -13,6 +13,7 @@ from veneer.adapter.method import MethodName
 from veneer.checksums import problems_of
 from veneer.errors import AdapterError, VeneerWarning, closest, listed, nearest
 from veneer.files import read_json
+from veneer.formats.hub import is_on_hub, pulled
 from veneer.formats.names import FormatName
 from veneer.formats.table import FORMATS, detect
 from veneer.formats.training import name_here
@@ -45,12 +46,13 @@ class Located:
 def locate(path: Path) -> Located:
     """Return where the adapter is that `path` means.
 
-    That is an adapter of any format, or a checkpoint; or a run's directory, which means the run's
-    adapter, and before its end the newest checkpoint; or a directory with one adapter in it.
+    That is an adapter of any format, or a checkpoint; one of the hub (hf:USER/NAME), copied here;
+    or a run's directory, which means the run's adapter, and before its end the newest checkpoint;
+    or a directory with one adapter in it.
     Warns (VeneerWarning) of what is taken instead of `path` itself, where that is not the run's
     result. Raises AdapterError, which lists what is there, where nothing or more than one fits.
     """
-    path = path.expanduser()
+    path = pulled(path) if is_on_hub(path) else path.expanduser()
     if (format := detect(path)) is not None:
         return Located(path, format)
     if not path.is_dir() or (path / "config.json").is_file():
