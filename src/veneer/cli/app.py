@@ -19,7 +19,7 @@ from cyclopts.help import DefaultFormatter, HelpPanel, InlineText
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
-from veneer.cli.console import ERRORS, show_error, warnings_as_notices
+from veneer.cli.console import ERRORS, is_at_terminal, show_error, warnings_as_notices
 from veneer.cli.recipes import from_recipe
 from veneer.cli.several_data import data_flags, joined_data
 from veneer.errors import ConfigError, VeneerError
@@ -207,13 +207,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     try:
         with warnings_as_notices():
-            code = app(
-                joined_data(arguments),
-                console=Console(),  # of this call: cyclopts would keep an earlier one's width
-                exit_on_error=False,
-                print_error=False,
-                result_action="return_value",
-            )
+            code = guided() if not arguments and is_at_terminal() else _called(arguments)
     except (VeneerError, CycloptsError, OSError) as error:
         error = storage_error(error) or error  # where nobody has said what was being written
         show_error(_explained(error, arguments))
@@ -222,6 +216,23 @@ def run(arguments: Sequence[str]) -> int:
         ERRORS.print("Interrupted.")
         return 130
     return code or 0
+
+
+def guided() -> int:
+    """Lead a person from nothing to a chat, by command lines."""
+    from veneer.cli.guide import guide
+
+    return guide(run)
+
+
+def _called(arguments: Sequence[str]) -> int | None:
+    return app(
+        joined_data(arguments),
+        console=Console(),  # of this call: cyclopts would keep an earlier one's width
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
+    )
 
 
 def _explained(error: Exception, arguments: Sequence[str]) -> Exception:

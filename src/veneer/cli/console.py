@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,11 @@ class Pace:
             return False
         self.last = now
         return True
+
+
+def is_at_terminal() -> bool:
+    """Return whether somebody types here, and reads what is printed."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def silence(*consoles: Console) -> None:
