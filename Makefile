@@ -12,6 +12,8 @@
 # make docs      the documentation site, in dist/site
 # make wheel     a wheel for this kind of machine with its native parts compiled, in dist/
 # make proof-wheel  whether that wheel alone, in a clean environment, does what the demo shows
+# make proof-versions  whether the laws hold with the lowest versions of libraries, and on each Python here
+# make proof-arm  whether the native parts are right on arm64: cross-compiled, run in an emulator
 # make hooks     let git run the checks before each commit
 # make demo      teach a real model something new, and show what it learnt
 # make bench     measurements beside peers
@@ -28,7 +30,7 @@ GPU := .venv-gpu/.ready
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults fuzz determinism proof-gpu docs wheel proof-wheel hooks demo bench clean
+.PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults fuzz determinism proof-gpu docs wheel proof-wheel proof-versions proof-arm hooks demo bench clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -83,6 +85,12 @@ wheel: $(READY)
 
 proof-wheel: wheel
 	tools/proof_wheel.sh dist/*.whl
+
+proof-versions:
+	tools/proof_versions.sh
+
+proof-arm: $(READY)
+	tools/proof_arm.sh
 
 hooks: $(READY)
 	$(BIN)/pre-commit install

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Cross-compiles the native parts for arm64 and runs them in an emulator: every call that the tests of the
+# kernels make here is made there again, and has to write the same numbers (tools/replay_kernels.cpp).
+# Debian's g++-aarch64-linux-gnu and qemu-user are installed where they are missing and that is allowed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+if ! command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null; then
+  echo "Installing g++-aarch64-linux-gnu and qemu-user ..."
+  { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+    g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user; } >/dev/null
+fi
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+HATCH_BUILD_HOOKS_ENABLE=true CXX=aarch64-linux-gnu-g++ \
+  "$python" -m pip wheel --quiet --no-deps --wheel-dir "$scratch" .
+"$python" -m zipfile -e "$scratch"/*.whl "$scratch/wheel"
+libraries=$scratch/wheel/veneer/kernels/prebuilt
+file=$scratch/calls.bin
+# One thread: sums are the same for any number of them, and the tests say so elsewhere.
+VENEER_RECORD=$file PYTHONPATH=src:tests OMP_NUM_THREADS=1 "$python" -m pytest -n 0 -p no:cacheprovider \
+  -p support.recorded_kernels ${KERNEL_TESTS:-tests/kernels tests/quant}
+# The libraries take OpenMP from whoever loads them, here from the program.
+aarch64-linux-gnu-g++ -std=c++20 -O2 -Wall -Wextra -fopenmp tools/replay_kernels.cpp \
+  -o "$scratch/replay" -Wl,--no-as-needed -lgomp -ldl
+qemu-aarch64 -L /usr/aarch64-linux-gnu "$scratch/replay" "$file" "$libraries" neon
