@@ -45,11 +45,13 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.mark.parametrize(
-    "config",
-    [virtual("prefix"), virtual("prefix", prefix_mlp=6), virtual("prompt")],
-    ids=["prefix", "prefix by an MLP", "prompt"],
+    ("architecture", "config"),
+    [
+        *((each, virtual(method)) for each in ARCHITECTURES for method in METHODS),
+        ("llama", virtual("prefix", prefix_mlp=6)),  # which knows no architecture
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.method + " by an MLP" * bool(x.prefix_mlp),
 )
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_the_virtual_tokens_train_and_detaching_leaves_no_trace(architecture, config):
     model = tiny(architecture)
     before, marks, looks = snapshot(model), fingerprint(model), repr(model)

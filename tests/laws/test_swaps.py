@@ -10,7 +10,7 @@ from support.random_adapters import base_tensors, logits, same, shake, snapshot
 from support.tiny_models import quantized, tiny
 from veneer.quant.weight import quantized_layers
 
-MANY = 40
+MANY = 20
 BASES = {
     "float32": lambda: tiny("llama"),
     "bf16": lambda: tiny("gpt2", dtype=torch.bfloat16),

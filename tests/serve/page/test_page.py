@@ -67,7 +67,7 @@ def ask(page, text, form="chat"):
     page.locator(f"#{form}-text").press("Enter")
 
 
-def test_chat(page, site):
+def test_chat(page, site, monkeypatch):
     who, instructions = (page.get_by_label(t).first for t in ("Answered by", "Instructions"))
     who.select_option("law")
     expect(instructions).to_have_value("Be just.")  # what it was trained with
@@ -93,7 +93,8 @@ def test_chat(page, site):
     assert all(text in sent for text in ("Be short.", "honey?", "cooking says word 0", "And salt?"))
     page.get_by_role("button", name="New").click()
     expect(page.locator(".turn")).to_have_count(0)
-    # Stopping frees the slot.
+    # Stopping frees the slot. Its answer would go on for minutes, however long the press takes.
+    monkeypatch.setattr(site.served.engine, "pace", 0.1)
     page.get_by_label("Longest answer").first.fill("4000")
     ask(page, "Go on")
     page.locator(".turn.assistant .text").filter(has_text="word").wait_for()
