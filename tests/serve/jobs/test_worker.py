@@ -187,23 +187,30 @@ def test_preferences_are_learnt(small, tmp_path):
     assert "Read 24 rows" in read_on(log, 0)[0][0].content.message
 
 
+PROMPTS = [
+    {"messages": [{"role": "user", "content": f"Say {letter}"}], "letter": letter}
+    for letter in "abc"
+]
+GRADER = {
+    "type": "string_check",
+    "name": "has it",
+    "input": "{{ sample.output_text }}",
+    "reference": "{{ item.letter }}",
+    "operation": "like",
+}
+LIKE = {"type": "reinforcement", "reinforcement": {"grader": GRADER}}
+
+
 @pytest.fixture(scope="module")
 def prompts(small, tmp_path_factory):
     """A base, and prompts as OpenAI has them."""
     data = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    asks = [{"messages": [{"role": "user", "content": f"Say {x}"}], "letter": x} for x in "abc"]
-    data.write_bytes(lines(asks))
+    data.write_bytes(lines(PROMPTS))
     return small[0], data
 
 
 def on_samples(prompts, run, field, **own):
-    grader = {
-        "type": "string_check",
-        "name": "has it",
-        "input": "{{ sample.output_text }}",
-        "reference": f"{{{{ item.{field} }}}}",
-        "operation": "like",
-    }
+    grader = GRADER | {"reference": f"{{{{ item.{field} }}}}"}
     own |= {"objective": "grpo", "steps": 3, "max_new_tokens": 5, "kl_weight": 0.1}
     chosen = {"batch_size": 2, "compute_multiplier": 0.5, "learning_rate_multiplier": 2.0}
     return asked(prompts, run, hyperparameters=chosen, grader=grader, **own)
@@ -269,17 +276,21 @@ def started(base: Path, runs: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("worker_too", [False, True])
-def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too):
+@pytest.mark.parametrize(
+    ("worker_too", "on_samples"), [(False, False), (True, False), (True, True)]
+)
+def test_a_killed_server_goes_on_with_its_job(small, tmp_path, worker_too, on_samples):
     """Shown to the bit beside `tune`, with the worker left to itself, and killed too."""
     runs = tmp_path / "runs"
     runs.mkdir()
     server, client = started(small[0], runs)
-    steps = {"steps": 120, "save_every": 10, "rank": 2, "tokens_per_step": 100}
-    file = upload(client, ROWS)
-    assert client.files.content(file.id).read() == lines(ROWS)
+    own = {"steps": 120, "save_every": 10, "rank": 2, "tokens_per_step": 100}
+    rows, method = (PROMPTS, {"method": LIKE}) if on_samples else (ROWS, {})
+    own |= {"group_size": 2, "prompts_per_step": 1, "max_new_tokens": 4} if on_samples else {}
+    file = upload(client, rows)
+    assert client.files.content(file.id).read() == lines(rows)
     job = client.fine_tuning.jobs.create(
-        model=small[0].name, training_file=file.id, extra_body=steps
+        model=small[0].name, training_file=file.id, extra_body=own, **method
     )
     until_step(client, job.id, 20)
     below = Path(f"/proc/{server.pid}/task")
