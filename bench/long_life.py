@@ -122,11 +122,21 @@ def serve(base: Path, place: Path, requests: int, *, rate: float, clients: int) 
             time.sleep(BETWEEN)
         load.end()
     finally:
-        status = server.stop()
-    faults = [*load.findings.faults[:10]]
-    faults += [f"the server exited with {status}"] if status else []
+        ended = _ended(server)
+    faults = [*load.findings.faults[:10], *ended]
     faults += [f"{server.failures()} tracebacks in its log"] if server.failures() else []
     return Life("requests", points, faults)
+
+
+def _ended(server: ServerProcess) -> list[str]:
+    """End a server, and return what is wrong with how it ended."""
+    try:
+        status = server.stop()
+    except subprocess.TimeoutExpired as error:
+        server.process.kill()
+        server.process.wait()
+        return [f"the server had not ended after {error.timeout:g} s"]
+    return [f"the server exited with {status}"] if status else []
 
 
 def draw(lives: Sequence[Life], picture: Path) -> None:

@@ -269,6 +269,17 @@ def test_llama_cpp_s_converter_is_called_where_it_is(qwen, tmp_path, monkeypatch
 # The real thing.
 
 
+def test_a_number_that_float16_cannot_hold_is_no_infinity(tmp_path):
+    model = directory(CONFIGS["qwen3"][1], tokenizer("qwen2"), tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    write_model(model, tokenizer("qwen2"), tmp_path / "large")
+    with pytest.raises(ModelError, match=r"up_proj\.weight has numbers that float16 cannot hold"):
+        write_plain(tmp_path / "large", tmp_path / "large.gguf", kind="f16")
+    assert not (tmp_path / "large.gguf").exists()
+    write_plain(tmp_path / "large", tmp_path / "large.gguf", kind="bf16")
+
+
 @pytest.mark.slow
 def test_smollm2_answers_there_as_here(tmp_path):
     base = veneer.load_base("smollm2-135m", dtype="float32")

@@ -40,14 +40,13 @@ with atheris.instrument_imports(include=list(INSTRUMENTED)):
     TARGETS = {name: target(name) for name in NAMES}
 
 
-def fuzz(chosen: Target, seconds: float, inputs: Path, findings: Path) -> None:
+def fuzz(chosen: Target, seconds: float, inputs: Path, findings: Path, home: Path) -> None:
     """Try new inputs for so long, and end the process."""
     seen = Findings(findings)
     signal.signal(signal.SIGPROF, stop)
-    home = tempfile.mkdtemp(prefix="fuzz-", dir=findings.parent)
 
     def once(data: bytes) -> None:
-        end, wrong = judge(chosen, data, Path(home))
+        end, wrong = judge(chosen, data, home)
         if wrong is not None:
             seen.add(data, end, wrong)
 
@@ -80,13 +79,14 @@ def in_a_process(name: str, seconds: float, out: Path) -> str:
     inputs.mkdir(parents=True, exist_ok=True)
     for kept in corpus(name):
         (inputs / kept.name).write_bytes(kept.read_bytes())
-    if (child := os.fork()) == 0:
-        with log.open("wb") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        fuzz(TARGETS[name], seconds, inputs, findings)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as home:
+        if (child := os.fork()) == 0:
+            with log.open("wb") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            fuzz(TARGETS[name], seconds, inputs, findings, Path(home))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
     text = log.read_text(errors="replace")
     executions = re.findall(r"stat::number_of_executed_units: (\d+)|^#(\d+)", text, re.MULTILINE)
     covered = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", text) or [("0", "0", "0")]

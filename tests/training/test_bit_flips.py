@@ -15,8 +15,9 @@ from veneer.errors import AdapterError
 from veneer.formats.merged import write_model
 from veneer.formats.quantized import write_quantized
 from veneer.models.load import load_base, open_base
+from veneer.quant.mapped import are_mapped
 from veneer.training import checkpoint
-from veneer.training.frozen import FrozenBase
+from veneer.training.frozen import FrozenBase, quantized_tensors
 
 FLIPS = 100
 
@@ -73,6 +74,27 @@ def test_in_a_quantized_base_when_it_is_verified(tmp_path):
     list(write_quantized(source, own, tmp_path / "q", bits=4, name="base"))
     (file,) = (tmp_path / "q").glob("*.safetensors")
     assert seen_in_file(file, lambda: bool(problems_of(tmp_path / "q"))) == FLIPS
+
+
+@pytest.mark.slow
+def test_in_a_mapped_base_at_the_end_of_a_run(tmp_path):
+    write_model(tiny("llama"), tokenizer(), tmp_path / "base")
+    source, own, _ = open_base(str(tmp_path / "base"))
+    list(write_quantized(source, own, tmp_path / "q", bits=4, name="base"))
+    model = load_base(tmp_path / "q").model.requires_grad_(False)
+    stored = [tensor for _, tensor in quantized_tensors(model)]
+    mapped = [tensor for tensor, is_so in zip(stored, are_mapped(stored), strict=True) if is_so]
+    assert mapped
+    base, generator, seen = FrozenBase(model), random.Random(0), 0
+    for _ in range(FLIPS):
+        data = generator.choice(mapped).reshape(-1).view(torch.uint8)
+        at, bit = generator.randrange(len(data)), 1 << generator.randrange(8)
+        whole = data[at].item()
+        data[at] ^= bit  # of this process's own copy of the page, which is private
+        seen += bool(base.changed(all=True))
+        data[at] = whole  # the page may be the file's again by now
+    assert seen == FLIPS
+    assert not base.changed(all=True)
 
 
 @pytest.mark.slow

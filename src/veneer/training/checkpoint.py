@@ -92,10 +92,11 @@ def newest(directory: Path) -> Checkpoint | None:
 
 
 def last_good(directory: Path) -> Path | None:
-    """Return the newest checkpoint below `directory` that was not saved between skipped steps."""
+    """Return the newest whole checkpoint below `directory` that was not saved between skipped
+    steps."""
     for _, place in sorted(checkpoint_steps(directory).items(), reverse=True):
         with suppress(AdapterError):
-            if not read_json(place / STATE).get("skips"):
+            if not read(place).progress.get("skips"):
                 return place
     return None
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.models.block_buffers import passes_of
 from veneer.models.fingerprint import base_parameters
-from veneer.quant.mapped import are_mapped
+from veneer.quant.mapped import are_mapped, release
 from veneer.quant.stack import QuantizedStack, quantized_modules
 
 PIECE = 2**26  # bytes of one sum: 64 MB
@@ -24,12 +24,14 @@ AT_ONCE = 2**30  # bytes that a checkpoint looks at, which takes a tenth of a se
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Some bytes of a frozen tensor, and their sum."""
+    """Some bytes of a frozen tensor, and their sum. is_mapped: from a file that may be larger than
+    memory, of which no more is kept than was there before."""
 
     name: str
     tensor: Tensor
     start: int
     bytes: int
+    is_mapped: bool
     sum: Tensor
 
     def is_as_it_was(self) -> bool:
@@ -37,25 +39,26 @@ class _Piece:
         return trains or not _is_here(self.tensor) or bool(self._sum_now() == self.sum)
 
     def _sum_now(self) -> Tensor:
-        return _sum(_bytes(self.tensor)[self.start : self.start + self.bytes])
+        return _sum(_bytes(self.tensor)[self.start :][: self.bytes], is_mapped=self.is_mapped)
 
 
 class FrozenBase:
     """The sums of a base's frozen weights as they are when this is made.
 
-    Quantized weights that are mapped from files are left out: they may be more than memory holds,
-    and `veneer verify` looks at the files. So is what is not on the device now, and the quantized
-    weights of a base that is sharded or read block by block.
+    What is mapped from files is read once for that, as each pass of the model reads it. Left out is
+    what is not on the device now, and the quantized weights of a base that is sharded or read block
+    by block.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._pieces: list[_Piece] = []
         self._next = 0
-        for name, tensor in _frozen(model):
+        for name, tensor, is_mapped in _frozen(model):
             flat = _bytes(tensor)
             for start in range(0, len(flat), PIECE):
                 piece = flat[start : start + PIECE]
-                self._pieces.append(_Piece(name, tensor, start, len(piece), _sum(piece)))
+                whole = _sum(piece, is_mapped=is_mapped)
+                self._pieces.append(_Piece(name, tensor, start, len(piece), is_mapped, whole))
 
     @property
     def bytes(self) -> int:
@@ -77,20 +80,21 @@ class FrozenBase:
         return sorted(names)
 
 
-def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base's frozen tensors that are in memory, by name."""
+def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield the base's frozen tensors that are in memory, or mapped into it, by name, and whether
+    they are what nobody but `veneer.quant.mapped` has mapped: pages of other weights may have been
+    written to since, and would lose that when they are released."""
     for name, weight in base_parameters(model).items():
         if not weight.requires_grad and weight.is_contiguous() and _is_here(weight):
-            yield name, weight
+            yield name, weight, False
     quantized = [
         (name, tensor)
         for name, tensor in quantized_tensors(model)
         if tensor.is_contiguous() and _is_here(tensor)
     ]
     mapped = are_mapped([tensor for _, tensor in quantized])
-    for item, is_mapped in zip(quantized, mapped, strict=True):
-        if not is_mapped:
-            yield item
+    for (name, tensor), is_mapped in zip(quantized, mapped, strict=True):
+        yield name, tensor, is_mapped
 
 
 def quantized_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -116,10 +120,13 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def _sum(flat: Tensor) -> Tensor:
+def _sum(flat: Tensor, *, is_mapped: bool) -> Tensor:
     """Return the sum of bytes as 64-bit integers, which wrap around. flat (bytes,)"""
     whole = len(flat) // 8 * 8
-    rest = flat[whole:].to(torch.int64).sum()
+    numbers = flat
     if flat.data_ptr() % 8 or flat.storage_offset() % 8:
-        flat = flat.clone()
-    return flat[:whole].view(torch.int64).sum() + rest
+        numbers = flat.clone()
+    result = numbers[:whole].view(torch.int64).sum() + flat[whole:].to(torch.int64).sum()
+    if is_mapped:
+        release([flat])
+    return result

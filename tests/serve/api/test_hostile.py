@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import sys
+from contextlib import suppress
 from itertools import count, pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -268,6 +269,31 @@ def test_slow_headers_and_bodies_are_ended():
         with connected(server.url, b"\x16\x03\x01\x02\x00 hello\r\n\r\n") as connection:
             assert connection.recv(4096).startswith(b"HTTP/1.1 400")
         assert call(server.url, "/health")[0] == 200
+
+
+def test_a_flood_of_headers_is_ended(server):
+    head = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+    for flood in (
+        head + b"a: b\r\n" * 100_000,
+        head + b"a: " + b"x" * 10**6,
+        b"GET /" + b"x" * 10**6,
+    ):
+        with connected(server.url) as connection:
+            answer = b""
+            with suppress(ConnectionError):  # it is closed before all has been sent, or read
+                connection.sendall(flood)
+                answer = received(connection)
+            assert answer.startswith(b"HTTP/1.1 400") or not answer
+        assert call(server.url, "/health")[0] == 200
+
+
+def test_who_does_not_read_holds_no_slot():
+    with running(scripted(slots=1)) as server:
+        request = post("/v1/chat/completions", chat(stream=True, max_tokens=4000))
+        with connected(server.url, request) as connection:
+            assert connection.recv(10).startswith(b"HTTP/1.1 2")
+            # The rest of the answer waits for its reader, and another gets the slot.
+            assert call(server.url, "/v1/chat/completions", chat(max_tokens=2))[0] == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])

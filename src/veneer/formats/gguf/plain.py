@@ -209,7 +209,13 @@ def _write_weights(writer: gguf.GGUFWriter, source: Source, kind: Kind) -> None:
     for name in source.names:
         layer = names[name].split(".")[-2]
         weight = permuted(source.read(name).to(torch.float32), heads.get(layer, 0))
-        writer.write_tensor_data(gguf.quantize(weight.contiguous().numpy(), kinds[name]))
+        with np.errstate(over="ignore"):
+            stored = gguf.quantize(weight.contiguous().numpy(), kinds[name])
+        if kinds[name] == Kind.F16 and not np.isfinite(stored.view(np.float16)).all():
+            raise ModelError(
+                f"{name} has numbers that float16 cannot hold; take bf16 or f32 (--gguf-type)."
+            )
+        writer.write_tensor_data(stored)
     if factors is not None:
         writer.write_tensor_data(factors)
 
