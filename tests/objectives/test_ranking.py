@@ -212,7 +212,8 @@ def test_a_reward_model_judges_samples_and_win_rates(minigpt_home, tmp_path, cap
     command = ["tune", minigpt_home, pairs_file, "--objective", "reward", "--out", out]
     command += ["--steps", 12, "--lr", 0.003, "--dtype", "float32", "--eval-rows", 4]
     assert run([*map(str, command)]) == 0
-    assert "reward model" in " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr()
+    assert "is a reward model" in " ".join((printed.out + printed.err).split())
     judge = ModelReward(str(out))
     asked = [{"role": "user", "content": "What is 90?"}]
     good, bad = (judge(Answered(text, asked)) for text in ("It is a number.", "I am sorry."))
