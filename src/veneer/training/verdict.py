@@ -58,8 +58,8 @@ def judge(lines: Sequence[Mapping[str, Any]], *, usual_lr: float) -> Verdict:
     if all(loss <= NOTHING for loss in losses):
         return Verdict(
             "hardly learnt",
-            f"There was nothing to learn: no loss was above {NOTHING:g}. Rows, or a teacher, that "
-            "say what the base says already teach nothing.",
+            f"Hardly learnt: there was nothing to learn, as no loss was above {NOTHING:g}. Rows, "
+            "or a teacher, that say what the base says already teach nothing.",
         )
     course = _Course(steps)
     if held_out := len(evaluations) > 1:
