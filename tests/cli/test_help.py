@@ -103,7 +103,7 @@ def test_every_flag_and_argument_is_explained(command, capsys, monkeypatch):
     switches = ("resume", "force", "ignore_plan", "track", "quiet", "json", "config")
     tuned = len(Recipe("m", Path("d")).settings()) + len(switches)
     flags = {"tune": tuned, "compare": compared, "inspect": 13, "combine": 7, "extract": 8}
-    flags |= {"verify": 1, "doctor": 1}
+    flags |= {"verify": 1, "doctor": 1, "completion": 1}
     assert len(rows) >= flags.get(command, 2)
     assert printed.count("╭") >= {"tune": 8, "search": 7}.get(command, 1)  # headings of flags
     for row in rows:
