@@ -26,8 +26,9 @@ READY := .venv/.ready
 VLLM := .venv-vllm/.ready
 RAY := .venv-ray/.ready
 GPU := .venv-gpu/.ready
-# Strict: a link that leads nowhere is an error. The variable leaves an advertisement out.
-SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+# Strict: a link that leads nowhere is an error, and would not be with --quiet. The variable leaves out
+# an advertisement.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help test check coverage test-all proof proof-vllm proof-ray proof-faults fuzz determinism proof-gpu docs wheel proof-wheel proof-versions proof-arm hooks demo bench clean

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from veneer.adapter.use import adapters, in_use, use
     from veneer.algebra.combine import combine
     from veneer.algebra.extract import extract
+    from veneer.cli.show import show
     from veneer.data.load import load_examples
     from veneer.errors import (
         AdapterError,
@@ -89,6 +90,7 @@ _HOMES = {
     "pretrain": "training.pretrain",
     "save": "formats.adapters",
     "search": "training.search.run",
+    "show": "cli.show",
     "stream": "generate.decode",
     "train": "training.loop",
     "train_many": "training.many.train",
@@ -139,6 +141,7 @@ __all__ = [
     "pretrain",
     "save",
     "search",
+    "show",
     "stream",
     "train",
     "train_many",

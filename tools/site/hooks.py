@@ -6,13 +6,15 @@ page that shows that file.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
 import reference
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +22,7 @@ DOCS = ROOT / "docs"
 AS_PAGES = {"CHANGELOG.md": "project/changelog.md", "CONTRIBUTING.md": "project/contributing.md"}
 LINK = re.compile(r"\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 LANGUAGES = {".py": "python", ".sh": "sh", ".sbatch": "sh", ".yaml": "yaml", ".yml": "yaml"}
+SOURCE = "source/"
 HIDDEN = "---\nsearch:\n  exclude: true\n---\n"
 
 
@@ -38,7 +41,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in linked_files():
         made[source_page(path)] = shown(path)
     for place, text in made.items():
-        files.append(File.generated(config, place, content=text))
+        level = InclusionLevel.UNDEFINED
+        if place.startswith(SOURCE):  # reached by links alone
+            level = InclusionLevel.NOT_IN_NAV
+        files.append(File.generated(config, place, content=text, inclusion=level))
     return files
 
 
@@ -64,11 +70,11 @@ def place_of(target: str) -> str | None:
         return target.removeprefix("docs/")
     if target in AS_PAGES:
         return AS_PAGES[target]
-    return source_page(target) if (ROOT / target).is_file() else None
+    return source_page(target) if (ROOT / target).exists() else None
 
 
 def source_page(path: str) -> str:
-    return f"source/{path}.md"
+    return f"{SOURCE}{path}.md"
 
 
 def linked_files() -> list[str]:
@@ -83,14 +89,26 @@ def linked_files() -> list[str]:
         target
         for target in targets
         if not target.startswith(("docs/", "..")) and target not in AS_PAGES
-        if (ROOT / target).is_file()
+        if (ROOT / target).exists()
     )
 
 
 def shown(path: str) -> str:
-    """Return a page that shows a file; what is Markdown is shown as that."""
+    """Return a page that shows a file, or lists a folder; what is Markdown is shown as that."""
+    if (ROOT / path).is_dir():
+        names = sorted(file.name for file in (ROOT / path).iterdir() if file.is_file())
+        return "\n".join([HIDDEN, f"# {path}", "", *(f"- `{name}`" for name in names)])
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.endswith(".md"):
         return HIDDEN + text
+    if path.endswith(".ipynb"):
+        return HIDDEN + notebook(json.loads(text))
     language = LANGUAGES.get(Path(path).suffix, "text")
     return f"{HIDDEN}# {path}\n\n`````{language}\n{text}\n`````\n"
+
+
+def notebook(cells: dict[str, Any]) -> str:
+    """Return a page that shows a notebook's texts and code."""
+    sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells["cells"]]
+    shown = [text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in sources]
+    return "\n\n".join(shown) + "\n"
