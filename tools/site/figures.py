@@ -87,7 +87,7 @@ def shapes() -> str:
             text(394, 300, "(r,)", "small middle"),
             box(438, 235, 24, 150, "trained"),
             text(450, 315, "B"),
-            text(474, 262, "zero at the start", "small"),
+            text(450, 224, "zero at the start", "small middle"),
             text(474, 282, "(out, r)", "small"),
             arrow((360, 105), (580, 105), (580, 180), (600, 180)),
             arrow((472, 310), (580, 310), (580, 212), (600, 212)),

@@ -19,7 +19,11 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-AS_PAGES = {"CHANGELOG.md": "project/changelog.md", "CONTRIBUTING.md": "project/contributing.md"}
+AS_PAGES = {
+    "CHANGELOG.md": "project/changelog.md",
+    "CONTRIBUTING.md": "project/contributing.md",
+    "recipes/README.md": "recipes.md",
+}
 LINK = re.compile(r"\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 LANGUAGES = {".py": "python", ".sh": "sh", ".sbatch": "sh", ".yaml": "yaml", ".yml": "yaml"}
 SOURCE = "source/"
@@ -52,7 +56,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Let links that leave docs/ lead to the pages that stand for their targets."""
     places = {place: name for name, place in AS_PAGES.items()}
     source = page.file.src_uri
-    here = "" if source in places else posixpath.join("docs", posixpath.dirname(source))
+    here = posixpath.dirname(places.get(source, f"docs/{source}"))
 
     def led(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(here, link["path"]))
