@@ -76,7 +76,7 @@ def test_the_page_shows_what_a_person_sees(minigpt_home, tmp_path):
         stdout=theirs,
         stderr=theirs,
         cwd=tmp_path,
-        env=environment | {"EDITOR": "true", "TERM": "xterm", "NO_COLOR": "1"},
+        env=environment | {"EDITOR": "true", "TERM": "dumb"},
     )
     os.close(theirs)
     shown = ""
