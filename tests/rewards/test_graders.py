@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
+from datetime import date
 
 import pytest
 from openai.types.graders import MultiGrader, StringCheckGrader, TextSimilarityGrader
 
 from veneer.errors import ConfigError
+from veneer.rewards import graders
 from veneer.rewards.formula import formula_of
 from veneer.rewards.graders import Graded, grader_of
 from veneer.rewards.judged import Answered, RewardFault
@@ -112,12 +114,21 @@ def test_a_formula_is_computed_as_python_would(text):
         ("sqrt(1, 2)", "takes one number, not 2"),
         ("(" * 60 + "1" + ")" * 60, "more than 50 brackets"),
         ("-" * 60 + "1", "more than 50 brackets"),
+        ("2²", "'²' is not expected"),
         ("1+" * 600 + "1", "1,201 characters"),
     ],
 )
 def test_what_is_no_formula_is_refused(text, fault):
     with pytest.raises(ValueError, match=fault):
         formula_of(text)
+
+
+def within(depth, call):
+    return call() if depth == 0 else within(depth - 1, call)
+
+
+def test_a_long_formula_is_computed_at_any_depth_of_the_program():
+    assert within(450, lambda: formula_of("1+" * 499 + "1")({})) == 500
 
 
 def test_a_formula_weighs_graders():
@@ -180,6 +191,9 @@ MULTI = {"type": "multi", "name": "m", "graders": {"a": check()}, "calculate_out
         (check(input="{{ item.a | upper }}"), ["input: {{ item.a . upper }} names neither"]),
         (check(input="{{ item }}"), ["names neither a field"]),
         (check(input="{{ item.a"), ["has no }}"]),
+        (check(input="{{" * 5_000), ["it has 5,000 places to fill, and may have 32"]),
+        (check(input="x" * 20_001), ["it has 20,001 characters"]),
+        (check(name="x" * 201), ["name has 201 characters"]),
         (check(input="{{ sample.choices }}"), ["there is no sample.choices"]),
         (check(input="{{ item.__class__() }}"), ["names neither"]),
         (MULTI | {"calculate_output": "a +"}, ["calculate_output: it ends too early"]),
@@ -194,6 +208,20 @@ def test_all_that_is_wrong_with_a_grader_is_said_at_once(grader, faults):
         grader_of(grader)
     for fault in faults:
         assert refused.match(fault)
+
+
+def test_a_guess_is_made_for_the_faults_that_are_shown(monkeypatch):
+    guessed = []
+    monkeypatch.setattr(graders, "nearest", lambda name, names: guessed.append(name) or "")
+    with pytest.raises(ConfigError, match="key49 is not known; and 950 more"):
+        grader_of(check(**{f"key{i}": 1 for i in range(1000)}))
+    assert len(guessed) == 50
+
+
+def test_a_date_of_a_table_is_its_text():
+    row = {"answer": date(2026, 1, 2), "days": [date(2026, 1, 2)]}
+    assert grade(check(), "2026-01-02", **row) == 1
+    assert grade(check(reference="{{ item.days }}"), '["2026-01-02"]', **row) == 1
 
 
 def test_a_grader_is_a_reward_of_a_file(tmp_path):

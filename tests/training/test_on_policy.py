@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from itertools import islice
 
@@ -23,6 +24,7 @@ from veneer.generate.samples import Sample
 from veneer.kernels.transfer import OnTheWay
 from veneer.objectives.config import Objective
 from veneer.objectives.policy_config import OnPolicy
+from veneer.rewards.graders import Graded, grader_of
 from veneer.rewards.judged import RewardFault, Weighted
 from veneer.run_directory import RunDirectory
 from veneer.training.events import Notice, Skipped, Started, Step, Stopped
@@ -66,6 +68,18 @@ def prompts(texts=("Name a fruit", "Say it again", "And now?"), **options):
         for i, text in enumerate(texts)
     ]
     return encoded(rows, tokenizer(), **{"context": 60, "max_new_tokens": 6} | options)
+
+
+def test_a_date_in_a_row_that_graders_read_is_of_the_prompts_identity():
+    texts = {"input": "{{ sample.output_text }}", "reference": "{{ item.day }}"}
+    grader = grader_of({"type": "string_check", "name": "day", "operation": "eq", **texts})
+
+    def identity(day):
+        asked = Question((Message("user", "Which day?"),), (), item={"day": day})
+        row, sizes = Located(asked, Place("days.parquet", 1)), {"context": 60, "max_new_tokens": 6}
+        return encoded([row], tokenizer(), graded=[Graded(grader)], **sizes).identity
+
+    assert identity(date(2026, 1, 1)) != identity(date(2026, 1, 2))
 
 
 def run(model, course=COURSE, config=SHORT, *, objective=GRPO, reward=Vowels, out=None, **options):

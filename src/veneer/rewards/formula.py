@@ -80,10 +80,10 @@ class _Parser:
     def _left_to_right(
         self, operators: Mapping[str, Binary], operand: Callable[[], Compute]
     ) -> Compute:
-        compute = operand()
+        first, rest = operand(), list[tuple[Binary, Compute]]()
         while self.token in operators:
-            compute = _both(operators[self._take()], compute, operand())
-        return compute
+            rest.append((operators[self._take()], operand()))
+        return _one_after_another(first, rest) if rest else first
 
     def _signed(self) -> Compute:
         """-signed, or a power: -2 ^ 2 is -(2 ^ 2)."""
@@ -106,7 +106,7 @@ class _Parser:
                 inner = self.sum()
             self._expect(")")
             return inner
-        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+        if token[0].isdecimal() or (token[0] == "." and len(token) > 1):
             number = float(token)
             return lambda values: number
         if not (token[0].isalpha() or token[0] == "_"):
@@ -156,6 +156,18 @@ class _Parser:
 
     def __exit__(self, *error: object) -> None:
         self._depth -= 1
+
+
+def _one_after_another(first: Compute, rest: list[tuple[Binary, Compute]]) -> Compute:
+    """Return a chain as a loop; calls within calls, one for each term, might be too deep."""
+
+    def compute(values: Mapping[str, float]) -> float:
+        value = first(values)
+        for each, operand in rest:
+            value = each(value, operand(values))
+        return value
+
+    return compute
 
 
 def _both(operator: Binary, left: Compute, right: Compute) -> Compute:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from veneer.errors import ConfigError, joined, listed, nearest, shortened
+from veneer.errors import MOST_PROBLEMS, ConfigError, joined, listed, nearest, shortened
 from veneer.rewards.formula import Formula, formula_of
 from veneer.rewards.judged import Answered, RewardFault
 from veneer.rewards.similarity import METRICS, MOST_CHARACTERS
@@ -43,6 +43,7 @@ NO_METRICS = {
     "meteor": "it needs a dictionary of synonyms",
 }
 MOST_GRADERS = 32  # of a multi
+MOST_OF_NAME = 200  # characters; each step's numbers have it
 
 
 class Grader(Protocol):
@@ -218,6 +219,9 @@ class _Reading:
         before = len(self.problems)
         self._keys(value, KEYS[kind], where)
         name = self._text(value, "name", where)
+        if len(name) > MOST_OF_NAME:
+            may = f"may have {MOST_OF_NAME}"
+            self.problems.append(f"{where}.name has {len(name):,} characters, and {may}")
         if kind == "multi":
             grader: Grader | None = self._multi(value, name, where)
         else:
@@ -254,7 +258,7 @@ class _Reading:
             self.problems.append(f"{place}: {error}")
             return None
         for unknown in sorted(formula.names - given.keys()):
-            guess = nearest(unknown, given)
+            guess = self._guess(unknown, given)
             self.problems.append(f"{place} reads {unknown!r}, which no grader is{guess}")
         return Multi(name, graders, formula)
 
@@ -272,8 +276,13 @@ class _Reading:
     def _keys(self, value: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
         for key in value:
             if key not in known:
-                guess = nearest(str(key), known)
+                guess = self._guess(str(key), known)
                 self.problems.append(f"{where}.{shortened(str(key), 40)} is not known{guess}")
+
+    def _guess(self, name: str, names: Iterable[str]) -> str:
+        """Return what was meant, while the problem is one of those that are shown: a client may
+        send a hundred thousand."""
+        return nearest(name, names) if len(self.problems) < MOST_PROBLEMS else ""
 
     def _text(self, value: Mapping[str, Any], key: str, where: str) -> str:
         text = value.get(key)

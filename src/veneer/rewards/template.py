@@ -13,7 +13,9 @@ from typing import Any
 
 from veneer.errors import shortened
 
-_PLACE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
+MOST_CHARACTERS = 20_000
+MOST_PLACES = 32  # each of which may be filled with a whole answer
+_NAME = re.compile(r"\w+")
 _PATH = re.compile(r"(item|sample)((?:\.\w+|\[\d{1,6}\])+)")
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 OF_SAMPLE = ("output_text", "output_json")
@@ -39,7 +41,8 @@ class Field:
         return self.root + "".join(steps)
 
     def text_in(self, values: Mapping[str, Any]) -> str:
-        """Return what is there: a text as it is, anything else as JSON. Raises Lacking."""
+        """Return what is there: numbers, lists and objects as JSON, and a text, or what JSON has
+        not, such as a date of a table, as it is. Raises Lacking."""
         value: Any = values[self.root]
         for step in self.steps:
             is_there = (
@@ -50,8 +53,10 @@ class Field:
             value = value[step] if is_there else None
             if value is None:
                 raise Lacking(self)
+        if not isinstance(value, bool | int | float | list | dict):
+            return str(value)
         try:
-            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            return json.dumps(value, ensure_ascii=False, default=str)
         except RecursionError:  # within itself too often to be a text
             raise Lacking(self) from None
 
@@ -78,15 +83,23 @@ class Template:
 
 def template_of(text: str) -> Template:
     """Return a text as a template. Raises ValueError, saying what is wrong with it."""
-    pieces: list[str | Field] = []
-    for number, piece in enumerate(_PLACE.split(text)):
-        if number % 2:
-            pieces.append(_field(piece.strip()))
-        elif "{{" in piece:
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters, and may have {MOST_CHARACTERS:,}")
+    before, *places = text.split("{{")
+    if len(places) > MOST_PLACES:
+        raise ValueError(f"it has {len(places):,} places to fill, and may have {MOST_PLACES}")
+    pieces: list[str | Field] = [before]
+    for place in places:
+        name, end, behind = place.partition("}}")
+        if not end:
             raise ValueError("a {{ has no }} behind it")
-        elif piece:
-            pieces.append(piece)
-    return Template(tuple(pieces))
+        pieces += (_field(name.strip()), behind)
+    return Template(tuple(piece for piece in pieces if piece))
+
+
+def is_name(key: str) -> bool:
+    """Return whether a template can name a row's field that is called so."""
+    return _NAME.fullmatch(key) is not None
 
 
 def _field(text: str) -> Field:

@@ -103,4 +103,5 @@ def _hash_of(examples: Sequence[Example], questions: Sequence[Question]) -> str:
         [example.tokens, list(question.references), *([question.item] if question.item else [])]
         for example, question in zip(examples, questions, strict=True)
     ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    # Tables have dates and the like, which are no JSON.
+    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()[:16]
