@@ -211,6 +211,15 @@ def test_a_job_learns_from_samples(client, server):
     }
 
 
+def test_rows_of_another_kind_are_refused_before_a_job_begins(client, file):
+    asks = upload(client, [{"prompt": "a"}])
+    for given in ({"training_file": asks.id}, {"validation_file": asks.id}):
+        body = {"model": "tiny", "training_file": file.id} | given
+        with pytest.raises(openai.BadRequestError, match="holds prompts, and sft") as refused:
+            client.fine_tuning.jobs.create(**body)
+        assert refused.value.param in given
+
+
 def test_a_grader_is_tried_out(client):
     graders = client.fine_tuning.alpha.graders
     assert graders.validate(grader=GRADER).grader.to_dict() == GRADER

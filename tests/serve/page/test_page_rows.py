@@ -64,6 +64,7 @@ def test_a_pair_is_shown_with_the_answer_that_is_not_wanted(tmp_path):
 
 def test_a_prompt_is_shown_with_the_fields_that_graders_can_read(tmp_path):
     asked = {"messages": [{"role": "user", "content": "a b"}], "sum": 7, "answer": "c"}
+    asked |= {"two words": "c", "several": ["c"], "none": None}
     answer = shown(tmp_path, asked, "prompts")
     assert (answer["kind"], answer["fields"]) == ("prompts", ["answer", "sum"])
     assert answer["rows"][0]["learnt"] == 0

@@ -142,7 +142,10 @@ class Jobs:
         adapter = self.served.adapter(order.model)
         training = self._rows(order.training_file, "training_file")
         valid = order.validation_file and self._rows(order.validation_file, "validation_file")
-        _check_kind(training, order.own.get("objective", "sft"))
+        objective = order.own.get("objective", "sft")
+        _check_kind(training, objective, "training_file")
+        if valid and order.grader is None:
+            _check_kind(valid, objective, "validation_file")
         self._check_disk(0)
         id = new_id("ftjob")
         called = _STRANGE.sub("-", order.suffix or order.model).strip("-")[:MOST_OF_NAME]
@@ -303,13 +306,13 @@ class Jobs:
         return kept.id
 
 
-def _check_kind(file: StoredFile, objective: ObjectiveName) -> None:
+def _check_kind(file: StoredFile, objective: ObjectiveName, param: str) -> None:
     """Raise RequestError where an objective cannot learn from what a file holds."""
     learns_from = KINDS_FOR[Objective(objective).shape]
     if file.kind is not None and file.kind not in learns_from:
         raise RequestError(
             f"{file.id} holds {file.kind}, and {objective} learns from {' or '.join(learns_from)}.",
-            param="training_file",
+            param=param,
         )
 
 

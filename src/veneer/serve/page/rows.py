@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from veneer.data.problems import Located, Problem
 from veneer.data.questions import Question
 from veneer.data.rows import Conversation, Message, Row, texts_of
 from veneer.errors import ConfigError, DataError
+from veneer.rewards.template import is_name
 from veneer.serve.engine.served import Served
 from veneer.serve.jobs import uploads
 from veneer.serve.jobs.service import Jobs
@@ -40,11 +41,11 @@ def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
     examples, more = ENCODED[kind](served, rows)
     asked = [_asked(row.value) for row in rows]
     texts = [text for row in asked if isinstance(row, Row) for text in texts_of(row)]
-    fields = sorted({key for row in rows if kind == "prompts" for key in row.value.item})
+    fields = {key for row in rows if kind == "prompts" for key in _fields(row.value)}
     return {
         "kind": kind,
         "rows": [_in_pieces(example, served) for example in examples[:SHOWN]],
-        "fields": [key for key in fields if key not in NO_FIELDS],
+        "fields": sorted(fields.difference(NO_FIELDS)),
         "mean_tokens": sum(len(x.tokens) for x in examples) / max(1, len(rows)),
         "new_words": find_new_tokens(texts, served.tokenizer) if kind == "answers" else [],
         "asks": [ask for row in asked[:SHOWN] if (ask := _ask(row)) is not None],
@@ -52,6 +53,14 @@ def first_rows(jobs: Jobs, served: Served, id: str) -> dict[str, Any]:
             uploads.without_directory(str(problem), path) for problem in [*problems, *more][:SHOWN]
         ],
     }
+
+
+def _fields(prompt: Question) -> Iterator[str]:
+    """Yield the keys of a prompt's row whose values a text can be compared with: a template names
+    no others than these, and lists are no answers."""
+    for key, value in prompt.item.items():
+        if is_name(key) and value is not None and not isinstance(value, list | dict):
+            yield key
 
 
 def _in_pieces(example: Example, served: Served) -> dict[str, Any]:
