@@ -7,6 +7,7 @@ is for any machine, and compiles its parts there. $CXX names the compiler, a cro
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,15 @@ class NativeParts(BuildHookInterface):
         if version == "editable":
             return  # whose sources change
         sys.path.insert(0, str(Path(self.root) / "src"))
-        from veneer.kernels.compiling import LEVELS, machine_of, prebuild
+        from veneer.kernels.compiling import LEVELS, prebuild, target_of
 
         compiler = os.environ.get("CXX", "g++")
-        machine = machine_of(compiler)
-        if machine not in LEVELS:
-            raise SystemExit(f"No native parts are known for {machine}; build without the hook.")
+        if shutil.which(compiler) is None:
+            raise SystemExit(f"There is no compiler {compiler}; name one by $CXX.")
+        target = target_of(compiler)
+        machine = target.partition("-")[0]
+        if machine not in LEVELS or "linux" not in target:
+            raise SystemExit(f"No native parts are known for {target}; build without the hook.")
         self.parts_directory = tempfile.TemporaryDirectory()
         directory = Path(self.parts_directory.name)
         try:
@@ -44,6 +48,9 @@ class NativeParts(BuildHookInterface):
 
     def _commit(self) -> str:
         """Return the commit that is built, with + where files differ from it."""
+        # Neither an image nor unpacked sources have a repository of their own, and perhaps no git.
+        if not (Path(self.root) / ".git").exists() or shutil.which("git") is None:
+            return "not from a repository"
         command = ["git", "-C", self.root, "describe", "--always", "--dirty=+", "--exclude=*"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return f"commit {done.stdout.strip()}" if done.returncode == 0 else "not from a repository"

@@ -37,6 +37,11 @@ def test_every_activation_is_prebuilt():
     assert structs == set(compiling.ACTIVATIONS)
 
 
+def test_every_source_is_prebuilt():
+    sources = {path.stem for path in compiling.HERE.glob("*.cpp")}
+    assert {source for source, _ in compiling.SOURCES} == sources
+
+
 @pytest.mark.parametrize(
     ("machine", "features", "level"),
     [

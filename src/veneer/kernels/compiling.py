@@ -68,9 +68,7 @@ def prebuild(compiler: str, directory: Path, levels: Iterable[Level]) -> None:
     def build(level: Level, source: str, define: str) -> None:
         defines = [f"-D{define}"] if define else []
         command = [compiler, *COMMON, *level.options, "-fopenmp", *defines]
-        compile_library(
-            [*command, "-s"], source, directory / prebuilt_name(source, define, level.name)
-        )
+        compile_library(command, source, directory / prebuilt_name(source, define, level.name))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(build, level, *source) for level in levels for source in SOURCES]
@@ -78,9 +76,9 @@ def prebuild(compiler: str, directory: Path, levels: Iterable[Level]) -> None:
             job.result()
 
 
-def machine_of(compiler: str) -> str:
-    """Return the machine that a compiler compiles for, such as x86_64."""
-    return _run([compiler, "-dumpmachine"]).partition("-")[0]
+def target_of(compiler: str) -> str:
+    """Return what a compiler compiles for, such as x86_64-linux-gnu."""
+    return _run([compiler, "-dumpmachine"])
 
 
 def _run(command: list[str]) -> str:
