@@ -7,6 +7,10 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 Shell = Literal["bash", "zsh", "fish"]
+# Cyclopts' script for zsh is a file to autoload; evaluated, it only defines a function.
+REGISTERED = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+compdef _cyclopts_veneer veneer"""
 
 
 def completion(shell: Annotated[Shell, Parameter(help="The shell to print it for.")], /) -> int:
@@ -14,4 +18,6 @@ def completion(shell: Annotated[Shell, Parameter(help="The shell to print it for
     from veneer.cli.app import app
 
     print(app.generate_completion(shell=shell), end="")
+    if shell == "zsh":
+        print(REGISTERED)
     return 0
