@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Cross-compiles the native parts for arm64 and runs them in an emulator: every call that the tests of the
 # kernels make here is made there again, and has to write the same numbers (tools/replay_kernels.cpp).
-# Debian's g++-aarch64-linux-gnu and qemu-user are installed where they are missing and that is allowed.
+# Debian's g++-aarch64-linux-gnu and qemu-user are installed where they are missing and you are root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-if ! command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null; then
+if ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then
+  [ "$(id -u)" = 0 ] || { echo "Install g++-aarch64-linux-gnu and qemu-user first, or be root." >&2; exit 2; }
   echo "Installing g++-aarch64-linux-gnu and qemu-user ..."
   { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
     g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user; } >/dev/null
