@@ -60,26 +60,32 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Return the commit that is checked out, with + where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(
-        command, cwd=ROOT, check=True, capture_output=True, text=True
+    """Return the commit that is checked out, with + where files other than the history differ."""
+    named = subprocess.run(
+        ["git", "describe", "--always", "--exclude=*"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
+    but = f":!{HISTORY.relative_to(ROOT)}"  # which `add` has changed before, at the same commit
+    differs = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", but], cwd=ROOT)
+    return named + "+" * bool(differs.returncode)
 
 
-def measure(command: list[str], pattern: str | None) -> float:
-    """Run a command, and return the number behind `pattern` in its output, or processor seconds."""
+def measure(command: list[str], before_it: str | None) -> float:
+    """Run a command, and return the number behind a text in its output, or processor seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if pattern is None:
+    if before_it is None:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    match = re.search(rf"{pattern}\D*?([\d,]+\.?\d*)", done.stdout)
+    match = re.search(rf"{re.escape(before_it)}\D*?(\d[\d,]*\.?\d*)", done.stdout)
     if match is None:
         sys.exit(
-            f"{' '.join(command)} printed no number behind {pattern!r}:\n{done.stdout[-2000:]}"
+            f"{' '.join(command)} printed no number behind {before_it!r}:\n{done.stdout[-2000:]}"
         )
     return float(match[1].replace(",", ""))
 
@@ -157,6 +163,8 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(ours)
     if (asked.action == "add") != bool(command):
         parser.error("add takes a command of python behind --, as in: add -- -m bench.planned")
+    if asked.rounds < 1:
+        parser.error("--rounds is at least 1")
     if command:
         measurement = Measurement(
             commit=commit(),

@@ -45,8 +45,9 @@ def test_where_more_is_better_less_is_worse(tmp_path):
 def test_add_measures_and_keeps_what_was_there(tmp_path, capsys):
     path = tmp_path / "h.jsonl"
     path.write_text(line("one", [1.0]) + "\n")
-    code = "print('tokens/s: 1,234.5')"
-    add = ["add", "--file", str(path), "--rounds", "2", "--figure", "tokens/s:", "--", "-c", code]
+    code = "print('tokens/s (real): 1,234.5')"
+    figure = ["--figure", "tokens/s (real):"]
+    add = ["add", "--file", str(path), "--rounds", "2", *figure, "--", "-c", code]
     assert history.main(add) == 0
     first, second = history.read(path)
     assert first.commit == "one"
