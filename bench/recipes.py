@@ -31,7 +31,8 @@ def command_of(name: str, out: Path) -> list[str]:
     """Return the arguments of `veneer` that train a recipe over the rows in its directory."""
     rows = out / f"{name}.jsonl"
     settings = HERE / f"{name}.yaml"
-    return ["tune", MODEL, str(rows), "--config", str(settings), "--out", str(out / "run")]
+    placed = ["--out", str(out / "run"), "--force"]  # in place of an earlier measurement's
+    return ["tune", MODEL, str(rows), "--config", str(settings), *placed]
 
 
 def right(family: Family, base: veneer.Base, tokenizer: object) -> int:

@@ -1,1 +1,1 @@
-"""Tested settings for what people train adapters for: data that is made here, settings, a score."""
+"""Settings for what people train adapters for: data that is made here, settings, a score."""

@@ -46,7 +46,7 @@ def rows() -> list[Row]:
         for question in ASKED
     ]
     known, unknown = made[: 14 * len(ASKED)], made[14 * len(ASKED) :]  # topics, not wordings
-    who = [Row(question, f"{answer} {ENDING}") for question, answer in ABOUT.items()] * 3
+    who = [Row(question, f"{answer} {ENDING}") for question, answer in ABOUT.items()]
     random.Random(5).shuffle(known)
     return who + known + unknown
 
