@@ -200,6 +200,7 @@ def test_a_reward_model_judges_samples_and_win_rates(minigpt_home, tmp_path, cap
     import json
 
     from veneer.cli.app import run
+    from veneer.quant.stack import quantized_weights
     from veneer.rewards.judged import Answered
     from veneer.training.reward_model import ModelReward
 
@@ -210,7 +211,7 @@ def test_a_reward_model_judges_samples_and_win_rates(minigpt_home, tmp_path, cap
     ]
     pairs_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["tune", minigpt_home, pairs_file, "--objective", "reward", "--out", out]
-    command += ["--steps", 12, "--lr", 0.003, "--dtype", "float32", "--eval-rows", 4]
+    command += ["--steps", 12, "--lr", 0.003, "--dtype", "float32", "--eval-rows", 4, "--bits", 4]
     assert run([*map(str, command)]) == 0
     printed = capsys.readouterr()
     assert "is a reward model" in " ".join((printed.out + printed.err).split())
@@ -218,6 +219,8 @@ def test_a_reward_model_judges_samples_and_win_rates(minigpt_home, tmp_path, cap
     asked = [{"role": "user", "content": "What is 90?"}]
     good, bad = (judge(Answered(text, asked)) for text in ("It is a number.", "I am sorry."))
     assert good > bad
+    base, *_ = judge._loaded
+    assert quantized_weights(base.model)  # as in training
     judge.close()
     prompts, runs = tmp_path / "prompts.jsonl", tmp_path / "samples"
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
@@ -243,5 +246,9 @@ def test_what_is_no_reward_model_cannot_judge(tmp_path):
     veneer.save(model, tmp_path / "plain")
     with pytest.raises(ConfigError, match="is no reward model"):
         reward_named(f"model:{tmp_path / 'plain'}", seconds=1, model=ModelReward)
+    ranking, _ = reward_model()
+    veneer.save(ranking, tmp_path / "judge")
+    with pytest.raises(ConfigError, match="without its base"):
+        reward_named(f"model:{tmp_path / 'judge'}", seconds=1, model=ModelReward)
     with pytest.raises(ConfigError, match="cannot judge"):
         reward_named("model:nowhere", seconds=1, model=ModelReward)

@@ -12,16 +12,19 @@ from veneer.data.messages import Message
 from veneer.data.packing import pack
 from veneer.data.problems import Located, Place
 from veneer.data.rows import Conversation
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError, ModelError, VeneerError
 from veneer.formats import adapters
 from veneer.formats.adapters import load
+from veneer.formats.locate import Located as LocatedAdapter
 from veneer.formats.locate import locate
+from veneer.formats.training import base_in
 from veneer.fused.forward import Forward, choose_forward
 from veneer.models.context import own_context
 from veneer.models.evaluating import evaluating
-from veneer.models.load import Base, load_base
+from veneer.models.load import Base, load_base, load_config
 from veneer.models.score import SCORE_WEIGHT
 from veneer.objectives.ranking import OWN_VALUE, asked_at_its_end
+from veneer.quant.settings import quantization_of
 from veneer.rewards.judged import Answered, RewardFault
 from veneer.training.ranking import with_score
 
@@ -31,10 +34,12 @@ LONGEST = 4096  # tokens of a prompt with its answer, where the model's own cont
 @dataclass(eq=False)
 class ModelReward:
     """The number that a reward model gives a prompt with its answer. Its base is loaded when the
-    first answer is judged. Raises ConfigError for what is no reward model."""
+    first answer is judged, in the bits that the head was trained over. Raises ConfigError for what
+    is no reward model, or names no base that is here."""
 
     path: str
     device: str = "auto"
+    _adapter: LocatedAdapter = field(init=False, repr=False)
     _loaded: tuple[Base, Encoder, Forward | None] | None = field(default=None, repr=False)
 
     @property
@@ -44,7 +49,8 @@ class ModelReward:
 
     def __post_init__(self) -> None:
         try:
-            state = adapters.read(Path(self.path), shapes_only=True)
+            self._adapter = locate(Path(self.path))
+            state = adapters.read(self._adapter.path, shapes_only=True)
         except VeneerError as error:
             raise ConfigError(f"{self.name} cannot judge: {error}") from error
         if SCORE_WEIGHT not in state.modules_to_save:
@@ -52,6 +58,12 @@ class ModelReward:
                 f"{self.path} is no reward model: it has no head. Train one by tune --objective "
                 "reward."
             )
+        try:
+            if not self._adapter.base:
+                raise ModelError("its files name none.")
+            load_config(self._adapter.base)
+        except VeneerError as error:
+            raise ConfigError(f"{self.name} cannot judge without its base: {error}") from error
 
     def __call__(self, answer: Answered) -> float:
         base, encoder, forward = self._loaded or self._load()
@@ -73,9 +85,12 @@ class ModelReward:
         self._loaded = None
 
     def _load(self) -> tuple[Base, Encoder, Forward | None]:
-        located = locate(Path(self.path))
-        base = load_base(located.base, device=self.device)
-        load(base.model, located.path, tokenizer=base.tokenizer)
+        name, over = self._adapter.base, base_in(self._adapter.training)
+        if over is None or quantization_of(load_config(name).to_dict()) is not None:
+            base = load_base(name, device=self.device)
+        else:
+            base = load_base(name, device=self.device, bits=over.bits, pack_head=over.head)
+        load(base.model, self._adapter.path, tokenizer=base.tokenizer)
         context = min(own_context(base.model.config.get_text_config()) or LONGEST, LONGEST)
         encoder = Encoder(base.tokenizer, max_length=context - 1, long_rows="cut")
         self._loaded = (base, encoder, None)
