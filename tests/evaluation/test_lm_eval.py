@@ -130,8 +130,9 @@ def test_a_table_has_each_side_and_json_has_all(tmp_path, tasks, caches, minigpt
     for number, name in enumerate(("one", "two")):
         model = veneer.attach(copy.deepcopy(base.model), veneer.LoRA(rank=2))
         veneer.save(shake(model, seed=number), tmp_path / name)
-    sides = [f"--adapter={name}={tmp_path / name}" for name in ("one", "two")]
-    command = ["evaluate", str(minigpt_home), *sides, "--with-base", "--tasks-from", str(tasks)]
+    # Relative paths are from here, however the harness's are from the directory of tasks.
+    sides = [f"--adapter={name}={name}" for name in ("one", "two")]
+    command = ["evaluate", str(minigpt_home), *sides, "--with-base", "--tasks-from", tasks.name]
     command += ["--limit", "4", "--dtype", "float32"]
     assert run(command) == 0
     table = capsys.readouterr().out
@@ -143,14 +144,55 @@ def test_a_table_has_each_side_and_json_has_all(tmp_path, tasks, caches, minigpt
     assert results["base"] != results["one"]
 
 
-def test_what_cannot_be_evaluated_is_named(tasks, caches, minigpt_home, capsys):
+@pytest.fixture
+def refused(minigpt_home, capsys):
+    """Run `veneer evaluate`, which must fail with one error, and return the error."""
     from veneer.cli.app import run
 
-    def refused(*flags):
+    def evaluate(*flags):
         assert run(["evaluate", str(minigpt_home), *map(str, flags)]) == 2
-        return " ".join(capsys.readouterr().err.split())
+        error = capsys.readouterr().err
+        assert error.count("Error:") == 1
+        assert "Traceback" not in error
+        return " ".join(error.split())
 
+    return evaluate
+
+
+def test_what_cannot_be_evaluated_is_named(tasks, caches, refused):
     error = refused("--tasks-from", tasks, "--tasks", "choise,text")
     assert "'choise'; did you mean 'choice'?" in error
+    (tasks / "broken.yaml").write_text("task: [")
+    (tasks / "twice.yaml").write_text("task: text")
+    error = refused("--tasks-from", tasks)
+    assert "broken.yaml: ParserError" in error
+    assert "twice.yaml" in error
+    assert "has a task of this name already, 'text'" in error
+    (tasks / "broken.yaml").unlink()
+    (tasks / "twice.yaml").unlink()
     (tasks / "rows.jsonl").unlink()
     assert "cannot be read" in refused("--tasks-from", tasks)
+
+
+def test_files_of_tasks_run_nothing_unless_a_person_allows_it(tasks, caches, refused):
+    from veneer.evaluation.tasks import TaskSettings, check_tasks
+
+    ran = tasks / "ran"
+    code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\ndef same(rows): return rows\n"
+    (tasks / "own.py").write_text(code)
+    choice = (tasks / "choice.yaml").read_text()
+    asking = {
+        "coded": f"{choice}process_docs: !function own.same\n",
+        "escaping": choice.replace(
+            "{{q}}", f"{{{{ cycler.__init__.__globals__.os.mkdir({str(ran)!r}) }}}}"
+        ),
+        "fetched": choice.replace("metric: acc", "metric: of_the_hub"),
+    }
+    for name, text in asking.items():
+        (tasks / f"{name}.yaml").write_text(text.replace("task: choice", f"task: {name}"))
+    assert "--allow-code" in refused("--tasks-from", tasks, "--tasks", "coded")
+    assert "SecurityError" in refused("--tasks-from", tasks, "--tasks", "escaping")
+    assert "none is run from there" in refused("--tasks-from", tasks, "--tasks", "fetched")
+    assert not ran.exists()
+    assert check_tasks(TaskSettings(["coded"], tasks, allow_code=True)) == ["coded"]
+    assert ran.exists()

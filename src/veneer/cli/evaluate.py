@@ -32,7 +32,10 @@ class TaskFlags:
     commas, or by --tasks again."""
     tasks_from: Path | None = None
     """Directory of tasks: YAML files, and the data that they name from there. All are evaluated
-    unless --tasks names some. A task may name functions in Python files beside it, which run."""
+    unless --tasks names some."""
+    allow_code: Switch = False
+    """Run the Python functions that files of tasks name (!function). Those that come with the
+    harness need no permission."""
     num_fewshot: int | None = None
     """Solved examples before each prompt; as each task says unless given."""
     limit: int | None = None
@@ -139,6 +142,7 @@ def _tasks(
         flags.limit,
         flags.chat_template,
         system or None,
+        flags.allow_code,
     )
     checks = Checks("Nothing is evaluated")
     paths: dict[str, Path] = {}

@@ -143,7 +143,8 @@ class HarnessModel(TemplateLM):
             streams = [
                 engine.submit(
                     _request(
-                        self.tok_encode(request.args[0]),
+                        # An empty prompt begins with what begins a text.
+                        self.tok_encode(request.args[0]) or [self.prefix_token_id],
                         dict(asked),
                         which=which,
                         context=engine.context - own.virtual,

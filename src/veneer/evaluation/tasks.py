@@ -11,6 +11,7 @@ import math
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -23,11 +24,22 @@ import numpy as np
 from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm.std import tqdm
 
-from veneer.errors import ConfigError, VeneerError, nearest, shortened
+from veneer.errors import (
+    ConfigError,
+    VeneerError,
+    VeneerWarning,
+    joined,
+    listed,
+    nearest,
+    shortened,
+)
+from veneer.evaluation.task_code import restricted
 
 SEED = 1234  # of the harness, by which it draws solved examples
+PASSED_OVER = {"__pycache__", ".ipynb_checkpoints"}  # directories of no tasks, to the harness
 BOOTSTRAP = 1000  # resamples, for the standard error of a metric that is no mean
 
 
@@ -38,7 +50,8 @@ class TaskSettings:
     names: of tasks, groups or tags, or YAML files; all of `directory` where there are none.
     directory: where tasks lie with their data; relative paths in their files are from there.
     shots: solved examples before each prompt, as each task says unless given. limit: rows of each
-    task. chat: whether prompts go through the chat template, behind the system prompt.
+    task. chat: whether prompts go through the chat template, behind the system prompt. allow_code:
+    whether the Python runs that the tasks' files name.
     """
 
     names: Sequence[str] = ()
@@ -47,6 +60,7 @@ class TaskSettings:
     limit: int | None = None
     chat: bool = False
     system: str | None = None
+    allow_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +78,17 @@ class Metric:
 
 
 def check_tasks(settings: TaskSettings) -> list[str]:
-    """Return the names of the tasks that would be evaluated. Raises ConfigError."""
-    return sorted(_load(settings)["tasks"])
+    """Return the names of the tasks that would be evaluated. Raises ConfigError, and warns
+    (VeneerWarning) of tasks that take no solved examples where some are asked for."""
+    tasks = _load(settings)["tasks"]
+    without = sorted(name for name, task in tasks.items() if task.get_config("num_fewshot") == 0)
+    if settings.shots and without:
+        warnings.warn(
+            f"There are no solved examples before the prompts of {listed(without)}, as files say.",
+            VeneerWarning,
+            stacklevel=2,
+        )
+    return sorted(tasks)
 
 
 def evaluate(model: LM, settings: TaskSettings) -> list[Metric]:
@@ -80,7 +103,7 @@ def evaluate(model: LM, settings: TaskSettings) -> list[Metric]:
     random.seed(0)  # both as the harness itself does, for tasks that shuffle
     np.random.seed(SEED)
     try:
-        with _quiet(), _beside(settings.directory):
+        with _quiet(), restricted(allow_code=settings.allow_code):
             results = evaluator.evaluate(
                 model,
                 tasks,
@@ -105,14 +128,16 @@ def _load(settings: TaskSettings) -> Mapping[str, Any]:
         raise ConfigError(f"There is no directory {directory} of tasks.")
     if directory is None and not settings.names:
         raise ConfigError("No tasks are named; name some, or a directory that holds some.")
-    with _quiet():
+    with _quiet(), restricted(allow_code=settings.allow_code):
         own = [] if directory is None else [directory.absolute()]
+        if unreadable := [problem for each in own for problem in _unreadable(each)]:
+            raise ConfigError(f"These tasks cannot be read: {joined(unreadable)}.")
         manager = TaskManager(include_path=own, include_defaults=False)
         names = list(settings.names) or manager.all_subtasks
         if not names:
             raise ConfigError(f"{directory} holds no tasks: no .yaml file in it names one.")
-        if any(not _known(manager, name) for name in names):
-            # Reading all that come with the harness takes seconds, so only where one is meant.
+        if manager.all_groups or any(not _known(manager, name) for name in names):
+            # Reading all that come with the harness takes seconds, so only where one may be meant.
             manager = TaskManager(include_path=own)
         if unknown := [name for name in names if not _known(manager, name)]:
             each = [f"{name!r}{nearest(name, manager.all_tasks)}" for name in unknown]
@@ -124,12 +149,29 @@ def _load(settings: TaskSettings) -> Mapping[str, Any]:
         try:
             with _beside(directory):
                 return manager.load(specs)
+        except VeneerError:
+            raise
         except Exception as error:  # whatever the harness, a task's own code or a data set raises
             raise ConfigError(
                 f"The tasks {', '.join(names)} cannot be read: {_text(error)} (Where there is no "
                 "hub, a task names local files: dataset_path: json, dataset_kwargs: data_files: "
                 "...)"
             ) from error
+
+
+def _unreadable(directory: Path) -> Iterator[str]:
+    """Yield what is wrong with files of tasks, which the harness would pass over in silence."""
+    owners: dict[str, Path] = {}
+    for path in sorted(directory.rglob("*.yaml")):
+        if not PASSED_OVER.isdisjoint(path.parts):
+            continue
+        try:
+            name = load_yaml(path, resolve_func=False).get("task")
+        except Exception as error:  # whatever a file, or one that it includes, holds
+            yield f"{path}: {_text(error)}"
+            continue
+        if isinstance(name, str) and (other := owners.setdefault(name, path)) != path:
+            yield f"{path}: {other} has a task of this name already, {name!r}"
 
 
 def _known(manager: TaskManager, name: str) -> bool:
