@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import veneer
 from bench.island import rows as island_rows
 from veneer.models import minigpt
+from veneer.serve.jobs.watching import STOP_SECONDS
 
 KEY = "the-admin-key-of-a-measurement"
 SEPARATORS = ["<|im_start|>", "<|im_end|>"]
@@ -135,4 +136,4 @@ class ServerProcess:
     def stop(self) -> int:
         """End the server as SIGTERM does, and return how it exited."""
         self.process.terminate()
-        return self.process.wait(120)
+        return self.process.wait(STOP_SECONDS + 60)  # a training may need the first for its step

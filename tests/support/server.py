@@ -156,7 +156,9 @@ class Server(PatientServer):
 
 
 @contextmanager
-def running(served: Served, *, patience: float = 10.0, **options: Any) -> Iterator[Server]:
+def running(
+    served: Served, *, patience: float = 10.0, end_seconds: float = 10.0, **options: Any
+) -> Iterator[Server]:
     """Serve in a thread of this process, on a free port of this machine."""
     protocol = type("Protocol", (PatientProtocol,), {"header_seconds": patience})
     app = create_app(served, **options)
@@ -165,7 +167,7 @@ def running(served: Served, *, patience: float = 10.0, **options: Any) -> Iterat
     config = uvicorn.Config(
         app, port=0, http=protocol, ws="none", log_level="critical", backlog=AT_A_TIME
     )
-    server = Server(config)
+    server = Server(config, end_seconds)
     thread = Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -42,6 +42,7 @@ LOGGING = {
     **LOGGING_CONFIG,
     "loggers": LOGGING_CONFIG["loggers"] | {"veneer": {"handlers": ["default"], "level": "INFO"}},
 }
+LAST_SECONDS = 5.0  # for clients to read what is left, once answers have been cut
 NAMED_SO = "its name must be at most 64 letters, digits, dots, dashes and underscores"
 
 
@@ -66,7 +67,7 @@ def serve(
     """Serve a base with adapters (each "name=directory") until SIGTERM or Ctrl-C.
 
     Yields once, just before it listens. On the signal it takes no more requests; running answers
-    may go on for `drain_seconds`, and are then cut.
+    may go on for `drain_seconds`, and are then cut; what of them is not read soon is dropped.
     Raises AdapterError for adapters that cannot be served.
     """
     served, notices = prepare(base, adapters, config)
@@ -107,7 +108,8 @@ def serve(
             if jobs is not None:
                 jobs.start()
             with ending.on_signal():
-                _Server(listening, ending).run(sockets=[listener])
+                end_seconds = config.drain_seconds + LAST_SECONDS
+                _Server(listening, ending, end_seconds).run(sockets=[listener])
         finally:
             if jobs is not None:
                 jobs.close()
@@ -311,8 +313,8 @@ class Ending:
 class _Server(PatientServer):
     """A server whose first signal begins the ending."""
 
-    def __init__(self, config: uvicorn.Config, ending: Ending) -> None:
-        super().__init__(config)
+    def __init__(self, config: uvicorn.Config, ending: Ending, end_seconds: float) -> None:
+        super().__init__(config, end_seconds)
         self.ending = ending
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

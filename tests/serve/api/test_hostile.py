@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import socket
 import sys
 from contextlib import suppress
 from itertools import count, pairwise
@@ -294,6 +295,20 @@ def test_who_does_not_read_holds_no_slot():
             assert connection.recv(10).startswith(b"HTTP/1.1 2")
             # The rest of the answer waits for its reader, and another gets the slot.
             assert call(server.url, "/v1/chat/completions", chat(max_tokens=2))[0] == 200
+
+
+def test_who_does_not_read_does_not_keep_the_server_from_its_end(caplog):
+    request = post("/v1/chat/completions", chat(stream=True, max_tokens=4000))
+    with running(scripted(), end_seconds=0.2) as server:
+        (listener,) = server.servers[0].sockets
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # much less than the answer
+        with connected(server.url, request) as reader:
+            assert reader.recv(10).startswith(b"HTTP/1.1 2")
+            (connection,) = server.server_state.connections
+            eventually(lambda: connection.flow.write_paused)
+            server.should_exit = True
+            eventually(lambda: "1 connections did not end in time" in caplog.text)
+            eventually(lambda: not server.server_state.connections)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -218,6 +218,27 @@ def test_what_is_still_to_be_read_does_not_delay_the_end(tmp_path, monkeypatch):
     assert keys_read == KEYS[:1]
 
 
+def test_what_a_slow_disk_still_has_to_write_delays_the_end_only_so_long(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(prefix_files, "CLOSE_SECONDS", 0.0)
+    begun, tried = Event(), list[bytes]()
+
+    def write_slowly(write: Any) -> None:
+        tried.append(write.key)
+        begun.set()
+        eventually(lambda: files._closing)
+
+    files = opened(tmp_path)
+    monkeypatch.setattr(files, "_write", write_slowly)
+    for number in range(3):
+        files.keep(bytes([number]) * 32, block(number))
+    assert begun.wait(60)
+    files.close()
+    assert tried == [bytes(32)]
+    assert "2 prefix blocks were not kept at the end" in caplog.text
+
+
 def test_another_bases_block_is_none_of_ours(tmp_path, caplog):
     keep(opened(tmp_path, base="b"), *KEYS)
     (other,) = {path.parent for path in blocks_in(tmp_path)}

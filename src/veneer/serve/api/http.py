@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from veneer.serve.api.errors import ApiError
 
+log = logging.getLogger("veneer.serve")
+
 HEADER_SECONDS = 10.0
 BACKLOG = 2048  # connections that the system keeps until they are accepted
 AT_A_TIME = 16  # connections that are accepted, or read, in one turn of the event loop
@@ -25,13 +28,32 @@ class PatientServer(uvicorn.Server):
     """uvicorn's server, for a `config` whose backlog is AT_A_TIME.
 
     That is how many connections asyncio accepts in one turn; the system may keep more waiting.
+    end_seconds: how long connections may last once it ends. uvicorn would wait for ever for a
+    client that reads no more, or that brings its request piece by piece.
     """
+
+    def __init__(self, config: uvicorn.Config, end_seconds: float) -> None:
+        super().__init__(config)
+        self.end_seconds = end_seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for server in self.servers:
             for listener in server.sockets:
                 socket.socket(fileno=socket.dup(listener.fileno())).listen(BACKLOG)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        cut = asyncio.get_running_loop().call_later(self.end_seconds, self._cut)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut.cancel()
+
+    def _cut(self) -> None:
+        connections = list(self.server_state.connections)
+        log.warning("%d connections did not end in time, and were cut.", len(connections))
+        for connection in connections:
+            connection.transport.abort()
 
 
 class Turns:

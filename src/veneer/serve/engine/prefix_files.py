@@ -37,6 +37,7 @@ IDENTITY = "base.json"  # marks a directory of blocks, and says of which base
 DIGEST = hashlib.sha256().digest_size
 IS_HASH = re.compile(f"[0-9a-f]{{{2 * DIGEST}}}")
 MOST_WAITING = 2**28  # bytes of blocks that wait to be written; more are not written
+CLOSE_SECONDS = 30.0  # for writing what waits at the end; a slow disk may need minutes
 MOST_NOTED = 4096  # blocks whose use is noted in memory alone
 LEFT_OVER = 3600.0  # seconds after which a file that was never finished is nobody's any more
 SHRINK_TO = 0.9  # of the limit, so that not every block has to look for an older one
@@ -87,6 +88,7 @@ class PrefixFiles:
         self._to_write: deque[_Write] = deque()
         self._waiting = 0  # bytes of them
         self._closing = False
+        self._until = 0.0  # when nothing more is written, once it is closing
         self._failed = ""  # the last error of the disk
         self._thread = Thread(target=self._work, name="veneer-prefix-files", daemon=True)
         self._thread.start()
@@ -142,9 +144,10 @@ class PrefixFiles:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Write what waits, for CLOSE_SECONDS at most, and end."""
         with self._changed:
-            self._closing = True
+            if not self._closing:
+                self._closing, self._until = True, time.monotonic() + CLOSE_SECONDS
             self._changed.notify_all()
         self._thread.join()
 
@@ -158,6 +161,9 @@ class PrefixFiles:
         while True:
             with self._changed:
                 self._changed.wait_for(self._has_work)
+                if self._closing and self._to_write and time.monotonic() >= self._until:
+                    log.warning("%d prefix blocks were not kept at the end.", len(self._to_write))
+                    self._to_write.clear()
                 reads = self._to_read and not self._closing  # nobody takes what comes then
                 key = self._to_read.popleft() if reads else None
                 write = self._to_write.popleft() if key is None and self._to_write else None
