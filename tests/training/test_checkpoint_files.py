@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,19 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(fault, tmp_path):
     FAULTS[fault](tmp_path / "step-000001")
     with pytest.raises(veneer.AdapterError, match="step-000002"):
         checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_last_good_checkpoint_is_whole_and_has_learnt(fault, tmp_path):
+    assert checkpoint.last_good(tmp_path) is None
+    for step in (1, 2, 3):
+        skips = {"skips": 1} if step == 2 else {"skips": 0}  # since the last step that learnt
+        checkpoint.write(replace(state(step), progress=skips), tmp_path, keep=[1, 2])
+    assert checkpoint.last_good(tmp_path) == tmp_path / "step-000003"
+    FAULTS[fault](tmp_path / "step-000003")
+    assert checkpoint.last_good(tmp_path) == tmp_path / "step-000001"
+    FAULTS[fault](tmp_path / "step-000001")
+    assert checkpoint.last_good(tmp_path) is None
 
 
 def test_only_checkpoints_are_removed(tmp_path):
