@@ -6,7 +6,7 @@
 # make proof-vllm  whether vLLM reads and answers as Veneer does; installs it (6 GB) in .venv-vllm
 # make proof-ray  whether Ray Train's workers train as one process does; installs Ray in .venv-ray
 # make proof-faults  whether each call of the disk may fail, and each command be killed at any
-# make fuzz      new bytes for every parser of foreign bytes; SECONDS=60 for each
+# make fuzz      new bytes for parsers of foreign bytes; SECONDS=60 for each
 # make determinism  whether the same run twice gives the same bits, for every kind of adapter
 # make proof-gpu  whether the kernels for cards are right, interpreted where there is no card
 # make docs      the documentation site, in dist/site

@@ -3,7 +3,7 @@
 The fuzzer is libFuzzer, by atheris. Each target has a process, forked when all is imported. New
 inputs that reach more of the code stay below OUT/corpus and are where the next call goes on; what
 ends wrongly is below OUT/findings, once for each place in the code. Prints a line for each target
-and exits with 1 where there are findings.
+and exits with 1 where there are findings, or a target's process died.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def fuzz(chosen: Target, seconds: float, inputs: Path, findings: Path, home: Pat
     atheris.Fuzz()
 
 
-def in_a_process(name: str, seconds: float, out: Path) -> str:
-    """Fuzz a target in a fork, and return the table's line of what was done."""
+def in_a_process(name: str, seconds: float, out: Path) -> tuple[str, bool]:
+    """Fuzz a target in a fork, and return the table's line of what was done, and whether the
+    process ended well and found nothing."""
     inputs, findings, log = out / "corpus" / name, out / "findings" / name, out / f"{name}.log"
     inputs.mkdir(parents=True, exist_ok=True)
     for kept in corpus(name):
@@ -95,7 +96,8 @@ def in_a_process(name: str, seconds: float, out: Path) -> str:
     code = os.waitstatus_to_exitcode(status)
     ended = "" if code == 0 else f"  ended with {code}, see {log}"
     number = len(listed(findings))
-    return f"{name:12}{done:>12,}{edges:>9,}{features:>10,}{kept_now:>8,}{number:>10}{ended}"
+    line = f"{name:12}{done:>12,}{edges:>9,}{features:>10,}{kept_now:>8,}{number:>10}{ended}"
+    return line, code == number == 0
 
 
 def main() -> int:
@@ -104,16 +106,21 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each target")
     parser.add_argument("--out", type=Path, default=Path("dist/fuzz"))
     options = parser.parse_args()
+    if strange := sorted({*options.targets} - {*NAMES}):
+        parser.error(f"no targets: {', '.join(strange)}; there are {', '.join(NAMES)}")
     quieten_libraries()
     options.out.mkdir(parents=True, exist_ok=True)
     heads = ("executions", "edges", "features", "corpus", "findings")
     widths = (12, 9, 10, 8, 10)
     print("target".ljust(12) + "".join(map(str.rjust, heads, widths)), flush=True)
+    is_well = True
     for name in options.targets:
-        print(in_a_process(name, options.seconds, options.out.resolve()), flush=True)
+        line, ended_well = in_a_process(name, options.seconds, options.out.resolve())
+        print(line, flush=True)
+        is_well &= ended_well
     lines = [line for name in options.targets for line in listed(options.out / "findings" / name)]
     print(*lines, sep="\n")
-    return int(bool(lines))
+    return int(not is_well)
 
 
 if __name__ == "__main__":

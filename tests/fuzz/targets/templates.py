@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from bench.soak_server import CHAT_TEMPLATE
 
@@ -23,8 +24,8 @@ ROW = {
     ],
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
 }
-# As they are for people, a fuzzer would wait most of its time.
-template_limits.SECONDS, template_limits.INTERVAL, template_limits.BYTES = 0.5, 0.05, 2**27
+# With those that people have, a fuzzer would wait most of its time.
+LIMITS = {"SECONDS": 0.5, "INTERVAL": 0.05, "BYTES": 2**27}
 
 
 def seeds() -> list[bytes]:
@@ -46,4 +47,5 @@ def read(data: bytes, place: Path) -> None:
     tokens = _tokenizer()
     tokens.chat_template = data.decode("utf-8", "replace")
     row: Any = parse_row(ROW)
-    Chat(tokens).conversation(row)
+    with patch.multiple(template_limits, **LIMITS):
+        Chat(tokens).conversation(row)
