@@ -212,10 +212,10 @@ def test_a_job_learns_from_samples(client, server):
 
 
 def test_rows_of_another_kind_are_refused_before_a_job_begins(client, file):
-    asks = upload(client, [{"prompt": "a"}])
+    asks = upload(client, [{"prompt": "a", "solution": "b"}])  # as data for samples has it
     for given in ({"training_file": asks.id}, {"validation_file": asks.id}):
         body = {"model": "tiny", "training_file": file.id} | given
-        with pytest.raises(openai.BadRequestError, match="holds prompts, and sft") as refused:
+        with pytest.raises(openai.BadRequestError, match="prompts, as no row has") as refused:
             client.fine_tuning.jobs.create(**body)
         assert refused.value.param in given
 

@@ -43,6 +43,7 @@ KINDS_FOR: Mapping[RowShape, tuple[Kind, ...]] = {
     "judged": ("answers", "pairs"),
     "prompts": ("prompts", "answers"),  # of which the last one is a reference
 }
+NO_ANSWER = "a completion beside its prompt, or an assistant's turn at the end of its messages"
 _STRANGE = re.compile(r"[^A-Za-z0-9]+")
 
 
@@ -310,9 +311,10 @@ def _check_kind(file: StoredFile, objective: ObjectiveName, param: str) -> None:
     """Raise RequestError where an objective cannot learn from what a file holds."""
     learns_from = KINDS_FOR[Objective(objective).shape]
     if file.kind is not None and file.kind not in learns_from:
+        why = f", as no row has {NO_ANSWER}" if file.kind == "prompts" else ""
+        needs = " or ".join(learns_from)
         raise RequestError(
-            f"{file.id} holds {file.kind}, and {objective} learns from {' or '.join(learns_from)}.",
-            param=param,
+            f"{file.id} holds {file.kind}{why}; {objective} learns from {needs}.", param=param
         )
 
 

@@ -21,7 +21,7 @@ from veneer.data.problems import Located, Place, Problem, data_error
 from veneer.data.questions import parse_prompt
 from veneer.data.rows import Row, parse_row
 from veneer.data.sources import entries_of, no_rows_in, parsed_values, read_values
-from veneer.errors import MOST_PROBLEMS, DataError, QueueFull, RequestError, listed, nearest
+from veneer.errors import MOST_PROBLEMS, DataError, QueueFull, RequestError, closest, listed
 from veneer.files import new_directory
 from veneer.serve.jobs.store import Store
 from veneer.serve.jobs.values import UNENDED, Kind, Places, Purpose, StoredFile, new_id
@@ -42,6 +42,7 @@ PARSERS: Mapping[Kind, Callable[[object], Any]] = {
     "prompts": parse_prompt,
 }
 _OF_ANSWERS = ("completion", "output", "answer")  # keys of rows
+MISSPELT = 0.75  # as like one of these as a slip of the fingers; a solution is no completion
 _READING = BoundedSemaphore(AT_A_TIME)
 _STRANGE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -157,7 +158,9 @@ def _is_prompt(value: object) -> bool:
         unused = parse_prompt(value).unused
     except ValueError:
         return False
-    return not any(key not in _OF_ANSWERS and nearest(key, _OF_ANSWERS) for key in unused)
+    return not any(
+        key not in _OF_ANSWERS and closest(key, _OF_ANSWERS, likeness=MISSPELT) for key in unused
+    )
 
 
 def first_rows(path: Path, limit: int, kind: Kind) -> tuple[list[Located[Any]], list[Problem]]:
