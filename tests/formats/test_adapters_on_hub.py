@@ -13,7 +13,7 @@ from support.hub_server import hub
 from support.random_adapters import shake
 from support.tiny_models import tiny
 from veneer.cli.app import run
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, VeneerWarning
 from veneer.formats.adapters import read
 from veneer.formats.locate import locate
 from veneer.formats.measured import licence_of
@@ -59,7 +59,7 @@ def same(one: Path, other: Path) -> bool:
     return ours.keys() == theirs.keys() and all(ours[n].equal(theirs[n]) for n in ours)
 
 
-def test_what_is_pushed_is_pulled_again(server, adapter, capsys, monkeypatch):
+def test_what_is_pushed_is_pulled_again(server, adapter, capsys):
     assert run(["push", str(adapter), "someone/island"]) == 0
     files = server.repositories["someone/island"]
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
@@ -67,9 +67,30 @@ def test_what_is_pushed_is_pulled_again(server, adapter, capsys, monkeypatch):
     place = locate(Path("hf:someone/island")).path
     assert same(adapter, place)
     assert locate(Path("hf:someone/island")).base == "org/base"
-    # Where the hub is not reached, the copy that is here is taken.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert locate(Path("hf:someone/island")).path == place
+
+
+@pytest.mark.parametrize("silent", ["offline", "broken", "gone"])
+def test_where_the_hub_is_silent_the_copy_is_taken_and_announced(
+    server, adapter, monkeypatch, silent
+):
+    assert run(["push", str(adapter), "someone/island"]) == 0
+    place = locate(Path("hf:someone/island")).path
+    if silent == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    elif silent == "broken":
+        server.refuses = 500
+    else:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.warns(VeneerWarning, match="copy that is here is taken"):
+        assert locate(Path("hf:someone/island")).path == place
+
+
+def test_what_the_hub_refuses_is_not_taken_from_a_copy(server, adapter):
+    assert run(["push", str(adapter), "someone/island"]) == 0
+    locate(Path("hf:someone/island"))
+    server.refuses = 403
+    with pytest.raises(AdapterError, match="hf auth login"):
+        locate(Path("hf:someone/island"))
 
 
 def test_the_card_says_what_is_known_and_not_where_files_are(adapter, tmp_path, capsys):
