@@ -45,14 +45,49 @@ def test_only_a_terminal_that_can_is_drawn_over(environment, screen, animates):
     assert terminal.animates == animates
 
 
+def printed_on(file: io.StringIO, text: str, **options: object) -> list[str]:
+    terminal = Terminal(file=file, width=80, _environ={"TERM": "xterm"}, color_system=None)
+    terminal.print(text, **options)
+    return file.getvalue().splitlines()
+
+
 def test_lines_break_between_words_in_a_terminal_and_stay_whole_in_a_file():
-    text = "word " * 40
+    text = "[bold]word[/] " + "word " * 38 + "word"
     for file, lines in ((io.StringIO(), 1), (Screen(), 3)):
-        terminal = Terminal(file=file, width=80, _environ={"TERM": "xterm"}, color_system=None)
-        terminal.print(text.strip(), soft_wrap=True)
-        printed = file.getvalue().splitlines()
+        printed = printed_on(file, text)
         assert len(printed) == lines
-        assert all(line.rstrip().endswith("word") for line in printed)
+        assert all(len(line) <= 80 or lines == 1 for line in printed)
+        assert " ".join(printed).split() == ["word"] * 40
+
+
+def test_paths_and_commands_are_whole_in_a_terminal_too():
+    path = "/a/long/way/" * 10
+    assert printed_on(Screen(), f"Saved   adapter: {path} (1 kB)") == [
+        "Saved   adapter:",
+        path,
+        "(1 kB)",
+    ]
+    command = f"veneer tune model {path} --out {path}"
+    assert printed_on(Screen(), command, soft_wrap=True) == [command]
+    assert printed_on(Screen(), "You: ", end="") == ["You: "]
+
+
+@pytest.mark.parametrize(("width", "tables"), [(80, 2), (200, 1)])
+def test_a_table_that_is_too_wide_is_several_with_no_number_broken(width, tables, monkeypatch):
+    screen = Terminal(file=Screen(), width=width, _environ={"TERM": "xterm"}, color_system=None)
+    monkeypatch.setattr(console, "OUTPUT", screen)
+    titles = [f"number {column}" for column in range(10)]
+    table = console.new_table("Name", *titles, "", title="What it is")
+    for row in "ab":
+        table.add_row(f"row {row}", *(f"{row}{column},123,456" for column in range(10)), "")
+    console.print_wide(table)
+    lines = screen.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    printed = screen.file.getvalue()
+    for column in range(10):
+        assert printed.count(f"number {column}") == printed.count(f"b{column},123,456") == 1
+    assert [printed.count(text) for text in ("Name", "row a")] == [tables, tables]
+    assert printed.count("What it is") == 1
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -96,11 +131,16 @@ def test_json_has_no_number_that_json_lacks():
     from veneer.errors import TrainingError
     from veneer.training.event_json import event_json
     from veneer.training.events import Failed, Step
+    from veneer.training.search.result import Cost, Searched, SearchResult, TrialResult
 
     step = Step(3, float("nan"), 0.1, 4, 2, 0.5, 10, {"margin": float("inf")})
     said = event_json(step)
     assert (said["event"], said["loss"], said["metrics"]) == ("step", None, {"margin": None})
     assert event_json(Failed(TrainingError("why"))) == {"event": "failed", "error": "why"}
+    trial = TrialResult(1, {"lr": 1e-3, "targets": ["q_proj"]}, "failed", {50: float("nan")})
+    searched = event_json(Searched(SearchResult("m", "d", [trial], Cost(1.0, 2, 3, None))))
+    (shown,) = json.loads(json.dumps(searched))["result"]["trials"]
+    assert (shown["values"]["targets"], shown["losses"]) == (["q_proj"], {"50": None})
 
 
 def test_as_json_and_quiet_there_are_no_words(tune, tmp_path, capsys):

@@ -61,8 +61,7 @@ def combine(
     count = "1 adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
     OUTPUT.print(
         f"{count} by {settings.method}: rank {_ranks(combined.layers)} over "
-        f"{len(combined.layers)} layers, {combined.energy:.2%} of the change kept",
-        soft_wrap=True,
+        f"{len(combined.layers)} layers, {combined.energy:.2%} of the change kept"
     )
     show_saved(out)
 
@@ -92,13 +91,12 @@ def extract(
         show_notice(notice)
     _show_fits(extracted.layers)
     for line in _uncovered_lines(extracted.uncovered):
-        OUTPUT.print(line, soft_wrap=True)
+        OUTPUT.print(line)
     OUTPUT.print(
         f"All weights changed by {extracted.relative:.2%} of their size. "
         f"{len(extracted.layers)} layers have an adapter, of rank {_ranks(extracted.layers)}, "
         f"which keeps {extracted.energy:.2%} of their change; {extracted.uncovered_share:.2%} of "
-        "all change lies in weights left out",
-        soft_wrap=True,
+        "all change lies in weights left out"
     )
     show_saved(out)
 

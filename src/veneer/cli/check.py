@@ -35,8 +35,7 @@ def check(
     proof = f"run by {runtime.run} too" if runtime.run else "not run"
     OUTPUT.print(
         f"[bold]{runtime.title}[/]: {verdict}. Read in its source, {proof}: "
-        f"{escape(runtime.read_in)}",
-        soft_wrap=True,
+        f"{escape(runtime.read_in)}"
     )
     return 0 if checked.loads else 1
 

@@ -80,7 +80,7 @@ def compare(
     if not quiet:
         _show(comparison)
         paths = ", ".join(escape(str(out / name)) for name in names)
-        OUTPUT.print(f"[bold]Saved[/]   {paths}", soft_wrap=True)
+        OUTPUT.print(f"[bold]Saved[/]   {paths}")
     for failure in chain.from_iterable(comparison.errors.values()):
         ERRORS.print(f"[bold red]Failed:[/] {escape(failure)}")
     return 1 if comparison.failed else 0
@@ -121,7 +121,7 @@ class CompareDisplay:
                 self.lines = {name: _Line() for name in ("base", *runs)}
                 of = f", {len(seeds)} seeds each" if len(seeds) > 1 else ""
                 names = escape(", ".join(("base", *runs)))
-                OUTPUT.print(f"[bold]Runs[/]    {names}{of}", soft_wrap=True)
+                OUTPUT.print(f"[bold]Runs[/]    {names}{of}")
             case Notice(text):
                 show_notice(text, on=OUTPUT)
             case JobStarted(job):
@@ -166,7 +166,7 @@ class CompareDisplay:
 
     def _log(self, text: str) -> None:
         if not OUTPUT.animates:
-            OUTPUT.print(f"  {text}", soft_wrap=True)
+            OUTPUT.print(f"  {text}")
 
     def _table(self) -> Table:
         numbers = ("Loss", "tokens/s", "Memory", "Evaluation loss", "Quality")
@@ -190,7 +190,7 @@ def _stage(job: Job) -> str:
 
 
 def _show(comparison: Comparison) -> None:
-    OUTPUT.print(settings_line(comparison), soft_wrap=True)
+    OUTPUT.print(settings_line(comparison))
     print_wide(_result_table(comparison, "Method", comparison.rows))
     if comparison.swept:
         print_wide(_result_table(comparison, "LoRA", comparison.swept))

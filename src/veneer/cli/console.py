@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from veneer.errors import VeneerError, VeneerWarning
 from veneer.files import check_writable, remove_leftovers, size_of
@@ -35,10 +39,15 @@ class Terminal(Console):
         return self.is_interactive and self.file.isatty()
 
     def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
-        """Print. Lines that stay whole in a file (soft_wrap) are broken between words where they
-        are read, in a terminal."""
-        whole = self.soft_wrap if soft_wrap is None else soft_wrap
-        super().print(*objects, soft_wrap=whole and not self.file.isatty(), **options)
+        """Print. A text is whole in a file, and in a terminal broken between words.
+
+        soft_wrap: let the terminal break a text, which then copies it as one line: for commands.
+        """
+        if soft_wrap is None and all(isinstance(each, str) for each in objects):
+            soft_wrap = True
+            if self.file.isatty():
+                objects = tuple(between_words(self.render_str(x), self.width) for x in objects)
+        super().print(*objects, soft_wrap=soft_wrap, **options)
 
     def on_broken_pipe(self) -> None:
         """Take that a pipe is closed."""
@@ -47,8 +56,26 @@ class Terminal(Console):
         silence(self)
 
 
+def between_words(text: Text, width: int) -> Text:
+    """Return a text in lines of at most `width` columns. A longer word, such as a path, is not
+    broken: the terminal shows it in several lines and copies it as one."""
+    lines = []
+    for line in text.split(allow_blank=True):
+        breaks, used = [], 0
+        for word in re.finditer(r"\s*\S+\s*", line.plain):
+            if used and used + cell_len(word.group().rstrip()) > width:
+                breaks.append(word.start())
+                used = 0
+            used += cell_len(word.group())
+        *broken, last = line.divide(breaks)
+        for piece in broken:
+            piece.rstrip()
+        lines += [*broken, last]
+    return Text("\n").join(lines)
+
+
 OUTPUT = Terminal(highlight=False)
-ERRORS = Terminal(stderr=True, highlight=False, soft_wrap=True)
+ERRORS = Terminal(stderr=True, highlight=False)
 PAUSE = 60.0  # seconds between two lines of progress, where there is no terminal for a bar
 WIDTH = 110  # columns of wide tables where there is no terminal: in fewer, numbers would break
 
@@ -94,7 +121,12 @@ def show_error(error: Exception) -> None:
 
 def show_notice(text: str, *, on: Console = ERRORS) -> None:
     """Print something that a person should know."""
-    on.print(f"  [yellow]note[/] {escape(text)}", soft_wrap=True)
+    on.print(f"  [yellow]note[/] {escape(text)}")
+
+
+def show_command(command: str, *, on: Console = OUTPUT) -> None:
+    """Print a command to copy, on a line of its own."""
+    on.print(f"  {escape(command)}", soft_wrap=True)
 
 
 def show_doing(text: str) -> None:
@@ -123,7 +155,7 @@ def show_saved(path: Path, *, what: str = "", facts: Sequence[str] = (), more: s
     """Print where a result is, its size, and what else there is to know of it."""
     size = bytes_text(size_of(path))
     name = f"{what}: {escape(str(path))}" if what else escape(str(path))
-    OUTPUT.print(f"[bold]Saved[/]   {name} ({', '.join([*facts, size])}{more})", soft_wrap=True)
+    OUTPUT.print(f"[bold]Saved[/]   {name} ({', '.join([*facts, size])}{more})")
 
 
 def questions() -> Iterator[str]:
@@ -148,9 +180,11 @@ def new_table(first: str, *others: str, **options: Any) -> Table:
 
 
 def print_wide(table: Table) -> None:
-    """Print a table that needs more columns than a pipe is taken to have."""
+    """Print a table that needs more columns than a pipe is taken to have. In a terminal without
+    room for it, it is several tables with the same names, so that no number is broken."""
     output = OUTPUT if OUTPUT.is_terminal else Console(highlight=False, width=WIDTH)
-    output.print(table)
+    for piece in _in_pieces(table, output):
+        output.print(piece)
 
 
 def page(width: int) -> Console:
@@ -160,19 +194,46 @@ def page(width: int) -> Console:
 
 def print_narrow(table: Table, *spare: str, on: Console) -> None:
     """Print a table, without the first of its `spare` columns where it would be too wide."""
-    titles, anything = list(spare), on.options.update(max_width=1000)
-    while titles and Measurement.get(on, anything, table).maximum > on.width:
-        table = _without(table, titles.pop(0))
-    on.print(table)
+    columns, titles = list(range(len(table.columns))), list(spare)
+    while titles and not _fits(table, columns, on):
+        title = titles.pop(0)
+        columns = [index for index in columns if table.columns[index].header != title]
+    on.print(_part_of(table, columns))
 
 
-def _without(table: Table, title: str) -> Table:
-    columns = [column for column in table.columns if column.header != title]
-    first, *others = (str(column.header) for column in columns)
-    fewer = new_table(first, *others, padding=table.padding)
-    for column, before in zip(fewer.columns, columns, strict=True):
-        column.no_wrap = before.no_wrap
-    for row, cells in zip(table.rows, zip(*(c.cells for c in columns), strict=True), strict=True):
+def _in_pieces(table: Table, on: Console) -> Iterator[Table]:
+    """Yield tables of the first column and as many of the others as fit."""
+    others = [
+        index
+        for index, column in enumerate(table.columns)
+        if index and (column.header or any(column.cells))
+    ]
+    title = table.title
+    while others:
+        count = 1
+        while count < len(others) and _fits(table, [0, *others[: count + 1]], on):
+            count += 1
+        piece = _part_of(table, [0, *others[:count]])
+        piece.title, title = title, None
+        yield piece
+        others = others[count:]
+
+
+def _fits(table: Table, columns: Sequence[int], on: Console) -> bool:
+    anything = on.options.update(max_width=1000)
+    return Measurement.get(on, anything, _part_of(table, columns)).maximum <= on.width
+
+
+def _part_of(table: Table, columns: Sequence[int]) -> Table:
+    """Return a table of some columns of another."""
+    chosen = [table.columns[index] for index in columns]
+    fewer = new_table(
+        "", padding=table.padding, title_justify=table.title_justify, title_style=table.title_style
+    )
+    fewer.columns.clear()
+    for index, column in enumerate(chosen):
+        fewer.columns.append(replace(column, _index=index, _cells=[]))
+    for row, cells in zip(table.rows, zip(*(c.cells for c in chosen), strict=True), strict=True):
         fewer.add_row(*cells, style=row.style, end_section=row.end_section)
     return fewer
 

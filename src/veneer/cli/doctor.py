@@ -57,10 +57,10 @@ def _show(lines: Mapping[str, str]) -> None:
 def _show_hanging(title: str, text: str, *, style: str) -> None:
     """Print a title and a text whose further lines begin below its first one."""
     width = max(MOST_NARROW, OUTPUT.width - INDENT)
-    lines = wrap(without_private(text), width, break_on_hyphens=False)
+    lines = wrap(without_private(text), width, break_long_words=False, break_on_hyphens=False)
     for first, line in zip([title, *[""] * len(lines)], lines, strict=False):
         shown = f"[{style}]{first}[/]" + " " * (INDENT - len(first)) if first else " " * INDENT
-        OUTPUT.print(shown + escape(line), soft_wrap=True)
+        OUTPUT.print(shown + escape(line))
 
 
 def _show_remarks(advice: list[Remark]) -> None:

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from veneer.cli.console import OUTPUT, bytes_text, new_table, quieten_libraries, show_error
+from veneer.cli.console import (
+    OUTPUT,
+    bytes_text,
+    new_table,
+    quieten_libraries,
+    show_command,
+    show_error,
+)
 from veneer.errors import DataError, ModelError, VeneerError, joined
 from veneer.files import write_text
 
@@ -51,8 +58,7 @@ def guide(run: Run) -> int:
 
     OUTPUT.print(
         "Teach a model something new, in four steps: a base, rows, training, a chat. "
-        "[dim]Ctrl-D ends this at any time; veneer --help shows all commands.[/]\n",
-        soft_wrap=True,
+        "[dim]Ctrl-D ends this at any time; veneer --help shows all commands.[/]\n"
     )
 
     def do(*arguments: object) -> int:
@@ -65,7 +71,8 @@ def guide(run: Run) -> int:
         data = _data()
         out = _free(OUT)
         if do("plan", base) or not _agrees("Train an adapter now?"):
-            OUTPUT.print(f"Later: veneer tune {shlex.join([base, data])} --out {out}")
+            OUTPUT.print("Later:")
+            show_command(f"veneer tune {shlex.join([base, data, '--out', str(out)])}")
             return 0
         if code := do("tune", base, data, "--out", out):
             return code
@@ -137,8 +144,10 @@ def _data() -> str:
         answer = _asked("File of rows, or Enter to write five in an editor: ")
         if not answer:
             return _written()
-        if Path(answer).expanduser().exists() or answer.startswith("hf:"):
+        if answer.startswith("hf:"):
             return answer
+        if (path := Path(answer).expanduser()).exists():
+            return str(path)
         show_error(DataError(f"There is no {answer}."))
 
 

@@ -64,16 +64,16 @@ def inspect(
         show_notice(report.uncovered, on=OUTPUT)
     for remark in report.remarks:
         show_notice(remark, on=OUTPUT)
-    OUTPUT.print(f"[bold]Fused[/] {escape(_fused_layers(skeleton))}", soft_wrap=True)
+    OUTPUT.print(f"[bold]Fused[/] {escape(_fused_layers(skeleton))}")
     if experts := _experts(skeleton):
-        OUTPUT.print(f"[bold]Experts[/] {escape(experts)}", soft_wrap=True)
+        OUTPUT.print(f"[bold]Experts[/] {escape(experts)}")
     if stored := stored_of(model, config):
         how = f"{stored.bits} bits" + (", the head too" if stored.head else "")
         if stored.format:
             which = ", experts alone" if stored.experts_alone else ""
             how = f"{stored.bits_a_number:.2f} bits a number{which}"
             how += f" ({stored.format}, as it was published)"
-        OUTPUT.print(f"[bold]Weights[/] quantized, in {how}", soft_wrap=True)
+        OUTPUT.print(f"[bold]Weights[/] quantized, in {how}")
 
 
 def _fused_layers(skeleton: PreTrainedModel) -> str:
@@ -164,8 +164,7 @@ def diff(
     norms = [measure.total_norm(side) for side in sides]
     OUTPUT.print(
         f"{len(pairs)} layers, {common} of them in both; ‖ΔW‖ {norms[0]:.4g} and {norms[1]:.4g}, "
-        + ("no cosine, for one is nothing" if cosine is None else f"cosine {cosine:+.4f} over all"),
-        soft_wrap=True,
+        + ("no cosine, for one is nothing" if cosine is None else f"cosine {cosine:+.4f} over all")
     )
 
 
@@ -186,8 +185,7 @@ def _inspect_adapter(place: Path, picture: Path | None) -> None:
         f"{len(layers)} layers of {escape(state.base_name or 'an unnamed base')}, rank "
         f"{span([layer.rank for layer in layers])}, "
         f"{sum(tensor.numel() for tensor in state.tensors.values()):,} parameters; ‖ΔW‖ "
-        f"{measure.total_norm(layers):.4g} over all, effective rank {mean:.1f} in the mean",
-        soft_wrap=True,
+        f"{measure.total_norm(layers):.4g} over all, effective rank {mean:.1f} in the mean"
     )
 
 
@@ -217,4 +215,4 @@ def _show(table: Table) -> None:
 
 def _draw(panels: Sequence[Panel], picture: Path) -> None:
     draw_heatmaps(panels, picture)
-    OUTPUT.print(f"[bold]Picture[/] {escape(str(picture))}", soft_wrap=True)
+    OUTPUT.print(f"[bold]Picture[/] {escape(str(picture))}")

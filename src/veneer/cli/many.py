@@ -182,7 +182,7 @@ class JobsDisplay:
                     text = f"as {first}: {shortened(text, 60)}"
                 show_notice(f"{name}: {text}" if name else text, on=OUTPUT)
             case Planned(plan, free):
-                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}", soft_wrap=True)
+                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}")
             case Measured(planned, peak):
                 OUTPUT.print(
                     f"[bold]Memory[/]  at most {bytes_text(peak)}, planned {bytes_text(planned)}"
@@ -213,7 +213,7 @@ class JobsDisplay:
             case Trained() | Failed() if name in self.tasks:
                 self.progress.remove_task(self.tasks.pop(name))
             case Verdict(_, text):
-                OUTPUT.print(f"  {of}: {escape(text)}", soft_wrap=True)
+                OUTPUT.print(f"  {of}: {escape(text)}")
 
     def _step(self, name: str, step: int, loss: float) -> None:
         if name in self.tasks:
@@ -233,4 +233,4 @@ def show_results(states: Mapping[str, JobState], out: Path) -> None:
         ]
         table.add_row(escape(name), f"{state.step}/{state.steps}", *losses, state.ended or "-")
     print_wide(table)
-    OUTPUT.print(f"[bold]Saved[/]   below {escape(str(out))}", soft_wrap=True)
+    OUTPUT.print(f"[bold]Saved[/]   below {escape(str(out))}")

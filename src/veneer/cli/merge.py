@@ -89,7 +89,7 @@ def merge(
     report = veneer.certify(loaded.model, plain, loaded.tokenizer, probe=probe)
     OUTPUT.print(merge_table(report))
     for line in (*merge_lines(report), *_sizes(loaded.model, plain)):
-        OUTPUT.print(f"  {line}", soft_wrap=True)
+        OUTPUT.print(f"  {line}")
     try:
         report.check()
     except MergeError as error:

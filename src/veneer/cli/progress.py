@@ -71,7 +71,7 @@ class RunDisplay:
         self._take_down()
         if self.verdict:  # last, where it is seen
             label = f"[bold {COLOURS[self.verdict.kind]}]Verdict[/]"
-            OUTPUT.print(f"{label} {escape(self.verdict.text)}", soft_wrap=True)
+            OUTPUT.print(f"{label} {escape(self.verdict.text)}")
 
     def show(self, event: Event) -> None:
         """Print what an event means, or move the bar."""
@@ -80,13 +80,12 @@ class RunDisplay:
                 show_notice(text, on=OUTPUT)
             case Planned(plan, free, processes):
                 each = f", in each of {processes} processes" if processes > 1 else ""
-                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}{each}", soft_wrap=True)
+                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}{each}")
             case Space(needed, free):
                 sizes = (f"{bytes_text(size)} for {what}" for what, size in needed.items())
                 OUTPUT.print(
                     f"[bold]Disk[/]    {bytes_text(sum(needed.values()))} at most "
-                    f"({', '.join(sizes)}), {bytes_text(free)} free",
-                    soft_wrap=True,
+                    f"({', '.join(sizes)}), {bytes_text(free)} free"
                 )
             case Measured(planned, peak):
                 OUTPUT.print(
@@ -101,9 +100,9 @@ class RunDisplay:
                 self._data(event)
             case ModelReady():
                 summary = f"{target_summary(event.targets)}; {event.dtype}"
-                OUTPUT.print(f"[bold]Model[/]   {summary}", soft_wrap=True)
+                OUTPUT.print(f"[bold]Model[/]   {summary}")
                 if event.quantized:
-                    OUTPUT.print(f"  {quantized_summary(event.quantized)}", soft_wrap=True)
+                    OUTPUT.print(f"  {quantized_summary(event.quantized)}")
                 if event.new_tokens:
                     texts = escape(", ".join(event.new_tokens))
                     OUTPUT.print(f"  {len(event.new_tokens)} new tokens: {texts}")
@@ -142,7 +141,7 @@ class RunDisplay:
                 OUTPUT.print(f"  {escape(what)} ...")
             case Merged(report):
                 for line in merge_lines(report):
-                    OUTPUT.print(f"[bold]Merged[/]  {line}", soft_wrap=True)
+                    OUTPUT.print(f"[bold]Merged[/]  {line}")
             case Written(what, path):
                 show_saved(path, what=what)
             case Checkpointed():

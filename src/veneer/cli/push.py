@@ -14,6 +14,7 @@ from veneer.cli.console import (
     OUTPUT,
     quieten_libraries,
     refuse_to_replace,
+    show_command,
     show_doing,
     show_notice,
     show_saved,
@@ -101,8 +102,9 @@ def push(
             return
         show_doing(f"Pushing to {name}")
         address = hub.push(place, name, private=private, message="Add an adapter of Veneer")
-    OUTPUT.print(f"[bold]Pushed[/]  {escape(address)}", soft_wrap=True)
-    OUTPUT.print(f"Use it: veneer generate PROMPT --adapter hf:{escape(name)}", soft_wrap=True)
+    OUTPUT.print(f"[bold]Pushed[/]  {escape(address)}")
+    OUTPUT.print("Use it:")
+    show_command(f"veneer generate PROMPT --adapter hf:{name}")
 
 
 def _known(adapter: Path, licence: str | None) -> AdapterState:

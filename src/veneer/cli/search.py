@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -17,6 +18,7 @@ from veneer.cli.console import (
     new_table,
     print_wide,
     quieten_libraries,
+    show_command,
     show_notice,
 )
 from veneer.cli.events import events_on_stdout
@@ -181,15 +183,15 @@ def show_result(result: SearchResult, out: Path) -> None:
     print_wide(table)
     if len(result.trials) > SHOWN:
         OUTPUT.print(f"  and {len(result.trials) - SHOWN} others, in {escape(str(out / TABLE))}")
-    OUTPUT.print(f"[bold]Cost[/]    {result.cost}.", soft_wrap=True)
+    OUTPUT.print(f"[bold]Cost[/]    {result.cost}.")
     if result.best is not None:
-        place = escape(str(out))
         OUTPUT.print(
             f"[bold]Best[/]    {escape(in_words(result.best.values))}: its adapter and recipe are "
-            f"in {place}. Merge it: veneer merge MODEL {place} MERGED; train so again: veneer tune "
-            f"--config {place}/recipe.yaml --out ELSEWHERE",
-            soft_wrap=True,
+            f"in {escape(str(out))}. Merge it, or train so again:"
         )
+        show_command(f"veneer merge MODEL {quote(str(out))} MERGED")
+        recipe = RunDirectory(out).recipe
+        show_command(f"veneer tune --config {quote(str(recipe))} --out ELSEWHERE")
 
 
 def _text(value: Any) -> str:

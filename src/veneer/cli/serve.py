@@ -49,7 +49,7 @@ def serve(
                 show_notice(notice)
             OUTPUT.print(f"[bold]Base[/]      {escape(at.base)}")
             names = listed(at.adapters, most=SHOWN_NAMES) or "none"
-            OUTPUT.print(f"[bold]Adapters[/]  {escape(names)}", soft_wrap=True)
+            OUTPUT.print(f"[bold]Adapters[/]  {escape(names)}")
             where = f"{at.url} (the page), {at.url}/v1 (OpenAI's protocol)"
-            OUTPUT.print(f"[bold]Serving[/]   {where}", soft_wrap=True)
+            OUTPUT.print(f"[bold]Serving[/]   {where}")
     OUTPUT.print("Ended.")

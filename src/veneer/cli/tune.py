@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -14,7 +15,14 @@ from rich.markup import escape
 import veneer
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
-from veneer.cli.console import ERRORS, OUTPUT, quieten_libraries, show_notice, silence
+from veneer.cli.console import (
+    ERRORS,
+    OUTPUT,
+    quieten_libraries,
+    show_command,
+    show_notice,
+    silence,
+)
 from veneer.cli.events import events_on_stdout
 from veneer.cli.flags import (
     AsJson,
@@ -349,9 +357,10 @@ def show_run(
 
 def show_ways_on(recipe: Recipe) -> None:
     """Print what can be done with a run that was stopped."""
-    out = escape(str(recipe.out))
+    out = recipe.out
     ERRORS.print(
-        f"Go on with the same command and --resume (results in {out}). Or try what is "
-        f"learnt so far: veneer generate PROMPT --adapter {out}; write it as an "
-        f"adapter: veneer export {out}"
+        f"Go on with the same command and --resume (results in {escape(str(out))}). Or try what is "
+        "learnt so far, or write it as an adapter:"
     )
+    show_command(f"veneer generate PROMPT --adapter {quote(str(out))}", on=ERRORS)
+    show_command(f"veneer export {quote(str(out))}", on=ERRORS)
