@@ -2,14 +2,16 @@
 
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 
 import pytest
 
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError, VeneerError, VeneerWarning
 from veneer.training.events import Evaluated, Notice, Started, Step, Stopped, Verdict
-from veneer.training.tracking import choice
+from veneer.training.tracking import choice, sender
+from veneer.training.tracking import tracked as tracking
 from veneer.training.tracking.choice import trackers
-from veneer.training.tracking.tracker import tracked
+from veneer.training.tracking.tracked import tracked
 
 EVENTS = [
     Started(2, 0),
@@ -35,8 +37,9 @@ class Recorder:
     def begin(self, settings):
         self._take("begin", settings)
 
-    def log(self, step, numbers):
-        self._take("log", step, numbers)
+    def log(self, points):
+        for point in points:
+            self._take("log", point.step, point.numbers)
 
     def end(self, outcome):
         self._take("end", outcome)
@@ -68,6 +71,50 @@ def test_one_that_fails_is_announced_once_and_the_run_and_the_others_go_on(call)
     assert len(other.calls) == 6
 
 
+class Hanging(Recorder):
+    """A tracker that does not return from a call until it is released."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__()
+        self.call, self.released = call, Event()
+
+    def _take(self, call: str, *values: object) -> None:
+        super()._take(call, *values)
+        if call == self.call:
+            self.released.wait()
+
+
+@pytest.mark.parametrize("call", ["begin", "log", "end"])
+def test_one_that_hangs_holds_nothing_up_and_is_announced(call, monkeypatch):
+    monkeypatch.setattr(tracking, "PATIENCE", 0.0)
+    hanging = Hanging(call)
+    events = list(tracked(EVENTS, [hanging], SETTINGS))
+    hanging.released.set()
+    assert [event for event in events if not isinstance(event, Notice)] == EVENTS
+    (notice,) = [event for event in events if isinstance(event, Notice)]
+    assert "does not take the rest" in notice.text
+
+
+def test_points_that_wait_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(sender, "MOST_WAITING", 2)
+    hanging = Hanging("begin")
+    events = list(tracked(EVENTS, [hanging], SETTINGS))
+    hanging.released.set()
+    at = events.index(EVENTS[3])  # the third with numbers
+    assert events[at - 1].text.endswith("it is 2 points behind")
+    assert sum(isinstance(event, Notice) for event in events) == 1
+
+
+def test_what_fails_after_the_last_event_is_taken_is_a_warning():
+    recorder = Recorder("end")
+    with (
+        pytest.warns(VeneerWarning, match="Recorder failed"),
+        closing(tracked(EVENTS, [recorder], {})) as events,
+    ):
+        next(events)
+    assert recorder.calls[-1] == ("end", "interrupted")
+
+
 def test_how_a_run_ended_is_what_its_tracker_gets():
     recorder = Recorder()
     with closing(tracked([*EVENTS, Stopped(2, "interrupted")], [recorder], {})) as events:
@@ -84,7 +131,7 @@ def test_how_a_run_ended_is_what_its_tracker_gets():
         raise RuntimeError
 
     recorder = Recorder("end")  # which fails itself, too
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError), pytest.warns(VeneerWarning, match="the server is gone"):
         list(tracked(broken(), [recorder], {}))
     assert recorder.calls[-1] == ("end", "failed")
 
@@ -93,6 +140,8 @@ def test_names_that_are_none_and_libraries_that_are_missing(tmp_path, monkeypatc
     with pytest.raises(ConfigError, match="'tensorbord' is no tracker; did you mean") as error:
         trackers(["tensorbord", "neptune"], tmp_path)
     assert "'neptune'" in str(error.value)
+    with pytest.raises(ConfigError, match="tensorboard is named twice"):
+        trackers(["tensorboard:curves", "tensorboard"], tmp_path)
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
     with pytest.raises(VeneerError, match=r"pip install 'veneer\[track,mlflow\]'"):
         trackers(["tensorboard", "mlflow:there"], tmp_path)

@@ -53,7 +53,7 @@ from veneer.training.config import TOKENS_PER_PASS, TrainConfig
 from veneer.training.events import Event, Started, Stopped, Verdict
 from veneer.training.recipe import DataConfig, Recipe, Shard
 from veneer.training.tracking.choice import trackers
-from veneer.training.tracking.tracker import tracked
+from veneer.training.tracking.tracked import tracked
 
 if TYPE_CHECKING:
     from veneer.processes.world import World

@@ -22,17 +22,22 @@ def trackers(specs: Iterable[str], out: Path) -> list[Tracker]:
     """Return the trackers that texts such as "mlflow" or "tensorboard:curves" name.
 
     out: the run's directory, below which they write unless the text says where. Raises ConfigError
-    for names that are none, VeneerError where a library is missing; all problems at once.
+    for names that are none or come twice, VeneerError where a library is missing; all at once.
     """
-    wrong, missing, chosen = [], [], {}
+    wrong, missing = [], []
+    chosen: dict[str, str] = {}
+    named: set[str] = set()
     for spec in specs:
         name, _, place = spec.partition(":")
         if name not in TRACKERS:
             wrong.append(f"{name!r} is no tracker{nearest(name, TRACKERS)}")
+        elif name in named:
+            wrong.append(f"{name} is named twice")
         elif find_spec(TRACKERS[name][1]) is None:
             missing.append(name)
         else:
             chosen[name] = place
+        named.add(name)
     if wrong:
         known = ", ".join(TRACKERS)
         raise ConfigError(f"--track cannot be followed: {'; '.join(wrong)}. There are {known}.")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
-from mlflow.utils.async_logging.run_operations import RunOperations
+
+from veneer.training.tracking.tracker import Point
 
 EXPERIMENT = "veneer"
+MOST_METRICS = 1000  # in one request
 LONGEST = 6000  # characters of a parameter that MLflow takes
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
 
@@ -32,7 +33,6 @@ class MLflow:
         self.address, self.title = address, out.name
         self.client: MlflowClient | None = None
         self.run = ""
-        self.sending: RunOperations | None = None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Start a run, with the settings as its parameters."""
@@ -44,16 +44,18 @@ class MLflow:
         params = [Param(key, str(value)[:LONGEST]) for key, value in settings.items()]
         self.client.log_batch(self.run, params=params)
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Send numbers; MLflow does so in a thread of its own."""
+    def log(self, points: Sequence[Point]) -> None:
+        """Send all numbers, as many in a request as a server takes."""
         assert self.client is not None
-        now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for name, value in numbers.items()]
-        self.sending = self.client.log_batch(self.run, metrics=metrics, synchronous=False)
+        metrics = [
+            Metric(name, value, int(point.time * 1000), point.step)
+            for point in points
+            for name, value in point.numbers.items()
+        ]
+        for first in range(0, len(metrics), MOST_METRICS):
+            self.client.log_batch(self.run, metrics=metrics[first : first + MOST_METRICS])
 
     def end(self, outcome: str) -> None:
-        """Wait for what is being sent, and end the run."""
-        if self.client is not None and self.run:
-            if self.sending is not None:  # the last of them
-                self.sending.wait()
-            self.client.set_terminated(self.run, STATUS[outcome])
+        """End the run."""
+        assert self.client is not None
+        self.client.set_terminated(self.run, STATUS[outcome])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from veneer.run_directory import RunDirectory
+from veneer.training.tracking.tracker import Point
 
 
 class TensorBoard:
@@ -27,11 +28,12 @@ class TensorBoard:
         text = yaml.safe_dump(dict(settings), sort_keys=False)
         self.writer.add_text("recipe", f"```yaml\n{text}```")
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Add a point to each curve."""
+    def log(self, points: Sequence[Point]) -> None:
+        """Add points to the curves."""
         assert self.writer is not None
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
+        for point in points:
+            for name, value in point.numbers.items():
+                self.writer.add_scalar(name, value, point.step, point.time)
 
     def end(self, outcome: str) -> None:
         """Close the file."""

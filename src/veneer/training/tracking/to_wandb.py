@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import wandb
 
 from veneer.errors import ConfigError
+from veneer.training.tracking.tracker import Point
 
 PROJECT = "veneer"
 
@@ -45,10 +46,11 @@ class WandB:
             settings=wandb.Settings(silent=True, console="off", disable_code=True),
         )
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Send numbers; wandb does so in a process of its own."""
-        # Not step=: an evaluation comes after the step of the same number was sent.
-        self.run.log({**numbers, "step": step})
+    def log(self, points: Sequence[Point]) -> None:
+        """Give them to wandb's own process."""
+        for point in points:
+            # Not step=: an evaluation comes after the step of the same number was sent.
+            self.run.log({**point.numbers, "step": point.step})
 
     def end(self, outcome: str) -> None:
         """Wait for what is being sent, and end the run."""
