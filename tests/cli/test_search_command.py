@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import veneer
 import veneer.cli.trials
 from veneer.cli.app import run
 from veneer.cli.response import axes_of, draw_response
+from veneer.training.events import Notice
+from veneer.training.search import auto
 from veneer.training.search.result import Cost, Searched, SearchResult, TrialEnded, TrialResult
 
 TRIALS = [
@@ -98,3 +101,17 @@ def test_auto_is_settled_before_the_run_and_all_else_is_the_commands(caught, mon
     monkeypatch.setattr(veneer.cli.trials, "search_before", lambda *_, **__: 130)
     assert run(line) == 130
     assert "auto searches in one process" in refused(*line, "--processes", "2")
+
+
+def test_the_search_before_a_run_takes_all_flags_of_the_run(caught, monkeypatch):
+    taken = signature(auto.settle_by_search)
+
+    def settled(*given, **options):
+        taken.bind(*given, **options)
+        yield "", Notice("searched")
+        return given[0]
+
+    monkeypatch.setattr(auto, "settle_by_search", settled)
+    flags = "--grace-seconds 9 --track mlflow --resume --force --ignore-plan --quiet --json"
+    assert run(["tune", "owner/base", "rows.jsonl", "--lr", "auto", *flags.split()]) == 0
+    assert (caught.options["grace_seconds"], caught.options["track"]) == (9.0, ("mlflow",))

@@ -48,7 +48,7 @@ class SearchDisplay:
             case Notice(text):
                 show_notice(text, on=OUTPUT)
             case Planned(plan, free):
-                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}", soft_wrap=True)
+                OUTPUT.print(f"[bold]Plan[/]    {plan_summary(plan, free)}")
             case DataReady(summary, held_out):
                 beside = f", {held_out.rows:,} held out" if held_out else ""
                 OUTPUT.print(
@@ -72,8 +72,7 @@ class SearchDisplay:
                 loss = "-" if trial.loss is None else f"{trial.loss:.4f}"
                 OUTPUT.print(
                     f"  {title(trial)}: evaluation loss {loss}, {ending(trial)} "
-                    f"({self.ended} of {self.trials})",
-                    soft_wrap=True,
+                    f"({self.ended} of {self.trials})"
                 )
 
 
@@ -83,19 +82,25 @@ def title(trial: TrialResult) -> str:
 
 
 def search_before(
-    recipe: Recipe, names: Sequence[str], *, quiet: bool, as_json: bool, **options: Any
+    recipe: Recipe,
+    names: Sequence[str],
+    *,
+    track: Sequence[str],
+    quiet: bool,
+    as_json: bool,
+    grace_seconds: float | None = None,
+    **options: Any,
 ) -> Recipe | int:
     """Search for settings that are left to it, show how, and return the run's recipe with them, or
-    an exit code after Ctrl-C or SIGTERM. options: those of `tune`."""
+    an exit code after Ctrl-C or SIGTERM. track: of the run alone. options: those of `tune`."""
     from veneer.cli.company import interruptible
     from veneer.training.search.auto import TRIALS, settle_by_search
 
     quieten_libraries()
-    options.pop("track")
     display = None if quiet else SearchDisplay(TRIALS[len(names)])
     with (
         events_on_stdout(as_json) as write,
-        interruptible() as asked,
+        interruptible(grace=grace_seconds) as asked,
         display or nullcontext(),
     ):
         events = settle_by_search(recipe, names, should_stop=asked, **options)
