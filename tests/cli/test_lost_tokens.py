@@ -1,11 +1,10 @@
 """The line on the data says what share of all tokens is lost, in red where it is much."""
 
-from io import StringIO
-
 import pytest
-from rich.console import Console
 
 import veneer.cli.progress
+from support.screen import Screen
+from veneer.cli.console import Terminal
 from veneer.data.columns import Summary
 from veneer.training.events import DataReady
 
@@ -14,8 +13,9 @@ from veneer.training.events import DataReady
     ("lost", "colour"), [(0, None), (10, "\x1b[33m"), (11, "\x1b[31m"), (500, "\x1b[31m")]
 )
 def test_what_is_lost_is_red_above_one_per_cent(monkeypatch, lost, colour):
-    console = Console(
-        file=StringIO(), force_terminal=True, color_system="standard", width=200, highlight=False
+    environment = {"TERM": "xterm"}
+    console = Terminal(
+        file=Screen(), _environ=environment, color_system="standard", width=200, highlight=False
     )
     monkeypatch.setattr(veneer.cli.progress, "OUTPUT", console)
     tokens = 1000 - lost

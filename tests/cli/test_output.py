@@ -7,17 +7,11 @@ import re
 import pytest
 from rich.console import Console
 
+from support.screen import Screen
 from support.tuned_facts import metrics
 from veneer.cli import console, plan_tables
 from veneer.cli.console import PAUSE, Pace, Terminal
 from veneer.plan.config import PlanConfig
-
-
-class Screen(io.StringIO):
-    """A file that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_line_is_due_once_a_minute_and_where_it_must_be():

@@ -1,13 +1,12 @@
 """What a comparison looks like while it runs, and its picture."""
 
-import io
-
 from matplotlib import pyplot
 from matplotlib.transforms import Bbox
-from rich.console import Console
 
 from support.comparison_jobs import job
+from support.screen import Screen
 from veneer.cli import compare as showing
+from veneer.cli.console import Terminal
 from veneer.compare.events import ComparisonStarted, JobDone, JobFailed, JobStep
 from veneer.compare.job import Result
 from veneer.compare.labels import LABELS
@@ -15,8 +14,8 @@ from veneer.compare.picture import extents, name_points
 
 
 def test_on_a_terminal_one_table_shows_the_state_of_each_run(monkeypatch):
-    shown = io.StringIO()
-    terminal = Console(file=shown, force_terminal=True, width=100)
+    shown = Screen()
+    terminal = Terminal(file=shown, width=100, _environ={"TERM": "xterm"})
     monkeypatch.setattr(showing, "OUTPUT", terminal)
     first, second, third = (job(name=n, label=LABELS[n], steps=9) for n in ("lora", "full", "dora"))
     result = Result({}, 10, "float32", 5, 2, 100.0, 1.25, exact=50.0)
