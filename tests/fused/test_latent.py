@@ -19,8 +19,10 @@ from support.plain_halves import (
     rotary,
     turned,
 )
+from veneer.fused.analyse_latent import latents_of
 from veneer.fused.heads import LatentHeads
 from veneer.fused.latent import Expansion, LatentAttention
+from veneer.fused.watch import Attended, Call
 from veneer.kernels.arena import Arena
 from veneer.kernels.attention import Attention
 from veneer.kernels.packing import Packing
@@ -33,6 +35,7 @@ ADAPTED = {
     "what expands": (0, 0, 1, 2, 0),
     "what compresses": (1, 1, 0, 0, 0),
     "none": (0,) * 5,
+    **{f"the {n + 1}. alone": tuple(int(n == i) for i in range(5)) for n in range(5)},
 }
 
 
@@ -116,6 +119,25 @@ def test_equals_the_plain_operations(case):
     torch.testing.assert_close(ours, torch.autograd.grad(expected, inputs, dy))
     # What is kept is left as it was.
     torch.testing.assert_close(torch.autograd.grad(y, inputs, dy), ours)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_latent_of_queries_is_all_that_its_input_gives(more):
+    # Otherwise there would be no gradient for the rest.
+    def call(x: Tensor, out: int) -> Call:
+        return Call("", torch.nn.Identity(), x, torch.empty(1, TOKENS, out))
+
+    x = torch.empty(1, TOKENS, DIM)
+    q, kv = call(x, LATENT + more), call(x, LATENT + TURNING)
+    behind = [
+        call(q.y[..., :LATENT], HEADS * HEAD_DIM),
+        call(kv.y[..., :LATENT], HEADS * (FIXED + VALUE)),
+    ]
+    latents = latents_of([q, kv, *behind], norms=[])
+    assert latents is not None
+    read = torch.empty(1, HEADS, TOKENS, HEAD_DIM)
+    structure = latents.structure(Attended(read, read, read[..., :VALUE], {}))
+    assert (structure is None) == bool(more)
 
 
 def test_passes_gradcheck():

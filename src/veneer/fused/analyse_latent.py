@@ -42,6 +42,8 @@ class Latents:
         turning = self.inputs[1].y.shape[-1] - self.kv.linear.x.shape[-1]
         k_and_v = heads * (head_dim - turning + value_dim)
         fits = q.y.shape[-1] == heads * head_dim and self.kv.linear.y.shape[-1] == k_and_v
+        # What gives q's latent gets the latent's gradient, so it gives nothing else.
+        fits &= self.q is None or q.x.shape[-1] == self.inputs[0].y.shape[-1]
         if not fits or not 0 < turning < head_dim:
             return None
         of_q = None if self.q is None else self.q.structure
