@@ -130,9 +130,7 @@ class LatentHeads:
         if self.rotary is not None:
             turned = self._turned(dq[..., -self.turning :], back=True)
             dq = torch.cat([dq[..., : self.first_turning], turned], 2)
-        wide = torch.promote_types(dk.dtype, torch.float32)
-        shared = dk[..., -self.turning :].sum(1, keepdim=True, dtype=wide).to(dk.dtype)
-        d_shared = self._turned(shared, back=True)
+        d_shared = self._turned(dk[..., -self.turning :].sum(1, keepdim=True), back=True)
         d_expanded = torch.cat([dk[..., : self.first_turning], dv], 2)
         return [dq.flatten(1), d_shared.flatten(1), d_expanded.flatten(1)]
 
