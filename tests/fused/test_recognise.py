@@ -213,6 +213,20 @@ def variants(model: nn.Module, tokens: Tensor) -> set:
     }
 
 
+def test_heads_whose_dims_lie_in_another_order_are_left_alone(monkeypatch):
+    """Scores are the same, but not with the keys of a prefix, which lie as the model's own do."""
+    model = adapted()
+    code = sys.modules[type(model).__module__]
+    own = code.apply_rotary_pos_emb
+
+    def turned_with_pairs_apart(q: Tensor, k: Tensor, *angles: Any, **options: Any) -> Any:
+        q, k = (x.unflatten(-1, (-1, 2)).mT.flatten(-2) for x in (q, k))
+        return own(q, k, *angles, **options)
+
+    monkeypatch.setattr(code, "apply_rotary_pos_emb", turned_with_pairs_apart)
+    assert why_not(model) == "its numbers are others than those of the two functions"
+
+
 def test_a_layer_that_clips_what_few_tokens_have():
     """OLMo's later models clip queries, keys and values at 8."""
     config = small_config("olmo")

@@ -37,11 +37,6 @@ class Heads:
         """How many dims of a head may turn."""
         return self.head_dim
 
-    @property
-    def first_turning(self) -> int:
-        """The first of them."""
-        return 0
-
     def split(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v before norms and rotation, as views where that is possible."""
         if self.order == "separate":

@@ -20,6 +20,7 @@ from veneer.adapter.virtual_forward import virtual_input_count
 from veneer.adapter.wrapper import is_intercepted
 from veneer.fused.analyse import structure_of
 from veneer.fused.block import FeedForward, Mixture, SelfAttention, normed
+from veneer.fused.heads import LatentHeads
 from veneer.fused.layers import FusedLayer, submodules
 from veneer.fused.norms import norm_of
 from veneer.fused.patches import LayerForward, patched
@@ -266,15 +267,16 @@ def _gives_within(
     attention, feed_forward = layer.structure.attention, layer.structure.feed_forward
     attended = watched.attended
     assert attended is not None
-    rotary = first.heads.rotary
-    if rotary is not None and 2 * rotary.cos.shape[1] > first.heads.turning:
+    heads = first.heads
+    if heads.rotary is not None and 2 * heads.rotary.cos.shape[1] > heads.turning:
         return False  # its kernel would write beyond the heads
-    q, k, _ = first.heads.forward([_flat(calls[path].y) for path in attention.read_by_heads])
+    q, k, _ = heads.forward([_flat(calls[path].y) for path in attention.read_by_heads])
     own_q, own_k = (x[0].transpose(0, 1) for x in (attended.q, attended.k))
     k = k.repeat_interleave(own_k[0].numel() // k[0].numel(), 1)  # where it is shared beforehand
     layouts = [(q, k)]
-    if rotary is not None and rotary.interleaved:  # its own code may leave pairs apart
-        layouts.append((_with_pairs_apart(q, first), _with_pairs_apart(k, first)))
+    if isinstance(heads, LatentHeads) and heads.rotary is not None and heads.rotary.interleaved:
+        # Its own code may leave pairs apart. Of other heads, a prefix may have keys in that order.
+        layouts.append((_with_pairs_apart(q, heads), _with_pairs_apart(k, heads)))
     if not any(
         _is_near(q.flatten(1) * layer.scale, own_q.flatten(1) * attention.scale)
         and _is_near(k.flatten(1), own_k.flatten(1))
@@ -298,11 +300,11 @@ def _gives_within(
     )
 
 
-def _with_pairs_apart(x: Tensor, half: SelfAttention) -> Tensor:
+def _with_pairs_apart(x: Tensor, heads: LatentHeads) -> Tensor:
     """Return q or k (tokens, heads, head_dim) with the first ones of all pairs that turn before the
     second ones: the product of both is the same."""
-    assert half.heads.rotary is not None
-    first, pairs = half.heads.first_turning, half.heads.rotary.cos.shape[1]
+    assert heads.rotary is not None
+    first, pairs = heads.first_turning, heads.rotary.cos.shape[1]
     turned = x[..., first : first + 2 * pairs].unflatten(-1, (pairs, 2)).mT.flatten(-2)
     return torch.cat([x[..., :first], turned, x[..., first + 2 * pairs :]], -1)
 
