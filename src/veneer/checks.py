@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from veneer.errors import ConfigError, joined
 
 
+def _plain(value: Any) -> Any:
+    """Return numpy's numbers as Python's own, which every file format takes."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if _is_number(value):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
+
+
+def _is_number(value: Any, kind: type[Any] = numbers.Real) -> bool:
+    # A bool is an int, and a NaN is a float; neither is meant anywhere.
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+
+
 class Rule(NamedTuple):
-    """What a value must be: a test that takes a value of any kind, and the text for a message."""
+    """What a value must be: a test that takes a value of any kind, the text for a message, and what
+    a config keeps of a value that holds."""
 
     holds: Callable[[Any], bool]
     text: str  # what follows "must be"
+    kept: Callable[[Any], Any] = _plain
 
 
 def at_least(least: float, *, below: float = math.inf) -> Rule:
@@ -41,6 +59,11 @@ def one_of(literal: Any) -> Rule:
     return Rule(lambda value: value in values, f"one of {', '.join(map(str, values))}")
 
 
+def of_class(kind: type[Any]) -> Rule:
+    """A value of a class."""
+    return Rule(lambda value: isinstance(value, kind), f"of the class {kind.__name__}")
+
+
 def each(rule: Rule) -> Rule:
     """Several values that all keep to a rule."""
     return Rule(lambda values: all(map(rule.holds, values)), f"{rule.text}, each")
@@ -51,6 +74,7 @@ ABOVE_0 = Rule(lambda value: _is_number(value) and value > 0, "a number above 0"
 FRACTION = Rule(lambda value: _is_number(value) and 0 < value <= 1, "above 0 and at most 1")
 BOOLEAN = Rule(lambda value: isinstance(value, bool), "true or false")
 TEXT = Rule(lambda value: isinstance(value, str), "a text")
+PATH = Rule(lambda value: isinstance(value, str | os.PathLike), "a path", Path)
 
 
 def check_config(
@@ -61,8 +85,8 @@ def check_config(
     contradictions: Mapping[str, bool] | None = None,
     problems: Sequence[str] = (),
 ) -> None:
-    """Raise ConfigError, "`opening`: all problems.", if anything is wrong with a dataclass; turn
-    numpy's numbers in it into Python's own, which every file format takes.
+    """Raise ConfigError, "`opening`: all problems.", if anything is wrong with a dataclass; else
+    let it keep of each value what its rule says.
 
     rules: by the names of fields; a field whose default is None may be None. contradictions: a
     message for each impossible combination of fields, and whether `config` has it. problems: those
@@ -81,7 +105,8 @@ def check_config(
     if all_problems:
         raise ConfigError(f"{opening}: {joined(all_problems)}.")
     for name, value in values.items():
-        object.__setattr__(config, name, _plain(value))
+        if value is not None:
+            object.__setattr__(config, name, rules[name].kept(value))
 
 
 def broken(rule: Rule, values: Mapping[str, Any]) -> list[str]:
@@ -91,16 +116,3 @@ def broken(rule: Rule, values: Mapping[str, Any]) -> list[str]:
         for name, value in values.items()
         if not rule.holds(value)
     ]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if _is_number(value):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
-    return value
-
-
-def _is_number(value: Any, kind: type[Any] = numbers.Real) -> bool:
-    # A bool is an int, and a NaN is a float; neither is meant anywhere.
-    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf

@@ -97,6 +97,30 @@ def test_a_mistake_alone_is_its_own_error(recipe, spoil, kind, says):
     assert "\n" not in str(error)
 
 
+def test_paths_may_be_texts(recipe, tmp_path):
+    held_out = DataConfig(eval_data=str(recipe.data))
+    texts = Recipe(
+        tmp_path / "base", str(recipe.data), rows=held_out, out=str(recipe.out), start_from="an"
+    )
+    assert texts == replace(
+        recipe,
+        data=str(recipe.data),
+        rows=DataConfig(eval_data=recipe.data),
+        start_from=Path("an"),
+    )
+    assert isinstance(texts.out, Path)
+
+
+def test_a_recipe_of_wrong_things_names_them_all():
+    with pytest.raises(ConfigError) as caught:
+        Recipe(3, None, lora={"rank": 8}, out=4.5)
+    assert str(caught.value) == (
+        "This run cannot be: model is 3, but must be a name or a path; data is None, but must be "
+        "a path or several; lora is {'rank': 8}, but must be of the class LoRA; out is 4.5, but "
+        "must be a path."
+    )
+
+
 @pytest.mark.parametrize("spoil", [foreign_adapter, foreign_model])
 def test_what_others_wrote_is_not_replaced(recipe, spoil):
     assert "holds other things" in str(refusal(spoil(recipe), force=True))

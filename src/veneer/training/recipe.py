@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from veneer.adapter.config import LoRA
 from veneer.adapter.method import Method
-from veneer.checks import check_config, one_of, whole_number
+from veneer.checks import PATH, Rule, check_config, of_class, one_of, whole_number
 from veneer.data.rows import LongRows
 from veneer.data.sources import Data, has_valid_files, spelt
 from veneer.models.device_names import DEVICE
@@ -54,6 +55,7 @@ class DataConfig:
                 "limit": whole_number(1),
                 "max_length": whole_number(2),
                 "eval_rows": whole_number(0),
+                "eval_data": PATH,
                 "long_rows": one_of(LongRows),
             },
             contradictions={
@@ -62,6 +64,26 @@ class DataConfig:
                 )
             },
         )
+
+
+def _is_data(value: Any) -> bool:
+    paths = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return all(map(PATH.holds, paths))
+
+
+# What each field of a recipe is, on which what may go with what depends.
+KINDS = {
+    "model": Rule(PATH.holds, "a name or a path", str),
+    "data": Rule(_is_data, "a path or several"),
+    "method": of_class(Method),
+    "lora": of_class(LoRA),
+    "training": of_class(TrainConfig),
+    "objective": of_class(Objective),
+    "on_policy": of_class(OnPolicy),
+    "rows": of_class(DataConfig),
+    "out": PATH,
+    "start_from": PATH,
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,7 @@ class Recipe:
     start_from: Path | None = None
 
     def __post_init__(self) -> None:
+        check_config(self, opening="This run cannot be", rules=KINDS)
         method = self.method.method
         of_evaluation = [
             n for n in ("keep_best", "eval_every", "patience") if getattr(self.training, n)
