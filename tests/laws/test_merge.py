@@ -201,3 +201,17 @@ def test_bf16_sums_are_made_in_float32():
     )
     weight = merged.model.layers[0].mlp.up_proj.weight
     assert torch.equal(weight, expected.float().to(torch.bfloat16))
+
+
+def test_a_person_s_own_modules_merge_too():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    veneer.attach(model, veneer.LoRA(rank=2, targets="all"), seed=0)
+    shake(model)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        merged = veneer.merge(model)
+        exact = copy_of(model).double()(x.double())
+        ours, plain = model(x), merged(x)
+    assert [type(layer) for layer in merged] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert not torch.equal(merged[0].weight, model[0].original.weight)
+    assert_no_further(plain, ours, exact)

@@ -27,7 +27,7 @@ from veneer.models.block_buffers import passes_of
 from veneer.quant.stack import QuantizedStack, quantized_modules
 from veneer.quant.weight import QuantizedWeight, dense
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def merge(model: Model) -> Model:
@@ -77,8 +77,10 @@ def merge(model: Model) -> Model:
     return plain
 
 
-def _ends(model: PreTrainedModel) -> tuple[Any, Any]:
+def _ends(model: nn.Module) -> tuple[Any, Any]:
     """Return the embedding and the head of a model, or None where it has none."""
+    if not isinstance(model, PreTrainedModel):  # a person's own modules
+        return None, None
     try:
         return model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:  # of models that read no tokens
