@@ -24,6 +24,7 @@ from veneer.errors import ModelError
 from veneer.formats.gguf.plain import SCRIPT, VARIABLE, WRITTEN, write_plain
 from veneer.formats.gguf.vocabulary import PRE_TOKENIZERS
 from veneer.formats.merged import write_model
+from veneer.models.gguf import load_tokenizer
 
 HALF = 2 * torch.finfo(torch.float16).eps  # llama.cpp has tables of half precision
 SIZE = 600
@@ -171,6 +172,15 @@ def test_what_the_file_says_beside_the_weights(qwen, tmp_path):
     expected = [kinds.CONTROL, kinds.USER_DEFINED, kinds.UNUSED]
     mine = tokenizer("qwen2").convert_tokens_to_ids("<mine>")
     assert [types[0], types[mine], types[ROWS - 1]] == expected
+
+
+def test_the_tokenizer_comes_back_with_the_file_s_tokens_alone(qwen, tmp_path):
+    write_plain(qwen, tmp_path / "model.gguf")
+    again, own = load_tokenizer(tmp_path / "model.gguf"), tokenizer("qwen2")
+    assert "<|endoftext|>" not in again.get_vocab()  # which transformers adds behind the last row
+    assert len(again) == ROWS
+    text = "the Dog says <|endoftext|> <mine>"
+    assert again(text).input_ids == own(text).input_ids
 
 
 def test_merge_takes_any_base_into_gguf(qwen, tmp_path, capsys):

@@ -5,6 +5,7 @@ transformers reads them; its mistakes are corrected here.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import (
     AutoConfig,
@@ -101,12 +102,30 @@ def read_once() -> Iterator[None]:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Read a GGUF file's tokenizer, with the splitting that `tokenizer.ggml.pre` asks for."""
+    """Read a GGUF file's tokenizer: its tokens, and the splitting that `tokenizer.ggml.pre` asks
+    for."""
     tokenizer = _read(AutoTokenizer, path)
+    _leave_out_added(tokenizer, len(field_of(path, "tokenizer.ggml.tokens")))
     splitting = PRE_TOKENIZERS.get(field_of(path, "tokenizer.ggml.pre"))
     if splitting is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = splitting()
     return tokenizer
+
+
+def _leave_out_added(tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    """Take from a tokenizer, in place, what it has beyond the file's `count` tokens.
+
+    transformers adds the <|endoftext|> of GPT-2 where a file has none; no embedding has its row.
+    """
+    if len(tokenizer) <= count:
+        return
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["added_tokens"] = [
+        token
+        for token in described["added_tokens"]
+        if token["id"] < count or token["content"] in tokenizer.all_special_tokens
+    ]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
 
 
 def _read(auto: Any, path: Path, **options: Any) -> Any:
