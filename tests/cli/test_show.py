@@ -1,5 +1,6 @@
 """`veneer.show` in a notebook and outside of one."""
 
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import veneer
-from veneer.cli.show import POINTS, Curves
+from veneer.cli.show import HEIGHT, POINTS, Curves
 from veneer.training.events import Evaluated, Notice, Started, Step, Trained, Verdict
 
 EVENTS = [
@@ -65,6 +66,16 @@ def test_elsewhere_it_prints_what_tune_prints(capsys):
     printed = capsys.readouterr().out
     assert "evaluation loss 1.0000" in printed
     assert "It fell & stayed." in printed
+
+
+def test_losses_below_0_stay_in_the_picture_and_those_that_are_no_number_are_not_drawn():
+    curves = Curves()
+    for n, loss in enumerate((-0.5, math.nan, 0.25, math.inf, -0.1), 1):
+        curves.take(Step(n, loss, 1e-3, 1, 1, 0.1, 1))
+    points = re.search(r'points="([^"]+)"', curves.html())[1].split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(heights) == 3
+    assert 0 < heights[1] < heights[2] < heights[0] < HEIGHT
 
 
 def test_a_long_run_has_no_more_points_than_a_screen():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable
@@ -74,8 +75,9 @@ class Curves:
                 self.steps, self.last = steps, done
             case Step(step, loss):
                 self.last = step
-                self.losses.append((step, loss))
-            case Evaluated(step, loss):
+                if math.isfinite(loss):
+                    self.losses.append((step, loss))
+            case Evaluated(step, loss) if math.isfinite(loss):
                 self.evaluations.append((step, loss))
             case Notice(text):
                 self.lines.append(f"note: {text}")
@@ -100,12 +102,14 @@ class Curves:
     def _svg(self) -> str:
         if not self.losses:
             return ""
-        most = max(loss for _, loss in (*self.losses, *self.evaluations)) or 1.0
+        losses = [loss for _, loss in (*self.losses, *self.evaluations)]
+        least, most = min(0.0, *losses), max(0.0, *losses)  # losses of samples may be below 0
+        height = most - least or 1.0
         last = max(self.steps, self.last, 1)
 
         def point(step: int, loss: float) -> str:
             x = MARGIN + (WIDTH - MARGIN - 8) * step / last
-            return f"{x:.1f},{HEIGHT - 24 - (HEIGHT - 40) * loss / most:.1f}"
+            return f"{x:.1f},{HEIGHT - 24 - (HEIGHT - 40) * (loss - least) / height:.1f}"
 
         shown = self.losses[:: -(-len(self.losses) // POINTS)]
         steps = " ".join(point(*pair) for pair in shown)
@@ -116,7 +120,7 @@ class Curves:
         return (
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="losses" '
             'style="width:100%" fill="currentColor" font-size="12">'
-            f'<text x="0" y="20">{most:.2f}</text><text x="0" y="{HEIGHT - 24}">0</text>'
+            f'<text x="0" y="20">{most:.2f}</text><text x="0" y="{HEIGHT - 24}">{least:.2f}</text>'
             f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {last}</text>'
             f'<polyline points="{steps}" fill="none" stroke="#3a7cb8" stroke-width="2"/>'
             f"{dots}</svg>"
