@@ -120,6 +120,7 @@ def test_how_many_blocks_there_are(capsys):
 
 @pytest.mark.slow
 def test_the_first_tutorial_teaches_the_real_base(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)  # the blocks write rows and results where they run
     with programs(tmp_path / "programs", ROOT / "src") as environment:
         Reader(environment).read(FIRST)
     asked = capfd.readouterr().out.rpartition("Verdict")[2]
