@@ -58,6 +58,7 @@ def merge(model: Model) -> Model:
         del owner._modules[name]
         owner.register_parameter(name, nn.Parameter(quantized.dense(), False))
     if new_tokens is not None:
+        assert isinstance(plain, PreTrainedModel)
         merge_tokens(plain, new_tokens)
     for path in active_adapters.replaced:  # modules to save are the adapter's, which may train on
         owner, name = owner_of(plain, path)
@@ -69,6 +70,7 @@ def merge(model: Model) -> Model:
             head.weight = embedding.weight
         else:
             # An adapter changed only one of them.
+            assert isinstance(plain, PreTrainedModel)
             plain.config.tie_word_embeddings = False
     # A trainer may have set a forward of its own on the model (TRL's head, accelerate's autocast),
     # which would go on computing with the model that it was set on.
@@ -96,6 +98,8 @@ def why_not_mergeable(model: nn.Module, command: str = "veneer merge") -> str | 
         return f"{passes.why_not_whole}. To make one: {command}"
     if ranking := [name for name in in_use(model) if scores(model, name)]:
         return f"{', '.join(ranking)} is a reward model, whose head a language model does not have."
+    if new_tokens_of(model) and not isinstance(model, PreTrainedModel):
+        return "it has new tokens within a module of your own; merge transformers' model in that."
     for name, config in adapters(model).items():
         if is_virtual(config) and name in in_use(model):
             return f"the virtual tokens of {name!r} are no weights."
