@@ -37,13 +37,8 @@ def reader(packages, tmp_path, monkeypatch) -> Reader:
         return Reader(environment)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, id=page.stem, marks=[] if page == FIRST else pytest.mark.slow)
-        for page in FOLLOWED
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.stem)
 def test_every_block_of_a_page_runs(page, reader):
     reader.read(page)
     assert reader.ran >= sum(block.runs for block in blocks(page)) > 0
