@@ -32,11 +32,11 @@ def test_each_prompt_is_a_line_in_order(minigpt_home, rows, tmp_path, capsys, mo
     assert run([*arguments, "--batch-size", "2", "--out", str(out)]) == 0
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.splitlines() == [
-        "  Answering 9 prompts, 2 at a time ...",
-        *(f"  {i + 1} of 9 prompts answered" for i in range(9)),
-        f"9 answers in {out}",
-    ]
+    # A line a minute says how far it is, and the last.
+    first, *between, last = printed.err.splitlines()
+    assert first == "  Answering 9 prompts, 2 at a time ..."
+    assert between[-1] == "  9 of 9 prompts answered"
+    assert last == f"9 answers in {out}"
     answered = lines(out)
     base, short = veneer.load_base(minigpt_home), veneer.Sampling(max_new_tokens=9)
     alone = veneer.answers(base.model, base.tokenizer, QUESTIONS, sampling=short, batch=1)

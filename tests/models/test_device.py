@@ -200,6 +200,9 @@ def test_random_numbers_go_on_from_their_state(monkeypatch, device):
 # The files that may name CUDA: what belongs to NVIDIA's and AMD's cards alone.
 OWN_CUDA = {
     "cli/__init__.py": "the setting of its allocator",
+    "doctor/advice.py": "what torch lacks where a driver of NVIDIA's is",
+    "doctor/facts.py": "the variable by which cards are hidden",
+    "doctor/measure.py": "for which cards torch is built",
     "kernels/choice.py": "which kernels a card has",
     "kernels/graphs.py": "its graphs",
     "kernels/transfer.py": "which devices read pinned memory by themselves",

@@ -151,7 +151,7 @@ def test_every_plan_keeps_to_100_columns(capsys, arguments):
                 "Left out: prefix needs a model that keeps keys and values of one shape",
                 "37,552,282,624 parameters compute a token (5.6%).",
                 "a pass of 2,048 would reach 256.0 of 256 experts in a block",
-                "post_attention_ 61 7,168 7,168 437,248 layernorm",
+                "post_attention_ 61 7,168 437,248 layernorm",
             ],
         ),
         ("llama-4-scout", ["feed-forward 16 experts of 8,192 (1 active) and 8,192 shared,"]),

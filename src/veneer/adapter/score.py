@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.use import in_use, use
-from veneer.models.score import SCORE_WEIGHT, add_score, score_size
+from veneer.models.score import SCORE_WEIGHT, add_score, is_own, score_size
 
 
 def attach_score(model: PreTrainedModel, name: str, *, seed: int) -> None:
@@ -30,4 +30,5 @@ def attach_score(model: PreTrainedModel, name: str, *, seed: int) -> None:
 
 def scores(model: nn.Module, name: str) -> bool:
     """Return whether an adapter is a reward model."""
-    return SCORE_WEIGHT in active_adapters_of(model).modules_to_save.get(name, {})
+    weights = active_adapters_of(model).modules_to_save.get(name, {})
+    return SCORE_WEIGHT in weights and not is_own(model)

@@ -16,6 +16,7 @@ import torch
 
 from veneer.kernels import native
 from veneer.kernels.choice import device_of, slower_on
+from veneer.kernels.transfer import has_queue
 from veneer.machine import free_bytes
 from veneer.models.device import (
     CPU,
@@ -120,7 +121,7 @@ def _best(work: Callable[[], object], rounds: int = 4) -> float:
 
 
 def _card(device: torch.device) -> Card:
-    host = torch.ones(ON_DISK // 4, pin_memory=device.type == "cuda")
+    host = torch.ones(ON_DISK // 4, pin_memory=has_queue(device))
 
     def send() -> None:
         host.to(device)

@@ -20,7 +20,7 @@ from veneer.errors import AdapterError, joined
 from veneer.formats.state import AdapterState, StoredLayer, StoredTokens
 from veneer.formats.validate import shared_tokens, validate
 from veneer.models.block_buffers import whole
-from veneer.models.score import SCORE_WEIGHT, add_score
+from veneer.models.score import SCORE_WEIGHT, add_score, is_own
 
 
 def install(
@@ -38,7 +38,7 @@ def install(
     check_name(model, name)
     if problems := validate(model, state, tokenizer, force=force):
         raise AdapterError(f"This adapter does not fit the model: {joined(problems)}.")
-    if SCORE_WEIGHT in state.modules_to_save:
+    if SCORE_WEIGHT in state.modules_to_save and not is_own(model):
         add_score(model)
     if isinstance(state.config, LoRA):
         attach_adapter(

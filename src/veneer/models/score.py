@@ -28,10 +28,9 @@ def score_size(model: nn.Module) -> int:
 def add_score(model: PreTrainedModel) -> None:
     """Add the head to a model that has none, frozen. Raises ModelError for a model that has another
     module in its place."""
-    present = getattr(model, SCORE, None)
-    if isinstance(present, Score):
+    if isinstance(getattr(model, SCORE, None), Score):
         return
-    if present is not None:
+    if is_own(model):
         raise ModelError(
             "This model is a classifier already, and its head is no reward model's: name the "
             "language model as the base."
@@ -41,8 +40,17 @@ def add_score(model: PreTrainedModel) -> None:
     model.add_module(SCORE, head.requires_grad_(False))
 
 
+def is_own(model: nn.Module) -> bool:
+    """Return whether a model came with a head of this name: it is a classifier."""
+    head = getattr(model, SCORE, None)
+    return head is not None and not isinstance(head, Score)
+
+
 def score_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weight of the head as every model can have it, by its path, without numbers."""
+    """Return the weight of the head as every language model can have it, by its path, without
+    numbers; nothing of a classifier, which has its own."""
+    if is_own(model):
+        return {}
     size = getattr(model.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr,operator]
     return {} if size is None else {SCORE_WEIGHT: torch.empty(1, size, device="meta")}
 
