@@ -50,7 +50,8 @@ def main(recipe: veneer.Recipe) -> None:
 
     heading(f"2. Training a thin layer over it on {len(rows)} rows, on this machine")
     clear(OUT)
-    assert run_recipe(recipe) == 0
+    if code := run_recipe(recipe):
+        raise SystemExit(code)  # it has said why
 
     heading("3. After: the same questions, none of whose wordings was trained on")
     extended = copy.deepcopy(base.tokenizer)
