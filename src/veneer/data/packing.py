@@ -28,7 +28,7 @@ class Batch:
     tokens     (T,)
     labels     (T,)    the token to predict at each place: the row's next one where that is
                        learnt, else -100; always -100 at the last token of a row
-    positions  (T,)    from 0 in each row
+    positions  (T,)    from 0 in each row, or from where it goes on with the row before it
     lengths    (rows,) tokens of each row
     rows       (rows,) which example each row is of; a pair is two rows, one behind the other
     """
@@ -38,6 +38,13 @@ class Batch:
     positions: NDArray[np.int64]
     lengths: NDArray[np.int64]
     rows: NDArray[np.int64]
+
+    @property
+    def before(self) -> list[int]:
+        """How many tokens each row sees before its own: so many first ones of the row before it."""
+        firsts = np.cumsum(self.lengths) - self.lengths
+        before: list[int] = self.positions[firsts].tolist()
+        return before
 
 
 def pack(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
@@ -66,6 +73,29 @@ def joined(batches: Sequence[Batch]) -> Batch:
     """Return the rows of several batches, of any examples each, as one batch, in their order."""
     names = [field.name for field in fields(Batch)]
     return Batch(*(np.concatenate([getattr(each, name) for each in batches]) for name in names))
+
+
+def sharing_prompts(batch: Batch) -> Batch:
+    """Return the batch whose pairs have their prompt once, in the first row. The second row goes on
+    from the prompt's last token, which predicts another token there; its label tokens stay."""
+    ends = np.cumsum(batch.lengths)
+    lengths, is_kept = batch.lengths.copy(), np.ones(len(batch.tokens), dtype=bool)
+    for first in np.flatnonzero(batch.rows[1:] == batch.rows[:-1]).tolist():
+        start, end = int(ends[first] - lengths[first]), int(ends[first])
+        count = min(end - start, int(lengths[first + 1]) - 1)
+        one, other = slice(start, start + count), slice(end, end + count)
+        same = batch.tokens[one] == batch.tokens[other]
+        same &= (batch.labels[one] == UNLABELLED) & (batch.labels[other] == UNLABELLED)
+        shared = count if same.all() else int(same.argmin())
+        is_kept[end : end + shared] = False
+        lengths[first + 1] -= shared
+    return Batch(
+        tokens=batch.tokens[is_kept],
+        labels=batch.labels[is_kept],
+        positions=batch.positions[is_kept],
+        lengths=lengths,
+        rows=batch.rows,
+    )
 
 
 def filled_up(batch: Batch, multiple: int, in_front: int = 0) -> Batch:

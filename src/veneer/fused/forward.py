@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from veneer.adapter.parameters import LoRAParameters, experts_of
+from veneer.adapter.parameters import experts_of
 from veneer.adapter.virtual_forward import virtual_input_count, virtual_tokens_of
 from veneer.data.encode import Example
-from veneer.data.packing import Batch, filled_up, pack
+from veneer.data.packing import Batch, filled_up, pack, sharing_prompts
 from veneer.fused.dealt import RotaryOfAll, length_dependent_rotaries, refuse_undealt
 from veneer.fused.head import Head, described, own_logits_and_head
 from veneer.fused.inputs import PassInputs, by_rows, padded, unread_masks
@@ -36,19 +36,20 @@ from veneer.fused.patches import (
 )
 from veneer.fused.recognise import TOLERANCE, recognise
 from veneer.fused.recompute import Recompute
+from veneer.fused.shared_prompts import notice_of, why_not_shared
+from veneer.fused.slower_ways import slower_ways
 from veneer.fused.watch import attention_is_asked_for
-from veneer.kernels import choice, native
 from veneer.kernels.arena import Arena
-from veneer.kernels.attention import NAME, Packing, packed_attention
+from veneer.kernels.attention import NAME, packed_attention
 from veneer.kernels.cross_entropy import From, TokenLoss, losses_of
 from veneer.kernels.dealt_packing import DealtPacking
 from veneer.kernels.disk_arena import IS_AVAILABLE, DiskArena
+from veneer.kernels.shared_packing import packing_of
 from veneer.kernels.wide import wide
 from veneer.models.blocks import decoder_layers, decoder_of
 from veneer.models.evaluating import evaluating
 from veneer.models.sharded import is_shared
 from veneer.processes.context import ContextGroup
-from veneer.quant.stack import QuantizedStack
 
 PROBE_LENGTHS = (7, 19, 12)
 # Of mixtures, which may be larger than the memory: each token more makes a pass read more experts.
@@ -70,7 +71,8 @@ class Forward:
     recompute: what the backward pass computes again; alone: rows one by one, where not even padding
     is possible; experts: modules whose routed experts are computed as one function; tokens_step:
     packed batches are filled up to a multiple of it, in each process; context: the processes that
-    share each batch's tokens, None where this one computes them all.
+    share each batch's tokens, None where this one computes them all; shares: both rows of a pair
+    read the same keys and values of their prompt, which are computed once.
     """
 
     packed: bool
@@ -82,6 +84,7 @@ class Forward:
     experts: tuple[nn.Module, ...] = ()
     tokens_step: int = TOKENS_STEP
     context: ContextGroup | None = None
+    shares: bool = False
     arena: Arena = field(default_factory=Arena, compare=False)
     _installations: dict[nn.Module, Installation] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -100,12 +103,16 @@ class Forward:
         A call outside of `installed` patches the model for itself.
         """
         device = model.device
+        if self.shares:
+            batch = sharing_prompts(batch)
         if self.packed:
             step = self.tokens_step * (1 if self.context is None else self.context.size)
             batch = filled_up(batch, step, virtual_input_count(model))
         tokens, labels, positions = batch.tokens, batch.labels, batch.positions
         lengths = batch.lengths.tolist()
-        packing = Packing(lengths, device) if self.packed and self.context is None else None
+        packing = None
+        if self.packed and self.context is None:
+            packing = packing_of(lengths, batch.before, device)
         if self.context is not None:
             packing = dealt = DealtPacking(
                 lengths, self.context, device, highest=int(np.max(positions))
@@ -200,7 +207,8 @@ def choose_forward(
     directory: Path | None = None,
     context: ContextGroup | None = None,
 ) -> tuple[Forward, list[str]]:
-    """Return the fastest Forward that gives this model's own loss, and what did not suit it.
+    """Return the fastest Forward that gives this model's own loss, and what there is to know
+    of it: what did not suit it, and how many tokens pairs have to compute.
 
     directory: where `recompute="disk"` keeps what a pass keeps; the system's for such files unless
     given. context: the processes that share each batch's tokens; all of them choose at once.
@@ -209,6 +217,7 @@ def choose_forward(
     Raises ConfigError where tokens cannot be shared.
     """
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+    are_pairs = bool(examples[0].second)
     # Not in training mode, in which dropout would make any two passes differ.
     with torch.no_grad(), evaluating(model):
         routed = {module: why for _, module, why in experts_of(model)}
@@ -241,6 +250,14 @@ def choose_forward(
             layers = ()
             why_not_packed = why_not(layers)
         all_fused = sum(layer.applies() for layer in layers) == len(decoder_layers(model) or [None])
+        why_not_shares: str | None = "rows are not packed"
+        if are_pairs and not why_not_packed and context is None:
+            packed = Forward(True, head, layers, experts=experts, tokens_step=step)
+            why_not_shares = why_not_shared(
+                *(model, partial(packed.losses, model)),
+                tolerance=TOLERANCE[_head_dtype(model)],
+                tokens=rows[-1].tokens,
+            )
         with_padding = Forward(False, head, experts=experts)
         why_not_padded = why_not_packed and _why_not(with_padding, model, rows, expected)
         if context is not None:
@@ -267,17 +284,9 @@ def choose_forward(
             f"Logits are made for all rows, since labelled ones alone do not suit this model: "
             f"{why_not_head}"
         )
-    notices += _of_slow_experts(routed)
-    device = choice.device_of(model.device)
-    quantized = any(isinstance(module, QuantizedStack) for module in model.modules())
-    if routed and (why := choice.slower_experts_on(device, model.dtype, quantized=quantized)):
-        notices.append(f"{why}.")
-    if model.device.type == "cpu" and (why := native.why_compiled()):
-        notices.append(f"Native parts are compiled on this machine, since {why}.")
-    if model.device.type == "cpu" and (why := native.load()[1]):
-        notices.append(f"Norms, activations and attention take a slower way: {why}.")
-    if why := choice.slower_on(device):
-        notices.append(f"Norms, activations and attention take a slower way: {why}.")
+    if are_pairs:
+        notices.append(notice_of(examples, why_not_shares))
+    notices += slower_ways(model, routed)
     blocks = decoder_layers(model)
     on_disk = recompute == "disk"
     suits = all_fused
@@ -296,20 +305,10 @@ def choose_forward(
         alone=bool(why_not_padded),
         experts=experts,
         context=context,
+        shares=are_pairs and not why_not_shares,
         arena=DiskArena(_existing(directory)) if recompute == "disk" else Arena(),
     )
     return chosen, notices
-
-
-def _of_slow_experts(routed: Mapping[nn.Module, str | None]) -> list[str]:
-    """Return a notice where adapters of experts act by a weight made anew."""
-    reasons = [why for module, why in routed.items() if why and isinstance(module, LoRAParameters)]
-    if not reasons:
-        return []
-    return [
-        f"The adapted experts of {len(reasons)} layers are computed with W + s B A, a weight made "
-        f"anew in each pass, since {', '.join(sorted(set(reasons)))}."
-    ]
 
 
 def _existing(directory: Path | None) -> Path:

@@ -26,14 +26,14 @@ from veneer.adapter.config import LoRA
 from veneer.adapter.new_tokens import new_tokens_of
 from veneer.adapter.use import acting
 from veneer.data.encode import Example
-from veneer.data.packing import Batch, filled_up, joined, pack
+from veneer.data.packing import Batch, filled_up, joined, pack, sharing_prompts
 from veneer.fused.forward import PROBE_LENGTHS, Forward
 from veneer.fused.head import Head, described
 from veneer.fused.inputs import PassInputs, unread_masks
 from veneer.fused.recognise import TOLERANCE
-from veneer.kernels.attention import Packing
 from veneer.kernels.cross_entropy import IGNORED, Labelled, TokenLoss, losses_of
 from veneer.kernels.segments import are_compiled
+from veneer.kernels.shared_packing import packing_of
 from veneer.models.device import random_state, set_random_state
 from veneer.models.evaluating import evaluating
 
@@ -172,6 +172,8 @@ def _losses(
     """Yield each batch's loss, (batches,), by one pass. The backward pass belongs into
     the context, where it may compute layers again."""
     device, active = model.device, active_adapters_of(model)
+    if forward.shares:
+        batches = [replace(each, batch=sharing_prompts(each.batch)) for each in batches]
     batches = [
         each if _has_table(model, each) else replace(each, batch=of_like_shape(each.batch))
         for each in batches
@@ -182,7 +184,7 @@ def _losses(
     own_tokens = zip(batches, tokens, strict=True)
     of_adapters = tuple((each.adapter, own, each.generator) for each, own in own_tokens)
     segments = Segments(len(batch.tokens), of_adapters)
-    packing = Packing(batch.lengths.tolist(), device)
+    packing = packing_of(batch.lengths.tolist(), batch.before, device)
     arguments = {"input_ids": batch.tokens[None], "position_ids": batch.positions[None]}
     inputs = PassInputs.sent(arguments, batch.labels, device)
     generators = [each.generator for each in batches if each.generator is not None]

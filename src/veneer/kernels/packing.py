@@ -40,7 +40,7 @@ class Packing:
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
-        self.tokens = starts[-1]
+        self.tokens, self.firsts = starts[-1], starts[:-1]
         self.longest = max(lengths)
         # Where sequences begin, and where the last one ends, as kernels for rows of any lengths
         # take it: (sequences + 1,).

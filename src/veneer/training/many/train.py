@@ -135,7 +135,8 @@ class _Passes:
         cls, running: Sequence[RunningJob], begun: RunningJob, before: _Passes | None
     ) -> _Passes:
         """Return how passes are computed for these jobs; `begun` is one that is new."""
-        model, rows = begun.model, begun.job.examples
+        model, of_jobs = begun.model, [each.job.examples for each in (begun, *running)]
+        rows = next((rows for rows in of_jobs if rows[0].second), of_jobs[0])  # pairs share prompts
         with begun.turn():
             forward, remarks = choose_forward(
                 model, rows, recompute=begun.run.config.recompute, directory=begun.job.directory
