@@ -285,3 +285,15 @@ def test_a_text_without_a_tokenizer_or_tokens():
 def test_a_model_without_keys_and_values(method):
     config = MambaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, state_size=2)
     assert "keys and values in every layer" in refused(MambaForCausalLM(config), virtual(method))
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_memory_that_has_ended_is_no_fault_of_the_models_code(error):
+    model = tiny("llama")
+
+    def ends(*args: Any) -> None:
+        raise error("Tried to allocate 2 GiB")
+
+    model.model.register_forward_pre_hook(ends)
+    with pytest.raises(error, match="2 GiB"):
+        veneer.attach(model, virtual("prefix"))

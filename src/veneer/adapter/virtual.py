@@ -140,6 +140,8 @@ def keys_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.no_grad(), base_alone(model), evaluating(decoder):
         try:
             decoder(input_ids=ids[None].to(model.device), use_cache=True, cache=cache)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # says nothing of the model's code
         except Exception as error:  # of foreign code, which may need a cache of its own kind
             raise ConfigError(
                 "prefix needs a model that takes a cache of keys and values alone, and this one's "
