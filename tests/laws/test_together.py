@@ -29,6 +29,7 @@ from veneer.fused import together
 from veneer.fused.forward import Forward, choose_forward
 from veneer.fused.head import Head
 from veneer.fused.together import AdapterBatch, backward_together, of_like_shape, why_alone
+from veneer.models.device import CPU, RandomNumbers
 from veneer.training.begin import let_train
 
 # With the invocation of the kind that acts from one on; for the others they are any tokens.
@@ -58,9 +59,13 @@ def beside(kind: Kind) -> Any:
 
 def batches() -> list[AdapterBatch]:
     return [
-        AdapterBatch(name, packed(name), LABELS[name], torch.Generator().manual_seed(number))
+        AdapterBatch(name, packed(name), LABELS[name], drawing(number))
         for number, name in enumerate(BATCHES)
     ]
+
+
+def drawing(seed: int) -> RandomNumbers:
+    return RandomNumbers(CPU, torch.Generator().manual_seed(seed))
 
 
 def packed(name: str) -> Batch:
@@ -145,7 +150,7 @@ def test_layers_are_computed_again_with_the_same_masks(recompute):
     assert torch.equal(losses, backward_together(plain, model, others))
     assert_equal(ours, gradients(model))
     for one, other in zip(each, others, strict=True):  # which go on with the same masks
-        assert torch.equal(one.generator.get_state(), other.generator.get_state())
+        assert torch.equal(one.random.generator.get_state(), other.random.generator.get_state())
 
 
 def test_numbers_that_are_not_finite_stay_with_their_adapter():
@@ -203,7 +208,7 @@ def test_one_adapter_has_the_pass_that_it_has_by_itself():
     _, among_others, _ = each = batches()
     backward_together(forward, model, each)
     assert gradients(model)
-    assert torch.equal(own.generator.get_state(), among_others.generator.get_state())
+    assert torch.equal(own.random.generator.get_state(), among_others.random.generator.get_state())
 
 
 def test_heads_with_adapters_drop_out_by_their_own_generators_whatever_tokens_weigh():
@@ -217,11 +222,11 @@ def test_heads_with_adapters_drop_out_by_their_own_generators_whatever_tokens_we
     both = []
     for alone in ({}, dict.fromkeys(("one", "two"), "")):
         batches = [
-            AdapterBatch(name, pack(ROWS, [i, i + 2]), 9, torch.Generator().manual_seed(i), weighed)
+            AdapterBatch(name, pack(ROWS, [i, i + 2]), 9, drawing(i), weighed)
             for i, name in enumerate(("one", "two"))
         ]
         losses = backward_together(forward, model, batches, alone=alone)
-        states = [each.generator.get_state() for each in batches]
+        states = [each.random.generator.get_state() for each in batches]
         both.append((losses, gradients(model), states))
     (losses, ours, states), (expected, theirs, expected_states) = both
     torch.testing.assert_close(losses, expected)

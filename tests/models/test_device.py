@@ -11,6 +11,7 @@ from veneer.errors import ConfigError
 from veneer.models import device as devices
 from veneer.models.device import (
     CPU,
+    RandomNumbers,
     computes_bf16,
     device_name,
     device_of_run,
@@ -247,3 +248,32 @@ def test_the_law_sees_every_way_to_name_it(tmp_path):
     )
     lines = [place.split(":")[1].split()[0] for place in names_of_cuda(file)]
     assert sorted(lines) == ["2", "3", "4", "5", "8"]
+
+
+def test_runs_draw_what_they_draw_alone_on_either_device(machine):
+    own = torch.Generator().manual_seed(5)  # what another device would draw from
+    card = torch.device("xpu", 0)
+    machine(
+        *("xpu", 1),
+        get_rng_state=lambda device: own.get_state(),
+        set_rng_state=lambda state, device: own.set_state(state),
+    )
+
+    def draws(numbers: RandomNumbers) -> list[float]:
+        with numbers.drawn():
+            return [float(torch.rand(())), float(torch.rand((), generator=own))]
+
+    def begun(seed: int) -> RandomNumbers:
+        numbers = RandomNumbers(card)
+        with numbers.drawn():
+            torch.manual_seed(seed)
+            own.manual_seed(seed)
+        return numbers
+
+    before = torch.get_rng_state(), own.get_state()
+    alone = [[draws(numbers) for _ in range(3)] for numbers in map(begun, range(2))]
+    one, other = begun(0), begun(1)
+    turns = [(draws(one), draws(other)) for _ in range(3)]
+    assert [*map(list, zip(*turns, strict=True))] == alone
+    assert alone[0] != alone[1]
+    assert all(map(torch.equal, before, (torch.get_rng_state(), own.get_state())))

@@ -9,7 +9,7 @@ depends on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
@@ -34,7 +34,7 @@ from veneer.fused.recognise import TOLERANCE
 from veneer.kernels.cross_entropy import IGNORED, Labelled, TokenLoss, losses_of
 from veneer.kernels.segments import are_compiled
 from veneer.kernels.shared_packing import packing_of
-from veneer.models.device import random_state, set_random_state
+from veneer.models.device import RandomNumbers, random_state, set_random_state
 from veneer.models.evaluating import evaluating
 
 SHAPES = 16  # numbers of tokens, between one power of two and the next, that segments have
@@ -47,7 +47,7 @@ class AdapterBatch:
     adapter    the name under which it is attached
     batch      its rows
     divisor    what its loss is divided by before the backward pass, such as its step's label tokens
-    generator  what the masks of its dropout are drawn from, on the CPU; None: torch's own
+    random     what its dropout draws; torch's own numbers unless given
     loss       what makes its loss of the losses of its label tokens, (labelled,): their sum
     token_loss what these losses are, −log p unless given
     """
@@ -55,7 +55,7 @@ class AdapterBatch:
     adapter: str
     batch: Batch
     divisor: int = 1
-    generator: torch.Generator | None = None
+    random: RandomNumbers | None = None
     loss: Callable[[Tensor], Tensor] = Tensor.sum
     token_loss: TokenLoss | None = None
 
@@ -182,12 +182,12 @@ def _losses(
     ends = accumulate((len(each.batch.tokens) for each in batches), initial=0)
     tokens = [slice(*pair) for pair in pairwise(ends)]
     own_tokens = zip(batches, tokens, strict=True)
-    of_adapters = tuple((each.adapter, own, each.generator) for each, own in own_tokens)
+    of_adapters = tuple((each.adapter, own, _generator(each)) for each, own in own_tokens)
     segments = Segments(len(batch.tokens), of_adapters)
     packing = packing_of(batch.lengths.tolist(), batch.before, device)
     arguments = {"input_ids": batch.tokens[None], "position_ids": batch.positions[None]}
     inputs = PassInputs.sent(arguments, batch.labels, device)
-    generators = [each.generator for each in batches if each.generator is not None]
+    generators = [own for each in batches if (own := _generator(each)) is not None]
     with (
         unread_masks(device),
         forward.installed(model) as installation,
@@ -244,7 +244,7 @@ def _from_hidden(
     losses = []
     for each, own in _pieces(labelled, batches):
         acts = partial(active.on_all, each.adapter)
-        with acts(), _drawing_from(each.generator):
+        with acts(), _drawing(each):
             losses.append(head.losses(model, hidden, own, each.token_loss, again=acts))
     return losses
 
@@ -267,23 +267,18 @@ def _alone(
     forward: Forward, model: PreTrainedModel, each: AdapterBatch, *, backward: bool
 ) -> Tensor:
     """Return the loss of a batch by a pass of its own."""
-    with acting(model, each.adapter), _drawing_from(each.generator):
+    with acting(model, each.adapter), _drawing(each):
         loss = each.loss(forward.losses(model, each.batch, each.token_loss))
         if backward:
             (loss / each.divisor).backward()
     return loss.detach()
 
 
-@contextmanager
-def _drawing_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Let torch's own generator on the CPU be another one while the context lasts."""
-    if generator is None:
-        yield
-        return
-    before = torch.get_rng_state()
-    torch.set_rng_state(generator.get_state())
-    try:
-        yield
-    finally:
-        generator.set_state(torch.get_rng_state())
-        torch.set_rng_state(before)
+def _drawing(each: AdapterBatch) -> AbstractContextManager[None]:
+    """Let torch draw a batch's own random numbers while the context lasts."""
+    return nullcontext() if each.random is None else each.random.drawn()
+
+
+def _generator(each: AdapterBatch) -> torch.Generator | None:
+    """Return what a batch's masks are drawn from, on the CPU; None for torch's own."""
+    return None if each.random is None else each.random.generator

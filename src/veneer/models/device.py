@@ -6,6 +6,8 @@ module asks for one of them by name.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,6 +160,34 @@ def set_random_state(device: torch.device, state: Tensor) -> None:
         torch.set_rng_state(state)
     else:
         _module(device).set_rng_state(state, device)
+
+
+class RandomNumbers:
+    """The random numbers of one run among several, on the processor and the device of the run.
+
+    generator: on the processor. What a device has of its own goes on from what it is now.
+    """
+
+    def __init__(self, device: torch.device, generator: torch.Generator | None = None) -> None:
+        self.generator = torch.Generator() if generator is None else generator
+        self._state = None if device.type == "cpu" else random_state(device)
+        self._device = device
+
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Let torch draw these numbers while the context lasts, and then go on with its own."""
+        before = {device: random_state(device) for device in {CPU, self._device}}
+        torch.set_rng_state(self.generator.get_state())
+        if self._state is not None:
+            set_random_state(self._device, self._state)
+        try:
+            yield
+        finally:
+            self.generator.set_state(torch.get_rng_state())
+            if self._state is not None:
+                self._state = random_state(self._device)
+            for device, state in before.items():
+                set_random_state(device, state)
 
 
 def _module(device: torch.device) -> Any:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from veneer.adapter.use import acting
@@ -17,6 +16,7 @@ from veneer.data.encode import Example
 from veneer.errors import ConfigError
 from veneer.fused.forward import Forward
 from veneer.fused.together import AdapterBatch
+from veneer.models.device import RandomNumbers
 from veneer.objectives.config import ANSWERS, Objective
 from veneer.processes.world import ALONE
 from veneer.training.begin import let_train
@@ -58,7 +58,7 @@ class RunningJob:
 
     def __init__(self, name: str, job: Job, model: PreTrainedModel) -> None:
         self.name, self.job, self.model = name, job, model
-        self.generator = torch.Generator()
+        self.random = RandomNumbers(model.device)
         self.ended = False
         self.step: StepUnderWay | None = None
         self.next_batch = 0  # of that step
@@ -103,15 +103,9 @@ class RunningJob:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Let this run's adapter act, and torch draw from its generator."""
-        before = torch.get_rng_state()
-        with acting(self.model, self.name):
-            torch.set_rng_state(self.generator.get_state())
-            try:
-                yield
-            finally:
-                self.generator.set_state(torch.get_rng_state())
-                torch.set_rng_state(before)
+        """Let this run's adapter act, and torch draw its random numbers."""
+        with acting(self.model, self.name), self.random.drawn():
+            yield
 
     def go_on(self) -> Events:
         """Yield the run's events until a step of it has batches to compute, or it has ended."""
@@ -143,7 +137,7 @@ class RunningJob:
         batch, _ = step.batches[self.next_batch]
         self.next_batch += 1
         loss, token_loss = partial(step.loss, batch=batch), step.token_loss(batch)
-        return AdapterBatch(self.name, batch, step.divisor, self.generator, loss, token_loss)
+        return AdapterBatch(self.name, batch, step.divisor, self.random, loss, token_loss)
 
     def learnt(self) -> None:
         """Note that the batch that was taken last is learnt; the step's last one ends the step."""
