@@ -17,7 +17,7 @@ RUN HATCH_BUILD_HOOKS_ENABLE=true pip wheel --no-cache-dir --no-deps --wheel-dir
 
 FROM python:${PYTHON}
 ARG TORCH=cpu
-# Without serve: pass EXTRAS= ; each extra is explained in README.md.
+# Without serve: pass EXTRAS= ; each extra is explained in docs/install.md.
 ARG EXTRAS=[serve,plot]
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir --index-url "https://download.pytorch.org/whl/${TORCH}" 'torch>=2.10' \

@@ -2,11 +2,13 @@
 not."""
 
 import json
+import re
 
 import pytest
 
 from support.every_architecture import small_config
 from veneer.cli.app import app
+from veneer.cli.console import OUTPUT
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,15 @@ def test_it_says_whether_dropout_of_the_model_keeps_layers_apart(
     settings = small_config(model_type).to_dict() | {dropout: 0.1, "pad_token_id": None}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert expected in shown(tmp_path, capsys)
+
+
+def test_no_name_is_broken_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setattr(OUTPUT, "_width", 80)
+    app("inspect qwen3-30b-a3b --targets all".split(), result_action="return_value")
+    lines = capsys.readouterr().out.splitlines()
+    names = {line.split()[0]: line for line in lines if line.startswith(("self_attn", "mlp."))}
+    assert {"self_attn.q_proj", "mlp.experts.gate_up_proj"} <= set(names)
+    assert all(re.search(r"\d × \d", line) for line in names.values())
 
 
 def shown(home, capsys):

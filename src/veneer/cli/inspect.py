@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from veneer.adapter.config import LoRA
-from veneer.cli.console import OUTPUT, print_wide, quieten_libraries, show_notice
+from veneer.cli.console import OUTPUT, print_narrow, print_wide, quieten_libraries, show_notice
 from veneer.cli.flags import Flat, Picture
 from veneer.cli.grid import Panel, draw_heatmaps, grid_table
 from veneer.cli.tables import span, target_summary, target_table
@@ -58,7 +58,7 @@ def inspect(
     config = find_config(model)
     skeleton = skeleton_of(config)
     report = report_targets(skeleton, lora or LoRA())
-    OUTPUT.print(target_table(report))
+    print_narrow(target_table(report), "Each", "Per cent", on=OUTPUT)
     OUTPUT.print(target_summary(report))
     if report.uncovered:
         show_notice(report.uncovered, on=OUTPUT)
