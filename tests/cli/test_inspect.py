@@ -52,7 +52,7 @@ def test_it_says_whether_dropout_of_the_model_keeps_layers_apart(
 
 def test_no_name_is_broken_at_80_columns(monkeypatch, capsys):
     monkeypatch.setattr(OUTPUT, "_width", 80)
-    app("inspect qwen3-30b-a3b --targets all".split(), result_action="return_value")
+    app(["inspect", "qwen3-30b-a3b", "--targets", "all"], result_action="return_value")
     lines = capsys.readouterr().out.splitlines()
     names = {line.split()[0]: line for line in lines if line.startswith(("self_attn", "mlp."))}
     assert {"self_attn.q_proj", "mlp.experts.gate_up_proj"} <= set(names)
