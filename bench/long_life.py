@@ -2,10 +2,11 @@
 
     python -m bench.long_life [--steps 5000] [--requests 20000] [--picture FILE.png]
 
-Trains a small base with a checkpoint and an evaluation every 50 steps, and then serves it to
+Trains a small base with a checkpoint and an evaluation every 50 steps, and meanwhile serves it to
 clients that ask what those of `bench.soak` ask, jobs beside them. Both are watched from outside.
-The exit status is 1 where memory grows by more than 20 MB after the first fifth, descriptors or
-threads grow, or an answer was wrong.
+The exit status is 1 where memory grows by more than 20 MB after the first fifth, where descriptors
+or threads grow, or where an answer was wrong. Sockets come and go with clients: they count at rest,
+before the first client and after the last.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from veneer.run_directory import METRICS
 LEAK = 20e6  # bytes
 EVERY = 50  # steps between two checkpoints, and between two evaluations
 BETWEEN = 0.5  # seconds from one look to the next
+REST = 30.0  # seconds within which a server is rid of clients that have gone
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ class Point:
     @property
     def memory(self) -> float:
         return self.held.memory - self.cached
+
+    @property
+    def descriptors(self) -> int:
+        return self.held.descriptors - self.held.sockets
+
+    @property
+    def threads(self) -> int:
+        return self.held.threads
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,23 @@ class Life:
         print(f"{self.what}: {end:,}; {first:.1f} MB after a fifth, {last:.1f} MB at the end")
         problems = [f"memory grew by {growth / 1e6:.1f} MB"] if growth > LEAK else []
         for name in ("descriptors", "threads"):
-            before, after = (median(getattr(x.held, name) for x in each) for each in (early, late))
+            before, after = (median(getattr(x, name) for x in each) for each in (early, late))
             print(f"  {name}: {before:g}, at the end {after:g}")
             if after - before > MORE:
                 problems.append(f"{name} grew from {before:g} to {after:g}")
         return [*problems, *self.faults]
+
+
+def _add(points: list[Point], point: Point, what: str) -> None:
+    """Add a point, and now and then say how far it is."""
+    if len(points) % 120 == 0:
+        held = point.held
+        print(
+            f"{point.done:,} {what}: {point.memory / 1e6:.1f} MB, {held.descriptors} descriptors, "
+            f"{held.sockets} of them sockets, {held.threads} threads",
+            flush=True,
+        )
+    points.append(point)
 
 
 def train(base: Path, place: Path, steps: int) -> Life:
@@ -89,7 +112,7 @@ def train(base: Path, place: Path, steps: int) -> Life:
         process = subprocess.Popen(command, stdout=errors, stderr=errors)
         while process.poll() is None:
             with suppress(OSError):  # it ends meanwhile
-                points.append(Point(_steps(out / METRICS), held_by(process.pid)))
+                _add(points, Point(_steps(out / METRICS), held_by(process.pid)), "steps")
             time.sleep(BETWEEN)
     faults = [f"tune exited with {process.returncode}:\n{log.read_text()[-2000:]}"]
     return Life("steps", points, faults if process.returncode else ())
@@ -113,19 +136,34 @@ def serve(base: Path, place: Path, requests: int, *, rate: float, clients: int) 
     try:
         load = Load(server.url, Client(server.url).base(), rate, clients)
         load.learn_answers()
+        before = _at_rest(server)
         load.beside(train_now_and_then)
         load.start()
         while (done := sum(load.findings.done.values())) < requests:
             if server.process.poll() is not None:
                 break
-            points.append(Point(done, server.held(), Client(load.url).cache_bytes()))
+            _add(points, Point(done, server.held(), Client(load.url).cache_bytes()), "requests")
             time.sleep(BETWEEN)
         load.end()
+        faults = list(load.findings.faults[:10])
+        if server.process.poll() is None:
+            after = _at_rest(server)
+            print(f"sockets at rest: {before}, at the end {after}")
+            faults += [f"sockets at rest grew from {before} to {after}"] * (after > before)
     finally:
         ended = _ended(server)
-    faults = [*load.findings.faults[:10], *ended]
+    faults += ended
     faults += [f"{server.failures()} tracebacks in its log"] if server.failures() else []
     return Life("requests", points, faults)
+
+
+def _at_rest(server: ServerProcess) -> int:
+    """Return how many sockets a server holds when its clients have gone: the fewest within REST."""
+    fewest, end = server.held().sockets, time.monotonic() + REST
+    while time.monotonic() < end:
+        time.sleep(BETWEEN)
+        fewest = min(fewest, server.held().sockets)
+    return fewest
 
 
 def _ended(server: ServerProcess) -> list[str]:
@@ -151,7 +189,7 @@ def draw(lives: Sequence[Life], picture: Path) -> None:
         done = [point.done for point in life.points]
         panel.plot(done, [point.memory / 1e6 for point in life.points], label="memory, MB")
         for name in ("descriptors", "threads"):
-            panel.plot(done, [getattr(point.held, name) for point in life.points], label=name)
+            panel.plot(done, [getattr(point, name) for point in life.points], label=name)
         panel.set_xlabel(life.what)
         panel.set_ylim(bottom=0)
         panel.spines[["top", "right"]].set_visible(False)
@@ -168,15 +206,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--picture", type=Path, help="a PNG with both curves")
     options = parser.parse_args(arguments)
-    lives = []
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor() as both:
         place = Path(home)
-        write_base(place / "base")
+        base, rate, clients = place / "base", options.requests_per_second, options.clients
+        write_base(base)
+        started = []
         if options.steps:
-            lives.append(train(place / "base", place, options.steps))
+            started.append(both.submit(train, base, place, options.steps))
         if options.requests:
-            rate, clients = options.requests_per_second, options.clients
-            lives.append(serve(place / "base", place, options.requests, rate=rate, clients=clients))
+            count = options.requests
+            started.append(both.submit(serve, base, place, count, rate=rate, clients=clients))
+        lives = [each.result() for each in started]
     if options.picture is not None:
         draw(lives, options.picture)
     problems = [f"{life.what}: {problem}" for life in lives for problem in life.problems]

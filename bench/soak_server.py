@@ -86,19 +86,28 @@ def write_adapters(base: str, place: Path) -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """What a process holds: bytes of memory, descriptors, threads."""
+    """What a process holds: bytes of memory, descriptors, threads, and sockets among the
+    descriptors."""
 
     memory: int
     descriptors: int
     threads: int
+    sockets: int = 0
 
 
 def held_by(process: int) -> Held:
     """Return what a process holds now, without those that it has started."""
     home = Path("/proc") / str(process)
     resident = int((home / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    descriptors, threads = (len(list((home / name).iterdir())) for name in ("fd", "task"))
-    return Held(resident, descriptors, threads)
+    descriptors, threads = (list((home / name).iterdir()) for name in ("fd", "task"))
+    return Held(resident, len(descriptors), len(threads), sum(map(_is_socket, descriptors)))
+
+
+def _is_socket(descriptor: Path) -> bool:
+    try:
+        return str(descriptor.readlink()).startswith("socket:")
+    except FileNotFoundError:  # closed meanwhile
+        return False
 
 
 class ServerProcess:
