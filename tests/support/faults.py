@@ -119,21 +119,7 @@ class Case:
         below = str(self.disk.resolve()).encode()
         numbers = (KINDS.index(fault.kind), EFFECTS[fault.effect], fault.k, 0)
         self.state.write_bytes(LAYOUT.pack(below, b"", *numbers, *[0] * len(KINDS)))
-        done = subprocess.run(
-            [warm.executable(), "-m", PROGRAM, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=self.disk.parent,
-            stdin=subprocess.DEVNULL,
-            env=os.environ
-            | {
-                "FAULTS_STATE": str(self.state),
-                "VENEER_CACHE": str(self.disk / "cache"),
-                "TMPDIR": str(self.disk),
-                "PYTHONWARNINGS": "default::UserWarning",
-            },
-        )
+        done = run_on(self.disk, arguments, FAULTS_STATE=str(self.state))
         _, where, _, _, _, hits, *counts = LAYOUT.unpack(self.state.read_bytes())
         counted = dict(zip(KINDS, counts, strict=True))
         return Outcome(
@@ -169,18 +155,7 @@ class Case:
             return None  # fewer calls than usual: two threads or processes share the work
         if fault.kills:
             return None if outcome.code == -signal.SIGKILL else f"exit code {outcome.code}"
-        if "Traceback" in outcome.errors or "Exception ignored" in outcome.errors:
-            return f"a traceback\n{outcome.errors}"
-        if outcome.code not in EXIT_CODES:
-            return f"exit code {outcome.code}\n{outcome.errors}"
-        if outcome.code == 0:
-            return None
-        lines = outcome.errors.strip().splitlines()
-        if outcome.errors.count("Error:") != 1 or not lines[-1].startswith("Error:"):
-            return f"not one line of error at the end:\n{outcome.errors}"
-        if str(self.disk) not in lines[-1]:
-            return f"an error that does not say where:\n{lines[-1]}"
-        return None
+        return wrong_words(outcome.code, outcome.errors, self.disk)
 
     def _wrong_disk(self, fault: Fault, outcome: Outcome) -> str | None:
         units = self._units(self.disk)
@@ -236,6 +211,39 @@ class Case:
                 files = {}
             units[name] = files or None
         return units
+
+
+def run_on(
+    disk: Path, arguments: list[str], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Veneer with all that it writes on a disk, temporary files and caches too."""
+    own = {"VENEER_CACHE": str(disk / "cache"), "TMPDIR": str(disk)}
+    own["PYTHONWARNINGS"] = "default::UserWarning"
+    return subprocess.run(
+        [warm.executable(), "-m", PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=disk.parent,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | own | environment,
+    )
+
+
+def wrong_words(code: int, errors: str, disk: Path) -> str | None:
+    """Say what is wrong with how a command ended whose disk failed it, if anything is."""
+    if "Traceback" in errors or "Exception ignored" in errors:
+        return f"a traceback\n{errors}"
+    if code not in EXIT_CODES:
+        return f"exit code {code}\n{errors}"
+    if code == 0:
+        return None
+    lines = errors.strip().splitlines()
+    if errors.count("Error:") != 1 or not lines[-1].startswith("Error:"):
+        return f"not one line of error at the end:\n{errors}"
+    if str(disk) not in lines[-1]:
+        return f"an error that does not say where:\n{lines[-1]}"
+    return None
 
 
 def paths_below(disk: Path) -> set[str]:
