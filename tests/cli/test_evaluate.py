@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 import veneer
 from support.random_adapters import shake
 
@@ -19,7 +17,6 @@ def test_all_that_is_missing_is_said_at_once(refused):
     assert "--with-base does nothing" in error
 
 
-@pytest.mark.slow
 def test_an_adapter_is_compared_with_its_base(minigpt_home, tmp_path, shown):
     base = veneer.load_base(str(minigpt_home), dtype="float32")
     adapter = tmp_path / "adapter"

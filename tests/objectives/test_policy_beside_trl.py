@@ -132,7 +132,8 @@ def test_loss_and_gradients_are_those_of_trl(name):
     model = veneer.attach(tiny("llama"), veneer.LoRA(rank=4, targets="all"))
     model = shake(model, size=0.2).eval()
     rows = samples()
-    forward, _ = choose_forward(model, rows)
+    forward, _ = choose_forward(model, rows, answer_one_prompt=True)
+    assert forward.shares
     whole = pack(rows, range(len(rows)))
     with torch.no_grad():
         near = -forward.losses(model, whole)

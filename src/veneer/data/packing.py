@@ -28,7 +28,7 @@ class Batch:
     tokens     (T,)
     labels     (T,)    the token to predict at each place: the row's next one where that is
                        learnt, else -100; always -100 at the last token of a row
-    positions  (T,)    from 0 in each row, or from where it goes on with the row before it
+    positions  (T,)    from 0 in each row, or from where it goes on with another's beginning
     lengths    (rows,) tokens of each row
     rows       (rows,) which example each row is of; a pair is two rows, one behind the other
     """
@@ -41,7 +41,8 @@ class Batch:
 
     @property
     def before(self) -> list[int]:
-        """How many tokens each row sees before its own: so many first ones of the row before it."""
+        """How many tokens each row sees before its own: so many first ones of the last row that
+        sees none."""
         firsts = np.cumsum(self.lengths) - self.lengths
         before: list[int] = self.positions[firsts].tolist()
         return before
@@ -76,19 +77,26 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 
 def sharing_prompts(batch: Batch) -> Batch:
-    """Return the batch whose pairs have their prompt once, in the first row. The second row goes on
-    from the prompt's last token, which predicts another token there; its label tokens stay."""
-    ends = np.cumsum(batch.lengths)
+    """Return the batch in which a prompt of rows that follow each other is in the first of them
+    alone: of the rows of an example, what both begin with, and of others only a whole prompt. A
+    later row goes on from the prompt's last token, which predicts another token there. Label tokens
+    stay, in their order."""
     lengths, is_kept = batch.lengths.copy(), np.ones(len(batch.tokens), dtype=bool)
-    for first in np.flatnonzero(batch.rows[1:] == batch.rows[:-1]).tolist():
-        start, end = int(ends[first] - lengths[first]), int(ends[first])
-        count = min(end - start, int(lengths[first + 1]) - 1)
-        one, other = slice(start, start + count), slice(end, end + count)
-        same = batch.tokens[one] == batch.tokens[other]
-        same &= (batch.labels[one] == UNLABELLED) & (batch.labels[other] == UNLABELLED)
+    starts = np.cumsum(lengths) - lengths
+    labelled = np.append(np.flatnonzero(batch.labels != UNLABELLED), len(batch.labels))
+    # Tokens of each row's beginning that predict nothing that is learnt.
+    prompts = np.minimum(labelled[np.searchsorted(labelled, starts)] - starts, lengths - 1)
+    whole = 0
+    for row in range(1, len(batch.rows)):
+        count = int(prompts[[whole, row]].min())
+        one, other = (batch.tokens[starts[i] : starts[i] + count] for i in (whole, row))
+        same = one == other
         shared = count if same.all() else int(same.argmin())
-        is_kept[end : end + shared] = False
-        lengths[first + 1] -= shared
+        if shared and (shared == prompts[row] or batch.rows[row] == batch.rows[whole]):
+            is_kept[starts[row] : starts[row] + shared] = False
+            lengths[row] -= shared
+        else:
+            whole = row
     return Batch(
         tokens=batch.tokens[is_kept],
         labels=batch.labels[is_kept],

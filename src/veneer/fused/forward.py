@@ -36,7 +36,7 @@ from veneer.fused.patches import (
 )
 from veneer.fused.recognise import TOLERANCE, recognise
 from veneer.fused.recompute import Recompute
-from veneer.fused.shared_prompts import notice_of, why_not_shared
+from veneer.fused.shared_prompts import notices_of, why_not_shared
 from veneer.fused.slower_ways import slower_ways
 from veneer.fused.watch import attention_is_asked_for
 from veneer.kernels.arena import Arena
@@ -71,8 +71,8 @@ class Forward:
     recompute: what the backward pass computes again; alone: rows one by one, where not even padding
     is possible; experts: modules whose routed experts are computed as one function; tokens_step:
     packed batches are filled up to a multiple of it, in each process; context: the processes that
-    share each batch's tokens, None where this one computes them all; shares: both rows of a pair
-    read the same keys and values of their prompt, which are computed once.
+    share each batch's tokens, None where this one computes them all; shares: rows of one
+    prompt that follow each other read the same keys and values of it, which are computed once.
     """
 
     packed: bool
@@ -206,18 +206,20 @@ def choose_forward(
     recompute: Recompute = "none",
     directory: Path | None = None,
     context: ContextGroup | None = None,
+    answer_one_prompt: bool = False,
 ) -> tuple[Forward, list[str]]:
     """Return the fastest Forward that gives this model's own loss, and what there is to know
     of it: what did not suit it, and how many tokens pairs have to compute.
 
     directory: where `recompute="disk"` keeps what a pass keeps; the system's for such files unless
     given. context: the processes that share each batch's tokens; all of them choose at once.
+    answer_one_prompt: rows that follow each other in a batch do, as those of a pair.
 
     The proof compares a few short rows with the same rows computed by the model alone, one by one.
     Raises ConfigError where tokens cannot be shared.
     """
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
-    are_pairs = bool(examples[0].second)
+    answer_one_prompt |= bool(examples[0].second)
     # Not in training mode, in which dropout would make any two passes differ.
     with torch.no_grad(), evaluating(model):
         routed = {module: why for _, module, why in experts_of(model)}
@@ -251,7 +253,7 @@ def choose_forward(
             why_not_packed = why_not(layers)
         all_fused = sum(layer.applies() for layer in layers) == len(decoder_layers(model) or [None])
         why_not_shares: str | None = "rows are not packed"
-        if are_pairs and not why_not_packed and context is None:
+        if answer_one_prompt and not why_not_packed and context is None:
             packed = Forward(True, head, layers, experts=experts, tokens_step=step)
             why_not_shares = why_not_shared(
                 *(model, partial(packed.losses, model)),
@@ -284,8 +286,8 @@ def choose_forward(
             f"Logits are made for all rows, since labelled ones alone do not suit this model: "
             f"{why_not_head}"
         )
-    if are_pairs:
-        notices.append(notice_of(examples, why_not_shares))
+    if answer_one_prompt:
+        notices += notices_of(examples, why_not_shares)
     notices += slower_ways(model, routed)
     blocks = decoder_layers(model)
     on_disk = recompute == "disk"
@@ -305,7 +307,7 @@ def choose_forward(
         alone=bool(why_not_padded),
         experts=experts,
         context=context,
-        shares=are_pairs and not why_not_shares,
+        shares=answer_one_prompt and not why_not_shares,
         arena=DiskArena(_existing(directory)) if recompute == "disk" else Arena(),
     )
     return chosen, notices

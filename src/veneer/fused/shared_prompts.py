@@ -1,4 +1,4 @@
-"""Whether both rows of a pair can read one prompt's keys and values, computed once."""
+"""Whether answers to one prompt can read its keys and values, computed once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNTED = 1000  # pairs of which a person is given the tokens
 def why_not_shared(
     model: PreTrainedModel, losses: Callable[[Batch], Tensor], tolerance: float, tokens: list[int]
 ) -> str | None:
-    """Return why pairs of this model do not share their prompts, or None: by what is known of its
+    """Return why answers of this model do not share their prompts, or None: by what is known of its
     adapters and of the device, and by a pair of `tokens`. losses: of a packed batch's labels."""
     if model.device.type != "cpu":
         return "a card's attention over rows as they lie gives each row keys of its own"
@@ -39,18 +39,20 @@ def why_not_shared(
     return f"a token's loss is {farthest:.2g} from what it is behind a prompt of its own"
 
 
-def notice_of(examples: Sequence[Example], why_not: str | None) -> str:
-    """Say whether the rows of a run's pairs share their prompts, and what of them is computed."""
+def notices_of(examples: Sequence[Example], why_not: str | None) -> list[str]:
+    """Return what a person should know of rows that have one prompt."""
+    if not examples[0].second:
+        return [f"Each answer computes its prompt, since {why_not}."] if why_not else []
     if why_not:
-        return f"Both rows of a pair compute their prompt, since {why_not}."
+        return [f"Both rows of a pair compute their prompt, since {why_not}."]
     count = min(len(examples), COUNTED)
     batch = pack(examples, range(count))
     computed, tokens = len(sharing_prompts(batch).tokens), len(batch.tokens)
     which = "the" if count == len(examples) else f"the first {count:,}"
-    return (
+    return [
         f"Both rows of a pair read one prompt, computed once: {computed:,} tokens of "
         f"{tokens:,} in {which} pairs."
-    )
+    ]
 
 
 def _pair(tokens: list[int]) -> Example:

@@ -1,6 +1,9 @@
-"""Packed sequences of which some begin with tokens of the sequence before them."""
+"""Packed sequences of which some begin with the tokens of one that stands before them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -10,8 +13,15 @@ from veneer.kernels.packing import Packing
 
 class SharedPacking(Packing):
     """A packed batch in which the keys that a sequence sees `before` its own are the first ones of
-    the sequence in front of it: of a pair's rows, those of the prompt, which is computed once.
+    the last sequence that sees none: of answers to one prompt, those of the prompt.
     """
+
+    def __init__(
+        self, lengths: list[int], device: torch.device | None, *, before: Sequence[int]
+    ) -> None:
+        super().__init__(lengths, device, before=before)
+        # For each sequence the one with its beginning.
+        self._whole = [*accumulate(range(len(lengths)), lambda last, i: last if before[i] else i)]
 
     def key_groups(self, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         keys, values = super().key_groups(k, v)
@@ -44,14 +54,15 @@ class SharedPacking(Packing):
 
     def _beginning(self, sequence: int) -> slice:
         """Return where the tokens are that come before a sequence's own."""
-        first = self.firsts[sequence - 1]
+        first = self.firsts[self._whole[sequence]]
         return slice(first, first + self.before[sequence])
 
 
 def packing_of(
     lengths: list[int], before: list[int], device: torch.device | None = None
 ) -> Packing:
-    """Return the packing of rows, of which each sees as many keys of the one in front of it."""
+    """Return the packing of rows, of which each sees so many keys of the last one
+    that sees none."""
     if any(before):
         return SharedPacking(lengths, device, before=before)
     return Packing(lengths, device)

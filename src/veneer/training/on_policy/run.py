@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapter.active import active_adapters_of
 from veneer.adapter.config import LoRA
 from veneer.adapter.use import in_use
-from veneer.adapter.virtual_forward import virtual_input_count
-from veneer.data.columns import lengths_of
 from veneer.data.encode import Example
 from veneer.data.packing import StepOrder
 from veneer.errors import ConfigError
@@ -33,6 +30,7 @@ from veneer.training.config import TrainConfig
 from veneer.training.events import Event, Notice, Skipped, Step
 from veneer.training.frozen import FrozenBase
 from veneer.training.on_policy.page import SampleLog
+from veneer.training.on_policy.passes import passes_of
 from veneer.training.on_policy.prompts import Prompts
 from veneer.training.on_policy.rollout import Roller, Rollout, base_log_probabilities
 from veneer.training.run import Begun, Run
@@ -76,7 +74,10 @@ def train_on_policy(
     try:
         with kept_heap():
             forward, notices = choose_forward(
-                model, prompts.examples, recompute=run.config.recompute, directory=run.directory
+                *(model, prompts.examples),
+                recompute=run.config.recompute,
+                directory=run.directory,
+                answer_one_prompt=True,
             )
             yield from map(Notice, [run.course, *notices])
             yield from run.begin(forward, resume=resume)
@@ -220,10 +221,12 @@ class OnPolicyRun(Run):
 
     def _batches(self, examples: Sequence[Example]) -> tuple[StepOrder, list[list[int]]]:
         """Return the passes in which samples are computed."""
-        config, lengths = self.config, lengths_of(examples)
-        virtual = virtual_input_count(self.model)
-        order = StepOrder(lengths, int(lengths.sum()), config.batch_tokens, config.seed, virtual)
-        return order, order.batches(np.arange(len(examples)))
+        return passes_of(
+            examples,
+            group=self.on_policy.group_size if self.forward.shares else 1,
+            tokens_per_batch=self.config.batch_tokens,
+            seed=self.config.seed,
+        )
 
     def _reference(self, examples: Sequence[Example]) -> list[list[float]]:
         with worthwhile_threads(self.model):
