@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,8 +19,9 @@ class SharedPacking(Packing):
         self, lengths: list[int], device: torch.device | None, *, before: Sequence[int]
     ) -> None:
         super().__init__(lengths, device, before=before)
-        # For each sequence the one with its beginning.
-        self._whole = [*accumulate(range(len(lengths)), lambda last, i: last if before[i] else i)]
+        self._whole: list[int] = []  # for each sequence the one with its beginning
+        for sequence, count in enumerate(before):
+            self._whole.append(self._whole[-1] if count else sequence)
 
     def key_groups(self, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         keys, values = super().key_groups(k, v)
