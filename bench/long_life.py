@@ -55,7 +55,7 @@ class Point:
 
     @property
     def descriptors(self) -> int:
-        return self.held.descriptors - self.held.sockets
+        return self.held.others
 
     @property
     def threads(self) -> int:

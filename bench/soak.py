@@ -8,7 +8,7 @@ from them: chats, streams, streams that are broken off, several choices, tools, 
 embeddings, bad requests, adapters that are loaded, replaced and unloaded; beside them a training
 job at a time. Every answer that is greedy or has a seed must be the one that it had alone. A line a
 minute says what was asked and what the process holds; the exit status is 1 where something was
-wrong.
+wrong. Ctrl-C ends it early, with the verdict over what was seen.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
-from bench.soak_client import Client, Refused
+from bench.soak_client import PATIENCE, Client, Refused
 from bench.soak_jobs import train_now_and_then
 from bench.soak_questions import BAD, CHANGING, QUESTIONS, VERSIONS, Question
 from bench.soak_server import ADAPTERS, Held, ServerProcess, write_adapters, write_base
 
 LEAK = 50e6  # bytes that memory may grow by after the first fifth of the time
-MORE = 4  # descriptors or threads, by which their median may grow meanwhile
+MORE = 4  # descriptors or threads, by which their median may grow meanwhile; sockets, at rest
+REST = 60.0  # seconds in which a server may close the sockets of clients that have gone
 # Fewer slots than clients, so that some wait; and files of prefix blocks that have to make space.
 FLAGS = ("--slots", "6", "--prefix-cache-size", "0.01")
 TOGETHER = 0.03  # seconds in which the clients of a round ask
@@ -101,7 +102,7 @@ class Load:
     def end(self) -> None:
         self.over.set()
         for thread in self._threads:
-            thread.join(120)
+            thread.join(PATIENCE)
             if thread.is_alive():
                 self.findings.add("end", 0, "a client waits for an answer that does not come")
 
@@ -193,7 +194,7 @@ def watch(server: ServerProcess, load: Load, minutes: float, out: TextIO) -> lis
     """Take samples until the time is over, and write a line a minute."""
     began, samples, shown = time.monotonic(), list[Sample](), 0
     names = ("minute", "requests", "429", "5xx", "faults")
-    held = ("MB", "of which caches", "descriptors", "threads")
+    held = ("MB", "of which caches", "descriptors", "threads", "sockets")
     print(*names, *held, sep=" | ", file=out, flush=True)
     while (passed := time.monotonic() - began) < 60 * minutes:
         if server.process.poll() is not None:
@@ -206,14 +207,29 @@ def watch(server: ServerProcess, load: Load, minutes: float, out: TextIO) -> lis
             counts = (sum(findings.done.values()), findings.statuses[429], findings.errors)
             sizes = (f"{last.held.memory / 1e6:.1f}", f"{last.cached / 1e6:.1f}")
             numbers = (*counts, len(findings.faults), *sizes)
+            open_now = (last.held.others, last.held.threads, last.held.sockets)
             print(
-                *(f"{passed / 60:.1f}", *numbers, last.held.descriptors, last.held.threads),
+                *(f"{passed / 60:.1f}", *numbers, *open_now),
                 sep=" | ",
                 file=out,
                 flush=True,
             )
-        time.sleep(min(5.0, 6 * minutes))
+        try:
+            time.sleep(min(5.0, 6 * minutes))
+        except KeyboardInterrupt:
+            print(f"ended after {passed / 60:.1f} of {minutes:g} minutes", file=out)
+            break
     return samples
+
+
+def wait_for_rest(server: ServerProcess, before: int, findings: Findings, out: TextIO) -> None:
+    """Compare a server's sockets without clients with those that it had before them."""
+    deadline = time.monotonic() + REST
+    while (left := server.held().sockets) > before and time.monotonic() < deadline:
+        time.sleep(0.5)
+    print(f"sockets at rest: {before}, at the end {left}", file=out)
+    if left > before + MORE:
+        findings.add("rest", 0, f"{left} sockets are open, and no client is there")
 
 
 def verdict(samples: list[Sample], findings: Findings, failures: int, out: TextIO) -> bool:
@@ -231,10 +247,10 @@ def verdict(samples: list[Sample], findings: Findings, failures: int, out: TextI
     print(f"statuses: {dict(sorted(findings.statuses.items()))}", file=out)
     print(f"memory beside the caches grew by {growth / 1e6:.1f} MB", file=out)
     good = not findings.faults and growth <= LEAK and not failures
-    for name in ("descriptors", "threads"):
+    for what, name in (("descriptors beside sockets", "others"), ("threads", "threads")):
         first, last = (median(getattr(x.held, name) for x in each) for each in (early, late))
         good = good and last - first <= MORE
-        print(f"{name}: {first:g}, at the end {last:g}", file=out)
+        print(f"{what}: {first:g}, at the end {last:g}", file=out)
     print(f"tracebacks in the server's log: {failures}", file=out)
     for fault in findings.faults[:40]:
         print(f"FAULT {fault}", file=out)
@@ -253,11 +269,13 @@ def soak(place: Path, model: str | None, options: argparse.Namespace, out: TextI
         name = Client(server.url).base()
         load = Load(server.url, name, options.requests_per_second, options.clients)
         load.learn_answers()
+        at_rest = server.held().sockets
         load.beside(train_now_and_then)
         load.start()
         samples = watch(server, load, options.minutes, out)
         load.end()
         if server.process.poll() is None:
+            wait_for_rest(server, at_rest, load.findings, out)
             numbers = Client(server.url).numbers()
             steps, new = (numbers[f"veneer_engine_{name}"] for name in ("steps", "new_tokens"))
             print(f"{new:g} new tokens in {steps:g} steps", file=out)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from bench.soak_questions import Question
 from bench.soak_server import KEY
 
-PATIENCE = 120.0  # seconds for an answer
+PATIENCE = 600.0  # seconds for an answer, on a machine that may be busy
 JSON = {"content-type": "application/json"}
 AS_ADMIN = {"authorization": f"Bearer {KEY}"}
 Choice = tuple[str, str, str | None]  # text, calls as JSON, why it ended

@@ -94,6 +94,11 @@ class Held:
     threads: int
     sockets: int = 0
 
+    @property
+    def others(self) -> int:
+        """Descriptors that are no sockets, of which clients decide how many are open."""
+        return self.descriptors - self.sockets
+
 
 def held_by(process: int) -> Held:
     """Return what a process holds now, without those that it has started."""

@@ -13,8 +13,8 @@ def judged(*faults, growth=0.0, cached=0.0, more=0, status=200, failures=0):
     findings.add("ask", status)
     for fault in faults:
         findings.add("ask", 200, fault)
-    early = soak.Sample(0, Held(10**8, 10, 9), 0)
-    late = Held(int(1e8 + growth + cached), 10 + more, 9)
+    early = soak.Sample(0, Held(10**8, 10, 9, sockets=2), 0)
+    late = Held(int(1e8 + growth + cached), 20 + more, 9, sockets=12)
     samples = [replace(early, seconds=i) for i in range(51)]
     samples += [soak.Sample(i, late, cached) for i in range(51, 101)]
     out = io.StringIO()
