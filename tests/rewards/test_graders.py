@@ -16,7 +16,7 @@ from veneer.rewards.formula import formula_of
 from veneer.rewards.graders import Graded, grader_of
 from veneer.rewards.judged import Answered, RewardFault
 from veneer.rewards.named import reward_named
-from veneer.rewards.similarity import METRICS, common_length
+from veneer.rewards.similarity import METRICS, MOST_CHARACTERS, common_length
 from veneer.rewards.template import template_of
 
 ANSWER, TRUE = "{{ sample.output_text }}", "{{item.answer}}"
@@ -194,6 +194,7 @@ MULTI = {"type": "multi", "name": "m", "graders": {"a": check()}, "calculate_out
         (check(input="{{" * 5_000), ["it has 5,000 places to fill, and may have 32"]),
         (check(input="x" * 20_001), ["it has 20,001 characters"]),
         (check(name="x" * 201), ["name has 201 characters"]),
+        (MULTI | {"graders": {"a" * 50_000: check()}}, ["it has 50,... characters, and may have"]),
         (check(input="{{ sample.choices }}"), ["there is no sample.choices"]),
         (check(input="{{ item.__class__() }}"), ["names neither"]),
         (MULTI | {"calculate_output": "a +"}, ["calculate_output: it ends too early"]),
@@ -208,6 +209,18 @@ def test_all_that_is_wrong_with_a_grader_is_said_at_once(grader, faults):
         grader_of(grader)
     for fault in faults:
         assert refused.match(fault)
+
+
+def test_similarities_of_a_formula_take_no_longer_than_one():
+    for count in (1, 2, 32):
+        named = {f"a{i}": alike() for i in range(count)}
+        formula = {"type": "multi", "name": "all", "graders": named, "calculate_output": "a0"}
+        compared = [each.most for each in grader_of(formula).graders.values()]
+        assert sum(most**2 for most in compared) <= MOST_CHARACTERS**2
+        assert len(compared) == count
+    assert grader_of(alike()).most == MOST_CHARACTERS
+    far = "b" * compared[0]  # behind it nothing is compared
+    assert grade(formula, far + "a", answer=far + "c") == 1
 
 
 def test_a_guess_is_made_for_the_faults_that_are_shown(monkeypatch):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +44,7 @@ NO_METRICS = {
 }
 MOST_GRADERS = 32  # of a multi
 MOST_OF_NAME = 200  # characters; each step's numbers have it
+MOST_OF_ALL = 50_000  # characters of a grader as JSON; whoever looks at jobs gets it of each
 
 
 class Grader(Protocol):
@@ -85,6 +86,7 @@ class TextSimilarity:
     input: Template
     reference: Template
     metric: str
+    most: int = MOST_CHARACTERS  # of each text that are compared
 
     @property
     def fields(self) -> frozenset[Field]:
@@ -92,7 +94,7 @@ class TextSimilarity:
 
     def grade(self, item: Mapping[str, Any], answer: str) -> float:
         texts = (self.input.fill(item, answer), self.reference.fill(item, answer))
-        return METRICS[self.metric](*(text[:MOST_CHARACTERS] for text in texts))
+        return METRICS[self.metric](*(text[: self.most] for text in texts))
 
 
 @dataclass(frozen=True)
@@ -183,17 +185,32 @@ def grader_of(value: object) -> Grader:
     """Return the grader that a JSON value describes. Raises ConfigError with all that is wrong."""
     try:
         # Half characters, which JSON can say, could be sent back to nobody.
-        json.dumps(value, ensure_ascii=False).encode()
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
     except UnicodeEncodeError:
         why = "This grader cannot be used: it has half a character (a lone surrogate)."
         raise ConfigError(why) from None
     except RecursionError:
         raise ConfigError("This grader cannot be used: it is nested too deeply.") from None
+    if len(text) > MOST_OF_ALL:
+        has = f"it has {len(text):,} characters, and may have {MOST_OF_ALL:,}"
+        raise ConfigError(f"This grader cannot be used: {has}.")
     reading = _Reading()
     grader = reading.grader(value, "grader")
     if grader is None or reading.problems:
         raise ConfigError(f"This grader cannot be used: {joined(reading.problems)}.")
     return grader
+
+
+def _no_slower_than_one(graders: Mapping[str, Grader]) -> dict[str, Grader]:
+    """Return graders whose similarities together take the time that one may: it grows with the
+    square of the characters that are compared."""
+    count = sum(isinstance(each, TextSimilarity) for each in graders.values())
+    most = math.isqrt(MOST_CHARACTERS**2 // max(1, count))
+    return {
+        key: replace(each, most=most) if isinstance(each, TextSimilarity) else each
+        for key, each in graders.items()
+    }
 
 
 class _Reading:
@@ -260,7 +277,7 @@ class _Reading:
         for unknown in sorted(formula.names - given.keys()):
             guess = self._guess(unknown, given)
             self.problems.append(f"{place} reads {unknown!r}, which no grader is{guess}")
-        return Multi(name, graders, formula)
+        return Multi(name, _no_slower_than_one(graders), formula)
 
     def _each_of(self, value: object, where: str) -> Iterator[tuple[str, object]]:
         """Yield the graders of a formula, each with its name there."""
