@@ -1,5 +1,5 @@
 """Adapters that have more than low-rank factors for themselves, on disk: tokens of their own, rows
-of embedding and head, virtual tokens."""
+of embedding and head, virtual tokens, biases."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +14,13 @@ import veneer
 from support.random_adapters import shake, targets_named, tokenizer, with_new_tokens
 from support.serving_bases import write_adapter
 from support.tiny_models import VOCAB, tiny
+from veneer.adapter.targets import adaptable_layers
 from veneer.formats.adapters import write
 from veneer.formats.capture import capture
-from veneer.formats.state import StoredTokens
+from veneer.formats.state import AdapterState, StoredTokens
 from veneer.generate.runners.adapter_rows import Ends
 
-KINDS = ("tokens", "prompt", "prefix", "modules", "rows", "dora", "embedding")
+KINDS = ("tokens", "prompt", "prefix", "modules", "rows", "dora", "embedding", "biases")
 VIRTUAL = 20  # more than a block of the engines that serve them
 Make = Callable[[str], PreTrainedModel]
 
@@ -53,7 +54,23 @@ def write_every_kind(
     ids = (7, 30, 9)
     rows = {path: StoredTokens(ids, weight[list(ids)]) for path, weight in changed.items()}
     write(replace(state, trained_tokens=rows), homes["rows"])
+    write(_with_biases(model, state), homes["biases"])
     return homes
+
+
+def _with_biases(model: PreTrainedModel, state: AdapterState) -> AdapterState:
+    """Return an adapter that has a lora_bias, and biases in place of all that linear layers of the
+    base have."""
+    linear = {layer.path: layer.module for layer in adaptable_layers(model) if layer.is_linear}
+    tensors = dict(state.tensors)
+    for layer in state.layers():
+        tensors[f"{layer.path}.lora_bias"] = _moved(torch.zeros(len(layer.B)))
+    biases = {
+        f"{path}.bias": _moved(bias)
+        for path, module in linear.items()
+        if (bias := getattr(getattr(module, "original", module), "bias", None)) is not None
+    }
+    return replace(state, tensors=tensors, modules_to_save=biases)
 
 
 def installed(base: Any, home: Path | None) -> PreTrainedModel:

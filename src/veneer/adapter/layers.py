@@ -109,7 +109,9 @@ class AdaptedLayer(Adapted, Wrapper):
             gain = None
             if adapter.magnitude is not None:
                 gain = adapter.magnitude / self._norms(adapter, A)
-            updates.append(LowRankUpdate(A, B, gain))
+            own = adapter.lora_bias
+            bias = None if own is None else own.to(B.dtype) * adapter.scaling
+            updates.append(LowRankUpdate(A, B, gain, bias))
         return mixed(updates, [weight for _, weight in pairs], _scalings(pairs, masks))
 
     def masters(self, pairs: list[tuple[Adapter, float]], masks: Masks = ()) -> Masters | None:

@@ -241,6 +241,8 @@ class LoRALinear(AdaptedLayer):
         if gain is not None:
             bias: Tensor | None = self.original.bias  # type: ignore[assignment]
             y = apply_gain(y, gain, bias)
+        if (own_bias := row_updates.biases(updates)) is not None:
+            y = y + own_bias
         return y.to(x.dtype)
 
 

@@ -40,9 +40,8 @@ PLACES: dict[Place, frozenset[Content]] = {
     "loralib": frozenset(),
     "gguf": frozenset({"stacks of experts", "an invocation from which on alone it acts"}),
     "merged GGUF": frozenset({"new tokens", "DoRA's magnitudes", "stacks of experts"}),
-    # What can differ from row to row. Of modules to save, those of embedding and head.
-    "serving": frozenset(PRESENT)
-    - frozenset({"biases of its own (lora_bias)", "windows of convolutions"}),
+    # What can differ from row to row. Of modules to save, embedding, head and biases of layers.
+    "serving": frozenset(PRESENT) - frozenset({"windows of convolutions"}),
 }
 
 

@@ -120,7 +120,8 @@ struct Step {
     void finish(Size t, Size layer, int first, int index, Size o, Size count, float* sum, T* y,
                 const Target<T>& target) const {
         const Linear& linear = layers[layer].linears[index];
-        if (const Update* update = update_of(t, layer, index)) {
+        const Update* update = update_of(t, layer, index);
+        if (update) {
             const float* h = h_of(t, layer, first, index);
             for (Size r = 0; r < update->rank; ++r) {
                 const T* b = static_cast<const T*>(update->B) + r * linear.out + o;
@@ -134,6 +135,8 @@ struct Step {
         }
         if (const T* bias = static_cast<const T*>(linear.bias))
             for (Size i = 0; i < count; ++i) sum[i] += load(bias[o + i]);
+        if (update && update->bias)
+            for (Size i = 0; i < count; ++i) sum[i] += update->bias[o + i];
         const float by = target.multiplier;
         if (target.adds)
             for (Size i = 0; i < count; ++i)

@@ -18,11 +18,11 @@ enum NormIndex {
     kBeforeAttention, kOfQ, kOfK, kAfterAttention, kBeforeFeedForward, kAfterFeedForward, kNorms
 };
 
-// The low-rank update of one linear layer for one token: A (rank, in), B (rank, out), and gain (out)
-// or null for 1.
+// The low-rank update of one linear layer for one token: A (rank, in), B (rank, out), gain (out) or
+// null for 1, and what is added to the layer's bias, (out), or null.
 struct Update {
     const void *A, *B;
-    const float* gain;
+    const float *gain, *bias;
     Size rank;
 };
 

@@ -37,9 +37,9 @@ class Linear(ctypes.Structure):
 
 class Update(ctypes.Structure):
     """The low-rank update of a linear layer: A (rank, in), B (rank, out), gain (out) in float32 or
-    null for 1."""
+    null for 1, what is added to the layer's bias (out) in float32 or null."""
 
-    _fields_ = (("A", _Address), ("B", _Address), ("gain", _Address), ("rank", _Size))
+    _fields_ = (*((name, _Address) for name in ("A", "B", "gain", "bias")), ("rank", _Size))
 
 
 class Norm(ctypes.Structure):

@@ -16,16 +16,17 @@ from veneer.lowrank.formula import total_gain
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """All adapters that act on a layer as one: gain ∘ (W x + B A x) + b.
+    """All adapters that act on a layer as one: gain ∘ (W x + B A x) + b + bias.
 
     A (rank, in) and B (out, rank), scaled, in the dtype of computing; gain (out,) in float32 or
-    wider, or None for 1. Over a stack of experts, A may be (experts, rank, in), and B is (experts,
-    out, rank).
+    wider, or None for 1; bias (out,) likewise, or None for 0: what they add to the layer's own b.
+    Over a stack of experts, A may be (experts, rank, in), and B is (experts, out, rank).
     """
 
     A: Tensor
     B: Tensor
     gain: Tensor | None
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -49,7 +50,12 @@ def mixed(
         B = update.B.to(torch.promote_types(update.B.dtype, torch.float32)) * factor
         Bs.append(B if share is None else B * share[:, None])
     A, B = side_by_side([update.A for update in updates], Bs)
-    return LowRankUpdate(A, B.to(A.dtype), gain)
+    biases = [
+        update.bias * weight
+        for update, weight in zip(updates, weights, strict=True)
+        if update.bias is not None
+    ]
+    return LowRankUpdate(A, B.to(A.dtype), gain, torch.stack(biases).sum(0) if biases else None)
 
 
 def side_by_side(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -152,7 +158,7 @@ class RowUpdates:
         if (stack := self._stacks.get(layer)) is None:
             stack = self._stacks[layer] = _stack(updates, len(self.mixes))
         if layer not in self._gains:
-            self._gains[layer] = self._gain_of_rows(stack.gains)
+            self._gains[layer] = self._of_rows(stack.gains)
         return StackedUpdates(stack.A, stack.B, self._mask(stack, updates), self._gains[layer])
 
     def addressed(
@@ -167,11 +173,16 @@ class RowUpdates:
             table = FactorTable.of(pairs, B_is_transposed=True)
             self._tables[layer] = table, _gains(updates, len(self.mixes))
         table, gains = self._tables[layer]
-        return table, self._gain_of_rows(gains)
+        return table, self._of_rows(gains)
 
     def gains(self, updates: Sequence[RowsOfUpdate]) -> Tensor | None:
         """Return the gain of each row, (rows, 1, out), or None where all are 1."""
-        return self._gain_of_rows(_gains(updates, len(self.mixes)))
+        return self._of_rows(_gains(updates, len(self.mixes)))
+
+    def biases(self, updates: Sequence[RowsOfUpdate]) -> Tensor | None:
+        """Return what is added to the bias for each row, (rows, 1, out), or None where nothing."""
+        own = {each.mix: each.update.bias for each in updates}
+        return self._of_rows(_of_mixes(own, len(self.mixes), without=0.0))
 
     def _mask(self, stack: _Stack, updates: Sequence[RowsOfUpdate]) -> Tensor | None:
         if len(updates) == 1 and len(updates[0].rows) == len(self.mix_of_row):
@@ -183,10 +194,11 @@ class RowUpdates:
             mask = self._masks[key] = own.to(stack.A.dtype)[:, None]
         return mask
 
-    def _gain_of_rows(self, gains: Tensor | None) -> Tensor | None:
-        if gains is None:
+    def _of_rows(self, of_mixes: Tensor | None) -> Tensor | None:
+        """Return what belongs to the mix of each row, (rows, 1, out)."""
+        if of_mixes is None:
             return None
-        return gains.index_select(0, self.numbers_on(gains.device) + 1)[:, None]
+        return of_mixes.index_select(0, self.numbers_on(of_mixes.device) + 1)[:, None]
 
     def _index(self, values: tuple[int, ...], device: torch.device) -> Tensor:
         if (index := self._indices.get(values)) is None:
@@ -206,8 +218,13 @@ def _stack(updates: Sequence[RowsOfUpdate], mixes: int) -> _Stack:
 
 def _gains(updates: Sequence[RowsOfUpdate], mixes: int) -> Tensor | None:
     """Return the gain of no mix and of each, (mixes + 1, out), or None where all are 1."""
-    of_mix = {each.mix: each.update.gain for each in updates if each.update.gain is not None}
-    if not of_mix:
+    return _of_mixes({each.mix: each.update.gain for each in updates}, mixes, without=1.0)
+
+
+def _of_mixes(own: Mapping[int, Tensor | None], mixes: int, *, without: float) -> Tensor | None:
+    """Return what no mix and each has, (mixes + 1, out), or None where none has any."""
+    known = {mix: tensor for mix, tensor in own.items() if tensor is not None}
+    if not known:
         return None
-    ones = torch.ones_like(next(iter(of_mix.values())))
-    return torch.stack([ones, *(of_mix.get(mix, ones) for mix in range(mixes))])
+    neutral = torch.full_like(next(iter(known.values())), without)
+    return torch.stack([neutral, *(known.get(mix, neutral) for mix in range(mixes))])

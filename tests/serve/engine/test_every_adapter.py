@@ -269,7 +269,7 @@ def test_what_can_be_mixed(homes):
         assert mixed.reason == "length"
         for mix, why in (
             ({"prefix": 1.0, "dora": 0.5}, "has virtual tokens, which act alone"),
-            ({"rows": 0.5}, "replaces rows of the base's embedding or head"),
+            ({"rows": 0.5}, "replaces weights of the base"),
         ):
             error = engine.submit(request(mix)).result().error
             assert isinstance(error, AdapterError)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.method import Method
 from veneer.adapter.own_rows import OwnRows
+from veneer.adapter.targets import adaptable_layers
 from veneer.adapter.wrapper import unwrapped
 from veneer.formats.state import AdapterState
 from veneer.formats.validate import shared_tokens
@@ -28,6 +29,11 @@ class Ends:
     head: nn.Module
     embedding_path: str
     head_path: str
+
+    @property
+    def weights(self) -> tuple[str, str]:
+        """The paths of both weights."""
+        return f"{self.embedding_path}.weight", f"{self.head_path}.weight"
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Ends:
@@ -56,14 +62,31 @@ def virtual_count(state: AdapterState) -> int:
 
 def shared_by_all(model: PreTrainedModel, state: AdapterState) -> list[str]:
     """Return the weights of the base that an adapter replaces, and that cannot differ from row to
-    row: all but those of embedding and head."""
+    row: all but those of embedding and head, and biases of linear layers."""
     if not state.modules_to_save:
         return []
     ends = Ends.of(model)
-    own = {f"{ends.embedding_path}.weight", f"{ends.head_path}.weight"}
+    own = {*ends.weights} | {f"{path}.bias" for path in biases_of_layers(model, state)}
     if f"{ends.head_path}.weight" in state.modules_to_save:
         own.add(f"{ends.head_path}.bias")
     return sorted(state.modules_to_save.keys() - own)
+
+
+def biases_of_layers(model: PreTrainedModel, state: AdapterState) -> dict[str, Tensor]:
+    """Return the biases (out,) that an adapter has in place of those of linear layers, by path;
+    not that of a head that it replaces."""
+    biases = {
+        name.removesuffix(".bias"): tensor
+        for name, tensor in state.modules_to_save.items()
+        if name.endswith(".bias")
+    }
+    if not biases:
+        return {}
+    linear = {layer.path for layer in adaptable_layers(model) if layer.is_linear}
+    head = Ends.of(model).head_path
+    if f"{head}.weight" in state.modules_to_save:
+        linear.discard(head)
+    return {path: bias for path, bias in biases.items() if path in linear}
 
 
 def why_not_mixed(state: AdapterState) -> str:
@@ -71,18 +94,18 @@ def why_not_mixed(state: AdapterState) -> str:
     if virtual_count(state):
         return "has virtual tokens"
     if state.modules_to_save or state.trained_tokens:
-        return "replaces rows of the base's embedding or head"
+        return "replaces weights of the base"
     return ""
 
 
 def own_rows(model: PreTrainedModel, state: AdapterState) -> OwnRows | None:
     """Return the rows that an adapter has for itself, None where it has none."""
-    vocab, virtual = vocab_of(model), virtual_count(state)
-    has_rows = state.new_tokens is not None or state.modules_to_save or state.trained_tokens
+    vocab, virtual, ends = vocab_of(model), virtual_count(state), Ends.of(model)
+    replaces = not state.modules_to_save.keys().isdisjoint(ends.weights)
+    has_rows = state.new_tokens is not None or replaces or state.trained_tokens
     if not has_rows and not virtual:
         return None
     size = size_of(state, vocab)
-    ends = Ends.of(model)
     embedding, head = list(_of_embedding(model, state, ends)), list(_of_head(model, state, ends))
     options: dict[str, Any] = {}
     if embedding:

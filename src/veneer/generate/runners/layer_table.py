@@ -92,10 +92,10 @@ class LayerTable:
                     A, B, gain = update.A, update.B.T, update.gain
                     assert A.is_contiguous()
                     assert B.is_contiguous()
-                    gains = None if gain is None else gain.data_ptr()
+                    beside = (None if x is None else x.data_ptr() for x in (gain, update.bias))
                     ranks[place] = update.rank
                     updates[number * decode.LINEARS + place] = decode.Update(
-                        A.data_ptr(), B.data_ptr(), gains, update.rank
+                        A.data_ptr(), B.data_ptr(), *beside, update.rank
                     )
             most = max(most, *(sum(ranks[i] for i in group) for group in decode.GROUPS))
         return updates, most

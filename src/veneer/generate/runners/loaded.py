@@ -17,11 +17,17 @@ from veneer.adapter.attach import adapted_layer
 from veneer.adapter.config import LoRA
 from veneer.adapter.embedding import LoRAEmbedding
 from veneer.adapter.layers import AdaptedLayer
+from veneer.adapter.linear import LoRALinear
 from veneer.adapter.own_rows import BatchUpdates, OwnRows, tensors_of
 from veneer.adapter.parameters import AdaptedParameter
 from veneer.formats.install import layer_adapters
 from veneer.formats.state import AdapterState
-from veneer.generate.runners.adapter_rows import own_rows, virtual_count, why_not_mixed
+from veneer.generate.runners.adapter_rows import (
+    biases_of_layers,
+    own_rows,
+    virtual_count,
+    why_not_mixed,
+)
 from veneer.lowrank.update import LowRankUpdate
 
 ALIGNED = 64  # bytes, a line of the processor's cache
@@ -72,6 +78,11 @@ def made_ready(model: PreTrainedModel, state: AdapterState, name: str) -> Loaded
         adapter.to(layer.device).requires_grad_(False)
         updates[layer] = layer.low_rank_update([(adapter, 1.0)], layer.compute_dtype)
         paths.append(path)
+    for path, bias in biases_of_layers(model, state).items():
+        linear = adapted_layer(model, path)
+        assert isinstance(linear, LoRALinear)
+        updates[linear] = _with_bias(linear, updates.get(linear), bias)
+        paths.append(f"{path}.bias")
     invocation = config.invocation_tokens if isinstance(config, LoRA) else ()
     labels = [*paths, f"from {invocation} on"] if invocation else paths
     prefix = state.tensors.get("prefix") if virtual_count(state) else None
@@ -81,6 +92,17 @@ def made_ready(model: PreTrainedModel, state: AdapterState, name: str) -> Loaded
         prefix=None if prefix is None else prefix.to(model.device, model.dtype),
     )
     return replace(loaded, invocation=invocation, why_not_mixed=why_not_mixed(state))
+
+
+def _with_bias(layer: LoRALinear, update: LowRankUpdate | None, bias: Tensor) -> LowRankUpdate:
+    """Return an update whose layer has another bias (out,); one of zeros where there is none."""
+    own: Tensor | None = layer.original.bias  # type: ignore[assignment]
+    change = bias.to(layer.device, torch.float32) - (0.0 if own is None else own.float())
+    if update is None:
+        out, in_ = layer.base_weight.shape
+        zeros = {"dtype": layer.compute_dtype, "device": layer.device}
+        update = LowRankUpdate(torch.zeros(1, in_, **zeros), torch.zeros(out, 1, **zeros), None)
+    return replace(update, bias=change if update.bias is None else update.bias + change)
 
 
 def in_one_buffer(
@@ -96,7 +118,7 @@ def in_one_buffer(
     labels: what else goes into the hash of its content. own, prefix: copied into the buffer too.
     """
     fields = {} if own is None else tensors_of(own)
-    tensors = [t for update in updates.values() for t in (update.A, update.B.mT, update.gain)]
+    tensors = [t for own in updates.values() for t in (own.A, own.B.mT, own.gain, own.bias)]
     tensors += [*fields.values(), prefix]
     sizes = [0 if t is None else -(t.nbytes // -ALIGNED) * ALIGNED for t in tensors]
     device = next((t.device for t in tensors if t is not None), None)
@@ -105,11 +127,12 @@ def in_one_buffer(
     layers: dict[Adapted, LowRankUpdate] = {}
     content = hashlib.sha256("\n".join(labels).encode())
     for layer in updates:
-        A, B, gain = next(copies), next(copies), next(copies)
+        A, B, gain, bias = next(copies), next(copies), next(copies), next(copies)
         assert A is not None
         assert B is not None
-        layers[layer] = LowRankUpdate(A, B.mT, gain)
-        content.update(f"{tuple(A.shape)} {A.dtype} {gain is None}\n".encode())
+        layers[layer] = LowRankUpdate(A, B.mT, gain, bias)
+        which = f"{gain is None} {bias is None}"
+        content.update(f"{tuple(A.shape)} {A.dtype} {which}\n".encode())
     if own is not None:
         copied: dict[str, Any] = {name: next(copies) for name in fields}
         own = replace(own, **copied)
