@@ -23,7 +23,7 @@ from veneer.run_directory import RunDirectory
 from veneer.training import run
 from veneer.training.events import Checkpointed, Evaluated, Event, Step
 from veneer.training.many import train as many
-from veneer.training.search.result import Cost, TrialBegun, TrialEnded, markdown
+from veneer.training.search.result import Cost, SearchBegun, TrialBegun, TrialEnded, markdown
 from veneer.training.search.run import _Trials
 from veneer.training.search.space import Range
 from veneer.training.search.study import SearchStudy
@@ -100,7 +100,11 @@ def test_places_of_trials_that_do_badly_go_to_others(searched):
     for number, (name, event) in enumerate(searched.events):
         if number in searched.died:
             training.clear()
-        if isinstance(event, TrialBegun):
+        if isinstance(event, SearchBegun):
+            before = [each for _, each in searched.events[:number]]
+            ended = sum(isinstance(each, TrialEnded) for each in before)
+            assert event == SearchBegun(CONFIG.trials, ended)
+        elif isinstance(event, TrialBegun):
             training.add(name)
         elif isinstance(event, TrialEnded):
             training.remove(name)
@@ -247,7 +251,9 @@ def test_no_trial_begins_after_the_minutes_however_many_have_ended_since(monkeyp
 
 def test_who_came_first_to_a_point_makes_way_once_others_are_better(tmp_path):
     space = {"lr": Range(1e-3, 1e-1, log=True, whole=False)}
-    study = SearchStudy(tmp_path / "study.db", space, CONFIG, seed=0)
+    file = tmp_path / "as an address? %41 {it} is#another" / "study.db"
+    study = SearchStudy(file, space, CONFIG, seed=0)
+    assert file.exists()
     first, second, third = (study.ask().number for _ in range(3))
     assert not study.report(first, 11, 3.0)
     assert study.overtaken() == set()

@@ -116,7 +116,7 @@ def search(
     )
     varied = spaces(over)
     quieten_libraries()
-    display = None if quiet else SearchDisplay(settings.trials)
+    display = None if quiet else SearchDisplay()
     result: SearchResult | None = None
     with (
         events_on_stdout(as_json) as write,

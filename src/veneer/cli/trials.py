@@ -15,16 +15,21 @@ from veneer.cli.tables import plan_summary
 from veneer.errors import TrainingError
 from veneer.training.events import DataReady, Evaluated, Event, Notice, Planned, Started, Step
 from veneer.training.recipe import Recipe
-from veneer.training.search.result import TrialBegun, TrialEnded, TrialResult, ending
+from veneer.training.search.result import (
+    SearchBegun,
+    TrialBegun,
+    TrialEnded,
+    TrialResult,
+    ending,
+)
 from veneer.training.search.space import in_words
 
 
 class SearchDisplay:
     """Shows a search: a bar for each trial on a terminal, a line for each that has ended."""
 
-    def __init__(self, trials: int) -> None:
-        self.trials = trials
-        self.ended = 0
+    def __init__(self) -> None:
+        self.trials = self.ended = 0
         self.tasks: dict[str, TaskID] = {}
         self.titles: dict[str, str] = {}  # of the trials that train
         self.progress = Progress(
@@ -54,6 +59,8 @@ class SearchDisplay:
                 OUTPUT.print(
                     f"[bold]Data[/]    {summary.rows:,} rows, {summary.tokens:,} tokens{beside}"
                 )
+            case SearchBegun(trials, ended):
+                self.trials, self.ended = trials, ended
             case TrialBegun(trial):
                 self.titles[name] = title(trial)
             case Started(steps, done) if OUTPUT.animates:
@@ -94,10 +101,10 @@ def search_before(
     """Search for settings that are left to it, show how, and return the run's recipe with them, or
     an exit code after Ctrl-C or SIGTERM. track: of the run alone. options: those of `tune`."""
     from veneer.cli.company import interruptible
-    from veneer.training.search.auto import TRIALS, settle_by_search
+    from veneer.training.search.auto import settle_by_search
 
     quieten_libraries()
-    display = None if quiet else SearchDisplay(TRIALS[len(names)])
+    display = None if quiet else SearchDisplay()
     with (
         events_on_stdout(as_json) as write,
         interruptible(grace=grace_seconds) as asked,

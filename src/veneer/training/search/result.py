@@ -87,6 +87,14 @@ class SearchResult:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchBegun(Event):
+    """A search begins, or goes on, that has at most so many trials, of which some have ended."""
+
+    trials: int
+    ended: int
+
+
+@dataclass(frozen=True, slots=True)
 class TrialBegun(Event):
     """A trial begins, or goes on."""
 

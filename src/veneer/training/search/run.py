@@ -39,6 +39,7 @@ from veneer.training.search.config import SearchConfig
 from veneer.training.search.directory import STUDY, TRIALS, check_directory, clear, leave_best
 from veneer.training.search.result import (
     Cost,
+    SearchBegun,
     Searched,
     SearchResult,
     State,
@@ -114,6 +115,7 @@ def search(
         config = replace(config, trials=len(grid))
     trials = _Trials(recipe, prepared, space, config, should_stop)
     trials.start_with(grid)
+    yield ALL, SearchBegun(config.trials, trials.drawn - len(trials.interrupted))
     yield from trials.unsaid
     while first := trials.first():
         yield from trials.unsaid

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from sqlite3 import connect
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.errors import ConfigError, VeneerError, joined
@@ -46,7 +48,11 @@ class SearchStudy:
         self._optuna, self._space, self._halves = optuna, space, config.pruner == "halving"
         try:
             self.study: Study = optuna.create_study(
-                storage=f"sqlite:///{path}",
+                storage=optuna.storages.RDBStorage(
+                    "sqlite:///study.db",
+                    # The address of a path with ? or % would be read as another's.
+                    engine_kwargs={"creator": partial(connect, path, check_same_thread=False)},
+                ),
                 study_name=NAME,
                 load_if_exists=True,
                 pruner=self._pruner(config.pruner),
